@@ -1,0 +1,79 @@
+#!/usr/bin/env python
+"""Pre-train a ResNet with MoCo v1/v2, MoCHI or SynCo.
+
+Without synthetic negatives (--n1 .. --n6 all 0) this is MoCo: v1 as it is, v2 with --mlp --moco-t 0.2 --aug-plus --cos.
+MoCHI uses --n1 and --n3; SynCo all six. configs/ holds the published settings: --cfg configs/synco_200.yaml.
+"""
+
+import argparse
+
+from moco.builder.synco import SynCo
+from moco.encoder import resnet
+from moco.engine import cli, pretrain
+from moco.errors import InputError
+from moco.loss.synthetic import Synthetic
+
+
+def parser() -> cli.Parser:
+    p = cli.Parser(__doc__)
+    cli.add_pretrain(p)
+    moco = p.add_argument_group("MoCo")
+    moco.add_argument("--moco-dim", type=cli.positive, default=128, help="feature size")
+    moco.add_argument("--moco-k", type=cli.positive, default=65536, help="negatives in the queue")
+    moco.add_argument("--moco-m", type=float, default=0.999, help="momentum of the key encoder")
+    moco.add_argument("--moco-t", type=float, default=0.07, help="softmax temperature")
+    moco.add_argument("--mlp", action=argparse.BooleanOptionalAction, default=False, help="two-layer head (v2)")
+    moco.add_argument("--aug-plus", action=argparse.BooleanOptionalAction, default=False, help="recipe mocov2 instead of mocov1")
+    moco.add_argument("--bn-splits", type=cli.positive, default=8, help="key BN groups where one process trains alone")
+    synco = p.add_argument_group("synthetic negatives (MoCHI, SynCo)")
+    synco.add_argument("--n-hard", type=cli.natural, default=0, help="hardest queue rows that they are made of")
+    for i, name in enumerate(("interpolated", "extrapolated", "mixup", "noise", "perturbed", "adversarial"), 1):
+        synco.add_argument(f"--n{i}", type=cli.natural, default=0, help=f"{name} negatives per query")
+    synco.add_argument("--sigma", type=float, default=0.01, help="deviation of the noise")
+    synco.add_argument("--delta", type=float, default=0.01, help="size of the perturbation")
+    synco.add_argument("--eta", type=float, default=0.01, help="size of the adversarial step")
+    synco.add_argument("--warmup-epochs", type=cli.natural, default=10, help="epochs before the first synthetic negatives")
+    return p
+
+
+def counts(args: cli.Options) -> tuple[int, ...]:
+    return (args.n1, args.n2, args.n3, args.n4, args.n5, args.n6)
+
+
+def method(args: cli.Options) -> str:
+    if not any(counts(args)):
+        return "moco"
+    return "synco" if any((args.n2, args.n4, args.n5, args.n6)) else "mochi"
+
+
+def check(args: cli.Options) -> None:
+    if args.n_hard > args.moco_k:
+        raise InputError(f"--n-hard {args.n_hard} is above the queue's {args.moco_k} rows (--moco-k); lower it")
+    if any(counts(args)) and not args.n_hard:
+        raise InputError("synthetic negatives are made of the hardest queue rows: give --n-hard, as in --n-hard 1024")
+    if args.moco_t <= 0 or not 0 <= args.moco_m <= 1:
+        raise InputError(f"--moco-t must be above 0 and --moco-m in [0, 1]; got {args.moco_t:g} and {args.moco_m:g}")
+    args.recipe = args.recipe or ("mocov2" if args.aug_plus else "mocov1")
+
+
+def build(args: cli.Options) -> SynCo:
+    return SynCo(
+        lambda: resnet(args.arch, args.moco_dim, args.mlp),
+        dim=args.moco_dim,
+        K=args.moco_k,
+        m=args.moco_m,
+        T=args.moco_t,
+        bn_splits=args.bn_splits,
+        kind=Synthetic(args.n_hard, counts(args), args.sigma, args.delta, args.eta),
+        warmup_epochs=args.warmup_epochs,
+    )
+
+
+def run(args: cli.Options) -> None:
+    if any(counts(args)):
+        print(f"{sum(counts(args))} synthetic negatives per query from epoch {args.warmup_epochs} on (--warmup-epochs)")
+    pretrain.run(args, build, method(args))
+
+
+if __name__ == "__main__":
+    cli.main(parser(), check, run)

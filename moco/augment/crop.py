@@ -1,0 +1,63 @@
+"""Random resized crops and centre crops of one decoded image, uint8 in and uint8 out: the workers' share of a view."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moco.augment.recipes import Recipe, View
+from moco.rng import key as fold
+from moco.rng import uniform
+
+Box = tuple[int, int, int, int]  # top, left, height, width
+
+
+def random_box(height: int, width: int, view: View, key: int) -> Box:
+    """A box with the distribution of torchvision's `RandomResizedCrop`, as a pure function of `key`.
+
+    Ten tries draw an area in `view.scale` and a log-uniform aspect in `view.ratio`; if none fits, the largest centred
+    box whose aspect lies in `view.ratio`.
+    """
+    (low, high), (narrow, wide) = view.scale, view.ratio
+    for i in range(0, 40, 4):
+        area = height * width * (low + (high - low) * uniform(key, i))
+        aspect = narrow * (wide / narrow) ** uniform(key, i + 1)
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            top = int((height - h + 1) * uniform(key, i + 2))
+            left = int((width - w + 1) * uniform(key, i + 3))
+            return top, left, h, w
+    aspect = min(max(width / height, narrow), wide)
+    w, h = min(width, round(height * aspect)), min(height, round(width / aspect))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def resized_crop(image: Tensor, box: Box, size: int) -> Tensor:
+    """Cut `box` out of `image` [3, H, W] uint8 and resize it to [3, size, size], bilinear with antialiasing."""
+    top, left, h, w = box
+    return _resize(image[:, top : top + h, left : left + w], (size, size))
+
+
+def random_views(image: Tensor, recipe: Recipe, *counters: int) -> list[Tensor]:
+    """One random crop of `image` [3, H, W] uint8 for each view of `recipe`; `counters` (and the view) fix the draw."""
+    height, width = image.shape[1:]
+    boxes = (random_box(height, width, view, fold(*counters, i)) for i, view in enumerate(recipe))
+    return [resized_crop(image, box, view.size) for box, view in zip(boxes, recipe, strict=True)]
+
+
+def center_view(image: Tensor, size: int) -> Tensor:
+    """The evaluation view: the shorter side to 8/7 of `size` (256 for 224), then the central size x size pixels."""
+    height, width = image.shape[1:]
+    short = round(size * 8 / 7)
+    scale = short / min(height, width)
+    image = _resize(image, (max(short, round(height * scale)), max(short, round(width * scale))))
+    top, left = (image.shape[1] - size) // 2, (image.shape[2] - size) // 2
+    return image[:, top : top + size, left : left + size].contiguous()
+
+
+def _resize(image: Tensor, size: tuple[int, int]) -> Tensor:
+    if tuple(image.shape[1:]) == size:
+        return image.contiguous()
+    out = F.interpolate(image[None], size, mode="bilinear", antialias=True, align_corners=False)
+    return out[0].contiguous(memory_format=torch.contiguous_format)

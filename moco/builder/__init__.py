@@ -1,0 +1,1 @@
+"""What is trained: one `nn.Module` per method, `forward(views, index, progress) -> (loss, metrics)`."""

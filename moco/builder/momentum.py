@@ -1,0 +1,105 @@
+"""MoCo: a momentum encoder, shuffled BN and a queue of keys (He et al., arXiv 1911.05722; v2: arXiv 2003.04297)."""
+
+import copy
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from moco import distributed
+from moco.loss.contrastive import contrast_accuracy, info_nce, unit
+from moco.rng import SHUFFLE, Progress
+
+MIN_BN_GROUP = 8  # images; fewer make the key encoder's batch statistics useless
+
+
+class MoCo(nn.Module):
+    """Queries from `encoder_q`, keys from its exponential moving average `encoder_k`, negatives from a queue.
+
+    Args:
+        encoder: makes one encoder [B, 3, H, W] -> [B, dim].
+        dim: feature size C.
+        K: rows of the queue.
+        m: momentum of the key encoder, in [0, 1].
+        T: softmax temperature.
+        bn_splits: with one process, groups of a shuffled batch over which the key encoder's BN runs.
+    """
+
+    def __init__(
+        self,
+        encoder: Callable[[], nn.Module],
+        dim: int = 128,
+        K: int = 65536,
+        m: float = 0.999,
+        T: float = 0.07,
+        bn_splits: int = 8,
+    ):
+        super().__init__()
+        self.K, self.m, self.T, self.bn_splits = K, m, T, bn_splits
+        self.encoder_q = encoder()
+        self.encoder_k = copy.deepcopy(self.encoder_q).requires_grad_(False)
+        self.register_buffer("queue", unit(torch.randn(K, dim)))  # [K, C]
+        self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.long))
+        self._new_keys: list[Tensor] = []
+
+    @property
+    def encoder(self) -> nn.Module:
+        """The encoder that evaluation uses."""
+        return self.encoder_q
+
+    def forward(self, views: Sequence[Tensor], index: Tensor, progress: Progress) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss and metrics of this rank's batch.
+
+        Args:
+            views: query view and key view, each [B, 3, H, W].
+            index: each sample's place in the data set, [B]; unused.
+            progress: where in the run this pass stands; fixes the shuffle.
+        """
+        query_view, key_view = views
+        q = unit(self.encoder_q(query_view))  # [B, C]
+        k = self.keys(key_view, progress)  # [W B, C]
+        self._new_keys.append(k)
+        own = k[distributed.rank() * len(q) :][: len(q)]
+        with torch.autocast(q.device.type, enabled=False):
+            return self.contrast(q, own, progress)
+
+    def contrast(self, q: Tensor, k: Tensor, progress: Progress) -> tuple[Tensor, dict[str, Tensor]]:
+        """InfoNCE of unit queries and keys [B, C] against the queue."""
+        positive = (q * k).sum(1)  # [B]
+        negatives = self.negatives(q, q @ self.queue.T, progress)
+        return info_nce(positive, negatives, self.T), contrast_accuracy(positive, negatives)
+
+    def negatives(self, q: Tensor, similarity: Tensor, progress: Progress) -> list[Tensor]:
+        """Similarities of the queries to all their negatives, given those to the queue, [B, K]."""
+        return [similarity]
+
+    @torch.no_grad()
+    def keys(self, images: Tensor, progress: Progress) -> Tensor:
+        """Unit keys of the joint batch in its own order, [W B, C], under shuffled BN.
+
+        Images change places by a permutation that all ranks share and every pass draws anew, so that a key's BN group
+        is not its query's. One process alone splits the shuffled batch into groups instead.
+        """
+        permutation = torch.randperm(distributed.world() * len(images), generator=progress.generator(SHUFFLE, "cpu"))
+        shuffled = distributed.shuffle(images, permutation)
+        groups = 1
+        if distributed.world() == 1:
+            groups = max(1, min(self.bn_splits, len(images) // MIN_BN_GROUP))
+        k = torch.cat([unit(self.encoder_k(group)) for group in shuffled.tensor_split(groups)])
+        return distributed.unshuffle(k, permutation)
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """What changes after the optimizer's step: the key encoder follows, the step's keys enter the queue."""
+        torch._foreach_lerp_(list(self.encoder_k.parameters()), list(self.encoder_q.parameters()), 1 - self.m)
+        for keys in self._new_keys:
+            self.enqueue(keys)
+        self._new_keys.clear()
+
+    @torch.no_grad()
+    def enqueue(self, keys: Tensor) -> None:
+        """Overwrite the oldest rows with `keys` [n, C]; any n, the queue wraps around."""
+        n = len(keys)
+        places = (self.queue_ptr + torch.arange(n, device=keys.device)) % self.K
+        self.queue[places[-self.K :]] = keys[-self.K :]
+        self.queue_ptr.add_(n).remainder_(self.K)

@@ -1,0 +1,30 @@
+"""SynCo: MoCo plus six kinds of synthetic hard negatives (arXiv 2410.02401); MoCHI is two of the six."""
+
+from torch import Tensor
+
+from moco import distributed
+from moco.builder.momentum import MoCo
+from moco.loss import synthetic
+from moco.rng import NEGATIVES, Progress
+
+
+class SynCo(MoCo):
+    """MoCo whose queries also face synthetic negatives, from epoch `warmup_epochs` on.
+
+    Args:
+        kind: counts and sizes of the synthetic negatives; with all counts 0 this is MoCo.
+        warmup_epochs: epochs with the queue's negatives only.
+        moco: MoCo's arguments.
+    """
+
+    def __init__(self, *args, kind: synthetic.Synthetic, warmup_epochs: int = 10, **moco):
+        super().__init__(*args, **moco)
+        self.kind, self.warmup_epochs = kind, warmup_epochs
+
+    def negatives(self, q: Tensor, similarity: Tensor, progress: Progress) -> list[Tensor]:
+        if not self.kind.total or progress.epoch < self.warmup_epochs:
+            return [similarity]
+        generator = progress.generator(NEGATIVES, q.device, distributed.rank())
+        draws = synthetic.draw(self.kind, *q.shape, generator)
+        hard = synthetic.hardest(similarity, self.kind.n_hard)
+        return [similarity, synthetic.similarities(q, self.queue, similarity, hard, self.kind, draws)]

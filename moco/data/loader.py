@@ -1,0 +1,150 @@
+"""From files to batches of uint8 crops: workers decode each image once and cut its views, and do no colour work."""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torchvision.io import ImageReadMode, decode_image, read_file
+
+from moco import distributed, rng
+from moco.augment import crop
+from moco.augment.recipes import Recipe
+from moco.data.datasets import ImageFolder
+from moco.errors import InputError
+
+Place = tuple[int, int]  # epoch, index
+Cut = Callable[[Tensor, Place], list[Tensor]]  # a decoded image and where it is used -> its views
+
+
+class Batch(NamedTuple):
+    """`views`: one uint8 tensor [B, 3, S, S] per view; `index` and `label`: int64 [B]."""
+
+    views: list[Tensor]
+    index: Tensor
+    label: Tensor
+
+
+class RandomCrops(NamedTuple):
+    """Cut a recipe's random crops; the draw depends on (seed, epoch, index, view)."""
+
+    recipe: Recipe
+    seed: int
+
+    def __call__(self, image: Tensor, place: Place) -> list[Tensor]:
+        return crop.random_views(image, self.recipe, rng.CROP, self.seed, *place)
+
+
+class CenterCrop(NamedTuple):
+    """Cut the evaluation view of `size` pixels."""
+
+    size: int
+
+    def __call__(self, image: Tensor, place: Place) -> list[Tensor]:
+        return [crop.center_view(image, self.size)]
+
+
+def decode(path: str) -> Tensor:
+    """The RGB image in `path`, uint8 [3, H, W]. Raises InputError that names the file."""
+    try:
+        data = read_file(path)
+        if not len(data):
+            raise InputError(f"{path}: empty image file; remove or replace it")
+        image = decode_image(data, ImageReadMode.RGB)
+        if image.dtype != torch.uint8:  # a PNG of 16 bits a channel
+            image = (image.int() >> 8).to(torch.uint8)
+        return image[0] if image.dim() == 4 else image  # the first frame of an animation
+    except (RuntimeError, ValueError, OSError):
+        return _decode_with_pil(path)
+
+
+def _decode_with_pil(path: str) -> Tensor:
+    """What torchvision's decoders do not read: TIFF, BMP, PPM, CMYK JPEGs."""
+    from PIL import Image
+    from torchvision.transforms.v2.functional import pil_to_tensor
+
+    try:
+        with Image.open(path) as image:
+            return pil_to_tensor(image.convert("RGB"))
+    except Exception as error:  # Pillow's plugins raise many kinds
+        reason = str(error).replace(f"'{path}'", "file") or type(error).__name__
+        raise InputError(f"{path}: unreadable image ({reason}); remove or replace it") from None
+
+
+class Views(Dataset):
+    """One sample per (epoch, index): its views, its index and its label; or the InputError that kept it from being read."""
+
+    def __init__(self, folder: ImageFolder, cut: Cut):
+        self.folder, self.cut = folder, cut
+
+    def __len__(self) -> int:
+        return len(self.folder)
+
+    def __getitem__(self, place: Place) -> tuple[list[Tensor], int, int] | InputError:
+        _, i = place
+        try:
+            return self.cut(decode(self.folder.path(i)), place), i, int(self.folder.labels[i])
+        except InputError as error:
+            return error  # raised in the main process, where it is one line and not a worker's traceback
+
+
+def collate(samples: list) -> Batch | InputError:
+    """Stack samples into a Batch, or pass on the first that could not be read."""
+    return next((s for s in samples if isinstance(s, InputError)), None) or Batch(*default_collate(samples))
+
+
+class TrainOrder(Sampler):
+    """Batches of (epoch, index) for this rank, from epoch `start` to `epochs` without a break between epochs.
+
+    An epoch's order is one permutation of (seed, epoch), the same for every rank and any number of processes; each
+    global batch is cut into the ranks' parts. What does not fill a step of `accumulation` global batches is left out.
+    """
+
+    def __init__(self, n: int, batch: int, accumulation: int, start: int, epochs: int, seed: int):
+        self.n, self.batch, self.start, self.epochs, self.seed = n, batch, start, epochs, seed
+        self.batches = n // (batch * distributed.world() * accumulation) * accumulation  # per epoch
+
+    def __len__(self) -> int:
+        return self.batches * (self.epochs - self.start)
+
+    def __iter__(self) -> Iterator[list[Place]]:
+        parts = (self.batches, distributed.world(), self.batch)
+        for epoch in range(self.start, self.epochs):
+            order = torch.randperm(self.n, generator=rng.generator("cpu", rng.ORDER, self.seed, epoch))
+            mine = order[: parts[0] * parts[1] * parts[2]].view(parts)[:, distributed.rank()]
+            for batch in mine.tolist():
+                yield [(epoch, i) for i in batch]
+
+
+class EvalOrder(Sampler):
+    """Batches of (0, index) over every W-th image from this rank's on: each image once over all ranks, none twice."""
+
+    def __init__(self, n: int, batch: int):
+        self.places = [(0, i) for i in range(distributed.rank(), n, distributed.world())]
+        self.batch = batch
+
+    def __len__(self) -> int:
+        return -(-len(self.places) // self.batch)
+
+    def __iter__(self) -> Iterator[list[Place]]:
+        for i in range(0, len(self.places), self.batch):
+            yield self.places[i : i + self.batch]
+
+
+def batches(folder: ImageFolder, cut: Cut, order: Sampler, workers: int, device: torch.device) -> Iterator[Batch]:
+    """Read `folder` in `order` and yield batches on `device`. Raises InputError for an image that cannot be read."""
+    cuda = device.type == "cuda"
+    loader = DataLoader(
+        Views(folder, cut),
+        batch_sampler=order,
+        num_workers=workers,
+        collate_fn=collate,
+        pin_memory=cuda,
+        prefetch_factor=4 if workers else None,
+    )
+    for batch in loader:
+        if isinstance(batch, InputError):
+            raise batch
+        views = [view.to(device, non_blocking=True) for view in batch.views]
+        yield Batch(views, batch.index.to(device, non_blocking=True), batch.label.to(device, non_blocking=True))

@@ -1,0 +1,78 @@
+"""Checkpoints: MoCo's keys, plain types only, written so that a crash cannot leave half a file in a good one's place."""
+
+import os
+import pickle
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moco.errors import InputError
+
+State = dict[str, Any]
+
+
+def save(path: Path, state: State) -> None:
+    """Write `state` to a temporary file in the same folder, flush it to disk, then rename it to `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def load(path: str) -> State:
+    """Read a checkpoint on the CPU, with `weights_only=True`. Raises InputError where it cannot be read."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such checkpoint") from None
+    except pickle.UnpicklingError as error:
+        if "weights_only" in str(error) or "Unsupported" in str(error):
+            raise InputError(f"{path}: holds Python objects beside tensors and is not read; save its state_dict alone") from None
+        raise InputError(f"{path}: not a readable checkpoint; it is damaged or of another format") from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, zipfile.BadZipFile):
+        raise InputError(f"{path}: not a readable checkpoint; it is truncated or damaged, take an earlier one") from None
+    if not isinstance(state, dict):
+        raise InputError(f"{path}: not a checkpoint: it holds a {type(state).__name__}")
+    return state
+
+
+def with_prefix(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Names as DDP gives them, `module.*`, whatever the launcher."""
+    return {f"module.{name}": tensor for name, tensor in state_dict.items()}
+
+
+def restore(model: nn.Module, state: State, path: str, arch: str, method: str) -> None:
+    """Load a checkpoint of this project into the model it came from. Raises InputError where it is of another run's kind."""
+    for what, mine in (("arch", arch), ("method", method)):
+        if state.get(what) != mine:
+            raise InputError(f"{path}: is of {what} '{state.get(what)}', not '{mine}'; resume with the options it was made with")
+    absent = [key for key in ("epoch", "state_dict", "optimizer", "progress") if key not in state]
+    if absent:
+        raise InputError(f"{path}: cannot be resumed: it lacks {', '.join(absent)}; use --pretrained for weights alone")
+    weights = {name.removeprefix("module."): tensor for name, tensor in state["state_dict"].items()}
+    mine = model.state_dict()
+    odd = sorted(weights.keys() ^ mine.keys()) or [n for n in mine if mine[n].shape != weights[n].shape]
+    if odd:
+        raise InputError(f"{path}: does not fit this model, first at '{odd[0]}'; resume with the options it was made with")
+    model.load_state_dict(weights)
+
+
+def tensors(state: State) -> dict[str, Tensor]:
+    """The named tensors of a checkpoint of any origin: below `state_dict`, below `model`, or at the top."""
+    for key in ("state_dict", "model"):
+        if isinstance(state.get(key), dict):
+            state = state[key]
+            break
+    return {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}

@@ -1,0 +1,205 @@
+"""The command line: option groups that scripts share, YAML defaults, and errors of one line with status 2."""
+
+import argparse
+import difflib
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import yaml
+
+from moco import distributed
+from moco.augment.recipes import recipe
+from moco.data import datasets
+from moco.encoder import check_arch
+from moco.errors import InputError, unknown
+
+Options = argparse.Namespace
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows each default, except where there is none to speak of."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default in (None, False, "", argparse.SUPPRESS):
+            return action.help
+        return super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse in which `-` and `_` in option names are the same, `--cfg` gives defaults, and an error is one line."""
+
+    def __init__(self, description: str):
+        super().__init__(description=description, formatter_class=_Help, allow_abbrev=False)
+        run = self.add_argument_group("run")
+        run.add_argument("data", nargs="?", metavar="DIR", help="folder with train/ and val/, or photos: the built-in data set")
+        run.add_argument("--data", dest="data_option", metavar="DIR", help="the same as DIR")
+        run.add_argument("--cfg", metavar="FILE.yaml", help="defaults by option name; options given here win")
+        run.add_argument("--save-dir", metavar="DIR", help="run folder; by default runs/<script>-<arch>-<time>")
+        run.add_argument("--seed", type=int, default=0, help="of weights, order, views and negatives")
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+    def parse(self, argv: Sequence[str] | None = None) -> Options:
+        """Parse; raises InputError for an unknown option (it names the nearest) or a wrong YAML file."""
+        argv = [self._canonical(token) for token in (sys.argv[1:] if argv is None else argv)]
+        first, _ = self.parse_known_args(argv)
+        if first.cfg:
+            self._defaults_from(first.cfg)
+        args, rest = self.parse_known_args(argv)
+        for token in rest:
+            if token.startswith("-"):
+                raise unknown("option", token.split("=")[0], self._names())
+            raise InputError(f"unexpected argument '{token}'; one data folder is expected, options start with --")
+        args.data = args.data_option or args.data
+        if args.data is None:
+            raise InputError("no data folder: give DIR (with train/ and val/), or the word photos")
+        del args.data_option
+        args.script = Path(self.prog).stem.removeprefix("main_")
+        return args
+
+    def _canonical(self, token: str) -> str:
+        """--n_hard=5 -> --n-hard=5, where that is how the option is registered."""
+        if not token.startswith("--"):
+            return token
+        name, equals, value = token.partition("=")
+        return name.replace("_", "-") + equals + value
+
+    def _names(self) -> list[str]:
+        return [name for action in self._actions for name in action.option_strings if name.startswith("--")]
+
+    def _defaults_from(self, path: str) -> None:
+        try:
+            values = yaml.safe_load(Path(path).read_text())
+        except OSError as error:
+            raise InputError(f"--cfg {path}: {error.strerror}") from None
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise InputError(f"--cfg {path}: not YAML: {' '.join(str(error).split())}") from None
+        if not isinstance(values, dict):
+            raise InputError(f"--cfg {path}: expected lines of the form 'option: value'")
+        actions = {a.dest: a for a in self._actions if a.dest not in ("help", "cfg", "data_option")}
+        for key, value in values.items():
+            dest = str(key).replace("-", "_")
+            if dest not in actions:
+                near = difflib.get_close_matches(dest, actions, n=1, cutoff=0.0)
+                raise InputError(f"--cfg {path}: unknown key '{key}'; the nearest option is '{near[0].replace('_', '-')}'")
+            self.set_defaults(**{dest: _convert(actions[dest], value, f"--cfg {path}: {key}")})
+
+
+def _convert(action: argparse.Action, value: object, where: str) -> object:
+    """A YAML value as the option would have it."""
+    if value is None:
+        return action.default
+    is_flag = action.nargs == 0 or isinstance(action, argparse.BooleanOptionalAction)
+    many = action.nargs in ("*", "+") or isinstance(action.nargs, int) and action.nargs > 0
+    if is_flag != isinstance(value, bool) or many != isinstance(value, list):
+        raise InputError(f"{where}: {value!r} is not {'true or false' if is_flag else 'a list' if many else 'one value'}")
+    if is_flag:
+        return value
+
+    def one(item: object) -> object:
+        try:
+            item = action.type(str(item)) if action.type else str(item)
+        except (ValueError, argparse.ArgumentTypeError):
+            raise InputError(f"{where}: {item!r} is not {getattr(action.type, '__name__', 'valid')}") from None
+        if action.choices and item not in action.choices:
+            raise InputError(f"{where}: {item!r} is not one of {', '.join(map(str, action.choices))}")
+        return item
+
+    return [one(item) for item in value] if many else one(value)
+
+
+def positive(text: str) -> int:
+    """An int of at least 1."""
+    return _at_least(int(text), 1)
+
+
+def natural(text: str) -> int:
+    """An int of at least 0."""
+    return _at_least(int(text), 0)
+
+
+def _at_least(value: int, least: int) -> int:
+    if value < least:
+        raise argparse.ArgumentTypeError(f"{value} is below {least}")
+    return value
+
+
+# Option groups that scripts share.
+
+
+def add_launch(parser: Parser) -> None:
+    """Which processes run, and where."""
+    group = parser.add_argument_group("launch (or use torchrun, torch.distributed.launch, srun)")
+    group.add_argument("--multiprocessing-distributed", action="store_true", help="start one process per GPU of this node")
+    group.add_argument("--nproc-per-node", type=int, metavar="N", help="processes of this node (default: its GPUs; 1 on CPU)")
+    group.add_argument("--world-size", type=int, default=-1, metavar="NODES", help="number of nodes")
+    group.add_argument("--rank", type=int, default=-1, metavar="NODE", help="this node's number, from 0")
+    group.add_argument("--dist-url", default="auto", metavar="URL", help="where the processes meet; auto: a free port of this node")
+    group.add_argument("--dist-backend", choices=("nccl", "gloo"), help="default: nccl on GPUs, gloo on CPU")
+    group.add_argument("--gpu", type=int, metavar="ID", help="use this GPU only")
+    group.add_argument("--local-rank", type=int, help=argparse.SUPPRESS)  # torch.distributed.launch passes it
+
+
+def add_input(parser: Parser, batch: int, recipe: str | None) -> None:
+    """What is read, and how fast. `recipe` None leaves the choice to the script."""
+    group = parser.add_argument_group("input")
+    group.add_argument("-a", "--arch", default="resnet50", help="any torchvision ResNet")
+    group.add_argument("-b", "--batch-size", type=positive, default=batch, help="of this node in one pass, split over its processes")
+    group.add_argument("-j", "--workers", type=natural, default=8, help="loader processes of this node, split over its processes")
+    group.add_argument("--image-size", type=positive, default=224, metavar="PIXELS", help="of a full-size view")
+    group.add_argument("--recipe", default=recipe, help="views by name, see moco/augment/recipes.py")
+    group.add_argument("--amp", choices=("off", "bf16", "fp16"), default="off", help="mixed precision; losses stay in fp32")
+    group.add_argument("--compile", action="store_true", help="torch.compile the networks")
+
+
+def add_optimizer(parser: Parser, epochs: int, lr: float, wd: float, schedule: list[int]) -> None:
+    """How weights change, with a protocol's defaults."""
+    group = parser.add_argument_group("optimization")
+    group.add_argument("--epochs", type=positive, default=epochs)
+    group.add_argument("--lr", "--learning-rate", type=float, default=lr, help="as it is: not scaled by the batch size")
+    group.add_argument("--schedule", type=int, nargs="*", default=schedule, metavar="EPOCH", help="lr x .1 at these epochs")
+    group.add_argument("--cos", action=argparse.BooleanOptionalAction, default=False, help="cosine schedule by epoch instead")
+    group.add_argument("--lr-warmup-epochs", type=natural, default=0, help="epochs of linear learning-rate warm-up")
+    group.add_argument("--momentum", type=float, default=0.9, help="of SGD")
+    group.add_argument("--wd", "--weight-decay", dest="wd", type=float, default=wd)
+    group.add_argument("--accumulation-steps", type=positive, default=1, metavar="N", help="passes of --batch-size in one step")
+
+
+def add_run(parser: Parser) -> None:
+    """What is written while training, and from where to go on."""
+    group = parser.add_argument_group("monitor")
+    group.add_argument("-p", "--print-freq", type=positive, default=10, metavar="STEPS", help="steps between log lines")
+    group.add_argument("--resume", metavar="FILE", help="go on from this checkpoint exactly as if never stopped")
+    group.add_argument("--save-every", type=positive, default=1, metavar="EPOCHS", help="epochs between checkpoints; the last is kept")
+
+
+def add_pretrain(parser: Parser) -> None:
+    """The groups of every pre-training script on ResNets, with MoCo's defaults."""
+    add_input(parser, batch=256, recipe=None)
+    add_optimizer(parser, epochs=200, lr=0.03, wd=1e-4, schedule=[120, 160])
+    add_run(parser)
+    group = parser.add_argument_group("k-NN monitor")
+    group.add_argument("--knn-every", type=natural, default=0, metavar="EPOCHS", help="report k-NN top-1 on val/, against train/")
+    group.add_argument("--knn-k", type=positive, default=20, metavar="K", help="neighbours that vote")
+    group.add_argument("--knn-t", type=float, default=0.07, metavar="T", help="temperature of their weights")
+    add_launch(parser)
+
+
+def main(parser: Parser, check: Callable[[Options], None], run: Callable[[Options], None]) -> None:
+    """Parse, check, run; turn an InputError into one line on stderr and exit status 2."""
+    try:
+        args = parser.parse()
+        check_arch(args.arch)
+        if args.recipe:
+            recipe(args.recipe)
+        check(args)
+        args.save_dir = args.save_dir or time.strftime(f"runs/{args.script}-{args.arch}-%Y%m%d-%H%M%S")
+        run(args)
+    except InputError as error:
+        parser.error(str(error))
+    except KeyboardInterrupt:
+        parser.exit(130, f"{parser.prog}: interrupted\n")

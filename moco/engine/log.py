@@ -1,0 +1,143 @@
+"""What a run says: a progress bar or plain lines, log.jsonl, TensorBoard events, args.yaml. Rank 0 writes."""
+
+import json
+import sys
+import time
+from argparse import Namespace
+from pathlib import Path
+
+import torch
+import yaml
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from moco import distributed
+from moco.errors import InputError
+
+
+class Mean:
+    """Means of named scalars over steps; adding waits for no device, reading does."""
+
+    def __init__(self):
+        self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, int] = {}
+
+    def add(self, values: dict[str, Tensor]) -> None:
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0) + value.detach()
+            self.counts[name] = self.counts.get(name, 0) + 1
+
+    def read(self) -> dict[str, float]:
+        """The means since the last reading, averaged over ranks; starts anew."""
+        if not self.sums:
+            return {}
+        means = torch.stack([self.sums[name].double() / self.counts[name] for name in self.sums])
+        means = distributed.all_reduce_sum(means) / distributed.world()
+        values = dict(zip(self.sums, means.tolist(), strict=True))
+        self.sums, self.counts = {}, {}
+        return values
+
+
+def say(message: str) -> None:
+    """Print one line, on rank 0 only, above any progress bar."""
+    if distributed.rank() == 0:
+        tqdm.write(message)
+        sys.stdout.flush()
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write `value` as indented JSON, replacing the file at once."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    temporary.replace(path)
+
+
+class RunLog:
+    """The run folder's log, and the line or bar that a person reads.
+
+    Args:
+        args: the options; written to args.yaml.
+        steps: of the whole run; the time left is counted from them.
+        start: the step that this start begins at. Lines of an earlier start beyond it are dropped, so that a resumed
+            run's log is that of one never stopped.
+    """
+
+    def __init__(self, args: Namespace, steps: int, start: int = 0):
+        self.steps, self.start = steps, start
+        self.images_per_step = args.batch_size * args.nodes * args.accumulation_steps
+        self.began = self.marked = time.perf_counter()
+        self.marked_step, self.waited = start, 0.0
+        self.bar = None
+        if distributed.rank() != 0:
+            return
+        folder = Path(args.save_dir)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "args.yaml").write_text(yaml.safe_dump(vars(args), sort_keys=True))
+            self.path = folder / "log.jsonl"
+            kept = [line for line in _lines(self.path) if json.loads(line)["step"] <= start] if start else []
+            self.path.write_text("".join(kept))
+        except OSError as error:
+            raise InputError(f"--save-dir {folder}: cannot be written: {error.strerror}; choose another folder") from None
+        self.board = SummaryWriter(str(folder), purge_step=start or None)
+        if sys.stdout.isatty():
+            self.bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True)
+
+    def wait(self, seconds: float) -> None:
+        """Count time spent waiting for data."""
+        self.waited += seconds
+
+    def tick(self) -> None:
+        """One step is done."""
+        if self.bar is not None:
+            self.bar.update()
+
+    def line(self, epoch: int, step: int, metrics: dict[str, float]) -> None:
+        """Write one log line: `metrics` and, where steps were taken since the last line, the speed."""
+        now = time.perf_counter()
+        done = step - self.marked_step
+        speed = {}
+        if done:
+            span = now - self.marked
+            speed = {"images_per_s": done * self.images_per_step / span, "data_wait": min(1.0, self.waited / span)}
+        self.marked, self.marked_step, self.waited = now, step, 0.0
+        if distributed.rank() != 0:
+            return
+        entry = {"epoch": epoch, "step": step, **metrics, **speed, "time": round(now - self.began, 3)}
+        with self.path.open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+        for name, value in {**metrics, **speed}.items():
+            self.board.add_scalar(name, value, step)
+        text = "  ".join(f"{name} {_short(name, value)}" for name, value in {**metrics, **speed}.items())
+        if self.bar is not None and speed:
+            self.bar.set_postfix_str(f"epoch {epoch}  {text}")
+        else:
+            left = (now - self.began) / max(1, step - self.start) * (self.steps - step)
+            say(f"epoch {epoch}  step {step}/{self.steps}  {text}  left {_clock(left)}")
+
+    def close(self) -> None:
+        """Flush and end."""
+        if distributed.rank() == 0:
+            self.board.close()
+        if self.bar is not None:
+            self.bar.close()
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text().splitlines(keepends=True) if path.exists() else []
+
+
+def _short(name: str, value: float) -> str:
+    if name == "data_wait":
+        return f"{value:.0%}"
+    if name == "images_per_s":
+        return f"{value:.0f}"
+    return f"{value:.4g}"
+
+
+def _clock(seconds: float) -> str:
+    minutes, s = divmod(round(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours}:{m:02d}:{s:02d}"

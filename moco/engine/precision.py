@@ -1,0 +1,32 @@
+"""Mixed precision, memory format and compilation: how the networks compute, not what."""
+
+import torch
+from torch import nn
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def autocast(amp: str, device: torch.device) -> torch.autocast:
+    """The autocast context that `--amp` asks for."""
+    return torch.autocast(device.type, _DTYPES.get(amp), enabled=amp != "off")
+
+
+def scaler(amp: str, device: torch.device) -> torch.amp.GradScaler:
+    """A gradient scaler; a plain pass-through unless `--amp fp16`."""
+    return torch.amp.GradScaler(device.type, enabled=amp == "fp16")
+
+
+def place(model: nn.Module, device: torch.device, compile: bool) -> nn.Module:
+    """Move `model` to `device`, channels last on a GPU; with `compile`, compile its children (the networks) in place."""
+    model.to(device)
+    if device.type == "cuda":
+        model.to(memory_format=torch.channels_last)
+    if compile:
+        for child in model.children():
+            child.compile()
+    return model
+
+
+def layout(images: torch.Tensor) -> torch.Tensor:
+    """Images [B, 3, H, W] in the memory format that `place` gave the model."""
+    return images.contiguous(memory_format=torch.channels_last) if images.is_cuda else images

@@ -1,0 +1,58 @@
+"""Counter-based randomness: every draw is a pure function of where in the run it is used.
+
+No generator lives from one step to the next, so the draws do not depend on the number of workers and a resumed run
+needs no saved state. The mixing function is SplitMix64's (Steele, Lea & Flood, OOPSLA 2014).
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+ORDER, CROP, COLOR, SHUFFLE, NEGATIVES = range(5)  # what a draw is for: the first counter of every key
+
+_MASK = (1 << 64) - 1
+_GAMMA = 0x9E3779B97F4A7C15
+
+
+def _mix(z: int) -> int:
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
+    return z ^ (z >> 31)
+
+
+def key(*counters: int) -> int:
+    """Fold integers such as (CROP, seed, epoch, index, view) into one 64-bit key."""
+    folded = 0
+    for counter in counters:
+        folded = _mix((folded + _GAMMA + counter) & _MASK)
+    return folded
+
+
+def uniform(key: int, i: int) -> float:
+    """The i-th uniform number in [0, 1) of the stream that `key` names."""
+    return (_mix((key + (i + 1) * _GAMMA) & _MASK) >> 11) * 2.0**-53
+
+
+def generator(device: torch.device | str, *counters: int) -> torch.Generator:
+    """A torch generator on `device` seeded by `key(*counters)`."""
+    return torch.Generator(device).manual_seed(key(*counters) >> 1)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where in the run a forward pass stands; what a method's schedules and draws may depend on.
+
+    `step` counts optimizer steps from 0 over the whole run, `micro` the forward passes inside one step (gradient
+    accumulation); `steps_per_epoch` and `epochs` give the run's length.
+    """
+
+    seed: int = 0
+    epoch: int = 0
+    step: int = 0
+    micro: int = 0
+    steps_per_epoch: int = 1
+    epochs: int = 1
+
+    def generator(self, stream: int, device: torch.device | str, rank: int = 0) -> torch.Generator:
+        """A fresh generator for this pass; leave `rank` at 0 for a draw that all ranks share."""
+        return generator(device, stream, self.seed, self.step, self.micro, rank)
