@@ -7,9 +7,12 @@ MoCHI uses --n1 and --n3; SynCo all six. configs/ holds the published settings: 
 
 import argparse
 
+import torch
+
 from moco.builder.synco import SynCo
 from moco.encoder import resnet
 from moco.engine import cli, pretrain
+from moco.engine.log import say
 from moco.errors import InputError
 from moco.loss.synthetic import Synthetic
 
@@ -54,6 +57,8 @@ def check(args: cli.Options) -> None:
     if args.moco_t <= 0 or not 0 <= args.moco_m <= 1:
         raise InputError(f"--moco-t must be above 0 and --moco-m in [0, 1]; got {args.moco_t:g} and {args.moco_m:g}")
     args.recipe = args.recipe or ("mocov2" if args.aug_plus else "mocov1")
+    args.method = method(args)
+    pretrain.check(args)
 
 
 def build(args: cli.Options) -> SynCo:
@@ -69,11 +74,12 @@ def build(args: cli.Options) -> SynCo:
     )
 
 
-def run(args: cli.Options) -> None:
+def worker(args: cli.Options, device: torch.device) -> None:
     if any(counts(args)):
-        print(f"{sum(counts(args))} synthetic negatives per query from epoch {args.warmup_epochs} on (--warmup-epochs)")
-    pretrain.run(args, build, method(args))
+        say(f"{sum(counts(args))} synthetic negatives per query from epoch {args.warmup_epochs} on (--warmup-epochs)")
+    torch.manual_seed(args.seed)
+    pretrain.train(args, device, build(args))
 
 
 if __name__ == "__main__":
-    cli.main(parser(), check, run)
+    cli.main(parser(), check, worker)

@@ -58,7 +58,9 @@ def load_backbone(net: nn.Module, tensors: dict[str, Tensor], source: str) -> in
         raise InputError(f"{source}: no tensor matches the encoder; its names look like '{next(iter(tensors), '')}'")
     if missing:
         raise InputError(f"{source}: does not fit the encoder: {len(missing)} tensors missing: {_some(missing)}")
-    wrong = [f"{name} {tuple(t.shape)} for {tuple(wanted[name].shape)}" for name, t in found.items() if t.shape != wanted[name].shape]
+    wrong = [
+        f"{name} {tuple(t.shape)} for {tuple(wanted[name].shape)}" for name, t in found.items() if t.shape != wanted[name].shape
+    ]
     if wrong:
         raise InputError(f"{source}: does not fit the encoder: {len(wrong)} shapes differ: {_some(wrong)}")
     net.load_state_dict(found, strict=False)

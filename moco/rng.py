@@ -53,6 +53,6 @@ class Progress:
     steps_per_epoch: int = 1
     epochs: int = 1
 
-    def generator(self, stream: int, device: torch.device | str, rank: int = 0) -> torch.Generator:
-        """A fresh generator for this pass; leave `rank` at 0 for a draw that all ranks share."""
-        return generator(device, stream, self.seed, self.step, self.micro, rank)
+    def generator(self, stream: int, device: torch.device | str, *counters: int) -> torch.Generator:
+        """A fresh generator for this pass; `counters` such as rank and view tell apart draws that must differ."""
+        return generator(device, stream, self.seed, self.step, self.micro, *counters)

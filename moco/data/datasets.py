@@ -54,7 +54,7 @@ def find(data: str, splits: tuple[str, ...]) -> Path:
         strange = sorted(set(val) - set(train)) if train else []
         if len(val) == 1 and len(train) != 1:
             raise InputError(
-                f"{root / 'val'}: holds one class folder only ({val[0]}); sort its images into one folder per class, named as in train/"
+                f"{root / 'val'}: holds one class folder only ({val[0]}); sort its images into class folders named as in train/"
             )
         if strange:
             raise InputError(

@@ -1,5 +1,6 @@
 """From files to batches of uint8 crops: workers decode each image once and cut its views, and do no colour work."""
 
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -132,9 +133,13 @@ class EvalOrder(Sampler):
             yield self.places[i : i + self.batch]
 
 
-def batches(folder: ImageFolder, cut: Cut, order: Sampler, workers: int, device: torch.device) -> Iterator[Batch]:
-    """Read `folder` in `order` and yield batches on `device`. Raises InputError for an image that cannot be read."""
+def batches(folder: ImageFolder, cut: Cut, order: Sampler, args: Namespace, device: torch.device) -> Iterator[Batch]:
+    """Read `folder` in `order` and yield batches on `device`. Raises InputError for an image that cannot be read.
+
+    `args.workers` is the node's number of loader processes; each rank takes its share, rounded up.
+    """
     cuda = device.type == "cuda"
+    workers = -(-args.workers * args.batch_per_process // args.batch_size)
     loader = DataLoader(
         Views(folder, cut),
         batch_sampler=order,

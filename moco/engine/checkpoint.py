@@ -48,11 +48,6 @@ def load(path: str) -> State:
     return state
 
 
-def with_prefix(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Names as DDP gives them, `module.*`, whatever the launcher."""
-    return {f"module.{name}": tensor for name, tensor in state_dict.items()}
-
-
 def restore(model: nn.Module, state: State, path: str, arch: str, method: str) -> None:
     """Load a checkpoint of this project into the model it came from. Raises InputError where it is of another run's kind."""
     for what, mine in (("arch", arch), ("method", method)):

@@ -12,7 +12,6 @@ import yaml
 
 from moco import distributed
 from moco.augment.recipes import recipe
-from moco.data import datasets
 from moco.encoder import check_arch
 from moco.errors import InputError, unknown
 
@@ -94,7 +93,7 @@ def _convert(action: argparse.Action, value: object, where: str) -> object:
     if value is None:
         return action.default
     is_flag = action.nargs == 0 or isinstance(action, argparse.BooleanOptionalAction)
-    many = action.nargs in ("*", "+") or isinstance(action.nargs, int) and action.nargs > 0
+    many = action.nargs in ("*", "+") or (isinstance(action.nargs, int) and action.nargs > 0)
     if is_flag != isinstance(value, bool) or many != isinstance(value, list):
         raise InputError(f"{where}: {value!r} is not {'true or false' if is_flag else 'a list' if many else 'one value'}")
     if is_flag:
@@ -144,16 +143,24 @@ def add_launch(parser: Parser) -> None:
     group.add_argument("--local-rank", type=int, help=argparse.SUPPRESS)  # torch.distributed.launch passes it
 
 
-def add_input(parser: Parser, batch: int, recipe: str | None) -> None:
-    """What is read, and how fast. `recipe` None leaves the choice to the script."""
-    group = parser.add_argument_group("input")
-    group.add_argument("-a", "--arch", default="resnet50", help="any torchvision ResNet")
-    group.add_argument("-b", "--batch-size", type=positive, default=batch, help="of this node in one pass, split over its processes")
+def add_input(parser: Parser, batch: int, recipe: str | None, arch: str | None = "resnet50") -> None:
+    """What is read and how it is computed. `recipe` or `arch` None leaves the choice to the script."""
+    group = parser.add_argument_group("input and computation")
+    group.add_argument("-a", "--arch", default=arch, help="any torchvision ResNet" + ("" if arch else "; read from the checkpoint"))
+    group.add_argument(
+        "-b", "--batch-size", type=positive, default=batch, help="of this node in one pass, split over its processes"
+    )
     group.add_argument("-j", "--workers", type=natural, default=8, help="loader processes of this node, split over its processes")
     group.add_argument("--image-size", type=positive, default=224, metavar="PIXELS", help="of a full-size view")
     group.add_argument("--recipe", default=recipe, help="views by name, see moco/augment/recipes.py")
     group.add_argument("--amp", choices=("off", "bf16", "fp16"), default="off", help="mixed precision; losses stay in fp32")
     group.add_argument("--compile", action="store_true", help="torch.compile the networks")
+
+
+def add_pretrained(parser: Parser) -> None:
+    """Which encoder is evaluated."""
+    group = parser.add_argument_group("encoder")
+    group.add_argument("--pretrained", metavar="FILE", help="checkpoint of any method here, or a MoCo, SogCLR, MoBY or bare file")
 
 
 def add_optimizer(parser: Parser, epochs: int, lr: float, wd: float, schedule: list[int]) -> None:
@@ -174,7 +181,9 @@ def add_run(parser: Parser) -> None:
     group = parser.add_argument_group("monitor")
     group.add_argument("-p", "--print-freq", type=positive, default=10, metavar="STEPS", help="steps between log lines")
     group.add_argument("--resume", metavar="FILE", help="go on from this checkpoint exactly as if never stopped")
-    group.add_argument("--save-every", type=positive, default=1, metavar="EPOCHS", help="epochs between checkpoints; the last is kept")
+    group.add_argument(
+        "--save-every", type=positive, default=1, metavar="EPOCHS", help="epochs between checkpoints; the last is kept"
+    )
 
 
 def add_pretrain(parser: Parser) -> None:
@@ -189,16 +198,21 @@ def add_pretrain(parser: Parser) -> None:
     add_launch(parser)
 
 
-def main(parser: Parser, check: Callable[[Options], None], run: Callable[[Options], None]) -> None:
-    """Parse, check, run; turn an InputError into one line on stderr and exit status 2."""
+def main(parser: Parser, check: Callable[[Options], None], worker: distributed.Worker) -> None:
+    """Parse, check, and run `worker(args, device)` in every process of the launch.
+
+    `check` completes and refuses options before any process starts. An InputError becomes one line on stderr and exit
+    status 2.
+    """
     try:
         args = parser.parse()
-        check_arch(args.arch)
+        if args.arch:
+            check_arch(args.arch)
         if args.recipe:
             recipe(args.recipe)
         check(args)
         args.save_dir = args.save_dir or time.strftime(f"runs/{args.script}-{args.arch}-%Y%m%d-%H%M%S")
-        run(args)
+        distributed.launch(worker, args)
     except InputError as error:
         parser.error(str(error))
     except KeyboardInterrupt:

@@ -10,7 +10,7 @@ from moco import distributed, encoder
 from moco.augment.color import normalize
 from moco.data import loader
 from moco.data.datasets import ImageFolder
-from moco.engine.precision import autocast
+from moco.engine.precision import autocast, layout
 
 
 @torch.inference_mode()
@@ -21,20 +21,15 @@ def extract(net: nn.Module, folder: ImageFolder, args: Namespace, device: torch.
     order = loader.EvalOrder(len(folder), args.batch_per_process)
     cut = loader.CenterCrop(args.image_size)
     rows, labels = [], []
-    for batch in loader.batches(folder, cut, order, workers_per_process(args), device):
+    for batch in loader.batches(folder, cut, order, args, device):
         with autocast(args.amp, device):
-            x = encoder.features(net, normalize(batch.views[0]))
+            x = encoder.features(net, layout(normalize(batch.views[0])))
         rows.append(F.normalize(x.float(), dim=1))
         labels.append(batch.label)
     net.train(was_training)
     if not rows:
         return torch.empty(0, 1, device=device), torch.empty(0, dtype=torch.long, device=device)
     return torch.cat(rows), torch.cat(labels)
-
-
-def workers_per_process(args: Namespace) -> int:
-    """`--workers` is the node's; each process takes its share, rounded up."""
-    return -(-args.workers * args.batch_per_process // args.batch_size)
 
 
 @torch.inference_mode()

@@ -1,0 +1,35 @@
+#!/usr/bin/env python
+"""Weighted k-NN: classify val/ by the frozen features of a pre-trained encoder, with train/ as the bank.
+
+Without --pretrained the encoder is randomly initialised, which is the baseline to compare with.
+"""
+
+import torch
+
+from moco.engine import classify, cli, features
+from moco.engine.log import say
+
+
+def parser() -> cli.Parser:
+    p = cli.Parser(__doc__)
+    cli.add_input(p, batch=256, recipe=None, arch=None)
+    cli.add_pretrained(p)
+    knn = p.add_argument_group("k-NN")
+    knn.add_argument("--k", type=cli.positive, nargs="+", default=[20], help="neighbours that vote; several in one pass")
+    knn.add_argument("--temperature", type=float, default=0.07, help="of the neighbours' weights")
+    cli.add_launch(p)
+    return p
+
+
+def worker(args: cli.Options, device: torch.device) -> None:
+    train, val = classify.splits(args)
+    net = classify.pretrained(args, len(train.classes), device)
+    bank, queries = (features.extract(net, folder, args, device) for folder in (train, val))
+    accuracy = features.knn(*bank, *queries, len(train.classes), args.k, args.temperature)
+    for k, top1 in accuracy.items():
+        say(f"* k-NN Acc@1 {100 * top1:.3f} (k {k})")
+    classify.write_results(args, "knn", {f"knn_{k}": top1 for k, top1 in accuracy.items()})
+
+
+if __name__ == "__main__":
+    cli.main(parser(), classify.check, worker)

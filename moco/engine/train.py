@@ -1,0 +1,151 @@
+"""The training loop: one for every script. What is trained, and on what loss, is a subclass's business."""
+
+import contextlib
+import time
+from abc import ABC, abstractmethod
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from moco import distributed, rng
+from moco.augment import color
+from moco.augment.recipes import recipe
+from moco.data import loader
+from moco.data.datasets import ImageFolder
+from moco.engine import checkpoint, optim, precision
+from moco.engine.log import Mean, RunLog, say
+from moco.errors import InputError
+
+
+class Trainer(ABC):
+    """One process's part of a run: a module, its optimizer, and where they stand.
+
+    Args:
+        args: the options of `cli.add_input`, `add_optimizer` and `add_run`, with `method` and `batch_per_process` set.
+        module: what is trained and saved; already on `device`.
+        folder: the training images.
+    """
+
+    def __init__(self, args: Namespace, module: nn.Module, folder: ImageFolder, device: torch.device):
+        self.args, self.module, self.folder, self.device = args, module, folder, device
+        self.recipe = recipe(args.recipe, args.image_size)
+        self.optimizer = optim.sgd(module.parameters(), args)
+        self.scaler = precision.scaler(args.amp, device)
+        self.first_epoch = self._resume(checkpoint.load(args.resume)) if args.resume else 0
+        # queues are equal on every rank by construction; BN statistics are shared once an epoch
+        self.ddp = DistributedDataParallel(module, broadcast_buffers=False) if distributed.world() > 1 else module
+        self.order = loader.TrainOrder(
+            len(folder), args.batch_per_process, args.accumulation_steps, self.first_epoch, args.epochs, args.seed
+        )
+        self.steps_per_epoch = self.order.batches // args.accumulation_steps
+
+    @abstractmethod
+    def forward(self, views: list[Tensor], batch: loader.Batch, progress: rng.Progress) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss and metrics of one pass, through `self.ddp`."""
+
+    def start_epoch(self) -> None:
+        """Put the module into the mode it trains in."""
+        self.module.train()
+
+    def after_step(self) -> None:  # noqa: B027 (a subclass may have nothing to add)
+        """What follows the optimizer's step."""
+
+    def end_epoch(self, done: int) -> dict[str, float]:
+        """Evaluate and save after `done` epochs; returns what to log."""
+        return {}
+
+    def train(self) -> None:
+        """Every epoch that is left, with its log lines."""
+        args, per_epoch = self.args, self.steps_per_epoch
+        self._announce()
+        log = RunLog(args, per_epoch * args.epochs, per_epoch * self.first_epoch)
+        cut = loader.RandomCrops(self.recipe, args.seed)
+        batches = loader.batches(self.folder, cut, self.order, args, self.device)
+        for epoch in range(self.first_epoch, args.epochs):
+            self._epoch(epoch, batches, log)
+            distributed.broadcast_buffers(self.module)
+            metrics = self.end_epoch(epoch + 1)
+            if metrics:
+                log.line(epoch, (epoch + 1) * per_epoch, metrics)
+        log.close()
+
+    def _epoch(self, epoch: int, batches: Iterator[loader.Batch], log: RunLog) -> None:
+        args, per_epoch = self.args, self.steps_per_epoch
+        lr = optim.learning_rate(args, epoch)
+        optim.set_learning_rate(self.optimizer, lr)
+        self.start_epoch()
+        mean = Mean()
+        for step in range(epoch * per_epoch, (epoch + 1) * per_epoch):
+            for micro in range(args.accumulation_steps):
+                before = time.perf_counter()
+                batch = next(batches)
+                log.wait(time.perf_counter() - before)
+                mean.add(self._pass(batch, rng.Progress(args.seed, epoch, step, micro, per_epoch, args.epochs)))
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            self.optimizer.zero_grad(set_to_none=True)
+            self.after_step()
+            log.tick()
+            if (step + 1) % args.print_freq == 0 or (step + 1) % per_epoch == 0:
+                log.line(epoch, step + 1, {**mean.read(), "lr": lr})
+
+    def _pass(self, batch: loader.Batch, progress: rng.Progress) -> dict[str, Tensor]:
+        """Views, loss, gradient. The ranks' gradients meet in the last pass of a step."""
+        args, last = self.args, progress.micro + 1 == self.args.accumulation_steps
+        views = [
+            precision.layout(color.augment(crops, view, progress.generator(rng.COLOR, "cpu", distributed.rank(), i)))
+            for i, (crops, view) in enumerate(zip(batch.views, self.recipe, strict=True))
+        ]
+        with contextlib.nullcontext() if last or self.ddp is self.module else self.ddp.no_sync():
+            with precision.autocast(args.amp, self.device):
+                loss, metrics = self.forward(views, batch, progress)
+            self.scaler.scale(loss / args.accumulation_steps).backward()
+        return {"loss": loss, **metrics}
+
+    def _announce(self) -> None:
+        args, w = self.args, distributed.world()
+        batch = args.batch_per_process * w * args.accumulation_steps
+        if not self.steps_per_epoch:
+            raise InputError(f"{self.folder.root}: {len(self.folder)} images do not fill one batch of {batch}; lower --batch-size")
+        say(f"{args.method} {args.arch}: {len(self.folder)} images in {self.folder.root}")
+        say(f"views {args.recipe} at {args.image_size} pixels; {self.device.type}, amp {args.amp}")
+        say(
+            f"total batch {batch} = {args.batch_per_process} per process x {w} processes x {args.accumulation_steps} accumulation; "
+            f"lr after scaling {args.lr:g} (taken as given), lr warm-up {args.lr_warmup_epochs} epochs; "
+            f"{args.epochs} epochs x {self.steps_per_epoch} steps"
+        )
+        if args.resume:
+            say(f"resumed from {args.resume} at epoch {self.first_epoch}")
+        say(f"run folder {args.save_dir}")
+
+    def _resume(self, state: checkpoint.State) -> int:
+        """Take up a checkpoint; returns the epoch to run next."""
+        args = self.args
+        checkpoint.restore(self.module, state, args.resume, args.arch, args.method)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        args.seed = state["progress"]["seed"]
+        return state["epoch"]
+
+    def save(self, name: str, done: int, **more: float) -> None:
+        """Write the run's state after `done` epochs to the run folder, on rank 0."""
+        if distributed.rank() != 0:
+            return
+        step = done * self.steps_per_epoch
+        samples = step * self.args.accumulation_steps * self.args.batch_per_process * distributed.world()
+        state = {
+            "epoch": done,
+            "arch": self.args.arch,
+            "method": self.args.method,
+            "args": vars(self.args),
+            "state_dict": {f"module.{key}": tensor for key, tensor in self.module.state_dict().items()},
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "progress": {"step": step, "samples": samples, "seed": self.args.seed},
+            **more,
+        }
+        checkpoint.save(Path(self.args.save_dir) / name, state)
