@@ -21,6 +21,10 @@ def parser() -> cli.Parser:
     return p
 
 
+def check(args: cli.Options) -> None:
+    classify.check(args)
+
+
 def worker(args: cli.Options, device: torch.device) -> None:
     train, val = classify.splits(args)
     net = classify.pretrained(args, len(train.classes), device)
@@ -32,4 +36,4 @@ def worker(args: cli.Options, device: torch.device) -> None:
 
 
 if __name__ == "__main__":
-    cli.main(parser(), classify.check, worker)
+    cli.main(parser(), check, worker)

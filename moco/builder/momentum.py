@@ -64,10 +64,11 @@ class MoCo(nn.Module):
             return self.contrast(q, own, progress)
 
     def contrast(self, q: Tensor, k: Tensor, progress: Progress) -> tuple[Tensor, dict[str, Tensor]]:
-        """InfoNCE of unit queries and keys [B, C] against the queue."""
+        """InfoNCE of unit queries and keys [B, C]; accuracy among the queue's negatives, whatever else is added."""
         positive = (q * k).sum(1)  # [B]
-        negatives = self.negatives(q, q @ self.queue.T, progress)
-        return info_nce(positive, negatives, self.T), contrast_accuracy(positive, negatives)
+        similarity = q @ self.queue.T  # [B, K]
+        loss = info_nce(positive, self.negatives(q, similarity, progress), self.T)
+        return loss, contrast_accuracy(positive, similarity)
 
     def negatives(self, q: Tensor, similarity: Tensor, progress: Progress) -> list[Tensor]:
         """Similarities of the queries to all their negatives, given those to the queue, [B, K]."""

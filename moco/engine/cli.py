@@ -17,6 +17,8 @@ from moco.errors import InputError, unknown
 
 Options = argparse.Namespace
 
+_NOT_OPTIONS = {"cfg", "script", "method", "nodes", "batch_per_process"}  # what a run's args.yaml holds beside its options
+
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
     """Shows each default, except where there is none to speak of."""
@@ -79,9 +81,11 @@ class Parser(argparse.ArgumentParser):
             raise InputError(f"--cfg {path}: not YAML: {' '.join(str(error).split())}") from None
         if not isinstance(values, dict):
             raise InputError(f"--cfg {path}: expected lines of the form 'option: value'")
-        actions = {a.dest: a for a in self._actions if a.dest not in ("help", "cfg", "data_option")}
+        actions = {a.dest: a for a in self._actions if a.dest not in ("help", "data_option")}
         for key, value in values.items():
             dest = str(key).replace("-", "_")
+            if dest in _NOT_OPTIONS:
+                continue
             if dest not in actions:
                 near = difflib.get_close_matches(dest, actions, n=1, cutoff=0.0)
                 raise InputError(f"--cfg {path}: unknown key '{key}'; the nearest option is '{near[0].replace('_', '-')}'")
@@ -102,7 +106,9 @@ def _convert(action: argparse.Action, value: object, where: str) -> object:
     def one(item: object) -> object:
         try:
             item = action.type(str(item)) if action.type else str(item)
-        except (ValueError, argparse.ArgumentTypeError):
+        except argparse.ArgumentTypeError as error:
+            raise InputError(f"{where}: {error}") from None
+        except ValueError:
             raise InputError(f"{where}: {item!r} is not {getattr(action.type, '__name__', 'valid')}") from None
         if action.choices and item not in action.choices:
             raise InputError(f"{where}: {item!r} is not one of {', '.join(map(str, action.choices))}")

@@ -22,12 +22,12 @@ def info_nce(positive: Tensor, negatives: list[Tensor], temperature: float) -> T
 
 
 @torch.no_grad()
-def contrast_accuracy(positive: Tensor, negatives: list[Tensor]) -> dict[str, Tensor]:
-    """How often the positive is first (`acc1`) or among the first five (`acc5`) of all logits, scalars in [0, 1].
+def contrast_accuracy(positive: Tensor, negatives: Tensor) -> dict[str, Tensor]:
+    """How often the positive [N] is first (`acc1`) or among the first five (`acc5`) beside its negatives [N, K].
 
-    Counts the negatives above the positive, one pass over each [N, K_i]; no sort.
+    Scalars in [0, 1]. Counts the negatives above the positive in one pass over K; no sort.
     """
-    above = sum((s > positive[:, None]).sum(1) for s in negatives)
+    above = (negatives > positive[:, None]).sum(1)
     return {"acc1": (above < 1).float().mean(), "acc5": (above < 5).float().mean()}
 
 

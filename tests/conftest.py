@@ -1,0 +1,64 @@
+"""What the tests share: tiny image folders, and the scripts called in this process or from a shell."""
+
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+
+def write_images(root: Path, classes: int = 2, train: int = 12, val: int = 5, size: int = 40) -> Path:
+    """An ImageNet-style folder of JPEGs; each class has a colour of its own, with noise."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", train), ("val", val)):
+        for c in range(classes):
+            folder = root / split / f"class{c}"
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 120, (size, size, 3)) + np.array([c % 2, c // 2 % 2, c // 4 % 2]) * 130
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i}.jpg")
+    return root
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    return write_images(tmp_path / "images")
+
+
+@pytest.fixture(scope="session")
+def shared_images(tmp_path_factory) -> Path:
+    return write_images(tmp_path_factory.mktemp("images"), classes=3, train=16)
+
+
+def shell(*command: object, env: dict[str, str] | None = None, wait: bool = True) -> subprocess.CompletedProcess | subprocess.Popen:
+    """Run `python COMMAND` from the project's root, as a user would."""
+    words = [sys.executable, *map(str, command)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT, "env": {**os.environ, **(env or {})}}
+    return subprocess.run(words, timeout=600, **pipes) if wait else subprocess.Popen(words, **pipes)
+
+
+@pytest.fixture
+def script(capsys, monkeypatch):
+    """Call a script's command line in this process: returns exit status, stdout and stderr."""
+
+    def call(name: str, *options: object) -> tuple[int, str, str]:
+        from moco.engine import cli
+
+        module = importlib.import_module(name)
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, options)])
+        status = 0
+        try:
+            cli.main(module.parser(), module.check, module.worker)
+        except SystemExit as stop:
+            status = stop.code
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return call

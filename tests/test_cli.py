@@ -1,0 +1,342 @@
+"""Bad input ends with one clear line and status 2; options, YAML defaults and launch plans mean what they say."""
+
+import socket
+from argparse import Namespace
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+import main_synco
+from moco import distributed
+from moco.errors import InputError, unknown
+
+SMALL = ("-a", "resnet18", "--image-size", 32, "-b", 8, "-j", 0, "--epochs", 1, "--moco-k", 32)
+
+
+def refused(result: tuple[int, str, str], *words: str) -> None:
+    status, _, err = result
+    assert status == 2
+    assert len(err.strip().splitlines()) == 1, err
+    for word in words:
+        assert word in err, err
+
+
+# data
+
+
+def test_missing_folder(script, tmp_path):
+    refused(script("main_synco", tmp_path / "nowhere", *SMALL), "nowhere", "no such folder")
+
+
+def test_no_data_given(script):
+    refused(script("main_synco", *SMALL), "no data folder", "photos")
+
+
+def test_no_train(script, tmp_path):
+    (tmp_path / "val" / "a").mkdir(parents=True)
+    refused(script("main_synco", tmp_path, *SMALL), "no train/")
+
+
+def test_no_val(script, tmp_path):
+    (tmp_path / "train" / "a").mkdir(parents=True)
+    refused(script("main_lincls", tmp_path, "-a", "resnet18"), "no val/")
+    refused(script("main_synco", tmp_path, *SMALL, "--knn-every", 1), "no val/")
+
+
+def test_flat_val(script, images):
+    for folder in (images / "val").iterdir():
+        for file in folder.iterdir():
+            file.rename(images / "val" / f"{folder.name}-{file.name}")
+        folder.rmdir()
+    refused(script("main_lincls", images, "-a", "resnet18"), "val", "no class folders")
+
+
+def test_val_with_one_class(script, images):
+    (images / "val" / "class1").rename(images / "class1")
+    refused(script("main_lincls", images, "-a", "resnet18"), "val", "one class")
+
+
+def test_val_classes_that_are_not_trains(script, images):
+    (images / "val" / "class1").rename(images / "val" / "stranger")
+    refused(script("main_knn", images, "-a", "resnet18"), "stranger", "not among train's")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_unreadable_image_is_named(script, images, tmp_path, workers):
+    (images / "train" / "class0" / "3.jpg").write_text("no image")
+    result = script("main_synco", images, *SMALL, "-j", workers, "--save-dir", tmp_path / "run")
+    refused(result, "class0/3.jpg", "unreadable")
+
+
+def test_empty_image_is_named(script, images, tmp_path):
+    (images / "train" / "class1" / "0.jpg").write_bytes(b"")
+    refused(script("main_synco", images, *SMALL, "--save-dir", tmp_path / "run"), "class1/0.jpg", "empty")
+
+
+def test_truncated_image_is_named(script, images, tmp_path):
+    file = images / "train" / "class1" / "0.jpg"
+    file.write_bytes(file.read_bytes()[:400])
+    refused(script("main_synco", images, *SMALL, "--save-dir", tmp_path / "run"), "class1/0.jpg", "unreadable")
+
+
+def test_fewer_images_than_a_batch(script, images, tmp_path):
+    refused(script("main_synco", images, *SMALL, "-b", 64, "--save-dir", tmp_path / "run"), "24 images", "--batch-size")
+
+
+# names
+
+
+def test_unknown_arch_names_the_nearest(script, images):
+    refused(script("main_synco", images, "-a", "resnet81"), "resnet81", "nearest is 'resnet18'")
+
+
+def test_unknown_recipe_names_the_nearest(script, images):
+    refused(script("main_synco", images, *SMALL, "--recipe", "moco_v2"), "moco_v2", "nearest is 'mocov2'")
+
+
+def test_unknown_option_names_the_nearest(script, images):
+    refused(script("main_synco", images, *SMALL, "--n-hrad", 5), "--n-hrad", "nearest is '--n-hard'")
+
+
+def test_unknown_yaml_key_names_the_nearest(script, images, tmp_path):
+    (tmp_path / "c.yaml").write_text("moco_temperature: 0.2\n")
+    refused(script("main_synco", images, *SMALL, "--cfg", tmp_path / "c.yaml"), "moco_temperature", "nearest option is 'moco")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("lr: fast\n", ["lr", "fast", "float"]),
+        ("cos: 3\n", ["cos", "true or false"]),
+        ("schedule: 120\n", ["schedule", "a list"]),
+        ("epochs: 0\n", ["epochs", "below 1"]),
+        ("amp: fp8\n", ["amp", "fp8", "bf16"]),
+        ("- a\n", ["option: value"]),
+        ("a: [1\n", ["not YAML"]),
+    ],
+)
+def test_bad_yaml(script, images, tmp_path, text, words):
+    (tmp_path / "c.yaml").write_text(text)
+    refused(script("main_synco", images, *SMALL, "--cfg", tmp_path / "c.yaml"), "c.yaml", *words)
+
+
+def test_missing_yaml(script, images):
+    refused(script("main_synco", images, "--cfg", "nowhere.yaml"), "nowhere.yaml", "No such file")
+
+
+# numbers
+
+
+def test_more_hard_negatives_than_queue_rows(script, images):
+    refused(script("main_synco", images, *SMALL, "--n-hard", 33, "--n1", 1), "--n-hard 33", "32 rows")
+
+
+def test_synthetic_negatives_without_hard_ones(script, images):
+    refused(script("main_synco", images, *SMALL, "--n4", 1), "--n-hard")
+
+
+@pytest.mark.parametrize("option", [("--moco-t", 0), ("--moco-m", 1.5), ("--n1", -1), ("-b", 0), ("--epochs", "many")])
+def test_numbers_out_of_range(script, images, option):
+    refused(script("main_synco", images, *SMALL, *option), option[0])
+
+
+def test_batch_smaller_than_processes(script, images):
+    result = script("main_synco", images, *SMALL, "-b", 2, "--multiprocessing-distributed", "--nproc-per-node", 3)
+    refused(result, "--batch-size 2", "3 processes")
+
+
+# launch
+
+
+def test_port_in_use(script, images):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        url = f"tcp://127.0.0.1:{port}"
+        result = script("main_synco", images, *SMALL, "--multiprocessing-distributed", "--dist-url", url)
+    refused(result, str(port), "in use")
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        (("--multiprocessing-distributed", "--dist-url", "tcp://localhost"), "tcp://HOST:PORT"),
+        (("--multiprocessing-distributed", "--world-size", 2, "--rank", 0), "--dist-url"),
+        (("--multiprocessing-distributed", "--world-size", 2, "--rank", 2), "--rank 2"),
+        (("--gpu", 99), "--gpu 99"),
+    ],
+)
+def test_impossible_launch(script, images, options, word):
+    refused(script("main_synco", images, *SMALL, *options), word)
+
+
+def launch_options(**given) -> Namespace:
+    none = {
+        "gpu": None,
+        "nproc_per_node": None,
+        "multiprocessing_distributed": False,
+        "world_size": -1,
+        "rank": -1,
+        "dist_url": "auto",
+    }
+    return Namespace(**{**none, **given})
+
+
+@pytest.fixture
+def no_launcher(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_plan_without_a_launcher_is_one_process(no_launcher):
+    plan = distributed.plan(launch_options())
+    assert (plan.launcher, plan.world, plan.url) == ("single", 1, "")
+
+
+def test_plan_of_torchrun(no_launcher, monkeypatch):
+    for name, value in {"RANK": 5, "WORLD_SIZE": 8, "LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 4}.items():
+        monkeypatch.setenv(name, str(value))
+    plan = distributed.plan(launch_options())
+    assert (plan.launcher, plan.nodes, plan.local, plan.first, plan.world, plan.local_rank) == ("torchrun", 2, 4, 5, 8, 1)
+
+
+def test_plan_of_srun(no_launcher, monkeypatch):
+    values = {"SLURM_STEP_NUM_TASKS": 8, "SLURM_STEP_NUM_NODES": 2, "SLURM_PROCID": 6, "SLURM_LOCALID": 2}
+    for name, value in {**values, "SLURM_STEP_NODELIST": "nodeA", "SLURM_JOB_ID": 12}.items():
+        monkeypatch.setenv(name, str(value))
+    plan = distributed.plan(launch_options())
+    assert (plan.launcher, plan.nodes, plan.local, plan.first, plan.world, plan.local_rank) == ("srun", 2, 4, 6, 8, 2)
+    assert plan.url == "tcp://nodeA:20012"
+
+
+def test_plan_of_a_batch_script_without_srun_is_one_process(no_launcher, monkeypatch):
+    monkeypatch.setenv("SLURM_NTASKS", "8")
+    assert distributed.plan(launch_options()).launcher == "single"
+
+
+def test_plan_of_two_spawning_nodes(no_launcher):
+    given = {
+        "multiprocessing_distributed": True,
+        "nproc_per_node": 3,
+        "world_size": 2,
+        "rank": 1,
+        "dist_url": "tcp://10.0.0.1:9999",
+    }
+    plan = distributed.plan(launch_options(**given))
+    assert (plan.launcher, plan.nodes, plan.local, plan.first, plan.world) == ("spawn", 2, 3, 3, 6)
+
+
+# checkpoints
+
+
+@pytest.fixture
+def checkpoint(script, images, tmp_path):
+    status, _, err = script("main_synco", images, *SMALL, "--save-dir", tmp_path / "run")
+    assert status == 0, err
+    return tmp_path / "run" / "checkpoint_0000.pth.tar"
+
+
+def test_truncated_checkpoint(script, images, checkpoint, tmp_path):
+    broken = tmp_path / "broken.pth.tar"
+    data = checkpoint.read_bytes()
+    for length in (0, 100, len(data) // 2, len(data) - 10):
+        broken.write_bytes(data[:length])
+        refused(script("main_lincls", images, "--pretrained", broken), "broken.pth.tar", "not a readable checkpoint")
+    refused(
+        script("main_synco", images, *SMALL, "--resume", broken, "--save-dir", tmp_path / "r"), "broken.pth.tar", "not a readable"
+    )
+
+
+def test_checkpoint_of_another_arch(script, images, checkpoint, tmp_path):
+    refused(script("main_lincls", images, "--pretrained", checkpoint, "-a", "resnet50"), "does not fit")
+    refused(script("main_lincls", images, "--pretrained", checkpoint, "-a", "resnet34"), "does not fit")
+    result = script("main_synco", images, *SMALL, "-a", "resnet34", "--resume", checkpoint, "--save-dir", tmp_path / "r")
+    refused(result, "arch 'resnet18'", "'resnet34'")
+
+
+def test_checkpoint_of_another_method_or_shape(script, images, checkpoint, tmp_path):
+    resume = ("--resume", checkpoint, "--save-dir", tmp_path / "r")
+    refused(script("main_synco", images, *SMALL, *resume, "--n-hard", 4, "--n2", 1), "method 'moco'", "'synco'")
+    refused(script("main_synco", images, *SMALL, *resume, "--moco-k", 64), "queue")
+    refused(script("main_synco", images, *SMALL, *resume, "--mlp"), "fc")
+
+
+def test_missing_checkpoint(script, images):
+    refused(script("main_lincls", images, "--pretrained", "nowhere.pth"), "nowhere.pth", "no such checkpoint")
+
+
+def test_checkpoint_with_code_is_not_run(script, images, tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "touched"), "w"))
+
+    torch.save({"state_dict": Evil()}, tmp_path / "evil.pth")
+    refused(script("main_lincls", images, "--pretrained", tmp_path / "evil.pth"), "evil.pth")
+    assert not (tmp_path / "touched").exists()
+
+
+def test_run_folder_of_another_run_is_kept(script, images, checkpoint):
+    before = checkpoint.read_bytes()
+    refused(script("main_synco", images, *SMALL, "--save-dir", checkpoint.parent), "another run's checkpoints")
+    assert checkpoint.read_bytes() == before
+
+
+# what options mean
+
+
+def options(*words: object) -> Namespace:
+    return main_synco.parser().parse([str(word) for word in words])
+
+
+def test_underscores_and_hyphens_are_the_same():
+    hyphens = options("d", "--n-hard", 5, "--moco-t", 0.3, "--batch-size=7")
+    underscores = options("d", "--n_hard", 5, "--moco_t", 0.3, "--batch_size=7")
+    assert vars(hyphens) == vars(underscores)
+    assert (hyphens.n_hard, hyphens.moco_t, hyphens.batch_size) == (5, 0.3, 7)
+
+
+def test_data_is_positional_or_an_option():
+    assert options("--mlp", "folder").data == "folder"
+    assert options("--data", "folder").data == "folder"
+
+
+def test_flags_win_over_yaml(tmp_path):
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump({"lr": 0.5, "n_hard": 7, "cos": True, "schedule": [1, 2], "moco-k": 64}))
+    args = options("d", "--cfg", tmp_path / "c.yaml", "--lr", 0.25, "--no-cos")
+    assert (args.lr, args.n_hard, args.cos, args.schedule, args.moco_k) == (0.25, 7, False, [1, 2], 64)
+
+
+def test_args_yaml_of_a_run_is_a_recipe(checkpoint):
+    first = options("--cfg", checkpoint.parent / "args.yaml", "--save-dir", "elsewhere")
+    assert (first.arch, first.moco_k, first.batch_size, first.image_size) == ("resnet18", 32, 8, 32)
+    assert first.save_dir == "elsewhere"
+
+
+@pytest.mark.parametrize(("name", "expected"), [("synco_200", (200, 1024, 256, 64, 0.2)), ("mocov2_800", (800, 0, 0, 0, 0.2))])
+def test_published_recipes_parse(name, expected):
+    args = options("d", "--cfg", f"configs/{name}.yaml")
+    assert (args.epochs, args.n_hard, args.n1, args.n6, args.moco_t) == expected
+
+
+def test_help_groups_options_and_shows_defaults(script):
+    status, out, _ = script("main_synco", "--help")
+    assert status == 0
+    assert "synthetic negatives" in out and "launch" in out
+    assert "(default: 65536)" in out
+    assert "local-rank" not in out
+
+
+def test_bad_input_error_is_an_exception_of_its_own():
+    with pytest.raises(InputError, match="nearest is 'beta'"):
+        raise unknown("thing", "betta", ["alpha", "beta"])
+
+
+def test_pictures_of_many_modes_are_read(script, images, tmp_path):
+    folder = images / "train" / "class0"
+    for i, mode in enumerate(("L", "RGBA", "P", "CMYK", "1")):
+        Image.new("RGB", (40, 40), (200, 30, 90)).convert(mode).save(folder / f"m{i}.{'jpg' if mode == 'CMYK' else 'png'}")
+    status, _, err = script("main_synco", images, *SMALL, "--save-dir", tmp_path / "run")
+    assert status == 0, err

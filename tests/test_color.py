@@ -1,0 +1,278 @@
+"""Batched colour operations against torchvision's, one image at a time; the distribution of their draws."""
+
+import math
+from dataclasses import fields, replace
+
+import pytest
+import torch
+from scipy.stats import chisquare, kstest
+from torchvision.transforms.v2 import functional as F
+
+from moco.augment import color
+from moco.augment.recipes import MEAN, RECIPES, STD, View, recipe
+from moco.errors import InputError
+
+TOLERANCE = 1e-4
+IMAGES_PER_BATCH = 50
+FOUR_BATCHES = pytest.mark.parametrize(("height", "width", "seed"), [(24, 24, 0), (17, 31, 1), (40, 23, 2), (33, 48, 3)])
+MANY = 20_000
+PROBABILITIES = ("jitter_p", "gray_p", "blur_p", "solarize_p", "flip_p")
+BUSY = View(jitter=(0.3, 0.5, 0.7, 0.2), jitter_p=0.7, gray_p=0.3, blur_p=0.6, solarize_p=0.4, flip_p=0.5)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Images this small are quicker without threads, far quicker where other programs keep the cores busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def generator(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def images(height, width, seed):
+    """50 random images; some are saturated, gray, black, white or nearly flat, the others hold pixels of these kinds."""
+    x = torch.rand(IMAGES_PER_BATCH, 3, height, width, generator=generator(seed))
+    x[:6] = x[:6].round()
+    x[6:12] = x[6:12, :1]
+    x[12:14] = 0
+    x[14:16] = 1
+    x[16:20] = 0.3 + 0.001 * x[16:20]
+    x[20:, :, 0] = x[20:, :, 0].round()
+    x[20:, :, 1] = x[20:, :1, 1]
+    x[20:, :, 2] = 0
+    x[20:, 1:, 3] = x[20:, 1:2, 3]
+    return x
+
+
+def between(low, high, seed):
+    """50 random numbers, both ends among them."""
+    values = low + (high - low) * torch.rand(IMAGES_PER_BATCH, generator=generator(100 + seed))
+    values[20], values[-1] = low, high
+    return values
+
+
+def one_by_one(operation, x, *parameters):
+    return torch.stack([operation(image, *values) for image, *values in zip(x, *(p.tolist() for p in parameters), strict=True)])
+
+
+def assert_close(ours, theirs):
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=TOLERANCE)
+
+
+@FOUR_BATCHES
+@pytest.mark.parametrize("place", range(3))
+def test_blend_is_torchvisions_brightness_contrast_and_saturation(place, height, width, seed):
+    x, factor = images(height, width, seed), between(0, 2, seed)
+    factors = [torch.ones(len(x))] * 3
+    factors[place] = factor
+    theirs = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation)[place]
+    assert_close(color.blend(x, *factors), one_by_one(theirs, x, factor))
+
+
+@FOUR_BATCHES
+def test_blend_of_a_batch_may_do_another_blend_to_each_sample(height, width, seed):
+    x, factor = images(height, width, seed), between(0, 2, seed)
+    place = torch.arange(len(x)) % 4  # every fourth sample is left as it is
+    theirs = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, lambda image, _: image)
+    expected = one_by_one(lambda image, p, f: theirs[p](image, f), x, place, factor)
+    ours = color.blend(x, *(torch.where(place == p, factor, torch.ones(())) for p in range(3)))
+    assert_close(ours, expected)
+
+
+@FOUR_BATCHES
+def test_hue(height, width, seed):
+    x, shift = images(height, width, seed), between(-0.5, 0.5, seed)
+    shift[21:28] = torch.arange(-3, 4) / 6  # whole sectors of the colour circle
+    assert_close(color.adjust_hue(x, shift), one_by_one(F.adjust_hue, x, shift))
+
+
+@FOUR_BATCHES
+@pytest.mark.parametrize("radius", [1, 6, 11])
+def test_blur_with_a_sigma_for_each_sample(radius, height, width, seed):
+    x, sigma = images(height, width, seed), between(0.1, 2, seed)
+    taps = 2 * radius + 1
+    expected = one_by_one(lambda image, s: F.gaussian_blur(image, [taps, taps], [s, s]), x, sigma)
+    assert_close(color.gaussian_blur(x, sigma, radius), expected)
+
+
+@FOUR_BATCHES
+def test_grayscale(height, width, seed):
+    x = images(height, width, seed)
+    assert_close(color.grayscale(x), one_by_one(F.rgb_to_grayscale, x))
+
+
+@FOUR_BATCHES
+def test_solarize(height, width, seed):
+    x, threshold = images(height, width, seed), between(0, 1, seed)
+    assert_close(color.solarize(x), one_by_one(lambda image: F.solarize(image, 0.5), x))
+    ours = torch.cat([color.solarize(x[i : i + 1], t) for i, t in enumerate(threshold.tolist())])
+    assert_close(ours, one_by_one(F.solarize, x, threshold))
+
+
+@FOUR_BATCHES
+def test_normalize_takes_floats_and_bytes(height, width, seed):
+    x = images(height, width, seed)
+    assert_close(color.normalize(x), one_by_one(lambda image: F.normalize(image, MEAN, STD), x))
+    x = (x * 255).round().to(torch.uint8)
+    as_float = F.to_dtype(x, torch.float32, scale=True)
+    assert_close(color.normalize(x), one_by_one(lambda image: F.normalize(image, MEAN, STD), as_float))
+
+
+@FOUR_BATCHES
+def test_flip_turns_only_the_drawn_samples(height, width, seed):
+    x, view = images(height, width, seed), View(flip_p=0.5)
+    draws = color.draw(view, len(x), generator(seed))
+    expected = one_by_one(lambda image, flip: F.horizontal_flip(image) if flip else image, x, draws.flip)
+    assert 0 < draws.flip.sum() < len(x)
+    assert_close(color.apply(x, view, draws), F.normalize(expected, MEAN, STD))
+
+
+def jittered(image, order, factors):
+    theirs = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue)
+    for operation in order:
+        image = theirs[operation](image, factors[operation])
+    return image
+
+
+def one_view(image, draws, i, order, taps):
+    """Sample `i` of `draws` on one float image, in torchvision's operations."""
+    operations = {
+        "jitter": lambda image: jittered(image, draws.order[i].tolist(), draws.factors[i].tolist()),
+        "gray": lambda image: F.rgb_to_grayscale(image, num_output_channels=3),
+        "blur": lambda image: F.gaussian_blur(image, [taps, taps], [draws.sigma[i].item()] * 2),
+        "solarize": lambda image: F.solarize(image, 0.5),
+        "flip": F.horizontal_flip,
+    }
+    for name in order:
+        if getattr(draws, name)[i]:
+            image = operations[name](image)
+    return F.normalize(image, MEAN, STD)
+
+
+VIEWS = [
+    pytest.param(
+        view, ("gray", "jitter", "flip") if name == "mocov1" else ("jitter", "gray", "blur", "solarize", "flip"), id=f"{name}-{i}"
+    )
+    for name, views in RECIPES.items()
+    for i, view in enumerate(views)
+]
+
+
+def assert_apply_is_the_drawn_operations(x, view, order):
+    before = x.clone()
+    draws = color.draw(view, len(x), generator(5))
+    as_float = F.to_dtype(x, torch.float32, scale=True)
+    expected = torch.stack([one_view(image, draws, i, order, taps=13) for i, image in enumerate(as_float)])
+    assert_close(color.apply(x, view, draws), expected)
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize(("view", "order"), [*VIEWS, pytest.param(BUSY, ("jitter", "gray", "blur", "solarize", "flip"), id="busy")])
+def test_apply_is_the_drawn_operations_one_image_at_a_time(view, order):
+    x = torch.cat([images(24, 32, seed) for seed in range(2)])
+    assert_apply_is_the_drawn_operations((x * 255).round().to(torch.uint8), view, order)
+
+
+@FOUR_BATCHES
+def test_apply_takes_floats_of_any_size_and_leaves_them_as_they_are(height, width, seed):
+    assert_apply_is_the_drawn_operations(images(height, width, seed), BUSY, ("jitter", "gray", "blur", "solarize", "flip"))
+
+
+def test_apply_returns_float32_whatever_comes_in():
+    x = torch.rand(8, 3, 16, 16, dtype=torch.float64, generator=generator(0))
+    draws = color.draw(BUSY, 8, generator(1))
+    ours = color.apply(x, BUSY, draws)
+    assert ours.dtype == torch.float32
+    assert_close(ours, color.apply(x.float(), BUSY, draws))
+
+
+def test_views_smaller_than_the_blur_kernel_get_a_smaller_kernel():
+    x = torch.rand(20, 3, 5, 9, generator=generator(0))
+    view = View(blur_p=1.0, flip_p=0.0)
+    draws = color.draw(view, len(x), generator(1))
+    assert_close(
+        color.apply(x, view, draws), torch.stack([one_view(image, draws, i, ("blur",), taps=9) for i, image in enumerate(x)])
+    )
+
+
+def test_augment_draws_and_applies():
+    x = images(24, 24, 0)
+    assert torch.equal(color.augment(x, BUSY, generator(7)), color.apply(x, BUSY, color.draw(BUSY, len(x), generator(7))))
+
+
+def assert_happens_with_probability(happened, p):
+    assert abs(happened.float().mean().item() - p) <= 4 * math.sqrt(p * (1 - p) / len(happened))
+
+
+def assert_uniform(values, low, high):
+    assert low - 1e-6 <= values.min() and values.max() <= high + 1e-6
+    if high > low:
+        assert kstest(values.numpy(), "uniform", (low, high - low)).pvalue > 1e-3
+
+
+def assert_draws_fit(view, draws):
+    for name in PROBABILITIES:
+        assert_happens_with_probability(getattr(draws, name.removesuffix("_p")), getattr(view, name))
+    for place, strength in enumerate(view.jitter[:3]):
+        assert_uniform(draws.factors[:, place], max(0, 1 - strength), 1 + strength)
+    assert_uniform(draws.factors[:, 3], -view.jitter[3], view.jitter[3])
+    assert_uniform(draws.sigma, *view.blur_sigma)
+    orders = draws.order @ torch.tensor([64, 16, 4, 1])
+    assert torch.equal(draws.order.sort(1).values, torch.arange(4).expand(MANY, 4))
+    counts = orders.unique(return_counts=True)[1]
+    assert len(counts) == 24
+    assert chisquare(counts.numpy()).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("view", [case.values[0] for case in VIEWS] + [BUSY], ids=[case.id for case in VIEWS] + ["busy"])
+def test_draws_have_the_views_ranges_and_probabilities(view):
+    assert_draws_fit(view, color.draw(view, MANY, generator(11)))
+
+
+def test_factors_of_strong_jitter_stop_at_zero_but_hue_turns_both_ways():
+    view = View(jitter=(1.5, 1.0, 2.0, 0.5), blur_sigma=(0.5, 3.0))
+    assert_draws_fit(view, color.draw(view, MANY, generator(12)))
+
+
+def test_draws_are_independent_of_each_other():
+    draws = color.draw(BUSY, MANY, generator(13))
+    columns = [draws.jitter, draws.gray, draws.blur, draws.solarize, draws.flip, draws.sigma, *draws.factors.T, *draws.order.T[:3]]
+    correlation = torch.corrcoef(torch.stack([column.double() for column in columns]))
+    within_order = torch.zeros_like(correlation, dtype=torch.bool)
+    within_order[-3:, -3:] = True
+    correlation[within_order] = 0
+    assert correlation.fill_diagonal_(0).abs().max() < 4.5 / math.sqrt(MANY)
+
+
+def test_the_same_seed_draws_the_same_and_another_seed_does_not():
+    first, again, other = (color.draw(BUSY, 100, generator(seed)) for seed in (3, 3, 4))
+    for field in fields(first):
+        assert torch.equal(getattr(first, field.name), getattr(again, field.name))
+        assert not torch.equal(getattr(first, field.name), getattr(other, field.name))
+
+
+@pytest.mark.parametrize("name", PROBABILITIES)
+def test_an_operation_of_probability_zero_never_happens_and_of_one_always(name):
+    never = color.draw(replace(BUSY, **{name: 0.0}), MANY, generator(1))
+    always = color.draw(replace(BUSY, **{name: 1.0}), MANY, generator(1))
+    assert not getattr(never, name.removesuffix("_p")).any()
+    assert getattr(always, name.removesuffix("_p")).all()
+
+
+def test_a_view_without_operations_only_normalizes():
+    x, view = images(24, 24, 0), View(flip_p=0.0)
+    assert torch.equal(color.augment(x, view, generator(0)), color.normalize(x))
+
+
+def test_recipes_scale_with_the_size_of_the_run():
+    assert [view.size for view in recipe("mocov2", 32)] == [32, 32]
+    assert recipe("mocov2") == RECIPES["mocov2"]
+
+
+def test_an_unknown_recipe_is_told_its_nearest():
+    with pytest.raises(InputError, match=r"mocov3.*mocov[12]"):
+        recipe("mocov3")

@@ -1,0 +1,149 @@
+"""Random boxes and crops against torchvision's: their distribution, their place in the image, their pixels."""
+
+import random
+
+import pytest
+import torch
+from scipy.stats import ks_2samp
+from torchvision.transforms import RandomResizedCrop
+from torchvision.transforms.v2 import functional as F
+
+from moco.augment.crop import center_view, random_box, random_views, resized_crop
+from moco.augment.recipes import View
+from moco.rng import CROP, key
+
+DRAWS = 10_000
+RATIO = (3 / 4, 4 / 3)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Images this small are quicker without threads, far quicker where other programs keep the cores busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def our_boxes(height, width, view, seed):
+    return [random_box(height, width, view, key(CROP, seed, 0, i, 0)) for i in range(DRAWS)]
+
+
+def torchvision_boxes(height, width, view, seed, n=DRAWS):
+    image = torch.empty(1, height, width)
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(seed)
+        return [RandomResizedCrop.get_params(image, list(view.scale), list(view.ratio)) for _ in range(n)]
+
+
+def statistics(boxes):
+    top, left, height, width = torch.tensor(boxes, dtype=torch.float64).unbind(1)
+    return {
+        "area": height * width,
+        "aspect": width / height,
+        "top": top,
+        "left": left,
+        "bottom": top + height,
+        "right": left + width,
+        "diagonal": top + left,
+        "antidiagonal": top - left,
+    }
+
+
+def noise(height, width, seed=0):
+    return torch.randint(0, 256, (3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
+def max_difference(a, b):
+    assert a.shape == b.shape and a.dtype == b.dtype == torch.uint8
+    return (a.int() - b.int()).abs().max().item()
+
+
+@pytest.mark.parametrize(("height", "width", "scale"), [(375, 500, (0.2, 1.0)), (375, 500, (0.08, 1.0)), (100, 900, (0.08, 1.0))])
+def test_boxes_are_distributed_as_torchvisions(height, width, scale):
+    view = View(scale=scale)
+    ours = statistics(our_boxes(height, width, view, seed=1))
+    theirs = statistics(torchvision_boxes(height, width, view, seed=2))
+    p = {name: ks_2samp(ours[name].numpy(), theirs[name].numpy()).pvalue for name in ours}
+    assert min(p.values()) > 1e-3, p
+
+
+def test_an_elongated_image_sometimes_falls_back_and_sometimes_not():
+    height, width = 100, 900
+    fallback = torchvision_boxes(height, width, View(scale=(4, 4)), seed=0, n=1)[0]
+    ours = our_boxes(height, width, View(scale=(0.08, 1.0)), seed=1)
+    assert 0.02 < ours.count(fallback) / DRAWS < 0.98
+
+
+def test_boxes_lie_inside_images_of_any_shape():
+    draw = random.Random(0)
+    shapes = [(1, 1), (1, 500), (500, 1), (2, 3)] + [(draw.randint(1, 600), draw.randint(1, 600)) for _ in range(200)]
+    for number, (height, width) in enumerate(shapes):
+        for i in range(20):
+            view = View(scale=draw.choice([(0.08, 1.0), (0.2, 1.0), (0.001, 0.01), (1.0, 1.0)]))
+            top, left, h, w = random_box(height, width, view, key(number, i))
+            assert h >= 1 and w >= 1
+            assert 0 <= top <= height - h and 0 <= left <= width - w
+
+
+@pytest.mark.parametrize("ratio", [RATIO, (1.0, 1.0), (0.5, 3.0)])
+def test_the_fallback_is_torchvisions(ratio):
+    draw = random.Random(1)
+    view = View(scale=(4, 4), ratio=ratio)  # an area that never fits
+    shapes = [(1, 1), (1, 99), (99, 1), (100, 900), (900, 100), (375, 500)]
+    for height, width in shapes + [(draw.randint(1, 700), draw.randint(1, 700)) for _ in range(100)]:
+        assert random_box(height, width, view, key(height, width)) == torchvision_boxes(height, width, view, 0, n=1)[0]
+
+
+def test_a_box_depends_on_every_counter_of_its_key():
+    def boxes(*counters):
+        return [random_box(375, 500, View(), key(*counters, index)) for index in range(20)]
+
+    assert boxes(CROP, 0, 0) == boxes(CROP, 0, 0)
+    assert boxes(CROP, 0, 0) != boxes(CROP, 1, 0)
+    assert boxes(CROP, 0, 0) != boxes(CROP, 0, 1)
+    assert len(set(boxes(CROP, 0, 0))) == 20
+
+
+@pytest.mark.parametrize("size", [16, 64, 160])
+def test_resized_crop_has_torchvisions_pixels(size):
+    for i in range(20):
+        image = noise(120 + 7 * i, 300 - 11 * i, i)
+        image = image if i % 2 else F.gaussian_blur(image, [9, 9], [2.0, 2.0])
+        top, left, h, w = box = random_box(*image.shape[1:], View(scale=(0.01, 1.0)), key(size, i))
+        theirs = F.resized_crop(image, top, left, h, w, [size, size], antialias=True)
+        assert max_difference(resized_crop(image, box, size), theirs) <= 1
+
+
+def test_a_crop_of_its_own_size_keeps_every_pixel():
+    image = noise(50, 60)
+    assert torch.equal(resized_crop(image, (3, 5, 32, 32), 32), image[:, 3:35, 5:37])
+
+
+def test_random_views_cut_one_crop_for_each_view_of_the_recipe():
+    image = noise(90, 120)
+    recipe = (View(size=32), View(size=32), View(size=48, scale=(0.1, 0.3)))
+    views = random_views(image, recipe, CROP, 0, 3, 14)
+    assert [tuple(view.shape) for view in views] == [(3, 32, 32), (3, 32, 32), (3, 48, 48)]
+    assert not torch.equal(views[0], views[1])
+    for i, (cut, view) in enumerate(zip(views, recipe, strict=True)):
+        assert torch.equal(cut, resized_crop(image, random_box(90, 120, view, key(CROP, 0, 3, 14, i)), view.size))
+        assert cut.is_contiguous()
+
+
+SHAPES = {
+    "landscape": [(375, 500), (320, 427), (256, 259), (37, 39)],
+    "portrait": [(500, 375), (500, 333), (427, 320)],
+    "tiny": [(1, 1), (5, 7), (3, 40)],
+    "square": [(224, 224), (256, 256), (600, 600), (96, 96)],
+}
+
+
+@pytest.mark.parametrize("size", [32, 224])
+@pytest.mark.parametrize(("height", "width"), [shape for shapes in SHAPES.values() for shape in shapes])
+def test_center_view_has_torchvisions_pixels(height, width, size):
+    image = F.gaussian_blur(noise(height, width), [3, 3], [1.0, 1.0]) if min(height, width) > 1 else noise(height, width)
+    ours = center_view(image, size)
+    assert ours.shape == (3, size, size) and ours.is_contiguous()
+    theirs = F.center_crop(F.resize(image, [{32: 37, 224: 256}[size]], antialias=True), [size, size])
+    assert max_difference(ours, theirs) <= 1

@@ -1,0 +1,194 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torchvision import models
+
+from moco.encoder import backbone_keys, check_arch, features, load_backbone, resnet
+from moco.errors import InputError
+
+PREFIXES = [
+    "module.encoder_q.",
+    "module.base_encoder.",
+    "module.encoder.",
+    "encoder.",
+    "module.backbone.",
+    "backbone.",
+    "module.",
+    "",
+]
+
+
+def trained(seed):
+    """A resnet18 whose BatchNorm tensors, which all networks start equal, are drawn like its weights."""
+    torch.manual_seed(seed)
+    net = models.resnet18(num_classes=16)
+    for tensor in net.state_dict().values():
+        if not tensor.is_floating_point():
+            tensor.fill_(seed)
+        elif tensor.ndim == 1:
+            tensor.uniform_(0.5, 1.5)
+    return net
+
+
+@pytest.fixture(scope="module")
+def own():
+    """The network that the other tests copy; never written to."""
+    return trained(1)
+
+
+@pytest.fixture
+def net(own):
+    return copy.deepcopy(own)
+
+
+@pytest.fixture(scope="module")
+def published():
+    """The tensors of a file, with torchvision's names."""
+    return trained(2).state_dict()
+
+
+def zeros(shape):
+    return torch.zeros(()).expand(shape)
+
+
+def file_with(tensors, prefix):
+    """What a checkpoint holds besides the encoder: the other encoder of the pair, a queue, a predictor."""
+    file = {"module.queue": zeros((4, 8)), "module.queue_ptr": zeros(1), "module.predictor.0.weight": zeros((2, 2))}
+    if prefix not in ("module.", ""):
+        for other in ("module.encoder_k.", "module.momentum_encoder.", "encoder_k.", "momentum_encoder."):
+            file |= {other + name: zeros(t.shape) for name, t in tensors.items()}
+    return file | {prefix + name: t for name, t in tensors.items()}
+
+
+def assert_unchanged(net, own):
+    for name, t in own.state_dict().items():
+        assert torch.equal(net.state_dict()[name], t), name
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_every_backbone_tensor_arrives_whatever_the_prefix(net, own, published, prefix):
+    count = load_backbone(net, file_with(published, prefix), "file.pth")
+    loaded = net.state_dict()
+    backbone = [name for name in loaded if name not in ("fc.weight", "fc.bias")]
+    assert count == len(backbone) == 120
+    for name in backbone:
+        assert torch.equal(loaded[name], published[name]), name
+    assert torch.equal(net.fc.weight, own.fc.weight) and torch.equal(net.fc.bias, own.fc.bias)
+
+
+def test_the_query_encoder_is_read_and_not_the_key_encoder(net, published):
+    keys = {f"module.encoder_k.{name}": t + 1 for name, t in published.items()}
+    queries = {f"module.encoder_q.{name}": t for name, t in published.items()}
+    load_backbone(net, keys | queries, "file.pth")
+    assert torch.equal(net.conv1.weight, published["conv1.weight"])
+
+
+@pytest.mark.parametrize("head", [{}, {"fc.0.weight": zeros((3, 3)), "fc.2.weight": zeros((3, 3)), "fc.3.bias": zeros(3)}])
+def test_a_head_in_the_file_or_in_the_net_does_not_matter(net, published, head):
+    net.fc = nn.Sequential(nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 8))
+    before = net.fc[0].weight.clone()
+    tensors = {name: t for name, t in published.items() if not name.startswith("fc.")}
+    assert load_backbone(net, tensors | head, "file.pth") == 120
+    assert torch.equal(net.layer4[1].bn2.running_var, published["layer4.1.bn2.running_var"])
+    assert torch.equal(net.fc[0].weight, before)
+
+
+def test_a_file_without_step_counters_loads(net, published):
+    old = {f"module.encoder_q.{name}": t for name, t in published.items() if "num_batches_tracked" not in name}
+    assert load_backbone(net, old, "file.pth") == 100
+    assert torch.equal(net.layer3[0].downsample[1].running_mean, published["layer3.0.downsample.1.running_mean"])
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [{}, {"vision.stem.weight": zeros(1)}, {"fc.weight": zeros((16, 512)), "fc.bias": zeros(16)}],
+)
+def test_a_file_from_which_nothing_matches_is_an_error_that_shows_a_name(own, tensors):
+    with pytest.raises(InputError, match=r"file\.pth") as error:
+        load_backbone(own, tensors, "file.pth")
+    assert next(iter(tensors), "") in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("prefix", "name"),
+    [("module.encoder_q.", "conv1.weight"), ("backbone.", "layer4.1.bn2.running_var"), ("", "layer2.0.downsample.1.bias")],
+)
+def test_a_missing_tensor_is_an_error_that_names_it(net, own, published, prefix, name):
+    tensors = {prefix + key: t for key, t in published.items() if key != name}
+    with pytest.raises(InputError, match=name.replace(".", r"\.")) as error:
+        load_backbone(net, tensors, "file.pth")
+    assert "file.pth" in str(error.value)
+    assert_unchanged(net, own)
+
+
+def test_a_wrong_shape_is_an_error_that_names_the_tensor_and_both_shapes(net, own, published):
+    tensors = published | {"layer1.0.conv1.weight": zeros((64, 64, 1, 1))}
+    with pytest.raises(InputError, match=r"layer1\.0\.conv1\.weight") as error:
+        load_backbone(net, tensors, "file.pth")
+    assert "(64, 64, 1, 1)" in str(error.value) and "(64, 64, 3, 3)" in str(error.value)
+    assert_unchanged(net, own)
+
+
+@pytest.fixture(scope="module")
+def resnet34():
+    with torch.device("meta"):
+        return models.resnet34(num_classes=16)
+
+
+@pytest.mark.parametrize("prefix", ["module.encoder_q.", ""])
+def test_a_deeper_network_of_the_same_widths_does_not_fit(net, own, resnet34, prefix):
+    deeper = {prefix + name: zeros(t.shape) for name, t in resnet34.state_dict().items()}
+    with pytest.raises(InputError, match=r"layer\d\.\d"):
+        load_backbone(net, deeper, "file.pth")
+    assert_unchanged(net, own)
+
+
+def test_a_shallower_network_does_not_fit(resnet34, published):
+    with pytest.raises(InputError, match=r"layer1\.2\.conv1\.weight"):
+        load_backbone(resnet34, published, "file.pth")
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_features_are_torchvisions_forward_without_the_classifier(net, training):
+    net.train(training)
+    headless = copy.deepcopy(net)
+    headless.fc = nn.Identity()
+    images = torch.randn(4, 3, 48, 48, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        got, expected = features(net, images), headless(images)
+    assert got.shape == (4, 512)
+    torch.testing.assert_close(got, expected)
+    assert not torch.allclose(got[0], got[1], rtol=1e-3)
+    for name, t in headless.state_dict().items():
+        torch.testing.assert_close(net.state_dict()[name], t, msg=name)  # the same running statistics
+
+
+def test_backbone_keys_are_all_but_the_head(net, own):
+    names = backbone_keys(own)
+    assert len(names) == 120 and set(own.state_dict()) - set(names) == {"fc.weight", "fc.bias"}
+    net.fc = nn.Sequential(nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 8))
+    assert backbone_keys(net) == names
+
+
+@pytest.mark.parametrize(("out", "mlp"), [(5, False), (7, True)])
+def test_resnet_has_a_head_of_the_wanted_size(out, mlp):
+    net = resnet("resnet18", out, mlp)
+    linear = [m for m in net.fc.modules() if isinstance(m, nn.Linear)]
+    assert [(m.in_features, m.out_features) for m in linear] == ([(512, 512)] if mlp else []) + [(512, out)]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "nearest"), [("resnet51", "resnet50"), ("resnet_18", "resnet18"), ("wide_resnet50", "wide_resnet50_2")]
+)
+def test_an_unknown_arch_is_an_error_that_names_the_nearest(wrong, nearest):
+    with pytest.raises(InputError, match=f"'{wrong}'.*'{nearest}'"):
+        resnet(wrong, 8)
+    with pytest.raises(InputError, match=f"'{nearest}'"):
+        check_arch(wrong)
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50", "resnext50_32x4d", "wide_resnet50_2"])
+def test_known_archs_pass(arch):
+    check_arch(arch)

@@ -1,0 +1,300 @@
+"""Orders, decoding and reading: what a run sees depends on its seed and never on how many processes read it."""
+
+import struct
+import zlib
+from argparse import Namespace
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from moco import distributed
+from moco.augment.recipes import recipe
+from moco.data import datasets, loader
+from moco.data.loader import CenterCrop, EvalOrder, RandomCrops, TrainOrder, batches, decode
+from moco.errors import InputError
+
+CPU = torch.device("cpu")
+RECIPE = recipe("mocov2", 32)
+
+
+def set_rank(monkeypatch, rank, world):
+    monkeypatch.setattr(distributed, "rank", lambda: rank)
+    monkeypatch.setattr(distributed, "world", lambda: world)
+
+
+@pytest.fixture(scope="module")
+def photographs():
+    """Every fourth of the built-in training images, 190 of 19 classes."""
+    train = datasets.scan(datasets.find("photos", ("train", "val")), "train")
+    return replace(train, paths=train.paths[::4], labels=train.labels[::4])
+
+
+def read(folder, order, cut, workers=0, batch=38):
+    return list(batches(folder, cut, order, Namespace(workers=workers, batch_per_process=batch, batch_size=batch), CPU))
+
+
+def read_epochs(folder, workers=0, crop_seed=0, order_seed=0, start=0, epochs=1):
+    order = TrainOrder(len(folder), 38, 1, start, epochs, order_seed)
+    return read(folder, order, RandomCrops(RECIPE, crop_seed), workers)
+
+
+def views_by_index(read_batches):
+    """[views, 3, 32, 32] for each index."""
+    return {int(i): torch.stack(views) for b in read_batches for i, *views in zip(b.index, *b.views, strict=True)}
+
+
+def share_of_equal_views(a, b):
+    a, b = views_by_index(a), views_by_index(b)
+    common = sorted(a.keys() & b.keys())
+    assert len(common) == 190
+    return sum(torch.equal(a[i][v], b[i][v]) for i in common for v in range(2)) / (2 * len(common))
+
+
+def test_views_do_not_depend_on_the_number_of_workers(photographs):
+    alone = read_epochs(photographs, workers=0, epochs=2)
+    assert len(alone) == 10
+    for workers in (1, 3):
+        for ours, theirs in zip(alone, read_epochs(photographs, workers, epochs=2), strict=True):
+            assert torch.equal(ours.index, theirs.index) and torch.equal(ours.label, theirs.label)
+            assert len(ours.views) == len(theirs.views) == 2
+            assert all(torch.equal(a, b) for a, b in zip(ours.views, theirs.views, strict=True))
+
+
+def test_batches_hold_bytes_with_their_index_and_label(photographs):
+    for batch in read_epochs(photographs):
+        assert all(view.dtype == torch.uint8 and view.shape == (38, 3, 32, 32) for view in batch.views)
+        assert batch.index.dtype == batch.label.dtype == torch.int64
+        assert batch.label.tolist() == photographs.labels[batch.index].tolist()
+
+
+def test_views_are_those_of_the_seed_the_epoch_and_the_index(photographs):
+    first = read_epochs(photographs)
+    assert share_of_equal_views(first, read_epochs(photographs, order_seed=1)) == 1
+    assert share_of_equal_views(first, read_epochs(photographs, crop_seed=1)) < 0.05
+    assert share_of_equal_views(first, read_epochs(photographs, start=1, epochs=2)) < 0.05
+
+
+def test_the_two_views_of_an_image_differ(photographs):
+    views = views_by_index(read_epochs(photographs)).values()
+    assert sum(torch.equal(a, b) for a, b in views) < 0.05 * len(views)
+
+
+def test_evaluation_reads_every_image_in_order(photographs):
+    read_batches = read(photographs, EvalOrder(len(photographs), 38), CenterCrop(32), workers=2)
+    assert torch.cat([b.index for b in read_batches]).tolist() == list(range(len(photographs)))
+    assert torch.cat([b.label for b in read_batches]).tolist() == photographs.labels.tolist()
+    assert torch.equal(read_batches[0].views[0][7], CenterCrop(32)(decode(photographs.path(7)), (0, 7))[0])
+
+
+@pytest.mark.parametrize(
+    ("workers", "batch_per_process", "processes"), [(0, 64, 256), (3, 64, 256), (4, 64, 256), (5, 64, 64), (9, 64, 256)]
+)
+def test_each_process_takes_its_share_of_the_workers(monkeypatch, photographs, workers, batch_per_process, processes):
+    asked = []
+    monkeypatch.setattr(loader, "DataLoader", lambda *_, num_workers, **__: asked.append(num_workers) or [])
+    args = Namespace(workers=workers, batch_per_process=batch_per_process, batch_size=processes)
+    assert list(batches(photographs, CenterCrop(32), EvalOrder(10, 5), args, CPU)) == []
+    assert asked == [{0: 0, 3: 1, 4: 1, 5: 5, 9: 3}[workers]]
+
+
+def indices(order_batches):
+    return [i for batch in order_batches for _, i in batch]
+
+
+def test_an_epoch_shows_no_image_twice():
+    order = TrainOrder(103, 8, 1, 0, 3, seed=0)
+    all_batches = list(order)
+    assert len(all_batches) == len(order) == 36
+    assert {len(batch) for batch in all_batches} == {8}
+    epochs = [all_batches[i : i + 12] for i in (0, 12, 24)]
+    for number, epoch in enumerate(epochs):
+        assert {e for batch in epoch for e, _ in batch} == {number}
+        assert len(set(indices(epoch))) == 96 and set(indices(epoch)) <= set(range(103))
+    assert indices(epochs[0]) != indices(epochs[1]) != indices(epochs[2])
+    assert len(set(range(103)).difference(*(indices(epoch) for epoch in epochs))) == 0
+
+
+def test_another_seed_gives_another_order():
+    assert list(TrainOrder(64, 8, 1, 0, 1, seed=0)) == list(TrainOrder(64, 8, 1, 0, 1, seed=0))
+    assert list(TrainOrder(64, 8, 1, 0, 1, seed=0)) != list(TrainOrder(64, 8, 1, 0, 1, seed=1))
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_ranks_share_the_batches_of_one_process(monkeypatch, accumulation):
+    alone = list(TrainOrder(103, 8, accumulation, 0, 2, seed=4))
+    for world in (1, 2, 4):
+        parts = []
+        for rank in range(world):
+            set_rank(monkeypatch, rank, world)
+            parts.append(list(TrainOrder(103, 8 // world, accumulation, 0, 2, seed=4)))
+        for whole, *shares in zip(alone, *parts, strict=True):
+            together = [place for share in shares for place in share]
+            assert {len(share) for share in shares} == {8 // world}
+            assert len(set(together)) == 8
+            assert set(together) == set(whole)
+
+
+def test_a_later_start_goes_on_with_the_same_order(monkeypatch):
+    for rank, world in ((0, 1), (1, 2)):
+        set_rank(monkeypatch, rank, world)
+        whole, later = (TrainOrder(50, 8, 1, start, 5, seed=1) for start in (0, 2))
+        assert list(later) == list(whole)[2 * len(whole) // 5 :]
+        assert len(later) == len(list(later)) == 3 * len(whole) // 5
+
+
+@pytest.mark.parametrize(
+    ("n", "accumulation", "world", "expected"), [(103, 1, 1, 12), (103, 5, 1, 10), (103, 2, 2, 6), (103, 3, 4, 3), (30, 4, 1, 0)]
+)
+def test_what_does_not_fill_an_accumulated_step_is_left_out(monkeypatch, n, accumulation, world, expected):
+    set_rank(monkeypatch, 0, world)
+    order = TrainOrder(n, 8, accumulation, 0, 2, seed=0)
+    all_batches = list(order)
+    assert len(order) == len(all_batches) == 2 * expected
+    assert all(len(batch) == 8 for batch in all_batches)
+    assert [sum(e == epoch for batch in all_batches for e, _ in batch) for epoch in (0, 1)] == [8 * expected] * 2
+
+
+@pytest.mark.parametrize("n", [0, 1, 10, 24])
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_evaluation_covers_each_index_once_over_the_ranks(monkeypatch, n, world):
+    seen = []
+    for rank in range(world):
+        set_rank(monkeypatch, rank, world)
+        order = EvalOrder(n, 3)
+        assert len(list(order)) == len(order)
+        assert all(1 <= len(batch) <= 3 for batch in order)
+        seen += indices(order)
+    assert sorted(seen) == list(range(n))
+
+
+def smooth_rgb(height=40, width=56):
+    y, x = np.mgrid[:height, :width]
+    return np.stack([x * 4, y * 6, 255 - x * 2 - y], axis=2).clip(0, 255).astype(np.uint8)
+
+
+def write_png16(path, pixels):
+    """A PNG of 16 bits a channel from uint16 [H, W, 3], which Pillow cannot write."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    height, width, _ = pixels.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    header = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
+
+
+def assert_decodes_to(path, pixels, tolerance=0):
+    image = decode(str(path))
+    assert image.dtype == torch.uint8 and image.shape == (3, *pixels.shape[:2])
+    expected = torch.from_numpy(np.array(pixels)).permute(2, 0, 1)
+    assert (image.int() - expected.int()).abs().max() <= tolerance
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.bmp", "a.ppm", "a.tif", "a.PNG"])
+def test_decode_reads_lossless_files_exactly(tmp_path, name):
+    Image.fromarray(smooth_rgb()).save(tmp_path / name)
+    assert_decodes_to(tmp_path / name, smooth_rgb())
+
+
+@pytest.mark.parametrize(("name", "tolerance"), [("a.jpg", 4), ("a.webp", 12)])
+def test_decode_reads_lossy_files(tmp_path, name, tolerance):
+    Image.fromarray(smooth_rgb()).save(tmp_path / name, quality=95, subsampling=0)
+    assert_decodes_to(tmp_path / name, smooth_rgb(), tolerance)
+
+
+@pytest.mark.parametrize(("name", "tolerance"), [("a.png", 0), ("a.jpg", 3), ("a.bmp", 0), ("a.gif", 0)])
+def test_decode_repeats_a_gray_image_in_three_channels(tmp_path, name, tolerance):
+    gray = smooth_rgb()[:, :, 0]
+    Image.fromarray(gray).save(tmp_path / name, quality=95)
+    assert_decodes_to(tmp_path / name, np.stack([gray] * 3, axis=2), tolerance)
+
+
+def test_decode_drops_alpha(tmp_path):
+    alpha = np.full((40, 56, 1), 128, np.uint8)
+    Image.fromarray(np.concatenate([smooth_rgb(), alpha], axis=2)).save(tmp_path / "rgba.png")
+    assert_decodes_to(tmp_path / "rgba.png", smooth_rgb())
+
+
+def test_decode_reads_palettes(tmp_path):
+    paletted = Image.fromarray(smooth_rgb()).quantize(32)
+    paletted.save(tmp_path / "palette.png")
+    assert_decodes_to(tmp_path / "palette.png", np.asarray(paletted.convert("RGB")))
+
+
+def test_decode_reads_pngs_of_16_bits_a_channel(tmp_path):
+    write_png16(tmp_path / "rgb16.png", smooth_rgb().astype(np.uint16) * 256 + 77)
+    assert_decodes_to(tmp_path / "rgb16.png", smooth_rgb(), tolerance=1)
+    gray = smooth_rgb()[:, :, 1]
+    Image.fromarray(gray.astype(np.uint16) * 256 + 77).save(tmp_path / "gray16.png")
+    assert_decodes_to(tmp_path / "gray16.png", np.stack([gray] * 3, axis=2), tolerance=1)
+
+
+def test_decode_reads_cmyk_jpegs(tmp_path):
+    Image.fromarray(smooth_rgb()).convert("CMYK").save(tmp_path / "cmyk.jpg", quality=95)
+    assert_decodes_to(tmp_path / "cmyk.jpg", smooth_rgb(), tolerance=10)
+
+
+def test_decode_takes_the_first_frame_of_an_animation(tmp_path):
+    frames = [Image.fromarray(np.full((30, 20, 3), color, np.uint8)) for color in ((250, 20, 20), (20, 250, 20), (20, 20, 250))]
+    frames[0].save(tmp_path / "moves.gif", save_all=True, append_images=frames[1:])
+    with Image.open(tmp_path / "moves.gif") as gif:
+        assert gif.n_frames == 3
+    assert_decodes_to(tmp_path / "moves.gif", np.asarray(frames[0]), tolerance=4)
+
+
+def whole_jpeg(path):
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(path, quality=90)
+    return path
+
+
+def write_empty(path):
+    path.write_bytes(b"")
+
+
+def write_truncated(path):
+    data = whole_jpeg(path).read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+
+
+def write_text(path):
+    path.write_text("This is not an image.\n" * 20)
+
+
+BAD = pytest.mark.parametrize("write_bad", [write_empty, write_truncated, write_text])
+
+
+@BAD
+def test_decode_names_the_file_that_it_cannot_read(tmp_path, write_bad):
+    write_bad(tmp_path / "broken 7.jpg")
+    with pytest.raises(InputError) as error:
+        decode(str(tmp_path / "broken 7.jpg"))
+    assert str(tmp_path / "broken 7.jpg") in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_decode_names_the_file_that_is_not_there(tmp_path):
+    with pytest.raises(InputError) as error:
+        decode(str(tmp_path / "gone.jpg"))
+    assert str(tmp_path / "gone.jpg") in str(error.value)
+
+
+@BAD
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_name_the_file_that_they_cannot_read(tmp_path, write_bad, workers):
+    (tmp_path / "train" / "kind").mkdir(parents=True)
+    for i in range(7):
+        whole_jpeg(tmp_path / "train" / "kind" / f"{i}.jpg")
+    bad = tmp_path / "train" / "kind" / "5.jpg"
+    write_bad(bad)
+    folder = datasets.scan(tmp_path, "train")
+    reader = batches(folder, CenterCrop(32), EvalOrder(7, 2), Namespace(workers=workers, batch_per_process=2, batch_size=2), CPU)
+    assert [next(reader).index.tolist() for _ in range(2)] == [[0, 1], [2, 3]]
+    with pytest.raises(InputError) as error:
+        next(reader)
+    assert str(bad) in str(error.value)
+    assert "\n" not in str(error.value)

@@ -1,0 +1,285 @@
+"""Whole runs from the shell: the published commands, every launcher, exact resume, and what the run folder holds."""
+
+import json
+import os
+import re
+import socket
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import shell
+
+from moco.encoder import resnet
+
+PUBLISHED_SYNCO = (
+    "main_synco.py -a resnet50 --lr 0.03 --batch-size 256 --dist-url tcp://localhost:10001 --multiprocessing-distributed "
+    "--world-size 1 --rank 0 --mlp --moco-t 0.2 --aug-plus --cos --n-hard 1024 --n1 256 --n2 256 --n3 256 --n4 64 --n5 64 --n6 64"
+).split()
+PUBLISHED_LINCLS = (
+    "main_lincls.py -a resnet50 --lr 30.0 --batch-size 256 --pretrained {} --dist-url tcp://localhost:10001 "
+    "--multiprocessing-distributed --world-size 1 --rank 0"
+)
+SMALL = ("-a", "resnet18", "--image-size", 32, "-j", 1, "--epochs", 1)
+TINY = (
+    "-a",
+    "resnet18",
+    "--image-size",
+    32,
+    "-b",
+    8,
+    "--moco-k",
+    64,
+    "--moco-dim",
+    16,
+    "--n-hard",
+    8,
+    "--n1",
+    2,
+    "--n3",
+    2,
+    "--n4",
+    2,
+)
+TIMES = {"images_per_s", "data_wait", "time"}
+
+
+def succeeded(result) -> str:
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def log(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def facts(run: Path) -> list[dict]:
+    return [{name: value for name, value in line.items() if name not in TIMES} for line in log(run)]
+
+
+def load(path: Path) -> dict:
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def same(a: object, b: object) -> bool:
+    """Bit for bit, through dicts and lists."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory) -> tuple[Path, str]:
+    """The run folder and the output of SynCo's published command, on photos with a small network for one epoch."""
+    run = tmp_path_factory.mktemp("published")
+    return run, succeeded(shell(*PUBLISHED_SYNCO, "photos", *SMALL, "--warmup-epochs", 0, "--save-dir", run))
+
+
+def test_published_pretraining_command_runs(published):
+    run, out = published
+    assert "total batch 256 = 256 per process x 1 processes x 1 accumulation" in out
+    assert re.search(r"lr after scaling 0\.03 .* 1 epochs x 2 steps", out)
+    assert "960 synthetic negatives per query from epoch 0 on" in out
+    lines = [line for line in log(run) if "loss" in line]
+    assert lines[-1]["step"] == 2
+    assert all(0 < line["loss"] < 20 for line in lines)
+
+
+def test_run_folder_holds_log_events_and_options(published):
+    run, _ = published
+    line = log(run)[-1]
+    assert {"epoch", "step", "loss", "acc1", "acc5", "lr", "images_per_s", "data_wait", "time"} <= line.keys()
+    assert list(run.glob("events.out.tfevents*"))
+    options = yaml.safe_load((run / "args.yaml").read_text())
+    assert (options["n_hard"], options["moco_t"], options["arch"]) == (1024, 0.2, "resnet18")
+
+
+def test_checkpoint_holds_the_contract(published):
+    state = load(published[0] / "checkpoint_0000.pth.tar")
+    assert {"epoch", "arch", "method", "args", "state_dict", "optimizer", "scaler", "progress"} <= state.keys()
+    assert (state["epoch"], state["arch"], state["method"]) == (1, "resnet18", "synco")
+    assert state["progress"] == {"step": 2, "samples": 512, "seed": 0}
+    assert state["args"]["n_hard"] == 1024
+    weights = state["state_dict"]
+    for encoder in ("encoder_q", "encoder_k"):
+        wanted = {f"module.{encoder}.{name}" for name in resnet("resnet18", 128, mlp=True).state_dict()}
+        assert wanted == {name for name in weights if name.startswith(f"module.{encoder}.")}
+    queue = weights["module.queue"]
+    assert queue.shape == (65536, 128)
+    torch.testing.assert_close(queue.norm(dim=1), torch.ones(65536))
+    assert weights["module.queue_ptr"].tolist() == [512]
+
+
+def test_published_probe_command_runs(published, tmp_path):
+    checkpoint = published[0] / "checkpoint_0000.pth.tar"
+    command = PUBLISHED_LINCLS.format(checkpoint).split()
+    out = succeeded(shell(*command, "photos", *SMALL, "--save-dir", tmp_path))
+    assert "120 of 120 backbone tensors matched" in out
+    assert "bit-identical" in out
+    acc1, acc5 = map(float, re.search(r"\* Acc@1 ([\d.]+) Acc@5 ([\d.]+)", out).groups())
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert {"method", "checkpoint", "protocol", "dataset", "metrics"} <= results.keys()
+    assert (results["method"], results["protocol"]) == ("synco", "linear")
+    assert results["metrics"]["acc1"] == pytest.approx(acc1 / 100, abs=1e-5)
+    assert results["metrics"]["acc5"] == pytest.approx(acc5 / 100, abs=1e-5)
+    assert 0 <= acc1 <= acc5 <= 100
+    state = load(tmp_path / "model_best.pth.tar")
+    source = load(checkpoint)["state_dict"]
+    assert torch.equal(state["state_dict"]["module.layer4.1.conv2.weight"], source["module.encoder_q.layer4.1.conv2.weight"])
+
+
+def test_stopped_and_resumed_equals_never_stopped(shared_images, tmp_path):
+    """SIGKILL after three of six epochs; weights, both encoders, queue, optimizer and metrics are the same bit for bit."""
+    command = ("main_synco.py", shared_images, *TINY, "--epochs", 6, "--cos", "--mlp", "--warmup-epochs", 2, "--aug-plus")
+    command += ("--knn-every", 2, "-p", 2, "--accumulation-steps", 2, "--moco-m", 0.9, "--seed", 3)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    succeeded(shell(*command, "-j", 0, "--save-dir", whole))
+    stopped = shell(*command, "-j", 1, "--save-dir", parts, wait=False)
+    third = parts / "checkpoint_0002.pth.tar"
+    while not third.exists():
+        assert stopped.poll() is None, stopped.communicate()
+        time.sleep(0.02)
+    stopped.kill()
+    stopped.communicate()
+    out = succeeded(shell(*command, "-j", 2, "--save-dir", parts, "--resume", third))
+    assert "at epoch 3" in out
+    a, b = (load(run / "checkpoint_0005.pth.tar") for run in (whole, parts))
+    for key in ("epoch", "state_dict", "optimizer", "scaler", "progress"):
+        assert same(a[key], b[key]), key
+    assert facts(whole) == facts(parts)
+    assert {line["epoch"] for line in facts(whole) if "knn" in line} == {1, 3, 5}
+    assert not same(load(third)["state_dict"], b["state_dict"])
+
+
+def test_probe_resumes_exactly(shared_images, tmp_path):
+    command = ("main_lincls.py", shared_images, "-a", "resnet18", "--image-size", 32, "-b", 8, "-j", 0, "--lr", 1)
+    command += ("--schedule", 2, "--seed", 1)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    succeeded(shell(*command, "--epochs", 3, "--save-dir", whole))
+    succeeded(shell(*command, "--epochs", 1, "--save-dir", parts))
+    succeeded(shell(*command, "--epochs", 3, "--save-dir", parts, "--resume", parts / "checkpoint.pth.tar"))
+    a, b = (load(run / "checkpoint.pth.tar") for run in (whole, parts))
+    for key in ("epoch", "state_dict", "optimizer", "best_acc1"):
+        assert same(a[key], b[key]), key
+    assert facts(whole) == facts(parts)
+    tested = succeeded(shell(*command, "-e", "--resume", parts / "checkpoint.pth.tar", "--save-dir", tmp_path / "test"))
+    results = json.loads((tmp_path / "test" / "results.json").read_text())["metrics"]
+    assert results == json.loads((parts / "results.json").read_text())["metrics"]
+    assert "* Acc@1" in tested
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def by_spawn(options: tuple) -> str:
+    return succeeded(shell(*options, "--multiprocessing-distributed", "--nproc-per-node", 2))
+
+
+def by_torchrun(options: tuple) -> str:
+    return succeeded(shell("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, *options))
+
+
+def by_torch_distributed_launch(options: tuple) -> str:
+    launch = ("-m", "torch.distributed.launch", "--nproc_per_node=2", f"--master_port={free_port()}")
+    return succeeded(shell(*launch, *options))
+
+
+def by_srun(options: tuple) -> str:
+    step = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NUM_NODES": "1", "SLURM_STEP_NODELIST": "localhost", "OMP_NUM_THREADS": "1"}
+    url = ("--dist-url", f"tcp://127.0.0.1:{free_port()}")
+    tasks = [shell(*options, *url, env={**step, "SLURM_PROCID": str(r), "SLURM_LOCALID": str(r)}, wait=False) for r in range(2)]
+    ended = [(*task.communicate(), task.returncode) for task in tasks]
+    assert [status for *_, status in ended] == [0, 0], ended
+    return ended[0][0]
+
+
+@pytest.mark.parametrize("launcher", [by_spawn, by_torchrun, by_torch_distributed_launch, by_srun])
+def test_two_processes_by_every_launcher(launcher, shared_images, tmp_path):
+    options = ("main_synco.py", shared_images, *TINY, "-j", 0, "--epochs", 1, "--warmup-epochs", 0, "--knn-every", 1)
+    out = launcher((*options, "--save-dir", tmp_path / "run"))
+    assert "total batch 8 = 4 per process x 2 processes x 1 accumulation" in out
+    state = load(tmp_path / "run" / "checkpoint_0000.pth.tar")
+    assert state["progress"]["samples"] == 48
+    assert state["state_dict"]["module.queue_ptr"].item() == 48
+    assert 0 <= log(tmp_path / "run")[-1]["knn"] <= 1
+
+
+def test_two_processes_evaluate_as_one(shared_images, tmp_path):
+    """15 val images over 2 processes: the last batch is uneven, and no image counts twice."""
+    common = (shared_images, "-a", "resnet18", "--image-size", 32, "-b", 8, "-j", 0)
+    two = ("--multiprocessing-distributed", "--nproc-per-node", 2)
+    metrics = []
+    for i, launch in enumerate(((), two)):
+        folder = tmp_path / f"knn{i}"
+        succeeded(shell("main_knn.py", *common, "--k", 1, 5, 20, *launch, "--save-dir", folder))
+        metrics.append(json.loads((folder / "results.json").read_text())["metrics"])
+    assert metrics[0] == metrics[1]
+    assert metrics[0]["knn_1"] * 15 == pytest.approx(round(metrics[0]["knn_1"] * 15))
+
+
+def test_a_mistake_inside_spawned_processes_is_one_line(images, tmp_path):
+    (images / "train" / "class0" / "1.jpg").write_bytes(b"")
+    launch = ("--multiprocessing-distributed", "--nproc-per-node", 2)
+    result = shell("main_synco.py", images, *TINY, "-j", 2, "--epochs", 1, *launch, "--save-dir", tmp_path / "run")
+    assert result.returncode == 2
+    assert result.stderr.strip().splitlines()[-1].startswith("main_synco.py: error:")
+    assert "class0/1.jpg" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_mixed_precision_trains(amp, shared_images, tmp_path):
+    options = ("main_synco.py", shared_images, *TINY, "-j", 0, "--epochs", 1, "--warmup-epochs", 0, "--amp", amp)
+    succeeded(shell(*options, "--save-dir", tmp_path))
+    assert all(torch.isfinite(torch.tensor(line["loss"])) for line in log(tmp_path))
+    weights = load(tmp_path / "checkpoint_0000.pth.tar")["state_dict"]
+    assert all(torch.isfinite(tensor).all() for tensor in weights.values())
+    assert weights["module.queue"].dtype == torch.float32
+
+
+def test_accumulation_takes_all_the_passes_of_a_step(shared_images, tmp_path):
+    options = ("main_synco.py", shared_images, *TINY, "-j", 0, "--epochs", 1, "--accumulation-steps", 3)
+    out = succeeded(shell(*options, "--save-dir", tmp_path))
+    assert "total batch 24 = 8 per process x 1 processes x 3 accumulation" in out
+    state = load(tmp_path / "checkpoint_0000.pth.tar")
+    assert state["progress"] == {"step": 2, "samples": 48, "seed": 0}
+    assert state["state_dict"]["module.queue_ptr"].item() == 48
+
+
+def rename(weights: dict, prefix: str) -> dict:
+    return {prefix + name.removeprefix("module.encoder_q."): t for name, t in weights.items() if "encoder_q." in name}
+
+
+STYLES = {
+    "moco": lambda weights: {"epoch": 200, "arch": "resnet18", "state_dict": weights},
+    "sogclr": lambda weights: {"state_dict": rename(weights, "module.base_encoder.")},
+    "moby": lambda weights: {"model": rename(weights, "encoder.")},
+    "bare": lambda weights: {name: t for name, t in rename(weights, "").items() if not name.startswith("fc.")},
+}
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_probe_reads_what_the_field_publishes(style, script, published, shared_images, tmp_path):
+    weights = load(published[0] / "checkpoint_0000.pth.tar")["state_dict"]
+    file = tmp_path / f"{style}.pth"
+    torch.save(STYLES[style](weights), file)
+    options = (shared_images, "-a", "resnet18", "--image-size", 32, "-b", 16, "-j", 0, "--epochs", 1, "--pretrained", file)
+    status, out, err = script("main_lincls", *options, "--save-dir", tmp_path / "run")
+    assert status == 0, err
+    assert "120 of 120 backbone tensors matched" in out
+    trained = load(tmp_path / "run" / "checkpoint.pth.tar")["state_dict"]
+    for name in ("conv1.weight", "bn1.running_mean", "layer4.1.bn2.weight"):
+        assert torch.equal(trained[f"module.{name}"], weights[f"module.encoder_q.{name}"])
+
+
+def test_nothing_is_written_by_other_ranks_or_left_half_done(published):
+    assert not [name for name in os.listdir(published[0]) if name.startswith(".")]

@@ -1,0 +1,84 @@
+#!/usr/bin/env python
+"""The whole job in minutes on a laptop: pre-train SynCo on `photos`, probe it beside a randomly initialised encoder.
+
+Prints one table, writes OUT/results.json and OUT/report.png, and exits with status 1 where SynCo does not beat the random
+encoder by the margins that the table shows.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from moco.engine.log import write_json  # noqa: E402
+from tools.report import draw  # noqa: E402
+
+KNN_MARGIN, LINEAR_MARGIN = 0.15, 0.08
+COMMON = ["photos", "--arch", "resnet18", "--image-size", "64", "--workers", "1"]
+PRETRAIN = (
+    "--mlp --moco-t 0.2 --aug-plus --cos --batch-size 64 --lr 0.06 --moco-k 512 --moco-m 0.99 --knn-k 10 --knn-every 4 "
+    "--n-hard 64 --n1 16 --n2 16 --n3 16 --n4 4 --n5 4 --n6 4 --warmup-epochs 4 --save-every 1000"
+).split()
+LINEAR = "--batch-size 64 --lr 1 --cos".split()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"))
+    parser.add_argument("--short", action="store_true", help="two epochs each, margins not asked for: shows that all runs")
+    args = parser.parse_args()
+    epochs, probe_epochs = (2, 2) if args.short else (24, 10)
+
+    began = time.perf_counter()
+    run = args.out / "pretrain"
+    shutil.rmtree(args.out, ignore_errors=True)
+    call(args, "main_synco.py", run, *PRETRAIN, "--epochs", epochs)
+    encoder = ["--pretrained", next(run.glob("checkpoint_*.pth.tar"))]
+    results = {}
+    for prefix, source in (("random_", []), ("", encoder)):
+        knn = call(args, "main_knn.py", args.out / f"{prefix}knn", "--k", 10, *source)
+        linear = call(args, "main_lincls.py", args.out / f"{prefix}linear", *LINEAR, "--epochs", probe_epochs, *source)
+        results |= {f"{prefix}knn": knn["knn_10"], f"{prefix}linear": linear["acc1"]}
+    results |= {"seed": args.seed, "seconds": round(time.perf_counter() - began, 1)}
+    write_json(args.out / "results.json", results)
+    draw(run, encoder[1], args.out / "report.png")
+    return show(results, args)
+
+
+def call(args: argparse.Namespace, script: str, folder: Path, *options: object) -> dict[str, float]:
+    """Run one of the scripts as its user would; returns the metrics that it wrote, if any."""
+    command = [sys.executable, script, *COMMON, "--seed", args.seed, "--save-dir", folder.resolve(), *options]
+    command = [str(word) for word in command]
+    print("\n$ python", *command[1:], flush=True)
+    status = subprocess.run(command, cwd=ROOT).returncode
+    if status:
+        sys.exit(status)
+    written = folder / "results.json"
+    return json.loads(written.read_text())["metrics"] if written.exists() else {}
+
+
+def show(results: dict[str, float], args: argparse.Namespace) -> int:
+    """Print the table; returns the exit status."""
+    print(f"\nphotos, ResNet-18 at 64 pixels, seed {args.seed}: top-1 on val, {results['seconds']:.0f} seconds in all")
+    print(f"{'':12}{'random init':>12}{'SynCo':>12}{'gain':>12}{'asked':>12}")
+    passed = True
+    for name, asked in (("knn", KNN_MARGIN), ("linear", LINEAR_MARGIN)):
+        random, ours = results[f"random_{name}"], results[name]
+        passed &= ours >= random + asked
+        print(f"{name:12}{random:12.3f}{ours:12.3f}{ours - random:+12.3f}{asked:+12.3f}")
+    print(f"{args.out / 'results.json'}  {args.out / 'report.png'}")
+    if args.short:
+        return 0
+    print("SynCo beats the random encoder as asked" if passed else "FAILED: the gain is smaller than asked")
+    return 0 if passed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
