@@ -47,9 +47,10 @@ def load_backbone(net: nn.Module, tensors: dict[str, Tensor], source: str) -> in
     """Load a published encoder into `net`, whatever prefix its names carry; returns how many tensors matched.
 
     The prefix is the one (of `PREFIXES`) that matches most names. Raises InputError where nothing matches, where a
-    backbone tensor is missing, or where a shape differs.
+    backbone tensor is missing or one too many, or where a shape differs.
     """
-    wanted = {name: net.state_dict()[name] for name in backbone_keys(net)}
+    state = net.state_dict()
+    wanted = {name: state[name] for name in backbone_keys(net)}
     prefix = max(PREFIXES, key=lambda p: sum(p + name in tensors for name in wanted))
     found = {name: tensors[prefix + name] for name in wanted if prefix + name in tensors}
     # files older than PyTorch 0.4 lack BatchNorm's step counter, which nothing here reads
@@ -61,6 +62,12 @@ def load_backbone(net: nn.Module, tensors: dict[str, Tensor], source: str) -> in
     wrong = [
         f"{name} {tuple(t.shape)} for {tuple(wanted[name].shape)}" for name, t in found.items() if t.shape != wanted[name].shape
     ]
+    # a deeper network of the same widths holds every tensor that is wanted, and more blocks
+    parts = {name.split(".")[0] for name in wanted}
+    inner = [name.removeprefix(prefix) for name in tensors if name.startswith(prefix)]
+    extra = [name for name in inner if name.split(".")[0] in parts and name not in wanted]
+    if extra:
+        raise InputError(f"{source}: does not fit the encoder: {len(extra)} tensors too many: {_some(extra)}")
     if wrong:
         raise InputError(f"{source}: does not fit the encoder: {len(wrong)} shapes differ: {_some(wrong)}")
     net.load_state_dict(found, strict=False)

@@ -91,7 +91,7 @@ def test_hue(height, width, seed):
 
 
 @FOUR_BATCHES
-@pytest.mark.parametrize("radius", [1, 6, 11])
+@pytest.mark.parametrize("radius", [1, 6])
 def test_blur_with_a_sigma_for_each_sample(radius, height, width, seed):
     x, sigma = images(height, width, seed), between(0.1, 2, seed)
     taps = 2 * radius + 1

@@ -59,7 +59,7 @@ def max_difference(a, b):
     return (a.int() - b.int()).abs().max().item()
 
 
-@pytest.mark.parametrize(("height", "width", "scale"), [(375, 500, (0.2, 1.0)), (375, 500, (0.08, 1.0)), (100, 900, (0.08, 1.0))])
+@pytest.mark.parametrize(("height", "width", "scale"), [(375, 500, (0.2, 1.0)), (100, 900, (0.08, 1.0))])
 def test_boxes_are_distributed_as_torchvisions(height, width, scale):
     view = View(scale=scale)
     ours = statistics(our_boxes(height, width, view, seed=1))

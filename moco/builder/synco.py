@@ -25,6 +25,6 @@ class SynCo(MoCo):
         if not self.kind.total or progress.epoch < self.warmup_epochs:
             return [similarity]
         generator = progress.generator(NEGATIVES, q.device, distributed.rank())
-        draws = synthetic.draw(self.kind, *q.shape, generator)
+        draws = synthetic.draw(self.kind, *q.shape, generator, q.dtype)
         hard = synthetic.hardest(similarity, self.kind.n_hard)
         return [similarity, synthetic.similarities(q, self.queue, similarity, hard, self.kind, draws)]
