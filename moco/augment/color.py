@@ -127,7 +127,7 @@ def augment(x: Tensor, view: View, generator: torch.Generator) -> Tensor:
 
 
 def _to_float(x: Tensor) -> Tensor:
-    return x.float().div_(255) if x.dtype == torch.uint8 else x.clone()
+    return x.float().div_(255) if x.dtype == torch.uint8 else x.to(torch.float32, copy=True)
 
 
 def _jitter(x: Tensor, rows: Tensor, view: View, draws: Draws) -> Tensor:

@@ -47,12 +47,14 @@ def random_views(image: Tensor, recipe: Recipe, *counters: int) -> list[Tensor]:
 
 
 def center_view(image: Tensor, size: int) -> Tensor:
-    """The evaluation view: the shorter side to 8/7 of `size` (256 for 224), then the central size x size pixels."""
+    """The evaluation view: the shorter side to 8/7 of `size` (256 for 224), then the central size x size pixels.
+
+    Rounds as torchvision's Resize and CenterCrop do.
+    """
     height, width = image.shape[1:]
-    short = round(size * 8 / 7)
-    scale = short / min(height, width)
-    image = _resize(image, (max(short, round(height * scale)), max(short, round(width * scale))))
-    top, left = (image.shape[1] - size) // 2, (image.shape[2] - size) // 2
+    short, edge = round(size * 8 / 7), min(height, width)
+    image = _resize(image, (short * height // edge, short * width // edge))
+    top, left = (round((side - size) / 2) for side in image.shape[1:])
     return image[:, top : top + size, left : left + size].contiguous()
 
 
