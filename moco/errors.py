@@ -8,7 +8,7 @@ class InputError(Exception):
     """Bad input: the message says what is wrong and what to do, in one line."""
 
 
-def unknown(kind: str, name: str, known: Iterable[str]) -> InputError:
+def unknown(kind: str, name: object, known: Iterable[str]) -> InputError:
     """An `InputError` for a `name` that is not among the `known` ones; it names the nearest of them."""
     known = list(known)
     near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)

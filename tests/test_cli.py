@@ -101,8 +101,8 @@ def test_unknown_option_names_the_nearest(script, images):
 
 
 def test_unknown_yaml_key_names_the_nearest(script, images, tmp_path):
-    (tmp_path / "c.yaml").write_text("moco_temperature: 0.2\n")
-    refused(script("main_synco", images, *SMALL, "--cfg", tmp_path / "c.yaml"), "moco_temperature", "nearest option is 'moco")
+    (tmp_path / "c.yaml").write_text("n_hrad: 5\n")
+    refused(script("main_synco", images, *SMALL, "--cfg", tmp_path / "c.yaml"), "unknown key 'n_hrad'", "nearest is 'n-hard'")
 
 
 @pytest.mark.parametrize(
@@ -304,9 +304,10 @@ def test_data_is_positional_or_an_option():
 
 
 def test_flags_win_over_yaml(tmp_path):
-    (tmp_path / "c.yaml").write_text(yaml.safe_dump({"lr": 0.5, "n_hard": 7, "cos": True, "schedule": [1, 2], "moco-k": 64}))
+    given = {"learning_rate": 0.5, "weight-decay": 0.125, "n_hard": 7, "cos": True, "schedule": [1, 2], "moco-k": 64}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(given))
     args = options("d", "--cfg", tmp_path / "c.yaml", "--lr", 0.25, "--no-cos")
-    assert (args.lr, args.n_hard, args.cos, args.schedule, args.moco_k) == (0.25, 7, False, [1, 2], 64)
+    assert (args.lr, args.wd, args.n_hard, args.cos, args.schedule, args.moco_k) == (0.25, 0.125, 7, False, [1, 2], 64)
 
 
 def test_args_yaml_of_a_run_is_a_recipe(checkpoint):
@@ -326,6 +327,7 @@ def test_help_groups_options_and_shows_defaults(script):
     assert status == 0
     assert "synthetic negatives" in out and "launch" in out
     assert "(default: 65536)" in out
+    assert "interpolated negatives per query (default: 0)" in " ".join(out.split())
     assert "local-rank" not in out
 
 

@@ -10,13 +10,13 @@ import yaml
 from sklearn.manifold import TSNE
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
-from moco import encoder, rng  # noqa: E402
-from moco.augment import color, crop  # noqa: E402
-from moco.augment.recipes import MEAN, STD, recipe  # noqa: E402
-from moco.data import datasets, loader  # noqa: E402
-from moco.engine import checkpoint, features  # noqa: E402
+from moco import encoder, rng
+from moco.augment import color, crop
+from moco.augment.recipes import MEAN, STD, recipe
+from moco.data import datasets, loader
+from moco.engine import checkpoint, features
 
 ROWS = 8  # images in the grid of views
 

@@ -1,7 +1,6 @@
 """The command line: option groups that scripts share, YAML defaults, and errors of one line with status 2."""
 
 import argparse
-import difflib
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -17,14 +16,14 @@ from moco.errors import InputError, unknown
 
 Options = argparse.Namespace
 
-_NOT_OPTIONS = {"cfg", "script", "method", "nodes", "batch_per_process"}  # what a run's args.yaml holds beside its options
+_NOT_OPTIONS = {"cfg", "script", "method", "nodes", "batch-per-process"}  # what a run's args.yaml holds beside its options
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
     """Shows each default, except where there is none to speak of."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default in (None, False, "", argparse.SUPPRESS):
+        if action.default is None or action.default is False:
             return action.help
         return super()._get_help_string(action)
 
@@ -81,15 +80,15 @@ class Parser(argparse.ArgumentParser):
             raise InputError(f"--cfg {path}: not YAML: {' '.join(str(error).split())}") from None
         if not isinstance(values, dict):
             raise InputError(f"--cfg {path}: expected lines of the form 'option: value'")
-        actions = {a.dest: a for a in self._actions if a.dest not in ("help", "data_option")}
+        actions = {name.removeprefix("--"): action for action in self._actions for name in action.option_strings}
+        actions["data"] = next(action for action in self._actions if action.dest == "data")
         for key, value in values.items():
-            dest = str(key).replace("-", "_")
-            if dest in _NOT_OPTIONS:
+            name = str(key).replace("_", "-")
+            if name in _NOT_OPTIONS:
                 continue
-            if dest not in actions:
-                near = difflib.get_close_matches(dest, actions, n=1, cutoff=0.0)
-                raise InputError(f"--cfg {path}: unknown key '{key}'; the nearest option is '{near[0].replace('_', '-')}'")
-            self.set_defaults(**{dest: _convert(actions[dest], value, f"--cfg {path}: {key}")})
+            if name not in actions:
+                raise InputError(f"--cfg {path}: {unknown('key', key, actions)}")
+            self.set_defaults(**{actions[name].dest: _convert(actions[name], value, f"--cfg {path}: {key}")})
 
 
 def _convert(action: argparse.Action, value: object, where: str) -> object:

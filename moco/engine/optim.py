@@ -9,9 +9,9 @@ from torch import nn
 
 
 def sgd(parameters: Iterable[nn.Parameter], args: Namespace) -> torch.optim.SGD:
-    """SGD with momentum and weight decay on the parameters that train, in foreach form."""
+    """SGD with momentum and weight decay on the parameters that train, fused."""
     trained = [p for p in parameters if p.requires_grad]
-    return torch.optim.SGD(trained, args.lr, momentum=args.momentum, weight_decay=args.wd, foreach=True)
+    return torch.optim.SGD(trained, args.lr, momentum=args.momentum, weight_decay=args.wd, fused=True)
 
 
 def learning_rate(args: Namespace, epoch: int) -> float:
