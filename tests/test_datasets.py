@@ -77,6 +77,12 @@ def test_photos_are_the_same_wherever_they_are_written(tmp_path, monkeypatch):
     assert written[0] == written[1]
 
 
+def test_photos_show_something(cache):
+    root = find("photos", BOTH)
+    flat = [name for name, path in files_under(root).items() if np.std(Image.open(path)) < 1.5]
+    assert flat == []
+
+
 def test_photos_that_another_process_finished_first_are_used(cache, monkeypatch):
     theirs = cache / "hard-negatives" / "photos-v1"
 

@@ -110,6 +110,7 @@ PHOTOS = (
 _PATCH = 96  # pixels
 _TRAIN_PATCHES, _VAL_PATCHES = 40, 20  # per photograph
 _LEFT = 0.6  # train's share of the width
+_FLAT = 2.0  # grey levels of standard deviation; a patch below shows nothing
 
 
 def photos() -> Path:
@@ -149,13 +150,22 @@ def _photograph(name: str):
 
 
 def _write_patches(root: Path, name: str, photograph, rng: np.random.Generator) -> None:
-    """Random squares of 96 pixels at 1 to 1.6 times that size, as far as the part allows."""
+    """Random squares of 1 to 1.6 times 96 pixels, as far as the part allows, at 96; black or blank ones are drawn again."""
     width, height = photograph.size
     border = round(width * _LEFT)
     for split, left, right, count in (("train", 0, border, _TRAIN_PATCHES), ("val", border, width, _VAL_PATCHES)):
         folder = root / split / name
         folder.mkdir(parents=True)
         for i in range(count):
-            size = min(round(_PATCH * rng.uniform(1, 1.6)), right - left, height)
-            x, y = int(rng.integers(left, right - size + 1)), int(rng.integers(0, height - size + 1))
-            photograph.crop((x, y, x + size, y + size)).resize((_PATCH, _PATCH), 3).save(folder / f"{i:03d}.jpg", quality=92)
+            for _ in range(10):
+                patch = _patch(photograph, left, right, rng)
+                if np.std(patch) >= _FLAT:
+                    break
+            patch.save(folder / f"{i:03d}.jpg", quality=92)
+
+
+def _patch(photograph, left: int, right: int, rng: np.random.Generator):
+    height = photograph.size[1]
+    size = min(round(_PATCH * rng.uniform(1, 1.6)), right - left, height)
+    x, y = int(rng.integers(left, right - size + 1)), int(rng.integers(0, height - size + 1))
+    return photograph.crop((x, y, x + size, y + size)).resize((_PATCH, _PATCH), 3)
