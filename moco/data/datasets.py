@@ -151,7 +151,7 @@ def _photograph(name: str):
 
 def _write_patches(root: Path, name: str, photograph, rng: np.random.Generator) -> None:
     """Random squares of 1 to 1.6 times 96 pixels, as far as the part allows, at 96; black or blank ones are drawn again."""
-    width, height = photograph.size
+    width = photograph.size[0]
     border = round(width * _LEFT)
     for split, left, right, count in (("train", 0, border, _TRAIN_PATCHES), ("val", border, width, _VAL_PATCHES)):
         folder = root / split / name
