@@ -8,10 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+
+# what the tests compute in this process gains nothing from more threads, and loses much where other programs keep the cores busy
+torch.set_num_threads(1)
 
 
 def write_images(root: Path, classes: int = 2, train: int = 12, val: int = 5, size: int = 40) -> Path:

@@ -20,15 +20,6 @@ PROBABILITIES = ("jitter_p", "gray_p", "blur_p", "solarize_p", "flip_p")
 BUSY = View(jitter=(0.3, 0.5, 0.7, 0.2), jitter_p=0.7, gray_p=0.3, blur_p=0.6, solarize_p=0.4, flip_p=0.5)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Images this small are quicker without threads, far quicker where other programs keep the cores busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def generator(seed):
     return torch.Generator().manual_seed(seed)
 

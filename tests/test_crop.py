@@ -16,15 +16,6 @@ DRAWS = 10_000
 RATIO = (3 / 4, 4 / 3)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Images this small are quicker without threads, far quicker where other programs keep the cores busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def our_boxes(height, width, view, seed):
     return [random_box(height, width, view, key(CROP, seed, 0, i, 0)) for i in range(DRAWS)]
 

@@ -20,15 +20,6 @@ PREFIXES = [
 ]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tensors this small gain nothing from more, and lose much where other processes are busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def trained(seed):
     """A resnet18 whose BatchNorm tensors, which all networks start equal, are drawn like its weights."""
     torch.manual_seed(seed)

@@ -15,15 +15,6 @@ DIM, K = 6, 24
 ALL_SIX = synthetic.Synthetic(n_hard=10, counts=(5, 4, 3, 2, 3, 4))
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tensors this small gain nothing from more, and lose much where other processes are busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def tiny_encoder():
     return nn.Sequential(
         nn.Conv2d(3, 8, 3, 2), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, DIM)

@@ -10,15 +10,6 @@ TOGETHER = (4, 3, 5, 2, 6, 1)
 SIZES = [(3, 8, 20, 6), (5, 16, 32, 32), (2, 7, 9, 1), (1, 4, 3, 2)]  # queries, features, bank rows, hard rows
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tensors this small gain nothing from more, and lose much where other processes are busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def batch(sizes, seed, zeros=False, dtype=torch.float64):
     """Unit queries that want a gradient, and unit rows of a bank."""
     n, dim, rows, _ = sizes

@@ -1,0 +1,65 @@
+"""The house keeps its floors: imports go down only, scripts stay short, the mathematics knows torch alone."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+FLOORS = [
+    ("moco.errors", "moco.rng"),
+    ("moco.loss", "moco.augment", "moco.encoder", "moco.distributed"),
+    ("moco.builder", "moco.data"),
+    ("moco.engine",),
+    ("main_", "tools"),
+]
+MODULES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts): path
+    for path in [*ROOT.glob("main_*.py"), *ROOT.glob("tools/*.py"), *ROOT.glob("moco/**/*.py")]
+    if path.name != "__init__.py"
+}
+
+
+def room(module: str) -> tuple[int, str]:
+    """The floor and the room of a module."""
+    return next((i, name) for i, floor in enumerate(FLOORS) for name in floor if module.startswith(name))
+
+
+def imported(path: Path) -> set[str]:
+    """The project's modules that a file imports."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
+    return names & MODULES.keys()
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_go_down_or_stay_in_the_room(module):
+    floor, name = room(module)
+    for other in imported(MODULES[module]):
+        other_floor, other_name = room(other)
+        assert other_floor < floor or other_name == name, f"{module} imports {other}"
+
+
+def test_no_circle():
+    edges = {module: imported(path) for module, path in MODULES.items()}
+    while leaves := [module for module, targets in edges.items() if not targets & edges.keys()]:
+        for module in leaves:
+            del edges[module]
+    assert not edges
+
+
+@pytest.mark.parametrize("script", sorted(ROOT.glob("main_*.py")), ids=lambda path: path.name)
+def test_scripts_are_under_200_lines(script):
+    assert len(script.read_text().splitlines()) < 200
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("moco/loss/*.py")), ids=lambda path: path.name)
+def test_losses_import_torch_alone(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            name = node.module if isinstance(node, ast.ImportFrom) else node.names[0].name
+            assert name.split(".")[0] in ("torch", "dataclasses") or name.startswith("moco.loss"), name
