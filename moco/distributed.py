@@ -86,6 +86,8 @@ def launch(worker: Worker, args: Namespace) -> None:
     if p.launcher != "spawn":
         _process(p, worker, args, p.first, p.local_rank)
         return
+    # a rank that is ended because another one failed cannot tidy up; Python's tracker does, and need not report it
+    sys.warnoptions.append("ignore:resource_tracker:UserWarning")
     context = mp.get_context("spawn")
     mistakes = context.SimpleQueue()
     try:

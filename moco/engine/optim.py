@@ -9,9 +9,13 @@ from torch import nn
 
 
 def sgd(parameters: Iterable[nn.Parameter], args: Namespace) -> torch.optim.SGD:
-    """SGD with momentum and weight decay on the parameters that train, fused."""
+    """SGD with momentum and weight decay on the parameters that train, fused.
+
+    Not fused under fp16: where the gradient scaler skips the first step, PyTorch's fused SGD leaves the momentum buffer
+    uninitialised and uses it in the next.
+    """
     trained = [p for p in parameters if p.requires_grad]
-    return torch.optim.SGD(trained, args.lr, momentum=args.momentum, weight_decay=args.wd, fused=True)
+    return torch.optim.SGD(trained, args.lr, momentum=args.momentum, weight_decay=args.wd, fused=args.amp != "fp16")
 
 
 def learning_rate(args: Namespace, epoch: int) -> float:
