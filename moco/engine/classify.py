@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moco import distributed, encoder
-from moco.augment.color import normalize
 from moco.data import datasets, loader
 from moco.data.datasets import ImageFolder
 from moco.engine import checkpoint, precision
+from moco.engine.features import test_batches
 from moco.engine.log import say, write_json
 from moco.engine.train import Trainer
 from moco.rng import Progress
@@ -22,6 +22,7 @@ def check(args: Namespace) -> None:
     datasets.find(args.data, ("train", "val"))
     state = checkpoint.load(args.pretrained) if args.pretrained else {}
     args.arch = args.arch or state.get("arch") or "resnet50"
+    args.encoder_method = state.get("method", "unknown") if args.pretrained else "random"
     if args.pretrained:
         net = encoder.resnet(args.arch, 1)
         encoder.load_backbone(net, checkpoint.tensors(state), args.pretrained)
@@ -50,9 +51,8 @@ def write_results(args: Namespace, protocol: str, metrics: dict[str, float]) -> 
     """Write results.json to the run folder, on rank 0; metrics are fractions in [0, 1]."""
     if distributed.rank() != 0:
         return
-    state = checkpoint.load(args.pretrained) if args.pretrained else {}
     results = {
-        "method": state.get("method", "unknown") if args.pretrained else "random",
+        "method": args.encoder_method,
         "arch": args.arch,
         "checkpoint": args.pretrained,
         "protocol": protocol,
@@ -66,12 +66,11 @@ def write_results(args: Namespace, protocol: str, metrics: dict[str, float]) -> 
 def test(net: nn.Module, folder: ImageFolder, args: Namespace, device: torch.device) -> dict[str, float]:
     """Top-1 and top-5 accuracy of `net` on `folder`, in [0, 1]; each image counts once, whatever the number of ranks."""
     net.eval()
-    order = loader.EvalOrder(len(folder), args.batch_per_process)
     counts = torch.zeros(3, device=device)
-    for batch in loader.batches(folder, loader.CenterCrop(args.image_size), order, args, device):
+    for images, label in test_batches(folder, args, device):
         with precision.autocast(args.amp, device):
-            logits = net(precision.layout(normalize(batch.views[0])))
-        counts += torch.stack([*correct(logits, batch.label), torch.tensor(float(len(logits)), device=device)])
+            logits = net(images)
+        counts += torch.stack([*correct(logits, label), torch.tensor(float(len(logits)), device=device)])
     top1, top5, n = distributed.all_reduce_sum(counts).tolist()
     return {"acc1": top1 / n, "acc5": top5 / n}
 

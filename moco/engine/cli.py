@@ -16,7 +16,14 @@ from moco.errors import InputError, unknown
 
 Options = argparse.Namespace
 
-_NOT_OPTIONS = {"cfg", "script", "method", "nodes", "batch-per-process"}  # what a run's args.yaml holds beside its options
+_NOT_OPTIONS = {
+    "cfg",
+    "script",
+    "method",
+    "encoder-method",
+    "nodes",
+    "batch-per-process",
+}  # what a run's args.yaml holds beside its options
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):

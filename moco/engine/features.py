@@ -1,6 +1,7 @@
 """Features of a frozen encoder, and the weighted k-NN classifier on them (Wu et al., arXiv 1805.01978, section 3.4)."""
 
 from argparse import Namespace
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -13,19 +14,24 @@ from moco.data.datasets import ImageFolder
 from moco.engine.precision import autocast, layout
 
 
+def test_batches(folder: ImageFolder, args: Namespace, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """This rank's share of `folder` (every W-th image) as normalized centre crops [B, 3, S, S] and labels [B]."""
+    order = loader.EvalOrder(len(folder), args.batch_per_process)
+    for batch in loader.batches(folder, loader.CenterCrop(args.image_size), order, args, device):
+        yield layout(normalize(batch.views[0])), batch.label
+
+
 @torch.inference_mode()
 def extract(net: nn.Module, folder: ImageFolder, args: Namespace, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Unit backbone features [n, D] and labels [n] of this rank's share of `folder` (every W-th image), in eval mode."""
+    """Unit backbone features [n, D] and labels [n] of this rank's share of `folder`, in eval mode."""
     was_training = net.training
     net.eval()
-    order = loader.EvalOrder(len(folder), args.batch_per_process)
-    cut = loader.CenterCrop(args.image_size)
     rows, labels = [], []
-    for batch in loader.batches(folder, cut, order, args, device):
+    for images, label in test_batches(folder, args, device):
         with autocast(args.amp, device):
-            x = encoder.features(net, layout(normalize(batch.views[0])))
+            x = encoder.features(net, images)
         rows.append(F.normalize(x.float(), dim=1))
-        labels.append(batch.label)
+        labels.append(label)
     net.train(was_training)
     if not rows:
         return torch.empty(0, 1, device=device), torch.empty(0, dtype=torch.long, device=device)
