@@ -27,10 +27,7 @@ PRETRAIN = (
     "--mlp --moco-t 0.1 --aug-plus --cos --batch-size 32 --lr 0.008 --moco-k 256 --moco-m 0.99 --bn-splits 1 --knn-every 5 "
     "--n-hard 16 --n1 2 --n2 2 --n3 2 --n4 1 --n5 1 --n6 1 --warmup-epochs 4 --save-every 1000"
 ).split()
-# Each encoder is probed at a rate that suits it: SynCo's features are four times as long as those of a random encoder, and
-# the largest rate at which a probe is stable falls with the square of their length.
-LINEAR = "--batch-size 64 --cos".split()
-LINEAR_LR = {"random_": 0.3, "": 0.03}
+LINEAR = "--batch-size 64 --lr 0.1 --cos".split()
 
 
 def main() -> int:
@@ -49,8 +46,7 @@ def main() -> int:
     results = {}
     for prefix, source in (("random_", []), ("", encoder)):
         knn = call(args, "main_knn.py", args.out / f"{prefix}knn", "--k", 20, *source)
-        probe = [*LINEAR, "--lr", LINEAR_LR[prefix], "--epochs", probe_epochs]
-        linear = call(args, "main_lincls.py", args.out / f"{prefix}linear", *probe, *source)
+        linear = call(args, "main_lincls.py", args.out / f"{prefix}linear", *LINEAR, "--epochs", probe_epochs, *source)
         results |= {f"{prefix}knn": knn["knn_20"], f"{prefix}linear": linear["acc1"]}
     results |= {"seed": args.seed, "seconds": round(time.perf_counter() - began, 1)}
     write_json(args.out / "results.json", results)
