@@ -250,6 +250,14 @@ def test_truncated_checkpoint(script, images, checkpoint, tmp_path):
     )
 
 
+def test_checkpoint_that_is_none(script, images, tmp_path):
+    strange = tmp_path / "strange.pth.tar"
+    strange.write_text("# a page of text")
+    refused(script("main_lincls", images, "--pretrained", strange), "strange.pth.tar", "of another format")
+    torch.save({"state_dict": {}, "args": Namespace(lr=0.1)}, strange)
+    refused(script("main_lincls", images, "--pretrained", strange), "strange.pth.tar", "holds Python objects")
+
+
 def test_checkpoint_of_another_arch(script, images, checkpoint, tmp_path):
     refused(script("main_lincls", images, "--pretrained", checkpoint, "-a", "resnet50"), "does not fit")
     refused(script("main_lincls", images, "--pretrained", checkpoint, "-a", "resnet34"), "does not fit")

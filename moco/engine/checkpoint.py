@@ -38,7 +38,7 @@ def load(path: str) -> State:
     except FileNotFoundError:
         raise InputError(f"{path}: no such checkpoint") from None
     except pickle.UnpicklingError as error:
-        if "weights_only" in str(error) or "Unsupported" in str(error):
+        if "Unsupported global" in str(error) or "Unsupported class" in str(error):
             raise InputError(f"{path}: holds Python objects beside tensors and is not read; save its state_dict alone") from None
         raise InputError(f"{path}: not a readable checkpoint; it is damaged or of another format") from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, zipfile.BadZipFile):
