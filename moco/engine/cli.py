@@ -16,14 +16,8 @@ from moco.errors import InputError, unknown
 
 Options = argparse.Namespace
 
-_NOT_OPTIONS = {
-    "cfg",
-    "script",
-    "method",
-    "encoder-method",
-    "nodes",
-    "batch-per-process",
-}  # what a run's args.yaml holds beside its options
+# what a run's args.yaml holds beside its options
+_NOT_OPTIONS = {"cfg", "script", "method", "encoder-method", "nodes", "batch-per-process"}
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
