@@ -8,13 +8,14 @@ import torch
 
 from moco.engine import classify, cli
 from moco.engine.log import say
+from moco.errors import InputError
 
 
 def parser() -> cli.Parser:
     p = cli.Parser(__doc__)
     cli.add_input(p, batch=256, recipe="probe", arch=None)
     cli.add_pretrained(p)
-    cli.add_optimizer(p, epochs=100, lr=30.0, wd=0.0, schedule=[60, 80])
+    cli.add_optimizer(p, epochs=100, lr=[30.0], wd=0.0, schedule=[60, 80])
     cli.add_run(p)
     p.add_argument("-e", "--evaluate", action="store_true", help="only test the classifier of --resume")
     cli.add_launch(p)
@@ -23,6 +24,8 @@ def parser() -> cli.Parser:
 
 def check(args: cli.Options) -> None:
     args.method = "linear"
+    if len(set(args.lr)) < len(args.lr):
+        raise InputError(f"--lr {' '.join(f'{lr:g}' for lr in args.lr)}: a rate stands twice; give each once")
     classify.check(args)
 
 
@@ -31,11 +34,13 @@ def worker(args: cli.Options, device: torch.device) -> None:
     net = classify.pretrained(args, len(train.classes), device)
     probe = classify.LinearProbe(args, net, train, val, device)
     if args.evaluate:
-        accuracy = classify.test(net, val, args, device)
+        probe.test()
     else:
         probe.train()
-        accuracy = probe.accuracy
         probe.check_frozen()
+    accuracy = probe.accuracy
+    if len(args.lr) > 1:
+        say("  ".join(f"lr {lr:g}: {100 * accuracy[f'acc1_lr{lr:g}']:.3f}" for lr in args.lr) + "  (Acc@1; the best follows)")
     say(f"* Acc@1 {100 * accuracy['acc1']:.3f} Acc@5 {100 * accuracy['acc5']:.3f}")
     classify.write_results(args, "linear", accuracy)
 

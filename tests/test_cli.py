@@ -8,6 +8,7 @@ import torch
 import yaml
 from PIL import Image
 
+import main_lincls
 import main_synco
 from moco import distributed
 from moco.errors import InputError, unknown
@@ -309,6 +310,21 @@ def test_underscores_and_hyphens_are_the_same():
 def test_data_is_positional_or_an_option():
     assert options("--mlp", "folder").data == "folder"
     assert options("--data", "folder").data == "folder"
+
+
+def test_the_folder_may_follow_an_option_that_takes_several_values():
+    args = options("--mlp", "--schedule", 120, 160, "folder")
+    assert (args.schedule, args.data) == ([120, 160], "folder")
+    parser = main_lincls.parser()
+    assert parser.parse(["--lr", "30", "1e-2", "folder", "-b", "8"]).lr == [30, 0.01]
+    assert parser.parse(["folder", "--lr", "30"]).lr == [30]
+
+
+def test_rates_of_a_probe_are_checked(script, images, tmp_path):
+    refused(script("main_lincls", images, "--lr", 3, 1, 3.0), "--lr 3 1 3", "stands twice")
+    refused(script("main_lincls", images, "--lr", "-1"), "--lr", "below 0")
+    (tmp_path / "one.yaml").write_text("lr: 2.5")
+    assert main_lincls.parser().parse(["folder", "--cfg", str(tmp_path / "one.yaml")]).lr == [2.5]
 
 
 def test_flags_win_over_yaml(tmp_path):

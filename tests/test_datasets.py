@@ -35,8 +35,8 @@ def contents(root):
 def test_photos_are_19_classes_of_jpegs_of_96_pixels(photos):
     train, val = scan(photos, "train"), scan(photos, "val")
     assert len(train.classes) == 19 and train.classes == val.classes
-    assert np.bincount(train.labels).tolist() == [40] * 19
-    assert np.bincount(val.labels).tolist() == [20] * 19
+    assert np.bincount(train.labels).tolist() == [60] * 19
+    assert np.bincount(val.labels).tolist() == [40] * 19
     for folder in (train, val):
         for i in range(0, len(folder), 7):
             with Image.open(folder.path(i)) as image:
@@ -73,7 +73,7 @@ def test_photos_are_the_same_wherever_they_are_written(tmp_path, monkeypatch):
     for name in ("one", "two"):
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / name))
         written.append(contents(find("photos", BOTH)))
-    assert len(written[0]) == 180
+    assert len(written[0]) == 300
     assert written[0] == written[1]
 
 
@@ -84,7 +84,7 @@ def test_photos_show_something(cache):
 
 
 def test_photos_that_another_process_finished_first_are_used(cache, monkeypatch):
-    theirs = cache / "hard-negatives" / "photos-v1"
+    theirs = cache / "hard-negatives" / "photos-v2"
 
     def photograph(name):
         (theirs / "train" / name).mkdir(parents=True)
@@ -104,7 +104,7 @@ def test_a_missing_photograph_leaves_nothing_half_written(cache, monkeypatch):
         find("photos", BOTH)
     assert files_under(cache) == {}
     monkeypatch.setattr(datasets, "PHOTOS", ["chelsea"])
-    assert len(files_under(find("photos", BOTH))) == 60
+    assert len(files_under(find("photos", BOTH))) == 100
 
 
 def picture(value_of_column, width, height):
@@ -134,7 +134,7 @@ def test_train_lies_left_of_val(cache, monkeypatch):
 
 def test_train_and_val_share_not_one_column_of_pixels(cache, monkeypatch):
     """Black left of the border and white right of it: one foreign column would stand out as a stripe."""
-    border = {name: round(0.6 * width) for name, (width, _) in SIZES.items()}
+    border = {name: round(0.5 * width) for name, (width, _) in SIZES.items()}
     halves = {name: picture(lambda x, b=border[name]: 255 * (x >= b), *size) for name, size in SIZES.items()}
     use_photographs(monkeypatch, halves)
     root = find("photos", BOTH)

@@ -174,6 +174,32 @@ def test_probe_resumes_exactly(shared_images, tmp_path):
     assert "* Acc@1" in tested
 
 
+def test_heads_of_several_rates_are_to_the_bit_those_of_each_alone(script, shared_images, tmp_path):
+    def probe(name: str, *options: object) -> tuple[dict, str]:
+        status, out, err = script("main_lincls", *command, *options, "--save-dir", tmp_path / name)
+        assert status == 0, err
+        return json.loads((tmp_path / name / "results.json").read_text())["metrics"], out
+
+    command = (shared_images, "-a", "resnet18", "--image-size", 32, "-b", 8, "-j", 0, "--epochs", 2)
+    command += ("--schedule", 1, "--wd", 1e-3)
+    rates = (3.0, 0.1, 1e20)  # the last one diverges, and must not take the others with it
+    together, out = probe("all", "--lr", *rates)
+    weights = load(tmp_path / "all" / "checkpoint.pth.tar")["state_dict"]
+    alone = {}
+    for i, lr in enumerate(rates):
+        alone[lr], _ = probe(str(i), "--lr", lr)
+        head = load(tmp_path / str(i) / "checkpoint.pth.tar")["state_dict"]
+        for part in ("weight", "bias"):
+            mine = weights[f"module.fc.{i}.{part}"]
+            torch.testing.assert_close(mine, head[f"module.fc.{part}"], rtol=0, atol=0, equal_nan=True)
+        assert together[f"acc1_lr{lr:g}"] == alone[lr]["acc1"]
+    assert not torch.equal(weights["module.fc.0.weight"], weights["module.fc.1.weight"])
+    best = alone[together["best_lr"]]
+    assert best == {name: together[name] for name in ("acc1", "acc5")} == max(alone.values(), key=lambda m: (m["acc1"], m["acc5"]))
+    assert "lr 3: " in out and "lr 0.1: " in out
+    assert probe("again", "--lr", *rates, "-e", "--resume", tmp_path / "all" / "checkpoint.pth.tar")[0] == together
+
+
 def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))

@@ -108,8 +108,8 @@ PHOTOS = (
     "retina rocket text china flower"
 ).split()
 _PATCH = 96  # pixels
-_TRAIN_PATCHES, _VAL_PATCHES = 40, 20  # per photograph
-_LEFT = 0.6  # train's share of the width
+_TRAIN_PATCHES, _VAL_PATCHES = 60, 40  # per photograph
+_LEFT = 0.5  # train's share of the width
 _FLAT = 2.0  # grey levels of standard deviation; a patch below shows nothing
 
 
@@ -119,7 +119,7 @@ def photos() -> Path:
     Train patches come from the left part and val patches from the right part of each photograph; no pixel is in both.
     """
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hard-negatives"
-    root = home / "photos-v1"
+    root = home / "photos-v2"
     if root.is_dir():
         return root
     home.mkdir(parents=True, exist_ok=True)
@@ -150,7 +150,7 @@ def _photograph(name: str):
 
 
 def _write_patches(root: Path, name: str, photograph, rng: np.random.Generator) -> None:
-    """Random squares of 1 to 1.6 times 96 pixels, as far as the part allows, at 96; black or blank ones are drawn again."""
+    """Random squares of 96 pixels, or of what the part allows, at 96; black or blank ones are drawn again."""
     width = photograph.size[0]
     border = round(width * _LEFT)
     for split, left, right, count in (("train", 0, border, _TRAIN_PATCHES), ("val", border, width, _VAL_PATCHES)):
@@ -166,6 +166,6 @@ def _write_patches(root: Path, name: str, photograph, rng: np.random.Generator) 
 
 def _patch(photograph, left: int, right: int, rng: np.random.Generator):
     height = photograph.size[1]
-    size = min(round(_PATCH * rng.uniform(1, 1.6)), right - left, height)
+    size = min(_PATCH, right - left, height)
     x, y = int(rng.integers(left, right - size + 1)), int(rng.integers(0, height - size + 1))
     return photograph.crop((x, y, x + size, y + size)).resize((_PATCH, _PATCH), 3)

@@ -1,7 +1,9 @@
 """Classifiers on pre-trained encoders: loading, training, testing, and the results file that every evaluation writes."""
 
+import copy
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -63,46 +65,81 @@ def write_results(args: Namespace, protocol: str, metrics: dict[str, float]) -> 
 
 
 @torch.inference_mode()
-def test(net: nn.Module, folder: ImageFolder, args: Namespace, device: torch.device) -> dict[str, float]:
-    """Top-1 and top-5 accuracy of `net` on `folder`, in [0, 1]; each image counts once, whatever the number of ranks."""
+def test(net: nn.Module, folder: ImageFolder, args: Namespace, device: torch.device) -> list[tuple[float, float]]:
+    """Top-1 and top-5 accuracy on `folder`, in [0, 1], of each of `net`'s classifiers.
+
+    Each image counts once, whatever the number of ranks.
+    """
     net.eval()
-    counts = torch.zeros(3, device=device)
+    counts = torch.zeros((), device=device)
     for images, label in test_batches(folder, args, device):
         with precision.autocast(args.amp, device):
-            logits = net(images)
-        counts += torch.stack([*correct(logits, label), torch.tensor(float(len(logits)), device=device)])
+            top1, top5 = correct(by_head(net(images)), label)
+        counts = counts + torch.stack([top1, top5, torch.full_like(top1, len(label))])  # [3, heads]
     top1, top5, n = distributed.all_reduce_sum(counts).tolist()
-    return {"acc1": top1 / n, "acc5": top5 / n}
+    return [(one / all, five / all) for one, five, all in zip(top1, top5, n, strict=True)]
 
 
 def correct(logits: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
-    """How many labels [B] are the first, and among the first five, of their logits [B, classes]."""
-    top = logits.topk(min(5, logits.shape[1]), 1).indices == label[:, None]
-    return top[:, 0].sum().float(), top.any(1).sum().float()
+    """How many labels [B] are the first, and among the first five, of their logits [..., B, classes]; both [...]."""
+    top = logits.topk(min(5, logits.shape[-1]), -1).indices == label[:, None]
+    return top[..., 0].sum(-1).float(), top.any(-1).sum(-1).float()
+
+
+class Heads(nn.ModuleList):
+    """Several classifiers of the same features [B, D]: their logits [heads, B, classes]."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        return torch.stack([head(features) for head in self])
+
+
+def by_head(logits: Tensor) -> Tensor:
+    """The logits of one classifier [B, classes] or of several [heads, B, classes], as the latter."""
+    return logits.view(-1, *logits.shape[-2:])
 
 
 class LinearProbe(Trainer):
-    """Trains a new `fc` on the frozen, eval-mode backbone (MoCo, section 4.1), and tests it after every epoch."""
+    """Trains a new `fc` on the frozen, eval-mode backbone (MoCo, section 4.1), and tests it after every epoch.
+
+    With several rates in `args.lr`, `fc` is one classifier for each, all from the same start, on the same features. What
+    one of them becomes is, to the bit on a CPU, what it would be alone.
+    """
 
     def __init__(self, args: Namespace, net: nn.Module, train: ImageFolder, val: ImageFolder, device: torch.device):
         net.requires_grad_(False)
         net.fc.requires_grad_(True)
         nn.init.normal_(net.fc.weight, std=0.01)
         nn.init.zeros_(net.fc.bias)
+        self.heads = [net.fc] + [copy.deepcopy(net.fc) for _ in args.lr[1:]]
+        if len(self.heads) > 1:
+            net.fc = Heads(self.heads)
         self.loaded = {name: net.state_dict()[name].clone() for name in encoder.backbone_keys(net)}
         self.val, self.best = val, 0.0
         super().__init__(args, net, train, device)
+
+    def groups(self) -> list[dict[str, Any]]:
+        return [{"params": list(head.parameters()), "lr": lr} for head, lr in zip(self.heads, self.args.lr, strict=True)]
 
     def start_epoch(self) -> None:
         self.module.eval()
 
     def forward(self, views: list[Tensor], batch: loader.Batch, progress: Progress) -> tuple[Tensor, dict[str, Tensor]]:
-        logits = self.ddp(views[0]).float()
-        top1, top5 = correct(logits, batch.label)
-        return F.cross_entropy(logits, batch.label), {"acc1": top1 / len(logits), "acc5": top5 / len(logits)}
+        logits = by_head(self.ddp(views[0]).float())  # [heads, B, classes]
+        losses = torch.stack([F.cross_entropy(one, batch.label) for one in logits])
+        best = losses.nan_to_num(torch.inf).argmin()  # the one to show; a rate too high for the features may have diverged
+        top1, top5 = (count[best] / len(batch.label) for count in correct(logits, batch.label))
+        return losses.sum(), {"loss": losses[best], "acc1": top1, "acc5": top5}
+
+    def test(self) -> None:
+        """Test on val/: `accuracy` is the best classifier's, beside each one's top-1 where there are several."""
+        tested = dict(zip(self.args.lr, test(self.module, self.val, self.args, self.device), strict=True))
+        lr = max(tested, key=tested.get)
+        self.accuracy = {"acc1": tested[lr][0], "acc5": tested[lr][1]}
+        if len(tested) > 1:
+            self.accuracy |= {"best_lr": lr, **{f"acc1_lr{lr:g}": top1 for lr, (top1, _) in tested.items()}}
 
     def end_epoch(self, done: int) -> dict[str, float]:
-        self.accuracy = test(self.module, self.val, self.args, self.device)
+        self.test()
         self.best = max(self.best, self.accuracy["acc1"])
         self.save("checkpoint.pth.tar", done, best_acc1=self.best)
         if self.best == self.accuracy["acc1"]:

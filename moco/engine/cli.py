@@ -5,7 +5,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 import yaml
 
@@ -15,6 +15,7 @@ from moco.encoder import check_arch
 from moco.errors import InputError, unknown
 
 Options = argparse.Namespace
+Number = TypeVar("Number", int, float)
 
 # what a run's args.yaml holds beside its options
 _NOT_OPTIONS = {"cfg", "script", "method", "encoder-method", "nodes", "batch-per-process"}
@@ -46,7 +47,7 @@ class Parser(argparse.ArgumentParser):
 
     def parse(self, argv: Sequence[str] | None = None) -> Options:
         """Parse; raises InputError for an unknown option (it names the nearest) or a wrong YAML file."""
-        argv = [self._canonical(token) for token in (sys.argv[1:] if argv is None else argv)]
+        argv = self._folder_first([self._canonical(token) for token in (sys.argv[1:] if argv is None else argv)])
         first, _ = self.parse_known_args(argv)
         if first.cfg:
             self._defaults_from(first.cfg)
@@ -68,6 +69,19 @@ class Parser(argparse.ArgumentParser):
             return token
         name, equals, value = token.partition("=")
         return name.replace("_", "-") + equals + value
+
+    def _folder_first(self, argv: list[str]) -> list[str]:
+        """Move what is no number out of the options that take several: --schedule 120 160 DIR names a folder last."""
+        numbers = {name for action in self._actions if action.nargs in ("*", "+") and action.type for name in action.option_strings}
+        folders: list[str] = []
+        rest: list[str] = []
+        option = ""
+        for token in argv:
+            is_folder = option in numbers and not token.startswith("-") and not _is_number(token)
+            (folders if is_folder else rest).append(token)
+            if token.startswith("-") and not _is_number(token):
+                option = token
+        return folders + rest
 
     def _names(self) -> list[str]:
         return [name for action in self._actions for name in action.option_strings if name.startswith("--")]
@@ -92,12 +106,22 @@ class Parser(argparse.ArgumentParser):
             self.set_defaults(**{actions[name].dest: _convert(actions[name], value, f"--cfg {path}: {key}")})
 
 
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
 def _convert(action: argparse.Action, value: object, where: str) -> object:
     """A YAML value as the option would have it."""
     if value is None:
         return action.default
     is_flag = action.nargs == 0 or isinstance(action, argparse.BooleanOptionalAction)
     many = action.nargs in ("*", "+") or (isinstance(action.nargs, int) and action.nargs > 0)
+    if action.nargs == "+" and not isinstance(value, (list, bool)):
+        value = [value]
     if is_flag != isinstance(value, bool) or many != isinstance(value, list):
         raise InputError(f"{where}: {value!r} is not {'true or false' if is_flag else 'a list' if many else 'one value'}")
     if is_flag:
@@ -127,7 +151,12 @@ def natural(text: str) -> int:
     return _at_least(int(text), 0)
 
 
-def _at_least(value: int, least: int) -> int:
+def nonnegative_float(text: str) -> float:
+    """A float of at least 0."""
+    return _at_least(float(text), 0.0)
+
+
+def _at_least(value: Number, least: Number) -> Number:
     if value < least:
         raise argparse.ArgumentTypeError(f"{value} is below {least}")
     return value
@@ -169,11 +198,14 @@ def add_pretrained(parser: Parser) -> None:
     group.add_argument("--pretrained", metavar="FILE", help="checkpoint of any method here, or a MoCo, SogCLR, MoBY or bare file")
 
 
-def add_optimizer(parser: Parser, epochs: int, lr: float, wd: float, schedule: list[int]) -> None:
-    """How weights change, with a protocol's defaults."""
+def add_optimizer(parser: Parser, epochs: int, lr: float | list[float], wd: float, schedule: list[int]) -> None:
+    """How weights change, with a protocol's defaults; where that of `lr` is a list, several may be given."""
     group = parser.add_argument_group("optimization")
     group.add_argument("--epochs", type=positive, default=epochs)
-    group.add_argument("--lr", "--learning-rate", type=float, default=lr, help="as it is: not scaled by the batch size")
+    many = {"nargs": "+", "metavar": "LR"} if isinstance(lr, list) else {}
+    note = "; with several, a classifier for each in one pass" if many else ""
+    help_lr = f"as it is: not scaled by the batch size{note}"
+    group.add_argument("--lr", "--learning-rate", type=nonnegative_float, default=lr, help=help_lr, **many)
     group.add_argument("--schedule", type=int, nargs="*", default=schedule, metavar="EPOCH", help="lr x .1 at these epochs")
     group.add_argument("--cos", action=argparse.BooleanOptionalAction, default=False, help="cosine schedule by epoch instead")
     group.add_argument("--lr-warmup-epochs", type=natural, default=0, help="epochs of linear learning-rate warm-up")

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +34,8 @@ class Trainer(ABC):
     def __init__(self, args: Namespace, module: nn.Module, folder: ImageFolder, device: torch.device):
         self.args, self.module, self.folder, self.device = args, module, folder, device
         self.recipe = recipe(args.recipe, args.image_size)
-        self.optimizer = optim.sgd(module.parameters(), args)
+        self.optimizer = optim.sgd(self.groups(), args)
+        self.rates = [group["lr"] for group in self.optimizer.param_groups]  # before any schedule, and before a resumed one
         self.scaler = precision.scaler(args.amp, device)
         self.first_epoch = self._resume(checkpoint.load(args.resume)) if args.resume else 0
         # queues are equal on every rank by construction; BN statistics are shared once an epoch
@@ -42,6 +44,10 @@ class Trainer(ABC):
             len(folder), args.batch_per_process, args.accumulation_steps, self.first_epoch, args.epochs, args.seed
         )
         self.steps_per_epoch = self.order.batches // args.accumulation_steps
+
+    def groups(self) -> list[dict[str, Any]]:
+        """The optimizer's parameter groups: what trains, at the one rate of `--lr`."""
+        return [{"params": [p for p in self.module.parameters() if p.requires_grad]}]
 
     @abstractmethod
     def forward(self, views: list[Tensor], batch: loader.Batch, progress: rng.Progress) -> tuple[Tensor, dict[str, Tensor]]:
@@ -75,8 +81,9 @@ class Trainer(ABC):
 
     def _epoch(self, epoch: int, batches: Iterator[loader.Batch], log: RunLog) -> None:
         args, per_epoch = self.args, self.steps_per_epoch
-        lr = optim.learning_rate(args, epoch)
-        optim.set_learning_rate(self.optimizer, lr)
+        for group, lr in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = lr * optim.decay(args, epoch)
+        lr = self.optimizer.param_groups[0]["lr"]
         self.start_epoch()
         mean = Mean()
         for step in range(epoch * per_epoch, (epoch + 1) * per_epoch):
@@ -113,9 +120,10 @@ class Trainer(ABC):
             raise InputError(f"{self.folder.root}: {len(self.folder)} images do not fill one batch of {batch}; lower --batch-size")
         say(f"{args.method} {args.arch}: {len(self.folder)} images in {self.folder.root}")
         say(f"views {args.recipe} at {args.image_size} pixels; {self.device.type}, amp {args.amp}")
+        lr = ", ".join(f"{lr:g}" for lr in self.rates)
         say(
             f"total batch {batch} = {args.batch_per_process} per process x {w} processes x {args.accumulation_steps} accumulation; "
-            f"lr after scaling {args.lr:g} (taken as given), lr warm-up {args.lr_warmup_epochs} epochs; "
+            f"lr after scaling {lr} (taken as given), lr warm-up {args.lr_warmup_epochs} epochs; "
             f"{args.epochs} epochs x {self.steps_per_epoch} steps"
         )
         if args.resume:
