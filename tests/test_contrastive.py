@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from moco.loss.contrastive import contrast_accuracy, info_nce, unit
+from moco.loss import synthetic
+from moco.loss.contrastive import bank_info_nce, contrast_accuracy, info_nce, unit
 
 ROWS = 6
 
@@ -40,6 +41,59 @@ def test_info_nce_stays_finite_where_an_exponential_would_overflow():
     positive, negatives = torch.tensor([1.0, -1.0]), torch.tensor([[-1.0, 0.0], [1.0, 1.0]])
     loss = info_nce(positive, [negatives], 0.001)  # logits of up to 1000: losses 0 and 2000 + log 2
     torch.testing.assert_close(loss, torch.tensor(1000 + math.log(2) / 2))
+
+
+def head_inputs(seed, n=5, dim=16, rows=300, dtype=torch.float64):
+    """Unit queries that want a gradient, their positives' similarities, and a bank."""
+    generator = torch.Generator().manual_seed(seed)
+    q, k, bank = (unit(torch.randn(size, dim, generator=generator, dtype=torch.float64)).to(dtype) for size in (n, n, rows))
+    return q.requires_grad_(), k, bank
+
+
+KINDS = {
+    "queue alone": None,
+    "six types": synthetic.Synthetic(n_hard=20, counts=(4, 3, 5, 2, 6, 1)),
+    "MoCHI": synthetic.Synthetic(n_hard=20, counts=(4, 0, 5, 0, 0, 0)),
+    "noise and sign": synthetic.Synthetic(n_hard=1, counts=(0, 0, 0, 3, 0, 2), sigma=0.3, eta=0.3),
+}
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("temperature", [0.02, 0.2])
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_bank_info_nce_and_its_gradients_are_those_of_info_nce(kind, temperature, seed):
+    q, k, bank = head_inputs(seed)
+    positive, s = (q * k).sum(1), q @ bank.T
+    negatives, mixture = [s], None
+    if kind:
+        draws = synthetic.draw(kind, *q.shape, torch.Generator().manual_seed(seed), torch.float64)
+        hard = synthetic.hardest(s, kind.n_hard)
+        negatives.append(synthetic.similarities(q, bank, s, hard, kind, draws))
+        mixture = synthetic.mix(q, bank, s.detach(), hard, kind, draws)
+    expected = info_nce(positive, negatives, temperature)
+    (expected_gradient,) = torch.autograd.grad(3 * expected, q)
+
+    loss = bank_info_nce(q, (q * k).sum(1), bank, (q @ bank.T).detach(), temperature, mixture)
+    (gradient,) = torch.autograd.grad(3 * loss, q)
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-10, atol=1e-12)
+
+
+def test_bank_info_nce_stays_finite_where_an_exponential_would_overflow():
+    q, k, bank = head_inputs(0, dtype=torch.float32)
+    loss = bank_info_nce(q, (q * k).sum(1), bank, (q @ bank.T).detach(), 0.001)
+    expected = info_nce((q * k).sum(1).double(), [(q @ bank.T).double()], 0.001)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
+    loss.backward()
+    assert q.grad.isfinite().all()
+
+
+def test_bank_info_nce_says_that_its_memory_is_used_up():
+    q, k, bank = head_inputs(0)
+    loss = bank_info_nce(q, (q * k).sum(1), bank, (q @ bank.T).detach(), 0.2)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="compute the loss again"):
+        loss.backward()
 
 
 @pytest.mark.parametrize("columns", [4, 5, 60])

@@ -166,6 +166,14 @@ def test_hardest_are_the_most_similar_rows_hardest_first(n_hard):
     assert torch.equal(hard, similarity.argsort(1, descending=True)[:, :n_hard])
 
 
+@pytest.mark.parametrize(("K", "n_hard"), [(4096, 64), (4096, 1), (4000, 10), (4099, 16), (512, 128), (512, 127), (65536, 1024)])
+def test_hardest_are_exact_for_large_banks(K, n_hard):
+    similarity = torch.randn(3, K, generator=torch.Generator().manual_seed(K + n_hard), dtype=torch.float64)
+    similarity[1] = similarity[1].sort().values  # the hardest side by side
+    similarity[2].view(-1)[:: max(1, K // (2 * n_hard))] += 9  # the hardest spread out evenly
+    assert torch.equal(hardest(similarity, n_hard), similarity.topk(n_hard, 1).indices)
+
+
 def test_every_hard_row_can_be_drawn_and_no_other_row():
     q, bank = batch((1, 8, 30, 4), 0)
     kind = Synthetic(n_hard=4, counts=(0, 0, 0, 0, 200, 0), delta=0.0)  # with delta 0 the hard rows themselves

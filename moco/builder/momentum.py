@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from moco import distributed
-from moco.loss.contrastive import contrast_accuracy, info_nce, unit
+from moco.loss.contrastive import bank_info_nce, contrast_accuracy, unit
+from moco.loss.synthetic import Mixture
 from moco.rng import SHUFFLE, Progress
 
 MIN_BN_GROUP = 8  # images; fewer make the key encoder's batch statistics useless
@@ -66,13 +67,15 @@ class MoCo(nn.Module):
     def contrast(self, q: Tensor, k: Tensor, progress: Progress) -> tuple[Tensor, dict[str, Tensor]]:
         """InfoNCE of unit queries and keys [B, C]; accuracy among the queue's negatives, whatever else is added."""
         positive = (q * k).sum(1)  # [B]
-        similarity = q @ self.queue.T  # [B, K]
-        loss = info_nce(positive, self.negatives(q, similarity, progress), self.T)
-        return loss, contrast_accuracy(positive, similarity)
+        with torch.no_grad():
+            similarity = q @ self.queue.T  # [B, K]
+            accuracy = contrast_accuracy(positive, similarity)
+            mixture = self.negatives(q, similarity, progress)
+        return bank_info_nce(q, positive, self.queue, similarity, self.T, mixture), accuracy
 
-    def negatives(self, q: Tensor, similarity: Tensor, progress: Progress) -> list[Tensor]:
-        """Similarities of the queries to all their negatives, given those to the queue, [B, K]."""
-        return [similarity]
+    def negatives(self, q: Tensor, similarity: Tensor, progress: Progress) -> Mixture | None:
+        """What the queries face beside the queue, given their similarities to it, [B, K]."""
+        return None
 
     @torch.no_grad()
     def keys(self, images: Tensor, progress: Progress) -> Tensor:

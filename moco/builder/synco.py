@@ -21,10 +21,10 @@ class SynCo(MoCo):
         super().__init__(*args, **moco)
         self.kind, self.warmup_epochs = kind, warmup_epochs
 
-    def negatives(self, q: Tensor, similarity: Tensor, progress: Progress) -> list[Tensor]:
+    def negatives(self, q: Tensor, similarity: Tensor, progress: Progress) -> synthetic.Mixture | None:
         if not self.kind.total or progress.epoch < self.warmup_epochs:
-            return [similarity]
+            return None
         generator = progress.generator(NEGATIVES, q.device, distributed.rank())
         draws = synthetic.draw(self.kind, *q.shape, generator, q.dtype)
         hard = synthetic.hardest(similarity, self.kind.n_hard)
-        return [similarity, synthetic.similarities(q, self.queue, similarity, hard, self.kind, draws)]
+        return synthetic.mix(q, self.queue, similarity, hard, self.kind, draws)

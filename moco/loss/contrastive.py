@@ -3,6 +3,9 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from moco.loss.synthetic import Mixture
 
 
 def info_nce(positive: Tensor, negatives: list[Tensor], temperature: float) -> Tensor:
@@ -19,6 +22,57 @@ def info_nce(positive: Tensor, negatives: list[Tensor], temperature: float) -> T
     l_pos = positive / temperature
     parts = [l_pos] + [torch.logsumexp(s / temperature, 1) for s in negatives]
     return (torch.logsumexp(torch.stack(parts, 1), 1) - l_pos).mean()
+
+
+def bank_info_nce(
+    q: Tensor, positive: Tensor, bank: Tensor, similarity: Tensor, temperature: float, mixture: Mixture | None = None
+) -> Tensor:
+    """`info_nce` against a bank without gradient, in the memory of one [N, K] buffer: what MoCo and SynCo train on.
+
+    Args:
+        q: unit queries [N, C], with gradient.
+        positive: similarity of each query to its key, [N], with gradient.
+        bank: unit rows [K, C].
+        similarity: q @ bank.T, [N, K], without gradient. Used up: it holds exponentials afterwards, and the gradient's
+            coefficients after the backward pass, which can run once.
+        temperature: > 0.
+        mixture: synthetic negatives that join the bank's.
+    """
+    lse = _BankLogSumExp.apply(q, bank, similarity, temperature, mixture)
+    l_pos = positive / temperature
+    return (torch.logaddexp(l_pos, lse) - l_pos).mean()
+
+
+class _BankLogSumExp(torch.autograd.Function):
+    """log-sum-exp of the logits over all negatives, [N]."""
+
+    @staticmethod
+    def forward(ctx, q: Tensor, bank: Tensor, similarity: Tensor, temperature: float, more: Mixture | None):
+        top = similarity.amax(1, keepdim=True)
+        if more is not None:
+            synthetic = more.dot(q, similarity)
+            top = torch.maximum(top, synthetic.amax(1, keepdim=True))
+            ctx.of_more = torch.exp((synthetic - top) / temperature)
+        ctx.of_bank = torch.add(-top / temperature, similarity, alpha=1 / temperature, out=similarity).exp_()
+        total = ctx.of_bank.sum(1, keepdim=True)
+        if more is not None:
+            total += ctx.of_more.sum(1, keepdim=True)
+        ctx.more, ctx.temperature = more, temperature
+        ctx.save_for_backward(q, bank, total)
+        return (top / temperature + total.log()).squeeze(1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor):
+        q, bank, total = ctx.saved_tensors
+        weight, ctx.of_bank = ctx.of_bank, None
+        if weight is None:
+            raise RuntimeError("bank_info_nce: the first backward pass used up its memory; compute the loss again")
+        rest = 0.0
+        if ctx.more is not None:
+            coefficients, rest = ctx.more.backward(q, ctx.of_more)
+            weight.scatter_add_(1, ctx.more.rows, coefficients)
+        return (weight @ bank + rest) * (gradient[:, None] / (total * ctx.temperature)), None, None, None, None
 
 
 @torch.no_grad()

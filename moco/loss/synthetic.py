@@ -63,60 +63,109 @@ def draw(kind: Synthetic, n: int, dim: int, generator: torch.Generator, dtype: t
 
 
 def hardest(similarity: Tensor, n_hard: int) -> Tensor:
-    """Rows of the bank most similar to each query, hardest first: indices [N, n_hard] from similarity [N, K]."""
-    return similarity.detach().topk(n_hard, dim=1).indices
+    """Rows of the bank most similar to each query, hardest first: indices [N, n_hard] from similarity [N, K].
+
+    Exact, in two levels: the n_hard most similar rows lie in the n_hard groups with the largest maxima.
+    """
+    similarity = similarity.detach()
+    n, K = similarity.shape
+    members = int((K // n_hard) ** 0.5)  # of a group; then both levels have about equally many candidates
+    if members < 2 or K % members:
+        return similarity.topk(n_hard, 1).indices
+    groups = K // members  # group j holds the rows j, j + groups, j + 2 groups, ...
+    best = similarity.view(n, members, groups).amax(1).topk(n_hard, 1, sorted=False).indices
+    rows = (best[:, None, :] + groups * torch.arange(members, device=best.device)[:, None]).flatten(1)
+    return rows.gather(1, similarity.gather(1, rows).topk(n_hard, 1).indices)
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Synthetic negatives as what they are made of; no vector h stands in memory.
+
+    h_m = sum of `weights` x bank rows `rows` + `of_q` q + (type 4) `of_noise` e + (type 6) `of_sign` sign(q), in which
+    a type 3 has a second row, kept in the last n3 columns.
+    """
+
+    rows: Tensor  # [N, total + n3]
+    weights: Tensor  # [N, total + n3]
+    of_q: Tensor  # [N, total]
+    of_noise: Tensor  # [N, n4]
+    of_sign: Tensor  # [N, n6]
+    noise: Tensor  # [N, n4, C]
+    counts: tuple[int, int, int, int, int, int]
+
+    def dot(self, q: Tensor, similarity: Tensor) -> Tensor:
+        """q.h [N, total] from q and its similarity to the bank, differentiable in both."""
+        fixed = q.detach()
+        of_rows = self.weights * similarity.gather(1, self.rows)
+        first, second = of_rows.tensor_split((self.of_q.shape[1],), 1)
+        y1, y2, y3, y4, y5, y6 = (first + self.of_q * (q * fixed).sum(1, keepdim=True)).split(self.counts, 1)
+        y4 = y4 + self.of_noise * torch.bmm(self.noise, q[:, :, None]).squeeze(2)
+        y6 = y6 + self.of_sign * (q * fixed.sign()).sum(1, keepdim=True)
+        return torch.cat([y1, y2, y3 + second, y4, y5, y6], 1)
+
+    def backward(self, q: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """The sum over m of weight_m h_m, with weight [N, total], in two parts.
+
+        Returns coefficients [N, total + n3] of the bank rows `rows`, and the rest as vectors [N, C].
+        """
+        _, _, w3, w4, _, w6 = weight.split(self.counts, 1)
+        rest = (weight * self.of_q).sum(1, keepdim=True) * q + (w6 * self.of_sign).sum(1, keepdim=True) * q.sign()
+        rest += torch.bmm((w4 * self.of_noise)[:, None, :], self.noise).squeeze(1)
+        return torch.cat([weight, w3], 1) * self.weights, rest
+
+
+@torch.no_grad()
+def mix(q: Tensor, bank: Tensor, similarity: Tensor, hard: Tensor, kind: Synthetic, draws: Draws) -> Mixture:
+    """Make synthetic negatives of unit queries q [N, C] and their hard rows.
+
+    Args:
+        bank: unit rows [K, C].
+        similarity: q @ bank.T, [N, K].
+        hard: indices of each query's hard rows, [N, n_hard].
+        kind, draws: what to make of them.
+    """
+    n, (_, _, n3, n4, n5, n6) = len(q), kind.counts
+    rows = hard.gather(1, torch.cat([draws.first, draws.second], 1))  # [N, total + n3]
+    _, _, rows3, rows4, _, rows6, other3 = rows.split((*kind.counts, n3), 1)
+    s1, s2, _, _, s5, _, _ = similarity.gather(1, rows).split((*kind.counts, n3), 1)
+    ones = q.new_ones(n, 1)
+    sign = q.sign()
+    # the vectors that scalars cannot stand for, read in one go
+    vectors = bank.index_select(0, torch.cat([rows3, other3, rows4, rows6], 1).flatten()).view(n, -1, q.shape[1])
+    row3, second3, row4, row6 = vectors.split((n3, n3, n4, n6), 1)
+    a, b, g, noise = draws.a, draws.b, draws.g, draws.noise
+
+    def both(of_q: Tensor, of_n: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+        """Coefficients of q and n in ^(of_q q + of_n n), whose q.n is s."""
+        root = _root(of_q.square() * (q * q).sum(1, keepdim=True) + of_n.square() + 2 * of_q * of_n * s)
+        return of_q / root, of_n / root
+
+    q1, w1 = both(a, 1 - a, s1)
+    q2, w2 = both(1 - b, b, s2)
+    q5, w5 = both(kind.delta * ones.expand(n, n5), ones.expand(n, n5), s5)
+    root3 = _root(g.square() + (1 - g).square() + 2 * g * (1 - g) * (row3 * second3).sum(2))
+    w4 = 1 / _root(1 + 2 * (row4 * noise).sum(2) + noise.square().sum(2))
+    toward = torch.bmm(row6, sign[:, :, None]).squeeze(2)  # n.sign(q)
+    w6 = 1 / _root(1 + 2 * kind.eta * toward + kind.eta**2 * sign.square().sum(1, keepdim=True))
+    zero = q.new_zeros(n, 1)
+    return Mixture(
+        rows=rows,
+        weights=torch.cat([w1, w2, g / root3, w4, w5, w6, (1 - g) / root3], 1),
+        of_q=torch.cat([q1, q2, zero.expand(n, n3 + n4), q5, zero.expand(n, n6)], 1),
+        of_noise=w4,
+        of_sign=kind.eta * w6,
+        noise=noise,
+        counts=kind.counts,
+    )
 
 
 def similarities(q: Tensor, bank: Tensor, similarity: Tensor, hard: Tensor, kind: Synthetic, draws: Draws) -> Tensor:
     """Similarity of each query to its synthetic negatives, by type in order: [N, total].
 
-    Args:
-        q: unit queries [N, C], with gradient.
-        bank: unit rows [K, C], without.
-        similarity: q @ bank.T, [N, K], with gradient.
-        hard: indices of each query's hard rows, [N, n_hard].
-        kind, draws: what to make of them.
+    The arguments are `mix`'s; differentiable in q and in `similarity`.
     """
-    n1, n2, n3, n4, n5, n6 = kind.counts
-    fixed = q.detach()
-    rows = hard.gather(1, draws.first)  # [N, total] rows of the bank
-    s = similarity.gather(1, rows)  # q.n
-    s1, s2, s3, s4, s5, s6 = s.split(kind.counts, 1)
-    _, _, rows3, rows4, _, rows6 = rows.split(kind.counts, 1)
-    qq = (q * fixed).sum(1, keepdim=True)  # [N, 1]: 1 in value, q in gradient
-    out = []
-
-    if n1 or n2 or n5:
-        weight_q = torch.cat([draws.a, 1 - draws.b, torch.full_like(s5, kind.delta).detach()], 1)
-        weight_n = torch.cat([1 - draws.a, draws.b, torch.ones_like(s5).detach()], 1)
-        linear = torch.cat([s1, s2, s5], 1)
-        square = weight_q.square() * qq.detach() + weight_n.square() + 2 * weight_q * weight_n * linear.detach()
-        y1, y2, y5 = ((weight_q * qq + weight_n * linear) / _root(square)).split((n1, n2, n5), 1)
-    else:
-        y1, y2, y5 = s1, s2, s5
-    out += [y1, y2]
-
-    if n3:
-        other = hard.gather(1, draws.second)
-        g = draws.g
-        between = (bank[rows3] * bank[other]).sum(2)  # n.n'
-        square = g.square() + (1 - g).square() + 2 * g * (1 - g) * between
-        out.append((g * s3 + (1 - g) * similarity.gather(1, other)) / _root(square))
-
-    if n4:
-        noise = draws.noise
-        square = 1 + 2 * (bank[rows4] * noise).sum(2) + noise.square().sum(2)
-        out.append((s4 + torch.einsum("nc,nmc->nm", q, noise)) / _root(square))
-
-    out.append(y5)
-
-    if n6:
-        sign = fixed.sign()
-        toward = torch.einsum("nmc,nc->nm", bank[rows6], sign)  # n.sign(q)
-        square = 1 + 2 * kind.eta * toward + kind.eta**2 * sign.square().sum(1, keepdim=True)
-        out.append((s6 + kind.eta * (q * sign).sum(1, keepdim=True)) / _root(square))
-
-    return torch.cat(out, 1)
+    return mix(q.detach(), bank, similarity.detach(), hard, kind, draws).dot(q, similarity)
 
 
 def _root(square: Tensor) -> Tensor:
