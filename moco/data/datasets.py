@@ -108,7 +108,7 @@ PHOTOS = (
     "retina rocket text china flower"
 ).split()
 _PATCH = 96  # pixels
-_TRAIN_PATCHES, _VAL_PATCHES = 60, 40  # per photograph
+_TRAIN_PATCHES, _VAL_PATCHES = 60, 30  # per photograph
 _LEFT = 0.5  # train's share of the width
 _FLAT = 2.0  # grey levels of standard deviation; a patch below shows nothing
 

@@ -69,13 +69,15 @@ def hardest(similarity: Tensor, n_hard: int) -> Tensor:
     """
     similarity = similarity.detach()
     n, K = similarity.shape
-    members = int((K // n_hard) ** 0.5)  # of a group; then both levels have about equally many candidates
+    members = 1 << (int(K // n_hard).bit_length() - 1) // 2  # of a group, about sqrt(K / n_hard): two levels of like size
     if members < 2 or K % members:
         return similarity.topk(n_hard, 1).indices
     groups = K // members  # group j holds the rows j, j + groups, j + 2 groups, ...
-    best = similarity.view(n, members, groups).amax(1).topk(n_hard, 1, sorted=False).indices
-    rows = (best[:, None, :] + groups * torch.arange(members, device=best.device)[:, None]).flatten(1)
-    return rows.gather(1, similarity.gather(1, rows).topk(n_hard, 1).indices)
+    grouped = similarity.view(n, members, groups)
+    best = grouped.amax(1).topk(n_hard, 1, sorted=False).indices
+    candidates = grouped.gather(2, best[:, None, :].expand(n, members, n_hard)).flatten(1)
+    place = candidates.topk(n_hard, 1).indices
+    return best.gather(1, place % n_hard).add_(place.div_(n_hard, rounding_mode="floor"), alpha=groups)
 
 
 @dataclass(frozen=True)
@@ -144,8 +146,8 @@ def mix(q: Tensor, bank: Tensor, similarity: Tensor, hard: Tensor, kind: Synthet
     q1, w1 = both(a, 1 - a, s1)
     q2, w2 = both(1 - b, b, s2)
     q5, w5 = both(kind.delta * ones.expand(n, n5), ones.expand(n, n5), s5)
-    root3 = _root(g.square() + (1 - g).square() + 2 * g * (1 - g) * (row3 * second3).sum(2))
-    w4 = 1 / _root(1 + 2 * (row4 * noise).sum(2) + noise.square().sum(2))
+    root3 = _root(g.square() + (1 - g).square() + 2 * g * (1 - g) * torch.linalg.vecdot(row3, second3))
+    w4 = 1 / _root(1 + torch.linalg.vecdot(2 * row4 + noise, noise))
     toward = torch.bmm(row6, sign[:, :, None]).squeeze(2)  # n.sign(q)
     w6 = 1 / _root(1 + 2 * kind.eta * toward + kind.eta**2 * sign.square().sum(1, keepdim=True))
     zero = q.new_zeros(n, 1)
