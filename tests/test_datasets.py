@@ -1,5 +1,8 @@
 """The built-in photographs, and what is said about image folders that are not laid out as expected."""
 
+import os
+import time
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -248,3 +251,94 @@ def test_scan_finds_nested_and_oddly_named_images_and_nothing_else(tmp_path):
     assert folder.labels.dtype == np.int64 and folder.labels.tolist() == [0, 0, 1]
     expected = ["cat/b.JPEG", "cat/deep/er/a.png", "Äpfel/ö 1.webp"]
     assert [folder.path(i) for i in range(len(folder))] == [str(tmp_path / "train" / file) for file in expected]
+
+
+# the kept list of a folder's images
+
+
+@pytest.fixture
+def listed(images, cache, monkeypatch):
+    """An image folder that last changed a minute ago, and a call that scans it and says whether its files were walked."""
+    (images / "train" / "class0" / "more").mkdir()
+    (images / "train" / "class0" / "more" / "nested.png").touch()
+    age(images)
+    walked = []
+    walk = os.walk
+    monkeypatch.setattr(os, "walk", lambda *args, **options: walked.append(args) or walk(*args, **options))
+
+    def scanned():
+        walked.clear()
+        folder = scan(images, "train")
+        return [os.fsdecode(path) for path in folder.paths], folder.labels.tolist(), folder.classes, bool(walked)
+
+    return images, scanned
+
+
+def age(root, seconds=60):
+    then = time.time() - seconds
+    for folder, _, _ in os.walk(root):
+        os.utime(folder, (then, then))
+
+
+def test_a_folder_is_walked_once(listed):
+    _, scanned = listed
+    *first, walked = scanned()
+    assert walked and len(first[0]) == 25
+    assert first[0] == sorted(first[0]) and "class0/more/nested.png" in first[0]
+    *second, walked = scanned()
+    assert not walked and second == first
+
+
+def test_a_kept_list_takes_the_classes_it_is_asked_for(listed):
+    images, _ = listed
+    for _ in range(2):
+        folder = scan(images, "train", ("class0", "a", "class1"))
+        assert set(folder.labels.tolist()) == {0, 2} and folder.classes == ("class0", "a", "class1")
+
+
+@pytest.mark.parametrize("change", ["add", "remove", "rename", "nested", "class", "remove class"])
+def test_a_changed_folder_is_noticed(listed, change):
+    images, scanned = listed
+    before, *_ = scanned()
+    folder = images / "train"
+    if change == "add":
+        (folder / "class1" / "new.jpg").touch()
+    elif change == "remove":
+        (folder / "class1" / "3.jpg").unlink()
+    elif change == "rename":
+        (folder / "class1" / "3.jpg").rename(folder / "class1" / "other.jpg")
+    elif change == "nested":
+        (folder / "class0" / "more" / "deep.png").touch()
+    elif change == "class":
+        (folder / "class2").mkdir()
+        (folder / "class2" / "x.jpg").touch()
+    else:
+        (folder / "class1").rename(images / "elsewhere")
+    after, labels, _, walked = scanned()
+    assert walked and after != before
+    on_disk = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.suffix in (".jpg", ".png")}
+    assert set(after) == on_disk and len(labels) == len(after)
+
+
+def test_a_folder_that_changed_just_before_it_was_listed_is_listed_again(listed):
+    images, scanned = listed
+    (images / "train" / "class1" / "new.jpg").touch()
+    assert scanned()[-1] and scanned()[-1]
+
+
+def test_a_damaged_list_is_made_again(listed, cache):
+    _, scanned = listed
+    *first, _ = scanned()
+    (kept,) = (cache / "hard-negatives" / "scans").iterdir()
+    for damage in (b"", kept.read_bytes()[:300], b"PK nothing"):
+        kept.write_bytes(damage)
+        *again, walked = scanned()
+        assert walked and again == first
+        assert not scanned()[-1]
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(listed, cache):
+    cache.parent.mkdir(exist_ok=True)
+    cache.write_text("a file where a folder should be")
+    _, scanned = listed
+    assert scanned() == scanned()

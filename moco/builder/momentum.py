@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from moco import distributed
 from moco.loss.contrastive import bank_info_nce, contrast_accuracy, unit
-from moco.loss.synthetic import Mixture
+from moco.loss.synthetic import Mixture, hardest
 from moco.rng import SHUFFLE, Progress
 
 MIN_BN_GROUP = 8  # images; fewer make the key encoder's batch statistics useless
@@ -69,13 +69,16 @@ class MoCo(nn.Module):
         positive = (q * k).sum(1)  # [B]
         with torch.no_grad():
             similarity = q @ self.queue.T  # [B, K]
-            accuracy = contrast_accuracy(positive, similarity)
-            mixture = self.negatives(q, similarity, progress)
+            hard, mixture = self.negatives(q, similarity, progress)
+            accuracy = contrast_accuracy(positive, similarity.gather(1, hard[:, :5]))
         return bank_info_nce(q, positive, self.queue, similarity, self.T, mixture), accuracy
 
-    def negatives(self, q: Tensor, similarity: Tensor, progress: Progress) -> Mixture | None:
-        """What the queries face beside the queue, given their similarities to it, [B, K]."""
-        return None
+    def negatives(self, q: Tensor, similarity: Tensor, progress: Progress) -> tuple[Tensor, Mixture | None]:
+        """The queries' hardest rows of the queue, five at least, and what they face beside the queue.
+
+        Given their similarities to it, [B, K].
+        """
+        return hardest(similarity, min(5, self.K)), None
 
     @torch.no_grad()
     def keys(self, images: Tensor, progress: Progress) -> Tensor:

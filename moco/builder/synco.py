@@ -21,10 +21,10 @@ class SynCo(MoCo):
         super().__init__(*args, **moco)
         self.kind, self.warmup_epochs = kind, warmup_epochs
 
-    def negatives(self, q: Tensor, similarity: Tensor, progress: Progress) -> synthetic.Mixture | None:
+    def negatives(self, q: Tensor, similarity: Tensor, progress: Progress) -> tuple[Tensor, synthetic.Mixture | None]:
         if not self.kind.total or progress.epoch < self.warmup_epochs:
-            return None
+            return super().negatives(q, similarity, progress)
         generator = progress.generator(NEGATIVES, q.device, distributed.rank())
         draws = synthetic.draw(self.kind, *q.shape, generator, q.dtype)
-        hard = synthetic.hardest(similarity, self.kind.n_hard)
-        return synthetic.mix(q, self.queue, similarity, hard, self.kind, draws)
+        hard = synthetic.hardest(similarity, max(self.kind.n_hard, min(5, self.K)))
+        return hard, synthetic.mix(q, self.queue, similarity, hard[:, : self.kind.n_hard], self.kind, draws)

@@ -1,8 +1,12 @@
 """Image folders in the ImageNet layout, and the built-in `photos`."""
 
+import hashlib
 import os
 import shutil
 import tempfile
+import time
+import zipfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,25 +84,68 @@ def scan(root: Path, split: str, classes: tuple[str, ...] = ()) -> ImageFolder:
     Raises InputError for a class folder without images.
     """
     folder = root / split
-    classes = classes or class_names(folder)
-    paths: list[bytes] = []
-    labels: list[int] = []
-    for name in class_names(folder):
-        images = sorted(_images(folder / name))
+    kept = _home() / "scans" / f"{hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:32]}.npz"
+    listing = _still_true(folder, kept)
+    if listing is None:
+        listing = _list(folder)
+        _keep(kept, listing)
+    own = [os.fsdecode(name) for name in listing["names"]]
+    places = np.array([(classes or own).index(name) for name in own])
+    return ImageFolder(folder, listing["paths"], places[listing["labels"]], tuple(classes or own))
+
+
+# A million files take minutes to list on a network disk. The list is kept in the cache folder with the times at which its
+# folders changed; a file that comes or goes changes its folder's.
+
+_RACE = 2 * 10**9  # nanoseconds; a folder that changed so shortly before it was listed may change again at the same time
+
+
+def _list(folder: Path) -> dict[str, np.ndarray]:
+    """The images below a split by class, and its folders with their times of change. Raises InputError for an empty class."""
+    now = time.time_ns()
+    names = class_names(folder)
+    folders, paths, labels = [b"."], [], []
+    for label, name in enumerate(names):
+        images: list[str] = []
+        for where, _, files in os.walk(folder / name, followlinks=True):
+            inside = os.path.relpath(where, folder)
+            folders.append(os.fsencode(inside))
+            images += (f"{inside}{os.sep}{file}" for file in files if file.lower().endswith(SUFFIXES) and file[0] != ".")
         if not images:
             raise InputError(f"{folder / name}: holds no image ({', '.join(SUFFIXES)}); remove the folder or fill it")
-        paths += (os.fsencode(os.path.relpath(image, folder)) for image in images)
-        labels += [classes.index(name)] * len(images)
-    return ImageFolder(folder, np.array(paths), np.array(labels), classes)
+        paths += map(os.fsencode, sorted(images))
+        labels += [label] * len(images)
+    changed = _changed(folder, folders)
+    changed[changed > now - _RACE] = -1  # never the same again
+    listing = {"paths": paths, "labels": labels, "names": [os.fsencode(name) for name in names], "folders": folders}
+    return {name: np.array(values) for name, values in listing.items()} | {"changed": changed}
 
 
-def _images(folder: Path) -> list[str]:
-    return [
-        os.path.join(where, name)
-        for where, _, names in os.walk(folder, followlinks=True)
-        for name in names
-        if name.lower().endswith(SUFFIXES) and not name.startswith(".")
-    ]
+def _changed(folder: Path, inside: Iterable[bytes]) -> np.ndarray:
+    root = os.fsencode(folder)
+    return np.array([os.stat(os.path.join(root, name)).st_mtime_ns for name in inside])
+
+
+def _still_true(folder: Path, kept: Path) -> dict[str, np.ndarray] | None:
+    """The kept listing, if there is one and no folder has changed since."""
+    try:
+        with np.load(kept, allow_pickle=False) as file:
+            listing = dict(file)
+        same = np.array_equal(listing["changed"], _changed(folder, listing["folders"].tolist()))
+        return listing if same else None
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None
+
+
+def _keep(kept: Path, listing: dict[str, np.ndarray]) -> None:
+    """Write the listing beside its place, then move it there. A cache that cannot be written is done without."""
+    try:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=kept.parent) as folder:
+            np.savez(Path(folder) / kept.name, **listing)
+            os.replace(Path(folder) / kept.name, kept)
+    except OSError:
+        pass
 
 
 # The built-in data set: patches of the photographs that scikit-image and scikit-learn ship.
@@ -118,7 +165,7 @@ def photos() -> Path:
 
     Train patches come from the left part and val patches from the right part of each photograph; no pixel is in both.
     """
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hard-negatives"
+    home = _home()
     root = home / "photos-v2"
     if root.is_dir():
         return root
@@ -135,6 +182,11 @@ def photos() -> Path:
     finally:
         shutil.rmtree(made, ignore_errors=True)
     return root
+
+
+def _home() -> Path:
+    """The project's cache folder."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hard-negatives"
 
 
 def _photograph(name: str):

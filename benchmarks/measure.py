@@ -1,0 +1,74 @@
+"""Side-by-side measurement: candidates take turns in one process, medians over rounds; a table, and a JSON file."""
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from moco.engine.log import write_json  # noqa: E402
+
+Candidates = dict[str, Callable[[], object]]
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """The options that every benchmark has."""
+    p = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument("--rounds", type=int, default=15, help="every candidate runs once in each; the medians count")
+    p.add_argument("--out", type=Path, help="JSON file; by default runs/benchmarks/<name>.json")
+    return p
+
+
+def side_by_side(candidates: Candidates, rounds: int, device: torch.device, warm: int = 2) -> dict[str, float]:
+    """Median seconds of each candidate. They take turns, so that a slow spell of the machine meets all of them."""
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    for i in range(warm + rounds):
+        for name, run in candidates.items():
+            began = time.perf_counter()
+            run()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            if i >= warm:
+                times[name].append(time.perf_counter() - began)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def peak_memory(run: Callable[[], object], device: torch.device) -> int:
+    """Bytes that `run` holds at most beyond what was allocated before it, as PyTorch's allocators count them."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    held = peak = 0
+    for event in sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak
+
+
+def report(name: str, table: list[dict[str, object]], ratios: dict[str, float], facts: dict[str, object], out: Path | None) -> None:
+    """Print the rows and the ratios, and write them with the machine's facts to a JSON file."""
+    facts = {"torch": torch.__version__, "threads": torch.get_num_threads(), **facts}
+    print("  ".join(f"{key} {value}" for key, value in facts.items()))
+    columns = list(table[0])
+    rows = [[value if isinstance(value, str) else f"{value:.4g}" for value in row.values()] for row in table]
+    widths = [max(len(row[i]) for row in [columns, *rows]) for i in range(len(columns))]
+    for row in [columns, *rows]:
+        print("  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)))
+    for key, value in ratios.items():
+        print(f"{key} {value:.3g}")
+    path = out or ROOT / "runs" / "benchmarks" / f"{name}.json"
+    write_json(path, {"benchmark": name, **facts, **ratios, "rows": table})
+    print(path)

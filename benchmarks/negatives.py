@@ -1,0 +1,140 @@
+#!/usr/bin/env python
+"""The contrast head, forward and backward: ours with and without synthetic negatives beside slower ways to the same loss.
+
+plain     MoCo with concatenated logits and F.cross_entropy
+explicit  SynCo with every synthetic negative as a vector, gathered in one batch
+loop      SynCo as published code makes it: perturbed and adversarial negatives by one autograd call each
+"""
+
+import measure
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moco.loss import synthetic
+from moco.loss.contrastive import bank_info_nce, contrast_accuracy, unit
+
+T = 0.2
+
+
+def main() -> None:
+    parser = measure.parser(__doc__.splitlines()[0])
+    parser.add_argument("--n", type=int, default=32, help="queries")
+    parser.add_argument("--k", type=int, default=65536, help="rows of the bank")
+    parser.add_argument("--dim", type=int, default=128)
+    parser.add_argument("--n-hard", type=int, default=1024)
+    parser.add_argument("--counts", type=int, nargs=6, default=(256, 256, 256, 64, 64, 64), metavar="N")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    heads = Heads(args, device)
+
+    check(heads)
+    candidates = {name: getattr(heads, name) for name in ("moco", "plain", "synco", "explicit", "loop")}
+    seconds = measure.side_by_side(candidates, args.rounds, device)
+    memory = {name: measure.peak_memory(run, device) for name, run in candidates.items()}
+    table = [{"head": name, "ms": 1e3 * seconds[name], "MiB": memory[name] / 2**20} for name in candidates]
+    ratios = {
+        "synco_over_moco": seconds["synco"] / seconds["moco"],
+        "synco_over_plain_moco": seconds["synco"] / seconds["plain"],
+        "loop_extra_over_ours_extra": (seconds["loop"] - seconds["plain"]) / (seconds["synco"] - seconds["moco"]),
+        "explicit_memory_over_ours": memory["explicit"] / memory["synco"],
+    }
+    sizes = {"N": args.n, "K": args.k, "C": args.dim, "n_hard": args.n_hard, "counts": list(args.counts)}
+    measure.report("negatives", table, ratios, {"device": str(device), **sizes}, args.out)
+
+
+class Heads:
+    """The heads on one batch; each call draws its own negatives unless `draws` are given, and leaves a gradient in q."""
+
+    def __init__(self, args, device: torch.device):
+        self.kind = synthetic.Synthetic(args.n_hard, tuple(args.counts))
+        self.q, self.k, self.bank = (unit(torch.randn(size, args.dim, device=device)) for size in (args.n, args.n, args.k))
+        self.q.requires_grad_()
+        self.generator = torch.Generator(device).manual_seed(0)
+        self.labels = torch.zeros(args.n, dtype=torch.long, device=device)
+
+    def draw(self) -> synthetic.Draws:
+        return synthetic.draw(self.kind, *self.q.shape, self.generator)
+
+    def moco(self) -> Tensor:
+        return self._ours(False, None)
+
+    def synco(self, draws: synthetic.Draws | None = None) -> Tensor:
+        return self._ours(True, draws)
+
+    def _ours(self, with_synthetic: bool, draws: synthetic.Draws | None) -> Tensor:
+        q, bank, mixture = self.q, self.bank, None
+        positive = (q * self.k).sum(1)
+        with torch.no_grad():
+            similarity = q @ bank.T
+            hard = synthetic.hardest(similarity, self.kind.n_hard if with_synthetic else 5)
+            contrast_accuracy(positive, similarity.gather(1, hard[:, :5]))
+            if with_synthetic:
+                mixture = synthetic.mix(q, bank, similarity, hard, self.kind, draws or self.draw())
+        return self._backward(bank_info_nce(q, positive, bank, similarity, T, mixture))
+
+    def plain(self) -> Tensor:
+        similarity = self.q @ self.bank.T
+        return self._cross_entropy([similarity])
+
+    def explicit(self, draws: synthetic.Draws | None = None) -> Tensor:
+        draws, kind = draws or self.draw(), self.kind
+        similarity = self.q @ self.bank.T
+        q, near, mixed = self._hard_vectors(similarity, draws)
+        near[4] = near[4] + kind.delta * q
+        near[5] = near[5] + kind.eta * q.sign()
+        vectors = F.normalize(torch.cat([*mixed, *near[3:]], 1), dim=2)
+        return self._cross_entropy([similarity, torch.einsum("nc,nmc->nm", self.q, vectors)])
+
+    def loop(self, draws: synthetic.Draws | None = None) -> Tensor:
+        draws, kind = draws or self.draw(), self.kind
+        similarity = self.q @ self.bank.T
+        q, near, mixed = self._hard_vectors(similarity, draws)
+        for place, size, shape in ((4, kind.delta, lambda g: g), (5, kind.eta, torch.sign)):
+            moved = []
+            for m in range(near[place].shape[1]):
+                row = near[place][:, m].clone().requires_grad_()
+                (gradient,) = torch.autograd.grad((q.squeeze(1) * row).sum(), row)
+                moved.append(row.detach() + size * shape(gradient))
+            near[place] = torch.stack(moved, 1) if moved else near[place]
+        logits = [similarity]
+        for vectors in (*mixed, *near[3:]):
+            logits.append(torch.einsum("nc,nmc->nm", self.q, F.normalize(vectors, dim=2)))
+        return self._cross_entropy(logits)
+
+    @torch.no_grad()
+    def _hard_vectors(self, similarity: Tensor, draws: synthetic.Draws) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """q [N, 1, C]; the drawn rows of each type [N, n, C], type 4 with its noise; the vectors of types 1, 2 and 3."""
+        hard = similarity.topk(self.kind.n_hard, 1).indices
+        q = self.q.detach()[:, None, :]
+        near = list(self.bank[hard.gather(1, draws.first)].split(self.kind.counts, 1))
+        other = self.bank[hard.gather(1, draws.second)]
+        a, b, g = (weight[:, :, None] for weight in (draws.a, draws.b, draws.g))
+        near[3] = near[3] + draws.noise
+        return q, near, [a * q + (1 - a) * near[0], q + b * (near[1] - q), g * near[2] + (1 - g) * other]
+
+    def _cross_entropy(self, negatives: list[Tensor]) -> Tensor:
+        logits = torch.cat([(self.q * self.k).sum(1, keepdim=True), *negatives], 1) / T
+        logits.detach().topk(5, 1)  # the contrast accuracy's
+        return self._backward(F.cross_entropy(logits, self.labels))
+
+    def _backward(self, loss: Tensor) -> Tensor:
+        self.q.grad = None
+        loss.backward()
+        return loss.detach()
+
+
+def check(heads: Heads) -> None:
+    """Every head gives the same loss and gradient, to 1e-5."""
+    draws = heads.draw()
+    for ours, others in ((heads.moco, [heads.plain]), (lambda: heads.synco(draws), [heads.explicit, heads.loop])):
+        loss, gradient = ours(), heads.q.grad
+        for other in others:
+            expected = other() if other == heads.plain else other(draws)
+            torch.testing.assert_close(loss, expected, rtol=0, atol=1e-5)
+            torch.testing.assert_close(gradient, heads.q.grad, rtol=0, atol=1e-5)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,24 @@
+"""The benchmarks run at small sizes and write what they promise. No test asserts a time."""
+
+import json
+
+import pytest
+from conftest import shell
+
+
+def run(name: str, tmp_path, *options: object) -> dict:
+    result = shell(f"benchmarks/{name}.py", "--rounds", 1, "--out", tmp_path / "result.json", *options)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return json.loads((tmp_path / "result.json").read_text())
+
+
+@pytest.mark.parametrize("counts", [(8, 8, 8, 4, 4, 4), (8, 0, 8, 0, 0, 0)])
+def test_negatives(tmp_path, counts):
+    """The script itself compares every head's loss and gradient with ours, and fails where they differ."""
+    sizes = ("--n", 8, "--k", 2048, "--dim", 32, "--n-hard", 64, "--counts", *counts, "--device", "cpu")
+    found = run("negatives", tmp_path, *sizes)
+    assert {"synco_over_moco", "loop_extra_over_ours_extra", "explicit_memory_over_ours"} < found.keys()
+    memory = {row["head"]: row["MiB"] for row in found["rows"]}
+    bank = 8 * 2048 * 4 / 2**20  # one [N, K] buffer
+    assert bank < memory["moco"] < 2 * bank < memory["plain"]
+    assert memory["moco"] < memory["synco"] < memory["explicit"]
