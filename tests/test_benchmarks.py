@@ -22,3 +22,14 @@ def test_negatives(tmp_path, counts):
     bank = 8 * 2048 * 4 / 2**20  # one [N, K] buffer
     assert bank < memory["moco"] < 2 * bank < memory["plain"]
     assert memory["moco"] < memory["synco"] < memory["explicit"]
+
+
+def test_startup(tmp_path):
+    found = run("startup", tmp_path, "--files", 300, "--classes", 3)
+    assert found["first_over_second"] > 0 and found["files"] == 300
+
+
+def test_probe(tmp_path, shared_images):
+    """The script itself fails where a head's accuracy is not that of a run with its rate alone."""
+    found = run("probe", tmp_path, "--data", shared_images, "--size", 32, "--epochs", 1)
+    assert {row["probe"] for row in found["rows"]} == {"one rate", "five rates"} and found["five_over_one"] > 0

@@ -84,10 +84,10 @@ def published(tmp_path_factory) -> tuple[Path, str]:
 def test_published_pretraining_command_runs(published):
     run, out = published
     assert "total batch 256 = 256 per process x 1 processes x 1 accumulation" in out
-    assert re.search(r"lr after scaling 0\.03 .* 1 epochs x 2 steps", out)
+    assert re.search(r"lr after scaling 0\.03 .* 1 epochs x 4 steps", out)
     assert "960 synthetic negatives per query from epoch 0 on" in out
     lines = [line for line in log(run) if "loss" in line]
-    assert lines[-1]["step"] == 2
+    assert lines[-1]["step"] == 4
     assert all(0 < line["loss"] < 20 for line in lines)
 
 
@@ -104,7 +104,7 @@ def test_checkpoint_holds_the_contract(published):
     state = load(published[0] / "checkpoint_0000.pth.tar")
     assert {"epoch", "arch", "method", "args", "state_dict", "optimizer", "scaler", "progress"} <= state.keys()
     assert (state["epoch"], state["arch"], state["method"]) == (1, "resnet18", "synco")
-    assert state["progress"] == {"step": 2, "samples": 512, "seed": 0}
+    assert state["progress"] == {"step": 4, "samples": 1024, "seed": 0}
     assert state["args"]["n_hard"] == 1024
     weights = state["state_dict"]
     for encoder in ("encoder_q", "encoder_k"):
@@ -113,7 +113,7 @@ def test_checkpoint_holds_the_contract(published):
     queue = weights["module.queue"]
     assert queue.shape == (65536, 128)
     torch.testing.assert_close(queue.norm(dim=1), torch.ones(65536))
-    assert weights["module.queue_ptr"].tolist() == [512]
+    assert weights["module.queue_ptr"].tolist() == [1024]
 
 
 def test_published_probe_command_runs(published, tmp_path):

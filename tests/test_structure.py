@@ -11,11 +11,11 @@ FLOORS = [
     ("moco.loss", "moco.augment", "moco.encoder", "moco.distributed"),
     ("moco.builder", "moco.data"),
     ("moco.engine",),
-    ("main_", "tools"),
+    ("main_", "tools", "benchmarks"),
 ]
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts): path
-    for path in [*ROOT.glob("main_*.py"), *ROOT.glob("tools/*.py"), *ROOT.glob("moco/**/*.py")]
+    for path in [*ROOT.glob("main_*.py"), *ROOT.glob("moco/**/*.py"), *ROOT.glob("tools/*.py"), *ROOT.glob("benchmarks/*.py")]
     if path.name != "__init__.py"
 }
 

@@ -77,7 +77,8 @@ def hardest(similarity: Tensor, n_hard: int) -> Tensor:
     best = grouped.amax(1).topk(n_hard, 1, sorted=False).indices
     candidates = grouped.gather(2, best[:, None, :].expand(n, members, n_hard)).flatten(1)
     place = candidates.topk(n_hard, 1).indices
-    return best.gather(1, place % n_hard).add_(place.div_(n_hard, rounding_mode="floor"), alpha=groups)
+    member = place.div(n_hard, rounding_mode="floor")
+    return best.gather(1, place.sub_(member, alpha=n_hard)).add_(member, alpha=groups)
 
 
 @dataclass(frozen=True)
@@ -127,25 +128,21 @@ def mix(q: Tensor, bank: Tensor, similarity: Tensor, hard: Tensor, kind: Synthet
         hard: indices of each query's hard rows, [N, n_hard].
         kind, draws: what to make of them.
     """
-    n, (_, _, n3, n4, n5, n6) = len(q), kind.counts
+    n, (n1, n2, n3, n4, n5, n6) = len(q), kind.counts
     rows = hard.gather(1, torch.cat([draws.first, draws.second], 1))  # [N, total + n3]
-    _, _, rows3, rows4, _, rows6, other3 = rows.split((*kind.counts, n3), 1)
-    s1, s2, _, _, s5, _, _ = similarity.gather(1, rows).split((*kind.counts, n3), 1)
-    ones = q.new_ones(n, 1)
+    rows1, rows2, rows3, rows4, rows5, rows6, other3 = rows.split((*kind.counts, n3), 1)
+    s = similarity.gather(1, torch.cat([rows1, rows2, rows5], 1))  # q.n of types 1, 2 and 5
+    ones = q.new_ones(n, n5)
     sign = q.sign()
     # the vectors that scalars cannot stand for, read in one go
     vectors = bank.index_select(0, torch.cat([rows3, other3, rows4, rows6], 1).flatten()).view(n, -1, q.shape[1])
     row3, second3, row4, row6 = vectors.split((n3, n3, n4, n6), 1)
     a, b, g, noise = draws.a, draws.b, draws.g, draws.noise
 
-    def both(of_q: Tensor, of_n: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-        """Coefficients of q and n in ^(of_q q + of_n n), whose q.n is s."""
-        root = _root(of_q.square() * (q * q).sum(1, keepdim=True) + of_n.square() + 2 * of_q * of_n * s)
-        return of_q / root, of_n / root
-
-    q1, w1 = both(a, 1 - a, s1)
-    q2, w2 = both(1 - b, b, s2)
-    q5, w5 = both(kind.delta * ones.expand(n, n5), ones.expand(n, n5), s5)
+    # types 1, 2 and 5 are all ^(of_q q + of_n n)
+    of_q, of_n = torch.cat([a, 1 - b, kind.delta * ones], 1), torch.cat([1 - a, b, ones], 1)
+    root = _root(of_q.square() * (q * q).sum(1, keepdim=True) + of_n.square() + 2 * of_q * of_n * s)
+    (q1, q2, q5), (w1, w2, w5) = ((of / root).split((n1, n2, n5), 1) for of in (of_q, of_n))
     root3 = _root(g.square() + (1 - g).square() + 2 * g * (1 - g) * torch.linalg.vecdot(row3, second3))
     w4 = 1 / _root(1 + torch.linalg.vecdot(2 * row4 + noise, noise))
     toward = torch.bmm(row6, sign[:, :, None]).squeeze(2)  # n.sign(q)

@@ -1,0 +1,52 @@
+#!/usr/bin/env python
+"""The linear probe with several learning rates in one pass beside one rate: its price, and that no head notices the others."""
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import measure
+
+RATES = (0.01, 0.03, 0.1, 0.3, 1.0)
+
+
+def main() -> None:
+    parser = measure.parser(__doc__.splitlines()[0])
+    parser.add_argument("--data", default="photos")
+    parser.add_argument("--arch", default="resnet18")
+    parser.add_argument("--size", type=int, default=64, help="pixels")
+    parser.add_argument("--epochs", type=int, default=2)
+    parser.set_defaults(rounds=3)
+    args = parser.parse_args()
+    times: dict[str, list[float]] = {"one rate": [], "five rates": []}
+    for i in range(args.rounds):
+        alone = RATES[i % len(RATES)]
+        one, one_seconds = probe(args, alone)
+        five, five_seconds = probe(args, *RATES)
+        assert one["acc1"] == five[f"acc1_lr{alone:g}"], f"the head of rate {alone:g} is not the one it is alone"
+        times["one rate"].append(one_seconds)
+        times["five rates"].append(five_seconds)
+    seconds = {name: statistics.median(values) for name, values in times.items()}
+    table = [{"probe": name, "s": value} for name, value in seconds.items()]
+    ratios = {"five_over_one": seconds["five rates"] / seconds["one rate"]}
+    facts = {"data": args.data, "arch": args.arch, "pixels": args.size, "epochs": args.epochs}
+    measure.report("probe", table, ratios, facts, args.out)
+
+
+def probe(args, *rates: float) -> tuple[dict[str, float], float]:
+    """Metrics of one run from the shell, and the seconds that it trained and tested for."""
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder) / "run"
+        command = [sys.executable, "main_lincls.py", args.data, "-a", args.arch, "--image-size", args.size, "-b", 32, "-j", 1]
+        command += ["--epochs", args.epochs, "--save-dir", run, "--lr", *rates]
+        subprocess.run([str(word) for word in command], cwd=measure.ROOT, check=True, stdout=subprocess.DEVNULL)
+        metrics = json.loads((run / "results.json").read_text())["metrics"]
+        last = (run / "log.jsonl").read_text().splitlines()[-1]
+    return metrics, json.loads(last)["time"]
+
+
+if __name__ == "__main__":
+    main()
