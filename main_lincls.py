@@ -24,8 +24,9 @@ def parser() -> cli.Parser:
 
 def check(args: cli.Options) -> None:
     args.method = "linear"
-    if len(set(args.lr)) < len(args.lr):
-        raise InputError(f"--lr {' '.join(f'{lr:g}' for lr in args.lr)}: a rate stands twice; give each once")
+    rates = [f"{lr:g}" for lr in args.lr]  # as the results name them
+    if len(set(rates)) < len(rates):
+        raise InputError(f"--lr {' '.join(rates)}: a rate stands twice; give each once")
     classify.check(args)
 
 

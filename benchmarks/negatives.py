@@ -9,12 +9,15 @@ loop      SynCo as published code makes it: perturbed and adversarial negatives 
 import measure
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from moco.builder.synco import SynCo
 from moco.loss import synthetic
-from moco.loss.contrastive import bank_info_nce, contrast_accuracy, unit
+from moco.loss.contrastive import unit
+from moco.rng import NEGATIVES, Progress
 
 T = 0.2
+AFTER_WARMUP = Progress(epoch=1)
 
 
 def main() -> None:
@@ -45,41 +48,35 @@ def main() -> None:
 
 
 class Heads:
-    """The heads on one batch; each call draws its own negatives unless `draws` are given, and leaves a gradient in q."""
+    """The heads on one batch; each call draws the same synthetic negatives anew, and leaves a gradient in q."""
 
     def __init__(self, args, device: torch.device):
         self.kind = synthetic.Synthetic(args.n_hard, tuple(args.counts))
-        self.q, self.k, self.bank = (unit(torch.randn(size, args.dim, device=device)) for size in (args.n, args.n, args.k))
+        self.model = SynCo(nn.Identity, args.dim, args.k, T=T, kind=self.kind, warmup_epochs=1).to(device)
+        self.bank = self.model.queue
+        self.q, self.k = (unit(torch.randn(args.n, args.dim, device=device)) for _ in range(2))
         self.q.requires_grad_()
-        self.generator = torch.Generator(device).manual_seed(0)
         self.labels = torch.zeros(args.n, dtype=torch.long, device=device)
 
     def draw(self) -> synthetic.Draws:
-        return synthetic.draw(self.kind, *self.q.shape, self.generator)
+        return synthetic.draw(self.kind, *self.q.shape, AFTER_WARMUP.generator(NEGATIVES, self.q.device, 0))
 
     def moco(self) -> Tensor:
-        return self._ours(False, None)
+        return self._ours(Progress(epoch=0))
 
-    def synco(self, draws: synthetic.Draws | None = None) -> Tensor:
-        return self._ours(True, draws)
+    def synco(self) -> Tensor:
+        return self._ours(AFTER_WARMUP)
 
-    def _ours(self, with_synthetic: bool, draws: synthetic.Draws | None) -> Tensor:
-        q, bank, mixture = self.q, self.bank, None
-        positive = (q * self.k).sum(1)
-        with torch.no_grad():
-            similarity = q @ bank.T
-            hard = synthetic.hardest(similarity, self.kind.n_hard if with_synthetic else 5)
-            contrast_accuracy(positive, similarity.gather(1, hard[:, :5]))
-            if with_synthetic:
-                mixture = synthetic.mix(q, bank, similarity, hard, self.kind, draws or self.draw())
-        return self._backward(bank_info_nce(q, positive, bank, similarity, T, mixture))
+    def _ours(self, progress: Progress) -> Tensor:
+        loss, _ = self.model.contrast(self.q, self.k, progress)
+        return self._backward(loss)
 
     def plain(self) -> Tensor:
         similarity = self.q @ self.bank.T
         return self._cross_entropy([similarity])
 
-    def explicit(self, draws: synthetic.Draws | None = None) -> Tensor:
-        draws, kind = draws or self.draw(), self.kind
+    def explicit(self) -> Tensor:
+        draws, kind = self.draw(), self.kind
         similarity = self.q @ self.bank.T
         q, near, mixed = self._hard_vectors(similarity, draws)
         near[4] = near[4] + kind.delta * q
@@ -87,8 +84,8 @@ class Heads:
         vectors = F.normalize(torch.cat([*mixed, *near[3:]], 1), dim=2)
         return self._cross_entropy([similarity, torch.einsum("nc,nmc->nm", self.q, vectors)])
 
-    def loop(self, draws: synthetic.Draws | None = None) -> Tensor:
-        draws, kind = draws or self.draw(), self.kind
+    def loop(self) -> Tensor:
+        draws, kind = self.draw(), self.kind
         similarity = self.q @ self.bank.T
         q, near, mixed = self._hard_vectors(similarity, draws)
         for place, size, shape in ((4, kind.delta, lambda g: g), (5, kind.eta, torch.sign)):
@@ -127,12 +124,10 @@ class Heads:
 
 def check(heads: Heads) -> None:
     """Every head gives the same loss and gradient, to 1e-5."""
-    draws = heads.draw()
-    for ours, others in ((heads.moco, [heads.plain]), (lambda: heads.synco(draws), [heads.explicit, heads.loop])):
+    for ours, others in ((heads.moco, [heads.plain]), (heads.synco, [heads.explicit, heads.loop])):
         loss, gradient = ours(), heads.q.grad
         for other in others:
-            expected = other() if other == heads.plain else other(draws)
-            torch.testing.assert_close(loss, expected, rtol=0, atol=1e-5)
+            torch.testing.assert_close(loss, other(), rtol=0, atol=1e-5)
             torch.testing.assert_close(gradient, heads.q.grad, rtol=0, atol=1e-5)
 
 

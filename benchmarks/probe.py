@@ -1,14 +1,15 @@
 #!/usr/bin/env python
 """The linear probe with several learning rates in one pass beside one rate: its price, and that no head notices the others."""
 
+import itertools
 import json
-import statistics
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import measure
+import torch
 
 RATES = (0.01, 0.03, 0.1, 0.3, 1.0)
 
@@ -21,15 +22,22 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=2)
     parser.set_defaults(rounds=3)
     args = parser.parse_args()
-    times: dict[str, list[float]] = {"one rate": [], "five rates": []}
-    for i in range(args.rounds):
-        alone = RATES[i % len(RATES)]
-        one, one_seconds = probe(args, alone)
-        five, five_seconds = probe(args, *RATES)
-        assert one["acc1"] == five[f"acc1_lr{alone:g}"], f"the head of rate {alone:g} is not the one it is alone"
-        times["one rate"].append(one_seconds)
-        times["five rates"].append(five_seconds)
-    seconds = {name: statistics.median(values) for name, values in times.items()}
+    alone: dict[float, float] = {}  # top-1 of each rate so far
+    rates = itertools.cycle(RATES)
+
+    def one() -> float:
+        lr = next(rates)
+        metrics, seconds = probe(args, lr)
+        alone[lr] = metrics["acc1"]
+        return seconds
+
+    def five() -> float:
+        metrics, seconds = probe(args, *RATES)
+        for lr, top1 in alone.items():
+            assert metrics[f"acc1_lr{lr:g}"] == top1, f"the head of rate {lr:g} is not the one it is alone"
+        return seconds
+
+    seconds = measure.side_by_side({"one rate": one, "five rates": five}, args.rounds, torch.device("cpu"), warm=0)
     table = [{"probe": name, "s": value} for name, value in seconds.items()]
     ratios = {"five_over_one": seconds["five rates"] / seconds["one rate"]}
     facts = {"data": args.data, "arch": args.arch, "pixels": args.size, "epochs": args.epochs}

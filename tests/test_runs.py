@@ -5,6 +5,7 @@ import os
 import re
 import socket
 import time
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,10 @@ import torch
 import yaml
 from conftest import shell
 
+from moco import distributed
+from moco.data import datasets
 from moco.encoder import resnet
+from moco.engine import classify
 
 PUBLISHED_SYNCO = (
     "main_synco.py -a resnet50 --lr 0.03 --batch-size 256 --dist-url tcp://localhost:10001 --multiprocessing-distributed "
@@ -198,6 +202,17 @@ def test_heads_of_several_rates_are_to_the_bit_those_of_each_alone(script, share
     assert best == {name: together[name] for name in ("acc1", "acc5")} == max(alone.values(), key=lambda m: (m["acc1"], m["acc5"]))
     assert "lr 3: " in out and "lr 0.1: " in out
     assert probe("again", "--lr", *rates, "-e", "--resume", tmp_path / "all" / "checkpoint.pth.tar")[0] == together
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+def test_a_rank_without_an_image_counts_as_nothing(shared_images, monkeypatch, heads):
+    val = datasets.scan(shared_images, "val")
+    args = Namespace(image_size=32, batch_size=8, batch_per_process=8, workers=0, amp="off")
+    monkeypatch.setattr(distributed, "rank", lambda: len(val))
+    monkeypatch.setattr(distributed, "world", lambda: len(val) + 1)
+    others = torch.tensor([[2.0], [3.0], [4.0]]).expand(3, heads)  # right, right among five, images
+    monkeypatch.setattr(distributed, "all_reduce_sum", lambda mine: mine.add_(others))
+    assert classify.test(resnet("resnet18", 3), val, args, torch.device("cpu"), heads) == [(0.5, 0.75)] * heads
 
 
 def free_port() -> int:

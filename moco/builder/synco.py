@@ -27,4 +27,4 @@ class SynCo(MoCo):
         generator = progress.generator(NEGATIVES, q.device, distributed.rank())
         draws = synthetic.draw(self.kind, *q.shape, generator, q.dtype)
         hard = synthetic.hardest(similarity, max(self.kind.n_hard, min(5, self.K)))
-        return hard, synthetic.mix(q, self.queue, similarity, hard[:, : self.kind.n_hard], self.kind, draws)
+        return hard, synthetic.mix(q, self.queue, similarity, hard, self.kind, draws)

@@ -89,9 +89,10 @@ def scan(root: Path, split: str, classes: tuple[str, ...] = ()) -> ImageFolder:
     if listing is None:
         listing = _list(folder)
         _keep(kept, listing)
-    own = [os.fsdecode(name) for name in listing["names"]]
-    places = np.array([(classes or own).index(name) for name in own])
-    return ImageFolder(folder, listing["paths"], places[listing["labels"]], tuple(classes or own))
+    own = tuple(os.fsdecode(name) for name in listing["names"])
+    classes = classes or own
+    place = {name: i for i, name in enumerate(classes)}
+    return ImageFolder(folder, listing["paths"], np.array([place[name] for name in own])[listing["labels"]], classes)
 
 
 # A million files take minutes to list on a network disk. The list is kept in the cache folder with the times at which its

@@ -65,19 +65,19 @@ def write_results(args: Namespace, protocol: str, metrics: dict[str, float]) -> 
 
 
 @torch.inference_mode()
-def test(net: nn.Module, folder: ImageFolder, args: Namespace, device: torch.device) -> list[tuple[float, float]]:
-    """Top-1 and top-5 accuracy on `folder`, in [0, 1], of each of `net`'s classifiers.
+def test(net: nn.Module, folder: ImageFolder, args: Namespace, device: torch.device, heads: int = 1) -> list[tuple[float, float]]:
+    """Top-1 and top-5 accuracy on `folder`, in [0, 1], of each of `net`'s classifiers, of which there are `heads`.
 
-    Each image counts once, whatever the number of ranks.
+    Each image counts once, whatever the number of ranks, and a rank may have none.
     """
     net.eval()
-    counts = torch.zeros((), device=device)
+    counts = torch.zeros(3, heads, device=device)
     for images, label in test_batches(folder, args, device):
         with precision.autocast(args.amp, device):
             top1, top5 = correct(by_head(net(images)), label)
-        counts = counts + torch.stack([top1, top5, torch.full_like(top1, len(label))])  # [3, heads]
-    top1, top5, n = distributed.all_reduce_sum(counts).tolist()
-    return [(one / all, five / all) for one, five, all in zip(top1, top5, n, strict=True)]
+        counts += torch.stack([top1, top5, torch.full_like(top1, len(label))])
+    top1, top5, n = distributed.all_reduce_sum(counts).double()
+    return list(zip((top1 / n).tolist(), (top5 / n).tolist(), strict=True))
 
 
 def correct(logits: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
@@ -127,12 +127,13 @@ class LinearProbe(Trainer):
         logits = by_head(self.ddp(views[0]).float())  # [heads, B, classes]
         losses = torch.stack([F.cross_entropy(one, batch.label) for one in logits])
         best = losses.nan_to_num(torch.inf).argmin()  # the one to show; a rate too high for the features may have diverged
-        top1, top5 = (count[best] / len(batch.label) for count in correct(logits, batch.label))
-        return losses.sum(), {"loss": losses[best], "acc1": top1, "acc5": top5}
+        # take, unlike [best], does not wait for the device
+        top1, top5 = (count.take(best) / len(batch.label) for count in correct(logits, batch.label))
+        return losses.sum(), {"loss": losses.take(best), "acc1": top1, "acc5": top5}
 
     def test(self) -> None:
         """Test on val/: `accuracy` is the best classifier's, beside each one's top-1 where there are several."""
-        tested = dict(zip(self.args.lr, test(self.module, self.val, self.args, self.device), strict=True))
+        tested = dict(zip(self.args.lr, test(self.module, self.val, self.args, self.device, len(self.heads)), strict=True))
         lr = max(tested, key=tested.get)
         self.accuracy = {"acc1": tested[lr][0], "acc5": tested[lr][1]}
         if len(tested) > 1:

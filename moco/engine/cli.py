@@ -121,7 +121,7 @@ def _convert(action: argparse.Action, value: object, where: str) -> object:
     is_flag = action.nargs == 0 or isinstance(action, argparse.BooleanOptionalAction)
     many = action.nargs in ("*", "+") or (isinstance(action.nargs, int) and action.nargs > 0)
     if action.nargs == "+" and not isinstance(value, (list, bool)):
-        value = [value]
+        value = [value]  # one or more: one need not be written as a list
     if is_flag != isinstance(value, bool) or many != isinstance(value, list):
         raise InputError(f"{where}: {value!r} is not {'true or false' if is_flag else 'a list' if many else 'one value'}")
     if is_flag:
@@ -202,10 +202,16 @@ def add_optimizer(parser: Parser, epochs: int, lr: float | list[float], wd: floa
     """How weights change, with a protocol's defaults; where that of `lr` is a list, several may be given."""
     group = parser.add_argument_group("optimization")
     group.add_argument("--epochs", type=positive, default=epochs)
-    many = {"nargs": "+", "metavar": "LR"} if isinstance(lr, list) else {}
-    note = "; with several, a classifier for each in one pass" if many else ""
-    help_lr = f"as it is: not scaled by the batch size{note}"
-    group.add_argument("--lr", "--learning-rate", type=nonnegative_float, default=lr, help=help_lr, **many)
+    several = isinstance(lr, list)
+    group.add_argument(
+        "--lr",
+        "--learning-rate",
+        type=nonnegative_float,
+        nargs="+" if several else None,
+        metavar="LR",
+        default=lr,
+        help="as it is: not scaled by the batch size" + ("; with several, a classifier for each in one pass" if several else ""),
+    )
     group.add_argument("--schedule", type=int, nargs="*", default=schedule, metavar="EPOCH", help="lr x .1 at these epochs")
     group.add_argument("--cos", action=argparse.BooleanOptionalAction, default=False, help="cosine schedule by epoch instead")
     group.add_argument("--lr-warmup-epochs", type=natural, default=0, help="epochs of linear learning-rate warm-up")

@@ -8,12 +8,11 @@ import torch
 
 
 def sgd(groups: list[dict[str, Any]], args: Namespace) -> torch.optim.SGD:
-    """SGD with momentum and weight decay, fused; a group of parameters without its own `lr` has `args.lr`.
+    """SGD with momentum and weight decay, fused, on groups of parameters with an `lr` each.
 
     Not fused under fp16: where the gradient scaler skips the first step, PyTorch's fused SGD leaves the momentum buffer
     uninitialised and uses it in the next.
     """
-    groups = [{"lr": args.lr, **group} for group in groups]
     return torch.optim.SGD(groups, momentum=args.momentum, weight_decay=args.wd, fused=args.amp != "fp16")
 
 

@@ -47,7 +47,7 @@ class Trainer(ABC):
 
     def groups(self) -> list[dict[str, Any]]:
         """The optimizer's parameter groups: what trains, at the one rate of `--lr`."""
-        return [{"params": [p for p in self.module.parameters() if p.requires_grad]}]
+        return [{"params": [p for p in self.module.parameters() if p.requires_grad], "lr": self.args.lr}]
 
     @abstractmethod
     def forward(self, views: list[Tensor], batch: loader.Batch, progress: rng.Progress) -> tuple[Tensor, dict[str, Tensor]]:
@@ -81,9 +81,9 @@ class Trainer(ABC):
 
     def _epoch(self, epoch: int, batches: Iterator[loader.Batch], log: RunLog) -> None:
         args, per_epoch = self.args, self.steps_per_epoch
-        for group, lr in zip(self.optimizer.param_groups, self.rates, strict=True):
-            group["lr"] = lr * optim.decay(args, epoch)
-        lr = self.optimizer.param_groups[0]["lr"]
+        rates = [rate * optim.decay(args, epoch) for rate in self.rates]
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
         self.start_epoch()
         mean = Mean()
         for step in range(epoch * per_epoch, (epoch + 1) * per_epoch):
@@ -98,7 +98,7 @@ class Trainer(ABC):
             self.after_step()
             log.tick()
             if (step + 1) % args.print_freq == 0 or (step + 1) % per_epoch == 0:
-                log.line(epoch, step + 1, {**mean.read(), "lr": lr})
+                log.line(epoch, step + 1, {**mean.read(), "lr": rates[0]})
 
     def _pass(self, batch: loader.Batch, progress: rng.Progress) -> dict[str, Tensor]:
         """Views, loss, gradient. The ranks' gradients meet in the last pass of a step."""
@@ -120,10 +120,10 @@ class Trainer(ABC):
             raise InputError(f"{self.folder.root}: {len(self.folder)} images do not fill one batch of {batch}; lower --batch-size")
         say(f"{args.method} {args.arch}: {len(self.folder)} images in {self.folder.root}")
         say(f"views {args.recipe} at {args.image_size} pixels; {self.device.type}, amp {args.amp}")
-        lr = ", ".join(f"{lr:g}" for lr in self.rates)
+        rates = ", ".join(f"{rate:g}" for rate in self.rates)
         say(
             f"total batch {batch} = {args.batch_per_process} per process x {w} processes x {args.accumulation_steps} accumulation; "
-            f"lr after scaling {lr} (taken as given), lr warm-up {args.lr_warmup_epochs} epochs; "
+            f"lr after scaling {rates} (taken as given), lr warm-up {args.lr_warmup_epochs} epochs; "
             f"{args.epochs} epochs x {self.steps_per_epoch} steps"
         )
         if args.resume:

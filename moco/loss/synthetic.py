@@ -69,7 +69,7 @@ def hardest(similarity: Tensor, n_hard: int) -> Tensor:
     """
     similarity = similarity.detach()
     n, K = similarity.shape
-    members = 1 << (int(K // n_hard).bit_length() - 1) // 2  # of a group, about sqrt(K / n_hard): two levels of like size
+    members = 1 << ((K // n_hard).bit_length() - 1) // 2  # of a group, about sqrt(K / n_hard): two levels of like size
     if members < 2 or K % members:
         return similarity.topk(n_hard, 1).indices
     groups = K // members  # group j holds the rows j, j + groups, j + 2 groups, ...
@@ -125,7 +125,7 @@ def mix(q: Tensor, bank: Tensor, similarity: Tensor, hard: Tensor, kind: Synthet
     Args:
         bank: unit rows [K, C].
         similarity: q @ bank.T, [N, K].
-        hard: indices of each query's hard rows, [N, n_hard].
+        hard: indices of each query's hard rows, hardest first, [N, >= n_hard].
         kind, draws: what to make of them.
     """
     n, (n1, n2, n3, n4, n5, n6) = len(q), kind.counts
