@@ -14,7 +14,10 @@ n.n', type 4 the noise, type 6 n.sign(q). MoCHI (arXiv 2010.01028) is types 1 an
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+_TINY = 1e-12  # the least length by which a vector is divided
 
 
 @dataclass(frozen=True)
@@ -65,20 +68,27 @@ def draw(kind: Synthetic, n: int, dim: int, generator: torch.Generator, dtype: t
 def hardest(similarity: Tensor, n_hard: int) -> Tensor:
     """Rows of the bank most similar to each query, hardest first: indices [N, n_hard] from similarity [N, K].
 
-    Exact, in two levels: the n_hard most similar rows lie in the n_hard groups with the largest maxima.
+    Exact. On a CPU in two levels (the n_hard most similar rows lie in the n_hard groups with the largest maxima), and by
+    NumPy, whose selection and sorting are vectorised.
     """
     similarity = similarity.detach()
     n, K = similarity.shape
     members = 1 << ((K // n_hard).bit_length() - 1) // 2  # of a group, about sqrt(K / n_hard): two levels of like size
-    if members < 2 or K % members:
+    if similarity.device.type != "cpu" or members < 2 or K % members:
         return similarity.topk(n_hard, 1).indices
     groups = K // members  # group j holds the rows j, j + groups, j + 2 groups, ...
     grouped = similarity.view(n, members, groups)
-    best = grouped.amax(1).topk(n_hard, 1, sorted=False).indices
+    best = _largest(grouped.amax(1), n_hard)
     candidates = grouped.gather(2, best[:, None, :].expand(n, members, n_hard)).flatten(1)
-    place = candidates.topk(n_hard, 1).indices
+    place = _largest(candidates, n_hard)
+    place = place.gather(1, torch.from_numpy(candidates.gather(1, place).neg_().numpy().argsort(1)))
     member = place.div(n_hard, rounding_mode="floor")
     return best.gather(1, place.sub_(member, alpha=n_hard)).add_(member, alpha=groups)
+
+
+def _largest(x: Tensor, k: int) -> Tensor:
+    """Places of the k largest values in each row of x, in no order."""
+    return torch.from_numpy(x.neg().numpy().argpartition(k - 1, 1)[:, :k])
 
 
 @dataclass(frozen=True)
@@ -133,24 +143,24 @@ def mix(q: Tensor, bank: Tensor, similarity: Tensor, hard: Tensor, kind: Synthet
     rows1, rows2, rows3, rows4, rows5, rows6, other3 = rows.split((*kind.counts, n3), 1)
     s = similarity.gather(1, torch.cat([rows1, rows2, rows5], 1))  # q.n of types 1, 2 and 5
     ones = q.new_ones(n, n5)
-    sign = q.sign()
-    # the vectors that scalars cannot stand for, read in one go
-    vectors = bank.index_select(0, torch.cat([rows3, other3, rows4, rows6], 1).flatten()).view(n, -1, q.shape[1])
-    row3, second3, row4, row6 = vectors.split((n3, n3, n4, n6), 1)
     a, b, g, noise = draws.a, draws.b, draws.g, draws.noise
 
     # types 1, 2 and 5 are all ^(of_q q + of_n n)
     of_q, of_n = torch.cat([a, 1 - b, kind.delta * ones], 1), torch.cat([1 - a, b, ones], 1)
-    root = _root(of_q.square() * (q * q).sum(1, keepdim=True) + of_n.square() + 2 * of_q * of_n * s)
+    square = of_q.square() * (q * q).sum(1, keepdim=True) + of_n.square() + 2 * of_q * of_n * s
+    root = square.clamp_min(_TINY**2).sqrt()
     (q1, q2, q5), (w1, w2, w5) = ((of / root).split((n1, n2, n5), 1) for of in (of_q, of_n))
-    root3 = _root(g.square() + (1 - g).square() + 2 * g * (1 - g) * torch.linalg.vecdot(row3, second3))
-    w4 = 1 / _root(1 + torch.linalg.vecdot(2 * row4 + noise, noise))
-    toward = torch.bmm(row6, sign[:, :, None]).squeeze(2)  # n.sign(q)
-    w6 = 1 / _root(1 + 2 * kind.eta * toward + kind.eta**2 * sign.square().sum(1, keepdim=True))
+    # the others' lengths are those of vectors that have to be made
+    pairs, weights = torch.stack([rows3, other3], 2).view(-1, 2), torch.stack([g, 1 - g], 2).view(-1, 2)
+    mixed = F.embedding_bag(pairs, bank, per_sample_weights=weights, mode="sum").view(n, n3, q.shape[1])
+    w3, w4, w6 = (
+        1 / torch.linalg.vector_norm(h, dim=2).clamp_min_(_TINY)
+        for h in (mixed, F.embedding(rows4, bank) + noise, F.embedding(rows6, bank) + kind.eta * q.sign()[:, None, :])
+    )
     zero = q.new_zeros(n, 1)
     return Mixture(
         rows=rows,
-        weights=torch.cat([w1, w2, g / root3, w4, w5, w6, (1 - g) / root3], 1),
+        weights=torch.cat([w1, w2, g * w3, w4, w5, w6, (1 - g) * w3], 1),
         of_q=torch.cat([q1, q2, zero.expand(n, n3 + n4), q5, zero.expand(n, n6)], 1),
         of_noise=w4,
         of_sign=kind.eta * w6,
@@ -165,7 +175,3 @@ def similarities(q: Tensor, bank: Tensor, similarity: Tensor, hard: Tensor, kind
     The arguments are `mix`'s; differentiable in q and in `similarity`.
     """
     return mix(q.detach(), bank, similarity.detach(), hard, kind, draws).dot(q, similarity)
-
-
-def _root(square: Tensor) -> Tensor:
-    return square.clamp_min(1e-24).sqrt()
