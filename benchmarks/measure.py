@@ -21,7 +21,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     """The options that every benchmark has."""
     p = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--rounds", type=int, default=15, help="every candidate runs once in each; the medians count")
-    p.add_argument("--out", type=Path, help="JSON file; by default runs/benchmarks/<name>.json")
+    p.add_argument("--json", type=Path, metavar="FILE", help="by default runs/benchmarks/<name>.json")
     return p
 
 
@@ -58,7 +58,9 @@ def peak_memory(run: Callable[[], object], device: torch.device) -> int:
     return peak
 
 
-def report(name: str, table: list[dict[str, object]], ratios: dict[str, float], facts: dict[str, object], out: Path | None) -> None:
+def report(
+    name: str, table: list[dict[str, object]], ratios: dict[str, float], facts: dict[str, object], file: Path | None
+) -> None:
     """Print the rows and the ratios, and write them with the machine's facts to a JSON file."""
     facts = {"torch": torch.__version__, "threads": torch.get_num_threads(), **facts}
     print("  ".join(f"{key} {value}" for key, value in facts.items()))
@@ -69,6 +71,6 @@ def report(name: str, table: list[dict[str, object]], ratios: dict[str, float], 
         print("  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)))
     for key, value in ratios.items():
         print(f"{key} {value:.3g}")
-    path = out or ROOT / "runs" / "benchmarks" / f"{name}.json"
+    path = file or ROOT / "runs" / "benchmarks" / f"{name}.json"
     write_json(path, {"benchmark": name, **facts, **ratios, "rows": table})
     print(path)

@@ -44,7 +44,7 @@ def main() -> None:
         "explicit_memory_over_ours": memory["explicit"] / memory["synco"],
     }
     sizes = {"N": args.n, "K": args.k, "C": args.dim, "n_hard": args.n_hard, "counts": list(args.counts)}
-    measure.report("negatives", table, ratios, {"device": str(device), **sizes}, args.out)
+    measure.report("negatives", table, ratios, {"device": str(device), **sizes}, args.json)
 
 
 class Heads:

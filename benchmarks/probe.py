@@ -41,7 +41,7 @@ def main() -> None:
     table = [{"probe": name, "s": value} for name, value in seconds.items()]
     ratios = {"five_over_one": seconds["five rates"] / seconds["one rate"]}
     facts = {"data": args.data, "arch": args.arch, "pixels": args.size, "epochs": args.epochs}
-    measure.report("probe", table, ratios, facts, args.out)
+    measure.report("probe", table, ratios, facts, args.json)
 
 
 def probe(args, *rates: float) -> tuple[dict[str, float], float]:

@@ -36,7 +36,7 @@ def main() -> None:
         assert len(datasets.scan(root, "train")) == args.files + 1, "a new file was not noticed"
     table = [{"start": name, "ms": 1e3 * value} for name, value in seconds.items()]
     ratios = {"first_over_second": seconds["first start"] / seconds["second start"]}
-    measure.report("startup", table, ratios, {"files": args.files, "classes": args.classes}, args.out)
+    measure.report("startup", table, ratios, {"files": args.files, "classes": args.classes}, args.json)
 
 
 def make(root: Path, files: int, classes: int) -> None:

@@ -7,7 +7,7 @@ from conftest import shell
 
 
 def run(name: str, tmp_path, *options: object) -> dict:
-    result = shell(f"benchmarks/{name}.py", "--rounds", 1, "--out", tmp_path / "result.json", *options)
+    result = shell(f"benchmarks/{name}.py", "--rounds", 1, "--json", tmp_path / "result.json", *options)
     assert result.returncode == 0, result.stdout + result.stderr
     return json.loads((tmp_path / "result.json").read_text())
 

@@ -190,6 +190,13 @@ def test_views_smaller_than_the_blur_kernel_get_a_smaller_kernel():
     )
 
 
+@pytest.mark.parametrize(("view", "order"), [*VIEWS, pytest.param(BUSY, None, id="busy")])
+def test_what_a_gpu_does_to_all_images_is_what_a_cpu_does_to_each(view, order):
+    x = images(24, 32, 3)
+    draws = color.draw(view, len(x), generator(6))
+    torch.testing.assert_close(color._apply_by_operation(x, view, draws), color.apply(x, view, draws), rtol=0, atol=2e-5)
+
+
 def test_augment_draws_and_applies():
     x = images(24, 24, 0)
     assert torch.equal(color.augment(x, BUSY, generator(7)), color.apply(x, BUSY, color.draw(BUSY, len(x), generator(7))))

@@ -4,6 +4,7 @@ Every operation means what `torchvision.transforms.v2.functional` means by it; i
 and each takes its parameter as a tensor [B].
 """
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -18,7 +19,8 @@ _HUE = 3  # the place of hue among brightness, contrast, saturation, hue
 
 def grayscale(x: Tensor) -> Tensor:
     """Luma .2989 R + .587 G + .114 B, [B, 1, H, W]."""
-    return (0.2989 * x[:, 0] + 0.587 * x[:, 1] + 0.114 * x[:, 2]).unsqueeze(1)
+    r, g, b = x.split(1, 1)
+    return (0.2989 * r).add_(g, alpha=0.587).add_(b, alpha=0.114)
 
 
 def blend(x: Tensor, brightness: Tensor, contrast: Tensor, saturation: Tensor) -> Tensor:
@@ -33,21 +35,38 @@ def blend(x: Tensor, brightness: Tensor, contrast: Tensor, saturation: Tensor) -
 
 
 def adjust_hue(x: Tensor, shift: Tensor) -> Tensor:
-    """Turn the hue by `shift` [B] of a full turn, in [-.5, .5], through HSV."""
+    """Turn the hue by `shift` [B] of a full turn, in [-.5, .5], through HSV.
+
+    Masks are floats and there is no torch.where: on a CPU these are many times faster.
+    """
     r, g, b = x.unbind(1)
-    value, arg = x.max(1)
-    chroma = value - x.amin(1)
-    safe = chroma.clamp_min(1e-12)
+    largest = torch.maximum(torch.maximum(r, g), b)
+    smallest = torch.minimum(torch.minimum(r, g), b)
+    chroma = largest - smallest
+    red, green = (torch.eq(channel, largest, out=torch.empty_like(chroma)) for channel in (r, g))
     # hue in sixths of a turn: which channel is largest fixes the sector (red before green before blue on ties)
-    sector = torch.where(arg == 0, (g - b) / safe, torch.where(arg == 1, (b - r) / safe + 2, (r - g) / safe + 4))
-    hue = sector + 6 * shift[:, None, None]
-    # a channel loses the share max(0, min(k, 4 - k, 1)) of the chroma, k = (n + hue) mod 6 for n = 5, 3, 1
-    k = (hue.unsqueeze(1) + hue.new_tensor((5.0, 3.0, 1.0)).view(1, 3, 1, 1)).remainder_(6)
-    return value.unsqueeze(1) - chroma.unsqueeze(1) * torch.minimum(k, 4 - k).clamp_(0, 1)
+    hue = (r - g).add_(chroma, alpha=4)
+    hue.addcmul_(green, (b - r).add_(chroma, alpha=2).sub_(hue))
+    hue.addcmul_(red, (g - b).sub_(hue))
+    hue.div_(chroma.clamp_min(1e-12)).add_(6 * shift[:, None, None])
+    hue.sub_((hue / 6).floor_(), alpha=6)  # in [0, 6)
+    out = torch.empty_like(x)
+    # red is least around hue 3, green largest around 2, blue largest around 4
+    for channel, center, here, sign in zip(out.unbind(1), (3, 2, 4), (smallest, largest, largest), (1, -1, -1), strict=True):
+        share = torch.sub(hue, center, out=channel).abs_().sub_(1).clamp_(0, 1)
+        torch.addcmul(here, share, chroma, value=sign, out=channel)
+    return out
 
 
 def gaussian_blur(x: Tensor, sigma: Tensor, radius: int) -> Tensor:
     """Blur each sample with its own `sigma` [B] in pixels: 2 radius + 1 taps, reflected at the borders."""
+    if x.device.type == "cpu":
+        return torch.cat([_blur_image(image, s, radius) for image, s in zip(x.split(1), sigma.tolist(), strict=True)])
+    return _blur_batch(x, sigma, radius)
+
+
+def _blur_batch(x: Tensor, sigma: Tensor, radius: int) -> Tensor:
+    """As two grouped convolutions."""
     n, c, h, w = x.shape
     taps = torch.arange(-radius, radius + 1, device=x.device, dtype=x.dtype)
     kernel = torch.exp(-0.5 * (taps / sigma[:, None]) ** 2)
@@ -58,15 +77,40 @@ def gaussian_blur(x: Tensor, sigma: Tensor, radius: int) -> Tensor:
     return x.view(n, c, h, w)
 
 
+def _blur_image(x: Tensor, sigma: float, radius: int) -> Tensor:
+    """One image [1, 3, H, W]: weighted sums of the padded image moved by one place or one row at a time, as if it were one
+    long row. What runs over a border lies in the padding, which is cut off. Taps below 4e-6 of the middle one are left out.
+    """
+    h, w = x.shape[2:]
+    radius = min(radius, math.ceil(5 * sigma))
+    kernel = [math.exp(-0.5 * (tap / sigma) ** 2) for tap in range(-radius, radius + 1)]
+    x = F.pad(x, (radius,) * 4, mode="reflect")
+    for step in (1, w + 2 * radius):
+        row, out = x.view(-1), torch.empty_like(x)
+        n = len(row) - 2 * radius * step
+        total = torch.mul(row[:n], kernel[0] / sum(kernel), out=out.view(-1)[:n])
+        for i, weight in enumerate(kernel[1:], 1):
+            total.add_(row[i * step :][:n], alpha=weight / sum(kernel))
+        x = out
+    return x[..., :h, :w]
+
+
 def solarize(x: Tensor, threshold: float = 0.5) -> Tensor:
     """Invert the pixels at or above `threshold`."""
-    return torch.where(x >= threshold, 1 - x, x)
+    bright = torch.ge(x, threshold, out=torch.empty_like(x))
+    return torch.addcmul(x, bright, 1 - 2 * x)
 
 
-def normalize(x: Tensor) -> Tensor:
-    """uint8 or float images to ImageNet's zero mean and unit deviation."""
-    mean, std = (torch.tensor(v, device=x.device).view(1, 3, 1, 1) for v in (MEAN, STD))
-    return (_to_float(x) - mean) / std
+def normalize(x: Tensor, out: Tensor | None = None) -> Tensor:
+    """uint8 or float images to ImageNet's zero mean and unit deviation, in float32."""
+    mean, scale = _mean_and_scale(x.device)
+    return torch.sub(x if x.dtype == torch.float32 else _to_float(x), mean, out=out).mul_(scale)
+
+
+@functools.cache
+def _mean_and_scale(device: torch.device) -> tuple[Tensor, Tensor]:
+    mean, std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (MEAN, STD))
+    return mean, 1 / std
 
 
 @dataclass
@@ -108,8 +152,25 @@ def draw(view: View, n: int, generator: torch.Generator) -> Draws:
 def apply(x: Tensor, view: View, draws: Draws) -> Tensor:
     """Colour, flip and normalize `x` [B, 3, H, W] (uint8, or float in [0, 1]) as `draws` says; returns float32.
 
-    The draws lie on the CPU, so the rows that an operation touches are known without waiting for the device.
+    The draws lie on the CPU, so the rows that an operation touches are known without waiting for the device. A GPU works
+    on all rows of an operation at once, a CPU on one image after the other, which stays in its cache meanwhile.
     """
+    return (_apply_by_image if x.device.type == "cpu" else _apply_by_operation)(x, view, draws)
+
+
+def augment(x: Tensor, view: View, generator: torch.Generator) -> Tensor:
+    """`draw` and `apply` in one call."""
+    return apply(x, view, draw(view, len(x), generator))
+
+
+def _to_float(x: Tensor) -> Tensor:
+    return x.float().mul_(1 / 255) if x.dtype == torch.uint8 else x.to(torch.float32, copy=True)
+
+
+# On a GPU: each operation on all of its rows.
+
+
+def _apply_by_operation(x: Tensor, view: View, draws: Draws) -> Tensor:
     x = _to_float(x)
     operations = {"jitter": _jitter, "gray": _gray, "blur": _blur, "solarize": _solarize}
     for name in view.order:
@@ -119,15 +180,6 @@ def apply(x: Tensor, view: View, draws: Draws) -> Tensor:
     flip = draws.flip.nonzero().squeeze(1).to(x.device, non_blocking=True)
     x[flip] = x[flip].flip(-1)
     return normalize(x)
-
-
-def augment(x: Tensor, view: View, generator: torch.Generator) -> Tensor:
-    """`draw` and `apply` in one call."""
-    return apply(x, view, draw(view, len(x), generator))
-
-
-def _to_float(x: Tensor) -> Tensor:
-    return x.float().div_(255) if x.dtype == torch.uint8 else x.to(torch.float32, copy=True)
 
 
 def _jitter(x: Tensor, rows: Tensor, view: View, draws: Draws) -> Tensor:
@@ -152,12 +204,56 @@ def _gray(x: Tensor, rows: Tensor, view: View, draws: Draws) -> Tensor:
 
 
 def _blur(x: Tensor, rows: Tensor, view: View, draws: Draws) -> Tensor:
-    radius = min(math.ceil(3 * view.blur_sigma[1]), x.shape[-1] - 1, x.shape[-2] - 1)
     sigma = draws.sigma[rows].to(x.device, non_blocking=True)
     rows = rows.to(x.device, non_blocking=True)
-    return x.index_copy_(0, rows, gaussian_blur(x[rows], sigma, radius))
+    return x.index_copy_(0, rows, _blur_batch(x[rows], sigma, _radius(x, view)))
+
+
+def _radius(x: Tensor, view: View) -> int:
+    return min(math.ceil(3 * view.blur_sigma[1]), x.shape[-1] - 1, x.shape[-2] - 1)
 
 
 def _solarize(x: Tensor, rows: Tensor, view: View, draws: Draws) -> Tensor:
     rows = rows.to(x.device, non_blocking=True)
     return x.index_copy_(0, rows, solarize(x[rows]))
+
+
+# On a CPU: all operations on one image after the other, with plain numbers as factors.
+
+
+def _apply_by_image(x: Tensor, view: View, draws: Draws) -> Tensor:
+    radius, out = _radius(x, view), torch.empty(x.shape)
+    order, factors, sigma = draws.order.tolist(), draws.factors.tolist(), draws.sigma.tolist()
+    happens = {name: getattr(draws, name).tolist() for name in (*view.order, "flip")}
+    operations = {
+        "jitter": lambda image, i: _jitter_image(image, order[i], factors[i]),
+        "gray": lambda image, i: grayscale(image).repeat(1, 3, 1, 1),
+        "blur": lambda image, i: _blur_image(image, sigma[i], radius),
+        "solarize": lambda image, i: solarize(image),
+        "flip": lambda image, i: image.flip(-1),
+    }
+    for i, image in enumerate(x.split(1)):
+        image = _to_float(image)
+        for name in happens:
+            if happens[name][i]:
+                image = operations[name](image, i)
+        normalize(image, out[i : i + 1])
+    return out
+
+
+def _jitter_image(x: Tensor, order: list[int], factors: list[float]) -> Tensor:
+    """Brightness, contrast, saturation and hue of one image [1, 3, H, W] in `order`; overwrites it."""
+    for operation in order:
+        factor = factors[operation]
+        if operation == _HUE:
+            x = adjust_hue(x, torch.tensor([factor])) if factor else x
+            continue
+        if operation == 0:
+            x.mul_(factor)
+        elif operation == 1:
+            mean = grayscale(x.mean((2, 3), keepdim=True))
+            x.mul_(factor).add_(mean, alpha=1 - factor)
+        else:
+            x = torch.lerp(grayscale(x), x, factor)
+        x.clamp_(0, 1)
+    return x
