@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from moco import distributed
+from moco.augment import crop
 from moco.augment.recipes import recipe
 from moco.data import datasets, loader
 from moco.data.loader import CenterCrop, EvalOrder, RandomCrops, TrainOrder, batches, decode
@@ -298,3 +299,56 @@ def test_batches_name_the_file_that_they_cannot_read(tmp_path, write_bad, worker
         next(reader)
     assert str(bad) in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """A folder with one large photograph."""
+    path = tmp_path_factory.mktemp("large") / "train" / "a" / "0.jpg"
+    path.parent.mkdir(parents=True)
+    datasets._photograph("hubble_deep_field").resize((1600, 1400), 3).save(path, quality=95)
+    assert path.stat().st_size > loader._LARGE
+    return datasets.scan(path.parents[2], "train")
+
+
+@pytest.mark.parametrize("size", [(375, 500), (1400, 1600), (4000, 500)])
+@pytest.mark.parametrize("pixels", [224, 96])
+def test_reduction_leaves_every_crop_twice_as_large_as_its_view_and_is_the_largest_that_does(size, pixels):
+    cut, found = RandomCrops(recipe("byol", pixels), seed=3), set()
+    for index in range(60):
+        factor = cut.reduction(*size, (0, index))
+        boxes = crop.random_boxes(*size, cut.recipe, loader.rng.CROP, 3, 0, index)
+        least = min(side for _, _, *sides in boxes for side in sides)
+        assert factor == 1 or least >= 2 * factor * pixels
+        assert factor == 8 or least < 4 * factor * pixels
+        found.add(factor)
+    assert len(found) > 1 or min(size) < 1000
+    assert CenterCrop(pixels).reduction(*size, (0, 0)) == 1
+
+
+@pytest.mark.parametrize("factor", [2, 4, 8])
+def test_decode_shrinks_a_large_jpeg(large, factor):
+    full, shrunk = decode(large.path(0)), decode(large.path(0), lambda height, width: factor)
+    assert full.shape == (3, 1400, 1600) and shrunk.shape == (3, 1400 // factor, 1600 // factor)
+    means = torch.nn.functional.avg_pool2d(full.float(), factor)
+    assert (shrunk.float() - means).abs().mean() < 1
+
+
+def test_decode_looks_at_the_size_of_large_jpegs_only(large, photographs):
+    assert torch.equal(decode(photographs.path(0), lambda height, width: 8), decode(photographs.path(0)))
+    asked = []
+    assert torch.equal(decode(large.path(0), lambda height, width: asked.append((height, width)) or 1), decode(large.path(0)))
+    assert asked == [(1400, 1600)]
+
+
+def test_views_of_a_shrunk_image_are_those_of_the_whole_one(large):
+    cut, factors = RandomCrops(recipe("mocov2", 64), seed=1), set()
+    full = decode(large.path(0))
+    for epoch in range(20):
+        place = (epoch, 0)
+        factors.add(cut.reduction(1400, 1600, place))
+        views, _, _ = loader.Views(large, cut)[place]
+        for ours, whole in zip(views, cut(full, place), strict=True):
+            assert ours.shape == (3, 64, 64)
+            assert (ours.float() - whole.float()).abs().mean() < 4
+    assert factors >= {4, 8}

@@ -39,10 +39,14 @@ def resized_crop(image: Tensor, box: Box, size: int) -> Tensor:
     return _resize(image[:, top : top + h, left : left + w], (size, size))
 
 
+def random_boxes(height: int, width: int, recipe: Recipe, *counters: int) -> list[Box]:
+    """A random box for each view of `recipe`; `counters` (and the view) fix the draw."""
+    return [random_box(height, width, view, fold(*counters, i)) for i, view in enumerate(recipe)]
+
+
 def random_views(image: Tensor, recipe: Recipe, *counters: int) -> list[Tensor]:
-    """One random crop of `image` [3, H, W] uint8 for each view of `recipe`; `counters` (and the view) fix the draw."""
-    height, width = image.shape[1:]
-    boxes = (random_box(height, width, view, fold(*counters, i)) for i, view in enumerate(recipe))
+    """One random crop of `image` [3, H, W] uint8 for each view of `recipe`, cut at its `random_boxes`."""
+    boxes = random_boxes(*image.shape[1:], recipe, *counters)
     return [resized_crop(image, box, view.size) for box, view in zip(boxes, recipe, strict=True)]
 
 

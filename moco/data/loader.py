@@ -5,9 +5,11 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from torchvision.io import ImageReadMode, decode_image, read_file
+from torchvision.transforms.functional import pil_to_tensor
 
 from moco import distributed, rng
 from moco.augment import crop
@@ -16,7 +18,6 @@ from moco.data.datasets import ImageFolder
 from moco.errors import InputError
 
 Place = tuple[int, int]  # epoch, index
-Cut = Callable[[Tensor, Place], list[Tensor]]  # a decoded image and where it is used -> its views
 
 
 class Batch(NamedTuple):
@@ -36,6 +37,15 @@ class RandomCrops(NamedTuple):
     def __call__(self, image: Tensor, place: Place) -> list[Tensor]:
         return crop.random_views(image, self.recipe, rng.CROP, self.seed, *place)
 
+    def reduction(self, height: int, width: int, place: Place) -> int:
+        """By how much an image of this size may be shrunk first: 1, 2, 4 or 8, so that each crop stays twice its view's size.
+
+        Less would show; Pillow's thumbnails leave the same gap.
+        """
+        boxes = crop.random_boxes(height, width, self.recipe, rng.CROP, self.seed, *place)
+        spare = min(min(h, w) / (2 * view.size) for (_, _, h, w), view in zip(boxes, self.recipe, strict=True))
+        return max(factor for factor in (1, 2, 4, 8) if factor <= max(1, spare))
+
 
 class CenterCrop(NamedTuple):
     """Cut the evaluation view of `size` pixels."""
@@ -45,13 +55,29 @@ class CenterCrop(NamedTuple):
     def __call__(self, image: Tensor, place: Place) -> list[Tensor]:
         return [crop.center_view(image, self.size)]
 
+    def reduction(self, height: int, width: int, place: Place) -> int:
+        """Evaluation sees every pixel."""
+        return 1
 
-def decode(path: str) -> Tensor:
-    """The RGB image in `path`, uint8 [3, H, W]. Raises InputError that names the file."""
+
+_LARGE = 200_000  # bytes of a JPEG above which a look at its size first costs next to nothing
+
+
+def decode(path: str, reduction: Callable[[int, int], int] = lambda height, width: 1) -> Tensor:
+    """The RGB image in `path`, uint8 [3, H, W]. Raises InputError that names the file.
+
+    A large JPEG is decoded at 1 / `reduction(height, width)` of its size, which saves up to half of the time.
+    """
     try:
         data = read_file(path)
         if not len(data):
             raise InputError(f"{path}: empty image file; remove or replace it")
+        if len(data) > _LARGE and data[0] == 0xFF and data[1] == 0xD8:
+            with Image.open(path) as image:
+                factor = reduction(image.height, image.width)
+                if factor > 1:
+                    image.draft("RGB", (image.width // factor, image.height // factor))
+                    return pil_to_tensor(image.convert("RGB"))
         image = decode_image(data, ImageReadMode.RGB)
         if image.dtype != torch.uint8:  # a PNG of 16 bits a channel
             image = (image.int() >> 8).to(torch.uint8)
@@ -62,9 +88,6 @@ def decode(path: str) -> Tensor:
 
 def _decode_with_pil(path: str) -> Tensor:
     """What torchvision's decoders do not read: TIFF, BMP, PPM, CMYK JPEGs."""
-    from PIL import Image
-    from torchvision.transforms.v2.functional import pil_to_tensor
-
     try:
         with Image.open(path) as image:
             return pil_to_tensor(image.convert("RGB"))
@@ -76,7 +99,7 @@ def _decode_with_pil(path: str) -> Tensor:
 class Views(Dataset):
     """One sample per (epoch, index): its views, its index and its label; or the InputError that kept it from being read."""
 
-    def __init__(self, folder: ImageFolder, cut: Cut):
+    def __init__(self, folder: ImageFolder, cut: RandomCrops | CenterCrop):
         self.folder, self.cut = folder, cut
 
     def __len__(self) -> int:
@@ -85,7 +108,8 @@ class Views(Dataset):
     def __getitem__(self, place: Place) -> tuple[list[Tensor], int, int] | InputError:
         _, i = place
         try:
-            return self.cut(decode(self.folder.path(i)), place), i, int(self.folder.labels[i])
+            image = decode(self.folder.path(i), lambda height, width: self.cut.reduction(height, width, place))
+            return self.cut(image, place), i, int(self.folder.labels[i])
         except InputError as error:
             return error  # raised in the main process, where it is one line and not a worker's traceback
 
@@ -133,7 +157,9 @@ class EvalOrder(Sampler):
             yield self.places[i : i + self.batch]
 
 
-def batches(folder: ImageFolder, cut: Cut, order: Sampler, args: Namespace, device: torch.device) -> Iterator[Batch]:
+def batches(
+    folder: ImageFolder, cut: RandomCrops | CenterCrop, order: Sampler, args: Namespace, device: torch.device
+) -> Iterator[Batch]:
     """Read `folder` in `order` and yield batches on `device`. Raises InputError for an image that cannot be read.
 
     `args.workers` is the node's number of loader processes; each rank takes its share, rounded up.
