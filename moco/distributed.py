@@ -9,6 +9,7 @@ import os
 import socket
 import subprocess
 import sys
+import warnings
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from moco.errors import InputError
 
@@ -212,6 +214,18 @@ def all_reduce_sum(x: Tensor) -> Tensor:
     if world() > 1:
         dist.all_reduce(x)
     return x
+
+
+def data_parallel(module: nn.Module) -> nn.Module:
+    """`module` with gradients averaged over ranks. Buffers stay each rank's own: queues are equal by construction, and
+    `broadcast_buffers` shares BatchNorm's once an epoch.
+    """
+    if world() == 1:
+        return module
+    with warnings.catch_warnings():
+        # newer versions of PyTorch have another name for the option, which older ones do not know
+        warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
+        return DistributedDataParallel(module, broadcast_buffers=False)
 
 
 def broadcast_buffers(model: nn.Module) -> None:

@@ -33,3 +33,18 @@ def test_probe(tmp_path, shared_images):
     """The script itself fails where a head's accuracy is not that of a run with its rate alone."""
     found = run("probe", tmp_path, "--data", shared_images, "--size", 32, "--epochs", 1)
     assert {row["probe"] for row in found["rows"]} == {"one rate", "five rates"} and found["five_over_one"] > 0
+
+
+def test_loader(tmp_path):
+    found = run("loader", tmp_path, "--images", 2, "--size", 64)
+    assert {"host_over_pil", "cpu_over_pil"} < found.keys()
+    assert {"host", "cpu", "pil", "v2"} <= {row["pipeline"] for row in found["rows"]}
+    low, high = map(int, found["KB"].split("-"))
+    assert 80 <= low <= high <= 110
+
+
+def test_step(tmp_path):
+    """The script itself compares our losses with plain MoCo's."""
+    found = run("step", tmp_path, "--arch", "resnet18", "--size", 32, "--batch", 8, "--k", 2048, "--processes", 1, 2)
+    assert {"synco_over_moco", "ours_over_plain", "synco_over_moco_2_processes", "ours_over_plain_2_processes"} < found.keys()
+    assert len(found["rows"]) == 6 and all(row["ms"] > 0 for row in found["rows"])

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from moco import distributed, rng
 from moco.augment import color
@@ -38,8 +37,7 @@ class Trainer(ABC):
         self.rates = [group["lr"] for group in self.optimizer.param_groups]  # before any schedule, and before a resumed one
         self.scaler = precision.scaler(args.amp, device)
         self.first_epoch = self._resume(checkpoint.load(args.resume)) if args.resume else 0
-        # queues are equal on every rank by construction; BN statistics are shared once an epoch
-        self.ddp = DistributedDataParallel(module, broadcast_buffers=False) if distributed.world() > 1 else module
+        self.ddp = distributed.data_parallel(module)
         self.order = loader.TrainOrder(
             len(folder), args.batch_per_process, args.accumulation_steps, self.first_epoch, args.epochs, args.seed
         )

@@ -1,0 +1,179 @@
+#!/usr/bin/env python
+"""A whole training step on views that lie ready: our MoCo and SynCo beside MoCo written plainly, for one process and for two.
+
+plain     per-parameter momentum update and SGD, concatenated logits, every rank gathers all images to shuffle them, the
+          loss is read every step; in fp32
+moco      ours: one call for the momentum update, fused SGD, one [B, K] buffer, all-to-all, nothing read between log lines
+synco     the same with synthetic negatives
+"""
+
+import json
+import tempfile
+from argparse import Namespace
+from pathlib import Path
+
+import measure
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moco import distributed
+from moco.builder.momentum import MIN_BN_GROUP, MoCo
+from moco.builder.synco import SynCo
+from moco.encoder import resnet
+from moco.engine import optim, precision
+from moco.engine.log import Mean
+from moco.loss.synthetic import Synthetic
+from moco.rng import SHUFFLE, Progress
+
+T, M, LR = 0.2, 0.999, 0.03
+SYNCO = Synthetic(1024, (256, 256, 256, 64, 64, 64))
+
+
+def main() -> None:
+    parser = measure.parser(__doc__.splitlines()[0])
+    parser.add_argument("--arch", default="resnet50")
+    parser.add_argument("--size", type=int, default=224, help="pixels")
+    parser.add_argument("--batch", type=int, default=32, help="of one process")
+    parser.add_argument("--k", type=int, default=65536, help="rows of the queue")
+    parser.add_argument(
+        "--amp", choices=("off", "bf16", "fp16"), default="bf16" if torch.cuda.is_available() else "off", help="of ours"
+    )
+    parser.add_argument("--processes", type=int, nargs="+", default=[1] if torch.cuda.device_count() == 1 else [1, 2], metavar="N")
+    parser.add_argument("--largest-batch", action="store_true", help="on a GPU, also find the largest batch that fits")
+    args = parser.parse_args()
+    table, ratios = [], {}
+    for n in args.processes:
+        found = on_processes(n, args)
+        seconds = found["seconds"]
+        table += [{"processes": n, "step": name, "ms": 1e3 * s, "images/s": n * args.batch / s} for name, s in seconds.items()]
+        suffix = "" if n == 1 else f"_{n}_processes"
+        ratios |= {
+            f"synco_over_moco{suffix}": seconds["synco"] / seconds["moco"],
+            f"ours_over_plain{suffix}": seconds["moco"] / seconds["plain"],
+            **{f"largest_batch_{name}{suffix}": batch for name, batch in found["largest"].items()},
+        }
+    facts = {"arch": args.arch, "pixels": args.size, "batch": args.batch, "K": args.k, "amp": args.amp, "device": found["device"]}
+    measure.report("step", table, ratios, facts, args.json)
+
+
+def on_processes(n: int, args: Namespace) -> dict:
+    """What rank 0 of `n` processes measures."""
+    launch = {"multiprocessing_distributed": n > 1, "nproc_per_node": n, "world_size": 1, "rank": 0, "gpu": None}
+    launch |= {"dist_url": "auto", "dist_backend": None, "batch_size": n * args.batch}
+    with tempfile.TemporaryDirectory() as folder:
+        found = Path(folder) / "found.json"
+        distributed.launch(worker, Namespace(**vars(args), **launch, found=found))
+        return json.loads(found.read_text())
+
+
+def worker(args: Namespace, device: torch.device) -> None:
+    steps = {name: Step(name, args, device) for name in ("plain", "moco", "synco")}
+    check(steps, args.batch)
+    seconds = measure.side_by_side({name: lambda s=step: s(args.batch) for name, step in steps.items()}, args.rounds, device)
+    largest = {}
+    if args.largest_batch and device.type == "cuda":
+        del steps
+        largest = {name: largest_batch(name, args, device) for name in ("plain", "moco", "synco")}
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    if distributed.rank() == 0:
+        args.found.write_text(json.dumps({"seconds": seconds, "largest": largest, "device": name}))
+
+
+class Step:
+    """One optimizer step of a method on random views."""
+
+    def __init__(self, name: str, args: Namespace, device: torch.device):
+        torch.manual_seed(0)
+        self.args, self.device, self.plain, self.count = args, device, name == "plain", 0
+        ours = {"moco": MoCo, "synco": lambda *a, **k: SynCo(*a, **k, kind=SYNCO, warmup_epochs=0)}
+        model = (PlainMoCo if self.plain else ours[name])(lambda: resnet(args.arch, 128, mlp=True), 128, args.k, M, T)
+        self.model = model.to(device) if self.plain else precision.place(model, device, compile=False)
+        groups = [{"params": list(model.encoder_q.parameters()), "lr": LR}]
+        self.amp = "off" if self.plain else args.amp
+        plain_sgd = {"momentum": 0.9, "weight_decay": 1e-4, "foreach": False}
+        sgd = (
+            torch.optim.SGD(groups, **plain_sgd)
+            if self.plain
+            else optim.sgd(groups, Namespace(momentum=0.9, wd=1e-4, amp=self.amp))
+        )
+        self.optimizer, self.scaler = sgd, precision.scaler(self.amp, device)
+        self.ddp = distributed.data_parallel(model)
+        self.mean = Mean()
+
+    def __call__(self, batch: int) -> Tensor:
+        generator = torch.Generator().manual_seed(distributed.rank())
+        views = [torch.randn(1, 3, self.args.size, self.args.size, generator=generator).to(self.device) for _ in range(2)]
+        noise = torch.linspace(-1, 1, batch, device=self.device)[:, None, None, None]
+        views = [view + noise * view.flip(-1) for view in views]
+        progress, self.count = Progress(step=self.count), self.count + 1
+        with precision.autocast(self.amp, self.device):
+            loss, metrics = self.ddp([view if self.plain else precision.layout(view) for view in views], None, progress)
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.model.after_step()
+        if self.plain:
+            loss.item()
+        else:
+            self.mean.add({"loss": loss, **metrics})
+        return loss.detach()
+
+
+class PlainMoCo(MoCo):
+    """The same method as MoCo, line by line and without care."""
+
+    def forward(self, views, index, progress):
+        q = F.normalize(self.encoder_q(views[0]), dim=1)
+        with torch.no_grad():
+            k = self.plain_keys(views[1], progress)
+        own = k[distributed.rank() * len(q) :][: len(q)]
+        logits = (
+            torch.cat([torch.einsum("nc,nc->n", q, own)[:, None], torch.einsum("nc,kc->nk", q, self.queue.clone())], 1) / self.T
+        )
+        labels = torch.zeros(len(q), dtype=torch.long, device=q.device)
+        top = logits.topk(5, 1).indices
+        self.k = k
+        return F.cross_entropy(logits, labels), {"acc1": (top[:, 0] == 0).float().mean(), "acc5": (top == 0).any(1).float().mean()}
+
+    def plain_keys(self, images, progress):
+        everything = distributed.all_gather(images)
+        permutation = torch.randperm(len(everything), generator=progress.generator(SHUFFLE, "cpu")).to(images.device)
+        mine = everything[permutation.view(distributed.world(), -1)[distributed.rank()]]
+        groups = 1 if distributed.world() > 1 else max(1, min(self.bn_splits, len(images) // MIN_BN_GROUP))
+        k = torch.cat([F.normalize(self.encoder_k(group), dim=1) for group in mine.tensor_split(groups)])
+        return distributed.all_gather(k)[permutation.argsort()]
+
+    @torch.no_grad()
+    def after_step(self):
+        for of_q, of_k in zip(self.encoder_q.parameters(), self.encoder_k.parameters(), strict=True):
+            of_k.data = of_k.data * self.m + of_q.data * (1 - self.m)
+        self.enqueue(self.k)
+
+
+def check(steps: dict[str, Step], batch: int) -> None:
+    """Two steps of plain MoCo and of ours have the same losses, to what the precision allows."""
+    tolerance = 1e-3 if steps["moco"].amp == "off" else 0.1
+    for _ in range(2):
+        torch.testing.assert_close(steps["moco"](batch), steps["plain"](batch), rtol=0, atol=tolerance)
+
+
+def largest_batch(name: str, args: Namespace, device: torch.device) -> int:
+    """The largest batch, in steps of an eighth, with which two steps fit into the GPU's memory."""
+    batch, fits = args.batch, 0
+    while True:
+        try:
+            step = Step(name, args, device)
+            for _ in range(2):
+                step(batch)
+        except torch.OutOfMemoryError:
+            return fits
+        finally:
+            step = None
+            torch.cuda.empty_cache()
+        fits, batch = batch, batch + max(8, batch // 8)
+
+
+if __name__ == "__main__":
+    main()
