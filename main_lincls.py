@@ -6,6 +6,7 @@ Without --pretrained the encoder is randomly initialised, which is the baseline 
 
 import torch
 
+from moco.data import subsets
 from moco.engine import classify, cli
 from moco.engine.log import say
 from moco.errors import InputError
@@ -15,33 +16,47 @@ def parser() -> cli.Parser:
     p = cli.Parser(__doc__)
     cli.add_input(p, batch=256, recipe="probe", arch=None)
     cli.add_pretrained(p)
-    cli.add_optimizer(p, epochs=100, lr=[30.0], wd=0.0, schedule=[60, 80])
+    cli.add_optimizer(p, epochs=100, lr=[30.0], wd=[0.0], schedule=[60, 80])
     cli.add_run(p)
     p.add_argument("-e", "--evaluate", action="store_true", help="only test the classifier of --resume")
+    p.add_argument(
+        "--val-from-train",
+        type=float,
+        metavar="FRACTION",
+        help="of each class in train/, held out to choose the best classifier on",
+    )
     cli.add_launch(p)
     return p
 
 
 def check(args: cli.Options) -> None:
     args.method = "linear"
-    rates = [f"{lr:g}" for lr in args.lr]  # as the results name them
-    if len(set(rates)) < len(rates):
-        raise InputError(f"--lr {' '.join(rates)}: a rate stands twice; give each once")
+    for option, values in (("--lr", args.lr), ("--wd", args.wd)):
+        printed = [f"{value:g}" for value in values]  # as the results name them
+        if len(set(printed)) < len(printed):
+            raise InputError(f"{option} {' '.join(printed)}: one stands twice; give each once")
+    if args.val_from_train is not None and not 0 < args.val_from_train < 1:
+        raise InputError(f"--val-from-train {args.val_from_train:g}: must lie between 0 and 1, as in --val-from-train 0.1")
     classify.check(args)
 
 
 def worker(args: cli.Options, device: torch.device) -> None:
     train, val = classify.splits(args)
+    held_out = None
+    if args.val_from_train:
+        train, held_out = subsets.hold_out(train, args.val_from_train, args.seed)
+        say(f"{len(held_out)} images of train/ are held out to choose on, {len(train)} to train on")
     net = classify.pretrained(args, len(train.classes), device)
-    probe = classify.LinearProbe(args, net, train, val, device)
+    probe = classify.LinearProbe(args, net, train, val, device, held_out)
     if args.evaluate:
         probe.test()
     else:
         probe.train()
         probe.check_frozen()
     accuracy = probe.accuracy
-    if len(args.lr) > 1:
-        say("  ".join(f"lr {lr:g}: {100 * accuracy[f'acc1_lr{lr:g}']:.3f}" for lr in args.lr) + "  (Acc@1; the best follows)")
+    if len(probe.settings) > 1:
+        top1 = [f"{probe.name(one, ' ')}: {100 * accuracy[f'acc1_{probe.name(one)}']:.3f}" for one in probe.settings]
+        say("  ".join(top1) + "  (Acc@1; the best follows)")
     say(f"* Acc@1 {100 * accuracy['acc1']:.3f} Acc@5 {100 * accuracy['acc5']:.3f}")
     classify.write_results(args, "linear", accuracy)
 

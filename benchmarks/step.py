@@ -89,14 +89,10 @@ class Step:
         ours = {"moco": MoCo, "synco": lambda *a, **k: SynCo(*a, **k, kind=SYNCO, warmup_epochs=0)}
         model = (PlainMoCo if self.plain else ours[name])(lambda: resnet(args.arch, 128, mlp=True), 128, args.k, M, T)
         self.model = model.to(device) if self.plain else precision.place(model, device, compile=False)
-        groups = [{"params": list(model.encoder_q.parameters()), "lr": LR}]
+        groups = [{"params": list(model.encoder_q.parameters()), "lr": LR, "weight_decay": 1e-4}]
         self.amp = "off" if self.plain else args.amp
-        plain_sgd = {"momentum": 0.9, "weight_decay": 1e-4, "foreach": False}
-        sgd = (
-            torch.optim.SGD(groups, **plain_sgd)
-            if self.plain
-            else optim.sgd(groups, Namespace(momentum=0.9, wd=1e-4, amp=self.amp))
-        )
+        plain_sgd = torch.optim.SGD(groups, momentum=0.9, foreach=False)
+        sgd = plain_sgd if self.plain else optim.sgd(groups, Namespace(momentum=0.9, amp=self.amp))
         self.optimizer, self.scaler = sgd, precision.scaler(self.amp, device)
         self.ddp = distributed.data_parallel(model)
         self.mean = Mean()

@@ -327,6 +327,13 @@ def test_rates_of_a_probe_are_checked(script, images, tmp_path):
     assert main_lincls.parser().parse(["folder", "--cfg", str(tmp_path / "one.yaml")]).lr == [2.5]
 
 
+def test_decays_and_the_held_out_part_of_a_probe_are_checked(script, images):
+    refused(script("main_lincls", images, "--wd", 0, 1e-4, 0), "--wd 0 0.0001 0", "stands twice")
+    for fraction in (0, 1, 1.5, "nan"):
+        refused(script("main_lincls", images, "--val-from-train", fraction), "--val-from-train", "between 0 and 1")
+    assert main_lincls.parser().parse(["--wd", "0", "1e-4", "folder"]).wd == [0, 1e-4]
+
+
 def test_flags_win_over_yaml(tmp_path):
     given = {"learning_rate": 0.5, "weight-decay": 0.125, "n_hard": 7, "cos": True, "schedule": [1, 2], "moco-k": 64}
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(given))

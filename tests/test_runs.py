@@ -204,6 +204,27 @@ def test_heads_of_several_rates_are_to_the_bit_those_of_each_alone(script, share
     assert probe("again", "--lr", *rates, "-e", "--resume", tmp_path / "all" / "checkpoint.pth.tar")[0] == together
 
 
+def test_a_probe_tries_decays_too_and_chooses_on_held_out_images(script, shared_images, tmp_path):
+    def probe(name: str, *options: object) -> tuple[dict, str]:
+        status, out, err = script("main_lincls", *command, *options, "--save-dir", tmp_path / name)
+        assert status == 0, err
+        return json.loads((tmp_path / name / "results.json").read_text())["metrics"], out
+
+    command = (shared_images, "-a", "resnet18", "--image-size", 32, "-b", 8, "-j", 0, "--epochs", 2, "--schedule", 1)
+    command += ("--val-from-train", 0.25)
+    together, out = probe("all", "--lr", 0, 0.03, "--wd", 0, 0.1)
+    assert "12 images of train/ are held out to choose on, 36 to train on" in out and "lr 0.03 wd 0.1: " in out
+    state = load(tmp_path / "all" / "checkpoint.pth.tar")
+    assert [group["weight_decay"] for group in state["optimizer"]["param_groups"]] == [0, 0.1] * 2
+    alone, _ = probe("alone", "--lr", 0.03, "--wd", 0.1)
+    head = load(tmp_path / "alone" / "checkpoint.pth.tar")["state_dict"]["module.fc.weight"]
+    assert torch.equal(state["state_dict"]["module.fc.3.weight"], head)
+    assert not torch.equal(state["state_dict"]["module.fc.2.weight"], head)
+    assert together["acc1_lr0.03_wd0.1"] == alone["acc1"]
+    assert together["best_lr"] == 0.03 and together["acc1"] == together[f"acc1_lr0.03_wd{together['best_wd']:g}"]
+    assert together["held_out_acc1"] >= alone["held_out_acc1"] > 0.5
+
+
 @pytest.mark.parametrize("heads", [1, 3])
 def test_a_rank_without_an_image_counts_as_nothing(shared_images, monkeypatch, heads):
     val = datasets.scan(shared_images, "val")

@@ -3,7 +3,7 @@
 import copy
 from argparse import Namespace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -93,6 +93,13 @@ class Heads(nn.ModuleList):
         return torch.stack([head(features) for head in self])
 
 
+class Setting(NamedTuple):
+    """What tells one classifier's training from another's."""
+
+    lr: float
+    wd: float
+
+
 def by_head(logits: Tensor) -> Tensor:
     """The logits of one classifier [B, classes] or of several [heads, B, classes], as the latter."""
     return logits.view(-1, *logits.shape[-2:])
@@ -101,30 +108,48 @@ def by_head(logits: Tensor) -> Tensor:
 class LinearProbe(Trainer):
     """Trains a new `fc` on the frozen, eval-mode backbone (MoCo, section 4.1), and tests it after every epoch.
 
-    With several rates in `args.lr`, `fc` is one classifier for each, all from the same start, on the same features. What
-    one of them becomes is, to the bit on a CPU, what it would be alone.
+    With several rates in `args.lr` or decays in `args.wd`, `fc` is one classifier for each pair, all from the same start, on
+    the same features. What one of them becomes is, to the bit on a CPU, what it would be alone. The best one counts,
+    on val/ as in the papers, or on `held_out`, a part of train/ that is not trained on.
     """
 
-    def __init__(self, args: Namespace, net: nn.Module, train: ImageFolder, val: ImageFolder, device: torch.device):
+    def __init__(
+        self,
+        args: Namespace,
+        net: nn.Module,
+        train: ImageFolder,
+        val: ImageFolder,
+        device: torch.device,
+        held_out: ImageFolder | None = None,
+    ):
         net.requires_grad_(False)
         net.fc.requires_grad_(True)
         nn.init.normal_(net.fc.weight, std=0.01)
         nn.init.zeros_(net.fc.bias)
-        self.heads = [net.fc] + [copy.deepcopy(net.fc) for _ in args.lr[1:]]
+        self.settings = [Setting(lr, wd) for lr in args.lr for wd in args.wd]
+        self.heads = [net.fc] + [copy.deepcopy(net.fc) for _ in self.settings[1:]]
         if len(self.heads) > 1:
             net.fc = Heads(self.heads)
         self.loaded = {name: net.state_dict()[name].clone() for name in encoder.backbone_keys(net)}
-        self.val, self.best = val, 0.0
+        self.val, self.held_out, self.best = val, held_out, 0.0
         super().__init__(args, net, train, device)
 
+    def trained(self) -> nn.Module:
+        return self.module.fc
+
     def groups(self) -> list[dict[str, Any]]:
-        return [{"params": list(head.parameters()), "lr": lr} for head, lr in zip(self.heads, self.args.lr, strict=True)]
+        return [
+            {"params": list(head.parameters()), "lr": lr, "weight_decay": wd}
+            for head, (lr, wd) in zip(self.heads, self.settings, strict=True)
+        ]
 
     def start_epoch(self) -> None:
         self.module.eval()
 
     def forward(self, views: list[Tensor], batch: loader.Batch, progress: Progress) -> tuple[Tensor, dict[str, Tensor]]:
-        logits = by_head(self.ddp(views[0]).float())  # [heads, B, classes]
+        with torch.inference_mode():
+            features = encoder.features(self.module, views[0])
+        logits = by_head(self.ddp(features.clone()).float())  # [heads, B, classes]
         losses = torch.stack([F.cross_entropy(one, batch.label) for one in logits])
         best = losses.nan_to_num(torch.inf).argmin()  # the one to show; a rate too high for the features may have diverged
         # take, unlike [best], does not wait for the device
@@ -132,18 +157,31 @@ class LinearProbe(Trainer):
         return losses.sum(), {"loss": losses.take(best), "acc1": top1, "acc5": top5}
 
     def test(self) -> None:
-        """Test on val/: `accuracy` is the best classifier's, beside each one's top-1 where there are several."""
-        tested = dict(zip(self.args.lr, test(self.module, self.val, self.args, self.device, len(self.heads)), strict=True))
-        lr = max(tested, key=tested.get)
-        self.accuracy = {"acc1": tested[lr][0], "acc5": tested[lr][1]}
-        if len(tested) > 1:
-            self.accuracy |= {"best_lr": lr, **{f"acc1_lr{lr:g}": top1 for lr, (top1, _) in tested.items()}}
+        """Choose a classifier and test it on val/: `accuracy` is its own, beside each one's top-1 where there are several."""
+        on_val = self._test(self.val)
+        judged = self._test(self.held_out) if self.held_out else on_val
+        best = max(self.settings, key=judged.get)
+        self.chosen_by = judged[best][0]
+        self.accuracy = {"acc1": on_val[best][0], "acc5": on_val[best][1]}
+        if self.held_out:
+            self.accuracy["held_out_acc1"] = self.chosen_by
+        if len(self.settings) > 1:
+            self.accuracy |= {"best_lr": best.lr, "best_wd": best.wd}
+            self.accuracy |= {f"acc1_{self.name(one)}": top1 for one, (top1, _) in on_val.items()}
+
+    def _test(self, folder: ImageFolder) -> dict[Setting, tuple[float, float]]:
+        return dict(zip(self.settings, test(self.module, folder, self.args, self.device, len(self.heads)), strict=True))
+
+    def name(self, setting: Setting, space: str = "") -> str:
+        """What a classifier is called: lr30, or lr30_wd0.0001 where several decays are tried; `lr 30` to read."""
+        wd = f"{space or '_'}wd{space}{setting.wd:g}" if len(self.args.wd) > 1 else ""
+        return f"lr{space}{setting.lr:g}{wd}"
 
     def end_epoch(self, done: int) -> dict[str, float]:
         self.test()
-        self.best = max(self.best, self.accuracy["acc1"])
+        self.best = max(self.best, self.chosen_by)
         self.save("checkpoint.pth.tar", done, best_acc1=self.best)
-        if self.best == self.accuracy["acc1"]:
+        if self.best == self.chosen_by:
             self.save("model_best.pth.tar", done, best_acc1=self.best)
         return {f"val_{name}": value for name, value in self.accuracy.items()}
 

@@ -198,25 +198,21 @@ def add_pretrained(parser: Parser) -> None:
     group.add_argument("--pretrained", metavar="FILE", help="checkpoint of any method here, or a MoCo, SogCLR, MoBY or bare file")
 
 
-def add_optimizer(parser: Parser, epochs: int, lr: float | list[float], wd: float, schedule: list[int]) -> None:
-    """How weights change, with a protocol's defaults; where that of `lr` is a list, several may be given."""
+def add_optimizer(parser: Parser, epochs: int, lr: float | list[float], wd: float | list[float], schedule: list[int]) -> None:
+    """How weights change, with a protocol's defaults; where those of `lr` and `wd` are lists, several of each may be given."""
+    several = isinstance(lr, list)
+    number = {"type": nonnegative_float, "nargs": "+" if several else None}
+    note = "; with several, a classifier for each in one pass" if several else ""
     group = parser.add_argument_group("optimization")
     group.add_argument("--epochs", type=positive, default=epochs)
-    several = isinstance(lr, list)
     group.add_argument(
-        "--lr",
-        "--learning-rate",
-        type=nonnegative_float,
-        nargs="+" if several else None,
-        metavar="LR",
-        default=lr,
-        help="as it is: not scaled by the batch size" + ("; with several, a classifier for each in one pass" if several else ""),
+        "--lr", "--learning-rate", **number, metavar="LR", default=lr, help="as it is: not scaled by the batch size" + note
     )
+    group.add_argument("--wd", "--weight-decay", dest="wd", **number, metavar="WD", default=wd, help="weight decay" + note)
     group.add_argument("--schedule", type=int, nargs="*", default=schedule, metavar="EPOCH", help="lr x .1 at these epochs")
     group.add_argument("--cos", action=argparse.BooleanOptionalAction, default=False, help="cosine schedule by epoch instead")
     group.add_argument("--lr-warmup-epochs", type=natural, default=0, help="epochs of linear learning-rate warm-up")
     group.add_argument("--momentum", type=float, default=0.9, help="of SGD")
-    group.add_argument("--wd", "--weight-decay", dest="wd", type=float, default=wd)
     group.add_argument("--accumulation-steps", type=positive, default=1, metavar="N", help="passes of --batch-size in one step")
 
 

@@ -8,12 +8,12 @@ import torch
 
 
 def sgd(groups: list[dict[str, Any]], args: Namespace) -> torch.optim.SGD:
-    """SGD with momentum and weight decay, fused, on groups of parameters with an `lr` each.
+    """SGD with momentum, fused, on groups of parameters with an `lr` and a `weight_decay` each.
 
     Not fused under fp16: where the gradient scaler skips the first step, PyTorch's fused SGD leaves the momentum buffer
     uninitialised and uses it in the next.
     """
-    return torch.optim.SGD(groups, momentum=args.momentum, weight_decay=args.wd, fused=args.amp != "fp16")
+    return torch.optim.SGD(groups, momentum=args.momentum, fused=args.amp != "fp16")
 
 
 def decay(args: Namespace, epoch: int) -> float:

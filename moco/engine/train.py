@@ -37,15 +37,20 @@ class Trainer(ABC):
         self.rates = [group["lr"] for group in self.optimizer.param_groups]  # before any schedule, and before a resumed one
         self.scaler = precision.scaler(args.amp, device)
         self.first_epoch = self._resume(checkpoint.load(args.resume)) if args.resume else 0
-        self.ddp = distributed.data_parallel(module)
+        self.ddp = distributed.data_parallel(self.trained())
         self.order = loader.TrainOrder(
             len(folder), args.batch_per_process, args.accumulation_steps, self.first_epoch, args.epochs, args.seed
         )
         self.steps_per_epoch = self.order.batches // args.accumulation_steps
 
+    def trained(self) -> nn.Module:
+        """What `forward` calls as `self.ddp`: the module, or the part of it that trains."""
+        return self.module
+
     def groups(self) -> list[dict[str, Any]]:
         """The optimizer's parameter groups: what trains, at the one rate of `--lr`."""
-        return [{"params": [p for p in self.module.parameters() if p.requires_grad], "lr": self.args.lr}]
+        params = [p for p in self.module.parameters() if p.requires_grad]
+        return [{"params": params, "lr": self.args.lr, "weight_decay": self.args.wd}]
 
     @abstractmethod
     def forward(self, views: list[Tensor], batch: loader.Batch, progress: rng.Progress) -> tuple[Tensor, dict[str, Tensor]]:
@@ -105,7 +110,7 @@ class Trainer(ABC):
             precision.layout(color.augment(crops, view, progress.generator(rng.COLOR, "cpu", distributed.rank(), i)))
             for i, (crops, view) in enumerate(zip(batch.views, self.recipe, strict=True))
         ]
-        with contextlib.nullcontext() if last or self.ddp is self.module else self.ddp.no_sync():
+        with contextlib.nullcontext() if last or distributed.world() == 1 else self.ddp.no_sync():
             with precision.autocast(args.amp, self.device):
                 loss, metrics = self.forward(views, batch, progress)
             self.scaler.scale(loss / args.accumulation_steps).backward()
@@ -118,7 +123,7 @@ class Trainer(ABC):
             raise InputError(f"{self.folder.root}: {len(self.folder)} images do not fill one batch of {batch}; lower --batch-size")
         say(f"{args.method} {args.arch}: {len(self.folder)} images in {self.folder.root}")
         say(f"views {args.recipe} at {args.image_size} pixels; {self.device.type}, amp {args.amp}")
-        rates = ", ".join(f"{rate:g}" for rate in self.rates)
+        rates = ", ".join(dict.fromkeys(f"{rate:g}" for rate in self.rates))
         say(
             f"total batch {batch} = {args.batch_per_process} per process x {w} processes x {args.accumulation_steps} accumulation; "
             f"lr after scaling {rates} (taken as given), lr warm-up {args.lr_warmup_epochs} epochs; "
