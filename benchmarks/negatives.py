@@ -4,6 +4,7 @@
 plain     MoCo with concatenated logits and F.cross_entropy
 explicit  SynCo with every synthetic negative as a vector, gathered in one batch
 loop      SynCo as published code makes it: perturbed and adversarial negatives by one autograd call each
+lightly   MoCo by lightly's NTXentLoss with a memory bank, where lightly is installed
 """
 
 import measure
@@ -15,6 +16,11 @@ from moco.builder.synco import SynCo
 from moco.loss import synthetic
 from moco.loss.contrastive import unit
 from moco.rng import NEGATIVES, Progress
+
+try:
+    from lightly.loss import NTXentLoss
+except ImportError:
+    NTXentLoss = None
 
 T = 0.2
 AFTER_WARMUP = Progress(epoch=1)
@@ -33,7 +39,8 @@ def main() -> None:
     heads = Heads(args, device)
 
     check(heads)
-    candidates = {name: getattr(heads, name) for name in ("moco", "plain", "synco", "explicit", "loop")}
+    names = ["moco", "plain", "synco", "explicit", "loop", *(["lightly"] if NTXentLoss else [])]
+    candidates = {name: getattr(heads, name) for name in names}
     seconds = measure.side_by_side(candidates, args.rounds, device)
     memory = {name: measure.peak_memory(run, device) for name, run in candidates.items()}
     table = [{"head": name, "ms": 1e3 * seconds[name], "MiB": memory[name] / 2**20} for name in candidates]
@@ -58,6 +65,9 @@ class Heads:
         self.q.requires_grad_()
         self.labels = torch.zeros(args.n, dtype=torch.long, device=device)
         self.hardest = self.topk
+        if NTXentLoss:
+            self.theirs = NTXentLoss(T, memory_bank_size=(args.k, args.dim)).to(device)
+            self.theirs.memory_bank.bank.copy_(self.bank)
 
     def draw(self) -> synthetic.Draws:
         return synthetic.draw(self.kind, *self.q.shape, AFTER_WARMUP.generator(NEGATIVES, self.q.device, 0))
@@ -104,6 +114,9 @@ class Heads:
             logits.append(torch.einsum("nc,nmc->nm", self.q, F.normalize(vectors, dim=2)))
         return self._cross_entropy(logits)
 
+    def lightly(self) -> Tensor:
+        return self._backward(self.theirs(self.q, self.k))
+
     @torch.no_grad()
     def _hard_vectors(self, similarity: Tensor, draws: synthetic.Draws) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """q [N, 1, C]; the drawn rows of each type [N, n, C], type 4 with its noise; the vectors of types 1, 2 and 3."""
@@ -141,6 +154,8 @@ def check(heads: Heads) -> None:
             torch.testing.assert_close(loss, other(), rtol=0, atol=1e-5)
             torch.testing.assert_close(gradient, heads.q.grad, rtol=0, atol=1e-5)
     heads.hardest = heads.topk
+    if NTXentLoss:
+        torch.testing.assert_close(heads.lightly(), heads.moco(), rtol=0, atol=1e-5)
 
 
 if __name__ == "__main__":
