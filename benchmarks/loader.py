@@ -37,8 +37,11 @@ def main() -> None:
     parser = measure.parser(__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, default=32, help="in one batch")
     parser.add_argument("--size", type=int, default=224, help="pixels of a view")
+    parser.add_argument("--compile", action="store_true", help="have torch.compile fuse our colour operations")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    if args.compile:
+        color.fuse()
     with tempfile.TemporaryDirectory() as root:
         sizes = make(Path(root) / "train" / "photo", args.images)
         folder = datasets.scan(Path(root), "train")
@@ -54,7 +57,12 @@ def main() -> None:
         seconds = measure.side_by_side(candidates, args.rounds, torch.device("cpu"))
     table = [{"pipeline": name, "ms/image": 1e3 * s / args.images, "images/s": args.images / s} for name, s in seconds.items()]
     ratios = {f"{ours}_over_{other}": seconds[other] / seconds[ours] for ours in ("host", "cpu") for other in list(candidates)[2:]}
-    facts = {"images": args.images, "pixels": args.size, "KB": f"{min(sizes) // 1000}-{max(sizes) // 1000}"}
+    facts = {
+        "images": args.images,
+        "pixels": args.size,
+        "compile": args.compile,
+        "KB": f"{min(sizes) // 1000}-{max(sizes) // 1000}",
+    }
     measure.report("loader", table, ratios, facts, args.json)
 
 

@@ -1,6 +1,7 @@
 """Batched colour operations against torchvision's, one image at a time; the distribution of their draws."""
 
 import math
+import shutil
 from dataclasses import fields, replace
 
 import pytest
@@ -195,6 +196,19 @@ def test_what_a_gpu_does_to_all_images_is_what_a_cpu_does_to_each(view, order):
     x = images(24, 32, 3)
     draws = color.draw(view, len(x), generator(6))
     torch.testing.assert_close(color._apply_by_operation(x, view, draws), color.apply(x, view, draws), rtol=0, atol=2e-5)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+def test_fused_operations_give_the_same(monkeypatch):
+    for name in ("blend", "adjust_hue"):
+        monkeypatch.setattr(color, name, getattr(color, name))  # put back afterwards
+    x, view = images(24, 32, 4), View(jitter_p=1.0)
+    draws = color.draw(view, len(x), generator(8))
+    before, eager = color.apply(x, view, draws), color.adjust_hue
+    color.fuse.__wrapped__()
+    assert color.adjust_hue is not eager
+    for apply in (color.apply, color._apply_by_operation):
+        torch.testing.assert_close(apply(x, view, draws), before, rtol=0, atol=2e-5)
 
 
 def test_augment_draws_and_applies():

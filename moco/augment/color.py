@@ -43,19 +43,26 @@ def adjust_hue(x: Tensor, shift: Tensor) -> Tensor:
     largest = torch.maximum(torch.maximum(r, g), b)
     smallest = torch.minimum(torch.minimum(r, g), b)
     chroma = largest - smallest
-    red, green = (torch.eq(channel, largest, out=torch.empty_like(chroma)) for channel in (r, g))
+    red, green = ((channel - largest).sign_().add_(1) for channel in (r, g))  # 1 where the channel is the largest, else 0
     # hue in sixths of a turn: which channel is largest fixes the sector (red before green before blue on ties)
     hue = (r - g).add_(chroma, alpha=4)
     hue.addcmul_(green, (b - r).add_(chroma, alpha=2).sub_(hue))
     hue.addcmul_(red, (g - b).sub_(hue))
     hue.div_(chroma.clamp_min(1e-12)).add_(6 * shift[:, None, None])
     hue.sub_((hue / 6).floor_(), alpha=6)  # in [0, 6)
-    out = torch.empty_like(x)
     # red is least around hue 3, green largest around 2, blue largest around 4
-    for channel, center, here, sign in zip(out.unbind(1), (3, 2, 4), (smallest, largest, largest), (1, -1, -1), strict=True):
-        share = torch.sub(hue, center, out=channel).abs_().sub_(1).clamp_(0, 1)
-        torch.addcmul(here, share, chroma, value=sign, out=channel)
-    return out
+    channels = [
+        torch.addcmul(here, (hue - center).abs_().sub_(1).clamp_(0, 1), chroma, value=sign)
+        for here, center, sign in ((smallest, 3, 1), (largest, 2, -1), (largest, 4, -1))
+    ]
+    return torch.stack(channels, 1)
+
+
+@functools.cache
+def fuse() -> None:
+    """Let torch.compile make one kernel of `blend` and one of `adjust_hue`, in this process from now on."""
+    for operation in (blend, adjust_hue):
+        globals()[operation.__name__] = torch.compile(operation, dynamic=True)
 
 
 def gaussian_blur(x: Tensor, sigma: Tensor, radius: int) -> Tensor:

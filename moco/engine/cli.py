@@ -189,7 +189,7 @@ def add_input(parser: Parser, batch: int, recipe: str | None, arch: str | None =
     group.add_argument("--image-size", type=positive, default=224, metavar="PIXELS", help="of a full-size view")
     group.add_argument("--recipe", default=recipe, help="views by name, see moco/augment/recipes.py")
     group.add_argument("--amp", choices=("off", "bf16", "fp16"), default="off", help="mixed precision; losses stay in fp32")
-    group.add_argument("--compile", action="store_true", help="torch.compile the networks")
+    group.add_argument("--compile", action="store_true", help="torch.compile the networks and the colour operations")
 
 
 def add_pretrained(parser: Parser) -> None:
