@@ -192,10 +192,18 @@ def test_views_smaller_than_the_blur_kernel_get_a_smaller_kernel():
 
 
 @pytest.mark.parametrize(("view", "order"), [*VIEWS, pytest.param(BUSY, None, id="busy")])
-def test_what_a_gpu_does_to_all_images_is_what_a_cpu_does_to_each(view, order):
+def test_all_images_at_once_and_each_alone_are_the_same(view, order):
     x = images(24, 32, 3)
     draws = color.draw(view, len(x), generator(6))
-    torch.testing.assert_close(color._apply_by_operation(x, view, draws), color.apply(x, view, draws), rtol=0, atol=2e-5)
+    together, alone = (how(x, view, draws) for how in (color._apply_by_operation, color._apply_by_image))
+    torch.testing.assert_close(together, alone, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize(("view", "order"), [*VIEWS, pytest.param(BUSY, ("jitter", "gray", "blur", "solarize", "flip"), id="busy")])
+def test_apply_is_the_drawn_operations_on_large_images_too(view, order):
+    x = images(150, 130, 3)[20:30]
+    assert x[0, 0].numel() > color._SMALL
+    assert_apply_is_the_drawn_operations((x * 255).round().to(torch.uint8), view, order)
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
@@ -207,7 +215,7 @@ def test_fused_operations_give_the_same(monkeypatch):
     before, eager = color.apply(x, view, draws), color.adjust_hue
     color.fuse.__wrapped__()
     assert color.adjust_hue is not eager
-    for apply in (color.apply, color._apply_by_operation):
+    for apply in (color._apply_by_image, color._apply_by_operation):
         torch.testing.assert_close(apply(x, view, draws), before, rtol=0, atol=2e-5)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from moco.augment.recipes import MEAN, STD, View
 
+_SMALL = 128 * 128  # pixels; to take images of up to so many one by one costs a CPU more in calls than it saves in cache
 _HUE = 3  # the place of hue among brightness, contrast, saturation, hue
 
 
@@ -160,9 +161,11 @@ def apply(x: Tensor, view: View, draws: Draws) -> Tensor:
     """Colour, flip and normalize `x` [B, 3, H, W] (uint8, or float in [0, 1]) as `draws` says; returns float32.
 
     The draws lie on the CPU, so the rows that an operation touches are known without waiting for the device. A GPU works
-    on all rows of an operation at once, a CPU on one image after the other, which stays in its cache meanwhile.
+    on all rows of an operation at once. So does a CPU on small images; of large ones it takes one after the other, each of
+    which stays in its cache until it is done.
     """
-    return (_apply_by_image if x.device.type == "cpu" else _apply_by_operation)(x, view, draws)
+    alone = x.device.type == "cpu" and x.shape[-2] * x.shape[-1] > _SMALL
+    return (_apply_by_image if alone else _apply_by_operation)(x, view, draws)
 
 
 def augment(x: Tensor, view: View, generator: torch.Generator) -> Tensor:
@@ -174,7 +177,7 @@ def _to_float(x: Tensor) -> Tensor:
     return x.float().mul_(1 / 255) if x.dtype == torch.uint8 else x.to(torch.float32, copy=True)
 
 
-# On a GPU: each operation on all of its rows.
+# On a GPU, and where images are small: each operation on all of its rows.
 
 
 def _apply_by_operation(x: Tensor, view: View, draws: Draws) -> Tensor:
@@ -225,7 +228,7 @@ def _solarize(x: Tensor, rows: Tensor, view: View, draws: Draws) -> Tensor:
     return x.index_copy_(0, rows, solarize(x[rows]))
 
 
-# On a CPU: all operations on one image after the other, with plain numbers as factors.
+# On a CPU, where images are large: all operations on one image after the other, with plain numbers as factors.
 
 
 def _apply_by_image(x: Tensor, view: View, draws: Draws) -> Tensor:
