@@ -7,7 +7,7 @@ Without --pretrained the encoder is randomly initialised, which is the baseline 
 import torch
 
 from moco.data import subsets
-from moco.engine import classify, cli
+from moco.engine import checkpoint, classify, cli
 from moco.engine.log import say
 from moco.errors import InputError
 
@@ -37,7 +37,22 @@ def check(args: cli.Options) -> None:
             raise InputError(f"{option} {' '.join(printed)}: one stands twice; give each once")
     if args.val_from_train is not None and not 0 < args.val_from_train < 1:
         raise InputError(f"--val-from-train {args.val_from_train:g}: must lie between 0 and 1, as in --val-from-train 0.1")
+    if args.evaluate and not args.resume:
+        raise InputError("--evaluate tests a trained classifier: give its checkpoint with --resume FILE")
+    if args.resume:
+        take_up(args, checkpoint.load(args.resume))
     classify.check(args)
+
+
+def take_up(args: cli.Options, state: checkpoint.State) -> None:
+    """Go on with the seed and the classifiers of a checkpoint: refuse others, or, only to test, take what it holds."""
+    args.seed = state["progress"]["seed"]
+    for name in ("lr", "wd", "val_from_train", *(["pretrained"] if args.evaluate else [])):
+        given, saved = getattr(args, name), state["args"].get(name)
+        if args.evaluate:
+            setattr(args, name, saved)
+        elif given != saved:
+            raise InputError(f"--{name.replace('_', '-')} {given}: {args.resume} was trained with {saved}; give the same to go on")
 
 
 def worker(args: cli.Options, device: torch.device) -> None:
@@ -48,7 +63,7 @@ def worker(args: cli.Options, device: torch.device) -> None:
         say(f"{len(held_out)} images of train/ are held out to choose on, {len(train)} to train on")
     net = classify.pretrained(args, len(train.classes), device)
     probe = classify.LinearProbe(args, net, train, val, device, held_out)
-    if args.evaluate:
+    if args.evaluate or probe.first_epoch >= args.epochs:
         probe.test()
     else:
         probe.train()

@@ -6,12 +6,15 @@ cpu       host, and the colour work of the batch on the CPU
 pil       torchvision on PIL images, as MoCo's own repository has it
 v2        torchvision.transforms.v2 on tensors
 lightly   lightly's MoCoV2Transform, where lightly is installed
+
+host_over_pil is how many times the images a second of pil host makes, and so on.
 """
 
 import io
+import itertools
 import random
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import measure
@@ -53,7 +56,7 @@ def main() -> None:
             "v2": lambda: two_views(paths, tensor_image, moco_v2(v2, args.size)),
         }
         if theirs := lightly(args.size):
-            candidates["lightly"] = lambda: [theirs(pil_image(path)) for path in paths]
+            candidates["lightly"] = lambda: stacked(theirs(pil_image(path)) for path in paths)
         seconds = measure.side_by_side(candidates, args.rounds, torch.device("cpu"))
     table = [{"pipeline": name, "ms/image": 1e3 * s / args.images, "images/s": args.images / s} for name, s in seconds.items()]
     ratios = {f"{ours}_over_{other}": seconds[other] / seconds[ours] for ours in ("host", "cpu") for other in list(candidates)[2:]}
@@ -66,20 +69,26 @@ def main() -> None:
     measure.report("loader", table, ratios, facts, args.json)
 
 
+_epochs = itertools.count()  # every round draws anew, as the others do
+
+
 def host(folder: datasets.ImageFolder, size: int) -> loader.Batch:
-    views = loader.Views(folder, loader.RandomCrops(recipe("mocov2", size), seed=0))
-    return loader.collate([views[0, i] for i in range(len(folder))])
+    views, epoch = loader.Views(folder, loader.RandomCrops(recipe("mocov2", size), seed=0)), next(_epochs)
+    return loader.collate([views[epoch, i] for i in range(len(folder))])
 
 
 def cpu(folder: datasets.ImageFolder, size: int) -> list[Tensor]:
     batch = host(folder, size)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(next(_epochs))
     return [color.augment(crops, view, generator) for crops, view in zip(batch.views, recipe("mocov2", size), strict=True)]
 
 
 def two_views(paths: list[str], read: Callable[[str], Image.Image | Tensor], transform: Transform) -> list[Tensor]:
-    pairs = [(transform(image), transform(image)) for image in map(read, paths)]
-    return [torch.stack(view) for view in zip(*pairs, strict=True)]
+    return stacked((transform(image), transform(image)) for image in map(read, paths))
+
+
+def stacked(views: Iterable[Sequence[Tensor]]) -> list[Tensor]:
+    return [torch.stack(view) for view in zip(*views, strict=True)]
 
 
 def pil_image(path: str) -> Image.Image:

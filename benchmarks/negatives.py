@@ -4,7 +4,7 @@
 plain     MoCo with concatenated logits and F.cross_entropy
 explicit  SynCo with every synthetic negative as a vector, gathered in one batch
 loop      SynCo as published code makes it: perturbed and adversarial negatives by one autograd call each
-lightly   MoCo by lightly's NTXentLoss with a memory bank, where lightly is installed
+lightly   MoCo by lightly's NTXentLoss with a memory bank, where lightly is installed; it also enqueues, and measures no accuracy
 """
 
 import measure

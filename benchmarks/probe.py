@@ -19,8 +19,8 @@ def main() -> None:
     parser.add_argument("--data", default="photos")
     parser.add_argument("--arch", default="resnet18")
     parser.add_argument("--size", type=int, default=64, help="pixels")
-    parser.add_argument("--epochs", type=int, default=2)
-    parser.set_defaults(rounds=3)
+    parser.add_argument("--epochs", type=int, default=1)
+    parser.set_defaults(rounds=len(RATES))  # each rate once alone
     args = parser.parse_args()
     alone: dict[float, float] = {}  # top-1 of each rate so far
     rates = itertools.cycle(RATES)

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """A whole training step on views that lie ready: our MoCo and SynCo beside MoCo written plainly, for one process and for two.
 
-plain     per-parameter momentum update and SGD, concatenated logits, every rank gathers all images to shuffle them, the
-          loss is read every step; in fp32
+plain     per-parameter momentum update, concatenated logits, every rank gathers all images to shuffle them, the loss is
+          read every step; in fp32, whatever --amp gives to ours
 moco      ours: one call for the momentum update, fused SGD, one [B, K] buffer, all-to-all, nothing read between log lines
 synco     the same with synthetic negatives
 """
@@ -40,7 +40,7 @@ def main() -> None:
         "--amp", choices=("off", "bf16", "fp16"), default="bf16" if torch.cuda.is_available() else "off", help="of ours"
     )
     parser.add_argument("--processes", type=int, nargs="+", default=[1] if torch.cuda.device_count() == 1 else [1, 2], metavar="N")
-    parser.add_argument("--largest-batch", action="store_true", help="on a GPU, also find the largest batch that fits")
+    parser.add_argument("--largest-batch", action="store_true", help="of one process on a GPU: find what fits, too")
     args = parser.parse_args()
     table, ratios = [], {}
     for n in args.processes:
@@ -72,7 +72,7 @@ def worker(args: Namespace, device: torch.device) -> None:
     check(steps, args.batch)
     seconds = measure.side_by_side({name: lambda s=step: s(args.batch) for name, step in steps.items()}, args.rounds, device)
     largest = {}
-    if args.largest_batch and device.type == "cuda":
+    if args.largest_batch and device.type == "cuda" and distributed.world() == 1:
         del steps
         largest = {name: largest_batch(name, args, device) for name in ("plain", "moco", "synco")}
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
@@ -91,20 +91,21 @@ class Step:
         self.model = model.to(device) if self.plain else precision.place(model, device, compile=False)
         groups = [{"params": list(model.encoder_q.parameters()), "lr": LR, "weight_decay": 1e-4}]
         self.amp = "off" if self.plain else args.amp
-        plain_sgd = torch.optim.SGD(groups, momentum=0.9, foreach=False)
-        sgd = plain_sgd if self.plain else optim.sgd(groups, Namespace(momentum=0.9, amp=self.amp))
-        self.optimizer, self.scaler = sgd, precision.scaler(self.amp, device)
+        options = Namespace(momentum=0.9, amp=self.amp)
+        self.optimizer = torch.optim.SGD(groups, momentum=0.9) if self.plain else optim.sgd(groups, options)
+        self.scaler = precision.scaler(self.amp, device)
         self.ddp = distributed.data_parallel(model)
-        self.mean = Mean()
+        self.mean, self.views = Mean(), None
 
     def __call__(self, batch: int) -> Tensor:
-        generator = torch.Generator().manual_seed(distributed.rank())
-        views = [torch.randn(1, 3, self.args.size, self.args.size, generator=generator).to(self.device) for _ in range(2)]
-        noise = torch.linspace(-1, 1, batch, device=self.device)[:, None, None, None]
-        views = [view + noise * view.flip(-1) for view in views]
+        if self.views is None or len(self.views[0]) != batch:
+            generator = torch.Generator().manual_seed(distributed.rank())
+            shape = (batch, 3, self.args.size, self.args.size)
+            views = [torch.randn(shape, generator=generator).to(self.device) for _ in range(2)]
+            self.views = views if self.plain else [precision.layout(view) for view in views]
         progress, self.count = Progress(step=self.count), self.count + 1
         with precision.autocast(self.amp, self.device):
-            loss, metrics = self.ddp([view if self.plain else precision.layout(view) for view in views], None, progress)
+            loss, metrics = self.ddp(self.views, None, progress)
         self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()

@@ -92,6 +92,14 @@ def test_blur_with_a_sigma_for_each_sample(radius, height, width, seed):
 
 
 @FOUR_BATCHES
+@pytest.mark.parametrize("radius", [1, 6])
+def test_blur_of_one_image_is_that_of_a_batch(radius, height, width, seed):
+    x, sigma = images(height, width, seed), between(0.1, 2, seed)
+    alone = torch.cat([color._blur_image(image, s, radius) for image, s in zip(x.split(1), sigma.tolist(), strict=True)])
+    torch.testing.assert_close(alone, color.gaussian_blur(x, sigma, radius), rtol=0, atol=2e-5)
+
+
+@FOUR_BATCHES
 def test_grayscale(height, width, seed):
     x = images(height, width, seed)
     assert_close(color.grayscale(x), one_by_one(F.rgb_to_grayscale, x))

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import shell
+from conftest import shell, write_images
+from PIL import Image
 
 from moco import distributed
 from moco.data import datasets
@@ -223,6 +224,84 @@ def test_a_probe_tries_decays_too_and_chooses_on_held_out_images(script, shared_
     assert together["acc1_lr0.03_wd0.1"] == alone["acc1"]
     assert together["best_lr"] == 0.03 and together["acc1"] == together[f"acc1_lr0.03_wd{together['best_wd']:g}"]
     assert together["held_out_acc1"] >= alone["held_out_acc1"] > 0.5
+
+
+def test_a_probe_is_chosen_on_held_out_images_and_not_on_val(script, shared_images, tmp_path, monkeypatch):
+    def test(self, folder):
+        order = self.settings if folder is self.held_out else self.settings[::-1]
+        return {setting: (0.1 * (i + 1), 1.0) for i, setting in enumerate(order)}
+
+    monkeypatch.setattr(classify.LinearProbe, "_test", test)
+    command = (shared_images, "-a", "resnet18", "--image-size", 32, "-b", 8, "-j", 0, "--epochs", 1, "--lr", 1, 2, 3)
+    for options, best, top1 in (((), 1, 0.3), (("--val-from-train", 0.25), 3, 0.1)):
+        run = tmp_path / str(best)
+        assert script("main_lincls", *command, *options, "--save-dir", run)[0] == 0
+        found = json.loads((run / "results.json").read_text())["metrics"]
+        assert (found["best_lr"], found["acc1"]) == (best, pytest.approx(top1))
+        assert load(run / "model_best.pth.tar")["best_acc1"] == pytest.approx(0.3)
+
+
+def test_a_diverging_classifier_does_not_stop_the_others_in_half_precision(script, shared_images, tmp_path):
+    command = (shared_images, "-a", "resnet18", "--image-size", 32, "-b", 8, "-j", 0, "--epochs", 1, "--amp", "fp16")
+    for name, rates in (("both", (1e30, 0.1)), ("alone", (0.1,))):
+        assert script("main_lincls", *command, "--lr", *rates, "--wd", 1e-3, "--save-dir", tmp_path / name)[0] == 0
+    both, alone = (load(tmp_path / name / "checkpoint.pth.tar")["state_dict"] for name in ("both", "alone"))
+    assert not both["module.fc.0.weight"].isfinite().all()
+    assert torch.equal(both["module.fc.1.weight"], alone["module.fc.weight"])
+
+
+def test_a_probe_goes_on_with_its_own_settings_only(script, shared_images, tmp_path):
+    command = (shared_images, "-a", "resnet18", "--image-size", 32, "-b", 8, "-j", 0, "--epochs", 1, "--save-dir", tmp_path)
+    settings = ("--lr", 0.1, 0.03, "--seed", 3, "--val-from-train", 0.25)
+    assert script("main_lincls", *command, *settings)[0] == 0
+    first = json.loads((tmp_path / "results.json").read_text())["metrics"]
+    assert first["best_lr"] in (0.1, 0.03)
+    go_on = ("--resume", tmp_path / "checkpoint.pth.tar")
+    for wrong, named in (
+        (("--lr", 0.03, 0.1, "--val-from-train", 0.25), "--lr"),
+        ((*settings, "--wd", 0.1), "--wd"),
+        (("--lr", 0.1, 0.03), "--val-from-train"),
+    ):
+        status, _, err = script("main_lincls", *command, *go_on, *wrong)
+        assert status == 2 and named in err and err.count("\n") == 1, err
+    state = load(tmp_path / "checkpoint.pth.tar")
+    state["state_dict"]["module.conv1.weight"] += 1
+    torch.save(state, tmp_path / "other.pth.tar")
+    status, _, err = script("main_lincls", *command, "--resume", tmp_path / "other.pth.tar", *settings)
+    assert status == 2 and "its backbone is not a random one with --seed 3" in err
+    # nothing is left to train; the seed is the checkpoint's, and to test takes everything from it
+    for options in (settings[:3] + settings[5:], ("-e",)):
+        status, _, err = script("main_lincls", *command, *go_on, *options)
+        assert status == 0, err
+        assert json.loads((tmp_path / "results.json").read_text())["metrics"] == first
+    status, _, err = script("main_lincls", *command, "-e")
+    assert status == 2 and "--resume FILE" in err
+
+
+def test_a_resumed_probe_remembers_its_best(script, shared_images, tmp_path):
+    command = (shared_images, "-a", "resnet18", "--image-size", 32, "-b", 8, "-j", 0, "--lr", 0.1, "--save-dir", tmp_path)
+    assert script("main_lincls", *command, "--epochs", 1)[0] == 0
+    state = load(tmp_path / "checkpoint.pth.tar")
+    torch.save(state | {"best_acc1": 2.0}, tmp_path / "checkpoint.pth.tar")
+    best = (tmp_path / "model_best.pth.tar").read_bytes()
+    assert script("main_lincls", *command, "--epochs", 2, "--resume", tmp_path / "checkpoint.pth.tar")[0] == 0
+    assert load(tmp_path / "checkpoint.pth.tar")["best_acc1"] == 2.0 and (tmp_path / "model_best.pth.tar").read_bytes() == best
+
+
+def test_two_processes_train_the_classifiers_that_one_does(tmp_path):
+    """On images of one colour each, whose views are the same however they are drawn."""
+    data = write_images(tmp_path / "images", classes=3, train=16, size=32)
+    for i, path in enumerate(sorted(data.rglob("*.jpg"))):
+        Image.new("RGB", (32, 32), (5 * i % 256, 17 * i % 256, 29 * i % 256)).save(path)
+    command = ("main_lincls.py", data, "-a", "resnet18", "--image-size", 32, "-j", 0, "--epochs", 2, "--schedule", 1)
+    command += ("--lr", 0.1, 0.03, "--accumulation-steps", 2, "--multiprocessing-distributed", "-b", 8)
+    for n in (1, 2):
+        succeeded(shell(*command, "--nproc-per-node", n, "--save-dir", tmp_path / str(n)))
+    one, two = (load(tmp_path / str(n) / "checkpoint.pth.tar")["state_dict"] for n in (1, 2))
+    for name in ("module.fc.0.weight", "module.fc.1.bias"):
+        torch.testing.assert_close(one[name], two[name], rtol=0, atol=1e-4)
+    one, two = (json.loads((tmp_path / str(n) / "results.json").read_text())["metrics"] for n in (1, 2))
+    assert one == two
 
 
 @pytest.mark.parametrize("heads", [1, 3])

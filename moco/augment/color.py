@@ -15,7 +15,7 @@ from torch import Tensor
 from moco.augment.recipes import MEAN, STD, View
 
 _SMALL = 128 * 128  # pixels; to take images of up to so many one by one costs a CPU more in calls than it saves in cache
-_HUE = 3  # the place of hue among brightness, contrast, saturation, hue
+_BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = range(4)  # the jitter's operations
 
 
 def grayscale(x: Tensor) -> Tensor:
@@ -61,20 +61,13 @@ def adjust_hue(x: Tensor, shift: Tensor) -> Tensor:
 
 @functools.cache
 def fuse() -> None:
-    """Let torch.compile make one kernel of `blend` and one of `adjust_hue`, in this process from now on."""
+    """Let torch.compile fuse what `blend` and `adjust_hue` do, in this process from now on."""
     for operation in (blend, adjust_hue):
         globals()[operation.__name__] = torch.compile(operation, dynamic=True)
 
 
 def gaussian_blur(x: Tensor, sigma: Tensor, radius: int) -> Tensor:
     """Blur each sample with its own `sigma` [B] in pixels: 2 radius + 1 taps, reflected at the borders."""
-    if x.device.type == "cpu":
-        return torch.cat([_blur_image(image, s, radius) for image, s in zip(x.split(1), sigma.tolist(), strict=True)])
-    return _blur_batch(x, sigma, radius)
-
-
-def _blur_batch(x: Tensor, sigma: Tensor, radius: int) -> Tensor:
-    """As two grouped convolutions."""
     n, c, h, w = x.shape
     taps = torch.arange(-radius, radius + 1, device=x.device, dtype=x.dtype)
     kernel = torch.exp(-0.5 * (taps / sigma[:, None]) ** 2)
@@ -83,24 +76,6 @@ def _blur_batch(x: Tensor, sigma: Tensor, radius: int) -> Tensor:
     x = F.conv2d(x, kernel[:, None, None, :], groups=n * c)
     x = F.conv2d(x, kernel[:, None, :, None], groups=n * c)
     return x.view(n, c, h, w)
-
-
-def _blur_image(x: Tensor, sigma: float, radius: int) -> Tensor:
-    """One image [1, 3, H, W]: weighted sums of the padded image moved by one place or one row at a time, as if it were one
-    long row. What runs over a border lies in the padding, which is cut off. Taps below 4e-6 of the middle one are left out.
-    """
-    h, w = x.shape[2:]
-    radius = min(radius, math.ceil(5 * sigma))
-    kernel = [math.exp(-0.5 * (tap / sigma) ** 2) for tap in range(-radius, radius + 1)]
-    x = F.pad(x, (radius,) * 4, mode="reflect")
-    for step in (1, w + 2 * radius):
-        row, out = x.view(-1), torch.empty_like(x)
-        n = len(row) - 2 * radius * step
-        total = torch.mul(row[:n], kernel[0] / sum(kernel), out=out.view(-1)[:n])
-        for i, weight in enumerate(kernel[1:], 1):
-            total.add_(row[i * step :][:n], alpha=weight / sum(kernel))
-        x = out
-    return x[..., :h, :w]
 
 
 def solarize(x: Tensor, threshold: float = 0.5) -> Tensor:
@@ -216,7 +191,7 @@ def _gray(x: Tensor, rows: Tensor, view: View, draws: Draws) -> Tensor:
 def _blur(x: Tensor, rows: Tensor, view: View, draws: Draws) -> Tensor:
     sigma = draws.sigma[rows].to(x.device, non_blocking=True)
     rows = rows.to(x.device, non_blocking=True)
-    return x.index_copy_(0, rows, _blur_batch(x[rows], sigma, _radius(x, view)))
+    return x.index_copy_(0, rows, gaussian_blur(x[rows], sigma, _radius(x, view)))
 
 
 def _radius(x: Tensor, view: View) -> int:
@@ -255,15 +230,33 @@ def _jitter_image(x: Tensor, order: list[int], factors: list[float]) -> Tensor:
     """Brightness, contrast, saturation and hue of one image [1, 3, H, W] in `order`; overwrites it."""
     for operation in order:
         factor = factors[operation]
-        if operation == _HUE:
-            x = adjust_hue(x, torch.tensor([factor])) if factor else x
-            continue
-        if operation == 0:
-            x.mul_(factor)
-        elif operation == 1:
+        if operation == _BRIGHTNESS:
+            x = x.mul_(factor).clamp_(0, 1)
+        elif operation == _CONTRAST:
             mean = grayscale(x.mean((2, 3), keepdim=True))
-            x.mul_(factor).add_(mean, alpha=1 - factor)
-        else:
-            x = torch.lerp(grayscale(x), x, factor)
-        x.clamp_(0, 1)
+            x = x.mul_(factor).add_(mean, alpha=1 - factor).clamp_(0, 1)
+        elif operation == _SATURATION:
+            x = torch.lerp(grayscale(x), x, factor).clamp_(0, 1)
+        elif factor:
+            x = adjust_hue(x, torch.tensor([factor]))
     return x
+
+
+def _blur_image(x: Tensor, sigma: float, radius: int) -> Tensor:
+    """`gaussian_blur` of one image [1, 3, H, W], without the taps that weigh less than 4e-6 of the middle one.
+
+    Weighted sums of the padded image moved by one place, then by one row at a time, as if it were one long row. What runs
+    over a border lies in the padding, which is cut off.
+    """
+    h, w = x.shape[2:]
+    radius = min(radius, math.ceil(5 * sigma))
+    kernel = [math.exp(-0.5 * (tap / sigma) ** 2) for tap in range(-radius, radius + 1)]
+    x = F.pad(x, (radius,) * 4, mode="reflect")
+    for step in (1, w + 2 * radius):
+        row, out = x.view(-1), torch.empty_like(x)
+        n = len(row) - 2 * radius * step
+        total = torch.mul(row[:n], kernel[0] / sum(kernel), out=out.view(-1)[:n])
+        for i, weight in enumerate(kernel[1:], 1):
+            total.add_(row[i * step :][:n], alpha=weight / sum(kernel))
+        x = out
+    return x[..., :h, :w]

@@ -40,7 +40,8 @@ class RandomCrops(NamedTuple):
     def reduction(self, height: int, width: int, place: Place) -> int:
         """By how much an image of this size may be shrunk first: 1, 2, 4 or 8, so that each crop stays twice its view's size.
 
-        Less would show; Pillow's thumbnails leave the same gap.
+        Less would show; Pillow's thumbnails leave the same gap. The crops' shares of the image do not depend on its size,
+        so that the same draws cut the same parts out of the smaller image, but for rounding.
         """
         boxes = crop.random_boxes(height, width, self.recipe, rng.CROP, self.seed, *place)
         spare = min(min(h, w) / (2 * view.size) for (_, _, h, w), view in zip(boxes, self.recipe, strict=True))
@@ -66,24 +67,33 @@ _LARGE = 200_000  # bytes of a JPEG above which a look at its size first costs n
 def decode(path: str, reduction: Callable[[int, int], int] = lambda height, width: 1) -> Tensor:
     """The RGB image in `path`, uint8 [3, H, W]. Raises InputError that names the file.
 
-    A large JPEG is decoded at 1 / `reduction(height, width)` of its size, which saves up to half of the time.
+    A large JPEG is decoded at 1 / `reduction(height, width)` of its size, which is faster.
     """
     try:
         data = read_file(path)
         if not len(data):
             raise InputError(f"{path}: empty image file; remove or replace it")
         if len(data) > _LARGE and data[0] == 0xFF and data[1] == 0xD8:
-            with Image.open(path) as image:
-                factor = reduction(image.height, image.width)
-                if factor > 1:
-                    image.draft("RGB", (image.width // factor, image.height // factor))
-                    return pil_to_tensor(image.convert("RGB"))
+            image = _decode_smaller(path, reduction)
+            if image is not None:
+                return image
         image = decode_image(data, ImageReadMode.RGB)
         if image.dtype != torch.uint8:  # a PNG of 16 bits a channel
             image = (image.int() >> 8).to(torch.uint8)
         return image[0] if image.dim() == 4 else image  # the first frame of an animation
     except (RuntimeError, ValueError, OSError):
         return _decode_with_pil(path)
+
+
+def _decode_smaller(path: str, reduction: Callable[[int, int], int]) -> Tensor | None:
+    """The JPEG in `path` at the share of its size that `reduction` allows; None where that is all of it."""
+    try:
+        with Image.open(path) as image:
+            factor = reduction(image.height, image.width)
+            image.draft("RGB", (image.width // factor, image.height // factor))
+            return pil_to_tensor(image.convert("RGB")) if factor > 1 else None
+    except Image.DecompressionBombError:  # Pillow refuses images of more than 178 million pixels; torchvision reads them
+        return None
 
 
 def _decode_with_pil(path: str) -> Tensor:

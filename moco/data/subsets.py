@@ -16,9 +16,10 @@ def hold_out(folder: ImageFolder, fraction: float, seed: int) -> tuple[ImageFold
     Raises InputError where a class has a single image.
     """
     order = torch.randperm(len(folder), generator=rng.generator("cpu", rng.SPLIT, seed)).numpy()
+    order = order[folder.labels[order].argsort(kind="stable")]  # by class, at random within each
+    starts = np.bincount(folder.labels, minlength=len(folder.classes)).cumsum()[:-1]
     held = np.zeros(len(folder), dtype=bool)
-    for label, name in enumerate(folder.classes):
-        places = order[folder.labels[order] == label]
+    for name, places in zip(folder.classes, np.split(order, starts), strict=True):
         if len(places) == 1:
             raise InputError(f"{folder.root / name}: has one image only, of which no part can be held out; add images")
         held[places[: min(len(places) - 1, max(1, round(fraction * len(places))))]] = True

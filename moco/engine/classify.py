@@ -16,6 +16,7 @@ from moco.engine import checkpoint, precision
 from moco.engine.features import test_batches
 from moco.engine.log import say, write_json
 from moco.engine.train import Trainer
+from moco.errors import InputError
 from moco.rng import Progress
 
 
@@ -133,6 +134,11 @@ class LinearProbe(Trainer):
         self.loaded = {name: net.state_dict()[name].clone() for name in encoder.backbone_keys(net)}
         self.val, self.held_out, self.best = val, held_out, 0.0
         super().__init__(args, net, train, device)
+        # the classifiers compute in fp32: one that diverges must not make a gradient scaler skip the others' steps
+        self.scaler = precision.scaler("off", device)
+        if self._changed():
+            source = args.pretrained or f"a random one with --seed {args.seed}"
+            raise InputError(f"--resume {args.resume}: its backbone is not {source}; give the same --pretrained to go on")
 
     def trained(self) -> nn.Module:
         return self.module.fc
@@ -149,7 +155,8 @@ class LinearProbe(Trainer):
     def forward(self, views: list[Tensor], batch: loader.Batch, progress: Progress) -> tuple[Tensor, dict[str, Tensor]]:
         with torch.inference_mode():
             features = encoder.features(self.module, views[0])
-        logits = by_head(self.ddp(features.clone()).float())  # [heads, B, classes]
+        with torch.autocast(self.device.type, enabled=False):
+            logits = by_head(self.ddp(features.float().clone()))  # [heads, B, classes]
         losses = torch.stack([F.cross_entropy(one, batch.label) for one in logits])
         best = losses.nan_to_num(torch.inf).argmin()  # the one to show; a rate too high for the features may have diverged
         # take, unlike [best], does not wait for the device
@@ -166,7 +173,7 @@ class LinearProbe(Trainer):
         if self.held_out:
             self.accuracy["held_out_acc1"] = self.chosen_by
         if len(self.settings) > 1:
-            self.accuracy |= {"best_lr": best.lr, "best_wd": best.wd}
+            self.accuracy |= {"best_lr": best.lr} | ({"best_wd": best.wd} if len(self.args.wd) > 1 else {})
             self.accuracy |= {f"acc1_{self.name(one)}": top1 for one, (top1, _) in on_val.items()}
 
     def _test(self, folder: ImageFolder) -> dict[Setting, tuple[float, float]]:
@@ -187,8 +194,14 @@ class LinearProbe(Trainer):
 
     def check_frozen(self) -> None:
         """Raise RuntimeError if a backbone tensor is not bit for bit what was loaded."""
-        now = self.module.state_dict()
-        changed = [name for name, tensor in self.loaded.items() if not torch.equal(tensor, now[name])]
-        if changed:
+        if changed := self._changed():
             raise RuntimeError(f"the frozen backbone changed in training: {', '.join(changed)}")
         say(f"frozen backbone is bit-identical to what was loaded: {len(self.loaded)} tensors")
+
+    def _changed(self) -> list[str]:
+        now = self.module.state_dict()
+        return [name for name, tensor in self.loaded.items() if not torch.equal(tensor, now[name])]
+
+    def _resume(self, state: checkpoint.State) -> int:
+        self.best = state["best_acc1"]
+        return super()._resume(state)

@@ -3,8 +3,6 @@
 import torch
 from torch import nn
 
-from moco.augment import color
-
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -19,15 +17,11 @@ def scaler(amp: str, device: torch.device) -> torch.amp.GradScaler:
 
 
 def place(model: nn.Module, device: torch.device, compile: bool) -> nn.Module:
-    """Move `model` to `device`, channels last on a GPU; with `compile`, compile its children (the networks) in place.
-
-    And the views' colour operations, which have no model.
-    """
+    """Move `model` to `device`, channels last on a GPU; with `compile`, compile its children (the networks) in place."""
     model.to(device)
     if device.type == "cuda":
         model.to(memory_format=torch.channels_last)
     if compile:
-        color.fuse()
         for child in model.children():
             child.compile()
     return model

@@ -33,6 +33,8 @@ class Trainer(ABC):
     def __init__(self, args: Namespace, module: nn.Module, folder: ImageFolder, device: torch.device):
         self.args, self.module, self.folder, self.device = args, module, folder, device
         self.recipe = recipe(args.recipe, args.image_size)
+        if args.compile:
+            color.fuse()
         self.optimizer = optim.sgd(self.groups(), args)
         self.rates = [group["lr"] for group in self.optimizer.param_groups]  # before any schedule, and before a resumed one
         self.scaler = precision.scaler(args.amp, device)

@@ -7,8 +7,9 @@ passes through h, so d(q.h)/dq = h. With ^ for unit length:
     2 extrapolated  ^(q + b (n - q))     b ~ U(1, 1.5)      5 perturbed    ^(n + delta q)
     3 mixup         ^(g n + (1-g) n')    g ~ U(0, 1)        6 adversarial  ^(n + eta sign(q))
 
-Types 1, 2 and 5 are all ^(A q + B n): their similarity (A q.q + B q.n) / |A q + B n| follows from q.n alone. Type 3 also needs
-n.n', type 4 the noise, type 6 n.sign(q). MoCHI (arXiv 2010.01028) is types 1 and 3.
+Types 1, 2 and 5 are all ^(A q + B n): their similarity (A q.q + B q.n) / |A q + B n| follows from q.n alone. Types 3, 4 and 6 are
+made once, without gradient, for their lengths; the rest follows from q.n, q.n', q.e and q.sign(q). MoCHI (arXiv 2010.01028) is
+types 1 and 3.
 """
 
 from dataclasses import dataclass
@@ -69,12 +70,13 @@ def hardest(similarity: Tensor, n_hard: int) -> Tensor:
     """Rows of the bank most similar to each query, hardest first: indices [N, n_hard] from similarity [N, K].
 
     Exact. On a CPU in two levels (the n_hard most similar rows lie in the n_hard groups with the largest maxima), and by
-    NumPy, whose selection and sorting are vectorised.
+    NumPy, which selects faster than torch.topk where the processor has AVX2 or AVX-512.
     """
     similarity = similarity.detach()
     n, K = similarity.shape
     members = 1 << ((K // n_hard).bit_length() - 1) // 2  # of a group, about sqrt(K / n_hard): two levels of like size
-    if similarity.device.type != "cpu" or members < 2 or K % members:
+    two_levels = members > 1 and K % members == 0
+    if similarity.device.type != "cpu" or similarity.dtype not in (torch.float32, torch.float64) or not two_levels:
         return similarity.topk(n_hard, 1).indices
     groups = K // members  # group j holds the rows j, j + groups, j + 2 groups, ...
     grouped = similarity.view(n, members, groups)
