@@ -57,9 +57,11 @@ def main() -> None:
         }
         if theirs := lightly(args.size):
             candidates["lightly"] = lambda: stacked(theirs(pil_image(path)) for path in paths)
-        seconds = measure.side_by_side(candidates, args.rounds, torch.device("cpu"))
+        times = measure.side_by_side(candidates, args.rounds, torch.device("cpu"))
+    seconds = measure.medians(times)
     table = [{"pipeline": name, "ms/image": 1e3 * s / args.images, "images/s": args.images / s} for name, s in seconds.items()]
-    ratios = {f"{ours}_over_{other}": seconds[other] / seconds[ours] for ours in ("host", "cpu") for other in list(candidates)[2:]}
+    others = [name for name in times if name not in ("host", "cpu")]
+    ratios = {f"{ours}_over_{other}": measure.ratio(times[other], times[ours]) for ours in ("host", "cpu") for other in others}
     facts = {
         "images": args.images,
         "pixels": args.size,

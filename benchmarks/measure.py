@@ -1,4 +1,4 @@
-"""Side-by-side measurement: candidates take turns in one process, medians over rounds; a table, and a JSON file."""
+"""Side-by-side measurement: candidates take turns, medians over rounds of times and of ratios; a table, and a JSON file."""
 
 import argparse
 import statistics
@@ -14,6 +14,7 @@ sys.path.insert(0, str(ROOT))
 
 from moco.engine.log import write_json  # noqa: E402
 
+Times = dict[str, list[float]]
 Candidates = dict[str, Callable[[], object]]  # one that returns a float has taken its own time, in seconds
 
 
@@ -25,9 +26,9 @@ def parser(description: str) -> argparse.ArgumentParser:
     return p
 
 
-def side_by_side(candidates: Candidates, rounds: int, device: torch.device, warm: int = 2) -> dict[str, float]:
-    """Median seconds of each candidate. They take turns, so that a slow spell of the machine meets all of them."""
-    times: dict[str, list[float]] = {name: [] for name in candidates}
+def side_by_side(candidates: Candidates, rounds: int, device: torch.device, warm: int = 2) -> Times:
+    """Seconds of each candidate in each round. They take turns, so that a slow spell of the machine meets all of them."""
+    times: Times = {name: [] for name in candidates}
     for i in range(warm + rounds):
         for name, run in candidates.items():
             began = time.perf_counter()
@@ -36,7 +37,22 @@ def side_by_side(candidates: Candidates, rounds: int, device: torch.device, warm
                 torch.cuda.synchronize(device)
             if i >= warm:
                 times[name].append(own if isinstance(own, float) else time.perf_counter() - began)
+    return times
+
+
+def medians(times: Times) -> dict[str, float]:
+    """Median seconds of each candidate."""
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def ratio(above: list[float], below: list[float]) -> float:
+    """Median of the rounds' ratios: both sides of each were measured within moments."""
+    return statistics.median(a / b for a, b in zip(above, below, strict=True))
+
+
+def extra(times: list[float], base: list[float]) -> list[float]:
+    """Round by round, what one candidate takes more than another."""
+    return [a - b for a, b in zip(times, base, strict=True)]
 
 
 def peak_memory(run: Callable[[], object], device: torch.device) -> int:

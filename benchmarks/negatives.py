@@ -41,13 +41,16 @@ def main() -> None:
     check(heads)
     names = ["moco", "plain", "synco", "explicit", "loop", *(["lightly"] if NTXentLoss else [])]
     candidates = {name: getattr(heads, name) for name in names}
-    seconds = measure.side_by_side(candidates, args.rounds, device)
+    times = measure.side_by_side(candidates, args.rounds, device)
+    seconds = measure.medians(times)
     memory = {name: measure.peak_memory(run, device) for name, run in candidates.items()}
     table = [{"head": name, "ms": 1e3 * seconds[name], "MiB": memory[name] / 2**20} for name in candidates]
     ratios = {
-        "synco_over_moco": seconds["synco"] / seconds["moco"],
-        "synco_over_plain_moco": seconds["synco"] / seconds["plain"],
-        "loop_extra_over_ours_extra": (seconds["loop"] - seconds["plain"]) / (seconds["synco"] - seconds["moco"]),
+        "synco_over_moco": measure.ratio(times["synco"], times["moco"]),
+        "synco_over_plain_moco": measure.ratio(times["synco"], times["plain"]),
+        "loop_extra_over_ours_extra": measure.ratio(
+            measure.extra(times["loop"], times["plain"]), measure.extra(times["synco"], times["moco"])
+        ),
         "explicit_memory_over_ours": memory["explicit"] / memory["synco"],
     }
     sizes = {"N": args.n, "K": args.k, "C": args.dim, "n_hard": args.n_hard, "counts": list(args.counts)}

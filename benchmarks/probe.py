@@ -37,9 +37,9 @@ def main() -> None:
             assert metrics[f"acc1_lr{lr:g}"] == top1, f"the head of rate {lr:g} is not the one it is alone"
         return seconds
 
-    seconds = measure.side_by_side({"one rate": one, "five rates": five}, args.rounds, torch.device("cpu"), warm=0)
-    table = [{"probe": name, "s": value} for name, value in seconds.items()]
-    ratios = {"five_over_one": seconds["five rates"] / seconds["one rate"]}
+    times = measure.side_by_side({"one rate": one, "five rates": five}, args.rounds, torch.device("cpu"), warm=0)
+    table = [{"probe": name, "s": value} for name, value in measure.medians(times).items()]
+    ratios = {"five_over_one": measure.ratio(times["five rates"], times["one rate"])}
     facts = {"data": args.data, "arch": args.arch, "pixels": args.size, "epochs": args.epochs}
     measure.report("probe", table, ratios, facts, args.json)
 

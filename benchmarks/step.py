@@ -45,12 +45,15 @@ def main() -> None:
     table, ratios = [], {}
     for n in args.processes:
         found = on_processes(n, args)
-        seconds = found["seconds"]
-        table += [{"processes": n, "step": name, "ms": 1e3 * s, "images/s": n * args.batch / s} for name, s in seconds.items()]
+        times = found["times"]
+        table += [
+            {"processes": n, "step": name, "ms": 1e3 * s, "images/s": n * args.batch / s}
+            for name, s in measure.medians(times).items()
+        ]
         suffix = "" if n == 1 else f"_{n}_processes"
         ratios |= {
-            f"synco_over_moco{suffix}": seconds["synco"] / seconds["moco"],
-            f"ours_over_plain{suffix}": seconds["moco"] / seconds["plain"],
+            f"synco_over_moco{suffix}": measure.ratio(times["synco"], times["moco"]),
+            f"ours_over_plain{suffix}": measure.ratio(times["moco"], times["plain"]),
             **{f"largest_batch_{name}{suffix}": batch for name, batch in found["largest"].items()},
         }
     facts = {"arch": args.arch, "pixels": args.size, "batch": args.batch, "K": args.k, "amp": args.amp, "device": found["device"]}
@@ -70,14 +73,14 @@ def on_processes(n: int, args: Namespace) -> dict:
 def worker(args: Namespace, device: torch.device) -> None:
     steps = {name: Step(name, args, device) for name in ("plain", "moco", "synco")}
     check(steps, args.batch)
-    seconds = measure.side_by_side({name: lambda s=step: s(args.batch) for name, step in steps.items()}, args.rounds, device)
+    times = measure.side_by_side({name: lambda s=step: s(args.batch) for name, step in steps.items()}, args.rounds, device)
     largest = {}
     if args.largest_batch and device.type == "cuda" and distributed.world() == 1:
         del steps
         largest = {name: largest_batch(name, args, device) for name in ("plain", "moco", "synco")}
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     if distributed.rank() == 0:
-        args.found.write_text(json.dumps({"seconds": seconds, "largest": largest, "device": name}))
+        args.found.write_text(json.dumps({"times": times, "largest": largest, "device": name}))
 
 
 class Step:
