@@ -137,7 +137,7 @@ def mix(q: Tensor, bank: Tensor, similarity: Tensor, hard: Tensor, kind: Synthet
     Args:
         bank: unit rows [K, C].
         similarity: q @ bank.T, [N, K].
-        hard: indices of each query's hard rows, hardest first, [N, >= n_hard].
+        hard: indices of each query's hard rows, [N, >= n_hard]; the draws pick from the first n_hard columns.
         kind, draws: what to make of them.
     """
     n, (n1, n2, n3, n4, n5, n6) = len(q), kind.counts
