@@ -13,8 +13,9 @@ from PIL import Image
 from moco import distributed
 from moco.augment import crop
 from moco.augment.recipes import recipe
-from moco.data import datasets, loader
-from moco.data.loader import CenterCrop, EvalOrder, RandomCrops, TrainOrder, batches, decode
+from moco.data import datasets, images, loader
+from moco.data.images import decode
+from moco.data.loader import CenterCrop, EvalOrder, RandomCrops, TrainOrder, batches
 from moco.errors import InputError
 
 CPU = torch.device("cpu")
@@ -307,7 +308,7 @@ def large(tmp_path_factory):
     path = tmp_path_factory.mktemp("large") / "train" / "a" / "0.jpg"
     path.parent.mkdir(parents=True)
     datasets._photograph("hubble_deep_field").resize((1600, 1400), 3).save(path, quality=95)
-    assert path.stat().st_size > loader._LARGE
+    assert path.stat().st_size > images._LARGE
     return datasets.scan(path.parents[2], "train")
 
 

@@ -53,7 +53,7 @@ def _curves(figure, lines: list[dict]) -> None:
 def _views(figure, train, args: Namespace) -> None:
     mean, std = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
     picked = [round(i * (len(train) - 1) / (ROWS - 1)) for i in range(ROWS)]
-    images = [loader.decode(train.path(i)) for i in picked]
+    images = [train.read(i) for i in picked]
     columns = [[crop.center_view(image, args.image_size) / 255 for image in images]]
     cuts = loader.RandomCrops(recipe(args.recipe, args.image_size), args.seed)
     crops = [cuts(image, (0, i)) for image, i in zip(images, picked, strict=True)]

@@ -7,35 +7,12 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from moco.data.images import SUFFIXES, ImageFolder
 from moco.errors import InputError
-
-SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")
-
-
-@dataclass(frozen=True)
-class ImageFolder:
-    """The images of one split: ROOT/CLASS/.../IMAGE.
-
-    `paths` is an array of bytes relative to `root` and `labels` an int64 array, both [N]: arrays, because worker processes
-    that count references to a million strings copy the memory that they share.
-    """
-
-    root: Path
-    paths: np.ndarray
-    labels: np.ndarray
-    classes: tuple[str, ...]
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def path(self, i: int) -> str:
-        """The full path of image `i`."""
-        return os.path.join(self.root, os.fsdecode(self.paths[i]))
 
 
 def find(data: str, splits: tuple[str, ...]) -> Path:
@@ -84,7 +61,7 @@ def scan(root: Path, split: str, classes: tuple[str, ...] = ()) -> ImageFolder:
     Raises InputError for a class folder without images.
     """
     folder = root / split
-    kept = _home() / "scans" / f"{hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:32]}.npz"
+    kept = cache_folder() / "scans" / f"{hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:32]}.npz"
     listing = _still_true(folder, kept)
     if listing is None:
         listing = _list(folder)
@@ -92,7 +69,8 @@ def scan(root: Path, split: str, classes: tuple[str, ...] = ()) -> ImageFolder:
     own = tuple(os.fsdecode(name) for name in listing["names"])
     classes = classes or own
     place = {name: i for i, name in enumerate(classes)}
-    return ImageFolder(folder, listing["paths"], np.array([place[name] for name in own])[listing["labels"]], classes)
+    labels = np.array([place[name] for name in own])[listing["labels"]]
+    return ImageFolder(folder, labels, classes, listing["paths"])
 
 
 # A million files take minutes to list on a network disk. The list is kept in the cache folder with the times at which its
@@ -166,7 +144,7 @@ def photos() -> Path:
 
     Train patches come from the left part and val patches from the right part of each photograph; no pixel is in both.
     """
-    home = _home()
+    home = cache_folder()
     root = home / "photos-v2"
     if root.is_dir():
         return root
@@ -185,7 +163,7 @@ def photos() -> Path:
     return root
 
 
-def _home() -> Path:
+def cache_folder() -> Path:
     """The project's cache folder."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hard-negatives"
 

@@ -1,27 +1,24 @@
 """From files to batches of uint8 crops: workers decode each image once and cut its views, and do no colour work."""
 
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
-from torchvision.io import ImageReadMode, decode_image, read_file
-from torchvision.transforms.functional import pil_to_tensor
 
 from moco import distributed, rng
 from moco.augment import crop
 from moco.augment.recipes import Recipe
-from moco.data.datasets import ImageFolder
+from moco.data.images import Images
 from moco.errors import InputError
 
 Place = tuple[int, int]  # epoch, index
 
 
 class Batch(NamedTuple):
-    """`views`: one uint8 tensor [B, 3, S, S] per view; `index` and `label`: int64 [B]."""
+    """`views`: one uint8 tensor [B, 3, S, S] per view; `index`: int64 [B]; `label`: int64 [B], or [B, classes] (`Images`)."""
 
     views: list[Tensor]
     index: Tensor
@@ -61,65 +58,20 @@ class CenterCrop(NamedTuple):
         return 1
 
 
-_LARGE = 200_000  # bytes of a JPEG above which a look at its size first costs next to nothing
-
-
-def decode(path: str, reduction: Callable[[int, int], int] = lambda height, width: 1) -> Tensor:
-    """The RGB image in `path`, uint8 [3, H, W]. Raises InputError that names the file.
-
-    A large JPEG is decoded at 1 / `reduction(height, width)` of its size, which is faster.
-    """
-    try:
-        data = read_file(path)
-        if not len(data):
-            raise InputError(f"{path}: empty image file; remove or replace it")
-        if len(data) > _LARGE and data[0] == 0xFF and data[1] == 0xD8:
-            image = _decode_smaller(path, reduction)
-            if image is not None:
-                return image
-        image = decode_image(data, ImageReadMode.RGB)
-        if image.dtype != torch.uint8:  # a PNG of 16 bits a channel
-            image = (image.int() >> 8).to(torch.uint8)
-        return image[0] if image.dim() == 4 else image  # the first frame of an animation
-    except (RuntimeError, ValueError, OSError):
-        return _decode_with_pil(path)
-
-
-def _decode_smaller(path: str, reduction: Callable[[int, int], int]) -> Tensor | None:
-    """The JPEG in `path` at the share of its size that `reduction` allows; None where that is all of it."""
-    try:
-        with Image.open(path) as image:
-            factor = reduction(image.height, image.width)
-            image.draft("RGB", (image.width // factor, image.height // factor))
-            return pil_to_tensor(image.convert("RGB")) if factor > 1 else None
-    except Image.DecompressionBombError:  # Pillow refuses images of more than 178 million pixels; torchvision reads them
-        return None
-
-
-def _decode_with_pil(path: str) -> Tensor:
-    """What torchvision's decoders do not read: TIFF, BMP, PPM, CMYK JPEGs."""
-    try:
-        with Image.open(path) as image:
-            return pil_to_tensor(image.convert("RGB"))
-    except Exception as error:  # Pillow's plugins raise many kinds
-        reason = str(error).replace(f"'{path}'", "file") or type(error).__name__
-        raise InputError(f"{path}: unreadable image ({reason}); remove or replace it") from None
-
-
 class Views(Dataset):
     """One sample per (epoch, index): its views, its index and its label; or the InputError that kept it from being read."""
 
-    def __init__(self, folder: ImageFolder, cut: RandomCrops | CenterCrop):
-        self.folder, self.cut = folder, cut
+    def __init__(self, images: Images, cut: RandomCrops | CenterCrop):
+        self.images, self.cut = images, cut
 
     def __len__(self) -> int:
-        return len(self.folder)
+        return len(self.images)
 
-    def __getitem__(self, place: Place) -> tuple[list[Tensor], int, int] | InputError:
+    def __getitem__(self, place: Place) -> tuple[list[Tensor], int, Tensor] | InputError:
         _, i = place
         try:
-            image = decode(self.folder.path(i), lambda height, width: self.cut.reduction(height, width, place))
-            return self.cut(image, place), i, int(self.folder.labels[i])
+            image = self.images.read(i, lambda height, width: self.cut.reduction(height, width, place))
+            return self.cut(image, place), i, torch.as_tensor(self.images.labels[i])
         except InputError as error:
             return error  # raised in the main process, where it is one line and not a worker's traceback
 
@@ -168,16 +120,16 @@ class EvalOrder(Sampler):
 
 
 def batches(
-    folder: ImageFolder, cut: RandomCrops | CenterCrop, order: Sampler, args: Namespace, device: torch.device
+    images: Images, cut: RandomCrops | CenterCrop, order: Sampler, args: Namespace, device: torch.device
 ) -> Iterator[Batch]:
-    """Read `folder` in `order` and yield batches on `device`. Raises InputError for an image that cannot be read.
+    """Read `images` in `order` and yield batches on `device`. Raises InputError for an image that cannot be read.
 
     `args.workers` is the node's number of loader processes; each rank takes its share, rounded up.
     """
     cuda = device.type == "cuda"
     workers = -(-args.workers * args.batch_per_process // args.batch_size)
     loader = DataLoader(
-        Views(folder, cut),
+        Views(images, cut),
         batch_sampler=order,
         num_workers=workers,
         collate_fn=collate,

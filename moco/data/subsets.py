@@ -1,30 +1,130 @@
-"""Parts of an image folder."""
+"""Parts of a training set: some held out to choose a model on, or those few that a label is given for."""
 
-from dataclasses import replace
+import hashlib
+import os
+import re
+import tempfile
+import urllib.request
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from moco import rng
-from moco.data.datasets import ImageFolder
+from moco.data.datasets import cache_folder
+from moco.data.images import Images
 from moco.errors import InputError
 
 
-def hold_out(folder: ImageFolder, fraction: float, seed: int) -> tuple[ImageFolder, ImageFolder]:
-    """Split `folder` into the rest and a random `fraction` of each class, rounded, one image at least; the same for a seed.
+def hold_out(images: Images, fraction: float, seed: int) -> tuple[Images, Images]:
+    """Split `images` into the rest and a random `fraction` of each class, rounded, one image at least; the same for a seed.
 
     Raises InputError where a class has a single image.
     """
-    order = torch.randperm(len(folder), generator=rng.generator("cpu", rng.SPLIT, seed)).numpy()
-    order = order[folder.labels[order].argsort(kind="stable")]  # by class, at random within each
-    starts = np.bincount(folder.labels, minlength=len(folder.classes)).cumsum()[:-1]
-    held = np.zeros(len(folder), dtype=bool)
-    for name, places in zip(folder.classes, np.split(order, starts), strict=True):
+    held = np.zeros(len(images), dtype=bool)
+    for places in _by_class(images, seed):
         if len(places) == 1:
-            raise InputError(f"{folder.root / name}: has one image only, of which no part can be held out; add images")
+            name = images.classes[images.labels[places[0]]]
+            raise InputError(f"{images.root / name}: has one image only, of which no part can be held out; add images")
         held[places[: min(len(places) - 1, max(1, round(fraction * len(places))))]] = True
-    return _part(folder, ~held), _part(folder, held)
+    return images.part(~held), images.part(held)
 
 
-def _part(folder: ImageFolder, rows: np.ndarray) -> ImageFolder:
-    return replace(folder, paths=folder.paths[rows], labels=folder.labels[rows])
+def sample(images: Images, fraction: float, seed: int) -> Images:
+    """A random `fraction` of each class, rounded, one image at least; the same for a seed."""
+    kept = [places[: max(1, round(fraction * len(places)))] for places in _by_class(images, seed)]
+    return images.part(np.sort(np.concatenate(kept)))
+
+
+def _by_class(images: Images, seed: int) -> list[np.ndarray]:
+    """The places of each class's images in random order; where an image can show several classes, one list of all."""
+    order = torch.randperm(len(images), generator=rng.generator("cpu", rng.SPLIT, seed)).numpy()
+    if images.many:
+        return [order]
+    order = order[images.labels[order].argsort(kind="stable")]
+    starts = np.bincount(images.labels, minlength=len(images.classes)).cumsum()[:-1]
+    return [places for places in np.split(order, starts) if len(places)]
+
+
+# Lists of labelled images. ImageNet's of 1 % and 10 % are SimCLR's (arXiv 2002.05709), which every later table uses.
+
+_URL = "https://raw.githubusercontent.com/google-research/simclr/master/imagenet_subsets/{}percent.txt"
+_SHA256 = {
+    1: "71e82a48ba78252683ae334c4d019ebd5c6e855b9599c1389fbe83eb9549cf17",
+    10: "6d09de11e7bdaf5b1f3b1f249b6183695f97310cdd20f0c03e7235b6b9392091",
+}
+
+
+def is_imagenet(classes: tuple[str, ...]) -> bool:
+    """Whether the class folders are ImageNet's, to which the published lists belong."""
+    return len(classes) == 1000 and all(re.fullmatch(r"n\d{8}", name) for name in classes)
+
+
+def published(percent: int) -> Path:
+    """The published list of 1 or 10 per cent of ImageNet, in the cache folder; downloaded on first use.
+
+    Raises InputError, which says how to supply it, where it cannot be had or is not the published one.
+    """
+    kept, url = cache_folder() / "imagenet_subsets" / f"{percent}percent.txt", _URL.format(percent)
+    if kept.is_file() and is_published(kept.read_bytes(), percent):
+        return kept
+    otherwise = "get it elsewhere and give it with --subset-file FILE"
+    try:
+        with urllib.request.urlopen(url, timeout=30) as answer:
+            text = answer.read()
+    except OSError as error:
+        reason = getattr(error, "reason", error)
+        raise InputError(f"the list of ImageNet's {percent} % cannot be downloaded from {url} ({reason}); {otherwise}") from None
+    if not is_published(text, percent):
+        raise InputError(f"{url}: is not the published list any more (its sha256 differs); {otherwise}")
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=kept.parent) as folder:
+        (Path(folder) / kept.name).write_bytes(text)
+        os.replace(Path(folder) / kept.name, kept)
+    return kept
+
+
+def is_published(text: bytes, percent: int) -> bool:
+    """Whether `text` is, to the bit, the published list of `percent` per cent."""
+    return hashlib.sha256(text).hexdigest() == _SHA256.get(percent)
+
+
+def listed(images: Images, file: Path) -> Images:
+    """The images that `file` names, one a line: by file name, as the published lists do, or by what comes after train/.
+
+    Raises InputError where the list cannot be read, is empty, names an image that `images` lacks (the message counts
+    them), or a file name that stands in several folders.
+    """
+    try:
+        wanted = {line.strip() for line in file.read_text().splitlines() if line.strip()}
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--subset-file {file}: cannot be read ({getattr(error, 'strerror', None) or 'not text'})") from None
+    if not wanted:
+        raise InputError(f"--subset-file {file}: names no image; expected one file name a line")
+    found: dict[str, int] = {}
+    for i in range(len(images)):
+        path = images.name(i)
+        name = path if path in wanted else os.path.basename(path)
+        if name not in wanted:
+            continue
+        if name in found:
+            raise InputError(f"--subset-file {file}: '{name}' stands in several class folders; write CLASS/{name}")
+        found[name] = i
+    if missing := wanted - found.keys():
+        raise InputError(
+            f"{images.root}: {len(missing)} of the {len(wanted)} images that {file} names are missing, first '{min(missing)}'; "
+            "complete the folder, or give another list with --subset-file FILE"
+        )
+    return images.part(np.sort(np.fromiter(found.values(), np.int64)))
+
+
+def labelled(images: Images, percent: int, seed: int, file: str | None = None) -> Images:
+    """The images whose labels count as known: those of `file`, or `percent` per cent of all.
+
+    On ImageNet the published list; on other data a sample of each class, drawn anew for each seed.
+    """
+    if file:
+        return listed(images, Path(file))
+    if percent == 100:
+        return images
+    return listed(images, published(percent)) if is_imagenet(images.classes) else sample(images, percent / 100, seed)
