@@ -13,7 +13,7 @@ from moco.engine.log import say
 def parser() -> cli.Parser:
     p = cli.Parser(__doc__)
     cli.add_input(p, batch=256, recipe=None, arch=None)
-    cli.add_pretrained(p)
+    cli.add_evaluation(p)
     knn = p.add_argument_group("k-NN")
     knn.add_argument("--k", type=cli.positive, nargs="+", default=[20], help="neighbours that vote; several in one pass")
     knn.add_argument("--temperature", type=float, default=0.07, help="of the neighbours' weights")
@@ -26,7 +26,7 @@ def check(args: cli.Options) -> None:
 
 
 def worker(args: cli.Options, device: torch.device) -> None:
-    train, val = classify.splits(args)
+    train, val, _ = classify.splits(args)
     net = classify.pretrained(args, len(train.classes), device)
     bank, queries = (features.extract(net, folder, args, device) for folder in (train, val))
     accuracy = features.knn(*bank, *queries, len(train.classes), args.k, args.temperature)

@@ -51,7 +51,7 @@ def load_backbone(net: nn.Module, tensors: dict[str, Tensor], source: str) -> in
     """
     state = net.state_dict()
     wanted = {name: state[name] for name in backbone_keys(net)}
-    prefix = max(PREFIXES, key=lambda p: sum(p + name in tensors for name in wanted))
+    prefix = _prefix(net, tensors)
     found = {name: tensors[prefix + name] for name in wanted if prefix + name in tensors}
     # files older than PyTorch 0.4 lack BatchNorm's step counter, which nothing here reads
     missing = [name for name in wanted if name not in found and not name.endswith("num_batches_tracked")]
@@ -74,6 +74,12 @@ def load_backbone(net: nn.Module, tensors: dict[str, Tensor], source: str) -> in
     return len(found)
 
 
+def _prefix(net: nn.Module, tensors: dict[str, Tensor]) -> str:
+    """What stands before the backbone's names in `tensors`."""
+    wanted = backbone_keys(net)
+    return max(PREFIXES, key=lambda p: sum(p + name in tensors for name in wanted))
+
+
 PREFIXES = (
     "module.encoder_q.",  # MoCo, SynCo, AdCo
     "encoder_q.",
@@ -86,6 +92,48 @@ PREFIXES = (
     "module.",
     "",  # a bare torchvision state dict
 )
+
+
+def classifier(net: nn.Module) -> nn.Linear:
+    """The last layer of a network that classifies."""
+    return net.fc[-1] if isinstance(net.fc, nn.Sequential) else net.fc
+
+
+def keep_projection(net: nn.Module, tensors: dict[str, Tensor], layers: int, source: str) -> None:
+    """Put the first `layers` linear layers of a published projection head, with what follows each, below `net`'s classifier.
+
+    The head is read from the names and shapes of its tensors: a weight of two dimensions is a linear layer, running statistics
+    are batch norm's, and a place without tensors is a ReLU. Raises InputError where it has fewer layers, or other ones.
+    """
+    start = _prefix(net, tensors) + "fc."
+    head: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        if name.startswith(start):
+            place, _, inner = name.removeprefix(start).rpartition(".")
+            if place and not place.isdigit():
+                raise InputError(
+                    f"{source}: its projection head is not a plain sequence of layers (at '{name}'); leave out --ft-proj"
+                )
+            head.setdefault(int(place or 0), {})[inner] = tensor
+    linear = [place for place, of in sorted(head.items()) if "running_mean" not in of]
+    if len(linear) < layers:
+        raise InputError(f"{source}: its projection head has {len(linear)} linear layers, not --ft-proj {layers}")
+    end = linear[layers] if layers < len(linear) else max(head) + 1
+    kept = [_layer(head.get(place)) for place in range(end)]
+    width = head[linear[layers - 1]]["weight"].shape[0]
+    net.fc = nn.Sequential(*kept, nn.Linear(width, net.fc.out_features))
+
+
+def _layer(of: dict[str, Tensor] | None) -> nn.Module:
+    """The layer that has these tensors."""
+    if of is None:
+        return nn.ReLU()
+    if "running_mean" in of:
+        layer = nn.BatchNorm1d(len(of["running_mean"]), affine="weight" in of)
+    else:
+        layer = nn.Linear(*reversed(of["weight"].shape), bias="bias" in of)
+    layer.load_state_dict(of, strict=False)
+    return layer
 
 
 def _some(names: list[str], most: int = 5) -> str:

@@ -229,9 +229,9 @@ def test_a_probe_tries_decays_too_and_chooses_on_held_out_images(script, shared_
 def test_a_probe_is_chosen_on_held_out_images_and_not_on_val(script, shared_images, tmp_path, monkeypatch):
     def test(self, folder):
         order = self.settings if folder is self.held_out else self.settings[::-1]
-        return {setting: (0.1 * (i + 1), 1.0) for i, setting in enumerate(order)}
+        return {setting: {"acc1": 0.1 * (i + 1), "acc5": 1.0} for i, setting in enumerate(order)}
 
-    monkeypatch.setattr(classify.LinearProbe, "_test", test)
+    monkeypatch.setattr(classify.Classification, "_test", test)
     command = (shared_images, "-a", "resnet18", "--image-size", 32, "-b", 8, "-j", 0, "--epochs", 1, "--lr", 1, 2, 3)
     for options, best, top1 in (((), 1, 0.3), (("--val-from-train", 0.25), 3, 0.1)):
         run = tmp_path / str(best)
@@ -310,9 +310,11 @@ def test_a_rank_without_an_image_counts_as_nothing(shared_images, monkeypatch, h
     args = Namespace(image_size=32, batch_size=8, batch_per_process=8, workers=0, amp="off")
     monkeypatch.setattr(distributed, "rank", lambda: len(val))
     monkeypatch.setattr(distributed, "world", lambda: len(val) + 1)
-    others = torch.tensor([[2.0], [3.0], [4.0]]).expand(3, heads)  # right, right among five, images
+    others = torch.zeros(2 * heads + 1, 3, dtype=torch.long)
+    others[:heads], others[heads:-1], others[-1] = torch.tensor([2, 0, 0]), torch.tensor([2, 1, 0]), torch.tensor([2, 2, 0])
     monkeypatch.setattr(distributed, "all_reduce_sum", lambda mine: mine.add_(others))
-    assert classify.test(resnet("resnet18", 3), val, args, torch.device("cpu"), heads) == [(0.5, 0.75)] * heads
+    found = classify.test(resnet("resnet18", 3), val, args, torch.device("cpu"), heads)
+    assert found == [{"acc1": 0.5, "acc5": 0.75, "mean_per_class": 0.5}] * heads
 
 
 def free_port() -> int:

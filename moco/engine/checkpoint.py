@@ -53,15 +53,20 @@ def restore(model: nn.Module, state: State, path: str, arch: str, method: str) -
     for what, mine in (("arch", arch), ("method", method)):
         if state.get(what) != mine:
             raise InputError(f"{path}: is of {what} '{state.get(what)}', not '{mine}'; resume with the options it was made with")
-    absent = [key for key in ("epoch", "state_dict", "optimizer", "progress") if key not in state]
-    if absent:
-        raise InputError(f"{path}: cannot be resumed: it lacks {', '.join(absent)}; use --pretrained for weights alone")
+    check_resumable(state, path)
     weights = {name.removeprefix("module."): tensor for name, tensor in state["state_dict"].items()}
     mine = model.state_dict()
     odd = sorted(weights.keys() ^ mine.keys()) or [n for n in mine if mine[n].shape != weights[n].shape]
     if odd:
         raise InputError(f"{path}: does not fit this model, first at '{odd[0]}'; resume with the options it was made with")
     model.load_state_dict(weights)
+
+
+def check_resumable(state: State, path: str) -> None:
+    """Raise InputError for a checkpoint that holds too little to go on from."""
+    absent = [key for key in ("epoch", "args", "state_dict", "optimizer", "progress") if key not in state]
+    if absent:
+        raise InputError(f"{path}: cannot be resumed: it lacks {', '.join(absent)}; use --pretrained for weights alone")
 
 
 def tensors(state: State) -> dict[str, Tensor]:

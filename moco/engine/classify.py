@@ -1,7 +1,7 @@
-"""Classifiers on pre-trained encoders: loading, training, testing, and the results file that every evaluation writes."""
+"""Classifiers on pre-trained encoders: what every evaluation reads, checks and writes, and how a classifier is trained."""
 
-import copy
 from argparse import Namespace
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moco import distributed, encoder
-from moco.data import datasets, loader
-from moco.data.datasets import ImageFolder
-from moco.engine import checkpoint, precision
+from moco.data import loader, named, subsets
+from moco.data.images import Images
+from moco.engine import checkpoint, metrics, precision
 from moco.engine.features import test_batches
 from moco.engine.log import say, write_json
 from moco.engine.train import Trainer
@@ -21,21 +21,70 @@ from moco.rng import Progress
 
 
 def check(args: Namespace) -> None:
-    """Check, before any process starts, the data folder and that the checkpoint fits; take the arch from it if not given."""
-    datasets.find(args.data, ("train", "val"))
+    """Check, before any process starts, the data and that the checkpoint fits; take the arch from it if not given."""
+    if args.data == "photos":
+        args.dataset = "photos"
+    named.check(args.dataset, args.data, args.download)
     state = checkpoint.load(args.pretrained) if args.pretrained else {}
     args.arch = args.arch or state.get("arch") or "resnet50"
     args.encoder_method = state.get("method", "unknown") if args.pretrained else "random"
+    args.pretrain_epochs = state.get("epoch")
     if args.pretrained:
-        net = encoder.resnet(args.arch, 1)
-        encoder.load_backbone(net, checkpoint.tensors(state), args.pretrained)
+        _load(encoder.resnet(args.arch, 1), args, state)
 
 
-def splits(args: Namespace) -> tuple[ImageFolder, ImageFolder]:
-    """The train and val images; val's labels are places among train's classes."""
-    root = datasets.find(args.data, ("train", "val"))
-    train = datasets.scan(root, "train")
-    return train, datasets.scan(root, "val", train.classes)
+def take_up(args: Namespace, options: Iterable[str]) -> None:
+    """Go on with the seed and the `options` of the checkpoint of `--resume`: refuse others, or, only to test, take its own."""
+    if args.evaluate and not args.resume:
+        raise InputError("--evaluate tests a trained classifier: give its checkpoint with --resume FILE")
+    if not args.resume:
+        return
+    state = checkpoint.load(args.resume)
+    checkpoint.check_resumable(state, args.resume)
+    args.seed = state["progress"]["seed"]
+    for name in (*options, "val_from_train", *(["pretrained"] if args.evaluate else [])):
+        given, saved = getattr(args, name), state["args"].get(name)
+        if args.evaluate:
+            setattr(args, name, saved)
+        elif given != saved:
+            raise InputError(f"--{name.replace('_', '-')} {given}: {args.resume} was trained with {saved}; give the same to go on")
+
+
+def check_choice(args: Namespace) -> None:
+    """Refuse a `--val-from-train` that is no share."""
+    if args.val_from_train is not None and not 0 < args.val_from_train < 1:
+        raise InputError(f"--val-from-train {args.val_from_train:g}: must lie between 0 and 1, as in --val-from-train 0.1")
+
+
+class Splits(NamedTuple):
+    """What a classifier is trained and tested on, and, of the training images, what it may be chosen on."""
+
+    train: Images
+    val: Images
+    held_out: Images | None = None
+
+
+def splits(args: Namespace) -> Splits:
+    """The images of `--dataset`: of its training images the labelled share, if the script asks for one, less what is held out."""
+    train, val = named.load(args.dataset, args.data, args.seed)
+    if hasattr(args, "train_percent"):
+        train = _labelled(args, train)
+    if not getattr(args, "val_from_train", None):
+        return Splits(train, val)
+    train, held_out = subsets.hold_out(train, args.val_from_train, args.seed)
+    say(f"{len(held_out)} images of train/ are held out to choose on, {len(train)} to train on")
+    return Splits(train, val, held_out)
+
+
+def _labelled(args: Namespace, train: Images) -> Images:
+    """The images of train/ whose labels are used; their names go to subset.txt in the run folder."""
+    part = subsets.labelled(train, args.train_percent, args.seed, args.subset_file)
+    if len(part) < len(train) and distributed.rank() == 0:
+        folder = Path(args.save_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "subset.txt").write_text("".join(f"{part.name(i)}\n" for i in range(len(part))))
+        say(f"{len(part)} of {len(train)} training images are labelled; they are listed in {folder / 'subset.txt'}")
+    return part
 
 
 def pretrained(args: Namespace, classes: int, device: torch.device) -> nn.Module:
@@ -43,14 +92,23 @@ def pretrained(args: Namespace, classes: int, device: torch.device) -> nn.Module
     torch.manual_seed(args.seed)
     net = encoder.resnet(args.arch, classes)
     if args.pretrained:
-        matched = encoder.load_backbone(net, checkpoint.tensors(checkpoint.load(args.pretrained)), args.pretrained)
+        matched = _load(net, args, checkpoint.load(args.pretrained))
         say(f"{args.pretrained}: {matched} of {len(encoder.backbone_keys(net))} backbone tensors matched")
     else:
         say(f"no --pretrained: a randomly initialised {args.arch}")
     return precision.place(net, device, args.compile)
 
 
-def write_results(args: Namespace, protocol: str, metrics: dict[str, float]) -> None:
+def _load(net: nn.Module, args: Namespace, state: checkpoint.State) -> int:
+    """Load the backbone, and the layers of its projection head that `--ft-proj` keeps below the classifier."""
+    tensors = checkpoint.tensors(state)
+    matched = encoder.load_backbone(net, tensors, args.pretrained)
+    if kept := getattr(args, "ft_proj", 0):
+        encoder.keep_projection(net, tensors, kept, args.pretrained)
+    return matched
+
+
+def write_results(args: Namespace, protocol: str, found: dict[str, float]) -> None:
     """Write results.json to the run folder, on rank 0; metrics are fractions in [0, 1]."""
     if distributed.rank() != 0:
         return
@@ -58,40 +116,38 @@ def write_results(args: Namespace, protocol: str, metrics: dict[str, float]) -> 
         "method": args.encoder_method,
         "arch": args.arch,
         "checkpoint": args.pretrained,
+        "pretrain_epochs": args.pretrain_epochs,
         "protocol": protocol,
-        "dataset": args.data,
-        "metrics": metrics,
+        "dataset": args.data if args.dataset == "imagenet" else args.dataset,
+        "metrics": found,
+        "settings": {name: getattr(args, name) for name in _SETTINGS if hasattr(args, name)},
     }
     write_json(Path(args.save_dir) / "results.json", results)
 
 
+# what tells apart the runs of one protocol
+_SETTINGS = (
+    "epochs batch_size optimizer lr lr_backbone lr_classifier wd weights train_percent subset_file ft_proj val_from_train seed"
+).split()
+
+
 @torch.inference_mode()
-def test(net: nn.Module, folder: ImageFolder, args: Namespace, device: torch.device, heads: int = 1) -> list[tuple[float, float]]:
-    """Top-1 and top-5 accuracy on `folder`, in [0, 1], of each of `net`'s classifiers, of which there are `heads`.
+def test(net: nn.Module, images: Images, args: Namespace, device: torch.device, heads: int = 1) -> list[dict[str, float]]:
+    """What each of `net`'s classifiers, of which there are `heads`, is worth on `images`: see `metrics`, all in [0, 1].
 
     Each image counts once, whatever the number of ranks, and a rank may have none.
     """
     net.eval()
-    counts = torch.zeros(3, heads, device=device)
-    for images, label in test_batches(folder, args, device):
+    meter = metrics.meter(images.many, heads, len(images.classes), device)
+    for batch, label in test_batches(images, args, device):
         with precision.autocast(args.amp, device):
-            top1, top5 = correct(by_head(net(images)), label)
-        counts += torch.stack([top1, top5, torch.full_like(top1, len(label))])
-    top1, top5, n = distributed.all_reduce_sum(counts).double()
-    return list(zip((top1 / n).tolist(), (top5 / n).tolist(), strict=True))
+            meter.add(by_head(net(batch)), label)
+    return meter.read()
 
 
-def correct(logits: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
-    """How many labels [B] are the first, and among the first five, of their logits [..., B, classes]; both [...]."""
-    top = logits.topk(min(5, logits.shape[-1]), -1).indices == label[:, None]
-    return top[..., 0].sum(-1).float(), top.any(-1).sum(-1).float()
-
-
-class Heads(nn.ModuleList):
-    """Several classifiers of the same features [B, D]: their logits [heads, B, classes]."""
-
-    def forward(self, features: Tensor) -> Tensor:
-        return torch.stack([head(features) for head in self])
+def by_head(logits: Tensor) -> Tensor:
+    """The logits of one classifier [B, classes] or of several [heads, B, classes], as the latter."""
+    return logits.view(-1, *logits.shape[-2:])
 
 
 class Setting(NamedTuple):
@@ -101,87 +157,63 @@ class Setting(NamedTuple):
     wd: float
 
 
-def by_head(logits: Tensor) -> Tensor:
-    """The logits of one classifier [B, classes] or of several [heads, B, classes], as the latter."""
-    return logits.view(-1, *logits.shape[-2:])
+class Classification(Trainer):
+    """Trains one classifier or several, tests them after every epoch, and keeps the best.
 
-
-class LinearProbe(Trainer):
-    """Trains a new `fc` on the frozen, eval-mode backbone (MoCo, section 4.1), and tests it after every epoch.
-
-    With several rates in `args.lr` or decays in `args.wd`, `fc` is one classifier for each pair, all from the same start, on
-    the same features. What one of them becomes is, to the bit on a CPU, what it would be alone. The best one counts,
-    on val/ as in the papers, or on `held_out`, a part of train/ that is not trained on.
+    The best one is chosen on val/, as in the papers, or on the held-out part of train/. `settings` are the classifiers'.
     """
 
-    def __init__(
-        self,
-        args: Namespace,
-        net: nn.Module,
-        train: ImageFolder,
-        val: ImageFolder,
-        device: torch.device,
-        held_out: ImageFolder | None = None,
-    ):
-        net.requires_grad_(False)
-        net.fc.requires_grad_(True)
-        nn.init.normal_(net.fc.weight, std=0.01)
-        nn.init.zeros_(net.fc.bias)
-        self.settings = [Setting(lr, wd) for lr in args.lr for wd in args.wd]
-        self.heads = [net.fc] + [copy.deepcopy(net.fc) for _ in self.settings[1:]]
-        if len(self.heads) > 1:
-            net.fc = Heads(self.heads)
-        self.loaded = {name: net.state_dict()[name].clone() for name in encoder.backbone_keys(net)}
-        self.val, self.held_out, self.best = val, held_out, 0.0
-        super().__init__(args, net, train, device)
-        # the classifiers compute in fp32: one that diverges must not make a gradient scaler skip the others' steps
-        self.scaler = precision.scaler("off", device)
-        if self._changed():
-            source = args.pretrained or f"a random one with --seed {args.seed}"
-            raise InputError(f"--resume {args.resume}: its backbone is not {source}; give the same --pretrained to go on")
+    best_name = "model_best.pth.tar"
 
-    def trained(self) -> nn.Module:
-        return self.module.fc
+    def __init__(self, args: Namespace, net: nn.Module, images: Splits, device: torch.device, settings: list[Setting]):
+        self.val, self.held_out, self.settings, self.best = images.val, images.held_out, settings, 0.0
+        self.metric = named.METRIC[args.dataset]
+        self._decays = len({setting.wd for setting in settings})
+        super().__init__(args, net, images.train, device)
 
-    def groups(self) -> list[dict[str, Any]]:
-        return [
-            {"params": list(head.parameters()), "lr": lr, "weight_decay": wd}
-            for head, (lr, wd) in zip(self.heads, self.settings, strict=True)
-        ]
+    def losses(self, logits: Tensor, label: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss to train on and what to show, from logits [heads, B, classes].
 
-    def start_epoch(self) -> None:
-        self.module.eval()
-
-    def forward(self, views: list[Tensor], batch: loader.Batch, progress: Progress) -> tuple[Tensor, dict[str, Tensor]]:
-        with torch.inference_mode():
-            features = encoder.features(self.module, views[0])
-        with torch.autocast(self.device.type, enabled=False):
-            logits = by_head(self.ddp(features.float().clone()))  # [heads, B, classes]
-        losses = torch.stack([F.cross_entropy(one, batch.label) for one in logits])
+        Cross entropy; where images show several classes, the mean binary one over what counts.
+        """
+        if label.dim() == 2:
+            counts = (label >= 0).expand_as(logits)
+            target = label.clamp_min(0).to(logits.dtype).expand_as(logits)
+            each = F.binary_cross_entropy_with_logits(logits, target, counts.to(logits.dtype), reduction="none")
+            losses = each.sum((1, 2)) / counts.sum((1, 2)).clamp_min(1)
+        else:
+            losses = torch.stack([F.cross_entropy(one, label) for one in logits])
         best = losses.nan_to_num(torch.inf).argmin()  # the one to show; a rate too high for the features may have diverged
         # take, unlike [best], does not wait for the device
-        top1, top5 = (count.take(best) / len(batch.label) for count in correct(logits, batch.label))
-        return losses.sum(), {"loss": losses.take(best), "acc1": top1, "acc5": top5}
+        shown = {"loss": losses.take(best)}
+        if label.dim() == 1:
+            top1, top5 = (right.float().mean(-1).take(best) for right in metrics.correct(logits, label))
+            shown |= {"acc1": top1, "acc5": top5}
+        return losses.sum(), shown
 
     def test(self) -> None:
-        """Choose a classifier and test it on val/: `accuracy` is its own, beside each one's top-1 where there are several."""
+        """Choose a classifier and test it on val/: `accuracy` is its own, beside each one's metric where there are several."""
         on_val = self._test(self.val)
         judged = self._test(self.held_out) if self.held_out else on_val
-        best = max(self.settings, key=judged.get)
-        self.chosen_by = judged[best][0]
-        self.accuracy = {"acc1": on_val[best][0], "acc5": on_val[best][1]}
+        best = max(self.settings, key=lambda one: tuple(judged[one][name] for name in self._order(judged[one])))
+        self.chosen_by = judged[best][self.metric]
+        self.accuracy = {name: on_val[best][name] for name in self._order(on_val[best])}
         if self.held_out:
-            self.accuracy["held_out_acc1"] = self.chosen_by
+            self.accuracy[f"held_out_{self.metric}"] = self.chosen_by
         if len(self.settings) > 1:
-            self.accuracy |= {"best_lr": best.lr} | ({"best_wd": best.wd} if len(self.args.wd) > 1 else {})
-            self.accuracy |= {f"acc1_{self.name(one)}": top1 for one, (top1, _) in on_val.items()}
+            self.accuracy |= {"best_lr": best.lr} | ({"best_wd": best.wd} if self._decays > 1 else {})
+            self.accuracy |= {f"{self.metric}_{self.name(one)}": found[self.metric] for one, found in on_val.items()}
 
-    def _test(self, folder: ImageFolder) -> dict[Setting, tuple[float, float]]:
-        return dict(zip(self.settings, test(self.module, folder, self.args, self.device, len(self.heads)), strict=True))
+    def _order(self, found: dict[str, float]) -> list[str]:
+        """The metrics that this data set reports, first the one that counts."""
+        return [self.metric, *(name for name in found if name not in (self.metric, "mean_per_class"))]
+
+    def _test(self, images: Images) -> dict[Setting, dict[str, float]]:
+        return dict(zip(self.settings, test(self.module, images, self.args, self.device, len(self.settings)), strict=True))
 
     def name(self, setting: Setting, space: str = "") -> str:
         """What a classifier is called: lr30, or lr30_wd0.0001 where several decays are tried; `lr 30` to read."""
-        wd = f"{space or '_'}wd{space}{setting.wd:g}" if len(self.args.wd) > 1 else ""
+        wd = f"{space or '_'}wd{space}{setting.wd:g}" if self._decays > 1 else ""
         return f"lr{space}{setting.lr:g}{wd}"
 
     def end_epoch(self, done: int) -> dict[str, float]:
@@ -189,19 +221,65 @@ class LinearProbe(Trainer):
         self.best = max(self.best, self.chosen_by)
         self.save("checkpoint.pth.tar", done, best_acc1=self.best)
         if self.best == self.chosen_by:
-            self.save("model_best.pth.tar", done, best_acc1=self.best)
+            self.save(self.best_name, done, best_acc1=self.best)
         return {f"val_{name}": value for name, value in self.accuracy.items()}
 
-    def check_frozen(self) -> None:
-        """Raise RuntimeError if a backbone tensor is not bit for bit what was loaded."""
-        if changed := self._changed():
-            raise RuntimeError(f"the frozen backbone changed in training: {', '.join(changed)}")
-        say(f"frozen backbone is bit-identical to what was loaded: {len(self.loaded)} tensors")
+    def run(self, protocol: str) -> None:
+        """Train what is left to train, or only test; print the accuracies and write results.json."""
+        if self.args.evaluate or self.first_epoch >= self.args.epochs:
+            self.test()
+        else:
+            self.train()
+            self.finish()
+        found = self.accuracy
+        title = metrics.TITLES[self.metric]
+        if len(self.settings) > 1:
+            each = [f"{self.name(one, ' ')}: {100 * found[f'{self.metric}_{self.name(one)}']:.3f}" for one in self.settings]
+            say("  ".join(each) + f"  ({title}; the best follows)")
+        say("* " + " ".join(f"{name} {100 * found[key]:.3f}" for key, name in metrics.TITLES.items() if key in found))
+        write_results(self.args, protocol, found)
 
-    def _changed(self) -> list[str]:
-        now = self.module.state_dict()
-        return [name for name, tensor in self.loaded.items() if not torch.equal(tensor, now[name])]
+    def finish(self) -> None:
+        """What follows training."""
 
     def _resume(self, state: checkpoint.State) -> int:
         self.best = state["best_acc1"]
         return super()._resume(state)
+
+
+class FineTuning(Classification):
+    """Trains the whole network on labelled images: a new classifier at one rate, what was pre-trained at another.
+
+    Args:
+        setting: of the classifier.
+        lr_backbone: of what was pre-trained, which has the same weight decay.
+        zero_init: the classifier begins at 0.
+    """
+
+    def __init__(
+        self,
+        args: Namespace,
+        net: nn.Module,
+        images: Splits,
+        device: torch.device,
+        setting: Setting,
+        lr_backbone: float,
+        zero_init: bool = False,
+    ):
+        self.classifier, self.lr_backbone = encoder.classifier(net), lr_backbone
+        nn.init.zeros_(self.classifier.bias)
+        if zero_init:
+            nn.init.zeros_(self.classifier.weight)
+        else:
+            nn.init.normal_(self.classifier.weight, std=0.01)
+        super().__init__(args, net, images, device, [setting])
+
+    def groups(self) -> list[dict[str, Any]]:
+        new = list(self.classifier.parameters())
+        mine = {id(p) for p in new}
+        old = [p for p in self.module.parameters() if id(p) not in mine]
+        (lr, wd), old_lr = self.settings[0], self.lr_backbone
+        return [{"params": new, "lr": lr, "weight_decay": wd}, {"params": old, "lr": old_lr, "weight_decay": wd}]
+
+    def forward(self, views: list[Tensor], batch: loader.Batch, progress: Progress) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.losses(by_head(self.ddp(views[0]).float()), batch.label)

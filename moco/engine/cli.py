@@ -11,14 +11,16 @@ import yaml
 
 from moco import distributed
 from moco.augment.recipes import recipe
+from moco.data import named
 from moco.encoder import check_arch
+from moco.engine import optim
 from moco.errors import InputError, unknown
 
 Options = argparse.Namespace
 Number = TypeVar("Number", int, float)
 
 # what a run's args.yaml holds beside its options
-_NOT_OPTIONS = {"cfg", "script", "method", "encoder-method", "nodes", "batch-per-process"}
+_NOT_OPTIONS = {"cfg", "script", "method", "encoder-method", "pretrain-epochs", "nodes", "batch-per-process"}
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -192,27 +194,57 @@ def add_input(parser: Parser, batch: int, recipe: str | None, arch: str | None =
     group.add_argument("--compile", action="store_true", help="torch.compile the networks and the colour operations")
 
 
-def add_pretrained(parser: Parser) -> None:
-    """Which encoder is evaluated."""
-    group = parser.add_argument_group("encoder")
+def add_evaluation(parser: Parser) -> None:
+    """Which encoder is evaluated, and on which data set."""
+    group = parser.add_argument_group("encoder and data set")
     group.add_argument("--pretrained", metavar="FILE", help="checkpoint of any method here, or a MoCo, SogCLR, MoBY or bare file")
+    group.add_argument("--dataset", default="imagenet", metavar="NAME", help=f"what lies in DIR, of {', '.join(named.NAMES)}")
+    group.add_argument("--download", action="store_true", help="fetch the data set into DIR first")
 
 
-def add_optimizer(parser: Parser, epochs: int, lr: float | list[float], wd: float | list[float], schedule: list[int]) -> None:
-    """How weights change, with a protocol's defaults; where those of `lr` and `wd` are lists, several of each may be given."""
+def add_weights(parser: Parser, default: str) -> None:
+    """Whether the encoder trains too."""
+    group = parser.add_argument_group("weights")
+    group.add_argument("--weights", choices=("freeze", "finetune"), default=default, help="of the encoder: kept, or trained too")
+
+
+def add_choice(parser: Parser) -> None:
+    """On what the best classifier is chosen."""
+    group = parser.add_argument_group("choice")
+    group.add_argument("-e", "--evaluate", action="store_true", help="only test the classifier of --resume")
+    group.add_argument(
+        "--val-from-train",
+        type=float,
+        metavar="FRACTION",
+        help="of each class's training images, held out to choose the best classifier on; by default it is chosen on val/",
+    )
+
+
+def add_optimizer(
+    parser: Parser, epochs: int, lr: float | list[float] | None, wd: float | list[float], schedule: list[int]
+) -> None:
+    """How weights change, with a protocol's defaults; where those of `lr` and `wd` are lists, several of each may be given.
+
+    `lr` None leaves the rate to the script.
+    """
     several = isinstance(lr, list)
     number = {"type": nonnegative_float, "nargs": "+" if several else None}
     note = "; with several, a classifier for each in one pass" if several else ""
     group = parser.add_argument_group("optimization")
     group.add_argument("--epochs", type=positive, default=epochs)
-    group.add_argument(
-        "--lr", "--learning-rate", **number, metavar="LR", default=lr, help="as it is: not scaled by the batch size" + note
-    )
+    group.add_argument("--optimizer", choices=optim.OPTIMIZERS, default="sgd", help="with momentum, either")
+    if lr is not None:
+        scale = "as it is: not scaled by the batch size" + note
+        group.add_argument("--lr", "--learning-rate", **number, metavar="LR", default=lr, help=scale)
     group.add_argument("--wd", "--weight-decay", dest="wd", **number, metavar="WD", default=wd, help="weight decay" + note)
     group.add_argument("--schedule", type=int, nargs="*", default=schedule, metavar="EPOCH", help="lr x .1 at these epochs")
     group.add_argument("--cos", action=argparse.BooleanOptionalAction, default=False, help="cosine schedule by epoch instead")
+    group.add_argument("--sgdr", type=natural, default=0, metavar="0|1", help="1: cosine schedule that begins anew (warm restarts)")
+    group.add_argument("--sgdr-t0", type=positive, default=12, metavar="EPOCHS", help="of each of its periods")
+    group.add_argument("--lr-final", type=nonnegative_float, default=0.0, metavar="LR", help="at which a cosine schedule ends")
     group.add_argument("--lr-warmup-epochs", type=natural, default=0, help="epochs of linear learning-rate warm-up")
-    group.add_argument("--momentum", type=float, default=0.9, help="of SGD")
+    group.add_argument("--momentum", type=float, default=0.9)
+    group.add_argument("--nesterov", action=argparse.BooleanOptionalAction, default=False, help="Nesterov's momentum, of sgd")
     group.add_argument("--accumulation-steps", type=positive, default=1, metavar="N", help="passes of --batch-size in one step")
 
 

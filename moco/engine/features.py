@@ -10,26 +10,26 @@ from torch import Tensor, nn
 from moco import distributed, encoder
 from moco.augment.color import normalize
 from moco.data import loader
-from moco.data.datasets import ImageFolder
+from moco.data.images import Images
 from moco.engine.precision import autocast, layout
 
 
-def test_batches(folder: ImageFolder, args: Namespace, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """This rank's share of `folder` (every W-th image) as normalized centre crops [B, 3, S, S] and labels [B]."""
-    order = loader.EvalOrder(len(folder), args.batch_per_process)
-    for batch in loader.batches(folder, loader.CenterCrop(args.image_size), order, args, device):
+def test_batches(images: Images, args: Namespace, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """This rank's share of `images` (every W-th) as normalized centre crops [B, 3, S, S] and labels [B]."""
+    order = loader.EvalOrder(len(images), args.batch_per_process)
+    for batch in loader.batches(images, loader.CenterCrop(args.image_size), order, args, device):
         yield layout(normalize(batch.views[0])), batch.label
 
 
 @torch.inference_mode()
-def extract(net: nn.Module, folder: ImageFolder, args: Namespace, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Unit backbone features [n, D] and labels [n] of this rank's share of `folder`, in eval mode."""
+def extract(net: nn.Module, images: Images, args: Namespace, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Unit backbone features [n, D] and labels [n] of this rank's share of `images`, in eval mode."""
     was_training = net.training
     net.eval()
     rows, labels = [], []
-    for images, label in test_batches(folder, args, device):
+    for batch, label in test_batches(images, args, device):
         with autocast(args.amp, device):
-            x = encoder.features(net, images)
+            x = encoder.features(net, batch)
         rows.append(F.normalize(x.float(), dim=1))
         labels.append(label)
     net.train(was_training)

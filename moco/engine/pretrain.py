@@ -47,6 +47,6 @@ class Pretraining(Trainer):
     def _knn(self) -> float:
         """k-NN top-1 of the encoder on val/, against train/."""
         args = self.args
-        val = datasets.scan(self.folder.root.parent, "val", self.folder.classes)
-        bank, queries = (features.extract(self.module.encoder, folder, args, self.device) for folder in (self.folder, val))
+        val = datasets.scan(self.images.root.parent, "val", self.images.classes)
+        bank, queries = (features.extract(self.module.encoder, folder, args, self.device) for folder in (self.images, val))
         return features.knn(*bank, *queries, len(val.classes), [args.knn_k], args.knn_t)[args.knn_k]

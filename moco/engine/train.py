@@ -15,7 +15,7 @@ from moco import distributed, rng
 from moco.augment import color
 from moco.augment.recipes import recipe
 from moco.data import loader
-from moco.data.datasets import ImageFolder
+from moco.data.images import Images
 from moco.engine import checkpoint, optim, precision
 from moco.engine.log import Mean, RunLog, say
 from moco.errors import InputError
@@ -27,21 +27,21 @@ class Trainer(ABC):
     Args:
         args: the options of `cli.add_input`, `add_optimizer` and `add_run`, with `method` and `batch_per_process` set.
         module: what is trained and saved; already on `device`.
-        folder: the training images.
+        images: what it is trained on.
     """
 
-    def __init__(self, args: Namespace, module: nn.Module, folder: ImageFolder, device: torch.device):
-        self.args, self.module, self.folder, self.device = args, module, folder, device
+    def __init__(self, args: Namespace, module: nn.Module, images: Images, device: torch.device):
+        self.args, self.module, self.images, self.device = args, module, images, device
         self.recipe = recipe(args.recipe, args.image_size)
         if args.compile:
             color.fuse()
-        self.optimizer = optim.sgd(self.groups(), args)
+        self.optimizer = optim.make(self.groups(), args)
         self.rates = [group["lr"] for group in self.optimizer.param_groups]  # before any schedule, and before a resumed one
         self.scaler = precision.scaler(args.amp, device)
         self.first_epoch = self._resume(checkpoint.load(args.resume)) if args.resume else 0
         self.ddp = distributed.data_parallel(self.trained())
         self.order = loader.TrainOrder(
-            len(folder), args.batch_per_process, args.accumulation_steps, self.first_epoch, args.epochs, args.seed
+            len(images), args.batch_per_process, args.accumulation_steps, self.first_epoch, args.epochs, args.seed
         )
         self.steps_per_epoch = self.order.batches // args.accumulation_steps
 
@@ -75,7 +75,7 @@ class Trainer(ABC):
         self._announce()
         log = RunLog(args, per_epoch * args.epochs, per_epoch * self.first_epoch)
         cut = loader.RandomCrops(self.recipe, args.seed)
-        batches = loader.batches(self.folder, cut, self.order, args, self.device)
+        batches = loader.batches(self.images, cut, self.order, args, self.device)
         for epoch in range(self.first_epoch, args.epochs):
             self._epoch(epoch, batches, log)
             distributed.broadcast_buffers(self.module)
@@ -86,7 +86,7 @@ class Trainer(ABC):
 
     def _epoch(self, epoch: int, batches: Iterator[loader.Batch], log: RunLog) -> None:
         args, per_epoch = self.args, self.steps_per_epoch
-        rates = [rate * optim.decay(args, epoch) for rate in self.rates]
+        rates = [optim.rate(args, base, epoch) for base in self.rates]
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
         self.start_epoch()
@@ -122,8 +122,8 @@ class Trainer(ABC):
         args, w = self.args, distributed.world()
         batch = args.batch_per_process * w * args.accumulation_steps
         if not self.steps_per_epoch:
-            raise InputError(f"{self.folder.root}: {len(self.folder)} images do not fill one batch of {batch}; lower --batch-size")
-        say(f"{args.method} {args.arch}: {len(self.folder)} images in {self.folder.root}")
+            raise InputError(f"{self.images.root}: {len(self.images)} images do not fill one batch of {batch}; lower --batch-size")
+        say(f"{args.method} {args.arch}: {len(self.images)} images in {self.images.root}")
         say(f"views {args.recipe} at {args.image_size} pixels; {self.device.type}, amp {args.amp}")
         rates = ", ".join(dict.fromkeys(f"{rate:g}" for rate in self.rates))
         say(

@@ -1,0 +1,65 @@
+#!/usr/bin/env python
+"""Semi-supervised learning: fine-tune a pre-trained encoder on 1 %, 10 % or all of the labels, test it on val/.
+
+Without --pretrained the encoder is randomly initialised, which is the baseline to compare with.
+"""
+
+import torch
+
+from moco.engine import classify, cli
+from moco.engine.probe import LinearProbe
+from moco.errors import InputError
+
+
+def parser() -> cli.Parser:
+    p = cli.Parser(__doc__)
+    cli.add_input(p, batch=1024, recipe="probe", arch=None)
+    cli.add_evaluation(p)
+    labels = p.add_argument_group("labels")
+    labels.add_argument(
+        "--train-percent",
+        type=int,
+        choices=(1, 10, 100),
+        default=10,
+        help="of the training labels: on ImageNet those of the published lists, else a sample of each class",
+    )
+    labels.add_argument("--subset-file", metavar="FILE", help="list of the labelled images, one file name a line")
+    cli.add_weights(p, "finetune")
+    head = p.add_argument_group("classifier")
+    head.add_argument("--lr-backbone", type=cli.nonnegative_float, default=0.02, metavar="LR", help="of what was pre-trained")
+    head.add_argument("--lr-classifier", type=cli.nonnegative_float, default=0.02, metavar="LR", help="of the new classifier")
+    head.add_argument("--ft-proj", type=cli.natural, default=0, metavar="N", help="keep N layers of the projection head below it")
+    head.add_argument("--zero-init-classifier", action="store_true", help="begin with weights of 0")
+    cli.add_optimizer(p, epochs=30, lr=None, wd=1e-6, schedule=[])
+    p.set_defaults(cos=True)
+    cli.add_choice(p)
+    cli.add_run(p)
+    cli.add_launch(p)
+    return p
+
+
+def check(args: cli.Options) -> None:
+    args.method = "semisup"
+    if args.ft_proj and not args.pretrained and not args.evaluate:
+        raise InputError("--ft-proj keeps layers of a pre-trained head: give the checkpoint with --pretrained FILE")
+    if args.ft_proj and args.weights == "freeze":
+        raise InputError("--ft-proj needs --weights finetune: a frozen encoder is judged by its backbone's features")
+    classify.check_choice(args)
+    classify.take_up(args, ("weights", "lr_backbone", "lr_classifier", "wd", "train_percent", "subset_file", "ft_proj"))
+    classify.check(args)
+
+
+def worker(args: cli.Options, device: torch.device) -> None:
+    images = classify.splits(args)
+    net = classify.pretrained(args, len(images.train.classes), device)
+    setting = classify.Setting(args.lr_classifier, args.wd)
+    if args.weights == "freeze":
+        trainer = LinearProbe(args, net, images, device, [setting])
+    else:
+        trainer = classify.FineTuning(args, net, images, device, setting, args.lr_backbone, args.zero_init_classifier)
+    trainer.best_name = "model_best_semisup.pth.tar"
+    trainer.run(f"semisup{args.train_percent}")
+
+
+if __name__ == "__main__":
+    cli.main(parser(), check, worker)

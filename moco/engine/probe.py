@@ -1,0 +1,75 @@
+"""The linear probe: classifiers on the frozen features of a pre-trained encoder."""
+
+import copy
+from argparse import Namespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moco import encoder
+from moco.data import loader
+from moco.engine import precision
+from moco.engine.classify import Classification, Setting, Splits, by_head
+from moco.engine.log import say
+from moco.errors import InputError
+from moco.rng import Progress
+
+
+class Heads(nn.ModuleList):
+    """Several classifiers of the same features [B, D]: their logits [heads, B, classes]."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        return torch.stack([head(features) for head in self])
+
+
+class LinearProbe(Classification):
+    """Trains a new `fc` on the frozen, eval-mode backbone (MoCo, section 4.1).
+
+    With several settings, `fc` is one classifier for each, all from the same start, on the same features. What one of them
+    becomes is, to the bit on a CPU, what it would be alone.
+    """
+
+    def __init__(self, args: Namespace, net: nn.Module, images: Splits, device: torch.device, settings: list[Setting]):
+        net.requires_grad_(False)
+        net.fc.requires_grad_(True)
+        nn.init.normal_(net.fc.weight, std=0.01)
+        nn.init.zeros_(net.fc.bias)
+        self.heads = [net.fc] + [copy.deepcopy(net.fc) for _ in settings[1:]]
+        if len(self.heads) > 1:
+            net.fc = Heads(self.heads)
+        self.loaded = {name: net.state_dict()[name].clone() for name in encoder.backbone_keys(net)}
+        super().__init__(args, net, images, device, settings)
+        # the classifiers compute in fp32: one that diverges must not make a gradient scaler skip the others' steps
+        self.scaler = precision.scaler("off", device)
+        if self._changed():
+            source = args.pretrained or f"a random one with --seed {args.seed}"
+            raise InputError(f"--resume {args.resume}: its backbone is not {source}; give the same --pretrained to go on")
+
+    def trained(self) -> nn.Module:
+        return self.module.fc
+
+    def groups(self) -> list[dict[str, Any]]:
+        return [
+            {"params": list(head.parameters()), "lr": lr, "weight_decay": wd}
+            for head, (lr, wd) in zip(self.heads, self.settings, strict=True)
+        ]
+
+    def start_epoch(self) -> None:
+        self.module.eval()
+
+    def forward(self, views: list[Tensor], batch: loader.Batch, progress: Progress) -> tuple[Tensor, dict[str, Tensor]]:
+        with torch.inference_mode():
+            features = encoder.features(self.module, views[0])
+        with torch.autocast(self.device.type, enabled=False):
+            return self.losses(by_head(self.ddp(features.float().clone())), batch.label)
+
+    def finish(self) -> None:
+        """Raise RuntimeError if a backbone tensor is not bit for bit what was loaded."""
+        if changed := self._changed():
+            raise RuntimeError(f"the frozen backbone changed in training: {', '.join(changed)}")
+        say(f"frozen backbone is bit-identical to what was loaded: {len(self.loaded)} tensors")
+
+    def _changed(self) -> list[str]:
+        now = self.module.state_dict()
+        return [name for name, tensor in self.loaded.items() if not torch.equal(tensor, now[name])]

@@ -1,0 +1,94 @@
+"""Each metric against its slow definition, on fresh random scores."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import average_precision_score, confusion_matrix
+
+from moco.engine import metrics
+
+CPU = torch.device("cpu")
+
+
+def batches(*tensors, size=7):
+    return zip(*(t.split(size) for t in tensors), strict=True)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("classes", [3, 12])
+def test_accuracies_are_those_of_the_confusion_matrix(seed, classes):
+    rng = np.random.default_rng(seed)
+    label = rng.integers(0, classes - 1, 60)  # the last class has no image
+    logits = rng.normal(size=(2, 60, classes))
+    meter = metrics.Accuracy(2, classes, CPU)
+    for row, y in batches(torch.from_numpy(logits).transpose(0, 1), torch.from_numpy(label)):
+        meter.add(row.transpose(0, 1), y)
+    for found, mine in zip(meter.read(), logits, strict=True):
+        matrix = confusion_matrix(label, mine.argmax(1), labels=range(classes)).astype(float)
+        seen = matrix.sum(1) > 0
+        assert found["mean_per_class"] == pytest.approx((matrix.diagonal()[seen] / matrix.sum(1)[seen]).mean())
+        assert found["acc1"] == pytest.approx(matrix.trace() / 60)
+        first = np.argsort(-mine, 1)[:, :5]
+        assert found["acc5"] == pytest.approx(np.mean([y in row for y, row in zip(label, first, strict=True)]))
+
+
+def eleven_points_by_hand(label, score) -> float:
+    """VOC's development kit: walk down the ranking, then for each recall the best precision from there on."""
+    right = np.cumsum(label[np.argsort(-score, kind="stable")])
+    precision = right / np.arange(1, len(label) + 1)
+    reached = [[p for p, r in zip(precision, right, strict=True) if 10 * r >= tenth * label.sum()] for tenth in range(11)]
+    return sum(max(p) for p in reached) / 11
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("share", [0.05, 0.3, 0.9])
+def test_average_precision_is_its_definition(seed, share):
+    rng = np.random.default_rng(seed)
+    label = (rng.random(200) < share).astype(int)
+    label[0] = 1
+    score = rng.normal(size=200) + label
+    assert metrics.eleven_points(label, score) == pytest.approx(eleven_points_by_hand(label, score), abs=1e-12)
+    assert metrics.area(label, score) == pytest.approx(average_precision_score(label, score), abs=1e-12)
+
+
+def test_eleven_points_of_a_ranking_worked_out_by_hand():
+    # right, wrong, right, wrong, wrong, right, ...: recall 1/4 at precision 1, 2/4 at 2/3, 3/4 at 3/6, 4/4 at 4/10
+    label = np.array([1, 0, 1, 0, 0, 1, 0, 0, 0, 1])
+    score = -np.arange(10.0)
+    # recalls 0 .1 .2 | .3 .4 .5 | .6 .7 | .8 .9 1
+    assert metrics.eleven_points(label, score) == pytest.approx((3 * 1 + 3 * 2 / 3 + 2 / 2 + 3 * 0.4) / 11)
+    assert metrics.area(label, score) == pytest.approx((1 + 2 / 3 + 1 / 2 + 0.4) / 4)
+
+
+def test_a_recall_on_a_tenth_counts_for_that_tenth():
+    """10 images shown: every recall is a tenth, which binary fractions miss by a hair."""
+    label = np.tile([1, 0], 10)
+    want = sum((i or 1) / (2 * (i or 1) - 1) for i in range(11)) / 11
+    assert metrics.eleven_points(label, -np.arange(20.0)) == pytest.approx(want)
+
+
+def test_difficult_objects_and_absent_classes_are_not_counted():
+    rng = np.random.default_rng(0)
+    labels, scores = rng.integers(-1, 2, (50, 4)), rng.normal(size=(50, 4))
+    labels[:, 2] = np.minimum(labels[:, 2], 0)  # no image shows it
+    labels[0] = [1, 1, 0, 1]
+    found = metrics.mean_average_precision(scores, labels)
+    kept = [(labels[:, c] >= 0, c) for c in (0, 1, 3)]
+    assert found["map"] == pytest.approx(np.mean([average_precision_score(labels[k, c], scores[k, c]) for k, c in kept]))
+    assert found["map11"] == pytest.approx(np.mean([eleven_points_by_hand(labels[k, c], scores[k, c]) for k, c in kept]))
+
+
+def test_average_precision_of_several_classifiers_in_batches():
+    torch.manual_seed(0)
+    logits, label = torch.randn(40, 3, 5), torch.randint(0, 2, (40, 5))
+    meter = metrics.meter(True, 3, 5, CPU)
+    for row, y in batches(logits, label):
+        meter.add(row.transpose(0, 1), y)
+    for head, found in enumerate(meter.read()):
+        assert found == pytest.approx(metrics.mean_average_precision(logits[:, head].numpy(), label.numpy()))
+
+
+def test_a_classifier_that_diverged_is_worth_what_a_constant_is():
+    labels = np.array([[1], [0], [0], [1]])
+    found = metrics.mean_average_precision(np.full((4, 1), np.nan), labels)
+    assert found == {"map11": pytest.approx(0.5), "map": pytest.approx(0.5)}

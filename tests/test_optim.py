@@ -1,0 +1,98 @@
+"""LARS against its definition, one tensor at a time in float64, and the learning-rate schedules."""
+
+import itertools
+import math
+from argparse import Namespace
+
+import pytest
+import torch
+
+from moco.engine import optim
+
+SHAPES = ((4, 3, 2, 2), (5, 4), (5,), (3, 3), ())
+
+
+def lars_by_hand(weights, gradients, momenta, lr, decay, momentum, trust):
+    """One step of what SimCLR's appendix and MoCo v3 describe, in place."""
+    for w, g, v in zip(weights, gradients, momenta, strict=True):
+        g = g.clone()
+        if w.dim() > 1:
+            g += decay * w
+            length, slope = w.square().sum().sqrt(), g.square().sum().sqrt()
+            if length > 0 and slope > 0:
+                g *= trust * length / slope
+        v.copy_(momentum * v + g)
+        w.sub_(lr * v)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_lars_is_its_definition(seed, decay):
+    torch.manual_seed(seed)
+    params = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in SHAPES]
+    with torch.no_grad():
+        params[3].zero_()  # a length of 0 scales nothing
+    mine = [p.detach().clone() for p in params]
+    momenta = [torch.zeros_like(p) for p in mine]
+    optimizer = optim.LARS([{"params": params, "lr": 0.3, "weight_decay": decay}], momentum=0.8, trust=0.01)
+    for step in range(4):
+        gradients = [torch.randn_like(p) for p in mine]
+        gradients[1] *= step != 2  # nor does a gradient of 0
+        for p, g in zip(params, gradients, strict=True):
+            p.grad = g.clone()
+        optimizer.step()
+        lars_by_hand(mine, gradients, momenta, 0.3, decay, 0.8, 0.01)
+        for p, g, want in zip(params, gradients, mine, strict=True):
+            torch.testing.assert_close(p.detach(), want, rtol=1e-12, atol=1e-12)
+            assert torch.equal(p.grad, g)
+
+
+def test_lars_leaves_what_has_no_gradient_alone():
+    used, unused = (torch.ones(2, 2, requires_grad=True) for _ in range(2))
+    used.grad = torch.ones(2, 2)
+    optim.LARS([used, unused], lr=1.0).step()
+    assert torch.equal(unused, torch.ones(2, 2)) and not torch.equal(used, torch.ones(2, 2))
+
+
+def test_lars_goes_on_from_its_state():
+    torch.manual_seed(0)
+    first, second = (torch.nn.Linear(3, 2) for _ in range(2))
+    second.load_state_dict(first.state_dict())
+    one, two = (optim.LARS(net.parameters(), lr=0.5, weight_decay=0.1) for net in (first, second))
+    for optimizer, net in ((one, first), (two, second)):
+        net(torch.ones(1, 3)).sum().backward()
+        optimizer.step()
+    fresh = optim.LARS(second.parameters(), lr=9.0)
+    fresh.load_state_dict(two.state_dict())
+    one.step(), fresh.step()
+    assert torch.equal(first.weight, second.weight) and torch.equal(first.bias, second.bias)
+
+
+def options(**changed) -> Namespace:
+    given = {"lr_warmup_epochs": 0, "cos": False, "sgdr": 0, "sgdr_t0": 12, "lr_final": 0.0, "schedule": [], "epochs": 100}
+    return Namespace(**{**given, **changed})
+
+
+def test_step_schedule():
+    args = options(schedule=[60, 80])
+    assert [optim.rate(args, 30.0, epoch) for epoch in (0, 59, 60, 79, 80, 99)] == pytest.approx([30, 30, 3, 3, 0.3, 0.3])
+
+
+def test_cosine_ends_at_the_final_rate():
+    args = options(cos=True, lr_final=0.01)
+    for epoch in (0, 1, 50, 99, 100):
+        want = 0.01 + (10 - 0.01) * (1 + math.cos(math.pi * epoch / 100)) / 2
+        assert optim.rate(args, 10.0, epoch) == pytest.approx(want)
+    assert optim.rate(args, 10.0, 0) == 10 and optim.rate(args, 10.0, 100) == pytest.approx(0.01)
+
+
+def test_cosine_begins_anew_with_sgdr():
+    args = options(sgdr=1)
+    rates = [optim.rate(args, 5.0, epoch) for epoch in range(36)]
+    assert rates[:12] == rates[12:24] == rates[24:] and rates[0] == 5 and rates[6] == pytest.approx(2.5)
+    assert all(a > b for a, b in itertools.pairwise(rates[:12]))
+
+
+def test_warm_up_is_linear_and_ends_at_the_rate():
+    args = options(lr_warmup_epochs=4, schedule=[50])
+    assert [optim.rate(args, 1.0, epoch) for epoch in range(5)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
