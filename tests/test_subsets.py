@@ -1,11 +1,17 @@
 """Parts of image folders: of every class a share, nothing in two parts, the same for the same seed."""
 
+import hashlib
+import http.server
+import shutil
+import threading
+
 import numpy as np
 import pytest
-from conftest import write_images
+from conftest import ROOT, write_images
 
-from moco.data import datasets
-from moco.data.subsets import hold_out
+from moco.data import datasets, subsets
+from moco.data.images import ImageFolder
+from moco.data.subsets import hold_out, is_imagenet, labelled, listed, published, sample
 from moco.errors import InputError
 
 
@@ -35,3 +41,145 @@ def test_a_class_of_one_image_cannot_be_split(tmp_path):
     whole = datasets.scan(write_images(tmp_path, train=1), "train")
     with pytest.raises(InputError, match="class0: has one image only"):
         hold_out(whole, 0.5, seed=0)
+
+
+@pytest.mark.parametrize(("fraction", "per_class"), [(0.1, 2), (0.01, 1), (0.5, 8)])
+def test_sample_takes_a_share_of_each_class(shared_images, fraction, per_class):
+    whole = datasets.scan(shared_images, "train")
+    first, again, other = (sample(whole, fraction, seed) for seed in (1, 1, 2))
+    assert np.bincount(first.labels).tolist() == [per_class] * 3
+    assert first.paths.tolist() == again.paths.tolist() == sorted(first.paths.tolist()) != other.paths.tolist()
+    assert paths(first) < paths(whole)
+
+
+def test_parts_of_images_that_show_several_classes(tmp_path):
+    """Their classes cannot be kept apart: a share of all."""
+    labels = np.random.default_rng(0).integers(-1, 2, (20, 3))
+    whole = ImageFolder(tmp_path, labels, ("a", "b", "c"), np.array([b"%d.jpg" % i for i in range(20)]))
+    rest, held = hold_out(whole, 0.25, seed=0)
+    assert len(held) == 5 and paths(rest) | paths(held) == paths(whole) and not paths(rest) & paths(held)
+    for i in range(5):
+        assert held.labels[i].tolist() == labels[int(held.name(i).removesuffix(".jpg"))].tolist()
+
+
+# Lists of labelled images.
+
+
+def test_a_list_names_images_by_file_or_by_class_and_file(shared_images, tmp_path):
+    train = datasets.scan(shared_images, "train")  # 0.jpg to 15.jpg in each class
+    (tmp_path / "list.txt").write_text("class2/3.jpg\n\nclass0/15.jpg\n  class1/3.jpg \n")
+    part = listed(train, tmp_path / "list.txt")
+    assert [part.name(i) for i in range(3)] == ["class0/15.jpg", "class1/3.jpg", "class2/3.jpg"]
+    assert part.labels.tolist() == [0, 1, 2] and part.classes == train.classes
+    (shared_images / "train" / "class1" / "alone.jpg").write_bytes((shared_images / "train" / "class1" / "0.jpg").read_bytes())
+    try:
+        (tmp_path / "list.txt").write_text("alone.jpg\n")
+        part = listed(datasets.scan(shared_images, "train"), tmp_path / "list.txt")
+        assert (part.name(0), part.labels.tolist()) == ("class1/alone.jpg", [1])
+    finally:
+        (shared_images / "train" / "class1" / "alone.jpg").unlink()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("class0/1.jpg\nclass0/77.jpg\nclass9/1.jpg", "2 of the 3 images that .* names are missing, first 'class0/77.jpg'"),
+        ("1.jpg", "'1.jpg' stands in several class folders; write CLASS/1.jpg"),
+        ("\n \n", "names no image"),
+        ("\xff", "not text"),
+        (None, "No such file"),
+    ],
+)
+def test_a_list_that_does_not_fit_is_one_line(shared_images, tmp_path, text, said):
+    if text is not None:
+        (tmp_path / "list.txt").write_bytes(text.encode("latin-1"))
+    with pytest.raises(InputError, match=said) as error:
+        listed(datasets.scan(shared_images, "train"), tmp_path / "list.txt")
+    assert "\n" not in str(error.value)
+
+
+@pytest.fixture
+def answers(tmp_path, monkeypatch):
+    """A loopback server in the place of the published lists' and an empty cache; returns what it was asked for."""
+    asked = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(LIST)
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(subsets, "_URL", f"http://127.0.0.1:{server.server_port}/{{}}percent.txt")
+    yield asked
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+LIST = b"n00000001_1.JPEG\nn00000002_7.JPEG\n"
+
+
+def test_a_published_list_is_downloaded_once_and_checked(answers, monkeypatch):
+    monkeypatch.setitem(subsets._SHA256, 1, hashlib.sha256(LIST).hexdigest())
+    assert published(1).read_bytes() == LIST and published(1).read_bytes() == LIST
+    assert answers == ["/1percent.txt"]
+    published(1).write_bytes(LIST[:-3])  # damaged: fetched again
+    assert published(1).read_bytes() == LIST and len(answers) == 2
+    monkeypatch.setattr(subsets, "_URL", "http://127.0.0.1:9/{}percent.txt")
+    assert published(1).read_bytes() == LIST  # the second use needs no network
+
+
+def test_a_list_that_is_not_the_published_one_is_refused(answers):
+    with pytest.raises(InputError, match=r"sha256 differs.*--subset-file FILE"):
+        published(10)
+    assert answers == ["/10percent.txt"] and not list(datasets.cache_folder().glob("**/*.txt"))
+
+
+def test_without_network_the_message_says_how_to_supply_the_list(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(subsets, "_URL", "http://127.0.0.1:9/{}percent.txt")
+    with pytest.raises(InputError, match=r"1 % cannot be downloaded .*refused.*--subset-file FILE") as error:
+        published(1)
+    assert "\n" not in str(error.value)
+
+
+TRUE_LISTS = ROOT.parent / "shared" / "data" / "imagenet_subsets"
+
+
+@pytest.mark.skipif(not TRUE_LISTS.is_dir(), reason="the true lists are not in the repository")
+@pytest.mark.parametrize(("percent", "count"), [(1, 12_811), (10, 128_116)])
+def test_the_true_lists(percent, count, tmp_path, monkeypatch):
+    """Against a folder of those names and others, whose images are never opened."""
+    file = TRUE_LISTS / f"{percent}percent.txt"
+    names = file.read_text().split()
+    wnids = sorted({name.split("_")[0] for name in names})
+    assert is_imagenet(tuple(wnids)) and not is_imagenet(tuple(wnids[:100]))
+    for wnid in wnids:
+        (tmp_path / "train" / wnid).mkdir(parents=True)
+    for name in names + [f"{wnid}_0.JPEG" for wnid in wnids]:
+        (tmp_path / "train" / name[:9] / name).touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    kept = datasets.cache_folder() / "imagenet_subsets" / file.name
+    kept.parent.mkdir(parents=True)
+    kept.write_bytes(file.read_bytes())
+    monkeypatch.setattr(subsets, "_URL", "http://127.0.0.1:9/{}percent.txt")  # nothing is fetched
+    train = datasets.scan(tmp_path, "train")
+    part = labelled(train, percent, seed=0)
+    assert (len(train), len(part), len(names)) == (count + 1000, count, count)
+    assert {part.name(i)[10:] for i in range(count)} == set(names)
+    assert all(wnids[label] == part.name(i)[:9] for i, label in enumerate(part.labels))
+    assert len(labelled(train, 100, seed=0)) == len(train)
+    assert len(labelled(train, percent, seed=0, file=str(file))) == count
+    for name in names[:500]:
+        (tmp_path / "train" / name[:9] / name).unlink()
+    with pytest.raises(InputError, match=f"500 of the {count} images .* are missing"):
+        labelled(datasets.scan(tmp_path, "train"), percent, seed=0)
+    shutil.rmtree(tmp_path)
