@@ -1,0 +1,231 @@
+"""Fine-tuning on few labels: the published commands, what trains at which rate, and exact resume."""
+
+import itertools
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, shell
+from torch import nn
+
+from moco import encoder
+from moco.encoder import keep_projection, resnet
+from moco.errors import InputError
+
+SMALL = ("-a", "resnet18", "--image-size", 32, "-j", 0, "-b", 8)
+# The settings of SynCo's paper with the launch flags of its repository's commands, on a small network.
+PUBLISHED = (
+    "main_semisup.py -a resnet18 --lr-backbone {lr} --lr-classifier {lr} --train-percent {percent} --weights finetune "
+    "--batch-size 16 --epochs 1 --pretrained {file} --dist-url tcp://localhost:10001 --multiprocessing-distributed --world-size 1 "
+    "--rank 0"
+)
+
+
+def load(path):
+    return torch.load(path, weights_only=True)
+
+
+def results(run) -> dict:
+    return json.loads((run / "results.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    """A checkpoint such as main_synco.py writes, with MoCo v2's head."""
+    torch.manual_seed(5)
+    net = resnet("resnet18", 16, mlp=True)
+    file = tmp_path_factory.mktemp("pretrained") / "checkpoint_0199.pth.tar"
+    weights = {f"module.encoder_q.{name}": tensor for name, tensor in net.state_dict().items()}
+    torch.save({"epoch": 200, "arch": "resnet18", "method": "synco", "state_dict": weights}, file)
+    return file
+
+
+@pytest.mark.parametrize("percent", [1, 10])
+def test_published_command_runs(percent, pretrained, tmp_path):
+    command = PUBLISHED.format(lr=0.05, percent=percent, file=pretrained).split()
+    result = shell(*command, "--image-size", 32, "-j", 0, "--save-dir", tmp_path, "photos")
+    assert result.returncode == 0, result.stderr
+    assert f"{max(1, round(0.6 * percent)) * 19} of 1140 training images are labelled" in result.stdout
+    assert "120 of 120 backbone tensors matched" in result.stdout and "\n* Acc@1 " in result.stdout
+    found = results(tmp_path)
+    assert (found["method"], found["pretrain_epochs"], found["protocol"]) == ("synco", 200, f"semisup{percent}")
+    assert len((tmp_path / "subset.txt").read_text().splitlines()) == max(1, round(0.6 * percent)) * 19
+    best = load(tmp_path / "model_best_semisup.pth.tar")
+    assert best["best_acc1"] == found["metrics"]["acc1"] and best["method"] == "semisup"
+
+
+def test_a_loop_in_bash_runs(pretrained, shared_images, tmp_path):
+    loop = (
+        f"for lr in 0.01 0.005; do for epochs in 1; do {sys.executable} main_semisup.py -a resnet18 --image-size 32 -j 0 "
+        f"--lr-backbone $lr --lr-classifier $lr --train-percent 10 --weights finetune --batch-size 4 --epochs $epochs "
+        f'--pretrained {pretrained} --save-dir {tmp_path}/lr_${{lr}}_epochs_$epochs {shared_images} | grep "Acc@1 "; done; done'
+    )
+    done = subprocess.run(["bash", "-euc", loop], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("* Acc@1 ") == 2 and len(list(tmp_path.glob("lr_*/results.json"))) == 2
+
+
+@pytest.mark.parametrize("part", ["classifier", "backbone"])
+def test_each_part_trains_at_its_own_rate(part, script, pretrained, shared_images, tmp_path):
+    rates = ("--lr-classifier", 0.1, "--lr-backbone", 0) if part == "classifier" else ("--lr-classifier", 0, "--lr-backbone", 0.1)
+    common = (shared_images, *SMALL, "--train-percent", 100, "--wd", 0, "--epochs", 1, "--pretrained", pretrained)
+    status, _, err = script("main_semisup", *common, *rates, "--save-dir", tmp_path)
+    assert status == 0, err
+    old = {name.removeprefix("module.encoder_q."): t for name, t in load(pretrained)["state_dict"].items()}
+    state = load(tmp_path / "checkpoint.pth.tar")["state_dict"]
+    kept = {name for name in ("conv1.weight", "bn1.weight", "layer4.1.bn2.bias") if torch.equal(state[f"module.{name}"], old[name])}
+    assert len(kept) == (3 if part == "classifier" else 0)
+    assert torch.equal(state["module.fc.bias"], torch.zeros(3)) == (part == "backbone")
+    # batch norm learns the statistics of the labelled images
+    assert not torch.equal(state["module.bn1.running_mean"], old["bn1.running_mean"])
+
+
+def test_a_classifier_can_begin_at_zero(script, pretrained, shared_images, tmp_path):
+    """Then no gradient reaches the backbone in the first step; and a classifier that does not train stays there."""
+    common = (shared_images, *SMALL, "--train-percent", 100, "--wd", 0, "--epochs", 1, "--zero-init-classifier")
+    rates = ("--lr-classifier", 0, "--lr-backbone", 0.1)
+    assert script("main_semisup", *common, *rates, "--pretrained", pretrained, "--save-dir", tmp_path)[0] == 0
+    state = load(tmp_path / "checkpoint.pth.tar")["state_dict"]
+    assert not state["module.fc.weight"].any()
+    assert torch.equal(state["module.conv1.weight"], load(pretrained)["state_dict"]["module.encoder_q.conv1.weight"])
+
+
+def test_frozen_weights_stay_and_are_checked(script, pretrained, shared_images, tmp_path):
+    options = (shared_images, *SMALL, "--weights", "freeze", "--lr-classifier", 0.1, "--train-percent", 100, "--epochs", 2)
+    status, out, err = script("main_semisup", *options, "--pretrained", pretrained, "--save-dir", tmp_path)
+    assert status == 0 and "frozen backbone is bit-identical" in out, err
+    assert results(tmp_path)["settings"]["weights"] == "freeze"
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "lars"])
+def test_resumed_fine_tuning_is_one_never_stopped(optimizer, script, pretrained, shared_images, tmp_path):
+    common = (shared_images, *SMALL, "--train-percent", 100, "--optimizer", optimizer, "--pretrained", pretrained)
+    common += ("--val-from-train", 0.25, "--schedule", 1, "--no-cos")
+    for run, epochs, more in (
+        ("whole", 2, ()),
+        ("parts", 1, ()),
+        ("parts", 2, ("--resume", tmp_path / "parts/checkpoint.pth.tar")),
+    ):
+        status, _, err = script("main_semisup", *common, "--epochs", epochs, *more, "--save-dir", tmp_path / run)
+        assert status == 0, err
+    whole, parts = (load(tmp_path / run / "checkpoint.pth.tar") for run in ("whole", "parts"))
+    for name, tensor in whole["state_dict"].items():
+        assert torch.equal(tensor, parts["state_dict"][name]), name
+    assert results(tmp_path / "whole")["metrics"] == results(tmp_path / "parts")["metrics"]
+    assert "held_out_acc1" in results(tmp_path / "whole")["metrics"]
+    # testing alone takes the settings from the checkpoint
+    again = (shared_images, *SMALL, "-e", "--resume", tmp_path / "whole" / "checkpoint.pth.tar", "--save-dir", tmp_path / "again")
+    status, _, err = script("main_semisup", *again)
+    assert status == 0, err
+    assert results(tmp_path / "again")["metrics"] == results(tmp_path / "whole")["metrics"]
+    status, _, err = script("main_semisup", *common, "--resume", tmp_path / "whole/checkpoint.pth.tar", "--lr-backbone", 0.5)
+    assert status == 2 and "--lr-backbone 0.5" in err and err.count("\n") == 1
+
+
+def test_two_processes_test_as_one(pretrained, shared_images, tmp_path):
+    common = ("main_semisup.py", shared_images, *SMALL, "--train-percent", 100, "--pretrained", pretrained)
+    one = shell(*common, "--epochs", 1, "--save-dir", tmp_path / "one")
+    assert one.returncode == 0, one.stderr
+    again = ("-e", "--resume", tmp_path / "one" / "checkpoint.pth.tar", "--multiprocessing-distributed", "--nproc-per-node", 2)
+    two = shell(*common, *again, "--save-dir", tmp_path / "two")
+    assert two.returncode == 0, two.stderr
+    assert results(tmp_path / "one")["metrics"] == results(tmp_path / "two")["metrics"]
+
+
+def test_two_processes_fine_tune(pretrained, shared_images, tmp_path):
+    launch = ("--multiprocessing-distributed", "--nproc-per-node", 2)
+    options = (shared_images, *SMALL, "--train-percent", 10, "-b", 4, "--epochs", 1, "--pretrained", pretrained)
+    done = shell("main_semisup.py", *options, *launch, "--save-dir", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "6 of 48 training images are labelled" in done.stdout and "4 = 2 per process x 2 processes" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--train-percent", 5), "--train-percent"),
+        (("--ft-proj", 1), "--pretrained FILE"),
+        (("--ft-proj", 1, "--weights", "freeze", "--pretrained", "{}"), "--weights finetune"),
+        (("--ft-proj", 3, "--pretrained", "{}"), "has 2 linear layers, not --ft-proj 3"),
+        (("--subset-file", "nowhere.txt"), "nowhere.txt"),
+        (("-e",), "--resume FILE"),
+        (("--val-from-train", 1), "between 0 and 1"),
+        (("--dataset", "cifar"), "the nearest is 'cifar10'"),
+        (("--lr-backbone", "-1"), "below 0"),
+        (("--resume", "{}"), "lacks args, optimizer, progress"),
+    ],
+)
+def test_a_mistake_is_one_line(options, said, script, pretrained, shared_images, tmp_path):
+    options = [str(option).format(pretrained) for option in options]
+    status, _, err = script("main_semisup", shared_images, *SMALL, *options, "--save-dir", tmp_path)
+    assert status == 2 and said in err and err.count("\n") == 1, err
+
+
+# The layers of a projection head that stay.
+
+
+def projection(*sizes: int, norm: bool = False, last_norm: bool = False) -> nn.Sequential:
+    """Linear layers with ReLU between them; with `norm`, batch norm before each ReLU, and one without scale at the end."""
+    layers = []
+    for i, (a, b) in enumerate(itertools.pairwise(sizes)):
+        layers.append(nn.Linear(a, b, bias=not norm))
+        last = i == len(sizes) - 2
+        if norm and not last:
+            layers.append(nn.BatchNorm1d(b))
+        if last_norm and last:
+            layers.append(nn.BatchNorm1d(b, affine=False))
+        if not last:
+            layers.append(nn.ReLU())
+    return nn.Sequential(*layers)
+
+
+HEADS = {
+    "moco v1": nn.Linear(512, 16),
+    "moco v2": projection(512, 512, 16),
+    "sogclr": projection(512, 64, 16, norm=True, last_norm=True),
+    "fnc": projection(512, 64, 32, 16, norm=True, last_norm=True),
+}
+
+
+@pytest.mark.parametrize("style", HEADS)
+@pytest.mark.parametrize("prefix", ["module.encoder_q.", "module.base_encoder.", ""])
+def test_kept_layers_compute_what_the_head_did(style, prefix):
+    torch.manual_seed(0)
+    trained, head = resnet("resnet18", 7), HEADS[style]
+    x = torch.rand(8, 512)
+    head(x) if style != "moco v1" else None  # moves the running statistics
+    trained.fc = head
+    tensors = {prefix + name: tensor for name, tensor in trained.state_dict().items()}
+    layers = list(head) if isinstance(head, nn.Sequential) else [head]
+    places = [i for i, layer in enumerate(layers) if isinstance(layer, nn.Linear)]
+    for kept in range(1, len(places) + 1):
+        net = resnet("resnet18", 7)
+        keep_projection(net, tensors, kept, "file")
+        end = places[kept] if kept < len(places) else len(layers)
+        want = nn.Sequential(*layers[:end]).eval()(x)
+        assert torch.equal(net.fc[:-1].eval()(x), want)
+        assert encoder.classifier(net) is net.fc[-1] and net.fc[-1].weight.shape == (7, want.shape[1])
+    with pytest.raises(InputError, match=f"has {len(places)} linear layers, not --ft-proj {len(places) + 1}"):
+        keep_projection(resnet("resnet18", 7), tensors, len(places) + 1, "file")
+
+
+def test_a_head_of_another_make_is_refused():
+    trained = resnet("resnet18", 7)
+    tensors = trained.state_dict() | {"fc.inner.linear.weight": torch.zeros(2, 512)}
+    with pytest.raises(InputError, match=r"not a plain sequence of layers \(at 'fc.inner.linear.weight'\)"):
+        keep_projection(resnet("resnet18", 7), tensors, 1, "file")
+
+
+def test_a_kept_projection_trains_and_resumes(script, pretrained, shared_images, tmp_path):
+    common = (shared_images, *SMALL, "--train-percent", 100, "--ft-proj", 1, "--pretrained", pretrained, "--save-dir", tmp_path)
+    assert script("main_semisup", *common, "--epochs", 1)[0] == 0
+    state = load(tmp_path / "checkpoint.pth.tar")
+    assert state["state_dict"]["module.fc.2.weight"].shape == (3, 512)
+    was = load(pretrained)["state_dict"]["module.encoder_q.fc.0.weight"]
+    assert not torch.equal(state["state_dict"]["module.fc.0.weight"], was)
+    torch.testing.assert_close(state["state_dict"]["module.fc.0.weight"], was, rtol=0, atol=0.1)
+    first = results(tmp_path)["metrics"]
+    status, _, err = script("main_semisup", *common[:-4], "-e", "--resume", tmp_path / "checkpoint.pth.tar", "--save-dir", tmp_path)
+    assert status == 0 and results(tmp_path)["metrics"] == first, err
