@@ -58,7 +58,7 @@ def worker(args: cli.Options, device: torch.device) -> None:
     else:
         trainer = classify.FineTuning(args, net, images, device, setting, args.lr_backbone, args.zero_init_classifier)
     trainer.best_name = "model_best_semisup.pth.tar"
-    trainer.run(f"semisup{args.train_percent}")
+    trainer.run(f"semisup{args.train_percent}{'_frozen' if args.weights == 'freeze' else ''}")
 
 
 if __name__ == "__main__":

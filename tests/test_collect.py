@@ -1,0 +1,131 @@
+"""The sweep over rates and epochs, and the table that gathers what evaluations wrote."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, shell
+
+from moco.encoder import resnet
+
+
+def write(folder, method="synco", epochs=200, protocol="semisup1", dataset="/data/imagenet", metrics=None, **settings):
+    folder.mkdir(parents=True)
+    found = {"method": method, "arch": "resnet50", "checkpoint": f"{method}.pth", "pretrain_epochs": epochs, "protocol": protocol}
+    (folder / "results.json").write_text(json.dumps(found | {"dataset": dataset, "metrics": metrics, "settings": settings}))
+
+
+def collect(folder, *options):
+    done = shell("tools/collect.py", folder, *options)
+    assert done.returncode == 0, done.stderr
+    lines = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith("|")]
+    with (folder / "table.csv").open(newline="") as file:
+        return done.stdout, [dict(zip(lines[0], line, strict=False)) for line in lines[2:]], list(csv.DictReader(file))
+
+
+def test_the_best_setting_is_chosen_on_held_out_images(tmp_path):
+    for lr, top1, held in ((0.01, 0.50, 0.40), (0.02, 0.45, 0.60), (0.05, 0.55, 0.30)):
+        write(tmp_path / f"a{lr}", metrics={"acc1": top1, "acc5": 0.8, "held_out_acc1": held}, lr_backbone=lr, seed=0)
+    text, (row,), (line,) = collect(tmp_path)
+    assert row == {
+        "method": "synco",
+        "arch": "resnet50",
+        "epochs": "200",
+        "imagenet 1 % labels, top-1 / top-5": "45.0 / 80.0",
+    }
+    assert (line["chosen_on"], line["settings_tried"], float(line["value"])) == ("held out", "3", 0.45)
+    assert json.loads(line["settings"]) == {"lr_backbone": 0.02} and "\\*" not in text
+    assert (tmp_path / "table.md").read_text() in text
+
+
+def test_a_choice_on_val_is_marked(tmp_path):
+    write(tmp_path / "a", metrics={"acc1": 0.50, "acc5": 0.8, "held_out_acc1": 0.9}, lr_backbone=0.01)
+    write(tmp_path / "b", metrics={"acc1": 0.55, "acc5": 0.9}, lr_backbone=0.02)
+    text, (row,), (line,) = collect(tmp_path)
+    assert row["imagenet 1 % labels, top-1 / top-5"] == "55.0 / 90.0 \\*" and line["chosen_on"] == "val"
+    assert "chosen on the very images" in text
+
+
+def test_seeds_are_averaged_and_never_chosen_among(tmp_path):
+    for seed, top1 in enumerate((0.50, 0.52, 0.54)):
+        write(tmp_path / f"a{seed}", metrics={"acc1": top1, "acc5": 0.8}, lr=30.0, seed=seed, protocol="linear")
+    write(tmp_path / "b", metrics={"acc1": 0.53, "acc5": 0.8}, lr=10.0, seed=1, protocol="linear")
+    _, (row,), (line,) = collect(tmp_path)
+    assert row["imagenet linear, top-1 / top-5"] == "53.0 / 80.0 \\*"  # one seed of .53 beats three of .52 on average
+    write(tmp_path / "c", metrics={"acc1": 0.51, "acc5": 0.8}, lr=10.0, seed=2, protocol="linear")
+    write(tmp_path / "d", metrics={"acc1": 0.5, "acc5": 0.8}, lr=10.0, seed=3, protocol="linear")
+    _, (row,), (line,) = collect(tmp_path)
+    assert row["imagenet linear, top-1 / top-5"] == "52.0 ± 2.0 / 80.0 \\*" and line["seeds"] == "0 1 2"
+
+
+def test_a_row_for_each_encoder_and_a_column_for_each_protocol(tmp_path):
+    for method, epochs in (("synco", 800), ("synco", 200), ("mocov2", 200)):
+        where = tmp_path / f"{method}{epochs}"
+        write(where / "linear", method, epochs, "linear", metrics={"acc1": 0.6, "acc5": 0.9})
+        write(where / "ten", method, epochs, "semisup10", metrics={"acc1": 0.7, "acc5": 0.9})
+        write(where / "frozen", method, epochs, "semisup10_frozen", metrics={"acc1": 0.65, "acc5": 0.9})
+        write(where / "pets", method, epochs, "linear", "pets", metrics={"mean_per_class": 0.8, "acc1": 0.81, "acc5": 0.9})
+        write(where / "voc", method, epochs, "voc07", "voc2007", metrics={"map11": 0.85, "map": 0.87, "ap_cat": 0.9})
+        write(where / "knn", method, epochs, "knn", metrics={"knn_10": 0.5, "knn_20": 0.51})
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo" / "results.json").write_text('{"knn": 0.5}')  # of no evaluation
+    _, rows, lines = collect(tmp_path)
+    assert [(row["method"], row["epochs"]) for row in rows] == [("mocov2", "200"), ("synco", "200"), ("synco", "800")]
+    assert {k: v for k, v in rows[0].items() if k not in ("method", "arch", "epochs")} == {
+        "imagenet 10 % labels, top-1 / top-5": "70.0 / 90.0",
+        "imagenet 10 % labels, frozen, top-1 / top-5": "65.0 / 90.0",
+        "imagenet k-NN (k 10)": "50.0",
+        "imagenet k-NN (k 20)": "51.0",
+        "imagenet linear, top-1 / top-5": "60.0 / 90.0",
+        "pets linear, mean per class": "80.0",
+        "voc2007 voc07, mAP": "85.0",
+    }
+    assert len(lines) == 21
+
+
+def test_a_missing_cell_is_empty_and_two_files_of_one_kind_are_told_apart(tmp_path):
+    write(tmp_path / "a", metrics={"acc1": 0.6, "acc5": 0.9})
+    write(tmp_path / "b", metrics={"acc1": 0.7, "acc5": 0.9}, protocol="linear")
+    found = json.loads((tmp_path / "b" / "results.json").read_text())
+    (tmp_path / "b" / "results.json").write_text(json.dumps(found | {"checkpoint": "other.pth"}))
+    _, rows, _ = collect(tmp_path)
+    assert [row["checkpoint"] for row in rows] == ["other.pth", "synco.pth"]
+    assert rows[0]["imagenet 1 % labels, top-1 / top-5"] == "" and rows[1]["imagenet 1 % labels, top-1 / top-5"] == "60.0 / 90.0"
+
+
+@pytest.mark.parametrize(("text", "said"), [(None, "no results.json"), ("{", "cannot be read")])
+def test_a_mistake_is_one_line(text, said, tmp_path):
+    if text:
+        (tmp_path / "results.json").write_text(text)
+    done = shell("tools/collect.py", tmp_path)
+    assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_the_sweep_goes_on_where_it_was_stopped(shared_images, tmp_path):
+    def sweep() -> str:
+        settings = {"PERCENTS": "100", "EPOCHS": "1", "RATES": "0.01 0.02", "PYTHON": sys.executable}
+        options = ("-a", "resnet18", "--image-size", "32", "-j", "0", "-b", "8")
+        command = ["tools/sweep_semisup.sh", checkpoint, str(shared_images), str(tmp_path / "sweep"), *options]
+        done = subprocess.run(command, cwd=ROOT, env={**os.environ, **settings}, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    checkpoint = str(tmp_path / "pretrained.pth")
+    torch.save({f"module.encoder_q.{name}": t for name, t in resnet("resnet18", 8).state_dict().items()}, checkpoint)
+    first = sweep()
+    runs = sorted(path.parent.name for path in (tmp_path / "sweep").rglob("results.json"))
+    assert runs == ["100percent_1epochs_lr0.01", "100percent_1epochs_lr0.02"] and first.count("* Acc@1") == 2
+    assert "100 % labels, top-1 / top-5" in first and "\\*" not in first  # chosen on held-out images
+    (tmp_path / "sweep" / runs[0] / "results.json").unlink()
+    again = sweep()
+    assert again.count("done before") == 1 and again.count("* Acc@1") == 1 and "loss" not in again  # tested, not trained again
+    assert first.splitlines()[-5:] == again.splitlines()[-5:]
+
+
+def test_the_sweep_says_how_it_is_used():
+    done = subprocess.run(["tools/sweep_semisup.sh", "a"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("usage:")

@@ -1,0 +1,187 @@
+#!/usr/bin/env python
+"""One table of every evaluation below a folder: a row for each encoder, a column for each protocol and data set.
+
+Of the runs of one encoder under one protocol, those that differ by their seed alone are averaged (mean +- standard deviation). Of
+several settings the best one counts: on the images held out from train/ (--val-from-train) where every run has them, else on
+val/, which a * marks.
+"""
+
+import argparse
+import csv
+import json
+import re
+import statistics
+import sys
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from moco.errors import InputError  # noqa: E402
+
+
+class Encoder(NamedTuple):
+    """What a row is about."""
+
+    method: str
+    arch: str
+    epochs: int | None  # of pre-training
+    checkpoint: str | None
+
+
+class Run(NamedTuple):
+    """One figure of one results.json."""
+
+    encoder: Encoder
+    column: tuple[str, str]  # data set and protocol
+    setting: str  # all that was set but the seed
+    seed: int | None
+    metric: str
+    value: float
+    second: float | None  # top-5 beside top-1
+    judged: float | None  # on held-out images
+
+
+class Best(NamedTuple):
+    """What stands in a cell."""
+
+    runs: list[Run]
+    tried: int
+    on_val: bool  # chosen among several settings on val/
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="where the run folders lie, at any depth")
+    parser.add_argument("--out", type=Path, help="where table.md and table.csv go (default: the folder itself)")
+    args = parser.parse_args()
+    try:
+        cells = collect(args.folder)
+    except InputError as error:
+        print(f"collect.py: error: {error}", file=sys.stderr)
+        return 2
+    out = args.out or args.folder
+    out.mkdir(parents=True, exist_ok=True)
+    text = markdown(cells)
+    (out / "table.md").write_text(text)
+    write_csv(cells, out / "table.csv")
+    print(text + f"\n{out / 'table.md'}  {out / 'table.csv'}")
+    return 0
+
+
+def collect(folder: Path) -> dict[tuple[Encoder, tuple[str, str]], Best]:
+    """The best of each cell. Raises InputError for a folder without results, or with one that cannot be read."""
+    groups = defaultdict(list)
+    for file in sorted(folder.rglob("results.json")):
+        for run in read(file):
+            groups[run.encoder, run.column].append(run)
+    if not groups:
+        raise InputError(f"{folder}: no results.json of an evaluation script below it; give a folder that holds their run folders")
+    return {cell: best(runs) for cell, runs in groups.items()}
+
+
+def read(file: Path) -> Iterable[Run]:
+    """The figures of one results.json; none where it is not an evaluation script's."""
+    try:
+        found = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file}: cannot be read ({error}); remove it or run its evaluation again") from None
+    if not isinstance(found, dict) or "protocol" not in found:
+        return
+    encoder = Encoder(found["method"], found["arch"], found.get("pretrain_epochs"), found["checkpoint"])
+    settings, metrics = dict(found.get("settings", {})), found["metrics"]
+    seed = settings.pop("seed", None)
+    dataset = Path(found["dataset"]).name
+    for metric, protocol in figures(found["protocol"], metrics):
+        yield Run(
+            encoder=encoder,
+            column=(dataset, protocol),
+            setting=json.dumps(settings, sort_keys=True),
+            seed=seed,
+            metric=metric,
+            value=metrics[metric],
+            second=metrics["acc5"] if metric == "acc1" else None,
+            judged=metrics.get(f"held_out_{metric}"),
+        )
+
+
+def figures(protocol: str, metrics: dict[str, float]) -> Iterable[tuple[str, str]]:
+    """The metrics that count, with what their column is called."""
+    knn = [name for name in metrics if name.startswith("knn_")]
+    if knn:
+        yield from ((name, f"k-NN (k {name.removeprefix('knn_')})") for name in knn)
+        return
+    name = next(name for name in METRICS if name in metrics)
+    share = re.fullmatch(r"semisup(\d+)(_frozen)?", protocol)
+    title = f"{share[1]} % labels{', frozen' if share[2] else ''}" if share else protocol
+    yield name, f"{title}, {METRICS[name]}"
+
+
+# in the order in which they count, where a run has several
+METRICS = {"map11": "mAP", "mean_per_class": "mean per class", "acc1": "top-1 / top-5"}
+
+
+def best(runs: list[Run]) -> Best:
+    """The runs of the best setting, one for each seed."""
+    settings = defaultdict(list)
+    for run in runs:
+        settings[run.setting].append(run)
+    on_val = any(run.judged is None for run in runs)
+
+    def worth(same: list[Run]) -> float:
+        return statistics.mean(run.value if on_val else run.judged for run in same)
+
+    return Best(max(settings.values(), key=worth), len(settings), on_val and len(settings) > 1)
+
+
+def markdown(cells: dict[tuple[Encoder, tuple[str, str]], Best]) -> str:
+    """The table that a paper prints, accuracies in per cent."""
+    encoders = sorted({encoder for encoder, _ in cells}, key=lambda e: (e.method, e.arch, e.epochs or 0, e.checkpoint or ""))
+    columns = sorted({column for _, column in cells})
+    # encoders of one kind are told apart by their files
+    kinds = [(e.method, e.arch, e.epochs) for e in encoders]
+    twice = any(kinds.count(kind) > 1 for kind in kinds)
+    lines = [["method", "arch", "epochs", *(["checkpoint"] if twice else []), *(" ".join(column) for column in columns)]]
+    lines.append(["---"] * len(lines[0]))
+    for e in encoders:
+        row = [e.method, e.arch, "" if e.epochs is None else str(e.epochs), *([e.checkpoint or ""] if twice else [])]
+        lines.append(row + [cell(cells.get((e, column))) for column in columns])
+    text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    if any(found.on_val for found in cells.values()):
+        text += "\n\\* the best of several settings, chosen on the very images that it is tested on\n"
+    return text
+
+
+def cell(found: Best | None) -> str:
+    """67.5 +- .1 / 87.9 for several seeds, 67.5 / 87.9 for one."""
+    if found is None:
+        return ""
+    text = f"{100 * statistics.mean(run.value for run in found.runs):.1f}"
+    if len(found.runs) > 1:
+        text += f" ± {100 * statistics.stdev(run.value for run in found.runs):.1f}"
+    if found.runs[0].second is not None:
+        text += f" / {100 * statistics.mean(run.second for run in found.runs):.1f}"
+    return text + (" \\*" if found.on_val else "")
+
+
+def write_csv(cells: dict[tuple[Encoder, tuple[str, str]], Best], path: Path) -> None:
+    """One line a cell, with the setting that was chosen."""
+    names = "method arch pretrain_epochs checkpoint dataset protocol metric value std top5 seeds settings_tried chosen_on settings"
+    with path.open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(names.split())
+        for (encoder, column), found in cells.items():
+            values = [run.value for run in found.runs]
+            std = statistics.stdev(values) if len(values) > 1 else ""
+            second = statistics.mean(run.second for run in found.runs) if found.runs[0].second is not None else ""
+            seeds = " ".join(str(run.seed) for run in found.runs)
+            chosen = "" if found.tried == 1 else "val" if found.on_val else "held out"
+            row = [*encoder, *column, found.runs[0].metric, statistics.mean(values), std, second]
+            table.writerow([*row, seeds, found.tried, chosen, found.runs[0].setting])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
