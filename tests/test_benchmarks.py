@@ -48,3 +48,15 @@ def test_step(tmp_path):
     found = run("step", tmp_path, "--arch", "resnet18", "--size", 32, "--batch", 8, "--k", 2048, "--processes", 1, 2)
     assert {"synco_over_moco", "ours_over_plain", "synco_over_moco_2_processes", "ours_over_plain_2_processes"} < found.keys()
     assert len(found["rows"]) == 6 and all(row["ms"] > 0 for row in found["rows"])
+
+
+def test_methods(tmp_path):
+    file = tmp_path / "methods.json"
+    short = ("--methods", "mochi", "--seeds", 0, "--short", "--out", tmp_path / "runs", "--json", file)
+    result = shell("benchmarks/methods.py", *short)
+    assert result.returncode == 0, result.stdout + result.stderr
+    found = json.loads(file.read_text())
+    names = {"random_knn", "knn", "random_linear", "linear", "semisup_random", "semisup"}
+    assert found.keys() == {"mochi"} and found["mochi"].keys() == {*names, "seconds"}
+    assert all(0 < found["mochi"][name] < 1 for name in names) and found["mochi"]["seconds"] > 1
+    assert "mochi" in result.stdout.splitlines()[-2]

@@ -11,7 +11,8 @@ FLOORS = [
     ("moco.loss", "moco.augment", "moco.encoder", "moco.distributed"),
     ("moco.builder", "moco.data"),
     ("moco.engine",),
-    ("main_", "tools", "benchmarks"),
+    ("main_", "tools"),
+    ("benchmarks",),
 ]
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts): path

@@ -42,12 +42,12 @@ def main() -> int:
     began = time.perf_counter()
     run = args.out / "pretrain"
     shutil.rmtree(args.out, ignore_errors=True)
-    call(args, "main_synco.py", run, *PRETRAIN, "--epochs", epochs)
+    call(args.seed, "main_synco.py", run, *PRETRAIN, "--epochs", epochs)
     encoder = ["--pretrained", next(run.glob("checkpoint_*.pth.tar"))]
     results = {}
     for prefix, source in (("random_", []), ("", encoder)):
-        knn = call(args, "main_knn.py", args.out / f"{prefix}knn", "--k", 20, *source)
-        linear = call(args, "main_lincls.py", args.out / f"{prefix}linear", *LINEAR, "--epochs", probe_epochs, *source)
+        knn = call(args.seed, "main_knn.py", args.out / f"{prefix}knn", "--k", 20, *source)
+        linear = call(args.seed, "main_lincls.py", args.out / f"{prefix}linear", *LINEAR, "--epochs", probe_epochs, *source)
         results |= {f"{prefix}knn": knn["knn_20"], f"{prefix}linear": linear["acc1"]}
     results |= {"seed": args.seed, "seconds": round(time.perf_counter() - began, 1)}
     write_json(args.out / "results.json", results)
@@ -55,12 +55,12 @@ def main() -> int:
     return show(results, args)
 
 
-def call(args: argparse.Namespace, script: str, folder: Path, *options: object) -> dict[str, float]:
+def call(seed: int, script: str, folder: Path, *options: object, quiet: bool = False) -> dict[str, float]:
     """Run one of the scripts as its user would; returns the metrics that it wrote, if any."""
-    command = [sys.executable, script, *COMMON, "--seed", args.seed, "--save-dir", folder.resolve(), *options]
+    command = [sys.executable, script, *COMMON, "--seed", seed, "--save-dir", folder.resolve(), *options]
     command = [str(word) for word in command]
     print("\n$ python", *command[1:], flush=True)
-    status = subprocess.run(command, cwd=ROOT).returncode
+    status = subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL if quiet else None).returncode
     if status:
         sys.exit(status)
     written = folder / "results.json"
