@@ -47,6 +47,7 @@ def check(args: cli.Options) -> None:
     classify.check_choice(args)
     classify.take_up(args, ("weights", "lr_backbone", "lr_classifier", "wd", "train_percent", "subset_file", "ft_proj"))
     classify.check(args)
+    classify.check_labels(args)
 
 
 def worker(args: cli.Options, device: torch.device) -> None:

@@ -8,10 +8,13 @@ import sys
 import pytest
 import torch
 from conftest import ROOT, shell
+from PIL import Image
 from torch import nn
 
 from moco import encoder
+from moco.data import subsets
 from moco.encoder import keep_projection, resnet
+from moco.engine import classify
 from moco.errors import InputError
 
 SMALL = ("-a", "resnet18", "--image-size", 32, "-j", 0, "-b", 8)
@@ -161,6 +164,19 @@ def test_a_mistake_is_one_line(options, said, script, pretrained, shared_images,
     options = [str(option).format(pretrained) for option in options]
     status, _, err = script("main_semisup", shared_images, *SMALL, *options, "--save-dir", tmp_path)
     assert status == 2 and said in err and err.count("\n") == 1, err
+
+
+def test_on_imagenet_the_published_list_is_asked_for_before_any_work(script, tmp_path, monkeypatch):
+    image = Image.new("RGB", (32, 32))
+    for split in ("train", "val"):
+        for i in range(1000):
+            folder = tmp_path / "imagenet" / split / f"n{i:08d}"
+            folder.mkdir(parents=True)
+            image.save(folder / f"n{i:08d}_1.JPEG", "jpeg")
+    monkeypatch.setattr(subsets, "_URL", "http://127.0.0.1:9/{}percent.txt")
+    monkeypatch.setattr(classify, "splits", None)
+    status, _, err = script("main_semisup", tmp_path / "imagenet", *SMALL, "--train-percent", 1, "--save-dir", tmp_path / "run")
+    assert status == 2 and "--subset-file FILE" in err and err.count("\n") == 1 and not (tmp_path / "run").exists()
 
 
 # The layers of a projection head that stay.

@@ -89,18 +89,24 @@ def is_published(text: bytes, percent: int) -> bool:
     return hashlib.sha256(text).hexdigest() == _SHA256.get(percent)
 
 
-def listed(images: Images, file: Path) -> Images:
-    """The images that `file` names, one a line: by file name, as the published lists do, or by what comes after train/.
-
-    Raises InputError where the list cannot be read, is empty, names an image that `images` lacks (the message counts
-    them), or a file name that stands in several folders.
-    """
+def names(file: Path) -> set[str]:
+    """The images that `file` names, one a line. Raises InputError where it cannot be read, or names none."""
     try:
         wanted = {line.strip() for line in file.read_text().splitlines() if line.strip()}
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"--subset-file {file}: cannot be read ({getattr(error, 'strerror', None) or 'not text'})") from None
     if not wanted:
         raise InputError(f"--subset-file {file}: names no image; expected one file name a line")
+    return wanted
+
+
+def listed(images: Images, file: Path) -> Images:
+    """The images that `file` names: by file name, as the published lists do, or by what comes after train/.
+
+    Raises InputError where the list cannot be used, names an image that `images` lacks (the message counts them), or a
+    file name that stands in several folders.
+    """
+    wanted = names(file)
     found: dict[str, int] = {}
     for i in range(len(images)):
         path = images.name(i)

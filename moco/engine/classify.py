@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moco import distributed, encoder
-from moco.data import loader, named, subsets
+from moco.data import datasets, loader, named, subsets
 from moco.data.images import Images
 from moco.engine import checkpoint, metrics, precision
 from moco.engine.features import test_batches
@@ -54,6 +54,16 @@ def check_choice(args: Namespace) -> None:
     """Refuse a `--val-from-train` that is no share."""
     if args.val_from_train is not None and not 0 < args.val_from_train < 1:
         raise InputError(f"--val-from-train {args.val_from_train:g}: must lie between 0 and 1, as in --val-from-train 0.1")
+
+
+def check_labels(args: Namespace) -> None:
+    """Fetch or read the list of labelled images, where there is one; after `check`."""
+    if args.subset_file:
+        subsets.names(Path(args.subset_file))
+        return
+    few_of_a_folder = args.train_percent < 100 and args.dataset == "imagenet"
+    if few_of_a_folder and subsets.is_imagenet(datasets.class_names(Path(args.data) / "train")):
+        subsets.published(args.train_percent)
 
 
 class Splits(NamedTuple):
