@@ -25,7 +25,7 @@ METHODS = {
     "mochi": ("main_synco.py", [*MOCOV2, *"--n-hard 16 --warmup-epochs 4 --n1 4 --n3 4".split()]),
     "synco": ("main_synco.py", demo.PRETRAIN),
 }
-FINE_TUNING = "--train-percent 10 --batch-size 16 --lr-backbone 0.002 --lr-classifier 0.002".split()
+FINE_TUNING = "--train-percent 10 --batch-size 16 --lr-backbone 0.001 --lr-classifier 0.005".split()
 RANDOM = {"knn": "random_knn", "linear": "random_linear", "semisup": "semisup_random"}  # what a random encoder's figure is called
 
 
