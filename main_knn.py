@@ -8,6 +8,7 @@ import torch
 
 from moco.engine import classify, cli, features
 from moco.engine.log import say
+from moco.errors import InputError
 
 
 def parser() -> cli.Parser:
@@ -15,21 +16,34 @@ def parser() -> cli.Parser:
     cli.add_input(p, batch=256, recipe=None, arch=None)
     cli.add_evaluation(p)
     knn = p.add_argument_group("k-NN")
-    knn.add_argument("--k", type=cli.positive, nargs="+", default=[20], help="neighbours that vote; several in one pass")
+    knn.add_argument(
+        "--k", type=cli.positive, nargs="+", default=[10, 20, 100, 200], help="neighbours that vote; several in one pass"
+    )
     knn.add_argument("--temperature", type=float, default=0.07, help="of the neighbours' weights")
+    knn.add_argument("--host-features", action="store_true", help="keep the features in the host's memory, not on the GPU")
+    features.add_files(p)
     cli.add_launch(p)
     return p
 
 
 def check(args: cli.Options) -> None:
-    classify.check(args)
+    if not args.temperature > 0:
+        raise InputError(f"--temperature {args.temperature:g}: must be above 0")
+    features.check(args, many=False)
+    if not args.load_features:
+        classify.check(args)
+        features.check_dump(args)
 
 
 def worker(args: cli.Options, device: torch.device) -> None:
-    train, val, _ = classify.splits(args)
-    net = classify.pretrained(args, len(train.classes), device)
-    bank, queries = (features.extract(net, folder, args, device) for folder in (train, val))
-    accuracy = features.knn(*bank, *queries, len(train.classes), args.k, args.temperature)
+    if args.load_features:
+        bank, queries, classes = features.load(args, device)
+    else:
+        train, val, _ = classify.splits(args)
+        classes = train.classes
+        net = classify.pretrained(args, len(classes), device)
+        bank, queries = features.of_splits(net, train, val, args, device)
+    accuracy = features.knn(*bank, *queries, len(classes), args.k, args.temperature)
     for k, top1 in accuracy.items():
         say(f"* k-NN Acc@1 {100 * top1:.3f} (k {k})")
     classify.write_results(args, "knn", {f"knn_{k}": top1 for k, top1 in accuracy.items()})

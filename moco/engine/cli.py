@@ -59,7 +59,7 @@ class Parser(argparse.ArgumentParser):
                 raise unknown("option", token.split("=")[0], self._names())
             raise InputError(f"unexpected argument '{token}'; one data folder is expected, options start with --")
         args.data = args.data_option or args.data
-        if args.data is None:
+        if args.data is None and not getattr(args, "load_features", None):
             raise InputError("no data folder: give DIR (with train/ and val/), or the word photos")
         del args.data_option
         args.script = Path(self.prog).stem.removeprefix("main_")

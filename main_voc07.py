@@ -1,0 +1,84 @@
+#!/usr/bin/env python
+"""VOC07 classification: train linear classifiers on the frozen features of trainval, and test them on test by mAP.
+
+Without --pretrained the encoder is randomly initialised, which is the baseline to compare with.
+"""
+
+import math
+
+import numpy as np
+import torch
+
+from moco import distributed
+from moco.engine import classify, cli, features, metrics, voc
+from moco.engine.log import say
+from moco.errors import InputError
+
+COSTS = [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0]
+
+
+def parser() -> cli.Parser:
+    p = cli.Parser(__doc__)
+    cli.add_input(p, batch=256, recipe=None, arch=None)
+    cli.add_evaluation(p)
+    p.set_defaults(dataset="voc2007")
+    group = p.add_argument_group("classifiers, one for each class, on features of length 1")
+    group.add_argument("--classifier", choices=("svm", "linear"), default="svm", help="linear: binary cross entropy, by LBFGS")
+    cost = "of errors against weights; each class has the best in 3-fold cross-validation"
+    group.add_argument("--c", type=float, nargs="+", default=COSTS, metavar="C", help=cost)
+    features.add_files(p)
+    cli.add_launch(p)
+    return p
+
+
+def check(args: cli.Options) -> None:
+    args.c = sorted(set(args.c))
+    for c in args.c:
+        if not 0 < c < math.inf:
+            raise InputError(f"--c {c:g}: must be above 0")
+    features.check(args, many=True)
+    if not args.load_features:
+        classify.check(args)
+        features.check_dump(args)
+
+
+def worker(args: cli.Options, device: torch.device) -> None:
+    if args.load_features:
+        trainval, test, classes = features.load(args, device)
+    else:
+        images, tested, _ = classify.splits(args)
+        classes = images.classes
+        net = classify.pretrained(args, len(classes), device)
+        trainval, test = features.of_splits(net, images, tested, args, device, unit=False)
+    x, y, test_x, test_y = (features.in_order(part).cpu().numpy() for part in (*trainval, *test))
+    if distributed.rank() == 0:
+        scores, chosen = voc.classify(x, y, test_x, args.classifier, args.c, args.seed)
+        report(args, classes, scores, test_y, chosen)
+
+
+def report(args: cli.Options, classes: tuple[str, ...], scores: np.ndarray, labels: np.ndarray, chosen: list[float | None]) -> None:
+    """Print the average precision of each class and their means, and write results.json.
+
+    Args:
+        scores, labels: of the test images, [M, classes].
+        chosen: costs [classes]; None where trainval does not tell the class.
+    """
+    found = metrics.mean_average_precision(scores, labels)
+    for c, name in enumerate(classes):
+        known = labels[:, c] >= 0
+        y, score = labels[known, c], scores[known, c]
+        how = "(no classifier: no image of trainval shows it, or all do)" if chosen[c] is None else f"(C {chosen[c]:g})"
+        if y.any():
+            found[f"ap_{name}"] = metrics.eleven_points(y, score)
+            say(f"{name:>12}  AP {100 * found[f'ap_{name}']:.3f}  area {100 * metrics.area(y, score):.3f}  {how}")
+        else:
+            say(f"{name:>12}  no test image shows it")
+    edge = [name for name, c in zip(classes, chosen, strict=True) if len(args.c) > 2 and c in (args.c[0], args.c[-1])]
+    if edge:
+        say(f"an end of --c {args.c[0]:g} ... {args.c[-1]:g} was best for {', '.join(edge)}: more costs there may do better")
+    say(f"* mAP {100 * found['map11']:.3f} (11 points)  {100 * found['map']:.3f} (area)")
+    classify.write_results(args, "voc07" if args.classifier == "svm" else "voc07_linear", found)
+
+
+if __name__ == "__main__":
+    cli.main(parser(), check, worker)
