@@ -29,20 +29,11 @@ def parser() -> cli.Parser:
 def check(args: cli.Options) -> None:
     if not args.temperature > 0:
         raise InputError(f"--temperature {args.temperature:g}: must be above 0")
-    features.check(args, many=False)
-    if not args.load_features:
-        classify.check(args)
-        features.check_dump(args)
+    classify.check_features(args, many=False)
 
 
 def worker(args: cli.Options, device: torch.device) -> None:
-    if args.load_features:
-        bank, queries, classes = features.load(args, device)
-    else:
-        train, val, _ = classify.splits(args)
-        classes = train.classes
-        net = classify.pretrained(args, len(classes), device)
-        bank, queries = features.of_splits(net, train, val, args, device)
+    bank, queries, classes = classify.frozen_features(args, device)
     accuracy = features.knn(*bank, *queries, len(classes), args.k, args.temperature)
     for k, top1 in accuracy.items():
         say(f"* k-NN Acc@1 {100 * top1:.3f} (k {k})")

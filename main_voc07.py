@@ -36,20 +36,11 @@ def check(args: cli.Options) -> None:
     for c in args.c:
         if not 0 < c < math.inf:
             raise InputError(f"--c {c:g}: must be above 0")
-    features.check(args, many=True)
-    if not args.load_features:
-        classify.check(args)
-        features.check_dump(args)
+    classify.check_features(args, many=True)
 
 
 def worker(args: cli.Options, device: torch.device) -> None:
-    if args.load_features:
-        trainval, test, classes = features.load(args, device)
-    else:
-        images, tested, _ = classify.splits(args)
-        classes = images.classes
-        net = classify.pretrained(args, len(classes), device)
-        trainval, test = features.of_splits(net, images, tested, args, device, unit=False)
+    trainval, test, classes = classify.frozen_features(args, device, unit=False)
     x, y, test_x, test_y = (features.in_order(part).cpu().numpy() for part in (*trainval, *test))
     if distributed.rank() == 0:
         scores, chosen = voc.classify(x, y, test_x, args.classifier, args.c, args.seed)

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from moco import distributed, encoder
 from moco.data import datasets, loader, named, subsets
 from moco.data.images import Images
-from moco.engine import checkpoint, metrics, precision
-from moco.engine.features import test_batches
+from moco.engine import checkpoint, features, metrics, precision
 from moco.engine.log import say, write_json
 from moco.engine.train import Trainer
 from moco.errors import InputError
@@ -118,6 +117,25 @@ def _load(net: nn.Module, args: Namespace, state: checkpoint.State) -> int:
     return matched
 
 
+def check_features(args: Namespace, many: bool) -> None:
+    """`check` for the scripts that classify frozen features, of images that show several classes, if `many`, or one."""
+    features.check(args, many)
+    if not args.load_features:
+        check(args)
+        features.check_dump(args)
+
+
+def frozen_features(
+    args: Namespace, device: torch.device, unit: bool = True
+) -> tuple[features.Features, features.Features, tuple[str, ...]]:
+    """This rank's share of the features of both splits, from `--load-features` or from the encoder, and the classes."""
+    if args.load_features:
+        return features.load(args, device)
+    train, val, _ = splits(args)
+    net = pretrained(args, len(train.classes), device)
+    return *features.of_splits(net, train, val, args, device, unit), train.classes
+
+
 def write_results(args: Namespace, protocol: str, found: dict[str, float]) -> None:
     """Write results.json to the run folder, on rank 0; metrics are fractions in [0, 1]."""
     if distributed.rank() != 0:
@@ -149,7 +167,7 @@ def test(net: nn.Module, images: Images, args: Namespace, device: torch.device, 
     """
     net.eval()
     meter = metrics.meter(images.many, heads, len(images.classes), device)
-    for batch, label in test_batches(images, args, device):
+    for batch, label in features.test_batches(images, args, device):
         with precision.autocast(args.amp, device):
             meter.add(by_head(net(batch)), label)
     return meter.read()
