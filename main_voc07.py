@@ -55,15 +55,13 @@ def report(args: cli.Options, classes: tuple[str, ...], scores: np.ndarray, labe
         chosen: costs [classes]; None where trainval does not tell the class.
     """
     found = metrics.mean_average_precision(scores, labels)
-    for c, name in enumerate(classes):
-        known = labels[:, c] >= 0
-        y, score = labels[known, c], scores[known, c]
+    for c, (name, eleven, area) in enumerate(zip(classes, *metrics.average_precisions(scores, labels), strict=True)):
         how = "(no classifier: no image of trainval shows it, or all do)" if chosen[c] is None else f"(C {chosen[c]:g})"
-        if y.any():
-            found[f"ap_{name}"] = metrics.eleven_points(y, score)
-            say(f"{name:>12}  AP {100 * found[f'ap_{name}']:.3f}  area {100 * metrics.area(y, score):.3f}  {how}")
-        else:
+        if math.isnan(eleven):
             say(f"{name:>12}  no test image shows it")
+            continue
+        found[f"ap_{name}"] = float(eleven)
+        say(f"{name:>12}  AP {100 * eleven:.3f}  area {100 * area:.3f}  {how}")
     edge = [name for name, c in zip(classes, chosen, strict=True) if len(args.c) > 2 and c in (args.c[0], args.c[-1])]
     if edge:
         say(f"an end of --c {args.c[0]:g} ... {args.c[-1]:g} was best for {', '.join(edge)}: more costs there may do better")

@@ -13,13 +13,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from filelock import FileLock
 from torchvision import datasets as tv
 from torchvision.datasets.utils import download_and_extract_archive
 
-from moco import rng
-from moco.data import datasets
+from moco.data import datasets, subsets
 from moco.data.images import ImageArray, ImageFolder, Images
 from moco.errors import InputError, unknown
 
@@ -111,10 +109,9 @@ def _caltech101(root: str, seed: int) -> Split:
     kept = [i for i, name in enumerate(images.classes) if name != "BACKGROUND_Google"]
     images = images.part(np.isin(images.labels, kept))
     images = replace(images, labels=np.searchsorted(kept, images.labels), classes=tuple(images.classes[i] for i in kept))
-    order = torch.randperm(len(images), generator=rng.generator("cpu", rng.SPLIT, seed)).numpy()
     train = np.zeros(len(images), dtype=bool)
-    for label in range(len(kept)):
-        train[order[images.labels[order] == label][:30]] = True
+    for places in subsets.by_class(images, seed):
+        train[places[:30]] = True
     if train.all():
         raise ValueError("no class has more than 30 images: none to test on")
     return images.part(train), images.part(~train)

@@ -22,7 +22,7 @@ def hold_out(images: Images, fraction: float, seed: int) -> tuple[Images, Images
     Raises InputError where a class has a single image.
     """
     held = np.zeros(len(images), dtype=bool)
-    for places in _by_class(images, seed):
+    for places in by_class(images, seed):
         if len(places) == 1:
             name = images.classes[images.labels[places[0]]]
             raise InputError(f"{images.root / name}: has one image only, of which no part can be held out; add images")
@@ -32,11 +32,11 @@ def hold_out(images: Images, fraction: float, seed: int) -> tuple[Images, Images
 
 def sample(images: Images, fraction: float, seed: int) -> Images:
     """A random `fraction` of each class, rounded, one image at least; the same for a seed."""
-    kept = [places[: max(1, round(fraction * len(places)))] for places in _by_class(images, seed)]
+    kept = [places[: max(1, round(fraction * len(places)))] for places in by_class(images, seed)]
     return images.part(np.sort(np.concatenate(kept)))
 
 
-def _by_class(images: Images, seed: int) -> list[np.ndarray]:
+def by_class(images: Images, seed: int) -> list[np.ndarray]:
     """The places of each class's images in random order; where an image can show several classes, one list of all."""
     order = torch.randperm(len(images), generator=rng.generator("cpu", rng.SPLIT, seed)).numpy()
     if images.many:

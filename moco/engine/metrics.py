@@ -61,7 +61,14 @@ class AveragePrecision:
 
 
 def mean_average_precision(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """`map11` and `map` in [0, 1], means over the classes that some image shows.
+    """`map11` and `map` in [0, 1], means over the classes that some image shows, of `average_precisions`."""
+    eleven, areas = average_precisions(scores, labels)
+    shown = ~np.isnan(eleven)
+    return {"map11": float(eleven[shown].mean()), "map": float(areas[shown].mean())} if shown.any() else {"map11": 0.0, "map": 0.0}
+
+
+def average_precisions(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """`eleven_points` and `area` of each class, [2, classes]; NaN for a class that no image shows.
 
     Args:
         scores: [N, classes], higher for more likely.
@@ -69,9 +76,7 @@ def mean_average_precision(scores: np.ndarray, labels: np.ndarray) -> dict[str, 
     """
     scores = np.nan_to_num(scores)  # of a classifier that diverged: every image ties
     pairs = [(scores[known, c], labels[known, c]) for c, known in enumerate((labels >= 0).T)]
-    both = np.array([(eleven_points(y, s), area(y, s)) for s, y in pairs if y.any()])
-    eleven, areas = both.mean(0).tolist() if len(both) else (0.0, 0.0)
-    return {"map11": eleven, "map": areas}
+    return np.array([(eleven_points(y, s), area(y, s)) if y.any() else (np.nan, np.nan) for s, y in pairs]).T
 
 
 def area(label: np.ndarray, score: np.ndarray) -> float:
