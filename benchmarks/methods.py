@@ -17,12 +17,10 @@ import measure  # also makes the project's modules importable
 from moco.engine.log import write_json
 from tools import demo
 
-SMALL = "--batch-size 32 --lr 0.008 --moco-k 256 --moco-m 0.99 --bn-splits 1 --save-every 1000".split()
-MOCOV2 = [*SMALL, "--mlp", "--moco-t", "0.2", "--aug-plus", "--cos"]
 METHODS = {
-    "mocov1": ("main_synco.py", [*SMALL, "--schedule", "12", "16"]),
-    "mocov2": ("main_synco.py", MOCOV2),
-    "mochi": ("main_synco.py", [*MOCOV2, *"--n-hard 16 --warmup-epochs 4 --n1 4 --n3 4".split()]),
+    "mocov1": ("main_synco.py", [*demo.SMALL, "--schedule", "12", "16"]),
+    "mocov2": ("main_synco.py", demo.MOCOV2),
+    "mochi": ("main_synco.py", [*demo.MOCOV2, *"--n-hard 16 --warmup-epochs 4 --n1 4 --n3 4".split()]),
     "synco": ("main_synco.py", demo.PRETRAIN),
 }
 FINE_TUNING = "--train-percent 10 --batch-size 16 --lr-backbone 0.001 --lr-classifier 0.005".split()
