@@ -94,8 +94,8 @@ class Step:
         self.model = model.to(device) if self.plain else precision.place(model, device, compile=False)
         groups = [{"params": list(model.encoder_q.parameters()), "lr": LR, "weight_decay": 1e-4}]
         self.amp = "off" if self.plain else args.amp
-        options = Namespace(momentum=0.9, amp=self.amp)
-        self.optimizer = torch.optim.SGD(groups, momentum=0.9) if self.plain else optim.sgd(groups, options)
+        options = Namespace(optimizer="sgd", momentum=0.9, nesterov=False, amp=self.amp)
+        self.optimizer = torch.optim.SGD(groups, momentum=0.9) if self.plain else optim.make(groups, options)
         self.scaler = precision.scaler(self.amp, device)
         self.ddp = distributed.data_parallel(model)
         self.mean, self.views = Mean(), None
