@@ -399,6 +399,22 @@ def test_options_that_contradict_files_are_refused(dumped, script, tmp_path):
     refused(script("main_knn", "photos", "-a", "resnet18", "--dump-features", tmp_path / "file" / "x"), "cannot be written")
 
 
+def test_features_that_are_no_numbers_are_refused(dumped, script):
+    folder, *_ = dumped
+    rows = np.load(folder / "val_features.npy")
+    for wrong in (np.nan, np.inf):
+        rows[2, 5] = wrong
+        np.save(folder / "val_features.npy", rows)
+        refused(script("main_knn", "--load-features", folder), str(folder), "not all finite")
+
+
+def test_a_disk_without_room_for_a_dump_is_said(script, shared_images, tmp_path, monkeypatch):
+    monkeypatch.setattr(features.shutil, "disk_usage", lambda path: Namespace(free=48 * 512 * 4 - 1))
+    command = ("main_knn", shared_images, *COMMON, "--dump-features", tmp_path / "dump", "--save-dir", tmp_path / "run")
+    refused(script(*command), str(tmp_path / "dump"), "train_features.npy needs", "free")
+    assert not list((tmp_path / "dump").iterdir())
+
+
 def test_knn_wants_images_of_one_class_each(script, tmp_path):
     refused(script("main_knn", tmp_path, "--dataset", "voc2007"), "voc2007", "main_voc07.py")
 

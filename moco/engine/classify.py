@@ -128,12 +128,20 @@ def check_features(args: Namespace, many: bool) -> None:
 def frozen_features(
     args: Namespace, device: torch.device, unit: bool = True
 ) -> tuple[features.Features, features.Features, tuple[str, ...]]:
-    """This rank's share of the features of both splits, from `--load-features` or from the encoder, and the classes."""
+    """This rank's share of the features of both splits, from `--load-features` or from the encoder, and the classes.
+
+    Raises InputError where a feature is infinite or no number.
+    """
     if args.load_features:
-        return features.load(args, device)
-    train, val, _ = splits(args)
-    net = pretrained(args, len(train.classes), device)
-    return *features.of_splits(net, train, val, args, device, unit), train.classes
+        train, val, classes = features.load(args, device)
+    else:
+        images, val_images, _ = splits(args)
+        net = pretrained(args, len(images.classes), device)
+        (train, val), classes = features.of_splits(net, images, val_images, args, device, unit), images.classes
+    if not all(rows.sum().isfinite() for rows, _ in (train, val)):
+        source = args.load_features or args.pretrained
+        raise InputError(f"{source}: its features are not all finite numbers; the encoder diverged, or --amp fp16 overflows")
+    return train, val, classes
 
 
 def write_results(args: Namespace, protocol: str, found: dict[str, float]) -> None:

@@ -1,6 +1,8 @@
 """Features of a frozen encoder, in memory and in files, and weighted k-NN on them (Wu et al., arXiv 1805.01978, section 3.4)."""
 
 import json
+import math
+import shutil
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
 from pathlib import Path
@@ -203,6 +205,8 @@ def dump(args: Namespace, classes: tuple[str, ...], train: Features, val: Featur
     folder, first = Path(args.dump_features), distributed.rank() == 0
     if first:
         (folder / "meta.json").unlink(missing_ok=True)
+        for path in folder.glob("*.npy"):
+            path.unlink()  # not overwritten: another process may be reading it
     for split, (rows, labels) in (("train", train), ("val", val)):
         count = int(distributed.all_reduce_sum(torch.tensor([len(labels)], device=labels.device)))
         _write(folder / f"{split}_features.npy", rows, count)
@@ -214,11 +218,15 @@ def dump(args: Namespace, classes: tuple[str, ...], train: Features, val: Featur
 
 
 def _write(path: Path, mine: Tensor, count: int) -> None:
-    """Each rank fills its rows of one file of `count`, which rank 0 makes."""
+    """Each rank fills its rows of one file of `count`, which rank 0 makes. Raises InputError where the disk has no room for it."""
     if distributed.rank() == 0:
-        path.unlink(missing_ok=True)  # another process may be reading it
         kind = np.int64 if mine.dtype == torch.int64 else np.float32
-        np.lib.format.open_memmap(path, "w+", kind, (count, *mine.shape[1:])).flush()
+        shape = (count, *mine.shape[1:])
+        needed, free = math.prod(shape) * np.dtype(kind).itemsize, shutil.disk_usage(path.parent).free
+        if needed > free:  # writing through a memory map to a full disk would end the process
+            where = f"--dump-features {path.parent}"
+            raise InputError(f"{where}: {path.name} needs {needed / 2**30:.2f} GiB, and {free / 2**30:.2f} GiB are free; free some")
+        np.lib.format.open_memmap(path, "w+", kind, shape).flush()
     distributed.barrier()
     rows = np.lib.format.open_memmap(path, "r+")[distributed.rank() :: distributed.world()]
     for start in range(0, len(mine), _BLOCK):
