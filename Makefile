@@ -9,7 +9,7 @@ demo: $(ENV)
 	.venv/bin/python tools/demo.py --seed $(SEED)
 
 test: $(ENV)
-	.venv/bin/python -m pytest -q tests
+	.venv/bin/python -m pytest -q -n 2 tests
 
 lint: $(ENV)
 	.venv/bin/ruff check .

@@ -13,8 +13,9 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# what the tests compute in this process gains nothing from more threads, and loses much where other programs keep the cores busy
+# what the tests compute gains nothing from more threads, and loses much where other programs keep the cores busy
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that they start
 
 
 def write_images(root: Path, classes: int = 2, train: int = 12, val: int = 5, size: int = 40) -> Path:

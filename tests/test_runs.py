@@ -337,7 +337,7 @@ def by_torch_distributed_launch(options: tuple) -> str:
 
 
 def by_srun(options: tuple) -> str:
-    step = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NUM_NODES": "1", "SLURM_STEP_NODELIST": "localhost", "OMP_NUM_THREADS": "1"}
+    step = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NUM_NODES": "1", "SLURM_STEP_NODELIST": "localhost"}
     url = ("--dist-url", f"tcp://127.0.0.1:{free_port()}")
     tasks = [shell(*options, *url, env={**step, "SLURM_PROCID": str(r), "SLURM_LOCALID": str(r)}, wait=False) for r in range(2)]
     ended = [(*task.communicate(), task.returncode) for task in tasks]
