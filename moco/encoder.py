@@ -51,30 +51,28 @@ def load_backbone(net: nn.Module, tensors: dict[str, Tensor], source: str) -> in
     """
     state = net.state_dict()
     wanted = {name: state[name] for name in backbone_keys(net)}
-    prefix = _prefix(net, tensors)
-    found = {name: tensors[prefix + name] for name in wanted if prefix + name in tensors}
+    start = prefix(net, tensors)
+    found = {name: tensors[start + name] for name in wanted if start + name in tensors}
     # files older than PyTorch 0.4 lack BatchNorm's step counter, which nothing here reads
     missing = [name for name in wanted if name not in found and not name.endswith("num_batches_tracked")]
     if not found:
         raise InputError(f"{source}: no tensor matches the encoder; its names look like '{next(iter(tensors), '')}'")
-    if missing:
-        raise InputError(f"{source}: does not fit the encoder: {len(missing)} tensors missing: {_some(missing)}")
     wrong = [
         f"{name} {tuple(t.shape)} for {tuple(wanted[name].shape)}" for name, t in found.items() if t.shape != wanted[name].shape
     ]
     # a deeper network of the same widths holds every tensor that is wanted, and more blocks
     parts = {name.split(".")[0] for name in wanted}
-    inner = [name.removeprefix(prefix) for name in tensors if name.startswith(prefix)]
+    inner = [name.removeprefix(start) for name in tensors if name.startswith(start)]
     extra = [name for name in inner if name.split(".")[0] in parts and name not in wanted]
-    if extra:
-        raise InputError(f"{source}: does not fit the encoder: {len(extra)} tensors too many: {_some(extra)}")
-    if wrong:
-        raise InputError(f"{source}: does not fit the encoder: {len(wrong)} shapes differ: {_some(wrong)}")
+    odd = {"tensors missing": missing, "tensors too many": extra, "shapes differ": wrong}
+    if any(odd.values()):
+        what = "; ".join(f"{len(names)} {kind}: {some(names)}" for kind, names in odd.items() if names)
+        raise InputError(f"{source}: does not fit the encoder: {what}")
     net.load_state_dict(found, strict=False)
     return len(found)
 
 
-def _prefix(net: nn.Module, tensors: dict[str, Tensor]) -> str:
+def prefix(net: nn.Module, tensors: dict[str, Tensor]) -> str:
     """What stands before the backbone's names in `tensors`."""
     wanted = backbone_keys(net)
     return max(PREFIXES, key=lambda p: sum(p + name in tensors for name in wanted))
@@ -105,7 +103,7 @@ def keep_projection(net: nn.Module, tensors: dict[str, Tensor], layers: int, sou
     The head is read from the names and shapes of its tensors: a weight of two dimensions is a linear layer, running statistics
     are batch norm's, and a place without tensors is a ReLU. Raises InputError where it has fewer layers, or other ones.
     """
-    start = _prefix(net, tensors) + "fc."
+    start = prefix(net, tensors) + "fc."
     head: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         if name.startswith(start):
@@ -136,5 +134,6 @@ def _layer(of: dict[str, Tensor] | None) -> nn.Module:
     return layer
 
 
-def _some(names: list[str], most: int = 5) -> str:
+def some(names: list[str], most: int = 5) -> str:
+    """The first of many names, and how many more there are."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -114,6 +114,9 @@ def figures(protocol: str, metrics: dict[str, float]) -> Iterable[tuple[str, str
     if knn:
         yield from ((name, f"k-NN (k {name.removeprefix('knn_')})") for name in knn)
         return
+    if protocol.startswith("detection"):
+        yield from ((name, f"{protocol}, {name.replace('_ap', ' AP')}") for name in metrics)
+        return
     name = next(name for name in METRICS if name in metrics)
     share = re.fullmatch(r"semisup(\d+)(_frozen)?", protocol)
     title = f"{share[1]} % labels{', frozen' if share[2] else ''}" if share else protocol

@@ -1,0 +1,101 @@
+"""Faster and Mask R-CNN on a ResNet's res4 ("C4"), as MoCo fine-tunes them, in detectron2's terms."""
+
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode, get_cfg
+from detectron2.layers import get_norm
+from detectron2.modeling.backbone.resnet import BasicBlock, ResNet
+from detectron2.modeling.roi_heads import ROI_HEADS_REGISTRY, Res5ROIHeads
+from torch import nn
+
+from moco import encoder
+from moco.errors import InputError
+
+CONFIGS = Path(__file__).parent / "configs"
+BASIC = {18: 2, 34: 3}  # ResNets without bottlenecks: blocks in res5
+
+
+@ROI_HEADS_REGISTRY.register()
+class Res5ROIHeadsExtraNorm(Res5ROIHeads):
+    """detectron2's C4 head with one more norm after res5 (MoCo, arXiv 1911.05722, appendix), and for ResNet-18 and -34 too."""
+
+    @classmethod
+    def _build_res5_block(cls, cfg: CfgNode) -> tuple[nn.Sequential, int]:
+        resnets = cfg.MODEL.RESNETS
+        if resnets.DEPTH in BASIC:
+            blocks, width = BASIC[resnets.DEPTH], 8 * resnets.RES2_OUT_CHANNELS
+            strides = [2] + [1] * (blocks - 1)
+            sizes = {"in_channels": width // 2, "out_channels": width}
+            res5 = nn.Sequential(*ResNet.make_stage(BasicBlock, blocks, stride_per_block=strides, norm=resnets.NORM, **sizes))
+        else:
+            res5, width = super()._build_res5_block(cfg)
+        res5.add_module("norm", get_norm(resnets.NORM, width))
+        return res5, width
+
+
+def resnet_options(arch: str) -> dict[str, int]:
+    """What MODEL.RESNETS says of a torchvision ResNet. Raises InputError for an unknown `arch`."""
+    net = encoder.resnet(arch, 1)
+    depth = int(re.search(r"\d+", arch)[0])
+    return {
+        "DEPTH": depth,
+        "RES2_OUT_CHANNELS": 64 if depth in BASIC else 256,
+        "NUM_GROUPS": net.groups,
+        "WIDTH_PER_GROUP": net.base_width,
+    }
+
+
+def config(file: Path, options: list[str], gpus: int) -> CfgNode:
+    """The configuration of a run on so many GPUs; on 0 it runs on the CPU. A converted checkpoint brings its MODEL.RESNETS.
+
+    Raises InputError for a file or an option that is none.
+    """
+    if not Path(file).is_file():
+        raise InputError(f"{file}: no such config; those of MoCo's protocols are in {CONFIGS}")
+    cfg = get_cfg()
+    try:
+        cfg.merge_from_file(str(file))
+        cfg.merge_from_list(options)
+    except (AssertionError, KeyError, ValueError) as error:
+        raise InputError(f"{' '.join([str(file), *options])}: {error}; options are pairs, as in SOLVER.BASE_LR 0.01") from None
+    if found := converted(cfg.MODEL.WEIGHTS):
+        for name, value in resnet_options(found["source"]["arch"]).items():
+            cfg.MODEL.RESNETS[name] = value
+    if gpus == 0:
+        cfg.MODEL.DEVICE = "cpu"
+    if gpus <= 1 and cfg.MODEL.RESNETS.NORM == "SyncBN":
+        cfg.MODEL.RESNETS.NORM = "BN"
+        print("MODEL.RESNETS.NORM BN: SyncBN needs several GPUs; each batch's statistics are those of its own images")
+    return cfg
+
+
+def converted(weights: str) -> dict[str, Any] | None:
+    """What `convert-pretrain-to-detectron2.py` wrote to the file MODEL.WEIGHTS; None for weights that it did not write."""
+    if not weights.endswith(".pkl") or not Path(weights).is_file():
+        return None
+    try:
+        found = pickle.loads(Path(weights).read_bytes(), encoding="latin1")
+    except (pickle.UnpicklingError, EOFError) as error:
+        raise InputError(f"{weights}: damaged ({error}); convert the checkpoint again") from None
+    return found if isinstance(found, dict) and "source" in found else None
+
+
+def not_arrived(model: nn.Module, tensors: dict[str, np.ndarray]) -> list[str]:
+    """The backbone tensors, of the model or of a converted checkpoint, that are not bit by bit the same in both.
+
+    The norm after res5 is the model's own and is left out.
+    """
+    theirs = {("roi_heads." if name.startswith("res5.") else "backbone.") + name: x for name, x in tensors.items()}
+    own = ("num_batches_tracked", "roi_heads.res5.norm.")
+    mine = {
+        name: x.cpu()
+        for name, x in model.state_dict().items()
+        if name.startswith(("backbone.", "roi_heads.res5.")) and not any(part in name for part in own)
+    }
+    same = {name for name in mine.keys() & theirs.keys() if torch.equal(mine[name], torch.from_numpy(theirs[name]))}
+    return sorted((mine.keys() | theirs.keys()) - same)

@@ -1,0 +1,115 @@
+#!/usr/bin/env python
+"""Convert the encoder of a checkpoint, of this project or of any that main_lincls.py reads, to detectron2's names.
+
+With --check, detectron2 builds its C4 model, loads OUT as training will, and every backbone tensor is compared bit by bit.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import importlib.util
+import pickle
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from moco import encoder  # noqa: E402
+from moco.engine import checkpoint  # noqa: E402
+from moco.errors import InputError  # noqa: E402
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", metavar="IN", help="a checkpoint with a ResNet")
+    parser.add_argument("out", metavar="OUT", type=Path, help="the file for MODEL.WEIGHTS; ends in .pkl")
+    parser.add_argument("-a", "--arch", help="of a checkpoint that does not say it (default: resnet50)")
+    parser.add_argument("--check", action="store_true", help="prove with detectron2 that all of it arrives")
+    args = parser.parse_args()
+    try:
+        if args.out.suffix != ".pkl":
+            raise InputError(f"{args.out}: detectron2 takes a file by its ending; let OUT end in .pkl")
+        converted = convert(args.checkpoint, args.arch)
+        write(args.out, converted)
+        if args.check:
+            check(args.out, converted)
+    except InputError as error:
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def convert(file: str, arch: str | None = None) -> dict[str, Any]:
+    """What OUT holds: `model`, arrays by detectron2's names, and where they came from. Raises InputError where one is left over."""
+    state = checkpoint.load(file)
+    tensors = checkpoint.tensors(state)
+    arch = arch or state.get("arch") or "resnet50"
+    net = encoder.resnet(arch, 1)
+    encoder.load_backbone(net, tensors, file)
+    prefix = encoder.prefix(net, tensors)
+    mine = net.state_dict()
+    known = {prefix + name for name in mine}
+    left = [name for name in tensors if name.startswith(prefix) and name not in known and not name.startswith(prefix + "fc.")]
+    if left:
+        raise InputError(f"{file}: {len(left)} tensors are no part of a {arch}: {encoder.some(left)}; remove them from it")
+    model = {}
+    names = [name for name in encoder.backbone_keys(net) if not name.endswith("num_batches_tracked")]
+    width = max(map(len, names)) + len(prefix)
+    for name in names:
+        new = renamed(name)
+        model[new] = mine[name].numpy()
+        print(f"{prefix + name:{width}} -> {new:32} {tuple(mine[name].shape)}")
+    print(f"{len(model)} of {len(names)} tensors of the {arch} renamed; its head stays behind")
+    source = {
+        "file": str(Path(file).resolve()),
+        "sha256": hashlib.sha256(Path(file).read_bytes()).hexdigest(),
+        "arch": arch,
+        "method": state.get("method", "unknown"),
+        "epoch": state.get("epoch"),
+    }
+    return {"model": model, "__author__": f"{source['method']}, {file}", "matching_heuristics": True, "source": source}
+
+
+def renamed(name: str) -> str:
+    """detectron2's name for a tensor of a torchvision ResNet: layer1.0.bn2.weight -> res2.0.conv2.norm.weight."""
+    name = re.sub(r"^(conv1|bn1)\.", r"stem.\1.", name)
+    name = re.sub(r"^layer(\d)\.", lambda stage: f"res{int(stage[1]) + 1}.", name)
+    name = re.sub(r"\bbn(\d)\.", r"conv\1.norm.", name)
+    return name.replace("downsample.0.", "shortcut.").replace("downsample.1.", "shortcut.norm.")
+
+
+def write(path: Path, converted: dict[str, Any]) -> None:
+    """Write OUT, replacing it at once."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(pickle.dumps(converted))
+        temporary.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise InputError(f"{path}: cannot be written ({error.strerror}); choose another place") from None
+    print(path)
+
+
+def check(path: Path, converted: dict[str, Any]) -> None:
+    """Load `path` into detectron2's model. Raises InputError where a backbone tensor is not, bit by bit, the converted one."""
+    if importlib.util.find_spec("detectron2") is None:
+        raise InputError("--check needs detectron2; detection/README.md says how to install it")
+    import c4
+    from detectron2.checkpoint import DetectionCheckpointer
+    from detectron2.modeling import build_model
+
+    model = build_model(c4.config(c4.CONFIGS / "pascal_voc_R_50_C4_24k_moco.yaml", ["MODEL.WEIGHTS", str(path)], gpus=0))
+    DetectionCheckpointer(model).load(str(path))
+    wrong = c4.not_arrived(model, converted["model"])
+    if wrong:
+        raise InputError(f"{path}: {len(wrong)} tensors did not arrive in detectron2's model: {encoder.some(wrong)}")
+    print(f"{len(converted['model'])} of {len(converted['model'])} backbone tensors arrived in detectron2's model, bit by bit")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

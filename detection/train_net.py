@@ -1,0 +1,199 @@
+#!/usr/bin/env python
+"""Train and test Faster or Mask R-CNN with detectron2, from an encoder that convert-pretrain-to-detectron2.py has converted.
+
+Options of the config follow as pairs: MODEL.WEIGHTS FILE.pkl OUTPUT_DIR DIR SOLVER.BASE_LR 0.01. Metrics go to
+OUTPUT_DIR/results.json, as every evaluation's of this project.
+"""
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import c4  # noqa: E402
+import torch  # noqa: E402
+from detectron2.checkpoint import DetectionCheckpointer  # noqa: E402
+from detectron2.config import CfgNode  # noqa: E402
+from detectron2.data import MetadataCatalog  # noqa: E402
+from detectron2.engine import DefaultTrainer, default_argument_parser, default_setup, launch  # noqa: E402
+from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, PascalVOCDetectionEvaluator  # noqa: E402
+from detectron2.utils import comm  # noqa: E402
+
+from moco import encoder  # noqa: E402
+from moco.engine.log import write_json  # noqa: E402
+from moco.errors import InputError  # noqa: E402
+
+GPUS = 8  # that the schedules are made for
+
+
+def main() -> int:
+    args = parser().parse_args()
+    try:
+        cfg = configure(args)
+        check_data(cfg)
+    except InputError as error:
+        print(f"train_net.py: error: {error}", file=sys.stderr)
+        return 2
+    launch(worker, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, args=(cfg, args))
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    p = default_argument_parser(epilog=__doc__)
+    p.set_defaults(num_gpus=min(1, torch.cuda.device_count()))
+    p.add_argument(
+        "--auto-scale",
+        action="store_true",
+        help=f"on fewer than {GPUS} GPUs: their share of the batch, the rate by the linear rule, and the more iterations",
+    )
+    return p
+
+
+def configure(args: argparse.Namespace) -> CfgNode:
+    """The run's configuration. Raises InputError where it cannot run."""
+    if args.num_gpus > torch.cuda.device_count():
+        raise InputError(f"--num-gpus {args.num_gpus}: this machine has {torch.cuda.device_count()}; 0 runs on the CPU")
+    if args.num_machines > 1 and args.num_gpus == 0:
+        raise InputError("--num-machines: several machines need GPUs")
+    if not args.config_file:
+        raise InputError(f"give --config-file FILE, one of those in {c4.CONFIGS}")
+    processes = max(1, args.num_gpus * args.num_machines)
+    cfg = c4.config(Path(args.config_file), args.opts, args.num_gpus * args.num_machines)
+    weights = cfg.MODEL.WEIGHTS
+    if not weights:
+        print("MODEL.WEIGHTS is empty: a randomly initialised backbone")
+    elif "://" not in weights and not Path(weights).is_file():
+        raise InputError(f"MODEL.WEIGHTS {weights}: no such file; convert a checkpoint with convert-pretrain-to-detectron2.py")
+    mine, begun = converted_from(cfg), kept_source(cfg)
+    if args.resume and Path(cfg.OUTPUT_DIR, "last_checkpoint").exists() and mine and begun and mine != begun:
+        raise InputError(f"OUTPUT_DIR {cfg.OUTPUT_DIR}: the run there began from {begun['file']}; choose another folder")
+    if args.auto_scale and processes < GPUS:
+        cfg.SOLVER.REFERENCE_WORLD_SIZE = GPUS
+        cfg = DefaultTrainer.auto_scale_workers(cfg, processes)
+    solver = cfg.SOLVER
+    if solver.IMS_PER_BATCH % processes:
+        raise InputError(f"SOLVER.IMS_PER_BATCH {solver.IMS_PER_BATCH}: must be a multiple of the {processes} GPUs")
+    print(
+        f"{processes} process(es) on {cfg.MODEL.DEVICE}, batch {solver.IMS_PER_BATCH}, lr {solver.BASE_LR:g}, warm-up"
+        f" {solver.WARMUP_ITERS}, steps {solver.STEPS}, {solver.MAX_ITER} iterations, norm {cfg.MODEL.RESNETS.NORM}"
+    )
+    if not args.auto_scale and processes < GPUS:
+        print(f"the schedules are made for {GPUS} GPUs; --auto-scale fits batch, learning rate and iterations to {processes}")
+    cfg.freeze()
+    return cfg
+
+
+def converted_from(cfg: CfgNode) -> dict[str, Any]:
+    """What MODEL.WEIGHTS was converted from; empty for other weights."""
+    found = c4.converted(cfg.MODEL.WEIGHTS)
+    return found["source"] if found else {}
+
+
+def kept_source(cfg: CfgNode) -> dict[str, Any]:
+    """What the run in OUTPUT_DIR began from; empty where none has begun."""
+    file = Path(cfg.OUTPUT_DIR, "source.json")
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
+def check_data(cfg: CfgNode) -> None:
+    """Raise InputError where a data set of the configuration is not in its folder."""
+    for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
+        about = MetadataCatalog.get(name)
+        if about.get("evaluator_type") == "pascal_voc":
+            file = Path(about.dirname, "ImageSets", "Main", f"{about.split}.txt")
+        elif about.get("evaluator_type") == "coco":
+            file = Path(about.json_file)
+        else:
+            raise InputError(f"DATASETS: '{name}' is neither a VOC nor a COCO data set that detectron2 knows")
+        if not file.is_file():
+            raise InputError(f"{name}: no {file}; set DETECTRON2_DATASETS to the folder that holds VOC2007, VOC2012 and coco")
+
+
+def worker(cfg: CfgNode, args: argparse.Namespace) -> None:
+    """What each process runs."""
+    default_setup(cfg, args)
+    if args.eval_only:
+        model = Trainer.build_model(cfg)
+        DetectionCheckpointer(model, cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+        Trainer.test(cfg, model)
+        return
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=args.resume)
+    if trainer.start_iter == 0:
+        check_arrived(cfg, trainer.model)
+        if comm.is_main_process():
+            write_json(Path(cfg.OUTPUT_DIR, "source.json"), converted_from(cfg))
+    trainer.train()
+
+
+def check_arrived(cfg: CfgNode, model: torch.nn.Module) -> None:
+    """Say that the converted backbone is in the model, bit by bit. Raises RuntimeError where it is not."""
+    if not (found := c4.converted(cfg.MODEL.WEIGHTS)):
+        return
+    wrong = c4.not_arrived(getattr(model, "module", model), found["model"])
+    if wrong:
+        raise RuntimeError(f"{cfg.MODEL.WEIGHTS}: {len(wrong)} tensors did not arrive in the model: {encoder.some(wrong)}")
+    if comm.is_main_process():
+        print(f"{len(found['model'])} backbone tensors of {found['source']['file']} arrived bit by bit")
+
+
+class Trainer(DefaultTrainer):
+    """detectron2's, with the evaluator of the data set, and results.json."""
+
+    @classmethod
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
+        if MetadataCatalog.get(dataset_name).evaluator_type == "pascal_voc":
+            return PascalVOCDetectionEvaluator(dataset_name)
+        return COCOEvaluator(dataset_name, output_dir=str(Path(cfg.OUTPUT_DIR, "inference")))
+
+    @classmethod
+    def test(cls, cfg: CfgNode, model: torch.nn.Module, evaluators: list[DatasetEvaluator] | None = None) -> dict:
+        found = super().test(cfg, model, evaluators)
+        if found and comm.is_main_process():
+            write_results(cfg, found)
+        return found
+
+
+def write_results(cfg: CfgNode, found: dict[str, dict[str, float]]) -> None:
+    """Write results.json to OUTPUT_DIR: AP, AP50 and AP75 of boxes and masks, in [0, 1]; what is undefined is left out.
+
+    Args:
+        found: as evaluators report it, for `bbox` and `segm` each: per cent by name.
+    """
+    of = {"bbox": "box", "segm": "mask"}
+    metrics = {
+        f"{kind}_{name.lower()}": found[task][name] / 100
+        for task, kind in of.items()
+        for name in ("AP", "AP50", "AP75")
+        if math.isfinite(found.get(task, {}).get(name, math.nan))
+    }
+    source = kept_source(cfg)
+    solver = cfg.SOLVER
+    results = {
+        "method": source.get("method", "unknown"),
+        "arch": source.get("arch", f"resnet{cfg.MODEL.RESNETS.DEPTH}"),
+        "checkpoint": source.get("file", cfg.MODEL.WEIGHTS or None),
+        "pretrain_epochs": source.get("epoch"),
+        "protocol": f"detection {solver.IMS_PER_BATCH * solver.MAX_ITER / 16_000:g}k",  # iterations of 16 images
+        "dataset": cfg.DATASETS.TEST[0],
+        "metrics": metrics,
+        "settings": {
+            "batch_size": solver.IMS_PER_BATCH,
+            "lr": solver.BASE_LR,
+            "iterations": solver.MAX_ITER,
+            "norm": cfg.MODEL.RESNETS.NORM,
+            "seed": cfg.SEED,
+        },
+    }
+    write_json(Path(cfg.OUTPUT_DIR) / "results.json", results)
+    shown = "  ".join(f"{name.replace('_ap', ' AP')} {100 * value:.3f}" for name, value in metrics.items())
+    print(f"* {shown or 'no AP: the model detects nothing yet'}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,436 @@
+"""Checkpoints to detectron2: the converter, and real training and evaluation on tiny VOC and COCO trees.
+
+What needs detectron2 is skipped where it is not installed; .ci/run installs it.
+"""
+
+import importlib.util
+import json
+import os
+import pickle
+import subprocess
+import sys
+from argparse import Namespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, shell
+from PIL import Image
+
+from moco import encoder
+from moco.encoder import PREFIXES, resnet
+from moco.errors import InputError
+
+HERE = ROOT / "detection"
+wants_detectron2 = pytest.mark.skipif(importlib.util.find_spec("detectron2") is None, reason="detectron2 is not installed")
+
+
+def module(name):
+    """A file of detection/, which is no package."""
+    if str(HERE) not in sys.path:
+        sys.path.append(str(HERE))
+    return importlib.import_module(name)
+
+
+converter = module("convert-pretrain-to-detectron2")
+
+
+@pytest.fixture
+def convert(monkeypatch, capsys):
+    """The converter's command line, in this process: returns its status, stdout and stderr."""
+
+    def call(*options):
+        monkeypatch.setattr(sys, "argv", ["convert-pretrain-to-detectron2.py", *map(str, options)])
+        return converter.main(), *capsys.readouterr()
+
+    return call
+
+
+def published(arch, prefix="module.encoder_q.", **more):
+    """A checkpoint of random weights, with the head that a pre-trained encoder has, and `more`."""
+    net = resnet(arch, 128, mlp=True)
+    for buffer in net.buffers():  # running statistics of their own
+        if buffer.is_floating_point():
+            buffer.uniform_(0.5, 1.5)
+    return {"arch": arch, "state_dict": {prefix + name: x for name, x in net.state_dict().items()}, **more}
+
+
+def saved(tmp_path, state):
+    torch.save(state, tmp_path / "encoder.pth.tar")
+    return tmp_path / "encoder.pth.tar"
+
+
+# The converter
+
+
+def test_a_checkpoint_of_other_software_converts(convert, tmp_path):
+    """MoCo's own layout: the key encoder and the queue stay behind, and detectron2's names hold the same numbers."""
+    state = published("resnet50", epoch=200, optimizer={"state": {}})
+    state["state_dict"] |= {f"module.encoder_k.{name}": x for name, x in resnet("resnet50", 128).state_dict().items()}
+    state["state_dict"] |= {"module.queue": torch.randn(128, 64), "module.queue_ptr": torch.zeros(1, dtype=torch.int64)}
+    status, out, err = convert(saved(tmp_path, state), tmp_path / "new" / "out.pkl")
+    assert status == 0, err
+    assert "265 of 265" in out and "module.encoder_q.layer1.0.downsample.1.bias" in out
+    written = pickle.loads((tmp_path / "new" / "out.pkl").read_bytes())
+    assert written["matching_heuristics"] is True and written["source"]["file"] == str(tmp_path / "encoder.pth.tar")
+    assert written["source"] | {"arch": "resnet50", "epoch": 200, "method": "unknown"} == written["source"]
+    expected = {
+        "stem.conv1.weight": "conv1.weight",
+        "stem.conv1.norm.running_mean": "bn1.running_mean",
+        "res2.0.shortcut.weight": "layer1.0.downsample.0.weight",
+        "res3.0.shortcut.norm.bias": "layer2.0.downsample.1.bias",
+        "res4.5.conv2.weight": "layer3.5.conv2.weight",
+        "res5.2.conv3.norm.weight": "layer4.2.bn3.weight",
+    }
+    model = written["model"]
+    assert len(model) == 265 and not any("fc" in name or "num_batches" in name for name in model)
+    for new, old in expected.items():
+        assert np.array_equal(model[new], state["state_dict"][f"module.encoder_q.{old}"].numpy())
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "resnet34", "resnet101", "resnet152", "resnext50_32x4d", "wide_resnet50_2"])
+def test_every_resnet_keeps_every_tensor(arch, convert, tmp_path):
+    state = published(arch)
+    status, out, err = convert(saved(tmp_path, state), tmp_path / "out.pkl")
+    assert status == 0, err
+    model = pickle.loads((tmp_path / "out.pkl").read_bytes())["model"]
+    wanted = [name for name in encoder.backbone_keys(resnet(arch, 1)) if "num_batches" not in name]
+    assert len(model) == len(wanted) and f"{len(wanted)} of {len(wanted)}" in out
+
+
+def broken(change):
+    """Tensors of a ResNet-18 after `change` of one, and the name that an error must show."""
+    tensors = published("resnet18")["state_dict"]
+    name = "module.encoder_q.layer3.1.conv2.weight"
+    if change == "missing":
+        del tensors[name]
+    elif change == "renamed":
+        tensors[name.replace("conv2", "konv2")] = tensors.pop(name)
+    elif change == "extra in a layer":
+        tensors["module.encoder_q.layer3.1.conv3.weight"] = torch.zeros(3)
+        return tensors, "layer3.1.conv3.weight"
+    elif change == "extra at the top":
+        tensors["module.encoder_q.attention.weight"] = torch.zeros(3)
+        return tensors, "attention.weight"
+    elif change == "reshaped":
+        tensors[name] = tensors[name][:, :-1]
+    return tensors, "layer3.1.conv2.weight"
+
+
+@pytest.mark.parametrize("change", ["missing", "renamed", "extra in a layer", "extra at the top", "reshaped"])
+def test_one_odd_tensor_is_named_and_nothing_is_written(change, convert, tmp_path):
+    tensors, name = broken(change)
+    status, _, err = convert(saved(tmp_path, {"arch": "resnet18", "state_dict": tensors}), tmp_path / "out.pkl")
+    assert status == 2 and name in err and err.count("\n") == 1
+    if change == "renamed":
+        assert "layer3.1.konv2.weight" in err
+    assert not list(tmp_path.glob("*out.pkl*"))
+
+
+def test_mistakes_are_one_line(convert, tmp_path):
+    (tmp_path / "file").write_text("")
+    file = saved(tmp_path, published("resnet18"))
+    for options, said in (
+        ((tmp_path / "none.pth", tmp_path / "out.pkl"), "no such checkpoint"),
+        ((file, tmp_path / "out.pth"), "let OUT end in .pkl"),
+        ((file, tmp_path / "file" / "out.pkl"), "cannot be written"),
+        ((file, tmp_path / "out.pkl", "-a", "resnet50"), "does not fit"),
+        ((file, tmp_path / "out.pkl", "-a", "resnet51"), "the nearest is"),
+    ):
+        status, _, err = convert(*options)
+        assert status == 2 and said in err and err.count("\n") == 1
+
+
+def test_a_check_without_detectron2_says_so(convert, tmp_path, monkeypatch):
+    monkeypatch.setattr(converter.importlib.util, "find_spec", lambda name: None)
+    status, _, err = convert(saved(tmp_path, published("resnet18")), tmp_path / "out.pkl", "--check")
+    assert status == 2 and "README.md" in err
+
+
+@wants_detectron2
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_check_proves_a_resnet50_of_each_prefix(prefix, convert, tmp_path):
+    status, out, err = convert(saved(tmp_path, published("resnet50", prefix)), tmp_path / "out.pkl", "--check")
+    assert status == 0, err
+    assert "265 of 265 backbone tensors arrived" in out
+
+
+@wants_detectron2
+@pytest.mark.parametrize("arch", ["resnet18", "resnet34", "resnext50_32x4d", "wide_resnet50_2"])
+def test_check_proves_other_resnets(arch, convert, tmp_path):
+    status, out, err = convert(saved(tmp_path, published(arch)), tmp_path / "out.pkl", "--check")
+    assert status == 0 and "arrived in detectron2's model" in out, err
+
+
+@wants_detectron2
+@pytest.mark.parametrize("change", ["a number", "a tensor less", "a name"])
+def test_check_sees_what_did_not_arrive(change, convert, tmp_path, monkeypatch):
+    """Of an OUT that was spoiled between writing and loading."""
+    write = converter.write
+
+    def spoil(path, found):
+        model = dict(found["model"])
+        x = model.pop("res4.0.conv1.weight")
+        if change == "a number":
+            model["res4.0.conv1.weight"] = np.nextafter(x, np.float32(1))
+        elif change == "a name":
+            model["res4.0.konv1.weight"] = x
+        write(path, found | {"model": model})
+
+    monkeypatch.setattr(converter, "write", spoil)
+    status, _, err = convert(saved(tmp_path, published("resnet18")), tmp_path / "out.pkl", "--check")
+    assert status == 2 and "res4.0.conv1.weight" in err
+
+
+# Configurations
+
+
+def configs():
+    return sorted((HERE / "configs").glob("*.yaml"))
+
+
+@wants_detectron2
+@pytest.mark.parametrize("file", configs(), ids=lambda file: file.stem)
+def test_every_config_builds_the_model_that_it_says(file):
+    from detectron2.modeling import build_model
+
+    cfg = module("c4").config(file, ["MODEL.WEIGHTS", ""], gpus=0)
+    mine, coco = file.stem.endswith("_moco"), file.stem.startswith("coco")
+    solver, resnets = cfg.SOLVER, cfg.MODEL.RESNETS
+    assert (solver.IMS_PER_BATCH, solver.BASE_LR, cfg.TEST.PRECISE_BN.ENABLED) == (16, 0.01, True)
+    assert (cfg.MODEL.BACKBONE.FREEZE_AT, cfg.MODEL.ROI_HEADS.NAME, resnets.DEPTH) == (0, "Res5ROIHeadsExtraNorm", 50)
+    assert (resnets.NORM, cfg.MODEL.DEVICE) == ("BN", "cpu")  # what SyncBN becomes there
+    assert (cfg.INPUT.FORMAT, resnets.STRIDE_IN_1X1) == (("RGB", False) if mine else ("BGR", True))
+    assert (cfg.MODEL.PIXEL_STD[0] == 58.395) == mine
+    if "Base" not in file.stem:
+        schedule = {"12k": (9000, 11000), "24k": (18000, 22000), "1x": (60000, 80000), "2x": (120000, 160000)}
+        last = {"12k": 12000, "24k": 24000, "1x": 90000, "2x": 180000}
+        name = file.stem.removesuffix("_moco").split("_")[-1]
+        assert (solver.STEPS, solver.MAX_ITER, cfg.MODEL.MASK_ON) == (schedule[name], last[name], coco)
+        assert solver.WARMUP_ITERS == (1000 if coco else 100)
+        assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == (80 if coco else 20)
+        trained = ("coco_2017_train",) if coco else ("voc_2007_trainval", "voc_2012_trainval")
+        tested = ("coco_2017_val",) if coco else ("voc_2007_test",)
+        assert (cfg.DATASETS.TRAIN, cfg.DATASETS.TEST) == (trained, tested)
+        assert (cfg.INPUT.MIN_SIZE_TRAIN[0], cfg.INPUT.MIN_SIZE_TEST) == ((640, 800) if coco else (480, 800))
+    model = build_model(cfg)
+    assert isinstance(model.roi_heads.res5.norm, torch.nn.BatchNorm2d)
+    assert all(p.requires_grad for p in model.parameters())
+    assert model.backbone.res3[0].conv2.stride == ((2, 2) if mine else (1, 1))
+
+
+@wants_detectron2
+def test_norm_is_synchronized_over_several_gpus_only(capsys):
+    c4, file = module("c4"), HERE / "configs" / "pascal_voc_R_50_C4_24k.yaml"
+    assert c4.config(file, [], gpus=8).MODEL.RESNETS.NORM == "SyncBN" and not capsys.readouterr().out
+    one = c4.config(file, [], gpus=1)
+    assert (one.MODEL.RESNETS.NORM, one.MODEL.DEVICE) == ("BN", "cuda") and "BN" in capsys.readouterr().out
+
+
+@wants_detectron2
+def test_the_schedule_fits_fewer_gpus(monkeypatch, capsys):
+    """An eighth of the batch and of the learning rate, eight times the iterations."""
+    train_net = module("train_net")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    file = str(HERE / "configs" / "pascal_voc_R_50_C4_24k.yaml")
+    args = {"config_file": file, "opts": [], "num_machines": 1, "resume": False}
+    for gpus, scale in ((1, 8), (2, 4), (8, 1)):
+        solver = train_net.configure(Namespace(**args, num_gpus=gpus, auto_scale=True)).SOLVER
+        assert (solver.IMS_PER_BATCH, solver.BASE_LR) == (16 / scale, pytest.approx(0.01 / scale))
+        assert (solver.MAX_ITER, solver.STEPS) == (24000 * scale, (18000 * scale, 22000 * scale))
+        assert solver.WARMUP_ITERS == 100 * scale
+        assert f"batch {16 // scale}, lr {0.01 / scale:g}" in capsys.readouterr().out
+    assert train_net.configure(Namespace(**args, num_gpus=2, auto_scale=False)).SOLVER.IMS_PER_BATCH == 16
+    assert "--auto-scale" in capsys.readouterr().out
+
+
+# Training and evaluation
+
+
+VOC = {"car": (220, 40, 40), "dog": (40, 200, 60), "person": (60, 60, 230)}
+COCO_IDS = {"person": 1, "car": 3, "dog": 18}
+
+
+def scenes(n, seed):
+    """Pictures of 96 x 128 pixels, each with one to three coloured boxes [xmin, ymin, xmax, ymax] of the classes of VOC."""
+    rng = np.random.default_rng(seed)
+    for _ in range(n):
+        pixels = rng.integers(90, 140, (96, 128, 3)).astype(np.uint8)
+        objects = []
+        for name in rng.choice(list(VOC), rng.integers(1, 4), replace=False):
+            w, h = rng.integers(24, 56, 2)
+            x, y = rng.integers(0, 128 - w), rng.integers(0, 96 - h)
+            pixels[y : y + h, x : x + w] = VOC[name]
+            objects.append((str(name), [int(x), int(y), int(x + w), int(y + h)]))
+        yield Image.fromarray(pixels), objects
+
+
+def write_voc(root, year, split, n, seed):
+    folder = root / f"VOC{year}"
+    for name in ("JPEGImages", "Annotations", "ImageSets/Main"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    names = [f"{split}{i:03d}" for i in range(n)]
+    for name, (image, objects) in zip(names, scenes(n, seed), strict=True):
+        image.save(folder / "JPEGImages" / f"{name}.jpg")
+        of = "".join(
+            f"<object><name>{kind}</name><pose>Unspecified</pose><truncated>0</truncated><difficult>0</difficult><bndbox>"
+            f"<xmin>{x0 + 1}</xmin><ymin>{y0 + 1}</ymin><xmax>{x1}</xmax><ymax>{y1}</ymax></bndbox></object>"
+            for kind, (x0, y0, x1, y1) in objects
+        )
+        size = "<size><width>128</width><height>96</height><depth>3</depth></size>"
+        (folder / "Annotations" / f"{name}.xml").write_text(f"<annotation>{size}{of}</annotation>")
+    (folder / "ImageSets" / "Main" / f"{split}.txt").write_text("\n".join(names) + "\n")
+
+
+def write_coco(root, split, n, seed):
+    from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
+
+    folder = root / "coco" / f"{split}2017"
+    folder.mkdir(parents=True)
+    (root / "coco" / "annotations").mkdir(exist_ok=True)
+    images, annotations = [], []
+    for i, (image, objects) in enumerate(scenes(n, seed), 1):
+        image.save(folder / f"{i:012d}.jpg")
+        images.append({"id": i, "file_name": f"{i:012d}.jpg", "height": 96, "width": 128})
+        for kind, (x0, y0, x1, y1) in objects:
+            about = {"id": len(annotations) + 1, "image_id": i, "category_id": COCO_IDS[kind], "iscrowd": 0}
+            box = {"bbox": [x0, y0, x1 - x0, y1 - y0], "area": (x1 - x0) * (y1 - y0)}
+            annotations.append({**about, **box, "segmentation": [[x0, y0, x1, y0, x1, y1, x0, y1]]})
+    categories = [{"id": one["id"], "name": one["name"]} for one in COCO_CATEGORIES if one["isthing"]]
+    file = root / "coco" / "annotations" / f"instances_{split}2017.json"
+    file.write_text(json.dumps({"images": images, "annotations": annotations, "categories": categories}))
+
+
+@pytest.fixture(scope="module")
+def datasets(tmp_path_factory):
+    root = tmp_path_factory.mktemp("datasets")
+    write_voc(root, 2007, "trainval", 4, seed=0)
+    write_voc(root, 2012, "trainval", 4, seed=1)
+    write_voc(root, 2007, "test", 3, seed=2)
+    write_coco(root, "train", 4, seed=3)
+    write_coco(root, "val", 3, seed=4)
+    return root
+
+
+SMALL = (
+    "INPUT.MIN_SIZE_TRAIN (96,) INPUT.MIN_SIZE_TEST 96 SOLVER.IMS_PER_BATCH 2 DATALOADER.NUM_WORKERS 0"
+    " TEST.PRECISE_BN.NUM_ITER 2 SOLVER.MAX_ITER 4 SOLVER.STEPS (3,)"
+    " MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE 16 MODEL.RPN.PRE_NMS_TOPK_TRAIN 200 MODEL.RPN.POST_NMS_TOPK_TRAIN 50"
+    " MODEL.RPN.PRE_NMS_TOPK_TEST 200 MODEL.RPN.POST_NMS_TOPK_TEST 50 TEST.DETECTIONS_PER_IMAGE 20"
+    " MODEL.ROI_HEADS.SCORE_THRESH_TEST 0.0"
+).split()
+
+
+@wants_detectron2
+@pytest.mark.parametrize(("data", "arch"), [("voc", "resnet50"), ("coco", "resnet18")])
+def test_from_pretraining_to_ap(data, arch, datasets, script, shared_images, tmp_path):
+    """A checkpoint that main_synco.py has just written goes through run.sh; a second start only tests again."""
+    options = "--image-size 32 -b 16 -j 0 --epochs 1 --moco-k 64 --n-hard 16 --n1 2 --n4 2 --warmup-epochs 0 --bn-splits 1"
+    status, _, err = script("main_synco", shared_images, "-a", arch, *options.split(), "--save-dir", tmp_path / "pretrain")
+    assert status == 0, err
+    checkpoint = next((tmp_path / "pretrain").glob("checkpoint_*.pth.tar"))
+    out = tmp_path / "out"
+    env = {**os.environ, "DETECTRON2_DATASETS": str(datasets), "PYTHON": sys.executable, "GPUS": "0"}
+
+    def run():
+        command = [HERE / "run.sh", checkpoint, data, out, *SMALL]
+        done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout, json.loads((out / "results.json").read_text())
+
+    said, found = run()
+    assert "backbone tensors arrived in detectron2's model" in said and "arrived bit by bit" in said
+    assert "MODEL.RESNETS.NORM BN" in said and "1 process(es) on cpu, batch 2, lr 0.01" in said
+    kinds = ("box", "mask") if data == "coco" else ("box",)
+    assert list(found["metrics"]) == [f"{kind}_{name}" for kind in kinds for name in ("ap", "ap50", "ap75")]
+    assert all(0 <= value <= 1 for value in found["metrics"].values())
+    assert found["checkpoint"] == str(checkpoint)
+    want = {"method": "synco", "arch": arch, "pretrain_epochs": 1, "protocol": "detection 0.0005k"}
+    assert found | want == found
+    assert found["dataset"] == ("coco_2017_val" if data == "coco" else "voc_2007_test")
+    trained = torch.load(out / "model_final.pth", weights_only=False)["model"]
+    converted = pickle.loads((out / "weights.pkl").read_bytes())["model"]
+    assert not np.array_equal(trained["backbone.stem.conv1.weight"], converted["stem.conv1.weight"])  # FREEZE_AT 0
+    assert trained["roi_heads.res5.norm.running_mean"].abs().sum() > 0
+    if data == "coco":
+        said, again = run()
+        assert "arrived bit by bit" not in said and again == found
+        table = shell("tools/collect.py", tmp_path).stdout
+        assert "coco_2017_val detection 0.0005k, mask AP50" in table
+
+
+@wants_detectron2
+def test_eighty_iterations_lower_the_loss(datasets, tmp_path):
+    torch.save(published("resnet18"), tmp_path / "encoder.pth.tar")
+    converter.write(tmp_path / "weights.pkl", converter.convert(str(tmp_path / "encoder.pth.tar")))
+    train_net = module("train_net")
+    from detectron2.data import MetadataCatalog
+    from detectron2.data.datasets import register_pascal_voc
+
+    register_pascal_voc("tiny_voc", str(datasets / "VOC2007"), "trainval", 2007)
+    MetadataCatalog.get("tiny_voc").evaluator_type = "pascal_voc"
+    options = ["MODEL.WEIGHTS", tmp_path / "weights.pkl", "OUTPUT_DIR", tmp_path, "DATASETS.TRAIN", "('tiny_voc',)"]
+    options += ["INPUT.MIN_SIZE_TRAIN", "(64,)", "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 8, "DATASETS.TEST", "()"]
+    options += ["SOLVER.MAX_ITER", 80, "SOLVER.STEPS", "(70,)", "SOLVER.WARMUP_ITERS", 10, "SEED", 1]
+    file = HERE / "configs" / "pascal_voc_R_50_C4_24k_moco.yaml"
+    cfg = train_net.c4.config(file, [*SMALL, *map(str, options)], gpus=0)
+    trainer = train_net.Trainer(cfg)
+    trainer.resume_or_load(resume=False)
+    train_net.check_arrived(cfg, trainer.model)
+    trainer.train()
+    loss = [value for value, _ in trainer.storage.history("total_loss").values()]
+    assert len(loss) == 80 and np.mean(loss[-8:]) < 2 / 3 * np.mean(loss[:4]), loss
+
+
+@wants_detectron2
+def test_a_backbone_that_did_not_arrive_ends_the_run(datasets, tmp_path):
+    train_net = module("train_net")
+    torch.save(published("resnet18"), tmp_path / "encoder.pth.tar")
+    found = converter.convert(str(tmp_path / "encoder.pth.tar"))
+    converter.write(tmp_path / "weights.pkl", found)
+    cfg = train_net.c4.config(HERE / "configs" / "coco_R_50_C4_1x_moco.yaml", ["MODEL.WEIGHTS", str(tmp_path / "weights.pkl")], 0)
+    with pytest.raises(RuntimeError, match=r"100 tensors did not arrive"):
+        train_net.check_arrived(cfg, train_net.Trainer.build_model(cfg))
+
+
+@wants_detectron2
+def test_what_cannot_run_is_refused_in_one_line(tmp_path, monkeypatch, capsys):
+    train_net = module("train_net")
+    config = HERE / "configs" / "pascal_voc_R_50_C4_24k_moco.yaml"
+    torch.save(published("resnet18"), tmp_path / "encoder.pth.tar")
+    found = converter.convert(str(tmp_path / "encoder.pth.tar"))
+    for name in ("a", "b"):
+        converter.write(tmp_path / f"{name}.pkl", found | {"source": {"file": name, "arch": "resnet18"}})
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "last_checkpoint").write_text("model_final.pth")
+    (tmp_path / "run" / "source.json").write_text(json.dumps({"file": "a", "arch": "resnet18"}))
+    (tmp_path / "damaged.pkl").write_bytes(b"\x80\x04.")
+    resumed = ("--resume", "--config-file", config, "OUTPUT_DIR", tmp_path / "run", "MODEL.WEIGHTS")
+    for options, said in (
+        (("--config-file", config), "FILE.pkl: no such file"),
+        (("--config-file", config, "MODEL.WEIGHTS", tmp_path / "damaged.pkl"), "damaged"),
+        (("--config-file", tmp_path / "none.yaml"), "no such config"),
+        ((), "give --config-file"),
+        (("--num-gpus", torch.cuda.device_count() + 1, "--config-file", config), "this machine has"),
+        (("--config-file", config, "SOLVER.LR", 1), "SOLVER.LR"),
+        (("--config-file", config, "SOLVER.BASE_LR"), "pairs"),
+        (("--config-file", config, "MODEL.WEIGHTS", tmp_path / "a.pkl"), "DETECTRON2_DATASETS"),
+        ((*resumed, tmp_path / "b.pkl"), "began from a"),
+        ((*resumed, tmp_path / "a.pkl"), "DETECTRON2_DATASETS"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["train_net.py", *map(str, options)])
+        capsys.readouterr()
+        assert train_net.main() == 2
+        err = capsys.readouterr().err
+        assert said in err and err.count("\n") == 1, err
+
+
+def test_run_sh_says_how_it_is_used():
+    for arguments in ((), ("a", "b", "c"), ("a", "voc")):
+        done = subprocess.run([HERE / "run.sh", *arguments], capture_output=True, text=True)
+        assert done.returncode == 2 and done.stderr.startswith("usage: ")
+
+
+def test_an_error_is_the_projects_own():
+    """detection/ and moco/ share one kind of mistake."""
+    assert converter.InputError is InputError
