@@ -6,6 +6,7 @@ OUTPUT_DIR/results.json, as every evaluation's of this project.
 """
 
 import argparse
+import importlib.util
 import json
 import math
 import sys
@@ -14,6 +15,9 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+if importlib.util.find_spec("detectron2") is None:
+    print("train_net.py: error: needs detectron2; detection/README.md says how to install it", file=sys.stderr)
+    sys.exit(2)
 
 import c4  # noqa: E402
 import torch  # noqa: E402

@@ -384,12 +384,13 @@ def test_eighty_iterations_lower_the_loss(datasets, tmp_path):
 
 @wants_detectron2
 def test_a_backbone_that_did_not_arrive_ends_the_run(datasets, tmp_path):
+    """Of a model as it is initialised, whose norms happen to have the right scales and shifts: all ones and zeros."""
     train_net = module("train_net")
     torch.save(published("resnet18"), tmp_path / "encoder.pth.tar")
     found = converter.convert(str(tmp_path / "encoder.pth.tar"))
     converter.write(tmp_path / "weights.pkl", found)
     cfg = train_net.c4.config(HERE / "configs" / "coco_R_50_C4_1x_moco.yaml", ["MODEL.WEIGHTS", str(tmp_path / "weights.pkl")], 0)
-    with pytest.raises(RuntimeError, match=r"100 tensors did not arrive"):
+    with pytest.raises(RuntimeError, match=r"60 tensors did not arrive"):
         train_net.check_arrived(cfg, train_net.Trainer.build_model(cfg))
 
 

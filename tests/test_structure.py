@@ -11,12 +11,13 @@ FLOORS = [
     ("moco.loss", "moco.augment", "moco.encoder", "moco.distributed"),
     ("moco.builder", "moco.data"),
     ("moco.engine",),
-    ("main_", "tools"),
+    ("main_", "tools", "detection"),
     ("benchmarks",),
 ]
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts): path
-    for path in [*ROOT.glob("main_*.py"), *ROOT.glob("moco/**/*.py"), *ROOT.glob("tools/*.py"), *ROOT.glob("benchmarks/*.py")]
+    for pattern in ("main_*.py", "moco/**/*.py", "tools/*.py", "detection/*.py", "benchmarks/*.py")
+    for path in ROOT.glob(pattern)
     if path.name != "__init__.py"
 }
 
