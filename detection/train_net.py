@@ -77,6 +77,10 @@ def configure(args: argparse.Namespace) -> CfgNode:
     if args.resume and Path(cfg.OUTPUT_DIR, "last_checkpoint").exists() and mine and begun and mine != begun:
         raise InputError(f"OUTPUT_DIR {cfg.OUTPUT_DIR}: the run there began from {begun['file']}; choose another folder")
     if args.auto_scale and processes < GPUS:
+        if cfg.SOLVER.IMS_PER_BATCH % GPUS:
+            raise InputError(
+                f"--auto-scale: SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} is for {GPUS} GPUs, give a multiple of it"
+            )
         cfg.SOLVER.REFERENCE_WORLD_SIZE = GPUS
         cfg = DefaultTrainer.auto_scale_workers(cfg, processes)
     solver = cfg.SOLVER

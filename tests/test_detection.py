@@ -182,6 +182,29 @@ def test_check_sees_what_did_not_arrive(change, convert, tmp_path, monkeypatch):
     assert status == 2 and "res4.0.conv1.weight" in err
 
 
+@wants_detectron2
+def test_detectron2s_own_model_loads_the_file_too(tmp_path):
+    """Its standard C4 detector, with frozen batch norm, through its plain checkpointer."""
+    from detectron2.checkpoint import DetectionCheckpointer
+    from detectron2.config import get_cfg
+    from detectron2.modeling import build_model
+
+    state = published("resnet50")
+    converter.write(tmp_path / "out.pkl", converter.convert(str(saved(tmp_path, state))))
+    cfg = get_cfg()
+    cfg.MODEL.DEVICE = "cpu"
+    model = build_model(cfg)
+    DetectionCheckpointer(model).load(str(tmp_path / "out.pkl"))
+    loaded = model.state_dict()
+    for there, name in (
+        ("backbone.stem.conv1.weight", "conv1.weight"),
+        ("backbone.res4.5.conv3.norm.running_var", "layer3.5.bn3.running_var"),
+        ("roi_heads.res5.0.shortcut.weight", "layer4.0.downsample.0.weight"),
+        ("roi_heads.res5.2.conv2.norm.running_mean", "layer4.2.bn2.running_mean"),
+    ):
+        assert torch.equal(loaded[there], state["state_dict"][f"module.encoder_q.{name}"])
+
+
 # Configurations
 
 
@@ -407,6 +430,7 @@ def test_what_cannot_run_is_refused_in_one_line(tmp_path, monkeypatch, capsys):
     (tmp_path / "run" / "source.json").write_text(json.dumps({"file": "a", "arch": "resnet18"}))
     (tmp_path / "damaged.pkl").write_bytes(b"\x80\x04.")
     resumed = ("--resume", "--config-file", config, "OUTPUT_DIR", tmp_path / "run", "MODEL.WEIGHTS")
+    weights = ("MODEL.WEIGHTS", tmp_path / "a.pkl")
     for options, said in (
         (("--config-file", config), "FILE.pkl: no such file"),
         (("--config-file", config, "MODEL.WEIGHTS", tmp_path / "damaged.pkl"), "damaged"),
@@ -414,8 +438,9 @@ def test_what_cannot_run_is_refused_in_one_line(tmp_path, monkeypatch, capsys):
         ((), "give --config-file"),
         (("--num-gpus", torch.cuda.device_count() + 1, "--config-file", config), "this machine has"),
         (("--config-file", config, "SOLVER.LR", 1), "SOLVER.LR"),
+        (("--auto-scale", "--config-file", config, *weights, "SOLVER.IMS_PER_BATCH", 12), "IMS_PER_BATCH 12"),
         (("--config-file", config, "SOLVER.BASE_LR"), "pairs"),
-        (("--config-file", config, "MODEL.WEIGHTS", tmp_path / "a.pkl"), "DETECTRON2_DATASETS"),
+        (("--config-file", config, *weights), "DETECTRON2_DATASETS"),
         ((*resumed, tmp_path / "b.pkl"), "began from a"),
         ((*resumed, tmp_path / "a.pkl"), "DETECTRON2_DATASETS"),
     ):
