@@ -424,10 +424,10 @@ def test_what_cannot_run_is_refused_in_one_line(tmp_path, monkeypatch, capsys):
     torch.save(published("resnet18"), tmp_path / "encoder.pth.tar")
     found = converter.convert(str(tmp_path / "encoder.pth.tar"))
     for name in ("a", "b"):
-        converter.write(tmp_path / f"{name}.pkl", found | {"source": {"file": name, "arch": "resnet18"}})
+        converter.write(tmp_path / f"{name}.pkl", found | {"source": {"file": name, "arch": "resnet18", "sha256": name}})
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "last_checkpoint").write_text("model_final.pth")
-    (tmp_path / "run" / "source.json").write_text(json.dumps({"file": "a", "arch": "resnet18"}))
+    (tmp_path / "run" / "source.json").write_text(json.dumps({"file": "elsewhere/a", "arch": "resnet18", "sha256": "a"}))
     (tmp_path / "damaged.pkl").write_bytes(b"\x80\x04.")
     resumed = ("--resume", "--config-file", config, "OUTPUT_DIR", tmp_path / "run", "MODEL.WEIGHTS")
     weights = ("MODEL.WEIGHTS", tmp_path / "a.pkl")
@@ -441,7 +441,7 @@ def test_what_cannot_run_is_refused_in_one_line(tmp_path, monkeypatch, capsys):
         (("--auto-scale", "--config-file", config, *weights, "SOLVER.IMS_PER_BATCH", 12), "IMS_PER_BATCH 12"),
         (("--config-file", config, "SOLVER.BASE_LR"), "pairs"),
         (("--config-file", config, *weights), "DETECTRON2_DATASETS"),
-        ((*resumed, tmp_path / "b.pkl"), "began from a"),
+        ((*resumed, tmp_path / "b.pkl"), "began from elsewhere/a"),
         ((*resumed, tmp_path / "a.pkl"), "DETECTRON2_DATASETS"),
     ):
         monkeypatch.setattr(sys, "argv", ["train_net.py", *map(str, options)])
