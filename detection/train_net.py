@@ -75,7 +75,8 @@ def configure(args: argparse.Namespace) -> CfgNode:
         raise InputError(f"MODEL.WEIGHTS {weights}: no such file; convert a checkpoint with convert-pretrain-to-detectron2.py")
     mine, begun = converted_from(cfg), kept_source(cfg)
     if args.resume and Path(cfg.OUTPUT_DIR, "last_checkpoint").exists() and mine and mine["sha256"] != begun.get("sha256"):
-        raise InputError(f"OUTPUT_DIR {cfg.OUTPUT_DIR}: the run there began from {begun.get('file', 'other weights')}; choose another folder")
+        other = begun.get("file", "other weights")
+        raise InputError(f"OUTPUT_DIR {cfg.OUTPUT_DIR}: the run there began from {other}; choose another folder")
     if args.auto_scale and processes < GPUS:
         if cfg.SOLVER.IMS_PER_BATCH % GPUS:
             raise InputError(
