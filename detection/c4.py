@@ -1,5 +1,6 @@
 """Faster and Mask R-CNN on a ResNet's res4 ("C4"), as MoCo fine-tunes them, in detectron2's terms."""
 
+import json
 import pickle
 import re
 from pathlib import Path
@@ -17,6 +18,7 @@ from moco import encoder
 from moco.errors import InputError
 
 CONFIGS = Path(__file__).parent / "configs"
+SOURCE = "source.json"  # of a detector's run folder: what it began from
 BASIC = {18: 2, 34: 3}  # ResNets without bottlenecks: blocks in res5
 
 
@@ -53,7 +55,7 @@ def resnet_options(arch: str) -> dict[str, int]:
 def config(file: Path, options: list[str], gpus: int) -> CfgNode:
     """The configuration of a run on so many GPUs; on 0 it runs on the CPU. A converted checkpoint brings its MODEL.RESNETS.
 
-    Raises InputError for a file or an option that is none.
+    Raises InputError for a file or an option that is none, and for a config that does not suit converted weights.
     """
     if not Path(file).is_file():
         raise InputError(f"{file}: no such config; those of MoCo's protocols are in {CONFIGS}")
@@ -63,8 +65,10 @@ def config(file: Path, options: list[str], gpus: int) -> CfgNode:
         cfg.merge_from_list(options)
     except (AssertionError, KeyError, ValueError) as error:
         raise InputError(f"{' '.join([str(file), *options])}: {error}; options are pairs, as in SOLVER.BASE_LR 0.01") from None
-    if found := converted(cfg.MODEL.WEIGHTS):
-        for name, value in resnet_options(found["source"]["arch"]).items():
+    if arch := source(cfg.MODEL.WEIGHTS).get("arch"):
+        if cfg.INPUT.FORMAT != "RGB" or cfg.MODEL.RESNETS.STRIDE_IN_1X1:
+            raise InputError(f"{file}: {cfg.MODEL.WEIGHTS} wants RGB and torchvision's strides; take a config that ends in _moco")
+        for name, value in resnet_options(arch).items():
             cfg.MODEL.RESNETS[name] = value
     if gpus == 0:
         cfg.MODEL.DEVICE = "cpu"
@@ -83,6 +87,19 @@ def converted(weights: str) -> dict[str, Any] | None:
     except (pickle.UnpicklingError, EOFError) as error:
         raise InputError(f"{weights}: damaged ({error}); convert the checkpoint again") from None
     return found if isinstance(found, dict) and "source" in found else None
+
+
+def source(weights: str) -> dict[str, Any]:
+    """What the file MODEL.WEIGHTS comes from: a converted checkpoint says it, and a detector's run folder; empty for others."""
+    if found := converted(weights):
+        return found["source"]
+    return began_from(Path(weights).parent) if weights.endswith(".pth") else {}
+
+
+def began_from(folder: Path) -> dict[str, Any]:
+    """What the detector in a run folder began from; empty where none has begun, or not from a converted checkpoint."""
+    file = folder / SOURCE
+    return json.loads(file.read_text()) if file.is_file() else {}
 
 
 def not_arrived(model: nn.Module, tensors: dict[str, np.ndarray]) -> list[str]:

@@ -7,11 +7,9 @@ OUTPUT_DIR/results.json, as every evaluation's of this project.
 
 import argparse
 import importlib.util
-import json
 import math
 import sys
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -73,8 +71,9 @@ def configure(args: argparse.Namespace) -> CfgNode:
         print("MODEL.WEIGHTS is empty: a randomly initialised backbone")
     elif "://" not in weights and not Path(weights).is_file():
         raise InputError(f"MODEL.WEIGHTS {weights}: no such file; convert a checkpoint with convert-pretrain-to-detectron2.py")
-    mine, begun = converted_from(cfg), kept_source(cfg)
-    if args.resume and Path(cfg.OUTPUT_DIR, "last_checkpoint").exists() and mine and mine["sha256"] != begun.get("sha256"):
+    out = Path(cfg.OUTPUT_DIR)
+    begun = c4.began_from(out)
+    if args.resume and (out / "last_checkpoint").exists() and begun.get("sha256") != c4.source(weights).get("sha256"):
         other = begun.get("file", "other weights")
         raise InputError(f"OUTPUT_DIR {cfg.OUTPUT_DIR}: the run there began from {other}; choose another folder")
     if args.auto_scale and processes < GPUS:
@@ -95,18 +94,6 @@ def configure(args: argparse.Namespace) -> CfgNode:
         print(f"the schedules are made for {GPUS} GPUs; --auto-scale fits batch, learning rate and iterations to {processes}")
     cfg.freeze()
     return cfg
-
-
-def converted_from(cfg: CfgNode) -> dict[str, Any]:
-    """What MODEL.WEIGHTS was converted from; empty for other weights."""
-    found = c4.converted(cfg.MODEL.WEIGHTS)
-    return found["source"] if found else {}
-
-
-def kept_source(cfg: CfgNode) -> dict[str, Any]:
-    """What the run in OUTPUT_DIR began from; empty where none has begun."""
-    file = Path(cfg.OUTPUT_DIR, "source.json")
-    return json.loads(file.read_text()) if file.exists() else {}
 
 
 def check_data(cfg: CfgNode) -> None:
@@ -136,7 +123,7 @@ def worker(cfg: CfgNode, args: argparse.Namespace) -> None:
     if trainer.start_iter == 0:
         check_arrived(cfg, trainer.model)
         if comm.is_main_process():
-            write_json(Path(cfg.OUTPUT_DIR, "source.json"), converted_from(cfg))
+            write_json(Path(cfg.OUTPUT_DIR, c4.SOURCE), c4.source(cfg.MODEL.WEIGHTS))
     trainer.train()
 
 
@@ -181,7 +168,7 @@ def write_results(cfg: CfgNode, found: dict[str, dict[str, float]]) -> None:
         for name in ("AP", "AP50", "AP75")
         if math.isfinite(found.get(task, {}).get(name, math.nan))
     }
-    source = kept_source(cfg)
+    source = c4.source(cfg.MODEL.WEIGHTS)
     solver = cfg.SOLVER
     results = {
         "method": source.get("method", "unknown"),

@@ -378,6 +378,11 @@ def test_from_pretraining_to_ap(data, arch, datasets, script, shared_images, tmp
     if data == "coco":
         said, again = run()
         assert "arrived bit by bit" not in said and again == found
+        config = HERE / "configs" / "coco_R_50_C4_1x_moco.yaml"
+        options = [*SMALL, "MODEL.WEIGHTS", out / "model_final.pth", "OUTPUT_DIR", tmp_path / "tested"]
+        done = shell(HERE / "train_net.py", "--config-file", config, "--num-gpus", 0, "--eval-only", *options, env=env)
+        assert done.returncode == 0, done.stderr
+        assert json.loads((tmp_path / "tested" / "results.json").read_text()) == found  # the arch too is the trained one's
         table = shell("tools/collect.py", tmp_path).stdout
         assert "coco_2017_val detection 0.0005k, mask AP50" in table
 
@@ -441,6 +446,7 @@ def test_what_cannot_run_is_refused_in_one_line(tmp_path, monkeypatch, capsys):
         (("--auto-scale", "--config-file", config, *weights, "SOLVER.IMS_PER_BATCH", 12), "IMS_PER_BATCH 12"),
         (("--config-file", config, "SOLVER.BASE_LR"), "pairs"),
         (("--config-file", config, *weights), "DETECTRON2_DATASETS"),
+        (("--config-file", HERE / "configs" / "coco_R_50_C4_1x.yaml", *weights), "ends in _moco"),
         ((*resumed, tmp_path / "b.pkl"), "began from elsewhere/a"),
         ((*resumed, tmp_path / "a.pkl"), "DETECTRON2_DATASETS"),
     ):
