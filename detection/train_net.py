@@ -27,6 +27,7 @@ from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, PascalVOCDete
 from detectron2.utils import comm  # noqa: E402
 
 from moco import encoder  # noqa: E402
+from moco.engine import classify  # noqa: E402
 from moco.engine.log import write_json  # noqa: E402
 from moco.errors import InputError  # noqa: E402
 
@@ -170,23 +171,21 @@ def write_results(cfg: CfgNode, found: dict[str, dict[str, float]]) -> None:
     }
     source = c4.source(cfg.MODEL.WEIGHTS)
     solver = cfg.SOLVER
-    results = {
-        "method": source.get("method", "unknown"),
-        "arch": source.get("arch", f"resnet{cfg.MODEL.RESNETS.DEPTH}"),
-        "checkpoint": source.get("file", cfg.MODEL.WEIGHTS or None),
-        "pretrain_epochs": source.get("epoch"),
-        "protocol": f"detection {solver.IMS_PER_BATCH * solver.MAX_ITER / 16_000:g}k",  # iterations of 16 images
-        "dataset": cfg.DATASETS.TEST[0],
-        "metrics": metrics,
-        "settings": {
-            "batch_size": solver.IMS_PER_BATCH,
-            "lr": solver.BASE_LR,
-            "iterations": solver.MAX_ITER,
-            "norm": cfg.MODEL.RESNETS.NORM,
-            "seed": cfg.SEED,
-        },
-    }
-    write_json(Path(cfg.OUTPUT_DIR) / "results.json", results)
+    run = argparse.Namespace(
+        save_dir=cfg.OUTPUT_DIR,
+        encoder_method=source.get("method", "unknown"),
+        arch=source.get("arch", f"resnet{cfg.MODEL.RESNETS.DEPTH}"),
+        pretrained=source.get("file", cfg.MODEL.WEIGHTS or None),
+        pretrain_epochs=source.get("epoch"),
+        dataset=cfg.DATASETS.TEST[0],
+        batch_size=solver.IMS_PER_BATCH,
+        lr=solver.BASE_LR,
+        iterations=solver.MAX_ITER,
+        norm=cfg.MODEL.RESNETS.NORM,
+        seed=cfg.SEED,
+    )
+    # the protocol: iterations of 16 images
+    classify.write_results(run, f"detection {solver.IMS_PER_BATCH * solver.MAX_ITER / 16_000:g}k", metrics)
     shown = "  ".join(f"{name.replace('_ap', ' AP')} {100 * value:.3f}" for name, value in metrics.items())
     print(f"* {shown or 'no AP: the model detects nothing yet'}")
 

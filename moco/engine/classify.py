@@ -164,6 +164,7 @@ def write_results(args: Namespace, protocol: str, found: dict[str, float]) -> No
 # what tells apart the runs of one protocol
 _SETTINGS = (
     "epochs batch_size optimizer lr lr_backbone lr_classifier wd weights train_percent subset_file ft_proj val_from_train seed"
+    " iterations norm"  # of detectors
 ).split()
 
 
