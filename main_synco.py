@@ -5,8 +5,6 @@ Without synthetic negatives (--n1 .. --n6 all 0) this is MoCo: v1 as it is, v2 w
 MoCHI uses --n1 and --n3; SynCo all six. configs/ holds the published settings: --cfg configs/synco_200.yaml.
 """
 
-import argparse
-
 import torch
 
 from moco.builder.synco import SynCo
@@ -20,14 +18,9 @@ from moco.loss.synthetic import Synthetic
 def parser() -> cli.Parser:
     p = cli.Parser(__doc__)
     cli.add_pretrain(p)
+    cli.add_momentum_encoder(p, t=0.07, v2=False)
     moco = p.add_argument_group("MoCo")
-    moco.add_argument("--moco-dim", type=cli.positive, default=128, help="feature size")
     moco.add_argument("--moco-k", type=cli.positive, default=65536, help="negatives in the queue")
-    moco.add_argument("--moco-m", type=float, default=0.999, help="momentum of the key encoder")
-    moco.add_argument("--moco-t", type=float, default=0.07, help="softmax temperature")
-    moco.add_argument("--mlp", action=argparse.BooleanOptionalAction, default=False, help="two-layer head (v2)")
-    moco.add_argument("--aug-plus", action=argparse.BooleanOptionalAction, default=False, help="recipe mocov2 instead of mocov1")
-    moco.add_argument("--bn-splits", type=cli.positive, default=8, help="key BN groups where one process trains alone")
     synco = p.add_argument_group("synthetic negatives (MoCHI, SynCo)")
     synco.add_argument("--n-hard", type=cli.natural, default=0, help="hardest queue rows that they are made of")
     for i, name in enumerate(("interpolated", "extrapolated", "mixup", "noise", "perturbed", "adversarial"), 1):
@@ -54,9 +47,7 @@ def check(args: cli.Options) -> None:
         raise InputError(f"--n-hard {args.n_hard} is above the queue's {args.moco_k} rows (--moco-k); lower it")
     if any(counts(args)) and not args.n_hard:
         raise InputError("synthetic negatives are made of the hardest queue rows: give --n-hard, as in --n-hard 1024")
-    if args.moco_t <= 0 or not 0 <= args.moco_m <= 1:
-        raise InputError(f"--moco-t must be above 0 and --moco-m in [0, 1]; got {args.moco_t:g} and {args.moco_m:g}")
-    args.recipe = args.recipe or ("mocov2" if args.aug_plus else "mocov1")
+    cli.check_momentum_encoder(args)
     args.method = method(args)
     pretrain.check(args)
 
@@ -77,8 +68,7 @@ def build(args: cli.Options) -> SynCo:
 def worker(args: cli.Options, device: torch.device) -> None:
     if any(counts(args)):
         say(f"{sum(counts(args))} synthetic negatives per query from epoch {args.warmup_epochs} on (--warmup-epochs)")
-    torch.manual_seed(args.seed)
-    pretrain.train(args, device, build(args))
+    pretrain.train(args, device, lambda images: build(args))
 
 
 if __name__ == "__main__":

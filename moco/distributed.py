@@ -209,6 +209,24 @@ def all_gather_uneven(x: Tensor) -> Tensor:
     return torch.cat([part[:n] for part, n in zip(all_gather(padded).chunk(world()), sizes, strict=True)])
 
 
+class _AllGather(torch.autograd.Function):
+    """`all_gather` with gradient: what every rank's loss makes of this rank's rows, summed."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        ctx.n = len(x)
+        return all_gather(x)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return all_reduce_sum(gradient.contiguous())[rank() * ctx.n :][: ctx.n]
+
+
+def all_gather_with_gradient(x: Tensor) -> Tensor:
+    """`all_gather` through which gradients pass, from every rank's loss to the rank that made the rows."""
+    return x if world() == 1 else _AllGather.apply(x)
+
+
 def all_reduce_sum(x: Tensor) -> Tensor:
     """The sum of `x` over ranks, in place."""
     if world() > 1:
@@ -226,6 +244,54 @@ def data_parallel(module: nn.Module) -> nn.Module:
         # newer versions of PyTorch have another name for the option, which older ones do not know
         warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
         return DistributedDataParallel(module, broadcast_buffers=False)
+
+
+def sync_batch_norm(module: nn.Module, device: torch.device) -> nn.Module:
+    """`module` with every batch norm over the joint batch of all ranks in place of the rank's own; as it is for one process."""
+    if world() == 1:
+        return module
+    if device.type == "cuda":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(module)
+    for child in module.modules():
+        if type(child) in (nn.BatchNorm1d, nn.BatchNorm2d):
+            child.__class__ = _SYNCED[type(child)]
+    return module
+
+
+class _SyncBatchNorm:
+    """Before one of torch's batch norms: statistics of the joint batch on a CPU, where torch.nn.SyncBatchNorm does not run."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
+        shape = (1, -1, *[1] * (x.dim() - 2))
+        axes = [axis for axis in range(x.dim()) if axis != 1]
+        count = world() * x.numel() / x.shape[1]
+        wide = torch.promote_types(x.dtype, torch.float32)  # also under autocast
+        mean = _AllReduce.apply(x.sum(axes, dtype=wide)) / count
+        centred = x - mean.view(shape)
+        variance = _AllReduce.apply(centred.square().sum(axes)) / count
+        with torch.no_grad():
+            self.num_batches_tracked.add_(1)
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)
+        out = centred * torch.rsqrt(variance + self.eps).view(shape)
+        return (out * self.weight.view(shape) + self.bias.view(shape) if self.affine else out).to(x.dtype)
+
+
+class _AllReduce(torch.autograd.Function):
+    """The sum over ranks, and of its gradients over ranks."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return all_reduce_sum(x.clone())
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return all_reduce_sum(gradient.clone())
+
+
+_SYNCED = {kind: type(kind.__name__, (_SyncBatchNorm, kind), {}) for kind in (nn.BatchNorm1d, nn.BatchNorm2d)}
 
 
 def broadcast_buffers(model: nn.Module) -> None:

@@ -1,5 +1,8 @@
 """Backbones: any torchvision ResNet, with a projection head in place of its classifier."""
 
+import itertools
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torchvision import models
@@ -15,17 +18,27 @@ def check_arch(arch: str) -> None:
         raise unknown("arch", arch, ARCHS)
 
 
-def resnet(arch: str, out: int, mlp: bool = False) -> nn.Module:
+def resnet(arch: str, out: int, mlp: bool = False, **more: bool) -> nn.Module:
     """A randomly initialised torchvision ResNet whose `fc` maps to `out` features.
 
-    With `mlp`, `fc` is MoCo v2's head: Linear(D, D), ReLU, Linear(D, out). Raises InputError for an unknown `arch`.
+    With `mlp`, `fc` is MoCo v2's head: Linear(D, D), ReLU, Linear(D, out). `more` goes to torchvision. Raises InputError for an
+    unknown `arch`.
     """
     check_arch(arch)
-    net = models.get_model(arch, weights=None, num_classes=out)
+    net = models.get_model(arch, weights=None, num_classes=out, **more)
     if mlp:
         width = net.fc.in_features
         net.fc = nn.Sequential(nn.Linear(width, width), nn.ReLU(), net.fc)
     return net
+
+
+def projector(widths: Sequence[int], last: nn.Module) -> nn.Sequential:
+    """A projection head: linear layers without bias from each of `widths` to the next, BN and ReLU between, `last` behind them."""
+    layers: list[nn.Module] = []
+    for i, (width, out) in enumerate(itertools.pairwise(widths)):
+        between = [nn.BatchNorm1d(width), nn.ReLU(inplace=True)] if i else []
+        layers += [*between, nn.Linear(width, out, bias=False)]
+    return nn.Sequential(*layers, last)
 
 
 def features(net: nn.Module, images: Tensor) -> Tensor:

@@ -2,13 +2,19 @@
 
 import importlib
 import os
+import socket
 import subprocess
 import sys
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -74,3 +80,40 @@ def script(capsys, monkeypatch):
         return status, captured.out, captured.err
 
     return call
+
+
+def on_two_ranks(checks: dict[str, tuple], folder: Path) -> Callable[[str], list]:
+    """Call each check (a function and what it gets after its rank) on two processes over loopback.
+
+    Returns a function from a check's name to what the two ranks returned, which fails the test where one of them failed.
+    """
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    mp.spawn(_rank, (port, checks, str(folder)), nprocs=2)
+    files = [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+
+    def of(check: str) -> list:
+        for rank, file in enumerate(files):
+            if isinstance(file[check], str):
+                pytest.fail(f"rank {rank}: {file[check]}")
+        return [file[check] for file in files]
+
+    return of
+
+
+def _rank(rank: int, port: int, checks: dict[str, tuple], folder: str) -> None:
+    torch.set_num_threads(1)
+    url = f"tcp://127.0.0.1:{port}"
+    dist.init_process_group("gloo", init_method=url, rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    found = {name: _attempt(check, rank, *args) for name, (check, *args) in checks.items()}
+    torch.save(found, os.path.join(folder, f"{rank}.pt"))
+    dist.destroy_process_group()
+
+
+def _attempt(check: Callable, *args: object) -> object:
+    """What the check finds, or why it failed: a failing check must not take the other checks' results along."""
+    try:
+        return check(*args)
+    except Exception:
+        return traceback.format_exc()

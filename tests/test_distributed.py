@@ -1,16 +1,12 @@
 """The exchange between ranks, on two processes that meet over loopback; one spawned job runs all the checks."""
 
 import copy
-import os
-import socket
-import traceback
-from datetime import timedelta
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
+from conftest import on_two_ranks
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -172,40 +168,10 @@ CHECKS = {
 }
 
 
-def attempt(check, *args):
-    """What the check finds, or why it failed: a failing check must not take the other checks' results along."""
-    try:
-        return check(*args)
-    except Exception:
-        return traceback.format_exc()
-
-
-def worker(rank, port, folder):
-    torch.set_num_threads(1)
-    url = f"tcp://127.0.0.1:{port}"
-    dist.init_process_group("gloo", init_method=url, rank=rank, world_size=WORLD, timeout=timedelta(seconds=60))
-    found = {name: attempt(check, rank, *args) for name, (check, *args) in CHECKS.items()}
-    torch.save(found, os.path.join(folder, f"{rank}.pt"))
-    dist.destroy_process_group()
-
-
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     """The two ranks' findings, by check."""
-    folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    mp.spawn(worker, (port, str(folder)), nprocs=WORLD)
-    files = [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]
-
-    def of(check):
-        for rank, file in enumerate(files):
-            if isinstance(file[check], str):
-                pytest.fail(f"rank {rank}: {file[check]}")
-        return [file[check] for file in files]
-
-    return of
+    return on_two_ranks(CHECKS, tmp_path_factory.mktemp("ranks"))
 
 
 # shuffled BN

@@ -38,8 +38,15 @@ def read(folder, order, cut, workers=0, batch=38):
     return list(batches(folder, cut, order, Namespace(workers=workers, batch_per_process=batch, batch_size=batch), CPU))
 
 
+def train_order(n, batch, accumulation, start, epochs, seed):
+    """The order of whole epochs."""
+    order = TrainOrder(n, batch, accumulation, seed)
+    order.start, order.stop = order.steps_per_epoch * start, order.steps_per_epoch * epochs
+    return order
+
+
 def read_epochs(folder, workers=0, crop_seed=0, order_seed=0, start=0, epochs=1):
-    order = TrainOrder(len(folder), 38, 1, start, epochs, order_seed)
+    order = train_order(len(folder), 38, 1, start, epochs, order_seed)
     return read(folder, order, RandomCrops(RECIPE, crop_seed), workers)
 
 
@@ -107,7 +114,7 @@ def indices(order_batches):
 
 
 def test_an_epoch_shows_no_image_twice():
-    order = TrainOrder(103, 8, 1, 0, 3, seed=0)
+    order = train_order(103, 8, 1, 0, 3, seed=0)
     all_batches = list(order)
     assert len(all_batches) == len(order) == 36
     assert {len(batch) for batch in all_batches} == {8}
@@ -120,18 +127,18 @@ def test_an_epoch_shows_no_image_twice():
 
 
 def test_another_seed_gives_another_order():
-    assert list(TrainOrder(64, 8, 1, 0, 1, seed=0)) == list(TrainOrder(64, 8, 1, 0, 1, seed=0))
-    assert list(TrainOrder(64, 8, 1, 0, 1, seed=0)) != list(TrainOrder(64, 8, 1, 0, 1, seed=1))
+    assert list(train_order(64, 8, 1, 0, 1, seed=0)) == list(train_order(64, 8, 1, 0, 1, seed=0))
+    assert list(train_order(64, 8, 1, 0, 1, seed=0)) != list(train_order(64, 8, 1, 0, 1, seed=1))
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])
 def test_ranks_share_the_batches_of_one_process(monkeypatch, accumulation):
-    alone = list(TrainOrder(103, 8, accumulation, 0, 2, seed=4))
+    alone = list(train_order(103, 8, accumulation, 0, 2, seed=4))
     for world in (1, 2, 4):
         parts = []
         for rank in range(world):
             set_rank(monkeypatch, rank, world)
-            parts.append(list(TrainOrder(103, 8 // world, accumulation, 0, 2, seed=4)))
+            parts.append(list(train_order(103, 8 // world, accumulation, 0, 2, seed=4)))
         for whole, *shares in zip(alone, *parts, strict=True):
             together = [place for share in shares for place in share]
             assert {len(share) for share in shares} == {8 // world}
@@ -142,9 +149,23 @@ def test_ranks_share_the_batches_of_one_process(monkeypatch, accumulation):
 def test_a_later_start_goes_on_with_the_same_order(monkeypatch):
     for rank, world in ((0, 1), (1, 2)):
         set_rank(monkeypatch, rank, world)
-        whole, later = (TrainOrder(50, 8, 1, start, 5, seed=1) for start in (0, 2))
+        whole, later = (train_order(50, 8, 1, start, 5, seed=1) for start in (0, 2))
         assert list(later) == list(whole)[2 * len(whole) // 5 :]
         assert len(later) == len(list(later)) == 3 * len(whole) // 5
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_steps_before_epoch_0_are_the_last_of_the_epochs_before_it(accumulation):
+    order = TrainOrder(50, 4, accumulation, seed=2, start=-13, stop=2)
+    batches = list(order)
+    assert len(batches) == len(order) == 15 * accumulation
+    per_epoch = 12 // accumulation
+    for step, first in zip(range(-13, 2), range(0, len(batches), accumulation), strict=True):
+        for batch in batches[first : first + accumulation]:
+            assert {epoch for epoch, _ in batch} == {step // per_epoch}
+    assert batches[-2 * accumulation :] == list(TrainOrder(50, 4, accumulation, seed=2, stop=2))
+    of_one_epoch = [i for batch in batches for epoch, i in batch if epoch == -1]
+    assert len(set(of_one_epoch)) == len(of_one_epoch) == 48
 
 
 @pytest.mark.parametrize(
@@ -152,7 +173,7 @@ def test_a_later_start_goes_on_with_the_same_order(monkeypatch):
 )
 def test_what_does_not_fill_an_accumulated_step_is_left_out(monkeypatch, n, accumulation, world, expected):
     set_rank(monkeypatch, 0, world)
-    order = TrainOrder(n, 8, accumulation, 0, 2, seed=0)
+    order = train_order(n, 8, accumulation, 0, 2, seed=0)
     all_batches = list(order)
     assert len(order) == len(all_batches) == 2 * expected
     assert all(len(batch) == 8 for batch in all_batches)

@@ -69,7 +69,16 @@ def test_lars_goes_on_from_its_state():
 
 
 def options(**changed) -> Namespace:
-    given = {"lr_warmup_epochs": 0, "cos": False, "sgdr": 0, "sgdr_t0": 12, "lr_final": 0.0, "schedule": [], "epochs": 100}
+    given = {
+        "lr_warmup_epochs": 0,
+        "lr_by": "epoch",
+        "cos": False,
+        "sgdr": 0,
+        "sgdr_t0": 12,
+        "lr_final": 0.0,
+        "schedule": [],
+        "epochs": 100,
+    }
     return Namespace(**{**given, **changed})
 
 

@@ -85,7 +85,7 @@ def test_a_list_names_images_by_file_or_by_class_and_file(shared_images, tmp_pat
     [
         ("class0/1.jpg\nclass0/77.jpg\nclass9/1.jpg", "2 of the 3 images that .* names are missing, first 'class0/77.jpg'"),
         ("1.jpg", "'1.jpg' stands in several class folders; write CLASS/1.jpg"),
-        ("\n \n", "names no image"),
+        ("\n \n", "names nothing"),
         ("\xff", "not text"),
         (None, "No such file"),
     ],

@@ -15,7 +15,7 @@ import matplotlib.pyplot as plt
 from moco import encoder, rng
 from moco.augment import color, crop
 from moco.augment.recipes import MEAN, STD, recipe
-from moco.data import datasets, loader
+from moco.data import datasets, loader, subsets
 from moco.engine import checkpoint, features
 
 ROWS = 8  # images in the grid of views
@@ -26,7 +26,7 @@ def draw(run: Path, weights: Path, out: Path) -> None:
     args = Namespace(**yaml.safe_load((run / "args.yaml").read_text()))
     root = datasets.find(args.data, ("train", "val"))
     train = datasets.scan(root, "train")
-    val = datasets.scan(root, "val", train.classes)
+    train, val = (subsets.of_classes(part, args.class_list) for part in (train, datasets.scan(root, "val", train.classes)))
     net = encoder.resnet(args.arch, 1)
     encoder.load_backbone(net, checkpoint.tensors(checkpoint.load(str(weights))), str(weights))
 
@@ -55,7 +55,7 @@ def _views(figure, train, args: Namespace) -> None:
     picked = [round(i * (len(train) - 1) / (ROWS - 1)) for i in range(ROWS)]
     images = [train.read(i) for i in picked]
     columns = [[crop.center_view(image, args.image_size) / 255 for image in images]]
-    cuts = loader.RandomCrops(recipe(args.recipe, args.image_size), args.seed)
+    cuts = loader.RandomCrops(recipe(args.recipe, args.image_size, args.crop_min), args.seed)
     crops = [cuts(image, (0, i)) for image, i in zip(images, picked, strict=True)]
     for v, view in enumerate(cuts.recipe):
         batch = torch.stack([views[v] for views in crops])

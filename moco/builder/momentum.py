@@ -14,16 +14,57 @@ from moco.rng import SHUFFLE, Progress
 MIN_BN_GROUP = 8  # images; fewer make the key encoder's batch statistics useless
 
 
-class MoCo(nn.Module):
-    """Queries from `encoder_q`, keys from its exponential moving average `encoder_k`, negatives from a queue.
+class QueryAndKey(nn.Module):
+    """Queries from `encoder_q`, keys from its exponential moving average `encoder_k`: what MoCo and AdCo share.
 
     Args:
-        encoder: makes one encoder [B, 3, H, W] -> [B, dim].
+        encoder: makes one encoder [B, 3, H, W] -> [B, C].
+        m: momentum of the key encoder, in [0, 1].
+        bn_splits: with one process, groups of a shuffled batch over which the key encoder's BN runs.
+    """
+
+    def __init__(self, encoder: Callable[[], nn.Module], m: float, bn_splits: int):
+        super().__init__()
+        self.m, self.bn_splits = m, bn_splits
+        self.encoder_q = encoder()
+        self.encoder_k = copy.deepcopy(self.encoder_q).requires_grad_(False)
+
+    @property
+    def encoder(self) -> nn.Module:
+        """The encoder that evaluation uses."""
+        return self.encoder_q
+
+    @torch.no_grad()
+    def keys(self, images: Tensor, progress: Progress, *counters: int) -> Tensor:
+        """Unit keys of the joint batch in its own order, [W B, C], under shuffled BN.
+
+        Images change places by a permutation that all ranks share and every pass draws anew, so that a key's BN group
+        is not its query's. One process alone splits the shuffled batch into groups instead. `counters` tell apart the
+        permutations of several views.
+        """
+        generator = progress.generator(SHUFFLE, "cpu", *counters)
+        permutation = torch.randperm(distributed.world() * len(images), generator=generator)
+        shuffled = distributed.shuffle(images, permutation)
+        groups = 1
+        if distributed.world() == 1:
+            groups = max(1, min(self.bn_splits, len(images) // MIN_BN_GROUP))
+        k = torch.cat([unit(self.encoder_k(group)) for group in shuffled.tensor_split(groups)])
+        return distributed.unshuffle(k, permutation)
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """What changes after the optimizer's step: the key encoder follows."""
+        torch._foreach_lerp_(list(self.encoder_k.parameters()), list(self.encoder_q.parameters()), 1 - self.m)
+
+
+class MoCo(QueryAndKey):
+    """InfoNCE of queries and keys, against a queue of the latest keys.
+
+    Args:
+        encoder, m, bn_splits: `QueryAndKey`'s.
         dim: feature size C.
         K: rows of the queue.
-        m: momentum of the key encoder, in [0, 1].
         T: softmax temperature.
-        bn_splits: with one process, groups of a shuffled batch over which the key encoder's BN runs.
     """
 
     def __init__(
@@ -35,18 +76,11 @@ class MoCo(nn.Module):
         T: float = 0.07,
         bn_splits: int = 8,
     ):
-        super().__init__()
-        self.K, self.m, self.T, self.bn_splits = K, m, T, bn_splits
-        self.encoder_q = encoder()
-        self.encoder_k = copy.deepcopy(self.encoder_q).requires_grad_(False)
+        super().__init__(encoder, m, bn_splits)
+        self.K, self.T = K, T
         self.register_buffer("queue", unit(torch.randn(K, dim)))  # [K, C]
         self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.long))
         self._new_keys: list[Tensor] = []
-
-    @property
-    def encoder(self) -> nn.Module:
-        """The encoder that evaluation uses."""
-        return self.encoder_q
 
     def forward(self, views: Sequence[Tensor], index: Tensor, progress: Progress) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and metrics of this rank's batch.
@@ -81,24 +115,9 @@ class MoCo(nn.Module):
         return hardest(similarity, min(5, self.K)), None
 
     @torch.no_grad()
-    def keys(self, images: Tensor, progress: Progress) -> Tensor:
-        """Unit keys of the joint batch in its own order, [W B, C], under shuffled BN.
-
-        Images change places by a permutation that all ranks share and every pass draws anew, so that a key's BN group
-        is not its query's. One process alone splits the shuffled batch into groups instead.
-        """
-        permutation = torch.randperm(distributed.world() * len(images), generator=progress.generator(SHUFFLE, "cpu"))
-        shuffled = distributed.shuffle(images, permutation)
-        groups = 1
-        if distributed.world() == 1:
-            groups = max(1, min(self.bn_splits, len(images) // MIN_BN_GROUP))
-        k = torch.cat([unit(self.encoder_k(group)) for group in shuffled.tensor_split(groups)])
-        return distributed.unshuffle(k, permutation)
-
-    @torch.no_grad()
     def after_step(self) -> None:
         """What changes after the optimizer's step: the key encoder follows, the step's keys enter the queue."""
-        torch._foreach_lerp_(list(self.encoder_k.parameters()), list(self.encoder_q.parameters()), 1 - self.m)
+        super().after_step()
         for keys in self._new_keys:
             self.enqueue(keys)
         self._new_keys.clear()

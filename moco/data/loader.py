@@ -1,5 +1,6 @@
 """From files to batches of uint8 crops: workers decode each image once and cut its views, and do no colour work."""
 
+import math
 from argparse import Namespace
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -82,25 +83,29 @@ def collate(samples: list) -> Batch | InputError:
 
 
 class TrainOrder(Sampler):
-    """Batches of (epoch, index) for this rank, from epoch `start` to `epochs` without a break between epochs.
+    """Batches of (epoch, index) for this rank, for the steps from `start` to `stop` without a break between epochs.
 
     An epoch's order is one permutation of (seed, epoch), the same for every rank and any number of processes; each
-    global batch is cut into the ranks' parts. What does not fill a step of `accumulation` global batches is left out.
+    global batch is cut into the ranks' parts. A step has `accumulation` global batches; what does not fill one is left out.
+    Steps below 0 are those that may come before epoch 0, the last ones of the epochs -1, -2, ...
     """
 
-    def __init__(self, n: int, batch: int, accumulation: int, start: int, epochs: int, seed: int):
-        self.n, self.batch, self.start, self.epochs, self.seed = n, batch, start, epochs, seed
-        self.batches = n // (batch * distributed.world() * accumulation) * accumulation  # per epoch
+    def __init__(self, n: int, batch: int, accumulation: int, seed: int, start: int = 0, stop: int = 0):
+        self.n, self.batch, self.accumulation, self.seed, self.start, self.stop = n, batch, accumulation, seed, start, stop
+        self.steps_per_epoch = n // (batch * distributed.world() * accumulation)
 
     def __len__(self) -> int:
-        return self.batches * (self.epochs - self.start)
+        return (self.stop - self.start) * self.accumulation
 
     def __iter__(self) -> Iterator[list[Place]]:
-        parts = (self.batches, distributed.world(), self.batch)
-        for epoch in range(self.start, self.epochs):
-            order = torch.randperm(self.n, generator=rng.generator("cpu", rng.ORDER, self.seed, epoch))
-            mine = order[: parts[0] * parts[1] * parts[2]].view(parts)[:, distributed.rank()]
-            for batch in mine.tolist():
+        shape = (self.steps_per_epoch, self.accumulation, distributed.world(), self.batch)
+        order_of = None
+        for step in range(self.start, self.stop):
+            epoch, place = divmod(step, self.steps_per_epoch)
+            if epoch != order_of:
+                order = torch.randperm(self.n, generator=rng.generator("cpu", rng.ORDER, self.seed, epoch))
+                mine, order_of = order[: math.prod(shape)].view(shape)[:, :, distributed.rank()], epoch
+            for batch in mine[place].tolist():
                 yield [(epoch, i) for i in batch]
 
 

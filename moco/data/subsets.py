@@ -5,13 +5,14 @@ import os
 import re
 import tempfile
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from moco import rng
-from moco.data.datasets import cache_folder
+from moco.data.datasets import cache_folder, class_names
 from moco.data.images import Images
 from moco.errors import InputError
 
@@ -44,6 +45,49 @@ def by_class(images: Images, seed: int) -> list[np.ndarray]:
     order = order[images.labels[order].argsort(kind="stable")]
     starts = np.bincount(images.labels, minlength=len(images.classes)).cumsum()[:-1]
     return [places for places in np.split(order, starts) if len(places)]
+
+
+# Some of the classes, as ImageNet-100 is some of ImageNet's.
+
+
+def of_classes(images: Images, file: str | None) -> Images:
+    """The images of the classes that `file` names (all without one), labelled by their places among these, in their old order."""
+    if file is None:
+        return images
+    if images.many:
+        raise InputError(f"--class-list: cannot be used with {images.root}, whose images show several classes each")
+    classes = chosen(images.classes, file, images.root)
+    kept = np.isin(images.labels, [images.classes.index(name) for name in classes])
+    place = np.array([classes.index(name) if name in classes else -1 for name in images.classes])
+    return replace(images.part(kept), labels=place[images.labels[kept]], classes=classes)
+
+
+def chosen(classes: tuple[str, ...], file: str, root: Path) -> tuple[str, ...]:
+    """Those of `classes`, the folders of `root`, that `file` names, one a line, with or without more words behind the name.
+
+    Raises InputError where the file cannot be read, or names a class that is not among them.
+    """
+    wanted = {line if line in classes else line.split()[0] for line in names(Path(file), "--class-list")}
+    if missing := wanted - set(classes):
+        raise InputError(
+            f"--class-list {file}: {len(missing)} of its {len(wanted)} classes are no folders of {root}, first '{min(missing)}'; "
+            "give folder names, one a line"
+        )
+    return tuple(name for name in classes if name in wanted)
+
+
+_SIZES = {"imagenet100": 100, "imagenet1000": 1000}  # classes
+
+
+def check_classes(split: Path, file: str | None, data_name: str | None) -> None:
+    """Raise InputError where `file` names classes that are no folders of `split`, or what it leaves is not `data_name`."""
+    classes = class_names(split)
+    if file is not None:
+        classes = chosen(classes, file, split)
+    wanted = _SIZES.get(data_name or "", len(classes))
+    if len(classes) != wanted:
+        how = "name them in a file, a folder a line, and give it with --class-list FILE" if len(classes) > wanted else "complete it"
+        raise InputError(f"--data-name {data_name}: has {wanted} classes, but {split} has {len(classes)} in use; {how}")
 
 
 # Lists of labelled images. ImageNet's of 1 % and 10 % are SimCLR's (arXiv 2002.05709), which every later table uses.
@@ -89,14 +133,14 @@ def is_published(text: bytes, percent: int) -> bool:
     return hashlib.sha256(text).hexdigest() == _SHA256.get(percent)
 
 
-def names(file: Path) -> set[str]:
-    """The images that `file` names, one a line. Raises InputError where it cannot be read, or names none."""
+def names(file: Path, option: str = "--subset-file") -> set[str]:
+    """What `file` names, one a line. Raises InputError, which names the `option`, where it cannot be read or is empty."""
     try:
         wanted = {line.strip() for line in file.read_text().splitlines() if line.strip()}
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--subset-file {file}: cannot be read ({getattr(error, 'strerror', None) or 'not text'})") from None
+        raise InputError(f"{option} {file}: cannot be read ({getattr(error, 'strerror', None) or 'not text'})") from None
     if not wanted:
-        raise InputError(f"--subset-file {file}: names no image; expected one file name a line")
+        raise InputError(f"{option} {file}: names nothing; expected one name a line")
     return wanted
 
 

@@ -24,6 +24,8 @@ def check(args: Namespace) -> None:
     if args.data == "photos":
         args.dataset = "photos"
     named.check(args.dataset, args.data, args.download)
+    if args.dataset == "imagenet":
+        subsets.check_classes(Path(args.data) / "train", args.class_list, args.data_name)
     state = checkpoint.load(args.pretrained) if args.pretrained else {}
     args.arch = args.arch or state.get("arch") or "resnet50"
     args.encoder_method = state.get("method", "unknown") if args.pretrained else "random"
@@ -60,7 +62,7 @@ def check_labels(args: Namespace) -> None:
     if args.subset_file:
         subsets.names(Path(args.subset_file))
         return
-    few_of_a_folder = args.train_percent < 100 and args.dataset == "imagenet"
+    few_of_a_folder = args.train_percent < 100 and args.dataset == "imagenet" and not args.class_list
     if few_of_a_folder and subsets.is_imagenet(datasets.class_names(Path(args.data) / "train")):
         subsets.published(args.train_percent)
 
@@ -75,7 +77,7 @@ class Splits(NamedTuple):
 
 def splits(args: Namespace) -> Splits:
     """The images of `--dataset`: of its training images the labelled share, if the script asks for one, less what is held out."""
-    train, val = named.load(args.dataset, args.data, args.seed)
+    train, val = (subsets.of_classes(part, args.class_list) for part in named.load(args.dataset, args.data, args.seed))
     if hasattr(args, "train_percent"):
         train = _labelled(args, train)
     if not getattr(args, "val_from_train", None):

@@ -32,6 +32,31 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
         return super()._get_help_string(action)
 
 
+class Switch(argparse.BooleanOptionalAction):
+    """--name, --no-name, and as some papers' scripts have it --name 1, --name 0; with `most` above 1 also --name 2."""
+
+    def __init__(self, *args, most: int = 1, **more):
+        super().__init__(*args, **more)
+        self.nargs, self.most, self.metavar = "?", most, "|".join(map(str, range(most + 1)))
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        negated = option_string.startswith("--no-")
+        if negated and values is not None:
+            raise argparse.ArgumentError(self, f"{option_string} takes no value")
+        try:
+            setattr(namespace, self.dest, not negated if values is None else self.level(values))
+        except ValueError as error:
+            raise argparse.ArgumentError(self, str(error)) from None
+
+    def level(self, value: object) -> bool | int:
+        """What the value stands for; raises ValueError."""
+        if isinstance(value, bool):
+            return value
+        if str(value) not in self.metavar.split("|"):
+            raise ValueError(f"{value!r} is not true or false, nor one of {self.metavar}")
+        return int(value) if self.most > 1 else bool(int(value))
+
+
 class Parser(argparse.ArgumentParser):
     """argparse in which `-` and `_` in option names are the same, `--cfg` gives defaults, and an error is one line."""
 
@@ -73,8 +98,9 @@ class Parser(argparse.ArgumentParser):
         return name.replace("_", "-") + equals + value
 
     def _folder_first(self, argv: list[str]) -> list[str]:
-        """Move what is no number out of the options that take several: --schedule 120 160 DIR names a folder last."""
-        numbers = {name for action in self._actions if action.nargs in ("*", "+") and action.type for name in action.option_strings}
+        """Move what is no number out of the options that may take one more: --schedule 120 160 DIR names a folder last."""
+        takers = (a for a in self._actions if (a.nargs in ("*", "+") and a.type) or isinstance(a, Switch))
+        numbers = {name for action in takers for name in action.option_strings}
         folders: list[str] = []
         rest: list[str] = []
         option = ""
@@ -120,7 +146,12 @@ def _convert(action: argparse.Action, value: object, where: str) -> object:
     """A YAML value as the option would have it."""
     if value is None:
         return action.default
-    is_flag = action.nargs == 0 or isinstance(action, argparse.BooleanOptionalAction)
+    if isinstance(action, Switch):
+        try:
+            return action.level(value)
+        except ValueError as error:
+            raise InputError(f"{where}: {error}") from None
+    is_flag = action.nargs == 0
     many = action.nargs in ("*", "+") or (isinstance(action.nargs, int) and action.nargs > 0)
     if action.nargs == "+" and not isinstance(value, (list, bool)):
         value = [value]  # one or more: one need not be written as a list
@@ -170,7 +201,7 @@ def _at_least(value: Number, least: Number) -> Number:
 def add_launch(parser: Parser) -> None:
     """Which processes run, and where."""
     group = parser.add_argument_group("launch (or use torchrun, torch.distributed.launch, srun)")
-    group.add_argument("--multiprocessing-distributed", action="store_true", help="start one process per GPU of this node")
+    group.add_argument("--multiprocessing-distributed", action=Switch, default=False, help="start one process per GPU of this node")
     group.add_argument("--nproc-per-node", type=int, metavar="N", help="processes of this node (default: its GPUs; 1 on CPU)")
     group.add_argument("--world-size", type=int, default=-1, metavar="NODES", help="number of nodes")
     group.add_argument("--rank", type=int, default=-1, metavar="NODE", help="this node's number, from 0")
@@ -190,8 +221,13 @@ def add_input(parser: Parser, batch: int, recipe: str | None, arch: str | None =
     group.add_argument("-j", "--workers", type=natural, default=8, help="loader processes of this node, split over its processes")
     group.add_argument("--image-size", type=positive, default=224, metavar="PIXELS", help="of a full-size view")
     group.add_argument("--recipe", default=recipe, help="views by name, see moco/augment/recipes.py")
+    group.add_argument(
+        "--crop-min", type=float, metavar="SHARE", help="least share of the image in a crop, instead of the recipe's"
+    )
     group.add_argument("--amp", choices=("off", "bf16", "fp16"), default="off", help="mixed precision; losses stay in fp32")
     group.add_argument("--compile", action="store_true", help="torch.compile the networks and the colour operations")
+    group.add_argument("--class-list", metavar="FILE", help="use these class folders of DIR only; one name a line")
+    group.add_argument("--data-name", metavar="NAME", help="what DIR holds; imagenet100 and imagenet1000 are checked")
 
 
 def add_evaluation(parser: Parser) -> None:
@@ -221,11 +257,11 @@ def add_choice(parser: Parser) -> None:
 
 
 def add_optimizer(
-    parser: Parser, epochs: int, lr: float | list[float] | None, wd: float | list[float], schedule: list[int]
+    parser: Parser, epochs: int, lr: float | list[float] | None, wd: float | list[float], schedule: list[int], cos: int = 1
 ) -> None:
     """How weights change, with a protocol's defaults; where those of `lr` and `wd` are lists, several of each may be given.
 
-    `lr` None leaves the rate to the script.
+    `lr` None leaves the rate to the script; `cos` is the most that `--cos` may be.
     """
     several = isinstance(lr, list)
     number = {"type": nonnegative_float, "nargs": "+" if several else None}
@@ -234,17 +270,21 @@ def add_optimizer(
     group.add_argument("--epochs", type=positive, default=epochs)
     group.add_argument("--optimizer", choices=optim.OPTIMIZERS, default="sgd", help="with momentum, either")
     if lr is not None:
-        scale = "as it is: not scaled by the batch size" + note
+        scale = "as it is, unless --learning-rate-scaling says otherwise" + note
         group.add_argument("--lr", "--learning-rate", **number, metavar="LR", default=lr, help=scale)
+    group.add_argument(
+        "--learning-rate-scaling", choices=optim.SCALINGS, default="none", help="of --lr: x sqrt(total batch), x total batch / 256"
+    )
     group.add_argument("--wd", "--weight-decay", dest="wd", **number, metavar="WD", default=wd, help="weight decay" + note)
     group.add_argument("--schedule", type=int, nargs="*", default=schedule, metavar="EPOCH", help="lr x .1 at these epochs")
-    group.add_argument("--cos", action=argparse.BooleanOptionalAction, default=False, help="cosine schedule by epoch instead")
+    group.add_argument("--cos", action=Switch, most=cos, default=False, help="cosine schedule instead")
+    group.add_argument("--lr-by", choices=("epoch", "step"), default="epoch", help="how often the rate changes")
     group.add_argument("--sgdr", type=natural, default=0, metavar="0|1", help="1: cosine schedule that begins anew (warm restarts)")
     group.add_argument("--sgdr-t0", type=positive, default=12, metavar="EPOCHS", help="of each of its periods")
     group.add_argument("--lr-final", type=nonnegative_float, default=0.0, metavar="LR", help="at which a cosine schedule ends")
     group.add_argument("--lr-warmup-epochs", type=natural, default=0, help="epochs of linear learning-rate warm-up")
     group.add_argument("--momentum", type=float, default=0.9)
-    group.add_argument("--nesterov", action=argparse.BooleanOptionalAction, default=False, help="Nesterov's momentum, of sgd")
+    group.add_argument("--nesterov", action=Switch, default=False, help="Nesterov's momentum, of sgd")
     group.add_argument("--accumulation-steps", type=positive, default=1, metavar="N", help="passes of --batch-size in one step")
 
 
@@ -258,16 +298,34 @@ def add_run(parser: Parser) -> None:
     )
 
 
-def add_pretrain(parser: Parser) -> None:
-    """The groups of every pre-training script on ResNets, with MoCo's defaults."""
+def add_pretrain(parser: Parser, cos: int = 1) -> None:
+    """The groups of every pre-training script on ResNets, with MoCo's defaults; `cos` is `add_optimizer`'s."""
     add_input(parser, batch=256, recipe=None)
-    add_optimizer(parser, epochs=200, lr=0.03, wd=1e-4, schedule=[120, 160])
+    add_optimizer(parser, epochs=200, lr=0.03, wd=1e-4, schedule=[120, 160], cos=cos)
     add_run(parser)
     group = parser.add_argument_group("k-NN monitor")
     group.add_argument("--knn-every", type=natural, default=0, metavar="EPOCHS", help="report k-NN top-1 on val/, against train/")
     group.add_argument("--knn-k", type=positive, default=20, metavar="K", help="neighbours that vote")
     group.add_argument("--knn-t", type=float, default=0.07, metavar="T", help="temperature of their weights")
     add_launch(parser)
+
+
+def add_momentum_encoder(parser: Parser, t: float, v2: bool) -> None:
+    """Query and key encoder, with temperature `t` and MoCo v1's or v2's head and views."""
+    group = parser.add_argument_group("query and key encoder")
+    group.add_argument("--moco-dim", type=positive, default=128, help="feature size")
+    group.add_argument("--moco-m", type=float, default=0.999, help="momentum of the key encoder")
+    group.add_argument("--moco-t", type=float, default=t, help="softmax temperature")
+    group.add_argument("--mlp", action=Switch, default=v2, help="two-layer head (v2)")
+    group.add_argument("--aug-plus", action=Switch, default=v2, help="recipe mocov2 instead of mocov1")
+    group.add_argument("--bn-splits", type=positive, default=8, help="key BN groups where one process trains alone")
+
+
+def check_momentum_encoder(args: Options) -> None:
+    """Refuse what makes no sense there, and choose the views where `--recipe` does not."""
+    if args.moco_t <= 0 or not 0 <= args.moco_m <= 1:
+        raise InputError(f"--moco-t must be above 0 and --moco-m in [0, 1]; got {args.moco_t:g} and {args.moco_m:g}")
+    args.recipe = args.recipe or ("mocov2" if args.aug_plus else "mocov1")
 
 
 def main(parser: Parser, check: Callable[[Options], None], worker: distributed.Worker) -> None:
@@ -281,7 +339,7 @@ def main(parser: Parser, check: Callable[[Options], None], worker: distributed.W
         if args.arch:
             check_arch(args.arch)
         if args.recipe:
-            recipe(args.recipe)
+            recipe(args.recipe, args.image_size, args.crop_min)
         check(args)
         args.save_dir = args.save_dir or time.strftime(f"runs/{args.script}-{args.arch}-%Y%m%d-%H%M%S")
         distributed.launch(worker, args)

@@ -60,7 +60,7 @@ class RunLog:
     Args:
         args: the options; written to args.yaml.
         steps: of the whole run; the time left is counted from them.
-        start: the step that this start begins at. Lines of an earlier start beyond it are dropped, so that a resumed
+        start: the step that this start begins at, below 0 where steps come before epoch 0. Lines of an earlier start beyond it are dropped, so that a resumed
             run's log is that of one never stopped.
     """
 
@@ -77,11 +77,11 @@ class RunLog:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "args.yaml").write_text(yaml.safe_dump(vars(args), sort_keys=True))
             self.path = folder / "log.jsonl"
-            kept = [line for line in _lines(self.path) if json.loads(line)["step"] <= start] if start else []
+            kept = [line for line in _lines(self.path) if json.loads(line)["step"] <= start] if start > 0 else []
             self.path.write_text("".join(kept))
         except OSError as error:
             raise InputError(f"--save-dir {folder}: cannot be written: {error.strerror}; choose another folder") from None
-        self.board = SummaryWriter(str(folder), purge_step=start or None)
+        self.board = SummaryWriter(str(folder), purge_step=start if start > 0 else None)
         if sys.stdout.isatty():
             self.bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True)
 

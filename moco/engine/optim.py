@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-OPTIMIZERS = ("sgd", "lars")
+OPTIMIZERS = ("sgd", "lars", "adamw")
+SCALINGS = ("none", "sqrt", "linear")
 
 
 def make(groups: list[dict[str, Any]], args: Namespace) -> torch.optim.Optimizer:
@@ -19,6 +20,8 @@ def make(groups: list[dict[str, Any]], args: Namespace) -> torch.optim.Optimizer
     """
     if args.optimizer == "lars":
         return LARS(groups, momentum=args.momentum)
+    if args.optimizer == "adamw":
+        return torch.optim.AdamW(_decayed_apart(groups), fused=True)
     return torch.optim.SGD(groups, momentum=args.momentum, nesterov=args.nesterov, fused=args.amp != "fp16")
 
 
@@ -66,17 +69,35 @@ def _scaled(params: list[Tensor], decay: float, trust: float) -> list[Tensor]:
     return gradients
 
 
-def rate(args: Namespace, base: float, epoch: int) -> float:
-    """The learning rate of an epoch, which begins at `base`.
+def _decayed_apart(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each group in two: what has two dimensions or more, and, without weight decay, biases and the scales of norms."""
+    parts = []
+    for group in groups:
+        parts.append({**group, "params": [p for p in group["params"] if p.dim() > 1]})
+        parts.append({**group, "params": [p for p in group["params"] if p.dim() <= 1], "weight_decay": 0.0})
+    return [part for part in parts if part["params"]]
+
+
+def scale(scaling: str, batch: int) -> float:
+    """By what a learning rate is multiplied for a total batch: 1 (none), sqrt(batch), or batch / 256 (linear)."""
+    return {"none": 1.0, "sqrt": math.sqrt(batch), "linear": batch / 256}[scaling]
+
+
+def rate(args: Namespace, base: float, epoch: float, factor: float = 1.0) -> float:
+    """The learning rate at an epoch, which may be part of the way through it; `factor` is `scale`'s, already in `base`.
 
     Linear warm-up over `args.lr_warmup_epochs`; then a half cosine down to `args.lr_final`, over the whole run (`args.cos`) or
     again and again over `args.sgdr_t0` epochs (`args.sgdr`; Loshchilov & Hutter, arXiv 1608.03983); or x .1 at each of
-    `args.schedule`.
+    `args.schedule`. With `args.lr_by` "step" the warm-up begins at 0 and the cosine at its end (as in SimCLR and MoCo v3);
+    by epoch, the first rate is not 0 and the cosine is the whole run's.
     """
-    if epoch < args.lr_warmup_epochs:
-        return base * ((epoch + 1) / (args.lr_warmup_epochs + 1))
+    warmup, by_step = args.lr_warmup_epochs, args.lr_by == "step"
+    if epoch < warmup:
+        return base * (epoch / warmup if by_step else (epoch + 1) / (warmup + 1))
     if args.cos or args.sgdr:
-        passed = epoch % args.sgdr_t0 / args.sgdr_t0 if args.sgdr else epoch / args.epochs
+        first = warmup if by_step else 0
+        passed = epoch % args.sgdr_t0 / args.sgdr_t0 if args.sgdr else (epoch - first) / (args.epochs - first)
         share = 0.5 * (1 + math.cos(math.pi * passed))
-        return args.lr_final + (base - args.lr_final) * share
+        final = args.lr_final * factor
+        return final + (base - final) * share
     return base * 0.1 ** sum(epoch >= milestone for milestone in args.schedule)

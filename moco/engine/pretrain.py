@@ -1,12 +1,13 @@
 """Pre-training, for every method: the training loop on unlabelled views, the k-NN monitor and the checkpoints."""
 
 from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from moco.data import datasets, loader
+from moco.data import datasets, loader, subsets
 from moco.engine import features, precision
 from moco.engine.train import Trainer
 from moco.errors import InputError
@@ -15,19 +16,25 @@ from moco.rng import Progress
 
 def check(args: Namespace) -> None:
     """Check, before any process starts, the data folder and the run folder."""
-    datasets.find(args.data, ("train", "val") if args.knn_every else ("train",))
+    root = datasets.find(args.data, ("train", "val") if args.knn_every else ("train",))
+    subsets.check_classes(root / "train", args.class_list, args.data_name)
     if args.resume is None and args.save_dir and any(Path(args.save_dir).glob("checkpoint_*.pth.tar")):
         raise InputError(f"--save-dir {args.save_dir}: holds another run's checkpoints; --resume one, or choose another folder")
 
 
-def train(args: Namespace, device: torch.device, method: nn.Module) -> None:
-    """This process's part of pre-training `method` with the options of `cli.add_pretrain`."""
-    folder = datasets.scan(datasets.find(args.data, ("train",)), "train")
-    Pretraining(args, precision.place(method, device, args.compile), folder, device).train()
+def train(args: Namespace, device: torch.device, build: Callable[[int], nn.Module]) -> None:
+    """This process's part of pre-training, with the options of `cli.add_pretrain`, what `build` makes for N images."""
+    images = subsets.of_classes(datasets.scan(datasets.find(args.data, ("train",)), "train"), args.class_list)
+    torch.manual_seed(args.seed)
+    method = build(len(images))
+    Pretraining(args, precision.place(method, device, args.compile), images, device).train()
 
 
 class Pretraining(Trainer):
     """Trains a method: `module(views, index, progress)` gives its loss, `module.encoder` is what the monitor judges."""
+
+    def images_before(self) -> int:
+        return getattr(self.module, "images_before", 0)
 
     def forward(self, views: list[Tensor], batch: loader.Batch, progress: Progress) -> tuple[Tensor, dict[str, Tensor]]:
         return self.ddp(views, batch.index, progress)
@@ -47,6 +54,7 @@ class Pretraining(Trainer):
     def _knn(self) -> float:
         """k-NN top-1 of the encoder on val/, against train/."""
         args = self.args
-        val = datasets.scan(self.images.root.parent, "val", self.images.classes)
+        root = self.images.root
+        val = subsets.of_classes(datasets.scan(root.parent, "val", datasets.class_names(root)), args.class_list)
         bank, queries = (features.extract(self.module.encoder, folder, args, self.device) for folder in (self.images, val))
         return features.knn(*bank, *queries, len(val.classes), [args.knn_k], args.knn_t)[args.knn_k]

@@ -32,18 +32,22 @@ class Trainer(ABC):
 
     def __init__(self, args: Namespace, module: nn.Module, images: Images, device: torch.device):
         self.args, self.module, self.images, self.device = args, module, images, device
-        self.recipe = recipe(args.recipe, args.image_size)
+        self.recipe = recipe(args.recipe, args.image_size, args.crop_min)
         if args.compile:
             color.fuse()
+        self.batch = args.batch_per_process * distributed.world() * args.accumulation_steps  # of a step
+        self.lr_scale = optim.scale(args.learning_rate_scaling, self.batch)
         self.optimizer = optim.make(self.groups(), args)
-        self.rates = [group["lr"] for group in self.optimizer.param_groups]  # before any schedule, and before a resumed one
+        # before any schedule, and before a resumed one
+        self.rates = [group["lr"] * self.lr_scale for group in self.optimizer.param_groups]
         self.scaler = precision.scaler(args.amp, device)
         self.first_epoch = self._resume(checkpoint.load(args.resume)) if args.resume else 0
         self.ddp = distributed.data_parallel(self.trained())
-        self.order = loader.TrainOrder(
-            len(images), args.batch_per_process, args.accumulation_steps, self.first_epoch, args.epochs, args.seed
-        )
-        self.steps_per_epoch = self.order.batches // args.accumulation_steps
+        self.order = loader.TrainOrder(len(images), args.batch_per_process, args.accumulation_steps, args.seed)
+        self.steps_per_epoch = self.order.steps_per_epoch
+        self.order.stop = self.steps_per_epoch * args.epochs
+        before = 0 if args.resume else -(-self.images_before() // self.batch)
+        self.order.start = self.steps_per_epoch * self.first_epoch - before
 
     def trained(self) -> nn.Module:
         """What `forward` calls as `self.ddp`: the module, or the part of it that trains."""
@@ -53,6 +57,10 @@ class Trainer(ABC):
         """The optimizer's parameter groups: what trains, at the one rate of `--lr`."""
         params = [p for p in self.module.parameters() if p.requires_grad]
         return [{"params": params, "lr": self.args.lr, "weight_decay": self.args.wd}]
+
+    def images_before(self) -> int:
+        """How many images train before epoch 0, in steps that are counted below 0."""
+        return 0
 
     @abstractmethod
     def forward(self, views: list[Tensor], batch: loader.Batch, progress: rng.Progress) -> tuple[Tensor, dict[str, Tensor]]:
@@ -73,11 +81,13 @@ class Trainer(ABC):
         """Every epoch that is left, with its log lines."""
         args, per_epoch = self.args, self.steps_per_epoch
         self._announce()
-        log = RunLog(args, per_epoch * args.epochs, per_epoch * self.first_epoch)
+        log = RunLog(args, self.order.stop, self.order.start)
         cut = loader.RandomCrops(self.recipe, args.seed)
         batches = loader.batches(self.images, cut, self.order, args, self.device)
-        for epoch in range(self.first_epoch, args.epochs):
+        for epoch in range(self.order.start // per_epoch, args.epochs):
             self._epoch(epoch, batches, log)
+            if epoch < 0:
+                continue
             distributed.broadcast_buffers(self.module)
             metrics = self.end_epoch(epoch + 1)
             if metrics:
@@ -86,12 +96,10 @@ class Trainer(ABC):
 
     def _epoch(self, epoch: int, batches: Iterator[loader.Batch], log: RunLog) -> None:
         args, per_epoch = self.args, self.steps_per_epoch
-        rates = [optim.rate(args, base, epoch) for base in self.rates]
-        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
         self.start_epoch()
         mean = Mean()
-        for step in range(epoch * per_epoch, (epoch + 1) * per_epoch):
+        for step in range(max(epoch * per_epoch, self.order.start), (epoch + 1) * per_epoch):
+            rate = self._set_rates(step)
             for micro in range(args.accumulation_steps):
                 before = time.perf_counter()
                 batch = next(batches)
@@ -103,7 +111,17 @@ class Trainer(ABC):
             self.after_step()
             log.tick()
             if (step + 1) % args.print_freq == 0 or (step + 1) % per_epoch == 0:
-                log.line(epoch, step + 1, {**mean.read(), "lr": rates[0]})
+                log.line(epoch, step + 1, {**mean.read(), "lr": rate})
+
+    def _set_rates(self, step: int) -> float:
+        """Give each parameter group its rate for this step; returns the first one's."""
+        passed = max(step, 0) / self.steps_per_epoch
+        if self.args.lr_by == "epoch":
+            passed = int(passed)
+        rates = [optim.rate(self.args, base, passed, self.lr_scale) for base in self.rates]
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        return rates[0]
 
     def _pass(self, batch: loader.Batch, progress: rng.Progress) -> dict[str, Tensor]:
         """Views, loss, gradient. The ranks' gradients meet in the last pass of a step."""
@@ -119,18 +137,20 @@ class Trainer(ABC):
         return {"loss": loss, **metrics}
 
     def _announce(self) -> None:
-        args, w = self.args, distributed.world()
-        batch = args.batch_per_process * w * args.accumulation_steps
+        args, w, batch = self.args, distributed.world(), self.batch
         if not self.steps_per_epoch:
             raise InputError(f"{self.images.root}: {len(self.images)} images do not fill one batch of {batch}; lower --batch-size")
         say(f"{args.method} {args.arch}: {len(self.images)} images in {self.images.root}")
         say(f"views {args.recipe} at {args.image_size} pixels; {self.device.type}, amp {args.amp}")
         rates = ", ".join(dict.fromkeys(f"{rate:g}" for rate in self.rates))
+        scaling = "taken as given" if args.learning_rate_scaling == "none" else f"{args.learning_rate_scaling} scaling"
         say(
             f"total batch {batch} = {args.batch_per_process} per process x {w} processes x {args.accumulation_steps} accumulation; "
-            f"lr after scaling {rates} (taken as given), lr warm-up {args.lr_warmup_epochs} epochs; "
+            f"lr after scaling {rates} ({scaling}), lr warm-up {args.lr_warmup_epochs} epochs; "
             f"{args.epochs} epochs x {self.steps_per_epoch} steps"
         )
+        if self.order.start < 0:
+            say(f"{-self.order.start} steps before epoch 0, counted from {self.order.start}")
         if args.resume:
             say(f"resumed from {args.resume} at epoch {self.first_epoch}")
         say(f"run folder {args.save_dir}")
@@ -149,7 +169,6 @@ class Trainer(ABC):
         if distributed.rank() != 0:
             return
         step = done * self.steps_per_epoch
-        samples = step * self.args.accumulation_steps * self.args.batch_per_process * distributed.world()
         state = {
             "epoch": done,
             "arch": self.args.arch,
@@ -158,7 +177,7 @@ class Trainer(ABC):
             "state_dict": {f"module.{key}": tensor for key, tensor in self.module.state_dict().items()},
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "progress": {"step": step, "samples": samples, "seed": self.args.seed},
+            "progress": {"step": step, "samples": step * self.batch, "seed": self.args.seed},
             **more,
         }
         checkpoint.save(Path(self.args.save_dir) / name, state)

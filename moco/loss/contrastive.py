@@ -38,14 +38,16 @@ def bank_info_nce(
         temperature: > 0.
         mixture: synthetic negatives that join the bank's.
     """
-    lse = _BankLogSumExp.apply(q, bank, similarity, temperature, mixture)
     l_pos = positive / temperature
-    return (torch.logaddexp(l_pos, lse) - l_pos).mean()
+    return (torch.logaddexp(l_pos, bank_log_sum_exp(q, bank, similarity, temperature, mixture)) - l_pos).mean()
+
+
+def bank_log_sum_exp(q: Tensor, bank: Tensor, similarity: Tensor, temperature: float, mixture: Mixture | None = None) -> Tensor:
+    """log-sum-exp of the logits over all negatives, [N]; the arguments are `bank_info_nce`'s."""
+    return _BankLogSumExp.apply(q, bank, similarity, temperature, mixture)
 
 
 class _BankLogSumExp(torch.autograd.Function):
-    """log-sum-exp of the logits over all negatives, [N]."""
-
     @staticmethod
     def forward(ctx, q: Tensor, bank: Tensor, similarity: Tensor, temperature: float, more: Mixture | None):
         top = similarity.amax(1, keepdim=True)
@@ -76,12 +78,12 @@ class _BankLogSumExp(torch.autograd.Function):
 
 
 @torch.no_grad()
-def contrast_accuracy(positive: Tensor, negatives: Tensor) -> dict[str, Tensor]:
-    """How often the positive [N] is first (`acc1`) or among the first five (`acc5`) beside its negatives [N, K].
+def contrast_accuracy(positive: Tensor, *negatives: Tensor) -> dict[str, Tensor]:
+    """How often the positive [N] is first (`acc1`) or among the first five (`acc5`) beside its negatives, any number of [N, K_i].
 
     Scalars in [0, 1]. Counts the negatives above the positive in one pass over K; no sort.
     """
-    above = (negatives > positive[:, None]).sum(1)
+    above = sum((part > positive[:, None]).sum(1) for part in negatives)
     return {"acc1": (above < 1).float().mean(), "acc5": (above < 5).float().mean()}
 
 

@@ -1,0 +1,68 @@
+#!/usr/bin/env python
+"""Pre-train a ResNet with AdCo: negatives that are learned as adversaries of the encoder.
+
+--sym 1 compares both views in both directions; --multi_crop 1 compares several crops, most of them small, with one key view; both
+together are possible. configs/ holds the published settings: --cfg configs/adco_200.yaml.
+"""
+
+import torch
+
+from moco.builder.adco import AdCo, Ascent
+from moco.encoder import resnet
+from moco.engine import cli, pretrain
+from moco.engine.log import say
+from moco.errors import InputError
+
+
+def parser() -> cli.Parser:
+    p = cli.Parser(__doc__)
+    cli.add_pretrain(p, cos=2)
+    p.set_defaults(cos=1, lr_final=0.0006)
+    cli.add_momentum_encoder(p, t=0.12, v2=True)
+    bank = p.add_argument_group("AdCo")
+    bank.add_argument("--cluster", type=cli.positive, default=65536, metavar="K", help="learned negatives")
+    bank.add_argument(
+        "--memory-lr", type=cli.nonnegative_float, default=3.0, metavar="LR", help="their rate; --cos 2 lowers it, too"
+    )
+    bank.add_argument("--mem-t", type=float, default=0.02, metavar="T", help="temperature of the loss on which they ascend")
+    bank.add_argument("--mem-wd", type=cli.nonnegative_float, default=1e-4, metavar="WD", help="their weight decay")
+    bank.add_argument("--mem-momentum", type=float, default=0.9, help="of their SGD")
+    bank.add_argument("--ad-init", action=cli.Switch, default=True, help="fill the bank with keys before epoch 0, else at random")
+    bank.add_argument("--sym", action=cli.Switch, default=False, help="both views are compared with the other's keys")
+    bank.add_argument("--multi-crop", action=cli.Switch, default=False, help="several query views; recipe multicrop")
+    return p
+
+
+def check(args: cli.Options) -> None:
+    if args.mem_t <= 0 or not 0 <= args.mem_momentum < 1:
+        raise InputError(f"--mem-t must be above 0 and --mem-momentum in [0, 1); got {args.mem_t:g} and {args.mem_momentum:g}")
+    if args.multi_crop:
+        args.recipe = args.recipe or "multicrop"
+    cli.check_momentum_encoder(args)
+    args.method = "adco"
+    pretrain.check(args)
+
+
+def build(args: cli.Options) -> AdCo:
+    return AdCo(
+        lambda: resnet(args.arch, args.moco_dim, args.mlp),
+        dim=args.moco_dim,
+        K=args.cluster,
+        m=args.moco_m,
+        T=args.moco_t,
+        bn_splits=args.bn_splits,
+        ascent=Ascent(args.memory_lr, args.mem_t, args.mem_momentum, args.mem_wd, cosine=args.cos == 2),
+        symmetric=args.sym,
+        multi_crop=args.multi_crop,
+        fill=args.ad_init,
+    )
+
+
+def worker(args: cli.Options, device: torch.device) -> None:
+    if args.ad_init:
+        say(f"the bank's {args.cluster} negatives begin as keys, gathered before epoch 0 (--ad-init)")
+    pretrain.train(args, device, lambda images: build(args))
+
+
+if __name__ == "__main__":
+    cli.main(parser(), check, worker)

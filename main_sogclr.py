@@ -1,0 +1,61 @@
+#!/usr/bin/env python
+"""Pre-train a ResNet with SogCLR (--loss_type dcl), or with SimCLR (--loss_type simclr).
+
+SogCLR keeps a moving average for each training image, so that small batches do; see configs/sogclr_800.yaml.
+"""
+
+import argparse
+
+import torch
+from torch import nn
+
+from moco import distributed
+from moco.builder.sogclr import SogCLR
+from moco.encoder import projector, resnet
+from moco.engine import cli, pretrain
+from moco.engine.log import say
+from moco.errors import InputError
+
+LEAST_T = 0.02  # exp(1 / T) of a smaller one leaves float32's range
+
+
+def parser() -> cli.Parser:
+    p = cli.Parser(__doc__)
+    cli.add_pretrain(p)
+    group = p.add_argument_group("SimCLR and SogCLR")
+    group.add_argument("--loss-type", choices=("dcl", "simclr"), default="dcl", help="dcl: SogCLR's, with moving averages")
+    group.add_argument("--warmup-epochs", type=cli.natural, dest="lr_warmup_epochs", help=argparse.SUPPRESS)  # the published name
+    group.add_argument("--gamma", type=float, default=0.9, help="weight of an image's new value in its moving average")
+    group.add_argument("--t", type=float, default=0.1, help="softmax temperature")
+    group.add_argument("--dim", type=cli.positive, default=128, help="feature size")
+    group.add_argument("--mlp-dim", type=cli.positive, default=2048, help="width of the projection head")
+    group.add_argument("--num-proj-layers", type=cli.positive, default=2, help="linear layers of the projection head")
+    p.set_defaults(epochs=800, recipe="sogclr", optimizer="lars", lr=0.075, learning_rate_scaling="sqrt", wd=1e-6)
+    p.set_defaults(lr_warmup_epochs=10, lr_by="step", cos=True)
+    return p
+
+
+def check(args: cli.Options) -> None:
+    if args.t < LEAST_T:
+        raise InputError(f"--t {args.t:g}: must be at least {LEAST_T:g}")
+    if not 0 < args.gamma <= 1:
+        raise InputError(f"--gamma {args.gamma:g}: must lie above 0 and be at most 1")
+    args.method = "sogclr" if args.loss_type == "dcl" else "simclr"
+    pretrain.check(args)
+
+
+def encoder(args: cli.Options, device: torch.device) -> nn.Module:
+    net = resnet(args.arch, args.dim, zero_init_residual=True)
+    widths = [net.fc.in_features, *[args.mlp_dim] * (args.num_proj_layers - 1), args.dim]
+    net.fc = projector(widths, nn.BatchNorm1d(args.dim, affine=False))
+    return distributed.sync_batch_norm(net, device)
+
+
+def worker(args: cli.Options, device: torch.device) -> None:
+    gamma = args.gamma if args.method == "sogclr" else None
+    say(f"{args.loss_type}: " + (f"a moving average for each image, gamma {gamma:g}" if gamma else "the batch's negatives alone"))
+    pretrain.train(args, device, lambda images: SogCLR(lambda: encoder(args, device), images, args.t, gamma))
+
+
+if __name__ == "__main__":
+    cli.main(parser(), check, worker)
