@@ -80,14 +80,15 @@ _SIZES = {"imagenet100": 100, "imagenet1000": 1000}  # classes
 
 
 def check_classes(split: Path, file: str | None, data_name: str | None) -> None:
-    """Raise InputError where `file` names classes that are no folders of `split`, or what it leaves is not `data_name`."""
+    """Raise InputError where `file` names classes that are no folders of `split`, or leaves more than `data_name` has."""
     classes = class_names(split)
     if file is not None:
         classes = chosen(classes, file, split)
-    wanted = _SIZES.get(data_name or "", len(classes))
-    if len(classes) != wanted:
-        how = "name them in a file, a folder a line, and give it with --class-list FILE" if len(classes) > wanted else "complete it"
-        raise InputError(f"--data-name {data_name}: has {wanted} classes, but {split} has {len(classes)} in use; {how}")
+    if len(classes) > _SIZES.get(data_name, len(classes)):
+        raise InputError(
+            f"--data-name {data_name}: has {_SIZES[data_name]} classes, but {split} {len(classes)}; "
+            "name those to use in a file, one a line, and give it with --class-list FILE"
+        )
 
 
 # Lists of labelled images. ImageNet's of 1 % and 10 % are SimCLR's (arXiv 2002.05709), which every later table uses.

@@ -227,7 +227,7 @@ def add_input(parser: Parser, batch: int, recipe: str | None, arch: str | None =
     group.add_argument("--amp", choices=("off", "bf16", "fp16"), default="off", help="mixed precision; losses stay in fp32")
     group.add_argument("--compile", action="store_true", help="torch.compile the networks and the colour operations")
     group.add_argument("--class-list", metavar="FILE", help="use these class folders of DIR only; one name a line")
-    group.add_argument("--data-name", metavar="NAME", help="what DIR holds; imagenet100 and imagenet1000 are checked")
+    group.add_argument("--data-name", metavar="NAME", help="what DIR holds; of imagenet100 the classes are counted")
 
 
 def add_evaluation(parser: Parser) -> None:

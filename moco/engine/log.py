@@ -60,8 +60,8 @@ class RunLog:
     Args:
         args: the options; written to args.yaml.
         steps: of the whole run; the time left is counted from them.
-        start: the step that this start begins at, below 0 where steps come before epoch 0. Lines of an earlier start beyond it are dropped, so that a resumed
-            run's log is that of one never stopped.
+        start: the step that this start begins at, below 0 where steps come before epoch 0. Lines of an earlier start beyond
+            it are dropped, so that a resumed run's log is that of one never stopped.
     """
 
     def __init__(self, args: Namespace, steps: int, start: int = 0):

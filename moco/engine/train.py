@@ -140,7 +140,7 @@ class Trainer(ABC):
         args, w, batch = self.args, distributed.world(), self.batch
         if not self.steps_per_epoch:
             raise InputError(f"{self.images.root}: {len(self.images)} images do not fill one batch of {batch}; lower --batch-size")
-        say(f"{args.method} {args.arch}: {len(self.images)} images in {self.images.root}")
+        say(f"{args.method} {args.arch}: {len(self.images)} images of {len(self.images.classes)} classes in {self.images.root}")
         say(f"views {args.recipe} at {args.image_size} pixels; {self.device.type}, amp {args.amp}")
         rates = ", ".join(dict.fromkeys(f"{rate:g}" for rate in self.rates))
         scaling = "taken as given" if args.learning_rate_scaling == "none" else f"{args.learning_rate_scaling} scaling"
