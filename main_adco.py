@@ -34,13 +34,13 @@ def parser() -> cli.Parser:
 
 
 def check(args: cli.Options) -> None:
-    if args.mem_t <= 0 or not 0 <= args.mem_momentum < 1:
+    if not args.mem_t > 0 or not 0 <= args.mem_momentum < 1:
         raise InputError(f"--mem-t must be above 0 and --mem-momentum in [0, 1); got {args.mem_t:g} and {args.mem_momentum:g}")
     if args.multi_crop:
         args.recipe = args.recipe or "multicrop"
     cli.check_momentum_encoder(args)
     args.method = "adco"
-    pretrain.check(args)
+    pretrain.check(args, several_crops=args.multi_crop)
 
 
 def build(args: cli.Options) -> AdCo:
@@ -59,7 +59,7 @@ def build(args: cli.Options) -> AdCo:
 
 
 def worker(args: cli.Options, device: torch.device) -> None:
-    if args.ad_init:
+    if args.ad_init and not args.resume:
         say(f"the bank's {args.cluster} negatives begin as keys, gathered before epoch 0 (--ad-init)")
     pretrain.train(args, device, lambda images: build(args))
 

@@ -36,7 +36,7 @@ def parser() -> cli.Parser:
 
 
 def check(args: cli.Options) -> None:
-    if args.t < LEAST_T:
+    if not args.t >= LEAST_T:
         raise InputError(f"--t {args.t:g}: must be at least {LEAST_T:g}")
     if not 0 < args.gamma <= 1:
         raise InputError(f"--gamma {args.gamma:g}: must lie above 0 and be at most 1")

@@ -323,7 +323,7 @@ def add_momentum_encoder(parser: Parser, t: float, v2: bool) -> None:
 
 def check_momentum_encoder(args: Options) -> None:
     """Refuse what makes no sense there, and choose the views where `--recipe` does not."""
-    if args.moco_t <= 0 or not 0 <= args.moco_m <= 1:
+    if not args.moco_t > 0 or not 0 <= args.moco_m <= 1:
         raise InputError(f"--moco-t must be above 0 and --moco-m in [0, 1]; got {args.moco_t:g} and {args.moco_m:g}")
     args.recipe = args.recipe or ("mocov2" if args.aug_plus else "mocov1")
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from moco.augment.recipes import recipe
 from moco.data import datasets, loader, subsets
 from moco.engine import features, precision
 from moco.engine.train import Trainer
@@ -14,8 +15,13 @@ from moco.errors import InputError
 from moco.rng import Progress
 
 
-def check(args: Namespace) -> None:
-    """Check, before any process starts, the data folder and the run folder."""
+def check(args: Namespace, several_crops: bool = False) -> None:
+    """Check, before any process starts, the views (two, unless there may be more), the data folder and the run folder."""
+    views = len(recipe(args.recipe))
+    if views < 2 or (views > 2 and not several_crops):
+        raise InputError(
+            f"--recipe {args.recipe}: makes {views} views of an image, where this method needs two views; choose another"
+        )
     root = datasets.find(args.data, ("train", "val") if args.knn_every else ("train",))
     subsets.check_classes(root / "train", args.class_list, args.data_name)
     if args.resume is None and args.save_dir and any(Path(args.save_dir).glob("checkpoint_*.pth.tar")):

@@ -1,0 +1,257 @@
+"""AdCo's, SimCLR's and SogCLR's scripts: published commands, exact resume, what reads their checkpoints, and mistakes."""
+
+import importlib.util
+import json
+import sys
+
+import pytest
+import torch
+import torch.utils._python_dispatch
+from conftest import ROOT, shell
+from test_cli import refused
+from test_runs import facts, load, same, succeeded
+from test_voc07 import write_voc
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from moco.builder.adco import AdCo, Ascent
+from moco.builder.sogclr import SogCLR
+from moco.encoder import resnet
+from moco.rng import Progress
+
+SMALL = ("-a", "resnet18", "--image-size", 32, "-b", 8, "-j", 0, "--epochs", 1)
+METHODS = {
+    "adco": ("main_adco", "--cluster", 20),
+    "adco sym multi-crop": ("main_adco", "--cluster", 20, "--sym", 1, "--multi_crop", 1),
+    "sogclr": ("main_sogclr", "--mlp-dim", 32, "--dim", 16),
+}
+# As their READMEs have them, but for the script's name.
+PUBLISHED = {
+    "adco": "main_adco.py --sym=0 --lr=0.03 --memory_lr=3 --moco_t=0.12 --mem_t=0.02 --data={data} --dist_url=tcp://localhost:10001",
+    "sym": "main_adco.py --sym=1 --lr=0.03 --memory_lr=3 --moco_t=0.12 --mem_t=0.02 --data={data} --dist_url=tcp://localhost:10001",
+    "8192": "main_adco.py --sym=1 --lr=0.04 --memory_lr=3 --moco_t=0.14 --mem_t=0.03 --cluster 8192 --data={data} "
+    "--dist_url=tcp://localhost:10001",
+    "multi-crop": "main_adco.py --multi_crop=1 --lr=0.03 --memory_lr=3 --moco_t=0.12 --mem_t=0.02 --data={data} "
+    "--dist_url=tcp://localhost:10001",
+    "sogclr": "main_sogclr.py --lr=0.075 --epochs=1 --batch-size=8 --learning-rate-scaling=sqrt --loss_type=dcl --gamma=0.9 "
+    "--multiprocessing-distributed --world-size=1 --rank=0 --workers=0 --crop-min=.08 --wd=1e-6 --dist-url=tcp://localhost:10001 "
+    "--data_name=imagenet1000 --data={data} --save_dir={run} --print-freq=1000",
+    "simclr": "main_sogclr.py --lr=0.3 --epochs=1 --batch-size=8 --learning-rate-scaling=linear --loss_type=simclr "
+    "--warmup-epochs=10 --num_proj_layers=2 --mlp-dim=32 --dim=16 --t=0.1 --optimizer=adamw --world-size=1 --rank=0 --workers=0 "
+    "--data_name=imagenet100 --data={data} --save_dir={run}",
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_command_runs(name, shared_images, tmp_path):
+    command = PUBLISHED[name].format(data=shared_images, run=tmp_path).split()
+    small = [*SMALL, "--save-dir", tmp_path, "--multiprocessing_distributed", 1]
+    if command[0] == "main_adco.py":
+        small += ["--moco_dim", 8, "--mlp", 1, "--aug_plus", 1, "--ad_init", 0, "--cos", 2, "--mem_wd", 1e-4, "--moco_m", 0.999]
+    out = succeeded(shell(*command, *small))
+    assert "48 images of 3 classes" in out and "8 per process x 1 processes" in out
+    args = load(tmp_path / "checkpoint_0000.pth.tar")["args"]
+    if name == "8192":
+        assert (args["cluster"], args["sym"], args["mem_t"], args["lr_final"]) == (8192, True, 0.03, 0.0006)
+    if name == "multi-crop":
+        assert args["recipe"] == "multicrop" and not args["sym"]
+    if name == "sogclr":
+        assert (args["optimizer"], args["lr_warmup_epochs"], args["lr_by"], args["recipe"]) == ("lars", 10, "step", "sogclr")
+        assert "lr after scaling 0.212132 (sqrt scaling), lr warm-up 10 epochs" in out
+    if name == "simclr":
+        assert "lr after scaling 0.009375 (linear scaling)" in out
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "--data={data} --dist-url=tcp://localhost:10001 --pretrained={file}",
+        "--arch=resnet18 --lr=0.1 --batch-size=8 --epochs=1 --workers=0 --multiprocessing-distributed --world-size=1 --rank=0 "
+        "--dist-url=tcp://localhost:10001 --data_name=imagenet100 --data={data} --save_dir={run} --pretrained={file}",
+    ],
+)
+def test_published_probe_command_runs(command, checkpoints, shared_images, tmp_path):
+    file = checkpoints["sogclr" if "data_name" in command else "adco"]
+    out = succeeded(shell("main_lincls.py", *command.format(data=shared_images, file=file, run=tmp_path).split(), *SMALL[2:]))
+    assert "120 of 120 backbone tensors matched" in out
+
+
+# whole runs
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_resumed_equals_never_stopped(name, script, shared_images, tmp_path):
+    """Bank, its velocity and u included; the third epoch begins where a checkpoint stands."""
+    method, *options = METHODS[name]
+    command = (shared_images, *options, *SMALL[:-1], 3, "--accumulation-steps", 2, "-p", 1, "--seed", 2, "--cos", 1)
+    for run, more in (("whole", ()), ("parts", ("--resume", tmp_path / "whole" / "checkpoint_0001.pth.tar"))):
+        status, out, err = script(method, *command, "--save-dir", tmp_path / run, *more)
+        assert status == 0, err
+    assert "at epoch 2" in out and "before epoch 0" not in out
+    second, a, b = (
+        load(tmp_path / run / f"checkpoint_{epoch}.pth.tar")
+        for run, epoch in (("whole", "0001"), ("whole", "0002"), ("parts", "0002"))
+    )
+    for key in ("epoch", "state_dict", "optimizer", "scaler", "progress"):
+        assert same(a[key], b[key]), key
+    assert facts(tmp_path / "parts") == [line for line in facts(tmp_path / "whole") if line["epoch"] == 2]
+    kept = [n for n in a["state_dict"] if n.removeprefix("module.") in ("u", "bank", "bank_velocity")]
+    assert len(kept) == (1 if name == "sogclr" else 2)
+    for n in kept:
+        assert a["state_dict"][n].any() and not torch.equal(a["state_dict"][n], second["state_dict"][n])
+
+
+def test_the_bank_is_filled_before_epoch_0(script, shared_images, tmp_path):
+    for fill in (1, 0):
+        status, out, err = script(
+            "main_adco", shared_images, *SMALL, "--cluster", 60, "--ad-init", fill, "--save-dir", tmp_path / f"{fill}"
+        )
+        assert status == 0, err
+        assert ("8 steps before epoch 0, counted from -8" in out) == bool(fill)  # 60 rows by 8, of 6 steps an epoch
+        epochs = [line["epoch"] for line in facts(tmp_path / f"{fill}")]
+        assert sorted(set(epochs)) == ([-2, -1, 0] if fill else [0])
+        assert load(tmp_path / f"{fill}" / "checkpoint_0000.pth.tar")["progress"]["step"] == 6
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory, shared_images):
+    """A checkpoint of each script."""
+    files = {}
+    for name in ("adco", "sogclr"):
+        method, *options = METHODS[name]
+        run = tmp_path_factory.mktemp(name)
+        succeeded(shell(f"{method}.py", shared_images, *options, *SMALL, "--knn-every", 1, "--save-dir", run))
+        files[name] = run / "checkpoint_0000.pth.tar"
+    return files
+
+
+@pytest.mark.parametrize("name", ["adco", "sogclr"])
+def test_every_evaluation_reads_the_checkpoint(name, checkpoints, script, shared_images, tmp_path, monkeypatch, capsys):
+    file = checkpoints[name]
+    voc = write_voc(tmp_path / "voc", 30, 12)
+    calls = {
+        "main_lincls": (shared_images, "--lr", 0.1, "--epochs", 1),
+        "main_semisup": (shared_images, "--epochs", 1, "--train-percent", 10, "--ft-proj", 1),
+        "main_knn": (shared_images, "--k", 5),
+        "main_voc07": (voc, "--c", 1),
+    }
+    for evaluation, options in calls.items():
+        run = tmp_path / evaluation
+        sizes = ("--image-size", 32, "-b", 4, "-j", 0)
+        status, out, err = script(evaluation, *options, *sizes, "--pretrained", file, "--save-dir", run)
+        assert status == 0, err
+        assert "120 of 120 backbone tensors matched" in out
+        results = json.loads((run / "results.json").read_text())
+        assert results["method"] == name and all(0 <= value <= 1 for value in results["metrics"].values())
+    spec = importlib.util.spec_from_file_location("converter", ROOT / "detection" / "convert-pretrain-to-detectron2.py")
+    converter = importlib.util.module_from_spec(spec)
+    monkeypatch.setattr(sys, "path", [str(ROOT / "detection"), *sys.path])
+    spec.loader.exec_module(converter)
+    monkeypatch.setattr(sys, "argv", ["convert", str(file), str(tmp_path / "converted.pkl")])
+    assert converter.main() in (0, None), capsys.readouterr().err
+    assert (tmp_path / "converted.pkl").stat().st_size > 40e6
+
+
+# no copy to the host inside a step
+
+
+class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+    """Fails where a tensor on the accelerator is copied to the host, or an operation waits for its values."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.calls += 1
+        given = [x for x in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        made = [x for x in torch.utils._pytree.tree_leaves(out) if isinstance(x, torch.Tensor)]
+        on_device = any(x.is_cuda for x in given)
+        assert not (on_device and any(x.device.type == "cpu" and x.dim() for x in made)), f"{func} copies to the host"
+        assert not (on_device and func._overloadpacket.__name__ in ("nonzero", "_local_scalar_dense", "equal")), f"{func} waits"
+        return out
+
+
+def test_a_step_copies_nothing_to_the_host():
+    """On tensors without storage that say they are a GPU's: what needs their values fails there, too."""
+    ascent = Ascent()
+    options = {"dim": 8, "K": 64, "bn_splits": 1, "ascent": ascent}
+    with FakeTensorMode(), torch.device("cuda"):
+        methods = [
+            (AdCo(lambda: resnet("resnet18", 8, mlp=True), **options), 2),
+            (AdCo(lambda: resnet("resnet18", 8, mlp=True), **options, symmetric=True, multi_crop=True), 4),
+            (SogCLR(lambda: resnet("resnet18", 8), 100), 2),
+            (SogCLR(lambda: resnet("resnet18", 8), 100, gamma=None), 2),
+        ]
+        for method, count in methods:
+            for step in (-1, 0):
+                views = [torch.randn(8, 3, 32, 32) for _ in range(count)]
+                index = torch.arange(8)
+                with Watch() as watch:
+                    loss, metrics = method(views, index, Progress(step=step))
+                    loss.backward()
+                    method.after_step()
+                assert watch.calls > 100 and loss.is_cuda and all(value.is_cuda for value in metrics.values())
+        with pytest.raises(AssertionError, match="host"), Watch():
+            methods[2][0].u.cpu()
+
+
+# data and mistakes
+
+
+def test_some_classes_of_a_folder(script, shared_images, tmp_path):
+    names = tmp_path / "names.txt"
+    names.write_text("class2  a description\n\nclass0\n")
+    chosen = ("--class-list", names)
+    status, out, err = script("main_sogclr", shared_images, *SMALL, *chosen, "--knn-every", 1, "--save-dir", tmp_path / "run")
+    assert status == 0, err
+    assert "32 images of 2 classes" in out
+    file = tmp_path / "run" / "checkpoint_0000.pth.tar"
+    assert load(file)["state_dict"]["module.u"].shape == (32,) and (load(file)["state_dict"]["module.u"] > 0).sum() == 32
+    probe = ("--image-size", 32, "-j", 0, "-b", 8, "--lr", 0.1, "--epochs", 1, "--pretrained", file)
+    status, out, err = script("main_lincls", shared_images, *probe, *chosen, "--save-dir", tmp_path / "probe")
+    assert status == 0, err
+    assert load(tmp_path / "probe" / "checkpoint.pth.tar")["state_dict"]["module.fc.weight"].shape[0] == 2
+    names.write_text("class0\nclass7\n")
+    refused(script("main_sogclr", shared_images, *SMALL, *chosen), "--class-list", "1 of its 2 classes", "'class7'")
+    refused(script("main_lincls", shared_images, "-a", "resnet18", *chosen), "--class-list", "'class7'")
+    names.write_text("\n")
+    refused(script("main_adco", shared_images, *SMALL, *chosen), "--class-list", "names nothing")
+    refused(script("main_adco", shared_images, *SMALL, "--class-list", tmp_path / "absent"), "--class-list", "No such file")
+
+
+def test_imagenet100_is_not_taken_for_all_of_imagenet(script, tmp_path):
+    for i in range(101):
+        (tmp_path / "train" / f"n{i:08d}").mkdir(parents=True)
+    refused(script("main_sogclr", tmp_path, *SMALL, "--data_name", "imagenet100"), "has 100 classes", "101", "--class-list")
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "words"),
+    [
+        ("main_sogclr", ("--t", 0.001), ("--t 0.001", "at least 0.02")),
+        ("main_sogclr", ("--t", "nan"), ("--t nan", "at least 0.02")),
+        ("main_sogclr", ("--gamma", 0), ("--gamma 0",)),
+        ("main_sogclr", ("--gamma", 1.5), ("--gamma 1.5",)),
+        ("main_sogclr", ("--crop-min", 0), ("--crop-min 0", "above 0")),
+        ("main_sogclr", ("--crop-min", 2), ("--crop-min 2", "at most 1")),
+        ("main_sogclr", ("--loss_type", "dlc"), ("--loss-type", "dcl")),
+        ("main_sogclr", ("--recipe", "multicrop"), ("--recipe multicrop", "two views")),
+        ("main_adco", ("--mem-t", 0), ("--mem-t",)),
+        ("main_adco", ("--moco-t", -1), ("--moco-t",)),
+        ("main_adco", ("--mem_momentum", 1), ("--mem-momentum",)),
+        ("main_adco", ("--cos", 3), ("--cos", "0|1|2")),
+        ("main_adco", ("--sym", 2), ("--sym", "0|1")),
+        ("main_adco", ("--cluster", 0), ("--cluster",)),
+        ("main_adco", ("--memory_rl", 1), ("--memory-rl", "--memory-lr")),
+        ("main_adco", ("--recipe", "probe"), ("--recipe probe", "two views")),
+    ],
+)
+def test_mistakes_are_one_line(name, options, words, script, shared_images):
+    refused(script(name, shared_images, *SMALL, *options), *words)
+
+
+def test_a_checkpoint_of_another_data_set_is_not_resumed(checkpoints, images, script, tmp_path):
+    method, *options = METHODS["sogclr"]
+    command = (images, *options, *SMALL[:-1], 2, "--resume", checkpoints["sogclr"], "--save-dir", tmp_path)
+    refused(script(method, *command), "does not fit this model", "'u'")
