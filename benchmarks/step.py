@@ -1,12 +1,14 @@
 #!/usr/bin/env python
-"""A whole training step on views that lie ready: our MoCo and SynCo beside MoCo written plainly, for one process and for two.
+"""A whole training step on views that lie ready: our MoCo, SynCo and AdCo beside MoCo written plainly, for one process and two.
 
 plain     per-parameter momentum update, concatenated logits, every rank gathers all images to shuffle them, the loss is
           read every step; in fp32, whatever --amp gives to ours
 moco      ours: one call for the momentum update, fused SGD, one [B, K] buffer, all-to-all, nothing read between log lines
 synco     the same with synthetic negatives
+adco      AdCo, with a bank of learned negatives in place of the queue and as many rows
 """
 
+import functools
 import json
 import tempfile
 from argparse import Namespace
@@ -18,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moco import distributed
+from moco.builder.adco import AdCo, Ascent
 from moco.builder.momentum import MIN_BN_GROUP, MoCo
 from moco.builder.synco import SynCo
 from moco.encoder import resnet
@@ -53,6 +56,7 @@ def main() -> None:
         suffix = "" if n == 1 else f"_{n}_processes"
         ratios |= {
             f"synco_over_moco{suffix}": measure.ratio(times["synco"], times["moco"]),
+            f"adco_over_moco{suffix}": measure.ratio(times["adco"], times["moco"]),
             f"ours_over_plain{suffix}": measure.ratio(times["moco"], times["plain"]),
             **{f"largest_batch_{name}{suffix}": batch for name, batch in found["largest"].items()},
         }
@@ -71,13 +75,13 @@ def on_processes(n: int, args: Namespace) -> dict:
 
 
 def worker(args: Namespace, device: torch.device) -> None:
-    steps = {name: Step(name, args, device) for name in ("plain", "moco", "synco")}
+    steps = {name: Step(name, args, device) for name in KINDS}
     check(steps, args.batch)
     times = measure.side_by_side({name: lambda s=step: s(args.batch) for name, step in steps.items()}, args.rounds, device)
     largest = {}
     if args.largest_batch and device.type == "cuda" and distributed.world() == 1:
         del steps
-        largest = {name: largest_batch(name, args, device) for name in ("plain", "moco", "synco")}
+        largest = {name: largest_batch(name, args, device) for name in KINDS}
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     if distributed.rank() == 0:
         args.found.write_text(json.dumps({"times": times, "largest": largest, "device": name}))
@@ -89,8 +93,7 @@ class Step:
     def __init__(self, name: str, args: Namespace, device: torch.device):
         torch.manual_seed(0)
         self.args, self.device, self.plain, self.count = args, device, name == "plain", 0
-        ours = {"moco": MoCo, "synco": lambda *a, **k: SynCo(*a, **k, kind=SYNCO, warmup_epochs=0)}
-        model = (PlainMoCo if self.plain else ours[name])(lambda: resnet(args.arch, 128, mlp=True), 128, args.k, M, T)
+        model = KINDS[name](lambda: resnet(args.arch, 128, mlp=True), 128, args.k, M, T)
         self.model = model.to(device) if self.plain else precision.place(model, device, compile=False)
         groups = [{"params": list(model.encoder_q.parameters()), "lr": LR, "weight_decay": 1e-4}]
         self.amp = "off" if self.plain else args.amp
@@ -150,6 +153,14 @@ class PlainMoCo(MoCo):
         for of_q, of_k in zip(self.encoder_q.parameters(), self.encoder_k.parameters(), strict=True):
             of_k.data = of_k.data * self.m + of_q.data * (1 - self.m)
         self.enqueue(self.k)
+
+
+KINDS = {
+    "plain": PlainMoCo,
+    "moco": MoCo,
+    "synco": functools.partial(SynCo, kind=SYNCO, warmup_epochs=0),
+    "adco": functools.partial(AdCo, ascent=Ascent(), fill=False),
+}
 
 
 def check(steps: dict[str, Step], batch: int) -> None:
