@@ -17,11 +17,15 @@ import measure  # also makes the project's modules importable
 from moco.engine.log import write_json
 from tools import demo
 
+SMALL_BATCH = "--batch-size 32 --mlp-dim 512 --save-every 1000".split()  # the published rate: LARS, .075 sqrt(batch)
 METHODS = {
-    "mocov1": ("main_synco.py", [*demo.SMALL, "--schedule", "12", "16"]),
+    "mocov1": ("main_synco.py", [*demo.SMALL, *"--moco-k 256 --schedule 12 16".split()]),
     "mocov2": ("main_synco.py", demo.MOCOV2),
     "mochi": ("main_synco.py", [*demo.MOCOV2, *"--n-hard 16 --warmup-epochs 4 --n1 4 --n3 4".split()]),
     "synco": ("main_synco.py", demo.PRETRAIN),
+    "adco": ("main_adco.py", [*demo.SMALL, *"--lr-final 0 --cluster 256".split()]),
+    "simclr": ("main_sogclr.py", [*SMALL_BATCH, "--loss-type", "simclr"]),
+    "sogclr": ("main_sogclr.py", SMALL_BATCH),
 }
 FINE_TUNING = "--train-percent 10 --batch-size 16 --lr-backbone 0.001 --lr-classifier 0.01".split()
 RANDOM = {"knn": "random_knn", "linear": "random_linear", "semisup": "semisup_random"}  # what a random encoder's figure is called

@@ -10,7 +10,7 @@ from torch import nn
 
 from moco import distributed
 from moco.builder.adco import AdCo, Ascent
-from moco.loss.adversarial import ascend, bank_gradient, keys_and_bank_nce
+from moco.loss.adversarial import add_bank_gradient, ascend, keys_and_bank_nce
 from moco.rng import Progress
 
 B, DIM, K, T = 6, 5, 17, 0.2
@@ -21,6 +21,15 @@ KINDS["both"] = KINDS["sym"] | KINDS["multi"]
 
 def unit_rows(*shape):
     return F.normalize(torch.randn(*shape, dtype=torch.float64), dim=-1)
+
+
+def bank_gradient(q, near, bank, *rest):
+    """What is added to a gradient of 0, and, twice over, to one of 1."""
+    gradient, again = torch.zeros_like(bank), torch.ones_like(bank)
+    add_bank_gradient(gradient, q, near, bank, *rest)
+    add_bank_gradient(again, q, near, bank, *rest, 2.0)
+    torch.testing.assert_close(again, 1 + 2 * gradient)
+    return gradient
 
 
 def slow_loss(q, keys, label, W, temperature):
@@ -236,7 +245,7 @@ def test_gradients_of_accumulated_passes_are_averaged():
         for micro in range(passes):
             torch.manual_seed(7)
             model.contrast([(unit_rows(B, DIM), unit_rows(B, DIM))])
-            assert len(model._gradients) == micro + 1
+            assert model._passes == micro + 1
         model.after_step()
     torch.testing.assert_close(whole.bank, parts.bank, rtol=0, atol=1e-12)
 

@@ -23,8 +23,8 @@ KNN_MARGIN, LINEAR_MARGIN = 0.15, 0.08
 COMMON = ["photos", "--arch", "resnet18", "--image-size", "32", "--workers", "1"]
 # SynCo's settings with the bank, the batch and the counts of negatives scaled down to 1,140 images of 32 pixels. One BN group:
 # at this size the statistics of smaller ones are mostly noise.
-SMALL = "--batch-size 32 --lr 0.008 --moco-k 256 --moco-m 0.99 --bn-splits 1 --save-every 1000".split()
-MOCOV2 = [*SMALL, *"--mlp --moco-t 0.2 --aug-plus --cos".split()]
+SMALL = "--batch-size 32 --lr 0.008 --moco-m 0.99 --bn-splits 1 --save-every 1000".split()
+MOCOV2 = [*SMALL, *"--moco-k 256 --mlp --moco-t 0.2 --aug-plus --cos".split()]
 PRETRAIN = [*MOCOV2, *"--knn-every 5 --n-hard 16 --n1 2 --n2 2 --n3 2 --n4 1 --n5 1 --n6 1 --warmup-epochs 4".split()]
 # Pre-trained features are about four times as long as random ones and want lower rates: the best rate counts for either.
 LINEAR = "--batch-size 32 --lr 0.01 0.03 0.1 0.3 1 --cos".split()

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from moco import distributed
 from moco.builder.momentum import QueryAndKey
-from moco.loss.adversarial import ascend, bank_gradient, keys_and_bank_nce
+from moco.loss.adversarial import add_bank_gradient, ascend, keys_and_bank_nce
 from moco.loss.contrastive import contrast_accuracy, unit
 from moco.rng import Progress
 
@@ -60,8 +60,8 @@ class AdCo(QueryAndKey):
         self.images_before = K if fill else 0  # images that train before epoch 0
         self.register_buffer("bank", unit(torch.randn(K, dim)))  # W [K, C]
         self.register_buffer("bank_velocity", torch.zeros(K, dim))
-        self._progress = Progress()
-        self._gradients: list[Tensor] = []
+        self._progress, self._passes = Progress(), 0
+        self._unit = self._gradient = torch.empty(0)  # [K, C] from the first pass on, kept because such memory is slow to come by
         self._new_keys: list[Tensor] = []
         self._filled = 0
 
@@ -99,11 +99,14 @@ class AdCo(QueryAndKey):
         scale = len(pairs) / (1 + self.symmetric)  # the rows' mean times this: views add up, directions are averaged
         with torch.no_grad():
             length = torch.linalg.vector_norm(self.bank, dim=1, keepdim=True).clamp_min_(1e-12)
-            bank = self.bank / length
+            if not len(self._unit):
+                self._unit, self._gradient = torch.empty_like(self.bank), torch.zeros_like(self.bank)
+            bank = torch.div(self.bank, length, out=self._unit)
             similarity = q @ bank.T  # [P B, K]
             accuracy = contrast_accuracy(near.gather(1, label[:, None]).squeeze(1), near, similarity)
             if self._progress.step >= 0:
-                self._gradients.append(bank_gradient(q, near, bank, length, similarity, self.ascent.T) * scale)
+                add_bank_gradient(self._gradient, q, near, bank, length, similarity, self.ascent.T, scale)
+                self._passes += 1
         return keys_and_bank_nce(q, near, label, bank, similarity, self.T) * scale, accuracy
 
     @torch.no_grad()
@@ -113,11 +116,12 @@ class AdCo(QueryAndKey):
         if self._progress.step < 0:
             self._fill()
             return
-        gradient = distributed.all_reduce_sum(sum(self._gradients)).div_(len(self._gradients) * distributed.world())
-        self._gradients.clear()
+        gradient = distributed.all_reduce_sum(self._gradient).div_(self._passes * distributed.world())
         ascent = self.ascent
         share = 0.5 * (1 + math.cos(math.pi * self._progress.epoch / self._progress.epochs)) if ascent.cosine else 1.0
         ascend(self.bank, self.bank_velocity, gradient, ascent.lr * share, ascent.momentum, ascent.weight_decay)
+        gradient.zero_()
+        self._passes = 0
 
     def _fill(self) -> None:
         """The step's keys become rows of the bank; after the last step of all the key encoder begins anew from the encoder."""

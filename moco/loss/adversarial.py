@@ -28,22 +28,34 @@ def keys_and_bank_nce(q: Tensor, near: Tensor, label: Tensor, bank: Tensor, simi
 
 
 @torch.no_grad()
-def bank_gradient(q: Tensor, near: Tensor, bank: Tensor, length: Tensor, similarity: Tensor, temperature: float) -> Tensor:
-    """Gradient of the negated `keys_and_bank_nce` in W [K, C], in closed form (equation 6): where W descends, the loss rises.
+def add_bank_gradient(
+    gradient: Tensor,
+    q: Tensor,
+    near: Tensor,
+    bank: Tensor,
+    length: Tensor,
+    similarity: Tensor,
+    temperature: float,
+    scale: float = 1.0,
+) -> None:
+    """Add `scale` times the gradient of the negated `keys_and_bank_nce` in W: where W descends, the loss rises (equation 6).
 
-    With p the softmax over keys and bank, G = q^T p / N: of w it is -G / temperature, and of W = |W| w what of that is at right
-    angles to w, over |W|.
+    With p the softmax over keys and bank, and s = q.w: of w it is -p^T q / (N temperature); of W = |W| w what of that is at right
+    angles to w, which takes the mean of p s times w away, over |W|.
 
     Args:
+        gradient: [K, C], added to in place: memory of this size is slow to come by.
         bank, length: W's unit rows [K, C] and their lengths [K, 1] in W.
         q, near, similarity, temperature: as in `keys_and_bank_nce`; nothing is used up.
     """
     top = torch.maximum(near.amax(1, keepdim=True), similarity.amax(1, keepdim=True))
-    p = torch.sub(similarity, top).div_(temperature).exp_()  # [N, K]
+    p = torch.sub(similarity, top).div_(temperature).exp_()  # [N, K], not yet over its sum
     total = p.sum(1, keepdim=True) + ((near - top) / temperature).exp().sum(1, keepdim=True)
-    g = p.T @ (q / (total * len(q)))  # [K, C]
-    along = (g * bank).sum(1, keepdim=True)
-    return g.addcmul_(bank, along, value=-1).div_(length * -temperature)
+    share = scale / (total * len(q))  # [N, 1]
+    p.div_(-temperature * length.T)
+    gradient.addmm_(p.T, q * share)
+    along = p.mul_(similarity).T @ share  # [K, 1]
+    gradient.addcmul_(bank, along, value=-1)
 
 
 @torch.no_grad()
