@@ -12,6 +12,9 @@ from test_cli import refused
 from test_runs import facts, load, same, succeeded
 from test_voc07 import write_voc
 
+import main_adco
+import main_lincls
+import main_sogclr
 from moco.builder.adco import AdCo, Ascent
 from moco.builder.sogclr import SogCLR
 from moco.encoder import resnet
@@ -72,6 +75,28 @@ def test_published_probe_command_runs(command, checkpoints, shared_images, tmp_p
     file = checkpoints["sogclr" if "data_name" in command else "adco"]
     out = succeeded(shell("main_lincls.py", *command.format(data=shared_images, file=file, run=tmp_path).split(), *SMALL[2:]))
     assert "120 of 120 backbone tensors matched" in out
+
+
+ADCO = {"lr": 0.03, "memory_lr": 3, "moco_t": 0.12, "mem_t": 0.02, "mem_wd": 1e-4, "lr_final": 0.0006, "cluster": 65536}
+SOGCLR = {"lr": 0.075, "learning_rate_scaling": "sqrt", "optimizer": "lars", "wd": 1e-6, "t": 0.1, "lr_warmup_epochs": 10}
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("adco_200", {**ADCO, "epochs": 200, "sym": False, "multi_crop": False}),
+        ("adco_sym_200", {**ADCO, "epochs": 200, "sym": True, "multi_crop": False}),
+        ("adco_multicrop_800", {**ADCO, "epochs": 800, "sym": False, "multi_crop": True}),
+        ("adco_k16384_200", {**ADCO, "cluster": 16384}),
+        ("adco_sym_k8192_200", {**ADCO, "lr": 0.04, "moco_t": 0.14, "mem_t": 0.03, "cluster": 8192, "sym": True}),
+        ("sogclr_800", {**SOGCLR, "epochs": 800, "gamma": 0.9, "loss_type": "dcl", "lr_by": "step"}),
+        ("simclr_imagenet100_400", {**SOGCLR, "epochs": 400, "loss_type": "simclr", "data_name": "imagenet100"}),
+    ],
+)
+def test_recipes_hold_the_published_settings(name, expected):
+    module = main_adco if name.startswith("adco") else main_sogclr
+    args = vars(module.parser().parse(["DIR", "--cfg", f"configs/{name}.yaml"]))
+    assert {option: args[option] for option in expected} == expected
 
 
 # whole runs
@@ -199,6 +224,11 @@ def test_some_classes_of_a_folder(script, shared_images, tmp_path):
     names.write_text("\n")
     refused(script("main_adco", shared_images, *SMALL, *chosen), "--class-list", "names nothing")
     refused(script("main_adco", shared_images, *SMALL, "--class-list", tmp_path / "absent"), "--class-list", "No such file")
+
+
+@pytest.mark.parametrize(("given", "meant"), [("Place205", "places205"), ("ImageNet", "imagenet"), ("cifar10", "cifar10")])
+def test_data_sets_by_the_names_that_published_commands_have(given, meant):
+    assert main_lincls.parser().parse(["DIR", "--dataset", given]).dataset == meant
 
 
 def test_imagenet100_is_not_taken_for_all_of_imagenet(script, tmp_path):

@@ -95,7 +95,10 @@ def test_a_recipe_is_one_of_the_script_that_it_names(recipe):
         ("lincls_moco", {"lr": [30], "batch_size": 256, "epochs": 100, "schedule": [60, 80], "cos": False, "wd": [0]}),
         ("lincls_adco", {"lr": [10], "batch_size": 256, "epochs": 100, "cos": True, "lr_final": 0.01, "wd": [0]}),
         ("lincls_adco_places205", {"lr": [5], "dataset": "places205", "sgdr": 1, "sgdr_t0": 12}),
-        ("lincls_sogclr", {"lr": [0.4], "batch_size": 1024, "epochs": 90, "cos": True, "wd": [0]}),
+        (
+            "lincls_sogclr",
+            {"lr": [0.1], "learning_rate_scaling": "linear", "batch_size": 1024, "epochs": 90, "cos": True, "wd": [0]},
+        ),
         ("lincls_moby", {"lr": [1], "batch_size": 512, "epochs": 100, "lr_warmup_epochs": 5, "cos": True, "wd": [0]}),
         ("lincls_fnc", {"lr": [0.16], "batch_size": 1024, "epochs": 90, "nesterov": True}),
         ("semisup_synco_1pct", {"train_percent": 1, "epochs": 60, "batch_size": 1024, "wd": 1e-6, "cos": True}),

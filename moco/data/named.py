@@ -238,6 +238,14 @@ _SETS = {
 }
 NAMES: tuple[str, ...] = ("imagenet", "photos", *_SETS)
 
+_ALSO = {"place205": "places205"}  # as AdCo's commands have it
+
+
+def canonical(name: str) -> str:
+    """A data set's name here: in small letters, and as in `NAMES` where a paper's commands have another."""
+    return _ALSO.get(name.lower(), name.lower())
+
+
 # What papers report: top-1 accuracy, its mean over classes, or the mean over classes of 11-point average precision.
 METRIC = dict.fromkeys(NAMES, "acc1") | dict.fromkeys(("flowers", "pets", "caltech101", "aircraft"), "mean_per_class")
 METRIC["voc2007"] = "map11"

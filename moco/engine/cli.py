@@ -234,7 +234,8 @@ def add_evaluation(parser: Parser) -> None:
     """Which encoder is evaluated, and on which data set."""
     group = parser.add_argument_group("encoder and data set")
     group.add_argument("--pretrained", metavar="FILE", help="checkpoint of any method here, or a MoCo, SogCLR, MoBY or bare file")
-    group.add_argument("--dataset", default="imagenet", metavar="NAME", help=f"what lies in DIR, of {', '.join(named.NAMES)}")
+    help = f"what lies in DIR, of {', '.join(named.NAMES)}"
+    group.add_argument("--dataset", type=named.canonical, default="imagenet", metavar="NAME", help=help)
     group.add_argument("--download", action="store_true", help="fetch the data set into DIR first")
 
 
