@@ -40,6 +40,8 @@ def check(args: cli.Options) -> None:
         raise InputError(f"--t {args.t:g}: must be at least {LEAST_T:g}")
     if not 0 < args.gamma <= 1:
         raise InputError(f"--gamma {args.gamma:g}: must lie above 0 and be at most 1")
+    if args.batch_size < 2:
+        raise InputError("--batch-size 1: an image's negatives are the others of its batch; give at least 2")
     args.method = "sogclr" if args.loss_type == "dcl" else "simclr"
     pretrain.check(args)
 

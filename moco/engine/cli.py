@@ -31,6 +31,13 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
             return action.help
         return super()._get_help_string(action)
 
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        """A switch's value belongs to its name, not to --no-name."""
+        if not isinstance(action, Switch):
+            return super()._format_action_invocation(action)
+        name, negated = action.option_strings
+        return f"{name} [{action.metavar}], {negated}"
+
 
 class Switch(argparse.BooleanOptionalAction):
     """--name, --no-name, and as some papers' scripts have it --name 1, --name 0; with `most` above 1 also --name 2."""
@@ -269,7 +276,7 @@ def add_optimizer(
     note = "; with several, a classifier for each in one pass" if several else ""
     group = parser.add_argument_group("optimization")
     group.add_argument("--epochs", type=positive, default=epochs)
-    group.add_argument("--optimizer", choices=optim.OPTIMIZERS, default="sgd", help="with momentum, either")
+    group.add_argument("--optimizer", choices=optim.OPTIMIZERS, default="sgd", help="sgd and lars with --momentum")
     if lr is not None:
         scale = "as it is, unless --learning-rate-scaling says otherwise" + note
         group.add_argument("--lr", "--learning-rate", **number, metavar="LR", default=lr, help=scale)

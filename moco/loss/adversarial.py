@@ -1,7 +1,7 @@
 """AdCo's contrast with negatives that are learned against the encoder (Hu et al., arXiv 2011.08435).
 
 The encoder descends on the contrastive loss at one temperature; the bank of negatives W ascends on the same loss at another
-(section 3.2). Rows of W count by their direction alone: w = W / |W|.
+(section 3). Rows of W count by their direction alone: w = W / |W|.
 """
 
 import torch
@@ -11,7 +11,7 @@ from moco.loss.contrastive import bank_log_sum_exp
 
 
 def keys_and_bank_nce(q: Tensor, near: Tensor, label: Tensor, bank: Tensor, similarity: Tensor, temperature: float) -> Tensor:
-    """Mean cross entropy of each query's key among the keys of the whole batch and the bank (equation 3).
+    """Mean cross entropy of each query's key among the keys of the whole batch and the bank (section 3).
 
     Args:
         q: unit queries [N, C], with gradient.
@@ -38,7 +38,7 @@ def add_bank_gradient(
     temperature: float,
     scale: float = 1.0,
 ) -> None:
-    """Add `scale` times the gradient of the negated `keys_and_bank_nce` in W: where W descends, the loss rises (equation 6).
+    """Add `scale` times the gradient of the negated `keys_and_bank_nce` in W: where W descends, the loss rises.
 
     With p the softmax over keys and bank, and s = q.w: of w it is -p^T q / (N temperature); of W = |W| w what of that is at right
     angles to w, which takes the mean of p s times w away, over |W|.
