@@ -21,7 +21,7 @@ def parser() -> cli.Parser:
         type=int,
         choices=(1, 10, 100),
         default=10,
-        help="of the training labels: on ImageNet those of the published lists, else a sample of each class",
+        help="of the labels: on ImageNet those of the published lists, else, or with --class-list, a sample of each class",
     )
     labels.add_argument("--subset-file", metavar="FILE", help="list of the labelled images, one file name a line")
     cli.add_weights(p, "finetune")

@@ -16,7 +16,7 @@ from moco.engine import cli, pretrain
 from moco.engine.log import say
 from moco.errors import InputError
 
-LEAST_T = 0.02  # exp(1 / T) of a smaller one leaves float32's range
+LEAST_T = 0.02  # exp(1 / T) of one half as large leaves float32's range
 
 
 def parser() -> cli.Parser:
@@ -40,8 +40,6 @@ def check(args: cli.Options) -> None:
         raise InputError(f"--t {args.t:g}: must be at least {LEAST_T:g}")
     if not 0 < args.gamma <= 1:
         raise InputError(f"--gamma {args.gamma:g}: must lie above 0 and be at most 1")
-    if args.batch_size < 2:
-        raise InputError("--batch-size 1: an image's negatives are the others of its batch; give at least 2")
     args.method = "sogclr" if args.loss_type == "dcl" else "simclr"
     pretrain.check(args)
 

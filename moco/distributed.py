@@ -219,7 +219,8 @@ class _AllGather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> Tensor:
-        return all_reduce_sum(gradient.contiguous())[rank() * ctx.n :][: ctx.n]
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
+        return all_reduce_sum(gradient)[rank() * ctx.n :][: ctx.n]
 
 
 def all_gather_with_gradient(x: Tensor) -> Tensor:

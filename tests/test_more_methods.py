@@ -3,7 +3,10 @@
 import contextlib
 import importlib.util
 import json
+import math
+import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -197,9 +200,9 @@ def test_a_step_copies_nothing_to_the_host(monkeypatch):
                 loss.backward()
                 method.after_step()
                 assert loss.is_meta and metrics and all(value.is_meta for value in metrics.values())
-    for use in (torch.Tensor.cpu, torch.Tensor.tolist, torch.Tensor.nonzero, torch.Tensor.any, bool):
+    for use in (torch.Tensor.cpu, torch.Tensor.tolist, torch.Tensor.item, torch.Tensor.nonzero, bool):
         with pytest.raises((NotImplementedError, RuntimeError)):
-            bool(use(methods[2][0].u))
+            use(methods[2][0].u[:1])
 
 
 # data and mistakes
@@ -207,6 +210,9 @@ def test_a_step_copies_nothing_to_the_host(monkeypatch):
 
 def test_some_classes_of_a_folder(script, shared_images, tmp_path):
     names = tmp_path / "names.txt"
+    shared_copy = Path(shutil.copytree(shared_images, tmp_path / "images"))
+    for split in ("train", "val"):
+        shutil.copytree(shared_copy / split / "class1", shared_copy / split / "class3")
     names.write_text("class2  a description\n\nclass0\n")
     chosen = ("--class-list", names)
     status, out, err = script("main_sogclr", shared_images, *SMALL, *chosen, "--knn-every", 1, "--save-dir", tmp_path / "run")
@@ -221,6 +227,20 @@ def test_some_classes_of_a_folder(script, shared_images, tmp_path):
     names.write_text("class0\nclass7\n")
     refused(script("main_sogclr", shared_images, *SMALL, *chosen), "--class-list", "1 of its 2 classes", "'class7'")
     refused(script("main_lincls", shared_images, "-a", "resnet18", *chosen), "--class-list", "'class7'")
+    results = json.loads((tmp_path / "probe" / "results.json").read_text())
+    assert results["dataset"].endswith(" (names.txt)")
+    knn = ("--image-size", 32, "-j", 0, "-b", 8, "--k", 5, "--pretrained", file, "--save-dir", tmp_path / "knn")
+    dump = ("--dump-features", tmp_path / "features")
+    assert script("main_knn", shared_images, *knn, *chosen, *dump)[0] == 0
+    refused(script("main_knn", shared_images, *knn, *dump), "holds other features")
+    load_them = ("--load-features", tmp_path / "features", "--k", 5, "--save-dir", tmp_path / "again")
+    assert script("main_knn", *load_them)[0] == 0
+    refused(script("main_knn", *load_them, "--class-list", "other.txt"), "--class-list other.txt", "names.txt")
+    again = ("--resume", tmp_path / "probe" / "checkpoint.pth.tar", "--save-dir", tmp_path / "probe")
+    refused(script("main_lincls", shared_images, *probe, *again), "--class-list None", "names.txt")
+    for name in ("class0", "class2"):
+        shutil.rmtree(shared_copy / "val" / name)
+    refused(script("main_knn", shared_copy, *knn, *chosen), "--class-list", "has no image of its classes")
     names.write_text("\n")
     refused(script("main_adco", shared_images, *SMALL, *chosen), "--class-list", "names nothing")
     refused(script("main_adco", shared_images, *SMALL, "--class-list", tmp_path / "absent"), "--class-list", "No such file")
@@ -242,13 +262,13 @@ def test_imagenet100_is_not_taken_for_all_of_imagenet(script, tmp_path):
     [
         ("main_sogclr", ("--t", 0.001), ("--t 0.001", "at least 0.02")),
         ("main_sogclr", ("--t", "nan"), ("--t nan", "at least 0.02")),
-        ("main_sogclr", ("--batch-size", 1), ("--batch-size 1", "at least 2")),
+        ("main_sogclr", ("--batch-size", 1), ("one image per process", "--batch-size")),
         ("main_sogclr", ("--gamma", 0), ("--gamma 0",)),
         ("main_sogclr", ("--gamma", 1.5), ("--gamma 1.5",)),
         ("main_sogclr", ("--crop-min", 0), ("--crop-min 0", "above 0")),
         ("main_sogclr", ("--crop-min", 2), ("--crop-min 2", "at most 1")),
         ("main_sogclr", ("--loss_type", "dlc"), ("--loss-type", "dcl")),
-        ("main_sogclr", ("--recipe", "multicrop"), ("--recipe multicrop", "two views")),
+        ("main_sogclr", ("--recipe", "multicrop"), ("--recipe multicrop", "6 views, but two are needed")),
         ("main_adco", ("--mem-t", 0), ("--mem-t",)),
         ("main_adco", ("--moco-t", -1), ("--moco-t",)),
         ("main_adco", ("--mem_momentum", 1), ("--mem-momentum",)),
@@ -256,7 +276,13 @@ def test_imagenet100_is_not_taken_for_all_of_imagenet(script, tmp_path):
         ("main_adco", ("--sym", 2), ("--sym", "0|1")),
         ("main_adco", ("--cluster", 0), ("--cluster",)),
         ("main_adco", ("--memory_rl", 1), ("--memory-rl", "--memory-lr")),
-        ("main_adco", ("--recipe", "probe"), ("--recipe probe", "two views")),
+        ("main_adco", ("--recipe", "probe"), ("--recipe probe", "1 views, but two are needed")),
+        ("main_adco", ("--recipe", "mocov2", "--multi-crop"), ("--recipe mocov2", "more than two")),
+        ("main_adco", ("--crop-min", 1.5), ("--crop-min 1.5", "at most 1")),
+        ("main_adco", ("--sym=maybe",), ("'maybe'", "true or false")),
+        ("main_adco", ("--data", "elsewhere", "--sym", "False"), ("two data folders", "elsewhere")),
+        ("main_adco", ("--momentum", -1), ("--momentum -1", "at least 0")),
+        ("main_adco", ("--momentum", 0, "--nesterov"), ("--momentum 0", "above 0")),
     ],
 )
 def test_mistakes_are_one_line(name, options, words, script, shared_images):
@@ -266,4 +292,30 @@ def test_mistakes_are_one_line(name, options, words, script, shared_images):
 def test_a_checkpoint_of_another_data_set_is_not_resumed(checkpoints, images, script, tmp_path):
     method, *options = METHODS["sogclr"]
     command = (images, *options, *SMALL[:-1], 2, "--resume", checkpoints["sogclr"], "--save-dir", tmp_path)
-    refused(script(method, *command), "does not fit this model", "'u'")
+    refused(script(method, *command), "was trained on 48 images", "has 24")
+
+
+@pytest.mark.parametrize("word", ["0", "False", "false"])
+def test_a_switch_takes_a_word_or_a_number_and_leaves_the_folder_alone(word):
+    off, on = (("--sym", word, "--mlp", word, "--no-aug-plus"), ("--sym", "True", "--mlp", "1", "--aug-plus"))
+    for options, state in ((off, False), (on, True)):
+        for argv in ((*options, "DIR"), ("DIR", *options), ("--data=DIR", *options)):
+            args = main_adco.parser().parse(argv)
+            assert (args.data, args.sym, args.mlp, args.aug_plus) == ("DIR", state, state, state), argv
+    assert main_adco.parser().parse(["--cos", "DIR"]).cos is True
+
+
+def test_yaml_has_no_negated_names(script, shared_images, tmp_path):
+    (tmp_path / "c.yaml").write_text("no-mlp: true")
+    refused(script("main_adco", shared_images, "--cfg", tmp_path / "c.yaml"), "no-mlp", "nearest")
+
+
+def test_rates_follow_the_step_and_the_total_batch(script, shared_images, tmp_path):
+    """48 images, 3 steps of 2 x 8 an epoch: warm-up from 0 over one epoch, then a half cosine over two."""
+    options = ("--mlp-dim", 16, "--dim", 8, "--accumulation-steps", 2, "--lr", 0.1, "--warmup-epochs", 1, "-p", 1)
+    command = (shared_images, *SMALL[:-1], 3, *options, "--save-dir", tmp_path)
+    status, out, err = script("main_sogclr", *command)
+    assert status == 0 and "lr after scaling 0.4 (sqrt scaling)" in out, err
+    rates = [line["lr"] for line in facts(tmp_path)]
+    cosine = [0.2 * (1 + math.cos(math.pi * step / 6)) for step in range(6)]
+    assert rates == pytest.approx([0, 0.4 / 3, 0.8 / 3, *cosine])

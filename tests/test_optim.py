@@ -79,7 +79,7 @@ def test_lars_takes_the_gradient_of_one_dimensional_parameters_as_it_is():
 def test_adamw_decays_matrices_only():
     net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4), torch.nn.Conv1d(1, 2, 3))
     (group,) = groups = [{"params": list(net.parameters()), "lr": 0.1, "weight_decay": 0.2}]
-    optimizer = optim.make(groups, Namespace(optimizer="adamw", amp="off"))
+    optimizer = optim.make(groups, Namespace(optimizer="adamw", amp="off", momentum=0.9, nesterov=False))
     decay = {p: g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
     assert decay.keys() == set(group["params"])
     assert all(decay[p] == (0.2 if p.dim() > 1 else 0) for p in net.parameters())
@@ -135,6 +135,11 @@ def test_by_step_the_warm_up_begins_at_0_and_the_cosine_at_its_end():
     assert [optim.rate(args, 2.0, epoch, 0.5) for epoch in (0, 2.5, 7.5, 10)] == pytest.approx([0, 0.5, 1.5, 2.0])
     assert optim.rate(args, 2.0, 55, 0.5) == pytest.approx((2.0 + 0.05) / 2)  # half of the 90 epochs that are left
     assert optim.rate(args, 2.0, 100, 0.5) == pytest.approx(0.05)
+
+
+def test_restarts_by_step_begin_after_the_warm_up():
+    args = options(lr_by="step", sgdr=True, lr_warmup_epochs=5)
+    assert [optim.rate(args, 1.0, epoch) for epoch in (5, 11, 17, 29)] == pytest.approx([1, 0.5, 1, 1])
 
 
 @pytest.mark.parametrize(("scaling", "factor"), [("none", 1), ("sqrt", 32), ("linear", 4)])

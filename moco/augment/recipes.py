@@ -55,7 +55,7 @@ def recipe(name: str, size: int = 224, crop_min: float | None = None) -> Recipe:
     """
     if name not in RECIPES:
         raise unknown("recipe", name, RECIPES)
-    views = tuple(replace(view, size=round(view.size * size / 224)) for view in RECIPES[name])
+    views = tuple(replace(view, size=max(1, round(view.size * size / 224))) for view in RECIPES[name])
     if crop_min is None:
         return views
     largest = min(view.scale[1] for view in views)

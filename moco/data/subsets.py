@@ -58,6 +58,8 @@ def of_classes(images: Images, file: str | None) -> Images:
         raise InputError(f"--class-list: cannot be used with {images.root}, whose images show several classes each")
     classes = chosen(images.classes, file, images.root)
     kept = np.isin(images.labels, [images.classes.index(name) for name in classes])
+    if not kept.any():
+        raise InputError(f"--class-list {file}: {images.root} has no image of its classes")
     place = np.array([classes.index(name) if name in classes else -1 for name in images.classes])
     return replace(images.part(kept), labels=place[images.labels[kept]], classes=classes)
 

@@ -43,8 +43,10 @@ def take_up(args: Namespace, options: Iterable[str]) -> None:
     state = checkpoint.load(args.resume)
     checkpoint.check_resumable(state, args.resume)
     args.seed = state["progress"]["seed"]
-    for name in (*options, "val_from_train", *(["pretrained"] if args.evaluate else [])):
-        given, saved = getattr(args, name), state["args"].get(name)
+    shared = ("val_from_train", "class_list", "learning_rate_scaling")
+    for name in (*options, *shared, *(["pretrained"] if args.evaluate else [])):
+        given = getattr(args, name)
+        saved = state["args"].get(name, given)
         if args.evaluate:
             setattr(args, name, saved)
         elif given != saved:
@@ -150,13 +152,14 @@ def write_results(args: Namespace, protocol: str, found: dict[str, float]) -> No
     """Write results.json to the run folder, on rank 0; metrics are fractions in [0, 1]."""
     if distributed.rank() != 0:
         return
+    some = f" ({Path(args.class_list).name})" if getattr(args, "class_list", None) else ""
     results = {
         "method": args.encoder_method,
         "arch": args.arch,
         "checkpoint": args.pretrained,
         "pretrain_epochs": args.pretrain_epochs,
         "protocol": protocol,
-        "dataset": args.data if args.dataset == "imagenet" else args.dataset,
+        "dataset": (args.data if args.dataset == "imagenet" else args.dataset) + some,
         "metrics": found,
         "settings": {name: getattr(args, name) for name in _SETTINGS if hasattr(args, name)},
     }
@@ -165,7 +168,8 @@ def write_results(args: Namespace, protocol: str, found: dict[str, float]) -> No
 
 # what tells apart the runs of one protocol
 _SETTINGS = (
-    "epochs batch_size optimizer lr lr_backbone lr_classifier wd weights train_percent subset_file ft_proj val_from_train seed"
+    "epochs batch_size optimizer lr lr_backbone lr_classifier learning_rate_scaling cos wd weights train_percent subset_file"
+    " ft_proj val_from_train seed"
     " iterations norm"  # of detectors
 ).split()
 

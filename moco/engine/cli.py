@@ -39,6 +39,9 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
         return f"{name} [{action.metavar}], {negated}"
 
 
+_WORDS = ("true", "false")
+
+
 class Switch(argparse.BooleanOptionalAction):
     """--name, --no-name, and as some papers' scripts have it --name 1, --name 0; with `most` above 1 also --name 2."""
 
@@ -57,11 +60,12 @@ class Switch(argparse.BooleanOptionalAction):
 
     def level(self, value: object) -> bool | int:
         """What the value stands for; raises ValueError."""
-        if isinstance(value, bool):
-            return value
-        if str(value) not in self.metavar.split("|"):
-            raise ValueError(f"{value!r} is not true or false, nor one of {self.metavar}")
-        return int(value) if self.most > 1 else bool(int(value))
+        word = str(value).lower()
+        if word in _WORDS:
+            return word == "true"
+        if word not in self.metavar.split("|"):
+            raise ValueError(f"{value!r} is not one of {self.metavar}, true or false")
+        return int(word) if self.most > 1 else word == "1"
 
 
 class Parser(argparse.ArgumentParser):
@@ -90,6 +94,8 @@ class Parser(argparse.ArgumentParser):
             if token.startswith("-"):
                 raise unknown("option", token.split("=")[0], self._names())
             raise InputError(f"unexpected argument '{token}'; one data folder is expected, options start with --")
+        if args.data and args.data_option and args.data != args.data_option:
+            raise InputError(f"two data folders: '{args.data}' and --data {args.data_option}; give one")
         args.data = args.data_option or args.data
         if args.data is None and not getattr(args, "load_features", None):
             raise InputError("no data folder: give DIR (with train/ and val/), or the word photos")
@@ -106,13 +112,15 @@ class Parser(argparse.ArgumentParser):
 
     def _folder_first(self, argv: list[str]) -> list[str]:
         """Move what is no number out of the options that may take one more: --schedule 120 160 DIR names a folder last."""
-        takers = (a for a in self._actions if (a.nargs in ("*", "+") and a.type) or isinstance(a, Switch))
-        numbers = {name for action in takers for name in action.option_strings}
+        switches = {name for action in self._actions if isinstance(action, Switch) for name in action.option_strings}
+        several = (action for action in self._actions if action.nargs in ("*", "+") and action.type)
+        numbers = switches | {name for action in several for name in action.option_strings}
         folders: list[str] = []
         rest: list[str] = []
         option = ""
         for token in argv:
-            is_folder = option in numbers and not token.startswith("-") and not _is_number(token)
+            is_value = _is_number(token) or (option in switches and token.lower() in _WORDS)
+            is_folder = option in numbers and not token.startswith("-") and not is_value
             (folders if is_folder else rest).append(token)
             if token.startswith("-") and not _is_number(token):
                 option = token
@@ -130,7 +138,8 @@ class Parser(argparse.ArgumentParser):
             raise InputError(f"--cfg {path}: not YAML: {' '.join(str(error).split())}") from None
         if not isinstance(values, dict):
             raise InputError(f"--cfg {path}: expected lines of the form 'option: value'")
-        actions = {name.removeprefix("--"): action for action in self._actions for name in action.option_strings}
+        given = ((name, action) for action in self._actions for name in action.option_strings)
+        actions = {name.removeprefix("--"): action for name, action in given if not name.startswith("--no-")}
         actions["data"] = next(action for action in self._actions if action.dest == "data")
         for key, value in values.items():
             name = str(key).replace("_", "-")
@@ -234,7 +243,7 @@ def add_input(parser: Parser, batch: int, recipe: str | None, arch: str | None =
     group.add_argument("--amp", choices=("off", "bf16", "fp16"), default="off", help="mixed precision; losses stay in fp32")
     group.add_argument("--compile", action="store_true", help="torch.compile the networks and the colour operations")
     group.add_argument("--class-list", metavar="FILE", help="use these class folders of DIR only; one name a line")
-    group.add_argument("--data-name", metavar="NAME", help="what DIR holds; of imagenet100 the classes are counted")
+    group.add_argument("--data-name", type=str.lower, metavar="NAME", help="what DIR holds; of imagenet100 the classes are counted")
 
 
 def add_evaluation(parser: Parser) -> None:
@@ -281,15 +290,20 @@ def add_optimizer(
         scale = "as it is, unless --learning-rate-scaling says otherwise" + note
         group.add_argument("--lr", "--learning-rate", **number, metavar="LR", default=lr, help=scale)
     group.add_argument(
-        "--learning-rate-scaling", choices=optim.SCALINGS, default="none", help="of --lr: x sqrt(total batch), x total batch / 256"
+        "--learning-rate-scaling",
+        choices=optim.SCALINGS,
+        default="none",
+        help="x sqrt(total batch), x total batch / 256",
     )
     group.add_argument("--wd", "--weight-decay", dest="wd", **number, metavar="WD", default=wd, help="weight decay" + note)
     group.add_argument("--schedule", type=int, nargs="*", default=schedule, metavar="EPOCH", help="lr x .1 at these epochs")
     group.add_argument("--cos", action=Switch, most=cos, default=False, help="cosine schedule instead")
     group.add_argument("--lr-by", choices=("epoch", "step"), default="epoch", help="how often the rate changes")
-    group.add_argument("--sgdr", type=natural, default=0, metavar="0|1", help="1: cosine schedule that begins anew (warm restarts)")
+    group.add_argument("--sgdr", action=Switch, default=False, help="cosine schedule that begins anew (warm restarts)")
     group.add_argument("--sgdr-t0", type=positive, default=12, metavar="EPOCHS", help="of each of its periods")
-    group.add_argument("--lr-final", type=nonnegative_float, default=0.0, metavar="LR", help="at which a cosine schedule ends")
+    group.add_argument(
+        "--lr-final", type=nonnegative_float, default=0.0, metavar="LR", help="where a cosine ends; scaled like --lr"
+    )
     group.add_argument("--lr-warmup-epochs", type=natural, default=0, help="epochs of linear learning-rate warm-up")
     group.add_argument("--momentum", type=float, default=0.9)
     group.add_argument("--nesterov", action=Switch, default=False, help="Nesterov's momentum, of sgd")

@@ -132,7 +132,8 @@ def _of_all_ranks(similarity: Tensor, label: Tensor, k: int) -> Features:
 _BLOCK = 8192  # rows copied at a time
 # what features are of: its name in meta.json, and in the options
 _ORIGIN = {"arch": "arch", "method": "encoder_method", "checkpoint": "pretrained", "pretrain_epochs": "pretrain_epochs"}
-_ORIGIN |= {name: name for name in ("dataset", "data", "image_size", "amp", "seed")}
+_ORIGIN |= {name: name for name in ("dataset", "data", "class_list", "image_size", "amp", "seed")}
+_OPTIONAL = {"class_list": None}  # older dumps lack it
 
 
 def add_files(parser: ArgumentParser) -> None:
@@ -153,10 +154,11 @@ def check(args: Namespace, many: bool) -> None:
         raise InputError("--load-features and --dump-features: features that are read lie in files already; leave one out")
     if args.load_features:
         meta, _ = _open(Path(args.load_features))
-        for name in ("arch", "pretrained"):
+        for name in ("arch", "pretrained", "class_list"):
             given, dumped = getattr(args, name), meta["checkpoint" if name == "pretrained" else name]
             if given not in (None, dumped):
-                raise InputError(f"--{name} {given}: the features in {args.load_features} are of {dumped}; leave --{name} out")
+                option, dumped = f"--{name.replace('_', '-')}", dumped or "all classes"
+                raise InputError(f"{option} {given}: the features in {args.load_features} are of {dumped}; leave {option} out")
         vars(args).update({option: meta[name] for name, option in _ORIGIN.items()})
     dataset = "photos" if args.data == "photos" else args.dataset
     if dataset in named.METRIC and (named.METRIC[dataset] == "map11") != many:
@@ -178,7 +180,7 @@ def check_dump(args: Namespace) -> None:
         raise InputError(f"--dump-features {folder}: cannot be written ({error.strerror}); choose another folder") from None
     if any(folder.glob("*.npy")) or (folder / "meta.json").exists():
         try:
-            known = json.loads((folder / "meta.json").read_text())
+            known = _OPTIONAL | json.loads((folder / "meta.json").read_text())
             same = {name: known[name] for name in _ORIGIN} == _origin(args)
         except (OSError, ValueError, KeyError, TypeError):
             same = False
@@ -256,6 +258,8 @@ def _open(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
 
     try:
         meta = json.loads((folder / "meta.json").read_text())
+        if isinstance(meta, dict):
+            meta = _OPTIONAL | meta
         if not isinstance(meta, dict) or {*_ORIGIN, "classes"} - meta.keys() or not isinstance(meta["classes"], list):
             raise wrong("meta.json does not say what the features are of")
     except FileNotFoundError:

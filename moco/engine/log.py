@@ -83,7 +83,7 @@ class RunLog:
             raise InputError(f"--save-dir {folder}: cannot be written: {error.strerror}; choose another folder") from None
         self.board = SummaryWriter(str(folder), purge_step=start if start > 0 else None)
         if sys.stdout.isatty():
-            self.bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True)
+            self.bar = tqdm(total=steps - min(start, 0), initial=max(start, 0), unit="step", dynamic_ncols=True)
 
     def wait(self, seconds: float) -> None:
         """Count time spent waiting for data."""

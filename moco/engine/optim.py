@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moco.errors import InputError
+
 OPTIMIZERS = ("sgd", "lars", "adamw")
 SCALINGS = ("none", "sqrt", "linear")
 
@@ -18,6 +20,9 @@ def make(groups: list[dict[str, Any]], args: Namespace) -> torch.optim.Optimizer
     SGD is fused, but not under fp16: where the gradient scaler skips the first step, PyTorch's fused SGD leaves the momentum
     buffer uninitialised and uses it in the next.
     """
+    if not 0 <= args.momentum < 1 or (args.nesterov and not args.momentum):
+        least = "above 0 with --nesterov" if args.nesterov else "at least 0"
+        raise InputError(f"--momentum {args.momentum:g}: must be {least}, and below 1")
     if args.optimizer == "lars":
         return LARS(groups, momentum=args.momentum)
     if args.optimizer == "adamw":
@@ -96,7 +101,7 @@ def rate(args: Namespace, base: float, epoch: float, factor: float = 1.0) -> flo
         return base * (epoch / warmup if by_step else (epoch + 1) / (warmup + 1))
     if args.cos or args.sgdr:
         first = warmup if by_step else 0
-        passed = epoch % args.sgdr_t0 / args.sgdr_t0 if args.sgdr else (epoch - first) / (args.epochs - first)
+        passed = (epoch - first) % args.sgdr_t0 / args.sgdr_t0 if args.sgdr else (epoch - first) / (args.epochs - first)
         share = 0.5 * (1 + math.cos(math.pi * passed))
         final = args.lr_final * factor
         return final + (base - final) * share

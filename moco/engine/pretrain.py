@@ -16,12 +16,11 @@ from moco.rng import Progress
 
 
 def check(args: Namespace, several_crops: bool = False) -> None:
-    """Check, before any process starts, the views (two, unless there may be more), the data folder and the run folder."""
-    views = len(recipe(args.recipe))
-    if views < 2 or (views > 2 and not several_crops):
-        raise InputError(
-            f"--recipe {args.recipe}: makes {views} views of an image, where this method needs two views; choose another"
-        )
+    """Check, before any process starts, the views (two, or more with `several_crops`), the data folder and the run folder."""
+    views = len(recipe(args.recipe, args.image_size, args.crop_min))
+    if views < 2 or (views > 2) != several_crops:
+        needed = "more than two" if several_crops else "two"
+        raise InputError(f"--recipe {args.recipe}: makes {views} views, but {needed} are needed; choose another")
     root = datasets.find(args.data, ("train", "val") if args.knn_every else ("train",))
     subsets.check_classes(root / "train", args.class_list, args.data_name)
     if args.resume is None and args.save_dir and any(Path(args.save_dir).glob("checkpoint_*.pth.tar")):
@@ -30,6 +29,8 @@ def check(args: Namespace, several_crops: bool = False) -> None:
 
 def train(args: Namespace, device: torch.device, build: Callable[[int], nn.Module]) -> None:
     """This process's part of pre-training, with the options of `cli.add_pretrain`, what `build` makes for N images."""
+    if args.batch_per_process < 2:
+        raise InputError("one image per process: neither batch norm nor a contrast can do with it; raise --batch-size")
     images = subsets.of_classes(datasets.scan(datasets.find(args.data, ("train",)), "train"), args.class_list)
     torch.manual_seed(args.seed)
     method = build(len(images))

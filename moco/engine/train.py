@@ -115,7 +115,7 @@ class Trainer(ABC):
 
     def _set_rates(self, step: int) -> float:
         """Give each parameter group its rate for this step; returns the first one's."""
-        passed = max(step, 0) / self.steps_per_epoch
+        passed = step / self.steps_per_epoch if step >= 0 else self.args.lr_warmup_epochs
         if self.args.lr_by == "epoch":
             passed = int(passed)
         rates = [optim.rate(self.args, base, passed, self.lr_scale) for base in self.rates]
@@ -152,7 +152,10 @@ class Trainer(ABC):
         if self.device.type == "cuda" and w == 1 < torch.cuda.device_count() and args.gpu is None:
             say(f"one of {torch.cuda.device_count()} GPUs trains; --multiprocessing-distributed starts a process on each")
         if self.order.start < 0:
-            say(f"{-self.order.start} steps before epoch 0, counted from {self.order.start}")
+            before = -self.order.start
+            say(f"{before} steps before epoch 0, counted from -{before}: {before / self.steps_per_epoch:.3g} epochs of images")
+        if args.lr_warmup_epochs >= args.epochs:
+            say(f"the warm-up's {args.lr_warmup_epochs} epochs (--lr-warmup-epochs) outlast the run: the rate is not reached")
         if args.resume:
             say(f"resumed from {args.resume} at epoch {self.first_epoch}")
         say(f"run folder {args.save_dir}")
@@ -160,6 +163,10 @@ class Trainer(ABC):
     def _resume(self, state: checkpoint.State) -> int:
         """Take up a checkpoint; returns the epoch to run next."""
         args = self.args
+        images = state.get("images", len(self.images))
+        if images != len(self.images):
+            where = f"{self.images.root} has {len(self.images)}"
+            raise InputError(f"{args.resume}: was trained on {images} images, but {where}; resume with the data it was made with")
         checkpoint.restore(self.module, state, args.resume, args.arch, args.method)
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
@@ -176,6 +183,7 @@ class Trainer(ABC):
             "arch": self.args.arch,
             "method": self.args.method,
             "args": vars(self.args),
+            "images": len(self.images),
             "state_dict": {f"module.{key}": tensor for key, tensor in self.module.state_dict().items()},
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),

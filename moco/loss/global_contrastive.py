@@ -4,13 +4,14 @@ Both compare every image's feature in one view with all others' in both views. S
 gradient is biased where the batch is small. SogCLR keeps a moving average of each anchor's normalizer over its visits.
 """
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 
-class Pairs(NamedTuple):
+@dataclass(frozen=True)
+class Pairs:
     """Similarities of this process's n anchors to the m images of the joint batch, for each of the two views as anchor."""
 
     positive: Tensor  # [2, n] to the same image's other view
