@@ -24,7 +24,7 @@ from moco.builder.adco import AdCo, Ascent
 from moco.builder.momentum import MIN_BN_GROUP, MoCo
 from moco.builder.synco import SynCo
 from moco.encoder import resnet
-from moco.engine import optim, precision
+from moco.engine import launch, optim, precision
 from moco.engine.log import Mean
 from moco.loss.synthetic import Synthetic
 from moco.rng import SHUFFLE, Progress
@@ -66,11 +66,11 @@ def main() -> None:
 
 def on_processes(n: int, args: Namespace) -> dict:
     """What rank 0 of `n` processes measures."""
-    launch = {"multiprocessing_distributed": n > 1, "nproc_per_node": n, "world_size": 1, "rank": 0, "gpu": None}
-    launch |= {"dist_url": "auto", "dist_backend": None, "batch_size": n * args.batch}
+    options = {"multiprocessing_distributed": n > 1, "nproc_per_node": n, "world_size": 1, "rank": 0, "gpu": None}
+    options |= {"dist_url": "auto", "dist_backend": None, "batch_size": n * args.batch}
     with tempfile.TemporaryDirectory() as folder:
         found = Path(folder) / "found.json"
-        distributed.launch(worker, Namespace(**vars(args), **launch, found=found))
+        launch.launch(worker, Namespace(**vars(args), **options, found=found))
         return json.loads(found.read_text())
 
 

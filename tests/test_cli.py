@@ -10,7 +10,7 @@ from PIL import Image
 
 import main_lincls
 import main_synco
-from moco import distributed
+from moco.engine import launch
 from moco.errors import InputError, unknown
 
 SMALL = ("-a", "resnet18", "--image-size", 32, "-b", 8, "-j", 0, "--epochs", 1, "--moco-k", 32)
@@ -193,14 +193,14 @@ def no_launcher(monkeypatch):
 
 
 def test_plan_without_a_launcher_is_one_process(no_launcher):
-    plan = distributed.plan(launch_options())
+    plan = launch.plan(launch_options())
     assert (plan.launcher, plan.world, plan.url) == ("single", 1, "")
 
 
 def test_plan_of_torchrun(no_launcher, monkeypatch):
     for name, value in {"RANK": 5, "WORLD_SIZE": 8, "LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 4}.items():
         monkeypatch.setenv(name, str(value))
-    plan = distributed.plan(launch_options())
+    plan = launch.plan(launch_options())
     assert (plan.launcher, plan.nodes, plan.local, plan.first, plan.world, plan.local_rank) == ("torchrun", 2, 4, 5, 8, 1)
 
 
@@ -208,14 +208,14 @@ def test_plan_of_srun(no_launcher, monkeypatch):
     values = {"SLURM_STEP_NUM_TASKS": 8, "SLURM_STEP_NUM_NODES": 2, "SLURM_PROCID": 6, "SLURM_LOCALID": 2}
     for name, value in {**values, "SLURM_STEP_NODELIST": "nodeA", "SLURM_JOB_ID": 12}.items():
         monkeypatch.setenv(name, str(value))
-    plan = distributed.plan(launch_options())
+    plan = launch.plan(launch_options())
     assert (plan.launcher, plan.nodes, plan.local, plan.first, plan.world, plan.local_rank) == ("srun", 2, 4, 6, 8, 2)
     assert plan.url == "tcp://nodeA:20012"
 
 
 def test_plan_of_a_batch_script_without_srun_is_one_process(no_launcher, monkeypatch):
     monkeypatch.setenv("SLURM_NTASKS", "8")
-    assert distributed.plan(launch_options()).launcher == "single"
+    assert launch.plan(launch_options()).launcher == "single"
 
 
 def test_plan_of_two_spawning_nodes(no_launcher):
@@ -226,7 +226,7 @@ def test_plan_of_two_spawning_nodes(no_launcher):
         "rank": 1,
         "dist_url": "tcp://10.0.0.1:9999",
     }
-    plan = distributed.plan(launch_options(**given))
+    plan = launch.plan(launch_options(**given))
     assert (plan.launcher, plan.nodes, plan.local, plan.first, plan.world) == ("spawn", 2, 3, 3, 6)
 
 

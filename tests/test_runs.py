@@ -374,7 +374,7 @@ def test_a_mistake_inside_spawned_processes_is_one_line(images, tmp_path):
     launch = ("--multiprocessing-distributed", "--nproc-per-node", 2)
     result = shell("main_synco.py", images, *TINY, "-j", 2, "--epochs", 1, *launch, "--save-dir", tmp_path / "run")
     assert result.returncode == 2
-    assert result.stderr.strip().splitlines()[-1].startswith("main_synco.py: error:")
+    assert result.stderr.strip().splitlines()[-1].startswith("main_synco.py: error:"), result.stderr
     assert "class0/1.jpg" in result.stderr
     assert "Traceback" not in result.stderr
 

@@ -9,11 +9,10 @@ from typing import NoReturn, TypeVar
 
 import yaml
 
-from moco import distributed
 from moco.augment.recipes import recipe
 from moco.data import named
 from moco.encoder import check_arch
-from moco.engine import optim
+from moco.engine import launch, optim
 from moco.errors import InputError, unknown
 
 Options = argparse.Namespace
@@ -350,7 +349,7 @@ def check_momentum_encoder(args: Options) -> None:
     args.recipe = args.recipe or ("mocov2" if args.aug_plus else "mocov1")
 
 
-def main(parser: Parser, check: Callable[[Options], None], worker: distributed.Worker) -> None:
+def main(parser: Parser, check: Callable[[Options], None], worker: launch.Worker) -> None:
     """Parse, check, and run `worker(args, device)` in every process of the launch.
 
     `check` completes and refuses options before any process starts. An InputError becomes one line on stderr and exit
@@ -364,7 +363,7 @@ def main(parser: Parser, check: Callable[[Options], None], worker: distributed.W
             recipe(args.recipe, args.image_size, args.crop_min)
         check(args)
         args.save_dir = args.save_dir or time.strftime(f"runs/{args.script}-{args.arch}-%Y%m%d-%H%M%S")
-        distributed.launch(worker, args)
+        launch.launch(worker, args)
     except InputError as error:
         parser.error(str(error))
     except KeyboardInterrupt:
