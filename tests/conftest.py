@@ -1,10 +1,12 @@
 """What the tests share: tiny image folders, and the scripts called in this process or from a shell."""
 
+import contextlib
 import importlib
 import os
 import socket
 import subprocess
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -15,6 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from filelock import FileLock
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -59,7 +62,12 @@ def shell(*command: object, env: dict[str, str] | None = None, wait: bool = True
     """Run `python COMMAND` from the project's root, as a user would."""
     words = [sys.executable, *map(str, command)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT, "env": {**os.environ, **(env or {})}}
-    return subprocess.run(words, timeout=600, **pipes) if wait else subprocess.Popen(words, **pipes)
+    if not wait:
+        return subprocess.Popen(words, **pipes)
+    published = any("localhost:10001" in word for word in words)  # the port of the published commands: one at a time
+    lock = FileLock(Path(tempfile.gettempdir()) / "hard-negatives-port-10001.lock") if published else contextlib.nullcontext()
+    with lock:
+        return subprocess.run(words, timeout=600, **pipes)
 
 
 @pytest.fixture
