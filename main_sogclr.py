@@ -4,8 +4,6 @@
 SogCLR keeps a moving average for each training image, so that small batches do; see configs/sogclr_800.yaml.
 """
 
-import argparse
-
 import torch
 from torch import nn
 
@@ -24,12 +22,12 @@ def parser() -> cli.Parser:
     cli.add_pretrain(p)
     group = p.add_argument_group("SimCLR and SogCLR")
     group.add_argument("--loss-type", choices=("dcl", "simclr"), default="dcl", help="dcl: SogCLR's, with moving averages")
-    group.add_argument("--warmup-epochs", type=cli.natural, dest="lr_warmup_epochs", help=argparse.SUPPRESS)  # the published name
     group.add_argument("--gamma", type=float, default=0.9, help="weight of an image's new value in its moving average")
     group.add_argument("--t", type=float, default=0.1, help="softmax temperature")
     group.add_argument("--dim", type=cli.positive, default=128, help="feature size")
     group.add_argument("--mlp-dim", type=cli.positive, default=2048, help="width of the projection head")
     group.add_argument("--num-proj-layers", type=cli.positive, default=2, help="linear layers of the projection head")
+    p.also_named({"warmup-epochs": "lr-warmup-epochs"})
     p.set_defaults(epochs=800, recipe="sogclr", optimizer="lars", lr=0.075, learning_rate_scaling="sqrt", wd=1e-6)
     p.set_defaults(lr_warmup_epochs=10, lr_by="step", cos=True)
     return p
@@ -54,7 +52,7 @@ def encoder(args: cli.Options, device: torch.device) -> nn.Module:
 def worker(args: cli.Options, device: torch.device) -> None:
     gamma = args.gamma if args.method == "sogclr" else None
     say(f"{args.loss_type}: " + (f"a moving average for each image, gamma {gamma:g}" if gamma else "the batch's negatives alone"))
-    pretrain.train(args, device, lambda images: SogCLR(lambda: encoder(args, device), images, args.t, gamma))
+    pretrain.train(args, device, lambda images: SogCLR(lambda: encoder(args, device), len(images), args.t, gamma))
 
 
 if __name__ == "__main__":

@@ -94,7 +94,7 @@ class Step:
         torch.manual_seed(0)
         self.args, self.device, self.plain, self.count = args, device, name == "plain", 0
         model = KINDS[name](lambda: resnet(args.arch, 128, mlp=True), 128, args.k, M, T)
-        self.model = model.to(device) if self.plain else precision.place(model, device, compile=False)
+        self.model = model.to(device) if self.plain else precision.place(model, device, compile=False, recompute=False)
         groups = [{"params": list(model.encoder_q.parameters()), "lr": LR, "weight_decay": 1e-4}]
         self.amp = "off" if self.plain else args.amp
         options = Namespace(optimizer="sgd", momentum=0.9, nesterov=False, amp=self.amp)

@@ -1,11 +1,15 @@
 """Backbones: any torchvision ResNet, with a projection head in place of its classifier."""
 
+import contextlib
+import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torchvision import models
+from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from moco.errors import InputError, unknown
 
@@ -39,6 +43,48 @@ def projector(widths: Sequence[int], last: nn.Module) -> nn.Sequential:
         between = [nn.BatchNorm1d(width), nn.ReLU(inplace=True)] if i else []
         layers += [*between, nn.Linear(width, out, bias=False)]
     return nn.Sequential(*layers, last)
+
+
+def recompute_blocks(net: nn.Module) -> None:
+    """From now on the residual blocks inside `net` keep only what they get, and run a second time for the gradient.
+
+    The gradient is the same, bit for bit, and so is what batch norm has seen.
+    """
+    for block in net.modules():
+        if type(block) in _RECOMPUTED:
+            block.__class__ = _RECOMPUTED[type(block)]
+
+
+class _Recomputed:
+    """Before one of torchvision's blocks."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            return super().forward(x)
+        contexts = functools.partial(_first_and_second_time, self)
+        return checkpoint(super().forward, x, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+
+
+_RECOMPUTED = {kind: type(kind.__name__, (_Recomputed, kind), {}) for kind in (BasicBlock, Bottleneck)}
+
+
+def _first_and_second_time(block: nn.Module) -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:
+    return contextlib.nullcontext(), _statistics_kept(block)
+
+
+@contextlib.contextmanager
+def _statistics_kept(block: nn.Module) -> Iterator[None]:
+    """The block's batch norms count nothing as seen."""
+    norms = [child for child in block.modules() if isinstance(child, nn.modules.batchnorm._BatchNorm)]
+    before = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for norm, (momentum, count) in zip(norms, before, strict=True):
+            norm.momentum = momentum
+            norm.num_batches_tracked.copy_(count)
 
 
 def features(net: nn.Module, images: Tensor) -> Tensor:

@@ -320,6 +320,24 @@ def test_the_views_of_sogclr_are_the_published_ones():
         recipe("multicrop", crop_min=0.5)
 
 
+def test_the_views_of_fnc_are_the_published_ones():
+    views = recipe("fnc")
+    assert len(views) == 10 and len(set(views)) == 1
+    view = views[0]
+    assert (view.size, view.scale, view.jitter, view.jitter_p) == (224, (0.08, 1.0), (0.8, 0.8, 0.8, 0.2), 0.8)
+    assert (view.gray_p, view.blur_p, view.flip_p, view.solarize_p, view.randaugment) == (0.2, 0.5, 0.5, 0, (2, 7))
+
+
+def test_more_views_and_fewer():
+    assert recipe("fnc", views=4) == recipe("fnc")[:4] and recipe("fnc", views=12) == recipe("fnc")[:1] * 12
+    first, second = recipe("byol")
+    assert recipe("byol", views=4) == (first, second, second, second)
+    assert {view.randaugment for view in recipe("multicrop", randaugment=(1, 10))} == {(1, 10)}
+    for wrong in ((-1, 5), (2, 11), (2, -1)):
+        with pytest.raises(InputError, match=f"--randaugment {wrong[0]} {wrong[1]}: .* from 0 to 10"):
+            recipe("fnc", randaugment=wrong)
+
+
 def test_an_unknown_recipe_is_told_its_nearest():
     with pytest.raises(InputError, match=r"mocov3.*mocov[12]"):
         recipe("mocov3")

@@ -5,10 +5,10 @@ import random
 import pytest
 import torch
 from scipy.stats import ks_2samp
-from torchvision.transforms import RandomResizedCrop
+from torchvision.transforms import RandAugment, RandomResizedCrop
 from torchvision.transforms.v2 import functional as F
 
-from moco.augment.crop import center_view, random_box, random_views, resized_crop
+from moco.augment.crop import center_view, randaugment, random_box, random_boxes, random_views, resized_crop
 from moco.augment.recipes import View
 from moco.rng import CROP, key
 
@@ -120,6 +120,46 @@ def test_random_views_cut_one_crop_for_each_view_of_the_recipe():
     for i, (cut, view) in enumerate(zip(views, recipe, strict=True)):
         assert torch.equal(cut, resized_crop(image, random_box(90, 120, view, key(CROP, 0, 3, 14, i)), view.size))
         assert cut.is_contiguous()
+
+
+# RandAugment
+
+
+def test_randaugment_is_torchvisions_with_a_magnitude_out_of_ten():
+    for i in range(40):
+        image = F.gaussian_blur(noise(60, 60, i), [9, 9], [2.0, 2.0])
+        with torch.random.fork_rng(devices=()):
+            torch.manual_seed(i)
+            theirs = RandAugment(2, 7, num_magnitude_bins=11, fill=[128] * 3)(F.to_pil_image(image))
+        ours = randaugment(image, 2, 7, 2 * i)
+        assert ours.dtype == torch.uint8 and ours.is_contiguous()
+        assert max_difference(ours, F.pil_to_tensor(theirs)) <= 1
+
+
+def test_randaugment_depends_on_its_key_alone():
+    image = noise(40, 40)
+    state = torch.random.get_rng_state()
+    first = [randaugment(image, 2, 7, key(i)) for i in range(10)]
+    torch.rand(7)
+    assert all(map(torch.equal, first, [randaugment(image, 2, 7, key(i)) for i in range(10)]))
+    assert sum(torch.equal(first[0], other) for other in first[1:]) < 3
+    torch.random.set_rng_state(state)
+    expected = torch.rand(1)
+    torch.random.set_rng_state(state)
+    randaugment(image, 2, 7, 5)
+    assert torch.equal(torch.rand(1), expected)  # what others draw is left alone
+
+
+def test_randaugment_grows_with_its_magnitude_and_follows_the_crop():
+    image = F.gaussian_blur(noise(120, 120), [9, 9], [3.0, 3.0])
+    changes = [sum((randaugment(image, 1, m, key(i)).float() - image.float()).abs().mean() for i in range(60)) for m in (1, 4, 10)]
+    assert changes[0] < changes[1] < changes[2]
+    plain, changed = (View(size=32, randaugment=(n, 7)) for n in (0, 2))
+    first, second, third = random_views(image, (changed, plain, changed), CROP, 3)
+    cut = [resized_crop(image, box, 32) for box in random_boxes(120, 120, (plain,) * 3, CROP, 3)]
+    assert torch.equal(second, cut[1])
+    assert torch.equal(first, randaugment(cut[0], 2, 7, key(CROP, 3, 0)))
+    assert torch.equal(third, randaugment(cut[2], 2, 7, key(CROP, 3, 2)))
 
 
 SHAPES = {

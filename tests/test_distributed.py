@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from moco import distributed
 from moco.builder.momentum import MoCo
 from moco.builder.synco import SynCo
+from moco.encoder import recompute_blocks, resnet
 from moco.loss import synthetic
 from moco.rng import NEGATIVES, SHUFFLE, Progress
 
@@ -158,7 +159,24 @@ def check_training(rank, kind):
     return found
 
 
+def check_recomputing(rank):
+    """Gradient, and what batch norm has seen, of residual blocks with batch norm over both ranks, kept and computed again."""
+    torch.manual_seed(0)
+    net = distributed.sync_batch_norm(resnet("resnet18", 4).double(), torch.device("cpu"))
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(rank), dtype=torch.float64)
+    found = []
+    for again in (False, True):
+        mine = copy.deepcopy(net)
+        if again:
+            recompute_blocks(mine)
+        ddp = DistributedDataParallel(mine, broadcast_buffers=False)
+        (ddp(images).square().sum() + ddp(images.flip(0)).abs().sum()).backward()
+        found.append([*mine.buffers(), *(p.grad for p in mine.parameters())])
+    return found
+
+
 CHECKS = {
+    "recomputing": (check_recomputing,),
     "shuffle": (check_shuffle,),
     "key groups": (check_key_groups,),
     "traffic": (check_traffic,),
@@ -265,6 +283,11 @@ def test_broadcast_buffers_shares_rank_0s_and_leaves_parameters_alone(ranks):
         for name, tensor in found["buffers"].items():
             buffer = name.startswith("0.running") or name == "0.num_batches_tracked"
             assert (tensor == (5 if buffer else rank + 5)).all(), name
+
+
+def test_blocks_computed_again_exchange_the_same(ranks):
+    for kept, again in ranks("recomputing"):
+        assert len(kept) == len(again) == 122 and all(map(torch.equal, kept, again))
 
 
 def test_one_process_exchanges_with_itself():

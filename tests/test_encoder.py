@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torchvision import models
 
-from moco.encoder import backbone_keys, check_arch, features, load_backbone, resnet
+from moco.encoder import backbone_keys, check_arch, features, load_backbone, recompute_blocks, resnet
 from moco.errors import InputError
 
 PREFIXES = [
@@ -192,3 +192,31 @@ def test_an_unknown_arch_is_an_error_that_names_the_nearest(wrong, nearest):
 @pytest.mark.parametrize("arch", ["resnet18", "resnet50", "resnext50_32x4d", "wide_resnet50_2"])
 def test_known_archs_pass(arch):
     check_arch(arch)
+
+
+# blocks that are computed again for the gradient
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
+def test_recomputed_blocks_keep_less_and_change_nothing(arch):
+    torch.manual_seed(0)
+    kept = resnet(arch, 4, mlp=True)
+    again = copy.deepcopy(kept)
+    recompute_blocks(again)
+    found = []
+    for net in (kept, again):
+        sizes = []
+        images = torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, sizes=sizes: sizes.append(x.nbytes) or x, lambda x: x):
+            loss = net(images).square().sum()
+        loss.backward()
+        assert net.training and all(m.momentum == 0.1 for m in net.modules() if isinstance(m, nn.BatchNorm2d))
+        found.append((sum(sizes), [*net.state_dict().values(), *(p.grad for p in net.parameters())]))
+    (much, theirs), (little, ours) = found
+    assert little < much / 3
+    assert all(map(torch.equal, ours, theirs))
+    assert again.state_dict().keys() == kept.state_dict().keys()
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(again(images), kept(images))
+    assert torch.equal(*(copy.deepcopy(net).eval()(images) for net in (again, kept)))

@@ -6,6 +6,7 @@ import torch
 from sklearn.metrics import average_precision_score, confusion_matrix
 
 from moco.engine import metrics
+from moco.engine.log import Mean
 
 CPU = torch.device("cpu")
 
@@ -92,3 +93,13 @@ def test_a_classifier_that_diverged_is_worth_what_a_constant_is():
     labels = np.array([[1], [0], [0], [1]])
     found = metrics.mean_average_precision(np.full((4, 1), np.nan), labels)
     assert found == {"map11": pytest.approx(0.5), "map": pytest.approx(0.5)}
+
+
+def test_means_of_a_log_line():
+    mean = Mean()
+    assert mean.read() == {}
+    for loss, right, count in ((1.0, 1, 1), (2.0, 0, 0), (6.0, 2, 9)):
+        mean.add({"loss": torch.tensor(loss), "share": (torch.tensor(right), torch.tensor(count)), "none": (torch.tensor(0),) * 2})
+    assert mean.read() == {"loss": 3.0, "share": 0.3}  # and nothing of what there was none of
+    mean.add({"loss": torch.tensor(5.0)})
+    assert mean.read() == {"loss": 5.0}

@@ -13,8 +13,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from moco import encoder, rng
-from moco.augment import color, crop
-from moco.augment.recipes import MEAN, STD, recipe
+from moco.augment import color, crop, recipes
+from moco.augment.recipes import MEAN, STD
 from moco.data import datasets, loader, subsets
 from moco.engine import checkpoint, features
 
@@ -55,7 +55,7 @@ def _views(figure, train, args: Namespace) -> None:
     picked = [round(i * (len(train) - 1) / (ROWS - 1)) for i in range(ROWS)]
     images = [train.read(i) for i in picked]
     columns = [[crop.center_view(image, args.image_size) / 255 for image in images]]
-    cuts = loader.RandomCrops(recipe(args.recipe, args.image_size, args.crop_min), args.seed)
+    cuts = loader.RandomCrops(recipes.of_options(args), args.seed)
     crops = [cuts(image, (0, i)) for image, i in zip(images, picked, strict=True)]
     for v, view in enumerate(cuts.recipe):
         batch = torch.stack([views[v] for views in crops])

@@ -1,10 +1,14 @@
-"""Random resized crops and centre crops of one decoded image, uint8 in and uint8 out: the workers' share of a view."""
+"""Random resized crops, RandAugment and centre crops of one decoded image, uint8 in and out: the workers' share of a view."""
 
+import functools
 import math
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
+from torchvision.transforms import v2
+from torchvision.transforms.functional import pil_to_tensor
 
 from moco.augment.recipes import Recipe, View
 from moco.rng import key as fold
@@ -45,9 +49,30 @@ def random_boxes(height: int, width: int, recipe: Recipe, *counters: int) -> lis
 
 
 def random_views(image: Tensor, recipe: Recipe, *counters: int) -> list[Tensor]:
-    """One random crop of `image` [3, H, W] uint8 for each view of `recipe`, cut at its `random_boxes`."""
+    """One random crop of `image` [3, H, W] uint8 for each view of `recipe`, cut at its `random_boxes`, with its RandAugment."""
     boxes = random_boxes(*image.shape[1:], recipe, *counters)
-    return [resized_crop(image, box, view.size) for box, view in zip(boxes, recipe, strict=True)]
+    views = [resized_crop(image, box, view.size) for box, view in zip(boxes, recipe, strict=True)]
+    for i, view in enumerate(recipe):
+        if view.randaugment[0]:
+            views[i] = randaugment(views[i], *view.randaugment, fold(*counters, i))
+    return views
+
+
+def randaugment(image: Tensor, operations: int, magnitude: int, key: int) -> Tensor:
+    """RandAugment (Cubuk et al., arXiv 1909.13719) of `image` [3, H, W] uint8, a pure function of `key`.
+
+    torchvision's operations, with `magnitude` in [0, 10] as in the paper; what comes in from outside is mid-grey. They run on a
+    Pillow image, which takes half the time of a tensor.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(key >> 1)
+        augmented = _randaugment(operations, magnitude)(Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()))
+    return pil_to_tensor(augmented).contiguous()
+
+
+@functools.cache
+def _randaugment(operations: int, magnitude: int) -> v2.RandAugment:
+    return v2.RandAugment(operations, magnitude, num_magnitude_bins=11, fill=[128] * 3)
 
 
 def center_view(image: Tensor, size: int) -> Tensor:

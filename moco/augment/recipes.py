@@ -1,5 +1,7 @@
 """Views are data: a recipe is a tuple of frozen `View`s, one per view that the method sees."""
 
+from argparse import Namespace
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from moco.errors import InputError, unknown
@@ -12,7 +14,8 @@ class View:
     """One random view. Probabilities in [0, 1]; `scale` is the crop's share of the image's area.
 
     `jitter` is (brightness, contrast, saturation, hue) as in torchvision's ColorJitter; `blur_sigma` is in pixels of
-    the view; `order` is the order of the colour operations.
+    the view; `order` is the order of the colour operations. `randaugment` is how many of RandAugment's operations come before
+    them, and their magnitude in [0, 10].
     """
 
     size: int = 224
@@ -25,6 +28,7 @@ class View:
     blur_p: float = 0.0
     solarize_p: float = 0.0
     flip_p: float = 0.5
+    randaugment: tuple[int, int] = (0, 0)
     order: tuple[str, ...] = ("jitter", "gray", "blur", "solarize")
 
 
@@ -38,27 +42,50 @@ _MULTICROP = tuple(
     for size, scale in ((224, (0.2, 1.0)), (192, (0.172, 0.86)), (160, (0.143, 0.715)), (128, (0.114, 0.571)), (96, (0.086, 0.429)))
 )
 
+_FNC = View(scale=(0.08, 1.0), jitter=(0.8, 0.8, 0.8, 0.2), jitter_p=0.8, gray_p=0.2, blur_p=0.5, randaugment=(2, 7))
+
 RECIPES: dict[str, Recipe] = {
     "mocov1": (_MOCOV1, _MOCOV1),
     "mocov2": (_MOCOV2, _MOCOV2),
     "byol": (replace(_BYOL, blur_p=1.0), replace(_BYOL, blur_p=0.1, solarize_p=0.2)),
     "sogclr": (replace(_BYOL, blur_p=1.0),) * 2,
     "multicrop": (_MOCOV2, *_MULTICROP),  # the key view, then the queries
+    "fnc": (_FNC,) * 10,  # two and the support views
     "probe": (View(scale=(0.08, 1.0)),),
 }
 
 
-def recipe(name: str, size: int = 224, crop_min: float | None = None) -> Recipe:
-    """The recipe `name` with its views scaled from 224 to `size` pixels, and `crop_min` for the least share of a crop.
+def recipe(
+    name: str,
+    size: int = 224,
+    crop_min: float | None = None,
+    views: int | None = None,
+    randaugment: Sequence[int] | None = None,
+) -> Recipe:
+    """The recipe `name` with its views scaled from 224 to `size` pixels, and with other settings where they are given.
 
-    Raises InputError for an unknown name, or where `crop_min` is no share, or above a view's largest.
+    `crop_min` is the least share of a crop, `randaugment` as in `View`, and `views` how many there are: the recipe's first ones,
+    or all and its last one again. Raises InputError for an unknown name, or where a setting is out of range.
     """
     if name not in RECIPES:
         raise unknown("recipe", name, RECIPES)
-    views = tuple(replace(view, size=max(1, round(view.size * size / 224))) for view in RECIPES[name])
-    if crop_min is None:
-        return views
-    largest = min(view.scale[1] for view in views)
-    if not 0 < crop_min <= largest:
-        raise InputError(f"--crop-min {crop_min:g}: must lie above 0 and be at most {largest:g} for the recipe {name}")
-    return tuple(replace(view, scale=(crop_min, view.scale[1])) for view in views)
+    all_views = [replace(view, size=max(1, round(view.size * size / 224))) for view in RECIPES[name]]
+    if views is not None:
+        all_views = [*all_views, *all_views[-1:] * views][:views]
+    if crop_min is not None:
+        largest = min(view.scale[1] for view in all_views)
+        if not 0 < crop_min <= largest:
+            raise InputError(f"--crop-min {crop_min:g}: must lie above 0 and be at most {largest:g} for the recipe {name}")
+        all_views = [replace(view, scale=(crop_min, view.scale[1])) for view in all_views]
+    if randaugment is not None:
+        operations, magnitude = randaugment
+        if operations < 0 or not 0 <= magnitude <= 10:
+            given = f"--randaugment {operations} {magnitude}"
+            raise InputError(f"{given}: takes how many operations, and their magnitude from 0 to 10; 0 0 is none")
+        all_views = [replace(view, randaugment=(operations, magnitude)) for view in all_views]
+    return tuple(all_views)
+
+
+def of_options(args: Namespace) -> Recipe:
+    """The recipe of a run's options; `args.views` says how many views a method wants, where it wants other than the recipe's."""
+    return recipe(args.recipe, args.image_size, args.crop_min, getattr(args, "views", None), args.randaugment)

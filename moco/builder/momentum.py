@@ -14,18 +14,17 @@ from moco.rng import SHUFFLE, Progress
 MIN_BN_GROUP = 8  # images; fewer make the key encoder's batch statistics useless
 
 
-class QueryAndKey(nn.Module):
-    """Queries from `encoder_q`, keys from its exponential moving average `encoder_k`: what MoCo and AdCo share.
+class MovingAverage(nn.Module):
+    """An encoder that trains, `encoder_q`, and its exponential moving average `encoder_k`.
 
     Args:
         encoder: makes one encoder [B, 3, H, W] -> [B, C].
-        m: momentum of the key encoder, in [0, 1].
-        bn_splits: with one process, groups of a shuffled batch over which the key encoder's BN runs.
+        m: momentum of the average, in [0, 1].
     """
 
-    def __init__(self, encoder: Callable[[], nn.Module], m: float, bn_splits: int):
+    def __init__(self, encoder: Callable[[], nn.Module], m: float):
         super().__init__()
-        self.m, self.bn_splits = m, bn_splits
+        self.m = m
         self.encoder_q = encoder()
         self.encoder_k = copy.deepcopy(self.encoder_q).requires_grad_(False)
 
@@ -33,6 +32,24 @@ class QueryAndKey(nn.Module):
     def encoder(self) -> nn.Module:
         """The encoder that evaluation uses."""
         return self.encoder_q
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """What changes after the optimizer's step: the average follows."""
+        torch._foreach_lerp_(list(self.encoder_k.parameters()), list(self.encoder_q.parameters()), 1 - self.m)
+
+
+class QueryAndKey(MovingAverage):
+    """Queries from `encoder_q`, keys from `encoder_k` under shuffled BN: what MoCo and AdCo share.
+
+    Args:
+        encoder, m: `MovingAverage`'s.
+        bn_splits: with one process, groups of a shuffled batch over which the key encoder's BN runs.
+    """
+
+    def __init__(self, encoder: Callable[[], nn.Module], m: float, bn_splits: int):
+        super().__init__(encoder, m)
+        self.bn_splits = bn_splits
 
     @torch.no_grad()
     def keys(self, images: Tensor, progress: Progress, *counters: int) -> Tensor:
@@ -50,11 +67,6 @@ class QueryAndKey(nn.Module):
             groups = max(1, min(self.bn_splits, len(images) // MIN_BN_GROUP))
         k = torch.cat([unit(self.encoder_k(group)) for group in shuffled.tensor_split(groups)])
         return distributed.unshuffle(k, permutation)
-
-    @torch.no_grad()
-    def after_step(self) -> None:
-        """What changes after the optimizer's step: the key encoder follows."""
-        torch._foreach_lerp_(list(self.encoder_k.parameters()), list(self.encoder_q.parameters()), 1 - self.m)
 
 
 class MoCo(QueryAndKey):

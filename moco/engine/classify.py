@@ -109,7 +109,7 @@ def pretrained(args: Namespace, classes: int, device: torch.device) -> nn.Module
         say(f"{args.pretrained}: {matched} of {len(encoder.backbone_keys(net))} backbone tensors matched")
     else:
         say(f"no --pretrained: a randomly initialised {args.arch}")
-    return precision.place(net, device, args.compile)
+    return precision.place(net, device, args.compile, args.grad_checkpoint)
 
 
 def _load(net: nn.Module, args: Namespace, state: checkpoint.State) -> int:

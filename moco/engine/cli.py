@@ -9,7 +9,7 @@ from typing import NoReturn, TypeVar
 
 import yaml
 
-from moco.augment.recipes import recipe
+from moco.augment import recipes
 from moco.data import named
 from moco.encoder import check_arch
 from moco.engine import launch, optim
@@ -19,7 +19,7 @@ Options = argparse.Namespace
 Number = TypeVar("Number", int, float)
 
 # what a run's args.yaml holds beside its options
-_NOT_OPTIONS = {"cfg", "script", "method", "encoder-method", "pretrain-epochs", "nodes", "batch-per-process"}
+_NOT_OPTIONS = {"cfg", "script", "method", "encoder-method", "pretrain-epochs", "views", "nodes", "batch-per-process"}
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -68,16 +68,27 @@ class Switch(argparse.BooleanOptionalAction):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse in which `-` and `_` in option names are the same, `--cfg` gives defaults, and an error is one line."""
+    """argparse in which `-` and `_` in option names are the same, `--cfg` gives defaults, and an error is one line.
 
-    def __init__(self, description: str):
+    `elsewhere` says of options of a published script that this one does not have what to use instead.
+    """
+
+    def __init__(self, description: str, elsewhere: dict[str, str] | None = None):
         super().__init__(description=description, formatter_class=_Help, allow_abbrev=False)
+        self.elsewhere = elsewhere or {}
         run = self.add_argument_group("run")
         run.add_argument("data", nargs="?", metavar="DIR", help="folder with train/ and val/, or photos: the built-in data set")
         run.add_argument("--data", dest="data_option", metavar="DIR", help="the same as DIR")
         run.add_argument("--cfg", metavar="FILE.yaml", help="defaults by option name; options given here win")
         run.add_argument("--save-dir", metavar="DIR", help="run folder; by default runs/<script>-<arch>-<time>")
         run.add_argument("--seed", type=int, default=0, help="of weights, order, views and negatives")
+
+    def also_named(self, names: dict[str, str]) -> None:
+        """Give options, without their dashes, further names: those of a published script."""
+        actions = {name: action for action in self._actions for name in action.option_strings}
+        for published, ours in names.items():
+            mine = actions[f"--{ours}"]
+            self.add_argument(f"--{published}", dest=mine.dest, type=mine.type, default=mine.default, help=argparse.SUPPRESS)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}\n")
@@ -89,6 +100,12 @@ class Parser(argparse.ArgumentParser):
         if first.cfg:
             self._defaults_from(first.cfg)
         args, rest = self.parse_known_args(argv)
+        foreign: dict[str, list[str]] = {}
+        for name in dict.fromkeys(token.split("=")[0] for token in rest):
+            if name in self.elsewhere:
+                foreign.setdefault(self.elsewhere[name], []).append(name)
+        if foreign:
+            raise InputError("; ".join(f"{', '.join(names)}: {instead}" for instead, names in foreign.items()))
         for token in rest:
             if token.startswith("-"):
                 raise unknown("option", token.split("=")[0], self._names())
@@ -239,8 +256,16 @@ def add_input(parser: Parser, batch: int, recipe: str | None, arch: str | None =
     group.add_argument(
         "--crop-min", type=float, metavar="SHARE", help="least share of the image in a crop, instead of the recipe's"
     )
+    group.add_argument(
+        "--randaugment",
+        type=int,
+        nargs=2,
+        metavar=("N", "M"),
+        help="operations and magnitude, 0 to 10, of RandAugment, instead of the recipe's; 0 0: none",
+    )
     group.add_argument("--amp", choices=("off", "bf16", "fp16"), default="off", help="mixed precision; losses stay in fp32")
     group.add_argument("--compile", action="store_true", help="torch.compile the networks and the colour operations")
+    group.add_argument("--grad-checkpoint", action="store_true", help="keep less for the gradient, and compute it again")
     group.add_argument("--class-list", metavar="FILE", help="use these class folders of DIR only; one name a line")
     group.add_argument("--data-name", type=str.lower, metavar="NAME", help="what DIR holds; of imagenet100 the classes are counted")
 
@@ -360,7 +385,7 @@ def main(parser: Parser, check: Callable[[Options], None], worker: launch.Worker
         if args.arch:
             check_arch(args.arch)
         if args.recipe:
-            recipe(args.recipe, args.image_size, args.crop_min)
+            recipes.of_options(args)
         check(args)
         args.save_dir = args.save_dir or time.strftime(f"runs/{args.script}-{args.arch}-%Y%m%d-%H%M%S")
         launch.launch(worker, args)

@@ -17,24 +17,30 @@ from moco.errors import InputError
 
 
 class Mean:
-    """Means of named scalars over steps; adding waits for no device, reading does."""
+    """Means of named scalars over steps and ranks; adding waits for no device, reading does.
+
+    A value is one scalar, or a sum and the count of what it sums up: a step in which there is much counts for more.
+    """
 
     def __init__(self):
         self.sums: dict[str, Tensor] = {}
-        self.counts: dict[str, int] = {}
+        self.counts: dict[str, Tensor | int] = {}
 
-    def add(self, values: dict[str, Tensor]) -> None:
+    def add(self, values: dict[str, Tensor | tuple[Tensor, Tensor]]) -> None:
         for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0) + value.detach()
-            self.counts[name] = self.counts.get(name, 0) + 1
+            total, count = value if isinstance(value, tuple) else (value, 1)
+            self.sums[name] = self.sums.get(name, 0) + total.detach()
+            self.counts[name] = self.counts.get(name, 0) + count
 
     def read(self) -> dict[str, float]:
-        """The means since the last reading, averaged over ranks; starts anew."""
+        """The means since the last reading, without those of nothing; starts anew."""
         if not self.sums:
             return {}
-        means = torch.stack([self.sums[name].double() / self.counts[name] for name in self.sums])
-        means = distributed.all_reduce_sum(means) / distributed.world()
-        values = dict(zip(self.sums, means.tolist(), strict=True))
+        pairs = [
+            torch.stack([total.double(), torch.ones_like(total).double() * self.counts[name]]) for name, total in self.sums.items()
+        ]
+        totals = distributed.all_reduce_sum(torch.stack(pairs)).tolist()
+        values = {name: total / count for name, (total, count) in zip(self.sums, totals, strict=True) if count}
         self.sums, self.counts = {}, {}
         return values
 

@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 
+from moco import encoder
+
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -16,11 +18,17 @@ def scaler(amp: str, device: torch.device) -> torch.amp.GradScaler:
     return torch.amp.GradScaler(device.type, enabled=amp == "fp16")
 
 
-def place(model: nn.Module, device: torch.device, compile: bool) -> nn.Module:
-    """Move `model` to `device`, channels last on a GPU; with `compile`, compile its children (the networks) in place."""
+def place(model: nn.Module, device: torch.device, compile: bool, recompute: bool) -> nn.Module:
+    """Move `model` to `device`, channels last on a GPU.
+
+    With `recompute`, its residual blocks keep nothing for the gradient but what they get, and run once more for it; with `compile`,
+    compile its children (the networks) in place.
+    """
     model.to(device)
     if device.type == "cuda":
         model.to(memory_format=torch.channels_last)
+    if recompute:
+        encoder.recompute_blocks(model)
     if compile:
         for child in model.children():
             child.compile()

@@ -7,18 +7,20 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from moco.augment.recipes import recipe
+from moco.augment import recipes
 from moco.data import datasets, loader, subsets
+from moco.data.images import Images
 from moco.engine import features, precision
 from moco.engine.train import Trainer
 from moco.errors import InputError
 from moco.rng import Progress
 
 
-def check(args: Namespace, several_crops: bool = False) -> None:
-    """Check, before any process starts, the views (two, or more with `several_crops`), the data folder and the run folder."""
-    views = len(recipe(args.recipe, args.image_size, args.crop_min))
-    if views < 2 or (views > 2) != several_crops:
+def check(args: Namespace, several_crops: bool | None = False) -> None:
+    """Check, before any process starts, the views (two, more with `several_crops`, any number
+    of them with None), the data folder and the run folder."""
+    views = len(recipes.of_options(args))
+    if views < 2 or several_crops not in (None, views > 2):
         needed = "more than two" if several_crops else "two"
         raise InputError(f"--recipe {args.recipe}: makes {views} views, but {needed} are needed; choose another")
     root = datasets.find(args.data, ("train", "val") if args.knn_every else ("train",))
@@ -27,14 +29,14 @@ def check(args: Namespace, several_crops: bool = False) -> None:
         raise InputError(f"--save-dir {args.save_dir}: holds another run's checkpoints; --resume one, or choose another folder")
 
 
-def train(args: Namespace, device: torch.device, build: Callable[[int], nn.Module]) -> None:
-    """This process's part of pre-training, with the options of `cli.add_pretrain`, what `build` makes for N images."""
+def train(args: Namespace, device: torch.device, build: Callable[[Images], nn.Module]) -> None:
+    """This process's part of pre-training, with the options of `cli.add_pretrain`, what `build` makes for the images."""
     if args.batch_per_process < 2:
         raise InputError("one image per process: neither batch norm nor a contrast can do with it; raise --batch-size")
     images = subsets.of_classes(datasets.scan(datasets.find(args.data, ("train",)), "train"), args.class_list)
     torch.manual_seed(args.seed)
-    method = build(len(images))
-    Pretraining(args, precision.place(method, device, args.compile), images, device).train()
+    method = build(images)
+    Pretraining(args, precision.place(method, device, args.compile, args.grad_checkpoint), images, device).train()
 
 
 class Pretraining(Trainer):

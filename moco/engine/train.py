@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from moco import distributed, rng
-from moco.augment import color
-from moco.augment.recipes import recipe
+from moco.augment import color, recipes
 from moco.data import loader
 from moco.data.images import Images
 from moco.engine import checkpoint, optim, precision
@@ -32,7 +31,7 @@ class Trainer(ABC):
 
     def __init__(self, args: Namespace, module: nn.Module, images: Images, device: torch.device):
         self.args, self.module, self.images, self.device = args, module, images, device
-        self.recipe = recipe(args.recipe, args.image_size, args.crop_min)
+        self.recipe = recipes.of_options(args)
         if args.compile:
             color.fuse()
         self.batch = args.batch_per_process * distributed.world() * args.accumulation_steps  # of a step

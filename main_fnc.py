@@ -1,0 +1,103 @@
+#!/usr/bin/env python
+"""Pre-train a ResNet with FNC: negatives that look like the image itself are attracted, or left out.
+
+--support-size 0 --fn-mode off --memory-multiplier 0 is SimCLR. configs/fnc_100.yaml holds the published settings.
+"""
+
+import torch
+from torch import nn
+
+from moco import distributed
+from moco.builder.fnc import FNC
+from moco.data.images import Images
+from moco.encoder import projector, resnet
+from moco.engine import cli, pretrain
+from moco.engine.log import say
+from moco.errors import InputError
+from moco.loss.false_negatives import MODES, Cancellation
+
+LEAST_T = 0.001  # below, the logits' rounding in float32 shows in the loss
+
+PUBLISHED = {"train-batch-size": "batch-size", "train-epochs": "epochs", "warmup-epochs": "lr-warmup-epochs"}
+_GPUS = "GPUs are found by themselves, and --multiprocessing-distributed uses all of them"
+_ONE_JOB = "this script pre-trains; main_lincls.py probes, main_semisup.py fine-tunes"
+ELSEWHERE = {
+    **dict.fromkeys(("--use-tpu", "--tpu-name", "--tpu-zone", "--gcp-project", "--master"), _GPUS),
+    "--data-dir": "give the data folder as DIR; what lies in a bucket, copy it to a disk first",
+    "--model-dir": "use --save-dir DIR; buckets are not written to",
+    **dict.fromkeys(("--mode", "--train-mode"), _ONE_JOB),
+    "--resnet-depth": "use -a resnet50",
+    "--width-multiplier": "use -a wide_resnet50_2",
+}
+
+
+def parser() -> cli.Parser:
+    p = cli.Parser(__doc__, ELSEWHERE)
+    cli.add_pretrain(p)
+    group = p.add_argument_group("FNC")
+    group.add_argument("--support-size", type=cli.natural, default=8, metavar="N", help="views of an image beyond the first two")
+    group.add_argument(
+        "--fn-mode", choices=MODES, default="attract", help="what becomes of false negatives; off: none is looked for"
+    )
+    group.add_argument("--fn-topk", type=cli.natural, default=10, metavar="K", help="of the rows most similar to an image's views")
+    group.add_argument("--fn-threshold", type=float, default=0.7, metavar="COSINE", help="least similarity of a false negative")
+    group.add_argument(
+        "--memory-multiplier",
+        type=cli.natural,
+        default=16,
+        metavar="N",
+        help="rows of the memory: so many times the total batch; 0: none, the batch itself is compared with",
+    )
+    group.add_argument("--ema", type=float, default=0.999, help="momentum of the encoder that fills the memory")
+    group.add_argument("--temperature", type=float, default=0.1, metavar="T", help="of the softmax")
+    group.add_argument("--num-proj-layers", type=cli.positive, default=3, help="linear layers of the projection head")
+    group.add_argument("--proj-out-dim", type=cli.positive, default=128, help="feature size")
+    group.add_argument(
+        "--loss-chunk", type=cli.positive, default=256, metavar="IMAGES", help="compared with the memory at a time: less memory"
+    )
+    p.also_named(PUBLISHED)
+    p.set_defaults(epochs=100, batch_size=4096, recipe="fnc", optimizer="lars", lr=0.1, learning_rate_scaling="sqrt")
+    p.set_defaults(lr_warmup_epochs=10, lr_by="step", cos=True)
+    return p
+
+
+def check(args: cli.Options) -> None:
+    if not args.temperature >= LEAST_T:
+        raise InputError(f"--temperature {args.temperature:g}: must be at least {LEAST_T:g}")
+    if not -1 <= args.fn_threshold <= 1 or not 0 <= args.ema <= 1:
+        raise InputError(f"--fn-threshold must lie in [-1, 1] and --ema in [0, 1]; got {args.fn_threshold:g} and {args.ema:g}")
+    args.views = 2 + args.support_size
+    passes = args.memory_multiplier * args.accumulation_steps
+    if 0 < passes < args.views:
+        least = -(-args.views // args.accumulation_steps)
+        given = f"--memory-multiplier {args.memory_multiplier} with --support-size {args.support_size}"
+        raise InputError(f"{given}: the memory must hold a batch's {args.views} views; give {least} or more, or 0 for none")
+    args.method = "fnc"
+    pretrain.check(args, several_crops=None)
+
+
+def encoder(args: cli.Options, device: torch.device) -> nn.Module:
+    net = resnet(args.arch, args.proj_out_dim, zero_init_residual=True)
+    last = nn.BatchNorm1d(args.proj_out_dim)
+    last.bias.requires_grad_(False)  # stays 0
+    width = net.fc.in_features
+    net.fc = projector([*[width] * args.num_proj_layers, args.proj_out_dim], last)
+    return distributed.sync_batch_norm(net, device)
+
+
+def worker(args: cli.Options, device: torch.device) -> None:
+    rows = args.memory_multiplier * args.batch_per_process * distributed.world() * args.accumulation_steps
+
+    def build(images: Images) -> FNC:
+        labels = torch.as_tensor(images.labels) if len(images.classes) > 1 else None
+        how = Cancellation(args.fn_mode, args.fn_topk, args.fn_threshold)
+        make = lambda: encoder(args, device)  # noqa: E731
+        return FNC(make, args.proj_out_dim, rows, args.ema, args.temperature, how, args.loss_chunk, labels)
+
+    many = f"up to {args.fn_topk} above {args.fn_threshold:g} of each image" if args.fn_mode != "off" else "not looked for"
+    say(f"{args.views} views; false negatives: {args.fn_mode}, {many}; {f'a memory of {rows} rows' if rows else 'no memory'}")
+    pretrain.train(args, device, build)
+
+
+if __name__ == "__main__":
+    cli.main(parser(), check, worker)
