@@ -1,4 +1,4 @@
-"""AdCo's, SimCLR's and SogCLR's scripts: published commands, exact resume, what reads their checkpoints, and mistakes."""
+"""The scripts of AdCo, SimCLR, SogCLR and FNC: published commands, exact resume, what reads their checkpoints, and mistakes."""
 
 import contextlib
 import importlib.util
@@ -16,9 +16,11 @@ from test_runs import facts, load, same, succeeded
 from test_voc07 import write_voc
 
 import main_adco
+import main_fnc
 import main_lincls
 import main_sogclr
 from moco.builder.adco import AdCo, Ascent
+from moco.builder.fnc import FNC
 from moco.builder.sogclr import SogCLR
 from moco.encoder import resnet
 from moco.rng import Progress
@@ -28,6 +30,7 @@ METHODS = {
     "adco": ("main_adco", "--cluster", 20),
     "adco sym multi-crop": ("main_adco", "--cluster", 20, "--sym", 1, "--multi_crop", 1),
     "sogclr": ("main_sogclr", "--mlp-dim", 32, "--dim", 16),
+    "fnc": ("main_fnc", "--support-size", 1, "--memory-multiplier", 5, "--fn-threshold", 0.5, "--proj-out-dim", 16),
 }
 # As their READMEs have them, but for the script's name.
 PUBLISHED = {
@@ -43,13 +46,16 @@ PUBLISHED = {
     "simclr": "main_sogclr.py --lr=0.3 --epochs=1 --batch-size=8 --learning-rate-scaling=linear --loss_type=simclr "
     "--warmup-epochs=10 --num_proj_layers=2 --mlp-dim=32 --dim=16 --t=0.1 --optimizer=adamw --world-size=1 --rank=0 --workers=0 "
     "--data_name=imagenet100 --data={data} --save_dir={run}",
+    "fnc": "main_fnc.py --train_batch_size=8 --train_epochs=1 --temperature=0.1 --learning_rate=0.1 --learning_rate_scaling=sqrt "
+    "--weight_decay=1e-4 --warmup_epochs=10 --num_proj_layers=3 --proj_out_dim=16 --image_size=32 {data}",
 }
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_command_runs(name, shared_images, tmp_path):
     command = PUBLISHED[name].format(data=shared_images, run=tmp_path).split()
-    small = [*SMALL, "--save-dir", tmp_path, "--multiprocessing_distributed", 1]
+    small = ["-a", "resnet18", "-j", 0] if name == "fnc" else [*SMALL]
+    small += ["--save-dir", tmp_path, "--multiprocessing_distributed", 1]
     if command[0] == "main_adco.py":
         small += ["--moco_dim", 8, "--mlp", 1, "--aug_plus", 1, "--ad_init", 0, "--cos", 2, "--mem_wd", 1e-4, "--moco_m", 0.999]
     out = succeeded(shell(*command, *small))
@@ -62,6 +68,10 @@ def test_published_command_runs(name, shared_images, tmp_path):
     if name == "sogclr":
         assert (args["optimizer"], args["lr_warmup_epochs"], args["lr_by"], args["recipe"]) == ("lars", 10, "step", "sogclr")
         assert "lr after scaling 0.212132 (sqrt scaling), lr warm-up 10 epochs" in out
+    if name == "fnc":
+        assert "lr after scaling 0.282843 (sqrt scaling), lr warm-up 10 epochs; 1 epochs x 6 steps" in out
+        assert "10 views; false negatives: attract, up to 10 above 0.7 of each image; a memory of 128 rows" in out
+        assert (args["wd"], args["epochs"], args["proj_out_dim"], args["image_size"], args["views"]) == (1e-4, 1, 16, 32, 10)
     if name == "simclr":
         assert "lr after scaling 0.009375 (linear scaling)" in out
 
@@ -83,6 +93,9 @@ def test_published_probe_command_runs(command, checkpoints, shared_images, tmp_p
 ADCO = {"lr": 0.03, "memory_lr": 3, "moco_t": 0.12, "mem_t": 0.02, "mem_wd": 1e-4, "lr_final": 0.0006, "cluster": 65536}
 SOGCLR = {"lr": 0.075, "learning_rate_scaling": "sqrt", "optimizer": "lars", "wd": 1e-6, "t": 0.1, "lr_warmup_epochs": 10}
 
+FNC_SETTINGS = {"lr": 0.1, "learning_rate_scaling": "sqrt", "optimizer": "lars", "wd": 1e-4, "batch_size": 4096, "epochs": 100}
+FNC_SETTINGS |= {"temperature": 0.1, "lr_warmup_epochs": 10, "lr_by": "step", "fn_topk": 10, "fn_threshold": 0.7, "recipe": "fnc"}
+
 
 @pytest.mark.parametrize(
     ("name", "expected"),
@@ -93,13 +106,17 @@ SOGCLR = {"lr": 0.075, "learning_rate_scaling": "sqrt", "optimizer": "lars", "wd
         ("adco_k16384_200", {**ADCO, "cluster": 16384}),
         ("adco_sym_k8192_200", {**ADCO, "lr": 0.04, "moco_t": 0.14, "mem_t": 0.03, "cluster": 8192, "sym": True}),
         ("sogclr_800", {**SOGCLR, "epochs": 800, "gamma": 0.9, "loss_type": "dcl", "lr_by": "step"}),
+        ("fnc_100", {**FNC_SETTINGS, "support_size": 8, "memory_multiplier": 16, "ema": 0.999, "fn_mode": "attract"}),
         ("simclr_imagenet100_400", {**SOGCLR, "epochs": 400, "loss_type": "simclr", "data_name": "imagenet100"}),
     ],
 )
 def test_recipes_hold_the_published_settings(name, expected):
-    module = main_adco if name.startswith("adco") else main_sogclr
+    module = {"adco": main_adco, "fnc": main_fnc}.get(name.split("_")[0], main_sogclr)
     args = vars(module.parser().parse(["DIR", "--cfg", f"configs/{name}.yaml"]))
     assert {option: args[option] for option in expected} == expected
+    if name == "fnc_100":  # all of them are the script's defaults, too
+        bare = vars(main_fnc.parser().parse(["DIR"]))
+        assert {option for option in args if args[option] != bare[option]} == {"cfg", "amp", "randaugment"}
 
 
 # whole runs
@@ -107,7 +124,7 @@ def test_recipes_hold_the_published_settings(name, expected):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_resumed_equals_never_stopped(name, script, shared_images, tmp_path):
-    """Bank, its velocity and u included; the third epoch begins where a checkpoint stands."""
+    """Bank, its velocity, u and the memory included; the third epoch begins where a checkpoint stands."""
     method, *options = METHODS[name]
     command = (shared_images, *options, *SMALL[:-1], 3, "--accumulation-steps", 2, "-p", 1, "--seed", 2, "--cos", 1)
     for run, more in (("whole", ()), ("parts", ("--resume", tmp_path / "whole" / "checkpoint_0001.pth.tar"))):
@@ -121,7 +138,8 @@ def test_resumed_equals_never_stopped(name, script, shared_images, tmp_path):
     for key in ("epoch", "state_dict", "optimizer", "scaler", "progress"):
         assert same(a[key], b[key]), key
     assert facts(tmp_path / "parts") == [line for line in facts(tmp_path / "whole") if line["epoch"] == 2]
-    kept = [n for n in a["state_dict"] if n.removeprefix("module.") in ("u", "bank", "bank_velocity")]
+    names = ("u", "bank", "bank_velocity", "memory", "memory_index")
+    kept = [n for n in a["state_dict"] if n.removeprefix("module.") in names]
     assert len(kept) == (1 if name == "sogclr" else 2)
     for n in kept:
         assert a["state_dict"][n].any() and not torch.equal(a["state_dict"][n], second["state_dict"][n])
@@ -143,7 +161,7 @@ def test_the_bank_is_filled_before_epoch_0(script, shared_images, tmp_path):
 def checkpoints(tmp_path_factory, shared_images):
     """A checkpoint of each script."""
     files = {}
-    for name in ("adco", "sogclr"):
+    for name in ("adco", "sogclr", "fnc"):
         method, *options = METHODS[name]
         run = tmp_path_factory.mktemp(name)
         succeeded(shell(f"{method}.py", shared_images, *options, *SMALL, "--knn-every", 1, "--save-dir", run))
@@ -151,7 +169,7 @@ def checkpoints(tmp_path_factory, shared_images):
     return files
 
 
-@pytest.mark.parametrize("name", ["adco", "sogclr"])
+@pytest.mark.parametrize("name", ["adco", "sogclr", "fnc"])
 def test_every_evaluation_reads_the_checkpoint(name, checkpoints, script, shared_images, tmp_path, monkeypatch, capsys):
     file = checkpoints[name]
     voc = write_voc(tmp_path / "voc", 30, 12)
@@ -192,6 +210,8 @@ def test_a_step_copies_nothing_to_the_host(monkeypatch):
             (AdCo(**bank, symmetric=True, multi_crop=True), 4),
             (SogCLR(**encoder, images=100), 2),
             (SogCLR(**encoder, images=100, gamma=None), 2),
+            (FNC(**encoder, dim=8, rows=64, chunk=3, labels=torch.arange(100)), 4),
+            (FNC(**encoder, dim=8, rows=0, chunk=3), 2),
         ]
         for method, count in methods:
             for step in (-1, 0):
@@ -199,7 +219,8 @@ def test_a_step_copies_nothing_to_the_host(monkeypatch):
                 loss, metrics = method(views, torch.arange(8), Progress(step=step))
                 loss.backward()
                 method.after_step()
-                assert loss.is_meta and metrics and all(value.is_meta for value in metrics.values())
+                parts = [part for value in metrics.values() for part in (value if isinstance(value, tuple) else (value,))]
+                assert loss.is_meta and parts and all(part.is_meta for part in parts)
     for use in (torch.Tensor.cpu, torch.Tensor.tolist, torch.Tensor.item, torch.Tensor.nonzero, bool):
         with pytest.raises((NotImplementedError, RuntimeError)):
             use(methods[2][0].u[:1])
@@ -269,6 +290,21 @@ def test_imagenet100_is_not_taken_for_all_of_imagenet(script, tmp_path):
         ("main_sogclr", ("--crop-min", 2), ("--crop-min 2", "at most 1")),
         ("main_sogclr", ("--loss_type", "dlc"), ("--loss-type", "dcl")),
         ("main_sogclr", ("--recipe", "multicrop"), ("--recipe multicrop", "6 views, but two are needed")),
+        ("main_fnc", ("--temperature", 0), ("--temperature 0", "at least 0.001")),
+        ("main_fnc", ("--fn-threshold", 1.1), ("--fn-threshold", "[-1, 1]", "1.1")),
+        ("main_fnc", ("--ema", 2), ("--ema in [0, 1]",)),
+        ("main_fnc", ("--fn-mode", "drop"), ("--fn-mode", "eliminate")),
+        ("main_fnc", ("--memory-multiplier", 9), ("--memory-multiplier 9", "10 views", "give 10 or more", "0 for none")),
+        ("main_fnc", ("--memory-multiplier", 4, "--accumulation-steps", 2), ("give 5 or more",)),
+        ("main_fnc", ("--randaugment", 2, 11), ("--randaugment 2 11", "from 0 to 10")),
+        ("main_fnc", ("--use_tpu=True", "--tpu_name", "grid"), ("--use-tpu, --tpu-name: GPUs", "--multiprocessing-distributed")),
+        (
+            "main_fnc",
+            ("--model_dir=gs://b/run", "--data_dir=gs://b"),
+            ("--model-dir: use --save-dir DIR", "--data-dir: give", "as DIR"),
+        ),
+        ("main_fnc", ("--train_mode=finetune",), ("--train-mode:", "main_semisup.py fine-tunes")),
+        ("main_fnc", ("--train_epoch", 1), ("--train-epoch", "nearest is '--train-epochs'")),
         ("main_adco", ("--mem-t", 0), ("--mem-t",)),
         ("main_adco", ("--moco-t", -1), ("--moco-t",)),
         ("main_adco", ("--mem_momentum", 1), ("--mem-momentum",)),
@@ -308,6 +344,35 @@ def test_a_switch_takes_a_word_or_a_number_and_leaves_the_folder_alone(word):
 def test_yaml_has_no_negated_names(script, shared_images, tmp_path):
     (tmp_path / "c.yaml").write_text("no-mlp: true")
     refused(script("main_adco", shared_images, "--cfg", tmp_path / "c.yaml"), "no-mlp", "nearest")
+
+
+def test_no_labels_no_precision(script, shared_images, tmp_path):
+    """Of false negatives, where all images lie in one folder; and what is logged where they have labels."""
+    method, *options = METHODS["fnc"]
+    (tmp_path / "images" / "train").mkdir(parents=True)
+    shutil.copytree(shared_images / "train", tmp_path / "images" / "train" / "all")
+    seen = {}
+    for data in (shared_images, tmp_path / "images"):
+        status, _, err = script(method, data, *options, *SMALL, "-p", 1, "--save-dir", tmp_path / data.name / "run")
+        assert status == 0, err
+        seen[data] = [set(line) for line in facts(tmp_path / data.name / "run")]
+    with_labels, without = seen.values()
+    assert all("fn_found" in names for names in with_labels + without)
+    assert any("fn_precision" in names for names in with_labels) and not any("fn_precision" in names for names in without)
+
+
+def test_less_memory_the_same_run(script, shared_images, tmp_path):
+    """Blocks computed again for the gradient, and the loss in chunks of another size."""
+    method, *options = METHODS["fnc"]
+    states = []
+    for more in ((), ("--grad-checkpoint",), ("--loss-chunk", 3)):
+        run = tmp_path / "".join(map(str, more))
+        status, _, err = script(method, shared_images, *options, *SMALL, *more, "--save-dir", run)
+        assert status == 0, err
+        states.append(load(run / "checkpoint_0000.pth.tar")["state_dict"])
+    assert same(states[0], states[1])
+    for name, tensor in states[0].items():
+        torch.testing.assert_close(states[2][name], tensor, rtol=1e-3, atol=1e-4)
 
 
 def test_rates_follow_the_step_and_the_total_batch(script, shared_images, tmp_path):
