@@ -89,6 +89,10 @@ def test_a_recipe_is_one_of_the_script_that_it_names(recipe):
     assert module.parser().parse(["DIR", "--cfg", str(recipe)]).epochs
 
 
+FNC = {"optimizer": "lars", "lr_backbone": 0.005, "lr_classifier": 0.005, "learning_rate_scaling": "sqrt", "batch_size": 1024}
+FNC |= {"ft_proj": 1, "zero_init_classifier": True, "wd": 0, "lr_warmup_epochs": 0}
+
+
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
@@ -100,10 +104,11 @@ def test_a_recipe_is_one_of_the_script_that_it_names(recipe):
             {"lr": [0.1], "learning_rate_scaling": "linear", "batch_size": 1024, "epochs": 90, "cos": True, "wd": [0]},
         ),
         ("lincls_moby", {"lr": [1], "batch_size": 512, "epochs": 100, "lr_warmup_epochs": 5, "cos": True, "wd": [0]}),
-        ("lincls_fnc", {"lr": [0.16], "batch_size": 1024, "epochs": 90, "nesterov": True}),
+        ("lincls_fnc", {"lr": [0.005], "learning_rate_scaling": "sqrt", "batch_size": 1024, "epochs": 90, "nesterov": True}),
         ("semisup_synco_1pct", {"train_percent": 1, "epochs": 60, "batch_size": 1024, "wd": 1e-6, "cos": True}),
         ("semisup_synco_10pct", {"train_percent": 10, "epochs": 30, "batch_size": 1024, "wd": 1e-6, "cos": True}),
-        ("semisup_fnc_1pct", {"optimizer": "lars", "lr_backbone": 0.16, "ft_proj": 1, "zero_init_classifier": True, "epochs": 60}),
+        ("semisup_fnc_1pct", {**FNC, "epochs": 60, "train_percent": 1}),
+        ("semisup_fnc_10pct", {**FNC, "epochs": 30, "train_percent": 10}),
     ],
 )
 def test_published_protocols(name, expected):

@@ -62,8 +62,8 @@ def _views(figure, train, args: Namespace) -> None:
         seen = color.augment(batch, view, rng.generator("cpu", rng.COLOR, args.seed, v))
         columns.append([(x * std + mean).clamp(0, 1) for x in seen])
     axes = figure.subplots(ROWS, len(columns))
-    for column, title in enumerate(("image", "query view", "key view")):
-        axes[0, column].set_title(title)
+    for column in range(len(columns)):
+        axes[0, column].set_title(f"view {column}" if column else "image")
         for row in range(ROWS):
             axes[row, column].imshow(columns[column][row].permute(1, 2, 0))
             axes[row, column].axis("off")

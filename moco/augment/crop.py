@@ -3,12 +3,12 @@
 import functools
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
-from torchvision.transforms.functional import pil_to_tensor
 
 from moco.augment.recipes import Recipe, View
 from moco.rng import key as fold
@@ -66,8 +66,9 @@ def randaugment(image: Tensor, operations: int, magnitude: int, key: int) -> Ten
     """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(key >> 1)
-        augmented = _randaugment(operations, magnitude)(Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()))
-    return pil_to_tensor(augmented).contiguous()
+        # by channels, which is many times faster than to move each pixel's three values together
+        augmented = _randaugment(operations, magnitude)(Image.merge("RGB", [Image.fromarray(channel) for channel in image.numpy()]))
+    return torch.from_numpy(np.stack([np.asarray(channel) for channel in augmented.split()]))
 
 
 @functools.cache

@@ -1,0 +1,106 @@
+#!/usr/bin/env python
+"""FNC's head, forward and backward: ours, chunk by chunk, beside the same written plainly with autograd over all views at once.
+
+Fails where their losses or gradients differ. The memory is what a head holds beside its inputs.
+"""
+
+from collections.abc import Callable
+
+import measure
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moco.loss.false_negatives import Cancellation, cancelled_nt_xent, find
+
+T, HOW = 0.1, Cancellation("attract", topk=10, threshold=0.3)  # random rows are less alike than images are
+
+
+def main() -> None:
+    parser = measure.parser(__doc__.splitlines()[0])
+    parser.add_argument("--views", type=int, default=10)
+    parser.add_argument("--images", type=int, default=32, help="of one process")
+    parser.add_argument("--rows", type=int, default=65536, help="of the memory")
+    parser.add_argument("--dim", type=int, default=128)
+    parser.add_argument("--chunk", type=int, default=16, help="half of it is measured, too")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    device = torch.device(args.device)
+
+    head = Head(args.views, args.images, args)
+    check(head, args.chunk)
+    candidates = {
+        "plain": head.plain,
+        f"ours, chunk {args.chunk}": lambda: head.ours(args.chunk),
+        f"ours, chunk {args.chunk // 2}": lambda: head.ours(args.chunk // 2),
+    }
+    times = measure.side_by_side(candidates, args.rounds, device)
+    seconds = measure.medians(times)
+    plain, ours, half = (measure.peak_memory(run, device) for run in candidates.values())
+    table = [
+        {"head": name, "views": args.views, "images": args.images, "ms": f"{1e3 * seconds[name]:.4g}", "MiB": memory / 2**20}
+        for name, memory in zip(candidates, (plain, ours, half), strict=True)
+    ]
+    more = {}
+    for name, views, images in (
+        ("half_the_views", args.views // 2, args.images),
+        ("twice_the_images", args.views, 2 * args.images),
+    ):
+        other = Head(views, images, args)
+        more[name] = measure.peak_memory(lambda other=other: other.ours(args.chunk), device)
+        table.append({"head": f"ours, chunk {args.chunk}", "views": views, "images": images, "ms": "", "MiB": more[name] / 2**20})
+    ratios = {
+        "plain_over_ours": measure.ratio(*list(times.values())[:2]),
+        "plain_memory_over_ours": plain / ours,
+        "half_the_chunk_memory": half / ours,
+        **{f"{name}_memory": memory / ours for name, memory in more.items()},
+    }
+    measure.report("false_negatives", table, ratios, {"device": str(device), "rows": args.rows, "dim": args.dim}, args.json)
+
+
+class Head:
+    """A batch of unit features whose own rows are the first of the memory; each call leaves a gradient in z."""
+
+    def __init__(self, views: int, images: int, args):
+        device = torch.device(args.device)
+        self.bank = F.normalize(torch.randn(args.rows, args.dim, device=device), dim=1)
+        self.own = torch.arange(views * images, device=device).view(views, images)
+        self.z = F.normalize(torch.randn(views, images, args.dim, device=device), dim=2).requires_grad_()
+
+    def ours(self, chunk: int) -> Tensor:
+        found = find(self.bank, self.own, HOW, chunk)
+        return self._backward(lambda: cancelled_nt_xent(self.z, self.bank, self.own, found, HOW.mode, T, chunk)[0])
+
+    def plain(self) -> Tensor:
+        return self._backward(self._plain)
+
+    def _plain(self) -> Tensor:
+        V, n, _ = self.z.shape
+        mine = self.own.T  # [n, V]
+        with torch.no_grad():
+            score = (self.bank[self.own] @ self.bank.T).amax(0).scatter(1, mine, -torch.inf)  # [n, R] of [V, n, R]
+            value, rows = score.topk(HOW.topk, 1)
+            counts = (value > HOW.threshold).float()
+        logits = self.z @ self.bank.T / T  # [V, n, R]
+        others = (1 - torch.eye(V, device=self.z.device))[:, None, :]  # [V, 1, V]
+        of_views = (logits.gather(2, mine.expand(V, n, V)) * others).sum(2)
+        of_false = (logits.gather(2, rows.expand(V, n, HOW.topk)) * counts).sum(2)
+        below = logits.scatter(2, self.own[:, :, None], -torch.inf).logsumexp(2)
+        return 2 * (below - (of_views + of_false) / (V - 1 + counts.sum(1))).mean()
+
+    def _backward(self, loss: Callable[[], Tensor]) -> Tensor:
+        self.z.grad = None
+        value = loss()
+        value.backward()
+        return value.detach()
+
+
+def check(head: Head, chunk: int) -> None:
+    """Ours is the plain one."""
+    ours, gradient = head.ours(chunk), head.z.grad
+    torch.testing.assert_close(ours, head.plain(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(gradient, head.z.grad, rtol=1e-4, atol=1e-5)
+
+
+if __name__ == "__main__":
+    main()
