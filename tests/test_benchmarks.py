@@ -24,6 +24,15 @@ def test_negatives(tmp_path, counts):
     assert memory["moco"] < memory["synco"] < memory["explicit"]
 
 
+def test_false_negatives(tmp_path):
+    """The script itself compares our loss and gradient with the plain ones."""
+    sizes = ("--views", 4, "--images", 16, "--rows", 4096, "--dim", 16, "--chunk", 8, "--device", "cpu")
+    found = run("false_negatives", tmp_path, *sizes)
+    assert found["plain_memory_over_ours"] > 4 and found["plain_over_ours"] > 0
+    assert found["half_the_chunk_memory"] < 0.7 and max(found["half_the_views_memory"], found["twice_the_images_memory"]) < 1.3
+    assert len(found["rows"]) == 5
+
+
 def test_startup(tmp_path):
     found = run("startup", tmp_path, "--files", 300, "--classes", 3)
     assert found["first_over_second"] > 0 and found["files"] == 300
