@@ -18,6 +18,8 @@ from moco.engine.log import write_json
 from tools import demo
 
 SMALL_BATCH = "--batch-size 32 --mlp-dim 512 --save-every 1000".split()  # the published rate: LARS, .075 sqrt(batch)
+# the published rate; 2 of 512 rows, and not 10 of 65,536; at 32 pixels RandAugment leaves little to see
+FNC = "--batch-size 32 --ema 0.99 --support-size 1 --fn-topk 2 --fn-threshold 0.8 --randaugment 0 0 --save-every 1000".split()
 METHODS = {
     "mocov1": ("main_synco.py", [*demo.SMALL, *"--moco-k 256 --schedule 12 16".split()]),
     "mocov2": ("main_synco.py", demo.MOCOV2),
@@ -26,6 +28,7 @@ METHODS = {
     "adco": ("main_adco.py", [*demo.SMALL, *"--lr-final 0 --cluster 256".split()]),
     "simclr": ("main_sogclr.py", [*SMALL_BATCH, "--loss-type", "simclr"]),
     "sogclr": ("main_sogclr.py", SMALL_BATCH),
+    "fnc": ("main_fnc.py", FNC),
 }
 FINE_TUNING = "--train-percent 10 --batch-size 16 --lr-backbone 0.001 --lr-classifier 0.01".split()
 RANDOM = {"knn": "random_knn", "linear": "random_linear", "semisup": "semisup_random"}  # what a random encoder's figure is called
