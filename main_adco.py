@@ -40,7 +40,8 @@ def check(args: cli.Options) -> None:
         args.recipe = args.recipe or "multicrop"
     cli.check_momentum_encoder(args)
     args.method = "adco"
-    pretrain.check(args, several_crops=args.multi_crop)
+    pretrain.check_views(args, several_crops=args.multi_crop)
+    pretrain.check(args)
 
 
 def build(args: cli.Options) -> AdCo:

@@ -22,12 +22,19 @@ PUBLISHED = {"train-batch-size": "batch-size", "train-epochs": "epochs", "warmup
 _GPUS = "GPUs are found by themselves, and --multiprocessing-distributed uses all of them"
 _ONE_JOB = "this script pre-trains; main_lincls.py probes, main_semisup.py fine-tunes"
 ELSEWHERE = {
-    **dict.fromkeys(("--use-tpu", "--tpu-name", "--tpu-zone", "--gcp-project", "--master"), _GPUS),
-    "--data-dir": "give the data folder as DIR; what lies in a bucket, copy it to a disk first",
-    "--model-dir": "use --save-dir DIR; buckets are not written to",
-    **dict.fromkeys(("--mode", "--train-mode"), _ONE_JOB),
-    "--resnet-depth": "use -a resnet50",
-    "--width-multiplier": "use -a wide_resnet50_2",
+    **dict.fromkeys("use-tpu tpu-name tpu-zone gcp-project master".split(), _GPUS),
+    **dict.fromkeys("data-dir dataset cache-dataset".split(), "give the data folder as DIR, on a disk; buckets are not read"),
+    "model-dir": "use --save-dir DIR; buckets are not written to",
+    **dict.fromkeys("mode train-mode train-split eval-split eval-steps eval-batch-size eval-name".split(), _ONE_JOB),
+    **dict.fromkeys("zero-init-logits-layer ft-proj-selector fine-tune-after-block variable-schema checkpoint".split(), _ONE_JOB),
+    **dict.fromkeys("resnet-depth width-multiplier sk-ratio se-ratio".split(), "use -a, as in -a resnet50"),
+    **dict.fromkeys("use-blur color-jitter-strength".split(), "views are recipes: use --recipe, --crop-min, --randaugment"),
+    **dict.fromkeys("global-bn hidden-norm".split(), "it is always so; leave it out"),
+    "proj-head-mode": "use --num-proj-layers",
+    "train-steps": "use --epochs",
+    **dict.fromkeys("train-summary-steps checkpoint-steps".split(), "use --print-freq STEPS, --save-every EPOCHS"),
+    "checkpoint-epochs": "use --save-every EPOCHS",
+    "keep-checkpoint-max": "use --save-every EPOCHS; all of them are kept",
 }
 
 
@@ -39,7 +46,7 @@ def parser() -> cli.Parser:
     group.add_argument(
         "--fn-mode", choices=MODES, default="attract", help="what becomes of false negatives; off: none is looked for"
     )
-    group.add_argument("--fn-topk", type=cli.natural, default=10, metavar="K", help="of the rows most similar to an image's views")
+    group.add_argument("--fn-topk", type=cli.natural, default=10, metavar="K", help="at most, an image: its most similar rows")
     group.add_argument("--fn-threshold", type=float, default=0.7, metavar="COSINE", help="least similarity of a false negative")
     group.add_argument(
         "--memory-multiplier",
@@ -53,7 +60,11 @@ def parser() -> cli.Parser:
     group.add_argument("--num-proj-layers", type=cli.positive, default=3, help="linear layers of the projection head")
     group.add_argument("--proj-out-dim", type=cli.positive, default=128, help="feature size")
     group.add_argument(
-        "--loss-chunk", type=cli.positive, default=256, metavar="IMAGES", help="compared with the memory at a time: less memory"
+        "--loss-chunk",
+        type=cli.positive,
+        default=256,
+        metavar="IMAGES",
+        help="compared at a time; fewer need less memory",
     )
     p.also_named(PUBLISHED)
     p.set_defaults(epochs=100, batch_size=4096, recipe="fnc", optimizer="lars", lr=0.1, learning_rate_scaling="sqrt")
@@ -73,7 +84,7 @@ def check(args: cli.Options) -> None:
         given = f"--memory-multiplier {args.memory_multiplier} with --support-size {args.support_size}"
         raise InputError(f"{given}: the memory must hold a batch's {args.views} views; give {least} or more, or 0 for none")
     args.method = "fnc"
-    pretrain.check(args, several_crops=None)
+    pretrain.check(args)
 
 
 def encoder(args: cli.Options, device: torch.device) -> nn.Module:

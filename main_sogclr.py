@@ -39,6 +39,7 @@ def check(args: cli.Options) -> None:
     if not 0 < args.gamma <= 1:
         raise InputError(f"--gamma {args.gamma:g}: must lie above 0 and be at most 1")
     args.method = "sogclr" if args.loss_type == "dcl" else "simclr"
+    pretrain.check_views(args)
     pretrain.check(args)
 
 

@@ -49,6 +49,7 @@ def check(args: cli.Options) -> None:
         raise InputError("synthetic negatives are made of the hardest queue rows: give --n-hard, as in --n-hard 1024")
     cli.check_momentum_encoder(args)
     args.method = method(args)
+    pretrain.check_views(args)
     pretrain.check(args)
 
 

@@ -303,6 +303,13 @@ def test_imagenet100_is_not_taken_for_all_of_imagenet(script, tmp_path):
             ("--model_dir=gs://b/run", "--data_dir=gs://b"),
             ("--model-dir: use --save-dir DIR", "--data-dir: give", "as DIR"),
         ),
+        ("main_fnc", ("--nouse_tpu",), ("--nouse-tpu: GPUs",)),
+        ("main_fnc", ("-use_tpu=true",), ("-use_tpu: GPUs",)),
+        (
+            "main_fnc",
+            ("--dataset=imagenet2012", "--eval_split", "val"),
+            ("--dataset: give", "as DIR", "--eval-split: this"),
+        ),
         ("main_fnc", ("--train_mode=finetune",), ("--train-mode:", "main_semisup.py fine-tunes")),
         ("main_fnc", ("--train_epoch", 1), ("--train-epoch", "nearest is '--train-epochs'")),
         ("main_adco", ("--mem-t", 0), ("--mem-t",)),
@@ -341,6 +348,25 @@ def test_a_switch_takes_a_word_or_a_number_and_leaves_the_folder_alone(word):
     assert main_adco.parser().parse(["--cos", "DIR"]).cos is True
 
 
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("randaugment: [2]", ("randaugment: [2] is not a list of 2",)),
+        ("randaugment: [2, 7, 1]", ("is not a list of 2",)),
+        ("use_tpu: true", ("use_tpu: GPUs are found by themselves",)),
+    ],
+)
+def test_mistakes_in_yaml_are_one_line(line, words, script, shared_images, tmp_path):
+    (tmp_path / "c.yaml").write_text(line)
+    refused(script("main_fnc", shared_images, "--cfg", tmp_path / "c.yaml"), *words)
+
+
+def test_off_in_yaml_is_a_word(tmp_path):
+    (tmp_path / "c.yaml").write_text("fn-mode: off\namp: off\n")
+    args = main_fnc.parser().parse(["DIR", "--cfg", str(tmp_path / "c.yaml")])
+    assert (args.fn_mode, args.amp) == ("off", "off")
+
+
 def test_yaml_has_no_negated_names(script, shared_images, tmp_path):
     (tmp_path / "c.yaml").write_text("no-mlp: true")
     refused(script("main_adco", shared_images, "--cfg", tmp_path / "c.yaml"), "no-mlp", "nearest")
@@ -365,12 +391,13 @@ def test_less_memory_the_same_run(script, shared_images, tmp_path):
     """Blocks computed again for the gradient, and the loss in chunks of another size."""
     method, *options = METHODS["fnc"]
     states = []
-    for more in ((), ("--grad-checkpoint",), ("--loss-chunk", 3)):
+    half = ("--amp", "bf16")
+    for more in ((), ("--grad-checkpoint",), ("--loss-chunk", 3), half, (*half, "--grad-checkpoint")):
         run = tmp_path / "".join(map(str, more))
         status, _, err = script(method, shared_images, *options, *SMALL, *more, "--save-dir", run)
         assert status == 0, err
         states.append(load(run / "checkpoint_0000.pth.tar")["state_dict"])
-    assert same(states[0], states[1])
+    assert same(states[0], states[1]) and same(states[3], states[4]) and not same(states[0], states[3])
     for name, tensor in states[0].items():
         torch.testing.assert_close(states[2][name], tensor, rtol=1e-3, atol=1e-4)
 

@@ -88,4 +88,4 @@ def recipe(
 
 def of_options(args: Namespace) -> Recipe:
     """The recipe of a run's options; `args.views` says how many views a method wants, where it wants other than the recipe's."""
-    return recipe(args.recipe, args.image_size, args.crop_min, getattr(args, "views", None), args.randaugment)
+    return recipe(args.recipe, args.image_size, args.crop_min, *(getattr(args, name, None) for name in ("views", "randaugment")))

@@ -81,8 +81,9 @@ class FNC(MovingAverage):
             metrics["fn_found"] = found.counts.sum(1).double().mean()
             if self.labels is not None:
                 whose = images[found.rows]  # -1 where nothing has entered the memory yet
-                right = (self.labels[whose] == self.labels[index][:, None]) & (whose >= 0) & found.counts
-                metrics["fn_precision"] = right.sum(), found.counts.sum()
+                others = found.counts & (whose != index[:, None])  # not the image itself, as it was in the last epoch
+                right = others & (self.labels[whose] == self.labels[index][:, None]) & (whose >= 0)
+                metrics["fn_precision"] = right.sum(), others.sum()
         return loss, metrics
 
     def bank(self, keys: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -3,7 +3,7 @@
 import argparse
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
@@ -70,7 +70,7 @@ class Switch(argparse.BooleanOptionalAction):
 class Parser(argparse.ArgumentParser):
     """argparse in which `-` and `_` in option names are the same, `--cfg` gives defaults, and an error is one line.
 
-    `elsewhere` says of options of a published script that this one does not have what to use instead.
+    `elsewhere` says of options of a published script that this one does not have, without their dashes, what to use instead.
     """
 
     def __init__(self, description: str, elsewhere: dict[str, str] | None = None):
@@ -100,12 +100,7 @@ class Parser(argparse.ArgumentParser):
         if first.cfg:
             self._defaults_from(first.cfg)
         args, rest = self.parse_known_args(argv)
-        foreign: dict[str, list[str]] = {}
-        for name in dict.fromkeys(token.split("=")[0] for token in rest):
-            if name in self.elsewhere:
-                foreign.setdefault(self.elsewhere[name], []).append(name)
-        if foreign:
-            raise InputError("; ".join(f"{', '.join(names)}: {instead}" for instead, names in foreign.items()))
+        self._refuse_foreign(token.split("=")[0] for token in rest if token.startswith("-"))
         for token in rest:
             if token.startswith("-"):
                 raise unknown("option", token.split("=")[0], self._names())
@@ -118,6 +113,17 @@ class Parser(argparse.ArgumentParser):
         del args.data_option
         args.script = Path(self.prog).stem.removeprefix("main_")
         return args
+
+    def _refuse_foreign(self, names: Iterable[str]) -> None:
+        """Raise InputError that says of all of them that belong to another script what to use here."""
+        foreign: dict[str, list[str]] = {}
+        for name in dict.fromkeys(names):
+            bare = name.lstrip("-").replace("_", "-")
+            instead = self.elsewhere.get(bare) or self.elsewhere.get(bare.removeprefix("no"))
+            if instead:
+                foreign.setdefault(instead, []).append(name)
+        if foreign:
+            raise InputError("; ".join(f"{', '.join(names)}: {instead}" for instead, names in foreign.items()))
 
     def _canonical(self, token: str) -> str:
         """--n_hard=5 -> --n-hard=5, where that is how the option is registered."""
@@ -157,6 +163,7 @@ class Parser(argparse.ArgumentParser):
         given = ((name, action) for action in self._actions for name in action.option_strings)
         actions = {name.removeprefix("--"): action for name, action in given if not name.startswith("--no-")}
         actions["data"] = next(action for action in self._actions if action.dest == "data")
+        self._refuse_foreign(map(str, values))
         for key, value in values.items():
             name = str(key).replace("_", "-")
             if name in _NOT_OPTIONS:
@@ -183,6 +190,8 @@ def _convert(action: argparse.Action, value: object, where: str) -> object:
             return action.level(value)
         except ValueError as error:
             raise InputError(f"{where}: {error}") from None
+    if value is False and "off" in (action.choices or ()):  # YAML takes off for false
+        value = "off"
     is_flag = action.nargs == 0
     many = action.nargs in ("*", "+") or (isinstance(action.nargs, int) and action.nargs > 0)
     if action.nargs == "+" and not isinstance(value, (list, bool)):
@@ -191,6 +200,8 @@ def _convert(action: argparse.Action, value: object, where: str) -> object:
         raise InputError(f"{where}: {value!r} is not {'true or false' if is_flag else 'a list' if many else 'one value'}")
     if is_flag:
         return value
+    if many and isinstance(action.nargs, int) and len(value) != action.nargs:
+        raise InputError(f"{where}: {value!r} is not a list of {action.nargs}")
 
     def one(item: object) -> object:
         try:
@@ -265,7 +276,7 @@ def add_input(parser: Parser, batch: int, recipe: str | None, arch: str | None =
     )
     group.add_argument("--amp", choices=("off", "bf16", "fp16"), default="off", help="mixed precision; losses stay in fp32")
     group.add_argument("--compile", action="store_true", help="torch.compile the networks and the colour operations")
-    group.add_argument("--grad-checkpoint", action="store_true", help="keep less for the gradient, and compute it again")
+    group.add_argument("--grad-checkpoint", action="store_true", help="run residual blocks once more for the gradient: less memory")
     group.add_argument("--class-list", metavar="FILE", help="use these class folders of DIR only; one name a line")
     group.add_argument("--data-name", type=str.lower, metavar="NAME", help="what DIR holds; of imagenet100 the classes are counted")
 

@@ -15,6 +15,8 @@ from tqdm import tqdm
 from moco import distributed
 from moco.errors import InputError
 
+Metrics = dict[str, Tensor | tuple[Tensor, Tensor]]  # scalars, or a sum and the count of what it sums up
+
 
 class Mean:
     """Means of named scalars over steps and ranks; adding waits for no device, reading does.
@@ -26,7 +28,7 @@ class Mean:
         self.sums: dict[str, Tensor] = {}
         self.counts: dict[str, Tensor | int] = {}
 
-    def add(self, values: dict[str, Tensor | tuple[Tensor, Tensor]]) -> None:
+    def add(self, values: Metrics) -> None:
         for name, value in values.items():
             total, count = value if isinstance(value, tuple) else (value, 1)
             self.sums[name] = self.sums.get(name, 0) + total.detach()

@@ -11,18 +11,22 @@ from moco.augment import recipes
 from moco.data import datasets, loader, subsets
 from moco.data.images import Images
 from moco.engine import features, precision
+from moco.engine.log import Metrics
 from moco.engine.train import Trainer
 from moco.errors import InputError
 from moco.rng import Progress
 
 
-def check(args: Namespace, several_crops: bool | None = False) -> None:
-    """Check, before any process starts, the views (two, more with `several_crops`, any number
-    of them with None), the data folder and the run folder."""
+def check_views(args: Namespace, several_crops: bool = False) -> None:
+    """Refuse a recipe that does not make two views, or, with `several_crops`, more than two."""
     views = len(recipes.of_options(args))
-    if views < 2 or several_crops not in (None, views > 2):
+    if views < 2 or (views > 2) != several_crops:
         needed = "more than two" if several_crops else "two"
         raise InputError(f"--recipe {args.recipe}: makes {views} views, but {needed} are needed; choose another")
+
+
+def check(args: Namespace) -> None:
+    """Check, before any process starts, the data folder and the run folder."""
     root = datasets.find(args.data, ("train", "val") if args.knn_every else ("train",))
     subsets.check_classes(root / "train", args.class_list, args.data_name)
     if args.resume is None and args.save_dir and any(Path(args.save_dir).glob("checkpoint_*.pth.tar")):
@@ -45,7 +49,7 @@ class Pretraining(Trainer):
     def images_before(self) -> int:
         return getattr(self.module, "images_before", 0)
 
-    def forward(self, views: list[Tensor], batch: loader.Batch, progress: Progress) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, views: list[Tensor], batch: loader.Batch, progress: Progress) -> tuple[Tensor, Metrics]:
         return self.ddp(views, batch.index, progress)
 
     def after_step(self) -> None:

@@ -16,7 +16,7 @@ from moco.augment import color, recipes
 from moco.data import loader
 from moco.data.images import Images
 from moco.engine import checkpoint, optim, precision
-from moco.engine.log import Mean, RunLog, say
+from moco.engine.log import Mean, Metrics, RunLog, say
 from moco.errors import InputError
 
 
@@ -62,7 +62,7 @@ class Trainer(ABC):
         return 0
 
     @abstractmethod
-    def forward(self, views: list[Tensor], batch: loader.Batch, progress: rng.Progress) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, views: list[Tensor], batch: loader.Batch, progress: rng.Progress) -> tuple[Tensor, Metrics]:
         """Loss and metrics of one pass, through `self.ddp`."""
 
     def start_epoch(self) -> None:
@@ -122,7 +122,7 @@ class Trainer(ABC):
             group["lr"] = rate
         return rates[0]
 
-    def _pass(self, batch: loader.Batch, progress: rng.Progress) -> dict[str, Tensor]:
+    def _pass(self, batch: loader.Batch, progress: rng.Progress) -> Metrics:
         """Views, loss, gradient. The ranks' gradients meet in the last pass of a step."""
         args, last = self.args, progress.micro + 1 == self.args.accumulation_steps
         views = [

@@ -74,7 +74,7 @@ def cancelled_nt_xent(
 
     Returns:
         2 / V times the sum over views of the mean over images; and the share, in [0, 1], of an image's pairs of views that are more
-        similar than the anchor and any negative, without gradient. Both are scalars.
+        similar than the anchor and any negative, of which false ones are none, without gradient. Both are scalars.
     """
     return _CancelledNTXent.apply(z, bank, own, found, mode, temperature, chunk)
 
@@ -97,20 +97,18 @@ class _CancelledNTXent(torch.autograd.Function):
                 q, others = z[a, part], torch.cat([mine[:, :a], mine[:, a + 1 :]], 1)  # [c, C], [c, V - 1]
                 weight = torch.mm(q / temperature, bank.T, out=buffer[: len(q)])  # logits, then the gradient's weights, [c, R]
                 positive, of_false = weight.gather(1, others), weight.gather(1, false)
-                weight.scatter_(1, mine, -torch.inf)
-                if mode == "eliminate":
-                    weight.scatter_(1, false, of_false.masked_fill(counts, -torch.inf))
+                weight.scatter_(1, mine, -torch.inf).scatter_(1, false, of_false.masked_fill(counts, -torch.inf))
                 negative = weight.amax(1, keepdim=True)
-                top = torch.maximum(negative, positive.amax(1, keepdim=True))
+                top = torch.cat([negative, positive, of_false], 1).amax(1, keepdim=True)
                 weight.sub_(top).exp_()
-                of_positive = (positive - top).exp_()
-                total = weight.sum(1, keepdim=True) + of_positive.sum(1, keepdim=True)
+                e_positive, e_false = (positive - top).exp_(), (of_false - top).exp_() * attracted
+                total = weight.sum(1, keepdim=True) + e_positive.sum(1, keepdim=True) + e_false.sum(1, keepdim=True)
                 mean = share * (positive.sum(1, keepdim=True) + (of_false * attracted).sum(1, keepdim=True))
                 loss += (top + total.log() - mean).sum()
                 nearest += (positive > negative).sum()
                 # the gradient of log-sum-exp and mean in the logits, times total
-                weight.scatter_add_(1, false, -share * total * attracted)
-                weight.scatter_(1, others, of_positive - share * total)
+                weight.scatter_add_(1, false, e_false - share * total * attracted)
+                weight.scatter_(1, others, e_positive - share * total)
                 to_z[a, part] = weight @ bank / total
                 if to_bank is not None:
                     to_bank.addmm_(weight.T, q / total)
