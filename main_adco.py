@@ -8,7 +8,7 @@ together are possible. configs/ holds the published settings: --cfg configs/adco
 import torch
 
 from moco.builder.adco import AdCo, Ascent
-from moco.encoder import resnet
+from moco.encoder.networks import resnet
 from moco.engine import cli, pretrain
 from moco.engine.log import say
 from moco.errors import InputError

@@ -9,7 +9,7 @@ from torch import nn
 
 from moco import distributed
 from moco.builder.sogclr import SogCLR
-from moco.encoder import projector, resnet
+from moco.encoder.networks import projector, resnet
 from moco.engine import cli, pretrain
 from moco.engine.log import say
 from moco.errors import InputError

@@ -23,7 +23,7 @@ from moco import distributed
 from moco.builder.adco import AdCo, Ascent
 from moco.builder.momentum import MIN_BN_GROUP, MoCo
 from moco.builder.synco import SynCo
-from moco.encoder import resnet
+from moco.encoder.networks import resnet
 from moco.engine import launch, optim, precision
 from moco.engine.log import Mean
 from moco.loss.synthetic import Synthetic

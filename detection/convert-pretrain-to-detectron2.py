@@ -17,7 +17,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from moco import encoder  # noqa: E402
+from moco.encoder import networks, published  # noqa: E402
 from moco.engine import checkpoint  # noqa: E402
 from moco.errors import InputError  # noqa: E402
 
@@ -47,16 +47,16 @@ def convert(file: str, arch: str | None = None) -> dict[str, Any]:
     state = checkpoint.load(file)
     tensors = checkpoint.tensors(state)
     arch = arch or state.get("arch") or "resnet50"
-    net = encoder.resnet(arch, 1)
-    encoder.load_backbone(net, tensors, file)
-    prefix = encoder.prefix(net, tensors)
+    net = networks.resnet(arch, 1)
+    published.load_backbone(net, tensors, file)
+    prefix = published.prefix(net, tensors)
     mine = net.state_dict()
     known = {prefix + name for name in mine}
     left = [name for name in tensors if name.startswith(prefix) and name not in known and not name.startswith(prefix + "fc.")]
     if left:
-        raise InputError(f"{file}: {len(left)} tensors are no part of a {arch}: {encoder.some(left)}; remove them from it")
+        raise InputError(f"{file}: {len(left)} tensors are no part of a {arch}: {published.some(left)}; remove them from it")
     model = {}
-    names = [name for name in encoder.backbone_keys(net) if not name.endswith("num_batches_tracked")]
+    names = [name for name in networks.backbone_keys(net) if not name.endswith("num_batches_tracked")]
     width = max(map(len, names)) + len(prefix)
     for name in names:
         new = renamed(name)
@@ -107,7 +107,7 @@ def check(path: Path, converted: dict[str, Any]) -> None:
     DetectionCheckpointer(model).load(str(path))
     wrong = c4.not_arrived(model, converted["model"])
     if wrong:
-        raise InputError(f"{path}: {len(wrong)} tensors did not arrive in detectron2's model: {encoder.some(wrong)}")
+        raise InputError(f"{path}: {len(wrong)} tensors did not arrive in detectron2's model: {published.some(wrong)}")
     print(f"{len(converted['model'])} of {len(converted['model'])} backbone tensors arrived in detectron2's model, bit by bit")
 
 

@@ -26,7 +26,7 @@ from detectron2.engine import DefaultTrainer, default_argument_parser, default_s
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, PascalVOCDetectionEvaluator  # noqa: E402
 from detectron2.utils import comm  # noqa: E402
 
-from moco import encoder  # noqa: E402
+from moco.encoder import published  # noqa: E402
 from moco.engine import classify  # noqa: E402
 from moco.engine.log import write_json  # noqa: E402
 from moco.errors import InputError  # noqa: E402
@@ -134,7 +134,7 @@ def check_arrived(cfg: CfgNode, model: torch.nn.Module) -> None:
         return
     wrong = c4.not_arrived(getattr(model, "module", model), found["model"])
     if wrong:
-        raise RuntimeError(f"{cfg.MODEL.WEIGHTS}: {len(wrong)} tensors did not arrive in the model: {encoder.some(wrong)}")
+        raise RuntimeError(f"{cfg.MODEL.WEIGHTS}: {len(wrong)} tensors did not arrive in the model: {published.some(wrong)}")
     if comm.is_main_process():
         print(f"{len(found['model'])} backbone tensors of {found['source']['file']} arrived bit by bit")
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import ROOT, shell
 
-from moco.encoder import resnet
+from moco.encoder.networks import resnet
 
 
 def write(folder, method="synco", epochs=200, protocol="semisup1", dataset="/data/imagenet", metrics=None, **settings):

@@ -17,8 +17,9 @@ import torch
 from conftest import ROOT, shell
 from PIL import Image
 
-from moco import encoder
-from moco.encoder import PREFIXES, resnet
+from moco.encoder import networks
+from moco.encoder.networks import resnet
+from moco.encoder.published import PREFIXES
 from moco.errors import InputError
 
 HERE = ROOT / "detection"
@@ -94,7 +95,7 @@ def test_every_resnet_keeps_every_tensor(arch, convert, tmp_path):
     status, out, err = convert(saved(tmp_path, state), tmp_path / "out.pkl")
     assert status == 0, err
     model = pickle.loads((tmp_path / "out.pkl").read_bytes())["model"]
-    wanted = [name for name in encoder.backbone_keys(resnet(arch, 1)) if "num_batches" not in name]
+    wanted = [name for name in networks.backbone_keys(resnet(arch, 1)) if "num_batches" not in name]
     assert len(model) == len(wanted) and f"{len(wanted)} of {len(wanted)}" in out
 
 

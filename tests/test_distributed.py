@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from moco import distributed
 from moco.builder.momentum import MoCo
 from moco.builder.synco import SynCo
-from moco.encoder import recompute_blocks, resnet
+from moco.encoder.networks import recompute_blocks, resnet
 from moco.loss import synthetic
 from moco.rng import NEGATIVES, SHUFFLE, Progress
 

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 from torchvision import models
 
-from moco.encoder import backbone_keys, check_arch, features, load_backbone, recompute_blocks, resnet
+from moco.encoder.networks import backbone_keys, check_arch, features, recompute_blocks, resnet
+from moco.encoder.published import load_backbone
 from moco.errors import InputError
 
 PREFIXES = [

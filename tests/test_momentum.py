@@ -7,7 +7,7 @@ from torch import nn
 
 from moco.builder.momentum import MoCo
 from moco.builder.synco import SynCo
-from moco.encoder import resnet
+from moco.encoder.networks import resnet
 from moco.loss import synthetic
 from moco.rng import NEGATIVES, SHUFFLE, Progress
 

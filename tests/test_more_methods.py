@@ -22,7 +22,7 @@ import main_sogclr
 from moco.builder.adco import AdCo, Ascent
 from moco.builder.fnc import FNC
 from moco.builder.sogclr import SogCLR
-from moco.encoder import resnet
+from moco.encoder.networks import resnet
 from moco.rng import Progress
 
 SMALL = ("-a", "resnet18", "--image-size", 32, "-b", 8, "-j", 0, "--epochs", 1)

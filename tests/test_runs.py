@@ -16,7 +16,7 @@ from PIL import Image
 
 from moco import distributed
 from moco.data import datasets
-from moco.encoder import resnet
+from moco.encoder.networks import resnet
 from moco.engine import classify
 
 PUBLISHED_SYNCO = (

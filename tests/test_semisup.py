@@ -11,9 +11,10 @@ from conftest import ROOT, shell
 from PIL import Image
 from torch import nn
 
-from moco import encoder
 from moco.data import subsets
-from moco.encoder import keep_projection, resnet
+from moco.encoder import networks
+from moco.encoder.networks import resnet
+from moco.encoder.published import keep_projection
 from moco.engine import classify
 from moco.errors import InputError
 
@@ -222,7 +223,7 @@ def test_kept_layers_compute_what_the_head_did(style, prefix):
         end = places[kept] if kept < len(places) else len(layers)
         want = nn.Sequential(*layers[:end]).eval()(x)
         assert torch.equal(net.fc[:-1].eval()(x), want)
-        assert encoder.classifier(net) is net.fc[-1] and net.fc[-1].weight.shape == (7, want.shape[1])
+        assert networks.classifier(net) is net.fc[-1] and net.fc[-1].weight.shape == (7, want.shape[1])
     with pytest.raises(InputError, match=f"has {len(places)} linear layers, not --ft-proj {len(places) + 1}"):
         keep_projection(resnet("resnet18", 7), tensors, len(places) + 1, "file")
 

@@ -103,7 +103,7 @@ FNC |= {"ft_proj": 1, "zero_init_classifier": True, "wd": 0, "lr_warmup_epochs":
             "lincls_sogclr",
             {"lr": [0.1], "learning_rate_scaling": "linear", "batch_size": 1024, "epochs": 90, "cos": True, "wd": [0]},
         ),
-        ("lincls_moby", {"lr": [1], "batch_size": 512, "epochs": 100, "lr_warmup_epochs": 5, "cos": True, "wd": [0]}),
+        ("lincls_moby", {"lr": [0.5], "learning_rate_scaling": "linear", "batch_size": 512, "lr_warmup_epochs": 5, "wd": [0]}),
         ("lincls_fnc", {"lr": [0.005], "learning_rate_scaling": "sqrt", "batch_size": 1024, "epochs": 90, "nesterov": True}),
         ("semisup_synco_1pct", {"train_percent": 1, "epochs": 60, "batch_size": 1024, "wd": 1e-6, "cos": True}),
         ("semisup_synco_10pct", {"train_percent": 10, "epochs": 30, "batch_size": 1024, "wd": 1e-6, "cos": True}),

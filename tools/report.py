@@ -12,10 +12,11 @@ from sklearn.manifold import TSNE
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from moco import encoder, rng
+from moco import rng
 from moco.augment import color, crop, recipes
 from moco.augment.recipes import MEAN, STD
 from moco.data import datasets, loader, subsets
+from moco.encoder import networks, published
 from moco.engine import checkpoint, features
 
 ROWS = 8  # images in the grid of views
@@ -27,8 +28,8 @@ def draw(run: Path, weights: Path, out: Path) -> None:
     root = datasets.find(args.data, ("train", "val"))
     train = datasets.scan(root, "train")
     train, val = (subsets.of_classes(part, args.class_list) for part in (train, datasets.scan(root, "val", train.classes)))
-    net = encoder.resnet(args.arch, 1)
-    encoder.load_backbone(net, checkpoint.tensors(checkpoint.load(str(weights))), str(weights))
+    net = networks.create(args.arch, 1, args.image_size)
+    published.load_backbone(net, checkpoint.tensors(checkpoint.load(str(weights))), str(weights))
 
     figure = plt.figure(figsize=(16, 9), layout="constrained")
     curves, views, embedding = figure.subfigures(1, 3, width_ratios=(4, 3, 6))

@@ -134,10 +134,15 @@ class MoCo(QueryAndKey):
             self.enqueue(keys)
         self._new_keys.clear()
 
-    @torch.no_grad()
     def enqueue(self, keys: Tensor) -> None:
         """Overwrite the oldest rows with `keys` [n, C]; any n, the queue wraps around."""
-        n = len(keys)
-        places = (self.queue_ptr + torch.arange(n, device=keys.device)) % self.K
-        self.queue[places[-self.K :]] = keys[-self.K :]
-        self.queue_ptr.add_(n).remainder_(self.K)
+        enqueue(self.queue, self.queue_ptr, keys)
+
+
+@torch.no_grad()
+def enqueue(queue: Tensor, pointer: Tensor, keys: Tensor) -> None:
+    """Overwrite the rows of `queue` [K, C] from `pointer` [1] on, which moves along, with `keys` [n, C]; any n, it wraps around."""
+    n, K = len(keys), len(queue)
+    places = (pointer + torch.arange(n, device=keys.device)) % K
+    queue[places[-K:]] = keys[-K:]
+    pointer.add_(n).remainder_(K)

@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moco import distributed, encoder
+from moco import distributed
 from moco.data import datasets, loader, named, subsets
 from moco.data.images import Images
+from moco.encoder import networks, published
 from moco.engine import checkpoint, features, metrics, precision
 from moco.engine.log import say, write_json
 from moco.engine.train import Trainer
@@ -31,7 +32,7 @@ def check(args: Namespace) -> None:
     args.encoder_method = state.get("method", "unknown") if args.pretrained else "random"
     args.pretrain_epochs = state.get("epoch")
     if args.pretrained:
-        _load(encoder.resnet(args.arch, 1), args, state)
+        _load(networks.create(args.arch, 1, args.image_size), args, state)
 
 
 def take_up(args: Namespace, options: Iterable[str]) -> None:
@@ -103,10 +104,10 @@ def _labelled(args: Namespace, train: Images) -> Images:
 def pretrained(args: Namespace, classes: int, device: torch.device) -> nn.Module:
     """The encoder of `--pretrained` (randomly initialised without it) with a new classifier for `classes`, on `device`."""
     torch.manual_seed(args.seed)
-    net = encoder.resnet(args.arch, classes)
+    net = networks.create(args.arch, classes, args.image_size)
     if args.pretrained:
         matched = _load(net, args, checkpoint.load(args.pretrained))
-        say(f"{args.pretrained}: {matched} of {len(encoder.backbone_keys(net))} backbone tensors matched")
+        say(f"{args.pretrained}: {matched} of {len(networks.backbone_keys(net))} backbone tensors matched")
     else:
         say(f"no --pretrained: a randomly initialised {args.arch}")
     return precision.place(net, device, args.compile, args.grad_checkpoint)
@@ -115,9 +116,9 @@ def pretrained(args: Namespace, classes: int, device: torch.device) -> nn.Module
 def _load(net: nn.Module, args: Namespace, state: checkpoint.State) -> int:
     """Load the backbone, and the layers of its projection head that `--ft-proj` keeps below the classifier."""
     tensors = checkpoint.tensors(state)
-    matched = encoder.load_backbone(net, tensors, args.pretrained)
+    matched = published.load_backbone(net, tensors, args.pretrained)
     if kept := getattr(args, "ft_proj", 0):
-        encoder.keep_projection(net, tensors, kept, args.pretrained)
+        published.keep_projection(net, tensors, kept, args.pretrained)
     return matched
 
 
@@ -309,7 +310,7 @@ class FineTuning(Classification):
         lr_backbone: float,
         zero_init: bool = False,
     ):
-        self.classifier, self.lr_backbone = encoder.classifier(net), lr_backbone
+        self.classifier, self.lr_backbone = networks.classifier(net), lr_backbone
         nn.init.zeros_(self.classifier.bias)
         if zero_init:
             nn.init.zeros_(self.classifier.weight)

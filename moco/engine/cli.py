@@ -1,6 +1,7 @@
 """The command line: option groups that scripts share, YAML defaults, and errors of one line with status 2."""
 
 import argparse
+import itertools
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -11,15 +12,18 @@ import yaml
 
 from moco.augment import recipes
 from moco.data import named
-from moco.encoder import check_arch
+from moco.encoder import timm_networks
+from moco.encoder.networks import check_arch
 from moco.engine import launch, optim
 from moco.errors import InputError, unknown
+from moco.loss.synthetic import Synthetic
 
 Options = argparse.Namespace
 Number = TypeVar("Number", int, float)
 
 # what a run's args.yaml holds beside its options
-_NOT_OPTIONS = {"cfg", "script", "method", "encoder-method", "pretrain-epochs", "views", "nodes", "batch-per-process"}
+_NOT_OPTIONS = set("cfg script method encoder-method pretrain-epochs views nodes batch-per-process batch-is-per-process".split())
+_NOT_OPTIONS.add("lincls")  # and a recipe: the one of that script that goes with it
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -78,9 +82,11 @@ class Parser(argparse.ArgumentParser):
         self.elsewhere = elsewhere or {}
         run = self.add_argument_group("run")
         run.add_argument("data", nargs="?", metavar="DIR", help="folder with train/ and val/, or photos: the built-in data set")
-        run.add_argument("--data", dest="data_option", metavar="DIR", help="the same as DIR")
+        run.add_argument("--data", "--data-path", dest="data_option", metavar="DIR", help="the same as DIR")
         run.add_argument("--cfg", metavar="FILE.yaml", help="defaults by option name; options given here win")
         run.add_argument("--save-dir", metavar="DIR", help="run folder; by default runs/<script>-<arch>-<time>")
+        run.add_argument("--output", metavar="DIR", help="run folder DIR/TAG, and of evaluations of that run")
+        run.add_argument("--tag", default="default", help="of the run, in the folder of --output")
         run.add_argument("--seed", type=int, default=0, help="of weights, order, views and negatives")
 
     def also_named(self, names: dict[str, str]) -> None:
@@ -88,14 +94,17 @@ class Parser(argparse.ArgumentParser):
         actions = {name: action for action in self._actions for name in action.option_strings}
         for published, ours in names.items():
             mine = actions[f"--{ours}"]
-            self.add_argument(f"--{published}", dest=mine.dest, type=mine.type, default=mine.default, help=argparse.SUPPRESS)
+            kind = {"type": mine.type} if mine.nargs != 0 else {"action": "store_true"}
+            self.add_argument(f"--{published}", dest=mine.dest, default=mine.default, help=argparse.SUPPRESS, **kind)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}\n")
 
     def parse(self, argv: Sequence[str] | None = None) -> Options:
         """Parse; raises InputError for an unknown option (it names the nearest) or a wrong YAML file."""
-        argv = self._folder_first([self._canonical(token) for token in (sys.argv[1:] if argv is None else argv)])
+        argv = [self._canonical(token) for token in (sys.argv[1:] if argv is None else argv)]
+        self._refuse_opts(argv)
+        argv = self._folder_first(argv)
         first, _ = self.parse_known_args(argv)
         if first.cfg:
             self._defaults_from(first.cfg)
@@ -111,8 +120,26 @@ class Parser(argparse.ArgumentParser):
         if args.data is None and not getattr(args, "load_features", None):
             raise InputError("no data folder: give DIR (with train/ and val/), or the word photos")
         del args.data_option
-        args.script = Path(self.prog).stem.removeprefix("main_")
+        args.script = self._script()
+        if args.output and not args.save_dir:
+            _of_output(args)
         return args
+
+    def _script(self) -> str:
+        return Path(self.prog).stem.removeprefix("main_")
+
+    def _refuse_opts(self, argv: list[str]) -> None:
+        """Raise InputError for --opts KEY VALUE ... of Swin-style scripts, that spells it in options of this one."""
+        if "--opts" not in argv:
+            return
+        rest = argv[argv.index("--opts") + 1 :]
+        given = list(itertools.takewhile(lambda token: not token.startswith("--"), rest))
+        names, strange = set(self._names()), [key for key in given[::2] if _OPTS.get(key) is None]
+        meant = [f"--{_OPTS[key]} {value}" for key, value in zip(given[::2], given[1::2], strict=False) if key in _OPTS]
+        strange += [option.split()[0] for option in meant if option.split()[0] not in names]
+        no = f"; there is no {', '.join(strange)} here" if strange else ""
+        spelled = " ".join(meant) or "each setting as an option of its own, as in --dataset cifar10"
+        raise InputError(f"--opts: give {spelled} instead{no}")
 
     def _refuse_foreign(self, names: Iterable[str]) -> None:
         """Raise InputError that says of all of them that belong to another script what to use here."""
@@ -163,14 +190,49 @@ class Parser(argparse.ArgumentParser):
         given = ((name, action) for action in self._actions for name in action.option_strings)
         actions = {name.removeprefix("--"): action for name, action in given if not name.startswith("--no-")}
         actions["data"] = next(action for action in self._actions if action.dest == "data")
+        if recipe := values.get(self._script()):  # of another script, which names the one for this
+            shared = {key: values[key] for key in ("arch", "image-size") if key in values}
+            self._defaults_from(str(Path(path).parent / str(recipe)))
+            values = shared
         self._refuse_foreign(map(str, values))
         for key, value in values.items():
             name = str(key).replace("_", "-")
-            if name in _NOT_OPTIONS:
+            if name in _NOT_OPTIONS and name not in actions:
                 continue
             if name not in actions:
                 raise InputError(f"--cfg {path}: {unknown('key', key, actions)}")
             self.set_defaults(**{actions[name].dest: _convert(actions[name], value, f"--cfg {path}: {key}")})
+
+
+# what Swin-style scripts call these in --opts
+_OPTS = {
+    "DATA.DATASET": "dataset",
+    "DATA.DATA_PATH": "data",
+    "DATA.BATCH_SIZE": "batch-size",
+    "DATA.IMG_SIZE": "image-size",
+    "DATA.NUM_WORKERS": "workers",
+    "LINEAR_EVAL.WEIGHTS": "weights",
+    "LINEAR_EVAL.PRETRAINED": "pretrained",
+    "MODEL.TYPE": "arch",
+    "MODEL.RESUME": "resume",
+    "TRAIN.EPOCHS": "epochs",
+    "TRAIN.BASE_LR": "lr",
+    "TRAIN.WEIGHT_DECAY": "wd",
+    "TRAIN.WARMUP_EPOCHS": "lr-warmup-epochs",
+    "TRAIN.CLIP_GRAD": "clip-grad",
+    "TRAIN.ACCUMULATION_STEPS": "accumulation-steps",
+    "TRAIN.USE_CHECKPOINT": "grad-checkpoint",
+    "SEED": "seed",
+}
+
+
+def _of_output(args: Options) -> None:
+    """The run folder that --output and --tag name. An evaluation has one inside it, and takes the last checkpoint from it."""
+    folder = Path(args.output) / args.tag
+    if hasattr(args, "pretrained"):
+        args.pretrained = args.pretrained or next(map(str, sorted(folder.glob("checkpoint_*.pth.tar"), reverse=True)), None)
+        folder /= args.script
+    args.save_dir = str(folder)
 
 
 def _is_number(text: str) -> bool:
@@ -254,14 +316,21 @@ def add_launch(parser: Parser) -> None:
     group.add_argument("--local-rank", type=int, help=argparse.SUPPRESS)  # torch.distributed.launch passes it
 
 
-def add_input(parser: Parser, batch: int, recipe: str | None, arch: str | None = "resnet50") -> None:
-    """What is read and how it is computed. `recipe` or `arch` None leaves the choice to the script."""
-    group = parser.add_argument_group("input and computation")
-    group.add_argument("-a", "--arch", default=arch, help="any torchvision ResNet" + ("" if arch else "; read from the checkpoint"))
+def add_input(
+    parser: Parser, batch: int, recipe: str | None, arch: str | None = "resnet50", *, transformers: bool = True, each: bool = False
+) -> None:
+    """What is read and how it is computed. `recipe` or `arch` None leaves the choice to the script.
+
+    `transformers`: it may have other networks than ResNets; `each`: batch and workers are counted for each process.
+    """
+    group = parser.add_argument_group("input and computation" + (" (batch size and workers: of each process)" if each else ""))
+    kinds = ", ".join(timm_networks.SHORT) + ", any other network of timm's, " if transformers else ""
     group.add_argument(
-        "-b", "--batch-size", type=positive, default=batch, help="of this node in one pass, split over its processes"
+        "-a", "--arch", default=arch, help=f"{kinds}any torchvision ResNet" + ("" if arch else "; read from the checkpoint")
     )
-    group.add_argument("-j", "--workers", type=natural, default=8, help="loader processes of this node, split over its processes")
+    of = "of each process" if each else "of this node, split over its processes"
+    group.add_argument("-b", "--batch-size", type=positive, default=batch, help=f"images in one pass {of}")
+    group.add_argument("-j", "--workers", type=natural, default=8, help=f"loader processes {of}")
     group.add_argument("--image-size", type=positive, default=224, metavar="PIXELS", help="of a full-size view")
     group.add_argument("--recipe", default=recipe, help="views by name, see moco/augment/recipes.py")
     group.add_argument(
@@ -276,7 +345,7 @@ def add_input(parser: Parser, batch: int, recipe: str | None, arch: str | None =
     )
     group.add_argument("--amp", choices=("off", "bf16", "fp16"), default="off", help="mixed precision; losses stay in fp32")
     group.add_argument("--compile", action="store_true", help="torch.compile the networks and the colour operations")
-    group.add_argument("--grad-checkpoint", action="store_true", help="run residual blocks once more for the gradient: less memory")
+    group.add_argument("--grad-checkpoint", action="store_true", help="run the blocks once more for the gradient: less memory")
     group.add_argument("--class-list", metavar="FILE", help="use these class folders of DIR only; one name a line")
     group.add_argument("--data-name", type=str.lower, metavar="NAME", help="what DIR holds; of imagenet100 the classes are counted")
 
@@ -341,6 +410,9 @@ def add_optimizer(
     )
     group.add_argument("--lr-warmup-epochs", type=natural, default=0, help="epochs of linear learning-rate warm-up")
     group.add_argument("--momentum", type=float, default=0.9)
+    group.add_argument(
+        "--clip-grad", type=nonnegative_float, default=0.0, metavar="LENGTH", help="of the gradient, at most; 0: any"
+    )
     group.add_argument("--nesterov", action=Switch, default=False, help="Nesterov's momentum, of sgd")
     group.add_argument("--accumulation-steps", type=positive, default=1, metavar="N", help="passes of --batch-size in one step")
 
@@ -355,9 +427,10 @@ def add_run(parser: Parser) -> None:
     )
 
 
-def add_pretrain(parser: Parser, cos: int = 1) -> None:
-    """The groups of every pre-training script on ResNets, with MoCo's defaults; `cos` is `add_optimizer`'s."""
-    add_input(parser, batch=256, recipe=None)
+def add_pretrain(parser: Parser, cos: int = 1, *, transformers: bool = False, each: bool = False) -> None:
+    """The groups of every pre-training script, with MoCo's defaults; `cos` is `add_optimizer`'s, the others `add_input`'s."""
+    add_input(parser, batch=256, recipe=None, transformers=transformers, each=each)
+    parser.set_defaults(batch_is_per_process=each)
     add_optimizer(parser, epochs=200, lr=0.03, wd=1e-4, schedule=[120, 160], cos=cos)
     add_run(parser)
     group = parser.add_argument_group("k-NN monitor")
@@ -383,6 +456,31 @@ def check_momentum_encoder(args: Options) -> None:
     if not args.moco_t > 0 or not 0 <= args.moco_m <= 1:
         raise InputError(f"--moco-t must be above 0 and --moco-m in [0, 1]; got {args.moco_t:g} and {args.moco_m:g}")
     args.recipe = args.recipe or ("mocov2" if args.aug_plus else "mocov1")
+
+
+_KINDS = ("interpolated", "extrapolated", "mixup", "noise", "perturbed", "adversarial")
+
+
+def add_synthetic(parser: Parser, title: str, n_hard: int, each: int, sigma: float) -> argparse._ArgumentGroup:
+    """Synthetic negatives, by default `each` of every kind; returns the group, for what only one script has."""
+    group = parser.add_argument_group(title)
+    group.add_argument("--n-hard", type=natural, default=n_hard, help="hardest queue rows that they are made of")
+    for i, name in enumerate(_KINDS, 1):
+        group.add_argument(f"--n{i}", type=natural, default=each, help=f"{name} negatives per query")
+    group.add_argument("--sigma", type=float, default=sigma, help="deviation of the noise")
+    group.add_argument("--delta", type=float, default=0.01, help="size of the perturbation")
+    group.add_argument("--eta", type=float, default=0.01, help="size of the adversarial step")
+    return group
+
+
+def synthetic(args: Options, rows: int, option: str) -> Synthetic:
+    """What these options ask for, of a queue of `rows` that `option` sets. Raises InputError where that cannot be."""
+    counts = tuple(getattr(args, f"n{i}") for i in range(1, 7))
+    if args.n_hard > rows:
+        raise InputError(f"--n-hard {args.n_hard} is above the queue's {rows} rows ({option}); lower it")
+    if any(counts) and not args.n_hard:
+        raise InputError("synthetic negatives are made of the hardest queue rows: give --n-hard, as in --n-hard 1024")
+    return Synthetic(args.n_hard, counts, args.sigma, args.delta, args.eta)
 
 
 def main(parser: Parser, check: Callable[[Options], None], worker: launch.Worker) -> None:

@@ -13,10 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moco import distributed, encoder
+from moco import distributed
 from moco.augment.color import normalize
 from moco.data import loader, named
 from moco.data.images import Images
+from moco.encoder import networks
 from moco.engine.log import say, write_json
 from moco.engine.precision import autocast, layout
 from moco.errors import InputError
@@ -44,7 +45,7 @@ def extract(net: nn.Module, images: Images, args: Namespace, device: torch.devic
     rows, done = None, 0
     for batch, _ in test_batches(images, args, device):
         with autocast(args.amp, device):
-            x = encoder.features(net, batch)
+            x = networks.features(net, batch)
         if rows is None:
             rows = torch.empty(len(labels), x.shape[1], device=_home(args, device))
         rows[done : done + len(x)] = F.normalize(x.float(), dim=1) if unit else x

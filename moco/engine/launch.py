@@ -65,11 +65,13 @@ def plan(args: Namespace) -> Plan:
 def launch(worker: Worker, args: Namespace) -> None:
     """Run `worker(args, device)` in every process of the run's plan; returns when all have ended.
 
-    Sets `args.batch_per_process` and `args.nodes`. A worker's InputError ends this process's run with the same
+    Sets `args.batch_per_process` and `args.nodes`; `args.batch_size` is this node's, or with `args.batch_is_per_process` already a
+    process's. A worker's InputError ends this process's run with the same
     InputError, raised here.
     """
     p = plan(args)
-    args.nodes, args.batch_per_process = p.nodes, args.batch_size // p.local
+    each = getattr(args, "batch_is_per_process", False)
+    args.nodes, args.batch_per_process = p.nodes, args.batch_size if each else args.batch_size // p.local
     if args.batch_per_process < 1:
         raise InputError(f"--batch-size {args.batch_size} is smaller than the {p.local} processes of this node; raise it")
     if p.launcher != "spawn":

@@ -74,7 +74,7 @@ class RunLog:
 
     def __init__(self, args: Namespace, steps: int, start: int = 0):
         self.steps, self.start = steps, start
-        self.images_per_step = args.batch_size * args.nodes * args.accumulation_steps
+        self.images_per_step = args.batch_per_process * distributed.world() * args.accumulation_steps
         self.began = self.marked = time.perf_counter()
         self.marked_step, self.waited = start, 0.0
         self.bar = None

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from moco import encoder
+from moco.encoder import networks
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -28,7 +28,7 @@ def place(model: nn.Module, device: torch.device, compile: bool, recompute: bool
     if device.type == "cuda":
         model.to(memory_format=torch.channels_last)
     if recompute:
-        encoder.recompute_blocks(model)
+        networks.recompute_blocks(model)
     if compile:
         for child in model.children():
             child.compile()

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from moco.augment import recipes
 from moco.data import datasets, loader, subsets
 from moco.data.images import Images
+from moco.encoder.networks import ARCHS
 from moco.engine import features, precision
 from moco.engine.log import Metrics
 from moco.engine.train import Trainer
@@ -25,8 +26,10 @@ def check_views(args: Namespace, several_crops: bool = False) -> None:
         raise InputError(f"--recipe {args.recipe}: makes {views} views, but {needed} are needed; choose another")
 
 
-def check(args: Namespace) -> None:
-    """Check, before any process starts, the data folder and the run folder."""
+def check(args: Namespace, transformers: bool = False) -> None:
+    """Check, before any process starts, the architecture (a ResNet, unless `transformers`), the data folder and the run folder."""
+    if not transformers and args.arch not in ARCHS:
+        raise InputError(f"--arch {args.arch}: this script is for torchvision's ResNets; main_moby.py trains transformers")
     root = datasets.find(args.data, ("train", "val") if args.knn_every else ("train",))
     subsets.check_classes(root / "train", args.class_list, args.data_name)
     if args.resume is None and args.save_dir and any(Path(args.save_dir).glob("checkpoint_*.pth.tar")):

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moco import encoder
 from moco.data import loader
+from moco.encoder import networks
 from moco.engine import precision
 from moco.engine.classify import Classification, Setting, Splits, by_head
 from moco.engine.log import say
@@ -24,21 +24,21 @@ class Heads(nn.ModuleList):
 
 
 class LinearProbe(Classification):
-    """Trains a new `fc` on the frozen, eval-mode backbone (MoCo, section 4.1).
+    """Trains a new last layer on the frozen, eval-mode backbone (MoCo, section 4.1).
 
-    With several settings, `fc` is one classifier for each, all from the same start, on the same features. What one of them
+    With several settings, that is one classifier for each, all from the same start, on the same features. What one of them
     becomes is, to the bit on a CPU, what it would be alone.
     """
 
     def __init__(self, args: Namespace, net: nn.Module, images: Splits, device: torch.device, settings: list[Setting]):
         net.requires_grad_(False)
-        net.fc.requires_grad_(True)
-        nn.init.normal_(net.fc.weight, std=0.01)
-        nn.init.zeros_(net.fc.bias)
-        self.heads = [net.fc] + [copy.deepcopy(net.fc) for _ in settings[1:]]
+        first = networks.head(net).requires_grad_(True)
+        nn.init.normal_(first.weight, std=0.01)
+        nn.init.zeros_(first.bias)
+        self.heads = [first] + [copy.deepcopy(first) for _ in settings[1:]]
         if len(self.heads) > 1:
-            net.fc = Heads(self.heads)
-        self.loaded = {name: net.state_dict()[name].clone() for name in encoder.backbone_keys(net)}
+            networks.set_head(net, Heads(self.heads))
+        self.loaded = {name: net.state_dict()[name].clone() for name in networks.backbone_keys(net)}
         super().__init__(args, net, images, device, settings)
         # the classifiers compute in fp32: one that diverges must not make a gradient scaler skip the others' steps
         self.scaler = precision.scaler("off", device)
@@ -47,7 +47,7 @@ class LinearProbe(Classification):
             raise InputError(f"--resume {args.resume}: its backbone is not {source}; give the same --pretrained to go on")
 
     def trained(self) -> nn.Module:
-        return self.module.fc
+        return networks.head(self.module)
 
     def groups(self) -> list[dict[str, Any]]:
         return [
@@ -60,7 +60,7 @@ class LinearProbe(Classification):
 
     def forward(self, views: list[Tensor], batch: loader.Batch, progress: Progress) -> tuple[Tensor, dict[str, Tensor]]:
         with torch.inference_mode():
-            features = encoder.features(self.module, views[0])
+            features = networks.features(self.module, views[0])
         with torch.autocast(self.device.type, enabled=False):
             return self.losses(by_head(self.ddp(features.float().clone())), batch.label)
 

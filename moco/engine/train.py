@@ -104,6 +104,7 @@ class Trainer(ABC):
                 batch = next(batches)
                 log.wait(time.perf_counter() - before)
                 mean.add(self._pass(batch, rng.Progress(args.seed, epoch, step, micro, per_epoch, args.epochs)))
+            mean.add(self._gradients())
             self.scaler.step(self.optimizer)
             self.scaler.update()
             self.optimizer.zero_grad(set_to_none=True)
@@ -129,11 +130,29 @@ class Trainer(ABC):
             precision.layout(color.augment(crops, view, progress.generator(rng.COLOR, "cpu", distributed.rank(), i)))
             for i, (crops, view) in enumerate(zip(batch.views, self.recipe, strict=True))
         ]
+        # what layers draw by themselves, such as which of them stochastic depth leaves out
+        torch.manual_seed(rng.key(rng.LAYERS, args.seed, progress.step, progress.micro, distributed.rank()) >> 1)
         with contextlib.nullcontext() if last or distributed.world() == 1 else self.ddp.no_sync():
             with precision.autocast(args.amp, self.device):
                 loss, metrics = self.forward(views, batch, progress)
             self.scaler.scale(loss / args.accumulation_steps).backward()
         return {"loss": loss, **metrics}
+
+    def _gradients(self) -> Metrics:
+        """Clip the gradient; returns the length before that of each of the module's `parts`, where it names any."""
+        clip, parts = self.args.clip_grad, getattr(self.module, "parts", {})
+        if not clip and not parts:
+            return {}
+        self.scaler.unscale_(self.optimizer)
+        lengths = {}
+        for name, part in parts.items():
+            gradients = [p.grad for p in part.parameters() if p.grad is not None]
+            length = torch.stack(torch._foreach_norm(gradients)).norm()
+            counts = length.isfinite()  # under fp16 the scaler skips a step with another
+            lengths[f"grad_{name}"] = torch.where(counts, length, 0.0), counts
+        if clip:
+            torch.nn.utils.clip_grad_norm_([p for p in self.module.parameters() if p.grad is not None], clip)
+        return lengths
 
     def _announce(self) -> None:
         args, w, batch = self.args, distributed.world(), self.batch

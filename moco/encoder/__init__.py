@@ -1,0 +1,1 @@
+"""Backbones, and the published weights that they take up."""

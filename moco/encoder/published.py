@@ -1,0 +1,103 @@
+"""Published weights: which tensors of a file are the backbone, and which its projection head."""
+
+from torch import Tensor, nn
+
+from moco.encoder import timm_networks
+from moco.encoder.networks import backbone_keys, classifier, head_name, set_head
+from moco.errors import InputError
+
+
+def load_backbone(net: nn.Module, tensors: dict[str, Tensor], source: str) -> int:
+    """Load a published encoder into `net`, whatever prefix its names carry; returns how many tensors matched.
+
+    The prefix is the one (of `PREFIXES`) that matches most names. What a transformer's tensors are called elsewhere, and position
+    tables for images of another size, become timm's and the network's. Raises InputError where nothing matches, where a
+    backbone tensor is missing or one too many, or where a shape differs.
+    """
+    state = net.state_dict()
+    wanted = {name: state[name] for name in backbone_keys(net)}
+    start = prefix(net, tensors)
+    inner = {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
+    mine = timm_networks.adapted(net, inner)
+    found = {name: mine[name] for name in wanted if name in mine}
+    # files older than PyTorch 0.4 lack BatchNorm's step counter, which nothing here reads
+    missing = [name for name in wanted if name not in found and not name.endswith("num_batches_tracked")]
+    if not found:
+        raise InputError(f"{source}: no tensor matches the encoder; its names look like '{next(iter(tensors), '')}'")
+    wrong = [
+        f"{name} {tuple(t.shape)} for {tuple(wanted[name].shape)}" for name, t in found.items() if t.shape != wanted[name].shape
+    ]
+    # a deeper network of the same widths holds every tensor that is wanted, and more blocks
+    parts = {name.split(".")[0] for name in wanted}
+    head = f"{head_name(net)}."
+    extra = [name for name in mine if name.split(".")[0] in parts and name not in wanted and not name.startswith(head)]
+    odd = {"tensors missing": missing, "tensors too many": extra, "shapes differ": wrong}
+    if any(odd.values()):
+        what = "; ".join(f"{len(names)} {kind}: {some(names)}" for kind, names in odd.items() if names)
+        raise InputError(f"{source}: does not fit the encoder: {what}")
+    net.load_state_dict(found, strict=False)
+    return len(found)
+
+
+def prefix(net: nn.Module, tensors: dict[str, Tensor]) -> str:
+    """What stands before the backbone's names in `tensors`."""
+    wanted = backbone_keys(net)
+    return max(PREFIXES, key=lambda p: sum(p + name in tensors for name in wanted))
+
+
+PREFIXES = (
+    "module.encoder_q.",  # MoCo, SynCo, AdCo
+    "encoder_q.",
+    "module.base_encoder.",  # SogCLR, MoCo v3
+    "base_encoder.",
+    "module.encoder.",
+    "encoder.",  # MoBY, SynCo-v2 (below `model`)
+    "module.backbone.",
+    "backbone.",
+    "module.",
+    "",  # a bare torchvision state dict
+)
+
+
+def keep_projection(net: nn.Module, tensors: dict[str, Tensor], layers: int, source: str) -> None:
+    """Put the first `layers` linear layers of a published projection head, with what follows each, below `net`'s classifier.
+
+    The head is read from the names and shapes of its tensors: a weight of two dimensions is a linear layer, running statistics
+    are batch norm's, and a place without tensors is a ReLU. Raises InputError where it has fewer layers, or other ones.
+    """
+    start = prefix(net, tensors)
+    inside, beside = f"{start}{head_name(net)}.", start.removesuffix("encoder.") + "projector."  # MoBY has it beside the encoder
+    start = beside if any(name.startswith(beside) for name in tensors) else inside
+    head: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        if name.startswith(start):
+            place, _, inner = name.removeprefix(start).rpartition(".")
+            if place and not place.isdigit():
+                raise InputError(
+                    f"{source}: its projection head is not a plain sequence of layers (at '{name}'); leave out --ft-proj"
+                )
+            head.setdefault(int(place or 0), {})[inner] = tensor
+    linear = [place for place, of in sorted(head.items()) if "running_mean" not in of]
+    if len(linear) < layers:
+        raise InputError(f"{source}: its projection head has {len(linear)} linear layers, not --ft-proj {layers}")
+    end = linear[layers] if layers < len(linear) else max(head) + 1
+    kept = [_layer(head.get(place)) for place in range(end)]
+    width = head[linear[layers - 1]]["weight"].shape[0]
+    set_head(net, nn.Sequential(*kept, nn.Linear(width, classifier(net).out_features)))
+
+
+def _layer(of: dict[str, Tensor] | None) -> nn.Module:
+    """The layer that has these tensors."""
+    if of is None:
+        return nn.ReLU()
+    if "running_mean" in of:
+        layer = nn.BatchNorm1d(len(of["running_mean"]), affine="weight" in of)
+    else:
+        layer = nn.Linear(*reversed(of["weight"].shape), bias="bias" in of)
+    layer.load_state_dict(of, strict=False)
+    return layer
+
+
+def some(names: list[str], most: int = 5) -> str:
+    """The first of many names, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -1,0 +1,96 @@
+"""Backbones of timm: MoCo v3's ViTs and the Swins by short names, and whatever else timm has."""
+
+import math
+import sys
+
+import torch
+from torch import Tensor, nn
+
+from moco.errors import InputError
+
+SHORT = {
+    "vit_tiny": "vit_tiny_patch16_224",
+    "vit_small": "vit_small_patch16_224",
+    "vit_base": "vit_base_patch16_224",
+    "vit_large": "vit_large_patch16_224",
+    "swin_tiny": "swin_tiny_patch4_window7_224",
+    "swin_small": "swin_small_patch4_window7_224",
+    "swin_base": "swin_base_patch4_window7_224",
+    "swin_large": "swin_large_patch4_window7_224",
+}
+MOCO_V3 = {"vit_tiny": {}, "vit_small": {"num_heads": 12}, "vit_base": {}, "vit_large": {}}  # where they are not timm's own
+
+
+def known(arch: str) -> bool:
+    """Whether timm has an architecture of this name, or a short name is meant."""
+    return arch in SHORT or _timm().is_model(arch)
+
+
+def create(arch: str, out: int, image_size: int, drop_path: float = 0.0) -> nn.Module:
+    """timm's network `arch`, randomly initialised, whose last layer maps to `out` features, with none for 0.
+
+    The short ViTs are MoCo v3's (Chen et al., arXiv 2104.02057): initialised as there, with fixed sine and cosine positions, and
+    with 12 heads in the small one. Raises InputError where the architecture is not for images of `image_size` pixels.
+    """
+    timm = _timm()
+    name, options = SHORT.get(arch, arch), {}
+    described = timm.get_pretrained_cfg(name)
+    if described is not None and described.fixed_input_size:
+        options["img_size"] = image_size
+    if drop_path:
+        options["drop_path_rate"] = drop_path
+    if arch in MOCO_V3:
+        options |= {**MOCO_V3[arch], "weight_init": "moco"}
+    try:
+        net = timm.create_model(name, pretrained=False, num_classes=out, **options)
+    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+        raise InputError(f"{arch} at --image-size {image_size}: timm cannot make it: {' '.join(str(error).split())}") from None
+    if arch in MOCO_V3:
+        _as_in_moco_v3(net)
+    return net
+
+
+def _timm():
+    """Imported where it is needed: it takes seconds."""
+    try:
+        import timm
+    except ImportError:
+        raise InputError("networks beside torchvision's ResNets come from timm: pip install timm") from None
+    return timm
+
+
+@torch.no_grad()
+def _as_in_moco_v3(vit: nn.Module) -> None:
+    """What timm's own initialisation leaves out: the positions, the patch projection and the class token."""
+    patches = vit.patch_embed
+    positions = sine_positions(*patches.grid_size, vit.embed_dim)
+    vit.pos_embed.copy_(torch.cat([torch.zeros(1, vit.embed_dim), positions])[None]).requires_grad_(False)
+    bound = math.sqrt(6 / (patches.proj.weight[0].numel() + vit.embed_dim))
+    nn.init.uniform_(patches.proj.weight, -bound, bound)
+    nn.init.zeros_(patches.proj.bias)
+    nn.init.normal_(vit.cls_token, std=1e-6)
+
+
+def sine_positions(height: int, width: int, dim: int) -> Tensor:
+    """Positions of a grid in row order, [height width, dim]: sine and cosine of the column, then of the row.
+
+    Each at dim / 4 wavelengths in a geometric row from 2 pi to 10,000 x 2 pi (MoCo v3, after Vaswani et al., arXiv 1706.03762).
+    """
+    rates = 10_000.0 ** -(torch.arange(dim // 4) / (dim // 4))
+    row, column = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    angles = [place.reshape(-1, 1) * rates for place in (column, row)]
+    return torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], 1)
+
+
+def features(net: nn.Module, images: Tensor) -> Tensor:
+    """Pooled features [B, D] before the classifier."""
+    return net.forward_head(net.forward_features(images), pre_logits=True)
+
+
+def adapted(net: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A published backbone with the names and sizes of timm's: other software's Swins, position tables of other image sizes."""
+    convert = getattr(sys.modules[type(net).__module__], "checkpoint_filter_fn", None)
+    try:
+        return convert(tensors, net) if convert else tensors
+    except (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, ValueError):
+        return tensors  # not of this kind of network, which its names and shapes will show

@@ -1,0 +1,327 @@
+"""main_moby.py and transformers in the evaluation scripts: published commands, exact resume, other software's files, mistakes."""
+
+import json
+import math
+
+import pytest
+import timm
+import torch
+from conftest import ROOT, shell
+from test_cli import refused
+from test_runs import facts, load, same, succeeded
+from test_voc07 import write_voc
+
+import main_lincls
+import main_moby
+from moco.encoder import networks, published, timm_networks
+from moco.errors import InputError
+
+# the smallest networks of their kinds, at a size that they get through in moments
+SMALL = ("--image-size", 32, "-b", 8, "-j", 0, "--epochs", 1, "--mlp-dim", 32, "--moco-dim", 16, "--queue", 40, "-a", "vit_tiny")
+SYNCO = ("--n-hard", 8, *(word for i in range(1, 7) for word in (f"--n{i}", 2)), "--synthetic-first", 1, "--synthetic-last", 2)
+METHODS = {"moby": (), "synco": SYNCO, "byol": ("--moco-m", 0.9)}
+
+
+# networks
+
+
+def test_the_small_vit_is_moco_v3s():
+    net = networks.create("vit_small", 0)
+    assert {block.attn.num_heads for block in net.blocks} == {12} and len(net.blocks) == 12
+    assert sum(p.numel() for p in net.parameters()) == pytest.approx(21.7e6, rel=0.01)
+    assert not net.pos_embed.requires_grad and all(p.requires_grad for n, p in net.named_parameters() if n != "pos_embed")
+    assert networks.width(net) == 384 and networks.width(networks.create("swin_tiny", 5, 64)) == 768
+
+
+@pytest.mark.parametrize(("height", "width", "dim"), [(3, 5, 8), (14, 14, 384)])
+def test_positions_are_sines_and_cosines_of_column_and_row(height, width, dim):
+    table = timm_networks.sine_positions(height, width, dim)
+    assert table.shape == (height * width, dim)
+    for place in (0, 1, width, height * width - 1):
+        row, column = divmod(place, width)
+        quarter = dim // 4
+        rates = [1 / 10_000 ** (i / quarter) for i in range(quarter)]
+        slow = [f(where * rate) for where in (column, row) for f in (math.sin, math.cos) for rate in rates]
+        torch.testing.assert_close(table[place], torch.tensor(slow), rtol=0, atol=1e-5)
+    net = networks.create("vit_tiny", 0, 32)
+    assert not net.pos_embed[0, 0].any()  # the class token's
+    assert torch.equal(net.pos_embed[0, 1:], timm_networks.sine_positions(2, 2, 192))
+
+
+@pytest.mark.parametrize("arch", ["vit_tiny", "swin_tiny", "convnext_atto", "resnet18", "resnet26d"])
+def test_features_heads_and_names_of_every_kind(arch):
+    net = networks.create(arch, 7, 64)
+    images = torch.randn(2, 3, 64, 64)
+    net.eval()
+    x = networks.features(net, images)
+    assert x.shape == (2, networks.width(net))
+    torch.testing.assert_close(net(images), networks.classifier(net)(x))
+    names = set(networks.backbone_keys(net))
+    assert set(net.state_dict()) - names == {f"{networks.head_name(net)}.weight", f"{networks.head_name(net)}.bias"}
+    bare = networks.create(arch, 0, 64)
+    assert set(bare.state_dict()) == names and bare.eval()(images).shape == x.shape
+    networks.set_head(net, torch.nn.Sequential(torch.nn.ReLU(), torch.nn.Linear(networks.width(net), 3)))
+    assert networks.classifier(net).out_features == 3 and net(images).shape == (2, 3)
+
+
+def test_stochastic_depth_of_online_and_target():
+    args = main_moby.parser().parse(["photos", "-a", "vit_tiny", "--image-size", "32", "--mlp-dim", "8", "--queue", "8"])
+    main_moby.check(args)
+    model = main_moby.build(args, torch.device("cpu"))
+
+    def rates(net):
+        return [module.drop_prob for module in net.modules() if type(module).__name__ == "DropPath"]
+
+    assert max(rates(model.encoder)) == pytest.approx(0.2) and not any(rates(model.encoder_k))
+    assert model.predictor[-1].weight.shape == (256, 8) and model.projector[0].weight.shape == (8, 192)
+
+
+# files
+
+
+def as_other_software_names_it(name):
+    """The Swins of MoBY's code reduce at the end of a stage, timm's at the beginning of the next."""
+    parts = name.split(".")
+    if parts[0] == "layers" and parts[2] == "downsample":
+        parts[1] = str(int(parts[1]) - 1)
+    return ".".join(["encoder", *parts])
+
+
+def test_a_moby_checkpoint_of_other_software(tmp_path, script, shared_images):
+    torch.manual_seed(1)
+    theirs = networks.create("swin_tiny", 0, 32)
+    model = {as_other_software_names_it(name): tensor for name, tensor in theirs.state_dict().items()}
+    assert "encoder.layers.0.downsample.reduction.weight" in model and "encoder.layers.3.downsample.norm.weight" not in model
+    model |= {"encoder.layers.0.blocks.1.attn_mask": torch.zeros(4, 49, 49), "queue1": torch.zeros(256, 4096)}
+    model |= {"encoder.layers.0.blocks.0.attn.relative_position_index": torch.zeros(49, 49, dtype=torch.long)}
+    model |= {name.replace("encoder.", "encoder_k."): tensor for name, tensor in model.items() if name.startswith("encoder.")}
+    model |= {"projector.linear_out.weight": torch.zeros(256, 4096)}
+    torch.save({"model": model, "epoch": 299}, tmp_path / "ckpt_epoch_299.pth")
+    ours = networks.create("swin_tiny", 3, 32)
+    count = len(networks.backbone_keys(ours))
+    assert published.load_backbone(ours, model, "file") == count
+    assert all(torch.equal(ours.state_dict()[name], tensor) for name, tensor in theirs.state_dict().items())
+    options = ("--pretrained", tmp_path / "ckpt_epoch_299.pth", "-a", "swin_tiny", "--image-size", 32, "-b", 8, "-j", 0)
+    status, out, err = script("main_knn", shared_images, *options, "--k", 5, "--save-dir", tmp_path / "knn")
+    assert status == 0 and f"{count} of {count} backbone tensors matched" in out, err
+    del model["encoder.layers.2.blocks.3.mlp.fc1.weight"]
+    with pytest.raises(InputError, match=r"1 tensors missing: layers\.2\.blocks\.3\.mlp\.fc1\.weight"):
+        published.load_backbone(ours, model, "file")
+    with pytest.raises(InputError, match=r"vit\.pt"):
+        published.load_backbone(networks.create("vit_tiny", 3, 32), model, "vit.pt")
+
+
+def test_positions_for_another_size_are_interpolated():
+    small, large = networks.create("vit_tiny", 3, 32), networks.create("vit_tiny", 3, 64)
+    published.load_backbone(large, {f"encoder.{name}": tensor for name, tensor in small.state_dict().items()}, "file")
+    assert torch.equal(large.blocks[0].attn.qkv.weight, small.blocks[0].attn.qkv.weight)
+    assert large.pos_embed.shape == (1, 17, 192)
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory, shared_images):
+    """One of each method, with timm's own Swin for the first."""
+    files = {}
+    for method, options in METHODS.items():
+        run = tmp_path_factory.mktemp(method)
+        arch = ("-a", "swin_tiny") if method == "moby" else ()
+        command = ("main_moby.py", shared_images, *SMALL, "--method", method, *options, *arch, "--knn-every", 1)
+        succeeded(shell(*command, "--save-dir", run))
+        files[method] = run / "checkpoint_0000.pth.tar"
+    return files
+
+
+def test_an_encoder_is_timms_own(checkpoints):
+    tensors = {
+        name.removeprefix("module.encoder."): tensor
+        for name, tensor in load(checkpoints["moby"])["state_dict"].items()
+        if name.startswith("module.encoder.")
+    }
+    plain = timm.create_model("swin_tiny_patch4_window7_224", num_classes=0, img_size=32)
+    assert str(plain.load_state_dict(tensors)) == "<All keys matched successfully>"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_evaluation_reads_the_checkpoint(method, checkpoints, script, shared_images, tmp_path):
+    file = checkpoints[method]
+    calls = {
+        "main_lincls": (shared_images, "--lr", 0.1, 0.01, "--epochs", 1),
+        "main_semisup": (shared_images, "--epochs", 1, "--train-percent", 10, "--ft-proj", 1),
+        "main_knn": (shared_images, "--k", 5),
+        "main_voc07": (write_voc(tmp_path / "voc", 30, 12), "--c", 1),
+    }
+    for evaluation, options in calls.items():
+        run = tmp_path / evaluation
+        status, out, err = script(
+            evaluation, *options, "--image-size", 32, "-b", 4, "-j", 0, "--pretrained", file, "--save-dir", run
+        )
+        assert status == 0, err
+        found = json.loads((run / "results.json").read_text())
+        assert (found["method"], found["arch"]) == (method, "swin_tiny" if method == "moby" else "vit_tiny")
+        assert all(0 <= value <= 1 or name.startswith("best") for name, value in found["metrics"].items())
+        count = len(networks.backbone_keys(networks.create(found["arch"], 1, 32)))
+        assert f"{count} of {count} backbone tensors matched" in out
+
+
+# runs
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_resumed_equals_never_stopped(method, script, shared_images, tmp_path):
+    """Stochastic depth, queues and the target's momentum included."""
+    command = (shared_images, *SMALL, "--epochs", 3, "--method", method, *METHODS[method], "-p", 1, "--accumulation-steps", 2)
+    for run, more in (("whole", ()), ("parts", ("--resume", tmp_path / "whole" / "checkpoint_0001.pth.tar"))):
+        status, _, err = script("main_moby", *command, "--save-dir", tmp_path / run, *more)
+        assert status == 0, err
+    a, b = (load(tmp_path / run / "checkpoint_0002.pth.tar") for run in ("whole", "parts"))
+    for key in ("epoch", "state_dict", "optimizer", "scaler", "progress"):
+        assert same(a[key], b[key]), key
+    lines = facts(tmp_path / "whole")
+    assert facts(tmp_path / "parts") == [line for line in lines if line["epoch"] == 2]
+    assert {"grad_encoder", "grad_projector", "grad_predictor"} < lines[0].keys()
+    assert ("cosine" if method == "byol" else "acc1") in lines[0]
+
+
+def test_blocks_computed_again_change_nothing(script, shared_images, tmp_path):
+    states = []
+    for name in ("--no-stop-grad-conv1", "--use-checkpoint"):
+        status, _, err = script("main_moby", shared_images, *SMALL, name, "--save-dir", tmp_path / name)
+        assert status == 0, err
+        states.append(load(tmp_path / name / "checkpoint_0000.pth.tar")["state_dict"])
+    assert same(*states)
+
+
+def test_a_frozen_patch_projection_stays(script, shared_images, tmp_path):
+    status, _, err = script(
+        "main_moby", shared_images, *SMALL, "--epochs", 2, "--stop-grad-conv1", "--wd", 0.5, "--save-dir", tmp_path
+    )
+    assert status == 0, err
+    first, second = (load(tmp_path / f"checkpoint_000{i}.pth.tar")["state_dict"] for i in range(2))
+    torch.manual_seed(0)
+    kept = ["patch_embed.proj.weight", "patch_embed.proj.bias", "pos_embed"]
+    for name in kept:
+        for part in ("encoder", "encoder_k"):
+            assert torch.equal(first[f"module.{part}.{name}"], second[f"module.{part}.{name}"])
+        assert torch.equal(second[f"module.encoder.{name}"], second[f"module.encoder_k.{name}"])
+    assert not torch.equal(first["module.encoder.cls_token"], second["module.encoder.cls_token"])
+    bound = math.sqrt(6 / (3 * 16 * 16 + 192))
+    weight = second["module.encoder.patch_embed.proj.weight"]
+    assert weight.abs().max() <= bound and weight.std() == pytest.approx(bound / 3**0.5, rel=0.02)  # as it was drawn
+    refused(script("main_moby", shared_images, *SMALL, "-a", "resnet18", "--stop-grad-conv1"), "resnet18 has no patch projection")
+
+
+def test_clipping(script, shared_images, tmp_path):
+    """SGD without momentum moves by the rate times the gradient, whose length is clipped."""
+    moves = []
+    for clip in (0, 0.01):
+        run = tmp_path / str(clip)
+        plain = (
+            "--optimizer",
+            "sgd",
+            "--momentum",
+            0,
+            "--wd",
+            0,
+            "--lr",
+            1,
+            "--learning-rate-scaling",
+            "none",
+            "--lr-warmup-epochs",
+            0,
+        )
+        options = (
+            *plain,
+            "--clip-grad",
+            clip,
+            "-b",
+            24,
+            "--epochs",
+            2,
+            "--save-every",
+            1,
+            "--lr-by",
+            "epoch",
+            "--no-cos",
+            "--lr-warmup-epochs",
+            0,
+        )
+        status, _, err = script("main_moby", shared_images, *SMALL, *options, "--save-dir", run, "--accumulation-steps", 2, "-p", 1)
+        assert status == 0, err
+        first, second = (load(run / f"checkpoint_000{i}.pth.tar")["state_dict"] for i in range(2))
+        trained = [n for n in first if ".encoder." in n or ".projector." in n or ".predictor." in n]
+        trained = [n for n in trained if "running" not in n and "num_batches" not in n and "pos_embed" not in n]
+        moves.append(math.sqrt(sum(float((second[n] - first[n]).double().square().sum()) for n in trained)))
+        lengths = [math.hypot(*(line[f"grad_{part}"] for part in ("encoder", "projector", "predictor"))) for line in facts(run)]
+        assert moves[-1] == pytest.approx(min(lengths[1], clip or math.inf), rel=1e-3)
+    assert moves[1] == pytest.approx(0.01, rel=1e-3) and moves[0] > 0.1
+
+
+# published commands
+
+
+LAUNCH = ("-m", "torch.distributed.launch", "--nproc_per_node=2", "--master_port=12345")
+
+
+def test_published_commands_run(shared_images, tmp_path):
+    """Pre-training, the linear probe on its run, fine-tuning on another data set; ViT-tiny at 32 pixels in place of 224."""
+    small = ("--image-size", 32, "--epochs", 1, "--workers", 0)
+    run = ("--output", tmp_path, "--tag", "T")
+    data = ("--data-path", shared_images)
+    command = (*LAUNCH, "main_moby.py", "--cfg", "configs/moby_vit_tiny.yaml", *data, "--batch-size", 8, *run)
+    out = succeeded(shell(*command, *small, "--mlp-dim", 64, "--amp", "off"))
+    assert "total batch 16 = 8 per process x 2 processes x 1 accumulation; lr after scaling 3.125e-05" in out
+    assert (tmp_path / "T" / "checkpoint_0000.pth.tar").exists()
+    command = (*LAUNCH, "main_lincls.py", "--cfg", "configs/moby_vit_tiny.yaml", *data, "--batch-size", 8, *run)
+    out = succeeded(shell(*command, *small))
+    assert "150 of 150 backbone tensors matched" in out and "lr after scaling 0.015625" in out
+    results = json.loads((tmp_path / "T" / "lincls" / "results.json").read_text())
+    assert (results["method"], results["arch"], results["protocol"]) == ("moby", "vit_tiny", "linear")
+    out = succeeded(shell(*command, *small, "--dataset", "imagenet", "--weights", "finetune"))
+    assert "150 of 150 backbone tensors matched" in out
+
+
+def test_opts_are_spelled_as_options(script, shared_images, tmp_path):
+    given = ("--data-path", shared_images, "--opts", "DATA.DATASET", "cifar10", "LINEAR_EVAL.WEIGHTS", "finetune")
+    refused(script("main_lincls", *given), "--opts: give --dataset cifar10 --weights finetune instead")
+    refused(
+        script("main_moby", "DIR", "--opts", "TRAIN.EPOCHS", "5", "AMP_OPT_LEVEL", "O1"), "give --epochs 5 instead", "AMP_OPT_LEVEL"
+    )
+    refused(script("main_moby", "DIR", "--opts"), "as an option of its own")
+
+
+@pytest.mark.parametrize("recipe", sorted(ROOT.glob("configs/*_vit_*.yaml")) + sorted(ROOT.glob("configs/*_swin_*.yaml")), ids=str)
+def test_recipes_hold_the_published_settings(recipe):
+    args = main_moby.parser().parse(["DIR", "--cfg", str(recipe)])
+    method, arch = recipe.stem.split("_", 1)
+    assert (args.method, args.arch, args.epochs, args.batch_size, args.recipe) == (method, arch, 300, 128, "byol")
+    batch = 4 * 128
+    rates = (args.lr * batch / 256, args.lr_final * batch / 256, args.wd, args.moco_m)
+    assert rates == pytest.approx((2e-4, 5e-6, 0.03, 0.996) if method == "byol" else (1e-3, 5e-6, 0.05, 0.99))
+    assert (args.optimizer, args.clip_grad, args.lr_warmup_epochs, args.lr_by, args.cos) == ("adamw", 5, 5, "step", True)
+    assert (args.online_drop_path, args.target_drop_path, args.queue, args.moco_t) == (0.2, 0, 4096, 0.2)
+    if method == "synco":
+        assert [getattr(args, f"n{i}") for i in range(1, 7)] == [128] * 6
+        assert (args.n_hard, args.sigma, args.delta, args.eta) == (256, 0.1, 0.01, 0.01)
+        assert (args.synthetic_first, args.synthetic_last) == (30, 100)
+    probe = main_lincls.parser()
+    probe.prog = "main_lincls.py"
+    args = probe.parse(["DIR", "--cfg", str(recipe)])
+    assert (args.arch, args.lr, args.learning_rate_scaling, args.epochs, args.wd) == (arch, [0.5], "linear", 100, [0])
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "words"),
+    [
+        ("main_moby", ("-a", "swin_tyny"), ("swin_tyny", "nearest is 'swin_tiny'")),
+        ("main_moby", ("--method", "mocov3"), ("--method", "synco")),
+        ("main_moby", ("--online-drop-path", 1), ("--online-drop-path 1", "[0, 1)")),
+        ("main_moby", ("--moco-m", 2), ("--moco-m",)),
+        ("main_moby", ("--method", "synco", "--n-hard", 50), ("--n-hard 50", "40 rows (--queue)")),
+        ("main_moby", ("--method", "synco", "--n-hard", 8, "--synthetic-first", 100), ("--synthetic-first 100", "below")),
+        ("main_moby", ("--recipe", "multicrop"), ("6 views, but two are needed",)),
+        ("main_synco", ("-a", "swin_tiny", "--image-size", 32), ("--arch swin_tiny", "main_moby.py")),
+    ],
+)
+def test_mistakes_are_one_line(name, options, words, script, shared_images):
+    base = SMALL if name == "main_moby" else ("-b", 8)
+    refused(script(name, shared_images, *base, *options), *words)
