@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from moco import distributed
-from moco.builder.momentum import MovingAverage
+from moco.builder.momentum import MovingAverage, enqueue
 from moco.loss.contrastive import unit
 from moco.loss.false_negatives import Cancellation, cancelled_nt_xent, find
 from moco.rng import Progress
@@ -93,12 +93,10 @@ class FNC(MovingAverage):
         """
         latest = distributed.all_gather_with_gradient(keys.transpose(0, 1).contiguous()).transpose(0, 1).flatten(0, 1)
         images = distributed.all_gather(index).repeat(len(keys))
-        places = torch.arange(len(latest), device=latest.device)
         if not self.rows:
-            return latest, images, places
-        places = (self.memory_ptr + places) % self.rows
-        self.memory[places], self.memory_index[places] = latest, images
-        self.memory_ptr.add_(len(latest)).remainder_(self.rows)
+            return latest, images, torch.arange(len(latest), device=latest.device)
+        places = enqueue(self.memory, self.memory_ptr, latest)
+        self.memory_index[places] = images
         return self.memory, self.memory_index, places
 
     def after_step(self) -> None:

@@ -89,7 +89,7 @@ class MoBY(OnlineAndTarget):
     With `kind`, it is SynCo-v2: synthetic negatives join either queue's from epoch `first` to before epoch `last`.
 
     Args:
-        encoder, projector, predictor, m: `OnlineAndTarget`'s.
+        online_and_target: `OnlineAndTarget`'s arguments.
         dim: feature size C.
         K: rows of each queue.
         T: softmax temperature.
@@ -99,11 +99,7 @@ class MoBY(OnlineAndTarget):
 
     def __init__(
         self,
-        encoder: Callable[[bool], nn.Module],
-        projector: Callable[[], nn.Module],
-        predictor: Callable[[], nn.Module],
-        m: float = 0.99,
-        *,
+        *online_and_target,
         dim: int = 256,
         K: int = 4096,
         T: float = 0.2,
@@ -111,7 +107,7 @@ class MoBY(OnlineAndTarget):
         first: int = 30,
         last: int = 100,
     ):
-        super().__init__(encoder, projector, predictor, m)
+        super().__init__(*online_and_target)
         self.T, self.kind, self.epochs = T, kind, range(first, last)
         for view in (1, 2):
             self.register_buffer(f"queue{view}", unit(torch.randn(K, dim)))  # [K, C], of this view's keys

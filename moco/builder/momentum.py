@@ -140,9 +140,13 @@ class MoCo(QueryAndKey):
 
 
 @torch.no_grad()
-def enqueue(queue: Tensor, pointer: Tensor, keys: Tensor) -> None:
-    """Overwrite the rows of `queue` [K, C] from `pointer` [1] on, which moves along, with `keys` [n, C]; any n, it wraps around."""
+def enqueue(queue: Tensor, pointer: Tensor, keys: Tensor) -> Tensor:
+    """Overwrite the rows of `queue` [K, C] from `pointer` [1] on, which moves along, with `keys` [n, C]; any n, it wraps around.
+
+    Returns where each key belongs, [n]; with n above K only the last K keys stay.
+    """
     n, K = len(keys), len(queue)
     places = (pointer + torch.arange(n, device=keys.device)) % K
     queue[places[-K:]] = keys[-K:]
     pointer.add_(n).remainder_(K)
+    return places

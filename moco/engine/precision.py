@@ -21,8 +21,8 @@ def scaler(amp: str, device: torch.device) -> torch.amp.GradScaler:
 def place(model: nn.Module, device: torch.device, compile: bool, recompute: bool) -> nn.Module:
     """Move `model` to `device`, channels last on a GPU.
 
-    With `recompute`, its residual blocks keep nothing for the gradient but what they get, and run once more for it; with `compile`,
-    compile its children (the networks) in place.
+    With `recompute`, its networks' blocks keep nothing for the gradient but what they get, and run once more for it; with
+    `compile`, compile its children (the networks) in place.
     """
     model.to(device)
     if device.type == "cuda":
