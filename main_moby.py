@@ -74,17 +74,14 @@ def head(width: int, layers: int, args: cli.Options, device: torch.device) -> nn
 
 
 def build(args: cli.Options, device: torch.device) -> OnlineAndTarget:
-    def encoder(online: bool) -> nn.Module:
-        net = networks.create(args.arch, 0, args.image_size, args.online_drop_path if online else args.target_drop_path)
+    def encoder(drop_path: float) -> nn.Module:
+        net = networks.create(args.arch, 0, args.image_size, drop_path)
         projection(net, args)
         return distributed.sync_batch_norm(net, device)
 
-    width = networks.width(networks.create(args.arch, 0, args.image_size))
-    parts = (
-        encoder,
-        lambda: head(width, args.proj_layers, args, device),
-        lambda: head(args.moco_dim, args.pred_layers, args, device),
-    )
+    online, target = encoder(args.online_drop_path), encoder(args.target_drop_path)
+    projector = head(networks.width(online), args.proj_layers, args, device)
+    parts = (online, target, projector, head(args.moco_dim, args.pred_layers, args, device))
     if args.method == "byol":
         return BYOL(*parts, args.moco_m)
     more = {"dim": args.moco_dim, "K": args.queue, "T": args.moco_t}

@@ -25,11 +25,11 @@ def encoder(online):
 
 
 def build(method):
-    heads = (lambda: projector([8, 10, DIM], bias=True), lambda: projector([DIM, 10, DIM], bias=True))
+    parts = (encoder(True), encoder(False), projector([8, 10, DIM], bias=True), projector([DIM, 10, DIM], bias=True))
     if method == "byol":
-        return BYOL(encoder, *heads, M).double()
+        return BYOL(*parts, M).double()
     more = {"kind": KIND, "first": 1, "last": 3} if method == "synco" else {}
-    return MoBY(encoder, *heads, M, dim=DIM, K=K, T=T, **more).double()
+    return MoBY(*parts, M, dim=DIM, K=K, T=T, **more).double()
 
 
 def at(step):

@@ -6,7 +6,7 @@ An online encoder, projector and predictor train. A target encoder and projector
 import copy
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -22,25 +22,19 @@ class OnlineAndTarget(nn.Module, ABC):
     """What the three methods share.
 
     Args:
-        encoder: makes a backbone [B, 3, H, W] -> [B, D] without a head; called with True for the online one, which trains, and with
-            False for the target, which may differ in its stochastic depth, and starts with the same weights.
-        projector: makes the head D -> C.
-        predictor: makes the online head C -> C.
+        encoder: the online backbone [B, 3, H, W] -> [B, D] without a head, which trains.
+        encoder_k: the target's, which may differ in its stochastic depth; it takes the online one's weights.
+        projector: the head D -> C; the target has a copy.
+        predictor: the online head C -> C.
         m: momentum of the target at the first step, in [0, 1]; by a half cosine it is 1 at the last.
     """
 
-    def __init__(
-        self,
-        encoder: Callable[[bool], nn.Module],
-        projector: Callable[[], nn.Module],
-        predictor: Callable[[], nn.Module],
-        m: float = 0.99,
-    ):
+    def __init__(self, encoder: nn.Module, encoder_k: nn.Module, projector: nn.Module, predictor: nn.Module, m: float = 0.99):
         super().__init__()
         self.m = m
-        self.encoder, self.projector, self.predictor = encoder(True), projector(), predictor()
-        self.encoder_k, self.projector_k = encoder(False), copy.deepcopy(self.projector)
-        self.encoder_k.load_state_dict(self.encoder.state_dict())
+        self.encoder, self.projector, self.predictor = encoder, projector, predictor
+        self.encoder_k, self.projector_k = encoder_k, copy.deepcopy(projector)
+        self.encoder_k.load_state_dict(encoder.state_dict())
         for target in (self.encoder_k, self.projector_k):
             target.requires_grad_(False)
         self._progress = Progress()
