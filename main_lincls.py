@@ -25,7 +25,6 @@ def parser() -> cli.Parser:
 
 
 def check(args: cli.Options) -> None:
-    args.method = "linear" if args.weights == "freeze" else "finetune"
     for option, values in (("--lr", args.lr), ("--wd", args.wd)):
         printed = [f"{value:g}" for value in values]  # as the results name them
         if len(set(printed)) < len(printed):
@@ -34,6 +33,7 @@ def check(args: cli.Options) -> None:
             raise InputError(f"{option} {' '.join(printed)}: --weights finetune trains one network; give one value")
     classify.check_choice(args)
     classify.take_up(args, ("weights", "lr", "wd"))
+    args.method = "linear" if args.weights == "freeze" else "finetune"
     classify.check(args)
 
 

@@ -9,25 +9,39 @@ from torch import nn
 
 from moco import distributed
 from moco.builder.moby import BYOL, MoBY, OnlineAndTarget
-from moco.encoder import networks
+from moco.encoder import networks, timm_networks
 from moco.engine import cli, pretrain
 from moco.engine.log import say
 from moco.errors import InputError
 
-METHODS = ("moby", "byol", "synco")
+# what the papers give each method: momentum, rate (x total batch / 512 there, / 256 here) and decay
+OWN = {
+    "moby": {"moco_m": 0.99, "lr": 0.0005, "wd": 0.05},
+    "synco": {"moco_m": 0.99, "lr": 0.0005, "wd": 0.05},
+    "byol": {"moco_m": 0.996, "lr": 0.0001, "wd": 0.03},
+}
+# options of Swin-style scripts that mean nothing here
+ELSEWHERE = {
+    "amp-opt-level": "give --amp bf16 or --amp off",
+    "zip": "leave it out: images are read from folders",
+    "cache-mode": "leave it out: images are read from folders",
+    "eval": "use main_lincls.py or main_knn.py",
+    "throughput": "the log lines have images_per_s",
+}
 
 
 def parser() -> cli.Parser:
-    p = cli.Parser(__doc__)
+    p = cli.Parser(__doc__, ELSEWHERE)
     cli.add_pretrain(p, transformers=True, each=True)
-    p.also_named({"use-checkpoint": "grad-checkpoint"})
-    group = p.add_argument_group("method")
-    group.add_argument("--method", choices=METHODS, default="moby", help="synco: MoBY with synthetic negatives (SynCo-v2)")
+    own = "; ".join(f"{name} {', '.join(f'{value:g}' for value in values.values())}" for name, values in OWN.items())
+    group = p.add_argument_group("method", f"by default --moco-m, --lr and --wd are the method's own: {own}")
+    group.add_argument("--method", choices=OWN, default="moby", help="synco: MoBY with synthetic negatives (SynCo-v2)")
     group = p.add_argument_group("online and target network")
-    group.add_argument("--moco-m", type=float, default=0.99, help="momentum of the target at the first step; 1 at the last")
-    group.add_argument("--online-drop-path", type=float, default=0.2, metavar="P", help="stochastic depth of the online encoder")
+    group.add_argument("--moco-m", type=float, help="momentum of the target at the first step; 1 at the last")
+    depth = "stochastic depth of the online encoder (default: 0.2 of the ViTs and Swins by short name, else 0)"
+    group.add_argument("--online-drop-path", type=float, metavar="P", help=depth)
     group.add_argument("--target-drop-path", type=float, default=0.0, metavar="P", help="and of the target")
-    group.add_argument("--stop-grad-conv1", action=cli.Switch, default=False, help="keep a ViT's patch projection as it begins")
+    group.add_argument("--stop-grad-conv1", action=cli.Switch, default=False, help="keep the patch projection as it begins")
     group.add_argument("--proj-layers", type=cli.positive, default=2, help="linear layers of the projector")
     group.add_argument("--pred-layers", type=cli.positive, default=2, help="and of the predictor")
     group.add_argument("--mlp-dim", type=cli.positive, default=4096, help="width of both")
@@ -38,23 +52,29 @@ def parser() -> cli.Parser:
     group = cli.add_synthetic(p, "synthetic negatives (synco)", n_hard=256, each=128, sigma=0.1)
     group.add_argument("--synthetic-first", type=cli.natural, default=30, metavar="EPOCH", help="of the synthetic negatives")
     group.add_argument("--synthetic-last", type=cli.natural, default=100, metavar="EPOCH", help="the first without them again")
-    p.set_defaults(arch="vit_small", epochs=300, batch_size=128, recipe="byol", optimizer="adamw", wd=0.05, clip_grad=5.0)
-    # .001 x total batch / 512, down to 5e-6 x total batch / 512
-    p.set_defaults(lr=0.0005, lr_final=2.5e-6, learning_rate_scaling="linear", lr_warmup_epochs=5, lr_by="step", cos=True)
+    p.set_defaults(arch="vit_small", epochs=300, batch_size=128, recipe="byol", optimizer="adamw", clip_grad=5.0, lr=None, wd=None)
+    p.set_defaults(lr_final=2.5e-6, learning_rate_scaling="linear", lr_warmup_epochs=5, lr_by="step", cos=True)
     return p
 
 
 def check(args: cli.Options) -> None:
+    for name, value in OWN[args.method].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if args.online_drop_path is None:
+        args.online_drop_path = 0.2 if args.arch in timm_networks.SHORT else 0.0
     if not args.moco_t > 0 or not 0 <= args.moco_m <= 1:
         raise InputError(f"--moco-t must be above 0 and --moco-m in [0, 1]; got {args.moco_t:g} and {args.moco_m:g}")
     for name in ("online_drop_path", "target_drop_path"):
         if not 0 <= getattr(args, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name):g}: must be in [0, 1)")
     if args.method == "synco":
-        cli.synthetic(args, args.queue, "--queue")
+        if not cli.synthetic(args, args.queue, "--queue").total:
+            raise InputError("--method synco: --n1 to --n6 are all 0; give some, or --method moby")
         if args.synthetic_first >= args.synthetic_last:
             raise InputError(f"--synthetic-first {args.synthetic_first}: must be below --synthetic-last {args.synthetic_last}")
-    projection(networks.create(args.arch, 0, args.image_size), args)
+    for drop_path in {args.online_drop_path, args.target_drop_path}:
+        projection(networks.create(args.arch, 1, args.image_size, drop_path), args)
     pretrain.check_views(args)
     pretrain.check(args, transformers=True)
 
@@ -63,9 +83,9 @@ def projection(net: nn.Module, args: cli.Options) -> None:
     """Freeze what --stop-grad-conv1 says."""
     if not args.stop_grad_conv1:
         return
-    if not hasattr(net, "patch_embed"):
+    if not hasattr(net, "patch_embed") or not hasattr(net.patch_embed, "proj"):
         raise InputError(f"--stop-grad-conv1: {args.arch} has no patch projection; leave it out")
-    net.patch_embed.requires_grad_(False)
+    net.patch_embed.proj.requires_grad_(False)
 
 
 def head(width: int, layers: int, args: cli.Options, device: torch.device) -> nn.Module:
@@ -96,6 +116,8 @@ def worker(args: cli.Options, device: torch.device) -> None:
         total = cli.synthetic(args, args.queue, "--queue").total
         when = f"from epoch {args.synthetic_first} on (--synthetic-first), without them from {args.synthetic_last} on"
         say(f"{total} synthetic negatives per query {when} (--synthetic-last)")
+        if args.synthetic_first >= args.epochs:
+            say(f"the run ends after {args.epochs} epochs, before there are any: it is MoBY")
     say(f"target momentum {args.moco_m:g} at the first step, 1 at the last (--moco-m)")
     pretrain.train(args, device, lambda images: build(args, device))
 

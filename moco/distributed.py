@@ -1,5 +1,6 @@
 """Ranks: what the processes exchange, the permutation behind shuffled BN, and batch norm over all of them."""
 
+import functools
 import warnings
 
 import torch
@@ -81,16 +82,22 @@ def sync_batch_norm(module: nn.Module, device: torch.device) -> nn.Module:
     """`module` with every batch norm over the joint batch of all ranks in place of the rank's own; as it is for one process."""
     if world() == 1:
         return module
-    if device.type == "cuda":
+    norms = [child for child in module.modules() if isinstance(child, nn.BatchNorm1d | nn.BatchNorm2d)]
+    if device.type != "cuda":
+        for norm in norms:
+            norm.__class__ = _synced(type(norm))
+        return module
+    if all(type(norm) in (nn.BatchNorm1d, nn.BatchNorm2d) for norm in norms):
         return nn.SyncBatchNorm.convert_sync_batchnorm(module)
-    for child in module.modules():
-        if type(child) in (nn.BatchNorm1d, nn.BatchNorm2d):
-            child.__class__ = _SYNCED[type(child)]
-    return module
+    from timm.layers import convert_sync_batchnorm  # which keeps the activations that timm has inside its batch norms
+
+    return convert_sync_batchnorm(module)
 
 
 class _SyncBatchNorm:
-    """Before one of torch's batch norms: statistics of the joint batch on a CPU, where torch.nn.SyncBatchNorm does not run."""
+    """Before one of torch's batch norms, or timm's with its activation: statistics of the joint batch on a CPU, where
+    torch.nn.SyncBatchNorm does not run.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
@@ -107,7 +114,8 @@ class _SyncBatchNorm:
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)
         out = centred * torch.rsqrt(variance + self.eps).view(shape)
-        return (out * self.weight.view(shape) + self.bias.view(shape) if self.affine else out).to(x.dtype)
+        out = (out * self.weight.view(shape) + self.bias.view(shape) if self.affine else out).to(x.dtype)
+        return self.act(self.drop(out)) if hasattr(self, "act") else out
 
 
 class _AllReduce(torch.autograd.Function):
@@ -122,7 +130,9 @@ class _AllReduce(torch.autograd.Function):
         return all_reduce_sum(gradient.clone())
 
 
-_SYNCED = {kind: type(kind.__name__, (_SyncBatchNorm, kind), {}) for kind in (nn.BatchNorm1d, nn.BatchNorm2d)}
+@functools.cache
+def _synced(kind: type[nn.Module]) -> type[nn.Module]:
+    return type(kind.__name__, (_SyncBatchNorm, kind), {})
 
 
 def broadcast_buffers(model: nn.Module) -> None:

@@ -64,9 +64,9 @@ def shell(*command: object, env: dict[str, str] | None = None, wait: bool = True
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT, "env": {**os.environ, **(env or {})}}
     if not wait:
         return subprocess.Popen(words, **pipes)
-    published = any("localhost:10001" in word for word in words)  # the port of the published commands: one at a time
-    lock = FileLock(Path(tempfile.gettempdir()) / "hard-negatives-port-10001.lock") if published else contextlib.nullcontext()
-    with lock:
+    # the ports of the published commands: one at a time
+    port = next((port for port in ("10001", "12345") if any(word.endswith((f":{port}", f"port={port}")) for word in words)), None)
+    with FileLock(Path(tempfile.gettempdir()) / f"hard-negatives-port-{port}.lock") if port else contextlib.nullcontext():
         return subprocess.run(words, timeout=600, **pipes)
 
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from conftest import on_two_ranks
 from torch import nn
 
+import main_moby
 from moco import distributed
 from moco.builder.moby import BYOL, MoBY
 from moco.encoder.networks import projector
@@ -36,9 +37,9 @@ def at(step):
     return Progress(seed=3, epoch=step // STEPS, step=step, steps_per_epoch=STEPS, epochs=EPOCHS)
 
 
-def views(step, n=B):
+def views(step, n=B, size=9):
     generator = torch.Generator().manual_seed(step)
-    return [torch.randn(n, 3, 9, 9, generator=generator, dtype=torch.float64) for _ in range(2)]
+    return [torch.randn(n, 3, size, size, generator=generator, dtype=torch.float64) for _ in range(2)]
 
 
 def cross_entropy(q, k, queue, mixed):
@@ -130,14 +131,19 @@ def test_byol_lies_between_0_and_4():
 # two ranks
 
 
+OPTIONS = "photos -a test_efficientnet --image-size 32 --mlp-dim 10 --moco-dim 4 --queue 11 --method".split()
+
+
 def four_steps(rank, method):
-    """On this rank's half of the joint batch, or alone on all of it, with batch norm over all."""
-    model, found = build(method), []
-    distributed.sync_batch_norm(model, torch.device("cpu"))
+    """What the script builds, on this rank's half of the joint batch, or alone on all of it."""
+    args = main_moby.parser().parse([*OPTIONS, method])
+    main_moby.check(args)
+    torch.manual_seed(0)
+    model, found = main_moby.build(args, torch.device("cpu")).double(), []
     ddp = distributed.data_parallel(model)
     mine = slice(None) if rank is None else slice(B * rank, B * rank + B)
     for step in range(4):
-        loss, metrics = ddp([view[mine] for view in views(step, 2 * B)], torch.arange(B), at(step))
+        loss, metrics = ddp([view[mine] for view in views(step, 2 * B, 32)], torch.arange(B), at(step))
         loss.backward()
         trained = [p for p in model.parameters() if p.requires_grad]
         gradients = [p.grad.clone() for p in trained]

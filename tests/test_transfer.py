@@ -33,10 +33,23 @@ def test_a_probe_on_every_data_set(name, script, tmp_path):
     assert ("mean_per_class" in found["metrics"]) == (metric == "mean_per_class")
 
 
-@pytest.mark.parametrize("name", ["cifar10", "voc2007"])
-def test_fine_tuning_on_named_data(name, script, tmp_path):
+@pytest.mark.parametrize(("name", "arch"), [("cifar10", "resnet18"), ("voc2007", "resnet18"), ("flowers", "test_vit")])
+def test_fine_tuning_on_named_data(name, arch, script, tmp_path):
     WRITERS[name](Tree(tmp_path / "data"))
-    options = ("--dataset", name, *SMALL, "--weights", "finetune", "--lr", 0.01, tmp_path / "data", "--save-dir", tmp_path / "run")
+    options = (
+        "--dataset",
+        name,
+        *SMALL,
+        "-a",
+        arch,
+        "--weights",
+        "finetune",
+        "--lr",
+        0.01,
+        tmp_path / "data",
+        "--save-dir",
+        tmp_path / "run",
+    )
     status, out, err = script("main_lincls", *options)
     assert status == 0, err
     assert results(tmp_path / "run")["protocol"] == "finetune" and "frozen backbone" not in out

@@ -2,24 +2,32 @@
 
 import json
 import math
+import sys
+import types
 
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from conftest import ROOT, shell
 from test_cli import refused
+from test_named import WRITERS, Tree
 from test_runs import facts, load, same, succeeded
 from test_voc07 import write_voc
 
 import main_lincls
 import main_moby
 from moco.encoder import networks, published, timm_networks
+from moco.engine import checkpoint
 from moco.errors import InputError
 
 # the smallest networks of their kinds, at a size that they get through in moments
-SMALL = ("--image-size", 32, "-b", 8, "-j", 0, "--epochs", 1, "--mlp-dim", 32, "--moco-dim", 16, "--queue", 40, "-a", "vit_tiny")
+SIZES = ("--image-size", 32, "-b", 8, "-j", 0, "--epochs", 1, "--mlp-dim", 32, "--moco-dim", 16, "--queue", 40)
+SMALL = (*SIZES, "-a", "test_vit", "--online-drop-path", 0.2)
+VIT = (*SIZES, "-a", "vit_tiny")
 SYNCO = ("--n-hard", 8, *(word for i in range(1, 7) for word in (f"--n{i}", 2)), "--synthetic-first", 1, "--synthetic-last", 2)
 METHODS = {"moby": (), "synco": SYNCO, "byol": ("--moco-m", 0.9)}
+ARCHS = {"moby": "swin_tiny", "synco": "test_vit", "byol": "vit_tiny"}
 
 
 # networks
@@ -34,14 +42,14 @@ def test_the_small_vit_is_moco_v3s():
 
 
 @pytest.mark.parametrize(("height", "width", "dim"), [(3, 5, 8), (14, 14, 384)])
-def test_positions_are_sines_and_cosines_of_column_and_row(height, width, dim):
+def test_positions_are_sines_and_cosines_of_row_and_column(height, width, dim):
     table = timm_networks.sine_positions(height, width, dim)
     assert table.shape == (height * width, dim)
     for place in (0, 1, width, height * width - 1):
         row, column = divmod(place, width)
         quarter = dim // 4
         rates = [1 / 10_000 ** (i / quarter) for i in range(quarter)]
-        slow = [f(where * rate) for where in (column, row) for f in (math.sin, math.cos) for rate in rates]
+        slow = [f(where * rate) for where in (row, column) for f in (math.sin, math.cos) for rate in rates]
         torch.testing.assert_close(table[place], torch.tensor(slow), rtol=0, atol=1e-5)
     net = networks.create("vit_tiny", 0, 32)
     assert not net.pos_embed[0, 0].any()  # the class token's
@@ -112,20 +120,54 @@ def test_a_moby_checkpoint_of_other_software(tmp_path, script, shared_images):
 
 
 def test_positions_for_another_size_are_interpolated():
-    small, large = networks.create("vit_tiny", 3, 32), networks.create("vit_tiny", 3, 64)
+    small, large = networks.create("vit_tiny", 3, 64), networks.create("vit_tiny", 3, 96)
+    with torch.no_grad():
+        small.pos_embed.normal_()
     published.load_backbone(large, {f"encoder.{name}": tensor for name, tensor in small.state_dict().items()}, "file")
     assert torch.equal(large.blocks[0].attn.qkv.weight, small.blocks[0].attn.qkv.weight)
-    assert large.pos_embed.shape == (1, 17, 192)
+    grid = small.pos_embed[:, 1:].transpose(1, 2).view(1, 192, 4, 4)
+    wider = F.interpolate(grid, (6, 6), mode="bicubic", antialias=True, align_corners=False).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(large.pos_embed, torch.cat([small.pos_embed[:, :1], wider], 1), rtol=0, atol=1e-5)
+
+
+def test_what_is_another_network_is_not_loaded():
+    """Of the same shapes but with six heads; with other patches."""
+    theirs = timm.create_model("vit_small_patch16_224", img_size=32).state_dict()
+    with pytest.raises(InputError, match=r"f\.pt: its positions are learned, .* -a vit_small_patch16_224"):
+        published.load_backbone(networks.create("vit_small", 3, 32), theirs, "f.pt")
+    assert published.load_backbone(networks.create("vit_small_patch16_224", 3, 32), theirs, "f.pt") == 150
+    mine = networks.create("vit_small", 3, 64)
+    for row_first in (True, False):
+        table = timm_networks.sine_positions(2, 2, 384)
+        theirs["pos_embed"][0, 1:] = table if row_first else table.view(2, 2, 384).transpose(0, 1).reshape(4, 384)
+        assert published.load_backbone(mine, theirs, "f.pt") == 150
+    finer = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8).state_dict()
+    with pytest.raises(InputError, match=r"shapes differ: patch_embed\.proj\.weight \(192, 3, 8, 8\) for \(192, 3, 16, 16\)"):
+        published.load_backbone(networks.create("vit_tiny", 3, 32), finer, "f.pt")
+
+
+def test_settings_in_a_swin_style_file_are_no_hindrance(tmp_path):
+    """yacs' CfgNode, a dict with attributes; nothing of it is imported or run."""
+    module = types.ModuleType("yacs.config")
+    node = module.CfgNode = type("CfgNode", (dict,), {"__module__": "yacs.config"})
+    settings = node(MODEL=node(TYPE="moby"), EPOCHS=300)
+    settings.__dict__["__immutable__"] = True
+    state = {"model": {"encoder.x": torch.ones(2)}, "epoch": 299, "config": settings}
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setitem(sys.modules, "yacs.config", module)
+        torch.save(state, tmp_path / "ckpt_epoch_299.pth")
+    found = checkpoint.load(str(tmp_path / "ckpt_epoch_299.pth"))
+    assert torch.equal(checkpoint.tensors(found)["encoder.x"], torch.ones(2))
+    assert found["config"]["MODEL"]["TYPE"] == "moby" and found["config"]["EPOCHS"] == 300
 
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory, shared_images):
-    """One of each method, with timm's own Swin for the first."""
+    """One of each method, each of another network."""
     files = {}
     for method, options in METHODS.items():
         run = tmp_path_factory.mktemp(method)
-        arch = ("-a", "swin_tiny") if method == "moby" else ()
-        command = ("main_moby.py", shared_images, *SMALL, "--method", method, *options, *arch, "--knn-every", 1)
+        command = ("main_moby.py", shared_images, *SIZES, "--method", method, *options, "-a", ARCHS[method], "--knn-every", 1)
         succeeded(shell(*command, "--save-dir", run))
         files[method] = run / "checkpoint_0000.pth.tar"
     return files
@@ -157,7 +199,7 @@ def test_every_evaluation_reads_the_checkpoint(method, checkpoints, script, shar
         )
         assert status == 0, err
         found = json.loads((run / "results.json").read_text())
-        assert (found["method"], found["arch"]) == (method, "swin_tiny" if method == "moby" else "vit_tiny")
+        assert (found["method"], found["arch"]) == (method, ARCHS[method])
         assert all(0 <= value <= 1 or name.startswith("best") for name, value in found["metrics"].items())
         count = len(networks.backbone_keys(networks.create(found["arch"], 1, 32)))
         assert f"{count} of {count} backbone tensors matched" in out
@@ -183,6 +225,14 @@ def test_resumed_equals_never_stopped(method, script, shared_images, tmp_path):
 
 
 def test_blocks_computed_again_change_nothing(script, shared_images, tmp_path):
+    net, calls = networks.create("test_vit", 3, 32), []
+    net.blocks[2].register_forward_pre_hook(lambda *_: calls.append(1))
+    networks.recompute_blocks(net)
+    net(torch.randn(2, 3, 32, 32)).sum().backward()
+    assert len(calls) == 2
+    for arch, words in (("resnet26d", "has batch norm"), ("cs3darknet_focus_s", "--grad-checkpoint")):
+        with pytest.raises(InputError, match=words):
+            networks.recompute_blocks(networks.create(arch, 3, 64))
     states = []
     for name in ("--no-stop-grad-conv1", "--use-checkpoint"):
         status, _, err = script("main_moby", shared_images, *SMALL, name, "--save-dir", tmp_path / name)
@@ -193,11 +243,10 @@ def test_blocks_computed_again_change_nothing(script, shared_images, tmp_path):
 
 def test_a_frozen_patch_projection_stays(script, shared_images, tmp_path):
     status, _, err = script(
-        "main_moby", shared_images, *SMALL, "--epochs", 2, "--stop-grad-conv1", "--wd", 0.5, "--save-dir", tmp_path
+        "main_moby", shared_images, *VIT, "--epochs", 2, "--stop-grad-conv1", "--wd", 0.5, "--save-dir", tmp_path
     )
     assert status == 0, err
     first, second = (load(tmp_path / f"checkpoint_000{i}.pth.tar")["state_dict"] for i in range(2))
-    torch.manual_seed(0)
     kept = ["patch_embed.proj.weight", "patch_embed.proj.bias", "pos_embed"]
     for name in kept:
         for part in ("encoder", "encoder_k"):
@@ -207,7 +256,7 @@ def test_a_frozen_patch_projection_stays(script, shared_images, tmp_path):
     bound = math.sqrt(6 / (3 * 16 * 16 + 192))
     weight = second["module.encoder.patch_embed.proj.weight"]
     assert weight.abs().max() <= bound and weight.std() == pytest.approx(bound / 3**0.5, rel=0.02)  # as it was drawn
-    refused(script("main_moby", shared_images, *SMALL, "-a", "resnet18", "--stop-grad-conv1"), "resnet18 has no patch projection")
+    refused(script("main_moby", shared_images, *SIZES, "-a", "resnet18", "--stop-grad-conv1"), "resnet18 has no patch projection")
 
 
 def test_clipping(script, shared_images, tmp_path):
@@ -215,41 +264,19 @@ def test_clipping(script, shared_images, tmp_path):
     moves = []
     for clip in (0, 0.01):
         run = tmp_path / str(clip)
-        plain = (
-            "--optimizer",
-            "sgd",
-            "--momentum",
-            0,
-            "--wd",
-            0,
-            "--lr",
-            1,
-            "--learning-rate-scaling",
-            "none",
-            "--lr-warmup-epochs",
-            0,
-        )
+        plain = "--optimizer sgd --momentum 0 --wd 0 --lr 1 --learning-rate-scaling none --lr-by epoch --no-cos"
         options = (
-            *plain,
-            "--clip-grad",
+            *plain.split(),
+            *"--lr-warmup-epochs 0 -b 24 --epochs 2 --accumulation-steps 2 -p 1 --clip-grad".split(),
             clip,
-            "-b",
-            24,
-            "--epochs",
-            2,
-            "--save-every",
-            1,
-            "--lr-by",
-            "epoch",
-            "--no-cos",
-            "--lr-warmup-epochs",
-            0,
+            "--save-dir",
+            run,
         )
-        status, _, err = script("main_moby", shared_images, *SMALL, *options, "--save-dir", run, "--accumulation-steps", 2, "-p", 1)
+        status, _, err = script("main_moby", shared_images, *SMALL, *options)
         assert status == 0, err
         first, second = (load(run / f"checkpoint_000{i}.pth.tar")["state_dict"] for i in range(2))
         trained = [n for n in first if ".encoder." in n or ".projector." in n or ".predictor." in n]
-        trained = [n for n in trained if "running" not in n and "num_batches" not in n and "pos_embed" not in n]
+        trained = [n for n in trained if "running" not in n and "num_batches" not in n]
         moves.append(math.sqrt(sum(float((second[n] - first[n]).double().square().sum()) for n in trained)))
         lengths = [math.hypot(*(line[f"grad_{part}"] for part in ("encoder", "projector", "predictor"))) for line in facts(run)]
         assert moves[-1] == pytest.approx(min(lengths[1], clip or math.inf), rel=1e-3)
@@ -259,6 +286,7 @@ def test_clipping(script, shared_images, tmp_path):
 # published commands
 
 
+RESULTS = ("imagenet-freeze", "cifar10-finetune")
 LAUNCH = ("-m", "torch.distributed.launch", "--nproc_per_node=2", "--master_port=12345")
 
 
@@ -274,22 +302,60 @@ def test_published_commands_run(shared_images, tmp_path):
     command = (*LAUNCH, "main_lincls.py", "--cfg", "configs/moby_vit_tiny.yaml", *data, "--batch-size", 8, *run)
     out = succeeded(shell(*command, *small))
     assert "150 of 150 backbone tensors matched" in out and "lr after scaling 0.015625" in out
-    results = json.loads((tmp_path / "T" / "lincls" / "results.json").read_text())
-    assert (results["method"], results["arch"], results["protocol"]) == ("moby", "vit_tiny", "linear")
-    out = succeeded(shell(*command, *small, "--dataset", "imagenet", "--weights", "finetune"))
+    WRITERS["cifar10"](Tree(tmp_path / "cifar"))
+    command = tuple(tmp_path / "cifar" if word == shared_images else word for word in command)
+    out = succeeded(shell(*command, *small, "--dataset", "cifar10", "--weights", "finetune"))
     assert "150 of 150 backbone tensors matched" in out
+    found = [json.loads((tmp_path / "T" / f"lincls-{name}" / "results.json").read_text()) for name in RESULTS]
+    assert [(one["method"], one["arch"], one["dataset"], one["protocol"]) for one in found] == [
+        ("moby", "vit_tiny", str(shared_images), "linear"),
+        ("moby", "vit_tiny", "cifar10", "finetune"),
+    ]
 
 
 def test_opts_are_spelled_as_options(script, shared_images, tmp_path):
     given = ("--data-path", shared_images, "--opts", "DATA.DATASET", "cifar10", "LINEAR_EVAL.WEIGHTS", "finetune")
-    refused(script("main_lincls", *given), "--opts: give --dataset cifar10 --weights finetune instead")
-    refused(
-        script("main_moby", "DIR", "--opts", "TRAIN.EPOCHS", "5", "AMP_OPT_LEVEL", "O1"), "give --epochs 5 instead", "AMP_OPT_LEVEL"
-    )
-    refused(script("main_moby", "DIR", "--opts"), "as an option of its own")
+    refused(script("main_lincls", *given), "give --dataset cifar10 --weights finetune instead")
+    given = ("--opts", "TRAIN.EPOCHS", 5, "AMP_OPT_LEVEL", "O1", "DATA.DATASET", "cifar10", "-b", 3)
+    refused(script("main_moby", "DIR", *given), "give --epochs 5 instead; here is nothing like AMP_OPT_LEVEL, DATA.DATASET\n")
+    given = ("--opts", "TRAIN.BASE_LR", 0.001, "TRAIN.USE_CHECKPOINT", True, "DATA.BATCH_SIZE", 64)
+    same = "--lr 0.0005 --learning-rate-scaling linear --grad-checkpoint --batch-size 64"
+    refused(script("main_moby", "DIR", *given), f"give {same} instead\n")
+    refused(script("main_lincls", "DIR", *given), f"give {same} x processes instead\n")
+    refused(script("main_moby", "DIR", "--opts"), "each setting is an option of its own; leave it out\n")
 
 
-@pytest.mark.parametrize("recipe", sorted(ROOT.glob("configs/*_vit_*.yaml")) + sorted(ROOT.glob("configs/*_swin_*.yaml")), ids=str)
+def test_an_evaluation_finds_the_run_or_says_that_there_is_none(script, shared_images, checkpoints, tmp_path):
+    small = (shared_images, "--image-size", 32, "-b", 8, "-j", 0, "--k", 5)
+    refused(script("main_knn", *small, "--output", tmp_path, "--tag", "T"), f"no checkpoint_*.pth.tar in {tmp_path / 'T'}")
+    refused(script("main_knn", *small, "--tag", "T"), "--tag T", "give --output DIR")
+    run = checkpoints["synco"].parent
+    found = ("--output", run.parent, "--tag", run.name, "--cfg", ROOT / "configs" / "synco_vit_small.yaml", "-a", "test_vit")
+    status, out, err = script("main_knn", *small, *found, "--save-dir", tmp_path / "elsewhere")
+    assert status == 0 and "checkpoint_0000.pth.tar: 78 of 78" in out and (tmp_path / "elsewhere" / "results.json").exists(), err
+    status, out, err = script("main_knn", *small, *found, "--image-size", 16)
+    assert status == 0 and "pre-trained at 32 pixels, and sees 16 here" in out and (run / "knn-imagenet").exists(), err
+
+
+def test_each_method_has_its_own_settings():
+    for method, settings in (("moby", (0.99, 5e-4, 0.05)), ("synco", (0.99, 5e-4, 0.05)), ("byol", (0.996, 1e-4, 0.03))):
+        args = main_moby.parser().parse(["photos", "--method", method, "--image-size", "32", "-a", "vit_tiny"])
+        main_moby.check(args)
+        assert (args.moco_m, args.lr, args.wd) == settings and args.online_drop_path == 0.2
+    args = main_moby.parser().parse(["photos", "--method", "byol", "--lr", "1", "--wd", "0", "--moco-m", "0", "-a", "resnet18"])
+    main_moby.check(args)
+    assert (args.moco_m, args.lr, args.wd, args.online_drop_path) == (0, 1, 0, 0)
+
+
+RECIPES = sorted(ROOT.glob("configs/*_vit_*.yaml")) + sorted(ROOT.glob("configs/*_swin_*.yaml"))
+
+
+def test_there_is_a_recipe_for_every_method_and_network():
+    archs = ("vit_small", "vit_base", "swin_tiny", "swin_small", "swin_base")
+    assert {path.stem for path in RECIPES} == {f"{method}_{arch}" for method in METHODS for arch in archs} | {"moby_vit_tiny"}
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_recipes_hold_the_published_settings(recipe):
     args = main_moby.parser().parse(["DIR", "--cfg", str(recipe)])
     method, arch = recipe.stem.split("_", 1)
@@ -307,6 +373,7 @@ def test_recipes_hold_the_published_settings(recipe):
     probe.prog = "main_lincls.py"
     args = probe.parse(["DIR", "--cfg", str(recipe)])
     assert (args.arch, args.lr, args.learning_rate_scaling, args.epochs, args.wd) == (arch, [0.5], "linear", 100, [0])
+    assert args.clip_grad == 5
 
 
 @pytest.mark.parametrize(
@@ -318,6 +385,12 @@ def test_recipes_hold_the_published_settings(recipe):
         ("main_moby", ("--moco-m", 2), ("--moco-m",)),
         ("main_moby", ("--method", "synco", "--n-hard", 50), ("--n-hard 50", "40 rows (--queue)")),
         ("main_moby", ("--method", "synco", "--n-hard", 8, "--synthetic-first", 100), ("--synthetic-first 100", "below")),
+        ("main_moby", ("--method", "synco", "--queue", 400, *(f"--n{i}=0" for i in range(1, 7))), ("--n1 to --n6 are all 0",)),
+        ("main_moby", ("--image-size", 24), ("--image-size 24", "multiple", "16 pixels")),
+        ("main_moby", ("-a", "resnet18"), ("resnet18: has no stochastic depth; leave --online-drop-path",)),
+        ("main_moby", ("-a", "densenet121"), ("densenet121: has no stochastic depth",)),
+        ("main_moby", ("-a", "deit_tiny_distilled_patch16_224"), ("not one linear layer",)),
+        ("main_moby", ("--amp-opt-level", "O1", "--zip"), ("--amp-opt-level: give --amp", "--zip: leave it out")),
         ("main_moby", ("--recipe", "multicrop"), ("6 views, but two are needed",)),
         ("main_synco", ("-a", "swin_tiny", "--image-size", 32), ("--arch swin_tiny", "main_moby.py")),
     ],

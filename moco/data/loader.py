@@ -129,7 +129,7 @@ def batches(
 ) -> Iterator[Batch]:
     """Read `images` in `order` and yield batches on `device`. Raises InputError for an image that cannot be read.
 
-    `args.workers` is the node's number of loader processes; each rank takes its share, rounded up.
+    `args.workers` is the number of loader processes for `args.batch_size` images: each rank takes its share, rounded up.
     """
     cuda = device.type == "cuda"
     workers = -(-args.workers * args.batch_per_process // args.batch_size)

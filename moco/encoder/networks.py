@@ -12,7 +12,7 @@ from torchvision import models
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from moco.encoder import timm_networks
-from moco.errors import unknown
+from moco.errors import InputError, unknown
 
 ARCHS = sorted(name for name in models.list_models(module=models) if "resn" in name)  # resnet, resnext, wide_resnet
 
@@ -26,12 +26,14 @@ def check_arch(arch: str) -> None:
 def create(arch: str, out: int, image_size: int = 224, drop_path: float = 0.0) -> nn.Module:
     """A randomly initialised network for images of `image_size` pixels whose last layer maps to `out` features; none for 0.
 
-    `drop_path` is the rate of stochastic depth of timm's networks. Raises InputError for an unknown `arch`, or one that is not
-    for such images.
+    `drop_path` is the rate of stochastic depth of timm's networks. Raises InputError for an unknown `arch`, one that is not for
+    such images, or one without stochastic depth where that is asked for.
     """
     if arch not in ARCHS:
         check_arch(arch)
         return timm_networks.create(arch, out, image_size, drop_path)
+    if drop_path:
+        raise InputError(f"{arch}: has no stochastic depth; leave --online-drop-path and --target-drop-path at 0")
     net = resnet(arch, max(out, 1))
     if not out:
         net.fc = nn.Identity()
@@ -65,13 +67,19 @@ def projector(widths: Sequence[int], *last: nn.Module, bias: bool = False) -> nn
 def recompute_blocks(net: nn.Module) -> None:
     """From now on the blocks of networks inside `net` keep only what they get, and run a second time for the gradient.
 
-    The gradient is the same, bit for bit, and so is what batch norm has seen.
+    The gradient is the same, bit for bit, and so is what batch norm has seen. Raises InputError for timm's networks that cannot.
     """
     for module in net.modules():
         if type(module) in _RECOMPUTED:
             module.__class__ = _RECOMPUTED[type(module)]
-        elif hasattr(module, "set_grad_checkpointing"):  # timm's
-            module.set_grad_checkpointing()
+        elif hasattr(module, "set_grad_checkpointing"):  # timm's, which would count in batch norm twice
+            name = type(module).__name__
+            if any(isinstance(child, nn.modules.batchnorm._BatchNorm) for child in module.modules()):
+                raise InputError(f"--grad-checkpoint: timm's {name} has batch norm, which must not run twice; leave it out")
+            try:
+                module.set_grad_checkpointing()
+            except AssertionError:
+                raise InputError(f"--grad-checkpoint: timm's {name} cannot; leave it out") from None
 
 
 class _Recomputed:
@@ -122,7 +130,9 @@ def features(net: nn.Module, images: Tensor) -> Tensor:
 
 def width(net: nn.Module) -> int:
     """How long these features are, D."""
-    return net.bn1.num_features * 8 * net.layer1[0].expansion if isinstance(net, models.ResNet) else net.num_features
+    if isinstance(net, models.ResNet):
+        return net.bn1.num_features * 8 * net.layer1[0].expansion
+    return getattr(net, "head_hidden_size", net.num_features)
 
 
 def head_name(net: nn.Module) -> str:

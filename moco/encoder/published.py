@@ -18,7 +18,10 @@ def load_backbone(net: nn.Module, tensors: dict[str, Tensor], source: str) -> in
     wanted = {name: state[name] for name in backbone_keys(net)}
     start = prefix(net, tensors)
     inner = {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
-    mine = timm_networks.adapted(net, inner)
+    try:
+        mine = timm_networks.adapted(net, inner)
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from None
     found = {name: mine[name] for name in wanted if name in mine}
     # files older than PyTorch 0.4 lack BatchNorm's step counter, which nothing here reads
     missing = [name for name in wanted if name not in found and not name.endswith("num_batches_tracked")]

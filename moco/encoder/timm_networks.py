@@ -30,7 +30,8 @@ def create(arch: str, out: int, image_size: int, drop_path: float = 0.0) -> nn.M
     """timm's network `arch`, randomly initialised, whose last layer maps to `out` features, with none for 0.
 
     The short ViTs are MoCo v3's (Chen et al., arXiv 2104.02057): initialised as there, with fixed sine and cosine positions, and
-    with 12 heads in the small one. Raises InputError where the architecture is not for images of `image_size` pixels.
+    with 12 heads in the small one. Raises InputError where the architecture is not for images of `image_size` pixels, has no
+    stochastic depth but should, or ends in anything but one linear layer.
     """
     timm = _timm()
     name, options = SHORT.get(arch, arch), {}
@@ -44,9 +45,19 @@ def create(arch: str, out: int, image_size: int, drop_path: float = 0.0) -> nn.M
     try:
         net = timm.create_model(name, pretrained=False, num_classes=out, **options)
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+        if "drop_path_rate" in str(error):
+            raise InputError(f"{arch}: has no stochastic depth; leave --online-drop-path and --target-drop-path at 0") from None
         raise InputError(f"{arch} at --image-size {image_size}: timm cannot make it: {' '.join(str(error).split())}") from None
+    last = net.pretrained_cfg.get("classifier")
+    if not isinstance(last, str) or (out and not isinstance(net.get_submodule(last), nn.Linear)):
+        raise InputError(f"{arch}: its last layer is not one linear layer, which the evaluations need; choose another")
+    patch = getattr(getattr(net, "patch_embed", None), "patch_size", None)
+    sides = patch if isinstance(patch, tuple) else (patch or 1,)
+    if any(image_size % side for side in sides):
+        raise InputError(f"--image-size {image_size}: must be a multiple of {arch}'s patches, {max(sides)} pixels")
     if arch in MOCO_V3:
         _as_in_moco_v3(net)
+        net.namesake = name if MOCO_V3[arch] else None
     return net
 
 
@@ -72,13 +83,13 @@ def _as_in_moco_v3(vit: nn.Module) -> None:
 
 
 def sine_positions(height: int, width: int, dim: int) -> Tensor:
-    """Positions of a grid in row order, [height width, dim]: sine and cosine of the column, then of the row.
+    """Positions of a grid in row order, [height width, dim]: sine and cosine of the row, then of the column.
 
     Each at dim / 4 wavelengths in a geometric row from 2 pi to 10,000 x 2 pi (MoCo v3, after Vaswani et al., arXiv 1706.03762).
     """
     rates = 10_000.0 ** -(torch.arange(dim // 4) / (dim // 4))
     row, column = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    angles = [place.reshape(-1, 1) * rates for place in (column, row)]
+    angles = [place.reshape(-1, 1) * rates for place in (row, column)]
     return torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], 1)
 
 
@@ -88,9 +99,33 @@ def features(net: nn.Module, images: Tensor) -> Tensor:
 
 
 def adapted(net: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A published backbone with the names and sizes of timm's: other software's Swins, position tables of other image sizes."""
+    """A published backbone with the names and sizes of timm's: other software's Swins, position tables of other image sizes.
+
+    Raises InputError for another network of the same shapes.
+    """
+    if getattr(net, "namesake", None) and "pos_embed" in tensors and not _fixed(tensors["pos_embed"]):
+        raise InputError(f"its positions are learned, so it is not this ViT but one with other heads; give -a {net.namesake}")
+    head = f"{net.pretrained_cfg['classifier']}." if hasattr(net, "pretrained_cfg") else "fc."
+    mine = {name: tensor for name, tensor in net.state_dict().items() if not name.startswith(head)}
+    if all(name in tensors and tensors[name].shape == mine[name].shape for name in mine):
+        return tensors
     convert = getattr(sys.modules[type(net).__module__], "checkpoint_filter_fn", None)
     try:
-        return convert(tensors, net) if convert else tensors
+        found = convert(tensors, net) if convert else tensors
     except (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, ValueError):
         return tensors  # not of this kind of network, which its names and shapes will show
+    patches = "patch_embed.proj.weight"
+    if patches in found and patches in tensors and tensors[patches].dim() == 4:
+        found[patches] = tensors[patches]  # timm would make other patches of them
+    return found
+
+
+def _fixed(table: Tensor) -> bool:
+    """Whether positions [1, 1 + N, D] are sines and cosines of a square grid: row first (MoCo v3), or column first (MAE)."""
+    table = table[0].float()
+    side = math.isqrt(len(table) - 1)
+    if len(table) != 1 + side * side or table.shape[1] % 4:
+        return False
+    row_first = sine_positions(side, side, table.shape[1])
+    column_first = row_first.roll(table.shape[1] // 2, 1)
+    return any(torch.allclose(table[1:], sines, rtol=0, atol=1e-3) for sines in (row_first, column_first))

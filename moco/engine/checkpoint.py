@@ -4,6 +4,7 @@ import os
 import pickle
 import tempfile
 import zipfile
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,8 @@ def save(path: Path, state: State) -> None:
 def load(path: str) -> State:
     """Read a checkpoint on the CPU, with `weights_only=True`. Raises InputError where it cannot be read."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([(OrderedDict, "yacs.config.CfgNode")]):  # Swin-style files hold their settings
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"{path}: no such checkpoint") from None
     except pickle.UnpicklingError as error:

@@ -106,8 +106,13 @@ def pretrained(args: Namespace, classes: int, device: torch.device) -> nn.Module
     torch.manual_seed(args.seed)
     net = networks.create(args.arch, classes, args.image_size)
     if args.pretrained:
-        matched = _load(net, args, checkpoint.load(args.pretrained))
+        state = checkpoint.load(args.pretrained)
+        matched = _load(net, args, state)
         say(f"{args.pretrained}: {matched} of {len(networks.backbone_keys(net))} backbone tensors matched")
+        options = state.get("args")
+        size = options.get("image_size", args.image_size) if isinstance(options, dict) else args.image_size
+        if size != args.image_size:
+            say(f"it was pre-trained at {size} pixels, and sees {args.image_size} here (--image-size)")
     else:
         say(f"no --pretrained: a randomly initialised {args.arch}")
     return precision.place(net, device, args.compile, args.grad_checkpoint)

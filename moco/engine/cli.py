@@ -86,7 +86,7 @@ class Parser(argparse.ArgumentParser):
         run.add_argument("--cfg", metavar="FILE.yaml", help="defaults by option name; options given here win")
         run.add_argument("--save-dir", metavar="DIR", help="run folder; by default runs/<script>-<arch>-<time>")
         run.add_argument("--output", metavar="DIR", help="run folder DIR/TAG, and of evaluations of that run")
-        run.add_argument("--tag", default="default", help="of the run, in the folder of --output")
+        run.add_argument("--tag", help="of the run, in the folder of --output; by default the word default")
         run.add_argument("--seed", type=int, default=0, help="of weights, order, views and negatives")
 
     def also_named(self, names: dict[str, str]) -> None:
@@ -121,7 +121,9 @@ class Parser(argparse.ArgumentParser):
             raise InputError("no data folder: give DIR (with train/ and val/), or the word photos")
         del args.data_option
         args.script = self._script()
-        if args.output and not args.save_dir:
+        if args.tag and not args.output:
+            raise InputError(f"--tag {args.tag}: names a folder in that of --output; give --output DIR, or --save-dir")
+        if args.output:
             _of_output(args)
         return args
 
@@ -133,13 +135,23 @@ class Parser(argparse.ArgumentParser):
         if "--opts" not in argv:
             return
         rest = argv[argv.index("--opts") + 1 :]
-        given = list(itertools.takewhile(lambda token: not token.startswith("--"), rest))
-        names, strange = set(self._names()), [key for key in given[::2] if _OPTS.get(key) is None]
-        meant = [f"--{_OPTS[key]} {value}" for key, value in zip(given[::2], given[1::2], strict=False) if key in _OPTS]
-        strange += [option.split()[0] for option in meant if option.split()[0] not in names]
-        no = f"; there is no {', '.join(strange)} here" if strange else ""
-        spelled = " ".join(meant) or "each setting as an option of its own, as in --dataset cifar10"
-        raise InputError(f"--opts: give {spelled} instead{no}")
+        given = list(itertools.takewhile(lambda token: not token.startswith("-") or _is_number(token), rest))
+        meant = {key: self._option(key, value) for key, value in itertools.zip_longest(given[::2], given[1::2], fillvalue="")}
+        strange = [key for key, option in meant.items() if option is None]
+        spelled = f"give {' '.join(filter(None, meant.values()))} instead" if any(meant.values()) else "leave it out"
+        no = f"; here is nothing like {', '.join(strange)}" if strange else ""
+        raise InputError(f"--opts: each setting is an option of its own; {spelled}{no}")
+
+    def _option(self, key: str, value: str) -> str | None:
+        """How one setting of --opts is spelled here; None where this script has nothing like it."""
+        form = _OPTS.get(key, "").replace("{half}", f"{float(value) / 2:g}" if _is_number(value) else "half of it")
+        if form.split(" ")[0] not in self._names():
+            return None
+        if " " not in form:  # a switch
+            return form if value.lower() in ("true", "1") else ""
+        if key == "DATA.BATCH_SIZE" and not self.get_default("batch_is_per_process"):
+            value += " x processes"
+        return form.format(value)
 
     def _refuse_foreign(self, names: Iterable[str]) -> None:
         """Raise InputError that says of all of them that belong to another script what to use here."""
@@ -190,10 +202,10 @@ class Parser(argparse.ArgumentParser):
         given = ((name, action) for action in self._actions for name in action.option_strings)
         actions = {name.removeprefix("--"): action for name, action in given if not name.startswith("--no-")}
         actions["data"] = next(action for action in self._actions if action.dest == "data")
-        if recipe := values.get(self._script()):  # of another script, which names the one for this
-            shared = {key: values[key] for key in ("arch", "image-size") if key in values}
-            self._defaults_from(str(Path(path).parent / str(recipe)))
-            values = shared
+        if "lincls" in values and "pretrained" in actions:  # pre-training's, for an evaluation of it; may name this script's own
+            if recipe := values.get(self._script()):
+                self._defaults_from(str(Path(path).parent / str(recipe)))
+            values = {key: values[key] for key in ("arch", "image-size") if key in values}
         self._refuse_foreign(map(str, values))
         for key, value in values.items():
             name = str(key).replace("_", "-")
@@ -206,33 +218,42 @@ class Parser(argparse.ArgumentParser):
 
 # what Swin-style scripts call these in --opts
 _OPTS = {
-    "DATA.DATASET": "dataset",
-    "DATA.DATA_PATH": "data",
-    "DATA.BATCH_SIZE": "batch-size",
-    "DATA.IMG_SIZE": "image-size",
-    "DATA.NUM_WORKERS": "workers",
-    "LINEAR_EVAL.WEIGHTS": "weights",
-    "LINEAR_EVAL.PRETRAINED": "pretrained",
-    "MODEL.TYPE": "arch",
-    "MODEL.RESUME": "resume",
-    "TRAIN.EPOCHS": "epochs",
-    "TRAIN.BASE_LR": "lr",
-    "TRAIN.WEIGHT_DECAY": "wd",
-    "TRAIN.WARMUP_EPOCHS": "lr-warmup-epochs",
-    "TRAIN.CLIP_GRAD": "clip-grad",
-    "TRAIN.ACCUMULATION_STEPS": "accumulation-steps",
-    "TRAIN.USE_CHECKPOINT": "grad-checkpoint",
-    "SEED": "seed",
+    "DATA.DATASET": "--dataset {}",
+    "DATA.DATA_PATH": "--data {}",
+    "DATA.BATCH_SIZE": "--batch-size {}",
+    "DATA.IMG_SIZE": "--image-size {}",
+    "DATA.NUM_WORKERS": "--workers {}",
+    "LINEAR_EVAL.WEIGHTS": "--weights {}",
+    "LINEAR_EVAL.PRETRAINED": "--pretrained {}",
+    "MODEL.TYPE": "--method {}",
+    "MODEL.RESUME": "--resume {}",
+    "TRAIN.EPOCHS": "--epochs {}",
+    "TRAIN.BASE_LR": "--lr {half} --learning-rate-scaling linear",  # x batch / 512 there, / 256 here
+    "TRAIN.WEIGHT_DECAY": "--wd {}",
+    "TRAIN.WARMUP_EPOCHS": "--lr-warmup-epochs {}",
+    "TRAIN.CLIP_GRAD": "--clip-grad {}",
+    "TRAIN.ACCUMULATION_STEPS": "--accumulation-steps {}",
+    "TRAIN.USE_CHECKPOINT": "--grad-checkpoint",
+    "SEED": "--seed {}",
 }
 
 
 def _of_output(args: Options) -> None:
-    """The run folder that --output and --tag name. An evaluation has one inside it, and takes the last checkpoint from it."""
-    folder = Path(args.output) / args.tag
+    """The run folder that --output and --tag name, where --save-dir does not.
+
+    An evaluation has one inside it, for its data set and protocol, and takes the last checkpoint from it.
+    """
+    folder = Path(args.output) / (args.tag or "default")
     if hasattr(args, "pretrained"):
-        args.pretrained = args.pretrained or next(map(str, sorted(folder.glob("checkpoint_*.pth.tar"), reverse=True)), None)
-        folder /= args.script
-    args.save_dir = str(folder)
+        features = getattr(args, "load_features", None)
+        if not (args.pretrained or features or getattr(args, "evaluate", False)):
+            args.pretrained = max(map(str, folder.glob("checkpoint_*.pth.tar")), default=None)
+            if not args.pretrained:
+                raise InputError(f"no checkpoint_*.pth.tar in {folder}: --output and --tag name no run that has saved one")
+        data = "features" if features else "photos" if args.data == "photos" else args.dataset
+        protocol = [str(getattr(args, name)) for name in ("weights", "train_percent") if hasattr(args, name)]
+        folder /= "-".join([args.script, data, *protocol])
+    args.save_dir = args.save_dir or str(folder)
 
 
 def _is_number(text: str) -> bool:
@@ -345,7 +366,8 @@ def add_input(
     )
     group.add_argument("--amp", choices=("off", "bf16", "fp16"), default="off", help="mixed precision; losses stay in fp32")
     group.add_argument("--compile", action="store_true", help="torch.compile the networks and the colour operations")
-    group.add_argument("--grad-checkpoint", action="store_true", help="run the blocks once more for the gradient: less memory")
+    less = "run the blocks once more for the gradient: less memory"
+    group.add_argument("--grad-checkpoint", "--use-checkpoint", action="store_true", help=less)
     group.add_argument("--class-list", metavar="FILE", help="use these class folders of DIR only; one name a line")
     group.add_argument("--data-name", type=str.lower, metavar="NAME", help="what DIR holds; of imagenet100 the classes are counted")
 

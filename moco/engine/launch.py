@@ -66,8 +66,7 @@ def launch(worker: Worker, args: Namespace) -> None:
     """Run `worker(args, device)` in every process of the run's plan; returns when all have ended.
 
     Sets `args.batch_per_process` and `args.nodes`; `args.batch_size` is this node's, or with `args.batch_is_per_process` already a
-    process's. A worker's InputError ends this process's run with the same
-    InputError, raised here.
+    process's. A worker's InputError ends this process's run with the same InputError, raised here.
     """
     p = plan(args)
     each = getattr(args, "batch_is_per_process", False)

@@ -49,6 +49,9 @@ class LinearProbe(Classification):
     def trained(self) -> nn.Module:
         return networks.head(self.module)
 
+    def independent(self) -> list[nn.Module]:
+        return self.heads
+
     def groups(self) -> list[dict[str, Any]]:
         return [
             {"params": list(head.parameters()), "lr": lr, "weight_decay": wd}

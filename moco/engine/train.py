@@ -4,7 +4,7 @@ import contextlib
 import time
 from abc import ABC, abstractmethod
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -150,9 +150,13 @@ class Trainer(ABC):
             length = torch.stack(torch._foreach_norm(gradients)).norm()
             counts = length.isfinite()  # under fp16 the scaler skips a step with another
             lengths[f"grad_{name}"] = torch.where(counts, length, 0.0), counts
-        if clip:
-            torch.nn.utils.clip_grad_norm_([p for p in self.module.parameters() if p.grad is not None], clip)
+        for together in self.independent() if clip else []:
+            torch.nn.utils.clip_grad_norm_([p for p in together.parameters() if p.grad is not None], clip)
         return lengths
+
+    def independent(self) -> Iterable[nn.Module]:
+        """What trains, in parts that have nothing to do with each other: each one's gradient is clipped by itself."""
+        return [self.module]
 
     def _announce(self) -> None:
         args, w, batch = self.args, distributed.world(), self.batch
