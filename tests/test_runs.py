@@ -179,14 +179,15 @@ def test_probe_resumes_exactly(shared_images, tmp_path):
     assert "* Acc@1" in tested
 
 
-def test_heads_of_several_rates_are_to_the_bit_those_of_each_alone(script, shared_images, tmp_path):
+@pytest.mark.parametrize("clip", [0, 0.01])
+def test_heads_of_several_rates_are_to_the_bit_those_of_each_alone(clip, script, shared_images, tmp_path):
     def probe(name: str, *options: object) -> tuple[dict, str]:
         status, out, err = script("main_lincls", *command, *options, "--save-dir", tmp_path / name)
         assert status == 0, err
         return json.loads((tmp_path / name / "results.json").read_text())["metrics"], out
 
     command = (shared_images, "-a", "resnet18", "--image-size", 32, "-b", 8, "-j", 0, "--epochs", 2)
-    command += ("--schedule", 1, "--wd", 1e-3)
+    command += ("--schedule", 1, "--wd", 1e-3, "--clip-grad", clip)
     rates = (3.0, 0.1, 1e20)  # the last one diverges, and must not take the others with it
     together, out = probe("all", "--lr", *rates)
     weights = load(tmp_path / "all" / "checkpoint.pth.tar")["state_dict"]

@@ -36,23 +36,14 @@ def test_a_probe_on_every_data_set(name, script, tmp_path):
 @pytest.mark.parametrize(("name", "arch"), [("cifar10", "resnet18"), ("voc2007", "resnet18"), ("flowers", "test_vit")])
 def test_fine_tuning_on_named_data(name, arch, script, tmp_path):
     WRITERS[name](Tree(tmp_path / "data"))
-    options = (
-        "--dataset",
-        name,
-        *SMALL,
-        "-a",
-        arch,
-        "--weights",
-        "finetune",
-        "--lr",
-        0.01,
-        tmp_path / "data",
-        "--save-dir",
-        tmp_path / "run",
-    )
-    status, out, err = script("main_lincls", *options)
+    options = ("--dataset", name, *SMALL, "-a", arch, tmp_path / "data", "--save-dir")
+    status, out, err = script("main_lincls", *options, tmp_path / "run", "--weights", "finetune", "--lr", 0.01)
     assert status == 0, err
-    assert results(tmp_path / "run")["protocol"] == "finetune" and "frozen backbone" not in out
+    found = results(tmp_path / "run")
+    assert found["protocol"] == "finetune" and "frozen backbone" not in out
+    status, _, err = script("main_lincls", *options, tmp_path / "again", "-e", "--resume", tmp_path / "run" / "checkpoint.pth.tar")
+    assert status == 0 and results(tmp_path / "again")["metrics"] == found["metrics"], err
+    assert results(tmp_path / "again")["protocol"] == "finetune"
 
 
 def test_several_rates_cannot_fine_tune_one_network(script, images):
