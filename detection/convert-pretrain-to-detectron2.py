@@ -47,6 +47,8 @@ def convert(file: str, arch: str | None = None) -> dict[str, Any]:
     state = checkpoint.load(file)
     tensors = checkpoint.tensors(state)
     arch = arch or state.get("arch") or "resnet50"
+    if arch == state.get("arch") and arch not in networks.ARCHS:
+        raise InputError(f"{file}: is of {arch}, and the detectors here are built on ResNets")
     net = networks.resnet(arch, 1)
     published.load_backbone(net, tensors, file)
     prefix = published.prefix(net, tensors)

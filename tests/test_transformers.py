@@ -337,6 +337,13 @@ def test_an_evaluation_finds_the_run_or_says_that_there_is_none(script, shared_i
     assert status == 0 and "pre-trained at 32 pixels, and sees 16 here" in out and (run / "knn-imagenet").exists(), err
 
 
+def test_a_checkpoint_of_another_network_says_of_which(script, shared_images, checkpoints, tmp_path):
+    small = (shared_images, "--image-size", 32, "--pretrained", checkpoints["byol"])
+    refused(script("main_knn", *small, "-a", "test_vit"), "is of vit_tiny, not test_vit; give -a vit_tiny")
+    result = shell("detection/convert-pretrain-to-detectron2.py", checkpoints["byol"], tmp_path / "x.pkl")
+    assert result.returncode == 2 and "is of vit_tiny, and the detectors here are built on ResNets" in result.stderr
+
+
 def test_each_method_has_its_own_settings():
     for method, settings in (("moby", (0.99, 5e-4, 0.05)), ("synco", (0.99, 5e-4, 0.05)), ("byol", (0.996, 1e-4, 0.03))):
         args = main_moby.parser().parse(["photos", "--method", method, "--image-size", "32", "-a", "vit_tiny"])

@@ -31,8 +31,14 @@ def check(args: Namespace) -> None:
     args.arch = args.arch or state.get("arch") or "resnet50"
     args.encoder_method = state.get("method", "unknown") if args.pretrained else "random"
     args.pretrain_epochs = state.get("epoch")
-    if args.pretrained:
+    if not args.pretrained:
+        return
+    try:
         _load(networks.create(args.arch, 1, args.image_size), args, state)
+    except InputError as error:
+        if state.get("arch", args.arch) != args.arch:
+            raise InputError(f"{args.pretrained}: is of {state['arch']}, not {args.arch}; give -a {state['arch']}") from None
+        raise error
 
 
 def take_up(args: Namespace, options: Iterable[str]) -> None:

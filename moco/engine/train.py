@@ -171,6 +171,8 @@ class Trainer(ABC):
             f"lr after scaling {rates} ({scaling}), lr warm-up {args.lr_warmup_epochs} epochs; "
             f"{args.epochs} epochs x {self.steps_per_epoch} steps"
         )
+        if self.device.type == "cpu" and args.amp != "off":
+            say("many CPUs are slower with mixed precision, by far: --amp off")
         if self.device.type == "cuda" and w == 1 < torch.cuda.device_count() and args.gpu is None:
             say(f"one of {torch.cuda.device_count()} GPUs trains; --multiprocessing-distributed starts a process on each")
         if self.order.start < 0:
