@@ -67,19 +67,21 @@ def test_val_classes_that_are_not_trains(script, images):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_unreadable_image_is_named(script, images, tmp_path, workers):
     (images / "train" / "class0" / "3.jpg").write_text("no image")
-    result = script("main_synco", images, *SMALL, "-j", workers, "--save-dir", tmp_path / "run")
+    result = script("main_synco", images, *SMALL, "-j", workers, "--save-dir", tmp_path / "run", "--on-bad-image", "error")
     refused(result, "class0/3.jpg", "unreadable")
 
 
 def test_empty_image_is_named(script, images, tmp_path):
     (images / "train" / "class1" / "0.jpg").write_bytes(b"")
-    refused(script("main_synco", images, *SMALL, "--save-dir", tmp_path / "run"), "class1/0.jpg", "empty")
+    result = script("main_synco", images, *SMALL, "--save-dir", tmp_path / "run", "--on-bad-image", "error")
+    refused(result, "class1/0.jpg", "empty")
 
 
 def test_truncated_image_is_named(script, images, tmp_path):
     file = images / "train" / "class1" / "0.jpg"
     file.write_bytes(file.read_bytes()[:400])
-    refused(script("main_synco", images, *SMALL, "--save-dir", tmp_path / "run"), "class1/0.jpg", "unreadable")
+    result = script("main_synco", images, *SMALL, "--save-dir", tmp_path / "run", "--on-bad-image", "error")
+    refused(result, "class1/0.jpg", "unreadable")
 
 
 def test_fewer_images_than_a_batch(script, images, tmp_path):

@@ -1,5 +1,6 @@
 import math
 import os
+import statistics
 
 import pytest
 import torch
@@ -7,7 +8,7 @@ import torch.nn.functional as F
 from conftest import shell
 
 from moco.loss import synthetic
-from moco.loss.contrastive import bank_info_nce, contrast_accuracy, info_nce, unit
+from moco.loss.contrastive import bank_info_nce, contrast_accuracy, info_nce, spread, unit
 
 ROWS = 6
 
@@ -148,7 +149,7 @@ def test_unit_is_float32_under_autocast():
 
 FIRST_STEPS = """
 import os, torch
-from moco.loss.contrastive import bank_info_nce, info_nce, unit
+from moco.loss.contrastive import bank_info_nce, info_nce, spread, unit
 for _ in range(60):
     if os.fork():
         assert os.wait()[1] == 0
@@ -165,3 +166,25 @@ def test_a_process_first_loss_is_as_exact_as_its_later_ones():
     """Of 60 processes: without the call in `moco/__init__.py` one in thirty has a first loss that is wrong by 1e-5."""
     done = shell("-c", FIRST_STEPS, env={"OMP_NUM_THREADS": "2"})
     assert done.returncode == 0, done.stderr
+
+
+# how the features lie
+
+
+def test_spread_is_what_its_definitions_say():
+    torch.manual_seed(0)
+    q, k = (F.normalize(torch.randn(7, 5, dtype=torch.float64), dim=1) for _ in range(2))
+    found = spread(q, (q * k).sum(1), torch.arange(7.0))
+    apart = [float((q[i] - q[j]).norm()) for i in range(7) for j in range(7) if i != j]
+    assert float(found["uniformity"]) == pytest.approx(math.log(sum(math.exp(-2 * d**2) for d in apart) / len(apart)))
+    assert float(found["alignment"]) == pytest.approx(sum(float((q[i] - k[i]).norm()) ** 2 for i in range(7)) / 7)
+    assert float(found["feature_std"]) == pytest.approx(5**0.5 * sum(statistics.stdev(q[:, c].tolist()) for c in range(5)) / 5)
+    assert float(found["hardness"]) == 3
+
+
+def test_spread_tells_a_collapse_from_the_whole_sphere():
+    sphere = F.normalize(torch.randn(4000, 32), dim=1)
+    wide = spread(sphere, torch.ones(4000))
+    assert float(wide["feature_std"]) == pytest.approx(1, abs=0.01) and float(wide["uniformity"]) < -3.5 and "hardness" not in wide
+    point = spread(sphere[:1].expand(64, -1), torch.ones(64))
+    assert float(point["feature_std"]) == pytest.approx(0, abs=1e-6) and float(point["uniformity"]) == pytest.approx(0, abs=1e-5)

@@ -369,7 +369,7 @@ def test_views_of_a_shrunk_image_are_those_of_the_whole_one(large):
     for epoch in range(20):
         place = (epoch, 0)
         factors.add(cut.reduction(1400, 1600, place))
-        views, _, _ = loader.Views(large, cut)[place]
+        views, *_ = loader.Views(large, cut)[place]
         for ours, whole in zip(views, cut(full, place), strict=True):
             assert ours.shape == (3, 64, 64)
             assert (ours.float() - whole.float()).abs().mean() < 4

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from moco import distributed
 from moco.builder.momentum import QueryAndKey
 from moco.loss.adversarial import add_bank_gradient, ascend, keys_and_bank_nce
-from moco.loss.contrastive import contrast_accuracy, unit
+from moco.loss.contrastive import contrast_accuracy, spread, unit
 from moco.rng import Progress
 
 
@@ -63,7 +63,6 @@ class AdCo(QueryAndKey):
         self._progress, self._passes = Progress(), 0
         self._unit = self._gradient = torch.empty(0)  # [K, C] from the first pass on, kept because such memory is slow to come by
         self._new_keys: list[Tensor] = []
-        self._filled = 0
 
     def pairs(self, views: int) -> list[tuple[int, int]]:
         """Which views are compared, as (query, key)."""
@@ -91,7 +90,7 @@ class AdCo(QueryAndKey):
             return self.contrast([(q[query], k[key]) for query, key in pairs])
 
     def contrast(self, pairs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss and accuracy of pairs of this rank's queries [B, C] and all keys [W B, C], unit rows; keeps the bank's gradient."""
+        """Loss and metrics of pairs of this rank's queries [B, C] and all keys [W B, C], unit rows; keeps the bank's gradient."""
         q = torch.cat([queries for queries, _ in pairs])  # [P B, C]
         near = torch.cat([queries @ keys.T for queries, keys in pairs])  # [P B, W B]
         B = len(q) // len(pairs)
@@ -103,11 +102,13 @@ class AdCo(QueryAndKey):
                 self._unit, self._gradient = torch.empty_like(self.bank), torch.zeros_like(self.bank)
             bank = torch.div(self.bank, length, out=self._unit)
             similarity = q @ bank.T  # [P B, K]
-            accuracy = contrast_accuracy(near.gather(1, label[:, None]).squeeze(1), near, similarity)
+            positive = near.gather(1, label[:, None]).squeeze(1)
+            metrics = contrast_accuracy(positive, near, similarity)
+            metrics |= spread(pairs[0][0], positive[:B], similarity[:B].amax(1))
             if self._progress.step >= 0:
                 add_bank_gradient(self._gradient, q, near, bank, length, similarity, self.ascent.T, scale)
                 self._passes += 1
-        return keys_and_bank_nce(q, near, label, bank, similarity, self.T) * scale, accuracy
+        return keys_and_bank_nce(q, near, label, bank, similarity, self.T) * scale, metrics
 
     @torch.no_grad()
     def after_step(self) -> None:
@@ -125,10 +126,10 @@ class AdCo(QueryAndKey):
 
     def _fill(self) -> None:
         """The step's keys become rows of the bank; after the last step of all the key encoder begins anew from the encoder."""
-        for keys in self._new_keys:
-            keys = keys[: self.K - self._filled]
-            self.bank[self._filled :][: len(keys)] = keys
-            self._filled += len(keys)
+        keys = torch.cat(self._new_keys)
+        steps = -(-self.K // len(keys))
+        rows = self.bank[(self._progress.step + steps) * len(keys) :]  # those that earlier steps have not filled
+        rows[: len(keys)] = keys[: len(rows)]
         self._new_keys.clear()
         if self._progress.step == -1:
             torch._foreach_copy_(list(self.encoder_k.parameters()), list(self.encoder_q.parameters()))

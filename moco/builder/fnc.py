@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from moco import distributed
 from moco.builder.momentum import MovingAverage, enqueue
-from moco.loss.contrastive import unit
+from moco.loss.contrastive import spread, unit
 from moco.loss.false_negatives import Cancellation, cancelled_nt_xent, find
 from moco.rng import Progress
 
@@ -75,8 +75,8 @@ class FNC(MovingAverage):
         bank, images, places = self.bank(keys, index)
         own = places.view(V, -1)[:, distributed.rank() * B :][:, :B]
         found = find(bank.detach(), own, self.how, self.chunk)
-        loss, nearest = cancelled_nt_xent(z, bank, own, found, self.how.mode, self.T, self.chunk)
-        metrics: dict[str, Metric] = {"acc1": nearest}
+        loss, nearest, hardness = cancelled_nt_xent(z, bank, own, found, self.how.mode, self.T, self.chunk)
+        metrics: dict[str, Metric] = {"acc1": nearest, **spread(z[0], (z[0] * keys[1]).sum(1)), "hardness": hardness}
         if self.how.mode != "off":
             metrics["fn_found"] = found.counts.sum(1).double().mean()
             if self.labels is not None:

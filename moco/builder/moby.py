@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from moco import distributed
 from moco.builder.momentum import enqueue
-from moco.loss.contrastive import bank_info_nce, contrast_accuracy, unit
+from moco.loss.contrastive import bank_info_nce, contrast_accuracy, spread, unit
 from moco.loss.synthetic import Mixture, Synthetic, draw, hardest, mix
 from moco.rng import NEGATIVES, Progress
 
@@ -115,13 +115,13 @@ class MoBY(OnlineAndTarget):
         return one + other, {name: (of_one[name] + of_other[name]) / 2 for name in of_one}
 
     def direction(self, q: Tensor, k: Tensor, queue: Tensor, progress: Progress, counter: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """InfoNCE and accuracy of queries and their keys [B, C] against one queue; `counter` tells the directions' draws apart."""
+        """InfoNCE and metrics of queries and their keys [B, C] against one queue; `counter` tells the directions' draws apart."""
         positive = (q * k).sum(1)  # [B]
         with torch.no_grad():
             similarity = q @ queue.T  # [B, K]
             mixture = self.synthetic(q, queue, similarity, progress, counter)
-            accuracy = contrast_accuracy(positive, similarity)
-        return bank_info_nce(q, positive, queue, similarity, self.T, mixture), accuracy
+            metrics = {**contrast_accuracy(positive, similarity), **spread(q, positive, similarity.amax(1))}
+        return bank_info_nce(q, positive, queue, similarity, self.T, mixture), metrics
 
     def synthetic(self, q: Tensor, queue: Tensor, similarity: Tensor, progress: Progress, counter: int) -> Mixture | None:
         """The negatives that join the queue's in this epoch."""
@@ -147,5 +147,5 @@ class BYOL(OnlineAndTarget):
 
     def contrast(self, p: list[Tensor], k: list[Tensor], progress: Progress) -> tuple[Tensor, dict[str, Tensor]]:
         """The mean over both directions of 2 - 2 cos (BYOL, equation 2)."""
-        cosine = ((p[0] * k[1]).sum(1).mean() + (p[1] * k[0]).sum(1).mean()) / 2
-        return 2 - 2 * cosine, {"cosine": cosine.detach()}
+        cosine = torch.cat([(p[0] * k[1]).sum(1), (p[1] * k[0]).sum(1)])
+        return 2 - 2 * cosine.mean(), {"cosine": cosine.detach().mean(), **spread(torch.cat(p), cosine)}

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from moco import distributed
-from moco.loss.contrastive import bank_info_nce, contrast_accuracy, unit
+from moco.loss.contrastive import bank_info_nce, contrast_accuracy, spread, unit
 from moco.loss.synthetic import Mixture, hardest
 from moco.rng import SHUFFLE, Progress
 
@@ -111,13 +111,14 @@ class MoCo(QueryAndKey):
             return self.contrast(q, own, progress)
 
     def contrast(self, q: Tensor, k: Tensor, progress: Progress) -> tuple[Tensor, dict[str, Tensor]]:
-        """InfoNCE of unit queries and keys [B, C]; accuracy among the queue's negatives, whatever else is added."""
+        """InfoNCE of unit queries and keys [B, C]; metrics among the queue's negatives, whatever else is added."""
         positive = (q * k).sum(1)  # [B]
         with torch.no_grad():
             similarity = q @ self.queue.T  # [B, K]
             hard, mixture = self.negatives(q, similarity, progress)
-            accuracy = contrast_accuracy(positive, similarity.gather(1, hard[:, :5]))
-        return bank_info_nce(q, positive, self.queue, similarity, self.T, mixture), accuracy
+            nearest = similarity.gather(1, hard[:, :5])
+            metrics = {**contrast_accuracy(positive, nearest), **spread(q, positive, nearest[:, 0])}
+        return bank_info_nce(q, positive, self.queue, similarity, self.T, mixture), metrics
 
     def negatives(self, q: Tensor, similarity: Tensor, progress: Progress) -> tuple[Tensor, Mixture | None]:
         """The queries' hardest rows of the queue, five at least, and what they face beside the queue.

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from moco import distributed
-from moco.loss.contrastive import contrast_accuracy, unit
+from moco.loss.contrastive import contrast_accuracy, spread, unit
 from moco.loss.global_contrastive import Pairs, compare, dynamic_loss, nt_xent
 from moco.rng import Progress
 
@@ -46,11 +46,11 @@ class SogCLR(nn.Module):
             return self.contrast(z, index)
 
     def contrast(self, z: Tensor, index: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss, accuracy and mean u of this rank's unit features z [2, B, C]; what was seen goes into u, on every rank."""
+        """Loss, metrics and mean u of this rank's unit features z [2, B, C]; what was seen goes into u, on every rank."""
         first = distributed.rank() * z.shape[1]
         z_all = distributed.all_gather_with_gradient(z.transpose(0, 1).contiguous()).transpose(0, 1)  # [2, W B, C]
         pairs = compare(z, z_all, first)
-        metrics = accuracy(pairs)
+        metrics = contrast_metrics(z, pairs)
         if self.gamma is None:
             return nt_xent(pairs, self.T), metrics
         loss, u = dynamic_loss(pairs, self.u[index], self.T, self.gamma)
@@ -62,7 +62,8 @@ class SogCLR(nn.Module):
 
 
 @torch.no_grad()
-def accuracy(pairs: Pairs) -> dict[str, Tensor]:
-    """`contrast_accuracy` of either view's anchors among their negatives."""
+def contrast_metrics(z: Tensor, pairs: Pairs) -> dict[str, Tensor]:
+    """`contrast_accuracy` of either view's anchors z [2, B, C] among their negatives, and the first view's `spread`."""
     others = pairs.others.masked_fill(pairs.own, -torch.inf)
-    return contrast_accuracy(pairs.positive.flatten(), others.flatten(0, 1))
+    accuracy = contrast_accuracy(pairs.positive.flatten(), others.flatten(0, 1))
+    return {**accuracy, **spread(z[0], pairs.positive[0], others[0].amax(1))}

@@ -1,6 +1,7 @@
 """From files to batches of uint8 crops: workers decode each image once and cut its views, and do no colour work."""
 
 import math
+import signal
 from argparse import Namespace
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -19,11 +20,15 @@ Place = tuple[int, int]  # epoch, index
 
 
 class Batch(NamedTuple):
-    """`views`: one uint8 tensor [B, 3, S, S] per view; `index`: int64 [B]; `label`: int64 [B], or [B, classes] (`Images`)."""
+    """`views`: one uint8 tensor [B, 3, S, S] per view; `index`: int64 [B]; `label`: int64 [B], or [B, classes] (`Images`).
+
+    `unreadable`: number and reason of each image that could not be read, and has another in its place.
+    """
 
     views: list[Tensor]
     index: Tensor
     label: Tensor
+    unreadable: list[tuple[int, str]]
 
 
 class RandomCrops(NamedTuple):
@@ -60,26 +65,42 @@ class CenterCrop(NamedTuple):
 
 
 class Views(Dataset):
-    """One sample per (epoch, index): its views, its index and its label; or the InputError that kept it from being read."""
+    """One sample per (epoch, index): its views, its index, its label, and what could not be read.
 
-    def __init__(self, images: Images, cut: RandomCrops | CenterCrop):
-        self.images, self.cut = images, cut
+    Where the image cannot be read, another one takes its place, by a draw of (epoch, index), if `skips`; else the sample is the
+    InputError.
+    """
+
+    def __init__(self, images: Images, cut: RandomCrops | CenterCrop, skips: bool = False):
+        self.images, self.cut, self.skips = images, cut, skips
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, place: Place) -> tuple[list[Tensor], int, Tensor] | InputError:
-        _, i = place
-        try:
-            image = self.images.read(i, lambda height, width: self.cut.reduction(height, width, place))
-            return self.cut(image, place), i, torch.as_tensor(self.images.labels[i])
-        except InputError as error:
-            return error  # raised in the main process, where it is one line and not a worker's traceback
+    def __getitem__(self, place: Place) -> tuple[list[Tensor], int, Tensor, list[tuple[int, str]]] | InputError:
+        epoch, first = place
+        unreadable: list[tuple[int, str]] = []
+        for attempt in range(REPLACEMENTS + 1):
+            i = rng.key(rng.REPLACEMENT, epoch, first, attempt) % len(self) if attempt else first
+            try:
+                image = self.images.read(i, lambda height, width: self.cut.reduction(height, width, place))
+                return self.cut(image, place), i, torch.as_tensor(self.images.labels[i]), unreadable
+            except InputError as error:
+                if not self.skips:
+                    return error  # raised in the main process, where it is one line and not a worker's traceback
+                unreadable.append((i, str(error)))
+        return InputError(f"{unreadable[0][1]}; nor could {REPLACEMENTS} others be read in its place")
+
+
+REPLACEMENTS = 10  # images tried in an unreadable one's place
 
 
 def collate(samples: list) -> Batch | InputError:
-    """Stack samples into a Batch, or pass on the first that could not be read."""
-    return next((s for s in samples if isinstance(s, InputError)), None) or Batch(*default_collate(samples))
+    """Stack samples into a Batch, or pass on the first error."""
+    error = next((sample for sample in samples if isinstance(sample, InputError)), None)
+    if error:
+        return error
+    return Batch(*default_collate([sample[:3] for sample in samples]), [one for sample in samples for one in sample[3]])
 
 
 class TrainOrder(Sampler):
@@ -124,25 +145,37 @@ class EvalOrder(Sampler):
             yield self.places[i : i + self.batch]
 
 
+def _outlast_signals(_: int) -> None:
+    """A signal to the whole group asks the run to end after its step, which needs the loader's processes."""
+    for number in (signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(PATIENCE))  # not ignored: so ends the rank what it must not wait for
+
+
+PATIENCE = 20  # seconds
+
+
 def batches(
-    images: Images, cut: RandomCrops | CenterCrop, order: Sampler, args: Namespace, device: torch.device
+    images: Images, cut: RandomCrops | CenterCrop, order: Sampler, args: Namespace, device: torch.device, skips: bool = False
 ) -> Iterator[Batch]:
-    """Read `images` in `order` and yield batches on `device`. Raises InputError for an image that cannot be read.
+    """Read `images` in `order` and yield batches on `device`. Raises InputError for an image that cannot be read, unless `skips`.
 
     `args.workers` is the number of loader processes for `args.batch_size` images: each rank takes its share, rounded up.
     """
     cuda = device.type == "cuda"
     workers = -(-args.workers * args.batch_per_process // args.batch_size)
     loader = DataLoader(
-        Views(images, cut),
+        Views(images, cut, skips),
         batch_sampler=order,
         num_workers=workers,
         collate_fn=collate,
         pin_memory=cuda,
         prefetch_factor=4 if workers else None,
+        worker_init_fn=_outlast_signals,
     )
     for batch in loader:
         if isinstance(batch, InputError):
             raise batch
         views = [view.to(device, non_blocking=True) for view in batch.views]
-        yield Batch(views, batch.index.to(device, non_blocking=True), batch.label.to(device, non_blocking=True))
+        index, label = (x.to(device, non_blocking=True) for x in (batch.index, batch.label))
+        yield Batch(views, index, label, batch.unreadable)

@@ -1,7 +1,9 @@
 """Checkpoints: MoCo's keys, plain types only, written so that a crash cannot leave half a file in a good one's place."""
 
+import math
 import os
 import pickle
+import re
 import tempfile
 import zipfile
 from collections import OrderedDict
@@ -11,25 +13,72 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moco.engine.log import say
 from moco.errors import InputError
 
 State = dict[str, Any]
 
 
 def save(path: Path, state: State) -> None:
-    """Write `state` to a temporary file in the same folder, flush it to disk, then rename it to `path`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    """Write `state` to a temporary file in the same folder, flush it to disk, then rename it to `path`.
+
+    Raises InputError where that cannot be written; what was at `path` is still there.
+    """
+    temporary = None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
         with os.fdopen(handle, "wb") as file:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+    except BaseException as error:
+        if temporary:
+            Path(temporary).unlink(missing_ok=True)
+        # torch's writer turns what the system says into a RuntimeError
+        reason = next((e.strerror for e in (error, error.__context__) if isinstance(e, OSError)), None)
+        if reason or (isinstance(error, RuntimeError) and "write" in str(error)):
+            last = next(iter(found(path.parent)), None)
+            kept = f"the last checkpoint is {last}" if last else "there is none yet"
+            why = f"cannot be written: {reason or 'the disk is full, or the file too large'}"
+            raise InputError(f"{path}: {why}; {kept}; make room, and go on with --resume auto") from None
         raise
+
+
+_NAME = re.compile(r"checkpoint_(\d+)(?:_(-?\d+))?\.pth\.tar")
+
+
+def found(folder: str | Path) -> list[Path]:
+    """The checkpoints of a run folder, the furthest first."""
+
+    def order(path: Path) -> tuple[float, int]:
+        if match := _NAME.fullmatch(path.name):
+            epoch, step = match.groups()  # of an epoch's end, or of a step in it
+            return (int(epoch), int(step)) if step else (int(epoch) + 1, 0)
+        return (math.inf, 0) if path.name == "checkpoint.pth.tar" else (-1, 0)  # a classifier's last, and its best
+
+    files = (path for pattern in ("checkpoint*.pth.tar", "model_best*.pth.tar") for path in Path(folder).glob(pattern))
+    return sorted(files, key=order, reverse=True)
+
+
+def newest(folder: str) -> str | None:
+    """The furthest checkpoint of a run folder that can be read; None, and a line, where there is none at all.
+
+    Raises InputError where none can be read.
+    """
+    files = found(folder)
+    if not files:
+        say(f"--resume auto: no checkpoint in {folder} yet; the run begins")
+        return None
+    for path in files:
+        try:
+            check_resumable(load(str(path)), str(path))
+            return str(path)
+        except InputError as error:
+            say(f"--resume auto: skipped: {error}")
+    raise InputError(f"--resume auto: no checkpoint in {folder} can be read; remove them to begin anew")
 
 
 def load(path: str) -> State:

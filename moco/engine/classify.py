@@ -279,6 +279,9 @@ class Classification(Trainer):
             self.save(self.best_name, done, best_acc1=self.best)
         return {f"val_{name}": value for name, value in self.accuracy.items()}
 
+    def save_inside(self, epoch: int, step: int) -> Path:
+        return self.save("checkpoint.pth.tar", epoch, step, best_acc1=self.best)
+
     def run(self, protocol: str) -> None:
         """Train what is left to train, or only test; print the accuracies and write results.json."""
         if self.args.evaluate or self.first_epoch >= self.args.epochs:
@@ -297,9 +300,9 @@ class Classification(Trainer):
     def finish(self) -> None:
         """What follows training."""
 
-    def _resume(self, state: checkpoint.State) -> int:
+    def _resume(self, state: checkpoint.State) -> None:
         self.best = state["best_acc1"]
-        return super()._resume(state)
+        super()._resume(state)
 
 
 class FineTuning(Classification):

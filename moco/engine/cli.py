@@ -14,7 +14,7 @@ from moco.augment import recipes
 from moco.data import named
 from moco.encoder import timm_networks
 from moco.encoder.networks import check_arch
-from moco.engine import launch, optim
+from moco.engine import checkpoint, interrupt, launch, optim
 from moco.errors import InputError, unknown
 from moco.loss.synthetic import Synthetic
 
@@ -247,9 +247,10 @@ def _of_output(args: Options) -> None:
     if hasattr(args, "pretrained"):
         features = getattr(args, "load_features", None)
         if not (args.pretrained or features or getattr(args, "evaluate", False)):
-            args.pretrained = max(map(str, folder.glob("checkpoint_*.pth.tar")), default=None)
-            if not args.pretrained:
+            saved = checkpoint.found(folder)
+            if not saved:
                 raise InputError(f"no checkpoint_*.pth.tar in {folder}: --output and --tag name no run that has saved one")
+            args.pretrained = str(saved[0])
         data = "features" if features else "photos" if args.data == "photos" else args.dataset
         protocol = [str(getattr(args, name)) for name in ("weights", "train_percent") if hasattr(args, name)]
         folder /= "-".join([args.script, data, *protocol])
@@ -443,10 +444,22 @@ def add_run(parser: Parser) -> None:
     """What is written while training, and from where to go on."""
     group = parser.add_argument_group("monitor")
     group.add_argument("-p", "--print-freq", type=positive, default=10, metavar="STEPS", help="steps between log lines")
-    group.add_argument("--resume", metavar="FILE", help="go on from this checkpoint exactly as if never stopped")
+    group.add_argument(
+        "--resume",
+        metavar="FILE",
+        help="go on from this checkpoint exactly as if never stopped; auto: from the newest in the run folder, if there is any",
+    )
     group.add_argument(
         "--save-every", type=positive, default=1, metavar="EPOCHS", help="epochs between checkpoints; the last is kept"
     )
+    group.add_argument(
+        "--on-bad-image",
+        choices=("skip", "error"),
+        default="skip",
+        help="a training image that cannot be read is named, and another takes its place, up to 1 %% of an epoch; or the run ends",
+    )
+    inside = "save inside epochs, too, every so many; 0: only when a signal asks the run to end"
+    group.add_argument("--save-every-steps", type=natural, default=0, metavar="STEPS", help=inside)
 
 
 def add_pretrain(parser: Parser, cos: int = 1, *, transformers: bool = False, each: bool = False) -> None:
@@ -455,6 +468,9 @@ def add_pretrain(parser: Parser, cos: int = 1, *, transformers: bool = False, ea
     parser.set_defaults(batch_is_per_process=each)
     add_optimizer(parser, epochs=200, lr=0.03, wd=1e-4, schedule=[120, 160], cos=cos)
     add_run(parser)
+    parser.add_argument_group("monitor").add_argument(
+        "--keep", type=natural, default=0, metavar="N", help="keep the last N checkpoints; 0: all"
+    )
     group = parser.add_argument_group("k-NN monitor")
     group.add_argument("--knn-every", type=natural, default=0, metavar="EPOCHS", help="report k-NN top-1 on val/, against train/")
     group.add_argument("--knn-k", type=positive, default=20, metavar="K", help="neighbours that vote")
@@ -509,7 +525,7 @@ def main(parser: Parser, check: Callable[[Options], None], worker: launch.Worker
     """Parse, check, and run `worker(args, device)` in every process of the launch.
 
     `check` completes and refuses options before any process starts. An InputError becomes one line on stderr and exit
-    status 2.
+    status 2; a run that a signal has ended, after it has saved, exits with status 75, and one that has lost a process with 1.
     """
     try:
         args = parser.parse()
@@ -517,10 +533,18 @@ def main(parser: Parser, check: Callable[[Options], None], worker: launch.Worker
             check_arch(args.arch)
         if args.recipe:
             recipes.of_options(args)
+        if getattr(args, "resume", None) == "auto":
+            if not args.save_dir:
+                raise InputError("--resume auto: give the run folder with --save-dir, or --output and --tag")
+            args.resume = checkpoint.newest(args.save_dir)
         check(args)
         args.save_dir = args.save_dir or time.strftime(f"runs/{args.script}-{args.arch}-%Y%m%d-%H%M%S")
         launch.launch(worker, args)
     except InputError as error:
         parser.error(str(error))
+    except launch.Lost as lost:
+        parser.exit(1, f"{parser.prog}: error: {lost}\n")
+    except interrupt.Interrupted as end:
+        parser.exit(interrupt.STATUS, f"{parser.prog}: {end}\n")
     except KeyboardInterrupt:
         parser.exit(130, f"{parser.prog}: interrupted\n")

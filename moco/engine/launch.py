@@ -4,20 +4,26 @@ Launchers: `--multiprocessing-distributed` (spawns here), `torchrun` and `python
 LOCAL_RANK), SLURM's `srun`; with none of them, one process.
 """
 
+import contextlib
 import errno
+import logging
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from multiprocessing.connection import wait
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from moco.engine import interrupt, watch
 from moco.errors import InputError
 
 Worker = Callable[[Namespace, torch.device], None]
@@ -74,30 +80,89 @@ def launch(worker: Worker, args: Namespace) -> None:
     if args.batch_per_process < 1:
         raise InputError(f"--batch-size {args.batch_size} is smaller than the {p.local} processes of this node; raise it")
     if p.launcher != "spawn":
-        _process(p, worker, args, p.first, p.local_rank)
+        name = os.path.basename(sys.argv[0])
+        _process(p, worker, args, p.first, p.local_rank, lambda lost: print(f"{name}: error: {lost}", file=sys.stderr))
         return
     # a rank that is ended because another one failed cannot tidy up; Python's tracker does, and need not report it
     sys.warnoptions.append("ignore:resource_tracker:UserWarning")
     context = mp.get_context("spawn")
-    mistakes = context.SimpleQueue()
-    try:
-        mp.spawn(_spawned, (p, worker, args, mistakes), nprocs=p.local)
-    except (mp.ProcessExitedException, mp.ProcessRaisedException):
-        if not mistakes.empty():  # the others only lost their connection to the process that made it
-            raise InputError(mistakes.get()) from None
-        raise
+    ends = context.SimpleQueue()
+    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
+    processes = mp.spawn(_spawned, (p, worker, args, ends), nprocs=p.local, join=False)
+    with interrupt.passed_on(processes.pids()) as signals:
+        killed = _killed(processes.processes)
+        try:
+            while not processes.join():
+                pass
+        except (mp.ProcessExitedException, mp.ProcessRaisedException) as error:
+            if not ends.empty():  # the others only lost their connection to the process that made it
+                raise ends.get() from None
+            if signals:  # they were asked to end when there was nothing to save
+                interrupt.end_by(signals[0])
+            raise _lost(p.first, killed, error) from None
+    if not ends.empty():
+        raise ends.get()
 
 
-def _spawned(i: int, p: Plan, worker: Worker, args: Namespace, mistakes) -> None:
+class Lost(Exception):
+    """A process of the run has failed, or was lost; the message says which and how."""
+
+
+def _killed(processes: list) -> dict[int, str]:
+    """Wait until a process has failed or all have ended; returns, by place, the signals that have ended any by then.
+
+    The others have a while to end by themselves, as they do without their connection, and are then killed: one that waits for
+    the lost one does not listen.
+    """
+    running = {process.sentinel: process for process in processes}
+    while running:
+        for sentinel in wait(list(running)):
+            process = running.pop(sentinel)
+            process.join()
+            if process.exitcode:
+                end = time.monotonic() + PATIENCE
+                while running and time.monotonic() < end:
+                    for other in wait(list(running), end - time.monotonic()):
+                        del running[other]
+                codes = [process.exitcode or 0 for process in processes]
+                for process in running.values():
+                    process.kill()
+                return {i: signal.Signals(-code).name for i, code in enumerate(codes) if code < 0}
+    return {}
+
+
+PATIENCE = 10.0  # seconds
+OUT_OF_MEMORY = "; the system does so where memory runs out: try fewer --workers or a smaller --batch-size"
+
+
+def _lost(first: int, killed: dict[int, str], error: mp.ProcessExitedException | mp.ProcessRaisedException) -> Lost:
+    """What to tell of a failure; the traceback of a process that raised goes to stderr before it."""
+    if killed:
+        i, name = next(iter(killed.items()))
+        return Lost(f"rank {first + i} was ended by {name}{OUT_OF_MEMORY if name == 'SIGKILL' else ''}")
+    if isinstance(error, mp.ProcessRaisedException):
+        print(error.msg, file=sys.stderr)
+        return Lost(f"rank {first + error.error_index}: {error.msg.strip().splitlines()[-1]}")
+    return Lost(f"rank {first + error.error_index} ended with status {error.exit_code}")
+
+
+def _spawned(i: int, p: Plan, worker: Worker, args: Namespace, ends) -> None:
     try:
-        _process(p, worker, args, p.first + i, i)
+        _process(p, worker, args, p.first + i, i, lambda lost: ends.put(Lost(lost)))
     except InputError as error:
-        mistakes.put(str(error))
+        ends.put(error)
         sys.exit(2)
+    except interrupt.Interrupted as end:  # all of them end so, and are not hurried
+        ends.put(end)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
-def _process(p: Plan, worker: Worker, args: Namespace, r: int, local_rank: int) -> None:
-    """Set up this process's device and process group, run the worker, take the group down."""
+def _process(p: Plan, worker: Worker, args: Namespace, r: int, local_rank: int, tell: Callable[[str], None]) -> None:
+    """Set up this process's device and process group, run the worker, take the group down.
+
+    `tell` gets the line about a rank that was lost, after which this process ends.
+    """
     if torch.cuda.is_available():
         device = torch.device("cuda", args.gpu if args.gpu is not None else local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
@@ -106,13 +171,24 @@ def _process(p: Plan, worker: Worker, args: Namespace, r: int, local_rank: int) 
         device = torch.device("cpu")
         if p.local > 1:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // p.local))
+    guard = contextlib.nullcontext()
     if p.url:
         backend = args.dist_backend or ("nccl" if device.type == "cuda" else "gloo")
         if p.launcher == "srun":
             os.environ.setdefault("LOCAL_RANK", str(local_rank))
-        dist.init_process_group(backend, init_method=p.url, rank=r, world_size=p.world, timeout=timedelta(minutes=30))
+        timeout = timedelta(minutes=30)
+        store, _, _ = next(dist.rendezvous(p.url, r, p.world, timeout=timeout))
+        store.set_timeout(timeout)
+        dist.init_process_group(backend, store=dist.PrefixStore("group", store), rank=r, world_size=p.world, timeout=timeout)
+        guard = watch.Watch(store, r, p.world, tell)
     try:
-        worker(args, device)
+        with guard:
+            worker(args, device)
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        what = " ".join(str(error).split())
+        raise InputError(f"a loader process of rank {r} was ended: {what}{OUT_OF_MEMORY}") from None
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -1,5 +1,6 @@
 """What a run says: a progress bar or plain lines, log.jsonl, TensorBoard events, args.yaml. Rank 0 writes."""
 
+import contextlib
 import json
 import sys
 import time
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import torch
 import yaml
+from filelock import FileLock, Timeout
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -81,15 +83,19 @@ class RunLog:
         if distributed.rank() != 0:
             return
         folder = Path(args.save_dir)
+        self.lock = FileLock(folder / ".lock", blocking=False)
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            self.lock.acquire()
             (folder / "args.yaml").write_text(yaml.safe_dump(vars(args), sort_keys=True))
             self.path = folder / "log.jsonl"
-            kept = [line for line in _lines(self.path) if json.loads(line)["step"] <= start] if start > 0 else []
+            kept = [line for line in _lines(self.path) if json.loads(line)["step"] <= start] if args.resume else []
             self.path.write_text("".join(kept))
+        except Timeout:
+            raise InputError(f"--save-dir {folder}: another run is writing there; wait for its end, or choose another") from None
         except OSError as error:
             raise InputError(f"--save-dir {folder}: cannot be written: {error.strerror}; choose another folder") from None
-        self.board = SummaryWriter(str(folder), purge_step=start if start > 0 else None)
+        self.board = SummaryWriter(str(folder), purge_step=start if args.resume and start > 0 else None)
         if sys.stdout.isatty():
             self.bar = tqdm(total=steps - min(start, 0), initial=max(start, 0), unit="step", dynamic_ncols=True)
 
@@ -114,10 +120,13 @@ class RunLog:
         if distributed.rank() != 0:
             return
         entry = {"epoch": epoch, "step": step, **metrics, **speed, "time": round(now - self.began, 3)}
-        with self.path.open("a") as file:
-            file.write(json.dumps(entry) + "\n")
-        for name, value in {**metrics, **speed}.items():
-            self.board.add_scalar(name, value, step)
+        try:
+            with self.path.open("a") as file:
+                file.write(json.dumps(entry) + "\n")
+            for name, value in {**metrics, **speed}.items():
+                self.board.add_scalar(name, value, step)
+        except OSError as error:
+            raise InputError(f"{self.path}: cannot be written: {error.strerror}; make room, and go on with --resume auto") from None
         text = "  ".join(f"{name} {_short(name, value)}" for name, value in {**metrics, **speed}.items())
         if self.bar is not None and speed:
             self.bar.set_postfix_str(f"epoch {epoch}  {text}")
@@ -127,10 +136,12 @@ class RunLog:
 
     def close(self) -> None:
         """Flush and end."""
-        if distributed.rank() == 0:
-            self.board.close()
         if self.bar is not None:
             self.bar.close()
+        if distributed.rank() == 0:
+            with contextlib.suppress(OSError):  # of a full disk a line has spoken already
+                self.board.close()
+            self.lock.release()
 
 
 def _lines(path: Path) -> list[str]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from moco import distributed
 from moco.augment import recipes
 from moco.data import datasets, loader, subsets
 from moco.data.images import Images
@@ -64,8 +65,22 @@ class Pretraining(Trainer):
         if args.knn_every and (last or done % args.knn_every == 0):
             metrics["knn"] = self._knn()
         if last or done % args.save_every == 0:
-            self.save(f"checkpoint_{done - 1:04d}.pth.tar", done)
+            self._tidy(self.save(f"checkpoint_{done - 1:04d}.pth.tar", done))
         return metrics
+
+    def save_inside(self, epoch: int, step: int) -> Path:
+        path = self.save(f"checkpoint_{max(epoch, 0):04d}_{step}.pth.tar", epoch, step)
+        self._tidy(path)
+        return path
+
+    def _tidy(self, newest: Path) -> None:
+        """Remove what `newest` makes needless: others inside epochs, and, of those at epochs' ends, what --keep does not."""
+        if distributed.rank() != 0:
+            return
+        inside = set(newest.parent.glob("checkpoint_????_*.pth.tar"))
+        ends = sorted(set(newest.parent.glob("checkpoint_*.pth.tar")) - inside)
+        for path in (inside - {newest}) | set(ends[: -self.args.keep] if self.args.keep else []):
+            path.unlink(missing_ok=True)
 
     def _knn(self) -> float:
         """k-NN top-1 of the encoder on val/, against train/."""

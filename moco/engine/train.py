@@ -1,6 +1,8 @@
 """The training loop: one for every script. What is trained, and on what loss, is a subclass's business."""
 
 import contextlib
+import math
+import sys
 import time
 from abc import ABC, abstractmethod
 from argparse import Namespace
@@ -10,14 +12,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from moco import distributed, rng
 from moco.augment import color, recipes
 from moco.data import loader
 from moco.data.images import Images
-from moco.engine import checkpoint, optim, precision
+from moco.engine import checkpoint, interrupt, optim, precision
 from moco.engine.log import Mean, Metrics, RunLog, say
 from moco.errors import InputError
+
+COLLAPSED = 0.1  # feature_std, below which a warning is given
 
 
 class Trainer(ABC):
@@ -40,13 +45,19 @@ class Trainer(ABC):
         # before any schedule, and before a resumed one
         self.rates = [group["lr"] * self.lr_scale for group in self.optimizer.param_groups]
         self.scaler = precision.scaler(args.amp, device)
-        self.first_epoch = self._resume(checkpoint.load(args.resume)) if args.resume else 0
+        state = checkpoint.load(args.resume) if args.resume else None
+        if state:
+            self._resume(state)
         self.ddp = distributed.data_parallel(self.trained())
         self.order = loader.TrainOrder(len(images), args.batch_per_process, args.accumulation_steps, args.seed)
         self.steps_per_epoch = self.order.steps_per_epoch
         self.order.stop = self.steps_per_epoch * args.epochs
-        before = 0 if args.resume else -(-self.images_before() // self.batch)
-        self.order.start = self.steps_per_epoch * self.first_epoch - before
+        self._unreadable: set[int] = set()
+        self._recent: list[tuple[int, Tensor, Tensor]] = []  # step, loss, images of the passes since losses were looked at
+        self.order.start = self._step_of(state) if state else -self.images_before() // self.batch
+        self.first_epoch = self.order.start // max(1, self.steps_per_epoch)
+        if state:
+            self.first_epoch = min(self.first_epoch, state["epoch"])  # all its steps may be done, and its end not
 
     def trained(self) -> nn.Module:
         """What `forward` calls as `self.ddp`: the module, or the part of it that trains."""
@@ -76,42 +87,61 @@ class Trainer(ABC):
         """Evaluate and save after `done` epochs; returns what to log."""
         return {}
 
+    @abstractmethod
+    def save_inside(self, epoch: int, step: int) -> Path:
+        """Save before the end of an epoch, when `step` steps of the run are done; returns the file's path."""
+
     def train(self) -> None:
         """Every epoch that is left, with its log lines."""
         args, per_epoch = self.args, self.steps_per_epoch
         self._announce()
         log = RunLog(args, self.order.stop, self.order.start)
         cut = loader.RandomCrops(self.recipe, args.seed)
-        batches = loader.batches(self.images, cut, self.order, args, self.device)
-        for epoch in range(self.order.start // per_epoch, args.epochs):
-            self._epoch(epoch, batches, log)
-            if epoch < 0:
-                continue
-            distributed.broadcast_buffers(self.module)
-            metrics = self.end_epoch(epoch + 1)
-            if metrics:
-                log.line(epoch, (epoch + 1) * per_epoch, metrics)
-        log.close()
+        skips = args.on_bad_image == "skip"
+        batches = loader.batches(self.images, cut, self.order, args, self.device, skips)
+        with interrupt.Requests() as requests, contextlib.closing(log), contextlib.closing(batches):
+            for epoch in range(self.first_epoch, args.epochs):
+                self._epoch(epoch, batches, log, requests)
+                if epoch < 0:
+                    continue
+                distributed.broadcast_buffers(self.module)
+                metrics = self.end_epoch(epoch + 1)
+                if metrics:
+                    log.line(epoch, (epoch + 1) * per_epoch, metrics)
 
-    def _epoch(self, epoch: int, batches: Iterator[loader.Batch], log: RunLog) -> None:
+    def _epoch(self, epoch: int, batches: Iterator[loader.Batch], log: RunLog, requests: interrupt.Requests) -> None:
         args, per_epoch = self.args, self.steps_per_epoch
         self.start_epoch()
-        mean = Mean()
+        mean, self._skipped = Mean(), 0
         for step in range(max(epoch * per_epoch, self.order.start), (epoch + 1) * per_epoch):
             rate = self._set_rates(step)
             for micro in range(args.accumulation_steps):
                 before = time.perf_counter()
                 batch = next(batches)
                 log.wait(time.perf_counter() - before)
-                mean.add(self._pass(batch, rng.Progress(args.seed, epoch, step, micro, per_epoch, args.epochs)))
+                self._note(batch.unreadable)
+                found = self._pass(batch, rng.Progress(args.seed, epoch, step, micro, per_epoch, args.epochs))
+                self._recent.append((step, found["loss"].detach(), batch.index))
+                mean.add(found)
             mean.add(self._gradients())
             self.scaler.step(self.optimizer)
             self.scaler.update()
             self.optimizer.zero_grad(set_to_none=True)
             self.after_step()
             log.tick()
-            if (step + 1) % args.print_freq == 0 or (step + 1) % per_epoch == 0:
-                log.line(epoch, step + 1, {**mean.read(), "lr": rate})
+            asked, ends = requests.agreed(), (step + 1) % per_epoch == 0
+            saves = asked or (args.save_every_steps and (step + 1) % args.save_every_steps == 0 and not ends)
+            if saves or ends or (step + 1) % args.print_freq == 0:
+                self._check_losses(rate)
+            if ends or (step + 1) % args.print_freq == 0:
+                means = mean.read()
+                log.line(epoch, step + 1, {**means, "lr": rate})
+            if saves:
+                path = self.save_inside(epoch, step + 1)
+            if asked:
+                distributed.barrier()
+                raise interrupt.Interrupted(f"{asked}: saved {path} after step {step + 1}; --resume auto goes on from there")
+        self._look_at(means, epoch)
 
     def _set_rates(self, step: int) -> float:
         """Give each parameter group its rate for this step; returns the first one's."""
@@ -137,6 +167,49 @@ class Trainer(ABC):
                 loss, metrics = self.forward(views, batch, progress)
             self.scaler.scale(loss / args.accumulation_steps).backward()
         return {"loss": loss, **metrics}
+
+    def _note(self, unreadable: list[tuple[int, str]]) -> None:
+        """Name images that could not be read and were replaced, each once. Raises InputError where they are too many."""
+        for i, reason in unreadable:
+            if i not in self._unreadable:
+                tqdm.write(f"skipped, another image takes its place: {reason}", file=sys.stderr)
+            self._unreadable.add(i)
+        self._skipped += len(unreadable)
+        most = max(1, self.steps_per_epoch * self.args.batch_per_process * self.args.accumulation_steps // 100)
+        if self._skipped > most:
+            raise InputError(
+                f"{self.images.root}: more than 1 % of the images cannot be read ({self._skipped} in this epoch, so far); "
+                "look at the data, the disk or the network"
+            )
+
+    def _look_at(self, means: dict[str, float], epoch: int) -> None:
+        """Say so where the epoch's last features are nearly all the same."""
+        deviation = means.get("feature_std", 1.0)
+        if epoch >= 0 and deviation < COLLAPSED:
+            say(
+                f"warning: epoch {epoch} ends with a feature_std of {deviation:.2g}, where 1 is spread out and 0 is one point: "
+                "the features have collapsed, or nearly; try a lower --lr, a longer --lr-warmup-epochs, a larger --batch-size"
+            )
+
+    def _check_losses(self, rate: float) -> None:
+        """Raise InputError, on every rank, where one of the last losses of any rank is no finite number.
+
+        It is asked before anything is saved; until then nothing has waited for the device.
+        """
+        steps, losses, indices = zip(*self._recent, strict=True)
+        self._recent.clear()
+        values = torch.stack(losses).double()
+        bad = (~values.isfinite()).nonzero()
+        first = int(bad[0]) if len(bad) else 0
+        images = indices[first][:2].double()
+        facts = torch.cat([values.new_tensor([steps[first] if len(bad) else math.inf]), values[first : first + 1], images])
+        step, loss, *images = min(distributed.all_gather(facts[None]).tolist(), key=lambda rank: rank[0])
+        if math.isfinite(step):
+            names = ", ".join(self.images.name(int(i)) for i in images)
+            where = f"step {step:.0f} (epoch {step // self.steps_per_epoch:.0f}, lr {rate:g}, images {names}, ...)"
+            kept = next(iter(checkpoint.found(self.args.save_dir)), None)
+            last = f"the last checkpoint from before it is {kept}" if kept else "there is no checkpoint from before it"
+            raise InputError(f"the loss is {loss:g} at {where}; {last}; lower --lr, or raise --lr-warmup-epochs")
 
     def _gradients(self) -> Metrics:
         """Clip the gradient; returns the length before that of each of the module's `parts`, where it names any."""
@@ -181,11 +254,12 @@ class Trainer(ABC):
         if args.lr_warmup_epochs >= args.epochs:
             say(f"the warm-up's {args.lr_warmup_epochs} epochs (--lr-warmup-epochs) outlast the run: the rate is not reached")
         if args.resume:
-            say(f"resumed from {args.resume} at epoch {self.first_epoch}")
+            inside = self.order.start - self.first_epoch * self.steps_per_epoch
+            say(f"resumed from {args.resume} at epoch {self.first_epoch}" + f", after {inside} of its steps" * bool(inside))
         say(f"run folder {args.save_dir}")
 
-    def _resume(self, state: checkpoint.State) -> int:
-        """Take up a checkpoint; returns the epoch to run next."""
+    def _resume(self, state: checkpoint.State) -> None:
+        """Take up a checkpoint."""
         args = self.args
         images = state.get("images", len(self.images))
         if images != len(self.images):
@@ -195,15 +269,25 @@ class Trainer(ABC):
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         args.seed = state["progress"]["seed"]
-        return state["epoch"]
 
-    def save(self, name: str, done: int, **more: float) -> None:
-        """Write the run's state after `done` epochs to the run folder, on rank 0."""
+    def _step_of(self, state: checkpoint.State) -> int:
+        """The step to run next: of the epoch that was begun, as many as its images fill, should the batch be another one now."""
+        progress, epoch = state["progress"], state["epoch"]
+        begun = progress["step"] - epoch * progress.get("steps_per_epoch", 0) if "batch" in progress else 0
+        inside = begun * progress.get("batch", 0) // self.batch
+        return epoch * self.steps_per_epoch + min(inside, self.steps_per_epoch)
+
+    def save(self, name: str, epoch: int, step: int | None = None, **more: float) -> Path:
+        """Write the run's state, on rank 0: after `epoch` epochs, or after `step` steps, of which some are the next epoch's.
+
+        Returns the file's path.
+        """
+        path = Path(self.args.save_dir) / name
         if distributed.rank() != 0:
-            return
-        step = done * self.steps_per_epoch
+            return path
+        step = epoch * self.steps_per_epoch if step is None else step
         state = {
-            "epoch": done,
+            "epoch": max(epoch, 0),
             "arch": self.args.arch,
             "method": self.args.method,
             "args": vars(self.args),
@@ -211,7 +295,14 @@ class Trainer(ABC):
             "state_dict": {f"module.{key}": tensor for key, tensor in self.module.state_dict().items()},
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "progress": {"step": step, "samples": step * self.batch, "seed": self.args.seed},
+            "progress": {
+                "step": step,
+                "samples": step * self.batch,
+                "seed": self.args.seed,
+                "batch": self.batch,
+                "steps_per_epoch": self.steps_per_epoch,
+            },
             **more,
         }
-        checkpoint.save(Path(self.args.save_dir) / name, state)
+        checkpoint.save(path, state)
+        return path

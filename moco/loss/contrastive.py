@@ -87,6 +87,32 @@ def contrast_accuracy(positive: Tensor, *negatives: Tensor) -> dict[str, Tensor]
     return {"acc1": (above < 1).float().mean(), "acc5": (above < 5).float().mean()}
 
 
+@torch.no_grad()
+def spread(q: Tensor, positive: Tensor, negative: Tensor | None = None) -> dict[str, Tensor]:
+    """How the features lie, which the loss alone does not tell; scalars.
+
+    Args:
+        q: unit queries [N, C], N at least 2.
+        positive: similarity of each query to its key, [N].
+        negative: similarity of each query to its hardest negative, [N].
+
+    Returns:
+        `feature_std`: mean over dimensions of the standard deviation, times sqrt(C): about 1 where features are spread over the
+            whole sphere, 0 where all of them are the same, which is a collapse;
+        `alignment`: mean squared distance of the positive pairs, in [0, 4], and `uniformity`: log of the mean of exp(-2 d^2) over
+            the distances d of all pairs of queries, in [-8, 0] (Wang & Isola, arXiv 2005.10242, section 4.1);
+        `hardness`: mean of `negative`, in [-1, 1].
+    """
+    n, C = q.shape
+    pairs = torch.exp(4 * (q @ q.T) - 4)  # d^2 = 2 - 2 q.q'
+    found = {
+        "feature_std": q.std(0).mean() * C**0.5,
+        "alignment": 2 - 2 * positive.mean(),
+        "uniformity": ((pairs.sum() - pairs.diagonal().sum()) / (n * (n - 1))).log(),
+    }
+    return found if negative is None else {**found, "hardness": negative.mean()}
+
+
 def unit(x: Tensor) -> Tensor:
     """Rows of `x` [..., C] scaled to length 1, in float32 or wider whatever the autocast state."""
     return F.normalize(x if x.dtype == torch.float64 else x.float(), dim=-1)

@@ -58,8 +58,8 @@ def find(bank: Tensor, own: Tensor, how: Cancellation, chunk: int) -> Found:
 
 def cancelled_nt_xent(
     z: Tensor, bank: Tensor, own: Tensor, found: Found, mode: str, temperature: float, chunk: int
-) -> tuple[Tensor, Tensor]:
-    """The loss, in the memory of one [chunk, R] buffer, and how often a view is nearest to its image's others.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss, in the memory of one [chunk, R] buffer; how often a view is nearest to its image's others; how near negatives are.
 
     With l the logits of an anchor over the bank less its own row: log-sum-exp(l) less the mean of l over its image's other V - 1
     views and, to attract them, the false negatives; to eliminate them, they leave the log-sum-exp instead. Without false negatives
@@ -74,7 +74,8 @@ def cancelled_nt_xent(
 
     Returns:
         2 / V times the sum over views of the mean over images; and the share, in [0, 1], of an image's pairs of views that are more
-        similar than the anchor and any negative, of which false ones are none, without gradient. Both are scalars.
+        similar than the anchor and any negative, of which false ones are none; and the mean similarity of the anchors and their
+        hardest negative. All are scalars, the last two without gradient.
     """
     return _CancelledNTXent.apply(z, bank, own, found, mode, temperature, chunk)
 
@@ -86,7 +87,7 @@ class _CancelledNTXent(torch.autograd.Function):
     def forward(ctx, z: Tensor, bank: Tensor, own: Tensor, found: Found, mode: str, temperature: float, chunk: int):
         V, n, _ = z.shape
         to_z, to_bank = torch.empty_like(z), torch.zeros_like(bank) if ctx.needs_input_grad[1] else None
-        loss, nearest = z.new_zeros((), dtype=torch.float64), z.new_zeros(())
+        loss, nearest, hardness = z.new_zeros((), dtype=torch.float64), z.new_zeros(()), z.new_zeros(())
         buffer = z.new_empty(min(chunk, n), len(bank))
         for start in range(0, n, chunk):
             part = slice(start, start + chunk)
@@ -106,6 +107,7 @@ class _CancelledNTXent(torch.autograd.Function):
                 mean = share * (positive.sum(1, keepdim=True) + (of_false * attracted).sum(1, keepdim=True))
                 loss += (top + total.log() - mean).sum()
                 nearest += (positive > negative).sum()
+                hardness += negative.sum()
                 # the gradient of log-sum-exp and mean in the logits, times total
                 weight.scatter_add_(1, false, e_false - share * total * attracted)
                 weight.scatter_(1, others, e_positive - share * total)
@@ -116,12 +118,13 @@ class _CancelledNTXent(torch.autograd.Function):
         ctx.save_for_backward(to_z, to_bank)
         ctx.scale = scale / temperature
         nearest /= V * (V - 1) * n
-        ctx.mark_non_differentiable(nearest)
-        return (loss * scale).to(z.dtype), nearest
+        hardness *= temperature / (V * n)
+        ctx.mark_non_differentiable(nearest, hardness)
+        return (loss * scale).to(z.dtype), nearest, hardness
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, gradient: Tensor, _):
+    def backward(ctx, gradient: Tensor, *_):
         to_z, to_bank = ctx.saved_tensors
         gradient = gradient * ctx.scale
         return to_z * gradient, None if to_bank is None else to_bank * gradient, None, None, None, None, None

@@ -1,0 +1,88 @@
+"""Signals that ask a run to end: it finishes its step, saves, and exits with `STATUS`, so that a scheduler may start it again."""
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+
+from moco import distributed
+
+STATUS = 75  # EX_TEMPFAIL of sysexits.h: try again
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+PATIENCE = 3.0  # seconds; a launcher's and a terminal's signal may both arrive, but one that comes later is meant to end at once
+
+
+class Interrupted(Exception):
+    """The run was asked to end, and has saved; the message says how to go on."""
+
+
+class Requests:
+    """Takes the signals while a run trains. Used as a context, on every rank."""
+
+    def __init__(self):
+        self.received, self._at = 0, 0.0
+        self._group = dist.new_group(backend="gloo") if distributed.world() > 1 else None
+        self._flag, self._work = torch.zeros(1, dtype=torch.int), None
+
+    def __enter__(self) -> "Requests":
+        self._before = {number: signal.signal(number, self._receive) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if not self.received:
+            self.received, self._at = number, time.monotonic()
+        elif time.monotonic() - self._at > PATIENCE:
+            end_by(number)
+
+    def agreed(self) -> str:
+        """To be asked after every step, on every rank: the signal's name, once all ranks know of it; empty if there is none.
+
+        The ranks' answers are exchanged while the next step runs, so that all of them end after the same one, and none waits.
+        """
+        if self._group is None:
+            return self._name(self.received)
+        if self._work is not None:
+            self._work.wait()
+        found = int(self._flag)
+        self._flag.fill_(self.received)
+        self._work = dist.all_reduce(self._flag, dist.ReduceOp.MAX, group=self._group, async_op=True)
+        return self._name(found)
+
+    def _name(self, number: int) -> str:
+        return signal.Signals(number).name if number else ""
+
+
+@contextlib.contextmanager
+def passed_on(processes: Sequence[int]) -> Iterator[list[int]]:
+    """A launcher's part: signals go to the processes with these ids, which end by themselves. Yields the signals so far."""
+    signals: list[int] = []
+
+    def send(number: int, frame: FrameType | None) -> None:
+        signals.append(number)
+        for pid in processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+    before = {number: signal.signal(number, send) for number in SIGNALS}
+    try:
+        yield signals
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def end_by(number: int) -> None:
+    """End this process as the signal does by itself."""
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)

@@ -1,0 +1,302 @@
+"""Runs that are interrupted, killed or hindered: what is lost, what they say, and what they become when they go on."""
+
+import contextlib
+import json
+import os
+import resource
+import signal
+import socket
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import shell, write_images
+from test_cli import refused
+from test_runs import load, same, succeeded
+
+from moco.engine import checkpoint
+from moco.engine.interrupt import STATUS
+from moco.errors import InputError
+
+SMALL = ("-a", "resnet18", "--image-size", 32, "-b", 4, "-j", 1, "--epochs", 2, "-p", 1, "--wd", 0.1)
+SYNCO = ("main_synco.py", *SMALL, "--moco-k", 24, "--mlp", "--n-hard", 8, "--n1", 2, "--n4", 2, "--warmup-epochs", 0)
+ADCO = ("main_adco.py", *SMALL, "--cluster", 30, "--moco-dim", 16)  # 8 steps before epoch 0
+STEPS = 12  # of an epoch
+TWO = ("--multiprocessing-distributed", "--nproc-per-node", 2)
+
+
+def state(run):
+    return {key: load(run / "checkpoint_0001.pth.tar")[key] for key in ("epoch", "state_dict", "optimizer", "progress")}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_images(tmp_path_factory.mktemp("faults"), classes=3, train=16)
+
+
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory):
+    """The last state of a run that nothing disturbed, by its command."""
+    done = {}
+
+    def of(command):
+        if command not in done:
+            run = tmp_path_factory.mktemp("whole")
+            succeeded(shell(*command, data, "--save-dir", run))
+            done[command] = state(run)
+        return done[command]
+
+    return of
+
+
+def until(condition, process, seconds=120):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end and process.poll() is None, process.communicate()
+        time.sleep(0.01)
+
+
+def logged(run):
+    """The steps that a run has written lines of."""
+    path = run / "log.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line)["step"] for line in lines if line.endswith("}")]
+
+
+def children(process):
+    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+
+
+@pytest.mark.parametrize(
+    ("command", "number", "step"),
+    [(SYNCO, "SIGUSR1", 5), (SYNCO, "SIGINT", 14), ((*ADCO, *TWO), "SIGTERM", -3)],
+)
+def test_a_signal_ends_a_run_after_its_step_and_it_goes_on_as_if_never_stopped(command, number, step, data, whole, tmp_path):
+    process = shell(*command, data, "--save-dir", tmp_path, "--resume", "auto", wait=False)
+    until(lambda: any(done >= step for done in logged(tmp_path)), process)
+    process.send_signal(getattr(signal, number))
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == STATUS, out + err
+    assert "--resume auto: no checkpoint in" in out and err.count("\n") == 1 and number in err
+    (saved,) = [path for path in tmp_path.glob("checkpoint_????_*.pth.tar") if str(path) in err]
+    progress = load(saved)["progress"]
+    assert step <= progress["step"] < 2 * STEPS and f"after step {progress['step']};" in err
+    assert progress["samples"] == progress["step"] * 4
+    out = succeeded(shell(*command, data, "--save-dir", tmp_path, "--resume", "auto"))
+    assert f"resumed from {saved}" in out
+    assert same(state(tmp_path), whole(command))
+    assert [path.name for path in sorted(tmp_path.glob("*.pth.tar"))] == ["checkpoint_0000.pth.tar", "checkpoint_0001.pth.tar"]
+    assert sorted(set(logged(tmp_path))) == logged(tmp_path) == list(range(logged(tmp_path)[0], 2 * STEPS + 1))
+
+
+def test_a_killed_run_goes_on_from_the_last_save_inside_an_epoch(data, whole, tmp_path):
+    options = (*SYNCO, data, "--save-dir", tmp_path, "--resume", "auto", "--save-every-steps", 3)
+    for step in (4, 17):
+        process = shell(*options, wait=False)
+        until(lambda step=step: any(done >= step for done in logged(tmp_path)), process)
+        process.kill()
+        process.communicate()
+        time.sleep(1)  # its processes hear of it
+    assert "resumed from" in succeeded(shell(*options, "-j", 0))  # with another number of workers
+    assert same(state(tmp_path), whole(SYNCO))
+
+
+def test_another_world_size_goes_on_at_the_same_place(data, tmp_path):
+    process = shell(*SYNCO, *TWO, data, "--save-dir", tmp_path, "--save-every-steps", 5, wait=False)
+    file = tmp_path / "kept.pth.tar"
+
+    def kept():
+        with contextlib.suppress(FileNotFoundError):
+            os.link(tmp_path / "checkpoint_0000_10.pth.tar", file)
+        return file.exists()
+
+    until(kept, process)
+    process.kill()
+    process.communicate()
+    before = load(file)
+    out = succeeded(
+        shell(*SYNCO, data, "--save-dir", tmp_path / "one", "--resume", file, "--save-every-steps", 11, "--lr", 0.5, "--cos")
+    )
+    assert "at epoch 0, after 10 of its steps" in out
+    first = json.loads((tmp_path / "one" / "log.jsonl").read_text().splitlines()[0])
+    assert (first["epoch"], first["step"], first["lr"]) == (0, 11, 0.5)
+    # twice the batch, with half as many steps in an epoch: five of them have seen its images
+    more = ("-b", 8, "--save-dir", tmp_path / "two", "--resume", file, "-p", 1)
+    assert "at epoch 0, after 5 of its steps" in succeeded(shell(*SYNCO, data, *more))
+    after = load(tmp_path / "one" / "checkpoint_0000.pth.tar")
+    for step, saved in ((10, before), (12, after)):
+        assert int(saved["state_dict"]["module.queue_ptr"]) == step * 4 % 24
+    # the two steps since have overwritten the last eight of its rows
+    assert (before["state_dict"]["module.queue"] == after["state_dict"]["module.queue"]).all(1).tolist() == [True] * 16 + [False] * 8
+
+
+# files
+
+
+def test_the_furthest_checkpoint_that_can_be_read(tmp_path, capsys):
+    assert checkpoint.newest(str(tmp_path)) is None and "no checkpoint" in capsys.readouterr().out
+    kept = {"epoch": 1, "args": {}, "state_dict": {}, "optimizer": {}, "progress": {}}
+    names = [
+        "checkpoint_0000_-3",
+        "checkpoint_0000_7",
+        "checkpoint_0000",
+        "checkpoint_0001_19",
+        "checkpoint_0001",
+        "checkpoint_0010",
+    ]
+    for name in reversed(names):
+        torch.save(kept, tmp_path / f"{name}.pth.tar")
+    for name in reversed(names):
+        path = tmp_path / f"{name}.pth.tar"
+        assert checkpoint.newest(str(tmp_path)) == str(path)
+        data = path.read_bytes()
+        path.write_bytes(data[: len(data) // 2])
+    assert f"skipped: {tmp_path / 'checkpoint_0010.pth.tar'}: not a readable checkpoint" in capsys.readouterr().out
+    with pytest.raises(InputError, match=r"no checkpoint in .* can be read"):
+        checkpoint.newest(str(tmp_path))
+
+
+def test_auto_needs_a_folder(script, data):
+    refused(script("main_synco", data, "--resume", "auto"), "--resume auto: give the run folder with --save-dir")
+
+
+def test_the_last_few_are_kept(script, data, tmp_path):
+    command = (data, *SMALL, "--moco-k", 24, "--epochs", 4, "--save-dir", tmp_path, "-j", 0)
+    assert script("main_synco", *command, "--keep", 2, "--save-every-steps", 5)[0] == 0
+    assert sorted(path.name for path in tmp_path.glob("*.tar")) == ["checkpoint_0002.pth.tar", "checkpoint_0003.pth.tar"]
+
+
+@pytest.mark.parametrize("tenth", range(11))
+def test_a_write_that_is_cut_leaves_the_last_good_one(tenth, tmp_path):
+    """At every tenth of its length, by a limit on the size of files."""
+    path = tmp_path / "checkpoint_0000.pth.tar"
+    checkpoint.save(path, {"x": torch.arange(10_000)})
+    size, before = path.stat().st_size, resource.getrlimit(resource.RLIMIT_FSIZE)
+    kept = path.read_bytes()
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size * tenth // 10, before[1]))
+    try:
+        if tenth == 10:
+            checkpoint.save(path, {"x": torch.arange(10_000)})
+        else:
+            with pytest.raises(InputError, match=r"checkpoint_0000.pth.tar: cannot be written: .*; the last checkpoint is .*0000"):
+                checkpoint.save(path, {"x": torch.arange(10_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert path.read_bytes() == kept and os.listdir(tmp_path) == [path.name]
+
+
+def test_two_runs_do_not_share_a_folder(script, data, tmp_path):
+    process = shell(*SYNCO, data, "--save-dir", tmp_path, "--epochs", 50, wait=False)
+    until(lambda: logged(tmp_path), process)
+    refused(script("main_synco", data, *SMALL, "--moco-k", 24, "--save-dir", tmp_path), "another run is writing there")
+    process.kill()
+    process.communicate()
+
+
+# data and numbers
+
+
+def test_an_image_that_cannot_be_read_is_replaced(script, tmp_path):
+    data = write_images(tmp_path / "data", classes=2, train=52)
+    bad = data / "train" / "class1" / "7.jpg"
+    bad.write_bytes(bad.read_bytes()[:100])
+    runs = []
+    for workers in (0, 2):
+        runs.append(tmp_path / str(workers))
+        command = (data, *SMALL, "--moco-k", 24, "-j", workers, "--save-dir", runs[-1])
+        status, _, err = script("main_synco", *command)
+        assert status == 0 and err.count(str(bad)) == 1 and "skipped, another image takes its place" in err, err
+    assert same(*(load(run / "checkpoint_0001.pth.tar")["state_dict"] for run in runs))
+    refused(script("main_synco", *command, "--save-dir", tmp_path / "x", "--on-bad-image", "error"), str(bad), "unreadable image")
+    worse = data / "train" / "class0" / "3.jpg"
+    worse.write_bytes(b"")
+    status, _, err = script("main_synco", *command, "--save-dir", tmp_path / "y")
+    assert status == 2 and "more than 1 % of the images cannot be read (2 in this epoch" in err.splitlines()[-1]
+
+
+def test_a_loss_that_is_no_number_ends_the_run(script, data, tmp_path):
+    command = (data, *SMALL, "--moco-k", 24, "-j", 0, "--save-dir", tmp_path)
+    status, _, err = script("main_synco", *command, "--epochs", 3, "--lr", 1e-3, "--lr-warmup-epochs", 0, "--epochs", 1)
+    assert status == 0, err
+    good = (tmp_path / "checkpoint_0000.pth.tar").read_bytes()
+    resumed = ("--resume", tmp_path / "checkpoint_0000.pth.tar", "--epochs", 3, "--lr", 1e38, "-p", 7, "--save-every-steps", 2)
+    status, _, err = script("main_synco", *command, *resumed)
+    assert status == 2 and err.count("\n") == 1, err
+    assert "the loss is nan at step 1" in err and "(epoch 1, lr 1e+38, images class" in err
+    assert f"the last checkpoint from before it is {tmp_path / 'checkpoint_0000.pth.tar'}" in err
+    assert (tmp_path / "checkpoint_0000.pth.tar").read_bytes() == good and len(list(tmp_path.glob("*.tar"))) == 1
+
+
+@pytest.mark.parametrize("number", ["SIGKILL", "SIGSEGV"])
+def test_a_rank_that_dies_ends_the_run(number, data, tmp_path):
+    process = shell(*SYNCO, *TWO, data, "--save-dir", tmp_path, "--epochs", 50, wait=False)
+    until(lambda: logged(tmp_path), process)
+    ranks = [pid for pid in children(process) if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    assert len(ranks) == 2
+    began = time.monotonic()
+    os.kill(ranks[1], getattr(signal, number))
+    _, err = process.communicate(timeout=60)
+    assert time.monotonic() - began < 60 and process.returncode == 1
+    assert f"rank 1 was ended by {number}" in err.splitlines()[-1], err
+    assert not os.path.exists(f"/proc/{ranks[0]}")
+
+
+def test_a_loader_that_the_system_ends_is_reported_as_such(data, tmp_path):
+    process = shell(*SYNCO, data, "--save-dir", tmp_path, "--epochs", 50, wait=False)
+    until(lambda: logged(tmp_path), process)
+    for pid in children(process):
+        os.kill(pid, signal.SIGKILL)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 2 and "a loader process of rank 0 was ended" in err.splitlines()[-1]
+    assert "where memory runs out" in err
+
+
+def test_two_nodes_write_one_set_of_checkpoints_and_notice_the_loss_of_one(data, tmp_path):
+    """Two nodes of two processes on loopback by torchrun; then two by spawn, of which one's rank stops without a word."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    torchrun = (
+        "-m",
+        "torch.distributed.run",
+        "--nnodes",
+        2,
+        "--nproc-per-node",
+        2,
+        "--master-addr",
+        "127.0.0.1",
+        "--master-port",
+        port,
+    )
+    command = (*SYNCO, data, "--epochs", 1, "--save-dir", tmp_path / "run")
+    nodes = [shell(*torchrun, "--node-rank", node, *command, wait=False) for node in range(2)]
+    outputs = [node.communicate(timeout=300) for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], outputs
+    assert "total batch 8 = 2 per process x 4 processes" in outputs[0][0] and "total batch" not in outputs[1][0]
+    assert sorted(path.name for path in (tmp_path / "run").glob("*.tar")) == ["checkpoint_0000.pth.tar"]
+    assert logged(tmp_path / "run") == list(range(1, 7))
+
+    command = (
+        *SYNCO,
+        data,
+        "--epochs",
+        50,
+        "--save-dir",
+        tmp_path / "lost",
+        "--world-size",
+        2,
+        "--dist-url",
+        f"tcp://127.0.0.1:{port}",
+    )
+    nodes = [shell(*command, "--rank", node, wait=False) for node in range(2)]
+    until(lambda: logged(tmp_path / "lost"), nodes[0])
+    began = time.monotonic()
+    nodes[1].send_signal(signal.SIGSTOP)
+    _, err = nodes[0].communicate(timeout=60)
+    assert time.monotonic() - began < 60 and nodes[0].returncode == 1
+    assert "rank 1 has given no sign of life for 40 seconds" in err.splitlines()[-1], err
+    nodes[1].kill()
+    nodes[1].communicate()
