@@ -1,0 +1,292 @@
+#!/usr/bin/env python
+"""Draw the views that training sees: a row for each image, first the image itself, then draws of each view of a recipe.
+
+  python tools/show_views.py mocov2 photos --image-size 96
+  python tools/show_views.py --cfg configs/fnc_100.yaml DIR --images 4
+
+Draw 1 is what epoch 0 crops of these images, draw 2 epoch 1, and so on; colours are drawn as for a batch of these images.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import NamedTuple, NoReturn
+
+import numpy as np
+import torch
+import yaml
+from matplotlib.figure import Figure, SubFigure
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from moco import rng  # noqa: E402
+from moco.augment import color, recipes  # noqa: E402
+from moco.augment.recipes import MEAN, STD, Recipe, View  # noqa: E402
+from moco.data import datasets, loader  # noqa: E402
+from moco.data.images import SUFFIXES, ImageFolder, Images  # noqa: E402
+from moco.engine import cli  # noqa: E402
+from moco.errors import InputError  # noqa: E402
+from moco.rng import Progress  # noqa: E402
+
+CELL = 1.6  # inches of an image
+DPI = 140  # one view of 224 pixels fills its cell pixel by pixel
+LINE = 0.14  # inches of a line of text
+COLUMNS = 12  # of views, at most, where --draws is left out
+
+
+class Column(NamedTuple):
+    """One column of a `grid`: its short title, what it shares with its neighbours of the same heading, and its images."""
+
+    title: str
+    heading: str
+    images: Sequence[Tensor]  # [3, H, W] each, uint8 or float in [0, 1]
+
+
+def main() -> int:
+    try:
+        args = parse(sys.argv[1:])
+        images = find(args.data)
+        figure = views_figure(images, spread(len(images), args.images), recipes.of_options(args), args.seed, args.draws)
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(args.out)
+    except InputError as error:
+        print(f"show_views.py: error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"show_views.py: error: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 2
+    print(args.out)
+    return 0
+
+
+# What is drawn.
+
+
+def views_figure(images: Images, picked: Sequence[int], recipe: Recipe, seed: int = 0, draws: int | None = None) -> Figure:
+    """A figure of the images numbered `picked` and of `draws` draws of each view of `recipe` (by default as many as are
+    readable, 1 to 3). Raises InputError for an image that cannot be read.
+    """
+    columns = view_columns(images, picked, recipe, seed, draws or max(1, min(3, COLUMNS // len(recipe))))
+    width = CELL * len(columns) + 2 * LINE
+    height = CELL * len(picked) + LINE * (_lines(columns) + 4)
+    figure = Figure(figsize=(width, height), dpi=DPI)
+    grid(figure, columns, [images.name(i) for i in picked])
+    return figure
+
+
+def view_columns(images: Images, picked: Sequence[int], recipe: Recipe, seed: int, draws: int) -> list[Column]:
+    """The columns of a `grid`: the images numbered `picked`, then `draws` draws of each view, made as for training."""
+    cut = loader.Views(images, loader.RandomCrops(recipe, seed))
+    crops = [_crops(cut, epoch, picked) for epoch in range(draws)]
+    columns = [Column("", "image", [images.read(i) for i in picked])]
+    for v, (view, heading) in enumerate(zip(recipe, _headings(recipe), strict=True)):
+        for epoch in range(draws):
+            generator = Progress(seed, epoch, step=epoch).generator(rng.COLOR, "cpu", 0, v)
+            seen = color.augment(crops[epoch][v], view, generator)
+            title = f"view {v + 1}" + (f", draw {epoch + 1}" if draws > 1 else "")
+            columns.append(Column(title, heading, list(denormalized(seen))))
+    return columns
+
+
+def denormalized(x: Tensor) -> Tensor:
+    """Views as a network gets them, [B, 3, H, W], as colours in [0, 1]."""
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (MEAN, STD))
+    return (x * std + mean).clamp(0, 1)
+
+
+def settings(view: View) -> list[str]:
+    """What may happen to a view, in the order in which it does, a line each; what cannot happen is left out."""
+    jitter = "jitter " + " ".join(f"{strength:g}" for strength in view.jitter)
+    colors = {
+        "jitter": (jitter, view.jitter_p),
+        "gray": ("gray", view.gray_p),
+        "blur": ("blur sigma {:g} to {:g}".format(*view.blur_sigma), view.blur_p),
+        "solarize": ("solarize", view.solarize_p),
+    }
+    happens = [colors[name] for name in view.order] + [("flip", view.flip_p)]
+    lines = ["{} px, crop {:.3g} to {:.3g} % of area".format(view.size, *(100 * share for share in view.scale))]
+    if view.randaugment[0]:
+        lines.append("RandAugment {} of magnitude {}".format(*view.randaugment))
+    return lines + [f"{what}, {'always' if p == 1 else f'p {p:g}'}" for what, p in happens if p]
+
+
+def _crops(cut: loader.Views, epoch: int, picked: Sequence[int]) -> list[Tensor]:
+    """One batch [B, 3, S, S] uint8 for each view."""
+    samples = [cut[epoch, i] for i in picked]
+    for sample in samples:
+        if isinstance(sample, InputError):
+            raise sample
+    return [torch.stack(views) for views in zip(*(sample[0] for sample in samples), strict=True)]
+
+
+def _headings(recipe: Recipe) -> list[str]:
+    """For each view, the numbers and the settings of the run of equal views that it belongs to."""
+    headings: list[str] = []
+    for view, same in groupby(recipe):
+        first, last = len(headings) + 1, len(headings) + len(list(same))
+        name = f"view {first}" if first == last else f"views {first} {'and' if last == first + 1 else 'to'} {last}"
+        headings += ["\n".join([name, *settings(view)])] * (last - first + 1)
+    return headings
+
+
+# How it is drawn.
+
+
+def grid(figure: Figure | SubFigure, columns: Sequence[Column], names: Sequence[str] = ()) -> None:
+    """Fill `figure` with the columns' images in cells of one size, the headings above, `names` of the rows at the left.
+
+    Text keeps its size: a figure gives a cell about `CELL` inches where all is to be readable.
+    """
+    rows, top = len(columns[0].images), (_lines(columns) + 2.5) * LINE / CELL
+    axis = figure.add_axes((0, 0, 1, 1))
+    axis.set(xlim=(-2 * LINE / CELL, len(columns)), ylim=(rows, -top), aspect="equal")
+    axis.axis("off")
+    for x, column in enumerate(columns):
+        for y, image in enumerate(column.images):
+            axis.imshow(_pixels(image), extent=_cell(x, y, *image.shape[1:]))
+        axis.text(x + 0.5, -0.05, column.title, ha="center", va="bottom", fontsize=7)
+    axis.set(xlim=(-2 * LINE / CELL, len(columns)), ylim=(rows, -top))  # imshow changes them
+    for y, name in enumerate(names):
+        short = name if len(name) <= 26 else f"...{name[-23:]}"
+        axis.text(-LINE / CELL, y + 0.5, short, ha="center", va="center", rotation=90, fontsize=6, parse_math=False)
+    left = 0
+    for heading, same in groupby(columns, key=lambda column: column.heading):
+        right = left + len(list(same))
+        title, *lines = heading.split("\n")
+        axis.text(left + 0.04, -top + 0.04, title, va="top", fontsize=9, fontweight="bold")
+        axis.text(left + 0.04, -top + 0.04 + 1.4 * LINE / CELL, "\n".join(lines), va="top", fontsize=7, linespacing=1.3)
+        axis.plot((left + 0.04, right - 0.04), (-1.4 * LINE / CELL,) * 2, color="black", linewidth=0.8)
+        left = right
+
+
+def _lines(columns: Sequence[Column]) -> int:
+    """Of the longest heading."""
+    return max(column.heading.count("\n") + 1 for column in columns)
+
+
+def _pixels(image: Tensor) -> np.ndarray:
+    return image.permute(1, 2, 0).numpy()
+
+
+def _cell(x: int, y: int, height: int, width: int) -> tuple[float, float, float, float]:
+    """Left, right, bottom and top of an image in the middle of its cell, with its own proportions and a border."""
+    half = 0.485 / max(height, width)
+    return x + 0.5 - half * width, x + 0.5 + half * width, y + 0.5 + half * height, y + 0.5 - half * height
+
+
+# What the command line names.
+
+
+def find(data: str) -> Images:
+    """The training images of a data folder, or all images of any other folder, or one file. Raises InputError."""
+    path = Path(data)
+    if data == "photos" or not path.exists() or (path / "train").is_dir():
+        return datasets.scan(datasets.find(data, ("train",)), "train")
+    folder = path if path.is_dir() else path.parent
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    names = [str(file.relative_to(folder)) for file in files if file.suffix.lower() in SUFFIXES and file.name[0] != "."]
+    if not names:
+        raise InputError(f"{data}: holds no image ({', '.join(SUFFIXES)})")
+    return ImageFolder(folder, np.zeros(len(names), int), ("",), np.array([name.encode() for name in names]))
+
+
+def spread(n: int, count: int) -> list[int]:
+    """`count` of n places, or all, from the first to the last at equal distances."""
+    count = min(n, count)
+    return [round(i * (n - 1) / max(1, count - 1)) for i in range(count)]
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InputError(message)
+
+
+def parser() -> argparse.ArgumentParser:
+    p = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    p.add_argument(
+        "words", nargs="*", metavar="RECIPE DATA", help="recipe, unless --cfg gives it; folder or image, or photos (default)"
+    )
+    p.add_argument("--cfg", metavar="FILE.yaml", help="a run's recipe file or args.yaml; options given here win")
+    p.add_argument("--out", type=Path, default=Path("views.png"), help="the picture (default: %(default)s)")
+    p.add_argument("--images", type=cli.positive, default=6, metavar="N", help="rows, spread over the data (default: %(default)s)")
+    p.add_argument("--draws", type=cli.positive, metavar="N", help="of each view, side by side (default: 3, fewer of many views)")
+    p.add_argument("--seed", type=int, default=0, help="of crops and colours (default: %(default)s)")
+    p.add_argument(
+        "--image-size", type=cli.positive, default=224, metavar="PIXELS", help="of a full-size view (default: %(default)s)"
+    )
+    p.add_argument("--crop-min", type=float, metavar="SHARE", help="least share of the image in a crop, instead of the recipe's")
+    p.add_argument("--randaugment", type=int, nargs=2, metavar=("N", "M"), help="operations and magnitude, instead of the recipe's")
+    p.add_argument("--views", type=cli.positive, metavar="N", help="how many, instead of the recipe's")
+    p.add_argument("--recipe", help=argparse.SUPPRESS)  # and what else a recipe file may say of its views
+    p.add_argument("--aug-plus", action=cli.Switch, default=None, help=argparse.SUPPRESS)
+    p.add_argument("--multi-crop", action=cli.Switch, default=False, help=argparse.SUPPRESS)
+    p.add_argument("--support-size", type=cli.natural, help=argparse.SUPPRESS)
+    p.add_argument("--data", help=argparse.SUPPRESS)
+    return p
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The options, with `recipe` and `views` as `recipes.of_options` wants them. Raises InputError."""
+    p = parser()
+    args = p.parse_intermixed_args(argv)
+    words = list(args.words)
+    if args.cfg:
+        try:
+            given = _words_of(args.cfg)
+            p.parse_intermixed_args(given)
+        except InputError as error:
+            raise InputError(f"--cfg {args.cfg}: {error}") from None
+        args = p.parse_intermixed_args([*given, *argv])
+        if args.support_size is not None and args.views is None:
+            args.views = 2 + args.support_size
+    if len(words) > 2:
+        raise InputError(f"unexpected argument '{words[2]}'; a recipe and a data folder are expected, options start with --")
+    if len(words) == 2 or (words and not args.cfg):
+        args.recipe = words.pop(0)
+    args.recipe = args.recipe or _of_method(args)
+    if not args.recipe:
+        which = f"--cfg {args.cfg}: names no views; " if args.cfg else "no recipe; "
+        raise InputError(f"{which}give RECIPE and DATA, as in {p.prog} mocov2 photos; recipes: {', '.join(recipes.RECIPES)}")
+    args.data = words[0] if words else args.data or "photos"
+    if args.out.suffix.lower() != ".png":
+        raise InputError(f"--out {args.out}: the picture is a PNG; give a name that ends in .png")
+    return args
+
+
+def _of_method(args: argparse.Namespace) -> str | None:
+    """The views of a recipe file that names them by its method's switches, as the scripts read them."""
+    if args.multi_crop:
+        return "multicrop"
+    return None if args.aug_plus is None else "mocov2" if args.aug_plus else "mocov1"
+
+
+_KEYS = "data recipe views image-size crop-min randaugment seed aug-plus multi-crop support-size".split()
+
+
+def _words_of(path: str) -> list[str]:
+    """What a YAML file says of views, as words of a command line. Raises InputError."""
+    try:
+        values = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise InputError(error.strerror) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise InputError("expected lines of the form 'option: value'")
+    values = {str(key).replace("_", "-"): value for key, value in values.items()}
+    words: list[str] = []
+    for key in _KEYS:
+        value = values.get(key)
+        if isinstance(value, list):
+            words += [f"--{key}", *map(str, value)]
+        elif value is not None:
+            words.append(f"--{key}={value}")
+    return words
+
+
+if __name__ == "__main__":
+    sys.exit(main())
