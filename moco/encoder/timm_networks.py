@@ -26,6 +26,14 @@ def known(arch: str) -> bool:
     return arch in SHORT or _timm().is_model(arch)
 
 
+def plain(arch: str, image_size: int) -> tuple[str, dict[str, int]]:
+    """timm's own name of `arch`, and the options with which timm makes a network that the weights fit, for such images."""
+    name = SHORT.get(arch, arch)
+    described = _timm().get_pretrained_cfg(name)
+    sized = {"img_size": image_size} if described is not None and described.fixed_input_size else {}
+    return name, sized | MOCO_V3.get(arch, {})
+
+
 def create(arch: str, out: int, image_size: int, drop_path: float = 0.0) -> nn.Module:
     """timm's network `arch`, randomly initialised, whose last layer maps to `out` features, with none for 0.
 
@@ -34,14 +42,11 @@ def create(arch: str, out: int, image_size: int, drop_path: float = 0.0) -> nn.M
     stochastic depth but should, or ends in anything but one linear layer.
     """
     timm = _timm()
-    name, options = SHORT.get(arch, arch), {}
-    described = timm.get_pretrained_cfg(name)
-    if described is not None and described.fixed_input_size:
-        options["img_size"] = image_size
+    name, options = plain(arch, image_size)
     if drop_path:
         options["drop_path_rate"] = drop_path
     if arch in MOCO_V3:
-        options |= {**MOCO_V3[arch], "weight_init": "moco"}
+        options["weight_init"] = "moco"
     try:
         net = timm.create_model(name, pretrained=False, num_classes=out, **options)
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:

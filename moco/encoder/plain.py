@@ -1,0 +1,29 @@
+"""The same networks without this project: the Python that makes them with torchvision or timm alone."""
+
+import importlib.util
+from typing import NamedTuple
+
+from moco.encoder import networks, timm_networks
+
+
+class Plain(NamedTuple):
+    """A library's own network without its last layer, [B, 3, H, W] -> [B, D], which takes up the encoder's tensors strictly."""
+
+    library: str
+    lines: tuple[str, ...]  # of Python, which make it, as `net`, once torch and the library are imported
+
+
+def homes(arch: str, image_size: int) -> list[Plain]:
+    """Where an encoder of this project is at home: a ResNet in torchvision and, where it is installed, in timm; others in timm.
+
+    Raises InputError for an unknown `arch`, whose name becomes code here.
+    """
+    networks.check_arch(arch)
+    found = []
+    if arch in networks.ARCHS:
+        found.append(Plain("torchvision", (f"net = torchvision.models.{arch}()", "net.fc = torch.nn.Identity()")))
+        if importlib.util.find_spec("timm") is None:
+            return found
+    name, options = timm_networks.plain(arch, image_size)
+    given = "".join(f", {option}={value!r}" for option, value in options.items())
+    return [*found, Plain("timm", (f"net = timm.create_model({name!r}, num_classes=0{given})",))]

@@ -1,0 +1,49 @@
+"""The encoder of any checkpoint, by itself: what it maps images to, and what the file says of it."""
+
+from typing import NamedTuple
+
+from torch import nn
+
+from moco.encoder import networks, published
+from moco.engine import checkpoint
+from moco.errors import InputError
+
+
+class Encoder(NamedTuple):
+    net: nn.Module  # normalized images [B, 3, H, W] -> features [B, D], in eval mode
+    arch: str
+    image_size: int  # pixels that it was trained at, where the file says so, or that are asked for
+    method: str  # of pre-training; "unknown" where the file does not say it, as those of other software
+    epoch: int | None  # how many epochs it was trained for
+    resized: list[str]  # tensors that are of another shape in the file: tables of positions, interpolated
+
+
+def read(path: str, arch: str | None = None, image_size: int | None = None) -> Encoder:
+    """The encoder of a checkpoint of this project, by any method, or of a published one that the evaluations read.
+
+    What `arch` and `image_size` leave open the file decides, and where it does not, resnet50 and 224. Raises InputError for a
+    file that cannot be read, an unknown `arch`, or one that does not fit the file.
+    """
+    state = checkpoint.load(path)
+    tensors = checkpoint.tensors(state)
+    own = state.get("arch") if isinstance(state.get("arch"), str) else None
+    arch = arch or own or "resnet50"
+    options = state["args"] if isinstance(state.get("args"), dict) else {}
+    image_size = image_size or _count(options.get("image_size")) or 224
+    net = networks.create(arch, 0, image_size)
+    try:
+        published.load_backbone(net, tensors, path)
+    except InputError as error:
+        if own is None:
+            raise InputError(f"{error}; the file does not name its network, and {arch} was tried: give another -a ARCH") from None
+        if own != arch:
+            raise InputError(f"{path}: is of {own}, not {arch}; give -a {own}") from None
+        raise
+    start = published.prefix(net, tensors)
+    resized = [name for name, x in net.state_dict().items() if start + name in tensors and tensors[start + name].shape != x.shape]
+    return Encoder(net.eval(), arch, image_size, str(state.get("method", "unknown")), _count(state.get("epoch")), resized)
+
+
+def _count(value: object) -> int | None:
+    """A number above 0; None for whatever else a stranger's file has in its place."""
+    return value if isinstance(value, int) and value > 0 else None
