@@ -11,12 +11,12 @@ FLOORS = [
     ("moco.loss", "moco.augment", "moco.encoder", "moco.distributed"),
     ("moco.builder", "moco.data"),
     ("moco.engine",),
-    ("main_", "tools", "detection"),
+    ("main_", "tools", "detection", "hubconf"),
     ("benchmarks",),
 ]
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts): path
-    for pattern in ("main_*.py", "moco/**/*.py", "tools/*.py", "detection/*.py", "benchmarks/*.py")
+    for pattern in ("main_*.py", "hubconf.py", "moco/**/*.py", "tools/*.py", "detection/*.py", "benchmarks/*.py")
     for path in ROOT.glob(pattern)
     if path.name != "__init__.py"
 }

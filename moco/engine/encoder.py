@@ -40,7 +40,8 @@ def read(path: str, arch: str | None = None, image_size: int | None = None) -> E
             raise InputError(f"{path}: is of {own}, not {arch}; give -a {own}") from None
         raise
     start = published.prefix(net, tensors)
-    resized = [name for name, x in net.state_dict().items() if start + name in tensors and tensors[start + name].shape != x.shape]
+    tables = {name: x for name, x in net.state_dict().items() if "pos" in name and start + name in tensors}
+    resized = [name for name, x in tables.items() if tensors[start + name].shape != x.shape]
     return Encoder(net.eval(), arch, image_size, str(state.get("method", "unknown")), _count(state.get("epoch")), resized)
 
 

@@ -1,0 +1,242 @@
+"""Encoders for other software: what is written loads strictly and computes the same, or is not there; torch.hub."""
+
+import os
+import resource
+import runpy
+import sys
+
+import pytest
+import timm
+import torch
+import torchvision
+from conftest import ROOT, shell
+from safetensors import safe_open
+from safetensors.torch import load_file
+from test_cli import SMALL as RESNET
+from test_cli import refused
+from test_transformers import SMALL as TEST_VIT
+from test_transformers import as_other_software_names_it
+
+from moco.encoder import networks
+from moco.encoder.plain import Plain
+from tools import export
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """The tool's command line, in this process: returns its status, stdout and stderr."""
+
+    def call(*options):
+        monkeypatch.setattr(sys, "argv", ["export.py", *map(str, options)])
+        return export.main(), *capsys.readouterr()
+
+    return call
+
+
+def network(arch, size=32):
+    """A network without its last layer, with tensors that all differ."""
+    net = networks.create(arch, 0, size)
+    for tensor in net.state_dict().values():
+        if tensor.is_floating_point() and tensor.dim() == 1:
+            tensor.uniform_(0.5, 1.5)
+    return net.eval()
+
+
+def saved(path, net, prefix="module.encoder_q.", **more):
+    torch.save({"state_dict": {prefix + name: x for name, x in net.state_dict().items()}, **more}, path)
+    return path
+
+
+@pytest.fixture
+def resnet(tmp_path):
+    """A published ResNet-18 and its file."""
+    net = network("resnet18")
+    return net, saved(tmp_path / "moco.pth.tar", net, arch="resnet18", epoch=200)
+
+
+@torch.no_grad()
+def features(net, size=32):
+    return net(torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1)))
+
+
+def printed(out):
+    """What each line of Python that was printed makes."""
+    found = []
+    for line in out.splitlines():
+        if line.startswith("  import "):
+            names = {}
+            exec(line.strip(), names)
+            found.append(names["net"])
+    return found
+
+
+@pytest.mark.parametrize(
+    ("script_name", "options", "prefix", "method", "plainly"),
+    [
+        ("main_synco", (*RESNET, "--mlp"), "module.encoder_q.", "moco", torchvision.models.resnet18),
+        ("main_moby", TEST_VIT, "module.encoder.", "moby", lambda: timm.create_model("test_vit", img_size=32, num_classes=0)),
+    ],
+)
+def test_what_was_trained_here(script_name, options, prefix, method, plainly, script, run, shared_images, tmp_path):
+    status, _, err = script(script_name, shared_images, *options, "--save-dir", tmp_path / "run")
+    assert status == 0, err
+    file = tmp_path / "run" / "checkpoint_0000.pth.tar"
+    status, out, err = run(file, tmp_path / "new" / "encoder.safetensors")
+    assert status == 0, err
+    state = torch.load(file, weights_only=True)["state_dict"]
+    written = load_file(tmp_path / "new" / "encoder.safetensors")
+    net = plainly()
+    net.fc = torch.nn.Identity()
+    net.load_state_dict(written)
+    assert all(torch.equal(tensor, state[prefix + name]) for name, tensor in written.items())
+    with safe_open(tmp_path / "new" / "encoder.safetensors", "pt") as opened:
+        facts = opened.metadata()
+    assert facts["method"] == method and facts["epoch"] == "1" and facts["image_size"] == "32"
+    assert facts["source"] == "checkpoint_0000.pth.tar" and facts["arch"] in out
+    assert os.listdir(tmp_path / "new") == ["encoder.safetensors"]
+    hubbed = torch.hub.load(str(ROOT), "encoder", str(file), source="local")
+    for other in (hubbed, *printed(out)):
+        assert not other.training
+        torch.testing.assert_close(features(other), features(net.eval()))
+
+
+@pytest.mark.parametrize("arch", ["resnet50", "vit_small", "convnext_atto"])
+def test_networks_of_every_kind(arch, run, tmp_path):
+    net = network(arch, 64)
+    file = saved(tmp_path / "x.pth.tar", net, "module.base_encoder.", arch=arch, args={"image_size": 64})
+    status, out, err = run(file, tmp_path / "x.pth")
+    assert status == 0, err
+    written = torch.load(tmp_path / "x.pth", weights_only=True)
+    assert written.keys() == net.state_dict().keys()
+    made = printed(out)
+    assert len(made) == (2 if arch in networks.ARCHS else 1)
+    for other in made:
+        torch.testing.assert_close(features(other, 64), features(net, 64), rtol=1e-4, atol=1e-4)
+    assert ("num_heads=12" in out) == (arch == "vit_small")
+
+
+def test_swins_and_positions_of_other_software(run, tmp_path):
+    """Names become timm's; positions for another size are interpolated, and that is said."""
+    theirs = network("swin_tiny")
+    model = {as_other_software_names_it(name): tensor for name, tensor in theirs.state_dict().items()}
+    torch.save({"model": model}, tmp_path / "moby.pth")
+    status, out, err = run(tmp_path / "moby.pth", tmp_path / "swin.pt", "-a", "swin_tiny", "--image-size", 32)
+    assert status == 0 and "interpolated" not in out, err
+    torch.testing.assert_close(features(printed(out)[0]), features(theirs))
+    file = saved(tmp_path / "v3.pth.tar", network("vit_tiny", 64), "module.base_encoder.", arch="vit_tiny")
+    status, out, err = run(file, tmp_path / "vit.pt", "--image-size", 96)
+    assert status == 0 and "interpolated to images of 96 pixels (--image-size): pos_embed\n" in out, err
+    assert printed(out)[0].pos_embed.shape == (1, 37, 192)
+
+
+# torch.hub
+
+
+@pytest.mark.parametrize("name", ["a 'b' {c}.pth", "encoder.safetensors"])
+def test_a_folder_for_torch_hub(name, run, resnet, tmp_path):
+    net, file = resnet
+    status, out, err = run(file, tmp_path / "hub" / name, "--hub")
+    assert status == 0 and "torch.hub.load(" in out, err
+    moved = (tmp_path / "hub").rename(tmp_path / "elsewhere")
+    assert sorted(os.listdir(moved)) == sorted(["hubconf.py", name])
+    for folder in (moved, ROOT):  # torch.hub offers what can be called and has no underscore before it
+        entries = runpy.run_path(str(folder / "hubconf.py")).items()
+        assert [name for name, entry in entries if callable(entry) and not name.startswith("_")] == ["encoder"]
+    found = torch.hub.load(str(moved), "encoder", source="local")
+    assert not found.training and torch.equal(features(found), features(net))
+    raw = torch.hub.load(str(moved), "encoder", source="local", pretrained=False)
+    assert raw.state_dict().keys() == net.state_dict().keys() and not torch.equal(features(raw), features(net))
+
+
+def test_the_hub_folder_needs_nothing_of_this_project(run, resnet, tmp_path):
+    status, _, err = run(resnet[1], tmp_path / "hub" / "x.pth", "--hub")
+    assert status == 0, err
+    code = (
+        "import sys, torch; net = torch.hub.load(sys.argv[1], 'encoder', source='local');"
+        "print(type(net), {'moco', 'timm', 'safetensors'} & sys.modules.keys())"
+    )
+    found = shell("-c", code, tmp_path / "hub")
+    assert found.returncode == 0 and "torchvision.models.resnet.ResNet" in found.stdout, found.stderr
+    assert "set()" in found.stdout
+
+
+def test_words_of_a_file_are_never_code(run, tmp_path):
+    evil = '"""\nraise SystemExit("run")\n{0}\'\\'
+    file = saved(tmp_path / "x.pth.tar", network("resnet18"), arch="resnet18", method=evil, epoch="many", args=["odd"])
+    status, _, err = run(file, tmp_path / "hub" / "x.pth", "--hub")
+    assert status == 0, err
+    torch.hub.load(str(tmp_path / "hub"), "encoder", source="local")
+    refused(run(saved(file, network("resnet18"), arch="os.system('x')"), tmp_path / "y.pth"), "unknown arch")
+
+
+# nothing is lost, and nothing wrong is left
+
+
+def test_other_features_are_an_error_and_leave_nothing(run, tmp_path, monkeypatch):
+    """Six heads in place of twelve: every tensor fits, and the features are others."""
+    file = saved(tmp_path / "x.pth.tar", network("vit_small"), "module.encoder.", arch="vit_small", args={"image_size": 32})
+    six = "net = timm.create_model('vit_small_patch16_224', num_classes=0, img_size=32)"
+    monkeypatch.setattr(export, "homes", lambda *_: [Plain("timm", (six,))])
+    refused(run(file, tmp_path / "new" / "x.pth", "--hub"), "timm's network has other features", "nothing was written")
+    assert not os.listdir(tmp_path / "new")
+
+
+def test_a_diverged_encoder_is_refused(run, tmp_path):
+    net = network("resnet18")
+    with torch.no_grad():
+        net.conv1.weight[0, 0, 0, 0] = torch.nan
+    refused(run(saved(tmp_path / "x.pth.tar", net, arch="resnet18"), tmp_path / "x.pth"), "not finite", "earlier")
+    assert os.listdir(tmp_path) == ["x.pth.tar"]
+
+
+def test_what_is_there_stays_unless_forced(run, resnet, tmp_path):
+    _, file = resnet
+    (tmp_path / "new").mkdir()
+    out, hub = tmp_path / "new" / "x.pth", tmp_path / "new" / "hubconf.py"
+    hub.write_text("mine")
+    refused(run(file, out, "--hub"), "hubconf.py: exists; give --force")
+    assert os.listdir(out.parent) == ["hubconf.py"]
+    out.write_text("mine")
+    refused(run(file, out), "x.pth: exists; give --force")
+    assert out.read_text() == hub.read_text() == "mine"
+    assert run(file, out, "--force")[0] == 0 and hub.read_text() == "mine"
+    assert len(torch.load(out, weights_only=True)) == 120
+    refused(run(out, out, "-a", "resnet18", "--force"), "is the checkpoint itself")
+    assert len(torch.load(out, weights_only=True)) == 120
+
+
+def test_a_disk_that_fills_leaves_nothing(run, resnet, tmp_path):
+    """As a limit on a file's size, which a write runs into halfway."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10**7, before[1]))
+    try:
+        result = run(resnet[1], tmp_path / "new" / "x.safetensors")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    refused(result, "x.safetensors: cannot be written (File too large)")
+    assert not os.listdir(tmp_path / "new")
+
+
+def test_mistakes_are_one_line(run, resnet, tmp_path):
+    _, file = resnet
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder.pth").mkdir()
+    bare = saved(tmp_path / "bare.pth", network("resnet18"), "")
+    vit = saved(tmp_path / "vit.pth", network("vit_tiny"), "module.encoder.", arch="vit_tiny", args={"image_size": 32})
+    out = tmp_path / "out.pth"
+    for options, words in (
+        ((tmp_path / "none.pth", out), ("none.pth: no such checkpoint",)),
+        ((tmp_path / "file", out), ("not a readable checkpoint",)),
+        ((file, tmp_path / "out.pth.tar"), ("let OUT end in .pth, .pt, .safetensors",)),
+        ((file, tmp_path / "folder.pth"), ("is a folder",)),
+        ((file, tmp_path / "file" / "out.pth"), ("cannot be written",)),
+        ((file, out, "-a", "resnet50"), ("is of resnet18, not resnet50; give -a resnet18",)),
+        ((file, out, "-a", "resnet51"), ("the nearest is 'resnet",)),
+        ((bare, out), ("does not fit", "resnet50 was tried: give another -a ARCH")),
+        ((vit, out, "--image-size", 40), ("--image-size 40", "multiple")),
+        ((vit, out, "-a", "resnet18"), ("is of vit_tiny, not resnet18",)),
+    ):
+        refused(run(*options), *words)
+    assert not list(tmp_path.glob("*out*"))
+    with pytest.raises(SystemExit, match="2"):
+        run(bare, out, "--image-size", "0")
