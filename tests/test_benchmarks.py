@@ -72,3 +72,12 @@ def test_methods(tmp_path):
     assert found.keys() == {"mochi"} and found["mochi"].keys() == {*names, "seconds"}
     assert all(0 < found["mochi"][name] < 1 for name in names) and found["mochi"]["seconds"] > 1
     assert "mochi" in result.stdout.splitlines()[-2]
+
+
+def test_faults(tmp_path):
+    """The script itself fails where a stopped run does not end with the bits of the one that was not."""
+    short = ("--methods", "sogclr", "--processes", 1, "--signals", "KILL", "--stops", 2, "--epochs", 1)
+    result = shell("benchmarks/faults.py", *short, "--json", tmp_path / "faults.json")
+    assert result.returncode == 0, result.stdout + result.stderr
+    (found,) = json.loads((tmp_path / "faults.json").read_text())
+    assert found["same"] is True and found["stops"] == 2

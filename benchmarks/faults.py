@@ -1,0 +1,159 @@
+#!/usr/bin/env python
+"""Runs that are stopped at random moments, again and again, beside one that never is: do they end with the same bits?
+
+Every start goes on with --resume auto, under a random number of loader workers, and is stopped after a random number of steps, or
+before its first. What counts is the last checkpoint: weights, buffers (queue, bank, u), optimizer, progress. Exits with status 1
+where any of it differs.
+"""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import measure
+import torch
+
+from moco.engine.interrupt import STATUS
+from moco.engine.log import write_json
+
+METHODS = {
+    "synco": "main_synco.py --moco-k 64 --mlp --n-hard 8 --n1 2 --n3 2 --n4 2 --n6 2 --warmup-epochs 1",
+    "adco": "main_adco.py --cluster 96 --moco-dim 32",  # 12 steps before epoch 0 fill its bank
+    "sogclr": "main_sogclr.py --mlp-dim 64",
+}
+COMMON = "photos -a resnet18 --image-size 32 -b 8 --epochs {epochs} -p 1 --save-every-steps 2 --keep 2"
+
+
+def main() -> int:
+    parser = measure.parser(__doc__)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--processes", nargs="+", type=int, default=[1, 2])
+    parser.add_argument("--signals", nargs="+", choices=("KILL", "TERM"), default=["KILL", "TERM"])
+    parser.add_argument("--stops", type=int, default=20, help="of each run")
+    parser.add_argument("--epochs", type=int, default=2, help="of 142 steps each")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    args = parser.parse_args()
+    results = []
+    print(
+        f"{'method':8}{'processes':>10}{'signal':>8}{'stops':>7}{'before a step':>15}{'steps twice':>13}{'seconds':>9}  same bits"
+    )
+    for method in args.methods:
+        for processes in args.processes:
+            folder = measure.ROOT / "runs" / "benchmarks" / "faults" / f"{method}-{processes}"
+            shutil.rmtree(folder, ignore_errors=True)
+            command = [sys.executable, *METHODS[method].split(), *COMMON.format(epochs=args.epochs).split()]
+            command += ["--multiprocessing-distributed", "--nproc-per-node", str(processes)] * (processes > 1)
+            whole = Run(command, folder / "whole")
+            whole.start(workers=1)
+            whole.end(0)
+            for name in args.signals:
+                moments = random.Random(f"{args.seed} {method} {processes} {name}")
+                found = stopped(Run(command, folder / name), signal.Signals[f"SIG{name}"], args.stops, whole.steps(), moments)
+                same = equal(whole.last(), Run(command, folder / name).last())
+                results.append({"method": method, "processes": processes, "signal": name, **found, "same": same})
+                print(
+                    f"{method:8}{processes:10}{name:>8}{found['stops']:7}{found['before a step']:15}{found['steps twice']:13}"
+                    f"{found['seconds']:9.0f}  {'yes' if same else 'NO'}",
+                    flush=True,
+                )
+    write_json(args.json or measure.ROOT / "runs" / "benchmarks" / "faults.json", results)
+    return 0 if all(result["same"] and result["stops"] == args.stops for result in results) else 1
+
+
+def stopped(run: "Run", number: signal.Signals, stops: int, total: int, moments: random.Random) -> dict[str, float]:
+    """Stop a run `stops` times, about evenly over its steps, then let it end; returns what happened."""
+    began, done, taken, early = time.perf_counter(), 0, 0, 0
+    for i in range(stops):
+        run.start(moments.randint(0, 2))
+        before = run.steps()
+        if moments.random() < 0.2:  # while it starts: imports, processes, data, the checkpoint it goes on from
+            time.sleep(moments.uniform(0, run.startup))
+        else:
+            run.wait(before, moments.randint(1, max(1, 2 * (total - before) // (stops - i + 1))))
+            time.sleep(moments.uniform(0, 0.2))
+        run.stop(number)
+        done += 1
+        taken += max(0, run.steps() - before)
+        early += run.steps() <= before
+    run.start(1)
+    before = run.steps()
+    run.end(0)
+    twice = taken + run.steps() - before - total if number == signal.SIGKILL else 0
+    return {"stops": done, "before a step": early, "steps twice": twice, "seconds": time.perf_counter() - began}
+
+
+class Run:
+    """One run folder and the process that writes it at present."""
+
+    def __init__(self, command: list[str], folder: Path):
+        self.command, self.folder, self.startup = command, folder, 5.0
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def start(self, workers: int) -> None:
+        self.began = time.perf_counter()
+        self.output = (self.folder / "output.txt").open("a")
+        self.process = subprocess.Popen(
+            [*self.command, "--save-dir", str(self.folder), "--resume", "auto", "--workers", str(workers)],
+            cwd=measure.ROOT,
+            stdout=self.output,
+            stderr=self.output,
+            start_new_session=True,
+        )
+
+    def steps(self) -> int:
+        """The last step in the log; counted from the first of all, which may be below 0."""
+        path = self.folder / "log.jsonl"
+        lines = [line for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
+        return json.loads(lines[-1])["step"] - json.loads(lines[0])["step"] + 1 if lines else 0
+
+    def wait(self, before: int, steps: int) -> None:
+        """Until the log has `steps` more lines than the `before` that it may still be cut from, or the process has ended."""
+        first = self.folder / "log.jsonl"
+        changed = first.stat().st_mtime if first.exists() else 0.0
+        while self.process.poll() is None:
+            if first.exists() and first.stat().st_mtime != changed and self.steps() >= before + steps:
+                self.startup = time.perf_counter() - self.began
+                return
+            time.sleep(0.01)
+
+    def stop(self, number: signal.Signals) -> None:
+        """SIGKILL to every process of the run, SIGTERM to the first; a run that the latter finds at work has saved."""
+        if self.process.poll() is not None:
+            sys.exit(f"{self.folder}: ended with status {self.process.returncode} before it was stopped")
+        if number == signal.SIGKILL:
+            os.killpg(self.process.pid, number)
+            self.process.wait()
+            return
+        self.process.send_signal(number)
+        self.end(STATUS, -number)
+
+    def end(self, *statuses: int) -> None:
+        if self.process.wait() not in statuses:
+            sys.exit(f"{self.folder}: ended with status {self.process.returncode}, not {statuses}; see output.txt there")
+        self.output.close()
+
+    def last(self) -> dict:
+        """What must be the same, of the last checkpoint."""
+        state = torch.load(max(self.folder.glob("checkpoint_*.pth.tar")), weights_only=True)
+        return {key: state[key] for key in ("epoch", "state_dict", "optimizer", "scaler", "progress")}
+
+
+def equal(a: object, b: object) -> bool:
+    """Whether two nests of dicts, lists and tensors are the same to the last bit."""
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return isinstance(b, list | tuple) and len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+
+if __name__ == "__main__":
+    sys.exit(main())
