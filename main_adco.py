@@ -24,9 +24,11 @@ def parser() -> cli.Parser:
     bank.add_argument(
         "--memory-lr", type=cli.nonnegative_float, default=3.0, metavar="LR", help="their rate; --cos 2 lowers it, too"
     )
-    bank.add_argument("--mem-t", type=float, default=0.02, metavar="T", help="temperature of the loss on which they ascend")
+    bank.add_argument(
+        "--mem-t", type=cli.finite_float, default=0.02, metavar="T", help="temperature of the loss on which they ascend"
+    )
     bank.add_argument("--mem-wd", type=cli.nonnegative_float, default=1e-4, metavar="WD", help="their weight decay")
-    bank.add_argument("--mem-momentum", type=float, default=0.9, help="of their SGD")
+    bank.add_argument("--mem-momentum", type=cli.finite_float, default=0.9, help="of their SGD")
     bank.add_argument("--ad-init", action=cli.Switch, default=True, help="fill the bank with keys before epoch 0, else at random")
     bank.add_argument("--sym", action=cli.Switch, default=False, help="both views are compared with the other's keys")
     bank.add_argument("--multi-crop", action=cli.Switch, default=False, help="several query views; recipe multicrop")

@@ -47,7 +47,9 @@ def parser() -> cli.Parser:
         "--fn-mode", choices=MODES, default="attract", help="what becomes of false negatives; off: none is looked for"
     )
     group.add_argument("--fn-topk", type=cli.natural, default=10, metavar="K", help="at most, an image: its most similar rows")
-    group.add_argument("--fn-threshold", type=float, default=0.7, metavar="COSINE", help="least similarity of a false negative")
+    group.add_argument(
+        "--fn-threshold", type=cli.finite_float, default=0.7, metavar="COS", help="least similarity of a false negative"
+    )
     group.add_argument(
         "--memory-multiplier",
         type=cli.natural,
@@ -55,8 +57,8 @@ def parser() -> cli.Parser:
         metavar="N",
         help="rows of the memory: so many times the total batch; 0: none, the batch itself is compared with",
     )
-    group.add_argument("--ema", type=float, default=0.999, help="momentum of the encoder that fills the memory")
-    group.add_argument("--temperature", type=float, default=0.1, metavar="T", help="of the softmax")
+    group.add_argument("--ema", type=cli.finite_float, default=0.999, help="momentum of the encoder that fills the memory")
+    group.add_argument("--temperature", type=cli.finite_float, default=0.1, metavar="T", help="of the softmax")
     group.add_argument("--num-proj-layers", type=cli.positive, default=3, help="linear layers of the projection head")
     group.add_argument("--proj-out-dim", type=cli.positive, default=128, help="feature size")
     group.add_argument(

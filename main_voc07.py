@@ -25,7 +25,7 @@ def parser() -> cli.Parser:
     group = p.add_argument_group("classifiers, one for each class, on features of length 1")
     group.add_argument("--classifier", choices=("svm", "linear"), default="svm", help="linear: binary cross entropy, by LBFGS")
     cost = "of errors against weights; each class has the best in 3-fold cross-validation"
-    group.add_argument("--c", type=float, nargs="+", default=COSTS, metavar="C", help=cost)
+    group.add_argument("--c", type=cli.finite_float, nargs="+", default=COSTS, metavar="C", help=cost)
     features.add_files(p)
     cli.add_launch(p)
     return p

@@ -1,7 +1,5 @@
 """Faster and Mask R-CNN on a ResNet's res4 ("C4"), as MoCo fine-tunes them, in detectron2's terms."""
 
-import json
-import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from torch import nn
 
 from moco.encoder import networks
 from moco.errors import InputError
+from moco.files import read_json, read_pickle
 
 CONFIGS = Path(__file__).parent / "configs"
 SOURCE = "source.json"  # of a detector's run folder: what it began from
@@ -61,10 +60,12 @@ def config(file: Path, options: list[str], gpus: int) -> CfgNode:
         raise InputError(f"{file}: no such config; those of MoCo's protocols are in {CONFIGS}")
     cfg = get_cfg()
     try:
+        CfgNode.load_yaml_with_base(str(file), allow_unsafe=False)  # merging would make the Python objects that it names
         cfg.merge_from_file(str(file))
         cfg.merge_from_list(options)
-    except (AssertionError, KeyError, ValueError) as error:
-        raise InputError(f"{' '.join([str(file), *options])}: {error}; options are pairs, as in SOLVER.BASE_LR 0.01") from None
+    except Exception as error:  # yacs and PyYAML raise many kinds
+        what = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"{' '.join([str(file), *options])}: {what}; options are pairs, as in SOLVER.BASE_LR 0.01") from None
     if arch := source(cfg.MODEL.WEIGHTS).get("arch"):
         if cfg.INPUT.FORMAT != "RGB" or cfg.MODEL.RESNETS.STRIDE_IN_1X1:
             raise InputError(f"{file}: {cfg.MODEL.WEIGHTS} wants RGB and torchvision's strides; take a config that ends in _moco")
@@ -79,14 +80,21 @@ def config(file: Path, options: list[str], gpus: int) -> CfgNode:
 
 
 def converted(weights: str) -> dict[str, Any] | None:
-    """What `convert-pretrain-to-detectron2.py` wrote to the file MODEL.WEIGHTS; None for weights that it did not write."""
+    """What `convert-pretrain-to-detectron2.py` wrote to the file MODEL.WEIGHTS; None for weights that it did not write.
+
+    Raises InputError for a pickle of anything but arrays and plain values, in which detectron2 would run what it says.
+    """
     if not weights.endswith(".pkl") or not Path(weights).is_file():
         return None
     try:
-        found = pickle.loads(Path(weights).read_bytes(), encoding="latin1")
-    except (pickle.UnpicklingError, EOFError) as error:
-        raise InputError(f"{weights}: damaged ({error}); convert the checkpoint again") from None
-    return found if isinstance(found, dict) and "source" in found else None
+        found = read_pickle(weights)
+    except InputError as error:
+        raise InputError(f"{weights}: {error}; convert the checkpoint again") from None
+    if not isinstance(found, dict):
+        raise InputError(f"{weights}: holds a {type(found).__name__}, and no weights; convert a checkpoint")
+    if "source" in found and not (isinstance(found["source"], dict) and isinstance(found.get("model"), dict)):
+        raise InputError(f"{weights}: damaged (what it says of itself is no table); convert the checkpoint again")
+    return found if "source" in found else None
 
 
 def source(weights: str) -> dict[str, Any]:
@@ -99,7 +107,11 @@ def source(weights: str) -> dict[str, Any]:
 def began_from(folder: Path) -> dict[str, Any]:
     """What the detector in a run folder began from; empty where none has begun, or not from a converted checkpoint."""
     file = folder / SOURCE
-    return json.loads(file.read_text()) if file.is_file() else {}
+    try:
+        found = read_json(file) if file.is_file() else {}
+    except InputError as error:
+        raise InputError(f"{file}: {error}; remove it, or choose another folder") from None
+    return found if isinstance(found, dict) else {}
 
 
 def not_arrived(model: nn.Module, tensors: dict[str, np.ndarray]) -> list[str]:

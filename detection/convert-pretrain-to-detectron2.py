@@ -18,36 +18,35 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from moco.encoder import networks, published  # noqa: E402
-from moco.engine import checkpoint  # noqa: E402
+from moco.engine import checkpoint, tool  # noqa: E402
 from moco.errors import InputError  # noqa: E402
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = tool.OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", metavar="IN", help="a checkpoint with a ResNet")
     parser.add_argument("out", metavar="OUT", type=Path, help="the file for MODEL.WEIGHTS; ends in .pkl")
     parser.add_argument("-a", "--arch", help="of a checkpoint that does not say it (default: resnet50)")
     parser.add_argument("--check", action="store_true", help="prove with detectron2 that all of it arrives")
-    args = parser.parse_args()
-    try:
-        if args.out.suffix != ".pkl":
-            raise InputError(f"{args.out}: detectron2 takes a file by its ending; let OUT end in .pkl")
-        converted = convert(args.checkpoint, args.arch)
-        write(args.out, converted)
-        if args.check:
-            check(args.out, converted)
-    except InputError as error:
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return tool.run(parser, work)
+
+
+def work(args: argparse.Namespace) -> None:
+    if args.out.suffix != ".pkl":
+        raise InputError(f"{args.out}: detectron2 takes a file by its ending; let OUT end in .pkl")
+    converted = convert(args.checkpoint, args.arch)
+    write(args.out, converted)
+    if args.check:
+        check(args.out, converted)
 
 
 def convert(file: str, arch: str | None = None) -> dict[str, Any]:
     """What OUT holds: `model`, arrays by detectron2's names, and where they came from. Raises InputError where one is left over."""
     state = checkpoint.load(file)
     tensors = checkpoint.tensors(state)
-    arch = arch or state.get("arch") or "resnet50"
-    if arch == state.get("arch") and arch not in networks.ARCHS:
+    about = checkpoint.about(state)
+    arch = arch or about.arch or "resnet50"
+    if arch == about.arch and arch not in networks.ARCHS:
         raise InputError(f"{file}: is of {arch}, and the detectors here are built on ResNets")
     net = networks.resnet(arch, 1)
     published.load_backbone(net, tensors, file)
@@ -69,8 +68,8 @@ def convert(file: str, arch: str | None = None) -> dict[str, Any]:
         "file": str(Path(file).resolve()),
         "sha256": hashlib.sha256(Path(file).read_bytes()).hexdigest(),
         "arch": arch,
-        "method": state.get("method", "unknown"),
-        "epoch": state.get("epoch"),
+        "method": about.method,
+        "epoch": about.epoch,
     }
     return {"model": model, "__author__": f"{source['method']}, {file}", "matching_heuristics": True, "source": source}
 

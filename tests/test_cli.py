@@ -184,6 +184,7 @@ def launch_options(**given) -> Namespace:
         "world_size": -1,
         "rank": -1,
         "dist_url": "auto",
+        "dist_backend": None,
     }
     return Namespace(**{**none, **given})
 

@@ -15,12 +15,14 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from moco.engine import tool  # noqa: E402
 from moco.errors import InputError  # noqa: E402
+from moco.files import read_json  # noqa: E402
 
 
 class Encoder(NamedTuple):
@@ -54,22 +56,21 @@ class Best(NamedTuple):
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = tool.OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where the run folders lie, at any depth")
     parser.add_argument("--out", type=Path, help="where table.md and table.csv go (default: the folder itself)")
-    args = parser.parse_args()
-    try:
-        cells = collect(args.folder)
-    except InputError as error:
-        print(f"collect.py: error: {error}", file=sys.stderr)
-        return 2
+    return tool.run(parser, table)
+
+
+def table(args: argparse.Namespace) -> None:
+    """Write and print the table. Raises InputError."""
+    cells = collect(args.folder)
     out = args.out or args.folder
     out.mkdir(parents=True, exist_ok=True)
     text = markdown(cells)
     (out / "table.md").write_text(text)
     write_csv(cells, out / "table.csv")
     print(text + f"\n{out / 'table.md'}  {out / 'table.csv'}")
-    return 0
 
 
 def collect(folder: Path) -> dict[tuple[Encoder, tuple[str, str]], Best]:
@@ -84,13 +85,24 @@ def collect(folder: Path) -> dict[tuple[Encoder, tuple[str, str]], Best]:
 
 
 def read(file: Path) -> Iterable[Run]:
-    """The figures of one results.json; none where it is not an evaluation script's."""
+    """The figures of one results.json; none where it is not an evaluation script's. Raises InputError."""
+    again = "remove it or run its evaluation again"
     try:
-        found = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file}: cannot be read ({error}); remove it or run its evaluation again") from None
+        found = read_json(file)
+    except InputError as error:
+        raise InputError(f"{file}: cannot be read ({error}); {again}") from None
     if not isinstance(found, dict) or "protocol" not in found:
-        return
+        return []
+    try:
+        return list(_runs(found))
+    except Exception:  # some of it is absent, or of another kind
+        raise InputError(f"{file}: does not hold what an evaluation script writes; {again}") from None
+
+
+def _runs(found: dict[str, Any]) -> Iterable[Run]:
+    for name in ("method", "arch", "dataset", "protocol"):
+        if not isinstance(found[name], str):
+            raise TypeError(name)
     encoder = Encoder(found["method"], found["arch"], found.get("pretrain_epochs"), found["checkpoint"])
     settings, metrics = dict(found.get("settings", {})), found["metrics"]
     seed = settings.pop("seed", None)
@@ -102,7 +114,7 @@ def read(file: Path) -> Iterable[Run]:
             setting=json.dumps(settings, sort_keys=True),
             seed=seed,
             metric=metric,
-            value=metrics[metric],
+            value=0.0 + metrics[metric],
             second=metrics["acc5"] if metric == "acc1" else None,
             judged=metrics.get(f"held_out_{metric}"),
         )

@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 
 from moco.augment.recipes import MEAN, STD  # noqa: E402
 from moco.encoder.plain import Plain, homes  # noqa: E402
-from moco.engine import cli, encoder  # noqa: E402
+from moco.engine import cli, encoder, tool  # noqa: E402
 from moco.errors import InputError  # noqa: E402
 
 TOLERANCE = 1e-4  # of the largest feature; the same operations in the same order differ by nothing at all
@@ -50,7 +50,7 @@ def encoder(pretrained=True):
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = tool.OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", metavar="CHECKPOINT")
     parser.add_argument("out", metavar="OUT", type=Path, help="ends in .pth, .pt or .safetensors, which says what it will be")
     parser.add_argument("-a", "--arch", help="of a checkpoint that does not say it (default: resnet50)")
@@ -59,13 +59,7 @@ def main() -> int:
     hub = "also write a hubconf.py beside OUT: torch.hub.load(FOLDER, 'encoder', source='local') needs no more than the two files"
     parser.add_argument("--hub", action="store_true", help=hub)
     parser.add_argument("--force", action="store_true", help="replace what is there")
-    args = parser.parse_args()
-    try:
-        export(args)
-    except InputError as error:
-        print(f"export.py: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return tool.run(parser, export)
 
 
 def export(args: argparse.Namespace) -> None:

@@ -16,7 +16,6 @@ from typing import NamedTuple, NoReturn
 
 import numpy as np
 import torch
-import yaml
 from matplotlib.figure import Figure, SubFigure
 from torch import Tensor
 
@@ -28,8 +27,9 @@ from moco.augment import color, recipes  # noqa: E402
 from moco.augment.recipes import MEAN, STD, Recipe, View  # noqa: E402
 from moco.data import datasets, loader  # noqa: E402
 from moco.data.images import SUFFIXES, ImageFolder, Images  # noqa: E402
-from moco.engine import cli  # noqa: E402
+from moco.engine import cli, tool  # noqa: E402
 from moco.errors import InputError  # noqa: E402
+from moco.files import read_yaml  # noqa: E402
 from moco.rng import Progress  # noqa: E402
 
 CELL = 1.6  # inches of an image
@@ -47,20 +47,16 @@ class Column(NamedTuple):
 
 
 def main() -> int:
-    try:
-        args = parse(sys.argv[1:])
-        images = find(args.data)
-        figure = views_figure(images, spread(len(images), args.images), recipes.of_options(args), args.seed, args.draws)
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(args.out)
-    except InputError as error:
-        print(f"show_views.py: error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"show_views.py: error: {error.filename}: {error.strerror}", file=sys.stderr)
-        return 2
+    return tool.attempt("show_views.py", lambda: draw(parse(sys.argv[1:])))
+
+
+def draw(args: argparse.Namespace) -> None:
+    """Write the picture. Raises InputError."""
+    images = find(args.data)
+    figure = views_figure(images, spread(len(images), args.images), recipes.of_options(args), args.seed, args.draws)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(args.out)
     print(args.out)
-    return 0
 
 
 # What is drawn.
@@ -200,13 +196,13 @@ def spread(n: int, count: int) -> list[int]:
     return [round(i * (n - 1) / max(1, count - 1)) for i in range(count)]
 
 
-class _Parser(argparse.ArgumentParser):
+class _Parser(tool.OneLineParser):
     def error(self, message: str) -> NoReturn:
         raise InputError(message)
 
 
 def parser() -> argparse.ArgumentParser:
-    p = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    p = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument(
         "words", nargs="*", metavar="RECIPE DATA", help="recipe, unless --cfg gives it; folder or image, or photos (default)"
     )
@@ -214,11 +210,13 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--out", type=Path, default=Path("views.png"), help="the picture (default: %(default)s)")
     p.add_argument("--images", type=cli.positive, default=6, metavar="N", help="rows, spread over the data (default: %(default)s)")
     p.add_argument("--draws", type=cli.positive, metavar="N", help="of each view, side by side (default: 3, fewer of many views)")
-    p.add_argument("--seed", type=int, default=0, help="of crops and colours (default: %(default)s)")
+    p.add_argument("--seed", type=cli.seed, default=0, help="of crops and colours (default: %(default)s)")
     p.add_argument(
         "--image-size", type=cli.positive, default=224, metavar="PIXELS", help="of a full-size view (default: %(default)s)"
     )
-    p.add_argument("--crop-min", type=float, metavar="SHARE", help="least share of the image in a crop, instead of the recipe's")
+    p.add_argument(
+        "--crop-min", type=cli.finite_float, metavar="SHARE", help="least share of the image in a crop, instead of the recipe's"
+    )
     p.add_argument("--randaugment", type=int, nargs=2, metavar=("N", "M"), help="operations and magnitude, instead of the recipe's")
     p.add_argument("--views", type=cli.positive, metavar="N", help="how many, instead of the recipe's")
     p.add_argument("--recipe", help=argparse.SUPPRESS)  # and what else a recipe file may say of its views
@@ -269,14 +267,7 @@ _KEYS = "data recipe views image-size crop-min randaugment seed aug-plus multi-c
 
 def _words_of(path: str) -> list[str]:
     """What a YAML file says of views, as words of a command line. Raises InputError."""
-    try:
-        values = yaml.safe_load(Path(path).read_text())
-    except OSError as error:
-        raise InputError(error.strerror) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise InputError("expected lines of the form 'option: value'")
+    values = read_yaml(path)
     values = {str(key).replace("_", "-"): value for key, value in values.items()}
     words: list[str] = []
     for key in _KEYS:

@@ -81,11 +81,25 @@ def center_view(image: Tensor, size: int) -> Tensor:
 
     Rounds as torchvision's Resize and CenterCrop do.
     """
+    image = _middle(image)
     height, width = image.shape[1:]
     short, edge = round(size * 8 / 7), min(height, width)
     image = _resize(image, (short * height // edge, short * width // edge))
     top, left = (round((side - size) / 2) for side in image.shape[1:])
     return image[:, top : top + size, left : left + size].contiguous()
+
+
+_LONGEST = 16  # times the shorter side
+
+
+def _middle(image: Tensor) -> Tensor:
+    """Without the ends of an image [3, H, W] that is longer than any camera's, which would be made as large as its middle."""
+    for axis, length in ((1, image.shape[1]), (2, image.shape[2])):
+        most = _LONGEST * min(image.shape[1:])
+        if length > most:
+            cut = (length - most) // 2
+            image = image.narrow(axis, cut, length - 2 * cut)
+    return image
 
 
 def _resize(image: Tensor, size: tuple[int, int]) -> Tensor:

@@ -101,30 +101,48 @@ _LARGE = 200_000  # bytes of a JPEG above which a look at its size first costs n
 
 
 def decode(path: str, reduction: Reduction = whole) -> Tensor:
-    """The RGB image in `path`, uint8 [3, H, W]. Raises InputError that names the file.
+    """The RGB image in `path`, uint8 [3, H, W]: of an animation the first frame, of deep images the upper eight bits.
 
-    A large JPEG is decoded at 1 / `reduction(height, width)` of its size, which is faster.
+    A large JPEG is decoded at 1 / `reduction(height, width)` of its size, which is faster. Raises InputError that names the file.
     """
     try:
         data = read_file(path)
         if not len(data):
             raise InputError(f"{path}: empty image file; remove or replace it")
-        if len(data) > _LARGE and data[0] == 0xFF and data[1] == 0xD8:
+        if data[0] != 0xFF or data[1] != 0xD8:  # torchvision's decoder of PNGs ends the process at some damaged ones
+            return _decode_with_pil(path)
+        _check_size(path, memoryview(data.numpy()))
+        if len(data) > _LARGE:
             image = _decode_smaller(path, reduction)
             if image is not None:
                 return image
-        image = decode_image(data, ImageReadMode.RGB)
-        if image.dtype != torch.uint8:  # a PNG of 16 bits a channel
-            image = (image.int() >> 8).to(torch.uint8)
-        return image[0] if image.dim() == 4 else image  # the first frame of an animation
-    except (RuntimeError, ValueError, OSError):
+        return decode_image(data, ImageReadMode.RGB)
+    except (RuntimeError, ValueError, OSError, IndexError):
         return _decode_with_pil(path)
+
+
+_MOST = 10**9  # pixels
+_DENSEST = 1000  # pixels of a JPEG in a byte; of a progressive one in one colour they are 341
+
+
+def _check_size(path: str, data: memoryview) -> None:
+    """Raise InputError for a JPEG that claims more pixels than its bytes can hold, before they are allocated."""
+    i = 2
+    while i + 9 <= len(data) and data[i] == 0xFF:
+        if 0xC0 <= data[i + 1] <= 0xCF and data[i + 1] not in (0xC4, 0xC8, 0xCC):  # the frame's header
+            height, width = (int.from_bytes(data[at : at + 2], "big") for at in (i + 5, i + 7))
+            if height * width > min(_MOST, max(_DENSEST * len(data), 1 << 20)):
+                raise InputError(
+                    f"{path}: unreadable image (claims {width} x {height} pixels in {len(data)} bytes); remove or replace it"
+                )
+            return
+        i += 1 if data[i + 1] == 0xFF else 2 + int.from_bytes(data[i + 2 : i + 4], "big")
 
 
 def _decode_smaller(path: str, reduction: Reduction) -> Tensor | None:
     """The JPEG in `path` at the share of its size that `reduction` allows; None where that is all of it."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=_FORMATS) as image:
             factor = reduction(image.height, image.width)
             image.draft("RGB", (image.width // factor, image.height // factor))
             return pil_to_tensor(image.convert("RGB")) if factor > 1 else None
@@ -132,11 +150,34 @@ def _decode_smaller(path: str, reduction: Reduction) -> Tensor | None:
         return None
 
 
+# what Pillow may take a file for, whatever it is called: of others, PostScript would be run
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF", "JPEG2000")
+
+
 def _decode_with_pil(path: str) -> Tensor:
-    """What torchvision's decoders do not read: TIFF, BMP, PPM, CMYK JPEGs."""
+    """All but ordinary JPEGs."""
+    if not os.path.isfile(path):  # a pipe would be waited for
+        raise InputError(f"{path}: unreadable image (a broken link, or no file); remove or replace it")
     try:
-        with Image.open(path) as image:
-            return pil_to_tensor(image.convert("RGB"))
+        with Image.open(path, formats=_FORMATS) as image:
+            return pil_to_tensor(_shallow(image).convert("RGB"))
     except Exception as error:  # Pillow's plugins raise many kinds
         reason = str(error).replace(f"'{path}'", "file") or type(error).__name__
         raise InputError(f"{path}: unreadable image ({reason}); remove or replace it") from None
+
+
+def _shallow(image: Image.Image) -> Image.Image:
+    """An image of more than eight bits with eight, which Pillow by itself would clip: 16-bit grey by its upper ones.
+
+    Of wider integers and of floats the file does not say what is white: it is the least of 1 (of floats), 255 and 65535 that no
+    pixel is above, or else the brightest pixel.
+    """
+    if not image.mode.startswith(("I", "F")):
+        return image
+    pixels = np.nan_to_num(np.asarray(image).astype(np.float64)).clip(0)
+    if image.mode.startswith("I;16") or image.format in ("PNG", "PPM"):
+        white = 65535.0
+    else:
+        levels = (1.0, 255.0, 65535.0) if image.mode == "F" else (255.0, 65535.0)
+        white = next((level for level in levels if pixels.max() <= level), pixels.max())
+    return Image.fromarray((pixels * (255 / white)).round().astype(np.uint8))

@@ -4,7 +4,6 @@ Torchvision finds, reads and downloads them where it can. Lists of images are re
 """
 
 import os
-import pickle
 import re
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Sequence
@@ -20,6 +19,7 @@ from torchvision.datasets.utils import download_and_extract_archive
 from moco.data import datasets, subsets
 from moco.data.images import ImageArray, ImageFolder, Images
 from moco.errors import InputError, unknown
+from moco.files import read_pickle
 
 Split = tuple[Images, Images]  # to train on, to test on
 Loader = Callable[[str, int], Split]  # of root and seed
@@ -34,21 +34,31 @@ class _AsItLies:
     def _check_integrity(self, *_: object) -> bool:
         return True  # open() names the file that is missing
 
-    def _load_meta(self) -> None:  # CIFAR's, where a checksum is built in
-        with open(os.path.join(self.root, self.base_folder, self.meta["filename"]), "rb") as file:
-            self.classes = pickle.load(file, encoding="latin1")[self.meta["key"]]
+
+def _cifar(kind: type) -> Loader:
+    """A loader of CIFAR's batches, which are pickles, and which torchvision would read as code."""
+
+    def read(root: str, name: str, *keys: str) -> Any:
+        file = os.path.join(root, kind.base_folder, name)
+        os.stat(file)  # an error that names it, where it is absent
+        try:
+            found = read_pickle(file)
+        except InputError as error:
+            raise ValueError(f"{file}: {error}") from None
+        return next(found[key] for key in keys if key in found)
+
+    def split(root: str, batches: list) -> Images:
+        pixels = np.concatenate([read(root, name, "data") for name, _ in batches]).reshape(-1, 3, 32, 32)
+        labels = np.concatenate([read(root, name, "labels", "fine_labels") for name, _ in batches])
+        return _made(ImageArray, root, pixels.astype(np.uint8), labels, read(root, kind.meta["filename"], kind.meta["key"]))
+
+    return lambda root, seed: (split(root, kind.train_list), split(root, kind.test_list))
 
 
-def _arrays(kind: type, train: object, test: object) -> Loader:
-    """A loader of what torchvision's `kind` holds in memory."""
-    kind = type(kind.__name__, (_AsItLies, kind), {})
-    return lambda root, seed: (_array(kind(root, train)), _array(kind(root, test)))
-
-
-def _array(part: Any) -> Images:
-    stl = isinstance(part, tv.STL10)
-    pixels, labels = (part.data, part.labels) if stl else (part.data.transpose(0, 3, 1, 2), part.targets)
-    return _made(ImageArray, part.root, pixels, labels, part.classes)
+def _stl10(root: str, seed: int) -> Split:
+    kind = type("STL10", (_AsItLies, tv.STL10), {})
+    parts = [kind(root, split) for split in ("train", "test")]
+    return tuple(_made(ImageArray, root, part.data, part.labels, part.classes) for part in parts)
 
 
 def _files(kind: type, train: str, test: str) -> Loader:
@@ -203,9 +213,9 @@ class _Set(NamedTuple):
 
 
 _SETS = {
-    "cifar10": _Set(_arrays(tv.CIFAR10, True, False), tv.CIFAR10, "cifar-10-batches-py/ (data_batch_1, ..., batches.meta)"),
-    "cifar100": _Set(_arrays(tv.CIFAR100, True, False), tv.CIFAR100, "cifar-100-python/ (train, test, meta)"),
-    "stl10": _Set(_arrays(tv.STL10, "train", "test"), tv.STL10, "stl10_binary/ (train_X.bin, ..., class_names.txt)"),
+    "cifar10": _Set(_cifar(tv.CIFAR10), tv.CIFAR10, "cifar-10-batches-py/ (data_batch_1, ..., batches.meta)"),
+    "cifar100": _Set(_cifar(tv.CIFAR100), tv.CIFAR100, "cifar-100-python/ (train, test, meta)"),
+    "stl10": _Set(_stl10, tv.STL10, "stl10_binary/ (train_X.bin, ..., class_names.txt)"),
     "flowers": _Set(_files(tv.Flowers102, "train+val", "test"), tv.Flowers102, "flowers-102/ (jpg/, imagelabels.mat, setid.mat)"),
     "pets": _Set(_files(tv.OxfordIIITPet, "trainval", "test"), tv.OxfordIIITPet, "oxford-iiit-pet/ (images/, annotations/)"),
     "food101": _Set(_files(tv.Food101, "train", "test"), tv.Food101, "food-101/ (images/, meta/)"),

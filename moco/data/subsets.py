@@ -15,6 +15,7 @@ from moco import rng
 from moco.data.datasets import cache_folder, class_names
 from moco.data.images import Images
 from moco.errors import InputError
+from moco.files import read_text
 
 
 def hold_out(images: Images, fraction: float, seed: int) -> tuple[Images, Images]:
@@ -139,9 +140,9 @@ def is_published(text: bytes, percent: int) -> bool:
 def names(file: Path, option: str = "--subset-file") -> set[str]:
     """What `file` names, one a line. Raises InputError, which names the `option`, where it cannot be read or is empty."""
     try:
-        wanted = {line.strip() for line in file.read_text().splitlines() if line.strip()}
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{option} {file}: cannot be read ({getattr(error, 'strerror', None) or 'not text'})") from None
+        wanted = {line.strip() for line in read_text(file).splitlines() if line.strip()}
+    except InputError as error:
+        raise InputError(f"{option} {file}: cannot be read ({error})") from None
     if not wanted:
         raise InputError(f"{option} {file}: names nothing; expected one name a line")
     return wanted

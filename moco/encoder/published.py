@@ -1,5 +1,6 @@
 """Published weights: which tensors of a file are the backbone, and which its projection head."""
 
+import torch
 from torch import Tensor, nn
 
 from moco.encoder import timm_networks
@@ -27,9 +28,7 @@ def load_backbone(net: nn.Module, tensors: dict[str, Tensor], source: str) -> in
     missing = [name for name in wanted if name not in found and not name.endswith("num_batches_tracked")]
     if not found:
         raise InputError(f"{source}: no tensor matches the encoder; its names look like '{next(iter(tensors), '')}'")
-    wrong = [
-        f"{name} {tuple(t.shape)} for {tuple(wanted[name].shape)}" for name, t in found.items() if t.shape != wanted[name].shape
-    ]
+    wrong = [f"{name} {_words(t)} for {_words(wanted[name])}" for name, t in found.items() if not fits(t, wanted[name])]
     # a deeper network of the same widths holds every tensor that is wanted, and more blocks
     parts = {name.split(".")[0] for name in wanted}
     head = f"{head_name(net)}."
@@ -38,8 +37,26 @@ def load_backbone(net: nn.Module, tensors: dict[str, Tensor], source: str) -> in
     if any(odd.values()):
         what = "; ".join(f"{len(names)} {kind}: {some(names)}" for kind, names in odd.items() if names)
         raise InputError(f"{source}: does not fit the encoder: {what}")
+    if sick := [name for name, tensor in found.items() if not finite(tensor)]:
+        raise InputError(f"{source}: {some(sick)} of infinite numbers, or none: its training diverged; take an earlier one")
     net.load_state_dict(found, strict=False)
     return len(found)
+
+
+def fits(tensor: Tensor, wanted: Tensor) -> bool:
+    """Whether a file's tensor can be copied into the `wanted` one and be the same there, but for the precision of its numbers."""
+    plain = tensor.layout == torch.strided and not tensor.is_meta and not tensor.is_quantized and not tensor.is_complex()
+    return plain and tensor.shape == wanted.shape and tensor.is_floating_point() == wanted.is_floating_point()
+
+
+def finite(tensor: Tensor) -> bool:
+    """Whether all its numbers are."""
+    return not tensor.is_floating_point() or bool(tensor.float().isfinite().all())
+
+
+def _words(tensor: Tensor) -> str:
+    kind = "" if tensor.is_floating_point() and tensor.layout == torch.strided else f" of {tensor.dtype}".replace("torch.", "")
+    return f"{tuple(tensor.shape)}{kind}"
 
 
 def prefix(net: nn.Module, tensors: dict[str, Tensor]) -> str:
@@ -71,20 +88,22 @@ def keep_projection(net: nn.Module, tensors: dict[str, Tensor], layers: int, sou
     start = prefix(net, tensors)
     inside, beside = f"{start}{head_name(net)}.", start.removesuffix("encoder.") + "projector."  # MoBY has it beside the encoder
     start = beside if any(name.startswith(beside) for name in tensors) else inside
+    strange = f"{source}: its projection head is not a plain sequence of layers"
     head: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         if name.startswith(start):
             place, _, inner = name.removeprefix(start).rpartition(".")
-            if place and not place.isdigit():
-                raise InputError(
-                    f"{source}: its projection head is not a plain sequence of layers (at '{name}'); leave out --ft-proj"
-                )
+            if place and not place.isdecimal():
+                raise InputError(f"{strange} (at '{name}'); leave out --ft-proj")
             head.setdefault(int(place or 0), {})[inner] = tensor
     linear = [place for place, of in sorted(head.items()) if "running_mean" not in of]
     if len(linear) < layers:
         raise InputError(f"{source}: its projection head has {len(linear)} linear layers, not --ft-proj {layers}")
     end = linear[layers] if layers < len(linear) else max(head) + 1
-    kept = [_layer(head.get(place)) for place in range(end)]
+    try:
+        kept = [_layer(head.get(place)) for place in range(end)]
+    except (KeyError, TypeError, RuntimeError):  # no weight, or one that is no matrix, or others that do not go with it
+        raise InputError(f"{strange}, or their tensors do not fit each other; leave out --ft-proj") from None
     width = head[linear[layers - 1]]["weight"].shape[0]
     set_head(net, nn.Sequential(*kept, nn.Linear(width, classifier(net).out_features)))
 

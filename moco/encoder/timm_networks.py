@@ -117,7 +117,7 @@ def adapted(net: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     convert = getattr(sys.modules[type(net).__module__], "checkpoint_filter_fn", None)
     try:
         found = convert(tensors, net) if convert else tensors
-    except (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, ValueError):
+    except (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
         return tensors  # not of this kind of network, which its names and shapes will show
     patches = "patch_embed.proj.weight"
     if patches in found and patches in tensors and tensors[patches].dim() == 4:
@@ -127,6 +127,8 @@ def adapted(net: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _fixed(table: Tensor) -> bool:
     """Whether positions [1, 1 + N, D] are sines and cosines of a square grid: row first (MoCo v3), or column first (MAE)."""
+    if table.dim() != 3 or table.shape[1] < 1 or not table.is_floating_point():
+        return False
     table = table[0].float()
     side = math.isqrt(len(table) - 1)
     if len(table) != 1 + side * side or table.shape[1] % 4:

@@ -5,14 +5,14 @@ import os
 import pickle
 import re
 import tempfile
-import zipfile
 from collections import OrderedDict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from moco.encoder.published import finite, fits
 from moco.engine.log import say
 from moco.errors import InputError
 
@@ -88,11 +88,13 @@ def load(path: str) -> State:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"{path}: no such checkpoint") from None
+    except IsADirectoryError:
+        raise InputError(f"{path}: is a folder; give a checkpoint file") from None
     except pickle.UnpicklingError as error:
         if "Unsupported global" in str(error) or "Unsupported class" in str(error):
             raise InputError(f"{path}: holds Python objects beside tensors and is not read; save its state_dict alone") from None
         raise InputError(f"{path}: not a readable checkpoint; it is damaged or of another format") from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, zipfile.BadZipFile):
+    except Exception:  # damaged files end in many kinds
         raise InputError(f"{path}: not a readable checkpoint; it is truncated or damaged, take an earlier one") from None
     if not isinstance(state, dict):
         raise InputError(f"{path}: not a checkpoint: it holds a {type(state).__name__}")
@@ -107,17 +109,57 @@ def restore(model: nn.Module, state: State, path: str, arch: str, method: str) -
     check_resumable(state, path)
     weights = {name.removeprefix("module."): tensor for name, tensor in state["state_dict"].items()}
     mine = model.state_dict()
-    odd = sorted(weights.keys() ^ mine.keys()) or [n for n in mine if mine[n].shape != weights[n].shape]
+    odd = sorted(weights.keys() ^ mine.keys()) or [n for n in mine if not fits(weights[n], mine[n])]
     if odd:
         raise InputError(f"{path}: does not fit this model, first at '{odd[0]}'; resume with the options it was made with")
+    if sick := [name for name, tensor in weights.items() if not finite(tensor)]:
+        raise InputError(f"{path}: '{sick[0]}' holds infinite numbers, or none: its training diverged; take an earlier one")
     model.load_state_dict(weights)
 
 
+_WANTED = {"epoch": int, "args": dict, "state_dict": dict, "optimizer": dict, "progress": dict}
+
+
 def check_resumable(state: State, path: str) -> None:
-    """Raise InputError for a checkpoint that holds too little to go on from."""
-    absent = [key for key in ("epoch", "args", "state_dict", "optimizer", "progress") if key not in state]
-    if absent:
+    """Raise InputError for a checkpoint that holds too little to go on from, or something else in its place."""
+    if absent := [key for key in _WANTED if key not in state]:
         raise InputError(f"{path}: cannot be resumed: it lacks {', '.join(absent)}; use --pretrained for weights alone")
+    progress = state["progress"] if isinstance(state["progress"], dict) else {}
+    strange = [key for key, kind in _WANTED.items() if type(state[key]) not in (kind, OrderedDict if kind is dict else kind)]
+    strange += [f"progress {key}" for key in ("step", "seed") if type(progress.get(key)) is not int]
+    strange += [f"progress {key}" for key in ("batch", "steps_per_epoch") if not _counts(progress.get(key, 1))]
+    if "epoch" not in strange and not 0 <= state["epoch"] < 2**31:
+        strange.append("epoch")
+    if "state_dict" not in strange and not all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in state["state_dict"].items()
+    ):
+        strange.append("state_dict")
+    if strange:
+        raise InputError(f"{path}: cannot be resumed: its {', '.join(strange)} is not what a run saves; take another one")
+
+
+def _counts(value: object) -> bool:
+    return type(value) is int and 0 < value < 2**63
+
+
+class About(NamedTuple):
+    """What a checkpoint of any origin says of itself; whatever is not of its kind counts as not said."""
+
+    arch: str | None
+    method: str
+    epoch: int | None  # how many epochs it was trained for
+    options: dict[str, Any]  # of the run
+
+
+def about(state: State) -> About:
+    """See `About`."""
+    arch, method, epoch, options = (state.get(key) for key in ("arch", "method", "epoch", "args"))
+    return About(
+        arch if isinstance(arch, str) and arch else None,
+        method if isinstance(method, str) else "unknown",
+        epoch if _counts(epoch) else None,
+        options if isinstance(options, dict) else {},
+    )
 
 
 def tensors(state: State) -> dict[str, Tensor]:
@@ -126,4 +168,4 @@ def tensors(state: State) -> dict[str, Tensor]:
         if isinstance(state.get(key), dict):
             state = state[key]
             break
-    return {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
+    return {name: tensor for name, tensor in state.items() if isinstance(name, str) and isinstance(tensor, Tensor)}

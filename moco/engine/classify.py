@@ -28,16 +28,17 @@ def check(args: Namespace) -> None:
     if args.dataset == "imagenet":
         subsets.check_classes(Path(args.data) / "train", args.class_list, args.data_name)
     state = checkpoint.load(args.pretrained) if args.pretrained else {}
-    args.arch = args.arch or state.get("arch") or "resnet50"
-    args.encoder_method = state.get("method", "unknown") if args.pretrained else "random"
-    args.pretrain_epochs = state.get("epoch")
+    about = checkpoint.about(state)
+    args.arch = args.arch or about.arch or "resnet50"
+    args.encoder_method = about.method if args.pretrained else "random"
+    args.pretrain_epochs = about.epoch
     if not args.pretrained:
         return
     try:
         _load(networks.create(args.arch, 1, args.image_size), args, state)
     except InputError as error:
-        if state.get("arch", args.arch) != args.arch:
-            raise InputError(f"{args.pretrained}: is of {state['arch']}, not {args.arch}; give -a {state['arch']}") from None
+        if about.arch not in (None, args.arch):
+            raise InputError(f"{args.pretrained}: is of {about.arch}, not {args.arch}; give -a {about.arch}") from None
         raise error
 
 
@@ -54,10 +55,24 @@ def take_up(args: Namespace, options: Iterable[str]) -> None:
     for name in (*options, *shared, *(["pretrained"] if args.evaluate else [])):
         given = getattr(args, name)
         saved = state["args"].get(name, given)
+        if not _alike(saved, given):
+            raise InputError(
+                f"{args.resume}: its --{name.replace('_', '-')} is {str(saved)[:50]}, which cannot be; take another one"
+            )
         if args.evaluate:
             setattr(args, name, saved)
         elif given != saved:
             raise InputError(f"--{name.replace('_', '-')} {given}: {args.resume} was trained with {saved}; give the same to go on")
+
+
+def _alike(saved: object, given: object) -> bool:
+    """Whether a checkpoint's setting is of the kind that the option has here; where it has none by default, a word or a number."""
+    if isinstance(given, list):
+        return isinstance(saved, list) and bool(saved) and all(_alike(one, 0.0) for one in saved)
+    if given is None or saved is None:
+        return isinstance(saved, str | int | float | None)
+    number = isinstance(given, int | float)
+    return isinstance(saved, int | float) if number else isinstance(saved, type(given))
 
 
 def check_choice(args: Namespace) -> None:
@@ -115,8 +130,7 @@ def pretrained(args: Namespace, classes: int, device: torch.device) -> nn.Module
         state = checkpoint.load(args.pretrained)
         matched = _load(net, args, state)
         say(f"{args.pretrained}: {matched} of {len(networks.backbone_keys(net))} backbone tensors matched")
-        options = state.get("args")
-        size = options.get("image_size", args.image_size) if isinstance(options, dict) else args.image_size
+        size = checkpoint.about(state).options.get("image_size", args.image_size)
         if size != args.image_size:
             say(f"it was pre-trained at {size} pixels, and sees {args.image_size} here (--image-size)")
     else:
@@ -301,6 +315,8 @@ class Classification(Trainer):
         """What follows training."""
 
     def _resume(self, state: checkpoint.State) -> None:
+        if not isinstance(state.get("best_acc1"), int | float):
+            raise InputError(f"{self.args.resume}: is of no classifier; --resume goes on with those of this script's runs")
         self.best = state["best_acc1"]
         super()._resume(state)
 

@@ -2,20 +2,21 @@
 
 import argparse
 import itertools
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import NoReturn, TypeVar
-
-import yaml
+from typing import TypeVar
 
 from moco.augment import recipes
 from moco.data import named
 from moco.encoder import timm_networks
 from moco.encoder.networks import check_arch
 from moco.engine import checkpoint, interrupt, launch, optim
+from moco.engine.tool import OneLineParser
 from moco.errors import InputError, unknown
+from moco.files import read_yaml
 from moco.loss.synthetic import Synthetic
 
 Options = argparse.Namespace
@@ -71,7 +72,7 @@ class Switch(argparse.BooleanOptionalAction):
         return int(word) if self.most > 1 else word == "1"
 
 
-class Parser(argparse.ArgumentParser):
+class Parser(OneLineParser):
     """argparse in which `-` and `_` in option names are the same, `--cfg` gives defaults, and an error is one line.
 
     `elsewhere` says of options of a published script that this one does not have, without their dashes, what to use instead.
@@ -87,7 +88,7 @@ class Parser(argparse.ArgumentParser):
         run.add_argument("--save-dir", metavar="DIR", help="run folder; by default runs/<script>-<arch>-<time>")
         run.add_argument("--output", metavar="DIR", help="run folder DIR/TAG, and of evaluations of that run")
         run.add_argument("--tag", help="of the run, in the folder of --output; by default the word default")
-        run.add_argument("--seed", type=int, default=0, help="of weights, order, views and negatives")
+        run.add_argument("--seed", type=seed, default=0, help="of weights, order, views and negatives")
 
     def also_named(self, names: dict[str, str]) -> None:
         """Give options, without their dashes, further names: those of a published script."""
@@ -97,13 +98,11 @@ class Parser(argparse.ArgumentParser):
             kind = {"type": mine.type} if mine.nargs != 0 else {"action": "store_true"}
             self.add_argument(f"--{published}", dest=mine.dest, default=mine.default, help=argparse.SUPPRESS, **kind)
 
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
     def parse(self, argv: Sequence[str] | None = None) -> Options:
         """Parse; raises InputError for an unknown option (it names the nearest) or a wrong YAML file."""
         argv = [self._canonical(token) for token in (sys.argv[1:] if argv is None else argv)]
         self._refuse_opts(argv)
+        self.refuse_empty(argv)
         argv = self._folder_first(argv)
         first, _ = self.parse_known_args(argv)
         if first.cfg:
@@ -112,7 +111,7 @@ class Parser(argparse.ArgumentParser):
         self._refuse_foreign(token.split("=")[0] for token in rest if token.startswith("-"))
         for token in rest:
             if token.startswith("-"):
-                raise unknown("option", token.split("=")[0], self._names())
+                raise unknown("option", token.split("=")[0], self.names())
             raise InputError(f"unexpected argument '{token}'; one data folder is expected, options start with --")
         if args.data and args.data_option and args.data != args.data_option:
             raise InputError(f"two data folders: '{args.data}' and --data {args.data_option}; give one")
@@ -145,7 +144,7 @@ class Parser(argparse.ArgumentParser):
     def _option(self, key: str, value: str) -> str | None:
         """How one setting of --opts is spelled here; None where this script has nothing like it."""
         form = _OPTS.get(key, "").replace("{half}", f"{float(value) / 2:g}" if _is_number(value) else "half of it")
-        if form.split(" ")[0] not in self._names():
+        if form.split(" ")[0] not in self.names():
             return None
         if " " not in form:  # a switch
             return form if value.lower() in ("true", "1") else ""
@@ -187,18 +186,11 @@ class Parser(argparse.ArgumentParser):
                 option = token
         return folders + rest
 
-    def _names(self) -> list[str]:
-        return [name for action in self._actions for name in action.option_strings if name.startswith("--")]
-
     def _defaults_from(self, path: str) -> None:
         try:
-            values = yaml.safe_load(Path(path).read_text())
-        except OSError as error:
-            raise InputError(f"--cfg {path}: {error.strerror}") from None
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise InputError(f"--cfg {path}: not YAML: {' '.join(str(error).split())}") from None
-        if not isinstance(values, dict):
-            raise InputError(f"--cfg {path}: expected lines of the form 'option: value'")
+            values = read_yaml(path)
+        except InputError as error:
+            raise InputError(f"--cfg {path}: {error}") from None
         given = ((name, action) for action in self._actions for name in action.option_strings)
         actions = {name.removeprefix("--"): action for name, action in given if not name.startswith("--no-")}
         actions["data"] = next(action for action in self._actions if action.dest == "data")
@@ -269,6 +261,8 @@ def _convert(action: argparse.Action, value: object, where: str) -> object:
     """A YAML value as the option would have it."""
     if value is None:
         return action.default
+    if "" in (value if isinstance(value, list) else [value]):
+        raise InputError(f"{where}: is empty; leave it out, or give a value")
     if isinstance(action, Switch):
         try:
             return action.level(value)
@@ -303,22 +297,49 @@ def _convert(action: argparse.Action, value: object, where: str) -> object:
 
 def positive(text: str) -> int:
     """An int of at least 1."""
-    return _at_least(int(text), 1)
+    return _between(int(text), 1, _MOST)
 
 
 def natural(text: str) -> int:
     """An int of at least 0."""
-    return _at_least(int(text), 0)
+    return _between(int(text), 0, _MOST)
+
+
+def processes(text: str) -> int:
+    """An int of at least 0, of which a machine may have so many processes."""
+    return _between(int(text), 0, 1024)
+
+
+def seed(text: str) -> int:
+    """An int that torch's generators take."""
+    return _between(int(text), -(2**63), 2**63 - 1)
+
+
+def finite_float(text: str) -> float:
+    """A finite float."""
+    return _between(float(text), -_LARGEST, _LARGEST)
 
 
 def nonnegative_float(text: str) -> float:
-    """A float of at least 0."""
-    return _at_least(float(text), 0.0)
+    """A finite float of at least 0."""
+    return _between(float(text), 0.0, _LARGEST)
 
 
-def _at_least(value: Number, least: Number) -> Number:
+def positive_float(text: str) -> float:
+    """A finite float above 0."""
+    if (value := nonnegative_float(text)) == 0:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return value
+
+
+_MOST, _LARGEST = 2**31 - 1, 3e38  # of what is counted, and of float32
+
+
+def _between(value: Number, least: Number, most: Number) -> Number:
     if value < least:
         raise argparse.ArgumentTypeError(f"{value} is below {least}")
+    if not value <= most:
+        raise argparse.ArgumentTypeError(f"{value} is " + ("no number" if value != value else f"above {most}"))
     return value
 
 
@@ -329,12 +350,12 @@ def add_launch(parser: Parser) -> None:
     """Which processes run, and where."""
     group = parser.add_argument_group("launch (or use torchrun, torch.distributed.launch, srun)")
     group.add_argument("--multiprocessing-distributed", action=Switch, default=False, help="start one process per GPU of this node")
-    group.add_argument("--nproc-per-node", type=int, metavar="N", help="processes of this node (default: its GPUs; 1 on CPU)")
+    group.add_argument("--nproc-per-node", type=processes, metavar="N", help="processes of this node (default: its GPUs; 1 on CPU)")
     group.add_argument("--world-size", type=int, default=-1, metavar="NODES", help="number of nodes")
     group.add_argument("--rank", type=int, default=-1, metavar="NODE", help="this node's number, from 0")
     group.add_argument("--dist-url", default="auto", metavar="URL", help="where the processes meet; auto: a free port of this node")
     group.add_argument("--dist-backend", choices=("nccl", "gloo"), help="default: nccl on GPUs, gloo on CPU")
-    group.add_argument("--gpu", type=int, metavar="ID", help="use this GPU only")
+    group.add_argument("--gpu", type=natural, metavar="ID", help="use this GPU only")
     group.add_argument("--local-rank", type=int, help=argparse.SUPPRESS)  # torch.distributed.launch passes it
 
 
@@ -352,11 +373,11 @@ def add_input(
     )
     of = "of each process" if each else "of this node, split over its processes"
     group.add_argument("-b", "--batch-size", type=positive, default=batch, help=f"images in one pass {of}")
-    group.add_argument("-j", "--workers", type=natural, default=8, help=f"loader processes {of}")
+    group.add_argument("-j", "--workers", type=processes, default=8, help=f"loader processes {of}")
     group.add_argument("--image-size", type=positive, default=224, metavar="PIXELS", help="of a full-size view")
     group.add_argument("--recipe", default=recipe, help="views by name, see moco/augment/recipes.py")
     group.add_argument(
-        "--crop-min", type=float, metavar="SHARE", help="least share of the image in a crop, instead of the recipe's"
+        "--crop-min", type=finite_float, metavar="SHARE", help="least share of the image in a crop, instead of the recipe's"
     )
     group.add_argument(
         "--randaugment",
@@ -423,7 +444,7 @@ def add_optimizer(
         help="x sqrt(total batch), x total batch / 256",
     )
     group.add_argument("--wd", "--weight-decay", dest="wd", **number, metavar="WD", default=wd, help="weight decay" + note)
-    group.add_argument("--schedule", type=int, nargs="*", default=schedule, metavar="EPOCH", help="lr x .1 at these epochs")
+    group.add_argument("--schedule", type=natural, nargs="*", default=schedule, metavar="EPOCH", help="lr x .1 at these epochs")
     group.add_argument("--cos", action=Switch, most=cos, default=False, help="cosine schedule instead")
     group.add_argument("--lr-by", choices=("epoch", "step"), default="epoch", help="how often the rate changes")
     group.add_argument("--sgdr", action=Switch, default=False, help="cosine schedule that begins anew (warm restarts)")
@@ -432,7 +453,7 @@ def add_optimizer(
         "--lr-final", type=nonnegative_float, default=0.0, metavar="LR", help="where a cosine ends; scaled like --lr"
     )
     group.add_argument("--lr-warmup-epochs", type=natural, default=0, help="epochs of linear learning-rate warm-up")
-    group.add_argument("--momentum", type=float, default=0.9)
+    group.add_argument("--momentum", type=finite_float, default=0.9)
     group.add_argument(
         "--clip-grad", type=nonnegative_float, default=0.0, metavar="LENGTH", help="of the gradient, at most; 0: any"
     )
@@ -474,7 +495,7 @@ def add_pretrain(parser: Parser, cos: int = 1, *, transformers: bool = False, ea
     group = parser.add_argument_group("k-NN monitor")
     group.add_argument("--knn-every", type=natural, default=0, metavar="EPOCHS", help="report k-NN top-1 on val/, against train/")
     group.add_argument("--knn-k", type=positive, default=20, metavar="K", help="neighbours that vote")
-    group.add_argument("--knn-t", type=float, default=0.07, metavar="T", help="temperature of their weights")
+    group.add_argument("--knn-t", type=positive_float, default=0.07, metavar="T", help="temperature of their weights")
     add_launch(parser)
 
 
@@ -482,8 +503,8 @@ def add_momentum_encoder(parser: Parser, t: float, v2: bool) -> None:
     """Query and key encoder, with temperature `t` and MoCo v1's or v2's head and views."""
     group = parser.add_argument_group("query and key encoder")
     group.add_argument("--moco-dim", type=positive, default=128, help="feature size")
-    group.add_argument("--moco-m", type=float, default=0.999, help="momentum of the key encoder")
-    group.add_argument("--moco-t", type=float, default=t, help="softmax temperature")
+    group.add_argument("--moco-m", type=finite_float, default=0.999, help="momentum of the key encoder")
+    group.add_argument("--moco-t", type=finite_float, default=t, help="softmax temperature")
     group.add_argument("--mlp", action=Switch, default=v2, help="two-layer head (v2)")
     group.add_argument("--aug-plus", action=Switch, default=v2, help="recipe mocov2 instead of mocov1")
     group.add_argument("--bn-splits", type=positive, default=8, help="key BN groups where one process trains alone")
@@ -505,9 +526,9 @@ def add_synthetic(parser: Parser, title: str, n_hard: int, each: int, sigma: flo
     group.add_argument("--n-hard", type=natural, default=n_hard, help="hardest queue rows that they are made of")
     for i, name in enumerate(_KINDS, 1):
         group.add_argument(f"--n{i}", type=natural, default=each, help=f"{name} negatives per query")
-    group.add_argument("--sigma", type=float, default=sigma, help="deviation of the noise")
-    group.add_argument("--delta", type=float, default=0.01, help="size of the perturbation")
-    group.add_argument("--eta", type=float, default=0.01, help="size of the adversarial step")
+    group.add_argument("--sigma", type=finite_float, default=sigma, help="deviation of the noise")
+    group.add_argument("--delta", type=finite_float, default=0.01, help="size of the perturbation")
+    group.add_argument("--eta", type=finite_float, default=0.01, help="size of the adversarial step")
     return group
 
 
@@ -519,6 +540,15 @@ def synthetic(args: Options, rows: int, option: str) -> Synthetic:
     if any(counts) and not args.n_hard:
         raise InputError("synthetic negatives are made of the hardest queue rows: give --n-hard, as in --n-hard 1024")
     return Synthetic(args.n_hard, counts, args.sigma, args.delta, args.eta)
+
+
+def writable(folder: str) -> None:
+    """Raise InputError where a run folder cannot be made, or written to, before hours are spent on what goes there."""
+    there = next(place for place in (Path(folder), *Path(folder).absolute().parents) if os.path.lexists(place))
+    if not there.is_dir():
+        raise InputError(f"--save-dir {folder}: {there} is no folder; choose another place")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise InputError(f"--save-dir {folder}: {there} is read-only; choose another place")
 
 
 def main(parser: Parser, check: Callable[[Options], None], worker: launch.Worker) -> None:
@@ -538,10 +568,16 @@ def main(parser: Parser, check: Callable[[Options], None], worker: launch.Worker
                 raise InputError("--resume auto: give the run folder with --save-dir, or --output and --tag")
             args.resume = checkpoint.newest(args.save_dir)
         check(args)
+        if args.save_dir:
+            writable(args.save_dir)
         args.save_dir = args.save_dir or time.strftime(f"runs/{args.script}-{args.arch}-%Y%m%d-%H%M%S")
         launch.launch(worker, args)
     except InputError as error:
         parser.error(str(error))
+    except OSError as error:  # of a file or folder that somebody has named: of others it is a fault in the program
+        if not error.filename:
+            raise
+        parser.error(f"{os.fsdecode(error.filename)}: {error.strerror}")
     except launch.Lost as lost:
         parser.exit(1, f"{parser.prog}: error: {lost}\n")
     except interrupt.Interrupted as end:

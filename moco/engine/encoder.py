@@ -26,10 +26,10 @@ def read(path: str, arch: str | None = None, image_size: int | None = None) -> E
     """
     state = checkpoint.load(path)
     tensors = checkpoint.tensors(state)
-    own = state.get("arch") if isinstance(state.get("arch"), str) else None
+    own, method, epoch, options = checkpoint.about(state)
     arch = arch or own or "resnet50"
-    options = state["args"] if isinstance(state.get("args"), dict) else {}
-    image_size = image_size or _count(options.get("image_size")) or 224
+    size = options.get("image_size")
+    image_size = image_size or (size if type(size) is int and 0 < size < 1 << 14 else 224)
     net = networks.create(arch, 0, image_size)
     try:
         published.load_backbone(net, tensors, path)
@@ -42,9 +42,4 @@ def read(path: str, arch: str | None = None, image_size: int | None = None) -> E
     start = published.prefix(net, tensors)
     tables = {name: x for name, x in net.state_dict().items() if "pos" in name and start + name in tensors}
     resized = [name for name, x in tables.items() if tensors[start + name].shape != x.shape]
-    return Encoder(net.eval(), arch, image_size, str(state.get("method", "unknown")), _count(state.get("epoch")), resized)
-
-
-def _count(value: object) -> int | None:
-    """A number above 0; None for whatever else a stranger's file has in its place."""
-    return value if isinstance(value, int) and value > 0 else None
+    return Encoder(net.eval(), arch, image_size, method, epoch, resized)

@@ -1,6 +1,5 @@
 """Features of a frozen encoder, in memory and in files, and weighted k-NN on them (Wu et al., arXiv 1805.01978, section 3.4)."""
 
-import json
 import math
 import shutil
 from argparse import ArgumentParser, Namespace
@@ -21,6 +20,7 @@ from moco.encoder import networks
 from moco.engine.log import say, write_json
 from moco.engine.precision import autocast, layout
 from moco.errors import InputError
+from moco.files import read_json
 
 Features = tuple[Tensor, Tensor]  # of this rank's share of a split, every W-th image: rows [n, D], labels [n] or [n, classes]
 
@@ -134,6 +134,8 @@ _BLOCK = 8192  # rows copied at a time
 # what features are of: its name in meta.json, and in the options
 _ORIGIN = {"arch": "arch", "method": "encoder_method", "checkpoint": "pretrained", "pretrain_epochs": "pretrain_epochs"}
 _ORIGIN |= {name: name for name in ("dataset", "data", "class_list", "image_size", "amp", "seed")}
+_KINDS = dict.fromkeys(("arch", "method", "dataset", "data", "amp"), str) | dict.fromkeys(("image_size", "seed"), int)
+_KINDS |= {"checkpoint": str | None, "pretrain_epochs": int | None, "class_list": str | None, "classes": list}
 _OPTIONAL = {"class_list": None}  # older dumps lack it
 
 
@@ -181,9 +183,9 @@ def check_dump(args: Namespace) -> None:
         raise InputError(f"--dump-features {folder}: cannot be written ({error.strerror}); choose another folder") from None
     if any(folder.glob("*.npy")) or (folder / "meta.json").exists():
         try:
-            known = _OPTIONAL | json.loads((folder / "meta.json").read_text())
+            known = _OPTIONAL | read_json(folder / "meta.json")
             same = {name: known[name] for name in _ORIGIN} == _origin(args)
-        except (OSError, ValueError, KeyError, TypeError):
+        except (InputError, KeyError, TypeError):
             same = False
         if not same:
             raise InputError(f"--dump-features {folder}: holds other features or an unfinished dump; remove it or choose another")
@@ -251,36 +253,39 @@ def load(args: Namespace, device: torch.device) -> tuple[Features, Features, tup
     return *splits, tuple(meta["classes"])
 
 
+def _words(values: list) -> bool:
+    return bool(values) and all(isinstance(value, str) for value in values)
+
+
 def _open(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """meta.json and the arrays, not yet read, of a folder that `dump` wrote. Raises InputError where something is wrong."""
 
     def wrong(what: str) -> InputError:
         return InputError(f"--load-features {folder}: {what}; give a folder that --dump-features has finished")
 
+    if not (folder / "meta.json").is_file():
+        raise wrong("no meta.json there" if folder.is_dir() else "no such folder")
     try:
-        meta = json.loads((folder / "meta.json").read_text())
-        if isinstance(meta, dict):
-            meta = _OPTIONAL | meta
-        if not isinstance(meta, dict) or {*_ORIGIN, "classes"} - meta.keys() or not isinstance(meta["classes"], list):
-            raise wrong("meta.json does not say what the features are of")
-    except FileNotFoundError:
-        raise wrong("no meta.json there" if folder.is_dir() else "no such folder") from None
-    except (OSError, ValueError) as error:
+        meta = read_json(folder / "meta.json")
+    except InputError as error:
         raise wrong(f"meta.json is damaged ({error})") from None
+    meta = _OPTIONAL | meta if isinstance(meta, dict) else {}
+    if not all(name in meta and isinstance(meta[name], kind) for name, kind in _KINDS.items()) or not _words(meta["classes"]):
+        raise wrong("meta.json does not say what the features are of")
     arrays = {}
     for name in (f"{split}_{kind}" for split in ("train", "val") for kind in ("features", "labels")):
         try:
-            arrays[name] = np.load(folder / f"{name}.npy", mmap_mode="r")
+            arrays[name] = np.lib.format.open_memmap(folder / f"{name}.npy", "r")
         except FileNotFoundError:
             raise wrong(f"no {name}.npy there") from None
-        except (OSError, ValueError, EOFError) as error:
+        except Exception as error:  # damaged ones end in many kinds
             raise wrong(f"{name}.npy is damaged ({' '.join(str(error).split())})") from None
     classes = len(meta["classes"])
     for split in ("train", "val"):
         rows, labels = arrays[f"{split}_features"], arrays[f"{split}_labels"]
         if rows.dtype != np.float32 or rows.ndim != 2 or rows.shape[1:] != arrays["train_features"].shape[1:]:
             raise wrong(f"{split}_features.npy holds {rows.dtype} {rows.shape}, not float32 rows of train's length")
-        if labels.dtype != np.int64 or len(labels) != len(rows) or not len(rows):
+        if labels.dtype != np.int64 or labels.ndim not in (1, 2) or len(labels) != len(rows) or not len(rows):
             raise wrong(f"{split}_labels.npy holds {labels.dtype} {labels.shape} for {len(rows)} rows of features")
         low, high = (0, classes) if labels.ndim == 1 else (-1, 2)
         if not low <= labels.min() <= labels.max() < high or labels.shape[1:] not in ((), (classes,)):

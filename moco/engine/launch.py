@@ -48,6 +48,8 @@ def plan(args: Namespace) -> Plan:
     env = os.environ
     if args.gpu is not None and args.gpu >= gpus:
         raise InputError(f"--gpu {args.gpu}: this machine has {gpus} GPU(s); leave --gpu out or choose another")
+    if args.dist_backend == "nccl" and not gpus:
+        raise InputError("--dist-backend nccl: is for GPUs, and this machine has none; leave it out")
     if args.nproc_per_node is not None and args.nproc_per_node < 1:
         raise InputError("--nproc-per-node must be at least 1")
     if args.multiprocessing_distributed:
@@ -184,10 +186,12 @@ def _process(p: Plan, worker: Worker, args: Namespace, r: int, local_rank: int, 
     try:
         with guard:
             worker(args, device)
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
+    except (RuntimeError, MemoryError) as error:
         what = " ".join(str(error).split())
+        if isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in what:
+            raise InputError(f"memory runs out on rank {r}; try a smaller --batch-size or network ({what[:200]})") from None
+        if "DataLoader worker" not in what:
+            raise
         raise InputError(f"a loader process of rank {r} was ended: {what}{OUT_OF_MEMORY}") from None
     finally:
         if dist.is_initialized():
@@ -211,7 +215,8 @@ def _meeting_point(args: Namespace, nodes: int, node: int) -> str:
             return f"tcp://127.0.0.1:{s.getsockname()[1]}"
     scheme, _, address = args.dist_url.partition("://")
     host, _, port = address.rpartition(":")
-    if scheme == "tcp" and not (host and port.isdigit()):
+    good = {"tcp": host and port.isdecimal() and 0 < int(port) < 2**16, "env": not address, "file": address.startswith("/")}
+    if not good.get(scheme):
         raise InputError(f"--dist-url {args.dist_url}: expected tcp://HOST:PORT")
     if scheme == "tcp" and node == 0:
         _check_free(host, int(port))

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import sys
 import time
 from argparse import Namespace
@@ -89,7 +90,7 @@ class RunLog:
             self.lock.acquire()
             (folder / "args.yaml").write_text(yaml.safe_dump(vars(args), sort_keys=True))
             self.path = folder / "log.jsonl"
-            kept = [line for line in _lines(self.path) if json.loads(line)["step"] <= start] if args.resume else []
+            kept = [line for line in _lines(self.path) if _step(line) <= start] if args.resume else []
             self.path.write_text("".join(kept))
         except Timeout:
             raise InputError(f"--save-dir {folder}: another run is writing there; wait for its end, or choose another") from None
@@ -145,7 +146,15 @@ class RunLog:
 
 
 def _lines(path: Path) -> list[str]:
-    return path.read_text().splitlines(keepends=True) if path.exists() else []
+    return path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
+
+
+def _step(line: str) -> float:
+    """Of a line of log.jsonl; beyond all steps where it is damaged, as the last one of a run that was killed."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return math.inf
 
 
 def _short(name: str, value: float) -> str:

@@ -30,6 +30,38 @@ def make(groups: list[dict[str, Any]], args: Namespace) -> torch.optim.Optimizer
     return torch.optim.SGD(groups, momentum=args.momentum, nesterov=args.nesterov, fused=args.amp != "fp16")
 
 
+def restore(optimizer: torch.optim.Optimizer, saved: dict[str, Any], path: str) -> None:
+    """Load what the checkpoint in `path` has of such an optimizer. Raises InputError where it is another one's, or damaged."""
+    mine = optimizer.param_groups
+    try:
+        same = all(_like(group, own) for group, own in zip(saved["param_groups"], mine, strict=True))
+        optimizer.load_state_dict(saved)
+        same &= all(isinstance(group["weight_decay"], int | float) for group in optimizer.param_groups)
+        same &= all(_sound(p, state, optimizer) for p, state in optimizer.state.items())
+    except Exception:  # whatever a stranger's file may lead to
+        same = False
+    if not same:
+        what = "its optimizer is not this run's"
+        raise InputError(f"{path}: {what}; resume with the options it was made with, or use --pretrained for the weights alone")
+
+
+_STATE = {"momentum": {"momentum_buffer"}, "betas": {"step", "exp_avg", "exp_avg_sq"}}  # what each kind keeps for a parameter
+_KIND = ("momentum", "dampening", "nesterov", "betas", "eps", "trust", "amsgrad")  # what tells it from another of the same shapes
+
+
+def _like(saved: dict[str, Any], mine: dict[str, Any]) -> bool:
+    """Whether a group's steps would be computed as those of `mine`, but for the rate, the decay and how it is done."""
+    same = all(saved.get(name) == mine.get(name) for name in _KIND)
+    return same and all(isinstance(saved[name], int | float | None) for name in mine.keys() & saved.keys() - {"params", "betas"})
+
+
+def _sound(p: Tensor, state: dict[str, Any], optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a parameter's state is a number, or tensors of its shape, by the names that the optimizer gives them."""
+    names = next(names for setting, names in _STATE.items() if setting in optimizer.defaults)
+    tensors = [x for x in state.values() if x is not None]
+    return state.keys() <= names and all(isinstance(x, Tensor) and x.shape in ((), p.shape) and x.isfinite().all() for x in tensors)
+
+
 class LARS(torch.optim.Optimizer):
     """Layer-wise adaptive rate scaling (You et al., arXiv 1708.03888), in the form that SimCLR, MoCo v3 and SogCLR use.
 

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from moco.encoder import networks
+from moco.errors import InputError
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -16,6 +17,19 @@ def autocast(amp: str, device: torch.device) -> torch.autocast:
 def scaler(amp: str, device: torch.device) -> torch.amp.GradScaler:
     """A gradient scaler; a plain pass-through unless `--amp fp16`."""
     return torch.amp.GradScaler(device.type, enabled=amp == "fp16")
+
+
+def restore(scaler: torch.amp.GradScaler, saved: object, path: str) -> None:
+    """Load what the checkpoint in `path` has of a gradient scaler; without --amp fp16 it has nothing. Raises InputError."""
+    if saved == {} or not scaler.is_enabled():
+        return
+    try:
+        before = scaler.state_dict()
+        if saved.keys() != before.keys() or not all(isinstance(value, int | float) and value >= 0 for value in saved.values()):
+            raise ValueError
+        scaler.load_state_dict(saved)
+    except (AttributeError, ValueError, RuntimeError):
+        raise InputError(f"{path}: its gradient scaler is damaged; take an earlier one, or another --amp") from None
 
 
 def place(model: nn.Module, device: torch.device, compile: bool, recompute: bool) -> nn.Module:

@@ -266,8 +266,8 @@ class Trainer(ABC):
             where = f"{self.images.root} has {len(self.images)}"
             raise InputError(f"{args.resume}: was trained on {images} images, but {where}; resume with the data it was made with")
         checkpoint.restore(self.module, state, args.resume, args.arch, args.method)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        optim.restore(self.optimizer, state["optimizer"], args.resume)
+        precision.restore(self.scaler, state.get("scaler", {}), args.resume)
         args.seed = state["progress"]["seed"]
 
     def _step_of(self, state: checkpoint.State) -> int:

@@ -1,0 +1,80 @@
+"""What every command line has, of scripts and tools: an error is one line, and status 2."""
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from moco.errors import InputError, unknown
+
+LONGEST = 400  # characters of an error
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """argparse, whose errors are one line, and name the nearest to an unknown option. No option is abbreviated."""
+
+    def __init__(self, *args, **more):
+        super().__init__(*args, **{"allow_abbrev": False, **more})
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{one_line(f'{self.prog}: error: {message}')}\n")
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None) -> argparse.Namespace:
+        return self._all_of(self.parse_known_args, args, namespace)
+
+    def parse_intermixed_args(
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> argparse.Namespace:
+        return self._all_of(self.parse_known_intermixed_args, args, namespace)
+
+    def _all_of(self, parse: Callable, words: Sequence[str] | None, namespace: argparse.Namespace | None) -> argparse.Namespace:
+        words = sys.argv[1:] if words is None else list(words)
+        try:
+            self.refuse_empty(words)
+            found, rest = parse(words, namespace)
+            for word in rest:
+                if word.startswith("--"):
+                    raise unknown("option", word.split("=")[0], self.names())
+                raise InputError(f"unexpected argument '{word}'; --help shows what is expected")
+        except InputError as error:
+            self.error(str(error))
+        return found
+
+    def refuse_empty(self, words: Sequence[str]) -> None:
+        """Raise InputError for an option or a word that is empty, as where a shell's variable is not set."""
+        for before, word in zip(("", *words), words, strict=False):
+            if not word.strip() or re.fullmatch(r"--[\w-]+=\s*", word):
+                option = word if word.strip() else before
+                raise InputError(f"{f'after {option}: ' if option else ''}an empty value; is a variable of the shell not set?")
+
+    def names(self) -> list[str]:
+        """Its options."""
+        return [name for action in self._actions for name in action.option_strings if name.startswith("--")]
+
+
+def one_line(message: str) -> str:
+    """`message` in one line of at most `LONGEST` characters: of a longer one, the middle is left out."""
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message.strip())
+    half = (LONGEST - 5) // 2
+    return line if len(line) <= LONGEST else f"{line[:half]} ... {line[-half:]}"
+
+
+def run(parser: OneLineParser, work: Callable[[argparse.Namespace], int | None]) -> int:
+    """Parse the command line and do a tool's work; see `attempt`."""
+    return attempt(parser.prog, lambda: work(parser.parse_args()))
+
+
+def attempt(name: str, work: Callable[[], int | None]) -> int:
+    """Do a tool's work; returns its exit status. A user's mistake is one line on stderr, and 2."""
+    try:
+        return work() or 0
+    except InputError as error:
+        message = str(error)
+    except OSError as error:  # of a file that somebody has named: of others it is a fault in the program
+        if not error.filename:
+            raise
+        message = f"{os.fsdecode(error.filename)}: {error.strerror}"
+    print(one_line(f"{name}: error: {message}"), file=sys.stderr)
+    return 2

@@ -1,0 +1,119 @@
+"""Files that may be a stranger's, read as plain values and never as code: YAML of options, JSON, lists, pickles of arrays."""
+
+import io
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from moco.errors import InputError
+
+Scalar = str | int | float | bool | None
+
+
+def read_text(path: str | Path) -> str:
+    """The text in `path`. Raises InputError, without the path, where it cannot be read."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise InputError("not text in UTF-8") from None
+    except (OSError, ValueError) as error:
+        raise InputError(getattr(error, "strerror", None) or str(error)) from None
+
+
+def read_yaml(path: str | Path) -> dict[str, Scalar | list[Scalar]]:
+    """Options by name. Raises InputError, without the path, where the file is none of `option: value` lines.
+
+    A value is a word, a number, true, false, nothing, or a list of these: there is no more to an option, and a value that holds
+    others could be made to unfold without end.
+    """
+    text = read_text(path)
+    try:
+        values = yaml.load(text, Loader=_OptionLoader)
+    except yaml.YAMLError as error:
+        raise InputError(f"not YAML: {' '.join(str(error).split())}") from None
+    except (ValueError, RecursionError) as error:  # dates that there are not, numbers of thousands of digits
+        raise InputError(f"not YAML of options: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise InputError("expected lines of the form 'option: value'")
+    for key, value in values.items():
+        if not all(isinstance(one, Scalar) for one in (key, *(value if isinstance(value, list) else [value]))):
+            raise InputError(f"{key if isinstance(key, str) else 'a key'}: expected one value, or a list of values")
+    return {str(key): value for key, value in values.items()}
+
+
+class _OptionLoader(yaml.SafeLoader):
+    """PyYAML's, which keeps the last of two values silently, and unfolds what `<<` merges."""
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        seen = set()
+        for key, _ in node.value:
+            if key.tag == "tag:yaml.org,2002:merge":
+                raise yaml.constructor.ConstructorError(None, None, "'<<' is not read; write the options out", key.start_mark)
+            if isinstance(key, yaml.ScalarNode):
+                name = key.value.replace("_", "-")
+                if name in seen:
+                    raise yaml.constructor.ConstructorError(None, None, f"'{key.value}' stands twice", key.start_mark)
+                seen.add(name)
+
+
+# a day without quotes is a word here
+_OptionLoader.add_constructor("tag:yaml.org,2002:timestamp", yaml.SafeLoader.construct_yaml_str)
+
+
+def read_json(path: str | Path) -> Any:
+    """The JSON in `path`. Raises InputError, without the path, where it cannot be read."""
+    return parse_json(read_text(path))
+
+
+def parse_json(text: str) -> Any:
+    """What `text` says. Raises InputError where it is no JSON."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"not JSON: {' '.join(str(error).split())}") from None
+
+
+def read_pickle(path: str | Path) -> Any:
+    """The plain values, and numpy's arrays and numbers, that `path` holds.
+
+    Raises InputError, without the path, where it is damaged or holds anything else; none of that is made or called.
+    """
+    try:
+        return _ArrayUnpickler(io.BytesIO(Path(path).read_bytes()), encoding="latin1").load()
+    except InputError:
+        raise
+    except OSError as error:
+        raise InputError(str(error.strerror)) from None
+    except Exception as error:  # damaged ones end in many kinds
+        raise InputError(f"damaged, or no pickle ({' '.join(str(error).split()) or type(error).__name__})") from None
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Knows only what arrays are made of."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        module = module.replace("numpy._core", "numpy.core")  # its name since numpy 2
+        if (module, name) not in _OF_ARRAYS:
+            raise InputError(f"holds {module}.{name}, and only plain values and numpy's arrays are read; save these alone")
+        return _OF_ARRAYS[module, name]
+
+
+def _scalar(kind: np.dtype, data: bytes) -> np.generic:
+    if kind.hasobject:
+        raise InputError("holds an array of Python objects, and only numbers and words are read; save these alone")
+    return np.empty(0).dtype.type(0).__reduce__()[0](kind, data)
+
+
+_OF_ARRAYS = {
+    ("numpy", "ndarray"): np.ndarray,
+    ("numpy", "dtype"): np.dtype,
+    ("numpy.core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
+    ("numpy.core.multiarray", "scalar"): _scalar,
+    ("numpy.core.numeric", "_frombuffer"): np.empty(0).__reduce_ex__(5)[0],
+    ("_codecs", "encode"): lambda text, _: text.encode("latin1"),  # bytes, as protocols without them have it
+    ("collections", "OrderedDict"): dict,
+}
