@@ -152,7 +152,7 @@ def _outlast_signals(_: int) -> None:
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(PATIENCE))  # not ignored: so ends the rank what it must not wait for
 
 
-PATIENCE = 20  # seconds
+PATIENCE = 600  # seconds
 
 
 def batches(

@@ -1,5 +1,6 @@
 """Checkpoints: MoCo's keys, plain types only, written so that a crash cannot leave half a file in a good one's place."""
 
+import contextlib
 import math
 import os
 import pickle
@@ -32,14 +33,15 @@ def save(path: Path, state: State) -> None:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
+        with contextlib.suppress(OSError):  # some mounts know no modes
+            os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException as error:
         if temporary:
             Path(temporary).unlink(missing_ok=True)
         # torch's writer turns what the system says into a RuntimeError
         reason = next((e.strerror for e in (error, error.__context__) if isinstance(e, OSError)), None)
-        if reason or (isinstance(error, RuntimeError) and "write" in str(error)):
+        if reason or (isinstance(error, RuntimeError) and ("StreamWriter" in str(error) or "unexpected pos" in str(error))):
             last = next(iter(found(path.parent)), None)
             kept = f"the last checkpoint is {last}" if last else "there is none yet"
             why = f"cannot be written: {reason or 'the disk is full, or the file too large'}"
@@ -52,15 +54,39 @@ _NAME = re.compile(r"checkpoint_(\d+)(?:_(-?\d+))?\.pth\.tar")
 
 def found(folder: str | Path) -> list[Path]:
     """The checkpoints of a run folder, the furthest first."""
-
-    def order(path: Path) -> tuple[float, int]:
-        if match := _NAME.fullmatch(path.name):
-            epoch, step = match.groups()  # of an epoch's end, or of a step in it
-            return (int(epoch), int(step)) if step else (int(epoch) + 1, 0)
-        return (math.inf, 0) if path.name == "checkpoint.pth.tar" else (-1, 0)  # a classifier's last, and its best
-
     files = (path for pattern in ("checkpoint*.pth.tar", "model_best*.pth.tar") for path in Path(folder).glob(pattern))
-    return sorted(files, key=order, reverse=True)
+    return sorted(files, key=_how_far, reverse=True)
+
+
+def _how_far(path: Path) -> tuple[float, int]:
+    if match := _NAME.fullmatch(path.name):
+        epoch, step = match.groups()  # of an epoch's end, or of a step in it
+        return (int(epoch), int(step)) if step else (int(epoch) + 1, 0)
+    return (math.inf, 0) if path.name == "checkpoint.pth.tar" else (-1, 0)  # a classifier's last, and its best
+
+
+def numbered(folder: Path, inside: bool) -> list[Path]:
+    """A pre-training's checkpoints of epochs' ends, or of steps `inside` them, the furthest first; not a user's copies."""
+    matches = ((path, _NAME.fullmatch(path.name)) for path in found(folder))
+    return [path for path, match in matches if match and bool(match[2]) == inside]
+
+
+def begin(folder: Path, resumed: str | None) -> None:
+    """Tidy a run folder that is this run's alone, before it trains.
+
+    Half-written files of one that was killed go. Where it goes on from a checkpoint in the folder, those further than this one,
+    of what is now another branch, are renamed, so that nobody takes them for the run's own.
+    """
+    for pattern in (".checkpoint*.pth.tar-*", ".model_best*.pth.tar-*"):
+        for path in folder.glob(pattern):
+            path.unlink(missing_ok=True)
+    start = Path(resumed) if resumed else None
+    if start is None or start.resolve().parent != folder.resolve() or not _NAME.fullmatch(start.name):
+        return
+    for path in [*numbered(folder, True), *numbered(folder, False)]:
+        if _how_far(path) > _how_far(start):
+            path.replace(path.with_name(f"{path.name}.before"))
+            say(f"{path.name} is further than what is resumed: renamed to {path.name}.before")
 
 
 def newest(folder: str) -> str | None:

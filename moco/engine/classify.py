@@ -288,9 +288,9 @@ class Classification(Trainer):
     def end_epoch(self, done: int) -> dict[str, float]:
         self.test()
         self.best = max(self.best, self.chosen_by)
-        self.save("checkpoint.pth.tar", done, best_acc1=self.best)
         if self.best == self.chosen_by:
             self.save(self.best_name, done, best_acc1=self.best)
+        self.save("checkpoint.pth.tar", done, best_acc1=self.best)
         return {f"val_{name}": value for name, value in self.accuracy.items()}
 
     def save_inside(self, epoch: int, step: int) -> Path:

@@ -14,11 +14,11 @@ from moco import distributed
 
 STATUS = 75  # EX_TEMPFAIL of sysexits.h: try again
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-PATIENCE = 3.0  # seconds; a launcher's and a terminal's signal may both arrive, but one that comes later is meant to end at once
+PATIENCE = 3.0  # seconds; a launcher's and a terminal's may both arrive, but a SIGINT that comes later is meant to end at once
 
 
 class Interrupted(Exception):
-    """The run was asked to end, and has saved; the message says how to go on."""
+    """The run was asked to end, and has saved if there was anything to save; the message says how to go on."""
 
 
 class Requests:
@@ -40,7 +40,7 @@ class Requests:
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if not self.received:
             self.received, self._at = number, time.monotonic()
-        elif time.monotonic() - self._at > PATIENCE:
+        elif number == signal.SIGINT and time.monotonic() - self._at > PATIENCE:
             end_by(number)
 
     def agreed(self) -> str:
@@ -59,6 +59,26 @@ class Requests:
 
     def _name(self, number: int) -> str:
         return signal.Signals(number).name if number else ""
+
+
+@contextlib.contextmanager
+def before_training() -> Iterator[None]:
+    """Until `Requests` takes the signals, and after it: those of a scheduler raise Interrupted, since there is nothing to save."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise nothing_to_save(number)
+
+    before = {number: signal.signal(number, end) for number in SIGNALS if number != signal.SIGINT}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def nothing_to_save(number: int) -> Interrupted:
+    """What a run says that a signal has ended before it trained, or after."""
+    return Interrupted(f"{signal.Signals(number).name}: not in training, nothing to save; --resume auto goes on")
 
 
 @contextlib.contextmanager

@@ -99,7 +99,9 @@ def launch(worker: Worker, args: Namespace) -> None:
         except (mp.ProcessExitedException, mp.ProcessRaisedException) as error:
             if not ends.empty():  # the others only lost their connection to the process that made it
                 raise ends.get() from None
-            if signals:  # they were asked to end when there was nothing to save
+            if signals and hasattr(args, "resume") and signals[0] != signal.SIGINT:
+                raise interrupt.nothing_to_save(signals[0]) from None
+            if signals:
                 interrupt.end_by(signals[0])
             raise _lost(p.first, killed, error) from None
     if not ends.empty():
@@ -111,7 +113,7 @@ class Lost(Exception):
 
 
 def _killed(processes: list) -> dict[int, str]:
-    """Wait until a process has failed or all have ended; returns, by place, the signals that have ended any by then.
+    """Wait until a process has failed or all have ended; returns, by place, the signals that ended any, the first first.
 
     The others have a while to end by themselves, as they do without their connection, and are then killed: one that waits for
     the lost one does not listen.
@@ -122,6 +124,7 @@ def _killed(processes: list) -> dict[int, str]:
             process = running.pop(sentinel)
             process.join()
             if process.exitcode:
+                first = processes.index(process)
                 end = time.monotonic() + PATIENCE
                 while running and time.monotonic() < end:
                     for other in wait(list(running), end - time.monotonic()):
@@ -129,7 +132,8 @@ def _killed(processes: list) -> dict[int, str]:
                 codes = [process.exitcode or 0 for process in processes]
                 for process in running.values():
                     process.kill()
-                return {i: signal.Signals(-code).name for i, code in enumerate(codes) if code < 0}
+                order = sorted(range(len(codes)), key=lambda i: i != first)
+                return {i: signal.Signals(-codes[i]).name for i in order if codes[i] < 0}
     return {}
 
 
@@ -184,7 +188,7 @@ def _process(p: Plan, worker: Worker, args: Namespace, r: int, local_rank: int, 
         dist.init_process_group(backend, store=dist.PrefixStore("group", store), rank=r, world_size=p.world, timeout=timeout)
         guard = watch.Watch(store, r, p.world, tell)
     try:
-        with guard:
+        with guard, interrupt.before_training() if hasattr(args, "resume") else contextlib.nullcontext():
             worker(args, device)
     except (RuntimeError, MemoryError) as error:
         what = " ".join(str(error).split())
@@ -194,6 +198,8 @@ def _process(p: Plan, worker: Worker, args: Namespace, r: int, local_rank: int, 
             raise
         raise InputError(f"a loader process of rank {r} was ended: {what}{OUT_OF_MEMORY}") from None
     finally:
+        for loader in mp.active_children():  # of an evaluation that has failed: it outlasts all signals but this one
+            loader.kill()
         if dist.is_initialized():
             dist.destroy_process_group()
 

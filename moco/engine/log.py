@@ -91,12 +91,16 @@ class RunLog:
             (folder / "args.yaml").write_text(yaml.safe_dump(vars(args), sort_keys=True))
             self.path = folder / "log.jsonl"
             kept = [line for line in _lines(self.path) if _step(line) <= start] if args.resume else []
-            self.path.write_text("".join(kept))
+            fewer = folder / ".log.jsonl.tmp"
+            fewer.write_text("".join(kept))
+            fewer.replace(self.path)
+        except NotImplementedError:  # the file system has no locks
+            pass
         except Timeout:
             raise InputError(f"--save-dir {folder}: another run is writing there; wait for its end, or choose another") from None
         except OSError as error:
             raise InputError(f"--save-dir {folder}: cannot be written: {error.strerror}; choose another folder") from None
-        self.board = SummaryWriter(str(folder), purge_step=start if args.resume and start > 0 else None)
+        self.board = SummaryWriter(str(folder), purge_step=start + 1 if args.resume and start >= 0 else None)
         if sys.stdout.isatty():
             self.bar = tqdm(total=steps - min(start, 0), initial=max(start, 0), unit="step", dynamic_ncols=True)
 

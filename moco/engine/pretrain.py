@@ -12,7 +12,7 @@ from moco.augment import recipes
 from moco.data import datasets, loader, subsets
 from moco.data.images import Images
 from moco.encoder.networks import ARCHS
-from moco.engine import features, precision
+from moco.engine import checkpoint, features, precision
 from moco.engine.log import Metrics
 from moco.engine.train import Trainer
 from moco.errors import InputError
@@ -63,6 +63,7 @@ class Pretraining(Trainer):
         args, last = self.args, done == self.args.epochs
         metrics = {}
         if args.knn_every and (last or done % args.knn_every == 0):
+            self.save_inside(done - 1, done * self.steps_per_epoch)  # it takes a while
             metrics["knn"] = self._knn()
         if last or done % args.save_every == 0:
             self._tidy(self.save(f"checkpoint_{done - 1:04d}.pth.tar", done))
@@ -77,9 +78,10 @@ class Pretraining(Trainer):
         """Remove what `newest` makes needless: others inside epochs, and, of those at epochs' ends, what --keep does not."""
         if distributed.rank() != 0:
             return
-        inside = set(newest.parent.glob("checkpoint_????_*.pth.tar"))
-        ends = sorted(set(newest.parent.glob("checkpoint_*.pth.tar")) - inside)
-        for path in (inside - {newest}) | set(ends[: -self.args.keep] if self.args.keep else []):
+        needless = checkpoint.numbered(newest.parent, inside=True)
+        if self.args.keep:
+            needless += checkpoint.numbered(newest.parent, inside=False)[self.args.keep :]
+        for path in set(needless) - {newest}:
             path.unlink(missing_ok=True)
 
     def _knn(self) -> float:

@@ -40,11 +40,14 @@ class LinearProbe(Classification):
             networks.set_head(net, Heads(self.heads))
         self.loaded = {name: net.state_dict()[name].clone() for name in networks.backbone_keys(net)}
         super().__init__(args, net, images, device, settings)
-        # the classifiers compute in fp32: one that diverges must not make a gradient scaler skip the others' steps
-        self.scaler = precision.scaler("off", device)
+        self.may_diverge = len(self.heads) > 1  # the others go on
         if self._changed():
             source = args.pretrained or f"a random one with --seed {args.seed}"
             raise InputError(f"--resume {args.resume}: its backbone is not {source}; give the same --pretrained to go on")
+
+    def make_scaler(self) -> torch.amp.GradScaler:
+        # the classifiers compute in fp32: one that diverges must not make a gradient scaler skip the others' steps
+        return precision.scaler("off", self.device)
 
     def trained(self) -> nn.Module:
         return networks.head(self.module)

@@ -44,7 +44,7 @@ class Trainer(ABC):
         self.optimizer = optim.make(self.groups(), args)
         # before any schedule, and before a resumed one
         self.rates = [group["lr"] * self.lr_scale for group in self.optimizer.param_groups]
-        self.scaler = precision.scaler(args.amp, device)
+        self.scaler = self.make_scaler()
         state = checkpoint.load(args.resume) if args.resume else None
         if state:
             self._resume(state)
@@ -58,6 +58,9 @@ class Trainer(ABC):
         self.first_epoch = self.order.start // max(1, self.steps_per_epoch)
         if state:
             self.first_epoch = min(self.first_epoch, state["epoch"])  # all its steps may be done, and its end not
+        place = torch.tensor([[self.order.start, self.first_epoch]], device=device)
+        if (distributed.all_gather(place) != place).any():
+            raise InputError("--resume: the processes do not read the same checkpoint; give one that all nodes see")
 
     def trained(self) -> nn.Module:
         """What `forward` calls as `self.ddp`: the module, or the part of it that trains."""
@@ -67,6 +70,10 @@ class Trainer(ABC):
         """The optimizer's parameter groups: what trains, at the one rate of `--lr`."""
         params = [p for p in self.module.parameters() if p.requires_grad]
         return [{"params": params, "lr": self.args.lr, "weight_decay": self.args.wd}]
+
+    def make_scaler(self) -> torch.amp.GradScaler:
+        """Of the gradient, under fp16."""
+        return precision.scaler(self.args.amp, self.device)
 
     def images_before(self) -> int:
         """How many images train before epoch 0, in steps that are counted below 0."""
@@ -87,6 +94,8 @@ class Trainer(ABC):
         """Evaluate and save after `done` epochs; returns what to log."""
         return {}
 
+    may_diverge = False  # whether numbers that are not finite end the run
+
     @abstractmethod
     def save_inside(self, epoch: int, step: int) -> Path:
         """Save before the end of an epoch, when `step` steps of the run are done; returns the file's path."""
@@ -96,6 +105,8 @@ class Trainer(ABC):
         args, per_epoch = self.args, self.steps_per_epoch
         self._announce()
         log = RunLog(args, self.order.stop, self.order.start)
+        if distributed.rank() == 0:
+            checkpoint.begin(Path(args.save_dir), args.resume)
         cut = loader.RandomCrops(self.recipe, args.seed)
         skips = args.on_bad_image == "skip"
         batches = loader.batches(self.images, cut, self.order, args, self.device, skips)
@@ -112,7 +123,7 @@ class Trainer(ABC):
     def _epoch(self, epoch: int, batches: Iterator[loader.Batch], log: RunLog, requests: interrupt.Requests) -> None:
         args, per_epoch = self.args, self.steps_per_epoch
         self.start_epoch()
-        mean, self._skipped = Mean(), 0
+        mean, means, self._skipped = Mean(), {}, 0
         for step in range(max(epoch * per_epoch, self.order.start), (epoch + 1) * per_epoch):
             rate = self._set_rates(step)
             for micro in range(args.accumulation_steps):
@@ -132,8 +143,8 @@ class Trainer(ABC):
             asked, ends = requests.agreed(), (step + 1) % per_epoch == 0
             saves = asked or (args.save_every_steps and (step + 1) % args.save_every_steps == 0 and not ends)
             if saves or ends or (step + 1) % args.print_freq == 0:
-                self._check_losses(rate)
-            if ends or (step + 1) % args.print_freq == 0:
+                self._check_numbers(rate)
+            if ends or asked or (step + 1) % args.print_freq == 0:
                 means = mean.read()
                 log.line(epoch, step + 1, {**means, "lr": rate})
             if saves:
@@ -191,13 +202,18 @@ class Trainer(ABC):
                 "the features have collapsed, or nearly; try a lower --lr, a longer --lr-warmup-epochs, a larger --batch-size"
             )
 
-    def _check_losses(self, rate: float) -> None:
-        """Raise InputError, on every rank, where one of the last losses of any rank is no finite number.
+    def _check_numbers(self, rate: float) -> None:
+        """Raise InputError, on every rank, where one of the last losses of any rank, or a weight, is no finite number.
 
         It is asked before anything is saved; until then nothing has waited for the device.
         """
         steps, losses, indices = zip(*self._recent, strict=True)
         self._recent.clear()
+        if self.may_diverge:
+            return
+        weights = torch.stack(torch._foreach_norm([p for p in self.module.parameters() if p.requires_grad])).max()
+        losses = (*losses, weights)  # which the last step has made infinite, though its loss was not
+        steps, indices = (*steps, steps[-1]), (*indices, indices[-1])
         values = torch.stack(losses).double()
         bad = (~values.isfinite()).nonzero()
         first = int(bad[0]) if len(bad) else 0
@@ -209,7 +225,7 @@ class Trainer(ABC):
             where = f"step {step:.0f} (epoch {step // self.steps_per_epoch:.0f}, lr {rate:g}, images {names}, ...)"
             kept = next(iter(checkpoint.found(self.args.save_dir)), None)
             last = f"the last checkpoint from before it is {kept}" if kept else "there is no checkpoint from before it"
-            raise InputError(f"the loss is {loss:g} at {where}; {last}; lower --lr, or raise --lr-warmup-epochs")
+            raise InputError(f"the loss, or a weight, is {loss:g} at {where}; {last}; lower --lr, or raise --lr-warmup-epochs")
 
     def _gradients(self) -> Metrics:
         """Clip the gradient; returns the length before that of each of the module's `parts`, where it names any."""
