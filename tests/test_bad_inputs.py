@@ -3,7 +3,7 @@
 BAD_INPUTS_SEED=... generates others. Images that are odd but valid train.
 """
 
-import importlib
+import importlib.util
 import io
 import itertools
 import json
@@ -29,7 +29,10 @@ from conftest import ROOT, write_images
 from PIL import Image
 from torch import nn
 
+from moco.data.images import decode
 from moco.engine import cli
+from moco.errors import InputError
+from moco.files import read_pickle, read_yaml
 
 SEED = int(os.environ.get("BAD_INPUTS_SEED", 0))
 PRETRAIN = ("main_synco", "main_adco", "main_sogclr", "main_fnc", "main_moby")
@@ -260,19 +263,68 @@ def bad_yaml(rng: random.Random, place: Place) -> Case:
     )
     key = rng.choice(["lr", "epochs", "batch_size", "workers", "seed", "wd", "momentum", "image-size", "print_freq"])
     texts = [
-        "", "#\n", "- a\n- b\n", "word\n", "3\n", "null\n", "a: [1\n", "a: b: c\n", "\t- x\n", "%YAML 9\n---\n", "lr: 1\n---\nlr: 2\n", "{" * 3000, "[" * 3000,
+        "",
+        "#\n",
+        "- a\n- b\n",
+        "word\n",
+        "3\n",
+        "null\n",
+        "a: [1\n",
+        "a: b: c\n",
+        "\t- x\n",
+        "%YAML 9\n---\n",
+        "lr: 1\n---\nlr: 2\n",
+        "{" * 3000,
+        "[" * 3000,
         f"lr: !!python/object/apply:os.system ['touch {marker}']\n",
         f"!!python/object/apply:os.system ['touch {marker}']\n",
         f"lr: !!python/object/new:subprocess.Popen [['touch', '{marker}']]\n",
-        "lr: !!python/name:os.system\n", "lr: !nosuch 1\n", "cos: !!binary =\n",
-        bomb, f"lr: {bomb.splitlines()[0][3:]}\n", "a: &a {x: 1}\nb: {<<: [*a, *a]}\n", "lr: &l [*l]\n",
-        f"{key}: 1\n{key}: 2\n", "batch_size: 8\nbatch-size: 9\n",
-        f"{key}: many\n", f"{key}: [1, 2]\n", f"{key}: {{a: 1}}\n", f"{key}: yes\n", f"{key}: .nan\n", f"{key}: .inf\n", f"{key}: -7\n" if key != "seed" else "seed: x\n",
-        f"{key}: ''\n", f"{key}: 2001-02-30\n", f"{key}: {'9' * 5000}\n", f"{key}: 0o9\n",
-        "cos: 3\n", "cos: maybe\n", "mlp: [true]\n", "schedule: 120\n", "schedule: [a]\n", "schedule: [[1]]\n", "randaugment: [1]\n", "randaugment: 3\n",
-        "arch: resnet81\n", "arch: [resnet18]\n", "recipe: moco\n", "amp: fp8\n", "optimizer: adam\n", "compile: 1\n", "knn-t: 0\n", "resume: ''\n",
-        "data: nowhere\n", "? [1, 2]\n: 3\n", "1: 2\n", "~: 2\n", "true: false\n", f"{'k' * 3000}: 1\n", f"arch: {'v' * 3000}\n", "moco_kk: 5\n", "epohcs: 5\n", "nhard: 5\n",
-    ]  # fmt: skip
+        "lr: !!python/name:os.system\n",
+        "lr: !nosuch 1\n",
+        "cos: !!binary =\n",
+        bomb,
+        f"lr: {bomb.splitlines()[0][3:]}\n",
+        "a: &a {x: 1}\nb: {<<: [*a, *a]}\n",
+        "lr: &l [*l]\n",
+        f"{key}: 1\n{key}: 2\n",
+        "batch_size: 8\nbatch-size: 9\n",
+        f"{key}: many\n",
+        f"{key}: [1, 2]\n",
+        f"{key}: {{a: 1}}\n",
+        f"{key}: yes\n",
+        f"{key}: .nan\n",
+        f"{key}: .inf\n",
+        f"{key}: -7\n" if key != "seed" else "seed: x\n",
+        f"{key}: ''\n",
+        f"{key}: 2001-02-30\n",
+        f"{key}: {'9' * 5000}\n",
+        f"{key}: 0o9\n",
+        "cos: 3\n",
+        "cos: maybe\n",
+        "mlp: [true]\n",
+        "schedule: 120\n",
+        "schedule: [a]\n",
+        "schedule: [[1]]\n",
+        "randaugment: [1]\n",
+        "randaugment: 3\n",
+        "arch: resnet81\n",
+        "arch: [resnet18]\n",
+        "recipe: moco\n",
+        "amp: fp8\n",
+        "optimizer: adam\n",
+        "compile: 1\n",
+        "knn-t: 0\n",
+        "resume: ''\n",
+        "? [1, 2]\n: 3\n",
+        "1: 2\n",
+        "~: 2\n",
+        "true: false\n",
+        f"{'k' * 3000}: 1\n",
+        f"arch: {'v' * 3000}\n",
+        "moco_kk: 5\n",
+        "epohcs: 5\n",
+        "nhard: 5\n",
+    ]
     data: list[bytes] = [text.encode() for text in texts]
     data += [
         b"\xff\xfe\x00",
@@ -465,7 +517,7 @@ class Code:
             "exec": (exec, (touch,)),
             "popen": (subprocess.Popen, (["touch", str(self.marker)],)),
             "open": (open, (str(self.marker), "w")),
-            "load": (torch.load, (str(self.marker) + ".pth", None, pickle)),
+            "load": (torch.load, (str(self.marker) + ".pth",)),
         }
         return calls[self.how]
 
@@ -759,3 +811,154 @@ def test_it_is_refused_in_one_line(generator, i, call, data, good, tmp_path, mon
     if generator is not bad_image:
         assert not (place.own / "run").exists(), told
     (place.own / "line").write_text(line)
+
+
+def test_what_the_bad_ones_were_made_of_is_good(call, data, good, tmp_path, monkeypatch):
+    thin = good / "thin.pth.tar"
+    run = ("--save-dir", tmp_path / "run")
+    status, out, err = call("main_synco", data, *SMALL, "--moco-k", 32, "--epochs", 2, *run, "--resume", thin)
+    assert status == 0 and "resumed from" in out, err
+    assert call("main_knn", data, *SMALL, "--k", 3, *run, "--pretrained", thin)[0] == 0
+    assert call("convert-pretrain-to-detectron2", thin, tmp_path / "x.pkl")[0] == 0
+
+
+# Odd images.
+
+
+def odd_images() -> dict[str, tuple[bytes, Image.Image]]:
+    """Valid files by name, and the picture that each one shows."""
+    im, grey = picture(48, 40), picture(48, 40).convert("L")
+    deep = np.asarray(grey).astype(np.uint16) * 257
+    turned = im.rotate(180)
+    palette = im.quantize(32)
+    cmyk = small(im.convert("CMYK"), "JPEG", quality=95)
+    adobe = cmyk.index(b"Adobe")
+    plain = cmyk[: adobe - 4] + cmyk[adobe + 12 :]  # without the marker that says that the inks are inverted
+    exif = Image.Exif()
+    exif[0x0112] = 6  # on its side
+    more = {"save_all": True, "append_images": [turned]}
+    floats = Image.fromarray(np.asarray(grey).astype(np.float32) / 255)
+    found = {
+        "cmyk.jpg": (cmyk, Image.open(io.BytesIO(cmyk))),
+        "cmyk_plain.jpg": (plain, Image.open(io.BytesIO(plain))),
+        "cmyk.tif": (small(im.convert("CMYK"), "TIFF"), im.convert("CMYK")),
+        "grey.jpg": (small(grey, "JPEG", quality=98), grey),
+        "grey.png": (small(grey, "PNG"), grey),
+        "la.png": (small(im.convert("LA"), "PNG"), grey),
+        "alpha.png": (small(im.convert("RGBA"), "PNG"), im),
+        "palette.png": (small(palette, "PNG", transparency=3), palette),
+        "bits.png": (small(im.convert("1"), "PNG"), im.convert("1")),
+        "deep.png": (small(Image.fromarray(deep), "PNG"), grey),
+        "deep.tif": (small(Image.fromarray(deep), "TIFF"), grey),
+        "deep.pgm": (b"P5 48 40 65535\n" + deep.astype(">u2").tobytes(), grey),
+        "deeper.tif": (small(Image.fromarray(deep.astype(np.int32)), "TIFF"), grey),
+        "float.tif": (small(floats, "TIFF"), grey),
+        "animated.gif": (small(palette, "GIF", save_all=True, append_images=[turned.quantize(32)]), palette),
+        "animated.webp": (small(im, "WEBP", lossless=True, **more), im),
+        "animated.png": (small(im, "PNG", **more), im),
+        "progressive.jpeg": (small(im, "JPEG", quality=98, progressive=True), im),
+        "turned.jpg": (small(im, "JPEG", quality=98, exif=exif), im),
+        "profile.png": (small(im, "PNG", icc_profile=b"no profile"), im),
+        "really a png.jpg": (small(im, "PNG"), im),
+        "dot.png": (small(im.crop((0, 0, 1, 1)), "PNG"), im.crop((0, 0, 1, 1))),
+        "line.png": (small(picture(300, 1), "PNG"), picture(300, 1)),
+        "wide.png": (small(picture(20_000, 3), "PNG"), picture(20_000, 3)),
+        "high.jpg": (small(picture(3, 20_000), "JPEG", quality=98, subsampling=0), picture(3, 20_000)),
+        "na\u00efve \u96ea'\"\n.BMP": (small(im, "BMP"), im),
+        os.fsdecode(b"latin-1 \xe9.tiff"): (small(im, "TIFF"), im),
+    }
+    return found
+
+
+@pytest.mark.parametrize("name", odd_images(), ids=ascii)
+def test_an_odd_image_looks_right(name, tmp_path):
+    data, shown = odd_images()[name]
+    (tmp_path / name).write_bytes(data)
+    found = decode(str(tmp_path / name))
+    assert found.dtype == torch.uint8
+    difference = np.abs(found.permute(1, 2, 0).numpy().astype(int) - np.asarray(shown.convert("RGB")).astype(int))
+    assert difference.mean() < (3 if name.lower().endswith(("jpg", "jpeg")) else 0.5), difference.mean()
+
+
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory) -> Path:
+    """A data folder with nothing but odd images, an empty folder called like one, and a file that is none."""
+    root = tmp_path_factory.mktemp("odd")
+    for split, label in itertools.product(("train", "val"), ("a", "b \u96ea")):
+        folder = root / split / label
+        (folder / "folder.jpg").mkdir(parents=True)
+        (folder / "notes.txt").write_text("words")
+        for name, (data, _) in odd_images().items():
+            (folder / name).write_bytes(data)
+    return root
+
+
+def test_odd_images_train(call, odd, tmp_path):
+    options = (odd, *SMALL, "-b", 18, "--on-bad-image", "error", "--epochs", 1, "-p", 1)
+    status, _, err = call("main_synco", *options, "--moco-k", 32, "--save-dir", tmp_path / "pre")
+    assert status == 0, err
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "pre" / "log.jsonl").read_text().splitlines()]
+    assert len(losses) == 3 and all(map(math.isfinite, losses))
+    encoder = ("--pretrained", tmp_path / "pre" / "checkpoint_0000.pth.tar")
+    status, _, err = call("main_lincls", *options, *encoder, "--save-dir", tmp_path / "lin")
+    assert status == 0, err
+    status, _, err = call("main_knn", odd, *SMALL, *encoder, "--k", 3, "--save-dir", tmp_path / "knn")
+    assert status == 0, err
+    for run, metric in (("lin", "acc1"), ("knn", "knn_3")):
+        assert 0 <= json.loads((tmp_path / run / "results.json").read_text())["metrics"][metric] <= 1
+
+
+# Pickles and YAML.
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_a_pickle_of_arrays_is_read(protocol, tmp_path):
+    value = {
+        "model": {"w": np.arange(6, dtype=np.float32).reshape(2, 3)},
+        "n": np.float64(2),
+        "of": OrderedDict(x=(1, [None, True])),
+    }
+    (tmp_path / "x.pkl").write_bytes(pickle.dumps(value, protocol=protocol))
+    found = read_pickle(tmp_path / "x.pkl")
+    assert np.array_equal(found["model"]["w"], value["model"]["w"]) and found["n"] == 2 and found["of"] == {"x": (1, [None, True])}
+
+
+@pytest.mark.parametrize("how", CODE)
+def test_a_pickle_of_code_is_not_run(how, tmp_path):
+    (tmp_path / "x.pkl").write_bytes(pickle.dumps({"model": [Code(tmp_path / "ran", how)]}))
+    with pytest.raises(InputError, match="only plain values and numpy's arrays are read"):
+        read_pickle(tmp_path / "x.pkl")
+    objects = pickle.dumps(np.array([Code(tmp_path / "ran", how)], dtype=object))
+    (tmp_path / "x.pkl").write_bytes(objects)
+    with pytest.raises(InputError):
+        read_pickle(tmp_path / "x.pkl")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_batches_of_cifar_that_are_code_are_not_run(script, tmp_path):
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    for name in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch", "batches.meta"):
+        (folder / name).write_bytes(pickle.dumps(Code(tmp_path / "ran", "system")))
+    status, _, err = script("main_knn", tmp_path, "--dataset", "cifar10", "--save-dir", tmp_path / "run")
+    assert status == 2 and err.count("\n") == 1 and "no usable cifar10" in err and not (tmp_path / "ran").exists()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("detectron2") is None, reason="detectron2 is not installed")
+def test_weights_and_configs_of_detectors_that_are_code_are_not_run(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "detection"))
+    c4 = importlib.import_module("c4")
+    config, weights = tmp_path / "c.yaml", tmp_path / "w.pkl"
+    weights.write_bytes(pickle.dumps({"model": Code(tmp_path / "ran", "system")}))
+    with pytest.raises(InputError, match=r"w\.pkl: holds"):
+        c4.config(c4.CONFIGS / "pascal_voc_R_50_C4_24k_moco.yaml", ["MODEL.WEIGHTS", str(weights)], 0)
+    config.write_text(f"MODEL: !!python/object/apply:os.system ['touch {tmp_path}/ran']\n")
+    with pytest.raises(InputError, match=r"c\.yaml"):
+        c4.config(config, [], 0)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_yaml_of_options(tmp_path):
+    (tmp_path / "c.yaml").write_text("\ufefflr: 1\nschedule: &s [1, 2]\nmilestones: *s\nnone:\nday: 2001-02-03\n", encoding="utf-8")
+    found = {"lr": 1, "schedule": [1, 2], "milestones": [1, 2], "none": None, "day": "2001-02-03"}
+    assert read_yaml(tmp_path / "c.yaml") == found

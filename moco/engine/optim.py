@@ -43,6 +43,10 @@ def restore(optimizer: torch.optim.Optimizer, saved: dict[str, Any], path: str) 
     if not same:
         what = "its optimizer is not this run's"
         raise InputError(f"{path}: {what}; resume with the options it was made with, or use --pretrained for the weights alone")
+    for p, state in optimizer.state.items():
+        for name, x in state.items():  # fused steps take it for granted that both lie alike in memory
+            if x is not None and x.shape == p.shape and x.stride() != p.stride():
+                state[name] = torch.empty_like(p).copy_(x)
 
 
 _STATE = {"momentum": {"momentum_buffer"}, "betas": {"step", "exp_avg", "exp_avg_sq"}}  # what each kind keeps for a parameter

@@ -45,7 +45,7 @@ class OneLineParser(argparse.ArgumentParser):
     def refuse_empty(self, words: Sequence[str]) -> None:
         """Raise InputError for an option or a word that is empty, as where a shell's variable is not set."""
         for before, word in zip(("", *words), words, strict=False):
-            if not word.strip() or re.fullmatch(r"--[\w-]+=\s*", word):
+            if not word.strip() or re.fullmatch(r"--[\w-]+=(\s*|--)", word):
                 option = word if word.strip() else before
                 raise InputError(f"{f'after {option}: ' if option else ''}an empty value; is a variable of the shell not set?")
 
