@@ -102,6 +102,34 @@ def test_a_killed_run_goes_on_from_the_last_save_inside_an_epoch(data, whole, tm
     assert same(state(tmp_path), whole(SYNCO))
 
 
+def test_stopped_when_all_steps_of_an_epoch_were_done_it_ends_the_epoch(script, data, tmp_path):
+    command = (data, *SMALL, "--moco-k", 24, "-j", 0, "--save-dir", tmp_path / "run", "--resume", "auto")
+    assert script("main_synco", *command)[0] == 0
+    end, inside = (tmp_path / "run" / f"checkpoint_000{name}.pth.tar" for name in ("1", "1_24"))
+    kept = state(tmp_path / "run")
+    torch.save({**load(end), "epoch": 1}, inside)
+    end.unlink()
+    status, out, err = script("main_synco", *command)
+    assert status == 0 and "at epoch 1, after 12 of its steps" in out, err
+    assert same(state(tmp_path / "run"), kept) and not inside.exists()
+
+
+def test_going_back_to_an_earlier_checkpoint_sets_later_ones_aside(script, data, tmp_path):
+    command = (data, *SMALL, "--moco-k", 24, "-j", 0, "--save-dir", tmp_path)
+    assert script("main_synco", *command, "--epochs", 3)[0] == 0
+    copy = tmp_path / "checkpoint_0000_good.pth.tar"
+    copy.write_bytes(b"mine")
+    (tmp_path / ".checkpoint_0001.pth.tar-x").write_bytes(b"half of one")
+    first = tmp_path / "checkpoint_0000.pth.tar"
+    status, out, _ = script("main_synco", *command, "--epochs", 2, "--resume", first, "--lr", 1e-3, "--save-every-steps", 5)
+    assert status == 0 and "checkpoint_0002.pth.tar is further than what is resumed: renamed" in out
+    names = sorted(path.name for path in tmp_path.glob("*checkpoint*"))
+    assert names == ["checkpoint_0000.pth.tar", copy.name, *(f"checkpoint_0001.pth.tar{end}" for end in ("", ".before"))] + [
+        "checkpoint_0002.pth.tar.before"
+    ]
+    assert checkpoint.newest(str(tmp_path)) == str(tmp_path / "checkpoint_0001.pth.tar")
+
+
 def test_another_world_size_goes_on_at_the_same_place(data, tmp_path):
     process = shell(*SYNCO, *TWO, data, "--save-dir", tmp_path, "--save-every-steps", 5, wait=False)
     file = tmp_path / "kept.pth.tar"
@@ -225,7 +253,7 @@ def test_a_loss_that_is_no_number_ends_the_run(script, data, tmp_path):
     resumed = ("--resume", tmp_path / "checkpoint_0000.pth.tar", "--epochs", 3, "--lr", 1e38, "-p", 7, "--save-every-steps", 2)
     status, _, err = script("main_synco", *command, *resumed)
     assert status == 2 and err.count("\n") == 1, err
-    assert "the loss is nan at step 1" in err and "(epoch 1, lr 1e+38, images class" in err
+    assert "the loss, or a weight, is nan at step 1" in err and "(epoch 1, lr 1e+38, images class" in err
     assert f"the last checkpoint from before it is {tmp_path / 'checkpoint_0000.pth.tar'}" in err
     assert (tmp_path / "checkpoint_0000.pth.tar").read_bytes() == good and len(list(tmp_path.glob("*.tar"))) == 1
 
@@ -254,49 +282,35 @@ def test_a_loader_that_the_system_ends_is_reported_as_such(data, tmp_path):
     assert "where memory runs out" in err
 
 
-def test_two_nodes_write_one_set_of_checkpoints_and_notice_the_loss_of_one(data, tmp_path):
-    """Two nodes of two processes on loopback by torchrun; then two by spawn, of which one's rank stops without a word."""
+def free_port():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    torchrun = (
-        "-m",
-        "torch.distributed.run",
-        "--nnodes",
-        2,
-        "--nproc-per-node",
-        2,
-        "--master-addr",
-        "127.0.0.1",
-        "--master-port",
-        port,
-    )
+        return s.getsockname()[1]
+
+
+def test_two_nodes_of_torchrun_write_one_set_of_checkpoints(data, tmp_path):
+    torchrun = ("-m", "torch.distributed.run", "--nnodes", 2, "--nproc-per-node", 2)
+    torchrun = (*torchrun, "--master-addr", "127.0.0.1", "--master-port", free_port())
     command = (*SYNCO, data, "--epochs", 1, "--save-dir", tmp_path / "run")
     nodes = [shell(*torchrun, "--node-rank", node, *command, wait=False) for node in range(2)]
     outputs = [node.communicate(timeout=300) for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], outputs
-    assert "total batch 8 = 2 per process x 4 processes" in outputs[0][0] and "total batch" not in outputs[1][0]
+    assert "2 per process x 4 processes" in outputs[0][0] and "total batch" not in outputs[1][0]
     assert sorted(path.name for path in (tmp_path / "run").glob("*.tar")) == ["checkpoint_0000.pth.tar"]
     assert logged(tmp_path / "run") == list(range(1, 7))
 
-    command = (
-        *SYNCO,
-        data,
-        "--epochs",
-        50,
-        "--save-dir",
-        tmp_path / "lost",
-        "--world-size",
-        2,
-        "--dist-url",
-        f"tcp://127.0.0.1:{port}",
-    )
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_node_that_is_lost_is_noticed_on_the_other(lost, data, tmp_path):
+    """It stops without a word, as where its power or its network fails."""
+    url = f"tcp://127.0.0.1:{free_port()}"
+    command = (*SYNCO, data, "--epochs", 50, "--save-dir", tmp_path / "run", "--world-size", 2, "--dist-url", url)
     nodes = [shell(*command, "--rank", node, wait=False) for node in range(2)]
-    until(lambda: logged(tmp_path / "lost"), nodes[0])
+    until(lambda: logged(tmp_path / "run"), nodes[0])
     began = time.monotonic()
-    nodes[1].send_signal(signal.SIGSTOP)
-    _, err = nodes[0].communicate(timeout=60)
-    assert time.monotonic() - began < 60 and nodes[0].returncode == 1
-    assert "rank 1 has given no sign of life for 40 seconds" in err.splitlines()[-1], err
-    nodes[1].kill()
-    nodes[1].communicate()
+    nodes[lost].send_signal(signal.SIGSTOP)
+    _, err = nodes[1 - lost].communicate(timeout=60)
+    nodes[lost].kill()
+    nodes[lost].communicate()
+    assert time.monotonic() - began < 60 and nodes[1 - lost].returncode == 1
+    assert f"rank {lost} has given no sign of life for 30 seconds" in err.splitlines()[-1], err

@@ -109,7 +109,7 @@ def test_checkpoint_holds_the_contract(published):
     state = load(published[0] / "checkpoint_0000.pth.tar")
     assert {"epoch", "arch", "method", "args", "state_dict", "optimizer", "scaler", "progress"} <= state.keys()
     assert (state["epoch"], state["arch"], state["method"]) == (1, "resnet18", "synco")
-    assert state["progress"] == {"step": 4, "samples": 1024, "seed": 0}
+    assert state["progress"] == {"step": 4, "samples": 1024, "seed": 0, "batch": 256, "steps_per_epoch": 4}
     assert state["args"]["n_hard"] == 1024
     weights = state["state_dict"]
     for encoder in ("encoder_q", "encoder_k"):
@@ -188,8 +188,8 @@ def test_heads_of_several_rates_are_to_the_bit_those_of_each_alone(clip, script,
 
     command = (shared_images, "-a", "resnet18", "--image-size", 32, "-b", 8, "-j", 0, "--epochs", 2)
     command += ("--schedule", 1, "--wd", 1e-3, "--clip-grad", clip)
-    rates = (3.0, 0.1, 1e20)  # the last one diverges, and must not take the others with it
-    together, out = probe("all", "--lr", *rates)
+    rates = (3.0, 0.1)
+    together, out = probe("all", "--lr", *rates, 1e20)  # which diverges, and must not take the others with it
     weights = load(tmp_path / "all" / "checkpoint.pth.tar")["state_dict"]
     alone = {}
     for i, lr in enumerate(rates):
@@ -200,10 +200,12 @@ def test_heads_of_several_rates_are_to_the_bit_those_of_each_alone(clip, script,
             torch.testing.assert_close(mine, head[f"module.fc.{part}"], rtol=0, atol=0, equal_nan=True)
         assert together[f"acc1_lr{lr:g}"] == alone[lr]["acc1"]
     assert not torch.equal(weights["module.fc.0.weight"], weights["module.fc.1.weight"])
+    status, _, err = script("main_lincls", *command, "--lr", 1e20, "--save-dir", tmp_path / "diverged")
+    assert status == 2 and "the loss, or a weight, is nan" in err
     best = alone[together["best_lr"]]
     assert best == {name: together[name] for name in ("acc1", "acc5")} == max(alone.values(), key=lambda m: (m["acc1"], m["acc5"]))
     assert "lr 3: " in out and "lr 0.1: " in out
-    assert probe("again", "--lr", *rates, "-e", "--resume", tmp_path / "all" / "checkpoint.pth.tar")[0] == together
+    assert probe("again", "--lr", *rates, 1e20, "-e", "--resume", tmp_path / "all" / "checkpoint.pth.tar")[0] == together
 
 
 def test_a_probe_tries_decays_too_and_chooses_on_held_out_images(script, shared_images, tmp_path):
@@ -373,7 +375,9 @@ def test_two_processes_evaluate_as_one(shared_images, tmp_path):
 def test_a_mistake_inside_spawned_processes_is_one_line(images, tmp_path):
     (images / "train" / "class0" / "1.jpg").write_bytes(b"")
     launch = ("--multiprocessing-distributed", "--nproc-per-node", 2)
-    result = shell("main_synco.py", images, *TINY, "-j", 2, "--epochs", 1, *launch, "--save-dir", tmp_path / "run")
+    result = shell(
+        "main_synco.py", images, *TINY, "-j", 2, "--epochs", 1, *launch, "--save-dir", tmp_path / "run", "--on-bad-image", "error"
+    )
     assert result.returncode == 2
     assert result.stderr.strip().splitlines()[-1].startswith("main_synco.py: error:"), result.stderr
     assert "class0/1.jpg" in result.stderr
@@ -395,7 +399,7 @@ def test_accumulation_takes_all_the_passes_of_a_step(shared_images, tmp_path):
     out = succeeded(shell(*options, "--save-dir", tmp_path))
     assert "total batch 24 = 8 per process x 1 processes x 3 accumulation" in out
     state = load(tmp_path / "checkpoint_0000.pth.tar")
-    assert state["progress"] == {"step": 2, "samples": 48, "seed": 0}
+    assert state["progress"] == {"step": 2, "samples": 48, "seed": 0, "batch": 24, "steps_per_epoch": 2}
     assert state["state_dict"]["module.queue_ptr"].item() == 48
 
 
@@ -426,4 +430,4 @@ def test_probe_reads_what_the_field_publishes(style, script, published, shared_i
 
 
 def test_nothing_is_written_by_other_ranks_or_left_half_done(published):
-    assert not [name for name in os.listdir(published[0]) if name.startswith(".")]
+    assert [name for name in os.listdir(published[0]) if name.startswith(".")] == [".lock"]

@@ -127,7 +127,7 @@ def load(path: str) -> State:
     return state
 
 
-def restore(model: nn.Module, state: State, path: str, arch: str, method: str) -> None:
+def restore(model: nn.Module, state: State, path: str, arch: str, method: str, diverged: bool = False) -> None:
     """Load a checkpoint of this project into the model it came from. Raises InputError where it is of another run's kind."""
     for what, mine in (("arch", arch), ("method", method)):
         if state.get(what) != mine:
@@ -138,7 +138,7 @@ def restore(model: nn.Module, state: State, path: str, arch: str, method: str) -
     odd = sorted(weights.keys() ^ mine.keys()) or [n for n in mine if not fits(weights[n], mine[n])]
     if odd:
         raise InputError(f"{path}: does not fit this model, first at '{odd[0]}'; resume with the options it was made with")
-    if sick := [name for name, tensor in weights.items() if not finite(tensor)]:
+    if not diverged and (sick := [name for name, tensor in weights.items() if not finite(tensor)]):
         raise InputError(f"{path}: '{sick[0]}' holds infinite numbers, or none: its training diverged; take an earlier one")
     model.load_state_dict(weights)
 

@@ -40,10 +40,14 @@ class LinearProbe(Classification):
             networks.set_head(net, Heads(self.heads))
         self.loaded = {name: net.state_dict()[name].clone() for name in networks.backbone_keys(net)}
         super().__init__(args, net, images, device, settings)
-        self.may_diverge = len(self.heads) > 1  # the others go on
         if self._changed():
             source = args.pretrained or f"a random one with --seed {args.seed}"
             raise InputError(f"--resume {args.resume}: its backbone is not {source}; give the same --pretrained to go on")
+
+    @property
+    def may_diverge(self) -> bool:
+        """One of several classifiers, whose numbers then stop no other."""
+        return len(self.heads) > 1
 
     def make_scaler(self) -> torch.amp.GradScaler:
         # the classifiers compute in fp32: one that diverges must not make a gradient scaler skip the others' steps

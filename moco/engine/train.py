@@ -281,7 +281,7 @@ class Trainer(ABC):
         if images != len(self.images):
             where = f"{self.images.root} has {len(self.images)}"
             raise InputError(f"{args.resume}: was trained on {images} images, but {where}; resume with the data it was made with")
-        checkpoint.restore(self.module, state, args.resume, args.arch, args.method)
+        checkpoint.restore(self.module, state, args.resume, args.arch, args.method, self.may_diverge)
         optim.restore(self.optimizer, state["optimizer"], args.resume)
         precision.restore(self.scaler, state.get("scaler", {}), args.resume)
         args.seed = state["progress"]["seed"]
