@@ -375,9 +375,8 @@ def test_two_processes_evaluate_as_one(shared_images, tmp_path):
 def test_a_mistake_inside_spawned_processes_is_one_line(images, tmp_path):
     (images / "train" / "class0" / "1.jpg").write_bytes(b"")
     launch = ("--multiprocessing-distributed", "--nproc-per-node", 2)
-    result = shell(
-        "main_synco.py", images, *TINY, "-j", 2, "--epochs", 1, *launch, "--save-dir", tmp_path / "run", "--on-bad-image", "error"
-    )
+    options = (*TINY, "-j", 2, "--epochs", 1, "--on-bad-image", "error")
+    result = shell("main_synco.py", images, *options, *launch, "--save-dir", tmp_path / "run")
     assert result.returncode == 2
     assert result.stderr.strip().splitlines()[-1].startswith("main_synco.py: error:"), result.stderr
     assert "class0/1.jpg" in result.stderr

@@ -202,6 +202,7 @@ class Trainer(ABC):
                 "the features have collapsed, or nearly; try a lower --lr, a longer --lr-warmup-epochs, a larger --batch-size"
             )
 
+    @torch.no_grad()
     def _check_numbers(self, rate: float) -> None:
         """Raise InputError, on every rank, where one of the last losses of any rank, or a weight, is no finite number.
 
