@@ -272,6 +272,8 @@ def _words_of(path: str) -> list[str]:
     words: list[str] = []
     for key in _KEYS:
         value = values.get(key)
+        if isinstance(value, list) and key != "randaugment":
+            raise InputError(f"{key}: {value} is not one value")
         if isinstance(value, list):
             words += [f"--{key}", *map(str, value)]
         elif value is not None:
