@@ -38,7 +38,7 @@ def load_backbone(net: nn.Module, tensors: dict[str, Tensor], source: str) -> in
         what = "; ".join(f"{len(names)} {kind}: {some(names)}" for kind, names in odd.items() if names)
         raise InputError(f"{source}: does not fit the encoder: {what}")
     if sick := [name for name, tensor in found.items() if not finite(tensor)]:
-        raise InputError(f"{source}: {some(sick)} of infinite numbers, or none: its training diverged; take an earlier one")
+        raise InputError(f"{source}: its numbers are not finite ({some(sick)}): its training diverged; take an earlier checkpoint")
     net.load_state_dict(found, strict=False)
     return len(found)
 

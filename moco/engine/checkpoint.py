@@ -139,7 +139,9 @@ def restore(model: nn.Module, state: State, path: str, arch: str, method: str, d
     if odd:
         raise InputError(f"{path}: does not fit this model, first at '{odd[0]}'; resume with the options it was made with")
     if not diverged and (sick := [name for name, tensor in weights.items() if not finite(tensor)]):
-        raise InputError(f"{path}: '{sick[0]}' holds infinite numbers, or none: its training diverged; take an earlier one")
+        raise InputError(
+            f"{path}: its numbers are not finite (first '{sick[0]}'): its training diverged; take an earlier checkpoint"
+        )
     model.load_state_dict(weights)
 
 
