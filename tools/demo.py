@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """The whole job in minutes on a laptop: pre-train SynCo on `photos`, probe it beside a randomly initialised encoder.
 
-Prints one table, writes OUT/results.json and OUT/report.png, and exits with status 1 where SynCo does not beat the random
+Prints one table, writes OUT/results.json and OUT/report.html, and exits with status 1 where SynCo does not beat the random
 encoder by the margins that the table shows.
 """
 
@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from moco.engine.log import write_json  # noqa: E402
-from tools.report import draw  # noqa: E402
+from tools import report  # noqa: E402
 
 KNN_MARGIN, LINEAR_MARGIN = 0.15, 0.08
 COMMON = ["photos", "--arch", "resnet18", "--image-size", "32", "--workers", "1"]
@@ -50,7 +50,7 @@ def main() -> int:
         results |= {f"{prefix}knn": knn["knn_20"], f"{prefix}linear": linear["acc1"]}
     results |= {"seed": args.seed, "seconds": round(time.perf_counter() - began, 1)}
     write_json(args.out / "results.json", results)
-    draw(run, encoder[1], args.out / "report.png")
+    report.write([run], args.out / "report.html")
     return show(results, args)
 
 
@@ -75,7 +75,7 @@ def show(results: dict[str, float], args: argparse.Namespace) -> int:
         random, ours = results[f"random_{name}"], results[name]
         passed &= ours >= random + asked
         print(f"{name:12}{random:12.3f}{ours:12.3f}{ours - random:+12.3f}{asked:+12.3f}")
-    print(f"{args.out / 'results.json'}  {args.out / 'report.png'}")
+    print(f"{args.out / 'results.json'}  {args.out / 'report.html'}")
     if args.short:
         return 0
     print("SynCo beats the random encoder as asked" if passed else "FAILED: the gain is smaller than asked")

@@ -1,84 +1,295 @@
-"""One picture of a pre-training run: its curves, the views it saw, and where its encoder puts the val images."""
+#!/usr/bin/env python
+"""One HTML page that compares pre-training runs: what they logged, what they saw, and what their encoders make of images.
 
-import json
-from argparse import Namespace
+The page holds all of its pictures and needs no network. What the log of no run has is left out.
+"""
+
+import argparse
+import html
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from datetime import timedelta
 from pathlib import Path
+from typing import NamedTuple
 
-import matplotlib
-import torch
-import yaml
-from sklearn.manifold import TSNE
+import numpy as np
+from matplotlib.figure import Figure
+from torch import Tensor
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 
-from moco import rng
-from moco.augment import color, crop, recipes
-from moco.augment.recipes import MEAN, STD
-from moco.data import datasets, loader, subsets
-from moco.encoder import networks, published
-from moco.engine import checkpoint, features
+from moco.errors import InputError  # noqa: E402
+from tools import collect, pictures, plots, runs  # noqa: E402
+from tools.runs import Run  # noqa: E402
 
-ROWS = 8  # images in the grid of views
+THUMBNAIL = 96  # pixels of an image among its neighbours
+CHEAP = 20.0  # seconds for the features of the map, up to which a random encoder is shown, too
 
 
-def draw(run: Path, weights: Path, out: Path) -> None:
-    """Draw the report of the run folder `run`, whose checkpoint is `weights`, into the PNG `out`."""
-    args = Namespace(**yaml.safe_load((run / "args.yaml").read_text()))
-    root = datasets.find(args.data, ("train", "val"))
-    train = datasets.scan(root, "train")
-    train, val = (subsets.of_classes(part, args.class_list) for part in (train, datasets.scan(root, "val", train.classes)))
-    net = networks.create(args.arch, 1, args.image_size)
-    published.load_backbone(net, checkpoint.tensors(checkpoint.load(str(weights))), str(weights))
-
-    figure = plt.figure(figsize=(16, 9), layout="constrained")
-    curves, views, embedding = figure.subfigures(1, 3, width_ratios=(4, 3, 6))
-    _curves(curves, [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()])
-    _views(views, train, args)
-    _embedding(embedding, net, val, args)
-    figure.savefig(out, dpi=100)
-    plt.close(figure)
-
-
-def _curves(figure, lines: list[dict]) -> None:
-    loss, knn = figure.subplots(2, 1, sharex=True)
-    for axis, name in ((loss, "loss"), (knn, "knn")):
-        points = [(line["step"], line[name]) for line in lines if name in line]
-        axis.plot(*zip(*points, strict=True), marker="o" if name == "knn" else None)
-        axis.grid(alpha=0.3)
-    loss.set_title("contrastive loss")
-    knn.set_title("k-NN top-1 on val")
-    knn.set_xlabel("step")
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="run folder of a pre-training (args.yaml, log.jsonl)")
+    parser.add_argument("--out", type=Path, default=Path("report.html"), help="where the page goes")
+    parser.add_argument("--pretrained", type=Path, metavar="FILE", help="encoder to look at, in place of the run's last checkpoint")
+    parser.add_argument("--images", type=int, default=2000, metavar="N", help="train images among which neighbours are looked for")
+    parser.add_argument("--seed", type=int, default=0, help="of the sample of images")
+    args = parser.parse_args()
+    try:
+        write(args.runs, args.out, args.pretrained, args.images, args.seed)
+    except InputError as error:
+        print(f"report.py: error: {' '.join(plots.printable(error).split())}", file=sys.stderr)
+        return 2
+    print(plots.printable(args.out))
+    return 0
 
 
-def _views(figure, train, args: Namespace) -> None:
-    mean, std = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
-    picked = [round(i * (len(train) - 1) / (ROWS - 1)) for i in range(ROWS)]
-    images = [train.read(i) for i in picked]
-    columns = [[crop.center_view(image, args.image_size) / 255 for image in images]]
-    cuts = loader.RandomCrops(recipes.of_options(args), args.seed)
-    crops = [cuts(image, (0, i)) for image, i in zip(images, picked, strict=True)]
-    for v, view in enumerate(cuts.recipe):
-        batch = torch.stack([views[v] for views in crops])
-        seen = color.augment(batch, view, rng.generator("cpu", rng.COLOR, args.seed, v))
-        columns.append([(x * std + mean).clamp(0, 1) for x in seen])
-    axes = figure.subplots(ROWS, len(columns))
-    for column in range(len(columns)):
-        axes[0, column].set_title(f"view {column}" if column else "image")
-        for row in range(ROWS):
-            axes[row, column].imshow(columns[column][row].permute(1, 2, 0))
-            axes[row, column].axis("off")
+def write(folders: list[Path], out: Path, pretrained: Path | None = None, images: int = 2000, seed: int = 0) -> None:
+    """Write the page on the runs in `folders` to `out`.
+
+    Raises InputError for a folder that holds no pre-training run, and where the page cannot be written. What else is not there,
+    such as checkpoints and images, the page says.
+    """
+    if images < 1 or seed < 0:
+        raise InputError(f"--images {images} --seed {seed}: at least one image, and no seed below 0")
+    if pretrained and (len(folders) > 1 or not pretrained.is_file()):
+        why = "is for one run" if len(folders) > 1 else "no such file"
+        raise InputError(f"--pretrained {pretrained}: {why}; without it the last checkpoint of each run is taken")
+    text = page(runs.read(folders), pretrained, images, seed)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"--out {out}: cannot be written: {error.strerror}; choose another file") from None
 
 
-def _embedding(figure, net, val, args: Namespace) -> None:
-    x, label = features.extract(net, val, args, torch.device("cpu"))
-    points = TSNE(metric="cosine", init="pca", perplexity=min(30, (len(x) - 1) / 3), random_state=0).fit_transform(x.numpy())
-    axis = figure.subplots()
-    colors = plt.get_cmap("tab20")
-    for i, name in enumerate(val.classes):
-        mine = (label == i).numpy()
-        axis.scatter(*points[mine].T, s=18, color=colors(i % 20), label=name)
-    axis.set_title("val images by their features (t-SNE)")
-    axis.set_xticks([])
-    axis.set_yticks([])
-    axis.legend(fontsize=8, ncols=1, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+def page(found: list[Run], pretrained: Path | None, images: int, seed: int) -> str:
+    """The whole page."""
+    body = [summary(found), evaluations(found), differences(found), curves(found), views(found)]
+    body.append(encoders(found, pretrained, images, seed))
+    title = escaped(f"Pre-training: {', '.join(run.name for run in found)}")
+    # the browser itself is told to load nothing
+    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+    head = f'<meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{policy}">'
+    head += f'<meta name="viewport" content="width=device-width"><title>{title}</title><style>{STYLE}</style>'
+    body = "\n".join(filter(None, body))
+    return f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head>\n<body><h1>Pre-training runs</h1>\n{body}\n</body></html>\n'
+
+
+def escaped(text: object) -> str:
+    """What comes from files is shown, never read as HTML."""
+    return html.escape(plots.printable(text))
+
+
+# Tables
+
+SUMMARY = ("run", "method", "arch", "data", "epochs", "batch", "peak lr", "loss", "k-NN, last", "best", "images/s", "time")
+
+
+def summary(found: list[Run]) -> str:
+    """What each run is and how far it came, and what is wrong with its log."""
+    rows = [[_name(i, run), *(escaped(cell) for cell in _facts(run))] for i, run in enumerate(found)]
+    lines = [_line(run, f"{n} damaged line(s) of log.jsonl left out") for run in found if (n := run.log.damaged)]
+    lines += [_line(run, "nothing is logged yet") for run in found if not run.log.columns]
+    return table(SUMMARY, rows, left=4) + "".join(lines)
+
+
+def _facts(run: Run) -> list[object]:
+    args, log = run.args, run.log
+    data = Path(str(args.get("data", ""))).name + (f" ({Path(str(args['class_list'])).name})" if args.get("class_list") else "")
+    total = f"{args.get('epochs', '')}"
+    done = f"{log.last_step / log.steps_per_epoch:.4g}" if log.steps_per_epoch else f"{log.last_step or 0:.0f} steps"
+    knn = [f"{100 * of(log.columns['knn'][1]):.1f}" for of in (lambda y: y[-1], np.nanmax)] if "knn" in log.columns else ["", ""]
+    speed = f"{np.nanmedian(log.columns['images_per_s'][1]):.0f}" if "images_per_s" in log.columns else ""
+    loss = f"{log.columns['loss'][1][-1]:.4g}" if "loss" in log.columns else ""
+    lr = f"{np.nanmax(log.columns['lr'][1]):.3g}" if "lr" in log.columns else args.get("lr", "")
+    clock = timedelta(seconds=round(log.seconds))
+    facts = [args.get("method", ""), args.get("arch", ""), data, f"{done} of {total}", _batch(args), lr, loss, *knn, speed, clock]
+    return [plots.run_label(fact) for fact in map(str, facts)]
+
+
+def _batch(args: dict) -> str:
+    sizes = [args.get(name, 1) for name in ("batch_size", "nodes", "accumulation_steps")]
+    if not all(isinstance(size, int) for size in sizes) or "batch_size" not in args:
+        return ""
+    if args.get("batch_is_per_process"):
+        return f"{sizes[0] * sizes[2]} a process"
+    return f"{sizes[0] * sizes[1] * sizes[2]}"
+
+
+def evaluations(found: list[Run]) -> str:
+    """The results.json files of the runs, with random encoders for comparison."""
+    rows, random, lines = [], set(), []
+    for i, run in enumerate(found):
+        figures, trouble = runs.evaluations(run)
+        lines += [_line(run, line) for line in trouble]
+        random |= {figure for figure in figures if figure.encoder.checkpoint is None}
+        mine = [figure for figure in figures if figure.encoder.checkpoint is not None]
+        rows += [(_name(i, run), escaped(name), cells) for name, cells in runs.by_checkpoint(mine)]
+    for arch in sorted({figure.encoder.arch for figure in random}):
+        same = sorted((figure for figure in random if figure.encoder.arch == arch), key=str)
+        rows += [(f"random {escaped(arch)}", "", cells) for _, cells in runs.by_checkpoint(same)]
+    columns = sorted({column for *_, cells in rows for column in cells})
+    if not rows:
+        return "".join(lines)
+    texts = [[name, file, *(collect.cell(cells.get(column)).replace("\\", "") for column in columns)] for name, file, cells in rows]
+    note = "Of results.json files below the run folders and beside them, in per cent."
+    if any(best.on_val for *_, cells in rows for best in cells.values()):
+        note += " * the best of several settings, chosen on the very images that it is tested on."
+    heads = ["run", "checkpoint", *(" ".join(column) for column in columns)]
+    return f"<h2>Evaluations</h2><p>{note}</p>{table(heads, texts, left=2)}{''.join(lines)}"
+
+
+NOT_COMPARED = {"save_dir", "dist_url", "output", "tag", "cfg", "resume"}
+
+
+def differences(found: list[Run]) -> str:
+    """The options in which runs differ."""
+    names = sorted({name for run in found for name in map(str, run.args)} - NOT_COMPARED)
+    differ = [name for name in names if len({repr(run.args.get(name)) for run in found}) > 1]
+    if not differ:
+        return ""
+    rows = [[escaped(name), *(escaped(plots.run_label(run.args.get(name, ""))) for run in found)] for name in differ]
+    inner = table(["option", *(run.name for run in found)], rows, left=1)
+    return f"<details><summary>{len(differ)} options in which the runs differ</summary>{inner}</details>"
+
+
+def table(heads: Iterable[str], rows: list[list[str]], left: int) -> str:
+    """A table of cells that are HTML already; all but the first `left` columns hold numbers."""
+    kind = [' class="number"' if i >= left else "" for i in range(len(rows[0]))]
+    top = "".join(f"<th{k}>{escaped(head)}</th>" for k, head in zip(kind, heads, strict=True))
+    body = "".join("<tr>" + "".join(f"<td{k}>{cell}</td>" for k, cell in zip(kind, row, strict=True)) + "</tr>" for row in rows)
+    return f'<div class="wide"><table><tr>{top}</tr>{body}</table></div>'
+
+
+def _name(i: int, run: Run) -> str:
+    color = plots.style(i)["color"]
+    where = escaped(run.folder)
+    return f'<span class="swatch" style="background:{color}"></span><span title="{where}">{escaped(run.name)}</span>'
+
+
+def _line(run: Run, text: object) -> str:
+    return f'<p class="absent">{escaped(run.name)}: {escaped(text)}</p>'
+
+
+# Pictures
+
+
+def figure(title: str, picture: Figure, text: str) -> str:
+    """A picture with its title above and what it shows below; alone in its row where it is wide."""
+    wide = ' class="alone"' if picture.get_figwidth() > 7 else ""
+    source = f'<img src="{plots.png(picture)}" alt="{escaped(f"{title}. {text}")}">'
+    return f"<figure{wide}><h3>{escaped(title)}</h3>{source}<figcaption>{escaped(text)}</figcaption></figure>"
+
+
+def section(title: str, figures: list[str], text: str = "") -> str:
+    return f'<h2>{title}</h2>{text and f"<p>{escaped(text)}</p>"}<div class="figures">{"".join(figures)}</div>'
+
+
+def curves(found: list[Run]) -> str:
+    drawn = [figure(panel.title, plots.draw(panel, found), panel.text) for panel in plots.panels(found)]
+    text = "Strong lines are running medians; behind them, faint, is what was logged, or the range of it where that is much."
+    return section("Curves", drawn, text) if drawn else ""
+
+
+def _or_why_not(run: Run, make: Callable[[], str]) -> str:
+    try:
+        return make()
+    except (InputError, OSError) as error:
+        return _line(run, error)
+
+
+def views(found: list[Run]) -> str:
+    """Of the first run of each recipe and data set."""
+    drawn, seen = [], set()
+
+    def one(run: Run) -> str:
+        name, recipe = pictures.recipe(run)
+        if (run.args["data"], recipe) in seen:
+            return ""
+        seen.add((run.args["data"], recipe))
+        return figure(f"{run.name}: recipe {name}", pictures.views(run), "Train images, and their views in epoch 0, by row.")
+
+    for run in found:
+        drawn.append(_or_why_not(run, lambda run=run: one(run)))
+    return section("Views", drawn)
+
+
+class Look(NamedTuple):
+    """What one encoder makes of a sample."""
+
+    run: Run
+    says: str
+    bank: Tensor
+    val: Tensor
+
+
+def encoders(found: list[Run], pretrained: Path | None, images: int, seed: int) -> str:
+    """A map for each data set, and neighbours for each run."""
+    looks: dict[int, list[Look]] = defaultdict(list)  # by sample
+    samples, lines = {}, []
+    for run in found:
+        try:
+            net, says = pictures.encoder(run, pretrained)
+            sample = pictures.sample_of(run, images, seed)
+            print(f"{plots.printable(run.name)}: features of {len(sample.bank)} train and {len(sample.val)} val images", flush=True)
+            look = Look(run, says, *(pictures.seen_by(net, part, run) for part in (sample.bank, sample.val)))
+            looks[id(sample)].append(look)
+            samples[id(sample)] = sample
+        except (InputError, OSError) as error:
+            lines.append(_line(run, f"{error}; there are curves only"))
+    maps, strips = [], []
+    for key, same in looks.items():
+        maps.append(_or_why_not(same[0].run, lambda key=key, same=same: _map(samples[key], same, seed)))
+        strips += [_or_why_not(look.run, lambda key=key, look=look: _strips(samples[key], look)) for look in same]
+    parts = [section("Map of features", maps), section("Nearest neighbours", strips)] if looks else []
+    return "".join([*parts, *lines])
+
+
+def _map(sample: pictures.Sample, looks: list[Look], seed: int) -> str:
+    began, run = time.perf_counter(), looks[0].run
+    shown = {look.run.name: look.val for look in looks}
+    few = sample.val.part(np.arange(min(64, len(sample.val))))
+    net = pictures.random_encoder(run, seed)
+    pictures.seen_by(net, few, run)
+    if (time.perf_counter() - began) * len(sample.val) / len(few) < CHEAP:
+        shown[f"random {run.args['arch']}"] = pictures.seen_by(net, sample.val, run)
+    classes = len(np.unique(sample.val.labels))
+    of = f"{classes} classes" if classes == sample.all_classes else f"{classes} of {sample.all_classes} classes"
+    text = f"{len(sample.val)} val images of {of} by t-SNE of their features; distances between groups mean little."
+    return figure(f"Images of {Path(run.args['data']).name}", pictures.feature_map(sample.val, shown), text)
+
+
+def _strips(sample: pictures.Sample, look: Look) -> str:
+    picture = pictures.neighbours(sample, look.bank, look.val, THUMBNAIL)
+    text = f"Left, val images; right of each, the nearest among {len(sample.bank)} train images of the same classes as the map's, "
+    text += f"with their cosine similarity: green frame, same class; red frame and x, another. {look.says}."
+    return figure(look.run.name, picture, text)
+
+
+STYLE = """
+body { font: 15px/1.45 system-ui, -apple-system, "Segoe UI", sans-serif; color: #222; background: #fafafa;
+  max-width: 1180px; margin: 2em auto; padding: 0 1.5em }
+h1 { font-size: 1.6em } h2 { font-size: 1.25em; margin: 1.8em 0 .5em; border-bottom: 1px solid #ddd }
+h3 { font-size: 1em; margin: 0 0 .4em }
+.wide { overflow-x: auto }
+table { border-collapse: collapse; font-size: .9em; margin: .6em 0; background: #fff }
+th, td { padding: .3em .7em; border-bottom: 1px solid #e2e2e2; text-align: left; white-space: nowrap }
+th { background: #f0f0f0; white-space: normal; vertical-align: bottom }
+.number { text-align: right; font-variant-numeric: tabular-nums }
+.swatch { display: inline-block; width: .8em; height: .8em; margin-right: .5em; border-radius: 2px }
+.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 480px), 1fr)); gap: 1em; align-items: start }
+figure { margin: 0; padding: .8em; background: #fff; border: 1px solid #e2e2e2; border-radius: 4px; min-width: 0 }
+figure.alone { grid-column: 1 / -1 }
+h3, figcaption, .absent { overflow-wrap: anywhere }
+img { max-width: 100%; height: auto; display: block; margin: 0 auto }
+figcaption { color: #555; font-size: .87em; margin-top: .4em }
+.absent { color: #7a4a00; background: #fff6e0; padding: .4em .8em; border-radius: 4px; grid-column: 1 / -1; margin: .3em 0 }
+summary { cursor: pointer }
+"""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,219 @@
+"""The report: one page that needs nothing else, whatever lies in the run folders."""
+
+import base64
+import io
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import shell, write_images
+from PIL import Image
+
+from moco.encoder.networks import resnet
+from moco.errors import InputError
+from tools import collect, plots, report, runs
+
+LOGGED = "loss acc1 acc5 lr hardness alignment uniformity feature_std grad_encoder images_per_s data_wait u".split()
+
+
+def write_run(folder, data, lines=30, weights=True, logged=("loss",), **options):
+    """A run folder as pre-training leaves it: 10 steps an epoch, k-NN at the end of each."""
+    folder.mkdir(parents=True)
+    args = {"method": "synco", "arch": "resnet18", "data": str(data), "image_size": 32, "recipe": "mocov2", "seed": 0, "lr": 0.03}
+    args |= {"epochs": 3, "batch_size": 8, "script": "synco", "class_list": None, "crop_min": None} | options
+    (folder / "args.yaml").write_text(yaml.safe_dump(args))
+    log = []
+    for step in range(1, lines + 1):
+        values = {name: 1 / (step + place) for place, name in enumerate(logged)}
+        log.append({"epoch": (step - 1) // 10, "step": step} | values | {"time": step / 10})
+        if step % 10 == 0:
+            log.append({"epoch": (step - 1) // 10, "step": step, "knn": 0.5 + step / 1000, "time": step / 10})
+    (folder / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in log))
+    if weights:
+        torch.manual_seed(0)
+        tensors = {f"module.encoder_q.{name}": tensor for name, tensor in resnet("resnet18", 8).state_dict().items()}
+        torch.save({"state_dict": tensors}, folder / "checkpoint_0002.pth.tar")
+    return folder
+
+
+class Page(HTMLParser):
+    """What a browser would make of the page."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.tags, self.text, self.source = [], "", path.read_text(encoding="utf-8")
+        self.feed(self.source)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.text += data
+
+    @property
+    def titles(self):
+        return re.findall("<h3>(.*?)</h3>", self.source)
+
+    def pictures(self):
+        for attributes in (attributes for tag, attributes in self.tags if tag == "img"):
+            assert attributes["alt"]
+            kind, _, data = attributes["src"].partition(",")
+            assert kind == "data:image/png;base64"
+            yield np.asarray(Image.open(io.BytesIO(base64.b64decode(data, validate=True))).convert("L"))
+
+
+def made(folders, tmp_path, **options):
+    report.write(list(folders), tmp_path / "page.html", **options)
+    return Page(tmp_path / "page.html")
+
+
+def test_two_runs_from_the_shell(tmp_path, shared_images):
+    hostile = "<script>alert(1)</script>&\"'$x_$".replace("/", "")
+    (tmp_path / "_b").mkdir()
+    a = write_run(tmp_path / hostile, shared_images, logged=LOGGED)
+    b = write_run(tmp_path / "_b" / "run", shared_images, logged=LOGGED[:4], lr=0.06)
+    evaluation = {"method": "synco", "arch": "resnet18", "pretrain_epochs": 3, "protocol": "knn", "dataset": "x", "settings": {}}
+    for name, checkpoint, top1 in (("ours", str(b / "checkpoint_0002.pth.tar"), 0.613), ("random", None, 0.287)):
+        (b.parent / name).mkdir()
+        found = evaluation | {"checkpoint": checkpoint, "metrics": {"knn_20": top1}}
+        (b.parent / name / "results.json").write_text(json.dumps(found))
+    done = shell("tools/report.py", a, b, "--out", tmp_path / "out" / "page.html", "--images", 20)
+    assert (done.returncode, done.stderr) == (0, "")
+    page = Page(tmp_path / "out" / "page.html")
+    names = {tag for tag, _ in page.tags}
+    assert not names & {"script", "link", "iframe", "object"} and "alert(1)" in page.text
+    for _, attributes in page.tags:
+        assert not {"href", "onload", "onerror"} & attributes.keys()
+        assert attributes.get("src", "data:").startswith("data:")
+    assert "url(" not in page.source and "@import" not in page.source and "http://" not in page.source
+    assert all(image.std() > 5 and min(image.shape) > 100 for image in page.pictures())
+    assert [panel.title for panel in plots.PANELS] == page.titles[: len(plots.PANELS)]
+    rest = page.titles[len(plots.PANELS) :]
+    assert rest[0] == "Of single methods" and rest[1].endswith("recipe mocov2") and rest[2] == f"Images of {shared_images.name}"
+    assert len(rest) == 5 and rest[4] == "run"  # each run's neighbours; the recipe, being one, once
+    assert "61.3" in page.text and "28.7" in page.text and "1 options in which the runs differ" in page.text
+    assert "3 of 3" in page.text and "53.0" in page.text  # epochs and k-NN
+
+
+@pytest.mark.parametrize(
+    "what, says",
+    [
+        ("checkpoint", "no checkpoint in the folder; there are curves only"),
+        ("damaged checkpoint", "truncated or damaged"),
+        ("data", "no such folder"),
+        ("image", "unreadable image"),
+        ("options", "image_size is 'large'"),
+        ("another network", "does not fit the encoder"),
+        ("diverged", "has diverged"),
+    ],
+)
+def test_curves_come_where_the_rest_is_gone(tmp_path, what, says):
+    data = write_images(tmp_path / "images")
+    run = write_run(tmp_path / "run", data, weights=what != "checkpoint")
+    weights = run / "checkpoint_0002.pth.tar"
+    if what == "damaged checkpoint":
+        weights.write_bytes(weights.read_bytes()[:5000])
+    elif what == "data":
+        shutil.rmtree(data)
+    elif what == "image":
+        next(data.glob("train/*/*.jpg")).write_bytes(b"no image")
+    elif what in ("options", "another network"):
+        args = yaml.safe_load((run / "args.yaml").read_text())
+        args |= {"image_size": "large"} if what == "options" else {"arch": "resnet50"}
+        (run / "args.yaml").write_text(yaml.safe_dump(args))
+    elif what == "diverged":
+        state = torch.load(weights)
+        state["state_dict"]["module.encoder_q.conv1.weight"] *= torch.nan
+        torch.save(state, weights)
+    page = made([run], tmp_path)
+    assert page.titles[0] == "Loss" and "Nearest neighbours" not in page.text.split(says)[-1]
+    assert says in page.text
+
+
+def test_an_earlier_checkpoint_where_the_last_is_cut(tmp_path, shared_images):
+    run = write_run(tmp_path / "run", shared_images)
+    shutil.copy(run / "checkpoint_0002.pth.tar", run / "checkpoint_0001.pth.tar")
+    (run / "checkpoint_0002.pth.tar").write_bytes(b"PK")
+    page = made([run], tmp_path, images=10)
+    assert "checkpoint_0002.pth.tar: not a readable checkpoint" in page.text and "encoder of checkpoint_0001.pth.tar" in page.text
+
+
+def test_log_lines(tmp_path):
+    """What is no line is left out, each start's time counts, a run before its first line has a page."""
+    run = write_run(tmp_path / "run", "gone", lines=12, weights=False)
+    good = (run / "log.jsonl").read_bytes()
+    more = {"epoch": 2, "step": 25, "loss": float("nan"), "time": 2.5, "flag": True, "words": "x", "huge": 10**400}
+    bad = (b"[1]", b"{}", b"[" * 100_000, b"\0\0\0", json.dumps(more).encode(), b'{"epoch": 2, "st')
+    (run / "log.jsonl").write_bytes(good + b"\n" + b"\n".join(bad))
+    log = runs.read_log(run / "log.jsonl")
+    assert log.damaged == 6 and log.steps_per_epoch == 10
+    (run / "log.jsonl").write_bytes(
+        good + b'{"epoch": 2, "step": 25, "loss": NaN, "time": 2.5}\n{"epoch": 2, "step": 26, "time": 1}\n{"ep'
+    )
+    log = runs.read_log(run / "log.jsonl")
+    assert log.damaged == 1 and log.seconds == 3.5 and log.last_step == 26
+    assert list(log.columns["knn"][0]) == [10] and list(log.columns["loss"][0]) == [*range(1, 13), 25]
+    page = made([run], tmp_path)
+    assert "1 damaged line" in page.text and "nan" in page.text and "Loss" in page.titles
+    (run / "log.jsonl").write_text("")
+    assert "nothing is logged yet" in made([run], tmp_path).text
+
+
+def test_a_long_log_is_thinned(tmp_path):
+    x = np.arange(300_000.0)
+    y = np.where(x == 123_456, 50.0, np.sin(x))
+    middle, low, high, center = plots.thinned(x, y)
+    assert len(middle) == plots.POINTS and high.max() == 50 and low.min() >= -1 and abs(center).max() < 0.2
+    assert (np.diff(middle) > 0).all() and abs(middle.mean() - x.mean()) < 1
+    line = plots.smooth(np.r_[np.zeros(500), 100, np.zeros(499)])
+    assert len(line) == 1000 and not line.any()
+    assert np.allclose(plots.smooth(np.arange(1000.0)), np.arange(1000))
+
+
+def test_names_tell_runs_apart(tmp_path):
+    a, b = write_run(tmp_path / "a" / "pretrain", "gone"), write_run(tmp_path / "b" / "pretrain", "gone")
+    assert [run.name for run in runs.read([a, b, a])] == ["a/pretrain", "b/pretrain"]
+    assert [run.name for run in runs.read([a])] == ["pretrain"]
+
+
+def test_evaluations_are_those_of_the_run(tmp_path):
+    run = write_run(tmp_path / "run", "gone", weights=False)
+    found = {"method": "synco", "arch": "resnet18", "pretrain_epochs": 3, "protocol": "knn", "dataset": "x"}
+    places = {"run/below": "elsewhere/c.pth.tar", "beside": "run/checkpoint_0002.pth.tar", "other": "run2/checkpoint_0002.pth.tar"}
+    for place, checkpoint in places.items():
+        (tmp_path / place).mkdir()
+        text = json.dumps(found | {"checkpoint": str(tmp_path / checkpoint), "metrics": {"knn_20": 0.5}})
+        (tmp_path / place / "results.json").write_text(text)
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "results.json").write_text('{"protocol": 1}')
+    figures, trouble = runs.evaluations(runs.read([run])[0])
+    assert [type(figure) for figure in figures] == [collect.Run] * 2 and len(trouble) == 1 and "odd" in trouble[0]
+    assert dict(runs.by_checkpoint(figures)).keys() == {"c.pth.tar", "checkpoint_0002.pth.tar"}
+
+
+def test_mistakes(tmp_path):
+    run = write_run(tmp_path / "run", "gone", weights=False)
+    (tmp_path / "empty").mkdir()
+    probe = write_run(tmp_path / "probe", "gone", weights=False, script="lincls")
+    listed = write_run(tmp_path / "listed", "gone", weights=False)
+    (listed / "args.yaml").write_text("!!python/object/apply:os.system ['true']")
+    mistakes = {
+        "no such folder": {"folders": [tmp_path / "gone"]},
+        "holds no args.yaml and no log.jsonl": {"folders": [run, tmp_path / "empty"]},
+        "is of an evaluation": {"folders": [probe]},
+        "cannot be read": {"folders": [listed]},
+        "is for one run": {"folders": [run, probe], "pretrained": run / "args.yaml"},
+        "no such file": {"folders": [run], "pretrained": run / "gone"},
+        "at least one image": {"folders": [run], "images": 0},
+        "cannot be written": {"folders": [run], "out": run},
+    }
+    for says, options in mistakes.items():
+        with pytest.raises(InputError, match=says):
+            report.write(**{"out": tmp_path / "page.html"} | options)
+    done = shell("tools/report.py", tmp_path / "empty")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stderr.startswith("report.py: error: ")

@@ -1,0 +1,205 @@
+"""What a run's encoder saw and sees: the views of its recipe, a map of its features, the nearest neighbours of some images."""
+
+import os
+from argparse import Namespace
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from sklearn.manifold import TSNE
+from threadpoolctl import threadpool_limits
+from torch import Tensor, nn
+
+from moco import rng
+from moco.augment import color, crop, recipes
+from moco.augment.recipes import MEAN, STD
+from moco.data import datasets, loader, subsets
+from moco.data.images import Images
+from moco.encoder import networks, published
+from moco.engine import checkpoint, features
+from moco.errors import InputError
+from tools.plots import plain, printable, run_label
+from tools.runs import Run
+
+ROWS = 6  # images in the grid of views
+CLASSES, POINTS = 20, 2000  # on a map, at most
+QUERIES, NEIGHBOURS = 8, 6
+SAME, OTHER = "#1a8a2d", "#c62828"
+_NEEDED = {"arch": str, "data": str, "image_size": int}
+_FOR_VIEWS = {"recipe": str, "seed": int}
+
+
+def options(run: Run, needed: dict[str, type]) -> Namespace:
+    """The run's options, `needed` among them. Raises InputError where args.yaml lacks one, or has another kind of value."""
+    args = {"class_list": None, "crop_min": None} | run.args
+    for name, kind in (needed | {"class_list": str | None}).items():
+        if not isinstance(args.get(name), kind):
+            raise InputError(f"{run.folder / 'args.yaml'}: {name} is {args.get(name)!r}, which no run has")
+    return Namespace(**{str(name): value for name, value in args.items()})
+
+
+def recipe(run: Run) -> tuple[str, recipes.Recipe]:
+    """The name of the run's recipe and its views. Raises InputError."""
+    args = options(run, _NEEDED | _FOR_VIEWS)
+    try:
+        return args.recipe, recipes.of_options(args)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{run.folder / 'args.yaml'}: its options make no views ({error})") from None
+
+
+def views(run: Run) -> Figure:
+    """Some train images and their views in epoch 0. Raises InputError where the images are not there."""
+    args = options(run, _NEEDED | _FOR_VIEWS)
+    train = subsets.of_classes(datasets.scan(datasets.find(args.data, ("train",)), "train"), args.class_list)
+    mean, std = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
+    picked = sorted({round(i * (len(train) - 1) / (ROWS - 1)) for i in range(ROWS)})
+    images = [train.read(i) for i in picked]
+    columns = [[crop.center_view(image, args.image_size) / 255 for image in images]]
+    cuts = loader.RandomCrops(recipe(run)[1], args.seed)
+    crops = [cuts(image, (0, i)) for image, i in zip(images, picked, strict=True)]
+    for v, view in enumerate(cuts.recipe):
+        batch = torch.stack([of[v] for of in crops])
+        seen = color.augment(batch, view, rng.generator("cpu", rng.COLOR, args.seed, v))
+        columns.append([(x * std + mean).clamp(0, 1) for x in seen])
+    figure = Figure(figsize=(1.15 * len(columns), 1.15 * len(picked) + 0.3), dpi=100, layout="constrained")
+    axes = figure.subplots(len(picked), len(columns), squeeze=False)
+    for column, (title, shown) in enumerate(zip(["image", *(f"view {v}" for v in range(1, len(columns)))], columns, strict=True)):
+        axes[0, column].set_title(title, fontsize=9)
+        for axis, image in zip(axes[:, column], shown, strict=True):
+            axis.imshow(image.permute(1, 2, 0).numpy())
+            axis.axis("off")
+    return figure
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The images that every encoder of a data set is asked about: a bank of train/ and some of val/, of the same classes."""
+
+    bank: Images
+    val: Images
+    queries: np.ndarray  # places in val
+    all_classes: int
+
+
+@cache
+def sample(data: str, class_list: str | None, images: int, seed: int) -> Sample:
+    """Draw it: at most `CLASSES` classes, `images` of train/ and `POINTS` of val/. Raises InputError where they are not there."""
+    root = datasets.find(data, ("train", "val"))
+    train = datasets.scan(root, "train")
+    train, val = (subsets.of_classes(part, class_list) for part in (train, datasets.scan(root, "val", train.classes)))
+    draw = np.random.default_rng(seed)
+    there = np.unique(val.labels)
+    classes = there[np.linspace(0, len(there) - 1, min(CLASSES, len(there))).round().astype(int)]
+    bank, points = (_some_of(part, classes, most, draw) for part, most in ((train, images), (val, POINTS)))
+    one_each = [np.flatnonzero(points.labels == label)[:QUERIES] for label in classes]
+    turns = [places[turn] for turn in range(QUERIES) for places in one_each if turn < len(places)]
+    spread = min(len(turns), max(QUERIES, sum(len(places) > 0 for places in one_each)))
+    chosen = np.linspace(0, spread - 1, min(QUERIES, spread)).round().astype(int)
+    return Sample(bank, points, np.array(turns)[chosen], len(there))
+
+
+def _some_of(part: Images, classes: np.ndarray, most: int, draw: np.random.Generator) -> Images:
+    places = draw.permutation(np.flatnonzero(np.isin(part.labels, classes)))[:most]
+    return part.part(np.sort(places))
+
+
+def sample_of(run: Run, images: int, seed: int) -> Sample:
+    """The sample of the run's data. Raises InputError."""
+    args = options(run, _NEEDED)
+    return sample(args.data, args.class_list, images, seed)
+
+
+def encoder(run: Run, weights: Path | None) -> tuple[nn.Module, str]:
+    """The backbone in `weights`, or in the furthest checkpoint that can be read, and a line on which. Raises InputError."""
+    args = options(run, _NEEDED)
+    skipped = []
+    for file in [weights] if weights else run.checkpoints():
+        try:
+            net = networks.create(args.arch, 1, args.image_size)
+            published.load_backbone(net, checkpoint.tensors(checkpoint.load(str(file))), str(file))
+            return net, "; ".join([*skipped, f"encoder of {file.name}"])
+        except InputError as error:
+            skipped.append(str(error))
+    raise InputError("; ".join(skipped) or "no checkpoint in the folder")
+
+
+def random_encoder(run: Run, seed: int) -> nn.Module:
+    """As the run's was before training, but for the draw."""
+    args = options(run, _NEEDED)
+    torch.manual_seed(seed)
+    return networks.create(args.arch, 1, args.image_size)
+
+
+def seen_by(net: nn.Module, images: Images, run: Run) -> Tensor:
+    """Unit features [N, D] of `images`, on the CPU. Raises InputError where the encoder diverged, or an image cannot be read."""
+    many, cores = len(images) > 512, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    small = {"batch_size": 64, "batch_per_process": 64, "amp": "off", "workers": min(8, cores) if many else 0}
+    args = Namespace(**vars(options(run, _NEEDED)) | small | {"host_features": True})
+    try:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        x, _ = features.extract(net.to(device), images, args, device)
+    except torch.OutOfMemoryError:  # a run may be on that GPU
+        x, _ = features.extract(net.cpu(), images, args, torch.device("cpu"))
+    if not x.isfinite().all():
+        raise InputError("the encoder's features are not all finite numbers: it has diverged")
+    return x
+
+
+def feature_map(val: Images, found: dict[str, Tensor]) -> Figure:
+    """Where each encoder, by name, puts the images of `val`: features [N, D] each, in two dimensions by t-SNE."""
+    columns = 2 if len(found) == 4 else min(3, len(found))
+    rows = -(-len(found) // columns)
+    figure = Figure(figsize=(3.5 * columns + 1.7, 3.5 * rows + 0.2), dpi=110, layout="constrained")
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    colors = mpl.colormaps["tab20"]
+    there = np.unique(val.labels)
+    for axis, (name, x) in zip(axes, found.items(), strict=False):
+        points = _in_two_dimensions(x.numpy())
+        dots = [
+            axis.scatter(*points[val.labels == label].T, s=max(3, min(16, 6000 / len(points))), color=colors(i), linewidths=0)
+            for i, label in enumerate(there)
+        ]
+        plain([axis.set_title("?", fontsize=9)], [run_label(name)])
+        axis.set_xticks([])
+        axis.set_yticks([])
+        axis.spines[:].set_color("#bbbbbb")
+    for axis in axes[len(found) :]:
+        axis.axis("off")
+    look = {"loc": "outside right upper", "fontsize": 7, "frameon": False, "markerscale": 1.5}
+    plain(figure.legend(dots, [""] * len(dots), **look).get_texts(), [run_label(val.classes[label], 22) for label in there])
+    return figure
+
+
+def _in_two_dimensions(x: np.ndarray) -> np.ndarray:
+    if len(x) < 5:
+        raise InputError(f"{len(x)} val images are too few for a map")
+    start = "pca" if x.std(0).max() > 1e-6 else "random"  # a collapsed encoder's have no principal axis
+    with threadpool_limits(1):  # on cores that others use, too, its threads wait for each other for most of the time
+        return TSNE(metric="cosine", init=start, perplexity=min(30, (len(x) - 1) / 3), random_state=0).fit_transform(x)
+
+
+def neighbours(of: Sample, bank: Tensor, val: Tensor, size: int) -> Figure:
+    """Some val images, each with the train images nearest to it; features [N, D] of the bank and of val/."""
+    similarity, places = features.nearest(bank, torch.arange(len(bank)), val[of.queries], NEIGHBOURS)
+    rows, columns = len(of.queries), 1 + places.shape[1]
+    figure = Figure(figsize=(0.95 * columns, 1.2 * rows), dpi=100, layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for row, query in zip(range(rows), of.queries, strict=True):
+        label = of.val.labels[query]
+        _framed(axes[row, 0], of.val, query, size, "#555555", run_label(of.val.classes[label], 15))
+        for axis, place, s in zip(axes[row, 1:], places[row].tolist(), similarity[row].tolist(), strict=True):
+            same = of.bank.labels[place] == label
+            _framed(axis, of.bank, place, size, SAME if same else OTHER, f"{s:.3f}" + ("" if same else " x"))
+    return figure
+
+
+def _framed(axis, images: Images, i: int, size: int, frame: str, title: str) -> None:
+    axis.imshow(crop.center_view(images.read(i), size).permute(1, 2, 0).numpy())
+    plain([axis.set_title("?", fontsize=7, pad=3)], [printable(title)])
+    axis.set_xticks([])
+    axis.set_yticks([])
+    axis.spines[:].set(color=frame, linewidth=3)
