@@ -5,6 +5,7 @@ import io
 import json
 import re
 import shutil
+import sys
 from html.parser import HTMLParser
 
 import numpy as np
@@ -196,7 +197,7 @@ def test_evaluations_are_those_of_the_run(tmp_path):
     assert dict(runs.by_checkpoint(figures)).keys() == {"c.pth.tar", "checkpoint_0002.pth.tar"}
 
 
-def test_mistakes(tmp_path):
+def test_mistakes(tmp_path, monkeypatch, capsys):
     run = write_run(tmp_path / "run", "gone", weights=False)
     (tmp_path / "empty").mkdir()
     probe = write_run(tmp_path / "probe", "gone", weights=False, script="lincls")
@@ -215,5 +216,7 @@ def test_mistakes(tmp_path):
     for says, options in mistakes.items():
         with pytest.raises(InputError, match=says):
             report.write(**{"out": tmp_path / "page.html"} | options)
-    done = shell("tools/report.py", tmp_path / "empty")
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stderr.startswith("report.py: error: ")
+    monkeypatch.setattr(sys, "argv", ["report.py", str(tmp_path / "empty")])
+    assert report.main() == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and said.startswith(f"report.py: error: {tmp_path / 'empty'}: holds no args.yaml")

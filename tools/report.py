@@ -85,7 +85,7 @@ def escaped(text: object) -> str:
 
 # Tables
 
-SUMMARY = ("run", "method", "arch", "data", "epochs", "batch", "peak lr", "loss", "k-NN, last", "best", "images/s", "time")
+SUMMARY = ("run", "method", "arch", "data", "epochs", "batch", "peak lr", "loss", "k-NN last, %", "best, %", "images/s", "time")
 
 
 def summary(found: list[Run]) -> str:
