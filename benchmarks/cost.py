@@ -1,0 +1,91 @@
+#!/usr/bin/env python
+"""What each pre-training recipe costs, counted and not timed: multiply-adds of one image's forward and backward passes.
+
+One step of the recipe's method, with its own network, views and head, runs on tensors without values, and PyTorch's counter adds up
+matrix products and convolutions. What follows is arithmetic: `ratio` is to MoCo v2's image (configs/mocov2_200.yaml), `total` that
+times the recipe's images (epochs x images of the data set), over those of MoCo v2's 200 epochs on ImageNet. Not counted are memory
+traffic, decoding, colour work and communication, nor blocks that --grad-checkpoint computes again; hours do not follow from it.
+"""
+
+import contextlib
+import importlib
+import io
+import sys
+from argparse import Namespace
+from pathlib import Path
+from unittest import mock
+
+import measure  # also makes the project's modules importable
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from moco.augment import recipes
+from moco.data.images import Images
+from moco.engine import pretrain
+from moco.engine.log import write_json
+from moco.rng import Progress
+
+IMAGES = {None: 1_281_167, "imagenet100": 128_117}  # of train/; of ImageNet-100, whose 100 classes differ, a tenth
+BATCH = 32
+BASE = "mocov2_200"
+
+
+def script(recipe: Path) -> str:
+    """The script that a pre-training recipe is for; empty for other recipes."""
+    text = recipe.read_text()
+    found = next((line for line in text.splitlines() if " main_" in line and line.startswith("#")), "")
+    name = next((word.removesuffix(".py") for word in found.split() if word.startswith("main_")), "")
+    return name if name not in ("main_lincls", "main_semisup") else ""
+
+
+def count(recipe: Path, name: str) -> tuple[Namespace, float]:
+    """The recipe's options, and an image's multiply-adds in units of 10^9."""
+    module = importlib.import_module(name)
+    args = module.parser().parse(["DIR", "--cfg", str(recipe)])
+    found = []
+
+    def one_step(args: Namespace, device: torch.device, build) -> None:
+        with torch.device("meta"), FlopCounterMode(display=False) as counter:
+            labels = np.zeros(IMAGES[args.data_name], dtype=np.int64)
+            method = build(Images(Path("DIR"), labels, ("one",)))
+            views = [torch.zeros(BATCH, 3, view.size, view.size) for view in recipes.of_options(args)]
+            loss, _ = method(views, torch.zeros(BATCH, dtype=torch.long), Progress(epochs=args.epochs))
+            loss.backward()
+        found.append(counter.get_total_flops() / 2e9 / BATCH)  # a multiply-add counts as two
+
+    with (
+        mock.patch("torch.autocast", lambda *_, **__: contextlib.nullcontext()),  # it knows no device without storage
+        mock.patch.object(pretrain, "train", one_step),
+        mock.patch.object(pretrain, "check"),
+        contextlib.redirect_stdout(io.StringIO()),
+    ):
+        module.check(args)
+        args.batch_per_process = args.batch_size
+        module.worker(args, torch.device("cpu"))
+    return args, found[0]
+
+
+def main() -> int:
+    p = measure.parser(__doc__)
+    p.add_argument("recipes", nargs="*", type=Path, help="by default all of configs/")
+    options = p.parse_args()
+    files = options.recipes or sorted((measure.ROOT / "configs").glob("*.yaml"))
+    base_args, base = count(measure.ROOT / "configs" / f"{BASE}.yaml", "main_synco")
+    rows = []
+    for file in files:
+        if not (name := script(file)):
+            continue
+        args, cost = count(file, name)
+        share = IMAGES[args.data_name] / IMAGES[None]
+        total = cost / base * args.epochs / base_args.epochs * share
+        rows.append({"recipe": file.stem, "GMAC": round(cost, 1), "ratio": round(cost / base, 2), "total": round(total, 2)})
+    print(f"{'recipe':28}{'GMAC/image':>12}{'ratio':>8}{'total':>8}")
+    for row in rows:
+        print(f"{row['recipe']:28}{row['GMAC']:12.1f}{row['ratio']:8.2f}{row['total']:8.2f}")
+    write_json(options.json or Path("runs/benchmarks/cost.json"), {"rows": rows})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
