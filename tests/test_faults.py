@@ -70,7 +70,7 @@ def children(process):
 
 @pytest.mark.parametrize(
     ("command", "number", "step"),
-    [(SYNCO, "SIGUSR1", 5), (SYNCO, "SIGINT", 14), ((*ADCO, *TWO), "SIGTERM", -3)],
+    [(SYNCO, "SIGUSR1", 14), ((*ADCO, *TWO), "SIGTERM", -3)],
 )
 def test_a_signal_ends_a_run_after_its_step_and_it_goes_on_as_if_never_stopped(command, number, step, data, whole, tmp_path):
     process = shell(*command, data, "--save-dir", tmp_path, "--resume", "auto", wait=False)
@@ -88,18 +88,6 @@ def test_a_signal_ends_a_run_after_its_step_and_it_goes_on_as_if_never_stopped(c
     assert same(state(tmp_path), whole(command))
     assert [path.name for path in sorted(tmp_path.glob("*.pth.tar"))] == ["checkpoint_0000.pth.tar", "checkpoint_0001.pth.tar"]
     assert sorted(set(logged(tmp_path))) == logged(tmp_path) == list(range(logged(tmp_path)[0], 2 * STEPS + 1))
-
-
-def test_a_killed_run_goes_on_from_the_last_save_inside_an_epoch(data, whole, tmp_path):
-    options = (*SYNCO, data, "--save-dir", tmp_path, "--resume", "auto", "--save-every-steps", 3)
-    for step in (4, 17):
-        process = shell(*options, wait=False)
-        until(lambda step=step: any(done >= step for done in logged(tmp_path)), process)
-        process.kill()
-        process.communicate()
-        time.sleep(1)  # its processes hear of it
-    assert "resumed from" in succeeded(shell(*options, "-j", 0))  # with another number of workers
-    assert same(state(tmp_path), whole(SYNCO))
 
 
 def test_stopped_when_all_steps_of_an_epoch_were_done_it_ends_the_epoch(script, data, tmp_path):
@@ -257,17 +245,16 @@ def test_a_loss_that_is_no_number_ends_the_run(script, data, tmp_path):
     assert (tmp_path / "checkpoint_0000.pth.tar").read_bytes() == good and len(list(tmp_path.glob("*.tar"))) == 1
 
 
-@pytest.mark.parametrize("number", ["SIGKILL", "SIGSEGV"])
-def test_a_rank_that_dies_ends_the_run(number, data, tmp_path):
+def test_a_rank_that_dies_ends_the_run(data, tmp_path):
     process = shell(*SYNCO, *TWO, data, "--save-dir", tmp_path, "--epochs", 50, wait=False)
     until(lambda: logged(tmp_path), process)
     ranks = [pid for pid in children(process) if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
     assert len(ranks) == 2
     began = time.monotonic()
-    os.kill(ranks[1], getattr(signal, number))
+    os.kill(ranks[1], signal.SIGKILL)
     _, err = process.communicate(timeout=60)
     assert time.monotonic() - began < 60 and process.returncode == 1
-    assert f"rank 1 was ended by {number}" in err.splitlines()[-1], err
+    assert "rank 1 was ended by SIGKILL" in err.splitlines()[-1], err
     assert not os.path.exists(f"/proc/{ranks[0]}")
 
 

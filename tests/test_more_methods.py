@@ -391,13 +391,12 @@ def test_less_memory_the_same_run(script, shared_images, tmp_path):
     """Blocks computed again for the gradient, and the loss in chunks of another size."""
     method, *options = METHODS["fnc"]
     states = []
-    half = ("--amp", "bf16")
-    for more in ((), ("--grad-checkpoint",), ("--loss-chunk", 3), half, (*half, "--grad-checkpoint")):
+    for more in ((), ("--grad-checkpoint",), ("--loss-chunk", 3)):
         run = tmp_path / "".join(map(str, more))
         status, _, err = script(method, shared_images, *options, *SMALL, *more, "--save-dir", run)
         assert status == 0, err
         states.append(load(run / "checkpoint_0000.pth.tar")["state_dict"])
-    assert same(states[0], states[1]) and same(states[3], states[4]) and not same(states[0], states[3])
+    assert same(states[0], states[1])
     for name, tensor in states[0].items():
         torch.testing.assert_close(states[2][name], tensor, rtol=1e-3, atol=1e-4)
 

@@ -110,7 +110,7 @@ def test_two_runs_from_the_shell(tmp_path, shared_images):
         ("image", "unreadable image"),
         ("options", "image_size is 'large'"),
         ("another network", "does not fit the encoder"),
-        ("diverged", "has diverged"),
+        ("diverged", "training diverged"),
     ],
 )
 def test_curves_come_where_the_rest_is_gone(tmp_path, what, says):

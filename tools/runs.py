@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 
+from moco.engine import checkpoint
 from moco.errors import InputError
 from tools import collect
 
@@ -43,7 +44,7 @@ class Run:
 
     def checkpoints(self) -> list[Path]:
         """The furthest first."""
-        return sorted(self.folder.glob("checkpoint_*.pth.tar"), reverse=True)
+        return checkpoint.found(self.folder)
 
 
 def read(folders: list[Path]) -> list[Run]:

@@ -30,14 +30,14 @@ def make(groups: list[dict[str, Any]], args: Namespace) -> torch.optim.Optimizer
     return torch.optim.SGD(groups, momentum=args.momentum, nesterov=args.nesterov, fused=args.amp != "fp16")
 
 
-def restore(optimizer: torch.optim.Optimizer, saved: dict[str, Any], path: str) -> None:
+def restore(optimizer: torch.optim.Optimizer, saved: dict[str, Any], path: str, diverged: bool = False) -> None:
     """Load what the checkpoint in `path` has of such an optimizer. Raises InputError where it is another one's, or damaged."""
     mine = optimizer.param_groups
     try:
         same = all(_like(group, own) for group, own in zip(saved["param_groups"], mine, strict=True))
         optimizer.load_state_dict(saved)
         same &= all(isinstance(group["weight_decay"], int | float) for group in optimizer.param_groups)
-        same &= all(_sound(p, state, optimizer) for p, state in optimizer.state.items())
+        same &= all(_sound(p, state, optimizer, diverged) for p, state in optimizer.state.items())
     except Exception:  # whatever a stranger's file may lead to
         same = False
     if not same:
@@ -59,11 +59,12 @@ def _like(saved: dict[str, Any], mine: dict[str, Any]) -> bool:
     return same and all(isinstance(saved[name], int | float | None) for name in mine.keys() & saved.keys() - {"params", "betas"})
 
 
-def _sound(p: Tensor, state: dict[str, Any], optimizer: torch.optim.Optimizer) -> bool:
+def _sound(p: Tensor, state: dict[str, Any], optimizer: torch.optim.Optimizer, diverged: bool) -> bool:
     """Whether a parameter's state is a number, or tensors of its shape, by the names that the optimizer gives them."""
     names = next(names for setting, names in _STATE.items() if setting in optimizer.defaults)
     tensors = [x for x in state.values() if x is not None]
-    return state.keys() <= names and all(isinstance(x, Tensor) and x.shape in ((), p.shape) and x.isfinite().all() for x in tensors)
+    fit = all(isinstance(x, Tensor) and x.shape in ((), p.shape) and (diverged or x.isfinite().all()) for x in tensors)
+    return state.keys() <= names and fit
 
 
 class LARS(torch.optim.Optimizer):

@@ -283,7 +283,7 @@ class Trainer(ABC):
             where = f"{self.images.root} has {len(self.images)}"
             raise InputError(f"{args.resume}: was trained on {images} images, but {where}; resume with the data it was made with")
         checkpoint.restore(self.module, state, args.resume, args.arch, args.method, self.may_diverge)
-        optim.restore(self.optimizer, state["optimizer"], args.resume)
+        optim.restore(self.optimizer, state["optimizer"], args.resume, self.may_diverge)
         precision.restore(self.scaler, state.get("scaler", {}), args.resume)
         args.seed = state["progress"]["seed"]
 
