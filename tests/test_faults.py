@@ -300,3 +300,24 @@ def test_a_node_that_is_lost_is_noticed_on_the_other(lost, data, tmp_path):
     nodes[lost].communicate()
     assert time.monotonic() - began < 60 and nodes[1 - lost].returncode == 1
     assert f"rank {lost} has given no sign of life for 30 seconds" in err.splitlines()[-1], err
+
+
+def test_a_full_disk_ends_a_run_and_leaves_its_last_checkpoint(script, data, tmp_path):
+    """By a limit on the size of files, half of a checkpoint's."""
+    command = (data, *SMALL, "--moco-k", 24, "-j", 0, "--save-dir", tmp_path)
+    assert script("main_synco", *command, "--epochs", 1)[0] == 0
+    good = tmp_path / "checkpoint_0000.pth.tar"
+    kept, before = good.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(kept) // 2, before[1]))
+    try:
+        result = script("main_synco", *command, "--resume", "auto")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    refused(result, "checkpoint_0001.pth.tar: cannot be written", f"the last checkpoint is {good}", "--resume auto")
+    assert good.read_bytes() == kept and [path.name for path in tmp_path.glob("*checkpoint*")] == [good.name]
+    assert script("main_synco", *command, "--resume", "auto")[0] == 0
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder where nobody may write")
+def test_a_folder_that_cannot_be_written_is_refused(script, data):
+    refused(script("main_synco", data, *SMALL, "--moco-k", 24, "-j", 0, "--save-dir", "/proc/run"), "/proc/run", "choose another")
