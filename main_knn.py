@@ -19,7 +19,7 @@ def parser() -> cli.Parser:
     knn.add_argument(
         "--k", type=cli.positive, nargs="+", default=[10, 20, 100, 200], help="neighbours that vote; several in one pass"
     )
-    knn.add_argument("--temperature", type=cli.finite_float, default=0.07, help="of the neighbours' weights")
+    knn.add_argument("--temperature", type=float, default=0.07, help="of the neighbours' weights")
     knn.add_argument("--host-features", action="store_true", help="keep the features in the host's memory, not on the GPU")
     features.add_files(p)
     cli.add_launch(p)

@@ -270,7 +270,12 @@ def arrays_of(folder):
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_files_hold_the_rows_in_order_and_ranks_read_their_shares(world, tmp_path, monkeypatch):
     monkeypatch.setattr(features, "_BLOCK", 4)
-    origin = {option: None for option in features._ORIGIN.values()}
+    origin = dict.fromkeys(features._ORIGIN.values(), "x") | {
+        "pretrain_epochs": None,
+        "class_list": None,
+        "image_size": 32,
+        "seed": 0,
+    }
     args = Namespace(**origin, dump_features=tmp_path, load_features=tmp_path)
     train, val = ((torch.randn(n, 6), torch.randint(0, 3, (n,))) for n in (29, 2))
 

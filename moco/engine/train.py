@@ -283,8 +283,9 @@ class Trainer(ABC):
             where = f"{self.images.root} has {len(self.images)}"
             raise InputError(f"{args.resume}: was trained on {images} images, but {where}; resume with the data it was made with")
         checkpoint.restore(self.module, state, args.resume, args.arch, args.method, self.may_diverge)
-        optim.restore(self.optimizer, state["optimizer"], args.resume, self.may_diverge)
-        precision.restore(self.scaler, state.get("scaler", {}), args.resume)
+        if not getattr(args, "evaluate", False):  # which takes no step, by no optimizer
+            optim.restore(self.optimizer, state["optimizer"], args.resume, self.may_diverge)
+            precision.restore(self.scaler, state.get("scaler", {}), args.resume)
         args.seed = state["progress"]["seed"]
 
     def _step_of(self, state: checkpoint.State) -> int:
