@@ -21,6 +21,7 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from moco.engine import tool  # noqa: E402
 from moco.errors import InputError  # noqa: E402
 from tools import collect, pictures, plots, runs  # noqa: E402
 from tools.runs import Run  # noqa: E402
@@ -30,20 +31,19 @@ CHEAP = 20.0  # seconds for the features of the map, up to which a random encode
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = tool.OneLineParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="run folder of a pre-training (args.yaml, log.jsonl)")
     parser.add_argument("--out", type=Path, default=Path("report.html"), help="where the page goes")
     parser.add_argument("--pretrained", type=Path, metavar="FILE", help="encoder to look at, in place of the run's last checkpoint")
     parser.add_argument("--images", type=int, default=2000, metavar="N", help="train images among which neighbours are looked for")
     parser.add_argument("--seed", type=int, default=0, help="of the sample of images")
-    args = parser.parse_args()
-    try:
-        write(args.runs, args.out, args.pretrained, args.images, args.seed)
-    except InputError as error:
-        print(f"report.py: error: {' '.join(plots.printable(error).split())}", file=sys.stderr)
-        return 2
+    return tool.run(parser, report)
+
+
+def report(args: argparse.Namespace) -> None:
+    """Write the page that the options ask for. Raises InputError."""
+    write(args.runs, args.out, args.pretrained, args.images, args.seed)
     print(plots.printable(args.out))
-    return 0
 
 
 def write(folders: list[Path], out: Path, pretrained: Path | None = None, images: int = 2000, seed: int = 0) -> None:

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import yaml
 
 from moco.engine import checkpoint
 from moco.errors import InputError
+from moco.files import read_yaml
 from tools import collect
 
 Column = tuple[np.ndarray, np.ndarray]  # steps and values, [N] each, by step
@@ -64,11 +64,9 @@ def _args(folder: Path) -> dict:
     if absent:
         raise InputError(f"{folder}: holds no {' and no '.join(absent)}; give the folder that a pre-training script wrote")
     try:
-        args = yaml.safe_load((folder / "args.yaml").read_text())
-    except (OSError, yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise InputError(f"{folder / 'args.yaml'}: cannot be read: {' '.join(str(error).split())}") from None
-    if not isinstance(args, dict):
-        raise InputError(f"{folder / 'args.yaml'}: holds no options by name; give the folder that a pre-training script wrote")
+        args = read_yaml(folder / "args.yaml")
+    except InputError as error:
+        raise InputError(f"{folder / 'args.yaml'}: {error}; give the folder that a pre-training script wrote") from None
     if args.get("script") in ("lincls", "semisup", "knn", "voc07"):
         raise InputError(f"{folder}: is of an evaluation (main_{args['script']}.py); give the folder of a pre-training")
     return args

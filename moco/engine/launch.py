@@ -59,15 +59,23 @@ def plan(args: Namespace) -> Plan:
         nodes, node = _nodes(args)
         return Plan("spawn", nodes, local, node * local, nodes * local, 0, _meeting_point(args, nodes, node))
     if "RANK" in env and "WORLD_SIZE" in env:
-        r, w = int(env["RANK"]), int(env["WORLD_SIZE"])
-        local = int(env.get("LOCAL_WORLD_SIZE", w))
-        return Plan("torchrun", max(1, w // local), local, r, w, int(env.get("LOCAL_RANK", 0)), "env://")
+        r, w = _number("RANK"), _number("WORLD_SIZE")
+        local = max(1, _number("LOCAL_WORLD_SIZE", w))
+        return Plan("torchrun", max(1, w // local), local, r, w, _number("LOCAL_RANK", 0), "env://")
     if int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
         r, w = int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"])
         nodes = int(env.get("SLURM_STEP_NUM_NODES", env.get("SLURM_NNODES", 1)))
         return Plan("srun", nodes, w // nodes, r, w, int(env["SLURM_LOCALID"]), _slurm_url(args))
     nodes, node = _nodes(args)
     return Plan("single", nodes, 1, node, nodes, 0, _meeting_point(args, nodes, node) if nodes > 1 else "")
+
+
+def _number(name: str, default: int = 0) -> int:
+    """An environment variable that a launcher sets."""
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal():
+        raise InputError(f"the environment says {name}={text}, which is no number; unset it, or start with torchrun")
+    return int(text)
 
 
 def launch(worker: Worker, args: Namespace) -> None:
@@ -157,6 +165,11 @@ def _spawned(i: int, p: Plan, worker: Worker, args: Namespace, ends) -> None:
         _process(p, worker, args, p.first + i, i, lambda lost: ends.put(Lost(lost)))
     except InputError as error:
         ends.put(error)
+        sys.exit(2)
+    except OSError as error:
+        if not error.filename:
+            raise
+        ends.put(InputError(f"{os.fsdecode(error.filename)}: {error.strerror}"))
         sys.exit(2)
     except interrupt.Interrupted as end:  # all of them end so, and are not hurried
         ends.put(end)
