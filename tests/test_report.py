@@ -207,7 +207,7 @@ def test_mistakes(tmp_path, monkeypatch, capsys):
         "no such folder": {"folders": [tmp_path / "gone"]},
         "holds no args.yaml and no log.jsonl": {"folders": [run, tmp_path / "empty"]},
         "is of an evaluation": {"folders": [probe]},
-        "cannot be read": {"folders": [listed]},
+        "not YAML": {"folders": [listed]},
         "is for one run": {"folders": [run, probe], "pretrained": run / "args.yaml"},
         "no such file": {"folders": [run], "pretrained": run / "gone"},
         "at least one image": {"folders": [run], "images": 0},
