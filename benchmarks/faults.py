@@ -27,7 +27,7 @@ METHODS = {
     "adco": "main_adco.py --cluster 96 --moco-dim 32",  # 12 steps before epoch 0 fill its bank
     "sogclr": "main_sogclr.py --mlp-dim 64",
 }
-COMMON = "photos -a resnet18 --image-size 32 -b 8 --epochs {epochs} -p 1 --save-every-steps 2 --keep 2"
+COMMON = "photos -a resnet18 --image-size 32 -b {batch} --epochs {epochs} -p 1 --save-every-steps 2 --keep 2"
 
 
 def main() -> int:
@@ -36,7 +36,8 @@ def main() -> int:
     parser.add_argument("--processes", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--signals", nargs="+", choices=("KILL", "TERM"), default=["KILL", "TERM"])
     parser.add_argument("--stops", type=int, default=20, help="of each run")
-    parser.add_argument("--epochs", type=int, default=2, help="of 142 steps each")
+    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--batch-size", type=int, default=8, help="with 8 an epoch has 142 steps")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     args = parser.parse_args()
     results = []
@@ -45,7 +46,7 @@ def main() -> int:
         for processes in args.processes:
             folder = measure.ROOT / "runs" / "benchmarks" / "faults" / f"{method}-{processes}"
             shutil.rmtree(folder, ignore_errors=True)
-            command = [sys.executable, *METHODS[method].split(), *COMMON.format(epochs=args.epochs).split()]
+            command = [sys.executable, *METHODS[method].split(), *COMMON.format(batch=args.batch_size, epochs=args.epochs).split()]
             command += ["--multiprocessing-distributed", "--nproc-per-node", str(processes)] * (processes > 1)
             whole = Run(command, folder / "whole")
             whole.start(workers=1)

@@ -76,7 +76,7 @@ def test_methods(tmp_path):
 
 def test_faults(tmp_path):
     """The script itself fails where a stopped run does not end with the bits of the one that was not."""
-    short = ("--methods", "sogclr", "--processes", 1, "--signals", "KILL", "--stops", 2, "--epochs", 1)
+    short = ("--methods", "sogclr", "--processes", 1, "--signals", "KILL", "--stops", 2, "--epochs", 1, "--batch-size", 32)
     result = shell("benchmarks/faults.py", *short, "--json", tmp_path / "faults.json")
     assert result.returncode == 0, result.stdout + result.stderr
     (found,) = json.loads((tmp_path / "faults.json").read_text())

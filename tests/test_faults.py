@@ -264,7 +264,8 @@ def test_a_loader_that_the_system_ends_is_reported_as_such(data, tmp_path):
     for pid in children(process):
         os.kill(pid, signal.SIGKILL)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 2 and "a loader process of rank 0 was ended" in err.splitlines()[-1]
+    assert process.returncode == 2, err
+    assert "a loader process of rank 0 was ended" in err.splitlines()[-1]
     assert "where memory runs out" in err
 
 

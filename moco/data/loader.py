@@ -173,9 +173,17 @@ def batches(
         prefetch_factor=4 if workers else None,
         worker_init_fn=_outlast_signals,
     )
-    for batch in loader:
+    for batch in _alive(loader):
         if isinstance(batch, InputError):
             raise batch
         views = [view.to(device, non_blocking=True) for view in batch.views]
         index, label = (x.to(device, non_blocking=True) for x in (batch.index, batch.label))
         yield Batch(views, index, label, batch.unreadable)
+
+
+def _alive(loader: DataLoader) -> Iterator[Batch | InputError]:
+    """Its batches. Raises torch's error for a process that was killed also where that shows by a connection of ours to it."""
+    try:
+        yield from loader
+    except (ConnectionError, EOFError, FileNotFoundError) as error:
+        raise RuntimeError(f"DataLoader worker exited unexpectedly ({type(error).__name__})") from None
