@@ -34,7 +34,7 @@ ELSEWHERE = {
     "train-steps": "use --epochs",
     **dict.fromkeys("train-summary-steps checkpoint-steps".split(), "use --print-freq STEPS, --save-every EPOCHS"),
     "checkpoint-epochs": "use --save-every EPOCHS",
-    "keep-checkpoint-max": "use --save-every EPOCHS; all of them are kept",
+    "keep-checkpoint-max": "use --save-every EPOCHS and --keep N",
 }
 
 

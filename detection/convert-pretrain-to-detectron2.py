@@ -5,7 +5,6 @@ With --check, detectron2 builds its C4 model, loads OUT as training will, and ev
 """
 
 import argparse
-import contextlib
 import hashlib
 import importlib.util
 import pickle
@@ -20,6 +19,7 @@ sys.path.insert(0, str(ROOT))
 from moco.encoder import networks, published  # noqa: E402
 from moco.engine import checkpoint, tool  # noqa: E402
 from moco.errors import InputError  # noqa: E402
+from moco.files import replacing  # noqa: E402
 
 
 def main() -> int:
@@ -84,14 +84,10 @@ def renamed(name: str) -> str:
 
 def write(path: Path, converted: dict[str, Any]) -> None:
     """Write OUT, replacing it at once."""
-    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(pickle.dumps(converted))
-        temporary.replace(path)
+        with replacing(path) as file:
+            pickle.dump(converted, file)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
         raise InputError(f"{path}: cannot be written ({error.strerror}); choose another place") from None
     print(path)
 

@@ -1,10 +1,16 @@
-"""Files that may be a stranger's, read as plain values and never as code: YAML of options, JSON, lists, pickles of arrays."""
+"""Files: a stranger's is read as plain values and never as code (YAML of options, JSON, lists, pickles of arrays); ours replace
+what was there only when they are whole.
+"""
 
+import contextlib
 import io
 import json
+import os
 import pickle
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import yaml
@@ -12,6 +18,39 @@ import yaml
 from moco.errors import InputError
 
 Scalar = str | int | float | bool | None
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file to write, beside `path`: at the end it is flushed to disk and renamed to `path`.
+
+    Where an error comes before that, it is removed, and what was at `path` is still there. Of a process that is killed it stays
+    behind; `half_written` finds it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        with contextlib.suppress(OSError):  # some mounts know no modes
+            os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    with contextlib.suppress(OSError):  # nor can all of them flush a folder
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def half_written(folder: Path, name: str) -> list[Path]:
+    """What `replacing` has left behind of the files whose names fit the pattern `name`."""
+    return list(folder.glob(f".{name}-{'?' * 8}"))
 
 
 def read_text(path: str | Path) -> str:

@@ -214,6 +214,8 @@ def test_plan_of_srun(no_launcher, monkeypatch):
     plan = launch.plan(launch_options())
     assert (plan.launcher, plan.nodes, plan.local, plan.first, plan.world, plan.local_rank) == ("srun", 2, 4, 6, 8, 2)
     assert plan.url == "tcp://nodeA:20012"
+    monkeypatch.setenv("SLURM_STEP_ID", "1")  # beside the first in the same job
+    assert launch.plan(launch_options()).url != plan.url
 
 
 def test_plan_of_a_batch_script_without_srun_is_one_process(no_launcher, monkeypatch):

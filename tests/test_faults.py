@@ -107,7 +107,7 @@ def test_going_back_to_an_earlier_checkpoint_sets_later_ones_aside(script, data,
     assert script("main_synco", *command, "--epochs", 3)[0] == 0
     copy = tmp_path / "checkpoint_0000_good.pth.tar"
     copy.write_bytes(b"mine")
-    (tmp_path / ".checkpoint_0001.pth.tar-x").write_bytes(b"half of one")
+    (tmp_path / ".checkpoint_0001.pth.tar-x1y2z3_4").write_bytes(b"half of one")
     first = tmp_path / "checkpoint_0000.pth.tar"
     status, out, _ = script("main_synco", *command, "--epochs", 2, "--resume", first, "--lr", 1e-3, "--save-every-steps", 5)
     assert status == 0 and "checkpoint_0002.pth.tar is further than what is resumed: renamed" in out

@@ -25,13 +25,8 @@ for percent in ${PERCENTS:-1 10}; do
                 echo "$run: done before"
                 continue
             fi
-            resume=()
-            if [ -f "$run/checkpoint.pth.tar" ]; then
-                resume=(--resume "$run/checkpoint.pth.tar")
-            fi
             "$python" "$here/main_semisup.py" --val-from-train 0.1 "$@" --pretrained "$checkpoint" --save-dir "$run" \
-                --train-percent "$percent" --epochs "$epochs" --lr-backbone "$rate" --lr-classifier "$rate" \
-                ${resume[@]+"${resume[@]}"} "$data"
+                --train-percent "$percent" --epochs "$epochs" --lr-backbone "$rate" --lr-classifier "$rate" --resume auto "$data"
         done
     done
 done

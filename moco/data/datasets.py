@@ -1,5 +1,6 @@
 """Image folders in the ImageNet layout, and the built-in `photos`."""
 
+import contextlib
 import hashlib
 import os
 import shutil
@@ -13,6 +14,7 @@ import numpy as np
 
 from moco.data.images import SUFFIXES, ImageFolder
 from moco.errors import InputError
+from moco.files import replacing
 
 
 def find(data: str, splits: tuple[str, ...]) -> Path:
@@ -117,14 +119,9 @@ def _still_true(folder: Path, kept: Path) -> dict[str, np.ndarray] | None:
 
 
 def _keep(kept: Path, listing: dict[str, np.ndarray]) -> None:
-    """Write the listing beside its place, then move it there. A cache that cannot be written is done without."""
-    try:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=kept.parent) as folder:
-            np.savez(Path(folder) / kept.name, **listing)
-            os.replace(Path(folder) / kept.name, kept)
-    except OSError:
-        pass
+    """Write the listing. A cache that cannot be written is done without."""
+    with contextlib.suppress(OSError), replacing(kept) as file:
+        np.savez(file, **listing)
 
 
 # The built-in data set: patches of the photographs that scikit-image and scikit-learn ship.

@@ -3,7 +3,6 @@
 import hashlib
 import os
 import re
-import tempfile
 import urllib.request
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from moco import rng
 from moco.data.datasets import cache_folder, class_names
 from moco.data.images import Images
 from moco.errors import InputError
-from moco.files import read_text
+from moco.files import read_text, replacing
 
 
 def hold_out(images: Images, fraction: float, seed: int) -> tuple[Images, Images]:
@@ -125,10 +124,8 @@ def published(percent: int) -> Path:
         raise InputError(f"the list of ImageNet's {percent} % cannot be downloaded from {url} ({reason}); {otherwise}") from None
     if not is_published(text, percent):
         raise InputError(f"{url}: is not the published list any more (its sha256 differs); {otherwise}")
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=kept.parent) as folder:
-        (Path(folder) / kept.name).write_bytes(text)
-        os.replace(Path(folder) / kept.name, kept)
+    with replacing(kept) as file:
+        file.write(text)
     return kept
 
 

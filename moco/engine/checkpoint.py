@@ -1,11 +1,8 @@
 """Checkpoints: MoCo's keys, plain types only, written so that a crash cannot leave half a file in a good one's place."""
 
-import contextlib
 import math
-import os
 import pickle
 import re
-import tempfile
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,29 +13,17 @@ from torch import Tensor, nn
 from moco.encoder.published import finite, fits
 from moco.engine.log import say
 from moco.errors import InputError
+from moco.files import half_written, replacing
 
 State = dict[str, Any]
 
 
 def save(path: Path, state: State) -> None:
-    """Write `state` to a temporary file in the same folder, flush it to disk, then rename it to `path`.
-
-    Raises InputError where that cannot be written; what was at `path` is still there.
-    """
-    temporary = None
+    """Replace `path` by `state`. Raises InputError where that cannot be written; what was at `path` is still there."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-        with os.fdopen(handle, "wb") as file:
+        with replacing(path) as file:
             torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        with contextlib.suppress(OSError):  # some mounts know no modes
-            os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException as error:
-        if temporary:
-            Path(temporary).unlink(missing_ok=True)
+    except (OSError, RuntimeError) as error:
         # torch's writer turns what the system says into a RuntimeError
         reason = next((e.strerror for e in (error, error.__context__) if isinstance(e, OSError)), None)
         if reason or (isinstance(error, RuntimeError) and ("StreamWriter" in str(error) or "unexpected pos" in str(error))):
@@ -77,8 +62,8 @@ def begin(folder: Path, resumed: str | None) -> None:
     Half-written files of one that was killed go. Where it goes on from a checkpoint in the folder, those further than this one,
     of what is now another branch, are renamed, so that nobody takes them for the run's own.
     """
-    for pattern in (".checkpoint*.pth.tar-*", ".model_best*.pth.tar-*"):
-        for path in folder.glob(pattern):
+    for name in ("*.pth.tar", "*.json", "*.jsonl"):
+        for path in half_written(folder, name):
             path.unlink(missing_ok=True)
     start = Path(resumed) if resumed else None
     if start is None or start.resolve().parent != folder.resolve() or not _NAME.fullmatch(start.name):

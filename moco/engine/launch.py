@@ -273,4 +273,6 @@ def _slurm_url(args: Namespace) -> str:
             first = names.stdout.split()[0]
         except (OSError, subprocess.CalledProcessError, IndexError):
             raise InputError(f"cannot read the node list {nodes}; give --dist-url tcp://FIRST_NODE:PORT") from None
-    return f"tcp://{first}:{20000 + int(os.environ.get('SLURM_JOB_ID', 0)) % 20000}"
+    # a port of this job, and of this of the steps that it may run beside each other
+    job, step = (int(os.environ.get(name, 0)) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
+    return f"tcp://{first}:{20000 + (job + 1009 * step) % 20000}"

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from moco import distributed
 from moco.errors import InputError
+from moco.files import replacing
 
 Metrics = dict[str, Tensor | tuple[Tensor, Tensor]]  # scalars, or a sum and the count of what it sums up
 
@@ -59,10 +60,8 @@ def say(message: str) -> None:
 
 def write_json(path: Path, value: object) -> None:
     """Write `value` as indented JSON, replacing the file at once."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
-    temporary.replace(path)
+    with replacing(path) as file:
+        file.write((json.dumps(value, indent=2) + "\n").encode())
 
 
 class RunLog:
@@ -91,9 +90,8 @@ class RunLog:
             (folder / "args.yaml").write_text(yaml.safe_dump(vars(args), sort_keys=True))
             self.path = folder / "log.jsonl"
             kept = [line for line in _lines(self.path) if _step(line) <= start] if args.resume else []
-            fewer = folder / ".log.jsonl.tmp"
-            fewer.write_text("".join(kept))
-            fewer.replace(self.path)
+            with replacing(self.path) as file:
+                file.write("".join(kept).encode())
         except NotImplementedError:  # the file system has no locks
             pass
         except Timeout:
