@@ -15,7 +15,7 @@ from conftest import shell, write_images
 from test_cli import refused
 from test_runs import load, same, succeeded
 
-from moco.engine import checkpoint
+from moco.engine import checkpoint, interrupt
 from moco.engine.interrupt import STATUS
 from moco.errors import InputError
 
@@ -170,6 +170,12 @@ def test_the_furthest_checkpoint_that_can_be_read(tmp_path, capsys):
     assert f"skipped: {tmp_path / 'checkpoint_0010.pth.tar'}: not a readable checkpoint" in capsys.readouterr().out
     with pytest.raises(InputError, match=r"no checkpoint in .* can be read"):
         checkpoint.newest(str(tmp_path))
+
+
+def test_a_signal_while_a_checkpoint_is_read_is_not_taken_for_damage(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch, "load", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(interrupt.Interrupted, match="SIGTERM"), interrupt.before_training():
+        checkpoint.load(str(tmp_path / "any"))
 
 
 def test_auto_needs_a_folder(script, data):

@@ -17,8 +17,11 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 PATIENCE = 3.0  # seconds; a launcher's and a terminal's may both arrive, but a SIGINT that comes later is meant to end at once
 
 
-class Interrupted(Exception):
-    """The run was asked to end, and has saved if there was anything to save; the message says how to go on."""
+class Interrupted(BaseException):
+    """The run was asked to end, and has saved if there was anything to save; the message says how to go on.
+
+    It may come at any place, and is nothing that code which catches every Exception should take for its own.
+    """
 
 
 class Requests:
