@@ -9,7 +9,7 @@ demo: $(ENV)
 	.venv/bin/python tools/demo.py --seed $(SEED)
 
 test: $(ENV)
-	.venv/bin/python -m pytest -q -n 2 tests
+	.venv/bin/python -m pytest -q -n 2 --dist worksteal tests
 
 lint: $(ENV)
 	.venv/bin/ruff check .
