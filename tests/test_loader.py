@@ -242,6 +242,15 @@ def test_decode_drops_alpha(tmp_path):
     assert_decodes_to(tmp_path / "rgba.png", smooth_rgb())
 
 
+def test_decode_does_not_pass_on_warnings(tmp_path, recwarn):
+    paletted = Image.fromarray(smooth_rgb()).quantize(32)
+    paletted.save(tmp_path / "palette.png", transparency=bytes(range(32)))  # Pillow warns of it
+    decode(str(tmp_path / "palette.png"))
+    assert not [warning for warning in recwarn if "Palette" in str(warning.message)]
+    Image.open(tmp_path / "palette.png").convert("RGB")
+    assert [warning for warning in recwarn if "Palette" in str(warning.message)]
+
+
 def test_decode_reads_palettes(tmp_path):
     paletted = Image.fromarray(smooth_rgb()).quantize(32)
     paletted.save(tmp_path / "palette.png")

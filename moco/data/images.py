@@ -1,7 +1,9 @@
 """The images of one split, by number: files or an array, with their labels; and how a file becomes a tensor."""
 
+import contextlib
 import os
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -139,10 +141,23 @@ def _check_size(path: str, data: memoryview) -> None:
         i += 1 if data[i + 1] == 0xFF else 2 + int.from_bytes(data[i + 2 : i + 4], "big")
 
 
+# what Pillow may take a file for, whatever it is called: of others, PostScript would be run
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF", "JPEG2000")
+
+
+@contextlib.contextmanager
+def _opened(path: str) -> Iterator[Image.Image]:
+    """By Pillow, without its warnings (of palettes, EXIF), which every worker would repeat; what it cannot read, it raises."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with Image.open(path, formats=_FORMATS) as image:
+            yield image
+
+
 def _decode_smaller(path: str, reduction: Reduction) -> Tensor | None:
     """The JPEG in `path` at the share of its size that `reduction` allows; None where that is all of it."""
     try:
-        with Image.open(path, formats=_FORMATS) as image:
+        with _opened(path) as image:
             factor = reduction(image.height, image.width)
             image.draft("RGB", (image.width // factor, image.height // factor))
             return pil_to_tensor(image.convert("RGB")) if factor > 1 else None
@@ -150,16 +165,12 @@ def _decode_smaller(path: str, reduction: Reduction) -> Tensor | None:
         return None
 
 
-# what Pillow may take a file for, whatever it is called: of others, PostScript would be run
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF", "JPEG2000")
-
-
 def _decode_with_pil(path: str) -> Tensor:
     """All but ordinary JPEGs."""
     if not os.path.isfile(path):  # a pipe would be waited for
         raise InputError(f"{path}: unreadable image (a broken link, or no file); remove or replace it")
     try:
-        with Image.open(path, formats=_FORMATS) as image:
+        with _opened(path) as image:
             return pil_to_tensor(_shallow(image).convert("RGB"))
     except Exception as error:  # Pillow's plugins raise many kinds
         reason = str(error).replace(f"'{path}'", "file") or type(error).__name__
