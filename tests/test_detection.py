@@ -399,17 +399,8 @@ def test_eighty_iterations_lower_the_loss(datasets, tmp_path):
     register_pascal_voc("tiny_voc", str(datasets / "VOC2007"), "trainval", 2007)
     MetadataCatalog.get("tiny_voc").evaluator_type = "pascal_voc"
     options = ["MODEL.WEIGHTS", tmp_path / "weights.pkl", "OUTPUT_DIR", tmp_path, "DATASETS.TRAIN", "('tiny_voc',)"]
-    options += [
-        "INPUT.MIN_SIZE_TRAIN",
-        "(64,)",
-        "SOLVER.IMS_PER_BATCH",
-        1,
-        "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE",
-        8,
-        "DATASETS.TEST",
-        "()",
-    ]
-    options += ["SOLVER.MAX_ITER", 80, "SOLVER.STEPS", "(70,)", "SOLVER.WARMUP_ITERS", 10, "SEED", 1]
+    options += ["INPUT.MIN_SIZE_TRAIN", "(64,)", "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 8, "DATASETS.TEST", "()"]
+    options += ["SOLVER.IMS_PER_BATCH", 1, "SOLVER.MAX_ITER", 80, "SOLVER.STEPS", "(70,)", "SOLVER.WARMUP_ITERS", 10, "SEED", 1]
     file = HERE / "configs" / "pascal_voc_R_50_C4_24k_moco.yaml"
     cfg = train_net.c4.config(file, [*SMALL, *map(str, options)], gpus=0)
     trainer = train_net.Trainer(cfg)
