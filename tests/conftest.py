@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import io
 import os
 import socket
 import subprocess
@@ -70,24 +71,30 @@ def shell(*command: object, env: dict[str, str] | None = None, wait: bool = True
         return subprocess.run(words, timeout=600, **pipes)
 
 
-@pytest.fixture
-def script(capsys, monkeypatch):
-    """Call a script's command line in this process: returns exit status, stdout and stderr."""
+def in_process(name: str, *options: object) -> tuple[int, str, str]:
+    """Call a script's command line in this process: returns exit status, stdout and stderr.
 
-    def call(name: str, *options: object) -> tuple[int, str, str]:
-        from moco.engine import cli
+    A process of its own takes seconds to import what is here already.
+    """
+    from moco.engine import cli
 
-        module = importlib.import_module(name)
+    module, status = importlib.import_module(name), 0
+    with (
+        contextlib.redirect_stdout(io.StringIO()) as out,
+        contextlib.redirect_stderr(io.StringIO()) as err,
+        pytest.MonkeyPatch.context() as monkeypatch,
+    ):
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, options)])
-        status = 0
         try:
             cli.main(module.parser(), module.check, module.worker)
         except SystemExit as stop:
             status = stop.code
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
+    return status, out.getvalue(), err.getvalue()
 
-    return call
+
+@pytest.fixture
+def script():
+    return in_process
 
 
 def on_two_ranks(checks: dict[str, tuple], folder: Path) -> Callable[[str], list]:

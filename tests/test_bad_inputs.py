@@ -25,7 +25,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, write_images
+from conftest import ROOT, in_process, write_images
 from PIL import Image
 from torch import nn
 
@@ -742,12 +742,8 @@ def data(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def good(data, tmp_path_factory) -> Path:
     """A run folder with a checkpoint after one epoch of two, and the same in a small file."""
-    import main_synco
-
     run = tmp_path_factory.mktemp("good")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["main_synco.py", *map(str, (data, *SMALL, "--moco-k", 32, "--epochs", 1, "--save-dir", run))])
-        cli.main(main_synco.parser(), main_synco.check, main_synco.worker)
+    assert in_process("main_synco", data, *SMALL, "--moco-k", 32, "--epochs", 1, "--save-dir", run)[0] == 0
     torch.save(thin(torch.load(run / "checkpoint_0000.pth.tar", weights_only=True)), run / "thin.pth.tar")
     return run
 

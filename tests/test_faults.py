@@ -117,7 +117,7 @@ def test_going_back_to_an_earlier_checkpoint_sets_later_ones_aside(script, data,
     assert checkpoint.newest(str(tmp_path)) == str(tmp_path / "checkpoint_0001.pth.tar")
 
 
-def test_another_world_size_goes_on_at_the_same_place(data, tmp_path):
+def test_another_world_size_goes_on_at_the_same_place(script, data, tmp_path):
     process = shell(*SYNCO, *TWO, data, "--save-dir", tmp_path, "--save-every-steps", 5, wait=False)
     file = tmp_path / "kept.pth.tar"
 
@@ -130,15 +130,14 @@ def test_another_world_size_goes_on_at_the_same_place(data, tmp_path):
     process.kill()
     process.communicate()
     before = load(file)
-    out = succeeded(
-        shell(*SYNCO, data, "--save-dir", tmp_path / "one", "--resume", file, "--save-every-steps", 11, "--lr", 0.5, "--cos")
-    )
-    assert "at epoch 0, after 10 of its steps" in out
+    resumed = ("main_synco", data, *SYNCO[1:], "--resume", file)
+    status, out, err = script(*resumed, "--save-dir", tmp_path / "one", "--save-every-steps", 11, "--lr", 0.5, "--cos")
+    assert status == 0 and "at epoch 0, after 10 of its steps" in out, err
     first = json.loads((tmp_path / "one" / "log.jsonl").read_text().splitlines()[0])
     assert (first["epoch"], first["step"], first["lr"]) == (0, 11, 0.5)
     # twice the batch, with half as many steps in an epoch: five of them have seen its images
-    more = ("-b", 8, "--save-dir", tmp_path / "two", "--resume", file, "-p", 1)
-    assert "at epoch 0, after 5 of its steps" in succeeded(shell(*SYNCO, data, *more))
+    status, out, err = script(*resumed, "--save-dir", tmp_path / "two", "-b", 8)
+    assert status == 0 and "at epoch 0, after 5 of its steps" in out, err
     after = load(tmp_path / "one" / "checkpoint_0000.pth.tar")
     for step, saved in ((10, before), (12, after)):
         assert int(saved["state_dict"]["module.queue_ptr"]) == step * 4 % 24
@@ -293,20 +292,22 @@ def test_two_nodes_of_torchrun_write_one_set_of_checkpoints(data, tmp_path):
     assert logged(tmp_path / "run") == list(range(1, 7))
 
 
-@pytest.mark.parametrize("lost", [0, 1])
-def test_a_node_that_is_lost_is_noticed_on_the_other(lost, data, tmp_path):
-    """It stops without a word, as where its power or its network fails."""
-    url = f"tcp://127.0.0.1:{free_port()}"
-    command = (*SYNCO, data, "--epochs", 50, "--save-dir", tmp_path / "run", "--world-size", 2, "--dist-url", url)
-    nodes = [shell(*command, "--rank", node, wait=False) for node in range(2)]
-    until(lambda: logged(tmp_path / "run"), nodes[0])
-    began = time.monotonic()
-    nodes[lost].send_signal(signal.SIGSTOP)
-    _, err = nodes[1 - lost].communicate(timeout=60)
-    nodes[lost].kill()
-    nodes[lost].communicate()
-    assert time.monotonic() - began < 60 and nodes[1 - lost].returncode == 1
-    assert f"rank {lost} has given no sign of life for 30 seconds" in err.splitlines()[-1], err
+def test_a_node_that_is_lost_is_noticed_on_the_other(data, tmp_path):
+    """It stops without a word, as where its power or its network fails. Two runs at once: each loses another node."""
+    runs = []
+    for lost in range(2):
+        run, url = tmp_path / str(lost), f"tcp://127.0.0.1:{free_port()}"
+        command = (*SYNCO, data, "--epochs", 50, "--save-dir", run, "--world-size", 2, "--dist-url", url)
+        nodes = [shell(*command, "--rank", node, wait=False) for node in range(2)]
+        until(lambda run=run: logged(run), nodes[0])
+        nodes[lost].send_signal(signal.SIGSTOP)
+        runs.append((nodes, time.monotonic()))
+    for lost, (nodes, began) in enumerate(runs):
+        _, err = nodes[1 - lost].communicate(timeout=60)
+        assert time.monotonic() - began < 60 and nodes[1 - lost].returncode == 1
+        assert f"rank {lost} has given no sign of life for 30 seconds" in err.splitlines()[-1], err
+        nodes[lost].kill()
+        nodes[lost].communicate()
 
 
 def test_a_full_disk_ends_a_run_and_leaves_its_last_checkpoint(script, data, tmp_path):

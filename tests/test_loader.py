@@ -1,5 +1,6 @@
 """Orders, decoding and reading: what a run sees depends on its seed and never on how many processes read it."""
 
+import os
 import struct
 import zlib
 from argparse import Namespace
@@ -107,6 +108,12 @@ def test_each_process_takes_its_share_of_the_workers(monkeypatch, photographs, w
     args = Namespace(workers=workers, batch_per_process=batch_per_process, batch_size=processes)
     assert list(batches(photographs, CenterCrop(32), EvalOrder(10, 5), args, CPU)) == []
     assert asked == [{0: 0, 3: 1, 4: 1, 5: 5, 9: 3}[workers]]
+
+
+def test_more_workers_than_cores_bring_no_warning(photographs, recwarn):
+    workers = os.cpu_count() + 1
+    assert len(read(photographs, EvalOrder(38, 38), CenterCrop(32), workers)) == 1
+    assert [str(warning.message) for warning in recwarn] == []
 
 
 def indices(order_batches):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, shell
+from conftest import ROOT, in_process, shell
 from test_cli import refused
 from test_runs import facts, load, same, succeeded
 from test_voc07 import write_voc
@@ -164,7 +164,7 @@ def checkpoints(tmp_path_factory, shared_images):
     for name in ("adco", "sogclr", "fnc"):
         method, *options = METHODS[name]
         run = tmp_path_factory.mktemp(name)
-        succeeded(shell(f"{method}.py", shared_images, *options, *SMALL, "--knn-every", 1, "--save-dir", run))
+        assert in_process(method, shared_images, *options, *SMALL, "--knn-every", 1, "--save-dir", run)[0] == 0
         files[name] = run / "checkpoint_0000.pth.tar"
     return files
 

@@ -139,21 +139,21 @@ def test_published_probe_command_runs(published, tmp_path):
     assert torch.equal(state["state_dict"]["module.layer4.1.conv2.weight"], source["module.encoder_q.layer4.1.conv2.weight"])
 
 
-def test_stopped_and_resumed_equals_never_stopped(shared_images, tmp_path):
+def test_stopped_and_resumed_equals_never_stopped(script, shared_images, tmp_path):
     """SIGKILL after three of six epochs; weights, both encoders, queue, optimizer and metrics are the same bit for bit."""
-    command = ("main_synco.py", shared_images, *TINY, "--epochs", 6, "--cos", "--mlp", "--warmup-epochs", 2, "--aug-plus")
+    command = (shared_images, *TINY, "--epochs", 6, "--cos", "--mlp", "--warmup-epochs", 2, "--aug-plus")
     command += ("--knn-every", 2, "-p", 2, "--accumulation-steps", 2, "--moco-m", 0.9, "--seed", 3)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    succeeded(shell(*command, "-j", 0, "--save-dir", whole))
-    stopped = shell(*command, "-j", 1, "--save-dir", parts, wait=False)
+    assert script("main_synco", *command, "-j", 0, "--save-dir", whole)[0] == 0
+    stopped = shell("main_synco.py", *command, "-j", 1, "--save-dir", parts, wait=False)
     third = parts / "checkpoint_0002.pth.tar"
     while not third.exists():
         assert stopped.poll() is None, stopped.communicate()
         time.sleep(0.02)
     stopped.kill()
     stopped.communicate()
-    out = succeeded(shell(*command, "-j", 2, "--save-dir", parts, "--resume", third))
-    assert "at epoch 3" in out
+    status, out, err = script("main_synco", *command, "-j", 2, "--save-dir", parts, "--resume", third)
+    assert status == 0 and "at epoch 3" in out, err
     a, b = (load(run / "checkpoint_0005.pth.tar") for run in (whole, parts))
     for key in ("epoch", "state_dict", "optimizer", "scaler", "progress"):
         assert same(a[key], b[key]), key
@@ -162,18 +162,22 @@ def test_stopped_and_resumed_equals_never_stopped(shared_images, tmp_path):
     assert not same(load(third)["state_dict"], b["state_dict"])
 
 
-def test_probe_resumes_exactly(shared_images, tmp_path):
-    command = ("main_lincls.py", shared_images, "-a", "resnet18", "--image-size", 32, "-b", 8, "-j", 0, "--lr", 1)
-    command += ("--schedule", 2, "--seed", 1)
+def test_probe_resumes_exactly(script, shared_images, tmp_path):
+    def probe(*options: object) -> str:
+        status, out, err = script("main_lincls", *command, *options)
+        assert status == 0, err
+        return out
+
+    command = (shared_images, "-a", "resnet18", "--image-size", 32, "-b", 8, "-j", 0, "--lr", 1, "--schedule", 2, "--seed", 1)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    succeeded(shell(*command, "--epochs", 3, "--save-dir", whole))
-    succeeded(shell(*command, "--epochs", 1, "--save-dir", parts))
-    succeeded(shell(*command, "--epochs", 3, "--save-dir", parts, "--resume", parts / "checkpoint.pth.tar"))
+    probe("--epochs", 3, "--save-dir", whole)
+    probe("--epochs", 1, "--save-dir", parts)
+    probe("--epochs", 3, "--save-dir", parts, "--resume", parts / "checkpoint.pth.tar")
     a, b = (load(run / "checkpoint.pth.tar") for run in (whole, parts))
     for key in ("epoch", "state_dict", "optimizer", "best_acc1"):
         assert same(a[key], b[key]), key
     assert facts(whole) == facts(parts)
-    tested = succeeded(shell(*command, "-e", "--resume", parts / "checkpoint.pth.tar", "--save-dir", tmp_path / "test"))
+    tested = probe("-e", "--resume", parts / "checkpoint.pth.tar", "--save-dir", tmp_path / "test")
     results = json.loads((tmp_path / "test" / "results.json").read_text())["metrics"]
     assert results == json.loads((parts / "results.json").read_text())["metrics"]
     assert "* Acc@1" in tested
@@ -359,17 +363,15 @@ def test_two_processes_by_every_launcher(launcher, shared_images, tmp_path):
     assert 0 <= log(tmp_path / "run")[-1]["knn"] <= 1
 
 
-def test_two_processes_evaluate_as_one(shared_images, tmp_path):
+def test_two_processes_evaluate_as_one(script, shared_images, tmp_path):
     """15 val images over 2 processes: the last batch is uneven, and no image counts twice."""
-    common = (shared_images, "-a", "resnet18", "--image-size", 32, "-b", 8, "-j", 0)
-    two = ("--multiprocessing-distributed", "--nproc-per-node", 2)
-    metrics = []
-    for i, launch in enumerate(((), two)):
-        folder = tmp_path / f"knn{i}"
-        succeeded(shell("main_knn.py", *common, "--k", 1, 5, 20, *launch, "--save-dir", folder))
-        metrics.append(json.loads((folder / "results.json").read_text())["metrics"])
-    assert metrics[0] == metrics[1]
-    assert metrics[0]["knn_1"] * 15 == pytest.approx(round(metrics[0]["knn_1"] * 15))
+    common = (shared_images, "-a", "resnet18", "--image-size", 32, "-b", 8, "-j", 0, "--k", 1, 5, 20)
+    assert script("main_knn", *common, "--save-dir", tmp_path / "one")[0] == 0
+    two = ("--multiprocessing-distributed", "--nproc-per-node", 2, "--save-dir", tmp_path / "two")
+    succeeded(shell("main_knn.py", *common, *two))
+    one, two = (json.loads((tmp_path / name / "results.json").read_text())["metrics"] for name in ("one", "two"))
+    assert one == two
+    assert one["knn_1"] * 15 == pytest.approx(round(one["knn_1"] * 15))
 
 
 def test_a_mistake_inside_spawned_processes_is_one_line(images, tmp_path):
@@ -384,18 +386,19 @@ def test_a_mistake_inside_spawned_processes_is_one_line(images, tmp_path):
 
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
-def test_mixed_precision_trains(amp, shared_images, tmp_path):
-    options = ("main_synco.py", shared_images, *TINY, "-j", 0, "--epochs", 1, "--warmup-epochs", 0, "--amp", amp)
-    succeeded(shell(*options, "--save-dir", tmp_path))
+def test_mixed_precision_trains(amp, script, images, tmp_path):
+    options = (images, *TINY, "-j", 0, "--epochs", 1, "--warmup-epochs", 0, "--amp", amp)
+    assert script("main_synco", *options, "--save-dir", tmp_path)[0] == 0
     assert all(torch.isfinite(torch.tensor(line["loss"])) for line in log(tmp_path))
     weights = load(tmp_path / "checkpoint_0000.pth.tar")["state_dict"]
     assert all(torch.isfinite(tensor).all() for tensor in weights.values())
     assert weights["module.queue"].dtype == torch.float32
 
 
-def test_accumulation_takes_all_the_passes_of_a_step(shared_images, tmp_path):
-    options = ("main_synco.py", shared_images, *TINY, "-j", 0, "--epochs", 1, "--accumulation-steps", 3)
-    out = succeeded(shell(*options, "--save-dir", tmp_path))
+def test_accumulation_takes_all_the_passes_of_a_step(script, shared_images, tmp_path):
+    options = (shared_images, *TINY, "-j", 0, "--epochs", 1, "--accumulation-steps", 3)
+    status, out, err = script("main_synco", *options, "--save-dir", tmp_path)
+    assert status == 0, err
     assert "total batch 24 = 8 per process x 1 processes x 3 accumulation" in out
     state = load(tmp_path / "checkpoint_0000.pth.tar")
     assert state["progress"] == {"step": 2, "samples": 48, "seed": 0, "batch": 24, "steps_per_epoch": 2}

@@ -128,12 +128,12 @@ def test_resumed_fine_tuning_is_one_never_stopped(optimizer, script, pretrained,
     assert status == 2 and "--lr-backbone 0.5" in err and err.count("\n") == 1
 
 
-def test_two_processes_test_as_one(pretrained, shared_images, tmp_path):
-    common = ("main_semisup.py", shared_images, *SMALL, "--train-percent", 100, "--pretrained", pretrained)
-    one = shell(*common, "--epochs", 1, "--save-dir", tmp_path / "one")
-    assert one.returncode == 0, one.stderr
+def test_two_processes_test_as_one(script, pretrained, shared_images, tmp_path):
+    common = (shared_images, *SMALL, "--train-percent", 100, "--pretrained", pretrained)
+    status, _, err = script("main_semisup", *common, "--epochs", 1, "--save-dir", tmp_path / "one")
+    assert status == 0, err
     again = ("-e", "--resume", tmp_path / "one" / "checkpoint.pth.tar", "--multiprocessing-distributed", "--nproc-per-node", 2)
-    two = shell(*common, *again, "--save-dir", tmp_path / "two")
+    two = shell("main_semisup.py", *common, *again, "--save-dir", tmp_path / "two")
     assert two.returncode == 0, two.stderr
     assert results(tmp_path / "one")["metrics"] == results(tmp_path / "two")["metrics"]
 

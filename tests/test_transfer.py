@@ -64,14 +64,14 @@ def test_semi_supervised_and_nearest_neighbours_on_arrays(script, tmp_path):
     assert results(tmp_path / "again")["metrics"] == results(tmp_path / "semisup")["metrics"]
 
 
-def test_average_precision_over_two_processes_is_that_of_one(tmp_path):
+def test_average_precision_over_two_processes_is_that_of_one(script, tmp_path):
     """Of images that show several classes, some of them difficult, the last batch uneven."""
     WRITERS["voc2007"](Tree(tmp_path / "data"))
-    common = ("main_lincls.py", "--dataset", "voc2007", *SMALL, "--lr", 0.1, tmp_path / "data")
-    one = shell(*common, "--save-dir", tmp_path / "one")
-    assert one.returncode == 0, one.stderr
+    common = ("--dataset", "voc2007", *SMALL, "--lr", 0.1, tmp_path / "data")
+    status, _, err = script("main_lincls", *common, "--save-dir", tmp_path / "one")
+    assert status == 0, err
     again = ("-e", "--resume", tmp_path / "one" / "checkpoint.pth.tar", "--multiprocessing-distributed", "--nproc-per-node", 2)
-    two = shell(*common, *again, "--save-dir", tmp_path / "two")
+    two = shell("main_lincls.py", *common, *again, "--save-dir", tmp_path / "two")
     assert two.returncode == 0, two.stderr
     assert results(tmp_path / "one")["metrics"] == results(tmp_path / "two")["metrics"]
 

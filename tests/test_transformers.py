@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, shell
+from conftest import ROOT, in_process, shell
 from test_cli import refused
 from test_named import WRITERS, Tree
 from test_runs import facts, load, same, succeeded
@@ -167,8 +167,8 @@ def checkpoints(tmp_path_factory, shared_images):
     files = {}
     for method, options in METHODS.items():
         run = tmp_path_factory.mktemp(method)
-        command = ("main_moby.py", shared_images, *SIZES, "--method", method, *options, "-a", ARCHS[method], "--knn-every", 1)
-        succeeded(shell(*command, "--save-dir", run))
+        command = (shared_images, *SIZES, "--method", method, *options, "-a", ARCHS[method], "--knn-every", 1)
+        assert in_process("main_moby", *command, "--save-dir", run)[0] == 0
         files[method] = run / "checkpoint_0000.pth.tar"
     return files
 

@@ -2,6 +2,7 @@
 
 import math
 import signal
+import warnings
 from argparse import Namespace
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -164,16 +165,20 @@ def batches(
     """
     cuda = device.type == "cuda"
     workers = -(-args.workers * args.batch_per_process // args.batch_size)
-    loader = DataLoader(
-        Views(images, cut, skips),
-        batch_sampler=order,
-        num_workers=workers,
-        collate_fn=collate,
-        pin_memory=cuda,
-        prefetch_factor=4 if workers else None,
-        worker_init_fn=_outlast_signals,
-    )
-    for batch in _alive(loader):
+    with warnings.catch_warnings():
+        # more workers than cores are the user's choice: files may come over a network
+        warnings.filterwarnings("ignore", "This DataLoader will create")
+        loader = DataLoader(
+            Views(images, cut, skips),
+            batch_sampler=order,
+            num_workers=workers,
+            collate_fn=collate,
+            pin_memory=cuda,
+            prefetch_factor=4 if workers else None,
+            worker_init_fn=_outlast_signals,
+        )
+        reader = iter(loader)
+    for batch in _alive(reader):
         if isinstance(batch, InputError):
             raise batch
         views = [view.to(device, non_blocking=True) for view in batch.views]
@@ -181,9 +186,9 @@ def batches(
         yield Batch(views, index, label, batch.unreadable)
 
 
-def _alive(loader: DataLoader) -> Iterator[Batch | InputError]:
-    """Its batches. Raises torch's error for a process that was killed also where that shows by a connection of ours to it."""
+def _alive(reader: Iterator[Batch | InputError]) -> Iterator[Batch | InputError]:
+    """What is read. Raises torch's error for a process that was killed also where that shows by a connection of ours to it."""
     try:
-        yield from loader
+        yield from reader
     except (ConnectionError, EOFError, FileNotFoundError) as error:
         raise RuntimeError(f"DataLoader worker exited unexpectedly ({type(error).__name__})") from None
