@@ -219,6 +219,7 @@ def test_two_runs_do_not_share_a_folder(script, data, tmp_path):
 # data and numbers
 
 
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")  # of loader processes that are ended
 def test_an_image_that_cannot_be_read_is_replaced(script, tmp_path):
     data = write_images(tmp_path / "data", classes=2, train=52)
     bad = data / "train" / "class1" / "7.jpg"

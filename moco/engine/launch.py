@@ -211,10 +211,20 @@ def _process(p: Plan, worker: Worker, args: Namespace, r: int, local_rank: int, 
             raise
         raise InputError(f"a loader process of rank {r} was ended: {what}{OUT_OF_MEMORY}") from None
     finally:
-        for loader in mp.active_children():  # of an evaluation that has failed: it outlasts all signals but this one
-            loader.kill()
+        _end_loaders()
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _end_loaders() -> None:
+    """Kill the loader processes that a failure has left: they outlast all other signals."""
+    theirs = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's would raise, in the middle of what comes next
+    left = mp.active_children()
+    for loader in left:
+        loader.kill()
+    for loader in left:
+        loader.join(5)  # one that waits for a dead file server cannot even be killed
+    signal.signal(signal.SIGCHLD, theirs)
 
 
 def _nodes(args: Namespace) -> tuple[int, int]:
