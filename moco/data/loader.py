@@ -5,7 +5,7 @@ import signal
 import warnings
 from argparse import Namespace
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -165,20 +165,15 @@ def batches(
     """
     cuda = device.type == "cuda"
     workers = -(-args.workers * args.batch_per_process // args.batch_size)
-    with warnings.catch_warnings():
-        # more workers than cores are the user's choice: files may come over a network
-        warnings.filterwarnings("ignore", "This DataLoader will create")
-        loader = DataLoader(
-            Views(images, cut, skips),
-            batch_sampler=order,
-            num_workers=workers,
-            collate_fn=collate,
-            pin_memory=cuda,
-            prefetch_factor=4 if workers else None,
-            worker_init_fn=_outlast_signals,
-        )
-        reader = iter(loader)
-    for batch in _alive(reader):
+    for batch in _read(
+        dataset=Views(images, cut, skips),
+        batch_sampler=order,
+        num_workers=workers,
+        collate_fn=collate,
+        pin_memory=cuda,
+        prefetch_factor=4 if workers else None,
+        worker_init_fn=_outlast_signals,
+    ):
         if isinstance(batch, InputError):
             raise batch
         views = [view.to(device, non_blocking=True) for view in batch.views]
@@ -186,8 +181,12 @@ def batches(
         yield Batch(views, index, label, batch.unreadable)
 
 
-def _alive(reader: Iterator[Batch | InputError]) -> Iterator[Batch | InputError]:
-    """What is read. Raises torch's error for a process that was killed also where that shows by a connection of ours to it."""
+def _read(**options: Any) -> Iterator[Batch | InputError]:
+    """What a DataLoader yields. Raises its error for a process that was killed also where that shows by a connection to it."""
+    with warnings.catch_warnings():
+        # more workers than cores are the user's choice: files may come over a network
+        warnings.filterwarnings("ignore", "This DataLoader will create")
+        reader = iter(DataLoader(**options))
     try:
         yield from reader
     except (ConnectionError, EOFError, FileNotFoundError) as error:
