@@ -17,9 +17,19 @@ from PIL import Image
 from moco import rng
 from moco.augment import color, recipes
 from moco.data import loader
+from moco.engine import tool
 from moco.errors import InputError
 from moco.rng import Progress
 from tools import show_views
+
+
+def test_ctrl_c_is_one_line(capsys):
+    def work():
+        raise KeyboardInterrupt
+
+    assert tool.attempt("report.py", work) == 130
+    assert capsys.readouterr() == ("", "report.py: interrupted\n")
+
 
 # tools/show_views.py
 

@@ -16,6 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from moco.engine import tool  # noqa: E402
 from moco.engine.log import write_json  # noqa: E402
 from tools import report  # noqa: E402
 
@@ -83,4 +84,4 @@ def show(results: dict[str, float], args: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(tool.attempt("demo.py", main))

@@ -67,7 +67,7 @@ def run(parser: OneLineParser, work: Callable[[argparse.Namespace], int | None])
 
 
 def attempt(name: str, work: Callable[[], int | None]) -> int:
-    """Do a tool's work; returns its exit status. A user's mistake is one line on stderr, and 2."""
+    """Do a tool's work; returns its exit status. A user's mistake is one line on stderr, and 2; Ctrl-C is one too, and 130."""
     try:
         return work() or 0
     except InputError as error:
@@ -76,5 +76,8 @@ def attempt(name: str, work: Callable[[], int | None]) -> int:
         if not error.filename:
             raise
         message = f"{os.fsdecode(error.filename)}: {error.strerror}"
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted", file=sys.stderr)
+        return 130
     print(one_line(f"{name}: error: {message}"), file=sys.stderr)
     return 2
