@@ -2,6 +2,8 @@
 
 import os
 import struct
+import subprocess
+import sys
 import zlib
 from argparse import Namespace
 from dataclasses import replace
@@ -9,6 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 
 from moco import distributed
@@ -114,6 +117,21 @@ def test_more_workers_than_cores_bring_no_warning(photographs, recwarn):
     workers = os.cpu_count() + 1
     assert len(read(photographs, EvalOrder(38, 38), CenterCrop(32), workers)) == 1
     assert [str(warning.message) for warning in recwarn] == []
+
+
+def test_a_program_that_leaves_batches_unread_ends():
+    """Python holds what is global until its end, and would wait for loader processes then, which outlast its SIGTERM."""
+    program = """if True:
+        from argparse import Namespace
+        import torch
+        from moco.data import datasets, loader
+        images = datasets.scan(datasets.find("photos", ("train", "val")), "train")
+        args = Namespace(workers=2, batch_per_process=8, batch_size=8)
+        left = loader.batches(images, loader.CenterCrop(32), loader.EvalOrder(len(images), 8), args, torch.device("cpu"))
+        print(next(left).label.tolist())
+    """
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "[0, 0, 0, 0, 0, 0, 0, 0]\n", "")
 
 
 def indices(order_batches):

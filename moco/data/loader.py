@@ -1,13 +1,16 @@
 """From files to batches of uint8 crops: workers decode each image once and cut its views, and do no colour work."""
 
+import atexit
 import math
 import signal
 import warnings
 from argparse import Namespace
 from collections.abc import Iterator
+from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple
 
 import torch
+import torch.multiprocessing as mp
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
@@ -154,6 +157,22 @@ def _outlast_signals(_: int) -> None:
 
 
 PATIENCE = 600  # seconds
+
+
+def end(processes: list[BaseProcess]) -> None:
+    """Kill loader processes that are left: they outlast all other signals."""
+    theirs = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's would raise, in the middle of what comes next
+    for process in processes:
+        process.kill()
+    for process in processes:
+        process.join(5)  # seconds; one that waits for a dead file server cannot even be killed
+    signal.signal(signal.SIGCHLD, theirs)
+
+
+@atexit.register
+def _end_all() -> None:
+    """Python would ask them to end and wait, where a program has left batches unread."""
+    end([process for process in mp.active_children() if process.daemon])
 
 
 def batches(

@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from moco.data import loader
 from moco.engine import interrupt, watch
 from moco.errors import InputError
 
@@ -211,20 +212,9 @@ def _process(p: Plan, worker: Worker, args: Namespace, r: int, local_rank: int, 
             raise
         raise InputError(f"a loader process of rank {r} was ended: {what}{OUT_OF_MEMORY}") from None
     finally:
-        _end_loaders()
+        loader.end(mp.active_children())
         if dist.is_initialized():
             dist.destroy_process_group()
-
-
-def _end_loaders() -> None:
-    """Kill the loader processes that a failure has left: they outlast all other signals."""
-    theirs = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's would raise, in the middle of what comes next
-    left = mp.active_children()
-    for loader in left:
-        loader.kill()
-    for loader in left:
-        loader.join(5)  # one that waits for a dead file server cannot even be killed
-    signal.signal(signal.SIGCHLD, theirs)
 
 
 def _nodes(args: Namespace) -> tuple[int, int]:
