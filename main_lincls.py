@@ -32,7 +32,7 @@ def check(args: cli.Options) -> None:
         if len(values) > 1 and args.weights == "finetune":
             raise InputError(f"{option} {' '.join(printed)}: --weights finetune trains one network; give one value")
     classify.check_choice(args)
-    classify.take_up(args, ("weights", "lr", "wd"))
+    classify.restore_options(args, ("weights", "lr", "wd"))
     args.method = "linear" if args.weights == "freeze" else "finetune"
     classify.check(args)
 

@@ -45,7 +45,7 @@ def check(args: cli.Options) -> None:
     if args.ft_proj and args.weights == "freeze":
         raise InputError("--ft-proj needs --weights finetune: a frozen encoder is judged by its backbone's features")
     classify.check_choice(args)
-    classify.take_up(args, ("weights", "lr_backbone", "lr_classifier", "wd", "train_percent", "subset_file", "ft_proj"))
+    classify.restore_options(args, ("weights", "lr_backbone", "lr_classifier", "wd", "train_percent", "subset_file", "ft_proj"))
     classify.check(args)
     classify.check_labels(args)
 

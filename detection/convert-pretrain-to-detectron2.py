@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT))
 from moco.encoder import networks, published  # noqa: E402
 from moco.engine import checkpoint, tool  # noqa: E402
 from moco.errors import InputError  # noqa: E402
-from moco.files import replacing  # noqa: E402
+from moco.files import creating  # noqa: E402
 
 
 def main() -> int:
@@ -28,6 +28,7 @@ def main() -> int:
     parser.add_argument("out", metavar="OUT", type=Path, help="the file for MODEL.WEIGHTS; ends in .pkl")
     parser.add_argument("-a", "--arch", help="of a checkpoint that does not say it (default: resnet50)")
     parser.add_argument("--check", action="store_true", help="prove with detectron2 that all of it arrives")
+    parser.add_argument("--force", action="store_true", help="replace an OUT that is of another checkpoint")
     return tool.run(parser, work)
 
 
@@ -35,7 +36,7 @@ def work(args: argparse.Namespace) -> None:
     if args.out.suffix != ".pkl":
         raise InputError(f"{args.out}: detectron2 takes a file by its ending; let OUT end in .pkl")
     converted = convert(args.checkpoint, args.arch)
-    write(args.out, converted)
+    write(args.out, converted, args.force)
     if args.check:
         check(args.out, converted)
 
@@ -82,11 +83,16 @@ def renamed(name: str) -> str:
     return name.replace("downsample.0.", "shortcut.").replace("downsample.1.", "shortcut.norm.")
 
 
-def write(path: Path, converted: dict[str, Any]) -> None:
-    """Write OUT, replacing it at once."""
+def write(path: Path, converted: dict[str, Any], force: bool) -> None:
+    """Write OUT; leave one that holds the same already, as a detector's run that continues has it.
+
+    Raises InputError if there is another file at `path`, unless `force`.
+    """
+    data = pickle.dumps(converted)
     try:
-        with replacing(path) as file:
-            pickle.dump(converted, file)
+        if not (path.is_file() and path.read_bytes() == data):
+            with creating(path, force) as file:
+                file.write(data)
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror}); choose another place") from None
     print(path)

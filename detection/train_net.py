@@ -27,7 +27,7 @@ from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, PascalVOCDete
 from detectron2.utils import comm  # noqa: E402
 
 from moco.encoder import published  # noqa: E402
-from moco.engine import classify  # noqa: E402
+from moco.engine import classify, run_folder  # noqa: E402
 from moco.engine.log import write_json  # noqa: E402
 from moco.errors import InputError  # noqa: E402
 
@@ -39,11 +39,33 @@ def main() -> int:
     try:
         cfg = configure(args)
         check_data(cfg)
+        held = claim(cfg, args) if args.machine_rank == 0 else None
     except InputError as error:
         print(f"train_net.py: error: {error}", file=sys.stderr)
         return 2
-    launch(worker, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, args=(cfg, args))
+    try:
+        launch(worker, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, args=(cfg, args))
+    finally:
+        if held:
+            held.release()
     return 0
+
+
+def claim(cfg: CfgNode, args: argparse.Namespace) -> run_folder.Held:
+    """Hold OUTPUT_DIR for this run; a test of a detector whose folder it is gets a subfolder.
+
+    Raises InputError if another run has written there, unless `--resume` continues it.
+    """
+    given = Path(cfg.OUTPUT_DIR)
+    continues = args.resume and any((given / name).exists() for name in ("last_checkpoint", c4.SOURCE))
+    places = run_folder.places(given, "detection") if args.eval_only else iter([given])
+    held = run_folder.take(given, places, continues and not args.eval_only, option="OUTPUT_DIR")
+    if held.folder != given:
+        print(f"OUTPUT_DIR {given} holds another run; this one writes to {held.folder}")
+        cfg.defrost()
+        cfg.OUTPUT_DIR = str(held.folder)
+        cfg.freeze()
+    return held
 
 
 def parser() -> argparse.ArgumentParser:

@@ -2,6 +2,7 @@
 
 import functools
 import warnings
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -140,6 +141,14 @@ def broadcast_buffers(model: nn.Module) -> None:
     if world() > 1:
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
+
+
+def from_rank_0(value: Any) -> Any:
+    """Return rank 0's `value`, any object that can be pickled, on every rank."""
+    values = [value]
+    if world() > 1:
+        dist.broadcast_object_list(values)
+    return values[0]
 
 
 def barrier() -> None:

@@ -48,6 +48,38 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             os.close(folder)
 
 
+def check_new(path: Path, force: bool = False) -> None:
+    """Raise InputError if there is a file at `path`, unless `force` (a tool's `--force`)."""
+    if os.path.lexists(path) and not force:
+        raise InputError(f"{path}: exists; give --force to replace it, or choose another place")
+
+
+@contextlib.contextmanager
+def creating(path: Path, force: bool = False) -> Iterator[BinaryIO]:
+    """Open a file to write next to `path`, and rename it at the end, as `replacing` does.
+
+    Raises InputError if `path` exists by then, unless `force`: of two programs that write the same
+    file at the same time, one keeps it and the other one fails.
+    """
+    check_new(path, force)
+    if force:
+        with replacing(path) as file:
+            yield file
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))  # reserve the name
+    except FileExistsError:
+        check_new(path)
+        raise
+    try:
+        with replacing(path) as file:
+            yield file
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+
+
 def half_written(folder: Path, name: str) -> list[Path]:
     """What `replacing` has left behind of the files whose names fit the pattern `name`."""
     return list(folder.glob(f".{name}-{'?' * 8}"))

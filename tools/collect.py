@@ -8,6 +8,7 @@ val/, which a * marks.
 
 import argparse
 import csv
+import io
 import json
 import re
 import statistics
@@ -22,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 
 from moco.engine import tool  # noqa: E402
 from moco.errors import InputError  # noqa: E402
-from moco.files import read_json  # noqa: E402
+from moco.files import check_new, creating, read_json  # noqa: E402
 
 
 class Encoder(NamedTuple):
@@ -58,19 +59,24 @@ class Best(NamedTuple):
 def main() -> int:
     parser = tool.OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where the run folders lie, at any depth")
-    parser.add_argument("--out", type=Path, help="where table.md and table.csv go (default: the folder itself)")
+    parser.add_argument("--out", type=Path, help="folder for table.md and table.csv (default: the folder itself)")
+    parser.add_argument("--force", action="store_true", help="replace the tables that are there")
     return tool.run(parser, table)
 
 
 def table(args: argparse.Namespace) -> None:
-    """Write and print the table. Raises InputError."""
+    """Print the table, and write it unless one is there. Raises InputError."""
     cells = collect(args.folder)
     out = args.out or args.folder
-    out.mkdir(parents=True, exist_ok=True)
     text = markdown(cells)
-    (out / "table.md").write_text(text)
-    write_csv(cells, out / "table.csv")
-    print(text + f"\n{out / 'table.md'}  {out / 'table.csv'}")
+    print(text)
+    files = {out / "table.md": text, out / "table.csv": as_csv(cells)}
+    for path in files:
+        check_new(path, args.force)
+    for path, content in files.items():
+        with creating(path, args.force) as file:
+            file.write(content.encode())
+    print(*files, sep="  ")
 
 
 def collect(folder: Path) -> dict[tuple[Encoder, tuple[str, str]], Best]:
@@ -182,20 +188,21 @@ def cell(found: Best | None) -> str:
     return text + (" \\*" if found.on_val else "")
 
 
-def write_csv(cells: dict[tuple[Encoder, tuple[str, str]], Best], path: Path) -> None:
-    """One line a cell, with the setting that was chosen."""
+def as_csv(cells: dict[tuple[Encoder, tuple[str, str]], Best]) -> str:
+    """Return one line a cell, with the setting that was chosen."""
     names = "method arch pretrain_epochs checkpoint dataset protocol metric value std top5 seeds settings_tried chosen_on settings"
-    with path.open("w", newline="") as file:
-        table = csv.writer(file)
-        table.writerow(names.split())
-        for (encoder, column), found in cells.items():
-            values = [run.value for run in found.runs]
-            std = statistics.stdev(values) if len(values) > 1 else ""
-            second = statistics.mean(run.second for run in found.runs) if found.runs[0].second is not None else ""
-            seeds = " ".join(str(run.seed) for run in found.runs)
-            chosen = "" if found.tried == 1 else "val" if found.on_val else "held out"
-            row = [*encoder, *column, found.runs[0].metric, statistics.mean(values), std, second]
-            table.writerow([*row, seeds, found.tried, chosen, found.runs[0].setting])
+    file = io.StringIO(newline="")
+    table = csv.writer(file)
+    table.writerow(names.split())
+    for (encoder, column), found in cells.items():
+        values = [run.value for run in found.runs]
+        std = statistics.stdev(values) if len(values) > 1 else ""
+        second = statistics.mean(run.second for run in found.runs) if found.runs[0].second is not None else ""
+        seeds = " ".join(str(run.seed) for run in found.runs)
+        chosen = "" if found.tried == 1 else "val" if found.on_val else "held out"
+        row = [*encoder, *column, found.runs[0].metric, statistics.mean(values), std, second]
+        table.writerow([*row, seeds, found.tried, chosen, found.runs[0].setting])
+    return file.getvalue()
 
 
 if __name__ == "__main__":

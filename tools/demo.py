@@ -6,8 +6,8 @@ encoder by the margins that the table shows.
 """
 
 import argparse
+import itertools
 import json
-import shutil
 import subprocess
 import sys
 import time
@@ -40,8 +40,8 @@ def main() -> int:
     epochs, probe_epochs = (2, 2) if args.short else (20, 12)
 
     began = time.perf_counter()
+    args.out = new_folder(args.out)
     run = args.out / "pretrain"
-    shutil.rmtree(args.out, ignore_errors=True)
     call(args.seed, "main_synco.py", run, *PRETRAIN, "--epochs", epochs)
     encoder = ["--pretrained", next(run.glob("checkpoint_*.pth.tar"))]
     results = {}
@@ -53,6 +53,17 @@ def main() -> int:
     write_json(args.out / "results.json", results)
     report.write([run], args.out / "report.html")
     return show(results, args)
+
+
+def new_folder(out: Path) -> Path:
+    """Make `out`, or, where an earlier demo is, OUT-2, OUT-3, ...; return the folder that was made."""
+    for i in itertools.count(2):
+        try:
+            out.mkdir(parents=True)
+            return out
+        except FileExistsError:
+            earlier, out = out, out.with_name(f"{out.name.removesuffix(f'-{i - 1}')}-{i}")
+            print(f"{earlier} is there already; trying {out}")
 
 
 def call(seed: int, script: str, folder: Path, *options: object, quiet: bool = False) -> dict[str, float]:

@@ -7,7 +7,6 @@ these networks loads it, and must compute the features that the project's does. 
 """
 
 import argparse
-import os
 import sys
 import tempfile
 from io import BytesIO
@@ -23,6 +22,7 @@ from moco.augment.recipes import MEAN, STD  # noqa: E402
 from moco.encoder.plain import Plain, homes  # noqa: E402
 from moco.engine import cli, encoder, tool  # noqa: E402
 from moco.errors import InputError  # noqa: E402
+from moco.files import check_new, creating  # noqa: E402
 
 TOLERANCE = 1e-4  # of the largest feature; the same operations in the same order differ by nothing at all
 READ = {  # how a file of each ending is read, from {}, and what must be imported for it
@@ -88,10 +88,11 @@ def export(args: argparse.Namespace) -> None:
         with tempfile.TemporaryDirectory(prefix=".export-", dir=args.out.parent) as folder:
             staged = [Path(folder, out.name) for out in outs]
             for path, data in zip(staged, files, strict=True):
-                write(path, data)
+                path.write_bytes(data)
             same = prove(found, plain, staged[0], args.hub)
-            for path, out in zip(staged, outs, strict=True):
-                os.replace(path, out)
+            for data, out in zip(files, outs, strict=True):
+                with creating(out, args.force) as file:
+                    file.write(data)
     except OSError as error:
         raise InputError(f"{args.out}: cannot be written ({error.strerror}); choose another place") from None
     print(f"{args.out}: {len(tensors)} tensors of the {found.arch}, from {args.checkpoint}; its head stays behind")
@@ -111,8 +112,7 @@ def check_places(args: argparse.Namespace, outs: list[Path]) -> None:
             raise InputError(f"{out}: is a folder; choose another place")
         if out.exists() and Path(args.checkpoint).exists() and out.samefile(args.checkpoint):
             raise InputError(f"{out}: is the checkpoint itself; choose another place")
-        if out.exists() and not args.force:
-            raise InputError(f"{out}: exists; give --force to replace it, or choose another place")
+        check_new(out, args.force)
 
 
 def packed(tensors: dict[str, Tensor], suffix: str, facts: dict[str, object]) -> bytes:
@@ -151,13 +151,6 @@ def python(home: Plain, path: Path) -> list[str]:
     """The Python that makes the library's network, as `net`, and loads `path` into it."""
     read = READ[path.suffix][0].format(repr(str(path)))
     return [*imports(home, path.suffix), *home.lines, f"net.load_state_dict({read})", "net.eval()"]
-
-
-def write(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 @torch.inference_mode()

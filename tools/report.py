@@ -23,6 +23,7 @@ sys.path.insert(0, str(ROOT))
 
 from moco.engine import tool  # noqa: E402
 from moco.errors import InputError  # noqa: E402
+from moco.files import check_new, creating  # noqa: E402
 from tools import collect, pictures, plots, runs  # noqa: E402
 from tools.runs import Run  # noqa: E402
 
@@ -37,17 +38,20 @@ def main() -> int:
     parser.add_argument("--pretrained", type=Path, metavar="FILE", help="encoder to look at, in place of the run's last checkpoint")
     parser.add_argument("--images", type=int, default=2000, metavar="N", help="train images among which neighbours are looked for")
     parser.add_argument("--seed", type=int, default=0, help="of the sample of images")
+    parser.add_argument("--force", action="store_true", help="replace the page that is there")
     return tool.run(parser, report)
 
 
 def report(args: argparse.Namespace) -> None:
     """Write the page that the options ask for. Raises InputError."""
-    write(args.runs, args.out, args.pretrained, args.images, args.seed)
+    write(args.runs, args.out, args.pretrained, args.images, args.seed, args.force)
     print(plots.printable(args.out))
 
 
-def write(folders: list[Path], out: Path, pretrained: Path | None = None, images: int = 2000, seed: int = 0) -> None:
-    """Write the page on the runs in `folders` to `out`.
+def write(
+    folders: list[Path], out: Path, pretrained: Path | None = None, images: int = 2000, seed: int = 0, force: bool = False
+) -> None:
+    """Write the page on the runs in `folders` to `out`, which must not exist unless `force`.
 
     Raises InputError for a folder that holds no pre-training run, and where the page cannot be written. What else is not there,
     such as checkpoints and images, the page says.
@@ -57,10 +61,11 @@ def write(folders: list[Path], out: Path, pretrained: Path | None = None, images
     if pretrained and (len(folders) > 1 or not pretrained.is_file()):
         why = "is for one run" if len(folders) > 1 else "no such file"
         raise InputError(f"--pretrained {pretrained}: {why}; without it the last checkpoint of each run is taken")
+    check_new(out, force)
     text = page(runs.read(folders), pretrained, images, seed)
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(text, encoding="utf-8")
+        with creating(out, force) as file:
+            file.write(text.encode())
     except OSError as error:
         raise InputError(f"--out {out}: cannot be written: {error.strerror}; choose another file") from None
 

@@ -29,7 +29,7 @@ from moco.data import datasets, loader  # noqa: E402
 from moco.data.images import SUFFIXES, ImageFolder, Images  # noqa: E402
 from moco.engine import cli, tool  # noqa: E402
 from moco.errors import InputError  # noqa: E402
-from moco.files import read_yaml  # noqa: E402
+from moco.files import check_new, creating, read_yaml  # noqa: E402
 from moco.rng import Progress  # noqa: E402
 
 CELL = 1.6  # inches of an image
@@ -52,10 +52,11 @@ def main() -> int:
 
 def draw(args: argparse.Namespace) -> None:
     """Write the picture. Raises InputError."""
+    check_new(args.out, args.force)
     images = find(args.data)
     figure = views_figure(images, spread(len(images), args.images), recipes.of_options(args), args.seed, args.draws)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(args.out)
+    with creating(args.out, args.force) as file:
+        figure.savefig(file, format="png")
     print(args.out)
 
 
@@ -208,6 +209,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--cfg", metavar="FILE.yaml", help="a run's recipe file or args.yaml; options given here win")
     p.add_argument("--out", type=Path, default=Path("views.png"), help="the picture (default: %(default)s)")
+    p.add_argument("--force", action="store_true", help="replace the picture that is there")
     p.add_argument("--images", type=cli.positive, default=6, metavar="N", help="rows, spread over the data (default: %(default)s)")
     p.add_argument("--draws", type=cli.positive, metavar="N", help="of each view, side by side (default: 3, fewer of many views)")
     p.add_argument("--seed", type=cli.seed, default=0, help="of crops and colours (default: %(default)s)")

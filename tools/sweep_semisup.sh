@@ -30,4 +30,4 @@ for percent in ${PERCENTS:-1 10}; do
         done
     done
 done
-"$python" "$here/tools/collect.py" "$out"
+"$python" "$here/tools/collect.py" --force "$out"

@@ -55,6 +55,12 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
+def check_name(name: str) -> None:
+    """Raise InputError if there is no recipe `name`."""
+    if name not in RECIPES:
+        raise unknown("recipe", name, RECIPES)
+
+
 def recipe(
     name: str,
     size: int = 224,
@@ -67,8 +73,7 @@ def recipe(
     `crop_min` is the least share of a crop, `randaugment` as in `View`, and `views` how many there are: the recipe's first ones,
     or all and its last one again. Raises InputError for an unknown name, or where a setting is out of range.
     """
-    if name not in RECIPES:
-        raise unknown("recipe", name, RECIPES)
+    check_name(name)
     all_views = [replace(view, size=max(1, round(view.size * size / 224))) for view in RECIPES[name]]
     if views is not None:
         all_views = [*all_views, *all_views[-1:] * views][:views]

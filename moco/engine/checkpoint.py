@@ -56,13 +56,18 @@ def numbered(folder: Path, inside: bool) -> list[Path]:
     return [path for path, match in matches if match and bool(match[2]) == inside]
 
 
-def begin(folder: Path, resumed: str | None) -> None:
-    """Tidy a run folder that is this run's alone, before it trains.
+def epoch_of(path: Path) -> int:
+    """Return the epoch, counted from 0, in the name of a numbered checkpoint."""
+    return int(_NAME.fullmatch(path.name)[1])
 
-    Half-written files of one that was killed go. Where it goes on from a checkpoint in the folder, those further than this one,
-    of what is now another branch, are renamed, so that nobody takes them for the run's own.
+
+def begin(folder: Path, resumed: str | None) -> None:
+    """Tidy the claimed folder of a run before it trains.
+
+    Remove half-written files of a start that was killed. Rename checkpoints that `--resume auto`
+    skipped as damaged, so that later starts do not read them again.
     """
-    for name in ("*.pth.tar", "*.json", "*.jsonl"):
+    for name in ("*.pth.tar", "*.json", "*.jsonl", "*.yaml"):
         for path in half_written(folder, name):
             path.unlink(missing_ok=True)
     start = Path(resumed) if resumed else None
@@ -70,8 +75,8 @@ def begin(folder: Path, resumed: str | None) -> None:
         return
     for path in [*numbered(folder, True), *numbered(folder, False)]:
         if _how_far(path) > _how_far(start):
-            path.replace(path.with_name(f"{path.name}.before"))
-            say(f"{path.name} is further than what is resumed: renamed to {path.name}.before")
+            path.replace(path.with_name(f"{path.name}.damaged"))
+            say(f"{path.name} is damaged: renamed to {path.name}.damaged")
 
 
 def newest(folder: str) -> str | None:
@@ -155,6 +160,9 @@ def _counts(value: object) -> bool:
     return type(value) is int and 0 < value < 2**63
 
 
+LARGEST_IMAGE = 1 << 14  # pixels; a file that claims more is not believed
+
+
 class About(NamedTuple):
     """What a checkpoint of any origin says of itself; whatever is not of its kind counts as not said."""
 
@@ -162,16 +170,20 @@ class About(NamedTuple):
     method: str
     epoch: int | None  # how many epochs it was trained for
     options: dict[str, Any]  # of the run
+    image_size: int | None  # pixels that its network was trained at
 
 
 def about(state: State) -> About:
     """See `About`."""
     arch, method, epoch, options = (state.get(key) for key in ("arch", "method", "epoch", "args"))
+    options = options if isinstance(options, dict) else {}
+    size = state.get("image_size", options.get("image_size"))
     return About(
         arch if isinstance(arch, str) and arch else None,
         method if isinstance(method, str) else "unknown",
         epoch if _counts(epoch) else None,
-        options if isinstance(options, dict) else {},
+        options,
+        size if type(size) is int and 0 < size < LARGEST_IMAGE else None,
     )
 
 

@@ -14,7 +14,7 @@ from moco.data import datasets, loader, named, subsets
 from moco.data.images import Images
 from moco.encoder import networks, published
 from moco.engine import checkpoint, features, metrics, precision
-from moco.engine.log import say, write_json
+from moco.engine.log import say, write_json, write_options
 from moco.engine.train import Trainer
 from moco.errors import InputError
 from moco.rng import Progress
@@ -27,9 +27,13 @@ def check(args: Namespace) -> None:
     named.check(args.dataset, args.data, args.download)
     if args.dataset == "imagenet":
         subsets.check_classes(Path(args.data) / "train", args.class_list, args.data_name)
+    if tests_only(args) and args.encoder_method:
+        networks.create(args.arch, 1, args.image_size)  # raises what is wrong with them
+        return
     state = checkpoint.load(args.pretrained) if args.pretrained else {}
     about = checkpoint.about(state)
     args.arch = args.arch or about.arch or "resnet50"
+    args.image_size = args.image_size or about.image_size or 224
     args.encoder_method = about.method if args.pretrained else "random"
     args.pretrain_epochs = about.epoch
     if not args.pretrained:
@@ -42,27 +46,48 @@ def check(args: Namespace) -> None:
         raise error
 
 
-def take_up(args: Namespace, options: Iterable[str]) -> None:
-    """Go on with the seed and the `options` of the checkpoint of `--resume`: refuse others, or, only to test, take its own."""
+def tests_only(args: Namespace) -> bool:
+    """Return whether a classifier is only tested, whose checkpoint holds all of its network."""
+    return getattr(args, "evaluate", False) and not getattr(args, "ft_proj", 0)
+
+
+def restore_options(args: Namespace, options: Iterable[str]) -> None:
+    """Take the architecture and image size from the classifier of `--resume`; to test it, all its `options`.
+
+    Raises InputError if `--resume` is no classifier's checkpoint, or if an option that was given
+    contradicts it.
+    """
     if args.evaluate and not args.resume:
         raise InputError("--evaluate tests a trained classifier: give its checkpoint with --resume FILE")
     if not args.resume:
         return
     state = checkpoint.load(args.resume)
     checkpoint.check_resumable(state, args.resume)
-    args.seed = state["progress"]["seed"]
-    shared = ("val_from_train", "class_list", "learning_rate_scaling")
-    for name in (*options, *shared, *(["pretrained"] if args.evaluate else [])):
+    about, saved = checkpoint.about(state), state["args"]
+    for name, own in (("arch", about.arch), ("image_size", about.image_size)):
         given = getattr(args, name)
-        saved = state["args"].get(name, given)
-        if not _alike(saved, given):
+        if own is None or given in (None, own):
+            setattr(args, name, given or own)
+        elif name == "arch" or not args.evaluate:
+            raise InputError(f"--{name.replace('_', '-')} {given}: {args.resume} was trained with {own}; leave it out")
+        else:
+            say(f"the classifier was trained at {own} pixels, and is tested at {given} (--image-size)")
+    if not args.evaluate:
+        return
+    args.seed = state["progress"]["seed"]
+    shared = ("pretrained", "val_from_train", "class_list", "learning_rate_scaling")
+    for name in (*options, *shared):
+        given = getattr(args, name)
+        value = saved.get(name, given)
+        if not _alike(value, given):
             raise InputError(
-                f"{args.resume}: its --{name.replace('_', '-')} is {str(saved)[:50]}, which cannot be; take another one"
+                f"{args.resume}: its --{name.replace('_', '-')} is {str(value)[:50]}, which cannot be; take another one"
             )
-        if args.evaluate:
-            setattr(args, name, saved)
-        elif given != saved:
-            raise InputError(f"--{name.replace('_', '-')} {given}: {args.resume} was trained with {saved}; give the same to go on")
+        setattr(args, name, value)
+    args.encoder_method, args.pretrain_epochs = (
+        value if isinstance(value, kind) else None
+        for value, kind in ((saved.get("encoder_method"), str), (saved.get("pretrain_epochs"), int))
+    )
 
 
 def _alike(saved: object, given: object) -> bool:
@@ -126,12 +151,14 @@ def pretrained(args: Namespace, classes: int, device: torch.device) -> nn.Module
     """The encoder of `--pretrained` (randomly initialised without it) with a new classifier for `classes`, on `device`."""
     torch.manual_seed(args.seed)
     net = networks.create(args.arch, classes, args.image_size)
-    if args.pretrained:
+    if tests_only(args):
+        say(f"testing the classifier of {args.resume}, {args.arch} at {args.image_size} pixels")
+    elif args.pretrained:
         state = checkpoint.load(args.pretrained)
         matched = _load(net, args, state)
         say(f"{args.pretrained}: {matched} of {len(networks.backbone_keys(net))} backbone tensors matched")
-        size = checkpoint.about(state).options.get("image_size", args.image_size)
-        if size != args.image_size:
+        size = checkpoint.about(state).image_size
+        if size not in (None, args.image_size):
             say(f"it was pre-trained at {size} pixels, and sees {args.image_size} here (--image-size)")
     else:
         say(f"no --pretrained: a randomly initialised {args.arch}")
@@ -189,7 +216,10 @@ def write_results(args: Namespace, protocol: str, found: dict[str, float]) -> No
         "metrics": found,
         "settings": {name: getattr(args, name) for name in _SETTINGS if hasattr(args, name)},
     }
-    write_json(Path(args.save_dir) / "results.json", results)
+    folder = Path(args.save_dir)
+    if hasattr(args, "script") and not (folder / "args.yaml").exists():  # nothing was trained
+        write_options(args)
+    write_json(folder / "results.json", results)
 
 
 # what tells apart the runs of one protocol
@@ -289,12 +319,19 @@ class Classification(Trainer):
         self.test()
         self.best = max(self.best, self.chosen_by)
         if self.best == self.chosen_by:
-            self.save(self.best_name, done, best_acc1=self.best)
-        self.save("checkpoint.pth.tar", done, best_acc1=self.best)
+            self.save(self.best_name, done)
+        self.save("checkpoint.pth.tar", done)
         return {f"val_{name}": value for name, value in self.accuracy.items()}
 
     def save_inside(self, epoch: int, step: int) -> Path:
-        return self.save("checkpoint.pth.tar", epoch, step, best_acc1=self.best)
+        return self.save("checkpoint.pth.tar", epoch, step)
+
+    def more_state(self) -> dict[str, Any]:
+        return {
+            "best_acc1": self.best,
+            "classes": list(self.images.classes),
+            "image_size": self.args.image_size,
+        }
 
     def run(self, protocol: str) -> None:
         """Train what is left to train, or only test; print the accuracies and write results.json."""
@@ -317,8 +354,23 @@ class Classification(Trainer):
     def _resume(self, state: checkpoint.State) -> None:
         if not isinstance(state.get("best_acc1"), int | float):
             raise InputError(f"{self.args.resume}: is of no classifier; --resume goes on with those of this script's runs")
+        classes = state.get("classes")
+        if classes is not None and classes != list(self.images.classes):
+            raise InputError(f"{self.args.resume}: {_difference(classes, self.images.classes)}")
         self.best = state["best_acc1"]
         super()._resume(state)
+
+
+def _difference(saved: object, classes: tuple[str, ...]) -> str:
+    """Say how the classes of a classifier differ from those of the data."""
+    names = [name for name in saved if isinstance(name, str)] if isinstance(saved, list) else []
+    if len(names) != len(classes):
+        return f"tells {len(names)} classes apart, and the data have {len(classes)}; give the data that it was trained on"
+    place = next((i for i, pair in enumerate(zip(names, classes, strict=True)) if pair[0] != pair[1]), 0)
+    return (
+        f"its classes are not the data's: number {place} is '{names[place]}' there, and '{classes[place]}' here; "
+        "give the data that it was trained on"
+    )
 
 
 class FineTuning(Classification):

@@ -1,6 +1,7 @@
 """The command line: option groups that scripts share, YAML defaults, and errors of one line with status 2."""
 
 import argparse
+import functools
 import itertools
 import os
 import sys
@@ -9,11 +10,13 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+import torch
+
 from moco.augment import recipes
 from moco.data import named
 from moco.encoder import timm_networks
 from moco.encoder.networks import check_arch
-from moco.engine import checkpoint, interrupt, launch, optim
+from moco.engine import checkpoint, interrupt, launch, optim, resume, run_folder
 from moco.engine.tool import OneLineParser
 from moco.errors import InputError, unknown
 from moco.files import read_yaml
@@ -203,6 +206,8 @@ class Parser(OneLineParser):
             name = str(key).replace("_", "-")
             if name in _NOT_OPTIONS and name not in actions:
                 continue
+            if name in ("resume", "allow-change") and "script" in values:
+                continue  # how the run of this args.yaml was started last, and no setting of it
             if name not in actions:
                 raise InputError(f"--cfg {path}: {unknown('key', key, actions)}")
             self.set_defaults(**{actions[name].dest: _convert(actions[name], value, f"--cfg {path}: {key}")})
@@ -310,6 +315,19 @@ def processes(text: str) -> int:
     return _between(int(text), 0, 1024)
 
 
+def _names(text: str) -> list[str]:
+    """Option names, separated by commas, with or without dashes before them."""
+    return [name.strip().lstrip("-").replace("_", "-") for name in text.split(",") if name.strip()]
+
+
+def _keep(text: str) -> int:
+    """How many checkpoints are kept; 0 stands for all."""
+    try:
+        return 0 if text == "all" else natural(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor the word all") from None
+
+
 def seed(text: str) -> int:
     """An int that torch's generators take."""
     return _between(int(text), -(2**63), 2**63 - 1)
@@ -374,7 +392,10 @@ def add_input(
     of = "of each process" if each else "of this node, split over its processes"
     group.add_argument("-b", "--batch-size", type=positive, default=batch, help=f"images in one pass {of}")
     group.add_argument("-j", "--workers", type=processes, default=8, help=f"loader processes {of}")
-    group.add_argument("--image-size", type=positive, default=224, metavar="PIXELS", help="of a full-size view")
+    size = "" if arch else "; read from the checkpoint, else 224"
+    group.add_argument(
+        "--image-size", type=positive, default=224 if arch else None, metavar="PIXELS", help="of a full-size view" + size
+    )
     group.add_argument("--recipe", default=recipe, help="views by name, see moco/augment/recipes.py")
     group.add_argument(
         "--crop-min", type=finite_float, metavar="SHARE", help="least share of the image in a crop, instead of the recipe's"
@@ -468,7 +489,14 @@ def add_run(parser: Parser) -> None:
     group.add_argument(
         "--resume",
         metavar="FILE",
-        help="go on from this checkpoint exactly as if never stopped; auto: from the newest in the run folder, if there is any",
+        help="continue from this checkpoint as if the run had never stopped; auto: from the newest in the run folder, if any",
+    )
+    group.add_argument(
+        "--allow-change",
+        type=_names,
+        default=[],
+        metavar="NAME,...",
+        help="options that may differ from those of the run that --resume continues, such as lr,wd",
     )
     group.add_argument(
         "--save-every", type=positive, default=1, metavar="EPOCHS", help="epochs between checkpoints; the last is kept"
@@ -489,8 +517,14 @@ def add_pretrain(parser: Parser, cos: int = 1, *, transformers: bool = False, ea
     parser.set_defaults(batch_is_per_process=each)
     add_optimizer(parser, epochs=200, lr=0.03, wd=1e-4, schedule=[120, 160], cos=cos)
     add_run(parser)
-    parser.add_argument_group("monitor").add_argument(
-        "--keep", type=natural, default=0, metavar="N", help="keep the last N checkpoints; 0: all"
+    group = parser.add_argument_group("retention")
+    group.add_argument("--keep", type=_keep, default=2, metavar="N", help="keep the newest N epoch checkpoints; all: keep all")
+    group.add_argument(
+        "--keep-every",
+        type=natural,
+        default=10,
+        metavar="EPOCHS",
+        help="keep every so many epochs' checkpoint, too, besides the best by --knn-every; 0: none",
     )
     group = parser.add_argument_group("k-NN monitor")
     group.add_argument("--knn-every", type=natural, default=0, metavar="EPOCHS", help="report k-NN top-1 on val/, against train/")
@@ -551,6 +585,12 @@ def writable(folder: str) -> None:
         raise InputError(f"--save-dir {folder}: {there} is read-only; choose another place")
 
 
+def _in_own_folder(worker: launch.Worker, continues: bool, named: bool, args: Options, device: torch.device) -> None:
+    """Run the worker while this process's run holds its folder."""
+    with run_folder.claim(args, continues, named):
+        worker(args, device)
+
+
 def main(parser: Parser, check: Callable[[Options], None], worker: launch.Worker) -> None:
     """Parse, check, and run `worker(args, device)` in every process of the launch.
 
@@ -562,16 +602,18 @@ def main(parser: Parser, check: Callable[[Options], None], worker: launch.Worker
         if args.arch:
             check_arch(args.arch)
         if args.recipe:
-            recipes.of_options(args)
-        if getattr(args, "resume", None) == "auto":
-            if not args.save_dir:
-                raise InputError("--resume auto: give the run folder with --save-dir, or --output and --tag")
-            args.resume = checkpoint.newest(args.save_dir)
+            recipes.check_name(args.recipe)
+        continues = resume.start(args)
         check(args)
-        if args.save_dir:
+        if args.recipe:
+            recipes.of_options(args)
+        named = bool(args.save_dir)
+        if named:
             writable(args.save_dir)
+            if not continues and not hasattr(args, "pretrained"):
+                run_folder.check_free(args.save_dir)
         args.save_dir = args.save_dir or time.strftime(f"runs/{args.script}-{args.arch}-%Y%m%d-%H%M%S")
-        launch.launch(worker, args)
+        launch.launch(functools.partial(_in_own_folder, worker, continues, named), args)
     except InputError as error:
         parser.error(str(error))
     except OSError as error:  # of a file or folder that somebody has named: of others it is a fault in the program

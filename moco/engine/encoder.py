@@ -26,10 +26,9 @@ def read(path: str, arch: str | None = None, image_size: int | None = None) -> E
     """
     state = checkpoint.load(path)
     tensors = checkpoint.tensors(state)
-    own, method, epoch, options = checkpoint.about(state)
+    own, method, epoch, _, size = checkpoint.about(state)
     arch = arch or own or "resnet50"
-    size = options.get("image_size")
-    image_size = image_size or (size if type(size) is int and 0 < size < 1 << 14 else 224)
+    image_size = image_size or size or 224
     net = networks.create(arch, 0, image_size)
     try:
         published.load_backbone(net, tensors, path)

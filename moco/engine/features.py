@@ -182,13 +182,10 @@ def check_dump(args: Namespace) -> None:
     except OSError as error:
         raise InputError(f"--dump-features {folder}: cannot be written ({error.strerror}); choose another folder") from None
     if any(folder.glob("*.npy")) or (folder / "meta.json").exists():
-        try:
-            known = _OPTIONAL | read_json(folder / "meta.json")
-            same = {name: known[name] for name in _ORIGIN} == _origin(args)
-        except (InputError, KeyError, TypeError):
-            same = False
-        if not same:
-            raise InputError(f"--dump-features {folder}: holds other features or an unfinished dump; remove it or choose another")
+        unfinished = "" if (folder / "meta.json").exists() else ", of a dump that was not finished"
+        raise InputError(
+            f"--dump-features {folder}: holds features{unfinished}; choose another folder, or read them with --load-features"
+        )
 
 
 def _origin(args: Namespace) -> dict[str, Any]:
@@ -208,10 +205,6 @@ def of_splits(
 def dump(args: Namespace, classes: tuple[str, ...], train: Features, val: Features) -> None:
     """Write every rank's features to the folder of `--dump-features`, which all ranks must see."""
     folder, first = Path(args.dump_features), distributed.rank() == 0
-    if first:
-        (folder / "meta.json").unlink(missing_ok=True)
-        for path in folder.glob("*.npy"):
-            path.unlink()  # not overwritten: another process may be reading it
     for split, (rows, labels) in (("train", train), ("val", val)):
         count = int(distributed.all_reduce_sum(torch.tensor([len(labels)], device=labels.device)))
         _write(folder / f"{split}_features.npy", rows, count)
@@ -231,6 +224,10 @@ def _write(path: Path, mine: Tensor, count: int) -> None:
         if needed > free:  # writing through a memory map to a full disk would end the process
             where = f"--dump-features {path.parent}"
             raise InputError(f"{where}: {path.name} needs {needed / 2**30:.2f} GiB, and {free / 2**30:.2f} GiB are free; free some")
+        try:
+            path.touch(exist_ok=False)
+        except FileExistsError:
+            raise InputError(f"--dump-features {path.parent}: another program writes there; choose another folder") from None
         np.lib.format.open_memmap(path, "w+", kind, shape).flush()
     distributed.barrier()
     rows = np.lib.format.open_memmap(path, "r+")[distributed.rank() :: distributed.world()]

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 import yaml
-from filelock import FileLock, Timeout
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -64,6 +63,12 @@ def write_json(path: Path, value: object) -> None:
         file.write((json.dumps(value, indent=2) + "\n").encode())
 
 
+def write_options(args: Namespace) -> None:
+    """Write args.yaml to the run folder, which `run_folder.claim` has made this run's own."""
+    with replacing(Path(args.save_dir) / "args.yaml") as file:
+        file.write(yaml.safe_dump(vars(args), sort_keys=True).encode())
+
+
 class RunLog:
     """The run folder's log, and the line or bar that a person reads.
 
@@ -83,19 +88,15 @@ class RunLog:
         if distributed.rank() != 0:
             return
         folder = Path(args.save_dir)
-        self.lock = FileLock(folder / ".lock", blocking=False)
+        self.path = folder / "log.jsonl"
+        kept: list[str] = []
+        if args.resume:  # from the same folder, or from the run that this one branches off
+            before = Path(args.resume).with_name("log.jsonl")
+            kept = [line for line in _lines(before) if _step(line) <= start]
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self.lock.acquire()
-            (folder / "args.yaml").write_text(yaml.safe_dump(vars(args), sort_keys=True))
-            self.path = folder / "log.jsonl"
-            kept = [line for line in _lines(self.path) if _step(line) <= start] if args.resume else []
+            write_options(args)
             with replacing(self.path) as file:
                 file.write("".join(kept).encode())
-        except NotImplementedError:  # the file system has no locks
-            pass
-        except Timeout:
-            raise InputError(f"--save-dir {folder}: another run is writing there; wait for its end, or choose another") from None
         except OSError as error:
             raise InputError(f"--save-dir {folder}: cannot be written: {error.strerror}; choose another folder") from None
         self.board = SummaryWriter(str(folder), purge_step=start + 1 if args.resume and start >= 0 else None)
@@ -144,7 +145,6 @@ class RunLog:
         if distributed.rank() == 0:
             with contextlib.suppress(OSError):  # of a full disk a line has spoken already
                 self.board.close()
-            self.lock.release()
 
 
 def _lines(path: Path) -> list[str]:

@@ -32,11 +32,12 @@ def make(groups: list[dict[str, Any]], args: Namespace) -> torch.optim.Optimizer
 
 def restore(optimizer: torch.optim.Optimizer, saved: dict[str, Any], path: str, diverged: bool = False) -> None:
     """Load what the checkpoint in `path` has of such an optimizer. Raises InputError where it is another one's, or damaged."""
-    mine = optimizer.param_groups
+    mine = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
     try:
         same = all(_like(group, own) for group, own in zip(saved["param_groups"], mine, strict=True))
         optimizer.load_state_dict(saved)
-        same &= all(isinstance(group["weight_decay"], int | float) for group in optimizer.param_groups)
+        for group, own in zip(optimizer.param_groups, mine, strict=True):
+            group.update(own)  # settings are this run's: --allow-change lets them differ
         same &= all(_sound(p, state, optimizer, diverged) for p, state in optimizer.state.items())
     except Exception:  # whatever a stranger's file may lead to
         same = False
@@ -50,12 +51,12 @@ def restore(optimizer: torch.optim.Optimizer, saved: dict[str, Any], path: str, 
 
 
 _STATE = {"momentum": {"momentum_buffer"}, "betas": {"step", "exp_avg", "exp_avg_sq"}}  # what each kind keeps for a parameter
-_KIND = ("momentum", "dampening", "nesterov", "betas", "eps", "trust", "amsgrad")  # what tells it from another of the same shapes
+_KIND = ("dampening", "betas", "eps", "trust", "amsgrad")  # tells an optimizer from another one of the same shapes
 
 
 def _like(saved: dict[str, Any], mine: dict[str, Any]) -> bool:
-    """Whether a group's steps would be computed as those of `mine`, but for the rate, the decay and how it is done."""
-    same = all(saved.get(name) == mine.get(name) for name in _KIND)
+    """Return whether a saved group is of the same optimizer as `mine`; its settings may be others."""
+    same = all(saved.get(name) == mine.get(name) for name in _KIND) and ("momentum" in saved) == ("momentum" in mine)
     return same and all(isinstance(saved[name], int | float | None) for name in mine.keys() & saved.keys() - {"params", "betas"})
 
 

@@ -3,6 +3,7 @@
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,8 +34,6 @@ def check(args: Namespace, transformers: bool = False) -> None:
         raise InputError(f"--arch {args.arch}: this script is for torchvision's ResNets; main_moby.py trains transformers")
     root = datasets.find(args.data, ("train", "val") if args.knn_every else ("train",))
     subsets.check_classes(root / "train", args.class_list, args.data_name)
-    if args.resume is None and args.save_dir and any(Path(args.save_dir).glob("checkpoint_*.pth.tar")):
-        raise InputError(f"--save-dir {args.save_dir}: holds another run's checkpoints; --resume one, or choose another folder")
 
 
 def train(args: Namespace, device: torch.device, build: Callable[[Images], nn.Module]) -> None:
@@ -50,6 +49,9 @@ def train(args: Namespace, device: torch.device, build: Callable[[Images], nn.Mo
 class Pretraining(Trainer):
     """Trains a method: `module(views, index, progress)` gives its loss, `module.encoder` is what the monitor judges."""
 
+    best = (-1.0, -1)  # the best k-NN top-1 among the epochs that were saved, and which epoch it was
+    spared: frozenset[Path] = frozenset()  # checkpoints that another --keep left there
+
     def images_before(self) -> int:
         return getattr(self.module, "images_before", 0)
 
@@ -61,13 +63,29 @@ class Pretraining(Trainer):
 
     def end_epoch(self, done: int) -> dict[str, float]:
         args, last = self.args, done == self.args.epochs
+        saves = last or done % args.save_every == 0
         metrics = {}
         if args.knn_every and (last or done % args.knn_every == 0):
             self.save_inside(done - 1, done * self.steps_per_epoch)  # it takes a while
             metrics["knn"] = self._knn()
-        if last or done % args.save_every == 0:
+            if saves and metrics["knn"] > self.best[0]:
+                self.best = metrics["knn"], done - 1
+        if saves:
             self._tidy(self.save(f"checkpoint_{done - 1:04d}.pth.tar", done))
         return metrics
+
+    def more_state(self) -> dict[str, Any]:
+        accuracy, epoch = self.best
+        return {"best_knn": accuracy, "best_epoch": epoch} if epoch >= 0 else {}
+
+    def _resume(self, state: checkpoint.State) -> None:
+        super()._resume(state)
+        best = state.get("best_knn"), state.get("best_epoch")
+        if isinstance(best[0], float) and isinstance(best[1], int):
+            self.best = best
+        folder = Path(self.args.save_dir)
+        if state["args"].get("keep") != self.args.keep:
+            self.spared = frozenset(checkpoint.numbered(folder, inside=False))
 
     def save_inside(self, epoch: int, step: int) -> Path:
         path = self.save(f"checkpoint_{max(epoch, 0):04d}_{step}.pth.tar", epoch, step)
@@ -75,14 +93,20 @@ class Pretraining(Trainer):
         return path
 
     def _tidy(self, newest: Path) -> None:
-        """Remove what `newest` makes needless: others inside epochs, and, of those at epochs' ends, what --keep does not."""
+        """Delete superseded mid-epoch checkpoints, and the epoch checkpoints that --keep leaves out."""
         if distributed.rank() != 0:
             return
-        needless = checkpoint.numbered(newest.parent, inside=True)
+        superseded = checkpoint.numbered(newest.parent, inside=True)
         if self.args.keep:
-            needless += checkpoint.numbered(newest.parent, inside=False)[self.args.keep :]
-        for path in set(needless) - {newest}:
+            older = checkpoint.numbered(newest.parent, inside=False)[self.args.keep :]
+            superseded += [path for path in older if not self._is_kept(checkpoint.epoch_of(path))]
+        for path in set(superseded) - {newest} - self.spared:
             path.unlink(missing_ok=True)
+
+    def _is_kept(self, epoch: int) -> bool:
+        """Return whether the checkpoint of an epoch, counted from 0, is kept however old it is."""
+        every = self.args.keep_every
+        return epoch == self.best[1] or (every > 0 and (epoch + 1) % every == 0)
 
     def _knn(self) -> float:
         """k-NN top-1 of the encoder on val/, against train/."""

@@ -18,7 +18,7 @@ from moco import distributed, rng
 from moco.augment import color, recipes
 from moco.data import loader
 from moco.data.images import Images
-from moco.engine import checkpoint, interrupt, optim, precision
+from moco.engine import checkpoint, interrupt, optim, precision, resume
 from moco.engine.log import Mean, Metrics, RunLog, say
 from moco.errors import InputError
 
@@ -273,6 +273,8 @@ class Trainer(ABC):
         if args.resume:
             inside = self.order.start - self.first_epoch * self.steps_per_epoch
             say(f"resumed from {args.resume} at epoch {self.first_epoch}" + f", after {inside} of its steps" * bool(inside))
+            if self.first_epoch >= args.epochs:
+                say(f"no epochs are left: {self.first_epoch} are done, and --epochs is {args.epochs}; raise it to train longer")
         say(f"run folder {args.save_dir}")
 
     def _resume(self, state: checkpoint.State) -> None:
@@ -283,10 +285,10 @@ class Trainer(ABC):
             where = f"{self.images.root} has {len(self.images)}"
             raise InputError(f"{args.resume}: was trained on {images} images, but {where}; resume with the data it was made with")
         checkpoint.restore(self.module, state, args.resume, args.arch, args.method, self.may_diverge)
-        if not getattr(args, "evaluate", False):  # which takes no step, by no optimizer
+        if not getattr(args, "evaluate", False):  # a test alone takes no step, by no optimizer
+            resume.check_unchanged(args, state, self.batch)
             optim.restore(self.optimizer, state["optimizer"], args.resume, self.may_diverge)
             precision.restore(self.scaler, state.get("scaler", {}), args.resume)
-        args.seed = state["progress"]["seed"]
 
     def _step_of(self, state: checkpoint.State) -> int:
         """The step to run next: of the epoch that was begun, as many as its images fill, should the batch be another one now."""
@@ -295,7 +297,11 @@ class Trainer(ABC):
         inside = begun * progress.get("batch", 0) // self.batch
         return epoch * self.steps_per_epoch + min(inside, self.steps_per_epoch)
 
-    def save(self, name: str, epoch: int, step: int | None = None, **more: float) -> Path:
+    def more_state(self) -> dict[str, Any]:
+        """Return what else a checkpoint holds: plain values by key."""
+        return {}
+
+    def save(self, name: str, epoch: int, step: int | None = None) -> Path:
         """Write the run's state, on rank 0: after `epoch` epochs, or after `step` steps, of which some are the next epoch's.
 
         Returns the file's path.
@@ -320,7 +326,7 @@ class Trainer(ABC):
                 "batch": self.batch,
                 "steps_per_epoch": self.steps_per_epoch,
             },
-            **more,
+            **self.more_state(),
         }
         checkpoint.save(path, state)
         return path

@@ -1,0 +1,138 @@
+"""`--resume`: which folder and checkpoint a run continues from, and which options may differ."""
+
+from argparse import Namespace
+from pathlib import Path
+
+from moco.engine import checkpoint
+from moco.engine.log import say
+from moco.errors import InputError
+from moco.files import read_yaml
+
+# Options that change neither what is learned nor its schedule: launch, reading, logging, saving.
+# The total batch is compared by itself, since its parts may be divided anew over other processes.
+FREE = frozenset(
+    "data save_dir output tag cfg resume allow_change evaluate script"
+    " workers download on_bad_image host_features loss_chunk compile grad_checkpoint"
+    " print_freq save_every save_every_steps keep keep_every knn_every knn_k knn_t"
+    " multiprocessing_distributed nproc_per_node world_size rank dist_url dist_backend gpu"
+    " local_rank nodes batch_size batch_per_process accumulation_steps batch_is_per_process"
+    " pretrained encoder_method pretrain_epochs".split()
+)
+
+
+def start(args: Namespace) -> bool:
+    """Set `args.resume` and `args.save_dir` to what `--resume` means; return whether the run there continues.
+
+    `--resume auto` continues the run of this script in `--save-dir`, or in the subfolder that it got
+    there because the folder holds another run; if there is none, the run begins. `--resume FILE`
+    continues in FILE's folder, or, with another `--save-dir`, begins a new run there from FILE.
+    A test alone (`--evaluate`) continues nothing.
+
+    Raises InputError if no checkpoint can be read, or if FILE's folder has a later one.
+    """
+    given, tests = getattr(args, "resume", None), getattr(args, "evaluate", False)
+    if not given:
+        if getattr(args, "allow_change", None):
+            raise InputError("--allow-change: has no effect without --resume; leave it out")
+        return False
+    if given == "auto":
+        if not args.save_dir:
+            raise InputError("--resume auto: give the run folder with --save-dir, or --output and --tag")
+        own = _own_folder(Path(args.save_dir), args.script)
+        args.resume = checkpoint.newest(str(own or args.save_dir)) if own else None
+        if own is None:
+            say(f"--resume auto: no checkpoint in {args.save_dir} yet; the run begins")
+        elif not tests:
+            args.save_dir = str(own)
+        return own is not None and not tests
+    file, folder = Path(given), Path(given).parent
+    if tests or (args.save_dir and Path(args.save_dir).resolve() != folder.resolve()):
+        return False
+    checkpoint.load(given)
+    args.save_dir = str(folder)
+    further = next(iter(checkpoint.found(folder)), file)
+    if not further.samefile(file):
+        raise InputError(
+            f"--resume {given}: {further.name} in the same folder is further, and would be "
+            "overwritten; --resume auto continues from it, and --save-dir with a new folder "
+            f"begins another run from {file.name}"
+        )
+    return True
+
+
+def _own_folder(folder: Path, script: str) -> Path | None:
+    """Return the last of `folder` and the subfolders named after `script` that holds a run of it."""
+    places = [folder, *sorted(folder.glob(f"{script}*"), key=_number)]
+    own = [place for place in places if (place / "args.yaml").is_file() and _is_of(place, script)]
+    if not own and checkpoint.found(folder) and not (folder / "args.yaml").exists():
+        return folder  # only the checkpoints were copied
+    return own[-1] if own else None
+
+
+def _number(folder: Path) -> int:
+    """Return 3 for lincls-3, and 1 for lincls."""
+    number = folder.name.rpartition("-")[2]
+    return int(number) if number.isdecimal() else 1
+
+
+def _is_of(folder: Path, script: str) -> bool:
+    try:
+        return read_yaml(folder / "args.yaml").get("script") == script
+    except InputError as error:
+        raise InputError(f"{folder / 'args.yaml'}: {error}; choose another folder") from None
+
+
+def check_unchanged(args: Namespace, state: checkpoint.State, batch: int) -> None:
+    """Raise InputError if options differ from those of the run that `--resume` continues.
+
+    It names each difference. Options in `FREE` may differ, and so may those that the user names
+    with `--allow-change`. A larger `--epochs` is no change unless a schedule depends on it.
+
+    Args:
+        args: this run's options.
+        state: the checkpoint of `args.resume`.
+        batch: images in a step, over all processes.
+    """
+    saved, allowed = state["args"], set(args.allow_change)
+    if unknown := sorted(allowed - {_spelled(name) for name in vars(args)}):
+        raise InputError(f"--allow-change {','.join(unknown)}: this script has no such option")
+    compared = saved.keys() & vars(args).keys() - FREE - ({"epochs"} if _open_ended(args) else set())
+    differences = {
+        _spelled(name): (getattr(args, name), saved[name])
+        for name in sorted(compared)
+        if not _same(getattr(args, name), saved[name])
+    }
+    before = state["progress"].get("batch", batch)
+    if before != batch:
+        differences["batch-size"] = (f"{batch} in all", f"{before} in all")
+    refused = {name: pair for name, pair in differences.items() if name not in allowed}
+    for name in sorted(differences.keys() & allowed):
+        now, then = differences[name]
+        say(f"--allow-change {name}: {_short(then)} until here, {_short(now)} from here on")
+    if refused:
+        listed = "; ".join(f"--{name} is {_short(now)}, and was {_short(then)}" for name, (now, then) in refused.items())
+        raise InputError(
+            f"--resume {args.resume}: its options were others: {listed}. Give the same ones "
+            f"({Path(args.resume).parent / 'args.yaml'} has all of them), or change them on purpose "
+            f"with --allow-change {','.join(refused)}"
+        )
+
+
+def _open_ended(args: Namespace) -> bool:
+    """Return whether more epochs leave the schedules of the first ones as they are."""
+    return not args.cos and args.script != "moby"
+
+
+def _same(now: object, then: object) -> bool:
+    """Compare plain values, and lists of them; a file may hold anything."""
+    if isinstance(now, list | tuple):
+        return isinstance(then, list | tuple) and len(now) == len(then) and all(_same(a, b) for a, b in zip(now, then, strict=True))
+    return isinstance(then, bool | int | float | str | None) and now == then
+
+
+def _spelled(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def _short(value: object) -> str:
+    return "unset" if value is None else str(value)[:60]

@@ -1,0 +1,148 @@
+"""Run folders: each run writes to a folder of its own, and no other run overwrites anything in it."""
+
+import contextlib
+import itertools
+import os
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from moco import distributed
+from moco.engine.log import say
+from moco.errors import InputError
+
+LOCK = ".lock"  # held while a run writes to the folder; the system releases it, however the run ends
+
+# Files that a run of this project or of detectron2 writes, and that a second run would replace.
+_OUTPUTS = (
+    "results.json",
+    "subset.txt",
+    "*.pth.tar",
+    "*.pth.tar.*",
+    "last_checkpoint",
+    "metrics.json",
+    "model_*.pth",
+)
+
+
+def is_free(folder: Path) -> bool:
+    """Return whether a new run may write to `folder`: no run has logged or saved anything there.
+
+    A log without lines and an args.yaml alone are what a run leaves that failed before its first
+    step: there is nothing to lose.
+    """
+    log = folder / "log.jsonl"
+    if log.exists() and log.stat().st_size:
+        return False
+    return not any(True for pattern in _OUTPUTS for _ in folder.glob(pattern))
+
+
+def check_free(folder: str | Path) -> None:
+    """Raise InputError if `folder` holds another run."""
+    if not is_free(Path(folder)):
+        raise InputError(_taken(folder))
+
+
+def _taken(folder: str | Path, option: str = "--save-dir") -> str:
+    resume = "--resume" if option == "OUTPUT_DIR" else "--resume auto"
+    return f"{option} {folder}: holds another run; {resume} continues it, or choose another folder"
+
+
+@contextlib.contextmanager
+def claim(args: Namespace, continues: bool, named: bool) -> Iterator[None]:
+    """Hold a run folder for this run alone, on every rank; set `args.save_dir` to its name.
+
+    An evaluation that is given a folder with another run in it gets a subfolder, and a run without
+    `--save-dir` (not `named`) that starts in the same second as another one gets the next name; a
+    line says so. A run that writes nothing leaves no folder behind.
+
+    Args:
+        args: with `save_dir` and `script`; an evaluation has `pretrained`.
+        continues: whether this run continues the one in `args.save_dir`.
+        named: whether the user chose `args.save_dir`.
+
+    Raises InputError, on every rank, if the folder cannot be written, if a pre-training is given a
+    folder that is not free, or if another run is writing there.
+    """
+    held: Held | None = None
+    found: str | InputError = ""
+    if distributed.rank() == 0:
+        try:
+            held = take(Path(args.save_dir), _places_of(args, continues, named), continues)
+            found = str(held.folder)
+        except InputError as error:
+            found = error
+    found = distributed.from_rank_0(found)
+    if isinstance(found, InputError):
+        raise found
+    if found != args.save_dir:
+        say(f"{args.save_dir} holds another run; this one writes to {found}")
+        args.save_dir = found
+    try:
+        yield
+    finally:
+        if held:
+            held.release()
+
+
+def _places_of(args: Namespace, continues: bool, named: bool) -> Iterator[Path]:
+    """Return the folders that this run may write to, in the order in which they are tried."""
+    folder = Path(args.save_dir)
+    if continues:
+        return iter([folder])
+    if hasattr(args, "pretrained"):
+        return places(folder, args.script)
+    beside = (folder.with_name(f"{folder.name}-{i}") for i in itertools.count(2))
+    return itertools.chain([folder], [] if named else beside)
+
+
+def places(folder: Path, name: str) -> Iterator[Path]:
+    """Yield `folder` and then its subfolders NAME, NAME-2, NAME-3, ..."""
+    yield folder
+    yield folder / name
+    yield from (folder / f"{name}-{i}" for i in itertools.count(2))
+
+
+class Held:
+    """A locked folder; `release` unlocks it, and removes it if nothing was written."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._made = [p for p in (folder, *folder.parents) if not p.exists()]
+        self._lock = FileLock(folder / LOCK, blocking=False)
+        folder.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(NotImplementedError):  # the file system has no locks
+            self._lock.acquire()
+
+    def release(self) -> None:
+        with contextlib.suppress(OSError):
+            if self._made and os.listdir(self.folder) == [LOCK]:
+                (self.folder / LOCK).unlink()
+                for folder in self._made:
+                    folder.rmdir()
+        self._lock.release()
+
+
+def take(given: Path, places: Iterator[Path], continues: bool, option: str = "--save-dir") -> Held:
+    """Lock the first of `places` that is free; with `continues`, the first of them as it is.
+
+    Raises InputError, which names `option` and the folder `given` with it, if there is none.
+    """
+    busy = False
+    try:
+        for folder in places:
+            try:
+                held = Held(folder)
+            except Timeout:
+                busy = True
+                continue
+            if continues or is_free(folder):
+                return held
+            held.release()
+    except OSError as error:
+        raise InputError(f"{option} {given}: cannot be written: {error.strerror}; choose another folder") from None
+    if busy:
+        raise InputError(f"{option} {given}: another run is writing there; wait for its end, or choose another")
+    raise InputError(_taken(given, option))
