@@ -294,7 +294,7 @@ def test_checkpoint_with_code_is_not_run(script, images, tmp_path):
 
 def test_run_folder_of_another_run_is_kept(script, images, checkpoint):
     before = checkpoint.read_bytes()
-    refused(script("main_synco", images, *SMALL, "--save-dir", checkpoint.parent), "another run's checkpoints")
+    refused(script("main_synco", images, *SMALL, "--save-dir", checkpoint.parent), "holds another run", "--resume auto")
     assert checkpoint.read_bytes() == before
 
 

@@ -102,19 +102,22 @@ def test_stopped_when_all_steps_of_an_epoch_were_done_it_ends_the_epoch(script, 
     assert same(state(tmp_path / "run"), kept) and not inside.exists()
 
 
-def test_going_back_to_an_earlier_checkpoint_sets_later_ones_aside(script, data, tmp_path):
-    command = (data, *SMALL, "--moco-k", 24, "-j", 0, "--save-dir", tmp_path)
-    assert script("main_synco", *command, "--epochs", 3)[0] == 0
+def test_damaged_checkpoints_are_set_aside_and_half_written_ones_removed(script, data, tmp_path):
+    command = (data, *SMALL, "--moco-k", 24, "-j", 0, "--save-dir", tmp_path, "--epochs", 3, "--resume", "auto")
+    assert script("main_synco", *command, "--keep", "all")[0] == 0
     copy = tmp_path / "checkpoint_0000_good.pth.tar"
     copy.write_bytes(b"mine")
     (tmp_path / ".checkpoint_0001.pth.tar-x1y2z3_4").write_bytes(b"half of one")
-    first = tmp_path / "checkpoint_0000.pth.tar"
-    status, out, _ = script("main_synco", *command, "--epochs", 2, "--resume", first, "--lr", 1e-3, "--save-every-steps", 5)
-    assert status == 0 and "checkpoint_0002.pth.tar is further than what is resumed: renamed" in out
+    newest = tmp_path / "checkpoint_0002.pth.tar"
+    damaged = newest.read_bytes()[:1000]
+    newest.write_bytes(damaged)
+    status, out, _ = script("main_synco", *command)
+    assert status == 0 and "checkpoint_0002.pth.tar is damaged: renamed to checkpoint_0002.pth.tar.damaged" in out
+    assert (tmp_path / "checkpoint_0002.pth.tar.damaged").read_bytes() == damaged
     names = sorted(path.name for path in tmp_path.glob("*checkpoint*"))
-    kept = ("0000.pth.tar", "0000_good.pth.tar", "0001.pth.tar", "0001.pth.tar.before", "0002.pth.tar.before")
+    kept = ("0000.pth.tar", "0000_good.pth.tar", "0001.pth.tar", "0002.pth.tar", "0002.pth.tar.damaged")
     assert names == [f"checkpoint_{name}" for name in kept]
-    assert checkpoint.newest(str(tmp_path)) == str(tmp_path / "checkpoint_0001.pth.tar")
+    assert checkpoint.newest(str(tmp_path)) == str(newest)
 
 
 def test_another_world_size_goes_on_at_the_same_place(script, data, tmp_path):
@@ -131,7 +134,7 @@ def test_another_world_size_goes_on_at_the_same_place(script, data, tmp_path):
     process.communicate()
     before = load(file)
     resumed = ("main_synco", data, *SYNCO[1:], "--resume", file)
-    status, out, err = script(*resumed, "--save-dir", tmp_path / "one", "--save-every-steps", 11, "--lr", 0.5, "--cos")
+    status, out, err = script(*resumed, "--save-dir", tmp_path / "one", "--save-every-steps", 11, "--lr", 0.5, "--cos", "--allow-change", "lr,cos")
     assert status == 0 and "at epoch 0, after 10 of its steps" in out, err
     first = json.loads((tmp_path / "one" / "log.jsonl").read_text().splitlines()[0])
     assert (first["epoch"], first["step"], first["lr"]) == (0, 11, 0.5)

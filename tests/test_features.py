@@ -340,14 +340,13 @@ def dumped(script, shared_images, tmp_path):
     return folder, command, metrics_of(tmp_path / "run")
 
 
-def test_the_same_may_be_dumped_again_and_other_features_may_not(dumped, script):
+def test_a_finished_dump_and_an_unfinished_one_are_not_replaced(dumped, script):
     folder, command, _ = dumped
     before = arrays_of(folder)
-    assert script(*command)[0] == 0
-    for more in (("--seed", 1), ("--image-size", 40)):
-        refused(script(*command, *more), str(folder), "holds other features", "choose another")
+    for more in ((), ("--seed", 1), ("--image-size", 40)):
+        refused(script(*command, *more), str(folder), "holds features", "choose another", "--load-features")
     (folder / "meta.json").unlink()  # as of a dump that was interrupted
-    refused(script(*command), "unfinished")
+    refused(script(*command), "was not finished")
     assert all(np.array_equal(x, before[name]) for name, x in arrays_of(folder).items())
 
 

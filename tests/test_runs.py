@@ -152,14 +152,14 @@ def test_stopped_and_resumed_equals_never_stopped(script, shared_images, tmp_pat
         time.sleep(0.02)
     stopped.kill()
     stopped.communicate()
-    status, out, err = script("main_synco", *command, "-j", 2, "--save-dir", parts, "--resume", third)
-    assert status == 0 and "at epoch 3" in out, err
+    status, out, err = script("main_synco", *command, "-j", 2, "--save-dir", parts, "--resume", "auto")
+    assert status == 0 and "resumed from" in out, err
     a, b = (load(run / "checkpoint_0005.pth.tar") for run in (whole, parts))
     for key in ("epoch", "state_dict", "optimizer", "scaler", "progress"):
         assert same(a[key], b[key]), key
     assert facts(whole) == facts(parts)
     assert {line["epoch"] for line in facts(whole) if "knn" in line} == {1, 3, 5}
-    assert not same(load(third)["state_dict"], b["state_dict"])
+    assert not same(load(whole / "checkpoint_0004.pth.tar")["state_dict"], b["state_dict"])
 
 
 def test_probe_resumes_exactly(script, shared_images, tmp_path):
