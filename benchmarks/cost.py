@@ -23,7 +23,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from moco.augment import recipes
 from moco.data.images import Images
 from moco.engine import pretrain
-from moco.engine.log import write_json
 from moco.rng import Progress
 
 IMAGES = {None: 1_281_167, "imagenet100": 128_117}  # of train/; of ImageNet-100, whose 100 classes differ, a tenth
@@ -83,7 +82,7 @@ def main() -> int:
     print(f"{'recipe':28}{'GMAC/image':>12}{'ratio':>8}{'total':>8}")
     for row in rows:
         print(f"{row['recipe']:28}{row['GMAC']:12.1f}{row['ratio']:8.2f}{row['total']:8.2f}")
-    write_json(options.json or Path("runs/benchmarks/cost.json"), {"rows": rows})
+    measure.write("cost", options.json, {"rows": rows})
     return 0
 
 

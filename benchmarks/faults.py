@@ -20,7 +20,7 @@ import measure
 import torch
 
 from moco.engine.interrupt import STATUS
-from moco.engine.log import write_json
+from moco.files import new_folder
 
 METHODS = {
     "synco": "main_synco.py --moco-k 64 --mlp --n-hard 8 --n1 2 --n3 2 --n4 2 --n6 2 --warmup-epochs 1",
@@ -44,8 +44,7 @@ def main() -> int:
     print(f"{'method':8}{'processes':>10}{'signal':>8}{'steps':>7}{'stops':>7}{'while starting':>16}{'seconds':>9}  same bits")
     for method in args.methods:
         for processes in args.processes:
-            folder = measure.ROOT / "runs" / "benchmarks" / "faults" / f"{method}-{processes}"
-            shutil.rmtree(folder, ignore_errors=True)
+            folder = new_folder(measure.ROOT / "runs" / "benchmarks" / "faults" / f"{method}-{processes}")
             command = [sys.executable, *METHODS[method].split(), *COMMON.format(batch=args.batch_size, epochs=args.epochs).split()]
             command += ["--multiprocessing-distributed", "--nproc-per-node", str(processes)] * (processes > 1)
             whole = Run(command, folder / "whole")
@@ -61,7 +60,7 @@ def main() -> int:
                     f"{found['seconds']:9.0f}  {'yes' if same else 'NO'}",
                     flush=True,
                 )
-    write_json(args.json or measure.ROOT / "runs" / "benchmarks" / "faults.json", results)
+    measure.write("faults", args.json, results)
     return 0 if all(result["same"] for result in results) else 1
 
 

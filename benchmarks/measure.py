@@ -1,6 +1,7 @@
 """Side-by-side measurement: candidates take turns, medians over rounds of times and of ratios; a table, and a JSON file."""
 
 import argparse
+import os
 import statistics
 import sys
 import time
@@ -13,6 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from moco.engine.log import write_json  # noqa: E402
+from moco.files import names_like  # noqa: E402
 
 Times = dict[str, list[float]]
 Candidates = dict[str, Callable[[], object]]  # one that returns a float has taken its own time, in seconds
@@ -22,8 +24,27 @@ def parser(description: str) -> argparse.ArgumentParser:
     """The options that every benchmark has."""
     p = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--rounds", type=int, default=15, help="every candidate runs once in each; the medians count")
-    p.add_argument("--json", type=Path, metavar="FILE", help="by default runs/benchmarks/<name>.json")
+    add_json(p)
     return p
+
+
+def add_json(p: argparse.ArgumentParser) -> None:
+    """Add --json, where the results go."""
+    p.add_argument("--json", type=_new_file, metavar="FILE", help="by default runs/benchmarks/NAME.json, or NAME-2.json, ...")
+
+
+def _new_file(text: str) -> Path:
+    if os.path.lexists(text):
+        raise argparse.ArgumentTypeError(f"{text} exists; choose another file")
+    return Path(text)
+
+
+def write(name: str, file: Path | None, results: object) -> Path:
+    """Write results as JSON to `file`, or to the first default name that is free; return the path."""
+    default = ROOT / "runs" / "benchmarks" / f"{name}.json"
+    path = file or next(path for path in names_like(default) if not path.exists())
+    write_json(path, results)
+    return path
 
 
 def side_by_side(candidates: Candidates, rounds: int, device: torch.device, warm: int = 2) -> Times:
@@ -87,6 +108,4 @@ def report(
         print("  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)))
     for key, value in ratios.items():
         print(f"{key} {value:.3g}")
-    path = file or ROOT / "runs" / "benchmarks" / f"{name}.json"
-    write_json(path, {"benchmark": name, **facts, **ratios, "rows": table})
-    print(path)
+    print(write(name, file, {"benchmark": name, **facts, **ratios, "rows": table}))

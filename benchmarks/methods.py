@@ -7,7 +7,6 @@ apart, and in 60 epochs a random encoder learns it too.
 """
 
 import argparse
-import shutil
 import statistics
 import time
 from collections import defaultdict
@@ -16,7 +15,7 @@ from typing import NamedTuple
 
 import measure  # also makes the project's modules importable
 
-from moco.engine.log import write_json
+from moco.files import new_folder
 from tools import demo
 
 SMALL_BATCH = "--batch-size 32 --mlp-dim 512 --save-every 1000".split()  # the published rate: LARS, .075 sqrt(batch)
@@ -67,9 +66,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--short", action="store_true", help="an epoch each: shows that all runs")
     parser.add_argument("--out", type=Path, default=measure.ROOT / "runs" / "benchmarks" / "methods", help="run folders, made anew")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="by default methods.json in --out")
+    measure.add_json(parser)
     args = parser.parse_args()
-    shutil.rmtree(args.out, ignore_errors=True)
+    args.out = new_folder(args.out)
     found = {method: defaultdict(list) for method in args.methods}
     for seed in args.seeds:
         random = {
@@ -84,8 +83,7 @@ def main() -> None:
                 mine[name].append(value)
             mine["seconds"].append(seconds)
     medians = {method: {name: statistics.median(values) for name, values in mine.items()} for method, mine in found.items()}
-    path = args.json or args.out / "methods.json"
-    write_json(path, medians)
+    path = measure.write("methods", args.json, medians)
     show(medians, found, args)
     print(path)
 

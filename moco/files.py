@@ -4,6 +4,7 @@ what was there only when they are whole.
 
 import contextlib
 import io
+import itertools
 import json
 import os
 import pickle
@@ -78,6 +79,21 @@ def creating(path: Path, force: bool = False) -> Iterator[BinaryIO]:
     except BaseException:
         path.unlink(missing_ok=True)
         raise
+
+
+def names_like(path: Path) -> Iterator[Path]:
+    """Yield `path`, and then NAME-2, NAME-3, ... with the same ending."""
+    yield path
+    yield from (path.with_name(f"{path.stem}-{i}{path.suffix}") for i in itertools.count(2))
+
+
+def new_folder(path: Path) -> Path:
+    """Make the first folder of `names_like(path)` that does not exist yet, and return it."""
+    for folder in names_like(path):
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(parents=True)
+            return folder
+    raise AssertionError("names_like does not end")
 
 
 def half_written(folder: Path, name: str) -> list[Path]:

@@ -134,7 +134,8 @@ def test_another_world_size_goes_on_at_the_same_place(script, data, tmp_path):
     process.communicate()
     before = load(file)
     resumed = ("main_synco", data, *SYNCO[1:], "--resume", file)
-    status, out, err = script(*resumed, "--save-dir", tmp_path / "one", "--save-every-steps", 11, "--lr", 0.5, "--cos", "--allow-change", "lr,cos")
+    changed = ("--lr", 0.5, "--cos", "--allow-change", "lr,cos")
+    status, out, err = script(*resumed, "--save-dir", tmp_path / "one", "--save-every-steps", 11, *changed)
     assert status == 0 and "at epoch 0, after 10 of its steps" in out, err
     first = json.loads((tmp_path / "one" / "log.jsonl").read_text().splitlines()[0])
     assert (first["epoch"], first["step"], first["lr"]) == (0, 11, 0.5)

@@ -6,7 +6,6 @@ encoder by the margins that the table shows.
 """
 
 import argparse
-import itertools
 import json
 import subprocess
 import sys
@@ -18,6 +17,7 @@ sys.path.insert(0, str(ROOT))
 
 from moco.engine import tool  # noqa: E402
 from moco.engine.log import write_json  # noqa: E402
+from moco.files import new_folder  # noqa: E402
 from tools import report  # noqa: E402
 
 KNN_MARGIN, LINEAR_MARGIN = 0.15, 0.08
@@ -40,7 +40,9 @@ def main() -> int:
     epochs, probe_epochs = (2, 2) if args.short else (20, 12)
 
     began = time.perf_counter()
-    args.out = new_folder(args.out)
+    given, args.out = args.out, new_folder(args.out)
+    if args.out != given:
+        print(f"{given} exists; this demo writes to {args.out}")
     run = args.out / "pretrain"
     call(args.seed, "main_synco.py", run, *PRETRAIN, "--epochs", epochs)
     encoder = ["--pretrained", next(run.glob("checkpoint_*.pth.tar"))]
@@ -53,17 +55,6 @@ def main() -> int:
     write_json(args.out / "results.json", results)
     report.write([run], args.out / "report.html")
     return show(results, args)
-
-
-def new_folder(out: Path) -> Path:
-    """Make `out`, or, where an earlier demo is, OUT-2, OUT-3, ...; return the folder that was made."""
-    for i in itertools.count(2):
-        try:
-            out.mkdir(parents=True)
-            return out
-        except FileExistsError:
-            earlier, out = out, out.with_name(f"{out.name.removesuffix(f'-{i - 1}')}-{i}")
-            print(f"{earlier} is there already; trying {out}")
 
 
 def call(seed: int, script: str, folder: Path, *options: object, quiet: bool = False) -> dict[str, float]:
