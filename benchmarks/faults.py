@@ -9,7 +9,6 @@ where any of it differs.
 import json
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
