@@ -58,7 +58,7 @@ def test_seeds_are_averaged_and_never_chosen_among(tmp_path):
     assert row["imagenet linear, top-1 / top-5"] == "53.0 / 80.0 \\*"  # one seed of .53 beats three of .52 on average
     write(tmp_path / "c", metrics={"acc1": 0.51, "acc5": 0.8}, lr=10.0, seed=2, protocol="linear")
     write(tmp_path / "d", metrics={"acc1": 0.5, "acc5": 0.8}, lr=10.0, seed=3, protocol="linear")
-    _, (row,), (line,) = collect(tmp_path)
+    _, (row,), (line,) = collect(tmp_path, "--force")
     assert row["imagenet linear, top-1 / top-5"] == "52.0 ± 2.0 / 80.0 \\*" and line["seeds"] == "0 1 2"
 
 

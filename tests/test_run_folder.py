@@ -235,6 +235,7 @@ WRITES = {
     "moco/engine/classify.py": "subset.txt in the run's own folder, after claim",
     "moco/engine/features.py": "a folder for --dump-features that check_dump found without features",
     "moco/data/datasets.py": "the cache folder",
+    "moco/data/named.py": "the cache folder",
     "moco/data/subsets.py": "the cache folder",
     "tools/collect.py": "creating",
     "tools/report.py": "creating",

@@ -125,7 +125,7 @@ def test_resumed_fine_tuning_is_one_never_stopped(optimizer, script, pretrained,
     assert status == 0, err
     assert results(tmp_path / "again")["metrics"] == results(tmp_path / "whole")["metrics"]
     status, _, err = script("main_semisup", *common, "--resume", tmp_path / "whole/checkpoint.pth.tar", "--lr-backbone", 0.5)
-    assert status == 2 and "--lr-backbone 0.5" in err and err.count("\n") == 1
+    assert status == 2 and "--lr-backbone is 0.5" in err and err.count("\n") == 1
 
 
 def test_two_processes_test_as_one(script, pretrained, shared_images, tmp_path):
