@@ -14,7 +14,7 @@ from torch import nn
 
 from moco.encoder import networks
 from moco.errors import InputError
-from moco.files import read_json, read_pickle
+from moco.files import Unreadable, read_json, read_pickle
 
 CONFIGS = Path(__file__).parent / "configs"
 SOURCE = "source.json"  # of a detector's run folder: what it began from
@@ -88,6 +88,8 @@ def converted(weights: str) -> dict[str, Any] | None:
         return None
     try:
         found = read_pickle(weights)
+    except Unreadable as error:
+        raise error.at(weights) from None
     except InputError as error:
         raise InputError(f"{weights}: {error}; convert the checkpoint again") from None
     if not isinstance(found, dict):
@@ -109,8 +111,10 @@ def began_from(folder: Path) -> dict[str, Any]:
     file = folder / SOURCE
     try:
         found = read_json(file) if file.is_file() else {}
+    except Unreadable as error:
+        raise error.at(file) from None
     except InputError as error:
-        raise InputError(f"{file}: {error}; remove it, or choose another folder") from None
+        raise InputError(f"{file}: {error}; choose another folder") from None
     return found if isinstance(found, dict) else {}
 
 

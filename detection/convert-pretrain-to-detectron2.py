@@ -44,12 +44,12 @@ def work(args: argparse.Namespace) -> None:
 def convert(file: str, arch: str | None = None) -> dict[str, Any]:
     """What OUT holds: `model`, arrays by detectron2's names, and where they came from. Raises InputError where one is left over."""
     state = checkpoint.load(file)
-    tensors = checkpoint.tensors(state)
     about = checkpoint.about(state)
     arch = arch or about.arch or "resnet50"
     if arch == about.arch and arch not in networks.ARCHS:
         raise InputError(f"{file}: is of {arch}, and the detectors here are built on ResNets")
     net = networks.resnet(arch, 1)
+    tensors = published.tensors_of(net, state)
     published.load_backbone(net, tensors, file)
     prefix = published.prefix(net, tensors)
     mine = net.state_dict()
@@ -67,12 +67,21 @@ def convert(file: str, arch: str | None = None) -> dict[str, Any]:
     print(f"{len(model)} of {len(names)} tensors of the {arch} renamed; its head stays behind")
     source = {
         "file": str(Path(file).resolve()),
-        "sha256": hashlib.sha256(Path(file).read_bytes()).hexdigest(),
+        "sha256": sha256(file),
         "arch": arch,
         "method": about.method,
         "epoch": about.epoch,
     }
     return {"model": model, "__author__": f"{source['method']}, {file}", "matching_heuristics": True, "source": source}
+
+
+def sha256(file: str) -> str:
+    """Return the hash of a file, which may be larger than memory."""
+    found = hashlib.sha256()
+    with open(file, "rb") as opened:
+        while part := opened.read(1 << 24):
+            found.update(part)
+    return found.hexdigest()
 
 
 def renamed(name: str) -> str:

@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import pickle
+import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,37 @@ import yaml
 from moco.errors import InputError
 
 Scalar = str | int | float | bool | None
+
+
+class Unreadable(InputError):
+    """A file whose content the system did not hand out; it may be intact. The message is the reason."""
+
+    def at(self, path: object) -> "Unreadable":
+        """Return the error to show: with the file's name, and what to do."""
+        look = "check its permissions, the disk and the file server; its content may be intact"
+        return Unreadable(f"{path}: cannot be read: {self}; {look}")
+
+
+def unreadable(error: OSError | MemoryError) -> Unreadable:
+    """Return the system's reason for a failed read."""
+    if isinstance(error, MemoryError):
+        return Unreadable("not enough memory")
+    return Unreadable(error.strerror or str(error))
+
+
+_STORES = {"gs": "Google Cloud Storage", "s3": "Amazon S3", "hdfs": "Hadoop's file system"}
+_STORES |= {"http": "the web", "https": "the web", "ftp": "an FTP server", "file": "a local file"}
+
+
+def refuse_remote(path: str, option: str = "") -> None:
+    """Raise InputError if `path`, the value of an option, is a URL."""
+    if match := re.match(r"([a-z][a-z0-9+.-]+):/", path, re.I):  # pathlib makes one slash of two
+        store = _STORES.get(match[1].lower(), "another system")
+        what = f"{option} {path}".strip()
+        raise InputError(
+            f"{what}: is an address ({store}), and only paths on this machine are read or written;"
+            " copy it to a disk first, and give the path there"
+        )
 
 
 @contextlib.contextmanager
@@ -102,13 +134,15 @@ def half_written(folder: Path, name: str) -> list[Path]:
 
 
 def read_text(path: str | Path) -> str:
-    """The text in `path`. Raises InputError, without the path, where it cannot be read."""
+    """Return the text in `path`. Raises InputError, or Unreadable, without the path."""
     try:
         return Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         raise InputError("not text in UTF-8") from None
-    except (OSError, ValueError) as error:
-        raise InputError(getattr(error, "strerror", None) or str(error)) from None
+    except OSError as error:
+        raise unreadable(error) from None
+    except ValueError as error:  # a path that cannot be one
+        raise InputError(str(error)) from None
 
 
 def read_yaml(path: str | Path) -> dict[str, Scalar | list[Scalar]]:
@@ -167,14 +201,15 @@ def parse_json(text: str) -> Any:
 def read_pickle(path: str | Path) -> Any:
     """The plain values, and numpy's arrays and numbers, that `path` holds.
 
-    Raises InputError, without the path, where it is damaged or holds anything else; none of that is made or called.
+    Raises InputError, without the path, where it is damaged or holds anything else; none of that is made or called. Raises
+    Unreadable if the system does not hand it out.
     """
     try:
         return _ArrayUnpickler(io.BytesIO(Path(path).read_bytes()), encoding="latin1").load()
     except InputError:
         raise
-    except OSError as error:
-        raise InputError(str(error.strerror)) from None
+    except (OSError, MemoryError) as error:
+        raise unreadable(error) from None
     except Exception as error:  # damaged ones end in many kinds
         raise InputError(f"damaged, or no pickle ({' '.join(str(error).split()) or type(error).__name__})") from None
 

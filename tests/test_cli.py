@@ -2,6 +2,7 @@
 
 import socket
 from argparse import Namespace
+from fractions import Fraction
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ import main_synco
 from moco.engine import launch
 from moco.errors import InputError, unknown
 
-SMALL = ("-a", "resnet18", "--image-size", 32, "-b", 8, "-j", 0, "--epochs", 1, "--moco-k", 32)
+INPUT = ("-a", "resnet18", "--image-size", 32, "-b", 8, "-j", 0)
+SMALL = (*INPUT, "--epochs", 1, "--moco-k", 32)
 
 
 def refused(result: tuple[int, str, str], *words: str) -> None:
@@ -260,7 +262,7 @@ def test_checkpoint_that_is_none(script, images, tmp_path):
     strange = tmp_path / "strange.pth.tar"
     strange.write_text("# a page of text")
     refused(script("main_lincls", images, "--pretrained", strange), "strange.pth.tar", "of another format")
-    torch.save({"state_dict": {}, "args": Namespace(lr=0.1)}, strange)
+    torch.save({"state_dict": {}, "args": Namespace(lr=Fraction(1, 2))}, strange)
     refused(script("main_lincls", images, "--pretrained", strange), "strange.pth.tar", "holds Python objects")
 
 
@@ -269,6 +271,33 @@ def test_checkpoint_of_another_arch(script, images, checkpoint, tmp_path):
     refused(script("main_lincls", images, "--pretrained", checkpoint, "-a", "resnet34"), "is of resnet18", "-a resnet18")
     result = script("main_synco", images, *SMALL, "-a", "resnet34", "--resume", checkpoint, "--save-dir", tmp_path / "r")
     refused(result, "arch 'resnet18'", "'resnet34'")
+
+
+def test_checkpoint_of_another_part(script, images, checkpoint, tmp_path):
+    """A pre-training's where a classifier's is wanted, and the other way round; a classifier's encoder is one, too."""
+    for name, options in (("main_lincls", ()), ("main_semisup", ("--train-percent", 100))):
+        resumed = (images, *INPUT, "--resume", checkpoint, "--save-dir", tmp_path / name)
+        said = ("is a pre-training checkpoint", "give it with --pretrained instead of --resume")
+        refused(script(name, *resumed), *said)
+        refused(script(name, *resumed, "-e"), *said, "leave out --evaluate")
+        trained = (images, *INPUT, *options, "--epochs", 1, "--save-dir", tmp_path / name)
+        status, _, err = script(name, *trained, "--pretrained", checkpoint)
+        assert status == 0, err
+        classifier = tmp_path / name / "checkpoint.pth.tar"
+        result = script("main_synco", images, *SMALL, "--resume", classifier, "--save-dir", tmp_path / "r")
+        refused(result, "cannot be resumed here: it is a classifier's checkpoint", "the script that saved it")
+        knn = (images, *INPUT, "--k", 3, "--pretrained", classifier, "--save-dir", tmp_path / "knn")
+        status, out, err = script("main_knn", *knn)
+        assert status == 0 and "120 of 120 backbone tensors matched (state_dict.module.*)" in out, err
+
+
+def test_weights_of_other_software_are_not_resumed(script, images, checkpoint, tmp_path):
+    weights = {"epoch": 200, "arch": "resnet18", "state_dict": {}, "optimizer": {}}
+    torch.save(weights, tmp_path / "zoo.pth.tar")
+    resumed = ("--resume", tmp_path / "zoo.pth.tar", "--save-dir", tmp_path / "r")
+    lacks = "zoo.pth.tar: cannot be resumed: it lacks args, progress"
+    refused(script("main_synco", images, *SMALL, *resumed), lacks, "pre-training cannot start from them")
+    refused(script("main_lincls", images, *INPUT, *resumed), lacks, "give it with --pretrained")
 
 
 def test_checkpoint_of_another_method_or_shape(script, images, checkpoint, tmp_path):

@@ -6,7 +6,7 @@ from torch import nn
 from torchvision import models
 
 from moco.encoder.networks import backbone_keys, check_arch, features, recompute_blocks, resnet
-from moco.encoder.published import load_backbone
+from moco.encoder.published import choice, load_backbone, tensors_of
 from moco.errors import InputError
 
 PREFIXES = [
@@ -86,6 +86,93 @@ def test_the_query_encoder_is_read_and_not_the_key_encoder(net, published):
     assert torch.equal(net.conv1.weight, published["conv1.weight"])
 
 
+def under(prefix, tensors):
+    return {prefix + name: t for name, t in tensors.items()}
+
+
+NUMBERS = {"conv1": "0", "bn1": "1", "layer1": "4", "layer2": "5", "layer3": "6", "layer4": "7"}
+
+
+def numbered(tensors):
+    """The names in an nn.Sequential of torchvision's layers, without its last."""
+    parts = {name: name.split(".", 1) for name in tensors if not name.startswith("fc.")}
+    return {f"{NUMBERS[layer]}.{rest}": tensors[name] for name, (layer, rest) in parts.items()}
+
+
+# what a file holds, from the encoder `x` to read and another one `y`; and which is said to be read
+ORIGINS = {
+    "DINO": (
+        lambda x, y: {"student": under("module.backbone.", y), "teacher": under("backbone.", x), "epoch": 1},
+        "teacher.backbone.*, not student.module.backbone.*",
+    ),
+    "half of DINO": (lambda x, y: {"student": under("module.backbone.", x)}, "student.module.backbone.*"),
+    "VISSL": (
+        lambda x, y: {"classy_state_dict": {"base_model": {"model": {"trunk": under("_feature_blocks.", x)}}}},
+        "classy_state_dict.base_model.model.trunk._feature_blocks.*",
+    ),
+    "model_state_dict": (lambda x, y: {"model_state_dict": x, "optimizer_state_dict": y}, "model_state_dict.*"),
+    "net": (lambda x, y: {"net": under("module.", x), "acc": 0.9}, "net.module.*"),
+    "network": (lambda x, y: {"network": under("features.", x)}, "network.features.*"),
+    "params": (lambda x, y: {"params": {"encoder": x, "predictor": {"0": zeros((2, 2))}}}, "params.encoder.*"),
+    "timm": (
+        lambda x, y: {"state_dict_ema": y, "arch": "resnet18", "state_dict": x},
+        "state_dict.*, not state_dict_ema.*",
+    ),
+    "an average alone": (lambda x, y: {"model_ema": under("module.", x)}, "model_ema.module.*"),
+    "Lightning": (
+        lambda x, y: {"state_dict": under("model.backbone.", x), "hyper_parameters": {"lr": 1.0}},
+        "state_dict.model.backbone.*",
+    ),
+    "solo-learn": (
+        lambda x, y: {"state_dict": under("momentum_backbone.", y) | under("backbone.", x)},
+        "state_dict.backbone.*, not state_dict.momentum_backbone.*",
+    ),
+    "lightly": (
+        lambda x, y: {"state_dict": under("backbone_momentum.", numbered(y)) | under("backbone.", numbered(x))},
+        "state_dict.backbone.*, not state_dict.backbone_momentum.*",
+    ),
+    "mmselfsup": (
+        lambda x, y: {"meta": {}, "state_dict": under("target_net.0.", y) | under("online_net.0.", x)},
+        "state_dict.online_net.0.*, not state_dict.target_net.0.*",
+    ),
+    "MoCo v3": (
+        lambda x, y: {"state_dict": under("module.momentum_encoder.", y) | under("module.base_encoder.", x)},
+        "state_dict.module.base_encoder.*, not state_dict.module.momentum_encoder.*",
+    ),
+    "compiled": (
+        lambda x, y: {"model": under("_orig_mod.module.encoder._orig_mod.", x) | under("_orig_mod.module.encoder_k.", y)},
+        "model.module.encoder.*, not model.module.encoder_k.*",
+    ),
+    "bare": (lambda x, y: x, ""),
+}
+
+
+@pytest.mark.parametrize("origin", ORIGINS)
+def test_the_right_encoder_of_each_origin_is_read_and_named(origin, net, own, published):
+    make, said = ORIGINS[origin]
+    tensors = tensors_of(net, make(published, own.state_dict()))
+    assert load_backbone(net, tensors, "file.pth") == 120
+    assert all(torch.equal(net.state_dict()[name], published[name]) for name in backbone_keys(net))
+    assert choice(net, tensors) == said
+
+
+def test_a_teacher_that_is_another_network_is_not_taken(net, published):
+    with torch.device("meta"):
+        teacher = models.resnet50().state_dict()
+    tensors = tensors_of(net, {"teacher": teacher, "student": published})
+    assert load_backbone(net, tensors, "file.pth") == 120 and choice(net, tensors) == "student.*"
+
+
+def test_the_key_encoder_does_not_stand_in_for_one_that_lacks_a_tensor(net, own, published):
+    """Nor does an optimizer, or a dict that holds itself."""
+    queries = {name: t for name, t in published.items() if name != "layer1.0.bn1.bias"}
+    state = {"optimizer": published, "state_dict": under("encoder_q.", queries) | under("encoder_k.", published)}
+    state["itself"] = state
+    with pytest.raises(InputError, match=r"1 tensors missing: layer1\.0\.bn1\.bias"):
+        load_backbone(net, tensors_of(net, state), "file.pth")
+    assert_unchanged(net, own)
+
+
 @pytest.mark.parametrize("head", [{}, {"fc.0.weight": zeros((3, 3)), "fc.2.weight": zeros((3, 3)), "fc.3.bias": zeros(3)}])
 def test_a_head_in_the_file_or_in_the_net_does_not_matter(net, published, head):
     net.fc = nn.Sequential(nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 8))
@@ -104,12 +191,19 @@ def test_a_file_without_step_counters_loads(net, published):
 
 @pytest.mark.parametrize(
     "tensors",
-    [{}, {"vision.stem.weight": zeros(1)}, {"fc.weight": zeros((16, 512)), "fc.bias": zeros(16)}],
+    [
+        {"vision.stem.weight": zeros(1), "vision.conv1.weight": zeros(1)},
+        {"fc.weight": zeros((16, 512)), "fc.bias": zeros(16)},
+        {"a": {"b": {"c.weight": zeros(1)}}},
+    ],
 )
-def test_a_file_from_which_nothing_matches_is_an_error_that_shows_a_name(own, tensors):
-    with pytest.raises(InputError, match=r"file\.pth") as error:
-        load_backbone(own, tensors, "file.pth")
-    assert next(iter(tensors), "") in str(error.value)
+def test_a_file_from_which_nothing_matches_is_an_error_that_shows_names(own, tensors):
+    found = tensors_of(own, tensors)
+    with pytest.raises(InputError, match=r"file\.pth: no tensor matches the encoder; its names look like") as error:
+        load_backbone(own, found, "file.pth")
+    assert all(f"'{name}'" in str(error.value) for name in found) and "-a" in str(error.value)
+    with pytest.raises(InputError, match="holds no tensors by name"):
+        load_backbone(own, tensors_of(own, {"epoch": 3, "model": [zeros(1)]}), "file.pth")
 
 
 @pytest.mark.parametrize(

@@ -176,9 +176,11 @@ def test_the_furthest_checkpoint_that_can_be_read(tmp_path, capsys):
 
 
 def test_a_signal_while_a_checkpoint_is_read_is_not_taken_for_damage(monkeypatch, tmp_path):
+    file = tmp_path / "checkpoint_0000.pth.tar"
+    torch.save({}, file)
     monkeypatch.setattr(torch, "load", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(interrupt.Interrupted, match="SIGTERM"), interrupt.before_training():
-        checkpoint.load(str(tmp_path / "any"))
+        checkpoint.load(str(file))
 
 
 def test_auto_needs_a_folder(script, data):

@@ -157,7 +157,7 @@ def test_settings_in_a_swin_style_file_are_no_hindrance(tmp_path):
         monkeypatch.setitem(sys.modules, "yacs.config", module)
         torch.save(state, tmp_path / "ckpt_epoch_299.pth")
     found = checkpoint.load(str(tmp_path / "ckpt_epoch_299.pth"))
-    assert torch.equal(checkpoint.tensors(found)["encoder.x"], torch.ones(2))
+    assert torch.equal(found["model"]["encoder.x"], torch.ones(2))
     assert found["config"]["MODEL"]["TYPE"] == "moby" and found["config"]["EPOCHS"] == 300
 
 

@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 
 from moco.engine import tool  # noqa: E402
 from moco.errors import InputError  # noqa: E402
-from moco.files import check_new, creating, read_json  # noqa: E402
+from moco.files import Unreadable, check_new, creating, read_json  # noqa: E402
 
 
 class Encoder(NamedTuple):
@@ -95,6 +95,8 @@ def read(file: Path) -> Iterable[Run]:
     again = "remove it or run its evaluation again"
     try:
         found = read_json(file)
+    except Unreadable as error:
+        raise error.at(file) from None
     except InputError as error:
         raise InputError(f"{file}: cannot be read ({error}); {again}") from None
     if not isinstance(found, dict) or "protocol" not in found:

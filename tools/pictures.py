@@ -129,7 +129,7 @@ def encoder(run: Run, weights: Path | None) -> tuple[nn.Module, str]:
     for file in [weights] if weights else run.checkpoints():
         try:
             net = networks.create(args.arch, 1, args.image_size)
-            published.load_backbone(net, checkpoint.tensors(checkpoint.load(str(file))), str(file))
+            published.load_backbone(net, published.tensors_of(net, checkpoint.load(str(file))), str(file))
             return net, "; ".join([*skipped, f"encoder of {file.name}"])
         except InputError as error:
             skipped.append(str(error))

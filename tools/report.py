@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 
 from moco.engine import tool  # noqa: E402
 from moco.errors import InputError  # noqa: E402
-from moco.files import check_new, creating  # noqa: E402
+from moco.files import check_new, creating, refuse_remote  # noqa: E402
 from tools import collect, pictures, plots, runs  # noqa: E402
 from tools.runs import Run  # noqa: E402
 
@@ -58,6 +58,7 @@ def write(
     """
     if images < 1 or seed < 0:
         raise InputError(f"--images {images} --seed {seed}: at least one image, and no seed below 0")
+    refuse_remote(str(pretrained or ""), "--pretrained")
     if pretrained and (len(folders) > 1 or not pretrained.is_file()):
         why = "is for one run" if len(folders) > 1 else "no such file"
         raise InputError(f"--pretrained {pretrained}: {why}; without it the last checkpoint of each run is taken")

@@ -12,7 +12,7 @@ import numpy as np
 
 from moco.engine import checkpoint
 from moco.errors import InputError
-from moco.files import read_yaml
+from moco.files import Unreadable, read_yaml, unreadable
 from tools import collect
 
 Column = tuple[np.ndarray, np.ndarray]  # steps and values, [N] each, by step
@@ -65,6 +65,8 @@ def _args(folder: Path) -> dict:
         raise InputError(f"{folder}: holds no {' and no '.join(absent)}; give the folder that a pre-training script wrote")
     try:
         args = read_yaml(folder / "args.yaml")
+    except Unreadable as error:
+        raise error.at(folder / "args.yaml") from None
     except InputError as error:
         raise InputError(f"{folder / 'args.yaml'}: {error}; give the folder that a pre-training script wrote") from None
     if args.get("script") in ("lincls", "semisup", "knn", "voc07"):
@@ -94,7 +96,7 @@ def read_log(path: Path) -> Log:
                     steps[name].append(entry["step"])
                     values[name].append(value)
     except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+        raise unreadable(error).at(path) from None
     times = np.array(values.pop("time", []))
     columns = {}
     for name in values:

@@ -1,7 +1,13 @@
 """Published weights: which tensors of a file are the backbone, and which its projection head."""
 
+import re
+from collections import Counter
+from collections.abc import Container, Iterable, Iterator
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torchvision import models
 
 from moco.encoder import timm_networks
 from moco.encoder.networks import backbone_keys, classifier, head_name, set_head
@@ -11,9 +17,9 @@ from moco.errors import InputError
 def load_backbone(net: nn.Module, tensors: dict[str, Tensor], source: str) -> int:
     """Load a published encoder into `net`, whatever prefix its names carry; returns how many tensors matched.
 
-    The prefix is the one (of `PREFIXES`) that matches most names. What a transformer's tensors are called elsewhere, and position
-    tables for images of another size, become timm's and the network's. Raises InputError where nothing matches, where a
-    backbone tensor is missing or one too many, or where a shape differs.
+    `prefix` finds the prefix. What a transformer's tensors are called elsewhere, and position tables for images of another size,
+    become timm's and the network's. Raises InputError where nothing matches, where a backbone tensor is missing or one too many,
+    or where a shape differs.
     """
     state = net.state_dict()
     wanted = {name: state[name] for name in backbone_keys(net)}
@@ -26,8 +32,11 @@ def load_backbone(net: nn.Module, tensors: dict[str, Tensor], source: str) -> in
     found = {name: mine[name] for name in wanted if name in mine}
     # files older than PyTorch 0.4 lack BatchNorm's step counter, which nothing here reads
     missing = [name for name in wanted if name not in found and not name.endswith("num_batches_tracked")]
-    if not found:
-        raise InputError(f"{source}: no tensor matches the encoder; its names look like '{next(iter(tensors), '')}'")
+    if len(found) < len(wanted) / 10:  # another network's may share a few
+        names = [f"'{name}'" for name in tensors]
+        look = f"its names look like {some(names, 3)}" if names else "it holds no tensors by name"
+        what = "give its network with -a, or rename its tensors to those of torchvision or timm"
+        raise InputError(f"{source}: no tensor matches the encoder; {look}; {what}")
     wrong = [f"{name} {_words(t)} for {_words(wanted[name])}" for name, t in found.items() if not fits(t, wanted[name])]
     # a deeper network of the same widths holds every tensor that is wanted, and more blocks
     parts = {name.split(".")[0] for name in wanted}
@@ -60,23 +69,79 @@ def _words(tensor: Tensor) -> str:
 
 
 def prefix(net: nn.Module, tensors: dict[str, Tensor]) -> str:
-    """What stands before the backbone's names in `tensors`."""
-    wanted = backbone_keys(net)
-    return max(PREFIXES, key=lambda p: sum(p + name in tensors for name in wanted))
+    """Return what stands before the backbone's names in `tensors`."""
+    return next(iter(_prefixes(net, tensors)), "")
 
 
-PREFIXES = (
-    "module.encoder_q.",  # MoCo, SynCo, AdCo
-    "encoder_q.",
-    "module.base_encoder.",  # SogCLR, MoCo v3
-    "base_encoder.",
-    "module.encoder.",
-    "encoder.",  # MoBY, SynCo-v2 (below `model`)
-    "module.backbone.",
-    "backbone.",
-    "module.",
-    "",  # a bare torchvision state dict
-)
+def choice(net: nn.Module, tensors: dict[str, Tensor]) -> str:
+    """Say which of the encoders in a file is read, as `teacher.backbone.*, not student.backbone.*`; empty for bare names."""
+    first, *others = (f"{start}*" for start in _prefixes(net, tensors) or [""])
+    return "" if first == "*" else ", not ".join([first, *others[:1]])
+
+
+def _prefixes(net: nn.Module, tensors: dict[str, Tensor]) -> list[str]:
+    """Return the prefixes below which (nearly) most of the backbone lies, the one to read first.
+
+    That is DINO's teacher; otherwise the encoder that was trained, and a moving average of it only if there is no other.
+    """
+    state = net.state_dict()
+    wanted = {name: state[name] for name in backbone_keys(net)}
+    # shapes count, too: the teacher may be another network
+    scores: Counter[str] = Counter()
+    for start, name in _splits(tensors, wanted):
+        scores[start] += 1 + (tensors[start + name].shape == wanted[name].shape)
+    near = [start for start in scores if scores[start] >= 0.95 * max(scores.values())]
+    return sorted(near, key=lambda start: (_rank(start), -scores[start]))
+
+
+_TEACHER = re.compile(r"(^|[._])teacher")
+_COPY = re.compile(r"(^|[._])(student|ema|momentum|target|averaged?|shadow|key|k)([._]|$)")
+
+
+def _rank(start: str) -> int:
+    return 0 if _TEACHER.search(start) else 2 if _COPY.search(start) else 1
+
+
+def _splits(names: Iterable[str], wanted: Container[str]) -> Iterator[tuple[str, str]]:
+    """Yield the prefix and the rest for every way to split one of `names` at a dot so that the rest is `wanted`."""
+    for name in names:
+        for place in (0, *(match.end() for match in re.finditer(r"\.", name))):
+            if name[place:] in wanted:
+                yield name[:place], name[place:]
+
+
+_DEPTH = 10  # of dicts within dicts
+# the layers of a ResNet by their numbers in an nn.Sequential of its children
+_NUMBERS = {"conv1.": "0.", "bn1.": "1.", "layer1.": "4.", "layer2.": "5.", "layer3.": "6.", "layer4.": "7."}
+
+
+def tensors_of(net: nn.Module, state: dict[str, Any]) -> dict[str, Tensor]:
+    """Return every named tensor of a checkpoint of any origin by the path to it, as `teacher.backbone.conv1.weight`.
+
+    Leaves out the optimizer and, of the names, what torch.compile adds. Numbered layers of a ResNet in an nn.Sequential get
+    torchvision's names.
+    """
+    tensors: dict[str, Tensor] = {}
+    seen: set[int] = set()  # a dict may hold itself
+
+    def walk(table: dict, path: str, depth: int) -> None:
+        seen.add(id(table))
+        for name, value in table.items():
+            if not isinstance(name, str) or name.startswith("optim"):
+                continue
+            if isinstance(value, Tensor):
+                tensors[f"{path}{name}".replace("_orig_mod.", "")] = value
+            elif isinstance(value, dict) and id(value) not in seen and depth < _DEPTH:
+                walk(value, f"{path}{name}.", depth + 1)
+
+    walk(state, "", 0)
+    if not isinstance(net, models.ResNet):
+        return tensors
+    numbered = {re.sub(r"^\w+\.", lambda layer: _NUMBERS[layer[0]], name): name for name in backbone_keys(net)}
+    found = list(_splits(tensors, numbered))
+    counts = Counter(start for start, _ in found)
+    renamed = {start + name: start + numbered[name] for start, name in found if counts[start] > len(numbered) / 2}
+    return {renamed.get(name, name): tensor for name, tensor in tensors.items()}
 
 
 def keep_projection(net: nn.Module, tensors: dict[str, Tensor], layers: int, source: str) -> None:

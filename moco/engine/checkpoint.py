@@ -1,9 +1,11 @@
 """Checkpoints: MoCo's keys, plain types only, written so that a crash cannot leave half a file in a good one's place."""
 
 import math
-import pickle
+import os
 import re
+from argparse import Namespace
 from collections import OrderedDict
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from moco.encoder.published import finite, fits
+from moco.encoder.weights import read
 from moco.engine.log import say
 from moco.errors import InputError
-from moco.files import half_written, replacing
+from moco.files import Unreadable, half_written, replacing, unreadable
 
 State = dict[str, Any]
 
@@ -38,8 +41,15 @@ _NAME = re.compile(r"checkpoint_(\d+)(?:_(-?\d+))?\.pth\.tar")
 
 
 def found(folder: str | Path) -> list[Path]:
-    """The checkpoints of a run folder, the furthest first."""
-    files = (path for pattern in ("checkpoint*.pth.tar", "model_best*.pth.tar") for path in Path(folder).glob(pattern))
+    """Return the checkpoints of a run folder, the furthest first. Raises Unreadable if it cannot be listed."""
+    try:
+        names = os.listdir(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise unreadable(error).at(folder) from None
+    patterns = ("checkpoint*.pth.tar", "model_best*.pth.tar")
+    files = (Path(folder, name) for name in names if any(fnmatch(name, pattern) for pattern in patterns))
     return sorted(files, key=_how_far, reverse=True)
 
 
@@ -80,9 +90,10 @@ def begin(folder: Path, resumed: str | None) -> None:
 
 
 def newest(folder: str) -> str | None:
-    """The furthest checkpoint of a run folder that can be read; None, and a line, where there is none at all.
+    """Return the furthest checkpoint of a run folder that is not damaged.
 
-    Raises InputError where none can be read.
+    Prints a line and returns None if there is no checkpoint. Raises Unreadable for one that the system does not hand out, which
+    may be intact, and InputError if all are damaged.
     """
     files = found(folder)
     if not files:
@@ -92,37 +103,27 @@ def newest(folder: str) -> str | None:
         try:
             check_resumable(load(str(path)), str(path))
             return str(path)
+        except Unreadable as error:
+            raise Unreadable(f"--resume auto: {error}") from None
         except InputError as error:
             say(f"--resume auto: skipped: {error}")
-    raise InputError(f"--resume auto: no checkpoint in {folder} can be read; remove them to begin anew")
+    raise InputError(f"--resume auto: no checkpoint in {folder} can be read; to begin anew choose another --save-dir")
 
 
 def load(path: str) -> State:
-    """Read a checkpoint on the CPU, with `weights_only=True`. Raises InputError where it cannot be read."""
-    try:
-        with torch.serialization.safe_globals([(OrderedDict, "yacs.config.CfgNode")]):  # Swin-style files hold their settings
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such checkpoint") from None
-    except IsADirectoryError:
-        raise InputError(f"{path}: is a folder; give a checkpoint file") from None
-    except pickle.UnpicklingError as error:
-        if "Unsupported global" in str(error) or "Unsupported class" in str(error):
-            raise InputError(f"{path}: holds Python objects beside tensors and is not read; save its state_dict alone") from None
-        raise InputError(f"{path}: not a readable checkpoint; it is damaged or of another format") from None
-    except Exception:  # damaged files end in many kinds
-        raise InputError(f"{path}: not a readable checkpoint; it is truncated or damaged, take an earlier one") from None
-    if not isinstance(state, dict):
-        raise InputError(f"{path}: not a checkpoint: it holds a {type(state).__name__}")
-    return state
+    """Read a checkpoint of any origin; see `moco.encoder.weights.read`."""
+    return read(path)
 
 
 def restore(model: nn.Module, state: State, path: str, arch: str, method: str, diverged: bool = False) -> None:
     """Load a checkpoint of this project into the model it came from. Raises InputError where it is of another run's kind."""
+    if origin(state) == "classifier" and method not in CLASSIFIERS:
+        ours = "it is a classifier's checkpoint, and this script pre-trains"
+        raise InputError(f"{path}: cannot be resumed here: {ours}; continue it with the script that saved it")
+    check_resumable(state, path)
     for what, mine in (("arch", arch), ("method", method)):
         if state.get(what) != mine:
             raise InputError(f"{path}: is of {what} '{state.get(what)}', not '{mine}'; resume with the options it was made with")
-    check_resumable(state, path)
     weights = {name.removeprefix("module."): tensor for name, tensor in state["state_dict"].items()}
     mine = model.state_dict()
     odd = sorted(weights.keys() ^ mine.keys()) or [n for n in mine if not fits(weights[n], mine[n])]
@@ -140,8 +141,12 @@ _WANTED = {"epoch": int, "args": dict, "state_dict": dict, "optimizer": dict, "p
 
 def check_resumable(state: State, path: str) -> None:
     """Raise InputError for a checkpoint that holds too little to go on from, or something else in its place."""
-    if absent := [key for key in _WANTED if key not in state]:
-        raise InputError(f"{path}: cannot be resumed: it lacks {', '.join(absent)}; use --pretrained for weights alone")
+    if absent := lacking(state):
+        what = f"it lacks {', '.join(absent)}, so it is not the state of a run of these scripts"
+        if path.endswith(".safetensors"):
+            what = "a .safetensors file holds weights alone"
+        uses = "the evaluation scripts read weights with --pretrained, and pre-training cannot start from them"
+        raise InputError(f"{path}: cannot be resumed: {what}; {uses}")
     progress = state["progress"] if isinstance(state["progress"], dict) else {}
     strange = [key for key, kind in _WANTED.items() if type(state[key]) not in (kind, OrderedDict if kind is dict else kind)]
     strange += [f"progress {key}" for key in ("step", "seed") if type(progress.get(key)) is not int]
@@ -154,6 +159,21 @@ def check_resumable(state: State, path: str) -> None:
         strange.append("state_dict")
     if strange:
         raise InputError(f"{path}: cannot be resumed: its {', '.join(strange)} is not what a run saves; take another one")
+
+
+def lacking(state: State) -> list[str]:
+    """Return what a checkpoint lacks to be resumed, as weights of other software do."""
+    return [key for key in _WANTED if key not in state]
+
+
+CLASSIFIERS = ("linear", "finetune", "semisup")  # the methods of main_lincls.py and main_semisup.py
+
+
+def origin(state: State) -> str:
+    """Return what a checkpoint comes from: a classifier, a pre-training, or (weights) other software."""
+    if lacking(state):
+        return "weights"
+    return "classifier" if state.get("method") in CLASSIFIERS else "pre-training"
 
 
 def _counts(value: object) -> bool:
@@ -176,7 +196,7 @@ class About(NamedTuple):
 def about(state: State) -> About:
     """See `About`."""
     arch, method, epoch, options = (state.get(key) for key in ("arch", "method", "epoch", "args"))
-    options = options if isinstance(options, dict) else {}
+    options = options if isinstance(options, dict) else vars(options) if isinstance(options, Namespace) else {}
     size = state.get("image_size", options.get("image_size"))
     return About(
         arch if isinstance(arch, str) and arch else None,
@@ -185,12 +205,3 @@ def about(state: State) -> About:
         options,
         size if type(size) is int and 0 < size < LARGEST_IMAGE else None,
     )
-
-
-def tensors(state: State) -> dict[str, Tensor]:
-    """The named tensors of a checkpoint of any origin: below `state_dict`, below `model`, or at the top."""
-    for key in ("state_dict", "model"):
-        if isinstance(state.get(key), dict):
-            state = state[key]
-            break
-    return {name: tensor for name, tensor in state.items() if isinstance(name, str) and isinstance(tensor, Tensor)}

@@ -62,6 +62,11 @@ def restore_options(args: Namespace, options: Iterable[str]) -> None:
     if not args.resume:
         return
     state = checkpoint.load(args.resume)
+    if (origin := checkpoint.origin(state)) != "classifier":
+        lacking = ", ".join(checkpoint.lacking(state))
+        what = f"cannot be resumed: it lacks {lacking}" if lacking else f"is a {origin} checkpoint, not a classifier's"
+        train = ", and leave out --evaluate: it has no classifier to test" if args.evaluate else ""
+        raise InputError(f"{args.resume}: {what}; give it with --pretrained instead of --resume{train}")
     checkpoint.check_resumable(state, args.resume)
     about, saved = checkpoint.about(state), state["args"]
     for name, own in (("arch", about.arch), ("image_size", about.image_size)):
@@ -155,8 +160,7 @@ def pretrained(args: Namespace, classes: int, device: torch.device) -> nn.Module
         say(f"testing the classifier of {args.resume}, {args.arch} at {args.image_size} pixels")
     elif args.pretrained:
         state = checkpoint.load(args.pretrained)
-        matched = _load(net, args, state)
-        say(f"{args.pretrained}: {matched} of {len(networks.backbone_keys(net))} backbone tensors matched")
+        say(f"{args.pretrained}: {_load(net, args, state)}")
         size = checkpoint.about(state).image_size
         if size not in (None, args.image_size):
             say(f"it was pre-trained at {size} pixels, and sees {args.image_size} here (--image-size)")
@@ -165,13 +169,17 @@ def pretrained(args: Namespace, classes: int, device: torch.device) -> nn.Module
     return precision.place(net, device, args.compile, args.grad_checkpoint)
 
 
-def _load(net: nn.Module, args: Namespace, state: checkpoint.State) -> int:
-    """Load the backbone, and the layers of its projection head that `--ft-proj` keeps below the classifier."""
-    tensors = checkpoint.tensors(state)
-    matched = published.load_backbone(net, tensors, args.pretrained)
+def _load(net: nn.Module, args: Namespace, state: checkpoint.State) -> str:
+    """Load the backbone, and the layers of its projection head that `--ft-proj` keeps below the classifier.
+
+    Returns how many tensors matched, and which of the file's encoders they are, to print.
+    """
+    tensors = published.tensors_of(net, state)
+    matched, chosen = published.load_backbone(net, tensors, args.pretrained), published.choice(net, tensors)
     if kept := getattr(args, "ft_proj", 0):
         published.keep_projection(net, tensors, kept, args.pretrained)
-    return matched
+    said = f"{matched} of {len(networks.backbone_keys(net))} backbone tensors matched"
+    return f"{said} ({chosen})" if chosen else said
 
 
 def check_features(args: Namespace, many: bool) -> None:

@@ -19,7 +19,7 @@ from moco.encoder.networks import check_arch
 from moco.engine import checkpoint, interrupt, launch, optim, resume, run_folder
 from moco.engine.tool import OneLineParser
 from moco.errors import InputError, unknown
-from moco.files import read_yaml
+from moco.files import read_yaml, refuse_remote
 from moco.loss.synthetic import Synthetic
 
 Options = argparse.Namespace
@@ -108,9 +108,11 @@ class Parser(OneLineParser):
         self.refuse_empty(argv)
         argv = self._folder_first(argv)
         first, _ = self.parse_known_args(argv)
+        self._refuse_remote(first)
         if first.cfg:
             self._defaults_from(first.cfg)
         args, rest = self.parse_known_args(argv)
+        self._refuse_remote(args)
         self._refuse_foreign(token.split("=")[0] for token in rest if token.startswith("-"))
         for token in rest:
             if token.startswith("-"):
@@ -128,6 +130,13 @@ class Parser(OneLineParser):
         if args.output:
             _of_output(args)
         return args
+
+    def _refuse_remote(self, args: Options) -> None:
+        """Raise InputError if a path is a URL."""
+        for action in self._actions:
+            value = getattr(args, action.dest, None)
+            if isinstance(value, str) and action.dest != "dist_url":
+                refuse_remote(value, next(iter(action.option_strings), ""))
 
     def _script(self) -> str:
         return Path(self.prog).stem.removeprefix("main_")

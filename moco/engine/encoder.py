@@ -25,11 +25,11 @@ def read(path: str, arch: str | None = None, image_size: int | None = None) -> E
     file that cannot be read, an unknown `arch`, or one that does not fit the file.
     """
     state = checkpoint.load(path)
-    tensors = checkpoint.tensors(state)
     own, method, epoch, _, size = checkpoint.about(state)
     arch = arch or own or "resnet50"
     image_size = image_size or size or 224
     net = networks.create(arch, 0, image_size)
+    tensors = published.tensors_of(net, state)
     try:
         published.load_backbone(net, tensors, path)
     except InputError as error:

@@ -20,7 +20,7 @@ from moco.encoder import networks
 from moco.engine.log import say, write_json
 from moco.engine.precision import autocast, layout
 from moco.errors import InputError
-from moco.files import read_json
+from moco.files import Unreadable, read_json, unreadable
 
 Features = tuple[Tensor, Tensor]  # of this rank's share of a split, every W-th image: rows [n, D], labels [n] or [n, classes]
 
@@ -264,6 +264,8 @@ def _open(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         raise wrong("no meta.json there" if folder.is_dir() else "no such folder")
     try:
         meta = read_json(folder / "meta.json")
+    except Unreadable as error:
+        raise error.at(folder / "meta.json") from None
     except InputError as error:
         raise wrong(f"meta.json is damaged ({error})") from None
     meta = _OPTIONAL | meta if isinstance(meta, dict) else {}
@@ -275,6 +277,8 @@ def _open(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
             arrays[name] = np.lib.format.open_memmap(folder / f"{name}.npy", "r")
         except FileNotFoundError:
             raise wrong(f"no {name}.npy there") from None
+        except (OSError, MemoryError) as error:
+            raise unreadable(error).at(folder / f"{name}.npy") from None
         except Exception as error:  # damaged ones end in many kinds
             raise wrong(f"{name}.npy is damaged ({' '.join(str(error).split())})") from None
     classes = len(meta["classes"])
