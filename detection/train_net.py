@@ -30,6 +30,7 @@ from moco.encoder import published  # noqa: E402
 from moco.engine import classify, run_folder  # noqa: E402
 from moco.engine.log import write_json  # noqa: E402
 from moco.errors import InputError  # noqa: E402
+from moco.files import refuse_remote  # noqa: E402
 
 GPUS = 8  # that the schedules are made for
 
@@ -92,6 +93,8 @@ def configure(args: argparse.Namespace) -> CfgNode:
     weights = cfg.MODEL.WEIGHTS
     if not weights:
         print("MODEL.WEIGHTS is empty: a randomly initialised backbone")
+    elif weights.startswith(("gs://", "s3://", "hdfs://")):
+        refuse_remote(weights, "MODEL.WEIGHTS")
     elif "://" not in weights and not Path(weights).is_file():
         raise InputError(f"MODEL.WEIGHTS {weights}: no such file; convert a checkpoint with convert-pretrain-to-detectron2.py")
     out = Path(cfg.OUTPUT_DIR)

@@ -16,10 +16,10 @@ import pytest
 import torch
 from conftest import ROOT, shell
 from PIL import Image
+from test_encoder import PREFIXES
 
 from moco.encoder import networks
 from moco.encoder.networks import resnet
-from moco.encoder.published import PREFIXES
 from moco.errors import InputError
 
 HERE = ROOT / "detection"
@@ -435,11 +435,14 @@ def test_what_cannot_run_is_refused_in_one_line(tmp_path, monkeypatch, capsys):
     (tmp_path / "run" / "last_checkpoint").write_text("model_final.pth")
     (tmp_path / "run" / "source.json").write_text(json.dumps({"file": "elsewhere/a", "arch": "resnet18", "sha256": "a"}))
     (tmp_path / "damaged.pkl").write_bytes(b"\x80\x04.")
+    (tmp_path / "unreadable.pkl").symlink_to("/proc/self/mem")
     resumed = ("--resume", "--config-file", config, "OUTPUT_DIR", tmp_path / "run", "MODEL.WEIGHTS")
     weights = ("MODEL.WEIGHTS", tmp_path / "a.pkl")
     for options, said in (
         (("--config-file", config), "FILE.pkl: no such file"),
         (("--config-file", config, "MODEL.WEIGHTS", tmp_path / "damaged.pkl"), "damaged"),
+        (("--config-file", config, "MODEL.WEIGHTS", tmp_path / "unreadable.pkl"), "unreadable.pkl: cannot be read: Input/output"),
+        (("--config-file", config, "MODEL.WEIGHTS", "gs://a/b.pkl"), "MODEL.WEIGHTS gs://a/b.pkl: is an address"),
         (("--config-file", tmp_path / "none.yaml"), "no such config"),
         ((), "give --config-file"),
         (("--num-gpus", torch.cuda.device_count() + 1, "--config-file", config), "this machine has"),

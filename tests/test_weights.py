@@ -12,7 +12,7 @@ import shutil
 import sys
 import tarfile
 import types
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -74,6 +74,10 @@ def test_settings_of_omegaconf_are_read(tmp_path):
     assert torch.equal(checkpoint.load(str(tmp_path / "x.pth"))["model"]["x"], torch.ones(2))
 
 
+class Counted(Counter):
+    pass
+
+
 class Code:
     def __reduce__(self):
         return os.mkdir, ("ran",)
@@ -99,6 +103,11 @@ def test_a_network_as_an_object_is_refused_with_what_to_do(tmp_path):
     torch.save({"model": torch.nn.Linear(2, 2)}, tmp_path / "x.pth")
     with pytest.raises(
         InputError, match=r"holds a network as a Python object \(torch\.nn\.modules\.linear\.Linear\).*state_dict\(\)"
+    ):
+        checkpoint.load(str(tmp_path / "x.pth"))
+    torch.save({"state_dict": {}, "x": Counted("aab")}, tmp_path / "x.pth")
+    with pytest.raises(
+        InputError, match=r"holds Python objects .* save its state_dict alone .*first object is a test_weights\.Counted"
     ):
         checkpoint.load(str(tmp_path / "x.pth"))
     torch.save({"state_dict": {}, "x": Code()}, tmp_path / "x.pth")
@@ -172,6 +181,8 @@ OTHERS = {
     "x.tar": (tarred, "a tar archive; unpack it"),
     "x.pt": (script, "a TorchScript program, which loading would run; if you trust it, run torch.save(torch.jit.load("),
     "empty.pth": (b"", "empty"),
+    "bytes.pth": (bytes(range(128, 256)) * 9, "no file of torch.save or safetensors"),
+    "zeros.pth": (bytes(999), "no file of torch.save or safetensors"),
 }
 
 

@@ -1,6 +1,7 @@
 """Read a file of weights of any origin, without running code; name what else a file is."""
 
 import argparse
+import codecs
 import os
 import pickle
 import re
@@ -64,10 +65,8 @@ def _torch(path: str) -> State:
     try:
         return _unpickled(path)
     except pickle.UnpicklingError as error:
-        refused = re.search(r"GLOBAL (\S+) (was not an allowed|whose module)", str(error))
-        if refused or "Unsupported" in str(error):
-            name = refused[1] if refused else "unknown"
-            raise InputError(f"{path}: {_of_objects(path, name)}") from None
+        if refused := re.search(_REFUSED, str(error)):
+            raise InputError(f"{path}: {_of_objects(path, refused[1] or '')}") from None
         other = "it is damaged or of another format"
         raise InputError(f"{path}: not a readable checkpoint; {other}") from None
     except MemoryError:
@@ -84,14 +83,18 @@ def _unpickled(path: str) -> State:
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
+# of torch.load's errors, those of objects that it does not make
+_REFUSED = r"GLOBAL (\S+) (?:was not an allowed|whose module)|Unsupported class|unrecognized function|Can only"
+
+
 def _of_objects(path: str, name: str) -> str:
-    """Say what to do with a file that holds an object of the class `name`."""
+    """Say what to do with a file that holds an object of the class `name`, if that is known."""
     trusted = f"if you trust the file, load it with torch.load({path!r}, weights_only=False)"
     if re.match(r"(torch\.nn|torchvision|timm)\.", name):
         network = f"holds a network as a Python object ({name}) and is not read"
         return f"{network}; {trusted}, and save its state_dict()"
     holds = "holds Python objects beside tensors and is not read; save its state_dict alone"
-    return f"{holds} (the first object is a {name}; {trusted})"
+    return f"{holds} ({name and f'the first object is a {name}; '}{trusted})"
 
 
 class _Settings:
@@ -260,11 +263,13 @@ def _foreign(path: Path, file: BinaryIO) -> str | None:
         return "a tar archive; unpack it, and give the checkpoint inside"
     if head.startswith(b"PK"):
         return _zip(path, file)
-    if re.match(rb"\x80[\x00-\x05]", head) and not any(number in head[:64] for number in _TORCH):
+    if any(number in head[:64] for number in _TORCH):
+        return None
+    if re.match(rb"\x80[\x00-\x05]", head):
         return f"a pickle that torch.save has not written, as those of detectron2; {_CONVERT}"
     if re.match(rb"\s*<(!doctype|html|\?xml|error)", head, re.I):
         return "a web page, in the place of the file; download the file again"
-    return None if any(number in head[:64] for number in _TORCH) else _text(head)
+    return _text(head) or "no file of torch.save or safetensors; give a PyTorch checkpoint"
 
 
 def _text(head: bytes) -> str | None:
@@ -272,7 +277,7 @@ def _text(head: bytes) -> str | None:
     if re.search(rb"[^\t\n\r\x20-\x7e\x80-\xff]", head):
         return None
     try:
-        text = head.decode("utf-8", "strict" if len(head) < 1024 else "ignore")  # it may be cut
+        text = codecs.getincrementaldecoder("utf-8")().decode(head)  # its last character may be cut
     except UnicodeDecodeError:
         return None
     line = text.strip().split("\n")[0][:40]
