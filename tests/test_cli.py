@@ -1,5 +1,6 @@
 """Bad input ends with one clear line and status 2; options, YAML defaults and launch plans mean what they say."""
 
+import os
 import socket
 from argparse import Namespace
 from fractions import Fraction
@@ -155,14 +156,10 @@ def test_batch_smaller_than_processes(script, images):
 # launch
 
 
-def test_port_in_use(script, images):
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
-        url = f"tcp://127.0.0.1:{port}"
-        result = script("main_synco", images, *SMALL, "--multiprocessing-distributed", "--dist-url", url)
-    refused(result, str(port), "in use")
+def test_port_in_use(script, images, taken_port):
+    url = f"tcp://127.0.0.1:{taken_port}"
+    result = script("main_synco", images, *SMALL, "--multiprocessing-distributed", "--dist-url", url)
+    refused(result, str(taken_port), "in use")
 
 
 @pytest.mark.parametrize(
@@ -176,6 +173,107 @@ def test_port_in_use(script, images):
 )
 def test_impossible_launch(script, images, options, word):
     refused(script("main_synco", images, *SMALL, *options), word)
+
+
+@pytest.fixture
+def taken_port():
+    """A port at which another program listens, and answers nothing."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        yield taken.getsockname()[1]
+
+
+MEETING = {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "localhost", "MASTER_PORT": 23461}
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ({"MASTER_ADDR": None, "MASTER_PORT": None}, ("but not MASTER_ADDR and MASTER_PORT", "unset RANK and WORLD_SIZE")),
+        ({"MASTER_PORT": None}, ("but not MASTER_PORT,", "torchrun")),
+        ({"MASTER_PORT": "abc"}, ("MASTER_PORT localhost:abc", "a port from 1 to 65535")),
+        ({"MASTER_PORT": 70000}, ("localhost:70000", "a port from 1 to 65535")),
+        ({"MASTER_ADDR": "nosuchhost.invalid"}, ("cannot resolve nosuchhost.invalid",)),
+        ({"MASTER_ADDR": "a..b"}, ("cannot resolve a..b",)),
+        ({"MASTER_ADDR": "192.0.2.1"}, ("cannot be reached as 192.0.2.1", "this machine's name")),
+        ({"RANK": 2, "WORLD_SIZE": 2}, ("RANK = 2 and WORLD_SIZE = 2",)),
+        ({"RANK": "zero"}, ("RANK=zero", "not a number")),
+        ({"LOCAL_RANK": 3}, ("LOCAL_RANK = 3 and LOCAL_WORLD_SIZE = 1",)),
+        ({"LOCAL_WORLD_SIZE": 2}, ("LOCAL_WORLD_SIZE - 1 = 1 and WORLD_SIZE = 1",)),
+        ({"LOCAL_WORLD_SIZE": 0}, ("LOCAL_WORLD_SIZE - 1 = -1",)),
+    ],
+)
+def test_a_wrong_environment_of_a_launcher_is_one_line(no_launcher, monkeypatch, script, images, environment, words):
+    monkeypatch.setattr(launch, "OWN", 0.5)
+    for name, value in {**MEETING, **environment}.items():
+        if value is not None:
+            monkeypatch.setenv(name, str(value))
+    refused(script("main_synco", images, *SMALL), *words)
+
+
+def test_a_taken_port_is_one_line(no_launcher, monkeypatch, script, images, taken_port):
+    for name, value in {**MEETING, "MASTER_PORT": taken_port}.items():
+        monkeypatch.setenv(name, str(value))
+    refused(script("main_synco", images, *SMALL), f"port {taken_port} is in use")
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ({}, ("lacks SLURM_PROCID", "srun")),
+        ({"SLURM_PROCID": 2, "SLURM_LOCALID": 0}, ("SLURM_PROCID = 2 and SLURM_STEP_NUM_TASKS = 2",)),
+        ({"SLURM_PROCID": 1, "SLURM_LOCALID": 1, "SLURM_STEP_NODELIST": "nosuchhost.invalid"}, ("cannot resolve nosuchhost",)),
+    ],
+)
+def test_a_wrong_environment_of_srun_is_one_line(no_launcher, monkeypatch, script, images, environment, words):
+    for name, value in {"SLURM_STEP_NUM_TASKS": 2, **environment}.items():
+        monkeypatch.setenv(name, str(value))
+    refused(script("main_synco", images, *SMALL), *words)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--dist-url", "env://"), ("--dist-url env:// is given, but not MASTER_ADDR and MASTER_PORT", "leave --dist-url out")),
+        (("--dist-url", "tcp://nosuchhost.invalid:99"), ("cannot resolve nosuchhost.invalid:99",)),
+        (("--dist-url", "tcp://192.0.2.1:23462"), ("cannot be reached as 192.0.2.1",)),
+        (("--dist-url", "tcp://[::1:99"), ("expected tcp://HOST:PORT",)),
+        (("--dist-url", "tcp://nosuchhost.invalid:99", "--world-size", 2, "--rank", 1), ("cannot resolve nosuchhost",)),
+    ],
+)
+def test_a_wrong_meeting_point_is_one_line(no_launcher, monkeypatch, script, images, options, words):
+    monkeypatch.setattr(launch, "OWN", 0.5)
+    refused(script("main_synco", images, *SMALL, "--multiprocessing-distributed", *options), *words)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_waits_alone_says_so_and_ends(no_launcher, monkeypatch, script, images, rank):
+    monkeypatch.setattr(launch, "SILENCE", 0.2)
+    monkeypatch.setattr(launch, "MEETING", 1.0)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    for name, value in {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+        monkeypatch.setenv(name, str(value))
+    status, out, err = script("main_synco", images, *SMALL, "--save-dir", images / "run")
+    waits = f"rank 1 waits for rank 0 at 127.0.0.1:{port}" if rank else f"1 of 2 processes have come to 127.0.0.1:{port}"
+    assert out.count(waits) == 1, out + err
+    refused((status, out, err), waits, "for 1 seconds")
+
+
+def test_another_server_at_the_address_is_one_line(no_launcher, monkeypatch, script, images, taken_port):
+    monkeypatch.setattr(launch, "SILENCE", 0.5)
+    for name, value in {**MEETING, "RANK": 1, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": taken_port}.items():
+        monkeypatch.setenv(name, str(value))
+    refused(script("main_synco", images, *SMALL), f"127.0.0.1:{taken_port}", "not rank 0 of this run")
+
+
+def test_env_takes_the_nodes_from_the_environment_as_moco_does(no_launcher, monkeypatch):
+    for name, value in {**MEETING, "RANK": 1, "WORLD_SIZE": 2}.items():
+        monkeypatch.setenv(name, str(value))
+    plan = launch.plan(launch_options(dist_url="env://", multiprocessing_distributed=True, nproc_per_node=3))
+    assert (plan.launcher, plan.nodes, plan.local, plan.first, plan.world, plan.url) == ("spawn", 2, 3, 3, 6, "env://")
 
 
 def launch_options(**given) -> Namespace:
@@ -193,7 +291,8 @@ def launch_options(**given) -> Namespace:
 
 @pytest.fixture
 def no_launcher(monkeypatch):
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID"):
+    launchers = "RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT"
+    for name in (*launchers.split(), *(name for name in os.environ if name.startswith("SLURM_"))):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -203,7 +302,7 @@ def test_plan_without_a_launcher_is_one_process(no_launcher):
 
 
 def test_plan_of_torchrun(no_launcher, monkeypatch):
-    for name, value in {"RANK": 5, "WORLD_SIZE": 8, "LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 4}.items():
+    for name, value in {**MEETING, "RANK": 5, "WORLD_SIZE": 8, "LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 4}.items():
         monkeypatch.setenv(name, str(value))
     plan = launch.plan(launch_options())
     assert (plan.launcher, plan.nodes, plan.local, plan.first, plan.world, plan.local_rank) == ("torchrun", 2, 4, 5, 8, 1)
@@ -211,11 +310,11 @@ def test_plan_of_torchrun(no_launcher, monkeypatch):
 
 def test_plan_of_srun(no_launcher, monkeypatch):
     values = {"SLURM_STEP_NUM_TASKS": 8, "SLURM_STEP_NUM_NODES": 2, "SLURM_PROCID": 6, "SLURM_LOCALID": 2}
-    for name, value in {**values, "SLURM_STEP_NODELIST": "nodeA", "SLURM_JOB_ID": 12}.items():
+    for name, value in {**values, "SLURM_STEP_NODELIST": "localhost", "SLURM_JOB_ID": 12}.items():
         monkeypatch.setenv(name, str(value))
     plan = launch.plan(launch_options())
     assert (plan.launcher, plan.nodes, plan.local, plan.first, plan.world, plan.local_rank) == ("srun", 2, 4, 6, 8, 2)
-    assert plan.url == "tcp://nodeA:20012"
+    assert plan.url == "tcp://localhost:20012"
     monkeypatch.setenv("SLURM_STEP_ID", "1")  # beside the first in the same job
     assert launch.plan(launch_options()).url != plan.url
 

@@ -12,19 +12,21 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import wait
+from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from moco.data import loader
-from moco.engine import interrupt, watch
+from moco.engine import interrupt, output, watch
 from moco.errors import InputError
 
 Worker = Callable[[Namespace, torch.device], None]
@@ -61,22 +63,39 @@ def plan(args: Namespace) -> Plan:
         return Plan("spawn", nodes, local, node * local, nodes * local, 0, _meeting_point(args, nodes, node))
     if "RANK" in env and "WORLD_SIZE" in env:
         r, w = _number("RANK"), _number("WORLD_SIZE")
-        local = max(1, _number("LOCAL_WORLD_SIZE", w))
-        return Plan("torchrun", max(1, w // local), local, r, w, _number("LOCAL_RANK", 0), "env://")
-    if int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
-        r, w = int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"])
-        nodes = int(env.get("SLURM_STEP_NUM_NODES", env.get("SLURM_NNODES", 1)))
-        return Plan("srun", nodes, w // nodes, r, w, int(env["SLURM_LOCALID"]), _slurm_url(args))
+        _check_below(r, w, "RANK", "WORLD_SIZE")
+        local = _number("LOCAL_WORLD_SIZE", w)
+        _check_below(local - 1, w, "LOCAL_WORLD_SIZE - 1", "WORLD_SIZE")
+        local_rank = _number("LOCAL_RANK", r % local)
+        _check_below(local_rank, local, "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+        return Plan("torchrun", max(1, w // local), local, r, w, local_rank, _check_url("env://", r))
+    if (w := _number("SLURM_STEP_NUM_TASKS", 1)) > 1:
+        r, local_rank = _number("SLURM_PROCID"), _number("SLURM_LOCALID")
+        _check_below(r, w, "SLURM_PROCID", "SLURM_STEP_NUM_TASKS")
+        nodes = _number("SLURM_STEP_NUM_NODES", _number("SLURM_NNODES", 1))
+        _check_below(nodes - 1, w, "SLURM_STEP_NUM_NODES - 1", "SLURM_STEP_NUM_TASKS")
+        return Plan("srun", nodes, w // nodes, r, w, local_rank, _check_url(_slurm_url(args), r))
     nodes, node = _nodes(args)
     return Plan("single", nodes, 1, node, nodes, 0, _meeting_point(args, nodes, node) if nodes > 1 else "")
 
 
-def _number(name: str, default: int = 0) -> int:
-    """An environment variable that a launcher sets."""
-    text = os.environ.get(name, str(default))
-    if not text.isdecimal():
-        raise InputError(f"the environment says {name}={text}, which is no number; unset it, or start with torchrun")
+def _number(name: str, default: int | None = None) -> int:
+    """Return an environment variable that a launcher sets. Raises InputError unless it is a count."""
+    text = os.environ.get(name, default)
+    if text is None:
+        raise InputError(f"the environment lacks {name}; start with srun, or unset SLURM_STEP_NUM_TASKS")
+    if not str(text).isdecimal():
+        raise InputError(f"the environment says {name}={text}, which is not a number; unset it, or start with torchrun")
     return int(text)
+
+
+def _check_below(value: int, limit: int, name: str, of: str) -> None:
+    """Raise InputError unless a launcher's numbers fit together: 0 <= `value` < `limit`."""
+    if not 0 <= value < limit:
+        raise InputError(
+            f"the environment says {name} = {value} and {of} = {limit}, but the first must lie "
+            "between 0 and the second; unset both, or start with torchrun"
+        )
 
 
 def launch(worker: Worker, args: Namespace) -> None:
@@ -162,6 +181,7 @@ def _lost(first: int, killed: dict[int, str], error: mp.ProcessExitedException |
 
 
 def _spawned(i: int, p: Plan, worker: Worker, args: Namespace, ends) -> None:
+    output.guard()
     try:
         _process(p, worker, args, p.first + i, i, lambda lost: ends.put(Lost(lost)))
     except InputError as error:
@@ -196,8 +216,9 @@ def _process(p: Plan, worker: Worker, args: Namespace, r: int, local_rank: int, 
         backend = args.dist_backend or ("nccl" if device.type == "cuda" else "gloo")
         if p.launcher == "srun":
             os.environ.setdefault("LOCAL_RANK", str(local_rank))
+        alone = p.launcher == "torchrun" and "LOCAL_RANK" not in os.environ  # started by hand
+        store = _meet(p.url, r, p.world, announce=local_rank == 0 or alone)
         timeout = timedelta(minutes=30)
-        store, _, _ = next(dist.rendezvous(p.url, r, p.world, timeout=timeout))
         store.set_timeout(timeout)
         dist.init_process_group(backend, store=dist.PrefixStore("group", store), rank=r, world_size=p.world, timeout=timeout)
         guard = watch.Watch(store, r, p.world, tell)
@@ -218,7 +239,11 @@ def _process(p: Plan, worker: Worker, args: Namespace, r: int, local_rank: int, 
 
 
 def _nodes(args: Namespace) -> tuple[int, int]:
+    """Return the number of nodes and this one's. As in MoCo, env:// takes them from the environment."""
     nodes, node = max(args.world_size, 1), max(args.rank, 0)
+    if args.dist_url == "env://" and args.multiprocessing_distributed:
+        nodes = _number("WORLD_SIZE", 1) if args.world_size == -1 else nodes
+        node = _number("RANK", 0) if args.rank == -1 else node
     if node >= nodes:
         raise InputError(f"--rank {node} with --world-size {nodes}: nodes are counted from 0; use 0 to {nodes - 1}")
     return nodes, node
@@ -232,34 +257,163 @@ def _meeting_point(args: Namespace, nodes: int, node: int) -> str:
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             return f"tcp://127.0.0.1:{s.getsockname()[1]}"
-    scheme, _, address = args.dist_url.partition("://")
-    host, _, port = address.rpartition(":")
-    good = {"tcp": host and port.isdecimal() and 0 < int(port) < 2**16, "env": not address, "file": address.startswith("/")}
-    if not good.get(scheme):
-        raise InputError(f"--dist-url {args.dist_url}: expected tcp://HOST:PORT")
-    if scheme == "tcp" and node == 0:
-        _check_free(host, int(port))
-    return args.dist_url
+    return _check_url(args.dist_url, node)
 
 
-def _check_free(host: str, port: int) -> None:
-    for family, kind, protocol, _, address in _resolve(host, port):
-        with socket.socket(family, kind, protocol) as s:
-            s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                s.bind(address)
-            except OSError as error:
-                if error.errno == errno.EADDRINUSE:
-                    raise InputError(
-                        f"--dist-url: port {port} is in use; choose another, or leave --dist-url out to have a free one found"
-                    ) from None
+def _check_url(url: str, r: int) -> str:
+    """Return the URL where the processes meet, after a check of all that this machine can tell.
+
+    `r` is 0 if rank 0 runs here, which keeps the store. Raises InputError for a URL of another
+    form, a missing or wrong MASTER_ADDR or MASTER_PORT, and a host that cannot be resolved; on
+    rank 0 also for a host that is another machine and for a port in use.
+    """
+    if url.startswith("file:///"):
+        return url
+    host, port, names = _address(url)
+    addresses = _resolve(host, port, names)
+    if r == 0 and not _agent_keeps_store(url):
+        _check_own(host, port, names, socket.AF_INET if socket.AF_INET in addresses else socket.AF_INET6)
+    return url
 
 
-def _resolve(host: str, port: int) -> list:
+def _address(url: str) -> tuple[str, int, str]:
+    """Return host and port of tcp:// or env://, and what the user calls them. Raises InputError."""
+    if url == "env://":
+        host, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
+        absent = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+        if absent:
+            given = [name for name in ("RANK", "WORLD_SIZE") if name in os.environ]
+            said = f"the environment has {' and '.join(given)}" if given else "--dist-url env:// is given"
+            alone = f"unset {' and '.join(given)}" if given else "leave --dist-url out"
+            raise InputError(
+                f"{said}, but not {' and '.join(absent)}, where rank 0 waits for the others; "
+                f"set MASTER_ADDR and MASTER_PORT, start with torchrun, or {alone} to train alone"
+            )
+        good, names, form = True, "MASTER_ADDR, MASTER_PORT", "a host and a port from 1 to 65535"
+    else:
+        try:
+            parts = urlsplit(url)
+            host, port = parts.hostname or "", parts.netloc.rpartition(":")[2]
+            good = parts.scheme == "tcp" and bool(host) and not parts.path
+        except ValueError:
+            host, port, good = "", "", False
+        names, form = "--dist-url", "tcp://HOST:PORT"
+    if not (good and port.isdecimal() and 0 < int(port) < 2**16):
+        shown = url if names == "--dist-url" else f"{host}:{port}"
+        raise InputError(f"{names} {shown}: expected {form}")
+    return host, int(port), names
+
+
+def _agent_keeps_store(url: str) -> bool:
+    """Whether torchrun has opened the store at env:// already."""
+    return url == "env://" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def _check_own(host: str, port: int, names: str, family: socket.AddressFamily) -> None:
+    """Raise InputError unless this machine, where rank 0 runs, can open the port and be reached as `host`."""
     try:
-        return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    except (socket.gaierror, OverflowError):
-        raise InputError(f"--dist-url: cannot resolve {host}:{port}; use this node's name or address") from None
+        listener = socket.create_server(("", port), family=family)  # at every address, as the store
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            choose = "or leave --dist-url out to have a free one found" if names == "--dist-url" else "or start with torchrun"
+            raise InputError(f"{names}: port {port} is in use; choose another, {choose}") from None
+        raise InputError(f"{names}: port {port} cannot be opened: {error.strerror}; choose another") from None
+    try:
+        with socket.create_connection((host, port), timeout=OWN):
+            listener.settimeout(OWN)
+            listener.accept()[0].close()
+    except OSError:
+        raise InputError(
+            f"{names} {host}:{port}: rank 0 runs on {socket.gethostname()}, which cannot be reached as {host}; "
+            "give this machine's name or address"
+        ) from None
+    finally:
+        listener.close()
+
+
+OWN = 5.0  # seconds in which a machine answers itself
+MEETING = 300.0  # seconds in which all processes must have come
+SILENCE = 10.0  # seconds, after which a line says what is waited for
+
+
+def _meet(url: str, r: int, world: int, announce: bool) -> dist.Store:
+    """Return the store at `url` when all `world` processes have come to it.
+
+    With `announce`, a line says what is waited for if it takes long. Raises InputError if they have
+    not come after `MEETING` seconds. It waits in Python, where signals are heard.
+    """
+    began, announced = time.monotonic(), not announce
+
+    def wait_for(what: str, advice: str) -> None:
+        nonlocal announced
+        waited = time.monotonic() - began
+        if waited > MEETING:
+            raise InputError(f"{what} for {MEETING:.0f} seconds; {advice}")
+        if waited > SILENCE and not announced:
+            announced = True
+            print(f"{what} ...; {advice}", flush=True)
+        time.sleep(0.2)
+
+    if url.startswith("file://"):
+        store, _, _ = next(dist.rendezvous(url, r, world))
+        where = url
+    else:
+        host, port, names = _address(url)
+        where = f"{host}:{port} ({names})"
+        keeps = r == 0 and not _agent_keeps_store(url)
+        while not keeps:
+            try:
+                socket.create_connection((host, port), timeout=OWN).close()
+                break
+            except OSError as error:
+                wait_for(
+                    f"rank {r} waits for rank 0 at {where}: {error.strerror or error}",
+                    "is rank 0 started, is this its address, and is the port open?",
+                )
+        store = _open_store(host, port, world, keeps, where)
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "")
+    place = dist.PrefixStore(f"meeting{attempt}", store)
+    came = place.add("came", 1)
+    while came < world:
+        wait_for(
+            f"{came} of {world} processes have come to {where}; rank {r} waits",
+            "start the others, or correct WORLD_SIZE or --world-size",
+        )
+        came = place.add("came", 0)
+    return store
+
+
+def _open_store(host: str, port: int, world: int, keeps: bool, where: str) -> dist.Store:
+    """Connect to the store at host:port; open it first if this process `keeps` it. Raises InputError.
+
+    It is done in a thread, because torch waits without end for an answer of another kind of server.
+    """
+    made: list[dist.Store | Exception] = []
+
+    def make() -> None:
+        try:
+            made.append(dist.TCPStore(host, port, world, is_master=keeps, wait_for_workers=False, multi_tenant=True))
+        except RuntimeError as error:
+            made.append(error)
+
+    thread = threading.Thread(target=make, daemon=True)
+    thread.start()
+    end = time.monotonic() + 2 * SILENCE
+    while thread.is_alive() and time.monotonic() < end:
+        thread.join(0.1)
+    if not made or isinstance(made[0], Exception):
+        why = f": {' '.join(str(made[0]).split())}" if made else ""
+        what = "the store cannot be opened" if keeps else "what answers there is not rank 0 of this run"
+        raise InputError(f"{where}: {what}{why}; choose another port")
+    return made[0]
+
+
+def _resolve(host: str, port: int, names: str) -> set[socket.AddressFamily]:
+    """Return the families of the host's addresses. Raises InputError if it has none."""
+    try:
+        return {found[0] for found in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
+    except (OSError, UnicodeError, OverflowError):
+        raise InputError(f"{names}: cannot resolve {host}:{port}; use this node's name or address") from None
 
 
 def _slurm_url(args: Namespace) -> str:
@@ -274,5 +428,5 @@ def _slurm_url(args: Namespace) -> str:
         except (OSError, subprocess.CalledProcessError, IndexError):
             raise InputError(f"cannot read the node list {nodes}; give --dist-url tcp://FIRST_NODE:PORT") from None
     # a port of this job, and of this of the steps that it may run beside each other
-    job, step = (int(os.environ.get(name, 0)) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
+    job, step = (_number(name, 0) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
     return f"tcp://{first}:{20000 + (job + 1009 * step) % 20000}"
