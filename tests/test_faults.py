@@ -1,23 +1,35 @@
 """Runs that are interrupted, killed or hindered: what is lost, what they say, and what they become when they go on."""
 
 import contextlib
+import fcntl
 import json
+import math
 import os
+import pty
+import re
 import resource
+import shlex
 import signal
 import socket
+import struct
+import subprocess
+import sys
+import termios
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import shell, write_images
+from conftest import ROOT, shell, write_images
 from test_cli import refused
 from test_runs import load, same, succeeded
 
+import main_lincls
 from moco.engine import checkpoint, interrupt
 from moco.engine.interrupt import STATUS
+from moco.engine.log import fold
 from moco.errors import InputError
+from tools import runs
 
 SMALL = ("-a", "resnet18", "--image-size", 32, "-b", 4, "-j", 1, "--epochs", 2, "-p", 1, "--wd", 0.1)
 SYNCO = ("main_synco.py", *SMALL, "--moco-k", 24, "--mlp", "--n-hard", 8, "--n1", 2, "--n4", 2, "--warmup-epochs", 0)
@@ -78,7 +90,9 @@ def test_a_signal_ends_a_run_after_its_step_and_it_goes_on_as_if_never_stopped(c
     process.send_signal(getattr(signal, number))
     out, err = process.communicate(timeout=60)
     assert process.returncode == STATUS, out + err
-    assert "--resume auto: no checkpoint in" in out and err.count("\n") == 1 and number in err
+    assert "--resume auto: no checkpoint in" in out
+    assert err.count(f"{number}: finishing the step and saving\n") == 1
+    assert err.splitlines()[-1].startswith(f"{command[0]}: {number}: saved ")
     (saved,) = [path for path in tmp_path.glob("checkpoint_????_*.pth.tar") if str(path) in err]
     progress = load(saved)["progress"]
     assert step <= progress["step"] < 2 * STEPS and f"after step {progress['step']};" in err
@@ -88,6 +102,80 @@ def test_a_signal_ends_a_run_after_its_step_and_it_goes_on_as_if_never_stopped(c
     assert same(state(tmp_path), whole(command))
     assert [path.name for path in sorted(tmp_path.glob("*.pth.tar"))] == ["checkpoint_0000.pth.tar", "checkpoint_0001.pth.tar"]
     assert sorted(set(logged(tmp_path))) == logged(tmp_path) == list(range(logged(tmp_path)[0], 2 * STEPS + 1))
+
+
+def test_ctrl_c_is_acknowledged_while_a_step_runs(data, tmp_path):
+    """At once: the step's own line comes after it. At every place of the step, also in the middle of its backward pass."""
+    command = ("main_synco.py", data, "-a", "resnet18", "--image-size", 224, "-b", 32, "-j", 0, "--moco-k", 64, "-p", 1)
+    process = shell(*command, "--save-dir", tmp_path, "--epochs", 50, wait=False)
+    until(lambda: logged(tmp_path), process)
+    process.send_signal(signal.SIGINT)
+    assert process.stderr.readline() == "SIGINT: finishing the step and saving; Ctrl-C after 3 seconds ends at once\n"
+    assert not list(tmp_path.glob("*.tar"))
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == STATUS and "SIGINT: saved" in err
+
+
+def test_a_resumed_run_s_time_continues_and_the_report_adds_no_start_twice(script, data, tmp_path):
+    command = (data, *SMALL, "-j", 0, "--moco-k", 24, "--save-dir", tmp_path)
+    assert script("main_synco", *command, "--epochs", 1)[0] == 0
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    lines[-1]["time"] = 7000.25  # as after two hours
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    status, out, err = script("main_synco", *command, "--resume", tmp_path / "checkpoint_0000.pth.tar")
+    assert status == 0, err
+    times = [json.loads(line)["time"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert times == sorted(times) and 7000.25 < times[STEPS] <= times[-1] < 7300
+    assert runs.read_log(tmp_path / "log.jsonl").seconds == times[-1]
+    assert re.search(r"^trained for 1:5[67]:\d\d$", out, re.M)
+
+
+def test_a_run_s_end_says_what_follows(script, tmp_path):
+    """The commands run as they are pasted, in a shell."""
+    data, run = write_images(tmp_path / "my images"), tmp_path / "it's a run"
+    status, out, err = script("main_synco", data, *SMALL, "-j", 0, "--moco-k", 16, "--epochs", 1, "--save-dir", run)
+    assert status == 0, err
+    assert f"the last checkpoint is {run / 'checkpoint_0000.pth.tar'}; what may follow:" in out
+    assert re.search(r"^first step took \d+\.\d s, .* \d+:\d\d:\d\d for the run$", out, re.M)
+    knn, probe, report = (line.strip() for line in out.splitlines() if line.startswith("  "))
+    assert "main_lincls.py --cfg configs/lincls_moco.yaml" in probe and "tools/report.py" in report
+    done = subprocess.run(f"{knn} -j 0 --k 3 --save-dir '{tmp_path}/knn'", shell=True, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    last = done.stdout.splitlines()[-1]
+    assert re.fullmatch(rf"results in {re.escape(str(tmp_path))}/knn/results.json; the evaluation took 0:0\d:\d\d", last)
+    for command, script_name in ((probe, "main_lincls"), (report, "tools.report")):
+        words = shlex.split(command)[2:]
+        if script_name == "main_lincls":
+            assert main_lincls.parser().parse(words).pretrained == str(run / "checkpoint_0000.pth.tar")
+        else:
+            assert words == [str(run)]
+
+
+def test_the_bar_fits_a_terminal_of_80_columns(data, tmp_path):
+    command = [sys.executable, *map(str, (*QUICK, data, "--n-hard", 8, "--n1", 2, "--knn-every", 1, "--save-dir", tmp_path))]
+    child, terminal = pty.fork()
+    if not child:
+        os.chdir(ROOT)
+        os.execv(command[0], command)
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    shown = b""
+    with contextlib.suppress(OSError):  # at its end
+        while more := os.read(terminal, 65536):
+            shown += more
+    assert os.waitpid(child, 0)[1] == 0, shown
+    text = shown.decode()
+    bars = [line for line in re.split(r"[\r\n]", text) if f"/{STEPS} " in line]
+    assert len(bars) >= STEPS and max(map(len, bars)) < 80
+    assert any(re.search(r"\| 12/12  .* left, epoch 0  loss [\d.]+", bar) for bar in bars), bars
+    knn = text[text.index(f"epoch 0  step {STEPS}/{STEPS}") :].splitlines()[0]
+    assert "knn" in knn and len(knn) < 80
+
+
+def test_facts_are_folded_between_and_not_inside():
+    facts = ["epoch 0", "val_acc1_lr30 0.5", "val_acc1_lr10 0.25", "left 0:00:00"]
+    assert fold(facts, math.inf) == ["  ".join(facts)]
+    assert fold(facts, 26) == ["epoch 0  val_acc1_lr30 0.5", "val_acc1_lr10 0.25", "left 0:00:00"]
+    assert fold(facts, 5) == facts
 
 
 def test_stopped_when_all_steps_of_an_epoch_were_done_it_ends_the_epoch(script, data, tmp_path):
@@ -220,6 +308,62 @@ def test_two_runs_do_not_share_a_folder(script, data, tmp_path):
     refused(script("main_synco", data, *SMALL, "--moco-k", 24, "--save-dir", tmp_path), "another run is writing there")
     process.kill()
     process.communicate()
+
+
+# output
+
+
+QUICK = ("main_synco.py", *SMALL, "-j", 0, "--moco-k", 24, "--epochs", 1)
+RESULTS = {"method": "moco", "arch": "resnet18", "checkpoint": "c", "pretrain_epochs": 1, "protocol": "knn", "dataset": "photos"}
+RESULTS |= {"metrics": {"knn_20": 0.5}, "settings": {"seed": 0}}
+
+
+def quiet(err):
+    for word in ("Traceback", "Error", "Exception ignored"):
+        assert word not in err, err
+
+
+@pytest.mark.parametrize("launcher", [(), TWO])
+def test_a_reader_of_the_output_that_leaves_stops_nothing(launcher, data, tmp_path):
+    process = shell(*QUICK, *launcher, data, "--save-dir", tmp_path, wait=False)
+    process.stdout.readline()
+    process.stdout.close()
+    quiet(process.stderr.read())
+    assert process.wait(60) == 0
+    assert (tmp_path / "checkpoint_0000.pth.tar").exists() and logged(tmp_path) == list(range(1, STEPS + 1))
+
+
+@pytest.mark.parametrize("closed", [(1,), (2,), (0, 1, 2)])
+def test_output_that_is_closed_stops_nothing(closed, data, tmp_path):
+    command = [sys.executable, *map(str, (*QUICK, data, "--save-dir", tmp_path))]
+    shut = " ".join(f"{number}>&-" for number in closed)
+    words = ["bash", "-c", f'exec "$@" {shut}', "bash", *command]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0
+    quiet(done.stderr)
+    assert load(tmp_path / "checkpoint_0000.pth.tar")["epoch"] == 1
+    assert logged(tmp_path) == list(range(1, STEPS + 1))
+
+
+def test_a_full_disk_of_the_output_stops_nothing(data, tmp_path):
+    command = [sys.executable, *map(str, (*QUICK, data, "--save-dir", tmp_path))]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120)
+    assert done.returncode == 0
+    quiet(done.stderr)
+    assert logged(tmp_path) == list(range(1, STEPS + 1))
+
+
+@pytest.mark.parametrize("command", [("main_synco.py", "--help"), ("tools/collect.py", "runs"), ("tools/report.py", "--help")])
+def test_output_of_a_tool_may_have_no_reader(command, tmp_path):
+    read, write = os.pipe()
+    os.close(read)
+    words = [sys.executable, *(str(tmp_path) if word == "runs" else word for word in command)]
+    (tmp_path / "results.json").write_text(json.dumps(RESULTS))
+    done = subprocess.run(words, cwd=ROOT, stdout=write, stderr=subprocess.PIPE, text=True, timeout=120)
+    os.close(write)
+    assert done.returncode == 0
+    quiet(done.stderr)
 
 
 # data and numbers

@@ -17,7 +17,7 @@ from PIL import Image
 from moco import distributed
 from moco.data import datasets
 from moco.encoder.networks import resnet
-from moco.engine import classify
+from moco.engine import classify, precision
 
 PUBLISHED_SYNCO = (
     "main_synco.py -a resnet50 --lr 0.03 --batch-size 256 --dist-url tcp://localhost:10001 --multiprocessing-distributed "
@@ -248,7 +248,8 @@ def test_a_probe_is_chosen_on_held_out_images_and_not_on_val(script, shared_imag
         assert load(run / "model_best.pth.tar")["best_acc1"] == pytest.approx(0.3)
 
 
-def test_a_diverging_classifier_does_not_stop_the_others_in_half_precision(script, shared_images, tmp_path):
+def test_a_diverging_classifier_does_not_stop_the_others_in_half_precision(script, shared_images, tmp_path, monkeypatch):
+    monkeypatch.setattr(precision, "choose", lambda args: None)
     command = (shared_images, "-a", "resnet18", "--image-size", 32, "-b", 8, "-j", 0, "--epochs", 1, "--amp", "fp16")
     for name, rates in (("both", (1e30, 0.1)), ("alone", (0.1,))):
         assert script("main_lincls", *command, "--lr", *rates, "--wd", 1e-3, "--save-dir", tmp_path / name)[0] == 0
@@ -386,13 +387,31 @@ def test_a_mistake_inside_spawned_processes_is_one_line(images, tmp_path):
 
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
-def test_mixed_precision_trains(amp, script, images, tmp_path):
+def test_mixed_precision_trains(amp, script, images, tmp_path, monkeypatch):
+    monkeypatch.setattr(precision, "choose", lambda args: None)  # a CPU can, slowly
     options = (images, *TINY, "-j", 0, "--epochs", 1, "--warmup-epochs", 0, "--amp", amp)
     assert script("main_synco", *options, "--save-dir", tmp_path)[0] == 0
     assert all(torch.isfinite(torch.tensor(line["loss"])) for line in log(tmp_path))
     weights = load(tmp_path / "checkpoint_0000.pth.tar")["state_dict"]
     assert all(torch.isfinite(tensor).all() for tensor in weights.values())
     assert weights["module.queue"].dtype == torch.float32
+
+
+@pytest.mark.parametrize(("amp", "native", "used"), [("fp16", True, "off"), ("bf16", False, "off"), ("bf16", True, "bf16")])
+def test_a_half_precision_recipe_on_a_cpu_computes_what_the_cpu_can(amp, native, used, script, images, tmp_path, monkeypatch):
+    monkeypatch.setattr(precision, "_multiplies_bf16", lambda: native)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    (tmp_path / "recipe.yaml").write_text(f"amp: {amp}\n")
+    options = (images, *TINY, "-j", 0, "--epochs", 1, "--cfg", tmp_path / "recipe.yaml", "--save-dir", tmp_path / "run")
+    status, out, err = script("main_synco", *options)
+    assert status == 0, err
+    assert out.count(f"--amp {amp} is slow on this CPU: this run computes in float32") == (used == "off")
+    assert yaml.safe_load((tmp_path / "run" / "args.yaml").read_text())["amp"] == used
+    assert f"cpu, amp {used}" in out
+    command = (images, "-a", "resnet18", "--image-size", 32, "-b", 8, "-j", 0, "--amp", amp, "--save-dir", tmp_path / "knn")
+    status, out, err = script("main_knn", *command, "--k", 3)
+    assert status == 0, err
+    assert json.loads((tmp_path / "knn" / "results.json").read_text())["settings"]["amp"] == used
 
 
 def test_accumulation_takes_all_the_passes_of_a_step(script, shared_images, tmp_path):

@@ -1,5 +1,6 @@
 """Classifiers on pre-trained encoders: what every evaluation reads, checks and writes, and how a classifier is trained."""
 
+import time
 from argparse import Namespace
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,7 +15,7 @@ from moco.data import datasets, loader, named, subsets
 from moco.data.images import Images
 from moco.encoder import networks, published
 from moco.engine import checkpoint, features, metrics, precision
-from moco.engine.log import say, write_json, write_options
+from moco.engine.log import STARTED, clock, say, write_json, write_options
 from moco.engine.train import Trainer
 from moco.errors import InputError
 from moco.rng import Progress
@@ -209,8 +210,12 @@ def frozen_features(
     return train, val, classes
 
 
-def write_results(args: Namespace, protocol: str, found: dict[str, float]) -> None:
-    """Write results.json to the run folder, on rank 0; metrics are fractions in [0, 1]."""
+def write_results(args: Namespace, protocol: str, found: dict[str, float], seconds: float | None = None) -> None:
+    """Write results.json to the run folder and print where it is, on rank 0.
+
+    `found` has metrics as fractions in [0, 1]. `seconds` is how long the evaluation took, by
+    default since this process began.
+    """
     if distributed.rank() != 0:
         return
     some = f" ({Path(args.class_list).name})" if getattr(args, "class_list", None) else ""
@@ -228,12 +233,14 @@ def write_results(args: Namespace, protocol: str, found: dict[str, float]) -> No
     if hasattr(args, "script") and not (folder / "args.yaml").exists():  # nothing was trained
         write_options(args)
     write_json(folder / "results.json", results)
+    took = time.perf_counter() - STARTED if seconds is None else seconds
+    say(f"results in {folder / 'results.json'}; the evaluation took {clock(took)}")
 
 
 # what tells apart the runs of one protocol
 _SETTINGS = (
     "epochs batch_size optimizer lr lr_backbone lr_classifier learning_rate_scaling cos wd weights train_percent subset_file"
-    " ft_proj val_from_train seed"
+    " ft_proj val_from_train amp seed"
     " iterations norm"  # of detectors
 ).split()
 
@@ -354,7 +361,7 @@ class Classification(Trainer):
             each = [f"{self.name(one, ' ')}: {100 * found[f'{self.metric}_{self.name(one)}']:.3f}" for one in self.settings]
             say("  ".join(each) + f"  ({title}; the best follows)")
         say("* " + " ".join(f"{name} {100 * found[key]:.3f}" for key, name in metrics.TITLES.items() if key in found))
-        write_results(self.args, protocol, found)
+        write_results(self.args, protocol, found, self.seconds)
 
     def finish(self) -> None:
         """What follows training."""

@@ -16,7 +16,7 @@ from moco.augment import recipes
 from moco.data import named
 from moco.encoder import timm_networks
 from moco.encoder.networks import check_arch
-from moco.engine import checkpoint, interrupt, launch, optim, resume, run_folder
+from moco.engine import checkpoint, interrupt, launch, optim, output, precision, resume, run_folder
 from moco.engine.tool import OneLineParser
 from moco.errors import InputError, unknown
 from moco.files import read_yaml, refuse_remote
@@ -606,8 +606,10 @@ def main(parser: Parser, check: Callable[[Options], None], worker: launch.Worker
     `check` completes and refuses options before any process starts. An InputError becomes one line on stderr and exit
     status 2; a run that a signal has ended, after it has saved, exits with status 75, and one that has lost a process with 1.
     """
+    output.guard()
     try:
         args = parser.parse()
+        precision.choose(args)
         if args.arch:
             check_arch(args.arch)
         if args.recipe:

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from types import FrameType
@@ -34,9 +35,17 @@ class Requests:
 
     def __enter__(self) -> "Requests":
         self._before = {number: signal.signal(number, self._receive) for number in SIGNALS}
+        # Python calls handlers between two of its instructions, and a backward pass is one: the line
+        # is printed by a thread, to which the system's own handler writes each signal's number
+        ear, self._mouth = os.pipe()
+        os.set_blocking(self._mouth, False)
+        self._mouth_before = signal.set_wakeup_fd(self._mouth, warn_on_full_buffer=False)
+        threading.Thread(target=_acknowledge, args=(ear, distributed.rank() == 0), daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        signal.set_wakeup_fd(self._mouth_before)
+        os.close(self._mouth)
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
@@ -62,6 +71,19 @@ class Requests:
 
     def _name(self, number: int) -> str:
         return signal.Signals(number).name if number else ""
+
+
+def _acknowledge(ear: int, speaks: bool) -> None:
+    """Print one line, if this process `speaks`, when the first of `SIGNALS` comes; end when the pipe is closed."""
+    with open(ear, "rb", buffering=0) as pipe:
+        while numbers := pipe.read(1):
+            if speaks and numbers[0] in SIGNALS:
+                speaks = False
+                name = signal.Signals(numbers[0]).name
+                again = f"; Ctrl-C after {PATIENCE:.0f} seconds ends at once" if name == "SIGINT" else ""
+                line = f"{name}: finishing the step and saving{again}"
+                with contextlib.suppress(OSError):
+                    os.write(2, f"{chr(10) * os.isatty(2)}{line}\n".encode())
 
 
 @contextlib.contextmanager

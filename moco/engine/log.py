@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import shutil
 import sys
 import time
 from argparse import Namespace
@@ -18,6 +19,7 @@ from moco import distributed
 from moco.errors import InputError
 from moco.files import replacing
 
+STARTED = time.perf_counter()  # of this process
 Metrics = dict[str, Tensor | tuple[Tensor, Tensor]]  # scalars, or a sum and the count of what it sums up
 
 
@@ -83,8 +85,8 @@ class RunLog:
         self.steps, self.start = steps, start
         self.images_per_step = args.batch_per_process * distributed.world() * args.accumulation_steps
         self.began = self.marked = time.perf_counter()
-        self.marked_step, self.waited = start, 0.0
-        self.bar = None
+        self.marked_step, self.waited, self.first = start, 0.0, True
+        self.bar, self.before = None, 0.0  # seconds of the earlier starts
         if distributed.rank() != 0:
             return
         folder = Path(args.save_dir)
@@ -93,6 +95,7 @@ class RunLog:
         if args.resume:  # from the same folder, or from the run that this one branches off
             before = Path(args.resume).with_name("log.jsonl")
             kept = [line for line in _lines(before) if _step(line) <= start]
+        self.before = _seconds(kept)
         try:
             write_options(args)
             with replacing(self.path) as file:
@@ -101,14 +104,22 @@ class RunLog:
             raise InputError(f"--save-dir {folder}: cannot be written: {error.strerror}; choose another folder") from None
         self.board = SummaryWriter(str(folder), purge_step=start + 1 if args.resume and start >= 0 else None)
         if sys.stdout.isatty():
-            self.bar = tqdm(total=steps - min(start, 0), initial=max(start, 0), unit="step", dynamic_ncols=True)
+            total, initial = steps - min(start, 0), max(start, 0)
+            self.bar = tqdm(total=total, initial=initial, dynamic_ncols=True, file=sys.stdout, bar_format=BAR)
 
     def wait(self, seconds: float) -> None:
         """Count time spent waiting for data."""
         self.waited += seconds
 
     def tick(self) -> None:
-        """One step is done."""
+        """Count a step; after the first one of this start, print how long it took."""
+        if self.first:
+            self.first = False
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            took = time.perf_counter() - self.began
+            whole = clock(took * (self.steps - self.start))
+            say(f"first step took {took:.1f} s, of which {self.waited:.1f} s for data; at this pace {whole} for the run")
         if self.bar is not None:
             self.bar.update()
 
@@ -123,7 +134,7 @@ class RunLog:
         self.marked, self.marked_step, self.waited = now, step, 0.0
         if distributed.rank() != 0:
             return
-        entry = {"epoch": epoch, "step": step, **metrics, **speed, "time": round(now - self.began, 3)}
+        entry = {"epoch": epoch, "step": step, **metrics, **speed, "time": round(self.seconds(), 3)}
         try:
             with self.path.open("a") as file:
                 file.write(json.dumps(entry) + "\n")
@@ -131,20 +142,42 @@ class RunLog:
                 self.board.add_scalar(name, value, step)
         except OSError as error:
             raise InputError(f"{self.path}: cannot be written: {error.strerror}; make room, and go on with --resume auto") from None
-        text = "  ".join(f"{name} {_short(name, value)}" for name, value in {**metrics, **speed}.items())
+        facts = [f"{name} {_short(name, value)}" for name, value in {**metrics, **speed}.items()]
         if self.bar is not None and speed:
-            self.bar.set_postfix_str(f"epoch {epoch}  {text}")
-        else:
-            left = (now - self.began) / max(1, step - self.start) * (self.steps - step)
-            say(f"epoch {epoch}  step {step}/{self.steps}  {text}  left {_clock(left)}")
+            width = shutil.get_terminal_size().columns - 30 - 2 * len(str(self.steps))  # beside the bar
+            self.bar.set_postfix_str(fold([f"epoch {epoch}", *facts], width)[0])
+            return
+        left = (now - self.began) / max(1, step - self.start) * (self.steps - step)
+        facts = [f"epoch {epoch}", f"step {step}/{self.steps}", *facts, f"left {clock(left)}"]
+        width = shutil.get_terminal_size().columns - 3 if self.bar is not None else math.inf
+        say("\n  ".join(fold(facts, width)))
+
+    def seconds(self) -> float:
+        """Return how long the run has trained, earlier starts included."""
+        return self.before + time.perf_counter() - self.began
 
     def close(self) -> None:
         """Flush and end."""
         if self.bar is not None:
             self.bar.close()
+            sys.stdout.flush()
         if distributed.rank() == 0:
             with contextlib.suppress(OSError):  # of a full disk a line has spoken already
                 self.board.close()
+
+
+BAR = "|{bar:8}| {n_fmt}/{total_fmt}  {remaining} left{postfix}"
+
+
+def fold(facts: list[str], width: float) -> list[str]:
+    """Join facts to lines of at most `width` characters; a fact that is longer has its own line."""
+    lines = facts[:1]
+    for fact in facts[1:]:
+        if len(lines[-1]) + 2 + len(fact) <= width:
+            lines[-1] += f"  {fact}"
+        else:
+            lines.append(fact)
+    return lines
 
 
 def _lines(path: Path) -> list[str]:
@@ -159,6 +192,14 @@ def _step(line: str) -> float:
         return math.inf
 
 
+def _seconds(lines: list[str]) -> float:
+    """Return the time of the last line that a resumed run keeps; 0 if there is none."""
+    try:
+        return max(0.0, float(json.loads(lines[-1])["time"]))
+    except (IndexError, ValueError, KeyError, TypeError, RecursionError):
+        return 0.0
+
+
 def _short(name: str, value: float) -> str:
     if name == "data_wait":
         return f"{value:.0%}"
@@ -167,7 +208,8 @@ def _short(name: str, value: float) -> str:
     return f"{value:.4g}"
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Return a duration as hours:minutes:seconds."""
     minutes, s = divmod(round(seconds), 60)
     hours, m = divmod(minutes, 60)
     return f"{hours}:{m:02d}:{s:02d}"

@@ -1,5 +1,9 @@
 """Mixed precision, memory format and compilation: how the networks compute, not what."""
 
+import os
+from argparse import Namespace
+from pathlib import Path
+
 import torch
 from torch import nn
 
@@ -7,6 +11,31 @@ from moco.encoder import networks
 from moco.errors import InputError
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+# flags of /proc/cpuinfo for processors that multiply bf16 themselves: Intel and AMD; Arm
+_BF16 = {"avx512_bf16", "amx_bf16", "bf16"}
+
+
+def choose(args: Namespace) -> None:
+    """Set `args.amp` to off, and print a line, for a CPU that computes it slowly.
+
+    That is every CPU for fp16, whose convolutions take minutes a step in PyTorch, and a CPU
+    without bf16 instructions for bf16.
+    """
+    if args.amp == "off" or torch.cuda.is_available() or (args.amp == "bf16" and _multiplies_bf16()):
+        return
+    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":  # there is no process group yet
+        print(f"--amp {args.amp} is slow on this CPU: this run computes in float32 (--amp off)", flush=True)
+    args.amp = "off"
+
+
+def _multiplies_bf16() -> bool:
+    try:
+        words = set(Path("/proc/cpuinfo").read_text().split())
+    except OSError:
+        return False
+    return bool(words & _BF16)
 
 
 def autocast(amp: str, device: torch.device) -> torch.autocast:

@@ -13,8 +13,8 @@ from moco.augment import recipes
 from moco.data import datasets, loader, subsets
 from moco.data.images import Images
 from moco.encoder.networks import ARCHS
-from moco.engine import checkpoint, features, precision
-from moco.engine.log import Metrics
+from moco.engine import checkpoint, features, following, precision
+from moco.engine.log import Metrics, clock, say
 from moco.engine.train import Trainer
 from moco.errors import InputError
 from moco.rng import Progress
@@ -107,6 +107,14 @@ class Pretraining(Trainer):
         """Return whether the checkpoint of an epoch, counted from 0, is kept however old it is."""
         every = self.args.keep_every
         return epoch == self.best[1] or (every > 0 and (epoch + 1) % every == 0)
+
+    def finished(self) -> None:
+        say(f"trained for {clock(self.seconds)}")
+        saved = next(iter(checkpoint.found(self.args.save_dir)), None)
+        if saved is not None and distributed.rank() == 0:
+            say(f"the last checkpoint is {saved}; what may follow:")
+            for command in following.commands(self.args, self.images.root, saved):
+                say(f"  {command}")
 
     def _knn(self) -> float:
         """k-NN top-1 of the encoder on val/, against train/."""

@@ -94,6 +94,10 @@ class Trainer(ABC):
         """Evaluate and save after `done` epochs; returns what to log."""
         return {}
 
+    def finished(self) -> None:  # noqa: B027
+        """Tell what follows training. `self.seconds` is how long the run trained, in all its starts."""
+
+    seconds: float | None = None
     may_diverge = False  # whether numbers that are not finite end the run
 
     @abstractmethod
@@ -119,6 +123,8 @@ class Trainer(ABC):
                 metrics = self.end_epoch(epoch + 1)
                 if metrics:
                     log.line(epoch, (epoch + 1) * per_epoch, metrics)
+        self.seconds = log.seconds()
+        self.finished()
 
     def _epoch(self, epoch: int, batches: Iterator[loader.Batch], log: RunLog, requests: interrupt.Requests) -> None:
         args, per_epoch = self.args, self.steps_per_epoch
@@ -261,8 +267,6 @@ class Trainer(ABC):
             f"lr after scaling {rates} ({scaling}), lr warm-up {args.lr_warmup_epochs} epochs; "
             f"{args.epochs} epochs x {self.steps_per_epoch} steps"
         )
-        if self.device.type == "cpu" and args.amp != "off":
-            say("many CPUs are slower with mixed precision, by far: --amp off")
         if self.device.type == "cuda" and w == 1 < torch.cuda.device_count() and args.gpu is None:
             say(f"one of {torch.cuda.device_count()} GPUs trains; --multiprocessing-distributed starts a process on each")
         if self.order.start < 0:

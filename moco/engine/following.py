@@ -1,0 +1,40 @@
+"""The commands that follow a pre-training, to be pasted into the shell that ran it."""
+
+import os
+import shlex
+import shutil
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+# the probe that each script's paper reports
+PROBES = {name: f"configs/lincls_{name}.yaml" for name in ("adco", "fnc", "moby", "sogclr")}
+
+
+def commands(args: Namespace, train: Path, saved: Path) -> list[str]:
+    """Return the shell commands for k-NN, a linear probe and the report.
+
+    Args:
+        args: the options of the pre-training.
+        train: the folder of its images; without val/ next to it, nothing can be evaluated.
+        saved: its last checkpoint.
+    """
+    home = Path(sys.argv[0]).parent
+    if not (home / "main_knn.py").exists():  # called from another program
+        home = Path(os.path.relpath(Path(__file__).parent.parent.parent))
+    python = "python" if shutil.which("python") == sys.executable else sys.executable
+    given = [args.data, "--pretrained", saved]
+    for name, default in (("image_size", 224), ("class_list", None), ("data_name", None)):
+        if (value := getattr(args, name, default)) not in (default, None):
+            given += [f"--{name.replace('_', '-')}", value]
+    if args.multiprocessing_distributed:
+        given.append("--multiprocessing-distributed")
+        given += ["--nproc-per-node", args.nproc_per_node] if args.nproc_per_node else []
+    probe = home / PROBES.get(args.script, "configs/lincls_moco.yaml")
+    evaluated = args.data == "photos" or (train.parent / "val").is_dir()
+    found = [
+        [home / "main_knn.py", *given],
+        [home / "main_lincls.py", "--cfg", probe, *given],
+    ] * evaluated
+    found.append([home / "tools" / "report.py", args.save_dir])
+    return [shlex.join(map(str, [python, *words])) for words in found]

@@ -1,0 +1,48 @@
+"""Standard output and error that cannot end a run: what cannot be written there is left out."""
+
+import contextlib
+import io
+import os
+import sys
+
+
+class _Patient(io.FileIO):
+    """A file descriptor whose writes never fail: its reader may leave, its disk may be full."""
+
+    def write(self, data) -> int:
+        with contextlib.suppress(OSError):
+            if (written := super().write(data)) is not None:
+                return written
+        return len(data)
+
+
+def guard() -> None:
+    """Make this process continue when its output has no reader, no room, or was closed at the start.
+
+    Call it at the start of each process; a second call changes nothing. Output that a caller has
+    redirected inside Python, as tests do, stays as it is.
+    """
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:  # closed: else a file that is opened later would take its number, and its output
+            os.open(os.devnull, os.O_RDWR)
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (for the life of the process)
+            continue
+        own = stream is getattr(sys, f"__{name}__") and isinstance(stream, io.TextIOWrapper)
+        if not own or isinstance(getattr(stream.buffer, "raw", None), _Patient):
+            continue
+        with contextlib.suppress(OSError):
+            stream.flush()
+        guarded = io.TextIOWrapper(
+            io.BufferedWriter(_Patient(stream.fileno(), "w", closefd=False)),
+            encoding=stream.encoding,
+            errors=stream.errors,
+            line_buffering=stream.line_buffering or stream.isatty(),
+            write_through=stream.write_through,
+        )
+        setattr(sys, name, guarded)
+        setattr(sys, f"__{name}__", guarded)
