@@ -5,6 +5,9 @@
 together are possible. configs/ holds the published settings: --cfg configs/adco_200.yaml.
 """
 
+import moco as _first  # noqa: F401 (before torch: sets how its threads wait)
+
+# isort: split
 import torch
 
 from moco.builder.adco import AdCo, Ascent

@@ -4,6 +4,9 @@
 --support-size 0 --fn-mode off --memory-multiplier 0 is SimCLR. configs/fnc_100.yaml holds the published settings.
 """
 
+import moco as _first  # noqa: F401 (before torch: sets how its threads wait)
+
+# isort: split
 import torch
 from torch import nn
 

@@ -4,6 +4,9 @@
 Without --pretrained the encoder is randomly initialised, which is the baseline to compare with.
 """
 
+import moco as _first  # noqa: F401 (before torch: sets how its threads wait)
+
+# isort: split
 import torch
 
 from moco.engine import classify, cli, features

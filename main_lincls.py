@@ -5,6 +5,9 @@ Without --pretrained the encoder is randomly initialised, which is the baseline 
 whole network trains.
 """
 
+import moco as _first  # noqa: F401 (before torch: sets how its threads wait)
+
+# isort: split
 import torch
 
 from moco.engine import classify, cli

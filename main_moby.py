@@ -4,6 +4,9 @@
 configs/ holds the published settings: --cfg configs/synco_swin_tiny.yaml.
 """
 
+import moco as _first  # noqa: F401 (before torch: sets how its threads wait)
+
+# isort: split
 import torch
 from torch import nn
 

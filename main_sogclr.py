@@ -4,6 +4,9 @@
 SogCLR keeps a moving average for each training image, so that small batches do; see configs/sogclr_800.yaml.
 """
 
+import moco as _first  # noqa: F401 (before torch: sets how its threads wait)
+
+# isort: split
 import torch
 from torch import nn
 

@@ -5,6 +5,9 @@ Without synthetic negatives (--n1 .. --n6 all 0) this is MoCo: v1 as it is, v2 w
 MoCHI uses --n1 and --n3; SynCo all six. configs/ holds the published settings: --cfg configs/synco_200.yaml.
 """
 
+import moco as _first  # noqa: F401 (before torch: sets how its threads wait)
+
+# isort: split
 import torch
 
 from moco.builder.synco import SynCo

@@ -8,10 +8,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+import moco as _first  # noqa: E402, F401 (before torch: sets how its threads wait)
+
+# isort: split
+import torch  # noqa: E402
 
 from moco.engine.log import write_json  # noqa: E402
 from moco.files import names_like  # noqa: E402

@@ -2,12 +2,15 @@
 
 import os
 import socket
+import subprocess
+import sys
 from argparse import Namespace
 from fractions import Fraction
 
 import pytest
 import torch
 import yaml
+from conftest import ROOT
 from PIL import Image
 
 import main_lincls
@@ -154,6 +157,33 @@ def test_batch_smaller_than_processes(script, images):
 
 
 # launch
+
+
+ENTRIES = [*sorted(ROOT.glob("main_*.py")), *(ROOT / f"tools/{name}.py" for name in ("demo", "export", "report", "show_views"))]
+ENTRIES += [ROOT / "benchmarks" / "threads.py", ROOT / "detection" / "convert-pretrain-to-detectron2.py"]
+WHEN_TORCH_LOADS = """
+import os, runpy, sys
+class Finder:
+    def find_spec(name, *_):
+        if name == "torch":
+            print(os.environ.get("GOMP_SPINCOUNT"), flush=True)
+            os._exit(0)
+sys.meta_path.insert(0, Finder)
+sys.argv = sys.argv[1:]
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("entry", ENTRIES, ids=lambda path: path.name)
+def test_threads_wait_briefly_unless_the_user_chose(entry):
+    """It counts when torch is loaded."""
+    names = ("OMP_WAIT_POLICY", "OMP_NUM_THREADS", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+    clean = {name: value for name, value in os.environ.items() if name not in names}
+    for given, expected in (({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_NUM_THREADS": "1"}, "None")):
+        command = [sys.executable, "-c", WHEN_TORCH_LOADS, str(entry)]
+        done = subprocess.run(command, env=clean | given, capture_output=True, text=True, timeout=60, cwd=entry.parent)
+        assert done.stdout == f"{expected}\n", done.stderr
 
 
 def test_port_in_use(script, images, taken_port):

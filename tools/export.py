@@ -12,11 +12,14 @@ import tempfile
 from io import BytesIO
 from pathlib import Path
 
-import torch
-from torch import Tensor, nn
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+import moco as _first  # noqa: E402, F401 (before torch: sets how its threads wait)
+
+# isort: split
+import torch  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
 
 from moco.augment.recipes import MEAN, STD  # noqa: E402
 from moco.encoder.plain import Plain, homes  # noqa: E402

@@ -14,12 +14,15 @@ from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-from matplotlib.figure import Figure
-from torch import Tensor
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+import moco as _first  # noqa: E402, F401 (before torch: sets how its threads wait)
+
+# isort: split
+import numpy as np  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
+from torch import Tensor  # noqa: E402
 
 from moco.engine import tool  # noqa: E402
 from moco.errors import InputError  # noqa: E402

@@ -14,13 +14,16 @@ from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
-import numpy as np
-import torch
-from matplotlib.figure import Figure, SubFigure
-from torch import Tensor
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+import moco as _first  # noqa: E402, F401 (before torch: sets how its threads wait)
+
+# isort: split
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from matplotlib.figure import Figure, SubFigure  # noqa: E402
+from torch import Tensor  # noqa: E402
 
 from moco import rng  # noqa: E402
 from moco.augment import color, recipes  # noqa: E402
