@@ -2,6 +2,7 @@
 what was there only when they are whole.
 """
 
+import codecs
 import contextlib
 import io
 import itertools
@@ -143,6 +144,17 @@ def read_text(path: str | Path) -> str:
         raise unreadable(error) from None
     except ValueError as error:  # a path that cannot be one
         raise InputError(str(error)) from None
+
+
+def read_lines(path: str | Path) -> list[bytes]:
+    """Return the lines in `path`, in any encoding that has ASCII's line breaks. Raises InputError, without the path."""
+    try:
+        text = Path(path).read_bytes().removeprefix(codecs.BOM_UTF8)
+    except (OSError, ValueError) as error:
+        raise InputError(getattr(error, "strerror", None) or str(error)) from None
+    if b"\0" in text:
+        raise InputError("not text in UTF-8")
+    return text.splitlines()
 
 
 def read_yaml(path: str | Path) -> dict[str, Scalar | list[Scalar]]:

@@ -75,7 +75,7 @@ def table(args: argparse.Namespace) -> None:
         check_new(path, args.force)
     for path, content in files.items():
         with creating(path, args.force) as file:
-            file.write(content.encode())
+            file.write(content.encode(errors="backslashreplace"))
     print(*files, sep="  ")
 
 

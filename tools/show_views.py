@@ -8,6 +8,7 @@ Draw 1 is what epoch 0 crops of these images, draw 2 epoch 1, and so on; colours
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from itertools import groupby
@@ -34,6 +35,7 @@ from moco.engine import cli, tool  # noqa: E402
 from moco.errors import InputError  # noqa: E402
 from moco.files import check_new, creating, read_yaml  # noqa: E402
 from moco.rng import Progress  # noqa: E402
+from tools.plots import printable  # noqa: E402
 
 CELL = 1.6  # inches of an image
 DPI = 140  # one view of 224 pixels fills its cell pixel by pixel
@@ -74,7 +76,7 @@ def views_figure(images: Images, picked: Sequence[int], recipe: Recipe, seed: in
     width = CELL * len(columns) + 2 * LINE
     height = CELL * len(picked) + LINE * (_lines(columns) + 4)
     figure = Figure(figsize=(width, height), dpi=DPI)
-    grid(figure, columns, [images.name(i) for i in picked])
+    grid(figure, columns, [printable(images.name(i)) for i in picked])
     return figure
 
 
@@ -186,12 +188,13 @@ def find(data: str) -> Images:
     path = Path(data)
     if data == "photos" or not path.exists() or (path / "train").is_dir():
         return datasets.scan(datasets.find(data, ("train",)), "train")
-    folder = path if path.is_dir() else path.parent
-    files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    names = [str(file.relative_to(folder)) for file in files if file.suffix.lower() in SUFFIXES and file.name[0] != "."]
+    if path.is_dir():
+        folder, names = path, datasets.images_below(path).images
+    else:
+        folder, names = path.parent, [os.fsencode(path.name)] if path.suffix.lower() in SUFFIXES else []
     if not names:
         raise InputError(f"{data}: holds no image ({', '.join(SUFFIXES)})")
-    return ImageFolder(folder, np.zeros(len(names), int), ("",), np.array([name.encode() for name in names]))
+    return ImageFolder(folder, np.zeros(len(names), int), ("",), np.array(names))
 
 
 def spread(n: int, count: int) -> list[int]:

@@ -1,20 +1,26 @@
 """Image folders in the ImageNet layout, and the built-in `photos`."""
 
 import contextlib
+import functools
 import hashlib
 import os
 import shutil
+import stat
+import sys
 import tempfile
-import time
-import zipfile
-from collections.abc import Iterable
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+import torch.distributed as dist
+from tqdm import tqdm
 
-from moco.data.images import SUFFIXES, ImageFolder
+from moco import distributed
+from moco.data.images import SUFFIXES, ImageFolder, Images
 from moco.errors import InputError
-from moco.files import replacing
+from moco.user import private_folder
 
 
 def find(data: str, splits: tuple[str, ...]) -> Path:
@@ -26,10 +32,10 @@ def find(data: str, splits: tuple[str, ...]) -> Path:
     if data == "photos":
         return photos()
     root = Path(data)
-    if not root.is_dir():
+    if not _is_folder(root):
         raise InputError(f"{data}: no such folder; give an ImageNet-style folder (train/CLASS/*.jpg), or the word photos")
     for split in splits:
-        if not (root / split).is_dir():
+        if not _is_folder(root / split):
             raise InputError(f"{data}: has no {split}/ folder; expected {split}/CLASS/*.jpg")
     train = class_names(root / "train") if "train" in splits else ()
     if "val" in splits:
@@ -46,82 +52,215 @@ def find(data: str, splits: tuple[str, ...]) -> Path:
     return root
 
 
+def _is_folder(path: Path) -> bool:
+    """Return whether `path` is a folder. Raises InputError if that cannot be found out."""
+    try:
+        return stat.S_ISDIR(path.stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise _unreadable(path, error) from None
+
+
 def class_names(split: Path) -> tuple[str, ...]:
     """The class folders of a split, sorted. Raises InputError where there is none."""
-    entries = list(os.scandir(split))
-    names = sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
+    return _classes(split, _entries(str(split)))
+
+
+def _classes(split: Path, entries: "_Entries") -> tuple[str, ...]:
+    names = sorted(entries.folders + entries.links)
     if not names:
-        flat = any(e.name.lower().endswith(SUFFIXES) for e in entries)
-        what = "holds images but no class folders" if flat else "holds no class folders"
+        what = "holds images but no class folders" if entries.images else "holds no class folders"
         raise InputError(f"{split}: {what}; expected {split.name}/CLASS/*.jpg")
     return tuple(names)
 
 
 def scan(root: Path, split: str, classes: tuple[str, ...] = ()) -> ImageFolder:
-    """List the images of `root`/`split`, sorted; labels are places in `classes` (default: the split's own folders).
+    """List the images of `root`/`split`, sorted; labels are indices into `classes` (default: the split's own folders).
 
-    Raises InputError for a class folder without images.
+    The folder is listed each time: what a file system says of a folder's age need not change when
+    its content does. Files with other endings are counted in one line on stderr, on rank 0.
+
+    Raises InputError for a class folder without images, for a folder that cannot be read, for two
+    classes that share a folder, and, on every rank, if the ranks find different images.
     """
     folder = root / split
-    kept = cache_folder() / "scans" / f"{hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:32]}.npz"
-    listing = _still_true(folder, kept)
-    if listing is None:
-        listing = _list(folder)
-        _keep(kept, listing)
-    own = tuple(os.fsdecode(name) for name in listing["names"])
+    top = _entries(str(folder))
+    own = _classes(folder, top)
+    with ThreadPoolExecutor(_THREADS) as pool:
+        listings = list(pool.map(functools.partial(images_below, folder), own))
+    owner: dict[str, str] = {}
+    for name, listing in zip(own, listings, strict=True):
+        if not listing.images:
+            held = f", but {_endings(listing.others)}" if listing.others else ""
+            held += ", and leads to a folder that is listed already" if listing.repeated else ""
+            raise InputError(f"{folder / name}: holds no image ({', '.join(SUFFIXES)}){held}; remove the folder or fill it")
+        if shared := next((real for real in listing.folders if real in owner), None):
+            raise InputError(
+                f"{folder / owner[shared]} and {folder / name}: links lead from both to {shared}, "
+                "so that its images are of two classes; remove one of the links"
+            )
+        owner |= dict.fromkeys(listing.folders, name)
+    _tell_of_others(folder, listings, Counter(map(_ending, top.others)), len(top.images))
     classes = classes or own
     place = {name: i for i, name in enumerate(classes)}
-    labels = np.array([place[name] for name in own])[listing["labels"]]
-    return ImageFolder(folder, labels, classes, listing["paths"])
+    labels = np.repeat([place[name] for name in own], [len(listing.images) for listing in listings])
+    paths = np.array([path for listing in listings for path in listing.images])
+    return agreed(ImageFolder(folder, labels, classes, paths))
 
 
-# A million files take minutes to list on a network disk. The list is kept in the cache folder with the times at which its
-# folders changed; a file that comes or goes changes its folder's.
-
-_RACE = 2 * 10**9  # nanoseconds; a folder that changed so shortly before it was listed may change again at the same time
-
-
-def _list(folder: Path) -> dict[str, np.ndarray]:
-    """The images below a split by class, and its folders with their times of change. Raises InputError for an empty class."""
-    now = time.time_ns()
-    names = class_names(folder)
-    folders, paths, labels = [b"."], [], []
-    for label, name in enumerate(names):
-        images: list[str] = []
-        for where, _, files in os.walk(folder / name, followlinks=True):
-            inside = os.path.relpath(where, folder)
-            folders.append(os.fsencode(inside))
-            images += (f"{inside}{os.sep}{file}" for file in files if file.lower().endswith(SUFFIXES) and file[0] != ".")
-        if not images:
-            raise InputError(f"{folder / name}: holds no image ({', '.join(SUFFIXES)}); remove the folder or fill it")
-        paths += map(os.fsencode, sorted(images))
-        labels += [label] * len(images)
-    changed = _changed(folder, folders)
-    changed[changed > now - _RACE] = -1  # never the same again
-    listing = {"paths": paths, "labels": labels, "names": [os.fsencode(name) for name in names], "folders": folders}
-    return {name: np.array(values) for name, values in listing.items()} | {"changed": changed}
+def agreed(images: Images) -> Images:
+    """Return `images`. Raises InputError, on every rank, if the ranks have different ones."""
+    if distributed.world() == 1:
+        return images
+    content = images.paths if isinstance(images, ImageFolder) else images.labels
+    names = repr((images.classes, images.labels.shape)).encode()
+    digest = hashlib.sha256(names + images.labels.tobytes() + content.tobytes()).hexdigest()
+    found: list[tuple[int, str]] = [(0, "")] * distributed.world()
+    dist.all_gather_object(found, (len(images), digest))
+    other = next((rank for rank, one in enumerate(found) if one != found[0]), None)
+    if other is not None:
+        raise InputError(
+            f"{images.root}: rank 0 finds {found[0][0]} images and rank {other} finds {found[other][0]}, or others; "
+            "copy the folder to every node again, or give one that all nodes share"
+        )
+    return images
 
 
-def _changed(folder: Path, inside: Iterable[bytes]) -> np.ndarray:
-    root = os.fsencode(folder)
-    return np.array([os.stat(os.path.join(root, name)).st_mtime_ns for name in inside])
+# Listing. No file is looked at, so that a million of them are listed in a few seconds. On a network
+# disk each folder waits for the server: many are listed at once.
+
+_THREADS = 16
+
+# folders that systems, archives and network disks put beside images, in small letters; hidden ones are left out anyway
+_SYSTEM = frozenset("@eadir @__thumb @recycle @recently-snapshot #recycle #snapshot __macosx lost+found $recycle.bin".split()) | {
+    "system volume information"
+}
 
 
-def _still_true(folder: Path, kept: Path) -> dict[str, np.ndarray] | None:
-    """The kept listing, if there is one and no folder has changed since."""
+class _Entries(NamedTuple):
+    """The names in one folder, without hidden ones and folders of the system's; `links` lead to folders."""
+
+    images: list[str]
+    others: list[str]
+    folders: list[str]
+    links: list[str]
+
+
+def _entries(folder: str) -> _Entries:
+    """Return what `folder` holds. Raises InputError if it cannot be read, or if a link in it is broken.
+
+    A link that is called like an image is taken for one, without a look at where it leads.
+    """
+    found = _Entries([], [], [], [])
     try:
-        with np.load(kept, allow_pickle=False) as file:
-            listing = dict(file)
-        same = np.array_equal(listing["changed"], _changed(folder, listing["folders"].tolist()))
-        return listing if same else None
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        return None
+        os.stat(os.path.join(folder, "."))  # of a folder without x permission, names can be read and files cannot
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                name, lower = entry.name, entry.name.lower()
+                if name[0] == ".":
+                    continue
+                if entry.is_dir(follow_symlinks=False):
+                    if lower not in _SYSTEM:
+                        found.folders.append(name)
+                elif lower.endswith(SUFFIXES):
+                    found.images.append(name)
+                elif not entry.is_symlink():
+                    found.others.append(name)
+                elif stat.S_ISDIR(os.stat(entry.path).st_mode):
+                    found.links.append(name)
+                else:
+                    found.others.append(name)
+    except FileNotFoundError as error:
+        if os.path.islink(error.filename):
+            where = os.readlink(error.filename)
+            raise InputError(f"{error.filename}: a link to {where}, which does not exist; restore it, or remove the link") from None
+        raise _unreadable(folder, error) from None
+    except OSError as error:
+        raise _unreadable(folder, error) from None
+    return found
 
 
-def _keep(kept: Path, listing: dict[str, np.ndarray]) -> None:
-    """Write the listing. A cache that cannot be written is done without."""
-    with contextlib.suppress(OSError), replacing(kept) as file:
-        np.savez(file, **listing)
+def _unreadable(path: str | Path, error: OSError) -> InputError:
+    path = os.fsdecode(error.filename or path).removesuffix(f"{os.sep}.")
+    if isinstance(error, PermissionError):
+        how = "give this user permission (chmod u+rx, or a group or ACL), or remove it"
+    else:
+        how = "look at the disk or the network"
+    return InputError(f"{path}: cannot be read: {error.strerror}; {how}")
+
+
+class Listing(NamedTuple):
+    """The images below a folder: their paths, sorted, and what else was found."""
+
+    images: list[bytes]
+    others: Counter[str]  # files that are no images, by ending
+    folders: dict[str, None]  # the real path of each folder that was listed
+    repeated: list[str]  # links to folders that are listed already
+
+
+def images_below(top: Path, name: str = "") -> Listing:
+    """List the images in `top`/`name` and the folders below it, by their paths from `top`; links to folders are followed.
+
+    A link that leads to a folder that is listed already, or to `top` or a folder above it, is left
+    out. Raises InputError for a folder that cannot be read.
+    """
+    real_top = os.path.realpath(top)
+    listing = Listing([], Counter(), {}, [])
+    images: list[str] = []
+    real = os.path.realpath(top / name)
+    folders, links = [(name, real)], []
+    while folders or links:
+        # links come last, so that a file's path does not depend on links to the folder that it is in
+        inside, real = folders.pop() if folders else links.pop()
+        around = inside != "" and os.path.commonpath([real_top, real]) == real
+        if around or real in listing.folders:
+            listing.repeated.append(os.path.join(top, inside))
+            continue
+        listing.folders[real] = None
+        entries = _entries(os.path.join(top, inside))
+        prefix = os.path.join(inside, "")
+        images += [prefix + file for file in entries.images]
+        listing.others.update(map(_ending, entries.others))
+        folders += ((os.path.join(inside, one), os.path.join(real, one)) for one in entries.folders)
+        for link in (os.path.join(inside, one) for one in entries.links):
+            links.append((link, os.path.realpath(os.path.join(top, link))))
+        folders.sort(reverse=True)  # the order that a file system has differs between copies
+        links.sort(reverse=True)
+    listing.images.extend(map(os.fsencode, sorted(images)))
+    return listing
+
+
+def _ending(name: str) -> str:
+    return os.path.splitext(name)[1].lower() or "no ending"
+
+
+def _endings(counts: Counter[str]) -> str:
+    """Return the counts as text: .txt 300, .avif 12, and others 4."""
+    most = sorted(counts.items(), key=lambda one: (-one[1], one[0]))
+    rest = sum(count for _, count in most[5:])
+    return ", ".join(f"{ending} {count}" for ending, count in most[:5] + [("others", rest)] * bool(rest))
+
+
+def _tell_of_others(folder: Path, listings: list[Listing], others: Counter[str], beside: int) -> None:
+    """Print, in one line, what was left out: files with other endings, images outside class folders, repeated links."""
+    others = sum((listing.others for listing in listings), others)
+    repeated = [link for listing in listings for link in listing.repeated]
+    what = []
+    if others:
+        what.append(f"{others.total()} files with other endings ({_endings(others)})")
+    if beside:
+        what.append(f"{beside} images outside the class folders")
+    if repeated:
+        what.append(f"{len(repeated)} links to folders that are listed already, first {repeated[0]}")
+    if what:
+        _print_once(f"{folder}: left out: {'; '.join(what)}")
+
+
+@functools.cache  # val/ is listed again by each k-NN test
+def _print_once(message: str) -> None:
+    if distributed.rank() == 0:
+        tqdm.write(message, file=sys.stderr)
 
 
 # The built-in data set: patches of the photographs that scikit-image and scikit-learn ship.
@@ -133,6 +272,7 @@ PHOTOS = (
 _PATCH = 96  # pixels
 _TRAIN_PATCHES, _VAL_PATCHES = 60, 30  # per photograph
 _LEFT = 0.5  # train's share of the width
+_PHOTOS_FOLDER = "photos-v2"
 _FLAT = 2.0  # grey levels of standard deviation; a patch below shows nothing
 
 
@@ -140,29 +280,81 @@ def photos() -> Path:
     """The folder of the built-in data set, written on first use: 19 classes, one per photograph, JPEGs of 96 pixels.
 
     Train patches come from the left part and val patches from the right part of each photograph; no pixel is in both.
+    A copy that is not complete is written again. Raises InputError if it cannot be replaced.
     """
+    for folder in _cache_folders():
+        if _is_complete(folder / _PHOTOS_FOLDER):
+            return folder / _PHOTOS_FOLDER
     home = cache_folder()
-    root = home / "photos-v2"
-    if root.is_dir():
-        return root
-    home.mkdir(parents=True, exist_ok=True)
-    made = Path(tempfile.mkdtemp(prefix="photos-", dir=home))
+    root = home / _PHOTOS_FOLDER
+    made, old = (Path(tempfile.mkdtemp(prefix="photos-", dir=home)) for _ in range(2))
     try:
         for label, name in enumerate(PHOTOS):
             _write_patches(made, name, _photograph(name), np.random.default_rng(label))
         made.chmod(0o755)
-        made.rename(root)
-    except OSError:
-        if not root.is_dir():  # else another process was first
-            raise
+        with contextlib.suppress(OSError):  # there is one: another process's, or a damaged one
+            made.rename(root)
+        if not _is_complete(root):
+            root.rename(old)
+            made.rename(root)
+    except OSError as error:
+        how = "make room, or remove it, or set XDG_CACHE_HOME to a folder of yours"
+        raise InputError(f"{root}: cannot be written: {error.strerror}; {how}") from None
     finally:
         shutil.rmtree(made, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
     return root
 
 
+def _is_complete(root: Path) -> bool:
+    """Return whether `root` holds every patch, none of them cut short: systems remove old files from folders for
+    temporary ones.
+    """
+    try:
+        for split, count in (("train", _TRAIN_PATCHES), ("val", _VAL_PATCHES)):
+            for name in PHOTOS:
+                for i in range(count):
+                    data = (root / split / name / _patch_name(i)).read_bytes()
+                    if not (data.startswith(b"\xff\xd8") and data.endswith(b"\xff\xd9")):
+                        return False
+                if len(os.listdir(root / split / name)) != count:
+                    return False
+            if len(os.listdir(root / split)) != len(PHOTOS):
+                return False
+    except OSError:
+        return False
+    return True
+
+
 def cache_folder() -> Path:
-    """The project's cache folder."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hard-negatives"
+    """Return the project's cache folder, which exists and which this user can write.
+
+    It is in XDG_CACHE_HOME or ~/.cache; without a home that can be written, in `user.private_folder`.
+    Raises InputError if that is not this user's.
+    """
+    return _cache_folders()[-1]
+
+
+def _cache_folders() -> list[Path]:
+    """Return the folders to look into: the home's, and another one if that cannot be written."""
+    folders = []
+    with contextlib.suppress(RuntimeError):  # there is no home
+        folders.append(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / _CACHE)
+        with contextlib.suppress(OSError):
+            folders[0].mkdir(parents=True, exist_ok=True)
+            if os.access(folders[0], os.R_OK | os.W_OK | os.X_OK):
+                return folders
+    folders.append(private_folder() / ".cache" / _CACHE)
+    folders[-1].mkdir(parents=True, exist_ok=True)
+    return folders
+
+
+_CACHE = "hard-negatives"
+
+
+def in_cache(name: str) -> list[Path]:
+    """Return the paths that `name` may have in the cache: the last is the one to write."""
+    return [folder / name for folder in _cache_folders()]
 
 
 def _photograph(name: str):
@@ -189,7 +381,11 @@ def _write_patches(root: Path, name: str, photograph, rng: np.random.Generator) 
                 patch = _patch(photograph, left, right, rng)
                 if np.std(patch) >= _FLAT:
                     break
-            patch.save(folder / f"{i:03d}.jpg", quality=92)
+            patch.save(folder / _patch_name(i), quality=92)
+
+
+def _patch_name(i: int) -> str:
+    return f"{i:03d}.jpg"
 
 
 def _patch(photograph, left: int, right: int, rng: np.random.Generator):

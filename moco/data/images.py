@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import stat
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -16,7 +17,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from moco.errors import InputError
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")
+SUFFIXES = (".jpg", ".jpeg", ".jfif", ".jpe", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")
 
 Reduction = Callable[[int, int], int]  # (height, width) to the factor by which an image may be shrunk: 1, 2, 4 or 8
 
@@ -167,13 +168,15 @@ def _decode_smaller(path: str, reduction: Reduction) -> Tensor | None:
 
 def _decode_with_pil(path: str) -> Tensor:
     """All but ordinary JPEGs."""
-    if not os.path.isfile(path):  # a pipe would be waited for
-        raise InputError(f"{path}: unreadable image (a broken link, or no file); remove or replace it")
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise ValueError("not a file")  # a pipe would be waited for
         with _opened(path) as image:
             return pil_to_tensor(_shallow(image).convert("RGB"))
     except Exception as error:  # Pillow's plugins raise many kinds
-        reason = str(error).replace(f"'{path}'", "file") or type(error).__name__
+        broken = isinstance(error, FileNotFoundError) and os.path.islink(path)
+        reason = "a broken link" if broken else getattr(error, "strerror", None) or str(error)
+        reason = reason.replace(f"'{path}'", "file") or type(error).__name__
         raise InputError(f"{path}: unreadable image ({reason}); remove or replace it") from None
 
 

@@ -276,7 +276,8 @@ def load(name: str, root: str, seed: int = 0) -> Split:
     try:
         if not os.path.isdir(root):
             raise FileNotFoundError("no such folder")
-        return _SETS[name].load(root, seed)
+        train, test = _SETS[name].load(root, seed)
+        return datasets.agreed(train), datasets.agreed(test)
     except InputError:
         raise
     except Exception as error:  # torchvision, pickle, scipy and expat raise many kinds

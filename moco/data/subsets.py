@@ -1,8 +1,10 @@
 """Parts of a training set: some held out to choose a model on, or those few that a label is given for."""
 
+import contextlib
 import hashlib
 import os
 import re
+import string
 import urllib.request
 from dataclasses import replace
 from pathlib import Path
@@ -11,10 +13,10 @@ import numpy as np
 import torch
 
 from moco import rng
-from moco.data.datasets import cache_folder, class_names
+from moco.data.datasets import class_names, in_cache
 from moco.data.images import Images
 from moco.errors import InputError
-from moco.files import read_text, replacing
+from moco.files import read_lines, replacing
 
 
 def hold_out(images: Images, fraction: float, seed: int) -> tuple[Images, Images]:
@@ -112,9 +114,11 @@ def published(percent: int) -> Path:
 
     Raises InputError, which says how to supply it, where it cannot be had or is not the published one.
     """
-    kept, url = cache_folder() / "imagenet_subsets" / f"{percent}percent.txt", _URL.format(percent)
-    if kept.is_file() and is_published(kept.read_bytes(), percent):
-        return kept
+    url = _URL.format(percent)
+    for kept in in_cache(f"imagenet_subsets/{percent}percent.txt"):
+        with contextlib.suppress(OSError):
+            if is_published(kept.read_bytes(), percent):
+                return kept
     otherwise = "get it elsewhere and give it with --subset-file FILE"
     try:
         with urllib.request.urlopen(url, timeout=30) as answer:
@@ -135,14 +139,26 @@ def is_published(text: bytes, percent: int) -> bool:
 
 
 def names(file: Path, option: str = "--subset-file") -> set[str]:
-    """What `file` names, one a line. Raises InputError, which names the `option`, where it cannot be read or is empty."""
+    """Return what `file` names, one a line, without spaces around it; bytes that are not UTF-8 as in names of files.
+
+    Raises InputError, which names the `option`, if the file cannot be read or is empty.
+    """
     try:
-        wanted = {line.strip() for line in read_text(file).splitlines() if line.strip()}
+        wanted = {os.fsdecode(line.strip()) for line in read_lines(file) if line.strip()}
     except InputError as error:
         raise InputError(f"{option} {file}: cannot be read ({error})") from None
     if not wanted:
         raise InputError(f"{option} {file}: names nothing; expected one name a line")
     return wanted
+
+
+def write_names(images: Images, file: Path) -> None:
+    """Write a list of `images` that `listed` reads. Raises InputError for a name with a line break in it."""
+    lines = [os.fsencode(images.name(i)) for i in range(len(images))]
+    if bad := next((line for line in lines if len(line.splitlines()) > 1), None):
+        raise InputError(f"{images.root}: the name {bad!r} has a line break in it, so that no list can hold it; rename the file")
+    with replacing(file) as out:
+        out.write(b"".join(line + b"\n" for line in lines))
 
 
 def listed(images: Images, file: Path) -> Images:
@@ -154,7 +170,7 @@ def listed(images: Images, file: Path) -> Images:
     wanted = names(file)
     found: dict[str, int] = {}
     for i in range(len(images)):
-        path = images.name(i)
+        path = images.name(i).strip(string.whitespace)
         name = path if path in wanted else os.path.basename(path)
         if name not in wanted:
             continue

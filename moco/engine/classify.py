@@ -146,10 +146,9 @@ def _labelled(args: Namespace, train: Images) -> Images:
     """The images of train/ whose labels are used; their names go to subset.txt in the run folder."""
     part = subsets.labelled(train, args.train_percent, args.seed, args.subset_file)
     if len(part) < len(train) and distributed.rank() == 0:
-        folder = Path(args.save_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "subset.txt").write_text("".join(f"{part.name(i)}\n" for i in range(len(part))))
-        say(f"{len(part)} of {len(train)} training images are labelled; they are listed in {folder / 'subset.txt'}")
+        file = Path(args.save_dir) / "subset.txt"
+        subsets.write_names(part, file)
+        say(f"{len(part)} of {len(train)} training images are labelled; they are listed in {file}")
     return part
 
 

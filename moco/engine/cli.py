@@ -12,6 +12,7 @@ from typing import TypeVar
 
 import torch
 
+from moco import user
 from moco.augment import recipes
 from moco.data import named
 from moco.encoder import timm_networks
@@ -587,6 +588,8 @@ def synthetic(args: Options, rows: int, option: str) -> Synthetic:
 
 def writable(folder: str) -> None:
     """Raise InputError where a run folder cannot be made, or written to, before hours are spent on what goes there."""
+    if folder != folder.encode(errors="replace").decode():
+        raise InputError(f"--save-dir {folder}: is not UTF-8, which TensorBoard's files cannot have as a name; choose another")
     there = next(place for place in (Path(folder), *Path(folder).absolute().parents) if os.path.lexists(place))
     if not there.is_dir():
         raise InputError(f"--save-dir {folder}: {there} is no folder; choose another place")
@@ -606,6 +609,7 @@ def main(parser: Parser, check: Callable[[Options], None], worker: launch.Worker
     `check` completes and refuses options before any process starts. An InputError becomes one line on stderr and exit
     status 2; a run that a signal has ended, after it has saved, exits with status 75, and one that has lost a process with 1.
     """
+    user.prepare()
     output.guard()
     try:
         args = parser.parse()

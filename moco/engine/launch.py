@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from moco import user
 from moco.data import loader
 from moco.engine import interrupt, output, watch
 from moco.errors import InputError
@@ -181,6 +182,7 @@ def _lost(first: int, killed: dict[int, str], error: mp.ProcessExitedException |
 
 
 def _spawned(i: int, p: Plan, worker: Worker, args: Namespace, ends) -> None:
+    user.prepare()
     output.guard()
     try:
         _process(p, worker, args, p.first + i, i, lambda lost: ends.put(Lost(lost)))

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
+from moco import user
 from moco.engine import output
 from moco.errors import InputError, unknown
 
@@ -69,6 +70,7 @@ def run(parser: OneLineParser, work: Callable[[argparse.Namespace], int | None])
 
 def attempt(name: str, work: Callable[[], int | None]) -> int:
     """Do a tool's work; returns its exit status. A user's mistake is one line on stderr, and 2; Ctrl-C is one too, and 130."""
+    user.prepare()
     output.guard()
     try:
         return work() or 0

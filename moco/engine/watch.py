@@ -49,6 +49,7 @@ class Watch:
         with contextlib.suppress(RuntimeError):  # the rank that keeps the store has ended before
             if not in_order:
                 why = next(iter(str(error).strip().splitlines()), "")
+                why = why.encode(errors="backslashreplace").decode()  # a store takes UTF-8 only
                 self._store.compare_set("lost", "", f"rank {self._rank} has ended: {kind.__name__}: {why}")
             self._store.add(str(self._rank), _ENDED)
             end = time.monotonic() + LAST
