@@ -38,7 +38,8 @@ def private_folder() -> Path:
     Raises InputError if somebody else owns it or may write there.
     """
     folder = Path(tempfile.gettempdir()) / f"hard-negatives-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
     info = folder.lstat()
     if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.getuid() or info.st_mode & 0o022:
         raise InputError(f"{folder}: is not this user's alone, and so is not used; set XDG_CACHE_HOME and HOME to folders of yours")

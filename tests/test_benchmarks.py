@@ -38,7 +38,7 @@ def test_false_negatives(tmp_path):
 
 def test_startup(tmp_path):
     found = run("startup", tmp_path, "--files", 300, "--classes", 3)
-    assert found["first_over_second"] > 0 and found["files"] == 300
+    assert found["torchvision_over_ours"] > 0 and found["files"] == 300
 
 
 def test_probe(tmp_path, shared_images):

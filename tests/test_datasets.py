@@ -1,12 +1,19 @@
 """The built-in photographs, and what is said about image folders that are not laid out as expected."""
 
+import errno
+import io
 import os
-import time
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT, on_two_ranks, write_images
 from PIL import Image
 
+from moco import user
 from moco.data import datasets
 from moco.data.datasets import find, scan
 from moco.errors import InputError
@@ -90,14 +97,16 @@ def test_photos_that_another_process_finished_first_are_used(cache, monkeypatch)
     theirs = cache / "hard-negatives" / "photos-v2"
 
     def photograph(name):
-        (theirs / "train" / name).mkdir(parents=True)
-        (theirs / "train" / name / "000.jpg").write_bytes(b"theirs")
+        for split, count in (("train", 60), ("val", 30)):
+            (theirs / split / name).mkdir(parents=True)
+            for i in range(count):
+                (theirs / split / name / f"{i:03d}.jpg").write_bytes(b"\xff\xd8theirs\xff\xd9")
         return picture(lambda x: x % 256, 300, 200)
 
     monkeypatch.setattr(datasets, "PHOTOS", ["noise"])
     monkeypatch.setattr(datasets, "_photograph", photograph)
     assert find("photos", BOTH) == theirs
-    assert list(contents(theirs).values()) == [b"theirs"]
+    assert set(contents(theirs).values()) == {b"\xff\xd8theirs\xff\xd9"}
     assert list(theirs.parent.iterdir()) == [theirs]
 
 
@@ -253,54 +262,26 @@ def test_scan_finds_nested_and_oddly_named_images_and_nothing_else(tmp_path):
     assert [folder.path(i) for i in range(len(folder))] == [str(tmp_path / "train" / file) for file in expected]
 
 
-# the kept list of a folder's images
+# listing
 
 
-@pytest.fixture
-def listed(images, cache, monkeypatch):
-    """An image folder that last changed a minute ago, and a call that scans it and says whether its files were walked."""
-    (images / "train" / "class0" / "more").mkdir()
-    (images / "train" / "class0" / "more" / "nested.png").touch()
-    age(images)
-    walked = []
-    walk = os.walk
-    monkeypatch.setattr(os, "walk", lambda *args, **options: walked.append(args) or walk(*args, **options))
-
-    def scanned():
-        walked.clear()
-        folder = scan(images, "train")
-        return [os.fsdecode(path) for path in folder.paths], folder.labels.tolist(), folder.classes, bool(walked)
-
-    return images, scanned
+def names_of(folder):
+    return [folder.name(i) for i in range(len(folder))]
 
 
-def age(root, seconds=60):
-    then = time.time() - seconds
+def age(root):
+    """Give every folder the same old time of change, as tar, rsync -a and some mounts do."""
     for folder, _, _ in os.walk(root):
-        os.utime(folder, (then, then))
-
-
-def test_a_folder_is_walked_once(listed):
-    _, scanned = listed
-    *first, walked = scanned()
-    assert walked and len(first[0]) == 25
-    assert first[0] == sorted(first[0]) and "class0/more/nested.png" in first[0]
-    *second, walked = scanned()
-    assert not walked and second == first
-
-
-def test_a_kept_list_takes_the_classes_it_is_asked_for(listed):
-    images, _ = listed
-    for _ in range(2):
-        folder = scan(images, "train", ("class0", "a", "class1"))
-        assert set(folder.labels.tolist()) == {0, 2} and folder.classes == ("class0", "a", "class1")
+        os.utime(folder, (1.5e9, 1.5e9))
 
 
 @pytest.mark.parametrize("change", ["add", "remove", "rename", "nested", "class", "remove class"])
-def test_a_changed_folder_is_noticed(listed, change):
-    images, scanned = listed
-    before, *_ = scanned()
+def test_a_change_is_noticed_though_no_folder_changes_its_time(images, change):
     folder = images / "train"
+    make(folder, "class0/more/nested.png")
+    age(images)
+    before = names_of(scan(images, "train"))
+    assert len(before) == 25 and before == sorted(before) and "class0/more/nested.png" in before
     if change == "add":
         (folder / "class1" / "new.jpg").touch()
     elif change == "remove":
@@ -310,35 +291,385 @@ def test_a_changed_folder_is_noticed(listed, change):
     elif change == "nested":
         (folder / "class0" / "more" / "deep.png").touch()
     elif change == "class":
-        (folder / "class2").mkdir()
-        (folder / "class2" / "x.jpg").touch()
+        make(folder, "class2/x.jpg")
     else:
         (folder / "class1").rename(images / "elsewhere")
-    after, labels, _, walked = scanned()
-    assert walked and after != before
+    age(images)
+    after = scan(images, "train")
     on_disk = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.suffix in (".jpg", ".png")}
-    assert set(after) == on_disk and len(labels) == len(after)
+    assert set(names_of(after)) == on_disk != set(before) and len(after.labels) == len(after)
+    assert [after.classes[label] for label in after.labels] == [name.split("/")[0] for name in names_of(after)]
 
 
-def test_a_folder_that_changed_just_before_it_was_listed_is_listed_again(listed):
-    images, scanned = listed
-    (images / "train" / "class1" / "new.jpg").touch()
-    assert scanned()[-1] and scanned()[-1]
+def test_no_file_is_looked_at(images, monkeypatch):
+    """A million of them would take minutes on a network disk."""
+    looked = []
+    stat = os.stat
+    monkeypatch.setattr(os, "stat", lambda path, **more: looked.append(os.fspath(path)) or stat(path, **more))
+    assert len(scan(images, "train")) == 24
+    assert [path for path in looked if path.endswith(".jpg")] == []
 
 
-def test_a_damaged_list_is_made_again(listed, cache):
-    _, scanned = listed
-    *first, _ = scanned()
-    (kept,) = (cache / "hard-negatives" / "scans").iterdir()
-    for damage in (b"", kept.read_bytes()[:300], b"PK nothing"):
-        kept.write_bytes(damage)
-        *again, walked = scanned()
-        assert walked and again == first
-        assert not scanned()[-1]
+def test_hidden_and_system_folders_are_ignored_and_other_endings_counted_once(tmp_path, capsys):
+    for place in ("train", "train/cat", "train/cat/more"):
+        for name in (".ipynb_checkpoints", "@eaDir", "__MACOSX", "lost+found", "#recycle", ".snapshot", "$RECYCLE.BIN"):
+            make(tmp_path, f"{place}/{name}/1.jpg")
+    make(tmp_path, "train/cat/1.JPG", "train/cat/2.jfif", "train/cat/3.JPE", "train/cat/more/4.gif", "train/cat/._1.JPG")
+    assert scan(tmp_path, "train").classes == ("cat",)
+    assert capsys.readouterr().err == ""  # nothing is left out that is worth a line
+    make(tmp_path, "train/dog/1.jpg", *(f"train/dog/{i}.heic" for i in range(3)), "train/dog/a.txt", "train/cat/more/b.TXT")
+    make(tmp_path, "train/loose.jpg", "train/classes.csv")
+    (tmp_path / "train" / "cat" / "README").write_text("")
+    for _ in range(2):
+        folder = scan(tmp_path, "train")
+    assert names_of(folder) == ["cat/1.JPG", "cat/2.jfif", "cat/3.JPE", "cat/more/4.gif", "dog/1.jpg"]
+    assert capsys.readouterr().err == (
+        f"{tmp_path / 'train'}: left out: 7 files with other endings (.heic 3, .txt 2, .csv 1, no ending 1); "
+        "1 images outside the class folders\n"
+    )
 
 
-def test_a_cache_that_cannot_be_written_is_done_without(listed, cache):
-    cache.parent.mkdir(exist_ok=True)
-    cache.write_text("a file where a folder should be")
-    _, scanned = listed
-    assert scanned() == scanned()
+def test_an_empty_class_folder_says_what_it_holds(tmp_path):
+    make(tmp_path, "train/cat/1.jpg", "train/dog/1.heic", "train/dog/2.heic", "train/dog/.hidden.jpg")
+    assert "dog: holds no image (" in complaint(scan, tmp_path, "train")
+    assert "), but .heic 2; remove" in complaint(scan, tmp_path, "train")
+
+
+# links
+
+
+def link(path, to):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.symlink_to(to)
+
+
+def test_class_folders_and_others_may_lie_elsewhere(tmp_path):
+    make(tmp_path / "disk", "c/1.jpg", "c/more/2.jpg", "extra/3.jpg", "4.jpg")
+    make(tmp_path, "train/ant/1.jpg")
+    link(tmp_path / "train" / "cat", tmp_path / "disk" / "c")
+    link(tmp_path / "train" / "ant" / "extra", "../../disk/extra")
+    link(tmp_path / "train" / "ant" / "file.jpg", tmp_path / "disk" / "4.jpg")
+    folder = scan(tmp_path, "train")
+    assert names_of(folder) == ["ant/1.jpg", "ant/extra/3.jpg", "ant/file.jpg", "cat/1.jpg", "cat/more/2.jpg"]
+    assert folder.labels.tolist() == [0, 0, 0, 1, 1] and all(os.path.exists(folder.path(i)) for i in range(5))
+    link(tmp_path / "linked", tmp_path)
+    assert names_of(scan(tmp_path / "linked", "train")) == names_of(folder)
+
+
+@pytest.mark.parametrize("to", [".", "..", "../..", "more", "more/deep", "/"])
+def test_a_link_back_counts_no_image_twice(tmp_path, capsys, to):
+    """To its own class, the split, the data folder, a folder that is listed before or after it, or above all of them."""
+    make(tmp_path, "train/cat/1.jpg", "train/cat/more/deep/2.jpg", "train/dog/3.jpg", "val/cat/4.jpg")
+    link(tmp_path / "train" / "cat" / "again", to)
+    link(tmp_path / "train" / "cat" / "more" / "zzz", tmp_path / "train" / "cat" / "again")
+    folder = scan(tmp_path, "train")
+    assert names_of(folder) == ["cat/1.jpg", "cat/more/deep/2.jpg", "dog/3.jpg"] and folder.labels.tolist() == [0, 0, 1]
+    said = capsys.readouterr().err
+    assert f"2 links to folders that are listed already, first {tmp_path}/train/cat/again\n" in said
+
+
+def test_two_links_to_one_folder_count_it_once(tmp_path):
+    """Below a class that is itself a link, too, where one of them leads above the other."""
+    make(tmp_path / "disk", "c/1.jpg", "other/deep/2.jpg")
+    for name in ("a", "b"):
+        link(tmp_path / "disk" / "c" / name, "../other/deep" if name == "a" else "../other")
+    link(tmp_path / "train" / "cat", tmp_path / "disk" / "c")
+    assert names_of(scan(tmp_path, "train")) == ["cat/1.jpg", "cat/a/2.jpg"]
+
+
+@pytest.mark.parametrize(
+    ("where", "to"),
+    [("train/dog", "cat"), ("train/cow/x", "../cat"), ("train/cow/x", "../cat/more"), ("train/cow/x", "../../disk")],
+)
+def test_a_folder_in_two_classes_is_refused(tmp_path, where, to):
+    make(tmp_path, "train/cat/1.jpg", "train/cat/more/2.jpg", "train/cow/1.jpg", "disk/eel/1.jpg")
+    link(tmp_path / "train" / "eel", "../disk/eel")
+    link(tmp_path / where, to)
+    message = complaint(scan, tmp_path, "train")
+    two = ("cow", "eel") if "disk" in to else ("cat", where.split("/")[1])
+    assert message.startswith(f"{tmp_path}/train/{two[0]} and {tmp_path}/train/{two[1]}: ") and "two classes" in message
+
+
+@pytest.mark.parametrize("where", ["train/dog", "train/cat/more"])
+def test_a_broken_link_is_not_left_out(tmp_path, where):
+    """A disk that is not mounted, say: its class would be missing, and the labels of the others be other ones."""
+    make(tmp_path, "train/cat/1.jpg", "train/emu/1.jpg")
+    link(tmp_path / where, "/no/such/disk")
+    message = complaint(scan, tmp_path, "train")
+    assert message.startswith(f"{tmp_path / where}: a link to /no/such/disk, which does not exist")
+    (tmp_path / where).unlink()
+    link(tmp_path / where, tmp_path / where)
+    assert str(tmp_path / where) in complaint(scan, tmp_path, "train")
+
+
+# what cannot be read
+
+
+def refuse(monkeypatch, folder, number):
+    """os.scandir fails on `folder`: the tests may run as root, who may read everything."""
+    scandir = os.scandir
+
+    def failing(path):
+        if os.fspath(path) == str(folder):
+            raise OSError(number, os.strerror(number), os.fspath(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", failing)
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ESTALE])
+@pytest.mark.parametrize("inside", ["train", "train/class1", "train/class1/more", "train/class1/link"])
+def test_a_folder_that_cannot_be_read_is_named(images, tmp_path, monkeypatch, inside, number):
+    make(images, "train/class1/more/1.jpg")
+    link(images / "train" / "class1" / "link", make(tmp_path / "disk", "1.jpg"))
+    refuse(monkeypatch, images / inside, number)
+    message = complaint(scan, images, "train")
+    assert message.startswith(f"{images / inside}: cannot be read: {os.strerror(number)}; ")
+    assert ("chmod" in message) == (number == errno.EACCES)
+
+
+PERMISSIONS = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+from PIL import Image
+from moco.data import datasets
+from moco.errors import InputError
+Image.init()
+root = Path(sys.argv[2])
+
+def another_reads():
+    if child := os.fork():
+        assert os.waitpid(child, 0)[1] == 0
+        return
+    os.setgroups([])
+    os.setgid(54321)
+    os.setuid(54321)
+    try:
+        folder = datasets.scan(datasets.find(str(root), ("train",)), "train")
+        print(len(folder))
+        folder.read(0)
+    except InputError as error:
+        print(error)
+    sys.stdout.flush()
+    os._exit(0)
+
+for folder in ("train", "train/class0", "train/class0/more"):
+    for mode in (0o700, 0o711, 0o744):
+        (root / folder).chmod(mode)
+        another_reads()
+    (root / folder).chmod(0o755)
+another_reads()
+(root / "train" / "class0" / "1.jpg").chmod(0o600)
+another_reads()
+"""
+
+
+@pytest.fixture
+def another_user():
+    """Call a script as a user without a home or a name, whose files nothing here is; returns what it prints."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can become another user")
+
+    def call(text, *words, **env):
+        free = {name: value for name, value in os.environ.items() if name not in ("HOME", "USER", "LOGNAME", "XDG_CACHE_HOME")}
+        with tempfile.TemporaryDirectory() as top:  # pytest's own folders are root's alone
+            os.chmod(top, 0o755)
+            command = [sys.executable, "-B", "-c", text, str(ROOT), *map(str, words)]
+            result = subprocess.run(command, capture_output=True, text=True, cwd=top, env=free | env)
+        assert result.returncode == 0, result.stderr
+        return result.stdout.splitlines()
+
+    return call
+
+
+def test_permissions_of_folders(another_user):
+    """None, no r, and no x, of the split, a class folder and one below it; and with them all images are found."""
+    with tempfile.TemporaryDirectory() as top:
+        os.chmod(top, 0o755)
+        root = write_images(Path(top) / "data")
+        (root / "train" / "class0" / "more").mkdir()
+        (root / "train" / "class0" / "0.jpg").rename(root / "train" / "class0" / "more" / "0.jpg")
+        *refused, found, again, image = another_user(PERMISSIONS, root)
+    assert len(refused) == 9 and found == again == "24"
+    for folder, said in zip(("train", "train/class0", "train/class0/more"), refused[::3], strict=True):
+        assert said.startswith(f"{root / folder}: cannot be read: Permission denied; ")
+        i = refused.index(said)
+        assert refused[i : i + 3] == [said] * 3
+    assert image == f"{root}/train/class0/1.jpg: unreadable image (Permission denied); remove or replace it"
+
+
+# several processes
+
+
+def list_of_rank(rank, folder):
+    """What rank 1 sees may differ: its data folder is another."""
+    try:
+        return len(scan(Path(f"{folder}{rank}"), "train"))
+    except InputError as error:
+        return [str(error)]
+
+
+def test_ranks_with_different_images_are_refused_on_each(tmp_path):
+    for name in ("same", "fewer", "others", "labels"):
+        for rank in range(2):
+            make(tmp_path / f"{name}{rank}", "train/cat/1.jpg", "train/cat/2.jpg", "train/dog/1.jpg")
+    (tmp_path / "fewer1" / "train" / "cat" / "2.jpg").unlink()
+    (tmp_path / "others1" / "train" / "cat" / "2.jpg").rename(tmp_path / "others1" / "train" / "cat" / "3.jpg")
+    (tmp_path / "labels1" / "train" / "dog").rename(tmp_path / "labels1" / "train" / "elk")
+    names = ("same", "fewer", "others", "labels")
+    of = on_two_ranks({name: (list_of_rank, str(tmp_path / name)) for name in names}, tmp_path)
+    assert of("same") == [3, 3]
+    for name, count in (("fewer", 2), ("others", 3), ("labels", 3)):
+        for rank, (message,) in enumerate(of(name)):
+            said = f"rank 0 finds 3 images and rank 1 finds {count}, or others"
+            assert message.startswith(f"{tmp_path}/{name}{rank}/train: {said}")
+
+
+# names that are not UTF-8
+
+
+def latin(name):
+    return os.fsdecode(name.encode("latin-1"))
+
+
+def test_names_that_are_not_utf_8(tmp_path):
+    make(tmp_path, latin("train/pi\xe8ces/\xe9.jpg"), latin("train/pi\xe8ces/1.jpg"), "train/cat/1.jpg")
+    folder = scan(tmp_path, "train")
+    assert folder.classes == ("cat", latin("pi\xe8ces"))
+    assert [os.path.exists(folder.path(i)) for i in range(3)] == [True] * 3
+    assert os.fsencode(folder.name(2)) == b"pi\xe8ces/\xe9.jpg"
+
+
+# the cache folder
+
+
+@pytest.fixture
+def no_home(tmp_path, monkeypatch):
+    """Neither HOME nor an entry in passwd; returns the folder for temporary files."""
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    return tmp_path
+
+
+@pytest.mark.parametrize("home", [None, "a file", "below a file", "read-only"])
+def test_photos_without_a_home_that_can_be_written(no_home, monkeypatch, home):
+    use_photographs(monkeypatch, {"noise": picture(lambda x: x % 256, 300, 200)})
+    if home:
+        place = no_home / "home"
+        place.touch() if "file" in home else place.mkdir()
+        monkeypatch.setenv("XDG_CACHE_HOME", str(place / "x" if home == "below a file" else place))
+    if home == "read-only":
+        access = os.access
+        monkeypatch.setattr(os, "access", lambda path, how: not Path(path).is_relative_to(place) and access(path, how))
+    own = no_home / f"hard-negatives-{os.getuid()}"
+    cache = own / ".cache" / "hard-negatives"
+    assert find("photos", BOTH) == cache / "photos-v2" and datasets.cache_folder() == cache
+    assert len(contents(cache / "photos-v2")) == 90 and own.stat().st_mode & 0o777 == 0o700
+
+
+def test_photos_in_a_home_that_can_only_be_read_are_used(no_home, monkeypatch):
+    """An image of a container may hold them; they are not if they are damaged."""
+    use_photographs(monkeypatch, {"noise": picture(lambda x: x % 256, 300, 200)})
+    monkeypatch.setenv("XDG_CACHE_HOME", str(no_home / "home"))
+    theirs = find("photos", BOTH)
+    assert theirs.is_relative_to(no_home / "home")
+    monkeypatch.setattr(os, "access", lambda path, how: False)
+    assert find("photos", BOTH) == theirs
+    next(theirs.rglob("007.jpg")).unlink()
+    assert find("photos", BOTH).is_relative_to(no_home / f"hard-negatives-{os.getuid()}")
+
+
+@pytest.mark.parametrize("whose", ["theirs", "everybody's", "a link", "a file"])
+def test_a_temporary_folder_of_somebody_else_is_not_used(no_home, monkeypatch, whose):
+    own = no_home / f"hard-negatives-{os.getuid()}"
+    if whose == "a link":
+        (no_home / "elsewhere").mkdir(mode=0o700)
+        own.symlink_to("elsewhere")
+    elif whose == "a file":
+        own.touch()
+    else:
+        own.mkdir(mode=0o700)
+        own.chmod(0o777 if whose == "everybody's" else 0o700)
+    if whose == "theirs":
+        other = os.getuid() + 1
+        monkeypatch.setattr(os, "getuid", lambda: other)
+        own = own.rename(no_home / f"hard-negatives-{other}")
+    message = complaint(find, "photos", BOTH)
+    assert message.startswith(f"{own}: is not this user's alone, and so is not used; set XDG_CACHE_HOME")
+
+
+WITHOUT_A_NAME = """
+import getpass, os, sys
+sys.path.insert(0, sys.argv[1])
+from moco import user
+from moco.data import datasets
+datasets.PHOTOS = ["chelsea"]
+datasets._photograph("chelsea")
+os.setgroups([])
+os.setgid(54321)
+os.setuid(54321)
+user.prepare()
+print(getpass.getuser(), os.path.expanduser("~"))
+print(datasets.find("photos", ("train", "val")))
+"""
+
+
+def test_a_user_without_a_name_or_home_gets_both(another_user):
+    """PyTorch's compiler and others ask for them."""
+    with tempfile.TemporaryDirectory() as top:
+        os.chmod(top, 0o1777)
+        home = f"{top}/hard-negatives-54321"
+        said = another_user(WITHOUT_A_NAME, TMPDIR=top)
+        assert said == [f"54321 {home}", f"{home}/.cache/hard-negatives/photos-v2"]
+
+
+@pytest.mark.parametrize("damage", ["missing", "empty", "cut", "no image", "class", "all"])
+def test_damaged_photos_are_written_again(cache, monkeypatch, damage):
+    use_photographs(monkeypatch, {"noise": picture(lambda x: x % 256, 300, 200)})
+    root = find("photos", BOTH)
+    whole = contents(root)
+    file = root / "val" / "noise" / "003.jpg"
+    data = file.read_bytes()
+    if damage == "missing":
+        file.unlink()
+    elif damage == "class":
+        file.parent.rename(cache / "aside")
+    elif damage == "all":
+        root.rename(cache / "aside")
+        root.mkdir()
+    else:
+        file.write_bytes({"empty": b"", "cut": data[:-100], "no image": b"x" * len(data)}[damage])
+    assert find("photos", BOTH) == root and contents(root) == whole
+    assert list(root.parent.iterdir()) == [root]
+
+
+def test_damaged_photos_that_cannot_be_replaced_are_refused(cache, monkeypatch):
+    use_photographs(monkeypatch, {"noise": picture(lambda x: x % 256, 300, 200)})
+    root = find("photos", BOTH)
+    (root / "val" / "noise" / "003.jpg").unlink()
+    rename = Path.rename
+
+    def failing(path, to):
+        if path == root:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return rename(path, to)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    assert complaint(find, "photos", BOTH).startswith(f"{root}: cannot be written: Permission denied; ")
+    assert list(root.parent.iterdir()) == [root]
+
+
+@pytest.mark.parametrize(("encoding", "text"), [("utf-8", b"pi\\udce8ces \xe6\x97\xa5\n"), ("ascii", b"pi\\udce8ces \\u65e5\n")])
+def test_any_name_can_be_printed(monkeypatch, encoding, text):
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, io.TextIOWrapper(io.BytesIO(), encoding=encoding))
+    user.prepare()
+    for stream in (sys.stdout, sys.stderr):
+        print("pi\udce8ces \u65e5", file=stream, flush=True)
+        assert stream.buffer.getvalue() == text
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)  # closed
+    user.prepare()

@@ -110,6 +110,8 @@ def check_places(args: argparse.Namespace, outs: list[Path]) -> None:
     """Raise InputError where OUT's ending is unknown, or something would be lost."""
     if args.out.suffix not in READ:
         raise InputError(f"{args.out}: unknown kind of file; let OUT end in {', '.join(READ)}")
+    if args.out.suffix == ".safetensors" and (name := str(args.out)) != name.encode(errors="replace").decode():
+        raise InputError(f"{args.out}: is not UTF-8, which safetensors needs; choose another name, or let OUT end in .pth")
     for out in outs:
         if out.is_dir():
             raise InputError(f"{out}: is a folder; choose another place")
@@ -129,6 +131,7 @@ def packed(tensors: dict[str, Tensor], suffix: str, facts: dict[str, object]) ->
     except ImportError:
         raise InputError("a .safetensors file is written by safetensors: pip install safetensors, or let OUT end in .pth") from None
     words = {name: " ".join(map(str, fact)) if isinstance(fact, tuple) else str(fact) for name, fact in facts.items()}
+    words = {name: word.encode(errors="backslashreplace").decode() for name, word in words.items()}
     return safetensors.torch.save(tensors, {"format": "pt", **words})
 
 
