@@ -1,6 +1,7 @@
 """The benchmarks run at small sizes and write what they promise. No test asserts a time."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -63,6 +64,15 @@ def test_step(tmp_path):
     }
     assert ratios < found.keys()
     assert len(found["rows"]) == 8 and all(row["ms"] > 0 for row in found["rows"])
+
+
+def test_threads(tmp_path):
+    sizes = ("--steps", 1, "--size", 32, "--batch-size", 2, "--settings", "torch's default", "ours")
+    found = run("threads", tmp_path, *sizes)
+    assert [(row["setting"], row["where"]) for row in found["rows"]] == [
+        (setting, where) for where in ("alone", f"beside {os.cpu_count()}") for setting in ("torch's default", "ours")
+    ]
+    assert all(row["images/s"] > 0 for row in found["rows"])
 
 
 def test_methods(script, tmp_path, monkeypatch, capsys):
