@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+import yaml
 from conftest import ROOT, in_process, shell
 from test_cli import refused
 from test_named import WRITERS, Tree
@@ -72,15 +73,81 @@ def test_features_heads_and_names_of_every_kind(arch):
     assert networks.classifier(net).out_features == 3 and net(images).shape == (2, 3)
 
 
-def test_stochastic_depth_of_online_and_target():
+def rates(net):
+    """The rates above 0 at which a network in training drops something: of each path, of features."""
+    modules = list(net.modules())
+    paths = [module.drop_prob for module in modules if getattr(module, "drop_prob", 0)]
+    dropouts = [module.p for module in modules if isinstance(module, torch.nn.modules.dropout._DropoutNd)]
+    functional = [getattr(module, "drop_rate", 0) for module in modules]
+    return paths, [rate for rate in dropouts + functional if rate]
+
+
+def settings(path):
+    return yaml.safe_load(path.read_text())
+
+
+RECIPES = sorted(ROOT.glob("configs/*_vit_*.yaml")) + sorted(ROOT.glob("configs/*_swin_*.yaml"))
+RECIPE_OF = {settings(path)["arch"]: path for path in RECIPES}
+
+
+@pytest.mark.parametrize("arch", RECIPE_OF)
+def test_only_the_online_encoder_of_a_recipe_has_stochastic_depth(arch):
+    given = ("DIR", "--cfg", RECIPE_OF[arch], "--mlp-dim", 8, "--queue", 256)
+    for options, online in (((), 0.2), (("--online-drop-path", 0), 0.0), (("--online-drop-path", 0.1), 0.1)):
+        args = main_moby.parser().parse([str(word) for word in (*given, *options)])
+        model = main_moby.build(args, torch.device("cpu"))
+        paths, dropouts = rates(model.encoder)
+        assert max(paths, default=0) == pytest.approx(online) and not dropouts
+        assert rates(model.encoder_k) == ([], [])
+        if arch.endswith("base"):
+            break  # it takes seconds to make one
+
+
+ARCHITECTURES = sorted({settings(path).get("arch") for path in ROOT.glob("configs/*.yaml")} - {None})
+# timm's default is stochastic depth in the first row, dropout in the second; both are 0 in the third
+FAMILIES = [
+    *("swinv2_tiny_window8_256", "focalnet_tiny_srf", "fasternet_t1", "tiny_vit_5m_224", "nextvit_small", "nest_tiny"),
+    *("ghostnet_100", "legacy_seresnet18", "repghostnet_050", "rexnet_100", "coatnet_rmlp_nano_rw_224", "bat_resnext26ts"),
+    *("convnext_atto", "efficientnet_b0", "regnetx_002", "mixer_s32_224", "xcit_nano_12_p16_224", "resnet26d"),
+]
+FAMILIES = [arch for arch in FAMILIES if timm.is_model(arch)]  # older versions lack some
+
+
+@pytest.mark.parametrize("arch", [*ARCHITECTURES, *FAMILIES])
+def test_no_network_drops_anything_unless_it_is_told_to(arch):
+    """The network of every evaluation, made by `create` with no rate."""
+    assert rates(networks.create(arch, 5, 256 if "256" in arch else 224)) == ([], [])
+
+
+@pytest.mark.parametrize("arch", FAMILIES)
+def test_a_rate_is_applied_or_refused(arch):
+    try:
+        net = networks.create(arch, 0, 256 if "256" in arch else 224, drop_path=0.3)
+    except InputError as error:
+        assert arch in WITHOUT_DEPTH and "has no stochastic depth; leave --online-drop-path" in str(error)
+        return
+    paths, dropouts = rates(net)
+    assert arch not in WITHOUT_DEPTH and 0.25 < max(paths) <= 0.3 + 1e-6 and not dropouts
+
+
+WITHOUT_DEPTH = {"ghostnet_100", "legacy_seresnet18", "repghostnet_050"}
+
+
+@pytest.mark.parametrize("arch", ["swin_tiny", "focalnet_tiny_srf", "ghostnet_100", "coatnet_rmlp_nano_rw_224"])
+def test_a_network_in_training_gives_the_same_features_twice(arch):
+    """Whatever the module is called that would draw: no draw is made."""
+    net, images = networks.create(arch, 0, 224), torch.randn(4, 3, 224, 224)
+    before = torch.get_rng_state()
+    with torch.no_grad():
+        net.train()(images)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_heads_of_the_smallest_vit():
     args = main_moby.parser().parse(["photos", "-a", "vit_tiny", "--image-size", "32", "--mlp-dim", "8", "--queue", "8"])
     main_moby.check(args)
     model = main_moby.build(args, torch.device("cpu"))
-
-    def rates(net):
-        return [module.drop_prob for module in net.modules() if type(module).__name__ == "DropPath"]
-
-    assert max(rates(model.encoder)) == pytest.approx(0.2) and not any(rates(model.encoder_k))
+    assert max(rates(model.encoder)[0]) == pytest.approx(0.2) and rates(model.encoder_k) == ([], [])
     assert model.predictor[-1].weight.shape == (256, 8) and model.projector[0].weight.shape == (8, 192)
 
 
@@ -352,9 +419,6 @@ def test_each_method_has_its_own_settings():
     args = main_moby.parser().parse(["photos", "--method", "byol", "--lr", "1", "--wd", "0", "--moco-m", "0", "-a", "resnet18"])
     main_moby.check(args)
     assert (args.moco_m, args.lr, args.wd, args.online_drop_path) == (0, 1, 0, 0)
-
-
-RECIPES = sorted(ROOT.glob("configs/*_vit_*.yaml")) + sorted(ROOT.glob("configs/*_swin_*.yaml"))
 
 
 def test_there_is_a_recipe_for_every_method_and_network():

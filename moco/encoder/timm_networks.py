@@ -2,6 +2,7 @@
 
 import math
 import sys
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,21 +39,21 @@ def create(arch: str, out: int, image_size: int, drop_path: float = 0.0) -> nn.M
     """timm's network `arch`, randomly initialised, whose last layer maps to `out` features, with none for 0.
 
     The short ViTs are MoCo v3's (Chen et al., arXiv 2104.02057): initialised as there, with fixed sine and cosine positions, and
-    with 12 heads in the small one. Raises InputError where the architecture is not for images of `image_size` pixels, has no
-    stochastic depth but should, or ends in anything but one linear layer.
+    with 12 heads in the small one. `drop_path` is the rate of stochastic depth of the last block,
+    in [0, 1). There is no dropout besides, whatever timm's defaults are. Raises InputError if the
+    architecture is not for images of `image_size` pixels, has no stochastic depth but should, or
+    ends in anything but one linear layer.
     """
-    timm = _timm()
     name, options = plain(arch, image_size)
-    if drop_path:
-        options["drop_path_rate"] = drop_path
     if arch in MOCO_V3:
         options["weight_init"] = "moco"
     try:
-        net = timm.create_model(name, pretrained=False, num_classes=out, **options)
+        net = _made(name, {**options, "num_classes": out, "drop_path_rate": drop_path, "drop_rate": 0.0})
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
-        if "drop_path_rate" in str(error):
-            raise InputError(f"{arch}: has no stochastic depth; leave --online-drop-path and --target-drop-path at 0") from None
         raise InputError(f"{arch} at --image-size {image_size}: timm cannot make it: {' '.join(str(error).split())}") from None
+    _remove_dropout(net)
+    if not _set_stochastic_depth(net, drop_path):
+        raise InputError(f"{arch}: has no stochastic depth; leave --online-drop-path and --target-drop-path at 0")
     last = net.pretrained_cfg.get("classifier")
     if not isinstance(last, str) or (out and not isinstance(net.get_submodule(last), nn.Linear)):
         raise InputError(f"{arch}: its last layer is not one linear layer, which the evaluations need; choose another")
@@ -64,6 +65,41 @@ def create(arch: str, out: int, image_size: int, drop_path: float = 0.0) -> nn.M
         _as_in_moco_v3(net)
         net.namesake = name if MOCO_V3[arch] else None
     return net
+
+
+def _made(name: str, options: dict[str, Any]) -> nn.Module:
+    """Return timm's network `name`, randomly initialised, without the rates it has no option for.
+
+    A rate of 0 is given, too, because timm's own default may be another one (Swin: .1).
+    """
+    try:
+        return _timm().create_model(name, pretrained=False, **options)
+    except TypeError as error:
+        rates = [rate for rate in ("drop_path_rate", "drop_rate") if rate in options]
+        unknown = [rate for rate in rates if f"'{rate}'" in str(error)]
+        if not unknown:
+            raise
+    return _made(name, {key: value for key, value in options.items() if key not in unknown})
+
+
+def _remove_dropout(net: nn.Module) -> None:
+    """Set every dropout rate to 0, because some of timm's networks have a fixed one.
+
+    MaxViT's has .125 in the bias of relative positions, CPUBone's .1 in its attention.
+    """
+    for module in net.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+
+
+def _set_stochastic_depth(net: nn.Module, rate: float) -> bool:
+    """Turn stochastic depth off for a rate of 0; otherwise return whether timm has applied `rate`."""
+    depths = [module for module in net.modules() if hasattr(module, "drop_prob")]
+    if rate == 0:
+        for module in depths:
+            module.drop_prob = 0.0
+        return True
+    return any(0 < module.drop_prob <= rate + 1e-6 for module in depths)
 
 
 def _timm():
