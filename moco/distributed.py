@@ -9,6 +9,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+# torch 2.13 deprecates the older name
+_all_gather_rows = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 
 def rank() -> int:
     """This process's global rank; 0 where nothing is distributed."""
@@ -28,7 +31,7 @@ def all_gather(x: Tensor) -> Tensor:
     if world() == 1:
         return x
     out = x.new_empty((world() * len(x), *x.shape[1:]))
-    dist.all_gather_into_tensor(out, x.contiguous())
+    _all_gather_rows(out, x.contiguous())
     return out
 
 

@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import io
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -69,6 +70,17 @@ def shell(*command: object, env: dict[str, str] | None = None, wait: bool = True
     port = next((port for port in ("10001", "12345") if any(word.endswith((f":{port}", f"port={port}")) for word in words)), None)
     with FileLock(Path(tempfile.gettempdir()) / f"hard-negatives-port-{port}.lock") if port else contextlib.nullcontext():
         return subprocess.run(words, timeout=600, **pipes)
+
+
+def own_lines(err: str) -> list[str]:
+    """Return the lines of stderr without the warnings of other packages, which change with versions.
+
+    Raises AssertionError if there is a traceback.
+    """
+    assert "Traceback" not in err, err
+    python = r"^\S.*:\d+: \w*Warning: .*\n(?:  .*\n)?"  # where, what, and the line of code
+    torch_cpp = r"^(?:\[rank\d+\]: ?)?\[[WI]\d{3,}.*\n"
+    return re.sub(f"{python}|{torch_cpp}", "", f"{err}\n", flags=re.MULTILINE).strip().splitlines()
 
 
 def in_process(name: str, *options: object) -> tuple[int, str, str]:

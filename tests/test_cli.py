@@ -10,7 +10,7 @@ from fractions import Fraction
 import pytest
 import torch
 import yaml
-from conftest import ROOT
+from conftest import ROOT, own_lines, shell
 from PIL import Image
 
 import main_lincls
@@ -25,9 +25,25 @@ SMALL = (*INPUT, "--epochs", 1, "--moco-k", 32)
 def refused(result: tuple[int, str, str], *words: str) -> None:
     status, _, err = result
     assert status == 2
-    assert len(err.strip().splitlines()) == 1, err
+    assert len(own_lines(err)) == 1, err
     for word in words:
         assert word in err, err
+
+
+def test_what_other_packages_print_is_no_failure(tmp_path):
+    """Each process warns as torch does about names it will drop, in Python and in C++; our line is found among it."""
+    warned = "warnings.warn('`f` is deprecated. Please use `g`.', FutureWarning)"
+    (tmp_path / "sitecustomize.py").write_text(
+        f"import sys, warnings\n{warned}\n{warned[:-1]}, stacklevel=2)\n"
+        "print('[rank1]:[W1126 10:00:00.1 ProcessGroup.cpp:1] Warning: no device', file=sys.stderr)\n"
+    )
+    done = shell("main_synco.py", tmp_path / "nowhere", *SMALL, env={"PYTHONPATH": str(tmp_path)})
+    assert done.stderr.count("FutureWarning: `f`") == 2 and "[W1126" in done.stderr
+    refused((done.returncode, done.stdout, done.stderr), "nowhere", "no such folder")
+    with pytest.raises(AssertionError):
+        refused((2, "", f"{done.stderr}another line\n"))
+    with pytest.raises(AssertionError):
+        own_lines("Traceback (most recent call last):\n")
 
 
 # data

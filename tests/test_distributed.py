@@ -1,6 +1,7 @@
 """The exchange between ranks, on two processes that meet over loopback; one spawned job runs all the checks."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -101,8 +102,9 @@ def check_key_groups(rank):
 def check_traffic(rank):
     """Shapes of everything that one forward pass receives from the exchange."""
     torch.manual_seed(0)
-    model, received = MoCo(tiny_encoder, dim=DIM, K=K), {"all_to_all_single": [], "all_gather_into_tensor": []}
-    true = {name: getattr(dist, name) for name in received}
+    model, received = MoCo(tiny_encoder, dim=DIM, K=K), {"all_to_all_single": [], "_all_gather_rows": []}
+    place = {"all_to_all_single": dist, "_all_gather_rows": distributed}
+    true = {name: getattr(place[name], name) for name in received}
 
     def counted(name):
         def call(output, *args, **kwargs):
@@ -112,11 +114,21 @@ def check_traffic(rank):
         return call
 
     for name in received:
-        setattr(dist, name, counted(name))
+        setattr(place[name], name, counted(name))
     model([part(view, rank).float() for view in joint_views(0)], torch.arange(B), Progress())
     for name in received:
-        setattr(dist, name, true[name])
+        setattr(place[name], name, true[name])
     return received
+
+
+def check_silence(rank):
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        assert distributed.all_gather(torch.full((1,), rank)).tolist() == [0, 1]
+        net = distributed.data_parallel(distributed.sync_batch_norm(nn.Linear(2, 2), torch.device("cpu")))
+        net(torch.ones(1, 2)).sum().backward()
+        distributed.broadcast_buffers(net)
+    return [str(one.message) for one in told if issubclass(one.category, FutureWarning | DeprecationWarning)]
 
 
 def check_collectives(rank):
@@ -176,6 +188,7 @@ def check_recomputing(rank):
 
 
 CHECKS = {
+    "silence": (check_silence,),
     "recomputing": (check_recomputing,),
     "shuffle": (check_shuffle,),
     "key groups": (check_key_groups,),
@@ -245,9 +258,13 @@ def test_key_groups_differ_from_step_to_step(ranks):
 
 def test_each_rank_receives_its_own_share_of_images_and_all_keys(ranks):
     for received in ranks("traffic"):
-        shapes = received["all_to_all_single"] + received["all_gather_into_tensor"]
+        shapes = received["all_to_all_single"] + received["_all_gather_rows"]
         assert sum(shape[0] for shape in shapes if shape[1:] == IMAGE) == B
         assert [shape for shape in shapes if shape[1:] != IMAGE] == [(WORLD * B, DIM)]
+
+
+def test_no_exchange_uses_a_name_that_torch_will_drop(ranks):
+    assert ranks("silence") == [[], []]
 
 
 # gathers and sums

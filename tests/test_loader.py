@@ -116,7 +116,7 @@ def test_each_process_takes_its_share_of_the_workers(monkeypatch, photographs, w
 def test_more_workers_than_cores_bring_no_warning(photographs, recwarn):
     workers = os.cpu_count() + 1
     assert len(read(photographs, EvalOrder(38, 38), CenterCrop(32), workers)) == 1
-    assert [str(warning.message) for warning in recwarn] == []
+    assert not [warning for warning in recwarn if "worker" in str(warning.message)]
 
 
 def test_a_program_that_leaves_batches_unread_ends():

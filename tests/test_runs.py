@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import shell, write_images
+from conftest import own_lines, shell, write_images
 from PIL import Image
 
 from moco import distributed
@@ -271,7 +271,7 @@ def test_a_probe_goes_on_with_its_own_settings_only(script, shared_images, tmp_p
         (("--lr", 0.1, 0.03), "--val-from-train"),
     ):
         status, _, err = script("main_lincls", *command, *go_on, *wrong)
-        assert status == 2 and named in err and err.count("\n") == 1, err
+        assert status == 2 and named in err and len(own_lines(err)) == 1, err
     state = load(tmp_path / "checkpoint.pth.tar")
     state["state_dict"]["module.conv1.weight"] += 1
     torch.save(state, tmp_path / "other.pth.tar")
@@ -381,7 +381,7 @@ def test_a_mistake_inside_spawned_processes_is_one_line(images, tmp_path):
     options = (*TINY, "-j", 2, "--epochs", 1, "--on-bad-image", "error")
     result = shell("main_synco.py", images, *options, *launch, "--save-dir", tmp_path / "run")
     assert result.returncode == 2
-    assert result.stderr.strip().splitlines()[-1].startswith("main_synco.py: error:"), result.stderr
+    assert own_lines(result.stderr)[-1].startswith("main_synco.py: error:"), result.stderr
     assert "class0/1.jpg" in result.stderr
     assert "Traceback" not in result.stderr
 
