@@ -1,34 +1,53 @@
 PYTHON ?= python3
+VENV ?= .venv
 SEED ?= 0
-ENV := .venv/ready
+# the Pythons of `make matrix`, and a file that pins versions for pip (-c)
+OLDEST_PYTHON ?= python3.10
+NEWEST_PYTHON ?= $(shell for p in python3.13 python3.12; do $$p -V >/dev/null 2>&1 && echo $$p && break; done)
+CONSTRAINTS ?=
 
-.PHONY: demo test lint detectron2 clean
+PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(addprefix -c ,$(CONSTRAINTS))
+
+.PHONY: demo test lint detectron2 matrix clean
 
 # pre-train SynCo on the built-in photographs, probe it beside a randomly initialised encoder, draw the report
-demo: $(ENV)
-	.venv/bin/python tools/demo.py --seed $(SEED)
+demo: $(VENV)/ready
+	$(VENV)/bin/python tools/demo.py --seed $(SEED)
 
-test: $(ENV)
-	.venv/bin/python -m pytest -q -n 2 --dist worksteal tests
+test: $(VENV)/ready $(VENV)/detectron2
+	$(VENV)/bin/python -m pytest -q -rs -n 2 --dist worksteal tests
 
-lint: $(ENV)
-	.venv/bin/ruff check .
-	.venv/bin/ruff format --check .
+lint: $(VENV)/ready
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
 
-$(ENV): requirements.txt requirements-dev.txt
+$(VENV)/ready: requirements.txt requirements-dev.txt $(CONSTRAINTS)
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and 'Python 3.10 or newer is needed: make PYTHON=python3.x ...')"
-	$(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) -r requirements-dev.txt
 	touch $@
 
 # detectron2's Python code without its compiled extension, which is enough to test detection/ on a CPU
-detectron2: .venv/detectron2
+detectron2: $(VENV)/detectron2
 
-.venv/detectron2: $(ENV)
-	.venv/bin/python -m pip install --quiet --disable-pip-version-check "setuptools<81" fvcore pycocotools cloudpickle omegaconf tensorboard
-	.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --only-binary=:all: --python-version 3.10 \
-		--target "$$(.venv/bin/python -c 'import site; print(site.getsitepackages()[0])')" sal-detectron2==0.7.2
+$(VENV)/detectron2: $(VENV)/ready
+	$(PIP) "setuptools<81" fvcore pycocotools cloudpickle omegaconf tensorboard
+	$(PIP) --no-deps --only-binary=:all: --python-version 3.10 \
+		--target "$$($(VENV)/bin/python -c 'import site; print(site.getsitepackages()[0])')" sal-detectron2==0.7.2
 	touch $@
 
+# all tests with the oldest versions that requirements.txt allows, then with the newest that there are
+matrix: .matrix/oldest.txt
+	@"$(OLDEST_PYTHON)" -c "import sys; sys.exit(sys.version_info[:2] != (3, 10))" 2>/dev/null \
+		|| { echo "make matrix: '$(OLDEST_PYTHON)' is not Python 3.10: give OLDEST_PYTHON=/path/to/python3.10" >&2; exit 2; }
+	@"$(NEWEST_PYTHON)" -c "import sys; sys.exit(sys.version_info < (3, 12))" 2>/dev/null \
+		|| { echo "make matrix: '$(NEWEST_PYTHON)' is not Python 3.12 or newer: give NEWEST_PYTHON=/path/to/python3.13" >&2; exit 2; }
+	$(MAKE) test PYTHON=$(OLDEST_PYTHON) VENV=.matrix/oldest CONSTRAINTS=.matrix/oldest.txt
+	$(MAKE) test PYTHON=$(NEWEST_PYTHON) VENV=.matrix/newest
+
+.matrix/oldest.txt: requirements.txt
+	mkdir -p .matrix
+	sed -n 's/>=/==/p' requirements.txt > $@
+
 clean:
-	rm -rf .venv runs
+	rm -rf $(VENV) .matrix runs
