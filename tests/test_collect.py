@@ -10,7 +10,10 @@ import pytest
 import torch
 from conftest import ROOT, own_lines, shell
 
+import main_semisup
 from moco.encoder.networks import resnet
+
+GRID = (0.01, 0.02, 0.05, 0.1, 0.005)  # of the backbone's learning rates
 
 
 def write(folder, method="synco", epochs=200, protocol="semisup1", dataset="/data/imagenet", metrics=None, **settings):
@@ -124,6 +127,43 @@ def test_the_sweep_goes_on_where_it_was_stopped(shared_images, tmp_path):
     again = sweep()
     assert again.count("done before") == 1 and again.count("* Acc@1") == 1 and "loss" not in again  # tested, not trained again
     assert first.splitlines()[-5:] == again.splitlines()[-5:]
+
+
+@pytest.mark.parametrize(
+    ("options", "variables", "expected"),
+    [
+        ((), {}, {(percent, epochs, rate, 0.5, 1024) for percent, epochs in ((1, 60), (10, 30)) for rate in GRID}),
+        ((), {"PERCENTS": "100"}, {(100, 90, rate, 0.5, 1024) for rate in GRID}),
+        ((), {"PERCENTS": "1", "EPOCHS": "3 4", "RATES": "1"}, {(1, 3, 1, 0.5, 1024), (1, 4, 1, 0.5, 1024)}),
+        (
+            ("--lr-classifier", "0.3", "-b", "64", "--epochs=5", "--lr_backbone", "0.02"),
+            {"EPOCHS": "7", "RATES": "1 2"},
+            {(percent, 5, 0.02, 0.3, 64) for percent in (1, 10)},
+        ),
+        (("--train-percent", "1", "--lr-backbone=0.02"), {}, {(1, 60, 0.02, 0.5, 1024)}),
+    ],
+)
+def test_the_sweep_is_the_papers_unless_options_say_otherwise(options, variables, expected, tmp_path):
+    """The commands that it starts, as the script itself understands them; a run's folder has its own settings' name."""
+    recorder = tmp_path / "python"
+    recorder.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/commands\n')
+    recorder.chmod(0o755)
+    command = ["tools/sweep_semisup.sh", "c.pth", "DIR", "OUT", *options]
+    subprocess.run(command, cwd=ROOT, env={**os.environ, **variables, "PYTHON": str(recorder)}, check=True)
+    *runs, table = (line.split() for line in (tmp_path / "commands").read_text().splitlines())
+    assert table[0].endswith("tools/collect.py") and table[-1] == "OUT"
+    found = [main_semisup.parser().parse(words[1:]) for words in runs]
+    settings = [(a.train_percent, a.epochs, a.lr_backbone, a.lr_classifier, a.batch_size) for a in found]
+    assert len(settings) == len(expected) and set(settings) == expected
+    for args in found:
+        assert args.save_dir == f"OUT/{args.train_percent}percent_{args.epochs}epochs_lr{args.lr_backbone:g}"
+        assert (args.weights, args.wd, args.val_from_train, args.pretrained) == ("finetune", 1e-6, 0.1, "c.pth")
+
+
+def test_the_sweep_refuses_what_it_sets_itself():
+    command = ["tools/sweep_semisup.sh", "c.pth", "DIR", "OUT", "--save-dir=elsewhere"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "--save-dir is set by the sweep itself" in done.stderr
 
 
 def test_the_sweep_says_how_it_is_used():

@@ -94,6 +94,7 @@ def test_a_recipe_is_one_of_the_script_that_it_names(recipe):
 
 
 FNC = {"optimizer": "lars", "lr_backbone": 0.005, "lr_classifier": 0.005, "learning_rate_scaling": "sqrt", "batch_size": 1024}
+SYNCO = {"lr_classifier": 0.5, "batch_size": 1024, "wd": 1e-6, "cos": True}
 FNC |= {"ft_proj": 1, "zero_init_classifier": True, "wd": 0, "lr_warmup_epochs": 0}
 
 
@@ -109,8 +110,8 @@ FNC |= {"ft_proj": 1, "zero_init_classifier": True, "wd": 0, "lr_warmup_epochs":
         ),
         ("lincls_moby", {"lr": [0.5], "learning_rate_scaling": "linear", "batch_size": 512, "lr_warmup_epochs": 5, "wd": [0]}),
         ("lincls_fnc", {"lr": [0.005], "learning_rate_scaling": "sqrt", "batch_size": 1024, "epochs": 90, "nesterov": True}),
-        ("semisup_synco_1pct", {"train_percent": 1, "epochs": 60, "batch_size": 1024, "wd": 1e-6, "cos": True}),
-        ("semisup_synco_10pct", {"train_percent": 10, "epochs": 30, "batch_size": 1024, "wd": 1e-6, "cos": True}),
+        ("semisup_synco_1pct", {**SYNCO, "train_percent": 1, "epochs": 60}),
+        ("semisup_synco_10pct", {**SYNCO, "train_percent": 10, "epochs": 30}),
         ("semisup_fnc_1pct", {**FNC, "epochs": 60, "train_percent": 1}),
         ("semisup_fnc_10pct", {**FNC, "epochs": 30, "train_percent": 10}),
     ],

@@ -1,11 +1,15 @@
 #!/usr/bin/env bash
-# Fine-tune a checkpoint at every rate and number of epochs of SynCo's semi-supervised protocol, then print the table of the best.
+# Fine-tune a checkpoint on few labels with SynCo's protocol, then print the table of the best settings:
+# 1 % of the labels for 60 epochs, 10 % for 30 (100 % for 90), batch 1024, the classifier's learning
+# rate .5, and five learning rates of the backbone.
 #
 #   tools/sweep_semisup.sh CHECKPOINT DIR OUT [options of main_semisup.py ...]
-#   PERCENTS="1 10"  EPOCHS="30 60"  RATES="0.01 0.02 0.05 0.1 0.005"  PYTHON=python    to try others
+#   PERCENTS="1 10"  EPOCHS="60"  RATES="0.01 0.02 0.05 0.1 0.005"  PYTHON=python    to try others
 #
-# May be stopped and started again: what is done is skipped, what was begun goes on from its checkpoint. The best setting is
-# chosen on a tenth of the labelled images, held out; pass another --val-from-train to change the share.
+# Options win over the protocol and over these variables: --epochs 5, --lr-backbone 0.02 (no sweep),
+# --train-percent 1, --lr-classifier 0.3, --batch-size 64. May be stopped and started again: finished
+# runs are skipped, the others continue from their checkpoints. The best setting is chosen on a tenth
+# of the labelled images, held out; another --val-from-train changes the fraction.
 set -euo pipefail
 
 if [ $# -lt 3 ]; then
@@ -17,16 +21,39 @@ shift 3
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=${PYTHON:-python}
 
-for percent in ${PERCENTS:-1 10}; do
-    for epochs in ${EPOCHS:-30 60}; do
-        for rate in ${RATES:-0.01 0.02 0.05 0.1 0.005}; do
+# what the options given say of what the sweep sets itself
+percents=${PERCENTS:-1 10} all_epochs=${EPOCHS:-} rates=${RATES:-0.01 0.02 0.05 0.1 0.005}
+option=
+for word in "$@"; do
+    case $word in
+        --*=*) option=${word%%=*} value=${word#*=} ;;
+        -*) option=$word && continue ;; # its value follows
+        *) value=$word ;;
+    esac
+    case ${option//_/-} in
+        --train-percent) percents=$value ;;
+        --epochs) all_epochs=$value ;;
+        --lr-backbone) rates=$value ;;
+        --pretrained | --save-dir | --output | --tag | --resume)
+            echo "tools/sweep_semisup.sh: error: $option is set by the sweep itself; leave it out" >&2
+            exit 2
+            ;;
+    esac
+    option=
+done
+
+for percent in $percents; do
+    case $percent in 1) published=60 ;; 10) published=30 ;; *) published=90 ;; esac
+    for epochs in ${all_epochs:-$published}; do
+        for rate in $rates; do
             run="$out/${percent}percent_${epochs}epochs_lr$rate"
             if [ -f "$run/results.json" ]; then
                 echo "$run: done before"
                 continue
             fi
-            "$python" "$here/main_semisup.py" --val-from-train 0.1 "$@" --pretrained "$checkpoint" --save-dir "$run" \
-                --train-percent "$percent" --epochs "$epochs" --lr-backbone "$rate" --lr-classifier "$rate" --resume auto "$data"
+            "$python" "$here/main_semisup.py" --val-from-train 0.1 --batch-size 1024 --lr-classifier 0.5 \
+                --train-percent "$percent" --epochs "$epochs" --lr-backbone "$rate" "$@" \
+                --pretrained "$checkpoint" --save-dir "$run" --resume auto "$data"
         done
     done
 done
