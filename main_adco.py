@@ -10,37 +10,39 @@ import moco as _first  # noqa: F401 (before torch: sets how its threads wait)
 # isort: split
 import torch
 
+from moco import distributed
 from moco.builder.adco import AdCo, Ascent
 from moco.encoder.networks import resnet
-from moco.engine import cli, pretrain
+from moco.engine import cli, pretrain, values
 from moco.engine.log import say
-from moco.errors import InputError
 
 
 def parser() -> cli.Parser:
     p = cli.Parser(__doc__)
     cli.add_pretrain(p, cos=2)
-    p.set_defaults(cos=1, lr_final=0.0006)
+    # as its authors' script does; for one GPU give --gpu ID or --no-multiprocessing-distributed
+    p.set_defaults(cos=1, lr_final=0.0006, multiprocessing_distributed=None)
     cli.add_momentum_encoder(p, t=0.12, v2=True)
     bank = p.add_argument_group("AdCo")
-    bank.add_argument("--cluster", type=cli.positive, default=65536, metavar="K", help="learned negatives")
+    bank.add_argument("--cluster", type=values.entries, default=65536, metavar="K", help="learned negatives")
     bank.add_argument(
-        "--memory-lr", type=cli.nonnegative_float, default=3.0, metavar="LR", help="their rate; --cos 2 lowers it, too"
+        "--memory-lr", type=values.learning_rate, default=3.0, metavar="LR", help="their rate; --cos 2 lowers it, too"
     )
     bank.add_argument(
-        "--mem-t", type=cli.finite_float, default=0.02, metavar="T", help="temperature of the loss on which they ascend"
+        "--mem-t", type=values.temperature, default=0.02, metavar="T", help="temperature of the loss on which they ascend"
     )
-    bank.add_argument("--mem-wd", type=cli.nonnegative_float, default=1e-4, metavar="WD", help="their weight decay")
-    bank.add_argument("--mem-momentum", type=cli.finite_float, default=0.9, help="of their SGD")
+    bank.add_argument("--mem-wd", type=values.decay, default=1e-4, metavar="WD", help="their weight decay")
+    bank.add_argument("--mem-momentum", type=values.momentum, default=0.9, help="of their SGD")
     bank.add_argument("--ad-init", action=cli.Switch, default=True, help="fill the bank with keys before epoch 0, else at random")
     bank.add_argument("--sym", action=cli.Switch, default=False, help="both views are compared with the other's keys")
     bank.add_argument("--multi-crop", action=cli.Switch, default=False, help="several query views; recipe multicrop")
+    p.has_effect(
+        "mem_t mem_wd mem_momentum", lambda args: args.memory_lr, "with --memory-lr 0 the bank does not learn; leave it out"
+    )
     return p
 
 
 def check(args: cli.Options) -> None:
-    if not args.mem_t > 0 or not 0 <= args.mem_momentum < 1:
-        raise InputError(f"--mem-t must be above 0 and --mem-momentum in [0, 1); got {args.mem_t:g} and {args.mem_momentum:g}")
     if args.multi_crop:
         args.recipe = args.recipe or "multicrop"
     cli.check_momentum_encoder(args)
@@ -65,6 +67,10 @@ def build(args: cli.Options) -> AdCo:
 
 
 def worker(args: cli.Options, device: torch.device) -> None:
+    if args.multiprocessing_distributed is None:
+        n = distributed.world()
+        one = "for one process give --gpu ID or --no-multiprocessing-distributed"
+        say(f"{n} process{'es' * (n > 1)}: one for each GPU in sight, or a launcher's; {one}")
     if args.ad_init and not args.resume:
         say(f"the bank's {args.cluster} negatives begin as keys, gathered before epoch 0 (--ad-init)")
     pretrain.train(args, device, lambda images: build(args))

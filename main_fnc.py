@@ -14,24 +14,19 @@ from moco import distributed
 from moco.builder.fnc import FNC
 from moco.data.images import Images
 from moco.encoder.networks import projector, resnet
-from moco.engine import cli, pretrain
+from moco.engine import cli, launch, pretrain, values
 from moco.engine.log import say
 from moco.errors import InputError
 from moco.loss.false_negatives import MODES, Cancellation
 
-LEAST_T = 0.001  # below, the logits' rounding in float32 shows in the loss
-
 PUBLISHED = {"train-batch-size": "batch-size", "train-epochs": "epochs", "warmup-epochs": "lr-warmup-epochs"}
-_GPUS = "GPUs are found by themselves, and --multiprocessing-distributed uses all of them"
 _ONE_JOB = "this script pre-trains; main_lincls.py probes, main_semisup.py fine-tunes"
 ELSEWHERE = {
-    **dict.fromkeys("use-tpu tpu-name tpu-zone gcp-project master".split(), _GPUS),
     **dict.fromkeys("data-dir dataset cache-dataset".split(), "give the data folder as DIR, on a disk; buckets are not read"),
     "model-dir": "use --save-dir DIR; buckets are not written to",
     **dict.fromkeys("mode train-mode train-split eval-split eval-steps eval-batch-size eval-name".split(), _ONE_JOB),
     **dict.fromkeys("zero-init-logits-layer ft-proj-selector fine-tune-after-block variable-schema checkpoint".split(), _ONE_JOB),
     **dict.fromkeys("resnet-depth width-multiplier sk-ratio se-ratio".split(), "use -a, as in -a resnet50"),
-    **dict.fromkeys("use-blur color-jitter-strength".split(), "views are recipes: use --recipe, --crop-min, --randaugment"),
     **dict.fromkeys("global-bn hidden-norm".split(), "it is always so; leave it out"),
     "proj-head-mode": "use --num-proj-layers",
     "train-steps": "use --epochs",
@@ -45,32 +40,39 @@ def parser() -> cli.Parser:
     p = cli.Parser(__doc__, ELSEWHERE)
     cli.add_pretrain(p)
     group = p.add_argument_group("FNC")
-    group.add_argument("--support-size", type=cli.natural, default=8, metavar="N", help="views of an image beyond the first two")
+    group.add_argument(
+        "--support-size", type=values.whole("[0, 100]"), default=8, metavar="N", help="views of an image beyond the first two"
+    )
     group.add_argument(
         "--fn-mode", choices=MODES, default="attract", help="what becomes of false negatives; off: none is looked for"
     )
-    group.add_argument("--fn-topk", type=cli.natural, default=10, metavar="K", help="at most, an image: its most similar rows")
+    group.add_argument("--fn-topk", type=values.natural, default=10, metavar="K", help="at most, an image: its most similar rows")
     group.add_argument(
-        "--fn-threshold", type=cli.finite_float, default=0.7, metavar="COS", help="least similarity of a false negative"
+        "--fn-threshold", type=values.real("[-1, 1]"), default=0.7, metavar="COS", help="least similarity of a false negative"
     )
     group.add_argument(
         "--memory-multiplier",
-        type=cli.natural,
+        type=values.whole("[0, 100000]"),
         default=16,
         metavar="N",
         help="rows of the memory: so many times the total batch; 0: none, the batch itself is compared with",
     )
-    group.add_argument("--ema", type=cli.finite_float, default=0.999, help="momentum of the encoder that fills the memory")
-    group.add_argument("--temperature", type=cli.finite_float, default=0.1, metavar="T", help="of the softmax")
-    group.add_argument("--num-proj-layers", type=cli.positive, default=3, help="linear layers of the projection head")
-    group.add_argument("--proj-out-dim", type=cli.positive, default=128, help="feature size")
+    group.add_argument("--ema", type=values.average, default=0.999, help="momentum of the encoder that fills the memory")
+    group.add_argument("--temperature", type=values.temperature, default=0.1, metavar="T", help="of the softmax")
+    group.add_argument("--num-proj-layers", type=values.layers, default=3, help="linear layers of the projection head")
+    group.add_argument("--proj-out-dim", type=values.width, default=128, help="feature size")
     group.add_argument(
         "--loss-chunk",
-        type=cli.positive,
+        type=values.positive,
         default=256,
         metavar="IMAGES",
         help="compared at a time; fewer need less memory",
     )
+    off = "false negatives are not looked for (--fn-mode off, or --fn-topk 0); leave it out"
+    p.has_effect("fn_topk", lambda args: args.fn_mode != "off", off)
+    p.has_effect("fn_threshold", lambda args: args.fn_mode != "off" and args.fn_topk, off)
+    no_memory = "without a memory (--memory-multiplier 0) there is one encoder; leave it out"
+    p.has_effect("ema", lambda args: args.memory_multiplier, no_memory)
     p.also_named(PUBLISHED)
     p.set_defaults(epochs=100, batch_size=4096, recipe="fnc", optimizer="lars", lr=0.1, learning_rate_scaling="sqrt")
     p.set_defaults(lr_warmup_epochs=10, lr_by="step", cos=True)
@@ -78,18 +80,27 @@ def parser() -> cli.Parser:
 
 
 def check(args: cli.Options) -> None:
-    if not args.temperature >= LEAST_T:
-        raise InputError(f"--temperature {args.temperature:g}: must be at least {LEAST_T:g}")
-    if not -1 <= args.fn_threshold <= 1 or not 0 <= args.ema <= 1:
-        raise InputError(f"--fn-threshold must lie in [-1, 1] and --ema in [0, 1]; got {args.fn_threshold:g} and {args.ema:g}")
     args.views = 2 + args.support_size
     passes = args.memory_multiplier * args.accumulation_steps
     if 0 < passes < args.views:
         least = -(-args.views // args.accumulation_steps)
         given = f"--memory-multiplier {args.memory_multiplier} with --support-size {args.support_size}"
         raise InputError(f"{given}: the memory must hold a batch's {args.views} views; give {least} or more, or 0 for none")
+    check_negatives(args)
     args.method = "fnc"
     pretrain.check(args)
+
+
+def check_negatives(args: cli.Options) -> None:
+    """Raise InputError if every row that an image is compared with could be a false negative: some must stay negatives."""
+    p = launch.plan(args)
+    batch = args.batch_size // p.local * p.world  # of a pass, over all processes
+    rows = args.memory_multiplier * args.accumulation_steps * batch or args.views * batch
+    others = rows - args.views  # its own views are neither
+    if args.fn_mode != "off" and args.fn_topk >= others > 0:
+        where = "the memory (--memory-multiplier)" if args.memory_multiplier else "the batch (--batch-size)"
+        least = f"{where} has {others} rows of other images, and one at least must stay a negative"
+        raise InputError(f"--fn-topk {args.fn_topk}: {least}; give {others - 1} or fewer, or --fn-mode off")
 
 
 def encoder(args: cli.Options, device: torch.device) -> nn.Module:

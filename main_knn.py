@@ -9,9 +9,9 @@ import moco as _first  # noqa: F401 (before torch: sets how its threads wait)
 # isort: split
 import torch
 
-from moco.engine import classify, cli, features
+from moco import distributed
+from moco.engine import classify, cli, features, values
 from moco.engine.log import say
-from moco.errors import InputError
 
 
 def parser() -> cli.Parser:
@@ -20,23 +20,27 @@ def parser() -> cli.Parser:
     cli.add_evaluation(p)
     knn = p.add_argument_group("k-NN")
     knn.add_argument(
-        "--k", type=cli.positive, nargs="+", default=[10, 20, 100, 200], help="neighbours that vote; several in one pass"
+        "--k", type=values.positive, nargs="+", default=[10, 20, 100, 200], help="neighbours that vote; several in one pass"
     )
-    knn.add_argument("--temperature", type=float, default=0.07, help="of the neighbours' weights")
+    knn.add_argument("--temperature", type=values.temperature, default=0.07, help="of the neighbours' weights")
     knn.add_argument("--host-features", action="store_true", help="keep the features in the host's memory, not on the GPU")
+    on_cpu = "there is no GPU: they are in the host's memory"
+    p.has_effect("host_features", lambda args: torch.cuda.is_available(), on_cpu, refuse=False)
+    cli.add_feature_rules(p)
     features.add_files(p)
     cli.add_launch(p)
     return p
 
 
 def check(args: cli.Options) -> None:
-    if not args.temperature > 0:
-        raise InputError(f"--temperature {args.temperature:g}: must be above 0")
     classify.check_features(args, many=False)
 
 
 def worker(args: cli.Options, device: torch.device) -> None:
     bank, queries, classes = classify.frozen_features(args, device)
+    rows = int(distributed.all_reduce_sum(torch.tensor([len(bank[1])], device=device)))
+    if many := [k for k in args.k if k > rows]:
+        say(f"--k {' '.join(map(str, many))}: the bank has {rows} images, and all of them vote")
     accuracy = features.knn(*bank, *queries, len(classes), args.k, args.temperature)
     for k, top1 in accuracy.items():
         say(f"* k-NN Acc@1 {100 * top1:.3f} (k {k})")

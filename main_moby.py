@@ -13,7 +13,7 @@ from torch import nn
 from moco import distributed
 from moco.builder.moby import BYOL, MoBY, OnlineAndTarget
 from moco.encoder import networks, timm_networks
-from moco.engine import cli, pretrain
+from moco.engine import cli, pretrain, values
 from moco.engine.log import say
 from moco.errors import InputError
 
@@ -23,38 +23,37 @@ OWN = {
     "synco": {"moco_m": 0.99, "lr": 0.0005, "wd": 0.05},
     "byol": {"moco_m": 0.996, "lr": 0.0001, "wd": 0.03},
 }
-# options of Swin-style scripts that mean nothing here
-ELSEWHERE = {
-    "amp-opt-level": "give --amp bf16 or --amp off",
-    "zip": "leave it out: images are read from folders",
-    "cache-mode": "leave it out: images are read from folders",
-    "eval": "use main_lincls.py or main_knn.py",
-    "throughput": "the log lines have images_per_s",
-}
 
 
 def parser() -> cli.Parser:
-    p = cli.Parser(__doc__, ELSEWHERE)
+    p = cli.Parser(__doc__)
     cli.add_pretrain(p, transformers=True, each=True)
     own = "; ".join(f"{name} {', '.join(f'{value:g}' for value in values.values())}" for name, values in OWN.items())
     group = p.add_argument_group("method", f"by default --moco-m, --lr and --wd are the method's own: {own}")
     group.add_argument("--method", choices=OWN, default="moby", help="synco: MoBY with synthetic negatives (SynCo-v2)")
     group = p.add_argument_group("online and target network")
-    group.add_argument("--moco-m", type=cli.finite_float, help="momentum of the target at the first step; 1 at the last")
+    group.add_argument("--moco-m", type=values.average, help="momentum of the target at the first step; 1 at the last")
     depth = "stochastic depth of the online encoder (default: 0.2 of the ViTs and Swins by short name, else 0)"
-    group.add_argument("--online-drop-path", type=cli.finite_float, metavar="P", help=depth)
-    group.add_argument("--target-drop-path", type=cli.finite_float, default=0.0, metavar="P", help="and of the target")
+    group.add_argument("--online-drop-path", type=values.real("[0, 1)"), metavar="P", help=depth)
+    group.add_argument("--target-drop-path", type=values.real("[0, 1)"), default=0.0, metavar="P", help="and of the target")
     group.add_argument("--stop-grad-conv1", action=cli.Switch, default=False, help="keep the patch projection as it begins")
-    group.add_argument("--proj-layers", type=cli.positive, default=2, help="linear layers of the projector")
-    group.add_argument("--pred-layers", type=cli.positive, default=2, help="and of the predictor")
-    group.add_argument("--mlp-dim", type=cli.positive, default=4096, help="width of both")
-    group.add_argument("--moco-dim", type=cli.positive, default=256, help="feature size")
+    group.add_argument("--proj-layers", type=values.layers, default=2, help="linear layers of the projector")
+    group.add_argument("--pred-layers", type=values.layers, default=2, help="and of the predictor")
+    group.add_argument("--mlp-dim", type=values.width, default=4096, help="width of both")
+    group.add_argument("--moco-dim", type=values.width, default=256, help="feature size")
     group = p.add_argument_group("contrast (moby, synco)")
-    group.add_argument("--queue", type=cli.positive, default=4096, metavar="K", help="rows of each view's queue")
-    group.add_argument("--moco-t", type=cli.finite_float, default=0.2, metavar="T", help="softmax temperature")
+    group.add_argument("--queue", type=values.entries, default=4096, metavar="K", help="rows of each view's queue")
+    group.add_argument("--moco-t", type=values.temperature, default=0.2, metavar="T", help="softmax temperature")
     group = cli.add_synthetic(p, "synthetic negatives (synco)", n_hard=256, each=128, sigma=0.1)
-    group.add_argument("--synthetic-first", type=cli.natural, default=30, metavar="EPOCH", help="of the synthetic negatives")
-    group.add_argument("--synthetic-last", type=cli.natural, default=100, metavar="EPOCH", help="the first without them again")
+    group.add_argument("--synthetic-first", type=values.natural, default=30, metavar="EPOCH", help="of the synthetic negatives")
+    group.add_argument("--synthetic-last", type=values.natural, default=100, metavar="EPOCH", help="the first without them again")
+    p.has_effect("queue moco_t", lambda args: args.method != "byol", "--method byol compares with no negatives; leave it out")
+    synthetic = "n_hard n1 n2 n3 n4 n5 n6 sigma delta eta synthetic_first synthetic_last"
+    p.has_effect(
+        synthetic, lambda args: args.method == "synco", "synthetic negatives are --method synco's; give it, or leave them out"
+    )
+    hidden = "a projector and a predictor of one layer have no hidden width; leave it out"
+    p.has_effect("mlp_dim", lambda args: max(args.proj_layers, args.pred_layers) > 1, hidden)
     p.set_defaults(arch="vit_small", epochs=300, batch_size=128, recipe="byol", optimizer="adamw", clip_grad=5.0, lr=None, wd=None)
     p.set_defaults(lr_final=2.5e-6, learning_rate_scaling="linear", lr_warmup_epochs=5, lr_by="step", cos=True)
     return p
@@ -66,11 +65,6 @@ def check(args: cli.Options) -> None:
             setattr(args, name, value)
     if args.online_drop_path is None:
         args.online_drop_path = 0.2 if args.arch in timm_networks.SHORT else 0.0
-    if not args.moco_t > 0 or not 0 <= args.moco_m <= 1:
-        raise InputError(f"--moco-t must be above 0 and --moco-m in [0, 1]; got {args.moco_t:g} and {args.moco_m:g}")
-    for name in ("online_drop_path", "target_drop_path"):
-        if not 0 <= getattr(args, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name):g}: must be in [0, 1)")
     if args.method == "synco":
         if not cli.synthetic(args, args.queue, "--queue").total:
             raise InputError("--method synco: --n1 to --n6 are all 0; give some, or --method moby")

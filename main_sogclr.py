@@ -13,9 +13,8 @@ from torch import nn
 from moco import distributed
 from moco.builder.sogclr import SogCLR
 from moco.encoder.networks import projector, resnet
-from moco.engine import cli, pretrain
+from moco.engine import cli, pretrain, values
 from moco.engine.log import say
-from moco.errors import InputError
 
 LEAST_T = 0.02  # exp(1 / T) of one half as large leaves float32's range
 
@@ -25,11 +24,16 @@ def parser() -> cli.Parser:
     cli.add_pretrain(p)
     group = p.add_argument_group("SimCLR and SogCLR")
     group.add_argument("--loss-type", choices=("dcl", "simclr"), default="dcl", help="dcl: SogCLR's, with moving averages")
-    group.add_argument("--gamma", type=cli.finite_float, default=0.9, help="weight of an image's new value in its moving average")
-    group.add_argument("--t", type=cli.finite_float, default=0.1, help="softmax temperature")
-    group.add_argument("--dim", type=cli.positive, default=128, help="feature size")
-    group.add_argument("--mlp-dim", type=cli.positive, default=2048, help="width of the projection head")
-    group.add_argument("--num-proj-layers", type=cli.positive, default=2, help="linear layers of the projection head")
+    group.add_argument(
+        "--gamma", type=values.real("(0, 1]"), default=0.9, help="weight of an image's new value in its moving average"
+    )
+    group.add_argument("--t", type=values.real(f"[{LEAST_T}, 100]"), default=0.1, help="softmax temperature")
+    group.add_argument("--dim", type=values.width, default=128, help="feature size")
+    group.add_argument("--mlp-dim", type=values.width, default=2048, help="width of the projection head")
+    group.add_argument("--num-proj-layers", type=values.layers, default=2, help="linear layers of the projection head")
+    no_averages = "--loss-type simclr has no moving averages; leave it out"
+    p.has_effect("gamma", lambda args: args.loss_type == "dcl", no_averages)
+    p.has_effect("mlp_dim", lambda args: args.num_proj_layers > 1, "one linear layer has no hidden width; leave it out")
     p.also_named({"warmup-epochs": "lr-warmup-epochs"})
     p.set_defaults(epochs=800, recipe="sogclr", optimizer="lars", lr=0.075, learning_rate_scaling="sqrt", wd=1e-6)
     p.set_defaults(lr_warmup_epochs=10, lr_by="step", cos=True)
@@ -37,10 +41,6 @@ def parser() -> cli.Parser:
 
 
 def check(args: cli.Options) -> None:
-    if not args.t >= LEAST_T:
-        raise InputError(f"--t {args.t:g}: must be at least {LEAST_T:g}")
-    if not 0 < args.gamma <= 1:
-        raise InputError(f"--gamma {args.gamma:g}: must lie above 0 and be at most 1")
     args.method = "sogclr" if args.loss_type == "dcl" else "simclr"
     pretrain.check_views(args)
     pretrain.check(args)

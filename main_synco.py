@@ -12,7 +12,7 @@ import torch
 
 from moco.builder.synco import SynCo
 from moco.encoder.networks import resnet
-from moco.engine import cli, pretrain
+from moco.engine import cli, pretrain, values
 from moco.engine.log import say
 from moco.loss.synthetic import Synthetic
 
@@ -22,9 +22,13 @@ def parser() -> cli.Parser:
     cli.add_pretrain(p)
     cli.add_momentum_encoder(p, t=0.07, v2=False)
     moco = p.add_argument_group("MoCo")
-    moco.add_argument("--moco-k", type=cli.positive, default=65536, help="negatives in the queue")
+    moco.add_argument("--moco-k", type=values.entries, default=65536, help="negatives in the queue")
     synco = cli.add_synthetic(p, "synthetic negatives (MoCHI, SynCo)", n_hard=0, each=0, sigma=0.01)
-    synco.add_argument("--warmup-epochs", type=cli.natural, default=10, help="epochs before the first synthetic negatives")
+    synco.add_argument("--warmup-epochs", type=values.natural, default=10, help="epochs before the first synthetic negatives")
+    none = "there are no synthetic negatives; give --n1 to --n6 as well, or leave it out"
+    p.has_effect("n_hard", lambda args: kind(args).total, none)
+    lr = "(the learning rate's warm-up is --lr-warmup-epochs)"
+    p.has_effect("warmup_epochs", lambda args: kind(args).total, f"{none} {lr}")
     return p
 
 
@@ -60,6 +64,8 @@ def build(args: cli.Options) -> SynCo:
 def worker(args: cli.Options, device: torch.device) -> None:
     if total := kind(args).total:
         say(f"{total} synthetic negatives per query from epoch {args.warmup_epochs} on (--warmup-epochs)")
+        if args.warmup_epochs >= args.epochs:
+            say(f"the run ends after {args.epochs} epochs, before there are any: it is MoCo")
     pretrain.train(args, device, lambda images: build(args))
 
 

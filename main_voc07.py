@@ -13,9 +13,8 @@ import numpy as np
 import torch
 
 from moco import distributed
-from moco.engine import classify, cli, features, metrics, voc
+from moco.engine import classify, cli, features, metrics, values, voc
 from moco.engine.log import say
-from moco.errors import InputError
 
 COSTS = [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0]
 
@@ -28,7 +27,8 @@ def parser() -> cli.Parser:
     group = p.add_argument_group("classifiers, one for each class, on features of length 1")
     group.add_argument("--classifier", choices=("svm", "linear"), default="svm", help="linear: binary cross entropy, by LBFGS")
     cost = "of errors against weights; each class has the best in 3-fold cross-validation"
-    group.add_argument("--c", type=cli.finite_float, nargs="+", default=COSTS, metavar="C", help=cost)
+    group.add_argument("--c", type=values.real("(0, 1000000000]"), nargs="+", default=COSTS, metavar="C", help=cost)
+    cli.add_feature_rules(p)
     features.add_files(p)
     cli.add_launch(p)
     return p
@@ -36,9 +36,6 @@ def parser() -> cli.Parser:
 
 def check(args: cli.Options) -> None:
     args.c = sorted(set(args.c))
-    for c in args.c:
-        if not 0 < c < math.inf:
-            raise InputError(f"--c {c:g}: must be above 0")
     classify.check_features(args, many=True)
 
 

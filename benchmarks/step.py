@@ -26,6 +26,7 @@ from moco.builder.synco import SynCo
 from moco.encoder.networks import resnet
 from moco.engine import launch, optim, precision
 from moco.engine.log import Mean
+from moco.files import to_json
 from moco.loss.synthetic import Synthetic
 from moco.rng import SHUFFLE, Progress
 
@@ -84,7 +85,7 @@ def worker(args: Namespace, device: torch.device) -> None:
         largest = {name: largest_batch(name, args, device) for name in KINDS}
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     if distributed.rank() == 0:
-        args.found.write_text(json.dumps({"times": times, "largest": largest, "device": name}))
+        args.found.write_text(to_json({"times": times, "largest": largest, "device": name}))
 
 
 class Step:

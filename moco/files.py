@@ -7,6 +7,7 @@ import contextlib
 import io
 import itertools
 import json
+import math
 import os
 import pickle
 import re
@@ -18,7 +19,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import yaml
 
-from moco.errors import InputError
+from moco.errors import InputError, short
 
 Scalar = str | int | float | bool | None
 
@@ -167,14 +168,14 @@ def read_yaml(path: str | Path) -> dict[str, Scalar | list[Scalar]]:
     try:
         values = yaml.load(text, Loader=_OptionLoader)
     except yaml.YAMLError as error:
-        raise InputError(f"not YAML: {' '.join(str(error).split())}") from None
+        raise InputError(f"not YAML: {short(' '.join(str(error).split()), 600)}") from None
     except (ValueError, RecursionError) as error:  # dates that there are not, numbers of thousands of digits
-        raise InputError(f"not YAML of options: {' '.join(str(error).split())}") from None
+        raise InputError(f"not YAML of options: {short(' '.join(str(error).split()), 600)}") from None
     if not isinstance(values, dict):
         raise InputError("expected lines of the form 'option: value'")
     for key, value in values.items():
         if not all(isinstance(one, Scalar) for one in (key, *(value if isinstance(value, list) else [value]))):
-            raise InputError(f"{key if isinstance(key, str) else 'a key'}: expected one value, or a list of values")
+            raise InputError(f"{short(key) if isinstance(key, str) else 'a key'}: expected one value, or a list of values")
     return {str(key): value for key, value in values.items()}
 
 
@@ -189,12 +190,25 @@ class _OptionLoader(yaml.SafeLoader):
             if isinstance(key, yaml.ScalarNode):
                 name = key.value.replace("_", "-")
                 if name in seen:
-                    raise yaml.constructor.ConstructorError(None, None, f"'{key.value}' stands twice", key.start_mark)
+                    raise yaml.constructor.ConstructorError(None, None, f"'{short(key.value)}' stands twice", key.start_mark)
                 seen.add(name)
 
 
 # a day without quotes is a word here
 _OptionLoader.add_constructor("tag:yaml.org,2002:timestamp", yaml.SafeLoader.construct_yaml_str)
+
+
+def to_json(value: Any, **format: Any) -> str:
+    """Return `value` as JSON. JSON has no word for a number that is NaN or infinite: such a number is written as null."""
+    return json.dumps(_finite(value), allow_nan=False, **format)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_json(path: str | Path) -> Any:
@@ -207,7 +221,7 @@ def parse_json(text: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"not JSON: {' '.join(str(error).split())}") from None
+        raise InputError(f"not JSON: {short(' '.join(str(error).split()), 600)}") from None
 
 
 def read_pickle(path: str | Path) -> Any:
@@ -223,7 +237,7 @@ def read_pickle(path: str | Path) -> Any:
     except (OSError, MemoryError) as error:
         raise unreadable(error) from None
     except Exception as error:  # damaged ones end in many kinds
-        raise InputError(f"damaged, or no pickle ({' '.join(str(error).split()) or type(error).__name__})") from None
+        raise InputError(f"damaged, or no pickle ({short(' '.join(str(error).split()), 600) or type(error).__name__})") from None
 
 
 class _ArrayUnpickler(pickle.Unpickler):
@@ -232,7 +246,9 @@ class _ArrayUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         module = module.replace("numpy._core", "numpy.core")  # its name since numpy 2
         if (module, name) not in _OF_ARRAYS:
-            raise InputError(f"holds {module}.{name}, and only plain values and numpy's arrays are read; save these alone")
+            raise InputError(
+                f"holds {short(f'{module}.{name}')}, and only plain values and numpy's arrays are read; save these alone"
+            )
         return _OF_ARRAYS[module, name]
 
 

@@ -80,7 +80,8 @@ def test_command_is_accepted(typed, text, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", [f"{name}.py"])
     has_data = any(re.search(r"^(DIR|data/|photos)$|=DIR$|^--load-features$", word) for word in words)
     assert has_data or not typed, "no data folder"
-    args = module.parser().parse(words if has_data else ["DIR", *words])
+    parser = module.parser()
+    args = parser.parse(words if has_data else ["DIR", *words])
     if args.arch:
         check_arch(args.arch)
     if args.recipe:
@@ -88,6 +89,9 @@ def test_command_is_accepted(typed, text, tmp_path, monkeypatch):
     if not hasattr(args, "pretrained"):
         with mock.patch.object(pretrain, "check"):
             module.check(args)
+    # nor does it give an option that has no effect, which would be refused; the ports of the papers may be in use, by other tests
+    with mock.patch("moco.engine.launch._check_free"):
+        parser.without_effect(args)
 
 
 def options() -> set[str]:

@@ -425,4 +425,4 @@ def test_knn_wants_images_of_one_class_each(script, tmp_path):
 
 @pytest.mark.parametrize("temperature", ["0", "-1", "nan"])
 def test_a_temperature_that_is_none_is_refused(temperature, script, images):
-    refused(script("main_knn", images, "--temperature", temperature), "--temperature", "above 0")
+    refused(script("main_knn", images, "--temperature", temperature), "--temperature", "[0.001, 100]")

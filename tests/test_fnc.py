@@ -1,6 +1,8 @@
 """FNC against slow loops in float64, anchor by anchor and row by row: loss, gradient, finds, memory, and two ranks as one."""
 
 import copy
+import json
+import math
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torch import nn
 
 from moco import distributed
 from moco.builder.fnc import FNC
+from moco.engine import launch
 from moco.loss import global_contrastive
 from moco.loss.false_negatives import MODES, Cancellation, cancelled_nt_xent, find
 from moco.rng import Progress
@@ -165,6 +168,48 @@ def test_the_loss_is_finite_in_float32_where_all_is_alike_or_opposite(temperatur
             how = Cancellation(mode, 3, 0.7)
             loss, *_ = cancelled_nt_xent(z, bank, own, find(bank, own, how, 1), mode, temperature, 1)
             assert loss.isfinite() and torch.autograd.grad(loss, z)[0].isfinite().all()
+
+
+def test_enough_rows_stay_negatives_whatever_the_threshold():
+    """The script refuses more false negatives than the rows of other images less one; of so many each anchor keeps one."""
+    bank, own = unit_rows(9, DIM), torch.arange(6).view(2, 3)
+    z = unit_rows(2, 3, DIM)
+    for mode in ("attract", "eliminate"):
+        how = Cancellation(mode, 9 - 2 - 1, -1.0)
+        for value in cancelled_nt_xent(z, bank, own, find(bank, own, how, 2), mode, T, 2):
+            assert value.isfinite()
+
+
+SCRIPT = ("-a", "resnet18", "--image-size", 32, "-b", 8, "-j", 0, "--epochs", 1, "-p", 1, "--support-size", 1)
+
+
+@pytest.mark.parametrize("mode", ["attract", "eliminate"])
+@pytest.mark.parametrize(
+    ("options", "most", "said"),
+    [
+        (("--memory-multiplier", 4), 28, "the memory (--memory-multiplier) has 29 rows"),
+        (("--memory-multiplier", 2, "--accumulation-steps", 2), 28, "the memory (--memory-multiplier) has 29 rows"),
+        (("--memory-multiplier", 0), 20, "the batch (--batch-size) has 21 rows"),
+    ],
+)
+def test_so_many_false_negatives_that_no_negative_is_left_are_refused(
+    mode, options, most, said, script, monkeypatch, shared_images
+):
+    monkeypatch.setattr(launch, "launch", lambda worker, args: None)
+    command = ("main_fnc", shared_images, *SCRIPT, *options, "--fn-mode", mode, "--fn-threshold", -1)
+    status, _, err = script(*command, "--fn-topk", most + 1)
+    assert status == 2 and err.count("\n") == 1
+    assert f"--fn-topk {most + 1}: {said} of other images" in err and f"give {most} or fewer, or --fn-mode off" in err
+    assert script(*command, "--fn-topk", most)[0] == 0
+
+
+def test_as_many_false_negatives_as_may_be_train_and_are_logged_as_json(script, shared_images, tmp_path):
+    options = ("--memory-multiplier", 4, "--fn-topk", 28, "--fn-threshold", -1, "--fn-mode", "eliminate", "--save-dir", tmp_path)
+    status, _, err = script("main_fnc", shared_images, *SCRIPT, *options)
+    assert status == 0, err
+    for line in (tmp_path / "log.jsonl").read_text().splitlines():
+        entry = json.loads(line, parse_constant=lambda word: pytest.fail(word))
+        assert math.isfinite(entry["loss"]) and math.isfinite(entry["hardness"])
 
 
 # chunks

@@ -3,9 +3,11 @@
 import base64
 import io
 import json
+import math
 import re
 import shutil
 import sys
+from argparse import Namespace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -16,6 +18,7 @@ from conftest import own_lines, shell, write_images
 from PIL import Image
 
 from moco.encoder.networks import resnet
+from moco.engine.log import RunLog, write_json
 from moco.errors import InputError
 from tools import collect, plots, report, runs
 
@@ -220,3 +223,25 @@ def test_mistakes(tmp_path, monkeypatch, capsys):
     assert report.main() == 2
     said = capsys.readouterr().err
     assert len(own_lines(said)) == 1 and said.startswith(f"report.py: error: {tmp_path / 'empty'}: holds no args.yaml")
+
+
+def test_numbers_that_are_not_finite_are_null_in_every_file(tmp_path):
+    """In log.jsonl, results.json and their like; what reads them copes."""
+    strict = {"parse_constant": lambda word: pytest.fail(word)}
+    args = Namespace(batch_per_process=8, accumulation_steps=1, save_dir=str(tmp_path / "run"), resume=None, script="synco")
+    log = RunLog(args, 10)
+    for step, value in enumerate((0.5, math.nan, math.inf, -math.inf), 1):
+        log.line(0, step, {"loss": 1.0, "hardness": value, "grad_encoder": float(np.float64(value))})
+    log.close()
+    lines = [json.loads(line, **strict) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [line["hardness"] for line in lines] == [0.5, None, None, None] and all(line["loss"] == 1 for line in lines)
+    found = runs.read_log(tmp_path / "run" / "log.jsonl")
+    assert found.damaged == 0 and np.isnan(found.columns["hardness"][1]).tolist() == [False, True, True, True]
+    results = {"method": "moco", "arch": "resnet18", "checkpoint": None, "dataset": "d", "protocol": "linear"}
+    metrics = {"acc1": 0.5, "acc5": 0.75, "acc1_lr1e+20": math.nan, "of": [math.inf, {"each": math.nan}]}
+    write_json(tmp_path / "results.json", {**results, "metrics": metrics})
+    written = json.loads((tmp_path / "results.json").read_text(), **strict)
+    assert written["metrics"] == {"acc1": 0.5, "acc5": 0.75, "acc1_lr1e+20": None, "of": [None, {"each": None}]}
+    assert [run.value for run in collect.read(tmp_path / "results.json")] == [0.5]
+    write_json(tmp_path / "results.json", {**results, "protocol": "detection", "metrics": {"bbox_ap": math.nan, "bbox_ap50": 0.5}})
+    assert [run.value for run in collect.read(tmp_path / "results.json")] == [0.5]

@@ -184,7 +184,9 @@ def test_probe_resumes_exactly(script, shared_images, tmp_path):
 
 
 @pytest.mark.parametrize("clip", [0, 0.01])
-def test_heads_of_several_rates_are_to_the_bit_those_of_each_alone(clip, script, shared_images, tmp_path):
+def test_heads_of_several_rates_are_to_the_bit_those_of_each_alone(clip, script, shared_images, tmp_path, monkeypatch):
+    monkeypatch.setattr("moco.engine.values.learning_rate", float)  # with which it diverges at once
+
     def probe(name: str, *options: object) -> tuple[dict, str]:
         status, out, err = script("main_lincls", *command, *options, "--save-dir", tmp_path / name)
         assert status == 0, err
@@ -250,6 +252,7 @@ def test_a_probe_is_chosen_on_held_out_images_and_not_on_val(script, shared_imag
 
 def test_a_diverging_classifier_does_not_stop_the_others_in_half_precision(script, shared_images, tmp_path, monkeypatch):
     monkeypatch.setattr(precision, "choose", lambda args: None)
+    monkeypatch.setattr("moco.engine.values.learning_rate", float)  # with which it diverges at once
     command = (shared_images, "-a", "resnet18", "--image-size", 32, "-b", 8, "-j", 0, "--epochs", 1, "--amp", "fp16")
     for name, rates in (("both", (1e30, 0.1)), ("alone", (0.1,))):
         assert script("main_lincls", *command, "--lr", *rates, "--wd", 1e-3, "--save-dir", tmp_path / name)[0] == 0

@@ -60,6 +60,15 @@ def test_scripts_are_under_200_lines(script):
     assert len(script.read_text().splitlines()) < 200
 
 
+@pytest.mark.parametrize("module", sorted(MODULES.keys() - {"moco.files"}))
+def test_json_is_written_by_one_function(module):
+    """By `files.to_json`, which knows no NaN and no Infinity; JSON has no such words."""
+    for node in ast.walk(ast.parse(MODULES[module].read_text())):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "json":
+            assert node.attr not in ("dump", "dumps", "JSONEncoder"), f"{module}, line {node.lineno}"
+        assert not (isinstance(node, ast.ImportFrom) and node.module == "json"), f"{module}, line {node.lineno}"
+
+
 @pytest.mark.parametrize("path", sorted(ROOT.glob("moco/loss/*.py")), ids=lambda path: path.name)
 def test_losses_import_torch_alone(path):
     for node in ast.walk(ast.parse(path.read_text())):

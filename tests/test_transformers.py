@@ -452,7 +452,7 @@ def test_recipes_hold_the_published_settings(recipe):
     [
         ("main_moby", ("-a", "swin_tyny"), ("swin_tyny", "nearest is 'swin_tiny'")),
         ("main_moby", ("--method", "mocov3"), ("--method", "synco")),
-        ("main_moby", ("--online-drop-path", 1), ("--online-drop-path 1", "[0, 1)")),
+        ("main_moby", ("--online-drop-path", 1), ("--online-drop-path: 1 is not below 1", "[0, 1)")),
         ("main_moby", ("--moco-m", 2), ("--moco-m",)),
         ("main_moby", ("--method", "synco", "--n-hard", 50), ("--n-hard 50", "40 rows (--queue)")),
         ("main_moby", ("--method", "synco", "--n-hard", 8, "--synthetic-first", 100), ("--synthetic-first 100", "below")),
@@ -461,7 +461,7 @@ def test_recipes_hold_the_published_settings(recipe):
         ("main_moby", ("-a", "resnet18"), ("resnet18: has no stochastic depth; leave --online-drop-path",)),
         ("main_moby", ("-a", "densenet121"), ("densenet121: has no stochastic depth",)),
         ("main_moby", ("-a", "deit_tiny_distilled_patch16_224"), ("not one linear layer",)),
-        ("main_moby", ("--amp-opt-level", "O1", "--zip"), ("--amp-opt-level: give --amp", "--zip: leave it out")),
+        ("main_moby", ("--amp-opt-level", "O1"), ("--amp-opt-level: use --amp fp16",)),
         ("main_moby", ("--recipe", "multicrop"), ("6 views, but two are needed",)),
         ("main_synco", ("-a", "swin_tiny", "--image-size", 32), ("--arch swin_tiny", "main_moby.py")),
     ],

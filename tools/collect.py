@@ -9,7 +9,6 @@ val/, which a * marks.
 import argparse
 import csv
 import io
-import json
 import re
 import statistics
 import sys
@@ -23,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 
 from moco.engine import tool  # noqa: E402
 from moco.errors import InputError  # noqa: E402
-from moco.files import Unreadable, check_new, creating, read_json  # noqa: E402
+from moco.files import Unreadable, check_new, creating, read_json, to_json  # noqa: E402
 
 
 class Encoder(NamedTuple):
@@ -116,10 +115,12 @@ def _runs(found: dict[str, Any]) -> Iterable[Run]:
     seed = settings.pop("seed", None)
     dataset = Path(found["dataset"]).name
     for metric, protocol in figures(found["protocol"], metrics):
+        if metrics[metric] is None:  # it was not a finite number: nothing to put in a table
+            continue
         yield Run(
             encoder=encoder,
             column=(dataset, protocol),
-            setting=json.dumps(settings, sort_keys=True),
+            setting=to_json(settings, sort_keys=True),
             seed=seed,
             metric=metric,
             value=0.0 + metrics[metric],

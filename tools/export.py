@@ -23,7 +23,7 @@ from torch import Tensor, nn  # noqa: E402
 
 from moco.augment.recipes import MEAN, STD  # noqa: E402
 from moco.encoder.plain import Plain, homes  # noqa: E402
-from moco.engine import cli, encoder, tool  # noqa: E402
+from moco.engine import encoder, tool, values  # noqa: E402
 from moco.errors import InputError  # noqa: E402
 from moco.files import check_new, creating  # noqa: E402
 
@@ -58,7 +58,7 @@ def main() -> int:
     parser.add_argument("out", metavar="OUT", type=Path, help="ends in .pth, .pt or .safetensors, which says what it will be")
     parser.add_argument("-a", "--arch", help="of a checkpoint that does not say it (default: resnet50)")
     size = "pixels of the images that a ViT or Swin is for (default: those it was pre-trained at; where unknown, 224)"
-    parser.add_argument("--image-size", type=cli.positive, help=size)
+    parser.add_argument("--image-size", type=values.positive, help=size)
     hub = "also write a hubconf.py beside OUT: torch.hub.load(FOLDER, 'encoder', source='local') needs no more than the two files"
     parser.add_argument("--hub", action="store_true", help=hub)
     parser.add_argument("--force", action="store_true", help="replace what is there")

@@ -111,7 +111,9 @@ def _entry(line: bytes) -> dict[str, float] | None:
     """The numbers of one line, `epoch` and `step` among them; None where it is not a log line."""
     try:
         found = json.loads(line)
-        kept = {n: float(v) for n, v in found.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+        # null is a number that is not finite
+        numbers = {n: math.nan if v is None else v for n, v in found.items()}
+        kept = {n: float(v) for n, v in numbers.items() if isinstance(v, int | float) and not isinstance(v, bool)}
     except (ValueError, AttributeError, OverflowError, RecursionError):
         return None
     return kept if math.isfinite(kept.get("epoch", math.nan)) and math.isfinite(kept.get("step", math.nan)) else None

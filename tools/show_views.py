@@ -31,7 +31,7 @@ from moco.augment import color, recipes  # noqa: E402
 from moco.augment.recipes import MEAN, STD, Recipe, View  # noqa: E402
 from moco.data import datasets, loader  # noqa: E402
 from moco.data.images import SUFFIXES, ImageFolder, Images  # noqa: E402
-from moco.engine import cli, tool  # noqa: E402
+from moco.engine import cli, tool, values  # noqa: E402
 from moco.errors import InputError  # noqa: E402
 from moco.files import check_new, creating, read_yaml  # noqa: E402
 from moco.rng import Progress  # noqa: E402
@@ -216,21 +216,28 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--cfg", metavar="FILE.yaml", help="a run's recipe file or args.yaml; options given here win")
     p.add_argument("--out", type=Path, default=Path("views.png"), help="the picture (default: %(default)s)")
     p.add_argument("--force", action="store_true", help="replace the picture that is there")
-    p.add_argument("--images", type=cli.positive, default=6, metavar="N", help="rows, spread over the data (default: %(default)s)")
-    p.add_argument("--draws", type=cli.positive, metavar="N", help="of each view, side by side (default: 3, fewer of many views)")
-    p.add_argument("--seed", type=cli.seed, default=0, help="of crops and colours (default: %(default)s)")
     p.add_argument(
-        "--image-size", type=cli.positive, default=224, metavar="PIXELS", help="of a full-size view (default: %(default)s)"
+        "--images", type=values.positive, default=6, metavar="N", help="rows, spread over the data (default: %(default)s)"
     )
     p.add_argument(
-        "--crop-min", type=cli.finite_float, metavar="SHARE", help="least share of the image in a crop, instead of the recipe's"
+        "--draws", type=values.positive, metavar="N", help="of each view, side by side (default: 3, fewer of many views)"
+    )
+    p.add_argument("--seed", type=values.seed, default=0, help="of crops and colours (default: %(default)s)")
+    p.add_argument(
+        "--image-size", type=values.positive, default=224, metavar="PIXELS", help="of a full-size view (default: %(default)s)"
+    )
+    p.add_argument(
+        "--crop-min",
+        type=values.real("(0, 1]"),
+        metavar="SHARE",
+        help="least share of the image in a crop, instead of the recipe's",
     )
     p.add_argument("--randaugment", type=int, nargs=2, metavar=("N", "M"), help="operations and magnitude, instead of the recipe's")
-    p.add_argument("--views", type=cli.positive, metavar="N", help="how many, instead of the recipe's")
+    p.add_argument("--views", type=values.positive, metavar="N", help="how many, instead of the recipe's")
     p.add_argument("--recipe", help=argparse.SUPPRESS)  # and what else a recipe file may say of its views
     p.add_argument("--aug-plus", action=cli.Switch, default=None, help=argparse.SUPPRESS)
     p.add_argument("--multi-crop", action=cli.Switch, default=False, help=argparse.SUPPRESS)
-    p.add_argument("--support-size", type=cli.natural, help=argparse.SUPPRESS)
+    p.add_argument("--support-size", type=values.natural, help=argparse.SUPPRESS)
     p.add_argument("--data", help=argparse.SUPPRESS)
     return p
 

@@ -15,7 +15,7 @@ import torch
 from moco import rng
 from moco.data.datasets import class_names, in_cache
 from moco.data.images import Images
-from moco.errors import InputError
+from moco.errors import InputError, short
 from moco.files import read_lines, replacing
 
 
@@ -74,13 +74,13 @@ def chosen(classes: tuple[str, ...], file: str, root: Path) -> tuple[str, ...]:
     wanted = {line if line in classes else line.split()[0] for line in names(Path(file), "--class-list")}
     if missing := wanted - set(classes):
         raise InputError(
-            f"--class-list {file}: {len(missing)} of its {len(wanted)} classes are no folders of {root}, first '{min(missing)}'; "
-            "give folder names, one a line"
+            f"--class-list {file}: {len(missing)} of its {len(wanted)} classes are no folders of {root}, "
+            f"first '{short(min(missing))}'; give folder names, one a line"
         )
     return tuple(name for name in classes if name in wanted)
 
 
-_SIZES = {"imagenet100": 100, "imagenet1000": 1000}  # classes
+SIZES = {"imagenet100": 100, "imagenet1000": 1000}  # classes
 
 
 def check_classes(split: Path, file: str | None, data_name: str | None) -> None:
@@ -88,9 +88,9 @@ def check_classes(split: Path, file: str | None, data_name: str | None) -> None:
     classes = class_names(split)
     if file is not None:
         classes = chosen(classes, file, split)
-    if len(classes) > _SIZES.get(data_name, len(classes)):
+    if len(classes) > SIZES.get(data_name, len(classes)):
         raise InputError(
-            f"--data-name {data_name}: has {_SIZES[data_name]} classes, but {split} {len(classes)}; "
+            f"--data-name {data_name}: has {SIZES[data_name]} classes, but {split} {len(classes)}; "
             "name those to use in a file, one a line, and give it with --class-list FILE"
         )
 
@@ -179,8 +179,8 @@ def listed(images: Images, file: Path) -> Images:
         found[name] = i
     if missing := wanted - found.keys():
         raise InputError(
-            f"{images.root}: {len(missing)} of the {len(wanted)} images that {file} names are missing, first '{min(missing)}'; "
-            "complete the folder, or give another list with --subset-file FILE"
+            f"{images.root}: {len(missing)} of the {len(wanted)} images that {file} names are missing, "
+            f"first '{short(min(missing))}'; complete the folder, or give another list with --subset-file FILE"
         )
     return images.part(np.sort(np.fromiter(found.values(), np.int64)))
 

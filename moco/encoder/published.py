@@ -11,7 +11,7 @@ from torchvision import models
 
 from moco.encoder import timm_networks
 from moco.encoder.networks import backbone_keys, classifier, head_name, set_head
-from moco.errors import InputError
+from moco.errors import InputError, short
 
 
 def load_backbone(net: nn.Module, tensors: dict[str, Tensor], source: str) -> int:
@@ -33,7 +33,7 @@ def load_backbone(net: nn.Module, tensors: dict[str, Tensor], source: str) -> in
     # files older than PyTorch 0.4 lack BatchNorm's step counter, which nothing here reads
     missing = [name for name in wanted if name not in found and not name.endswith("num_batches_tracked")]
     if len(found) < len(wanted) / 10:  # another network's may share a few
-        names = [f"'{name}'" for name in tensors]
+        names = [f"'{short(name)}'" for name in tensors]
         look = f"its names look like {some(names, 3)}" if names else "it holds no tensors by name"
         what = "give its network with -a, or rename its tensors to those of torchvision or timm"
         raise InputError(f"{source}: no tensor matches the encoder; {look}; {what}")
@@ -187,4 +187,4 @@ def _layer(of: dict[str, Tensor] | None) -> nn.Module:
 
 def some(names: list[str], most: int = 5) -> str:
     """The first of many names, and how many more there are."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    return ", ".join(short(name) for name in names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

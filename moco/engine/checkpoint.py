@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from moco.encoder.published import finite, fits
 from moco.encoder.weights import read
 from moco.engine.log import say
-from moco.errors import InputError
+from moco.errors import InputError, short
 from moco.files import Unreadable, half_written, replacing, unreadable
 
 State = dict[str, Any]
@@ -123,7 +123,9 @@ def restore(model: nn.Module, state: State, path: str, arch: str, method: str, d
     check_resumable(state, path)
     for what, mine in (("arch", arch), ("method", method)):
         if state.get(what) != mine:
-            raise InputError(f"{path}: is of {what} '{state.get(what)}', not '{mine}'; resume with the options it was made with")
+            raise InputError(
+                f"{path}: is of {what} '{short(state.get(what))}', not '{mine}'; resume with the options it was made with"
+            )
     weights = {name.removeprefix("module."): tensor for name, tensor in state["state_dict"].items()}
     mine = model.state_dict()
     odd = sorted(weights.keys() ^ mine.keys()) or [n for n in mine if not fits(weights[n], mine[n])]

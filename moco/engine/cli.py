@@ -4,11 +4,12 @@ import argparse
 import functools
 import itertools
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple
 
 import torch
 
@@ -17,18 +18,21 @@ from moco.augment import recipes
 from moco.data import named
 from moco.encoder import timm_networks
 from moco.encoder.networks import check_arch
-from moco.engine import checkpoint, interrupt, launch, optim, output, precision, resume, run_folder
+from moco.engine import checkpoint, compat, interrupt, launch, optim, output, precision, resume, run_folder, values
 from moco.engine.tool import OneLineParser
-from moco.errors import InputError, unknown
+from moco.errors import InputError, short, unknown
 from moco.files import read_yaml, refuse_remote
 from moco.loss.synthetic import Synthetic
 
 Options = argparse.Namespace
-Number = TypeVar("Number", int, float)
+Values = dict[str, object]  # by the names of their attributes
 
 # what a run's args.yaml holds beside its options
 _NOT_OPTIONS = set("cfg script method encoder-method pretrain-epochs views nodes batch-per-process batch-is-per-process".split())
 _NOT_OPTIONS.add("lincls")  # and a recipe: the one of that script that goes with it
+
+
+MOST_LINES = 20  # about the keys of one file
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -47,6 +51,17 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
         return f"{name} [{action.metavar}], {negated}"
 
 
+class Rule(NamedTuple):
+    """Options that have an effect only in some combinations; see `Parser.has_effect`."""
+
+    options: tuple[str, ...]  # by the names of their attributes
+    when: Callable[[Options], object]
+    why: str
+    refuse: bool
+
+
+_UNSET = object()
+OFF = (None, False, 0, [])
 _WORDS = ("true", "false")
 
 
@@ -72,7 +87,7 @@ class Switch(argparse.BooleanOptionalAction):
         if word in _WORDS:
             return word == "true"
         if word not in self.metavar.split("|"):
-            raise ValueError(f"{value!r} is not one of {self.metavar}, true or false")
+            raise ValueError(f"{short(repr(value))} is not one of {self.metavar}, true or false")
         return int(word) if self.most > 1 else word == "1"
 
 
@@ -85,6 +100,7 @@ class Parser(OneLineParser):
     def __init__(self, description: str, elsewhere: dict[str, str] | None = None):
         super().__init__(description=description, formatter_class=_Help, allow_abbrev=False)
         self.elsewhere = elsewhere or {}
+        self.rules: list[Rule] = []
         run = self.add_argument_group("run")
         run.add_argument("data", nargs="?", metavar="DIR", help="folder with train/ and val/, or photos: the built-in data set")
         run.add_argument("--data", "--data-path", dest="data_option", metavar="DIR", help="the same as DIR")
@@ -92,7 +108,9 @@ class Parser(OneLineParser):
         run.add_argument("--save-dir", metavar="DIR", help="run folder; by default runs/<script>-<arch>-<time>")
         run.add_argument("--output", metavar="DIR", help="run folder DIR/TAG, and of evaluations of that run")
         run.add_argument("--tag", help="of the run, in the folder of --output; by default the word default")
-        run.add_argument("--seed", type=seed, default=0, help="of weights, order, views and negatives")
+        two = "--save-dir names the run folder (and --pretrained the checkpoint); leave it out"
+        self.has_effect("output tag", self._reads_output, two)
+        run.add_argument("--seed", type=values.seed, default=0, help="of weights, order, views and negatives")
 
     def also_named(self, names: dict[str, str]) -> None:
         """Give options, without their dashes, further names: those of a published script."""
@@ -102,22 +120,71 @@ class Parser(OneLineParser):
             kind = {"type": mine.type} if mine.nargs != 0 else {"action": "store_true"}
             self.add_argument(f"--{published}", dest=mine.dest, default=mine.default, help=argparse.SUPPRESS, **kind)
 
+    def has_effect(self, options: str, when: Callable[[Options], object], why: str, refuse: bool = True) -> None:
+        """Declare that these options, by their attributes, do nothing unless `when(args)`, which is asked after the script's check.
+
+        Args:
+            why: completes "--option has no effect: ", and says what to do.
+            refuse: whether one on the command line that differs from its default is refused; else a line says so.
+        """
+        self.rules.append(Rule(tuple(options.split()), when, why, refuse))
+
+    def without_effect(self, args: Options) -> list[str]:
+        """Return a line on each rule by which options of the last `parse` have no effect; raise InputError for what it refuses.
+
+        A switch that is off, or a 0, is not asked about. Neither is a recipe's value (--cfg) if it is
+        the default one, or if the rule does not refuse.
+        """
+        refused, noted = [], []
+        for rule in self.rules:
+            given = [dest for dest in rule.options if self.given.get(dest) not in OFF]
+            found = [dest for dest in rule.options if rule.refuse and dest not in self.given and self._of_recipe(dest)]
+            if not (given or found) or rule.when(args):
+                continue
+            refuses = rule.refuse and any(self.given[dest] != self.own.get(dest) for dest in given)
+            for dests, where, lines in ((given, "", refused if refuses else noted), (found, f" of {args.cfg}", noted)):
+                if dests:
+                    names = ", ".join(self._name(dest) + where for dest in dests)
+                    lines.append(f"{names} {'has' if len(dests) == 1 else 'have'} no effect: {rule.why}")
+        if refused:
+            raise InputError(*refused)
+        return noted
+
+    def _reads_output(self, args: Options) -> bool:
+        """Whether --output names the run folder or, of an evaluation, where the checkpoint is."""
+        finds = hasattr(args, "pretrained") and "pretrained" not in self.given
+        return finds or "save_dir" not in self.given
+
+    def _of_recipe(self, dest: str) -> bool:
+        """Whether --cfg has given this option another value than the script's own."""
+        return self.recipe.get(dest) not in (*OFF, self.own.get(dest))
+
+    def _name(self, dest: str) -> str:
+        """The option that sets `args.dest`."""
+        names = (name for action in self._actions if action.dest == dest for name in action.option_strings or [action.metavar])
+        return next(name for name in names if not re.fullmatch("-.|--no-.*", name))
+
     def parse(self, argv: Sequence[str] | None = None) -> Options:
         """Parse; raises InputError for an unknown option (it names the nearest) or a wrong YAML file."""
+        names = self.names()
+        self.also_named({name: ours for name, ours in compat.SAME.items() if f"--{name}" not in names and f"--{ours}" in names})
         argv = [self._canonical(token) for token in (sys.argv[1:] if argv is None else argv)]
         self._refuse_opts(argv)
         self.refuse_empty(argv)
         argv = self._folder_first(argv)
+        self.own = {action.dest: action.default for action in self._actions}
+        self.recipe: Values = {}  # what --cfg gives
+        named = self.parse_known_args(argv, Options(**dict.fromkeys(self.own, _UNSET)))[0]
+        self.given: Values = {dest: value for dest, value in vars(named).items() if value is not _UNSET}
         first, _ = self.parse_known_args(argv)
         self._refuse_remote(first)
         if first.cfg:
             self._defaults_from(first.cfg)
         args, rest = self.parse_known_args(argv)
         self._refuse_remote(args)
-        self._refuse_foreign(token.split("=")[0] for token in rest if token.startswith("-"))
+        if unknown_ones := self.unknown(token.split("=")[0] for token in rest if token.startswith("-")):
+            raise InputError(*unknown_ones)
         for token in rest:
-            if token.startswith("-"):
-                raise unknown("option", token.split("=")[0], self.names())
             raise InputError(f"unexpected argument '{token}'; one data folder is expected, options start with --")
         if args.data and args.data_option and args.data != args.data_option:
             raise InputError(f"two data folders: '{args.data}' and --data {args.data_option}; give one")
@@ -165,16 +232,17 @@ class Parser(OneLineParser):
             value += " x processes"
         return form.format(value)
 
-    def _refuse_foreign(self, names: Iterable[str]) -> None:
-        """Raise InputError that says of all of them that belong to another script what to use here."""
-        foreign: dict[str, list[str]] = {}
+    def unknown(self, names: Iterable[str], kind: str = "option", known: Iterable[str] = ()) -> list[str]:
+        """Return a line for each option in `names`, none of which this script has: what to use instead, or the nearest one."""
+        known = list(known) or self.names()
+        lines = []
         for name in dict.fromkeys(names):
-            bare = name.lstrip("-").replace("_", "-")
-            instead = self.elsewhere.get(bare) or self.elsewhere.get(bare.removeprefix("no"))
-            if instead:
-                foreign.setdefault(instead, []).append(name)
-        if foreign:
-            raise InputError("; ".join(f"{', '.join(names)}: {instead}" for instead, names in foreign.items()))
+            bare = name.lstrip("-").replace("_", "-").lower()
+            others = (bare, bare.removeprefix("no-"), bare.removeprefix("no"))
+            found = (self.elsewhere.get(other) or compat.instead(other, self.names()) for other in others)
+            instead = next(filter(None, found), None)
+            lines.append(f"{name}: {instead}" if instead else str(unknown(kind, name, known)))
+        return lines
 
     def _canonical(self, token: str) -> str:
         """--n_hard=5 -> --n-hard=5, where that is how the option is registered."""
@@ -211,16 +279,20 @@ class Parser(OneLineParser):
             if recipe := values.get(self._script()):
                 self._defaults_from(str(Path(path).parent / str(recipe)))
             values = {key: values[key] for key in ("arch", "image-size") if key in values}
-        self._refuse_foreign(map(str, values))
-        for key, value in values.items():
-            name = str(key).replace("_", "-")
-            if name in _NOT_OPTIONS and name not in actions:
-                continue
+        names = {str(key).replace("_", "-"): key for key in values}
+        strange = [str(key) for name, key in names.items() if name not in actions and name not in _NOT_OPTIONS]
+        if strange:
+            lines = self.unknown(strange[:MOST_LINES], "key", actions)
+            lines += [f"and {len(strange) - MOST_LINES} more unknown keys"] * (len(strange) > MOST_LINES)
+            raise InputError(*(f"--cfg {path}: {line}" for line in lines))
+        for name, key in names.items():
+            value = values[key]
             if name in ("resume", "allow-change") and "script" in values:
                 continue  # how the run of this args.yaml was started last, and no setting of it
             if name not in actions:
-                raise InputError(f"--cfg {path}: {unknown('key', key, actions)}")
-            self.set_defaults(**{actions[name].dest: _convert(actions[name], value, f"--cfg {path}: {key}")})
+                continue
+            self.recipe[actions[name].dest] = _convert(actions[name], value, f"--cfg {path}: {key}")
+        self.set_defaults(**self.recipe)
 
 
 # what Swin-style scripts call these in --opts
@@ -290,11 +362,13 @@ def _convert(action: argparse.Action, value: object, where: str) -> object:
     if action.nargs == "+" and not isinstance(value, (list, bool)):
         value = [value]  # one or more: one need not be written as a list
     if is_flag != isinstance(value, bool) or many != isinstance(value, list):
-        raise InputError(f"{where}: {value!r} is not {'true or false' if is_flag else 'a list' if many else 'one value'}")
+        raise InputError(
+            f"{where}: {short(repr(value))} is not {'true or false' if is_flag else 'a list' if many else 'one value'}"
+        )
     if is_flag:
         return value
     if many and isinstance(action.nargs, int) and len(value) != action.nargs:
-        raise InputError(f"{where}: {value!r} is not a list of {action.nargs}")
+        raise InputError(f"{where}: {short(repr(value))} is not a list of {action.nargs}")
 
     def one(item: object) -> object:
         try:
@@ -302,89 +376,41 @@ def _convert(action: argparse.Action, value: object, where: str) -> object:
         except argparse.ArgumentTypeError as error:
             raise InputError(f"{where}: {error}") from None
         except ValueError:
-            raise InputError(f"{where}: {item!r} is not {getattr(action.type, '__name__', 'valid')}") from None
+            raise InputError(f"{where}: {short(repr(item))} is not {getattr(action.type, '__name__', 'valid')}") from None
         if action.choices and item not in action.choices:
-            raise InputError(f"{where}: {item!r} is not one of {', '.join(map(str, action.choices))}")
+            raise InputError(f"{where}: {short(repr(item))} is not one of {', '.join(map(str, action.choices))}")
         return item
 
     return [one(item) for item in value] if many else one(value)
-
-
-def positive(text: str) -> int:
-    """An int of at least 1."""
-    return _between(int(text), 1, _MOST)
-
-
-def natural(text: str) -> int:
-    """An int of at least 0."""
-    return _between(int(text), 0, _MOST)
-
-
-def processes(text: str) -> int:
-    """An int of at least 0, of which a machine may have so many processes."""
-    return _between(int(text), 0, 1024)
-
-
-def _names(text: str) -> list[str]:
-    """Option names, separated by commas, with or without dashes before them."""
-    return [name.strip().lstrip("-").replace("_", "-") for name in text.split(",") if name.strip()]
-
-
-def _keep(text: str) -> int:
-    """How many checkpoints are kept; 0 stands for all."""
-    try:
-        return 0 if text == "all" else natural(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor the word all") from None
-
-
-def seed(text: str) -> int:
-    """An int that torch's generators take."""
-    return _between(int(text), -(2**63), 2**63 - 1)
-
-
-def finite_float(text: str) -> float:
-    """A finite float."""
-    return _between(float(text), -_LARGEST, _LARGEST)
-
-
-def nonnegative_float(text: str) -> float:
-    """A finite float of at least 0."""
-    return _between(float(text), 0.0, _LARGEST)
-
-
-def positive_float(text: str) -> float:
-    """A finite float above 0."""
-    if (value := nonnegative_float(text)) == 0:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return value
-
-
-_MOST, _LARGEST = 2**31 - 1, 3e38  # of what is counted, and of float32
-
-
-def _between(value: Number, least: Number, most: Number) -> Number:
-    if value < least:
-        raise argparse.ArgumentTypeError(f"{value} is below {least}")
-    if not value <= most:
-        raise argparse.ArgumentTypeError(f"{value} is " + ("no number" if value != value else f"above {most}"))
-    return value
 
 
 # Option groups that scripts share.
 
 
 def add_launch(parser: Parser) -> None:
-    """Which processes run, and where."""
+    """Which processes run, and where. A script whose --multiprocessing-distributed is None by default takes all GPUs."""
     group = parser.add_argument_group("launch (or use torchrun, torch.distributed.launch, srun)")
     group.add_argument("--multiprocessing-distributed", action=Switch, default=False, help="start one process per GPU of this node")
-    group.add_argument("--nproc-per-node", type=processes, metavar="N", help="processes of this node (default: its GPUs; 1 on CPU)")
-    group.add_argument("--world-size", type=int, default=-1, metavar="NODES", help="number of nodes")
-    group.add_argument("--rank", type=int, default=-1, metavar="NODE", help="this node's number, from 0")
+    group.add_argument(
+        "--nproc-per-node", type=values.processes, metavar="N", help="processes of this node (default: its GPUs; 1 on CPU)"
+    )
+    group.add_argument("--world-size", type=values.whole("[-1, 65536]"), default=-1, metavar="NODES", help="number of nodes")
+    group.add_argument("--rank", type=values.whole("[-1, 65535]"), default=-1, metavar="NODE", help="this node's number, from 0")
     group.add_argument("--dist-url", default="auto", metavar="URL", help="where the processes meet; auto: a free port of this node")
     group.add_argument("--dist-backend", choices=("nccl", "gloo"), help="default: nccl on GPUs, gloo on CPU")
-    group.add_argument("--gpu", type=natural, metavar="ID", help="use this GPU only")
+    group.add_argument("--gpu", type=values.natural, metavar="ID", help="use this GPU only")
     group.add_argument("--local-rank", type=int, help=argparse.SUPPRESS)  # torch.distributed.launch passes it
+    spawned = "it counts the processes that --multiprocessing-distributed starts; give both, or neither"
+    parser.has_effect("nproc_per_node", lambda args: launch.plan(args).launcher == "spawn", spawned)
+    own = "there are several processes, and each has a GPU of its own; leave it out"
+    parser.has_effect("gpu", lambda args: launch.plan(args).local == 1, own)
+    alone = "this is one process"
+    parser.has_effect("dist_url", lambda args: launch.plan(args).url, alone, refuse=False)
+    parser.has_effect("dist_backend", lambda args: launch.plan(args).url, alone, refuse=False)
+    launcher = "the launcher says where processes meet and how many nodes there are"
+    own_launch = ("spawn", "single")
+    parser.has_effect("world_size rank", lambda args: launch.plan(args).launcher in own_launch, launcher, refuse=False)
+    parser.has_effect("dist_url", lambda args: launch.plan(args).launcher != "torchrun", launcher, refuse=False)
 
 
 def add_input(
@@ -399,20 +425,24 @@ def add_input(
     group.add_argument(
         "-a", "--arch", default=arch, help=f"{kinds}any torchvision ResNet" + ("" if arch else "; read from the checkpoint")
     )
+    few = f"its share of the cores, here {launch.cores()}; at most {launch.WORKERS} a process"
     of = "of each process" if each else "of this node, split over its processes"
-    group.add_argument("-b", "--batch-size", type=positive, default=batch, help=f"images in one pass {of}")
-    group.add_argument("-j", "--workers", type=processes, default=8, help=f"loader processes {of}")
+    group.add_argument("-b", "--batch-size", type=values.batch, default=batch, help=f"images in one pass {of}")
+    group.add_argument("-j", "--workers", type=values.processes, help=f"loader processes {of} (default: {few})")
     size = "" if arch else "; read from the checkpoint, else 224"
     group.add_argument(
-        "--image-size", type=positive, default=224 if arch else None, metavar="PIXELS", help="of a full-size view" + size
+        "--image-size", type=values.pixels, default=224 if arch else None, metavar="PIXELS", help="of a full-size view" + size
     )
     group.add_argument("--recipe", default=recipe, help="views by name, see moco/augment/recipes.py")
     group.add_argument(
-        "--crop-min", type=finite_float, metavar="SHARE", help="least share of the image in a crop, instead of the recipe's"
+        "--crop-min",
+        type=values.real("(0, 1]"),
+        metavar="SHARE",
+        help="least share of the image in a crop, instead of the recipe's",
     )
     group.add_argument(
         "--randaugment",
-        type=int,
+        type=values.whole("[0, 16]"),
         nargs=2,
         metavar=("N", "M"),
         help="operations and magnitude, 0 to 10, of RandAugment, instead of the recipe's; 0 0: none",
@@ -422,7 +452,9 @@ def add_input(
     less = "run the blocks once more for the gradient: less memory"
     group.add_argument("--grad-checkpoint", "--use-checkpoint", action="store_true", help=less)
     group.add_argument("--class-list", metavar="FILE", help="use these class folders of DIR only; one name a line")
-    group.add_argument("--data-name", type=str.lower, metavar="NAME", help="what DIR holds; of imagenet100 the classes are counted")
+    group.add_argument(
+        "--data-name", type=values.data_name, metavar="NAME", help="what DIR holds; of imagenet100 the classes are counted"
+    )
 
 
 def add_evaluation(parser: Parser) -> None:
@@ -432,21 +464,35 @@ def add_evaluation(parser: Parser) -> None:
     help = f"what lies in DIR, of {', '.join(named.NAMES)}"
     group.add_argument("--dataset", type=named.canonical, default="imagenet", metavar="NAME", help=help)
     group.add_argument("--download", action="store_true", help="fetch the data set into DIR first")
+    folder = "DIR is a folder of images, as it is; give --dataset NAME for one that can be fetched, or leave it out"
+    parser.has_effect("download", lambda args: args.dataset not in ("imagenet", "photos"), folder)
+    parser.has_effect("data_name", lambda args: args.dataset == "imagenet", "it is for folders of ImageNet; leave it out")
+    photos = "the word photos names the data set; give the folder of the other one instead"
+    parser.has_effect("dataset", lambda args: args.data != "photos" or parser.given.get("dataset") == "photos", photos)
 
 
 def add_weights(parser: Parser, default: str) -> None:
     """Whether the encoder trains too."""
     group = parser.add_argument_group("weights")
     group.add_argument("--weights", choices=("freeze", "finetune"), default=default, help="of the encoder: kept, or trained too")
+    frozen = "--weights freeze trains no block of the network; leave it out"
+    parser.has_effect("grad_checkpoint", lambda args: args.weights == "finetune", frozen)
 
 
 def add_choice(parser: Parser) -> None:
     """On what the best classifier is chosen."""
     group = parser.add_argument_group("choice")
     group.add_argument("-e", "--evaluate", action="store_true", help="only test the classifier of --resume")
+    trains = "epochs optimizer lr lr_backbone lr_classifier learning_rate_scaling wd schedule cos lr_by sgdr sgdr_t0 lr_final"
+    trains += " lr_warmup_epochs momentum clip_grad nesterov accumulation_steps print_freq save_every_steps on_bad_image"
+    trains += " recipe crop_min randaugment zero_init_classifier grad_checkpoint pretrained"
+    only_tests = "--evaluate only tests the classifier of --resume"
+    parser.has_effect(trains, lambda args: not args.evaluate, only_tests, refuse=False)
+    last = "a classifier's last checkpoint and its best are kept, and no others; leave it out"
+    parser.has_effect("save_every", lambda args: False, last)
     group.add_argument(
         "--val-from-train",
-        type=float,
+        type=values.real("(0, 1)"),
         metavar="FRACTION",
         help="of each class's training images, held out to choose the best classifier on; by default it is chosen on val/",
     )
@@ -460,10 +506,10 @@ def add_optimizer(
     `lr` None leaves the rate to the script; `cos` is the most that `--cos` may be.
     """
     several = isinstance(lr, list)
-    number = {"type": nonnegative_float, "nargs": "+" if several else None}
+    number = {"type": values.learning_rate, "nargs": "+" if several else None}
     note = "; with several, a classifier for each in one pass" if several else ""
     group = parser.add_argument_group("optimization")
-    group.add_argument("--epochs", type=positive, default=epochs)
+    group.add_argument("--epochs", type=values.epochs, default=epochs)
     group.add_argument("--optimizer", choices=optim.OPTIMIZERS, default="sgd", help="sgd and lars with --momentum")
     if lr is not None:
         scale = "as it is, unless --learning-rate-scaling says otherwise" + note
@@ -474,28 +520,49 @@ def add_optimizer(
         default="none",
         help="x sqrt(total batch), x total batch / 256",
     )
+    number["type"] = values.decay
     group.add_argument("--wd", "--weight-decay", dest="wd", **number, metavar="WD", default=wd, help="weight decay" + note)
-    group.add_argument("--schedule", type=natural, nargs="*", default=schedule, metavar="EPOCH", help="lr x .1 at these epochs")
+    group.add_argument(
+        "--schedule", type=values.natural, nargs="*", default=schedule, metavar="EPOCH", help="lr x .1 at these epochs"
+    )
     group.add_argument("--cos", action=Switch, most=cos, default=False, help="cosine schedule instead")
     group.add_argument("--lr-by", choices=("epoch", "step"), default="epoch", help="how often the rate changes")
     group.add_argument("--sgdr", action=Switch, default=False, help="cosine schedule that begins anew (warm restarts)")
-    group.add_argument("--sgdr-t0", type=positive, default=12, metavar="EPOCHS", help="of each of its periods")
+    group.add_argument("--sgdr-t0", type=values.epochs, default=12, metavar="EPOCHS", help="of each of its periods")
     group.add_argument(
-        "--lr-final", type=nonnegative_float, default=0.0, metavar="LR", help="where a cosine ends; scaled like --lr"
+        "--lr-final", type=values.learning_rate, default=0.0, metavar="LR", help="where a cosine ends; scaled like --lr"
     )
-    group.add_argument("--lr-warmup-epochs", type=natural, default=0, help="epochs of linear learning-rate warm-up")
-    group.add_argument("--momentum", type=finite_float, default=0.9)
+    group.add_argument("--lr-warmup-epochs", type=values.natural, default=0, help="epochs of linear learning-rate warm-up")
+    group.add_argument("--momentum", type=values.momentum, default=0.9)
     group.add_argument(
-        "--clip-grad", type=nonnegative_float, default=0.0, metavar="LENGTH", help="of the gradient, at most; 0: any"
+        "--clip-grad", type=values.real("[0, 1000000]"), default=0.0, metavar="LENGTH", help="of the gradient, at most; 0: any"
     )
     group.add_argument("--nesterov", action=Switch, default=False, help="Nesterov's momentum, of sgd")
-    group.add_argument("--accumulation-steps", type=positive, default=1, metavar="N", help="passes of --batch-size in one step")
+    group.add_argument(
+        "--accumulation-steps", type=values.positive, default=1, metavar="N", help="passes of --batch-size in one step"
+    )
+
+    def cosine(args: Options) -> bool:
+        return args.cos or args.sgdr
+
+    follows = "the learning rate follows a cosine (--cos, --sgdr); leave it out, or give --no-cos and --no-sgdr"
+    parser.has_effect("schedule", lambda args: not cosine(args), follows)
+    late = "the run ends before the first of these epochs"
+    first = lambda args: min(args.schedule, default=0)  # noqa: E731
+    parser.has_effect("schedule", lambda args: cosine(args) or first(args) < args.epochs, late, refuse=False)
+    parser.has_effect("cos", lambda args: not args.sgdr, "--sgdr is a cosine of its own; give one of them")
+    parser.has_effect("sgdr_t0", lambda args: args.sgdr, "it is the period of --sgdr; give both, or neither")
+    parser.has_effect("lr_final", cosine, "it is where a cosine ends; give --cos as well, or leave it out")
+    changes = "the learning rate changes at the epochs of --schedule alone; leave it out"
+    parser.has_effect("lr_by", lambda args: cosine(args) or args.lr_warmup_epochs, changes)
+    parser.has_effect("momentum", lambda args: args.optimizer != "adamw", "adamw has its own; leave it out")
+    parser.has_effect("nesterov", lambda args: args.optimizer == "sgd", "it is for --optimizer sgd; leave it out")
 
 
 def add_run(parser: Parser) -> None:
     """What is written while training, and from where to go on."""
     group = parser.add_argument_group("monitor")
-    group.add_argument("-p", "--print-freq", type=positive, default=10, metavar="STEPS", help="steps between log lines")
+    group.add_argument("-p", "--print-freq", type=values.positive, default=10, metavar="STEPS", help="steps between log lines")
     group.add_argument(
         "--resume",
         metavar="FILE",
@@ -503,13 +570,13 @@ def add_run(parser: Parser) -> None:
     )
     group.add_argument(
         "--allow-change",
-        type=_names,
+        type=values.names,
         default=[],
         metavar="NAME,...",
         help="options that may differ from those of the run that --resume continues, such as lr,wd",
     )
     group.add_argument(
-        "--save-every", type=positive, default=1, metavar="EPOCHS", help="epochs between checkpoints; the last is kept"
+        "--save-every", type=values.positive, default=1, metavar="EPOCHS", help="epochs between checkpoints; the last is kept"
     )
     group.add_argument(
         "--on-bad-image",
@@ -518,7 +585,7 @@ def add_run(parser: Parser) -> None:
         help="a training image that cannot be read is named, and another takes its place, up to 1 %% of an epoch; or the run ends",
     )
     inside = "save inside epochs, too, every so many; 0: only when a signal asks the run to end"
-    group.add_argument("--save-every-steps", type=natural, default=0, metavar="STEPS", help=inside)
+    group.add_argument("--save-every-steps", type=values.natural, default=0, metavar="STEPS", help=inside)
 
 
 def add_pretrain(parser: Parser, cos: int = 1, *, transformers: bool = False, each: bool = False) -> None:
@@ -528,36 +595,52 @@ def add_pretrain(parser: Parser, cos: int = 1, *, transformers: bool = False, ea
     add_optimizer(parser, epochs=200, lr=0.03, wd=1e-4, schedule=[120, 160], cos=cos)
     add_run(parser)
     group = parser.add_argument_group("retention")
-    group.add_argument("--keep", type=_keep, default=2, metavar="N", help="keep the newest N epoch checkpoints; all: keep all")
+    group.add_argument(
+        "--keep", type=values.keep, default=2, metavar="N", help="keep the newest N epoch checkpoints; all: keep all"
+    )
     group.add_argument(
         "--keep-every",
-        type=natural,
+        type=values.natural,
         default=10,
         metavar="EPOCHS",
         help="keep every so many epochs' checkpoint, too, besides the best by --knn-every; 0: none",
     )
     group = parser.add_argument_group("k-NN monitor")
-    group.add_argument("--knn-every", type=natural, default=0, metavar="EPOCHS", help="report k-NN top-1 on val/, against train/")
-    group.add_argument("--knn-k", type=positive, default=20, metavar="K", help="neighbours that vote")
-    group.add_argument("--knn-t", type=positive_float, default=0.07, metavar="T", help="temperature of their weights")
+    group.add_argument(
+        "--knn-every", type=values.natural, default=0, metavar="EPOCHS", help="report k-NN top-1 on val/, against train/"
+    )
+    group.add_argument("--knn-k", type=values.positive, default=20, metavar="K", help="neighbours that vote")
+    group.add_argument("--knn-t", type=values.temperature, default=0.07, metavar="T", help="temperature of their weights")
+    monitor = "the k-NN monitor is off; give --knn-every EPOCHS as well, or leave it out"
+    parser.has_effect("knn_k knn_t", lambda args: args.knn_every, monitor)
     add_launch(parser)
+
+
+def add_feature_rules(parser: Parser) -> None:
+    """What has no effect in a script that classifies features of images, or reads them from files."""
+    centre = "this script sees the centre of each image, and trains nothing; leave it out"
+    parser.has_effect("recipe crop_min randaugment grad_checkpoint", lambda args: False, centre)
+    files = "batch_size workers image_size amp compile data dataset download data_name seed"
+    parser.has_effect(files, lambda args: not args.load_features, "features come from files (--load-features)", refuse=False)
 
 
 def add_momentum_encoder(parser: Parser, t: float, v2: bool) -> None:
     """Query and key encoder, with temperature `t` and MoCo v1's or v2's head and views."""
     group = parser.add_argument_group("query and key encoder")
-    group.add_argument("--moco-dim", type=positive, default=128, help="feature size")
-    group.add_argument("--moco-m", type=finite_float, default=0.999, help="momentum of the key encoder")
-    group.add_argument("--moco-t", type=finite_float, default=t, help="softmax temperature")
+    group.add_argument("--moco-dim", type=values.width, default=128, help="feature size")
+    group.add_argument("--moco-m", type=values.average, default=0.999, help="momentum of the key encoder")
+    group.add_argument("--moco-t", type=values.temperature, default=t, help="softmax temperature")
     group.add_argument("--mlp", action=Switch, default=v2, help="two-layer head (v2)")
     group.add_argument("--aug-plus", action=Switch, default=v2, help="recipe mocov2 instead of mocov1")
-    group.add_argument("--bn-splits", type=positive, default=8, help="key BN groups where one process trains alone")
+    group.add_argument("--bn-splits", type=values.positive, default=8, help="key BN groups where one process trains alone")
+    named = "--recipe names the views; leave it out"
+    parser.has_effect("aug_plus", lambda args: args.recipe == ("mocov2" if args.aug_plus else "mocov1"), named)
+    shuffled = "several processes shuffle their images for it; leave it out"
+    parser.has_effect("bn_splits", lambda args: launch.plan(args).world == 1, shuffled)
 
 
 def check_momentum_encoder(args: Options) -> None:
-    """Refuse what makes no sense there, and choose the views where `--recipe` does not."""
-    if not args.moco_t > 0 or not 0 <= args.moco_m <= 1:
-        raise InputError(f"--moco-t must be above 0 and --moco-m in [0, 1]; got {args.moco_t:g} and {args.moco_m:g}")
+    """Choose the views unless `--recipe` does."""
     args.recipe = args.recipe or ("mocov2" if args.aug_plus else "mocov1")
 
 
@@ -567,12 +650,15 @@ _KINDS = ("interpolated", "extrapolated", "mixup", "noise", "perturbed", "advers
 def add_synthetic(parser: Parser, title: str, n_hard: int, each: int, sigma: float) -> argparse._ArgumentGroup:
     """Synthetic negatives, by default `each` of every kind; returns the group, for what only one script has."""
     group = parser.add_argument_group(title)
-    group.add_argument("--n-hard", type=natural, default=n_hard, help="hardest queue rows that they are made of")
+    group.add_argument("--n-hard", type=values.natural, default=n_hard, help="hardest queue rows that they are made of")
     for i, name in enumerate(_KINDS, 1):
-        group.add_argument(f"--n{i}", type=natural, default=each, help=f"{name} negatives per query")
-    group.add_argument("--sigma", type=finite_float, default=sigma, help="deviation of the noise")
-    group.add_argument("--delta", type=finite_float, default=0.01, help="size of the perturbation")
-    group.add_argument("--eta", type=finite_float, default=0.01, help="size of the adversarial step")
+        group.add_argument(f"--n{i}", type=values.natural, default=each, help=f"{name} negatives per query")
+    group.add_argument("--sigma", type=values.size, default=sigma, help="deviation of the noise")
+    group.add_argument("--delta", type=values.size, default=0.01, help="size of the perturbation")
+    group.add_argument("--eta", type=values.size, default=0.01, help="size of the adversarial step")
+    for dest, n, name in (("sigma", "n4", "noise"), ("delta", "n5", "perturbed"), ("eta", "n6", "adversarial")):
+        none = f"there are no {name} negatives; give --{n} as well, or leave it out"
+        parser.has_effect(dest, lambda args, n=n: getattr(args, n), none)
     return group
 
 
@@ -622,15 +708,20 @@ def main(parser: Parser, check: Callable[[Options], None], worker: launch.Worker
         check(args)
         if args.recipe:
             recipes.of_options(args)
+        notes = parser.without_effect(args)
+        if args.workers is None:
+            args.workers = launch.workers(launch.plan(args), args)
         named = bool(args.save_dir)
         if named:
             writable(args.save_dir)
             if not continues and not hasattr(args, "pretrained"):
                 run_folder.check_free(args.save_dir)
         args.save_dir = args.save_dir or time.strftime(f"runs/{args.script}-{args.arch}-%Y%m%d-%H%M%S")
+        if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+            print(*notes, sep="\n", end="\n" * bool(notes), flush=True)
         launch.launch(functools.partial(_in_own_folder, worker, continues, named), args)
     except InputError as error:
-        parser.error(str(error))
+        parser.refuse(error)
     except OSError as error:  # of a file or folder that somebody has named: of others it is a fault in the program
         if not error.filename:
             raise

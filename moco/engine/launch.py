@@ -19,6 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import wait
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import torch
@@ -56,13 +57,20 @@ def plan(args: Namespace) -> Plan:
         raise InputError("--dist-backend nccl: is for GPUs, and this machine has none; leave it out")
     if args.nproc_per_node is not None and args.nproc_per_node < 1:
         raise InputError("--nproc-per-node must be at least 1")
-    if args.multiprocessing_distributed:
+    launched = "RANK" in env and "WORLD_SIZE" in env
+    if args.multiprocessing_distributed and launched and _number("LOCAL_WORLD_SIZE", 1) > 1:
+        raise InputError("--multiprocessing-distributed: torchrun has started a process per GPU already; leave it out")
+    spawns = args.multiprocessing_distributed
+    if spawns is None:  # the script's default: every GPU that it sees, unless told otherwise
+        several = args.nproc_per_node or (gpus > 1 and args.gpu is None)
+        spawns = several and not launched and _number("SLURM_STEP_NUM_TASKS", 1) <= 1
+    if spawns:
         local = args.nproc_per_node or max(gpus, 1)
         if gpus and local > gpus:
             raise InputError(f"--nproc-per-node {local}: this machine has {gpus} GPU(s)")
         nodes, node = _nodes(args)
         return Plan("spawn", nodes, local, node * local, nodes * local, 0, _meeting_point(args, nodes, node))
-    if "RANK" in env and "WORLD_SIZE" in env:
+    if launched:
         r, w = _number("RANK"), _number("WORLD_SIZE")
         _check_below(r, w, "RANK", "WORLD_SIZE")
         local = _number("LOCAL_WORLD_SIZE", w)
@@ -78,6 +86,35 @@ def plan(args: Namespace) -> Plan:
         return Plan("srun", nodes, w // nodes, r, w, local_rank, _check_url(_slurm_url(args), r))
     nodes, node = _nodes(args)
     return Plan("single", nodes, 1, node, nodes, 0, _meeting_point(args, nodes, node) if nodes > 1 else "")
+
+
+WORKERS = 8  # loader processes of a process, at most, unless the user asks for more: a GPU is fed by these
+
+
+def workers(p: Plan, args: Namespace) -> int:
+    """Return the default of `--workers`: a loader process for each core of this node, at most `WORKERS` for each of its processes.
+
+    With `args.batch_is_per_process` they are those of one process.
+    """
+    bound = p.launcher == "srun" and "SLURM_CPUS_PER_TASK" in os.environ  # to cores of this process alone
+    node = min(cores() * (p.local if bound else 1), WORKERS * p.local)
+    return max(1, node // p.local) if getattr(args, "batch_is_per_process", False) else node
+
+
+def cores() -> int:
+    """Return how many cores this process may use: of its CPU affinity, and within its container's quota."""
+    n = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for files in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):  # of cgroups v2, and v1
+        try:
+            quota, period = map(int, " ".join((CGROUP / file).read_text() for file in files).split())
+        except (OSError, ValueError):  # there are none, or it says "max"
+            continue
+        if quota > 0 < period:
+            n = min(n, -(-quota // period))
+    return max(1, n)
+
+
+CGROUP = Path("/sys/fs/cgroup")
 
 
 def _number(name: str, default: int | None = None) -> int:
@@ -230,7 +267,7 @@ def _process(p: Plan, worker: Worker, args: Namespace, r: int, local_rank: int, 
     except (RuntimeError, MemoryError) as error:
         what = " ".join(str(error).split())
         if isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in what:
-            raise InputError(f"memory runs out on rank {r}; try a smaller --batch-size or network ({what[:200]})") from None
+            raise InputError(f"memory runs out on rank {r}; try a smaller --batch-size or network ({what})") from None
         if "DataLoader worker" not in what:
             raise
         raise InputError(f"a loader process of rank {r} was ended: {what}{OUT_OF_MEMORY}") from None

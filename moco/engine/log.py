@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from moco import distributed
 from moco.errors import InputError
-from moco.files import replacing
+from moco.files import replacing, to_json
 
 STARTED = time.perf_counter()  # of this process
 Metrics = dict[str, Tensor | tuple[Tensor, Tensor]]  # scalars, or a sum and the count of what it sums up
@@ -60,9 +60,9 @@ def say(message: str) -> None:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write `value` as indented JSON, replacing the file at once."""
+    """Write `value` as indented JSON, replacing the file at once; a number that is NaN or infinite becomes null."""
     with replacing(path) as file:
-        file.write((json.dumps(value, indent=2) + "\n").encode())
+        file.write(f"{to_json(value, indent=2)}\n".encode())
 
 
 def write_options(args: Namespace) -> None:
@@ -137,7 +137,7 @@ class RunLog:
         entry = {"epoch": epoch, "step": step, **metrics, **speed, "time": round(self.seconds(), 3)}
         try:
             with self.path.open("a") as file:
-                file.write(json.dumps(entry) + "\n")
+                file.write(f"{to_json(entry)}\n")
             for name, value in {**metrics, **speed}.items():
                 self.board.add_scalar(name, value, step)
         except OSError as error:

@@ -41,6 +41,8 @@ def train(args: Namespace, device: torch.device, build: Callable[[Images], nn.Mo
     if args.batch_per_process < 2:
         raise InputError("one image per process: neither batch norm nor a contrast can do with it; raise --batch-size")
     images = subsets.of_classes(datasets.scan(datasets.find(args.data, ("train",)), "train"), args.class_list)
+    if args.knn_every and args.knn_k > len(images):
+        say(f"--knn-k {args.knn_k}: the bank has {len(images)} images, and all of them vote")
     torch.manual_seed(args.seed)
     method = build(images)
     Pretraining(args, precision.place(method, device, args.compile, args.grad_checkpoint), images, device).train()

@@ -1,17 +1,15 @@
-"""What every command line has, of scripts and tools: an error is one line, and status 2."""
+"""What every command line has, of scripts and tools: an error is one line, several are one line each, and status 2."""
 
 import argparse
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NoReturn
 
 from moco import user
 from moco.engine import output
 from moco.errors import InputError, unknown
-
-LONGEST = 400  # characters of an error
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -21,7 +19,11 @@ class OneLineParser(argparse.ArgumentParser):
         super().__init__(*args, **{"allow_abbrev": False, **more})
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{one_line(f'{self.prog}: error: {message}')}\n")
+        self.refuse(InputError(message))
+
+    def refuse(self, error: InputError) -> NoReturn:
+        """Print the error and exit with status 2."""
+        self.exit(2, printed(self.prog, error))
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None) -> argparse.Namespace:
         return self._all_of(self.parse_known_args, args, namespace)
@@ -36,13 +38,17 @@ class OneLineParser(argparse.ArgumentParser):
         try:
             self.refuse_empty(words)
             found, rest = parse(words, namespace)
+            if options := self.unknown(word.split("=")[0] for word in rest if word.startswith("--")):
+                raise InputError(*options)
             for word in rest:
-                if word.startswith("--"):
-                    raise unknown("option", word.split("=")[0], self.names())
                 raise InputError(f"unexpected argument '{word}'; --help shows what is expected")
         except InputError as error:
-            self.error(str(error))
+            self.refuse(error)
         return found
+
+    def unknown(self, names: Iterable[str]) -> list[str]:
+        """Return a line for each option in `names`, none of which this parser has."""
+        return [str(unknown("option", name, self.names())) for name in dict.fromkeys(names)]
 
     def refuse_empty(self, words: Sequence[str]) -> None:
         """Raise InputError for an option or a word that is empty, as where a shell's variable is not set."""
@@ -56,11 +62,14 @@ class OneLineParser(argparse.ArgumentParser):
         return [name for action in self._actions for name in action.option_strings if name.startswith("--")]
 
 
+def printed(name: str, error: InputError) -> str:
+    """Return what a program called `name` prints of an error: each of its lines, control characters escaped."""
+    return "".join(f"{one_line(f'{name}: error: {line}')}\n" for line in error.lines)
+
+
 def one_line(message: str) -> str:
-    """`message` in one line of at most `LONGEST` characters: of a longer one, the middle is left out."""
-    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message.strip())
-    half = (LONGEST - 5) // 2
-    return line if len(line) <= LONGEST else f"{line[:half]} ... {line[-half:]}"
+    """Return `message` in one line: control characters are escaped. It is never shortened; see `errors.short`."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in message.strip())
 
 
 def run(parser: OneLineParser, work: Callable[[argparse.Namespace], int | None]) -> int:
@@ -75,13 +84,13 @@ def attempt(name: str, work: Callable[[], int | None]) -> int:
     try:
         return work() or 0
     except InputError as error:
-        message = str(error)
+        mistake = error
     except OSError as error:  # of a file that somebody has named: of others it is a fault in the program
         if not error.filename:
             raise
-        message = f"{os.fsdecode(error.filename)}: {error.strerror}"
+        mistake = InputError(f"{os.fsdecode(error.filename)}: {error.strerror}")
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)
         return 130
-    print(one_line(f"{name}: error: {message}"), file=sys.stderr)
+    print(printed(name, mistake), end="", file=sys.stderr)
     return 2

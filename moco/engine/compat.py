@@ -1,0 +1,94 @@
+"""Options of other repositories: what this project calls them, or that they have no counterpart.
+
+Read from the scripts of MoCo (v1 to v3), SynCo, AdCo, SogCLR, SimCLR, FNC, MoBY, DINO, MAE, SwAV, solo-learn and Lightly.
+Names are without leading dashes, and with `-` for `_`.
+"""
+
+from collections.abc import Collection
+
+# the same meaning under another name: scripts take these as well
+SAME = {
+    "num-workers": "workers",
+    "output-dir": "save-dir",
+    "max-epochs": "epochs",
+    "accum-iter": "accumulation-steps",
+}
+
+# a similar option: the first of these that the script has
+_SIMILAR = {
+    "out-dim output-dim feat-dim proj-output-dim proj-dim low-dim nce-dim": "moco-dim dim proj-out-dim",
+    "proj-hidden-dim pred-hidden-dim hidden-dim moco-mlp-dim": "mlp-dim",
+    "lr-warmup warmup-epochs warmup-epoch warmup warm": "lr-warmup-epochs",
+    "min-lr final-lr end-lr eta-min": "lr-final",
+    "opt": "optimizer",
+    "momentum-teacher momentum-target base-tau ema-decay moco-momentum alpha-ema": "moco-m ema",
+    "teacher-temp student-temp nce-t temp tau temperature moco-t t": "moco-t t temperature",
+    "queue-size queue-len queue-length nce-k moco-k queue cluster": "moco-k cluster queue memory-multiplier",
+    "drop-path drop-path-rate": "online-drop-path",
+    "local-crops-number num-small-crops nmb-crops size-crops multicrop": "multi-crop recipe",
+    "global-crops-scale crop-scale min-scale": "crop-min",
+    "saveckp-freq save-freq checkpoint-freq save-interval checkpoint-steps": "save-every",
+    "knn knn-eval knn-freq": "knn-every",
+    "backbone model net network patch-size": "arch",
+    "pretrained-weights pretrained-feature-extractor pretrain-path checkpoint-path ckpt ckpt-path": "pretrained",
+    "resume-path load-checkpoint": "resume",
+    "workers-per-gpu n-workers": "workers",
+    "keep-checkpoint-max": "keep",
+    "accumulate-grad-batches": "accumulation-steps",
+    "gradient-clip-val": "clip-grad",
+    "stop-epoch": "epochs",
+}
+
+_FOLDER = "give the data folder as DIR"
+_PROCESSES = "use --multiprocessing-distributed for all GPUs, --gpu ID for one, or torchrun or srun"
+_TPU = "GPUs are found by themselves, and --multiprocessing-distributed uses all of them"
+_PRECISION = "use --amp fp16, --amp bf16 or --amp off"
+_RATE = "use --cos, or --schedule EPOCH ..."
+_VIEWS = "views are recipes: use --recipe, --crop-min, --randaugment"
+_METHOD = "no counterpart here: it belongs to another method; leave it out"
+_LOG = "no counterpart here: log.jsonl and TensorBoard events are in the run folder; leave it out"
+
+_SAID = {
+    "wandb use-wandb wandb-project project entity offline neptune comet mlflow": _LOG,
+    "tb-path tb-dir log-dir tensorboard": "TensorBoard events are in the run folder: use --save-dir DIR",
+    "exp-name experiment trial run-name": "use --save-dir DIR, or --output DIR with --tag NAME",
+    "model-dir exp-dir dump-path checkpoint-dir": "use --save-dir DIR",
+    "use-tpu tpu-name tpu-zone gcp-project master": _TPU,
+    "use-amp amp-opt-level fp16 use-fp16 use-bf16 bf16 precision no-amp": _PRECISION,
+    "sync-bn syncbn sync-batchnorm": "batch norm is what the method needs (shuffled or synchronized); leave it out",
+    "devices gpus num-gpus ngpus accelerator strategy device cuda use-cuda no-cuda dist-on-itp": _PROCESSES,
+    "batch-size-per-gpu batch-size-per-device": "use --batch-size; its text in --help says what it counts",
+    "base-lr blr start-lr": "use --lr, with --learning-rate-scaling where it is to be scaled by the batch",
+    "sched scheduler lr-scheduler lr-decay-epochs lr-decay-rate decay-epochs decay-rate cosine": _RATE,
+    "weight-decay-end": "no counterpart here: the weight decay is constant; use --wd",
+    "lars": "use --optimizer lars",
+    "color-jitter color-jitter-strength jitter-d jitter-p use-blur aa auto-augment": _VIEWS,
+    "start-epoch": "use --resume FILE, which begins at the checkpoint's epoch",
+    "pin-mem pin-memory zip cache-mode cache-dataset data-format dali": "images are read from folders; leave it out",
+    "data-dir dataset train-data-path val-data-path data-root data-folder root": _FOLDER,
+    "eval evaluate eval-only linear-eval": "use main_lincls.py or main_knn.py",
+    "num-classes nb-classes n-classes": "classes are counted in the data; leave it out",
+    "lr-backbone lr-classifier": "main_semisup.py has it",
+    "benchmark deterministic cudnn-benchmark": "no counterpart here: --seed fixes weights, order and views; leave it out",
+    "moco-m-cos": "no counterpart here: main_moby.py's momentum always rises to 1, the others' is constant; leave it out",
+    "mixup cutmix smoothing label-smoothing reprob": "no counterpart here; leave it out",
+    "mask-ratio norm-pix-loss norm-last-layer use-bn-in-head freeze-last-layer warmup-teacher-temp": _METHOD,
+    "warmup-teacher-temp-epochs epsilon sinkhorn-iterations nmb-prototypes prototypes moco-align moco-unif": _METHOD,
+    "throughput": "the log lines have images_per_s",
+    "hub push-to-hub": "use tools/export.py",
+}
+
+
+def instead(name: str, options: Collection[str]) -> str | None:
+    """Return what to use in place of another repository's option; None if no repository read here has it.
+
+    Args:
+        name: the option, as it is named in the tables.
+        options: those of the script, with their dashes.
+    """
+    for names, similar in _SIMILAR.items():
+        if name in names.split():
+            for option in similar.split():
+                if f"--{option}" in options:
+                    return f"use --{option}"
+    return next((said for names, said in _SAID.items() if name in names.split()), None)
