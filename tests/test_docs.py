@@ -85,12 +85,12 @@ def test_command_is_accepted(typed, text, tmp_path, monkeypatch):
     if args.arch:
         check_arch(args.arch)
     if args.recipe:
-        recipes.of_options(args)
+        recipes.check_name(args.recipe)
     if not hasattr(args, "pretrained"):
         with mock.patch.object(pretrain, "check"):
             module.check(args)
     # nor does it give an option that has no effect, which would be refused; the ports of the papers may be in use, by other tests
-    with mock.patch("moco.engine.launch._check_free"):
+    with mock.patch("moco.engine.launch._check_own"):
         parser.without_effect(args)
 
 
