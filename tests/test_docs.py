@@ -94,6 +94,20 @@ def test_command_is_accepted(typed, text, tmp_path, monkeypatch):
         parser.without_effect(args)
 
 
+@pytest.mark.parametrize("recipe", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_recipe_has_nothing_without_effect(recipe, monkeypatch):
+    text = recipe.read_text()
+    name = re.search(r"^# (?:python|torchrun .*?) (main_\w+)\.py", text, re.M)[1]
+    monkeypatch.setattr(sys, "argv", [f"{name}.py"])
+    module = importlib.import_module(name)
+    parser = module.parser()
+    args = parser.parse(["DIR", "--cfg", str(recipe)])
+    if not hasattr(args, "pretrained"):
+        with mock.patch.object(pretrain, "check"):
+            module.check(args)
+    assert parser.without_effect(args) == []
+
+
 def options() -> set[str]:
     """Every option of a script or a tool."""
     found = {"--help"}
