@@ -24,8 +24,8 @@ def commands(args: Namespace, train: Path, saved: Path) -> list[str]:
         home = Path(os.path.relpath(Path(__file__).parent.parent.parent))
     python = "python" if shutil.which("python") == sys.executable else sys.executable
     given = [args.data, "--pretrained", saved]
-    for name, default in (("image_size", 224), ("class_list", None), ("data_name", None)):
-        if (value := getattr(args, name, default)) not in (default, None):
+    for name in ("class_list", "data_name"):
+        if (value := getattr(args, name, None)) is not None:
             given += [f"--{name.replace('_', '-')}", value]
     if args.multiprocessing_distributed:
         given.append("--multiprocessing-distributed")
