@@ -45,6 +45,12 @@ def test_the_best_setting_is_chosen_on_held_out_images(tmp_path):
     assert (tmp_path / "table.md").read_text() in text
 
 
+def test_a_data_set_s_name_that_is_not_utf_8(tmp_path):
+    write(tmp_path / "a", dataset=os.fsdecode(b"/data/donn\xe9es"), metrics={"acc1": 0.5, "acc5": 0.8})
+    text, (row,), _ = collect(tmp_path)
+    assert "donn\\udce9es 1 % labels, top-1 / top-5" in row and (tmp_path / "table.md").read_text() in text
+
+
 def test_a_choice_on_val_is_marked(tmp_path):
     write(tmp_path / "a", metrics={"acc1": 0.50, "acc5": 0.8, "held_out_acc1": 0.9}, lr_backbone=0.01)
     write(tmp_path / "b", metrics={"acc1": 0.55, "acc5": 0.9}, lr_backbone=0.02)

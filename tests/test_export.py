@@ -237,6 +237,11 @@ def test_mistakes_are_one_line(run, resnet, tmp_path):
         ((vit, out, "-a", "resnet18"), ("is of vit_tiny, not resnet18",)),
     ):
         refused(run(*options), *words)
-    assert not list(tmp_path.glob("*out*"))
+    latin = tmp_path / os.fsdecode(b"\xe9.safetensors")
+    refused(run(file, latin), "is not UTF-8, which safetensors needs")
+    assert not list(tmp_path.glob("*out*")) and not latin.exists()
+    source = file.with_name(os.fsdecode(b"\xe9.pth.tar"))
+    source.write_bytes(file.read_bytes())
+    assert run(source, tmp_path / "good.safetensors")[0] == 0
     with pytest.raises(SystemExit, match="2"):
         run(bare, out, "--image-size", "0")

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import subprocess
 import sys
 
@@ -58,6 +59,35 @@ def test_published_command_runs(percent, pretrained, tmp_path):
     assert len((tmp_path / "subset.txt").read_text().splitlines()) == max(1, round(0.6 * percent)) * 19
     best = load(tmp_path / "model_best_semisup.pth.tar")
     assert best["best_acc1"] == found["metrics"]["acc1"] and best["method"] == "semisup"
+
+
+def test_names_that_are_not_utf_8(pretrained, images, script, tmp_path):
+    """Of the data folder, a class, its files and features; what is written can be read again, and printed on two processes."""
+    data = images.rename(os.fsdecode(os.fsencode(tmp_path) + b"/donn\xe9es"))
+    for split in ("train", "val"):
+        (data / split / "class1").rename(data / split / os.fsdecode(b"pi\xe8ces"))
+        for file in (data / split / os.fsdecode(b"pi\xe8ces")).iterdir():
+            file.rename(file.with_name(os.fsdecode(b"\xff" + os.fsencode(file.name))))
+    (data / "classes").write_bytes(b"pi\xe8ces\nclass0\n")
+    few = (*SMALL[2:], "--pretrained", pretrained, "--train-percent", 10, "--epochs", 1, "-b", 2)
+    status, _, err = script("main_semisup", *few, "--save-dir", tmp_path / "a", data)
+    assert status == 0, err
+    subset = tmp_path / "a" / "subset.txt"
+    assert b"pi\xe8ces/\xff" in subset.read_bytes() and len(subset.read_bytes().splitlines()) == 2
+    status, _, err = script("main_semisup", *few, "--subset-file", subset, "--save-dir", tmp_path / "b", data)
+    assert status == 0, err
+    assert (tmp_path / "b" / "subset.txt").read_bytes() == subset.read_bytes()
+    knn = (*SMALL[2:], "--pretrained", pretrained, "--k", 3, "--class-list", data / "classes")
+    two = ("--multiprocessing-distributed", "--nproc-per-node", 2)
+    dump = shell("main_knn.py", *knn, *two, "--dump-features", data / "f", "--save-dir", tmp_path / "k", data)
+    assert dump.returncode == 0, dump.stderr
+    *_, where, accuracy = dump.stdout.splitlines()
+    assert where.endswith("/donn\\udce9es/f")
+    status, out, err = script("main_knn", "--load-features", data / "f", "--k", 3, "--save-dir", tmp_path / "l")
+    assert status == 0 and out.splitlines()[-1] == accuracy, err
+    assert results(tmp_path / "l")["dataset"].encode(errors="surrogateescape").endswith(b"donn\xe9es (classes)")
+    status, _, err = script("main_semisup", *few, "--save-dir", data / "run", data)
+    assert status == 2 and "--save-dir" in err and "is not UTF-8" in err and err.count("\n") == 1
 
 
 def test_a_loop_in_bash_runs(pretrained, shared_images, tmp_path):

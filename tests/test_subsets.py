@@ -2,6 +2,7 @@
 
 import hashlib
 import http.server
+import os
 import shutil
 import threading
 
@@ -86,7 +87,9 @@ def test_a_list_names_images_by_file_or_by_class_and_file(shared_images, tmp_pat
         ("class0/1.jpg\nclass0/77.jpg\nclass9/1.jpg", "2 of the 3 images that .* names are missing, first 'class0/77.jpg'"),
         ("1.jpg", "'1.jpg' stands in several class folders; write CLASS/1.jpg"),
         ("\n \n", "names nothing"),
-        ("\xff", "not text"),
+        ("a\0.jpg", "not text in UTF-8"),
+        ("1\0.\0j\0p\0g\0", "not text in UTF-8"),  # UTF-16, as some shells write
+        ("class0/\xff.jpg", r"the 1 images that .* names are missing, first 'class0/\udcff.jpg'"),
         (None, "No such file"),
     ],
 )
@@ -96,6 +99,29 @@ def test_a_list_that_does_not_fit_is_one_line(shared_images, tmp_path, text, sai
     with pytest.raises(InputError, match=said) as error:
         listed(datasets.scan(shared_images, "train"), tmp_path / "list.txt")
     assert "\n" not in str(error.value)
+
+
+def test_a_written_list_names_the_same_images_again(tmp_path):
+    """Whatever a file can be called, except with a line break, which no list can hold."""
+    names = [b"pi\xe8ces/\xe9.jpg", "日/本 1.jpg".encode(), b" a/b.jpg", b"a/\xc2\x85.jpg", b"a/\x1c.jpg", b"a/'.jpg"]
+    whole = ImageFolder(tmp_path, np.arange(6) % 2, ("a", "b"), np.array(names))
+    part = whole.part(np.array([0, 2, 3, 4]))
+    subsets.write_names(part, tmp_path / "subset.txt")
+    assert (tmp_path / "subset.txt").read_bytes() == b"".join(name + b"\n" for name in part.paths)
+    again = listed(whole, tmp_path / "subset.txt")
+    assert paths(again) == paths(part) and again.labels.tolist() == part.labels.tolist()
+    for bad in (b"a/x\ny.jpg", b"a/x\ry.jpg"):
+        with pytest.raises(InputError, match="has a line break in it"):
+            subsets.write_names(ImageFolder(tmp_path, np.zeros(1, int), ("a",), np.array([bad])), tmp_path / "no.txt")
+    assert not (tmp_path / "no.txt").exists()
+
+
+def test_a_class_list_may_have_names_that_are_not_utf_8(tmp_path):
+    classes = ("cat", os.fsdecode(b"pi\xe8ces"))
+    whole = ImageFolder(tmp_path, np.array([0, 1]), classes, np.array([b"cat/1.jpg", b"pi\xe8ces/1.jpg"]))
+    (tmp_path / "list.txt").write_bytes(b"\xef\xbb\xbfpi\xe8ces some words\r\n")
+    part = subsets.of_classes(whole, str(tmp_path / "list.txt"))
+    assert part.classes == classes[1:] and paths(part) == {b"pi\xe8ces/1.jpg"}
 
 
 @pytest.fixture

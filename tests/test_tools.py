@@ -107,6 +107,13 @@ def test_any_folder_of_images_can_be_shown(tmp_path):
     assert [images.name(i) for i in range(len(images))] == ["deeper/0.png", "deeper/1.png", "deeper/2.png"]
     assert show_views.find(str(folder / "1.png")).read(0).shape == (3, 20, 31)
     assert show_views.spread(3, 5) == [0, 1, 2] and show_views.spread(10, 3) == [0, 4, 9] and show_views.spread(4, 1) == [0]
+    (folder / "@eaDir").mkdir()
+    (folder / "@eaDir" / "1.png").write_bytes(b"a thumbnail")
+    (folder / "0.png").rename(folder / os.fsdecode(b"\xe9.png"))
+    images = show_views.find(str(tmp_path / "of mine"))
+    assert [os.fsencode(images.name(i)) for i in range(3)] == [b"deeper/1.png", b"deeper/2.png", b"deeper/\xe9.png"]
+    show_views.views_figure(images, [0, 2], recipes.recipe("mocov2", 16)).savefig(tmp_path / "views.png")
+    assert show_views.find(str(folder / os.fsdecode(b"\xe9.png"))).read(0).shape == (3, 20, 30)
     (folder / "1.png").write_bytes(b"nothing")
     with pytest.raises(InputError, match=r"1\.png"):
         show_views.views_figure(images, [0, 1], recipes.recipe("mocov2", 16))
