@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Measure how long it takes to list a folder's images, which each start does, next to torchvision's ImageFolder."""
+"""Measure how long it takes to list a folder's images, next to torchvision's ImageFolder."""
 
 import tempfile
 from pathlib import Path

@@ -148,7 +148,10 @@ def read_text(path: str | Path) -> str:
 
 
 def read_lines(path: str | Path) -> list[bytes]:
-    """Return the lines in `path`, in any encoding that has ASCII's line breaks. Raises InputError, without the path."""
+    """Return the lines in `path`, in any encoding with ASCII's line breaks.
+
+    Raises InputError, without the path, if it cannot be read.
+    """
     try:
         text = Path(path).read_bytes().removeprefix(codecs.BOM_UTF8)
     except (OSError, ValueError) as error:

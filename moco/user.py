@@ -1,4 +1,4 @@
-"""The user that a program runs as, who may have no name, no home folder, and a terminal that cannot show every file name."""
+"""The user that a program runs as, who may have no name and no home, and the terminal."""
 
 import contextlib
 import getpass
@@ -13,8 +13,9 @@ from moco.errors import InputError
 
 
 def prepare() -> None:
-    """Make standard output take every file name, and give a user without a name or home both. Called at a program's start.
+    """Make standard output take every file name, and give a user without a name or home both.
 
+    Called at a program's start.
     Bytes of a name that are not UTF-8, and letters that the terminal does not have, are printed as
     escapes. PyTorch and Triton name folders after the user, and put files into the home folder.
     """
@@ -33,7 +34,7 @@ def prepare() -> None:
 
 
 def private_folder() -> Path:
-    """Return this user's own folder among the system's for temporary files; it is made on first use.
+    """Return this user's own folder for temporary files; it is made on first use.
 
     Raises InputError if somebody else owns it or may write there.
     """

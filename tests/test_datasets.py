@@ -314,6 +314,8 @@ def test_hidden_and_system_folders_are_ignored_and_other_endings_counted_once(tm
     for place in ("train", "train/cat", "train/cat/more"):
         for name in (".ipynb_checkpoints", "@eaDir", "__MACOSX", "lost+found", "#recycle", ".snapshot", "$RECYCLE.BIN"):
             make(tmp_path, f"{place}/{name}/1.jpg")
+    link(tmp_path / "train" / "cat" / "#snapshot2", tmp_path / "train" / "cat" / "#snapshot")
+    (tmp_path / "train" / "cat" / "#snapshot2").rename(tmp_path / "train" / "@Recycle")
     make(tmp_path, "train/cat/1.JPG", "train/cat/2.jfif", "train/cat/3.JPE", "train/cat/more/4.gif", "train/cat/._1.JPG")
     assert scan(tmp_path, "train").classes == ("cat",)
     assert capsys.readouterr().err == ""  # nothing is left out that is worth a line

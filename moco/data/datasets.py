@@ -76,7 +76,9 @@ def _classes(split: Path, entries: "_Entries") -> tuple[str, ...]:
 
 
 def scan(root: Path, split: str, classes: tuple[str, ...] = ()) -> ImageFolder:
-    """List the images of `root`/`split`, sorted; labels are indices into `classes` (default: the split's own folders).
+    """List the images of `root`/`split`, sorted; labels are indices into `classes`.
+
+    `classes` are by default the split's own folders.
 
     The folder is listed each time: what a file system says of a folder's age need not change when
     its content does. Files with other endings are counted in one line on stderr, on rank 0.
@@ -132,14 +134,14 @@ def agreed(images: Images) -> Images:
 
 _THREADS = 16
 
-# folders that systems, archives and network disks put beside images, in small letters; hidden ones are left out anyway
-_SYSTEM = frozenset("@eadir @__thumb @recycle @recently-snapshot #recycle #snapshot __macosx lost+found $recycle.bin".split()) | {
-    "system volume information"
-}
+# folders that systems, archives and network disks make, in small letters; hidden ones are left
+# out anyway
+_SYSTEM = set("@eadir @__thumb @recycle @recently-snapshot #recycle #snapshot".split())
+_SYSTEM |= set("__macosx lost+found $recycle.bin".split()) | {"system volume information"}
 
 
 class _Entries(NamedTuple):
-    """The names in one folder, without hidden ones and folders of the system's; `links` lead to folders."""
+    """The names in one folder, without hidden ones and system folders; `links` lead to folders."""
 
     images: list[str]
     others: list[str]
@@ -154,15 +156,14 @@ def _entries(folder: str) -> _Entries:
     """
     found = _Entries([], [], [], [])
     try:
-        os.stat(os.path.join(folder, "."))  # of a folder without x permission, names can be read and files cannot
+        os.stat(os.path.join(folder, "."))  # fails without x permission, though names can be read
         with os.scandir(folder) as entries:
             for entry in entries:
                 name, lower = entry.name, entry.name.lower()
-                if name[0] == ".":
+                if name[0] == "." or lower in _SYSTEM:
                     continue
                 if entry.is_dir(follow_symlinks=False):
-                    if lower not in _SYSTEM:
-                        found.folders.append(name)
+                    found.folders.append(name)
                 elif lower.endswith(SUFFIXES):
                     found.images.append(name)
                 elif not entry.is_symlink():
@@ -172,7 +173,7 @@ def _entries(folder: str) -> _Entries:
                 else:
                     found.others.append(name)
     except FileNotFoundError as error:
-        if os.path.islink(error.filename):
+        if error.filename and os.path.islink(error.filename):
             where = os.readlink(error.filename)
             raise InputError(f"{error.filename}: a link to {where}, which does not exist; restore it, or remove the link") from None
         raise _unreadable(folder, error) from None
@@ -200,10 +201,10 @@ class Listing(NamedTuple):
 
 
 def images_below(top: Path, name: str = "") -> Listing:
-    """List the images in `top`/`name` and the folders below it, by their paths from `top`; links to folders are followed.
+    """List the images in `top`/`name` and the folders below it, by their paths from `top`.
 
-    A link that leads to a folder that is listed already, or to `top` or a folder above it, is left
-    out. Raises InputError for a folder that cannot be read.
+    Links to folders are followed; one that leads to a folder that is listed already, or to `top` or
+    a folder above it, is left out. Raises InputError for a folder that cannot be read.
     """
     real_top = os.path.realpath(top)
     listing = Listing([], Counter(), {}, [])
@@ -211,7 +212,7 @@ def images_below(top: Path, name: str = "") -> Listing:
     real = os.path.realpath(top / name)
     folders, links = [(name, real)], []
     while folders or links:
-        # links come last, so that a file's path does not depend on links to the folder that it is in
+        # links come last, so that a file's path does not depend on links to its folder
         inside, real = folders.pop() if folders else links.pop()
         around = inside != "" and os.path.commonpath([real_top, real]) == real
         if around or real in listing.folders:
@@ -222,11 +223,13 @@ def images_below(top: Path, name: str = "") -> Listing:
         prefix = os.path.join(inside, "")
         images += [prefix + file for file in entries.images]
         listing.others.update(map(_ending, entries.others))
-        folders += ((os.path.join(inside, one), os.path.join(real, one)) for one in entries.folders)
-        for link in (os.path.join(inside, one) for one in entries.links):
-            links.append((link, os.path.realpath(os.path.join(top, link))))
-        folders.sort(reverse=True)  # the order that a file system has differs between copies
-        links.sort(reverse=True)
+        # sorted, because a file system's own order differs between copies
+        for one in sorted(entries.folders, reverse=True):
+            folders.append((prefix + one, os.path.join(real, one)))
+        for one in entries.links:
+            links.append((prefix + one, os.path.realpath(os.path.join(top, prefix + one))))
+        if entries.links:
+            links.sort(reverse=True)
     listing.images.extend(map(os.fsencode, sorted(images)))
     return listing
 
@@ -243,7 +246,7 @@ def _endings(counts: Counter[str]) -> str:
 
 
 def _tell_of_others(folder: Path, listings: list[Listing], others: Counter[str], beside: int) -> None:
-    """Print, in one line, what was left out: files with other endings, images outside class folders, repeated links."""
+    """Print, in one line, what was left out: other files, images outside class folders, links."""
     others = sum((listing.others for listing in listings), others)
     repeated = [link for listing in listings for link in listing.repeated]
     what = []
@@ -307,8 +310,9 @@ def photos() -> Path:
 
 
 def _is_complete(root: Path) -> bool:
-    """Return whether `root` holds every patch, none of them cut short: systems remove old files from folders for
-    temporary ones.
+    """Return whether `root` holds every patch, and none is cut short.
+
+    Systems remove old files from folders for temporary ones.
     """
     try:
         for split, count in (("train", _TRAIN_PATCHES), ("val", _VAL_PATCHES)):

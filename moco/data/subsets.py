@@ -139,7 +139,7 @@ def is_published(text: bytes, percent: int) -> bool:
 
 
 def names(file: Path, option: str = "--subset-file") -> set[str]:
-    """Return what `file` names, one a line, without spaces around it; bytes that are not UTF-8 as in names of files.
+    """Return what `file` names, one a line, without spaces around it; decoded as file names are.
 
     Raises InputError, which names the `option`, if the file cannot be read or is empty.
     """
@@ -153,7 +153,7 @@ def names(file: Path, option: str = "--subset-file") -> set[str]:
 
 
 def write_names(images: Images, file: Path) -> None:
-    """Write a list of `images` that `listed` reads. Raises InputError for a name with a line break in it."""
+    """Write a list of `images` that `listed` reads. Raises InputError for a name with a line break."""
     lines = [os.fsencode(images.name(i)) for i in range(len(images))]
     if bad := next((line for line in lines if len(line.splitlines()) > 1), None):
         raise InputError(f"{images.root}: the name {bad!r} has a line break in it, so that no list can hold it; rename the file")
