@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors
 import torch
 from conftest import ROOT, shell
 from safetensors.torch import save_file
@@ -383,6 +384,10 @@ def test_memory_that_runs_out_is_not_taken_for_damage(fault, file, monkeypatch):
         return torch.empty(1 << 55)
 
     monkeypatch.setattr(torch, "load", full)
+    with pytest.raises(Unreadable, match="cannot be read: not enough memory"):
+        checkpoint.load(str(file))
+    monkeypatch.setattr(safetensors, "safe_open", full)
+    save_file({"x": torch.ones(1)}, file)
     with pytest.raises(Unreadable, match="cannot be read: not enough memory"):
         checkpoint.load(str(file))
 

@@ -53,7 +53,7 @@ def read(path: str) -> State:
 
 
 def _torch(path: str) -> State:
-    """Raises OSError and MemoryError too."""
+    """Return what torch.save has written to `path`. Raises OSError and MemoryError, too."""
     try:
         return _unpickled(path)
     except Exception:
@@ -69,13 +69,17 @@ def _torch(path: str) -> State:
             raise InputError(f"{path}: {_of_objects(path, refused[1] or '')}") from None
         other = "it is damaged or of another format"
         raise InputError(f"{path}: not a readable checkpoint; {other}") from None
-    except MemoryError:
-        raise
     except Exception as error:  # damaged files end in many kinds
-        if "allocate memory" in str(error) or "not enough memory" in str(error):
-            raise MemoryError from None
+        _check_memory(error)
         damaged = "it is truncated or damaged, take an earlier one"
         raise InputError(f"{path}: not a readable checkpoint; {damaged}") from None
+
+
+def _check_memory(error: Exception) -> None:
+    """Raise MemoryError if that is what torch or safetensors means."""
+    said = str(error).lower()
+    if isinstance(error, MemoryError) or "allocate memory" in said or "not enough memory" in said:
+        raise MemoryError from None
 
 
 def _unpickled(path: str) -> State:
@@ -194,9 +198,10 @@ def _safetensors(path: str, file: BinaryIO) -> State:
         with safetensors.safe_open(path, "pt") as opened:
             facts = opened.metadata() or {}
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    except (OSError, MemoryError):
+    except OSError:
         raise
-    except Exception:  # damaged ones end in many kinds
+    except Exception as error:  # damaged ones end in many kinds
+        _check_memory(error)
         again = "it is truncated or damaged; export or download it again"
         raise InputError(f"{path}: not a readable checkpoint; {again}") from None
     return {**_facts(facts), **tensors}
