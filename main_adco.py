@@ -2,7 +2,8 @@
 """Pre-train a ResNet with AdCo: negatives that are learned as adversaries of the encoder.
 
 --sym 1 compares both views in both directions; --multi_crop 1 compares several crops, most of them small, with one key view; both
-together are possible. configs/ holds the published settings: --cfg configs/adco_200.yaml.
+together are possible. All GPUs of the node take part unless --gpu ID or --no-multiprocessing-distributed is given.
+configs/ holds the published settings: --cfg configs/adco_200.yaml.
 """
 
 import moco as _first  # noqa: F401 (before torch: sets how its threads wait)
