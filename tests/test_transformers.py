@@ -23,11 +23,12 @@ from moco.engine import checkpoint
 from moco.errors import InputError
 
 # the smallest networks of their kinds, at a size that they get through in moments
-SIZES = ("--image-size", 32, "-b", 8, "-j", 0, "--epochs", 1, "--mlp-dim", 32, "--moco-dim", 16, "--queue", 40)
+SIZES = ("--image-size", 32, "-b", 8, "-j", 0, "--epochs", 1, "--mlp-dim", 32, "--moco-dim", 16)
+QUEUE = ("--queue", 40)
 SMALL = (*SIZES, "-a", "test_vit", "--online-drop-path", 0.2)
 VIT = (*SIZES, "-a", "vit_tiny")
 SYNCO = ("--n-hard", 8, *(word for i in range(1, 7) for word in (f"--n{i}", 2)), "--synthetic-first", 1, "--synthetic-last", 2)
-METHODS = {"moby": (), "synco": SYNCO, "byol": ("--moco-m", 0.9)}
+METHODS = {"moby": QUEUE, "synco": (*SYNCO, *QUEUE), "byol": ("--moco-m", 0.9)}
 ARCHS = {"moby": "swin_tiny", "synco": "test_vit", "byol": "vit_tiny"}
 
 
@@ -454,7 +455,7 @@ def test_recipes_hold_the_published_settings(recipe):
         ("main_moby", ("--method", "mocov3"), ("--method", "synco")),
         ("main_moby", ("--online-drop-path", 1), ("--online-drop-path: 1 is not below 1", "[0, 1)")),
         ("main_moby", ("--moco-m", 2), ("--moco-m",)),
-        ("main_moby", ("--method", "synco", "--n-hard", 50), ("--n-hard 50", "40 rows (--queue)")),
+        ("main_moby", ("--method", "synco", "--n-hard", 50, *QUEUE), ("--n-hard 50", "40 rows (--queue)")),
         ("main_moby", ("--method", "synco", "--n-hard", 8, "--synthetic-first", 100), ("--synthetic-first 100", "below")),
         ("main_moby", ("--method", "synco", "--queue", 400, *(f"--n{i}=0" for i in range(1, 7))), ("--n1 to --n6 are all 0",)),
         ("main_moby", ("--image-size", 24), ("--image-size 24", "multiple", "16 pixels")),
