@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import math
 import os
@@ -15,6 +16,7 @@ import struct
 import subprocess
 import sys
 import termios
+import threading
 import time
 from pathlib import Path
 
@@ -104,16 +106,26 @@ def test_a_signal_ends_a_run_after_its_step_and_it_goes_on_as_if_never_stopped(c
     assert sorted(set(logged(tmp_path))) == logged(tmp_path) == list(range(logged(tmp_path)[0], 2 * STEPS + 1))
 
 
-def test_ctrl_c_is_acknowledged_while_a_step_runs(data, tmp_path):
-    """At once: the step's own line comes after it. At every place of the step, also in the middle of its backward pass."""
-    command = ("main_synco.py", data, "-a", "resnet18", "--image-size", 224, "-b", 32, "-j", 0, "--moco-k", 64, "-p", 1)
-    process = shell(*command, "--save-dir", tmp_path, "--epochs", 50, wait=False)
-    until(lambda: logged(tmp_path), process)
-    process.send_signal(signal.SIGINT)
-    assert process.stderr.readline() == "SIGINT: finishing the step and saving; Ctrl-C after 3 seconds ends at once\n"
-    assert not list(tmp_path.glob("*.tar"))
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == STATUS and "SIGINT: saved" in err
+def test_ctrl_c_is_acknowledged_while_the_main_thread_computes(monkeypatch):
+    """In a call that does not return to Python, as a backward pass: the handler itself waits for its end."""
+    heard, ended = [], []
+    read, write = os.pipe()
+    wrote = os.write
+    monkeypatch.setattr(os, "write", lambda descriptor, line: wrote(write if descriptor == 2 else descriptor, line))
+    listener = threading.Thread(target=lambda: heard.append((os.read(read, 1000), time.monotonic())))
+    listener.start()
+    with interrupt.Requests() as requests:
+        threading.Timer(0.2, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+        hashlib.pbkdf2_hmac("sha256", b"", b"", 5_000_000)  # some seconds
+        ended.append(time.monotonic())
+        time.sleep(0.01)
+        assert requests.agreed() == "SIGINT"
+    listener.join(10)
+    ((line, when),) = heard
+    assert line.strip() == b"SIGINT: finishing the step and saving; Ctrl-C after 3 seconds ends at once"
+    assert when < ended[0]
+    os.close(read)
+    os.close(write)
 
 
 def test_a_resumed_run_s_time_continues_and_the_report_adds_no_start_twice(script, data, tmp_path):
