@@ -406,7 +406,8 @@ def test_a_loss_that_is_no_number_ends_the_run(script, data, tmp_path, monkeypat
     status, _, err = script("main_synco", *command, "--epochs", 3, "--lr", 1e-3, "--lr-warmup-epochs", 0, "--epochs", 1)
     assert status == 0, err
     good = (tmp_path / "checkpoint_0000.pth.tar").read_bytes()
-    resumed = ("--resume", tmp_path / "checkpoint_0000.pth.tar", "--epochs", 3, "--lr", 1e38, "-p", 7, "--save-every-steps", 2)
+    resumed = ("--resume", tmp_path / "checkpoint_0000.pth.tar", "--epochs", 3, "--lr", 1e38, "-p", 7)
+    resumed += ("--save-every-steps", 2, "--allow-change", "lr")
     status, _, err = script("main_synco", *command, *resumed)
     assert status == 2 and len(own_lines(err)) == 1, err
     assert "the loss, or a weight, is nan at step 1" in err and "(epoch 1, lr 1e+38, images class" in err

@@ -231,8 +231,13 @@ class Trainer(ABC):
             names = ", ".join(self.images.name(int(i)) for i in images)
             where = f"step {step:.0f} (epoch {step // self.steps_per_epoch:.0f}, lr {rate:g}, images {names}, ...)"
             kept = next(iter(checkpoint.found(self.args.save_dir)), None)
-            last = f"the last checkpoint from before it is {kept}" if kept else "there is no checkpoint from before it"
-            raise InputError(f"the loss, or a weight, is {loss:g} at {where}; {last}; lower --lr, or raise --lr-warmup-epochs")
+            if kept:
+                what = (
+                    f"the last checkpoint from before it is {kept}; continue with --resume auto --allow-change lr and a lower --lr"
+                )
+            else:
+                what = "there is no checkpoint from before it; lower --lr, or raise --lr-warmup-epochs"
+            raise InputError(f"the loss, or a weight, is {loss:g} at {where}; {what}")
 
     def _gradients(self) -> Metrics:
         """Clip the gradient; returns the length before that of each of the module's `parts`, where it names any."""
