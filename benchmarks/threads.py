@@ -15,7 +15,9 @@ import torch
 SETTINGS = {
     "torch's default": {"KMP_BLOCKTIME": "0"},  # which is not GNU's: only says that the user chose
     "ours": {},
+    "spin 300": {"GOMP_SPINCOUNT": "300"},
     "spin 1000": {"GOMP_SPINCOUNT": "1000"},
+    "spin 3000": {"GOMP_SPINCOUNT": "3000"},
     "spin 10000": {"GOMP_SPINCOUNT": "10000"},
     "spin 100000": {"GOMP_SPINCOUNT": "100000"},
     "passive": {"OMP_WAIT_POLICY": "PASSIVE"},
