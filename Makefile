@@ -31,7 +31,7 @@ $(VENV)/ready: requirements.txt requirements-dev.txt $(CONSTRAINTS)
 detectron2: $(VENV)/detectron2
 
 $(VENV)/detectron2: $(VENV)/ready
-	$(PIP) "setuptools<81" fvcore pycocotools cloudpickle omegaconf tensorboard
+	$(PIP) "setuptools>=70.1,<81" fvcore pycocotools cloudpickle omegaconf tensorboard
 	$(PIP) --no-deps --only-binary=:all: --python-version 3.10 \
 		--target "$$($(VENV)/bin/python -c 'import site; print(site.getsitepackages()[0])')" sal-detectron2==0.7.2
 	touch $@

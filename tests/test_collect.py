@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -32,7 +33,7 @@ def collect(folder, *options):
 
 def test_the_best_setting_is_chosen_on_held_out_images(tmp_path):
     for lr, top1, held in ((0.01, 0.50, 0.40), (0.02, 0.45, 0.60), (0.05, 0.55, 0.30)):
-        write(tmp_path / f"a{lr}", metrics={"acc1": top1, "acc5": 0.8, "held_out_acc1": held}, lr_backbone=lr, seed=0)
+        write(tmp_path / f"a{lr}", metrics={"acc1": top1, "acc5": 0.8, "held_out_acc1": held}, lr_backbone=lr, wd=0.1, seed=0)
     text, (row,), (line,) = collect(tmp_path)
     assert row == {
         "method": "synco",
@@ -41,7 +42,9 @@ def test_the_best_setting_is_chosen_on_held_out_images(tmp_path):
         "imagenet 1 % labels, top-1 / top-5": "45.0 / 80.0",
     }
     assert (line["chosen_on"], line["settings_tried"], float(line["value"])) == ("held out", "3", 0.45)
-    assert json.loads(line["settings"]) == {"lr_backbone": 0.02} and "\\*" not in text
+    assert json.loads(line["settings"]) == {"lr_backbone": 0.02, "wd": 0.1} and "\\*" not in text
+    column = "imagenet 1 % labels, top-1 / top-5"
+    assert f"{column}, synco resnet50: the best of 3 settings is lr_backbone 0.02\n" in text
     assert (tmp_path / "table.md").read_text() in text
 
 
@@ -128,7 +131,9 @@ def test_the_sweep_goes_on_where_it_was_stopped(shared_images, tmp_path):
     first = sweep()
     runs = sorted(path.parent.name for path in (tmp_path / "sweep").rglob("results.json"))
     assert runs == ["100percent_1epochs_lr0.01", "100percent_1epochs_lr0.02"] and first.count("* Acc@1") == 2
-    assert "100 % labels, top-1 / top-5" in first and "\\*" not in first  # chosen on held-out images
+    assert (
+        re.search(r"100 % labels, .* the best of 2 settings is lr_backbone 0\.0[12]\n", first) and "\\*" not in first
+    )  # chosen on held-out images
     (tmp_path / "sweep" / runs[0] / "results.json").unlink()
     again = sweep()
     assert again.count("done before") == 1 and again.count("* Acc@1") == 1 and "loss" not in again  # tested, not trained again

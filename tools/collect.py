@@ -52,6 +52,7 @@ class Best(NamedTuple):
 
     runs: list[Run]
     tried: int
+    varied: list[str]  # the settings that differ among those tried
     on_val: bool  # chosen among several settings on val/
 
 
@@ -158,7 +159,11 @@ def best(runs: list[Run]) -> Best:
     def worth(same: list[Run]) -> float:
         return statistics.mean(run.value if on_val else run.judged for run in same)
 
-    return Best(max(settings.values(), key=worth), len(settings), on_val and len(settings) > 1)
+    tried = [json.loads(setting) for setting in settings]
+    names = sorted({name for one in tried for name in one})
+    varied = [name for name in names if any(one.get(name) != tried[0].get(name) for one in tried)]
+    best_runs = max(settings.values(), key=worth)
+    return Best(best_runs, len(settings), varied, on_val and len(settings) > 1)
 
 
 def markdown(cells: dict[tuple[Encoder, tuple[str, str]], Best]) -> str:
@@ -174,9 +179,19 @@ def markdown(cells: dict[tuple[Encoder, tuple[str, str]], Best]) -> str:
         row = [e.method, e.arch, "" if e.epochs is None else str(e.epochs), *([e.checkpoint or ""] if twice else [])]
         lines.append(row + [cell(cells.get((e, column))) for column in columns])
     text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    chosen = [choice(*place, found) for place, found in cells.items() if found.tried > 1]
+    text += "".join(f"\n{line}\n" for line in sorted(chosen))
     if any(found.on_val for found in cells.values()):
         text += "\n\\* the best of several settings, chosen on the very images that it is tested on\n"
     return text
+
+
+def choice(encoder: Encoder, column: tuple[str, str], found: Best) -> str:
+    """Return the line that says which of the settings tried was the best."""
+    setting = json.loads(found.runs[0].setting)
+    values = ", ".join(f"{name} {setting.get(name)}" for name in found.varied)
+    where = f"{' '.join(column)}, {encoder.method} {encoder.arch}"
+    return f"{where}: the best of {found.tried} settings is {values}"
 
 
 def cell(found: Best | None) -> str:
