@@ -67,7 +67,9 @@ def whole(data, tmp_path_factory):
 def until(condition, process, seconds=120):
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end and process.poll() is None, process.communicate()
+        if time.monotonic() > end or process.poll() is not None:
+            process.kill()
+            pytest.fail(f"the process ended, or {seconds} seconds passed: {process.communicate()}")
         time.sleep(0.01)
 
 

@@ -9,6 +9,7 @@ val/, which a * marks.
 import argparse
 import csv
 import io
+import json
 import re
 import statistics
 import sys

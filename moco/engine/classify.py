@@ -406,6 +406,8 @@ class FineTuning(Classification):
         lr_backbone: float,
         zero_init: bool = False,
     ):
+        if args.batch_per_process < 2:
+            raise InputError("--batch-size gives each process a single image; batch norm needs at least two. Raise --batch-size")
         self.classifier, self.lr_backbone = networks.classifier(net), lr_backbone
         nn.init.zeros_(self.classifier.bias)
         if zero_init:
