@@ -97,6 +97,23 @@ class _Recomputed:
 _RECOMPUTED = {kind: type(kind.__name__, (_Recomputed, kind), {}) for kind in (BasicBlock, Bottleneck)}
 
 
+def check_compiled_recomputation() -> None:
+    """Raise InputError if this PyTorch counts what batch norm sees twice when recomputed blocks are compiled.
+
+    PyTorch 2.6 does: its compiler does not take back what the second pass adds to the statistics.
+    """
+    block = BasicBlock(4, 4)
+    recompute_blocks(block)
+    block.compile(backend="aot_eager")  # traces as the usual backend does
+    with torch.random.fork_rng(devices=[]):
+        block(torch.randn(2, 4, 4, 4)).sum().backward()
+    if int(block.bn1.num_batches_tracked) != 1:
+        raise InputError(
+            f"--compile with --grad-checkpoint: PyTorch {torch.__version__} would update batch norm's statistics "
+            "twice a step; leave one of them out, or install a newer PyTorch"
+        )
+
+
 def _first_and_second_time(block: nn.Module) -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:
     return contextlib.nullcontext(), _statistics_kept(block)
 

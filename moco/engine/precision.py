@@ -72,6 +72,8 @@ def place(model: nn.Module, device: torch.device, compile: bool, recompute: bool
         model.to(memory_format=torch.channels_last)
     if recompute:
         networks.recompute_blocks(model)
+        if compile:
+            networks.check_compiled_recomputation()
     if compile:
         for child in model.children():
             child.compile()
