@@ -495,10 +495,16 @@ def test_other_scripts_take_one_gpu_unless_told_otherwise(gpus):
 
 def test_a_launcher_wins_over_what_adco_does_by_default(gpus, monkeypatch):
     gpus(8)
-    for name, value in {"SLURM_STEP_NUM_TASKS": 8, "SLURM_PROCID": 3, "SLURM_LOCALID": 3, "SLURM_STEP_NODELIST": "a"}.items():
+    for name, value in {
+        "SLURM_STEP_NUM_TASKS": 8,
+        "SLURM_PROCID": 3,
+        "SLURM_LOCALID": 3,
+        "SLURM_STEP_NODELIST": "localhost",
+    }.items():
         monkeypatch.setenv(name, str(value))
     assert adco().launcher == "srun"
-    for name, value in {"RANK": 3, "WORLD_SIZE": 8, "LOCAL_RANK": 3, "LOCAL_WORLD_SIZE": 8}.items():
+    torchrun = {"RANK": 3, "WORLD_SIZE": 8, "LOCAL_RANK": 3, "LOCAL_WORLD_SIZE": 8}
+    for name, value in (torchrun | {"MASTER_ADDR": "localhost", "MASTER_PORT": 29500}).items():
         monkeypatch.setenv(name, str(value))
     assert adco().launcher == "torchrun"
     with pytest.raises(InputError, match="torchrun has started a process per GPU already"):
