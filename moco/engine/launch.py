@@ -149,7 +149,7 @@ def launch(worker: Worker, args: Namespace) -> None:
         raise InputError(f"--batch-size {args.batch_size} is smaller than the {p.local} processes of this node; raise it")
     if p.launcher != "spawn":
         name = os.path.basename(sys.argv[0])
-        _process(p, worker, args, p.first, p.local_rank, lambda lost: print(f"{name}: error: {lost}", file=sys.stderr))
+        _process(p, worker, args, p.first, p.local_rank, lambda lost: _tell(name, lost))
         return
     # a rank that is ended because another one failed cannot tidy up; Python's tracker does, and need not report it
     sys.warnoptions.append("ignore:resource_tracker:UserWarning")
@@ -172,6 +172,11 @@ def launch(worker: Worker, args: Namespace) -> None:
             raise _lost(p.first, killed, error) from None
     if not ends.empty():
         raise ends.get()
+
+
+def _tell(name: str, lost: str) -> None:
+    """Print the line about a lost rank; the process ends next, without Python's own flush."""
+    print(f"{name}: error: {lost}", file=sys.stderr, flush=True)
 
 
 class Lost(Exception):

@@ -41,7 +41,7 @@ def guard() -> None:
             io.BufferedWriter(_Patient(stream.fileno(), "w", closefd=False)),
             encoding=stream.encoding,
             errors=stream.errors,
-            line_buffering=stream.line_buffering or stream.isatty(),
+            line_buffering=name == "stderr" or stream.line_buffering or stream.write_through,
             write_through=stream.write_through,
         )
         setattr(sys, name, guarded)
