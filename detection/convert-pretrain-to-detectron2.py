@@ -92,7 +92,7 @@ def renamed(name: str) -> str:
     return name.replace("downsample.0.", "shortcut.").replace("downsample.1.", "shortcut.norm.")
 
 
-def write(path: Path, converted: dict[str, Any], force: bool) -> None:
+def write(path: Path, converted: dict[str, Any], force: bool = False) -> None:
     """Write OUT; leave one that holds the same already, as a detector's run that continues has it.
 
     Raises InputError if there is another file at `path`, unless `force`.

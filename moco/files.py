@@ -84,7 +84,9 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def check_new(path: Path, force: bool = False) -> None:
-    """Raise InputError if there is a file at `path`, unless `force` (a tool's `--force`)."""
+    """Raise InputError if there is a folder at `path`, or a file unless `force` (a tool's `--force`)."""
+    if path.is_dir():
+        raise InputError(f"{path}: is a folder; choose another place")
     if os.path.lexists(path) and not force:
         raise InputError(f"{path}: exists; give --force to replace it, or choose another place")
 

@@ -169,7 +169,7 @@ def test_check_sees_what_did_not_arrive(change, convert, tmp_path, monkeypatch):
     """Of an OUT that was spoiled between writing and loading."""
     write = converter.write
 
-    def spoil(path, found):
+    def spoil(path, found, force):
         model = dict(found["model"])
         x = model.pop("res4.0.conv1.weight")
         if change == "a number":

@@ -72,7 +72,7 @@ class Page(HTMLParser):
 
 
 def made(folders, tmp_path, **options):
-    report.write(list(folders), tmp_path / "page.html", **options)
+    report.write(list(folders), tmp_path / "page.html", force=True, **options)
     return Page(tmp_path / "page.html")
 
 
@@ -214,7 +214,8 @@ def test_mistakes(tmp_path, monkeypatch, capsys):
         "is for one run": {"folders": [run, probe], "pretrained": run / "args.yaml"},
         "no such file": {"folders": [run], "pretrained": run / "gone"},
         "at least one image": {"folders": [run], "images": 0},
-        "cannot be written": {"folders": [run], "out": run},
+        "is a folder": {"folders": [run], "out": run},
+        "cannot be written": {"folders": [run], "out": run / "args.yaml" / "page.html"},
     }
     for says, options in mistakes.items():
         with pytest.raises(InputError, match=says):

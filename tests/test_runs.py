@@ -277,14 +277,15 @@ def test_a_probe_goes_on_with_its_own_settings_only(script, shared_images, tmp_p
         assert status == 2 and named in err and len(own_lines(err)) == 1, err
     state = load(tmp_path / "checkpoint.pth.tar")
     state["state_dict"]["module.conv1.weight"] += 1
-    torch.save(state, tmp_path / "other.pth.tar")
-    status, _, err = script("main_lincls", *command, "--resume", tmp_path / "other.pth.tar", *settings)
+    (tmp_path / "other").mkdir()
+    torch.save(state, tmp_path / "other" / "checkpoint.pth.tar")
+    status, _, err = script("main_lincls", *command[:-2], "--resume", tmp_path / "other" / "checkpoint.pth.tar", *settings)
     assert status == 2 and "its backbone is not a random one with --seed 3" in err
-    # nothing is left to train; the seed is the checkpoint's, and to test takes everything from it
-    for options in (settings[:3] + settings[5:], ("-e",)):
+    # nothing is left to train, and a test takes everything from the checkpoint
+    for options, folder in ((settings, tmp_path), (("-e",), tmp_path / "lincls")):
         status, _, err = script("main_lincls", *command, *go_on, *options)
         assert status == 0, err
-        assert json.loads((tmp_path / "results.json").read_text())["metrics"] == first
+        assert json.loads((folder / "results.json").read_text())["metrics"] == first
     status, _, err = script("main_lincls", *command, "-e")
     assert status == 2 and "--resume FILE" in err
 

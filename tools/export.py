@@ -113,8 +113,6 @@ def check_places(args: argparse.Namespace, outs: list[Path]) -> None:
     if args.out.suffix == ".safetensors" and (name := str(args.out)) != name.encode(errors="replace").decode():
         raise InputError(f"{args.out}: is not UTF-8, which safetensors needs; choose another name, or let OUT end in .pth")
     for out in outs:
-        if out.is_dir():
-            raise InputError(f"{out}: is a folder; choose another place")
         if out.exists() and Path(args.checkpoint).exists() and out.samefile(args.checkpoint):
             raise InputError(f"{out}: is the checkpoint itself; choose another place")
         check_new(out, args.force)

@@ -115,6 +115,7 @@ class _VOC2007(tv.VOCDetection):
 
 def _caltech101(root: str, seed: int) -> Split:
     """30 random images of each class, and the rest. Torchvision guesses the files' names from how many there are."""
+    os.stat(os.path.join(root, "caltech101", "101_ObjectCategories"))  # an error that names it, if it is absent
     images = datasets.scan(Path(root) / "caltech101", "101_ObjectCategories")
     kept = [i for i, name in enumerate(images.classes) if name != "BACKGROUND_Google"]
     images = images.part(np.isin(images.labels, kept))

@@ -115,8 +115,8 @@ def load(path: str) -> State:
     return read(path)
 
 
-def restore(model: nn.Module, state: State, path: str, arch: str, method: str, diverged: bool = False) -> None:
-    """Load a checkpoint of this project into the model it came from. Raises InputError where it is of another run's kind."""
+def check_origin(state: State, path: str, arch: str, method: str) -> None:
+    """Raise InputError if a checkpoint does not hold the state of a run of this `arch` and `method`."""
     if origin(state) == "classifier" and method not in CLASSIFIERS:
         ours = "it is a classifier's checkpoint, and this script pre-trains"
         raise InputError(f"{path}: cannot be resumed here: {ours}; continue it with the script that saved it")
@@ -126,6 +126,10 @@ def restore(model: nn.Module, state: State, path: str, arch: str, method: str, d
             raise InputError(
                 f"{path}: is of {what} '{short(state.get(what))}', not '{mine}'; resume with the options it was made with"
             )
+
+
+def restore(model: nn.Module, state: State, path: str, diverged: bool = False) -> None:
+    """Load the weights of a checkpoint that `check_origin` has passed. Raises InputError if they do not fit `model`."""
     weights = {name.removeprefix("module."): tensor for name, tensor in state["state_dict"].items()}
     mine = model.state_dict()
     odd = sorted(weights.keys() ^ mine.keys()) or [n for n in mine if not fits(weights[n], mine[n])]

@@ -17,7 +17,7 @@ from moco.encoder import networks, published
 from moco.engine import checkpoint, features, metrics, precision
 from moco.engine.log import STARTED, clock, say, write_json, write_options
 from moco.engine.train import Trainer
-from moco.errors import InputError
+from moco.errors import InputError, short
 from moco.rng import Progress
 
 
@@ -87,7 +87,7 @@ def restore_options(args: Namespace, options: Iterable[str]) -> None:
         value = saved.get(name, given)
         if not _alike(value, given):
             raise InputError(
-                f"{args.resume}: its --{name.replace('_', '-')} is {str(value)[:50]}, which cannot be; take another one"
+                f"{args.resume}: its --{name.replace('_', '-')} is {short(str(value))}, which cannot be; take another one"
             )
         setattr(args, name, value)
     args.encoder_method, args.pretrain_epochs = (
@@ -365,14 +365,13 @@ class Classification(Trainer):
     def finish(self) -> None:
         """What follows training."""
 
-    def _resume(self, state: checkpoint.State) -> None:
+    def check_resumed(self, state: checkpoint.State) -> None:
         if not isinstance(state.get("best_acc1"), int | float):
             raise InputError(f"{self.args.resume}: is of no classifier; --resume goes on with those of this script's runs")
         classes = state.get("classes")
         if classes is not None and classes != list(self.images.classes):
             raise InputError(f"{self.args.resume}: {_difference(classes, self.images.classes)}")
         self.best = state["best_acc1"]
-        super()._resume(state)
 
 
 def _difference(saved: object, classes: tuple[str, ...]) -> str:

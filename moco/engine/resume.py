@@ -5,7 +5,7 @@ from pathlib import Path
 
 from moco.engine import checkpoint
 from moco.engine.log import say
-from moco.errors import InputError
+from moco.errors import InputError, short
 from moco.files import read_yaml
 
 # Options that change neither what is learned nor its schedule: launch, reading, logging, saving.
@@ -135,4 +135,4 @@ def _spelled(name: str) -> str:
 
 
 def _short(value: object) -> str:
-    return "unset" if value is None else str(value)[:60]
+    return "unset" if value is None else short(str(value))

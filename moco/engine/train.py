@@ -286,16 +286,23 @@ class Trainer(ABC):
                 say(f"no epochs are left: {self.first_epoch} are done, and --epochs is {args.epochs}; raise it to train longer")
         say(f"run folder {args.save_dir}")
 
+    def check_resumed(self, state: checkpoint.State) -> None:  # noqa: B027
+        """Raise InputError if the checkpoint does not go with this task's data."""
+
     def _resume(self, state: checkpoint.State) -> None:
-        """Take up a checkpoint."""
+        """Restore the run's state from the checkpoint of `--resume`. Raises InputError if it is of another run."""
         args = self.args
+        tests = getattr(args, "evaluate", False)  # a test alone takes no step, by no optimizer
+        checkpoint.check_origin(state, args.resume, args.arch, args.method)
+        if not tests:
+            resume.check_unchanged(args, state, self.batch)
+        self.check_resumed(state)
         images = state.get("images", len(self.images))
         if images != len(self.images):
             where = f"{self.images.root} has {len(self.images)}"
             raise InputError(f"{args.resume}: was trained on {images} images, but {where}; resume with the data it was made with")
-        checkpoint.restore(self.module, state, args.resume, args.arch, args.method, self.may_diverge)
-        if not getattr(args, "evaluate", False):  # a test alone takes no step, by no optimizer
-            resume.check_unchanged(args, state, self.batch)
+        checkpoint.restore(self.module, state, args.resume, self.may_diverge)
+        if not tests:
             optim.restore(self.optimizer, state["optimizer"], args.resume, self.may_diverge)
             precision.restore(self.scaler, state.get("scaler", {}), args.resume)
 
