@@ -239,8 +239,9 @@ def test_another_world_size_goes_on_at_the_same_place(script, data, tmp_path):
     changed = ("--lr", 0.5, "--cos", "--allow-change", "lr,cos")
     status, out, err = script(*resumed, "--save-dir", tmp_path / "one", "--save-every-steps", 11, *changed)
     assert status == 0 and "at epoch 0, after 10 of its steps" in out, err
-    first = json.loads((tmp_path / "one" / "log.jsonl").read_text().splitlines()[0])
-    assert (first["epoch"], first["step"], first["lr"]) == (0, 11, 0.5)
+    lines = [json.loads(line) for line in (tmp_path / "one" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines[:10]] == [*range(1, 11)]  # of the run that this one began from
+    assert (lines[10]["epoch"], lines[10]["step"], lines[10]["lr"]) == (0, 11, 0.5)
     # twice the batch, with half as many steps in an epoch: five of them have seen its images
     status, out, err = script(*resumed, "--save-dir", tmp_path / "two", "-b", 8)
     assert status == 0 and "at epoch 0, after 5 of its steps" in out, err
