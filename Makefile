@@ -36,7 +36,7 @@ $(VENV)/detectron2: $(VENV)/ready
 		--target "$$($(VENV)/bin/python -c 'import site; print(site.getsitepackages()[0])')" sal-detectron2==0.7.2
 	touch $@
 
-# all tests with the oldest versions that requirements.txt allows, then with the newest that there are
+# all tests, with the oldest versions that requirements.txt allows, then with the newest available
 matrix: .matrix/oldest.txt
 	@"$(OLDEST_PYTHON)" -c "import sys; sys.exit(sys.version_info[:2] != (3, 10))" 2>/dev/null \
 		|| { echo "make matrix: '$(OLDEST_PYTHON)' is not Python 3.10: give OLDEST_PYTHON=/path/to/python3.10" >&2; exit 2; }

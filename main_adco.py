@@ -21,19 +21,23 @@ from moco.engine.log import say
 def parser() -> cli.Parser:
     p = cli.Parser(__doc__)
     cli.add_pretrain(p, cos=2)
-    # as its authors' script does; for one GPU give --gpu ID or --no-multiprocessing-distributed
+    # None: all GPUs take part, as in the authors' script (see `cli.add_launch`)
     p.set_defaults(cos=1, lr_final=0.0006, multiprocessing_distributed=None)
     cli.add_momentum_encoder(p, t=0.12, v2=True)
     bank = p.add_argument_group("AdCo")
-    bank.add_argument("--cluster", type=values.entries, default=65536, metavar="K", help="learned negatives")
+    bank.add_argument("--cluster", type=values.entries, default=65536, metavar="K", help="number of learned negatives")
     bank.add_argument(
-        "--memory-lr", type=values.learning_rate, default=3.0, metavar="LR", help="their rate; --cos 2 lowers it, too"
+        "--memory-lr",
+        type=values.learning_rate,
+        default=3.0,
+        metavar="LR",
+        help="learning rate of the negatives; --cos 2 lowers it, too",
     )
     bank.add_argument(
-        "--mem-t", type=values.temperature, default=0.02, metavar="T", help="temperature of the loss on which they ascend"
+        "--mem-t", type=values.temperature, default=0.02, metavar="T", help="temperature of the loss that the negatives maximize"
     )
-    bank.add_argument("--mem-wd", type=values.decay, default=1e-4, metavar="WD", help="their weight decay")
-    bank.add_argument("--mem-momentum", type=values.momentum, default=0.9, help="of their SGD")
+    bank.add_argument("--mem-wd", type=values.decay, default=1e-4, metavar="WD", help="weight decay of the negatives")
+    bank.add_argument("--mem-momentum", type=values.momentum, default=0.9, help="momentum of the negatives' SGD")
     bank.add_argument("--ad-init", action=cli.Switch, default=True, help="fill the bank with keys before epoch 0, else at random")
     bank.add_argument("--sym", action=cli.Switch, default=False, help="both views are compared with the other's keys")
     bank.add_argument("--multi-crop", action=cli.Switch, default=False, help="several query views; recipe multicrop")
@@ -71,7 +75,7 @@ def worker(args: cli.Options, device: torch.device) -> None:
     if args.multiprocessing_distributed is None:
         n = distributed.world()
         one = "for one process give --gpu ID or --no-multiprocessing-distributed"
-        say(f"{n} process{'es' * (n > 1)}: one for each GPU in sight, or a launcher's; {one}")
+        say(f"{n} process{'es' * (n > 1)}: one for each visible GPU, or those of the launcher; {one}")
     if args.ad_init and not args.resume:
         say(f"the bank's {args.cluster} negatives begin as keys, gathered before epoch 0 (--ad-init)")
     pretrain.train(args, device, lambda images: build(args))

@@ -41,24 +41,34 @@ def parser() -> cli.Parser:
     cli.add_pretrain(p)
     group = p.add_argument_group("FNC")
     group.add_argument(
-        "--support-size", type=values.whole("[0, 100]"), default=8, metavar="N", help="views of an image beyond the first two"
+        "--support-size",
+        type=values.whole("[0, 100]"),
+        default=8,
+        metavar="N",
+        help="extra views per image, used to find false negatives",
     )
     group.add_argument(
         "--fn-mode", choices=MODES, default="attract", help="what becomes of false negatives; off: none is looked for"
     )
-    group.add_argument("--fn-topk", type=values.natural, default=10, metavar="K", help="at most, an image: its most similar rows")
     group.add_argument(
-        "--fn-threshold", type=values.real("[-1, 1]"), default=0.7, metavar="COS", help="least similarity of a false negative"
+        "--fn-topk", type=values.natural, default=10, metavar="K", help="maximum number of false negatives per image"
+    )
+    group.add_argument(
+        "--fn-threshold",
+        type=values.real("[-1, 1]"),
+        default=0.7,
+        metavar="COS",
+        help="minimum cosine similarity of a false negative",
     )
     group.add_argument(
         "--memory-multiplier",
         type=values.whole("[0, 100000]"),
         default=16,
         metavar="N",
-        help="rows of the memory: so many times the total batch; 0: none, the batch itself is compared with",
+        help="size of the memory, in total batches; 0: no memory, images are compared with the batch",
     )
     group.add_argument("--ema", type=values.average, default=0.999, help="momentum of the encoder that fills the memory")
-    group.add_argument("--temperature", type=values.temperature, default=0.1, metavar="T", help="of the softmax")
+    group.add_argument("--temperature", type=values.temperature, default=0.1, metavar="T", help="softmax temperature")
     group.add_argument("--num-proj-layers", type=values.layers, default=3, help="linear layers of the projection head")
     group.add_argument("--proj-out-dim", type=values.width, default=128, help="feature size")
     group.add_argument(
@@ -66,9 +76,9 @@ def parser() -> cli.Parser:
         type=values.positive,
         default=256,
         metavar="IMAGES",
-        help="compared at a time; fewer need less memory",
+        help="images compared at a time; fewer need less memory",
     )
-    off = "false negatives are not looked for (--fn-mode off, or --fn-topk 0); leave it out"
+    off = "false negatives are not searched (--fn-mode off, or --fn-topk 0); leave it out"
     p.has_effect("fn_topk", lambda args: args.fn_mode != "off", off)
     p.has_effect("fn_threshold", lambda args: args.fn_mode != "off" and args.fn_topk, off)
     no_memory = "without a memory (--memory-multiplier 0) there is one encoder; leave it out"
@@ -92,14 +102,14 @@ def check(args: cli.Options) -> None:
 
 
 def check_negatives(args: cli.Options) -> None:
-    """Raise InputError if every row that an image is compared with could be a false negative: some must stay negatives."""
+    """Raise InputError if all entries that an image is compared with could be false negatives."""
     p = launch.plan(args)
-    batch = args.batch_size // p.local * p.world  # of a pass, over all processes
+    batch = args.batch_size // p.local * p.world  # images in a pass, over all processes
     rows = args.memory_multiplier * args.accumulation_steps * batch or args.views * batch
-    others = rows - args.views  # its own views are neither
+    others = rows - args.views  # its own views are neither negatives nor false negatives
     if args.fn_mode != "off" and args.fn_topk >= others > 0:
         where = "the memory (--memory-multiplier)" if args.memory_multiplier else "the batch (--batch-size)"
-        least = f"{where} has {others} rows of other images, and one at least must stay a negative"
+        least = f"{where} has {others} entries of other images, and at least one must stay a negative"
         raise InputError(f"--fn-topk {args.fn_topk}: {least}; give {others - 1} or fewer, or --fn-mode off")
 
 

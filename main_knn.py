@@ -22,9 +22,9 @@ def parser() -> cli.Parser:
     knn.add_argument(
         "--k", type=values.positive, nargs="+", default=[10, 20, 100, 200], help="neighbours that vote; several in one pass"
     )
-    knn.add_argument("--temperature", type=values.temperature, default=0.07, help="of the neighbours' weights")
+    knn.add_argument("--temperature", type=values.temperature, default=0.07, help="temperature of the neighbours' weights")
     knn.add_argument("--host-features", action="store_true", help="keep the features in the host's memory, not on the GPU")
-    on_cpu = "there is no GPU: they are in the host's memory"
+    on_cpu = "there is no GPU; features are in the host's memory anyway"
     p.has_effect("host_features", lambda args: torch.cuda.is_available(), on_cpu, refuse=False)
     cli.add_feature_rules(p)
     features.add_files(p)

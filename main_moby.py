@@ -35,18 +35,22 @@ def parser() -> cli.Parser:
     group.add_argument("--moco-m", type=values.average, help="momentum of the target at the first step; 1 at the last")
     depth = "stochastic depth of the online encoder (default: 0.2 of the ViTs and Swins by short name, else 0)"
     group.add_argument("--online-drop-path", type=values.real("[0, 1)"), metavar="P", help=depth)
-    group.add_argument("--target-drop-path", type=values.real("[0, 1)"), default=0.0, metavar="P", help="and of the target")
+    group.add_argument(
+        "--target-drop-path", type=values.real("[0, 1)"), default=0.0, metavar="P", help="stochastic depth of the target encoder"
+    )
     group.add_argument("--stop-grad-conv1", action=cli.Switch, default=False, help="keep the patch projection as it begins")
     group.add_argument("--proj-layers", type=values.layers, default=2, help="linear layers of the projector")
-    group.add_argument("--pred-layers", type=values.layers, default=2, help="and of the predictor")
-    group.add_argument("--mlp-dim", type=values.width, default=4096, help="width of both")
+    group.add_argument("--pred-layers", type=values.layers, default=2, help="linear layers of the predictor")
+    group.add_argument("--mlp-dim", type=values.width, default=4096, help="hidden width of projector and predictor")
     group.add_argument("--moco-dim", type=values.width, default=256, help="feature size")
     group = p.add_argument_group("contrast (moby, synco)")
-    group.add_argument("--queue", type=values.entries, default=4096, metavar="K", help="rows of each view's queue")
+    group.add_argument("--queue", type=values.entries, default=4096, metavar="K", help="entries in each view's queue")
     group.add_argument("--moco-t", type=values.temperature, default=0.2, metavar="T", help="softmax temperature")
     group = cli.add_synthetic(p, "synthetic negatives (synco)", n_hard=256, each=128, sigma=0.1)
-    group.add_argument("--synthetic-first", type=values.natural, default=30, metavar="EPOCH", help="of the synthetic negatives")
-    group.add_argument("--synthetic-last", type=values.natural, default=100, metavar="EPOCH", help="the first without them again")
+    group.add_argument(
+        "--synthetic-first", type=values.natural, default=30, metavar="EPOCH", help="first epoch with synthetic negatives"
+    )
+    group.add_argument("--synthetic-last", type=values.natural, default=100, metavar="EPOCH", help="first epoch without them again")
     p.has_effect("queue moco_t", lambda args: args.method != "byol", "--method byol compares with no negatives; leave it out")
     synthetic = "n_hard n1 n2 n3 n4 n5 n6 sigma delta eta synthetic_first synthetic_last"
     p.has_effect(
@@ -114,7 +118,7 @@ def worker(args: cli.Options, device: torch.device) -> None:
         when = f"from epoch {args.synthetic_first} on (--synthetic-first), without them from {args.synthetic_last} on"
         say(f"{total} synthetic negatives per query {when} (--synthetic-last)")
         if args.synthetic_first >= args.epochs:
-            say(f"the run ends after {args.epochs} epochs, before there are any: it is MoBY")
+            say(f"the run ends after {args.epochs} epochs, before the first synthetic negatives: this is MoBY")
     say(f"target momentum {args.moco_m:g} at the first step, 1 at the last (--moco-m)")
     pretrain.train(args, device, lambda images: build(args, device))
 

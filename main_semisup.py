@@ -29,13 +29,17 @@ def parser() -> cli.Parser:
     labels.add_argument("--subset-file", metavar="FILE", help="list of the labelled images, one file name a line")
     cli.add_weights(p, "finetune")
     head = p.add_argument_group("classifier")
-    head.add_argument("--lr-backbone", type=values.learning_rate, default=0.02, metavar="LR", help="of what was pre-trained")
-    head.add_argument("--lr-classifier", type=values.learning_rate, default=0.02, metavar="LR", help="of the new classifier")
+    head.add_argument(
+        "--lr-backbone", type=values.learning_rate, default=0.02, metavar="LR", help="learning rate of the pre-trained encoder"
+    )
+    head.add_argument(
+        "--lr-classifier", type=values.learning_rate, default=0.02, metavar="LR", help="learning rate of the new classifier"
+    )
     head.add_argument(
         "--ft-proj", type=values.whole("[0, 100]"), default=0, metavar="N", help="keep N layers of the projection head below it"
     )
     head.add_argument("--zero-init-classifier", action="store_true", help="begin with weights of 0")
-    frozen = "--weights freeze keeps the encoder, and its classifier begins as a linear probe's; leave it out"
+    frozen = "--weights freeze trains a classifier alone, which starts like a linear probe's; leave it out"
     p.has_effect("lr_backbone zero_init_classifier", lambda args: args.weights == "finetune", frozen)
     cli.add_optimizer(p, epochs=30, lr=None, wd=1e-6, schedule=[])
     p.set_defaults(cos=True)

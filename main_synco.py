@@ -65,7 +65,7 @@ def worker(args: cli.Options, device: torch.device) -> None:
     if total := kind(args).total:
         say(f"{total} synthetic negatives per query from epoch {args.warmup_epochs} on (--warmup-epochs)")
         if args.warmup_epochs >= args.epochs:
-            say(f"the run ends after {args.epochs} epochs, before there are any: it is MoCo")
+            say(f"the run ends after {args.epochs} epochs, before the first synthetic negatives: this is MoCo")
     pretrain.train(args, device, lambda images: build(args))
 
 

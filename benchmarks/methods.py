@@ -65,7 +65,12 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--short", action="store_true", help="an epoch each: shows that all runs")
-    parser.add_argument("--out", type=Path, default=measure.ROOT / "runs" / "benchmarks" / "methods", help="run folders, made anew")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=measure.ROOT / "runs" / "benchmarks" / "methods",
+        help="folder of the runs; if it exists, NAME-2, NAME-3, ...",
+    )
     measure.add_json(parser)
     args = parser.parse_args()
     args.out = new_folder(args.out)

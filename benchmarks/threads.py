@@ -1,7 +1,7 @@
 #!/usr/bin/env python
-"""How training on a CPU shares the cores with other programs, by how OpenMP's threads wait for each other.
+"""Measure training on a busy CPU, for several ways in which OpenMP's threads wait for each other.
 
-Each setting trains in a process of its own, alone and beside busy programs; the settings take turns.
+Each setting trains in its own process, alone and next to busy programs; the settings take turns.
 """
 
 import os
@@ -13,7 +13,8 @@ import measure
 import torch
 
 SETTINGS = {
-    "torch's default": {"KMP_BLOCKTIME": "0"},  # which is not GNU's: only says that the user chose
+    # GNU's OpenMP ignores this variable; it keeps moco from setting GOMP_SPINCOUNT
+    "torch's default": {"KMP_BLOCKTIME": "0"},
     "ours": {},
     "spin 300": {"GOMP_SPINCOUNT": "300"},
     "spin 1000": {"GOMP_SPINCOUNT": "1000"},
@@ -29,13 +30,13 @@ CHOSEN = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "OMP_NUM_THREADS", "KMP_BLOCKTIME
 def main() -> None:
     parser = measure.parser(__doc__.splitlines()[0])
     parser.set_defaults(rounds=5)
-    parser.add_argument("--busy", type=int, default=os.cpu_count(), metavar="N", help="busy programs beside the training")
+    parser.add_argument("--busy", type=int, default=os.cpu_count(), metavar="N", help="busy programs next to the training")
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--steps", type=int, default=8, help="measured steps of each round")
     parser.add_argument("--arch", default="resnet18")
     parser.add_argument("--size", type=int, default=64, help="pixels")
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--train", action="store_true", help="be one of the processes: print images per second")
+    parser.add_argument("--train", action="store_true", help="internal: train in this process and print images per second")
     args = parser.parse_args()
     if args.train:
         print(train(args.arch, args.size, args.batch_size, args.steps))

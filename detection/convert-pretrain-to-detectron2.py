@@ -28,7 +28,7 @@ def main() -> int:
     parser.add_argument("out", metavar="OUT", type=Path, help="the file for MODEL.WEIGHTS; ends in .pkl")
     parser.add_argument("-a", "--arch", help="of a checkpoint that does not say it (default: resnet50)")
     parser.add_argument("--check", action="store_true", help="prove with detectron2 that all of it arrives")
-    parser.add_argument("--force", action="store_true", help="replace an OUT that is of another checkpoint")
+    parser.add_argument("--force", action="store_true", help="replace OUT if it was made from another checkpoint")
     return tool.run(parser, work)
 
 
@@ -76,7 +76,7 @@ def convert(file: str, arch: str | None = None) -> dict[str, Any]:
 
 
 def sha256(file: str) -> str:
-    """Return the hash of a file, which may be larger than memory."""
+    """Return the SHA-256 of a file, which may be larger than memory."""
     found = hashlib.sha256()
     with open(file, "rb") as opened:
         while part := opened.read(1 << 24):
@@ -93,7 +93,7 @@ def renamed(name: str) -> str:
 
 
 def write(path: Path, converted: dict[str, Any], force: bool = False) -> None:
-    """Write OUT; leave one that holds the same already, as a detector's run that continues has it.
+    """Write OUT unless it has the same content already, as when a detector's run continues.
 
     Raises InputError if there is another file at `path`, unless `force`.
     """

@@ -53,7 +53,7 @@ def main() -> int:
 
 
 def claim(cfg: CfgNode, args: argparse.Namespace) -> run_folder.Held:
-    """Hold OUTPUT_DIR for this run; a test of a detector whose folder it is gets a subfolder.
+    """Lock OUTPUT_DIR for this run; a test (--eval-only) gets a subfolder if it holds another run.
 
     Raises InputError if another run has written there, unless `--resume` continues it.
     """

@@ -2,10 +2,11 @@
 
 import os
 
-# OpenMP's threads wait for each other in a loop, by default for milliseconds. Beside other programs, a
-# thread that waits so keeps the core that the thread it waits for needs. A shorter loop costs little on
-# an idle machine (benchmarks/threads.py). OpenMP reads this once, when torch is loaded: scripts import
-# this package first. A choice of the user's stands.
+# OpenMP's threads wait for each other in a busy loop, by default for milliseconds. If other
+# programs run as well, a waiting thread occupies the core that the thread it waits for needs. A
+# shorter loop costs little on an idle machine (benchmarks/threads.py). OpenMP reads the variable
+# once, when torch is loaded, so scripts import this package first. Nothing changes if the user has
+# set one of these variables.
 _OPENMP = ("OMP_WAIT_POLICY", "OMP_NUM_THREADS", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 if not any(name in os.environ for name in _OPENMP):
     os.environ["GOMP_SPINCOUNT"] = "10000"

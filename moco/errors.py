@@ -3,14 +3,18 @@
 import difflib
 from collections.abc import Iterable
 
-# Least similarity of a suggestion, from 0 to 1. Over one-letter typos of all options it finds 9 of 10 (short names are the
-# others); of 110 options of other repositories it suggests 17, most of them rightly, and .65 would suggest 41.
+# Lowest similarity, from 0 to 1, at which a name is suggested. It corrects 9 of 10 one-letter typos
+# of all options (it misses short names). Of 110 options of other repositories it suggests a name for
+# 17, mostly the right one; .65 would suggest one for 41.
 CLOSE = 0.75
-FEW = 30  # names that a message may list
+FEW = 30  # a message lists the known names if there are no more than this
 
 
 class InputError(Exception):
-    """Bad input. The message says what is wrong and what to do, in one line; several mistakes are several `lines`."""
+    """A mistake in the user's input.
+
+    Each of `lines` says what is wrong and what to do; several mistakes have a line each.
+    """
 
     def __init__(self, *lines: str):
         super().__init__(*lines)
@@ -23,7 +27,8 @@ class InputError(Exception):
 def unknown(kind: str, name: object, known: Iterable[str]) -> InputError:
     """Return an `InputError` for a `name` that is not among the `known` ones.
 
-    It suggests the nearest known name if that is close, and else lists the known ones if they are few.
+    The message suggests the nearest known name if it is close. Otherwise it lists the known names
+    if they are few.
     """
     known, said = list(known), f"unknown {kind} '{short(name)}'"
     if near := nearest(str(name), known):
@@ -36,7 +41,7 @@ def unknown(kind: str, name: object, known: Iterable[str]) -> InputError:
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """Return the known name that `name` is probably a misspelling of; None if no known name is close.
 
-    Case, `-`, `_` and `.` do not count.
+    Ignores case, `-`, `_` and `.`.
     """
     plain = {_plain(one): one for one in reversed(list(known))}
     found = difflib.get_close_matches(_plain(name[:100]), plain, n=1, cutoff=CLOSE)
@@ -48,6 +53,6 @@ def _plain(name: str) -> str:
 
 
 def short(text: object, most: int = 200) -> str:
-    """Return what a message quotes of a file: `text`, without its middle if it is longer than `most` characters."""
+    """Return `text` for a message, without its middle if it is longer than `most` characters."""
     text, half = str(text), (most - 5) // 2
     return text if len(text) <= most else f"{text[:half]} ... {text[-half:]}"

@@ -25,16 +25,16 @@ Scalar = str | int | float | bool | None
 
 
 class Unreadable(InputError):
-    """A file whose content the system did not hand out; it may be intact. The message is the reason."""
+    """The system failed to read a file, which may be intact. The message is the system's reason."""
 
     def at(self, path: object) -> "Unreadable":
-        """Return the error to show: with the file's name, and what to do."""
+        """Return the error to show to the user: with the file's name, and what to do."""
         look = "check its permissions, the disk and the file server; its content may be intact"
         return Unreadable(f"{path}: cannot be read: {self}; {look}")
 
 
 def unreadable(error: OSError | MemoryError) -> Unreadable:
-    """Return the system's reason for a failed read."""
+    """Return an `Unreadable` with the system's reason for a failed read."""
     if isinstance(error, MemoryError):
         return Unreadable("not enough memory")
     return Unreadable(error.strerror or str(error))
@@ -46,12 +46,12 @@ _STORES |= {"http": "the web", "https": "the web", "ftp": "an FTP server", "file
 
 def refuse_remote(path: str, option: str = "") -> None:
     """Raise InputError if `path`, the value of an option, is a URL."""
-    if match := re.match(r"([a-z][a-z0-9+.-]+):/", path, re.I):  # pathlib makes one slash of two
+    if match := re.match(r"([a-z][a-z0-9+.-]+):/", path, re.I):  # pathlib merges two slashes
         store = _STORES.get(match[1].lower(), "another system")
         what = f"{option} {path}".strip()
         raise InputError(
-            f"{what}: is an address ({store}), and only paths on this machine are read or written;"
-            " copy it to a disk first, and give the path there"
+            f"{what}: is a URL ({store}), and only files on this machine are read or written;"
+            " copy it to a local disk first, and give its path there"
         )
 
 
@@ -95,8 +95,8 @@ def check_new(path: Path, force: bool = False) -> None:
 def creating(path: Path, force: bool = False) -> Iterator[BinaryIO]:
     """Open a file to write next to `path`, and rename it at the end, as `replacing` does.
 
-    Raises InputError if `path` exists by then, unless `force`: of two programs that write the same
-    file at the same time, one keeps it and the other one fails.
+    Raises InputError if `path` exists, unless `force`. If two programs create the same file at the
+    same time, one succeeds and the other one fails.
     """
     check_new(path, force)
     if force:
@@ -138,21 +138,21 @@ def half_written(folder: Path, name: str) -> list[Path]:
 
 
 def read_text(path: str | Path) -> str:
-    """Return the text in `path`. Raises InputError, or Unreadable, without the path."""
+    """Return the text in `path`. Raises InputError or Unreadable, whose message lacks the path."""
     try:
         return Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         raise InputError("not text in UTF-8") from None
     except OSError as error:
         raise unreadable(error) from None
-    except ValueError as error:  # a path that cannot be one
+    except ValueError as error:  # an invalid path
         raise InputError(str(error)) from None
 
 
 def read_lines(path: str | Path) -> list[bytes]:
-    """Return the lines in `path`, in any encoding with ASCII's line breaks.
+    """Return the lines in `path` as bytes, in any encoding with ASCII's line breaks.
 
-    Raises InputError, without the path, if it cannot be read.
+    Raises InputError, whose message lacks the path, if the file cannot be read.
     """
     try:
         text = Path(path).read_bytes().removeprefix(codecs.BOM_UTF8)
@@ -204,7 +204,7 @@ _OptionLoader.add_constructor("tag:yaml.org,2002:timestamp", yaml.SafeLoader.con
 
 
 def to_json(value: Any, **format: Any) -> str:
-    """Return `value` as JSON. JSON has no word for a number that is NaN or infinite: such a number is written as null."""
+    """Return `value` as JSON. NaN and infinite numbers, which JSON cannot hold, become null."""
     return json.dumps(_finite(value), allow_nan=False, **format)
 
 
@@ -232,8 +232,8 @@ def parse_json(text: str) -> Any:
 def read_pickle(path: str | Path) -> Any:
     """The plain values, and numpy's arrays and numbers, that `path` holds.
 
-    Raises InputError, without the path, where it is damaged or holds anything else; none of that is made or called. Raises
-    Unreadable if the system does not hand it out.
+    Raises InputError, whose message lacks the path, if the file is damaged or holds anything else;
+    no other object is created or called. Raises Unreadable if the system cannot read the file.
     """
     try:
         return _ArrayUnpickler(io.BytesIO(Path(path).read_bytes()), encoding="latin1").load()

@@ -1,4 +1,4 @@
-"""The user that a program runs as, who may have no name and no home, and the terminal."""
+"""Prepare a process for its user, who may have no name and no home, and for its terminal."""
 
 import contextlib
 import getpass
@@ -13,11 +13,11 @@ from moco.errors import InputError
 
 
 def prepare() -> None:
-    """Make standard output take every file name, and give a user without a name or home both.
+    """Let standard output print any file name; give a user without a name or a home both.
 
-    Called at a program's start.
-    Bytes of a name that are not UTF-8, and letters that the terminal does not have, are printed as
-    escapes. PyTorch and Triton name folders after the user, and put files into the home folder.
+    Called when a program starts. Bytes of a name that are not UTF-8, and letters that the terminal
+    cannot show, are printed as escapes. PyTorch and Triton name folders after the user, and put
+    files into the home folder.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -29,12 +29,12 @@ def prepare() -> None:
     try:
         Path.home()
     except RuntimeError:
-        with contextlib.suppress(OSError, InputError):  # what needs it says so
+        with contextlib.suppress(OSError, InputError):  # code that needs a home reports it
             os.environ["HOME"] = str(private_folder())
 
 
 def private_folder() -> Path:
-    """Return this user's own folder for temporary files; it is made on first use.
+    """Return this user's own folder for temporary files; make it on first use.
 
     Raises InputError if somebody else owns it or may write there.
     """
@@ -43,5 +43,7 @@ def private_folder() -> Path:
         folder.mkdir(mode=0o700)
     info = folder.lstat()
     if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.getuid() or info.st_mode & 0o022:
-        raise InputError(f"{folder}: is not this user's alone, and so is not used; set XDG_CACHE_HOME and HOME to folders of yours")
+        raise InputError(
+            f"{folder}: is not a folder that you alone can write to; set XDG_CACHE_HOME and HOME to folders of your own"
+        )
     return folder

@@ -130,15 +130,15 @@ def test_unknown_option_names_the_nearest(script, images):
     ("said", "options"),
     [
         ("--wandb: no counterpart here", ["--wandb"]),
-        ("--use-tpu: GPUs are found by themselves", ["--use_tpu=True"]),
-        ("--use-tpu: GPUs are found by themselves", ["--use_tpu"]),
-        ("--nouse-tpu: GPUs are found by themselves", ["--nouse_tpu"]),
+        ("--use-tpu: GPUs are found automatically", ["--use_tpu=True"]),
+        ("--use-tpu: GPUs are found automatically", ["--use_tpu"]),
+        ("--nouse-tpu: GPUs are found automatically", ["--nouse_tpu"]),
         ("--use-amp: use --amp fp16", ["--use_amp"]),
         ("--fp16: use --amp fp16", ["--fp16"]),
         ("--use-fp16: use --amp fp16", ["--use_fp16", "true"]),
         ("--out-dim: use --moco-dim", ["--out_dim", 256]),
-        ("--lr-backbone: main_semisup.py has it", ["--lr-backbone", 0.1]),
-        ("--sync-bn: batch norm is what the method needs", ["--sync_bn"]),
+        ("--lr-backbone: only main_semisup.py has this option", ["--lr-backbone", 0.1]),
+        ("--sync-bn: each method chooses its batch norm", ["--sync_bn"]),
         ("--dist-on-itp: use --multiprocessing-distributed", ["--dist_on_itp"]),
         ("--queue-size: use --moco-k", ["--queue_size", 3]),
         ("--start-epoch: use --resume FILE", ["--start-epoch", 3]),
@@ -167,7 +167,7 @@ def test_the_published_command_of_fnc_shows_all_counterparts(script):
     result = script("main_fnc", *command.split())
     refused(result, lines=4)
     names = ("--train-mode: this script pre-trains", "--data-dir: give the data folder as DIR", "--model-dir: use --save-dir DIR")
-    for line, said in zip(result[2].splitlines(), (*names, "--use-tpu: GPUs are found by themselves"), strict=True):
+    for line, said in zip(result[2].splitlines(), (*names, "--use-tpu: GPUs are found automatically"), strict=True):
         assert line.startswith(f"main_fnc.py: error: {said}"), line
 
 
@@ -379,7 +379,7 @@ def test_a_process_that_waits_alone_says_so_and_ends(no_launcher, monkeypatch, s
     for name, value in {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
         monkeypatch.setenv(name, str(value))
     status, out, err = script("main_synco", images, *SMALL, "--save-dir", images / "run")
-    waits = f"rank 1 waits for rank 0 at 127.0.0.1:{port}" if rank else f"1 of 2 processes have come to 127.0.0.1:{port}"
+    waits = f"rank 1 waits for rank 0 at 127.0.0.1:{port}" if rank else f"1 of 2 processes have connected to 127.0.0.1:{port}"
     assert out.count(waits) == 1, out + err
     refused((status, out, err), waits, "for 1 seconds")
 

@@ -398,7 +398,7 @@ def test_a_broken_link_is_not_left_out(tmp_path, where):
     make(tmp_path, "train/cat/1.jpg", "train/emu/1.jpg")
     link(tmp_path / where, "/no/such/disk")
     message = complaint(scan, tmp_path, "train")
-    assert message.startswith(f"{tmp_path / where}: a link to /no/such/disk, which does not exist")
+    assert message.startswith(f"{tmp_path / where}: is a link to /no/such/disk, which does not exist")
     (tmp_path / where).unlink()
     link(tmp_path / where, tmp_path / where)
     assert str(tmp_path / where) in complaint(scan, tmp_path, "train")
@@ -524,7 +524,7 @@ def test_ranks_with_different_images_are_refused_on_each(tmp_path):
     assert of("same") == [3, 3]
     for name, count in (("fewer", 2), ("others", 3), ("labels", 3)):
         for rank, (message,) in enumerate(of(name)):
-            said = f"rank 0 finds 3 images and rank 1 finds {count}, or others"
+            said = f"rank 0 and rank 1 find different images (3 and {count} of them)"
             assert message.startswith(f"{tmp_path}/{name}{rank}/train: {said}")
 
 
@@ -600,7 +600,7 @@ def test_a_temporary_folder_of_somebody_else_is_not_used(no_home, monkeypatch, w
         monkeypatch.setattr(os, "getuid", lambda: other)
         own = own.rename(no_home / f"hard-negatives-{other}")
     message = complaint(find, "photos", BOTH)
-    assert message.startswith(f"{own}: is not this user's alone, and so is not used; set XDG_CACHE_HOME")
+    assert message.startswith(f"{own}: is not a folder that you alone can write to; set XDG_CACHE_HOME")
 
 
 WITHOUT_A_NAME = """

@@ -442,7 +442,7 @@ def test_what_cannot_run_is_refused_in_one_line(tmp_path, monkeypatch, capsys):
         (("--config-file", config), "FILE.pkl: no such file"),
         (("--config-file", config, "MODEL.WEIGHTS", tmp_path / "damaged.pkl"), "damaged"),
         (("--config-file", config, "MODEL.WEIGHTS", tmp_path / "unreadable.pkl"), "unreadable.pkl: cannot be read: Input/output"),
-        (("--config-file", config, "MODEL.WEIGHTS", "gs://a/b.pkl"), "MODEL.WEIGHTS gs://a/b.pkl: is an address"),
+        (("--config-file", config, "MODEL.WEIGHTS", "gs://a/b.pkl"), "MODEL.WEIGHTS gs://a/b.pkl: is a URL"),
         (("--config-file", tmp_path / "none.yaml"), "no such config"),
         ((), "give --config-file"),
         (("--num-gpus", torch.cuda.device_count() + 1, "--config-file", config), "this machine has"),

@@ -346,7 +346,7 @@ def test_a_finished_dump_and_an_unfinished_one_are_not_replaced(dumped, script):
     for more in ((), ("--seed", 1), ("--image-size", 40)):
         refused(script(*command, *more), str(folder), "holds features", "choose another", "--load-features")
     (folder / "meta.json").unlink()  # as of a dump that was interrupted
-    refused(script(*command), "was not finished")
+    refused(script(*command), "holds an unfinished dump of features")
     assert all(np.array_equal(x, before[name]) for name, x in arrays_of(folder).items())
 
 

@@ -282,7 +282,7 @@ def test_imagenet100_is_not_taken_for_all_of_imagenet(script, tmp_path):
     ("name", "options", "words"),
     [
         ("main_sogclr", ("--t", 0.001), ("--t: 0.001 is below 0.02; take one in [0.02, 100]",)),
-        ("main_sogclr", ("--t", "nan"), ("--t: nan is no number",)),
+        ("main_sogclr", ("--t", "nan"), ("--t: nan is not a number",)),
         ("main_sogclr", ("--batch-size", 1), ("one image per process", "--batch-size")),
         ("main_sogclr", ("--gamma", 0), ("--gamma: 0 is not above 0",)),
         ("main_sogclr", ("--gamma", 1.5), ("--gamma: 1.5 is above 1",)),
@@ -345,7 +345,7 @@ def test_a_switch_takes_a_word_or_a_number_and_leaves_the_folder_alone(word):
     [
         ("randaugment: [2]", ("randaugment: [2] is not a list of 2",)),
         ("randaugment: [2, 7, 1]", ("is not a list of 2",)),
-        ("use_tpu: true", ("use_tpu: GPUs are found by themselves",)),
+        ("use_tpu: true", ("use_tpu: GPUs are found automatically",)),
     ],
 )
 def test_mistakes_in_yaml_are_one_line(line, words, script, shared_images, tmp_path):

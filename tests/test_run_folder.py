@@ -412,7 +412,7 @@ def test_a_classifier_of_other_classes_is_refused(script, shared_images, run, tm
     for split in ("train", "val"):
         (other / split / "class1").rename(other / split / "stranger")
     test = ("main_lincls", other, "-e", "--resume", own / "model_best.pth.tar", "-b", 8, "-j", 0, "--save-dir", tmp_path / "t")
-    refused(script(*test), "its classes are not the data's", "'class1'", "'class2'")
+    refused(script(*test), "its classes differ from the data's", "'class1'", "'class2'")
     for split in ("train", "val"):
         (other / split / "stranger").rename(tmp_path / f"{split}-gone")
-    refused(script(*test), "tells 3 classes apart, and the data have 2")
+    refused(script(*test), "has 3 classes, but the data has 2")

@@ -172,7 +172,7 @@ OTHERS = {
     "x.npz": (npz, "NumPy's arrays (.npz)"),
     "x.npy": (b"\x93NUMPY\x01\x00" + bytes(40), "an array of NumPy"),
     "x.onnx": (onnx(), "an ONNX model"),
-    "x.pkl": (pickle.dumps({"model": {"x": np.zeros(3)}}), "a pickle that torch.save has not written, as those of detectron2"),
+    "x.pkl": (pickle.dumps({"model": {"x": np.zeros(3)}}), "a pickle that torch.save did not write, such as detectron2's"),
     "x.pth": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "git lfs pull"),
     "page.pth": (b"\n<!DOCTYPE html><html><body>404</body></html>", "a web page"),
     "error.pth": (b'<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>', "a web page"),
@@ -182,8 +182,8 @@ OTHERS = {
     "x.tar": (tarred, "a tar archive; unpack it"),
     "x.pt": (script, "a TorchScript program, which loading would run; if you trust it, run torch.save(torch.jit.load("),
     "empty.pth": (b"", "empty"),
-    "bytes.pth": (bytes(range(128, 256)) * 9, "no file of torch.save or safetensors"),
-    "zeros.pth": (bytes(999), "no file of torch.save or safetensors"),
+    "bytes.pth": (bytes(range(128, 256)) * 9, "neither a torch.save nor a safetensors file"),
+    "zeros.pth": (bytes(999), "neither a torch.save nor a safetensors file"),
 }
 
 
@@ -227,10 +227,10 @@ def test_of_a_folder_the_file_to_give_is_named(names, said, tmp_path):
 @pytest.mark.parametrize(
     ("call", "store"),
     [
-        (("main_lincls", "DIR", "--pretrained", "gs://a/b.pth"), "--pretrained gs://a/b.pth: is an address (Google Cloud Storage)"),
-        (("main_synco", "DIR", "--resume", "s3://a/b"), "--resume s3://a/b: is an address (Amazon S3)"),
-        (("main_synco", "hdfs://a/b"), "hdfs://a/b: is an address (Hadoop"),
-        (("main_synco", "--data", "https://a/b"), "--data https://a/b: is an address (the web)"),
+        (("main_lincls", "DIR", "--pretrained", "gs://a/b.pth"), "--pretrained gs://a/b.pth: is a URL (Google Cloud Storage)"),
+        (("main_synco", "DIR", "--resume", "s3://a/b"), "--resume s3://a/b: is a URL (Amazon S3)"),
+        (("main_synco", "hdfs://a/b"), "hdfs://a/b: is a URL (Hadoop"),
+        (("main_synco", "--data", "https://a/b"), "--data https://a/b: is a URL (the web)"),
         (("main_moby", "DIR", "--save-dir", "gs://a"), "--save-dir gs://a"),
         (("main_moby", "DIR", "--output", "gs://a"), "--output gs://a"),
         (("main_synco", "DIR", "--cfg", "http://a/b.yaml"), "--cfg http://a/b.yaml"),
@@ -241,7 +241,7 @@ def test_an_address_is_no_path(call, store, script, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     refused(script(*call), store, "copy it to a disk first")
     assert not os.listdir(tmp_path)
-    with pytest.raises(InputError, match="is an address"):
+    with pytest.raises(InputError, match="is a URL"):
         checkpoint.load(call[-1])
 
 

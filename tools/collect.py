@@ -66,7 +66,7 @@ def main() -> int:
 
 
 def table(args: argparse.Namespace) -> None:
-    """Print the table, and write it unless one is there. Raises InputError."""
+    """Print the table, then write it. Raises InputError if its files exist, unless --force."""
     cells = collect(args.folder)
     out = args.out or args.folder
     text = markdown(cells)
@@ -117,7 +117,7 @@ def _runs(found: dict[str, Any]) -> Iterable[Run]:
     seed = settings.pop("seed", None)
     dataset = Path(found["dataset"]).name
     for metric, protocol in figures(found["protocol"], metrics):
-        if metrics[metric] is None:  # it was not a finite number: nothing to put in a table
+        if metrics[metric] is None:  # NaN or infinite: nothing to put in a table
             continue
         yield Run(
             encoder=encoder,
@@ -208,7 +208,7 @@ def cell(found: Best | None) -> str:
 
 
 def as_csv(cells: dict[tuple[Encoder, tuple[str, str]], Best]) -> str:
-    """Return one line a cell, with the setting that was chosen."""
+    """Return the table as CSV: a line for each cell, with the chosen setting."""
     names = "method arch pretrain_epochs checkpoint dataset protocol metric value std top5 seeds settings_tried chosen_on settings"
     file = io.StringIO(newline="")
     table = csv.writer(file)

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """The whole job in minutes on a laptop: pre-train SynCo on `photos`, probe it beside a randomly initialised encoder.
 
-Prints one table, writes OUT/results.json and OUT/report.html, and exits with status 1 if SynCo is no
-better than the random encoder.
+Prints one table, writes OUT/results.json and OUT/report.html, and exits with status 1 unless SynCo
+beats the random encoder in both evaluations. If OUT exists, writes to OUT-2, OUT-3, ... instead.
 """
 
 import argparse
@@ -34,7 +34,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/demo"))
-    parser.add_argument("--short", action="store_true", help="two epochs each, no gain needed: shows that all runs")
+    parser.add_argument("--short", action="store_true", help="two epochs each, no gain required: a quick check that all parts run")
     args = parser.parse_args()
     epochs, probe_epochs = (2, 2) if args.short else (20, 12)
 

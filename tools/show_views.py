@@ -217,23 +217,34 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--out", type=Path, default=Path("views.png"), help="the picture (default: %(default)s)")
     p.add_argument("--force", action="store_true", help="replace the picture that is there")
     p.add_argument(
-        "--images", type=values.positive, default=6, metavar="N", help="rows, spread over the data (default: %(default)s)"
+        "--images",
+        type=values.positive,
+        default=6,
+        metavar="N",
+        help="number of images, spread evenly over the data (default: %(default)s)",
     )
     p.add_argument(
-        "--draws", type=values.positive, metavar="N", help="of each view, side by side (default: 3, fewer of many views)"
+        "--draws",
+        type=values.positive,
+        metavar="N",
+        help="draws of each view, side by side (default: 3, fewer if there are many views)",
     )
-    p.add_argument("--seed", type=values.seed, default=0, help="of crops and colours (default: %(default)s)")
+    p.add_argument("--seed", type=values.seed, default=0, help="seed of crops and colours (default: %(default)s)")
     p.add_argument(
-        "--image-size", type=values.positive, default=224, metavar="PIXELS", help="of a full-size view (default: %(default)s)"
+        "--image-size",
+        type=values.positive,
+        default=224,
+        metavar="PIXELS",
+        help="width and height of a full-size view (default: %(default)s)",
     )
     p.add_argument(
         "--crop-min",
         type=values.real("(0, 1]"),
         metavar="SHARE",
-        help="least share of the image in a crop, instead of the recipe's",
+        help="smallest fraction of the image that a crop covers, instead of the recipe's",
     )
     p.add_argument("--randaugment", type=int, nargs=2, metavar=("N", "M"), help="operations and magnitude, instead of the recipe's")
-    p.add_argument("--views", type=values.positive, metavar="N", help="how many, instead of the recipe's")
+    p.add_argument("--views", type=values.positive, metavar="N", help="number of views, instead of the recipe's")
     p.add_argument("--recipe", help=argparse.SUPPRESS)  # and what else a recipe file may say of its views
     p.add_argument("--aug-plus", action=cli.Switch, default=None, help=argparse.SUPPRESS)
     p.add_argument("--multi-crop", action=cli.Switch, default=False, help=argparse.SUPPRESS)

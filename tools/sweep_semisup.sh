@@ -21,7 +21,7 @@ shift 3
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=${PYTHON:-python}
 
-# what the options given say of what the sweep sets itself
+# given options that replace the sweep's own settings
 percents=${PERCENTS:-1 10} all_epochs=${EPOCHS:-} rates=${RATES:-0.01 0.02 0.05 0.1 0.005}
 option=
 for word in "$@"; do

@@ -80,11 +80,11 @@ def scan(root: Path, split: str, classes: tuple[str, ...] = ()) -> ImageFolder:
 
     `classes` are by default the split's own folders.
 
-    The folder is listed each time: what a file system says of a folder's age need not change when
-    its content does. Files with other endings are counted in one line on stderr, on rank 0.
+    The folder is listed at every call, because its modification time need not change when its
+    content does. Rank 0 prints one line on stderr that counts files with other endings.
 
-    Raises InputError for a class folder without images, for a folder that cannot be read, for two
-    classes that share a folder, and, on every rank, if the ranks find different images.
+    Raises InputError if a class folder has no images, if a folder cannot be read, if two classes
+    share a folder, and, on every rank, if the ranks find different images.
     """
     folder = root / split
     top = _entries(str(folder))
@@ -99,8 +99,8 @@ def scan(root: Path, split: str, classes: tuple[str, ...] = ()) -> ImageFolder:
             raise InputError(f"{folder / name}: holds no image ({', '.join(SUFFIXES)}){held}; remove the folder or fill it")
         if shared := next((real for real in listing.folders if real in owner), None):
             raise InputError(
-                f"{folder / owner[shared]} and {folder / name}: links lead from both to {shared}, "
-                "so that its images are of two classes; remove one of the links"
+                f"{folder / owner[shared]} and {folder / name}: both lead to {shared} through links, "
+                "so its images would belong to two classes; remove one of the links"
             )
         owner |= dict.fromkeys(listing.folders, name)
     _tell_of_others(folder, listings, Counter(map(_ending, top.others)), len(top.images))
@@ -112,7 +112,7 @@ def scan(root: Path, split: str, classes: tuple[str, ...] = ()) -> ImageFolder:
 
 
 def agreed(images: Images) -> Images:
-    """Return `images`. Raises InputError, on every rank, if the ranks have different ones."""
+    """Return `images`. Raises InputError, on every rank, if the ranks have found different ones."""
     if distributed.world() == 1:
         return images
     content = images.paths if isinstance(images, ImageFolder) else images.labels
@@ -123,25 +123,25 @@ def agreed(images: Images) -> Images:
     other = next((rank for rank, one in enumerate(found) if one != found[0]), None)
     if other is not None:
         raise InputError(
-            f"{images.root}: rank 0 finds {found[0][0]} images and rank {other} finds {found[other][0]}, or others; "
+            f"{images.root}: rank 0 and rank {other} find different images ({found[0][0]} and {found[other][0]} of them); "
             "copy the folder to every node again, or give one that all nodes share"
         )
     return images
 
 
-# Listing. No file is looked at, so that a million of them are listed in a few seconds. On a network
-# disk each folder waits for the server: many are listed at once.
+# Listing reads names and opens no file, so that a million files take a few seconds. On a network
+# disk each folder waits for the server, so that many are listed at once.
 
 _THREADS = 16
 
-# folders that systems, archives and network disks make, in small letters; hidden ones are left
-# out anyway
+# Folders that operating systems, archives and network disks create, in lower case. Hidden folders
+# are ignored anyway.
 _SYSTEM = set("@eadir @__thumb @recycle @recently-snapshot #recycle #snapshot".split())
 _SYSTEM |= set("__macosx lost+found $recycle.bin".split()) | {"system volume information"}
 
 
 class _Entries(NamedTuple):
-    """The names in one folder, without hidden ones and system folders; `links` lead to folders."""
+    """The names in one folder, without hidden and system ones. `links` are links to folders."""
 
     images: list[str]
     others: list[str]
@@ -152,7 +152,7 @@ class _Entries(NamedTuple):
 def _entries(folder: str) -> _Entries:
     """Return what `folder` holds. Raises InputError if it cannot be read, or if a link in it is broken.
 
-    A link that is called like an image is taken for one, without a look at where it leads.
+    A link that is named like an image counts as one; where it leads is not checked.
     """
     found = _Entries([], [], [], [])
     try:
@@ -175,7 +175,9 @@ def _entries(folder: str) -> _Entries:
     except FileNotFoundError as error:
         if error.filename and os.path.islink(error.filename):
             where = os.readlink(error.filename)
-            raise InputError(f"{error.filename}: a link to {where}, which does not exist; restore it, or remove the link") from None
+            raise InputError(
+                f"{error.filename}: is a link to {where}, which does not exist; restore it, or remove the link"
+            ) from None
         raise _unreadable(folder, error) from None
     except OSError as error:
         raise _unreadable(folder, error) from None
@@ -195,7 +197,7 @@ class Listing(NamedTuple):
     """The images below a folder: their paths, sorted, and what else was found."""
 
     images: list[bytes]
-    others: Counter[str]  # files that are no images, by ending
+    others: Counter[str]  # numbers of files that are not images, by ending
     folders: dict[str, None]  # the real path of each folder that was listed
     repeated: list[str]  # links to folders that are listed already
 
@@ -203,8 +205,8 @@ class Listing(NamedTuple):
 def images_below(top: Path, name: str = "") -> Listing:
     """List the images in `top`/`name` and the folders below it, by their paths from `top`.
 
-    Links to folders are followed; one that leads to a folder that is listed already, or to `top` or
-    a folder above it, is left out. Raises InputError for a folder that cannot be read.
+    Follows links to folders, but leaves out a link to a folder that is listed already, to `top`, or
+    to a folder above it. Raises InputError if a folder cannot be read.
     """
     real_top = os.path.realpath(top)
     listing = Listing([], Counter(), {}, [])
@@ -246,7 +248,7 @@ def _endings(counts: Counter[str]) -> str:
 
 
 def _tell_of_others(folder: Path, listings: list[Listing], others: Counter[str], beside: int) -> None:
-    """Print, in one line, what was left out: other files, images outside class folders, links."""
+    """Print one line on what was left out: other files, images outside class folders, links."""
     others = sum((listing.others for listing in listings), others)
     repeated = [link for listing in listings for link in listing.repeated]
     what = []
@@ -283,7 +285,7 @@ def photos() -> Path:
     """The folder of the built-in data set, written on first use: 19 classes, one per photograph, JPEGs of 96 pixels.
 
     Train patches come from the left part and val patches from the right part of each photograph; no pixel is in both.
-    A copy that is not complete is written again. Raises InputError if it cannot be replaced.
+    Writes an incomplete copy again. Raises InputError if it cannot be replaced.
     """
     for folder in _cache_folders():
         if _is_complete(folder / _PHOTOS_FOLDER):
@@ -295,13 +297,13 @@ def photos() -> Path:
         for label, name in enumerate(PHOTOS):
             _write_patches(made, name, _photograph(name), np.random.default_rng(label))
         made.chmod(0o755)
-        with contextlib.suppress(OSError):  # there is one: another process's, or a damaged one
+        with contextlib.suppress(OSError):  # the folder exists: another process's, or a damaged one
             made.rename(root)
         if not _is_complete(root):
             root.rename(old)
             made.rename(root)
     except OSError as error:
-        how = "make room, or remove it, or set XDG_CACHE_HOME to a folder of yours"
+        how = "make room, remove it, or set XDG_CACHE_HOME to a folder of your own"
         raise InputError(f"{root}: cannot be written: {error.strerror}; {how}") from None
     finally:
         shutil.rmtree(made, ignore_errors=True)
@@ -310,9 +312,9 @@ def photos() -> Path:
 
 
 def _is_complete(root: Path) -> bool:
-    """Return whether `root` holds every patch, and none is cut short.
+    """Return whether `root` holds every patch, none of them truncated.
 
-    Systems remove old files from folders for temporary ones.
+    Operating systems delete old files from temporary folders.
     """
     try:
         for split, count in (("train", _TRAIN_PATCHES), ("val", _VAL_PATCHES)):
@@ -331,16 +333,16 @@ def _is_complete(root: Path) -> bool:
 
 
 def cache_folder() -> Path:
-    """Return the project's cache folder, which exists and which this user can write.
+    """Return the project's cache folder, which exists and which this user can write to.
 
-    It is in XDG_CACHE_HOME or ~/.cache; without a home that can be written, in `user.private_folder`.
-    Raises InputError if that is not this user's.
+    It is in XDG_CACHE_HOME or ~/.cache; if that cannot be written, in `user.private_folder`. Raises
+    InputError if the private folder is not this user's alone.
     """
     return _cache_folders()[-1]
 
 
 def _cache_folders() -> list[Path]:
-    """Return the folders to look into: the home's, and another one if that cannot be written."""
+    """Return the cache folders to search: the home's and, if it is read-only, a private one."""
     folders = []
     with contextlib.suppress(RuntimeError):  # there is no home
         folders.append(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / _CACHE)
@@ -357,7 +359,7 @@ _CACHE = "hard-negatives"
 
 
 def in_cache(name: str) -> list[Path]:
-    """Return the paths that `name` may have in the cache: the last is the one to write."""
+    """Return the paths at which `name` may lie in the cache; the last one is the one to write."""
     return [folder / name for folder in _cache_folders()]
 
 

@@ -151,7 +151,7 @@ class EvalOrder(Sampler):
 
 def _outlast_signals(_: int) -> None:
     """A signal to the whole group asks the run to end after its step, which needs the loader's processes."""
-    signal.set_wakeup_fd(-1)  # the run's, which a forked process inherits
+    signal.set_wakeup_fd(-1)  # a forked process inherits the run's pipe for signals
     for number in (signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(PATIENCE))  # not ignored: so ends the rank what it must not wait for

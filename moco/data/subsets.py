@@ -74,7 +74,7 @@ def chosen(classes: tuple[str, ...], file: str, root: Path) -> tuple[str, ...]:
     wanted = {line if line in classes else line.split()[0] for line in names(Path(file), "--class-list")}
     if missing := wanted - set(classes):
         raise InputError(
-            f"--class-list {file}: {len(missing)} of its {len(wanted)} classes are no folders of {root}, "
+            f"--class-list {file}: {len(missing)} of its {len(wanted)} classes are not folders of {root}, "
             f"first '{short(min(missing))}'; give folder names, one a line"
         )
     return tuple(name for name in classes if name in wanted)
@@ -139,7 +139,7 @@ def is_published(text: bytes, percent: int) -> bool:
 
 
 def names(file: Path, option: str = "--subset-file") -> set[str]:
-    """Return what `file` names, one a line, without spaces around it; decoded as file names are.
+    """Return the names in `file`, one a line, without spaces around them, decoded as file names.
 
     Raises InputError, which names the `option`, if the file cannot be read or is empty.
     """
@@ -153,10 +153,12 @@ def names(file: Path, option: str = "--subset-file") -> set[str]:
 
 
 def write_names(images: Images, file: Path) -> None:
-    """Write a list of `images` that `listed` reads. Raises InputError for a name with a line break."""
+    """Write the names of `images` for `listed`. Raises InputError if a name has a line break."""
     lines = [os.fsencode(images.name(i)) for i in range(len(images))]
     if bad := next((line for line in lines if len(line.splitlines()) > 1), None):
-        raise InputError(f"{images.root}: the name {bad!r} has a line break in it, so that no list can hold it; rename the file")
+        raise InputError(
+            f"{images.root}: the file name {bad!r} has a line break in it, which a list of names cannot hold; rename the file"
+        )
     with replacing(file) as out:
         out.write(b"".join(line + b"\n" for line in lines))
 

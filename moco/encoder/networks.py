@@ -98,13 +98,13 @@ _RECOMPUTED = {kind: type(kind.__name__, (_Recomputed, kind), {}) for kind in (B
 
 
 def check_compiled_recomputation() -> None:
-    """Raise InputError if this PyTorch counts what batch norm sees twice when recomputed blocks are compiled.
+    """Raise InputError if PyTorch updates batch norm twice when recomputed blocks are compiled.
 
-    PyTorch 2.6 does: its compiler does not take back what the second pass adds to the statistics.
+    PyTorch 2.6 does: its compiler keeps what the second pass adds to the statistics.
     """
     block = BasicBlock(4, 4)
     recompute_blocks(block)
-    block.compile(backend="aot_eager")  # traces as the usual backend does
+    block.compile(backend="aot_eager")  # traces like the default backend
     with torch.random.fork_rng(devices=[]):
         block(torch.randn(2, 4, 4, 4)).sum().backward()
     if int(block.bn1.num_batches_tracked) != 1:

@@ -17,9 +17,9 @@ from moco.errors import InputError, short
 def load_backbone(net: nn.Module, tensors: dict[str, Tensor], source: str) -> int:
     """Load a published encoder into `net`, whatever prefix its names carry; returns how many tensors matched.
 
-    `prefix` finds the prefix. What a transformer's tensors are called elsewhere, and position tables for images of another size,
-    become timm's and the network's. Raises InputError where nothing matches, where a backbone tensor is missing or one too many,
-    or where a shape differs.
+    `prefix` finds the prefix. A transformer's tensors are renamed to timm's names, and position
+    tables are converted to the network's image size. Raises InputError if nothing matches, if a
+    backbone tensor is missing or superfluous, or if a shape differs.
     """
     state = net.state_dict()
     wanted = {name: state[name] for name in backbone_keys(net)}
@@ -32,10 +32,10 @@ def load_backbone(net: nn.Module, tensors: dict[str, Tensor], source: str) -> in
     found = {name: mine[name] for name in wanted if name in mine}
     # files older than PyTorch 0.4 lack BatchNorm's step counter, which nothing here reads
     missing = [name for name in wanted if name not in found and not name.endswith("num_batches_tracked")]
-    if len(found) < len(wanted) / 10:  # another network's may share a few
+    if len(found) < len(wanted) / 10:  # a file of another network may share a few names
         names = [f"'{short(name)}'" for name in tensors]
         look = f"its names look like {some(names, 3)}" if names else "it holds no tensors by name"
-        what = "give its network with -a, or rename its tensors to those of torchvision or timm"
+        what = "give its network with -a, or rename its tensors as torchvision or timm does"
         raise InputError(f"{source}: no tensor matches the encoder; {look}; {what}")
     wrong = [f"{name} {_words(t)} for {_words(wanted[name])}" for name, t in found.items() if not fits(t, wanted[name])]
     # a deeper network of the same widths holds every tensor that is wanted, and more blocks
@@ -74,15 +74,19 @@ def prefix(net: nn.Module, tensors: dict[str, Tensor]) -> str:
 
 
 def choice(net: nn.Module, tensors: dict[str, Tensor]) -> str:
-    """Say which of the encoders in a file is read, as `teacher.backbone.*, not student.backbone.*`; empty for bare names."""
+    """Return which encoder of a file is read, such as `teacher.backbone.*, not student.backbone.*`.
+
+    The text is empty if the names have no prefix.
+    """
     first, *others = (f"{start}*" for start in _prefixes(net, tensors) or [""])
     return "" if first == "*" else ", not ".join([first, *others[:1]])
 
 
 def _prefixes(net: nn.Module, tensors: dict[str, Tensor]) -> list[str]:
-    """Return the prefixes below which (nearly) most of the backbone lies, the one to read first.
+    """Return the prefixes that match (nearly) the most backbone tensors, the one to read first.
 
-    That is DINO's teacher; otherwise the encoder that was trained, and a moving average of it only if there is no other.
+    The first is DINO's teacher; without one, the encoder that was trained; without that, its moving
+    average.
     """
     state = net.state_dict()
     wanted = {name: state[name] for name in backbone_keys(net)}
@@ -103,23 +107,24 @@ def _rank(start: str) -> int:
 
 
 def _splits(names: Iterable[str], wanted: Container[str]) -> Iterator[tuple[str, str]]:
-    """Yield the prefix and the rest for every way to split one of `names` at a dot so that the rest is `wanted`."""
+    """Split each of `names` at each dot; yield the prefix and the rest if the rest is `wanted`."""
     for name in names:
         for place in (0, *(match.end() for match in re.finditer(r"\.", name))):
             if name[place:] in wanted:
                 yield name[:place], name[place:]
 
 
-_DEPTH = 10  # of dicts within dicts
-# the layers of a ResNet by their numbers in an nn.Sequential of its children
+_DEPTH = 10  # levels of nested dicts that are searched
+# a ResNet's layers, and their numbers in an nn.Sequential of its children
 _NUMBERS = {"conv1.": "0.", "bn1.": "1.", "layer1.": "4.", "layer2.": "5.", "layer3.": "6.", "layer4.": "7."}
 
 
 def tensors_of(net: nn.Module, state: dict[str, Any]) -> dict[str, Tensor]:
-    """Return every named tensor of a checkpoint of any origin by the path to it, as `teacher.backbone.conv1.weight`.
+    """Return every named tensor of a checkpoint of any origin, by its path.
 
-    Leaves out the optimizer and, of the names, what torch.compile adds. Numbered layers of a ResNet in an nn.Sequential get
-    torchvision's names.
+    A path is, for example, `teacher.backbone.conv1.weight`. Leaves out the optimizer's tensors, and
+    removes from names what torch.compile adds. Gives the numbered layers of a ResNet in an
+    nn.Sequential torchvision's names.
     """
     tensors: dict[str, Tensor] = {}
     seen: set[int] = set()  # a dict may hold itself

@@ -40,7 +40,7 @@ def create(arch: str, out: int, image_size: int, drop_path: float = 0.0) -> nn.M
 
     The short ViTs are MoCo v3's (Chen et al., arXiv 2104.02057): initialised as there, with fixed sine and cosine positions, and
     with 12 heads in the small one. `drop_path` is the rate of stochastic depth of the last block,
-    in [0, 1). There is no dropout besides, whatever timm's defaults are. Raises InputError if the
+    in [0, 1). Dropout is off, whatever timm's defaults are. Raises InputError if the
     architecture is not for images of `image_size` pixels, has no stochastic depth but should, or
     ends in anything but one linear layer.
     """
@@ -68,9 +68,9 @@ def create(arch: str, out: int, image_size: int, drop_path: float = 0.0) -> nn.M
 
 
 def _made(name: str, options: dict[str, Any]) -> nn.Module:
-    """Return timm's network `name`, randomly initialised, without the rates it has no option for.
+    """Return timm's network `name`, randomly initialised; drop the rates that it has no option for.
 
-    A rate of 0 is given, too, because timm's own default may be another one (Swin: .1).
+    A rate of 0 is passed, too, because timm's default may differ (Swin: .1).
     """
     try:
         return _timm().create_model(name, pretrained=False, **options)
@@ -85,7 +85,7 @@ def _made(name: str, options: dict[str, Any]) -> nn.Module:
 def _remove_dropout(net: nn.Module) -> None:
     """Set every dropout rate to 0, because some of timm's networks have a fixed one.
 
-    MaxViT's has .125 in the bias of relative positions, CPUBone's .1 in its attention.
+    MaxViT has .125 in the bias of its relative positions, CPUBone .1 in its attention.
     """
     for module in net.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):

@@ -1,4 +1,4 @@
-"""Read a file of weights of any origin, without running code; name what else a file is."""
+"""Read a file of weights of any origin, without running code; name the format of any other file."""
 
 import argparse
 import codecs
@@ -23,10 +23,10 @@ _LONGEST_HEADER = 100_000_000  # bytes; safetensors' own limit
 
 
 def read(path: str) -> State:
-    """Return what the checkpoint in `path` holds: tensors on the CPU, and plain values.
+    """Return the content of the checkpoint in `path`: tensors on the CPU, and plain values.
 
     Reads files of torch.save, always with `weights_only=True`, and .safetensors files. Raises
-    Unreadable if the system does not hand out the file, and InputError for any other file.
+    Unreadable if the system cannot read the file, and InputError if it is not such a file.
     """
     refuse_remote(path)
     try:
@@ -53,12 +53,12 @@ def read(path: str) -> State:
 
 
 def _torch(path: str) -> State:
-    """Return what torch.save has written to `path`. Raises OSError and MemoryError, too."""
+    """Return what torch.save has written to `path`. Raises InputError, OSError or MemoryError."""
     try:
         return _unpickled(path)
     except Exception:
-        # The error does not tell a damaged file from one that the disk did not hand out. Reading
-        # all of it raises OSError in the second case; if it does not, the next error is the file's.
+        # The error is the same for a damaged file and for a disk that failed. Reading the full file
+        # raises OSError if the disk fails. Otherwise the file is damaged if the second try fails.
         with open(path, "rb") as file:
             while file.read(_CHUNK):
                 pass
@@ -69,14 +69,14 @@ def _torch(path: str) -> State:
             raise InputError(f"{path}: {_of_objects(path, refused[1] or '')}") from None
         other = "it is damaged or of another format"
         raise InputError(f"{path}: not a readable checkpoint; {other}") from None
-    except Exception as error:  # damaged files end in many kinds
+    except Exception as error:  # damaged files raise many kinds of errors
         _check_memory(error)
         damaged = "it is truncated or damaged, take an earlier one"
         raise InputError(f"{path}: not a readable checkpoint; {damaged}") from None
 
 
 def _check_memory(error: Exception) -> None:
-    """Raise MemoryError if that is what torch or safetensors means."""
+    """Raise MemoryError if the error of torch or safetensors says that memory ran out."""
     said = str(error).lower()
     if isinstance(error, MemoryError) or "allocate memory" in said or "not enough memory" in said:
         raise MemoryError from None
@@ -87,22 +87,22 @@ def _unpickled(path: str) -> State:
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
-# of torch.load's errors, those of objects that it does not make
+# finds torch.load's errors about objects that it refuses to create
 _REFUSED = r"GLOBAL (\S+) (?:was not an allowed|whose module)|Unsupported class|unrecognized function|Can only"
 
 
 def _of_objects(path: str, name: str) -> str:
-    """Say what to do with a file that holds an object of the class `name`, if that is known."""
+    """Return the error for a file with an object of the class `name`, which is empty if unknown."""
     trusted = f"if you trust the file, load it with torch.load({path!r}, weights_only=False)"
     if re.match(r"(torch\.nn|torchvision|timm)\.", name):
         network = f"holds a network as a Python object ({name}) and is not read"
         return f"{network}; {trusted}, and save its state_dict()"
-    holds = "holds Python objects beside tensors and is not read; save its state_dict alone"
+    holds = "holds Python objects next to tensors and is not read; save its state_dict alone"
     return f"{holds} ({name and f'the first object is a {name}; '}{trusted})"
 
 
 class _Settings:
-    """Stands for an object of settings of any class, none of which is imported or run."""
+    """Replaces an object of any settings class, which is neither imported nor run."""
 
     def __new__(cls, *_: object, **__: object) -> "_Settings":
         return super().__new__(cls)
@@ -115,7 +115,7 @@ class _Settings:
 
 
 class _DType(_Settings):
-    """Stands for numpy.dtype."""
+    """Replaces numpy.dtype; keeps its code and byte order."""
 
     def __init__(self, code: object = "", *_: object):
         self.code, self.order = str(code), "="
@@ -126,7 +126,7 @@ class _DType(_Settings):
 
 
 def _number(kind: object, data: object) -> object:
-    """Return NumPy's number as Python's."""
+    """Return a pickled NumPy number as a Python number, and a placeholder for anything else."""
     known = isinstance(kind, _DType) and re.fullmatch("[biufc][0-9]+", kind.code)
     if known and isinstance(data, bytes):
         return np.frombuffer(data, np.dtype(kind.order + kind.code), 1)[0].item()
@@ -163,7 +163,7 @@ _OBJECTS = """
     omegaconf.nodes.IntegerNode omegaconf.nodes.StringNode
     mmengine.logging.history_buffer.HistoryBuffer
 """
-# what files from the field hold next to tensors; only Namespace is the class that is named
+# classes that published files hold next to tensors; all but Namespace are replaced by a stand-in
 _HARMLESS = [
     argparse.Namespace,
     (_table, "collections.defaultdict"),
@@ -185,7 +185,7 @@ def _is_safetensors(head: bytes) -> bool:
 
 
 def _safetensors(path: str, file: BinaryIO) -> State:
-    """Return the tensors by name, and the facts if tools/export.py has written the file."""
+    """Return the tensors by name, and the metadata if tools/export.py has written the file."""
     try:
         import safetensors
     except ImportError:
@@ -200,7 +200,7 @@ def _safetensors(path: str, file: BinaryIO) -> State:
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     except OSError:
         raise
-    except Exception as error:  # damaged ones end in many kinds
+    except Exception as error:  # damaged files raise many kinds of errors
         _check_memory(error)
         again = "it is truncated or damaged; export or download it again"
         raise InputError(f"{path}: not a readable checkpoint; {again}") from None
@@ -208,7 +208,7 @@ def _safetensors(path: str, file: BinaryIO) -> State:
 
 
 def _facts(metadata: dict[str, str]) -> State:
-    """Return what tools/export.py has written as metadata, with the names of a checkpoint."""
+    """Return the metadata that tools/export.py has written, under the keys of a checkpoint."""
     if not {"arch", "method", "image_size"} <= metadata.keys():
         return {}
     size, epoch = (metadata.get(name, "") for name in ("image_size", "epoch"))
@@ -222,7 +222,7 @@ def _facts(metadata: dict[str, str]) -> State:
 
 # Other files
 
-_CONVERT = "convert its tensors to PyTorch first, by the names of torchvision or timm"
+_CONVERT = "convert its tensors to PyTorch first, under the names of torchvision or timm"
 _TENSORFLOW = f"a TensorFlow checkpoint, which is not read; {_CONVERT}"
 _COMPRESSED = "compressed; unpack it, and give the checkpoint inside"
 _MAGIC = {
@@ -239,15 +239,15 @@ _MAGIC = {
     b"Rar!": _COMPRESSED,
 }
 _ONNX = "an ONNX model, which is not read; give the PyTorch checkpoint that it was exported from"
-_TABLE = bytes.fromhex("57fb808b247547db")  # ends TensorFlow's .index files
-# begins files of torch.save's older format, binary or not
+_TABLE = bytes.fromhex("57fb808b247547db")  # how TensorFlow's .index files end
+# how files of torch.save's older format begin, pickled in binary or as text
 _TORCH = (b"l\xfc\x9cF\xf9 j\xa8P\x19", b"119547037146038801333356")
 
 
 def _foreign(path: Path, file: BinaryIO) -> str | None:
-    """Say what a file is, and what to do with it. Raises OSError.
+    """Return what kind of file this is, and what to do with it. Raises OSError.
 
-    Returns None for a file that torch.save may have written.
+    Returns None if torch.save may have written the file.
     """
     file.seek(0)
     head = file.read(1024)
@@ -271,14 +271,14 @@ def _foreign(path: Path, file: BinaryIO) -> str | None:
     if any(number in head[:64] for number in _TORCH):
         return None
     if re.match(rb"\x80[\x00-\x05]", head):
-        return f"a pickle that torch.save has not written, as those of detectron2; {_CONVERT}"
+        return f"a pickle that torch.save did not write, such as detectron2's; {_CONVERT}"
     if re.match(rb"\s*<(!doctype|html|\?xml|error)", head, re.I):
-        return "a web page, in the place of the file; download the file again"
-    return _text(head) or "no file of torch.save or safetensors; give a PyTorch checkpoint"
+        return "a web page instead of the file; download the file again"
+    return _text(head) or "neither a torch.save nor a safetensors file; give a PyTorch checkpoint"
 
 
 def _text(head: bytes) -> str | None:
-    """Say what a text file begins with; None for other files."""
+    """Return how a text file begins; None for other files."""
     if re.search(rb"[^\t\n\r\x20-\x7e\x80-\xff]", head):
         return None
     try:
@@ -290,7 +290,7 @@ def _text(head: bytes) -> str | None:
 
 
 def _zip(path: Path, file: BinaryIO) -> str | None:
-    """Say what a zip archive is; None for a checkpoint, and for a damaged one. Raises OSError."""
+    """Return what a zip archive is; None if it is a checkpoint or damaged. Raises OSError."""
     try:
         names = zipfile.ZipFile(file).namelist()
     except OSError:
@@ -305,13 +305,13 @@ def _zip(path: Path, file: BinaryIO) -> str | None:
     if "data.pkl" in last or not names:
         return None
     if all(name.endswith(".npy") for name in names):
-        return f"a file of NumPy's arrays (.npz), as of JAX; {_CONVERT}"
+        return f"a file of NumPy arrays (.npz), such as JAX's; {_CONVERT}"
     inside = f"{len(names)} files, first '{names[0]}'"
     return f"a zip archive of {inside}; unpack it, and give the checkpoint inside"
 
 
 def _file_of(folder: Path) -> str:
-    """Say which file of a folder to give."""
+    """Return which file of a folder to give."""
     try:
         names = sorted(os.listdir(folder))
     except OSError as error:
@@ -322,4 +322,4 @@ def _file_of(folder: Path) -> str:
     others = [name for name in names if re.search(r"\.(pth|pt|tar|ckpt|safetensors|bin)$", name)]
     if not usual and not others:
         return "no checkpoint lies there; give a checkpoint file"
-    return f"give a checkpoint file, as {folder / (usual or others[-1:])[0]}"
+    return f"give a checkpoint file, such as {folder / (usual or others[-1:])[0]}"

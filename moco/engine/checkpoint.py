@@ -92,8 +92,8 @@ def begin(folder: Path, resumed: str | None) -> None:
 def newest(folder: str) -> str | None:
     """Return the furthest checkpoint of a run folder that is not damaged.
 
-    Prints a line and returns None if there is no checkpoint. Raises Unreadable for one that the system does not hand out, which
-    may be intact, and InputError if all are damaged.
+    Prints a line and returns None if there is no checkpoint. Raises Unreadable if the system cannot
+    read one, which may be intact, and InputError if all are damaged.
     """
     files = found(folder)
     if not files:
@@ -107,7 +107,7 @@ def newest(folder: str) -> str | None:
             raise Unreadable(f"--resume auto: {error}") from None
         except InputError as error:
             say(f"--resume auto: skipped: {error}")
-    raise InputError(f"--resume auto: no checkpoint in {folder} can be read; to begin anew choose another --save-dir")
+    raise InputError(f"--resume auto: no checkpoint in {folder} can be read; choose another --save-dir to begin a new run")
 
 
 def load(path: str) -> State:
@@ -168,7 +168,7 @@ def check_resumable(state: State, path: str) -> None:
 
 
 def lacking(state: State) -> list[str]:
-    """Return what a checkpoint lacks to be resumed, as weights of other software do."""
+    """Return the keys that a checkpoint needs to be resumed and lacks, as other software's do."""
     return [key for key in _WANTED if key not in state]
 
 
@@ -176,7 +176,7 @@ CLASSIFIERS = ("linear", "finetune", "semisup")  # the methods of main_lincls.py
 
 
 def origin(state: State) -> str:
-    """Return what a checkpoint comes from: a classifier, a pre-training, or (weights) other software."""
+    """Return "classifier", "pre-training", or "weights" for a file of other software."""
     if lacking(state):
         return "weights"
     return "classifier" if state.get("method") in CLASSIFIERS else "pre-training"
@@ -186,7 +186,7 @@ def _counts(value: object) -> bool:
     return type(value) is int and 0 < value < 2**63
 
 
-LARGEST_IMAGE = 1 << 14  # pixels; a file that claims more is not believed
+LARGEST_IMAGE = 1 << 14  # pixels; a larger size in a file is ignored
 
 
 class About(NamedTuple):

@@ -29,7 +29,7 @@ def check(args: Namespace) -> None:
     if args.dataset == "imagenet":
         subsets.check_classes(Path(args.data) / "train", args.class_list, args.data_name)
     if tests_only(args) and args.encoder_method:
-        networks.create(args.arch, 1, args.image_size)  # raises what is wrong with them
+        networks.create(args.arch, 1, args.image_size)  # raises InputError if they do not fit
         return
     state = checkpoint.load(args.pretrained) if args.pretrained else {}
     about = checkpoint.about(state)
@@ -48,14 +48,15 @@ def check(args: Namespace) -> None:
 
 
 def tests_only(args: Namespace) -> bool:
-    """Return whether a classifier is only tested, whose checkpoint holds all of its network."""
+    """Return whether the run only tests a classifier, whose checkpoint holds the full network."""
     return getattr(args, "evaluate", False) and not getattr(args, "ft_proj", 0)
 
 
 def restore_options(args: Namespace, options: Iterable[str]) -> None:
-    """Take the architecture and image size from the classifier of `--resume`; to test it, all its `options`.
+    """Restore the architecture and image size from the classifier of `--resume`.
 
-    Raises InputError if `--resume` is no classifier's checkpoint, or if an option that was given
+    With `--evaluate`, restore its seed and all its `options` as well.
+    Raises InputError if `--resume` is not a classifier's checkpoint, or if a given option
     contradicts it.
     """
     if args.evaluate and not args.resume:
@@ -87,7 +88,7 @@ def restore_options(args: Namespace, options: Iterable[str]) -> None:
         value = saved.get(name, given)
         if not _alike(value, given):
             raise InputError(
-                f"{args.resume}: its --{name.replace('_', '-')} is {short(str(value))}, which cannot be; take another one"
+                f"{args.resume}: its --{name.replace('_', '-')} is {short(str(value))}, which is not valid; take another checkpoint"
             )
         setattr(args, name, value)
     args.encoder_method, args.pretrain_epochs = (
@@ -172,7 +173,7 @@ def pretrained(args: Namespace, classes: int, device: torch.device) -> nn.Module
 def _load(net: nn.Module, args: Namespace, state: checkpoint.State) -> str:
     """Load the backbone, and the layers of its projection head that `--ft-proj` keeps below the classifier.
 
-    Returns how many tensors matched, and which of the file's encoders they are, to print.
+    Returns a line on how many tensors matched, and from which of the file's encoders.
     """
     tensors = published.tensors_of(net, state)
     matched, chosen = published.load_backbone(net, tensors, args.pretrained), published.choice(net, tensors)
@@ -212,8 +213,8 @@ def frozen_features(
 def write_results(args: Namespace, protocol: str, found: dict[str, float], seconds: float | None = None) -> None:
     """Write results.json to the run folder and print where it is, on rank 0.
 
-    `found` has metrics as fractions in [0, 1]. `seconds` is how long the evaluation took, by
-    default since this process began.
+    `found` has metrics as fractions in [0, 1]. `seconds` is how long the evaluation took; by
+    default, the time since this process started.
     """
     if distributed.rank() != 0:
         return
@@ -375,13 +376,13 @@ class Classification(Trainer):
 
 
 def _difference(saved: object, classes: tuple[str, ...]) -> str:
-    """Say how the classes of a classifier differ from those of the data."""
+    """Return how the classes of a classifier differ from those of the data."""
     names = [name for name in saved if isinstance(name, str)] if isinstance(saved, list) else []
     if len(names) != len(classes):
-        return f"tells {len(names)} classes apart, and the data have {len(classes)}; give the data that it was trained on"
+        return f"has {len(names)} classes, but the data has {len(classes)}; give the data that it was trained on"
     place = next((i for i, pair in enumerate(zip(names, classes, strict=True)) if pair[0] != pair[1]), 0)
     return (
-        f"its classes are not the data's: number {place} is '{names[place]}' there, and '{classes[place]}' here; "
+        f"its classes differ from the data's: number {place} is '{names[place]}', but '{classes[place]}' in the data; "
         "give the data that it was trained on"
     )
 

@@ -25,14 +25,14 @@ from moco.files import read_yaml, refuse_remote
 from moco.loss.synthetic import Synthetic
 
 Options = argparse.Namespace
-Values = dict[str, object]  # by the names of their attributes
+Values = dict[str, object]  # by attribute name
 
 # what a run's args.yaml holds beside its options
 _NOT_OPTIONS = set("cfg script method encoder-method pretrain-epochs views nodes batch-per-process batch-is-per-process".split())
 _NOT_OPTIONS.add("lincls")  # and a recipe: the one of that script that goes with it
 
 
-MOST_LINES = 20  # about the keys of one file
+MOST_LINES = 20  # on unknown keys of one file
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -54,7 +54,7 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
 class Rule(NamedTuple):
     """Options that have an effect only in some combinations; see `Parser.has_effect`."""
 
-    options: tuple[str, ...]  # by the names of their attributes
+    options: tuple[str, ...]  # attribute names
     when: Callable[[Options], object]
     why: str
     refuse: bool
@@ -110,7 +110,7 @@ class Parser(OneLineParser):
         run.add_argument("--tag", help="of the run, in the folder of --output; by default the word default")
         two = "--save-dir names the run folder (and --pretrained the checkpoint); leave it out"
         self.has_effect("output tag", self._reads_output, two)
-        run.add_argument("--seed", type=values.seed, default=0, help="of weights, order, views and negatives")
+        run.add_argument("--seed", type=values.seed, default=0, help="seed of weights, image order, views and negatives")
 
     def also_named(self, names: dict[str, str]) -> None:
         """Give options, without their dashes, further names: those of a published script."""
@@ -121,19 +121,21 @@ class Parser(OneLineParser):
             self.add_argument(f"--{published}", dest=mine.dest, default=mine.default, help=argparse.SUPPRESS, **kind)
 
     def has_effect(self, options: str, when: Callable[[Options], object], why: str, refuse: bool = True) -> None:
-        """Declare that these options, by their attributes, do nothing unless `when(args)`, which is asked after the script's check.
+        """Declare that options do nothing unless `when(args)`, called after the script's check.
 
         Args:
+            options: their attribute names.
             why: completes "--option has no effect: ", and says what to do.
-            refuse: whether one on the command line that differs from its default is refused; else a line says so.
+            refuse: whether such an option on the command line is an error if it differs from its
+                default. Otherwise a line says that it has no effect.
         """
         self.rules.append(Rule(tuple(options.split()), when, why, refuse))
 
     def without_effect(self, args: Options) -> list[str]:
-        """Return a line on each rule by which options of the last `parse` have no effect; raise InputError for what it refuses.
+        """Return a line for each rule by which options of the last `parse` have no effect.
 
-        A switch that is off, or a 0, is not asked about. Neither is a recipe's value (--cfg) if it is
-        the default one, or if the rule does not refuse.
+        Raises InputError if such a rule refuses. Skips switches that are off and values of 0. Of a
+        recipe's values (--cfg), skips those equal to the default and those whose rule does not refuse.
         """
         refused, noted = [], []
         for rule in self.rules:
@@ -151,16 +153,16 @@ class Parser(OneLineParser):
         return noted
 
     def _reads_output(self, args: Options) -> bool:
-        """Whether --output names the run folder or, of an evaluation, where the checkpoint is."""
+        """Return whether --output is read, for the run folder or an evaluation's checkpoint."""
         finds = hasattr(args, "pretrained") and "pretrained" not in self.given
         return finds or "save_dir" not in self.given
 
     def _of_recipe(self, dest: str) -> bool:
-        """Whether --cfg has given this option another value than the script's own."""
+        """Return whether --cfg has set this option to another value than the script's default."""
         return self.recipe.get(dest) not in (*OFF, self.own.get(dest))
 
     def _name(self, dest: str) -> str:
-        """The option that sets `args.dest`."""
+        """Return the option that sets `args.dest`."""
         names = (name for action in self._actions if action.dest == dest for name in action.option_strings or [action.metavar])
         return next(name for name in names if not re.fullmatch("-.|--no-.*", name))
 
@@ -173,7 +175,7 @@ class Parser(OneLineParser):
         self.refuse_empty(argv)
         argv = self._folder_first(argv)
         self.own = {action.dest: action.default for action in self._actions}
-        self.recipe: Values = {}  # what --cfg gives
+        self.recipe: Values = {}  # from --cfg
         named = self.parse_known_args(argv, Options(**dict.fromkeys(self.own, _UNSET)))[0]
         self.given: Values = {dest: value for dest, value in vars(named).items() if value is not _UNSET}
         first, _ = self.parse_known_args(argv)
@@ -233,7 +235,7 @@ class Parser(OneLineParser):
         return form.format(value)
 
     def unknown(self, names: Iterable[str], kind: str = "option", known: Iterable[str] = ()) -> list[str]:
-        """Return a line for each option in `names`, none of which this script has: what to use instead, or the nearest one."""
+        """Return a line for each unknown option: what to use instead, or the nearest option."""
         known = list(known) or self.names()
         lines = []
         for name in dict.fromkeys(names):
@@ -288,7 +290,7 @@ class Parser(OneLineParser):
         for name, key in names.items():
             value = values[key]
             if name in ("resume", "allow-change") and "script" in values:
-                continue  # how the run of this args.yaml was started last, and no setting of it
+                continue  # not settings: they say how the run of this args.yaml was last started
             if name not in actions:
                 continue
             self.recipe[actions[name].dest] = _convert(actions[name], value, f"--cfg {path}: {key}")
@@ -388,7 +390,10 @@ def _convert(action: argparse.Action, value: object, where: str) -> object:
 
 
 def add_launch(parser: Parser) -> None:
-    """Which processes run, and where. A script whose --multiprocessing-distributed is None by default takes all GPUs."""
+    """Add the options of the launch.
+
+    A script whose --multiprocessing-distributed is None by default takes all GPUs.
+    """
     group = parser.add_argument_group("launch (or use torchrun, torch.distributed.launch, srun)")
     group.add_argument("--multiprocessing-distributed", action=Switch, default=False, help="start one process per GPU of this node")
     group.add_argument(
@@ -425,20 +430,24 @@ def add_input(
     group.add_argument(
         "-a", "--arch", default=arch, help=f"{kinds}any torchvision ResNet" + ("" if arch else "; read from the checkpoint")
     )
-    few = f"its share of the cores, here {launch.cores()}; at most {launch.WORKERS} a process"
+    few = f"one for each core, here {launch.cores()}, divided among the processes of the node; at most {launch.WORKERS} for each"
     of = "of each process" if each else "of this node, split over its processes"
     group.add_argument("-b", "--batch-size", type=values.batch, default=batch, help=f"images in one pass {of}")
     group.add_argument("-j", "--workers", type=values.processes, help=f"loader processes {of} (default: {few})")
     size = "" if arch else "; read from the checkpoint, else 224"
     group.add_argument(
-        "--image-size", type=values.pixels, default=224 if arch else None, metavar="PIXELS", help="of a full-size view" + size
+        "--image-size",
+        type=values.pixels,
+        default=224 if arch else None,
+        metavar="PIXELS",
+        help="width and height of a full-size view" + size,
     )
     group.add_argument("--recipe", default=recipe, help="views by name, see moco/augment/recipes.py")
     group.add_argument(
         "--crop-min",
         type=values.real("(0, 1]"),
         metavar="SHARE",
-        help="least share of the image in a crop, instead of the recipe's",
+        help="smallest fraction of the image that a crop covers, instead of the recipe's",
     )
     group.add_argument(
         "--randaugment",
@@ -453,7 +462,7 @@ def add_input(
     group.add_argument("--grad-checkpoint", "--use-checkpoint", action="store_true", help=less)
     group.add_argument("--class-list", metavar="FILE", help="use these class folders of DIR only; one name a line")
     group.add_argument(
-        "--data-name", type=values.data_name, metavar="NAME", help="what DIR holds; of imagenet100 the classes are counted"
+        "--data-name", type=values.data_name, metavar="NAME", help="imagenet100 or imagenet1000: check that DIR has no more classes"
     )
 
 
@@ -464,10 +473,10 @@ def add_evaluation(parser: Parser) -> None:
     help = f"what lies in DIR, of {', '.join(named.NAMES)}"
     group.add_argument("--dataset", type=named.canonical, default="imagenet", metavar="NAME", help=help)
     group.add_argument("--download", action="store_true", help="fetch the data set into DIR first")
-    folder = "DIR is a folder of images, as it is; give --dataset NAME for one that can be fetched, or leave it out"
+    folder = "DIR is a folder of images, used as it is; give --dataset NAME for a data set to fetch, or leave it out"
     parser.has_effect("download", lambda args: args.dataset not in ("imagenet", "photos"), folder)
     parser.has_effect("data_name", lambda args: args.dataset == "imagenet", "it is for folders of ImageNet; leave it out")
-    photos = "the word photos names the data set; give the folder of the other one instead"
+    photos = "the word photos already names the data set; for another one give its folder instead"
     parser.has_effect("dataset", lambda args: args.data != "photos" or parser.given.get("dataset") == "photos", photos)
 
 
@@ -528,14 +537,18 @@ def add_optimizer(
     group.add_argument("--cos", action=Switch, most=cos, default=False, help="cosine schedule instead")
     group.add_argument("--lr-by", choices=("epoch", "step"), default="epoch", help="how often the rate changes")
     group.add_argument("--sgdr", action=Switch, default=False, help="cosine schedule that begins anew (warm restarts)")
-    group.add_argument("--sgdr-t0", type=values.epochs, default=12, metavar="EPOCHS", help="of each of its periods")
+    group.add_argument("--sgdr-t0", type=values.epochs, default=12, metavar="EPOCHS", help="length of each period of --sgdr")
     group.add_argument(
-        "--lr-final", type=values.learning_rate, default=0.0, metavar="LR", help="where a cosine ends; scaled like --lr"
+        "--lr-final",
+        type=values.learning_rate,
+        default=0.0,
+        metavar="LR",
+        help="learning rate at the end of a cosine; scaled like --lr",
     )
     group.add_argument("--lr-warmup-epochs", type=values.natural, default=0, help="epochs of linear learning-rate warm-up")
     group.add_argument("--momentum", type=values.momentum, default=0.9)
     group.add_argument(
-        "--clip-grad", type=values.real("[0, 1000000]"), default=0.0, metavar="LENGTH", help="of the gradient, at most; 0: any"
+        "--clip-grad", type=values.real("[0, 1000000]"), default=0.0, metavar="NORM", help="maximum gradient norm; 0: no clipping"
     )
     group.add_argument("--nesterov", action=Switch, default=False, help="Nesterov's momentum, of sgd")
     group.add_argument(
@@ -566,7 +579,7 @@ def add_run(parser: Parser) -> None:
     group.add_argument(
         "--resume",
         metavar="FILE",
-        help="continue from this checkpoint as if the run had never stopped; auto: from the newest in the run folder, if any",
+        help="continue from this checkpoint as if the run had never stopped; auto: from the furthest one in the run folder, if any",
     )
     group.add_argument(
         "--allow-change",
@@ -576,7 +589,11 @@ def add_run(parser: Parser) -> None:
         help="options that may differ from those of the run that --resume continues, such as lr,wd",
     )
     group.add_argument(
-        "--save-every", type=values.positive, default=1, metavar="EPOCHS", help="epochs between checkpoints; the last is kept"
+        "--save-every",
+        type=values.positive,
+        default=1,
+        metavar="EPOCHS",
+        help="epochs between checkpoints; the last epoch is always saved",
     )
     group.add_argument(
         "--on-bad-image",
@@ -584,7 +601,7 @@ def add_run(parser: Parser) -> None:
         default="skip",
         help="a training image that cannot be read is named, and another takes its place, up to 1 %% of an epoch; or the run ends",
     )
-    inside = "save inside epochs, too, every so many; 0: only when a signal asks the run to end"
+    inside = "also save inside epochs, every so many steps; 0: only if a signal stops the run"
     group.add_argument("--save-every-steps", type=values.natural, default=0, metavar="STEPS", help=inside)
 
 
@@ -603,21 +620,21 @@ def add_pretrain(parser: Parser, cos: int = 1, *, transformers: bool = False, ea
         type=values.natural,
         default=10,
         metavar="EPOCHS",
-        help="keep every so many epochs' checkpoint, too, besides the best by --knn-every; 0: none",
+        help="also keep the checkpoint of every Nth epoch; 0: of none. The best by --knn-every is kept in any case",
     )
     group = parser.add_argument_group("k-NN monitor")
     group.add_argument(
         "--knn-every", type=values.natural, default=0, metavar="EPOCHS", help="report k-NN top-1 on val/, against train/"
     )
     group.add_argument("--knn-k", type=values.positive, default=20, metavar="K", help="neighbours that vote")
-    group.add_argument("--knn-t", type=values.temperature, default=0.07, metavar="T", help="temperature of their weights")
+    group.add_argument("--knn-t", type=values.temperature, default=0.07, metavar="T", help="temperature of the neighbours' weights")
     monitor = "the k-NN monitor is off; give --knn-every EPOCHS as well, or leave it out"
     parser.has_effect("knn_k knn_t", lambda args: args.knn_every, monitor)
     add_launch(parser)
 
 
 def add_feature_rules(parser: Parser) -> None:
-    """What has no effect in a script that classifies features of images, or reads them from files."""
+    """Declare the options without effect in a script that classifies features."""
     centre = "this script sees the centre of each image, and trains nothing; leave it out"
     parser.has_effect("recipe crop_min randaugment grad_checkpoint", lambda args: False, centre)
     files = "batch_size workers image_size amp compile data dataset download data_name seed"
@@ -632,15 +649,17 @@ def add_momentum_encoder(parser: Parser, t: float, v2: bool) -> None:
     group.add_argument("--moco-t", type=values.temperature, default=t, help="softmax temperature")
     group.add_argument("--mlp", action=Switch, default=v2, help="two-layer head (v2)")
     group.add_argument("--aug-plus", action=Switch, default=v2, help="recipe mocov2 instead of mocov1")
-    group.add_argument("--bn-splits", type=values.positive, default=8, help="key BN groups where one process trains alone")
+    group.add_argument(
+        "--bn-splits", type=values.positive, default=8, help="batch norm groups of the key encoder if one process trains alone"
+    )
     named = "--recipe names the views; leave it out"
     parser.has_effect("aug_plus", lambda args: args.recipe == ("mocov2" if args.aug_plus else "mocov1"), named)
-    shuffled = "several processes shuffle their images for it; leave it out"
+    shuffled = "it is for a run of one process, and this run has several; leave it out"
     parser.has_effect("bn_splits", lambda args: launch.plan(args).world == 1, shuffled)
 
 
 def check_momentum_encoder(args: Options) -> None:
-    """Choose the views unless `--recipe` does."""
+    """Choose the default recipe unless `--recipe` is given."""
     args.recipe = args.recipe or ("mocov2" if args.aug_plus else "mocov1")
 
 
@@ -650,10 +669,10 @@ _KINDS = ("interpolated", "extrapolated", "mixup", "noise", "perturbed", "advers
 def add_synthetic(parser: Parser, title: str, n_hard: int, each: int, sigma: float) -> argparse._ArgumentGroup:
     """Synthetic negatives, by default `each` of every kind; returns the group, for what only one script has."""
     group = parser.add_argument_group(title)
-    group.add_argument("--n-hard", type=values.natural, default=n_hard, help="hardest queue rows that they are made of")
+    group.add_argument("--n-hard", type=values.natural, default=n_hard, help="hardest queue entries, of which they are made")
     for i, name in enumerate(_KINDS, 1):
         group.add_argument(f"--n{i}", type=values.natural, default=each, help=f"{name} negatives per query")
-    group.add_argument("--sigma", type=values.size, default=sigma, help="deviation of the noise")
+    group.add_argument("--sigma", type=values.size, default=sigma, help="standard deviation of the noise")
     group.add_argument("--delta", type=values.size, default=0.01, help="size of the perturbation")
     group.add_argument("--eta", type=values.size, default=0.01, help="size of the adversarial step")
     for dest, n, name in (("sigma", "n4", "noise"), ("delta", "n5", "perturbed"), ("eta", "n6", "adversarial")):
@@ -675,7 +694,7 @@ def synthetic(args: Options, rows: int, option: str) -> Synthetic:
 def writable(folder: str) -> None:
     """Raise InputError where a run folder cannot be made, or written to, before hours are spent on what goes there."""
     if folder != folder.encode(errors="replace").decode():
-        raise InputError(f"--save-dir {folder}: is not UTF-8, which TensorBoard's files cannot have as a name; choose another")
+        raise InputError(f"--save-dir {folder}: is not UTF-8, which TensorBoard needs; choose another folder")
     there = next(place for place in (Path(folder), *Path(folder).absolute().parents) if os.path.lexists(place))
     if not there.is_dir():
         raise InputError(f"--save-dir {folder}: {there} is no folder; choose another place")
@@ -684,7 +703,7 @@ def writable(folder: str) -> None:
 
 
 def _in_own_folder(worker: launch.Worker, continues: bool, named: bool, args: Options, device: torch.device) -> None:
-    """Run the worker while this process's run holds its folder."""
+    """Run the worker while the run holds the lock of its folder."""
     with run_folder.claim(args, continues, named):
         worker(args, device)
 

@@ -6,7 +6,7 @@ Names are without leading dashes, and with `-` for `_`.
 
 from collections.abc import Collection
 
-# the same meaning under another name: scripts take these as well
+# other names of the same option, which the scripts take as well
 SAME = {
     "num-workers": "workers",
     "output-dir": "save-dir",
@@ -14,7 +14,7 @@ SAME = {
     "accum-iter": "accumulation-steps",
 }
 
-# a similar option: the first of these that the script has
+# similar options: the first one that the script has is suggested
 _SIMILAR = {
     "out-dim output-dim feat-dim proj-output-dim proj-dim low-dim nce-dim": "moco-dim dim proj-out-dim",
     "proj-hidden-dim pred-hidden-dim hidden-dim moco-mlp-dim": "mlp-dim",
@@ -41,7 +41,7 @@ _SIMILAR = {
 
 _FOLDER = "give the data folder as DIR"
 _PROCESSES = "use --multiprocessing-distributed for all GPUs, --gpu ID for one, or torchrun or srun"
-_TPU = "GPUs are found by themselves, and --multiprocessing-distributed uses all of them"
+_TPU = "GPUs are found automatically; --multiprocessing-distributed uses all of them"
 _PRECISION = "use --amp fp16, --amp bf16 or --amp off"
 _RATE = "use --cos, or --schedule EPOCH ..."
 _VIEWS = "views are recipes: use --recipe, --crop-min, --randaugment"
@@ -55,10 +55,10 @@ _SAID = {
     "model-dir exp-dir dump-path checkpoint-dir": "use --save-dir DIR",
     "use-tpu tpu-name tpu-zone gcp-project master": _TPU,
     "use-amp amp-opt-level fp16 use-fp16 use-bf16 bf16 precision no-amp": _PRECISION,
-    "sync-bn syncbn sync-batchnorm": "batch norm is what the method needs (shuffled or synchronized); leave it out",
+    "sync-bn syncbn sync-batchnorm": "each method chooses its batch norm (shuffled or synchronized); leave it out",
     "devices gpus num-gpus ngpus accelerator strategy device cuda use-cuda no-cuda dist-on-itp": _PROCESSES,
-    "batch-size-per-gpu batch-size-per-device": "use --batch-size; its text in --help says what it counts",
-    "base-lr blr start-lr": "use --lr, with --learning-rate-scaling where it is to be scaled by the batch",
+    "batch-size-per-gpu batch-size-per-device": "use --batch-size; --help says whether it is a node's or a process's",
+    "base-lr blr start-lr": "use --lr; --learning-rate-scaling scales it by the batch size",
     "sched scheduler lr-scheduler lr-decay-epochs lr-decay-rate decay-epochs decay-rate cosine": _RATE,
     "weight-decay-end": "no counterpart here: the weight decay is constant; use --wd",
     "lars": "use --optimizer lars",
@@ -68,23 +68,23 @@ _SAID = {
     "data-dir dataset train-data-path val-data-path data-root data-folder root": _FOLDER,
     "eval evaluate eval-only linear-eval": "use main_lincls.py or main_knn.py",
     "num-classes nb-classes n-classes": "classes are counted in the data; leave it out",
-    "lr-backbone lr-classifier": "main_semisup.py has it",
+    "lr-backbone lr-classifier": "only main_semisup.py has this option",
     "benchmark deterministic cudnn-benchmark": "no counterpart here: --seed fixes weights, order and views; leave it out",
     "moco-m-cos": "no counterpart here: main_moby.py's momentum always rises to 1, the others' is constant; leave it out",
     "mixup cutmix smoothing label-smoothing reprob": "no counterpart here; leave it out",
     "mask-ratio norm-pix-loss norm-last-layer use-bn-in-head freeze-last-layer warmup-teacher-temp": _METHOD,
     "warmup-teacher-temp-epochs epsilon sinkhorn-iterations nmb-prototypes prototypes moco-align moco-unif": _METHOD,
-    "throughput": "the log lines have images_per_s",
+    "throughput": "no counterpart here: every log line has images_per_s; leave it out",
     "hub push-to-hub": "use tools/export.py",
 }
 
 
 def instead(name: str, options: Collection[str]) -> str | None:
-    """Return what to use in place of another repository's option; None if no repository read here has it.
+    """Return what to use instead of another repository's option; None if the tables lack it.
 
     Args:
-        name: the option, as it is named in the tables.
-        options: those of the script, with their dashes.
+        name: the option, spelled as in the tables.
+        options: the script's own options, with their dashes.
     """
     for names, similar in _SIMILAR.items():
         if name in names.split():

@@ -182,10 +182,10 @@ def check_dump(args: Namespace) -> None:
     except OSError as error:
         raise InputError(f"--dump-features {folder}: cannot be written ({error.strerror}); choose another folder") from None
     if any(folder.glob("*.npy")) or (folder / "meta.json").exists():
-        unfinished = "" if (folder / "meta.json").exists() else ", of a dump that was not finished"
-        raise InputError(
-            f"--dump-features {folder}: holds features{unfinished}; choose another folder, or read them with --load-features"
-        )
+        finished = (folder / "meta.json").exists()
+        held = "features" if finished else "an unfinished dump of features"
+        how = "choose another folder" + ", or read them with --load-features" * finished
+        raise InputError(f"--dump-features {folder}: holds {held}; {how}")
 
 
 def _origin(args: Namespace) -> dict[str, Any]:
@@ -227,7 +227,7 @@ def _write(path: Path, mine: Tensor, count: int) -> None:
         try:
             path.touch(exist_ok=False)
         except FileExistsError:
-            raise InputError(f"--dump-features {path.parent}: another program writes there; choose another folder") from None
+            raise InputError(f"--dump-features {path.parent}: another program is writing there; choose another folder") from None
         np.lib.format.open_memmap(path, "w+", kind, shape).flush()
     distributed.barrier()
     rows = np.lib.format.open_memmap(path, "r+")[distributed.rank() :: distributed.world()]

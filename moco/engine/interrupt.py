@@ -35,8 +35,9 @@ class Requests:
 
     def __enter__(self) -> "Requests":
         self._before = {number: signal.signal(number, self._receive) for number in SIGNALS}
-        # Python calls handlers between two of its instructions, and a backward pass is one: the line
-        # is printed by a thread, to which the system's own handler writes each signal's number
+        # Python calls a signal's handler only between two bytecode instructions, and a backward
+        # pass is one. So a thread prints the line: it reads the signal's number from a pipe, to
+        # which Python's low-level handler writes at once.
         ear, self._mouth = os.pipe()
         os.set_blocking(self._mouth, False)
         self._mouth_before = signal.set_wakeup_fd(self._mouth, warn_on_full_buffer=False)
@@ -74,7 +75,7 @@ class Requests:
 
 
 def _acknowledge(ear: int, speaks: bool) -> None:
-    """Print one line, if this process `speaks`, when the first of `SIGNALS` comes; end when the pipe is closed."""
+    """Print a line at the first of `SIGNALS`, if this process `speaks`; end with the pipe."""
     with open(ear, "rb", buffering=0) as pipe:
         while numbers := pipe.read(1):
             if speaks and numbers[0] in SIGNALS:

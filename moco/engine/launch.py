@@ -88,26 +88,26 @@ def plan(args: Namespace) -> Plan:
     return Plan("single", nodes, 1, node, nodes, 0, _meeting_point(args, nodes, node) if nodes > 1 else "")
 
 
-WORKERS = 8  # loader processes of a process, at most, unless the user asks for more: a GPU is fed by these
+WORKERS = 8  # default limit of loader processes for each process; so many keep a GPU busy
 
 
 def workers(p: Plan, args: Namespace) -> int:
     """Return the default of `--workers`: a loader process for each core of this node, at most `WORKERS` for each of its processes.
 
-    With `args.batch_is_per_process` they are those of one process.
+    With `args.batch_is_per_process`, return the number for one process.
     """
-    bound = p.launcher == "srun" and "SLURM_CPUS_PER_TASK" in os.environ  # to cores of this process alone
+    bound = p.launcher == "srun" and "SLURM_CPUS_PER_TASK" in os.environ  # own cores
     node = min(cores() * (p.local if bound else 1), WORKERS * p.local)
     return max(1, node // p.local) if getattr(args, "batch_is_per_process", False) else node
 
 
 def cores() -> int:
-    """Return how many cores this process may use: of its CPU affinity, and within its container's quota."""
+    """Return how many cores this process may use, by its CPU affinity and its container's quota."""
     n = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     for files in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):  # of cgroups v2, and v1
         try:
             quota, period = map(int, " ".join((CGROUP / file).read_text() for file in files).split())
-        except (OSError, ValueError):  # there are none, or it says "max"
+        except (OSError, ValueError):  # no such file, or no limit ("max")
             continue
         if quota > 0 < period:
             n = min(n, -(-quota // period))
@@ -305,9 +305,9 @@ def _meeting_point(args: Namespace, nodes: int, node: int) -> str:
 
 
 def _check_url(url: str, r: int) -> str:
-    """Return the URL where the processes meet, after a check of all that this machine can tell.
+    """Return the URL where the processes meet, after checking what can be checked on this machine.
 
-    `r` is 0 if rank 0 runs here, which keeps the store. Raises InputError for a URL of another
+    `r` is 0 if rank 0, which keeps the store, runs here. Raises InputError for a URL of another
     form, a missing or wrong MASTER_ADDR or MASTER_PORT, and a host that cannot be resolved; on
     rank 0 also for a host that is another machine and for a port in use.
     """
@@ -349,14 +349,14 @@ def _address(url: str) -> tuple[str, int, str]:
 
 
 def _agent_keeps_store(url: str) -> bool:
-    """Whether torchrun has opened the store at env:// already."""
+    """Return whether torchrun keeps the store at env://, and has opened it already."""
     return url == "env://" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def _check_own(host: str, port: int, names: str, family: socket.AddressFamily) -> None:
     """Raise InputError unless this machine, where rank 0 runs, can open the port and be reached as `host`."""
     try:
-        listener = socket.create_server(("", port), family=family)  # at every address, as the store
+        listener = socket.create_server(("", port), family=family)  # like the store
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             choose = "or leave --dist-url out to have a free one found" if names == "--dist-url" else "or start with torchrun"
@@ -375,16 +375,16 @@ def _check_own(host: str, port: int, names: str, family: socket.AddressFamily) -
         listener.close()
 
 
-OWN = 5.0  # seconds in which a machine answers itself
-MEETING = 300.0  # seconds in which all processes must have come
+OWN = 5.0  # seconds within which a machine must answer itself
+MEETING = 300.0  # seconds within which all processes must have connected
 SILENCE = 10.0  # seconds, after which a line says what is waited for
 
 
 def _meet(url: str, r: int, world: int, announce: bool) -> dist.Store:
-    """Return the store at `url` when all `world` processes have come to it.
+    """Return the store at `url` when all `world` processes have connected to it.
 
-    With `announce`, a line says what is waited for if it takes long. Raises InputError if they have
-    not come after `MEETING` seconds. It waits in Python, where signals are heard.
+    With `announce`, a line says what is waited for if it takes long. Raises InputError after
+    `MEETING` seconds. Waits in Python code, so that signals are handled.
     """
     began, announced = time.monotonic(), not announce
 
@@ -420,7 +420,7 @@ def _meet(url: str, r: int, world: int, announce: bool) -> dist.Store:
     came = place.add("came", 1)
     while came < world:
         wait_for(
-            f"{came} of {world} processes have come to {where}; rank {r} waits",
+            f"{came} of {world} processes have connected to {where}; rank {r} waits",
             "start the others, or correct WORLD_SIZE or --world-size",
         )
         came = place.add("came", 0)
@@ -430,7 +430,7 @@ def _meet(url: str, r: int, world: int, announce: bool) -> dist.Store:
 def _open_store(host: str, port: int, world: int, keeps: bool, where: str) -> dist.Store:
     """Connect to the store at host:port; open it first if this process `keeps` it. Raises InputError.
 
-    It is done in a thread, because torch waits without end for an answer of another kind of server.
+    Runs in a thread, because torch waits forever if another kind of server is there.
     """
     made: list[dist.Store | Exception] = []
 
@@ -447,7 +447,7 @@ def _open_store(host: str, port: int, world: int, keeps: bool, where: str) -> di
         thread.join(0.1)
     if not made or isinstance(made[0], Exception):
         why = f": {' '.join(str(made[0]).split())}" if made else ""
-        what = "the store cannot be opened" if keeps else "what answers there is not rank 0 of this run"
+        what = "the store cannot be opened" if keeps else "another program answers there, not rank 0 of this run"
         raise InputError(f"{where}: {what}{why}; choose another port")
     return made[0]
 

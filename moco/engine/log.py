@@ -19,7 +19,7 @@ from moco import distributed
 from moco.errors import InputError
 from moco.files import replacing, to_json
 
-STARTED = time.perf_counter()  # of this process
+STARTED = time.perf_counter()  # when this process started
 Metrics = dict[str, Tensor | tuple[Tensor, Tensor]]  # scalars, or a sum and the count of what it sums up
 
 
@@ -86,7 +86,7 @@ class RunLog:
         self.images_per_step = args.batch_per_process * distributed.world() * args.accumulation_steps
         self.began = self.marked = time.perf_counter()
         self.marked_step, self.waited, self.first = start, 0.0, True
-        self.bar, self.before = None, 0.0  # seconds of the earlier starts
+        self.bar, self.before = None, 0.0  # seconds trained in earlier starts
         if distributed.rank() != 0:
             return
         folder = Path(args.save_dir)

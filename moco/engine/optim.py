@@ -55,7 +55,7 @@ _KIND = ("dampening", "betas", "eps", "trust", "amsgrad")  # tells an optimizer 
 
 
 def _like(saved: dict[str, Any], mine: dict[str, Any]) -> bool:
-    """Return whether a saved group is of the same optimizer as `mine`; its settings may be others."""
+    """Return whether a saved group is of the same optimizer as `mine`; its settings may differ."""
     same = all(saved.get(name) == mine.get(name) for name in _KIND) and ("momentum" in saved) == ("momentum" in mine)
     return same and all(isinstance(saved[name], int | float | None) for name in mine.keys() & saved.keys() - {"params", "betas"})
 

@@ -1,4 +1,4 @@
-"""Standard output and error that cannot end a run: what cannot be written there is left out."""
+"""Let a run outlive its standard output and error: what cannot be written there is dropped."""
 
 import contextlib
 import io
@@ -7,7 +7,7 @@ import sys
 
 
 class _Patient(io.FileIO):
-    """A file descriptor whose writes never fail: its reader may leave, its disk may be full."""
+    """A file whose writes never fail: they drop data if the reader is gone or the disk is full."""
 
     def write(self, data) -> int:
         with contextlib.suppress(OSError):
@@ -25,7 +25,7 @@ def guard() -> None:
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
-        except OSError:  # closed: else a file that is opened later would take its number, and its output
+        except OSError:  # closed: a file opened later would get its number, and the output
             os.open(os.devnull, os.O_RDWR)
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)

@@ -13,15 +13,15 @@ from moco.errors import InputError
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-# flags of /proc/cpuinfo for processors that multiply bf16 themselves: Intel and AMD; Arm
+# flags in /proc/cpuinfo of CPUs with bf16 instructions: two of Intel and AMD, one of Arm
 _BF16 = {"avx512_bf16", "amx_bf16", "bf16"}
 
 
 def choose(args: Namespace) -> None:
-    """Set `args.amp` to off, and print a line, for a CPU that computes it slowly.
+    """Set `args.amp` to off, and print a line, if this CPU computes it slowly.
 
-    That is every CPU for fp16, whose convolutions take minutes a step in PyTorch, and a CPU
-    without bf16 instructions for bf16.
+    Every CPU is slow in fp16: PyTorch's convolutions take minutes a step. CPUs without bf16
+    instructions are slow in bf16.
     """
     if args.amp == "off" or torch.cuda.is_available() or (args.amp == "bf16" and _multiplies_bf16()):
         return

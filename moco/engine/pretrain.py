@@ -52,7 +52,7 @@ class Pretraining(Trainer):
     """Trains a method: `module(views, index, progress)` gives its loss, `module.encoder` is what the monitor judges."""
 
     best = (-1.0, -1)  # the best k-NN top-1 among the epochs that were saved, and which epoch it was
-    spared: frozenset[Path] = frozenset()  # checkpoints that another --keep left there
+    spared: frozenset[Path] = frozenset()  # left by an earlier start with another --keep
 
     def images_before(self) -> int:
         return getattr(self.module, "images_before", 0)
@@ -114,7 +114,7 @@ class Pretraining(Trainer):
         say(f"trained for {clock(self.seconds)}")
         saved = next(iter(checkpoint.found(self.args.save_dir)), None)
         if saved is not None and distributed.rank() == 0:
-            say(f"the last checkpoint is {saved}; what may follow:")
+            say(f"the last checkpoint is {saved}; what you can run next:")
             for command in following.commands(self.args, self.images.root, saved):
                 say(f"  {command}")
 

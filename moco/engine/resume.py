@@ -8,8 +8,8 @@ from moco.engine.log import say
 from moco.errors import InputError, short
 from moco.files import read_yaml
 
-# Options that change neither what is learned nor its schedule: launch, reading, logging, saving.
-# The total batch is compared by itself, since its parts may be divided anew over other processes.
+# Options that may differ, because they change neither what is learned nor its schedule: launch,
+# reading, logging, saving. `check_unchanged` compares the total batch, not how it is divided.
 FREE = frozenset(
     "data save_dir output tag cfg resume allow_change evaluate script"
     " workers download on_bad_image host_features loss_chunk compile grad_checkpoint"
@@ -23,10 +23,10 @@ FREE = frozenset(
 def start(args: Namespace) -> bool:
     """Set `args.resume` and `args.save_dir` to what `--resume` means; return whether the run there continues.
 
-    `--resume auto` continues the run of this script in `--save-dir`, or in the subfolder that it got
-    there because the folder holds another run; if there is none, the run begins. `--resume FILE`
-    continues in FILE's folder, or, with another `--save-dir`, begins a new run there from FILE.
-    A test alone (`--evaluate`) continues nothing.
+    `--resume auto` continues the run of this script in `--save-dir`, or in the subfolder that an
+    evaluation got because the folder holds another run. If there is no such run, a new one begins.
+    `--resume FILE` continues in FILE's folder. With another `--save-dir` it begins a new run there
+    from FILE. A test alone (`--evaluate`) continues nothing.
 
     Raises InputError if no checkpoint can be read, or if FILE's folder has a later one.
     """
@@ -86,7 +86,7 @@ def check_unchanged(args: Namespace, state: checkpoint.State, batch: int) -> Non
     """Raise InputError if options differ from those of the run that `--resume` continues.
 
     It names each difference. Options in `FREE` may differ, and so may those that the user names
-    with `--allow-change`. A larger `--epochs` is no change unless a schedule depends on it.
+    with `--allow-change`. `--epochs` may differ unless a schedule depends on it.
 
     Args:
         args: this run's options.
@@ -112,19 +112,19 @@ def check_unchanged(args: Namespace, state: checkpoint.State, batch: int) -> Non
     if refused:
         listed = "; ".join(f"--{name} is {_short(now)}, and was {_short(then)}" for name, (now, then) in refused.items())
         raise InputError(
-            f"--resume {args.resume}: its options were others: {listed}. Give the same ones "
+            f"--resume {args.resume}: options differ from those of the run: {listed}. Give the same ones "
             f"({Path(args.resume).parent / 'args.yaml'} has all of them), or change them on purpose "
             f"with --allow-change {','.join(refused)}"
         )
 
 
 def _open_ended(args: Namespace) -> bool:
-    """Return whether more epochs leave the schedules of the first ones as they are."""
+    """Return whether no schedule depends on `--epochs`."""
     return not args.cos and args.script != "moby"
 
 
 def _same(now: object, then: object) -> bool:
-    """Compare plain values, and lists of them; a file may hold anything."""
+    """Return whether plain values, or lists of them, are equal. `then` may be anything."""
     if isinstance(now, list | tuple):
         return isinstance(then, list | tuple) and len(now) == len(then) and all(_same(a, b) for a, b in zip(now, then, strict=True))
     return isinstance(then, bool | int | float | str | None) and now == then

@@ -30,8 +30,7 @@ _OUTPUTS = (
 def is_free(folder: Path) -> bool:
     """Return whether a new run may write to `folder`: no run has logged or saved anything there.
 
-    A log without lines and an args.yaml alone are what a run leaves that failed before its first
-    step: there is nothing to lose.
+    An empty log and an args.yaml do not count: a run that failed before its first step leaves them.
     """
     log = folder / "log.jsonl"
     if log.exists() and log.stat().st_size:
@@ -126,9 +125,9 @@ class Held:
 
 
 def take(given: Path, places: Iterator[Path], continues: bool, option: str = "--save-dir") -> Held:
-    """Lock the first of `places` that is free; with `continues`, the first of them as it is.
+    """Lock the first of `places` that is free; with `continues`, the first that no run has locked.
 
-    Raises InputError, which names `option` and the folder `given` with it, if there is none.
+    Raises InputError, which names `option` and its folder `given`, if there is none.
     """
     busy = False
     try:

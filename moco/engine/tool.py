@@ -1,4 +1,4 @@
-"""What every command line has, of scripts and tools: an error is one line, several are one line each, and status 2."""
+"""The command line of scripts and tools: an error is one line on stderr, and exit status 2."""
 
 import argparse
 import os
@@ -47,7 +47,7 @@ class OneLineParser(argparse.ArgumentParser):
         return found
 
     def unknown(self, names: Iterable[str]) -> list[str]:
-        """Return a line for each option in `names`, none of which this parser has."""
+        """Return a line for each of `names`, which this parser lacks."""
         return [str(unknown("option", name, self.names())) for name in dict.fromkeys(names)]
 
     def refuse_empty(self, words: Sequence[str]) -> None:
@@ -63,12 +63,12 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def printed(name: str, error: InputError) -> str:
-    """Return what a program called `name` prints of an error: each of its lines, control characters escaped."""
+    """Return what program `name` prints for an error: its lines, control characters escaped."""
     return "".join(f"{one_line(f'{name}: error: {line}')}\n" for line in error.lines)
 
 
 def one_line(message: str) -> str:
-    """Return `message` in one line: control characters are escaped. It is never shortened; see `errors.short`."""
+    """Return `message` as one line with control characters escaped. It is never shortened here."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in message.strip())
 
 

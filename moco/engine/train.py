@@ -95,7 +95,7 @@ class Trainer(ABC):
         return {}
 
     def finished(self) -> None:  # noqa: B027
-        """Tell what follows training. `self.seconds` is how long the run trained, in all its starts."""
+        """Print what can follow the training. `self.seconds` is its duration over all starts."""
 
     seconds: float | None = None
     may_diverge = False  # whether numbers that are not finite end the run
@@ -314,7 +314,7 @@ class Trainer(ABC):
         return epoch * self.steps_per_epoch + min(inside, self.steps_per_epoch)
 
     def more_state(self) -> dict[str, Any]:
-        """Return what else a checkpoint holds: plain values by key."""
+        """Return further entries of a checkpoint: plain values by key."""
         return {}
 
     def save(self, name: str, epoch: int, step: int | None = None) -> Path:

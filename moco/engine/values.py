@@ -1,4 +1,4 @@
-"""Types of options: what argparse makes of a word, and which numbers make sense."""
+"""Types of options for argparse, which convert a word and check the range of a number."""
 
 import argparse
 from collections.abc import Callable
@@ -11,7 +11,7 @@ Number = TypeVar("Number", int, float)
 
 
 def real(interval: str) -> Callable[[str], float]:
-    """Return an option's type: a float in an interval such as "[0, 1)", where a round bracket leaves the end out."""
+    """Return an option's type: a float in an interval such as "[0, 1)", where 1 is excluded."""
     return _number(float, interval)
 
 
@@ -26,7 +26,7 @@ def _number(kind: type[Number], interval: str) -> Callable[[str], Number]:
     def number(text: str) -> Number:
         value, said = kind(text), ""
         if value != value:
-            said = "no number"
+            said = "not a number"
         elif value < least or (value == least and interval[0] == "("):
             said = f"{'not above' if value == least else 'below'} {least:.10g}"
         elif value > most or (value == most and interval[-1] == ")"):
@@ -35,11 +35,12 @@ def _number(kind: type[Number], interval: str) -> Callable[[str], Number]:
             raise argparse.ArgumentTypeError(f"{short(text)} is {said}; take one in {interval}")
         return value
 
-    number.__name__, number.interval = kind.__name__, interval  # the name is argparse's word for what cannot be read
+    # argparse prints the name if it cannot convert a word
+    number.__name__, number.interval = kind.__name__, interval
     return number
 
 
-# What makes sense, wide enough for any experiment; beyond lie mistakes, and numbers that leave float32's range.
+# Ranges wide enough for any experiment. Values outside are mistakes, or leave float32's range.
 positive, natural = whole("[1, 2147483647]"), whole("[0, 2147483647]")
 processes = whole("[0, 1024]")
 seed = whole("[-9223372036854775808, 9223372036854775807]")  # what torch's generators take
@@ -58,12 +59,12 @@ size = real("[0, 100]")  # of a perturbation of unit vectors
 
 
 def names(text: str) -> list[str]:
-    """Option names, separated by commas, with or without dashes before them."""
+    """Return the option names in `text`, separated by commas, with or without leading dashes."""
     return [name.strip().lstrip("-").replace("_", "-") for name in text.split(",") if name.strip()]
 
 
 def keep(text: str) -> int:
-    """How many checkpoints are kept; 0 stands for all."""
+    """Return how many checkpoints to keep; 0 stands for all."""
     try:
         return 0 if text == "all" else natural(text)
     except ValueError:
@@ -71,8 +72,8 @@ def keep(text: str) -> int:
 
 
 def data_name(text: str) -> str:
-    """The name of an ImageNet folder that `subsets.check_classes` knows."""
+    """Return the name of an ImageNet folder that `subsets.check_classes` knows."""
     if text.lower() not in subsets.SIZES:
         known = " or ".join(subsets.SIZES)
-        raise argparse.ArgumentTypeError(f"'{text}' is not {known}; leave it out, evaluations take other data with --dataset")
+        raise argparse.ArgumentTypeError(f"'{text}' is not {known}; leave it out; evaluations take other data sets with --dataset")
     return text.lower()
