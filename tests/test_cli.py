@@ -32,7 +32,7 @@ def refused(result: tuple[int, str, str], *words: str, lines: int = 1) -> None:
 
 
 def test_what_other_packages_print_is_no_failure(tmp_path):
-    """Each process warns as torch does about names it will drop, in Python and in C++; our line is found among it."""
+    """Each process prints deprecation warnings like torch's, in Python and C++; our line is still found."""
     warned = "warnings.warn('`f` is deprecated. Please use `g`.', FutureWarning)"
     (tmp_path / "sitecustomize.py").write_text(
         f"import sys, warnings\n{warned}\n{warned[:-1]}, stacklevel=2)\n"
@@ -269,7 +269,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda path: path.name)
 def test_threads_wait_briefly_unless_the_user_chose(entry):
-    """It counts when torch is loaded."""
+    """OpenMP reads the variable when torch is loaded."""
     names = ("OMP_WAIT_POLICY", "OMP_NUM_THREADS", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
     clean = {name: value for name, value in os.environ.items() if name not in names}
     for given, expected in (({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_NUM_THREADS": "1"}, "None")):
@@ -299,7 +299,7 @@ def test_impossible_launch(script, images, options, word):
 
 @pytest.fixture
 def taken_port():
-    """A port at which another program listens, and answers nothing."""
+    """A port on which another program listens without answering."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -701,7 +701,7 @@ def test_checkpoint_of_another_arch(script, images, checkpoint, tmp_path):
 
 
 def test_checkpoint_of_another_part(script, images, checkpoint, tmp_path):
-    """A pre-training's where a classifier's is wanted, and the other way round; a classifier's encoder is one, too."""
+    """A pre-training's where a classifier's is needed, and the reverse; --pretrained takes both."""
     for name, options in (("main_lincls", ()), ("main_semisup", ("--train-percent", 100))):
         resumed = (images, *INPUT, "--resume", checkpoint, "--save-dir", tmp_path / name)
         said = ("is a pre-training checkpoint", "give it with --pretrained instead of --resume")

@@ -270,7 +270,7 @@ def names_of(folder):
 
 
 def age(root):
-    """Give every folder the same old time of change, as tar, rsync -a and some mounts do."""
+    """Give every folder the same old modification time, as tar, rsync -a and some mounts do."""
     for folder, _, _ in os.walk(root):
         os.utime(folder, (1.5e9, 1.5e9))
 
@@ -302,7 +302,7 @@ def test_a_change_is_noticed_though_no_folder_changes_its_time(images, change):
 
 
 def test_no_file_is_looked_at(images, monkeypatch):
-    """A million of them would take minutes on a network disk."""
+    """Opening a million files would take minutes on a network disk."""
     looked = []
     stat = os.stat
     monkeypatch.setattr(os, "stat", lambda path, **more: looked.append(os.fspath(path)) or stat(path, **more))
@@ -360,7 +360,7 @@ def test_class_folders_and_others_may_lie_elsewhere(tmp_path):
 
 @pytest.mark.parametrize("to", [".", "..", "../..", "more", "more/deep", "/"])
 def test_a_link_back_counts_no_image_twice(tmp_path, capsys, to):
-    """To its own class, the split, the data folder, a folder that is listed before or after it, or above all of them."""
+    """It leads to its own class, the split, the data folder, one above it, or one listed before or after."""
     make(tmp_path, "train/cat/1.jpg", "train/cat/more/deep/2.jpg", "train/dog/3.jpg", "val/cat/4.jpg")
     link(tmp_path / "train" / "cat" / "again", to)
     link(tmp_path / "train" / "cat" / "more" / "zzz", tmp_path / "train" / "cat" / "again")
@@ -371,7 +371,7 @@ def test_a_link_back_counts_no_image_twice(tmp_path, capsys, to):
 
 
 def test_two_links_to_one_folder_count_it_once(tmp_path):
-    """Below a class that is itself a link, too, where one of them leads above the other."""
+    """Also below a class that is itself a link, and if one link leads above the other."""
     make(tmp_path / "disk", "c/1.jpg", "other/deep/2.jpg")
     for name in ("a", "b"):
         link(tmp_path / "disk" / "c" / name, "../other/deep" if name == "a" else "../other")
@@ -394,7 +394,7 @@ def test_a_folder_in_two_classes_is_refused(tmp_path, where, to):
 
 @pytest.mark.parametrize("where", ["train/dog", "train/cat/more"])
 def test_a_broken_link_is_not_left_out(tmp_path, where):
-    """A disk that is not mounted, say: its class would be missing, and the labels of the others be other ones."""
+    """If a disk is not mounted, its class would be missing, and other classes would change labels."""
     make(tmp_path, "train/cat/1.jpg", "train/emu/1.jpg")
     link(tmp_path / where, "/no/such/disk")
     message = complaint(scan, tmp_path, "train")
@@ -469,7 +469,7 @@ another_reads()
 
 @pytest.fixture
 def another_user():
-    """Call a script as a user without a home or a name, whose files nothing here is; returns what it prints."""
+    """Call a script as a user without a home or a name, who owns no file; return what it prints."""
     if os.geteuid() != 0:
         pytest.skip("only root can become another user")
 
@@ -486,7 +486,7 @@ def another_user():
 
 
 def test_permissions_of_folders(another_user):
-    """None, no r, and no x, of the split, a class folder and one below it; and with them all images are found."""
+    """No permission, no r, or no x, for the split, a class folder or one below; with them, all images are found."""
     with tempfile.TemporaryDirectory() as top:
         os.chmod(top, 0o755)
         root = write_images(Path(top) / "data")
@@ -505,7 +505,7 @@ def test_permissions_of_folders(another_user):
 
 
 def list_of_rank(rank, folder):
-    """What rank 1 sees may differ: its data folder is another."""
+    """Rank 1 may see other images, in another data folder."""
     try:
         return len(scan(Path(f"{folder}{rank}"), "train"))
     except InputError as error:
@@ -548,7 +548,7 @@ def test_names_that_are_not_utf_8(tmp_path):
 
 @pytest.fixture
 def no_home(tmp_path, monkeypatch):
-    """Neither HOME nor an entry in passwd; returns the folder for temporary files."""
+    """Remove HOME and the entry in passwd; return the folder for temporary files."""
     for name in ("HOME", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("os.path.expanduser", lambda path: path)
@@ -573,7 +573,7 @@ def test_photos_without_a_home_that_can_be_written(no_home, monkeypatch, home):
 
 
 def test_photos_in_a_home_that_can_only_be_read_are_used(no_home, monkeypatch):
-    """An image of a container may hold them; they are not if they are damaged."""
+    """A container's image may hold them; damaged ones are not used."""
     use_photographs(monkeypatch, {"noise": picture(lambda x: x % 256, 300, 200)})
     monkeypatch.setenv("XDG_CACHE_HOME", str(no_home / "home"))
     theirs = find("photos", BOTH)

@@ -106,7 +106,7 @@ def numbered(tensors):
     return {f"{NUMBERS[layer]}.{rest}": tensors[name] for name, (layer, rest) in parts.items()}
 
 
-# what a file holds, from the encoder `x` to read and another one `y`; and which is said to be read
+# the content of a file, made of the encoder `x` to read and another one `y`, and the choice that is printed
 ORIGINS = {
     "DINO": (
         lambda x, y: {"student": under("module.backbone.", y), "teacher": under("backbone.", x), "epoch": 1},
@@ -171,7 +171,7 @@ def test_a_teacher_that_is_another_network_is_not_taken(net, published):
 
 
 def test_the_key_encoder_does_not_stand_in_for_one_that_lacks_a_tensor(net, own, published):
-    """Nor does an optimizer, or a dict that holds itself."""
+    """An optimizer's tensors, or a dict that holds itself, do not stand in for one, either."""
     queries = {name: t for name, t in published.items() if name != "layer1.0.bn1.bias"}
     state = {"optimizer": published, "state_dict": under("encoder_q.", queries) | under("encoder_k.", published)}
     state["itself"] = state

@@ -109,7 +109,7 @@ def test_a_signal_ends_a_run_after_its_step_and_it_goes_on_as_if_never_stopped(c
 
 
 def test_ctrl_c_is_acknowledged_while_the_main_thread_computes(monkeypatch):
-    """In a call that does not return to Python, as a backward pass: the handler itself waits for its end."""
+    """In one long call, such as a backward pass, at whose end Python calls the handler."""
     heard, ended = [], []
     read, write = os.pipe()
     wrote = os.write

@@ -171,7 +171,7 @@ def test_the_loss_is_finite_in_float32_where_all_is_alike_or_opposite(temperatur
 
 
 def test_enough_rows_stay_negatives_whatever_the_threshold():
-    """The script refuses more false negatives than the rows of other images less one; of so many each anchor keeps one."""
+    """With the largest --fn-topk that the script accepts, each anchor keeps one negative."""
     bank, own = unit_rows(9, DIM), torch.arange(6).view(2, 3)
     z = unit_rows(2, 3, DIM)
     for mode in ("attract", "eliminate"):
@@ -187,9 +187,9 @@ SCRIPT = ("-a", "resnet18", "--image-size", 32, "-b", 8, "-j", 0, "--epochs", 1,
 @pytest.mark.parametrize(
     ("options", "most", "said"),
     [
-        (("--memory-multiplier", 4), 28, "the memory (--memory-multiplier) has 29 rows"),
-        (("--memory-multiplier", 2, "--accumulation-steps", 2), 28, "the memory (--memory-multiplier) has 29 rows"),
-        (("--memory-multiplier", 0), 20, "the batch (--batch-size) has 21 rows"),
+        (("--memory-multiplier", 4), 28, "the memory (--memory-multiplier) has 29 entries"),
+        (("--memory-multiplier", 2, "--accumulation-steps", 2), 28, "the memory (--memory-multiplier) has 29 entries"),
+        (("--memory-multiplier", 0), 20, "the batch (--batch-size) has 21 entries"),
     ],
 )
 def test_so_many_false_negatives_that_no_negative_is_left_are_refused(

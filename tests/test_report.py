@@ -227,7 +227,7 @@ def test_mistakes(tmp_path, monkeypatch, capsys):
 
 
 def test_numbers_that_are_not_finite_are_null_in_every_file(tmp_path):
-    """In log.jsonl, results.json and their like; what reads them copes."""
+    """In log.jsonl, results.json and similar files; what reads them accepts null."""
     strict = {"parse_constant": lambda word: pytest.fail(word)}
     args = Namespace(batch_per_process=8, accumulation_steps=1, save_dir=str(tmp_path / "run"), resume=None, script="synco")
     log = RunLog(args, 10)

@@ -62,7 +62,7 @@ def test_scripts_are_under_200_lines(script):
 
 @pytest.mark.parametrize("module", sorted(MODULES.keys() - {"moco.files"}))
 def test_json_is_written_by_one_function(module):
-    """By `files.to_json`, which knows no NaN and no Infinity; JSON has no such words."""
+    """By `files.to_json`, which replaces NaN and infinity, because JSON cannot hold them."""
     for node in ast.walk(ast.parse(MODULES[module].read_text())):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "json":
             assert node.attr not in ("dump", "dumps", "JSONEncoder"), f"{module}, line {node.lineno}"

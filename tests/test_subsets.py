@@ -102,7 +102,7 @@ def test_a_list_that_does_not_fit_is_one_line(shared_images, tmp_path, text, sai
 
 
 def test_a_written_list_names_the_same_images_again(tmp_path):
-    """Whatever a file can be called, except with a line break, which no list can hold."""
+    """Any file name can be listed, except one with a line break."""
     names = [b"pi\xe8ces/\xe9.jpg", "日/本 1.jpg".encode(), b" a/b.jpg", b"a/\xc2\x85.jpg", b"a/\x1c.jpg", b"a/'.jpg"]
     whole = ImageFolder(tmp_path, np.arange(6) % 2, ("a", "b"), np.array(names))
     part = whole.part(np.array([0, 2, 3, 4]))

@@ -75,7 +75,7 @@ def test_features_heads_and_names_of_every_kind(arch):
 
 
 def rates(net):
-    """The rates above 0 at which a network in training drops something: of each path, of features."""
+    """Return the rates above 0 of a network in training: of stochastic depth, and of dropout."""
     modules = list(net.modules())
     paths = [module.drop_prob for module in modules if getattr(module, "drop_prob", 0)]
     dropouts = [module.p for module in modules if isinstance(module, torch.nn.modules.dropout._DropoutNd)]
@@ -136,7 +136,7 @@ WITHOUT_DEPTH = {"ghostnet_100", "legacy_seresnet18", "repghostnet_050"}
 
 @pytest.mark.parametrize("arch", ["swin_tiny", "focalnet_tiny_srf", "ghostnet_100", "coatnet_rmlp_nano_rw_224"])
 def test_a_network_in_training_gives_the_same_features_twice(arch):
-    """Whatever the module is called that would draw: no draw is made."""
+    """No module draws random numbers, whatever its class is called."""
     net, images = networks.create(arch, 0, 224), torch.randn(4, 3, 224, 224)
     before = torch.get_rng_state()
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Files of weights: what is read, without running code; what is not, is called by its name; what cannot be opened is intact."""
+"""Weights are read without running code; other formats are named; a failed read is not called damage."""
 
 import argparse
 import datetime
@@ -85,7 +85,7 @@ class Code:
 
 
 class CodeAsNumber:
-    """Pickled as one of NumPy's numbers, which NumPy itself would unpickle as code."""
+    """Code, pickled as a NumPy number, which NumPy itself would run when it unpickles it."""
 
     def __reduce__(self):
         return np.float64(1).__reduce__()[0], (np.dtype(object), pickle.dumps(Code(), protocol=2))
@@ -117,7 +117,7 @@ def test_a_network_as_an_object_is_refused_with_what_to_do(tmp_path):
 
 
 def test_what_a_file_holds_is_in_memory_once(tmp_path):
-    """Also if it is damaged at its end, and read again to find out why."""
+    """Also if the file is damaged at its end, and is read again to find out why."""
     tensors = {str(i): torch.zeros(1 << 20) for i in range(24)}  # 96 MB
     torch.save(tensors, tmp_path / "x.pth")
     save_file(tensors, tmp_path / "x.safetensors")
@@ -239,7 +239,7 @@ def test_of_a_folder_the_file_to_give_is_named(names, said, tmp_path):
 )
 def test_an_address_is_no_path(call, store, script, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    refused(script(*call), store, "copy it to a disk first")
+    refused(script(*call), store, "copy it to a local disk first")
     assert not os.listdir(tmp_path)
     with pytest.raises(InputError, match="is a URL"):
         checkpoint.load(call[-1])
@@ -264,7 +264,7 @@ def encoder(tmp_path_factory):
 
 
 def test_an_export_says_what_it_is(encoder, script, shared_images, tmp_path):
-    """-a and the size need not be given; the file is known by its content."""
+    """-a and --image-size need not be given; the format is known by the content, not by the name."""
     net, file = encoder
     copy = Path(shutil.copy(file, tmp_path / "x.bin"))
     for path in (file, copy):
@@ -329,7 +329,7 @@ def test_auto_never_passes_over_a_checkpoint_that_cannot_be_read(script, shared_
 
 
 def test_a_file_that_cannot_be_opened(tmp_path):
-    """For lack of rights, or (for root too) as a link to itself; and a folder that cannot be listed."""
+    """Without permission, or (for root too) a link to itself; and a folder that cannot be listed."""
     (tmp_path / "checkpoint_0000.pth.tar").symlink_to("checkpoint_0000.pth.tar")
     (tmp_path / "folder").symlink_to("folder")
     for read in (checkpoint.load, lambda path: checkpoint.newest(str(Path(path).parent))):
@@ -346,7 +346,7 @@ def file(tmp_path):
 
 
 def test_a_read_that_fails_inside_torch_is_not_taken_for_damage(file, monkeypatch):
-    """Torch's reader says of both the same. A fault that has passed when the file is read again has done no harm."""
+    """torch.load raises the same error for both. A fault that is gone at the second read is ignored."""
     load, calls = torch.load, []
 
     def fails_once(*args, **more):
@@ -394,7 +394,7 @@ def test_memory_that_runs_out_is_not_taken_for_damage(fault, file, monkeypatch):
 
 @wants_proc
 def test_nor_is_any_other_file_that_cannot_be_read(script, tmp_path, monkeypatch):
-    """Results, features, options of a run: nothing says that they are damaged, or to be removed."""
+    """Results, features, options of a run: no message calls them damaged, or says to remove them."""
     (tmp_path / "results.json").symlink_to(FAILS)
     with pytest.raises(Unreadable, match=r"results\.json: cannot be read: Input/output error"):
         collect.collect(tmp_path)
