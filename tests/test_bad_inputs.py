@@ -38,7 +38,7 @@ SEED = int(os.environ.get("BAD_INPUTS_SEED", 0))
 PRETRAIN = ("main_synco", "main_adco", "main_sogclr", "main_fnc", "main_moby")
 EVALUATE = ("main_lincls", "main_semisup", "main_knn", "main_voc07")
 SMALL = ("-a", "resnet18", "--image-size", 32, "-b", 8, "-j", 0)
-LONGEST = 1200  # characters of a line, without what the user typed: file contents are quoted shortened
+LONGEST = 1200  # characters of a line, without what the user typed
 
 
 class Case(NamedTuple):

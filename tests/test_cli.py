@@ -32,7 +32,7 @@ def refused(result: tuple[int, str, str], *words: str, lines: int = 1) -> None:
 
 
 def test_what_other_packages_print_is_no_failure(tmp_path):
-    """Each process prints deprecation warnings like torch's, in Python and C++; our line is still found."""
+    """Each process prints warnings like torch's, in Python and in C++; our line is found."""
     warned = "warnings.warn('`f` is deprecated. Please use `g`.', FutureWarning)"
     (tmp_path / "sitecustomize.py").write_text(
         f"import sys, warnings\n{warned}\n{warned[:-1]}, stacklevel=2)\n"
@@ -515,7 +515,7 @@ def test_adco_says_how_many_processes_there_are(images, tmp_path):
     small = (images, *SMALL[:-2], "--cluster", 16, "--moco-dim", 8, "--no-ad-init")
     done = shell("main_adco.py", *small, "--nproc-per-node", 2, "--save-dir", tmp_path / "run")
     assert done.returncode == 0, done.stderr
-    assert "2 processes: one for each GPU" in done.stdout and "4 per process x 2 processes" in done.stdout
+    assert "2 processes: one for each visible GPU" in done.stdout and "4 per process x 2 processes" in done.stdout
 
 
 # loader processes

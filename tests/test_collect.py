@@ -155,7 +155,7 @@ def test_the_sweep_goes_on_where_it_was_stopped(shared_images, tmp_path):
     ],
 )
 def test_the_sweep_is_the_papers_unless_options_say_otherwise(options, variables, expected, tmp_path):
-    """main_semisup.py parses the commands that it starts; each run folder is named after its settings."""
+    """main_semisup.py parses its commands; each run folder is named after its settings."""
     recorder = tmp_path / "python"
     recorder.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/commands\n')
     recorder.chmod(0o755)

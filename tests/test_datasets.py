@@ -360,7 +360,7 @@ def test_class_folders_and_others_may_lie_elsewhere(tmp_path):
 
 @pytest.mark.parametrize("to", [".", "..", "../..", "more", "more/deep", "/"])
 def test_a_link_back_counts_no_image_twice(tmp_path, capsys, to):
-    """It leads to its own class, the split, the data folder, one above it, or one listed before or after."""
+    """To its own class, the split, the data folder, one above, or one listed before or after."""
     make(tmp_path, "train/cat/1.jpg", "train/cat/more/deep/2.jpg", "train/dog/3.jpg", "val/cat/4.jpg")
     link(tmp_path / "train" / "cat" / "again", to)
     link(tmp_path / "train" / "cat" / "more" / "zzz", tmp_path / "train" / "cat" / "again")
@@ -394,7 +394,7 @@ def test_a_folder_in_two_classes_is_refused(tmp_path, where, to):
 
 @pytest.mark.parametrize("where", ["train/dog", "train/cat/more"])
 def test_a_broken_link_is_not_left_out(tmp_path, where):
-    """If a disk is not mounted, its class would be missing, and other classes would change labels."""
+    """If a disk is not mounted, a class would be missing, and others would change labels."""
     make(tmp_path, "train/cat/1.jpg", "train/emu/1.jpg")
     link(tmp_path / where, "/no/such/disk")
     message = complaint(scan, tmp_path, "train")
@@ -486,7 +486,7 @@ def another_user():
 
 
 def test_permissions_of_folders(another_user):
-    """No permission, no r, or no x, for the split, a class folder or one below; with them, all images are found."""
+    """Without r, x or both, for the split, a class folder or one below; and with both."""
     with tempfile.TemporaryDirectory() as top:
         os.chmod(top, 0o755)
         root = write_images(Path(top) / "data")

@@ -106,7 +106,7 @@ def numbered(tensors):
     return {f"{NUMBERS[layer]}.{rest}": tensors[name] for name, (layer, rest) in parts.items()}
 
 
-# the content of a file, made of the encoder `x` to read and another one `y`, and the choice that is printed
+# a file's content, of the encoder `x` to read and another one `y`, and the choice that is printed
 ORIGINS = {
     "DINO": (
         lambda x, y: {"student": under("module.backbone.", y), "teacher": under("backbone.", x), "epoch": 1},

@@ -222,7 +222,7 @@ def test_features_are_not_dumped_over_others(script, shared_images, run, tmp_pat
     refused(script(*command, "--save-dir", tmp_path / "two"), "holds features", "--load-features")
     assert digests(dump) == before
     (dump / "meta.json").unlink()
-    refused(script(*command, "--save-dir", tmp_path / "two"), "was not finished")
+    refused(script(*command, "--save-dir", tmp_path / "two"), "holds an unfinished dump of features")
 
 
 # Every call that makes, replaces, renames or removes a file, and why it cannot harm another run.

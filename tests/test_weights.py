@@ -1,4 +1,4 @@
-"""Weights are read without running code; other formats are named; a failed read is not called damage."""
+"""Weights are read without running code; other formats are named; failed reads are no damage."""
 
 import argparse
 import datetime
@@ -169,7 +169,7 @@ OTHERS = {
     "checkpoint": (b'model_checkpoint_path: "model.ckpt-1"\n', "a TensorFlow checkpoint"),
     "saved_model.pb": (b"\x08\x01\x12\xff" + bytes(40), "a TensorFlow SavedModel"),
     "weights.h5": (b"\x89HDF\r\n\x1a\n" + bytes(40), "an HDF5 file (Keras, TensorFlow)"),
-    "x.npz": (npz, "NumPy's arrays (.npz)"),
+    "x.npz": (npz, "NumPy arrays (.npz)"),
     "x.npy": (b"\x93NUMPY\x01\x00" + bytes(40), "an array of NumPy"),
     "x.onnx": (onnx(), "an ONNX model"),
     "x.pkl": (pickle.dumps({"model": {"x": np.zeros(3)}}), "a pickle that torch.save did not write, such as detectron2's"),
@@ -264,7 +264,7 @@ def encoder(tmp_path_factory):
 
 
 def test_an_export_says_what_it_is(encoder, script, shared_images, tmp_path):
-    """-a and --image-size need not be given; the format is known by the content, not by the name."""
+    """-a and --image-size need not be given; the format is known by the content, not the name."""
     net, file = encoder
     copy = Path(shutil.copy(file, tmp_path / "x.bin"))
     for path in (file, copy):
@@ -329,7 +329,7 @@ def test_auto_never_passes_over_a_checkpoint_that_cannot_be_read(script, shared_
 
 
 def test_a_file_that_cannot_be_opened(tmp_path):
-    """Without permission, or (for root too) a link to itself; and a folder that cannot be listed."""
+    """Without permission, or (for root too) a link to itself; a folder that cannot be listed."""
     (tmp_path / "checkpoint_0000.pth.tar").symlink_to("checkpoint_0000.pth.tar")
     (tmp_path / "folder").symlink_to("folder")
     for read in (checkpoint.load, lambda path: checkpoint.newest(str(Path(path).parent))):
@@ -346,7 +346,7 @@ def file(tmp_path):
 
 
 def test_a_read_that_fails_inside_torch_is_not_taken_for_damage(file, monkeypatch):
-    """torch.load raises the same error for both. A fault that is gone at the second read is ignored."""
+    """torch.load raises the same error for both. A fault that is gone at once is ignored."""
     load, calls = torch.load, []
 
     def fails_once(*args, **more):
@@ -394,7 +394,7 @@ def test_memory_that_runs_out_is_not_taken_for_damage(fault, file, monkeypatch):
 
 @wants_proc
 def test_nor_is_any_other_file_that_cannot_be_read(script, tmp_path, monkeypatch):
-    """Results, features, options of a run: no message calls them damaged, or says to remove them."""
+    """Results, features, options of a run: no message calls them damaged or to be removed."""
     (tmp_path / "results.json").symlink_to(FAILS)
     with pytest.raises(Unreadable, match=r"results\.json: cannot be read: Input/output error"):
         collect.collect(tmp_path)

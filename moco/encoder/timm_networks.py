@@ -93,7 +93,7 @@ def _remove_dropout(net: nn.Module) -> None:
 
 
 def _set_stochastic_depth(net: nn.Module, rate: float) -> bool:
-    """Turn stochastic depth off for a rate of 0; otherwise return whether timm has applied `rate`."""
+    """Turn stochastic depth off if `rate` is 0; return whether the network now has this rate."""
     depths = [module for module in net.modules() if hasattr(module, "drop_prob")]
     if rate == 0:
         for module in depths:

@@ -144,7 +144,7 @@ class RunLog:
             raise InputError(f"{self.path}: cannot be written: {error.strerror}; make room, and go on with --resume auto") from None
         facts = [f"{name} {_short(name, value)}" for name, value in {**metrics, **speed}.items()]
         if self.bar is not None and speed:
-            width = shutil.get_terminal_size().columns - 30 - 2 * len(str(self.steps))  # beside the bar
+            width = shutil.get_terminal_size().columns - 30 - 2 * len(str(self.steps))  # next to the bar
             self.bar.set_postfix_str(fold([f"epoch {epoch}", *facts], width)[0])
             return
         left = (now - self.began) / max(1, step - self.start) * (self.steps - step)
