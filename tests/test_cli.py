@@ -730,8 +730,8 @@ def test_weights_of_other_software_are_not_resumed(script, images, checkpoint, t
 def test_checkpoint_of_another_method_or_shape(script, images, checkpoint, tmp_path):
     resume = ("--resume", checkpoint, "--save-dir", tmp_path / "r")
     refused(script("main_synco", images, *SMALL, *resume, "--n-hard", 4, "--n2", 1), "method 'moco'", "'synco'")
-    refused(script("main_synco", images, *SMALL, *resume, "--moco-k", 64), "queue")
-    refused(script("main_synco", images, *SMALL, *resume, "--mlp"), "fc")
+    refused(script("main_synco", images, *SMALL, *resume, "--moco-k", 64), "--moco-k is 64, and was 32")
+    refused(script("main_synco", images, *SMALL, *resume, "--mlp"), "--mlp is True, and was False")
 
 
 def test_missing_checkpoint(script, images):

@@ -243,7 +243,7 @@ def test_another_world_size_goes_on_at_the_same_place(script, data, tmp_path):
     assert [line["step"] for line in lines[:10]] == [*range(1, 11)]  # of the run that this one began from
     assert (lines[10]["epoch"], lines[10]["step"], lines[10]["lr"]) == (0, 11, 0.5)
     # twice the batch, with half as many steps in an epoch: five of them have seen its images
-    status, out, err = script(*resumed, "--save-dir", tmp_path / "two", "-b", 8)
+    status, out, err = script(*resumed, "--save-dir", tmp_path / "two", "-b", 8, "--allow-change", "batch-size")
     assert status == 0 and "at epoch 0, after 5 of its steps" in out, err
     after = load(tmp_path / "one" / "checkpoint_0000.pth.tar")
     for step, saved in ((10, before), (12, after)):

@@ -54,7 +54,7 @@ def test_a_picture_of_views_and_one_line_for_mistakes(tmp_path, shared_images, m
         (["--cfg", tmp_path / "bad.yaml"], "not YAML"),
         (["--cfg", ROOT / "configs/lincls_moco.yaml"], "names no views"),
         (["mocov2", ROOT / "configs"], "holds no image"),
-        (["mocov2", shared_images, "--crop-min", "2"], "--crop-min 2"),
+        (["mocov2", shared_images, "--crop-min", "2"], "--crop-min: 2"),
     ):
         status, said = call(*words)
         assert status == 2 and what in said.err and len(own_lines(said.err)) == 1, (words, said.err)

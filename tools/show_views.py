@@ -204,8 +204,8 @@ def spread(n: int, count: int) -> list[int]:
 
 
 class _Parser(tool.OneLineParser):
-    def error(self, message: str) -> NoReturn:
-        raise InputError(message)
+    def refuse(self, error: InputError) -> NoReturn:
+        raise error
 
 
 def parser() -> argparse.ArgumentParser:

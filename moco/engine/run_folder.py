@@ -40,8 +40,9 @@ def is_free(folder: Path) -> bool:
 
 def check_free(folder: str | Path) -> None:
     """Raise InputError if `folder` holds another run."""
-    if not is_free(Path(folder)):
-        raise InputError(_taken(folder))
+    folder = Path(folder)
+    if folder.exists():
+        take(folder, iter([folder]), continues=False).release()
 
 
 def _taken(folder: str | Path, option: str = "--save-dir") -> str:
