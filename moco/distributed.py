@@ -1,6 +1,7 @@
 """Ranks: what the processes exchange, the permutation behind shuffled BN, and batch norm over all of them."""
 
 import functools
+import os
 import warnings
 from typing import Any
 
@@ -16,6 +17,13 @@ _all_gather_rows = getattr(dist, "all_gather_single", None) or dist.all_gather_i
 def rank() -> int:
     """This process's global rank; 0 where nothing is distributed."""
     return dist.get_rank() if dist.is_initialized() else 0
+
+
+def is_first() -> bool:
+    """Return whether this process speaks for the run: rank 0, also before the process group exists."""
+    if dist.is_initialized():
+        return dist.get_rank() == 0
+    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
 
 
 def world() -> int:

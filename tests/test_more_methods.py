@@ -283,7 +283,7 @@ def test_imagenet100_is_not_taken_for_all_of_imagenet(script, tmp_path):
     [
         ("main_sogclr", ("--t", 0.001), ("--t: 0.001 is below 0.02; take one in [0.02, 100]",)),
         ("main_sogclr", ("--t", "nan"), ("--t: nan is not a number",)),
-        ("main_sogclr", ("--batch-size", 1), ("one image per process", "--batch-size")),
+        ("main_sogclr", ("--batch-size", 1), ("each process a single image", "--batch-size")),
         ("main_sogclr", ("--gamma", 0), ("--gamma: 0 is not above 0",)),
         ("main_sogclr", ("--gamma", 1.5), ("--gamma: 1.5 is above 1",)),
         ("main_sogclr", ("--crop-min", 0), ("--crop-min: 0 is not above 0",)),

@@ -19,6 +19,7 @@ from moco.data import named
 from moco.encoder import timm_networks
 from moco.encoder.networks import check_arch
 from moco.engine import checkpoint, compat, interrupt, launch, optim, output, precision, resume, run_folder, values
+from moco.engine.log import say
 from moco.engine.tool import OneLineParser
 from moco.errors import InputError, short, unknown
 from moco.files import read_yaml, refuse_remote
@@ -736,8 +737,8 @@ def main(parser: Parser, check: Callable[[Options], None], worker: launch.Worker
             if not continues and not hasattr(args, "pretrained"):
                 run_folder.check_free(args.save_dir)
         args.save_dir = args.save_dir or time.strftime(f"runs/{args.script}-{args.arch}-%Y%m%d-%H%M%S")
-        if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
-            print(*notes, sep="\n", end="\n" * bool(notes), flush=True)
+        for note in notes:
+            say(note)
         launch.launch(functools.partial(_in_own_folder, worker, continues, named), args)
     except InputError as error:
         parser.refuse(error)

@@ -54,7 +54,7 @@ class Mean:
 
 def say(message: str) -> None:
     """Print one line, on rank 0 only, above any progress bar."""
-    if distributed.rank() == 0:
+    if distributed.is_first():
         tqdm.write(message)
         sys.stdout.flush()
 

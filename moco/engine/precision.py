@@ -1,6 +1,5 @@
 """Mixed precision, memory format and compilation: how the networks compute, not what."""
 
-import os
 from argparse import Namespace
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import torch
 from torch import nn
 
 from moco.encoder import networks
+from moco.engine.log import say
 from moco.errors import InputError
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -25,8 +25,7 @@ def choose(args: Namespace) -> None:
     """
     if args.amp == "off" or torch.cuda.is_available() or (args.amp == "bf16" and _multiplies_bf16()):
         return
-    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":  # there is no process group yet
-        print(f"--amp {args.amp} is slow on this CPU: this run computes in float32 (--amp off)", flush=True)
+    say(f"--amp {args.amp} is slow on this CPU: this run computes in float32 (--amp off)")
     args.amp = "off"
 
 

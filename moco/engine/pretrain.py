@@ -37,9 +37,11 @@ def check(args: Namespace, transformers: bool = False) -> None:
 
 
 def train(args: Namespace, device: torch.device, build: Callable[[Images], nn.Module]) -> None:
-    """This process's part of pre-training, with the options of `cli.add_pretrain`, what `build` makes for the images."""
+    """Pre-train the model that `build(images)` returns. Runs in every process."""
     if args.batch_per_process < 2:
-        raise InputError("one image per process: neither batch norm nor a contrast can do with it; raise --batch-size")
+        raise InputError(
+            "--batch-size gives each process a single image; batch norm and the loss need at least two. Raise --batch-size"
+        )
     images = subsets.of_classes(datasets.scan(datasets.find(args.data, ("train",)), "train"), args.class_list)
     if args.knn_every and args.knn_k > len(images):
         say(f"--knn-k {args.knn_k}: the bank has {len(images)} images, and all of them vote")

@@ -1,7 +1,6 @@
 """Run folders: each run writes to a folder of its own, and no other run overwrites anything in it."""
 
 import contextlib
-import itertools
 import os
 from argparse import Namespace
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from filelock import FileLock, Timeout
 from moco import distributed
 from moco.engine.log import say
 from moco.errors import InputError
+from moco.files import names_like
 
 LOCK = ".lock"  # held while a run writes to the folder; the system releases it, however the run ends
 
@@ -94,15 +94,13 @@ def _places_of(args: Namespace, continues: bool, named: bool) -> Iterator[Path]:
         return iter([folder])
     if hasattr(args, "pretrained"):
         return places(folder, args.script)
-    beside = (folder.with_name(f"{folder.name}-{i}") for i in itertools.count(2))
-    return itertools.chain([folder], [] if named else beside)
+    return iter([folder]) if named else names_like(folder)
 
 
 def places(folder: Path, name: str) -> Iterator[Path]:
     """Yield `folder` and then its subfolders NAME, NAME-2, NAME-3, ..."""
     yield folder
-    yield folder / name
-    yield from (folder / f"{name}-{i}" for i in itertools.count(2))
+    yield from names_like(folder / name)
 
 
 class Held:

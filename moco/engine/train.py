@@ -232,9 +232,9 @@ class Trainer(ABC):
             where = f"step {step:.0f} (epoch {step // self.steps_per_epoch:.0f}, lr {rate:g}, images {names}, ...)"
             kept = next(iter(checkpoint.found(self.args.save_dir)), None)
             if kept:
-                what = (
-                    f"the last checkpoint from before it is {kept}; continue with --resume auto --allow-change lr and a lower --lr"
-                )
+                lr = "lr" if hasattr(self.args, "lr") else "lr-backbone,lr-classifier"
+                what = f"the last checkpoint from before it is {kept}; "
+                what += f"continue with --resume auto --allow-change {lr} and a lower learning rate"
             else:
                 what = "there is no checkpoint from before it; lower --lr, or raise --lr-warmup-epochs"
             raise InputError(f"the loss, or a weight, is {loss:g} at {where}; {what}")
