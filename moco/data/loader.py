@@ -3,10 +3,12 @@
 import atexit
 import math
 import signal
+import sys
 import warnings
 from argparse import Namespace
 from collections.abc import Iterator
 from multiprocessing.process import BaseProcess
+from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch
@@ -155,6 +157,13 @@ def _outlast_signals(_: int) -> None:
     for number in (signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(PATIENCE))  # not ignored: so ends the rank what it must not wait for
+    sys.excepthook = _tell_unless_alone
+
+
+def _tell_unless_alone(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Print an error, unless it only says that the rank that reads the batches has ended; the launcher says that."""
+    if not issubclass(kind, ConnectionError | EOFError):
+        sys.__excepthook__(kind, error, trace)
 
 
 PATIENCE = 600  # seconds
