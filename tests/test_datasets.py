@@ -546,12 +546,16 @@ def test_names_that_are_not_utf_8(tmp_path):
 # the cache folder
 
 
+def _no_home(_: type[Path]) -> Path:
+    raise RuntimeError("Could not determine home directory.")  # as of a user without an entry in passwd
+
+
 @pytest.fixture
 def no_home(tmp_path, monkeypatch):
     """Remove HOME and the entry in passwd; return the folder for temporary files."""
     for name in ("HOME", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr("os.path.expanduser", lambda path: path)
+    monkeypatch.setattr(Path, "home", classmethod(_no_home))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     return tmp_path
 
