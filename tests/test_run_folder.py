@@ -4,6 +4,7 @@ import ast
 import hashlib
 import json
 import re
+import shutil
 import subprocess
 from argparse import Namespace
 from pathlib import Path
@@ -134,6 +135,18 @@ def test_a_test_of_a_classifier_leaves_its_run_as_it_is(script, shared_images, r
     assert {path: digest for path, digest in digests(own).items() if path in before} == before
     metrics = [json.loads((place / "results.json").read_text())["metrics"] for place in (own, own / "lincls")]
     assert metrics[0] == metrics[1]
+    status, out, err = script(*command, "--save-dir", own, "--resume", "auto", "--epochs", 2)
+    assert status == 0 and f"resumed from {own / 'checkpoint.pth.tar'} at epoch 1" in out, err
+
+
+def test_a_classifier_stays_that_of_its_encoder(script, shared_images, run, tmp_path):
+    other = shutil.copy(run / "checkpoint_0000.pth.tar", tmp_path / "other.pth.tar")
+    command = evaluation("main_semisup", shared_images, run / "checkpoint_0000.pth.tar")
+    assert script(*command, "--save-dir", tmp_path / "own")[0] == 0
+    before = digests(tmp_path / "own")
+    again = (*evaluation("main_semisup", shared_images, other), "--save-dir", tmp_path / "own", "--resume", "auto")
+    refused(script(*again), f"--pretrained is {other}, and was {run / 'checkpoint_0000.pth.tar'}")
+    assert digests(tmp_path / "own") == before
 
 
 # claiming
@@ -368,6 +381,8 @@ def test_all_checkpoints_are_kept_if_asked_for(script, shared_images, tmp_path):
     assert epochs(tmp_path) == [0, 1, 2, 3]
     assert script(*command, "--epochs", 7)[0] == 0  # a resume with the default spares what is there
     assert epochs(tmp_path) == [0, 1, 2, 3, 5, 6]
+    assert script(*command, "--epochs", 9)[0] == 0  # and so does a second one
+    assert epochs(tmp_path) == [0, 1, 2, 3, 7, 8]
     refused(script(*command, "--keep", "some"), "--keep", "neither a number nor the word all")
 
 

@@ -54,7 +54,7 @@ class Pretraining(Trainer):
     """Trains a method: `module(views, index, progress)` gives its loss, `module.encoder` is what the monitor judges."""
 
     best = (-1.0, -1)  # the best k-NN top-1 among the epochs that were saved, and which epoch it was
-    spared: frozenset[Path] = frozenset()  # left by an earlier start with another --keep
+    spared: frozenset[int] = frozenset()  # epochs whose checkpoints an earlier start kept by another --keep or --keep-every
 
     def images_before(self) -> int:
         return getattr(self.module, "images_before", 0)
@@ -80,16 +80,19 @@ class Pretraining(Trainer):
 
     def more_state(self) -> dict[str, Any]:
         accuracy, epoch = self.best
-        return {"best_knn": accuracy, "best_epoch": epoch} if epoch >= 0 else {}
+        best = {"best_knn": accuracy, "best_epoch": epoch} if epoch >= 0 else {}
+        return {**best, "spared": sorted(self.spared)}
 
     def _resume(self, state: checkpoint.State) -> None:
         super()._resume(state)
-        best = state.get("best_knn"), state.get("best_epoch")
+        best, spared = (state.get("best_knn"), state.get("best_epoch")), state.get("spared")
         if isinstance(best[0], float) and isinstance(best[1], int):
             self.best = best
-        folder = Path(self.args.save_dir)
-        if state["args"].get("keep") != self.args.keep:
-            self.spared = frozenset(checkpoint.numbered(folder, inside=False))
+        if isinstance(spared, list):
+            self.spared = frozenset(epoch for epoch in spared if type(epoch) is int)
+        if any(state["args"].get(name) != getattr(self.args, name) for name in ("keep", "keep_every")):
+            there = checkpoint.numbered(Path(self.args.save_dir), inside=False)
+            self.spared |= frozenset(map(checkpoint.epoch_of, there))
 
     def save_inside(self, epoch: int, step: int) -> Path:
         path = self.save(f"checkpoint_{max(epoch, 0):04d}_{step}.pth.tar", epoch, step)
@@ -104,13 +107,13 @@ class Pretraining(Trainer):
         if self.args.keep:
             older = checkpoint.numbered(newest.parent, inside=False)[self.args.keep :]
             superseded += [path for path in older if not self._is_kept(checkpoint.epoch_of(path))]
-        for path in set(superseded) - {newest} - self.spared:
+        for path in set(superseded) - {newest}:
             path.unlink(missing_ok=True)
 
     def _is_kept(self, epoch: int) -> bool:
         """Return whether the checkpoint of an epoch, counted from 0, is kept however old it is."""
         every = self.args.keep_every
-        return epoch == self.best[1] or (every > 0 and (epoch + 1) % every == 0)
+        return epoch in self.spared or epoch == self.best[1] or (every > 0 and (epoch + 1) % every == 0)
 
     def finished(self) -> None:
         say(f"trained for {clock(self.seconds)}")

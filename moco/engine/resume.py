@@ -1,5 +1,6 @@
 """`--resume`: which folder and checkpoint a run continues from, and which options may differ."""
 
+import re
 from argparse import Namespace
 from pathlib import Path
 
@@ -16,7 +17,7 @@ FREE = frozenset(
     " print_freq save_every save_every_steps keep keep_every knn_every knn_k knn_t"
     " multiprocessing_distributed nproc_per_node world_size rank dist_url dist_backend gpu"
     " local_rank nodes batch_size batch_per_process accumulation_steps batch_is_per_process"
-    " pretrained encoder_method pretrain_epochs".split()
+    " encoder_method pretrain_epochs".split()
 )
 
 
@@ -61,8 +62,12 @@ def start(args: Namespace) -> bool:
 
 
 def _own_folder(folder: Path, script: str) -> Path | None:
-    """Return the last of `folder` and the subfolders named after `script` that holds a run of it."""
-    places = [folder, *sorted(folder.glob(f"{script}*"), key=_number)]
+    """Return the last of `folder` and its subfolders SCRIPT, SCRIPT-2, ... that holds a run of `script`.
+
+    A test alone (`--evaluate`) leaves nothing to continue, and does not count.
+    """
+    subfolders = (place for place in folder.glob(f"{script}*") if re.fullmatch(rf"{script}(-\d+)?", place.name))
+    places = [folder, *sorted(subfolders, key=_number)]
     own = [place for place in places if (place / "args.yaml").is_file() and _is_of(place, script)]
     if not own and checkpoint.found(folder) and not (folder / "args.yaml").exists():
         return folder  # only the checkpoints were copied
@@ -77,9 +82,10 @@ def _number(folder: Path) -> int:
 
 def _is_of(folder: Path, script: str) -> bool:
     try:
-        return read_yaml(folder / "args.yaml").get("script") == script
+        options = read_yaml(folder / "args.yaml")
     except InputError as error:
         raise InputError(f"{folder / 'args.yaml'}: {error}; choose another folder") from None
+    return options.get("script") == script and options.get("evaluate") is not True
 
 
 def check_unchanged(args: Namespace, state: checkpoint.State, batch: int) -> None:
