@@ -62,7 +62,7 @@ def test_published_command_runs(percent, pretrained, tmp_path):
 
 
 def test_names_that_are_not_utf_8(pretrained, images, script, tmp_path):
-    """Of the data folder, a class, its files and features: written, read again, and printed."""
+    """Data folder, class, files and features may have such names: they are written, read again, and printed."""
     data = images.rename(os.fsdecode(os.fsencode(tmp_path) + b"/donn\xe9es"))
     for split in ("train", "val"):
         (data / split / "class1").rename(data / split / os.fsdecode(b"pi\xe8ces"))

@@ -114,9 +114,9 @@ def check_unchanged(args: Namespace, state: checkpoint.State, batch: int) -> Non
     refused = {name: pair for name, pair in differences.items() if name not in allowed}
     for name in sorted(differences.keys() & allowed):
         now, then = differences[name]
-        say(f"--allow-change {name}: {_short(then)} until here, {_short(now)} from here on")
+        say(f"--allow-change {name}: {_shown(then)} until here, {_shown(now)} from here on")
     if refused:
-        listed = "; ".join(f"--{name} is {_short(now)}, and was {_short(then)}" for name, (now, then) in refused.items())
+        listed = "; ".join(f"--{name} is {_shown(now)}, and was {_shown(then)}" for name, (now, then) in refused.items())
         raise InputError(
             f"--resume {args.resume}: options differ from those of the run: {listed}. Give the same ones "
             f"({Path(args.resume).parent / 'args.yaml'} has all of them), or change them on purpose "
@@ -140,5 +140,6 @@ def _spelled(name: str) -> str:
     return name.replace("_", "-")
 
 
-def _short(value: object) -> str:
+def _shown(value: object) -> str:
+    """Return an option's value as a message shows it."""
     return "unset" if value is None else short(str(value))
