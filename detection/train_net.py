@@ -17,6 +17,9 @@ if importlib.util.find_spec("detectron2") is None:
     print("train_net.py: error: needs detectron2; detection/README.md says how to install it", file=sys.stderr)
     sys.exit(2)
 
+import moco as _first  # noqa: E402, F401 (before torch: sets how its threads wait)
+
+# isort: split
 import c4  # noqa: E402
 import torch  # noqa: E402
 from detectron2.checkpoint import DetectionCheckpointer  # noqa: E402
@@ -27,7 +30,7 @@ from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, PascalVOCDete
 from detectron2.utils import comm  # noqa: E402
 
 from moco.encoder import published  # noqa: E402
-from moco.engine import classify, run_folder  # noqa: E402
+from moco.engine import classify, run_folder, tool  # noqa: E402
 from moco.engine.log import write_json  # noqa: E402
 from moco.errors import InputError  # noqa: E402
 from moco.files import refuse_remote  # noqa: E402
@@ -37,19 +40,18 @@ GPUS = 8  # that the schedules are made for
 
 def main() -> int:
     args = parser().parse_args()
-    try:
-        cfg = configure(args)
-        check_data(cfg)
-        held = claim(cfg, args) if args.machine_rank == 0 else None
-    except InputError as error:
-        print(f"train_net.py: error: {error}", file=sys.stderr)
-        return 2
+    return tool.attempt("train_net.py", lambda: train(args))
+
+
+def train(args: argparse.Namespace) -> None:
+    cfg = configure(args)
+    check_data(cfg)
+    held = claim(cfg, args) if args.machine_rank == 0 else None
     try:
         launch(worker, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, args=(cfg, args))
     finally:
         if held:
             held.release()
-    return 0
 
 
 def claim(cfg: CfgNode, args: argparse.Namespace) -> run_folder.Held:

@@ -2,6 +2,10 @@
 
 import os
 
+from moco import user
+
+user.import_quietly()
+
 # OpenMP's threads wait for each other in a busy loop, by default for milliseconds. If other
 # programs run as well, a waiting thread occupies the core that the thread it waits for needs. A
 # shorter loop costs little on an idle machine (benchmarks/threads.py). OpenMP reads the variable

@@ -4,6 +4,7 @@ import contextlib
 import getpass
 import io
 import os
+import signal
 import stat
 import sys
 import tempfile
@@ -11,14 +12,29 @@ from pathlib import Path
 
 from moco.errors import InputError
 
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def import_quietly() -> None:
+    """Let Ctrl-C end a script of this project without a traceback while it imports its packages.
+
+    `prepare` ends this. Nothing changes in other programs that import the package.
+    """
+    ours = Path(sys.argv[0]).resolve().parent in (ROOT, ROOT / "tools")
+    if ours and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        with contextlib.suppress(ValueError):  # not in the main thread
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 
 def prepare() -> None:
     """Let standard output print any file name; give a user without a name or a home both.
 
-    Called when a program starts. Bytes of a name that are not UTF-8, and letters that the terminal
+    Called when a program starts, after its imports. Bytes of a name that are not UTF-8, and letters that the terminal
     cannot show, are printed as escapes. PyTorch and Triton name folders after the user, and put
     files into the home folder.
     """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # see `import_quietly`
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

@@ -1,5 +1,6 @@
 """Bad input ends with one clear line and status 2; options, YAML defaults and launch plans mean what they say."""
 
+import json
 import os
 import socket
 import subprocess
@@ -252,7 +253,8 @@ def test_batch_smaller_than_processes(script, images):
 
 
 ENTRIES = [*sorted(ROOT.glob("main_*.py")), *(ROOT / f"tools/{name}.py" for name in ("demo", "export", "report", "show_views"))]
-ENTRIES += [ROOT / "benchmarks" / "threads.py", ROOT / "detection" / "convert-pretrain-to-detectron2.py"]
+ENTRIES += [ROOT / "benchmarks" / "threads.py"]
+ENTRIES += [ROOT / "detection" / name for name in ("convert-pretrain-to-detectron2.py", "train_net.py")]
 WHEN_TORCH_LOADS = """
 import os, runpy, sys
 class Finder:
@@ -712,10 +714,13 @@ def test_checkpoint_of_another_part(script, images, checkpoint, tmp_path):
         assert status == 0, err
         classifier = tmp_path / name / "checkpoint.pth.tar"
         result = script("main_synco", images, *SMALL, "--resume", classifier, "--save-dir", tmp_path / "r")
-        refused(result, "cannot be resumed here: it is a classifier's checkpoint", "the script that saved it")
+        refused(result, "cannot be resumed here: it is a classifier's checkpoint", f"continue it with {name}.py")
         knn = (images, *INPUT, "--k", 3, "--pretrained", classifier, "--save-dir", tmp_path / "knn")
         status, out, err = script("main_knn", *knn)
         assert status == 0 and "120 of 120 backbone tensors matched (state_dict.module.*)" in out, err
+        found = json.loads(max((tmp_path / "knn").rglob("results.json")).read_text())
+        encoder = "moco" if name == "main_lincls" else "moco, fine-tuned"
+        assert (found["method"], found["pretrain_epochs"]) == (encoder, 1)
 
 
 def test_weights_of_other_software_are_not_resumed(script, images, checkpoint, tmp_path):

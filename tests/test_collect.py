@@ -24,7 +24,7 @@ def write(folder, method="synco", epochs=200, protocol="semisup1", dataset="/dat
 
 
 def collect(folder, *options):
-    done = shell("tools/collect.py", folder, *options)
+    done = shell("tools/collect.py", folder, "--out", folder, *options)
     assert done.returncode == 0, done.stderr
     lines = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith("|")]
     with (folder / "table.csv").open(newline="") as file:

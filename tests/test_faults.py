@@ -108,6 +108,23 @@ def test_a_signal_ends_a_run_after_its_step_and_it_goes_on_as_if_never_stopped(c
     assert sorted(set(logged(tmp_path))) == logged(tmp_path) == list(range(logged(tmp_path)[0], 2 * STEPS + 1))
 
 
+@pytest.mark.parametrize("command", ["main_synco.py", "tools/export.py"])
+def test_ctrl_c_while_packages_are_imported_prints_nothing(command):
+    process = shell(command, "--help", wait=False)
+    maps = Path(f"/proc/{process.pid}/maps")
+    while "libtorch" not in maps.read_text():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (-signal.SIGINT, "", "")
+
+
+def test_ctrl_c_of_other_programs_stays_theirs():
+    code = "import signal, moco; assert signal.getsignal(signal.SIGINT) is signal.default_int_handler"
+    done = shell("-c", code)
+    assert done.returncode == 0, done.stderr
+
+
 def test_ctrl_c_is_acknowledged_while_the_main_thread_computes(monkeypatch):
     """In one long call, such as a backward pass, at whose end Python calls the handler."""
     heard, ended = [], []

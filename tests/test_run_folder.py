@@ -15,7 +15,7 @@ from conftest import ROOT, shell
 from test_cli import refused
 from test_runs import load, succeeded
 
-from moco.engine import run_folder
+from moco.engine import resume, run_folder
 from moco.errors import InputError
 
 SMALL = ("-a", "resnet18", "--image-size", 32, "-b", 8, "-j", 0)
@@ -109,8 +109,8 @@ def test_a_pretraining_does_not_start_in_a_folder_of_another_run(script, shared_
     command = evaluation("main_knn", shared_images, run / "checkpoint_0000.pth.tar")
     assert script(*command, "--save-dir", results)[0] == 0
     before = digests(results)
-    for resume in ((), ("--resume", "auto")):
-        refused(script("main_synco", shared_images, *PRETRAIN, "--save-dir", results, *resume), "holds another run")
+    for again in ((), ("--resume", "auto")):
+        refused(script("main_synco", shared_images, *PRETRAIN, "--save-dir", results, *again), "holds another run")
     assert digests(results) == before
 
 
@@ -137,6 +137,40 @@ def test_a_test_of_a_classifier_leaves_its_run_as_it_is(script, shared_images, r
     assert metrics[0] == metrics[1]
     status, out, err = script(*command, "--save-dir", own, "--resume", "auto", "--epochs", 2)
     assert status == 0 and f"resumed from {own / 'checkpoint.pth.tar'} at epoch 1" in out, err
+
+
+def test_results_of_a_finished_classifier_stay(script, shared_images, run, tmp_path):
+    command = (*evaluation("main_lincls", shared_images, run / "checkpoint_0000.pth.tar"), "--save-dir", tmp_path / "own")
+    assert script(*command, "--epochs", 2)[0] == 0
+    before = digests(tmp_path / "own")
+    status, out, err = script(*command, "--resume", "auto", "--epochs", 1)
+    assert status == 0, err
+    assert "no epochs are left: 2 are done, and --epochs is 1" in out and "results.json is of the end of these epochs" in out
+    assert digests(tmp_path / "own") == before
+    (tmp_path / "own" / "results.json").unlink()  # as if the run was killed before it wrote them
+    assert script(*command, "--resume", "auto", "--epochs", 1)[0] == 0
+    assert digests(tmp_path / "own") == before
+
+
+def test_a_test_with_output_and_tag_is_named_by_the_classifier(script, shared_images, run):
+    place = ("--output", run.parent, "--tag", run.name)
+    command = ("main_semisup", shared_images, "--epochs", 1, "-b", 8, "-j", 0, *place)
+    assert script(*command, "--train-percent", 100, "--weights", "freeze")[0] == 0
+    own = run / "semisup-imagenet-freeze-100"
+    status, out, err = script("main_semisup", shared_images, "-e", "--resume", own / "checkpoint.pth.tar", "-b", 8, "-j", 0, *place)
+    assert status == 0, err
+    assert f"results in {own / 'semisup' / 'results.json'}" in out and not (run / "semisup-imagenet-finetune-10").exists()
+
+
+def test_a_checkpoint_of_another_script_is_named(script, shared_images, run, tmp_path):
+    first = run / "checkpoint_0000.pth.tar"
+    assert script(*evaluation("main_lincls", shared_images, first), "--save-dir", tmp_path / "own")[0] == 0
+    probe = tmp_path / "own" / "checkpoint.pth.tar"
+    for options in ((), ("-e",)):
+        result = script("main_semisup", shared_images, *options, "--resume", probe, "-b", 8, "-j", 0)
+        refused(result, f"{probe}: is a checkpoint of main_lincls.py", "use that script")
+    result = script("main_adco", shared_images, *SMALL, "--adco-k", 32, "--resume", first)
+    refused(result, f"{first}: is a checkpoint of main_synco.py", "use that script")
 
 
 def test_a_classifier_stays_that_of_its_encoder(script, shared_images, run, tmp_path):
@@ -321,6 +355,46 @@ def test_an_option_is_changed_on_purpose(script, shared_images, run):
     refused(script("main_synco", shared_images, *PRETRAIN, "--allow-change", "lr"), "no effect without --resume")
 
 
+def test_args_yaml_says_how_the_checkpoints_were_made(script, shared_images, run, monkeypatch):
+    """A start that trains nothing, or ends before its first checkpoint, leaves it as it is."""
+    from moco.engine.pretrain import Pretraining
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    before = digests(run)["args.yaml"]
+    command = ("main_synco", shared_images, *PRETRAIN, "--save-dir", run, "--resume", "auto", "--lr", 0.5, "--allow-change", "lr")
+    assert script(*command, "--epochs", 1)[0] == 0 and digests(run)["args.yaml"] == before
+    with monkeypatch.context() as patch:
+        patch.setattr(Pretraining, "_epoch", interrupted)
+        assert script(*command, "--epochs", 2)[0] == 130 and digests(run)["args.yaml"] == before
+    assert script(*command, "--epochs", 2)[0] == 0
+    options = yaml.safe_load((run / "args.yaml").read_text())
+    assert (options["lr"], options["epochs"]) == (0.5, 2)
+
+
+def test_a_run_without_a_checkpoint_says_that_its_log_begins_anew(script, shared_images, run):
+    (run / "checkpoint_0000.pth.tar").unlink()
+    command = ("main_synco", shared_images, *PRETRAIN, "--epochs", 1, "--save-dir", run, "--resume", "auto")
+    status, out, err = script(*command)
+    assert status == 0, err
+    assert f"--resume auto: no checkpoint in {run} yet; the run begins anew, and its log with it" in out
+
+
+def test_names_of_changed_options_are_joined_by_commas(script, shared_images, run):
+    command = ("main_synco", shared_images, *PRETRAIN, "--save-dir", run, "--resume", "auto", "--allow-change", "lr", "wd")
+    refused(script(*command), "unexpected argument 'wd'", "joined by commas: lr,wd")
+
+
+def test_batch_norm_groups_may_differ_among_several_processes(monkeypatch):
+    saved = {"args": {"bn_splits": 4, "lr": 0.1}, "progress": {"batch": 8}}
+    args = Namespace(bn_splits=8, lr=0.1, allow_change=[], resume="x/checkpoint.pth.tar", cos=False, script="synco")
+    with pytest.raises(InputError, match="--bn-splits is 8, and was 4"):
+        resume.check_unchanged(args, saved, 8)
+    monkeypatch.setattr(resume.distributed, "world", lambda: 2)
+    resume.check_unchanged(args, saved, 8)
+
+
 def test_more_epochs_change_a_cosine_and_nothing_else(script, shared_images, tmp_path):
     command = ("main_synco", shared_images, *PRETRAIN, "--resume", "auto", "--save-dir")
     for folder, schedule in ((tmp_path / "steps", ()), (tmp_path / "cosine", ("--cos",))):
@@ -397,6 +471,21 @@ def test_an_evaluation_takes_the_image_size_from_the_checkpoint(script, shared_i
     assert status == 0 and "it was pre-trained at 32 pixels, and sees 48 here (--image-size)" in out
     sizes = [yaml.safe_load((tmp_path / name / "args.yaml").read_text())["image_size"] for name in ("own", "other")]
     assert sizes == [32, 48]
+
+
+def test_weights_alone_say_what_is_taken_for_granted(script, shared_images, run, tmp_path):
+    """tools/export.py prints the options that a .pth file cannot hold; without them a line says what is assumed."""
+    exported = tmp_path / "encoder.pth"
+    done = shell("tools/export.py", run / "checkpoint_0000.pth.tar", exported)
+    succeeded(done)
+    assert f"  --pretrained {exported} -a resnet18 --image-size 32\n" in done.stdout
+    command = ("main_knn", shared_images, "-b", 8, "-j", 0, "--k", 1, "--pretrained", exported, "--save-dir", tmp_path / "knn")
+    refused(script(*command), "does not name its network, and resnet50 was tried: give another -a ARCH")
+    assumed = f"{exported}: does not say what size of images it is for; 224 pixels are taken (--image-size)"
+    status, out, err = script(*command, "-a", "resnet18")
+    assert status == 0 and assumed in out, err
+    status, out, err = script(*command, "-a", "resnet18", "--image-size", 32)
+    assert status == 0 and "does not say" not in out, err
 
 
 @pytest.mark.parametrize("name", ["main_lincls", "main_semisup"])

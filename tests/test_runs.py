@@ -368,6 +368,15 @@ def test_two_processes_by_every_launcher(launcher, shared_images, tmp_path):
     assert 0 <= log(tmp_path / "run")[-1]["knn"] <= 1
 
 
+def test_a_mistake_of_all_ranks_is_printed_once_by_torchrun(script, shared_images, tmp_path):
+    command = ("main_synco.py", shared_images, *TINY, "-j", 0, "--epochs", 1, "--save-dir", tmp_path / "run")
+    assert script("main_synco", *command[1:])[0] == 0
+    for options, said in ((("--lrr", 1), "unknown option '--lrr'"), (("--resume", "auto", "--lr", 0.5), "--lr is 0.5, and was")):
+        done = shell("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, *command, *options)
+        lines = [line for line in done.stderr.splitlines() if "main_synco.py: error:" in line]
+        assert done.returncode == 1 and len(lines) == 1 and said in lines[0], done.stderr
+
+
 def test_two_processes_evaluate_as_one(script, shared_images, tmp_path):
     """15 val images over 2 processes: the last batch is uneven, and no image counts twice."""
     common = (shared_images, "-a", "resnet18", "--image-size", 32, "-b", 8, "-j", 0, "--k", 1, 5, 20)

@@ -60,18 +60,21 @@ class Best(NamedTuple):
 def main() -> int:
     parser = tool.OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where the run folders lie, at any depth")
-    parser.add_argument("--out", type=Path, help="folder for table.md and table.csv (default: the folder itself)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="also write table.md and table.csv to this folder")
     parser.add_argument("--force", action="store_true", help="replace the tables that are there")
     return tool.run(parser, table)
 
 
 def table(args: argparse.Namespace) -> None:
-    """Print the table, then write it. Raises InputError if its files exist, unless --force."""
+    """Print the table; with --out write it too. Raises InputError if its files exist, unless --force."""
+    if args.force and not args.out:
+        raise InputError("--force replaces the tables in the folder of --out; give --out DIR, or leave it out")
     cells = collect(args.folder)
-    out = args.out or args.folder
     text = markdown(cells)
     print(text)
-    files = {out / "table.md": text, out / "table.csv": as_csv(cells)}
+    if not args.out:
+        return
+    files = {args.out / "table.md": text, args.out / "table.csv": as_csv(cells)}
     for path in files:
         check_new(path, args.force)
     for path, content in files.items():

@@ -57,4 +57,4 @@ for percent in $percents; do
         done
     done
 done
-"$python" "$here/tools/collect.py" --force "$out"
+"$python" "$here/tools/collect.py" "$out" --out "$out" --force

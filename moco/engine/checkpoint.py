@@ -97,7 +97,9 @@ def newest(folder: str) -> str | None:
     """
     files = found(folder)
     if not files:
-        say(f"--resume auto: no checkpoint in {folder} yet; the run begins")
+        log = Path(folder, "log.jsonl")
+        anew = ", and its log with it" if log.exists() and log.stat().st_size else ""
+        say(f"--resume auto: no checkpoint in {folder} yet; the run begins{anew and ' anew'}{anew}")
         return None
     for path in files:
         try:
@@ -115,17 +117,34 @@ def load(path: str) -> State:
     return read(path)
 
 
-def check_origin(state: State, path: str, arch: str, method: str) -> None:
-    """Raise InputError if a checkpoint does not hold the state of a run of this `arch` and `method`."""
-    if origin(state) == "classifier" and method not in CLASSIFIERS:
+def check_origin(state: State, args: Namespace) -> None:
+    """Raise InputError if the checkpoint of `args.resume` is not of a run of this script, architecture and method."""
+    path = args.resume
+    if origin(state) == "classifier" and args.method not in CLASSIFIERS:
         ours = "it is a classifier's checkpoint, and this script pre-trains"
-        raise InputError(f"{path}: cannot be resumed here: {ours}; continue it with the script that saved it")
-    check_resumable(state, path)
-    for what, mine in (("arch", arch), ("method", method)):
+        raise InputError(f"{path}: cannot be resumed here: {ours}; continue it with {_script(state)}")
+    check_script(state, args)
+    for what, mine in (("arch", args.arch), ("method", args.method)):
         if state.get(what) != mine:
             raise InputError(
                 f"{path}: is of {what} '{short(state.get(what))}', not '{mine}'; resume with the options it was made with"
             )
+
+
+def check_script(state: State, args: Namespace) -> None:
+    """Raise InputError if the checkpoint of `args.resume` is not of a run of this script."""
+    check_resumable(state, args.resume)
+    if _script(state) not in (f"main_{args.script}.py", _UNKNOWN):
+        raise InputError(f"{args.resume}: is a checkpoint of {_script(state)}, which has other options; use that script")
+
+
+_UNKNOWN = "the script that saved it"
+
+
+def _script(state: State) -> str:
+    """Return the script that saved a checkpoint, such as main_synco.py."""
+    script = about(state).options.get("script")
+    return f"main_{short(script)}.py" if isinstance(script, str) else _UNKNOWN
 
 
 def restore(model: nn.Module, state: State, path: str, diverged: bool = False) -> None:
@@ -190,11 +209,11 @@ LARGEST_IMAGE = 1 << 14  # pixels; a larger size in a file is ignored
 
 
 class About(NamedTuple):
-    """What a checkpoint of any origin says of itself; whatever is not of its kind counts as not said."""
+    """What a checkpoint of any origin says of its encoder; whatever is not of its kind counts as not said."""
 
     arch: str | None
-    method: str
-    epoch: int | None  # how many epochs it was trained for
+    method: str  # of pre-training
+    epoch: int | None  # how many epochs it was pre-trained for
     options: dict[str, Any]  # of the run
     image_size: int | None  # pixels that its network was trained at
 
@@ -204,6 +223,10 @@ def about(state: State) -> About:
     arch, method, epoch, options = (state.get(key) for key in ("arch", "method", "epoch", "args"))
     options = options if isinstance(options, dict) else vars(options) if isinstance(options, Namespace) else {}
     size = state.get("image_size", options.get("image_size"))
+    if method in CLASSIFIERS:
+        epoch, encoder = options.get("pretrain_epochs"), options.get("encoder_method")
+        frozen = options.get("weights") == "freeze"
+        method = (encoder if frozen else f"{encoder}, fine-tuned") if isinstance(encoder, str) else method
     return About(
         arch if isinstance(arch, str) and arch else None,
         method if isinstance(method, str) else "unknown",

@@ -14,10 +14,11 @@ from moco import distributed
 from moco.data import datasets, loader, named, subsets
 from moco.data.images import Images
 from moco.encoder import networks, published
-from moco.engine import checkpoint, features, metrics, precision
+from moco.engine import checkpoint, encoder, features, metrics, precision
 from moco.engine.log import STARTED, clock, say, write_json, write_options
 from moco.engine.train import Trainer
 from moco.errors import InputError, short
+from moco.files import read_json
 from moco.rng import Progress
 
 
@@ -34,17 +35,15 @@ def check(args: Namespace) -> None:
     state = checkpoint.load(args.pretrained) if args.pretrained else {}
     about = checkpoint.about(state)
     args.arch = args.arch or about.arch or "resnet50"
+    if args.pretrained and not args.image_size and not about.image_size:
+        say(f"{args.pretrained}: does not say what size of images it is for; 224 pixels are taken (--image-size)")
     args.image_size = args.image_size or about.image_size or 224
     args.encoder_method = about.method if args.pretrained else "random"
     args.pretrain_epochs = about.epoch
     if not args.pretrained:
         return
-    try:
+    with encoder.naming_arch(args.pretrained, about.arch, args.arch):
         _load(networks.create(args.arch, 1, args.image_size), args, state)
-    except InputError as error:
-        if about.arch not in (None, args.arch):
-            raise InputError(f"{args.pretrained}: is of {about.arch}, not {args.arch}; give -a {about.arch}") from None
-        raise error
 
 
 def tests_only(args: Namespace) -> bool:
@@ -69,7 +68,7 @@ def restore_options(args: Namespace, options: Iterable[str]) -> None:
         what = f"cannot be resumed: it lacks {lacking}" if lacking else f"is a {origin} checkpoint, not a classifier's"
         train = ", and leave out --evaluate: it has no classifier to test" if args.evaluate else ""
         raise InputError(f"{args.resume}: {what}; give it with --pretrained instead of --resume{train}")
-    checkpoint.check_resumable(state, args.resume)
+    checkpoint.check_script(state, args)
     about, saved = checkpoint.about(state), state["args"]
     for name, own in (("arch", about.arch), ("image_size", about.image_size)):
         given = getattr(args, name)
@@ -349,8 +348,14 @@ class Classification(Trainer):
         }
 
     def run(self, protocol: str) -> None:
-        """Train what is left to train, or only test; print the accuracies and write results.json."""
-        if self.args.evaluate or self.first_epoch >= self.args.epochs:
+        """Train what is left to train, or only test; print the accuracies and write results.json.
+
+        If no epochs are left, the results of the run's end stay as they are.
+        """
+        done = self.first_epoch >= self.args.epochs and not self.args.evaluate
+        if done:
+            self._say_if_done()
+        if done or self.args.evaluate:
             self.test()
         else:
             self.train()
@@ -361,7 +366,20 @@ class Classification(Trainer):
             each = [f"{self.name(one, ' ')}: {100 * found[f'{self.metric}_{self.name(one)}']:.3f}" for one in self.settings]
             say("  ".join(each) + f"  ({title}; the best follows)")
         say("* " + " ".join(f"{name} {100 * found[key]:.3f}" for key, name in metrics.TITLES.items() if key in found))
+        if done:
+            self.args.epochs = self.first_epoch  # what the classifier was trained for
+            if self._has_results():
+                say("results.json is of the end of these epochs, and stays as it is")
+                return
         write_results(self.args, protocol, found, self.seconds)
+
+    def _has_results(self) -> bool:
+        """Return whether results.json is of as many epochs as are done; rank 0 answers."""
+        try:
+            written = read_json(Path(self.args.save_dir) / "results.json")["settings"]["epochs"]
+        except (InputError, KeyError, TypeError):
+            written = None
+        return written == self.first_epoch
 
     def finish(self) -> None:
         """What follows training."""

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import torch
 
@@ -153,6 +153,12 @@ class Parser(OneLineParser):
             raise InputError(*refused)
         return noted
 
+    def refuse(self, error: InputError) -> NoReturn:
+        """Print the error and exit with status 2; of the processes of torchrun, one of each node prints it."""
+        if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("LOCAL_RANK", "0") != "0":
+            error = InputError()
+        super().refuse(error)
+
     def _reads_output(self, args: Options) -> bool:
         """Return whether --output is read, for the run folder or an evaluation's checkpoint."""
         finds = hasattr(args, "pretrained") and "pretrained" not in self.given
@@ -188,7 +194,9 @@ class Parser(OneLineParser):
         if unknown_ones := self.unknown(token.split("=")[0] for token in rest if token.startswith("-")):
             raise InputError(*unknown_ones)
         for token in rest:
-            raise InputError(f"unexpected argument '{token}'; one data folder is expected, options start with --")
+            names = getattr(args, "allow_change", None)
+            commas = "; several names of --allow-change are joined by commas: lr,wd" if names else ""
+            raise InputError(f"unexpected argument '{token}'; one data folder is expected, options start with --{commas}")
         if args.data and args.data_option and args.data != args.data_option:
             raise InputError(f"two data folders: '{args.data}' and --data {args.data_option}; give one")
         args.data = args.data_option or args.data
@@ -199,7 +207,7 @@ class Parser(OneLineParser):
         if args.tag and not args.output:
             raise InputError(f"--tag {args.tag}: names a folder in that of --output; give --output DIR, or --save-dir")
         if args.output:
-            _of_output(args)
+            args.save_dir = args.save_dir or str(_of_output(args))
         return args
 
     def _refuse_remote(self, args: Options) -> None:
@@ -320,10 +328,11 @@ _OPTS = {
 }
 
 
-def _of_output(args: Options) -> None:
-    """The run folder that --output and --tag name, where --save-dir does not.
+def _of_output(args: Options) -> Path:
+    """Return the run folder that --output and --tag name.
 
-    An evaluation has one inside it, for its data set and protocol, and takes the last checkpoint from it.
+    An evaluation has one inside it, for its data set and protocol. It evaluates the last checkpoint
+    of the outer one unless it is given another: this sets `args.pretrained`.
     """
     folder = Path(args.output) / (args.tag or "default")
     if hasattr(args, "pretrained"):
@@ -336,7 +345,7 @@ def _of_output(args: Options) -> None:
         data = "features" if features else "photos" if args.data == "photos" else args.dataset
         protocol = [str(getattr(args, name)) for name in ("weights", "train_percent") if hasattr(args, name)]
         folder /= "-".join([args.script, data, *protocol])
-    args.save_dir = args.save_dir or str(folder)
+    return folder
 
 
 def _is_number(text: str) -> bool:
@@ -614,7 +623,7 @@ def add_pretrain(parser: Parser, cos: int = 1, *, transformers: bool = False, ea
     add_run(parser)
     group = parser.add_argument_group("retention")
     group.add_argument(
-        "--keep", type=values.keep, default=2, metavar="N", help="keep the newest N epoch checkpoints; all: keep all"
+        "--keep", type=values.keep, default=2, metavar="N", help="keep the newest N epoch checkpoints; all, or 0: keep all"
     )
     group.add_argument(
         "--keep-every",
@@ -724,8 +733,12 @@ def main(parser: Parser, check: Callable[[Options], None], worker: launch.Worker
             check_arch(args.arch)
         if args.recipe:
             recipes.check_name(args.recipe)
+        tests = getattr(args, "evaluate", False)
+        of_output = tests and args.output and args.save_dir == str(_of_output(args))
         continues = resume.start(args)
         check(args)
+        if of_output:
+            args.save_dir = str(_of_output(args))  # by the classifier's options, which `check` has read
         if args.recipe:
             recipes.of_options(args)
         notes = parser.without_effect(args)

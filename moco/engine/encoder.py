@@ -1,5 +1,7 @@
 """The encoder of any checkpoint, by itself: what it maps images to, and what the file says of it."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from torch import nn
@@ -18,6 +20,19 @@ class Encoder(NamedTuple):
     resized: list[str]  # tensors that are of another shape in the file: tables of positions, interpolated
 
 
+@contextlib.contextmanager
+def naming_arch(path: str, own: str | None, arch: str) -> Iterator[None]:
+    """Let an InputError about a checkpoint that does not fit `arch` say which -a to give; `own` is what the file names."""
+    try:
+        yield
+    except InputError as error:
+        if own is None:
+            raise InputError(f"{error}; the file does not name its network, and {arch} was tried: give another -a ARCH") from None
+        if own != arch:
+            raise InputError(f"{path}: is of {own}, not {arch}; give -a {own}") from None
+        raise
+
+
 def read(path: str, arch: str | None = None, image_size: int | None = None) -> Encoder:
     """The encoder of a checkpoint of this project, by any method, or of a published one that the evaluations read.
 
@@ -30,14 +45,8 @@ def read(path: str, arch: str | None = None, image_size: int | None = None) -> E
     image_size = image_size or size or 224
     net = networks.create(arch, 0, image_size)
     tensors = published.tensors_of(net, state)
-    try:
+    with naming_arch(path, own, arch):
         published.load_backbone(net, tensors, path)
-    except InputError as error:
-        if own is None:
-            raise InputError(f"{error}; the file does not name its network, and {arch} was tried: give another -a ARCH") from None
-        if own != arch:
-            raise InputError(f"{path}: is of {own}, not {arch}; give -a {own}") from None
-        raise
     start = published.prefix(net, tensors)
     tables = {name: x for name, x in net.state_dict().items() if "pos" in name and start + name in tensors}
     resized = [name for name, x in tables.items() if tensors[start + name].shape != x.shape]

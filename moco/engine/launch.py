@@ -28,7 +28,7 @@ import torch.multiprocessing as mp
 
 from moco import user
 from moco.data import loader
-from moco.engine import interrupt, output, watch
+from moco.engine import interrupt, output, tool, watch
 from moco.errors import InputError
 
 Worker = Callable[[Namespace, torch.device], None]
@@ -231,11 +231,6 @@ def _spawned(i: int, p: Plan, worker: Worker, args: Namespace, ends) -> None:
     except InputError as error:
         ends.put(error)
         sys.exit(2)
-    except OSError as error:
-        if not error.filename:
-            raise
-        ends.put(InputError(f"{os.fsdecode(error.filename)}: {error.strerror}"))
-        sys.exit(2)
     except interrupt.Interrupted as end:  # all of them end so, and are not hurried
         ends.put(end)
     except KeyboardInterrupt:
@@ -255,7 +250,7 @@ def _process(p: Plan, worker: Worker, args: Namespace, r: int, local_rank: int, 
         device = torch.device("cpu")
         if p.local > 1:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // p.local))
-    guard = contextlib.nullcontext()
+    guard, store = contextlib.nullcontext(), None
     if p.url:
         backend = args.dist_backend or ("nccl" if device.type == "cuda" else "gloo")
         if p.launcher == "srun":
@@ -268,7 +263,26 @@ def _process(p: Plan, worker: Worker, args: Namespace, r: int, local_rank: int, 
         guard = watch.Watch(store, r, p.world, tell)
     try:
         with guard, interrupt.before_training() if hasattr(args, "resume") else contextlib.nullcontext():
-            worker(args, device)
+            _work(worker, args, device, r)
+    except InputError as error:
+        if store is None or p.launcher == "spawn":
+            raise
+        _say_once(store, error)
+        raise InputError() from None
+    finally:
+        loader.end(mp.active_children())
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _work(worker: Worker, args: Namespace, device: torch.device, r: int) -> None:
+    """Run the worker on rank `r`. Raises InputError for a file, too little memory, and a lost loader process too."""
+    try:
+        worker(args, device)
+    except OSError as error:  # of a file or folder that somebody has named: of others it is a fault in the program
+        if not error.filename:
+            raise
+        raise InputError(f"{os.fsdecode(error.filename)}: {error.strerror}") from None
     except (RuntimeError, MemoryError) as error:
         what = " ".join(str(error).split())
         if isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in what:
@@ -276,10 +290,21 @@ def _process(p: Plan, worker: Worker, args: Namespace, r: int, local_rank: int, 
         if "DataLoader worker" not in what:
             raise
         raise InputError(f"a loader process of rank {r} was ended: {what}{OUT_OF_MEMORY}") from None
-    finally:
-        loader.end(mp.active_children())
-        if dist.is_initialized():
-            dist.destroy_process_group()
+
+
+def _say_once(store: dist.Store, error: InputError) -> None:
+    """Print an error unless another rank of this node prints the same one.
+
+    It is printed here, because the launcher ends all processes as soon as one has ended.
+    """
+    key = f"error {os.environ.get('TORCHELASTIC_RESTART_COUNT', '')} {socket.gethostname()} {error}"
+    key = key.encode(errors="backslashreplace").decode()  # a store takes UTF-8 only
+    try:
+        is_first = store.add(key, 1) == 1
+    except RuntimeError:  # the rank that keeps the store has ended
+        is_first = True
+    if is_first:
+        print(tool.printed(os.path.basename(sys.argv[0]), error), end="", file=sys.stderr, flush=True)
 
 
 def _nodes(args: Namespace) -> tuple[int, int]:

@@ -75,7 +75,8 @@ class RunLog:
     """The run folder's log, and the line or bar that a person reads.
 
     Args:
-        args: the options; written to args.yaml.
+        args: the options. A new run writes them to args.yaml here, and a resumed one with its first
+            checkpoint, so that the file always says how the checkpoints were made.
         steps: of the whole run; the time left is counted from them.
         start: the step that this start begins at, below 0 where steps come before epoch 0. Lines of an earlier start beyond
             it are dropped, so that a resumed run's log is that of one never stopped.
@@ -97,7 +98,8 @@ class RunLog:
             kept = [line for line in _lines(before) if _step(line) <= start]
         self.before = _seconds(kept)
         try:
-            write_options(args)
+            if not (args.resume and (folder / "args.yaml").exists()):
+                write_options(args)
             with replacing(self.path) as file:
                 file.write("".join(kept).encode())
         except OSError as error:

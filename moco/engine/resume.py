@@ -4,6 +4,7 @@ import re
 from argparse import Namespace
 from pathlib import Path
 
+from moco import distributed
 from moco.engine import checkpoint
 from moco.engine.log import say
 from moco.errors import InputError, short
@@ -92,7 +93,8 @@ def check_unchanged(args: Namespace, state: checkpoint.State, batch: int) -> Non
     """Raise InputError if options differ from those of the run that `--resume` continues.
 
     It names each difference. Options in `FREE` may differ, and so may those that the user names
-    with `--allow-change`. `--epochs` may differ unless a schedule depends on it.
+    with `--allow-change`. `--epochs` may differ unless a schedule depends on it, and `--bn-splits`
+    among several processes, which do not read it.
 
     Args:
         args: this run's options.
@@ -102,7 +104,8 @@ def check_unchanged(args: Namespace, state: checkpoint.State, batch: int) -> Non
     saved, allowed = state["args"], set(args.allow_change)
     if unknown := sorted(allowed - {_spelled(name) for name in vars(args)}):
         raise InputError(f"--allow-change {','.join(unknown)}: this script has no such option")
-    compared = saved.keys() & vars(args).keys() - FREE - ({"epochs"} if _open_ended(args) else set())
+    unread = ({"epochs"} if _open_ended(args) else set()) | ({"bn_splits"} if distributed.world() > 1 else set())
+    compared = saved.keys() & vars(args).keys() - FREE - unread
     differences = {
         _spelled(name): (getattr(args, name), saved[name])
         for name in sorted(compared)

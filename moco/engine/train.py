@@ -19,7 +19,7 @@ from moco.augment import color, recipes
 from moco.data import loader
 from moco.data.images import Images
 from moco.engine import checkpoint, interrupt, optim, precision, resume
-from moco.engine.log import Mean, Metrics, RunLog, say
+from moco.engine.log import Mean, Metrics, RunLog, say, write_options
 from moco.errors import InputError
 
 COLLAPSED = 0.1  # feature_std, below which a warning is given
@@ -98,6 +98,7 @@ class Trainer(ABC):
         """Print what can follow the training. `self.seconds` is its duration over all starts."""
 
     seconds: float | None = None
+    _saved = False  # whether this start has written a checkpoint
     may_diverge = False  # whether numbers that are not finite end the run
 
     @abstractmethod
@@ -282,9 +283,13 @@ class Trainer(ABC):
         if args.resume:
             inside = self.order.start - self.first_epoch * self.steps_per_epoch
             say(f"resumed from {args.resume} at epoch {self.first_epoch}" + f", after {inside} of its steps" * bool(inside))
-            if self.first_epoch >= args.epochs:
-                say(f"no epochs are left: {self.first_epoch} are done, and --epochs is {args.epochs}; raise it to train longer")
+            self._say_if_done()
         say(f"run folder {args.save_dir}")
+
+    def _say_if_done(self) -> None:
+        done, epochs = self.first_epoch, self.args.epochs
+        if done >= epochs:
+            say(f"no epochs are left: {done} are done, and --epochs is {epochs}; raise it to train longer")
 
     def check_resumed(self, state: checkpoint.State) -> None:  # noqa: B027
         """Raise InputError if the checkpoint does not go with this task's data."""
@@ -293,7 +298,7 @@ class Trainer(ABC):
         """Restore the run's state from the checkpoint of `--resume`. Raises InputError if it is of another run."""
         args = self.args
         tests = getattr(args, "evaluate", False)  # a test alone takes no step, by no optimizer
-        checkpoint.check_origin(state, args.resume, args.arch, args.method)
+        checkpoint.check_origin(state, args)
         if not tests:
             resume.check_unchanged(args, state, self.batch)
         self.check_resumed(state)
@@ -345,4 +350,7 @@ class Trainer(ABC):
             **self.more_state(),
         }
         checkpoint.save(path, state)
+        if self.args.resume and not self._saved:
+            write_options(self.args)  # see RunLog
+        self._saved = True
         return path
