@@ -13,7 +13,7 @@ user.import_quietly()
 # set one of these variables.
 _OPENMP = ("OMP_WAIT_POLICY", "OMP_NUM_THREADS", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 if not any(name in os.environ for name in _OPENMP):
-    os.environ["GOMP_SPINCOUNT"] = "10000"
+    os.environ["GOMP_SPINCOUNT"] = "1000"
 
 import torch  # noqa: E402
 

@@ -20,7 +20,8 @@ def import_quietly() -> None:
 
     `prepare` ends this. Nothing changes in other programs that import the package.
     """
-    ours = Path(sys.argv[0]).resolve().parent in (ROOT, ROOT / "tools")
+    program = Path(sys.argv[0])
+    ours = program.is_file() and program.resolve().parent in (ROOT, ROOT / "tools")
     if ours and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         with contextlib.suppress(ValueError):  # not in the main thread
             signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -162,7 +162,7 @@ def test_the_sweep_is_the_papers_unless_options_say_otherwise(options, variables
     command = ["tools/sweep_semisup.sh", "c.pth", "DIR", "OUT", *options]
     subprocess.run(command, cwd=ROOT, env={**os.environ, **variables, "PYTHON": str(recorder)}, check=True)
     *runs, table = (line.split() for line in (tmp_path / "commands").read_text().splitlines())
-    assert table[0].endswith("tools/collect.py") and table[-1] == "OUT"
+    assert table[0].endswith("tools/collect.py") and table[1:] == ["OUT", "--out", "OUT", "--force"]
     found = [main_semisup.parser().parse(words[1:]) for words in runs]
     settings = [(a.train_percent, a.epochs, a.lr_backbone, a.lr_classifier, a.batch_size) for a in found]
     assert len(settings) == len(expected) and set(settings) == expected

@@ -169,7 +169,7 @@ def test_a_checkpoint_of_another_script_is_named(script, shared_images, run, tmp
     for options in ((), ("-e",)):
         result = script("main_semisup", shared_images, *options, "--resume", probe, "-b", 8, "-j", 0)
         refused(result, f"{probe}: is a checkpoint of main_lincls.py", "use that script")
-    result = script("main_adco", shared_images, *SMALL, "--adco-k", 32, "--resume", first)
+    result = script("main_adco", shared_images, *SMALL, "--cluster", 32, "--resume", first)
     refused(result, f"{first}: is a checkpoint of main_synco.py", "use that script")
 
 
@@ -280,6 +280,7 @@ WRITES = {
     "moco/user.py": "this user's own folder for temporary files",
     "moco/engine/log.py": "a run's own folder, after claim",
     "moco/engine/checkpoint.py": "a run's own folder, after claim",
+    "moco/engine/train.py": "args.yaml in the run's own folder, after claim",
     "moco/engine/pretrain.py": "superseded checkpoints of the run itself, after claim",
     "moco/engine/classify.py": "subset.txt in the run's own folder, after claim",
     "moco/engine/features.py": "a folder for --dump-features that check_dump found without features",
