@@ -108,8 +108,16 @@ def test_a_signal_ends_a_run_after_its_step_and_it_goes_on_as_if_never_stopped(c
     assert sorted(set(logged(tmp_path))) == logged(tmp_path) == list(range(logged(tmp_path)[0], 2 * STEPS + 1))
 
 
+@pytest.fixture
+def interruptible():
+    """Processes that the test starts listen to Ctrl-C, even if the tests run in the background of a shell and do not."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("command", ["main_synco.py", "tools/export.py"])
-def test_ctrl_c_while_packages_are_imported_prints_nothing(command):
+def test_ctrl_c_while_packages_are_imported_prints_nothing(command, interruptible):
     process = shell(command, "--help", wait=False)
     maps = Path(f"/proc/{process.pid}/maps")
     while "libtorch" not in maps.read_text():
@@ -119,7 +127,7 @@ def test_ctrl_c_while_packages_are_imported_prints_nothing(command):
     assert (process.returncode, out, err) == (-signal.SIGINT, "", "")
 
 
-def test_ctrl_c_of_other_programs_stays_theirs():
+def test_ctrl_c_of_other_programs_stays_theirs(interruptible):
     code = "import signal, moco; assert signal.getsignal(signal.SIGINT) is signal.default_int_handler"
     done = shell("-c", code)
     assert done.returncode == 0, done.stderr

@@ -207,7 +207,8 @@ class Parser(OneLineParser):
         if args.tag and not args.output:
             raise InputError(f"--tag {args.tag}: names a folder in that of --output; give --output DIR, or --save-dir")
         if args.output:
-            args.save_dir = args.save_dir or str(_of_output(args))
+            folder = _of_output(args)
+            args.save_dir = args.save_dir or str(folder)
         return args
 
     def _refuse_remote(self, args: Options) -> None:
