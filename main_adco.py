@@ -58,12 +58,13 @@ def check(args: cli.Options) -> None:
 
 def build(args: cli.Options) -> AdCo:
     return AdCo(
-        lambda: resnet(args.arch, args.moco_dim, args.mlp),
+        lambda: resnet(args.arch, args.moco_dim, args.mlp, args.stem),
         dim=args.moco_dim,
         K=args.cluster,
         m=args.moco_m,
         T=args.moco_t,
         bn_splits=args.bn_splits,
+        bn_splits_query=args.bn_splits_query,
         ascent=Ascent(args.memory_lr, args.mem_t, args.mem_momentum, args.mem_wd, cosine=args.cos == 2),
         symmetric=args.sym,
         multi_crop=args.multi_crop,

@@ -114,7 +114,7 @@ def check_negatives(args: cli.Options) -> None:
 
 
 def encoder(args: cli.Options, device: torch.device) -> nn.Module:
-    net = resnet(args.arch, args.proj_out_dim, zero_init_residual=True)
+    net = resnet(args.arch, args.proj_out_dim, stem=args.stem, zero_init_residual=True)
     last = nn.BatchNorm1d(args.proj_out_dim)
     last.bias.requires_grad_(False)  # stays 0
     width = net.fc.in_features
@@ -126,7 +126,7 @@ def worker(args: cli.Options, device: torch.device) -> None:
     rows = args.memory_multiplier * args.batch_per_process * distributed.world() * args.accumulation_steps
 
     def build(images: Images) -> FNC:
-        labels = torch.as_tensor(images.labels) if len(images.classes) > 1 else None
+        labels = torch.as_tensor(images.labels) if len(images.classes) > 1 and not images.many else None
         how = Cancellation(args.fn_mode, args.fn_topk, args.fn_threshold)
         make = lambda: encoder(args, device)  # noqa: E731
         return FNC(make, args.proj_out_dim, rows, args.ema, args.temperature, how, args.loss_chunk, labels)

@@ -12,6 +12,7 @@ import torch
 from moco import distributed
 from moco.engine import classify, cli, features, values
 from moco.engine.log import say
+from moco.errors import InputError
 
 
 def parser() -> cli.Parser:
@@ -23,6 +24,8 @@ def parser() -> cli.Parser:
         "--k", type=values.positive, nargs="+", default=[10, 20, 100, 200], help="neighbours that vote; several in one pass"
     )
     knn.add_argument("--temperature", type=values.temperature, default=0.07, help="temperature of the neighbours' weights")
+    whose = "of the encoder without its projection head, or of the head in the checkpoint"
+    knn.add_argument("--features", choices=("backbone", "head"), default="backbone", help=whose)
     knn.add_argument("--host-features", action="store_true", help="keep the features in the host's memory, not on the GPU")
     on_cpu = "there is no GPU; features are in the host's memory anyway"
     p.has_effect("host_features", lambda args: torch.cuda.is_available(), on_cpu, refuse=False)
@@ -33,6 +36,8 @@ def parser() -> cli.Parser:
 
 
 def check(args: cli.Options) -> None:
+    if args.features == "head" and not (args.pretrained or args.load_features):
+        raise InputError("--features head: give the checkpoint that has the projection head with --pretrained")
     classify.check_features(args, many=False)
 
 

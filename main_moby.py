@@ -75,7 +75,7 @@ def check(args: cli.Options) -> None:
         if args.synthetic_first >= args.synthetic_last:
             raise InputError(f"--synthetic-first {args.synthetic_first}: must be below --synthetic-last {args.synthetic_last}")
     for drop_path in {args.online_drop_path, args.target_drop_path}:
-        projection(networks.create(args.arch, 1, args.image_size, drop_path), args)
+        projection(networks.create(args.arch, 1, args.image_size, drop_path, args.stem), args)
     pretrain.check_views(args)
     pretrain.check(args, transformers=True)
 
@@ -96,7 +96,7 @@ def head(width: int, layers: int, args: cli.Options, device: torch.device) -> nn
 
 def build(args: cli.Options, device: torch.device) -> OnlineAndTarget:
     def encoder(drop_path: float) -> nn.Module:
-        net = networks.create(args.arch, 0, args.image_size, drop_path)
+        net = networks.create(args.arch, 0, args.image_size, drop_path, args.stem)
         projection(net, args)
         return distributed.sync_batch_norm(net, device)
 

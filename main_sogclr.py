@@ -47,7 +47,7 @@ def check(args: cli.Options) -> None:
 
 
 def encoder(args: cli.Options, device: torch.device) -> nn.Module:
-    net = resnet(args.arch, args.dim, zero_init_residual=True)
+    net = resnet(args.arch, args.dim, stem=args.stem, zero_init_residual=True)
     widths = [net.fc.in_features, *[args.mlp_dim] * (args.num_proj_layers - 1), args.dim]
     net.fc = projector(widths, nn.BatchNorm1d(args.dim, affine=False))
     return distributed.sync_batch_norm(net, device)

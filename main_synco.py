@@ -23,6 +23,8 @@ def parser() -> cli.Parser:
     cli.add_momentum_encoder(p, t=0.07, v2=False)
     moco = p.add_argument_group("MoCo")
     moco.add_argument("--moco-k", type=values.entries, default=65536, help="negatives in the queue")
+    both = "compare either view with the other's keys; the losses add up"
+    moco.add_argument("--symmetric", action=cli.Switch, default=False, help=both)
     synco = cli.add_synthetic(p, "synthetic negatives (MoCHI, SynCo)", n_hard=0, each=0, sigma=0.01)
     synco.add_argument("--warmup-epochs", type=values.natural, default=10, help="epochs before the first synthetic negatives")
     none = "there are no synthetic negatives; give --n1 to --n6 as well, or leave it out"
@@ -50,12 +52,14 @@ def check(args: cli.Options) -> None:
 
 def build(args: cli.Options) -> SynCo:
     return SynCo(
-        lambda: resnet(args.arch, args.moco_dim, args.mlp),
+        lambda: resnet(args.arch, args.moco_dim, args.mlp, args.stem),
         dim=args.moco_dim,
         K=args.moco_k,
         m=args.moco_m,
         T=args.moco_t,
         bn_splits=args.bn_splits,
+        bn_splits_query=args.bn_splits_query,
+        symmetric=args.symmetric,
         kind=kind(args),
         warmup_epochs=args.warmup_epochs,
     )

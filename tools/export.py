@@ -79,11 +79,12 @@ def export(args: argparse.Namespace) -> None:
         **({"epoch": found.epoch} if found.epoch else {}),
         "source": Path(args.checkpoint).name,
         "image_size": found.image_size,
-        "mean": MEAN,
-        "std": STD,
+        "mean": tuple(found.mean),
+        "std": tuple(found.std),
+        **({"stem": found.stem} if found.stem != "imagenet" else {}),
     }
     tensors = {name: x.clone().contiguous() for name, x in found.net.state_dict().items()}
-    plain = homes(found.arch, found.image_size)
+    plain = homes(found.arch, found.image_size, found.stem)
     files = [packed(tensors, args.out.suffix, facts)]
     if args.hub:
         files.append(hubconf(plain[0], args.out.name, facts).encode())
@@ -100,11 +101,15 @@ def export(args: argparse.Namespace) -> None:
     except OSError as error:
         raise InputError(f"{args.out}: cannot be written ({error.strerror}); choose another place") from None
     print(f"{args.out}: {len(tensors)} tensors of the {found.arch}, from {args.checkpoint}; its head stays behind")
-    print(f"images: RGB in [0, 1], normalized with mean {MEAN} and standard deviation {STD}; {found.image_size} pixels")
+    how = f"normalized with mean {facts['mean']} and standard deviation {facts['std']}"
+    print(f"images: RGB in [0, 1], {how}; {found.image_size} pixels")
     for home, words in zip(plain, same, strict=True):
         print(f"in {home.library}, {words}:\n  {'; '.join(python(home, args.out))}")
-    # a .safetensors file says both itself
-    options = "" if args.out.suffix == ".safetensors" else f" -a {found.arch} --image-size {found.image_size}"
+    options = f" -a {found.arch} --image-size {found.image_size}"
+    for name, own, usual in (("mean", found.mean, MEAN), ("std", found.std, STD)):
+        options += f" --{name} {' '.join(map(str, own))}" if tuple(own) != usual else ""
+    if args.out.suffix == ".safetensors":
+        options = ""  # the file holds them
     print(f"in this project's scripts:\n  --pretrained {shlex.quote(str(args.out))}{options}")
     if args.hub:
         print(f"from torch.hub, the same:\n  torch.hub.load({str(args.out.parent)!r}, 'encoder', source='local')")

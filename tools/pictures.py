@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from moco import rng
 from moco.augment import color, crop, recipes
-from moco.augment.recipes import MEAN, STD
-from moco.data import datasets, loader, subsets
+from moco.data import loader, named
 from moco.data.images import Images
 from moco.encoder import networks, published
 from moco.engine import checkpoint, features
@@ -31,11 +30,12 @@ QUERIES, NEIGHBOURS = 8, 6
 SAME, OTHER = "#1a8a2d", "#c62828"
 _NEEDED = {"arch": str, "data": str, "image_size": int}
 _FOR_VIEWS = {"recipe": str, "seed": int}
+_DEFAULTS = dict.fromkeys(("class_list", "crop_min", "mean", "std")) | {"dataset": "imagenet", "stem": "imagenet"}  # of older runs
 
 
 def options(run: Run, needed: dict[str, type]) -> Namespace:
     """The run's options, `needed` among them. Raises InputError where args.yaml lacks one, or has another kind of value."""
-    args = {"class_list": None, "crop_min": None} | run.args
+    args = _DEFAULTS | run.args
     for name, kind in (needed | {"class_list": str | None}).items():
         if not isinstance(args.get(name), kind):
             raise InputError(f"{run.folder / 'args.yaml'}: {name} is {args.get(name)!r}, which no run has")
@@ -54,8 +54,7 @@ def recipe(run: Run) -> tuple[str, recipes.Recipe]:
 def views(run: Run) -> Figure:
     """Some train images and their views in epoch 0. Raises InputError where the images are not there."""
     args = options(run, _NEEDED | _FOR_VIEWS)
-    train = subsets.of_classes(datasets.scan(datasets.find(args.data, ("train",)), "train"), args.class_list)
-    mean, std = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
+    train = named.training(args.dataset, args.data, args.class_list)
     picked = sorted({round(i * (len(train) - 1) / (ROWS - 1)) for i in range(ROWS)})
     images = [train.read(i) for i in picked]
     columns = [[crop.center_view(image, args.image_size) / 255 for image in images]]
@@ -64,7 +63,7 @@ def views(run: Run) -> Figure:
     for v, view in enumerate(cuts.recipe):
         batch = torch.stack([of[v] for of in crops])
         seen = color.augment(batch, view, rng.generator("cpu", rng.COLOR, args.seed, v))
-        columns.append([(x * std + mean).clamp(0, 1) for x in seen])
+        columns.append(list(color.denormalize(seen, view.mean, view.std)))
     figure, axes = _grid(len(picked), len(columns), width=1.15, height=1.15, title=0.3)
     for column, (title, shown) in enumerate(zip(["image", *(f"view {v}" for v in range(1, len(columns)))], columns, strict=True)):
         axes[0, column].set_title(title, fontsize=9)
@@ -95,11 +94,9 @@ class Sample:
 
 
 @cache
-def sample(data: str, class_list: str | None, images: int, seed: int) -> Sample:
+def sample(dataset: str, data: str, class_list: str | None, images: int, seed: int) -> Sample:
     """Draw it: at most `CLASSES` classes, `images` of train/ and `POINTS` of val/. Raises InputError where they are not there."""
-    root = datasets.find(data, ("train", "val"))
-    train = datasets.scan(root, "train")
-    train, val = (subsets.of_classes(part, class_list) for part in (train, datasets.scan(root, "val", train.classes)))
+    train, val = (part(dataset, data, class_list) for part in (named.training, named.testing))
     draw = np.random.default_rng(seed)
     there = np.unique(val.labels)
     classes = there[np.linspace(0, len(there) - 1, min(CLASSES, len(there))).round().astype(int)]
@@ -119,7 +116,7 @@ def _some_of(part: Images, classes: np.ndarray, most: int, draw: np.random.Gener
 def sample_of(run: Run, images: int, seed: int) -> Sample:
     """The sample of the run's data. Raises InputError."""
     args = options(run, _NEEDED)
-    return sample(args.data, args.class_list, images, seed)
+    return sample(args.dataset, args.data, args.class_list, images, seed)
 
 
 def encoder(run: Run, weights: Path | None) -> tuple[nn.Module, str]:
@@ -128,7 +125,7 @@ def encoder(run: Run, weights: Path | None) -> tuple[nn.Module, str]:
     skipped = []
     for file in [weights] if weights else run.checkpoints():
         try:
-            net = networks.create(args.arch, 1, args.image_size)
+            net = networks.create(args.arch, 1, args.image_size, stem=args.stem)
             published.load_backbone(net, published.tensors_of(net, checkpoint.load(str(file))), str(file))
             return net, "; ".join([*skipped, f"encoder of {file.name}"])
         except InputError as error:
@@ -140,7 +137,7 @@ def random_encoder(run: Run, seed: int) -> nn.Module:
     """As the run's was before training, but for the draw."""
     args = options(run, _NEEDED)
     torch.manual_seed(seed)
-    return networks.create(args.arch, 1, args.image_size)
+    return networks.create(args.arch, 1, args.image_size, stem=args.stem)
 
 
 def seen_by(net: nn.Module, images: Images, run: Run) -> Tensor:

@@ -28,7 +28,7 @@ from torch import Tensor  # noqa: E402
 
 from moco import rng  # noqa: E402
 from moco.augment import color, recipes  # noqa: E402
-from moco.augment.recipes import MEAN, STD, Recipe, View  # noqa: E402
+from moco.augment.recipes import Recipe, View  # noqa: E402
 from moco.data import datasets, loader  # noqa: E402
 from moco.data.images import SUFFIXES, ImageFolder, Images  # noqa: E402
 from moco.engine import cli, tool, values  # noqa: E402
@@ -90,14 +90,8 @@ def view_columns(images: Images, picked: Sequence[int], recipe: Recipe, seed: in
             generator = Progress(seed, epoch, step=epoch).generator(rng.COLOR, "cpu", 0, v)
             seen = color.augment(crops[epoch][v], view, generator)
             title = f"view {v + 1}" + (f", draw {epoch + 1}" if draws > 1 else "")
-            columns.append(Column(title, heading, list(denormalized(seen))))
+            columns.append(Column(title, heading, list(color.denormalize(seen))))
     return columns
-
-
-def denormalized(x: Tensor) -> Tensor:
-    """Views as a network gets them, [B, 3, H, W], as colours in [0, 1]."""
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (MEAN, STD))
-    return (x * std + mean).clamp(0, 1)
 
 
 def settings(view: View) -> list[str]:

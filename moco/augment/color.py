@@ -6,6 +6,7 @@ and each takes its parameter as a tensor [B].
 
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -84,15 +85,21 @@ def solarize(x: Tensor, threshold: float = 0.5) -> Tensor:
     return torch.addcmul(x, bright, 1 - 2 * x)
 
 
-def normalize(x: Tensor, out: Tensor | None = None) -> Tensor:
-    """uint8 or float images to ImageNet's zero mean and unit deviation, in float32."""
-    mean, scale = _mean_and_scale(x.device)
+def normalize(x: Tensor, mean: Sequence[float] = MEAN, std: Sequence[float] = STD, out: Tensor | None = None) -> Tensor:
+    """uint8 or float images to zero mean and unit deviation of a data set with `mean` and `std` [3], in float32."""
+    mean, scale = _mean_and_scale(x.device, tuple(mean), tuple(std))
     return torch.sub(x if x.dtype == torch.float32 else _to_float(x), mean, out=out).mul_(scale)
 
 
+def denormalize(x: Tensor, mean: Sequence[float] = MEAN, std: Sequence[float] = STD) -> Tensor:
+    """Return what `normalize` was given, as colours in [0, 1]."""
+    mean, scale = _mean_and_scale(x.device, tuple(mean), tuple(std))
+    return (x / scale + mean).clamp(0, 1)
+
+
 @functools.cache
-def _mean_and_scale(device: torch.device) -> tuple[Tensor, Tensor]:
-    mean, std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (MEAN, STD))
+def _mean_and_scale(device: torch.device, *values: tuple[float, ...]) -> tuple[Tensor, Tensor]:
+    mean, std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in values)
     return mean, 1 / std
 
 
@@ -164,7 +171,7 @@ def _apply_by_operation(x: Tensor, view: View, draws: Draws) -> Tensor:
             x = operations[name](x, rows, view, draws)
     flip = draws.flip.nonzero().squeeze(1).to(x.device, non_blocking=True)
     x[flip] = x[flip].flip(-1)
-    return normalize(x)
+    return normalize(x, view.mean, view.std)
 
 
 def _jitter(x: Tensor, rows: Tensor, view: View, draws: Draws) -> Tensor:
@@ -222,7 +229,7 @@ def _apply_by_image(x: Tensor, view: View, draws: Draws) -> Tensor:
         for name in happens:
             if happens[name][i]:
                 image = operations[name](image, i)
-        normalize(image, out[i : i + 1])
+        normalize(image, view.mean, view.std, out[i : i + 1])
     return out
 
 

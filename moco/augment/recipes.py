@@ -15,7 +15,7 @@ class View:
 
     `jitter` is (brightness, contrast, saturation, hue) as in torchvision's ColorJitter; `blur_sigma` is in pixels of
     the view; `order` is the order of the colour operations. `randaugment` is how many of RandAugment's operations come before
-    them, and their magnitude in [0, 10].
+    them, and their magnitude in [0, 10]. `mean` and `std`, of RGB in [0, 1], normalize the view at the end.
     """
 
     size: int = 224
@@ -30,6 +30,8 @@ class View:
     flip_p: float = 0.5
     randaugment: tuple[int, int] = (0, 0)
     order: tuple[str, ...] = ("jitter", "gray", "blur", "solarize")
+    mean: tuple[float, ...] = MEAN
+    std: tuple[float, ...] = STD
 
 
 Recipe = tuple[View, ...]
@@ -51,6 +53,7 @@ RECIPES: dict[str, Recipe] = {
     "sogclr": (replace(_BYOL, blur_p=1.0),) * 2,
     "multicrop": (_MOCOV2, *_MULTICROP),  # the key view, then the queries
     "fnc": (_FNC,) * 10,  # two and the support views
+    "small": (View(scale=(0.08, 1.0), jitter_p=0.8, gray_p=0.2),) * 2,  # MoCo's demo on CIFAR-10: nothing to blur
     "probe": (View(scale=(0.08, 1.0)),),
 }
 
@@ -67,14 +70,30 @@ def recipe(
     crop_min: float | None = None,
     views: int | None = None,
     randaugment: Sequence[int] | None = None,
+    blur_sigma: Sequence[float] | None = None,
+    mean: Sequence[float] = MEAN,
+    std: Sequence[float] = STD,
 ) -> Recipe:
-    """The recipe `name` with its views scaled from 224 to `size` pixels, and with other settings where they are given.
+    """The recipe `name` with its views and their blur scaled from 224 to `size` pixels, and with other settings if given.
 
-    `crop_min` is the least share of a crop, `randaugment` as in `View`, and `views` how many there are: the recipe's first ones,
-    or all and its last one again. Raises InputError for an unknown name, or where a setting is out of range.
+    `crop_min` is the least share of a crop; `randaugment`, `blur_sigma`, `mean` and `std` are as in `View`, and `views` how many
+    there are: the recipe's first ones, or all and its last one again. Raises InputError for an unknown name, or where a setting
+    is out of range.
     """
     check_name(name)
-    all_views = [replace(view, size=max(1, round(view.size * size / 224))) for view in RECIPES[name]]
+    share = size / 224
+    all_views = [
+        replace(
+            view,
+            size=max(1, round(view.size * share)),
+            blur_sigma=tuple(blur_sigma or (share * sigma for sigma in view.blur_sigma)),
+            mean=tuple(mean),
+            std=tuple(std),
+        )
+        for view in RECIPES[name]
+    ]
+    if blur_sigma and blur_sigma[0] > blur_sigma[1]:
+        raise InputError(f"--blur-sigma {blur_sigma[0]:g} {blur_sigma[1]:g}: the first is the smallest, the second the largest")
     if views is not None:
         all_views = [*all_views, *all_views[-1:] * views][:views]
     if crop_min is not None:
@@ -93,4 +112,5 @@ def recipe(
 
 def of_options(args: Namespace) -> Recipe:
     """The recipe of a run's options; `args.views` says how many views a method wants, where it wants other than the recipe's."""
-    return recipe(args.recipe, args.image_size, args.crop_min, *(getattr(args, name, None) for name in ("views", "randaugment")))
+    more = {name: getattr(args, name, None) for name in ("views", "randaugment", "blur_sigma")}
+    return recipe(args.recipe, args.image_size, args.crop_min, mean=args.mean or MEAN, std=args.std or STD, **more)

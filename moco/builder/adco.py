@@ -31,7 +31,7 @@ class AdCo(QueryAndKey):
     The encoder descends and the bank ascends, both from what a step's queries were before either moved.
 
     Args:
-        encoder, m, bn_splits: `QueryAndKey`'s.
+        encoder, m, bn_splits, bn_splits_query: `QueryAndKey`'s.
         dim: feature size C.
         K: rows of the bank.
         T: softmax temperature of the encoder's loss.
@@ -51,11 +51,12 @@ class AdCo(QueryAndKey):
         bn_splits: int = 8,
         *,
         ascent: Ascent,
+        bn_splits_query: bool = False,
         symmetric: bool = False,
         multi_crop: bool = False,
         fill: bool = True,
     ):
-        super().__init__(encoder, m, bn_splits)
+        super().__init__(encoder, m, bn_splits, bn_splits_query)
         self.K, self.T, self.ascent, self.symmetric, self.multi_crop = K, T, ascent, symmetric, multi_crop
         self.images_before = K if fill else 0  # images that train before epoch 0
         self.register_buffer("bank", unit(torch.randn(K, dim)))  # W [K, C]

@@ -44,6 +44,11 @@ class OnlineAndTarget(nn.Module, ABC):
         """What trains, by the names that the log has for it."""
         return {"encoder": self.encoder, "projector": self.projector, "predictor": self.predictor}
 
+    @property
+    def embedding(self) -> nn.Module:
+        """The encoder with the projection head."""
+        return nn.Sequential(self.encoder, self.projector)
+
     def forward(self, views: Sequence[Tensor], index: Tensor, progress: Progress) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and metrics of this rank's batch.
 

@@ -4,6 +4,7 @@ import copy
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moco import distributed
@@ -11,7 +12,40 @@ from moco.loss.contrastive import bank_info_nce, contrast_accuracy, spread, unit
 from moco.loss.synthetic import Mixture, hardest
 from moco.rng import SHUFFLE, Progress
 
-MIN_BN_GROUP = 8  # images; fewer make the key encoder's batch statistics useless
+MIN_BN_GROUP = 8  # images; fewer make batch statistics useless
+
+
+class _SplitBatchNorm:
+    """Before a batch norm of torch's: in training, statistics of `splits` parts of the batch, as if on so many GPUs.
+
+    Running statistics are the mean over the parts, as in MoCo's demo on CIFAR-10.
+    """
+
+    splits = 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        splits = max(1, min(self.splits, len(x) // MIN_BN_GROUP))
+        if not self.training or splits == 1:
+            return super().forward(x)
+        self.num_batches_tracked.add_(1)
+        means, variances = (running.repeat(splits, 1) for running in (self.running_mean, self.running_var))
+        parts = [
+            F.batch_norm(part, mean, variance, self.weight, self.bias, True, self.momentum, self.eps)
+            for part, mean, variance in zip(x.tensor_split(splits), means, variances, strict=True)
+        ]
+        self.running_mean.copy_(means.mean(0))
+        self.running_var.copy_(variances.mean(0))
+        return torch.cat(parts)
+
+
+_SPLIT = {kind: type(kind.__name__, (_SplitBatchNorm, kind), {}) for kind in (nn.BatchNorm1d, nn.BatchNorm2d)}
+
+
+def split_batch_norm(net: nn.Module, splits: int) -> None:
+    """Let every batch norm of `net` see `splits` parts of a batch, of `MIN_BN_GROUP` images at least."""
+    for module in net.modules():
+        if type(module) in _SPLIT:
+            module.__class__, module.splits = _SPLIT[type(module)], splits
 
 
 class MovingAverage(nn.Module):
@@ -33,6 +67,8 @@ class MovingAverage(nn.Module):
         """The encoder that evaluation uses."""
         return self.encoder_q
 
+    embedding = encoder  # the same with its head, which `moco.encoder.networks` keeps as the network's last layer
+
     @torch.no_grad()
     def after_step(self) -> None:
         """What changes after the optimizer's step: the average follows."""
@@ -45,38 +81,37 @@ class QueryAndKey(MovingAverage):
     Args:
         encoder, m: `MovingAverage`'s.
         bn_splits: with one process, groups of a shuffled batch over which the key encoder's BN runs.
+        bn_splits_query: whether the query encoder's BN runs over as many groups of its batch.
     """
 
-    def __init__(self, encoder: Callable[[], nn.Module], m: float, bn_splits: int):
+    def __init__(self, encoder: Callable[[], nn.Module], m: float, bn_splits: int, bn_splits_query: bool = False):
         super().__init__(encoder, m)
-        self.bn_splits = bn_splits
+        if distributed.world() == 1:
+            for net in (self.encoder_k, self.encoder_q)[: 1 + bn_splits_query]:
+                split_batch_norm(net, bn_splits)
 
     @torch.no_grad()
     def keys(self, images: Tensor, progress: Progress, *counters: int) -> Tensor:
         """Unit keys of the joint batch in its own order, [W B, C], under shuffled BN.
 
         Images change places by a permutation that all ranks share and every pass draws anew, so that a key's BN group
-        is not its query's. One process alone splits the shuffled batch into groups instead. `counters` tell apart the
-        permutations of several views.
+        is not its query's. Batch norm of one process alone runs over groups of the shuffled batch instead. `counters` tell
+        apart the permutations of several views.
         """
         generator = progress.generator(SHUFFLE, "cpu", *counters)
         permutation = torch.randperm(distributed.world() * len(images), generator=generator)
-        shuffled = distributed.shuffle(images, permutation)
-        groups = 1
-        if distributed.world() == 1:
-            groups = max(1, min(self.bn_splits, len(images) // MIN_BN_GROUP))
-        k = torch.cat([unit(self.encoder_k(group)) for group in shuffled.tensor_split(groups)])
-        return distributed.unshuffle(k, permutation)
+        return distributed.unshuffle(unit(self.encoder_k(distributed.shuffle(images, permutation))), permutation)
 
 
 class MoCo(QueryAndKey):
     """InfoNCE of queries and keys, against a queue of the latest keys.
 
     Args:
-        encoder, m, bn_splits: `QueryAndKey`'s.
+        encoder, m, bn_splits, bn_splits_query: `QueryAndKey`'s.
         dim: feature size C.
         K: rows of the queue.
         T: softmax temperature.
+        symmetric: either view has queries and keys; the losses of both directions add up, and both views' keys enter the queue.
     """
 
     def __init__(
@@ -87,9 +122,11 @@ class MoCo(QueryAndKey):
         m: float = 0.999,
         T: float = 0.07,
         bn_splits: int = 8,
+        bn_splits_query: bool = False,
+        symmetric: bool = False,
     ):
-        super().__init__(encoder, m, bn_splits)
-        self.K, self.T = K, T
+        super().__init__(encoder, m, bn_splits, bn_splits_query)
+        self.K, self.T, self.symmetric = K, T, symmetric
         self.register_buffer("queue", unit(torch.randn(K, dim)))  # [K, C]
         self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.long))
         self._new_keys: list[Tensor] = []
@@ -102,25 +139,32 @@ class MoCo(QueryAndKey):
             index: each sample's place in the data set, [B]; unused.
             progress: where in the run this pass stands; fixes the shuffle.
         """
-        query_view, key_view = views
-        q = unit(self.encoder_q(query_view))  # [B, C]
-        k = self.keys(key_view, progress)  # [W B, C]
-        self._new_keys.append(k)
-        own = k[distributed.rank() * len(q) :][: len(q)]
-        with torch.autocast(q.device.type, enabled=False):
-            return self.contrast(q, own, progress)
+        pairs = [(0, 1), (1, 0)] if self.symmetric else [(0, 1)]  # query view, key view
+        found, keys = [], {}
+        for direction, (query, key) in enumerate(pairs):
+            q = unit(self.encoder_q(views[query]))  # [B, C]
+            keys[key] = k = self.keys(views[key], progress, *[direction] * direction)  # [W B, C]
+            own = k[distributed.rank() * len(q) :][: len(q)]
+            with torch.autocast(q.device.type, enabled=False):
+                found.append(self.contrast(q, own, progress, direction))
+        self._new_keys += [keys[view] for view in sorted(keys)]
+        losses, metrics = zip(*found, strict=True)
+        return torch.stack(losses).sum(), {name: torch.stack([one[name] for one in metrics]).mean() for name in metrics[0]}
 
-    def contrast(self, q: Tensor, k: Tensor, progress: Progress) -> tuple[Tensor, dict[str, Tensor]]:
-        """InfoNCE of unit queries and keys [B, C]; metrics among the queue's negatives, whatever else is added."""
+    def contrast(self, q: Tensor, k: Tensor, progress: Progress, direction: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
+        """InfoNCE of unit queries and keys [B, C]; metrics among the queue's negatives, whatever else is added.
+
+        `direction` counts from 0 the pairs of views of this pass, whose draws differ.
+        """
         positive = (q * k).sum(1)  # [B]
         with torch.no_grad():
             similarity = q @ self.queue.T  # [B, K]
-            hard, mixture = self.negatives(q, similarity, progress)
+            hard, mixture = self.negatives(q, similarity, progress, direction)
             nearest = similarity.gather(1, hard[:, :5])
             metrics = {**contrast_accuracy(positive, nearest), **spread(q, positive, nearest[:, 0])}
         return bank_info_nce(q, positive, self.queue, similarity, self.T, mixture), metrics
 
-    def negatives(self, q: Tensor, similarity: Tensor, progress: Progress) -> tuple[Tensor, Mixture | None]:
+    def negatives(self, q: Tensor, similarity: Tensor, progress: Progress, direction: int) -> tuple[Tensor, Mixture | None]:
         """The queries' hardest rows of the queue, five at least, and what they face beside the queue.
 
         Given their similarities to it, [B, K].

@@ -33,6 +33,8 @@ class SogCLR(nn.Module):
         """The encoder that evaluation uses."""
         return self.base_encoder
 
+    embedding = encoder  # the same with its head, as its last layer
+
     def forward(self, views: Sequence[Tensor], index: Tensor, progress: Progress) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and metrics of this rank's batch.
 

@@ -21,10 +21,12 @@ class SynCo(MoCo):
         super().__init__(*args, **moco)
         self.kind, self.warmup_epochs = kind, warmup_epochs
 
-    def negatives(self, q: Tensor, similarity: Tensor, progress: Progress) -> tuple[Tensor, synthetic.Mixture | None]:
+    def negatives(
+        self, q: Tensor, similarity: Tensor, progress: Progress, direction: int
+    ) -> tuple[Tensor, synthetic.Mixture | None]:
         if not self.kind.total or progress.epoch < self.warmup_epochs:
-            return super().negatives(q, similarity, progress)
-        generator = progress.generator(NEGATIVES, q.device, distributed.rank())
+            return super().negatives(q, similarity, progress, direction)
+        generator = progress.generator(NEGATIVES, q.device, distributed.rank(), *[direction] * direction)
         draws = synthetic.draw(self.kind, *q.shape, generator, q.dtype)
         hard = synthetic.hardest(similarity, max(self.kind.n_hard, min(5, self.K)))
         return hard, synthetic.mix(q, self.queue, similarity, hard, self.kind, draws)

@@ -35,21 +35,33 @@ def find(data: str, splits: tuple[str, ...]) -> Path:
     if not _is_folder(root):
         raise InputError(f"{data}: no such folder; give an ImageNet-style folder (train/CLASS/*.jpg), or the word photos")
     for split in splits:
-        if not _is_folder(root / split):
+        if not _is_folder(split_folder(root, split)):
             raise InputError(f"{data}: has no {split}/ folder; expected {split}/CLASS/*.jpg")
     train = class_names(root / "train") if "train" in splits else ()
     if "val" in splits:
-        val = class_names(root / "val")
+        folder = split_folder(root, "val")
+        val = class_names(folder)
         strange = sorted(set(val) - set(train)) if train else []
         if len(val) == 1 and len(train) != 1:
             raise InputError(
-                f"{root / 'val'}: holds one class folder only ({val[0]}); sort its images into class folders named as in train/"
+                f"{folder}: holds one class folder only ({val[0]}); sort its images into class folders named as in train/"
             )
         if strange:
             raise InputError(
-                f"{root / 'val'}: {len(strange)} classes are not among train's, first '{strange[0]}'; name the folders as in train/"
+                f"{folder}: {len(strange)} classes are not among train's, first '{strange[0]}'; name the folders as in train/"
             )
     return root
+
+
+def split_folder(root: Path, split: str) -> Path:
+    """Return the folder of a split. Where there is no val/, it is test/, if that has class folders."""
+    folder, test = root / split, root / "test"
+    if split == "val" and not _is_folder(folder) and _is_folder(test):
+        entries = _entries(str(test))
+        if entries.folders or entries.links:
+            _print_once(f"{root}: has no val/; test/ takes its place")
+            return test
+    return folder
 
 
 def _is_folder(path: Path) -> bool:
@@ -86,7 +98,7 @@ def scan(root: Path, split: str, classes: tuple[str, ...] = ()) -> ImageFolder:
     Raises InputError if a class folder has no images, if a folder cannot be read, if two classes
     share a folder, and, on every rank, if the ranks find different images.
     """
-    folder = root / split
+    folder = split_folder(root, split)
     top = _entries(str(folder))
     own = _classes(folder, top)
     with ThreadPoolExecutor(_THREADS) as pool:

@@ -16,6 +16,7 @@ from filelock import FileLock
 from torchvision import datasets as tv
 from torchvision.datasets.utils import download_and_extract_archive
 
+from moco.augment.recipes import MEAN, STD
 from moco.data import datasets, subsets
 from moco.data.images import ImageArray, ImageFolder, Images
 from moco.errors import InputError, unknown
@@ -211,11 +212,25 @@ class _Set(NamedTuple):
     load: Loader
     get: Callable[..., object] | str  # downloads, called with root and download=True; or says where people find it
     layout: str  # of the root
+    mean: tuple[float, ...] = MEAN  # of RGB in [0, 1], over the training images where these are published
+    std: tuple[float, ...] = STD
 
 
 _SETS = {
-    "cifar10": _Set(_cifar(tv.CIFAR10), tv.CIFAR10, "cifar-10-batches-py/ (data_batch_1, ..., batches.meta)"),
-    "cifar100": _Set(_cifar(tv.CIFAR100), tv.CIFAR100, "cifar-100-python/ (train, test, meta)"),
+    "cifar10": _Set(
+        _cifar(tv.CIFAR10),
+        tv.CIFAR10,
+        "cifar-10-batches-py/ (data_batch_1, ..., batches.meta)",
+        (0.4914, 0.4822, 0.4465),
+        (0.2023, 0.1994, 0.2010),  # as in MoCo's demo: the mean deviation of single images
+    ),
+    "cifar100": _Set(
+        _cifar(tv.CIFAR100),
+        tv.CIFAR100,
+        "cifar-100-python/ (train, test, meta)",
+        (0.5071, 0.4867, 0.4408),
+        (0.2675, 0.2565, 0.2761),
+    ),
     "stl10": _Set(_stl10, tv.STL10, "stl10_binary/ (train_X.bin, ..., class_names.txt)"),
     "flowers": _Set(_files(tv.Flowers102, "train+val", "test"), tv.Flowers102, "flowers-102/ (jpg/, imagelabels.mat, setid.mat)"),
     "pets": _Set(_files(tv.OxfordIIITPet, "trainval", "test"), tv.OxfordIIITPet, "oxford-iiit-pet/ (images/, annotations/)"),
@@ -285,6 +300,31 @@ def load(name: str, root: str, seed: int = 0) -> Split:
         raise _unusable(name, root, _reason(error)) from error
 
 
+def normalization(name: str) -> tuple[list[float], list[float]]:
+    """Return the mean and standard deviation of a data set's RGB in [0, 1]; those of ImageNet for folders of images."""
+    mean, std = (_SETS[name].mean, _SETS[name].std) if name in _SETS else (MEAN, STD)
+    return list(mean), list(std)
+
+
+def training(name: str, root: str, class_list: str | None = None) -> Images:
+    """Return the images to pre-train on: those of train/, which need no val/ next to them, or of a named data set."""
+    if name in _SETS:
+        images = load(name, root)[0]
+    else:
+        images = datasets.scan(datasets.find("photos" if name == "photos" else root, ("train",)), "train")
+    return subsets.of_classes(images, class_list)
+
+
+def testing(name: str, root: str, class_list: str | None = None) -> Images:
+    """Return the images that a pre-trained encoder is tested on, of the classes of `training`."""
+    if name in _SETS:
+        images = load(name, root)[1]
+    else:
+        folder = datasets.find("photos" if name == "photos" else root, ("train", "val"))
+        images = datasets.scan(folder, "val", datasets.class_names(folder / "train"))
+    return subsets.of_classes(images, class_list)
+
+
 def check(name: str, root: str, download: bool) -> None:
     """Raise InputError unless `load` works and the first image of each split is there; before that, `download` what is not.
 
@@ -307,7 +347,7 @@ def _imagenet(name: str, root: str) -> Path:
     try:
         return datasets.find("photos" if name == "photos" else root, ("train", "val"))
     except InputError as error:
-        if all(os.path.isdir(os.path.join(root, split)) for split in ("train", "val")):
+        if os.path.isdir(os.path.join(root, "train")) and datasets.split_folder(Path(root), "val").is_dir():
             raise
         raise InputError(f"{error}; get ImageNet by hand from https://image-net.org") from None
 

@@ -17,38 +17,51 @@ from moco.errors import InputError, unknown
 ARCHS = sorted(name for name in models.list_models(module=models) if "resn" in name)  # resnet, resnext, wide_resnet
 
 
+STEMS = ("imagenet", "cifar")  # of ResNets; see `resnet`
+
+
 def check_arch(arch: str) -> None:
     """Raise InputError for an architecture that is neither among `ARCHS` nor timm's."""
     if arch not in ARCHS and not timm_networks.known(arch):
         raise unknown("arch", arch, [*ARCHS, *timm_networks.SHORT])
 
 
-def create(arch: str, out: int, image_size: int = 224, drop_path: float = 0.0) -> nn.Module:
+def create(arch: str, out: int, image_size: int = 224, drop_path: float = 0.0, stem: str = "imagenet") -> nn.Module:
     """A randomly initialised network for images of `image_size` pixels whose last layer maps to `out` features; none for 0.
 
-    `drop_path` is the rate of stochastic depth of timm's networks. Raises InputError for an unknown `arch`, one that is not for
-    such images, or one without stochastic depth where that is asked for.
+    `drop_path` is the rate of stochastic depth of timm's networks, `stem` a ResNet's (see `resnet`). Raises InputError for an
+    unknown `arch`, one that is not for such images, or one without stochastic depth or a choice of stems where that is asked for.
     """
     if arch not in ARCHS:
         check_arch(arch)
+        if stem != "imagenet":
+            raise InputError(f"--stem {stem}: is for torchvision's ResNets, and {arch} is none; leave it out")
         return timm_networks.create(arch, out, image_size, drop_path)
     if drop_path:
         raise InputError(f"{arch}: has no stochastic depth; leave --online-drop-path and --target-drop-path at 0")
-    net = resnet(arch, max(out, 1))
+    net = resnet(arch, max(out, 1), stem=stem)
     if not out:
         net.fc = nn.Identity()
     return net
 
 
-def resnet(arch: str, out: int, mlp: bool = False, **more: bool) -> nn.Module:
+def resnet(arch: str, out: int, mlp: bool = False, stem: str = "imagenet", **more: bool) -> nn.Module:
     """A randomly initialised torchvision ResNet whose `fc` maps to `out` features.
 
-    With `mlp`, `fc` is MoCo v2's head: Linear(D, D), ReLU, Linear(D, out). `more` goes to torchvision. Raises InputError for an
-    unknown `arch`.
+    Args:
+        mlp: whether `fc` is MoCo v2's head: Linear(D, D), ReLU, Linear(D, out).
+        stem: "imagenet" for torchvision's 7x7 convolution of stride 2 and max-pooling; "cifar" for a
+            3x3 convolution of stride 1 and no pooling, as in MoCo's demo on CIFAR-10.
+        more: torchvision's options.
+
+    Raises InputError for an unknown `arch`.
     """
     if arch not in ARCHS:
         raise unknown("ResNet", arch, ARCHS)
     net = models.get_model(arch, weights=None, num_classes=out, **more)
+    if stem == "cifar":
+        net.conv1 = nn.Conv2d(3, net.conv1.out_channels, 3, padding=1, bias=False)
+        net.maxpool = nn.Identity()
     if mlp:
         width = net.fc.in_features
         net.fc = nn.Sequential(nn.Linear(width, width), nn.ReLU(), net.fc)
@@ -143,6 +156,11 @@ def features(net: nn.Module, images: Tensor) -> Tensor:
             break
         x = child(x)
     return torch.flatten(x, 1)
+
+
+def embedding(net: nn.Module, images: Tensor) -> Tensor:
+    """What the projection head in the last layer's place makes of these features: [B, C]."""
+    return head(net)(features(net, images))
 
 
 def width(net: nn.Module) -> int:

@@ -13,17 +13,20 @@ class Plain(NamedTuple):
     lines: tuple[str, ...]  # of Python, which make it, as `net`, once torch and the library are imported
 
 
-def homes(arch: str, image_size: int) -> list[Plain]:
+_CIFAR = ("net.conv1 = torch.nn.Conv2d(3, 64, 3, padding=1, bias=False)", "net.maxpool = torch.nn.Identity()")
+
+
+def homes(arch: str, image_size: int, stem: str = "imagenet") -> list[Plain]:
     """Where an encoder of this project is at home: a ResNet in torchvision and, where it is installed, in timm; others in timm.
 
     Raises InputError for an unknown `arch`, whose name becomes code here.
     """
     networks.check_arch(arch)
-    found = []
+    found, first = [], _CIFAR if stem == "cifar" else ()
     if arch in networks.ARCHS:
-        found.append(Plain("torchvision", (f"net = torchvision.models.{arch}()", "net.fc = torch.nn.Identity()")))
+        found.append(Plain("torchvision", (f"net = torchvision.models.{arch}()", *first, "net.fc = torch.nn.Identity()")))
         if importlib.util.find_spec("timm") is None:
             return found
     name, options = timm_networks.plain(arch, image_size)
     given = "".join(f", {option}={value!r}" for option, value in options.items())
-    return [*found, Plain("timm", (f"net = timm.create_model({name!r}, num_classes=0{given})",))]
+    return [*found, Plain("timm", (f"net = timm.create_model({name!r}, num_classes=0{given})", *first))]

@@ -149,33 +149,56 @@ def tensors_of(net: nn.Module, state: dict[str, Any]) -> dict[str, Tensor]:
     return {renamed.get(name, name): tensor for name, tensor in tensors.items()}
 
 
+def stem(net: nn.Module, tensors: dict[str, Tensor]) -> str:
+    """Return which of `networks.STEMS` a file of a network like `net` has: cifar if a ResNet's first convolution is 3x3."""
+    first = tensors.get(f"{prefix(net, tensors)}conv1.weight") if isinstance(net, models.ResNet) else None
+    return "cifar" if first is not None and first.shape[1:] == (3, 3, 3) else "imagenet"
+
+
 def keep_projection(net: nn.Module, tensors: dict[str, Tensor], layers: int, source: str) -> None:
     """Put the first `layers` linear layers of a published projection head, with what follows each, below `net`'s classifier.
 
+    Raises InputError where `projection` does.
+    """
+    kept, width = projection(net, tensors, layers, source)
+    set_head(net, nn.Sequential(*kept, nn.Linear(width, classifier(net).out_features)))
+
+
+def load_projection(net: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
+    """Put a published projection head in the place of `net`'s last layer. Raises InputError where `projection` does."""
+    set_head(net, nn.Sequential(*projection(net, tensors, 0, source)[0]))
+
+
+def projection(net: nn.Module, tensors: dict[str, Tensor], layers: int, source: str) -> tuple[list[nn.Module], int]:
+    """Return a published projection head, of which the first `layers` linear layers or, for 0, all, and how long its output is.
+
     The head is read from the names and shapes of its tensors: a weight of two dimensions is a linear layer, running statistics
-    are batch norm's, and a place without tensors is a ReLU. Raises InputError where it has fewer layers, or other ones.
+    are batch norm's, and a place without tensors is a ReLU. Raises InputError where it has fewer layers, other ones, or none.
     """
     start = prefix(net, tensors)
     inside, beside = f"{start}{head_name(net)}.", start.removesuffix("encoder.") + "projector."  # MoBY has it beside the encoder
     start = beside if any(name.startswith(beside) for name in tensors) else inside
+    option = "--ft-proj" if layers else "--features head"
     strange = f"{source}: its projection head is not a plain sequence of layers"
     head: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         if name.startswith(start):
             place, _, inner = name.removeprefix(start).rpartition(".")
             if place and not place.isdecimal():
-                raise InputError(f"{strange} (at '{name}'); leave out --ft-proj")
+                raise InputError(f"{strange} (at '{name}'); leave out {option}")
             head.setdefault(int(place or 0), {})[inner] = tensor
     linear = [place for place, of in sorted(head.items()) if "running_mean" not in of]
+    if not linear and not layers:
+        raise InputError(f"{source}: has no projection head; leave out {option}")
+    layers = layers or len(linear)
     if len(linear) < layers:
         raise InputError(f"{source}: its projection head has {len(linear)} linear layers, not --ft-proj {layers}")
     end = linear[layers] if layers < len(linear) else max(head) + 1
     try:
         kept = [_layer(head.get(place)) for place in range(end)]
     except (KeyError, TypeError, RuntimeError):  # no weight, or one that is no matrix, or others that do not go with it
-        raise InputError(f"{strange}, or their tensors do not fit each other; leave out --ft-proj") from None
-    width = head[linear[layers - 1]]["weight"].shape[0]
-    set_head(net, nn.Sequential(*kept, nn.Linear(width, classifier(net).out_features)))
+        raise InputError(f"{strange}, or their tensors do not fit each other; leave out {option}") from None
+    return kept, head[linear[layers - 1]]["weight"].shape[0]
 
 
 def _layer(of: dict[str, Tensor] | None) -> nn.Module:

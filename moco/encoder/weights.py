@@ -212,12 +212,21 @@ def _facts(metadata: dict[str, str]) -> State:
     if not {"arch", "method", "image_size"} <= metadata.keys():
         return {}
     size, epoch = (metadata.get(name, "") for name in ("image_size", "epoch"))
+    channels = {name: _numbers(metadata[name]) for name in ("mean", "std") if name in metadata}
     return {
         "arch": metadata["arch"],
         "method": metadata["method"],
         "epoch": int(epoch) if epoch.isdecimal() else None,
-        "args": {"image_size": int(size)} if size.isdecimal() else {},
+        "args": ({"image_size": int(size)} if size.isdecimal() else {}) | channels,
     }
+
+
+def _numbers(text: str) -> list[float]:
+    """Return the numbers in `text`, separated by spaces; none if it holds something else."""
+    try:
+        return [float(word) for word in text.split()]
+    except ValueError:
+        return []
 
 
 # Other files

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from moco.encoder.networks import STEMS
 from moco.encoder.published import finite, fits
 from moco.encoder.weights import read
 from moco.engine.log import say
@@ -216,6 +217,9 @@ class About(NamedTuple):
     epoch: int | None  # how many epochs it was pre-trained for
     options: dict[str, Any]  # of the run
     image_size: int | None  # pixels that its network was trained at
+    stem: str | None = None  # of a ResNet, see `networks.resnet`
+    mean: list[float] | None = None  # [3], of RGB in [0, 1], by which images were normalized
+    std: list[float] | None = None
 
 
 def about(state: State) -> About:
@@ -233,4 +237,12 @@ def about(state: State) -> About:
         epoch if _counts(epoch) else None,
         options,
         size if type(size) is int and 0 < size < LARGEST_IMAGE else None,
+        options.get("stem") if options.get("stem") in STEMS else None,
+        *(_channels(options.get(name)) for name in ("mean", "std")),
     )
+
+
+def _channels(value: object) -> list[float] | None:
+    """Return one number for each of R, G and B, or None for anything else."""
+    good = isinstance(value, list | tuple) and len(value) == 3 and all(isinstance(one, float) and 0 < one <= 1 for one in value)
+    return list(value) if good else None

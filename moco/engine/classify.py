@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moco import distributed
+from moco.augment.recipes import MEAN, STD
 from moco.data import datasets, loader, named, subsets
 from moco.data.images import Images
 from moco.encoder import networks, published
@@ -30,7 +31,8 @@ def check(args: Namespace) -> None:
     if args.dataset == "imagenet":
         subsets.check_classes(Path(args.data) / "train", args.class_list, args.data_name)
     if tests_only(args) and args.encoder_method:
-        networks.create(args.arch, 1, args.image_size)  # raises InputError if they do not fit
+        args.stem, args.mean, args.std = args.stem or "imagenet", args.mean or list(MEAN), args.std or list(STD)
+        networks.create(args.arch, 1, args.image_size, stem=args.stem)  # raises InputError if they do not fit
         return
     state = checkpoint.load(args.pretrained) if args.pretrained else {}
     about = checkpoint.about(state)
@@ -38,12 +40,19 @@ def check(args: Namespace) -> None:
     if args.pretrained and not args.image_size and not about.image_size:
         say(f"{args.pretrained}: does not say what size of images it is for; 224 pixels are taken (--image-size)")
     args.image_size = args.image_size or about.image_size or 224
+    args.mean, args.std = args.mean or about.mean or list(MEAN), args.std or about.std or list(STD)
     args.encoder_method = about.method if args.pretrained else "random"
     args.pretrain_epochs = about.epoch
     if not args.pretrained:
+        args.stem = args.stem or "imagenet"
         return
+    net = networks.create(args.arch, 1, args.image_size)
+    stem = published.stem(net, published.tensors_of(net, state))
+    if args.stem not in (None, stem):
+        raise InputError(f"--stem {args.stem}: the network of {args.pretrained} has the stem {stem}; leave it out")
+    args.stem = stem
     with encoder.naming_arch(args.pretrained, about.arch, args.arch):
-        _load(networks.create(args.arch, 1, args.image_size), args, state)
+        _load(networks.create(args.arch, 1, args.image_size, stem=stem), args, state)
 
 
 def tests_only(args: Namespace) -> bool:
@@ -52,7 +61,7 @@ def tests_only(args: Namespace) -> bool:
 
 
 def restore_options(args: Namespace, options: Iterable[str]) -> None:
-    """Restore the architecture and image size from the classifier of `--resume`.
+    """Restore the architecture, image size and normalization from the classifier of `--resume`.
 
     With `--evaluate`, restore its seed and all its `options` as well.
     Raises InputError if `--resume` is not a classifier's checkpoint, or if a given option
@@ -70,11 +79,12 @@ def restore_options(args: Namespace, options: Iterable[str]) -> None:
         raise InputError(f"{args.resume}: {what}; give it with --pretrained instead of --resume{train}")
     checkpoint.check_script(state, args)
     about, saved = checkpoint.about(state), state["args"]
-    for name, own in (("arch", about.arch), ("image_size", about.image_size)):
-        given = getattr(args, name)
+    for name in ("arch", "image_size", "stem", "mean", "std"):
+        given, own = getattr(args, name), getattr(about, name)
         if own is None or given in (None, own):
             setattr(args, name, given or own)
-        elif name == "arch" or not args.evaluate:
+        elif name != "image_size" or not args.evaluate:
+            given, own = (" ".join(map(str, value)) if isinstance(value, list) else value for value in (given, own))
             raise InputError(f"--{name.replace('_', '-')} {given}: {args.resume} was trained with {own}; leave it out")
         else:
             say(f"the classifier was trained at {own} pixels, and is tested at {given} (--image-size)")
@@ -155,7 +165,7 @@ def _labelled(args: Namespace, train: Images) -> Images:
 def pretrained(args: Namespace, classes: int, device: torch.device) -> nn.Module:
     """The encoder of `--pretrained` (randomly initialised without it) with a new classifier for `classes`, on `device`."""
     torch.manual_seed(args.seed)
-    net = networks.create(args.arch, classes, args.image_size)
+    net = networks.create(args.arch, classes, args.image_size, stem=args.stem)
     if tests_only(args):
         say(f"testing the classifier of {args.resume}, {args.arch} at {args.image_size} pixels")
     elif args.pretrained:
@@ -178,6 +188,8 @@ def _load(net: nn.Module, args: Namespace, state: checkpoint.State) -> str:
     matched, chosen = published.load_backbone(net, tensors, args.pretrained), published.choice(net, tensors)
     if kept := getattr(args, "ft_proj", 0):
         published.keep_projection(net, tensors, kept, args.pretrained)
+    if getattr(args, "features", "backbone") == "head":
+        published.load_projection(net, tensors, args.pretrained)
     said = f"{matched} of {len(networks.backbone_keys(net))} backbone tensors matched"
     return f"{said} ({chosen})" if chosen else said
 
@@ -238,8 +250,8 @@ def write_results(args: Namespace, protocol: str, found: dict[str, float], secon
 
 # what tells apart the runs of one protocol
 _SETTINGS = (
-    "epochs batch_size optimizer lr lr_backbone lr_classifier learning_rate_scaling cos wd weights train_percent subset_file"
-    " ft_proj val_from_train amp seed"
+    "features epochs batch_size optimizer lr lr_backbone lr_classifier learning_rate_scaling cos wd weights train_percent"
+    " subset_file ft_proj val_from_train amp seed"
     " iterations norm"  # of detectors
 ).split()
 

@@ -17,7 +17,7 @@ from moco import user
 from moco.augment import recipes
 from moco.data import named
 from moco.encoder import timm_networks
-from moco.encoder.networks import check_arch
+from moco.encoder.networks import ARCHS, STEMS, check_arch
 from moco.engine import checkpoint, compat, interrupt, launch, optim, output, precision, resume, run_folder, values
 from moco.engine.log import say
 from moco.engine.tool import OneLineParser
@@ -453,7 +453,26 @@ def add_input(
         metavar="PIXELS",
         help="width and height of a full-size view" + size,
     )
+    stems = "imagenet: a 7x7 convolution of stride 2 and max-pooling; cifar: a 3x3 one of stride 1, for images of 32 or 64 pixels"
+    found = "default: imagenet" if arch else "default: the checkpoint's, else imagenet"
+    group.add_argument("--stem", choices=STEMS, help=f"first layers of a ResNet; {stems} ({found})")
+    three = {"type": values.channel, "nargs": 3, "metavar": tuple("RGB")}
+    whose = "the data set's" if arch else "the checkpoint's"
+    group.add_argument(
+        "--mean", **three, help=f"of colours in [0, 1], by which images are normalized (default: {whose}, else ImageNet's)"
+    )
+    group.add_argument("--std", **three, help=f"standard deviation, as --mean (default: {whose}, else ImageNet's)")
+    parser.has_effect("stem", lambda args: args.arch in ARCHS, "it is for torchvision's ResNets; leave it out")
     group.add_argument("--recipe", default=recipe, help="views by name, see moco/augment/recipes.py")
+    group.add_argument(
+        "--blur-sigma",
+        type=values.real("[0.01, 100]"),
+        nargs=2,
+        metavar=("LEAST", "MOST"),
+        help="standard deviation of the blur in pixels, instead of the recipe's, which is scaled by --image-size / 224",
+    )
+    blurs = "the recipe's views are not blurred; leave it out, or give another --recipe"
+    parser.has_effect("blur_sigma", lambda args: any(view.blur_p for view in recipes.of_options(args)), blurs)
     group.add_argument(
         "--crop-min",
         type=values.real("(0, 1]"),
@@ -481,6 +500,11 @@ def add_evaluation(parser: Parser) -> None:
     """Which encoder is evaluated, and on which data set."""
     group = parser.add_argument_group("encoder and data set")
     group.add_argument("--pretrained", metavar="FILE", help="checkpoint of any method here, or a MoCo, SogCLR, MoBY or bare file")
+    add_data_set(parser, group)
+
+
+def add_data_set(parser: Parser, group: argparse._ArgumentGroup) -> None:
+    """Which data set is read, and whether it is fetched first."""
     help = f"what lies in DIR, of {', '.join(named.NAMES)}"
     group.add_argument("--dataset", type=named.canonical, default="imagenet", metavar="NAME", help=help)
     group.add_argument("--download", action="store_true", help="fetch the data set into DIR first")
@@ -505,7 +529,7 @@ def add_choice(parser: Parser) -> None:
     group.add_argument("-e", "--evaluate", action="store_true", help="only test the classifier of --resume")
     trains = "epochs optimizer lr lr_backbone lr_classifier learning_rate_scaling wd schedule cos lr_by sgdr sgdr_t0 lr_final"
     trains += " lr_warmup_epochs momentum clip_grad nesterov accumulation_steps print_freq save_every_steps on_bad_image"
-    trains += " recipe crop_min randaugment zero_init_classifier grad_checkpoint pretrained"
+    trains += " recipe crop_min randaugment blur_sigma zero_init_classifier grad_checkpoint pretrained"
     only_tests = "--evaluate only tests the classifier of --resume"
     parser.has_effect(trains, lambda args: not args.evaluate, only_tests, refuse=False)
     last = "a classifier's last checkpoint and its best are kept, and no others; leave it out"
@@ -619,6 +643,7 @@ def add_run(parser: Parser) -> None:
 def add_pretrain(parser: Parser, cos: int = 1, *, transformers: bool = False, each: bool = False) -> None:
     """The groups of every pre-training script, with MoCo's defaults; `cos` is `add_optimizer`'s, the others `add_input`'s."""
     add_input(parser, batch=256, recipe=None, transformers=transformers, each=each)
+    add_data_set(parser, parser.add_argument_group("data set"))
     parser.set_defaults(batch_is_per_process=each)
     add_optimizer(parser, epochs=200, lr=0.03, wd=1e-4, schedule=[120, 160], cos=cos)
     add_run(parser)
@@ -639,16 +664,18 @@ def add_pretrain(parser: Parser, cos: int = 1, *, transformers: bool = False, ea
     )
     group.add_argument("--knn-k", type=values.positive, default=20, metavar="K", help="neighbours that vote")
     group.add_argument("--knn-t", type=values.temperature, default=0.07, metavar="T", help="temperature of the neighbours' weights")
+    whose = "features of the encoder without its projection head, or of the head"
+    group.add_argument("--knn-features", choices=("backbone", "head"), default="backbone", help=whose)
     monitor = "the k-NN monitor is off; give --knn-every EPOCHS as well, or leave it out"
-    parser.has_effect("knn_k knn_t", lambda args: args.knn_every, monitor)
+    parser.has_effect("knn_k knn_t knn_features", lambda args: args.knn_every, monitor)
     add_launch(parser)
 
 
 def add_feature_rules(parser: Parser) -> None:
     """Declare the options without effect in a script that classifies features."""
     centre = "this script sees the centre of each image, and trains nothing; leave it out"
-    parser.has_effect("recipe crop_min randaugment grad_checkpoint", lambda args: False, centre)
-    files = "batch_size workers image_size amp compile data dataset download data_name seed"
+    parser.has_effect("recipe crop_min randaugment blur_sigma grad_checkpoint", lambda args: False, centre)
+    files = "batch_size workers image_size stem mean std amp compile data dataset download data_name seed"
     parser.has_effect(files, lambda args: not args.load_features, "features come from files (--load-features)", refuse=False)
 
 
@@ -663,10 +690,12 @@ def add_momentum_encoder(parser: Parser, t: float, v2: bool) -> None:
     group.add_argument(
         "--bn-splits", type=values.positive, default=8, help="batch norm groups of the key encoder if one process trains alone"
     )
+    both = "batch norm of the query encoder has as many groups, as on so many GPUs"
+    group.add_argument("--bn-splits-query", action=Switch, default=False, help=both)
     named = "--recipe names the views; leave it out"
     parser.has_effect("aug_plus", lambda args: args.recipe == ("mocov2" if args.aug_plus else "mocov1"), named)
     shuffled = "it is for a run of one process, and this run has several; leave it out"
-    parser.has_effect("bn_splits", lambda args: launch.plan(args).world == 1, shuffled)
+    parser.has_effect("bn_splits bn_splits_query", lambda args: launch.plan(args).world == 1, shuffled)
 
 
 def check_momentum_encoder(args: Options) -> None:
@@ -737,6 +766,8 @@ def main(parser: Parser, check: Callable[[Options], None], worker: launch.Worker
         tests = getattr(args, "evaluate", False)
         of_output = tests and args.output and args.save_dir == str(_of_output(args))
         continues = resume.start(args)
+        if not hasattr(args, "pretrained"):
+            resume.inherit(args)
         check(args)
         if of_output:
             args.save_dir = str(_of_output(args))  # by the classifier's options, which `check` has read

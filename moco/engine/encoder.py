@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from torch import nn
 
+from moco.augment.recipes import MEAN, STD
 from moco.encoder import networks, published
 from moco.engine import checkpoint
 from moco.errors import InputError
@@ -17,6 +18,9 @@ class Encoder(NamedTuple):
     image_size: int  # pixels that it was trained at, where the file says so, or that are asked for
     method: str  # of pre-training; "unknown" where the file does not say it, as those of other software
     epoch: int | None  # how many epochs it was trained for
+    stem: str  # of a ResNet, see `networks.resnet`
+    mean: list[float]  # [3], of RGB in [0, 1], by which images are normalized
+    std: list[float]
     resized: list[str]  # tensors that are of another shape in the file: tables of positions, interpolated
 
 
@@ -40,14 +44,18 @@ def read(path: str, arch: str | None = None, image_size: int | None = None) -> E
     file that cannot be read, an unknown `arch`, or one that does not fit the file.
     """
     state = checkpoint.load(path)
-    own, method, epoch, _, size = checkpoint.about(state)
-    arch = arch or own or "resnet50"
-    image_size = image_size or size or 224
+    about = checkpoint.about(state)
+    arch = arch or about.arch or "resnet50"
+    image_size = image_size or about.image_size or 224
     net = networks.create(arch, 0, image_size)
     tensors = published.tensors_of(net, state)
-    with naming_arch(path, own, arch):
+    stem = published.stem(net, tensors)
+    if stem != "imagenet":
+        net = networks.create(arch, 0, image_size, stem=stem)
+    with naming_arch(path, about.arch, arch):
         published.load_backbone(net, tensors, path)
     start = published.prefix(net, tensors)
     tables = {name: x for name, x in net.state_dict().items() if "pos" in name and start + name in tensors}
     resized = [name for name, x in tables.items() if tensors[start + name].shape != x.shape]
-    return Encoder(net.eval(), arch, image_size, method, epoch, resized)
+    facts = (about.method, about.epoch, stem, about.mean or list(MEAN), about.std or list(STD))
+    return Encoder(net.eval(), arch, image_size, *facts, resized)

@@ -3,7 +3,7 @@
 import math
 import shutil
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +29,21 @@ def test_batches(images: Images, args: Namespace, device: torch.device) -> Itera
     """This rank's share of `images` (every W-th) as normalized centre crops [B, 3, S, S] and labels [B]."""
     order = loader.EvalOrder(len(images), args.batch_per_process)
     for batch in loader.batches(images, loader.CenterCrop(args.image_size), order, args, device):
-        yield layout(normalize(batch.views[0])), batch.label
+        yield layout(normalize(batch.views[0], args.mean, args.std)), batch.label
 
 
 @torch.inference_mode()
-def extract(net: nn.Module, images: Images, args: Namespace, device: torch.device, unit: bool = True) -> Features:
-    """Backbone features of this rank's share of `images`, in eval mode: of length 1, or, unless `unit`, as they come.
+def extract(
+    net: nn.Module,
+    images: Images,
+    args: Namespace,
+    device: torch.device,
+    unit: bool = True,
+    of: Callable[[nn.Module, Tensor], Tensor] = networks.features,
+) -> Features:
+    """Features of this rank's share of `images`, in eval mode: of length 1, or, unless `unit`, as they come.
+
+    `of(net, batch)` computes them, by default those of the backbone.
 
     The labels are on `device`, and so are the features, unless `args.host_features` keeps them in the host's memory. There is
     one copy of them.
@@ -45,7 +54,7 @@ def extract(net: nn.Module, images: Images, args: Namespace, device: torch.devic
     rows, done = None, 0
     for batch, _ in test_batches(images, args, device):
         with autocast(args.amp, device):
-            x = networks.features(net, batch)
+            x = of(net, batch)
         if rows is None:
             rows = torch.empty(len(labels), x.shape[1], device=_home(args, device))
         rows[done : done + len(x)] = F.normalize(x.float(), dim=1) if unit else x
@@ -133,10 +142,10 @@ def _of_all_ranks(similarity: Tensor, label: Tensor, k: int) -> Features:
 _BLOCK = 8192  # rows copied at a time
 # what features are of: its name in meta.json, and in the options
 _ORIGIN = {"arch": "arch", "method": "encoder_method", "checkpoint": "pretrained", "pretrain_epochs": "pretrain_epochs"}
-_ORIGIN |= {name: name for name in ("dataset", "data", "class_list", "image_size", "amp", "seed")}
+_ORIGIN |= {name: name for name in "features stem mean std dataset data class_list image_size amp seed".split()}
 _KINDS = dict.fromkeys(("arch", "method", "dataset", "data", "amp"), str) | dict.fromkeys(("image_size", "seed"), int)
 _KINDS |= {"checkpoint": str | None, "pretrain_epochs": int | None, "class_list": str | None, "classes": list}
-_OPTIONAL = {"class_list": None}  # older dumps lack it
+_OPTIONAL = {"class_list": None, "features": "backbone", "stem": None, "mean": None, "std": None}  # older dumps lack them
 
 
 def add_files(parser: ArgumentParser) -> None:
@@ -162,6 +171,8 @@ def check(args: Namespace, many: bool) -> None:
             if given not in (None, dumped):
                 option, dumped = f"--{name.replace('_', '-')}", dumped or "all classes"
                 raise InputError(f"{option} {given}: the features in {args.load_features} are of {dumped}; leave {option} out")
+        if getattr(args, "features", "backbone") == "head" != meta["features"]:
+            raise InputError(f"--features head: the features in {args.load_features} are the backbone's; leave it out")
         vars(args).update({option: meta[name] for name, option in _ORIGIN.items()})
     dataset = "photos" if args.data == "photos" else args.dataset
     if dataset in named.METRIC and (named.METRIC[dataset] == "map11") != many:
@@ -189,14 +200,15 @@ def check_dump(args: Namespace) -> None:
 
 
 def _origin(args: Namespace) -> dict[str, Any]:
-    return {name: getattr(args, option) for name, option in _ORIGIN.items()}
+    return {name: getattr(args, option, _OPTIONAL.get(name)) for name, option in _ORIGIN.items()}
 
 
 def of_splits(
     net: nn.Module, train: Images, val: Images, args: Namespace, device: torch.device, unit: bool = True
 ) -> tuple[Features, Features]:
     """`extract` for both splits; `--dump-features` writes them."""
-    found = extract(net, train, args, device, unit), extract(net, val, args, device, unit)
+    of = networks.embedding if getattr(args, "features", "backbone") == "head" else networks.features
+    found = extract(net, train, args, device, unit, of), extract(net, val, args, device, unit, of)
     if args.dump_features:
         dump(args, train.classes, *found)
     return found

@@ -7,6 +7,8 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
+from moco.data import datasets
+
 # recipes of the linear probe in each script's paper
 PROBES = {name: f"configs/lincls_{name}.yaml" for name in ("adco", "fnc", "moby", "sogclr")}
 
@@ -24,6 +26,8 @@ def commands(args: Namespace, train: Path, saved: Path) -> list[str]:
         home = Path(os.path.relpath(Path(__file__).parent.parent.parent))
     python = "python" if shutil.which("python") == sys.executable else sys.executable
     given = [args.data, "--pretrained", saved]
+    if args.dataset not in ("imagenet", "photos"):
+        given += ["--dataset", args.dataset]
     for name in ("class_list", "data_name"):
         if (value := getattr(args, name, None)) is not None:
             given += [f"--{name.replace('_', '-')}", value]
@@ -31,7 +35,8 @@ def commands(args: Namespace, train: Path, saved: Path) -> list[str]:
         given.append("--multiprocessing-distributed")
         given += ["--nproc-per-node", args.nproc_per_node] if args.nproc_per_node else []
     probe = home / PROBES.get(args.script, "configs/lincls_moco.yaml")
-    evaluated = args.data == "photos" or (train.parent / "val").is_dir()
+    folder = datasets.split_folder(train.parent, "val")
+    evaluated = args.data == "photos" or args.dataset != "imagenet" or folder.is_dir()
     found = [
         [home / "main_knn.py", *given],
         [home / "main_lincls.py", "--cfg", probe, *given],

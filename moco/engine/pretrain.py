@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from moco import distributed
 from moco.augment import recipes
-from moco.data import datasets, loader, subsets
+from moco.data import datasets, loader, named, subsets
 from moco.data.images import Images
-from moco.encoder.networks import ARCHS
+from moco.encoder import networks
 from moco.engine import checkpoint, features, following, precision
 from moco.engine.log import Metrics, clock, say
 from moco.engine.train import Trainer
@@ -30,10 +30,17 @@ def check_views(args: Namespace, several_crops: bool = False) -> None:
 
 def check(args: Namespace, transformers: bool = False) -> None:
     """Check, before any process starts, the architecture (a ResNet, unless `transformers`), the data folder and the run folder."""
-    if not transformers and args.arch not in ARCHS:
+    if not transformers and args.arch not in networks.ARCHS:
         raise InputError(f"--arch {args.arch}: this script is for torchvision's ResNets; main_moby.py trains transformers")
-    root = datasets.find(args.data, ("train", "val") if args.knn_every else ("train",))
-    subsets.check_classes(root / "train", args.class_list, args.data_name)
+    if args.dataset == "imagenet":
+        root = datasets.find(args.data, ("train", "val") if args.knn_every else ("train",))
+        subsets.check_classes(root / "train", args.class_list, args.data_name)
+    else:
+        named.check(args.dataset, args.data, args.download)
+        if named.METRIC[args.dataset] == "map11" and args.knn_every:
+            raise InputError(f"--knn-every: images of {args.dataset} show several classes each, and k-NN needs one; leave it out")
+    mean, std = named.normalization(args.dataset)
+    args.mean, args.std = args.mean or mean, args.std or std
 
 
 def train(args: Namespace, device: torch.device, build: Callable[[Images], nn.Module]) -> None:
@@ -42,7 +49,7 @@ def train(args: Namespace, device: torch.device, build: Callable[[Images], nn.Mo
         raise InputError(
             "--batch-size gives each process a single image; batch norm and the loss need at least two. Raise --batch-size"
         )
-    images = subsets.of_classes(datasets.scan(datasets.find(args.data, ("train",)), "train"), args.class_list)
+    images = named.training(args.dataset, args.data, args.class_list)
     if args.knn_every and args.knn_k > len(images):
         say(f"--knn-k {args.knn_k}: the bank has {len(images)} images, and all of them vote")
     torch.manual_seed(args.seed)
@@ -125,8 +132,9 @@ class Pretraining(Trainer):
 
     def _knn(self) -> float:
         """k-NN top-1 of the encoder on val/, against train/."""
-        args = self.args
-        root = self.images.root
-        val = subsets.of_classes(datasets.scan(root.parent, "val", datasets.class_names(root)), args.class_list)
-        bank, queries = (features.extract(self.module.encoder, folder, args, self.device) for folder in (self.images, val))
+        args, module = self.args, self.module
+        val = named.testing(args.dataset, args.data, args.class_list)
+        backbone = module.encoder, networks.features
+        net, of = backbone if args.knn_features == "backbone" else (module.embedding, nn.Module.__call__)
+        bank, queries = (features.extract(net, images, args, self.device, of=of) for images in (self.images, val))
         return features.knn(*bank, *queries, len(val.classes), [args.knn_k], args.knn_t)[args.knn_k]

@@ -15,7 +15,7 @@ from moco.files import read_yaml
 FREE = frozenset(
     "data save_dir output tag cfg resume allow_change evaluate script"
     " workers download on_bad_image host_features loss_chunk compile grad_checkpoint"
-    " print_freq save_every save_every_steps keep keep_every knn_every knn_k knn_t"
+    " print_freq save_every save_every_steps keep keep_every knn_every knn_k knn_t knn_features"
     " multiprocessing_distributed nproc_per_node world_size rank dist_url dist_backend gpu"
     " local_rank nodes batch_size batch_per_process accumulation_steps batch_is_per_process"
     " encoder_method pretrain_epochs".split()
@@ -62,6 +62,18 @@ def start(args: Namespace) -> bool:
     return True
 
 
+def inherit(args: Namespace) -> None:
+    """Set the stem and the normalization of a pre-training to those of the checkpoint of `--resume`, unless they are given.
+
+    Without a checkpoint the stem is ImageNet's.
+    """
+    if args.resume and None in (args.stem, args.mean, args.std):
+        about = checkpoint.about(checkpoint.load(args.resume))
+        for name in ("stem", "mean", "std"):
+            setattr(args, name, getattr(args, name) or getattr(about, name))
+    args.stem = args.stem or "imagenet"
+
+
 def _own_folder(folder: Path, script: str) -> Path | None:
     """Return the last of `folder` and its subfolders SCRIPT, SCRIPT-2, ... that holds a run of `script`.
 
@@ -104,7 +116,7 @@ def check_unchanged(args: Namespace, state: checkpoint.State, batch: int) -> Non
     saved, allowed = state["args"], set(args.allow_change)
     if unknown := sorted(allowed - {_spelled(name) for name in vars(args)}):
         raise InputError(f"--allow-change {','.join(unknown)}: this script has no such option")
-    unread = ({"epochs"} if _open_ended(args) else set()) | ({"bn_splits"} if distributed.world() > 1 else set())
+    unread = ({"epochs"} if _open_ended(args) else set()) | ({"bn_splits", "bn_splits_query"} if distributed.world() > 1 else set())
     compared = saved.keys() & vars(args).keys() - FREE - unread
     differences = {
         _spelled(name): (getattr(args, name), saved[name])

@@ -53,6 +53,7 @@ entries = whole("[1, 268435456]")  # of a queue or bank
 learning_rate = real("[0, 1000000]")
 decay = real("[0, 100]")
 momentum = real("[0, 1)")  # of an optimizer
+channel = real("(0, 1]")  # mean or deviation of a colour
 average = real("[0, 1]")  # of an encoder that follows another one
 temperature = real("[0.001, 100]")
 size = real("[0, 100]")  # of a perturbation of unit vectors
