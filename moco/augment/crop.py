@@ -79,8 +79,11 @@ def _randaugment(operations: int, magnitude: int) -> v2.RandAugment:
 def center_view(image: Tensor, size: int) -> Tensor:
     """The evaluation view: the shorter side to 8/7 of `size` (256 for 224), then the central size x size pixels.
 
-    Rounds as torchvision's Resize and CenterCrop do.
+    Rounds as torchvision's Resize and CenterCrop do. A small image that has this size is seen whole, as those of CIFAR and STL-10
+    are in the literature.
     """
+    if tuple(image.shape[1:]) == (size, size) and size <= _WHOLE:
+        return image
     image = _middle(image)
     height, width = image.shape[1:]
     short, edge = round(size * 8 / 7), min(height, width)
@@ -89,6 +92,7 @@ def center_view(image: Tensor, size: int) -> Tensor:
     return image[:, top : top + size, left : left + size].contiguous()
 
 
+_WHOLE = 96  # pixels
 _LONGEST = 16  # times the shorter side
 
 

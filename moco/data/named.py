@@ -373,7 +373,7 @@ def _download(name: str, root: str) -> None:
 
 
 def _unusable(name: str, root: str, reason: str) -> InputError:
-    _, get, layout = _SETS[name]
+    get, layout = _SETS[name].get, _SETS[name].layout
     by_hand = f"--download cannot get it, so get it by hand from {get}"
     how = by_hand if isinstance(get, str) else "get it with --download (remove an incomplete copy first)"
     return InputError(f"{root}: no usable {name} ({reason}); expected {layout}; {how}")
