@@ -94,7 +94,10 @@ def test_command_is_accepted(typed, text, tmp_path, monkeypatch):
         parser.without_effect(args)
 
 
-@pytest.mark.parametrize("recipe", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+RECIPES = {str(path.relative_to(ROOT / "configs").with_suffix("")): path for path in sorted((ROOT / "configs").rglob("*.yaml"))}
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
 def test_a_recipe_has_nothing_without_effect(recipe, monkeypatch):
     text = recipe.read_text()
     name = re.search(r"^# (?:python|torchrun .*?) (main_\w+)\.py", text, re.M)[1]
@@ -153,8 +156,8 @@ def test_links_and_files_exist(name):
 
 
 def test_every_recipe_is_on_its_page():
-    listed = set(re.findall(r"configs/(\w+)\.yaml\)", PAGES["docs/recipes.md"]))
-    assert listed == {path.stem for path in (ROOT / "configs").glob("*.yaml")}
+    listed = set(re.findall(r"configs/([\w/]+)\.yaml\)", PAGES["docs/recipes.md"]))
+    assert listed == RECIPES.keys()
 
 
 def test_published_accuracies_are_those_of_the_recipes():
@@ -164,9 +167,9 @@ def test_published_accuracies_are_those_of_the_recipes():
         cells = [cell.strip() for cell in line.split("|")]
         if "recipe" in cells[1:2]:
             column = next((i for i, cell in enumerate(cells) if cell.startswith("published")), 0)
-        elif column and (name := re.search(r"configs/(\w+)\.yaml", line)):
+        elif column and (name := re.search(r"configs/([\w/]+)\.yaml", line)):
             figures = re.findall(r"\d\d\.\d", cells[column])
-            assert all(figure in (ROOT / "configs" / f"{name[1]}.yaml").read_text() for figure in figures), line
+            assert all(figure in RECIPES[name[1]].read_text() for figure in figures), line
             seen += len(figures)
     assert seen > 40
 
