@@ -1,11 +1,12 @@
 import copy
+from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from moco.builder.momentum import MoCo
+from moco.builder.momentum import MoCo, QueryAndKey
 from moco.builder.synco import SynCo
 from moco.encoder.networks import resnet
 from moco.loss import synthetic
@@ -158,9 +159,15 @@ def keys_by_hand(encoder, images, progress, groups):
     """Keys in the batch's order, each normalised with the statistics of its group of the shuffled batch."""
     order = torch.randperm(len(images), generator=progress.generator(SHUFFLE, "cpu"))
     k = torch.empty(len(images), DIM)
+    before, after = copy.deepcopy(encoder.state_dict()), []
     with torch.no_grad():
         for places in order.tensor_split(groups):
+            encoder.load_state_dict(before)
             k[places] = F.normalize(encoder(images[places]))
+            after.append(copy.deepcopy(encoder.state_dict()))
+    encoder.load_state_dict(
+        {name: torch.stack([s[name].double() for s in after]).mean(0).to(x.dtype) for name, x in before.items()}
+    )
     return k
 
 
@@ -269,10 +276,44 @@ def numbered_images(batch):
 
 def key_groups(batch, splits, progress):
     """Which images the key encoder sees together, a list of lists of their places in the batch."""
-    model, groups = build(bn_splits=splits), []
-    model.encoder_k.register_forward_hook(lambda _, inputs, output: groups.append(inputs[0][:, 0, 0, 0].int().tolist()))
-    model.keys(numbered_images(batch), progress)
+    groups = []
+
+    def batch_norm(x, *rest):
+        groups.append(x[:, 0, 0, 0].int().tolist())
+        return normalized(x, *rest)
+
+    normalized = F.batch_norm
+    model = QueryAndKey(lambda: nn.Sequential(nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(243, DIM)), 0.9, splits)
+    with mock.patch.object(F, "batch_norm", batch_norm):
+        model.keys(numbered_images(batch), progress)
     return groups
+
+
+def test_the_query_encoder_sees_groups_if_asked_to():
+    model, plain = build(bn_splits=4, bn_splits_query=True), build(bn_splits=4)
+    views = two_views(32, 0)
+    q = torch.cat([copy.deepcopy(plain.encoder_q)(group) for group in views[0].chunk(4)])
+    torch.testing.assert_close(model.encoder_q(views[0]), q)
+    assert not torch.allclose(plain.encoder_q(views[0]), q, atol=1e-3)
+    assert model.state_dict().keys() == plain.state_dict().keys()
+    model.eval()
+    plain.load_state_dict(model.state_dict())
+    torch.testing.assert_close(model.encoder_q(views[0]), plain.eval().encoder_q(views[0]))
+
+
+def test_the_symmetric_loss_is_that_of_both_directions():
+    views, progress = two_views(32, 0), Progress(seed=1)
+    both, one = build(symmetric=True, K=80), build(K=80)
+    loss, metrics = both(views, torch.arange(32), progress)
+    first, _ = one(views, torch.arange(32), progress)
+    q = F.normalize(copy.deepcopy(build(K=80).encoder_q)(views[1]))
+    k = build(K=80).keys(views[0], progress, 1)
+    logits = torch.cat([(q * k).sum(1, keepdim=True), q @ one.queue.T], 1) / one.T
+    torch.testing.assert_close(loss, first + F.cross_entropy(logits, torch.zeros(32, dtype=torch.long)))
+    assert all(value.dim() == 0 for value in metrics.values())
+    both.after_step()
+    assert int(both.queue_ptr) == 64
+    torch.testing.assert_close(both.queue[:32], k)  # view 1's keys, then view 2's
 
 
 @pytest.mark.parametrize(

@@ -164,7 +164,7 @@ class MoCo(QueryAndKey):
             metrics = {**contrast_accuracy(positive, nearest), **spread(q, positive, nearest[:, 0])}
         return bank_info_nce(q, positive, self.queue, similarity, self.T, mixture), metrics
 
-    def negatives(self, q: Tensor, similarity: Tensor, progress: Progress, direction: int) -> tuple[Tensor, Mixture | None]:
+    def negatives(self, q: Tensor, similarity: Tensor, progress: Progress, direction: int = 0) -> tuple[Tensor, Mixture | None]:
         """The queries' hardest rows of the queue, five at least, and what they face beside the queue.
 
         Given their similarities to it, [B, K].

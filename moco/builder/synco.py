@@ -22,7 +22,7 @@ class SynCo(MoCo):
         self.kind, self.warmup_epochs = kind, warmup_epochs
 
     def negatives(
-        self, q: Tensor, similarity: Tensor, progress: Progress, direction: int
+        self, q: Tensor, similarity: Tensor, progress: Progress, direction: int = 0
     ) -> tuple[Tensor, synthetic.Mixture | None]:
         if not self.kind.total or progress.epoch < self.warmup_epochs:
             return super().negatives(q, similarity, progress, direction)

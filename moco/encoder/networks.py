@@ -26,7 +26,7 @@ def check_arch(arch: str) -> None:
         raise unknown("arch", arch, [*ARCHS, *timm_networks.SHORT])
 
 
-def create(arch: str, out: int, image_size: int = 224, drop_path: float = 0.0, stem: str = "imagenet") -> nn.Module:
+def create(arch: str, out: int, image_size: int = 224, drop_path: float = 0.0, stem: str | None = "imagenet") -> nn.Module:
     """A randomly initialised network for images of `image_size` pixels whose last layer maps to `out` features; none for 0.
 
     `drop_path` is the rate of stochastic depth of timm's networks, `stem` a ResNet's (see `resnet`). Raises InputError for an
@@ -34,7 +34,7 @@ def create(arch: str, out: int, image_size: int = 224, drop_path: float = 0.0, s
     """
     if arch not in ARCHS:
         check_arch(arch)
-        if stem != "imagenet":
+        if stem == "cifar":
             raise InputError(f"--stem {stem}: is for torchvision's ResNets, and {arch} is none; leave it out")
         return timm_networks.create(arch, out, image_size, drop_path)
     if drop_path:
@@ -45,7 +45,7 @@ def create(arch: str, out: int, image_size: int = 224, drop_path: float = 0.0, s
     return net
 
 
-def resnet(arch: str, out: int, mlp: bool = False, stem: str = "imagenet", **more: bool) -> nn.Module:
+def resnet(arch: str, out: int, mlp: bool = False, stem: str | None = "imagenet", **more: bool) -> nn.Module:
     """A randomly initialised torchvision ResNet whose `fc` maps to `out` features.
 
     Args:
