@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from moco import rng
 from moco.augment import color, crop, recipes
+from moco.augment.recipes import MEAN, STD
 from moco.data import loader, named
 from moco.data.images import Images
 from moco.encoder import networks, published
@@ -28,9 +29,10 @@ ROWS = 6  # images in the grid of views
 CLASSES, POINTS = 20, 2000  # on a map, at most
 QUERIES, NEIGHBOURS = 8, 6
 SAME, OTHER = "#1a8a2d", "#c62828"
-_NEEDED = {"arch": str, "data": str, "image_size": int}
+_NEEDED = {"arch": str, "data": str, "image_size": int, "dataset": str, "stem": str}
 _FOR_VIEWS = {"recipe": str, "seed": int}
-_DEFAULTS = dict.fromkeys(("class_list", "crop_min", "mean", "std")) | {"dataset": "imagenet", "stem": "imagenet"}  # of older runs
+_DEFAULTS = {"class_list": None, "crop_min": None}  # of older runs
+_DEFAULTS |= {"dataset": "imagenet", "stem": "imagenet", "mean": list(MEAN), "std": list(STD)}
 
 
 def options(run: Run, needed: dict[str, type]) -> Namespace:
@@ -39,6 +41,9 @@ def options(run: Run, needed: dict[str, type]) -> Namespace:
     for name, kind in (needed | {"class_list": str | None}).items():
         if not isinstance(args.get(name), kind):
             raise InputError(f"{run.folder / 'args.yaml'}: {name} is {args.get(name)!r}, which no run has")
+    for name in ("mean", "std"):
+        if checkpoint.channels(args[name]) is None:
+            raise InputError(f"{run.folder / 'args.yaml'}: {name} is {args[name]!r}, which no run has")
     return Namespace(**{str(name): value for name, value in args.items()})
 
 

@@ -238,11 +238,11 @@ def about(state: State) -> About:
         options,
         size if type(size) is int and 0 < size < LARGEST_IMAGE else None,
         options.get("stem") if options.get("stem") in STEMS else None,
-        *(_channels(options.get(name)) for name in ("mean", "std")),
+        *(channels(options.get(name)) for name in ("mean", "std")),
     )
 
 
-def _channels(value: object) -> list[float] | None:
+def channels(value: object) -> list[float] | None:
     """Return one number for each of R, G and B, or None for anything else."""
     good = isinstance(value, list | tuple) and len(value) == 3 and all(isinstance(one, float) and 0 < one <= 1 for one in value)
     return list(value) if good else None
