@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from test_cli import SMALL, refused
 from torchvision import models
 
+from moco.augment.recipes import MEAN, STD
 from moco.encoder import networks, published, weights
 from moco.engine import checkpoint
 from moco.errors import InputError
