@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moco import distributed
-from moco.data import datasets, loader, named, subsets
+from moco.data import cache, datasets, loader, named, subsets
 from moco.data.images import Images
 from moco.encoder import networks, published
 from moco.engine import checkpoint, features, metrics, precision
@@ -337,6 +337,9 @@ class Classification(Trainer):
             self.save(self.best_name, done)
         self.save("checkpoint.pth.tar", done)
         return {f"val_{name}": value for name, value in self.accuracy.items()}
+
+    def keep_in_memory(self) -> None:
+        self.images, self.val, self.held_out = cache.load(self.args, self.images, self.val, self.held_out)
 
     def save_inside(self, epoch: int, step: int) -> Path:
         return self.save("checkpoint.pth.tar", epoch, step)
