@@ -182,6 +182,8 @@ def decode_whole(path: str) -> Tensor | None:
 def decoded_size(path: str) -> int:
     """Return how many bytes `decode_whole` makes of `path`, by the file's header; 0 where it returns None."""
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            return 0  # a pipe would be waited for
         with _opened(path) as image:
             large = image.format in ("JPEG", "MPO") and os.path.getsize(path) > _LARGE
             return 0 if large else 3 * image.height * image.width
