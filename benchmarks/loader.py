@@ -9,8 +9,8 @@ lightly   lightly's MoCoV2Transform, where lightly is installed
 
 host_over_pil is how many times the images a second of pil host makes, and so on.
 
-With --small: an epoch of two views of 32-pixel images, which lie in memory, as in MoCo's demo on CIFAR-10; every pipeline has two
-processes with one thread each.
+With --small: an epoch of two views of 32-pixel images, which lie in memory, as in MoCo's demo on
+CIFAR-10. Every pipeline has two processes that work, with one thread each.
 
 ours      one worker that crops; colour work and normalization in the main process
 pil       torchvision on PIL images, DataLoader with two workers
@@ -52,8 +52,10 @@ def main() -> None:
     parser = measure.parser(__doc__.splitlines()[0])
     parser.set_defaults(rounds=None)
     parser.add_argument("--small", action="store_true", help="an epoch of 32-pixel images in memory")
-    parser.add_argument("--data", type=Path, help="of --small: a folder with train/CLASS/*.jpg of equal size, instead of patches")
-    parser.add_argument("--images", type=int, help="in one batch (32); of --small: in an epoch (50,000)")
+    own = "of --small: a folder with train/CLASS/*.jpg of equal size, instead of patches"
+    parser.add_argument("--data", type=Path, help=own)
+    count = "in one batch (32); of --small: in an epoch (50,000)"
+    parser.add_argument("--images", type=int, help=count)
     parser.add_argument("--batch", type=int, default=512, help="of --small: images in one batch")
     parser.add_argument("--size", type=int, default=224, help="pixels of a view; of --small: 32")
     parser.add_argument("--compile", action="store_true", help="have torch.compile fuse our colour operations")
@@ -116,7 +118,8 @@ def small(args: argparse.Namespace) -> None:
         for name, s in measure.medians(times).items()
     ]
     facts = {"images": n, "batch": args.batch, "compile": args.compile}
-    measure.report("loader_small", table, {"ours_over_pil": measure.ratio(times["pil"], times["ours"])}, facts, args.json)
+    ratios = {"ours_over_pil": measure.ratio(times["pil"], times["ours"])}
+    measure.report("loader_small", table, ratios, facts, args.json)
 
 
 def in_memory(data: Path | None, n: int) -> ImageArray:
@@ -139,10 +142,12 @@ def in_memory(data: Path | None, n: int) -> ImageArray:
 
 def batches(images: ImageArray, batch: int) -> Iterator[loader.Batch]:
     """Yield the batches of the next epoch, as a training run on a CPU reads them."""
-    epoch, options = next(_epochs), argparse.Namespace(workers=1, batch_size=batch, batch_per_process=batch)
+    epoch = next(_epochs)
+    options = argparse.Namespace(workers=1, batch_size=batch, batch_per_process=batch)
     order = loader.TrainOrder(len(images), batch, 1, seed=0)
     order.start, order.stop = epoch * order.steps_per_epoch, (epoch + 1) * order.steps_per_epoch
-    return loader.batches(images, loader.RandomCrops(SMALL, seed=0), order, options, torch.device("cpu"))
+    cut = loader.RandomCrops(SMALL, seed=0)
+    return loader.batches(images, cut, order, options, torch.device("cpu"))
 
 
 def coloured(batch: loader.Batch) -> list[Tensor]:

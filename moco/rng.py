@@ -15,7 +15,7 @@ _MASK = (1 << 64) - 1
 _GAMMA = 0x9E3779B97F4A7C15
 
 
-Key = int | np.ndarray  # 64 bits; an array is of uint64, and each of its elements is a key of its own
+Key = int | np.ndarray  # 64 bits; of an array, which is of uint64, each element is a key of its own
 
 
 def _mix(z: Key) -> Key:
@@ -27,7 +27,8 @@ def _mix(z: Key) -> Key:
 def key(*counters: Key) -> Key:
     """Fold integers such as (CROP, seed, epoch, index, view) into one 64-bit key.
 
-    A counter may be an array of int64 or uint64 [n]: then the result is an array, uint64 [n], of the keys that its elements give.
+    A counter may be an array of int64 or uint64 [n]: then the result is an array of the keys that its
+    elements give, uint64 [n].
     """
     folded: Key = 0
     for counter in counters:

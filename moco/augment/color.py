@@ -28,9 +28,11 @@ def grayscale(x: Tensor) -> Tensor:
 def blend(x: Tensor, brightness: Tensor, contrast: Tensor, saturation: Tensor, out: Tensor | None = None) -> Tensor:
     """Apply at most one of the three blends to each sample (the other factors of that sample are 1), [B] each.
 
-    factor x + (1 - factor) other, clamped to [0, 1], where other is 0, the mean luma, or the pixel's luma. `out` may be `x`.
+    factor x + (1 - factor) other, clamped to [0, 1], where other is 0, the mean luma, or the pixel's luma.
+    `out` may be `x`.
     """
-    factor, contrast, saturation = (f.view(-1, 1, 1, 1) for f in (brightness * contrast * saturation, contrast, saturation))
+    factors = (brightness * contrast * saturation, contrast, saturation)
+    factor, contrast, saturation = (f.view(-1, 1, 1, 1) for f in factors)
     gray = grayscale(x)
     mean = (1 - contrast) * gray.mean((2, 3), keepdim=True)
     return torch.addcmul(gray.mul_(1 - saturation).add_(mean), factor, x, out=out).clamp_(0, 1)
@@ -46,32 +48,33 @@ def adjust_hue(x: Tensor, shift: Tensor, out: Tensor | None = None) -> Tensor:
     smallest = torch.minimum(torch.minimum(r, g), b)
     chroma = largest - smallest
     above, below = largest + chroma, smallest - chroma
-    # The hue from cyan, in [-.5, .5] of a turn. Its size is (2 + (r - g - b + smallest) / chroma) / 6, as each of the six sectors
-    # shows: 0 for cyan, .5 for red. It is negative if there is more green than blue.
+    # The hue from cyan, in [-.5, .5] of a turn. Its size is (2 + (r - g - b + smallest) / chroma) / 6, as
+    # each of the six sectors shows: 0 for cyan, .5 for red. It is negative if green is above blue.
     hue = torch.copysign((above + r).sub_(g).sub_(b), b - g)
     hue = torch.addcdiv(shift.view(-1, 1, 1), hue, chroma.clamp_min(1e-12), value=1 / 6)
     hue.sub_(hue.round())
-    # red is least around 0, green largest around -1/6, blue largest around 1/6; each changes along two sixths of the turn
-    channels = [
-        (base, distance.abs_().clamp_(1 / 6, 1 / 3), sign)
-        for base, distance, sign in ((below, hue.clone(), 6), (above, hue + 1 / 6, -6), (above, hue - 1 / 6, -6))
+    # red is least around 0, green is largest around -1/6, blue around 1/6; each changes within a sixth
+    # of a turn, which begins a sixth from there
+    red, green, blue = (distance.abs_().clamp_(1 / 6, 1 / 3) for distance in (hue.clone(), hue + 1 / 6, hue - 1 / 6))
+    parts = ((below, red, 6), (above, green, -6), (above, blue, -6))
+    channels = out.unbind(1) if out is not None else (None, None, None)
+    turned = [
+        torch.addcmul(base, distance, chroma, value=slope, out=channel)
+        for channel, (base, distance, slope) in zip(channels, parts, strict=True)
     ]
-    if out is None:
-        return torch.stack([torch.addcmul(base, distance, chroma, value=sign) for base, distance, sign in channels], 1)
-    for channel, (base, distance, sign) in zip(out.unbind(1), channels, strict=True):
-        torch.addcmul(base, distance, chroma, value=sign, out=channel)
-    return out
+    return torch.stack(turned, 1) if out is None else out
 
 
 @functools.cache
 def fuse() -> None:
     """Let torch.compile fuse what `blend` and `adjust_hue` do, in this process from now on."""
     for operation in (blend, adjust_hue):
-        globals()[operation.__name__] = functools.partial(_fused, torch.compile(operation, dynamic=True))
+        compiled = torch.compile(operation, dynamic=True)
+        globals()[operation.__name__] = functools.partial(_fused, compiled)
 
 
 def _fused(operation: Callable[..., Tensor], *inputs: Tensor, out: Tensor | None = None) -> Tensor:
-    """Call a compiled operation. Its result is copied to `out`, because torch.compile cannot write to a part of a tensor."""
+    """Call a compiled operation, and copy its result to `out`: torch.compile fails to write there."""
     result = operation(*inputs)
     return result if out is None else out.copy_(result)
 
@@ -149,9 +152,9 @@ def draw(view: View, n: int, generator: torch.Generator) -> Draws:
 def apply(x: Tensor, view: View, draws: Draws) -> Tensor:
     """Colour, flip and normalize `x` [B, 3, H, W] (uint8, or float in [0, 1]) as `draws` says; returns float32.
 
-    The draws lie on the CPU, so the rows that an operation touches are known without waiting for the device. A GPU works
-    on all rows of an operation at once. A CPU takes small images in chunks, and large ones one by one, which stay in its cache
-    until they are done.
+    The draws lie on the CPU, so the rows that an operation touches are known without waiting for the
+    device. A GPU works on all rows of an operation at once. A CPU takes small images in chunks and large
+    ones one by one, which stay in its cache until they are done.
     """
     if x.device.type != "cpu":
         return _apply_by_operation(x, view, draws)
@@ -173,7 +176,8 @@ def _to_float(x: Tensor) -> Tensor:
 
 def _apply_by_operation(x: Tensor, view: View, draws: Draws) -> Tensor:
     x = _to_float(x)
-    operations = {"jitter": _jitter, "gray": _gray, "blur": _blur, "solarize": _solarize, "flip": _flip}
+    operations = {"jitter": _jitter, "gray": _gray, "blur": _blur, "solarize": _solarize}
+    operations["flip"] = _flip
     for name in (*view.order, "flip"):
         rows = getattr(draws, name).nonzero().squeeze(1)
         if len(rows):
@@ -182,12 +186,13 @@ def _apply_by_operation(x: Tensor, view: View, draws: Draws) -> Tensor:
 
 
 def _jitter(x: Tensor, rows: Tensor, view: View, draws: Draws) -> Tensor:
-    # sorted by the slot of the hue: in each slot, the rows whose hue turns lie together, and so do those before and after them
+    # sorted by the slot in which their hue turns: these rows lie together, and so do those before and after
     slots = _slot_of_hue(draws.order[rows])
     rows = rows[slots.argsort(stable=True)]
     ends = slots.bincount(minlength=4).cumsum(0).tolist()
-    operation = draws.order[rows, :, None] == torch.arange(4)  # [b, slot, 4], one True in each row and slot
-    coefficients = torch.where(operation, draws.factors[rows, None], torch.ones(()))[..., :_HUE].to(x.device, non_blocking=True)
+    operation = draws.order[rows, :, None] == torch.arange(4)  # [b, slot, 4]: one True in each slot
+    coefficients = torch.where(operation, draws.factors[rows, None], torch.ones(()))[..., :_HUE]
+    coefficients = coefficients.to(x.device, non_blocking=True)
     shift = draws.factors[rows, _HUE].to(x.device, non_blocking=True)
     in_place = torch.equal(rows, torch.arange(len(x)))
     rows = rows.to(x.device, non_blocking=True)
@@ -231,8 +236,8 @@ def _solarize(x: Tensor, rows: Tensor, view: View, draws: Draws) -> Tensor:
     return x.index_copy_(0, rows, solarize(x[rows]))
 
 
-# On a CPU, where images are small: chunks that stay in its cache. Of many, each has its hue in the same slot of the jitter, so that
-# no sample is moved or waits for another one's operation.
+# On a CPU, where images are small: chunks that stay in its cache. If there are many images, those of a
+# chunk turn their hue in the same slot of the jitter, so that none has to be moved.
 
 _CHUNK = 128  # images
 
@@ -249,7 +254,8 @@ def _apply_by_chunk(x: Tensor, view: View, draws: Draws) -> Tensor:
             flip = mine.flip.numpy()
             chunk[flip] = torch.from_numpy(chunk[flip]).flip(-1).numpy()
             mine.flip = torch.zeros_like(mine.flip)
-            out.numpy()[rows.numpy()] = _apply_by_operation(torch.from_numpy(chunk), view, mine).numpy()
+            done = _apply_by_operation(torch.from_numpy(chunk), view, mine)
+            out.numpy()[rows.numpy()] = done.numpy()
     return out
 
 

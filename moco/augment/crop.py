@@ -79,7 +79,7 @@ def _randaugment(operations: int, magnitude: int) -> v2.RandAugment:
 def center_view(image: Tensor, size: int) -> Tensor:
     """The evaluation view: the shorter side to 8/7 of `size` (256 for 224), then the central size x size pixels.
 
-    `image` is uint8 [3, H, W], or a batch [B, 3, H, W]. Rounds as torchvision's Resize and CenterCrop do.
+    `image` is uint8 [3, H, W], or a batch [B, 3, H, W]. Rounds as torchvision's Resize and CenterCrop.
     """
     image = _middle(image)
     height, width = image.shape[-2:]
@@ -93,7 +93,10 @@ _LONGEST = 16  # times the shorter side
 
 
 def _middle(image: Tensor) -> Tensor:
-    """Without the ends of an image [..., H, W] that is longer than any camera's, which would be made as large as its middle."""
+    """Return an image [..., H, W] without its ends if it is longer than any camera's.
+
+    They would be made as large as its middle.
+    """
     for axis in (-2, -1):
         length, most = image.shape[axis], _LONGEST * min(image.shape[-2:])
         if length > most:
@@ -111,7 +114,8 @@ def _resize(image: Tensor, size: tuple[int, int]) -> Tensor:
     return out.view(*image.shape[:-2], *size).contiguous(memory_format=torch.contiguous_format)
 
 
-# A batch of small images of one size at once: the same draws and the same pixels as one by one, without Python's time for each.
+# A batch of small images of one size at once: the same draws and the same pixels as one by one, but
+# Python's time only once.
 
 
 def can_crop_at_once(height: int, width: int, recipe: Recipe) -> bool:
@@ -127,15 +131,16 @@ _CHUNK = 64  # images; what is computed of them fits in a core's cache
 
 
 def random_views_at_once(images: Tensor, recipe: Recipe, *counters: Key) -> list[Tensor]:
-    """`random_views` of a batch of images uint8 [B, 3, H, W], for which `can_crop_at_once`: [B, 3, S, S] for each view.
+    """Return the `random_views` of images uint8 [B, 3, H, W] as a batch [B, 3, S, S] for each view.
 
-    At least one of `counters` is an array [B], with a number for each image.
+    `can_crop_at_once` must be true of them. At least one of `counters` is an array [B], with a number
+    for each image.
     """
-    height, width = images.shape[2:]
-    return [
-        resized_crops(images, random_boxes_at_once(height, width, view, fold(*counters, i)), view.size)
-        for i, view in enumerate(recipe)
-    ]
+    views = []
+    for i, view in enumerate(recipe):
+        boxes = random_boxes_at_once(*images.shape[2:], view, fold(*counters, i))
+        views.append(resized_crops(images, boxes, view.size))
+    return views
 
 
 def random_boxes_at_once(height: int, width: int, view: View, keys: np.ndarray) -> np.ndarray:
@@ -148,7 +153,8 @@ def random_boxes_at_once(height: int, width: int, view: View, keys: np.ndarray) 
         area = height * width * (low + (high - low) * uniform(drawn, i))
         aspect = narrow * (wide / narrow) ** uniform(drawn, i + 1)
         sides = np.sqrt(np.stack([area / aspect, area * aspect]))  # [2, n]: height, width
-        # NumPy's power may differ from Python's in the last bit, which counts if a side is about to be rounded the other way
+        # NumPy's power may differ from Python's in the last bit, which counts where a side is nearly
+        # halfway between two pixels
         unsure.append(rows[(np.abs(sides % 1 - 0.5) < 1e-6).any(0)])
         h, w = np.rint(sides).astype(np.int64)
         fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
@@ -164,11 +170,15 @@ def random_boxes_at_once(height: int, width: int, view: View, keys: np.ndarray) 
 
 
 def resized_crops(images: Tensor, boxes: np.ndarray, size: int) -> Tensor:
-    """`resized_crop` of each image of a batch uint8 [B, 3, H, W] at its box [B, 4]: uint8 [B, 3, size, size].
+    """Return the `resized_crop` of each image of a batch uint8 [B, 3, H, W]: uint8 [B, 3, size, size].
 
-    Bilinear interpolation is linear in the rows and in the columns, so a crop is two matrix products. PyTorch rounds the weights
-    of uint8 images to multiples of 2^-p, and the result of each product to whole grey levels. The sums of such products are exact
-    in float32 up to p = 16, which shrinking by `_LARGEST_SHRINKING` needs, so that each pixel is the same as PyTorch's.
+    Bilinear interpolation is linear in the rows and in the columns, so a crop is two matrix products.
+    PyTorch rounds the weights of uint8 images to multiples of 2^-p, and the result of each product to
+    whole grey levels. The sums are exact in float32 up to p = 16, which shrinking by
+    `_LARGEST_SHRINKING` needs, so that each pixel is the same as PyTorch's.
+
+    Args:
+        boxes: of each image, int64 [B, 4].
     """
     (n, channels, height, width), (top, left, h, w) = images.shape, boxes.T
     down, across = _placed_weights(height, size)[h, top], _placed_weights(width, size)[w, left]
@@ -177,24 +187,25 @@ def resized_crops(images: Tensor, boxes: np.ndarray, size: int) -> Tensor:
     for start in range(0, n, _CHUNK):
         part = slice(start, start + _CHUNK)
         x = images[part].float().view(-1, channels * height, width)
-        x = torch.bmm(x, across[part].transpose(1, 2)).add_(0.5).floor_().view(-1, channels, height, size)
-        x = torch.matmul(down[part, None], x).add_(0.5)
-        out[part] = torch.from_numpy(x.numpy().astype(np.uint8))  # seven times as fast as PyTorch's conversion
+        x = torch.bmm(x, across[part].transpose(1, 2)).add_(0.5).floor_()
+        x = torch.matmul(down[part, None], x.view(-1, channels, height, size)).add_(0.5)
+        out[part] = torch.from_numpy(x.numpy().astype(np.uint8))  # PyTorch's takes seven times as long
     return out
 
 
 @functools.cache
 def _placed_weights(length: int, size: int) -> np.ndarray:
-    """Return the weights by which any box resizes an axis of `length` pixels to `size`, float32 [length + 1, length, size, length].
+    """Return the weights that resize any part of an axis of `length` pixels to `size` pixels.
 
-    The first two axes are the box's own length and where it begins. It is a view of far fewer numbers.
+    They are float32 [length + 1, length, size, length]: the first two axes are the part's own length
+    and where it begins. It is a view of far fewer numbers.
     """
     weights = np.zeros((length + 1, size, 2 * length), dtype=np.float32)
     for box in range(1, length + 1):
         weights[box, :, length : length + box] = _weights(box, size)
     by_box, by_pixel, one = weights.strides
-    begin = weights[:, :, length:]
-    return np.lib.stride_tricks.as_strided(begin, (length + 1, length, size, length), (by_box, -one, by_pixel, one))
+    shape, strides = (length + 1, length, size, length), (by_box, -one, by_pixel, one)
+    return np.lib.stride_tricks.as_strided(weights[:, :, length:], shape, strides)
 
 
 def _weights(length: int, size: int) -> np.ndarray:
@@ -206,8 +217,10 @@ def _weights(length: int, size: int) -> np.ndarray:
     reach = max(scale, 1.0)  # of the triangle over each output pixel
     center = scale * (np.arange(size) + 0.5)[:, None]
     pixel = np.arange(length)
-    first, last = (center - reach + 0.5).astype(np.int64), (center + reach + 0.5).astype(np.int64)
-    weights = (1 - np.abs(pixel - center + 0.5) / reach).clip(0) * ((pixel >= first) & (pixel < last))
+    first, last = ((center + side * reach + 0.5).astype(np.int64) for side in (-1, 1))
+    weights = (1 - np.abs(pixel - center + 0.5) / reach).clip(0)
+    weights *= (pixel >= first) & (pixel < last)
     weights /= weights.sum(1, keepdims=True)
-    bits = next(p for p in range(23) if p == 22 or int(0.5 + weights.max() * 2 ** (p + 1)) >= 2**15)  # of a signed 16-bit weight
+    # as many as the largest weight leaves in a signed number of 16 bits
+    bits = next(p for p in range(23) if p == 22 or int(0.5 + weights.max() * 2 ** (p + 1)) >= 2**15)
     return np.floor(0.5 + weights * 2**bits) / 2**bits

@@ -1,4 +1,4 @@
-"""Decoded images in memory (`--cache-images`): decoded once by threads, and shared by the loader's processes."""
+"""Decoded images in memory (`--cache-images`), which the loader's processes share."""
 
 import os
 import sys
@@ -22,20 +22,22 @@ from moco.errors import InputError
 MODES = ("auto", "on", "off")
 SHARE, MOST = 4, 8 << 30  # auto: at most 1 / SHARE of a node's free memory, and at most 8 GiB
 _SAMPLE = 256  # files whose headers are read to estimate the size of all
-_BLOCK, _AHEAD = 16, 64  # images that a thread decodes in one turn; turns that may wait for the ones before
+_BLOCK = 16  # images that a thread decodes in one turn
+_AHEAD = 64  # turns that may be done before an earlier one is
 
 
 def load(args: Namespace, *sets: Images | None) -> list[Images | None]:
-    """Return `sets` with the images of folders in memory if `args.cache_images` says so, or else as they are.
+    """Decode the images of folders if `args.cache_images` says so; return `sets` with them in memory.
 
-    To be called on every rank, before loader processes start. Each rank has a copy of its own, so the
-    ranks of a node share the limit. Rank 0 prints one line. Images that cannot be read are left out,
-    so that the loader meets the same error as without the cache; so are large JPEGs, which it decodes
-    at a reduced size. `args` has `cache_images` and `nodes`.
+    Called on every rank, before loader processes start. Each rank has a copy of its own, so the ranks
+    of a node share the limit. Rank 0 prints one line. Unreadable images are left out, so that the
+    loader meets the same error as without the cache; so are large JPEGs, which it decodes at a reduced
+    size. `args` has `cache_images` and `nodes`.
 
     Raises InputError if the images do not fit and the option is `on`.
     """
-    folders = [one for one in sets if isinstance(one, ImageFolder) and not isinstance(one, CachedFolder)]
+    folders = [one for one in sets if isinstance(one, ImageFolder)]
+    folders = [one for one in folders if not isinstance(one, CachedFolder)]
     if args.cache_images == "off" or not folders:
         return list(sets)
     ranks = max(1, distributed.world() // args.nodes)  # of this node
@@ -48,27 +50,33 @@ def load(args: Namespace, *sets: Images | None) -> list[Images | None]:
             return list(sets)
         held = {}
         for folder, size in zip(folders, needed, strict=True):
-            held[id(folder)] = cached = _decoded(folder, min(limit, size * 5 // 4 + (64 << 20)), pool)
+            most = min(limit, size * 5 // 4 + (64 << 20))  # the estimate may be too low
+            held[id(folder)] = cached = _decoded(folder, most, pool)
             limit -= cached.pixels.numel()
     return [held.get(id(one), one) for one in sets]
 
 
 def _limit(mode: str, needed: int, free: int, ranks: int) -> int:
-    """Return how many bytes a process may hold, and print what follows for `needed` bytes. Raises InputError for `on`."""
+    """Return how many bytes a process may hold; print what that means for `needed` bytes.
+
+    Raises InputError if they do not fit and `mode` is `on`.
+    """
     limit = (min(free // SHARE, MOST) if mode == "auto" else free) // ranks
     size = f"about {_gib(needed)} decoded"
     if needed > limit and mode == "on":
         raise InputError(
             f"--cache-images on: the images take {size}, and each process may use {_gib(limit)}; leave it out, or free memory"
         )
-    rule = f"a quarter of the free {_gib(free)}, at most {_gib(MOST)}" if mode == "auto" else f"the free {_gib(free)}"
+    rule = f"free {_gib(free)}"
+    rule = f"a quarter of the {rule}, at most {_gib(MOST)}" if mode == "auto" else f"the {rule}"
     rule += f", divided among {ranks} processes" if ranks > 1 else ""
+    line = f"{size}, and the limit is {_gib(limit)} ({rule})"
     if not needed:
-        line = "images are read from their files in every epoch: these are large, and are decoded at a reduced size"
-    elif needed > limit:
-        line = f"images are read from their files in every epoch: {size}, and the limit is {_gib(limit)} ({rule})"
+        line = "these are large, and are decoded at a reduced size"
+    if 0 < needed <= limit:
+        line = f"images stay in memory: {line}"
     else:
-        line = f"images stay in memory: {size}, and the limit is {_gib(limit)} ({rule})"
+        line = f"images are read from their files in every epoch: {line}"
     if distributed.is_first():
         tqdm.write(f"{line} (--cache-images {mode})")
         sys.stdout.flush()
@@ -80,7 +88,7 @@ def _gib(size: int) -> str:
 
 
 def _agreed(needed: list[int], free: int) -> tuple[list[int], int]:
-    """Return rank 0's `needed` and the least `free` of all ranks, so that all of them decide the same."""
+    """Return rank 0's `needed` and the least `free` of all ranks: all of them decide the same."""
     if distributed.world() == 1:
         return needed, free
     found: list[tuple[list[int], int]] = [([], 0)] * distributed.world()
@@ -89,7 +97,7 @@ def _agreed(needed: list[int], free: int) -> tuple[list[int], int]:
 
 
 def _estimate(folder: ImageFolder, pool: Executor) -> int:
-    """Return about how many bytes the decoded images take, from the headers of some of the files."""
+    """Return how many bytes the decoded images take, as the headers of some files let expect."""
     rows = np.linspace(0, len(folder) - 1, min(len(folder), _SAMPLE)).astype(int)
     return round(np.mean(list(pool.map(decoded_size, map(folder.path, rows)))) * len(folder))
 
@@ -112,7 +120,10 @@ def _decoded(folder: ImageFolder, most: int, pool: Executor) -> CachedFolder:
     return CachedFolder(*fields, pixels[:end], starts, sizes)
 
 
-def _in_order(folder: ImageFolder, firsts: range, pool: Executor) -> Iterator[tuple[np.ndarray, Tensor]]:
+Block = tuple[np.ndarray, Tensor]  # height and width of each image, and all their pixels
+
+
+def _in_order(folder: ImageFolder, firsts: range, pool: Executor) -> Iterator[Block]:
     """Yield the result of `_decode_block` for each of `firsts`; only a few wait in memory."""
     waiting: deque[Future] = deque()
     for first in firsts:
@@ -123,12 +134,10 @@ def _in_order(folder: ImageFolder, firsts: range, pool: Executor) -> Iterator[tu
         yield waiting.popleft().result()
 
 
-def _decode_block(folder: ImageFolder, first: int) -> tuple[np.ndarray, Tensor]:
-    """Decode `_BLOCK` images from number `first` on.
-
-    Returns height and width of each, 0 for one that is left out, int64 [n, 2]; and their pixels, uint8.
-    """
-    images = [decode_whole(folder.path(i)) for i in range(first, min(first + _BLOCK, len(folder)))]
+def _decode_block(folder: ImageFolder, first: int) -> Block:
+    """Decode `_BLOCK` images from number `first` on. The sizes int64 [n, 2] are 0 for one left out."""
+    last = min(first + _BLOCK, len(folder))
+    images = [decode_whole(folder.path(i)) for i in range(first, last)]
     sizes = [(0, 0) if image is None else image.shape[1:] for image in images]
     flat = [image.reshape(-1) for image in images if image is not None]
     return np.array(sizes, dtype=np.int64), torch.cat([torch.empty(0, dtype=torch.uint8), *flat])
@@ -137,13 +146,14 @@ def _decode_block(folder: ImageFolder, first: int) -> tuple[np.ndarray, Tensor]:
 # Free memory.
 
 PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
-# of the two versions of Linux's control groups: their folder, limit, use, and the part of it that is given back when needed
+# Of the two versions of Linux's control groups: folder, limit, use, and what of it is given back when
+# it is needed.
 _V1 = ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
 _V2 = ("", "memory.max", "memory.current", "inactive_file")
 
 
 def free_memory() -> int:
-    """Return how many bytes this process may still use: of the machine, or of its container or job if that has less."""
+    """Return how many bytes this process may still use, of the machine and of its container or job."""
     try:
         fields = dict(line.split(":") for line in (PROC / "meminfo").read_text().splitlines())
         free = 1024 * int(fields["MemAvailable"].split()[0])
@@ -153,7 +163,7 @@ def free_memory() -> int:
 
 
 def _left_in_groups() -> Iterator[int]:
-    """Yield how much each control group with a limit has left: this process's own, and those around it."""
+    """Yield what each control group with a limit has left: this process's, and those around it."""
     try:
         lines = (PROC / "self" / "cgroup").read_text().splitlines()
     except OSError:
@@ -165,7 +175,8 @@ def _left_in_groups() -> Iterator[int]:
         for group in (Path(name), *Path(name).parents):
             folder = CGROUPS / kind / str(group).lstrip("/")
             try:
-                stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-                yield int((folder / most).read_text()) - int((folder / used).read_text()) + int(stat.get(given_back, 0))
+                stat = dict(map(str.split, (folder / "memory.stat").read_text().splitlines()))
+                limit, in_use = (int((folder / name).read_text()) for name in (most, used))
+                yield limit - in_use + int(stat.get(given_back, 0))
             except (OSError, ValueError):  # no such group here, or no limit ("max")
                 continue

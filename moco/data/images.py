@@ -47,7 +47,10 @@ class Images:
         raise NotImplementedError
 
     def together(self, rows: np.ndarray, takes: Callable[[int, int], bool]) -> Tensor | None:
-        """Return the images of `rows` uint8 [n, 3, H, W] if they lie in memory with one size, which `takes(H, W)`; else None."""
+        """Return the images of `rows`, uint8 [n, 3, H, W]; None unless they lie in memory with one size.
+
+        `takes(H, W)` says whether the caller wants images of that size.
+        """
         return None
 
     def name(self, i: int) -> str:
@@ -90,10 +93,11 @@ class ImageFolder(Images):
 
 @dataclass(frozen=True)
 class CachedFolder(ImageFolder):
-    """An `ImageFolder` of which decoded images lie in memory (see `cache`). The others are read from their files.
+    """An `ImageFolder` with decoded images in memory (see `cache`). Any others are read from their files.
 
-    `pixels` is uint8 and holds one image after the other; a tensor, because PyTorch shares its memory with loader processes however
-    these are started. `starts` [N] says where each begins, -1 for one that is not there, and `sizes` [N, 2] are height and width.
+    `pixels` is uint8 and holds one image after the other. It is a tensor because PyTorch shares its
+    memory with loader processes however these are started. `starts` [N] says where each image begins,
+    or is -1 if the image is not there; `sizes` [N, 2] are height and width.
     """
 
     pixels: Tensor
@@ -112,8 +116,8 @@ class CachedFolder(ImageFolder):
         if (starts < 0).any() or (sizes != sizes[0]).any() or not takes(height, width):
             return None
         # NumPy copies rows of bytes eight times as fast as PyTorch
-        found = np.lib.stride_tricks.sliding_window_view(self.pixels.numpy(), 3 * height * width)[starts]
-        return torch.from_numpy(found).view(len(rows), 3, height, width)
+        windows = np.lib.stride_tricks.sliding_window_view(self.pixels.numpy(), 3 * height * width)
+        return torch.from_numpy(windows[starts]).view(len(rows), 3, height, width)
 
     def part(self, rows: np.ndarray) -> "CachedFolder":
         return replace(super().part(rows), starts=self.starts[rows], sizes=self.sizes[rows])
@@ -151,7 +155,7 @@ def decode(path: str, reduction: Reduction = whole) -> Tensor:
         if not len(data):
             raise InputError(f"{path}: empty image file; remove or replace it")
         raw = memoryview(data.numpy())  # to look at an element of a tensor takes a while
-        if raw[:2] != b"\xff\xd8":  # torchvision's decoder of PNGs ends the process at some damaged ones
+        if raw[:2] != b"\xff\xd8":  # torchvision's decoder of PNGs ends the process at damaged ones
             return _decode_with_pil(path)
         _check_size(path, raw)
         if len(data) > _LARGE:
@@ -168,7 +172,7 @@ class _Shrinks(Exception):
 
 
 def decode_whole(path: str) -> Tensor | None:
-    """Return what `decode` makes of `path` whatever its `reduction`; None for large JPEGs and for what cannot be read."""
+    """Return what `decode` makes of `path` with any `reduction`; None for large JPEGs and unreadable files."""
 
     def refuse(height: int, width: int) -> int:
         raise _Shrinks
@@ -180,7 +184,7 @@ def decode_whole(path: str) -> Tensor | None:
 
 
 def decoded_size(path: str) -> int:
-    """Return how many bytes `decode_whole` makes of `path`, by the file's header; 0 where it returns None."""
+    """Return the size of the result of `decode_whole` in bytes, by the file's header; 0 if that is None."""
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
             return 0  # a pipe would be waited for

@@ -79,7 +79,7 @@ class CenterCrop(NamedTuple):
         return 1
 
     def takes(self, height: int, width: int) -> bool:
-        """Return whether `at_once` takes images of this size; of larger ones, a batch would take much memory."""
+        """Return whether `at_once` takes images of this size. A batch of larger ones takes much memory."""
         return max(height, width) <= 256
 
     def at_once(self, images: Tensor, epochs: np.ndarray, indices: np.ndarray) -> list[Tensor]:
@@ -115,13 +115,13 @@ class Views(Dataset):
         return InputError(f"{unreadable[0][1]}; nor could {REPLACEMENTS} others be read in its place")
 
     def __getitems__(self, places: list[Place]) -> Batch | list:
-        """Return what `collate` gets: the batch, if its images lie in memory and can be cut at once, or else its samples."""
+        """Return what `collate` gets: a Batch if the images lie in memory and `cut` takes them, else samples."""
         epochs, indices = np.array(places).T.copy()
         images = self.images.together(indices, self.cut.takes)
         if images is None:
             return [self[place] for place in places]
-        label = torch.from_numpy(self.images.labels[indices])
-        return Batch(self.cut.at_once(images, epochs, indices), torch.from_numpy(indices), label, [])
+        views = self.cut.at_once(images, epochs, indices)
+        return Batch(views, *map(torch.from_numpy, (indices, self.images.labels[indices])), [])
 
 
 REPLACEMENTS = 10  # images tried in an unreadable one's place

@@ -339,7 +339,8 @@ class Classification(Trainer):
         return {f"val_{name}": value for name, value in self.accuracy.items()}
 
     def keep_in_memory(self) -> None:
-        self.images, self.val, self.held_out = cache.load(self.args, self.images, self.val, self.held_out)
+        sets = self.images, self.val, self.held_out
+        self.images, self.val, self.held_out = cache.load(self.args, *sets)
 
     def save_inside(self, epoch: int, step: int) -> Path:
         return self.save("checkpoint.pth.tar", epoch, step)

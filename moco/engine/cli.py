@@ -440,8 +440,8 @@ def add_input(
         "--cache-images",
         choices=cache.MODES,
         default="auto",
-        help="decode the images of a folder once, and keep them in memory; auto: if they take at most a quarter of what is free "
-        f"on the node, and at most {cache.MOST >> 30} GiB",
+        help="decode the images of a folder once, and keep them in memory; auto: if they take at most "
+        f"a quarter of the node's free memory, and at most {cache.MOST >> 30} GiB",
     )
     size = "" if arch else "; read from the checkpoint, else 224"
     group.add_argument(
@@ -646,7 +646,8 @@ def add_feature_rules(parser: Parser) -> None:
     """Declare the options without effect in a script that classifies features."""
     centre = "this script sees the centre of each image, and trains nothing; leave it out"
     parser.has_effect("recipe crop_min randaugment grad_checkpoint", lambda args: False, centre)
-    parser.has_effect("cache_images", lambda args: False, "this script reads each image once; leave it out")
+    once = "this script reads each image once; leave it out"
+    parser.has_effect("cache_images", lambda args: False, once)
     files = "batch_size workers image_size amp compile data dataset download data_name seed"
     parser.has_effect(files, lambda args: not args.load_features, "features come from files (--load-features)", refuse=False)
 
