@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, on_two_ranks
 from PIL import Image
 
 from moco import distributed
@@ -555,6 +555,21 @@ def test_images_that_do_not_fit(mixed, monkeypatch, capsys):
     assert "divided among 2 processes" in capsys.readouterr().out
     monkeypatch.setattr(cache, "MOST", 2 * size)
     assert isinstance(cached(mixed, mode="auto")[0], CachedFolder)
+
+
+def decide(rank, folder, free):
+    """Whether this rank holds the images, if it has `free` bytes for each byte that they take."""
+    needed = sum(3 * decode(folder.path(i))[0].numel() for i in range(20))
+    cache.free_memory = lambda: round(free[rank] * needed)
+    held, _ = cache.load(Namespace(cache_images="auto", nodes=1), folder, None)
+    return isinstance(held, CachedFolder)
+
+
+def test_ranks_decide_by_the_least_memory_of_any(mixed, tmp_path):
+    free = {"enough": (8.1, 9), "little": (9, 7.9), "little first": (7.9, 9)}
+    checks = {name: (decide, mixed, ratios) for name, ratios in free.items()}
+    of = on_two_ranks(checks, tmp_path)
+    assert {name: of(name) for name in free} == {"enough": [True] * 2, "little": [False] * 2, "little first": [False] * 2}
 
 
 def test_images_beyond_a_wrong_estimate_stay_on_disk(mixed, monkeypatch):
