@@ -8,28 +8,40 @@ v2        torchvision.transforms.v2 on tensors
 lightly   lightly's MoCoV2Transform, where lightly is installed
 
 host_over_pil is how many times the images a second of pil host makes, and so on.
+
+With --small: an epoch of two views of 32-pixel images, which lie in memory, as in MoCo's demo on
+CIFAR-10. Every pipeline has two processes that work, with one thread each.
+
+ours      one worker that crops; colour work and normalization in the main process
+pil       torchvision on PIL images, DataLoader with two workers
+crops     ours without the colour work
+colours   the colour work alone, in the main process
 """
 
+import argparse
 import io
 import itertools
 import random
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import measure
+import numpy as np
 import skimage.data
 import torch
 from PIL import Image, ImageFilter
 from sklearn.datasets import load_sample_images
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms as v1
 from torchvision.io import ImageReadMode, decode_image, read_file
 from torchvision.transforms import v2
 
 from moco.augment import color
-from moco.augment.recipes import MEAN, STD, recipe
-from moco.data import datasets, loader
+from moco.augment.recipes import MEAN, STD, View, recipe
+from moco.data import cache, datasets, loader
+from moco.data.images import ImageArray
 
 WIDTH, HEIGHT = 500, 375
 BYTES = range(80_000, 110_001)
@@ -38,13 +50,23 @@ Transform = Callable[[Image.Image | Tensor], Tensor]
 
 def main() -> None:
     parser = measure.parser(__doc__.splitlines()[0])
-    parser.add_argument("--images", type=int, default=32, help="in one batch")
-    parser.add_argument("--size", type=int, default=224, help="pixels of a view")
+    parser.set_defaults(rounds=None)
+    parser.add_argument("--small", action="store_true", help="an epoch of 32-pixel images in memory")
+    own = "of --small: a folder with train/CLASS/*.jpg of equal size, instead of patches"
+    parser.add_argument("--data", type=Path, help=own)
+    count = "in one batch (32); of --small: in an epoch (50,000)"
+    parser.add_argument("--images", type=int, help=count)
+    parser.add_argument("--batch", type=int, default=512, help="of --small: images in one batch")
+    parser.add_argument("--size", type=int, default=224, help="pixels of a view; of --small: 32")
     parser.add_argument("--compile", action="store_true", help="have torch.compile fuse our colour operations")
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.compile:
         color.fuse()
+    if args.small:
+        small(args)
+        return
+    args.images, args.rounds = args.images or 32, args.rounds or 15
     with tempfile.TemporaryDirectory() as root:
         sizes = make(Path(root) / "train" / "photo", args.images)
         folder = datasets.scan(Path(root), "train")
@@ -69,6 +91,95 @@ def main() -> None:
         "KB": f"{min(sizes) // 1000}-{max(sizes) // 1000}",
     }
     measure.report("loader", table, ratios, facts, args.json)
+
+
+# Small images.
+
+
+SMALL = (View(size=32, scale=(0.08, 1.0), jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=0.8, gray_p=0.2),) * 2
+
+
+def small(args: argparse.Namespace) -> None:
+    """Measure an epoch of --images small images in both pipelines."""
+    images = in_memory(args.data, args.images or 50_000)
+    ready = next(batches(images, args.batch))
+    steps = len(images) // args.batch
+    theirs = DataLoader(Pil(images), args.batch, shuffle=True, num_workers=2, drop_last=True)
+    candidates = {
+        "ours": lambda: sum(len(coloured(batch)) for batch in batches(images, args.batch)),
+        "pil": lambda: sum(len(batch) for batch in theirs),
+        "crops": lambda: sum(len(batch) for batch in batches(images, args.batch)),
+        "colours": lambda: sum(len(coloured(ready)) for _ in range(steps)),
+    }
+    times = measure.side_by_side(candidates, args.rounds or 3, torch.device("cpu"), warm=0)
+    n = steps * args.batch
+    table = [
+        {"pipeline": name, "s/epoch": s, "us/view": 1e6 * s / (2 * n), "images/s": n / s}
+        for name, s in measure.medians(times).items()
+    ]
+    facts = {"images": n, "batch": args.batch, "compile": args.compile}
+    ratios = {"ours_over_pil": measure.ratio(times["pil"], times["ours"])}
+    measure.report("loader_small", table, ratios, facts, args.json)
+
+
+def in_memory(data: Path | None, n: int) -> ImageArray:
+    """Return n images of 32 pixels: those of a folder, or patches of photographs."""
+    draw = np.random.default_rng(0)
+    if data:
+        folder = datasets.scan(data, "train")
+        rows = draw.permutation(len(folder))[:n]
+        (held,) = cache.load(argparse.Namespace(cache_images="on", nodes=1), folder.part(rows))
+        pixels = held.together(np.arange(len(held)), lambda height, width: True).numpy()
+    else:
+        sources = photographs()
+        pixels = np.empty((n, 3, 32, 32), dtype=np.uint8)
+        for i in range(n):
+            source = sources[i % len(sources)]
+            top, left = (draw.integers(0, side - 31) for side in source.shape[:2])
+            pixels[i] = source[top : top + 32, left : left + 32].transpose(2, 0, 1)
+    return ImageArray(Path(data or "."), np.zeros(len(pixels), dtype=np.int64), ("",), pixels)
+
+
+def batches(images: ImageArray, batch: int) -> Iterator[loader.Batch]:
+    """Yield the batches of the next epoch, as a training run on a CPU reads them."""
+    epoch = next(_epochs)
+    options = argparse.Namespace(workers=1, batch_size=batch, batch_per_process=batch)
+    order = loader.TrainOrder(len(images), batch, 1, seed=0)
+    order.start, order.stop = epoch * order.steps_per_epoch, (epoch + 1) * order.steps_per_epoch
+    cut = loader.RandomCrops(SMALL, seed=0)
+    return loader.batches(images, cut, order, options, torch.device("cpu"))
+
+
+def coloured(batch: loader.Batch) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(next(_epochs))
+    return [color.augment(crops, view, generator) for crops, view in zip(batch.views, SMALL, strict=True)]
+
+
+class Pil(Dataset):
+    """Two views of each image by torchvision's transforms of PIL images, as MoCo's demo has it."""
+
+    def __init__(self, images: ImageArray):
+        self.pixels = np.ascontiguousarray(images.pixels.transpose(0, 2, 3, 1))  # [N, H, W, 3]
+        self.transform = v1.Compose(
+            [
+                v1.RandomResizedCrop(32),
+                v1.RandomHorizontalFlip(),
+                v1.RandomApply([v1.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
+                v1.RandomGrayscale(p=0.2),
+                v1.ToTensor(),
+                v1.Normalize(MEAN, STD),
+            ]
+        )
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
+        image = Image.fromarray(self.pixels[i])
+        return self.transform(image), self.transform(image)
+
+
+# JPEGs of ImageNet's size.
 
 
 _epochs = itertools.count()  # every round draws anew, as the others do
@@ -131,14 +242,18 @@ def lightly(size: int) -> Callable[[Image.Image], list[Tensor]] | None:
     return MoCoV2Transform(input_size=size)
 
 
+def photographs() -> list[np.ndarray]:
+    """Return photographs, uint8 [H, W, 3]."""
+    return [skimage.data.astronaut(), skimage.data.coffee(), skimage.data.immunohistochemistry(), *load_sample_images().images]
+
+
 def make(folder: Path, images: int) -> list[int]:
     """Write JPEGs of 500x375 pixels and 80 to 110 KB, cut from real photographs; returns their sizes in bytes."""
     folder.mkdir(parents=True)
-    arrays = [skimage.data.astronaut(), skimage.data.coffee(), skimage.data.immunohistochemistry(), *load_sample_images().images]
-    photographs = [Image.fromarray(array) for array in arrays]
+    sources = [Image.fromarray(array) for array in photographs()]
     draw, sizes = random.Random(0), []
     while len(sizes) < images:
-        photograph = draw.choice(photographs)
+        photograph = draw.choice(sources)
         left, top = draw.randint(0, photograph.width - WIDTH), draw.randint(0, photograph.height - HEIGHT)
         patch = photograph.crop((left, top, left + WIDTH, top + HEIGHT))
         for quality in range(98, 50, -2):

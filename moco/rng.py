@@ -6,6 +6,7 @@ needs no saved state. The mixing function is SplitMix64's (Steele, Lea & Flood, 
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 ORDER, CROP, COLOR, SHUFFLE, NEGATIVES, SPLIT, LAYERS, REPLACEMENT = range(8)  # what a draw is for: the first counter of every key
@@ -14,23 +15,35 @@ _MASK = (1 << 64) - 1
 _GAMMA = 0x9E3779B97F4A7C15
 
 
-def _mix(z: int) -> int:
+Key = int | np.ndarray  # 64 bits; of an array, which is of uint64, each element is a key of its own
+
+
+def _mix(z: Key) -> Key:
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
     return z ^ (z >> 31)
 
 
-def key(*counters: int) -> int:
-    """Fold integers such as (CROP, seed, epoch, index, view) into one 64-bit key."""
-    folded = 0
+def key(*counters: Key) -> Key:
+    """Fold integers such as (CROP, seed, epoch, index, view) into one 64-bit key.
+
+    A counter may be an array of int64 or uint64 [n]: then the result is an array of the keys that its
+    elements give, uint64 [n].
+    """
+    folded: Key = 0
     for counter in counters:
-        folded = _mix((folded + _GAMMA + counter) & _MASK)
+        # reduced to 64 bits before they meet: an array takes no larger number
+        counter = counter.astype(np.uint64) if isinstance(counter, np.ndarray) else counter & _MASK
+        folded = _mix((((folded + _GAMMA) & _MASK) + counter) & _MASK)
     return folded
 
 
-def uniform(key: int, i: int) -> float:
-    """The i-th uniform number in [0, 1) of the stream that `key` names."""
-    return (_mix((key + (i + 1) * _GAMMA) & _MASK) >> 11) * 2.0**-53
+def uniform(key: Key, i: int) -> float | np.ndarray:
+    """Return the i-th uniform number in [0, 1) of the stream that `key` names.
+
+    For an array of keys [n], return the i-th number of each, float64 [n].
+    """
+    return (_mix((key + ((i + 1) * _GAMMA & _MASK)) & _MASK) >> 11) * 2.0**-53
 
 
 def generator(device: torch.device | str, *counters: int) -> torch.Generator:

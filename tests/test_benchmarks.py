@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, shell
+from conftest import ROOT, shell, write_images
 
 
 def run(name: str, tmp_path, *options: object) -> dict:
@@ -54,6 +54,14 @@ def test_loader(tmp_path):
     assert {"host", "cpu", "pil", "v2"} <= {row["pipeline"] for row in found["rows"]}
     low, high = map(int, found["KB"].split("-"))
     assert 80 <= low <= high <= 110
+
+
+@pytest.mark.parametrize("from_files", [False, True])
+def test_loader_with_small_images(tmp_path, from_files):
+    files = ("--data", write_images(tmp_path / "images", classes=2, train=20, size=32)) if from_files else ()
+    found = run("loader", tmp_path, "--small", "--images", 40, "--batch", 16, *files)
+    assert found["images"] == 32 and found["ours_over_pil"] > 0
+    assert [row["pipeline"] for row in found["rows"]] == ["ours", "pil", "crops", "colours"]
 
 
 def test_step(tmp_path):

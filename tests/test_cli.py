@@ -17,6 +17,7 @@ from PIL import Image
 import main_adco
 import main_lincls
 import main_synco
+from moco.data import cache
 from moco.engine import launch
 from moco.errors import InputError, unknown
 
@@ -106,6 +107,41 @@ def test_truncated_image_is_named(script, images, tmp_path):
     file.write_bytes(file.read_bytes()[:400])
     result = script("main_synco", images, *SMALL, "--save-dir", tmp_path / "run", "--on-bad-image", "error")
     refused(result, "class1/0.jpg", "unreadable")
+
+
+def losses(run):
+    lines = map(json.loads, (run / "log.jsonl").read_text().splitlines())
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+def test_images_in_memory_change_no_loss(script, images, tmp_path):
+    (images / "train" / "class0" / "3.jpg").write_text("no image")
+    found = {}
+    for mode in ("on", "off"):
+        # views of 8 pixels: too small for the images to be cropped a batch at once
+        options = (*SMALL, "--image-size", 8, "-p", 1, "--save-dir", tmp_path / mode)
+        status, out, err = script("main_synco", images, *options, "--cache-images", mode)
+        assert status == 0 and err.count("skipped, another image takes its place") == 1 and "class0/3.jpg" in err
+        assert ("images stay in memory: about" in out) == (mode == "on")
+        found[mode] = losses(tmp_path / mode)
+    assert len(found["on"]) == 3 and found["on"] == found["off"]
+
+
+def test_images_that_must_stay_in_memory_and_do_not_fit(script, images, tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, "free_memory", lambda: 100_000)
+    result = script("main_synco", images, *SMALL, "--save-dir", tmp_path / "run", "--cache-images", "on")
+    refused(result, "--cache-images on", "leave it out, or free memory")
+
+
+def test_images_that_are_read_once_are_not_kept(script, images):
+    refused(script("main_knn", images, "-a", "resnet18", "--cache-images", "on"), "reads each image once")
+
+
+@pytest.mark.parametrize("mode", ["on", "off", "auto"])
+def test_on_and_off_of_a_recipe_are_words(tmp_path, mode):
+    """YAML takes them for true and false."""
+    (tmp_path / "recipe.yaml").write_text(f"cache-images: {mode}\n")
+    assert main_synco.parser().parse(["photos", "--cfg", str(tmp_path / "recipe.yaml")]).cache_images == mode
 
 
 def test_fewer_images_than_a_batch(script, images, tmp_path):

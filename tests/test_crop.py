@@ -1,7 +1,8 @@
-"""Random boxes and crops against torchvision's: their distribution, their place in the image, their pixels."""
+"""Random boxes and crops against torchvision's: their distribution, place and pixels; a batch at once against one by one."""
 
 import random
 
+import numpy as np
 import pytest
 import torch
 from scipy.stats import ks_2samp
@@ -9,9 +10,10 @@ from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2 import RandAugment
 from torchvision.transforms.v2 import functional as F
 
+from moco.augment import crop
 from moco.augment.crop import center_view, randaugment, random_box, random_boxes, random_views, resized_crop
-from moco.augment.recipes import View
-from moco.rng import CROP, key
+from moco.augment.recipes import View, recipe
+from moco.rng import CROP, key, uniform
 
 DRAWS = 10_000
 RATIO = (3 / 4, 4 / 3)
@@ -179,3 +181,79 @@ def test_center_view_has_torchvisions_pixels(height, width, size):
     assert ours.shape == (3, size, size) and ours.is_contiguous()
     theirs = F.center_crop(F.resize(image, [{32: 37, 224: 256}[size]], antialias=True), [size, size])
     assert max_difference(ours, theirs) <= 1
+
+
+# A batch at once
+
+
+def test_keys_and_uniform_numbers_of_arrays_are_those_of_each_element():
+    indices = np.array([0, 1, 7, 2**31, 2**40, 2**63 - 1])
+    epochs = np.array([-3, -1, 0, 1, 5, 199])
+    for seed in (0, 2**63, 2**64 - 1):
+        keys = key(CROP, seed, epochs, indices, 1)
+        alone = [key(CROP, seed, int(e), int(i), 1) for e, i in zip(epochs, indices, strict=True)]
+        assert keys.dtype == np.uint64 and keys.tolist() == alone
+        for i in (0, 3, 40):
+            assert uniform(keys, i).tolist() == [uniform(one, i) for one in alone]
+    assert key(CROP, -1, indices, 3).tolist() == [key(CROP, -1, int(i), 3) for i in indices]
+
+
+@pytest.mark.parametrize("scale", [(0.08, 1.0), (0.2, 1.0), (0.9, 1.0), (4, 4)])
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (1, 1), (20, 90), (200, 30)])
+def test_boxes_at_once_are_those_one_by_one(height, width, scale):
+    view = View(scale=scale)
+    keys = key(CROP, 0, np.arange(3000), 1)
+    boxes = crop.random_boxes_at_once(height, width, view, keys)
+    assert boxes.tolist() == [list(random_box(height, width, view, one)) for one in keys.tolist()]
+
+
+def test_a_side_that_may_be_rounded_either_way_is_drawn_one_by_one(monkeypatch):
+    """NumPy's power may differ from Python's in the last bit; here it differs by more, where a side is nearly halfway."""
+    keys, view, asked = key(CROP, 0, np.arange(64), 0), View(scale=(0.25, 0.25), ratio=(1.0, 1.0)), []
+    expected = [list(random_box(33, 33, view, one)) for one in keys.tolist()]  # 16.5 to 16, or 17
+    one_by_one = crop.random_box
+    monkeypatch.setattr(crop, "random_box", lambda *args: asked.append(args[-1]) or one_by_one(*args))
+    assert crop.random_boxes_at_once(33, 33, view, keys).tolist() == expected
+    assert sorted(asked) == sorted(keys.tolist())
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "size"),
+    [(32, 32, 32), (32, 32, 24), (32, 32, 96), (48, 64, 32), (64, 48, 16), (64, 64, 64), (7, 50, 17), (1, 1, 8), (3, 64, 16)],
+)
+def test_crops_at_once_have_the_pixels_of_crops_one_by_one(height, width, size):
+    """Up to one grey level, because PyTorch's own code depends on the processor; on most they are equal."""
+    n = 150  # more than two chunks
+    images = torch.stack([noise(height, width, seed) for seed in range(n)])
+    images[::2] = F.gaussian_blur(images[::2], [5, 5], [1.5, 1.5]) if min(height, width) > 3 else images[::2]
+    boxes = crop.random_boxes_at_once(height, width, View(scale=(0.01, 1.0)), key(size, np.arange(n)))
+    boxes[:2] = [(0, 0, height, width), (height - 1, width - 1, 1, 1)]
+    ours = crop.resized_crops(images, boxes, size)
+    alone = torch.stack([resized_crop(image, tuple(box), size) for image, box in zip(images, boxes.tolist(), strict=True)])
+    assert ours.is_contiguous() and max_difference(ours, alone) <= 1
+    assert (ours != alone).float().mean() < 0.01
+
+
+def test_random_views_at_once_are_those_one_by_one():
+    images = torch.stack([noise(32, 40, seed) for seed in range(70)])
+    views = (View(size=32), View(size=16, scale=(0.1, 0.3)))
+    epochs, indices = np.full(70, 3), np.arange(70) * 11
+    assert crop.can_crop_at_once(32, 40, views)
+    ours = crop.random_views_at_once(images, views, CROP, 5, epochs, indices)
+    for i in range(70):
+        alone = random_views(images[i], views, CROP, 5, 3, 11 * i)
+        assert all(max_difference(a[i], b) <= 1 for a, b in zip(ours, alone, strict=True))
+
+
+def test_large_images_much_smaller_views_and_randaugment_are_cropped_one_by_one():
+    assert crop.can_crop_at_once(64, 64, recipe("mocov2", 32)) and crop.can_crop_at_once(32, 32, recipe("byol", 32))
+    assert not crop.can_crop_at_once(32, 65, recipe("mocov2", 32))
+    assert not crop.can_crop_at_once(64, 64, (View(size=32), View(size=15)))
+    assert not crop.can_crop_at_once(32, 32, recipe("fnc", 32))
+
+
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (37, 37), (40, 33), (5, 100)])
+def test_center_views_of_a_batch_are_those_one_by_one(height, width):
+    images = torch.stack([noise(height, width, seed) for seed in range(9)])
+    ours = center_view(images, 32)
+    assert ours.is_contiguous() and torch.equal(ours, torch.stack([center_view(image, 32) for image in images]))

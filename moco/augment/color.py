@@ -6,7 +6,7 @@ and each takes its parameter as a tensor [B].
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,46 +25,58 @@ def grayscale(x: Tensor) -> Tensor:
     return (0.2989 * r).add_(g, alpha=0.587).add_(b, alpha=0.114)
 
 
-def blend(x: Tensor, brightness: Tensor, contrast: Tensor, saturation: Tensor) -> Tensor:
+def blend(x: Tensor, brightness: Tensor, contrast: Tensor, saturation: Tensor, out: Tensor | None = None) -> Tensor:
     """Apply at most one of the three blends to each sample (the other factors of that sample are 1), [B] each.
 
     factor x + (1 - factor) other, clamped to [0, 1], where other is 0, the mean luma, or the pixel's luma.
+    `out` may be `x`.
     """
+    factors = (brightness * contrast * saturation, contrast, saturation)
+    factor, contrast, saturation = (f.view(-1, 1, 1, 1) for f in factors)
     gray = grayscale(x)
-    factor, contrast, saturation = ((f)[:, None, None, None] for f in (brightness * contrast * saturation, contrast, saturation))
-    other = (1 - contrast) * gray.mean((2, 3), keepdim=True) + (1 - saturation) * gray
-    return torch.addcmul(other, factor, x).clamp_(0, 1)
+    mean = (1 - contrast) * gray.mean((2, 3), keepdim=True)
+    return torch.addcmul(gray.mul_(1 - saturation).add_(mean), factor, x, out=out).clamp_(0, 1)
 
 
-def adjust_hue(x: Tensor, shift: Tensor) -> Tensor:
-    """Turn the hue by `shift` [B] of a full turn, in [-.5, .5], through HSV.
+def adjust_hue(x: Tensor, shift: Tensor, out: Tensor | None = None) -> Tensor:
+    """Turn the hue by `shift` [B] of a full turn, in [-.5, .5], through HSV. `out` may be `x`.
 
-    Masks are floats and there is no torch.where: on a CPU these are many times faster.
+    There are no masks and no torch.where: on a CPU other operations are many times faster.
     """
     r, g, b = x.unbind(1)
     largest = torch.maximum(torch.maximum(r, g), b)
     smallest = torch.minimum(torch.minimum(r, g), b)
     chroma = largest - smallest
-    red, green = ((channel - largest).sign_().add_(1) for channel in (r, g))  # 1 where the channel is the largest, else 0
-    # hue in sixths of a turn: which channel is largest fixes the sector (red before green before blue on ties)
-    hue = (r - g).add_(chroma, alpha=4)
-    hue.addcmul_(green, (b - r).add_(chroma, alpha=2).sub_(hue))
-    hue.addcmul_(red, (g - b).sub_(hue))
-    hue.div_(chroma.clamp_min(1e-12)).add_(6 * shift[:, None, None])
-    hue.sub_((hue / 6).floor_(), alpha=6)  # in [0, 6)
-    # red is least around hue 3, green largest around 2, blue largest around 4
-    channels = [
-        torch.addcmul(here, (hue - center).abs_().sub_(1).clamp_(0, 1), chroma, value=sign)
-        for here, center, sign in ((smallest, 3, 1), (largest, 2, -1), (largest, 4, -1))
+    above, below = largest + chroma, smallest - chroma
+    # The hue from cyan, in [-.5, .5] of a turn. Its size is (2 + (r - g - b + smallest) / chroma) / 6, as
+    # each of the six sectors shows: 0 for cyan, .5 for red. It is negative if green is above blue.
+    hue = torch.copysign((above + r).sub_(g).sub_(b), b - g)
+    hue = torch.addcdiv(shift.view(-1, 1, 1), hue, chroma.clamp_min(1e-12), value=1 / 6)
+    hue.sub_(hue.round())
+    # red is least around 0, green is largest around -1/6, blue around 1/6; each changes within a sixth
+    # of a turn, which begins a sixth from there
+    red, green, blue = (distance.abs_().clamp_(1 / 6, 1 / 3) for distance in (hue.clone(), hue + 1 / 6, hue - 1 / 6))
+    parts = ((below, red, 6), (above, green, -6), (above, blue, -6))
+    channels = out.unbind(1) if out is not None else (None, None, None)
+    turned = [
+        torch.addcmul(base, distance, chroma, value=slope, out=channel)
+        for channel, (base, distance, slope) in zip(channels, parts, strict=True)
     ]
-    return torch.stack(channels, 1)
+    return torch.stack(turned, 1) if out is None else out
 
 
 @functools.cache
 def fuse() -> None:
     """Let torch.compile fuse what `blend` and `adjust_hue` do, in this process from now on."""
     for operation in (blend, adjust_hue):
-        globals()[operation.__name__] = torch.compile(operation, dynamic=True)
+        compiled = torch.compile(operation, dynamic=True)
+        globals()[operation.__name__] = functools.partial(_fused, compiled)
+
+
+def _fused(operation: Callable[..., Tensor], *inputs: Tensor, out: Tensor | None = None) -> Tensor:
+    """Call a compiled operation, and copy its result to `out`: torch.compile fails to write there."""
+    result = operation(*inputs)
+    return result if out is None else out.copy_(result)
 
 
 def gaussian_blur(x: Tensor, sigma: Tensor, radius: int) -> Tensor:
@@ -116,6 +128,10 @@ class Draws:
     solarize: Tensor
     flip: Tensor
 
+    def part(self, rows: Tensor) -> "Draws":
+        """Return the draws of the samples `rows`."""
+        return Draws(**{name: values[rows] for name, values in vars(self).items()})
+
 
 def draw(view: View, n: int, generator: torch.Generator) -> Draws:
     """Draw the parameters of `n` samples for `view`, on the CPU, so that CPU and GPU runs see the same views."""
@@ -142,12 +158,14 @@ def draw(view: View, n: int, generator: torch.Generator) -> Draws:
 def apply(x: Tensor, view: View, draws: Draws) -> Tensor:
     """Colour, flip and normalize `x` [B, 3, H, W] (uint8, or float in [0, 1]) as `draws` says; returns float32.
 
-    The draws lie on the CPU, so the rows that an operation touches are known without waiting for the device. A GPU works
-    on all rows of an operation at once. So does a CPU on small images; of large ones it takes one after the other, each of
-    which stays in its cache until it is done.
+    The draws lie on the CPU, so the rows that an operation touches are known without waiting for the
+    device. A GPU works on all rows of an operation at once. A CPU takes small images in chunks and large
+    ones one by one, which stay in its cache until they are done.
     """
-    alone = x.device.type == "cpu" and x.shape[-2] * x.shape[-1] > _SMALL
-    return (_apply_by_image if alone else _apply_by_operation)(x, view, draws)
+    if x.device.type != "cpu":
+        return _apply_by_operation(x, view, draws)
+    pixels = x.shape[-2] * x.shape[-1]
+    return _apply_by_image(x, view, draws) if pixels > _SMALL else _apply_by_chunk(x, view, draws)
 
 
 def augment(x: Tensor, view: View, generator: torch.Generator) -> Tensor:
@@ -159,35 +177,49 @@ def _to_float(x: Tensor) -> Tensor:
     return x.float().mul_(1 / 255) if x.dtype == torch.uint8 else x.to(torch.float32, copy=True)
 
 
-# On a GPU, and where images are small: each operation on all of its rows.
+# On a GPU, and on a CPU for a chunk of small images: each operation on all of its rows.
 
 
 def _apply_by_operation(x: Tensor, view: View, draws: Draws) -> Tensor:
     x = _to_float(x)
     operations = {"jitter": _jitter, "gray": _gray, "blur": _blur, "solarize": _solarize}
-    for name in view.order:
+    operations["flip"] = _flip
+    for name in (*view.order, "flip"):
         rows = getattr(draws, name).nonzero().squeeze(1)
         if len(rows):
             x = operations[name](x, rows, view, draws)
-    flip = draws.flip.nonzero().squeeze(1).to(x.device, non_blocking=True)
-    x[flip] = x[flip].flip(-1)
-    return normalize(x, view.mean, view.std)
+    return normalize(x, view.mean, view.std, out=x)
 
 
 def _jitter(x: Tensor, rows: Tensor, view: View, draws: Draws) -> Tensor:
-    order, factors = draws.order[rows], draws.factors[rows]
+    # sorted by the slot in which their hue turns: these rows lie together, and so do those before and after
+    slots = _slot_of_hue(draws.order[rows])
+    rows = rows[slots.argsort(stable=True)]
+    ends = slots.bincount(minlength=4).cumsum(0).tolist()
+    operation = draws.order[rows, :, None] == torch.arange(4)  # [b, slot, 4]: one True in each slot
+    coefficients = torch.where(operation, draws.factors[rows, None], torch.ones(()))[..., :_HUE]
+    coefficients = coefficients.to(x.device, non_blocking=True)
+    shift = draws.factors[rows, _HUE].to(x.device, non_blocking=True)
+    in_place = torch.equal(rows, torch.arange(len(x)))
     rows = rows.to(x.device, non_blocking=True)
-    y = x[rows]
-    for slot in range(4):
-        operation = order[:, slot, None] == torch.arange(4)  # [b, 4], one True in each row
-        coefficients = torch.where(operation, factors, torch.ones(()))[:, :_HUE].to(x.device, non_blocking=True)
-        y = blend(y, *coefficients.unbind(1))
-        hue = operation[:, _HUE].nonzero().squeeze(1)
-        shift = factors[hue, _HUE].to(x.device, non_blocking=True)
-        hue = hue.to(x.device, non_blocking=True)
-        if len(hue) and view.jitter[_HUE]:
-            y[hue] = adjust_hue(y[hue], shift)
-    return x.index_copy_(0, rows, y)
+    y = x if in_place else x.index_select(0, rows)
+    for slot, (first, last) in enumerate(zip([0, *ends], ends, strict=False)):
+        for part in (slice(0, first), slice(last, len(y))):
+            if len(y[part]):
+                blend(y[part], *coefficients[part, slot].unbind(1), out=y[part])
+        if first < last and view.jitter[_HUE]:
+            adjust_hue(y[first:last], shift[first:last], out=y[first:last])
+    return x if in_place else x.index_copy_(0, rows, y)
+
+
+def _slot_of_hue(order: Tensor) -> Tensor:
+    """Return in which of the four slots of the jitter each sample's hue turns, [B]."""
+    return (order == _HUE).int().argmax(1)
+
+
+def _flip(x: Tensor, rows: Tensor, view: View, draws: Draws) -> Tensor:
+    rows = rows.to(x.device, non_blocking=True)
+    return x.index_copy_(0, rows, x[rows].flip(-1))
 
 
 def _gray(x: Tensor, rows: Tensor, view: View, draws: Draws) -> Tensor:
@@ -208,6 +240,29 @@ def _radius(x: Tensor, view: View) -> int:
 def _solarize(x: Tensor, rows: Tensor, view: View, draws: Draws) -> Tensor:
     rows = rows.to(x.device, non_blocking=True)
     return x.index_copy_(0, rows, solarize(x[rows]))
+
+
+# On a CPU, where images are small: chunks that stay in its cache. If there are many images, those of a
+# chunk turn their hue in the same slot of the jitter, so that none has to be moved.
+
+_CHUNK = 128  # images
+
+
+def _apply_by_chunk(x: Tensor, view: View, draws: Draws) -> Tensor:
+    slots = torch.where(draws.jitter, _slot_of_hue(draws.order), 4)
+    sizes = slots.bincount().tolist() if len(x) > _CHUNK else [len(x)]
+    # NumPy copies rows several times as fast as PyTorch
+    images, out = x.numpy(), torch.empty(x.shape)
+    for group in slots.argsort(stable=True).split(sizes):
+        for rows in group.tensor_split(-(-len(group) // _CHUNK)) if len(group) else ():
+            chunk, mine = images[rows.numpy()], draws.part(rows)
+            # flipped first, as bytes, which is less to move
+            flip = mine.flip.numpy()
+            chunk[flip] = torch.from_numpy(chunk[flip]).flip(-1).numpy()
+            mine.flip = torch.zeros_like(mine.flip)
+            done = _apply_by_operation(torch.from_numpy(chunk), view, mine)
+            out.numpy()[rows.numpy()] = done.numpy()
+    return out
 
 
 # On a CPU, where images are large: all operations on one image after the other, with plain numbers as factors.

@@ -11,8 +11,8 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from moco.augment.recipes import Recipe, View
+from moco.rng import Key, uniform
 from moco.rng import key as fold
-from moco.rng import uniform
 
 Box = tuple[int, int, int, int]  # top, left, height, width
 
@@ -79,17 +79,17 @@ def _randaugment(operations: int, magnitude: int) -> v2.RandAugment:
 def center_view(image: Tensor, size: int) -> Tensor:
     """The evaluation view: the shorter side to 8/7 of `size` (256 for 224), then the central size x size pixels.
 
-    Rounds as torchvision's Resize and CenterCrop do. A small image that has this size is seen whole, as those of CIFAR and STL-10
-    are in the literature.
+    `image` is uint8 [3, H, W], or a batch [B, 3, H, W]. Rounds as torchvision's Resize and CenterCrop. A small image that has
+    this size is seen whole, as those of CIFAR and STL-10 are in the literature.
     """
-    if tuple(image.shape[1:]) == (size, size) and size <= _WHOLE:
+    if tuple(image.shape[-2:]) == (size, size) and size <= _WHOLE:
         return image
     image = _middle(image)
-    height, width = image.shape[1:]
+    height, width = image.shape[-2:]
     short, edge = round(size * 8 / 7), min(height, width)
     image = _resize(image, (short * height // edge, short * width // edge))
-    top, left = (round((side - size) / 2) for side in image.shape[1:])
-    return image[:, top : top + size, left : left + size].contiguous()
+    top, left = (round((side - size) / 2) for side in image.shape[-2:])
+    return image[..., top : top + size, left : left + size].contiguous()
 
 
 _WHOLE = 96  # pixels
@@ -97,9 +97,12 @@ _LONGEST = 16  # times the shorter side
 
 
 def _middle(image: Tensor) -> Tensor:
-    """Without the ends of an image [3, H, W] that is longer than any camera's, which would be made as large as its middle."""
-    for axis, length in ((1, image.shape[1]), (2, image.shape[2])):
-        most = _LONGEST * min(image.shape[1:])
+    """Return an image [..., H, W] without its ends if it is longer than any camera's.
+
+    They would be made as large as its middle.
+    """
+    for axis in (-2, -1):
+        length, most = image.shape[axis], _LONGEST * min(image.shape[-2:])
         if length > most:
             cut = (length - most) // 2
             image = image.narrow(axis, cut, length - 2 * cut)
@@ -107,7 +110,121 @@ def _middle(image: Tensor) -> Tensor:
 
 
 def _resize(image: Tensor, size: tuple[int, int]) -> Tensor:
-    if tuple(image.shape[1:]) == size:
+    """Resize an image [3, H, W] or a batch [B, 3, H, W]."""
+    if tuple(image.shape[-2:]) == size:
         return image.contiguous()
-    out = F.interpolate(image[None], size, mode="bilinear", antialias=True, align_corners=False)
-    return out[0].contiguous(memory_format=torch.contiguous_format)
+    batch = image if image.dim() == 4 else image[None]
+    out = F.interpolate(batch, size, mode="bilinear", antialias=True, align_corners=False)
+    return out.view(*image.shape[:-2], *size).contiguous(memory_format=torch.contiguous_format)
+
+
+# A batch of small images of one size at once: the same draws and the same pixels as one by one, but
+# Python's time only once.
+
+
+def can_crop_at_once(height: int, width: int, recipe: Recipe) -> bool:
+    """Return whether `random_views_at_once` takes images of this size, and is the faster way."""
+    if max(height, width) > _LARGEST or any(view.randaugment[0] for view in recipe):
+        return False
+    return max(height, width) <= _LARGEST_SHRINKING * min(view.size for view in recipe)
+
+
+_LARGEST = 64  # pixels; the matrix products of larger images take longer than resizing crop by crop
+_LARGEST_SHRINKING = 4  # beyond it, the sums of `resized_crops` would not be exact
+_CHUNK = 64  # images; what is computed of them fits in a core's cache
+
+
+def random_views_at_once(images: Tensor, recipe: Recipe, *counters: Key) -> list[Tensor]:
+    """Return the `random_views` of images uint8 [B, 3, H, W] as a batch [B, 3, S, S] for each view.
+
+    `can_crop_at_once` must be true of them. At least one of `counters` is an array [B], with a number
+    for each image.
+    """
+    views = []
+    for i, view in enumerate(recipe):
+        boxes = random_boxes_at_once(*images.shape[2:], view, fold(*counters, i))
+        views.append(resized_crops(images, boxes, view.size))
+    return views
+
+
+def random_boxes_at_once(height: int, width: int, view: View, keys: np.ndarray) -> np.ndarray:
+    """Return the `random_box` of each of the `keys` uint64 [B]: int64 [B, 4]."""
+    (low, high), (narrow, wide) = view.scale, view.ratio
+    boxes = np.empty((len(keys), 4), dtype=np.int64)
+    rows, unsure = np.arange(len(keys)), []  # rows: those for which no box fits so far
+    for i in range(0, 40, 4):
+        drawn = keys[rows]
+        area = height * width * (low + (high - low) * uniform(drawn, i))
+        aspect = narrow * (wide / narrow) ** uniform(drawn, i + 1)
+        sides = np.sqrt(np.stack([area / aspect, area * aspect]))  # [2, n]: height, width
+        # NumPy's power may differ from Python's in the last bit, which counts where a side is nearly
+        # halfway between two pixels
+        unsure.append(rows[(np.abs(sides % 1 - 0.5) < 1e-6).any(0)])
+        h, w = np.rint(sides).astype(np.int64)
+        fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
+        top = ((height - h + 1) * uniform(drawn, i + 2)).astype(np.int64)
+        left = ((width - w + 1) * uniform(drawn, i + 3)).astype(np.int64)
+        boxes[rows[fits]] = np.stack([top, left, h, w], axis=1)[fits]
+        rows = rows[~fits]
+        if not len(rows):
+            break
+    for row in np.concatenate([rows, *unsure]):
+        boxes[row] = random_box(height, width, view, int(keys[row]))
+    return boxes
+
+
+def resized_crops(images: Tensor, boxes: np.ndarray, size: int) -> Tensor:
+    """Return the `resized_crop` of each image of a batch uint8 [B, 3, H, W]: uint8 [B, 3, size, size].
+
+    Bilinear interpolation is linear in the rows and in the columns, so a crop is two matrix products.
+    PyTorch rounds the weights of uint8 images to multiples of 2^-p, and the result of each product to
+    whole grey levels. The sums are exact in float32 up to p = 16, which shrinking by
+    `_LARGEST_SHRINKING` needs, so that each pixel is the same as PyTorch's.
+
+    Args:
+        boxes: of each image, int64 [B, 4].
+    """
+    (n, channels, height, width), (top, left, h, w) = images.shape, boxes.T
+    down, across = _placed_weights(height, size)[h, top], _placed_weights(width, size)[w, left]
+    down, across = torch.from_numpy(down), torch.from_numpy(across)  # [B, size, H], [B, size, W]
+    out = torch.empty(n, channels, size, size, dtype=torch.uint8)
+    for start in range(0, n, _CHUNK):
+        part = slice(start, start + _CHUNK)
+        x = images[part].float().view(-1, channels * height, width)
+        x = torch.bmm(x, across[part].transpose(1, 2)).add_(0.5).floor_()
+        x = torch.matmul(down[part, None], x.view(-1, channels, height, size)).add_(0.5)
+        out[part] = torch.from_numpy(x.numpy().astype(np.uint8))  # PyTorch's takes seven times as long
+    return out
+
+
+@functools.cache
+def _placed_weights(length: int, size: int) -> np.ndarray:
+    """Return the weights that resize any part of an axis of `length` pixels to `size` pixels.
+
+    They are float32 [length + 1, length, size, length]: the first two axes are the part's own length
+    and where it begins. It is a view of far fewer numbers.
+    """
+    weights = np.zeros((length + 1, size, 2 * length), dtype=np.float32)
+    for box in range(1, length + 1):
+        weights[box, :, length : length + box] = _weights(box, size)
+    by_box, by_pixel, one = weights.strides
+    shape, strides = (length + 1, length, size, length), (by_box, -one, by_pixel, one)
+    return np.lib.stride_tricks.as_strided(weights[:, :, length:], shape, strides)
+
+
+def _weights(length: int, size: int) -> np.ndarray:
+    """Return PyTorch's antialiased weights of uint8 images: float64 [size, length].
+
+    They resize `length` pixels to `size`.
+    """
+    scale = length / size
+    reach = max(scale, 1.0)  # of the triangle over each output pixel
+    center = scale * (np.arange(size) + 0.5)[:, None]
+    pixel = np.arange(length)
+    first, last = ((center + side * reach + 0.5).astype(np.int64) for side in (-1, 1))
+    weights = (1 - np.abs(pixel - center + 0.5) / reach).clip(0)
+    weights *= (pixel >= first) & (pixel < last)
+    weights /= weights.sum(1, keepdims=True)
+    # as many as the largest weight leaves in a signed number of 16 bits
+    bits = next(p for p in range(23) if p == 22 or int(0.5 + weights.max() * 2 ** (p + 1)) >= 2**15)
+    return np.floor(0.5 + weights * 2**bits) / 2**bits

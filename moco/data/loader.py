@@ -11,6 +11,7 @@ from multiprocessing.process import BaseProcess
 from types import TracebackType
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.multiprocessing as mp
 from torch import Tensor
@@ -56,6 +57,14 @@ class RandomCrops(NamedTuple):
         spare = min(min(h, w) / (2 * view.size) for (_, _, h, w), view in zip(boxes, self.recipe, strict=True))
         return max(factor for factor in (1, 2, 4, 8) if factor <= max(1, spare))
 
+    def takes(self, height: int, width: int) -> bool:
+        """Return whether `at_once` takes images of this size."""
+        return crop.can_crop_at_once(height, width, self.recipe)
+
+    def at_once(self, images: Tensor, epochs: np.ndarray, indices: np.ndarray) -> list[Tensor]:
+        """Cut the views of a batch of images [B, 3, H, W], the same ones as image by image."""
+        return crop.random_views_at_once(images, self.recipe, rng.CROP, self.seed, epochs, indices)
+
 
 class CenterCrop(NamedTuple):
     """Cut the evaluation view of `size` pixels."""
@@ -68,6 +77,14 @@ class CenterCrop(NamedTuple):
     def reduction(self, height: int, width: int, place: Place) -> int:
         """Evaluation sees every pixel."""
         return 1
+
+    def takes(self, height: int, width: int) -> bool:
+        """Return whether `at_once` takes images of this size. A batch of larger ones takes much memory."""
+        return max(height, width) <= 256
+
+    def at_once(self, images: Tensor, epochs: np.ndarray, indices: np.ndarray) -> list[Tensor]:
+        """Cut the views of a batch of images [B, 3, H, W], the same ones as image by image."""
+        return [crop.center_view(images, self.size)]
 
 
 class Views(Dataset):
@@ -97,12 +114,23 @@ class Views(Dataset):
                 unreadable.append((i, str(error)))
         return InputError(f"{unreadable[0][1]}; nor could {REPLACEMENTS} others be read in its place")
 
+    def __getitems__(self, places: list[Place]) -> Batch | list:
+        """Return what `collate` gets: a Batch if the images lie in memory and `cut` takes them, else samples."""
+        epochs, indices = np.array(places).T.copy()
+        images = self.images.together(indices, self.cut.takes)
+        if images is None:
+            return [self[place] for place in places]
+        views = self.cut.at_once(images, epochs, indices)
+        return Batch(views, *map(torch.from_numpy, (indices, self.images.labels[indices])), [])
+
 
 REPLACEMENTS = 10  # images tried in an unreadable one's place
 
 
-def collate(samples: list) -> Batch | InputError:
-    """Stack samples into a Batch, or pass on the first error."""
+def collate(samples: Batch | list) -> Batch | InputError:
+    """Stack samples into a Batch, or pass on the first error; a Batch stays as it is."""
+    if isinstance(samples, Batch):
+        return samples
     error = next((sample for sample in samples if isinstance(sample, InputError)), None)
     if error:
         return error

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from moco import distributed
 from moco.augment.recipes import MEAN, STD
-from moco.data import datasets, loader, named, subsets
+from moco.data import cache, datasets, loader, named, subsets
 from moco.data.images import Images
 from moco.encoder import networks, published
 from moco.engine import checkpoint, encoder, features, metrics, precision
@@ -348,6 +348,10 @@ class Classification(Trainer):
             self.save(self.best_name, done)
         self.save("checkpoint.pth.tar", done)
         return {f"val_{name}": value for name, value in self.accuracy.items()}
+
+    def keep_in_memory(self) -> None:
+        sets = self.images, self.val, self.held_out
+        self.images, self.val, self.held_out = cache.load(self.args, *sets)
 
     def save_inside(self, epoch: int, step: int) -> Path:
         return self.save("checkpoint.pth.tar", epoch, step)

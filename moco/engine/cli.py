@@ -15,7 +15,7 @@ import torch
 
 from moco import user
 from moco.augment import recipes
-from moco.data import named
+from moco.data import cache, named
 from moco.encoder import timm_networks
 from moco.encoder.networks import ARCHS, STEMS, check_arch
 from moco.engine import checkpoint, compat, interrupt, launch, optim, output, precision, resume, run_folder, values
@@ -368,8 +368,9 @@ def _convert(action: argparse.Action, value: object, where: str) -> object:
             return action.level(value)
         except ValueError as error:
             raise InputError(f"{where}: {error}") from None
-    if value is False and "off" in (action.choices or ()):  # YAML takes off for false
-        value = "off"
+    word = {False: "off", True: "on"}.get(value) if isinstance(value, bool) else None
+    if word in (action.choices or ()):  # YAML takes off for false, and on for true
+        value = word
     is_flag = action.nargs == 0
     many = action.nargs in ("*", "+") or (isinstance(action.nargs, int) and action.nargs > 0)
     if action.nargs == "+" and not isinstance(value, (list, bool)):
@@ -445,6 +446,13 @@ def add_input(
     of = "of each process" if each else "of this node, split over its processes"
     group.add_argument("-b", "--batch-size", type=values.batch, default=batch, help=f"images in one pass {of}")
     group.add_argument("-j", "--workers", type=values.processes, help=f"loader processes {of} (default: {few})")
+    group.add_argument(
+        "--cache-images",
+        choices=cache.MODES,
+        default="auto",
+        help="decode the images of a folder once, and keep them in memory; auto: if they take at most "
+        f"a quarter of the node's free memory, and at most {cache.MOST >> 30} GiB",
+    )
     size = "" if arch else "; read from the checkpoint, else 224"
     group.add_argument(
         "--image-size",
@@ -529,7 +537,7 @@ def add_choice(parser: Parser) -> None:
     group.add_argument("-e", "--evaluate", action="store_true", help="only test the classifier of --resume")
     trains = "epochs optimizer lr lr_backbone lr_classifier learning_rate_scaling wd schedule cos lr_by sgdr sgdr_t0 lr_final"
     trains += " lr_warmup_epochs momentum clip_grad nesterov accumulation_steps print_freq save_every_steps on_bad_image"
-    trains += " recipe crop_min randaugment blur_sigma zero_init_classifier grad_checkpoint pretrained"
+    trains += " recipe crop_min randaugment blur_sigma zero_init_classifier grad_checkpoint pretrained cache_images"
     only_tests = "--evaluate only tests the classifier of --resume"
     parser.has_effect(trains, lambda args: not args.evaluate, only_tests, refuse=False)
     last = "a classifier's last checkpoint and its best are kept, and no others; leave it out"
@@ -675,6 +683,8 @@ def add_feature_rules(parser: Parser) -> None:
     """Declare the options without effect in a script that classifies features."""
     centre = "this script sees the centre of each image, and trains nothing; leave it out"
     parser.has_effect("recipe crop_min randaugment blur_sigma grad_checkpoint", lambda args: False, centre)
+    once = "this script reads each image once; leave it out"
+    parser.has_effect("cache_images", lambda args: False, once)
     files = "batch_size workers image_size stem mean std amp compile data dataset download data_name seed"
     parser.has_effect(files, lambda args: not args.load_features, "features come from files (--load-features)", refuse=False)
 

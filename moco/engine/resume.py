@@ -14,7 +14,7 @@ from moco.files import read_yaml
 # reading, logging, saving. `check_unchanged` compares the total batch, not how it is divided.
 FREE = frozenset(
     "data save_dir output tag cfg resume allow_change evaluate script"
-    " workers download on_bad_image host_features loss_chunk compile grad_checkpoint"
+    " workers cache_images download on_bad_image host_features loss_chunk compile grad_checkpoint"
     " print_freq save_every save_every_steps keep keep_every knn_every knn_k knn_t knn_features"
     " multiprocessing_distributed nproc_per_node world_size rank dist_url dist_backend gpu"
     " local_rank nodes batch_size batch_per_process accumulation_steps batch_is_per_process"

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from moco import distributed, rng
 from moco.augment import color, recipes
-from moco.data import loader
+from moco.data import cache, loader
 from moco.data.images import Images
 from moco.engine import checkpoint, interrupt, optim, precision, resume
 from moco.engine.log import Mean, Metrics, RunLog, say, write_options
@@ -105,10 +105,16 @@ class Trainer(ABC):
     def save_inside(self, epoch: int, step: int) -> Path:
         """Save before the end of an epoch, when `step` steps of the run are done; returns the file's path."""
 
+    def keep_in_memory(self) -> None:
+        """Decode what every epoch reads once and for all, if --cache-images says so."""
+        (self.images,) = cache.load(self.args, self.images)
+
     def train(self) -> None:
         """Every epoch that is left, with its log lines."""
         args, per_epoch = self.args, self.steps_per_epoch
         self._announce()
+        if self.order.start < self.order.stop:
+            self.keep_in_memory()
         log = RunLog(args, self.order.stop, self.order.start)
         if distributed.rank() == 0:
             checkpoint.begin(Path(args.save_dir), args.resume)

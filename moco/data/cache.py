@@ -1,0 +1,182 @@
+"""Decoded images in memory (`--cache-images`), which the loader's processes share."""
+
+import os
+import sys
+import warnings
+from argparse import Namespace
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
+
+from moco import distributed
+from moco.data.images import CachedFolder, ImageFolder, Images, decode_whole, decoded_size
+from moco.errors import InputError
+
+MODES = ("auto", "on", "off")
+SHARE, MOST = 4, 8 << 30  # auto: at most 1 / SHARE of a node's free memory, and at most 8 GiB
+_SAMPLE = 256  # files whose headers are read to estimate the size of all
+_BLOCK = 16  # images that a thread decodes in one turn
+_AHEAD = 64  # turns that may be done before an earlier one is
+
+
+def load(args: Namespace, *sets: Images | None) -> list[Images | None]:
+    """Decode the images of folders if `args.cache_images` says so; return `sets` with them in memory.
+
+    Called on every rank, before loader processes start. Each rank has a copy of its own, so the ranks
+    of a node share the limit. Rank 0 prints one line. Unreadable images are left out, so that the
+    loader meets the same error as without the cache; so are large JPEGs, which it decodes at a reduced
+    size. `args` has `cache_images` and `nodes`.
+
+    Raises InputError if the images do not fit and the option is `on`.
+    """
+    folders = [one for one in sets if isinstance(one, ImageFolder)]
+    folders = [one for one in folders if not isinstance(one, CachedFolder)]
+    if args.cache_images == "off" or not folders:
+        return list(sets)
+    ranks = max(1, distributed.world() // args.nodes)  # of this node
+    threads = max(1, max(4, os.cpu_count() or 1) // ranks)
+    with ThreadPoolExecutor(threads) as pool, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # here, because threads cannot do so one by one
+        needed, free = _agreed([_estimate(folder, pool) for folder in folders], free_memory())
+        limit = _limit(args.cache_images, sum(needed), free, ranks)
+        if not 0 < sum(needed) <= limit:
+            return list(sets)
+        held = {}
+        for folder, size in zip(folders, needed, strict=True):
+            most = min(limit, size * 5 // 4 + (64 << 20))  # the estimate may be too low
+            held[id(folder)] = cached = _decoded(folder, most, pool)
+            limit -= cached.pixels.numel()
+    return [held.get(id(one), one) for one in sets]
+
+
+def _limit(mode: str, needed: int, free: int, ranks: int) -> int:
+    """Return how many bytes a process may hold; print what that means for `needed` bytes.
+
+    Raises InputError if they do not fit and `mode` is `on`.
+    """
+    limit = (min(free // SHARE, MOST) if mode == "auto" else free) // ranks
+    size = f"about {_gib(needed)} decoded"
+    if needed > limit and mode == "on":
+        raise InputError(
+            f"--cache-images on: the images take {size}, and each process may use {_gib(limit)}; leave it out, or free memory"
+        )
+    rule = f"free {_gib(free)}"
+    rule = f"a quarter of the {rule}, at most {_gib(MOST)}" if mode == "auto" else f"the {rule}"
+    rule += f", divided among {ranks} processes" if ranks > 1 else ""
+    line = f"{size}, and the limit is {_gib(limit)} ({rule})"
+    if not needed:
+        line = "these are large, and are decoded at a reduced size"
+    if 0 < needed <= limit:
+        line = f"images stay in memory: {line}"
+    else:
+        line = f"images are read from their files in every epoch: {line}"
+    if distributed.is_first():
+        tqdm.write(f"{line} (--cache-images {mode})")
+        sys.stdout.flush()
+    return limit
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.3g} GiB"
+
+
+def _agreed(needed: list[int], free: int) -> tuple[list[int], int]:
+    """Return rank 0's `needed` and the least `free` of all ranks: all of them decide the same."""
+    if distributed.world() == 1:
+        return needed, free
+    found: list[tuple[list[int], int]] = [([], 0)] * distributed.world()
+    dist.all_gather_object(found, (needed, free))
+    return found[0][0], min(free for _, free in found)
+
+
+def _estimate(folder: ImageFolder, pool: Executor) -> int:
+    """Return how many bytes the decoded images take, as the headers of some files let expect."""
+    rows = np.linspace(0, len(folder) - 1, min(len(folder), _SAMPLE)).astype(int)
+    return round(np.mean(list(pool.map(decoded_size, map(folder.path, rows)))) * len(folder))
+
+
+def _decoded(folder: ImageFolder, most: int, pool: Executor) -> CachedFolder:
+    """Decode the images of `folder`. What does not fit into `most` bytes any more is left out."""
+    pixels = torch.empty(most, dtype=torch.uint8)  # the system provides memory only as it is filled
+    starts, sizes = np.full(len(folder), -1), np.zeros((len(folder), 2), dtype=np.int64)
+    firsts = range(0, len(folder), _BLOCK)
+    end = 0
+    for first, (block, images) in zip(firsts, _in_order(folder, firsts, pool), strict=True):
+        if end + len(images) > most:
+            continue
+        pixels[end : end + len(images)] = images
+        lengths = 3 * block.prod(1)
+        starts[first : first + _BLOCK] = np.where(lengths, end + lengths.cumsum() - lengths, -1)
+        sizes[first : first + _BLOCK] = block
+        end += len(images)
+    fields = (folder.root, folder.labels, folder.classes, folder.paths)
+    return CachedFolder(*fields, pixels[:end], starts, sizes)
+
+
+Block = tuple[np.ndarray, Tensor]  # height and width of each image, and all their pixels
+
+
+def _in_order(folder: ImageFolder, firsts: range, pool: Executor) -> Iterator[Block]:
+    """Yield the result of `_decode_block` for each of `firsts`; only a few wait in memory."""
+    waiting: deque[Future] = deque()
+    for first in firsts:
+        waiting.append(pool.submit(_decode_block, folder, first))
+        if len(waiting) == _AHEAD:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+def _decode_block(folder: ImageFolder, first: int) -> Block:
+    """Decode `_BLOCK` images from number `first` on. The sizes int64 [n, 2] are 0 for one left out."""
+    last = min(first + _BLOCK, len(folder))
+    images = [decode_whole(folder.path(i)) for i in range(first, last)]
+    sizes = [(0, 0) if image is None else image.shape[1:] for image in images]
+    flat = [image.reshape(-1) for image in images if image is not None]
+    return np.array(sizes, dtype=np.int64), torch.cat([torch.empty(0, dtype=torch.uint8), *flat])
+
+
+# Free memory.
+
+PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
+# Of the two versions of Linux's control groups: folder, limit, use, and what of it is given back when
+# it is needed.
+_V1 = ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+_V2 = ("", "memory.max", "memory.current", "inactive_file")
+
+
+def free_memory() -> int:
+    """Return how many bytes this process may still use, of the machine and of its container or job."""
+    try:
+        fields = dict(line.split(":") for line in (PROC / "meminfo").read_text().splitlines())
+        free = 1024 * int(fields["MemAvailable"].split()[0])
+    except (OSError, KeyError, ValueError):  # not Linux
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    return max(0, min([free, *_left_in_groups()]))
+
+
+def _left_in_groups() -> Iterator[int]:
+    """Yield what each control group with a limit has left: this process's, and those around it."""
+    try:
+        lines = (PROC / "self" / "cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for _, controllers, name in (line.split(":", 2) for line in lines):
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        kind, most, used, given_back = _V1 if controllers else _V2
+        for group in (Path(name), *Path(name).parents):
+            folder = CGROUPS / kind / str(group).lstrip("/")
+            try:
+                stat = dict(map(str.split, (folder / "memory.stat").read_text().splitlines()))
+                limit, in_use = (int((folder / name).read_text()) for name in (most, used))
+                yield limit - in_use + int(stat.get(given_back, 0))
+            except (OSError, ValueError):  # no such group here, or no limit ("max")
+                continue
