@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moco.augment.recipes import MEAN, STD, View
+from moco.devices import move
 
 _SMALL = 128 * 128  # pixels; to take images of up to so many one by one costs a CPU more in calls than it saves in cache
 _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = range(4)  # the jitter's operations
@@ -162,35 +163,35 @@ def _apply_by_operation(x: Tensor, view: View, draws: Draws) -> Tensor:
         rows = getattr(draws, name).nonzero().squeeze(1)
         if len(rows):
             x = operations[name](x, rows, view, draws)
-    flip = draws.flip.nonzero().squeeze(1).to(x.device, non_blocking=True)
+    flip = move(draws.flip.nonzero().squeeze(1), x.device)
     x[flip] = x[flip].flip(-1)
     return normalize(x)
 
 
 def _jitter(x: Tensor, rows: Tensor, view: View, draws: Draws) -> Tensor:
     order, factors = draws.order[rows], draws.factors[rows]
-    rows = rows.to(x.device, non_blocking=True)
+    rows = move(rows, x.device)
     y = x[rows]
     for slot in range(4):
         operation = order[:, slot, None] == torch.arange(4)  # [b, 4], one True in each row
-        coefficients = torch.where(operation, factors, torch.ones(()))[:, :_HUE].to(x.device, non_blocking=True)
+        coefficients = move(torch.where(operation, factors, torch.ones(()))[:, :_HUE], x.device)
         y = blend(y, *coefficients.unbind(1))
         hue = operation[:, _HUE].nonzero().squeeze(1)
-        shift = factors[hue, _HUE].to(x.device, non_blocking=True)
-        hue = hue.to(x.device, non_blocking=True)
+        shift = move(factors[hue, _HUE], x.device)
+        hue = move(hue, x.device)
         if len(hue) and view.jitter[_HUE]:
             y[hue] = adjust_hue(y[hue], shift)
     return x.index_copy_(0, rows, y)
 
 
 def _gray(x: Tensor, rows: Tensor, view: View, draws: Draws) -> Tensor:
-    rows = rows.to(x.device, non_blocking=True)
+    rows = move(rows, x.device)
     return x.index_copy_(0, rows, grayscale(x[rows]).expand(-1, 3, -1, -1))
 
 
 def _blur(x: Tensor, rows: Tensor, view: View, draws: Draws) -> Tensor:
-    sigma = draws.sigma[rows].to(x.device, non_blocking=True)
-    rows = rows.to(x.device, non_blocking=True)
+    sigma = move(draws.sigma[rows], x.device)
+    rows = move(rows, x.device)
     return x.index_copy_(0, rows, gaussian_blur(x[rows], sigma, _radius(x, view)))
 
 
@@ -199,7 +200,7 @@ def _radius(x: Tensor, view: View) -> int:
 
 
 def _solarize(x: Tensor, rows: Tensor, view: View, draws: Draws) -> Tensor:
-    rows = rows.to(x.device, non_blocking=True)
+    rows = move(rows, x.device)
     return x.index_copy_(0, rows, solarize(x[rows]))
 
 
