@@ -179,8 +179,8 @@ def accelerator(monkeypatch) -> Iterator[Accelerator]:
 
     def small(arch: str, weights: None, num_classes: int, **more: bool) -> ResNet:
         net = ResNet(BasicBlock, [1, 1, 1, 1], **more)
-        net.layer3 = net.layer4 = nn.Identity()
-        net.fc = nn.Linear(128, num_classes)
+        net.layer2, net.layer3, net.layer4 = nn.Conv2d(64, 512, 1), nn.Identity(), nn.Identity()
+        net.fc = nn.Linear(512, num_classes)
         return net
 
     monkeypatch.setattr(networks.models, "get_model", small)
@@ -208,9 +208,9 @@ METHODS = {
     "fnc, eliminate": ("main_fnc", *FNC, "--fn-mode", "eliminate"),
     "fnc, off": ("main_fnc", *FNC, "--fn-mode", "off"),
     "fnc, no memory": ("main_fnc", "--support-size", 1, "--memory-multiplier", 0, "--fn-topk", 3),
-    "moby": ("main_moby", *MOBY),
+    "moby": ("main_moby", *MOBY, "-a", "test_vit", "--online-drop-path", 0.2),
     "synco v2": ("main_moby", *MOBY, "--method", "synco", "--n-hard", 16, *SIX, "--synthetic-first", 0),
-    "byol": ("main_moby", "--mlp-dim", 64, "--method", "byol", "-a", "vit_tiny_patch16_224", "--online-drop-path", 0.2),
+    "byol": ("main_moby", "--mlp-dim", 64, "--method", "byol"),
 }
 
 
