@@ -25,7 +25,8 @@ def parser() -> cli.Parser:
     knn.add_argument("--temperature", type=values.temperature, default=0.07, help="temperature of the neighbours' weights")
     knn.add_argument("--host-features", action="store_true", help="keep the features in the host's memory, not on the GPU")
     on_cpu = "there is no GPU; features are in the host's memory anyway"
-    p.has_effect("host_features", lambda args: devices.chosen(args.device) != "cpu", on_cpu, refuse=False)
+    on_gpu = lambda args: devices.chosen(args.device) != "cpu"  # noqa: E731
+    p.has_effect("host_features", on_gpu, on_cpu, refuse=False)
     cli.add_feature_rules(p)
     features.add_files(p)
     cli.add_launch(p)

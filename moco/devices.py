@@ -10,7 +10,7 @@ ONE_PROCESS = ("xpu", "mps")  # several processes need NCCL, which is CUDA's, or
 
 
 def chosen(choice: str) -> str:
-    """Return the device type that `--device` means; auto is the accelerator torch reports, else cpu.
+    """Return the device type of `--device`; for auto, the accelerator that torch reports, else cpu.
 
     Raises InputError if torch can use no such device here.
     """

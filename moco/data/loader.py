@@ -217,12 +217,14 @@ def _moved(batch: Batch, device: torch.device, stream: torch.cuda.Stream | None)
     GPU still computes it. A copy on another stream runs meanwhile; on the same one it would wait.
     """
     with torch.cuda.stream(stream) if stream else contextlib.nullcontext():
-        *views, index, label = (devices.move(x, device) for x in (*batch.views, batch.index, batch.label))
+        moved = [devices.move(x, device) for x in (*batch.views, batch.index, batch.label)]
     if stream:
         training = torch.cuda.current_stream(device)
         training.wait_stream(stream)  # what is queued from here on runs after the copies
-        for x in (*views, index, label):
-            x.record_stream(training)  # else the next copy may get its memory while a step still reads it
+        for x in moved:
+            # else a later copy may get this memory before a step has read it
+            x.record_stream(training)
+    *views, index, label = moved
     return Batch(views, index, label, batch.unreadable)
 
 

@@ -41,7 +41,8 @@ _SIMILAR = {
 }
 
 _FOLDER = "give the data folder as DIR"
-_PROCESSES = "use --multiprocessing-distributed for all GPUs, --gpu ID for one, --device cpu for none, or torchrun or srun"
+_PROCESSES = "use --multiprocessing-distributed for all GPUs, --gpu ID for one, --device cpu for none"
+_PROCESSES += ", or torchrun or srun"
 _TPU = "GPUs are found automatically; --multiprocessing-distributed uses all of them"
 _PRECISION = "use --amp fp16, --amp bf16 or --amp off"
 _RATE = "use --cos, or --schedule EPOCH ..."

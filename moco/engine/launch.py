@@ -52,9 +52,8 @@ def plan(args: Namespace) -> Plan:
     kind = devices.chosen(args.device)
     p = _plan(args, kind)
     if p.world > 1 and kind in devices.ONE_PROCESS:
-        raise InputError(
-            f"--device {kind}: runs one process, and this run has {p.world}; start one process alone, or give --device cpu"
-        )
+        several = f"--device {kind}: runs one process, and this run has {p.world}"
+        raise InputError(f"{several}; start one process alone, or give --device cpu")
     return p
 
 
@@ -284,10 +283,12 @@ def _process(p: Plan, worker: Worker, args: Namespace, r: int, local_rank: int, 
             worker(args, device)
     except (RuntimeError, MemoryError) as error:
         what = " ".join(str(error).split())
-        if isinstance(error, torch.OutOfMemoryError | MemoryError) or any(word in what for word in _NO_MEMORY):
+        no_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        if no_memory or "allocate memory" in what or "MPS backend out of memory" in what:
             raise InputError(f"memory runs out on rank {r}; try a smaller --batch-size or network ({what})") from None
         if isinstance(error, NotImplementedError) and device.type in devices.ONE_PROCESS:
-            raise InputError(f"--device {device.type}: PyTorch lacks an operation there; give --device cpu ({what})") from None
+            lacks = f"--device {device.type}: PyTorch lacks an operation there"
+            raise InputError(f"{lacks}; give --device cpu ({what})") from None
         if "DataLoader worker" not in what:
             raise
         raise InputError(f"a loader process of rank {r} was ended: {what}{OUT_OF_MEMORY}") from None
@@ -295,9 +296,6 @@ def _process(p: Plan, worker: Worker, args: Namespace, r: int, local_rank: int, 
         loader.end(mp.active_children())
         if dist.is_initialized():
             dist.destroy_process_group()
-
-
-_NO_MEMORY = ("allocate memory", "MPS backend out of memory")
 
 
 def _nodes(args: Namespace) -> tuple[int, int]:

@@ -17,8 +17,9 @@ SCALINGS = ("none", "sqrt", "linear")
 def make(groups: list[dict[str, Any]], args: Namespace) -> torch.optim.Optimizer:
     """The optimizer of `--optimizer` on groups of parameters with an `lr` and a `weight_decay` each.
 
-    SGD and AdamW are fused on CUDA and the CPU; on other devices PyTorch chooses. SGD is not under fp16: where the gradient
-    scaler skips the first step, PyTorch's fused SGD leaves the momentum buffer uninitialised and uses it in the next.
+    SGD and AdamW are fused on CUDA and the CPU; on other devices PyTorch chooses. SGD is not fused
+    under fp16: if the gradient scaler skips the first step, PyTorch's fused SGD leaves the momentum
+    buffer uninitialised and uses it in the next.
     """
     if not 0 <= args.momentum < 1 or (args.nesterov and not args.momentum):
         least = "above 0 with --nesterov" if args.nesterov else "at least 0"
@@ -63,9 +64,9 @@ def restore(optimizer: torch.optim.Optimizer, saved: dict[str, Any], path: str, 
 
 
 def _place_counts(optimizer: torch.optim.Optimizer) -> None:
-    """Put AdamW's counts of steps where this run's form of it wants them, which may differ from the saved run's.
+    """Put AdamW's counts of steps on the device that this run expects; a saved run may differ.
 
-    Fused, next to the parameter; else on the CPU, where torch reads them without waiting for the device.
+    A fused step wants a count next to its parameter; another reads it, which is free on the CPU.
     """
     for group in optimizer.param_groups:
         for p in group["params"]:

@@ -56,14 +56,16 @@ def scaler(amp: str, device: torch.device) -> torch.amp.GradScaler:
 
 def _check_scales(device: torch.device) -> None:
     """Raise InputError if a gradient scaler fails on `device`. Tries it on one number."""
-    trial, weight = torch.amp.GradScaler(device.type), torch.zeros(1, device=device, requires_grad=True)
+    trial = torch.amp.GradScaler(device.type)
+    weight = torch.zeros(1, device=device, requires_grad=True)
     try:
         trial.scale(weight.sum()).backward()
         trial.step(torch.optim.SGD([weight], lr=0.0))
         trial.update()
     except (RuntimeError, TypeError) as error:
         why = short(" ".join(str(error).split()))
-        raise InputError(f"--amp fp16: PyTorch scales no gradients on {device.type}; give --amp bf16 or off ({why})") from None
+        lacks = f"--amp fp16: PyTorch scales no gradients on {device.type}"
+        raise InputError(f"{lacks}; give --amp bf16 or off ({why})") from None
 
 
 def restore(scaler: torch.amp.GradScaler, saved: object, path: str) -> None:
@@ -103,16 +105,19 @@ _CHANNELS_LAST = ("cuda", "xpu")  # types of devices that convolve faster so
 
 
 def _check_compiles(device: torch.device) -> None:
-    """Raise InputError if torch.compile fails on an accelerator other than CUDA. Tries it on one sum."""
+    """Raise InputError if torch.compile fails on an accelerator other than CUDA. Tries one sum."""
     if device.type in ("cpu", "cuda"):
         return
     try:
         torch.compile(lambda x: x + 1)(torch.zeros(1, device=device))
     except Exception as error:  # each backend raises errors of its own
         why = short(" ".join(str(error).split()))
-        raise InputError(f"--compile: PyTorch cannot compile for {device.type} here; leave it out ({why})") from None
+        cannot = f"--compile: PyTorch cannot compile for {device.type} here"
+        raise InputError(f"{cannot}; leave it out ({why})") from None
 
 
 def layout(images: torch.Tensor) -> torch.Tensor:
     """Images [B, 3, H, W] in the memory format that `place` gave the model."""
-    return images.contiguous(memory_format=torch.channels_last) if images.device.type in _CHANNELS_LAST else images
+    if images.device.type not in _CHANNELS_LAST:
+        return images
+    return images.contiguous(memory_format=torch.channels_last)

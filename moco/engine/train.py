@@ -273,8 +273,9 @@ class Trainer(ABC):
             f"lr after scaling {rates} ({scaling}), lr warm-up {args.lr_warmup_epochs} epochs; "
             f"{args.epochs} epochs x {self.steps_per_epoch} steps"
         )
-        if self.device.type == "cuda" and w == 1 < devices.count("cuda") and args.gpu is None:
-            say(f"one of {devices.count('cuda')} GPUs trains; --multiprocessing-distributed starts a process on each")
+        gpus = devices.count(self.device.type)
+        if self.device.type == "cuda" and w == 1 < gpus and args.gpu is None:
+            say(f"one of {gpus} GPUs trains; --multiprocessing-distributed starts a process on each")
         if self.order.start < 0:
             before = -self.order.start
             say(f"{before} steps before epoch 0, counted from -{before}: {before / self.steps_per_epoch:.3g} epochs of images")
