@@ -9,7 +9,7 @@ import moco as _first  # noqa: F401 (before torch: sets how its threads wait)
 # isort: split
 import torch
 
-from moco import distributed
+from moco import devices, distributed
 from moco.engine import classify, cli, features, values
 from moco.engine.log import say
 from moco.errors import InputError
@@ -28,7 +28,8 @@ def parser() -> cli.Parser:
     knn.add_argument("--features", choices=("backbone", "head"), default="backbone", help=whose)
     knn.add_argument("--host-features", action="store_true", help="keep the features in the host's memory, not on the GPU")
     on_cpu = "there is no GPU; features are in the host's memory anyway"
-    p.has_effect("host_features", lambda args: torch.cuda.is_available(), on_cpu, refuse=False)
+    on_gpu = lambda args: devices.chosen(args.device) != "cpu"  # noqa: E731
+    p.has_effect("host_features", on_gpu, on_cpu, refuse=False)
     cli.add_feature_rules(p)
     features.add_files(p)
     cli.add_launch(p)

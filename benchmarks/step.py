@@ -69,6 +69,7 @@ def on_processes(n: int, args: Namespace) -> dict:
     """What rank 0 of `n` processes measures."""
     options = {"multiprocessing_distributed": n > 1, "nproc_per_node": n, "world_size": 1, "rank": 0, "gpu": None}
     options |= {"dist_url": "auto", "dist_backend": None, "batch_size": n * args.batch}
+    options["device"] = "auto"
     with tempfile.TemporaryDirectory() as folder:
         found = Path(folder) / "found.json"
         launch.launch(worker, Namespace(**vars(args), **options, found=found))

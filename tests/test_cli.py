@@ -438,6 +438,7 @@ def test_env_takes_the_nodes_from_the_environment_as_moco_does(no_launcher, monk
 
 def launch_options(**given) -> Namespace:
     none = {
+        "device": "auto",
         "gpu": None,
         "nproc_per_node": None,
         "multiprocessing_distributed": False,
@@ -499,7 +500,14 @@ def test_plan_of_two_spawning_nodes(no_launcher):
 @pytest.fixture
 def gpus(no_launcher, monkeypatch):
     """Return a function that says how many GPUs this machine has."""
-    return lambda n: monkeypatch.setattr(torch.cuda, "device_count", lambda: n)
+
+    def has(n: int) -> None:
+        monkeypatch.setattr(torch.accelerator, "is_available", lambda: n > 0)
+        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: n > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: n)
+
+    return has
 
 
 def adco(*words: object) -> launch.Plan:

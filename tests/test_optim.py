@@ -145,3 +145,31 @@ def test_restarts_by_step_begin_after_the_warm_up():
 @pytest.mark.parametrize(("scaling", "factor"), [("none", 1), ("sqrt", 32), ("linear", 4)])
 def test_rates_are_scaled_by_the_total_batch(scaling, factor):
     assert optim.scale(scaling, 1024) == factor
+
+
+def made(device: str, **changed) -> torch.optim.Optimizer:
+    net = torch.nn.Linear(3, 2).to(device)
+    args = {"optimizer": "sgd", "amp": "off", "momentum": 0.9, "nesterov": False}
+    groups = [{"params": list(net.parameters()), "lr": 0.1, "weight_decay": 0.1}]
+    return optim.make(groups, Namespace(**{**args, **changed}))
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_fused_steps_are_for_devices_that_have_them(optimizer):
+    """Otherwise torch chooses, which takes foreach where it can; False would be one kernel a parameter."""
+    for device, fused in (("cpu", True), ("meta", None)):
+        assert {group["fused"] for group in made(device, optimizer=optimizer).param_groups} == {fused}
+    if optimizer == "sgd":  # see optim.make
+        assert {group["fused"] for group in made("cpu", amp="fp16").param_groups} == {None}
+
+
+def test_the_count_of_adamw_lies_where_the_form_of_its_step_wants_it():
+    """A run on one device continues one of another; the fused form reads the count on the device."""
+    for device, fused, expected in (("meta", True, "meta"), ("meta", None, "cpu"), ("cpu", True, "cpu")):
+        optimizer = made("cpu" if device == "cpu" else "meta", optimizer="adamw")
+        for group in optimizer.param_groups:
+            group["fused"] = fused
+            for p in group["params"]:
+                optimizer.state[p]["step"] = torch.tensor(7.0)
+        optim._place_counts(optimizer)
+        assert {state["step"].device.type for state in optimizer.state.values()} == {expected}

@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = [
     ("moco.errors", "moco.rng"),
-    ("moco.files", "moco.user"),
+    ("moco.files", "moco.user", "moco.devices"),
     ("moco.loss", "moco.augment", "moco.encoder", "moco.distributed"),
     ("moco.builder", "moco.data"),
     ("moco.engine",),

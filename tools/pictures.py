@@ -14,7 +14,7 @@ from sklearn.manifold import TSNE
 from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
-from moco import rng
+from moco import devices, rng
 from moco.augment import color, crop, recipes
 from moco.augment.recipes import MEAN, STD
 from moco.data import loader, named
@@ -151,7 +151,7 @@ def seen_by(net: nn.Module, images: Images, run: Run) -> Tensor:
     small = {"batch_size": 64, "batch_per_process": 64, "amp": "off", "workers": min(8, cores) if many else 0}
     args = Namespace(**vars(options(run, _NEEDED)) | small | {"host_features": True})
     try:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = devices.of_process("auto", gpu=None, local_rank=0)
         x, _ = features.extract(net.to(device), images, args, device)
     except torch.OutOfMemoryError:  # a run may be on that GPU
         x, _ = features.extract(net.cpu(), images, args, torch.device("cpu"))

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from moco import distributed
+from moco import devices, distributed
 from moco.builder.momentum import MovingAverage, enqueue
 from moco.loss.contrastive import spread, unit
 from moco.loss.false_negatives import Cancellation, cancelled_nt_xent, find
@@ -78,7 +78,7 @@ class FNC(MovingAverage):
         loss, nearest, hardness = cancelled_nt_xent(z, bank, own, found, self.how.mode, self.T, self.chunk)
         metrics: dict[str, Metric] = {"acc1": nearest, **spread(z[0], (z[0] * keys[1]).sum(1)), "hardness": hardness}
         if self.how.mode != "off":
-            metrics["fn_found"] = found.counts.sum(1).double().mean()
+            metrics["fn_found"] = found.counts.sum(1).to(devices.widest(z.device)).mean()
             if self.labels is not None:
                 whose = images[found.rows]  # -1 where nothing has entered the memory yet
                 others = found.counts & (whose != index[:, None])  # not the image itself, as it was in the last epoch

@@ -1,6 +1,7 @@
 """From files to batches of uint8 crops: workers decode each image once and cut its views, and do no colour work."""
 
 import atexit
+import contextlib
 import math
 import signal
 import sys
@@ -17,7 +18,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from moco import distributed, rng
+from moco import devices, distributed, rng
 from moco.augment import crop
 from moco.augment.recipes import Recipe
 from moco.data.images import Images
@@ -221,6 +222,7 @@ def batches(
     `args.workers` is the number of loader processes for `args.batch_size` images: each rank takes its share, rounded up.
     """
     cuda = device.type == "cuda"
+    stream = torch.cuda.Stream(device) if cuda else None
     workers = -(-args.workers * args.batch_per_process // args.batch_size)
     for batch in _read(
         dataset=Views(images, cut, skips),
@@ -233,9 +235,25 @@ def batches(
     ):
         if isinstance(batch, InputError):
             raise batch
-        views = [view.to(device, non_blocking=True) for view in batch.views]
-        index, label = (x.to(device, non_blocking=True) for x in (batch.index, batch.label))
-        yield Batch(views, index, label, batch.unreadable)
+        yield _moved(batch, device, stream)
+
+
+def _moved(batch: Batch, device: torch.device, stream: torch.cuda.Stream | None) -> Batch:
+    """Return `batch` on `device`; on CUDA, copied on `stream`.
+
+    When the loop asks for a batch, it has queued the step before on the training's stream, and the
+    GPU still computes it. A copy on another stream runs meanwhile; on the same one it would wait.
+    """
+    with torch.cuda.stream(stream) if stream else contextlib.nullcontext():
+        moved = [devices.move(x, device) for x in (*batch.views, batch.index, batch.label)]
+    if stream:
+        training = torch.cuda.current_stream(device)
+        training.wait_stream(stream)  # what is queued from here on runs after the copies
+        for x in moved:
+            # else a later copy may get this memory before a step has read it
+            x.record_stream(training)
+    *views, index, label = moved
+    return Batch(views, index, label, batch.unreadable)
 
 
 def _read(**options: Any) -> Iterator[Batch | InputError]:

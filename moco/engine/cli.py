@@ -13,7 +13,7 @@ from typing import NamedTuple, NoReturn
 
 import torch
 
-from moco import user
+from moco import devices, user
 from moco.augment import recipes
 from moco.data import cache, named
 from moco.encoder import timm_networks
@@ -407,6 +407,10 @@ def add_launch(parser: Parser) -> None:
     A script whose --multiprocessing-distributed is None by default takes all GPUs.
     """
     group = parser.add_argument_group("launch (or use torchrun, torch.distributed.launch, srun)")
+    where = "where to compute; auto: on the accelerator that PyTorch finds, else on the CPU"
+    one = f"{' and '.join(devices.ONE_PROCESS)} run one process"
+    kinds = ("auto", *devices.TYPES)
+    group.add_argument("--device", choices=kinds, default="auto", help=f"{where}; {one}")
     group.add_argument("--multiprocessing-distributed", action=Switch, default=False, help="start one process per GPU of this node")
     group.add_argument(
         "--nproc-per-node", type=values.processes, metavar="N", help="processes of this node (default: its GPUs; 1 on CPU)"

@@ -32,6 +32,7 @@ _SIMILAR = {
     "backbone model net network patch-size": "arch",
     "pretrained-weights pretrained-feature-extractor pretrain-path checkpoint-path ckpt ckpt-path": "pretrained",
     "resume-path load-checkpoint": "resume",
+    "accelerator device-type": "device",
     "workers-per-gpu n-workers": "workers",
     "keep-checkpoint-max": "keep",
     "accumulate-grad-batches": "accumulation-steps",
@@ -40,7 +41,8 @@ _SIMILAR = {
 }
 
 _FOLDER = "give the data folder as DIR"
-_PROCESSES = "use --multiprocessing-distributed for all GPUs, --gpu ID for one, or torchrun or srun"
+_PROCESSES = "use --multiprocessing-distributed for all GPUs, --gpu ID for one, --device cpu for none"
+_PROCESSES += ", or torchrun or srun"
 _TPU = "GPUs are found automatically; --multiprocessing-distributed uses all of them"
 _PRECISION = "use --amp fp16, --amp bf16 or --amp off"
 _RATE = "use --cos, or --schedule EPOCH ..."
@@ -56,7 +58,7 @@ _SAID = {
     "use-tpu tpu-name tpu-zone gcp-project master": _TPU,
     "use-amp amp-opt-level fp16 use-fp16 use-bf16 bf16 precision no-amp": _PRECISION,
     "sync-bn syncbn sync-batchnorm": "each method chooses its batch norm (shuffled or synchronized); leave it out",
-    "devices gpus num-gpus ngpus accelerator strategy device cuda use-cuda no-cuda dist-on-itp": _PROCESSES,
+    "devices gpus num-gpus ngpus strategy cuda use-cuda no-cuda dist-on-itp": _PROCESSES,
     "batch-size-per-gpu batch-size-per-device": "use --batch-size; --help says whether it is a node's or a process's",
     "base-lr blr start-lr": "use --lr; --learning-rate-scaling scales it by the batch size",
     "sched scheduler lr-scheduler lr-decay-epochs lr-decay-rate decay-epochs decay-rate cosine": _RATE,

@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from moco import user
+from moco import devices, user
 from moco.data import loader
 from moco.engine import interrupt, output, tool, watch
 from moco.errors import InputError
@@ -49,12 +49,25 @@ class Plan:
 
 def plan(args: Namespace) -> Plan:
     """Find out from the options and the environment how the run is launched. Raises InputError."""
-    gpus = torch.cuda.device_count()
+    kind = devices.chosen(args.device)
+    p = _plan(args, kind)
+    if p.world > 1 and kind in devices.ONE_PROCESS:
+        several = f"--device {kind}: runs one process, and this run has {p.world}"
+        raise InputError(f"{several}; start one process alone, or give --device cpu")
+    return p
+
+
+def _plan(args: Namespace, kind: str) -> Plan:
+    """`plan` for devices of one type; does not check whether they can run several processes."""
+    gpus = devices.count(kind)
     env = os.environ
     if args.gpu is not None and args.gpu >= gpus:
+        if args.device == "cpu":
+            raise InputError(f"--gpu {args.gpu}: --device cpu uses no GPU; leave one of them out")
         raise InputError(f"--gpu {args.gpu}: this machine has {gpus} GPU(s); leave --gpu out or choose another")
-    if args.dist_backend == "nccl" and not gpus:
-        raise InputError("--dist-backend nccl: is for GPUs, and this machine has none; leave it out")
+    if args.dist_backend == "nccl" and kind != "cuda":
+        where = "this machine has none" if args.device == "auto" else f"--device is {args.device}"
+        raise InputError(f"--dist-backend nccl: is for CUDA GPUs, and {where}; leave it out")
     if args.nproc_per_node is not None and args.nproc_per_node < 1:
         raise InputError("--nproc-per-node must be at least 1")
     launched = "RANK" in env and "WORLD_SIZE" in env
@@ -62,7 +75,7 @@ def plan(args: Namespace) -> Plan:
         raise InputError("--multiprocessing-distributed: torchrun has started a process per GPU already; leave it out")
     spawns = args.multiprocessing_distributed
     if spawns is None:  # the script's default: every GPU that it sees, unless told otherwise
-        several = args.nproc_per_node or (gpus > 1 and args.gpu is None)
+        several = args.nproc_per_node or (kind == "cuda" and gpus > 1 and args.gpu is None)
         spawns = several and not launched and _number("SLURM_STEP_NUM_TASKS", 1) <= 1
     if spawns:
         local = args.nproc_per_node or max(gpus, 1)
@@ -242,14 +255,13 @@ def _process(p: Plan, worker: Worker, args: Namespace, r: int, local_rank: int, 
 
     `tell` gets the line about a rank that was lost, after which this process ends.
     """
-    if torch.cuda.is_available():
-        device = torch.device("cuda", args.gpu if args.gpu is not None else local_rank % torch.cuda.device_count())
-        torch.cuda.set_device(device)
+    device = devices.of_process(args.device, args.gpu, local_rank)
+    if device.type == "cpu" and p.local > 1:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // p.local))
+    if device.type in ("cuda", "xpu"):  # of mps there is one
+        torch.get_device_module(device).set_device(device)
+    if device.type == "cuda":
         torch.backends.cudnn.benchmark = True
-    else:
-        device = torch.device("cpu")
-        if p.local > 1:
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // p.local))
     guard, store = contextlib.nullcontext(), None
     if p.url:
         backend = args.dist_backend or ("nccl" if device.type == "cuda" else "gloo")
@@ -285,8 +297,12 @@ def _work(worker: Worker, args: Namespace, device: torch.device, r: int) -> None
         raise InputError(f"{os.fsdecode(error.filename)}: {error.strerror}") from None
     except (RuntimeError, MemoryError) as error:
         what = " ".join(str(error).split())
-        if isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in what:
+        no_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        if no_memory or "allocate memory" in what or "MPS backend out of memory" in what:
             raise InputError(f"memory runs out on rank {r}; try a smaller --batch-size or network ({what})") from None
+        if isinstance(error, NotImplementedError) and device.type in devices.ONE_PROCESS:
+            lacks = f"--device {device.type}: PyTorch lacks an operation there"
+            raise InputError(f"{lacks}; give --device cpu ({what})") from None
         if "DataLoader worker" not in what:
             raise
         raise InputError(f"a loader process of rank {r} was ended: {what}{OUT_OF_MEMORY}") from None

@@ -15,11 +15,12 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from moco import distributed
+from moco import devices, distributed
 from moco.errors import InputError
 from moco.files import replacing, to_json
 
 STARTED = time.perf_counter()  # when this process started
+CPU = torch.device("cpu")
 Metrics = dict[str, Tensor | tuple[Tensor, Tensor]]  # scalars, or a sum and the count of what it sums up
 
 
@@ -43,8 +44,10 @@ class Mean:
         """The means since the last reading, without those of nothing; starts anew."""
         if not self.sums:
             return {}
+        wide = devices.widest(next(iter(self.sums.values())).device)
         pairs = [
-            torch.stack([total.double(), torch.ones_like(total).double() * self.counts[name]]) for name, total in self.sums.items()
+            torch.stack([total.to(wide), torch.ones_like(total, dtype=wide) * self.counts[name]])
+            for name, total in self.sums.items()
         ]
         totals = distributed.all_reduce_sum(torch.stack(pairs)).tolist()
         values = {name: total / count for name, (total, count) in zip(self.sums, totals, strict=True) if count}
@@ -80,10 +83,11 @@ class RunLog:
         steps: of the whole run; the time left is counted from them.
         start: the step that this start begins at, below 0 where steps come before epoch 0. Lines of an earlier start beyond
             it are dropped, so that a resumed run's log is that of one never stopped.
+        device: on which the run trains.
     """
 
-    def __init__(self, args: Namespace, steps: int, start: int = 0):
-        self.steps, self.start = steps, start
+    def __init__(self, args: Namespace, steps: int, start: int = 0, device: torch.device = CPU):
+        self.steps, self.start, self.device = steps, start, device
         self.images_per_step = args.batch_per_process * distributed.world() * args.accumulation_steps
         self.began = self.marked = time.perf_counter()
         self.marked_step, self.waited, self.first = start, 0.0, True
@@ -117,8 +121,7 @@ class RunLog:
         """Count a step; after the first one of this start, print how long it took."""
         if self.first:
             self.first = False
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
+            torch.get_device_module(self.device).synchronize()
             took = time.perf_counter() - self.began
             whole = clock(took * (self.steps - self.start))
             say(f"first step took {took:.1f} s, of which {self.waited:.1f} s for data; at this pace {whole} for the run")

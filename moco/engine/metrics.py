@@ -33,7 +33,7 @@ class Accuracy:
 
     def read(self) -> list[dict[str, float]]:
         """Of each classifier, in [0, 1]: `acc1`, `acc5`, and `mean_per_class`, the mean of the top-1 of each class seen."""
-        counts = distributed.all_reduce_sum(self.counts).double()
+        counts = distributed.all_reduce_sum(self.counts).cpu().double()
         images = counts[-1]
         top1, top5 = counts[:-1].chunk(2)
         by_class = (top1 / images)[:, images > 0].mean(1)

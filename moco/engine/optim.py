@@ -17,7 +17,8 @@ SCALINGS = ("none", "sqrt", "linear")
 def make(groups: list[dict[str, Any]], args: Namespace) -> torch.optim.Optimizer:
     """The optimizer of `--optimizer` on groups of parameters with an `lr` and a `weight_decay` each.
 
-    SGD is fused, but not under fp16: where the gradient scaler skips the first step, PyTorch's fused SGD leaves the momentum
+    SGD and AdamW are fused on CUDA and the CPU; on other devices PyTorch chooses. SGD is not fused
+    under fp16: if the gradient scaler skips the first step, PyTorch's fused SGD leaves the momentum
     buffer uninitialised and uses it in the next.
     """
     if not 0 <= args.momentum < 1 or (args.nesterov and not args.momentum):
@@ -26,8 +27,19 @@ def make(groups: list[dict[str, Any]], args: Namespace) -> torch.optim.Optimizer
     if args.optimizer == "lars":
         return LARS(groups, momentum=args.momentum)
     if args.optimizer == "adamw":
-        return torch.optim.AdamW(_decayed_apart(groups), fused=True)
-    return torch.optim.SGD(groups, momentum=args.momentum, nesterov=args.nesterov, fused=args.amp != "fp16")
+        return torch.optim.AdamW(_decayed_apart(groups), fused=_fused(groups))
+    fused = _fused(groups) if args.amp != "fp16" else None
+    return torch.optim.SGD(groups, momentum=args.momentum, nesterov=args.nesterov, fused=fused)
+
+
+def _fused(groups: list[dict[str, Any]]) -> bool | None:
+    """Return True if the parameters lie where the fused optimizers of torch 2.6 run, else None.
+
+    None leaves the choice to torch: one kernel for many parameters (foreach) where it has them.
+    False would mean one kernel for each.
+    """
+    kinds = {p.device.type for group in groups for p in group["params"]}
+    return True if kinds <= {"cpu", "cuda"} else None
 
 
 def restore(optimizer: torch.optim.Optimizer, saved: dict[str, Any], path: str, diverged: bool = False) -> None:
@@ -44,10 +56,23 @@ def restore(optimizer: torch.optim.Optimizer, saved: dict[str, Any], path: str, 
     if not same:
         what = "its optimizer is not this run's"
         raise InputError(f"{path}: {what}; resume with the options it was made with, or use --pretrained for the weights alone")
+    _place_counts(optimizer)
     for p, state in optimizer.state.items():
         for name, x in state.items():  # fused steps take it for granted that both lie alike in memory
             if x is not None and x.shape == p.shape and x.stride() != p.stride():
                 state[name] = torch.empty_like(p).copy_(x)
+
+
+def _place_counts(optimizer: torch.optim.Optimizer) -> None:
+    """Put AdamW's counts of steps on the device that this run expects; a saved run may differ.
+
+    A fused step wants a count next to its parameter; another reads it, which is free on the CPU.
+    """
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if "step" in optimizer.state.get(p, {}):
+                count = optimizer.state[p]["step"]
+                optimizer.state[p]["step"] = count.to(p.device if group["fused"] else "cpu")
 
 
 _STATE = {"momentum": {"momentum_buffer"}, "betas": {"step", "exp_avg", "exp_avg_sq"}}  # what each kind keeps for a parameter

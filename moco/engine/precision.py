@@ -6,9 +6,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from moco import devices
 from moco.encoder import networks
 from moco.engine.log import say
-from moco.errors import InputError
+from moco.errors import InputError, short
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -18,12 +19,13 @@ _BF16 = {"avx512_bf16", "amx_bf16", "bf16"}
 
 
 def choose(args: Namespace) -> None:
-    """Set `args.amp` to off, and print a line, if this CPU computes it slowly.
+    """Set `args.amp` to off, and print a line, if the run is on a CPU that computes it slowly.
 
     Every CPU is slow in fp16: PyTorch's convolutions take minutes a step. CPUs without bf16
-    instructions are slow in bf16.
+    instructions are slow in bf16. Raises InputError if there is no device as `args.device` says.
     """
-    if args.amp == "off" or torch.cuda.is_available() or (args.amp == "bf16" and _multiplies_bf16()):
+    on_cpu = devices.chosen(args.device) == "cpu"
+    if args.amp == "off" or not on_cpu or (args.amp == "bf16" and _multiplies_bf16()):
         return
     say(f"--amp {args.amp} is slow on this CPU: this run computes in float32 (--amp off)")
     args.amp = "off"
@@ -43,8 +45,27 @@ def autocast(amp: str, device: torch.device) -> torch.autocast:
 
 
 def scaler(amp: str, device: torch.device) -> torch.amp.GradScaler:
-    """A gradient scaler; a plain pass-through unless `--amp fp16`."""
+    """Return a gradient scaler, which does nothing unless `--amp fp16`.
+
+    Raises InputError if torch has none for this device.
+    """
+    if amp == "fp16" and device.type not in ("cpu", "cuda"):
+        _check_scales(device)
     return torch.amp.GradScaler(device.type, enabled=amp == "fp16")
+
+
+def _check_scales(device: torch.device) -> None:
+    """Raise InputError if a gradient scaler fails on `device`. Tries it on one number."""
+    trial = torch.amp.GradScaler(device.type)
+    weight = torch.zeros(1, device=device, requires_grad=True)
+    try:
+        trial.scale(weight.sum()).backward()
+        trial.step(torch.optim.SGD([weight], lr=0.0))
+        trial.update()
+    except (RuntimeError, TypeError) as error:
+        why = short(" ".join(str(error).split()))
+        lacks = f"--amp fp16: PyTorch scales no gradients on {device.type}"
+        raise InputError(f"{lacks}; give --amp bf16 or off ({why})") from None
 
 
 def restore(scaler: torch.amp.GradScaler, saved: object, path: str) -> None:
@@ -61,24 +82,42 @@ def restore(scaler: torch.amp.GradScaler, saved: object, path: str) -> None:
 
 
 def place(model: nn.Module, device: torch.device, compile: bool, recompute: bool) -> nn.Module:
-    """Move `model` to `device`, channels last on a GPU.
+    """Move `model` to `device`, channels last on CUDA and XPU.
 
     With `recompute`, its networks' blocks keep nothing for the gradient but what they get, and run once more for it; with
     `compile`, compile its children (the networks) in place.
     """
     model.to(device)
-    if device.type == "cuda":
+    if device.type in _CHANNELS_LAST:
         model.to(memory_format=torch.channels_last)
     if recompute:
         networks.recompute_blocks(model)
         if compile:
             networks.check_compiled_recomputation()
     if compile:
+        _check_compiles(device)
         for child in model.children():
             child.compile()
     return model
 
 
+_CHANNELS_LAST = ("cuda", "xpu")  # types of devices that convolve faster so
+
+
+def _check_compiles(device: torch.device) -> None:
+    """Raise InputError if torch.compile fails on an accelerator other than CUDA. Tries one sum."""
+    if device.type in ("cpu", "cuda"):
+        return
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(1, device=device))
+    except Exception as error:  # each backend raises errors of its own
+        why = short(" ".join(str(error).split()))
+        cannot = f"--compile: PyTorch cannot compile for {device.type} here"
+        raise InputError(f"{cannot}; leave it out ({why})") from None
+
+
 def layout(images: torch.Tensor) -> torch.Tensor:
     """Images [B, 3, H, W] in the memory format that `place` gave the model."""
-    return images.contiguous(memory_format=torch.channels_last) if images.is_cuda else images
+    if images.device.type not in _CHANNELS_LAST:
+        return images
+    return images.contiguous(memory_format=torch.channels_last)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from moco import distributed, rng
+from moco import devices, distributed, rng
 from moco.augment import color, recipes
 from moco.data import cache, loader
 from moco.data.images import Images
@@ -115,7 +115,7 @@ class Trainer(ABC):
         self._announce()
         if self.order.start < self.order.stop:
             self.keep_in_memory()
-        log = RunLog(args, self.order.stop, self.order.start)
+        log = RunLog(args, self.order.stop, self.order.start, self.device)
         if distributed.rank() == 0:
             checkpoint.begin(Path(args.save_dir), args.resume)
         cut = loader.RandomCrops(self.recipe, args.seed)
@@ -228,10 +228,11 @@ class Trainer(ABC):
         weights = torch.stack(torch._foreach_norm([p for p in self.module.parameters() if p.requires_grad])).max()
         losses = (*losses, weights)  # which the last step has made infinite, though its loss was not
         steps, indices = (*steps, steps[-1]), (*indices, indices[-1])
-        values = torch.stack(losses).double()
+        wide = devices.widest(self.device)
+        values = torch.stack(losses).to(wide)
         bad = (~values.isfinite()).nonzero()
         first = int(bad[0]) if len(bad) else 0
-        images = indices[first][:2].double()
+        images = indices[first][:2].to(wide)
         facts = torch.cat([values.new_tensor([steps[first] if len(bad) else math.inf]), values[first : first + 1], images])
         step, loss, *images = min(distributed.all_gather(facts[None]).tolist(), key=lambda rank: rank[0])
         if math.isfinite(step):
@@ -279,8 +280,9 @@ class Trainer(ABC):
             f"lr after scaling {rates} ({scaling}), lr warm-up {args.lr_warmup_epochs} epochs; "
             f"{args.epochs} epochs x {self.steps_per_epoch} steps"
         )
-        if self.device.type == "cuda" and w == 1 < torch.cuda.device_count() and args.gpu is None:
-            say(f"one of {torch.cuda.device_count()} GPUs trains; --multiprocessing-distributed starts a process on each")
+        gpus = devices.count(self.device.type)
+        if self.device.type == "cuda" and w == 1 < gpus and args.gpu is None:
+            say(f"one of {gpus} GPUs trains; --multiprocessing-distributed starts a process on each")
         if self.order.start < 0:
             before = -self.order.start
             say(f"{before} steps before epoch 0, counted from -{before}: {before / self.steps_per_epoch:.3g} epochs of images")

@@ -1,0 +1,51 @@
+"""Devices: which one a process computes on, and how tensors get there."""
+
+import torch
+from torch import Tensor
+
+from moco.errors import InputError
+
+TYPES = ("cpu", "cuda", "xpu", "mps")
+ONE_PROCESS = ("xpu", "mps")  # several processes need NCCL, which is CUDA's, or gloo on CPUs
+
+
+def chosen(choice: str) -> str:
+    """Return the device type of `--device`; for auto, the accelerator that torch reports, else cpu.
+
+    Raises InputError if torch can use no such device here.
+    """
+    if choice == "auto":
+        available = torch.accelerator.is_available()
+        found = torch.accelerator.current_accelerator().type if available else "cpu"
+        return found if found in TYPES else "cpu"
+    if choice != "cpu" and not count(choice):
+        what = "PyTorch finds no such device on this machine"
+        raise InputError(f"--device {choice}: {what}; leave it out, or give --device cpu")
+    return choice
+
+
+def count(kind: str) -> int:
+    """Return how many devices of a type torch can use here; 0 of cpu."""
+    # an old driver shows GPUs that torch cannot use
+    if kind == "cpu" or (kind == "cuda" and not torch.cuda.is_available()):
+        return 0
+    return torch.get_device_module(kind).device_count()
+
+
+def of_process(choice: str, gpu: int | None, local_rank: int) -> torch.device:
+    """Return the device of process `local_rank` of this node, given `--device` and `--gpu`."""
+    kind = chosen(choice)
+    if kind == "cpu":
+        return torch.device("cpu")
+    return torch.device(kind, local_rank % count(kind) if gpu is None else gpu)
+
+
+def move(x: Tensor, device: torch.device) -> Tensor:
+    """Return `x`, which lies on the CPU, on `device`. On CUDA the copy is only queued."""
+    # elsewhere a queued copy may read the memory of `x` after Python has freed it
+    return x.to(device, non_blocking=device.type not in ONE_PROCESS)
+
+
+def widest(device: torch.device) -> torch.dtype:
+    """Return the widest floating-point type of `device`: float64, but float32 on mps."""
+    return torch.float32 if device.type == "mps" else torch.float64
