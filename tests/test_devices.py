@@ -205,6 +205,7 @@ SIX = "--n1 4 --n2 4 --n3 4 --n4 4 --n5 4 --n6 4".split()
 METHODS = {
     "moco": ("main_synco", "--moco-k", 64, "--clip-grad", 1),
     "moco, accumulation": ("main_synco", "--moco-k", 64, "--accumulation-steps", 2),
+    "moco, symmetric": ("main_synco", "--moco-k", 64, "--symmetric", "--bn-splits-query", "--stem", "cifar"),
     "mochi": ("main_synco", *SYNCO, "--n1", 8, "--n3", 4),
     "synco": ("main_synco", *SYNCO, *SIX, "--aug-plus", "--cos"),
     "adco": ("main_adco", "--cluster", 64, "--no-ad-init"),
