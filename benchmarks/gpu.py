@@ -33,7 +33,6 @@ import textwrap
 import threading
 import time
 import traceback
-from collections.abc import Callable
 from pathlib import Path
 
 import gpu_checks
@@ -50,9 +49,9 @@ from moco.files import to_json
 
 PARTS = {1: gpu_checks.PARTS, 2: gpu_speed.PARTS}
 TITLES = {1: "correctness", 2: "speed", 3: "CIFAR-10, MoCo", 4: "CIFAR-10, all methods"}
-SHARE = {1: 0.45, 2: 0.4, 3: 0.85}  # of the visit that a stage may take while others wait
+SHARE = {1: 0.35, 2: 0.3, 3: 0.85}  # of the visit that a stage may take while others wait
 LIMIT = 150.0  # seconds of one part
-START = 90.0  # seconds within which a process must begin with its first part
+START = 150.0  # seconds within which a process must begin with its first part
 BROKEN = 3  # exit status of a process whose GPU context is lost
 
 
@@ -61,10 +60,20 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--minutes", type=float, default=9.0, help="length of the visit (default: 9)")
     p.add_argument("--stages", type=int, nargs="+", choices=TITLES, default=list(TITLES), help="default: all")
     p.add_argument("--parts", nargs="+", metavar="NAME", help="of stages 1 and 2; default: all")
-    p.add_argument("--data", type=Path, metavar="FOLDER", help="CIFAR-10: train/ and test/, cifar-10-batches-py, or an archive")
+    p.add_argument(
+        "--data",
+        type=Path,
+        metavar="FOLDER",
+        help="CIFAR-10: train/ and test/, cifar-10-batches-py, or an archive",
+    )
     folder = measure.ROOT / "runs" / "gpu" / "cifar10-moco"
-    p.add_argument("--run-folder", type=Path, default=folder, help="of stage 3's run; those of stage 4 are its neighbours")
-    p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of stage 4 (default: 0 1 2)")
+    p.add_argument(
+        "--run-folder",
+        type=Path,
+        default=folder,
+        help="of stage 3's run; those of stage 4 are its neighbours",
+    )
+    p.add_argument("--seeds", type=int, nargs="+", help="of stage 4 (default: 0 1 2; on a CPU 0)")
     p.add_argument("--amp", choices=("off", "bf16"), help="of stages 3 and 4 (default: bf16 on a GPU)")
     p.add_argument("--json", type=Path, metavar="FILE", help="default: runs/benchmarks/gpu-DEVICE.json")
     p.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
@@ -107,7 +116,14 @@ def work(setup: Setup, stage: int, names: list[str], events: Path) -> int:
             where = "".join(traceback.format_tb(problem.__traceback__)[-2:])
             error = f"{type(problem).__name__}: {problem}" + f"\n{where}" * (not isinstance(problem, Failed))
         seconds = time.perf_counter() - began
-        event(part=name, event="end", seconds=seconds, figures=notes, failures=notes.failures, error=error[:4000])
+        event(
+            part=name,
+            event="end",
+            seconds=seconds,
+            figures=notes,
+            failures=notes.failures,
+            error=error[:4000],
+        )
         gc.collect()
         if setup.cuda:
             if re.search(r"CUDA error|CUBLAS_|CUDNN_|device-side assert|illegal memory", error):
@@ -145,7 +161,11 @@ class Visit:
             "cores": os.cpu_count(),
             "tiny": not cuda,
         }
-        visit = {"began": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()), "minutes": args.minutes, "stages": args.stages}
+        visit = {
+            "began": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
+            "minutes": args.minutes,
+            "stages": args.stages,
+        }
         self.visits = [*before.get("visits", []), visit]
 
     def _earlier(self) -> dict:
@@ -162,7 +182,7 @@ class Visit:
 
     def run(self) -> int:
         """All stages, then the table; returns the exit status."""
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+        before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
         facts = ", ".join(f"{key} {value}" for key, value in self.facts.items() if value is not None)
         print(f"{facts}; {self.args.minutes:g} minutes; {self.json}", flush=True)
         self.setup = Setup(self.device, self.device.type == "cpu", Path(tempfile.mkdtemp(prefix="gpu-")))
@@ -175,13 +195,17 @@ class Visit:
                 for pid in self.running:
                     gpu_setup.kill_tree(pid)
             shutil.rmtree(self.setup.work, ignore_errors=True)
+            signal.signal(signal.SIGTERM, before)
         self.table()
         return 1 if self.failed else 0
 
     def _stage(self, stage: int) -> None:
         last = stage == self.args.stages[-1]
         end = min(self.end, self.end if last else time.monotonic() + SHARE[stage] * 60 * self.args.minutes)
-        print(f"\nstage {stage}, {TITLES[stage]}: at most {max(0.0, end - time.monotonic()):.0f} s", flush=True)
+        print(
+            f"\nstage {stage}, {TITLES[stage]}: at most {max(0.0, end - time.monotonic()):.0f} s",
+            flush=True,
+        )
         try:
             if stage in PARTS:
                 self._parts(stage, end)
@@ -190,16 +214,32 @@ class Visit:
             else:
                 self._others(end)
         except Exception as problem:  # of one stage; the others go on
-            self.record(stage, "stage", f"{type(problem).__name__}: {problem}\n{traceback.format_exc()[-1500:]}")
+            self.record(
+                stage,
+                "stage",
+                f"{type(problem).__name__}: {problem}\n{traceback.format_exc()[-1500:]}",
+            )
 
     def record(
-        self, stage: int, name: str, error: str = "", figures: dict | None = None, failures: list[str] = (), seconds: float = 0.0
+        self,
+        stage: int,
+        name: str,
+        error: str = "",
+        figures: dict | None = None,
+        failures: list[str] = (),
+        seconds: float = 0.0,
     ) -> None:
         """Keep and print what a part has found, and rewrite the JSON. An error that begins with "not run" is no failure."""
         with self.lock:
             skipped = error.startswith("not run")
             status = "not run" if skipped else "failed" if error or failures else "passed"
-            found = {"status": status, "seconds": seconds, "figures": figures or {}, "failures": list(failures), "error": error}
+            found = {
+                "status": status,
+                "seconds": seconds,
+                "figures": figures or {},
+                "failures": list(failures),
+                "error": error,
+            }
             parts = self.stages.setdefault(str(stage), {})
             if not (skipped and name in parts):  # what an earlier visit has found stays
                 parts[name] = found
@@ -211,7 +251,12 @@ class Visit:
             self.write()
 
     def write(self) -> None:
-        results = {**self.facts, "visits": self.visits, "targets": self.targets(), "failed": self.failed}
+        results = {
+            **self.facts,
+            "visits": self.visits,
+            "targets": self.targets(),
+            "failed": self.failed,
+        }
         write_json(self.json, {**results, "not run": self.not_run, "stages": self.stages})
 
     # Stages 1 and 2: parts in worker processes.
@@ -245,7 +290,18 @@ class Visit:
         work = self.setup.work / f"stage{stage}"
         work.mkdir(exist_ok=True)
         events, log = work / f"{name}.jsonl", work / f"{name}.log"
-        words = ["--worker", events, "--work", work, "--device", self.device.type, "--stages", stage, "--parts", *waiting]
+        words = [
+            "--worker",
+            events,
+            "--work",
+            work,
+            "--device",
+            self.device.type,
+            "--stages",
+            stage,
+            "--parts",
+            *waiting,
+        ]
         process = gpu_setup.python(self.setup, __file__, *words, log=log, gpu=self.setup.cuda)
         self.running.add(process.pid)
         seen, current, since = 0, "", time.monotonic()
@@ -270,12 +326,20 @@ class Visit:
                 if now > end:
                     if current:
                         waiting.remove(current)
-                        self.record(stage, current, f"not run: cut off after {now - since:.0f} s, no time left")
+                        self.record(
+                            stage,
+                            current,
+                            f"not run: cut off after {now - since:.0f} s, no time left",
+                        )
                     return
                 if now - since > (LIMIT if current else START):
                     lost = current or waiting[0]
                     waiting.remove(lost)
-                    self.record(stage, lost, f"hung: killed after {now - since:.0f} s: {gpu_setup.tail(log)}")
+                    self.record(
+                        stage,
+                        lost,
+                        f"hung: killed after {now - since:.0f} s: {gpu_setup.tail(log)}",
+                    )
                     return
                 time.sleep(0.05)
         finally:
@@ -308,7 +372,11 @@ class Visit:
         if end - time.monotonic() < gpu_cifar.SAVING + 10:
             self.record(3, "moco", "not run: no time left")
             return
-        folder, config, began = self.args.run_folder, gpu_cifar.CONFIGS / "moco.yaml", time.monotonic()
+        folder, config, began = (
+            self.args.run_folder,
+            gpu_cifar.CONFIGS / "moco.yaml",
+            time.monotonic(),
+        )
         error, state = "", "failed"
         done = threading.Event()
 
@@ -316,8 +384,16 @@ class Visit:
             """Keep what is known so far, in case that this process is killed."""
             while not done.wait(20):
                 with self.lock:
-                    figures = {"state": "running", "data": data.name, **gpu_cifar.summary(folder), "rows": gpu_cifar.rows(folder)}
-                    self.stages.setdefault("3", {})["moco"] = {"status": "running", "figures": figures}
+                    figures = {
+                        "state": "running",
+                        "data": data.name,
+                        **gpu_cifar.summary(folder),
+                        "rows": gpu_cifar.rows(folder),
+                    }
+                    self.stages.setdefault("3", {})["moco"] = {
+                        "status": "running",
+                        "figures": figures,
+                    }
                     self.write()
 
         watcher = threading.Thread(target=watch, daemon=True)
@@ -329,7 +405,13 @@ class Visit:
         finally:
             done.set()
             watcher.join()
-        figures = {"state": state, "data": data.name, "amp": self.amp, **gpu_cifar.summary(folder), "rows": gpu_cifar.rows(folder)}
+        figures = {
+            "state": state,
+            "data": data.name,
+            "amp": self.amp,
+            **gpu_cifar.summary(folder),
+            "rows": gpu_cifar.rows(folder),
+        }
         self.record(3, "moco", error, figures, seconds=time.monotonic() - began)
 
     def _others(self, end: float) -> None:
@@ -337,10 +419,12 @@ class Visit:
         if data is None:
             return
 
+        seeds = self.args.seeds or ([0] if self.setup.tiny else [0, 1, 2])
+
         def record(name: str, error: str, figures: dict[str, object]) -> None:
             self.record(4, name, error, figures)
 
-        gpu_cifar.others(self.setup, data, self.args.run_folder, end, self.amp, self.args.seeds, record)
+        gpu_cifar.others(self.setup, data, self.args.run_folder, end, self.amp, seeds, record)
 
     # The table.
 
@@ -399,7 +483,10 @@ class Visit:
         for title, lines in (("not run", self.not_run), ("failed", self.failed)):
             for line in lines:
                 print(f"{title}: {line}")
-        print(f"\n{time.monotonic() - self.began:.0f} s; {len(self.failed)} failed; {self.json}", flush=True)
+        print(
+            f"\n{time.monotonic() - self.began:.0f} s; {len(self.failed)} failed; {self.json}",
+            flush=True,
+        )
 
 
 def _line(figures: dict[str, object]) -> str:

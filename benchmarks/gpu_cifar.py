@@ -17,7 +17,16 @@ from typing import NamedTuple
 
 import cost
 import measure
-from gpu_setup import Failed, Setup, image_folder, kill_tree, killed_at_the_end, log_lines, python, tail
+from gpu_setup import (
+    Failed,
+    Setup,
+    image_folder,
+    kill_tree,
+    killed_at_the_end,
+    log_lines,
+    python,
+    tail,
+)
 
 CONFIGS = measure.ROOT / "configs" / "cifar10"
 # the authors' log of 200 epochs (notebook of August 2020): mean loss and k-NN top-1 in per cent after an epoch
@@ -61,7 +70,11 @@ def find(given: Path | None, folder: Path, setup: Setup) -> Data | None:
             raise Failed(f"--data {given}: holds neither train/ and test/, cifar-10-batches-py nor {' or '.join(ARCHIVES)}")
         return found
     if setup.tiny:
-        return _images(image_folder(setup.work / "cifar", 4, 8, 4, 32, test="test"), folder, "a few images made on the spot")
+        return _images(
+            image_folder(setup.work / "cifar", 4, 8, 4, 32, test="test"),
+            folder,
+            "a few images made on the spot",
+        )
     return next(filter(None, (_at(measure.ROOT / place, folder) for place in PLACES)), None)
 
 
@@ -116,6 +129,8 @@ def _unpacked(archive: Path, folder: Path) -> Path:
 
 # One run.
 
+# a checkpoint takes as long as a part of an epoch; SIGTERM saves one in any case
+USUAL = "--knn-every 10 --save-every 10"
 # on a CPU: two epochs of a few small images
 TINY = "--epochs 2 --image-size 16 -b 8 -j 0 -p 1 --knn-every 1"
 TINY_OF = {"main_adco": "--no-ad-init", "main_fnc": "--fn-topk 2"}
@@ -127,9 +142,20 @@ def train(setup: Setup, data: Data, config: Path, folder: Path, end: float, amp:
     Raises Failed if the script ends in an error.
     """
     script = cost.script(config)
-    words = [f"{script}.py", *data.words, "--cfg", config, "--seed", seed, "--save-dir", folder, "--resume", "auto"]
+    words = [
+        f"{script}.py",
+        *data.words,
+        "--cfg",
+        config,
+        "--seed",
+        seed,
+        "--save-dir",
+        folder,
+        "--resume",
+        "auto",
+    ]
     words += ["--amp", amp]
-    words += [*TINY.split(), *TINY_OF.get(script, "").split()] if setup.tiny else ["--knn-every", 10]
+    words += [*TINY.split(), *TINY_OF.get(script, "").split()] if setup.tiny else USUAL.split()
     log = folder.with_name(f"{folder.name}.log")
     process = python(setup, *words, log=log, gpu=setup.cuda)
     with killed_at_the_end(process):
@@ -189,7 +215,11 @@ def summary(folder: Path) -> dict[str, object]:
     last = max(mine)
     seconds = [mine[e]["seconds"] - mine[e - 1]["seconds"] for e in mine if e - 1 in mine]
     accuracies = {epoch: one["knn"] for epoch, one in mine.items() if "knn" in one}
-    found: dict[str, object] = {"epochs": last, "seconds": mine[last]["seconds"], "loss": mine[last].get("loss")}
+    found: dict[str, object] = {
+        "epochs": last,
+        "seconds": mine[last]["seconds"],
+        "loss": mine[last].get("loss"),
+    }
     if seconds:
         found["seconds per epoch"] = statistics.median(seconds)
         found["minutes of 200 epochs"] = statistics.mean(seconds) * EPOCHS / 60
@@ -237,7 +267,15 @@ def others(
                 return
             folder, error, state = run_folder(first, config, seed), "", "failed"
             try:
-                state = train(setup, data, CONFIGS / f"{config}.yaml", folder, min(end, now + turn + SAVING), amp, seed)
+                state = train(
+                    setup,
+                    data,
+                    CONFIGS / f"{config}.yaml",
+                    folder,
+                    min(end, now + turn + SAVING),
+                    amp,
+                    seed,
+                )
             except Exception as problem:
                 error = f"{type(problem).__name__}: {problem}"
             if state != "stopped":

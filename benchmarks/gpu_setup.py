@@ -231,11 +231,11 @@ def photographs(root: Path, unique: int, copies: int, width: int = 500, height: 
     def write(i: int) -> None:
         draw = np.random.default_rng(i)
         pixels = np.zeros((height, width, 3), np.float32)
-        for scale in (4, 10, 25, 60, 150):
+        for scale in (3, 8, 25, 60, 150):
             coarse = draw.integers(0, 256, (height // scale + 2, width // scale + 2, 3), np.uint8)
             pixels += np.asarray(Image.fromarray(coarse).resize((width, height), Image.BICUBIC), np.float32)
         image, file = Image.fromarray((pixels / 5).astype(np.uint8)), io.BytesIO()
-        for quality in range(96, 30, -4):
+        for quality in range(100, 30, -3):
             file = io.BytesIO()
             image.save(file, "JPEG", quality=quality)
             if file.tell() < 110_000:
@@ -263,21 +263,28 @@ def python(setup: Setup, *words: object, log: Path, gpu: bool = True, **environm
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a") as file:
         return subprocess.Popen(
-            [sys.executable, *map(str, words)], cwd=measure.ROOT, env=env, stdin=subprocess.DEVNULL, stdout=file, stderr=file
+            [sys.executable, *map(str, words)],
+            cwd=measure.ROOT,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=file,
         )
 
 
-def finish(process: subprocess.Popen, log: Path, seconds: float, statuses: tuple[int, ...] = (0,)) -> int:
-    """Wait for a process, at most so many seconds; returns its status. Raises Failed for one not in `statuses`."""
+LONGEST = 120.0  # seconds of one process that a part starts
+
+
+def finish(process: subprocess.Popen, log: Path) -> None:
+    """Wait for a process. Raises Failed if it ends in an error, or takes longer than `LONGEST`."""
     try:
-        status = process.wait(seconds)
+        status = process.wait(LONGEST)
     except subprocess.TimeoutExpired:
         kill_tree(process.pid)
         process.wait()
-        raise Failed(f"did not end within {seconds:.0f} s: {tail(log)}") from None
-    if status not in statuses:
+        raise Failed(f"did not end within {LONGEST:.0f} s: {tail(log)}") from None
+    if status:
         raise Failed(f"ended with status {status}: {tail(log)}")
-    return status
 
 
 def tail(log: Path, most: int = 1500) -> str:
@@ -308,14 +315,14 @@ def _descendants(pid: int) -> list[int]:
     return found
 
 
-def until(condition: Callable[[], object], process: subprocess.Popen, log: Path, seconds: float) -> None:
-    """Wait until `condition()` holds. Raises Failed if the process ends before, or it takes longer than `seconds`."""
-    end = time.monotonic() + seconds
+def until(condition: Callable[[], object], process: subprocess.Popen, log: Path) -> None:
+    """Wait until `condition()` holds. Raises Failed if the process ends before, or it takes longer than `LONGEST`."""
+    end = time.monotonic() + LONGEST
     while not condition():
         if process.poll() is not None:
             raise Failed(f"ended early, with status {process.returncode}: {tail(log)}")
         if time.monotonic() > end:
-            raise Failed(f"waited {seconds:.0f} s in vain: {tail(log)}")
+            raise Failed(f"waited {LONGEST:.0f} s in vain: {tail(log)}")
         time.sleep(0.02)
 
 

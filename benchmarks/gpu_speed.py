@@ -8,10 +8,21 @@ from functools import partial
 import measure
 import step as plain_step
 import torch
-from gpu_setup import Method, Notes, Setup, crops, finish, log_lines, photographs, python, use_tf32
+from gpu_setup import (
+    Method,
+    Notes,
+    Setup,
+    crops,
+    finish,
+    log_lines,
+    options_and_builder,
+    photographs,
+    python,
+    use_tf32,
+)
 from torch import Tensor
 
-from moco.augment import color
+from moco.augment import color, recipes
 from moco.data import datasets, loader
 from moco.rng import Progress
 
@@ -74,8 +85,18 @@ class Plain:
     """One step of MoCo written plainly (benchmarks/step.py)."""
 
     def __init__(self, setup: Setup, amp: str, size: int, tf32: bool):
-        options = {"arch": arch(setup), "size": pixels(setup), "batch": size, "k": rows(setup), "amp": amp}
-        self.step, self.size, self.tf32 = plain_step.Step("plain", Namespace(**options), setup.device), size, tf32
+        options = {
+            "arch": arch(setup),
+            "size": pixels(setup),
+            "batch": size,
+            "k": rows(setup),
+            "amp": amp,
+        }
+        self.step, self.size, self.tf32 = (
+            plain_step.Step("plain", Namespace(**options), setup.device),
+            size,
+            tf32,
+        )
         self.step.amp = amp
 
     def __call__(self) -> None:
@@ -88,6 +109,8 @@ def ready(setup: Setup, make: Callable[[], object], notes: Notes, name: str) -> 
     """The candidate, or None with a note if it does not fit into the GPU's memory."""
     try:
         candidate = make()
+        for _ in range(setup.size(2, 0)):
+            candidate()  # the search for algorithms takes memory of its own
         memory = measure.peak_memory(candidate, setup.device)
     except torch.OutOfMemoryError as error:
         notes[f"{name}: out of memory"] = str(error)[:200]
@@ -103,11 +126,26 @@ def timed(setup: Setup, makers: dict[str, Callable[[], object]], notes: Notes, s
     use_tf32(True)
     candidates = {name: ready(setup, make, notes, name) for name, make in makers.items()}
     candidates = {name: candidate for name, candidate in candidates.items() if candidate}
-    times = measure.side_by_side(candidates, setup.size(7, 1), setup.device, warm=setup.size(2, 0))
+    times = in_turns(setup, candidates, setup.size(3, 1))
     for name, seconds in measure.medians(times).items():
         notes[f"{name} ms"] = 1e3 * seconds
         notes[f"{name} pairs/s"] = size / seconds
     return times
+
+
+def in_turns(setup: Setup, candidates: measure.Candidates, repeat: int) -> measure.Times:
+    """Seconds of each candidate in each round. `repeat` calls in a row, in which the GPU need not wait for Python."""
+
+    def seconds(run: Callable[[], object]) -> float:
+        setup.synchronize()
+        began = time.perf_counter()
+        for _ in range(repeat):
+            run()
+        setup.synchronize()
+        return (time.perf_counter() - began) / repeat
+
+    turns = {name: partial(seconds, run) for name, run in candidates.items()}
+    return measure.side_by_side(turns, setup.size(7, 1), setup.device, warm=setup.size(1, 0))
 
 
 def quotients(notes: Notes, times: measure.Times, pairs: dict[str, tuple[str, str]]) -> None:
@@ -150,7 +188,10 @@ def larger(setup: Setup, notes: Notes) -> None:
         "plain fp32, TF32": partial(Plain, setup, "off", size, True),
     }
     times = timed(setup, makers, notes, size)
-    over = {"synco over moco": ("synco", "moco"), "plain fp32 TF32 over moco": ("plain fp32, TF32", "moco")}
+    over = {
+        "synco over moco": ("synco", "moco"),
+        "plain fp32 TF32 over moco": ("plain fp32, TF32", "moco"),
+    }
     quotients(notes, times, over)
 
 
@@ -166,16 +207,9 @@ def others(setup: Setup, notes: Notes) -> None:
 def views(setup: Setup, notes: Notes) -> None:
     """Two views of a batch of crops on the device: colour operations, flip, normalization."""
     ours = Ours("moco", setup, "off", batch(setup))
-    times = measure.side_by_side(
-        {"views": lambda: ours.method.views(ours.crops, PROGRESS)}, setup.size(15, 1), setup.device
-    )
+    times = in_turns(setup, {"views": lambda: ours.method.views(ours.crops, PROGRESS)}, setup.size(5, 1))
     seconds = measure.medians(times)["views"]
     notes["ms"], notes["pairs/s"] = 1e3 * seconds, batch(setup) / seconds
-    if setup.cuda:
-        color.fuse()
-        ours.method.views(ours.crops, PROGRESS)  # compiles
-        times = measure.side_by_side({"views": lambda: ours.method.views(ours.crops, PROGRESS)}, 15, setup.device)
-        notes["compiled ms"] = 1e3 * measure.medians(times)["views"]
 
 
 def files(setup: Setup) -> str:
@@ -188,13 +222,11 @@ def loading(setup: Setup, notes: Notes) -> None:
     folder, size = files(setup), batch(setup)
     for workers, batches in ((setup.workers, setup.size(40, 1)), (1, setup.size(4, 1))):
         words = ["-b", size, "-j", workers, "--image-size", pixels(setup), *MOCO.split()]
-        method = Method("main_synco", [*words, "-a", "resnet18", "--moco-k", 64], setup, torch.device("cpu"))
-        args = method.args
-        args.data, args.workers = folder, workers
+        args, _ = options_and_builder("main_synco", words, setup.device)
         images = datasets.scan(datasets.find(folder, ("train",)), "train")
         ahead = 4 * workers + 1 if setup.cuda else 1  # what may have been read while the first batch was waited for
         order = loader.TrainOrder(len(images), size, 1, 0, 0, min(ahead, batches) + batches)
-        found = loader.batches(images, loader.RandomCrops(method.recipe, 0), order, args, setup.device)
+        found = loader.batches(images, loader.RandomCrops(recipes.of_options(args), 0), order, args, setup.device)
         for _ in range(min(ahead, batches)):
             next(found)
         seconds = _seconds(setup, lambda found=found: list(found))
@@ -215,11 +247,20 @@ def _seconds(setup: Setup, run: Callable[[], object]) -> float:
 def end_to_end(setup: Setup, notes: Notes) -> None:
     """main_synco.py (MoCo v2) on JPEG files: images per second by its own log, and the share of time waited for data."""
     folder, log = setup.work / "end-to-end", setup.work / "end-to-end.log"
-    words = ["main_synco.py", files(setup), "-a", arch(setup), "--image-size", pixels(setup), "-b", batch(setup)]
+    words = [
+        "main_synco.py",
+        files(setup),
+        "-a",
+        arch(setup),
+        "--image-size",
+        pixels(setup),
+        "-b",
+        batch(setup),
+    ]
     words += ["-j", setup.workers, *MOCO.split(), "--moco-k", rows(setup), "-p", setup.size(5, 1)]
     words += ["--epochs", setup.size(4, 2), "--save-every", 1000, "--save-dir", folder]
     words += ["--amp", "bf16" if setup.cuda else "off"]
-    finish(python(setup, *words, log=log, gpu=setup.cuda), log, setup.size(100, 60))
+    finish(python(setup, *words, log=log, gpu=setup.cuda), log)
     lines = [line for line in log_lines(folder) if "images_per_s" in line]
     lines = lines[len(lines) // 2 :]  # the first ones search for algorithms and start the workers
     notes["pairs/s"] = sorted(line["images_per_s"] for line in lines)[len(lines) // 2]
@@ -254,7 +295,12 @@ def profile(setup: Setup, notes: Notes) -> None:
     events.sort(key=microseconds, reverse=True)
     notes["kernels' ms"] = total / 1e3
     notes["top ten"] = [
-        {"ms": microseconds(e) / 1e3, "share": microseconds(e) / total, "calls": e.count, "kernel": e.key[:100]}
+        {
+            "ms": microseconds(e) / 1e3,
+            "share": microseconds(e) / total,
+            "calls": e.count,
+            "kernel": e.key[:100],
+        }
         for e in events[:10]
     ]
     notes["step and views ms"] = 1e3 * _seconds(setup, whole)
@@ -282,7 +328,9 @@ def cifar_step(setup: Setup, notes: Notes) -> None:
     candidates: dict[str, Callable[[], object]] = {}
     for amp in precisions:
         candidates[f"step, amp {amp}"], candidates["views"] = candidate(amp)
-    times = measure.side_by_side(candidates, setup.size(15, 1), setup.device, warm=setup.size(3, 0))
+    for run in candidates.values():
+        run()
+    times = in_turns(setup, candidates, setup.size(10, 1))
     for name, seconds in measure.medians(times).items():
         notes[f"{name} ms"] = 1e3 * seconds
     best = min(seconds for name, seconds in measure.medians(times).items() if name != "views")
@@ -290,7 +338,7 @@ def cifar_step(setup: Setup, notes: Notes) -> None:
 
 
 def compiled(setup: Setup, notes: Notes) -> None:
-    """MoCo in bf16 by --compile next to without. A CPU has no time for it."""
+    """MoCo in bf16 by --compile next to without, and its views. A CPU has no time for it."""
     if not setup.cuda:
         notes["skipped"] = "on a GPU only"
         return
@@ -300,6 +348,9 @@ def compiled(setup: Setup, notes: Notes) -> None:
         "compiled": partial(Ours, "moco", setup, "bf16", size, "--compile"),
     }
     quotients(notes, timed(setup, makers, notes, size), {"moco over compiled": ("moco", "compiled")})
+    color.fuse()  # for the rest of this process, of which this is the last part
+    views(setup, fused := Notes())
+    notes["compiled views ms"] = fused["ms"]
 
 
 PARTS = {
