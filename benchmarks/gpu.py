@@ -229,9 +229,13 @@ class Visit:
         failures: list[str] = (),
         seconds: float = 0.0,
     ) -> None:
-        """Keep and print what a part has found, and rewrite the JSON. An error that begins with "not run" is no failure."""
+        """Keep and print what a part has found, and rewrite the JSON.
+
+        An error that begins with "not run: " is no failure.
+        """
         with self.lock:
-            skipped = error.startswith("not run")
+            skipped = error.startswith("not run: ")
+            error = error.removeprefix("not run: ")
             status = "not run" if skipped else "failed" if error or failures else "passed"
             found = {
                 "status": status,

@@ -145,7 +145,7 @@ def in_turns(setup: Setup, candidates: measure.Candidates, repeat: int) -> measu
         return (time.perf_counter() - began) / repeat
 
     turns = {name: partial(seconds, run) for name, run in candidates.items()}
-    return measure.side_by_side(turns, setup.size(7, 1), setup.device, warm=setup.size(1, 0))
+    return measure.side_by_side(turns, setup.size(5, 1), setup.device, warm=setup.size(1, 0))
 
 
 def quotients(notes: Notes, times: measure.Times, pairs: dict[str, tuple[str, str]]) -> None:
@@ -355,10 +355,10 @@ def compiled(setup: Setup, notes: Notes) -> None:
 
 PARTS = {
     "steps": (steps, 0),
+    "CIFAR-10 step": (cifar_step, 0),
     "end to end": (end_to_end, 0),
     "loading": (loading, 0),
     "views": (views, 0),
-    "CIFAR-10 step": (cifar_step, 0),
     "profile": (profile, 0),
     "others": (others, 0),
     "larger batch": (larger, 0),
