@@ -52,6 +52,7 @@ METHODS = {
     "mocov2": ("main_synco", MOCOV2),
     "mochi": ("main_synco", f"{MOCOV2} --n-hard 16 --warmup-epochs 0 --n1 4 --n3 4"),
     "synco": ("main_synco", f"{MOCOV2} --n-hard 16 --warmup-epochs 0 {EACH}"),
+    "symmetric": ("main_synco", f"{MOCOV2} --symmetric --bn-splits-query"),
     "adco": ("main_adco", "--cluster 256 --no-ad-init --bn-splits 4 --sym 1 --lr 0.01"),
     "simclr": ("main_sogclr", "--mlp-dim 256 --loss-type simclr"),
     "sogclr": ("main_sogclr", "--mlp-dim 256"),
@@ -455,8 +456,7 @@ def resume(setup: Setup, notes: Notes) -> None:
     options = faults.METHODS["synco"].split()
     options += [data(setup), *script_options(setup), "-b", batch, "--epochs", epochs, "-p", 1]
     options += ["--save-every-steps", 2, "--keep", 2, "--resume", "auto"]
-    if "--stem" in (Path(__file__).parent.parent / "moco/engine/cli.py").read_text():
-        options += ["--stem", "cifar"]  # the gradient of max-pooling adds in any order on a GPU
+    options += ["--stem", "cifar"]  # without max-pooling, whose gradient adds in any order on a GPU
     folders = {name: setup.work / f"synco-{name}" for name in ("whole", "stopped")}
     logs = {name: folder.with_suffix(".log") for name, folder in folders.items()}
 

@@ -175,6 +175,7 @@ def options_and_builder(
     """The script's options, checked, and the function that it would give to `pretrain.train`."""
     module = importlib.import_module(script)
     args = module.parser().parse(["DIR", *map(str, options)])
+    args.stem = args.stem or "imagenet"  # as for every run that does not resume
     found: list[Callable[[Images], nn.Module]] = []
     with (
         mock.patch.object(pretrain, "train", lambda args, device, build, *_: found.append(build)),
