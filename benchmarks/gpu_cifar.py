@@ -253,7 +253,7 @@ def others(
     """
     configs = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
     waiting = [(config, seed) for seed in seeds for config in configs if (config, seed) != ("moco", 0)]
-    least = 5.0 if setup.tiny else LEAST
+    least = 20.0 if setup.tiny else LEAST
     while waiting:
         together = [run for run in waiting if run[1] == waiting[0][1]]
         turn = max(least, (end - time.monotonic()) / len(together))
@@ -261,8 +261,7 @@ def others(
             now = time.monotonic()
             if end - now < least + SAVING:
                 for name, number in waiting:
-                    folder = run_folder(first, name, number)
-                    if not folder.exists():
+                    if not summary(run_folder(first, name, number))["epochs"]:
                         record(f"{name}, seed {number}", "not run: no time left", {})
                 return
             folder, error, state = run_folder(first, config, seed), "", "failed"
@@ -280,7 +279,9 @@ def others(
                 error = f"{type(problem).__name__}: {problem}"
             if state != "stopped":
                 waiting.remove((config, seed))
-            record(f"{config}, seed {seed}", error, {"state": state, **summary(folder)})
+            figures = summary(folder)
+            if error or figures["epochs"]:
+                record(f"{config}, seed {seed}", error, {"state": state, **figures})
 
 
 if __name__ == "__main__":

@@ -50,6 +50,19 @@ def test_all_stages_in_three_minutes(tmp_path):
     assert "target for one H100" in result.stdout and "published" in result.stdout
 
 
+CHECKS = ["resume", "k-NN", "probe", "NCCL", "torchrun", "compile", "views", "hardest", "accumulation"]
+CHECKS += ["checkpointing", "channels_last", "step synco", "step symmetric", "step fnc", "step synco-v2"]
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_a_check_passes_between_cpu_and_cpu(gpu, setup, name):
+    """Also those that do not fit into three minutes on a busy machine."""
+    setup.work.mkdir()
+    notes = gpu.Notes()
+    gpu.PARTS[1][name][0](setup, notes)
+    assert notes.failures == [] and len(notes) > 0
+
+
 PARTS = """
 import os, sys, time
 sys.path.insert(0, {folder!r})
