@@ -130,7 +130,8 @@ def test_a_step_that_differs_fails(gpu, setup, monkeypatch):
         made.append(build(*args, **more))
         if len(made) == 2:
             with torch.no_grad():
-                next(made[1].module.parameters()).mul_(1.01)
+                for weight in made[1].module.parameters():
+                    weight.add_(1e-3 * torch.randn_like(weight))
         return made[-1]
 
     monkeypatch.setattr(gpu_checks, "method", other)
