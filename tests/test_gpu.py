@@ -96,7 +96,8 @@ def test_a_part_that_fails_dies_or_hangs_does_not_stop_the_others(gpu, tmp_path,
     monkeypatch.setattr(gpu, "__file__", str(script))
     monkeypatch.setitem(gpu.PARTS, 1, {name: (None, 0) for name in names})
     monkeypatch.setattr(gpu, "LIMIT", 2.0)
-    args = gpu.parser().parse_args(["--minutes", "5", "--stages", "1", "--json", str(file), "--device", "cpu"])
+    monkeypatch.setattr(gpu, "START", 600.0)  # a process that hangs while it starts is another matter
+    args = gpu.parser().parse_args(["--minutes", "30", "--stages", "1", "--json", str(file), "--device", "cpu"])
     assert gpu.Visit(args, torch.device("cpu")).run() == 1
     found = json.loads(file.read_text())["stages"]["1"]
     statuses = {name: found[name]["status"] for name in names}
