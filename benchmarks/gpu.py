@@ -1,20 +1,25 @@
 #!/usr/bin/env python
-"""Check and measure everything on one GPU in minutes. It needs this repository, its requirements and CIFAR-10; no network.
+"""Check and measure everything on one GPU in minutes.
+
+It needs this repository, its requirements and CIFAR-10, and no network.
 
     python benchmarks/gpu.py --minutes 9                      all stages, in order of importance
-    python benchmarks/gpu.py --minutes 6 --stages 3           later: continue the CIFAR-10 run of the first visit
+    python benchmarks/gpu.py --minutes 6 --stages 3           continue the CIFAR-10 run of an earlier visit
     python benchmarks/gpu.py --stages 1 --parts compile NCCL  single parts
 
 Stages:
-  1  correctness: every method's step on the GPU against the CPU, mixed precision, views, memory format, --compile, NCCL,
-     a killed run that resumes with the same bits, k-NN and probe
-  2  speed: ResNet-50 at 224 pixels, end to end and with views ready, next to a MoCo written plainly; loader, views, profile
-  3  reproduction: configs/cifar10/moco.yaml next to the published log; a later visit continues the run in --run-folder
+  1  correctness: every method's step on the GPU against the CPU, mixed precision, views, memory
+     format, --compile, NCCL, a killed run that resumes with the same bits, k-NN and probe
+  2  speed: ResNet-50 at 224 pixels, end to end and with views ready, next to a MoCo written
+     plainly; loader, views, profile
+  3  reproduction: configs/cifar10/moco.yaml next to the published log; a later visit continues the
+     run in --run-folder
   4  the other configs of configs/cifar10/, with several seeds, in turns
 
-Results go to runs/benchmarks/gpu-DEVICE.json, which is rewritten after each part and keeps what earlier visits found. Each part
-has a limit of time and runs in a process that can be killed; what did not fit into --minutes is listed as not run. The table
-comes last. The exit status is 1 if a check of this visit has failed.
+Results go to runs/benchmarks/gpu-DEVICE.json, which is rewritten after each part and keeps what
+earlier visits found. Each part has a limit of time and runs in a process that can be killed;
+what did not fit into --minutes is listed as not run. The table comes last. The exit status is 1
+if a check of this visit has failed.
 
 On a CPU everything runs too, in tiny sizes, which tests this command and measures nothing.
 """

@@ -1,6 +1,7 @@
 """Stage 1 of benchmarks/gpu.py: the GPU computes what the CPU computes, and a run stopped on it resumes with the same bits.
 
-On a machine without a GPU both sides are the CPU, so that the code runs; the differences are then 0, or nearly.
+On a machine without a GPU both sides are the CPU, so that the code runs; the differences are
+then 0, or nearly.
 """
 
 import contextlib

@@ -1,6 +1,7 @@
 """Stages 3 and 4 of benchmarks/gpu.py: CIFAR-10 by the configs of configs/cifar10/, next to the log of MoCo's authors.
 
-Every run continues where an earlier visit has left it (--resume auto), and is ended in time by SIGTERM, at which it saves.
+Every run continues where an earlier visit has left it (--resume auto), and is ended in time by
+SIGTERM, at which it saves.
 """
 
 import contextlib
