@@ -31,6 +31,7 @@ from moco.loss.synthetic import Synthetic
 from moco.rng import SHUFFLE, Progress
 
 T, M, LR = 0.2, 0.999, 0.03
+GROUPS = 8  # of the key encoder's batch norm, ours by default
 SYNCO = Synthetic(1024, (256, 256, 256, 64, 64, 64))
 
 
@@ -146,7 +147,7 @@ class PlainMoCo(MoCo):
         everything = distributed.all_gather(images)
         permutation = torch.randperm(len(everything), generator=progress.generator(SHUFFLE, "cpu")).to(images.device)
         mine = everything[permutation.view(distributed.world(), -1)[distributed.rank()]]
-        groups = 1 if distributed.world() > 1 else max(1, min(self.bn_splits, len(images) // MIN_BN_GROUP))
+        groups = 1 if distributed.world() > 1 else max(1, min(GROUPS, len(images) // MIN_BN_GROUP))
         k = torch.cat([F.normalize(self.encoder_k(group), dim=1) for group in mine.tensor_split(groups)])
         return distributed.all_gather(k)[permutation.argsort()]
 
@@ -158,7 +159,7 @@ class PlainMoCo(MoCo):
 
 
 KINDS = {
-    "plain": PlainMoCo,
+    "plain": functools.partial(PlainMoCo, bn_splits=1),  # passes its groups one by one
     "moco": MoCo,
     "synco": functools.partial(SynCo, kind=SYNCO, warmup_epochs=0),
     "adco": functools.partial(AdCo, ascent=Ascent(), fill=False),

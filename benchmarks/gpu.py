@@ -1,0 +1,518 @@
+#!/usr/bin/env python
+"""Check and measure everything on one GPU in minutes.
+
+It needs this repository, its requirements and CIFAR-10, and no network.
+
+    python benchmarks/gpu.py --minutes 9                      all stages, in order of importance
+    python benchmarks/gpu.py --minutes 6 --stages 3           continue the CIFAR-10 run of an earlier visit
+    python benchmarks/gpu.py --stages 1 --parts compile NCCL  single parts
+
+Stages:
+  1  correctness: every method's step on the GPU against the CPU, mixed precision, views, memory
+     format, --compile, NCCL, a killed run that resumes with the same bits, k-NN and probe
+  2  speed: ResNet-50 at 224 pixels, end to end and with views ready, next to a MoCo written
+     plainly; loader, views, profile
+  3  reproduction: configs/cifar10/moco.yaml next to the published log; a later visit continues the
+     run in --run-folder
+  4  the other configs of configs/cifar10/, with several seeds, in turns
+
+Results go to runs/benchmarks/gpu-DEVICE.json, which is rewritten after each part and keeps what
+earlier visits found. Each part has a limit of time and runs in a process that can be killed;
+what did not fit into --minutes is listed as not run. The table comes last. The exit status is 1
+if a check of this visit has failed.
+
+On a CPU everything runs too, in tiny sizes, which tests this command and measures nothing.
+"""
+
+import argparse
+import gc
+import json
+import os
+import platform
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import textwrap
+import threading
+import time
+import traceback
+from pathlib import Path
+
+import gpu_checks
+import gpu_cifar
+import gpu_setup
+import gpu_speed
+import measure
+import torch
+import torchvision
+from gpu_setup import Failed, Notes, Setup
+
+from moco.engine.log import write_json
+from moco.files import to_json
+
+PARTS = {1: gpu_checks.PARTS, 2: gpu_speed.PARTS}
+TITLES = {1: "correctness", 2: "speed", 3: "CIFAR-10, MoCo", 4: "CIFAR-10, all methods"}
+SHARE = {1: 0.35, 2: 0.3, 3: 0.85}  # of the visit that a stage may take while others wait
+LIMIT = 150.0  # seconds of one part
+START = 150.0  # seconds within which a process must begin with its first part
+BROKEN = 3  # exit status of a process whose GPU context is lost
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--minutes", type=float, default=9.0, help="length of the visit (default: 9)")
+    p.add_argument("--stages", type=int, nargs="+", choices=TITLES, default=list(TITLES), help="default: all")
+    p.add_argument("--parts", nargs="+", metavar="NAME", help="of stages 1 and 2; default: all")
+    p.add_argument(
+        "--data",
+        type=Path,
+        metavar="FOLDER",
+        help="CIFAR-10: train/ and test/, cifar-10-batches-py, or an archive",
+    )
+    folder = measure.ROOT / "runs" / "gpu" / "cifar10-moco"
+    p.add_argument(
+        "--run-folder",
+        type=Path,
+        default=folder,
+        help="of stage 3's run; those of stage 4 are its neighbours",
+    )
+    p.add_argument("--seeds", type=int, nargs="+", help="of stage 4 (default: 0 1 2; on a CPU 0)")
+    p.add_argument("--amp", choices=("off", "bf16"), help="of stages 3 and 4 (default: bf16 on a GPU)")
+    p.add_argument("--json", type=Path, metavar="FILE", help="default: runs/benchmarks/gpu-DEVICE.json")
+    p.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--worker", type=Path, help=argparse.SUPPRESS)  # run parts, and write events to this file
+    p.add_argument("--work", type=Path, help=argparse.SUPPRESS)
+    p.add_argument("--collectives", type=Path, help=argparse.SUPPRESS)
+    return p
+
+
+def main() -> int:
+    args = parser().parse_args()
+    device = torch.device(args.device)
+    if args.collectives:
+        gpu_checks.collectives(args.collectives, device)
+        return 0
+    if args.worker:
+        return work(Setup(device, device.type == "cpu", args.work), args.stages[0], args.parts, args.worker)
+    unknown = set(args.parts or ()) - {name for parts in PARTS.values() for name in parts}
+    if unknown:
+        sys.exit(f"--parts {' '.join(sorted(unknown))}: no such part")
+    return Visit(args, device).run()
+
+
+# In the process of a worker.
+
+
+def work(setup: Setup, stage: int, names: list[str], events: Path) -> int:
+    """Run parts of one stage one after the other, and write what each one finds."""
+
+    def event(**what: object) -> None:
+        with events.open("a") as file:
+            file.write(f"{to_json(what)}\n")
+
+    for name in names:
+        event(part=name, event="begin")
+        notes, error, began = Notes(), "", time.perf_counter()
+        try:
+            PARTS[stage][name][0](setup, notes)
+        except (Exception, SystemExit) as problem:
+            where = "".join(traceback.format_tb(problem.__traceback__)[-2:])
+            error = f"{type(problem).__name__}: {problem}" + f"\n{where}" * (not isinstance(problem, Failed))
+        seconds = time.perf_counter() - began
+        event(
+            part=name,
+            event="end",
+            seconds=seconds,
+            figures=notes,
+            failures=notes.failures,
+            error=error[:4000],
+        )
+        gc.collect()
+        if setup.cuda:
+            if re.search(r"CUDA error|CUBLAS_|CUDNN_|device-side assert|illegal memory", error):
+                return BROKEN
+            torch.cuda.empty_cache()
+    return 0
+
+
+# In the process that the user starts.
+
+
+class Visit:
+    """One call of this command: its time, its results, and the processes that it runs."""
+
+    def __init__(self, args: argparse.Namespace, device: torch.device):
+        self.args, self.device = args, device
+        self.began = time.monotonic()
+        self.end = self.began + 60 * args.minutes - 5  # the table takes a moment
+        cuda = device.type == "cuda"
+        name = torch.cuda.get_device_name(device) if cuda else "cpu"
+        slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+        self.json = args.json or measure.ROOT / "runs" / "benchmarks" / f"gpu-{slug}.json"
+        self.lock = threading.Lock()
+        self.failed: list[str] = []
+        self.not_run: list[str] = []
+        self.running: set[int] = set()
+        before = self._earlier()
+        self.stages: dict[str, dict[str, dict]] = before.get("stages", {})
+        self.facts = {
+            "device": name,
+            "torch": torch.__version__,
+            "torchvision": torchvision.__version__,
+            "cuda": torch.version.cuda if cuda else None,
+            "python": platform.python_version(),
+            "cores": os.cpu_count(),
+            "tiny": not cuda,
+        }
+        visit = {
+            "began": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
+            "minutes": args.minutes,
+            "stages": args.stages,
+        }
+        self.visits = [*before.get("visits", []), visit]
+
+    def _earlier(self) -> dict:
+        """What earlier visits have found."""
+        try:
+            found = json.loads(self.json.read_text())
+            return found if isinstance(found.get("stages"), dict) else {}
+        except (OSError, ValueError, AttributeError):
+            return {}
+
+    @property
+    def left(self) -> float:
+        return self.end - time.monotonic()
+
+    def run(self) -> int:
+        """All stages, then the table; returns the exit status."""
+        before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+        facts = ", ".join(f"{key} {value}" for key, value in self.facts.items() if value is not None)
+        print(f"{facts}; {self.args.minutes:g} minutes; {self.json}", flush=True)
+        self.setup = Setup(self.device, self.device.type == "cpu", Path(tempfile.mkdtemp(prefix="gpu-")))
+        try:
+            for stage in self.args.stages:
+                self._stage(stage)
+        finally:
+            with self.lock:
+                self.write()
+                for pid in self.running:
+                    gpu_setup.kill_tree(pid)
+            shutil.rmtree(self.setup.work, ignore_errors=True)
+            signal.signal(signal.SIGTERM, before)
+        self.table()
+        return 1 if self.failed else 0
+
+    def _stage(self, stage: int) -> None:
+        last = stage == self.args.stages[-1]
+        end = min(self.end, self.end if last else time.monotonic() + SHARE[stage] * 60 * self.args.minutes)
+        print(
+            f"\nstage {stage}, {TITLES[stage]}: at most {max(0.0, end - time.monotonic()):.0f} s",
+            flush=True,
+        )
+        try:
+            if stage in PARTS:
+                self._parts(stage, end)
+            elif stage == 3:
+                self._reproduction(end)
+            else:
+                self._others(end)
+        except Exception as problem:  # of one stage; the others go on
+            self.record(
+                stage,
+                "stage",
+                f"{type(problem).__name__}: {problem}\n{traceback.format_exc()[-1500:]}",
+            )
+
+    def record(
+        self,
+        stage: int,
+        name: str,
+        error: str = "",
+        figures: dict | None = None,
+        failures: list[str] = (),
+        seconds: float = 0.0,
+    ) -> None:
+        """Keep and print what a part has found, and rewrite the JSON.
+
+        An error that begins with "not run: " is no failure.
+        """
+        with self.lock:
+            skipped = error.startswith("not run: ")
+            error = error.removeprefix("not run: ")
+            status = "not run" if skipped else "failed" if error or failures else "passed"
+            found = {
+                "status": status,
+                "seconds": seconds,
+                "figures": figures or {},
+                "failures": list(failures),
+                "error": error,
+            }
+            parts = self.stages.setdefault(str(stage), {})
+            if not (skipped and name in parts):  # what an earlier visit has found stays
+                parts[name] = found
+            if status != "passed":
+                why = "; ".join([*failures, *error.splitlines()[:1]])
+                (self.not_run if skipped else self.failed).append(f"stage {stage}, {name}: {why}")
+            detail = "" if status == "passed" else f": {'; '.join([*failures, error])}"
+            print(f"  {name}: {status}{f' ({seconds:.1f} s)' if seconds else ''}{detail}", flush=True)
+            self.write()
+
+    def write(self) -> None:
+        results = {
+            **self.facts,
+            "visits": self.visits,
+            "targets": self.targets(),
+            "failed": self.failed,
+        }
+        write_json(self.json, {**results, "not run": self.not_run, "stages": self.stages})
+
+    # Stages 1 and 2: parts in worker processes.
+
+    def _parts(self, stage: int, end: float) -> None:
+        lanes: dict[int, list[str]] = {}
+        for name, (_, lane) in PARTS[stage].items():
+            if self.args.parts is None or name in self.args.parts:
+                lanes.setdefault(lane % (2 if self.setup.tiny else 4), []).append(name)
+        threads = [threading.Thread(target=self._lane, args=(stage, number, names, end)) for number, names in lanes.items()]
+        for thread in threads:
+            thread.daemon = True
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    def _lane(self, stage: int, number: int, names: list[str], end: float) -> None:
+        """Run parts one after the other; a process that hangs or dies costs its part only."""
+        waiting, attempt = list(names), 0
+        while waiting and time.monotonic() < end:
+            attempt += 1
+            try:
+                self._worker(stage, f"{number}-{attempt}", waiting, end)
+            except Exception as problem:
+                self.record(stage, waiting.pop(0), f"{type(problem).__name__}: {problem}")
+        for name in waiting:
+            self.record(stage, name, "not run: no time left")
+
+    def _worker(self, stage: int, name: str, waiting: list[str], end: float) -> None:
+        """Start a process on the parts that wait, and follow it until it ends, hangs or the time is over."""
+        work = self.setup.work / f"stage{stage}"
+        work.mkdir(exist_ok=True)
+        events, log = work / f"{name}.jsonl", work / f"{name}.log"
+        words = [
+            "--worker",
+            events,
+            "--work",
+            work,
+            "--device",
+            self.device.type,
+            "--stages",
+            stage,
+            "--parts",
+            *waiting,
+        ]
+        process = gpu_setup.python(self.setup, __file__, *words, log=log, gpu=self.setup.cuda)
+        self.running.add(process.pid)
+        seen, current, since = 0, "", time.monotonic()
+        try:
+            while True:
+                ended = process.poll() is not None  # before the events are read: none comes later
+                for event in _events(events)[seen:]:
+                    seen, current, since = seen + 1, event["part"], time.monotonic()
+                    if event["event"] == "end":
+                        waiting.remove(current)
+                        current = ""
+                        found = {key: event[key] for key in ("error", "figures", "failures", "seconds")}
+                        self.record(stage, event["part"], **found)
+                now = time.monotonic()
+                if ended:
+                    if current or (process.returncode and process.returncode != BROKEN and waiting):
+                        lost = current or waiting[0]
+                        waiting.remove(lost)
+                        status = f"its process ended with status {process.returncode}"
+                        self.record(stage, lost, f"{status}: {gpu_setup.tail(log)}", seconds=now - since)
+                    return
+                if now > end:
+                    if current:
+                        waiting.remove(current)
+                        self.record(
+                            stage,
+                            current,
+                            f"not run: cut off after {now - since:.0f} s, no time left",
+                        )
+                    return
+                if now - since > (LIMIT if current else START):
+                    lost = current or waiting[0]
+                    waiting.remove(lost)
+                    self.record(
+                        stage,
+                        lost,
+                        f"hung: killed after {now - since:.0f} s: {gpu_setup.tail(log)}",
+                    )
+                    return
+                time.sleep(0.05)
+        finally:
+            if process.poll() is None:
+                gpu_setup.kill_tree(process.pid)
+                process.wait()
+            self.running.discard(process.pid)
+
+    # Stages 3 and 4: runs of the scripts.
+
+    @property
+    def amp(self) -> str:
+        return self.args.amp or ("bf16" if self.setup.cuda else "off")
+
+    def _data(self, stage: int) -> gpu_cifar.Data | None:
+        """CIFAR-10; None, with a line, if there is none."""
+        if not gpu_cifar.CONFIGS.is_dir():
+            self.record(stage, "data", f"not run: {gpu_cifar.CONFIGS} does not exist")
+            return None
+        data = gpu_cifar.find(self.args.data, self.args.run_folder.parent, self.setup)
+        if data is None:
+            places = ", ".join(gpu_cifar.PLACES)
+            self.record(stage, "data", f"not run: no CIFAR-10 in {places}; give --data FOLDER")
+        return data
+
+    def _reproduction(self, end: float) -> None:
+        data = self._data(3)
+        if data is None:
+            return
+        if end - time.monotonic() < gpu_cifar.SAVING + 10:
+            self.record(3, "moco", "not run: no time left")
+            return
+        folder, config, began = (
+            self.args.run_folder,
+            gpu_cifar.CONFIGS / "moco.yaml",
+            time.monotonic(),
+        )
+        error, state = "", "failed"
+        done = threading.Event()
+
+        def watch() -> None:
+            """Keep what is known so far, in case that this process is killed."""
+            while not done.wait(20):
+                with self.lock:
+                    figures = {
+                        "state": "running",
+                        "data": data.name,
+                        **gpu_cifar.summary(folder),
+                        "rows": gpu_cifar.rows(folder),
+                    }
+                    self.stages.setdefault("3", {})["moco"] = {
+                        "status": "running",
+                        "figures": figures,
+                    }
+                    self.write()
+
+        watcher = threading.Thread(target=watch, daemon=True)
+        watcher.start()
+        try:
+            state = gpu_cifar.train(self.setup, data, config, folder, end, self.amp)
+        except Exception as problem:
+            error = f"{type(problem).__name__}: {problem}"
+        finally:
+            done.set()
+            watcher.join()
+        figures = {
+            "state": state,
+            "data": data.name,
+            "amp": self.amp,
+            **gpu_cifar.summary(folder),
+            "rows": gpu_cifar.rows(folder),
+        }
+        self.record(3, "moco", error, figures, seconds=time.monotonic() - began)
+
+    def _others(self, end: float) -> None:
+        data = self._data(4)
+        if data is None:
+            return
+
+        seeds = self.args.seeds or ([0] if self.setup.tiny else [0, 1, 2])
+
+        def record(name: str, error: str, figures: dict[str, object]) -> None:
+            self.record(4, name, error, figures)
+
+        gpu_cifar.others(self.setup, data, self.args.run_folder, end, self.amp, seeds, record)
+
+    # The table.
+
+    def figure(self, stage: int, part: str, name: str) -> float | None:
+        value = self.stages.get(str(stage), {}).get(part, {}).get("figures", {}).get(name)
+        return value if isinstance(value, int | float) else None
+
+    def targets(self) -> list[dict[str, object]]:
+        """What one H100 should reach, next to what was measured."""
+        figure = self.figure
+        ready, loaded = figure(2, "steps", "moco pairs/s"), figure(2, "loading", "images/s")
+        accuracy = figure(3, "moco", "k-NN") if figure(3, "moco", "k-NN epoch") == gpu_cifar.EPOCHS else None
+        loading = loaded / ready if loaded and ready else None
+        minutes = figure(3, "moco", "minutes of 200 epochs")
+        plain = "MoCo in bf16 over plain MoCo in fp32, in speed"
+        wanted: list[tuple[str, float, float | None]] = [  # a least value, or below 0 a greatest one
+            (f"{plain}, TF32", 3, figure(2, "steps", "plain fp32 TF32 over moco")),
+            (f"{plain}, no TF32", 3, figure(2, "steps", "plain fp32 over moco")),
+            ("SynCo over MoCo, step time", -1.02, figure(2, "steps", "synco over moco")),
+            ("image pairs/s, ResNet-50 MoCo, views ready", 1800, ready),
+            ("images/s, loader over training", 1, loading),
+            ("minutes of 200 epochs of CIFAR-10", -9, minutes),
+            ("k-NN after 200 epochs, lossless images", 80.6, accuracy),
+        ]
+        return [
+            {
+                "target": name,
+                "wanted": f"{'<=' if limit < 0 else '>='} {abs(limit):g}",
+                "measured": value,
+                "met": None if value is None else value <= -limit if limit < 0 else value >= limit,
+            }
+            for name, limit, value in wanted
+        ]
+
+    def table(self) -> None:
+        """Print all figures, the targets, and what failed or was not run."""
+        for stage, parts in sorted(self.stages.items()):
+            print(f"\nstage {stage}, {TITLES[int(stage)]}")
+            for name, found in parts.items():
+                print(f"  {name:24}{found['status']:10}{_line(found.get('figures', {}))}")
+                for row in found.get("figures", {}).get("top ten", []):
+                    print(f"      {row['ms']:9.3f} ms  {row['share']:6.1%}  {row['calls']:5} x  {row['kernel']}")
+        rows = self.stages.get("3", {}).get("moco", {}).get("figures", {}).get("rows", [])
+        if rows:
+            print(f"\n{'epoch':>7}{'loss':>9}{'published':>11}{'k-NN':>9}{'published':>11}")
+            for row in rows:
+                widths = {"loss": 9, "published loss": 11, "k-NN": 9, "published k-NN": 11}
+                cells = {name: "" if row[name] is None else f"{row[name]:.2f}" for name in widths}
+                print(f"{row['epoch']:7}" + "".join(f"{cells[name]:>{widths[name]}}" for name in widths))
+        where = "" if self.setup.cuda else " (sizes are tiny here: this is a CPU)"
+        print(f"\n{'target for one H100' + where:58}{'wanted':>9}{'measured':>10}")
+        for row in self.targets():
+            value = "-" if row["measured"] is None else f"{row['measured']:.4g}"
+            met = "" if row["met"] is None or not self.setup.cuda else "  met" if row["met"] else "  MISSED"
+            print(f"{row['target']:58}{row['wanted']:>9}{value:>10}{met}")
+        for title, lines in (("not run", self.not_run), ("failed", self.failed)):
+            for line in lines:
+                print(f"{title}: {line}")
+        print(
+            f"\n{time.monotonic() - self.began:.0f} s; {len(self.failed)} failed; {self.json}",
+            flush=True,
+        )
+
+
+def _line(figures: dict[str, object]) -> str:
+    """The plain figures of a part, wrapped for a terminal."""
+    shown = [f"{name} {value:.4g}" for name, value in figures.items() if isinstance(value, int | float) and value is not True]
+    shown += [f"{name} {value}" for name, value in figures.items() if isinstance(value, str)]
+    return textwrap.fill("; ".join(shown), 90, subsequent_indent=" " * 36)
+
+
+def _events(file: Path) -> list[dict]:
+    """The whole lines of a worker's events."""
+    try:
+        text = file.read_text()
+    except OSError:
+        return []
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,289 @@
+"""Stages 3 and 4 of benchmarks/gpu.py: CIFAR-10 by the configs of configs/cifar10/, next to the log of MoCo's authors.
+
+Every run continues where an earlier visit has left it (--resume auto), and is ended in time by
+SIGTERM, at which it saves.
+"""
+
+import contextlib
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import cost
+import measure
+from gpu_setup import (
+    Failed,
+    Setup,
+    image_folder,
+    kill_tree,
+    killed_at_the_end,
+    log_lines,
+    python,
+    tail,
+)
+
+CONFIGS = measure.ROOT / "configs" / "cifar10"
+# the authors' log of 200 epochs (notebook of August 2020): mean loss and k-NN top-1 in per cent after an epoch
+PUBLISHED: dict[int, tuple[float | None, float]] = {
+    1: (6.957, 31.98),
+    2: (7.250, 33.52),
+    3: (7.290, 34.71),
+    5: (6.862, 37.95),
+    10: (5.991, 48.03),
+    20: (4.341, 61.38),
+    30: (3.692, 67.05),
+    40: (3.384, 71.32),
+    50: (3.195, 73.30),
+    152: (None, 81.40),
+    160: (2.376, 81.79),
+    180: (2.291, 82.59),
+    200: (2.272, 82.58),
+}
+EPOCHS = 200
+SAVING = 15.0  # seconds between SIGTERM and SIGKILL
+LEAST = 45.0  # seconds of one turn in stage 4 on a GPU: a start takes about 10
+PLACES = ("data", "data/cifar10", "shared/data/cifar10", "../shared/data/cifar10", "runs/data")
+ARCHIVES = ("cifar10_jpeg.tar.gz", "cifar-10-python.tar.gz")
+
+
+class Data(NamedTuple):
+    """CIFAR-10 as the scripts read it: the words for the command line, and what to call it."""
+
+    words: tuple[str, ...]
+    name: str
+
+
+def find(given: Path | None, folder: Path, setup: Setup) -> Data | None:
+    """CIFAR-10 at `given`, or at one of the usual places; None if it is nowhere. An archive is unpacked to `folder`.
+
+    Raises Failed if there is something else at `given`. On a CPU without data, a tiny folder is made.
+    """
+    if given is not None:
+        found = _at(given, folder)
+        if found is None:
+            raise Failed(f"--data {given}: holds neither train/ and test/, cifar-10-batches-py nor {' or '.join(ARCHIVES)}")
+        return found
+    if setup.tiny:
+        return _images(
+            image_folder(setup.work / "cifar", 4, 8, 4, 32, test="test"),
+            folder,
+            "a few images made on the spot",
+        )
+    return next(filter(None, (_at(measure.ROOT / place, folder) for place in PLACES)), None)
+
+
+def _at(place: Path, folder: Path) -> Data | None:
+    place = place.absolute()
+    if place.is_file():
+        return _at(_unpacked(place, folder), folder) if tarfile.is_tarfile(place) else None
+    if (place / "data_batch_1").is_file():
+        place = place.parent
+    if (place / "cifar-10-batches-py").is_dir():
+        return Data((str(place), "--dataset", "cifar10"), "lossless")
+    if (place / "train").is_dir():
+        return _images(place, folder, "image files")
+    if archive := next((place / name for name in ARCHIVES if (place / name).is_file()), None):
+        return _at(_unpacked(archive, folder), folder)
+    inside = [child for child in sorted(place.glob("*")) if (child / "train").is_dir()] if place.is_dir() else []
+    return _images(inside[0], folder, "image files") if inside else None
+
+
+def _images(place: Path, folder: Path, name: str) -> Data | None:
+    """A folder with train/ and val/; test/ is called val/ by a link."""
+    if (place / "val").is_dir():
+        return Data((str(place),), name)
+    if not (place / "test").is_dir():
+        return None
+    linked = folder / "cifar10-links"
+    linked.mkdir(parents=True, exist_ok=True)
+    for link, target in (("train", place / "train"), ("val", place / "test")):
+        with contextlib.suppress(FileNotFoundError):
+            (linked / link).unlink()
+        (linked / link).symlink_to(target.absolute(), target_is_directory=True)
+    return Data((str(linked),), name)
+
+
+def _unpacked(archive: Path, folder: Path) -> Path:
+    """The archive's content, unpacked unless an earlier visit has done it."""
+    target, part = folder / "cifar10-data", folder / "cifar10-data.part"
+    if target.is_dir():
+        return target
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:  # tar is several times as fast as Python
+        status = subprocess.run(["tar", "-xzf", archive, "-C", part, "--no-same-owner"], timeout=120).returncode
+    except (OSError, subprocess.TimeoutExpired):
+        status = 1
+    if status:
+        with tarfile.open(archive) as file:
+            file.extractall(part, filter="data")
+    part.rename(target)
+    return target
+
+
+# One run.
+
+# a checkpoint takes as long as a part of an epoch; SIGTERM saves one in any case
+USUAL = "--knn-every 10 --save-every 10"
+# on a CPU: two epochs of a few small images
+TINY = "--epochs 2 --image-size 16 -b 8 -j 0 -p 1 --knn-every 1"
+TINY_OF = {"main_adco": "--no-ad-init", "main_fnc": "--fn-topk 2"}
+
+
+def train(setup: Setup, data: Data, config: Path, folder: Path, end: float, amp: str, seed: int = 0) -> str:
+    """Train by `config` until the run or the time ends (`end`, of time.monotonic); returns "finished" or "stopped".
+
+    Raises Failed if the script ends in an error.
+    """
+    script = cost.script(config)
+    words = [
+        f"{script}.py",
+        *data.words,
+        "--cfg",
+        config,
+        "--seed",
+        seed,
+        "--save-dir",
+        folder,
+        "--resume",
+        "auto",
+    ]
+    words += ["--amp", amp]
+    words += [*TINY.split(), *TINY_OF.get(script, "").split()] if setup.tiny else USUAL.split()
+    log = folder.with_name(f"{folder.name}.log")
+    process = python(setup, *words, log=log, gpu=setup.cuda)
+    with killed_at_the_end(process):
+        try:
+            status = process.wait(max(1.0, end - SAVING - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGTERM)
+            try:
+                status = process.wait(SAVING)
+            except subprocess.TimeoutExpired:
+                kill_tree(process.pid)
+                raise Failed(f"did not save within {SAVING:.0f} s of SIGTERM: {tail(log)}") from None
+    if status not in (0, 75, -signal.SIGTERM):  # the last: before Python had started
+        raise Failed(f"{script}.py ended with status {status}: {tail(log)}")
+    return "finished" if status == 0 else "stopped"
+
+
+def progress(folder: Path) -> dict[int, dict[str, float]]:
+    """What a run has logged of each epoch, counted from 1: `loss` (mean), `knn` (per cent), `seconds` of the run at its end."""
+    epochs: dict[int, dict[str, float]] = {}
+    sums: dict[int, tuple[float, int]] = {}
+    before = 0
+    for line in log_lines(folder):
+        epoch, step = line["epoch"] + 1, line["step"]
+        if epoch < 1:
+            before = max(before, step)
+            continue
+        mine = epochs.setdefault(epoch, {})
+        mine["seconds"] = line.get("time", 0.0)
+        if line.get("knn") is not None:
+            mine["knn"] = 100 * line["knn"]
+        if line.get("loss") is not None and step > before:
+            total, count = sums.get(epoch, (0.0, 0))
+            sums[epoch] = total + line["loss"] * (step - before), count + step - before
+            mine["loss"] = sums[epoch][0] / sums[epoch][1]
+        before = max(before, step)
+    return epochs
+
+
+def rows(folder: Path) -> list[dict[str, float | int | None]]:
+    """The epochs of the published log and those with a k-NN accuracy, both side by side."""
+    mine = progress(folder)
+    shown = [epoch for epoch in sorted({*PUBLISHED, *mine}) if epoch in mine and (epoch in PUBLISHED or "knn" in mine[epoch])]
+    found = []
+    for epoch in shown:
+        loss, knn = PUBLISHED.get(epoch, (None, None))
+        one = {"epoch": epoch, "loss": mine[epoch].get("loss"), "published loss": loss}
+        found.append({**one, "k-NN": mine[epoch].get("knn"), "published k-NN": knn})
+    return found
+
+
+def summary(folder: Path) -> dict[str, object]:
+    """How far a run is, its speed, and its last k-NN accuracy in per cent."""
+    mine = progress(folder)
+    if not mine:
+        return {"epochs": 0}
+    last = max(mine)
+    seconds = [mine[e]["seconds"] - mine[e - 1]["seconds"] for e in mine if e - 1 in mine]
+    accuracies = {epoch: one["knn"] for epoch, one in mine.items() if "knn" in one}
+    found: dict[str, object] = {
+        "epochs": last,
+        "seconds": mine[last]["seconds"],
+        "loss": mine[last].get("loss"),
+    }
+    if seconds:
+        found["seconds per epoch"] = statistics.median(seconds)
+        found["minutes of 200 epochs"] = statistics.mean(seconds) * EPOCHS / 60
+    if accuracies:
+        found["k-NN"], found["k-NN epoch"] = accuracies[max(accuracies)], max(accuracies)
+    return found
+
+
+# Stage 4.
+
+
+def run_folder(first: Path, config: str, seed: int) -> Path:
+    """Where a run of stage 4 goes: next to `first`, the run of stage 3, which is moco's with seed 0."""
+    if (config, seed) == ("moco", 0):
+        return first
+    return first.with_name(f"cifar10-{config}" + f"-seed{seed}" * bool(seed))
+
+
+def others(
+    setup: Setup,
+    data: Data,
+    first: Path,
+    end: float,
+    amp: str,
+    seeds: list[int],
+    record: Callable[[str, str, dict[str, object]], None],
+) -> None:
+    """Give the runs of all configs turns, seed after seed, until the time ends.
+
+    `record(name, error, figures)` is called after each turn.
+    """
+    configs = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+    waiting = [(config, seed) for seed in seeds for config in configs if (config, seed) != ("moco", 0)]
+    least = 20.0 if setup.tiny else LEAST
+    while waiting:
+        together = [run for run in waiting if run[1] == waiting[0][1]]
+        turn = max(least, (end - time.monotonic()) / len(together))
+        for config, seed in together:
+            now = time.monotonic()
+            if end - now < least + SAVING:
+                for name, number in waiting:
+                    if not summary(run_folder(first, name, number))["epochs"]:
+                        record(f"{name}, seed {number}", "not run: no time left", {})
+                return
+            folder, error, state = run_folder(first, config, seed), "", "failed"
+            try:
+                state = train(
+                    setup,
+                    data,
+                    CONFIGS / f"{config}.yaml",
+                    folder,
+                    min(end, now + turn + SAVING),
+                    amp,
+                    seed,
+                )
+            except Exception as problem:
+                error = f"{type(problem).__name__}: {problem}"
+            if state != "stopped":
+                waiting.remove((config, seed))
+            figures = summary(folder)
+            if error or figures["epochs"]:
+                record(f"{config}, seed {seed}", error, {"state": state, **figures})
+
+
+if __name__ == "__main__":
+    sys.exit("this is a part of benchmarks/gpu.py")

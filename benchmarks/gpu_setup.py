@@ -1,0 +1,354 @@
+"""What the stages of benchmarks/gpu.py share: sizes, methods built from their scripts' options, images, limited processes."""
+
+import contextlib
+import importlib
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import measure  # also makes the project's modules importable
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from moco.augment import color, recipes
+from moco.data.images import Images
+from moco.engine import optim, precision, pretrain
+from moco.rng import COLOR, Progress
+
+
+class Failed(Exception):
+    """A check that found a difference, or a process that ended in an error; the message is one or a few lines."""
+
+
+class Notes(dict):
+    """The figures of one part, by name, and the checks among them that failed."""
+
+    def __init__(self):
+        super().__init__()
+        self.failures: list[str] = []
+
+    def check(self, name: str, good: bool, what: str = "is wrong") -> None:
+        """Note whether a check has passed."""
+        self[name] = bool(good)
+        if not good:
+            self.failures.append(f"{name} {what}")
+
+    def at_most(self, name: str, value: float, limit: float) -> None:
+        """Note a figure that must not exceed `limit`; NaN fails."""
+        self[name] = float(value)
+        if not float(value) <= limit:
+            self.failures.append(f"{name} {float(value):.2g} exceeds {limit:g}")
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Where a part runs. `tiny` chooses sizes for a CPU; `work` is a folder for the part's files."""
+
+    device: torch.device
+    tiny: bool
+    work: Path
+
+    @property
+    def cuda(self) -> bool:
+        return self.device.type == "cuda"
+
+    @property
+    def workers(self) -> int:
+        """Loader processes of a script."""
+        return 1 if self.tiny else min(16, os.cpu_count() or 1)
+
+    def size(self, usual: int, tiny: int) -> int:
+        return tiny if self.tiny else usual
+
+    def synchronize(self) -> None:
+        if self.cuda:
+            torch.cuda.synchronize(self.device)
+
+
+def use_tf32(on: bool) -> None:
+    """Let fp32 matrix products and convolutions use TF32, or not."""
+    torch.backends.cuda.matmul.allow_tf32 = on
+    torch.backends.cudnn.allow_tf32 = on
+
+
+def relative(a: list[Tensor], b: list[Tensor]) -> float:
+    """The norm of a - b over the norm of b, all tensors together, in float64 on the CPU."""
+    pairs = [(x.detach().double().cpu(), y.detach().double().cpu()) for x, y in zip(a, b, strict=True)]
+    above = sum(float((x - y).square().sum()) for x, y in pairs)
+    below = sum(float(y.square().sum()) for _, y in pairs)
+    return (above / below) ** 0.5 if below else above**0.5
+
+
+# Methods, built as their scripts build them.
+
+
+class Method:
+    """A method with its optimizer, as one process of its script trains it, without data or run folder.
+
+    Args:
+        script: such as main_synco.
+        options: of that script, without the data folder.
+        contiguous: keep the networks' default memory format on a GPU.
+        images: of the data set.
+    """
+
+    def __init__(
+        self,
+        script: str,
+        options: list[object],
+        setup: Setup,
+        device: torch.device | None = None,
+        contiguous: bool = False,
+        images: int = 64,
+    ):
+        self.device = device or setup.device
+        self.args, build = options_and_builder(script, options, self.device)
+        torch.manual_seed(self.args.seed)
+        labels = np.arange(images, dtype=np.int64) % 2
+        self.module: nn.Module = build(Images(Path("DIR"), labels, ("one", "two")))
+        if contiguous:
+            self.module.to(self.device)
+        else:
+            precision.place(self.module, self.device, self.args.compile, self.args.grad_checkpoint)
+        self.contiguous = contiguous
+        self.recipe = recipes.of_options(self.args)
+        scale = optim.scale(self.args.learning_rate_scaling, self.args.batch_size)
+        params = [p for p in self.module.parameters() if p.requires_grad]
+        groups = [{"params": params, "lr": self.args.lr * scale, "weight_decay": self.args.wd}]
+        self.optimizer = optim.make(groups, self.args)
+        self.scaler = precision.scaler(self.args.amp, self.device)
+        self.module.train()
+
+    def views(self, crops: list[Tensor], progress: Progress) -> list[Tensor]:
+        """The float views of uint8 crops, on the method's device, by the training's draws."""
+        found = []
+        for i, (x, view) in enumerate(zip(crops, self.recipe, strict=True)):
+            x = x.to(self.device, non_blocking=True)
+            x = color.augment(x, view, progress.generator(COLOR, "cpu", 0, i))
+            found.append(x if self.contiguous else precision.layout(x))
+        return found
+
+    def forward(self, views: list[Tensor], progress: Progress) -> Tensor:
+        index = torch.arange(len(views[0]), device=self.device)
+        with precision.autocast(self.args.amp, self.device):
+            loss, _ = self.module(views, index, progress)
+        return loss
+
+    def backward(self, views: list[Tensor], progress: Progress, passes: int = 1) -> Tensor:
+        """Forward and backward; returns the loss."""
+        loss = self.forward(views, progress)
+        self.scaler.scale(loss / passes).backward()
+        return loss.detach()
+
+    def update(self, follow: bool = True) -> None:
+        """The optimizer's step and, if `follow`, what comes after it."""
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        if follow:
+            self.module.after_step()
+
+    def gradients(self) -> list[Tensor]:
+        return [p.grad for p in self.module.parameters() if p.grad is not None]
+
+    def buffers(self) -> dict[str, Tensor]:
+        """Copies of the queue, bank and statistics, by name."""
+        return {name: x.detach().clone() for name, x in self.module.named_buffers()}
+
+
+def options_and_builder(
+    script: str, options: list[object], device: torch.device
+) -> tuple[Namespace, Callable[[Images], nn.Module]]:
+    """The script's options, checked, and the function that it would give to `pretrain.train`."""
+    module = importlib.import_module(script)
+    args = module.parser().parse(["DIR", *map(str, options)])
+    args.stem = args.stem or "imagenet"  # as for every run that does not resume
+    found: list[Callable[[Images], nn.Module]] = []
+    with (
+        mock.patch.object(pretrain, "train", lambda args, device, build, *_: found.append(build)),
+        mock.patch.object(pretrain, "check"),  # which looks at the data
+        contextlib.redirect_stdout(io.StringIO()),
+    ):
+        module.check(args)
+        args.batch_per_process, args.nodes, args.workers = args.batch_size, 1, args.workers or 0
+        module.worker(args, device)
+    return args, found[0]
+
+
+def crops(recipe: recipes.Recipe, batch: int, seed: int = 0) -> list[Tensor]:
+    """uint8 crops [batch, 3, S, S] of each view of `recipe`: smooth random images, alike in all views of one image."""
+    draw = torch.Generator().manual_seed(seed)
+    base = torch.rand(batch, 3, 6, 6, generator=draw)
+    found = []
+    for view in recipe:
+        coarse = (0.7 * base + 0.3 * torch.rand(batch, 3, 6, 6, generator=draw)).clamp(0, 1)
+        image = nn.functional.interpolate(coarse, view.size, mode="bilinear", align_corners=False)
+        found.append((image * 255).round().to(torch.uint8))
+    return found
+
+
+# Images in files.
+
+
+def image_folder(root: Path, classes: int, train: int, val: int, pixels: int, test: str = "val") -> Path:
+    """Write a small ImageNet-style folder, unless it exists: each class has a colour of its own, with noise."""
+    if root.exists():
+        return root
+    draw = np.random.default_rng(0)
+    for split, count in (("train", train), (test, val)):
+        for c in range(classes):
+            folder = root / split / f"class{c}"
+            folder.mkdir(parents=True)
+            tint = np.array([c % 2, c // 2 % 2, c // 4 % 2]) * 90
+            for i in range(count):
+                noise = draw.integers(0, 160, (pixels, pixels, 3)) + tint
+                Image.fromarray(noise.clip(0, 255).astype(np.uint8)).save(folder / f"{i}.jpg")
+    return root
+
+
+def photographs(root: Path, unique: int, copies: int, width: int = 500, height: int = 375) -> Path:
+    """Write JPEG files of ImageNet's usual size, 80 to 110 KB each, to root/train; each of `unique` images `copies` times.
+
+    The images are random at several scales. A decoder's time follows pixels and bytes, which are those of photographs.
+    """
+    folder = root / "train" / "photo"
+    if folder.exists():
+        return root
+    folder.mkdir(parents=True)
+
+    def write(i: int) -> None:
+        draw = np.random.default_rng(i)
+        pixels = np.zeros((height, width, 3), np.float32)
+        for scale in (3, 8, 25, 60, 150):
+            coarse = draw.integers(0, 256, (height // scale + 2, width // scale + 2, 3), np.uint8)
+            pixels += np.asarray(Image.fromarray(coarse).resize((width, height), Image.BICUBIC), np.float32)
+        image, file = Image.fromarray((pixels / 5).astype(np.uint8)), io.BytesIO()
+        for quality in range(100, 30, -3):
+            file = io.BytesIO()
+            image.save(file, "JPEG", quality=quality)
+            if file.tell() < 110_000:
+                break
+        first = folder / f"{i:05d}.jpg"
+        first.write_bytes(file.getvalue())
+        for copy in range(1, copies):
+            os.link(first, folder / f"{i:05d}-{copy}.jpg")
+
+    with ThreadPoolExecutor(max(1, os.cpu_count() or 1)) as pool:
+        list(pool.map(write, range(unique)))
+    return root
+
+
+# Processes that end.
+
+
+def python(setup: Setup, *words: object, log: Path, gpu: bool = True, **environment: str) -> subprocess.Popen:
+    """Start `python WORDS` from the project's root; its output goes to `log`. Without `gpu` it sees none."""
+    env = {**os.environ, "PYTHONUNBUFFERED": "1", **environment}
+    if setup.tiny:
+        env["OMP_NUM_THREADS"] = "1"
+    if not gpu:
+        env["CUDA_VISIBLE_DEVICES"] = ""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("a") as file:
+        return subprocess.Popen(
+            [sys.executable, *map(str, words)],
+            cwd=measure.ROOT,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=file,
+        )
+
+
+LONGEST = 120.0  # seconds of one process that a part starts
+
+
+def finish(process: subprocess.Popen, log: Path) -> None:
+    """Wait for a process. Raises Failed if it ends in an error, or takes longer than `LONGEST`."""
+    try:
+        status = process.wait(LONGEST)
+    except subprocess.TimeoutExpired:
+        kill_tree(process.pid)
+        process.wait()
+        raise Failed(f"did not end within {LONGEST:.0f} s: {tail(log)}") from None
+    if status:
+        raise Failed(f"ended with status {status}: {tail(log)}")
+
+
+def tail(log: Path, most: int = 1500) -> str:
+    """The end of a log file."""
+    try:
+        return log.read_text(errors="replace")[-most:].strip()
+    except OSError as error:
+        return f"(no output: {error})"
+
+
+def kill_tree(pid: int) -> None:
+    """Kill a process that this program has started, and its descendants, whatever their process groups."""
+    for one in [*_descendants(pid), pid]:
+        with contextlib.suppress(OSError):
+            os.kill(one, signal.SIGKILL)
+
+
+def _descendants(pid: int) -> list[int]:
+    children: dict[int, list[int]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            parent = int(stat.read_text(errors="replace").rpartition(")")[2].split()[1])
+            children.setdefault(parent, []).append(int(stat.parent.name))
+    found, waiting = [], [pid]
+    while waiting:
+        waiting += (mine := children.get(waiting.pop(), []))
+        found += mine
+    return found
+
+
+def until(condition: Callable[[], object], process: subprocess.Popen, log: Path) -> None:
+    """Wait until `condition()` holds. Raises Failed if the process ends before, or it takes longer than `LONGEST`."""
+    end = time.monotonic() + LONGEST
+    while not condition():
+        if process.poll() is not None:
+            raise Failed(f"ended early, with status {process.returncode}: {tail(log)}")
+        if time.monotonic() > end:
+            raise Failed(f"waited {LONGEST:.0f} s in vain: {tail(log)}")
+        time.sleep(0.02)
+
+
+@contextlib.contextmanager
+def killed_at_the_end(*processes: subprocess.Popen) -> Iterator[None]:
+    """Leave no process running."""
+    try:
+        yield
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                kill_tree(process.pid)
+                process.wait()
+
+
+def results(folder: Path) -> dict[str, Any]:
+    """The metrics in the results.json of an evaluation's folder."""
+    return json.loads((folder / "results.json").read_text())["metrics"]
+
+
+def log_lines(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run's log.jsonl; none if there is no log. A line that is being written is left out."""
+    found = []
+    with contextlib.suppress(OSError):
+        for line in (folder / "log.jsonl").read_text().splitlines():
+            with contextlib.suppress(ValueError):
+                found.append(json.loads(line))
+    return found
