@@ -8,26 +8,23 @@ from moco import user
 user.import_quietly()
 
 
-def _spin_count(load: Path = Path("/proc/loadavg")) -> str:
-    """Return how many rounds OpenMP's threads wait for each other in a busy loop before they sleep.
-
-    If other programs run as well, a waiting thread occupies the core that the thread it waits for
-    needs, so a short wait is several times as fast. If none run, it costs a tenth or more, and a
-    long wait a twentieth (benchmarks/threads.py). So the wait is short if other programs keep half
-    of the cores busy when this one starts.
-    """
+def _is_busy(load: Path = Path("/proc/loadavg")) -> bool:
+    """Return whether other programs keep half of the cores busy."""
     try:
         running = int(load.read_text().split()[3].split("/")[0]) - 1  # such as 3/257; this one is among the 3
     except (OSError, ValueError, IndexError):  # not Linux
-        running = 0
-    return "1000" if 2 * running >= (os.cpu_count() or 1) else "100000"
+        return False
+    return 2 * running >= (os.cpu_count() or 1)
 
 
-# OpenMP reads the variable once, when torch is loaded, so scripts import this package first.
-# Nothing changes if the user has set one of these variables.
+# OpenMP's threads wait for each other in a busy loop, by default for a long time. If other programs
+# run as well, a waiting thread occupies the core that the thread it waits for needs, and a short
+# wait is several times as fast. If none run, a short wait costs a tenth or more, so that PyTorch's
+# default stays (benchmarks/threads.py). OpenMP reads the variable once, when torch is loaded, so
+# scripts import this package first. Nothing changes if the user has set one of these variables.
 _OPENMP = ("OMP_WAIT_POLICY", "OMP_NUM_THREADS", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
-if not any(name in os.environ for name in _OPENMP):
-    os.environ["GOMP_SPINCOUNT"] = _spin_count()
+if _is_busy() and not any(name in os.environ for name in _OPENMP):
+    os.environ["GOMP_SPINCOUNT"] = "1000"
 
 import torch  # noqa: E402
 
