@@ -11,7 +11,8 @@ user.import_quietly()
 def _is_busy(load: Path = Path("/proc/loadavg")) -> bool:
     """Return whether other programs keep half of the cores busy."""
     try:
-        running = int(load.read_text().split()[3].split("/")[0]) - 1  # such as 3/257; this one is among the 3
+        # the fourth field, such as 3/257, counts what runs now; this program is among the 3
+        running = int(load.read_text().split()[3].split("/")[0]) - 1
     except (OSError, ValueError, IndexError):  # not Linux
         return False
     return 2 * running >= (os.cpu_count() or 1)

@@ -103,8 +103,9 @@ def export(args: argparse.Namespace) -> None:
     print(f"images: RGB in [0, 1], normalized with mean {MEAN} and standard deviation {STD}; {found.image_size} pixels")
     for home, words in zip(plain, same, strict=True):
         print(f"in {home.library}, {words}:\n  {'; '.join(python(home, args.out))}")
-    # a .safetensors file says both itself
-    options = "" if args.out.suffix == ".safetensors" else f" -a {found.arch} --image-size {found.image_size}"
+    options = f" -a {found.arch} --image-size {found.image_size}"
+    if args.out.suffix == ".safetensors":
+        options = ""  # the file holds both
     print(f"in this project's scripts:\n  --pretrained {shlex.quote(str(args.out))}{options}")
     if args.hub:
         print(f"from torch.hub, the same:\n  torch.hub.load({str(args.out.parent)!r}, 'encoder', source='local')")
