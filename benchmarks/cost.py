@@ -46,7 +46,8 @@ def count(recipe: Path, name: str) -> tuple[Namespace, float]:
 
     def one_step(args: Namespace, device: torch.device, build) -> None:
         labels = np.zeros(IMAGES[args.data_name], dtype=np.int64)
-        method = build(Images(Path("DIR"), labels, ("one",))).to("meta")  # timm 1.0.15 makes no network there
+        images = Images(Path("DIR"), labels, ("one",))
+        method = build(images).to("meta")  # timm 1.0.15 makes no network there
         with torch.device("meta"), FlopCounterMode(display=False) as counter:
             views = [torch.zeros(BATCH, 3, view.size, view.size) for view in recipes.of_options(args)]
             loss, _ = method(views, torch.zeros(BATCH, dtype=torch.long), Progress(epochs=args.epochs))

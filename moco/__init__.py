@@ -1,18 +1,30 @@
 """Hard-negative contrastive pre-training: engine over {builder, data} over {loss, augment, encoder, distributed}."""
 
 import os
+from pathlib import Path
 
 from moco import user
 
 user.import_quietly()
 
-# OpenMP's threads wait for each other in a busy loop, by default for milliseconds. If other
-# programs run as well, a waiting thread occupies the core that the thread it waits for needs. A
-# shorter loop costs little on an idle machine (benchmarks/threads.py). OpenMP reads the variable
-# once, when torch is loaded, so scripts import this package first. Nothing changes if the user has
-# set one of these variables.
+
+def _is_busy(load: Path = Path("/proc/loadavg")) -> bool:
+    """Return whether other programs keep half of the cores busy."""
+    try:
+        # the fourth field, such as 3/257, counts what runs now; this program is among the 3
+        running = int(load.read_text().split()[3].split("/")[0]) - 1
+    except (OSError, ValueError, IndexError):  # not Linux
+        return False
+    return 2 * running >= (os.cpu_count() or 1)
+
+
+# OpenMP's threads wait for each other in a busy loop, by default for a long time. If other programs
+# run as well, a waiting thread occupies the core that the thread it waits for needs, and a short
+# wait is several times as fast. If none run, a short wait costs a tenth or more, so that PyTorch's
+# default stays (benchmarks/threads.py). OpenMP reads the variable once, when torch is loaded, so
+# scripts import this package first. Nothing changes if the user has set one of these variables.
 _OPENMP = ("OMP_WAIT_POLICY", "OMP_NUM_THREADS", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
-if not any(name in os.environ for name in _OPENMP):
+if _is_busy() and not any(name in os.environ for name in _OPENMP):
     os.environ["GOMP_SPINCOUNT"] = "1000"
 
 import torch  # noqa: E402

@@ -1,6 +1,7 @@
 """The one exception for a user's mistake: the launcher turns it into one line on stderr and exit status 2."""
 
 import difflib
+import os
 from collections.abc import Iterable
 
 # Lowest similarity, from 0 to 1, at which a name is suggested. It corrects 9 of 10 one-letter typos
@@ -22,6 +23,16 @@ class InputError(Exception):
 
     def __str__(self) -> str:
         return "; ".join(self.lines)
+
+
+def of_file(error: OSError) -> InputError:
+    """Return the mistake behind an error about a file or folder that somebody has named.
+
+    Raises `error` itself if it names none, because then the fault is in the program.
+    """
+    if not error.filename:
+        raise error
+    return InputError(f"{os.fsdecode(error.filename)}: {error.strerror}")
 
 
 def unknown(kind: str, name: object, known: Iterable[str]) -> InputError:

@@ -30,9 +30,9 @@ def import_quietly() -> None:
 def prepare() -> None:
     """Let standard output print any file name; give a user without a name or a home both.
 
-    Called when a program starts, after its imports. Bytes of a name that are not UTF-8, and letters that the terminal
-    cannot show, are printed as escapes. PyTorch and Triton name folders after the user, and put
-    files into the home folder.
+    Called when a program starts, after its imports. Bytes of a name that are not UTF-8, and letters
+    that the terminal cannot show, are printed as escapes. PyTorch and Triton name folders after the
+    user, and put files into the home folder.
     """
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # see `import_quietly`
         signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -60,15 +60,20 @@ class Best(NamedTuple):
 def main() -> int:
     parser = tool.OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where the run folders lie, at any depth")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="also write table.md and table.csv to this folder")
+    files = "also write table.md and table.csv to this folder"
+    parser.add_argument("--out", type=Path, metavar="DIR", help=files)
     parser.add_argument("--force", action="store_true", help="replace the tables that are there")
     return tool.run(parser, table)
 
 
 def table(args: argparse.Namespace) -> None:
-    """Print the table; with --out write it too. Raises InputError if its files exist, unless --force."""
+    """Print the table; with --out write it too.
+
+    Raises InputError if its files exist, unless --force.
+    """
     if args.force and not args.out:
-        raise InputError("--force replaces the tables in the folder of --out; give --out DIR, or leave it out")
+        replaces = "--force replaces the tables in the folder of --out"
+        raise InputError(f"{replaces}; give --out DIR, or leave it out")
     cells = collect(args.folder)
     text = markdown(cells)
     print(text)

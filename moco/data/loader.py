@@ -190,7 +190,10 @@ def _outlast_signals(_: int) -> None:
 
 
 def _tell_unless_alone(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Print an error, unless it only says that the rank that reads the batches has ended; the launcher says that."""
+    """Print an error, unless it only says that the rank which reads the batches has ended.
+
+    The launcher says that.
+    """
     if not issubclass(kind, ConnectionError | EOFError):
         sys.__excepthook__(kind, error, trace)
 

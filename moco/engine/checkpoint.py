@@ -99,8 +99,9 @@ def newest(folder: str) -> str | None:
     files = found(folder)
     if not files:
         log = Path(folder, "log.jsonl")
-        anew = ", and its log with it" if log.exists() and log.stat().st_size else ""
-        say(f"--resume auto: no checkpoint in {folder} yet; the run begins{anew and ' anew'}{anew}")
+        logged = log.exists() and log.stat().st_size
+        begins = "begins anew, and its log with it" if logged else "begins"
+        say(f"--resume auto: no checkpoint in {folder} yet; the run {begins}")
         return None
     for path in files:
         try:
@@ -119,11 +120,15 @@ def load(path: str) -> State:
 
 
 def check_origin(state: State, args: Namespace) -> None:
-    """Raise InputError if the checkpoint of `args.resume` is not of a run of this script, architecture and method."""
+    """Raise InputError if the checkpoint of `args.resume` is of another kind of run than this one.
+
+    It must be of the same script, architecture and method.
+    """
     path = args.resume
     if origin(state) == "classifier" and args.method not in CLASSIFIERS:
         ours = "it is a classifier's checkpoint, and this script pre-trains"
-        raise InputError(f"{path}: cannot be resumed here: {ours}; continue it with {_script(state)}")
+        how = f"continue it with {_script(state)}"
+        raise InputError(f"{path}: cannot be resumed here: {ours}; {how}")
     check_script(state, args)
     for what, mine in (("arch", args.arch), ("method", args.method)):
         if state.get(what) != mine:
@@ -136,7 +141,8 @@ def check_script(state: State, args: Namespace) -> None:
     """Raise InputError if the checkpoint of `args.resume` is not of a run of this script."""
     check_resumable(state, args.resume)
     if _script(state) not in (f"main_{args.script}.py", _UNKNOWN):
-        raise InputError(f"{args.resume}: is a checkpoint of {_script(state)}, which has other options; use that script")
+        theirs = f"is a checkpoint of {_script(state)}, which has other options"
+        raise InputError(f"{args.resume}: {theirs}; use that script")
 
 
 _UNKNOWN = "the script that saved it"
@@ -210,7 +216,7 @@ LARGEST_IMAGE = 1 << 14  # pixels; a larger size in a file is ignored
 
 
 class About(NamedTuple):
-    """What a checkpoint of any origin says of its encoder; whatever is not of its kind counts as not said."""
+    """Facts about the encoder in a checkpoint of any origin. One of another type counts as absent."""
 
     arch: str | None
     method: str  # of pre-training
@@ -229,8 +235,9 @@ def about(state: State) -> About:
     size = state.get("image_size", options.get("image_size"))
     if method in CLASSIFIERS:
         epoch, encoder = options.get("pretrain_epochs"), options.get("encoder_method")
-        frozen = options.get("weights") == "freeze"
-        method = (encoder if frozen else f"{encoder}, fine-tuned") if isinstance(encoder, str) else method
+        if isinstance(encoder, str):
+            frozen = options.get("weights") == "freeze"
+            method = encoder if frozen else f"{encoder}, fine-tuned"
     return About(
         arch if isinstance(arch, str) and arch else None,
         method if isinstance(method, str) else "unknown",

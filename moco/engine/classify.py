@@ -38,7 +38,8 @@ def check(args: Namespace) -> None:
     about = checkpoint.about(state)
     args.arch = args.arch or about.arch or "resnet50"
     if args.pretrained and not args.image_size and not about.image_size:
-        say(f"{args.pretrained}: does not say what size of images it is for; 224 pixels are taken (--image-size)")
+        taken = "224 pixels are taken (--image-size)"
+        say(f"{args.pretrained}: does not say what size of images it is for; {taken}")
     args.image_size = args.image_size or about.image_size or 224
     args.mean, args.std = args.mean or about.mean or list(MEAN), args.std or about.std or list(STD)
     args.encoder_method = about.method if args.pretrained else "random"

@@ -21,7 +21,7 @@ from moco.encoder.networks import ARCHS, STEMS, check_arch
 from moco.engine import checkpoint, compat, interrupt, launch, optim, output, precision, resume, run_folder, values
 from moco.engine.log import say
 from moco.engine.tool import OneLineParser
-from moco.errors import InputError, short, unknown
+from moco.errors import InputError, of_file, short, unknown
 from moco.files import read_yaml, refuse_remote
 from moco.loss.synthetic import Synthetic
 
@@ -154,7 +154,10 @@ class Parser(OneLineParser):
         return noted
 
     def refuse(self, error: InputError) -> NoReturn:
-        """Print the error and exit with status 2; of the processes of torchrun, one of each node prints it."""
+        """Print the error and exit with status 2.
+
+        Of the processes that torchrun has started, one of each node prints it.
+        """
         if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("LOCAL_RANK", "0") != "0":
             error = InputError()
         super().refuse(error)
@@ -194,9 +197,10 @@ class Parser(OneLineParser):
         if unknown_ones := self.unknown(token.split("=")[0] for token in rest if token.startswith("-")):
             raise InputError(*unknown_ones)
         for token in rest:
-            names = getattr(args, "allow_change", None)
-            commas = "; several names of --allow-change are joined by commas: lr,wd" if names else ""
-            raise InputError(f"unexpected argument '{token}'; one data folder is expected, options start with --{commas}")
+            expected = "one data folder is expected, options start with --"
+            if getattr(args, "allow_change", None):
+                expected += "; several names of --allow-change are joined by commas: lr,wd"
+            raise InputError(f"unexpected argument '{token}'; {expected}")
         if args.data and args.data_option and args.data != args.data_option:
             raise InputError(f"two data folders: '{args.data}' and --data {args.data_option}; give one")
         args.data = args.data_option or args.data
@@ -660,9 +664,8 @@ def add_pretrain(parser: Parser, cos: int = 1, *, transformers: bool = False, ea
     add_optimizer(parser, epochs=200, lr=0.03, wd=1e-4, schedule=[120, 160], cos=cos)
     add_run(parser)
     group = parser.add_argument_group("retention")
-    group.add_argument(
-        "--keep", type=values.keep, default=2, metavar="N", help="keep the newest N epoch checkpoints; all, or 0: keep all"
-    )
+    newest = "keep the newest N epoch checkpoints; all, or 0: keep all"
+    group.add_argument("--keep", type=values.keep, default=2, metavar="N", help=newest)
     group.add_argument(
         "--keep-every",
         type=values.natural,
@@ -783,8 +786,8 @@ def main(parser: Parser, check: Callable[[Options], None], worker: launch.Worker
         if not hasattr(args, "pretrained"):
             resume.inherit(args)
         check(args)
-        if of_output:
-            args.save_dir = str(_of_output(args))  # by the classifier's options, which `check` has read
+        if of_output:  # named by the classifier's options, which `check` has read
+            args.save_dir = str(_of_output(args))
         if args.recipe:
             recipes.of_options(args)
         notes = parser.without_effect(args)
@@ -801,10 +804,8 @@ def main(parser: Parser, check: Callable[[Options], None], worker: launch.Worker
         launch.launch(functools.partial(_in_own_folder, worker, continues, named), args)
     except InputError as error:
         parser.refuse(error)
-    except OSError as error:  # of a file or folder that somebody has named: of others it is a fault in the program
-        if not error.filename:
-            raise
-        parser.error(f"{os.fsdecode(error.filename)}: {error.strerror}")
+    except OSError as error:
+        parser.refuse(of_file(error))
     except launch.Lost as lost:
         parser.exit(1, f"{parser.prog}: error: {lost}\n")
     except interrupt.Interrupted as end:

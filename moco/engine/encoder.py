@@ -26,12 +26,16 @@ class Encoder(NamedTuple):
 
 @contextlib.contextmanager
 def naming_arch(path: str, own: str | None, arch: str) -> Iterator[None]:
-    """Let an InputError about a checkpoint that does not fit `arch` say which -a to give; `own` is what the file names."""
+    """Let an InputError about a checkpoint that does not fit `arch` say which -a to give.
+
+    `own` is the architecture that the file names, or None.
+    """
     try:
         yield
     except InputError as error:
         if own is None:
-            raise InputError(f"{error}; the file does not name its network, and {arch} was tried: give another -a ARCH") from None
+            tried = f"the file does not name its network, and {arch} was tried"
+            raise InputError(f"{error}; {tried}: give another -a ARCH") from None
         if own != arch:
             raise InputError(f"{path}: is of {own}, not {arch}; give -a {own}") from None
         raise

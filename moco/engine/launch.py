@@ -29,7 +29,7 @@ import torch.multiprocessing as mp
 from moco import devices, user
 from moco.data import loader
 from moco.engine import interrupt, output, tool, watch
-from moco.errors import InputError
+from moco.errors import InputError, of_file
 
 Worker = Callable[[Namespace, torch.device], None]
 
@@ -288,13 +288,14 @@ def _process(p: Plan, worker: Worker, args: Namespace, r: int, local_rank: int, 
 
 
 def _work(worker: Worker, args: Namespace, device: torch.device, r: int) -> None:
-    """Run the worker on rank `r`. Raises InputError for a file, too little memory, and a lost loader process too."""
+    """Run the worker on rank `r`.
+
+    Raises InputError also for a file, too little memory, and a lost loader process.
+    """
     try:
         worker(args, device)
-    except OSError as error:  # of a file or folder that somebody has named: of others it is a fault in the program
-        if not error.filename:
-            raise
-        raise InputError(f"{os.fsdecode(error.filename)}: {error.strerror}") from None
+    except OSError as error:
+        raise of_file(error) from None
     except (RuntimeError, MemoryError) as error:
         what = " ".join(str(error).split())
         no_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
@@ -320,7 +321,8 @@ def _say_once(store: dist.Store, error: InputError) -> None:
     except RuntimeError:  # the rank that keeps the store has ended
         is_first = True
     if is_first:
-        print(tool.printed(os.path.basename(sys.argv[0]), error), end="", file=sys.stderr, flush=True)
+        lines = tool.printed(os.path.basename(sys.argv[0]), error)
+        print(lines, end="", file=sys.stderr, flush=True)
 
 
 def _nodes(args: Namespace) -> tuple[int, int]:

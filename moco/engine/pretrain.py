@@ -61,7 +61,8 @@ class Pretraining(Trainer):
     """Trains a method: `module(views, index, progress)` gives its loss, `module.encoder` is what the monitor judges."""
 
     best = (-1.0, -1)  # the best k-NN top-1 among the epochs that were saved, and which epoch it was
-    spared: frozenset[int] = frozenset()  # epochs whose checkpoints an earlier start kept by another --keep or --keep-every
+    # epochs whose checkpoints an earlier start kept by another --keep or --keep-every
+    spared: frozenset[int] = frozenset()
 
     def images_before(self) -> int:
         return getattr(self.module, "images_before", 0)
@@ -97,7 +98,8 @@ class Pretraining(Trainer):
             self.best = best
         if isinstance(spared, list):
             self.spared = frozenset(epoch for epoch in spared if type(epoch) is int)
-        if any(state["args"].get(name) != getattr(self.args, name) for name in ("keep", "keep_every")):
+        retention = ("keep", "keep_every")
+        if any(state["args"].get(name) != getattr(self.args, name) for name in retention):
             there = checkpoint.numbered(Path(self.args.save_dir), inside=False)
             self.spared |= frozenset(map(checkpoint.epoch_of, there))
 
@@ -120,7 +122,8 @@ class Pretraining(Trainer):
     def _is_kept(self, epoch: int) -> bool:
         """Return whether the checkpoint of an epoch, counted from 0, is kept however old it is."""
         every = self.args.keep_every
-        return epoch in self.spared or epoch == self.best[1] or (every > 0 and (epoch + 1) % every == 0)
+        regular = every > 0 and (epoch + 1) % every == 0
+        return regular or epoch in self.spared or epoch == self.best[1]
 
     def finished(self) -> None:
         say(f"trained for {clock(self.seconds)}")

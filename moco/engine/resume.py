@@ -75,11 +75,12 @@ def inherit(args: Namespace) -> None:
 
 
 def _own_folder(folder: Path, script: str) -> Path | None:
-    """Return the last of `folder` and its subfolders SCRIPT, SCRIPT-2, ... that holds a run of `script`.
+    """Return the last folder with a run of `script`: `folder`, or its subfolder SCRIPT, SCRIPT-2, ...
 
     A test alone (`--evaluate`) leaves nothing to continue, and does not count.
     """
-    subfolders = (place for place in folder.glob(f"{script}*") if re.fullmatch(rf"{script}(-\d+)?", place.name))
+    name = re.compile(rf"{script}(-\d+)?")
+    subfolders = (place for place in folder.glob(f"{script}*") if name.fullmatch(place.name))
     places = [folder, *sorted(subfolders, key=_number)]
     own = [place for place in places if (place / "args.yaml").is_file() and _is_of(place, script)]
     if not own and checkpoint.found(folder) and not (folder / "args.yaml").exists():
@@ -116,7 +117,9 @@ def check_unchanged(args: Namespace, state: checkpoint.State, batch: int) -> Non
     saved, allowed = state["args"], set(args.allow_change)
     if unknown := sorted(allowed - {_spelled(name) for name in vars(args)}):
         raise InputError(f"--allow-change {','.join(unknown)}: this script has no such option")
-    unread = ({"epochs"} if _open_ended(args) else set()) | ({"bn_splits", "bn_splits_query"} if distributed.world() > 1 else set())
+    unread = {"epochs"} if _open_ended(args) else set()
+    if distributed.world() > 1:
+        unread |= {"bn_splits", "bn_splits_query"}
     compared = saved.keys() & vars(args).keys() - FREE - unread
     differences = {
         _spelled(name): (getattr(args, name), saved[name])

@@ -1,7 +1,6 @@
 """The command line of scripts and tools: an error is one line on stderr, and exit status 2."""
 
 import argparse
-import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -9,7 +8,7 @@ from typing import NoReturn
 
 from moco import user
 from moco.engine import output
-from moco.errors import InputError, unknown
+from moco.errors import InputError, of_file, unknown
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -85,10 +84,8 @@ def attempt(name: str, work: Callable[[], int | None]) -> int:
         return work() or 0
     except InputError as error:
         mistake = error
-    except OSError as error:  # of a file that somebody has named: of others it is a fault in the program
-        if not error.filename:
-            raise
-        mistake = InputError(f"{os.fsdecode(error.filename)}: {error.strerror}")
+    except OSError as error:
+        mistake = of_file(error)
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)
         return 130
