@@ -4,7 +4,6 @@ Every run continues where an earlier visit has left it (--resume auto), and is e
 SIGTERM, at which it saves.
 """
 
-import contextlib
 import shutil
 import signal
 import statistics
@@ -71,11 +70,8 @@ def find(given: Path | None, folder: Path, setup: Setup) -> Data | None:
             raise Failed(f"--data {given}: holds neither train/ and test/, cifar-10-batches-py nor {' or '.join(ARCHIVES)}")
         return found
     if setup.tiny:
-        return _images(
-            image_folder(setup.work / "cifar", 4, 8, 4, 32, test="test"),
-            folder,
-            "a few images made on the spot",
-        )
+        images = image_folder(setup.work / "cifar", 4, 8, 4, 32, test="test")
+        return Data((str(images),), "a few images made on the spot")
     return next(filter(None, (_at(measure.ROOT / place, folder) for place in PLACES)), None)
 
 
@@ -88,26 +84,17 @@ def _at(place: Path, folder: Path) -> Data | None:
     if (place / "cifar-10-batches-py").is_dir():
         return Data((str(place), "--dataset", "cifar10"), "lossless")
     if (place / "train").is_dir():
-        return _images(place, folder, "image files")
+        return _images(place)
     if archive := next((place / name for name in ARCHIVES if (place / name).is_file()), None):
         return _at(_unpacked(archive, folder), folder)
     inside = [child for child in sorted(place.glob("*")) if (child / "train").is_dir()] if place.is_dir() else []
-    return _images(inside[0], folder, "image files") if inside else None
+    return _images(inside[0]) if inside else None
 
 
-def _images(place: Path, folder: Path, name: str) -> Data | None:
-    """A folder with train/ and val/; test/ is called val/ by a link."""
-    if (place / "val").is_dir():
-        return Data((str(place),), name)
-    if not (place / "test").is_dir():
-        return None
-    linked = folder / "cifar10-links"
-    linked.mkdir(parents=True, exist_ok=True)
-    for link, target in (("train", place / "train"), ("val", place / "test")):
-        with contextlib.suppress(FileNotFoundError):
-            (linked / link).unlink()
-        (linked / link).symlink_to(target.absolute(), target_is_directory=True)
-    return Data((str(linked),), name)
+def _images(place: Path) -> Data | None:
+    """A folder with train/, and val/ or test/."""
+    tested = any((place / split).is_dir() for split in ("val", "test"))
+    return Data((str(place),), "image files") if tested else None
 
 
 def _unpacked(archive: Path, folder: Path) -> Path:

@@ -39,7 +39,7 @@ from torchvision.io import ImageReadMode, decode_image, read_file
 from torchvision.transforms import v2
 
 from moco.augment import color
-from moco.augment.recipes import MEAN, STD, View, recipe
+from moco.augment.recipes import MEAN, STD, recipe
 from moco.data import cache, datasets, loader
 from moco.data.images import ImageArray
 
@@ -96,7 +96,7 @@ def main() -> None:
 # Small images.
 
 
-SMALL = (View(size=32, scale=(0.08, 1.0), jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=0.8, gray_p=0.2),) * 2
+SMALL = recipe("small", 32)
 
 
 def small(args: argparse.Namespace) -> None:

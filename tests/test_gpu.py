@@ -5,6 +5,7 @@ import pickle
 import shutil
 import tarfile
 import time
+from pathlib import Path
 from types import ModuleType
 
 import numpy as np
@@ -156,13 +157,13 @@ def test_data_is_found_in_each_form(cifar, setup, tmp_path):
 
     folder = tmp_path / "runs"
     for given in (images, tmp_path / "cifar10_jpeg.tar.gz"):
-        (linked,) = cifar.find(given, folder, setup).words
-        assert len(list((ROOT / linked).glob("val/*/*.jpg"))) == 2 and len(list((ROOT / linked).glob("train/*/*.jpg"))) == 4
+        (place,) = cifar.find(given, folder, setup).words
+        assert len(list(Path(place).glob("test/*/*.jpg"))) == 2 and len(list(Path(place).glob("train/*/*.jpg"))) == 4
     shutil.rmtree(images)  # an archive is unpacked once, and found in a folder too
     only = tmp_path / "only"
     only.mkdir()
     (tmp_path / "cifar10_jpeg.tar.gz").rename(only / "cifar10_jpeg.tar.gz")
-    assert cifar.find(only, folder, setup).words == (linked,)
+    assert cifar.find(only, folder, setup).words == (place,)
     for given in (batches, batches.parent):
         assert cifar.find(given, folder, setup).words == (str(batches.parent), "--dataset", "cifar10")
     with pytest.raises(cifar.Failed, match="holds neither"):
