@@ -3,11 +3,12 @@
 import itertools
 import math
 from argparse import Namespace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from moco.engine import optim
+from moco.engine import optim, train
 
 SHAPES = ((4, 3, 2, 2), (5, 4), (5,), (3, 3), ())
 
@@ -135,6 +136,16 @@ def test_by_step_the_warm_up_begins_at_0_and_the_cosine_at_its_end():
     assert [optim.rate(args, 2.0, epoch, 0.5) for epoch in (0, 2.5, 7.5, 10)] == pytest.approx([0, 0.5, 1.5, 2.0])
     assert optim.rate(args, 2.0, 55, 0.5) == pytest.approx((2.0 + 0.05) / 2)  # half of the 90 epochs that are left
     assert optim.rate(args, 2.0, 100, 0.5) == pytest.approx(0.05)
+
+
+def test_by_epoch_end_the_rates_are_those_of_the_demo_on_cifar10():
+    """Its cosine counts epochs from 1; the log of 200 epochs begins with .059996."""
+    args = options(lr_by="epoch-end", cos=True, epochs=200)
+    trainer = SimpleNamespace(args=args, steps_per_epoch=97, rates=[0.06], lr_scale=1.0)
+    trainer.optimizer = SimpleNamespace(param_groups=[{}])
+    found = [train.Trainer._set_rates(trainer, step) for step in (0, 96, 97, 199 * 97)]
+    assert found[0] == found[1] == pytest.approx(0.059996, abs=5e-7) and found[3] == pytest.approx(0)
+    assert found == pytest.approx([0.03 * (1 + math.cos(math.pi * epoch / 200)) for epoch in (1, 1, 2, 200)])
 
 
 def test_restarts_by_step_begin_after_the_warm_up():

@@ -586,7 +586,12 @@ def add_optimizer(
         "--schedule", type=values.natural, nargs="*", default=schedule, metavar="EPOCH", help="lr x .1 at these epochs"
     )
     group.add_argument("--cos", action=Switch, most=cos, default=False, help="cosine schedule instead")
-    group.add_argument("--lr-by", choices=("epoch", "step"), default="epoch", help="how often the rate changes")
+    group.add_argument(
+        "--lr-by",
+        choices=("epoch", "epoch-end", "step"),
+        default="epoch",
+        help="when the learning rate is computed: at each epoch's start, for each epoch's end, or at each step",
+    )
     group.add_argument("--sgdr", action=Switch, default=False, help="cosine schedule that begins anew (warm restarts)")
     group.add_argument("--sgdr-t0", type=values.epochs, default=12, metavar="EPOCHS", help="length of each period of --sgdr")
     group.add_argument(
@@ -615,6 +620,7 @@ def add_optimizer(
     first = lambda args: min(args.schedule, default=0)  # noqa: E731
     parser.has_effect("schedule", lambda args: cosine(args) or first(args) < args.epochs, late, refuse=False)
     parser.has_effect("cos", lambda args: not args.sgdr, "--sgdr is a cosine of its own; give one of them")
+    parser.has_effect("sgdr", lambda args: args.lr_by != "epoch-end", "--lr-by epoch-end is for --cos; leave out one of them")
     parser.has_effect("sgdr_t0", lambda args: args.sgdr, "it is the period of --sgdr; give both, or neither")
     parser.has_effect("lr_final", cosine, "it is where a cosine ends; give --cos as well, or leave it out")
     changes = "the learning rate changes at the epochs of --schedule alone; leave it out"

@@ -156,10 +156,10 @@ def rate(args: Namespace, base: float, epoch: float, factor: float = 1.0) -> flo
 
     Linear warm-up over `args.lr_warmup_epochs`; then a half cosine down to `args.lr_final`, over the whole run (`args.cos`) or
     again and again over `args.sgdr_t0` epochs (`args.sgdr`; Loshchilov & Hutter, arXiv 1608.03983); or x .1 at each of
-    `args.schedule`. With `args.lr_by` "step" the warm-up begins at 0 and the cosine at its end (as in SimCLR and MoCo v3);
-    by epoch, the first rate is not 0 and the cosine is the whole run's.
+    `args.schedule`. With `args.lr_by` "step" and "epoch-end" the warm-up begins at 0 and the cosine at its end (as in SimCLR and
+    MoCo v3); with "epoch" the first rate is not 0 and the cosine is the whole run's.
     """
-    warmup, by_step = args.lr_warmup_epochs, args.lr_by == "step"
+    warmup, by_step = args.lr_warmup_epochs, args.lr_by != "epoch"
     if epoch < warmup:
         return base * (epoch / warmup if by_step else (epoch + 1) / (warmup + 1))
     if args.cos or args.sgdr:

@@ -170,8 +170,8 @@ class Trainer(ABC):
     def _set_rates(self, step: int) -> float:
         """Give each parameter group its rate for this step; returns the first one's."""
         passed = step / self.steps_per_epoch if step >= 0 else self.args.lr_warmup_epochs
-        if self.args.lr_by == "epoch":
-            passed = int(passed)
+        if self.args.lr_by != "step":
+            passed = int(passed) + (self.args.lr_by == "epoch-end" and step >= 0)
         rates = [optim.rate(self.args, base, passed, self.lr_scale) for base in self.rates]
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
