@@ -192,7 +192,8 @@ def test_evaluations_take_the_stem_and_the_normalization_from_the_checkpoint(dat
         accuracies = [json.loads((place / "results.json").read_text())["metrics"] for place in (tmp_path / name, tested)]
         assert of(tested) == SETTINGS and accuracies[0] == accuracies[1]
         refused(script(name, data, "--resume", saved, *SHORT, "--stem", "imagenet"), "--stem imagenet", "was trained with cifar")
-    refused(script("main_knn", data, "--pretrained", checkpoint, *SHORT, "--stem", "imagenet"), "has the stem cifar; leave it out")
+    other = script("main_knn", data, "--pretrained", checkpoint, *SHORT, "--stem", "imagenet")
+    refused(other, "has the stem cifar; leave --stem out")
 
 
 @pytest.mark.parametrize("ending", [".pth", ".safetensors"])
@@ -225,7 +226,7 @@ def test_the_head_s_features_are_those_of_the_checkpoint(data, trained, script, 
     assert script(*loaded)[0] == 0
     results = json.loads((tmp_path / "loaded" / "results.json").read_text())
     assert results["metrics"] == found["metrics"] and results["settings"]["features"] == "head"
-    refused(script("main_knn", data, "--features", "head", *SHORT), "--features head: give the checkpoint")
+    refused(script("main_knn", data, "--features", "head", *SHORT), "--features head: needs a checkpoint")
     state = load(checkpoint)
     state["state_dict"] = {name: x for name, x in state["state_dict"].items() if ".fc." not in name}
     torch.save(state, tmp_path / "headless.pth.tar")
@@ -254,7 +255,7 @@ def test_the_original_files_train_as_the_folder_does(script, tmp_path):
 def test_a_folder_without_val_is_tested_on_test(data, capfd):
     assert datasets.find(str(data), ("train", "val")) == data
     assert len(datasets.scan(data, "val")) == 24
-    assert capfd.readouterr().err.count(f"{data}: has no val/; test/ takes its place") <= 1  # once a process
+    assert capfd.readouterr().err.count(f"{data}: has no val/; test/ is used instead") <= 1  # once per process
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "configs" / "cifar10").glob("*.yaml")))

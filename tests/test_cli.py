@@ -131,7 +131,7 @@ def test_images_in_memory_change_no_loss(script, images, tmp_path):
 def test_images_that_must_stay_in_memory_and_do_not_fit(script, images, tmp_path, monkeypatch):
     monkeypatch.setattr(cache, "free_memory", lambda: 100_000)
     result = script("main_synco", images, *SMALL, "--save-dir", tmp_path / "run", "--cache-images", "on")
-    refused(result, "--cache-images on", "leave it out, or free memory")
+    refused(result, "--cache-images on", "leave the option out, or free memory")
 
 
 def test_images_that_are_read_once_are_not_kept(script, images):

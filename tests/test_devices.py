@@ -353,13 +353,14 @@ def test_other_accelerators_run_one_process(kind, machine, monkeypatch):
 
     assert (plan().launcher, plan().world) == ("single", 1)  # though the script takes every CUDA GPU
     assert plan("--multiprocessing-distributed", "--device", "cpu", "--nproc-per-node", 2).world == 2
-    refused = f"--device {kind}: runs one process, and this run has 2; start one process alone, or give --device cpu"
+    refused = f"--device {kind}: supports a single process, and this run has 2; "
+    refused += "start one process, or give --device cpu"
     nodes = ("--world-size", 2, "--rank", 1, "--dist-url", "tcp://10.0.0.1:9999")
     for words in (("--multiprocessing-distributed", "--nproc-per-node", 2), nodes)[kind == "mps" :]:
         with pytest.raises(InputError) as error:
             plan(*words)
         assert str(error.value) == refused
-    with pytest.raises(InputError, match="nccl: is for CUDA GPUs, and this machine has none"):
+    with pytest.raises(InputError, match="nccl: needs CUDA GPUs, and this machine has none"):
         plan("--dist-backend", "nccl")
     for name, value in {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "localhost", "MASTER_PORT": 29501}.items():
         monkeypatch.setenv(name, str(value))
@@ -373,9 +374,9 @@ def test_the_cpu_of_a_machine_with_gpus_trains_if_it_is_asked_for(machine, scrip
     assert status == 0, err
     assert "cpu, amp off" in out and "GPUs trains" not in out
     status, _, err = script("main_synco", *options, "--gpu", 0)
-    assert status == 2 and "--gpu 0: --device cpu uses no GPU; leave one of them out" in err
+    assert status == 2 and "--gpu 0: --device cpu uses no GPU; leave one of both out" in err
     status, _, err = script("main_synco", *options, "--dist-backend", "nccl")
-    assert status == 2 and "nccl: is for CUDA GPUs, and --device is cpu" in err
+    assert status == 2 and "nccl: needs CUDA GPUs, and --device is cpu" in err
     # the option may differ when the run is resumed
     resumed = (*options[:-4], "--epochs", 2, "--save-dir", tmp_path / "run", "--resume", "auto")
     machine()
@@ -396,7 +397,8 @@ def test_half_precision_is_chosen_for_the_device_that_is_used(machine, monkeypat
 def test_fp16_needs_a_gradient_scaler_of_the_device():
     assert precision.scaler("fp16", torch.device("cpu")).is_enabled()
     assert not precision.scaler("off", META).is_enabled() and not precision.scaler("bf16", META).is_enabled()
-    with pytest.raises(InputError, match="--amp fp16: PyTorch scales no gradients on meta; give --amp bf16 or off"):
+    refused = "--amp fp16: PyTorch cannot scale gradients on meta; give --amp bf16 or off"
+    with pytest.raises(InputError, match=refused):
         precision.scaler("fp16", META)
 
 
@@ -413,7 +415,8 @@ def test_compile_is_refused_where_torch_cannot(monkeypatch):
     monkeypatch.setattr(torch, "compile", fails)
     with pytest.raises(InputError) as error:
         precision.place(net, META, compile=True, recompute=False)
-    assert str(error.value) == "--compile: PyTorch cannot compile for meta here; leave it out (no backend for it)"
+    refused = "--compile: PyTorch cannot compile for meta on this machine; leave it out"
+    assert str(error.value) == f"{refused} (no backend for it)"
     monkeypatch.setattr(torch, "compile", lambda function: function)
     assert precision.place(net, META, compile=True, recompute=False)[0]._compiled_call_impl is not None
 
@@ -428,7 +431,8 @@ def test_what_torch_lacks_on_an_accelerator_ends_in_one_line(machine, script, sh
     monkeypatch.setattr("main_synco.worker", lacks)
     status, _, err = script("main_synco", shared_images, *SMALL[:-4], "--save-dir", tmp_path / "run")
     assert status == 2 and err.count("\n") == 1
-    assert "--device mps: PyTorch lacks an operation there; give --device cpu (The operator 'aten::_embedding_bag'" in err
+    refused = "--device mps: PyTorch lacks an operation on this device; give --device cpu"
+    assert f"{refused} (The operator 'aten::_embedding_bag'" in err
 
 
 def test_no_float64_reaches_mps(monkeypatch):

@@ -87,7 +87,7 @@ class _CancelledNTXent(torch.autograd.Function):
     def forward(ctx, z: Tensor, bank: Tensor, own: Tensor, found: Found, mode: str, temperature: float, chunk: int):
         V, n, _ = z.shape
         to_z, to_bank = torch.empty_like(z), torch.zeros_like(bank) if ctx.needs_input_grad[1] else None
-        wide = torch.float32 if z.device.type == "mps" else torch.float64  # mps lacks the latter
+        wide = torch.float32 if z.device.type == "mps" else torch.float64  # mps lacks float64
         loss, nearest, hardness = z.new_zeros((), dtype=wide), z.new_zeros(()), z.new_zeros(())
         buffer = z.new_empty(min(chunk, n), len(bank))
         for start in range(0, n, chunk):
