@@ -52,7 +52,7 @@ def main() -> None:
     parser = measure.parser(__doc__.splitlines()[0])
     parser.set_defaults(rounds=None)
     parser.add_argument("--small", action="store_true", help="measure an epoch of 32-pixel images")
-    own = "with --small: a folder with train/CLASS/*.jpg, all of one size, to use instead of patches"
+    own = "with --small: a folder with train/CLASS/*.jpg, all of one size, instead of patches"
     parser.add_argument("--data", type=Path, help=own)
     count = "images in one batch (default: 32); with --small: in an epoch (default: 50,000)"
     parser.add_argument("--images", type=int, help=count)
