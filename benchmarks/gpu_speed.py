@@ -1,4 +1,4 @@
-"""Stage 2 of benchmarks/gpu.py: measure the speed of training and of its parts, and of plain MoCo."""
+"""Stage 2 of benchmarks/gpu.py: measure the speed of training, of its parts and of plain MoCo."""
 
 import time
 from argparse import Namespace
