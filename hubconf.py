@@ -13,9 +13,9 @@ def encoder(checkpoint: str, arch: str | None = None, image_size: int | None = N
         arch: of a file that does not name it (default: resnet50).
         image_size: pixels of the images, which a ViT or Swin is made for (default: as in pre-training; where unknown, 224).
 
-    Images are RGB in [0, 1], normalized as in pre-training (`mean` and `std` of the file; of other software's files, ImageNet's),
-    and a ResNet has the stem of the file. Raises moco.errors.InputError for a file
-    that cannot be read, or that does not fit.
+    Images must be RGB in [0, 1], normalized as in pre-training: with `mean` and `std` of the file,
+    or with ImageNet's for files of other software. A ResNet gets the stem that the file has. Raises
+    moco.errors.InputError for a file that cannot be read, or that does not fit.
     """
     from moco.engine import encoder as encoders
 

@@ -24,8 +24,8 @@ def parser() -> cli.Parser:
         "--k", type=values.positive, nargs="+", default=[10, 20, 100, 200], help="neighbours that vote; several in one pass"
     )
     knn.add_argument("--temperature", type=values.temperature, default=0.07, help="temperature of the neighbours' weights")
-    whose = "of the encoder without its projection head, or of the head in the checkpoint"
-    knn.add_argument("--features", choices=("backbone", "head"), default="backbone", help=whose)
+    whose = "features of the encoder without projection head (the default), or of the projection head"
+    knn.add_argument("--features", choices=("backbone", "head"), help=whose)
     knn.add_argument("--host-features", action="store_true", help="keep the features in the host's memory, not on the GPU")
     on_cpu = "there is no GPU; features are in the host's memory anyway"
     on_gpu = lambda args: devices.chosen(args.device) != "cpu"  # noqa: E731
@@ -38,8 +38,10 @@ def parser() -> cli.Parser:
 
 def check(args: cli.Options) -> None:
     if args.features == "head" and not (args.pretrained or args.load_features):
-        raise InputError("--features head: give the checkpoint that has the projection head with --pretrained")
+        what = "needs a checkpoint with a projection head"
+        raise InputError(f"--features head: {what}; give it with --pretrained")
     classify.check_features(args, many=False)
+    args.features = args.features or "backbone"
 
 
 def worker(args: cli.Options, device: torch.device) -> None:

@@ -23,7 +23,7 @@ def parser() -> cli.Parser:
     cli.add_momentum_encoder(p, t=0.07, v2=False)
     moco = p.add_argument_group("MoCo")
     moco.add_argument("--moco-k", type=values.entries, default=65536, help="negatives in the queue")
-    both = "compare either view with the other's keys; the losses add up"
+    both = "compare each view with the keys of the other view, and add both losses"
     moco.add_argument("--symmetric", action=cli.Switch, default=False, help=both)
     synco = cli.add_synthetic(p, "synthetic negatives (MoCHI, SynCo)", n_hard=0, each=0, sigma=0.01)
     synco.add_argument("--warmup-epochs", type=values.natural, default=10, help="epochs before the first synthetic negatives")

@@ -1,27 +1,27 @@
 #!/usr/bin/env python
 """Check and measure everything on one GPU in minutes.
 
-It needs this repository, its requirements and CIFAR-10, and no network.
+The script needs this repository, its requirements and CIFAR-10, but no network.
 
     python benchmarks/gpu.py --minutes 9                      all stages, in order of importance
-    python benchmarks/gpu.py --minutes 6 --stages 3           continue the CIFAR-10 run of an earlier visit
+    python benchmarks/gpu.py --minutes 6 --stages 3           continue an earlier CIFAR-10 run
     python benchmarks/gpu.py --stages 1 --parts compile NCCL  single parts
 
 Stages:
-  1  correctness: every method's step on the GPU against the CPU, mixed precision, views, memory
-     format, --compile, NCCL, a killed run that resumes with the same bits, k-NN and probe
-  2  speed: ResNet-50 at 224 pixels, end to end and with views ready, next to a MoCo written
-     plainly; loader, views, profile
+  1  correctness: a step of each method on the GPU against the CPU, mixed precision, views, memory
+     format, --compile, NCCL, a killed run that resumes to the same bits, k-NN and linear probe
+  2  speed: ResNet-50 at 224 pixels, end to end and with views that are already on the GPU, next to
+     plain MoCo (benchmarks/step.py); loader, views, profile
   3  reproduction: configs/cifar10/moco.yaml next to the published log; a later visit continues the
      run in --run-folder
-  4  the other configs of configs/cifar10/, with several seeds, in turns
+  4  the other configs in configs/cifar10/, with several seeds; the runs take turns
 
-Results go to runs/benchmarks/gpu-DEVICE.json, which is rewritten after each part and keeps what
-earlier visits found. Each part has a limit of time and runs in a process that can be killed;
-what did not fit into --minutes is listed as not run. The table comes last. The exit status is 1
-if a check of this visit has failed.
+One call of this script is a visit. The results are in runs/benchmarks/gpu-DEVICE.json, which is
+rewritten after each part and keeps the results of earlier visits. Each part has a time limit and
+runs in a process that can be killed. Parts for which --minutes leaves no time are listed as not
+run. The table is printed last. The exit status is 1 if a check of this visit failed.
 
-On a CPU everything runs too, in tiny sizes, which tests this command and measures nothing.
+On a CPU, everything runs in tiny sizes. This tests the script; the figures mean nothing.
 """
 
 import argparse
@@ -54,29 +54,30 @@ from moco.files import to_json
 
 PARTS = {1: gpu_checks.PARTS, 2: gpu_speed.PARTS}
 TITLES = {1: "correctness", 2: "speed", 3: "CIFAR-10, MoCo", 4: "CIFAR-10, all methods"}
-SHARE = {1: 0.35, 2: 0.3, 3: 0.85}  # of the visit that a stage may take while others wait
-LIMIT = 150.0  # seconds of one part
-START = 150.0  # seconds within which a process must begin with its first part
+SHARE = {1: 0.35, 2: 0.3, 3: 0.85}  # fraction of the visit for a stage that is not the last
+LIMIT = 150.0  # seconds for one part
+START = 150.0  # seconds for a process to begin its first part
 BROKEN = 3  # exit status of a process whose GPU context is lost
 
 
 def parser() -> argparse.ArgumentParser:
+    """Return the parser of the options."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--minutes", type=float, default=9.0, help="length of the visit (default: 9)")
     p.add_argument("--stages", type=int, nargs="+", choices=TITLES, default=list(TITLES), help="default: all")
-    p.add_argument("--parts", nargs="+", metavar="NAME", help="of stages 1 and 2; default: all")
+    p.add_argument("--parts", nargs="+", metavar="NAME", help="of stages 1 and 2 (default: all)")
     p.add_argument(
         "--data",
         type=Path,
         metavar="FOLDER",
-        help="CIFAR-10: train/ and test/, cifar-10-batches-py, or an archive",
+        help="CIFAR-10: a folder with train/ and test/ or cifar-10-batches-py, or an archive",
     )
     folder = measure.ROOT / "runs" / "gpu" / "cifar10-moco"
     p.add_argument(
         "--run-folder",
         type=Path,
         default=folder,
-        help="of stage 3's run; those of stage 4 are its neighbours",
+        help="run folder of stage 3; the run folders of stage 4 are next to it",
     )
     p.add_argument("--seeds", type=int, nargs="+", help="of stage 4 (default: 0 1 2; on a CPU 0)")
     p.add_argument("--amp", choices=("off", "bf16"), help="of stages 3 and 4 (default: bf16 on a GPU)")
@@ -89,6 +90,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main() -> int:
+    """Run a visit, or, in a process that a visit started, its parts; return the exit status."""
     args = parser().parse_args()
     device = torch.device(args.device)
     if args.collectives:
@@ -98,15 +100,16 @@ def main() -> int:
         return work(Setup(device, device.type == "cpu", args.work), args.stages[0], args.parts, args.worker)
     unknown = set(args.parts or ()) - {name for parts in PARTS.values() for name in parts}
     if unknown:
-        sys.exit(f"--parts {' '.join(sorted(unknown))}: no such part")
+        known = ", ".join(name for parts in PARTS.values() for name in parts)
+        sys.exit(f"--parts {' '.join(sorted(unknown))}: no such part; choose from {known}")
     return Visit(args, device).run()
 
 
-# In the process of a worker.
+# In a worker process, which a visit starts.
 
 
 def work(setup: Setup, stage: int, names: list[str], events: Path) -> int:
-    """Run parts of one stage one after the other, and write what each one finds."""
+    """Run parts of a stage in order; append their results to `events`; return the exit status."""
 
     def event(**what: object) -> None:
         with events.open("a") as file:
@@ -137,7 +140,7 @@ def work(setup: Setup, stage: int, names: list[str], events: Path) -> int:
     return 0
 
 
-# In the process that the user starts.
+# In the process that the user started.
 
 
 class Visit:
@@ -155,6 +158,7 @@ class Visit:
         self.failed: list[str] = []
         self.not_run: list[str] = []
         self.running: set[int] = set()
+        self.stopping = False
         before = self._earlier()
         self.stages: dict[str, dict[str, dict]] = before.get("stages", {})
         self.facts = {
@@ -174,7 +178,7 @@ class Visit:
         self.visits = [*before.get("visits", []), visit]
 
     def _earlier(self) -> dict:
-        """What earlier visits have found."""
+        """Return the results of earlier visits."""
         try:
             found = json.loads(self.json.read_text())
             return found if isinstance(found.get("stages"), dict) else {}
@@ -183,10 +187,11 @@ class Visit:
 
     @property
     def left(self) -> float:
+        """Return the seconds left of this visit."""
         return self.end - time.monotonic()
 
     def run(self) -> int:
-        """All stages, then the table; returns the exit status."""
+        """Run all stages and print the table; return the exit status."""
         before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
         facts = ", ".join(f"{key} {value}" for key, value in self.facts.items() if value is not None)
         print(f"{facts}; {self.args.minutes:g} minutes; {self.json}", flush=True)
@@ -196,8 +201,9 @@ class Visit:
                 self._stage(stage)
         finally:
             with self.lock:
+                self.stopping = True  # no lane starts another process
                 self.write()
-                for pid in self.running:
+                for pid in list(self.running):
                     gpu_setup.kill_tree(pid)
             shutil.rmtree(self.setup.work, ignore_errors=True)
             signal.signal(signal.SIGTERM, before)
@@ -206,7 +212,8 @@ class Visit:
 
     def _stage(self, stage: int) -> None:
         last = stage == self.args.stages[-1]
-        end = min(self.end, self.end if last else time.monotonic() + SHARE[stage] * 60 * self.args.minutes)
+        share = 1.0 if last else SHARE.get(stage, 1.0)
+        end = min(self.end, time.monotonic() + share * 60 * self.args.minutes)
         print(
             f"\nstage {stage}, {TITLES[stage]}: at most {max(0.0, end - time.monotonic()):.0f} s",
             flush=True,
@@ -218,7 +225,7 @@ class Visit:
                 self._reproduction(end)
             else:
                 self._others(end)
-        except Exception as problem:  # of one stage; the others go on
+        except Exception as problem:  # an error in one stage must not end the others
             self.record(
                 stage,
                 "stage",
@@ -234,9 +241,9 @@ class Visit:
         failures: list[str] = (),
         seconds: float = 0.0,
     ) -> None:
-        """Keep and print what a part has found, and rewrite the JSON.
+        """Store and print the results of a part, and rewrite the JSON.
 
-        An error that begins with "not run: " is no failure.
+        An error that begins with "not run: " does not count as a failure.
         """
         with self.lock:
             skipped = error.startswith("not run: ")
@@ -250,7 +257,7 @@ class Visit:
                 "error": error,
             }
             parts = self.stages.setdefault(str(stage), {})
-            if not (skipped and name in parts):  # what an earlier visit has found stays
+            if not (skipped and name in parts):  # keep an earlier visit's results
                 parts[name] = found
             if status != "passed":
                 why = "; ".join([*failures, *error.splitlines()[:1]])
@@ -260,6 +267,7 @@ class Visit:
             self.write()
 
     def write(self) -> None:
+        """Write all results to the JSON file."""
         results = {
             **self.facts,
             "visits": self.visits,
@@ -283,9 +291,9 @@ class Visit:
             thread.join()
 
     def _lane(self, stage: int, number: int, names: list[str], end: float) -> None:
-        """Run parts one after the other; a process that hangs or dies costs its part only."""
+        """Run parts in order. If a worker process hangs or dies, only its current part is lost."""
         waiting, attempt = list(names), 0
-        while waiting and time.monotonic() < end:
+        while waiting and time.monotonic() < end and not self.stopping:
             attempt += 1
             try:
                 self._worker(stage, f"{number}-{attempt}", waiting, end)
@@ -295,7 +303,10 @@ class Visit:
             self.record(stage, name, "not run: no time left")
 
     def _worker(self, stage: int, name: str, waiting: list[str], end: float) -> None:
-        """Start a process on the parts that wait, and follow it until it ends, hangs or the time is over."""
+        """Start a worker process on the `waiting` parts, and remove those that are done.
+
+        Return when the process ends or hangs, or at the time `end`.
+        """
         work = self.setup.work / f"stage{stage}"
         work.mkdir(exist_ok=True)
         events, log = work / f"{name}.jsonl", work / f"{name}.log"
@@ -311,12 +322,15 @@ class Visit:
             "--parts",
             *waiting,
         ]
-        process = gpu_setup.python(self.setup, __file__, *words, log=log, gpu=self.setup.cuda)
-        self.running.add(process.pid)
+        with self.lock:
+            if self.stopping:
+                return
+            process = gpu_setup.python(self.setup, __file__, *words, log=log, gpu=self.setup.cuda)
+            self.running.add(process.pid)
         seen, current, since = 0, "", time.monotonic()
         try:
             while True:
-                ended = process.poll() is not None  # before the events are read: none comes later
+                ended = process.poll() is not None  # first, so that the events read below are all
                 for event in _events(events)[seen:]:
                     seen, current, since = seen + 1, event["part"], time.monotonic()
                     if event["event"] == "end":
@@ -361,10 +375,11 @@ class Visit:
 
     @property
     def amp(self) -> str:
+        """Return the --amp of the runs."""
         return self.args.amp or ("bf16" if self.setup.cuda else "off")
 
     def _data(self, stage: int) -> gpu_cifar.Data | None:
-        """CIFAR-10; None, with a line, if there is none."""
+        """Find CIFAR-10; if there is none, record that and return None."""
         if not gpu_cifar.CONFIGS.is_dir():
             self.record(stage, "data", f"not run: {gpu_cifar.CONFIGS} does not exist")
             return None
@@ -390,7 +405,7 @@ class Visit:
         done = threading.Event()
 
         def watch() -> None:
-            """Keep what is known so far, in case that this process is killed."""
+            """Write the results so far every 20 s, in case this process is killed."""
             while not done.wait(20):
                 with self.lock:
                     figures = {
@@ -438,18 +453,20 @@ class Visit:
     # The table.
 
     def figure(self, stage: int, part: str, name: str) -> float | None:
+        """Return a figure of a part by its name; None if it was not measured."""
         value = self.stages.get(str(stage), {}).get(part, {}).get("figures", {}).get(name)
         return value if isinstance(value, int | float) else None
 
     def targets(self) -> list[dict[str, object]]:
-        """What one H100 should reach, next to what was measured."""
+        """Return the figures that one H100 should reach, next to those measured."""
         figure = self.figure
         ready, loaded = figure(2, "steps", "moco pairs/s"), figure(2, "loading", "images/s")
-        accuracy = figure(3, "moco", "k-NN") if figure(3, "moco", "k-NN epoch") == gpu_cifar.EPOCHS else None
+        finished = figure(3, "moco", "k-NN epoch") == gpu_cifar.EPOCHS and figure(3, "moco", "data") == "lossless"
+        accuracy = figure(3, "moco", "k-NN") if finished else None
         loading = loaded / ready if loaded and ready else None
         minutes = figure(3, "moco", "minutes of 200 epochs")
         plain = "MoCo in bf16 over plain MoCo in fp32, in speed"
-        wanted: list[tuple[str, float, float | None]] = [  # a least value, or below 0 a greatest one
+        wanted: list[tuple[str, float, float | None]] = [  # a minimum, or, if negative, a maximum
             (f"{plain}, TF32", 3, figure(2, "steps", "plain fp32 TF32 over moco")),
             (f"{plain}, no TF32", 3, figure(2, "steps", "plain fp32 over moco")),
             ("SynCo over MoCo, step time", -1.02, figure(2, "steps", "synco over moco")),
@@ -469,7 +486,7 @@ class Visit:
         ]
 
     def table(self) -> None:
-        """Print all figures, the targets, and what failed or was not run."""
+        """Print all figures, the targets, and the parts that failed or were not run."""
         for stage, parts in sorted(self.stages.items()):
             print(f"\nstage {stage}, {TITLES[int(stage)]}")
             for name, found in parts.items():
@@ -499,14 +516,14 @@ class Visit:
 
 
 def _line(figures: dict[str, object]) -> str:
-    """The plain figures of a part, wrapped for a terminal."""
+    """Return the numbers and strings among a part's figures, wrapped for a terminal."""
     shown = [f"{name} {value:.4g}" for name, value in figures.items() if isinstance(value, int | float) and value is not True]
     shown += [f"{name} {value}" for name, value in figures.items() if isinstance(value, str)]
     return textwrap.fill("; ".join(shown), 90, subsequent_indent=" " * 36)
 
 
 def _events(file: Path) -> list[dict]:
-    """The whole lines of a worker's events."""
+    """Return the events in a worker's file, without a line that is still being written."""
     try:
         text = file.read_text()
     except OSError:

@@ -1,7 +1,7 @@
-"""Stage 1 of benchmarks/gpu.py: the GPU computes what the CPU computes, and a run stopped on it resumes with the same bits.
+"""Stage 1 of benchmarks/gpu.py: check that the GPU computes what the CPU computes.
 
-On a machine without a GPU both sides are the CPU, so that the code runs; the differences are
-then 0, or nearly.
+It also checks that a killed run resumes to the same bits. Without a GPU, the CPU is compared with
+itself: this tests the code of the checks, and the differences are 0, or nearly.
 """
 
 import contextlib
@@ -47,7 +47,7 @@ PROGRESS = Progress(seed=0, epoch=1, step=3, steps_per_epoch=10, epochs=20)
 
 MOCOV2 = "--moco-k 256 --mlp --moco-t 0.2 --aug-plus --cos --bn-splits 4"
 EACH = "--n1 4 --n2 4 --n3 4 --n4 4 --n5 4 --n6 4"
-VIT = "-a test_vit --mlp-dim 256 --online-drop-path 0"  # no draws inside layers, which differ by device
+VIT = "-a test_vit --mlp-dim 256 --online-drop-path 0"  # no random draws in layers: they differ by device
 METHODS = {
     "mocov1": ("main_synco", "--moco-k 256 --bn-splits 4"),
     "mocov2": ("main_synco", MOCOV2),
@@ -75,7 +75,7 @@ def method(
     more: str = "",
     contiguous=False,
 ) -> Method:
-    """A method with a small network, the same weights on any device."""
+    """Build a method with a small network, with the same weights on any device."""
     script, options = METHODS[name]
     size = setup.size(64, 32 if script == "main_moby" else 16)  # patches of 16 pixels
     common = f"-a resnet18 --image-size {size} -b {setup.size(32, 8)} --epochs 20 --amp {amp}"
@@ -86,9 +86,9 @@ def method(
 def same_choices(found: list[Tensor], replay: bool) -> Iterator[None]:
     """Give two devices the same synthetic negatives.
 
-    Their generators differ, so that the draws are made on the CPU and moved. Queue entries that are equally similar, but for
-    the last bit, may stand in any order among the hardest. So the entries chosen in the first run, which go to `found`,
-    are the second run's as well (`replay`).
+    The random generators of devices differ, so draw on the CPU and move the draws. Rounding may
+    change the order of almost equally similar queue entries. So append the hardest entries of the
+    first run to `found`, and use the same ones in the second run (`replay`).
     """
     draw, hardest, waiting = synthetic.draw, synthetic.hardest, list(found)
 
@@ -113,11 +113,14 @@ def same_choices(found: list[Tensor], replay: bool) -> Iterator[None]:
         yield
 
 
-# One step of every method.
+# One step of each method.
 
 
 def step(name: str, setup: Setup, notes: Notes) -> None:
-    """One step on the GPU against the CPU: losses, gradients and buffers; under bf16 and fp16 the loss, and that it falls."""
+    """Compare the losses, gradients and buffers of one step on the GPU with those on the CPU.
+
+    In bf16 and fp16, compare the loss only, and check that it falls in several steps.
+    """
     use_tf32(False)
     batch = setup.size(32, 8)
     first = method(name, setup, torch.device("cpu"))
@@ -141,12 +144,12 @@ def step(name: str, setup: Setup, notes: Notes) -> None:
 
     for amp in ("bf16", "fp16") if setup.cuda else ("off",):
         mixed = method(name, setup, amp=amp)
-        # from a scale that overflows no gradient; training finds one by skipping steps
+        # A scale at which no gradient overflows. Training finds one by skipping steps.
         mixed.scaler = torch.amp.GradScaler(setup.device.type, init_scale=1024.0, enabled=amp == "fp16")
         with same_choices(chosen, replay=True):
             found = mixed.backward(mixed.views(images, PROGRESS), PROGRESS)
         mixed.scaler.unscale_(mixed.optimizer)
-        # a surrogate loss may lie near 0, where a quotient says nothing
+        # A surrogate loss may be near 0, where a relative difference is meaningless.
         notes.at_most(f"{amp} loss", abs(float(found - loss)) / max(1.0, abs(float(loss))), MIXED)
         notes[f"{amp} gradient"] = relative(mixed.gradients(), gradients)
         notes.check(f"{amp} gradient finite", all(bool(g.isfinite().all()) for g in mixed.gradients()))
@@ -156,12 +159,12 @@ def step(name: str, setup: Setup, notes: Notes) -> None:
         notes.check(
             f"{amp} falls",
             finite and losses[-1] < losses[0],
-            f"does not: {losses[0]:.4g} to {losses[-1]:.4g}",
+            f"is false: the loss went from {losses[0]:.4g} to {losses[-1]:.4g}",
         )
 
 
 def falls(method: Method, images: list[Tensor], steps: int) -> list[float]:
-    """The losses of several steps on one batch against the same negatives and keys: queues and averages are kept as they were."""
+    """Return the losses of several steps on one batch, with queue and key encoder held fixed."""
     views, before = method.views(images, PROGRESS), method.buffers()
     losses = []
     for _ in range(steps):
@@ -172,11 +175,11 @@ def falls(method: Method, images: list[Tensor], steps: int) -> list[float]:
     return torch.stack(losses).double().cpu().tolist()
 
 
-# Ways to compute the same step.
+# Different ways to compute the same step.
 
 
 def loss_and_gradients(method: Method, images: list[Tensor], passes: int = 1) -> tuple[Tensor, list[Tensor]]:
-    """Of one step in one or several passes over parts of the batch."""
+    """Return the loss and gradients of a step, in one or several passes over parts of the batch."""
     losses = []
     for micro in range(passes):
         progress = dataclasses.replace(PROGRESS, micro=micro)
@@ -186,12 +189,13 @@ def loss_and_gradients(method: Method, images: list[Tensor], passes: int = 1) ->
 
 
 def agree(notes: Notes, name: str, mine: tuple[Tensor, list[Tensor]], theirs: tuple[Tensor, list[Tensor]]) -> None:
+    """Check that two losses agree, and their gradients."""
     notes.at_most(f"{name} loss", relative([mine[0]], [theirs[0]]), FP32)
     notes.at_most(f"{name} gradient", relative(mine[1], theirs[1]), FP32)
 
 
 def accumulation(setup: Setup, notes: Notes) -> None:
-    """Two passes in one step on the GPU against the same on the CPU."""
+    """Compare a step of two passes on the GPU with the same on the CPU."""
     use_tf32(False)
     for name in ("mocov2", "byol"):
         first = method(name, setup, torch.device("cpu"))
@@ -201,7 +205,7 @@ def accumulation(setup: Setup, notes: Notes) -> None:
 
 
 def checkpointing(setup: Setup, notes: Notes) -> None:
-    """--grad-checkpoint against without."""
+    """Compare a step with --grad-checkpoint with one without."""
     use_tf32(False)
     for name in ("mocov2", "byol"):
         plain, recomputed = method(name, setup), method(name, setup, more="--grad-checkpoint")
@@ -210,7 +214,7 @@ def checkpointing(setup: Setup, notes: Notes) -> None:
 
 
 def channels_last(setup: Setup, notes: Notes) -> None:
-    """The memory format that a GPU gets against the default one."""
+    """Compare the memory format used on a GPU (channels last) with the default one."""
     use_tf32(False)
     for name in ("mocov2", "simclr"):
         plain, last = method(name, setup, contiguous=True), method(name, setup)
@@ -222,7 +226,10 @@ def channels_last(setup: Setup, notes: Notes) -> None:
 
 
 def compiled(setup: Setup, notes: Notes) -> None:
-    """--compile against without: networks and colour operations. On a CPU the networks are traced, and not compiled."""
+    """Compare networks and colour operations with --compile and without.
+
+    On a CPU the networks are only traced, because compiling takes too long.
+    """
     use_tf32(False)
     if setup.cuda:
         one = method("mocov2", setup, more="--compile")
@@ -241,7 +248,7 @@ def compiled(setup: Setup, notes: Notes) -> None:
 
 
 def views(setup: Setup, notes: Notes) -> None:
-    """Each recipe's views on the GPU against the CPU, which works on large images one by one."""
+    """Compare each recipe's views on the GPU with those on the CPU, for small and large images."""
     for size, batch in ((64, 64), (224, 32)) if setup.cuda else ((32, 4), (144, 2)):
         for name in recipes.RECIPES:
             recipe = recipes.recipe(name, size, views=min(2, len(recipes.RECIPES[name])))
@@ -253,14 +260,14 @@ def views(setup: Setup, notes: Notes) -> None:
                     a, b = (color.augment(x.to(d), view, PROGRESS.generator(COLOR, "cpu", 0, i)) for d in (setup.device, "cpu"))
                     worst = max(worst, float((a.cpu() - b).abs().max()))
                 if tf32:
-                    notes[f"{name} {size} with TF32"] = worst  # as in training: for information
+                    notes[f"{name} {size} with TF32"] = worst  # training uses TF32; not checked
                 else:
                     notes.at_most(f"{name} {size}", worst, FP32)
     use_tf32(False)
 
 
 def hardest(setup: Setup, notes: Notes) -> None:
-    """The hardest negatives on the GPU are those of a CPU, given the same similarities without ties."""
+    """Check that GPU and CPU find the same hardest negatives, given similarities without ties."""
     for columns, n_hard in ((4096, 64), (65536, 1024)) if setup.cuda else ((4096, 64),):
         draw = torch.Generator().manual_seed(0)
         similarity = torch.stack([torch.randperm(columns, generator=draw) for _ in range(32)]).float() / columns
@@ -272,7 +279,7 @@ def hardest(setup: Setup, notes: Notes) -> None:
 
 
 def nccl(setup: Setup, notes: Notes) -> None:
-    """The collectives that training uses, DDP and SyncBN over a group of one process that torchrun started."""
+    """Check the collectives of training, DDP and SyncBN in a process that torchrun starts."""
     found, log = setup.work / "collectives.json", setup.work / "collectives.log"
     words = ("benchmarks/gpu.py", "--collectives", found, "--device", setup.device.type)
     finish(python(setup, *torchrun(), *words, log=log, gpu=setup.cuda), log)
@@ -286,7 +293,7 @@ def nccl(setup: Setup, notes: Notes) -> None:
 
 
 def torchrun() -> list[object]:
-    """The words that start one process by torchrun, which meets at a free port."""
+    """Return the words of a command that starts one process by torchrun, with a free port."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -295,7 +302,7 @@ def torchrun() -> list[object]:
 
 
 def collectives(file: Path, device: torch.device) -> None:
-    """What `nccl` starts: write what a group of one process finds, by name."""
+    """Run the checks of `nccl` in a group of one process, and write their results to `file`."""
     found: dict[str, object] = {}
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -337,7 +344,7 @@ def collectives(file: Path, device: torch.device) -> None:
         return objects == [{"a": 1}] and torch.equal(out, x)
 
     def flag() -> bool:
-        """Signals are agreed on by a second group, on the CPU."""
+        """Check a second group on the CPU, by which ranks agree that a signal has come."""
         group, value = dist.new_group(backend="gloo"), torch.ones(1, dtype=torch.int)
         dist.all_reduce(value, dist.ReduceOp.MAX, group=group, async_op=True).wait()
         return int(value) == 1
@@ -367,7 +374,7 @@ def collectives(file: Path, device: torch.device) -> None:
         return relative(gradients(nn.SyncBatchNorm.convert_sync_batchnorm(network())), gradients(network()))
 
     def sync_bn_kernels() -> float:
-        """torch takes them for several processes only, so that they are called here by themselves."""
+        """Call SyncBN's kernels directly, because torch uses them with several processes only."""
         from torch.nn.modules._functions import SyncBatchNorm
 
         def run(how) -> list[Tensor]:
@@ -396,16 +403,20 @@ def collectives(file: Path, device: torch.device) -> None:
 
 
 def data(setup: Setup) -> Path:
-    """A folder of small images, for the scripts."""
+    """Return a folder of small images for the scripts."""
     return image_folder(setup.work / "images", 4, setup.size(64, 12), setup.size(16, 4), setup.size(64, 32))
 
 
 def script_options(setup: Setup) -> list[object]:
+    """Return the options that all scripts get."""
     return ["-a", "resnet18", "--image-size", setup.size(64, 16), "-j", setup.size(2, 0)]
 
 
 def under_torchrun(setup: Setup, notes: Notes) -> None:
-    """main_sogclr.py, which has SyncBN, by torchrun (NCCL) with accumulation and recomputed blocks, against the plain script."""
+    """Compare main_sogclr.py, which uses SyncBN, under torchrun with the same without torchrun.
+
+    Both use accumulation and --grad-checkpoint.
+    """
     batch = setup.size(32, 8)
     words = [
         "main_sogclr.py",
@@ -421,7 +432,7 @@ def under_torchrun(setup: Setup, notes: Notes) -> None:
     words += ["-b", batch, "--accumulation-steps", 2, "--grad-checkpoint"]
     folders = {name: setup.work / f"sogclr-{name}" for name in ("torchrun", "plain")}
     logs = {name: folder.with_suffix(".log") for name, folder in folders.items()}
-    # TF32 rounds by the order of a sum, which two ways to compute may differ in
+    # without TF32, whose rounding depends on the order of sums, which may differ between both
     start = partial(python, setup, gpu=setup.cuda, NVIDIA_TF32_OVERRIDE="0")
     plain = start(*words, "--save-dir", folders["plain"], log=logs["plain"])
     with killed_at_the_end(plain):
@@ -438,7 +449,7 @@ def under_torchrun(setup: Setup, notes: Notes) -> None:
 
 # Stop and resume.
 
-# cuDNN's search may find another algorithm in another process, so that it is switched off for good
+# cuDNN's search may choose different algorithms in different processes, so disable it permanently.
 DETERMINISTIC = """
 import os, runpy, sys
 sys.path.insert(0, os.getcwd())
@@ -452,12 +463,15 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def resume(setup: Setup, notes: Notes) -> None:
-    """SynCo killed inside an epoch and continued by --resume auto, against a run never stopped: the last checkpoint's bits."""
+    """Compare the last checkpoints of a killed and resumed SynCo run and of one never stopped.
+
+    The first is killed inside an epoch and continued by --resume auto. All bits must be equal.
+    """
     batch, epochs = setup.size(16, 8), 2
     options = faults.METHODS["synco"].split()
     options += [data(setup), *script_options(setup), "-b", batch, "--epochs", epochs, "-p", 1]
     options += ["--save-every-steps", 2, "--keep", 2, "--resume", "auto"]
-    options += ["--stem", "cifar"]  # without max-pooling, whose gradient adds in any order on a GPU
+    options += ["--stem", "cifar"]  # no max-pooling: on a GPU its gradient sums in random order
     folders = {name: setup.work / f"synco-{name}" for name in ("whole", "stopped")}
     logs = {name: folder.with_suffix(".log") for name, folder in folders.items()}
 
@@ -492,19 +506,19 @@ def resume(setup: Setup, notes: Notes) -> None:
 
 
 def knn(setup: Setup, notes: Notes) -> None:
-    """main_knn.py of a random encoder on the GPU and the CPU: features, and accuracy."""
+    """Compare features and accuracy of main_knn.py, with a random encoder, on GPU and CPU."""
     evaluated = both(setup, "knn", ["main_knn.py", "--k", 5, 20], dump=True)
     for split in ("train", "val"):
         a, b = (torch.from_numpy(np.load(dump / f"{split}_features.npy")) for dump in evaluated["features"])
         notes.at_most(f"{split} features", relative([a], [b]), FP32)
     mine, theirs = evaluated["metrics"]
     notes["top-1"] = [mine, theirs]
-    few = 2 / (4 * setup.size(16, 4))  # of the images of val/: two whose neighbours are equally near
+    few = 2 / (4 * setup.size(16, 4))  # two images of val/, whose neighbours may be equally near
     notes.at_most("top-1 difference", max(abs(mine[key] - theirs[key]) for key in theirs), few)
 
 
 def probe(setup: Setup, notes: Notes) -> None:
-    """main_lincls.py on the same random encoder on the GPU and the CPU."""
+    """Compare losses and accuracy of main_lincls.py, with a random encoder, on GPU and CPU."""
     words = [
         "main_lincls.py",
         "-b",
@@ -524,11 +538,12 @@ def probe(setup: Setup, notes: Notes) -> None:
     losses = [[line["loss"] for line in log_lines(folder) if "loss" in line] for folder in evaluated["folders"]]
     notes["last loss"] = [found[-1] for found in losses]
     worst = max(abs(a - b) / max(1.0, abs(b)) for a, b in zip(*losses, strict=True))
-    notes.at_most("loss difference", worst, 1e-3)  # after some steps, from features that differ by 1e-6
+    # features differ by 1e-6, and the difference grows with the steps
+    notes.at_most("loss difference", worst, 1e-3)
 
 
 def both(setup: Setup, name: str, words: list[object], dump: bool = False) -> dict[str, list]:
-    """Run an evaluation on the GPU and on the CPU at once; returns their metrics, run folders and features."""
+    """Run an evaluation on GPU and CPU at once; return metrics, run folders and features."""
     found: dict[str, list] = {"metrics": [], "folders": [], "features": []}
     processes = []
     script, *options = words
@@ -556,7 +571,7 @@ def both(setup: Setup, name: str, words: list[object], dump: bool = False) -> di
     return found if setup.cuda else {key: 2 * value for key, value in found.items()}
 
 
-# name: the check, and the lane in which it runs; lanes run at the same time
+# name: (check, lane). The checks of a lane run in order; lanes run at the same time.
 PARTS = {f"step {name}": (partial(step, name), 0) for name in METHODS}
 PARTS |= {
     "views": (views, 0),

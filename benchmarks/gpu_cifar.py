@@ -1,7 +1,7 @@
-"""Stages 3 and 4 of benchmarks/gpu.py: CIFAR-10 by the configs of configs/cifar10/, next to the log of MoCo's authors.
+"""Stages 3 and 4 of benchmarks/gpu.py: train the configs in configs/cifar10/.
 
-Every run continues where an earlier visit has left it (--resume auto), and is ended in time by
-SIGTERM, at which it saves.
+Each run continues where an earlier visit stopped it (--resume auto). When its time is over, it gets
+SIGTERM, at which it saves a checkpoint and ends.
 """
 
 import shutil
@@ -29,7 +29,8 @@ from gpu_setup import (
 )
 
 CONFIGS = measure.ROOT / "configs" / "cifar10"
-# the authors' log of 200 epochs (notebook of August 2020): mean loss and k-NN top-1 in per cent after an epoch
+# The log of MoCo's authors (notebook of August 2020, 200 epochs).
+# epoch: (mean loss, k-NN top-1 in %)
 PUBLISHED: dict[int, tuple[float | None, float]] = {
     1: (6.957, 31.98),
     2: (7.250, 33.52),
@@ -47,27 +48,29 @@ PUBLISHED: dict[int, tuple[float | None, float]] = {
 }
 EPOCHS = 200
 SAVING = 15.0  # seconds between SIGTERM and SIGKILL
-LEAST = 45.0  # seconds of one turn in stage 4 on a GPU: a start takes about 10
+LEAST = 45.0  # seconds for one turn in stage 4 on a GPU, of which the start takes about 10
 PLACES = ("data", "data/cifar10", "shared/data/cifar10", "../shared/data/cifar10", "runs/data")
 ARCHIVES = ("cifar10_jpeg.tar.gz", "cifar-10-python.tar.gz")
 
 
 class Data(NamedTuple):
-    """CIFAR-10 as the scripts read it: the words for the command line, and what to call it."""
+    """CIFAR-10 for the scripts: the words for their command line, and a name for the results."""
 
     words: tuple[str, ...]
     name: str
 
 
 def find(given: Path | None, folder: Path, setup: Setup) -> Data | None:
-    """CIFAR-10 at `given`, or at one of the usual places; None if it is nowhere. An archive is unpacked to `folder`.
+    """Find CIFAR-10 at `given`, or in `PLACES`; return None if it is nowhere.
 
-    Raises Failed if there is something else at `given`. On a CPU without data, a tiny folder is made.
+    An archive is unpacked to `folder`. On a CPU, unless `given`, make a tiny folder of images
+    instead. Raise Failed if `given` does not hold CIFAR-10.
     """
     if given is not None:
         found = _at(given, folder)
         if found is None:
-            raise Failed(f"--data {given}: holds neither train/ and test/, cifar-10-batches-py nor {' or '.join(ARCHIVES)}")
+            known = f"train/ and test/, cifar-10-batches-py, {' or '.join(ARCHIVES)}"
+            raise Failed(f"--data {given}: holds no CIFAR-10; give a folder with one of: {known}")
         return found
     if setup.tiny:
         images = image_folder(setup.work / "cifar", 4, 8, 4, 32, test="test")
@@ -92,14 +95,15 @@ def _at(place: Path, folder: Path) -> Data | None:
 
 
 def _images(place: Path) -> Data | None:
-    """A folder with train/, and val/ or test/."""
+    """Return a folder of image files as Data; None if it lacks both val/ and test/."""
     tested = any((place / split).is_dir() for split in ("val", "test"))
     return Data((str(place),), "image files") if tested else None
 
 
 def _unpacked(archive: Path, folder: Path) -> Path:
-    """The archive's content, unpacked unless an earlier visit has done it."""
-    target, part = folder / "cifar10-data", folder / "cifar10-data.part"
+    """Unpack an archive, unless an earlier visit did; return the folder."""
+    name = archive.name.partition(".")[0]
+    target, part = folder / name, folder / f"{name}.part"
     if target.is_dir():
         return target
     shutil.rmtree(part, ignore_errors=True)
@@ -117,7 +121,7 @@ def _unpacked(archive: Path, folder: Path) -> Path:
 
 # One run.
 
-# a checkpoint takes as long as a part of an epoch; SIGTERM saves one in any case
+# Save rarely: a checkpoint takes a considerable fraction of an epoch, and SIGTERM saves one anyway.
 USUAL = "--knn-every 10 --save-every 10"
 # on a CPU: two epochs of a few small images
 TINY = "--epochs 2 --image-size 16 -b 8 -j 0 -p 1 --knn-every 1"
@@ -125,9 +129,9 @@ TINY_OF = {"main_adco": "--no-ad-init", "main_fnc": "--fn-topk 2"}
 
 
 def train(setup: Setup, data: Data, config: Path, folder: Path, end: float, amp: str, seed: int = 0) -> str:
-    """Train by `config` until the run or the time ends (`end`, of time.monotonic); returns "finished" or "stopped".
+    """Train `config` until it is done or until `end` (of time.monotonic).
 
-    Raises Failed if the script ends in an error.
+    Return "finished" or "stopped". Raise Failed if the script ends in an error.
     """
     script = cost.script(config)
     words = [
@@ -156,13 +160,16 @@ def train(setup: Setup, data: Data, config: Path, folder: Path, end: float, amp:
             except subprocess.TimeoutExpired:
                 kill_tree(process.pid)
                 raise Failed(f"did not save within {SAVING:.0f} s of SIGTERM: {tail(log)}") from None
-    if status not in (0, 75, -signal.SIGTERM):  # the last: before Python had started
+    if status not in (0, 75, -signal.SIGTERM):  # the last: Python had not started yet
         raise Failed(f"{script}.py ended with status {status}: {tail(log)}")
     return "finished" if status == 0 else "stopped"
 
 
 def progress(folder: Path) -> dict[int, dict[str, float]]:
-    """What a run has logged of each epoch, counted from 1: `loss` (mean), `knn` (per cent), `seconds` of the run at its end."""
+    """Return, by epoch counted from 1, what a run logged.
+
+    These are the mean `loss`, `knn` in %, and the `seconds` of the run until the end of the epoch.
+    """
     epochs: dict[int, dict[str, float]] = {}
     sums: dict[int, tuple[float, int]] = {}
     before = 0
@@ -184,7 +191,10 @@ def progress(folder: Path) -> dict[int, dict[str, float]]:
 
 
 def rows(folder: Path) -> list[dict[str, float | int | None]]:
-    """The epochs of the published log and those with a k-NN accuracy, both side by side."""
+    """Return a run's loss and k-NN next to the published ones.
+
+    There is a row for each epoch of the published log, and for each with a k-NN accuracy.
+    """
     mine = progress(folder)
     shown = [epoch for epoch in sorted({*PUBLISHED, *mine}) if epoch in mine and (epoch in PUBLISHED or "knn" in mine[epoch])]
     found = []
@@ -196,7 +206,7 @@ def rows(folder: Path) -> list[dict[str, float | int | None]]:
 
 
 def summary(folder: Path) -> dict[str, object]:
-    """How far a run is, its speed, and its last k-NN accuracy in per cent."""
+    """Return the number of epochs of a run, its speed, and its last k-NN accuracy in %."""
     mine = progress(folder)
     if not mine:
         return {"epochs": 0}
@@ -220,7 +230,10 @@ def summary(folder: Path) -> dict[str, object]:
 
 
 def run_folder(first: Path, config: str, seed: int) -> Path:
-    """Where a run of stage 4 goes: next to `first`, the run of stage 3, which is moco's with seed 0."""
+    """Return the run folder of stage 4 for a config and a seed, next to `first`.
+
+    `first` is the run folder of stage 3, whose run is that of the config moco with seed 0.
+    """
     if (config, seed) == ("moco", 0):
         return first
     return first.with_name(f"cifar10-{config}" + f"-seed{seed}" * bool(seed))
@@ -235,9 +248,9 @@ def others(
     seeds: list[int],
     record: Callable[[str, str, dict[str, object]], None],
 ) -> None:
-    """Give the runs of all configs turns, seed after seed, until the time ends.
+    """Train all configs in turns, seed after seed, until `end`.
 
-    `record(name, error, figures)` is called after each turn.
+    Call `record(name, error, figures)` after each turn.
     """
     configs = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
     waiting = [(config, seed) for seed in seeds for config in configs if (config, seed) != ("moco", 0)]
@@ -273,4 +286,4 @@ def others(
 
 
 if __name__ == "__main__":
-    sys.exit("this is a part of benchmarks/gpu.py")
+    sys.exit("run benchmarks/gpu.py --stages 3 4 instead")

@@ -1,4 +1,7 @@
-"""What the stages of benchmarks/gpu.py share: sizes, methods built from their scripts' options, images, limited processes."""
+"""Tools that the stages of benchmarks/gpu.py share.
+
+These are sizes, methods built from their scripts' options, images, and processes with a time limit.
+"""
 
 import contextlib
 import importlib
@@ -30,24 +33,24 @@ from moco.rng import COLOR, Progress
 
 
 class Failed(Exception):
-    """A check that found a difference, or a process that ended in an error; the message is one or a few lines."""
+    """An error for a check that found a difference, or for a process that ended in an error."""
 
 
 class Notes(dict):
-    """The figures of one part, by name, and the checks among them that failed."""
+    """The figures of one part by name, and the messages of failed checks."""
 
     def __init__(self):
         super().__init__()
         self.failures: list[str] = []
 
     def check(self, name: str, good: bool, what: str = "is wrong") -> None:
-        """Note whether a check has passed."""
+        """Record whether a check passed."""
         self[name] = bool(good)
         if not good:
             self.failures.append(f"{name} {what}")
 
     def at_most(self, name: str, value: float, limit: float) -> None:
-        """Note a figure that must not exceed `limit`; NaN fails."""
+        """Record a figure that must not exceed `limit`. NaN fails."""
         self[name] = float(value)
         if not float(value) <= limit:
             self.failures.append(f"{name} {float(value):.2g} exceeds {limit:g}")
@@ -55,7 +58,7 @@ class Notes(dict):
 
 @dataclass(frozen=True)
 class Setup:
-    """Where a part runs. `tiny` chooses sizes for a CPU; `work` is a folder for the part's files."""
+    """The device of a part, whether its sizes are `tiny` (on a CPU), and a folder for its files."""
 
     device: torch.device
     tiny: bool
@@ -63,29 +66,32 @@ class Setup:
 
     @property
     def cuda(self) -> bool:
+        """Return whether the device is a GPU."""
         return self.device.type == "cuda"
 
     @property
     def workers(self) -> int:
-        """Loader processes of a script."""
+        """Return the number of loader processes for a script."""
         return 1 if self.tiny else min(16, os.cpu_count() or 1)
 
     def size(self, usual: int, tiny: int) -> int:
+        """Return the size to use: `tiny` on a CPU, else `usual`."""
         return tiny if self.tiny else usual
 
     def synchronize(self) -> None:
+        """Wait until the GPU has finished its work."""
         if self.cuda:
             torch.cuda.synchronize(self.device)
 
 
 def use_tf32(on: bool) -> None:
-    """Let fp32 matrix products and convolutions use TF32, or not."""
+    """Switch TF32 on or off for matrix products and convolutions in fp32."""
     torch.backends.cuda.matmul.allow_tf32 = on
     torch.backends.cudnn.allow_tf32 = on
 
 
 def relative(a: list[Tensor], b: list[Tensor]) -> float:
-    """The norm of a - b over the norm of b, all tensors together, in float64 on the CPU."""
+    """Return the norm of a - b over the norm of b, of all tensors together, in float64."""
     pairs = [(x.detach().double().cpu(), y.detach().double().cpu()) for x, y in zip(a, b, strict=True)]
     above = sum(float((x - y).square().sum()) for x, y in pairs)
     below = sum(float(y.square().sum()) for _, y in pairs)
@@ -96,13 +102,13 @@ def relative(a: list[Tensor], b: list[Tensor]) -> float:
 
 
 class Method:
-    """A method with its optimizer, as one process of its script trains it, without data or run folder.
+    """A method and its optimizer, built as its script builds them, but without data or run folder.
 
     Args:
-        script: such as main_synco.
-        options: of that script, without the data folder.
-        contiguous: keep the networks' default memory format on a GPU.
-        images: of the data set.
+        script: name of the script, such as main_synco.
+        options: options of that script, without the data folder.
+        contiguous: whether to keep the default memory format on a GPU.
+        images: number of images in the data set.
     """
 
     def __init__(
@@ -133,7 +139,7 @@ class Method:
         self.module.train()
 
     def views(self, crops: list[Tensor], progress: Progress) -> list[Tensor]:
-        """The float views of uint8 crops, on the method's device, by the training's draws."""
+        """Augment uint8 crops on the method's device, with the same draws as in training."""
         found = []
         for i, (x, view) in enumerate(zip(crops, self.recipe, strict=True)):
             x = x.to(self.device, non_blocking=True)
@@ -142,19 +148,20 @@ class Method:
         return found
 
     def forward(self, views: list[Tensor], progress: Progress) -> Tensor:
+        """Return the loss of `views`."""
         index = torch.arange(len(views[0]), device=self.device)
         with precision.autocast(self.args.amp, self.device):
             loss, _ = self.module(views, index, progress)
         return loss
 
     def backward(self, views: list[Tensor], progress: Progress, passes: int = 1) -> Tensor:
-        """Forward and backward; returns the loss."""
+        """Add the gradients of the loss of one of `passes` passes; return the loss."""
         loss = self.forward(views, progress)
         self.scaler.scale(loss / passes).backward()
         return loss.detach()
 
     def update(self, follow: bool = True) -> None:
-        """The optimizer's step and, if `follow`, what comes after it."""
+        """Take the optimizer's step and, if `follow`, update the moving averages and queues."""
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
@@ -162,24 +169,25 @@ class Method:
             self.module.after_step()
 
     def gradients(self) -> list[Tensor]:
+        """Return the gradients of all parameters that have one."""
         return [p.grad for p in self.module.parameters() if p.grad is not None]
 
     def buffers(self) -> dict[str, Tensor]:
-        """Copies of the queue, bank and statistics, by name."""
+        """Return copies of the module's buffers (queue, bank, BN statistics) by name."""
         return {name: x.detach().clone() for name, x in self.module.named_buffers()}
 
 
 def options_and_builder(
     script: str, options: list[object], device: torch.device
 ) -> tuple[Namespace, Callable[[Images], nn.Module]]:
-    """The script's options, checked, and the function that it would give to `pretrain.train`."""
+    """Return a script's checked options, and the `build` that it passes to `pretrain.train`."""
     module = importlib.import_module(script)
     args = module.parser().parse(["DIR", *map(str, options)])
-    args.stem = args.stem or "imagenet"  # as for every run that does not resume
+    args.stem = args.stem or "imagenet"  # as cli.main does for a run that does not resume
     found: list[Callable[[Images], nn.Module]] = []
     with (
         mock.patch.object(pretrain, "train", lambda args, device, build, *_: found.append(build)),
-        mock.patch.object(pretrain, "check"),  # which looks at the data
+        mock.patch.object(pretrain, "check"),  # it would look for the data
         contextlib.redirect_stdout(io.StringIO()),
     ):
         module.check(args)
@@ -189,7 +197,10 @@ def options_and_builder(
 
 
 def crops(recipe: recipes.Recipe, batch: int, seed: int = 0) -> list[Tensor]:
-    """uint8 crops [batch, 3, S, S] of each view of `recipe`: smooth random images, alike in all views of one image."""
+    """Return smooth random crops, uint8 [batch, 3, S, S], for each view of `recipe`.
+
+    The views of one image resemble each other.
+    """
     draw = torch.Generator().manual_seed(seed)
     base = torch.rand(batch, 3, 6, 6, generator=draw)
     found = []
@@ -204,7 +215,7 @@ def crops(recipe: recipes.Recipe, batch: int, seed: int = 0) -> list[Tensor]:
 
 
 def image_folder(root: Path, classes: int, train: int, val: int, pixels: int, test: str = "val") -> Path:
-    """Write a small ImageNet-style folder, unless it exists: each class has a colour of its own, with noise."""
+    """Write a small ImageNet-style folder of noise with one tint per class, unless it exists."""
     if root.exists():
         return root
     draw = np.random.default_rng(0)
@@ -220,9 +231,10 @@ def image_folder(root: Path, classes: int, train: int, val: int, pixels: int, te
 
 
 def photographs(root: Path, unique: int, copies: int, width: int = 500, height: int = 375) -> Path:
-    """Write JPEG files of ImageNet's usual size, 80 to 110 KB each, to root/train; each of `unique` images `copies` times.
+    """Write `unique` JPEG files to root/train, each linked under `copies` names.
 
-    The images are random at several scales. A decoder's time follows pixels and bytes, which are those of photographs.
+    The images are noise of several scales. They have the pixels and bytes (at most 110 KB) of
+    ImageNet's photographs, so they take a decoder as long.
     """
     folder = root / "train" / "photo"
     if folder.exists():
@@ -251,11 +263,14 @@ def photographs(root: Path, unique: int, copies: int, width: int = 500, height: 
     return root
 
 
-# Processes that end.
+# Processes with a time limit.
 
 
 def python(setup: Setup, *words: object, log: Path, gpu: bool = True, **environment: str) -> subprocess.Popen:
-    """Start `python WORDS` from the project's root; its output goes to `log`. Without `gpu` it sees none."""
+    """Start `python WORDS` in the project's root, and append its output to `log`.
+
+    Without `gpu`, hide the GPU from it. `environment` is added to the environment variables.
+    """
     env = {**os.environ, "PYTHONUNBUFFERED": "1", **environment}
     if setup.tiny:
         env["OMP_NUM_THREADS"] = "1"
@@ -273,11 +288,11 @@ def python(setup: Setup, *words: object, log: Path, gpu: bool = True, **environm
         )
 
 
-LONGEST = 120.0  # seconds of one process that a part starts
+LONGEST = 120.0  # seconds for one process that a part starts
 
 
 def finish(process: subprocess.Popen, log: Path) -> None:
-    """Wait for a process. Raises Failed if it ends in an error, or takes longer than `LONGEST`."""
+    """Wait for a process. Raise Failed if it ends in an error or takes longer than `LONGEST`."""
     try:
         status = process.wait(LONGEST)
     except subprocess.TimeoutExpired:
@@ -289,7 +304,7 @@ def finish(process: subprocess.Popen, log: Path) -> None:
 
 
 def tail(log: Path, most: int = 1500) -> str:
-    """The end of a log file."""
+    """Return the last `most` characters of a log file."""
     try:
         return log.read_text(errors="replace")[-most:].strip()
     except OSError as error:
@@ -297,7 +312,7 @@ def tail(log: Path, most: int = 1500) -> str:
 
 
 def kill_tree(pid: int) -> None:
-    """Kill a process that this program has started, and its descendants, whatever their process groups."""
+    """Kill a process that this program started, and all its descendants in any process group."""
     for one in [*_descendants(pid), pid]:
         with contextlib.suppress(OSError):
             os.kill(one, signal.SIGKILL)
@@ -317,19 +332,22 @@ def _descendants(pid: int) -> list[int]:
 
 
 def until(condition: Callable[[], object], process: subprocess.Popen, log: Path) -> None:
-    """Wait until `condition()` holds. Raises Failed if the process ends before, or it takes longer than `LONGEST`."""
+    """Wait until `condition()` is true.
+
+    Raise Failed if the process ends before that, or if it takes longer than `LONGEST`.
+    """
     end = time.monotonic() + LONGEST
     while not condition():
         if process.poll() is not None:
             raise Failed(f"ended early, with status {process.returncode}: {tail(log)}")
         if time.monotonic() > end:
-            raise Failed(f"waited {LONGEST:.0f} s in vain: {tail(log)}")
+            raise Failed(f"did not do what was waited for within {LONGEST:.0f} s: {tail(log)}")
         time.sleep(0.02)
 
 
 @contextlib.contextmanager
 def killed_at_the_end(*processes: subprocess.Popen) -> Iterator[None]:
-    """Leave no process running."""
+    """Kill the processes that still run when the block ends."""
     try:
         yield
     finally:
@@ -340,12 +358,15 @@ def killed_at_the_end(*processes: subprocess.Popen) -> Iterator[None]:
 
 
 def results(folder: Path) -> dict[str, Any]:
-    """The metrics in the results.json of an evaluation's folder."""
+    """Return the metrics in the results.json of an evaluation's run folder."""
     return json.loads((folder / "results.json").read_text())["metrics"]
 
 
 def log_lines(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a run's log.jsonl; none if there is no log. A line that is being written is left out."""
+    """Return the lines of a run's log.jsonl, without a line that is still being written.
+
+    Return none if there is no log.
+    """
     found = []
     with contextlib.suppress(OSError):
         for line in (folder / "log.jsonl").read_text().splitlines():

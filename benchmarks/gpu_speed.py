@@ -1,4 +1,4 @@
-"""Stage 2 of benchmarks/gpu.py: how fast training is, whole and in parts, and what a plain MoCo takes."""
+"""Stage 2 of benchmarks/gpu.py: measure the speed of training, of its parts and of plain MoCo."""
 
 import time
 from argparse import Namespace
@@ -32,24 +32,27 @@ PROGRESS = Progress(epoch=1, step=1, steps_per_epoch=5000, epochs=200)
 
 
 def arch(setup: Setup) -> str:
+    """Return the architecture to measure."""
     return "resnet18" if setup.tiny else "resnet50"
 
 
 def pixels(setup: Setup) -> int:
+    """Return the width and height of a view."""
     return setup.size(224, 32)
 
 
 def batch(setup: Setup) -> int:
+    """Return the number of images in a batch."""
     return setup.size(256, 8)
 
 
 def rows(setup: Setup) -> int:
-    """Negatives in the queue or bank."""
+    """Return the number of negatives in the queue or bank."""
     return setup.size(65536, 512)
 
 
 def methods(setup: Setup) -> dict[str, tuple[str, str]]:
-    """Scripts and options at the published sizes."""
+    """Return script and options of each method, with the sizes of its paper."""
     k = rows(setup)
     hard = "--n-hard 1024 --n1 256 --n2 256 --n3 256 --n4 64 --n5 64 --n6 64"
     if setup.tiny:
@@ -59,13 +62,13 @@ def methods(setup: Setup) -> dict[str, tuple[str, str]]:
         "synco": ("main_synco", f"{SYNCO} --moco-k {k} {hard}"),
         "adco": ("main_adco", f"--cluster {k} --no-ad-init"),
         "sogclr": ("main_sogclr", ""),
-        # its two first views; ten would be another task
+        # two views only: with the ten of its recipe, FNC could not be compared with the others
         "fnc": ("main_fnc", "--support-size 0 --memory-multiplier 16 --randaugment 0 0"),
     }
 
 
 class Ours:
-    """One step of a method on views that lie ready."""
+    """A call of an instance is one step of a method, on views that are already on the device."""
 
     def __init__(self, name: str, setup: Setup, amp: str, size: int, more: str = ""):
         script, options = methods(setup)[name]
@@ -82,7 +85,7 @@ class Ours:
 
 
 class Plain:
-    """One step of MoCo written plainly (benchmarks/step.py)."""
+    """A call of an instance is one step of plain MoCo (see benchmarks/step.py)."""
 
     def __init__(self, setup: Setup, amp: str, size: int, tf32: bool):
         options = {
@@ -106,11 +109,14 @@ class Plain:
 
 
 def ready(setup: Setup, make: Callable[[], object], notes: Notes, name: str) -> object | None:
-    """The candidate, or None with a note if it does not fit into the GPU's memory."""
+    """Return the candidate that `make` builds, and note its peak memory.
+
+    If it does not fit into the GPU's memory, note that and return None.
+    """
     try:
         candidate = make()
         for _ in range(setup.size(2, 0)):
-            candidate()  # the search for algorithms takes memory of its own
+            candidate()  # cuDNN's search for algorithms needs additional memory
         memory = measure.peak_memory(candidate, setup.device)
     except torch.OutOfMemoryError as error:
         notes[f"{name}: out of memory"] = str(error)[:200]
@@ -121,7 +127,10 @@ def ready(setup: Setup, make: Callable[[], object], notes: Notes, name: str) -> 
 
 
 def timed(setup: Setup, makers: dict[str, Callable[[], object]], notes: Notes, size: int) -> measure.Times:
-    """Build candidates, let them take turns, and note milliseconds, image pairs per second and memory beyond the weights."""
+    """Build candidates and time them in turns.
+
+    Note milliseconds per step, image pairs per second, and memory in addition to the weights.
+    """
     torch.backends.cudnn.benchmark = True  # as in training
     use_tf32(True)
     candidates = {name: ready(setup, make, notes, name) for name, make in makers.items()}
@@ -134,7 +143,10 @@ def timed(setup: Setup, makers: dict[str, Callable[[], object]], notes: Notes, s
 
 
 def in_turns(setup: Setup, candidates: measure.Candidates, repeat: int) -> measure.Times:
-    """Seconds of each candidate in each round. `repeat` calls in a row, in which the GPU need not wait for Python."""
+    """Return the seconds per call of each candidate in each round.
+
+    A round has `repeat` calls without synchronization, so that the GPU need not wait for Python.
+    """
 
     def seconds(run: Callable[[], object]) -> float:
         setup.synchronize()
@@ -149,13 +161,14 @@ def in_turns(setup: Setup, candidates: measure.Candidates, repeat: int) -> measu
 
 
 def quotients(notes: Notes, times: measure.Times, pairs: dict[str, tuple[str, str]]) -> None:
+    """Note, by name, the ratio of the times of each pair of candidates."""
     for name, (above, below) in pairs.items():
         if above in times and below in times:
             notes[name] = measure.ratio(times[above], times[below])
 
 
 def steps(setup: Setup, notes: Notes) -> None:
-    """MoCo, SynCo and AdCo in bf16 next to plain MoCo in fp32 with TF32 and without, and in bf16."""
+    """Time MoCo, SynCo and AdCo in bf16, and plain MoCo in fp32, fp32 with TF32, and bf16."""
     size = batch(setup)
     mixed = "bf16" if setup.cuda else "off"
     makers = {
@@ -179,7 +192,7 @@ def steps(setup: Setup, notes: Notes) -> None:
 
 
 def larger(setup: Setup, notes: Notes) -> None:
-    """The same at twice the batch."""
+    """Time MoCo, SynCo and plain MoCo at twice the batch size."""
     size = 2 * batch(setup)
     mixed = "bf16" if setup.cuda else "off"
     makers = {
@@ -196,7 +209,7 @@ def larger(setup: Setup, notes: Notes) -> None:
 
 
 def others(setup: Setup, notes: Notes) -> None:
-    """SogCLR and FNC, whose encoder trains on both views, relative to MoCo."""
+    """Time SogCLR and FNC, whose encoder trains on both views, relative to MoCo."""
     size = batch(setup)
     mixed = "bf16" if setup.cuda else "off"
     makers = {name: partial(Ours, name, setup, mixed, size) for name in ("moco", "sogclr", "fnc")}
@@ -205,7 +218,7 @@ def others(setup: Setup, notes: Notes) -> None:
 
 
 def views(setup: Setup, notes: Notes) -> None:
-    """Two views of a batch of crops on the device: colour operations, flip, normalization."""
+    """Time colour operations, flip and normalization of two views of a batch on the device."""
     ours = Ours("moco", setup, "off", batch(setup))
     times = in_turns(setup, {"views": lambda: ours.method.views(ours.crops, PROGRESS)}, setup.size(5, 1))
     seconds = measure.medians(times)["views"]
@@ -213,18 +226,19 @@ def views(setup: Setup, notes: Notes) -> None:
 
 
 def files(setup: Setup) -> str:
-    """A folder of JPEG files: on a GPU 5,120 names of 512 photographs, 20 steps of 256."""
+    """Return a folder of JPEG files: on a GPU 5,120 names for 512 images, 20 steps of 256."""
     return str(photographs(setup.work / "photographs", setup.size(512, 4), setup.size(10, 4)))
 
 
 def loading(setup: Setup, notes: Notes) -> None:
-    """Batches of crops from JPEG files alone, by all workers and by one."""
+    """Time the loader alone, on JPEG files, with all workers and with one."""
     folder, size = files(setup), batch(setup)
     for workers, batches in ((setup.workers, setup.size(40, 1)), (1, setup.size(4, 1))):
         words = ["-b", size, "-j", workers, "--image-size", pixels(setup), *MOCO.split()]
         args, _ = options_and_builder("main_synco", words, setup.device)
         images = datasets.scan(datasets.find(folder, ("train",)), "train")
-        ahead = 4 * workers + 1 if setup.cuda else 1  # what may have been read while the first batch was waited for
+        # batches that may already be read when the first one arrives
+        ahead = 4 * workers + 1 if setup.cuda else 1
         order = loader.TrainOrder(len(images), size, 1, 0, 0, min(ahead, batches) + batches)
         found = loader.batches(images, loader.RandomCrops(recipes.of_options(args), 0), order, args, setup.device)
         for _ in range(min(ahead, batches)):
@@ -245,7 +259,7 @@ def _seconds(setup: Setup, run: Callable[[], object]) -> float:
 
 
 def end_to_end(setup: Setup, notes: Notes) -> None:
-    """main_synco.py (MoCo v2) on JPEG files: images per second by its own log, and the share of time waited for data."""
+    """Run main_synco.py (MoCo v2) on JPEG files; note its speed and data wait from its log."""
     folder, log = setup.work / "end-to-end", setup.work / "end-to-end.log"
     words = [
         "main_synco.py",
@@ -262,13 +276,14 @@ def end_to_end(setup: Setup, notes: Notes) -> None:
     words += ["--amp", "bf16" if setup.cuda else "off"]
     finish(python(setup, *words, log=log, gpu=setup.cuda), log)
     lines = [line for line in log_lines(folder) if "images_per_s" in line]
-    lines = lines[len(lines) // 2 :]  # the first ones search for algorithms and start the workers
+    # without the start of the workers and cuDNN's search for algorithms
+    lines = lines[len(lines) // 2 :]
     notes["pairs/s"] = sorted(line["images_per_s"] for line in lines)[len(lines) // 2]
     notes["share of time waited for data"] = sorted(line["data_wait"] for line in lines)[len(lines) // 2]
 
 
 def profile(setup: Setup, notes: Notes) -> None:
-    """The ten kernels of one MoCo step, views included, that take the longest."""
+    """Note the ten longest kernels of one MoCo step with its views."""
     torch.backends.cudnn.benchmark = True
     use_tf32(True)
     ours = Ours("moco", setup, "bf16" if setup.cuda else "off", batch(setup))
@@ -307,7 +322,10 @@ def profile(setup: Setup, notes: Notes) -> None:
 
 
 def cifar_step(setup: Setup, notes: Notes) -> None:
-    """A step of configs/cifar10/moco.yaml with views ready, and its views, in fp32 and bf16: what 97 x 200 steps are made of."""
+    """Time a step of configs/cifar10/moco.yaml in fp32 and bf16, and the making of its views.
+
+    From both, estimate the time of the 97 x 200 steps of a run.
+    """
     torch.backends.cudnn.benchmark = True
     use_tf32(True)
     config = measure.ROOT / "configs" / "cifar10" / "moco.yaml"
@@ -338,9 +356,9 @@ def cifar_step(setup: Setup, notes: Notes) -> None:
 
 
 def compiled(setup: Setup, notes: Notes) -> None:
-    """MoCo in bf16 by --compile next to without, and its views. A CPU has no time for it."""
+    """Time MoCo in bf16 and its views with --compile and without. On a CPU that takes too long."""
     if not setup.cuda:
-        notes["skipped"] = "on a GPU only"
+        notes["skipped"] = "runs on a GPU only"
         return
     size = batch(setup)
     makers = {
@@ -348,7 +366,7 @@ def compiled(setup: Setup, notes: Notes) -> None:
         "compiled": partial(Ours, "moco", setup, "bf16", size, "--compile"),
     }
     quotients(notes, timed(setup, makers, notes, size), {"moco over compiled": ("moco", "compiled")})
-    color.fuse()  # for the rest of this process, of which this is the last part
+    color.fuse()  # cannot be undone, so this part is the last of its process
     views(setup, fused := Notes())
     notes["compiled views ms"] = fused["ms"]
 

@@ -9,13 +9,13 @@ lightly   lightly's MoCoV2Transform, where lightly is installed
 
 host_over_pil is how many times the images a second of pil host makes, and so on.
 
-With --small: an epoch of two views of 32-pixel images, which lie in memory, as in MoCo's demo on
-CIFAR-10. Every pipeline has two processes that work, with one thread each.
+With --small, the script measures an epoch of two views of 32-pixel images in memory, as in MoCo's
+demo on CIFAR-10. "ours" and "pil" each use two processes with one thread each.
 
-ours      one worker that crops; colour work and normalization in the main process
+ours      one worker crops; the main process does the colour operations and normalization
 pil       torchvision on PIL images, DataLoader with two workers
-crops     ours without the colour work
-colours   the colour work alone, in the main process
+crops     ours without the colour operations
+colours   the colour operations alone, in the main process
 """
 
 import argparse
@@ -51,13 +51,13 @@ Transform = Callable[[Image.Image | Tensor], Tensor]
 def main() -> None:
     parser = measure.parser(__doc__.splitlines()[0])
     parser.set_defaults(rounds=None)
-    parser.add_argument("--small", action="store_true", help="an epoch of 32-pixel images in memory")
-    own = "of --small: a folder with train/CLASS/*.jpg of equal size, instead of patches"
+    parser.add_argument("--small", action="store_true", help="measure an epoch of 32-pixel images")
+    own = "with --small: a folder with train/CLASS/*.jpg, all of one size, instead of patches"
     parser.add_argument("--data", type=Path, help=own)
-    count = "in one batch (32); of --small: in an epoch (50,000)"
+    count = "images in one batch (default: 32); with --small: in an epoch (default: 50,000)"
     parser.add_argument("--images", type=int, help=count)
-    parser.add_argument("--batch", type=int, default=512, help="of --small: images in one batch")
-    parser.add_argument("--size", type=int, default=224, help="pixels of a view; of --small: 32")
+    parser.add_argument("--batch", type=int, default=512, help="with --small: images in one batch")
+    parser.add_argument("--size", type=int, default=224, help="pixels of a view; --small has 32")
     parser.add_argument("--compile", action="store_true", help="have torch.compile fuse our colour operations")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -100,7 +100,7 @@ SMALL = recipe("small", 32)
 
 
 def small(args: argparse.Namespace) -> None:
-    """Measure an epoch of --images small images in both pipelines."""
+    """Measure an epoch of --images small images in each pipeline."""
     images = in_memory(args.data, args.images or 50_000)
     ready = next(batches(images, args.batch))
     steps = len(images) // args.batch
@@ -123,13 +123,16 @@ def small(args: argparse.Namespace) -> None:
 
 
 def in_memory(data: Path | None, n: int) -> ImageArray:
-    """Return n images of 32 pixels: those of a folder, or patches of photographs."""
+    """Return n images: those of the folder `data`, or 32-pixel patches of photographs."""
     draw = np.random.default_rng(0)
     if data:
         folder = datasets.scan(data, "train")
         rows = draw.permutation(len(folder))[:n]
         (held,) = cache.load(argparse.Namespace(cache_images="on", nodes=1), folder.part(rows))
-        pixels = held.together(np.arange(len(held)), lambda height, width: True).numpy()
+        found = held.together(np.arange(len(held)), lambda height, width: True)
+        if found is None:
+            raise SystemExit(f"--data {data}: the images differ in size; give images of one size")
+        pixels = found.numpy()
     else:
         sources = photographs()
         pixels = np.empty((n, 3, 32, 32), dtype=np.uint8)
@@ -141,7 +144,7 @@ def in_memory(data: Path | None, n: int) -> ImageArray:
 
 
 def batches(images: ImageArray, batch: int) -> Iterator[loader.Batch]:
-    """Yield the batches of the next epoch, as a training run on a CPU reads them."""
+    """Yield the batches of the next epoch, read as a training run on a CPU reads them."""
     epoch = next(_epochs)
     options = argparse.Namespace(workers=1, batch_size=batch, batch_per_process=batch)
     order = loader.TrainOrder(len(images), batch, 1, seed=0)
@@ -151,12 +154,13 @@ def batches(images: ImageArray, batch: int) -> Iterator[loader.Batch]:
 
 
 def coloured(batch: loader.Batch) -> list[Tensor]:
+    """Return the views of a batch after the colour operations and normalization."""
     generator = torch.Generator().manual_seed(next(_epochs))
     return [color.augment(crops, view, generator) for crops, view in zip(batch.views, SMALL, strict=True)]
 
 
 class Pil(Dataset):
-    """Two views of each image by torchvision's transforms of PIL images, as MoCo's demo has it."""
+    """A data set with two views of each image, by torchvision on PIL images as in MoCo's demo."""
 
     def __init__(self, images: ImageArray):
         self.pixels = np.ascontiguousarray(images.pixels.transpose(0, 2, 3, 1))  # [N, H, W, 3]
@@ -179,7 +183,7 @@ class Pil(Dataset):
         return self.transform(image), self.transform(image)
 
 
-# JPEGs of ImageNet's size.
+# JPEGs of ImageNet's usual size.
 
 
 _epochs = itertools.count()  # every round draws anew, as the others do
@@ -243,7 +247,7 @@ def lightly(size: int) -> Callable[[Image.Image], list[Tensor]] | None:
 
 
 def photographs() -> list[np.ndarray]:
-    """Return photographs, uint8 [H, W, 3]."""
+    """Return the photographs that come with scikit-image and scikit-learn, uint8 [H, W, 3]."""
     return [skimage.data.astronaut(), skimage.data.coffee(), skimage.data.immunohistochemistry(), *load_sample_images().images]
 
 

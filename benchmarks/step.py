@@ -31,7 +31,7 @@ from moco.loss.synthetic import Synthetic
 from moco.rng import SHUFFLE, Progress
 
 T, M, LR = 0.2, 0.999, 0.03
-GROUPS = 8  # of the key encoder's batch norm, ours by default
+GROUPS = 8  # of the key encoder's batch norm: our default --bn-splits
 SYNCO = Synthetic(1024, (256, 256, 256, 64, 64, 64))
 
 
@@ -159,7 +159,7 @@ class PlainMoCo(MoCo):
 
 
 KINDS = {
-    "plain": functools.partial(PlainMoCo, bn_splits=1),  # passes its groups one by one
+    "plain": functools.partial(PlainMoCo, bn_splits=1),  # runs its encoder on each group in turn
     "moco": MoCo,
     "synco": functools.partial(SynCo, kind=SYNCO, warmup_epochs=0),
     "adco": functools.partial(AdCo, ascent=Ascent(), fill=False),

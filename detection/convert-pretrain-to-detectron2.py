@@ -16,6 +16,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from moco.augment.recipes import MEAN, STD  # noqa: E402
 from moco.encoder import networks, published  # noqa: E402
 from moco.engine import checkpoint, tool  # noqa: E402
 from moco.errors import InputError  # noqa: E402
@@ -48,6 +49,8 @@ def convert(file: str, arch: str | None = None) -> dict[str, Any]:
     arch = arch or about.arch or "resnet50"
     if arch == about.arch and arch not in networks.ARCHS:
         raise InputError(f"{file}: is of {arch}, and the detectors here are built on ResNets")
+    if about.stem == "cifar":
+        raise InputError(f"{file}: was trained with --stem cifar, and detectron2's ResNets start with a 7x7 convolution")
     net = networks.resnet(arch, 1)
     tensors = published.tensors_of(net, state)
     published.load_backbone(net, tensors, file)
@@ -65,6 +68,10 @@ def convert(file: str, arch: str | None = None) -> dict[str, Any]:
         model[new] = mine[name].numpy()
         print(f"{prefix + name:{width}} -> {new:32} {tuple(mine[name].shape)}")
     print(f"{len(model)} of {len(names)} tensors of the {arch} renamed; its head stays behind")
+    for key, values, usual in (("MEAN", about.mean, MEAN), ("STD", about.std, STD)):
+        if values and tuple(values) != usual:
+            own = ",".join(f"{255 * value:.3f}" for value in values)
+            print(f"its images were not normalized as ImageNet's: train with MODEL.PIXEL_{key} [{own}]")
     source = {
         "file": str(Path(file).resolve()),
         "sha256": sha256(file),

@@ -1,4 +1,4 @@
-"""Devices: which one a process computes on, and how tensors get there."""
+"""Choose the device that a process computes on, and move tensors to it."""
 
 import torch
 from torch import Tensor
@@ -6,13 +6,13 @@ from torch import Tensor
 from moco.errors import InputError
 
 TYPES = ("cpu", "cuda", "xpu", "mps")
-ONE_PROCESS = ("xpu", "mps")  # several processes need NCCL, which is CUDA's, or gloo on CPUs
+ONE_PROCESS = ("xpu", "mps")  # several processes need NCCL, which is for CUDA, or gloo, for CPUs
 
 
 def chosen(choice: str) -> str:
-    """Return the device type of `--device`; for auto, the accelerator that torch reports, else cpu.
+    """Return the device type that `--device` chooses; for auto, PyTorch's accelerator, else cpu.
 
-    Raises InputError if torch can use no such device here.
+    Raises InputError if PyTorch finds no such device.
     """
     if choice == "auto":
         available = torch.accelerator.is_available()
@@ -25,8 +25,8 @@ def chosen(choice: str) -> str:
 
 
 def count(kind: str) -> int:
-    """Return how many devices of a type torch can use here; 0 of cpu."""
-    # an old driver shows GPUs that torch cannot use
+    """Return how many devices of a type PyTorch can use on this machine; 0 for cpu."""
+    # With an old driver, device_count() counts GPUs that PyTorch cannot use.
     if kind == "cpu" or (kind == "cuda" and not torch.cuda.is_available()):
         return 0
     return torch.get_device_module(kind).device_count()
@@ -41,11 +41,11 @@ def of_process(choice: str, gpu: int | None, local_rank: int) -> torch.device:
 
 
 def move(x: Tensor, device: torch.device) -> Tensor:
-    """Return `x`, which lies on the CPU, on `device`. On CUDA the copy is only queued."""
-    # elsewhere a queued copy may read the memory of `x` after Python has freed it
+    """Move `x` from the CPU to `device`. On CUDA, queue the copy and do not wait for it."""
+    # On XPU and MPS a queued copy may read the memory of `x` after Python has freed it.
     return x.to(device, non_blocking=device.type not in ONE_PROCESS)
 
 
 def widest(device: torch.device) -> torch.dtype:
-    """Return the widest floating-point type of `device`: float64, but float32 on mps."""
+    """Return the most precise floating-point type of `device`: float64, or float32 on MPS."""
     return torch.float32 if device.type == "mps" else torch.float64

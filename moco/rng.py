@@ -15,7 +15,7 @@ _MASK = (1 << 64) - 1
 _GAMMA = 0x9E3779B97F4A7C15
 
 
-Key = int | np.ndarray  # 64 bits; of an array, which is of uint64, each element is a key of its own
+Key = int | np.ndarray  # a 64-bit number, or a uint64 array of them
 
 
 def _mix(z: Key) -> Key:
@@ -27,12 +27,11 @@ def _mix(z: Key) -> Key:
 def key(*counters: Key) -> Key:
     """Fold integers such as (CROP, seed, epoch, index, view) into one 64-bit key.
 
-    A counter may be an array of int64 or uint64 [n]: then the result is an array of the keys that its
-    elements give, uint64 [n].
+    If a counter is an array, int64 or uint64 [n], the result is uint64 [n]: one key per element.
     """
     folded: Key = 0
     for counter in counters:
-        # reduced to 64 bits before they meet: an array takes no larger number
+        # Reduce both to 64 bits before they are added: NumPy refuses larger numbers.
         counter = counter.astype(np.uint64) if isinstance(counter, np.ndarray) else counter & _MASK
         folded = _mix((((folded + _GAMMA) & _MASK) + counter) & _MASK)
     return folded

@@ -1,4 +1,7 @@
-"""CIFAR-10 as in MoCo's demo: the script beside a plain loop, and the stem's way through all that reads a checkpoint."""
+"""CIFAR-10 as in MoCo's demo: the script against a plain training loop.
+
+Scripts that read a checkpoint take its stem and normalization.
+"""
 
 import json
 import math
@@ -22,13 +25,14 @@ from moco.augment import color, recipes
 from moco.data import datasets, loader
 from moco.engine import features, train
 
-EPOCHS, BATCH, IMAGES, K, GROUPS, SIZE = 3, 32, 72, 48, 4, 16  # pixels, fewer than CIFAR's to save time
+# SIZE is in pixels: below CIFAR's 32, to save time
+EPOCHS, BATCH, IMAGES, K, GROUPS, SIZE = 3, 32, 72, 48, 4, 16
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    """Three classes of 24 images, and test/ in the place of val/."""
+    """Write train/ with three classes of 24 images, and test/ instead of val/."""
     root = write_images(tmp_path_factory.mktemp("cifar"), classes=3, train=IMAGES // 3, val=8, size=SIZE)
     (root / "val").rename(root / "test")
     return root
@@ -42,6 +46,7 @@ def command(data: Path, run: Path, *more: object) -> tuple:
 
 
 def network() -> torch.nn.Module:
+    """Return the demo's ResNet-18 in float64."""
     net = torchvision.models.resnet18(num_classes=128)
     net.conv1 = torch.nn.Conv2d(3, 64, 3, 1, 1, bias=False)
     net.maxpool = torch.nn.Identity()
@@ -49,7 +54,7 @@ def network() -> torch.nn.Module:
 
 
 def in_groups(net: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
-    """Features of each group by itself; the running statistics are the mean over the groups."""
+    """Return the features with batch norm by group; running statistics become the groups' mean."""
     before = {name: x.clone() for name, x in net.named_buffers()}
     outputs, after = [], []
     for group in images.chunk(GROUPS):
@@ -63,7 +68,10 @@ def in_groups(net: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
 
 
 def plain(data: Path, start: dict, symmetric: bool) -> tuple[list[float], list[float]]:
-    """Train as the demo does: the loss of each step, and k-NN top-1 after each epoch, with the script's weights and draws."""
+    """Train as the demo does, with the script's initial weights and random draws.
+
+    Return the loss of each step, and k-NN top-1 after each epoch.
+    """
     q_net, k_net = network(), network()
     for net, name in ((q_net, "encoder_q."), (k_net, "encoder_k.")):
         net.load_state_dict({key.removeprefix(name): x for key, x in start.items() if key.startswith(name)})
@@ -108,7 +116,7 @@ def plain(data: Path, start: dict, symmetric: bool) -> tuple[list[float], list[f
 
 @torch.no_grad()
 def nearest(net: torch.nn.Module, data: Path) -> float:
-    """k-NN of the head's output, k 200 (here all), temperature .1."""
+    """Return k-NN top-1 with the head's output. All images vote, as they are fewer than k 200."""
     net.eval()
     found = []
     for split in ("train", "test"):
@@ -123,7 +131,7 @@ def nearest(net: torch.nn.Module, data: Path) -> float:
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
-def test_the_script_trains_as_the_demo(symmetric, data, script, tmp_path, monkeypatch):
+def test_the_script_trains_as_the_demo_does(symmetric, data, script, tmp_path, monkeypatch):
     build, built = main_synco.build, {}
 
     def double(args):
@@ -146,7 +154,7 @@ def test_the_script_trains_as_the_demo(symmetric, data, script, tmp_path, monkey
 
 @pytest.fixture(scope="module")
 def trained(data, tmp_path_factory) -> Path:
-    """A run with the stem and CIFAR's normalization, which only this command names."""
+    """Train a run with the stem and CIFAR's normalization, which later commands do not give."""
     from conftest import in_process
 
     run = tmp_path_factory.mktemp("trained") / "run"
@@ -156,7 +164,7 @@ def trained(data, tmp_path_factory) -> Path:
 
 
 def of(run: Path) -> tuple:
-    """Return what a run's options say of its network and normalization."""
+    """Return the architecture, stem, image size and normalization in a run's args.yaml."""
     args = yaml.safe_load((run / "args.yaml").read_text())
     return args["arch"], args["stem"], args["image_size"], tuple(args["mean"]), tuple(args["std"])
 
@@ -192,11 +200,12 @@ def test_evaluations_take_the_stem_and_the_normalization_from_the_checkpoint(dat
         accuracies = [json.loads((place / "results.json").read_text())["metrics"] for place in (tmp_path / name, tested)]
         assert of(tested) == SETTINGS and accuracies[0] == accuracies[1]
         refused(script(name, data, "--resume", saved, *SHORT, "--stem", "imagenet"), "--stem imagenet", "was trained with cifar")
-    refused(script("main_knn", data, "--pretrained", checkpoint, *SHORT, "--stem", "imagenet"), "has the stem cifar; leave it out")
+    other = script("main_knn", data, "--pretrained", checkpoint, *SHORT, "--stem", "imagenet")
+    refused(other, "has the stem cifar; leave --stem out")
 
 
 @pytest.mark.parametrize("ending", [".pth", ".safetensors"])
-def test_an_exported_stem_is_read_by_others_and_here(ending, data, trained, script, tmp_path):
+def test_an_exported_stem_is_read_by_other_software_and_here(ending, data, trained, script, tmp_path):
     checkpoint, out = trained / "checkpoint_0000.pth.tar", tmp_path / f"encoder{ending}"
     done = shell("tools/export.py", checkpoint, out, "--hub")  # loads it strictly into torchvision's and timm's networks
     assert done.returncode == 0, done.stderr
@@ -212,7 +221,7 @@ def test_an_exported_stem_is_read_by_others_and_here(ending, data, trained, scri
     torch.testing.assert_close(mine(images), theirs(images))
 
 
-def test_the_head_s_features_are_those_of_the_checkpoint(data, trained, script, tmp_path):
+def test_features_of_the_projection_head(data, trained, script, tmp_path):
     checkpoint = trained / "checkpoint_0000.pth.tar"
     common = ("main_knn", data, "--pretrained", checkpoint, *SHORT, "--k", 200, "--temperature", 0.1, "--save-dir")
     status, _, err = script(*common, tmp_path / "head", "--features", "head", "--dump-features", tmp_path / "dump")
@@ -225,7 +234,8 @@ def test_the_head_s_features_are_those_of_the_checkpoint(data, trained, script, 
     assert script(*loaded)[0] == 0
     results = json.loads((tmp_path / "loaded" / "results.json").read_text())
     assert results["metrics"] == found["metrics"] and results["settings"]["features"] == "head"
-    refused(script("main_knn", data, "--features", "head", *SHORT), "--features head: give the checkpoint")
+    refused(script(*loaded, "--features", "backbone"), "--features backbone", "are of head; leave --features out")
+    refused(script("main_knn", data, "--features", "head", *SHORT), "--features head: needs a checkpoint")
     state = load(checkpoint)
     state["state_dict"] = {name: x for name, x in state["state_dict"].items() if ".fc." not in name}
     torch.save(state, tmp_path / "headless.pth.tar")
@@ -233,8 +243,8 @@ def test_the_head_s_features_are_those_of_the_checkpoint(data, trained, script, 
     refused(script(*headless), "has no projection head; leave out --features head")
 
 
-def test_the_original_files_train_as_the_folder_does(script, tmp_path):
-    """--dataset cifar10 reads the batches, with the data set's own normalization."""
+def test_pretraining_reads_the_original_files_of_cifar10(script, tmp_path):
+    """Images are normalized with CIFAR-10's mean and std; other data sets are refused."""
     folder = tmp_path / "cifar-10-batches-py"
     folder.mkdir()
     draw = np.random.default_rng(0)
@@ -254,7 +264,7 @@ def test_the_original_files_train_as_the_folder_does(script, tmp_path):
 def test_a_folder_without_val_is_tested_on_test(data, capfd):
     assert datasets.find(str(data), ("train", "val")) == data
     assert len(datasets.scan(data, "val")) == 24
-    assert capfd.readouterr().err.count(f"{data}: has no val/; test/ takes its place") <= 1  # once a process
+    assert capfd.readouterr().err.count(f"{data}: has no val/; test/ is used instead") <= 1  # once per process
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "configs" / "cifar10").glob("*.yaml")))

@@ -111,15 +111,16 @@ def test_truncated_image_is_named(script, images, tmp_path):
 
 
 def losses(run):
+    """Return the losses in a run's log."""
     lines = map(json.loads, (run / "log.jsonl").read_text().splitlines())
     return [line["loss"] for line in lines if "loss" in line]
 
 
-def test_images_in_memory_change_no_loss(script, images, tmp_path):
+def test_caching_images_in_memory_changes_no_loss(script, images, tmp_path):
     (images / "train" / "class0" / "3.jpg").write_text("no image")
     found = {}
     for mode in ("on", "off"):
-        # views of 8 pixels: too small for the images to be cropped a batch at once
+        # views of 8 pixels are too small to crop a batch at once, which may change a pixel by 1
         options = (*SMALL, "--image-size", 8, "-p", 1, "--save-dir", tmp_path / mode)
         status, out, err = script("main_synco", images, *options, "--cache-images", mode)
         assert status == 0 and err.count("skipped, another image takes its place") == 1 and "class0/3.jpg" in err
@@ -128,19 +129,19 @@ def test_images_in_memory_change_no_loss(script, images, tmp_path):
     assert len(found["on"]) == 3 and found["on"] == found["off"]
 
 
-def test_images_that_must_stay_in_memory_and_do_not_fit(script, images, tmp_path, monkeypatch):
+def test_cache_images_on_is_refused_if_the_images_do_not_fit(script, images, tmp_path, monkeypatch):
     monkeypatch.setattr(cache, "free_memory", lambda: 100_000)
     result = script("main_synco", images, *SMALL, "--save-dir", tmp_path / "run", "--cache-images", "on")
-    refused(result, "--cache-images on", "leave it out, or free memory")
+    refused(result, "--cache-images on", "leave the option out, or free memory")
 
 
-def test_images_that_are_read_once_are_not_kept(script, images):
+def test_cache_images_is_refused_by_a_script_that_reads_each_image_once(script, images):
     refused(script("main_knn", images, "-a", "resnet18", "--cache-images", "on"), "reads each image once")
 
 
 @pytest.mark.parametrize("mode", ["on", "off", "auto"])
-def test_on_and_off_of_a_recipe_are_words(tmp_path, mode):
-    """YAML takes them for true and false."""
+def test_on_and_off_in_a_recipe_are_words(tmp_path, mode):
+    """YAML reads them as true and false."""
     (tmp_path / "recipe.yaml").write_text(f"cache-images: {mode}\n")
     assert main_synco.parser().parse(["photos", "--cfg", str(tmp_path / "recipe.yaml")]).cache_images == mode
 

@@ -1,4 +1,7 @@
-"""Random boxes and crops against torchvision's: their distribution, place and pixels; a batch at once against one by one."""
+"""Random boxes and crops: distribution, position and pixels against torchvision's.
+
+A batch that is cropped at once is compared with one cropped image by image.
+"""
 
 import random
 
@@ -183,7 +186,7 @@ def test_center_view_has_torchvisions_pixels(height, width, size):
     assert max_difference(ours, theirs) <= 1
 
 
-# A batch at once
+# A batch cropped at once
 
 
 def test_keys_and_uniform_numbers_of_arrays_are_those_of_each_element():
@@ -200,17 +203,18 @@ def test_keys_and_uniform_numbers_of_arrays_are_those_of_each_element():
 
 @pytest.mark.parametrize("scale", [(0.08, 1.0), (0.2, 1.0), (0.9, 1.0), (4, 4)])
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (1, 1), (20, 90), (200, 30)])
-def test_boxes_at_once_are_those_one_by_one(height, width, scale):
+def test_boxes_at_once_equal_those_drawn_one_by_one(height, width, scale):
     view = View(scale=scale)
     keys = key(CROP, 0, np.arange(3000), 1)
     boxes = crop.random_boxes_at_once(height, width, view, keys)
     assert boxes.tolist() == [list(random_box(height, width, view, one)) for one in keys.tolist()]
 
 
-def test_a_side_that_may_be_rounded_either_way_is_drawn_one_by_one(monkeypatch):
-    """NumPy's power may differ from Python's in the last bit; here it differs by more, where a side is nearly halfway."""
+def test_a_box_whose_side_is_nearly_halfway_between_pixels_is_drawn_by_random_box(monkeypatch):
+    """NumPy's power may differ from Python's in the last bit, and round such a side otherwise."""
     keys, view, asked = key(CROP, 0, np.arange(64), 0), View(scale=(0.25, 0.25), ratio=(1.0, 1.0)), []
-    expected = [list(random_box(33, 33, view, one)) for one in keys.tolist()]  # 16.5 to 16, or 17
+    # all sides are about 16.5 pixels, and round to 16 or 17
+    expected = [list(random_box(33, 33, view, one)) for one in keys.tolist()]
     one_by_one = crop.random_box
     monkeypatch.setattr(crop, "random_box", lambda *args: asked.append(args[-1]) or one_by_one(*args))
     assert crop.random_boxes_at_once(33, 33, view, keys).tolist() == expected
@@ -221,8 +225,8 @@ def test_a_side_that_may_be_rounded_either_way_is_drawn_one_by_one(monkeypatch):
     ("height", "width", "size"),
     [(32, 32, 32), (32, 32, 24), (32, 32, 96), (48, 64, 32), (64, 48, 16), (64, 64, 64), (7, 50, 17), (1, 1, 8), (3, 64, 16)],
 )
-def test_crops_at_once_have_the_pixels_of_crops_one_by_one(height, width, size):
-    """Up to one grey level, because PyTorch's own code depends on the processor; on most they are equal."""
+def test_crops_at_once_equal_those_cut_one_by_one(height, width, size):
+    """One grey level of difference is allowed: PyTorch's code depends on the processor."""
     n = 150  # more than two chunks
     images = torch.stack([noise(height, width, seed) for seed in range(n)])
     images[::2] = F.gaussian_blur(images[::2], [5, 5], [1.5, 1.5]) if min(height, width) > 3 else images[::2]
@@ -234,7 +238,7 @@ def test_crops_at_once_have_the_pixels_of_crops_one_by_one(height, width, size):
     assert (ours != alone).float().mean() < 0.01
 
 
-def test_random_views_at_once_are_those_one_by_one():
+def test_random_views_at_once_equal_those_cut_one_by_one():
     images = torch.stack([noise(32, 40, seed) for seed in range(70)])
     views = (View(size=32), View(size=16, scale=(0.1, 0.3)))
     epochs, indices = np.full(70, 3), np.arange(70) * 11
@@ -253,7 +257,7 @@ def test_large_images_much_smaller_views_and_randaugment_are_cropped_one_by_one(
 
 
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (37, 37), (40, 33), (5, 100)])
-def test_center_views_of_a_batch_are_those_one_by_one(height, width):
+def test_center_views_of_a_batch_equal_those_cut_one_by_one(height, width):
     images = torch.stack([noise(height, width, seed) for seed in range(9)])
     ours = center_view(images, 32)
     assert ours.is_contiguous() and torch.equal(ours, torch.stack([center_view(image, 32) for image in images]))

@@ -142,6 +142,15 @@ def test_mistakes_are_one_line(convert, tmp_path):
         assert status == 2 and said in err and len(own_lines(err)) == 1
 
 
+def test_what_detectron2_does_not_know_is_said(convert, tmp_path):
+    """It normalizes by its config, and its first convolution is 7x7."""
+    file = saved(tmp_path, published("resnet18", args={"mean": [0.5, 0.4, 0.3], "std": [0.229, 0.224, 0.225]}))
+    status, out, _ = convert(file, tmp_path / "out.pkl")
+    assert status == 0 and "MODEL.PIXEL_MEAN [127.500,102.000,76.500]" in out and "PIXEL_STD" not in out
+    status, _, err = convert(saved(tmp_path, published("resnet18", args={"stem": "cifar"})), tmp_path / "cifar.pkl")
+    assert status == 2 and "--stem cifar" in err and len(own_lines(err)) == 1
+
+
 def test_a_check_without_detectron2_says_so(convert, tmp_path, monkeypatch):
     monkeypatch.setattr(converter.importlib.util, "find_spec", lambda name: None)
     status, _, err = convert(saved(tmp_path, published("resnet18")), tmp_path / "out.pkl", "--check")

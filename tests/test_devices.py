@@ -1,6 +1,6 @@
-"""Where a run computes, and that the host never waits for the device between two log lines.
+"""The choice of the device, and that the host never waits for the device between two log lines.
 
-The machine that tests has no accelerator: availability is patched, and `Accelerator` simulates one.
+The tests need no accelerator: its availability is patched, and `Accelerator` simulates one.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ META = torch.device("meta")
 
 
 class OnDevice(Tensor):
-    """A tensor whose device is META to all who ask, and whose values lie in `held`, on the CPU."""
+    """A tensor that reports META as its device. Its values are in `held`, on the CPU."""
 
     @staticmethod
     def __new__(cls, held: Tensor) -> "OnDevice":
@@ -47,18 +47,18 @@ class OnDevice(Tensor):
 
 
 class Accelerator(TorchDispatchMode):
-    """Simulates an accelerator, and notes each operation for which the host waits for it, while `counts`.
+    """A simulated accelerator. While `counts`, `waits` gets each operation at which the host waits.
 
-    The host waits for numbers and truth values (`.item()`, `if x > 0`), copies to the CPU, and results
-    whose shape depends on values, such as the entries that a mask selects. It also waits for copies
-    from the CPU that are not queued (non_blocking). Tensors that lie on the CPU do not count.
-    `wide` has the operations that made a float64 tensor on the device.
+    The host waits for numbers and truth values (`.item()`, `if x > 0`), for copies to the CPU, and
+    for results whose shape depends on values, such as the entries that a mask selects. It also
+    waits for copies from the CPU that are not queued (non_blocking). Operations on CPU tensors are
+    not recorded. `wide` gets the operations that made a float64 tensor on the device.
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
         super().__init__()
         self.counts, self.waits, self.wide = False, [], set()
-        tensor = torch.tensor  # which copies a list to a device unseen by a mode
+        tensor = torch.tensor  # patched below: a dispatch mode does not see its copies to a device
 
         def copied(data: object, device: torch.device | None = None, **more: object) -> Tensor:
             return tensor(data, **more).to(device or "cpu")
@@ -121,14 +121,14 @@ def _held(value: object) -> object:
 
 
 def _on_device(result: object, given: dict[int, Tensor]) -> object:
-    """Return a result with its tensors on the device; one that an operation changed in place is itself."""
+    """Wrap a result's tensors as `OnDevice`; return one changed in place as the tensor `given`."""
     if isinstance(result, Tensor):
         return given[id(result)] if id(result) in given else OnDevice(result)
     return type(result)(_on_device(x, given) for x in result) if type(result) in (list, tuple) else result
 
 
 class Generator(torch.Generator):
-    """A generator of META, which torch does not make."""
+    """A random generator that reports META as its device; torch has none for META."""
 
     device = META
 
@@ -140,7 +140,7 @@ def generator(device: torch.device | str, *counters: int) -> torch.Generator:
 
 
 class Log:
-    """Starts the counting after the first step."""
+    """A stand-in for the log and the signal handler: counts from the end of the first step on."""
 
     def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator
@@ -183,7 +183,7 @@ def accelerator(monkeypatch) -> Iterator[Accelerator]:
     monkeypatch.setattr(devices, "of_process", lambda *_: META)
     monkeypatch.setattr(rng, "generator", generator)
     monkeypatch.setattr(train.Trainer, "train", steps)
-    autocast = torch.autocast  # which does not know META, and is off
+    autocast = torch.autocast  # it does not support META; here it is off
     monkeypatch.setattr(torch, "autocast", lambda kind, *amp, **more: autocast(kind.replace("meta", "cpu"), *amp, **more))
 
     def small(arch: str, weights: None, num_classes: int, **more: bool) -> ResNet:
@@ -235,7 +235,7 @@ def test_50_steps_without_a_log_line_do_not_wait_for_the_device(method, accelera
     assert len(accelerator.losses) == passes and all(map(math.isfinite, accelerator.losses))
 
 
-# each is given the numbers 0 to 3; .tolist() and .numpy() raise, and end a test so
+# Each function gets the numbers 0 to 3. `.tolist()` and `.numpy()` raise, and need no case here.
 WAITS = {
     "item": lambda x: x[1].item(),
     "float": lambda x: float(x[1]),
@@ -258,7 +258,7 @@ WAITS = {
 
 
 @pytest.mark.parametrize("wait", WAITS)
-def test_what_waits_for_the_device_is_counted_and_the_same_on_the_host_is_not(wait, monkeypatch):
+def test_waits_are_counted_on_the_device_and_not_on_the_cpu(wait, monkeypatch):
     host = torch.arange(4)
     with Accelerator(monkeypatch) as accelerator:
         device = host.to(META)
@@ -269,7 +269,7 @@ def test_what_waits_for_the_device_is_counted_and_the_same_on_the_host_is_not(wa
         assert len(accelerator.waits) == 1
 
 
-def test_what_does_not_wait_is_not_counted(monkeypatch):
+def test_operations_without_a_wait_are_not_counted(monkeypatch):
     with Accelerator(monkeypatch) as accelerator:
         accelerator.counts = True
         x = torch.arange(4).to(META, non_blocking=True)
@@ -281,20 +281,20 @@ def test_what_does_not_wait_is_not_counted(monkeypatch):
         assert y.grad.cpu().tolist() == [2, 2, 2, 0] and x.cpu().tolist() == [1, 2, 2, 3]
 
 
-def test_a_loss_that_reads_is_found(accelerator, shared_images, tmp_path, monkeypatch):
-    """As if somebody had added `.item()` to a loss: each step is named, with the line."""
+def test_item_in_a_loss_is_found(accelerator, shared_images, tmp_path, monkeypatch):
+    """`.item()` is added to a loss: each step is recorded, with the line."""
     own = contrastive.bank_info_nce
     monkeypatch.setattr("moco.builder.momentum.bank_info_nce", lambda *args: own(*args) * (1 if own(*args).item() else 0))
     in_process("main_synco", shared_images, *SMALL, "--moco-k", 64, "--save-dir", tmp_path / "run")
     assert len(accelerator.waits) == STEPS and "_local_scalar_dense" in accelerator.waits[0]
 
 
-# which device
+# The choice of the device
 
 
 @pytest.fixture
 def machine(monkeypatch):
-    """Return a function that says what torch finds: the accelerator, and how many devices of each type."""
+    """Return a function that sets which accelerator, and how many devices, torch seems to find."""
 
     def has(accelerator: str | None = None, **counts: int) -> None:
         for kind in ("cuda", "xpu", "mps"):
@@ -309,7 +309,7 @@ def machine(monkeypatch):
     return has
 
 
-def test_auto_takes_what_torch_reports_and_else_the_cpu(machine):
+def test_auto_takes_the_accelerator_that_torch_reports_or_else_the_cpu(machine):
     machine()
     assert devices.chosen("auto") == "cpu" and devices.of_process("auto", None, 0) == torch.device("cpu")
     for kind, n in (("cuda", 4), ("xpu", 2), ("mps", 1)):
@@ -318,11 +318,11 @@ def test_auto_takes_what_torch_reports_and_else_the_cpu(machine):
         assert devices.count(kind) == n and devices.count("cpu") == 0
         assert devices.of_process("auto", None, 0) == torch.device(kind, 0)
         assert devices.of_process("cpu", None, 0) == torch.device("cpu")
-    machine("hpu")  # one that these scripts do not know
+    machine("hpu")  # an accelerator that the scripts do not support
     assert devices.chosen("auto") == "cpu"
 
 
-def test_a_process_has_the_gpu_of_its_number_or_the_one_it_is_given(machine):
+def test_a_process_takes_the_gpu_of_its_local_rank_or_of_its_option(machine):
     machine("cuda", cuda=4)
     assert [devices.of_process("cuda", None, rank).index for rank in range(6)] == [0, 1, 2, 3, 0, 1]
     assert devices.of_process("auto", 2, 0) == torch.device("cuda", 2)
@@ -335,7 +335,7 @@ def test_gpus_that_torch_cannot_use_do_not_count(machine, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["cuda", "xpu", "mps"])
-def test_a_device_that_is_not_there_is_refused_in_one_line(kind, machine, script, shared_images):
+def test_a_device_that_is_not_found_is_refused_in_one_line(kind, machine, script, shared_images):
     machine()
     for name in ("main_synco", "main_knn"):
         status, _, err = script(name, shared_images, *SMALL[:-4], "--device", kind)
@@ -344,7 +344,7 @@ def test_a_device_that_is_not_there_is_refused_in_one_line(kind, machine, script
 
 
 @pytest.mark.parametrize("kind", ["xpu", "mps"])
-def test_other_accelerators_run_one_process(kind, machine, monkeypatch):
+def test_xpu_and_mps_support_a_single_process(kind, machine, monkeypatch):
     parsed = main_adco.parser()
     machine(kind, **{kind: 2 if kind == "xpu" else 1})
 
@@ -353,29 +353,30 @@ def test_other_accelerators_run_one_process(kind, machine, monkeypatch):
 
     assert (plan().launcher, plan().world) == ("single", 1)  # though the script takes every CUDA GPU
     assert plan("--multiprocessing-distributed", "--device", "cpu", "--nproc-per-node", 2).world == 2
-    refused = f"--device {kind}: runs one process, and this run has 2; start one process alone, or give --device cpu"
+    refused = f"--device {kind}: supports a single process, and this run has 2; "
+    refused += "start one process, or give --device cpu"
     nodes = ("--world-size", 2, "--rank", 1, "--dist-url", "tcp://10.0.0.1:9999")
     for words in (("--multiprocessing-distributed", "--nproc-per-node", 2), nodes)[kind == "mps" :]:
         with pytest.raises(InputError) as error:
             plan(*words)
         assert str(error.value) == refused
-    with pytest.raises(InputError, match="nccl: is for CUDA GPUs, and this machine has none"):
+    with pytest.raises(InputError, match="nccl: needs CUDA GPUs, and this machine has none"):
         plan("--dist-backend", "nccl")
     for name, value in {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "localhost", "MASTER_PORT": 29501}.items():
         monkeypatch.setenv(name, str(value))
     assert plan().launcher == "torchrun"  # of one process
 
 
-def test_the_cpu_of_a_machine_with_gpus_trains_if_it_is_asked_for(machine, script, shared_images, tmp_path):
+def test_device_cpu_trains_on_the_cpu_of_a_machine_with_gpus(machine, script, shared_images, tmp_path):
     machine("cuda", cuda=2)
     options = (shared_images, *SMALL[:-4], "--moco-k", 64, "--epochs", 1, "--device", "cpu")
     status, out, err = script("main_synco", *options, "--save-dir", tmp_path / "run")
     assert status == 0, err
     assert "cpu, amp off" in out and "GPUs trains" not in out
     status, _, err = script("main_synco", *options, "--gpu", 0)
-    assert status == 2 and "--gpu 0: --device cpu uses no GPU; leave one of them out" in err
+    assert status == 2 and "--gpu 0: --device cpu uses no GPU; leave one of both out" in err
     status, _, err = script("main_synco", *options, "--dist-backend", "nccl")
-    assert status == 2 and "nccl: is for CUDA GPUs, and --device is cpu" in err
+    assert status == 2 and "nccl: needs CUDA GPUs, and --device is cpu" in err
     # the option may differ when the run is resumed
     resumed = (*options[:-4], "--epochs", 2, "--save-dir", tmp_path / "run", "--resume", "auto")
     machine()
@@ -383,7 +384,7 @@ def test_the_cpu_of_a_machine_with_gpus_trains_if_it_is_asked_for(machine, scrip
     assert status == 0 and "resumed from" in out, err
 
 
-def test_half_precision_is_chosen_for_the_device_that_is_used(machine, monkeypatch, capsys):
+def test_bf16_is_switched_off_only_on_a_slow_cpu(machine, monkeypatch, capsys):
     monkeypatch.setattr(precision, "_multiplies_bf16", lambda: False)
     for kind, chosen, amp in (("cuda", "auto", "bf16"), ("cuda", "cpu", "off"), ("mps", "auto", "bf16"), ("mps", "cpu", "off")):
         machine(kind, **{kind: 1})
@@ -393,10 +394,11 @@ def test_half_precision_is_chosen_for_the_device_that_is_used(machine, monkeypat
         assert ("is slow on this CPU" in capsys.readouterr().out) == (amp == "off")
 
 
-def test_fp16_needs_a_gradient_scaler_of_the_device():
+def test_fp16_is_refused_on_a_device_without_gradient_scaler():
     assert precision.scaler("fp16", torch.device("cpu")).is_enabled()
     assert not precision.scaler("off", META).is_enabled() and not precision.scaler("bf16", META).is_enabled()
-    with pytest.raises(InputError, match="--amp fp16: PyTorch scales no gradients on meta; give --amp bf16 or off"):
+    refused = "--amp fp16: PyTorch cannot scale gradients on meta; give --amp bf16 or off"
+    with pytest.raises(InputError, match=refused):
         precision.scaler("fp16", META)
 
 
@@ -405,7 +407,7 @@ def test_fp16_is_accepted_on_an_accelerator_whose_gradients_torch_scales(monkeyp
         assert precision.scaler("fp16", META).is_enabled()
 
 
-def test_compile_is_refused_where_torch_cannot(monkeypatch):
+def test_compile_is_refused_if_torch_cannot_compile_for_the_device(monkeypatch):
     def fails(function):
         raise RuntimeError("no backend\nfor it")
 
@@ -413,12 +415,15 @@ def test_compile_is_refused_where_torch_cannot(monkeypatch):
     monkeypatch.setattr(torch, "compile", fails)
     with pytest.raises(InputError) as error:
         precision.place(net, META, compile=True, recompute=False)
-    assert str(error.value) == "--compile: PyTorch cannot compile for meta here; leave it out (no backend for it)"
+    refused = "--compile: PyTorch cannot compile for meta on this machine; leave it out"
+    assert str(error.value) == f"{refused} (no backend for it)"
     monkeypatch.setattr(torch, "compile", lambda function: function)
     assert precision.place(net, META, compile=True, recompute=False)[0]._compiled_call_impl is not None
 
 
-def test_what_torch_lacks_on_an_accelerator_ends_in_one_line(machine, script, shared_images, tmp_path, monkeypatch):
+def test_an_operation_that_torch_lacks_on_an_accelerator_gives_a_one_line_error(
+    machine, script, shared_images, tmp_path, monkeypatch
+):
     machine("mps", mps=1)
 
     def lacks(args, device):
@@ -428,12 +433,13 @@ def test_what_torch_lacks_on_an_accelerator_ends_in_one_line(machine, script, sh
     monkeypatch.setattr("main_synco.worker", lacks)
     status, _, err = script("main_synco", shared_images, *SMALL[:-4], "--save-dir", tmp_path / "run")
     assert status == 2 and err.count("\n") == 1
-    assert "--device mps: PyTorch lacks an operation there; give --device cpu (The operator 'aten::_embedding_bag'" in err
+    refused = "--device mps: PyTorch lacks an operation on this device; give --device cpu"
+    assert f"{refused} (The operator 'aten::_embedding_bag'" in err
 
 
 def test_no_float64_reaches_mps(monkeypatch):
     assert devices.widest(torch.device("cpu")) == devices.widest(torch.device("cuda", 0)) == torch.float64
-    monkeypatch.setattr(devices, "widest", lambda device: torch.float32)  # as of mps
+    monkeypatch.setattr(devices, "widest", lambda device: torch.float32)  # as on mps
     mean = log.Mean()
     for step in range(3):
         mean.add({"loss": torch.tensor(float(step)), "found": (torch.tensor(step), torch.tensor(2))})
@@ -443,11 +449,11 @@ def test_no_float64_reaches_mps(monkeypatch):
     assert {made.dtype for made in stacks} == {torch.float32}
 
 
-# the next batch's copy on a stream of its own
+# The copy of the next batch on a separate stream
 
 
 class Stream:
-    """Notes what is done to a CUDA stream."""
+    """A stand-in for a CUDA stream that records its waits in `done`."""
 
     def __init__(self, name: str, done: list[str]):
         self.name, self.done = name, done
@@ -456,7 +462,7 @@ class Stream:
         self.done.append(f"{self.name} waits for {other.name}")
 
 
-def test_on_cuda_batches_are_copied_beside_the_training_and_awaited(monkeypatch):
+def test_on_cuda_batches_are_copied_on_a_stream_that_training_waits_for(monkeypatch):
     done: list[str] = []
     copies, training = Stream("copies", done), Stream("training", done)
 
@@ -486,7 +492,7 @@ def test_on_a_cpu_a_batch_is_not_copied():
     assert moved.views[0] is batch.views[0] and moved.index is batch.index and moved.label is batch.label
 
 
-def test_copies_are_queued_on_cuda_alone(monkeypatch):
+def test_copies_are_queued_on_cuda_only(monkeypatch):
     asked = []
     monkeypatch.setattr(Tensor, "to", lambda x, device, non_blocking: asked.append((device.type, non_blocking)))
     for kind in ("cuda", "xpu", "mps"):

@@ -1,4 +1,7 @@
-"""benchmarks/gpu.py runs in full, tiny, on a CPU; its checks can fail, and a part that fails, dies or hangs costs nothing else."""
+"""Tests of benchmarks/gpu.py in tiny sizes on a CPU.
+
+All stages run, checks fail if they should, and a part that fails, dies or hangs stops no other.
+"""
 
 import json
 import pickle
@@ -35,7 +38,7 @@ def setup(gpu, tmp_path):
 
 
 def test_all_stages_in_three_minutes(tmp_path):
-    """What does not fit on a busy machine is listed as not run; nothing fails, and each stage has results."""
+    """No part fails, and each stage has results. On a busy machine, parts may be not run."""
     file, folder = tmp_path / "gpu.json", tmp_path / "runs" / "cifar10-moco"
     began = time.monotonic()
     result = shell("benchmarks/gpu.py", "--minutes", 3, "--json", file, "--run-folder", folder)
@@ -57,7 +60,7 @@ CHECKS += ["checkpointing", "channels_last", "step synco", "step symmetric", "st
 
 @pytest.mark.parametrize("name", CHECKS)
 def test_a_check_passes_between_cpu_and_cpu(gpu, setup, name):
-    """Also those that do not fit into three minutes on a busy machine."""
+    """Runs each check by itself, because the test above may lack the time for some."""
     setup.work.mkdir()
     notes = gpu.Notes()
     gpu.PARTS[1][name][0](setup, notes)
@@ -97,7 +100,7 @@ def test_a_part_that_fails_dies_or_hangs_does_not_stop_the_others(gpu, tmp_path,
     monkeypatch.setattr(gpu, "__file__", str(script))
     monkeypatch.setitem(gpu.PARTS, 1, {name: (None, 0) for name in names})
     monkeypatch.setattr(gpu, "LIMIT", 2.0)
-    monkeypatch.setattr(gpu, "START", 600.0)  # a process that hangs while it starts is another matter
+    monkeypatch.setattr(gpu, "START", 600.0)  # this test has no process that hangs at its start
     args = gpu.parser().parse_args(["--minutes", "30", "--stages", "1", "--json", str(file), "--device", "cpu"])
     assert gpu.Visit(args, torch.device("cpu")).run() == 1
     found = json.loads(file.read_text())["stages"]["1"]
@@ -110,7 +113,7 @@ def test_a_part_that_fails_dies_or_hangs_does_not_stop_the_others(gpu, tmp_path,
     assert all(f"failed: stage 1, {name}" in out for name in names if name != "passes")
 
 
-def test_what_does_not_fit_is_not_run_and_keeps_earlier_results(gpu, tmp_path, capsys):
+def test_a_part_without_time_left_is_not_run_and_keeps_earlier_results(gpu, tmp_path, capsys):
     file = tmp_path / "gpu.json"
     earlier = {"views": {"status": "passed", "seconds": 1.0, "figures": {"mocov1 64": 1e-6}, "failures": [], "error": ""}}
     file.write_text(json.dumps({"stages": {"1": earlier}, "visits": [{"minutes": 9}]}))
@@ -123,7 +126,7 @@ def test_what_does_not_fit_is_not_run_and_keeps_earlier_results(gpu, tmp_path, c
 
 
 def test_a_step_that_differs_fails(gpu, setup, monkeypatch):
-    """The second network gets other weights."""
+    """Changes the weights of the second of both networks."""
     import gpu_checks
 
     build, made = gpu_checks.method, []
@@ -145,7 +148,7 @@ def test_a_step_that_differs_fails(gpu, setup, monkeypatch):
     assert notes.failures == [] and notes["fp32 gradient"] <= 1e-4 and notes["off falls"]
 
 
-def test_data_is_found_in_each_form(cifar, setup, tmp_path):
+def test_data_is_found_as_image_files_batches_or_archive(cifar, setup, tmp_path):
     images = write_images(tmp_path / "images", train=2, val=1)
     (images / "val").rename(images / "test")
     with tarfile.open(tmp_path / "cifar10_jpeg.tar.gz", "w:gz") as file:
@@ -159,19 +162,22 @@ def test_data_is_found_in_each_form(cifar, setup, tmp_path):
     for given in (images, tmp_path / "cifar10_jpeg.tar.gz"):
         (place,) = cifar.find(given, folder, setup).words
         assert len(list(Path(place).glob("test/*/*.jpg"))) == 2 and len(list(Path(place).glob("train/*/*.jpg"))) == 4
-    shutil.rmtree(images)  # an archive is unpacked once, and found in a folder too
+    shutil.rmtree(images)  # the archive is not unpacked again, and is also found by its folder
     only = tmp_path / "only"
     only.mkdir()
     (tmp_path / "cifar10_jpeg.tar.gz").rename(only / "cifar10_jpeg.tar.gz")
     assert cifar.find(only, folder, setup).words == (place,)
     for given in (batches, batches.parent):
         assert cifar.find(given, folder, setup).words == (str(batches.parent), "--dataset", "cifar10")
-    with pytest.raises(cifar.Failed, match="holds neither"):
+    with pytest.raises(cifar.Failed, match="holds no CIFAR-10"):
         cifar.find(tmp_path / "empty", folder, setup)
 
 
-def test_a_run_next_to_the_published_log(cifar, tmp_path):
-    """An epoch's loss is the mean over its steps, whatever the log lines are; a stopped epoch counts as far as it came."""
+def test_rows_and_summary_of_a_run_next_to_the_published_log(cifar, tmp_path):
+    """An epoch's loss is the mean over its steps, for log lines at any interval.
+
+    Of an epoch that was stopped, the steps done count.
+    """
     lines = [
         {"epoch": 0, "step": 10, "loss": 7.0, "time": 1.0},
         {"epoch": 0, "step": 15, "loss": 6.4, "time": 1.5},

@@ -417,10 +417,12 @@ SMALL = recipe("byol", 32)
 
 
 def cached(*folders, mode="on"):
+    """Return `folders` with their images in memory."""
     return cache.load(Namespace(cache_images=mode, nodes=1), *folders)
 
 
 def assert_same(ours, theirs):
+    """Assert that batches are equal, except for one grey level in pixels."""
     assert len(ours) == len(theirs) > 0
     for a, b in zip(ours, theirs, strict=True):
         assert torch.equal(a.index, b.index) and torch.equal(a.label, b.label) and a.label.dtype == b.label.dtype
@@ -430,12 +432,13 @@ def assert_same(ours, theirs):
 
 
 def one_by_one(monkeypatch):
+    """Make the loader cut views image by image."""
     monkeypatch.setattr(loader.Views, "__getitems__", lambda self, places: [self[place] for place in places])
 
 
 @pytest.fixture
 def mixed(tmp_path):
-    """A folder of 20 images of many sizes and kinds."""
+    """Write a folder of 20 images of many sizes and formats."""
     (tmp_path / "train" / "kind").mkdir(parents=True)
     for i in range(20):
         name = f"{i:02}.{('jpg', 'png', 'jpg', 'bmp')[i % 4]}"
@@ -490,7 +493,7 @@ def test_an_array_of_images_gives_the_same_batches_at_once_and_one_by_one(monkey
 
 @BAD
 @pytest.mark.parametrize("skips", [False, True])
-def test_an_unreadable_image_is_treated_the_same_with_images_in_memory(tmp_path, write_bad, skips):
+def test_an_unreadable_image_gives_the_same_error_with_images_in_memory(tmp_path, write_bad, skips):
     (tmp_path / "train" / "kind").mkdir(parents=True)
     for i in range(7):
         whole_jpeg(tmp_path / "train" / "kind" / f"{i}.jpg")
@@ -524,7 +527,7 @@ def test_large_jpegs_stay_on_disk_because_they_are_decoded_smaller(large, capsys
     assert all(map(torch.equal, ours[0].views, theirs[0].views))
 
 
-def test_several_sets_share_the_limit_and_what_lies_in_memory_stays(mixed, monkeypatch, capsys):
+def test_several_sets_share_the_limit_and_cached_sets_are_kept(mixed, monkeypatch, capsys):
     array = ImageArray(ROOT, np.zeros(2, int), ("a",), np.zeros((2, 3, 8, 8), np.uint8))
     first, none, second, third = cached(mixed, None, mixed.part(np.arange(5)), array, mode="auto")
     assert none is None and third is array and len(first) == 20 and len(second) == 5
@@ -539,7 +542,7 @@ def test_several_sets_share_the_limit_and_what_lies_in_memory_stays(mixed, monke
     assert "read from their files in every epoch: about" in capsys.readouterr().out
 
 
-def test_images_that_do_not_fit(mixed, monkeypatch, capsys):
+def test_images_that_do_not_fit_stay_on_disk_or_are_refused(mixed, monkeypatch, capsys):
     size = cached(mixed)[0].pixels.numel()
     monkeypatch.setattr(cache, "free_memory", lambda: size)
     assert isinstance(cached(mixed)[0], CachedFolder)
@@ -558,21 +561,21 @@ def test_images_that_do_not_fit(mixed, monkeypatch, capsys):
 
 
 def decide(rank, folder, free):
-    """Whether this rank holds the images, if it has `free` bytes for each byte that they take."""
+    """Return whether this rank holds the images, given free memory as a multiple of their size."""
     needed = sum(3 * decode(folder.path(i))[0].numel() for i in range(20))
     cache.free_memory = lambda: round(free[rank] * needed)
     held, _ = cache.load(Namespace(cache_images="auto", nodes=1), folder, None)
     return isinstance(held, CachedFolder)
 
 
-def test_ranks_decide_by_the_least_memory_of_any(mixed, tmp_path):
+def test_all_ranks_decide_by_the_least_free_memory_of_any_rank(mixed, tmp_path):
     free = {"enough": (8.1, 9), "little": (9, 7.9), "little first": (7.9, 9)}
     checks = {name: (decide, mixed, ratios) for name, ratios in free.items()}
     of = on_two_ranks(checks, tmp_path)
     assert {name: of(name) for name in free} == {"enough": [True] * 2, "little": [False] * 2, "little first": [False] * 2}
 
 
-def test_images_beyond_a_wrong_estimate_stay_on_disk(mixed, monkeypatch):
+def test_images_stay_on_disk_if_the_estimated_memory_is_full(mixed, monkeypatch):
     monkeypatch.setattr(cache, "_BLOCK", 4)
     (held,) = cached(mixed)
     half = replace(held, pixels=held.pixels[: held.pixels.numel() // 2])
@@ -583,7 +586,7 @@ def test_images_beyond_a_wrong_estimate_stay_on_disk(mixed, monkeypatch):
     assert all(torch.equal(x, y) for a, b in zip(ours, theirs, strict=True) for x, y in zip(a.views, b.views, strict=True))
 
 
-def test_the_size_of_all_is_estimated_from_some_headers(mixed, monkeypatch):
+def test_the_total_size_is_estimated_from_some_headers(mixed, monkeypatch):
     exact = sum(3 * decode(mixed.path(i))[0].numel() for i in range(20))
     asked = []
     size = cache.decoded_size
@@ -595,7 +598,7 @@ def test_the_size_of_all_is_estimated_from_some_headers(mixed, monkeypatch):
 
 
 @pytest.mark.parametrize("version", [1, 2])
-def test_free_memory_is_that_of_the_machine_or_of_a_job_around_the_process(tmp_path, monkeypatch, version):
+def test_free_memory_is_the_least_of_the_machine_and_its_control_groups(tmp_path, monkeypatch, version):
     (tmp_path / "proc" / "self").mkdir(parents=True)
     (tmp_path / "proc" / "meminfo").write_text("MemTotal:  9000 kB\nMemAvailable:  5000 kB\nActive(anon):  7 kB\n")
     monkeypatch.setattr(cache, "PROC", tmp_path / "proc")

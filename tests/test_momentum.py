@@ -289,7 +289,7 @@ def key_groups(batch, splits, progress):
     return groups
 
 
-def test_the_query_encoder_sees_groups_if_asked_to():
+def test_bn_splits_query_splits_the_batch_norm_of_the_query_encoder():
     model, plain = build(bn_splits=4, bn_splits_query=True), build(bn_splits=4)
     views = two_views(32, 0)
     q = torch.cat([copy.deepcopy(plain.encoder_q)(group) for group in views[0].chunk(4)])
@@ -301,7 +301,7 @@ def test_the_query_encoder_sees_groups_if_asked_to():
     torch.testing.assert_close(model.encoder_q(views[0]), plain.eval().encoder_q(views[0]))
 
 
-def test_the_symmetric_loss_is_that_of_both_directions():
+def test_the_symmetric_loss_is_the_sum_of_both_directions():
     views, progress = two_views(32, 0), Progress(seed=1)
     both, one = build(symmetric=True, K=80), build(K=80)
     loss, metrics = both(views, torch.arange(32), progress)
@@ -313,7 +313,7 @@ def test_the_symmetric_loss_is_that_of_both_directions():
     assert all(value.dim() == 0 for value in metrics.values())
     both.after_step()
     assert int(both.queue_ptr) == 64
-    torch.testing.assert_close(both.queue[:32], k)  # view 1's keys, then view 2's
+    torch.testing.assert_close(both.queue[:32], k)  # the keys of the first view, then those of the second
 
 
 @pytest.mark.parametrize(

@@ -159,6 +159,7 @@ def test_rates_are_scaled_by_the_total_batch(scaling, factor):
 
 
 def made(device: str, **changed) -> torch.optim.Optimizer:
+    """Return the optimizer of a small network on `device`, with some options changed."""
     net = torch.nn.Linear(3, 2).to(device)
     args = {"optimizer": "sgd", "amp": "off", "momentum": 0.9, "nesterov": False}
     groups = [{"params": list(net.parameters()), "lr": 0.1, "weight_decay": 0.1}]
@@ -166,16 +167,16 @@ def made(device: str, **changed) -> torch.optim.Optimizer:
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_fused_steps_are_for_devices_that_have_them(optimizer):
-    """Otherwise torch chooses, which takes foreach where it can; False would be one kernel a parameter."""
+def test_optimizers_are_fused_on_devices_that_support_it(optimizer):
+    """On others torch chooses (None); False would mean one kernel per parameter."""
     for device, fused in (("cpu", True), ("meta", None)):
         assert {group["fused"] for group in made(device, optimizer=optimizer).param_groups} == {fused}
     if optimizer == "sgd":  # see optim.make
         assert {group["fused"] for group in made("cpu", amp="fp16").param_groups} == {None}
 
 
-def test_the_count_of_adamw_lies_where_the_form_of_its_step_wants_it():
-    """A run on one device continues one of another; the fused form reads the count on the device."""
+def test_step_counts_of_adamw_are_moved_to_the_device_that_its_optimizer_needs():
+    """A run may be resumed on another device. The fused optimizer needs the count on the device."""
     for device, fused, expected in (("meta", True, "meta"), ("meta", None, "cpu"), ("cpu", True, "cpu")):
         optimizer = made("cpu" if device == "cpu" else "meta", optimizer="adamw")
         for group in optimizer.param_groups:

@@ -109,7 +109,7 @@ def export(args: argparse.Namespace) -> None:
     for name, own, usual in (("mean", found.mean, MEAN), ("std", found.std, STD)):
         options += f" --{name} {' '.join(map(str, own))}" if tuple(own) != usual else ""
     if args.out.suffix == ".safetensors":
-        options = ""  # the file holds them
+        options = ""  # the file has them as metadata
     print(f"in this project's scripts:\n  --pretrained {shlex.quote(str(args.out))}{options}")
     if args.hub:
         print(f"from torch.hub, the same:\n  torch.hub.load({str(args.out.parent)!r}, 'encoder', source='local')")

@@ -31,7 +31,7 @@ QUERIES, NEIGHBOURS = 8, 6
 SAME, OTHER = "#1a8a2d", "#c62828"
 _NEEDED = {"arch": str, "data": str, "image_size": int, "dataset": str, "stem": str}
 _FOR_VIEWS = {"recipe": str, "seed": int}
-_DEFAULTS = {"class_list": None, "crop_min": None}  # of older runs
+_DEFAULTS = {"class_list": None, "crop_min": None}  # for runs of older versions, which lack these options
 _DEFAULTS |= {"dataset": "imagenet", "stem": "imagenet", "mean": list(MEAN), "std": list(STD)}
 
 

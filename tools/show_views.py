@@ -90,7 +90,7 @@ def view_columns(images: Images, picked: Sequence[int], recipe: Recipe, seed: in
             generator = Progress(seed, epoch, step=epoch).generator(rng.COLOR, "cpu", 0, v)
             seen = color.augment(crops[epoch][v], view, generator)
             title = f"view {v + 1}" + (f", draw {epoch + 1}" if draws > 1 else "")
-            columns.append(Column(title, heading, list(color.denormalize(seen))))
+            columns.append(Column(title, heading, list(color.denormalize(seen, view.mean, view.std))))
     return columns
 
 
@@ -237,6 +237,13 @@ def parser() -> argparse.ArgumentParser:
         metavar="SHARE",
         help="smallest fraction of the image that a crop covers, instead of the recipe's",
     )
+    p.add_argument(
+        "--blur-sigma",
+        type=values.real("[0.01, 100]"),
+        nargs=2,
+        metavar=("LEAST", "MOST"),
+        help="range of the blur's standard deviation in pixels, instead of the recipe's",
+    )
     p.add_argument("--randaugment", type=int, nargs=2, metavar=("N", "M"), help="operations and magnitude, instead of the recipe's")
     p.add_argument("--views", type=values.positive, metavar="N", help="number of views, instead of the recipe's")
     p.add_argument("--recipe", help=argparse.SUPPRESS)  # and what else a recipe file may say of its views
@@ -244,6 +251,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--multi-crop", action=cli.Switch, default=False, help=argparse.SUPPRESS)
     p.add_argument("--support-size", type=values.natural, help=argparse.SUPPRESS)
     p.add_argument("--data", help=argparse.SUPPRESS)
+    p.set_defaults(mean=None, std=None)  # normalization is undone in the picture
     return p
 
 
@@ -282,7 +290,7 @@ def _of_method(args: argparse.Namespace) -> str | None:
     return None if args.aug_plus is None else "mocov2" if args.aug_plus else "mocov1"
 
 
-_KEYS = "data recipe views image-size crop-min randaugment seed aug-plus multi-crop support-size".split()
+_KEYS = "data recipe views image-size crop-min randaugment blur-sigma seed aug-plus multi-crop support-size".split()
 
 
 def _words_of(path: str) -> list[str]:
@@ -292,7 +300,7 @@ def _words_of(path: str) -> list[str]:
     words: list[str] = []
     for key in _KEYS:
         value = values.get(key)
-        if isinstance(value, list) and key != "randaugment":
+        if isinstance(value, list) and key not in ("randaugment", "blur-sigma"):
             raise InputError(f"{key}: {value} is not one value")
         if isinstance(value, list):
             words += [f"--{key}", *map(str, value)]

@@ -30,7 +30,7 @@ def blend(x: Tensor, brightness: Tensor, contrast: Tensor, saturation: Tensor, o
     """Apply at most one of the three blends to each sample (the other factors of that sample are 1), [B] each.
 
     factor x + (1 - factor) other, clamped to [0, 1], where other is 0, the mean luma, or the pixel's luma.
-    `out` may be `x`.
+    The result is written to `out` if given, which may be `x`.
     """
     factors = (brightness * contrast * saturation, contrast, saturation)
     factor, contrast, saturation = (f.view(-1, 1, 1, 1) for f in factors)
@@ -40,22 +40,24 @@ def blend(x: Tensor, brightness: Tensor, contrast: Tensor, saturation: Tensor, o
 
 
 def adjust_hue(x: Tensor, shift: Tensor, out: Tensor | None = None) -> Tensor:
-    """Turn the hue by `shift` [B] of a full turn, in [-.5, .5], through HSV. `out` may be `x`.
+    """Turn the hue by `shift` [B] of a full turn, in [-.5, .5], through HSV.
 
-    There are no masks and no torch.where: on a CPU other operations are many times faster.
+    The result is written to `out` if given, which may be `x`. Masks and torch.where are avoided,
+    because on a CPU they are many times slower than arithmetic.
     """
     r, g, b = x.unbind(1)
     largest = torch.maximum(torch.maximum(r, g), b)
     smallest = torch.minimum(torch.minimum(r, g), b)
     chroma = largest - smallest
     above, below = largest + chroma, smallest - chroma
-    # The hue from cyan, in [-.5, .5] of a turn. Its size is (2 + (r - g - b + smallest) / chroma) / 6, as
-    # each of the six sectors shows: 0 for cyan, .5 for red. It is negative if green is above blue.
+    # The hue's distance from cyan, in [-.5, .5] of a turn. Its magnitude is
+    # (2 + (r - g - b + smallest) / chroma) / 6 in all six sectors: 0 for cyan, .5 for red.
+    # It is negative if green exceeds blue.
     hue = torch.copysign((above + r).sub_(g).sub_(b), b - g)
     hue = torch.addcdiv(shift.view(-1, 1, 1), hue, chroma.clamp_min(1e-12), value=1 / 6)
     hue.sub_(hue.round())
-    # red is least around 0, green is largest around -1/6, blue around 1/6; each changes within a sixth
-    # of a turn, which begins a sixth from there
+    # Red is smallest around hue 0; green is largest around -1/6, blue around 1/6. Each channel is
+    # constant up to 1/6 of a turn from there, changes linearly up to 1/3, and is constant again.
     red, green, blue = (distance.abs_().clamp_(1 / 6, 1 / 3) for distance in (hue.clone(), hue + 1 / 6, hue - 1 / 6))
     parts = ((below, red, 6), (above, green, -6), (above, blue, -6))
     channels = out.unbind(1) if out is not None else (None, None, None)
@@ -75,7 +77,7 @@ def fuse() -> None:
 
 
 def _fused(operation: Callable[..., Tensor], *inputs: Tensor, out: Tensor | None = None) -> Tensor:
-    """Call a compiled operation, and copy its result to `out`: torch.compile fails to write there."""
+    """Call a compiled operation and copy its result to `out`: compiled code cannot write there."""
     result = operation(*inputs)
     return result if out is None else out.copy_(result)
 
@@ -99,13 +101,16 @@ def solarize(x: Tensor, threshold: float = 0.5) -> Tensor:
 
 
 def normalize(x: Tensor, mean: Sequence[float] = MEAN, std: Sequence[float] = STD, out: Tensor | None = None) -> Tensor:
-    """uint8 or float images to zero mean and unit deviation of a data set with `mean` and `std` [3], in float32."""
+    """Return (x - mean) / std per channel in float32, for `x` uint8, or float in [0, 1].
+
+    `mean` and `std` [3] are those of the data set's colours in [0, 1].
+    """
     mean, scale = _mean_and_scale(x.device, tuple(mean), tuple(std))
     return torch.sub(x if x.dtype == torch.float32 else _to_float(x), mean, out=out).mul_(scale)
 
 
 def denormalize(x: Tensor, mean: Sequence[float] = MEAN, std: Sequence[float] = STD) -> Tensor:
-    """Return what `normalize` was given, as colours in [0, 1]."""
+    """Undo `normalize`: return colours in [0, 1]."""
     mean, scale = _mean_and_scale(x.device, tuple(mean), tuple(std))
     return (x / scale + mean).clamp(0, 1)
 
@@ -130,7 +135,7 @@ class Draws:
     flip: Tensor
 
     def part(self, rows: Tensor) -> "Draws":
-        """Return the draws of the samples `rows`."""
+        """Return the draws of the samples with the indices `rows`."""
         return Draws(**{name: values[rows] for name, values in vars(self).items()})
 
 
@@ -159,9 +164,9 @@ def draw(view: View, n: int, generator: torch.Generator) -> Draws:
 def apply(x: Tensor, view: View, draws: Draws) -> Tensor:
     """Colour, flip and normalize `x` [B, 3, H, W] (uint8, or float in [0, 1]) as `draws` says; returns float32.
 
-    The draws lie on the CPU, so the rows that an operation touches are known without waiting for the
-    device. A GPU works on all rows of an operation at once. A CPU takes small images in chunks and large
-    ones one by one, which stay in its cache until they are done.
+    The draws lie on the CPU, so it is known without waiting for the device which samples each
+    operation changes. A GPU applies an operation to all of these samples at once. A CPU finishes
+    one chunk of small images, or one large image, before the next: so the pixels stay in its cache.
     """
     if x.device.type != "cpu":
         return _apply_by_operation(x, view, draws)
@@ -178,7 +183,7 @@ def _to_float(x: Tensor) -> Tensor:
     return x.float().mul_(1 / 255) if x.dtype == torch.uint8 else x.to(torch.float32, copy=True)
 
 
-# On a GPU, and on a CPU for a chunk of small images: each operation on all of its rows.
+# On a GPU, and on a CPU for a chunk of small images: apply an operation to all its samples at once.
 
 
 def _apply_by_operation(x: Tensor, view: View, draws: Draws) -> Tensor:
@@ -193,7 +198,8 @@ def _apply_by_operation(x: Tensor, view: View, draws: Draws) -> Tensor:
 
 
 def _jitter(x: Tensor, rows: Tensor, view: View, draws: Draws) -> Tensor:
-    # sorted by the slot in which their hue turns: these rows lie together, and so do those before and after
+    # Sort the samples by the slot in which their hue turns. In each slot those that turn their hue
+    # are then one slice, and the others at most two slices.
     slots = _slot_of_hue(draws.order[rows])
     rows = rows[slots.argsort(stable=True)]
     ends = slots.bincount(minlength=4).cumsum(0).tolist()
@@ -213,7 +219,7 @@ def _jitter(x: Tensor, rows: Tensor, view: View, draws: Draws) -> Tensor:
 
 
 def _slot_of_hue(order: Tensor) -> Tensor:
-    """Return in which of the four slots of the jitter each sample's hue turns, [B]."""
+    """Return the index of the jitter's slot, of four, in which each sample's hue turns, [B]."""
     return (order == _HUE).int().argmax(1)
 
 
@@ -242,8 +248,8 @@ def _solarize(x: Tensor, rows: Tensor, view: View, draws: Draws) -> Tensor:
     return x.index_copy_(0, rows, solarize(x[rows]))
 
 
-# On a CPU, where images are small: chunks that stay in its cache. If there are many images, those of a
-# chunk turn their hue in the same slot of the jitter, so that none has to be moved.
+# On a CPU, for small images: one chunk after the other, each small enough for the cache. In a large
+# batch, the images of a chunk turn their hue in the same slot: `_jitter` need not sort them.
 
 _CHUNK = 128  # images
 
@@ -251,12 +257,12 @@ _CHUNK = 128  # images
 def _apply_by_chunk(x: Tensor, view: View, draws: Draws) -> Tensor:
     slots = torch.where(draws.jitter, _slot_of_hue(draws.order), 4)
     sizes = slots.bincount().tolist() if len(x) > _CHUNK else [len(x)]
-    # NumPy copies rows several times as fast as PyTorch
+    # NumPy indexes several times as fast as PyTorch
     images, out = x.numpy(), torch.empty(x.shape)
     for group in slots.argsort(stable=True).split(sizes):
         for rows in group.tensor_split(-(-len(group) // _CHUNK)) if len(group) else ():
             chunk, mine = images[rows.numpy()], draws.part(rows)
-            # flipped first, as bytes, which is less to move
+            # Flip first: as uint8, the images are a quarter of the bytes.
             flip = mine.flip.numpy()
             chunk[flip] = torch.from_numpy(chunk[flip]).flip(-1).numpy()
             mine.flip = torch.zeros_like(mine.flip)

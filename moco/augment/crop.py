@@ -77,10 +77,12 @@ def _randaugment(operations: int, magnitude: int) -> v2.RandAugment:
 
 
 def center_view(image: Tensor, size: int) -> Tensor:
-    """The evaluation view: the shorter side to 8/7 of `size` (256 for 224), then the central size x size pixels.
+    """Return the evaluation view: resize the shorter side to 8/7 of `size`, then crop the center.
 
-    `image` is uint8 [3, H, W], or a batch [B, 3, H, W]. Rounds as torchvision's Resize and CenterCrop. A small image that has
-    this size is seen whole, as those of CIFAR and STL-10 are in the literature.
+    `image` is uint8 [3, H, W], or a batch [B, 3, H, W]. The shorter side becomes 256 pixels for a
+    `size` of 224. Sizes are rounded as in torchvision's Resize and CenterCrop. An image of exactly
+    size x size pixels is returned unchanged if `size` is at most `_WHOLE`: the literature evaluates
+    CIFAR and STL-10 on full images.
     """
     if tuple(image.shape[-2:]) == (size, size) and size <= _WHOLE:
         return image
@@ -97,9 +99,10 @@ _LONGEST = 16  # times the shorter side
 
 
 def _middle(image: Tensor) -> Tensor:
-    """Return an image [..., H, W] without its ends if it is longer than any camera's.
+    """Cut off the ends of an image [..., H, W] whose aspect ratio is above `_LONGEST`.
 
-    They would be made as large as its middle.
+    Otherwise resizing its shorter side would make the longer one huge, for pixels that the center
+    crop drops.
     """
     for axis in (-2, -1):
         length, most = image.shape[axis], _LONGEST * min(image.shape[-2:])
@@ -118,27 +121,27 @@ def _resize(image: Tensor, size: tuple[int, int]) -> Tensor:
     return out.view(*image.shape[:-2], *size).contiguous(memory_format=torch.contiguous_format)
 
 
-# A batch of small images of one size at once: the same draws and the same pixels as one by one, but
-# Python's time only once.
+# Views of a full batch of small images of equal size. Draws and pixels are the same as image by
+# image, but Python's overhead is paid once per batch.
 
 
 def can_crop_at_once(height: int, width: int, recipe: Recipe) -> bool:
-    """Return whether `random_views_at_once` takes images of this size, and is the faster way."""
+    """Return whether `random_views_at_once` accepts images of this size and is the faster way."""
     if max(height, width) > _LARGEST or any(view.randaugment[0] for view in recipe):
         return False
     return max(height, width) <= _LARGEST_SHRINKING * min(view.size for view in recipe)
 
 
 _LARGEST = 64  # pixels; the matrix products of larger images take longer than resizing crop by crop
-_LARGEST_SHRINKING = 4  # beyond it, the sums of `resized_crops` would not be exact
-_CHUNK = 64  # images; what is computed of them fits in a core's cache
+_LARGEST_SHRINKING = 4  # times; beyond it, the float32 sums of `resized_crops` would not be exact
+_CHUNK = 64  # images whose intermediate results fit in a core's cache
 
 
 def random_views_at_once(images: Tensor, recipe: Recipe, *counters: Key) -> list[Tensor]:
-    """Return the `random_views` of images uint8 [B, 3, H, W] as a batch [B, 3, S, S] for each view.
+    """Apply `random_views` to each of `images` uint8 [B, 3, H, W]; return [B, 3, S, S] per view.
 
-    `can_crop_at_once` must be true of them. At least one of `counters` is an array [B], with a number
-    for each image.
+    `can_crop_at_once` must be true for them. At least one of `counters` is an array [B], with one
+    number per image; the others are the same for all images.
     """
     views = []
     for i, view in enumerate(recipe):
@@ -148,17 +151,17 @@ def random_views_at_once(images: Tensor, recipe: Recipe, *counters: Key) -> list
 
 
 def random_boxes_at_once(height: int, width: int, view: View, keys: np.ndarray) -> np.ndarray:
-    """Return the `random_box` of each of the `keys` uint64 [B]: int64 [B, 4]."""
+    """Draw the `random_box` of each of `keys` uint64 [B]; return int64 [B, 4]."""
     (low, high), (narrow, wide) = view.scale, view.ratio
     boxes = np.empty((len(keys), 4), dtype=np.int64)
-    rows, unsure = np.arange(len(keys)), []  # rows: those for which no box fits so far
+    rows, unsure = np.arange(len(keys)), []  # rows: keys without a fitting box so far
     for i in range(0, 40, 4):
         drawn = keys[rows]
         area = height * width * (low + (high - low) * uniform(drawn, i))
         aspect = narrow * (wide / narrow) ** uniform(drawn, i + 1)
         sides = np.sqrt(np.stack([area / aspect, area * aspect]))  # [2, n]: height, width
-        # NumPy's power may differ from Python's in the last bit, which counts where a side is nearly
-        # halfway between two pixels
+        # NumPy's power may differ from Python's in the last bit. That changes the box if a side is
+        # nearly halfway between two whole numbers of pixels.
         unsure.append(rows[(np.abs(sides % 1 - 0.5) < 1e-6).any(0)])
         h, w = np.rint(sides).astype(np.int64)
         fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
@@ -174,15 +177,15 @@ def random_boxes_at_once(height: int, width: int, view: View, keys: np.ndarray) 
 
 
 def resized_crops(images: Tensor, boxes: np.ndarray, size: int) -> Tensor:
-    """Return the `resized_crop` of each image of a batch uint8 [B, 3, H, W]: uint8 [B, 3, size, size].
+    """Apply `resized_crop` to each of `images` uint8 [B, 3, H, W]; return uint8 [B, 3, size, size].
 
-    Bilinear interpolation is linear in the rows and in the columns, so a crop is two matrix products.
-    PyTorch rounds the weights of uint8 images to multiples of 2^-p, and the result of each product to
-    whole grey levels. The sums are exact in float32 up to p = 16, which shrinking by
-    `_LARGEST_SHRINKING` needs, so that each pixel is the same as PyTorch's.
+    Bilinear interpolation is linear along rows and along columns, so a resized crop is two matrix
+    products. For uint8 images PyTorch rounds the weights to multiples of 2^-p, and the result of
+    each product to whole grey levels. Shrinking by up to `_LARGEST_SHRINKING` needs p of at most 16,
+    for which the float32 sums here are exact. So each pixel equals PyTorch's.
 
     Args:
-        boxes: of each image, int64 [B, 4].
+        boxes: the box of each image, int64 [B, 4].
     """
     (n, channels, height, width), (top, left, h, w) = images.shape, boxes.T
     down, across = _placed_weights(height, size)[h, top], _placed_weights(width, size)[w, left]
@@ -193,16 +196,17 @@ def resized_crops(images: Tensor, boxes: np.ndarray, size: int) -> Tensor:
         x = images[part].float().view(-1, channels * height, width)
         x = torch.bmm(x, across[part].transpose(1, 2)).add_(0.5).floor_()
         x = torch.matmul(down[part, None], x.view(-1, channels, height, size)).add_(0.5)
-        out[part] = torch.from_numpy(x.numpy().astype(np.uint8))  # PyTorch's takes seven times as long
+        # NumPy converts to uint8 seven times as fast as PyTorch
+        out[part] = torch.from_numpy(x.numpy().astype(np.uint8))
     return out
 
 
 @functools.cache
 def _placed_weights(length: int, size: int) -> np.ndarray:
-    """Return the weights that resize any part of an axis of `length` pixels to `size` pixels.
+    """Return the weights that resize any interval of an axis of `length` pixels to `size` pixels.
 
-    They are float32 [length + 1, length, size, length]: the first two axes are the part's own length
-    and where it begins. It is a view of far fewer numbers.
+    The result is float32 [length + 1, length, size, length], indexed by the interval's length, its
+    first pixel, the output pixel and the input pixel. It is a strided view of a much smaller array.
     """
     weights = np.zeros((length + 1, size, 2 * length), dtype=np.float32)
     for box in range(1, length + 1):
@@ -213,18 +217,18 @@ def _placed_weights(length: int, size: int) -> np.ndarray:
 
 
 def _weights(length: int, size: int) -> np.ndarray:
-    """Return PyTorch's antialiased weights of uint8 images: float64 [size, length].
+    """Return the antialiased weights by which PyTorch resizes `length` uint8 pixels to `size`.
 
-    They resize `length` pixels to `size`.
+    They are float64 [size, length].
     """
     scale = length / size
-    reach = max(scale, 1.0)  # of the triangle over each output pixel
+    reach = max(scale, 1.0)  # half the width of the triangle filter around each output pixel
     center = scale * (np.arange(size) + 0.5)[:, None]
     pixel = np.arange(length)
     first, last = ((center + side * reach + 0.5).astype(np.int64) for side in (-1, 1))
     weights = (1 - np.abs(pixel - center + 0.5) / reach).clip(0)
     weights *= (pixel >= first) & (pixel < last)
     weights /= weights.sum(1, keepdims=True)
-    # as many as the largest weight leaves in a signed number of 16 bits
+    # the precision p: as many bits as keep the largest weight within a signed 16-bit integer
     bits = next(p for p in range(23) if p == 22 or int(0.5 + weights.max() * 2 ** (p + 1)) >= 2**15)
     return np.floor(0.5 + weights * 2**bits) / 2**bits

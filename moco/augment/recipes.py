@@ -15,7 +15,8 @@ class View:
 
     `jitter` is (brightness, contrast, saturation, hue) as in torchvision's ColorJitter; `blur_sigma` is in pixels of
     the view; `order` is the order of the colour operations. `randaugment` is how many of RandAugment's operations come before
-    them, and their magnitude in [0, 10]. `mean` and `std`, of RGB in [0, 1], normalize the view at the end.
+    them, and their magnitude in [0, 10]. At the end the view is normalized
+    with `mean` and `std`, those of RGB values in [0, 1].
     """
 
     size: int = 224
@@ -53,7 +54,7 @@ RECIPES: dict[str, Recipe] = {
     "sogclr": (replace(_BYOL, blur_p=1.0),) * 2,
     "multicrop": (_MOCOV2, *_MULTICROP),  # the key view, then the queries
     "fnc": (_FNC,) * 10,  # two and the support views
-    "small": (View(scale=(0.08, 1.0), jitter_p=0.8, gray_p=0.2),) * 2,  # MoCo's demo on CIFAR-10: nothing to blur
+    "small": (View(scale=(0.08, 1.0), jitter_p=0.8, gray_p=0.2),) * 2,  # MoCo's demo on CIFAR-10, no blur
     "probe": (View(scale=(0.08, 1.0)),),
 }
 
@@ -74,11 +75,15 @@ def recipe(
     mean: Sequence[float] = MEAN,
     std: Sequence[float] = STD,
 ) -> Recipe:
-    """The recipe `name` with its views and their blur scaled from 224 to `size` pixels, and with other settings if given.
+    """Return the recipe `name`, with view sizes and blur scaled from 224 to `size` pixels.
 
-    `crop_min` is the least share of a crop; `randaugment`, `blur_sigma`, `mean` and `std` are as in `View`, and `views` how many
-    there are: the recipe's first ones, or all and its last one again. Raises InputError for an unknown name, or where a setting
-    is out of range.
+    Args:
+        crop_min: smallest fraction of the image's area that a crop covers.
+        views: number of views: the recipe's first ones, or all of them and its last one repeated.
+        randaugment, blur_sigma, mean, std: as in `View`; a given `blur_sigma` is not scaled.
+
+    Settings that are not given are the recipe's. Raises InputError for an unknown name, or if a
+    setting is out of range.
     """
     check_name(name)
     share = size / 224
@@ -93,7 +98,7 @@ def recipe(
         for view in RECIPES[name]
     ]
     if blur_sigma and blur_sigma[0] > blur_sigma[1]:
-        raise InputError(f"--blur-sigma {blur_sigma[0]:g} {blur_sigma[1]:g}: the first is the smallest, the second the largest")
+        raise InputError(f"--blur-sigma {blur_sigma[0]:g} {blur_sigma[1]:g}: give the smaller one first")
     if views is not None:
         all_views = [*all_views, *all_views[-1:] * views][:views]
     if crop_min is not None:

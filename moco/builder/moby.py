@@ -46,7 +46,7 @@ class OnlineAndTarget(nn.Module, ABC):
 
     @property
     def embedding(self) -> nn.Module:
-        """The encoder with the projection head."""
+        """Return the encoder followed by the projection head."""
         return nn.Sequential(self.encoder, self.projector)
 
     def forward(self, views: Sequence[Tensor], index: Tensor, progress: Progress) -> tuple[Tensor, dict[str, Tensor]]:

@@ -12,13 +12,14 @@ from moco.loss.contrastive import bank_info_nce, contrast_accuracy, spread, unit
 from moco.loss.synthetic import Mixture, hardest
 from moco.rng import SHUFFLE, Progress
 
-MIN_BN_GROUP = 8  # images; fewer make batch statistics useless
+MIN_BN_GROUP = 8  # images; batch statistics of fewer are useless
 
 
 class _SplitBatchNorm:
-    """Before a batch norm of torch's: in training, statistics of `splits` parts of the batch, as if on so many GPUs.
+    """A mixin for torch's batch norms: normalizes `splits` groups of a training batch separately.
 
-    Running statistics are the mean over the parts, as in MoCo's demo on CIFAR-10.
+    This gives the batch statistics of as many GPUs. The running statistics are the mean of those of
+    the groups, as in MoCo's demo on CIFAR-10.
     """
 
     splits = 1
@@ -42,7 +43,10 @@ _SPLIT = {kind: type(kind.__name__, (_SplitBatchNorm, kind), {}) for kind in (nn
 
 
 def split_batch_norm(net: nn.Module, splits: int) -> None:
-    """Let every batch norm of `net` see `splits` parts of a batch, of `MIN_BN_GROUP` images at least."""
+    """Let every batch norm of `net` normalize `splits` groups of a batch separately.
+
+    There are fewer groups if they would have fewer than `MIN_BN_GROUP` images.
+    """
     for module in net.modules():
         if type(module) in _SPLIT:
             module.__class__, module.splits = _SPLIT[type(module)], splits
@@ -67,7 +71,8 @@ class MovingAverage(nn.Module):
         """The encoder that evaluation uses."""
         return self.encoder_q
 
-    embedding = encoder  # the same with its head, which `moco.encoder.networks` keeps as the network's last layer
+    # The encoder with its projection head: the same network, because the head is its last layer.
+    embedding = encoder
 
     @torch.no_grad()
     def after_step(self) -> None:
@@ -81,7 +86,7 @@ class QueryAndKey(MovingAverage):
     Args:
         encoder, m: `MovingAverage`'s.
         bn_splits: with one process, groups of a shuffled batch over which the key encoder's BN runs.
-        bn_splits_query: whether the query encoder's BN runs over as many groups of its batch.
+        bn_splits_query: whether the query encoder's BN also runs over `bn_splits` groups.
     """
 
     def __init__(self, encoder: Callable[[], nn.Module], m: float, bn_splits: int, bn_splits_query: bool = False):
@@ -95,8 +100,8 @@ class QueryAndKey(MovingAverage):
         """Unit keys of the joint batch in its own order, [W B, C], under shuffled BN.
 
         Images change places by a permutation that all ranks share and every pass draws anew, so that a key's BN group
-        is not its query's. Batch norm of one process alone runs over groups of the shuffled batch instead. `counters` tell
-        apart the permutations of several views.
+        is not its query's. With a single process, batch norm runs over groups of the shuffled batch
+        instead. Give each view other `counters`, so that their permutations differ.
         """
         generator = progress.generator(SHUFFLE, "cpu", *counters)
         permutation = torch.randperm(distributed.world() * len(images), generator=generator)
@@ -111,7 +116,8 @@ class MoCo(QueryAndKey):
         dim: feature size C.
         K: rows of the queue.
         T: softmax temperature.
-        symmetric: either view has queries and keys; the losses of both directions add up, and both views' keys enter the queue.
+        symmetric: whether each view has queries, compared with the keys of the other view.
+            The losses of both directions are added, and the keys of both views enter the queue.
     """
 
     def __init__(
@@ -152,9 +158,10 @@ class MoCo(QueryAndKey):
         return torch.stack(losses).sum(), {name: torch.stack([one[name] for one in metrics]).mean() for name in metrics[0]}
 
     def contrast(self, q: Tensor, k: Tensor, progress: Progress, direction: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
-        """InfoNCE of unit queries and keys [B, C]; metrics among the queue's negatives, whatever else is added.
+        """Return the InfoNCE loss of unit queries and keys [B, C], and metrics.
 
-        `direction` counts from 0 the pairs of views of this pass, whose draws differ.
+        The metrics count only the queue's entries as negatives, not synthetic ones. `direction` is
+        the index, from 0, of the pair of views in this pass: each pair has random draws of its own.
         """
         positive = (q * k).sum(1)  # [B]
         with torch.no_grad():

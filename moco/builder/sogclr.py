@@ -33,7 +33,8 @@ class SogCLR(nn.Module):
         """The encoder that evaluation uses."""
         return self.base_encoder
 
-    embedding = encoder  # the same with its head, as its last layer
+    # The encoder with its projection head: the same network, because the head is its last layer.
+    embedding = encoder
 
     def forward(self, views: Sequence[Tensor], index: Tensor, progress: Progress) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and metrics of this rank's batch.

@@ -21,18 +21,18 @@ from moco.errors import InputError
 
 MODES = ("auto", "on", "off")
 SHARE, MOST = 4, 8 << 30  # auto: at most 1 / SHARE of a node's free memory, and at most 8 GiB
-_SAMPLE = 256  # files whose headers are read to estimate the size of all
-_BLOCK = 16  # images that a thread decodes in one turn
-_AHEAD = 64  # turns that may be done before an earlier one is
+_SAMPLE = 256  # files whose headers are read to estimate the total size
+_BLOCK = 16  # images that a thread decodes as one task
+_AHEAD = 64  # tasks that may be submitted before their results are read
 
 
 def load(args: Namespace, *sets: Images | None) -> list[Images | None]:
-    """Decode the images of folders if `args.cache_images` says so; return `sets` with them in memory.
+    """Decode the images of folders if `args.cache_images` says so; return `sets` with these images.
 
-    Called on every rank, before loader processes start. Each rank has a copy of its own, so the ranks
-    of a node share the limit. Rank 0 prints one line. Unreadable images are left out, so that the
-    loader meets the same error as without the cache; so are large JPEGs, which it decodes at a reduced
-    size. `args` has `cache_images` and `nodes`.
+    Call it on every rank, before loader processes start. Each rank holds its own copy, so the limit
+    is divided among the ranks of a node. Rank 0 prints one line. Two types of images stay on disk:
+    unreadable ones, so that the loader reports the same error as without the cache, and large
+    JPEGs, which the loader decodes at a reduced size. `args` has `cache_images` and `nodes`.
 
     Raises InputError if the images do not fit and the option is `on`.
     """
@@ -43,7 +43,7 @@ def load(args: Namespace, *sets: Images | None) -> list[Images | None]:
     ranks = max(1, distributed.world() // args.nodes)  # of this node
     threads = max(1, max(4, os.cpu_count() or 1) // ranks)
     with ThreadPoolExecutor(threads) as pool, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # here, because threads cannot do so one by one
+        warnings.simplefilter("ignore")  # for all threads: they share the filters
         needed, free = _agreed([_estimate(folder, pool) for folder in folders], free_memory())
         limit = _limit(args.cache_images, sum(needed), free, ranks)
         if not 0 < sum(needed) <= limit:
@@ -57,7 +57,7 @@ def load(args: Namespace, *sets: Images | None) -> list[Images | None]:
 
 
 def _limit(mode: str, needed: int, free: int, ranks: int) -> int:
-    """Return how many bytes a process may hold; print what that means for `needed` bytes.
+    """Return how many bytes a process may hold. Print whether the `needed` bytes stay in memory.
 
     Raises InputError if they do not fit and `mode` is `on`.
     """
@@ -65,7 +65,8 @@ def _limit(mode: str, needed: int, free: int, ranks: int) -> int:
     size = f"about {_gib(needed)} decoded"
     if needed > limit and mode == "on":
         raise InputError(
-            f"--cache-images on: the images take {size}, and each process may use {_gib(limit)}; leave it out, or free memory"
+            f"--cache-images on: the images take {size}, and each process may use {_gib(limit)}; "
+            "leave the option out, or free memory"
         )
     rule = f"free {_gib(free)}"
     rule = f"a quarter of the {rule}, at most {_gib(MOST)}" if mode == "auto" else f"the {rule}"
@@ -88,7 +89,7 @@ def _gib(size: int) -> str:
 
 
 def _agreed(needed: list[int], free: int) -> tuple[list[int], int]:
-    """Return rank 0's `needed` and the least `free` of all ranks: all of them decide the same."""
+    """Return rank 0's `needed` and the least `free` of all ranks, so that all decide the same."""
     if distributed.world() == 1:
         return needed, free
     found: list[tuple[list[int], int]] = [([], 0)] * distributed.world()
@@ -97,14 +98,14 @@ def _agreed(needed: list[int], free: int) -> tuple[list[int], int]:
 
 
 def _estimate(folder: ImageFolder, pool: Executor) -> int:
-    """Return how many bytes the decoded images take, as the headers of some files let expect."""
+    """Estimate the bytes of the decoded images from the headers of `_SAMPLE` files."""
     rows = np.linspace(0, len(folder) - 1, min(len(folder), _SAMPLE)).astype(int)
     return round(np.mean(list(pool.map(decoded_size, map(folder.path, rows)))) * len(folder))
 
 
 def _decoded(folder: ImageFolder, most: int, pool: Executor) -> CachedFolder:
-    """Decode the images of `folder`. What does not fit into `most` bytes any more is left out."""
-    pixels = torch.empty(most, dtype=torch.uint8)  # the system provides memory only as it is filled
+    """Decode the images of `folder`. Blocks that do not fit into `most` bytes are left out."""
+    pixels = torch.empty(most, dtype=torch.uint8)  # takes memory only where it is written
     starts, sizes = np.full(len(folder), -1), np.zeros((len(folder), 2), dtype=np.int64)
     firsts = range(0, len(folder), _BLOCK)
     end = 0
@@ -120,11 +121,11 @@ def _decoded(folder: ImageFolder, most: int, pool: Executor) -> CachedFolder:
     return CachedFolder(*fields, pixels[:end], starts, sizes)
 
 
-Block = tuple[np.ndarray, Tensor]  # height and width of each image, and all their pixels
+Block = tuple[np.ndarray, Tensor]  # (height, width) of each image, and the pixels of all
 
 
 def _in_order(folder: ImageFolder, firsts: range, pool: Executor) -> Iterator[Block]:
-    """Yield the result of `_decode_block` for each of `firsts`; only a few wait in memory."""
+    """Yield the result of `_decode_block` for each of `firsts`; hold at most `_AHEAD` results."""
     waiting: deque[Future] = deque()
     for first in firsts:
         waiting.append(pool.submit(_decode_block, folder, first))
@@ -135,7 +136,7 @@ def _in_order(folder: ImageFolder, firsts: range, pool: Executor) -> Iterator[Bl
 
 
 def _decode_block(folder: ImageFolder, first: int) -> Block:
-    """Decode `_BLOCK` images from number `first` on. The sizes int64 [n, 2] are 0 for one left out."""
+    """Decode `_BLOCK` images from index `first` on. Those that are left out have size (0, 0)."""
     last = min(first + _BLOCK, len(folder))
     images = [decode_whole(folder.path(i)) for i in range(first, last)]
     sizes = [(0, 0) if image is None else image.shape[1:] for image in images]
@@ -146,14 +147,14 @@ def _decode_block(folder: ImageFolder, first: int) -> Block:
 # Free memory.
 
 PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
-# Of the two versions of Linux's control groups: folder, limit, use, and what of it is given back when
-# it is needed.
+# Both versions of Linux's control groups: folder, file with the limit, file with the usage, and the
+# field of memory.stat with cached file pages, which the kernel frees on demand.
 _V1 = ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
 _V2 = ("", "memory.max", "memory.current", "inactive_file")
 
 
 def free_memory() -> int:
-    """Return how many bytes this process may still use, of the machine and of its container or job."""
+    """Return how many bytes this process may still use, within its container's or job's limit."""
     try:
         fields = dict(line.split(":") for line in (PROC / "meminfo").read_text().splitlines())
         free = 1024 * int(fields["MemAvailable"].split()[0])
@@ -163,7 +164,7 @@ def free_memory() -> int:
 
 
 def _left_in_groups() -> Iterator[int]:
-    """Yield what each control group with a limit has left: this process's, and those around it."""
+    """Yield the bytes left in each control group with a limit: this process's and its parents."""
     try:
         lines = (PROC / "self" / "cgroup").read_text().splitlines()
     except OSError:

@@ -54,12 +54,12 @@ def find(data: str, splits: tuple[str, ...]) -> Path:
 
 
 def split_folder(root: Path, split: str) -> Path:
-    """Return the folder of a split. Where there is no val/, it is test/, if that has class folders."""
+    """Return the folder of a split; for val, if there is no val/, test/ if it has class folders."""
     folder, test = root / split, root / "test"
     if split == "val" and not _is_folder(folder) and _is_folder(test):
         entries = _entries(str(test))
         if entries.folders or entries.links:
-            _print_once(f"{root}: has no val/; test/ takes its place")
+            _print_once(f"{root}: has no val/; test/ is used instead")
             return test
     return folder
 

@@ -47,9 +47,9 @@ class Images:
         raise NotImplementedError
 
     def together(self, rows: np.ndarray, takes: Callable[[int, int], bool]) -> Tensor | None:
-        """Return the images of `rows`, uint8 [n, 3, H, W]; None unless they lie in memory with one size.
+        """Return the images with the indices `rows` as one uint8 [n, 3, H, W], or None.
 
-        `takes(H, W)` says whether the caller wants images of that size.
+        The result is None unless all are in memory with equal sizes, and `takes(H, W)` is true.
         """
         return None
 
@@ -93,11 +93,11 @@ class ImageFolder(Images):
 
 @dataclass(frozen=True)
 class CachedFolder(ImageFolder):
-    """An `ImageFolder` with decoded images in memory (see `cache`). Any others are read from their files.
+    """An `ImageFolder` whose decoded images are in memory (see `cache`), except those left on disk.
 
-    `pixels` is uint8 and holds one image after the other. It is a tensor because PyTorch shares its
-    memory with loader processes however these are started. `starts` [N] says where each image begins,
-    or is -1 if the image is not there; `sizes` [N, 2] are height and width.
+    `pixels` is uint8 and holds one image after the other. It is a tensor, because PyTorch shares
+    tensors with loader processes by any start method. `starts` [N] has the offset of each image in
+    `pixels`, or -1 if the image is read from its file. `sizes` [N, 2] has heights and widths.
     """
 
     pixels: Tensor
@@ -115,7 +115,7 @@ class CachedFolder(ImageFolder):
         height, width = sizes[0].tolist()
         if (starts < 0).any() or (sizes != sizes[0]).any() or not takes(height, width):
             return None
-        # NumPy copies rows of bytes eight times as fast as PyTorch
+        # NumPy gathers bytes eight times as fast as PyTorch
         windows = np.lib.stride_tricks.sliding_window_view(self.pixels.numpy(), 3 * height * width)
         return torch.from_numpy(windows[starts]).view(len(rows), 3, height, width)
 
@@ -154,8 +154,8 @@ def decode(path: str, reduction: Reduction = whole) -> Tensor:
         data = read_file(path)
         if not len(data):
             raise InputError(f"{path}: empty image file; remove or replace it")
-        raw = memoryview(data.numpy())  # to look at an element of a tensor takes a while
-        if raw[:2] != b"\xff\xd8":  # torchvision's decoder of PNGs ends the process at damaged ones
+        raw = memoryview(data.numpy())  # reading elements of a tensor is slow
+        if raw[:2] != b"\xff\xd8":  # torchvision crashes on damaged PNGs
             return _decode_with_pil(path)
         _check_size(path, raw)
         if len(data) > _LARGE:
@@ -168,11 +168,14 @@ def decode(path: str, reduction: Reduction = whole) -> Tensor:
 
 
 class _Shrinks(Exception):
-    """A file is a large JPEG, of which `decode` may make a smaller image."""
+    """An exception for a large JPEG, which `decode` may decode at a reduced size."""
 
 
 def decode_whole(path: str) -> Tensor | None:
-    """Return what `decode` makes of `path` with any `reduction`; None for large JPEGs and unreadable files."""
+    """Decode an image that has one size only; return None for large JPEGs and unreadable files.
+
+    `decode` may decode a large JPEG at a reduced size, depending on its `reduction`.
+    """
 
     def refuse(height: int, width: int) -> int:
         raise _Shrinks
@@ -184,10 +187,10 @@ def decode_whole(path: str) -> Tensor | None:
 
 
 def decoded_size(path: str) -> int:
-    """Return the size of the result of `decode_whole` in bytes, by the file's header; 0 if that is None."""
+    """Read from the file's header how many bytes `decode_whole` returns; 0 if it returns None."""
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
-            return 0  # a pipe would be waited for
+            return 0  # opening a pipe would block
         with _opened(path) as image:
             large = image.format in ("JPEG", "MPO") and os.path.getsize(path) > _LARGE
             return 0 if large else 3 * image.height * image.width

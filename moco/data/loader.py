@@ -59,11 +59,11 @@ class RandomCrops(NamedTuple):
         return max(factor for factor in (1, 2, 4, 8) if factor <= max(1, spare))
 
     def takes(self, height: int, width: int) -> bool:
-        """Return whether `at_once` takes images of this size."""
+        """Return whether `at_once` accepts images of this size."""
         return crop.can_crop_at_once(height, width, self.recipe)
 
     def at_once(self, images: Tensor, epochs: np.ndarray, indices: np.ndarray) -> list[Tensor]:
-        """Cut the views of a batch of images [B, 3, H, W], the same ones as image by image."""
+        """Cut the views of a batch [B, 3, H, W]. They equal those cut image by image."""
         return crop.random_views_at_once(images, self.recipe, rng.CROP, self.seed, epochs, indices)
 
 
@@ -80,11 +80,11 @@ class CenterCrop(NamedTuple):
         return 1
 
     def takes(self, height: int, width: int) -> bool:
-        """Return whether `at_once` takes images of this size. A batch of larger ones takes much memory."""
+        """Return whether `at_once` accepts images of this size; larger ones take much memory."""
         return max(height, width) <= 256
 
     def at_once(self, images: Tensor, epochs: np.ndarray, indices: np.ndarray) -> list[Tensor]:
-        """Cut the views of a batch of images [B, 3, H, W], the same ones as image by image."""
+        """Cut the views of a batch [B, 3, H, W]. They equal those cut image by image."""
         return [crop.center_view(images, self.size)]
 
 
@@ -116,7 +116,10 @@ class Views(Dataset):
         return InputError(f"{unreadable[0][1]}; nor could {REPLACEMENTS} others be read in its place")
 
     def __getitems__(self, places: list[Place]) -> Batch | list:
-        """Return what `collate` gets: a Batch if the images lie in memory and `cut` takes them, else samples."""
+        """Return a Batch if the images are in memory and `cut` accepts their size, else samples.
+
+        PyTorch's DataLoader calls this, and passes the result to `collate`.
+        """
         epochs, indices = np.array(places).T.copy()
         images = self.images.together(indices, self.cut.takes)
         if images is None:
@@ -129,7 +132,7 @@ REPLACEMENTS = 10  # images tried in an unreadable one's place
 
 
 def collate(samples: Batch | list) -> Batch | InputError:
-    """Stack samples into a Batch, or pass on the first error; a Batch stays as it is."""
+    """Stack samples into a Batch, or return the first error. A Batch is returned unchanged."""
     if isinstance(samples, Batch):
         return samples
     error = next((sample for sample in samples if isinstance(sample, InputError)), None)
@@ -242,18 +245,19 @@ def batches(
 
 
 def _moved(batch: Batch, device: torch.device, stream: torch.cuda.Stream | None) -> Batch:
-    """Return `batch` on `device`; on CUDA, copied on `stream`.
+    """Return `batch` on `device`. On CUDA, copy it on `stream`.
 
-    When the loop asks for a batch, it has queued the step before on the training's stream, and the
-    GPU still computes it. A copy on another stream runs meanwhile; on the same one it would wait.
+    When the loop asks for a batch, the GPU still computes the previous step, which is queued on the
+    stream of the training. A copy on a separate stream overlaps with it; on the same stream the
+    copy would wait for it.
     """
     with torch.cuda.stream(stream) if stream else contextlib.nullcontext():
         moved = [devices.move(x, device) for x in (*batch.views, batch.index, batch.label)]
     if stream:
         training = torch.cuda.current_stream(device)
-        training.wait_stream(stream)  # what is queued from here on runs after the copies
+        training.wait_stream(stream)  # all work queued from now on runs after the copies
         for x in moved:
-            # else a later copy may get this memory before a step has read it
+            # Otherwise a later copy may reuse this memory before the step has read it.
             x.record_stream(training)
     *views, index, label = moved
     return Batch(views, index, label, batch.unreadable)

@@ -212,7 +212,7 @@ class _Set(NamedTuple):
     load: Loader
     get: Callable[..., object] | str  # downloads, called with root and download=True; or says where people find it
     layout: str  # of the root
-    mean: tuple[float, ...] = MEAN  # of RGB in [0, 1], over the training images where these are published
+    mean: tuple[float, ...] = MEAN  # of the training images' RGB in [0, 1], if published
     std: tuple[float, ...] = STD
 
 
@@ -222,7 +222,7 @@ _SETS = {
         tv.CIFAR10,
         "cifar-10-batches-py/ (data_batch_1, ..., batches.meta)",
         (0.4914, 0.4822, 0.4465),
-        (0.2023, 0.1994, 0.2010),  # as in MoCo's demo: the mean deviation of single images
+        (0.2023, 0.1994, 0.2010),  # as in MoCo's demo: the std of each image, averaged
     ),
     "cifar100": _Set(
         _cifar(tv.CIFAR100),
@@ -301,13 +301,16 @@ def load(name: str, root: str, seed: int = 0) -> Split:
 
 
 def normalization(name: str) -> tuple[list[float], list[float]]:
-    """Return the mean and standard deviation of a data set's RGB in [0, 1]; those of ImageNet for folders of images."""
+    """Return the mean and std of a data set's RGB in [0, 1]; ImageNet's for folders."""
     mean, std = (_SETS[name].mean, _SETS[name].std) if name in _SETS else (MEAN, STD)
     return list(mean), list(std)
 
 
 def training(name: str, root: str, class_list: str | None = None) -> Images:
-    """Return the images to pre-train on: those of train/, which need no val/ next to them, or of a named data set."""
+    """Return the images to pre-train on: those of train/, or the training images of a data set.
+
+    A folder need not have val/.
+    """
     if name in _SETS:
         images = load(name, root)[0]
     else:
@@ -316,7 +319,10 @@ def training(name: str, root: str, class_list: str | None = None) -> Images:
 
 
 def testing(name: str, root: str, class_list: str | None = None) -> Images:
-    """Return the images that a pre-trained encoder is tested on, of the classes of `training`."""
+    """Return the images to test a pre-trained encoder on: val/, or the test images of a data set.
+
+    They have the classes of `training`.
+    """
     if name in _SETS:
         images = load(name, root)[1]
     else:

@@ -29,13 +29,14 @@ def check_arch(arch: str) -> None:
 def create(arch: str, out: int, image_size: int = 224, drop_path: float = 0.0, stem: str | None = "imagenet") -> nn.Module:
     """A randomly initialised network for images of `image_size` pixels whose last layer maps to `out` features; none for 0.
 
-    `drop_path` is the rate of stochastic depth of timm's networks, `stem` a ResNet's (see `resnet`). Raises InputError for an
-    unknown `arch`, one that is not for such images, or one without stochastic depth or a choice of stems where that is asked for.
+    `drop_path` is the rate of stochastic depth, for timm's networks. `stem` is for ResNets (see
+    `resnet`). Raises InputError for an unknown `arch`, or for one that does not support the image
+    size, the stochastic depth or the stem.
     """
     if arch not in ARCHS:
         check_arch(arch)
         if stem == "cifar":
-            raise InputError(f"--stem {stem}: is for torchvision's ResNets, and {arch} is none; leave it out")
+            raise InputError(f"--stem {stem}: {arch} is not a torchvision ResNet; leave --stem out")
         return timm_networks.create(arch, out, image_size, drop_path)
     if drop_path:
         raise InputError(f"{arch}: has no stochastic depth; leave --online-drop-path and --target-drop-path at 0")
@@ -52,7 +53,7 @@ def resnet(arch: str, out: int, mlp: bool = False, stem: str | None = "imagenet"
         mlp: whether `fc` is MoCo v2's head: Linear(D, D), ReLU, Linear(D, out).
         stem: "imagenet" for torchvision's 7x7 convolution of stride 2 and max-pooling; "cifar" for a
             3x3 convolution of stride 1 and no pooling, as in MoCo's demo on CIFAR-10.
-        more: torchvision's options.
+        more: further options of torchvision's function.
 
     Raises InputError for an unknown `arch`.
     """
@@ -159,7 +160,7 @@ def features(net: nn.Module, images: Tensor) -> Tensor:
 
 
 def embedding(net: nn.Module, images: Tensor) -> Tensor:
-    """What the projection head in the last layer's place makes of these features: [B, C]."""
+    """Return the output of the projection head, which is the last layer of `net`: [B, C]."""
     return head(net)(features(net, images))
 
 

@@ -150,7 +150,10 @@ def tensors_of(net: nn.Module, state: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def stem(net: nn.Module, tensors: dict[str, Tensor]) -> str:
-    """Return which of `networks.STEMS` a file of a network like `net` has: cifar if a ResNet's first convolution is 3x3."""
+    """Return the stem, one of `networks.STEMS`, of the weights in `tensors`.
+
+    It is cifar if `net` is a ResNet and its first convolution is 3x3 in `tensors`, else imagenet.
+    """
     first = tensors.get(f"{prefix(net, tensors)}conv1.weight") if isinstance(net, models.ResNet) else None
     return "cifar" if first is not None and first.shape[1:] == (3, 3, 3) else "imagenet"
 
@@ -158,22 +161,27 @@ def stem(net: nn.Module, tensors: dict[str, Tensor]) -> str:
 def keep_projection(net: nn.Module, tensors: dict[str, Tensor], layers: int, source: str) -> None:
     """Put the first `layers` linear layers of a published projection head, with what follows each, below `net`'s classifier.
 
-    Raises InputError where `projection` does.
+    Raises InputError as `projection` does.
     """
     kept, width = projection(net, tensors, layers, source)
     set_head(net, nn.Sequential(*kept, nn.Linear(width, classifier(net).out_features)))
 
 
 def load_projection(net: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
-    """Put a published projection head in the place of `net`'s last layer. Raises InputError where `projection` does."""
+    """Replace the last layer of `net` by a published projection head.
+
+    Raises InputError as `projection` does.
+    """
     set_head(net, nn.Sequential(*projection(net, tensors, 0, source)[0]))
 
 
 def projection(net: nn.Module, tensors: dict[str, Tensor], layers: int, source: str) -> tuple[list[nn.Module], int]:
-    """Return a published projection head, of which the first `layers` linear layers or, for 0, all, and how long its output is.
+    """Return the layers of a published projection head, and the width of their output.
 
+    With `layers` above 0, keep only that many linear layers, with the layers that follow each.
     The head is read from the names and shapes of its tensors: a weight of two dimensions is a linear layer, running statistics
-    are batch norm's, and a place without tensors is a ReLU. Raises InputError where it has fewer layers, other ones, or none.
+    are batch norm's, and a place without tensors is a ReLU. Raises InputError if it has fewer linear layers,
+    layers of other types, or none.
     """
     start = prefix(net, tensors)
     inside, beside = f"{start}{head_name(net)}.", start.removesuffix("encoder.") + "projector."  # MoBY has it beside the encoder

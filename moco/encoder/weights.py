@@ -222,7 +222,7 @@ def _facts(metadata: dict[str, str]) -> State:
 
 
 def _numbers(text: str) -> list[float]:
-    """Return the numbers in `text`, separated by spaces; none if it holds something else."""
+    """Return the numbers in `text`, separated by spaces; [] if anything is not a number."""
     try:
         return [float(word) for word in text.split()]
     except ValueError:

@@ -224,7 +224,7 @@ class About(NamedTuple):
     options: dict[str, Any]  # of the run
     image_size: int | None  # pixels that its network was trained at
     stem: str | None = None  # of a ResNet, see `networks.resnet`
-    mean: list[float] | None = None  # [3], of RGB in [0, 1], by which images were normalized
+    mean: list[float] | None = None  # [3], by which RGB values in [0, 1] were normalized
     std: list[float] | None = None
 
 
@@ -250,6 +250,6 @@ def about(state: State) -> About:
 
 
 def channels(value: object) -> list[float] | None:
-    """Return one number for each of R, G and B, or None for anything else."""
+    """Return `value` if it is one number in (0, 1] for each of R, G and B, else None."""
     good = isinstance(value, list | tuple) and len(value) == 3 and all(isinstance(one, float) and 0 < one <= 1 for one in value)
     return list(value) if good else None

@@ -50,7 +50,8 @@ def check(args: Namespace) -> None:
     net = networks.create(args.arch, 1, args.image_size)
     stem = published.stem(net, published.tensors_of(net, state))
     if args.stem not in (None, stem):
-        raise InputError(f"--stem {args.stem}: the network of {args.pretrained} has the stem {stem}; leave it out")
+        has = f"{args.pretrained} has the stem {stem}"
+        raise InputError(f"--stem {args.stem}: {has}; leave --stem out")
     args.stem = stem
     with encoder.naming_arch(args.pretrained, about.arch, args.arch):
         _load(networks.create(args.arch, 1, args.image_size, stem=stem), args, state)

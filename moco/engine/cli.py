@@ -373,7 +373,7 @@ def _convert(action: argparse.Action, value: object, where: str) -> object:
         except ValueError as error:
             raise InputError(f"{where}: {error}") from None
     word = {False: "off", True: "on"}.get(value) if isinstance(value, bool) else None
-    if word in (action.choices or ()):  # YAML takes off for false, and on for true
+    if word in (action.choices or ()):  # YAML reads off as false, and on as true
         value = word
     is_flag = action.nargs == 0
     many = action.nargs in ("*", "+") or (isinstance(action.nargs, int) and action.nargs > 0)
@@ -411,8 +411,8 @@ def add_launch(parser: Parser) -> None:
     A script whose --multiprocessing-distributed is None by default takes all GPUs.
     """
     group = parser.add_argument_group("launch (or use torchrun, torch.distributed.launch, srun)")
-    where = "where to compute; auto: on the accelerator that PyTorch finds, else on the CPU"
-    one = f"{' and '.join(devices.ONE_PROCESS)} run one process"
+    where = "device to compute on; auto: the accelerator that PyTorch finds, else the CPU"
+    one = f"{' and '.join(devices.ONE_PROCESS)} support a single process only"
     kinds = ("auto", *devices.TYPES)
     group.add_argument("--device", choices=kinds, default="auto", help=f"{where}; {one}")
     group.add_argument("--multiprocessing-distributed", action=Switch, default=False, help="start one process per GPU of this node")
@@ -458,8 +458,8 @@ def add_input(
         "--cache-images",
         choices=cache.MODES,
         default="auto",
-        help="decode the images of a folder once, and keep them in memory; auto: if they take at most "
-        f"a quarter of the node's free memory, and at most {cache.MOST >> 30} GiB",
+        help="decode the images of a folder once and keep them in memory; auto: do so if they take "
+        f"at most a quarter of the node's free memory, and at most {cache.MOST >> 30} GiB",
     )
     size = "" if arch else "; read from the checkpoint, else 224"
     group.add_argument(
@@ -469,23 +469,26 @@ def add_input(
         metavar="PIXELS",
         help="width and height of a full-size view" + size,
     )
-    stems = "imagenet: a 7x7 convolution of stride 2 and max-pooling; cifar: a 3x3 one of stride 1, for images of 32 or 64 pixels"
+    stems = "imagenet: a 7x7 convolution of stride 2 and max-pooling; cifar: a 3x3 convolution of "
+    stems += "stride 1, for images of 32 or 64 pixels"
     found = "default: imagenet" if arch else "default: the checkpoint's, else imagenet"
     group.add_argument("--stem", choices=STEMS, help=f"first layers of a ResNet; {stems} ({found})")
     three = {"type": values.channel, "nargs": 3, "metavar": tuple("RGB")}
     whose = "the data set's" if arch else "the checkpoint's"
-    group.add_argument(
-        "--mean", **three, help=f"of colours in [0, 1], by which images are normalized (default: {whose}, else ImageNet's)"
-    )
-    group.add_argument("--std", **three, help=f"standard deviation, as --mean (default: {whose}, else ImageNet's)")
-    parser.has_effect("stem", lambda args: args.arch in ARCHS, "it is for torchvision's ResNets; leave it out")
+    normal = f"RGB values in [0, 1], to normalize images with (default: {whose}, else ImageNet's)"
+    group.add_argument("--mean", **three, help=f"mean of {normal}")
+    group.add_argument("--std", **three, help=f"standard deviation of {normal}")
+    only = "it is for torchvision's ResNets; leave it out"
+    parser.has_effect("stem", lambda args: args.arch in ARCHS, only)
     group.add_argument("--recipe", default=recipe, help="views by name, see moco/augment/recipes.py")
+    sigma = "range of the blur's standard deviation in pixels "
+    sigma += "(default: the recipe's, scaled by --image-size / 224)"
     group.add_argument(
         "--blur-sigma",
         type=values.real("[0.01, 100]"),
         nargs=2,
         metavar=("LEAST", "MOST"),
-        help="standard deviation of the blur in pixels, instead of the recipe's, which is scaled by --image-size / 224",
+        help=sigma,
     )
     blurs = "the recipe's views are not blurred; leave it out, or give another --recipe"
     parser.has_effect("blur_sigma", lambda args: any(view.blur_p for view in recipes.of_options(args)), blurs)
@@ -520,7 +523,7 @@ def add_evaluation(parser: Parser) -> None:
 
 
 def add_data_set(parser: Parser, group: argparse._ArgumentGroup) -> None:
-    """Which data set is read, and whether it is fetched first."""
+    """Add the options that name the data set and download it."""
     help = f"what lies in DIR, of {', '.join(named.NAMES)}"
     group.add_argument("--dataset", type=named.canonical, default="imagenet", metavar="NAME", help=help)
     group.add_argument("--download", action="store_true", help="fetch the data set into DIR first")
@@ -685,7 +688,7 @@ def add_pretrain(parser: Parser, cos: int = 1, *, transformers: bool = False, ea
     )
     group.add_argument("--knn-k", type=values.positive, default=20, metavar="K", help="neighbours that vote")
     group.add_argument("--knn-t", type=values.temperature, default=0.07, metavar="T", help="temperature of the neighbours' weights")
-    whose = "features of the encoder without its projection head, or of the head"
+    whose = "features to compare: the encoder's without projection head, or the head's"
     group.add_argument("--knn-features", choices=("backbone", "head"), default="backbone", help=whose)
     monitor = "the k-NN monitor is off; give --knn-every EPOCHS as well, or leave it out"
     parser.has_effect("knn_k knn_t knn_features", lambda args: args.knn_every, monitor)
@@ -713,7 +716,7 @@ def add_momentum_encoder(parser: Parser, t: float, v2: bool) -> None:
     group.add_argument(
         "--bn-splits", type=values.positive, default=8, help="batch norm groups of the key encoder if one process trains alone"
     )
-    both = "batch norm of the query encoder has as many groups, as on so many GPUs"
+    both = "split the batch norm of the query encoder into --bn-splits groups, too"
     group.add_argument("--bn-splits-query", action=Switch, default=False, help=both)
     named = "--recipe names the views; leave it out"
     parser.has_effect("aug_plus", lambda args: args.recipe == ("mocov2" if args.aug_plus else "mocov1"), named)

@@ -19,7 +19,7 @@ class Encoder(NamedTuple):
     method: str  # of pre-training; "unknown" where the file does not say it, as those of other software
     epoch: int | None  # how many epochs it was trained for
     stem: str  # of a ResNet, see `networks.resnet`
-    mean: list[float]  # [3], of RGB in [0, 1], by which images are normalized
+    mean: list[float]  # [3], by which RGB values in [0, 1] are normalized
     std: list[float]
     resized: list[str]  # tensors that are of another shape in the file: tables of positions, interpolated
 

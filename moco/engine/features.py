@@ -41,9 +41,10 @@ def extract(
     unit: bool = True,
     of: Callable[[nn.Module, Tensor], Tensor] = networks.features,
 ) -> Features:
-    """Features of this rank's share of `images`, in eval mode: of length 1, or, unless `unit`, as they come.
+    """Return the features of this rank's share of `images`, and their labels, in eval mode.
 
-    `of(net, batch)` computes them, by default those of the backbone.
+    `of(net, batch)` computes the features: by default those of the backbone. With `unit` they are
+    normalized to norm 1.
 
     The labels are on `device`, and so are the features, unless `args.host_features` keeps them in the host's memory. There is
     one copy of them.
@@ -166,13 +167,11 @@ def check(args: Namespace, many: bool) -> None:
         raise InputError("--load-features and --dump-features: features that are read lie in files already; leave one out")
     if args.load_features:
         meta, _ = _open(Path(args.load_features))
-        for name in ("arch", "pretrained", "class_list"):
-            given, dumped = getattr(args, name), meta["checkpoint" if name == "pretrained" else name]
+        for name in ("arch", "pretrained", "class_list", "features"):
+            given, dumped = getattr(args, name, None), meta["checkpoint" if name == "pretrained" else name]
             if given not in (None, dumped):
                 option, dumped = f"--{name.replace('_', '-')}", dumped or "all classes"
                 raise InputError(f"{option} {given}: the features in {args.load_features} are of {dumped}; leave {option} out")
-        if getattr(args, "features", "backbone") == "head" != meta["features"]:
-            raise InputError(f"--features head: the features in {args.load_features} are the backbone's; leave it out")
         vars(args).update({option: meta[name] for name, option in _ORIGIN.items()})
     dataset = "photos" if args.data == "photos" else args.dataset
     if dataset in named.METRIC and (named.METRIC[dataset] == "map11") != many:

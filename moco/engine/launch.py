@@ -52,22 +52,22 @@ def plan(args: Namespace) -> Plan:
     kind = devices.chosen(args.device)
     p = _plan(args, kind)
     if p.world > 1 and kind in devices.ONE_PROCESS:
-        several = f"--device {kind}: runs one process, and this run has {p.world}"
-        raise InputError(f"{several}; start one process alone, or give --device cpu")
+        several = f"--device {kind}: supports a single process, and this run has {p.world}"
+        raise InputError(f"{several}; start one process, or give --device cpu")
     return p
 
 
 def _plan(args: Namespace, kind: str) -> Plan:
-    """`plan` for devices of one type; does not check whether they can run several processes."""
+    """Return the `plan` for devices of type `kind`, unchecked for support of several processes."""
     gpus = devices.count(kind)
     env = os.environ
     if args.gpu is not None and args.gpu >= gpus:
         if args.device == "cpu":
-            raise InputError(f"--gpu {args.gpu}: --device cpu uses no GPU; leave one of them out")
+            raise InputError(f"--gpu {args.gpu}: --device cpu uses no GPU; leave one of both out")
         raise InputError(f"--gpu {args.gpu}: this machine has {gpus} GPU(s); leave --gpu out or choose another")
     if args.dist_backend == "nccl" and kind != "cuda":
         where = "this machine has none" if args.device == "auto" else f"--device is {args.device}"
-        raise InputError(f"--dist-backend nccl: is for CUDA GPUs, and {where}; leave it out")
+        raise InputError(f"--dist-backend nccl: needs CUDA GPUs, and {where}; leave it out")
     if args.nproc_per_node is not None and args.nproc_per_node < 1:
         raise InputError("--nproc-per-node must be at least 1")
     launched = "RANK" in env and "WORLD_SIZE" in env
@@ -258,7 +258,7 @@ def _process(p: Plan, worker: Worker, args: Namespace, r: int, local_rank: int, 
     device = devices.of_process(args.device, args.gpu, local_rank)
     if device.type == "cpu" and p.local > 1:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // p.local))
-    if device.type in ("cuda", "xpu"):  # of mps there is one
+    if device.type in ("cuda", "xpu"):  # a machine has one MPS device
         torch.get_device_module(device).set_device(device)
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True
@@ -302,7 +302,7 @@ def _work(worker: Worker, args: Namespace, device: torch.device, r: int) -> None
         if no_memory or "allocate memory" in what or "MPS backend out of memory" in what:
             raise InputError(f"memory runs out on rank {r}; try a smaller --batch-size or network ({what})") from None
         if isinstance(error, NotImplementedError) and device.type in devices.ONE_PROCESS:
-            lacks = f"--device {device.type}: PyTorch lacks an operation there"
+            lacks = f"--device {device.type}: PyTorch lacks an operation on this device"
             raise InputError(f"{lacks}; give --device cpu ({what})") from None
         if "DataLoader worker" not in what:
             raise

@@ -83,7 +83,7 @@ class RunLog:
         steps: of the whole run; the time left is counted from them.
         start: the step that this start begins at, below 0 where steps come before epoch 0. Lines of an earlier start beyond
             it are dropped, so that a resumed run's log is that of one never stopped.
-        device: on which the run trains.
+        device: the device that the run trains on.
     """
 
     def __init__(self, args: Namespace, steps: int, start: int = 0, device: torch.device = CPU):

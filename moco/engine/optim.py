@@ -17,9 +17,9 @@ SCALINGS = ("none", "sqrt", "linear")
 def make(groups: list[dict[str, Any]], args: Namespace) -> torch.optim.Optimizer:
     """The optimizer of `--optimizer` on groups of parameters with an `lr` and a `weight_decay` each.
 
-    SGD and AdamW are fused on CUDA and the CPU; on other devices PyTorch chooses. SGD is not fused
-    under fp16: if the gradient scaler skips the first step, PyTorch's fused SGD leaves the momentum
-    buffer uninitialised and uses it in the next.
+    SGD and AdamW are fused on CUDA and on the CPU; on other devices PyTorch chooses. SGD is not
+    fused under fp16: if the gradient scaler skips the first step, PyTorch's fused SGD leaves the momentum
+    buffer uninitialised and uses it in the next step.
     """
     if not 0 <= args.momentum < 1 or (args.nesterov and not args.momentum):
         least = "above 0 with --nesterov" if args.nesterov else "at least 0"
@@ -33,10 +33,10 @@ def make(groups: list[dict[str, Any]], args: Namespace) -> torch.optim.Optimizer
 
 
 def _fused(groups: list[dict[str, Any]]) -> bool | None:
-    """Return True if the parameters lie where the fused optimizers of torch 2.6 run, else None.
+    """Return True if torch 2.6 has fused optimizers for the devices of the parameters, else None.
 
-    None leaves the choice to torch: one kernel for many parameters (foreach) where it has them.
-    False would mean one kernel for each.
+    With None, torch chooses: one kernel for many parameters (foreach) if the device supports that.
+    With False, there would be one kernel per parameter.
     """
     kinds = {p.device.type for group in groups for p in group["params"]}
     return True if kinds <= {"cpu", "cuda"} else None
@@ -64,9 +64,11 @@ def restore(optimizer: torch.optim.Optimizer, saved: dict[str, Any], path: str, 
 
 
 def _place_counts(optimizer: torch.optim.Optimizer) -> None:
-    """Put AdamW's counts of steps on the device that this run expects; a saved run may differ.
+    """Move AdamW's step counts to the device that this run's optimizer needs.
 
-    A fused step wants a count next to its parameter; another reads it, which is free on the CPU.
+    The fused optimizer needs each count on the device of its parameter. The others read the count
+    in Python: on the CPU that waits for no device. The checkpoint's counts may be elsewhere, if its
+    run had another device.
     """
     for group in optimizer.param_groups:
         for p in group["params"]:

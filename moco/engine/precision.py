@@ -19,10 +19,10 @@ _BF16 = {"avx512_bf16", "amx_bf16", "bf16"}
 
 
 def choose(args: Namespace) -> None:
-    """Set `args.amp` to off, and print a line, if the run is on a CPU that computes it slowly.
+    """Set `args.amp` to off, and print a line, if the run is on a CPU that is slow in `args.amp`.
 
     Every CPU is slow in fp16: PyTorch's convolutions take minutes a step. CPUs without bf16
-    instructions are slow in bf16. Raises InputError if there is no device as `args.device` says.
+    instructions are slow in bf16. Raises InputError if the device of `args.device` is not found.
     """
     on_cpu = devices.chosen(args.device) == "cpu"
     if args.amp == "off" or not on_cpu or (args.amp == "bf16" and _multiplies_bf16()):
@@ -45,9 +45,9 @@ def autocast(amp: str, device: torch.device) -> torch.autocast:
 
 
 def scaler(amp: str, device: torch.device) -> torch.amp.GradScaler:
-    """Return a gradient scaler, which does nothing unless `--amp fp16`.
+    """Return a gradient scaler. It does nothing unless `--amp fp16`.
 
-    Raises InputError if torch has none for this device.
+    Raises InputError if PyTorch cannot scale gradients on this device.
     """
     if amp == "fp16" and device.type not in ("cpu", "cuda"):
         _check_scales(device)
@@ -55,7 +55,7 @@ def scaler(amp: str, device: torch.device) -> torch.amp.GradScaler:
 
 
 def _check_scales(device: torch.device) -> None:
-    """Raise InputError if a gradient scaler fails on `device`. Tries it on one number."""
+    """Raise InputError if a gradient scaler fails on `device`, as tried with one weight."""
     trial = torch.amp.GradScaler(device.type)
     weight = torch.zeros(1, device=device, requires_grad=True)
     try:
@@ -64,7 +64,7 @@ def _check_scales(device: torch.device) -> None:
         trial.update()
     except (RuntimeError, TypeError) as error:
         why = short(" ".join(str(error).split()))
-        lacks = f"--amp fp16: PyTorch scales no gradients on {device.type}"
+        lacks = f"--amp fp16: PyTorch cannot scale gradients on {device.type}"
         raise InputError(f"{lacks}; give --amp bf16 or off ({why})") from None
 
 
@@ -101,18 +101,18 @@ def place(model: nn.Module, device: torch.device, compile: bool, recompute: bool
     return model
 
 
-_CHANNELS_LAST = ("cuda", "xpu")  # types of devices that convolve faster so
+_CHANNELS_LAST = ("cuda", "xpu")  # device types on which convolutions are faster channels last
 
 
 def _check_compiles(device: torch.device) -> None:
-    """Raise InputError if torch.compile fails on an accelerator other than CUDA. Tries one sum."""
+    """Raise InputError if torch.compile fails on an accelerator but CUDA, as tried with one sum."""
     if device.type in ("cpu", "cuda"):
         return
     try:
         torch.compile(lambda x: x + 1)(torch.zeros(1, device=device))
     except Exception as error:  # each backend raises errors of its own
         why = short(" ".join(str(error).split()))
-        cannot = f"--compile: PyTorch cannot compile for {device.type} here"
+        cannot = f"--compile: PyTorch cannot compile for {device.type} on this machine"
         raise InputError(f"{cannot}; leave it out ({why})") from None
 
 

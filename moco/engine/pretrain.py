@@ -38,7 +38,8 @@ def check(args: Namespace, transformers: bool = False) -> None:
     else:
         named.check(args.dataset, args.data, args.download)
         if named.METRIC[args.dataset] == "map11" and args.knn_every:
-            raise InputError(f"--knn-every: images of {args.dataset} show several classes each, and k-NN needs one; leave it out")
+            several = f"each image of {args.dataset} has several labels, and k-NN needs one"
+            raise InputError(f"--knn-every: {several}; leave it out")
     mean, std = named.normalization(args.dataset)
     args.mean, args.std = args.mean or mean, args.std or std
 

@@ -63,9 +63,9 @@ def start(args: Namespace) -> bool:
 
 
 def inherit(args: Namespace) -> None:
-    """Set the stem and the normalization of a pre-training to those of the checkpoint of `--resume`, unless they are given.
+    """Set a pre-training's stem, mean and std to those of the checkpoint, unless they are given.
 
-    Without a checkpoint the stem is ImageNet's.
+    The checkpoint is that of `--resume`. Without one the stem is ImageNet's.
     """
     if args.resume and None in (args.stem, args.mean, args.std):
         about = checkpoint.about(checkpoint.load(args.resume))

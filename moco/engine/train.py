@@ -106,7 +106,7 @@ class Trainer(ABC):
         """Save before the end of an epoch, when `step` steps of the run are done; returns the file's path."""
 
     def keep_in_memory(self) -> None:
-        """Decode what every epoch reads once and for all, if --cache-images says so."""
+        """Decode the images that every epoch reads into memory, if --cache-images says so."""
         (self.images,) = cache.load(self.args, self.images)
 
     def train(self) -> None:
