@@ -88,9 +88,12 @@ def test_a_recipe_file_says_which_views(tmp_path):
     assert of("--cfg", configs / "synco_200.yaml")[0] == recipes.recipe("mocov2")
     assert of("--cfg", configs / "adco_multicrop_200.yaml")[0] == recipes.recipe("multicrop")
     file = tmp_path / "args.yaml"
-    file.write_text("recipe: fnc\nsupport_size: 2\nimage-size: 64\nrandaugment: [1, 3]\nlr: .3\nseed: 4\n")
+    file.write_text("recipe: fnc\nsupport_size: 2\nimage-size: 64\nrandaugment: [1, 3]\nblur-sigma: [0.2, 0.5]\nlr: .3\nseed: 4\n")
     views, args = of("--cfg", file, "--image-size", 32)
-    assert views == recipes.recipe("fnc", 32, views=4, randaugment=(1, 3)) and (args.seed, args.data) == (4, "photos")
+    assert views == recipes.recipe("fnc", 32, views=4, randaugment=(1, 3), blur_sigma=(0.2, 0.5)) and (args.seed, args.data) == (
+        4,
+        "photos",
+    )
     views, args = of("sogclr", "DIR", "--cfg", file)
     assert args.data == "DIR" and views[0].blur_p == 1
     file.write_text("recipe: fnc\nimage-size: many\n")
