@@ -40,7 +40,7 @@ def of_process(choice: str, gpu: int | None, local_rank: int) -> torch.device:
     return torch.device(kind, local_rank % count(kind) if gpu is None else gpu)
 
 
-def move(x: Tensor, device: torch.device) -> Tensor:
+def to_device(x: Tensor, device: torch.device) -> Tensor:
     """Move `x` from the CPU to `device`. On CUDA, queue the copy and do not wait for it."""
     # On XPU and MPS a queued copy may read the memory of `x` after Python has freed it.
     return x.to(device, non_blocking=device.type not in ONE_PROCESS)

@@ -181,15 +181,15 @@ def shuffle(x: Tensor, permutation: Tensor) -> Tensor:
     """
     n, w, r = len(x), world(), rank()
     if w == 1:
-        return x[devices.move(permutation, x.device)]
+        return x[devices.to_device(permutation, x.device)]
     owner = permutation.div(n, rounding_mode="floor").view(w, n)  # [destination, slot]
     # to each destination go my samples that it asked for, in the order of its slots
     send = [permutation.view(w, n)[d][owner[d] == r] - r * n for d in range(w)]
     order = torch.cat([(owner[r] == s).nonzero().squeeze(1) for s in range(w)])  # slot of each row as it arrives
-    sent = x[devices.move(torch.cat(send), x.device)].contiguous()
+    sent = x[devices.to_device(torch.cat(send), x.device)].contiguous()
     arrived = torch.empty_like(sent)
     dist.all_to_all_single(arrived, sent, owner[r].bincount(minlength=w).tolist(), [len(s) for s in send])
-    return arrived[devices.move(order.argsort(), x.device)]
+    return arrived[devices.to_device(order.argsort(), x.device)]
 
 
 def unshuffle(x: Tensor, permutation: Tensor) -> Tensor:
@@ -197,4 +197,4 @@ def unshuffle(x: Tensor, permutation: Tensor) -> Tensor:
 
     Every rank gets all rows: the queue needs them. This rank's own are rows rank B to (rank + 1) B.
     """
-    return all_gather(x)[devices.move(permutation.argsort(), x.device)]
+    return all_gather(x)[devices.to_device(permutation.argsort(), x.device)]

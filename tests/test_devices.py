@@ -171,7 +171,7 @@ def accelerator(monkeypatch) -> Iterator[Accelerator]:
             for _ in range((STEPS + 1) * self.args.accumulation_steps):
                 views = [torch.randint(256, (batch, 3, size, size), dtype=torch.uint8) for size in sizes]
                 index, label = torch.randint(len(self.images), (batch,)), torch.zeros(batch, dtype=torch.long)
-                *views, index, label = (devices.move(x, self.device) for x in (*views, index, label))
+                *views, index, label = (devices.to_device(x, self.device) for x in (*views, index, label))
                 yield Batch(views, index, label, [])
 
         stub = Log(accelerator)
@@ -496,5 +496,5 @@ def test_copies_are_queued_on_cuda_only(monkeypatch):
     asked = []
     monkeypatch.setattr(Tensor, "to", lambda x, device, non_blocking: asked.append((device.type, non_blocking)))
     for kind in ("cuda", "xpu", "mps"):
-        devices.move(torch.ones(1), torch.device(kind, 0))
+        devices.to_device(torch.ones(1), torch.device(kind, 0))
     assert asked == [("cuda", True), ("xpu", False), ("mps", False)]

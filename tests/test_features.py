@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from moco import distributed
 from moco.augment.color import normalize
 from moco.augment.crop import center_view
+from moco.augment.recipes import MEAN, STD
 from moco.data import datasets
 from moco.data.images import ImageArray
 from moco.engine import features
@@ -200,7 +201,8 @@ def pictures(n, labels=None, size=16):
 
 
 def options(**more):
-    return Namespace(batch_per_process=8, batch_size=8, image_size=16, workers=0, amp="off", **more)
+    shared = {"workers": 0, "amp": "off", "mean": MEAN, "std": STD}
+    return Namespace(batch_per_process=8, batch_size=8, image_size=16, **shared, **more)
 
 
 class Flat(nn.Sequential):

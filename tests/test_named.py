@@ -22,7 +22,7 @@ from scipy.io import savemat
 
 from moco.data import datasets
 from moco.data.images import ImageArray, ImageFolder
-from moco.data.named import METRIC, NAMES, check, load
+from moco.data.named import METRIC, NAMES, canonical, check, load
 from moco.errors import InputError
 
 NEVER_DOWNLOADED = ("imagenet", "cars", "places205")
@@ -654,3 +654,8 @@ def test_what_is_there_is_not_downloaded(name, root, asked):
     WRITERS[name](Tree(root))
     check(name, str(root), download=True)
     assert not asked
+
+
+@pytest.mark.parametrize(("given", "name"), [("place205", "places205"), ("imagenet2012", "imagenet"), ("CIFAR10", "cifar10")])
+def test_names_in_the_commands_of_papers_are_understood(given, name):
+    assert canonical(given) == name and name in NAMES

@@ -385,7 +385,7 @@ def test_opts_are_spelled_as_options(script, shared_images, tmp_path):
     given = ("--data-path", shared_images, "--opts", "DATA.DATASET", "cifar10", "LINEAR_EVAL.WEIGHTS", "finetune")
     refused(script("main_lincls", *given), "give --dataset cifar10 --weights finetune instead")
     given = ("--opts", "TRAIN.EPOCHS", 5, "AMP_OPT_LEVEL", "O1", "DATA.DATASET", "cifar10", "-b", 3)
-    refused(script("main_moby", "DIR", *given), "give --epochs 5 instead; here is nothing like AMP_OPT_LEVEL, DATA.DATASET\n")
+    refused(script("main_moby", "DIR", *given), "give --epochs 5 --dataset cifar10 instead; here is nothing like AMP_OPT_LEVEL\n")
     given = ("--opts", "TRAIN.BASE_LR", 0.001, "TRAIN.USE_CHECKPOINT", True, "DATA.BATCH_SIZE", 64)
     same = "--lr 0.0005 --learning-rate-scaling linear --grad-checkpoint --batch-size 64"
     refused(script("main_moby", "DIR", *given), f"give {same} instead\n")

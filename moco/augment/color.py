@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moco.augment.recipes import MEAN, STD, View
-from moco.devices import move
+from moco.devices import to_device
 
 _SMALL = 128 * 128  # pixels; to take images of up to so many one by one costs a CPU more in calls than it saves in cache
 _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = range(4)  # the jitter's operations
@@ -205,9 +205,9 @@ def _jitter(x: Tensor, rows: Tensor, view: View, draws: Draws) -> Tensor:
     ends = slots.bincount(minlength=4).cumsum(0).tolist()
     operation = draws.order[rows, :, None] == torch.arange(4)  # [b, slot, 4]: one True in each slot
     coefficients = torch.where(operation, draws.factors[rows, None], torch.ones(()))[..., :_HUE]
-    coefficients, shift = move(coefficients, x.device), move(draws.factors[rows, _HUE], x.device)
+    coefficients, shift = to_device(coefficients, x.device), to_device(draws.factors[rows, _HUE], x.device)
     in_place = torch.equal(rows, torch.arange(len(x)))
-    rows = move(rows, x.device)
+    rows = to_device(rows, x.device)
     y = x if in_place else x.index_select(0, rows)
     for slot, (first, last) in enumerate(zip([0, *ends], ends, strict=False)):
         for part in (slice(0, first), slice(last, len(y))):
@@ -224,18 +224,18 @@ def _slot_of_hue(order: Tensor) -> Tensor:
 
 
 def _flip(x: Tensor, rows: Tensor, view: View, draws: Draws) -> Tensor:
-    rows = move(rows, x.device)
+    rows = to_device(rows, x.device)
     return x.index_copy_(0, rows, x[rows].flip(-1))
 
 
 def _gray(x: Tensor, rows: Tensor, view: View, draws: Draws) -> Tensor:
-    rows = move(rows, x.device)
+    rows = to_device(rows, x.device)
     return x.index_copy_(0, rows, grayscale(x[rows]).expand(-1, 3, -1, -1))
 
 
 def _blur(x: Tensor, rows: Tensor, view: View, draws: Draws) -> Tensor:
-    sigma = move(draws.sigma[rows], x.device)
-    rows = move(rows, x.device)
+    sigma = to_device(draws.sigma[rows], x.device)
+    rows = to_device(rows, x.device)
     return x.index_copy_(0, rows, gaussian_blur(x[rows], sigma, _radius(x, view)))
 
 
@@ -244,7 +244,7 @@ def _radius(x: Tensor, view: View) -> int:
 
 
 def _solarize(x: Tensor, rows: Tensor, view: View, draws: Draws) -> Tensor:
-    rows = move(rows, x.device)
+    rows = to_device(rows, x.device)
     return x.index_copy_(0, rows, solarize(x[rows]))
 
 

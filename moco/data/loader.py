@@ -252,7 +252,7 @@ def _moved(batch: Batch, device: torch.device, stream: torch.cuda.Stream | None)
     copy would wait for it.
     """
     with torch.cuda.stream(stream) if stream else contextlib.nullcontext():
-        moved = [devices.move(x, device) for x in (*batch.views, batch.index, batch.label)]
+        moved = [devices.to_device(x, device) for x in (*batch.views, batch.index, batch.label)]
     if stream:
         training = torch.cuda.current_stream(device)
         training.wait_stream(stream)  # all work queued from now on runs after the copies

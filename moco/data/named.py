@@ -264,7 +264,7 @@ _SETS = {
 }
 NAMES: tuple[str, ...] = ("imagenet", "photos", *_SETS)
 
-_ALSO = {"place205": "places205"}  # as AdCo's commands have it
+_ALSO = {"place205": "places205", "imagenet2012": "imagenet"}  # as in AdCo's and FNC's commands
 
 
 def canonical(name: str) -> str:
