@@ -629,6 +629,7 @@ IDLE = [
     ("main_synco", "--sgdr-t0 3 --cos", "--sgdr-t0 has no effect"),
     ("main_synco", "--lr-by step", "--lr-by has no effect"),
     ("main_synco", "--sgdr --lr-by epoch-end", "--sgdr has no effect"),
+    ("main_synco", "--bn-splits 1 --bn-splits-query", "--bn-splits-query has no effect"),
     ("main_synco", "--optimizer adamw --momentum 0.8", "--momentum has no effect"),
     ("main_synco", "--optimizer lars --nesterov", "--nesterov has no effect"),
     ("main_synco", "--knn-k 5", "--knn-k has no effect"),

@@ -14,6 +14,7 @@ from moco.encoder.networks import (
     resnet,
 )
 from moco.encoder.published import choice, load_backbone, tensors_of
+from moco.engine import checkpoint
 from moco.errors import InputError
 
 PREFIXES = [
@@ -343,3 +344,14 @@ def test_recomputed_blocks_compile():
         torch.testing.assert_close(mine, eager.state_dict()[name], rtol=1e-4, atol=1e-5)
     for mine, theirs in zip(compiled.parameters(), eager.parameters(), strict=True):
         torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-3, atol=1e-4)
+
+
+def test_mean_and_std_of_a_checkpoint_are_read_if_they_are_possible():
+    """A mean of 0 and a std of 1 leave colours as they are; a std of 0 divides by it."""
+
+    def read(mean, std):
+        found = checkpoint.about({"args": {"mean": mean, "std": std}})
+        return found.mean, found.std
+
+    assert read([0.0, 0.0, 0.0], (1.0, 1.0, 1.0)) == ([0.0, 0.0, 0.0], [1.0, 1.0, 1.0])
+    assert read([0.5, 0.5, 1.5], [0.5, 0.0, 0.5]) == read([0.5, 0.5], ["0.5"] * 3) == (None, None)

@@ -42,7 +42,7 @@ def options(run: Run, needed: dict[str, type]) -> Namespace:
         if not isinstance(args.get(name), kind):
             raise InputError(f"{run.folder / 'args.yaml'}: {name} is {args.get(name)!r}, which no run has")
     for name in ("mean", "std"):
-        if checkpoint.channels(args[name]) is None:
+        if checkpoint.channels(args[name], name) is None:
             raise InputError(f"{run.folder / 'args.yaml'}: {name} is {args[name]!r}, which no run has")
     return Namespace(**{str(name): value for name, value in args.items()})
 

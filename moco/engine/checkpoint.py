@@ -245,11 +245,13 @@ def about(state: State) -> About:
         options,
         size if type(size) is int and 0 < size < LARGEST_IMAGE else None,
         options.get("stem") if options.get("stem") in STEMS else None,
-        *(channels(options.get(name)) for name in ("mean", "std")),
+        *(channels(options.get(name), name) for name in ("mean", "std")),
     )
 
 
-def channels(value: object) -> list[float] | None:
-    """Return `value` if it is one number in (0, 1] for each of R, G and B, else None."""
-    good = isinstance(value, list | tuple) and len(value) == 3 and all(isinstance(one, float) and 0 < one <= 1 for one in value)
-    return list(value) if good else None
+def channels(value: object, name: str) -> list[float] | None:
+    """Return `value` if it is a `mean`, or an `std` above 0, of R, G and B in [0, 1]; else None."""
+    three = isinstance(value, list | tuple) and len(value) == 3
+    if not three or not all(isinstance(one, float) and 0 <= one <= 1 for one in value):
+        return None
+    return None if name == "std" and 0 in value else list(value)

@@ -473,11 +473,11 @@ def add_input(
     stems += "stride 1, for images of 32 or 64 pixels"
     found = "default: imagenet" if arch else "default: the checkpoint's, else imagenet"
     group.add_argument("--stem", choices=STEMS, help=f"first layers of a ResNet; {stems} ({found})")
-    three = {"type": values.channel, "nargs": 3, "metavar": tuple("RGB")}
+    three = {"nargs": 3, "metavar": tuple("RGB")}
     whose = "the data set's" if arch else "the checkpoint's"
     normal = f"RGB values in [0, 1], to normalize images with (default: {whose}, else ImageNet's)"
-    group.add_argument("--mean", **three, help=f"mean of {normal}")
-    group.add_argument("--std", **three, help=f"standard deviation of {normal}")
+    group.add_argument("--mean", type=values.mean, **three, help=f"mean of {normal}")
+    group.add_argument("--std", type=values.std, **three, help=f"standard deviation of {normal}")
     only = "it is for torchvision's ResNets; leave it out"
     parser.has_effect("stem", lambda args: args.arch in ARCHS, only)
     group.add_argument("--recipe", default=recipe, help="views by name, see moco/augment/recipes.py")
@@ -722,6 +722,8 @@ def add_momentum_encoder(parser: Parser, t: float, v2: bool) -> None:
     parser.has_effect("aug_plus", lambda args: args.recipe == ("mocov2" if args.aug_plus else "mocov1"), named)
     shuffled = "it is for a run of one process, and this run has several; leave it out"
     parser.has_effect("bn_splits bn_splits_query", lambda args: launch.plan(args).world == 1, shuffled)
+    one = "--bn-splits 1 makes one group; leave out one of them"
+    parser.has_effect("bn_splits_query", lambda args: args.bn_splits > 1, one)
 
 
 def check_momentum_encoder(args: Options) -> None:
