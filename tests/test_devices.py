@@ -474,7 +474,7 @@ def test_on_cuda_batches_are_copied_on_a_stream_that_training_waits_for(monkeypa
 
     monkeypatch.setattr(torch.cuda, "stream", on)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: training)
-    monkeypatch.setattr(devices, "move", lambda x, device: done.append(f"copy {tuple(x.shape)}") or x.clone())
+    monkeypatch.setattr(devices, "to_device", lambda x, device: done.append(f"copy {tuple(x.shape)}") or x.clone())
     monkeypatch.setattr(Tensor, "record_stream", lambda x, stream: done.append(f"{tuple(x.shape)} used by {stream.name}"))
     batch = Batch([torch.ones(2, 3, 4, 4), torch.ones(2, 3, 5, 5)], torch.arange(2), torch.zeros(2), [(1, "bad")])
     moved = loader._moved(batch, torch.device("cuda", 0), copies)

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moco import devices
 from moco.loss.synthetic import hardest
 
 MODES = ("attract", "eliminate", "off")
@@ -88,7 +87,8 @@ class _CancelledNTXent(torch.autograd.Function):
     def forward(ctx, z: Tensor, bank: Tensor, own: Tensor, found: Found, mode: str, temperature: float, chunk: int):
         V, n, _ = z.shape
         to_z, to_bank = torch.empty_like(z), torch.zeros_like(bank) if ctx.needs_input_grad[1] else None
-        loss, nearest, hardness = z.new_zeros((), dtype=devices.widest(z.device)), z.new_zeros(()), z.new_zeros(())
+        wide = torch.float32 if z.device.type == "mps" else torch.float64  # mps lacks float64
+        loss, nearest, hardness = z.new_zeros((), dtype=wide), z.new_zeros(()), z.new_zeros(())
         buffer = z.new_empty(min(chunk, n), len(bank))
         for start in range(0, n, chunk):
             part = slice(start, start + chunk)
