@@ -226,7 +226,7 @@ def test_a_box_whose_side_is_nearly_halfway_between_pixels_is_drawn_by_random_bo
     [(32, 32, 32), (32, 32, 24), (32, 32, 96), (48, 64, 32), (64, 48, 16), (64, 64, 64), (7, 50, 17), (1, 1, 8), (3, 64, 16)],
 )
 def test_crops_at_once_equal_those_cut_one_by_one(height, width, size):
-    """One grey level of difference is allowed: PyTorch's code depends on the processor."""
+    """Allow one grey level of difference: PyTorch's code depends on the processor."""
     n = 150  # more than two chunks
     images = torch.stack([noise(height, width, seed) for seed in range(n)])
     images[::2] = F.gaussian_blur(images[::2], [5, 5], [1.5, 1.5]) if min(height, width) > 3 else images[::2]

@@ -139,7 +139,7 @@ def test_by_step_the_warm_up_begins_at_0_and_the_cosine_at_its_end():
 
 
 def test_by_epoch_end_the_rates_are_those_of_the_demo_on_cifar10():
-    """Its cosine counts epochs from 1; the log of 200 epochs begins with .059996."""
+    """Count the cosine's epochs from 1: the log of 200 epochs begins with .059996."""
     args = options(lr_by="epoch-end", cos=True, epochs=200)
     trainer = SimpleNamespace(args=args, steps_per_epoch=97, rates=[0.06], lr_scale=1.0)
     trainer.optimizer = SimpleNamespace(param_groups=[{}])
