@@ -10,6 +10,7 @@ import importlib
 import json
 import os
 import socket
+import traceback
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -264,6 +265,30 @@ def views(setup: Setup, notes: Notes) -> None:
                 else:
                     notes.at_most(f"{name} {size}", worst, FP32)
     use_tf32(False)
+
+
+def waits(setup: Setup, notes: Notes) -> None:
+    """Check that a training step never waits for the GPU: PyTorch raises an error if it would.
+
+    With several steps queued, the GPU need not wait for Python either. A CPU has nothing to check.
+    """
+    if not setup.cuda:
+        notes["skipped"] = "runs on a GPU only"
+        return
+    for name in METHODS:
+        trained = method(name, setup, amp="bf16")
+        images = crops(trained.recipe, 32)
+        waited = ""
+        for mode in ("default", "error"):  # the first step may wait, for instance for cuDNN's search
+            torch.cuda.set_sync_debug_mode(mode)
+            try:
+                trained.backward(trained.views(images, PROGRESS), PROGRESS)
+                trained.update()
+            except RuntimeError as error:
+                waited = f"waits: {error} {''.join(traceback.format_tb(error.__traceback__)[-2:])}"
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        notes.check(name, not waited, waited)
 
 
 def hardest(setup: Setup, notes: Notes) -> None:
@@ -581,6 +606,7 @@ PARTS |= {
     "channels_last": (channels_last, 0),
     "resume": (resume, 1),
     "k-NN": (knn, 1),
+    "waits": (waits, 2),
     "compile": (compiled, 2),
     "NCCL": (nccl, 3),
     "torchrun": (under_torchrun, 3),

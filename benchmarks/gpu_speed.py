@@ -179,6 +179,7 @@ def steps(setup: Setup, notes: Notes) -> None:
         "plain fp32, TF32": partial(Plain, setup, "off", size, True),
         "plain fp32": partial(Plain, setup, "off", size, False),
         "plain bf16": partial(Plain, setup, mixed, size, True),
+        "moco, one BN group": partial(Ours, "moco", setup, mixed, size, "--bn-splits 1"),
     }
     times = timed(setup, makers, notes, size)
     over = {
@@ -284,13 +285,27 @@ def end_to_end(setup: Setup, notes: Notes) -> None:
 
 def profile(setup: Setup, notes: Notes) -> None:
     """Note the ten longest kernels of one MoCo step with its views."""
+    ours = Ours("moco", setup, "bf16" if setup.cuda else "off", batch(setup))
+    kernels(setup, notes, ours.method, ours.crops)
+
+
+def cifar_profile(setup: Setup, notes: Notes) -> None:
+    """Note the ten longest kernels of one step of configs/cifar10/moco.yaml with its views."""
+    method = cifar(setup, "bf16" if setup.cuda else "off")
+    kernels(setup, notes, method, [x.to(setup.device) for x in crops(method.recipe, setup.size(512, 8))])
+
+
+def kernels(setup: Setup, notes: Notes, method: Method, images: list[Tensor]) -> None:
+    """Note the ten longest kernels of one step of `method` with its views.
+
+    If all kernels together take much less time than the step, the GPU waits for Python.
+    """
     torch.backends.cudnn.benchmark = True
     use_tf32(True)
-    ours = Ours("moco", setup, "bf16" if setup.cuda else "off", batch(setup))
 
     def whole() -> None:
-        ours.views = ours.method.views(ours.crops, PROGRESS)
-        ours()
+        method.backward(method.views(images, PROGRESS), PROGRESS)
+        method.update()
         setup.synchronize()
 
     for _ in range(setup.size(3, 1)):
@@ -308,7 +323,7 @@ def profile(setup: Setup, notes: Notes) -> None:
 
     total = sum(map(microseconds, events)) or 1.0
     events.sort(key=microseconds, reverse=True)
-    notes["kernels' ms"] = total / 1e3
+    notes["kernels' ms"], notes["kernels"] = total / 1e3, sum(event.count for event in events)
     notes["top ten"] = [
         {
             "ms": microseconds(e) / 1e3,
@@ -321,6 +336,13 @@ def profile(setup: Setup, notes: Notes) -> None:
     notes["step and views ms"] = 1e3 * _seconds(setup, whole)
 
 
+def cifar(setup: Setup, amp: str, *more: str) -> Method:
+    """Return the method of configs/cifar10/moco.yaml."""
+    config = measure.ROOT / "configs" / "cifar10" / "moco.yaml"
+    small = ["--image-size", 16, "--moco-k", 64] if setup.tiny else []
+    return Method("main_synco", ["--cfg", config, "-b", setup.size(512, 8), "--amp", amp, *small, *more], setup)
+
+
 def cifar_step(setup: Setup, notes: Notes) -> None:
     """Time a step of configs/cifar10/moco.yaml in fp32 and bf16, and the making of its views.
 
@@ -328,12 +350,10 @@ def cifar_step(setup: Setup, notes: Notes) -> None:
     """
     torch.backends.cudnn.benchmark = True
     use_tf32(True)
-    config = measure.ROOT / "configs" / "cifar10" / "moco.yaml"
-    size, small = setup.size(512, 8), ["--image-size", 16, "--moco-k", 64] if setup.tiny else []
 
-    def candidate(amp: str, *more: str) -> tuple[Callable[[], Tensor], Callable[[], object]]:
-        method = Method("main_synco", ["--cfg", config, "-b", size, "--amp", amp, *small, *more], setup)
-        images = [x.to(setup.device) for x in crops(method.recipe, size)]
+    def candidate(amp: str, *more: str) -> tuple[Callable[[], None], Callable[[], object]]:
+        method = cifar(setup, amp, *more)
+        images = [x.to(setup.device) for x in crops(method.recipe, setup.size(512, 8))]
         views = method.views(images, PROGRESS)
 
         def train() -> None:
@@ -346,12 +366,13 @@ def cifar_step(setup: Setup, notes: Notes) -> None:
     candidates: dict[str, Callable[[], object]] = {}
     for amp in precisions:
         candidates[f"step, amp {amp}"], candidates["views"] = candidate(amp)
+    candidates["step, one BN group"], _ = candidate(precisions[-1], "--bn-splits", "1", "--no-bn-splits-query")
     for run in candidates.values():
         run()
     times = in_turns(setup, candidates, setup.size(10, 1))
     for name, seconds in measure.medians(times).items():
         notes[f"{name} ms"] = 1e3 * seconds
-    best = min(seconds for name, seconds in measure.medians(times).items() if name != "views")
+    best = min(measure.medians(times)[f"step, amp {amp}"] for amp in precisions)
     notes["minutes of 19,400 steps with views"] = 19400 * (best + measure.medians(times)["views"]) / 60
 
 
@@ -378,6 +399,7 @@ PARTS = {
     "loading": (loading, 0),
     "views": (views, 0),
     "profile": (profile, 0),
+    "CIFAR-10 profile": (cifar_profile, 0),
     "others": (others, 0),
     "larger batch": (larger, 0),
     "compiled": (compiled, 0),

@@ -32,11 +32,16 @@ class _SplitBatchNorm:
         means, variances = (running.repeat(splits, 1) for running in (self.running_mean, self.running_var))
         parts = [
             F.batch_norm(part, mean, variance, self.weight, self.bias, True, self.momentum, self.eps)
-            for part, mean, variance in zip(x.tensor_split(splits), means, variances, strict=True)
+            for part, mean, variance in zip(x.split(_sizes(len(x), splits)), means, variances, strict=True)
         ]
         self.running_mean.copy_(means.mean(0))
         self.running_var.copy_(variances.mean(0))
         return torch.cat(parts)
+
+
+def _sizes(n: int, parts: int) -> list[int]:
+    """Return the sizes of `parts` almost equal parts of `n`, the larger ones first."""
+    return [n // parts + (i < n % parts) for i in range(parts)]
 
 
 _SPLIT = {kind: type(kind.__name__, (_SplitBatchNorm, kind), {}) for kind in (nn.BatchNorm1d, nn.BatchNorm2d)}
