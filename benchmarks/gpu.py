@@ -282,13 +282,15 @@ class Visit:
         lanes: dict[int, list[str]] = {}
         for name, (_, lane) in PARTS[stage].items():
             if self.args.parts is None or name in self.args.parts:
-                lanes.setdefault(lane % (2 if self.setup.tiny else 4), []).append(name)
+                lanes.setdefault(lane % (2 if self.setup.tiny else self.LANES), []).append(name)
         threads = [threading.Thread(target=self._lane, args=(stage, number, names, end)) for number, names in lanes.items()]
         for thread in threads:
             thread.daemon = True
             thread.start()
         for thread in threads:
             thread.join()
+
+    LANES = 4  # at most
 
     def _lane(self, stage: int, number: int, names: list[str], end: float) -> None:
         """Run parts in order. If a worker process hangs or dies, only its current part is lost."""
@@ -325,7 +327,8 @@ class Visit:
         with self.lock:
             if self.stopping:
                 return
-            process = gpu_setup.python(self.setup, __file__, *words, log=log, gpu=self.setup.cuda)
+            threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // self.LANES))} if stage == 1 else {}
+            process = gpu_setup.python(self.setup, __file__, *words, log=log, gpu=self.setup.cuda, **threads)
             self.running.add(process.pid)
         seen, current, since = 0, "", time.monotonic()
         try:
@@ -468,7 +471,7 @@ class Visit:
         plain = "MoCo in bf16 over plain MoCo in fp32, in speed"
         wanted: list[tuple[str, float, float | None]] = [  # a minimum, or, if negative, a maximum
             (f"{plain}, TF32", 3, figure(2, "steps", "plain fp32 TF32 over moco")),
-            (f"{plain}, no TF32", 3, figure(2, "steps", "plain fp32 over moco")),
+            (f"{plain}, no TF32", 3, figure(2, "fp32", "plain fp32 over moco")),
             ("SynCo over MoCo, step time", -1.02, figure(2, "steps", "synco over moco")),
             ("image pairs/s, ResNet-50 MoCo, views ready", 1800, ready),
             ("images/s, loader over training", 1, loading),

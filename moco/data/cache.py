@@ -21,6 +21,7 @@ from moco.errors import InputError
 
 MODES = ("auto", "on", "off")
 SHARE, MOST = 4, 8 << 30  # auto: at most 1 / SHARE of a node's free memory, and at most 8 GiB
+THREADS = 8  # more slow each other down: much of the work on a small image is Python's
 _SAMPLE = 256  # files whose headers are read to estimate the total size
 _BLOCK = 16  # images that a thread decodes as one task
 _AHEAD = 64  # tasks that may be submitted before their results are read
@@ -41,7 +42,7 @@ def load(args: Namespace, *sets: Images | None) -> list[Images | None]:
     if args.cache_images == "off" or not folders:
         return list(sets)
     ranks = max(1, distributed.world() // args.nodes)  # of this node
-    threads = max(1, max(4, os.cpu_count() or 1) // ranks)
+    threads = max(1, min(THREADS, max(4, os.cpu_count() or 1) // ranks))
     with ThreadPoolExecutor(threads) as pool, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # for all threads: they share the filters
         needed, free = _agreed([_estimate(folder, pool) for folder in folders], free_memory())

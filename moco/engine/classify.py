@@ -181,6 +181,16 @@ def pretrained(args: Namespace, classes: int, device: torch.device) -> nn.Module
     return precision.place(net, device, args.compile, args.grad_checkpoint)
 
 
+@torch.no_grad()
+def init_classifier(layer: nn.Linear, std: float = 0.01) -> None:
+    """Draw new weights from N(0, std²), and set the bias to 0.
+
+    The draws are made on the CPU, so that a run starts from the same classifier on every device.
+    """
+    layer.weight.copy_(torch.empty(layer.weight.shape).normal_(std=std))
+    layer.bias.zero_()
+
+
 def _load(net: nn.Module, args: Namespace, state: checkpoint.State) -> str:
     """Load the backbone, and the layers of its projection head that `--ft-proj` keeps below the classifier.
 
@@ -445,11 +455,7 @@ class FineTuning(Classification):
         if args.batch_per_process < 2:
             raise InputError("--batch-size gives each process a single image; batch norm needs at least two. Raise --batch-size")
         self.classifier, self.lr_backbone = networks.classifier(net), lr_backbone
-        nn.init.zeros_(self.classifier.bias)
-        if zero_init:
-            nn.init.zeros_(self.classifier.weight)
-        else:
-            nn.init.normal_(self.classifier.weight, std=0.01)
+        init_classifier(self.classifier, std=0.0 if zero_init else 0.01)
         super().__init__(args, net, images, device, [setting])
 
     def groups(self) -> list[dict[str, Any]]:

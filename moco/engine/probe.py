@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from moco.data import loader
 from moco.encoder import networks
 from moco.engine import precision
-from moco.engine.classify import Classification, Setting, Splits, by_head, tests_only
+from moco.engine.classify import Classification, Setting, Splits, by_head, init_classifier, tests_only
 from moco.engine.log import say
 from moco.errors import InputError
 from moco.rng import Progress
@@ -33,8 +33,7 @@ class LinearProbe(Classification):
     def __init__(self, args: Namespace, net: nn.Module, images: Splits, device: torch.device, settings: list[Setting]):
         net.requires_grad_(False)
         first = networks.head(net).requires_grad_(True)
-        nn.init.normal_(first.weight, std=0.01)
-        nn.init.zeros_(first.bias)
+        init_classifier(first)
         self.heads = [first] + [copy.deepcopy(first) for _ in settings[1:]]
         if len(self.heads) > 1:
             networks.set_head(net, Heads(self.heads))
