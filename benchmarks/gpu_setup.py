@@ -140,12 +140,9 @@ class Method:
 
     def views(self, crops: list[Tensor], progress: Progress) -> list[Tensor]:
         """Augment uint8 crops on the method's device, with the same draws as in training."""
-        found = []
-        for i, (x, view) in enumerate(zip(crops, self.recipe, strict=True)):
-            x = x.to(self.device, non_blocking=True)
-            x = color.augment(x, view, progress.generator(COLOR, "cpu", 0, i))
-            found.append(x if self.contiguous else precision.layout(x))
-        return found
+        draws = [progress.generator(COLOR, "cpu", 0, i) for i in range(len(crops))]
+        found = color.augment_views([x.to(self.device, non_blocking=True) for x in crops], self.recipe, draws)
+        return found if self.contiguous else list(map(precision.layout, found))
 
     def forward(self, views: list[Tensor], progress: Progress) -> Tensor:
         """Return the loss of `views`."""

@@ -20,9 +20,10 @@ from gpu_setup import (
     python,
     use_tf32,
 )
-from torch import Tensor
+from torch import Tensor, nn
 
 from moco.augment import color, recipes
+from moco.builder import momentum
 from moco.data import datasets, loader
 from moco.rng import Progress
 
@@ -393,6 +394,28 @@ def cifar_step(setup: Setup, notes: Notes) -> None:
     notes["minutes of 19,400 steps with views"] = 19400 * (best + measure.medians(times)["views"]) / 60
 
 
+def groups(setup: Setup, notes: Notes) -> None:
+    """Time a batch norm in 8 groups by both ways of computing it, forward and backward.
+
+    `moco.builder.momentum` chooses the second one for small tensors.
+    """
+    kind = torch.bfloat16 if setup.cuda else torch.float32
+    shapes = ((512, 64, 32, 32), (512, 512, 4, 4), (256, 64, 112, 112), (256, 256, 14, 14))
+    for shape in shapes if setup.cuda else ((16, 8, 4, 4),):
+        norm = nn.BatchNorm2d(shape[1]).to(setup.device)
+        momentum.split_batch_norm(norm, 8)
+        x = torch.randn(shape, device=setup.device, dtype=kind).contiguous(memory_format=torch.channels_last)
+        x.requires_grad_()
+
+        def run(name: str, norm: nn.Module = norm, x: Tensor = x) -> None:
+            getattr(norm, name)(x, 8)[0].sum().backward()
+
+        ways = ("group_by_group", "groups_as_channels")
+        times = in_turns(setup, {name: partial(run, name) for name in ways}, setup.size(10, 1))
+        for name, seconds in measure.medians(times).items():
+            notes[f"{'x'.join(map(str, shape))}, {name} ms"] = 1e3 * seconds
+
+
 def compiled(setup: Setup, notes: Notes) -> None:
     """Time MoCo in bf16 and its views with --compile and without. On a CPU that takes too long."""
     if not setup.cuda:
@@ -418,6 +441,7 @@ PARTS = {
     "loading": (loading, 0),
     "end to end": (end_to_end, 0),
     "CIFAR-10 step": (cifar_step, 0),
+    "groups": (groups, 0),
     "others": (others, 0),
     "larger batch": (larger, 0),
     "compiled": (compiled, 0),

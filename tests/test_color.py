@@ -232,6 +232,18 @@ def test_augment_draws_and_applies():
     assert torch.equal(color.augment(x, BUSY, generator(7)), color.apply(x, BUSY, color.draw(BUSY, len(x), generator(7))))
 
 
+@pytest.mark.parametrize("recipe_name", sorted(RECIPES))
+def test_views_of_equal_settings_together_are_each_view_alone(recipe_name):
+    """`augment_views` computes on an accelerator what `augment` computes for each view."""
+    views = recipe(recipe_name, 32)
+    crops = [images(view.size, view.size, i)[:6] for i, view in enumerate(views)]
+    draws = [color.draw(view, len(x), generator(i)) for i, (x, view) in enumerate(zip(crops, views, strict=True))]
+    for one, x, view, drawn in zip(color._apply_together(crops, views, draws), crops, views, draws, strict=True):
+        torch.testing.assert_close(one, color.apply(x, view, drawn), rtol=0, atol=2e-6)
+    each = color.augment_views(crops, views, [generator(i) for i in range(len(views))])
+    assert all(map(torch.equal, each, map(color.apply, crops, views, draws)))
+
+
 def assert_happens_with_probability(happened, p):
     assert abs(happened.float().mean().item() - p) <= 4 * math.sqrt(p * (1 - p) / len(happened))
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from moco.builder.momentum import MoCo, QueryAndKey
+from moco.builder.momentum import MoCo, QueryAndKey, split_batch_norm
 from moco.builder.synco import SynCo
 from moco.encoder.networks import resnet
 from moco.loss import synthetic
@@ -287,6 +287,26 @@ def key_groups(batch, splits, progress):
     with mock.patch.object(F, "batch_norm", batch_norm):
         model.keys(numbered_images(batch), progress)
     return groups
+
+
+@pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("shape", [(24, 5, 4, 3), (24, 5, 1, 1), (24, 5)])
+def test_groups_as_channels_are_groups_one_by_one(shape, form):
+    """Output, gradients and running statistics are the same, in float64."""
+    found = []
+    for name in ("group_by_group", "groups_as_channels"):
+        torch.manual_seed(0)
+        norm = (nn.BatchNorm2d if len(shape) == 4 else nn.BatchNorm1d)(5).double()
+        for x in (norm.weight, norm.bias, norm.running_mean):
+            nn.init.normal_(x)
+        split_batch_norm(norm, 3)
+        x = torch.randn(shape, dtype=torch.float64)
+        x = (x.contiguous(memory_format=form) if len(shape) == 4 else x).requires_grad_()
+        out, means, variances = getattr(norm, name)(x, 3)
+        (out * torch.randn(shape, dtype=torch.float64)).sum().backward()
+        found.append([out, means, variances, x.grad, norm.weight.grad, norm.bias.grad])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_bn_splits_query_splits_the_batch_norm_of_the_query_encoder():

@@ -138,6 +138,11 @@ class Draws:
         """Return the draws of the samples with the indices `rows`."""
         return Draws(**{name: values[rows] for name, values in vars(self).items()})
 
+    @staticmethod
+    def join(draws: Sequence["Draws"]) -> "Draws":
+        """Return the draws of several batches as those of one."""
+        return Draws(**{name: torch.cat([getattr(one, name) for one in draws]) for name in vars(draws[0])})
+
 
 def draw(view: View, n: int, generator: torch.Generator) -> Draws:
     """Draw the parameters of `n` samples for `view`, on the CPU, so that CPU and GPU runs see the same views."""
@@ -177,6 +182,29 @@ def apply(x: Tensor, view: View, draws: Draws) -> Tensor:
 def augment(x: Tensor, view: View, generator: torch.Generator) -> Tensor:
     """`draw` and `apply` in one call."""
     return apply(x, view, draw(view, len(x), generator))
+
+
+def augment_views(crops: Sequence[Tensor], recipe: Sequence[View], generators: Sequence[torch.Generator]) -> list[Tensor]:
+    """Return `augment` of each view's crops.
+
+    An accelerator computes the views that have the same settings together: that is fewer operations
+    for Python to start.
+    """
+    draws = [draw(view, len(x), generator) for x, view, generator in zip(crops, recipe, generators, strict=True)]
+    if crops[0].device.type == "cpu":
+        return list(map(apply, crops, recipe, draws))
+    return _apply_together(crops, recipe, draws)
+
+
+def _apply_together(crops: Sequence[Tensor], recipe: Sequence[View], draws: list[Draws]) -> list[Tensor]:
+    alike: dict[View, list[int]] = {}
+    for place, view in enumerate(recipe):
+        alike.setdefault(view, []).append(place)
+    found: dict[int, Tensor] = {}
+    for view, places in alike.items():
+        joined = apply(torch.cat([crops[i] for i in places]), view, Draws.join([draws[i] for i in places]))
+        found.update(zip(places, joined.split([len(crops[i]) for i in places]), strict=True))
+    return [found[place] for place in range(len(recipe))]
 
 
 def _to_float(x: Tensor) -> Tensor:

@@ -180,10 +180,8 @@ class Trainer(ABC):
     def _pass(self, batch: loader.Batch, progress: rng.Progress) -> Metrics:
         """Views, loss, gradient. The ranks' gradients meet in the last pass of a step."""
         args, last = self.args, progress.micro + 1 == self.args.accumulation_steps
-        views = [
-            precision.layout(color.augment(crops, view, progress.generator(rng.COLOR, "cpu", distributed.rank(), i)))
-            for i, (crops, view) in enumerate(zip(batch.views, self.recipe, strict=True))
-        ]
+        draws = [progress.generator(rng.COLOR, "cpu", distributed.rank(), i) for i in range(len(self.recipe))]
+        views = list(map(precision.layout, color.augment_views(batch.views, self.recipe, draws)))
         # what layers draw by themselves, such as which of them stochastic depth leaves out
         torch.manual_seed(rng.key(rng.LAYERS, args.seed, progress.step, progress.micro, distributed.rank()) >> 1)
         with contextlib.nullcontext() if last or distributed.world() == 1 else self.ddp.no_sync():
