@@ -6,7 +6,7 @@ and each takes its parameter as a tensor [B].
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,7 @@ from moco.augment.recipes import MEAN, STD, View
 from moco.devices import to_device
 
 _SMALL = 128 * 128  # pixels; to take images of up to so many one by one costs a CPU more in calls than it saves in cache
+_TINY = 1e-30  # less than any difference of two colours but 0
 _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = range(4)  # the jitter's operations
 
 
@@ -46,26 +47,26 @@ def adjust_hue(x: Tensor, shift: Tensor, out: Tensor | None = None) -> Tensor:
     because on a CPU they are many times slower than arithmetic.
     """
     r, g, b = x.unbind(1)
-    largest = torch.maximum(torch.maximum(r, g), b)
-    smallest = torch.minimum(torch.minimum(r, g), b)
+    largest, smallest = torch.maximum(r, g), torch.minimum(r, g)
+    largest, smallest = torch.maximum(largest, b, out=largest), torch.minimum(smallest, b, out=smallest)
     chroma = largest - smallest
-    above, below = largest + chroma, smallest - chroma
+    above, below = largest.add_(chroma), smallest.sub_(chroma)
     # The hue's distance from cyan, in [-.5, .5] of a turn. Its magnitude is
     # (2 + (r - g - b + smallest) / chroma) / 6 in all six sectors: 0 for cyan, .5 for red.
-    # It is negative if green exceeds blue.
-    hue = torch.copysign((above + r).sub_(g).sub_(b), b - g)
-    hue = torch.addcdiv(shift.view(-1, 1, 1), hue, chroma.clamp_min(1e-12), value=1 / 6)
-    hue.sub_(hue.round())
+    # It is negative if green exceeds blue. (torch.copysign takes twice as long as these operations.)
+    sign = (b - g).add_(_TINY).sign_()
+    hue = (above + r).sub_(g).sub_(b).mul_(sign)
+    spare = torch.clamp_min(chroma, 1e-12, out=sign)
+    hue = torch.addcdiv(shift.view(-1, 1, 1), hue, spare, value=1 / 6, out=hue)
+    hue.sub_(torch.round(hue, out=spare))
     # Red is smallest around hue 0; green is largest around -1/6, blue around 1/6. Each channel is
     # constant up to 1/6 of a turn from there, changes linearly up to 1/3, and is constant again.
-    red, green, blue = (distance.abs_().clamp_(1 / 6, 1 / 3) for distance in (hue.clone(), hue + 1 / 6, hue - 1 / 6))
-    parts = ((below, red, 6), (above, green, -6), (above, blue, -6))
-    channels = out.unbind(1) if out is not None else (None, None, None)
-    turned = [
+    out = torch.empty_like(x) if out is None else out
+    red, green, blue = out.unbind(1)
+    for channel, base, slope, place in ((green, above, -6, 1 / 6), (blue, above, -6, -1 / 6), (red, below, 6, 0)):
+        distance = torch.add(hue, place, out=spare).abs_().clamp_(1 / 6, 1 / 3)
         torch.addcmul(base, distance, chroma, value=slope, out=channel)
-        for channel, (base, distance, slope) in zip(channels, parts, strict=True)
-    ]
-    return torch.stack(turned, 1) if out is None else out
+    return out
 
 
 @functools.cache
@@ -134,7 +135,7 @@ class Draws:
     solarize: Tensor
     flip: Tensor
 
-    def part(self, rows: Tensor) -> "Draws":
+    def part(self, rows: Tensor | slice) -> "Draws":
         """Return the draws of the samples with the indices `rows`."""
         return Draws(**{name: values[rows] for name, values in vars(self).items()})
 
@@ -231,19 +232,24 @@ def _jitter(x: Tensor, rows: Tensor, view: View, draws: Draws) -> Tensor:
     slots = _slot_of_hue(draws.order[rows])
     rows = rows[slots.argsort(stable=True)]
     ends = slots.bincount(minlength=4).cumsum(0).tolist()
-    operation = draws.order[rows, :, None] == torch.arange(4)  # [b, slot, 4]: one True in each slot
-    coefficients = torch.where(operation, draws.factors[rows, None], torch.ones(()))[..., :_HUE]
-    coefficients, shift = to_device(coefficients, x.device), to_device(draws.factors[rows, _HUE], x.device)
+    coefficients = to_device(_coefficients(draws)[rows], x.device)
+    shift = to_device(draws.factors[rows, _HUE], x.device)
     in_place = torch.equal(rows, torch.arange(len(x)))
     rows = to_device(rows, x.device)
     y = x if in_place else x.index_select(0, rows)
     for slot, (first, last) in enumerate(zip([0, *ends], ends, strict=False)):
         for part in (slice(0, first), slice(last, len(y))):
-            if len(y[part]):
+            if part.start < part.stop:
                 blend(y[part], *coefficients[part, slot].unbind(1), out=y[part])
         if first < last and view.jitter[_HUE]:
             adjust_hue(y[first:last], shift[first:last], out=y[first:last])
     return x if in_place else x.index_copy_(0, rows, y)
+
+
+def _coefficients(draws: Draws) -> Tensor:
+    """Return `blend`'s factors in each of the jitter's slots, [B, slot, 3]; 1 where it has no effect."""
+    operation = draws.order[..., None] == torch.arange(4)  # [B, slot, 4]: one True in each slot
+    return torch.where(operation, draws.factors[:, None], torch.ones(()))[..., :_HUE]
 
 
 def _slot_of_hue(order: Tensor) -> Tensor:
@@ -276,27 +282,55 @@ def _solarize(x: Tensor, rows: Tensor, view: View, draws: Draws) -> Tensor:
     return x.index_copy_(0, rows, solarize(x[rows]))
 
 
-# On a CPU, for small images: one chunk after the other, each small enough for the cache. In a large
-# batch, the images of a chunk turn their hue in the same slot: `_jitter` need not sort them.
+# On a CPU, for small images: one chunk after the other, each small enough for the cache. All images of
+# a chunk turn their hue in the same slot of the jitter, or have no jitter. Those that turn gray come last.
 
 _CHUNK = 128  # images
 
 
 def _apply_by_chunk(x: Tensor, view: View, draws: Draws) -> Tensor:
     slots = torch.where(draws.jitter, _slot_of_hue(draws.order), 4)
-    sizes = slots.bincount().tolist() if len(x) > _CHUNK else [len(x)]
-    # NumPy indexes several times as fast as PyTorch
-    images, out = x.numpy(), torch.empty(x.shape)
-    for group in slots.argsort(stable=True).split(sizes):
-        for rows in group.tensor_split(-(-len(group) // _CHUNK)) if len(group) else ():
-            chunk, mine = images[rows.numpy()], draws.part(rows)
-            # Flip first: as uint8, the images are a quarter of the bytes.
-            flip = mine.flip.numpy()
-            chunk[flip] = torch.from_numpy(chunk[flip]).flip(-1).numpy()
-            mine.flip = torch.zeros_like(mine.flip)
-            done = _apply_by_operation(torch.from_numpy(chunk), view, mine)
-            out.numpy()[rows.numpy()] = done.numpy()
+    rows = (2 * slots + draws.gray).argsort(stable=True)
+    ends = slots.bincount(minlength=5).cumsum(0).tolist()
+    draws, rows = draws.part(rows), rows.numpy()
+    coefficients, shift = _coefficients(draws).unbind(2), draws.factors[:, _HUE]
+    happens = {name: getattr(draws, name).numpy() for name in ("gray", "blur", "solarize", "flip")}
+    images, out = x.numpy(), torch.empty(x.shape)  # NumPy indexes several times as fast as PyTorch
+    for slot, part in _chunks(ends):
+        chunk, flip = images[rows[part]], happens["flip"][part]
+        # Flip first: as uint8, the images are a quarter of the bytes.
+        chunk[flip] = torch.from_numpy(chunk[flip]).flip(-1).numpy()
+        y = _to_float(torch.from_numpy(chunk))
+        for name in view.order:
+            if name == "jitter":
+                if slot < 4:
+                    _jitter_chunk(y, [c[part] for c in coefficients], shift[part], slot, view)
+            elif name == "gray":
+                if count := int(happens["gray"][part].sum()):
+                    y[-count:] = grayscale(y[-count:])
+            elif happens[name][part].any():
+                mine = draws.part(part)
+                operation = _blur if name == "blur" else _solarize
+                y = operation(y, getattr(mine, name).nonzero().squeeze(1), view, mine)
+        out.numpy()[rows[part]] = normalize(y, view.mean, view.std, out=y).numpy()
     return out
+
+
+def _chunks(ends: list[int]) -> Iterator[tuple[int, slice]]:
+    """Cut the rows before each of `ends` into equal parts of at most `_CHUNK`; yield group and part."""
+    for group, (first, last) in enumerate(zip([0, *ends], ends, strict=False)):
+        parts = -(-(last - first) // _CHUNK)
+        for i in range(parts):
+            yield group, slice(first + i * (last - first) // parts, first + (i + 1) * (last - first) // parts)
+
+
+def _jitter_chunk(x: Tensor, coefficients: list[Tensor], shift: Tensor, slot_of_hue: int, view: View) -> None:
+    """Jitter images in place. `coefficients` has three factors of `blend`, [B, slot] each."""
+    for slot in range(4):
+        if slot != slot_of_hue:
+            blend(x, *(c[:, slot] for c in coefficients), out=x)
+        elif view.jitter[_HUE]:
+            adjust_hue(x, shift, out=x)
 
 
 # On a CPU, where images are large: all operations on one image after the other, with plain numbers as factors.
