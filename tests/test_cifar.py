@@ -259,6 +259,8 @@ def test_pretraining_reads_the_original_files_of_cifar10(script, tmp_path):
     assert "100 images of 10 classes" in out and of(run)[3:] == (MEAN, STD)
     assert f"main_knn.py {tmp_path} --pretrained {run}/checkpoint_0000.pth.tar --dataset cifar10" in out
     refused(script("main_synco", tmp_path, "--dataset", "cifar100", *short), "no usable cifar100", "--download")
+    (tmp_path / "train").mkdir()
+    refused(script("main_synco", tmp_path, "--dataset", "cifar100", *short), "in its train/, leave out --dataset")
 
 
 def test_a_folder_without_val_is_tested_on_test(data, capfd):
@@ -277,6 +279,9 @@ def test_every_recipe_trains(name, data, script, tmp_path):
     if name in ("synco", "mochi"):
         more = (*more, "--warmup-epochs", 0)
     short = ("--epochs", 1, "--image-size", SIZE, "-b", 16, "-j", 0, "--knn-every", 1, "--knn-k", 20)
-    status, _, err = script(script_name, data, "--cfg", file, *short, *more, "--save-dir", tmp_path)
+    status, out, err = script(script_name, data, "--cfg", file, *short, *more, "--save-dir", tmp_path)
     assert status == 0, err
+    if name == "moco":  # whose rate is that of an epoch's end
+        assert "the only epoch has a learning rate of 0" in out
+    assert "--k 20 --temperature 0.1 --features head" in out
     assert of(tmp_path) == SETTINGS and (tmp_path / "checkpoint_0000.pth.tar").exists()

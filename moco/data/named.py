@@ -382,6 +382,8 @@ def _unusable(name: str, root: str, reason: str) -> InputError:
     get, layout = _SETS[name].get, _SETS[name].layout
     by_hand = f"--download cannot get it, so get it by hand from {get}"
     how = by_hand if isinstance(get, str) else "get it with --download (remove an incomplete copy first)"
+    if (Path(root) / "train").is_dir():
+        how += "; for the images in its train/, leave out --dataset"
     return InputError(f"{root}: no usable {name} ({reason}); expected {layout}; {how}")
 
 

@@ -16,6 +16,8 @@ PROBES = {name: f"configs/lincls_{name}.yaml" for name in ("adco", "fnc", "moby"
 def commands(args: Namespace, train: Path, saved: Path) -> list[str]:
     """Return the shell commands for k-NN, a linear probe and the report.
 
+    If the run has a k-NN monitor, the command for k-NN measures the same.
+
     Args:
         args: the options of the pre-training.
         train: the folder of its images; without val/ next to it, nothing can be evaluated.
@@ -37,8 +39,10 @@ def commands(args: Namespace, train: Path, saved: Path) -> list[str]:
     probe = home / PROBES.get(args.script, "configs/lincls_moco.yaml")
     folder = datasets.split_folder(train.parent, "val")
     evaluated = args.data == "photos" or args.dataset != "imagenet" or folder.is_dir()
+    monitor = {"--k": "knn_k", "--temperature": "knn_t", "--features": "knn_features"} if args.knn_every else {}
+    knn = [word for option, name in monitor.items() for word in (option, getattr(args, name))]
     found = [
-        [home / "main_knn.py", *given],
+        [home / "main_knn.py", *given, *knn],
         [home / "main_lincls.py", "--cfg", probe, *given],
     ] * evaluated
     found.append([home / "tools" / "report.py", args.save_dir])

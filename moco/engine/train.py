@@ -172,10 +172,14 @@ class Trainer(ABC):
         passed = step / self.steps_per_epoch if step >= 0 else self.args.lr_warmup_epochs
         if self.args.lr_by != "step":
             passed = int(passed) + (self.args.lr_by == "epoch-end" and step >= 0)
-        rates = [optim.rate(self.args, base, passed, self.lr_scale) for base in self.rates]
+        rates = self._rates(passed)
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
         return rates[0]
+
+    def _rates(self, passed: float) -> list[float]:
+        """Return each parameter group's rate after `passed` epochs."""
+        return [optim.rate(self.args, base, passed, self.lr_scale) for base in self.rates]
 
     def _pass(self, batch: loader.Batch, progress: rng.Progress) -> Metrics:
         """Views, loss, gradient. The ranks' gradients meet in the last pass of a step."""
@@ -286,6 +290,8 @@ class Trainer(ABC):
             say(f"{before} steps before epoch 0, counted from -{before}: {before / self.steps_per_epoch:.3g} epochs of images")
         if args.lr_warmup_epochs >= args.epochs:
             say(f"the warm-up's {args.lr_warmup_epochs} epochs (--lr-warmup-epochs) outlast the run: the rate is not reached")
+        if args.lr_by == "epoch-end" and args.epochs == 1 and not max(self._rates(1)):
+            say("the only epoch has a learning rate of 0, that of its end (--lr-by epoch-end): it trains nothing")
         if args.resume:
             inside = self.order.start - self.first_epoch * self.steps_per_epoch
             say(f"resumed from {args.resume} at epoch {self.first_epoch}" + f", after {inside} of its steps" * bool(inside))
