@@ -262,7 +262,8 @@ def write_results(args: Namespace, protocol: str, found: dict[str, float], secon
 
 # what tells apart the runs of one protocol
 _SETTINGS = (
-    "features epochs batch_size optimizer lr lr_backbone lr_classifier learning_rate_scaling cos wd weights train_percent"
+    "features temperature image_size mean std stem"
+    " epochs batch_size optimizer lr lr_backbone lr_classifier learning_rate_scaling cos wd weights train_percent"
     " subset_file ft_proj val_from_train amp seed"
     " iterations norm"  # of detectors
 ).split()
