@@ -1,5 +1,6 @@
 """Pre-training, for every method: the training loop on unlabelled views, the k-NN monitor and the checkpoints."""
 
+import sys
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from moco import distributed
 from moco.augment import recipes
@@ -64,6 +66,7 @@ class Pretraining(Trainer):
     best = (-1.0, -1)  # the best k-NN top-1 among the epochs that were saved, and which epoch it was
     # epochs whose checkpoints an earlier start kept by another --keep or --keep-every
     spared: frozenset[int] = frozenset()
+    _left_out: frozenset[int] = frozenset()  # unreadable images that the monitor has named
 
     def images_before(self) -> int:
         return getattr(self.module, "images_before", 0)
@@ -135,10 +138,26 @@ class Pretraining(Trainer):
                 say(f"  {command}")
 
     def _knn(self) -> float:
-        """k-NN top-1 of the encoder on val/, against train/."""
+        """Return the k-NN top-1 of the encoder on val/, against train/, in [0, 1].
+
+        With `--on-bad-image skip`, training images that cannot be read are left out.
+        """
         args, module = self.args, self.module
         val = named.testing(args.dataset, args.data, args.class_list)
         backbone = module.encoder, networks.features
         net, of = backbone if args.knn_features == "backbone" else (module.embedding, nn.Module.__call__)
-        bank, queries = (features.extract(net, images, args, self.device, of=of) for images in (self.images, val))
+        unreadable = [] if args.on_bad_image == "skip" else None
+        bank = features.extract(net, self.images, args, self.device, of=of, unreadable=unreadable)
+        self._note_left_out({i for i, _ in unreadable or ()})
+        queries = features.extract(net, val, args, self.device, of=of)
         return features.knn(*bank, *queries, len(val.classes), [args.knn_k], args.knn_t)[args.knn_k]
+
+    def _note_left_out(self, unreadable: set[int]) -> None:
+        """Print one line that names the images of `unreadable` which no earlier line has named."""
+        new = sorted(unreadable - self._left_out)
+        self._left_out |= unreadable
+        if new:
+            names = ", ".join(self.images.name(i) for i in new[:10]) + ", ..." * (len(new) > 10)
+            what = "training image" if len(new) == 1 else "training images"
+            line = f"k-NN leaves out {len(new)} {what} that cannot be read: {names}"
+            tqdm.write(line.encode(errors="backslashreplace").decode(), file=sys.stderr)
