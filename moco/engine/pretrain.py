@@ -35,7 +35,9 @@ def check(args: Namespace, transformers: bool = False) -> None:
     if not transformers and args.arch not in networks.ARCHS:
         raise InputError(f"--arch {args.arch}: this script is for torchvision's ResNets; main_moby.py trains transformers")
     if args.dataset == "imagenet":
-        root = datasets.find(args.data, ("train", "val") if args.knn_every else ("train",))
+        root = datasets.find(args.data, ("train",))
+        if args.knn_every:
+            _check_monitor(args)
         subsets.check_classes(root / "train", args.class_list, args.data_name)
     else:
         named.check(args.dataset, args.data, args.download)
@@ -44,6 +46,14 @@ def check(args: Namespace, transformers: bool = False) -> None:
             raise InputError(f"--knn-every: {several}; leave it out")
     mean, std = named.normalization(args.dataset)
     args.mean, args.std = args.mean or mean, args.std or std
+
+
+def _check_monitor(args: Namespace) -> None:
+    """Raise InputError, which names `--knn-every 0`, if the k-NN monitor cannot use the data folder."""
+    try:
+        datasets.find(args.data, ("train", "val"))
+    except InputError as error:
+        raise InputError(f"{error}; or train without the k-NN monitor: --knn-every 0") from None
 
 
 def train(args: Namespace, device: torch.device, build: Callable[[Images], nn.Module]) -> None:
