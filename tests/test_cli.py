@@ -671,6 +671,7 @@ IDLE = [
     ("main_semisup", "--weights freeze --zero-init-classifier", "--zero-init-classifier has no effect"),
     ("main_knn", "--recipe mocov2", "--recipe has no effect"),
     ("main_knn", "--crop-min 0.5", "--crop-min has no effect"),
+    ("main_knn", "--blur-sigma 1 2", "--blur-sigma has no effect: this script sees the centre"),
     ("main_knn", "--grad-checkpoint", "--grad-checkpoint has no effect"),
 ]
 
