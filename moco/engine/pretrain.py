@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from moco import distributed
 from moco.augment import recipes
+from moco.builder.momentum import MIN_BN_GROUP, bn_groups
 from moco.data import datasets, loader, named, subsets
 from moco.data.images import Images
 from moco.encoder import networks
@@ -77,6 +78,15 @@ class Pretraining(Trainer):
     # epochs whose checkpoints an earlier start kept by another --keep or --keep-every
     spared: frozenset[int] = frozenset()
     _left_out: frozenset[int] = frozenset()  # unreadable images that the monitor has named
+
+    def _announce(self) -> None:
+        super()._announce()
+        args = self.args
+        asked, batch = getattr(args, "bn_splits", 1), args.batch_per_process
+        used = bn_groups(asked, batch)
+        if distributed.world() == 1 and used < asked:
+            groups = "1 group is" if used == 1 else f"{used} groups are"
+            say(f"--bn-splits {asked}: {groups} used, because each needs {MIN_BN_GROUP} images and a pass has {batch}")
 
     def images_before(self) -> int:
         return getattr(self.module, "images_before", 0)
