@@ -19,7 +19,8 @@ Stages:
 One call of this script is a visit. The results are in runs/benchmarks/gpu-DEVICE.json, which is
 rewritten after each part and keeps the results of earlier visits. Each part has a time limit and
 runs in a process that can be killed. Parts for which --minutes leaves no time are listed as not
-run. The table is printed last. The exit status is 1 if a check of this visit failed.
+run. The table is printed last, also after Ctrl-C. The exit status is 1 if a check of this visit
+failed, 2 if an option is wrong, and 130 after Ctrl-C.
 
 On a CPU, everything runs in tiny sizes. This tests the script; the figures mean nothing.
 """
@@ -27,12 +28,14 @@ On a CPU, everything runs in tiny sizes. This tests the script; the figures mean
 import argparse
 import gc
 import json
+import math
 import os
 import platform
 import re
 import shutil
 import signal
 import sys
+import tarfile
 import tempfile
 import textwrap
 import threading
@@ -98,11 +101,36 @@ def main() -> int:
         return 0
     if args.worker:
         return work(Setup(device, device.type == "cpu", args.work), args.stages[0], args.parts, args.worker)
-    unknown = set(args.parts or ()) - {name for parts in PARTS.values() for name in parts}
-    if unknown:
-        known = ", ".join(name for parts in PARTS.values() for name in parts)
-        sys.exit(f"--parts {' '.join(sorted(unknown))}: no such part; choose from {known}")
+    if line := mistake(args):
+        print(line, file=sys.stderr)
+        return 2
     return Visit(args, device).run()
+
+
+def mistake(args: argparse.Namespace) -> str:
+    """Return a line that says which option is wrong; "" if none is. Unpacks an archive at --data."""
+    if not 0 < args.minutes < math.inf:
+        return f"--minutes {args.minutes:g}: no time for any stage; give a number above 0"
+    parts = set(args.parts or ())
+    if unknown := sorted(parts - {name for parts in PARTS.values() for name in parts}):
+        known = ", ".join(name for parts in PARTS.values() for name in parts)
+        return f"--parts {' '.join(unknown)}: no such part; choose from {known}"
+    stages = " ".join(map(str, args.stages))
+    if parts and not set(args.stages) & set(PARTS):
+        return f"--parts: stages 1 and 2 have parts, but --stages is {stages}; leave one of them out"
+    here = {name for stage in set(args.stages) & set(PARTS) for name in PARTS[stage]}
+    if parts and not parts & here:
+        of = " ".join(str(stage) for stage in PARTS if parts & set(PARTS[stage]))
+        names = " ".join(args.parts)
+        return f"--parts {names}: not in --stages {stages}; give --stages {of}"
+    if args.data is not None:
+        try:
+            gpu_cifar.find(args.data, args.run_folder.parent, Setup(torch.device("cpu"), True, Path()))
+        except Failed as error:
+            return str(error)
+        except (OSError, tarfile.TarError) as error:
+            return f"--data {args.data}: cannot be read ({error}); give another folder or archive"
+    return ""
 
 
 # In a worker process, which a visit starts.
@@ -196,9 +224,13 @@ class Visit:
         facts = ", ".join(f"{key} {value}" for key, value in self.facts.items() if value is not None)
         print(f"{facts}; {self.args.minutes:g} minutes; {self.json}", flush=True)
         self.setup = Setup(self.device, self.device.type == "cpu", Path(tempfile.mkdtemp(prefix="gpu-")))
+        interrupted = False
         try:
             for stage in self.args.stages:
                 self._stage(stage)
+        except KeyboardInterrupt:
+            interrupted = self.stopping = True  # parts that end now have not failed
+            print("\ninterrupted by Ctrl-C; the results so far are below", flush=True)
         finally:
             with self.lock:
                 self.stopping = True  # no lane starts another process
@@ -208,7 +240,7 @@ class Visit:
             shutil.rmtree(self.setup.work, ignore_errors=True)
             signal.signal(signal.SIGTERM, before)
         self.table()
-        return 1 if self.failed else 0
+        return 130 if interrupted else 1 if self.failed else 0
 
     def _stage(self, stage: int) -> None:
         last = stage == self.args.stages[-1]
@@ -243,9 +275,12 @@ class Visit:
     ) -> None:
         """Store and print the results of a part, and rewrite the JSON.
 
-        An error that begins with "not run: " does not count as a failure.
+        An error that begins with "not run: " does not count as a failure. After the end of the
+        visit, nothing is stored.
         """
         with self.lock:
+            if self.stopping:  # its process was killed
+                return
             skipped = error.startswith("not run: ")
             error = error.removeprefix("not run: ")
             status = "not run" if skipped else "failed" if error or failures else "passed"

@@ -68,8 +68,23 @@ def test_no_train(script, tmp_path):
 
 def test_no_val(script, tmp_path):
     (tmp_path / "train" / "a").mkdir(parents=True)
-    refused(script("main_lincls", tmp_path, "-a", "resnet18"), "no val/")
-    refused(script("main_synco", tmp_path, *SMALL, "--knn-every", 1), "no val/")
+    either = "expected val/CLASS/*.jpg or test/CLASS/*.jpg"
+    refused(script("main_lincls", tmp_path, "-a", "resnet18"), "no val/", either)
+    refused(script("main_knn", tmp_path, "-a", "resnet18"), "no val/", either)
+    refused(script("main_synco", tmp_path, *SMALL, "--knn-every", 1), "no val/", either, "--knn-every 0")
+
+
+@pytest.mark.parametrize("launch", ["spawn", "torchrun"])
+def test_the_line_on_test_in_place_of_val_is_printed_once(launch, images, tmp_path):
+    (images / "val").rename(images / "test")
+    words = ("main_knn.py", images, "-a", "resnet18", "--image-size", 32, "-b", 8, "-j", 0)
+    if launch == "spawn":
+        words += ("--device", "cpu", "--multiprocessing-distributed", "--nproc-per-node", 2)
+    else:
+        words = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, *words, "--device", "cpu")
+    done = shell(*words, "--save-dir", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("has no val/; test/ is used instead") == 1, done.stderr
 
 
 def test_flat_val(script, images):
@@ -656,6 +671,7 @@ IDLE = [
     ("main_semisup", "--weights freeze --zero-init-classifier", "--zero-init-classifier has no effect"),
     ("main_knn", "--recipe mocov2", "--recipe has no effect"),
     ("main_knn", "--crop-min 0.5", "--crop-min has no effect"),
+    ("main_knn", "--blur-sigma 1 2", "--blur-sigma has no effect: this script sees the centre"),
     ("main_knn", "--grad-checkpoint", "--grad-checkpoint has no effect"),
 ]
 

@@ -74,6 +74,21 @@ def test_seeds_are_averaged_and_never_chosen_among(tmp_path):
     assert row["imagenet linear, top-1 / top-5"] == "52.0 ± 2.0 / 80.0 \\*" and line["seeds"] == "0 1 2"
 
 
+def test_results_of_other_temperatures_features_or_image_sizes_are_not_averaged(tmp_path):
+    setting = {"features": "backbone", "temperature": 0.07, "image_size": 224, "mean": [0.5] * 3}
+    others = ({"temperature": 0.5}, {"features": "head"}, {"image_size": 64}, {"mean": [0.4] * 3})
+    for seed, other in enumerate(({}, *others)):
+        found = {"knn_20": 0.5 + seed / 10}
+        write(tmp_path / f"{seed}", protocol="knn", metrics=found, **{**setting, **other}, seed=seed)
+    text, (row,), _ = collect(tmp_path)
+    column = "imagenet k-NN (k 20, T 0.07, backbone features)"
+    assert row[column] == "90.0 \\*"
+    assert row["imagenet k-NN (k 20, T 0.5, backbone features)"] == "60.0"
+    assert row["imagenet k-NN (k 20, T 0.07, head features)"] == "70.0"
+    best = f"{column}, synco resnet50: the best of 3 settings is image_size 224, mean [0.4, 0.4, 0.4]"
+    assert best in text and "±" not in text
+
+
 def test_a_row_for_each_encoder_and_a_column_for_each_protocol(tmp_path):
     for method, epochs in (("synco", 800), ("synco", 200), ("mocov2", 200)):
         where = tmp_path / f"{method}{epochs}"

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from torchvision import models
 
+from moco.augment.recipes import STD
 from moco.encoder.networks import (
     backbone_keys,
     check_arch,
@@ -14,7 +15,7 @@ from moco.encoder.networks import (
     resnet,
 )
 from moco.encoder.published import choice, load_backbone, tensors_of
-from moco.engine import checkpoint
+from moco.engine import checkpoint, encoder
 from moco.errors import InputError
 
 PREFIXES = [
@@ -355,3 +356,17 @@ def test_mean_and_std_of_a_checkpoint_are_read_if_they_are_possible():
 
     assert read([0.0, 0.0, 0.0], (1.0, 1.0, 1.0)) == ([0.0, 0.0, 0.0], [1.0, 1.0, 1.0])
     assert read([0.5, 0.5, 1.5], [0.5, 0.0, 0.5]) == read([0.5, 0.5], ["0.5"] * 3) == (None, None)
+
+
+def test_a_reader_says_that_imagenets_mean_and_std_are_used(tmp_path, capsys):
+    tensors = {f"module.encoder_q.{name}": x for name, x in resnet("resnet18", 8).state_dict().items()}
+    options = {"image_size": 32, "mean": [0.5] * 3}
+    torch.save({"arch": "resnet18", "args": options, "state_dict": tensors}, tmp_path / "a.pth")
+    found = encoder.read(str(tmp_path / "a.pth"))
+    assert found.mean == [0.5] * 3 and found.std == list(STD)
+    line = f"{tmp_path / 'a.pth'}: does not say the std of its images; ImageNet's is used\n"
+    assert capsys.readouterr().out == line
+    options["std"] = [0.2] * 3
+    torch.save({"arch": "resnet18", "args": options, "state_dict": tensors}, tmp_path / "a.pth")
+    assert encoder.read(str(tmp_path / "a.pth")).std == [0.2] * 3
+    assert capsys.readouterr().out == ""

@@ -409,6 +409,26 @@ def test_output_of_a_tool_may_have_no_reader(command, tmp_path):
 # data and numbers
 
 
+def test_the_monitor_leaves_out_a_training_image_that_cannot_be_read(script, images, tmp_path):
+    """Its result is that of k-NN on a folder without the image. Evaluations and --on-bad-image error refuse it."""
+    bad = images / "train" / "class0" / "3.jpg"
+    bad.write_text("no image")
+    run, line = tmp_path / "run", "k-NN leaves out 1 training image that cannot be read: class0/3.jpg\n"
+    command = ("main_synco", images, *SMALL, "--moco-k", 24, "--knn-every", 1, "--knn-k", 7, "--save-dir", run)
+    status, _, err = script(*command)
+    assert status == 0 and err.count(line) == 1, err
+    status, _, err = script(*command, "--resume", "auto", "--epochs", 4)
+    assert status == 0 and err.count(line) == 1, err
+    refused(script(*command[:-1], tmp_path / "x", "--on-bad-image", "error"), "unreadable image")
+    knn = ("main_knn", images, "--pretrained", run / "checkpoint_0003.pth.tar", "-b", 8, "-j", 0, "--k", 7)
+    refused(script(*knn, "--save-dir", tmp_path / "knn"), str(bad), "unreadable image")
+    bad.unlink()
+    assert script(*knn, "--save-dir", tmp_path / "knn")[0] == 0
+    logged = json.loads((run / "log.jsonl").read_text().splitlines()[-1])["knn"]
+    found = json.loads((tmp_path / "knn" / "results.json").read_text())["metrics"]["knn_7"]
+    assert logged == pytest.approx(found, abs=1e-9)
+
+
 @pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")  # of loader processes that are ended
 def test_an_image_that_cannot_be_read_is_replaced(script, tmp_path):
     data = write_images(tmp_path / "data", classes=2, train=52)

@@ -131,6 +131,43 @@ def test_a_part_without_time_left_is_not_run_and_keeps_earlier_results(gpu, tmp_
     assert "not run: stage 1, hardest: no time left" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--minutes 0", "--minutes 0: no time"),
+        ("--minutes -1", "--minutes -1: no time"),
+        ("--minutes nan", "--minutes nan: no time"),
+        ("--stages 3 4 --parts views", "--parts: stages 1 and 2 have parts, but --stages is 3 4"),
+        ("--stages 1 --parts steps", "--parts steps: not in --stages 1; give --stages 2"),
+        ("--parts step", "--parts step: no such part"),
+        ("--data {}", "{}: holds no CIFAR-10; give a folder"),
+        ("--data {}/gone", "{}/gone: holds no CIFAR-10; give a folder"),
+    ],
+)
+def test_wrong_options_are_one_line_before_the_first_stage(gpu, words, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "Visit", None)
+    monkeypatch.setattr("sys.argv", ["gpu.py", "--device", "cpu", *words.format(tmp_path).split()])
+    assert gpu.main() == 2
+    out, err = capsys.readouterr()
+    assert out == "" and len(err.splitlines()) == 1 and said.format(tmp_path) in err
+
+
+def test_ctrl_c_prints_a_line_and_the_table(gpu, tmp_path, monkeypatch, capsys):
+    def stage(self, number):
+        self.record(number, "views", figures={"speed": 2.0})
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gpu.Visit, "_stage", stage)
+    args = gpu.parser().parse_args(["--json", str(tmp_path / "gpu.json"), "--device", "cpu"])
+    visit = gpu.Visit(args, torch.device("cpu"))
+    assert visit.run() == 130
+    visit.record(1, "views", "its process was killed")  # by a lane that ends later
+    out = capsys.readouterr().out
+    assert out.count("interrupted by Ctrl-C") == 1
+    assert "speed 2" in out.split("interrupted")[1] and "target for one H100" in out
+    assert json.loads((tmp_path / "gpu.json").read_text())["stages"]["1"]["views"]["status"] == "passed"
+
+
 def test_a_step_that_differs_fails(gpu, setup, monkeypatch):
     """Changes the weights of the second of both networks."""
     import gpu_checks

@@ -411,3 +411,19 @@ def test_state_dict_has_mocos_names_with_a_resnet_and_its_mlp_head():
     assert isinstance(model.encoder_q.fc[1], nn.ReLU)
     with torch.no_grad():
         assert model.eval().encoder_q(torch.zeros(2, 3, 32, 32)).shape == (2, 128)
+
+
+@pytest.mark.parametrize(
+    ("splits", "batch", "said"),
+    [
+        (8, 8, "--bn-splits 8: 1 group is used, because each needs 8 images and a pass has 8\n"),
+        (4, 20, "--bn-splits 4: 2 groups are used, because each needs 8 images and a pass has 20\n"),
+        (2, 20, None),
+    ],
+)
+def test_fewer_batch_norm_groups_than_asked_for_are_announced(splits, batch, said, script, shared_images, tmp_path):
+    small = ("-a", "resnet18", "--image-size", 32, "-j", 0, "--epochs", 1, "--moco-k", 24)
+    command = ("main_synco", shared_images, *small, "-b", batch, "--bn-splits", splits, "--save-dir", tmp_path)
+    status, out, err = script(*command)
+    assert status == 0, err
+    assert said in out if said else "groups are used" not in out

@@ -19,6 +19,7 @@ import main_adco
 import main_fnc
 import main_lincls
 import main_sogclr
+from moco.augment.recipes import MEAN, STD
 from moco.builder.adco import AdCo, Ascent
 from moco.builder.fnc import FNC
 from moco.builder.sogclr import SogCLR
@@ -187,6 +188,9 @@ def test_every_evaluation_reads_the_checkpoint(name, checkpoints, script, shared
         assert "120 of 120 backbone tensors matched" in out
         results = json.loads((run / "results.json").read_text())
         assert results["method"] == name and all(0 <= value <= 1 for value in results["metrics"].values())
+        used = {"image_size": 32, "mean": list(MEAN), "std": list(STD), "stem": "imagenet"}
+        used |= {"features": "backbone", "temperature": 0.07} if evaluation == "main_knn" else {}
+        assert results["settings"] | used == results["settings"]
     spec = importlib.util.spec_from_file_location("converter", ROOT / "detection" / "convert-pretrain-to-detectron2.py")
     converter = importlib.util.module_from_spec(spec)
     monkeypatch.setattr(sys, "path", [str(ROOT / "detection"), *sys.path])

@@ -81,10 +81,13 @@ def test_two_runs_from_the_shell(tmp_path, shared_images):
     (tmp_path / "_b").mkdir()
     a = write_run(tmp_path / hostile, shared_images, logged=LOGGED)
     b = write_run(tmp_path / "_b" / "run", shared_images, logged=LOGGED[:4], lr=0.06)
-    evaluation = {"method": "synco", "arch": "resnet18", "pretrain_epochs": 3, "protocol": "knn", "dataset": "x", "settings": {}}
-    for name, checkpoint, top1 in (("ours", str(b / "checkpoint_0002.pth.tar"), 0.613), ("random", None, 0.287)):
+    evaluation = {"method": "synco", "arch": "resnet18", "pretrain_epochs": 3, "protocol": "knn", "dataset": "x"}
+    evaluation["settings"] = {"features": "head", "temperature": 0.1, "image_size": 32}
+    ours = str(b / "checkpoint_0002.pth.tar")
+    for name, checkpoint, top1 in (("ours", ours, 0.613), ("larger", ours, 0.591), ("random", None, 0.287)):
         (b.parent / name).mkdir()
         found = evaluation | {"checkpoint": checkpoint, "metrics": {"knn_20": top1}}
+        found["settings"] = found["settings"] | {"image_size": 64} if name == "larger" else found["settings"]
         (b.parent / name / "results.json").write_text(json.dumps(found))
     done = shell("tools/report.py", a, b, "--out", tmp_path / "out" / "page.html", "--images", 20)
     assert (done.returncode, done.stderr) == (0, "")
@@ -100,7 +103,9 @@ def test_two_runs_from_the_shell(tmp_path, shared_images):
     rest = page.titles[len(plots.PANELS) :]
     assert rest[0] == "Of single methods" and rest[1].endswith("recipe mocov2") and rest[2] == f"Images of {shared_images.name}"
     assert len(rest) == 5 and rest[4] == "run"  # each run's neighbours; the recipe, being one, once
-    assert "61.3" in page.text and "28.7" in page.text and "1 options in which the runs differ" in page.text
+    assert "x k-NN (k 20, T 0.1, head features)" in page.text
+    assert "the best of 2 settings is image_size 32" in page.text
+    assert "61.3 *" in page.text and "28.7" in page.text and "1 options in which the runs differ" in page.text
     assert "3 of 3" in page.text and "53.0" in page.text  # epochs and k-NN
 
 

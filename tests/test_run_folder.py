@@ -470,6 +470,11 @@ def test_an_evaluation_takes_the_image_size_from_the_checkpoint(script, shared_i
     assert script(*command, tmp_path / "own")[0] == 0
     status, out, _ = script(*command, tmp_path / "other", "--image-size", 48)
     assert status == 0 and "it was pre-trained at 32 pixels, and sees 48 here (--image-size)" in out
+    assert "normalized" not in out
+    mean = ("--mean", 0.5, 0.45, 0.4)
+    status, out, _ = script(*command, tmp_path / "mean", *mean)
+    both = "with mean 0.485 0.456 0.406 in pre-training, and are with mean 0.5 0.45 0.4 here (--mean)"
+    assert status == 0 and out.count(f"its images were normalized {both}\n") == 1
     sizes = [yaml.safe_load((tmp_path / name / "args.yaml").read_text())["image_size"] for name in ("own", "other")]
     assert sizes == [32, 48]
 
@@ -483,9 +488,13 @@ def test_weights_alone_say_what_is_taken_for_granted(script, shared_images, run,
     command = ("main_knn", shared_images, "-b", 8, "-j", 0, "--k", 1, "--pretrained", exported, "--save-dir", tmp_path / "knn")
     refused(script(*command), "does not name its network, and resnet50 was tried: give another -a ARCH")
     assumed = f"{exported}: does not say what size of images it is for; 224 pixels are taken (--image-size)"
+    normal = f"{exported}: does not say the {{}} of its images; ImageNet's {{}} used (--mean, --std)\n"
     status, out, err = script(*command, "-a", "resnet18")
-    assert status == 0 and assumed in out, err
-    status, out, err = script(*command, "-a", "resnet18", "--image-size", 32)
+    assert status == 0 and assumed in out and normal.format("mean and std", "are") in out, err
+    mean, std = ("--mean", 0.485, 0.456, 0.406), ("--std", 0.229, 0.224, 0.225)
+    status, out, err = script(*command, "-a", "resnet18", *mean)
+    assert status == 0 and normal.format("std", "is") in out, err
+    status, out, err = script(*command, "-a", "resnet18", "--image-size", 32, *mean, *std)
     assert status == 0 and "does not say" not in out, err
 
 

@@ -46,6 +46,9 @@ def test_a_picture_of_views_and_one_line_for_mistakes(tmp_path, shared_images, m
     width, height = Image.open(out).size
     assert width > 3 * height  # the image and two draws of six views; two rows
     (tmp_path / "bad.yaml").write_text("recipe: [")
+    options = tmp_path / "run" / "args.yaml"
+    options.parent.mkdir()
+    options.write_text("recipe: mocov2")
     for words, what in (
         (["mocov9"], "the nearest is 'mocov2'"),
         (["mocov2", tmp_path / "none"], "no such folder"),
@@ -55,6 +58,9 @@ def test_a_picture_of_views_and_one_line_for_mistakes(tmp_path, shared_images, m
         (["--cfg", ROOT / "configs/lincls_moco.yaml"], "names no views"),
         (["mocov2", ROOT / "configs"], "holds no image"),
         (["mocov2", shared_images, "--crop-min", "2"], "--crop-min: 2"),
+        (["mocov1", "--blur-sigma", "1", "2"], "--blur-sigma 1 2 has no effect: the views of mocov1"),
+        ([options], f"a file, not the name of a recipe; give it with --cfg {options}"),
+        ([options.parent, shared_images], f"not the name of a recipe; give --cfg {options}"),
     ):
         status, said = call(*words)
         assert status == 2 and what in said.err and len(own_lines(said.err)) == 1, (words, said.err)

@@ -124,7 +124,7 @@ def _runs(found: dict[str, Any]) -> Iterable[Run]:
     settings, metrics = dict(found.get("settings", {})), found["metrics"]
     seed = settings.pop("seed", None)
     dataset = Path(found["dataset"]).name
-    for metric, protocol in figures(found["protocol"], metrics):
+    for metric, protocol in figures(found["protocol"], metrics, settings):
         if metrics[metric] is None:  # NaN or infinite: nothing to put in a table
             continue
         yield Run(
@@ -139,11 +139,18 @@ def _runs(found: dict[str, Any]) -> Iterable[Run]:
         )
 
 
-def figures(protocol: str, metrics: dict[str, float]) -> Iterable[tuple[str, str]]:
-    """The metrics that count, with what their column is called."""
+def figures(protocol: str, metrics: dict[str, float], settings: dict[str, Any]) -> Iterable[tuple[str, str]]:
+    """Yield the metrics that count, with the titles of their columns.
+
+    k-NN with another temperature, or on other features, has a column of its own. Results of older
+    versions lack these settings, and their titles name k alone.
+    """
     knn = [name for name in metrics if name.startswith("knn_")]
     if knn:
-        yield from ((name, f"k-NN (k {name.removeprefix('knn_')})") for name in knn)
+        temperature, features = settings.get("temperature"), settings.get("features")
+        how = "" if temperature is None else f", T {temperature}"
+        how += "" if features is None else f", {features} features"
+        yield from ((name, f"k-NN (k {name.removeprefix('knn_')}{how})") for name in knn)
         return
     if protocol.startswith("detection"):
         yield from ((name, f"{protocol}, {name.replace('_ap', ' AP')}") for name in metrics)

@@ -147,6 +147,10 @@ def evaluations(found: list[Run]) -> str:
     note = "Of results.json files below the run folders and beside them, in per cent."
     if any(best.on_val for *_, cells in rows for best in cells.values()):
         note += " * the best of several settings, chosen on the very images that it is tested on."
+    chosen = {
+        collect.choice(best.runs[0].encoder, column, best) for *_, cells in rows for column, best in cells.items() if best.tried > 1
+    }
+    lines = [*(f"<p>{escaped(line)}</p>" for line in sorted(chosen)), *lines]
     heads = ["run", "checkpoint", *(" ".join(column) for column in columns)]
     return f"<h2>Evaluations</h2><p>{note}</p>{table(heads, texts, left=2)}{''.join(lines)}"
 

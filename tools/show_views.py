@@ -259,7 +259,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     """The options, with `recipe` and `views` as `recipes.of_options` wants them. Raises InputError."""
     p = parser()
     args = p.parse_intermixed_args(argv)
-    words = list(args.words)
+    words, sigma = list(args.words), args.blur_sigma
     if args.cfg:
         try:
             given = _words_of(args.cfg)
@@ -273,14 +273,31 @@ def parse(argv: list[str]) -> argparse.Namespace:
         raise InputError(f"unexpected argument '{words[2]}'; a recipe and a data folder are expected, options start with --")
     if len(words) == 2 or (words and not args.cfg):
         args.recipe = words.pop(0)
+        _refuse_file(args.recipe)
     args.recipe = args.recipe or _of_method(args)
     if not args.recipe:
         which = f"--cfg {args.cfg}: names no views; " if args.cfg else "no recipe; "
         raise InputError(f"{which}give RECIPE and DATA, as in {p.prog} mocov2 photos; recipes: {', '.join(recipes.RECIPES)}")
+    if sigma and not any(view.blur_p for view in recipes.of_options(args)):
+        given = " ".join(f"{value:g}" for value in sigma)
+        why = f"the views of {args.recipe} are not blurred"
+        raise InputError(f"--blur-sigma {given} has no effect: {why}; leave it out, or give another recipe")
     args.data = words[0] if words else args.data or "photos"
     if args.out.suffix.lower() != ".png":
         raise InputError(f"--out {args.out}: the picture is a PNG; give a name that ends in .png")
     return args
+
+
+def _refuse_file(recipe: str) -> None:
+    """Raise InputError, which names --cfg, if `recipe` is a recipe file or a run folder."""
+    if recipe in recipes.RECIPES:
+        return
+    path = Path(recipe)
+    options = path / "args.yaml"
+    if options.is_file():
+        raise InputError(f"{recipe}: a run folder, not the name of a recipe; give --cfg {options}")
+    if path.suffix.lower() in (".yaml", ".yml"):
+        raise InputError(f"{recipe}: a file, not the name of a recipe; give it with --cfg {recipe}")
 
 
 def _of_method(args: argparse.Namespace) -> str | None:

@@ -15,6 +15,11 @@ from moco.rng import SHUFFLE, Progress
 MIN_BN_GROUP = 8  # images; batch statistics of fewer are useless
 
 
+def bn_groups(splits: int, images: int) -> int:
+    """Return into how many groups batch norm splits a batch: `splits`, or fewer for a small batch."""
+    return max(1, min(splits, images // MIN_BN_GROUP))
+
+
 class _SplitBatchNorm:
     """A mixin for torch's batch norms: normalizes `splits` groups of a training batch separately.
 
@@ -25,7 +30,7 @@ class _SplitBatchNorm:
     splits = 1
 
     def forward(self, x: Tensor) -> Tensor:
-        splits = max(1, min(self.splits, len(x) // MIN_BN_GROUP))
+        splits = bn_groups(self.splits, len(x))
         if not self.training or splits == 1:
             return super().forward(x)
         self.num_batches_tracked.add_(1)

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import hashlib
+import multiprocessing
 import os
 import shutil
 import stat
@@ -36,7 +37,9 @@ def find(data: str, splits: tuple[str, ...]) -> Path:
         raise InputError(f"{data}: no such folder; give an ImageNet-style folder (train/CLASS/*.jpg), or the word photos")
     for split in splits:
         if not _is_folder(split_folder(root, split)):
-            raise InputError(f"{data}: has no {split}/ folder; expected {split}/CLASS/*.jpg")
+            other = ", and no test/ with class folders in its place" if split == "val" else ""
+            expected = f"{split}/CLASS/*.jpg" + " or test/CLASS/*.jpg" * (split == "val")
+            raise InputError(f"{data}: has no {split}/ folder{other}; expected {expected}")
     train = class_names(root / "train") if "train" in splits else ()
     if "val" in splits:
         folder = split_folder(root, "val")
@@ -59,7 +62,9 @@ def split_folder(root: Path, split: str) -> Path:
     if split == "val" and not _is_folder(folder) and _is_folder(test):
         entries = _entries(str(test))
         if entries.folders or entries.links:
-            _print_once(f"{root}: has no val/; test/ is used instead")
+            # the process that started this one has printed the line
+            if multiprocessing.parent_process() is None:
+                _print_once(f"{root}: has no val/; test/ is used instead")
             return test
     return folder
 
@@ -276,7 +281,7 @@ def _tell_of_others(folder: Path, listings: list[Listing], others: Counter[str],
 
 @functools.cache  # val/ is listed again by each k-NN test
 def _print_once(message: str) -> None:
-    if distributed.rank() == 0:
+    if distributed.is_first():
         tqdm.write(message, file=sys.stderr)
 
 

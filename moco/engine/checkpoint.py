@@ -249,6 +249,13 @@ def about(state: State) -> About:
     )
 
 
+def lacks_normalization(path: str, found: About) -> str:
+    """Return a line that says that ImageNet's mean or std is used; "" if the file has both."""
+    absent = " and ".join(name for name in ("mean", "std") if getattr(found, name) is None)
+    verb = "are" if " and " in absent else "is"
+    return absent and f"{path}: does not say the {absent} of its images; ImageNet's {verb} used"
+
+
 def channels(value: object, name: str) -> list[float] | None:
     """Return `value` if it is a `mean`, or an `std` above 0, of R, G and B in [0, 1]; else None."""
     three = isinstance(value, list | tuple) and len(value) == 3

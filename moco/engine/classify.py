@@ -41,6 +41,9 @@ def check(args: Namespace) -> None:
         taken = "224 pixels are taken (--image-size)"
         say(f"{args.pretrained}: does not say what size of images it is for; {taken}")
     args.image_size = args.image_size or about.image_size or 224
+    used = about._replace(mean=args.mean or about.mean, std=args.std or about.std)
+    if args.pretrained and (line := checkpoint.lacks_normalization(args.pretrained, used)):
+        say(f"{line} (--mean, --std)")
     args.mean, args.std = args.mean or about.mean or list(MEAN), args.std or about.std or list(STD)
     args.encoder_method = about.method if args.pretrained else "random"
     args.pretrain_epochs = about.epoch
@@ -173,12 +176,25 @@ def pretrained(args: Namespace, classes: int, device: torch.device) -> nn.Module
     elif args.pretrained:
         state = checkpoint.load(args.pretrained)
         say(f"{args.pretrained}: {_load(net, args, state)}")
-        size = checkpoint.about(state).image_size
-        if size not in (None, args.image_size):
-            say(f"it was pre-trained at {size} pixels, and sees {args.image_size} here (--image-size)")
+        about = checkpoint.about(state)
+        if about.image_size not in (None, args.image_size):
+            say(f"it was pre-trained at {about.image_size} pixels, and sees {args.image_size} here (--image-size)")
+        _say_if_normalized_otherwise(args, about)
     else:
         say(f"no --pretrained: a randomly initialised {args.arch}")
     return precision.place(net, device, args.compile, args.grad_checkpoint)
+
+
+def _say_if_normalized_otherwise(args: Namespace, about: checkpoint.About) -> None:
+    """Print one line if `--mean` or `--std` differs from the checkpoint's."""
+    names = [name for name in ("mean", "std") if getattr(about, name) not in (None, getattr(args, name))]
+    if names:
+        own, given = (
+            " and ".join(f"{name} {' '.join(f'{one:g}' for one in getattr(source, name))}" for name in names)
+            for source in (about, args)
+        )
+        options = ", ".join(f"--{name}" for name in names)
+        say(f"its images were normalized with {own} in pre-training, and are with {given} here ({options})")
 
 
 @torch.no_grad()
@@ -262,7 +278,8 @@ def write_results(args: Namespace, protocol: str, found: dict[str, float], secon
 
 # what tells apart the runs of one protocol
 _SETTINGS = (
-    "features epochs batch_size optimizer lr lr_backbone lr_classifier learning_rate_scaling cos wd weights train_percent"
+    "features temperature image_size mean std stem"
+    " epochs batch_size optimizer lr lr_backbone lr_classifier learning_rate_scaling cos wd weights train_percent"
     " subset_file ft_proj val_from_train amp seed"
     " iterations norm"  # of detectors
 ).split()

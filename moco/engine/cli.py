@@ -491,7 +491,9 @@ def add_input(
         help=sigma,
     )
     blurs = "the recipe's views are not blurred; leave it out, or give another --recipe"
-    parser.has_effect("blur_sigma", lambda args: any(view.blur_p for view in recipes.of_options(args)), blurs)
+    # without a recipe, another rule says why there is none
+    blurred = lambda args: not args.recipe or any(view.blur_p for view in recipes.of_options(args))  # noqa: E731
+    parser.has_effect("blur_sigma", blurred, blurs)
     group.add_argument(
         "--crop-min",
         type=values.real("(0, 1]"),

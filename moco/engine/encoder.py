@@ -9,6 +9,7 @@ from torch import nn
 from moco.augment.recipes import MEAN, STD
 from moco.encoder import networks, published
 from moco.engine import checkpoint
+from moco.engine.log import say
 from moco.errors import InputError
 
 
@@ -44,8 +45,9 @@ def naming_arch(path: str, own: str | None, arch: str) -> Iterator[None]:
 def read(path: str, arch: str | None = None, image_size: int | None = None) -> Encoder:
     """The encoder of a checkpoint of this project, by any method, or of a published one that the evaluations read.
 
-    What `arch` and `image_size` leave open the file decides, and where it does not, resnet50 and 224. Raises InputError for a
-    file that cannot be read, an unknown `arch`, or one that does not fit the file.
+    What `arch` and `image_size` leave open the file decides, and where it does not, resnet50 and 224. Prints a line if the file
+    does not say by which mean and std images are normalized. Raises InputError for a file that cannot be read, an unknown `arch`,
+    or one that does not fit the file.
     """
     state = checkpoint.load(path)
     about = checkpoint.about(state)
@@ -61,5 +63,7 @@ def read(path: str, arch: str | None = None, image_size: int | None = None) -> E
     start = published.prefix(net, tensors)
     tables = {name: x for name, x in net.state_dict().items() if "pos" in name and start + name in tensors}
     resized = [name for name, x in tables.items() if tensors[start + name].shape != x.shape]
+    if line := checkpoint.lacks_normalization(path, about):
+        say(line)
     facts = (about.method, about.epoch, stem, about.mean or list(MEAN), about.std or list(STD))
     return Encoder(net.eval(), arch, image_size, *facts, resized)

@@ -25,11 +25,27 @@ from moco.files import Unreadable, read_json, unreadable
 Features = tuple[Tensor, Tensor]  # of this rank's share of a split, every W-th image: rows [n, D], labels [n] or [n, classes]
 
 
-def test_batches(images: Images, args: Namespace, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """This rank's share of `images` (every W-th) as normalized centre crops [B, 3, S, S] and labels [B]."""
+def test_batches(
+    images: Images, args: Namespace, device: torch.device, unreadable: list[tuple[int, str]] | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield this rank's share of `images` (every W-th) as normalized centre crops [B, 3, S, S] and labels [B].
+
+    Images that cannot be read are left out, and their numbers and reasons are added to
+    `unreadable`. Raises InputError for the first one if that is None.
+    """
     order = loader.EvalOrder(len(images), args.batch_per_process)
-    for batch in loader.batches(images, loader.CenterCrop(args.image_size), order, args, device):
-        yield layout(normalize(batch.views[0], args.mean, args.std)), batch.label
+    cut, done = loader.CenterCrop(args.image_size), 0
+    for batch in loader.batches(images, cut, order, args, device, skips=unreadable is not None):
+        x, label = batch.views[0], batch.label
+        if batch.unreadable:
+            unreadable += batch.unreadable
+            # the loader puts another image in the place of one that cannot be read
+            wanted = [i for _, i in order.places[done : done + len(x)]]
+            own = batch.index == torch.tensor(wanted, device=device)
+            x, label = x[own], label[own]
+        done += len(batch.index)
+        if len(x):
+            yield layout(normalize(x, args.mean, args.std)), label
 
 
 @torch.inference_mode()
@@ -40,11 +56,12 @@ def extract(
     device: torch.device,
     unit: bool = True,
     of: Callable[[nn.Module, Tensor], Tensor] = networks.features,
+    unreadable: list[tuple[int, str]] | None = None,
 ) -> Features:
     """Return the features of this rank's share of `images`, and their labels, in eval mode.
 
     `of(net, batch)` computes the features: by default those of the backbone. With `unit` they are
-    normalized to norm 1.
+    normalized to norm 1. `unreadable` is that of `test_batches`.
 
     The labels are on `device`, and so are the features, unless `args.host_features` keeps them in the host's memory. There is
     one copy of them.
@@ -53,13 +70,15 @@ def extract(
     net.eval()
     labels = torch.tensor(images.labels[distributed.rank() :: distributed.world()], device=device)
     rows, done = None, 0
-    for batch, _ in test_batches(images, args, device):
+    for batch, label in test_batches(images, args, device, unreadable):
         with autocast(args.amp, device):
             x = of(net, batch)
         if rows is None:
             rows = torch.empty(len(labels), x.shape[1], device=_home(args, device))
         rows[done : done + len(x)] = F.normalize(x.float(), dim=1) if unit else x
+        labels[done : done + len(x)] = label  # these move up where an image is left out
         done += len(x)
+    rows, labels = rows if rows is None else rows[:done], labels[:done]
     net.train(was_training)
     # a rank without images learns from the others how long features are
     width = int(distributed.all_gather(torch.tensor([0 if rows is None else rows.shape[1]], device=device)).max())

@@ -1,5 +1,6 @@
 """Pre-training, for every method: the training loop on unlabelled views, the k-NN monitor and the checkpoints."""
 
+import sys
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -7,9 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from moco import distributed
 from moco.augment import recipes
+from moco.builder.momentum import MIN_BN_GROUP, bn_groups
 from moco.data import datasets, loader, named, subsets
 from moco.data.images import Images
 from moco.encoder import networks
@@ -33,7 +36,9 @@ def check(args: Namespace, transformers: bool = False) -> None:
     if not transformers and args.arch not in networks.ARCHS:
         raise InputError(f"--arch {args.arch}: this script is for torchvision's ResNets; main_moby.py trains transformers")
     if args.dataset == "imagenet":
-        root = datasets.find(args.data, ("train", "val") if args.knn_every else ("train",))
+        root = datasets.find(args.data, ("train",))
+        if args.knn_every:
+            _check_monitor(args)
         subsets.check_classes(root / "train", args.class_list, args.data_name)
     else:
         named.check(args.dataset, args.data, args.download)
@@ -42,6 +47,14 @@ def check(args: Namespace, transformers: bool = False) -> None:
             raise InputError(f"--knn-every: {several}; leave it out")
     mean, std = named.normalization(args.dataset)
     args.mean, args.std = args.mean or mean, args.std or std
+
+
+def _check_monitor(args: Namespace) -> None:
+    """Raise InputError, which names `--knn-every 0`, if the k-NN monitor cannot use the data folder."""
+    try:
+        datasets.find(args.data, ("train", "val"))
+    except InputError as error:
+        raise InputError(f"{error}; or train without the k-NN monitor: --knn-every 0") from None
 
 
 def train(args: Namespace, device: torch.device, build: Callable[[Images], nn.Module]) -> None:
@@ -64,6 +77,16 @@ class Pretraining(Trainer):
     best = (-1.0, -1)  # the best k-NN top-1 among the epochs that were saved, and which epoch it was
     # epochs whose checkpoints an earlier start kept by another --keep or --keep-every
     spared: frozenset[int] = frozenset()
+    _left_out: frozenset[int] = frozenset()  # unreadable images that the monitor has named
+
+    def _announce(self) -> None:
+        super()._announce()
+        args = self.args
+        asked, batch = getattr(args, "bn_splits", 1), args.batch_per_process
+        used = bn_groups(asked, batch)
+        if distributed.world() == 1 and used < asked:
+            groups = "1 group is" if used == 1 else f"{used} groups are"
+            say(f"--bn-splits {asked}: {groups} used, because each needs {MIN_BN_GROUP} images and a pass has {batch}")
 
     def images_before(self) -> int:
         return getattr(self.module, "images_before", 0)
@@ -135,10 +158,26 @@ class Pretraining(Trainer):
                 say(f"  {command}")
 
     def _knn(self) -> float:
-        """k-NN top-1 of the encoder on val/, against train/."""
+        """Return the k-NN top-1 of the encoder on val/, against train/, in [0, 1].
+
+        With `--on-bad-image skip`, training images that cannot be read are left out.
+        """
         args, module = self.args, self.module
         val = named.testing(args.dataset, args.data, args.class_list)
         backbone = module.encoder, networks.features
         net, of = backbone if args.knn_features == "backbone" else (module.embedding, nn.Module.__call__)
-        bank, queries = (features.extract(net, images, args, self.device, of=of) for images in (self.images, val))
+        unreadable = [] if args.on_bad_image == "skip" else None
+        bank = features.extract(net, self.images, args, self.device, of=of, unreadable=unreadable)
+        self._note_left_out({i for i, _ in unreadable or ()})
+        queries = features.extract(net, val, args, self.device, of=of)
         return features.knn(*bank, *queries, len(val.classes), [args.knn_k], args.knn_t)[args.knn_k]
+
+    def _note_left_out(self, unreadable: set[int]) -> None:
+        """Print one line that names the images of `unreadable` which no earlier line has named."""
+        new = sorted(unreadable - self._left_out)
+        self._left_out |= unreadable
+        if new:
+            names = ", ".join(self.images.name(i) for i in new[:10]) + ", ..." * (len(new) > 10)
+            what = "training image" if len(new) == 1 else "training images"
+            line = f"k-NN leaves out {len(new)} {what} that cannot be read: {names}"
+            tqdm.write(line.encode(errors="backslashreplace").decode(), file=sys.stderr)
