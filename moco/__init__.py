@@ -1,5 +1,7 @@
 """Hard-negative contrastive pre-training: engine over {builder, data} over {loss, augment, encoder, distributed}."""
 
+import contextlib
+import ctypes
 import os
 from pathlib import Path
 
@@ -26,6 +28,25 @@ def _is_busy(load: Path = Path("/proc/loadavg")) -> bool:
 _OPENMP = ("OMP_WAIT_POLICY", "OMP_NUM_THREADS", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 if _is_busy() and not any(name in os.environ for name in _OPENMP):
     os.environ["GOMP_SPINCOUNT"] = "1000"
+
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc keep up to 512 MiB of freed memory for the next tensors.
+
+    By default it returns blocks of some megabytes to the system at once. The next tensor then takes
+    a page fault for every 4 KiB, which is a tenth to a quarter of the time of colour operations.
+    Nothing changes without glibc, or if the user has set glibc's own variables.
+    """
+    if any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ):
+        return
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD: glibc allows no more
+        mallopt(-1, 512 << 20)  # M_TRIM_THRESHOLD
+
+
+_keep_freed_memory()
 
 import torch  # noqa: E402
 
