@@ -30,7 +30,6 @@ if _is_busy() and not any(name in os.environ for name in _OPENMP):
     os.environ["GOMP_SPINCOUNT"] = "1000"
 
 
-
 def _keep_freed_memory() -> None:
     """Let glibc keep up to 512 MiB of freed memory for the next tensors.
 

@@ -1,7 +1,9 @@
 """Bad input ends with one clear line and status 2; options, YAML defaults and launch plans mean what they say."""
 
+import ctypes
 import json
 import os
+import resource
 import socket
 import subprocess
 import sys
@@ -912,3 +914,23 @@ def test_pictures_of_many_modes_are_read(script, images, tmp_path):
         Image.new("RGB", (40, 40), (200, 30, 90)).convert(mode).save(folder / f"m{i}.{'jpg' if mode == 'CMYK' else 'png'}")
     status, _, err = script("main_synco", images, *SMALL, "--save-dir", tmp_path / "run")
     assert status == 0, err
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="not glibc")
+@pytest.mark.parametrize(("variables", "kept"), [({}, True), ({"MALLOC_TRIM_THRESHOLD_": "1000000"}, False)])
+def test_freed_memory_is_kept_for_the_next_tensors(variables, kept):
+    """Then they take no page faults. glibc's own variables have the last word."""
+    code = """
+import resource, moco, torch
+def fill():
+    return [torch.zeros(2 << 20) for _ in range(5)]
+for _ in range(5):
+    fill()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+fill()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    result = shell("-c", code, env=variables)
+    assert result.returncode == 0, result.stderr
+    pages = 5 * (2 << 22) // resource.getpagesize()
+    assert (int(result.stdout) < pages / 10) == kept
