@@ -212,13 +212,12 @@ def _to_float(x: Tensor) -> Tensor:
     return x.float().mul_(1 / 255) if x.dtype == torch.uint8 else x.to(torch.float32, copy=True)
 
 
-# On a GPU, and on a CPU for a chunk of small images: apply an operation to all its samples at once.
+# On a GPU: apply an operation to all its samples at once.
 
 
 def _apply_by_operation(x: Tensor, view: View, draws: Draws) -> Tensor:
     x = _to_float(x)
-    operations = {"jitter": _jitter, "gray": _gray, "blur": _blur, "solarize": _solarize}
-    operations["flip"] = _flip
+    operations = {"jitter": _jitter, "gray": _gray, "blur": _blur, "solarize": _solarize, "flip": _flip}
     for name in (*view.order, "flip"):
         rows = getattr(draws, name).nonzero().squeeze(1)
         if len(rows):
@@ -234,16 +233,15 @@ def _jitter(x: Tensor, rows: Tensor, view: View, draws: Draws) -> Tensor:
     ends = slots.bincount(minlength=4).cumsum(0).tolist()
     coefficients = to_device(_coefficients(draws)[rows], x.device)
     shift = to_device(draws.factors[rows, _HUE], x.device)
-    in_place = torch.equal(rows, torch.arange(len(x)))
     rows = to_device(rows, x.device)
-    y = x if in_place else x.index_select(0, rows)
+    y = x.index_select(0, rows)
     for slot, (first, last) in enumerate(zip([0, *ends], ends, strict=False)):
         for part in (slice(0, first), slice(last, len(y))):
             if part.start < part.stop:
                 blend(y[part], *coefficients[part, slot].unbind(1), out=y[part])
         if first < last and view.jitter[_HUE]:
             adjust_hue(y[first:last], shift[first:last], out=y[first:last])
-    return x if in_place else x.index_copy_(0, rows, y)
+    return x.index_copy_(0, rows, y)
 
 
 def _coefficients(draws: Draws) -> Tensor:
