@@ -410,7 +410,10 @@ def test_output_of_a_tool_may_have_no_reader(command, tmp_path):
 
 
 def test_the_monitor_leaves_out_a_training_image_that_cannot_be_read(script, images, tmp_path):
-    """Its result is that of k-NN on a folder without the image. Evaluations and --on-bad-image error refuse it."""
+    """Compare its accuracy with that of k-NN on a folder without the image.
+
+    Evaluations and `--on-bad-image error` refuse the folder with the image.
+    """
     bad = images / "train" / "class0" / "3.jpg"
     bad.write_text("no image")
     run, line = tmp_path / "run", "k-NN leaves out 1 training image that cannot be read: class0/3.jpg\n"

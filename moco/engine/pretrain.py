@@ -36,9 +36,7 @@ def check(args: Namespace, transformers: bool = False) -> None:
     if not transformers and args.arch not in networks.ARCHS:
         raise InputError(f"--arch {args.arch}: this script is for torchvision's ResNets; main_moby.py trains transformers")
     if args.dataset == "imagenet":
-        root = datasets.find(args.data, ("train",))
-        if args.knn_every:
-            _check_monitor(args)
+        root = _find(args)
         subsets.check_classes(root / "train", args.class_list, args.data_name)
     else:
         named.check(args.dataset, args.data, args.download)
@@ -49,11 +47,14 @@ def check(args: Namespace, transformers: bool = False) -> None:
     args.mean, args.std = args.mean or mean, args.std or std
 
 
-def _check_monitor(args: Namespace) -> None:
-    """Raise InputError, which names `--knn-every 0`, if the k-NN monitor cannot use the data folder."""
+def _find(args: Namespace) -> Path:
+    """Return the data folder. Raise InputError, which names `--knn-every 0` if only the k-NN monitor cannot use it."""
+    if not args.knn_every:
+        return datasets.find(args.data, ("train",))
     try:
-        datasets.find(args.data, ("train", "val"))
+        return datasets.find(args.data, ("train", "val"))
     except InputError as error:
+        datasets.find(args.data, ("train",))  # raises its own error if train/ is wrong
         raise InputError(f"{error}; or train without the k-NN monitor: --knn-every 0") from None
 
 
@@ -179,5 +180,4 @@ class Pretraining(Trainer):
         if new:
             names = ", ".join(self.images.name(i) for i in new[:10]) + ", ..." * (len(new) > 10)
             what = "training image" if len(new) == 1 else "training images"
-            line = f"k-NN leaves out {len(new)} {what} that cannot be read: {names}"
-            tqdm.write(line.encode(errors="backslashreplace").decode(), file=sys.stderr)
+            tqdm.write(f"k-NN leaves out {len(new)} {what} that cannot be read: {names}", file=sys.stderr)
