@@ -116,6 +116,19 @@ def test_each_part_trains_at_its_own_rate(part, script, pretrained, shared_image
     assert not torch.equal(state["module.bn1.running_mean"], old["bn1.running_mean"])
 
 
+def test_a_new_classifier_does_not_depend_on_where_the_layer_is():
+    """Layers of other types draw by other generators or kernels: the draws must be the CPU's in float32."""
+    found = []
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        layer = nn.Linear(5, 40, dtype=dtype)
+        torch.manual_seed(0)
+        classify.init_classifier(layer)
+        found.append(layer.weight)
+        assert not layer.bias.any()
+    assert torch.equal(found[0].double(), found[1]) and torch.equal(found[0].bfloat16(), found[2])
+    assert 0.005 < found[0].std() < 0.015
+
+
 def test_a_classifier_can_begin_at_zero(script, pretrained, shared_images, tmp_path):
     """Then no gradient reaches the backbone in the first step; and a classifier that does not train stays there."""
     common = (shared_images, *SMALL, "--train-percent", 100, "--wd", 0, "--epochs", 1, "--zero-init-classifier")
