@@ -58,6 +58,7 @@ from moco.files import to_json
 PARTS = {1: gpu_checks.PARTS, 2: gpu_speed.PARTS}
 TITLES = {1: "correctness", 2: "speed", 3: "CIFAR-10, MoCo", 4: "CIFAR-10, all methods"}
 SHARE = {1: 0.35, 2: 0.3, 3: 0.85}  # fraction of the visit for a stage that is not the last
+LANES = 4  # worker processes of stage 1 on a GPU, at most
 LIMIT = 150.0  # seconds for one part
 START = 150.0  # seconds for a process to begin its first part
 BROKEN = 3  # exit status of a process whose GPU context is lost
@@ -317,15 +318,13 @@ class Visit:
         lanes: dict[int, list[str]] = {}
         for name, (_, lane) in PARTS[stage].items():
             if self.args.parts is None or name in self.args.parts:
-                lanes.setdefault(lane % (2 if self.setup.tiny else self.LANES), []).append(name)
+                lanes.setdefault(lane % (2 if self.setup.tiny else LANES), []).append(name)
         threads = [threading.Thread(target=self._lane, args=(stage, number, names, end)) for number, names in lanes.items()]
         for thread in threads:
             thread.daemon = True
             thread.start()
         for thread in threads:
             thread.join()
-
-    LANES = 4  # at most
 
     def _lane(self, stage: int, number: int, names: list[str], end: float) -> None:
         """Run parts in order. If a worker process hangs or dies, only its current part is lost."""
@@ -362,7 +361,7 @@ class Visit:
         with self.lock:
             if self.stopping:
                 return
-            threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // self.LANES))} if stage == 1 else {}
+            threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // LANES))} if stage == 1 else {}
             process = gpu_setup.python(self.setup, __file__, *words, log=log, gpu=self.setup.cuda, **threads)
             self.running.add(process.pid)
         seen, current, since = 0, "", time.monotonic()

@@ -58,8 +58,7 @@ class _SplitBatchNorm:
         group's images, and so on. That is fewer operations for a GPU, which waits for Python if
         each takes little time, but two more copies of `x`.
         """
-        n, *spatial = x.movedim(1, -1).shape[:-1]
-        channels = x.shape[1]
+        n, channels, *spatial = x.shape
         # [N, C, H, W] -> [N / splits, splits C, H, W]; the channels are the last dimension in memory
         wide = x.movedim(1, -1).reshape(splits, -1, channels).transpose(0, 1)
         wide = wide.reshape(n // splits, *spatial, splits * channels).movedim(-1, 1)
@@ -72,7 +71,6 @@ class _SplitBatchNorm:
 
 
 _SMALL = 1 << 25  # elements; a GPU normalizes a larger tensor group by group: copies would take longer
-
 
 _SPLIT = {kind: type(kind.__name__, (_SplitBatchNorm, kind), {}) for kind in (nn.BatchNorm1d, nn.BatchNorm2d)}
 
