@@ -17,6 +17,6 @@ def encoder(checkpoint: str, arch: str | None = None, image_size: int | None = N
     or with ImageNet's for files of other software. A ResNet gets the stem that the file has. Raises
     moco.errors.InputError for a file that cannot be read, or that does not fit.
     """
-    from moco.engine import encoder as encoders
+    from moco.encoder import pretrained
 
-    return encoders.read(checkpoint, arch, image_size).net
+    return pretrained.read(checkpoint, arch, image_size).net

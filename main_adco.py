@@ -13,17 +13,19 @@ import torch
 
 from moco import distributed
 from moco.builder.adco import AdCo, Ascent
-from moco.encoder.networks import resnet
-from moco.engine import cli, pretrain, values
-from moco.engine.log import say
+from moco.cli import actions, entry, options, values
+from moco.cli.parser import Options, Parser
+from moco.distributed import say
+from moco.encoder.resnets import resnet
+from moco.engine import pretrain
 
 
-def parser() -> cli.Parser:
-    p = cli.Parser(__doc__)
-    cli.add_pretrain(p, cos=2)
+def parser() -> Parser:
+    p = Parser(__doc__)
+    options.add_pretrain(p, cos=2)
     # None: all GPUs take part, as in the authors' script (see `cli.add_launch`)
     p.set_defaults(cos=1, lr_final=0.0006, multiprocessing_distributed=None)
-    cli.add_momentum_encoder(p, t=0.12, v2=True)
+    options.add_momentum_encoder(p, t=0.12, v2=True)
     bank = p.add_argument_group("AdCo")
     bank.add_argument("--cluster", type=values.entries, default=65536, metavar="K", help="number of learned negatives")
     bank.add_argument(
@@ -38,25 +40,27 @@ def parser() -> cli.Parser:
     )
     bank.add_argument("--mem-wd", type=values.decay, default=1e-4, metavar="WD", help="weight decay of the negatives")
     bank.add_argument("--mem-momentum", type=values.momentum, default=0.9, help="momentum of the negatives' SGD")
-    bank.add_argument("--ad-init", action=cli.Switch, default=True, help="fill the bank with keys before epoch 0, else at random")
-    bank.add_argument("--sym", action=cli.Switch, default=False, help="both views are compared with the other's keys")
-    bank.add_argument("--multi-crop", action=cli.Switch, default=False, help="several query views; recipe multicrop")
+    bank.add_argument(
+        "--ad-init", action=actions.Switch, default=True, help="fill the bank with keys before epoch 0, else at random"
+    )
+    bank.add_argument("--sym", action=actions.Switch, default=False, help="both views are compared with the other's keys")
+    bank.add_argument("--multi-crop", action=actions.Switch, default=False, help="several query views; recipe multicrop")
     p.has_effect(
         "mem_t mem_wd mem_momentum", lambda args: args.memory_lr, "with --memory-lr 0 the bank does not learn; leave it out"
     )
     return p
 
 
-def check(args: cli.Options) -> None:
+def check(args: Options) -> None:
     if args.multi_crop:
         args.recipe = args.recipe or "multicrop"
-    cli.check_momentum_encoder(args)
+    options.check_momentum_encoder(args)
     args.method = "adco"
     pretrain.check_views(args, several_crops=args.multi_crop)
     pretrain.check(args)
 
 
-def build(args: cli.Options) -> AdCo:
+def build(args: Options) -> AdCo:
     return AdCo(
         lambda: resnet(args.arch, args.moco_dim, args.mlp, args.stem),
         dim=args.moco_dim,
@@ -72,7 +76,7 @@ def build(args: cli.Options) -> AdCo:
     )
 
 
-def worker(args: cli.Options, device: torch.device) -> None:
+def worker(args: Options, device: torch.device) -> None:
     if args.multiprocessing_distributed is None:
         n = distributed.world()
         one = "for one process give --gpu ID or --no-multiprocessing-distributed"
@@ -83,4 +87,4 @@ def worker(args: cli.Options, device: torch.device) -> None:
 
 
 if __name__ == "__main__":
-    cli.main(parser(), check, worker)
+    entry.main(parser(), check, worker)

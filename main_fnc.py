@@ -12,11 +12,15 @@ from torch import nn
 
 from moco import distributed
 from moco.builder.fnc import FNC
+from moco.cli import entry, options, values
+from moco.cli.parser import Options, Parser
 from moco.data.images import Images
-from moco.encoder.networks import projector, resnet
-from moco.engine import cli, launch, pretrain, values
-from moco.engine.log import say
+from moco.distributed import say
+from moco.encoder.networks import projector
+from moco.encoder.resnets import resnet
+from moco.engine import pretrain
 from moco.errors import InputError
+from moco.launch import processes
 from moco.loss.false_negatives import MODES, Cancellation
 
 PUBLISHED = {"train-batch-size": "batch-size", "train-epochs": "epochs", "warmup-epochs": "lr-warmup-epochs"}
@@ -36,9 +40,9 @@ ELSEWHERE = {
 }
 
 
-def parser() -> cli.Parser:
-    p = cli.Parser(__doc__, ELSEWHERE)
-    cli.add_pretrain(p)
+def parser() -> Parser:
+    p = Parser(__doc__, ELSEWHERE)
+    options.add_pretrain(p)
     group = p.add_argument_group("FNC")
     group.add_argument(
         "--support-size",
@@ -89,7 +93,7 @@ def parser() -> cli.Parser:
     return p
 
 
-def check(args: cli.Options) -> None:
+def check(args: Options) -> None:
     args.views = 2 + args.support_size
     passes = args.memory_multiplier * args.accumulation_steps
     if 0 < passes < args.views:
@@ -101,9 +105,9 @@ def check(args: cli.Options) -> None:
     pretrain.check(args)
 
 
-def check_negatives(args: cli.Options) -> None:
+def check_negatives(args: Options) -> None:
     """Raise InputError if all entries that an image is compared with could be false negatives."""
-    p = launch.plan(args)
+    p = processes.plan(args)
     batch = args.batch_size // p.local * p.world  # images in a pass, over all processes
     rows = args.memory_multiplier * args.accumulation_steps * batch or args.views * batch
     others = rows - args.views  # its own views are neither negatives nor false negatives
@@ -113,7 +117,7 @@ def check_negatives(args: cli.Options) -> None:
         raise InputError(f"--fn-topk {args.fn_topk}: {least}; give {others - 1} or fewer, or --fn-mode off")
 
 
-def encoder(args: cli.Options, device: torch.device) -> nn.Module:
+def encoder(args: Options, device: torch.device) -> nn.Module:
     net = resnet(args.arch, args.proj_out_dim, stem=args.stem, zero_init_residual=True)
     last = nn.BatchNorm1d(args.proj_out_dim)
     last.bias.requires_grad_(False)  # stays 0
@@ -122,7 +126,7 @@ def encoder(args: cli.Options, device: torch.device) -> nn.Module:
     return distributed.sync_batch_norm(net, device)
 
 
-def worker(args: cli.Options, device: torch.device) -> None:
+def worker(args: Options, device: torch.device) -> None:
     rows = args.memory_multiplier * args.batch_per_process * distributed.world() * args.accumulation_steps
 
     def build(images: Images) -> FNC:
@@ -137,4 +141,4 @@ def worker(args: cli.Options, device: torch.device) -> None:
 
 
 if __name__ == "__main__":
-    cli.main(parser(), check, worker)
+    entry.main(parser(), check, worker)

@@ -10,15 +10,18 @@ import moco as _first  # noqa: F401 (before torch: sets how its threads wait)
 import torch
 
 from moco import devices, distributed
-from moco.engine import classify, cli, features, values
-from moco.engine.log import say
+from moco.cli import entry, options, values
+from moco.cli.parser import Options, Parser
+from moco.distributed import say
+from moco.engine import features
 from moco.errors import InputError
+from moco.evaluate import inputs, results
 
 
-def parser() -> cli.Parser:
-    p = cli.Parser(__doc__)
-    cli.add_input(p, batch=256, recipe=None, arch=None)
-    cli.add_evaluation(p)
+def parser() -> Parser:
+    p = Parser(__doc__)
+    options.add_input(p, batch=256, recipe=None, arch=None)
+    options.add_evaluation(p)
     knn = p.add_argument_group("k-NN")
     knn.add_argument(
         "--k", type=values.positive, nargs="+", default=[10, 20, 100, 200], help="neighbours that vote; several in one pass"
@@ -30,30 +33,30 @@ def parser() -> cli.Parser:
     on_cpu = "there is no GPU; features are in the host's memory anyway"
     on_gpu = lambda args: devices.chosen(args.device) != "cpu"  # noqa: E731
     p.has_effect("host_features", on_gpu, on_cpu, refuse=False)
-    cli.add_feature_rules(p)
-    features.add_files(p)
-    cli.add_launch(p)
+    options.add_feature_rules(p)
+    options.add_files(p)
+    options.add_launch(p)
     return p
 
 
-def check(args: cli.Options) -> None:
+def check(args: Options) -> None:
     if args.features == "head" and not (args.pretrained or args.load_features):
         what = "needs a checkpoint with a projection head"
         raise InputError(f"--features head: {what}; give it with --pretrained")
-    classify.check_features(args, many=False)
+    inputs.check_features(args, many=False)
     args.features = args.features or "backbone"
 
 
-def worker(args: cli.Options, device: torch.device) -> None:
-    bank, queries, classes = classify.frozen_features(args, device)
+def worker(args: Options, device: torch.device) -> None:
+    bank, queries, classes = inputs.frozen_features(args, device)
     rows = int(distributed.all_reduce_sum(torch.tensor([len(bank[1])], device=device)))
     if many := [k for k in args.k if k > rows]:
         say(f"--k {' '.join(map(str, many))}: the bank has {rows} images, and all of them vote")
     accuracy = features.knn(*bank, *queries, len(classes), args.k, args.temperature)
     for k, top1 in accuracy.items():
         say(f"* k-NN Acc@1 {100 * top1:.3f} (k {k})")
-    classify.write_results(args, "knn", {f"knn_{k}": top1 for k, top1 in accuracy.items()})
+    results.write_results(args, "knn", {f"knn_{k}": top1 for k, top1 in accuracy.items()})
 
 
 if __name__ == "__main__":
-    cli.main(parser(), check, worker)
+    entry.main(parser(), check, worker)

@@ -11,10 +11,14 @@ import torch
 from torch import nn
 
 from moco import distributed
-from moco.builder.moby import BYOL, MoBY, OnlineAndTarget
+from moco.builder.base import OnlineAndTarget
+from moco.builder.byol import BYOL
+from moco.builder.moby import MoBY
+from moco.cli import actions, entry, options, values
+from moco.cli.parser import Options, Parser
+from moco.distributed import say
 from moco.encoder import networks, timm_networks
-from moco.engine import cli, pretrain, values
-from moco.engine.log import say
+from moco.engine import pretrain
 from moco.errors import InputError
 
 # what the papers give each method: momentum, rate (x total batch / 512 there, / 256 here) and decay
@@ -25,10 +29,10 @@ OWN = {
 }
 
 
-def parser() -> cli.Parser:
-    p = cli.Parser(__doc__)
-    cli.add_pretrain(p, transformers=True, each=True)
-    own = "; ".join(f"{name} {', '.join(f'{value:g}' for value in values.values())}" for name, values in OWN.items())
+def parser() -> Parser:
+    p = Parser(__doc__)
+    options.add_pretrain(p, transformers=True, each=True)
+    own = "; ".join(f"{name} {', '.join(f'{value:g}' for value in defaults.values())}" for name, defaults in OWN.items())
     group = p.add_argument_group("method", f"by default --moco-m, --lr and --wd are the method's own: {own}")
     group.add_argument("--method", choices=OWN, default="moby", help="synco: MoBY with synthetic negatives (SynCo-v2)")
     group = p.add_argument_group("online and target network")
@@ -38,7 +42,7 @@ def parser() -> cli.Parser:
     group.add_argument(
         "--target-drop-path", type=values.real("[0, 1)"), default=0.0, metavar="P", help="stochastic depth of the target encoder"
     )
-    group.add_argument("--stop-grad-conv1", action=cli.Switch, default=False, help="keep the patch projection as it begins")
+    group.add_argument("--stop-grad-conv1", action=actions.Switch, default=False, help="keep the patch projection as it begins")
     group.add_argument("--proj-layers", type=values.layers, default=2, help="linear layers of the projector")
     group.add_argument("--pred-layers", type=values.layers, default=2, help="linear layers of the predictor")
     group.add_argument("--mlp-dim", type=values.width, default=4096, help="hidden width of projector and predictor")
@@ -46,7 +50,7 @@ def parser() -> cli.Parser:
     group = p.add_argument_group("contrast (moby, synco)")
     group.add_argument("--queue", type=values.entries, default=4096, metavar="K", help="entries in each view's queue")
     group.add_argument("--moco-t", type=values.temperature, default=0.2, metavar="T", help="softmax temperature")
-    group = cli.add_synthetic(p, "synthetic negatives (synco)", n_hard=256, each=128, sigma=0.1)
+    group = options.add_synthetic(p, "synthetic negatives (synco)", n_hard=256, each=128, sigma=0.1)
     group.add_argument(
         "--synthetic-first", type=values.natural, default=30, metavar="EPOCH", help="first epoch with synthetic negatives"
     )
@@ -63,14 +67,14 @@ def parser() -> cli.Parser:
     return p
 
 
-def check(args: cli.Options) -> None:
+def check(args: Options) -> None:
     for name, value in OWN[args.method].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     if args.online_drop_path is None:
         args.online_drop_path = 0.2 if args.arch in timm_networks.SHORT else 0.0
     if args.method == "synco":
-        if not cli.synthetic(args, args.queue, "--queue").total:
+        if not options.synthetic(args, args.queue, "--queue").total:
             raise InputError("--method synco: --n1 to --n6 are all 0; give some, or --method moby")
         if args.synthetic_first >= args.synthetic_last:
             raise InputError(f"--synthetic-first {args.synthetic_first}: must be below --synthetic-last {args.synthetic_last}")
@@ -80,7 +84,7 @@ def check(args: cli.Options) -> None:
     pretrain.check(args, transformers=True)
 
 
-def projection(net: nn.Module, args: cli.Options) -> None:
+def projection(net: nn.Module, args: Options) -> None:
     """Freeze what --stop-grad-conv1 says."""
     if not args.stop_grad_conv1:
         return
@@ -89,12 +93,12 @@ def projection(net: nn.Module, args: cli.Options) -> None:
     net.patch_embed.proj.requires_grad_(False)
 
 
-def head(width: int, layers: int, args: cli.Options, device: torch.device) -> nn.Module:
+def head(width: int, layers: int, args: Options, device: torch.device) -> nn.Module:
     sizes = [width, *[args.mlp_dim] * (layers - 1), args.moco_dim]
     return distributed.sync_batch_norm(networks.projector(sizes, bias=True), device)
 
 
-def build(args: cli.Options, device: torch.device) -> OnlineAndTarget:
+def build(args: Options, device: torch.device) -> OnlineAndTarget:
     def encoder(drop_path: float) -> nn.Module:
         net = networks.create(args.arch, 0, args.image_size, drop_path, args.stem)
         projection(net, args)
@@ -107,14 +111,14 @@ def build(args: cli.Options, device: torch.device) -> OnlineAndTarget:
         return BYOL(*parts, args.moco_m)
     more = {"dim": args.moco_dim, "K": args.queue, "T": args.moco_t}
     if args.method == "synco":
-        kind = cli.synthetic(args, args.queue, "--queue")
+        kind = options.synthetic(args, args.queue, "--queue")
         more |= {"kind": kind, "first": args.synthetic_first, "last": args.synthetic_last}
     return MoBY(*parts, args.moco_m, **more)
 
 
-def worker(args: cli.Options, device: torch.device) -> None:
+def worker(args: Options, device: torch.device) -> None:
     if args.method == "synco":
-        total = cli.synthetic(args, args.queue, "--queue").total
+        total = options.synthetic(args, args.queue, "--queue").total
         when = f"from epoch {args.synthetic_first} on (--synthetic-first), without them from {args.synthetic_last} on"
         say(f"{total} synthetic negatives per query {when} (--synthetic-last)")
         if args.synthetic_first >= args.epochs:
@@ -124,4 +128,4 @@ def worker(args: cli.Options, device: torch.device) -> None:
 
 
 if __name__ == "__main__":
-    cli.main(parser(), check, worker)
+    entry.main(parser(), check, worker)

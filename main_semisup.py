@@ -9,15 +9,17 @@ import moco as _first  # noqa: F401 (before torch: sets how its threads wait)
 # isort: split
 import torch
 
-from moco.engine import classify, cli, values
-from moco.engine.probe import LinearProbe
+from moco.cli import entry, options, values
+from moco.cli.parser import Options, Parser
 from moco.errors import InputError
+from moco.evaluate import classifier, finetune, inputs
+from moco.evaluate.probe import LinearProbe
 
 
-def parser() -> cli.Parser:
-    p = cli.Parser(__doc__)
-    cli.add_input(p, batch=1024, recipe="probe", arch=None)
-    cli.add_evaluation(p)
+def parser() -> Parser:
+    p = Parser(__doc__)
+    options.add_input(p, batch=1024, recipe="probe", arch=None)
+    options.add_evaluation(p)
     labels = p.add_argument_group("labels")
     labels.add_argument(
         "--train-percent",
@@ -27,7 +29,7 @@ def parser() -> cli.Parser:
         help="of the labels: on ImageNet those of the published lists, else, or with --class-list, a sample of each class",
     )
     labels.add_argument("--subset-file", metavar="FILE", help="list of the labelled images, one file name a line")
-    cli.add_weights(p, "finetune")
+    options.add_weights(p, "finetune")
     head = p.add_argument_group("classifier")
     head.add_argument(
         "--lr-backbone", type=values.learning_rate, default=0.02, metavar="LR", help="learning rate of the pre-trained encoder"
@@ -41,37 +43,37 @@ def parser() -> cli.Parser:
     head.add_argument("--zero-init-classifier", action="store_true", help="begin with weights of 0")
     frozen = "--weights freeze trains a classifier alone, which starts like a linear probe's; leave it out"
     p.has_effect("lr_backbone zero_init_classifier", lambda args: args.weights == "finetune", frozen)
-    cli.add_optimizer(p, epochs=30, lr=None, wd=1e-6, schedule=[])
+    options.add_optimizer(p, epochs=30, lr=None, wd=1e-6, schedule=[])
     p.set_defaults(cos=True)
-    cli.add_choice(p)
-    cli.add_run(p)
-    cli.add_launch(p)
+    options.add_choice(p)
+    options.add_run(p)
+    options.add_launch(p)
     return p
 
 
-def check(args: cli.Options) -> None:
+def check(args: Options) -> None:
     args.method = "semisup"
     if args.ft_proj and not args.pretrained and not args.evaluate:
         raise InputError("--ft-proj keeps layers of a pre-trained head: give the checkpoint with --pretrained FILE")
     if args.ft_proj and args.weights == "freeze":
         raise InputError("--ft-proj needs --weights finetune: a frozen encoder is judged by its backbone's features")
-    classify.check_choice(args)
-    classify.restore_options(args, ("weights", "lr_backbone", "lr_classifier", "wd", "train_percent", "subset_file", "ft_proj"))
-    classify.check(args)
-    classify.check_labels(args)
+    inputs.check_choice(args)
+    inputs.restore_options(args, ("weights", "lr_backbone", "lr_classifier", "wd", "train_percent", "subset_file", "ft_proj"))
+    inputs.check(args)
+    inputs.check_labels(args)
 
 
-def worker(args: cli.Options, device: torch.device) -> None:
-    images = classify.splits(args)
-    net = classify.pretrained(args, len(images.train.classes), device)
-    setting = classify.Setting(args.lr_classifier, args.wd)
+def worker(args: Options, device: torch.device) -> None:
+    images = inputs.splits(args)
+    net = inputs.pretrained(args, len(images.train.classes), device)
+    setting = classifier.Setting(args.lr_classifier, args.wd)
     if args.weights == "freeze":
         trainer = LinearProbe(args, net, images, device, [setting])
     else:
-        trainer = classify.FineTuning(args, net, images, device, setting, args.lr_backbone, args.zero_init_classifier)
+        trainer = finetune.FineTuning(args, net, images, device, setting, args.lr_backbone, args.zero_init_classifier)
     trainer.best_name = "model_best_semisup.pth.tar"
     trainer.run(f"semisup{args.train_percent}{'_frozen' if args.weights == 'freeze' else ''}")
 
 
 if __name__ == "__main__":
-    cli.main(parser(), check, worker)
+    entry.main(parser(), check, worker)

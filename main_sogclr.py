@@ -12,16 +12,19 @@ from torch import nn
 
 from moco import distributed
 from moco.builder.sogclr import SogCLR
-from moco.encoder.networks import projector, resnet
-from moco.engine import cli, pretrain, values
-from moco.engine.log import say
+from moco.cli import entry, options, values
+from moco.cli.parser import Options, Parser
+from moco.distributed import say
+from moco.encoder.networks import projector
+from moco.encoder.resnets import resnet
+from moco.engine import pretrain
 
 LEAST_T = 0.02  # exp(1 / T) of one half as large leaves float32's range
 
 
-def parser() -> cli.Parser:
-    p = cli.Parser(__doc__)
-    cli.add_pretrain(p)
+def parser() -> Parser:
+    p = Parser(__doc__)
+    options.add_pretrain(p)
     group = p.add_argument_group("SimCLR and SogCLR")
     group.add_argument("--loss-type", choices=("dcl", "simclr"), default="dcl", help="dcl: SogCLR's, with moving averages")
     group.add_argument(
@@ -40,24 +43,24 @@ def parser() -> cli.Parser:
     return p
 
 
-def check(args: cli.Options) -> None:
+def check(args: Options) -> None:
     args.method = "sogclr" if args.loss_type == "dcl" else "simclr"
     pretrain.check_views(args)
     pretrain.check(args)
 
 
-def encoder(args: cli.Options, device: torch.device) -> nn.Module:
+def encoder(args: Options, device: torch.device) -> nn.Module:
     net = resnet(args.arch, args.dim, stem=args.stem, zero_init_residual=True)
     widths = [net.fc.in_features, *[args.mlp_dim] * (args.num_proj_layers - 1), args.dim]
     net.fc = projector(widths, nn.BatchNorm1d(args.dim, affine=False))
     return distributed.sync_batch_norm(net, device)
 
 
-def worker(args: cli.Options, device: torch.device) -> None:
+def worker(args: Options, device: torch.device) -> None:
     gamma = args.gamma if args.method == "sogclr" else None
     say(f"{args.loss_type}: " + (f"a moving average for each image, gamma {gamma:g}" if gamma else "the batch's negatives alone"))
     pretrain.train(args, device, lambda images: SogCLR(lambda: encoder(args, device), len(images), args.t, gamma))
 
 
 if __name__ == "__main__":
-    cli.main(parser(), check, worker)
+    entry.main(parser(), check, worker)

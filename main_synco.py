@@ -11,21 +11,23 @@ import moco as _first  # noqa: F401 (before torch: sets how its threads wait)
 import torch
 
 from moco.builder.synco import SynCo
-from moco.encoder.networks import resnet
-from moco.engine import cli, pretrain, values
-from moco.engine.log import say
+from moco.cli import actions, entry, options, values
+from moco.cli.parser import Options, Parser
+from moco.distributed import say
+from moco.encoder.resnets import resnet
+from moco.engine import pretrain
 from moco.loss.synthetic import Synthetic
 
 
-def parser() -> cli.Parser:
-    p = cli.Parser(__doc__)
-    cli.add_pretrain(p)
-    cli.add_momentum_encoder(p, t=0.07, v2=False)
+def parser() -> Parser:
+    p = Parser(__doc__)
+    options.add_pretrain(p)
+    options.add_momentum_encoder(p, t=0.07, v2=False)
     moco = p.add_argument_group("MoCo")
     moco.add_argument("--moco-k", type=values.entries, default=65536, help="negatives in the queue")
     both = "compare each view with the keys of the other view, and add both losses"
-    moco.add_argument("--symmetric", action=cli.Switch, default=False, help=both)
-    synco = cli.add_synthetic(p, "synthetic negatives (MoCHI, SynCo)", n_hard=0, each=0, sigma=0.01)
+    moco.add_argument("--symmetric", action=actions.Switch, default=False, help=both)
+    synco = options.add_synthetic(p, "synthetic negatives (MoCHI, SynCo)", n_hard=0, each=0, sigma=0.01)
     synco.add_argument("--warmup-epochs", type=values.natural, default=10, help="epochs before the first synthetic negatives")
     none = "there are no synthetic negatives; give --n1 to --n6 as well, or leave it out"
     p.has_effect("n_hard", lambda args: kind(args).total, none)
@@ -34,8 +36,8 @@ def parser() -> cli.Parser:
     return p
 
 
-def kind(args: cli.Options) -> Synthetic:
-    return cli.synthetic(args, args.moco_k, "--moco-k")
+def kind(args: Options) -> Synthetic:
+    return options.synthetic(args, args.moco_k, "--moco-k")
 
 
 def method(kind: Synthetic) -> str:
@@ -43,14 +45,14 @@ def method(kind: Synthetic) -> str:
     return ("synco" if any((n2, n4, n5, n6)) else "mochi") if kind.total else "moco"
 
 
-def check(args: cli.Options) -> None:
+def check(args: Options) -> None:
     args.method = method(kind(args))
-    cli.check_momentum_encoder(args)
+    options.check_momentum_encoder(args)
     pretrain.check_views(args)
     pretrain.check(args)
 
 
-def build(args: cli.Options) -> SynCo:
+def build(args: Options) -> SynCo:
     return SynCo(
         lambda: resnet(args.arch, args.moco_dim, args.mlp, args.stem),
         dim=args.moco_dim,
@@ -65,7 +67,7 @@ def build(args: cli.Options) -> SynCo:
     )
 
 
-def worker(args: cli.Options, device: torch.device) -> None:
+def worker(args: Options, device: torch.device) -> None:
     if total := kind(args).total:
         say(f"{total} synthetic negatives per query from epoch {args.warmup_epochs} on (--warmup-epochs)")
         if args.warmup_epochs >= args.epochs:
@@ -74,4 +76,4 @@ def worker(args: cli.Options, device: torch.device) -> None:
 
 
 if __name__ == "__main__":
-    cli.main(parser(), check, worker)
+    entry.main(parser(), check, worker)

@@ -13,41 +13,44 @@ import numpy as np
 import torch
 
 from moco import distributed
-from moco.engine import classify, cli, features, metrics, values, voc
-from moco.engine.log import say
+from moco.cli import entry, options, values
+from moco.cli.parser import Options, Parser
+from moco.distributed import say
+from moco.engine import features
+from moco.evaluate import inputs, metrics, results, voc
 
 COSTS = [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0]
 
 
-def parser() -> cli.Parser:
-    p = cli.Parser(__doc__)
-    cli.add_input(p, batch=256, recipe=None, arch=None)
-    cli.add_evaluation(p)
+def parser() -> Parser:
+    p = Parser(__doc__)
+    options.add_input(p, batch=256, recipe=None, arch=None)
+    options.add_evaluation(p)
     p.set_defaults(dataset="voc2007")
     group = p.add_argument_group("classifiers, one for each class, on features of length 1")
     group.add_argument("--classifier", choices=("svm", "linear"), default="svm", help="linear: binary cross entropy, by LBFGS")
     cost = "of errors against weights; each class has the best in 3-fold cross-validation"
     group.add_argument("--c", type=values.real("(0, 1000000000]"), nargs="+", default=COSTS, metavar="C", help=cost)
-    cli.add_feature_rules(p)
-    features.add_files(p)
-    cli.add_launch(p)
+    options.add_feature_rules(p)
+    options.add_files(p)
+    options.add_launch(p)
     return p
 
 
-def check(args: cli.Options) -> None:
+def check(args: Options) -> None:
     args.c = sorted(set(args.c))
-    classify.check_features(args, many=True)
+    inputs.check_features(args, many=True)
 
 
-def worker(args: cli.Options, device: torch.device) -> None:
-    trainval, test, classes = classify.frozen_features(args, device, unit=False)
+def worker(args: Options, device: torch.device) -> None:
+    trainval, test, classes = inputs.frozen_features(args, device, unit=False)
     x, y, test_x, test_y = (features.in_order(part).cpu().numpy() for part in (*trainval, *test))
     if distributed.rank() == 0:
         scores, chosen = voc.classify(x, y, test_x, args.classifier, args.c, args.seed)
         report(args, classes, scores, test_y, chosen)
 
 
-def report(args: cli.Options, classes: tuple[str, ...], scores: np.ndarray, labels: np.ndarray, chosen: list[float | None]) -> None:
+def report(args: Options, classes: tuple[str, ...], scores: np.ndarray, labels: np.ndarray, chosen: list[float | None]) -> None:
     """Print the average precision of each class and their means, and write results.json.
 
     Args:
@@ -66,8 +69,8 @@ def report(args: cli.Options, classes: tuple[str, ...], scores: np.ndarray, labe
     if edge:
         say(f"an end of --c {args.c[0]:g} ... {args.c[-1]:g} was best for {', '.join(edge)}: more costs there may do better")
     say(f"* mAP {100 * found['map11']:.3f} (11 points)  {100 * found['map']:.3f} (area)")
-    classify.write_results(args, "voc07" if args.classifier == "svm" else "voc07_linear", found)
+    results.write_results(args, "voc07" if args.classifier == "svm" else "voc07_linear", found)
 
 
 if __name__ == "__main__":
-    cli.main(parser(), check, worker)
+    entry.main(parser(), check, worker)

@@ -18,8 +18,8 @@ from pathlib import Path
 import measure
 import torch
 
-from moco.engine.interrupt import STATUS
 from moco.files import new_folder
+from moco.launch.interrupt import STATUS
 
 METHODS = {
     "synco": "main_synco.py --moco-k 64 --mlp --n-hard 8 --n1 2 --n3 2 --n4 2 --n6 2 --warmup-epochs 1",

@@ -52,8 +52,7 @@ import torch
 import torchvision
 from gpu_setup import Failed, Notes, Setup
 
-from moco.engine.log import write_json
-from moco.files import to_json
+from moco.files import to_json, write_json
 
 PARTS = {1: gpu_checks.PARTS, 2: gpu_speed.PARTS}
 TITLES = {1: "correctness", 2: "speed", 3: "CIFAR-10, MoCo", 4: "CIFAR-10, all methods"}

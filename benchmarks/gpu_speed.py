@@ -23,8 +23,8 @@ from gpu_setup import (
 from torch import Tensor, nn
 
 from moco.augment import color, recipes
-from moco.builder import momentum
-from moco.data import datasets, loader
+from moco.builder import batch_norm
+from moco.data import folders, loader
 from moco.rng import Progress
 
 MOCO = "--mlp --moco-t 0.2 --aug-plus --cos"
@@ -255,7 +255,7 @@ def loading(setup: Setup, notes: Notes) -> None:
     for workers, batches in ((setup.workers, setup.size(40, 1)), (1, setup.size(4, 1))):
         words = ["-b", size, "-j", workers, "--image-size", pixels(setup), *MOCO.split()]
         args, _ = options_and_builder("main_synco", words, setup.device)
-        images = datasets.scan(datasets.find(folder, ("train",)), "train")
+        images = folders.scan(folders.find(folder, ("train",)), "train")
         # batches that may already be read when the first one arrives
         ahead = 4 * workers + 1 if setup.cuda else 1
         order = loader.TrainOrder(len(images), size, 1, 0, 0, min(ahead, batches) + batches)
@@ -397,13 +397,13 @@ def cifar_step(setup: Setup, notes: Notes) -> None:
 def groups(setup: Setup, notes: Notes) -> None:
     """Time a batch norm in 8 groups by both ways of computing it, forward and backward.
 
-    `moco.builder.momentum` chooses the second one for small tensors.
+    `moco.builder.batch_norm` chooses the second one for small tensors.
     """
     kind = torch.bfloat16 if setup.cuda else torch.float32
     shapes = ((512, 64, 32, 32), (512, 512, 4, 4), (256, 64, 112, 112), (256, 256, 14, 14))
     for shape in shapes if setup.cuda else ((16, 8, 4, 4),):
         norm = nn.BatchNorm2d(shape[1]).to(setup.device)
-        momentum.split_batch_norm(norm, 8)
+        batch_norm.split_batch_norm(norm, 8)
         x = torch.randn(shape, device=setup.device, dtype=kind).contiguous(memory_format=torch.channels_last)
         x.requires_grad_()
 

@@ -39,9 +39,10 @@ from torchvision.io import ImageReadMode, decode_image, read_file
 from torchvision.transforms import v2
 
 from moco.augment import color
-from moco.augment.recipes import MEAN, STD, recipe
-from moco.data import cache, datasets, loader
-from moco.data.images import ImageArray
+from moco.augment.recipes import recipe
+from moco.config import MEAN, STD
+from moco.data import cache, folders, loader
+from moco.data.images import ImageArray, ImageFolder
 
 WIDTH, HEIGHT = 500, 375
 BYTES = range(80_000, 110_001)
@@ -69,7 +70,7 @@ def main() -> None:
     args.images, args.rounds = args.images or 32, args.rounds or 15
     with tempfile.TemporaryDirectory() as root:
         sizes = make(Path(root) / "train" / "photo", args.images)
-        folder = datasets.scan(Path(root), "train")
+        folder = folders.scan(Path(root), "train")
         paths = [folder.path(i) for i in range(len(folder))]
         candidates = {
             "host": lambda: host(folder, args.size),
@@ -126,7 +127,7 @@ def in_memory(data: Path | None, n: int) -> ImageArray:
     """Return n images: those of the folder `data`, or 32-pixel patches of photographs."""
     draw = np.random.default_rng(0)
     if data:
-        folder = datasets.scan(data, "train")
+        folder = folders.scan(data, "train")
         rows = draw.permutation(len(folder))[:n]
         (held,) = cache.load(argparse.Namespace(cache_images="on", nodes=1), folder.part(rows))
         found = held.together(np.arange(len(held)), lambda height, width: True)
@@ -189,12 +190,12 @@ class Pil(Dataset):
 _epochs = itertools.count()  # every round draws anew, as the others do
 
 
-def host(folder: datasets.ImageFolder, size: int) -> loader.Batch:
+def host(folder: ImageFolder, size: int) -> loader.Batch:
     views, epoch = loader.Views(folder, loader.RandomCrops(recipe("mocov2", size), seed=0)), next(_epochs)
     return loader.collate([views[epoch, i] for i in range(len(folder))])
 
 
-def cpu(folder: datasets.ImageFolder, size: int) -> list[Tensor]:
+def cpu(folder: ImageFolder, size: int) -> list[Tensor]:
     batch = host(folder, size)
     generator = torch.Generator().manual_seed(next(_epochs))
     return [color.augment(crops, view, generator) for crops, view in zip(batch.views, recipe("mocov2", size), strict=True)]

@@ -16,8 +16,10 @@ import moco as _first  # noqa: E402, F401 (before torch: sets how its threads wa
 # isort: split
 import torch  # noqa: E402
 
-from moco.engine.log import write_json  # noqa: E402
-from moco.files import names_like  # noqa: E402
+from moco.files import (
+    names_like,
+    write_json,
+)
 
 Times = dict[str, list[float]]
 Candidates = dict[str, Callable[[], object]]  # one that returns a float has taken its own time, in seconds

@@ -8,7 +8,7 @@ import measure
 import torch
 from torchvision.datasets import ImageFolder
 
-from moco.data import datasets
+from moco.data import folders
 
 
 def main() -> None:
@@ -21,7 +21,7 @@ def main() -> None:
         make(root / "train", args.files, args.classes)
 
         def ours() -> None:
-            assert len(datasets.scan(root, "train")) == args.files
+            assert len(folders.scan(root, "train")) == args.files
 
         def torchvision() -> None:
             assert len(ImageFolder(str(root / "train"))) == args.files

@@ -21,12 +21,14 @@ from torch import Tensor
 
 from moco import distributed
 from moco.builder.adco import AdCo, Ascent
-from moco.builder.momentum import MIN_BN_GROUP, MoCo
+from moco.builder.batch_norm import MIN_BN_GROUP
+from moco.builder.moco import MoCo
 from moco.builder.synco import SynCo
-from moco.encoder.networks import resnet
-from moco.engine import launch, optim, precision
+from moco.encoder.resnets import resnet
+from moco.engine import optim, precision
 from moco.engine.log import Mean
 from moco.files import to_json
+from moco.launch import launch
 from moco.loss.synthetic import Synthetic
 from moco.rng import SHUFFLE, Progress
 

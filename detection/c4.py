@@ -12,7 +12,7 @@ from detectron2.modeling.backbone.resnet import BasicBlock, ResNet
 from detectron2.modeling.roi_heads import ROI_HEADS_REGISTRY, Res5ROIHeads
 from torch import nn
 
-from moco.encoder import networks
+from moco.encoder.resnets import resnet
 from moco.errors import InputError
 from moco.files import Unreadable, read_json, read_pickle
 
@@ -41,7 +41,7 @@ class Res5ROIHeadsExtraNorm(Res5ROIHeads):
 
 def resnet_options(arch: str) -> dict[str, int]:
     """What MODEL.RESNETS says of a torchvision ResNet. Raises InputError for an unknown `arch`."""
-    net = networks.resnet(arch, 1)
+    net = resnet(arch, 1)
     depth = int(re.search(r"\d+", arch)[0])
     return {
         "DEPTH": depth,

@@ -16,9 +16,15 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from moco.augment.recipes import MEAN, STD  # noqa: E402
-from moco.encoder import networks, published  # noqa: E402
-from moco.engine import checkpoint, tool  # noqa: E402
+from moco.cli import tool
+from moco.config import MEAN, STD
+from moco.encoder import (
+    metadata,
+    networks,
+    pretrained,
+    resnets,
+)
+from moco.engine import checkpoint  # noqa: E402
 from moco.errors import InputError  # noqa: E402
 from moco.files import creating  # noqa: E402
 
@@ -45,21 +51,21 @@ def work(args: argparse.Namespace) -> None:
 def convert(file: str, arch: str | None = None) -> dict[str, Any]:
     """What OUT holds: `model`, arrays by detectron2's names, and where they came from. Raises InputError where one is left over."""
     state = checkpoint.load(file)
-    about = checkpoint.about(state)
+    about = metadata.about(state)
     arch = arch or about.arch or "resnet50"
-    if arch == about.arch and arch not in networks.ARCHS:
+    if arch == about.arch and arch not in resnets.ARCHS:
         raise InputError(f"{file}: is of {arch}, and the detectors here are built on ResNets")
     if about.stem == "cifar":
         raise InputError(f"{file}: was trained with --stem cifar, and detectron2's ResNets start with a 7x7 convolution")
-    net = networks.resnet(arch, 1)
-    tensors = published.tensors_of(net, state)
-    published.load_backbone(net, tensors, file)
-    prefix = published.prefix(net, tensors)
+    net = resnets.resnet(arch, 1)
+    tensors = pretrained.tensors_of(net, state)
+    pretrained.load_backbone(net, tensors, file)
+    prefix = pretrained.prefix(net, tensors)
     mine = net.state_dict()
     known = {prefix + name for name in mine}
     left = [name for name in tensors if name.startswith(prefix) and name not in known and not name.startswith(prefix + "fc.")]
     if left:
-        raise InputError(f"{file}: {len(left)} tensors are no part of a {arch}: {published.some(left)}; remove them from it")
+        raise InputError(f"{file}: {len(left)} tensors are no part of a {arch}: {pretrained.some(left)}; remove them from it")
     model = {}
     names = [name for name in networks.backbone_keys(net) if not name.endswith("num_batches_tracked")]
     width = max(map(len, names)) + len(prefix)
@@ -126,7 +132,7 @@ def check(path: Path, converted: dict[str, Any]) -> None:
     DetectionCheckpointer(model).load(str(path))
     wrong = c4.not_arrived(model, converted["model"])
     if wrong:
-        raise InputError(f"{path}: {len(wrong)} tensors did not arrive in detectron2's model: {published.some(wrong)}")
+        raise InputError(f"{path}: {len(wrong)} tensors did not arrive in detectron2's model: {pretrained.some(wrong)}")
     print(f"{len(converted['model'])} of {len(converted['model'])} backbone tensors arrived in detectron2's model, bit by bit")
 
 

@@ -29,11 +29,15 @@ from detectron2.engine import DefaultTrainer, default_argument_parser, default_s
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, PascalVOCDetectionEvaluator  # noqa: E402
 from detectron2.utils import comm  # noqa: E402
 
-from moco.encoder import published  # noqa: E402
-from moco.engine import classify, run_folder, tool  # noqa: E402
-from moco.engine.log import write_json  # noqa: E402
+from moco.cli import tool
+from moco.encoder import pretrained  # noqa: E402
+from moco.engine import run_folder
 from moco.errors import InputError  # noqa: E402
-from moco.files import refuse_remote  # noqa: E402
+from moco.evaluate import results  # noqa: E402
+from moco.files import (
+    refuse_remote,
+    write_json,
+)
 
 GPUS = 8  # that the schedules are made for
 
@@ -161,7 +165,7 @@ def check_arrived(cfg: CfgNode, model: torch.nn.Module) -> None:
         return
     wrong = c4.not_arrived(getattr(model, "module", model), found["model"])
     if wrong:
-        raise RuntimeError(f"{cfg.MODEL.WEIGHTS}: {len(wrong)} tensors did not arrive in the model: {published.some(wrong)}")
+        raise RuntimeError(f"{cfg.MODEL.WEIGHTS}: {len(wrong)} tensors did not arrive in the model: {pretrained.some(wrong)}")
     if comm.is_main_process():
         print(f"{len(found['model'])} backbone tensors of {found['source']['file']} arrived bit by bit")
 
@@ -212,7 +216,7 @@ def write_results(cfg: CfgNode, found: dict[str, dict[str, float]]) -> None:
         seed=cfg.SEED,
     )
     # the protocol: iterations of 16 images
-    classify.write_results(run, f"detection {solver.IMS_PER_BATCH * solver.MAX_ITER / 16_000:g}k", metrics)
+    results.write_results(run, f"detection {solver.IMS_PER_BATCH * solver.MAX_ITER / 16_000:g}k", metrics)
     shown = "  ".join(f"{name.replace('_ap', ' AP')} {100 * value:.3f}" for name, value in metrics.items())
     print(f"* {shown or 'no AP: the model detects nothing yet'}")
 

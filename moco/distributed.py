@@ -2,6 +2,7 @@
 
 import functools
 import os
+import sys
 import warnings
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
 
 from moco import devices
 
@@ -198,3 +200,10 @@ def unshuffle(x: Tensor, permutation: Tensor) -> Tensor:
     Every rank gets all rows: the queue needs them. This rank's own are rows rank B to (rank + 1) B.
     """
     return all_gather(x)[devices.to_device(permutation.argsort(), x.device)]
+
+
+def say(message: str) -> None:
+    """Print one line, on rank 0 only, above any progress bar."""
+    if is_first():
+        tqdm.write(message)
+        sys.stdout.flush()

@@ -67,3 +67,13 @@ def short(text: object, most: int = 200) -> str:
     """Return `text` for a message, without its middle if it is longer than `most` characters."""
     text, half = str(text), (most - 5) // 2
     return text if len(text) <= most else f"{text[:half]} ... {text[-half:]}"
+
+
+def printed(name: str, error: InputError) -> str:
+    """Return what program `name` prints for an error: its lines, control characters escaped."""
+    return "".join(f"{one_line(f'{name}: error: {line}')}\n" for line in error.lines)
+
+
+def one_line(message: str) -> str:
+    """Return `message` as one line with control characters escaped. It is never shortened here."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in message.strip())

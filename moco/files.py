@@ -272,3 +272,9 @@ _OF_ARRAYS = {
     ("_codecs", "encode"): lambda text, _: text.encode("latin1"),  # bytes, as protocols without them have it
     ("collections", "OrderedDict"): dict,
 }
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write `value` as indented JSON, replacing the file at once; a number that is NaN or infinite becomes null."""
+    with replacing(path) as file:
+        file.write(f"{to_json(value, indent=2)}\n".encode())

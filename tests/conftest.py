@@ -88,7 +88,7 @@ def in_process(name: str, *options: object) -> tuple[int, str, str]:
 
     A process of its own takes seconds to import what is here already.
     """
-    from moco.engine import cli
+    from moco.cli import entry
 
     module, status = importlib.import_module(name), 0
     with (
@@ -98,7 +98,7 @@ def in_process(name: str, *options: object) -> tuple[int, str, str]:
     ):
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, options)])
         try:
-            cli.main(module.parser(), module.check, module.worker)
+            entry.main(module.parser(), module.check, module.worker)
         except SystemExit as stop:
             status = stop.code
     return status, out.getvalue(), err.getvalue()

@@ -29,10 +29,11 @@ from conftest import ROOT, in_process, own_lines, write_images
 from PIL import Image
 from torch import nn
 
+from moco.cli.actions import Switch
 from moco.data.images import decode
-from moco.engine import cli, launch
 from moco.errors import InputError
 from moco.files import read_pickle, read_yaml
+from moco.launch import launch
 
 SEED = int(os.environ.get("BAD_INPUTS_SEED", 0))
 PRETRAIN = ("main_synco", "main_adco", "main_sogclr", "main_fnc", "main_moby")
@@ -79,7 +80,7 @@ def is_flag(action) -> bool:
 def wrong_values(action) -> list[str]:
     """What an option of this kind must not take."""
     kind = getattr(action.type, "__name__", "")
-    if isinstance(action, cli.Switch):
+    if isinstance(action, Switch):
         return ["7", "-1", "1.0e9"]
     if action.choices:
         return ["", "nosuch", "nan", "-1", "\N{SNOWMAN}"]
@@ -821,7 +822,7 @@ def test_it_is_refused_in_one_line(generator, i, call, data, good, tmp_path, mon
     told = f"BAD_INPUTS_SEED={SEED}: {case.program} {' '.join(map(repr, map(str, case.words)))}"[:2000]
     before = contents(data, good, place.own)
     if generator is not bad_image:
-        monkeypatch.setattr("moco.engine.train.RunLog", accepted)
+        monkeypatch.setattr("moco.engine.trainer.RunLog", accepted)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         status, out, err = call(case.program, *case.words)

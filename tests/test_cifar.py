@@ -22,8 +22,8 @@ from test_runs import load
 import main_synco
 from moco import rng
 from moco.augment import color, recipes
-from moco.data import datasets, loader
-from moco.engine import features, train
+from moco.data import folders, loader
+from moco.engine import features, trainer
 
 # SIZE is in pixels: below CIFAR's 32, to save time
 EPOCHS, BATCH, IMAGES, K, GROUPS, SIZE = 3, 32, 72, 48, 4, 16
@@ -77,7 +77,7 @@ def plain(data: Path, start: dict, symmetric: bool) -> tuple[list[float], list[f
         net.load_state_dict({key.removeprefix(name): x for key, x in start.items() if key.startswith(name)})
     queue, place = start["queue"].clone(), 0
     optimizer = torch.optim.SGD(q_net.parameters(), lr=0.06, momentum=0.9, weight_decay=5e-4)
-    images = datasets.scan(data, "train")
+    images = folders.scan(data, "train")
     recipe = recipes.recipe("small", SIZE, mean=MEAN, std=STD)
     cut = loader.Views(images, loader.RandomCrops(recipe, 0))
     steps, losses, accuracies = IMAGES // BATCH, [], []
@@ -120,7 +120,7 @@ def nearest(net: torch.nn.Module, data: Path) -> float:
     net.eval()
     found = []
     for split in ("train", "test"):
-        images = datasets.scan(data, split)
+        images = folders.scan(data, split)
         x = torch.stack([images.read(i) for i in range(len(images))]).double() / 255
         x = (x - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
         found.append((F.normalize(net(x.double()), dim=1), torch.tensor(images.labels)))
@@ -140,7 +140,7 @@ def test_the_script_trains_as_the_demo_does(symmetric, data, script, tmp_path, m
         return net
 
     monkeypatch.setattr(main_synco, "build", double)
-    monkeypatch.setattr(train.precision, "layout", lambda images: images.double())
+    monkeypatch.setattr(trainer.precision, "layout", lambda images: images.double())
     monkeypatch.setattr(features, "layout", lambda images: images.double())
     status, _, err = script(*command(data, tmp_path / "run", *["--symmetric"] * symmetric))
     assert status == 0, err
@@ -264,8 +264,8 @@ def test_pretraining_reads_the_original_files_of_cifar10(script, tmp_path):
 
 
 def test_a_folder_without_val_is_tested_on_test(data, capfd):
-    assert datasets.find(str(data), ("train", "val")) == data
-    assert len(datasets.scan(data, "val")) == 24
+    assert folders.find(str(data), ("train", "val")) == data
+    assert len(folders.scan(data, "val")) == 24
     assert capfd.readouterr().err.count(f"{data}: has no val/; test/ is used instead") <= 1  # once per process
 
 

@@ -21,8 +21,8 @@ import main_lincls
 import main_synco
 import moco
 from moco.data import cache
-from moco.engine import launch
 from moco.errors import InputError, unknown
+from moco.launch import launch, processes, rendezvous
 
 INPUT = ("-a", "resnet18", "--image-size", 32, "-b", 8, "-j", 0)
 SMALL = (*INPUT, "--epochs", 1, "--moco-k", 32)
@@ -393,7 +393,7 @@ MEETING = {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "localhost", "MASTER_PORT"
     ],
 )
 def test_a_wrong_environment_of_a_launcher_is_one_line(no_launcher, monkeypatch, script, images, environment, words):
-    monkeypatch.setattr(launch, "OWN", 0.5)
+    monkeypatch.setattr(rendezvous, "OWN", 0.5)
     for name, value in {**MEETING, **environment}.items():
         if value is not None:
             monkeypatch.setenv(name, str(value))
@@ -431,14 +431,14 @@ def test_a_wrong_environment_of_srun_is_one_line(no_launcher, monkeypatch, scrip
     ],
 )
 def test_a_wrong_meeting_point_is_one_line(no_launcher, monkeypatch, script, images, options, words):
-    monkeypatch.setattr(launch, "OWN", 0.5)
+    monkeypatch.setattr(rendezvous, "OWN", 0.5)
     refused(script("main_synco", images, *SMALL, "--multiprocessing-distributed", *options), *words)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_process_that_waits_alone_says_so_and_ends(no_launcher, monkeypatch, script, images, rank):
-    monkeypatch.setattr(launch, "SILENCE", 0.2)
-    monkeypatch.setattr(launch, "MEETING", 1.0)
+    monkeypatch.setattr(rendezvous, "SILENCE", 0.2)
+    monkeypatch.setattr(rendezvous, "MEETING", 1.0)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -451,7 +451,7 @@ def test_a_process_that_waits_alone_says_so_and_ends(no_launcher, monkeypatch, s
 
 
 def test_another_server_at_the_address_is_one_line(no_launcher, monkeypatch, script, images, taken_port):
-    monkeypatch.setattr(launch, "SILENCE", 0.5)
+    monkeypatch.setattr(rendezvous, "SILENCE", 0.5)
     for name, value in {**MEETING, "RANK": 1, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": taken_port}.items():
         monkeypatch.setenv(name, str(value))
     refused(script("main_synco", images, *SMALL), f"127.0.0.1:{taken_port}", "not rank 0 of this run")
@@ -460,7 +460,7 @@ def test_another_server_at_the_address_is_one_line(no_launcher, monkeypatch, scr
 def test_env_takes_the_nodes_from_the_environment_as_moco_does(no_launcher, monkeypatch):
     for name, value in {**MEETING, "RANK": 1, "WORLD_SIZE": 2}.items():
         monkeypatch.setenv(name, str(value))
-    plan = launch.plan(launch_options(dist_url="env://", multiprocessing_distributed=True, nproc_per_node=3))
+    plan = processes.plan(launch_options(dist_url="env://", multiprocessing_distributed=True, nproc_per_node=3))
     assert (plan.launcher, plan.nodes, plan.local, plan.first, plan.world, plan.url) == ("spawn", 2, 3, 3, 6, "env://")
 
 
@@ -486,14 +486,14 @@ def no_launcher(monkeypatch):
 
 
 def test_plan_without_a_launcher_is_one_process(no_launcher):
-    plan = launch.plan(launch_options())
+    plan = processes.plan(launch_options())
     assert (plan.launcher, plan.world, plan.url) == ("single", 1, "")
 
 
 def test_plan_of_torchrun(no_launcher, monkeypatch):
     for name, value in {**MEETING, "RANK": 5, "WORLD_SIZE": 8, "LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 4}.items():
         monkeypatch.setenv(name, str(value))
-    plan = launch.plan(launch_options())
+    plan = processes.plan(launch_options())
     assert (plan.launcher, plan.nodes, plan.local, plan.first, plan.world, plan.local_rank) == ("torchrun", 2, 4, 5, 8, 1)
 
 
@@ -501,16 +501,16 @@ def test_plan_of_srun(no_launcher, monkeypatch):
     values = {"SLURM_STEP_NUM_TASKS": 8, "SLURM_STEP_NUM_NODES": 2, "SLURM_PROCID": 6, "SLURM_LOCALID": 2}
     for name, value in {**values, "SLURM_STEP_NODELIST": "localhost", "SLURM_JOB_ID": 12}.items():
         monkeypatch.setenv(name, str(value))
-    plan = launch.plan(launch_options())
+    plan = processes.plan(launch_options())
     assert (plan.launcher, plan.nodes, plan.local, plan.first, plan.world, plan.local_rank) == ("srun", 2, 4, 6, 8, 2)
     assert plan.url == "tcp://localhost:20012"
     monkeypatch.setenv("SLURM_STEP_ID", "1")  # beside the first in the same job
-    assert launch.plan(launch_options()).url != plan.url
+    assert processes.plan(launch_options()).url != plan.url
 
 
 def test_plan_of_a_batch_script_without_srun_is_one_process(no_launcher, monkeypatch):
     monkeypatch.setenv("SLURM_NTASKS", "8")
-    assert launch.plan(launch_options()).launcher == "single"
+    assert processes.plan(launch_options()).launcher == "single"
 
 
 def test_plan_of_two_spawning_nodes(no_launcher):
@@ -521,7 +521,7 @@ def test_plan_of_two_spawning_nodes(no_launcher):
         "rank": 1,
         "dist_url": "tcp://10.0.0.1:9999",
     }
-    plan = launch.plan(launch_options(**given))
+    plan = processes.plan(launch_options(**given))
     assert (plan.launcher, plan.nodes, plan.local, plan.first, plan.world) == ("spawn", 2, 3, 3, 6)
 
 
@@ -538,8 +538,8 @@ def gpus(no_launcher, monkeypatch):
     return has
 
 
-def adco(*words: object) -> launch.Plan:
-    return launch.plan(main_adco.parser().parse(["d", *map(str, words)]))
+def adco(*words: object) -> processes.Plan:
+    return processes.plan(main_adco.parser().parse(["d", *map(str, words)]))
 
 
 def test_adco_takes_every_gpu_unless_told_otherwise(gpus):
@@ -564,7 +564,7 @@ def test_adco_takes_every_gpu_unless_told_otherwise(gpus):
 
 def test_other_scripts_take_one_gpu_unless_told_otherwise(gpus):
     gpus(8)
-    assert launch.plan(options("d")).launcher == "single"
+    assert processes.plan(options("d")).launcher == "single"
 
 
 def test_a_launcher_wins_over_what_adco_does_by_default(gpus, monkeypatch):
@@ -596,32 +596,32 @@ def test_adco_says_how_many_processes_there_are(images, tmp_path):
 
 
 def test_the_cores_of_this_process_are_its_affinity_within_its_quota(monkeypatch, tmp_path):
-    monkeypatch.setattr(launch.os, "sched_getaffinity", lambda pid: set(range(12)), raising=False)
-    monkeypatch.setattr(launch, "CGROUP", tmp_path)
-    assert launch.cores() == 12
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(12)), raising=False)
+    monkeypatch.setattr(processes, "CGROUP", tmp_path)
+    assert processes.cores() == 12
     for text, expected in (("max 100000", 12), ("250000 100000", 3), ("10000 100000", 1), ("9900000 100000", 12), ("?", 12)):
         (tmp_path / "cpu.max").write_text(text)
-        assert launch.cores() == expected, text
+        assert processes.cores() == expected, text
     (tmp_path / "cpu.max").unlink()
     (tmp_path / "cpu").mkdir()
     for quota, expected in ((-1, 12), (400_000, 4)):
         (tmp_path / "cpu" / "cpu.cfs_quota_us").write_text(str(quota))
         (tmp_path / "cpu" / "cpu.cfs_period_us").write_text("100000")
-        assert launch.cores() == expected, quota
+        assert processes.cores() == expected, quota
 
 
 @pytest.mark.parametrize(
     ("cores", "local", "of_the_node", "of_each"), [(2, 1, 2, 2), (1, 4, 1, 1), (96, 8, 64, 8), (12, 4, 12, 3), (96, 1, 8, 8)]
 )
 def test_loader_processes_are_by_default_what_the_machine_has(monkeypatch, cores, local, of_the_node, of_each):
-    monkeypatch.setattr(launch, "cores", lambda: cores)
-    plan = launch.Plan("spawn", 1, local, 0, local, 0, "")
-    assert launch.workers(plan, Namespace(batch_is_per_process=False)) == of_the_node
-    assert launch.workers(plan, Namespace(batch_is_per_process=True)) == of_each
+    monkeypatch.setattr(processes, "cores", lambda: cores)
+    plan = processes.Plan("spawn", 1, local, 0, local, 0, "")
+    assert processes.workers(plan, Namespace(batch_is_per_process=False)) == of_the_node
+    assert processes.workers(plan, Namespace(batch_is_per_process=True)) == of_each
 
 
 def test_the_number_of_loader_processes_is_shown_and_recorded(script, images, tmp_path, monkeypatch):
-    monkeypatch.setattr(launch, "cores", lambda: 5)
+    monkeypatch.setattr(processes, "cores", lambda: 5)
     assert "here 5" in " ".join(script("main_synco", "--help")[1].split())
     found = []
     monkeypatch.setattr(launch, "launch", lambda worker, args: found.append(args.workers))

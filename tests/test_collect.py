@@ -12,7 +12,7 @@ import torch
 from conftest import ROOT, own_lines, shell
 
 import main_semisup
-from moco.encoder.networks import resnet
+from moco.encoder.resnets import resnet
 
 GRID = (0.01, 0.02, 0.05, 0.1, 0.005)  # of the backbone's learning rates
 

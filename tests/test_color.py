@@ -10,7 +10,8 @@ from scipy.stats import chisquare, kstest
 from torchvision.transforms.v2 import functional as F
 
 from moco.augment import color
-from moco.augment.recipes import MEAN, RECIPES, STD, View, recipe
+from moco.augment.recipes import RECIPES, View, recipe
+from moco.config import MEAN, STD
 from moco.errors import InputError
 
 TOLERANCE = 1e-4

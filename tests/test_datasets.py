@@ -14,8 +14,9 @@ from conftest import ROOT, on_two_ranks, write_images
 from PIL import Image
 
 from moco import user
-from moco.data import datasets
-from moco.data.datasets import find, scan
+from moco.data import photos as photo_set
+from moco.data.folders import find, scan
+from moco.data.photos import PHOTOS, cache_folder
 from moco.errors import InputError
 
 BOTH = ("train", "val")
@@ -56,14 +57,14 @@ def test_photos_are_19_classes_of_jpegs_of_96_pixels(photos):
 
 def test_photos_of_a_class_differ_from_each_other(photos):
     for split in BOTH:
-        for name in datasets.PHOTOS:
+        for name in PHOTOS:
             files = contents(photos / split / name)
             assert len(set(files.values())) == len(files)
 
 
 def use_photographs(monkeypatch, photographs):
-    monkeypatch.setattr(datasets, "PHOTOS", list(photographs))
-    monkeypatch.setattr(datasets, "_photograph", photographs.__getitem__)
+    monkeypatch.setattr(photo_set, "PHOTOS", list(photographs))
+    monkeypatch.setattr(photo_set, "_photograph", photographs.__getitem__)
 
 
 def test_photos_are_written_once(cache, monkeypatch):
@@ -71,14 +72,14 @@ def test_photos_are_written_once(cache, monkeypatch):
     root = find("photos", BOTH)
     assert root.is_relative_to(cache)
     written = {name: path.stat().st_mtime_ns for name, path in files_under(root).items()}
-    monkeypatch.setattr(datasets, "_photograph", lambda name: pytest.fail(f"read {name} again"))
+    monkeypatch.setattr(photo_set, "_photograph", lambda name: pytest.fail(f"read {name} again"))
     assert find("photos", BOTH) == root
     assert {name: path.stat().st_mtime_ns for name, path in files_under(root).items()} == written
     assert [path.name for path in root.parent.iterdir()] == [root.name]
 
 
 def test_photos_are_the_same_wherever_they_are_written(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets, "PHOTOS", ["chelsea", "text", "china"])
+    monkeypatch.setattr(photo_set, "PHOTOS", ["chelsea", "text", "china"])
     written = []
     for name in ("one", "two"):
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / name))
@@ -103,19 +104,19 @@ def test_photos_that_another_process_finished_first_are_used(cache, monkeypatch)
                 (theirs / split / name / f"{i:03d}.jpg").write_bytes(b"\xff\xd8theirs\xff\xd9")
         return picture(lambda x: x % 256, 300, 200)
 
-    monkeypatch.setattr(datasets, "PHOTOS", ["noise"])
-    monkeypatch.setattr(datasets, "_photograph", photograph)
+    monkeypatch.setattr(photo_set, "PHOTOS", ["noise"])
+    monkeypatch.setattr(photo_set, "_photograph", photograph)
     assert find("photos", BOTH) == theirs
     assert set(contents(theirs).values()) == {b"\xff\xd8theirs\xff\xd9"}
     assert list(theirs.parent.iterdir()) == [theirs]
 
 
 def test_a_missing_photograph_leaves_nothing_half_written(cache, monkeypatch):
-    monkeypatch.setattr(datasets, "PHOTOS", ["chelsea", "no-such-photograph"])
+    monkeypatch.setattr(photo_set, "PHOTOS", ["chelsea", "no-such-photograph"])
     with pytest.raises(InputError, match="no-such-photograph"):
         find("photos", BOTH)
     assert files_under(cache) == {}
-    monkeypatch.setattr(datasets, "PHOTOS", ["chelsea"])
+    monkeypatch.setattr(photo_set, "PHOTOS", ["chelsea"])
     assert len(files_under(find("photos", BOTH))) == 90
 
 
@@ -435,7 +436,7 @@ import os, sys
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
 from PIL import Image
-from moco.data import datasets
+from moco.data import folders as datasets
 from moco.errors import InputError
 Image.init()
 root = Path(sys.argv[2])
@@ -572,7 +573,7 @@ def test_photos_without_a_home_that_can_be_written(no_home, monkeypatch, home):
         monkeypatch.setattr(os, "access", lambda path, how: not Path(path).is_relative_to(place) and access(path, how))
     own = no_home / f"hard-negatives-{os.getuid()}"
     cache = own / ".cache" / "hard-negatives"
-    assert find("photos", BOTH) == cache / "photos-v2" and datasets.cache_folder() == cache
+    assert find("photos", BOTH) == cache / "photos-v2" and cache_folder() == cache
     assert len(contents(cache / "photos-v2")) == 90 and own.stat().st_mode & 0o777 == 0o700
 
 
@@ -611,15 +612,15 @@ WITHOUT_A_NAME = """
 import getpass, os, sys
 sys.path.insert(0, sys.argv[1])
 from moco import user
-from moco.data import datasets
-datasets.PHOTOS = ["chelsea"]
-datasets._photograph("chelsea")
+from moco.data import folders, photos
+photos.PHOTOS = ["chelsea"]
+photos._photograph("chelsea")
 os.setgroups([])
 os.setgid(54321)
 os.setuid(54321)
 user.prepare()
 print(getpass.getuser(), os.path.expanduser("~"))
-print(datasets.find("photos", ("train", "val")))
+print(folders.find("photos", ("train", "val")))
 """
 
 

@@ -19,7 +19,7 @@ from PIL import Image
 from test_encoder import PREFIXES
 
 from moco.encoder import networks
-from moco.encoder.networks import resnet
+from moco.encoder.resnets import resnet
 from moco.errors import InputError
 
 HERE = ROOT / "detection"

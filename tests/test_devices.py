@@ -23,8 +23,9 @@ from moco import devices, rng
 from moco.data import loader
 from moco.data.loader import Batch
 from moco.encoder import networks
-from moco.engine import launch, log, precision, train
+from moco.engine import log, precision, trainer
 from moco.errors import InputError
+from moco.launch import processes
 from moco.loss import contrastive
 
 META = torch.device("meta")
@@ -163,7 +164,7 @@ def accelerator(monkeypatch) -> Iterator[Accelerator]:
     """Simulate an accelerator on which scripts train for STEPS + 1 steps; all but the first count."""
     accelerator = Accelerator(monkeypatch)
 
-    def steps(self: train.Trainer) -> None:
+    def steps(self: trainer.Trainer) -> None:
         self.steps_per_epoch = STEPS + 10
         batch, sizes = self.args.batch_per_process, [view.size for view in self.recipe]
 
@@ -182,7 +183,7 @@ def accelerator(monkeypatch) -> Iterator[Accelerator]:
 
     monkeypatch.setattr(devices, "of_process", lambda *_: META)
     monkeypatch.setattr(rng, "generator", generator)
-    monkeypatch.setattr(train.Trainer, "train", steps)
+    monkeypatch.setattr(trainer.Trainer, "train", steps)
     autocast = torch.autocast  # it does not support META; here it is off
     monkeypatch.setattr(torch, "autocast", lambda kind, *amp, **more: autocast(kind.replace("meta", "cpu"), *amp, **more))
 
@@ -284,7 +285,7 @@ def test_operations_without_a_wait_are_not_counted(monkeypatch):
 def test_item_in_a_loss_is_found(accelerator, shared_images, tmp_path, monkeypatch):
     """`.item()` is added to a loss: each step is recorded, with the line."""
     own = contrastive.bank_info_nce
-    monkeypatch.setattr("moco.builder.momentum.bank_info_nce", lambda *args: own(*args) * (1 if own(*args).item() else 0))
+    monkeypatch.setattr("moco.builder.moco.bank_info_nce", lambda *args: own(*args) * (1 if own(*args).item() else 0))
     in_process("main_synco", shared_images, *SMALL, "--moco-k", 64, "--save-dir", tmp_path / "run")
     assert len(accelerator.waits) == STEPS and "_local_scalar_dense" in accelerator.waits[0]
 
@@ -348,8 +349,8 @@ def test_xpu_and_mps_support_a_single_process(kind, machine, monkeypatch):
     parsed = main_adco.parser()
     machine(kind, **{kind: 2 if kind == "xpu" else 1})
 
-    def plan(*words: object) -> launch.Plan:
-        return launch.plan(parsed.parse(["d", *map(str, words)]))
+    def plan(*words: object) -> processes.Plan:
+        return processes.plan(parsed.parse(["d", *map(str, words)]))
 
     assert (plan().launcher, plan().world) == ("single", 1)  # though the script takes every CUDA GPU
     assert plan("--multiprocessing-distributed", "--device", "cpu", "--nproc-per-node", 2).world == 2

@@ -12,9 +12,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from moco import distributed
-from moco.builder.momentum import MoCo
+from moco.builder.moco import MoCo
 from moco.builder.synco import SynCo
-from moco.encoder.networks import recompute_blocks, resnet
+from moco.encoder.recompute import recompute_blocks
+from moco.encoder.resnets import resnet
 from moco.loss import synthetic
 from moco.rng import NEGATIVES, SHUFFLE, Progress
 

@@ -15,9 +15,10 @@ import torch
 from conftest import ROOT
 from test_runs import facts
 
-from moco.augment import recipes
+from moco.augment.recipes import check_name
+from moco.cli import entry
 from moco.encoder.networks import check_arch
-from moco.engine import cli, pretrain
+from moco.engine import pretrain
 
 PAGES = {str(path.relative_to(ROOT)): path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
 EXAMPLE = ("main_repel", "moco/builder/repel.py")  # of docs/adding-a-method.md
@@ -85,12 +86,12 @@ def test_command_is_accepted(typed, text, tmp_path, monkeypatch):
     if args.arch:
         check_arch(args.arch)
     if args.recipe:
-        recipes.check_name(args.recipe)
+        check_name(args.recipe)
     if not hasattr(args, "pretrained"):
         with mock.patch.object(pretrain, "check"):
             module.check(args)
     # nor does it give an option that has no effect, which would be refused; the ports of the papers may be in use, by other tests
-    with mock.patch("moco.engine.launch._check_own"):
+    with mock.patch("moco.launch.rendezvous._check_own"):
         parser.without_effect(args)
 
 
@@ -211,7 +212,7 @@ def test_the_example_trains(shared_images, tmp_path, monkeypatch, capsys):
     run = tmp_path / "run"
     small = ("-a", "resnet18", "--image-size", 32, "-b", 16, "-j", 0, "--epochs", 2, "-p", 1, "--lr", 0.01, "--dim", 16)
     monkeypatch.setattr(sys, "argv", ["main_repel.py", *map(str, (shared_images, *small, "--save-dir", run))])
-    cli.main(module.parser(), module.check, module.worker)
+    entry.main(module.parser(), module.check, module.worker)
     losses = [line["loss"] for line in facts(run) if "loss" in line]
     assert len(losses) == 6 and min(losses[3:]) < losses[0]
     state = torch.load(run / "checkpoint_0001.pth.tar", weights_only=True)

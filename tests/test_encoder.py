@@ -5,17 +5,12 @@ import torch
 from torch import nn
 from torchvision import models
 
-from moco.augment.recipes import STD
-from moco.encoder.networks import (
-    backbone_keys,
-    check_arch,
-    check_compiled_recomputation,
-    features,
-    recompute_blocks,
-    resnet,
-)
-from moco.encoder.published import choice, load_backbone, tensors_of
-from moco.engine import checkpoint, encoder
+from moco.config import STD
+from moco.encoder import metadata, pretrained
+from moco.encoder.networks import backbone_keys, check_arch, features
+from moco.encoder.pretrained import choice, load_backbone, tensors_of
+from moco.encoder.recompute import check_compiled_recomputation, recompute_blocks
+from moco.encoder.resnets import resnet
 from moco.errors import InputError
 
 PREFIXES = [
@@ -351,7 +346,7 @@ def test_mean_and_std_of_a_checkpoint_are_read_if_they_are_possible():
     """A mean of 0 and a std of 1 leave colours as they are; a std of 0 divides by it."""
 
     def read(mean, std):
-        found = checkpoint.about({"args": {"mean": mean, "std": std}})
+        found = metadata.about({"args": {"mean": mean, "std": std}})
         return found.mean, found.std
 
     assert read([0.0, 0.0, 0.0], (1.0, 1.0, 1.0)) == ([0.0, 0.0, 0.0], [1.0, 1.0, 1.0])
@@ -362,11 +357,11 @@ def test_a_reader_says_that_imagenets_mean_and_std_are_used(tmp_path, capsys):
     tensors = {f"module.encoder_q.{name}": x for name, x in resnet("resnet18", 8).state_dict().items()}
     options = {"image_size": 32, "mean": [0.5] * 3}
     torch.save({"arch": "resnet18", "args": options, "state_dict": tensors}, tmp_path / "a.pth")
-    found = encoder.read(str(tmp_path / "a.pth"))
+    found = pretrained.read(str(tmp_path / "a.pth"))
     assert found.mean == [0.5] * 3 and found.std == list(STD)
     line = f"{tmp_path / 'a.pth'}: does not say the std of its images; ImageNet's is used\n"
     assert capsys.readouterr().out == line
     options["std"] = [0.2] * 3
     torch.save({"arch": "resnet18", "args": options, "state_dict": tensors}, tmp_path / "a.pth")
-    assert encoder.read(str(tmp_path / "a.pth")).std == [0.2] * 3
+    assert pretrained.read(str(tmp_path / "a.pth")).std == [0.2] * 3
     assert capsys.readouterr().out == ""

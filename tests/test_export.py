@@ -17,8 +17,8 @@ from test_cli import refused
 from test_transformers import SMALL as TEST_VIT
 from test_transformers import as_other_software_names_it
 
-from moco.encoder import networks
-from moco.encoder.plain import Plain
+from moco.encoder import networks, resnets
+from moco.encoder.stock import Plain
 from tools import export
 
 
@@ -109,7 +109,7 @@ def test_networks_of_every_kind(arch, run, tmp_path):
     written = torch.load(tmp_path / "x.pth", weights_only=True)
     assert written.keys() == net.state_dict().keys()
     made = printed(out)
-    assert len(made) == (2 if arch in networks.ARCHS else 1)
+    assert len(made) == (2 if arch in resnets.ARCHS else 1)
     for other in made:
         torch.testing.assert_close(features(other, 64), features(net, 64), rtol=1e-4, atol=1e-4)
     assert ("num_heads=12" in out) == (arch == "vit_small")

@@ -27,10 +27,11 @@ from test_cli import refused
 from test_runs import load, same, succeeded
 
 import main_lincls
-from moco.engine import checkpoint, interrupt
-from moco.engine.interrupt import STATUS
+from moco.engine import checkpoint
 from moco.engine.log import fold
 from moco.errors import InputError
+from moco.launch import interrupt
+from moco.launch.interrupt import STATUS
 from tools import runs
 
 SMALL = ("-a", "resnet18", "--image-size", 32, "-b", 4, "-j", 1, "--epochs", 2, "-p", 1, "--wd", 0.1)
@@ -452,7 +453,7 @@ def test_an_image_that_cannot_be_read_is_replaced(script, tmp_path):
 
 
 def test_a_loss_that_is_no_number_ends_the_run(script, data, tmp_path, monkeypatch):
-    monkeypatch.setattr("moco.engine.values.learning_rate", float)  # with which it diverges at once
+    monkeypatch.setattr("moco.cli.values.learning_rate", float)  # with which it diverges at once
     command = (data, *SMALL, "--moco-k", 24, "-j", 0, "--save-dir", tmp_path)
     status, _, err = script("main_synco", *command, "--epochs", 3, "--lr", 1e-3, "--lr-warmup-epochs", 0, "--epochs", 1)
     assert status == 0, err

@@ -16,10 +16,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from moco import distributed
 from moco.augment.color import normalize
 from moco.augment.crop import center_view
-from moco.augment.recipes import MEAN, STD
-from moco.data import datasets
+from moco.config import MEAN, STD
+from moco.data import folders
 from moco.data.images import ImageArray
 from moco.engine import features
+from moco.evaluate import feature_files
 
 CPU = torch.device("cpu")
 KS = [1, 10, 20, 100, 200]
@@ -271,8 +272,8 @@ def arrays_of(folder):
 
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_files_hold_the_rows_in_order_and_ranks_read_their_shares(world, tmp_path, monkeypatch):
-    monkeypatch.setattr(features, "_BLOCK", 4)
-    origin = dict.fromkeys(features._ORIGIN.values(), "x") | {
+    monkeypatch.setattr(feature_files, "_BLOCK", 4)
+    origin = dict.fromkeys(feature_files._ORIGIN.values(), "x") | {
         "pretrain_epochs": None,
         "class_list": None,
         "image_size": 32,
@@ -282,8 +283,8 @@ def test_files_hold_the_rows_in_order_and_ranks_read_their_shares(world, tmp_pat
     train, val = ((torch.randn(n, 6), torch.randint(0, 3, (n,))) for n in (29, 2))
 
     def work(rank):
-        features.dump(args, ("a", "b", "c"), *(tuple(x[rank::world] for x in split) for split in (train, val)))
-        return features.load(args, CPU)
+        feature_files.dump(args, ("a", "b", "c"), *(tuple(x[rank::world] for x in split) for split in (train, val)))
+        return feature_files.load(args, CPU)
 
     for rank, (*splits, classes) in enumerate(on_ranks(world, work, monkeypatch)):
         assert classes == ("a", "b", "c")
@@ -320,7 +321,7 @@ def test_features_from_files_give_the_same_results_over_one_process_and_two(shar
     for name, x in arrays_of(two).items():  # smaller batches on fewer threads differ in the last bits
         assert np.abs(x - arrays[name]).max() < 1e-6 * (x.ndim == 2) or np.array_equal(x, arrays[name]), name
     for split in ("train", "val"):
-        assert np.array_equal(arrays[f"{split}_labels.npy"], datasets.scan(shared_images, split).labels)
+        assert np.array_equal(arrays[f"{split}_labels.npy"], folders.scan(shared_images, split).labels)
         assert np.allclose(np.linalg.norm(arrays[f"{split}_features.npy"], axis=1), 1, atol=1e-5)
     meta = json.loads((two / "meta.json").read_text())
     assert meta["classes"] == ["class0", "class1", "class2"]

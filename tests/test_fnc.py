@@ -12,7 +12,7 @@ from torch import nn
 
 from moco import distributed
 from moco.builder.fnc import FNC
-from moco.engine import launch
+from moco.launch import launch
 from moco.loss import global_contrastive
 from moco.loss.false_negatives import MODES, Cancellation, cancelled_nt_xent, find
 from moco.rng import Progress

@@ -17,7 +17,8 @@ from PIL import Image
 from moco import distributed
 from moco.augment import crop
 from moco.augment.recipes import recipe
-from moco.data import cache, datasets, images, loader
+from moco.data import cache, images, loader, photos
+from moco.data.folders import find, scan
 from moco.data.images import CachedFolder, ImageArray, decode
 from moco.data.loader import CenterCrop, EvalOrder, RandomCrops, TrainOrder, batches
 from moco.errors import InputError
@@ -34,7 +35,7 @@ def set_rank(monkeypatch, rank, world):
 @pytest.fixture(scope="module")
 def photographs():
     """Every sixth of the built-in training images, 190 of 19 classes."""
-    train = datasets.scan(datasets.find("photos", ("train", "val")), "train")
+    train = scan(find("photos", ("train", "val")), "train")
     return replace(train, paths=train.paths[::6], labels=train.labels[::6])
 
 
@@ -124,8 +125,8 @@ def test_a_program_that_leaves_batches_unread_ends():
     program = """if True:
         from argparse import Namespace
         import torch
-        from moco.data import datasets, loader
-        images = datasets.scan(datasets.find("photos", ("train", "val")), "train")
+        from moco.data import folders, loader
+        images = folders.scan(folders.find("photos", ("train", "val")), "train")
         args = Namespace(workers=2, batch_per_process=8, batch_size=8)
         left = loader.batches(images, loader.CenterCrop(32), loader.EvalOrder(len(images), 8), args, torch.device("cpu"))
         print(next(left).label.tolist())
@@ -348,7 +349,7 @@ def test_batches_name_the_file_that_they_cannot_read(tmp_path, write_bad, worker
         whole_jpeg(tmp_path / "train" / "kind" / f"{i}.jpg")
     bad = tmp_path / "train" / "kind" / "5.jpg"
     write_bad(bad)
-    folder = datasets.scan(tmp_path, "train")
+    folder = scan(tmp_path, "train")
     reader = batches(folder, CenterCrop(32), EvalOrder(7, 2), Namespace(workers=workers, batch_per_process=2, batch_size=2), CPU)
     assert [next(reader).index.tolist() for _ in range(2)] == [[0, 1], [2, 3]]
     with pytest.raises(InputError) as error:
@@ -362,9 +363,9 @@ def large(tmp_path_factory):
     """A folder with one large photograph."""
     path = tmp_path_factory.mktemp("large") / "train" / "a" / "0.jpg"
     path.parent.mkdir(parents=True)
-    datasets._photograph("hubble_deep_field").resize((1600, 1400), 3).save(path, quality=95)
+    photos._photograph("hubble_deep_field").resize((1600, 1400), 3).save(path, quality=95)
     assert path.stat().st_size > images._LARGE
-    return datasets.scan(path.parents[2], "train")
+    return scan(path.parents[2], "train")
 
 
 @pytest.mark.parametrize("size", [(375, 500), (1400, 1600), (4000, 500)])
@@ -443,7 +444,7 @@ def mixed(tmp_path):
     for i in range(20):
         name = f"{i:02}.{('jpg', 'png', 'jpg', 'bmp')[i % 4]}"
         Image.fromarray(smooth_rgb(30 + 3 * i, 90 - 2 * i)).save(tmp_path / "train" / "kind" / name)
-    return datasets.scan(tmp_path, "train")
+    return scan(tmp_path, "train")
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -462,7 +463,7 @@ def test_images_of_one_size_in_memory_are_cropped_a_batch_at_once(monkeypatch, t
     for i in range(70):
         pixels = np.random.default_rng(i).integers(0, 256, (32, 40, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(tmp_path / "train" / "kind" / f"{i:02}.jpg")
-    folder = datasets.scan(tmp_path, "train")
+    folder = scan(tmp_path, "train")
     (held,) = cached(folder)
     cut, calls = RandomCrops(SMALL, 3), []
     at_once = crop.random_views_at_once
@@ -498,7 +499,7 @@ def test_an_unreadable_image_gives_the_same_error_with_images_in_memory(tmp_path
     for i in range(7):
         whole_jpeg(tmp_path / "train" / "kind" / f"{i}.jpg")
     write_bad(tmp_path / "train" / "kind" / "5.jpg")
-    folder = datasets.scan(tmp_path, "train")
+    folder = scan(tmp_path, "train")
     (held,) = cached(folder)
     assert (held.starts < 0).tolist() == [False] * 5 + [True, False]
 

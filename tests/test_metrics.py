@@ -5,8 +5,8 @@ import pytest
 import torch
 from sklearn.metrics import average_precision_score, confusion_matrix
 
-from moco.engine import metrics
 from moco.engine.log import Mean
+from moco.evaluate import metrics
 
 CPU = torch.device("cpu")
 

@@ -11,7 +11,8 @@ from torch import nn
 
 import main_moby
 from moco import distributed
-from moco.builder.moby import BYOL, MoBY
+from moco.builder.byol import BYOL
+from moco.builder.moby import MoBY
 from moco.encoder.networks import projector
 from moco.loss import synthetic
 from moco.rng import NEGATIVES, Progress

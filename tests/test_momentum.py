@@ -6,9 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from moco.builder.momentum import MoCo, QueryAndKey, split_batch_norm
+from moco.builder.base import QueryAndKey
+from moco.builder.batch_norm import split_batch_norm
+from moco.builder.moco import MoCo
 from moco.builder.synco import SynCo
-from moco.encoder.networks import resnet
+from moco.encoder.resnets import resnet
 from moco.loss import synthetic
 from moco.rng import NEGATIVES, SHUFFLE, Progress
 

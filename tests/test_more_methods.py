@@ -19,11 +19,11 @@ import main_adco
 import main_fnc
 import main_lincls
 import main_sogclr
-from moco.augment.recipes import MEAN, STD
 from moco.builder.adco import AdCo, Ascent
 from moco.builder.fnc import FNC
 from moco.builder.sogclr import SogCLR
-from moco.encoder.networks import resnet
+from moco.config import MEAN, STD
+from moco.encoder.resnets import resnet
 from moco.rng import Progress
 
 SMALL = ("-a", "resnet18", "--image-size", 32, "-b", 8, "-j", 0, "--epochs", 1)

@@ -20,9 +20,9 @@ import torchvision.datasets as tv
 from PIL import Image
 from scipy.io import savemat
 
-from moco.data import datasets
+from moco.data import photos
 from moco.data.images import ImageArray, ImageFolder
-from moco.data.named import METRIC, NAMES, canonical, check, load
+from moco.data.registry import METRIC, NAMES, canonical, check, load
 from moco.errors import InputError
 
 NEVER_DOWNLOADED = ("imagenet", "cars", "places205")
@@ -348,7 +348,7 @@ def test_a_folder_may_be_given_in_any_way(name, given, root, monkeypatch):
 
 def test_photos_are_built_in_wherever_the_root_is(root, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(datasets, "PHOTOS", ["text", "chelsea"])  # the others take seconds
+    monkeypatch.setattr(photos, "PHOTOS", ["text", "chelsea"])  # the others take seconds
     check("photos", str(root), download=True)
     train, val = load("photos", str(root))
     assert (len(train), len(val)) == (2 * 60, 2 * 30) and train.classes == val.classes == ("chelsea", "text")

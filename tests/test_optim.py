@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from moco.engine import optim, train
+from moco.engine import optim
+from moco.engine.trainer import Trainer
 
 SHAPES = ((4, 3, 2, 2), (5, 4), (5,), (3, 3), ())
 
@@ -143,8 +144,8 @@ def test_by_epoch_end_the_rates_are_those_of_the_demo_on_cifar10():
     args = options(lr_by="epoch-end", cos=True, epochs=200)
     trainer = SimpleNamespace(args=args, steps_per_epoch=97, rates=[0.06], lr_scale=1.0)
     trainer.optimizer = SimpleNamespace(param_groups=[{}])
-    trainer._rates = lambda passed: train.Trainer._rates(trainer, passed)
-    found = [train.Trainer._set_rates(trainer, step) for step in (0, 96, 97, 199 * 97)]
+    trainer._rates = lambda passed: Trainer._rates(trainer, passed)
+    found = [Trainer._set_rates(trainer, step) for step in (0, 96, 97, 199 * 97)]
     assert found[0] == found[1] == pytest.approx(0.059996, abs=5e-7) and found[3] == pytest.approx(0)
     assert found == pytest.approx([0.03 * (1 + math.cos(math.pi * epoch / 200)) for epoch in (1, 1, 2, 200)])
 

@@ -17,9 +17,10 @@ import yaml
 from conftest import own_lines, shell, write_images
 from PIL import Image
 
-from moco.encoder.networks import resnet
-from moco.engine.log import RunLog, write_json
+from moco.encoder.resnets import resnet
+from moco.engine.log import RunLog
 from moco.errors import InputError
+from moco.files import write_json
 from tools import collect, plots, report, runs
 
 LOGGED = "loss acc1 acc5 lr hardness alignment uniformity feature_std grad_encoder images_per_s data_wait u".split()

@@ -15,9 +15,10 @@ from conftest import own_lines, shell, write_images
 from PIL import Image
 
 from moco import distributed
-from moco.data import datasets
-from moco.encoder.networks import resnet
-from moco.engine import classify, precision
+from moco.data import folders
+from moco.encoder.resnets import resnet
+from moco.engine import precision
+from moco.evaluate import classifier
 
 PUBLISHED_SYNCO = (
     "main_synco.py -a resnet50 --lr 0.03 --batch-size 256 --dist-url tcp://localhost:10001 --multiprocessing-distributed "
@@ -185,7 +186,7 @@ def test_probe_resumes_exactly(script, shared_images, tmp_path):
 
 @pytest.mark.parametrize("clip", [0, 0.01])
 def test_heads_of_several_rates_are_to_the_bit_those_of_each_alone(clip, script, shared_images, tmp_path, monkeypatch):
-    monkeypatch.setattr("moco.engine.values.learning_rate", float)  # with which it diverges at once
+    monkeypatch.setattr("moco.cli.values.learning_rate", float)  # with which it diverges at once
 
     def probe(name: str, *options: object) -> tuple[dict, str]:
         status, out, err = script("main_lincls", *command, *options, "--save-dir", tmp_path / name)
@@ -240,7 +241,7 @@ def test_a_probe_is_chosen_on_held_out_images_and_not_on_val(script, shared_imag
         order = self.settings if folder is self.held_out else self.settings[::-1]
         return {setting: {"acc1": 0.1 * (i + 1), "acc5": 1.0} for i, setting in enumerate(order)}
 
-    monkeypatch.setattr(classify.Classification, "_test", test)
+    monkeypatch.setattr(classifier.Classification, "_test", test)
     command = (shared_images, "-a", "resnet18", "--image-size", 32, "-b", 8, "-j", 0, "--epochs", 1, "--lr", 1, 2, 3)
     for options, best, top1 in (((), 1, 0.3), (("--val-from-train", 0.25), 3, 0.1)):
         run = tmp_path / str(best)
@@ -252,7 +253,7 @@ def test_a_probe_is_chosen_on_held_out_images_and_not_on_val(script, shared_imag
 
 def test_a_diverging_classifier_does_not_stop_the_others_in_half_precision(script, shared_images, tmp_path, monkeypatch):
     monkeypatch.setattr(precision, "choose", lambda args: None)
-    monkeypatch.setattr("moco.engine.values.learning_rate", float)  # with which it diverges at once
+    monkeypatch.setattr("moco.cli.values.learning_rate", float)  # with which it diverges at once
     command = (shared_images, "-a", "resnet18", "--image-size", 32, "-b", 8, "-j", 0, "--epochs", 1, "--amp", "fp16")
     for name, rates in (("both", (1e30, 0.1)), ("alone", (0.1,))):
         assert script("main_lincls", *command, "--lr", *rates, "--wd", 1e-3, "--save-dir", tmp_path / name)[0] == 0
@@ -318,14 +319,14 @@ def test_two_processes_train_the_classifiers_that_one_does(tmp_path):
 
 @pytest.mark.parametrize("heads", [1, 3])
 def test_a_rank_without_an_image_counts_as_nothing(shared_images, monkeypatch, heads):
-    val = datasets.scan(shared_images, "val")
+    val = folders.scan(shared_images, "val")
     args = Namespace(image_size=32, batch_size=8, batch_per_process=8, workers=0, amp="off")
     monkeypatch.setattr(distributed, "rank", lambda: len(val))
     monkeypatch.setattr(distributed, "world", lambda: len(val) + 1)
     others = torch.zeros(2 * heads + 1, 3, dtype=torch.long)
     others[:heads], others[heads:-1], others[-1] = torch.tensor([2, 0, 0]), torch.tensor([2, 1, 0]), torch.tensor([2, 2, 0])
     monkeypatch.setattr(distributed, "all_reduce_sum", lambda mine: mine.add_(others))
-    found = classify.test(resnet("resnet18", 3), val, args, torch.device("cpu"), heads)
+    found = classifier.test(resnet("resnet18", 3), val, args, torch.device("cpu"), heads)
     assert found == [{"acc1": 0.5, "acc5": 0.75, "mean_per_class": 0.5}] * heads
 
 

@@ -14,10 +14,10 @@ from torch import nn
 
 from moco.data import subsets
 from moco.encoder import networks
-from moco.encoder.networks import resnet
-from moco.encoder.published import keep_projection
-from moco.engine import classify
+from moco.encoder.pretrained import keep_projection
+from moco.encoder.resnets import resnet
 from moco.errors import InputError
+from moco.evaluate import classifier, inputs
 
 SMALL = ("-a", "resnet18", "--image-size", 32, "-j", 0, "-b", 8)
 # The settings of SynCo's paper with the launch flags of its repository's commands, on a small network.
@@ -122,7 +122,7 @@ def test_a_new_classifier_does_not_depend_on_where_the_layer_is():
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
         layer = nn.Linear(5, 40, dtype=dtype)
         torch.manual_seed(0)
-        classify.init_classifier(layer)
+        classifier.init_classifier(layer)
         found.append(layer.weight)
         assert not layer.bias.any()
     assert torch.equal(found[0].double(), found[1]) and torch.equal(found[0].bfloat16(), found[2])
@@ -218,7 +218,7 @@ def test_on_imagenet_the_published_list_is_asked_for_before_any_work(script, tmp
             folder.mkdir(parents=True)
             image.save(folder / f"n{i:08d}_1.JPEG", "jpeg")
     monkeypatch.setattr(subsets, "_URL", "http://127.0.0.1:9/{}percent.txt")
-    monkeypatch.setattr(classify, "splits", None)
+    monkeypatch.setattr(inputs, "splits", None)
     status, _, err = script("main_semisup", tmp_path / "imagenet", *SMALL, "--train-percent", 1, "--save-dir", tmp_path / "run")
     assert status == 2 and "--subset-file FILE" in err and len(own_lines(err)) == 1 and not (tmp_path / "run").exists()
 

@@ -7,11 +7,15 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = [
-    ("moco.errors", "moco.rng"),
+    ("moco.errors", "moco.rng", "moco.config"),
     ("moco.files", "moco.user", "moco.devices"),
-    ("moco.loss", "moco.augment", "moco.encoder", "moco.distributed"),
+    ("moco.loss", "moco.distributed"),
+    ("moco.augment", "moco.encoder"),
     ("moco.builder", "moco.data"),
+    ("moco.launch",),
     ("moco.engine",),
+    ("moco.evaluate",),
+    ("moco.cli",),
     ("main_", "tools", "detection", "hubconf"),
     ("benchmarks",),
 ]

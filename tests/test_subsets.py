@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, write_images
 
-from moco.data import datasets, subsets
+from moco.data import folders, photos, subsets
 from moco.data.images import ImageFolder
 from moco.data.subsets import hold_out, is_imagenet, labelled, listed, published, sample
 from moco.errors import InputError
@@ -22,7 +22,7 @@ def paths(folder):
 
 @pytest.mark.parametrize(("fraction", "per_class"), [(0.25, 4), (0.01, 1), (0.1, 2), (0.99, 15)])
 def test_hold_out_takes_a_share_of_each_class(shared_images, fraction, per_class):
-    whole = datasets.scan(shared_images, "train")  # 16 images in each of 3 classes
+    whole = folders.scan(shared_images, "train")  # 16 images in each of 3 classes
     rest, held = hold_out(whole, fraction, seed=0)
     assert np.bincount(held.labels).tolist() == [per_class] * 3 and np.bincount(rest.labels).tolist() == [16 - per_class] * 3
     assert paths(rest) | paths(held) == paths(whole) and not paths(rest) & paths(held)
@@ -33,20 +33,20 @@ def test_hold_out_takes_a_share_of_each_class(shared_images, fraction, per_class
 
 
 def test_hold_out_is_the_same_for_a_seed_and_differs_between_seeds(shared_images):
-    whole = datasets.scan(shared_images, "train")
+    whole = folders.scan(shared_images, "train")
     first, again, other = (paths(hold_out(whole, 0.5, seed)[1]) for seed in (1, 1, 2))
     assert first == again != other
 
 
 def test_a_class_of_one_image_cannot_be_split(tmp_path):
-    whole = datasets.scan(write_images(tmp_path, train=1), "train")
+    whole = folders.scan(write_images(tmp_path, train=1), "train")
     with pytest.raises(InputError, match="class0: has one image only"):
         hold_out(whole, 0.5, seed=0)
 
 
 @pytest.mark.parametrize(("fraction", "per_class"), [(0.1, 2), (0.01, 1), (0.5, 8)])
 def test_sample_takes_a_share_of_each_class(shared_images, fraction, per_class):
-    whole = datasets.scan(shared_images, "train")
+    whole = folders.scan(shared_images, "train")
     first, again, other = (sample(whole, fraction, seed) for seed in (1, 1, 2))
     assert np.bincount(first.labels).tolist() == [per_class] * 3
     assert first.paths.tolist() == again.paths.tolist() == sorted(first.paths.tolist()) != other.paths.tolist()
@@ -67,7 +67,7 @@ def test_parts_of_images_that_show_several_classes(tmp_path):
 
 
 def test_a_list_names_images_by_file_or_by_class_and_file(shared_images, tmp_path):
-    train = datasets.scan(shared_images, "train")  # 0.jpg to 15.jpg in each class
+    train = folders.scan(shared_images, "train")  # 0.jpg to 15.jpg in each class
     (tmp_path / "list.txt").write_text("class2/3.jpg\n\nclass0/15.jpg\n  class1/3.jpg \n")
     part = listed(train, tmp_path / "list.txt")
     assert [part.name(i) for i in range(3)] == ["class0/15.jpg", "class1/3.jpg", "class2/3.jpg"]
@@ -75,7 +75,7 @@ def test_a_list_names_images_by_file_or_by_class_and_file(shared_images, tmp_pat
     (shared_images / "train" / "class1" / "alone.jpg").write_bytes((shared_images / "train" / "class1" / "0.jpg").read_bytes())
     try:
         (tmp_path / "list.txt").write_text("alone.jpg\n")
-        part = listed(datasets.scan(shared_images, "train"), tmp_path / "list.txt")
+        part = listed(folders.scan(shared_images, "train"), tmp_path / "list.txt")
         assert (part.name(0), part.labels.tolist()) == ("class1/alone.jpg", [1])
     finally:
         (shared_images / "train" / "class1" / "alone.jpg").unlink()
@@ -97,7 +97,7 @@ def test_a_list_that_does_not_fit_is_one_line(shared_images, tmp_path, text, sai
     if text is not None:
         (tmp_path / "list.txt").write_bytes(text.encode("latin-1"))
     with pytest.raises(InputError, match=said) as error:
-        listed(datasets.scan(shared_images, "train"), tmp_path / "list.txt")
+        listed(folders.scan(shared_images, "train"), tmp_path / "list.txt")
     assert "\n" not in str(error.value)
 
 
@@ -166,7 +166,7 @@ def test_a_published_list_is_downloaded_once_and_checked(answers, monkeypatch):
 def test_a_list_that_is_not_the_published_one_is_refused(answers):
     with pytest.raises(InputError, match=r"sha256 differs.*--subset-file FILE"):
         published(10)
-    assert answers == ["/10percent.txt"] and not list(datasets.cache_folder().glob("**/*.txt"))
+    assert answers == ["/10percent.txt"] and not list(photos.cache_folder().glob("**/*.txt"))
 
 
 def test_without_network_the_message_says_how_to_supply_the_list(tmp_path, monkeypatch):
@@ -193,11 +193,11 @@ def test_the_true_lists(percent, count, tmp_path, monkeypatch):
     for name in names + [f"{wnid}_0.JPEG" for wnid in wnids]:
         (tmp_path / "train" / name[:9] / name).touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    kept = datasets.cache_folder() / "imagenet_subsets" / file.name
+    kept = photos.cache_folder() / "imagenet_subsets" / file.name
     kept.parent.mkdir(parents=True)
     kept.write_bytes(file.read_bytes())
     monkeypatch.setattr(subsets, "_URL", "http://127.0.0.1:9/{}percent.txt")  # nothing is fetched
-    train = datasets.scan(tmp_path, "train")
+    train = folders.scan(tmp_path, "train")
     part = labelled(train, percent, seed=0)
     assert (len(train), len(part), len(names)) == (count + 1000, count, count)
     assert {part.name(i)[10:] for i in range(count)} == set(names)
@@ -207,5 +207,5 @@ def test_the_true_lists(percent, count, tmp_path, monkeypatch):
     for name in names[:500]:
         (tmp_path / "train" / name[:9] / name).unlink()
     with pytest.raises(InputError, match=f"500 of the {count} images .* are missing"):
-        labelled(datasets.scan(tmp_path, "train"), percent, seed=0)
+        labelled(folders.scan(tmp_path, "train"), percent, seed=0)
     shutil.rmtree(tmp_path)

@@ -16,8 +16,8 @@ from PIL import Image
 
 from moco import rng
 from moco.augment import color, recipes
+from moco.cli import tool
 from moco.data import loader
-from moco.engine import tool
 from moco.errors import InputError
 from moco.rng import Progress
 from tools import show_views

@@ -10,8 +10,8 @@ from test_named import NAMES, WRITERS, Tree
 
 import main_lincls
 import main_semisup
-from moco.data import named
-from moco.engine import metrics
+from moco.data import registry
+from moco.evaluate import metrics
 
 SMALL = ("-a", "resnet18", "--image-size", 32, "-j", 0, "-b", 2, "--epochs", 1)
 
@@ -26,7 +26,7 @@ def test_a_probe_on_every_data_set(name, script, tmp_path):
     options = ("--dataset", name, *SMALL, "--lr", 0.1, 0.01, tmp_path / "data", "--save-dir", tmp_path / "run")
     status, out, err = script("main_lincls", *options)
     assert status == 0, err
-    found, metric = results(tmp_path / "run"), named.METRIC[name]
+    found, metric = results(tmp_path / "run"), registry.METRIC[name]
     assert found["dataset"] == (str(tmp_path / "data") if name == "imagenet" else name)
     assert {metric, f"{metric}_lr0.1", f"{metric}_lr0.01"} <= found["metrics"].keys()
     *_, shown, _ = out.splitlines()  # the last line says where results.json is

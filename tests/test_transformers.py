@@ -18,7 +18,7 @@ from test_voc07 import write_voc
 
 import main_lincls
 import main_moby
-from moco.encoder import networks, published, timm_networks
+from moco.encoder import networks, pretrained, recompute, timm_networks
 from moco.engine import checkpoint
 from moco.errors import InputError
 
@@ -175,23 +175,23 @@ def test_a_moby_checkpoint_of_other_software(tmp_path, script, shared_images):
     torch.save({"model": model, "epoch": 299}, tmp_path / "ckpt_epoch_299.pth")
     ours = networks.create("swin_tiny", 3, 32)
     count = len(networks.backbone_keys(ours))
-    assert published.load_backbone(ours, model, "file") == count
+    assert pretrained.load_backbone(ours, model, "file") == count
     assert all(torch.equal(ours.state_dict()[name], tensor) for name, tensor in theirs.state_dict().items())
     options = ("--pretrained", tmp_path / "ckpt_epoch_299.pth", "-a", "swin_tiny", "--image-size", 32, "-b", 8, "-j", 0)
     status, out, err = script("main_knn", shared_images, *options, "--k", 5, "--save-dir", tmp_path / "knn")
     assert status == 0 and f"{count} of {count} backbone tensors matched" in out, err
     del model["encoder.layers.2.blocks.3.mlp.fc1.weight"]
     with pytest.raises(InputError, match=r"1 tensors missing: layers\.2\.blocks\.3\.mlp\.fc1\.weight"):
-        published.load_backbone(ours, model, "file")
+        pretrained.load_backbone(ours, model, "file")
     with pytest.raises(InputError, match=r"vit\.pt"):
-        published.load_backbone(networks.create("vit_tiny", 3, 32), model, "vit.pt")
+        pretrained.load_backbone(networks.create("vit_tiny", 3, 32), model, "vit.pt")
 
 
 def test_positions_for_another_size_are_interpolated():
     small, large = networks.create("vit_tiny", 3, 64), networks.create("vit_tiny", 3, 96)
     with torch.no_grad():
         small.pos_embed.normal_()
-    published.load_backbone(large, {f"encoder.{name}": tensor for name, tensor in small.state_dict().items()}, "file")
+    pretrained.load_backbone(large, {f"encoder.{name}": tensor for name, tensor in small.state_dict().items()}, "file")
     assert torch.equal(large.blocks[0].attn.qkv.weight, small.blocks[0].attn.qkv.weight)
     grid = small.pos_embed[:, 1:].transpose(1, 2).view(1, 192, 4, 4)
     wider = F.interpolate(grid, (6, 6), mode="bicubic", antialias=True, align_corners=False).flatten(2).transpose(1, 2)
@@ -202,16 +202,16 @@ def test_what_is_another_network_is_not_loaded():
     """Of the same shapes but with six heads; with other patches."""
     theirs = timm.create_model("vit_small_patch16_224", img_size=32).state_dict()
     with pytest.raises(InputError, match=r"f\.pt: its positions are learned, .* -a vit_small_patch16_224"):
-        published.load_backbone(networks.create("vit_small", 3, 32), theirs, "f.pt")
-    assert published.load_backbone(networks.create("vit_small_patch16_224", 3, 32), theirs, "f.pt") == 150
+        pretrained.load_backbone(networks.create("vit_small", 3, 32), theirs, "f.pt")
+    assert pretrained.load_backbone(networks.create("vit_small_patch16_224", 3, 32), theirs, "f.pt") == 150
     mine = networks.create("vit_small", 3, 64)
     for row_first in (True, False):
         table = timm_networks.sine_positions(2, 2, 384)
         theirs["pos_embed"][0, 1:] = table if row_first else table.view(2, 2, 384).transpose(0, 1).reshape(4, 384)
-        assert published.load_backbone(mine, theirs, "f.pt") == 150
+        assert pretrained.load_backbone(mine, theirs, "f.pt") == 150
     finer = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8).state_dict()
     with pytest.raises(InputError, match=r"shapes differ: patch_embed\.proj\.weight \(192, 3, 8, 8\) for \(192, 3, 16, 16\)"):
-        published.load_backbone(networks.create("vit_tiny", 3, 32), finer, "f.pt")
+        pretrained.load_backbone(networks.create("vit_tiny", 3, 32), finer, "f.pt")
 
 
 def test_settings_in_a_swin_style_file_are_no_hindrance(tmp_path):
@@ -295,12 +295,12 @@ def test_resumed_equals_never_stopped(method, script, shared_images, tmp_path):
 def test_blocks_computed_again_change_nothing(script, shared_images, tmp_path):
     net, calls = networks.create("test_vit", 3, 32), []
     net.blocks[2].register_forward_pre_hook(lambda *_: calls.append(1))
-    networks.recompute_blocks(net)
+    recompute.recompute_blocks(net)
     net(torch.randn(2, 3, 32, 32)).sum().backward()
     assert len(calls) == 2
     for arch, words in (("resnet26d", "has batch norm"), ("cs3darknet_focus_s", "--grad-checkpoint")):
         with pytest.raises(InputError, match=words):
-            networks.recompute_blocks(networks.create(arch, 3, 64))
+            recompute.recompute_blocks(networks.create(arch, 3, 64))
     states = []
     for name in ("--no-stop-grad-conv1", "--use-checkpoint"):
         status, _, err = script("main_moby", shared_images, *SMALL, name, "--save-dir", tmp_path / name)

@@ -14,7 +14,7 @@ from test_cli import refused
 from test_metrics import eleven_points_by_hand
 from test_named import Tree, annotation
 
-from moco.engine import metrics, voc
+from moco.evaluate import metrics, voc
 
 KINDS = ("svm", "linear")
 COSTS = [0.01, 0.1, 1.0, 10.0]

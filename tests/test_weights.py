@@ -24,8 +24,8 @@ from safetensors.torch import save_file
 from test_cli import SMALL, refused
 from torchvision import models
 
-from moco.augment.recipes import MEAN, STD
-from moco.encoder import networks, published, weights
+from moco.config import MEAN, STD
+from moco.encoder import metadata, networks, pretrained, weights
 from moco.engine import checkpoint
 from moco.errors import InputError
 from moco.files import Unreadable
@@ -65,8 +65,8 @@ def test_settings_and_numbers_next_to_tensors_are_read(tmp_path, monkeypatch):
         assert torch.equal(found["state_dict"]["x"], torch.ones(2))
         assert (found["best"], found["single"], found["bool"], found["counts"]) == (0.5, 0.25, True, {"a": [3]})
         assert found["settings"] == {"depth": 18, "kind": {"a": 1}} and found["args"].out == "a/b"
-        about = checkpoint.about(found)
-        assert about.options["image_size"] == 96 and about.options["inner"].x == 1 and about.epoch == 7
+        facts = metadata.about(found)
+        assert facts.options["image_size"] == 96 and facts.options["inner"].x == 1 and facts.epoch == 7
 
 
 def test_settings_of_omegaconf_are_read(tmp_path):
@@ -269,9 +269,9 @@ def test_an_export_says_what_it_is(encoder, script, shared_images, tmp_path):
     net, file = encoder
     copy = Path(shutil.copy(file, tmp_path / "x.bin"))
     for path in (file, copy):
-        about = checkpoint.about(checkpoint.load(str(path)))
-        assert about[:3] == ("resnet18", "moco", 5) and about.image_size == 32
-        assert (about.mean, about.std) == (list(MEAN), list(STD))
+        facts = metadata.about(checkpoint.load(str(path)))
+        assert facts[:3] == ("resnet18", "moco", 5) and facts.image_size == 32
+        assert (facts.mean, facts.std) == (list(MEAN), list(STD))
         hubbed = torch.hub.load(str(ROOT), "encoder", str(path), source="local")
         assert torch.equal(hubbed.layer4[1].conv2.weight, net.layer4[1].conv2.weight)
     command = (shared_images, "--image-size", 32, "-b", 8, "-j", 0, "--k", 3, "--pretrained", copy)
@@ -284,12 +284,12 @@ def test_an_export_says_what_it_is(encoder, script, shared_images, tmp_path):
 def test_safetensors_of_other_software(encoder, tmp_path):
     net, _ = encoder
     tensors = {f"backbone.{name}": tensor for name, tensor in net.state_dict().items()}
-    for metadata in (None, {"format": "pt"}, {"arch": "x"}):
-        save_file(tensors, tmp_path / "x.safetensors", metadata)
+    for header in (None, {"format": "pt"}, {"arch": "x"}):
+        save_file(tensors, tmp_path / "x.safetensors", header)
         state = checkpoint.load(str(tmp_path / "x.safetensors"))
-        assert checkpoint.about(state) == (None, "unknown", None, {}, None, None, None, None)
+        assert metadata.about(state) == (None, "unknown", None, {}, None, None, None, None)
         mine = networks.create("resnet18", 3, 32)
-        assert published.load_backbone(mine, published.tensors_of(mine, state), "x") == 120
+        assert pretrained.load_backbone(mine, pretrained.tensors_of(mine, state), "x") == 120
 
 
 def test_safetensors_that_are_cut_or_resumed(encoder, script, shared_images, tmp_path):

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from moco.engine import tool  # noqa: E402
+from moco.cli import tool  # noqa: E402
 from moco.errors import InputError  # noqa: E402
 from moco.files import Unreadable, check_new, creating, read_json, to_json  # noqa: E402
 

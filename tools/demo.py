@@ -15,9 +15,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from moco.engine import tool  # noqa: E402
-from moco.engine.log import write_json  # noqa: E402
-from moco.files import new_folder  # noqa: E402
+from moco.cli import tool  # noqa: E402
+from moco.files import (
+    new_folder,
+    write_json,
+)
 from tools import report  # noqa: E402
 
 COMMON = ["photos", "--arch", "resnet18", "--image-size", "32", "--workers", "1"]

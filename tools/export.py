@@ -22,9 +22,10 @@ import moco as _first  # noqa: E402, F401 (before torch: sets how its threads wa
 import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
-from moco.augment.recipes import MEAN, STD  # noqa: E402
-from moco.encoder.plain import Plain, homes  # noqa: E402
-from moco.engine import encoder, tool, values  # noqa: E402
+from moco.cli import tool, values
+from moco.config import MEAN, STD
+from moco.encoder import pretrained  # noqa: E402
+from moco.encoder.stock import Plain, homes
 from moco.errors import InputError  # noqa: E402
 from moco.files import check_new, creating  # noqa: E402
 
@@ -70,7 +71,7 @@ def export(args: argparse.Namespace) -> None:
     """Write OUT, and hubconf.py if asked for. Raises InputError where they cannot be or would load as something else."""
     outs = [args.out, *([args.out.with_name("hubconf.py")] if args.hub else [])]
     check_places(args, outs)
-    found = encoder.read(args.checkpoint, args.arch, args.image_size)
+    found = pretrained.read(args.checkpoint, args.arch, args.image_size)
     if found.resized:
         print(f"interpolated to images of {found.image_size} pixels (--image-size): {', '.join(found.resized)}")
     facts = {
@@ -167,7 +168,7 @@ def python(home: Plain, path: Path) -> list[str]:
 
 
 @torch.inference_mode()
-def prove(found: encoder.Encoder, plain: list[Plain], path: Path, hub: bool) -> list[str]:
+def prove(found: pretrained.Encoder, plain: list[Plain], path: Path, hub: bool) -> list[str]:
     """What to say of each library's network, which has loaded `path` strictly. Raises InputError where its features are others."""
     images = torch.randn(2, 3, found.image_size, found.image_size, generator=torch.Generator().manual_seed(0))
     mine = found.net(images)

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from moco import devices, rng
 from moco.augment import color, crop, recipes
-from moco.augment.recipes import MEAN, STD
-from moco.data import loader, named
+from moco.config import MEAN, STD
+from moco.data import loader, registry
 from moco.data.images import Images
-from moco.encoder import networks, published
+from moco.encoder import metadata, networks, pretrained
 from moco.engine import checkpoint, features
 from moco.errors import InputError
 from tools.plots import plain, printable, run_label
@@ -42,7 +42,7 @@ def options(run: Run, needed: dict[str, type]) -> Namespace:
         if not isinstance(args.get(name), kind):
             raise InputError(f"{run.folder / 'args.yaml'}: {name} is {args.get(name)!r}, which no run has")
     for name in ("mean", "std"):
-        if checkpoint.channels(args[name], name) is None:
+        if metadata.channels(args[name], name) is None:
             raise InputError(f"{run.folder / 'args.yaml'}: {name} is {args[name]!r}, which no run has")
     return Namespace(**{str(name): value for name, value in args.items()})
 
@@ -59,7 +59,7 @@ def recipe(run: Run) -> tuple[str, recipes.Recipe]:
 def views(run: Run) -> Figure:
     """Some train images and their views in epoch 0. Raises InputError where the images are not there."""
     args = options(run, _NEEDED | _FOR_VIEWS)
-    train = named.training(args.dataset, args.data, args.class_list)
+    train = registry.training(args.dataset, args.data, args.class_list)
     picked = sorted({round(i * (len(train) - 1) / (ROWS - 1)) for i in range(ROWS)})
     images = [train.read(i) for i in picked]
     columns = [[crop.center_view(image, args.image_size) / 255 for image in images]]
@@ -101,7 +101,7 @@ class Sample:
 @cache
 def sample(dataset: str, data: str, class_list: str | None, images: int, seed: int) -> Sample:
     """Draw it: at most `CLASSES` classes, `images` of train/ and `POINTS` of val/. Raises InputError where they are not there."""
-    train, val = (part(dataset, data, class_list) for part in (named.training, named.testing))
+    train, val = (part(dataset, data, class_list) for part in (registry.training, registry.testing))
     draw = np.random.default_rng(seed)
     there = np.unique(val.labels)
     classes = there[np.linspace(0, len(there) - 1, min(CLASSES, len(there))).round().astype(int)]
@@ -131,7 +131,7 @@ def encoder(run: Run, weights: Path | None) -> tuple[nn.Module, str]:
     for file in [weights] if weights else run.checkpoints():
         try:
             net = networks.create(args.arch, 1, args.image_size, stem=args.stem)
-            published.load_backbone(net, published.tensors_of(net, checkpoint.load(str(file))), str(file))
+            pretrained.load_backbone(net, pretrained.tensors_of(net, checkpoint.load(str(file))), str(file))
             return net, "; ".join([*skipped, f"encoder of {file.name}"])
         except InputError as error:
             skipped.append(str(error))

@@ -24,7 +24,7 @@ import numpy as np  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from moco.engine import tool  # noqa: E402
+from moco.cli import tool  # noqa: E402
 from moco.errors import InputError  # noqa: E402
 from moco.files import check_new, creating, refuse_remote  # noqa: E402
 from tools import collect, pictures, plots, runs  # noqa: E402

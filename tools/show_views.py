@@ -27,11 +27,18 @@ from matplotlib.figure import Figure, SubFigure  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from moco import rng  # noqa: E402
-from moco.augment import color, recipes  # noqa: E402
+from moco.augment import (
+    color,
+    recipes,
+)
 from moco.augment.recipes import Recipe, View  # noqa: E402
-from moco.data import datasets, loader  # noqa: E402
+from moco.cli import actions, tool
+from moco.cli import values as types  # noqa: E402
+from moco.data import (
+    folders,
+    loader,
+)
 from moco.data.images import SUFFIXES, ImageFolder, Images  # noqa: E402
-from moco.engine import cli, tool, values  # noqa: E402
 from moco.errors import InputError  # noqa: E402
 from moco.files import check_new, creating, read_yaml  # noqa: E402
 from moco.rng import Progress  # noqa: E402
@@ -181,9 +188,9 @@ def find(data: str) -> Images:
     """The training images of a data folder, or all images of any other folder, or one file. Raises InputError."""
     path = Path(data)
     if data == "photos" or not path.exists() or (path / "train").is_dir():
-        return datasets.scan(datasets.find(data, ("train",)), "train")
+        return folders.scan(folders.find(data, ("train",)), "train")
     if path.is_dir():
-        folder, names = path, datasets.images_below(path).images
+        folder, names = path, folders.images_below(path).images
     else:
         folder, names = path.parent, [os.fsencode(path.name)] if path.suffix.lower() in SUFFIXES else []
     if not names:
@@ -212,44 +219,44 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--force", action="store_true", help="replace the picture that is there")
     p.add_argument(
         "--images",
-        type=values.positive,
+        type=types.positive,
         default=6,
         metavar="N",
         help="number of images, spread evenly over the data (default: %(default)s)",
     )
     p.add_argument(
         "--draws",
-        type=values.positive,
+        type=types.positive,
         metavar="N",
         help="draws of each view, side by side (default: 3, fewer if there are many views)",
     )
-    p.add_argument("--seed", type=values.seed, default=0, help="seed of crops and colours (default: %(default)s)")
+    p.add_argument("--seed", type=types.seed, default=0, help="seed of crops and colours (default: %(default)s)")
     p.add_argument(
         "--image-size",
-        type=values.positive,
+        type=types.positive,
         default=224,
         metavar="PIXELS",
         help="width and height of a full-size view (default: %(default)s)",
     )
     p.add_argument(
         "--crop-min",
-        type=values.real("(0, 1]"),
+        type=types.real("(0, 1]"),
         metavar="SHARE",
         help="smallest fraction of the image that a crop covers, instead of the recipe's",
     )
     p.add_argument(
         "--blur-sigma",
-        type=values.real("[0.01, 100]"),
+        type=types.real("[0.01, 100]"),
         nargs=2,
         metavar=("LEAST", "MOST"),
         help="range of the blur's standard deviation in pixels, instead of the recipe's",
     )
     p.add_argument("--randaugment", type=int, nargs=2, metavar=("N", "M"), help="operations and magnitude, instead of the recipe's")
-    p.add_argument("--views", type=values.positive, metavar="N", help="number of views, instead of the recipe's")
+    p.add_argument("--views", type=types.positive, metavar="N", help="number of views, instead of the recipe's")
     p.add_argument("--recipe", help=argparse.SUPPRESS)  # and what else a recipe file may say of its views
-    p.add_argument("--aug-plus", action=cli.Switch, default=None, help=argparse.SUPPRESS)
-    p.add_argument("--multi-crop", action=cli.Switch, default=False, help=argparse.SUPPRESS)
-    p.add_argument("--support-size", type=values.natural, help=argparse.SUPPRESS)
+    p.add_argument("--aug-plus", action=actions.Switch, default=None, help=argparse.SUPPRESS)
+    p.add_argument("--multi-crop", action=actions.Switch, default=False, help=argparse.SUPPRESS)
+    p.add_argument("--support-size", type=types.natural, help=argparse.SUPPRESS)
     p.add_argument("--data", help=argparse.SUPPRESS)
     p.set_defaults(mean=None, std=None)  # normalization is undone in the picture
     return p

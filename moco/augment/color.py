@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moco.augment.recipes import MEAN, STD, View
+from moco.augment.recipes import View
+from moco.config import MEAN, STD
 from moco.devices import to_device
 
 _SMALL = 128 * 128  # pixels; to take images of up to so many one by one costs a CPU more in calls than it saves in cache

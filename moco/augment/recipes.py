@@ -4,9 +4,8 @@ from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from moco.config import MEAN, STD
 from moco.errors import InputError, unknown
-
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of RGB in [0, 1]
 
 
 @dataclass(frozen=True)
@@ -37,15 +36,24 @@ class View:
 
 Recipe = tuple[View, ...]
 
+
 _MOCOV1 = View(jitter=(0.4, 0.4, 0.4, 0.4), jitter_p=1.0, gray_p=0.2, order=("gray", "jitter"))
+
+
 _MOCOV2 = View(jitter_p=0.8, gray_p=0.2, blur_p=0.5)
+
+
 _BYOL = View(scale=(0.08, 1.0), jitter=(0.4, 0.4, 0.2, 0.1), jitter_p=0.8, gray_p=0.2)
+
+
 _MULTICROP = tuple(
     replace(_MOCOV2, size=size, scale=scale)
     for size, scale in ((224, (0.2, 1.0)), (192, (0.172, 0.86)), (160, (0.143, 0.715)), (128, (0.114, 0.571)), (96, (0.086, 0.429)))
 )
 
+
 _FNC = View(scale=(0.08, 1.0), jitter=(0.8, 0.8, 0.8, 0.2), jitter_p=0.8, gray_p=0.2, blur_p=0.5, randaugment=(2, 7))
+
 
 RECIPES: dict[str, Recipe] = {
     "mocov1": (_MOCOV1, _MOCOV1),

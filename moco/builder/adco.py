@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from moco import distributed
-from moco.builder.momentum import QueryAndKey
+from moco.builder.base import QueryAndKey
 from moco.loss.adversarial import add_bank_gradient, ascend, keys_and_bank_nce
 from moco.loss.contrastive import contrast_accuracy, spread, unit
 from moco.rng import Progress

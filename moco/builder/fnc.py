@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from moco import devices, distributed
-from moco.builder.momentum import MovingAverage, enqueue
+from moco.builder.base import MovingAverage, enqueue
 from moco.loss.contrastive import spread, unit
 from moco.loss.false_negatives import Cancellation, cancelled_nt_xent, find
 from moco.rng import Progress

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from moco import distributed
-from moco.builder.momentum import MoCo
+from moco.builder.moco import MoCo
 from moco.loss import synthetic
 from moco.rng import NEGATIVES, Progress
 

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 
 from moco import rng
-from moco.data.datasets import class_names, in_cache
+from moco.data.folders import class_names
 from moco.data.images import Images
+from moco.data.photos import in_cache
 from moco.errors import InputError, short
 from moco.files import read_lines, replacing
 

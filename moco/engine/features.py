@@ -1,26 +1,18 @@
 """Features of a frozen encoder, in memory and in files, and weighted k-NN on them (Wu et al., arXiv 1805.01978, section 3.4)."""
 
-import math
-import shutil
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moco import distributed
 from moco.augment.color import normalize
-from moco.data import loader, named
+from moco.data import loader
 from moco.data.images import Images
 from moco.encoder import networks
-from moco.engine.log import say, write_json
 from moco.engine.precision import autocast, layout
-from moco.errors import InputError
-from moco.files import Unreadable, read_json, unreadable
 
 Features = tuple[Tensor, Tensor]  # of this rank's share of a split, every W-th image: rows [n, D], labels [n] or [n, classes]
 
@@ -74,7 +66,7 @@ def extract(
         with autocast(args.amp, device):
             x = of(net, batch)
         if rows is None:
-            rows = torch.empty(len(labels), x.shape[1], device=_home(args, device))
+            rows = torch.empty(len(labels), x.shape[1], device=feature_device(args, device))
         rows[done : done + len(x)] = F.normalize(x.float(), dim=1) if unit else x
         labels[done : done + len(x)] = label  # these move up where an image is left out
         done += len(x)
@@ -82,10 +74,10 @@ def extract(
     net.train(was_training)
     # a rank without images learns from the others how long features are
     width = int(distributed.all_gather(torch.tensor([0 if rows is None else rows.shape[1]], device=device)).max())
-    return (torch.empty(0, width, device=_home(args, device)) if rows is None else rows), labels
+    return (torch.empty(0, width, device=feature_device(args, device)) if rows is None else rows), labels
 
 
-def _home(args: Namespace, device: torch.device) -> torch.device:
+def feature_device(args: Namespace, device: torch.device) -> torch.device:
     """Where features are kept. Host memory is not pinned: k-NN moves them only once."""
     return torch.device("cpu") if getattr(args, "host_features", False) else device
 
@@ -155,170 +147,3 @@ def _of_all_ranks(similarity: Tensor, label: Tensor, k: int) -> Features:
     label = distributed.all_gather_uneven(label.T.contiguous()).T
     similarity, place = similarity.topk(min(k, similarity.shape[1]), dim=1)
     return similarity, label.gather(1, place)
-
-
-# Files: FOLDER/{train,val}_{features,labels}.npy with the rows in the split's own order, and meta.json, which is written last.
-
-_BLOCK = 8192  # rows copied at a time
-# what features are of: its name in meta.json, and in the options
-_ORIGIN = {"arch": "arch", "method": "encoder_method", "checkpoint": "pretrained", "pretrain_epochs": "pretrain_epochs"}
-_ORIGIN |= {name: name for name in "features stem mean std dataset data class_list image_size amp seed".split()}
-_KINDS = dict.fromkeys(("arch", "method", "dataset", "data", "amp"), str) | dict.fromkeys(("image_size", "seed"), int)
-_KINDS |= {"checkpoint": str | None, "pretrain_epochs": int | None, "class_list": str | None, "classes": list}
-_OPTIONAL = {"class_list": None, "features": "backbone", "stem": None, "mean": None, "std": None}  # older dumps lack them
-
-
-def add_files(parser: ArgumentParser) -> None:
-    """Features kept in files, to be classified again."""
-    group = parser.add_argument_group("files of features")
-    group.add_argument("--dump-features", metavar="FOLDER", help="write those of both splits there, as .npy files")
-    group.add_argument(
-        "--load-features", metavar="FOLDER", help="read them from there: no DIR, no --pretrained; the seed is that of the dump"
-    )
-
-
-def check(args: Namespace, many: bool) -> None:
-    """Check, before any process starts, the features to load, and that images show several classes, if `many`, or one.
-
-    With `--load-features`, `args` takes from there what the features are of. Raises InputError.
-    """
-    if args.load_features and args.dump_features:
-        raise InputError("--load-features and --dump-features: features that are read lie in files already; leave one out")
-    if args.load_features:
-        meta, _ = _open(Path(args.load_features))
-        for name in ("arch", "pretrained", "class_list", "features"):
-            given, dumped = getattr(args, name, None), meta["checkpoint" if name == "pretrained" else name]
-            if given not in (None, dumped):
-                option, dumped = f"--{name.replace('_', '-')}", dumped or "all classes"
-                raise InputError(f"{option} {given}: the features in {args.load_features} are of {dumped}; leave {option} out")
-        vars(args).update({option: meta[name] for name, option in _ORIGIN.items()})
-    dataset = "photos" if args.data == "photos" else args.dataset
-    if dataset in named.METRIC and (named.METRIC[dataset] == "map11") != many:
-        if many:
-            raise InputError(f"{dataset}: its images show one class each; use main_lincls.py or main_knn.py, or --dataset voc2007")
-        raise InputError(f"{dataset}: its images show several classes, and k-NN wants one; use main_voc07.py")
-
-
-def check_dump(args: Namespace) -> None:
-    """Refuse, before any process starts, a folder for `--dump-features` that holds what would be lost, or cannot be written."""
-    if not args.dump_features:
-        return
-    folder = Path(args.dump_features)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / ".write").touch()
-        (folder / ".write").unlink()
-    except OSError as error:
-        raise InputError(f"--dump-features {folder}: cannot be written ({error.strerror}); choose another folder") from None
-    if any(folder.glob("*.npy")) or (folder / "meta.json").exists():
-        finished = (folder / "meta.json").exists()
-        held = "features" if finished else "an unfinished dump of features"
-        how = "choose another folder" + ", or read them with --load-features" * finished
-        raise InputError(f"--dump-features {folder}: holds {held}; {how}")
-
-
-def _origin(args: Namespace) -> dict[str, Any]:
-    return {name: getattr(args, option, _OPTIONAL.get(name)) for name, option in _ORIGIN.items()}
-
-
-def of_splits(
-    net: nn.Module, train: Images, val: Images, args: Namespace, device: torch.device, unit: bool = True
-) -> tuple[Features, Features]:
-    """`extract` for both splits; `--dump-features` writes them."""
-    of = networks.embedding if getattr(args, "features", "backbone") == "head" else networks.features
-    found = extract(net, train, args, device, unit, of), extract(net, val, args, device, unit, of)
-    if args.dump_features:
-        dump(args, train.classes, *found)
-    return found
-
-
-def dump(args: Namespace, classes: tuple[str, ...], train: Features, val: Features) -> None:
-    """Write every rank's features to the folder of `--dump-features`, which all ranks must see."""
-    folder, first = Path(args.dump_features), distributed.rank() == 0
-    for split, (rows, labels) in (("train", train), ("val", val)):
-        count = int(distributed.all_reduce_sum(torch.tensor([len(labels)], device=labels.device)))
-        _write(folder / f"{split}_features.npy", rows, count)
-        _write(folder / f"{split}_labels.npy", labels, count)
-    if first:
-        write_json(folder / "meta.json", _origin(args) | {"classes": list(classes)})
-    distributed.barrier()
-    say(f"features of both splits are in {folder}")
-
-
-def _write(path: Path, mine: Tensor, count: int) -> None:
-    """Each rank fills its rows of one file of `count`, which rank 0 makes. Raises InputError where the disk has no room for it."""
-    if distributed.rank() == 0:
-        kind = np.int64 if mine.dtype == torch.int64 else np.float32
-        shape = (count, *mine.shape[1:])
-        needed, free = math.prod(shape) * np.dtype(kind).itemsize, shutil.disk_usage(path.parent).free
-        if needed > free:  # writing through a memory map to a full disk would end the process
-            where = f"--dump-features {path.parent}"
-            raise InputError(f"{where}: {path.name} needs {needed / 2**30:.2f} GiB, and {free / 2**30:.2f} GiB are free; free some")
-        try:
-            path.touch(exist_ok=False)
-        except FileExistsError:
-            raise InputError(f"--dump-features {path.parent}: another program is writing there; choose another folder") from None
-        np.lib.format.open_memmap(path, "w+", kind, shape).flush()
-    distributed.barrier()
-    rows = np.lib.format.open_memmap(path, "r+")[distributed.rank() :: distributed.world()]
-    for start in range(0, len(mine), _BLOCK):
-        rows[start : start + _BLOCK] = mine[start : start + _BLOCK].cpu().numpy()
-    del rows  # flushed
-    distributed.barrier()
-
-
-def load(args: Namespace, device: torch.device) -> tuple[Features, Features, tuple[str, ...]]:
-    """This rank's share of the features of both splits in the folder of `--load-features`, and the classes."""
-    meta, arrays = _open(Path(args.load_features))
-    splits = []
-    for split in ("train", "val"):
-        rows, labels = (arrays[f"{split}_{kind}"][distributed.rank() :: distributed.world()] for kind in ("features", "labels"))
-        kept = torch.empty(rows.shape, device=_home(args, device))
-        for start in range(0, len(rows), _BLOCK):
-            kept[start : start + _BLOCK] = torch.from_numpy(np.array(rows[start : start + _BLOCK]))
-        splits.append((kept, torch.from_numpy(np.array(labels)).to(device)))
-    return *splits, tuple(meta["classes"])
-
-
-def _words(values: list) -> bool:
-    return bool(values) and all(isinstance(value, str) for value in values)
-
-
-def _open(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """meta.json and the arrays, not yet read, of a folder that `dump` wrote. Raises InputError where something is wrong."""
-
-    def wrong(what: str) -> InputError:
-        return InputError(f"--load-features {folder}: {what}; give a folder that --dump-features has finished")
-
-    if not (folder / "meta.json").is_file():
-        raise wrong("no meta.json there" if folder.is_dir() else "no such folder")
-    try:
-        meta = read_json(folder / "meta.json")
-    except Unreadable as error:
-        raise error.at(folder / "meta.json") from None
-    except InputError as error:
-        raise wrong(f"meta.json is damaged ({error})") from None
-    meta = _OPTIONAL | meta if isinstance(meta, dict) else {}
-    if not all(name in meta and isinstance(meta[name], kind) for name, kind in _KINDS.items()) or not _words(meta["classes"]):
-        raise wrong("meta.json does not say what the features are of")
-    arrays = {}
-    for name in (f"{split}_{kind}" for split in ("train", "val") for kind in ("features", "labels")):
-        try:
-            arrays[name] = np.lib.format.open_memmap(folder / f"{name}.npy", "r")
-        except FileNotFoundError:
-            raise wrong(f"no {name}.npy there") from None
-        except (OSError, MemoryError) as error:
-            raise unreadable(error).at(folder / f"{name}.npy") from None
-        except Exception as error:  # damaged ones end in many kinds
-            raise wrong(f"{name}.npy is damaged ({' '.join(str(error).split())})") from None
-    classes = len(meta["classes"])
-    for split in ("train", "val"):
-        rows, labels = arrays[f"{split}_features"], arrays[f"{split}_labels"]
-        if rows.dtype != np.float32 or rows.ndim != 2 or rows.shape[1:] != arrays["train_features"].shape[1:]:
-            raise wrong(f"{split}_features.npy holds {rows.dtype} {rows.shape}, not float32 rows of train's length")
-        if labels.dtype != np.int64 or labels.ndim not in (1, 2) or len(labels) != len(rows) or not len(rows):
-            raise wrong(f"{split}_labels.npy holds {labels.dtype} {labels.shape} for {len(rows)} rows of features")
-        low, high = (0, classes) if labels.ndim == 1 else (-1, 2)
-        if not low <= labels.min() <= labels.max() < high or labels.shape[1:] not in ((), (classes,)):
-            raise wrong(f"{split}_labels.npy does not fit the {classes} classes of meta.json")
-    return meta, arrays

@@ -16,11 +16,16 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from moco import devices, distributed
+from moco.distributed import say
 from moco.errors import InputError
 from moco.files import replacing, to_json
 
 STARTED = time.perf_counter()  # when this process started
+
+
 CPU = torch.device("cpu")
+
+
 Metrics = dict[str, Tensor | tuple[Tensor, Tensor]]  # scalars, or a sum and the count of what it sums up
 
 
@@ -53,19 +58,6 @@ class Mean:
         values = {name: total / count for name, (total, count) in zip(self.sums, totals, strict=True) if count}
         self.sums, self.counts = {}, {}
         return values
-
-
-def say(message: str) -> None:
-    """Print one line, on rank 0 only, above any progress bar."""
-    if distributed.is_first():
-        tqdm.write(message)
-        sys.stdout.flush()
-
-
-def write_json(path: Path, value: object) -> None:
-    """Write `value` as indented JSON, replacing the file at once; a number that is NaN or infinite becomes null."""
-    with replacing(path) as file:
-        file.write(f"{to_json(value, indent=2)}\n".encode())
 
 
 def write_options(args: Namespace) -> None:

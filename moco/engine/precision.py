@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from moco import devices
-from moco.encoder import networks
-from moco.engine.log import say
+from moco.distributed import say
+from moco.encoder.recompute import check_compiled_recomputation, recompute_blocks
 from moco.errors import InputError, short
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -91,9 +91,9 @@ def place(model: nn.Module, device: torch.device, compile: bool, recompute: bool
     if device.type in _CHANNELS_LAST:
         model.to(memory_format=torch.channels_last)
     if recompute:
-        networks.recompute_blocks(model)
+        recompute_blocks(model)
         if compile:
-            networks.check_compiled_recomputation()
+            check_compiled_recomputation()
     if compile:
         _check_compiles(device)
         for child in model.children():

@@ -12,13 +12,14 @@ from tqdm import tqdm
 
 from moco import distributed
 from moco.augment import recipes
-from moco.builder.momentum import MIN_BN_GROUP, bn_groups
-from moco.data import datasets, loader, named, subsets
+from moco.builder.batch_norm import MIN_BN_GROUP, bn_groups
+from moco.data import folders, loader, registry, subsets
 from moco.data.images import Images
-from moco.encoder import networks
-from moco.engine import checkpoint, features, following, precision
-from moco.engine.log import Metrics, clock, say
-from moco.engine.train import Trainer
+from moco.distributed import say
+from moco.encoder import networks, resnets
+from moco.engine import checkpoint, features, next_commands, precision
+from moco.engine.log import Metrics, clock
+from moco.engine.trainer import Trainer
 from moco.errors import InputError
 from moco.rng import Progress
 
@@ -33,28 +34,28 @@ def check_views(args: Namespace, several_crops: bool = False) -> None:
 
 def check(args: Namespace, transformers: bool = False) -> None:
     """Check, before any process starts, the architecture (a ResNet, unless `transformers`), the data folder and the run folder."""
-    if not transformers and args.arch not in networks.ARCHS:
+    if not transformers and args.arch not in resnets.ARCHS:
         raise InputError(f"--arch {args.arch}: this script is for torchvision's ResNets; main_moby.py trains transformers")
     if args.dataset == "imagenet":
         root = _find(args)
         subsets.check_classes(root / "train", args.class_list, args.data_name)
     else:
-        named.check(args.dataset, args.data, args.download)
-        if named.METRIC[args.dataset] == "map11" and args.knn_every:
+        registry.check(args.dataset, args.data, args.download)
+        if registry.METRIC[args.dataset] == "map11" and args.knn_every:
             several = f"each image of {args.dataset} has several labels, and k-NN needs one"
             raise InputError(f"--knn-every: {several}; leave it out")
-    mean, std = named.normalization(args.dataset)
+    mean, std = registry.normalization(args.dataset)
     args.mean, args.std = args.mean or mean, args.std or std
 
 
 def _find(args: Namespace) -> Path:
     """Return the data folder. Raise InputError, which names `--knn-every 0` if only the k-NN monitor cannot use it."""
     if not args.knn_every:
-        return datasets.find(args.data, ("train",))
+        return folders.find(args.data, ("train",))
     try:
-        return datasets.find(args.data, ("train", "val"))
+        return folders.find(args.data, ("train", "val"))
     except InputError as error:
-        datasets.find(args.data, ("train",))  # raises its own error if train/ is wrong
+        folders.find(args.data, ("train",))  # raises its own error if train/ is wrong
         raise InputError(f"{error}; or train without the k-NN monitor: --knn-every 0") from None
 
 
@@ -64,7 +65,7 @@ def train(args: Namespace, device: torch.device, build: Callable[[Images], nn.Mo
         raise InputError(
             "--batch-size gives each process a single image; batch norm and the loss need at least two. Raise --batch-size"
         )
-    images = named.training(args.dataset, args.data, args.class_list)
+    images = registry.training(args.dataset, args.data, args.class_list)
     if args.knn_every and args.knn_k > len(images):
         say(f"--knn-k {args.knn_k}: the bank has {len(images)} images, and all of them vote")
     torch.manual_seed(args.seed)
@@ -155,7 +156,7 @@ class Pretraining(Trainer):
         saved = next(iter(checkpoint.found(self.args.save_dir)), None)
         if saved is not None and distributed.rank() == 0:
             say(f"the last checkpoint is {saved}; what you can run next:")
-            for command in following.commands(self.args, self.images.root, saved):
+            for command in next_commands.commands(self.args, self.images.root, saved):
                 say(f"  {command}")
 
     def _knn(self) -> float:
@@ -164,7 +165,7 @@ class Pretraining(Trainer):
         With `--on-bad-image skip`, training images that cannot be read are left out.
         """
         args, module = self.args, self.module
-        val = named.testing(args.dataset, args.data, args.class_list)
+        val = registry.testing(args.dataset, args.data, args.class_list)
         backbone = module.encoder, networks.features
         net, of = backbone if args.knn_features == "backbone" else (module.embedding, nn.Module.__call__)
         unreadable = [] if args.on_bad_image == "skip" else None

@@ -5,8 +5,9 @@ from argparse import Namespace
 from pathlib import Path
 
 from moco import distributed
+from moco.distributed import say
+from moco.encoder import metadata
 from moco.engine import checkpoint
-from moco.engine.log import say
 from moco.errors import InputError, short
 from moco.files import read_yaml
 
@@ -68,7 +69,7 @@ def inherit(args: Namespace) -> None:
     The checkpoint is that of `--resume`. Without one the stem is ImageNet's.
     """
     if args.resume and None in (args.stem, args.mean, args.std):
-        about = checkpoint.about(checkpoint.load(args.resume))
+        about = metadata.about(checkpoint.load(args.resume))
         for name in ("stem", "mean", "std"):
             setattr(args, name, getattr(args, name) or getattr(about, name))
     args.stem = args.stem or "imagenet"

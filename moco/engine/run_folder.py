@@ -9,7 +9,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from moco import distributed
-from moco.engine.log import say
+from moco.distributed import say
 from moco.errors import InputError
 from moco.files import names_like
 

@@ -42,20 +42,50 @@ def _number(kind: type[Number], interval: str) -> Callable[[str], Number]:
 
 # Ranges wide enough for any experiment. Values outside are mistakes, or leave float32's range.
 positive, natural = whole("[1, 2147483647]"), whole("[0, 2147483647]")
+
+
 processes = whole("[0, 1024]")
+
+
 seed = whole("[-9223372036854775808, 9223372036854775807]")  # what torch's generators take
+
+
 epochs = whole("[1, 100000]")
+
+
 batch = whole("[1, 1048576]")
+
+
 pixels = whole("[8, 4096]")
+
+
 width = whole("[1, 1048576]")  # of features and hidden layers
+
+
 layers = whole("[1, 100]")
+
+
 entries = whole("[1, 268435456]")  # of a queue or bank
+
+
 learning_rate = real("[0, 1000000]")
+
+
 decay = real("[0, 100]")
+
+
 momentum = real("[0, 1)")  # of an optimizer
+
+
 mean, std = real("[0, 1]"), real("(0, 1]")  # of a colour channel; mean 0 and std 1 leave it as it is
+
+
 average = real("[0, 1]")  # of an encoder that follows another one
+
+
 temperature = real("[0.001, 100]")
+
+
 size = real("[0, 100]")  # of a perturbation of unit vectors
 
 

@@ -14,7 +14,11 @@ import torch.distributed as dist
 from moco import distributed
 
 STATUS = 75  # EX_TEMPFAIL of sysexits.h: try again
+
+
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
 PATIENCE = 3.0  # seconds; a launcher's and a terminal's may both arrive, but a SIGINT that comes later is meant to end at once
 
 

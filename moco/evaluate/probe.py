@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from moco.data import loader
+from moco.distributed import say
 from moco.encoder import networks
 from moco.engine import precision
-from moco.engine.classify import Classification, Setting, Splits, by_head, init_classifier, tests_only
-from moco.engine.log import say
 from moco.errors import InputError
+from moco.evaluate.classifier import Classification, Setting, by_head, init_classifier
+from moco.evaluate.inputs import Splits, tests_only
 from moco.rng import Progress
 
 

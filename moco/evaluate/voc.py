@@ -1,7 +1,6 @@
 """Linear classifiers on features of images that show several classes: one for each class, at a cost chosen by cross-validation.
 
-VOC07's protocol, after Goyal et al. (arXiv 1905.01235), image classification. No torch: worker processes start quickly.
-"""
+VOC07's protocol, after Goyal et al. (arXiv 1905.01235), image classification. No torch: worker processes start quickly."""
 
 import warnings
 

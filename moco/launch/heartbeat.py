@@ -10,12 +10,19 @@ from types import TracebackType
 
 import torch.distributed as dist
 
-from moco.engine.interrupt import Interrupted
+from moco.launch.interrupt import Interrupted
 
 BEAT = 5.0  # seconds between two signs of life
+
+
 PATIENCE = 30.0  # without one from a rank that has not ended in order
+
+
 GRACE = 5.0  # to end by itself, as a rank does that shares the mistake or hears of it by its connection
+
+
 LAST = 60.0  # that the rank which may keep the store waits for the others to end in order
+
 
 _ENDED = 1 << 40  # more beats than any run has
 

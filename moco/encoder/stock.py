@@ -3,7 +3,7 @@
 import importlib.util
 from typing import NamedTuple
 
-from moco.encoder import networks, timm_networks
+from moco.encoder import networks, resnets, timm_networks
 
 
 class Plain(NamedTuple):
@@ -23,7 +23,7 @@ def homes(arch: str, image_size: int, stem: str = "imagenet") -> list[Plain]:
     """
     networks.check_arch(arch)
     found, first = [], _CIFAR if stem == "cifar" else ()
-    if arch in networks.ARCHS:
+    if arch in resnets.ARCHS:
         found.append(Plain("torchvision", (f"net = torchvision.models.{arch}()", *first, "net.fc = torch.nn.Identity()")))
         if importlib.util.find_spec("timm") is None:
             return found

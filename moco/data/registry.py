@@ -1,7 +1,6 @@
 """Data sets by name, for the evaluation scripts: each laid out and split as published.
 
-Torchvision finds, reads and downloads them where it can. Lists of images are read here, images are not.
-"""
+Torchvision finds, reads and downloads them where it can. Lists of images are read here, images are not."""
 
 import os
 import re
@@ -16,13 +15,16 @@ from filelock import FileLock
 from torchvision import datasets as tv
 from torchvision.datasets.utils import download_and_extract_archive
 
-from moco.augment.recipes import MEAN, STD
-from moco.data import datasets, subsets
+from moco.config import MEAN, STD
+from moco.data import photos, subsets
+from moco.data.folders import agreed, class_names, find, scan, split_folder
 from moco.data.images import ImageArray, ImageFolder, Images
 from moco.errors import InputError, unknown
 from moco.files import read_pickle
 
 Split = tuple[Images, Images]  # to train on, to test on
+
+
 Loader = Callable[[str, int], Split]  # of root and seed
 
 
@@ -117,7 +119,7 @@ class _VOC2007(tv.VOCDetection):
 def _caltech101(root: str, seed: int) -> Split:
     """30 random images of each class, and the rest. Torchvision guesses the files' names from how many there are."""
     os.stat(os.path.join(root, "caltech101", "101_ObjectCategories"))  # an error that names it, if it is absent
-    images = datasets.scan(Path(root) / "caltech101", "101_ObjectCategories")
+    images = scan(Path(root) / "caltech101", "101_ObjectCategories")
     kept = [i for i, name in enumerate(images.classes) if name != "BACKGROUND_Google"]
     images = images.part(np.isin(images.labels, kept))
     images = replace(images, labels=np.searchsorted(kept, images.labels), classes=tuple(images.classes[i] for i in kept))
@@ -262,7 +264,10 @@ _SETS = {
         "trainvalsplit_places205/ (train_places205.csv, val_places205.csv) and images256/",
     ),
 }
+
+
 NAMES: tuple[str, ...] = ("imagenet", "photos", *_SETS)
+
 
 _ALSO = {"place205": "places205", "imagenet2012": "imagenet"}  # as in AdCo's and FNC's commands
 
@@ -274,6 +279,8 @@ def canonical(name: str) -> str:
 
 # What papers report: top-1 accuracy, its mean over classes, or the mean over classes of 11-point average precision.
 METRIC = dict.fromkeys(NAMES, "acc1") | dict.fromkeys(("flowers", "pets", "caltech101", "aircraft"), "mean_per_class")
+
+
 METRIC["voc2007"] = "map11"
 
 
@@ -284,8 +291,8 @@ def load(name: str, root: str, seed: int = 0) -> Split:
     """
     if name in ("imagenet", "photos"):
         folder = _imagenet(name, root)
-        train = datasets.scan(folder, "train")
-        return train, datasets.scan(folder, "val", train.classes)
+        train = scan(folder, "train")
+        return train, scan(folder, "val", train.classes)
     if name not in _SETS:
         raise unknown("dataset", name, NAMES)
     root = _full(root)
@@ -293,7 +300,7 @@ def load(name: str, root: str, seed: int = 0) -> Split:
         if not os.path.isdir(root):
             raise FileNotFoundError("no such folder")
         train, test = _SETS[name].load(root, seed)
-        return datasets.agreed(train), datasets.agreed(test)
+        return agreed(train), agreed(test)
     except InputError:
         raise
     except Exception as error:  # torchvision, pickle, scipy and expat raise many kinds
@@ -314,7 +321,7 @@ def training(name: str, root: str, class_list: str | None = None) -> Images:
     if name in _SETS:
         images = load(name, root)[0]
     else:
-        images = datasets.scan(datasets.find("photos" if name == "photos" else root, ("train",)), "train")
+        images = scan(find("photos" if name == "photos" else root, ("train",)), "train")
     return subsets.of_classes(images, class_list)
 
 
@@ -326,8 +333,8 @@ def testing(name: str, root: str, class_list: str | None = None) -> Images:
     if name in _SETS:
         images = load(name, root)[1]
     else:
-        folder = datasets.find("photos" if name == "photos" else root, ("train", "val"))
-        images = datasets.scan(folder, "val", datasets.class_names(folder / "train"))
+        folder = find("photos" if name == "photos" else root, ("train", "val"))
+        images = scan(folder, "val", class_names(folder / "train"))
     return subsets.of_classes(images, class_list)
 
 
@@ -351,9 +358,9 @@ def _full(root: str) -> str:
 
 def _imagenet(name: str, root: str) -> Path:
     try:
-        return datasets.find("photos" if name == "photos" else root, ("train", "val"))
+        return find("photos" if name == "photos" else root, ("train", "val"))
     except InputError as error:
-        if os.path.isdir(os.path.join(root, "train")) and datasets.split_folder(Path(root), "val").is_dir():
+        if os.path.isdir(os.path.join(root, "train")) and split_folder(Path(root), "val").is_dir():
             raise
         raise InputError(f"{error}; get ImageNet by hand from https://image-net.org") from None
 
@@ -367,8 +374,8 @@ def _look(name: str, root: str) -> None:
 def _download(name: str, root: str) -> None:
     """Download what `_look` misses, one process after the other: those that waited have nothing left to do."""
     try:
-        datasets.cache_folder().mkdir(parents=True, exist_ok=True)
-        with FileLock(datasets.cache_folder() / f"{name}.lock"):
+        photos.cache_folder().mkdir(parents=True, exist_ok=True)
+        with FileLock(photos.cache_folder() / f"{name}.lock"):
             try:
                 _look(name, root)
             except InputError:

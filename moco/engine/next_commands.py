@@ -7,7 +7,7 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
-from moco.data import datasets
+from moco.data import folders
 
 # recipes of the linear probe in each script's paper
 PROBES = {name: f"configs/lincls_{name}.yaml" for name in ("adco", "fnc", "moby", "sogclr")}
@@ -37,7 +37,7 @@ def commands(args: Namespace, train: Path, saved: Path) -> list[str]:
         given.append("--multiprocessing-distributed")
         given += ["--nproc-per-node", args.nproc_per_node] if args.nproc_per_node else []
     probe = home / PROBES.get(args.script, "configs/lincls_moco.yaml")
-    folder = datasets.split_folder(train.parent, "val")
+    folder = folders.split_folder(train.parent, "val")
     evaluated = args.data == "photos" or args.dataset != "imagenet" or folder.is_dir()
     monitor = {"--k": "knn_k", "--temperature": "knn_t", "--features": "knn_features"} if args.knn_every else {}
     knn = [word for option, name in monitor.items() for word in (option, getattr(args, name))]

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import NoReturn
 
 from moco import user
-from moco.engine import output
-from moco.errors import InputError, of_file, unknown
+from moco.errors import InputError, of_file, printed, unknown
+from moco.launch import output
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -59,16 +59,6 @@ class OneLineParser(argparse.ArgumentParser):
     def names(self) -> list[str]:
         """Its options."""
         return [name for action in self._actions for name in action.option_strings if name.startswith("--")]
-
-
-def printed(name: str, error: InputError) -> str:
-    """Return what program `name` prints for an error: its lines, control characters escaped."""
-    return "".join(f"{one_line(f'{name}: error: {line}')}\n" for line in error.lines)
-
-
-def one_line(message: str) -> str:
-    """Return `message` as one line with control characters escaped. It is never shortened here."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in message.strip())
 
 
 def run(parser: OneLineParser, work: Callable[[argparse.Namespace], int | None]) -> int:

@@ -18,9 +18,11 @@ from moco import devices, distributed, rng
 from moco.augment import color, recipes
 from moco.data import cache, loader
 from moco.data.images import Images
-from moco.engine import checkpoint, interrupt, optim, precision, resume
-from moco.engine.log import Mean, Metrics, RunLog, say, write_options
+from moco.distributed import say
+from moco.engine import checkpoint, optim, precision, resume
+from moco.engine.log import Mean, Metrics, RunLog, write_options
 from moco.errors import InputError
+from moco.launch import interrupt
 
 COLLAPSED = 0.1  # feature_std, below which a warning is given
 

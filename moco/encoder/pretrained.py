@@ -1,17 +1,76 @@
-"""Published weights: which tensors of a file are the backbone, and which its projection head."""
+"""Load an encoder from a checkpoint of any origin."""
 
+import contextlib
 import re
 from collections import Counter
 from collections.abc import Container, Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torchvision import models
 
-from moco.encoder import timm_networks
+from moco.config import MEAN, STD
+from moco.distributed import say
+from moco.encoder import metadata, networks, timm_networks, weights
 from moco.encoder.networks import backbone_keys, classifier, head_name, set_head
 from moco.errors import InputError, short
+
+
+class Encoder(NamedTuple):
+    net: nn.Module  # normalized images [B, 3, H, W] -> features [B, D], in eval mode
+    arch: str
+    image_size: int  # pixels that it was trained at, where the file says so, or that are asked for
+    method: str  # of pre-training; "unknown" where the file does not say it, as those of other software
+    epoch: int | None  # how many epochs it was trained for
+    stem: str  # of a ResNet, see `networks.resnet`
+    mean: list[float]  # [3], by which RGB values in [0, 1] are normalized
+    std: list[float]
+    resized: list[str]  # tensors that are of another shape in the file: tables of positions, interpolated
+
+
+@contextlib.contextmanager
+def naming_arch(path: str, own: str | None, arch: str) -> Iterator[None]:
+    """Let an InputError about a checkpoint that does not fit `arch` say which -a to give.
+
+    `own` is the architecture that the file names, or None.
+    """
+    try:
+        yield
+    except InputError as error:
+        if own is None:
+            tried = f"the file does not name its network, and {arch} was tried"
+            raise InputError(f"{error}; {tried}: give another -a ARCH") from None
+        if own != arch:
+            raise InputError(f"{path}: is of {own}, not {arch}; give -a {own}") from None
+        raise
+
+
+def read(path: str, arch: str | None = None, image_size: int | None = None) -> Encoder:
+    """The encoder of a checkpoint of this project, by any method, or of a published one that the evaluations read.
+
+    What `arch` and `image_size` leave open the file decides, and where it does not, resnet50 and 224. Prints a line if the file
+    does not say by which mean and std images are normalized. Raises InputError for a file that cannot be read, an unknown `arch`,
+    or one that does not fit the file.
+    """
+    state = weights.read(path)
+    about = metadata.about(state)
+    arch = arch or about.arch or "resnet50"
+    image_size = image_size or about.image_size or 224
+    net = networks.create(arch, 0, image_size)
+    tensors = tensors_of(net, state)
+    stem = stem_of(net, tensors)
+    if stem != "imagenet":
+        net = networks.create(arch, 0, image_size, stem=stem)
+    with naming_arch(path, about.arch, arch):
+        load_backbone(net, tensors, path)
+    start = prefix(net, tensors)
+    tables = {name: x for name, x in net.state_dict().items() if "pos" in name and start + name in tensors}
+    resized = [name for name, x in tables.items() if tensors[start + name].shape != x.shape]
+    if line := metadata.lacks_normalization(path, about):
+        say(line)
+    facts = (about.method, about.epoch, stem, about.mean or list(MEAN), about.std or list(STD))
+    return Encoder(net.eval(), arch, image_size, *facts, resized)
 
 
 def load_backbone(net: nn.Module, tensors: dict[str, Tensor], source: str) -> int:
@@ -99,6 +158,8 @@ def _prefixes(net: nn.Module, tensors: dict[str, Tensor]) -> list[str]:
 
 
 _TEACHER = re.compile(r"(^|[._])teacher")
+
+
 _COPY = re.compile(r"(^|[._])(student|ema|momentum|target|averaged?|shadow|key|k)([._]|$)")
 
 
@@ -115,6 +176,8 @@ def _splits(names: Iterable[str], wanted: Container[str]) -> Iterator[tuple[str,
 
 
 _DEPTH = 10  # levels of nested dicts that are searched
+
+
 # a ResNet's layers, and their numbers in an nn.Sequential of its children
 _NUMBERS = {"conv1.": "0.", "bn1.": "1.", "layer1.": "4.", "layer2.": "5.", "layer3.": "6.", "layer4.": "7."}
 
@@ -149,7 +212,7 @@ def tensors_of(net: nn.Module, state: dict[str, Any]) -> dict[str, Tensor]:
     return {renamed.get(name, name): tensor for name, tensor in tensors.items()}
 
 
-def stem(net: nn.Module, tensors: dict[str, Tensor]) -> str:
+def stem_of(net: nn.Module, tensors: dict[str, Tensor]) -> str:
     """Return the stem, one of `networks.STEMS`, of the weights in `tensors`.
 
     It is cifar if `net` is a ResNet and its first convolution is 3x3 in `tensors`, else imagenet.

@@ -1,10 +1,31 @@
 """Options of other repositories: what this project calls them, or that they have no counterpart.
 
 Read from the scripts of MoCo (v1 to v3), SynCo, AdCo, SogCLR, SimCLR, FNC, MoBY, DINO, MAE, SwAV, solo-learn and Lightly.
-Names are without leading dashes, and with `-` for `_`.
-"""
+Names are without leading dashes, and with `-` for `_`."""
 
 from collections.abc import Collection
+
+# what Swin-style scripts call these in --opts
+SWIN_OPTS = {
+    "DATA.DATASET": "--dataset {}",
+    "DATA.DATA_PATH": "--data {}",
+    "DATA.BATCH_SIZE": "--batch-size {}",
+    "DATA.IMG_SIZE": "--image-size {}",
+    "DATA.NUM_WORKERS": "--workers {}",
+    "LINEAR_EVAL.WEIGHTS": "--weights {}",
+    "LINEAR_EVAL.PRETRAINED": "--pretrained {}",
+    "MODEL.TYPE": "--method {}",
+    "MODEL.RESUME": "--resume {}",
+    "TRAIN.EPOCHS": "--epochs {}",
+    "TRAIN.BASE_LR": "--lr {half} --learning-rate-scaling linear",  # x batch / 512 there, / 256 here
+    "TRAIN.WEIGHT_DECAY": "--wd {}",
+    "TRAIN.WARMUP_EPOCHS": "--lr-warmup-epochs {}",
+    "TRAIN.CLIP_GRAD": "--clip-grad {}",
+    "TRAIN.ACCUMULATION_STEPS": "--accumulation-steps {}",
+    "TRAIN.USE_CHECKPOINT": "--grad-checkpoint",
+    "SEED": "--seed {}",
+}
+
 
 # other names of the same option, which the scripts take as well
 SAME = {
@@ -13,6 +34,7 @@ SAME = {
     "max-epochs": "epochs",
     "accum-iter": "accumulation-steps",
 }
+
 
 # similar options: the first one that the script has is suggested
 _SIMILAR = {
@@ -40,15 +62,33 @@ _SIMILAR = {
     "stop-epoch": "epochs",
 }
 
+
 _FOLDER = "give the data folder as DIR"
+
+
 _PROCESSES = "use --multiprocessing-distributed for all GPUs, --gpu ID for one, --device cpu for none"
+
+
 _PROCESSES += ", or torchrun or srun"
+
+
 _TPU = "GPUs are found automatically; --multiprocessing-distributed uses all of them"
+
+
 _PRECISION = "use --amp fp16, --amp bf16 or --amp off"
+
+
 _RATE = "use --cos, or --schedule EPOCH ..."
+
+
 _VIEWS = "views are recipes: use --recipe, --crop-min, --randaugment"
+
+
 _METHOD = "no counterpart here: it belongs to another method; leave it out"
+
+
 _LOG = "no counterpart here: log.jsonl and TensorBoard events are in the run folder; leave it out"
+
 
 _SAID = {
     "wandb use-wandb wandb-project project entity offline neptune comet mlflow": _LOG,

@@ -1,0 +1,78 @@
+"""Batch norm over groups of a batch, which stands in for several GPUs on one."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+MIN_BN_GROUP = 8  # images; batch statistics of fewer are useless
+
+
+def bn_groups(splits: int, images: int) -> int:
+    """Return into how many groups batch norm splits a batch: `splits`, or fewer for a small batch."""
+    return max(1, min(splits, images // MIN_BN_GROUP))
+
+
+class _SplitBatchNorm:
+    """A mixin for torch's batch norms: normalizes `splits` groups of a training batch separately.
+
+    This gives the batch statistics of as many GPUs. The running statistics are the mean of those of
+    the groups, as in MoCo's demo on CIFAR-10.
+    """
+
+    splits = 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        splits = bn_groups(self.splits, len(x))
+        if not self.training or splits == 1:
+            return super().forward(x)
+        self.num_batches_tracked.add_(1)
+        together = x.device.type != "cpu" and len(x) % splits == 0 and x.numel() <= _SMALL
+        normalize = self.groups_as_channels if together else self.group_by_group
+        out, means, variances = normalize(x, splits)
+        torch.mean(means, 0, out=self.running_mean)
+        torch.mean(variances, 0, out=self.running_var)
+        return out
+
+    def group_by_group(self, x: Tensor, splits: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return `x` normalized, and the running means and variances after each group, [splits, C]."""
+        means, variances = (running.repeat(splits, 1) for running in (self.running_mean, self.running_var))
+        sizes = [len(x) // splits + (group < len(x) % splits) for group in range(splits)]
+        parts = [
+            F.batch_norm(part, mean, variance, self.weight, self.bias, True, self.momentum, self.eps)
+            for part, mean, variance in zip(x.split(sizes), means, variances, strict=True)
+        ]
+        return torch.cat(parts), means, variances
+
+    def groups_as_channels(self, x: Tensor, splits: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Do what `group_by_group` does by one batch norm, for groups of equal size.
+
+        To this batch norm, the channels of the second group are further channels of the first
+        group's images, and so on. That is fewer operations for a GPU, which waits for Python if
+        each takes little time, but two more copies of `x`.
+        """
+        n, channels, *spatial = x.shape
+        # [N, C, H, W] -> [N / splits, splits C, H, W]; the channels are the last dimension in memory
+        wide = x.movedim(1, -1).reshape(splits, -1, channels).transpose(0, 1)
+        wide = wide.reshape(n // splits, *spatial, splits * channels).movedim(-1, 1)
+        means, variances = (running.repeat(splits) for running in (self.running_mean, self.running_var))
+        weight, bias = self.weight.repeat(splits), self.bias.repeat(splits)
+        wide = F.batch_norm(wide, means, variances, weight, bias, True, self.momentum, self.eps)
+        out = wide.movedim(1, -1).reshape(-1, splits, channels).transpose(0, 1)
+        out = out.reshape(n, *spatial, channels).movedim(-1, 1)
+        return out, means.view(splits, channels), variances.view(splits, channels)
+
+
+_SMALL = 1 << 25  # elements; a GPU normalizes a larger tensor group by group: copies would take longer
+
+
+_SPLIT = {kind: type(kind.__name__, (_SplitBatchNorm, kind), {}) for kind in (nn.BatchNorm1d, nn.BatchNorm2d)}
+
+
+def split_batch_norm(net: nn.Module, splits: int) -> None:
+    """Let every batch norm of `net` normalize `splits` groups of a batch separately.
+
+    There are fewer groups if they would have fewer than `MIN_BN_GROUP` images.
+    """
+    for module in net.modules():
+        if type(module) in _SPLIT:
+            module.__class__, module.splits = _SPLIT[type(module)], splits

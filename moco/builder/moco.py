@@ -1,0 +1,95 @@
+"""MoCo: a momentum encoder, shuffled BN and a queue of keys (He et al., arXiv 1911.05722; v2: arXiv 2003.04297)."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from moco import distributed
+from moco.builder.base import QueryAndKey, enqueue
+from moco.loss.contrastive import bank_info_nce, contrast_accuracy, spread, unit
+from moco.loss.synthetic import Mixture, hardest
+from moco.rng import Progress
+
+
+class MoCo(QueryAndKey):
+    """InfoNCE of queries and keys, against a queue of the latest keys.
+
+    Args:
+        encoder, m, bn_splits, bn_splits_query: `QueryAndKey`'s.
+        dim: feature size C.
+        K: rows of the queue.
+        T: softmax temperature.
+        symmetric: whether each view has queries, compared with the keys of the other view.
+            The losses of both directions are added, and the keys of both views enter the queue.
+    """
+
+    def __init__(
+        self,
+        encoder: Callable[[], nn.Module],
+        dim: int = 128,
+        K: int = 65536,
+        m: float = 0.999,
+        T: float = 0.07,
+        bn_splits: int = 8,
+        bn_splits_query: bool = False,
+        symmetric: bool = False,
+    ):
+        super().__init__(encoder, m, bn_splits, bn_splits_query)
+        self.K, self.T, self.symmetric = K, T, symmetric
+        self.register_buffer("queue", unit(torch.randn(K, dim)))  # [K, C]
+        self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.long))
+        self._new_keys: list[Tensor] = []
+
+    def forward(self, views: Sequence[Tensor], index: Tensor, progress: Progress) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss and metrics of this rank's batch.
+
+        Args:
+            views: query view and key view, each [B, 3, H, W].
+            index: each sample's place in the data set, [B]; unused.
+            progress: where in the run this pass stands; fixes the shuffle.
+        """
+        pairs = [(0, 1), (1, 0)] if self.symmetric else [(0, 1)]  # query view, key view
+        found, keys = [], {}
+        for direction, (query, key) in enumerate(pairs):
+            q = unit(self.encoder_q(views[query]))  # [B, C]
+            keys[key] = k = self.keys(views[key], progress, *[direction] * direction)  # [W B, C]
+            own = k[distributed.rank() * len(q) :][: len(q)]
+            with torch.autocast(q.device.type, enabled=False):
+                found.append(self.contrast(q, own, progress, direction))
+        self._new_keys += [keys[view] for view in sorted(keys)]
+        losses, metrics = zip(*found, strict=True)
+        return torch.stack(losses).sum(), {name: torch.stack([one[name] for one in metrics]).mean() for name in metrics[0]}
+
+    def contrast(self, q: Tensor, k: Tensor, progress: Progress, direction: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the InfoNCE loss of unit queries and keys [B, C], and metrics.
+
+        The metrics count only the queue's entries as negatives, not synthetic ones. `direction` is
+        the index, from 0, of the pair of views in this pass: each pair has random draws of its own.
+        """
+        positive = (q * k).sum(1)  # [B]
+        with torch.no_grad():
+            similarity = q @ self.queue.T  # [B, K]
+            hard, mixture = self.negatives(q, similarity, progress, direction)
+            nearest = similarity.gather(1, hard[:, :5])
+            metrics = {**contrast_accuracy(positive, nearest), **spread(q, positive, nearest[:, 0])}
+        return bank_info_nce(q, positive, self.queue, similarity, self.T, mixture), metrics
+
+    def negatives(self, q: Tensor, similarity: Tensor, progress: Progress, direction: int = 0) -> tuple[Tensor, Mixture | None]:
+        """The queries' hardest rows of the queue, five at least, and what they face beside the queue.
+
+        Given their similarities to it, [B, K].
+        """
+        return hardest(similarity, min(5, self.K)), None
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """What changes after the optimizer's step: the key encoder follows, the step's keys enter the queue."""
+        super().after_step()
+        for keys in self._new_keys:
+            self.enqueue(keys)
+        self._new_keys.clear()
+
+    def enqueue(self, keys: Tensor) -> None:
+        """Overwrite the oldest rows with `keys` [n, C]; any n, the queue wraps around."""
+        enqueue(self.queue, self.queue_ptr, keys)

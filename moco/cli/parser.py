@@ -1,0 +1,268 @@
+"""The command-line parser: option names, defaults from YAML, and options without effect."""
+
+import argparse
+import itertools
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple, NoReturn
+
+from moco.cli import compat
+from moco.cli.actions import TRUE_OR_FALSE, Help, Switch, convert, is_number
+from moco.cli.compat import SWIN_OPTS
+from moco.cli.folders import output_folder
+from moco.cli.tool import OneLineParser
+from moco.cli.values import seed
+from moco.errors import InputError, unknown
+from moco.files import read_yaml, refuse_remote
+
+Options = argparse.Namespace
+
+
+Values = dict[str, object]  # by attribute name
+
+
+# what a run's args.yaml holds beside its options
+_NOT_OPTIONS = set("cfg script method encoder-method pretrain-epochs views nodes batch-per-process batch-is-per-process".split())
+
+
+_NOT_OPTIONS.add("lincls")  # and a recipe: the one of that script that goes with it
+
+
+MOST_LINES = 20  # on unknown keys of one file
+
+
+class Rule(NamedTuple):
+    """Options that have an effect only in some combinations; see `Parser.has_effect`."""
+
+    options: tuple[str, ...]  # attribute names
+    when: Callable[[Options], object]
+    why: str
+    refuse: bool
+
+
+_UNSET = object()
+
+
+OFF = (None, False, 0, [])
+
+
+class Parser(OneLineParser):
+    """argparse in which `-` and `_` in option names are the same, `--cfg` gives defaults, and an error is one line.
+
+    `elsewhere` says of options of a published script that this one does not have, without their dashes, what to use instead.
+    """
+
+    def __init__(self, description: str, elsewhere: dict[str, str] | None = None):
+        super().__init__(description=description, formatter_class=Help, allow_abbrev=False)
+        self.elsewhere = elsewhere or {}
+        self.rules: list[Rule] = []
+        run = self.add_argument_group("run")
+        run.add_argument("data", nargs="?", metavar="DIR", help="folder with train/ and val/, or photos: the built-in data set")
+        run.add_argument("--data", "--data-path", dest="data_option", metavar="DIR", help="the same as DIR")
+        run.add_argument("--cfg", metavar="FILE.yaml", help="defaults by option name; options given here win")
+        run.add_argument("--save-dir", metavar="DIR", help="run folder; by default runs/<script>-<arch>-<time>")
+        run.add_argument("--output", metavar="DIR", help="run folder DIR/TAG, and of evaluations of that run")
+        run.add_argument("--tag", help="of the run, in the folder of --output; by default the word default")
+        two = "--save-dir names the run folder (and --pretrained the checkpoint); leave it out"
+        self.has_effect("output tag", self._reads_output, two)
+        run.add_argument("--seed", type=seed, default=0, help="seed of weights, image order, views and negatives")
+
+    def also_named(self, names: dict[str, str]) -> None:
+        """Give options, without their dashes, further names: those of a published script."""
+        actions = {name: action for action in self._actions for name in action.option_strings}
+        for published, ours in names.items():
+            mine = actions[f"--{ours}"]
+            kind = {"type": mine.type} if mine.nargs != 0 else {"action": "store_true"}
+            self.add_argument(f"--{published}", dest=mine.dest, default=mine.default, help=argparse.SUPPRESS, **kind)
+
+    def has_effect(self, options: str, when: Callable[[Options], object], why: str, refuse: bool = True) -> None:
+        """Declare that options do nothing unless `when(args)`, called after the script's check.
+
+        Args:
+            options: their attribute names.
+            why: completes "--option has no effect: ", and says what to do.
+            refuse: whether such an option on the command line is an error if it differs from its
+                default. Otherwise a line says that it has no effect.
+        """
+        self.rules.append(Rule(tuple(options.split()), when, why, refuse))
+
+    def without_effect(self, args: Options) -> list[str]:
+        """Return a line for each rule by which options of the last `parse` have no effect.
+
+        Raises InputError if such a rule refuses. Skips switches that are off and values of 0. Of a
+        recipe's values (--cfg), skips those equal to the default and those whose rule does not refuse.
+        """
+        refused, noted = [], []
+        for rule in self.rules:
+            given = [dest for dest in rule.options if self.given.get(dest) not in OFF]
+            found = [dest for dest in rule.options if rule.refuse and dest not in self.given and self._of_recipe(dest)]
+            if not (given or found) or rule.when(args):
+                continue
+            refuses = rule.refuse and any(self.given[dest] != self.own.get(dest) for dest in given)
+            for dests, where, lines in ((given, "", refused if refuses else noted), (found, f" of {args.cfg}", noted)):
+                if dests:
+                    names = ", ".join(self._name(dest) + where for dest in dests)
+                    lines.append(f"{names} {'has' if len(dests) == 1 else 'have'} no effect: {rule.why}")
+        if refused:
+            raise InputError(*refused)
+        return noted
+
+    def refuse(self, error: InputError) -> NoReturn:
+        """Print the error and exit with status 2.
+
+        Of the processes that torchrun has started, one of each node prints it.
+        """
+        if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("LOCAL_RANK", "0") != "0":
+            error = InputError()
+        super().refuse(error)
+
+    def _reads_output(self, args: Options) -> bool:
+        """Return whether --output is read, for the run folder or an evaluation's checkpoint."""
+        finds = hasattr(args, "pretrained") and "pretrained" not in self.given
+        return finds or "save_dir" not in self.given
+
+    def _of_recipe(self, dest: str) -> bool:
+        """Return whether --cfg has set this option to another value than the script's default."""
+        return self.recipe.get(dest) not in (*OFF, self.own.get(dest))
+
+    def _name(self, dest: str) -> str:
+        """Return the option that sets `args.dest`."""
+        names = (name for action in self._actions if action.dest == dest for name in action.option_strings or [action.metavar])
+        return next(name for name in names if not re.fullmatch("-.|--no-.*", name))
+
+    def parse(self, argv: Sequence[str] | None = None) -> Options:
+        """Parse; raises InputError for an unknown option (it names the nearest) or a wrong YAML file."""
+        names = self.names()
+        self.also_named({name: ours for name, ours in compat.SAME.items() if f"--{name}" not in names and f"--{ours}" in names})
+        argv = [self._canonical(token) for token in (sys.argv[1:] if argv is None else argv)]
+        self._refuse_opts(argv)
+        self.refuse_empty(argv)
+        argv = self._folder_first(argv)
+        self.own = {action.dest: action.default for action in self._actions}
+        self.recipe: Values = {}  # from --cfg
+        named = self.parse_known_args(argv, Options(**dict.fromkeys(self.own, _UNSET)))[0]
+        self.given: Values = {dest: value for dest, value in vars(named).items() if value is not _UNSET}
+        first, _ = self.parse_known_args(argv)
+        self._refuse_remote(first)
+        if first.cfg:
+            self._defaults_from(first.cfg)
+        args, rest = self.parse_known_args(argv)
+        self._refuse_remote(args)
+        if unknown_ones := self.unknown(token.split("=")[0] for token in rest if token.startswith("-")):
+            raise InputError(*unknown_ones)
+        for token in rest:
+            expected = "one data folder is expected, options start with --"
+            if getattr(args, "allow_change", None):
+                expected += "; several names of --allow-change are joined by commas: lr,wd"
+            raise InputError(f"unexpected argument '{token}'; {expected}")
+        if args.data and args.data_option and args.data != args.data_option:
+            raise InputError(f"two data folders: '{args.data}' and --data {args.data_option}; give one")
+        args.data = args.data_option or args.data
+        if args.data is None and not getattr(args, "load_features", None):
+            raise InputError("no data folder: give DIR (with train/ and val/), or the word photos")
+        del args.data_option
+        args.script = self._script()
+        if args.tag and not args.output:
+            raise InputError(f"--tag {args.tag}: names a folder in that of --output; give --output DIR, or --save-dir")
+        if args.output:
+            folder = output_folder(args)
+            args.save_dir = args.save_dir or str(folder)
+        return args
+
+    def _refuse_remote(self, args: Options) -> None:
+        """Raise InputError if a path is a URL."""
+        for action in self._actions:
+            value = getattr(args, action.dest, None)
+            if isinstance(value, str) and action.dest != "dist_url":
+                refuse_remote(value, next(iter(action.option_strings), ""))
+
+    def _script(self) -> str:
+        return Path(self.prog).stem.removeprefix("main_")
+
+    def _refuse_opts(self, argv: list[str]) -> None:
+        """Raise InputError for --opts KEY VALUE ... of Swin-style scripts, that spells it in options of this one."""
+        if "--opts" not in argv:
+            return
+        rest = argv[argv.index("--opts") + 1 :]
+        given = list(itertools.takewhile(lambda token: not token.startswith("-") or is_number(token), rest))
+        meant = {key: self._option(key, value) for key, value in itertools.zip_longest(given[::2], given[1::2], fillvalue="")}
+        strange = [key for key, option in meant.items() if option is None]
+        spelled = f"give {' '.join(filter(None, meant.values()))} instead" if any(meant.values()) else "leave it out"
+        no = f"; here is nothing like {', '.join(strange)}" if strange else ""
+        raise InputError(f"--opts: each setting is an option of its own; {spelled}{no}")
+
+    def _option(self, key: str, value: str) -> str | None:
+        """How one setting of --opts is spelled here; None where this script has nothing like it."""
+        form = SWIN_OPTS.get(key, "").replace("{half}", f"{float(value) / 2:g}" if is_number(value) else "half of it")
+        if form.split(" ")[0] not in self.names():
+            return None
+        if " " not in form:  # a switch
+            return form if value.lower() in ("true", "1") else ""
+        if key == "DATA.BATCH_SIZE" and not self.get_default("batch_is_per_process"):
+            value += " x processes"
+        return form.format(value)
+
+    def unknown(self, names: Iterable[str], kind: str = "option", known: Iterable[str] = ()) -> list[str]:
+        """Return a line for each unknown option: what to use instead, or the nearest option."""
+        known = list(known) or self.names()
+        lines = []
+        for name in dict.fromkeys(names):
+            bare = name.lstrip("-").replace("_", "-").lower()
+            others = (bare, bare.removeprefix("no-"), bare.removeprefix("no"))
+            found = (self.elsewhere.get(other) or compat.instead(other, self.names()) for other in others)
+            instead = next(filter(None, found), None)
+            lines.append(f"{name}: {instead}" if instead else str(unknown(kind, name, known)))
+        return lines
+
+    def _canonical(self, token: str) -> str:
+        """--n_hard=5 -> --n-hard=5, where that is how the option is registered."""
+        if not token.startswith("--"):
+            return token
+        name, equals, value = token.partition("=")
+        return name.replace("_", "-") + equals + value
+
+    def _folder_first(self, argv: list[str]) -> list[str]:
+        """Move what is no number out of the options that may take one more: --schedule 120 160 DIR names a folder last."""
+        switches = {name for action in self._actions if isinstance(action, Switch) for name in action.option_strings}
+        several = (action for action in self._actions if action.nargs in ("*", "+") and action.type)
+        numbers = switches | {name for action in several for name in action.option_strings}
+        folders: list[str] = []
+        rest: list[str] = []
+        option = ""
+        for token in argv:
+            is_value = is_number(token) or (option in switches and token.lower() in TRUE_OR_FALSE)
+            is_folder = option in numbers and not token.startswith("-") and not is_value
+            (folders if is_folder else rest).append(token)
+            if token.startswith("-") and not is_number(token):
+                option = token
+        return folders + rest
+
+    def _defaults_from(self, path: str) -> None:
+        try:
+            values = read_yaml(path)
+        except InputError as error:
+            raise InputError(f"--cfg {path}: {error}") from None
+        given = ((name, action) for action in self._actions for name in action.option_strings)
+        actions = {name.removeprefix("--"): action for name, action in given if not name.startswith("--no-")}
+        actions["data"] = next(action for action in self._actions if action.dest == "data")
+        if "lincls" in values and "pretrained" in actions:  # pre-training's, for an evaluation of it; may name this script's own
+            if recipe := values.get(self._script()):
+                self._defaults_from(str(Path(path).parent / str(recipe)))
+            values = {key: values[key] for key in ("arch", "image-size") if key in values}
+        names = {str(key).replace("_", "-"): key for key in values}
+        strange = [str(key) for name, key in names.items() if name not in actions and name not in _NOT_OPTIONS]
+        if strange:
+            lines = self.unknown(strange[:MOST_LINES], "key", actions)
+            lines += [f"and {len(strange) - MOST_LINES} more unknown keys"] * (len(strange) > MOST_LINES)
+            raise InputError(*(f"--cfg {path}: {line}" for line in lines))
+        for name, key in names.items():
+            value = values[key]
+            if name in ("resume", "allow-change") and "script" in values:
+                continue  # not settings: they say how the run of this args.yaml was last started
+            if name not in actions:
+                continue
+            self.recipe[actions[name].dest] = convert(actions[name], value, f"--cfg {path}: {key}")
+        self.set_defaults(**self.recipe)

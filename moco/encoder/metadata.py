@@ -1,0 +1,65 @@
+"""Read what a checkpoint says about its encoder."""
+
+from argparse import Namespace
+from typing import Any, NamedTuple
+
+from moco.encoder.resnets import STEMS
+from moco.encoder.weights import State
+
+CLASSIFIERS = ("linear", "finetune", "semisup")  # the methods of main_lincls.py and main_semisup.py
+
+
+def is_count(value: object) -> bool:
+    return type(value) is int and 0 < value < 2**63
+
+
+LARGEST_IMAGE = 1 << 14  # pixels; a larger size in a file is ignored
+
+
+class About(NamedTuple):
+    """Facts about the encoder in a checkpoint of any origin. One of another type counts as absent."""
+
+    arch: str | None
+    method: str  # of pre-training
+    epoch: int | None  # how many epochs it was pre-trained for
+    options: dict[str, Any]  # of the run
+    image_size: int | None  # pixels that its network was trained at
+    stem: str | None = None  # of a ResNet, see `networks.resnet`
+    mean: list[float] | None = None  # [3], by which RGB values in [0, 1] were normalized
+    std: list[float] | None = None
+
+
+def about(state: State) -> About:
+    """See `About`."""
+    arch, method, epoch, options = (state.get(key) for key in ("arch", "method", "epoch", "args"))
+    options = options if isinstance(options, dict) else vars(options) if isinstance(options, Namespace) else {}
+    size = state.get("image_size", options.get("image_size"))
+    if method in CLASSIFIERS:
+        epoch, encoder = options.get("pretrain_epochs"), options.get("encoder_method")
+        if isinstance(encoder, str):
+            frozen = options.get("weights") == "freeze"
+            method = encoder if frozen else f"{encoder}, fine-tuned"
+    return About(
+        arch if isinstance(arch, str) and arch else None,
+        method if isinstance(method, str) else "unknown",
+        epoch if is_count(epoch) else None,
+        options,
+        size if type(size) is int and 0 < size < LARGEST_IMAGE else None,
+        options.get("stem") if options.get("stem") in STEMS else None,
+        *(channels(options.get(name), name) for name in ("mean", "std")),
+    )
+
+
+def lacks_normalization(path: str, found: About) -> str:
+    """Return a line that says that ImageNet's mean or std is used; "" if the file has both."""
+    absent = " and ".join(name for name in ("mean", "std") if getattr(found, name) is None)
+    verb = "are" if " and " in absent else "is"
+    return absent and f"{path}: does not say the {absent} of its images; ImageNet's {verb} used"
+
+
+def channels(value: object, name: str) -> list[float] | None:
+    """Return `value` if it is a `mean`, or an `std` above 0, of R, G and B in [0, 1]; else None."""
+    three = isinstance(value, list | tuple) and len(value) == 3
+    if not three or not all(isinstance(one, float) and 0 <= one <= 1 for one in value):
+        return None
+    return None if name == "std" and 0 in value else list(value)

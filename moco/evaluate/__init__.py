@@ -1,0 +1,1 @@
+"""Evaluate pre-trained encoders: linear probe, fine-tuning, k-NN, VOC07."""

@@ -1,0 +1,46 @@
+"""Write results.json."""
+
+import time
+from argparse import Namespace
+from pathlib import Path
+
+from moco import distributed
+from moco.distributed import say
+from moco.engine.log import STARTED, clock, write_options
+from moco.files import write_json
+
+
+def write_results(args: Namespace, protocol: str, found: dict[str, float], seconds: float | None = None) -> None:
+    """Write results.json to the run folder and print where it is, on rank 0.
+
+    `found` has metrics as fractions in [0, 1]. `seconds` is how long the evaluation took; by
+    default, the time since this process started.
+    """
+    if distributed.rank() != 0:
+        return
+    some = f" ({Path(args.class_list).name})" if getattr(args, "class_list", None) else ""
+    results = {
+        "method": args.encoder_method,
+        "arch": args.arch,
+        "checkpoint": args.pretrained,
+        "pretrain_epochs": args.pretrain_epochs,
+        "protocol": protocol,
+        "dataset": (args.data if args.dataset == "imagenet" else args.dataset) + some,
+        "metrics": found,
+        "settings": {name: getattr(args, name) for name in _SETTINGS if hasattr(args, name)},
+    }
+    folder = Path(args.save_dir)
+    if hasattr(args, "script") and not (folder / "args.yaml").exists():  # nothing was trained
+        write_options(args)
+    write_json(folder / "results.json", results)
+    took = time.perf_counter() - STARTED if seconds is None else seconds
+    say(f"results in {folder / 'results.json'}; the evaluation took {clock(took)}")
+
+
+# what tells apart the runs of one protocol
+_SETTINGS = (
+    "features temperature image_size mean std stem"
+    " epochs batch_size optimizer lr lr_backbone lr_classifier learning_rate_scaling cos wd weights train_percent"
+    " subset_file ft_proj val_from_train amp seed"
+    " iterations norm"  # of detectors
+).split()

@@ -1,0 +1,1 @@
+"""Start the processes of a run, connect them, and end them together."""
