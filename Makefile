@@ -21,10 +21,10 @@ lint: $(VENV)/ready
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
-$(VENV)/ready: requirements.txt requirements-dev.txt $(CONSTRAINTS)
+$(VENV)/ready: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and 'Python 3.10 or newer is needed: make PYTHON=python3.x ...')"
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) -r requirements-dev.txt
+	$(PIP) -e ".[dev]"
 	touch $@
 
 # detectron2's Python code without its compiled extension, which is enough to test detection/ on a CPU
@@ -36,7 +36,7 @@ $(VENV)/detectron2: $(VENV)/ready
 		--target "$$($(VENV)/bin/python -c 'import site; print(site.getsitepackages()[0])')" sal-detectron2==0.7.2
 	touch $@
 
-# all tests, with the oldest versions that requirements.txt allows, then with the newest available
+# all tests, with the oldest versions that pyproject.toml allows, then with the newest available
 matrix: .matrix/oldest.txt
 	@"$(OLDEST_PYTHON)" -c "import sys; sys.exit(sys.version_info[:2] != (3, 10))" 2>/dev/null \
 		|| { echo "make matrix: '$(OLDEST_PYTHON)' is not Python 3.10: give OLDEST_PYTHON=/path/to/python3.10" >&2; exit 2; }
@@ -45,9 +45,9 @@ matrix: .matrix/oldest.txt
 	$(MAKE) test PYTHON=$(OLDEST_PYTHON) VENV=.matrix/oldest CONSTRAINTS=.matrix/oldest.txt
 	$(MAKE) test PYTHON=$(NEWEST_PYTHON) VENV=.matrix/newest
 
-.matrix/oldest.txt: requirements.txt
+.matrix/oldest.txt: pyproject.toml
 	mkdir -p .matrix
-	sed -n 's/>=/==/p' requirements.txt > $@
+	sed -n 's/^    "\([a-z-]*\)>=\([0-9.]*\)",$$/\1==\2/p' pyproject.toml > $@
 
 clean:
 	rm -rf $(VENV) .matrix runs

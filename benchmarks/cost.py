@@ -15,7 +15,7 @@ from argparse import Namespace
 from pathlib import Path
 from unittest import mock
 
-import measure  # also makes the project's modules importable
+import measure
 import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode

@@ -535,8 +535,7 @@ def under_torchrun(setup: Setup, notes: Notes) -> None:
 
 # cuDNN's search may choose different algorithms in different processes, so disable it permanently.
 DETERMINISTIC = """
-import os, runpy, sys
-sys.path.insert(0, os.getcwd())
+import runpy, sys
 import moco, torch
 torch.use_deterministic_algorithms(True, warn_only=True)
 torch.backends.cudnn.deterministic = True

@@ -17,16 +17,7 @@ from typing import NamedTuple
 
 import cost
 import measure
-from gpu_setup import (
-    Failed,
-    Setup,
-    image_folder,
-    kill_tree,
-    killed_at_the_end,
-    log_lines,
-    python,
-    tail,
-)
+from gpu_setup import Failed, Setup, image_folder, kill_tree, killed_at_the_end, log_lines, python, tail
 
 CONFIGS = measure.ROOT / "configs" / "cifar10"
 # The log of MoCo's authors (notebook of August 2020, 200 epochs).

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import measure  # also makes the project's modules importable
+import measure
 import numpy as np
 import torch
 from PIL import Image

@@ -8,18 +8,7 @@ from functools import partial
 import measure
 import step as plain_step
 import torch
-from gpu_setup import (
-    Method,
-    Notes,
-    Setup,
-    crops,
-    finish,
-    log_lines,
-    options_and_builder,
-    photographs,
-    python,
-    use_tf32,
-)
+from gpu_setup import Method, Notes, Setup, crops, finish, log_lines, options_and_builder, photographs, python, use_tf32
 from torch import Tensor, nn
 
 from moco.augment import color, recipes

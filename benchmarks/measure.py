@@ -3,23 +3,18 @@
 import argparse
 import os
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-import moco as _first  # noqa: E402, F401 (before torch: sets how its threads wait)
+import moco as _first  # noqa: F401 (before torch: sets how its threads wait)
 
 # isort: split
-import torch  # noqa: E402
+import torch
 
-from moco.files import (
-    names_like,
-    write_json,
-)
+from moco.files import names_like, write_json
+
+ROOT = Path(__file__).resolve().parent.parent
 
 Times = dict[str, list[float]]
 Candidates = dict[str, Callable[[], object]]  # one that returns a float has taken its own time, in seconds

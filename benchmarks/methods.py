@@ -13,7 +13,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
-import measure  # also makes the project's modules importable
+import measure
 
 from moco.files import new_folder
 from tools import demo

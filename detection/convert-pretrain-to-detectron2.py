@@ -13,20 +13,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
 from moco.cli import tool
 from moco.config import MEAN, STD
-from moco.encoder import (
-    metadata,
-    networks,
-    pretrained,
-    resnets,
-)
-from moco.engine import checkpoint  # noqa: E402
-from moco.errors import InputError  # noqa: E402
-from moco.files import creating  # noqa: E402
+from moco.encoder import metadata, networks, pretrained, resnets
+from moco.engine import checkpoint
+from moco.errors import InputError
+from moco.files import creating
 
 
 def main() -> int:

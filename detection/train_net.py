@@ -11,33 +11,28 @@ import math
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 if importlib.util.find_spec("detectron2") is None:
     print("train_net.py: error: needs detectron2; detection/README.md says how to install it", file=sys.stderr)
     sys.exit(2)
 
-import moco as _first  # noqa: E402, F401 (before torch: sets how its threads wait)
+import moco as _first  # noqa: F401 (before torch: sets how its threads wait)
 
 # isort: split
-import c4  # noqa: E402
-import torch  # noqa: E402
-from detectron2.checkpoint import DetectionCheckpointer  # noqa: E402
-from detectron2.config import CfgNode  # noqa: E402
-from detectron2.data import MetadataCatalog  # noqa: E402
-from detectron2.engine import DefaultTrainer, default_argument_parser, default_setup, launch  # noqa: E402
-from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, PascalVOCDetectionEvaluator  # noqa: E402
-from detectron2.utils import comm  # noqa: E402
+import c4
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+from detectron2.engine import DefaultTrainer, default_argument_parser, default_setup, launch
+from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, PascalVOCDetectionEvaluator
+from detectron2.utils import comm
 
 from moco.cli import tool
-from moco.encoder import pretrained  # noqa: E402
+from moco.encoder import pretrained
 from moco.engine import run_folder
-from moco.errors import InputError  # noqa: E402
-from moco.evaluate import results  # noqa: E402
-from moco.files import (
-    refuse_remote,
-    write_json,
-)
+from moco.errors import InputError
+from moco.evaluate import results
+from moco.files import refuse_remote, write_json
 
 GPUS = 8  # that the schedules are made for
 

@@ -27,6 +27,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # what the tests compute gains nothing from more threads, and loses much where other programs keep the cores busy
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that they start
+# tools that the tests start import this clone, whatever is installed
+os.environ["PYTHONPATH"] = str(ROOT)
 
 
 def write_images(root: Path, classes: int = 2, train: int = 12, val: int = 5, size: int = 40) -> Path:

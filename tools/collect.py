@@ -18,12 +18,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from moco.cli import tool  # noqa: E402
-from moco.errors import InputError  # noqa: E402
-from moco.files import Unreadable, check_new, creating, read_json, to_json  # noqa: E402
+from moco.cli import tool
+from moco.errors import InputError
+from moco.files import Unreadable, check_new, creating, read_json, to_json
 
 
 class Encoder(NamedTuple):

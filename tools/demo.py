@@ -12,15 +12,11 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from moco.cli import tool
+from moco.files import new_folder, write_json
+from tools import report
 
-from moco.cli import tool  # noqa: E402
-from moco.files import (
-    new_folder,
-    write_json,
-)
-from tools import report  # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent
 
 COMMON = ["photos", "--arch", "resnet18", "--image-size", "32", "--workers", "1"]
 # SynCo's settings with the bank, the batch and the counts of negatives scaled down to 1,140 images of 32 pixels. One BN group:

@@ -13,21 +13,18 @@ import tempfile
 from io import BytesIO
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-import moco as _first  # noqa: E402, F401 (before torch: sets how its threads wait)
+import moco as _first  # noqa: F401 (before torch: sets how its threads wait)
 
 # isort: split
-import torch  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
+import torch
+from torch import Tensor, nn
 
 from moco.cli import tool, values
 from moco.config import MEAN, STD
-from moco.encoder import pretrained  # noqa: E402
+from moco.encoder import pretrained
 from moco.encoder.stock import Plain, homes
-from moco.errors import InputError  # noqa: E402
-from moco.files import check_new, creating  # noqa: E402
+from moco.errors import InputError
+from moco.files import check_new, creating
 
 TOLERANCE = 1e-4  # of the largest feature; the same operations in the same order differ by nothing at all
 READ = {  # how a file of each ending is read, from {}, and what must be imported for it

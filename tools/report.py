@@ -14,21 +14,18 @@ from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-import moco as _first  # noqa: E402, F401 (before torch: sets how its threads wait)
+import moco as _first  # noqa: F401 (before torch: sets how its threads wait)
 
 # isort: split
-import numpy as np  # noqa: E402
-from matplotlib.figure import Figure  # noqa: E402
-from torch import Tensor  # noqa: E402
+import numpy as np
+from matplotlib.figure import Figure
+from torch import Tensor
 
-from moco.cli import tool  # noqa: E402
-from moco.errors import InputError  # noqa: E402
-from moco.files import check_new, creating, refuse_remote  # noqa: E402
-from tools import collect, pictures, plots, runs  # noqa: E402
-from tools.runs import Run  # noqa: E402
+from moco.cli import tool
+from moco.errors import InputError
+from moco.files import check_new, creating, refuse_remote
+from tools import collect, pictures, plots, runs
+from tools.runs import Run
 
 THUMBNAIL = 96  # pixels of an image among its neighbours
 CHEAP = 20.0  # seconds for the features of the map, up to which a random encoder is shown, too

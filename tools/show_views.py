@@ -15,34 +15,25 @@ from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-import moco as _first  # noqa: E402, F401 (before torch: sets how its threads wait)
+import moco as _first  # noqa: F401 (before torch: sets how its threads wait)
 
 # isort: split
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from matplotlib.figure import Figure, SubFigure  # noqa: E402
-from torch import Tensor  # noqa: E402
+import numpy as np
+import torch
+from matplotlib.figure import Figure, SubFigure
+from torch import Tensor
 
-from moco import rng  # noqa: E402
-from moco.augment import (
-    color,
-    recipes,
-)
-from moco.augment.recipes import Recipe, View  # noqa: E402
+from moco import rng
+from moco.augment import color, recipes
+from moco.augment.recipes import Recipe, View
 from moco.cli import actions, tool
-from moco.cli import values as types  # noqa: E402
-from moco.data import (
-    folders,
-    loader,
-)
-from moco.data.images import SUFFIXES, ImageFolder, Images  # noqa: E402
-from moco.errors import InputError  # noqa: E402
-from moco.files import check_new, creating, read_yaml  # noqa: E402
-from moco.rng import Progress  # noqa: E402
-from tools.plots import printable  # noqa: E402
+from moco.cli import values as types
+from moco.data import folders, loader
+from moco.data.images import SUFFIXES, ImageFolder, Images
+from moco.errors import InputError
+from moco.files import check_new, creating, read_yaml
+from moco.rng import Progress
+from tools.plots import printable
 
 CELL = 1.6  # inches of an image
 DPI = 140  # one view of 224 pixels fills its cell pixel by pixel

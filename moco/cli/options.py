@@ -64,7 +64,7 @@ def add_input(
     group.add_argument(
         "-a", "--arch", default=arch, help=f"{kinds}any torchvision ResNet" + ("" if arch else "; read from the checkpoint")
     )
-    few = f"one for each core, here {processes.cores()}, divided among the processes of the node; at most {processes.WORKERS} for each"
+    few = f"one for each core, here {processes.cores()}, divided among the node's processes; at most {processes.WORKERS} for each"
     of = "of each process" if each else "of this node, split over its processes"
     group.add_argument("-b", "--batch-size", type=values.batch, default=batch, help=f"images in one pass {of}")
     group.add_argument("-j", "--workers", type=values.processes, help=f"loader processes {of} (default: {few})")

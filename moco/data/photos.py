@@ -124,7 +124,9 @@ def _photograph(name: str):
     folders = [Path(skimage.__file__).parent / "data", Path(sklearn.datasets.__file__).parent / "images"]
     files = [file for folder in folders for file in folder.glob(f"{name}.*")]
     if not files:
-        raise InputError(f"photos: no photograph '{name}' among scikit-image's and scikit-learn's; pip install -r requirements.txt")
+        raise InputError(
+            f"photos: no photograph '{name}' among scikit-image's and scikit-learn's; pip install scikit-image scikit-learn"
+        )
     return Image.open(files[0]).convert("RGB")
 
 
