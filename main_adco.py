@@ -27,7 +27,13 @@ def parser() -> Parser:
     p.set_defaults(cos=1, lr_final=0.0006, multiprocessing_distributed=None)
     options.add_momentum_encoder(p, t=0.12, v2=True)
     bank = p.add_argument_group("AdCo")
-    bank.add_argument("--cluster", type=values.entries, default=65536, metavar="K", help="number of learned negatives")
+    bank.add_argument(
+        "--cluster",
+        type=values.entries,
+        default=65536,
+        metavar="K",
+        help="number of learned negatives",
+    )
     bank.add_argument(
         "--memory-lr",
         type=values.learning_rate,
@@ -36,17 +42,44 @@ def parser() -> Parser:
         help="learning rate of the negatives; --cos 2 lowers it, too",
     )
     bank.add_argument(
-        "--mem-t", type=values.temperature, default=0.02, metavar="T", help="temperature of the loss that the negatives maximize"
+        "--mem-t",
+        type=values.temperature,
+        default=0.02,
+        metavar="T",
+        help="temperature of the loss that the negatives maximize",
     )
-    bank.add_argument("--mem-wd", type=values.decay, default=1e-4, metavar="WD", help="weight decay of the negatives")
-    bank.add_argument("--mem-momentum", type=values.momentum, default=0.9, help="momentum of the negatives' SGD")
     bank.add_argument(
-        "--ad-init", action=actions.Switch, default=True, help="fill the bank with keys before epoch 0, else at random"
+        "--mem-wd",
+        type=values.decay,
+        default=1e-4,
+        metavar="WD",
+        help="weight decay of the negatives",
     )
-    bank.add_argument("--sym", action=actions.Switch, default=False, help="both views are compared with the other's keys")
-    bank.add_argument("--multi-crop", action=actions.Switch, default=False, help="several query views; recipe multicrop")
+    bank.add_argument(
+        "--mem-momentum", type=values.momentum, default=0.9, help="momentum of the negatives' SGD"
+    )
+    bank.add_argument(
+        "--ad-init",
+        action=actions.Switch,
+        default=True,
+        help="fill the bank with keys before epoch 0, else at random",
+    )
+    bank.add_argument(
+        "--sym",
+        action=actions.Switch,
+        default=False,
+        help="both views are compared with the other's keys",
+    )
+    bank.add_argument(
+        "--multi-crop",
+        action=actions.Switch,
+        default=False,
+        help="several query views; recipe multicrop",
+    )
     p.has_effect(
-        "mem_t mem_wd mem_momentum", lambda args: args.memory_lr, "with --memory-lr 0 the bank does not learn; leave it out"
+        "mem_t mem_wd mem_momentum",
+        lambda args: args.memory_lr,
+        "with --memory-lr 0 the bank does not learn; leave it out",
     )
     return p
 
@@ -69,7 +102,9 @@ def build(args: Options) -> AdCo:
         T=args.moco_t,
         bn_splits=args.bn_splits,
         bn_splits_query=args.bn_splits_query,
-        ascent=Ascent(args.memory_lr, args.mem_t, args.mem_momentum, args.mem_wd, cosine=args.cos == 2),
+        ascent=Ascent(
+            args.memory_lr, args.mem_t, args.mem_momentum, args.mem_wd, cosine=args.cos == 2
+        ),
         symmetric=args.sym,
         multi_crop=args.multi_crop,
         fill=args.ad_init,
@@ -80,9 +115,13 @@ def worker(args: Options, device: torch.device) -> None:
     if args.multiprocessing_distributed is None:
         n = distributed.world()
         one = "for one process give --gpu ID or --no-multiprocessing-distributed"
-        say(f"{n} process{'es' * (n > 1)}: one for each visible GPU, or those of the launcher; {one}")
+        say(
+            f"{n} process{'es' * (n > 1)}: one for each visible GPU, or those of the launcher; {one}"
+        )
     if args.ad_init and not args.resume:
-        say(f"the bank's {args.cluster} negatives begin as keys, gathered before epoch 0 (--ad-init)")
+        say(
+            f"the bank's {args.cluster} negatives begin as keys, gathered before epoch 0 (--ad-init)"
+        )
     pretrain.train(args, device, lambda images: build(args))
 
 

@@ -24,12 +24,27 @@ def parser() -> Parser:
     options.add_evaluation(p)
     knn = p.add_argument_group("k-NN")
     knn.add_argument(
-        "--k", type=values.positive, nargs="+", default=[10, 20, 100, 200], help="neighbours that vote; several in one pass"
+        "--k",
+        type=values.positive,
+        nargs="+",
+        default=[10, 20, 100, 200],
+        help="neighbours that vote; several in one pass",
     )
-    knn.add_argument("--temperature", type=values.temperature, default=0.07, help="temperature of the neighbours' weights")
-    whose = "features of the encoder without projection head (the default), or of the projection head"
+    knn.add_argument(
+        "--temperature",
+        type=values.temperature,
+        default=0.07,
+        help="temperature of the neighbours' weights",
+    )
+    whose = (
+        "features of the encoder without projection head (the default), or of the projection head"
+    )
     knn.add_argument("--features", choices=("backbone", "head"), help=whose)
-    knn.add_argument("--host-features", action="store_true", help="keep the features in the host's memory, not on the GPU")
+    knn.add_argument(
+        "--host-features",
+        action="store_true",
+        help="keep the features in the host's memory, not on the GPU",
+    )
     on_cpu = "there is no GPU; features are in the host's memory anyway"
     on_gpu = lambda args: devices.chosen(args.device) != "cpu"  # noqa: E731
     p.has_effect("host_features", on_gpu, on_cpu, refuse=False)

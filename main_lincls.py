@@ -35,7 +35,9 @@ def check(args: Options) -> None:
         if len(set(printed)) < len(printed):
             raise InputError(f"{option} {' '.join(printed)}: one stands twice; give each once")
         if len(values) > 1 and args.weights == "finetune":
-            raise InputError(f"{option} {' '.join(printed)}: --weights finetune trains one network; give one value")
+            raise InputError(
+                f"{option} {' '.join(printed)}: --weights finetune trains one network; give one value"
+            )
     inputs.check_choice(args)
     inputs.restore_options(args, ("weights", "lr", "wd"))
     args.method = "linear" if args.weights == "freeze" else "finetune"
@@ -49,7 +51,9 @@ def worker(args: Options, device: torch.device) -> None:
     if args.weights == "freeze":
         trainer = LinearProbe(args, net, images, device, settings)
     else:
-        trainer = finetune.FineTuning(args, net, images, device, settings[0], lr_backbone=args.lr[0])
+        trainer = finetune.FineTuning(
+            args, net, images, device, settings[0], lr_backbone=args.lr[0]
+        )
     trainer.run(args.method)
 
 

@@ -27,8 +27,15 @@ def parser() -> Parser:
     moco.add_argument("--moco-k", type=values.entries, default=65536, help="negatives in the queue")
     both = "compare each view with the keys of the other view, and add both losses"
     moco.add_argument("--symmetric", action=actions.Switch, default=False, help=both)
-    synco = options.add_synthetic(p, "synthetic negatives (MoCHI, SynCo)", n_hard=0, each=0, sigma=0.01)
-    synco.add_argument("--warmup-epochs", type=values.natural, default=10, help="epochs before the first synthetic negatives")
+    synco = options.add_synthetic(
+        p, "synthetic negatives (MoCHI, SynCo)", n_hard=0, each=0, sigma=0.01
+    )
+    synco.add_argument(
+        "--warmup-epochs",
+        type=values.natural,
+        default=10,
+        help="epochs before the first synthetic negatives",
+    )
     none = "there are no synthetic negatives; give --n1 to --n6 as well, or leave it out"
     p.has_effect("n_hard", lambda args: kind(args).total, none)
     lr = "(the learning rate's warm-up is --lr-warmup-epochs)"
@@ -69,9 +76,13 @@ def build(args: Options) -> SynCo:
 
 def worker(args: Options, device: torch.device) -> None:
     if total := kind(args).total:
-        say(f"{total} synthetic negatives per query from epoch {args.warmup_epochs} on (--warmup-epochs)")
+        say(
+            f"{total} synthetic negatives per query from epoch {args.warmup_epochs} on (--warmup-epochs)"
+        )
         if args.warmup_epochs >= args.epochs:
-            say(f"the run ends after {args.epochs} epochs, before the first synthetic negatives: this is MoCo")
+            say(
+                f"the run ends after {args.epochs} epochs, before the first synthetic negatives: this is MoCo"
+            )
     pretrain.train(args, device, lambda images: build(args))
 
 

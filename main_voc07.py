@@ -28,9 +28,16 @@ def parser() -> Parser:
     options.add_evaluation(p)
     p.set_defaults(dataset="voc2007")
     group = p.add_argument_group("classifiers, one for each class, on features of length 1")
-    group.add_argument("--classifier", choices=("svm", "linear"), default="svm", help="linear: binary cross entropy, by LBFGS")
+    group.add_argument(
+        "--classifier",
+        choices=("svm", "linear"),
+        default="svm",
+        help="linear: binary cross entropy, by LBFGS",
+    )
     cost = "of errors against weights; each class has the best in 3-fold cross-validation"
-    group.add_argument("--c", type=values.real("(0, 1000000000]"), nargs="+", default=COSTS, metavar="C", help=cost)
+    group.add_argument(
+        "--c", type=values.real("(0, 1000000000]"), nargs="+", default=COSTS, metavar="C", help=cost
+    )
     options.add_feature_rules(p)
     options.add_files(p)
     options.add_launch(p)
@@ -50,7 +57,13 @@ def worker(args: Options, device: torch.device) -> None:
         report(args, classes, scores, test_y, chosen)
 
 
-def report(args: Options, classes: tuple[str, ...], scores: np.ndarray, labels: np.ndarray, chosen: list[float | None]) -> None:
+def report(
+    args: Options,
+    classes: tuple[str, ...],
+    scores: np.ndarray,
+    labels: np.ndarray,
+    chosen: list[float | None],
+) -> None:
     """Print the average precision of each class and their means, and write results.json.
 
     Args:
@@ -58,16 +71,28 @@ def report(args: Options, classes: tuple[str, ...], scores: np.ndarray, labels: 
         chosen: costs [classes]; None where trainval does not tell the class.
     """
     found = metrics.mean_average_precision(scores, labels)
-    for c, (name, eleven, area) in enumerate(zip(classes, *metrics.average_precisions(scores, labels), strict=True)):
-        how = "(no classifier: no image of trainval shows it, or all do)" if chosen[c] is None else f"(C {chosen[c]:g})"
+    for c, (name, eleven, area) in enumerate(
+        zip(classes, *metrics.average_precisions(scores, labels), strict=True)
+    ):
+        how = (
+            "(no classifier: no image of trainval shows it, or all do)"
+            if chosen[c] is None
+            else f"(C {chosen[c]:g})"
+        )
         if math.isnan(eleven):
             say(f"{name:>12}  no test image shows it")
             continue
         found[f"ap_{name}"] = float(eleven)
         say(f"{name:>12}  AP {100 * eleven:.3f}  area {100 * area:.3f}  {how}")
-    edge = [name for name, c in zip(classes, chosen, strict=True) if len(args.c) > 2 and c in (args.c[0], args.c[-1])]
+    edge = [
+        name
+        for name, c in zip(classes, chosen, strict=True)
+        if len(args.c) > 2 and c in (args.c[0], args.c[-1])
+    ]
     if edge:
-        say(f"an end of --c {args.c[0]:g} ... {args.c[-1]:g} was best for {', '.join(edge)}: more costs there may do better")
+        say(
+            f"an end of --c {args.c[0]:g} ... {args.c[-1]:g} was best for {', '.join(edge)}: more costs there may do better"
+        )
     say(f"* mAP {100 * found['map11']:.3f} (11 points)  {100 * found['map']:.3f} (area)")
     results.write_results(args, "voc07" if args.classifier == "svm" else "voc07_linear", found)
 

@@ -25,7 +25,10 @@ from moco.data.images import Images
 from moco.engine import pretrain
 from moco.rng import Progress
 
-IMAGES = {None: 1_281_167, "imagenet100": 128_117}  # of train/; of ImageNet-100, whose 100 classes differ, a tenth
+IMAGES = {
+    None: 1_281_167,
+    "imagenet100": 128_117,
+}  # of train/; of ImageNet-100, whose 100 classes differ, a tenth
 BATCH = 32
 BASE = "mocov2_200"
 
@@ -33,8 +36,12 @@ BASE = "mocov2_200"
 def script(recipe: Path) -> str:
     """The script that a pre-training recipe is for; empty for other recipes."""
     text = recipe.read_text()
-    found = next((line for line in text.splitlines() if " main_" in line and line.startswith("#")), "")
-    name = next((word.removesuffix(".py") for word in found.split() if word.startswith("main_")), "")
+    found = next(
+        (line for line in text.splitlines() if " main_" in line and line.startswith("#")), ""
+    )
+    name = next(
+        (word.removesuffix(".py") for word in found.split() if word.startswith("main_")), ""
+    )
     return name if name not in ("main_lincls", "main_semisup") else ""
 
 
@@ -49,13 +56,19 @@ def count(recipe: Path, name: str) -> tuple[Namespace, float]:
         images = Images(Path("DIR"), labels, ("one",))
         method = build(images).to("meta")  # timm 1.0.15 makes no network there
         with torch.device("meta"), FlopCounterMode(display=False) as counter:
-            views = [torch.zeros(BATCH, 3, view.size, view.size) for view in recipes.of_options(args)]
-            loss, _ = method(views, torch.zeros(BATCH, dtype=torch.long), Progress(epochs=args.epochs))
+            views = [
+                torch.zeros(BATCH, 3, view.size, view.size) for view in recipes.of_options(args)
+            ]
+            loss, _ = method(
+                views, torch.zeros(BATCH, dtype=torch.long), Progress(epochs=args.epochs)
+            )
             loss.backward()
         found.append(counter.get_total_flops() / 2e9 / BATCH)  # a multiply-add counts as two
 
     with (
-        mock.patch("torch.autocast", lambda *_, **__: contextlib.nullcontext()),  # it knows no device without storage
+        mock.patch(
+            "torch.autocast", lambda *_, **__: contextlib.nullcontext()
+        ),  # it knows no device without storage
         mock.patch.object(pretrain, "train", one_step),
         mock.patch.object(pretrain, "check"),
         contextlib.redirect_stdout(io.StringIO()),
@@ -79,7 +92,14 @@ def main() -> int:
         args, cost = count(file, name)
         share = IMAGES[args.data_name] / IMAGES[None]
         total = cost / base * args.epochs / base_args.epochs * share
-        rows.append({"recipe": file.stem, "GMAC": round(cost, 1), "ratio": round(cost / base, 2), "total": round(total, 2)})
+        rows.append(
+            {
+                "recipe": file.stem,
+                "GMAC": round(cost, 1),
+                "ratio": round(cost / base, 2),
+                "total": round(total, 2),
+            }
+        )
     print(f"{'recipe':28}{'GMAC/image':>12}{'ratio':>8}{'total':>8}")
     for row in rows:
         print(f"{row['recipe']:28}{row['GMAC']:12.1f}{row['ratio']:8.2f}{row['total']:8.2f}")

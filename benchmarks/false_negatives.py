@@ -13,7 +13,10 @@ from torch import Tensor
 
 from moco.loss.false_negatives import Cancellation, cancelled_nt_xent, find
 
-T, HOW = 0.1, Cancellation("attract", topk=10, threshold=0.3)  # random rows are less alike than images are
+T, HOW = (
+    0.1,
+    Cancellation("attract", topk=10, threshold=0.3),
+)  # random rows are less alike than images are
 
 
 def main() -> None:
@@ -38,7 +41,13 @@ def main() -> None:
     seconds = measure.medians(times)
     plain, ours, half = (measure.peak_memory(run, device) for run in candidates.values())
     table = [
-        {"head": name, "views": args.views, "images": args.images, "ms": f"{1e3 * seconds[name]:.4g}", "MiB": memory / 2**20}
+        {
+            "head": name,
+            "views": args.views,
+            "images": args.images,
+            "ms": f"{1e3 * seconds[name]:.4g}",
+            "MiB": memory / 2**20,
+        }
         for name, memory in zip(candidates, (plain, ours, half), strict=True)
     ]
     more = {}
@@ -48,14 +57,28 @@ def main() -> None:
     ):
         other = Head(views, images, args)
         more[name] = measure.peak_memory(lambda other=other: other.ours(args.chunk), device)
-        table.append({"head": f"ours, chunk {args.chunk}", "views": views, "images": images, "ms": "", "MiB": more[name] / 2**20})
+        table.append(
+            {
+                "head": f"ours, chunk {args.chunk}",
+                "views": views,
+                "images": images,
+                "ms": "",
+                "MiB": more[name] / 2**20,
+            }
+        )
     ratios = {
         "plain_over_ours": measure.ratio(*list(times.values())[:2]),
         "plain_memory_over_ours": plain / ours,
         "half_the_chunk_memory": half / ours,
         **{f"{name}_memory": memory / ours for name, memory in more.items()},
     }
-    measure.report("false_negatives", table, ratios, {"device": str(device), "rows": args.rows, "dim": args.dim}, args.json)
+    measure.report(
+        "false_negatives",
+        table,
+        ratios,
+        {"device": str(device), "rows": args.rows, "dim": args.dim},
+        args.json,
+    )
 
 
 class Head:
@@ -65,11 +88,15 @@ class Head:
         device = torch.device(args.device)
         self.bank = F.normalize(torch.randn(args.rows, args.dim, device=device), dim=1)
         self.own = torch.arange(views * images, device=device).view(views, images)
-        self.z = F.normalize(torch.randn(views, images, args.dim, device=device), dim=2).requires_grad_()
+        self.z = F.normalize(
+            torch.randn(views, images, args.dim, device=device), dim=2
+        ).requires_grad_()
 
     def ours(self, chunk: int) -> Tensor:
         found = find(self.bank, self.own, HOW, chunk)
-        return self._backward(lambda: cancelled_nt_xent(self.z, self.bank, self.own, found, HOW.mode, T, chunk)[0])
+        return self._backward(
+            lambda: cancelled_nt_xent(self.z, self.bank, self.own, found, HOW.mode, T, chunk)[0]
+        )
 
     def plain(self) -> Tensor:
         return self._backward(self._plain)
@@ -78,7 +105,9 @@ class Head:
         V, n, _ = self.z.shape
         mine = self.own.T  # [n, V]
         with torch.no_grad():
-            score = (self.bank[self.own] @ self.bank.T).amax(0).scatter(1, mine, -torch.inf)  # [n, R] of [V, n, R]
+            score = (
+                (self.bank[self.own] @ self.bank.T).amax(0).scatter(1, mine, -torch.inf)
+            )  # [n, R] of [V, n, R]
             value, rows = score.topk(HOW.topk, 1)
             counts = (value > HOW.threshold).float()
         logits = self.z @ self.bank.T / T  # [V, n, R]

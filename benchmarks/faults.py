@@ -40,20 +40,44 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     args = parser.parse_args()
     results = []
-    print(f"{'method':8}{'processes':>10}{'signal':>8}{'steps':>7}{'stops':>7}{'while starting':>16}{'seconds':>9}  same bits")
+    print(
+        f"{'method':8}{'processes':>10}{'signal':>8}{'steps':>7}{'stops':>7}{'while starting':>16}{'seconds':>9}  same bits"
+    )
     for method in args.methods:
         for processes in args.processes:
-            folder = new_folder(measure.ROOT / "runs" / "benchmarks" / "faults" / f"{method}-{processes}")
-            command = [sys.executable, *METHODS[method].split(), *COMMON.format(batch=args.batch_size, epochs=args.epochs).split()]
-            command += ["--multiprocessing-distributed", "--nproc-per-node", str(processes)] * (processes > 1)
+            folder = new_folder(
+                measure.ROOT / "runs" / "benchmarks" / "faults" / f"{method}-{processes}"
+            )
+            command = [
+                sys.executable,
+                *METHODS[method].split(),
+                *COMMON.format(batch=args.batch_size, epochs=args.epochs).split(),
+            ]
+            command += ["--multiprocessing-distributed", "--nproc-per-node", str(processes)] * (
+                processes > 1
+            )
             whole = Run(command, folder / "whole")
             whole.start(workers=1)
             whole.end(0)
             for name in args.signals:
                 moments = random.Random(f"{args.seed} {method} {processes} {name}")
-                found = stopped(Run(command, folder / name), signal.Signals[f"SIG{name}"], args.stops, whole.steps(), moments)
+                found = stopped(
+                    Run(command, folder / name),
+                    signal.Signals[f"SIG{name}"],
+                    args.stops,
+                    whole.steps(),
+                    moments,
+                )
                 same = equal(whole.last(), Run(command, folder / name).last())
-                results.append({"method": method, "processes": processes, "signal": name, **found, "same": same})
+                results.append(
+                    {
+                        "method": method,
+                        "processes": processes,
+                        "signal": name,
+                        **found,
+                        "same": same,
+                    }
+                )
                 print(
                     f"{method:8}{processes:10}{name:>8}{whole.steps():7}{found['stops']:7}{found['starting']:16}"
                     f"{found['seconds']:9.0f}  {'yes' if same else 'NO'}",
@@ -63,13 +87,17 @@ def main() -> int:
     return 0 if all(result["same"] for result in results) else 1
 
 
-def stopped(run: "Run", number: signal.Signals, stops: int, total: int, moments: random.Random) -> dict[str, float]:
+def stopped(
+    run: "Run", number: signal.Signals, stops: int, total: int, moments: random.Random
+) -> dict[str, float]:
     """Stop a run `stops` times, about evenly over its steps, then let it end; returns what happened."""
     began, starting = time.perf_counter(), 0
     for i in range(stops):
         run.start(moments.randint(0, 2))
         before = run.steps()
-        if moments.random() < 0.2:  # while it starts: imports, processes, data, the checkpoint it goes on from
+        if (
+            moments.random() < 0.2
+        ):  # while it starts: imports, processes, data, the checkpoint it goes on from
             time.sleep(moments.uniform(0, 5))
             starting += 1
         else:
@@ -91,7 +119,15 @@ class Run:
     def start(self, workers: int) -> None:
         self.output = (self.folder / "output.txt").open("a")
         self.process = subprocess.Popen(
-            [*self.command, "--save-dir", str(self.folder), "--resume", "auto", "--workers", str(workers)],
+            [
+                *self.command,
+                "--save-dir",
+                str(self.folder),
+                "--resume",
+                "auto",
+                "--workers",
+                str(workers),
+            ],
             cwd=measure.ROOT,
             stdout=self.output,
             stderr=self.output,
@@ -101,7 +137,11 @@ class Run:
     def steps(self) -> int:
         """The last step in the log; counted from the first of all, which may be below 0."""
         path = self.folder / "log.jsonl"
-        lines = [line for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
+        lines = (
+            [line for line in path.read_text().splitlines() if line.endswith("}")]
+            if path.exists()
+            else []
+        )
         return json.loads(lines[-1])["step"] - json.loads(lines[0])["step"] + 1 if lines else 0
 
     def wait(self, steps: int) -> None:
@@ -112,7 +152,9 @@ class Run:
     def stop(self, number: signal.Signals) -> None:
         """SIGKILL to every process of the run, SIGTERM to the first; a run that the latter finds at work has saved."""
         if self.process.poll() is not None:
-            sys.exit(f"{self.folder}: ended with status {self.process.returncode} before it was stopped")
+            sys.exit(
+                f"{self.folder}: ended with status {self.process.returncode} before it was stopped"
+            )
         if number == signal.SIGKILL:
             os.killpg(self.process.pid, number)
             self.process.wait()
@@ -122,13 +164,17 @@ class Run:
 
     def end(self, *statuses: int) -> None:
         if self.process.wait() not in statuses:
-            sys.exit(f"{self.folder}: ended with status {self.process.returncode}, not {statuses}; see output.txt there")
+            sys.exit(
+                f"{self.folder}: ended with status {self.process.returncode}, not {statuses}; see output.txt there"
+            )
         self.output.close()
 
     def last(self) -> dict:
         """What must be the same, of the last checkpoint."""
         state = torch.load(max(self.folder.glob("checkpoint_*.pth.tar")), weights_only=True)
-        return {key: state[key] for key in ("epoch", "state_dict", "optimizer", "scaler", "progress")}
+        return {
+            key: state[key] for key in ("epoch", "state_dict", "optimizer", "scaler", "progress")
+        }
 
 
 def equal(a: object, b: object) -> bool:
@@ -136,7 +182,9 @@ def equal(a: object, b: object) -> bool:
     if isinstance(a, torch.Tensor):
         return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
     if isinstance(a, dict):
-        return isinstance(b, dict) and a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+        return (
+            isinstance(b, dict) and a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+        )
     if isinstance(a, list | tuple):
         return isinstance(b, list | tuple) and len(a) == len(b) and all(map(equal, a, b))
     return a == b

@@ -65,9 +65,13 @@ BROKEN = 3  # exit status of a process whose GPU context is lost
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the options."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("--minutes", type=float, default=9.0, help="length of the visit (default: 9)")
-    p.add_argument("--stages", type=int, nargs="+", choices=TITLES, default=list(TITLES), help="default: all")
+    p.add_argument(
+        "--stages", type=int, nargs="+", choices=TITLES, default=list(TITLES), help="default: all"
+    )
     p.add_argument("--parts", nargs="+", metavar="NAME", help="of stages 1 and 2 (default: all)")
     p.add_argument(
         "--data",
@@ -83,10 +87,18 @@ def parser() -> argparse.ArgumentParser:
         help="run folder of stage 3; the run folders of stage 4 are next to it",
     )
     p.add_argument("--seeds", type=int, nargs="+", help="of stage 4 (default: 0 1 2; on a CPU 0)")
-    p.add_argument("--amp", choices=("off", "bf16"), help="of stages 3 and 4 (default: bf16 on a GPU)")
-    p.add_argument("--json", type=Path, metavar="FILE", help="default: runs/benchmarks/gpu-DEVICE.json")
-    p.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
-    p.add_argument("--worker", type=Path, help=argparse.SUPPRESS)  # run parts, and write events to this file
+    p.add_argument(
+        "--amp", choices=("off", "bf16"), help="of stages 3 and 4 (default: bf16 on a GPU)"
+    )
+    p.add_argument(
+        "--json", type=Path, metavar="FILE", help="default: runs/benchmarks/gpu-DEVICE.json"
+    )
+    p.add_argument(
+        "--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu"
+    )
+    p.add_argument(
+        "--worker", type=Path, help=argparse.SUPPRESS
+    )  # run parts, and write events to this file
     p.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     p.add_argument("--collectives", type=Path, help=argparse.SUPPRESS)
     return p
@@ -100,7 +112,9 @@ def main() -> int:
         gpu_checks.collectives(args.collectives, device)
         return 0
     if args.worker:
-        return work(Setup(device, device.type == "cpu", args.work), args.stages[0], args.parts, args.worker)
+        return work(
+            Setup(device, device.type == "cpu", args.work), args.stages[0], args.parts, args.worker
+        )
     if line := mistake(args):
         print(line, file=sys.stderr)
         return 2
@@ -117,7 +131,9 @@ def mistake(args: argparse.Namespace) -> str:
         return f"--parts {' '.join(unknown)}: no such part; choose from {known}"
     stages = " ".join(map(str, args.stages))
     if parts and not set(args.stages) & set(PARTS):
-        return f"--parts: stages 1 and 2 have parts, but --stages is {stages}; leave one of them out"
+        return (
+            f"--parts: stages 1 and 2 have parts, but --stages is {stages}; leave one of them out"
+        )
     here = {name for stage in set(args.stages) & set(PARTS) for name in PARTS[stage]}
     if parts and not parts & here:
         of = " ".join(str(stage) for stage in PARTS if parts & set(PARTS[stage]))
@@ -125,7 +141,9 @@ def mistake(args: argparse.Namespace) -> str:
         return f"--parts {names}: not in --stages {stages}; give --stages {of}"
     if args.data is not None:
         try:
-            gpu_cifar.find(args.data, args.run_folder.parent, Setup(torch.device("cpu"), True, Path()))
+            gpu_cifar.find(
+                args.data, args.run_folder.parent, Setup(torch.device("cpu"), True, Path())
+            )
         except Failed as error:
             return str(error)
         except (OSError, tarfile.TarError) as error:
@@ -150,7 +168,9 @@ def work(setup: Setup, stage: int, names: list[str], events: Path) -> int:
             PARTS[stage][name][0](setup, notes)
         except (Exception, SystemExit) as problem:
             where = "".join(traceback.format_tb(problem.__traceback__)[-2:])
-            error = f"{type(problem).__name__}: {problem}" + f"\n{where}" * (not isinstance(problem, Failed))
+            error = f"{type(problem).__name__}: {problem}" + f"\n{where}" * (
+                not isinstance(problem, Failed)
+            )
         seconds = time.perf_counter() - began
         event(
             part=name,
@@ -221,9 +241,13 @@ class Visit:
     def run(self) -> int:
         """Run all stages and print the table; return the exit status."""
         before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-        facts = ", ".join(f"{key} {value}" for key, value in self.facts.items() if value is not None)
+        facts = ", ".join(
+            f"{key} {value}" for key, value in self.facts.items() if value is not None
+        )
         print(f"{facts}; {self.args.minutes:g} minutes; {self.json}", flush=True)
-        self.setup = Setup(self.device, self.device.type == "cpu", Path(tempfile.mkdtemp(prefix="gpu-")))
+        self.setup = Setup(
+            self.device, self.device.type == "cpu", Path(tempfile.mkdtemp(prefix="gpu-"))
+        )
         interrupted = False
         try:
             for stage in self.args.stages:
@@ -298,7 +322,9 @@ class Visit:
                 why = "; ".join([*failures, *error.splitlines()[:1]])
                 (self.not_run if skipped else self.failed).append(f"stage {stage}, {name}: {why}")
             detail = "" if status == "passed" else f": {'; '.join([*failures, error])}"
-            print(f"  {name}: {status}{f' ({seconds:.1f} s)' if seconds else ''}{detail}", flush=True)
+            print(
+                f"  {name}: {status}{f' ({seconds:.1f} s)' if seconds else ''}{detail}", flush=True
+            )
             self.write()
 
     def write(self) -> None:
@@ -318,7 +344,10 @@ class Visit:
         for name, (_, lane) in PARTS[stage].items():
             if self.args.parts is None or name in self.args.parts:
                 lanes.setdefault(lane % (2 if self.setup.tiny else LANES), []).append(name)
-        threads = [threading.Thread(target=self._lane, args=(stage, number, names, end)) for number, names in lanes.items()]
+        threads = [
+            threading.Thread(target=self._lane, args=(stage, number, names, end))
+            for number, names in lanes.items()
+        ]
         for thread in threads:
             thread.daemon = True
             thread.start()
@@ -360,8 +389,14 @@ class Visit:
         with self.lock:
             if self.stopping:
                 return
-            threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // LANES))} if stage == 1 else {}
-            process = gpu_setup.python(self.setup, __file__, *words, log=log, gpu=self.setup.cuda, **threads)
+            threads = (
+                {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // LANES))}
+                if stage == 1
+                else {}
+            )
+            process = gpu_setup.python(
+                self.setup, __file__, *words, log=log, gpu=self.setup.cuda, **threads
+            )
             self.running.add(process.pid)
         seen, current, since = 0, "", time.monotonic()
         try:
@@ -372,7 +407,9 @@ class Visit:
                     if event["event"] == "end":
                         waiting.remove(current)
                         current = ""
-                        found = {key: event[key] for key in ("error", "figures", "failures", "seconds")}
+                        found = {
+                            key: event[key] for key in ("error", "figures", "failures", "seconds")
+                        }
                         self.record(stage, event["part"], **found)
                 now = time.monotonic()
                 if ended:
@@ -380,7 +417,9 @@ class Visit:
                         lost = current or waiting[0]
                         waiting.remove(lost)
                         status = f"its process ended with status {process.returncode}"
-                        self.record(stage, lost, f"{status}: {gpu_setup.tail(log)}", seconds=now - since)
+                        self.record(
+                            stage, lost, f"{status}: {gpu_setup.tail(log)}", seconds=now - since
+                        )
                     return
                 if now > end:
                     if current:
@@ -497,7 +536,10 @@ class Visit:
         """Return the figures that one H100 should reach, next to those measured."""
         figure = self.figure
         ready, loaded = figure(2, "steps", "moco pairs/s"), figure(2, "loading", "images/s")
-        finished = figure(3, "moco", "k-NN epoch") == gpu_cifar.EPOCHS and figure(3, "moco", "data") == "lossless"
+        finished = (
+            figure(3, "moco", "k-NN epoch") == gpu_cifar.EPOCHS
+            and figure(3, "moco", "data") == "lossless"
+        )
         accuracy = figure(3, "moco", "k-NN") if finished else None
         loading = loaded / ready if loaded and ready else None
         minutes = figure(3, "moco", "minutes of 200 epochs")
@@ -528,19 +570,30 @@ class Visit:
             for name, found in parts.items():
                 print(f"  {name:24}{found['status']:10}{_line(found.get('figures', {}))}")
                 for row in found.get("figures", {}).get("top ten", []):
-                    print(f"      {row['ms']:9.3f} ms  {row['share']:6.1%}  {row['calls']:5} x  {row['kernel']}")
+                    print(
+                        f"      {row['ms']:9.3f} ms  {row['share']:6.1%}  {row['calls']:5} x  {row['kernel']}"
+                    )
         rows = self.stages.get("3", {}).get("moco", {}).get("figures", {}).get("rows", [])
         if rows:
             print(f"\n{'epoch':>7}{'loss':>9}{'published':>11}{'k-NN':>9}{'published':>11}")
             for row in rows:
                 widths = {"loss": 9, "published loss": 11, "k-NN": 9, "published k-NN": 11}
                 cells = {name: "" if row[name] is None else f"{row[name]:.2f}" for name in widths}
-                print(f"{row['epoch']:7}" + "".join(f"{cells[name]:>{widths[name]}}" for name in widths))
+                print(
+                    f"{row['epoch']:7}"
+                    + "".join(f"{cells[name]:>{widths[name]}}" for name in widths)
+                )
         where = "" if self.setup.cuda else " (sizes are tiny here: this is a CPU)"
         print(f"\n{'target for one H100' + where:58}{'wanted':>9}{'measured':>10}")
         for row in self.targets():
             value = "-" if row["measured"] is None else f"{row['measured']:.4g}"
-            met = "" if row["met"] is None or not self.setup.cuda else "  met" if row["met"] else "  MISSED"
+            met = (
+                ""
+                if row["met"] is None or not self.setup.cuda
+                else "  met"
+                if row["met"]
+                else "  MISSED"
+            )
             print(f"{row['target']:58}{row['wanted']:>9}{value:>10}{met}")
         for title, lines in (("not run", self.not_run), ("failed", self.failed)):
             for line in lines:
@@ -553,7 +606,11 @@ class Visit:
 
 def _line(figures: dict[str, object]) -> str:
     """Return the numbers and strings among a part's figures, wrapped for a terminal."""
-    shown = [f"{name} {value:.4g}" for name, value in figures.items() if isinstance(value, int | float) and value is not True]
+    shown = [
+        f"{name} {value:.4g}"
+        for name, value in figures.items()
+        if isinstance(value, int | float) and value is not True
+    ]
     shown += [f"{name} {value}" for name, value in figures.items() if isinstance(value, str)]
     return textwrap.fill("; ".join(shown), 90, subsequent_indent=" " * 36)
 

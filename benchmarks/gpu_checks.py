@@ -134,7 +134,9 @@ def layers(setup: Setup, notes: Notes) -> None:
             x = torch.randn(16, 32, 16, 16, generator=torch.Generator().manual_seed(0))
             x = x.to(setup.device).contiguous(memory_format=form).requires_grad_()
             y = layer(x)
-            y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(setup.device))
+            y.backward(
+                torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(setup.device)
+            )
             found.append([y, x.grad])
         if name == "AvgPool2d":
             notes[f"{name}, not checked"] = relative(*found)
@@ -164,7 +166,10 @@ def same_choices(found: list[Tensor], replay: bool) -> Iterator[None]:
         found.append(hardest(similarity, n_hard).cpu())
         return found[-1].to(similarity.device)
 
-    modules = [importlib.import_module(f"moco.{name}") for name in ("loss.synthetic", "builder.momentum", "builder.moby")]
+    modules = [
+        importlib.import_module(f"moco.{name}")
+        for name in ("loss.synthetic", "builder.momentum", "builder.moby")
+    ]
     with contextlib.ExitStack() as stack:
         for module in modules:
             for name, function in (("draw", draw_on_cpu), ("hardest", the_same)):
@@ -205,14 +210,18 @@ def step(name: str, setup: Setup, notes: Notes) -> None:
     for amp in ("bf16", "fp16") if setup.cuda else ("off",):
         mixed = method(name, setup, amp=amp)
         # A scale at which no gradient overflows. Training finds one by skipping steps.
-        mixed.scaler = torch.amp.GradScaler(setup.device.type, init_scale=1024.0, enabled=amp == "fp16")
+        mixed.scaler = torch.amp.GradScaler(
+            setup.device.type, init_scale=1024.0, enabled=amp == "fp16"
+        )
         with same_choices(chosen, replay=True):
             found = mixed.backward(mixed.views(images, PROGRESS), PROGRESS)
         mixed.scaler.unscale_(mixed.optimizer)
         # A surrogate loss may be near 0, where a relative difference is meaningless.
         notes.at_most(f"{amp} loss", abs(float(found - loss)) / max(1.0, abs(float(loss))), MIXED)
         notes[f"{amp} gradient"] = relative(mixed.gradients(), gradients)
-        notes.check(f"{amp} gradient finite", all(bool(g.isfinite().all()) for g in mixed.gradients()))
+        notes.check(
+            f"{amp} gradient finite", all(bool(g.isfinite().all()) for g in mixed.gradients())
+        )
         losses = falls(method(name, setup, amp=amp), images, setup.size(20, 4))
         notes[f"{amp} losses"] = [losses[0], losses[-1]]
         finite = bool(np.isfinite(losses).all())
@@ -238,7 +247,9 @@ def falls(method: Method, images: list[Tensor], steps: int) -> list[float]:
 # Different ways to compute the same step.
 
 
-def loss_and_gradients(method: Method, images: list[Tensor], passes: int = 1) -> tuple[Tensor, list[Tensor]]:
+def loss_and_gradients(
+    method: Method, images: list[Tensor], passes: int = 1
+) -> tuple[Tensor, list[Tensor]]:
     """Return the loss and gradients of a step, in one or several passes over parts of the batch."""
     losses = []
     for micro in range(passes):
@@ -248,7 +259,9 @@ def loss_and_gradients(method: Method, images: list[Tensor], passes: int = 1) ->
     return torch.stack(losses).mean(), method.gradients()
 
 
-def agree(notes: Notes, name: str, mine: tuple[Tensor, list[Tensor]], theirs: tuple[Tensor, list[Tensor]]) -> None:
+def agree(
+    notes: Notes, name: str, mine: tuple[Tensor, list[Tensor]], theirs: tuple[Tensor, list[Tensor]]
+) -> None:
     """Check that two losses agree, and their gradients."""
     notes.at_most(f"{name} loss", relative([mine[0]], [theirs[0]]), FP32)
     notes.at_most(f"{name} gradient", relative(mine[1], theirs[1]), FP32)
@@ -270,7 +283,9 @@ def checkpointing(setup: Setup, notes: Notes) -> None:
     for name in ("mocov2", "byol"):
         plain, recomputed = method(name, setup), method(name, setup, more="--grad-checkpoint")
         images = crops(plain.recipe, setup.size(32, 8))
-        agree(notes, name, loss_and_gradients(recomputed, images), loss_and_gradients(plain, images))
+        agree(
+            notes, name, loss_and_gradients(recomputed, images), loss_and_gradients(plain, images)
+        )
 
 
 def channels_last(setup: Setup, notes: Notes) -> None:
@@ -279,7 +294,11 @@ def channels_last(setup: Setup, notes: Notes) -> None:
     for name in ("mocov2", "simclr"):
         plain, last = method(name, setup, contiguous=True), method(name, setup)
         images = crops(plain.recipe, setup.size(32, 8))
-        weights = [p for p in last.module.parameters() if p.dim() == 4 and p.shape[1] > 1 and p.shape[2] > 1]
+        weights = [
+            p
+            for p in last.module.parameters()
+            if p.dim() == 4 and p.shape[1] > 1 and p.shape[2] > 1
+        ]
         form = torch.channels_last if setup.cuda else torch.contiguous_format
         notes.check(f"{name} format", all(p.is_contiguous(memory_format=form) for p in weights))
         agree(notes, name, loss_and_gradients(last, images), loss_and_gradients(plain, images))
@@ -317,7 +336,10 @@ def views(setup: Setup, notes: Notes) -> None:
                 use_tf32(tf32)
                 worst = 0.0
                 for i, (x, view) in enumerate(zip(images, recipe, strict=True)):
-                    a, b = (color.augment(x.to(d), view, PROGRESS.generator(COLOR, "cpu", 0, i)) for d in (setup.device, "cpu"))
+                    a, b = (
+                        color.augment(x.to(d), view, PROGRESS.generator(COLOR, "cpu", 0, i))
+                        for d in (setup.device, "cpu")
+                    )
                     worst = max(worst, float((a.cpu() - b).abs().max()))
                 if tf32:
                     notes[f"{name} {size} with TF32"] = worst  # training uses TF32; not checked
@@ -338,7 +360,10 @@ def waits(setup: Setup, notes: Notes) -> None:
         trained = method(name, setup, amp="bf16")
         images = crops(trained.recipe, 32)
         waited = ""
-        for mode in ("default", "error"):  # the first step may wait, for instance for cuDNN's search
+        for mode in (
+            "default",
+            "error",
+        ):  # the first step may wait, for instance for cuDNN's search
             torch.cuda.set_sync_debug_mode(mode)
             try:
                 trained.backward(trained.views(images, PROGRESS), PROGRESS)
@@ -354,9 +379,14 @@ def hardest(setup: Setup, notes: Notes) -> None:
     """Check that GPU and CPU find the same hardest negatives, given similarities without ties."""
     for columns, n_hard in ((4096, 64), (65536, 1024)) if setup.cuda else ((4096, 64),):
         draw = torch.Generator().manual_seed(0)
-        similarity = torch.stack([torch.randperm(columns, generator=draw) for _ in range(32)]).float() / columns
+        similarity = (
+            torch.stack([torch.randperm(columns, generator=draw) for _ in range(32)]).float()
+            / columns
+        )
         found = synthetic.hardest(similarity.to(setup.device), n_hard).cpu()
-        notes.check(f"{n_hard} of {columns}", torch.equal(found, synthetic.hardest(similarity, n_hard)))
+        notes.check(
+            f"{n_hard} of {columns}", torch.equal(found, synthetic.hardest(similarity, n_hard))
+        )
 
 
 # NCCL, and the scripts under torchrun.
@@ -455,7 +485,9 @@ def collectives(file: Path, device: torch.device) -> None:
         return relative(gradients(net), gradients(network()))
 
     def sync_bn() -> float:
-        return relative(gradients(nn.SyncBatchNorm.convert_sync_batchnorm(network())), gradients(network()))
+        return relative(
+            gradients(nn.SyncBatchNorm.convert_sync_batchnorm(network())), gradients(network())
+        )
 
     def sync_bn_kernels() -> float:
         """Call SyncBN's kernels directly, because torch uses them with several processes only."""
@@ -463,7 +495,9 @@ def collectives(file: Path, device: torch.device) -> None:
 
         def run(how) -> list[Tensor]:
             y = images.clone().requires_grad_()
-            weight, bias = (torch.full((3,), v, device=device, requires_grad=True) for v in (1.5, 0.5))
+            weight, bias = (
+                torch.full((3,), v, device=device, requires_grad=True) for v in (1.5, 0.5)
+            )
             mean, variance = torch.zeros(3, device=device), torch.ones(3, device=device)
             out = how(y, weight, bias, mean, variance)
             (out * torch.arange(8.0, device=device)).square().sum().backward()
@@ -488,7 +522,9 @@ def collectives(file: Path, device: torch.device) -> None:
 
 def data(setup: Setup) -> Path:
     """Return a folder of small images for the scripts."""
-    return image_folder(setup.work / "images", 4, setup.size(64, 12), setup.size(16, 4), setup.size(64, 32))
+    return image_folder(
+        setup.work / "images", 4, setup.size(64, 12), setup.size(16, 4), setup.size(64, 32)
+    )
 
 
 def script_options(setup: Setup) -> list[object]:
@@ -520,11 +556,16 @@ def under_torchrun(setup: Setup, notes: Notes) -> None:
     start = partial(python, setup, gpu=setup.cuda, NVIDIA_TF32_OVERRIDE="0")
     plain = start(*words, "--save-dir", folders["plain"], log=logs["plain"])
     with killed_at_the_end(plain):
-        by_torchrun = start(*torchrun(), *words, "--save-dir", folders["torchrun"], log=logs["torchrun"])
+        by_torchrun = start(
+            *torchrun(), *words, "--save-dir", folders["torchrun"], log=logs["torchrun"]
+        )
         with killed_at_the_end(by_torchrun):
             finish(by_torchrun, logs["torchrun"])
             finish(plain, logs["plain"])
-    losses = {name: [line["loss"] for line in log_lines(folder) if "loss" in line] for name, folder in folders.items()}
+    losses = {
+        name: [line["loss"] for line in log_lines(folder) if "loss" in line]
+        for name, folder in folders.items()
+    }
     notes["losses"] = losses["torchrun"]
     notes.check("steps", len(losses["torchrun"]) == len(losses["plain"]) > 0, f"differ: {losses}")
     first = abs(losses["torchrun"][0] - losses["plain"][0]) / max(1.0, abs(losses["plain"][0]))
@@ -560,11 +601,15 @@ def resume(setup: Setup, notes: Notes) -> None:
 
     def start(name: str):
         words = ["-c", DETERMINISTIC, *options, "--save-dir", folders[name]]
-        return python(setup, *words, log=logs[name], gpu=setup.cuda, CUBLAS_WORKSPACE_CONFIG=":4096:8")
+        return python(
+            setup, *words, log=logs[name], gpu=setup.cuda, CUBLAS_WORKSPACE_CONFIG=":4096:8"
+        )
 
     whole, stopped = start("whole"), start("stopped")
     with killed_at_the_end(whole, stopped):
-        until(lambda: any(folders["stopped"].glob("checkpoint_*_*.pth.tar")), stopped, logs["stopped"])
+        until(
+            lambda: any(folders["stopped"].glob("checkpoint_*_*.pth.tar")), stopped, logs["stopped"]
+        )
         kill_tree(stopped.pid)
         stopped.wait()
         notes["killed after step"] = log_lines(folders["stopped"])[-1]["step"]
@@ -574,15 +619,21 @@ def resume(setup: Setup, notes: Notes) -> None:
         finish(whole, logs["whole"])
     last = {}
     for name, folder in folders.items():
-        state = torch.load(max(folder.glob("checkpoint_*.pth.tar")), map_location="cpu", weights_only=True)
-        last[name] = {key: state[key] for key in ("epoch", "state_dict", "optimizer", "scaler", "progress")}
+        state = torch.load(
+            max(folder.glob("checkpoint_*.pth.tar")), map_location="cpu", weights_only=True
+        )
+        last[name] = {
+            key: state[key] for key in ("epoch", "state_dict", "optimizer", "scaler", "progress")
+        }
     same = {key: faults.equal(last["whole"][key], last["stopped"][key]) for key in last["whole"]}
     notes["steps"] = last["whole"]["progress"]["step"]
     for key, equal in same.items():
         notes.check(key, equal, "differs from the run never stopped")
     a, b = (last[name]["state_dict"] for name in ("stopped", "whole"))
     floats = [name for name in b if b[name].is_floating_point()]
-    notes["relative difference"] = relative([a[name] for name in floats], [b[name] for name in floats])
+    notes["relative difference"] = relative(
+        [a[name] for name in floats], [b[name] for name in floats]
+    )
 
 
 # Evaluations.
@@ -592,7 +643,10 @@ def knn(setup: Setup, notes: Notes) -> None:
     """Compare features and accuracy of main_knn.py, with a random encoder, on GPU and CPU."""
     evaluated = both(setup, "knn", ["main_knn.py", "--k", 5, 20], dump=True)
     for split in ("train", "val"):
-        a, b = (torch.from_numpy(np.load(dump / f"{split}_features.npy")) for dump in evaluated["features"])
+        a, b = (
+            torch.from_numpy(np.load(dump / f"{split}_features.npy"))
+            for dump in evaluated["features"]
+        )
         notes.at_most(f"{split} features", relative([a], [b]), FP32)
     mine, theirs = evaluated["metrics"]
     notes["top-1"] = [mine, theirs]
@@ -609,7 +663,10 @@ def probe(setup: Setup, notes: Notes) -> None:
     notes["top-1"] = [mine.get("acc1"), theirs.get("acc1")]
     few = 2 / (4 * setup.size(16, 4))
     notes.at_most("top-1 difference", abs(mine["acc1"] - theirs["acc1"]), few)
-    losses = [[line["loss"] for line in log_lines(folder) if "loss" in line] for folder in evaluated["folders"]]
+    losses = [
+        [line["loss"] for line in log_lines(folder) if "loss" in line]
+        for folder in evaluated["folders"]
+    ]
     for place, name in ((0, "first loss"), (-1, "last loss")):
         notes[name] = [found[place] for found in losses]
     worst = max(abs(a - b) / max(1.0, abs(b)) for a, b in zip(*losses, strict=True))

@@ -17,7 +17,16 @@ from typing import NamedTuple
 
 import cost
 import measure
-from gpu_setup import Failed, Setup, image_folder, kill_tree, killed_at_the_end, log_lines, python, tail
+from gpu_setup import (
+    Failed,
+    Setup,
+    image_folder,
+    kill_tree,
+    killed_at_the_end,
+    log_lines,
+    python,
+    tail,
+)
 
 CONFIGS = measure.ROOT / "configs" / "cifar10"
 # The log of MoCo's authors (notebook of August 2020, 200 epochs).
@@ -81,7 +90,11 @@ def _at(place: Path, folder: Path) -> Data | None:
         return _images(place)
     if archive := next((place / name for name in ARCHIVES if (place / name).is_file()), None):
         return _at(_unpacked(archive, folder), folder)
-    inside = [child for child in sorted(place.glob("*")) if (child / "train").is_dir()] if place.is_dir() else []
+    inside = (
+        [child for child in sorted(place.glob("*")) if (child / "train").is_dir()]
+        if place.is_dir()
+        else []
+    )
     return _images(inside[0]) if inside else None
 
 
@@ -100,7 +113,9 @@ def _unpacked(archive: Path, folder: Path) -> Path:
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     try:  # tar is several times as fast as Python
-        status = subprocess.run(["tar", "-xzf", archive, "-C", part, "--no-same-owner"], timeout=120).returncode
+        status = subprocess.run(
+            ["tar", "-xzf", archive, "-C", part, "--no-same-owner"], timeout=120
+        ).returncode
     except (OSError, subprocess.TimeoutExpired):
         status = 1
     if status:
@@ -119,7 +134,9 @@ TINY = "--epochs 2 --image-size 16 -b 8 -j 0 -p 1 --knn-every 1"
 TINY_OF = {"main_adco": "--no-ad-init", "main_fnc": "--fn-topk 2"}
 
 
-def train(setup: Setup, data: Data, config: Path, folder: Path, end: float, amp: str, seed: int = 0) -> str:
+def train(
+    setup: Setup, data: Data, config: Path, folder: Path, end: float, amp: str, seed: int = 0
+) -> str:
     """Train `config` until it is done or until `end` (of time.monotonic).
 
     Return "finished" or "stopped". Raise Failed if the script ends in an error.
@@ -150,7 +167,9 @@ def train(setup: Setup, data: Data, config: Path, folder: Path, end: float, amp:
                 status = process.wait(SAVING)
             except subprocess.TimeoutExpired:
                 kill_tree(process.pid)
-                raise Failed(f"did not save within {SAVING:.0f} s of SIGTERM: {tail(log)}") from None
+                raise Failed(
+                    f"did not save within {SAVING:.0f} s of SIGTERM: {tail(log)}"
+                ) from None
     if status not in (0, 75, -signal.SIGTERM):  # the last: Python had not started yet
         raise Failed(f"{script}.py ended with status {status}: {tail(log)}")
     return "finished" if status == 0 else "stopped"
@@ -187,7 +206,11 @@ def rows(folder: Path) -> list[dict[str, float | int | None]]:
     There is a row for each epoch of the published log, and for each with a k-NN accuracy.
     """
     mine = progress(folder)
-    shown = [epoch for epoch in sorted({*PUBLISHED, *mine}) if epoch in mine and (epoch in PUBLISHED or "knn" in mine[epoch])]
+    shown = [
+        epoch
+        for epoch in sorted({*PUBLISHED, *mine})
+        if epoch in mine and (epoch in PUBLISHED or "knn" in mine[epoch])
+    ]
     found = []
     for epoch in shown:
         loss, knn = PUBLISHED.get(epoch, (None, None))
@@ -244,7 +267,9 @@ def others(
     Call `record(name, error, figures)` after each turn.
     """
     configs = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
-    waiting = [(config, seed) for seed in seeds for config in configs if (config, seed) != ("moco", 0)]
+    waiting = [
+        (config, seed) for seed in seeds for config in configs if (config, seed) != ("moco", 0)
+    ]
     least = 20.0 if setup.tiny else LEAST
     while waiting:
         together = [run for run in waiting if run[1] == waiting[0][1]]

@@ -92,7 +92,9 @@ def use_tf32(on: bool) -> None:
 
 def relative(a: list[Tensor], b: list[Tensor]) -> float:
     """Return the norm of a - b over the norm of b, of all tensors together, in float64."""
-    pairs = [(x.detach().double().cpu(), y.detach().double().cpu()) for x, y in zip(a, b, strict=True)]
+    pairs = [
+        (x.detach().double().cpu(), y.detach().double().cpu()) for x, y in zip(a, b, strict=True)
+    ]
     above = sum(float((x - y).square().sum()) for x, y in pairs)
     below = sum(float(y.square().sum()) for _, y in pairs)
     return (above / below) ** 0.5 if below else above**0.5
@@ -141,7 +143,9 @@ class Method:
     def views(self, crops: list[Tensor], progress: Progress) -> list[Tensor]:
         """Augment uint8 crops on the method's device, with the same draws as in training."""
         draws = [progress.generator(COLOR, "cpu", 0, i) for i in range(len(crops))]
-        found = color.augment_views([x.to(self.device, non_blocking=True) for x in crops], self.recipe, draws)
+        found = color.augment_views(
+            [x.to(self.device, non_blocking=True) for x in crops], self.recipe, draws
+        )
         return found if self.contiguous else list(map(precision.layout, found))
 
     def forward(self, views: list[Tensor], progress: Progress) -> Tensor:
@@ -211,7 +215,9 @@ def crops(recipe: recipes.Recipe, batch: int, seed: int = 0) -> list[Tensor]:
 # Images in files.
 
 
-def image_folder(root: Path, classes: int, train: int, val: int, pixels: int, test: str = "val") -> Path:
+def image_folder(
+    root: Path, classes: int, train: int, val: int, pixels: int, test: str = "val"
+) -> Path:
     """Write a small ImageNet-style folder of noise with one tint per class, unless it exists."""
     if root.exists():
         return root
@@ -243,7 +249,9 @@ def photographs(root: Path, unique: int, copies: int, width: int = 500, height: 
         pixels = np.zeros((height, width, 3), np.float32)
         for scale in (3, 8, 25, 60, 150):
             coarse = draw.integers(0, 256, (height // scale + 2, width // scale + 2, 3), np.uint8)
-            pixels += np.asarray(Image.fromarray(coarse).resize((width, height), Image.BICUBIC), np.float32)
+            pixels += np.asarray(
+                Image.fromarray(coarse).resize((width, height), Image.BICUBIC), np.float32
+            )
         image, file = Image.fromarray((pixels / 5).astype(np.uint8)), io.BytesIO()
         for quality in range(100, 30, -3):
             file = io.BytesIO()
@@ -263,7 +271,9 @@ def photographs(root: Path, unique: int, copies: int, width: int = 500, height: 
 # Processes with a time limit.
 
 
-def python(setup: Setup, *words: object, log: Path, gpu: bool = True, **environment: str) -> subprocess.Popen:
+def python(
+    setup: Setup, *words: object, log: Path, gpu: bool = True, **environment: str
+) -> subprocess.Popen:
     """Start `python WORDS` in the project's root, and append its output to `log`.
 
     Without `gpu`, hide the GPU from it. `environment` is added to the environment variables.

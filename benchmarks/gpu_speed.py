@@ -8,7 +8,18 @@ from functools import partial
 import measure
 import step as plain_step
 import torch
-from gpu_setup import Method, Notes, Setup, crops, finish, log_lines, options_and_builder, photographs, python, use_tf32
+from gpu_setup import (
+    Method,
+    Notes,
+    Setup,
+    crops,
+    finish,
+    log_lines,
+    options_and_builder,
+    photographs,
+    python,
+    use_tf32,
+)
 from torch import Tensor, nn
 
 from moco.augment import color, recipes
@@ -62,7 +73,9 @@ class Ours:
 
     def __init__(self, name: str, setup: Setup, amp: str, size: int, more: str = ""):
         script, options = methods(setup)[name]
-        words = f"-a {arch(setup)} --image-size {pixels(setup)} -b {size} --amp {amp} {options} {more}"
+        words = (
+            f"-a {arch(setup)} --image-size {pixels(setup)} -b {size} --amp {amp} {options} {more}"
+        )
         self.method = Method(script, words.split(), setup, images=max(64, size))
         images = crops(self.method.recipe, min(size, 32))
         images = [x.repeat(-(-size // len(x)), 1, 1, 1)[:size] for x in images]
@@ -116,7 +129,9 @@ def ready(setup: Setup, make: Callable[[], object], notes: Notes, name: str) -> 
     return candidate
 
 
-def timed(setup: Setup, makers: dict[str, Callable[[], object]], notes: Notes, size: int) -> measure.Times:
+def timed(
+    setup: Setup, makers: dict[str, Callable[[], object]], notes: Notes, size: int
+) -> measure.Times:
     """Build candidates and time them in turns.
 
     Note milliseconds per step, image pairs per second, and memory in addition to the weights.
@@ -222,13 +237,17 @@ def others(setup: Setup, notes: Notes) -> None:
     mixed = "bf16" if setup.cuda else "off"
     makers = {name: partial(Ours, name, setup, mixed, size) for name in ("moco", "sogclr", "fnc")}
     times = timed(setup, makers, notes, size)
-    quotients(notes, times, {"sogclr over moco": ("sogclr", "moco"), "fnc over moco": ("fnc", "moco")})
+    quotients(
+        notes, times, {"sogclr over moco": ("sogclr", "moco"), "fnc over moco": ("fnc", "moco")}
+    )
 
 
 def views(setup: Setup, notes: Notes) -> None:
     """Time colour operations, flip and normalization of two views of a batch on the device."""
     ours = Ours("moco", setup, "off", batch(setup))
-    times = in_turns(setup, {"views": lambda: ours.method.views(ours.crops, PROGRESS)}, setup.size(5, 1))
+    times = in_turns(
+        setup, {"views": lambda: ours.method.views(ours.crops, PROGRESS)}, setup.size(5, 1)
+    )
     seconds = measure.medians(times)["views"]
     notes["ms"], notes["pairs/s"] = 1e3 * seconds, batch(setup) / seconds
 
@@ -248,7 +267,9 @@ def loading(setup: Setup, notes: Notes) -> None:
         # batches that may already be read when the first one arrives
         ahead = 4 * workers + 1 if setup.cuda else 1
         order = loader.TrainOrder(len(images), size, 1, 0, 0, min(ahead, batches) + batches)
-        found = loader.batches(images, loader.RandomCrops(recipes.of_options(args), 0), order, args, setup.device)
+        found = loader.batches(
+            images, loader.RandomCrops(recipes.of_options(args), 0), order, args, setup.device
+        )
         for _ in range(min(ahead, batches)):
             next(found)
         seconds = _seconds(setup, lambda found=found: list(found))
@@ -287,7 +308,9 @@ def end_to_end(setup: Setup, notes: Notes) -> None:
     # without the start of the workers and cuDNN's search for algorithms
     lines = lines[len(lines) // 2 :]
     notes["pairs/s"] = sorted(line["images_per_s"] for line in lines)[len(lines) // 2]
-    notes["share of time waited for data"] = sorted(line["data_wait"] for line in lines)[len(lines) // 2]
+    notes["share of time waited for data"] = sorted(line["data_wait"] for line in lines)[
+        len(lines) // 2
+    ]
 
 
 def profile(setup: Setup, notes: Notes) -> None:
@@ -299,7 +322,9 @@ def profile(setup: Setup, notes: Notes) -> None:
 def cifar_profile(setup: Setup, notes: Notes) -> None:
     """Note the ten longest kernels of one step of configs/cifar10/moco.yaml with its views."""
     method = cifar(setup, "bf16" if setup.cuda else "off")
-    kernels(setup, notes, method, [x.to(setup.device) for x in crops(method.recipe, setup.size(512, 8))])
+    kernels(
+        setup, notes, method, [x.to(setup.device) for x in crops(method.recipe, setup.size(512, 8))]
+    )
 
 
 def kernels(setup: Setup, notes: Notes, method: Method, images: list[Tensor]) -> None:
@@ -325,7 +350,11 @@ def kernels(setup: Setup, notes: Notes, method: Method, images: list[Tensor]) ->
         events = [event for event in events if "CUDA" in str(event.device_type)] or events
 
     def microseconds(event) -> float:
-        names = ("self_device_time_total", "self_cuda_time_total") if setup.cuda else ("self_cpu_time_total",)
+        names = (
+            ("self_device_time_total", "self_cuda_time_total")
+            if setup.cuda
+            else ("self_cpu_time_total",)
+        )
         return next((float(getattr(event, name)) for name in names if hasattr(event, name)), 0.0)
 
     total = sum(map(microseconds, events)) or 1.0
@@ -347,7 +376,11 @@ def cifar(setup: Setup, amp: str, *more: str) -> Method:
     """Return the method of configs/cifar10/moco.yaml."""
     config = measure.ROOT / "configs" / "cifar10" / "moco.yaml"
     small = ["--image-size", 16, "--moco-k", 64] if setup.tiny else []
-    return Method("main_synco", ["--cfg", config, "-b", setup.size(512, 8), "--amp", amp, *small, *more], setup)
+    return Method(
+        "main_synco",
+        ["--cfg", config, "-b", setup.size(512, 8), "--amp", amp, *small, *more],
+        setup,
+    )
 
 
 def cifar_step(setup: Setup, notes: Notes) -> None:
@@ -373,14 +406,18 @@ def cifar_step(setup: Setup, notes: Notes) -> None:
     candidates: dict[str, Callable[[], object]] = {}
     for amp in precisions:
         candidates[f"step, amp {amp}"], candidates["views"] = candidate(amp)
-    candidates["step, one BN group"], _ = candidate(precisions[-1], "--bn-splits", "1", "--no-bn-splits-query")
+    candidates["step, one BN group"], _ = candidate(
+        precisions[-1], "--bn-splits", "1", "--no-bn-splits-query"
+    )
     for run in candidates.values():
         run()
     times = in_turns(setup, candidates, setup.size(10, 1))
     for name, seconds in measure.medians(times).items():
         notes[f"{name} ms"] = 1e3 * seconds
     best = min(measure.medians(times)[f"step, amp {amp}"] for amp in precisions)
-    notes["minutes of 19,400 steps with views"] = 19400 * (best + measure.medians(times)["views"]) / 60
+    notes["minutes of 19,400 steps with views"] = (
+        19400 * (best + measure.medians(times)["views"]) / 60
+    )
 
 
 def groups(setup: Setup, notes: Notes) -> None:
@@ -393,7 +430,9 @@ def groups(setup: Setup, notes: Notes) -> None:
     for shape in shapes if setup.cuda else ((16, 8, 4, 4),):
         norm = nn.BatchNorm2d(shape[1]).to(setup.device)
         batch_norm.split_batch_norm(norm, 8)
-        x = torch.randn(shape, device=setup.device, dtype=kind).contiguous(memory_format=torch.channels_last)
+        x = torch.randn(shape, device=setup.device, dtype=kind).contiguous(
+            memory_format=torch.channels_last
+        )
         x.requires_grad_()
 
         def run(name: str, norm: nn.Module = norm, x: Tensor = x) -> None:
@@ -415,7 +454,9 @@ def compiled(setup: Setup, notes: Notes) -> None:
         "moco": partial(Ours, "moco", setup, "bf16", size),
         "compiled": partial(Ours, "moco", setup, "bf16", size, "--compile"),
     }
-    quotients(notes, timed(setup, makers, notes, size), {"moco over compiled": ("moco", "compiled")})
+    quotients(
+        notes, timed(setup, makers, notes, size), {"moco over compiled": ("moco", "compiled")}
+    )
     color.fuse()  # cannot be undone, so this part is the last of its process
     views(setup, fused := Notes())
     notes["compiled views ms"] = fused["ms"]

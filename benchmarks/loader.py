@@ -59,7 +59,9 @@ def main() -> None:
     parser.add_argument("--images", type=int, help=count)
     parser.add_argument("--batch", type=int, default=512, help="with --small: images in one batch")
     parser.add_argument("--size", type=int, default=224, help="pixels of a view; --small has 32")
-    parser.add_argument("--compile", action="store_true", help="have torch.compile fuse our colour operations")
+    parser.add_argument(
+        "--compile", action="store_true", help="have torch.compile fuse our colour operations"
+    )
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.compile:
@@ -82,9 +84,16 @@ def main() -> None:
             candidates["lightly"] = lambda: stacked(theirs(pil_image(path)) for path in paths)
         times = measure.side_by_side(candidates, args.rounds, torch.device("cpu"))
     seconds = measure.medians(times)
-    table = [{"pipeline": name, "ms/image": 1e3 * s / args.images, "images/s": args.images / s} for name, s in seconds.items()]
+    table = [
+        {"pipeline": name, "ms/image": 1e3 * s / args.images, "images/s": args.images / s}
+        for name, s in seconds.items()
+    ]
     others = [name for name in times if name not in ("host", "cpu")]
-    ratios = {f"{ours}_over_{other}": measure.ratio(times[other], times[ours]) for ours in ("host", "cpu") for other in others}
+    ratios = {
+        f"{ours}_over_{other}": measure.ratio(times[other], times[ours])
+        for ours in ("host", "cpu")
+        for other in others
+    }
     facts = {
         "images": args.images,
         "pixels": args.size,
@@ -157,7 +166,10 @@ def batches(images: ImageArray, batch: int) -> Iterator[loader.Batch]:
 def coloured(batch: loader.Batch) -> list[Tensor]:
     """Return the views of a batch after the colour operations and normalization."""
     generator = torch.Generator().manual_seed(next(_epochs))
-    return [color.augment(crops, view, generator) for crops, view in zip(batch.views, SMALL, strict=True)]
+    return [
+        color.augment(crops, view, generator)
+        for crops, view in zip(batch.views, SMALL, strict=True)
+    ]
 
 
 class Pil(Dataset):
@@ -191,17 +203,25 @@ _epochs = itertools.count()  # every round draws anew, as the others do
 
 
 def host(folder: ImageFolder, size: int) -> loader.Batch:
-    views, epoch = loader.Views(folder, loader.RandomCrops(recipe("mocov2", size), seed=0)), next(_epochs)
+    views, epoch = (
+        loader.Views(folder, loader.RandomCrops(recipe("mocov2", size), seed=0)),
+        next(_epochs),
+    )
     return loader.collate([views[epoch, i] for i in range(len(folder))])
 
 
 def cpu(folder: ImageFolder, size: int) -> list[Tensor]:
     batch = host(folder, size)
     generator = torch.Generator().manual_seed(next(_epochs))
-    return [color.augment(crops, view, generator) for crops, view in zip(batch.views, recipe("mocov2", size), strict=True)]
+    return [
+        color.augment(crops, view, generator)
+        for crops, view in zip(batch.views, recipe("mocov2", size), strict=True)
+    ]
 
 
-def two_views(paths: list[str], read: Callable[[str], Image.Image | Tensor], transform: Transform) -> list[Tensor]:
+def two_views(
+    paths: list[str], read: Callable[[str], Image.Image | Tensor], transform: Transform
+) -> list[Tensor]:
     return stacked((transform(image), transform(image)) for image in map(read, paths))
 
 
@@ -249,7 +269,12 @@ def lightly(size: int) -> Callable[[Image.Image], list[Tensor]] | None:
 
 def photographs() -> list[np.ndarray]:
     """Return the photographs that come with scikit-image and scikit-learn, uint8 [H, W, 3]."""
-    return [skimage.data.astronaut(), skimage.data.coffee(), skimage.data.immunohistochemistry(), *load_sample_images().images]
+    return [
+        skimage.data.astronaut(),
+        skimage.data.coffee(),
+        skimage.data.immunohistochemistry(),
+        *load_sample_images().images,
+    ]
 
 
 def make(folder: Path, images: int) -> list[int]:
@@ -259,7 +284,10 @@ def make(folder: Path, images: int) -> list[int]:
     draw, sizes = random.Random(0), []
     while len(sizes) < images:
         photograph = draw.choice(sources)
-        left, top = draw.randint(0, photograph.width - WIDTH), draw.randint(0, photograph.height - HEIGHT)
+        left, top = (
+            draw.randint(0, photograph.width - WIDTH),
+            draw.randint(0, photograph.height - HEIGHT),
+        )
         patch = photograph.crop((left, top, left + WIDTH, top + HEIGHT))
         for quality in range(98, 50, -2):
             file = io.BytesIO()

@@ -17,20 +17,34 @@ from moco.files import names_like, write_json
 ROOT = Path(__file__).resolve().parent.parent
 
 Times = dict[str, list[float]]
-Candidates = dict[str, Callable[[], object]]  # one that returns a float has taken its own time, in seconds
+Candidates = dict[
+    str, Callable[[], object]
+]  # one that returns a float has taken its own time, in seconds
 
 
 def parser(description: str) -> argparse.ArgumentParser:
     """The options that every benchmark has."""
-    p = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("--rounds", type=int, default=15, help="every candidate runs once in each; the medians count")
+    p = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    p.add_argument(
+        "--rounds",
+        type=int,
+        default=15,
+        help="every candidate runs once in each; the medians count",
+    )
     add_json(p)
     return p
 
 
 def add_json(p: argparse.ArgumentParser) -> None:
     """Add --json, where the results go."""
-    p.add_argument("--json", type=_new_file, metavar="FILE", help="by default runs/benchmarks/NAME.json, or NAME-2.json, ...")
+    p.add_argument(
+        "--json",
+        type=_new_file,
+        metavar="FILE",
+        help="by default runs/benchmarks/NAME.json, or NAME-2.json, ...",
+    )
 
 
 def _new_file(text: str) -> Path:
@@ -85,10 +99,14 @@ def peak_memory(run: Callable[[], object], device: torch.device) -> int:
         run()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
         run()
     held = peak = 0
-    for event in sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+    for event in sorted(
+        profile.profiler.kineto_results.events(), key=lambda event: event.start_ns()
+    ):
         if event.name() == "[memory]":
             held += event.nbytes()
             peak = max(peak, held)
@@ -96,13 +114,20 @@ def peak_memory(run: Callable[[], object], device: torch.device) -> int:
 
 
 def report(
-    name: str, table: list[dict[str, object]], ratios: dict[str, float], facts: dict[str, object], file: Path | None
+    name: str,
+    table: list[dict[str, object]],
+    ratios: dict[str, float],
+    facts: dict[str, object],
+    file: Path | None,
 ) -> None:
     """Print the rows and the ratios, and write them with the machine's facts to a JSON file."""
     facts = {"torch": torch.__version__, "threads": torch.get_num_threads(), **facts}
     print("  ".join(f"{key} {value}" for key, value in facts.items()))
     columns = list(table[0])
-    rows = [[value if isinstance(value, str) else f"{value:.4g}" for value in row.values()] for row in table]
+    rows = [
+        [value if isinstance(value, str) else f"{value:.4g}" for value in row.values()]
+        for row in table
+    ]
     widths = [max(len(row[i]) for row in [columns, *rows]) for i in range(len(columns))]
     for row in [columns, *rows]:
         print("  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)))

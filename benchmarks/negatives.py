@@ -35,7 +35,9 @@ def main() -> None:
     parser.add_argument("--k", type=int, default=65536, help="rows of the bank")
     parser.add_argument("--dim", type=int, default=128)
     parser.add_argument("--n-hard", type=int, default=1024)
-    parser.add_argument("--counts", type=int, nargs=6, default=(256, 256, 256, 64, 64, 64), metavar="N")
+    parser.add_argument(
+        "--counts", type=int, nargs=6, default=(256, 256, 256, 64, 64, 64), metavar="N"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     device = torch.device(args.device)
@@ -47,14 +49,24 @@ def main() -> None:
     times = measure.side_by_side(candidates, args.rounds, device)
     seconds = measure.medians(times)
     memory = {name: measure.peak_memory(run, device) for name, run in candidates.items()}
-    table = [{"head": name, "ms": 1e3 * seconds[name], "MiB": memory[name] / 2**20} for name in candidates]
+    table = [
+        {"head": name, "ms": 1e3 * seconds[name], "MiB": memory[name] / 2**20}
+        for name in candidates
+    ]
     ratios = {
         "synco_over_moco": measure.ratio(times["synco"], times["moco"]),
         "synco_over_plain_moco": measure.ratio(times["synco"], times["plain"]),
-        "loop_extra_over_ours_extra": measure.extra(times["loop"], times["plain"]) / measure.extra(times["synco"], times["moco"]),
+        "loop_extra_over_ours_extra": measure.extra(times["loop"], times["plain"])
+        / measure.extra(times["synco"], times["moco"]),
         "explicit_memory_over_ours": memory["explicit"] / memory["synco"],
     }
-    sizes = {"N": args.n, "K": args.k, "C": args.dim, "n_hard": args.n_hard, "counts": list(args.counts)}
+    sizes = {
+        "N": args.n,
+        "K": args.k,
+        "C": args.dim,
+        "n_hard": args.n_hard,
+        "counts": list(args.counts),
+    }
     measure.report("negatives", table, ratios, {"device": str(device), **sizes}, args.json)
 
 
@@ -63,7 +75,9 @@ class Heads:
 
     def __init__(self, args, device: torch.device):
         self.kind = synthetic.Synthetic(args.n_hard, tuple(args.counts))
-        self.model = SynCo(nn.Identity, args.dim, args.k, T=T, kind=self.kind, warmup_epochs=1).to(device)
+        self.model = SynCo(nn.Identity, args.dim, args.k, T=T, kind=self.kind, warmup_epochs=1).to(
+            device
+        )
         self.bank = self.model.queue
         self.q, self.k = (unit(torch.randn(args.n, args.dim, device=device)) for _ in range(2))
         self.q.requires_grad_()
@@ -73,7 +87,9 @@ class Heads:
             self.theirs.memory_bank.bank.copy_(self.bank)
 
     def draw(self) -> synthetic.Draws:
-        return synthetic.draw(self.kind, *self.q.shape, AFTER_WARMUP.generator(NEGATIVES, self.q.device, 0))
+        return synthetic.draw(
+            self.kind, *self.q.shape, AFTER_WARMUP.generator(NEGATIVES, self.q.device, 0)
+        )
 
     def topk(self, similarity: Tensor) -> Tensor:
         return similarity.topk(self.kind.n_hard, 1).indices
@@ -121,7 +137,9 @@ class Heads:
         return self._backward(self.theirs(self.q, self.k))
 
     @torch.no_grad()
-    def _hard_vectors(self, similarity: Tensor, draws: synthetic.Draws) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    def _hard_vectors(
+        self, similarity: Tensor, draws: synthetic.Draws
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """q [N, 1, C]; the drawn rows of each type [N, n, C], type 4 with its noise; the vectors of types 1, 2 and 3."""
         hard = self.topk(similarity)
         q = self.q.detach()[:, None, :]
@@ -129,7 +147,11 @@ class Heads:
         other = self.bank[hard.gather(1, draws.second)]
         a, b, g = (weight[:, :, None] for weight in (draws.a, draws.b, draws.g))
         near[3] = near[3] + draws.noise
-        return q, near, [a * q + (1 - a) * near[0], q + b * (near[1] - q), g * near[2] + (1 - g) * other]
+        return (
+            q,
+            near,
+            [a * q + (1 - a) * near[0], q + b * (near[1] - q), g * near[2] + (1 - g) * other],
+        )
 
     def _cross_entropy(self, negatives: list[Tensor]) -> Tensor:
         logits = torch.cat([(self.q * self.k).sum(1, keepdim=True), *negatives], 1) / T
@@ -150,15 +172,26 @@ def check(heads: Heads) -> None:
     """
     similarity = heads.q.detach() @ heads.bank.T
     hard = synthetic.hardest(similarity, heads.kind.n_hard)
-    assert torch.equal(similarity.gather(1, hard), similarity.gather(1, heads.topk(similarity))), "these are not the hardest rows"
-    with mock.patch.object(synthetic, "hardest", lambda *_: hard), mock.patch.object(heads, "topk", lambda _: hard):
+    assert torch.equal(similarity.gather(1, hard), similarity.gather(1, heads.topk(similarity))), (
+        "these are not the hardest rows"
+    )
+    with (
+        mock.patch.object(synthetic, "hardest", lambda *_: hard),
+        mock.patch.object(heads, "topk", lambda _: hard),
+    ):
         exact = copy.copy(heads)
         exact.q = heads.q.detach().double().requires_grad_()
         exact.k, exact.bank = heads.k.double(), heads.bank.double()
-        for truth, names in ((exact.plain, ["moco", "plain"]), (exact.explicit, ["synco", "explicit", "loop"])):
+        for truth, names in (
+            (exact.plain, ["moco", "plain"]),
+            (exact.explicit, ["synco", "explicit", "loop"]),
+        ):
             loss = truth()
             for name in names:
-                pairs = {"loss": (getattr(heads, name)(), loss), "gradient": (heads.q.grad, exact.q.grad)}
+                pairs = {
+                    "loss": (getattr(heads, name)(), loss),
+                    "gradient": (heads.q.grad, exact.q.grad),
+                }
                 for what, (mine, true) in pairs.items():
                     off = (mine - true).abs().max().item()
                     assert off <= 5e-6, f"{name}: its {what} is {off:.1e} off the one in float64"

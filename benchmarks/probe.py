@@ -34,10 +34,14 @@ def main() -> None:
     def five() -> float:
         metrics, seconds = probe(args, *RATES)
         for lr, top1 in alone.items():
-            assert metrics[f"acc1_lr{lr:g}"] == top1, f"the head of rate {lr:g} is not the one it is alone"
+            assert metrics[f"acc1_lr{lr:g}"] == top1, (
+                f"the head of rate {lr:g} is not the one it is alone"
+            )
         return seconds
 
-    times = measure.side_by_side({"one rate": one, "five rates": five}, args.rounds, torch.device("cpu"), warm=0)
+    times = measure.side_by_side(
+        {"one rate": one, "five rates": five}, args.rounds, torch.device("cpu"), warm=0
+    )
     table = [{"probe": name, "s": value} for name, value in measure.medians(times).items()]
     ratios = {"five_over_one": measure.ratio(times["five rates"], times["one rate"])}
     facts = {"data": args.data, "arch": args.arch, "pixels": args.size, "epochs": args.epochs}
@@ -48,9 +52,23 @@ def probe(args, *rates: float) -> tuple[dict[str, float], float]:
     """Metrics of one run from the shell, and the seconds that it trained and tested for."""
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
-        command = [sys.executable, "main_lincls.py", args.data, "-a", args.arch, "--image-size", args.size, "-b", 32, "-j", 1]
+        command = [
+            sys.executable,
+            "main_lincls.py",
+            args.data,
+            "-a",
+            args.arch,
+            "--image-size",
+            args.size,
+            "-b",
+            32,
+            "-j",
+            1,
+        ]
         command += ["--epochs", args.epochs, "--save-dir", run, "--lr", *rates]
-        subprocess.run([str(word) for word in command], cwd=measure.ROOT, check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(
+            [str(word) for word in command], cwd=measure.ROOT, check=True, stdout=subprocess.DEVNULL
+        )
         metrics = json.loads((run / "results.json").read_text())["metrics"]
         last = (run / "log.jsonl").read_text().splitlines()[-1]
     return metrics, json.loads(last)["time"]

@@ -30,7 +30,9 @@ def main() -> None:
         times = measure.side_by_side(candidates, args.rounds, torch.device("cpu"))
     table = [{"list": name, "ms": 1e3 * value} for name, value in measure.medians(times).items()]
     ratios = {"torchvision_over_ours": measure.ratio(times["torchvision"], times["ours"])}
-    measure.report("startup", table, ratios, {"files": args.files, "classes": args.classes}, args.json)
+    measure.report(
+        "startup", table, ratios, {"files": args.files, "classes": args.classes}, args.json
+    )
 
 
 def make(root: Path, files: int, classes: int) -> None:

@@ -44,10 +44,21 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32, help="of one process")
     parser.add_argument("--k", type=int, default=65536, help="rows of the queue")
     parser.add_argument(
-        "--amp", choices=("off", "bf16", "fp16"), default="bf16" if torch.cuda.is_available() else "off", help="of ours"
+        "--amp",
+        choices=("off", "bf16", "fp16"),
+        default="bf16" if torch.cuda.is_available() else "off",
+        help="of ours",
     )
-    parser.add_argument("--processes", type=int, nargs="+", default=[1] if torch.cuda.device_count() == 1 else [1, 2], metavar="N")
-    parser.add_argument("--largest-batch", action="store_true", help="of one process on a GPU: find what fits, too")
+    parser.add_argument(
+        "--processes",
+        type=int,
+        nargs="+",
+        default=[1] if torch.cuda.device_count() == 1 else [1, 2],
+        metavar="N",
+    )
+    parser.add_argument(
+        "--largest-batch", action="store_true", help="of one process on a GPU: find what fits, too"
+    )
     args = parser.parse_args()
     table, ratios = [], {}
     for n in args.processes:
@@ -64,13 +75,26 @@ def main() -> None:
             f"ours_over_plain{suffix}": measure.ratio(times["moco"], times["plain"]),
             **{f"largest_batch_{name}{suffix}": batch for name, batch in found["largest"].items()},
         }
-    facts = {"arch": args.arch, "pixels": args.size, "batch": args.batch, "K": args.k, "amp": args.amp, "device": found["device"]}
+    facts = {
+        "arch": args.arch,
+        "pixels": args.size,
+        "batch": args.batch,
+        "K": args.k,
+        "amp": args.amp,
+        "device": found["device"],
+    }
     measure.report("step", table, ratios, facts, args.json)
 
 
 def on_processes(n: int, args: Namespace) -> dict:
     """What rank 0 of `n` processes measures."""
-    options = {"multiprocessing_distributed": n > 1, "nproc_per_node": n, "world_size": 1, "rank": 0, "gpu": None}
+    options = {
+        "multiprocessing_distributed": n > 1,
+        "nproc_per_node": n,
+        "world_size": 1,
+        "rank": 0,
+        "gpu": None,
+    }
     options |= {"dist_url": "auto", "dist_backend": None, "batch_size": n * args.batch}
     options["device"] = "auto"
     with tempfile.TemporaryDirectory() as folder:
@@ -82,7 +106,9 @@ def on_processes(n: int, args: Namespace) -> dict:
 def worker(args: Namespace, device: torch.device) -> None:
     steps = {name: Step(name, args, device) for name in KINDS}
     check(steps, args.batch)
-    times = measure.side_by_side({name: lambda s=step: s(args.batch) for name, step in steps.items()}, args.rounds, device)
+    times = measure.side_by_side(
+        {name: lambda s=step: s(args.batch) for name, step in steps.items()}, args.rounds, device
+    )
     largest = {}
     if args.largest_batch and device.type == "cuda" and distributed.world() == 1:
         del steps
@@ -99,11 +125,17 @@ class Step:
         torch.manual_seed(0)
         self.args, self.device, self.plain, self.count = args, device, name == "plain", 0
         model = KINDS[name](lambda: resnet(args.arch, 128, mlp=True), 128, args.k, M, T)
-        self.model = model.to(device) if self.plain else precision.place(model, device, compile=False, recompute=False)
+        self.model = (
+            model.to(device)
+            if self.plain
+            else precision.place(model, device, compile=False, recompute=False)
+        )
         groups = [{"params": list(model.encoder_q.parameters()), "lr": LR, "weight_decay": 1e-4}]
         self.amp = "off" if self.plain else args.amp
         options = Namespace(optimizer="sgd", momentum=0.9, nesterov=False, amp=self.amp)
-        self.optimizer = torch.optim.SGD(groups, momentum=0.9) if self.plain else optim.make(groups, options)
+        self.optimizer = (
+            torch.optim.SGD(groups, momentum=0.9) if self.plain else optim.make(groups, options)
+        )
         self.scaler = precision.scaler(self.amp, device)
         self.ddp = distributed.data_parallel(model)
         self.mean, self.views = Mean(), None
@@ -138,24 +170,40 @@ class PlainMoCo(MoCo):
             k = self.plain_keys(views[1], progress)
         own = k[distributed.rank() * len(q) :][: len(q)]
         logits = (
-            torch.cat([torch.einsum("nc,nc->n", q, own)[:, None], torch.einsum("nc,kc->nk", q, self.queue.clone())], 1) / self.T
+            torch.cat(
+                [
+                    torch.einsum("nc,nc->n", q, own)[:, None],
+                    torch.einsum("nc,kc->nk", q, self.queue.clone()),
+                ],
+                1,
+            )
+            / self.T
         )
         labels = torch.zeros(len(q), dtype=torch.long, device=q.device)
         top = logits.topk(5, 1).indices
         self.k = k
-        return F.cross_entropy(logits, labels), {"acc1": (top[:, 0] == 0).float().mean(), "acc5": (top == 0).any(1).float().mean()}
+        return F.cross_entropy(logits, labels), {
+            "acc1": (top[:, 0] == 0).float().mean(),
+            "acc5": (top == 0).any(1).float().mean(),
+        }
 
     def plain_keys(self, images, progress):
         everything = distributed.all_gather(images)
-        permutation = torch.randperm(len(everything), generator=progress.generator(SHUFFLE, "cpu")).to(images.device)
+        permutation = torch.randperm(
+            len(everything), generator=progress.generator(SHUFFLE, "cpu")
+        ).to(images.device)
         mine = everything[permutation.view(distributed.world(), -1)[distributed.rank()]]
         groups = 1 if distributed.world() > 1 else max(1, min(GROUPS, len(images) // MIN_BN_GROUP))
-        k = torch.cat([F.normalize(self.encoder_k(group), dim=1) for group in mine.tensor_split(groups)])
+        k = torch.cat(
+            [F.normalize(self.encoder_k(group), dim=1) for group in mine.tensor_split(groups)]
+        )
         return distributed.all_gather(k)[permutation.argsort()]
 
     @torch.no_grad()
     def after_step(self):
-        for of_q, of_k in zip(self.encoder_q.parameters(), self.encoder_k.parameters(), strict=True):
+        for of_q, of_k in zip(
+            self.encoder_q.parameters(), self.encoder_k.parameters(), strict=True
+        ):
             of_k.data = of_k.data * self.m + of_q.data * (1 - self.m)
         self.enqueue(self.k)
 
@@ -172,7 +220,9 @@ def check(steps: dict[str, Step], batch: int) -> None:
     """Two steps of plain MoCo and of ours have the same losses, to what the precision allows."""
     tolerance = 1e-3 if steps["moco"].amp == "off" else 0.1
     for _ in range(2):
-        torch.testing.assert_close(steps["moco"](batch), steps["plain"](batch), rtol=0, atol=tolerance)
+        torch.testing.assert_close(
+            steps["moco"](batch), steps["plain"](batch), rtol=0, atol=tolerance
+        )
 
 
 def largest_batch(name: str, args: Namespace, device: torch.device) -> int:

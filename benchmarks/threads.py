@@ -24,19 +24,35 @@ SETTINGS = {
     "passive": {"OMP_WAIT_POLICY": "PASSIVE"},
     "one thread": {"OMP_NUM_THREADS": "1"},
 }
-CHOSEN = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "OMP_NUM_THREADS", "KMP_BLOCKTIME", "GOMP_CPU_AFFINITY")
+CHOSEN = (
+    "GOMP_SPINCOUNT",
+    "OMP_WAIT_POLICY",
+    "OMP_NUM_THREADS",
+    "KMP_BLOCKTIME",
+    "GOMP_CPU_AFFINITY",
+)
 
 
 def main() -> None:
     parser = measure.parser(__doc__.splitlines()[0])
     parser.set_defaults(rounds=5)
-    parser.add_argument("--busy", type=int, default=os.cpu_count(), metavar="N", help="busy programs next to the training")
+    parser.add_argument(
+        "--busy",
+        type=int,
+        default=os.cpu_count(),
+        metavar="N",
+        help="busy programs next to the training",
+    )
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--steps", type=int, default=8, help="measured steps of each round")
     parser.add_argument("--arch", default="resnet18")
     parser.add_argument("--size", type=int, default=64, help="pixels")
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--train", action="store_true", help="internal: train in this process and print images per second")
+    parser.add_argument(
+        "--train",
+        action="store_true",
+        help="internal: train in this process and print images per second",
+    )
     args = parser.parse_args()
     if args.train:
         print(train(args.arch, args.size, args.batch_size, args.steps))
@@ -53,16 +69,40 @@ def main() -> None:
                 other.wait()
         where = f"beside {busy}" if busy else "alone"
         for name, values in times.items():
-            table.append({"setting": name, "where": where, "images/s": 1 / measure.medians({name: values})[name]})
-            ratios[f"{name}, {where}: speed over the default's"] = measure.ratio(times[args.settings[0]], values)
-    facts = {"arch": args.arch, "pixels": args.size, "batch": args.batch_size, "cores": os.cpu_count()}
+            table.append(
+                {
+                    "setting": name,
+                    "where": where,
+                    "images/s": 1 / measure.medians({name: values})[name],
+                }
+            )
+            ratios[f"{name}, {where}: speed over the default's"] = measure.ratio(
+                times[args.settings[0]], values
+            )
+    facts = {
+        "arch": args.arch,
+        "pixels": args.size,
+        "batch": args.batch_size,
+        "cores": os.cpu_count(),
+    }
     measure.report("threads", table, ratios, facts, args.json)
 
 
 def seconds(name: str, args) -> float:
     """Return a setting's seconds per image, in a process of its own."""
-    environment = {key: value for key, value in os.environ.items() if key not in CHOSEN} | SETTINGS[name]
-    shape = ("--arch", args.arch, "--size", args.size, "--batch-size", args.batch_size, "--steps", args.steps)
+    environment = {key: value for key, value in os.environ.items() if key not in CHOSEN} | SETTINGS[
+        name
+    ]
+    shape = (
+        "--arch",
+        args.arch,
+        "--size",
+        args.size,
+        "--batch-size",
+        args.batch_size,
+        "--steps",
+        args.steps,
+    )
     command = [sys.executable, __file__, "--train", *map(str, shape)]
     found = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
     return 1 / float(found.stdout)

@@ -32,7 +32,11 @@ class Res5ROIHeadsExtraNorm(Res5ROIHeads):
             blocks, width = BASIC[resnets.DEPTH], 8 * resnets.RES2_OUT_CHANNELS
             strides = [2] + [1] * (blocks - 1)
             sizes = {"in_channels": width // 2, "out_channels": width}
-            res5 = nn.Sequential(*ResNet.make_stage(BasicBlock, blocks, stride_per_block=strides, norm=resnets.NORM, **sizes))
+            res5 = nn.Sequential(
+                *ResNet.make_stage(
+                    BasicBlock, blocks, stride_per_block=strides, norm=resnets.NORM, **sizes
+                )
+            )
         else:
             res5, width = super()._build_res5_block(cfg)
         res5.add_module("norm", get_norm(resnets.NORM, width))
@@ -60,22 +64,30 @@ def config(file: Path, options: list[str], gpus: int) -> CfgNode:
         raise InputError(f"{file}: no such config; those of MoCo's protocols are in {CONFIGS}")
     cfg = get_cfg()
     try:
-        CfgNode.load_yaml_with_base(str(file), allow_unsafe=False)  # merging would make the Python objects that it names
+        CfgNode.load_yaml_with_base(
+            str(file), allow_unsafe=False
+        )  # merging would make the Python objects that it names
         cfg.merge_from_file(str(file))
         cfg.merge_from_list(options)
     except Exception as error:  # yacs and PyYAML raise many kinds
         what = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"{' '.join([str(file), *options])}: {what}; options are pairs, as in SOLVER.BASE_LR 0.01") from None
+        raise InputError(
+            f"{' '.join([str(file), *options])}: {what}; options are pairs, as in SOLVER.BASE_LR 0.01"
+        ) from None
     if arch := source(cfg.MODEL.WEIGHTS).get("arch"):
         if cfg.INPUT.FORMAT != "RGB" or cfg.MODEL.RESNETS.STRIDE_IN_1X1:
-            raise InputError(f"{file}: {cfg.MODEL.WEIGHTS} wants RGB and torchvision's strides; take a config that ends in _moco")
+            raise InputError(
+                f"{file}: {cfg.MODEL.WEIGHTS} wants RGB and torchvision's strides; take a config that ends in _moco"
+            )
         for name, value in resnet_options(arch).items():
             cfg.MODEL.RESNETS[name] = value
     if gpus == 0:
         cfg.MODEL.DEVICE = "cpu"
     if gpus <= 1 and cfg.MODEL.RESNETS.NORM == "SyncBN":
         cfg.MODEL.RESNETS.NORM = "BN"
-        print("MODEL.RESNETS.NORM BN: SyncBN needs several GPUs; each batch's statistics are those of its own images")
+        print(
+            "MODEL.RESNETS.NORM BN: SyncBN needs several GPUs; each batch's statistics are those of its own images"
+        )
     return cfg
 
 
@@ -93,9 +105,15 @@ def converted(weights: str) -> dict[str, Any] | None:
     except InputError as error:
         raise InputError(f"{weights}: {error}; convert the checkpoint again") from None
     if not isinstance(found, dict):
-        raise InputError(f"{weights}: holds a {type(found).__name__}, and no weights; convert a checkpoint")
-    if "source" in found and not (isinstance(found["source"], dict) and isinstance(found.get("model"), dict)):
-        raise InputError(f"{weights}: damaged (what it says of itself is no table); convert the checkpoint again")
+        raise InputError(
+            f"{weights}: holds a {type(found).__name__}, and no weights; convert a checkpoint"
+        )
+    if "source" in found and not (
+        isinstance(found["source"], dict) and isinstance(found.get("model"), dict)
+    ):
+        raise InputError(
+            f"{weights}: damaged (what it says of itself is no table); convert the checkpoint again"
+        )
     return found if "source" in found else None
 
 
@@ -123,12 +141,20 @@ def not_arrived(model: nn.Module, tensors: dict[str, np.ndarray]) -> list[str]:
 
     The norm after res5 is the model's own and is left out.
     """
-    theirs = {("roi_heads." if name.startswith("res5.") else "backbone.") + name: x for name, x in tensors.items()}
+    theirs = {
+        ("roi_heads." if name.startswith("res5.") else "backbone.") + name: x
+        for name, x in tensors.items()
+    }
     own = ("num_batches_tracked", "roi_heads.res5.norm.")
     mine = {
         name: x.cpu()
         for name, x in model.state_dict().items()
-        if name.startswith(("backbone.", "roi_heads.res5.")) and not any(part in name for part in own)
+        if name.startswith(("backbone.", "roi_heads.res5."))
+        and not any(part in name for part in own)
     }
-    same = {name for name in mine.keys() & theirs.keys() if torch.equal(mine[name], torch.from_numpy(theirs[name]))}
+    same = {
+        name
+        for name in mine.keys() & theirs.keys()
+        if torch.equal(mine[name], torch.from_numpy(theirs[name]))
+    }
     return sorted((mine.keys() | theirs.keys()) - same)

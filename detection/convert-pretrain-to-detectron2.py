@@ -22,12 +22,22 @@ from moco.files import creating
 
 
 def main() -> int:
-    parser = tool.OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = tool.OneLineParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("checkpoint", metavar="IN", help="a checkpoint with a ResNet")
-    parser.add_argument("out", metavar="OUT", type=Path, help="the file for MODEL.WEIGHTS; ends in .pkl")
-    parser.add_argument("-a", "--arch", help="of a checkpoint that does not say it (default: resnet50)")
-    parser.add_argument("--check", action="store_true", help="prove with detectron2 that all of it arrives")
-    parser.add_argument("--force", action="store_true", help="replace OUT if it was made from another checkpoint")
+    parser.add_argument(
+        "out", metavar="OUT", type=Path, help="the file for MODEL.WEIGHTS; ends in .pkl"
+    )
+    parser.add_argument(
+        "-a", "--arch", help="of a checkpoint that does not say it (default: resnet50)"
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="prove with detectron2 that all of it arrives"
+    )
+    parser.add_argument(
+        "--force", action="store_true", help="replace OUT if it was made from another checkpoint"
+    )
     return tool.run(parser, work)
 
 
@@ -48,18 +58,28 @@ def convert(file: str, arch: str | None = None) -> dict[str, Any]:
     if arch == about.arch and arch not in resnets.ARCHS:
         raise InputError(f"{file}: is of {arch}, and the detectors here are built on ResNets")
     if about.stem == "cifar":
-        raise InputError(f"{file}: was trained with --stem cifar, and detectron2's ResNets start with a 7x7 convolution")
+        raise InputError(
+            f"{file}: was trained with --stem cifar, and detectron2's ResNets start with a 7x7 convolution"
+        )
     net = resnets.resnet(arch, 1)
     tensors = pretrained.tensors_of(net, state)
     pretrained.load_backbone(net, tensors, file)
     prefix = pretrained.prefix(net, tensors)
     mine = net.state_dict()
     known = {prefix + name for name in mine}
-    left = [name for name in tensors if name.startswith(prefix) and name not in known and not name.startswith(prefix + "fc.")]
+    left = [
+        name
+        for name in tensors
+        if name.startswith(prefix) and name not in known and not name.startswith(prefix + "fc.")
+    ]
     if left:
-        raise InputError(f"{file}: {len(left)} tensors are no part of a {arch}: {pretrained.some(left)}; remove them from it")
+        raise InputError(
+            f"{file}: {len(left)} tensors are no part of a {arch}: {pretrained.some(left)}; remove them from it"
+        )
     model = {}
-    names = [name for name in networks.backbone_keys(net) if not name.endswith("num_batches_tracked")]
+    names = [
+        name for name in networks.backbone_keys(net) if not name.endswith("num_batches_tracked")
+    ]
     width = max(map(len, names)) + len(prefix)
     for name in names:
         new = renamed(name)
@@ -69,7 +89,9 @@ def convert(file: str, arch: str | None = None) -> dict[str, Any]:
     for key, values, usual in (("MEAN", about.mean, MEAN), ("STD", about.std, STD)):
         if values and tuple(values) != usual:
             own = ",".join(f"{255 * value:.3f}" for value in values)
-            print(f"its images were not normalized as ImageNet's: train with MODEL.PIXEL_{key} [{own}]")
+            print(
+                f"its images were not normalized as ImageNet's: train with MODEL.PIXEL_{key} [{own}]"
+            )
     source = {
         "file": str(Path(file).resolve()),
         "sha256": sha256(file),
@@ -77,7 +99,12 @@ def convert(file: str, arch: str | None = None) -> dict[str, Any]:
         "method": about.method,
         "epoch": about.epoch,
     }
-    return {"model": model, "__author__": f"{source['method']}, {file}", "matching_heuristics": True, "source": source}
+    return {
+        "model": model,
+        "__author__": f"{source['method']}, {file}",
+        "matching_heuristics": True,
+        "source": source,
+    }
 
 
 def sha256(file: str) -> str:
@@ -108,7 +135,9 @@ def write(path: Path, converted: dict[str, Any], force: bool = False) -> None:
             with creating(path, force) as file:
                 file.write(data)
     except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror}); choose another place") from None
+        raise InputError(
+            f"{path}: cannot be written ({error.strerror}); choose another place"
+        ) from None
     print(path)
 
 
@@ -120,12 +149,20 @@ def check(path: Path, converted: dict[str, Any]) -> None:
     from detectron2.checkpoint import DetectionCheckpointer
     from detectron2.modeling import build_model
 
-    model = build_model(c4.config(c4.CONFIGS / "pascal_voc_R_50_C4_24k_moco.yaml", ["MODEL.WEIGHTS", str(path)], gpus=0))
+    model = build_model(
+        c4.config(
+            c4.CONFIGS / "pascal_voc_R_50_C4_24k_moco.yaml", ["MODEL.WEIGHTS", str(path)], gpus=0
+        )
+    )
     DetectionCheckpointer(model).load(str(path))
     wrong = c4.not_arrived(model, converted["model"])
     if wrong:
-        raise InputError(f"{path}: {len(wrong)} tensors did not arrive in detectron2's model: {pretrained.some(wrong)}")
-    print(f"{len(converted['model'])} of {len(converted['model'])} backbone tensors arrived in detectron2's model, bit by bit")
+        raise InputError(
+            f"{path}: {len(wrong)} tensors did not arrive in detectron2's model: {pretrained.some(wrong)}"
+        )
+    print(
+        f"{len(converted['model'])} of {len(converted['model'])} backbone tensors arrived in detectron2's model, bit by bit"
+    )
 
 
 if __name__ == "__main__":

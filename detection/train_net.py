@@ -12,7 +12,10 @@ import sys
 from pathlib import Path
 
 if importlib.util.find_spec("detectron2") is None:
-    print("train_net.py: error: needs detectron2; detection/README.md says how to install it", file=sys.stderr)
+    print(
+        "train_net.py: error: needs detectron2; detection/README.md says how to install it",
+        file=sys.stderr,
+    )
     sys.exit(2)
 
 import moco as _first  # noqa: F401 (before torch: sets how its threads wait)
@@ -47,7 +50,14 @@ def train(args: argparse.Namespace) -> None:
     check_data(cfg)
     held = claim(cfg, args) if args.machine_rank == 0 else None
     try:
-        launch(worker, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, args=(cfg, args))
+        launch(
+            worker,
+            args.num_gpus,
+            args.num_machines,
+            args.machine_rank,
+            args.dist_url,
+            args=(cfg, args),
+        )
     finally:
         if held:
             held.release()
@@ -59,7 +69,9 @@ def claim(cfg: CfgNode, args: argparse.Namespace) -> run_folder.Held:
     Raises InputError if another run has written there, unless `--resume` continues it.
     """
     given = Path(cfg.OUTPUT_DIR)
-    continues = args.resume and any((given / name).exists() for name in ("last_checkpoint", c4.SOURCE))
+    continues = args.resume and any(
+        (given / name).exists() for name in ("last_checkpoint", c4.SOURCE)
+    )
     places = run_folder.places(given, "detection") if args.eval_only else iter([given])
     held = run_folder.take(given, places, continues and not args.eval_only, option="OUTPUT_DIR")
     if held.folder != given:
@@ -84,7 +96,9 @@ def parser() -> argparse.ArgumentParser:
 def configure(args: argparse.Namespace) -> CfgNode:
     """The run's configuration. Raises InputError where it cannot run."""
     if args.num_gpus > torch.cuda.device_count():
-        raise InputError(f"--num-gpus {args.num_gpus}: this machine has {torch.cuda.device_count()}; 0 runs on the CPU")
+        raise InputError(
+            f"--num-gpus {args.num_gpus}: this machine has {torch.cuda.device_count()}; 0 runs on the CPU"
+        )
     if args.num_machines > 1 and args.num_gpus == 0:
         raise InputError("--num-machines: several machines need GPUs")
     if not args.config_file:
@@ -97,12 +111,20 @@ def configure(args: argparse.Namespace) -> CfgNode:
     elif weights.startswith(("gs://", "s3://", "hdfs://")):
         refuse_remote(weights, "MODEL.WEIGHTS")
     elif "://" not in weights and not Path(weights).is_file():
-        raise InputError(f"MODEL.WEIGHTS {weights}: no such file; convert a checkpoint with convert-pretrain-to-detectron2.py")
+        raise InputError(
+            f"MODEL.WEIGHTS {weights}: no such file; convert a checkpoint with convert-pretrain-to-detectron2.py"
+        )
     out = Path(cfg.OUTPUT_DIR)
     begun = c4.began_from(out)
-    if args.resume and (out / "last_checkpoint").exists() and begun.get("sha256") != c4.source(weights).get("sha256"):
+    if (
+        args.resume
+        and (out / "last_checkpoint").exists()
+        and begun.get("sha256") != c4.source(weights).get("sha256")
+    ):
         other = begun.get("file", "other weights")
-        raise InputError(f"OUTPUT_DIR {cfg.OUTPUT_DIR}: the run there began from {other}; choose another folder")
+        raise InputError(
+            f"OUTPUT_DIR {cfg.OUTPUT_DIR}: the run there began from {other}; choose another folder"
+        )
     if args.auto_scale and processes < GPUS:
         if cfg.SOLVER.IMS_PER_BATCH % GPUS:
             raise InputError(
@@ -112,13 +134,17 @@ def configure(args: argparse.Namespace) -> CfgNode:
         cfg = DefaultTrainer.auto_scale_workers(cfg, processes)
     solver = cfg.SOLVER
     if solver.IMS_PER_BATCH % processes:
-        raise InputError(f"SOLVER.IMS_PER_BATCH {solver.IMS_PER_BATCH}: must be a multiple of the {processes} GPUs")
+        raise InputError(
+            f"SOLVER.IMS_PER_BATCH {solver.IMS_PER_BATCH}: must be a multiple of the {processes} GPUs"
+        )
     print(
         f"{processes} process(es) on {cfg.MODEL.DEVICE}, batch {solver.IMS_PER_BATCH}, lr {solver.BASE_LR:g}, warm-up"
         f" {solver.WARMUP_ITERS}, steps {solver.STEPS}, {solver.MAX_ITER} iterations, norm {cfg.MODEL.RESNETS.NORM}"
     )
     if not args.auto_scale and processes < GPUS:
-        print(f"the schedules are made for {GPUS} GPUs; --auto-scale fits batch, learning rate and iterations to {processes}")
+        print(
+            f"the schedules are made for {GPUS} GPUs; --auto-scale fits batch, learning rate and iterations to {processes}"
+        )
     cfg.freeze()
     return cfg
 
@@ -132,9 +158,13 @@ def check_data(cfg: CfgNode) -> None:
         elif about.get("evaluator_type") == "coco":
             file = Path(about.json_file)
         else:
-            raise InputError(f"DATASETS: '{name}' is neither a VOC nor a COCO data set that detectron2 knows")
+            raise InputError(
+                f"DATASETS: '{name}' is neither a VOC nor a COCO data set that detectron2 knows"
+            )
         if not file.is_file():
-            raise InputError(f"{name}: no {file}; set DETECTRON2_DATASETS to the folder that holds VOC2007, VOC2012 and coco")
+            raise InputError(
+                f"{name}: no {file}; set DETECTRON2_DATASETS to the folder that holds VOC2007, VOC2012 and coco"
+            )
 
 
 def worker(cfg: CfgNode, args: argparse.Namespace) -> None:
@@ -142,7 +172,9 @@ def worker(cfg: CfgNode, args: argparse.Namespace) -> None:
     default_setup(cfg, args)
     if args.eval_only:
         model = Trainer.build_model(cfg)
-        DetectionCheckpointer(model, cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+        DetectionCheckpointer(model, cfg.OUTPUT_DIR).resume_or_load(
+            cfg.MODEL.WEIGHTS, resume=args.resume
+        )
         Trainer.test(cfg, model)
         return
     trainer = Trainer(cfg)
@@ -160,9 +192,13 @@ def check_arrived(cfg: CfgNode, model: torch.nn.Module) -> None:
         return
     wrong = c4.not_arrived(getattr(model, "module", model), found["model"])
     if wrong:
-        raise RuntimeError(f"{cfg.MODEL.WEIGHTS}: {len(wrong)} tensors did not arrive in the model: {pretrained.some(wrong)}")
+        raise RuntimeError(
+            f"{cfg.MODEL.WEIGHTS}: {len(wrong)} tensors did not arrive in the model: {pretrained.some(wrong)}"
+        )
     if comm.is_main_process():
-        print(f"{len(found['model'])} backbone tensors of {found['source']['file']} arrived bit by bit")
+        print(
+            f"{len(found['model'])} backbone tensors of {found['source']['file']} arrived bit by bit"
+        )
 
 
 class Trainer(DefaultTrainer):
@@ -175,7 +211,9 @@ class Trainer(DefaultTrainer):
         return COCOEvaluator(dataset_name, output_dir=str(Path(cfg.OUTPUT_DIR, "inference")))
 
     @classmethod
-    def test(cls, cfg: CfgNode, model: torch.nn.Module, evaluators: list[DatasetEvaluator] | None = None) -> dict:
+    def test(
+        cls, cfg: CfgNode, model: torch.nn.Module, evaluators: list[DatasetEvaluator] | None = None
+    ) -> dict:
         found = super().test(cfg, model, evaluators)
         if found and comm.is_main_process():
             write_results(cfg, found)
@@ -211,8 +249,12 @@ def write_results(cfg: CfgNode, found: dict[str, dict[str, float]]) -> None:
         seed=cfg.SEED,
     )
     # the protocol: iterations of 16 images
-    results.write_results(run, f"detection {solver.IMS_PER_BATCH * solver.MAX_ITER / 16_000:g}k", metrics)
-    shown = "  ".join(f"{name.replace('_ap', ' AP')} {100 * value:.3f}" for name, value in metrics.items())
+    results.write_results(
+        run, f"detection {solver.IMS_PER_BATCH * solver.MAX_ITER / 16_000:g}k", metrics
+    )
+    shown = "  ".join(
+        f"{name.replace('_ap', ' AP')} {100 * value:.3f}" for name, value in metrics.items()
+    )
     print(f"* {shown or 'no AP: the model detects nothing yet'}")
 
 

@@ -53,7 +53,9 @@ def all_gather_uneven(x: Tensor) -> Tensor:
         return x
     sizes = all_gather(torch.tensor([len(x)], device=x.device)).tolist()
     padded = torch.cat([x, x.new_zeros((max(sizes) - len(x), *x.shape[1:]))])
-    return torch.cat([part[:n] for part, n in zip(all_gather(padded).chunk(world()), sizes, strict=True)])
+    return torch.cat(
+        [part[:n] for part, n in zip(all_gather(padded).chunk(world()), sizes, strict=True)]
+    )
 
 
 class _AllGather(torch.autograd.Function):
@@ -98,14 +100,18 @@ def sync_batch_norm(module: nn.Module, device: torch.device) -> nn.Module:
     """`module` with every batch norm over the joint batch of all ranks in place of the rank's own; as it is for one process."""
     if world() == 1:
         return module
-    norms = [child for child in module.modules() if isinstance(child, nn.BatchNorm1d | nn.BatchNorm2d)]
+    norms = [
+        child for child in module.modules() if isinstance(child, nn.BatchNorm1d | nn.BatchNorm2d)
+    ]
     if device.type != "cuda":
         for norm in norms:
             norm.__class__ = _synced(type(norm))
         return module
     if all(type(norm) in (nn.BatchNorm1d, nn.BatchNorm2d) for norm in norms):
         return nn.SyncBatchNorm.convert_sync_batchnorm(module)
-    from timm.layers import convert_sync_batchnorm  # which keeps the activations that timm has inside its batch norms
+    from timm.layers import (
+        convert_sync_batchnorm,  # which keeps the activations that timm has inside its batch norms
+    )
 
     return convert_sync_batchnorm(module)
 
@@ -130,7 +136,9 @@ class _SyncBatchNorm:
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)
         out = centred * torch.rsqrt(variance + self.eps).view(shape)
-        out = (out * self.weight.view(shape) + self.bias.view(shape) if self.affine else out).to(x.dtype)
+        out = (out * self.weight.view(shape) + self.bias.view(shape) if self.affine else out).to(
+            x.dtype
+        )
         return self.act(self.drop(out)) if hasattr(self, "act") else out
 
 
@@ -187,10 +195,14 @@ def shuffle(x: Tensor, permutation: Tensor) -> Tensor:
     owner = permutation.div(n, rounding_mode="floor").view(w, n)  # [destination, slot]
     # to each destination go my samples that it asked for, in the order of its slots
     send = [permutation.view(w, n)[d][owner[d] == r] - r * n for d in range(w)]
-    order = torch.cat([(owner[r] == s).nonzero().squeeze(1) for s in range(w)])  # slot of each row as it arrives
+    order = torch.cat(
+        [(owner[r] == s).nonzero().squeeze(1) for s in range(w)]
+    )  # slot of each row as it arrives
     sent = x[devices.to_device(torch.cat(send), x.device)].contiguous()
     arrived = torch.empty_like(sent)
-    dist.all_to_all_single(arrived, sent, owner[r].bincount(minlength=w).tolist(), [len(s) for s in send])
+    dist.all_to_all_single(
+        arrived, sent, owner[r].bincount(minlength=w).tolist(), [len(s) for s in send]
+    )
     return arrived[devices.to_device(order.argsort(), x.device)]
 
 

@@ -45,7 +45,9 @@ def unknown(kind: str, name: object, known: Iterable[str]) -> InputError:
     if near := nearest(str(name), known):
         return InputError(f"{said}; the nearest is '{near}'")
     return InputError(
-        f"{said}; known: {', '.join(known)}" if 0 < len(known) <= FEW else f"{said}; none is similar, --help lists them"
+        f"{said}; known: {', '.join(known)}"
+        if 0 < len(known) <= FEW
+        else f"{said}; none is similar, --help lists them"
     )
 
 

@@ -174,13 +174,23 @@ def read_yaml(path: str | Path) -> dict[str, Scalar | list[Scalar]]:
         values = yaml.load(text, Loader=_OptionLoader)
     except yaml.YAMLError as error:
         raise InputError(f"not YAML: {short(' '.join(str(error).split()), 600)}") from None
-    except (ValueError, RecursionError) as error:  # dates that there are not, numbers of thousands of digits
-        raise InputError(f"not YAML of options: {short(' '.join(str(error).split()), 600)}") from None
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # dates that there are not, numbers of thousands of digits
+        raise InputError(
+            f"not YAML of options: {short(' '.join(str(error).split()), 600)}"
+        ) from None
     if not isinstance(values, dict):
         raise InputError("expected lines of the form 'option: value'")
     for key, value in values.items():
-        if not all(isinstance(one, Scalar) for one in (key, *(value if isinstance(value, list) else [value]))):
-            raise InputError(f"{short(key) if isinstance(key, str) else 'a key'}: expected one value, or a list of values")
+        if not all(
+            isinstance(one, Scalar)
+            for one in (key, *(value if isinstance(value, list) else [value]))
+        ):
+            raise InputError(
+                f"{short(key) if isinstance(key, str) else 'a key'}: expected one value, or a list of values"
+            )
     return {str(key): value for key, value in values.items()}
 
 
@@ -191,11 +201,15 @@ class _OptionLoader(yaml.SafeLoader):
         seen = set()
         for key, _ in node.value:
             if key.tag == "tag:yaml.org,2002:merge":
-                raise yaml.constructor.ConstructorError(None, None, "'<<' is not read; write the options out", key.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, "'<<' is not read; write the options out", key.start_mark
+                )
             if isinstance(key, yaml.ScalarNode):
                 name = key.value.replace("_", "-")
                 if name in seen:
-                    raise yaml.constructor.ConstructorError(None, None, f"'{short(key.value)}' stands twice", key.start_mark)
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"'{short(key.value)}' stands twice", key.start_mark
+                    )
                 seen.add(name)
 
 
@@ -242,7 +256,9 @@ def read_pickle(path: str | Path) -> Any:
     except (OSError, MemoryError) as error:
         raise unreadable(error) from None
     except Exception as error:  # damaged ones end in many kinds
-        raise InputError(f"damaged, or no pickle ({short(' '.join(str(error).split()), 600) or type(error).__name__})") from None
+        raise InputError(
+            f"damaged, or no pickle ({short(' '.join(str(error).split()), 600) or type(error).__name__})"
+        ) from None
 
 
 class _ArrayUnpickler(pickle.Unpickler):
@@ -259,7 +275,9 @@ class _ArrayUnpickler(pickle.Unpickler):
 
 def _scalar(kind: np.dtype, data: bytes) -> np.generic:
     if kind.hasobject:
-        raise InputError("holds an array of Python objects, and only numbers and words are read; save these alone")
+        raise InputError(
+            "holds an array of Python objects, and only numbers and words are read; save these alone"
+        )
     return np.empty(0).dtype.type(0).__reduce__()[0](kind, data)
 
 
@@ -269,7 +287,9 @@ _OF_ARRAYS = {
     ("numpy.core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
     ("numpy.core.multiarray", "scalar"): _scalar,
     ("numpy.core.numeric", "_frombuffer"): np.empty(0).__reduce_ex__(5)[0],
-    ("_codecs", "encode"): lambda text, _: text.encode("latin1"),  # bytes, as protocols without them have it
+    ("_codecs", "encode"): lambda text, _: text.encode(
+        "latin1"
+    ),  # bytes, as protocols without them have it
     ("collections", "OrderedDict"): dict,
 }
 

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-ORDER, CROP, COLOR, SHUFFLE, NEGATIVES, SPLIT, LAYERS, REPLACEMENT = range(8)  # what a draw is for: the first counter of every key
+ORDER, CROP, COLOR, SHUFFLE, NEGATIVES, SPLIT, LAYERS, REPLACEMENT = range(
+    8
+)  # what a draw is for: the first counter of every key
 
 _MASK = (1 << 64) - 1
 _GAMMA = 0x9E3779B97F4A7C15

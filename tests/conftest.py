@@ -31,7 +31,9 @@ os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that they start
 os.environ["PYTHONPATH"] = str(ROOT)
 
 
-def write_images(root: Path, classes: int = 2, train: int = 12, val: int = 5, size: int = 40) -> Path:
+def write_images(
+    root: Path, classes: int = 2, train: int = 12, val: int = 5, size: int = 40
+) -> Path:
     """An ImageNet-style folder of JPEGs; each class has a colour of its own, with noise."""
     rng = np.random.default_rng(0)
     for split, count in (("train", train), ("val", val)):
@@ -39,7 +41,10 @@ def write_images(root: Path, classes: int = 2, train: int = 12, val: int = 5, si
             folder = root / split / f"class{c}"
             folder.mkdir(parents=True)
             for i in range(count):
-                pixels = rng.integers(0, 120, (size, size, 3)) + np.array([c % 2, c // 2 % 2, c // 4 % 2]) * 130
+                pixels = (
+                    rng.integers(0, 120, (size, size, 3))
+                    + np.array([c % 2, c // 2 % 2, c // 4 % 2]) * 130
+                )
                 Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i}.jpg")
     return root
 
@@ -62,15 +67,34 @@ def shared_images(tmp_path_factory) -> Path:
     return write_images(tmp_path_factory.mktemp("images"), classes=3, train=16)
 
 
-def shell(*command: object, env: dict[str, str] | None = None, wait: bool = True) -> subprocess.CompletedProcess | subprocess.Popen:
+def shell(
+    *command: object, env: dict[str, str] | None = None, wait: bool = True
+) -> subprocess.CompletedProcess | subprocess.Popen:
     """Run `python COMMAND` from the project's root, as a user would."""
     words = [sys.executable, *map(str, command)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT, "env": {**os.environ, **(env or {})}}
+    pipes = {
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.PIPE,
+        "text": True,
+        "cwd": ROOT,
+        "env": {**os.environ, **(env or {})},
+    }
     if not wait:
         return subprocess.Popen(words, **pipes)
     # the ports of the published commands: one at a time
-    port = next((port for port in ("10001", "12345") if any(word.endswith((f":{port}", f"port={port}")) for word in words)), None)
-    with FileLock(Path(tempfile.gettempdir()) / f"hard-negatives-port-{port}.lock") if port else contextlib.nullcontext():
+    port = next(
+        (
+            port
+            for port in ("10001", "12345")
+            if any(word.endswith((f":{port}", f"port={port}")) for word in words)
+        ),
+        None,
+    )
+    with (
+        FileLock(Path(tempfile.gettempdir()) / f"hard-negatives-port-{port}.lock")
+        if port
+        else contextlib.nullcontext()
+    ):
         return subprocess.run(words, timeout=600, **pipes)
 
 
@@ -134,7 +158,9 @@ def on_two_ranks(checks: dict[str, tuple], folder: Path) -> Callable[[str], list
 def _rank(rank: int, port: int, checks: dict[str, tuple], folder: str) -> None:
     torch.set_num_threads(1)
     url = f"tcp://127.0.0.1:{port}"
-    dist.init_process_group("gloo", init_method=url, rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    dist.init_process_group(
+        "gloo", init_method=url, rank=rank, world_size=2, timeout=timedelta(seconds=60)
+    )
     found = {name: _attempt(check, rank, *args) for name, (check, *args) in checks.items()}
     torch.save(found, os.path.join(folder, f"{rank}.pt"))
     dist.destroy_process_group()

@@ -72,7 +72,11 @@ def test_the_banks_gradient_is_finite_where_float32_exponentials_would_not_be():
     W[0] = q[0].detach() * 3  # similarity 1: exp(1 / .005) is no float32
     length = W.norm(dim=1, keepdim=True)
     bank = W / length
-    assert bank_gradient(q.detach(), q.detach() @ keys.T, bank, length, q.detach() @ bank.T, 0.005).isfinite().all()
+    assert (
+        bank_gradient(q.detach(), q.detach() @ keys.T, bank, length, q.detach() @ bank.T, 0.005)
+        .isfinite()
+        .all()
+    )
 
 
 def test_ascend_is_sgd():
@@ -98,7 +102,9 @@ def test_the_loss_on_fixed_features_rises_with_the_banks_steps(seed, lr, steps):
         losses.append(slow_loss(q, keys, label, W, 0.02))
         length = W.norm(dim=1, keepdim=True)
         bank = W / length
-        ascend(W, velocity, bank_gradient(q, q @ keys.T, bank, length, q @ bank.T, 0.02), lr, 0.9, 1e-4)
+        ascend(
+            W, velocity, bank_gradient(q, q @ keys.T, bank, length, q @ bank.T, 0.02), lr, 0.9, 1e-4
+        )
     assert losses == sorted(losses) and losses[-1] > losses[0] + 0.1
 
 
@@ -107,13 +113,27 @@ def test_the_loss_on_fixed_features_rises_with_the_banks_steps(seed, lr, steps):
 
 def tiny_encoder():
     return nn.Sequential(
-        nn.Conv2d(3, 8, 3, 2), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, DIM)
+        nn.Conv2d(3, 8, 3, 2),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(32, DIM),
     )
 
 
 def build(kind, **options):
     torch.manual_seed(0)
-    model = AdCo(tiny_encoder, dim=DIM, K=K, m=0.9, T=T, ascent=ASCENT, **KINDS[kind], **{"fill": False, **options}).double()
+    model = AdCo(
+        tiny_encoder,
+        dim=DIM,
+        K=K,
+        m=0.9,
+        T=T,
+        ascent=ASCENT,
+        **KINDS[kind],
+        **{"fill": False, **options},
+    ).double()
     model.bank *= torch.rand(K, 1, dtype=torch.float64) + 0.5
     return model
 
@@ -122,7 +142,9 @@ def views(kind, step, n=B):
     """A batch: two views of one size, and where several crops are asked for, smaller ones."""
     generator = torch.Generator().manual_seed(step)
     sizes = (9, 9, 7, 6) if KINDS[kind].get("multi_crop") else (9, 9)
-    return [torch.randn(n, 3, size, size, generator=generator, dtype=torch.float64) for size in sizes]
+    return [
+        torch.randn(n, 3, size, size, generator=generator, dtype=torch.float64) for size in sizes
+    ]
 
 
 def progress_of(step):
@@ -150,7 +172,9 @@ def test_steps_are_those_of_two_optimizers_on_autograds_gradients(kind):
     model = build(kind)
     slow_q = copy.deepcopy(model.encoder_q)
     W = model.bank.clone().requires_grad_()
-    optimizer = torch.optim.SGD([W], lr=ASCENT.lr, momentum=ASCENT.momentum, weight_decay=ASCENT.weight_decay)
+    optimizer = torch.optim.SGD(
+        [W], lr=ASCENT.lr, momentum=ASCENT.momentum, weight_decay=ASCENT.weight_decay
+    )
     for step in range(4):
         images = views(kind, step)
         keys = {}
@@ -160,7 +184,9 @@ def test_steps_are_those_of_two_optimizers_on_autograds_gradients(kind):
                 keys[view] = F.normalize(encoder(images[view]), dim=1)
         q = {view: F.normalize(slow_q(images[view]), dim=1) for view in range(len(images))}
         slow = slow_combination(kind, q, keys, W.detach(), T)
-        (W.grad,) = torch.autograd.grad(-slow_combination(kind, q, keys, W, ASCENT.T), W, retain_graph=True)
+        (W.grad,) = torch.autograd.grad(
+            -slow_combination(kind, q, keys, W, ASCENT.T), W, retain_graph=True
+        )
         slow_gradients = torch.autograd.grad(slow, list(slow_q.parameters()))
 
         loss, metrics = model(images, torch.arange(B), progress_of(step))
@@ -168,7 +194,9 @@ def test_steps_are_those_of_two_optimizers_on_autograds_gradients(kind):
         torch.testing.assert_close(loss, slow, rtol=0, atol=1e-10)
         assert 0 <= metrics["acc1"] <= metrics["acc5"] <= 1
         with torch.no_grad():
-            for mine, other, g in zip(model.encoder_q.parameters(), slow_q.parameters(), slow_gradients, strict=True):
+            for mine, other, g in zip(
+                model.encoder_q.parameters(), slow_q.parameters(), slow_gradients, strict=True
+            ):
                 torch.testing.assert_close(mine.grad, g, rtol=0, atol=1e-10)
                 mine -= 0.1 * mine.grad
                 other -= 0.1 * g
@@ -185,7 +213,9 @@ def test_labels_of_rank_3_in_a_2_by_2_layout(monkeypatch):
     torch.manual_seed(5)
     q, keys = unit_rows(B, DIM), unit_rows(4 * B, DIM)
     loss, _ = model.contrast([(q, keys)])
-    torch.testing.assert_close(loss, slow_loss(q, keys, range(18, 24), model.bank, T), rtol=0, atol=1e-10)
+    torch.testing.assert_close(
+        loss, slow_loss(q, keys, range(18, 24), model.bank, T), rtol=0, atol=1e-10
+    )
     own = keys.clone()
     own[18:] = q  # only these count as positives
     loss, metrics = model.contrast([(q, own)])
@@ -204,7 +234,8 @@ def test_accuracy_counts_the_other_keys_and_the_bank():
 
 
 @pytest.mark.parametrize(
-    ("cosine", "rates"), [(False, [0.7] * 4), (True, [0.7, 0.7 * 0.8535533905932737, 0.35, 0.7 * 0.14644660940672627])]
+    ("cosine", "rates"),
+    [(False, [0.7] * 4), (True, [0.7, 0.7 * 0.8535533905932737, 0.35, 0.7 * 0.14644660940672627])],
 )
 def test_the_banks_rate_is_constant_or_follows_a_cosine_by_epoch(cosine, rates):
     model = build("single")
@@ -213,7 +244,9 @@ def test_the_banks_rate_is_constant_or_follows_a_cosine_by_epoch(cosine, rates):
         model(views("single", epoch), torch.arange(B), Progress(step=epoch, epoch=epoch, epochs=4))
         before = model.bank.clone()
         model.after_step()
-        torch.testing.assert_close(before - model.bank, rate * model.bank_velocity, rtol=0, atol=1e-12)
+        torch.testing.assert_close(
+            before - model.bank, rate * model.bank_velocity, rtol=0, atol=1e-12
+        )
 
 
 @pytest.mark.parametrize("kind", ["single", "multi"])
@@ -232,7 +265,9 @@ def test_steps_before_epoch_0_fill_the_bank_with_keys_while_the_encoder_trains(k
         model.after_step()
     assert torch.equal(model.bank, torch.cat(seen)[:K])
     assert not model.bank_velocity.any()
-    for (name, mine), other in zip(model.encoder_k.named_parameters(), model.encoder_q.parameters(), strict=True):
+    for (name, mine), other in zip(
+        model.encoder_k.named_parameters(), model.encoder_q.parameters(), strict=True
+    ):
         assert torch.equal(mine, other) and not torch.equal(mine, first[name])
     model(views(kind, 0), torch.arange(B), progress_of(0))
     model.after_step()
@@ -264,7 +299,9 @@ def two_steps(rank, kind):
         torch.manual_seed(step)
         q = {view: unit_rows(2 * B, DIM) for view in range(4)}
         k = {view: unit_rows(2 * B, DIM) for view in range(2)}
-        mine = {view: (x if rank is None else part(x, rank)).requires_grad_() for view, x in q.items()}
+        mine = {
+            view: (x if rank is None else part(x, rank)).requires_grad_() for view, x in q.items()
+        }
         pairs = model.pairs(4 if KINDS[kind].get("multi_crop") else 2)
         loss, _ = model.contrast([(mine[query], k[key]) for query, key in pairs])
         loss.backward()
@@ -276,14 +313,20 @@ def two_steps(rank, kind):
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    return on_two_ranks({kind: (two_steps, kind) for kind in KINDS}, tmp_path_factory.mktemp("ranks"))
+    return on_two_ranks(
+        {kind: (two_steps, kind) for kind in KINDS}, tmp_path_factory.mktemp("ranks")
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_ranks_are_one_with_the_joint_batch(ranks, kind):
     for first, second, joint in zip(*ranks(kind), two_steps(None, kind), strict=True):
-        torch.testing.assert_close((first["loss"] + second["loss"]) / 2, joint["loss"], rtol=0, atol=1e-12)
-        for a, b, both in zip(first["gradients"], second["gradients"], joint["gradients"], strict=True):
+        torch.testing.assert_close(
+            (first["loss"] + second["loss"]) / 2, joint["loss"], rtol=0, atol=1e-12
+        )
+        for a, b, both in zip(
+            first["gradients"], second["gradients"], joint["gradients"], strict=True
+        ):
             torch.testing.assert_close(torch.cat([a, b]) / 2, both, rtol=0, atol=1e-12)
         assert torch.equal(first["bank"], second["bank"])
         torch.testing.assert_close(first["bank"], joint["bank"], rtol=0, atol=1e-12)

@@ -70,7 +70,10 @@ def pretrain(rng: random.Random, place: Place, *words: object, program: str | No
 
 
 def evaluate(rng: random.Random, place: Place, *words: object, program: str | None = None) -> Case:
-    return Case(program or rng.choice(EVALUATE[:3]), (place.data, *SMALL, "--save-dir", place.own / "run", *words))
+    return Case(
+        program or rng.choice(EVALUATE[:3]),
+        (place.data, *SMALL, "--save-dir", place.own / "run", *words),
+    )
 
 
 def is_flag(action) -> bool:
@@ -87,8 +90,18 @@ def wrong_values(action) -> list[str]:
     never = ["many", "", "1e", "0x10", "--", "1,5", "nan.0"]
     if interval := getattr(action.type, "interval", None):
         least, most = map(float, interval[1:-1].split(","))
-        outside = ["9" * 30, f"{least - max(1, abs(least)):.0f}", *([interval[1:-1].split(",")[0]] if interval[0] == "(" else [])]
-        return [*never, *outside, "nan", "inf", *(["1.5"] if kind == "int" else ["1e999", f"{2 * most + 1:.0f}"])]
+        outside = [
+            "9" * 30,
+            f"{least - max(1, abs(least)):.0f}",
+            *([interval[1:-1].split(",")[0]] if interval[0] == "(" else []),
+        ]
+        return [
+            *never,
+            *outside,
+            "nan",
+            "inf",
+            *(["1.5"] if kind == "int" else ["1e999", f"{2 * most + 1:.0f}"]),
+        ]
     return ["", "x", "1.5"] if kind == "int" else [" ", ""]
 
 
@@ -96,11 +109,19 @@ def wrong_value(rng: random.Random, place: Place) -> Case:
     """One option of one script with a value that it must not have."""
     program = rng.choice(PRETRAIN + EVALUATE)
     actions = [
-        a for a in importlib.import_module(program).parser()._actions if a.option_strings and a.dest != "help" and not is_flag(a)
+        a
+        for a in importlib.import_module(program).parser()._actions
+        if a.option_strings and a.dest != "help" and not is_flag(a)
     ]
     action = rng.choice(actions)
     value = rng.choice(wrong_values(action))
-    option = rng.choice([name for name in action.option_strings if name.startswith("--") and not name.startswith("--no-")])
+    option = rng.choice(
+        [
+            name
+            for name in action.option_strings
+            if name.startswith("--") and not name.startswith("--no-")
+        ]
+    )
     count = action.nargs if isinstance(action.nargs, int) and action.nargs else 1
     words = [f"{option}={value}"] if count == 1 else [option, *[value] * count]
     return Case(program, (place.data, *SMALL, "--save-dir", place.own / "run", *words))
@@ -114,16 +135,27 @@ MEANT = {("--seed", "-1"), ("--world-size", "-1"), ("--rank", "-1"), ("--fn-thre
 def test_numbers_that_make_no_sense_are_refused(program, script, data, tmp_path, monkeypatch):
     """-1, nan and 1e30 for every option that takes a number: one line that names the option."""
     monkeypatch.setattr(launch, "launch", accepted)
-    actions = [action for action in importlib.import_module(program).parser()._actions if action.option_strings]
+    actions = [
+        action
+        for action in importlib.import_module(program).parser()._actions
+        if action.option_strings
+    ]
     numbers = [action for action in actions if hasattr(action.type, "interval")]
     assert len(numbers) > 10
     for action, value in itertools.product(numbers, ("-1", "nan", "1e30")):
         option = next(name for name in action.option_strings if name.startswith("--"))
-        words = [option, *[value] * action.nargs] if isinstance(action.nargs, int) else [f"{option}={value}"]
+        words = (
+            [option, *[value] * action.nargs]
+            if isinstance(action.nargs, int)
+            else [f"{option}={value}"]
+        )
         if (option, value) in MEANT:
             continue
         status, _, err = script(program, data, *SMALL, "--save-dir", tmp_path / "run", *words)
-        assert status == 2 and err.count("\n") == 1 and err.startswith(f"{program}.py: error: "), (words, err)
+        assert status == 2 and err.count("\n") == 1 and err.startswith(f"{program}.py: error: "), (
+            words,
+            err,
+        )
         assert option in err, (words, err)
 
 
@@ -140,13 +172,24 @@ def test_every_number_has_a_range_with_its_default_inside(program):
 def misspelled(rng: random.Random, place: Place) -> Case:
     """An option with a letter too few, too many, or two in the wrong order, whose line must name the right one."""
     program = rng.choice(PRETRAIN + EVALUATE)
-    names = [n for n in importlib.import_module(program).parser().names() if len(n) > 8 and not n.startswith("--no-")]
+    names = [
+        n
+        for n in importlib.import_module(program).parser().names()
+        if len(n) > 8 and not n.startswith("--no-")
+    ]
     name = rng.choice(names)
     at = rng.randrange(4, len(name) - 1)
     wrong = rng.choice(
-        [name[:at] + name[at + 1 :], name[:at] + "q" + name[at:], name[:at] + name[at + 1] + name[at] + name[at + 2 :]]
+        [
+            name[:at] + name[at + 1 :],
+            name[:at] + "q" + name[at:],
+            name[:at] + name[at + 1] + name[at] + name[at + 2 :],
+        ]
     )
-    if wrong in (names := importlib.import_module(program).parser().names()) or wrong.replace("_", "-") in names:
+    if (
+        wrong in (names := importlib.import_module(program).parser().names())
+        or wrong.replace("_", "-") in names
+    ):
         wrong = name + "q"
     return Case(program, (place.data, wrong, "3"), ("unknown option", "the nearest is '--"))
 
@@ -156,7 +199,20 @@ def nowhere(rng: random.Random, place: Place) -> Case:
     (place.own / "file").write_text("words\n")
     file, folder = place.own / "file", place.own / "folder"
     folder.mkdir()
-    odd = rng.choice(["no where", "a\nb", 'it\'s "quoted"', "x" * 300, "\N{SNOWMAN}/é", "-", "%s%n", "{0}", "y/" * 200, "a\tb\r"])
+    odd = rng.choice(
+        [
+            "no where",
+            "a\nb",
+            'it\'s "quoted"',
+            "x" * 300,
+            "\N{SNOWMAN}/é",
+            "-",
+            "%s%n",
+            "{0}",
+            "y/" * 200,
+            "a\tb\r",
+        ]
+    )
     kind = rng.randrange(9)
     if kind == 0:
         return Case(rng.choice(PRETRAIN + EVALUATE), (place.own / odd, *SMALL))
@@ -169,12 +225,20 @@ def nowhere(rng: random.Random, place: Place) -> Case:
     if kind == 4:
         return pretrain(rng, place, "--cfg", rng.choice([place.own / odd, folder, file]))
     if kind == 5:
-        return Case("main_synco", (place.data, *SMALL, "--save-dir", rng.choice([file, file / "below"])), ("--save-dir",))
+        return Case(
+            "main_synco",
+            (place.data, *SMALL, "--save-dir", rng.choice([file, file / "below"])),
+            ("--save-dir",),
+        )
     if kind == 6:
         return evaluate(rng, place, "--class-list", rng.choice([place.own / odd, folder]))
     if kind == 7:
         return Case("main_knn", ("--load-features", rng.choice([place.own / odd, folder, file])))
-    return Case("main_knn", (place.data, *SMALL, "--dump-features", rng.choice([file, file / "below"])), ("--dump-features",))
+    return Case(
+        "main_knn",
+        (place.data, *SMALL, "--dump-features", rng.choice([file, file / "below"])),
+        ("--dump-features",),
+    )
 
 
 def conflict(rng: random.Random, place: Place) -> Case:
@@ -200,7 +264,12 @@ def conflict(rng: random.Random, place: Place) -> Case:
             ("main_synco", "--dist-backend", "nccl", "--multiprocessing-distributed"),
             ("main_synco", "--multiprocessing-distributed", "--dist-url", "tcp://127.0.0.1:99999"),
             ("main_synco", "--multiprocessing-distributed", "--dist-url", "http://x"),
-            ("main_synco", "--multiprocessing-distributed", "--dist-url", "tcp://no.such.host.invalid:4000"),
+            (
+                "main_synco",
+                "--multiprocessing-distributed",
+                "--dist-url",
+                "tcp://no.such.host.invalid:4000",
+            ),
             ("main_synco", "--world-size", "2"),
             ("main_synco", "--moco-k", "2000000000", "--moco-dim", "2000000000"),
             ("main_synco", "--data-name", "imagenet100", "--class-list", place.own),
@@ -293,7 +362,19 @@ def bad_yaml(rng: random.Random, place: Place) -> Case:
     bomb = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
         f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in itertools.pairwise("abcdefghij")
     )
-    key = rng.choice(["lr", "epochs", "batch_size", "workers", "seed", "wd", "momentum", "image-size", "print_freq"])
+    key = rng.choice(
+        [
+            "lr",
+            "epochs",
+            "batch_size",
+            "workers",
+            "seed",
+            "wd",
+            "momentum",
+            "image-size",
+            "print_freq",
+        ]
+    )
     texts = [
         "",
         "#\n",
@@ -366,7 +447,19 @@ def bad_yaml(rng: random.Random, place: Place) -> Case:
         pickle.dumps({"lr": 1}),
     ]
     (place.own / "c.yaml").write_bytes(rng.choice(data))
-    words = (place.data, "--save-dir", place.own / "run", "--cfg", place.own / "c.yaml", "--image-size", 32, "-j", 0, "-b", 8)
+    words = (
+        place.data,
+        "--save-dir",
+        place.own / "run",
+        "--cfg",
+        place.own / "c.yaml",
+        "--image-size",
+        32,
+        "-j",
+        0,
+        "-b",
+        8,
+    )
     return Case("main_synco", words)
 
 
@@ -394,7 +487,10 @@ def bad_yaml_of_views(rng: random.Random, place: Place) -> Case:
         "recipe: &a [*a]\n",
     ]
     (place.own / "c.yaml").write_text(rng.choice(texts))
-    return Case("tools.show_views", ("--cfg", place.own / "c.yaml", place.data, "--out", place.own / "v.png"))
+    return Case(
+        "tools.show_views",
+        ("--cfg", place.own / "c.yaml", place.data, "--out", place.own / "v.png"),
+    )
 
 
 def bad_results(rng: random.Random, place: Place) -> Case:
@@ -409,7 +505,17 @@ def bad_results(rng: random.Random, place: Place) -> Case:
     }
     good |= {"metrics": {"acc1": 0.5, "acc5": 0.9}, "settings": {"seed": 0}}
     if rng.random() < 0.4:
-        data = rng.choice([b"", b"{", b"\xff\xfe", b"[" * 100_000, b'{"protocol": NaN', b"9" * 5000, rng.randbytes(100)])
+        data = rng.choice(
+            [
+                b"",
+                b"{",
+                b"\xff\xfe",
+                b"[" * 100_000,
+                b'{"protocol": NaN',
+                b"9" * 5000,
+                rng.randbytes(100),
+            ]
+        )
     else:
         key = rng.choice(["method", "arch", "dataset", "metrics", "settings", "protocol"])
         value = rng.choice([None, 3, [], ["x"], {"acc1": "x"}, {"acc1": None}, True])
@@ -427,7 +533,15 @@ def bad_results(rng: random.Random, place: Place) -> Case:
 
 def bad_list(rng: random.Random, place: Place) -> Case:
     names = ["class0", "class1", "class2"]
-    texts = ["", "\n\n \n", "class7\n", "class0\nclas1\n", "../train/class0\n", f"{place.data}/train/class0\n", "class0/0.jpg\n"]
+    texts = [
+        "",
+        "\n\n \n",
+        "class7\n",
+        "class0\nclas1\n",
+        "../train/class0\n",
+        f"{place.data}/train/class0\n",
+        "class0/0.jpg\n",
+    ]
     texts += [
         "class0,class1\n",
         "CLASS0\n",
@@ -448,15 +562,37 @@ def bad_list(rng: random.Random, place: Place) -> Case:
         "class0\n",
         "class0/0.jpg class1\n",
     ]
-    images += ["class0\\0.jpg\n", "class0/0.jpeg\n", "/etc/passwd\n", "./class0/0.jpg\n", f"{'n' * 3000}\n", "class0/0.jpg,1\n"]
+    images += [
+        "class0\\0.jpg\n",
+        "class0/0.jpeg\n",
+        "/etc/passwd\n",
+        "./class0/0.jpg\n",
+        f"{'n' * 3000}\n",
+        "class0/0.jpg,1\n",
+    ]
     file = place.own / "list.txt"
-    binary = rng.choice([b"\xff\xfe\x00\x01", b"\x89PNG\r\n\x1a\n" + rng.randbytes(50), pickle.dumps(names), b"class0\xff\n"])
+    binary = rng.choice(
+        [
+            b"\xff\xfe\x00\x01",
+            b"\x89PNG\r\n\x1a\n" + rng.randbytes(50),
+            pickle.dumps(names),
+            b"class0\xff\n",
+        ]
+    )
     if rng.random() < 0.5:
         file.write_bytes(rng.choice([*(text.encode() for text in texts), binary]))
         program = rng.choice(("main_synco", "main_knn", "main_lincls"))
-        return Case(program, (place.data, *SMALL, "--save-dir", place.own / "run", "--class-list", file), ("--class-list",))
+        return Case(
+            program,
+            (place.data, *SMALL, "--save-dir", place.own / "run", "--class-list", file),
+            ("--class-list",),
+        )
     file.write_bytes(rng.choice([*(text.encode() for text in images), binary]))
-    return Case("main_semisup", (place.data, *SMALL, "--save-dir", place.own / "run", "--subset-file", file), ("list.txt",))
+    return Case(
+        "main_semisup",
+        (place.data, *SMALL, "--save-dir", place.own / "run", "--subset-file", file),
+        ("list.txt",),
+    )
 
 
 # (d) Images. Of eight in a folder, one or two are bad.
@@ -470,17 +606,23 @@ def small(im: Image.Image, kind: str, **more: object) -> bytes:
 
 def picture(width: int = 40, height: int = 40) -> Image.Image:
     y, x = np.mgrid[0:height, 0:width]
-    return Image.fromarray(np.stack([x * 6 % 256, y * 6 % 256, 255 - (x + y) * 3 % 256], -1).astype(np.uint8))
+    return Image.fromarray(
+        np.stack([x * 6 % 256, y * 6 % 256, 255 - (x + y) * 3 % 256], -1).astype(np.uint8)
+    )
 
 
 def png(width: int, height: int, pixels: bytes) -> bytes:
     """With a header that says what its pixels need not hold."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
 
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(pixels)) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(pixels)) + chunk(b"IEND", b"")
+    )
 
 
 def jpeg(width: int, height: int) -> bytes:
@@ -490,7 +632,9 @@ def jpeg(width: int, height: int) -> bytes:
 
 
 def bad_image(rng: random.Random, place: Place) -> Case:
-    cut = rng.choice([("JPEG", 0.97), ("PNG", 0.7), ("GIF", 0.8), ("WEBP", 0.9), ("TIFF", 0.9), ("BMP", 0.9)])
+    cut = rng.choice(
+        [("JPEG", 0.97), ("PNG", 0.7), ("GIF", 0.8), ("WEBP", 0.9), ("TIFF", 0.9), ("BMP", 0.9)]
+    )
     whole = small(picture(), cut[0])
     gif = small(picture().quantize(), "GIF")
     data = rng.choice(
@@ -514,7 +658,13 @@ def bad_image(rng: random.Random, place: Place) -> Case:
     )
     count, mode = rng.choice([(1, "error"), (2, "skip")])
     for split, c, i in itertools.product(("train", "val"), range(2), range(4)):
-        file = place.own / "images" / split / f"class{c}" / f"{i}.{rng.choice(('jpg', 'JPEG', 'png', 'tif'))}"
+        file = (
+            place.own
+            / "images"
+            / split
+            / f"class{c}"
+            / f"{i}.{rng.choice(('jpg', 'JPEG', 'png', 'tif'))}"
+        )
         file.parent.mkdir(parents=True, exist_ok=True)
         if split == "val" or c or i >= count:
             file.symlink_to(place.data / "train" / f"class{c}" / f"{i}.jpg")
@@ -560,7 +710,11 @@ CODE = ("system", "eval", "exec", "popen", "open", "load")
 def thin(value: object) -> object:
     """A checkpoint of the same shapes in a small file: each tensor repeats its first number."""
     if isinstance(value, torch.Tensor):
-        return value.flatten()[:1].clone().expand(value.shape) if value.dim() and value.numel() else value
+        return (
+            value.flatten()[:1].clone().expand(value.shape)
+            if value.dim() and value.numel()
+            else value
+        )
     if isinstance(value, dict):
         return type(value)((key, thin(one)) for key, one in value.items())
     return [thin(one) for one in value] if isinstance(value, list) else value
@@ -576,7 +730,9 @@ def bad_file(rng: random.Random, place: Place, state: dict) -> bytes:
     buffer = io.BytesIO()
     torch.save(state, buffer)
     data = buffer.getvalue()
-    kind = rng.choice(["cut", "cut", "cut", "code", "code", "code", "old code", "zip code", "changed", "other"])
+    kind = rng.choice(
+        ["cut", "cut", "cut", "code", "code", "code", "old code", "zip code", "changed", "other"]
+    )
     if kind == "cut":
         return data[: rng.randrange(len(data) - 20)]
     if kind == "changed":  # in the pickle
@@ -586,7 +742,15 @@ def bad_file(rng: random.Random, place: Place, state: dict) -> bytes:
     if code.how == "load":
         torch.save(Code(marker, "open"), str(marker) + ".pth")
     if kind in ("code", "old code"):
-        holder = rng.choice([code, {"state_dict": code}, {**state, "args": code}, {"state_dict": {"x": [code]}}, [code]])
+        holder = rng.choice(
+            [
+                code,
+                {"state_dict": code},
+                {**state, "args": code},
+                {"state_dict": {"x": [code]}},
+                [code],
+            ]
+        )
         buffer = io.BytesIO()
         if rng.random() < 0.3:
             return pickle.dumps(holder, protocol=rng.choice([0, 2, 4]))
@@ -608,8 +772,23 @@ def bad_file(rng: random.Random, place: Place, state: dict) -> bytes:
     torch.save([1, 2], lists)
     header = json.dumps({"x": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
     safe = struct.pack("<Q", len(header)) + header + b"0000"
-    others = [b"", b"words", rng.randbytes(500), buffer.getvalue(), arrays.getvalue(), module.getvalue(), lists.getvalue(), safe]
-    return rng.choice([*others, pickle.dumps({"model": {"x": np.zeros(3)}, "source": {}}), json.dumps({"state_dict": {}}).encode()])
+    others = [
+        b"",
+        b"words",
+        rng.randbytes(500),
+        buffer.getvalue(),
+        arrays.getvalue(),
+        module.getvalue(),
+        lists.getvalue(),
+        safe,
+    ]
+    return rng.choice(
+        [
+            *others,
+            pickle.dumps({"model": {"x": np.zeros(3)}, "source": {}}),
+            json.dumps({"state_dict": {}}).encode(),
+        ]
+    )
 
 
 def bad_resume(rng: random.Random, place: Place) -> Case:
@@ -620,7 +799,9 @@ def bad_resume(rng: random.Random, place: Place) -> Case:
         file.write_bytes(bad_file(rng, place, state))
     else:
         weights, optimizer, progress = state["state_dict"], state["optimizer"], state["progress"]
-        name = rng.choice([name for name, x in weights.items() if x.is_floating_point() and x.dim()])
+        name = rng.choice(
+            [name for name, x in weights.items() if x.is_floating_point() and x.dim()]
+        )
         x, p = weights[name], rng.choice(list(optimizer["state"]))
         key = rng.choice(["epoch", "args", "state_dict", "optimizer", "progress", "arch", "method"])
         strange = rng.choice(["words", None, [1], -1, 10**30, 1.5, {}, torch.zeros(2), True])
@@ -628,31 +809,76 @@ def bad_resume(rng: random.Random, place: Place) -> Case:
             [
                 lambda: state.pop(key),
                 lambda: state.update({key: strange if (key, strange) != ("args", {}) else None}),
-                lambda: state.update({"epoch": rng.choice(["1", -1, 10**30, 1.5, True, None, math.nan, torch.tensor(1)])}),
+                lambda: state.update(
+                    {
+                        "epoch": rng.choice(
+                            ["1", -1, 10**30, 1.5, True, None, math.nan, torch.tensor(1)]
+                        )
+                    }
+                ),
                 lambda: weights.pop(name),
                 lambda: weights.update({"module.stranger": torch.zeros(1)}),
                 lambda: weights.update({name: rng.choice(["words", None, [0.0], 3])}),
                 lambda: weights.update(
-                    {name: rng.choice([x[:-1], x[None], x.int(), x.cfloat(), x.to_sparse(), x > 0, x * math.nan, x / 0])}
+                    {
+                        name: rng.choice(
+                            [
+                                x[:-1],
+                                x[None],
+                                x.int(),
+                                x.cfloat(),
+                                x.to_sparse(),
+                                x > 0,
+                                x * math.nan,
+                                x / 0,
+                            ]
+                        )
+                    }
                 ),
                 lambda: weights.update({3: x}),
-                lambda: state.update({"state_dict": rng.choice([[], list(weights.items()), "words", x])}),
-                lambda: optimizer.update(
-                    {"param_groups": rng.choice([[], optimizer["param_groups"] * 2, {}, None, [3], [{}], "words"])}
+                lambda: state.update(
+                    {"state_dict": rng.choice([[], list(weights.items()), "words", x])}
                 ),
-                lambda: optimizer.update({"state": rng.choice([None, [1], "words", {0: "words"}, {0: {"momentum_buffer": [1]}}])}),
+                lambda: optimizer.update(
+                    {
+                        "param_groups": rng.choice(
+                            [[], optimizer["param_groups"] * 2, {}, None, [3], [{}], "words"]
+                        )
+                    }
+                ),
+                lambda: optimizer.update(
+                    {
+                        "state": rng.choice(
+                            [None, [1], "words", {0: "words"}, {0: {"momentum_buffer": [1]}}]
+                        )
+                    }
+                ),
                 lambda: optimizer.pop(rng.choice(["state", "param_groups"])),
                 lambda: optimizer["param_groups"][0]["params"].pop(),
                 lambda: optimizer["param_groups"][0].update(
                     rng.choice([{"momentum": "x"}, {"weight_decay": "x"}, {"nesterov": [1]}])
                 ),
                 lambda: optimizer["state"][p].update(
-                    {"momentum_buffer": rng.choice([torch.zeros(7, 7), "x", [1], torch.tensor(math.nan)])}
+                    {
+                        "momentum_buffer": rng.choice(
+                            [torch.zeros(7, 7), "x", [1], torch.tensor(math.nan)]
+                        )
+                    }
                 ),
-                lambda: optimizer["state"].update({p: {"exp_avg": torch.zeros(1), "step": torch.zeros(1)}}),
+                lambda: optimizer["state"].update(
+                    {p: {"exp_avg": torch.zeros(1), "step": torch.zeros(1)}}
+                ),
                 lambda: progress.pop(rng.choice(["step", "seed"])),
-                lambda: progress.update({rng.choice(["step", "seed"]): rng.choice(["3", None, 1.5, [1], torch.zeros(1)])}),
-                lambda: progress.update({rng.choice(["batch", "steps_per_epoch"]): rng.choice([0, -1, "8", None, 1.5])}),
+                lambda: progress.update(
+                    {
+                        rng.choice(["step", "seed"]): rng.choice(
+                            ["3", None, 1.5, [1], torch.zeros(1)]
+                        )
+                    }
+                ),
+                lambda: progress.update(
+                    {rng.choice(["batch", "steps_per_epoch"]): rng.choice([0, -1, "8", None, 1.5])}
+                ),
                 lambda: state.update({"images": rng.choice([47, "48", None, [48]])}),
                 lambda: state.update({"arch": rng.choice(["resnet50", 3, ["resnet18"]])}),
                 lambda: state.update({"method": rng.choice(["synco", None, {}])}),
@@ -663,7 +889,9 @@ def bad_resume(rng: random.Random, place: Place) -> Case:
     resume = ("--save-dir", place.own / "run", "--resume", file)
     if rng.random() < 0.2:
         resume = ("--save-dir", place.own, "--resume", "auto")
-        if "state_dict" in state and file.stat().st_size > 100_000:  # only what cannot be read is skipped
+        if (
+            "state_dict" in state and file.stat().st_size > 100_000
+        ):  # only what cannot be read is skipped
             file.write_bytes(file.read_bytes()[: rng.randrange(90_000)])
     return Case("main_synco", (place.data, *SMALL, "--moco-k", 32, "--epochs", 2, *resume))
 
@@ -676,23 +904,59 @@ def bad_encoder(rng: random.Random, place: Place) -> Case:
         file.write_bytes(bad_file(rng, place, state))
     else:
         weights = state["state_dict"]
-        mine = [name for name, x in weights.items() if name.startswith("module.encoder_q.") and ".fc" not in name]
+        mine = [
+            name
+            for name, x in weights.items()
+            if name.startswith("module.encoder_q.") and ".fc" not in name
+        ]
         name = rng.choice([name for name in mine if weights[name].is_floating_point()])
         x = weights[name]
         change = rng.choice(
             [
                 lambda: weights.pop(name),
-                lambda: weights.update({name.replace("encoder_q", "encoder_q.layer9"): weights.pop(name)}),
+                lambda: weights.update(
+                    {name.replace("encoder_q", "encoder_q.layer9"): weights.pop(name)}
+                ),
                 lambda: weights.update({"module.encoder_q.layer1.7.conv1.weight": x}),
                 lambda: weights.update({name: rng.choice(["words", None, [0.0], 3, {}])}),
                 lambda: weights.update(
-                    {name: rng.choice([x[:-1], x[None], x.int(), x.cfloat(), x.to_sparse(), x > 0, x * math.nan, x / 0])}
+                    {
+                        name: rng.choice(
+                            [
+                                x[:-1],
+                                x[None],
+                                x.int(),
+                                x.cfloat(),
+                                x.to_sparse(),
+                                x > 0,
+                                x * math.nan,
+                                x / 0,
+                            ]
+                        )
+                    }
                 ),
                 lambda: state.update(
-                    {"state_dict": rng.choice([{}, [], "words", {"x": x}, {1: x}, OrderedDict(a=torch.zeros(1))])}
+                    {
+                        "state_dict": rng.choice(
+                            [{}, [], "words", {"x": x}, {1: x}, OrderedDict(a=torch.zeros(1))]
+                        )
+                    }
                 ),
                 lambda: state.update(
-                    {"arch": rng.choice(["resnet81", "resnet50", 3, ["resnet18"], "", "vit_small", "x" * 3000, "a\nb"])}
+                    {
+                        "arch": rng.choice(
+                            [
+                                "resnet81",
+                                "resnet50",
+                                3,
+                                ["resnet18"],
+                                "",
+                                "vit_small",
+                                "x" * 3000,
+                                "a\nb",
+                            ]
+                        )
+                    }
                 ),
                 lambda: state.pop("arch"),
             ]
@@ -701,7 +965,10 @@ def bad_encoder(rng: random.Random, place: Place) -> Case:
         torch.save(state, file)
     run = ("--image-size", 32, "-b", 8, "-j", 0, "--save-dir", place.own / "run")
     commands = [
-        *((program, place.data, *run, "--pretrained", file) for program in ("main_knn", "main_lincls", "main_semisup")),
+        *(
+            (program, place.data, *run, "--pretrained", file)
+            for program in ("main_knn", "main_lincls", "main_semisup")
+        ),
         ("tools.export", file, place.own / "out.pth"),
         ("convert-pretrain-to-detectron2", file, place.own / "out.pkl"),
     ]
@@ -711,16 +978,39 @@ def bad_encoder(rng: random.Random, place: Place) -> Case:
 
 def bad_features(rng: random.Random, place: Place) -> Case:
     """--load-features of a folder in which a file is damaged."""
-    meta = {"arch": "resnet18", "method": "moco", "checkpoint": None, "pretrain_epochs": 1, "dataset": "imagenet", "data": "d"}
+    meta = {
+        "arch": "resnet18",
+        "method": "moco",
+        "checkpoint": None,
+        "pretrain_epochs": 1,
+        "dataset": "imagenet",
+        "data": "d",
+    }
     meta |= {"class_list": None, "image_size": 32, "amp": "off", "seed": 0, "classes": ["a", "b"]}
     arrays = {f"{split}_features": np.ones((4, 3), np.float32) for split in ("train", "val")}
     arrays |= {f"{split}_labels": np.array([0, 1, 0, 1]) for split in ("train", "val")}
-    name, key = rng.choice(sorted(arrays)), rng.choice(sorted(set(meta) - {"checkpoint", "class_list", "pretrain_epochs"}))
+    name, key = (
+        rng.choice(sorted(arrays)),
+        rng.choice(sorted(set(meta) - {"checkpoint", "class_list", "pretrain_epochs"})),
+    )
     rows = rng.choice(
-        [np.zeros(3), np.array(1.0), np.full((4, 3), np.nan, np.float32), np.zeros((2, 2, 2)), np.zeros((0, 3), np.float32)]
+        [
+            np.zeros(3),
+            np.array(1.0),
+            np.full((4, 3), np.nan, np.float32),
+            np.zeros((2, 2, 2)),
+            np.zeros((0, 3), np.float32),
+        ]
     )
     labels = rng.choice(
-        [np.zeros(4), np.array(1), np.array([0, 1, 2, 3]), np.array([-5] * 4), np.zeros(3, int), np.zeros((4, 9), int)]
+        [
+            np.zeros(4),
+            np.array(1),
+            np.array([0, 1, 2, 3]),
+            np.array([-5] * 4),
+            np.zeros(3, int),
+            np.zeros((4, 9), int),
+        ]
     )
     kind = rng.randrange(4)
     if kind == 0:
@@ -737,11 +1027,22 @@ def bad_features(rng: random.Random, place: Place) -> Case:
         npz = io.BytesIO()
         np.savez(npz, x=np.zeros(3))
         objects = io.BytesIO()
-        np.save(objects, np.array([Code(place.own / "ran", "system")], dtype=object), allow_pickle=True)
-        others = [b"", b"[" * 100_000, rng.randbytes(80), npz.getvalue(), objects.getvalue(), file.read_bytes()[:60]]
+        np.save(
+            objects, np.array([Code(place.own / "ran", "system")], dtype=object), allow_pickle=True
+        )
+        others = [
+            b"",
+            b"[" * 100_000,
+            rng.randbytes(80),
+            npz.getvalue(),
+            objects.getvalue(),
+            file.read_bytes()[:60],
+        ]
         file.write_bytes(rng.choice([*others, pickle.dumps(Code(place.own / "ran", "system"))]))
     return Case(
-        "main_knn", ("--load-features", place.own, "--k", 1, "--save-dir", place.own / "run"), ("--load-features",) if kind else ()
+        "main_knn",
+        ("--load-features", place.own, "--k", 1, "--save-dir", place.own / "run"),
+        ("--load-features",) if kind else (),
     )
 
 
@@ -775,8 +1076,13 @@ def data(tmp_path_factory) -> Path:
 def good(data, tmp_path_factory) -> Path:
     """A run folder with a checkpoint after one epoch of two, and the same in a small file."""
     run = tmp_path_factory.mktemp("good")
-    assert in_process("main_synco", data, *SMALL, "--moco-k", 32, "--epochs", 1, "--save-dir", run)[0] == 0
-    torch.save(thin(torch.load(run / "checkpoint_0000.pth.tar", weights_only=True)), run / "thin.pth.tar")
+    assert (
+        in_process("main_synco", data, *SMALL, "--moco-k", 32, "--epochs", 1, "--save-dir", run)[0]
+        == 0
+    )
+    torch.save(
+        thin(torch.load(run / "checkpoint_0000.pth.tar", weights_only=True)), run / "thin.pth.tar"
+    )
     return run
 
 
@@ -802,7 +1108,11 @@ def call(script, capsys, monkeypatch) -> Callable[..., tuple[int, str, str]]:
 
 def contents(*folders: Path) -> dict[str, tuple[int, int]]:
     files = (file for folder in folders for file in folder.rglob("*"))
-    return {str(file): (file.lstat().st_size, file.lstat().st_mtime_ns) for file in files if not file.is_dir()}
+    return {
+        str(file): (file.lstat().st_size, file.lstat().st_mtime_ns)
+        for file in files
+        if not file.is_dir()
+    }
 
 
 def accepted(*_: object) -> None:
@@ -813,13 +1123,17 @@ def test_there_are_enough():
     assert len(CASES) >= 300
 
 
-@pytest.mark.parametrize(("generator", "i"), CASES, ids=[f"{generator.__name__}-{i}" for generator, i in CASES])
+@pytest.mark.parametrize(
+    ("generator", "i"), CASES, ids=[f"{generator.__name__}-{i}" for generator, i in CASES]
+)
 def test_it_is_refused_in_one_line(generator, i, call, data, good, tmp_path, monkeypatch):
     place = Place(data, good, tmp_path / "own")
     place.own.mkdir()
     monkeypatch.chdir(place.own)
     case = generator(random.Random(f"{SEED} {generator.__name__} {i}"), place)
-    told = f"BAD_INPUTS_SEED={SEED}: {case.program} {' '.join(map(repr, map(str, case.words)))}"[:2000]
+    told = f"BAD_INPUTS_SEED={SEED}: {case.program} {' '.join(map(repr, map(str, case.words)))}"[
+        :2000
+    ]
     before = contents(data, good, place.own)
     if generator is not bad_image:
         monkeypatch.setattr("moco.engine.trainer.RunLog", accepted)
@@ -829,12 +1143,16 @@ def test_it_is_refused_in_one_line(generator, i, call, data, good, tmp_path, mon
     assert status == 2, f"{told}\n{out}\n{err}"
     *others, line = err.splitlines() or [""]
     assert line.startswith(f"{case.program.removeprefix('tools.')}.py: error: "), f"{told}\n{err}"
-    assert all("skipped, another image takes its place" in other for other in others), f"{told}\n{err}"
+    assert all("skipped, another image takes its place" in other for other in others), (
+        f"{told}\n{err}"
+    )
     typed = sum(2 * len(repr(str(word))) for word in case.words)
     assert len(line) <= LONGEST + typed and "Traceback" not in err, f"{told}\n{err}"
     assert all(word in line for word in case.said), f"{told}\n{line}"
     after = contents(data, good, place.own)
-    log = {str(place.own / "run" / name) for name in ("log.jsonl", "args.yaml", ".lock", "subset.txt")}
+    log = {
+        str(place.own / "run" / name) for name in ("log.jsonl", "args.yaml", ".lock", "subset.txt")
+    }
     left = [f for f in after.keys() - before.keys() - log if "events.out.tfevents" not in f]
     assert not left and all(after[file] == before[file] for file in before), f"{told}\n{left}"
     if generator is not bad_image:
@@ -845,7 +1163,9 @@ def test_it_is_refused_in_one_line(generator, i, call, data, good, tmp_path, mon
 def test_what_the_bad_ones_were_made_of_is_good(call, data, good, tmp_path, monkeypatch):
     thin = good / "thin.pth.tar"
     run = ("--save-dir", tmp_path / "run")
-    status, out, err = call("main_synco", data, *SMALL, "--moco-k", 32, "--epochs", 2, *run, "--resume", thin)
+    status, out, err = call(
+        "main_synco", data, *SMALL, "--moco-k", 32, "--epochs", 2, *run, "--resume", thin
+    )
     assert status == 0 and "resumed from" in out, err
     assert call("main_knn", data, *SMALL, "--k", 3, *run, "--pretrained", thin)[0] == 0
     assert call("convert-pretrain-to-detectron2", thin, tmp_path / "x.pkl")[0] == 0
@@ -862,7 +1182,9 @@ def odd_images() -> dict[str, tuple[bytes, Image.Image]]:
     palette = im.quantize(32)
     cmyk = small(im.convert("CMYK"), "JPEG", quality=95)
     adobe = cmyk.index(b"Adobe")
-    plain = cmyk[: adobe - 4] + cmyk[adobe + 12 :]  # without the marker that says that the inks are inverted
+    plain = (
+        cmyk[: adobe - 4] + cmyk[adobe + 12 :]
+    )  # without the marker that says that the inks are inverted
     exif = Image.Exif()
     exif[0x0112] = 6  # on its side
     more = {"save_all": True, "append_images": [turned]}
@@ -882,7 +1204,10 @@ def odd_images() -> dict[str, tuple[bytes, Image.Image]]:
         "deep.pgm": (b"P5 48 40 65535\n" + deep.astype(">u2").tobytes(), grey),
         "deeper.tif": (small(Image.fromarray(deep.astype(np.int32)), "TIFF"), grey),
         "float.tif": (small(floats, "TIFF"), grey),
-        "animated.gif": (small(palette, "GIF", save_all=True, append_images=[turned.quantize(32)]), palette),
+        "animated.gif": (
+            small(palette, "GIF", save_all=True, append_images=[turned.quantize(32)]),
+            palette,
+        ),
         "animated.webp": (small(im, "WEBP", lossless=True, **more), im),
         "animated.png": (small(im, "PNG", **more), im),
         "progressive.jpeg": (small(im, "JPEG", quality=98, progressive=True), im),
@@ -892,7 +1217,10 @@ def odd_images() -> dict[str, tuple[bytes, Image.Image]]:
         "dot.png": (small(im.crop((0, 0, 1, 1)), "PNG"), im.crop((0, 0, 1, 1))),
         "line.png": (small(picture(300, 1), "PNG"), picture(300, 1)),
         "wide.png": (small(picture(20_000, 3), "PNG"), picture(20_000, 3)),
-        "high.jpg": (small(picture(3, 20_000), "JPEG", quality=98, subsampling=0), picture(3, 20_000)),
+        "high.jpg": (
+            small(picture(3, 20_000), "JPEG", quality=98, subsampling=0),
+            picture(3, 20_000),
+        ),
         "na\u00efve \u96ea'\"\n.BMP": (small(im, "BMP"), im),
         os.fsdecode(b"latin-1 \xe9.tiff"): (small(im, "TIFF"), im),
     }
@@ -905,8 +1233,12 @@ def test_an_odd_image_looks_right(name, tmp_path):
     (tmp_path / name).write_bytes(data)
     found = decode(str(tmp_path / name))
     assert found.dtype == torch.uint8
-    difference = np.abs(found.permute(1, 2, 0).numpy().astype(int) - np.asarray(shown.convert("RGB")).astype(int))
-    assert difference.mean() < (3 if name.lower().endswith(("jpg", "jpeg")) else 0.5), difference.mean()
+    difference = np.abs(
+        found.permute(1, 2, 0).numpy().astype(int) - np.asarray(shown.convert("RGB")).astype(int)
+    )
+    assert difference.mean() < (3 if name.lower().endswith(("jpg", "jpeg")) else 0.5), (
+        difference.mean()
+    )
 
 
 @pytest.fixture(scope="module")
@@ -926,15 +1258,22 @@ def test_odd_images_train(call, odd, tmp_path):
     options = (odd, *SMALL, "-b", 18, "--on-bad-image", "error", "--epochs", 1, "-p", 1)
     status, _, err = call("main_synco", *options, "--moco-k", 32, "--save-dir", tmp_path / "pre")
     assert status == 0, err
-    losses = [json.loads(line)["loss"] for line in (tmp_path / "pre" / "log.jsonl").read_text().splitlines()]
+    losses = [
+        json.loads(line)["loss"]
+        for line in (tmp_path / "pre" / "log.jsonl").read_text().splitlines()
+    ]
     assert len(losses) == 3 and all(map(math.isfinite, losses))
     encoder = ("--pretrained", tmp_path / "pre" / "checkpoint_0000.pth.tar")
     status, _, err = call("main_lincls", *options, *encoder, "--save-dir", tmp_path / "lin")
     assert status == 0, err
-    status, _, err = call("main_knn", odd, *SMALL, *encoder, "--k", 3, "--save-dir", tmp_path / "knn")
+    status, _, err = call(
+        "main_knn", odd, *SMALL, *encoder, "--k", 3, "--save-dir", tmp_path / "knn"
+    )
     assert status == 0, err
     for run, metric in (("lin", "acc1"), ("knn", "knn_3")):
-        assert 0 <= json.loads((tmp_path / run / "results.json").read_text())["metrics"][metric] <= 1
+        assert (
+            0 <= json.loads((tmp_path / run / "results.json").read_text())["metrics"][metric] <= 1
+        )
 
 
 # Pickles and YAML.
@@ -949,7 +1288,11 @@ def test_a_pickle_of_arrays_is_read(protocol, tmp_path):
     }
     (tmp_path / "x.pkl").write_bytes(pickle.dumps(value, protocol=protocol))
     found = read_pickle(tmp_path / "x.pkl")
-    assert np.array_equal(found["model"]["w"], value["model"]["w"]) and found["n"] == 2 and found["of"] == {"x": (1, [None, True])}
+    assert (
+        np.array_equal(found["model"]["w"], value["model"]["w"])
+        and found["n"] == 2
+        and found["of"] == {"x": (1, [None, True])}
+    )
 
 
 @pytest.mark.parametrize("how", CODE)
@@ -969,18 +1312,29 @@ def test_batches_of_cifar_that_are_code_are_not_run(script, tmp_path):
     folder.mkdir()
     for name in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch", "batches.meta"):
         (folder / name).write_bytes(pickle.dumps(Code(tmp_path / "ran", "system")))
-    status, _, err = script("main_knn", tmp_path, "--dataset", "cifar10", "--save-dir", tmp_path / "run")
-    assert status == 2 and len(own_lines(err)) == 1 and "no usable cifar10" in err and not (tmp_path / "ran").exists()
+    status, _, err = script(
+        "main_knn", tmp_path, "--dataset", "cifar10", "--save-dir", tmp_path / "run"
+    )
+    assert (
+        status == 2
+        and len(own_lines(err)) == 1
+        and "no usable cifar10" in err
+        and not (tmp_path / "ran").exists()
+    )
 
 
-@pytest.mark.skipif(importlib.util.find_spec("detectron2") is None, reason="detectron2 is not installed")
+@pytest.mark.skipif(
+    importlib.util.find_spec("detectron2") is None, reason="detectron2 is not installed"
+)
 def test_weights_and_configs_of_detectors_that_are_code_are_not_run(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "detection"))
     c4 = importlib.import_module("c4")
     config, weights = tmp_path / "c.yaml", tmp_path / "w.pkl"
     weights.write_bytes(pickle.dumps({"model": Code(tmp_path / "ran", "system")}))
     with pytest.raises(InputError, match=r"w\.pkl: holds"):
-        c4.config(c4.CONFIGS / "pascal_voc_R_50_C4_24k_moco.yaml", ["MODEL.WEIGHTS", str(weights)], 0)
+        c4.config(
+            c4.CONFIGS / "pascal_voc_R_50_C4_24k_moco.yaml", ["MODEL.WEIGHTS", str(weights)], 0
+        )
     config.write_text(f"MODEL: !!python/object/apply:os.system ['touch {tmp_path}/ran']\n")
     with pytest.raises(InputError, match=r"c\.yaml"):
         c4.config(config, [], 0)
@@ -988,6 +1342,9 @@ def test_weights_and_configs_of_detectors_that_are_code_are_not_run(tmp_path, mo
 
 
 def test_yaml_of_options(tmp_path):
-    (tmp_path / "c.yaml").write_text("\ufefflr: 1\nschedule: &s [1, 2]\nmilestones: *s\nnone:\nday: 2001-02-03\n", encoding="utf-8")
+    (tmp_path / "c.yaml").write_text(
+        "\ufefflr: 1\nschedule: &s [1, 2]\nmilestones: *s\nnone:\nday: 2001-02-03\n",
+        encoding="utf-8",
+    )
     found = {"lr": 1, "schedule": [1, 2], "milestones": [1, 2], "none": None, "day": "2001-02-03"}
     assert read_yaml(tmp_path / "c.yaml") == found

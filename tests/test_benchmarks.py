@@ -11,7 +11,9 @@ from conftest import ROOT, shell, write_images
 
 
 def run(name: str, tmp_path, *options: object) -> dict:
-    result = shell(f"benchmarks/{name}.py", "--rounds", 1, "--json", tmp_path / "result.json", *options)
+    result = shell(
+        f"benchmarks/{name}.py", "--rounds", 1, "--json", tmp_path / "result.json", *options
+    )
     assert result.returncode == 0, result.stdout + result.stderr
     return json.loads((tmp_path / "result.json").read_text())
 
@@ -19,9 +21,26 @@ def run(name: str, tmp_path, *options: object) -> dict:
 @pytest.mark.parametrize("counts", [(8, 8, 8, 4, 4, 4), (8, 0, 8, 0, 0, 0)])
 def test_negatives(tmp_path, counts):
     """The script itself compares every head's loss and gradient with ours, and fails where they differ."""
-    sizes = ("--n", 8, "--k", 2048, "--dim", 32, "--n-hard", 64, "--counts", *counts, "--device", "cpu")
+    sizes = (
+        "--n",
+        8,
+        "--k",
+        2048,
+        "--dim",
+        32,
+        "--n-hard",
+        64,
+        "--counts",
+        *counts,
+        "--device",
+        "cpu",
+    )
     found = run("negatives", tmp_path, *sizes)
-    assert {"synco_over_moco", "loop_extra_over_ours_extra", "explicit_memory_over_ours"} < found.keys()
+    assert {
+        "synco_over_moco",
+        "loop_extra_over_ours_extra",
+        "explicit_memory_over_ours",
+    } < found.keys()
     memory = {row["head"]: row["MiB"] for row in found["rows"]}
     bank = 8 * 2048 * 4 / 2**20  # one [N, K] buffer
     assert bank < memory["moco"] < 2 * bank < memory["plain"]
@@ -30,10 +49,26 @@ def test_negatives(tmp_path, counts):
 
 def test_false_negatives(tmp_path):
     """The script itself compares our loss and gradient with the plain ones."""
-    sizes = ("--views", 4, "--images", 16, "--rows", 4096, "--dim", 16, "--chunk", 8, "--device", "cpu")
+    sizes = (
+        "--views",
+        4,
+        "--images",
+        16,
+        "--rows",
+        4096,
+        "--dim",
+        16,
+        "--chunk",
+        8,
+        "--device",
+        "cpu",
+    )
     found = run("false_negatives", tmp_path, *sizes)
     assert found["plain_memory_over_ours"] > 4 and found["plain_over_ours"] > 0
-    assert found["half_the_chunk_memory"] < 0.7 and max(found["half_the_views_memory"], found["twice_the_images_memory"]) < 1.3
+    assert (
+        found["half_the_chunk_memory"] < 0.7
+        and max(found["half_the_views_memory"], found["twice_the_images_memory"]) < 1.3
+    )
     assert len(found["rows"]) == 5
 
 
@@ -45,7 +80,9 @@ def test_startup(tmp_path):
 def test_probe(tmp_path, shared_images):
     """The script itself fails where a head's accuracy is not that of a run with its rate alone."""
     found = run("probe", tmp_path, "--data", shared_images, "--size", 32, "--epochs", 1)
-    assert {row["probe"] for row in found["rows"]} == {"one rate", "five rates"} and found["five_over_one"] > 0
+    assert {row["probe"] for row in found["rows"]} == {"one rate", "five rates"} and found[
+        "five_over_one"
+    ] > 0
 
 
 def test_loader(tmp_path):
@@ -58,7 +95,11 @@ def test_loader(tmp_path):
 
 @pytest.mark.parametrize("from_files", [False, True])
 def test_loader_with_small_images(tmp_path, from_files):
-    files = ("--data", write_images(tmp_path / "images", classes=2, train=20, size=32)) if from_files else ()
+    files = (
+        ("--data", write_images(tmp_path / "images", classes=2, train=20, size=32))
+        if from_files
+        else ()
+    )
     found = run("loader", tmp_path, "--small", "--images", 40, "--batch", 16, *files)
     assert found["images"] == 32 and found["ours_over_pil"] > 0
     assert [row["pipeline"] for row in found["rows"]] == ["ours", "pil", "crops", "colours"]
@@ -66,9 +107,25 @@ def test_loader_with_small_images(tmp_path, from_files):
 
 def test_step(tmp_path):
     """The script itself compares our losses with plain MoCo's."""
-    found = run("step", tmp_path, "--arch", "resnet18", "--size", 32, "--batch", 8, "--k", 2048, "--processes", 1, 2)
+    found = run(
+        "step",
+        tmp_path,
+        "--arch",
+        "resnet18",
+        "--size",
+        32,
+        "--batch",
+        8,
+        "--k",
+        2048,
+        "--processes",
+        1,
+        2,
+    )
     ratios = {
-        f"{name}{suffix}" for name in ("synco_over_moco", "adco_over_moco", "ours_over_plain") for suffix in ("", "_2_processes")
+        f"{name}{suffix}"
+        for name in ("synco_over_moco", "adco_over_moco", "ours_over_plain")
+        for suffix in ("", "_2_processes")
     }
     assert ratios < found.keys()
     assert len(found["rows"]) == 8 and all(row["ms"] > 0 for row in found["rows"])
@@ -78,7 +135,9 @@ def test_threads(tmp_path):
     sizes = ("--steps", 1, "--size", 32, "--batch-size", 2, "--settings", "torch's default", "ours")
     found = run("threads", tmp_path, *sizes)
     assert [(row["setting"], row["where"]) for row in found["rows"]] == [
-        (setting, where) for where in ("alone", f"beside {os.cpu_count()}") for setting in ("torch's default", "ours")
+        (setting, where)
+        for where in ("alone", f"beside {os.cpu_count()}")
+        for setting in ("torch's default", "ours")
     ]
     assert all(row["images/s"] > 0 for row in found["rows"])
 
@@ -95,7 +154,17 @@ def test_methods(script, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(subprocess, "run", here)
     file = tmp_path / "methods.json"
-    short = ("--methods", "mochi", "--seeds", 0, "--short", "--out", tmp_path / "runs", "--json", file)
+    short = (
+        "--methods",
+        "mochi",
+        "--seeds",
+        0,
+        "--short",
+        "--out",
+        tmp_path / "runs",
+        "--json",
+        file,
+    )
     monkeypatch.setattr(sys, "argv", ["methods.py", *map(str, short)])
     methods.main()
     out = capsys.readouterr().out
@@ -108,7 +177,20 @@ def test_methods(script, tmp_path, monkeypatch, capsys):
 
 def test_faults(tmp_path):
     """The script itself fails where a stopped run does not end with the bits of the one that was not."""
-    short = ("--methods", "sogclr", "--processes", 1, "--signals", "KILL", "--stops", 2, "--epochs", 1, "--batch-size", 32)
+    short = (
+        "--methods",
+        "sogclr",
+        "--processes",
+        1,
+        "--signals",
+        "KILL",
+        "--stops",
+        2,
+        "--epochs",
+        1,
+        "--batch-size",
+        32,
+    )
     result = shell("benchmarks/faults.py", *short, "--json", tmp_path / "faults.json")
     assert result.returncode == 0, result.stdout + result.stderr
     (found,) = json.loads((tmp_path / "faults.json").read_text())

@@ -33,16 +33,40 @@ MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
     """Write train/ with three classes of 24 images, and test/ instead of val/."""
-    root = write_images(tmp_path_factory.mktemp("cifar"), classes=3, train=IMAGES // 3, val=8, size=SIZE)
+    root = write_images(
+        tmp_path_factory.mktemp("cifar"), classes=3, train=IMAGES // 3, val=8, size=SIZE
+    )
     (root / "val").rename(root / "test")
     return root
 
 
 def command(data: Path, run: Path, *more: object) -> tuple:
     """Return a short command with the demo's settings."""
-    short = ("--epochs", EPOCHS, "-b", BATCH, "--moco-k", K, "--bn-splits", GROUPS, "--knn-every", 1, "-j", 0)
+    short = (
+        "--epochs",
+        EPOCHS,
+        "-b",
+        BATCH,
+        "--moco-k",
+        K,
+        "--bn-splits",
+        GROUPS,
+        "--knn-every",
+        1,
+        "-j",
+        0,
+    )
     short = (*short, "--image-size", SIZE, "--print-freq", 1)
-    return ("main_synco", data, "--cfg", ROOT / "configs" / "cifar10" / "moco.yaml", *short, "--save-dir", run, *more)
+    return (
+        "main_synco",
+        data,
+        "--cfg",
+        ROOT / "configs" / "cifar10" / "moco.yaml",
+        *short,
+        "--save-dir",
+        run,
+        *more,
+    )
 
 
 def network() -> torch.nn.Module:
@@ -74,7 +98,9 @@ def plain(data: Path, start: dict, symmetric: bool) -> tuple[list[float], list[f
     """
     q_net, k_net = network(), network()
     for net, name in ((q_net, "encoder_q."), (k_net, "encoder_k.")):
-        net.load_state_dict({key.removeprefix(name): x for key, x in start.items() if key.startswith(name)})
+        net.load_state_dict(
+            {key.removeprefix(name): x for key, x in start.items() if key.startswith(name)}
+        )
     queue, place = start["queue"].clone(), 0
     optimizer = torch.optim.SGD(q_net.parameters(), lr=0.06, momentum=0.9, weight_decay=5e-4)
     images = folders.scan(data, "train")
@@ -83,19 +109,27 @@ def plain(data: Path, start: dict, symmetric: bool) -> tuple[list[float], list[f
     steps, losses, accuracies = IMAGES // BATCH, [], []
     for epoch in range(EPOCHS):
         order = torch.randperm(IMAGES, generator=rng.generator("cpu", rng.ORDER, 0, epoch))
-        optimizer.param_groups[0]["lr"] = 0.06 * 0.5 * (1 + math.cos(math.pi * (epoch + 1) / EPOCHS))  # from 1, as there
+        optimizer.param_groups[0]["lr"] = (
+            0.06 * 0.5 * (1 + math.cos(math.pi * (epoch + 1) / EPOCHS))
+        )  # from 1, as there
         for step in range(steps):
             progress = rng.Progress(0, epoch, epoch * steps + step, 0, steps, EPOCHS)
             samples = [cut[epoch, int(i)] for i in order[step * BATCH :][:BATCH]]
             views = [
-                color.augment(torch.stack([sample[0][v] for sample in samples]), view, progress.generator(rng.COLOR, "cpu", 0, v))
+                color.augment(
+                    torch.stack([sample[0][v] for sample in samples]),
+                    view,
+                    progress.generator(rng.COLOR, "cpu", 0, v),
+                )
                 for v, view in enumerate(recipe)
             ]
             loss, keys = 0.0, {}
             for direction in range(1 + symmetric):
                 key = 1 - direction
                 q = in_groups(q_net, views[direction].double())
-                shuffle = torch.randperm(BATCH, generator=progress.generator(rng.SHUFFLE, "cpu", *[1] * direction))
+                shuffle = torch.randperm(
+                    BATCH, generator=progress.generator(rng.SHUFFLE, "cpu", *[1] * direction)
+                )
                 with torch.no_grad():
                     keys[key] = in_groups(k_net, views[key].double()[shuffle])[shuffle.argsort()]
                 logits = torch.cat([(q * keys[key]).sum(1, keepdim=True), q @ queue.T], 1) / 0.1
@@ -177,41 +211,70 @@ def test_a_resumed_run_keeps_its_stem_and_normalization(data, trained, script, t
     subprocess.run(["cp", "-r", trained, tmp_path / "run"], check=True)
     recipe = yaml.safe_load((ROOT / "configs" / "cifar10" / "moco.yaml").read_text())
     plain = tmp_path / "plain.yaml"
-    plain.write_text(yaml.safe_dump({name: value for name, value in recipe.items() if name not in ("stem", "mean", "std")}))
-    resumed = command(data, tmp_path / "run", "--cfg", plain, "--resume", "auto", "--allow-change", "epochs")
+    plain.write_text(
+        yaml.safe_dump(
+            {name: value for name, value in recipe.items() if name not in ("stem", "mean", "std")}
+        )
+    )
+    resumed = command(
+        data, tmp_path / "run", "--cfg", plain, "--resume", "auto", "--allow-change", "epochs"
+    )
     status, out, err = script(*resumed)
     assert status == 0 and "resumed from" in out, err
     assert of(tmp_path / "run") == SETTINGS
     refused(script(*resumed, "--stem", "imagenet"), "--stem is imagenet, and was cifar")
-    refused(script(*resumed, "--mean", 0.5, 0.5, 0.5), "--mean is [0.5, 0.5, 0.5], and was [0.4914, 0.4822, 0.4465]")
+    refused(
+        script(*resumed, "--mean", 0.5, 0.5, 0.5),
+        "--mean is [0.5, 0.5, 0.5], and was [0.4914, 0.4822, 0.4465]",
+    )
 
 
-def test_evaluations_take_the_stem_and_the_normalization_from_the_checkpoint(data, trained, script, tmp_path):
+def test_evaluations_take_the_stem_and_the_normalization_from_the_checkpoint(
+    data, trained, script, tmp_path
+):
     checkpoint = trained / "checkpoint_0000.pth.tar"
     probe, semi = ("--lr", 0.1, "--epochs", 1), ("--train-percent", 100, "--epochs", 1)
     for name, more in (("main_knn", ("--k", 1)), ("main_lincls", probe), ("main_semisup", semi)):
-        status, _, err = script(name, data, "--pretrained", checkpoint, *more, *SHORT, "--save-dir", tmp_path / name)
+        status, _, err = script(
+            name, data, "--pretrained", checkpoint, *more, *SHORT, "--save-dir", tmp_path / name
+        )
         assert status == 0, err
         assert of(tmp_path / name) == SETTINGS
     for name in ("main_lincls", "main_semisup"):
         saved, tested = tmp_path / name / "checkpoint.pth.tar", tmp_path / f"{name}-tested"
         status, _, err = script(name, data, "-e", "--resume", saved, *SHORT, "--save-dir", tested)
         assert status == 0, err
-        accuracies = [json.loads((place / "results.json").read_text())["metrics"] for place in (tmp_path / name, tested)]
+        accuracies = [
+            json.loads((place / "results.json").read_text())["metrics"]
+            for place in (tmp_path / name, tested)
+        ]
         assert of(tested) == SETTINGS and accuracies[0] == accuracies[1]
-        refused(script(name, data, "--resume", saved, *SHORT, "--stem", "imagenet"), "--stem imagenet", "was trained with cifar")
+        refused(
+            script(name, data, "--resume", saved, *SHORT, "--stem", "imagenet"),
+            "--stem imagenet",
+            "was trained with cifar",
+        )
     other = script("main_knn", data, "--pretrained", checkpoint, *SHORT, "--stem", "imagenet")
     refused(other, "has the stem cifar; leave --stem out")
 
 
 @pytest.mark.parametrize("ending", [".pth", ".safetensors"])
-def test_an_exported_stem_is_read_by_other_software_and_here(ending, data, trained, script, tmp_path):
+def test_an_exported_stem_is_read_by_other_software_and_here(
+    ending, data, trained, script, tmp_path
+):
     checkpoint, out = trained / "checkpoint_0000.pth.tar", tmp_path / f"encoder{ending}"
-    done = shell("tools/export.py", checkpoint, out, "--hub")  # loads it strictly into torchvision's and timm's networks
+    done = shell(
+        "tools/export.py", checkpoint, out, "--hub"
+    )  # loads it strictly into torchvision's and timm's networks
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("net.maxpool = torch.nn.Identity()") == 2 and "mean (0.4914, 0.4822, 0.4465)" in done.stdout
+    assert (
+        done.stdout.count("net.maxpool = torch.nn.Identity()") == 2
+        and "mean (0.4914, 0.4822, 0.4465)" in done.stdout
+    )
     options = next(line for line in done.stdout.splitlines() if "--pretrained" in line).split()
-    status, _, err = script("main_knn", data, *options, "--k", 1, *SHORT, "--save-dir", tmp_path / "knn")
+    status, _, err = script(
+        "main_knn", data, *options, "--k", 1, *SHORT, "--save-dir", tmp_path / "knn"
+    )
     assert status == 0, err
     assert of(tmp_path / "knn") == SETTINGS
     images = torch.randn(2, 3, SIZE, SIZE)
@@ -223,23 +286,63 @@ def test_an_exported_stem_is_read_by_other_software_and_here(ending, data, train
 
 def test_features_of_the_projection_head(data, trained, script, tmp_path):
     checkpoint = trained / "checkpoint_0000.pth.tar"
-    common = ("main_knn", data, "--pretrained", checkpoint, *SHORT, "--k", 200, "--temperature", 0.1, "--save-dir")
-    status, _, err = script(*common, tmp_path / "head", "--features", "head", "--dump-features", tmp_path / "dump")
+    common = (
+        "main_knn",
+        data,
+        "--pretrained",
+        checkpoint,
+        *SHORT,
+        "--k",
+        200,
+        "--temperature",
+        0.1,
+        "--save-dir",
+    )
+    status, _, err = script(
+        *common, tmp_path / "head", "--features", "head", "--dump-features", tmp_path / "dump"
+    )
     assert status == 0, err
     found = json.loads((tmp_path / "head" / "results.json").read_text())
     logged = [json.loads(line) for line in (trained / "log.jsonl").read_text().splitlines()]
-    assert found["metrics"]["knn_200"] == logged[-1]["knn"] and found["settings"]["features"] == "head"
+    assert (
+        found["metrics"]["knn_200"] == logged[-1]["knn"] and found["settings"]["features"] == "head"
+    )
     assert np.load(tmp_path / "dump" / "val_features.npy").shape == (24, 128)
-    loaded = ("main_knn", "--load-features", tmp_path / "dump", "--k", 200, "--temperature", 0.1, "--save-dir", tmp_path / "loaded")
+    loaded = (
+        "main_knn",
+        "--load-features",
+        tmp_path / "dump",
+        "--k",
+        200,
+        "--temperature",
+        0.1,
+        "--save-dir",
+        tmp_path / "loaded",
+    )
     assert script(*loaded)[0] == 0
     results = json.loads((tmp_path / "loaded" / "results.json").read_text())
     assert results["metrics"] == found["metrics"] and results["settings"]["features"] == "head"
-    refused(script(*loaded, "--features", "backbone"), "--features backbone", "are of head; leave --features out")
-    refused(script("main_knn", data, "--features", "head", *SHORT), "--features head: needs a checkpoint")
+    refused(
+        script(*loaded, "--features", "backbone"),
+        "--features backbone",
+        "are of head; leave --features out",
+    )
+    refused(
+        script("main_knn", data, "--features", "head", *SHORT),
+        "--features head: needs a checkpoint",
+    )
     state = load(checkpoint)
     state["state_dict"] = {name: x for name, x in state["state_dict"].items() if ".fc." not in name}
     torch.save(state, tmp_path / "headless.pth.tar")
-    headless = ("main_knn", data, "--pretrained", tmp_path / "headless.pth.tar", "--features", "head", *SHORT)
+    headless = (
+        "main_knn",
+        data,
+        "--pretrained",
+        tmp_path / "headless.pth.tar",
+        "--features",
+        "head",
+        *SHORT,
+    )
     refused(script(*headless), "has no projection head; leave out --features head")
 
 
@@ -249,37 +352,94 @@ def test_pretraining_reads_the_original_files_of_cifar10(script, tmp_path):
     folder.mkdir()
     draw = np.random.default_rng(0)
     for name in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"):
-        batch = {"data": draw.integers(0, 256, (20, 3072), dtype=np.uint8), "labels": [i % 10 for i in range(20)]}
+        batch = {
+            "data": draw.integers(0, 256, (20, 3072), dtype=np.uint8),
+            "labels": [i % 10 for i in range(20)],
+        }
         (folder / name).write_bytes(pickle.dumps(batch))
-    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": [f"class{i}" for i in range(10)]}))
-    short = ("--stem", "cifar", "-a", "resnet18", "--image-size", 32, "-b", 16, "-j", 0, "--epochs", 1, "--moco-k", 32)
+    (folder / "batches.meta").write_bytes(
+        pickle.dumps({"label_names": [f"class{i}" for i in range(10)]})
+    )
+    short = (
+        "--stem",
+        "cifar",
+        "-a",
+        "resnet18",
+        "--image-size",
+        32,
+        "-b",
+        16,
+        "-j",
+        0,
+        "--epochs",
+        1,
+        "--moco-k",
+        32,
+    )
     run = tmp_path / "run"
-    status, out, err = script("main_synco", tmp_path, "--dataset", "cifar10", *short, "--knn-every", 1, "--save-dir", run)
+    status, out, err = script(
+        "main_synco", tmp_path, "--dataset", "cifar10", *short, "--knn-every", 1, "--save-dir", run
+    )
     assert status == 0, err
     assert "100 images of 10 classes" in out and of(run)[3:] == (MEAN, STD)
-    assert f"main_knn.py {tmp_path} --pretrained {run}/checkpoint_0000.pth.tar --dataset cifar10" in out
-    refused(script("main_synco", tmp_path, "--dataset", "cifar100", *short), "no usable cifar100", "--download")
+    assert (
+        f"main_knn.py {tmp_path} --pretrained {run}/checkpoint_0000.pth.tar --dataset cifar10"
+        in out
+    )
+    refused(
+        script("main_synco", tmp_path, "--dataset", "cifar100", *short),
+        "no usable cifar100",
+        "--download",
+    )
     (tmp_path / "train").mkdir()
-    refused(script("main_synco", tmp_path, "--dataset", "cifar100", *short), "in its train/, leave out --dataset")
+    refused(
+        script("main_synco", tmp_path, "--dataset", "cifar100", *short),
+        "in its train/, leave out --dataset",
+    )
 
 
 def test_a_folder_without_val_is_tested_on_test(data, capfd):
     assert folders.find(str(data), ("train", "val")) == data
     assert len(folders.scan(data, "val")) == 24
-    assert capfd.readouterr().err.count(f"{data}: has no val/; test/ is used instead") <= 1  # once per process
+    assert (
+        capfd.readouterr().err.count(f"{data}: has no val/; test/ is used instead") <= 1
+    )  # once per process
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "configs" / "cifar10").glob("*.yaml")))
+@pytest.mark.parametrize(
+    "name", sorted(path.stem for path in (ROOT / "configs" / "cifar10").glob("*.yaml"))
+)
 def test_every_recipe_trains(name, data, script, tmp_path):
     file = ROOT / "configs" / "cifar10" / f"{name}.yaml"
-    words = next(line for line in file.read_text().splitlines() if line.startswith("# python")).split()
-    rows = {"main_synco": ("--moco-k", 256), "main_adco": ("--cluster", 64), "main_moby": ("--queue", 256)}
+    words = next(
+        line for line in file.read_text().splitlines() if line.startswith("# python")
+    ).split()
+    rows = {
+        "main_synco": ("--moco-k", 256),
+        "main_adco": ("--cluster", 64),
+        "main_moby": ("--queue", 256),
+    }
     script_name = words[2].removesuffix(".py")
     more = () if name == "byol" else rows.get(script_name, ())
     if name in ("synco", "mochi"):
         more = (*more, "--warmup-epochs", 0)
-    short = ("--epochs", 1, "--image-size", SIZE, "-b", 16, "-j", 0, "--knn-every", 1, "--knn-k", 20)
-    status, out, err = script(script_name, data, "--cfg", file, *short, *more, "--save-dir", tmp_path)
+    short = (
+        "--epochs",
+        1,
+        "--image-size",
+        SIZE,
+        "-b",
+        16,
+        "-j",
+        0,
+        "--knn-every",
+        1,
+        "--knn-k",
+        20,
+    )
+    status, out, err = script(
+        script_name, data, "--cfg", file, *short, *more, "--save-dir", tmp_path
+    )
     assert status == 0, err
     if name == "moco":  # whose rate is that of an epoch's end
         assert "the only epoch has a learning rate of 0" in out

@@ -73,7 +73,9 @@ def test_no_val(script, tmp_path):
     either = "expected val/CLASS/*.jpg or test/CLASS/*.jpg"
     refused(script("main_lincls", tmp_path, "-a", "resnet18"), "no val/", either)
     refused(script("main_knn", tmp_path, "-a", "resnet18"), "no val/", either)
-    refused(script("main_synco", tmp_path, *SMALL, "--knn-every", 1), "no val/", either, "--knn-every 0")
+    refused(
+        script("main_synco", tmp_path, *SMALL, "--knn-every", 1), "no val/", either, "--knn-every 0"
+    )
 
 
 @pytest.mark.parametrize("launch", ["spawn", "torchrun"])
@@ -83,7 +85,16 @@ def test_the_line_on_test_in_place_of_val_is_printed_once(launch, images, tmp_pa
     if launch == "spawn":
         words += ("--device", "cpu", "--multiprocessing-distributed", "--nproc-per-node", 2)
     else:
-        words = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, *words, "--device", "cpu")
+        words = (
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            2,
+            *words,
+            "--device",
+            "cpu",
+        )
     done = shell(*words, "--save-dir", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("has no val/; test/ is used instead") == 1, done.stderr
@@ -110,20 +121,34 @@ def test_val_classes_that_are_not_trains(script, images):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_unreadable_image_is_named(script, images, tmp_path, workers):
     (images / "train" / "class0" / "3.jpg").write_text("no image")
-    result = script("main_synco", images, *SMALL, "-j", workers, "--save-dir", tmp_path / "run", "--on-bad-image", "error")
+    result = script(
+        "main_synco",
+        images,
+        *SMALL,
+        "-j",
+        workers,
+        "--save-dir",
+        tmp_path / "run",
+        "--on-bad-image",
+        "error",
+    )
     refused(result, "class0/3.jpg", "unreadable")
 
 
 def test_empty_image_is_named(script, images, tmp_path):
     (images / "train" / "class1" / "0.jpg").write_bytes(b"")
-    result = script("main_synco", images, *SMALL, "--save-dir", tmp_path / "run", "--on-bad-image", "error")
+    result = script(
+        "main_synco", images, *SMALL, "--save-dir", tmp_path / "run", "--on-bad-image", "error"
+    )
     refused(result, "class1/0.jpg", "empty")
 
 
 def test_truncated_image_is_named(script, images, tmp_path):
     file = images / "train" / "class1" / "0.jpg"
     file.write_bytes(file.read_bytes()[:400])
-    result = script("main_synco", images, *SMALL, "--save-dir", tmp_path / "run", "--on-bad-image", "error")
+    result = script(
+        "main_synco", images, *SMALL, "--save-dir", tmp_path / "run", "--on-bad-image", "error"
+    )
     refused(result, "class1/0.jpg", "unreadable")
 
 
@@ -140,7 +165,11 @@ def test_caching_images_in_memory_changes_no_loss(script, images, tmp_path):
         # views of 8 pixels are too small to crop a batch at once, which may change a pixel by 1
         options = (*SMALL, "--image-size", 8, "-p", 1, "--save-dir", tmp_path / mode)
         status, out, err = script("main_synco", images, *options, "--cache-images", mode)
-        assert status == 0 and err.count("skipped, another image takes its place") == 1 and "class0/3.jpg" in err
+        assert (
+            status == 0
+            and err.count("skipped, another image takes its place") == 1
+            and "class0/3.jpg" in err
+        )
         assert ("images stay in memory: about" in out) == (mode == "on")
         found[mode] = losses(tmp_path / mode)
     assert len(found["on"]) == 3 and found["on"] == found["off"]
@@ -148,23 +177,35 @@ def test_caching_images_in_memory_changes_no_loss(script, images, tmp_path):
 
 def test_cache_images_on_is_refused_if_the_images_do_not_fit(script, images, tmp_path, monkeypatch):
     monkeypatch.setattr(cache, "free_memory", lambda: 100_000)
-    result = script("main_synco", images, *SMALL, "--save-dir", tmp_path / "run", "--cache-images", "on")
+    result = script(
+        "main_synco", images, *SMALL, "--save-dir", tmp_path / "run", "--cache-images", "on"
+    )
     refused(result, "--cache-images on", "leave the option out, or free memory")
 
 
 def test_cache_images_is_refused_by_a_script_that_reads_each_image_once(script, images):
-    refused(script("main_knn", images, "-a", "resnet18", "--cache-images", "on"), "reads each image once")
+    refused(
+        script("main_knn", images, "-a", "resnet18", "--cache-images", "on"),
+        "reads each image once",
+    )
 
 
 @pytest.mark.parametrize("mode", ["on", "off", "auto"])
 def test_on_and_off_in_a_recipe_are_words(tmp_path, mode):
     """YAML reads them as true and false."""
     (tmp_path / "recipe.yaml").write_text(f"cache-images: {mode}\n")
-    assert main_synco.parser().parse(["photos", "--cfg", str(tmp_path / "recipe.yaml")]).cache_images == mode
+    assert (
+        main_synco.parser().parse(["photos", "--cfg", str(tmp_path / "recipe.yaml")]).cache_images
+        == mode
+    )
 
 
 def test_fewer_images_than_a_batch(script, images, tmp_path):
-    refused(script("main_synco", images, *SMALL, "-b", 64, "--save-dir", tmp_path / "run"), "24 images", "--batch-size")
+    refused(
+        script("main_synco", images, *SMALL, "-b", 64, "--save-dir", tmp_path / "run"),
+        "24 images",
+        "--batch-size",
+    )
 
 
 # names
@@ -175,11 +216,17 @@ def test_unknown_arch_names_the_nearest(script, images):
 
 
 def test_unknown_recipe_names_the_nearest(script, images):
-    refused(script("main_synco", images, *SMALL, "--recipe", "moco_v2"), "moco_v2", "nearest is 'mocov2'")
+    refused(
+        script("main_synco", images, *SMALL, "--recipe", "moco_v2"),
+        "moco_v2",
+        "nearest is 'mocov2'",
+    )
 
 
 def test_unknown_option_names_the_nearest(script, images):
-    refused(script("main_synco", images, *SMALL, "--n-hrad", 5), "--n-hrad", "nearest is '--n-hard'")
+    refused(
+        script("main_synco", images, *SMALL, "--n-hrad", 5), "--n-hrad", "nearest is '--n-hard'"
+    )
 
 
 @pytest.mark.parametrize(
@@ -206,15 +253,33 @@ def test_an_option_of_another_repository_says_what_to_use(script, images, said, 
 
 
 def test_what_an_option_of_another_repository_is_here_depends_on_the_script(script, images):
-    for name, option in (("main_adco", "--cluster"), ("main_moby", "--queue"), ("main_fnc", "--memory-multiplier")):
+    for name, option in (
+        ("main_adco", "--cluster"),
+        ("main_moby", "--queue"),
+        ("main_fnc", "--memory-multiplier"),
+    ):
         refused(script(name, images, "--moco-k", 8), f"--moco-k: use {option}")
-    for name in ("main_adco", "main_moby", "main_lincls", "main_semisup"):  # SynCo's own is of its negatives
-        refused(script(name, images, "--warmup-epochs", 8), "--warmup-epochs: use --lr-warmup-epochs")
+    for name in (
+        "main_adco",
+        "main_moby",
+        "main_lincls",
+        "main_semisup",
+    ):  # SynCo's own is of its negatives
+        refused(
+            script(name, images, "--warmup-epochs", 8), "--warmup-epochs: use --lr-warmup-epochs"
+        )
 
 
 def test_what_is_the_same_under_another_name_is_taken(tmp_path):
-    args = options("d", "--num_workers", 3, "--output_dir", tmp_path, "--max_epochs=7", "--accum_iter", 2)
-    assert (args.workers, args.save_dir, args.epochs, args.accumulation_steps) == (3, str(tmp_path), 7, 2)
+    args = options(
+        "d", "--num_workers", 3, "--output_dir", tmp_path, "--max_epochs=7", "--accum_iter", 2
+    )
+    assert (args.workers, args.save_dir, args.epochs, args.accumulation_steps) == (
+        3,
+        str(tmp_path),
+        7,
+        2,
+    )
 
 
 def test_the_published_command_of_fnc_shows_all_counterparts(script):
@@ -222,27 +287,46 @@ def test_the_published_command_of_fnc_shows_all_counterparts(script):
     command += " --learning_rate_scaling=sqrt --weight_decay=1e-4 --data_dir=gs://b/d --model_dir=gs://b/run --use_tpu=True"
     result = script("main_fnc", *command.split())
     refused(result, lines=4)
-    names = ("--train-mode: this script pre-trains", "--data-dir: give the data folder as DIR", "--model-dir: use --save-dir DIR")
-    for line, said in zip(result[2].splitlines(), (*names, "--use-tpu: GPUs are found automatically"), strict=True):
+    names = (
+        "--train-mode: this script pre-trains",
+        "--data-dir: give the data folder as DIR",
+        "--model-dir: use --save-dir DIR",
+    )
+    for line, said in zip(
+        result[2].splitlines(), (*names, "--use-tpu: GPUs are found automatically"), strict=True
+    ):
         assert line.startswith(f"main_fnc.py: error: {said}"), line
 
 
 def test_several_unknown_options_are_a_line_each(script, images):
     result = script("main_synco", images, *SMALL, "--n-hrad", 5, "--wandb", "--bath-size=3")
-    refused(result, "--n-hrad'; the nearest is '--n-hard'", "--wandb: no", "nearest is '--batch-size'", lines=3)
+    refused(
+        result,
+        "--n-hrad'; the nearest is '--n-hard'",
+        "--wandb: no",
+        "nearest is '--batch-size'",
+        lines=3,
+    )
 
 
-@pytest.mark.parametrize("name", ["wandb", "use-tpu", "fp16", "cuda", "trial", "hub", "tb-path", "name"])
+@pytest.mark.parametrize(
+    "name", ["wandb", "use-tpu", "fp16", "cuda", "trial", "hub", "tb-path", "name"]
+)
 def test_no_distant_name_is_suggested(name):
     assert "nearest" not in str(unknown("option", f"--{name}", main_synco.parser().names()))
 
 
 def test_a_message_is_never_cut(script, tmp_path):
     folder = tmp_path / "a folder" / ("x" * 200) / ("y" * 200) / ("z" * 200)
-    refused(script("main_synco", folder, *SMALL), str(folder), "no such folder", "or the word photos")
+    refused(
+        script("main_synco", folder, *SMALL), str(folder), "no such folder", "or the word photos"
+    )
 
 
-@pytest.mark.parametrize("text", ["moco_kk" + "x" * 900 + ": 3", "arch: " + "x" * 5_000_000, "lr: '" + "x" * 5_000_000 + "'"])
+@pytest.mark.parametrize(
+    "text",
+    ["moco_kk" + "x" * 900 + ": 3", "arch: " + "x" * 5_000_000, "lr: '" + "x" * 5_000_000 + "'"],
+)
 def test_what_a_file_holds_is_quoted_in_short(script, images, tmp_path, text):
     (tmp_path / "c.yaml").write_text(text)
     result = script("main_synco", images, "--cfg", tmp_path / "c.yaml")
@@ -252,14 +336,27 @@ def test_what_a_file_holds_is_quoted_in_short(script, images, tmp_path, text):
 
 def test_all_unknown_yaml_keys_are_named_up_to_a_bound(script, images, tmp_path):
     (tmp_path / "c.yaml").write_text("n_hrad: 5\nuse_tpu: true\n")
-    refused(script("main_synco", images, "--cfg", tmp_path / "c.yaml"), "unknown key 'n_hrad'", "use_tpu: GPUs", lines=2)
+    refused(
+        script("main_synco", images, "--cfg", tmp_path / "c.yaml"),
+        "unknown key 'n_hrad'",
+        "use_tpu: GPUs",
+        lines=2,
+    )
     (tmp_path / "c.yaml").write_text("".join(f"zebra{i}: 1\n" for i in range(10_000)))
-    refused(script("main_synco", images, "--cfg", tmp_path / "c.yaml"), "and 9980 more unknown keys", lines=21)
+    refused(
+        script("main_synco", images, "--cfg", tmp_path / "c.yaml"),
+        "and 9980 more unknown keys",
+        lines=21,
+    )
 
 
 def test_unknown_yaml_key_names_the_nearest(script, images, tmp_path):
     (tmp_path / "c.yaml").write_text("n_hrad: 5\n")
-    refused(script("main_synco", images, *SMALL, "--cfg", tmp_path / "c.yaml"), "unknown key 'n_hrad'", "nearest is 'n-hard'")
+    refused(
+        script("main_synco", images, *SMALL, "--cfg", tmp_path / "c.yaml"),
+        "unknown key 'n_hrad'",
+        "nearest is 'n-hard'",
+    )
 
 
 @pytest.mark.parametrize(
@@ -287,29 +384,47 @@ def test_missing_yaml(script, images):
 
 
 def test_more_hard_negatives_than_queue_rows(script, images):
-    refused(script("main_synco", images, *SMALL, "--n-hard", 33, "--n1", 1), "--n-hard 33", "32 rows")
+    refused(
+        script("main_synco", images, *SMALL, "--n-hard", 33, "--n1", 1), "--n-hard 33", "32 rows"
+    )
 
 
 def test_synthetic_negatives_without_hard_ones(script, images):
     refused(script("main_synco", images, *SMALL, "--n4", 1), "--n-hard")
 
 
-@pytest.mark.parametrize("option", [("--moco-t", 0), ("--moco-m", 1.5), ("--n1", -1), ("-b", 0), ("--epochs", "many")])
+@pytest.mark.parametrize(
+    "option", [("--moco-t", 0), ("--moco-m", 1.5), ("--n1", -1), ("-b", 0), ("--epochs", "many")]
+)
 def test_numbers_out_of_range(script, images, option):
     refused(script("main_synco", images, *SMALL, *option), option[0])
 
 
 def test_batch_smaller_than_processes(script, images):
-    result = script("main_synco", images, *SMALL, "-b", 2, "--multiprocessing-distributed", "--nproc-per-node", 3)
+    result = script(
+        "main_synco",
+        images,
+        *SMALL,
+        "-b",
+        2,
+        "--multiprocessing-distributed",
+        "--nproc-per-node",
+        3,
+    )
     refused(result, "--batch-size 2", "3 processes")
 
 
 # launch
 
 
-ENTRIES = [*sorted(ROOT.glob("main_*.py")), *(ROOT / f"tools/{name}.py" for name in ("demo", "export", "report", "show_views"))]
+ENTRIES = [
+    *sorted(ROOT.glob("main_*.py")),
+    *(ROOT / f"tools/{name}.py" for name in ("demo", "export", "report", "show_views")),
+]
 ENTRIES += [ROOT / "benchmarks" / "threads.py"]
-ENTRIES += [ROOT / "detection" / name for name in ("convert-pretrain-to-detectron2.py", "train_net.py")]
+ENTRIES += [
+    ROOT / "detection" / name for name in ("convert-pretrain-to-detectron2.py", "train_net.py")
+]
 WHEN_TORCH_LOADS = """
 import os, runpy, sys
 class Finder:
@@ -330,9 +445,15 @@ def test_threads_wait_briefly_unless_the_user_chose(entry):
     names = ("OMP_WAIT_POLICY", "OMP_NUM_THREADS", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
     clean = {name: value for name, value in os.environ.items() if name not in names}
     chosen = {"1000", "None"}  # by what else runs now
-    for given, expected in (({}, chosen), ({"GOMP_SPINCOUNT": "7"}, {"7"}), ({"OMP_NUM_THREADS": "1"}, {"None"})):
+    for given, expected in (
+        ({}, chosen),
+        ({"GOMP_SPINCOUNT": "7"}, {"7"}),
+        ({"OMP_NUM_THREADS": "1"}, {"None"}),
+    ):
         command = [sys.executable, "-c", WHEN_TORCH_LOADS, str(entry)]
-        done = subprocess.run(command, env=clean | given, capture_output=True, text=True, timeout=60, cwd=entry.parent)
+        done = subprocess.run(
+            command, env=clean | given, capture_output=True, text=True, timeout=60, cwd=entry.parent
+        )
         assert done.stdout.strip() in expected, done.stderr
 
 
@@ -346,7 +467,9 @@ def test_threads_wait_briefly_where_other_programs_run(running, busy, tmp_path, 
 
 def test_port_in_use(script, images, taken_port):
     url = f"tcp://127.0.0.1:{taken_port}"
-    result = script("main_synco", images, *SMALL, "--multiprocessing-distributed", "--dist-url", url)
+    result = script(
+        "main_synco", images, *SMALL, "--multiprocessing-distributed", "--dist-url", url
+    )
     refused(result, str(taken_port), "in use")
 
 
@@ -378,7 +501,10 @@ MEETING = {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "localhost", "MASTER_PORT"
 @pytest.mark.parametrize(
     ("environment", "words"),
     [
-        ({"MASTER_ADDR": None, "MASTER_PORT": None}, ("but not MASTER_ADDR and MASTER_PORT", "unset RANK and WORLD_SIZE")),
+        (
+            {"MASTER_ADDR": None, "MASTER_PORT": None},
+            ("but not MASTER_ADDR and MASTER_PORT", "unset RANK and WORLD_SIZE"),
+        ),
         ({"MASTER_PORT": None}, ("but not MASTER_PORT,", "torchrun")),
         ({"MASTER_PORT": "abc"}, ("MASTER_PORT localhost:abc", "a port from 1 to 65535")),
         ({"MASTER_PORT": 70000}, ("localhost:70000", "a port from 1 to 65535")),
@@ -392,7 +518,9 @@ MEETING = {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "localhost", "MASTER_PORT"
         ({"LOCAL_WORLD_SIZE": 0}, ("LOCAL_WORLD_SIZE - 1 = -1",)),
     ],
 )
-def test_a_wrong_environment_of_a_launcher_is_one_line(no_launcher, monkeypatch, script, images, environment, words):
+def test_a_wrong_environment_of_a_launcher_is_one_line(
+    no_launcher, monkeypatch, script, images, environment, words
+):
     monkeypatch.setattr(rendezvous, "OWN", 0.5)
     for name, value in {**MEETING, **environment}.items():
         if value is not None:
@@ -410,11 +538,19 @@ def test_a_taken_port_is_one_line(no_launcher, monkeypatch, script, images, take
     ("environment", "words"),
     [
         ({}, ("lacks SLURM_PROCID", "srun")),
-        ({"SLURM_PROCID": 2, "SLURM_LOCALID": 0}, ("SLURM_PROCID = 2 and SLURM_STEP_NUM_TASKS = 2",)),
-        ({"SLURM_PROCID": 1, "SLURM_LOCALID": 1, "SLURM_STEP_NODELIST": "nosuchhost.invalid"}, ("cannot resolve nosuchhost",)),
+        (
+            {"SLURM_PROCID": 2, "SLURM_LOCALID": 0},
+            ("SLURM_PROCID = 2 and SLURM_STEP_NUM_TASKS = 2",),
+        ),
+        (
+            {"SLURM_PROCID": 1, "SLURM_LOCALID": 1, "SLURM_STEP_NODELIST": "nosuchhost.invalid"},
+            ("cannot resolve nosuchhost",),
+        ),
     ],
 )
-def test_a_wrong_environment_of_srun_is_one_line(no_launcher, monkeypatch, script, images, environment, words):
+def test_a_wrong_environment_of_srun_is_one_line(
+    no_launcher, monkeypatch, script, images, environment, words
+):
     for name, value in {"SLURM_STEP_NUM_TASKS": 2, **environment}.items():
         monkeypatch.setenv(name, str(value))
     refused(script("main_synco", images, *SMALL), *words)
@@ -423,45 +559,86 @@ def test_a_wrong_environment_of_srun_is_one_line(no_launcher, monkeypatch, scrip
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("--dist-url", "env://"), ("--dist-url env:// is given, but not MASTER_ADDR and MASTER_PORT", "leave --dist-url out")),
+        (
+            ("--dist-url", "env://"),
+            (
+                "--dist-url env:// is given, but not MASTER_ADDR and MASTER_PORT",
+                "leave --dist-url out",
+            ),
+        ),
         (("--dist-url", "tcp://nosuchhost.invalid:99"), ("cannot resolve nosuchhost.invalid:99",)),
         (("--dist-url", "tcp://192.0.2.1:23462"), ("cannot be reached as 192.0.2.1",)),
         (("--dist-url", "tcp://[::1:99"), ("expected tcp://HOST:PORT",)),
-        (("--dist-url", "tcp://nosuchhost.invalid:99", "--world-size", 2, "--rank", 1), ("cannot resolve nosuchhost",)),
+        (
+            ("--dist-url", "tcp://nosuchhost.invalid:99", "--world-size", 2, "--rank", 1),
+            ("cannot resolve nosuchhost",),
+        ),
     ],
 )
-def test_a_wrong_meeting_point_is_one_line(no_launcher, monkeypatch, script, images, options, words):
+def test_a_wrong_meeting_point_is_one_line(
+    no_launcher, monkeypatch, script, images, options, words
+):
     monkeypatch.setattr(rendezvous, "OWN", 0.5)
     refused(script("main_synco", images, *SMALL, "--multiprocessing-distributed", *options), *words)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_process_that_waits_alone_says_so_and_ends(no_launcher, monkeypatch, script, images, rank):
+def test_a_process_that_waits_alone_says_so_and_ends(
+    no_launcher, monkeypatch, script, images, rank
+):
     monkeypatch.setattr(rendezvous, "SILENCE", 0.2)
     monkeypatch.setattr(rendezvous, "MEETING", 1.0)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    for name, value in {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+    for name, value in {
+        "RANK": rank,
+        "WORLD_SIZE": 2,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }.items():
         monkeypatch.setenv(name, str(value))
     status, out, err = script("main_synco", images, *SMALL, "--save-dir", images / "run")
-    waits = f"rank 1 waits for rank 0 at 127.0.0.1:{port}" if rank else f"1 of 2 processes have connected to 127.0.0.1:{port}"
+    waits = (
+        f"rank 1 waits for rank 0 at 127.0.0.1:{port}"
+        if rank
+        else f"1 of 2 processes have connected to 127.0.0.1:{port}"
+    )
     assert out.count(waits) == 1, out + err
     refused((status, out, err), waits, "for 1 seconds")
 
 
-def test_another_server_at_the_address_is_one_line(no_launcher, monkeypatch, script, images, taken_port):
+def test_another_server_at_the_address_is_one_line(
+    no_launcher, monkeypatch, script, images, taken_port
+):
     monkeypatch.setattr(rendezvous, "SILENCE", 0.5)
-    for name, value in {**MEETING, "RANK": 1, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": taken_port}.items():
+    for name, value in {
+        **MEETING,
+        "RANK": 1,
+        "WORLD_SIZE": 2,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": taken_port,
+    }.items():
         monkeypatch.setenv(name, str(value))
-    refused(script("main_synco", images, *SMALL), f"127.0.0.1:{taken_port}", "not rank 0 of this run")
+    refused(
+        script("main_synco", images, *SMALL), f"127.0.0.1:{taken_port}", "not rank 0 of this run"
+    )
 
 
 def test_env_takes_the_nodes_from_the_environment_as_moco_does(no_launcher, monkeypatch):
     for name, value in {**MEETING, "RANK": 1, "WORLD_SIZE": 2}.items():
         monkeypatch.setenv(name, str(value))
-    plan = processes.plan(launch_options(dist_url="env://", multiprocessing_distributed=True, nproc_per_node=3))
-    assert (plan.launcher, plan.nodes, plan.local, plan.first, plan.world, plan.url) == ("spawn", 2, 3, 3, 6, "env://")
+    plan = processes.plan(
+        launch_options(dist_url="env://", multiprocessing_distributed=True, nproc_per_node=3)
+    )
+    assert (plan.launcher, plan.nodes, plan.local, plan.first, plan.world, plan.url) == (
+        "spawn",
+        2,
+        3,
+        3,
+        6,
+        "env://",
+    )
 
 
 def launch_options(**given) -> Namespace:
@@ -491,18 +668,43 @@ def test_plan_without_a_launcher_is_one_process(no_launcher):
 
 
 def test_plan_of_torchrun(no_launcher, monkeypatch):
-    for name, value in {**MEETING, "RANK": 5, "WORLD_SIZE": 8, "LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 4}.items():
+    for name, value in {
+        **MEETING,
+        "RANK": 5,
+        "WORLD_SIZE": 8,
+        "LOCAL_RANK": 1,
+        "LOCAL_WORLD_SIZE": 4,
+    }.items():
         monkeypatch.setenv(name, str(value))
     plan = processes.plan(launch_options())
-    assert (plan.launcher, plan.nodes, plan.local, plan.first, plan.world, plan.local_rank) == ("torchrun", 2, 4, 5, 8, 1)
+    assert (plan.launcher, plan.nodes, plan.local, plan.first, plan.world, plan.local_rank) == (
+        "torchrun",
+        2,
+        4,
+        5,
+        8,
+        1,
+    )
 
 
 def test_plan_of_srun(no_launcher, monkeypatch):
-    values = {"SLURM_STEP_NUM_TASKS": 8, "SLURM_STEP_NUM_NODES": 2, "SLURM_PROCID": 6, "SLURM_LOCALID": 2}
+    values = {
+        "SLURM_STEP_NUM_TASKS": 8,
+        "SLURM_STEP_NUM_NODES": 2,
+        "SLURM_PROCID": 6,
+        "SLURM_LOCALID": 2,
+    }
     for name, value in {**values, "SLURM_STEP_NODELIST": "localhost", "SLURM_JOB_ID": 12}.items():
         monkeypatch.setenv(name, str(value))
     plan = processes.plan(launch_options())
-    assert (plan.launcher, plan.nodes, plan.local, plan.first, plan.world, plan.local_rank) == ("srun", 2, 4, 6, 8, 2)
+    assert (plan.launcher, plan.nodes, plan.local, plan.first, plan.world, plan.local_rank) == (
+        "srun",
+        2,
+        4,
+        6,
+        8,
+        2,
+    )
     assert plan.url == "tcp://localhost:20012"
     monkeypatch.setenv("SLURM_STEP_ID", "1")  # beside the first in the same job
     assert processes.plan(launch_options()).url != plan.url
@@ -589,7 +791,10 @@ def test_adco_says_how_many_processes_there_are(images, tmp_path):
     small = (images, *SMALL[:-2], "--cluster", 16, "--moco-dim", 8, "--no-ad-init")
     done = shell("main_adco.py", *small, "--nproc-per-node", 2, "--save-dir", tmp_path / "run")
     assert done.returncode == 0, done.stderr
-    assert "2 processes: one for each visible GPU" in done.stdout and "4 per process x 2 processes" in done.stdout
+    assert (
+        "2 processes: one for each visible GPU" in done.stdout
+        and "4 per process x 2 processes" in done.stdout
+    )
 
 
 # loader processes
@@ -599,7 +804,13 @@ def test_the_cores_of_this_process_are_its_affinity_within_its_quota(monkeypatch
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(12)), raising=False)
     monkeypatch.setattr(processes, "CGROUP", tmp_path)
     assert processes.cores() == 12
-    for text, expected in (("max 100000", 12), ("250000 100000", 3), ("10000 100000", 1), ("9900000 100000", 12), ("?", 12)):
+    for text, expected in (
+        ("max 100000", 12),
+        ("250000 100000", 3),
+        ("10000 100000", 1),
+        ("9900000 100000", 12),
+        ("?", 12),
+    ):
         (tmp_path / "cpu.max").write_text(text)
         assert processes.cores() == expected, text
     (tmp_path / "cpu.max").unlink()
@@ -611,16 +822,21 @@ def test_the_cores_of_this_process_are_its_affinity_within_its_quota(monkeypatch
 
 
 @pytest.mark.parametrize(
-    ("cores", "local", "of_the_node", "of_each"), [(2, 1, 2, 2), (1, 4, 1, 1), (96, 8, 64, 8), (12, 4, 12, 3), (96, 1, 8, 8)]
+    ("cores", "local", "of_the_node", "of_each"),
+    [(2, 1, 2, 2), (1, 4, 1, 1), (96, 8, 64, 8), (12, 4, 12, 3), (96, 1, 8, 8)],
 )
-def test_loader_processes_are_by_default_what_the_machine_has(monkeypatch, cores, local, of_the_node, of_each):
+def test_loader_processes_are_by_default_what_the_machine_has(
+    monkeypatch, cores, local, of_the_node, of_each
+):
     monkeypatch.setattr(processes, "cores", lambda: cores)
     plan = processes.Plan("spawn", 1, local, 0, local, 0, "")
     assert processes.workers(plan, Namespace(batch_is_per_process=False)) == of_the_node
     assert processes.workers(plan, Namespace(batch_is_per_process=True)) == of_each
 
 
-def test_the_number_of_loader_processes_is_shown_and_recorded(script, images, tmp_path, monkeypatch):
+def test_the_number_of_loader_processes_is_shown_and_recorded(
+    script, images, tmp_path, monkeypatch
+):
     monkeypatch.setattr(processes, "cores", lambda: 5)
     assert "here 5" in " ".join(script("main_synco", "--help")[1].split())
     found = []
@@ -636,7 +852,11 @@ def test_the_number_of_loader_processes_is_shown_and_recorded(script, images, tm
 IDLE = [
     ("main_synco", "--nproc-per-node 3", "--nproc-per-node has no effect"),
     ("main_synco", "--n-hard 8", "--n-hard has no effect"),
-    ("main_synco", "--sigma 0.1 --n-hard 8 --n1 2", "--sigma has no effect: there are no noise negatives; give --n4"),
+    (
+        "main_synco",
+        "--sigma 0.1 --n-hard 8 --n1 2",
+        "--sigma has no effect: there are no noise negatives; give --n4",
+    ),
     ("main_synco", "--delta 0.1", "--n5"),
     ("main_synco", "--eta 0.1", "--n6"),
     ("main_synco", "--warmup-epochs 3", "the learning rate's warm-up is --lr-warmup-epochs"),
@@ -651,8 +871,16 @@ IDLE = [
     ("main_synco", "--optimizer lars --nesterov", "--nesterov has no effect"),
     ("main_synco", "--knn-k 5", "--knn-k has no effect"),
     ("main_synco", "--knn-t 0.5", "--knn-t has no effect"),
-    ("main_synco", "--aug-plus --recipe mocov1", "--aug-plus has no effect: --recipe names the views"),
-    ("main_synco", "--bn-splits 4 --multiprocessing-distributed --nproc-per-node 2", "--bn-splits has no effect"),
+    (
+        "main_synco",
+        "--aug-plus --recipe mocov1",
+        "--aug-plus has no effect: --recipe names the views",
+    ),
+    (
+        "main_synco",
+        "--bn-splits 4 --multiprocessing-distributed --nproc-per-node 2",
+        "--bn-splits has no effect",
+    ),
     ("main_adco", "--schedule 1", "--schedule has no effect"),
     ("main_adco", "--memory-lr 0 --mem-t 0.5", "--mem-t has no effect"),
     ("main_sogclr", "--loss-type simclr --gamma 0.5", "--gamma has no effect"),
@@ -666,11 +894,19 @@ IDLE = [
     ("main_moby", "--synthetic-first 3", "--synthetic-first has no effect"),
     ("main_moby", "--proj-layers 1 --pred-layers 1 --mlp-dim 64", "--mlp-dim has no effect"),
     ("main_synco", "--output elsewhere", "--output has no effect: --save-dir names the run folder"),
-    ("main_lincls", "--grad-checkpoint", "--grad-checkpoint has no effect: --weights freeze trains no block"),
+    (
+        "main_lincls",
+        "--grad-checkpoint",
+        "--grad-checkpoint has no effect: --weights freeze trains no block",
+    ),
     ("main_lincls", "--save-every 2", "--save-every has no effect"),
     ("main_lincls", "--download", "--download has no effect"),
     ("main_semisup", "--weights freeze --lr-backbone 0.1", "--lr-backbone has no effect"),
-    ("main_semisup", "--weights freeze --zero-init-classifier", "--zero-init-classifier has no effect"),
+    (
+        "main_semisup",
+        "--weights freeze --zero-init-classifier",
+        "--zero-init-classifier has no effect",
+    ),
     ("main_knn", "--recipe mocov2", "--recipe has no effect"),
     ("main_knn", "--crop-min 0.5", "--crop-min has no effect"),
     ("main_knn", "--blur-sigma 1 2", "--blur-sigma has no effect: this script sees the centre"),
@@ -694,16 +930,26 @@ def test_an_option_without_effect_is_refused(until_launch, name, words, said):
 @pytest.mark.parametrize(
     ("name", "words", "said"),
     [
-        ("main_synco", "--world-size 1 --rank 0 --dist-url tcp://localhost:1", "--dist-url has no effect: this is one process"),
+        (
+            "main_synco",
+            "--world-size 1 --rank 0 --dist-url tcp://localhost:1",
+            "--dist-url has no effect: this is one process",
+        ),
         ("main_synco", "--sigma 0.01", "--sigma has no effect"),  # as it is by default
         ("main_synco", "--cos --schedule 120 160", "--schedule has no effect"),
         ("main_sogclr", "--loss-type simclr --gamma 0.9", "--gamma has no effect"),
         ("main_knn", "--host-features", "--host-features has no effect"),
         ("main_synco", "--dist-backend gloo", "--dist-backend has no effect"),
-        ("main_synco", "--schedule 30 --epochs 20", "--schedule has no effect: the run ends before the first of these"),
+        (
+            "main_synco",
+            "--schedule 30 --epochs 20",
+            "--schedule has no effect: the run ends before the first of these",
+        ),
     ],
 )
-def test_an_option_without_effect_that_changes_nothing_is_announced(until_launch, name, words, said):
+def test_an_option_without_effect_that_changes_nothing_is_announced(
+    until_launch, name, words, said
+):
     status, out, err = until_launch(name, words)
     assert status == 0 and not err, err
     assert [line for line in out.splitlines() if line.startswith(said)], out
@@ -711,8 +957,14 @@ def test_an_option_without_effect_that_changes_nothing_is_announced(until_launch
 
 def test_options_with_an_effect_are_taken_in_silence(until_launch):
     for name, words in (
-        ("main_synco", "--n-hard 8 --n1 1 --n4 2 --n5 2 --n6 2 --sigma 1 --delta 1 --eta 1 --warmup-epochs 1 --cos --lr-final 0.1"),
-        ("main_synco", "--no-cos --schedule 3 --no-sgdr --momentum 0.5 --nesterov --knn-every 1 --knn-k 3 --knn-t 1 --bn-splits 2"),
+        (
+            "main_synco",
+            "--n-hard 8 --n1 1 --n4 2 --n5 2 --n6 2 --sigma 1 --delta 1 --eta 1 --warmup-epochs 1 --cos --lr-final 0.1",
+        ),
+        (
+            "main_synco",
+            "--no-cos --schedule 3 --no-sgdr --momentum 0.5 --nesterov --knn-every 1 --knn-k 3 --knn-t 1 --bn-splits 2",
+        ),
         ("main_synco", "--sgdr --sgdr-t0 3 --lr-by step --lr-final 0.1 --world-size 1 --rank 0"),
         ("main_moby", "--method synco --n-hard 8 --n1 1 --sigma 1 --queue 64 --moco-t 0.5"),
         ("main_fnc", "--fn-topk 3 --fn-threshold 0.1 --ema 0.5"),
@@ -731,7 +983,10 @@ def test_a_recipe_may_hold_what_another_choice_leaves_without_effect(until_launc
         f"--n-hard of {tmp_path}/c.yaml has no effect",
     ]
     assert until_launch("main_synco", f"--cfg {tmp_path / 'c.yaml'}") == (0, "", "")
-    assert until_launch("main_moby", "--cfg configs/moby_swin_tiny.yaml --method byol -a resnet18 --online-drop-path 0")[1:] == (
+    assert until_launch(
+        "main_moby",
+        "--cfg configs/moby_swin_tiny.yaml --method byol -a resnet18 --online-drop-path 0",
+    )[1:] == (
         "",
         "",
     )
@@ -756,24 +1011,56 @@ def test_truncated_checkpoint(script, images, checkpoint, tmp_path):
     data = checkpoint.read_bytes()
     for length in (0, 100, len(data) // 2, len(data) - 10):
         broken.write_bytes(data[:length])
-        refused(script("main_lincls", images, "--pretrained", broken), "broken.pth.tar", "not a readable checkpoint")
+        refused(
+            script("main_lincls", images, "--pretrained", broken),
+            "broken.pth.tar",
+            "not a readable checkpoint",
+        )
     refused(
-        script("main_synco", images, *SMALL, "--resume", broken, "--save-dir", tmp_path / "r"), "broken.pth.tar", "not a readable"
+        script("main_synco", images, *SMALL, "--resume", broken, "--save-dir", tmp_path / "r"),
+        "broken.pth.tar",
+        "not a readable",
     )
 
 
 def test_checkpoint_that_is_none(script, images, tmp_path):
     strange = tmp_path / "strange.pth.tar"
     strange.write_text("# a page of text")
-    refused(script("main_lincls", images, "--pretrained", strange), "strange.pth.tar", "of another format")
+    refused(
+        script("main_lincls", images, "--pretrained", strange),
+        "strange.pth.tar",
+        "of another format",
+    )
     torch.save({"state_dict": {}, "args": Namespace(lr=Fraction(1, 2))}, strange)
-    refused(script("main_lincls", images, "--pretrained", strange), "strange.pth.tar", "holds Python objects")
+    refused(
+        script("main_lincls", images, "--pretrained", strange),
+        "strange.pth.tar",
+        "holds Python objects",
+    )
 
 
 def test_checkpoint_of_another_arch(script, images, checkpoint, tmp_path):
-    refused(script("main_lincls", images, "--pretrained", checkpoint, "-a", "resnet50"), "is of resnet18", "-a resnet18")
-    refused(script("main_lincls", images, "--pretrained", checkpoint, "-a", "resnet34"), "is of resnet18", "-a resnet18")
-    result = script("main_synco", images, *SMALL, "-a", "resnet34", "--resume", checkpoint, "--save-dir", tmp_path / "r")
+    refused(
+        script("main_lincls", images, "--pretrained", checkpoint, "-a", "resnet50"),
+        "is of resnet18",
+        "-a resnet18",
+    )
+    refused(
+        script("main_lincls", images, "--pretrained", checkpoint, "-a", "resnet34"),
+        "is of resnet18",
+        "-a resnet18",
+    )
+    result = script(
+        "main_synco",
+        images,
+        *SMALL,
+        "-a",
+        "resnet34",
+        "--resume",
+        checkpoint,
+        "--save-dir",
+        tmp_path / "r",
+    )
     refused(result, "arch 'resnet18'", "'resnet34'")
 
 
@@ -788,11 +1075,28 @@ def test_checkpoint_of_another_part(script, images, checkpoint, tmp_path):
         status, _, err = script(name, *trained, "--pretrained", checkpoint)
         assert status == 0, err
         classifier = tmp_path / name / "checkpoint.pth.tar"
-        result = script("main_synco", images, *SMALL, "--resume", classifier, "--save-dir", tmp_path / "r")
-        refused(result, "cannot be resumed here: it is a classifier's checkpoint", f"continue it with {name}.py")
-        knn = (images, *INPUT, "--k", 3, "--pretrained", classifier, "--save-dir", tmp_path / f"knn-{name}")
+        result = script(
+            "main_synco", images, *SMALL, "--resume", classifier, "--save-dir", tmp_path / "r"
+        )
+        refused(
+            result,
+            "cannot be resumed here: it is a classifier's checkpoint",
+            f"continue it with {name}.py",
+        )
+        knn = (
+            images,
+            *INPUT,
+            "--k",
+            3,
+            "--pretrained",
+            classifier,
+            "--save-dir",
+            tmp_path / f"knn-{name}",
+        )
         status, out, err = script("main_knn", *knn)
-        assert status == 0 and "120 of 120 backbone tensors matched (state_dict.module.*)" in out, err
+        assert status == 0 and "120 of 120 backbone tensors matched (state_dict.module.*)" in out, (
+            err
+        )
         found = json.loads((tmp_path / f"knn-{name}" / "results.json").read_text())
         encoder = "moco" if name == "main_lincls" else "moco, fine-tuned"
         assert (found["method"], found["pretrain_epochs"]) == (encoder, 1)
@@ -803,19 +1107,31 @@ def test_weights_of_other_software_are_not_resumed(script, images, checkpoint, t
     torch.save(weights, tmp_path / "zoo.pth.tar")
     resumed = ("--resume", tmp_path / "zoo.pth.tar", "--save-dir", tmp_path / "r")
     lacks = "zoo.pth.tar: cannot be resumed: it lacks args, progress"
-    refused(script("main_synco", images, *SMALL, *resumed), lacks, "pre-training cannot start from them")
+    refused(
+        script("main_synco", images, *SMALL, *resumed), lacks, "pre-training cannot start from them"
+    )
     refused(script("main_lincls", images, *INPUT, *resumed), lacks, "give it with --pretrained")
 
 
 def test_checkpoint_of_another_method_or_shape(script, images, checkpoint, tmp_path):
     resume = ("--resume", checkpoint, "--save-dir", tmp_path / "r")
-    refused(script("main_synco", images, *SMALL, *resume, "--n-hard", 4, "--n2", 1), "method 'moco'", "'synco'")
-    refused(script("main_synco", images, *SMALL, *resume, "--moco-k", 64), "--moco-k is 64, and was 32")
+    refused(
+        script("main_synco", images, *SMALL, *resume, "--n-hard", 4, "--n2", 1),
+        "method 'moco'",
+        "'synco'",
+    )
+    refused(
+        script("main_synco", images, *SMALL, *resume, "--moco-k", 64), "--moco-k is 64, and was 32"
+    )
     refused(script("main_synco", images, *SMALL, *resume, "--mlp"), "--mlp is True, and was False")
 
 
 def test_missing_checkpoint(script, images):
-    refused(script("main_lincls", images, "--pretrained", "nowhere.pth"), "nowhere.pth", "no such checkpoint")
+    refused(
+        script("main_lincls", images, "--pretrained", "nowhere.pth"),
+        "nowhere.pth",
+        "no such checkpoint",
+    )
 
 
 def test_checkpoint_with_code_is_not_run(script, images, tmp_path):
@@ -830,7 +1146,11 @@ def test_checkpoint_with_code_is_not_run(script, images, tmp_path):
 
 def test_run_folder_of_another_run_is_kept(script, images, checkpoint):
     before = checkpoint.read_bytes()
-    refused(script("main_synco", images, *SMALL, "--save-dir", checkpoint.parent), "holds another run", "--resume auto")
+    refused(
+        script("main_synco", images, *SMALL, "--save-dir", checkpoint.parent),
+        "holds another run",
+        "--resume auto",
+    )
     assert checkpoint.read_bytes() == before
 
 
@@ -876,10 +1196,24 @@ def test_decays_and_the_held_out_part_of_a_probe_are_checked(script, images):
 
 
 def test_flags_win_over_yaml(tmp_path):
-    given = {"learning_rate": 0.5, "weight-decay": 0.125, "n_hard": 7, "cos": True, "schedule": [1, 2], "moco-k": 64}
+    given = {
+        "learning_rate": 0.5,
+        "weight-decay": 0.125,
+        "n_hard": 7,
+        "cos": True,
+        "schedule": [1, 2],
+        "moco-k": 64,
+    }
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(given))
     args = options("d", "--cfg", tmp_path / "c.yaml", "--lr", 0.25, "--no-cos")
-    assert (args.lr, args.wd, args.n_hard, args.cos, args.schedule, args.moco_k) == (0.25, 0.125, 7, False, [1, 2], 64)
+    assert (args.lr, args.wd, args.n_hard, args.cos, args.schedule, args.moco_k) == (
+        0.25,
+        0.125,
+        7,
+        False,
+        [1, 2],
+        64,
+    )
 
 
 def test_args_yaml_of_a_run_is_a_recipe(checkpoint):
@@ -888,7 +1222,10 @@ def test_args_yaml_of_a_run_is_a_recipe(checkpoint):
     assert first.save_dir == "elsewhere"
 
 
-@pytest.mark.parametrize(("name", "expected"), [("synco_200", (200, 1024, 256, 64, 0.2)), ("mocov2_800", (800, 0, 0, 0, 0.2))])
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("synco_200", (200, 1024, 256, 64, 0.2)), ("mocov2_800", (800, 0, 0, 0, 0.2))],
+)
 def test_published_recipes_parse(name, expected):
     args = options("d", "--cfg", f"configs/{name}.yaml")
     assert (args.epochs, args.n_hard, args.n1, args.n6, args.moco_t) == expected
@@ -911,13 +1248,17 @@ def test_bad_input_error_is_an_exception_of_its_own():
 def test_pictures_of_many_modes_are_read(script, images, tmp_path):
     folder = images / "train" / "class0"
     for i, mode in enumerate(("L", "RGBA", "P", "CMYK", "1")):
-        Image.new("RGB", (40, 40), (200, 30, 90)).convert(mode).save(folder / f"m{i}.{'jpg' if mode == 'CMYK' else 'png'}")
+        Image.new("RGB", (40, 40), (200, 30, 90)).convert(mode).save(
+            folder / f"m{i}.{'jpg' if mode == 'CMYK' else 'png'}"
+        )
     status, _, err = script("main_synco", images, *SMALL, "--save-dir", tmp_path / "run")
     assert status == 0, err
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="not glibc")
-@pytest.mark.parametrize(("variables", "kept"), [({}, True), ({"MALLOC_TRIM_THRESHOLD_": "1000000"}, False)])
+@pytest.mark.parametrize(
+    ("variables", "kept"), [({}, True), ({"MALLOC_TRIM_THRESHOLD_": "1000000"}, False)]
+)
 def test_freed_memory_is_kept_for_the_next_tensors(variables, kept):
     """Then they take no page faults. glibc's own variables have the last word."""
     code = """

@@ -17,23 +17,51 @@ from moco.encoder.resnets import resnet
 GRID = (0.01, 0.02, 0.05, 0.1, 0.005)  # of the backbone's learning rates
 
 
-def write(folder, method="synco", epochs=200, protocol="semisup1", dataset="/data/imagenet", metrics=None, **settings):
+def write(
+    folder,
+    method="synco",
+    epochs=200,
+    protocol="semisup1",
+    dataset="/data/imagenet",
+    metrics=None,
+    **settings,
+):
     folder.mkdir(parents=True)
-    found = {"method": method, "arch": "resnet50", "checkpoint": f"{method}.pth", "pretrain_epochs": epochs, "protocol": protocol}
-    (folder / "results.json").write_text(json.dumps(found | {"dataset": dataset, "metrics": metrics, "settings": settings}))
+    found = {
+        "method": method,
+        "arch": "resnet50",
+        "checkpoint": f"{method}.pth",
+        "pretrain_epochs": epochs,
+        "protocol": protocol,
+    }
+    (folder / "results.json").write_text(
+        json.dumps(found | {"dataset": dataset, "metrics": metrics, "settings": settings})
+    )
 
 
 def collect(folder, *options):
     done = shell("tools/collect.py", folder, "--out", folder, *options)
     assert done.returncode == 0, done.stderr
-    lines = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith("|")]
+    lines = [
+        line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith("|")
+    ]
     with (folder / "table.csv").open(newline="") as file:
-        return done.stdout, [dict(zip(lines[0], line, strict=False)) for line in lines[2:]], list(csv.DictReader(file))
+        return (
+            done.stdout,
+            [dict(zip(lines[0], line, strict=False)) for line in lines[2:]],
+            list(csv.DictReader(file)),
+        )
 
 
 def test_the_best_setting_is_chosen_on_held_out_images(tmp_path):
     for lr, top1, held in ((0.01, 0.50, 0.40), (0.02, 0.45, 0.60), (0.05, 0.55, 0.30)):
-        write(tmp_path / f"a{lr}", metrics={"acc1": top1, "acc5": 0.8, "held_out_acc1": held}, lr_backbone=lr, wd=0.1, seed=0)
+        write(
+            tmp_path / f"a{lr}",
+            metrics={"acc1": top1, "acc5": 0.8, "held_out_acc1": held},
+            lr_backbone=lr,
+            wd=0.1,
+            seed=0,
+        )
     text, (row,), (line,) = collect(tmp_path)
     assert row == {
         "method": "synco",
@@ -41,7 +69,11 @@ def test_the_best_setting_is_chosen_on_held_out_images(tmp_path):
         "epochs": "200",
         "imagenet 1 % labels, top-1 / top-5": "45.0 / 80.0",
     }
-    assert (line["chosen_on"], line["settings_tried"], float(line["value"])) == ("held out", "3", 0.45)
+    assert (line["chosen_on"], line["settings_tried"], float(line["value"])) == (
+        "held out",
+        "3",
+        0.45,
+    )
     assert json.loads(line["settings"]) == {"lr_backbone": 0.02, "wd": 0.1} and "\\*" not in text
     column = "imagenet 1 % labels, top-1 / top-5"
     assert f"{column}, synco resnet50: the best of 3 settings is lr_backbone 0.02\n" in text
@@ -49,29 +81,50 @@ def test_the_best_setting_is_chosen_on_held_out_images(tmp_path):
 
 
 def test_a_data_set_s_name_that_is_not_utf_8(tmp_path):
-    write(tmp_path / "a", dataset=os.fsdecode(b"/data/donn\xe9es"), metrics={"acc1": 0.5, "acc5": 0.8})
+    write(
+        tmp_path / "a", dataset=os.fsdecode(b"/data/donn\xe9es"), metrics={"acc1": 0.5, "acc5": 0.8}
+    )
     text, (row,), _ = collect(tmp_path)
-    assert "donn\\udce9es 1 % labels, top-1 / top-5" in row and (tmp_path / "table.md").read_text() in text
+    assert (
+        "donn\\udce9es 1 % labels, top-1 / top-5" in row
+        and (tmp_path / "table.md").read_text() in text
+    )
 
 
 def test_a_choice_on_val_is_marked(tmp_path):
-    write(tmp_path / "a", metrics={"acc1": 0.50, "acc5": 0.8, "held_out_acc1": 0.9}, lr_backbone=0.01)
+    write(
+        tmp_path / "a", metrics={"acc1": 0.50, "acc5": 0.8, "held_out_acc1": 0.9}, lr_backbone=0.01
+    )
     write(tmp_path / "b", metrics={"acc1": 0.55, "acc5": 0.9}, lr_backbone=0.02)
     text, (row,), (line,) = collect(tmp_path)
-    assert row["imagenet 1 % labels, top-1 / top-5"] == "55.0 / 90.0 \\*" and line["chosen_on"] == "val"
+    assert (
+        row["imagenet 1 % labels, top-1 / top-5"] == "55.0 / 90.0 \\*"
+        and line["chosen_on"] == "val"
+    )
     assert "chosen on the very images" in text
 
 
 def test_seeds_are_averaged_and_never_chosen_among(tmp_path):
     for seed, top1 in enumerate((0.50, 0.52, 0.54)):
-        write(tmp_path / f"a{seed}", metrics={"acc1": top1, "acc5": 0.8}, lr=30.0, seed=seed, protocol="linear")
+        write(
+            tmp_path / f"a{seed}",
+            metrics={"acc1": top1, "acc5": 0.8},
+            lr=30.0,
+            seed=seed,
+            protocol="linear",
+        )
     write(tmp_path / "b", metrics={"acc1": 0.53, "acc5": 0.8}, lr=10.0, seed=1, protocol="linear")
     _, (row,), (line,) = collect(tmp_path)
-    assert row["imagenet linear, top-1 / top-5"] == "53.0 / 80.0 \\*"  # one seed of .53 beats three of .52 on average
+    assert (
+        row["imagenet linear, top-1 / top-5"] == "53.0 / 80.0 \\*"
+    )  # one seed of .53 beats three of .52 on average
     write(tmp_path / "c", metrics={"acc1": 0.51, "acc5": 0.8}, lr=10.0, seed=2, protocol="linear")
     write(tmp_path / "d", metrics={"acc1": 0.5, "acc5": 0.8}, lr=10.0, seed=3, protocol="linear")
     _, (row,), (line,) = collect(tmp_path, "--force")
-    assert row["imagenet linear, top-1 / top-5"] == "52.0 ± 2.0 / 80.0 \\*" and line["seeds"] == "0 1 2"
+    assert (
+        row["imagenet linear, top-1 / top-5"] == "52.0 ± 2.0 / 80.0 \\*"
+        and line["seeds"] == "0 1 2"
+    )
 
 
 def test_results_of_other_temperatures_features_or_image_sizes_are_not_averaged(tmp_path):
@@ -79,13 +132,17 @@ def test_results_of_other_temperatures_features_or_image_sizes_are_not_averaged(
     others = ({"temperature": 0.5}, {"features": "head"}, {"image_size": 64}, {"mean": [0.4] * 3})
     for seed, other in enumerate(({}, *others)):
         found = {"knn_20": 0.5 + seed / 10}
-        write(tmp_path / f"{seed}", protocol="knn", metrics=found, **{**setting, **other}, seed=seed)
+        write(
+            tmp_path / f"{seed}", protocol="knn", metrics=found, **{**setting, **other}, seed=seed
+        )
     text, (row,), _ = collect(tmp_path)
     column = "imagenet k-NN (k 20, T 0.07, backbone features)"
     assert row[column] == "90.0 \\*"
     assert row["imagenet k-NN (k 20, T 0.5, backbone features)"] == "60.0"
     assert row["imagenet k-NN (k 20, T 0.07, head features)"] == "70.0"
-    best = f"{column}, synco resnet50: the best of 3 settings is image_size 224, mean [0.4, 0.4, 0.4]"
+    best = (
+        f"{column}, synco resnet50: the best of 3 settings is image_size 224, mean [0.4, 0.4, 0.4]"
+    )
     assert best in text and "±" not in text
 
 
@@ -94,14 +151,38 @@ def test_a_row_for_each_encoder_and_a_column_for_each_protocol(tmp_path):
         where = tmp_path / f"{method}{epochs}"
         write(where / "linear", method, epochs, "linear", metrics={"acc1": 0.6, "acc5": 0.9})
         write(where / "ten", method, epochs, "semisup10", metrics={"acc1": 0.7, "acc5": 0.9})
-        write(where / "frozen", method, epochs, "semisup10_frozen", metrics={"acc1": 0.65, "acc5": 0.9})
-        write(where / "pets", method, epochs, "linear", "pets", metrics={"mean_per_class": 0.8, "acc1": 0.81, "acc5": 0.9})
-        write(where / "voc", method, epochs, "voc07", "voc2007", metrics={"map11": 0.85, "map": 0.87, "ap_cat": 0.9})
+        write(
+            where / "frozen",
+            method,
+            epochs,
+            "semisup10_frozen",
+            metrics={"acc1": 0.65, "acc5": 0.9},
+        )
+        write(
+            where / "pets",
+            method,
+            epochs,
+            "linear",
+            "pets",
+            metrics={"mean_per_class": 0.8, "acc1": 0.81, "acc5": 0.9},
+        )
+        write(
+            where / "voc",
+            method,
+            epochs,
+            "voc07",
+            "voc2007",
+            metrics={"map11": 0.85, "map": 0.87, "ap_cat": 0.9},
+        )
         write(where / "knn", method, epochs, "knn", metrics={"knn_10": 0.5, "knn_20": 0.51})
     (tmp_path / "demo").mkdir()
     (tmp_path / "demo" / "results.json").write_text('{"knn": 0.5}')  # of no evaluation
     _, rows, lines = collect(tmp_path)
-    assert [(row["method"], row["epochs"]) for row in rows] == [("mocov2", "200"), ("synco", "200"), ("synco", "800")]
+    assert [(row["method"], row["epochs"]) for row in rows] == [
+        ("mocov2", "200"),
+        ("synco", "200"),
+        ("synco", "800"),
+    ]
     assert {k: v for k, v in rows[0].items() if k not in ("method", "arch", "epochs")} == {
         "imagenet 10 % labels, top-1 / top-5": "70.0 / 90.0",
         "imagenet 10 % labels, frozen, top-1 / top-5": "65.0 / 90.0",
@@ -121,7 +202,10 @@ def test_a_missing_cell_is_empty_and_two_files_of_one_kind_are_told_apart(tmp_pa
     (tmp_path / "b" / "results.json").write_text(json.dumps(found | {"checkpoint": "other.pth"}))
     _, rows, _ = collect(tmp_path)
     assert [row["checkpoint"] for row in rows] == ["other.pth", "synco.pth"]
-    assert rows[0]["imagenet 1 % labels, top-1 / top-5"] == "" and rows[1]["imagenet 1 % labels, top-1 / top-5"] == "60.0 / 90.0"
+    assert (
+        rows[0]["imagenet 1 % labels, top-1 / top-5"] == ""
+        and rows[1]["imagenet 1 % labels, top-1 / top-5"] == "60.0 / 90.0"
+    )
 
 
 @pytest.mark.parametrize(("text", "said"), [(None, "no results.json"), ("{", "cannot be read")])
@@ -134,33 +218,72 @@ def test_a_mistake_is_one_line(text, said, tmp_path):
 
 def test_the_sweep_goes_on_where_it_was_stopped(shared_images, tmp_path):
     def sweep() -> str:
-        settings = {"PERCENTS": "100", "EPOCHS": "1", "RATES": "0.01 0.02", "PYTHON": sys.executable}
+        settings = {
+            "PERCENTS": "100",
+            "EPOCHS": "1",
+            "RATES": "0.01 0.02",
+            "PYTHON": sys.executable,
+        }
         options = ("-a", "resnet18", "--image-size", "32", "-j", "0", "-b", "8")
-        command = ["tools/sweep_semisup.sh", checkpoint, str(shared_images), str(tmp_path / "sweep"), *options]
-        done = subprocess.run(command, cwd=ROOT, env={**os.environ, **settings}, capture_output=True, text=True, timeout=600)
+        command = [
+            "tools/sweep_semisup.sh",
+            checkpoint,
+            str(shared_images),
+            str(tmp_path / "sweep"),
+            *options,
+        ]
+        done = subprocess.run(
+            command,
+            cwd=ROOT,
+            env={**os.environ, **settings},
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
         assert done.returncode == 0, done.stderr
         return done.stdout
 
     checkpoint = str(tmp_path / "pretrained.pth")
-    torch.save({f"module.encoder_q.{name}": t for name, t in resnet("resnet18", 8).state_dict().items()}, checkpoint)
+    torch.save(
+        {f"module.encoder_q.{name}": t for name, t in resnet("resnet18", 8).state_dict().items()},
+        checkpoint,
+    )
     first = sweep()
     runs = sorted(path.parent.name for path in (tmp_path / "sweep").rglob("results.json"))
-    assert runs == ["100percent_1epochs_lr0.01", "100percent_1epochs_lr0.02"] and first.count("* Acc@1") == 2
     assert (
-        re.search(r"100 % labels, .* the best of 2 settings is lr_backbone 0\.0[12]\n", first) and "\\*" not in first
+        runs == ["100percent_1epochs_lr0.01", "100percent_1epochs_lr0.02"]
+        and first.count("* Acc@1") == 2
+    )
+    assert (
+        re.search(r"100 % labels, .* the best of 2 settings is lr_backbone 0\.0[12]\n", first)
+        and "\\*" not in first
     )  # chosen on held-out images
     (tmp_path / "sweep" / runs[0] / "results.json").unlink()
     again = sweep()
-    assert again.count("done before") == 1 and again.count("* Acc@1") == 1 and "loss" not in again  # tested, not trained again
+    assert (
+        again.count("done before") == 1 and again.count("* Acc@1") == 1 and "loss" not in again
+    )  # tested, not trained again
     assert first.splitlines()[-5:] == again.splitlines()[-5:]
 
 
 @pytest.mark.parametrize(
     ("options", "variables", "expected"),
     [
-        ((), {}, {(percent, epochs, rate, 0.5, 1024) for percent, epochs in ((1, 60), (10, 30)) for rate in GRID}),
+        (
+            (),
+            {},
+            {
+                (percent, epochs, rate, 0.5, 1024)
+                for percent, epochs in ((1, 60), (10, 30))
+                for rate in GRID
+            },
+        ),
         ((), {"PERCENTS": "100"}, {(100, 90, rate, 0.5, 1024) for rate in GRID}),
-        ((), {"PERCENTS": "1", "EPOCHS": "3 4", "RATES": "1"}, {(1, 3, 1, 0.5, 1024), (1, 4, 1, 0.5, 1024)}),
+        (
+            (),
+            {"PERCENTS": "1", "EPOCHS": "3 4", "RATES": "1"},
+            {(1, 3, 1, 0.5, 1024), (1, 4, 1, 0.5, 1024)},
+        ),
         (
             ("--lr-classifier", "0.3", "-b", "64", "--epochs=5", "--lr_backbone", "0.02"),
             {"EPOCHS": "7", "RATES": "1 2"},
@@ -169,21 +292,35 @@ def test_the_sweep_goes_on_where_it_was_stopped(shared_images, tmp_path):
         (("--train-percent", "1", "--lr-backbone=0.02"), {}, {(1, 60, 0.02, 0.5, 1024)}),
     ],
 )
-def test_the_sweep_is_the_papers_unless_options_say_otherwise(options, variables, expected, tmp_path):
+def test_the_sweep_is_the_papers_unless_options_say_otherwise(
+    options, variables, expected, tmp_path
+):
     """main_semisup.py parses its commands; each run folder is named after its settings."""
     recorder = tmp_path / "python"
     recorder.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/commands\n')
     recorder.chmod(0o755)
     command = ["tools/sweep_semisup.sh", "c.pth", "DIR", "OUT", *options]
-    subprocess.run(command, cwd=ROOT, env={**os.environ, **variables, "PYTHON": str(recorder)}, check=True)
+    subprocess.run(
+        command, cwd=ROOT, env={**os.environ, **variables, "PYTHON": str(recorder)}, check=True
+    )
     *runs, table = (line.split() for line in (tmp_path / "commands").read_text().splitlines())
     assert table[0].endswith("tools/collect.py") and table[1:] == ["OUT", "--out", "OUT", "--force"]
     found = [main_semisup.parser().parse(words[1:]) for words in runs]
-    settings = [(a.train_percent, a.epochs, a.lr_backbone, a.lr_classifier, a.batch_size) for a in found]
+    settings = [
+        (a.train_percent, a.epochs, a.lr_backbone, a.lr_classifier, a.batch_size) for a in found
+    ]
     assert len(settings) == len(expected) and set(settings) == expected
     for args in found:
-        assert args.save_dir == f"OUT/{args.train_percent}percent_{args.epochs}epochs_lr{args.lr_backbone:g}"
-        assert (args.weights, args.wd, args.val_from_train, args.pretrained) == ("finetune", 1e-6, 0.1, "c.pth")
+        assert (
+            args.save_dir
+            == f"OUT/{args.train_percent}percent_{args.epochs}epochs_lr{args.lr_backbone:g}"
+        )
+        assert (args.weights, args.wd, args.val_from_train, args.pretrained) == (
+            "finetune",
+            1e-6,
+            0.1,
+            "c.pth",
+        )
 
 
 def test_the_sweep_refuses_what_it_sets_itself():

@@ -16,10 +16,14 @@ from moco.errors import InputError
 
 TOLERANCE = 1e-4
 IMAGES_PER_BATCH = 50
-FOUR_BATCHES = pytest.mark.parametrize(("height", "width", "seed"), [(24, 24, 0), (17, 31, 1), (40, 23, 2), (33, 48, 3)])
+FOUR_BATCHES = pytest.mark.parametrize(
+    ("height", "width", "seed"), [(24, 24, 0), (17, 31, 1), (40, 23, 2), (33, 48, 3)]
+)
 MANY = 20_000
 PROBABILITIES = ("jitter_p", "gray_p", "blur_p", "solarize_p", "flip_p")
-BUSY = View(jitter=(0.3, 0.5, 0.7, 0.2), jitter_p=0.7, gray_p=0.3, blur_p=0.6, solarize_p=0.4, flip_p=0.5)
+BUSY = View(
+    jitter=(0.3, 0.5, 0.7, 0.2), jitter_p=0.7, gray_p=0.3, blur_p=0.6, solarize_p=0.4, flip_p=0.5
+)
 
 
 def generator(seed):
@@ -49,7 +53,12 @@ def between(low, high, seed):
 
 
 def one_by_one(operation, x, *parameters):
-    return torch.stack([operation(image, *values) for image, *values in zip(x, *(p.tolist() for p in parameters), strict=True)])
+    return torch.stack(
+        [
+            operation(image, *values)
+            for image, *values in zip(x, *(p.tolist() for p in parameters), strict=True)
+        ]
+    )
 
 
 def assert_close(ours, theirs):
@@ -96,7 +105,12 @@ def test_blur_with_a_sigma_for_each_sample(radius, height, width, seed):
 @pytest.mark.parametrize("radius", [1, 6])
 def test_blur_of_one_image_is_that_of_a_batch(radius, height, width, seed):
     x, sigma = images(height, width, seed), between(0.1, 2, seed)
-    alone = torch.cat([color._blur_image(image, s, radius) for image, s in zip(x.split(1), sigma.tolist(), strict=True)])
+    alone = torch.cat(
+        [
+            color._blur_image(image, s, radius)
+            for image, s in zip(x.split(1), sigma.tolist(), strict=True)
+        ]
+    )
     torch.testing.assert_close(alone, color.gaussian_blur(x, sigma, radius), rtol=0, atol=2e-5)
 
 
@@ -120,14 +134,18 @@ def test_normalize_takes_floats_and_bytes(height, width, seed):
     assert_close(color.normalize(x), one_by_one(lambda image: F.normalize(image, MEAN, STD), x))
     x = (x * 255).round().to(torch.uint8)
     as_float = F.to_dtype(x, torch.float32, scale=True)
-    assert_close(color.normalize(x), one_by_one(lambda image: F.normalize(image, MEAN, STD), as_float))
+    assert_close(
+        color.normalize(x), one_by_one(lambda image: F.normalize(image, MEAN, STD), as_float)
+    )
 
 
 @FOUR_BATCHES
 def test_flip_turns_only_the_drawn_samples(height, width, seed):
     x, view = images(height, width, seed), View(flip_p=0.5)
     draws = color.draw(view, len(x), generator(seed))
-    expected = one_by_one(lambda image, flip: F.horizontal_flip(image) if flip else image, x, draws.flip)
+    expected = one_by_one(
+        lambda image, flip: F.horizontal_flip(image) if flip else image, x, draws.flip
+    )
     assert 0 < draws.flip.sum() < len(x)
     assert_close(color.apply(x, view, draws), F.normalize(expected, MEAN, STD))
 
@@ -156,7 +174,11 @@ def one_view(image, draws, i, order, taps):
 
 VIEWS = [
     pytest.param(
-        view, ("gray", "jitter", "flip") if name == "mocov1" else ("jitter", "gray", "blur", "solarize", "flip"), id=f"{name}-{i}"
+        view,
+        ("gray", "jitter", "flip")
+        if name == "mocov1"
+        else ("jitter", "gray", "blur", "solarize", "flip"),
+        id=f"{name}-{i}",
     )
     for name, views in RECIPES.items()
     for i, view in enumerate(views)
@@ -167,12 +189,17 @@ def assert_apply_is_the_drawn_operations(x, view, order):
     before = x.clone()
     draws = color.draw(view, len(x), generator(5))
     as_float = F.to_dtype(x, torch.float32, scale=True)
-    expected = torch.stack([one_view(image, draws, i, order, taps=13) for i, image in enumerate(as_float)])
+    expected = torch.stack(
+        [one_view(image, draws, i, order, taps=13) for i, image in enumerate(as_float)]
+    )
     assert_close(color.apply(x, view, draws), expected)
     assert torch.equal(x, before)
 
 
-@pytest.mark.parametrize(("view", "order"), [*VIEWS, pytest.param(BUSY, ("jitter", "gray", "blur", "solarize", "flip"), id="busy")])
+@pytest.mark.parametrize(
+    ("view", "order"),
+    [*VIEWS, pytest.param(BUSY, ("jitter", "gray", "blur", "solarize", "flip"), id="busy")],
+)
 def test_apply_is_the_drawn_operations_one_image_at_a_time(view, order):
     x = torch.cat([images(24, 32, seed) for seed in range(2)])
     assert_apply_is_the_drawn_operations((x * 255).round().to(torch.uint8), view, order)
@@ -180,7 +207,9 @@ def test_apply_is_the_drawn_operations_one_image_at_a_time(view, order):
 
 @FOUR_BATCHES
 def test_apply_takes_floats_of_any_size_and_leaves_them_as_they_are(height, width, seed):
-    assert_apply_is_the_drawn_operations(images(height, width, seed), BUSY, ("jitter", "gray", "blur", "solarize", "flip"))
+    assert_apply_is_the_drawn_operations(
+        images(height, width, seed), BUSY, ("jitter", "gray", "blur", "solarize", "flip")
+    )
 
 
 def test_apply_returns_float32_whatever_comes_in():
@@ -196,7 +225,8 @@ def test_views_smaller_than_the_blur_kernel_get_a_smaller_kernel():
     view = View(blur_p=1.0, flip_p=0.0)
     draws = color.draw(view, len(x), generator(1))
     assert_close(
-        color.apply(x, view, draws), torch.stack([one_view(image, draws, i, ("blur",), taps=9) for i, image in enumerate(x)])
+        color.apply(x, view, draws),
+        torch.stack([one_view(image, draws, i, ("blur",), taps=9) for i, image in enumerate(x)]),
     )
 
 
@@ -204,11 +234,16 @@ def test_views_smaller_than_the_blur_kernel_get_a_smaller_kernel():
 def test_all_images_at_once_and_each_alone_are_the_same(view, order):
     x = images(24, 32, 3)
     draws = color.draw(view, len(x), generator(6))
-    together, alone = (how(x, view, draws) for how in (color._apply_by_operation, color._apply_by_image))
+    together, alone = (
+        how(x, view, draws) for how in (color._apply_by_operation, color._apply_by_image)
+    )
     torch.testing.assert_close(together, alone, rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize(("view", "order"), [*VIEWS, pytest.param(BUSY, ("jitter", "gray", "blur", "solarize", "flip"), id="busy")])
+@pytest.mark.parametrize(
+    ("view", "order"),
+    [*VIEWS, pytest.param(BUSY, ("jitter", "gray", "blur", "solarize", "flip"), id="busy")],
+)
 def test_apply_is_the_drawn_operations_on_large_images_too(view, order):
     x = images(150, 130, 3)[20:30]
     assert x[0, 0].numel() > color._SMALL
@@ -230,7 +265,10 @@ def test_fused_operations_give_the_same(monkeypatch):
 
 def test_augment_draws_and_applies():
     x = images(24, 24, 0)
-    assert torch.equal(color.augment(x, BUSY, generator(7)), color.apply(x, BUSY, color.draw(BUSY, len(x), generator(7))))
+    assert torch.equal(
+        color.augment(x, BUSY, generator(7)),
+        color.apply(x, BUSY, color.draw(BUSY, len(x), generator(7))),
+    )
 
 
 @pytest.mark.parametrize("recipe_name", sorted(RECIPES))
@@ -238,8 +276,13 @@ def test_views_of_equal_settings_together_are_each_view_alone(recipe_name):
     """`augment_views` computes on an accelerator what `augment` computes for each view."""
     views = recipe(recipe_name, 32)
     crops = [images(view.size, view.size, i)[:6] for i, view in enumerate(views)]
-    draws = [color.draw(view, len(x), generator(i)) for i, (x, view) in enumerate(zip(crops, views, strict=True))]
-    for one, x, view, drawn in zip(color._apply_together(crops, views, draws), crops, views, draws, strict=True):
+    draws = [
+        color.draw(view, len(x), generator(i))
+        for i, (x, view) in enumerate(zip(crops, views, strict=True))
+    ]
+    for one, x, view, drawn in zip(
+        color._apply_together(crops, views, draws), crops, views, draws, strict=True
+    ):
         torch.testing.assert_close(one, color.apply(x, view, drawn), rtol=0, atol=2e-6)
     each = color.augment_views(crops, views, [generator(i) for i in range(len(views))])
     assert all(map(torch.equal, each, map(color.apply, crops, views, draws)))
@@ -257,7 +300,9 @@ def assert_uniform(values, low, high):
 
 def assert_draws_fit(view, draws):
     for name in PROBABILITIES:
-        assert_happens_with_probability(getattr(draws, name.removesuffix("_p")), getattr(view, name))
+        assert_happens_with_probability(
+            getattr(draws, name.removesuffix("_p")), getattr(view, name)
+        )
     for place, strength in enumerate(view.jitter[:3]):
         assert_uniform(draws.factors[:, place], max(0, 1 - strength), 1 + strength)
     assert_uniform(draws.factors[:, 3], -view.jitter[3], view.jitter[3])
@@ -269,7 +314,9 @@ def assert_draws_fit(view, draws):
     assert chisquare(counts.numpy()).pvalue > 1e-3
 
 
-@pytest.mark.parametrize("view", [case.values[0] for case in VIEWS] + [BUSY], ids=[case.id for case in VIEWS] + ["busy"])
+@pytest.mark.parametrize(
+    "view", [case.values[0] for case in VIEWS] + [BUSY], ids=[case.id for case in VIEWS] + ["busy"]
+)
 def test_draws_have_the_views_ranges_and_probabilities(view):
     assert_draws_fit(view, color.draw(view, MANY, generator(11)))
 
@@ -281,7 +328,16 @@ def test_factors_of_strong_jitter_stop_at_zero_but_hue_turns_both_ways():
 
 def test_draws_are_independent_of_each_other():
     draws = color.draw(BUSY, MANY, generator(13))
-    columns = [draws.jitter, draws.gray, draws.blur, draws.solarize, draws.flip, draws.sigma, *draws.factors.T, *draws.order.T[:3]]
+    columns = [
+        draws.jitter,
+        draws.gray,
+        draws.blur,
+        draws.solarize,
+        draws.flip,
+        draws.sigma,
+        *draws.factors.T,
+        *draws.order.T[:3],
+    ]
     correlation = torch.corrcoef(torch.stack([column.double() for column in columns]))
     within_order = torch.zeros_like(correlation, dtype=torch.bool)
     within_order[-3:, -3:] = True
@@ -317,7 +373,9 @@ def test_recipes_scale_with_the_size_of_the_run():
 def test_the_views_of_multi_crop_are_the_published_ones():
     scales = [(0.2, 1), (0.2, 1), (0.172, 0.86), (0.143, 0.715), (0.114, 0.571), (0.086, 0.429)]
     views = recipe("multicrop")
-    assert [view.size for view in views] == [224, 224, 192, 160, 128, 96] and [view.scale for view in views] == scales
+    assert [view.size for view in views] == [224, 224, 192, 160, 128, 96] and [
+        view.scale for view in views
+    ] == scales
     (colours,) = {replace(view, size=224, scale=(0.2, 1.0)) for view in recipe("multicrop")}
     assert colours == recipe("mocov2")[0]
     assert [view.size for view in recipe("multicrop", 2)] == [2, 2, 2, 1, 1, 1]
@@ -326,7 +384,12 @@ def test_the_views_of_multi_crop_are_the_published_ones():
 def test_the_views_of_sogclr_are_the_published_ones():
     first, second = recipe("sogclr")
     assert first == second
-    assert (first.scale, first.jitter, first.jitter_p, first.gray_p) == ((0.08, 1.0), (0.4, 0.4, 0.2, 0.1), 0.8, 0.2)
+    assert (first.scale, first.jitter, first.jitter_p, first.gray_p) == (
+        (0.08, 1.0),
+        (0.4, 0.4, 0.2, 0.1),
+        0.8,
+        0.2,
+    )
     assert (first.blur_p, first.flip_p, first.solarize_p) == (1, 0.5, 0)
     assert {view.scale for view in recipe("sogclr", crop_min=0.3)} == {(0.3, 1.0)}
     with pytest.raises(InputError, match=r"at most 0\.429"):
@@ -337,17 +400,33 @@ def test_the_views_of_fnc_are_the_published_ones():
     views = recipe("fnc")
     assert len(views) == 10 and len(set(views)) == 1
     view = views[0]
-    assert (view.size, view.scale, view.jitter, view.jitter_p) == (224, (0.08, 1.0), (0.8, 0.8, 0.8, 0.2), 0.8)
-    assert (view.gray_p, view.blur_p, view.flip_p, view.solarize_p, view.randaugment) == (0.2, 0.5, 0.5, 0, (2, 7))
+    assert (view.size, view.scale, view.jitter, view.jitter_p) == (
+        224,
+        (0.08, 1.0),
+        (0.8, 0.8, 0.8, 0.2),
+        0.8,
+    )
+    assert (view.gray_p, view.blur_p, view.flip_p, view.solarize_p, view.randaugment) == (
+        0.2,
+        0.5,
+        0.5,
+        0,
+        (2, 7),
+    )
 
 
 def test_more_views_and_fewer():
-    assert recipe("fnc", views=4) == recipe("fnc")[:4] and recipe("fnc", views=12) == recipe("fnc")[:1] * 12
+    assert (
+        recipe("fnc", views=4) == recipe("fnc")[:4]
+        and recipe("fnc", views=12) == recipe("fnc")[:1] * 12
+    )
     first, second = recipe("byol")
     assert recipe("byol", views=4) == (first, second, second, second)
     assert {view.randaugment for view in recipe("multicrop", randaugment=(1, 10))} == {(1, 10)}
     for wrong in ((-1, 5), (2, 11), (2, -1)):
-        with pytest.raises(InputError, match=f"--randaugment {wrong[0]} {wrong[1]}: .* from 0 to 10"):
+        with pytest.raises(
+            InputError, match=f"--randaugment {wrong[0]} {wrong[1]}: .* from 0 to 10"
+        ):
             recipe("fnc", randaugment=wrong)
 
 

@@ -18,7 +18,9 @@ def similarities(sizes, seed):
     generator = torch.Generator().manual_seed(seed)
 
     def uniform(*shape):
-        return (torch.rand(*shape, generator=generator, dtype=torch.float64) * 2 - 1).requires_grad_()
+        return (
+            torch.rand(*shape, generator=generator, dtype=torch.float64) * 2 - 1
+        ).requires_grad_()
 
     return uniform(ROWS), [uniform(ROWS, size) for size in sizes]
 
@@ -49,7 +51,10 @@ def test_info_nce_stays_finite_where_an_exponential_would_overflow():
 def head_inputs(seed, n=5, dim=16, rows=300, dtype=torch.float64):
     """Unit queries that want a gradient, their positives' similarities, and a bank."""
     generator = torch.Generator().manual_seed(seed)
-    q, k, bank = (unit(torch.randn(size, dim, generator=generator, dtype=torch.float64)).to(dtype) for size in (n, n, rows))
+    q, k, bank = (
+        unit(torch.randn(size, dim, generator=generator, dtype=torch.float64)).to(dtype)
+        for size in (n, n, rows)
+    )
     return q.requires_grad_(), k, bank
 
 
@@ -132,11 +137,17 @@ def test_contrast_accuracy_of_known_ranks():
     ],
 )
 def test_unit_never_computes_below_float32(given, expected):
-    x = (torch.randn(5, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 40).to(given)
+    x = (
+        torch.randn(5, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 40
+    ).to(given)
     rows = unit(x)
     assert rows.dtype == expected
-    torch.testing.assert_close(rows.double().norm(dim=-1), torch.ones(5, dtype=torch.float64), rtol=0, atol=1e-6)
-    torch.testing.assert_close(rows.double(), x.double() / x.double().norm(dim=-1, keepdim=True), rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        rows.double().norm(dim=-1), torch.ones(5, dtype=torch.float64), rtol=0, atol=1e-6
+    )
+    torch.testing.assert_close(
+        rows.double(), x.double() / x.double().norm(dim=-1, keepdim=True), rtol=0, atol=1e-6
+    )
 
 
 def test_unit_is_float32_under_autocast():
@@ -176,15 +187,27 @@ def test_spread_is_what_its_definitions_say():
     q, k = (F.normalize(torch.randn(7, 5, dtype=torch.float64), dim=1) for _ in range(2))
     found = spread(q, (q * k).sum(1), torch.arange(7.0))
     apart = [float((q[i] - q[j]).norm()) for i in range(7) for j in range(7) if i != j]
-    assert float(found["uniformity"]) == pytest.approx(math.log(sum(math.exp(-2 * d**2) for d in apart) / len(apart)))
-    assert float(found["alignment"]) == pytest.approx(sum(float((q[i] - k[i]).norm()) ** 2 for i in range(7)) / 7)
-    assert float(found["feature_std"]) == pytest.approx(5**0.5 * sum(statistics.stdev(q[:, c].tolist()) for c in range(5)) / 5)
+    assert float(found["uniformity"]) == pytest.approx(
+        math.log(sum(math.exp(-2 * d**2) for d in apart) / len(apart))
+    )
+    assert float(found["alignment"]) == pytest.approx(
+        sum(float((q[i] - k[i]).norm()) ** 2 for i in range(7)) / 7
+    )
+    assert float(found["feature_std"]) == pytest.approx(
+        5**0.5 * sum(statistics.stdev(q[:, c].tolist()) for c in range(5)) / 5
+    )
     assert float(found["hardness"]) == 3
 
 
 def test_spread_tells_a_collapse_from_the_whole_sphere():
     sphere = F.normalize(torch.randn(4000, 32), dim=1)
     wide = spread(sphere, torch.ones(4000))
-    assert float(wide["feature_std"]) == pytest.approx(1, abs=0.01) and float(wide["uniformity"]) < -3.5 and "hardness" not in wide
+    assert (
+        float(wide["feature_std"]) == pytest.approx(1, abs=0.01)
+        and float(wide["uniformity"]) < -3.5
+        and "hardness" not in wide
+    )
     point = spread(sphere[:1].expand(64, -1), torch.ones(64))
-    assert float(point["feature_std"]) == pytest.approx(0, abs=1e-6) and float(point["uniformity"]) == pytest.approx(0, abs=1e-5)
+    assert float(point["feature_std"]) == pytest.approx(0, abs=1e-6) and float(
+        point["uniformity"]
+    ) == pytest.approx(0, abs=1e-5)

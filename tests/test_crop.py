@@ -14,7 +14,14 @@ from torchvision.transforms.v2 import RandAugment
 from torchvision.transforms.v2 import functional as F
 
 from moco.augment import crop
-from moco.augment.crop import center_view, randaugment, random_box, random_boxes, random_views, resized_crop
+from moco.augment.crop import (
+    center_view,
+    randaugment,
+    random_box,
+    random_boxes,
+    random_views,
+    resized_crop,
+)
 from moco.augment.recipes import View, recipe
 from moco.rng import CROP, key, uniform
 
@@ -30,7 +37,10 @@ def torchvision_boxes(height, width, view, seed, n=DRAWS):
     image = torch.empty(1, height, width)
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)
-        return [RandomResizedCrop.get_params(image, list(view.scale), list(view.ratio)) for _ in range(n)]
+        return [
+            RandomResizedCrop.get_params(image, list(view.scale), list(view.ratio))
+            for _ in range(n)
+        ]
 
 
 def statistics(boxes):
@@ -48,7 +58,9 @@ def statistics(boxes):
 
 
 def noise(height, width, seed=0):
-    return torch.randint(0, 256, (3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    return torch.randint(
+        0, 256, (3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
+    )
 
 
 def max_difference(a, b):
@@ -56,7 +68,9 @@ def max_difference(a, b):
     return (a.int() - b.int()).abs().max().item()
 
 
-@pytest.mark.parametrize(("height", "width", "scale"), [(375, 500, (0.2, 1.0)), (100, 900, (0.08, 1.0))])
+@pytest.mark.parametrize(
+    ("height", "width", "scale"), [(375, 500, (0.2, 1.0)), (100, 900, (0.08, 1.0))]
+)
 def test_boxes_are_distributed_as_torchvisions(height, width, scale):
     view = View(scale=scale)
     ours = statistics(our_boxes(height, width, view, seed=1))
@@ -74,7 +88,9 @@ def test_an_elongated_image_sometimes_falls_back_and_sometimes_not():
 
 def test_boxes_lie_inside_images_of_any_shape():
     draw = random.Random(0)
-    shapes = [(1, 1), (1, 500), (500, 1), (2, 3)] + [(draw.randint(1, 600), draw.randint(1, 600)) for _ in range(200)]
+    shapes = [(1, 1), (1, 500), (500, 1), (2, 3)] + [
+        (draw.randint(1, 600), draw.randint(1, 600)) for _ in range(200)
+    ]
     for number, (height, width) in enumerate(shapes):
         for i in range(20):
             view = View(scale=draw.choice([(0.08, 1.0), (0.2, 1.0), (0.001, 0.01), (1.0, 1.0)]))
@@ -88,8 +104,13 @@ def test_the_fallback_is_torchvisions(ratio):
     draw = random.Random(1)
     view = View(scale=(4, 4), ratio=ratio)  # an area that never fits
     shapes = [(1, 1), (1, 99), (99, 1), (100, 900), (900, 100), (375, 500)]
-    for height, width in shapes + [(draw.randint(1, 700), draw.randint(1, 700)) for _ in range(100)]:
-        assert random_box(height, width, view, key(height, width)) == torchvision_boxes(height, width, view, 0, n=1)[0]
+    for height, width in shapes + [
+        (draw.randint(1, 700), draw.randint(1, 700)) for _ in range(100)
+    ]:
+        assert (
+            random_box(height, width, view, key(height, width))
+            == torchvision_boxes(height, width, view, 0, n=1)[0]
+        )
 
 
 def test_a_box_depends_on_every_counter_of_its_key():
@@ -124,7 +145,9 @@ def test_random_views_cut_one_crop_for_each_view_of_the_recipe():
     assert [tuple(view.shape) for view in views] == [(3, 32, 32), (3, 32, 32), (3, 48, 48)]
     assert not torch.equal(views[0], views[1])
     for i, (cut, view) in enumerate(zip(views, recipe, strict=True)):
-        assert torch.equal(cut, resized_crop(image, random_box(90, 120, view, key(CROP, 0, 3, 14, i)), view.size))
+        assert torch.equal(
+            cut, resized_crop(image, random_box(90, 120, view, key(CROP, 0, 3, 14, i)), view.size)
+        )
         assert cut.is_contiguous()
 
 
@@ -158,7 +181,13 @@ def test_randaugment_depends_on_its_key_alone():
 
 def test_randaugment_grows_with_its_magnitude_and_follows_the_crop():
     image = F.gaussian_blur(noise(120, 120), [9, 9], [3.0, 3.0])
-    changes = [sum((randaugment(image, 1, m, key(i)).float() - image.float()).abs().mean() for i in range(60)) for m in (1, 4, 10)]
+    changes = [
+        sum(
+            (randaugment(image, 1, m, key(i)).float() - image.float()).abs().mean()
+            for i in range(60)
+        )
+        for m in (1, 4, 10)
+    ]
     assert changes[0] < changes[1] < changes[2]
     plain, changed = (View(size=32, randaugment=(n, 7)) for n in (0, 2))
     first, second, third = random_views(image, (changed, plain, changed), CROP, 3)
@@ -177,12 +206,20 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("size", [32, 224])
-@pytest.mark.parametrize(("height", "width"), [shape for shapes in SHAPES.values() for shape in shapes])
+@pytest.mark.parametrize(
+    ("height", "width"), [shape for shapes in SHAPES.values() for shape in shapes]
+)
 def test_center_view_has_torchvisions_pixels(height, width, size):
-    image = F.gaussian_blur(noise(height, width), [3, 3], [1.0, 1.0]) if min(height, width) > 1 else noise(height, width)
+    image = (
+        F.gaussian_blur(noise(height, width), [3, 3], [1.0, 1.0])
+        if min(height, width) > 1
+        else noise(height, width)
+    )
     ours = center_view(image, size)
     assert ours.shape == (3, size, size) and ours.is_contiguous()
-    theirs = F.center_crop(F.resize(image, [{32: 37, 224: 256}[size]], antialias=True), [size, size])
+    theirs = F.center_crop(
+        F.resize(image, [{32: 37, 224: 256}[size]], antialias=True), [size, size]
+    )
     assert max_difference(ours, theirs) <= 1
 
 
@@ -212,28 +249,53 @@ def test_boxes_at_once_equal_those_drawn_one_by_one(height, width, scale):
 
 def test_a_box_whose_side_is_nearly_halfway_between_pixels_is_drawn_by_random_box(monkeypatch):
     """NumPy's power may differ from Python's in the last bit, and round such a side otherwise."""
-    keys, view, asked = key(CROP, 0, np.arange(64), 0), View(scale=(0.25, 0.25), ratio=(1.0, 1.0)), []
+    keys, view, asked = (
+        key(CROP, 0, np.arange(64), 0),
+        View(scale=(0.25, 0.25), ratio=(1.0, 1.0)),
+        [],
+    )
     # all sides are about 16.5 pixels, and round to 16 or 17
     expected = [list(random_box(33, 33, view, one)) for one in keys.tolist()]
     one_by_one = crop.random_box
-    monkeypatch.setattr(crop, "random_box", lambda *args: asked.append(args[-1]) or one_by_one(*args))
+    monkeypatch.setattr(
+        crop, "random_box", lambda *args: asked.append(args[-1]) or one_by_one(*args)
+    )
     assert crop.random_boxes_at_once(33, 33, view, keys).tolist() == expected
     assert sorted(asked) == sorted(keys.tolist())
 
 
 @pytest.mark.parametrize(
     ("height", "width", "size"),
-    [(32, 32, 32), (32, 32, 24), (32, 32, 96), (48, 64, 32), (64, 48, 16), (64, 64, 64), (7, 50, 17), (1, 1, 8), (3, 64, 16)],
+    [
+        (32, 32, 32),
+        (32, 32, 24),
+        (32, 32, 96),
+        (48, 64, 32),
+        (64, 48, 16),
+        (64, 64, 64),
+        (7, 50, 17),
+        (1, 1, 8),
+        (3, 64, 16),
+    ],
 )
 def test_crops_at_once_equal_those_cut_one_by_one(height, width, size):
     """Allow one grey level of difference: PyTorch's code depends on the processor."""
     n = 150  # more than two chunks
     images = torch.stack([noise(height, width, seed) for seed in range(n)])
-    images[::2] = F.gaussian_blur(images[::2], [5, 5], [1.5, 1.5]) if min(height, width) > 3 else images[::2]
-    boxes = crop.random_boxes_at_once(height, width, View(scale=(0.01, 1.0)), key(size, np.arange(n)))
+    images[::2] = (
+        F.gaussian_blur(images[::2], [5, 5], [1.5, 1.5]) if min(height, width) > 3 else images[::2]
+    )
+    boxes = crop.random_boxes_at_once(
+        height, width, View(scale=(0.01, 1.0)), key(size, np.arange(n))
+    )
     boxes[:2] = [(0, 0, height, width), (height - 1, width - 1, 1, 1)]
     ours = crop.resized_crops(images, boxes, size)
-    alone = torch.stack([resized_crop(image, tuple(box), size) for image, box in zip(images, boxes.tolist(), strict=True)])
+    alone = torch.stack(
+        [
+            resized_crop(image, tuple(box), size)
+            for image, box in zip(images, boxes.tolist(), strict=True)
+        ]
+    )
     assert ours.is_contiguous() and max_difference(ours, alone) <= 1
     assert (ours != alone).float().mean() < 0.01
 
@@ -250,7 +312,9 @@ def test_random_views_at_once_equal_those_cut_one_by_one():
 
 
 def test_large_images_much_smaller_views_and_randaugment_are_cropped_one_by_one():
-    assert crop.can_crop_at_once(64, 64, recipe("mocov2", 32)) and crop.can_crop_at_once(32, 32, recipe("byol", 32))
+    assert crop.can_crop_at_once(64, 64, recipe("mocov2", 32)) and crop.can_crop_at_once(
+        32, 32, recipe("byol", 32)
+    )
     assert not crop.can_crop_at_once(32, 65, recipe("mocov2", 32))
     assert not crop.can_crop_at_once(64, 64, (View(size=32), View(size=15)))
     assert not crop.can_crop_at_once(32, 32, recipe("fnc", 32))
@@ -260,4 +324,6 @@ def test_large_images_much_smaller_views_and_randaugment_are_cropped_one_by_one(
 def test_center_views_of_a_batch_equal_those_cut_one_by_one(height, width):
     images = torch.stack([noise(height, width, seed) for seed in range(9)])
     ours = center_view(images, 32)
-    assert ours.is_contiguous() and torch.equal(ours, torch.stack([center_view(image, 32) for image in images]))
+    assert ours.is_contiguous() and torch.equal(
+        ours, torch.stack([center_view(image, 32) for image in images])
+    )

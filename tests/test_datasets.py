@@ -134,7 +134,10 @@ def patches(root, split, name):
 
 
 def test_train_lies_left_of_val(cache, monkeypatch):
-    ramps = {name: picture(lambda x, width=width: 255 * x / width, width, height) for name, (width, height) in SIZES.items()}
+    ramps = {
+        name: picture(lambda x, width=width: 255 * x / width, width, height)
+        for name, (width, height) in SIZES.items()
+    }
     use_photographs(monkeypatch, ramps)
     root = find("photos", BOTH)
     jpeg_error = 4
@@ -148,7 +151,10 @@ def test_train_lies_left_of_val(cache, monkeypatch):
 def test_train_and_val_share_not_one_column_of_pixels(cache, monkeypatch):
     """Black left of the border and white right of it: one foreign column would stand out as a stripe."""
     border = {name: round(0.5 * width) for name, (width, _) in SIZES.items()}
-    halves = {name: picture(lambda x, b=border[name]: 255 * (x >= b), *size) for name, size in SIZES.items()}
+    halves = {
+        name: picture(lambda x, b=border[name]: 255 * (x >= b), *size)
+        for name, size in SIZES.items()
+    }
     use_photographs(monkeypatch, halves)
     root = find("photos", BOTH)
     for name in SIZES:
@@ -219,7 +225,11 @@ def test_images_without_class_folders(tmp_path, split, image):
 def test_an_empty_split(tmp_path):
     make(tmp_path, "train/cat/1.jpg", "train/dog/1.jpg", "val")
     message = complaint(find, str(tmp_path), BOTH)
-    assert str(tmp_path / "val") in message and "no class folders" in message and "holds images" not in message
+    assert (
+        str(tmp_path / "val") in message
+        and "no class folders" in message
+        and "holds images" not in message
+    )
 
 
 def test_val_with_one_class_folder(tmp_path):
@@ -229,7 +239,14 @@ def test_val_with_one_class_folder(tmp_path):
 
 
 def test_val_classes_that_train_lacks(tmp_path):
-    make(tmp_path, "train/cat/1.jpg", "train/dog/1.jpg", "val/cat/1.jpg", "val/zebra/1.jpg", "val/eel/1.jpg")
+    make(
+        tmp_path,
+        "train/cat/1.jpg",
+        "train/dog/1.jpg",
+        "val/cat/1.jpg",
+        "val/zebra/1.jpg",
+        "val/eel/1.jpg",
+    )
     message = complaint(find, str(tmp_path), BOTH)
     assert str(tmp_path / "val") in message
     assert "2 classes" in message and "eel" in message
@@ -237,30 +254,55 @@ def test_val_classes_that_train_lacks(tmp_path):
 
 @pytest.mark.parametrize("split", BOTH)
 def test_an_empty_class_folder(tmp_path, split):
-    make(tmp_path, "train/cat/1.jpg", "train/dog/1.jpg", "val/cat/1.jpg", "val/dog/1.jpg", f"{split}/emu/notes.txt")
+    make(
+        tmp_path,
+        "train/cat/1.jpg",
+        "train/dog/1.jpg",
+        "val/cat/1.jpg",
+        "val/dog/1.jpg",
+        f"{split}/emu/notes.txt",
+    )
     message = complaint(scan, tmp_path, split)
     assert str(tmp_path / split / "emu") in message and "no image" in message
 
 
 def test_labels_of_val_are_places_among_trains_classes(tmp_path):
-    make(tmp_path, "train/ant/1.jpg", "train/bee/1.jpg", "train/cat/1.jpg", "val/cat/1.jpg", "val/ant/1.jpg", "val/ant/2.jpg")
+    make(
+        tmp_path,
+        "train/ant/1.jpg",
+        "train/bee/1.jpg",
+        "train/cat/1.jpg",
+        "val/cat/1.jpg",
+        "val/ant/1.jpg",
+        "val/ant/2.jpg",
+    )
     root = find(str(tmp_path), BOTH)
     train = scan(root, "train")
     val = scan(root, "val", train.classes)
     assert train.classes == val.classes == ("ant", "bee", "cat")
     assert train.labels.tolist() == [0, 1, 2]
     assert val.labels.tolist() == [0, 0, 2]
-    assert [val.path(i) for i in range(3)] == [str(tmp_path / "val" / file) for file in ("ant/1.jpg", "ant/2.jpg", "cat/1.jpg")]
+    assert [val.path(i) for i in range(3)] == [
+        str(tmp_path / "val" / file) for file in ("ant/1.jpg", "ant/2.jpg", "cat/1.jpg")
+    ]
 
 
 def test_scan_finds_nested_and_oddly_named_images_and_nothing_else(tmp_path):
-    make(tmp_path, "train/cat/b.JPEG", "train/cat/deep/er/a.png", "train/cat/.hidden.jpg", "train/cat/notes.txt")
+    make(
+        tmp_path,
+        "train/cat/b.JPEG",
+        "train/cat/deep/er/a.png",
+        "train/cat/.hidden.jpg",
+        "train/cat/notes.txt",
+    )
     make(tmp_path, "train/Äpfel/ö 1.webp", "train/.thumbnails/1.jpg", "train/readme.md")
     folder = scan(tmp_path, "train")
     assert folder.classes == ("cat", "Äpfel")
     assert folder.labels.dtype == np.int64 and folder.labels.tolist() == [0, 0, 1]
     expected = ["cat/b.JPEG", "cat/deep/er/a.png", "Äpfel/ö 1.webp"]
-    assert [folder.path(i) for i in range(len(folder))] == [str(tmp_path / "train" / file) for file in expected]
+    assert [folder.path(i) for i in range(len(folder))] == [
+        str(tmp_path / "train" / file) for file in expected
+    ]
 
 
 # listing
@@ -297,35 +339,68 @@ def test_a_change_is_noticed_though_no_folder_changes_its_time(images, change):
         (folder / "class1").rename(images / "elsewhere")
     age(images)
     after = scan(images, "train")
-    on_disk = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.suffix in (".jpg", ".png")}
+    on_disk = {
+        str(p.relative_to(folder)) for p in folder.rglob("*") if p.suffix in (".jpg", ".png")
+    }
     assert set(names_of(after)) == on_disk != set(before) and len(after.labels) == len(after)
-    assert [after.classes[label] for label in after.labels] == [name.split("/")[0] for name in names_of(after)]
+    assert [after.classes[label] for label in after.labels] == [
+        name.split("/")[0] for name in names_of(after)
+    ]
 
 
 def test_no_file_is_looked_at(images, monkeypatch):
     """Opening a million files would take minutes on a network disk."""
     looked = []
     stat = os.stat
-    monkeypatch.setattr(os, "stat", lambda path, **more: looked.append(os.fspath(path)) or stat(path, **more))
+    monkeypatch.setattr(
+        os, "stat", lambda path, **more: looked.append(os.fspath(path)) or stat(path, **more)
+    )
     assert len(scan(images, "train")) == 24
     assert [path for path in looked if path.endswith(".jpg")] == []
 
 
 def test_hidden_and_system_folders_are_ignored_and_other_endings_counted_once(tmp_path, capsys):
     for place in ("train", "train/cat", "train/cat/more"):
-        for name in (".ipynb_checkpoints", "@eaDir", "__MACOSX", "lost+found", "#recycle", ".snapshot", "$RECYCLE.BIN"):
+        for name in (
+            ".ipynb_checkpoints",
+            "@eaDir",
+            "__MACOSX",
+            "lost+found",
+            "#recycle",
+            ".snapshot",
+            "$RECYCLE.BIN",
+        ):
             make(tmp_path, f"{place}/{name}/1.jpg")
     link(tmp_path / "train" / "cat" / "#snapshot2", tmp_path / "train" / "cat" / "#snapshot")
     (tmp_path / "train" / "cat" / "#snapshot2").rename(tmp_path / "train" / "@Recycle")
-    make(tmp_path, "train/cat/1.JPG", "train/cat/2.jfif", "train/cat/3.JPE", "train/cat/more/4.gif", "train/cat/._1.JPG")
+    make(
+        tmp_path,
+        "train/cat/1.JPG",
+        "train/cat/2.jfif",
+        "train/cat/3.JPE",
+        "train/cat/more/4.gif",
+        "train/cat/._1.JPG",
+    )
     assert scan(tmp_path, "train").classes == ("cat",)
     assert capsys.readouterr().err == ""  # nothing is left out that is worth a line
-    make(tmp_path, "train/dog/1.jpg", *(f"train/dog/{i}.heic" for i in range(3)), "train/dog/a.txt", "train/cat/more/b.TXT")
+    make(
+        tmp_path,
+        "train/dog/1.jpg",
+        *(f"train/dog/{i}.heic" for i in range(3)),
+        "train/dog/a.txt",
+        "train/cat/more/b.TXT",
+    )
     make(tmp_path, "train/loose.jpg", "train/classes.csv")
     (tmp_path / "train" / "cat" / "README").write_text("")
     for _ in range(2):
         folder = scan(tmp_path, "train")
-    assert names_of(folder) == ["cat/1.JPG", "cat/2.jfif", "cat/3.JPE", "cat/more/4.gif", "dog/1.jpg"]
+    assert names_of(folder) == [
+        "cat/1.JPG",
+        "cat/2.jfif",
+        "cat/3.JPE",
+        "cat/more/4.gif",
+        "dog/1.jpg",
+    ]
     assert capsys.readouterr().err == (
         f"{tmp_path / 'train'}: left out: 7 files with other endings (.heic 3, .txt 2, .csv 1, no ending 1); "
         "1 images outside the class folders\n"
@@ -333,7 +408,9 @@ def test_hidden_and_system_folders_are_ignored_and_other_endings_counted_once(tm
 
 
 def test_an_empty_class_folder_says_what_it_holds(tmp_path):
-    make(tmp_path, "train/cat/1.jpg", "train/dog/1.heic", "train/dog/2.heic", "train/dog/.hidden.jpg")
+    make(
+        tmp_path, "train/cat/1.jpg", "train/dog/1.heic", "train/dog/2.heic", "train/dog/.hidden.jpg"
+    )
     assert "dog: holds no image (" in complaint(scan, tmp_path, "train")
     assert "), but .heic 2; remove" in complaint(scan, tmp_path, "train")
 
@@ -353,8 +430,16 @@ def test_class_folders_and_others_may_lie_elsewhere(tmp_path):
     link(tmp_path / "train" / "ant" / "extra", "../../disk/extra")
     link(tmp_path / "train" / "ant" / "file.jpg", tmp_path / "disk" / "4.jpg")
     folder = scan(tmp_path, "train")
-    assert names_of(folder) == ["ant/1.jpg", "ant/extra/3.jpg", "ant/file.jpg", "cat/1.jpg", "cat/more/2.jpg"]
-    assert folder.labels.tolist() == [0, 0, 0, 1, 1] and all(os.path.exists(folder.path(i)) for i in range(5))
+    assert names_of(folder) == [
+        "ant/1.jpg",
+        "ant/extra/3.jpg",
+        "ant/file.jpg",
+        "cat/1.jpg",
+        "cat/more/2.jpg",
+    ]
+    assert folder.labels.tolist() == [0, 0, 0, 1, 1] and all(
+        os.path.exists(folder.path(i)) for i in range(5)
+    )
     link(tmp_path / "linked", tmp_path)
     assert names_of(scan(tmp_path / "linked", "train")) == names_of(folder)
 
@@ -362,11 +447,17 @@ def test_class_folders_and_others_may_lie_elsewhere(tmp_path):
 @pytest.mark.parametrize("to", [".", "..", "../..", "more", "more/deep", "/"])
 def test_a_link_back_counts_no_image_twice(tmp_path, capsys, to):
     """To its own class, the split, the data folder, one above, or one listed before or after."""
-    make(tmp_path, "train/cat/1.jpg", "train/cat/more/deep/2.jpg", "train/dog/3.jpg", "val/cat/4.jpg")
+    make(
+        tmp_path, "train/cat/1.jpg", "train/cat/more/deep/2.jpg", "train/dog/3.jpg", "val/cat/4.jpg"
+    )
     link(tmp_path / "train" / "cat" / "again", to)
     link(tmp_path / "train" / "cat" / "more" / "zzz", tmp_path / "train" / "cat" / "again")
     folder = scan(tmp_path, "train")
-    assert names_of(folder) == ["cat/1.jpg", "cat/more/deep/2.jpg", "dog/3.jpg"] and folder.labels.tolist() == [0, 0, 1]
+    assert names_of(folder) == [
+        "cat/1.jpg",
+        "cat/more/deep/2.jpg",
+        "dog/3.jpg",
+    ] and folder.labels.tolist() == [0, 0, 1]
     said = capsys.readouterr().err
     assert f"2 links to folders that are listed already, first {tmp_path}/train/cat/again\n" in said
 
@@ -382,7 +473,12 @@ def test_two_links_to_one_folder_count_it_once(tmp_path):
 
 @pytest.mark.parametrize(
     ("where", "to"),
-    [("train/dog", "cat"), ("train/cow/x", "../cat"), ("train/cow/x", "../cat/more"), ("train/cow/x", "../../disk")],
+    [
+        ("train/dog", "cat"),
+        ("train/cow/x", "../cat"),
+        ("train/cow/x", "../cat/more"),
+        ("train/cow/x", "../../disk"),
+    ],
 )
 def test_a_folder_in_two_classes_is_refused(tmp_path, where, to):
     make(tmp_path, "train/cat/1.jpg", "train/cat/more/2.jpg", "train/cow/1.jpg", "disk/eel/1.jpg")
@@ -390,7 +486,10 @@ def test_a_folder_in_two_classes_is_refused(tmp_path, where, to):
     link(tmp_path / where, to)
     message = complaint(scan, tmp_path, "train")
     two = ("cow", "eel") if "disk" in to else ("cat", where.split("/")[1])
-    assert message.startswith(f"{tmp_path}/train/{two[0]} and {tmp_path}/train/{two[1]}: ") and "two classes" in message
+    assert (
+        message.startswith(f"{tmp_path}/train/{two[0]} and {tmp_path}/train/{two[1]}: ")
+        and "two classes" in message
+    )
 
 
 @pytest.mark.parametrize("where", ["train/dog", "train/cat/more"])
@@ -399,7 +498,9 @@ def test_a_broken_link_is_not_left_out(tmp_path, where):
     make(tmp_path, "train/cat/1.jpg", "train/emu/1.jpg")
     link(tmp_path / where, "/no/such/disk")
     message = complaint(scan, tmp_path, "train")
-    assert message.startswith(f"{tmp_path / where}: is a link to /no/such/disk, which does not exist")
+    assert message.startswith(
+        f"{tmp_path / where}: is a link to /no/such/disk, which does not exist"
+    )
     (tmp_path / where).unlink()
     link(tmp_path / where, tmp_path / where)
     assert str(tmp_path / where) in complaint(scan, tmp_path, "train")
@@ -421,7 +522,9 @@ def refuse(monkeypatch, folder, number):
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ESTALE])
-@pytest.mark.parametrize("inside", ["train", "train/class1", "train/class1/more", "train/class1/link"])
+@pytest.mark.parametrize(
+    "inside", ["train", "train/class1", "train/class1/more", "train/class1/link"]
+)
 def test_a_folder_that_cannot_be_read_is_named(images, tmp_path, monkeypatch, inside, number):
     make(images, "train/class1/more/1.jpg")
     link(images / "train" / "class1" / "link", make(tmp_path / "disk", "1.jpg"))
@@ -475,11 +578,17 @@ def another_user():
         pytest.skip("only root can become another user")
 
     def call(text, *words, **env):
-        free = {name: value for name, value in os.environ.items() if name not in ("HOME", "USER", "LOGNAME", "XDG_CACHE_HOME")}
+        free = {
+            name: value
+            for name, value in os.environ.items()
+            if name not in ("HOME", "USER", "LOGNAME", "XDG_CACHE_HOME")
+        }
         with tempfile.TemporaryDirectory() as top:  # pytest's own folders are root's alone
             os.chmod(top, 0o755)
             command = [sys.executable, "-B", "-c", text, str(ROOT), *map(str, words)]
-            result = subprocess.run(command, capture_output=True, text=True, cwd=top, env=free | env)
+            result = subprocess.run(
+                command, capture_output=True, text=True, cwd=top, env=free | env
+            )
         assert result.returncode == 0, result.stderr
         return result.stdout.splitlines()
 
@@ -495,11 +604,16 @@ def test_permissions_of_folders(another_user):
         (root / "train" / "class0" / "0.jpg").rename(root / "train" / "class0" / "more" / "0.jpg")
         *refused, found, again, image = another_user(PERMISSIONS, root)
     assert len(refused) == 9 and found == again == "24"
-    for folder, said in zip(("train", "train/class0", "train/class0/more"), refused[::3], strict=True):
+    for folder, said in zip(
+        ("train", "train/class0", "train/class0/more"), refused[::3], strict=True
+    ):
         assert said.startswith(f"{root / folder}: cannot be read: Permission denied; ")
         i = refused.index(said)
         assert refused[i : i + 3] == [said] * 3
-    assert image == f"{root}/train/class0/1.jpg: unreadable image (Permission denied); remove or replace it"
+    assert (
+        image
+        == f"{root}/train/class0/1.jpg: unreadable image (Permission denied); remove or replace it"
+    )
 
 
 # several processes
@@ -516,9 +630,13 @@ def list_of_rank(rank, folder):
 def test_ranks_with_different_images_are_refused_on_each(tmp_path):
     for name in ("same", "fewer", "others", "labels"):
         for rank in range(2):
-            make(tmp_path / f"{name}{rank}", "train/cat/1.jpg", "train/cat/2.jpg", "train/dog/1.jpg")
+            make(
+                tmp_path / f"{name}{rank}", "train/cat/1.jpg", "train/cat/2.jpg", "train/dog/1.jpg"
+            )
     (tmp_path / "fewer1" / "train" / "cat" / "2.jpg").unlink()
-    (tmp_path / "others1" / "train" / "cat" / "2.jpg").rename(tmp_path / "others1" / "train" / "cat" / "3.jpg")
+    (tmp_path / "others1" / "train" / "cat" / "2.jpg").rename(
+        tmp_path / "others1" / "train" / "cat" / "3.jpg"
+    )
     (tmp_path / "labels1" / "train" / "dog").rename(tmp_path / "labels1" / "train" / "elk")
     names = ("same", "fewer", "others", "labels")
     of = on_two_ranks({name: (list_of_rank, str(tmp_path / name)) for name in names}, tmp_path)
@@ -537,7 +655,12 @@ def latin(name):
 
 
 def test_names_that_are_not_utf_8(tmp_path):
-    make(tmp_path, latin("train/pi\xe8ces/\xe9.jpg"), latin("train/pi\xe8ces/1.jpg"), "train/cat/1.jpg")
+    make(
+        tmp_path,
+        latin("train/pi\xe8ces/\xe9.jpg"),
+        latin("train/pi\xe8ces/1.jpg"),
+        "train/cat/1.jpg",
+    )
     folder = scan(tmp_path, "train")
     assert folder.classes == ("cat", latin("pi\xe8ces"))
     assert [os.path.exists(folder.path(i)) for i in range(3)] == [True] * 3
@@ -548,7 +671,9 @@ def test_names_that_are_not_utf_8(tmp_path):
 
 
 def _no_home(_: type[Path]) -> Path:
-    raise RuntimeError("Could not determine home directory.")  # as of a user without an entry in passwd
+    raise RuntimeError(
+        "Could not determine home directory."
+    )  # as of a user without an entry in passwd
 
 
 @pytest.fixture
@@ -570,7 +695,11 @@ def test_photos_without_a_home_that_can_be_written(no_home, monkeypatch, home):
         monkeypatch.setenv("XDG_CACHE_HOME", str(place / "x" if home == "below a file" else place))
     if home == "read-only":
         access = os.access
-        monkeypatch.setattr(os, "access", lambda path, how: not Path(path).is_relative_to(place) and access(path, how))
+        monkeypatch.setattr(
+            os,
+            "access",
+            lambda path, how: not Path(path).is_relative_to(place) and access(path, how),
+        )
     own = no_home / f"hard-negatives-{os.getuid()}"
     cache = own / ".cache" / "hard-negatives"
     assert find("photos", BOTH) == cache / "photos-v2" and cache_folder() == cache
@@ -605,7 +734,9 @@ def test_a_temporary_folder_of_somebody_else_is_not_used(no_home, monkeypatch, w
         monkeypatch.setattr(os, "getuid", lambda: other)
         own = own.rename(no_home / f"hard-negatives-{other}")
     message = complaint(find, "photos", BOTH)
-    assert message.startswith(f"{own}: is not a folder that you alone can write to; set XDG_CACHE_HOME")
+    assert message.startswith(
+        f"{own}: is not a folder that you alone can write to; set XDG_CACHE_HOME"
+    )
 
 
 WITHOUT_A_NAME = """
@@ -665,11 +796,16 @@ def test_damaged_photos_that_cannot_be_replaced_are_refused(cache, monkeypatch):
         return rename(path, to)
 
     monkeypatch.setattr(Path, "rename", failing)
-    assert complaint(find, "photos", BOTH).startswith(f"{root}: cannot be written: Permission denied; ")
+    assert complaint(find, "photos", BOTH).startswith(
+        f"{root}: cannot be written: Permission denied; "
+    )
     assert list(root.parent.iterdir()) == [root]
 
 
-@pytest.mark.parametrize(("encoding", "text"), [("utf-8", b"pi\\udce8ces \xe6\x97\xa5\n"), ("ascii", b"pi\\udce8ces \\u65e5\n")])
+@pytest.mark.parametrize(
+    ("encoding", "text"),
+    [("utf-8", b"pi\\udce8ces \xe6\x97\xa5\n"), ("ascii", b"pi\\udce8ces \\u65e5\n")],
+)
 def test_any_name_can_be_printed(monkeypatch, encoding, text):
     for name in ("stdout", "stderr"):
         monkeypatch.setattr(sys, name, io.TextIOWrapper(io.BytesIO(), encoding=encoding))

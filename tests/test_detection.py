@@ -23,7 +23,9 @@ from moco.encoder.resnets import resnet
 from moco.errors import InputError
 
 HERE = ROOT / "detection"
-wants_detectron2 = pytest.mark.skipif(importlib.util.find_spec("detectron2") is None, reason="detectron2 is not installed")
+wants_detectron2 = pytest.mark.skipif(
+    importlib.util.find_spec("detectron2") is None, reason="detectron2 is not installed"
+)
 
 
 def module(name):
@@ -53,7 +55,11 @@ def published(arch, prefix="module.encoder_q.", **more):
     for buffer in net.buffers():  # running statistics of their own
         if buffer.is_floating_point():
             buffer.uniform_(0.5, 1.5)
-    return {"arch": arch, "state_dict": {prefix + name: x for name, x in net.state_dict().items()}, **more}
+    return {
+        "arch": arch,
+        "state_dict": {prefix + name: x for name, x in net.state_dict().items()},
+        **more,
+    }
 
 
 def saved(tmp_path, state):
@@ -67,14 +73,24 @@ def saved(tmp_path, state):
 def test_a_checkpoint_of_other_software_converts(convert, tmp_path):
     """MoCo's own layout: the key encoder and the queue stay behind, and detectron2's names hold the same numbers."""
     state = published("resnet50", epoch=200, optimizer={"state": {}})
-    state["state_dict"] |= {f"module.encoder_k.{name}": x for name, x in resnet("resnet50", 128).state_dict().items()}
-    state["state_dict"] |= {"module.queue": torch.randn(128, 64), "module.queue_ptr": torch.zeros(1, dtype=torch.int64)}
+    state["state_dict"] |= {
+        f"module.encoder_k.{name}": x for name, x in resnet("resnet50", 128).state_dict().items()
+    }
+    state["state_dict"] |= {
+        "module.queue": torch.randn(128, 64),
+        "module.queue_ptr": torch.zeros(1, dtype=torch.int64),
+    }
     status, out, err = convert(saved(tmp_path, state), tmp_path / "new" / "out.pkl")
     assert status == 0, err
     assert "265 of 265" in out and "module.encoder_q.layer1.0.downsample.1.bias" in out
     written = pickle.loads((tmp_path / "new" / "out.pkl").read_bytes())
-    assert written["matching_heuristics"] is True and written["source"]["file"] == str(tmp_path / "encoder.pth.tar")
-    assert written["source"] | {"arch": "resnet50", "epoch": 200, "method": "unknown"} == written["source"]
+    assert written["matching_heuristics"] is True and written["source"]["file"] == str(
+        tmp_path / "encoder.pth.tar"
+    )
+    assert (
+        written["source"] | {"arch": "resnet50", "epoch": 200, "method": "unknown"}
+        == written["source"]
+    )
     expected = {
         "stem.conv1.weight": "conv1.weight",
         "stem.conv1.norm.running_mean": "bn1.running_mean",
@@ -89,7 +105,9 @@ def test_a_checkpoint_of_other_software_converts(convert, tmp_path):
         assert np.array_equal(model[new], state["state_dict"][f"module.encoder_q.{old}"].numpy())
 
 
-@pytest.mark.parametrize("arch", ["resnet18", "resnet34", "resnet101", "resnet152", "resnext50_32x4d", "wide_resnet50_2"])
+@pytest.mark.parametrize(
+    "arch", ["resnet18", "resnet34", "resnet101", "resnet152", "resnext50_32x4d", "wide_resnet50_2"]
+)
 def test_every_resnet_keeps_every_tensor(arch, convert, tmp_path):
     state = published(arch)
     status, out, err = convert(saved(tmp_path, state), tmp_path / "out.pkl")
@@ -118,10 +136,14 @@ def broken(change):
     return tensors, "layer3.1.conv2.weight"
 
 
-@pytest.mark.parametrize("change", ["missing", "renamed", "extra in a layer", "extra at the top", "reshaped"])
+@pytest.mark.parametrize(
+    "change", ["missing", "renamed", "extra in a layer", "extra at the top", "reshaped"]
+)
 def test_one_odd_tensor_is_named_and_nothing_is_written(change, convert, tmp_path):
     tensors, name = broken(change)
-    status, _, err = convert(saved(tmp_path, {"arch": "resnet18", "state_dict": tensors}), tmp_path / "out.pkl")
+    status, _, err = convert(
+        saved(tmp_path, {"arch": "resnet18", "state_dict": tensors}), tmp_path / "out.pkl"
+    )
     assert status == 2 and name in err and len(own_lines(err)) == 1
     if change == "renamed":
         assert "layer3.1.konv2.weight" in err
@@ -144,23 +166,36 @@ def test_mistakes_are_one_line(convert, tmp_path):
 
 def test_what_detectron2_does_not_know_is_said(convert, tmp_path):
     """It normalizes by its config, and its first convolution is 7x7."""
-    file = saved(tmp_path, published("resnet18", args={"mean": [0.5, 0.4, 0.3], "std": [0.229, 0.224, 0.225]}))
+    file = saved(
+        tmp_path,
+        published("resnet18", args={"mean": [0.5, 0.4, 0.3], "std": [0.229, 0.224, 0.225]}),
+    )
     status, out, _ = convert(file, tmp_path / "out.pkl")
-    assert status == 0 and "MODEL.PIXEL_MEAN [127.500,102.000,76.500]" in out and "PIXEL_STD" not in out
-    status, _, err = convert(saved(tmp_path, published("resnet18", args={"stem": "cifar"})), tmp_path / "cifar.pkl")
+    assert (
+        status == 0
+        and "MODEL.PIXEL_MEAN [127.500,102.000,76.500]" in out
+        and "PIXEL_STD" not in out
+    )
+    status, _, err = convert(
+        saved(tmp_path, published("resnet18", args={"stem": "cifar"})), tmp_path / "cifar.pkl"
+    )
     assert status == 2 and "--stem cifar" in err and len(own_lines(err)) == 1
 
 
 def test_a_check_without_detectron2_says_so(convert, tmp_path, monkeypatch):
     monkeypatch.setattr(converter.importlib.util, "find_spec", lambda name: None)
-    status, _, err = convert(saved(tmp_path, published("resnet18")), tmp_path / "out.pkl", "--check")
+    status, _, err = convert(
+        saved(tmp_path, published("resnet18")), tmp_path / "out.pkl", "--check"
+    )
     assert status == 2 and "README.md" in err
 
 
 @wants_detectron2
 @pytest.mark.parametrize("prefix", PREFIXES)
 def test_check_proves_a_resnet50_of_each_prefix(prefix, convert, tmp_path):
-    status, out, err = convert(saved(tmp_path, published("resnet50", prefix)), tmp_path / "out.pkl", "--check")
+    status, out, err = convert(
+        saved(tmp_path, published("resnet50", prefix)), tmp_path / "out.pkl", "--check"
+    )
     assert status == 0, err
     assert "265 of 265 backbone tensors arrived" in out
 
@@ -188,7 +223,9 @@ def test_check_sees_what_did_not_arrive(change, convert, tmp_path, monkeypatch):
         write(path, found | {"model": model})
 
     monkeypatch.setattr(converter, "write", spoil)
-    status, _, err = convert(saved(tmp_path, published("resnet18")), tmp_path / "out.pkl", "--check")
+    status, _, err = convert(
+        saved(tmp_path, published("resnet18")), tmp_path / "out.pkl", "--check"
+    )
     assert status == 2 and "res4.0.conv1.weight" in err
 
 
@@ -231,21 +268,36 @@ def test_every_config_builds_the_model_that_it_says(file):
     mine, coco = file.stem.endswith("_moco"), file.stem.startswith("coco")
     solver, resnets = cfg.SOLVER, cfg.MODEL.RESNETS
     assert (solver.IMS_PER_BATCH, solver.BASE_LR, cfg.TEST.PRECISE_BN.ENABLED) == (16, 0.01, True)
-    assert (cfg.MODEL.BACKBONE.FREEZE_AT, cfg.MODEL.ROI_HEADS.NAME, resnets.DEPTH) == (0, "Res5ROIHeadsExtraNorm", 50)
+    assert (cfg.MODEL.BACKBONE.FREEZE_AT, cfg.MODEL.ROI_HEADS.NAME, resnets.DEPTH) == (
+        0,
+        "Res5ROIHeadsExtraNorm",
+        50,
+    )
     assert (resnets.NORM, cfg.MODEL.DEVICE) == ("BN", "cpu")  # what SyncBN becomes there
     assert (cfg.INPUT.FORMAT, resnets.STRIDE_IN_1X1) == (("RGB", False) if mine else ("BGR", True))
     assert (cfg.MODEL.PIXEL_STD[0] == 58.395) == mine
     if "Base" not in file.stem:
-        schedule = {"12k": (9000, 11000), "24k": (18000, 22000), "1x": (60000, 80000), "2x": (120000, 160000)}
+        schedule = {
+            "12k": (9000, 11000),
+            "24k": (18000, 22000),
+            "1x": (60000, 80000),
+            "2x": (120000, 160000),
+        }
         last = {"12k": 12000, "24k": 24000, "1x": 90000, "2x": 180000}
         name = file.stem.removesuffix("_moco").split("_")[-1]
-        assert (solver.STEPS, solver.MAX_ITER, cfg.MODEL.MASK_ON) == (schedule[name], last[name], coco)
+        assert (solver.STEPS, solver.MAX_ITER, cfg.MODEL.MASK_ON) == (
+            schedule[name],
+            last[name],
+            coco,
+        )
         assert solver.WARMUP_ITERS == (1000 if coco else 100)
         assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == (80 if coco else 20)
         trained = ("coco_2017_train",) if coco else ("voc_2007_trainval", "voc_2012_trainval")
         tested = ("coco_2017_val",) if coco else ("voc_2007_test",)
         assert (cfg.DATASETS.TRAIN, cfg.DATASETS.TEST) == (trained, tested)
-        assert (cfg.INPUT.MIN_SIZE_TRAIN[0], cfg.INPUT.MIN_SIZE_TEST) == ((640, 800) if coco else (480, 800))
+        assert (cfg.INPUT.MIN_SIZE_TRAIN[0], cfg.INPUT.MIN_SIZE_TEST) == (
+            (640, 800) if coco else (480, 800)
+        )
     model = build_model(cfg)
     assert isinstance(model.roi_heads.res5.norm, torch.nn.BatchNorm2d)
     assert all(p.requires_grad for p in model.parameters())
@@ -255,9 +307,14 @@ def test_every_config_builds_the_model_that_it_says(file):
 @wants_detectron2
 def test_norm_is_synchronized_over_several_gpus_only(capsys):
     c4, file = module("c4"), HERE / "configs" / "pascal_voc_R_50_C4_24k.yaml"
-    assert c4.config(file, [], gpus=8).MODEL.RESNETS.NORM == "SyncBN" and not capsys.readouterr().out
+    assert (
+        c4.config(file, [], gpus=8).MODEL.RESNETS.NORM == "SyncBN" and not capsys.readouterr().out
+    )
     one = c4.config(file, [], gpus=1)
-    assert (one.MODEL.RESNETS.NORM, one.MODEL.DEVICE) == ("BN", "cuda") and "BN" in capsys.readouterr().out
+    assert (one.MODEL.RESNETS.NORM, one.MODEL.DEVICE) == (
+        "BN",
+        "cuda",
+    ) and "BN" in capsys.readouterr().out
 
 
 @wants_detectron2
@@ -273,7 +330,10 @@ def test_the_schedule_fits_fewer_gpus(monkeypatch, capsys):
         assert (solver.MAX_ITER, solver.STEPS) == (24000 * scale, (18000 * scale, 22000 * scale))
         assert solver.WARMUP_ITERS == 100 * scale
         assert f"batch {16 // scale}, lr {0.01 / scale:g}" in capsys.readouterr().out
-    assert train_net.configure(Namespace(**args, num_gpus=2, auto_scale=False)).SOLVER.IMS_PER_BATCH == 16
+    assert (
+        train_net.configure(Namespace(**args, num_gpus=2, auto_scale=False)).SOLVER.IMS_PER_BATCH
+        == 16
+    )
     assert "--auto-scale" in capsys.readouterr().out
 
 
@@ -326,12 +386,21 @@ def write_coco(root, split, n, seed):
         image.save(folder / f"{i:012d}.jpg")
         images.append({"id": i, "file_name": f"{i:012d}.jpg", "height": 96, "width": 128})
         for kind, (x0, y0, x1, y1) in objects:
-            about = {"id": len(annotations) + 1, "image_id": i, "category_id": COCO_IDS[kind], "iscrowd": 0}
+            about = {
+                "id": len(annotations) + 1,
+                "image_id": i,
+                "category_id": COCO_IDS[kind],
+                "iscrowd": 0,
+            }
             box = {"bbox": [x0, y0, x1 - x0, y1 - y0], "area": (x1 - x0) * (y1 - y0)}
             annotations.append({**about, **box, "segmentation": [[x0, y0, x1, y0, x1, y1, x0, y1]]})
-    categories = [{"id": one["id"], "name": one["name"]} for one in COCO_CATEGORIES if one["isthing"]]
+    categories = [
+        {"id": one["id"], "name": one["name"]} for one in COCO_CATEGORIES if one["isthing"]
+    ]
     file = root / "coco" / "annotations" / f"instances_{split}2017.json"
-    file.write_text(json.dumps({"images": images, "annotations": annotations, "categories": categories}))
+    file.write_text(
+        json.dumps({"images": images, "annotations": annotations, "categories": categories})
+    )
 
 
 @pytest.fixture(scope="module")
@@ -359,15 +428,30 @@ SMALL = (
 def test_from_pretraining_to_ap(data, arch, datasets, script, shared_images, tmp_path):
     """A checkpoint that main_synco.py has just written goes through run.sh; a second start only tests again."""
     options = "--image-size 32 -b 16 -j 0 --epochs 1 --moco-k 64 --n-hard 16 --n1 2 --n4 2 --warmup-epochs 0 --bn-splits 1"
-    status, _, err = script("main_synco", shared_images, "-a", arch, *options.split(), "--save-dir", tmp_path / "pretrain")
+    status, _, err = script(
+        "main_synco",
+        shared_images,
+        "-a",
+        arch,
+        *options.split(),
+        "--save-dir",
+        tmp_path / "pretrain",
+    )
     assert status == 0, err
     checkpoint = next((tmp_path / "pretrain").glob("checkpoint_*.pth.tar"))
     out = tmp_path / "out"
-    env = {**os.environ, "DETECTRON2_DATASETS": str(datasets), "PYTHON": sys.executable, "GPUS": "0"}
+    env = {
+        **os.environ,
+        "DETECTRON2_DATASETS": str(datasets),
+        "PYTHON": sys.executable,
+        "GPUS": "0",
+    }
 
     def run():
         command = [HERE / "run.sh", checkpoint, data, out, *SMALL]
-        done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=600)
+        done = subprocess.run(
+            command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=600
+        )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout, json.loads((out / "results.json").read_text())
 
@@ -375,7 +459,9 @@ def test_from_pretraining_to_ap(data, arch, datasets, script, shared_images, tmp
     assert "backbone tensors arrived in detectron2's model" in said and "arrived bit by bit" in said
     assert "MODEL.RESNETS.NORM BN" in said and "1 process(es) on cpu, batch 2, lr 0.01" in said
     kinds = ("box", "mask") if data == "coco" else ("box",)
-    assert list(found["metrics"]) == [f"{kind}_{name}" for kind in kinds for name in ("ap", "ap50", "ap75")]
+    assert list(found["metrics"]) == [
+        f"{kind}_{name}" for kind in kinds for name in ("ap", "ap50", "ap75")
+    ]
     assert all(0 <= value <= 1 for value in found["metrics"].values())
     assert found["checkpoint"] == str(checkpoint)
     want = {"method": "synco", "arch": arch, "pretrain_epochs": 1, "protocol": "detection 0.0005k"}
@@ -383,16 +469,35 @@ def test_from_pretraining_to_ap(data, arch, datasets, script, shared_images, tmp
     assert found["dataset"] == ("coco_2017_val" if data == "coco" else "voc_2007_test")
     trained = torch.load(out / "model_final.pth", weights_only=False)["model"]
     converted = pickle.loads((out / "weights.pkl").read_bytes())["model"]
-    assert not np.array_equal(trained["backbone.stem.conv1.weight"], converted["stem.conv1.weight"])  # FREEZE_AT 0
+    assert not np.array_equal(
+        trained["backbone.stem.conv1.weight"], converted["stem.conv1.weight"]
+    )  # FREEZE_AT 0
     assert trained["roi_heads.res5.norm.running_mean"].abs().sum() > 0
     if data == "coco":
         said, again = run()
         assert "arrived bit by bit" not in said and again == found
         config = HERE / "configs" / "coco_R_50_C4_1x_moco.yaml"
-        options = [*SMALL, "MODEL.WEIGHTS", out / "model_final.pth", "OUTPUT_DIR", tmp_path / "tested"]
-        done = shell(HERE / "train_net.py", "--config-file", config, "--num-gpus", 0, "--eval-only", *options, env=env)
+        options = [
+            *SMALL,
+            "MODEL.WEIGHTS",
+            out / "model_final.pth",
+            "OUTPUT_DIR",
+            tmp_path / "tested",
+        ]
+        done = shell(
+            HERE / "train_net.py",
+            "--config-file",
+            config,
+            "--num-gpus",
+            0,
+            "--eval-only",
+            *options,
+            env=env,
+        )
         assert done.returncode == 0, done.stderr
-        assert json.loads((tmp_path / "tested" / "results.json").read_text()) == found  # the arch too is the trained one's
+        assert (
+            json.loads((tmp_path / "tested" / "results.json").read_text()) == found
+        )  # the arch too is the trained one's
         table = shell("tools/collect.py", tmp_path).stdout
         assert "coco_2017_val detection 0.0005k, mask AP50" in table
 
@@ -407,9 +512,34 @@ def test_eighty_iterations_lower_the_loss(datasets, tmp_path):
 
     register_pascal_voc("tiny_voc", str(datasets / "VOC2007"), "trainval", 2007)
     MetadataCatalog.get("tiny_voc").evaluator_type = "pascal_voc"
-    options = ["MODEL.WEIGHTS", tmp_path / "weights.pkl", "OUTPUT_DIR", tmp_path, "DATASETS.TRAIN", "('tiny_voc',)"]
-    options += ["INPUT.MIN_SIZE_TRAIN", "(64,)", "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 8, "DATASETS.TEST", "()"]
-    options += ["SOLVER.IMS_PER_BATCH", 1, "SOLVER.MAX_ITER", 80, "SOLVER.STEPS", "(70,)", "SOLVER.WARMUP_ITERS", 10, "SEED", 1]
+    options = [
+        "MODEL.WEIGHTS",
+        tmp_path / "weights.pkl",
+        "OUTPUT_DIR",
+        tmp_path,
+        "DATASETS.TRAIN",
+        "('tiny_voc',)",
+    ]
+    options += [
+        "INPUT.MIN_SIZE_TRAIN",
+        "(64,)",
+        "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE",
+        8,
+        "DATASETS.TEST",
+        "()",
+    ]
+    options += [
+        "SOLVER.IMS_PER_BATCH",
+        1,
+        "SOLVER.MAX_ITER",
+        80,
+        "SOLVER.STEPS",
+        "(70,)",
+        "SOLVER.WARMUP_ITERS",
+        10,
+        "SEED",
+        1,
+    ]
     file = HERE / "configs" / "pascal_voc_R_50_C4_24k_moco.yaml"
     cfg = train_net.c4.config(file, [*SMALL, *map(str, options)], gpus=0)
     trainer = train_net.Trainer(cfg)
@@ -427,7 +557,11 @@ def test_a_backbone_that_did_not_arrive_ends_the_run(datasets, tmp_path):
     torch.save(published("resnet18"), tmp_path / "encoder.pth.tar")
     found = converter.convert(str(tmp_path / "encoder.pth.tar"))
     converter.write(tmp_path / "weights.pkl", found)
-    cfg = train_net.c4.config(HERE / "configs" / "coco_R_50_C4_1x_moco.yaml", ["MODEL.WEIGHTS", str(tmp_path / "weights.pkl")], 0)
+    cfg = train_net.c4.config(
+        HERE / "configs" / "coco_R_50_C4_1x_moco.yaml",
+        ["MODEL.WEIGHTS", str(tmp_path / "weights.pkl")],
+        0,
+    )
     with pytest.raises(RuntimeError, match=r"60 tensors did not arrive"):
         train_net.check_arrived(cfg, train_net.Trainer.build_model(cfg))
 
@@ -439,10 +573,15 @@ def test_what_cannot_run_is_refused_in_one_line(tmp_path, monkeypatch, capsys):
     torch.save(published("resnet18"), tmp_path / "encoder.pth.tar")
     found = converter.convert(str(tmp_path / "encoder.pth.tar"))
     for name in ("a", "b"):
-        converter.write(tmp_path / f"{name}.pkl", found | {"source": {"file": name, "arch": "resnet18", "sha256": name}})
+        converter.write(
+            tmp_path / f"{name}.pkl",
+            found | {"source": {"file": name, "arch": "resnet18", "sha256": name}},
+        )
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "last_checkpoint").write_text("model_final.pth")
-    (tmp_path / "run" / "source.json").write_text(json.dumps({"file": "elsewhere/a", "arch": "resnet18", "sha256": "a"}))
+    (tmp_path / "run" / "source.json").write_text(
+        json.dumps({"file": "elsewhere/a", "arch": "resnet18", "sha256": "a"})
+    )
     (tmp_path / "damaged.pkl").write_bytes(b"\x80\x04.")
     (tmp_path / "unreadable.pkl").symlink_to("/proc/self/mem")
     resumed = ("--resume", "--config-file", config, "OUTPUT_DIR", tmp_path / "run", "MODEL.WEIGHTS")
@@ -450,13 +589,25 @@ def test_what_cannot_run_is_refused_in_one_line(tmp_path, monkeypatch, capsys):
     for options, said in (
         (("--config-file", config), "FILE.pkl: no such file"),
         (("--config-file", config, "MODEL.WEIGHTS", tmp_path / "damaged.pkl"), "damaged"),
-        (("--config-file", config, "MODEL.WEIGHTS", tmp_path / "unreadable.pkl"), "unreadable.pkl: cannot be read: Input/output"),
-        (("--config-file", config, "MODEL.WEIGHTS", "gs://a/b.pkl"), "MODEL.WEIGHTS gs://a/b.pkl: is a URL"),
+        (
+            ("--config-file", config, "MODEL.WEIGHTS", tmp_path / "unreadable.pkl"),
+            "unreadable.pkl: cannot be read: Input/output",
+        ),
+        (
+            ("--config-file", config, "MODEL.WEIGHTS", "gs://a/b.pkl"),
+            "MODEL.WEIGHTS gs://a/b.pkl: is a URL",
+        ),
         (("--config-file", tmp_path / "none.yaml"), "no such config"),
         ((), "give --config-file"),
-        (("--num-gpus", torch.cuda.device_count() + 1, "--config-file", config), "this machine has"),
+        (
+            ("--num-gpus", torch.cuda.device_count() + 1, "--config-file", config),
+            "this machine has",
+        ),
         (("--config-file", config, "SOLVER.LR", 1), "SOLVER.LR"),
-        (("--auto-scale", "--config-file", config, *weights, "SOLVER.IMS_PER_BATCH", 12), "IMS_PER_BATCH 12"),
+        (
+            ("--auto-scale", "--config-file", config, *weights, "SOLVER.IMS_PER_BATCH", 12),
+            "IMS_PER_BATCH 12",
+        ),
         (("--config-file", config, "SOLVER.BASE_LR"), "pairs"),
         (("--config-file", config, *weights), "DETECTRON2_DATASETS"),
         (("--config-file", HERE / "configs" / "coco_R_50_C4_1x.yaml", *weights), "ends in _moco"),

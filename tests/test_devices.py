@@ -36,7 +36,11 @@ class OnDevice(Tensor):
 
     @staticmethod
     def __new__(cls, held: Tensor) -> "OnDevice":
-        layout = {"strides": held.stride(), "storage_offset": held.storage_offset(), "dtype": held.dtype}
+        layout = {
+            "strides": held.stride(),
+            "storage_offset": held.storage_offset(),
+            "dtype": held.dtype,
+        }
         return Tensor._make_wrapper_subclass(cls, held.shape, device=META, **layout)
 
     def __init__(self, held: Tensor):
@@ -76,7 +80,9 @@ class Accelerator(TorchDispatchMode):
             own = [f"{frame.filename}:{frame.lineno}" for frame in traceback.extract_stack()[:-1]]
             where = [line for line in own if "/torch/" not in line]
             self.waits.append(f"{function} at {where[-1]}")
-        held = {name: _held(value) for name, value in kwargs.items()} | ({"device": "cpu"} if makes else {})
+        held = {name: _held(value) for name, value in kwargs.items()} | (
+            {"device": "cpu"} if makes else {}
+        )
         plain = [_held(arg) for arg in args]
         result = function(*plain, **held)
         if wanted is not None and not makes:
@@ -102,8 +108,12 @@ class Accelerator(TorchDispatchMode):
         return name in DEPENDS_ON_VALUES
 
 
-DEPENDS_ON_VALUES = set("_local_scalar_dense nonzero equal is_nonzero masked_select bincount argwhere".split())
-DEPENDS_ON_VALUES |= set("_unique _unique2 unique_dim unique_consecutive repeat_interleave histc allclose".split())
+DEPENDS_ON_VALUES = set(
+    "_local_scalar_dense nonzero equal is_nonzero masked_select bincount argwhere".split()
+)
+DEPENDS_ON_VALUES |= set(
+    "_unique _unique2 unique_dim unique_consecutive repeat_interleave histc allclose".split()
+)
 
 
 def _any_on_device(values: tuple) -> bool:
@@ -125,7 +135,11 @@ def _on_device(result: object, given: dict[int, Tensor]) -> object:
     """Wrap a result's tensors as `OnDevice`; return one changed in place as the tensor `given`."""
     if isinstance(result, Tensor):
         return given[id(result)] if id(result) in given else OnDevice(result)
-    return type(result)(_on_device(x, given) for x in result) if type(result) in (list, tuple) else result
+    return (
+        type(result)(_on_device(x, given) for x in result)
+        if type(result) in (list, tuple)
+        else result
+    )
 
 
 class Generator(torch.Generator):
@@ -170,9 +184,16 @@ def accelerator(monkeypatch) -> Iterator[Accelerator]:
 
         def batches() -> Iterator[Batch]:
             for _ in range((STEPS + 1) * self.args.accumulation_steps):
-                views = [torch.randint(256, (batch, 3, size, size), dtype=torch.uint8) for size in sizes]
-                index, label = torch.randint(len(self.images), (batch,)), torch.zeros(batch, dtype=torch.long)
-                *views, index, label = (devices.to_device(x, self.device) for x in (*views, index, label))
+                views = [
+                    torch.randint(256, (batch, 3, size, size), dtype=torch.uint8) for size in sizes
+                ]
+                index, label = (
+                    torch.randint(len(self.images), (batch,)),
+                    torch.zeros(batch, dtype=torch.long),
+                )
+                *views, index, label = (
+                    devices.to_device(x, self.device) for x in (*views, index, label)
+                )
                 yield Batch(views, index, label, [])
 
         stub = Log(accelerator)
@@ -185,7 +206,11 @@ def accelerator(monkeypatch) -> Iterator[Accelerator]:
     monkeypatch.setattr(rng, "generator", generator)
     monkeypatch.setattr(trainer.Trainer, "train", steps)
     autocast = torch.autocast  # it does not support META; here it is off
-    monkeypatch.setattr(torch, "autocast", lambda kind, *amp, **more: autocast(kind.replace("meta", "cpu"), *amp, **more))
+    monkeypatch.setattr(
+        torch,
+        "autocast",
+        lambda kind, *amp, **more: autocast(kind.replace("meta", "cpu"), *amp, **more),
+    )
 
     def small(arch: str, weights: None, num_classes: int, **more: bool) -> ResNet:
         net = ResNet(BasicBlock, [1, 1, 1, 1], **more)
@@ -206,7 +231,15 @@ SIX = "--n1 4 --n2 4 --n3 4 --n4 4 --n5 4 --n6 4".split()
 METHODS = {
     "moco": ("main_synco", "--moco-k", 64, "--clip-grad", 1),
     "moco, accumulation": ("main_synco", "--moco-k", 64, "--accumulation-steps", 2),
-    "moco, symmetric": ("main_synco", "--moco-k", 64, "--symmetric", "--bn-splits-query", "--stem", "cifar"),
+    "moco, symmetric": (
+        "main_synco",
+        "--moco-k",
+        64,
+        "--symmetric",
+        "--bn-splits-query",
+        "--stem",
+        "cifar",
+    ),
     "mochi": ("main_synco", *SYNCO, "--n1", 8, "--n3", 4),
     "synco": ("main_synco", *SYNCO, *SIX, "--aug-plus", "--cos"),
     "adco": ("main_adco", "--cluster", 64, "--no-ad-init"),
@@ -220,15 +253,29 @@ METHODS = {
     "fnc, off": ("main_fnc", *FNC, "--fn-mode", "off"),
     "fnc, no memory": ("main_fnc", "--support-size", 1, "--memory-multiplier", 0, "--fn-topk", 3),
     "moby": ("main_moby", *MOBY, "-a", "test_vit", "--online-drop-path", 0.2),
-    "synco v2": ("main_moby", *MOBY, "--method", "synco", "--n-hard", 16, *SIX, "--synthetic-first", 0),
+    "synco v2": (
+        "main_moby",
+        *MOBY,
+        "--method",
+        "synco",
+        "--n-hard",
+        16,
+        *SIX,
+        "--synthetic-first",
+        0,
+    ),
     "byol": ("main_moby", "--mlp-dim", 64, "--method", "byol"),
 }
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_50_steps_without_a_log_line_do_not_wait_for_the_device(method, accelerator, shared_images, tmp_path):
+def test_50_steps_without_a_log_line_do_not_wait_for_the_device(
+    method, accelerator, shared_images, tmp_path
+):
     name, *options = METHODS[method]
-    status, _, err = in_process(name, shared_images, *SMALL, *options, "--save-dir", tmp_path / "run")
+    status, _, err = in_process(
+        name, shared_images, *SMALL, *options, "--save-dir", tmp_path / "run"
+    )
     assert status == 0, err
     assert accelerator.waits == []
     assert accelerator.wide == set() or "fnc" in method, "mps has no float64: see devices.widest"
@@ -285,7 +332,10 @@ def test_operations_without_a_wait_are_not_counted(monkeypatch):
 def test_item_in_a_loss_is_found(accelerator, shared_images, tmp_path, monkeypatch):
     """`.item()` is added to a loss: each step is recorded, with the line."""
     own = contrastive.bank_info_nce
-    monkeypatch.setattr("moco.builder.moco.bank_info_nce", lambda *args: own(*args) * (1 if own(*args).item() else 0))
+    monkeypatch.setattr(
+        "moco.builder.moco.bank_info_nce",
+        lambda *args: own(*args) * (1 if own(*args).item() else 0),
+    )
     in_process("main_synco", shared_images, *SMALL, "--moco-k", 64, "--save-dir", tmp_path / "run")
     assert len(accelerator.waits) == STEPS and "_local_scalar_dense" in accelerator.waits[0]
 
@@ -299,20 +349,29 @@ def machine(monkeypatch):
 
     def has(accelerator: str | None = None, **counts: int) -> None:
         for kind in ("cuda", "xpu", "mps"):
-            monkeypatch.setattr(torch.get_device_module(kind), "device_count", functools.partial(counts.get, kind, 0))
+            monkeypatch.setattr(
+                torch.get_device_module(kind),
+                "device_count",
+                functools.partial(counts.get, kind, 0),
+            )
         monkeypatch.setattr(torch.cuda, "is_available", lambda: "cuda" in counts)
         found = accelerator and torch.device(accelerator)
         monkeypatch.setattr(torch.accelerator, "is_available", lambda: found is not None)
         monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: found)
 
-    for name in (*"RANK WORLD_SIZE LOCAL_RANK".split(), *(name for name in os.environ if name.startswith("SLURM_"))):
+    for name in (
+        *"RANK WORLD_SIZE LOCAL_RANK".split(),
+        *(name for name in os.environ if name.startswith("SLURM_")),
+    ):
         monkeypatch.delenv(name, raising=False)
     return has
 
 
 def test_auto_takes_the_accelerator_that_torch_reports_or_else_the_cpu(machine):
     machine()
-    assert devices.chosen("auto") == "cpu" and devices.of_process("auto", None, 0) == torch.device("cpu")
+    assert devices.chosen("auto") == "cpu" and devices.of_process("auto", None, 0) == torch.device(
+        "cpu"
+    )
     for kind, n in (("cuda", 4), ("xpu", 2), ("mps", 1)):
         machine(kind, **{kind: n})
         assert devices.chosen("auto") == devices.chosen(kind) == kind
@@ -341,7 +400,10 @@ def test_a_device_that_is_not_found_is_refused_in_one_line(kind, machine, script
     for name in ("main_synco", "main_knn"):
         status, _, err = script(name, shared_images, *SMALL[:-4], "--device", kind)
         assert status == 2 and err.count("\n") == 1
-        assert f"error: --device {kind}: PyTorch finds no such device on this machine; leave it out" in err
+        assert (
+            f"error: --device {kind}: PyTorch finds no such device on this machine; leave it out"
+            in err
+        )
 
 
 @pytest.mark.parametrize("kind", ["xpu", "mps"])
@@ -352,8 +414,13 @@ def test_xpu_and_mps_support_a_single_process(kind, machine, monkeypatch):
     def plan(*words: object) -> processes.Plan:
         return processes.plan(parsed.parse(["d", *map(str, words)]))
 
-    assert (plan().launcher, plan().world) == ("single", 1)  # though the script takes every CUDA GPU
-    assert plan("--multiprocessing-distributed", "--device", "cpu", "--nproc-per-node", 2).world == 2
+    assert (plan().launcher, plan().world) == (
+        "single",
+        1,
+    )  # though the script takes every CUDA GPU
+    assert (
+        plan("--multiprocessing-distributed", "--device", "cpu", "--nproc-per-node", 2).world == 2
+    )
     refused = f"--device {kind}: supports a single process, and this run has 2; "
     refused += "start one process, or give --device cpu"
     nodes = ("--world-size", 2, "--rank", 1, "--dist-url", "tcp://10.0.0.1:9999")
@@ -363,12 +430,19 @@ def test_xpu_and_mps_support_a_single_process(kind, machine, monkeypatch):
         assert str(error.value) == refused
     with pytest.raises(InputError, match="nccl: needs CUDA GPUs, and this machine has none"):
         plan("--dist-backend", "nccl")
-    for name, value in {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "localhost", "MASTER_PORT": 29501}.items():
+    for name, value in {
+        "RANK": 0,
+        "WORLD_SIZE": 1,
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": 29501,
+    }.items():
         monkeypatch.setenv(name, str(value))
     assert plan().launcher == "torchrun"  # of one process
 
 
-def test_device_cpu_trains_on_the_cpu_of_a_machine_with_gpus(machine, script, shared_images, tmp_path):
+def test_device_cpu_trains_on_the_cpu_of_a_machine_with_gpus(
+    machine, script, shared_images, tmp_path
+):
     machine("cuda", cuda=2)
     options = (shared_images, *SMALL[:-4], "--moco-k", 64, "--epochs", 1, "--device", "cpu")
     status, out, err = script("main_synco", *options, "--save-dir", tmp_path / "run")
@@ -387,7 +461,12 @@ def test_device_cpu_trains_on_the_cpu_of_a_machine_with_gpus(machine, script, sh
 
 def test_bf16_is_switched_off_only_on_a_slow_cpu(machine, monkeypatch, capsys):
     monkeypatch.setattr(precision, "_multiplies_bf16", lambda: False)
-    for kind, chosen, amp in (("cuda", "auto", "bf16"), ("cuda", "cpu", "off"), ("mps", "auto", "bf16"), ("mps", "cpu", "off")):
+    for kind, chosen, amp in (
+        ("cuda", "auto", "bf16"),
+        ("cuda", "cpu", "off"),
+        ("mps", "auto", "bf16"),
+        ("mps", "cpu", "off"),
+    ):
         machine(kind, **{kind: 1})
         args = Namespace(amp="bf16", device=chosen)
         precision.choose(args)
@@ -397,7 +476,10 @@ def test_bf16_is_switched_off_only_on_a_slow_cpu(machine, monkeypatch, capsys):
 
 def test_fp16_is_refused_on_a_device_without_gradient_scaler():
     assert precision.scaler("fp16", torch.device("cpu")).is_enabled()
-    assert not precision.scaler("off", META).is_enabled() and not precision.scaler("bf16", META).is_enabled()
+    assert (
+        not precision.scaler("off", META).is_enabled()
+        and not precision.scaler("bf16", META).is_enabled()
+    )
     refused = "--amp fp16: PyTorch cannot scale gradients on meta; give --amp bf16 or off"
     with pytest.raises(InputError, match=refused):
         precision.scaler("fp16", META)
@@ -419,7 +501,9 @@ def test_compile_is_refused_if_torch_cannot_compile_for_the_device(monkeypatch):
     refused = "--compile: PyTorch cannot compile for meta on this machine; leave it out"
     assert str(error.value) == f"{refused} (no backend for it)"
     monkeypatch.setattr(torch, "compile", lambda function: function)
-    assert precision.place(net, META, compile=True, recompute=False)[0]._compiled_call_impl is not None
+    assert (
+        precision.place(net, META, compile=True, recompute=False)[0]._compiled_call_impl is not None
+    )
 
 
 def test_an_operation_that_torch_lacks_on_an_accelerator_gives_a_one_line_error(
@@ -429,23 +513,35 @@ def test_an_operation_that_torch_lacks_on_an_accelerator_gives_a_one_line_error(
 
     def lacks(args, device):
         assert device == torch.device("mps", 0)
-        raise NotImplementedError("The operator 'aten::_embedding_bag' is not implemented for the MPS device.\nSet ...")
+        raise NotImplementedError(
+            "The operator 'aten::_embedding_bag' is not implemented for the MPS device.\nSet ..."
+        )
 
     monkeypatch.setattr("main_synco.worker", lacks)
-    status, _, err = script("main_synco", shared_images, *SMALL[:-4], "--save-dir", tmp_path / "run")
+    status, _, err = script(
+        "main_synco", shared_images, *SMALL[:-4], "--save-dir", tmp_path / "run"
+    )
     assert status == 2 and err.count("\n") == 1
     refused = "--device mps: PyTorch lacks an operation on this device; give --device cpu"
     assert f"{refused} (The operator 'aten::_embedding_bag'" in err
 
 
 def test_no_float64_reaches_mps(monkeypatch):
-    assert devices.widest(torch.device("cpu")) == devices.widest(torch.device("cuda", 0)) == torch.float64
+    assert (
+        devices.widest(torch.device("cpu"))
+        == devices.widest(torch.device("cuda", 0))
+        == torch.float64
+    )
     monkeypatch.setattr(devices, "widest", lambda device: torch.float32)  # as on mps
     mean = log.Mean()
     for step in range(3):
-        mean.add({"loss": torch.tensor(float(step)), "found": (torch.tensor(step), torch.tensor(2))})
+        mean.add(
+            {"loss": torch.tensor(float(step)), "found": (torch.tensor(step), torch.tensor(2))}
+        )
     stacks, stack = [], torch.stack
-    monkeypatch.setattr(torch, "stack", lambda tensors, *axis: stacks.append(stack(tensors, *axis)) or stacks[-1])
+    monkeypatch.setattr(
+        torch, "stack", lambda tensors, *axis: stacks.append(stack(tensors, *axis)) or stacks[-1]
+    )
     assert mean.read() == {"loss": 1.0, "found": 0.5}
     assert {made.dtype for made in stacks} == {torch.float32}
 
@@ -475,14 +571,34 @@ def test_on_cuda_batches_are_copied_on_a_stream_that_training_waits_for(monkeypa
 
     monkeypatch.setattr(torch.cuda, "stream", on)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: training)
-    monkeypatch.setattr(devices, "to_device", lambda x, device: done.append(f"copy {tuple(x.shape)}") or x.clone())
-    monkeypatch.setattr(Tensor, "record_stream", lambda x, stream: done.append(f"{tuple(x.shape)} used by {stream.name}"))
-    batch = Batch([torch.ones(2, 3, 4, 4), torch.ones(2, 3, 5, 5)], torch.arange(2), torch.zeros(2), [(1, "bad")])
+    monkeypatch.setattr(
+        devices, "to_device", lambda x, device: done.append(f"copy {tuple(x.shape)}") or x.clone()
+    )
+    monkeypatch.setattr(
+        Tensor,
+        "record_stream",
+        lambda x, stream: done.append(f"{tuple(x.shape)} used by {stream.name}"),
+    )
+    batch = Batch(
+        [torch.ones(2, 3, 4, 4), torch.ones(2, 3, 5, 5)],
+        torch.arange(2),
+        torch.zeros(2),
+        [(1, "bad")],
+    )
     moved = loader._moved(batch, torch.device("cuda", 0), copies)
     shapes = ("(2, 3, 4, 4)", "(2, 3, 5, 5)", "(2,)", "(2,)")
-    expected = ["on copies", *(f"copy {shape}" for shape in shapes), "end", "training waits for copies"]
+    expected = [
+        "on copies",
+        *(f"copy {shape}" for shape in shapes),
+        "end",
+        "training waits for copies",
+    ]
     assert done == [*expected, *(f"{shape} used by training" for shape in shapes)]
-    for one, other in zip((*batch.views, batch.index, batch.label), (*moved.views, moved.index, moved.label), strict=True):
+    for one, other in zip(
+        (*batch.views, batch.index, batch.label),
+        (*moved.views, moved.index, moved.label),
+        strict=True,
+    ):
         assert torch.equal(one, other)
     assert moved.unreadable == batch.unreadable
 
@@ -490,12 +606,18 @@ def test_on_cuda_batches_are_copied_on_a_stream_that_training_waits_for(monkeypa
 def test_on_a_cpu_a_batch_is_not_copied():
     batch = Batch([torch.ones(2, 3, 4, 4)], torch.arange(2), torch.zeros(2), [])
     moved = loader._moved(batch, torch.device("cpu"), None)
-    assert moved.views[0] is batch.views[0] and moved.index is batch.index and moved.label is batch.label
+    assert (
+        moved.views[0] is batch.views[0]
+        and moved.index is batch.index
+        and moved.label is batch.label
+    )
 
 
 def test_copies_are_queued_on_cuda_only(monkeypatch):
     asked = []
-    monkeypatch.setattr(Tensor, "to", lambda x, device, non_blocking: asked.append((device.type, non_blocking)))
+    monkeypatch.setattr(
+        Tensor, "to", lambda x, device, non_blocking: asked.append((device.type, non_blocking))
+    )
     for kind in ("cuda", "xpu", "mps"):
         devices.to_device(torch.ones(1), torch.device(kind, 0))
     assert asked == [("cuda", True), ("xpu", False), ("mps", False)]

@@ -30,7 +30,12 @@ IMAGE = (3, 9, 9)
 
 def tiny_encoder():
     return nn.Sequential(
-        nn.Conv2d(3, 8, 3, 2), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, DIM)
+        nn.Conv2d(3, 8, 3, 2),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(32, DIM),
     )
 
 
@@ -45,7 +50,9 @@ def progress_of(step):
 
 def joint_views(step):
     generator = torch.Generator().manual_seed(100 + step)
-    return [torch.randn(WORLD * B, *IMAGE, generator=generator, dtype=torch.float64) for _ in range(2)]
+    return [
+        torch.randn(WORLD * B, *IMAGE, generator=generator, dtype=torch.float64) for _ in range(2)
+    ]
 
 
 def part(x, rank):
@@ -55,7 +62,13 @@ def part(x, rank):
 def permutations():
     """Permutations of joint batches of several sizes; in some, a rank asks nothing of itself or of the other."""
     drawn = [torch.randperm(n, generator=torch.Generator().manual_seed(n)) for n in (2, 6, 16, 34)]
-    return [*drawn, torch.arange(10), torch.arange(10).roll(5), torch.arange(10).flip(0), torch.tensor([1, 0])]
+    return [
+        *drawn,
+        torch.arange(10),
+        torch.arange(10).roll(5),
+        torch.arange(10).flip(0),
+        torch.tensor([1, 0]),
+    ]
 
 
 def numbered(n, *shape):
@@ -89,8 +102,12 @@ def check_key_groups(rank):
         return exchange(x, permutation)
 
     distributed.shuffle = recorded
-    model.encoder_q.register_forward_hook(lambda _, inputs, output: seen.setdefault("q", []).append(numbers(inputs[0])))
-    model.encoder_k.register_forward_hook(lambda _, inputs, output: seen.setdefault("k", []).append(numbers(inputs[0])))
+    model.encoder_q.register_forward_hook(
+        lambda _, inputs, output: seen.setdefault("q", []).append(numbers(inputs[0]))
+    )
+    model.encoder_k.register_forward_hook(
+        lambda _, inputs, output: seen.setdefault("k", []).append(numbers(inputs[0]))
+    )
     for step in range(3):
         seen.clear()
         images = part(numbered(WORLD * B, *IMAGE), rank)
@@ -103,7 +120,10 @@ def check_key_groups(rank):
 def check_traffic(rank):
     """Shapes of everything that one forward pass receives from the exchange."""
     torch.manual_seed(0)
-    model, received = MoCo(tiny_encoder, dim=DIM, K=K), {"all_to_all_single": [], "_all_gather_rows": []}
+    model, received = (
+        MoCo(tiny_encoder, dim=DIM, K=K),
+        {"all_to_all_single": [], "_all_gather_rows": []},
+    )
     place = {"all_to_all_single": dist, "_all_gather_rows": distributed}
     true = {name: getattr(place[name], name) for name in received}
 
@@ -126,10 +146,16 @@ def check_silence(rank):
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         assert distributed.all_gather(torch.full((1,), rank)).tolist() == [0, 1]
-        net = distributed.data_parallel(distributed.sync_batch_norm(nn.Linear(2, 2), torch.device("cpu")))
+        net = distributed.data_parallel(
+            distributed.sync_batch_norm(nn.Linear(2, 2), torch.device("cpu"))
+        )
         net(torch.ones(1, 2)).sum().backward()
         distributed.broadcast_buffers(net)
-    return [str(one.message) for one in told if issubclass(one.category, FutureWarning | DeprecationWarning)]
+    return [
+        str(one.message)
+        for one in told
+        if issubclass(one.category, FutureWarning | DeprecationWarning)
+    ]
 
 
 def check_collectives(rank):
@@ -159,7 +185,9 @@ def check_training(rank, kind):
     ddp = DistributedDataParallel(model, broadcast_buffers=False)
     found = []
     for step in range(STEPS):
-        loss, _ = ddp([part(view, rank) for view in joint_views(step)], torch.arange(B), progress_of(step))
+        loss, _ = ddp(
+            [part(view, rank) for view in joint_views(step)], torch.arange(B), progress_of(step)
+        )
         loss.backward()
         gradients = {name: p.grad.clone() for name, p in model.encoder_q.named_parameters()}
         with torch.no_grad():
@@ -176,7 +204,9 @@ def check_recomputing(rank):
     """Gradient, and what batch norm has seen, of residual blocks with batch norm over both ranks, kept and computed again."""
     torch.manual_seed(0)
     net = distributed.sync_batch_norm(resnet("resnet18", 4).double(), torch.device("cpu"))
-    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(rank), dtype=torch.float64)
+    images = torch.randn(
+        2, 3, 32, 32, generator=torch.Generator().manual_seed(rank), dtype=torch.float64
+    )
     found = []
     for again in (False, True):
         mine = copy.deepcopy(net)
@@ -325,7 +355,13 @@ def test_one_process_exchanges_with_itself():
 def steps_by_hand(kind, shuffled=True):
     """The global batch in one process: queries normalised in the ranks' groups, keys in groups of the shuffled batch."""
     model = build(kind)
-    f_q, f_k, queue, total, found = model.encoder_q, copy.deepcopy(model.encoder_k), model.queue.clone(), 0, []
+    f_q, f_k, queue, total, found = (
+        model.encoder_q,
+        copy.deepcopy(model.encoder_k),
+        model.queue.clone(),
+        0,
+        [],
+    )
     for step in range(STEPS):
         query_view, key_view = joint_views(step)
         order = torch.arange(WORLD * B)
@@ -343,8 +379,14 @@ def steps_by_hand(kind, shuffled=True):
             if kind.total:
                 generator = progress_of(step).generator(NEGATIVES, "cpu", rank)
                 draws = synthetic.draw(kind, B, DIM, generator, torch.float64)
-                columns.append(synthetic.similarities(q, queue, s, synthetic.hardest(s, kind.n_hard), kind, draws))
-            losses.append(F.cross_entropy(torch.cat(columns, 1) / T, torch.zeros(B, dtype=torch.long)))
+                columns.append(
+                    synthetic.similarities(
+                        q, queue, s, synthetic.hardest(s, kind.n_hard), kind, draws
+                    )
+                )
+            losses.append(
+                F.cross_entropy(torch.cat(columns, 1) / T, torch.zeros(B, dtype=torch.long))
+            )
         loss = sum(losses) / WORLD
         names, parameters = zip(*f_q.named_parameters(), strict=True)
         gradients = dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
@@ -357,7 +399,15 @@ def steps_by_hand(kind, shuffled=True):
             queue[total % K] = key
             total += 1
         keys = {name: p.detach().clone() for name, p in f_k.named_parameters()}
-        found.append({"losses": losses, "gradients": gradients, "queue": queue.clone(), "ptr": total % K, "f_k": keys})
+        found.append(
+            {
+                "losses": losses,
+                "gradients": gradients,
+                "queue": queue.clone(),
+                "ptr": total % K,
+                "f_k": keys,
+            }
+        )
     return found
 
 
@@ -376,7 +426,9 @@ def test_losses_of_the_ranks_are_those_of_the_global_batch(training):
     for step in range(STEPS):
         for rank in range(WORLD):
             near(found[rank][step]["loss"], by_hand[step]["losses"][rank].detach())
-        assert abs(found[0][step]["loss"] - found[1][step]["loss"]) > 1e-4  # each has its own images and draws
+        assert (
+            abs(found[0][step]["loss"] - found[1][step]["loss"]) > 1e-4
+        )  # each has its own images and draws
 
 
 def test_gradients_are_those_of_the_mean_loss_of_the_global_batch(training):

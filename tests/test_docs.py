@@ -20,7 +20,10 @@ from moco.cli import entry
 from moco.encoder.networks import check_arch
 from moco.engine import pretrain
 
-PAGES = {str(path.relative_to(ROOT)): path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
+PAGES = {
+    str(path.relative_to(ROOT)): path.read_text()
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+}
 EXAMPLE = ("main_repel", "moco/builder/repel.py")  # of docs/adding-a-method.md
 ELSEWHERE = ("main_moco.py", "main_pretrain.py", "main_linear.py")  # scripts of other repositories
 # options of other programs: torch.distributed.launch's, Swin-style scripts'
@@ -34,7 +37,10 @@ def fences(page: str) -> list[str]:
 def ours(name: str, page: str) -> str:
     """A page without what stands there for other repositories: in docs/commands.md the left column."""
     lines = page.splitlines()
-    return "\n".join(re.sub(r"^\|.*?(?<!\\)\|", "|", line) if name.endswith("commands.md") else line for line in lines)
+    return "\n".join(
+        re.sub(r"^\|.*?(?<!\\)\|", "|", line) if name.endswith("commands.md") else line
+        for line in lines
+    )
 
 
 def commands() -> list[tuple[bool, str]]:
@@ -43,18 +49,26 @@ def commands() -> list[tuple[bool, str]]:
     for name, page in PAGES.items():
         page = ours(name, page)
         values = {}
-        blocks = [block.replace("\\\n", " ") for block in fences(page) if not block.startswith(('"""', "#!"))]
+        blocks = [
+            block.replace("\\\n", " ")
+            for block in fences(page)
+            if not block.startswith(('"""', "#!"))
+        ]
         for line in "\n".join(blocks).splitlines():
             if loop := re.match(r"\s*for (\w+) in (\S+)", line):
                 values[loop[1]] = loop[2]
-            line = re.sub(r"\$\{?(\w+)\}?", lambda match, values=values: values.get(match[1], match[0]), line)
+            line = re.sub(
+                r"\$\{?(\w+)\}?", lambda match, values=values: values.get(match[1], match[0]), line
+            )
             if not line.startswith("#") and (match := re.search(r"\bmain_\w+\.py .*", line)):
                 found.append((True, match[0]))
         prose = re.sub(r"^```.*?^```", "", page, flags=re.S | re.M)
         inside = (re.search(r"\bmain_\w+\.py .*", code) for code in re.findall(r"`([^`]+)`", prose))
         found += [(False, match[0]) for match in inside if match]
     return [
-        (typed, text) for typed, text in found if not text.startswith((*ELSEWHERE, f"{EXAMPLE[0]}.py")) and "--cfg FILE" not in text
+        (typed, text)
+        for typed, text in found
+        if not text.startswith((*ELSEWHERE, f"{EXAMPLE[0]}.py")) and "--cfg FILE" not in text
     ]
 
 
@@ -63,10 +77,14 @@ COMMANDS = commands()
 
 def test_there_are_commands_of_every_script():
     assert len(COMMANDS) > 60
-    assert {text.partition(".py")[0] for _, text in COMMANDS} == {path.stem for path in ROOT.glob("main_*.py")}
+    assert {text.partition(".py")[0] for _, text in COMMANDS} == {
+        path.stem for path in ROOT.glob("main_*.py")
+    }
 
 
-@pytest.mark.parametrize(("typed", "text"), COMMANDS, ids=[f"{i} {text[:60]}" for i, (_, text) in enumerate(COMMANDS)])
+@pytest.mark.parametrize(
+    ("typed", "text"), COMMANDS, ids=[f"{i} {text[:60]}" for i, (_, text) in enumerate(COMMANDS)]
+)
 def test_command_is_accepted(typed, text, tmp_path, monkeypatch):
     """By the script's parser; of pre-training, by what it checks before it looks at the data, too."""
     monkeypatch.chdir(ROOT)
@@ -79,7 +97,9 @@ def test_command_is_accepted(typed, text, tmp_path, monkeypatch):
     words = [str(tmp_path) if word == "OUT" else word for word in words]
     module = importlib.import_module(name)
     monkeypatch.setattr(sys, "argv", [f"{name}.py"])
-    has_data = any(re.search(r"^(DIR|data/|photos)$|=DIR$|^--load-features$", word) for word in words)
+    has_data = any(
+        re.search(r"^(DIR|data/|photos)$|=DIR$|^--load-features$", word) for word in words
+    )
     assert has_data or not typed, "no data folder"
     parser = module.parser()
     args = parser.parse(words if has_data else ["DIR", *words])
@@ -95,7 +115,10 @@ def test_command_is_accepted(typed, text, tmp_path, monkeypatch):
         parser.without_effect(args)
 
 
-RECIPES = {str(path.relative_to(ROOT / "configs").with_suffix("")): path for path in sorted((ROOT / "configs").rglob("*.yaml"))}
+RECIPES = {
+    str(path.relative_to(ROOT / "configs").with_suffix("")): path
+    for path in sorted((ROOT / "configs").rglob("*.yaml"))
+}
 
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
@@ -148,7 +171,9 @@ def test_links_and_files_exist(name):
         assert (folder / path).exists(), target
         if anchor:
             headings = re.findall(r"^#+ (.*)$", (folder / path).read_text(), re.M)
-            assert anchor in [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings], target
+            assert anchor in [
+                re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings
+            ], target
     page = ours(name, page)
     folders = r"(?:tools|configs|moco|benchmarks|detection|docs|tests)/[\w./-]*\.(?:py|sh|yaml|md)"
     files = set(re.findall(rf"\b(?:{folders}|main_\w+\.py|hubconf\.py)", page))
@@ -168,7 +193,9 @@ def test_published_accuracies_are_those_of_the_recipes():
         cells = [cell.strip() for cell in line.split("|")]
         if "recipe" in cells[1:2]:
             column = next((i for i, cell in enumerate(cells) if cell.startswith("published")), 0)
-        elif column and line.startswith("|") and (name := re.search(r"configs/([\w/]+)\.yaml", line)):
+        elif (
+            column and line.startswith("|") and (name := re.search(r"configs/([\w/]+)\.yaml", line))
+        ):
             figures = re.findall(r"\d\d\.\d", cells[column])
             assert all(figure in RECIPES[name[1]].read_text() for figure in figures), line
             seen += len(figures)
@@ -181,7 +208,11 @@ def constants() -> set[str]:
     for pattern in ("moco/**/*.py", "main_*.py", "tools/*.py", "detection/*.py"):
         for path in ROOT.glob(pattern):
             nodes = ast.walk(ast.parse(path.read_text()))
-            found |= {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+            found |= {
+                node.value
+                for node in nodes
+                if isinstance(node, ast.Constant) and isinstance(node.value, str)
+            }
     return found | {(ROOT / "Makefile").read_text()}
 
 
@@ -195,13 +226,21 @@ def test_messages_are_the_scripts_own():
         for code in re.findall(r"`([^`]+)`", cell):
             if " " in code:
                 pieces = [piece.strip() for piece in code.split("...")]
-                absent = [piece for piece in pieces if len(piece) > 3 and not any(piece in text for text in said)]
+                absent = [
+                    piece
+                    for piece in pieces
+                    if len(piece) > 3 and not any(piece in text for text in said)
+                ]
                 assert absent == [], code
 
 
 def test_the_example_trains(shared_images, tmp_path, monkeypatch, capsys):
     """Two files out of docs/adding-a-method.md, as a user would save them."""
-    builder, script = (block for block in fences(PAGES["docs/adding-a-method.md"]) if block.startswith(('"""', "#!")))
+    builder, script = (
+        block
+        for block in fences(PAGES["docs/adding-a-method.md"])
+        if block.startswith(('"""', "#!"))
+    )
     for name, text in (("moco.builder.repel", builder), (EXAMPLE[0], script)):
         path = tmp_path / f"{name}.py"
         path.write_text(text)
@@ -210,20 +249,47 @@ def test_the_example_trains(shared_images, tmp_path, monkeypatch, capsys):
         monkeypatch.setitem(sys.modules, name, module)
         spec.loader.exec_module(module)
     run = tmp_path / "run"
-    small = ("-a", "resnet18", "--image-size", 32, "-b", 16, "-j", 0, "--epochs", 2, "-p", 1, "--lr", 0.01, "--dim", 16)
-    monkeypatch.setattr(sys, "argv", ["main_repel.py", *map(str, (shared_images, *small, "--save-dir", run))])
+    small = (
+        "-a",
+        "resnet18",
+        "--image-size",
+        32,
+        "-b",
+        16,
+        "-j",
+        0,
+        "--epochs",
+        2,
+        "-p",
+        1,
+        "--lr",
+        0.01,
+        "--dim",
+        16,
+    )
+    monkeypatch.setattr(
+        sys, "argv", ["main_repel.py", *map(str, (shared_images, *small, "--save-dir", run))]
+    )
     entry.main(module.parser(), module.check, module.worker)
     losses = [line["loss"] for line in facts(run) if "loss" in line]
     assert len(losses) == 6 and min(losses[3:]) < losses[0]
     state = torch.load(run / "checkpoint_0001.pth.tar", weights_only=True)
-    assert state["method"] == "repel" and any(key.startswith("module.encoder.") for key in state["state_dict"])
+    assert state["method"] == "repel" and any(
+        key.startswith("module.encoder.") for key in state["state_dict"]
+    )
 
 
 def test_costs_are_those_that_are_counted(tmp_path):
     """Of a small recipe, and of that to which all are compared; one command makes them all."""
     recipes = ("configs/mocov2_200.yaml", "configs/moby_vit_tiny.yaml")
-    subprocess.run([sys.executable, "benchmarks/cost.py", *recipes, "--json", tmp_path / "cost.json"], cwd=ROOT, check=True)
-    for recipe, row in zip(recipes, json.loads((tmp_path / "cost.json").read_text())["rows"], strict=True):
+    subprocess.run(
+        [sys.executable, "benchmarks/cost.py", *recipes, "--json", tmp_path / "cost.json"],
+        cwd=ROOT,
+        check=True,
+    )
+    for recipe, row in zip(
+        recipes, json.loads((tmp_path / "cost.json").read_text())["rows"], strict=True
+    ):
         line = next(line for line in PAGES["docs/recipes.md"].splitlines() if recipe in line)
         cells = [cell.strip() for cell in line.split("|")]
         assert cells[-4:-1] == [f"{row['GMAC']:.1f}", f"{row['ratio']:.2f}", f"{row['total']:.1f}"]

@@ -60,9 +60,18 @@ def zeros(shape):
 
 def file_with(tensors, prefix):
     """What a checkpoint holds besides the encoder: the other encoder of the pair, a queue, a predictor."""
-    file = {"module.queue": zeros((4, 8)), "module.queue_ptr": zeros(1), "module.predictor.0.weight": zeros((2, 2))}
+    file = {
+        "module.queue": zeros((4, 8)),
+        "module.queue_ptr": zeros(1),
+        "module.predictor.0.weight": zeros((2, 2)),
+    }
     if prefix not in ("module.", ""):
-        for other in ("module.encoder_k.", "module.momentum_encoder.", "encoder_k.", "momentum_encoder."):
+        for other in (
+            "module.encoder_k.",
+            "module.momentum_encoder.",
+            "encoder_k.",
+            "momentum_encoder.",
+        ):
             file |= {other + name: zeros(t.shape) for name, t in tensors.items()}
     return file | {prefix + name: t for name, t in tensors.items()}
 
@@ -106,18 +115,33 @@ def numbered(tensors):
 # a file's content, of the encoder `x` to read and another one `y`, and the choice that is printed
 ORIGINS = {
     "DINO": (
-        lambda x, y: {"student": under("module.backbone.", y), "teacher": under("backbone.", x), "epoch": 1},
+        lambda x, y: {
+            "student": under("module.backbone.", y),
+            "teacher": under("backbone.", x),
+            "epoch": 1,
+        },
         "teacher.backbone.*, not student.module.backbone.*",
     ),
-    "half of DINO": (lambda x, y: {"student": under("module.backbone.", x)}, "student.module.backbone.*"),
+    "half of DINO": (
+        lambda x, y: {"student": under("module.backbone.", x)},
+        "student.module.backbone.*",
+    ),
     "VISSL": (
-        lambda x, y: {"classy_state_dict": {"base_model": {"model": {"trunk": under("_feature_blocks.", x)}}}},
+        lambda x, y: {
+            "classy_state_dict": {"base_model": {"model": {"trunk": under("_feature_blocks.", x)}}}
+        },
         "classy_state_dict.base_model.model.trunk._feature_blocks.*",
     ),
-    "model_state_dict": (lambda x, y: {"model_state_dict": x, "optimizer_state_dict": y}, "model_state_dict.*"),
+    "model_state_dict": (
+        lambda x, y: {"model_state_dict": x, "optimizer_state_dict": y},
+        "model_state_dict.*",
+    ),
     "net": (lambda x, y: {"net": under("module.", x), "acc": 0.9}, "net.module.*"),
     "network": (lambda x, y: {"network": under("features.", x)}, "network.features.*"),
-    "params": (lambda x, y: {"params": {"encoder": x, "predictor": {"0": zeros((2, 2))}}}, "params.encoder.*"),
+    "params": (
+        lambda x, y: {"params": {"encoder": x, "predictor": {"0": zeros((2, 2))}}},
+        "params.encoder.*",
+    ),
     "timm": (
         lambda x, y: {"state_dict_ema": y, "arch": "resnet18", "state_dict": x},
         "state_dict.*, not state_dict_ema.*",
@@ -132,19 +156,29 @@ ORIGINS = {
         "state_dict.backbone.*, not state_dict.momentum_backbone.*",
     ),
     "lightly": (
-        lambda x, y: {"state_dict": under("backbone_momentum.", numbered(y)) | under("backbone.", numbered(x))},
+        lambda x, y: {
+            "state_dict": under("backbone_momentum.", numbered(y)) | under("backbone.", numbered(x))
+        },
         "state_dict.backbone.*, not state_dict.backbone_momentum.*",
     ),
     "mmselfsup": (
-        lambda x, y: {"meta": {}, "state_dict": under("target_net.0.", y) | under("online_net.0.", x)},
+        lambda x, y: {
+            "meta": {},
+            "state_dict": under("target_net.0.", y) | under("online_net.0.", x),
+        },
         "state_dict.online_net.0.*, not state_dict.target_net.0.*",
     ),
     "MoCo v3": (
-        lambda x, y: {"state_dict": under("module.momentum_encoder.", y) | under("module.base_encoder.", x)},
+        lambda x, y: {
+            "state_dict": under("module.momentum_encoder.", y) | under("module.base_encoder.", x)
+        },
         "state_dict.module.base_encoder.*, not state_dict.module.momentum_encoder.*",
     ),
     "compiled": (
-        lambda x, y: {"model": under("_orig_mod.module.encoder._orig_mod.", x) | under("_orig_mod.module.encoder_k.", y)},
+        lambda x, y: {
+            "model": under("_orig_mod.module.encoder._orig_mod.", x)
+            | under("_orig_mod.module.encoder_k.", y)
+        },
         "model.module.encoder.*, not model.module.encoder_k.*",
     ),
     "bare": (lambda x, y: x, ""),
@@ -170,14 +204,20 @@ def test_a_teacher_that_is_another_network_is_not_taken(net, published):
 def test_the_key_encoder_does_not_stand_in_for_one_that_lacks_a_tensor(net, own, published):
     """An optimizer's tensors, or a dict that holds itself, do not stand in for one, either."""
     queries = {name: t for name, t in published.items() if name != "layer1.0.bn1.bias"}
-    state = {"optimizer": published, "state_dict": under("encoder_q.", queries) | under("encoder_k.", published)}
+    state = {
+        "optimizer": published,
+        "state_dict": under("encoder_q.", queries) | under("encoder_k.", published),
+    }
     state["itself"] = state
     with pytest.raises(InputError, match=r"1 tensors missing: layer1\.0\.bn1\.bias"):
         load_backbone(net, tensors_of(net, state), "file.pth")
     assert_unchanged(net, own)
 
 
-@pytest.mark.parametrize("head", [{}, {"fc.0.weight": zeros((3, 3)), "fc.2.weight": zeros((3, 3)), "fc.3.bias": zeros(3)}])
+@pytest.mark.parametrize(
+    "head",
+    [{}, {"fc.0.weight": zeros((3, 3)), "fc.2.weight": zeros((3, 3)), "fc.3.bias": zeros(3)}],
+)
 def test_a_head_in_the_file_or_in_the_net_does_not_matter(net, published, head):
     net.fc = nn.Sequential(nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 8))
     before = net.fc[0].weight.clone()
@@ -188,9 +228,15 @@ def test_a_head_in_the_file_or_in_the_net_does_not_matter(net, published, head):
 
 
 def test_a_file_without_step_counters_loads(net, published):
-    old = {f"module.encoder_q.{name}": t for name, t in published.items() if "num_batches_tracked" not in name}
+    old = {
+        f"module.encoder_q.{name}": t
+        for name, t in published.items()
+        if "num_batches_tracked" not in name
+    }
     assert load_backbone(net, old, "file.pth") == 100
-    assert torch.equal(net.layer3[0].downsample[1].running_mean, published["layer3.0.downsample.1.running_mean"])
+    assert torch.equal(
+        net.layer3[0].downsample[1].running_mean, published["layer3.0.downsample.1.running_mean"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -203,7 +249,9 @@ def test_a_file_without_step_counters_loads(net, published):
 )
 def test_a_file_from_which_nothing_matches_is_an_error_that_shows_names(own, tensors):
     found = tensors_of(own, tensors)
-    with pytest.raises(InputError, match=r"file\.pth: no tensor matches the encoder; its names look like") as error:
+    with pytest.raises(
+        InputError, match=r"file\.pth: no tensor matches the encoder; its names look like"
+    ) as error:
         load_backbone(own, found, "file.pth")
     assert all(f"'{name}'" in str(error.value) for name in found) and "-a" in str(error.value)
     with pytest.raises(InputError, match="holds no tensors by name"):
@@ -212,7 +260,11 @@ def test_a_file_from_which_nothing_matches_is_an_error_that_shows_names(own, ten
 
 @pytest.mark.parametrize(
     ("prefix", "name"),
-    [("module.encoder_q.", "conv1.weight"), ("backbone.", "layer4.1.bn2.running_var"), ("", "layer2.0.downsample.1.bias")],
+    [
+        ("module.encoder_q.", "conv1.weight"),
+        ("backbone.", "layer4.1.bn2.running_var"),
+        ("", "layer2.0.downsample.1.bias"),
+    ],
 )
 def test_a_missing_tensor_is_an_error_that_names_it(net, own, published, prefix, name):
     tensors = {prefix + key: t for key, t in published.items() if key != name}
@@ -261,7 +313,9 @@ def test_features_are_torchvisions_forward_without_the_classifier(net, training)
     torch.testing.assert_close(got, expected)
     assert not torch.allclose(got[0], got[1], rtol=1e-3)
     for name, t in headless.state_dict().items():
-        torch.testing.assert_close(net.state_dict()[name], t, msg=name)  # the same running statistics
+        torch.testing.assert_close(
+            net.state_dict()[name], t, msg=name
+        )  # the same running statistics
 
 
 def test_backbone_keys_are_all_but_the_head(net, own):
@@ -275,11 +329,14 @@ def test_backbone_keys_are_all_but_the_head(net, own):
 def test_resnet_has_a_head_of_the_wanted_size(out, mlp):
     net = resnet("resnet18", out, mlp)
     linear = [m for m in net.fc.modules() if isinstance(m, nn.Linear)]
-    assert [(m.in_features, m.out_features) for m in linear] == ([(512, 512)] if mlp else []) + [(512, out)]
+    assert [(m.in_features, m.out_features) for m in linear] == ([(512, 512)] if mlp else []) + [
+        (512, out)
+    ]
 
 
 @pytest.mark.parametrize(
-    ("wrong", "nearest"), [("resnet51", "resnet50"), ("resnet_18", "resnet18"), ("wide_resnet50", "wide_resnet50_2")]
+    ("wrong", "nearest"),
+    [("resnet51", "resnet50"), ("resnet_18", "resnet18"), ("wide_resnet50", "wide_resnet50_2")],
 )
 def test_an_unknown_arch_is_an_error_that_names_the_nearest(wrong, nearest):
     with pytest.raises(InputError, match=f"'{wrong}'.*'{nearest}'"):
@@ -306,11 +363,17 @@ def test_recomputed_blocks_keep_less_and_change_nothing(arch):
     for net in (kept, again):
         sizes = []
         images = torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(1))
-        with torch.autograd.graph.saved_tensors_hooks(lambda x, sizes=sizes: sizes.append(x.nbytes) or x, lambda x: x):
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda x, sizes=sizes: sizes.append(x.nbytes) or x, lambda x: x
+        ):
             loss = net(images).square().sum()
         loss.backward()
-        assert net.training and all(m.momentum == 0.1 for m in net.modules() if isinstance(m, nn.BatchNorm2d))
-        found.append((sum(sizes), [*net.state_dict().values(), *(p.grad for p in net.parameters())]))
+        assert net.training and all(
+            m.momentum == 0.1 for m in net.modules() if isinstance(m, nn.BatchNorm2d)
+        )
+        found.append(
+            (sum(sizes), [*net.state_dict().values(), *(p.grad for p in net.parameters())])
+        )
     (much, theirs), (little, ours) = found
     assert little < much / 3
     assert all(map(torch.equal, ours, theirs))
@@ -327,11 +390,15 @@ def test_recomputed_blocks_compile():
     eager, images = resnet("resnet18", 4), torch.randn(2, 3, 32, 32)
     compiled = copy.deepcopy(eager)
     recompute_blocks(compiled)
-    compiled.compile(backend="aot_eager")  # traces as the usual backend does, and needs no C++ compiler
+    compiled.compile(
+        backend="aot_eager"
+    )  # traces as the usual backend does, and needs no C++ compiler
     for net in (eager, compiled):
         net(images).square().sum().backward()
     # versions of PyTorch that count twice are refused
-    if not torch.equal(compiled.bn1.num_batches_tracked, compiled.layer1[0].bn1.num_batches_tracked):
+    if not torch.equal(
+        compiled.bn1.num_batches_tracked, compiled.layer1[0].bn1.num_batches_tracked
+    ):
         with pytest.raises(InputError, match="--compile with --grad-checkpoint"):
             check_compiled_recomputation()
         return
@@ -354,7 +421,9 @@ def test_mean_and_std_of_a_checkpoint_are_read_if_they_are_possible():
 
 
 def test_a_reader_says_that_imagenets_mean_and_std_are_used(tmp_path, capsys):
-    tensors = {f"module.encoder_q.{name}": x for name, x in resnet("resnet18", 8).state_dict().items()}
+    tensors = {
+        f"module.encoder_q.{name}": x for name, x in resnet("resnet18", 8).state_dict().items()
+    }
     options = {"image_size": 32, "mean": [0.5] * 3}
     torch.save({"arch": "resnet18", "args": options, "state_dict": tensors}, tmp_path / "a.pth")
     found = pretrained.read(str(tmp_path / "a.pth"))

@@ -43,7 +43,9 @@ def network(arch, size=32):
 
 
 def saved(path, net, prefix="module.encoder_q.", **more):
-    torch.save({"state_dict": {prefix + name: x for name, x in net.state_dict().items()}, **more}, path)
+    torch.save(
+        {"state_dict": {prefix + name: x for name, x in net.state_dict().items()}, **more}, path
+    )
     return path
 
 
@@ -73,11 +75,25 @@ def printed(out):
 @pytest.mark.parametrize(
     ("script_name", "options", "prefix", "method", "plainly"),
     [
-        ("main_synco", (*RESNET, "--mlp"), "module.encoder_q.", "moco", torchvision.models.resnet18),
-        ("main_moby", TEST_VIT, "module.encoder.", "moby", lambda: timm.create_model("test_vit", img_size=32, num_classes=0)),
+        (
+            "main_synco",
+            (*RESNET, "--mlp"),
+            "module.encoder_q.",
+            "moco",
+            torchvision.models.resnet18,
+        ),
+        (
+            "main_moby",
+            TEST_VIT,
+            "module.encoder.",
+            "moby",
+            lambda: timm.create_model("test_vit", img_size=32, num_classes=0),
+        ),
     ],
 )
-def test_what_was_trained_here(script_name, options, prefix, method, plainly, script, run, shared_images, tmp_path):
+def test_what_was_trained_here(
+    script_name, options, prefix, method, plainly, script, run, shared_images, tmp_path
+):
     status, _, err = script(script_name, shared_images, *options, "--save-dir", tmp_path / "run")
     assert status == 0, err
     file = tmp_path / "run" / "checkpoint_0000.pth.tar"
@@ -103,7 +119,9 @@ def test_what_was_trained_here(script_name, options, prefix, method, plainly, sc
 @pytest.mark.parametrize("arch", ["resnet50", "vit_small", "convnext_atto"])
 def test_networks_of_every_kind(arch, run, tmp_path):
     net = network(arch, 64)
-    file = saved(tmp_path / "x.pth.tar", net, "module.base_encoder.", arch=arch, args={"image_size": 64})
+    file = saved(
+        tmp_path / "x.pth.tar", net, "module.base_encoder.", arch=arch, args={"image_size": 64}
+    )
     status, out, err = run(file, tmp_path / "x.pth")
     assert status == 0, err
     written = torch.load(tmp_path / "x.pth", weights_only=True)
@@ -118,14 +136,22 @@ def test_networks_of_every_kind(arch, run, tmp_path):
 def test_swins_and_positions_of_other_software(run, tmp_path):
     """Names become timm's; positions for another size are interpolated, and that is said."""
     theirs = network("swin_tiny")
-    model = {as_other_software_names_it(name): tensor for name, tensor in theirs.state_dict().items()}
+    model = {
+        as_other_software_names_it(name): tensor for name, tensor in theirs.state_dict().items()
+    }
     torch.save({"model": model}, tmp_path / "moby.pth")
-    status, out, err = run(tmp_path / "moby.pth", tmp_path / "swin.pt", "-a", "swin_tiny", "--image-size", 32)
+    status, out, err = run(
+        tmp_path / "moby.pth", tmp_path / "swin.pt", "-a", "swin_tiny", "--image-size", 32
+    )
     assert status == 0 and "interpolated" not in out, err
     torch.testing.assert_close(features(printed(out)[0]), features(theirs))
-    file = saved(tmp_path / "v3.pth.tar", network("vit_tiny", 64), "module.base_encoder.", arch="vit_tiny")
+    file = saved(
+        tmp_path / "v3.pth.tar", network("vit_tiny", 64), "module.base_encoder.", arch="vit_tiny"
+    )
     status, out, err = run(file, tmp_path / "vit.pt", "--image-size", 96)
-    assert status == 0 and "interpolated to images of 96 pixels (--image-size): pos_embed\n" in out, err
+    assert (
+        status == 0 and "interpolated to images of 96 pixels (--image-size): pos_embed\n" in out
+    ), err
     assert printed(out)[0].pos_embed.shape == (1, 37, 192)
 
 
@@ -139,13 +165,20 @@ def test_a_folder_for_torch_hub(name, run, resnet, tmp_path):
     assert status == 0 and "torch.hub.load(" in out, err
     moved = (tmp_path / "hub").rename(tmp_path / "elsewhere")
     assert sorted(os.listdir(moved)) == sorted(["hubconf.py", name])
-    for folder in (moved, ROOT):  # torch.hub offers what can be called and has no underscore before it
+    for folder in (
+        moved,
+        ROOT,
+    ):  # torch.hub offers what can be called and has no underscore before it
         entries = runpy.run_path(str(folder / "hubconf.py")).items()
-        assert [name for name, entry in entries if callable(entry) and not name.startswith("_")] == ["encoder"]
+        assert [
+            name for name, entry in entries if callable(entry) and not name.startswith("_")
+        ] == ["encoder"]
     found = torch.hub.load(str(moved), "encoder", source="local")
     assert not found.training and torch.equal(features(found), features(net))
     raw = torch.hub.load(str(moved), "encoder", source="local", pretrained=False)
-    assert raw.state_dict().keys() == net.state_dict().keys() and not torch.equal(features(raw), features(net))
+    assert raw.state_dict().keys() == net.state_dict().keys() and not torch.equal(
+        features(raw), features(net)
+    )
 
 
 def test_the_hub_folder_needs_nothing_of_this_project(run, resnet, tmp_path):
@@ -156,17 +189,29 @@ def test_the_hub_folder_needs_nothing_of_this_project(run, resnet, tmp_path):
         "print(type(net), {'moco', 'timm', 'safetensors'} & sys.modules.keys())"
     )
     found = shell("-c", code, tmp_path / "hub")
-    assert found.returncode == 0 and "torchvision.models.resnet.ResNet" in found.stdout, found.stderr
+    assert found.returncode == 0 and "torchvision.models.resnet.ResNet" in found.stdout, (
+        found.stderr
+    )
     assert "set()" in found.stdout
 
 
 def test_words_of_a_file_are_never_code(run, tmp_path):
     evil = '"""\nraise SystemExit("run")\n{0}\'\\'
-    file = saved(tmp_path / "x.pth.tar", network("resnet18"), arch="resnet18", method=evil, epoch="many", args=["odd"])
+    file = saved(
+        tmp_path / "x.pth.tar",
+        network("resnet18"),
+        arch="resnet18",
+        method=evil,
+        epoch="many",
+        args=["odd"],
+    )
     status, _, err = run(file, tmp_path / "hub" / "x.pth", "--hub")
     assert status == 0, err
     torch.hub.load(str(tmp_path / "hub"), "encoder", source="local")
-    refused(run(saved(file, network("resnet18"), arch="os.system('x')"), tmp_path / "y.pth"), "unknown arch")
+    refused(
+        run(saved(file, network("resnet18"), arch="os.system('x')"), tmp_path / "y.pth"),
+        "unknown arch",
+    )
 
 
 # nothing is lost, and nothing wrong is left
@@ -174,10 +219,20 @@ def test_words_of_a_file_are_never_code(run, tmp_path):
 
 def test_other_features_are_an_error_and_leave_nothing(run, tmp_path, monkeypatch):
     """Six heads in place of twelve: every tensor fits, and the features are others."""
-    file = saved(tmp_path / "x.pth.tar", network("vit_small"), "module.encoder.", arch="vit_small", args={"image_size": 32})
+    file = saved(
+        tmp_path / "x.pth.tar",
+        network("vit_small"),
+        "module.encoder.",
+        arch="vit_small",
+        args={"image_size": 32},
+    )
     six = "net = timm.create_model('vit_small_patch16_224', num_classes=0, img_size=32)"
     monkeypatch.setattr(export, "homes", lambda *_: [Plain("timm", (six,))])
-    refused(run(file, tmp_path / "new" / "x.pth", "--hub"), "timm's network has other features", "nothing was written")
+    refused(
+        run(file, tmp_path / "new" / "x.pth", "--hub"),
+        "timm's network has other features",
+        "nothing was written",
+    )
     assert not os.listdir(tmp_path / "new")
 
 
@@ -185,7 +240,11 @@ def test_a_diverged_encoder_is_refused(run, tmp_path):
     net = network("resnet18")
     with torch.no_grad():
         net.conv1.weight[0, 0, 0, 0] = torch.nan
-    refused(run(saved(tmp_path / "x.pth.tar", net, arch="resnet18"), tmp_path / "x.pth"), "not finite", "earlier")
+    refused(
+        run(saved(tmp_path / "x.pth.tar", net, arch="resnet18"), tmp_path / "x.pth"),
+        "not finite",
+        "earlier",
+    )
     assert os.listdir(tmp_path) == ["x.pth.tar"]
 
 
@@ -222,7 +281,13 @@ def test_mistakes_are_one_line(run, resnet, tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "folder.pth").mkdir()
     bare = saved(tmp_path / "bare.pth", network("resnet18"), "")
-    vit = saved(tmp_path / "vit.pth", network("vit_tiny"), "module.encoder.", arch="vit_tiny", args={"image_size": 32})
+    vit = saved(
+        tmp_path / "vit.pth",
+        network("vit_tiny"),
+        "module.encoder.",
+        arch="vit_tiny",
+        args={"image_size": 32},
+    )
     out = tmp_path / "out.pth"
     for options, words in (
         ((tmp_path / "none.pth", out), ("none.pth: no such checkpoint",)),

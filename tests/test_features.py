@@ -36,7 +36,9 @@ def clouds(bank=2000, queries=500, classes=12, width=24, seed=0):
     splits = []
     for n in (bank, queries):
         label = torch.randint(0, classes, (n,), generator=draw)
-        rows = nn.functional.normalize(centre[label] + 2 * torch.randn(n, width, generator=draw), dim=1)
+        rows = nn.functional.normalize(
+            centre[label] + 2 * torch.randn(n, width, generator=draw), dim=1
+        )
         splits.append((rows, label))
     return splits
 
@@ -70,7 +72,9 @@ def in_blocks(monkeypatch, bank, queries=37):
 
 
 @pytest.mark.parametrize("temperature", [0.07, 1.0])
-@pytest.mark.parametrize("rows", [64, 333, 65_536])  # 200 neighbours are more than a block of 64 holds
+@pytest.mark.parametrize(
+    "rows", [64, 333, 65_536]
+)  # 200 neighbours are more than a block of 64 holds
 def test_knn_is_its_definition(rows, temperature, monkeypatch):
     in_blocks(monkeypatch, rows)
     bank, queries = clouds()
@@ -95,15 +99,21 @@ def test_nearest_are_the_first_of_all_sorted(rows, monkeypatch):
     labels = torch.arange(len(bank))  # tells which row was found
     similarity, place = features.nearest(bank, labels, queries, 100)
     every = queries.double() @ bank.double().T
-    torch.testing.assert_close(similarity.double(), every.sort(1, descending=True).values[:, :100], rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        similarity.double(), every.sort(1, descending=True).values[:, :100], rtol=0, atol=1e-6
+    )
     torch.testing.assert_close(similarity.double(), every.gather(1, place), rtol=0, atol=1e-6)
     assert all(len(set(row)) == 100 for row in place.tolist())
 
 
 def test_a_small_temperature_leaves_the_votes_finite():
     bank, queries = clouds()
-    (first, *_), (one, *_) = (features.knn(*bank, *queries, 12, [k], t).values() for k, t in ((20, 0.001), (1, 1.0)))
-    assert first == pytest.approx(one, abs=0.05)  # the nearest one decides, but where others are as near
+    (first, *_), (one, *_) = (
+        features.knn(*bank, *queries, 12, [k], t).values() for k, t in ((20, 0.001), (1, 1.0))
+    )
+    assert first == pytest.approx(
+        one, abs=0.05
+    )  # the nearest one decides, but where others are as near
 
 
 class Sizes(TorchDispatchMode):
@@ -118,7 +128,9 @@ class Sizes(TorchDispatchMode):
         out = function(*args, **(kwargs or {}))
         for x in out if isinstance(out, tuple | list) else [out]:
             if isinstance(x, torch.Tensor):
-                self.memory[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes() // x.element_size()
+                self.memory[x.untyped_storage().data_ptr()] = (
+                    x.untyped_storage().nbytes() // x.element_size()
+                )
                 self.alive.append(x)  # its address stays its own
         return out
 
@@ -130,7 +142,9 @@ def test_no_more_is_kept_than_one_block_of_similarities(monkeypatch):
         features.nearest(*bank, queries[0], 10)
     inputs = {x.untyped_storage().data_ptr() for x in (*bank, *queries)}
     made = [n for at, n in sizes.memory.items() if at not in inputs]
-    assert max(made) == 500 * 10  # what is found; a block has 37 * 64, all similarities would be 500 * 2000
+    assert (
+        max(made) == 500 * 10
+    )  # what is found; a block has 37 * 64, all similarities would be 500 * 2000
 
 
 # Ranks: threads of this process that exchange what they hold.
@@ -217,7 +231,9 @@ class Flat(nn.Sequential):
 
 
 def expected(images):
-    return torch.stack([normalize(center_view(images.read(i), 16)[None]).flatten() for i in range(len(images))])
+    return torch.stack(
+        [normalize(center_view(images.read(i), 16)[None]).flatten() for i in range(len(images))]
+    )
 
 
 @pytest.mark.parametrize("unit", [True, False])
@@ -227,9 +243,14 @@ def test_features_are_those_of_each_image_in_eval_mode(unit, many):
     images, net = pictures(21, labels), Flat()
     rows, found = features.extract(net, images, options(), CPU, unit)
     want = expected(images)
-    torch.testing.assert_close(rows, want / want.norm(dim=1, keepdim=True) if unit else want, rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        rows, want / want.norm(dim=1, keepdim=True) if unit else want, rtol=0, atol=1e-6
+    )
     assert torch.equal(found, torch.from_numpy(images.labels)) and found.dtype == torch.int64
-    assert net.training and not features.extract(net.eval(), images, options(host_features=True), CPU)[0].is_cuda
+    assert (
+        net.training
+        and not features.extract(net.eval(), images, options(host_features=True), CPU)[0].is_cuda
+    )
     assert not net.training
 
 
@@ -237,7 +258,10 @@ def test_features_lie_in_memory_once():
     with Sizes() as sizes:
         rows, _ = features.extract(Flat(), pictures(48), options(), CPU)
     large = [at for at, n in sizes.memory.items() if n >= rows.numel()]
-    assert large == [rows.untyped_storage().data_ptr()] and rows.untyped_storage().nbytes() == 4 * rows.numel()
+    assert (
+        large == [rows.untyped_storage().data_ptr()]
+        and rows.untyped_storage().nbytes() == 4 * rows.numel()
+    )
 
 
 @pytest.mark.parametrize("n", [15, 1])
@@ -283,19 +307,25 @@ def test_files_hold_the_rows_in_order_and_ranks_read_their_shares(world, tmp_pat
     train, val = ((torch.randn(n, 6), torch.randint(0, 3, (n,))) for n in (29, 2))
 
     def work(rank):
-        feature_files.dump(args, ("a", "b", "c"), *(tuple(x[rank::world] for x in split) for split in (train, val)))
+        feature_files.dump(
+            args, ("a", "b", "c"), *(tuple(x[rank::world] for x in split) for split in (train, val))
+        )
         return feature_files.load(args, CPU)
 
     for rank, (*splits, classes) in enumerate(on_ranks(world, work, monkeypatch)):
         assert classes == ("a", "b", "c")
         for found, split in zip(splits, (train, val), strict=True):
-            assert all(torch.equal(one, x[rank::world]) for one, x in zip(found, split, strict=True))
+            assert all(
+                torch.equal(one, x[rank::world]) for one, x in zip(found, split, strict=True)
+            )
     for name, (rows, labels) in (("train", train), ("val", val)):
         assert np.array_equal(np.load(tmp_path / f"{name}_features.npy"), rows.numpy())
         assert np.array_equal(np.load(tmp_path / f"{name}_labels.npy"), labels.numpy())
 
 
-def test_features_from_files_give_the_same_results_over_one_process_and_two(shared_images, script, tmp_path):
+def test_features_from_files_give_the_same_results_over_one_process_and_two(
+    shared_images, script, tmp_path
+):
     def run(name, *options, start=script):
         command = (*options, "--k", 1, 5, 20, "--save-dir", tmp_path / name)
         if start is script:
@@ -318,14 +348,26 @@ def test_features_from_files_give_the_same_results_over_one_process_and_two(shar
         "val_features.npy": ((15, 512), "float32"),
         "val_labels.npy": ((15,), "int64"),
     }
-    for name, x in arrays_of(two).items():  # smaller batches on fewer threads differ in the last bits
-        assert np.abs(x - arrays[name]).max() < 1e-6 * (x.ndim == 2) or np.array_equal(x, arrays[name]), name
+    for name, x in arrays_of(
+        two
+    ).items():  # smaller batches on fewer threads differ in the last bits
+        assert np.abs(x - arrays[name]).max() < 1e-6 * (x.ndim == 2) or np.array_equal(
+            x, arrays[name]
+        ), name
     for split in ("train", "val"):
-        assert np.array_equal(arrays[f"{split}_labels.npy"], folders.scan(shared_images, split).labels)
+        assert np.array_equal(
+            arrays[f"{split}_labels.npy"], folders.scan(shared_images, split).labels
+        )
         assert np.allclose(np.linalg.norm(arrays[f"{split}_features.npy"], axis=1), 1, atol=1e-5)
     meta = json.loads((two / "meta.json").read_text())
     assert meta["classes"] == ["class0", "class1", "class2"]
-    told = {"data": str(shared_images), "method": "random", "arch": "resnet18", "checkpoint": None, "seed": 3}
+    told = {
+        "data": str(shared_images),
+        "method": "random",
+        "arch": "resnet18",
+        "checkpoint": None,
+        "seed": 3,
+    }
     assert meta | told == meta
     # what the results say of the encoder is what was dumped
     first, third = (json.loads((tmp_path / name / "results.json").read_text()) for name in "13")
@@ -337,7 +379,15 @@ def test_features_from_files_give_the_same_results_over_one_process_and_two(shar
 def dumped(script, shared_images, tmp_path):
     """A folder of features, the command that wrote it, and its metrics."""
     folder = tmp_path / "features"
-    command = ("main_knn", shared_images, *COMMON, "--dump-features", folder, "--save-dir", tmp_path / "run")
+    command = (
+        "main_knn",
+        shared_images,
+        *COMMON,
+        "--dump-features",
+        folder,
+        "--save-dir",
+        tmp_path / "run",
+    )
     status, _, err = script(*command)
     assert status == 0, err
     return folder, command, metrics_of(tmp_path / "run")
@@ -347,7 +397,13 @@ def test_a_finished_dump_and_an_unfinished_one_are_not_replaced(dumped, script):
     folder, command, _ = dumped
     before = arrays_of(folder)
     for more in ((), ("--seed", 1), ("--image-size", 40)):
-        refused(script(*command, *more), str(folder), "holds features", "choose another", "--load-features")
+        refused(
+            script(*command, *more),
+            str(folder),
+            "holds features",
+            "choose another",
+            "--load-features",
+        )
     (folder / "meta.json").unlink()  # as of a dump that was interrupted
     refused(script(*command), "holds an unfinished dump of features")
     assert all(np.array_equal(x, before[name]) for name, x in arrays_of(folder).items())
@@ -400,10 +456,15 @@ def test_options_that_contradict_files_are_refused(dumped, script, tmp_path):
     refused(script(*load, "-a", "resnet34"), "resnet34", "resnet18")
     refused(script(*load, "--pretrained", "other.pth"), "--pretrained other.pth", "leave")
     refused(script(*load, "--dump-features", tmp_path / "more"), "leave one out")
-    refused(script("main_knn", "--load-features", tmp_path / "nowhere"), "nowhere", "no such folder")
+    refused(
+        script("main_knn", "--load-features", tmp_path / "nowhere"), "nowhere", "no such folder"
+    )
     refused(script("main_knn"), "no data folder")
     (tmp_path / "file").write_text("")
-    refused(script("main_knn", "photos", "-a", "resnet18", "--dump-features", tmp_path / "file" / "x"), "cannot be written")
+    refused(
+        script("main_knn", "photos", "-a", "resnet18", "--dump-features", tmp_path / "file" / "x"),
+        "cannot be written",
+    )
 
 
 def test_features_that_are_no_numbers_are_refused(dumped, script):
@@ -416,8 +477,18 @@ def test_features_that_are_no_numbers_are_refused(dumped, script):
 
 
 def test_a_disk_without_room_for_a_dump_is_said(script, shared_images, tmp_path, monkeypatch):
-    monkeypatch.setattr(features.shutil, "disk_usage", lambda path: Namespace(free=48 * 512 * 4 - 1))
-    command = ("main_knn", shared_images, *COMMON, "--dump-features", tmp_path / "dump", "--save-dir", tmp_path / "run")
+    monkeypatch.setattr(
+        features.shutil, "disk_usage", lambda path: Namespace(free=48 * 512 * 4 - 1)
+    )
+    command = (
+        "main_knn",
+        shared_images,
+        *COMMON,
+        "--dump-features",
+        tmp_path / "dump",
+        "--save-dir",
+        tmp_path / "run",
+    )
     refused(script(*command), str(tmp_path / "dump"), "train_features.npy needs", "free")
     assert not list((tmp_path / "dump").iterdir())
 
@@ -428,4 +499,6 @@ def test_knn_wants_images_of_one_class_each(script, tmp_path):
 
 @pytest.mark.parametrize("temperature", ["0", "-1", "nan"])
 def test_a_temperature_that_is_none_is_refused(temperature, script, images):
-    refused(script("main_knn", images, "--temperature", temperature), "--temperature", "[0.001, 100]")
+    refused(
+        script("main_knn", images, "--temperature", temperature), "--temperature", "[0.001, 100]"
+    )

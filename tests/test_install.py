@@ -36,23 +36,40 @@ def project() -> dict:
 
 def make(*words: object, cwd: Path = ROOT) -> subprocess.CompletedProcess:
     env = {name: value for name, value in os.environ.items() if name not in ("VENV", "MAKEFLAGS")}
-    return subprocess.run(["make", *map(str, words)], cwd=cwd, env=env, capture_output=True, text=True)
+    return subprocess.run(
+        ["make", *map(str, words)], cwd=cwd, env=env, capture_output=True, text=True
+    )
 
 
 def test_ci_runs_the_documented_commands_in_a_new_environment():
     script = (ROOT / ".ci" / "run").read_text()
     commands = [line for line in script.splitlines() if line.startswith("make ")]
     assert set(commands) == {*block("README.md", "Two commands"), "make lint"}
-    assert 'export VENV=.ci/venv\nrm -rf "$VENV"\n' in script and ".ci/venv/\n" in (ROOT / ".gitignore").read_text()
+    assert (
+        'export VENV=.ci/venv\nrm -rf "$VENV"\n' in script
+        and ".ci/venv/\n" in (ROOT / ".gitignore").read_text()
+    )
 
 
 @wants_make
 def test_make_test_installs_all_that_the_tests_import(tmp_path):
     plan = make("-n", "test", f"VENV={tmp_path}/venv").stdout
-    for words in ("-m venv", '-e ".[dev]"', "fvcore pycocotools", "sal-detectron2==", "-m pytest -q -rs "):
+    for words in (
+        "-m venv",
+        '-e ".[dev]"',
+        "fvcore pycocotools",
+        "sal-detectron2==",
+        "-m pytest -q -rs ",
+    ):
         assert words in plan, plan
-    assert all(f"{tmp_path}/venv/" in line for line in plan.splitlines() if " -m pytest" in line or " -m pip" in line)
-    assert {"hatchling", "pytest", "pytest-xdist", "ruff", "yacs"} <= set(project()["optional-dependencies"]["dev"])
+    assert all(
+        f"{tmp_path}/venv/" in line
+        for line in plan.splitlines()
+        if " -m pytest" in line or " -m pip" in line
+    )
+    assert {"hatchling", "pytest", "pytest-xdist", "ruff", "yacs"} <= set(
+        project()["optional-dependencies"]["dev"]
+    )
 
 
 @wants_make
@@ -91,12 +108,16 @@ def test_detectron2_is_built_by_the_documented_command(tmp_path):
     (package / "stand_in.py").write_text("")
     first, second = (shlex.split(line) for line in block("detection/README.md", "Install"))
     assert first == ["pip", "install", "-e", ".[detection]"]
-    assert {"setuptools>=70.1,<81", "pycocotools"} == set(project()["optional-dependencies"]["detection"])
+    assert {"setuptools>=70.1,<81", "pycocotools"} == set(
+        project()["optional-dependencies"]["detection"]
+    )
     assert second[-1] == "git+https://github.com/facebookresearch/detectron2.git"
     # an environment of its own, in which the packages of this one are installed too
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
     python = tmp_path / "venv" / "bin" / "python"
-    folder = subprocess.check_output([python, "-c", "import site; print(site.getsitepackages()[0])"], text=True).strip()
+    folder = subprocess.check_output(
+        [python, "-c", "import site; print(site.getsitepackages()[0])"], text=True
+    ).strip()
     Path(folder, "outer.pth").write_text("\n".join(site.getsitepackages()))
     command = [python, "-m", *second[:-1], package, "--no-index"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -107,20 +128,31 @@ def test_detectron2_is_built_by_the_documented_command(tmp_path):
 def test_a_wheel_has_the_package_and_the_recipes_and_works_from_any_folder(tmp_path):
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
     offline = ["--quiet", "--no-deps", "--no-index"]
-    subprocess.run([*pip, "wheel", *offline, "--no-build-isolation", "-w", tmp_path, ROOT], check=True)
+    subprocess.run(
+        [*pip, "wheel", *offline, "--no-build-isolation", "-w", tmp_path, ROOT], check=True
+    )
     (wheel,) = tmp_path.glob("*.whl")
     inside = set(zipfile.ZipFile(wheel).namelist())
-    recipes = {f"moco/configs/{path.relative_to(ROOT / 'configs')}" for path in (ROOT / "configs").rglob("*.yaml")}
+    recipes = {
+        f"moco/configs/{path.relative_to(ROOT / 'configs')}"
+        for path in (ROOT / "configs").rglob("*.yaml")
+    }
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "moco").rglob("*.py")}
     assert recipes and recipes | modules <= inside
     subprocess.run([*pip, "install", *offline, "--target", tmp_path / "site", wheel], check=True)
     program = "import moco.builder.synco; print(moco.builder.synco.__file__)"
     env = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
-    found = subprocess.check_output([sys.executable, "-c", program], cwd=tmp_path, env=env, text=True).strip()
+    found = subprocess.check_output(
+        [sys.executable, "-c", program], cwd=tmp_path, env=env, text=True
+    ).strip()
     assert Path(found).is_relative_to(tmp_path / "site")
 
 
 def test_only_tests_change_the_import_path():
     """An editable install makes the clone importable for the tools; the scripts lie next to the package."""
     listed = subprocess.check_output(["git", "ls-files", "*.py"], cwd=ROOT, text=True).split()
-    assert [name for name in listed if not name.startswith("tests/") and "sys.path" in (ROOT / name).read_text()] == []
+    assert [
+        name
+        for name in listed
+        if not name.startswith("tests/") and "sys.path" in (ROOT / name).read_text()
+    ] == []

@@ -40,7 +40,15 @@ def photographs():
 
 
 def read(folder, order, cut, workers=0, batch=38):
-    return list(batches(folder, cut, order, Namespace(workers=workers, batch_per_process=batch, batch_size=batch), CPU))
+    return list(
+        batches(
+            folder,
+            cut,
+            order,
+            Namespace(workers=workers, batch_per_process=batch, batch_size=batch),
+            CPU,
+        )
+    )
 
 
 def train_order(n, batch, accumulation, start, epochs, seed):
@@ -57,7 +65,11 @@ def read_epochs(folder, workers=0, crop_seed=0, order_seed=0, start=0, epochs=1)
 
 def views_by_index(read_batches):
     """[views, 3, 32, 32] for each index."""
-    return {int(i): torch.stack(views) for b in read_batches for i, *views in zip(b.index, *b.views, strict=True)}
+    return {
+        int(i): torch.stack(views)
+        for b in read_batches
+        for i, *views in zip(b.index, *b.views, strict=True)
+    }
 
 
 def share_of_equal_views(a, b):
@@ -79,7 +91,9 @@ def test_views_do_not_depend_on_the_number_of_workers(photographs):
 
 def test_batches_hold_bytes_with_their_index_and_label(photographs):
     for batch in read_epochs(photographs):
-        assert all(view.dtype == torch.uint8 and view.shape == (38, 3, 32, 32) for view in batch.views)
+        assert all(
+            view.dtype == torch.uint8 and view.shape == (38, 3, 32, 32) for view in batch.views
+        )
         assert batch.index.dtype == batch.label.dtype == torch.int64
         assert batch.label.tolist() == photographs.labels[batch.index].tolist()
 
@@ -100,15 +114,22 @@ def test_evaluation_reads_every_image_in_order(photographs):
     read_batches = read(photographs, EvalOrder(len(photographs), 38), CenterCrop(32), workers=2)
     assert torch.cat([b.index for b in read_batches]).tolist() == list(range(len(photographs)))
     assert torch.cat([b.label for b in read_batches]).tolist() == photographs.labels.tolist()
-    assert torch.equal(read_batches[0].views[0][7], CenterCrop(32)(decode(photographs.path(7)), (0, 7))[0])
+    assert torch.equal(
+        read_batches[0].views[0][7], CenterCrop(32)(decode(photographs.path(7)), (0, 7))[0]
+    )
 
 
 @pytest.mark.parametrize(
-    ("workers", "batch_per_process", "processes"), [(0, 64, 256), (3, 64, 256), (4, 64, 256), (5, 64, 64), (9, 64, 256)]
+    ("workers", "batch_per_process", "processes"),
+    [(0, 64, 256), (3, 64, 256), (4, 64, 256), (5, 64, 64), (9, 64, 256)],
 )
-def test_each_process_takes_its_share_of_the_workers(monkeypatch, photographs, workers, batch_per_process, processes):
+def test_each_process_takes_its_share_of_the_workers(
+    monkeypatch, photographs, workers, batch_per_process, processes
+):
     asked = []
-    monkeypatch.setattr(loader, "DataLoader", lambda *_, num_workers, **__: asked.append(num_workers) or [])
+    monkeypatch.setattr(
+        loader, "DataLoader", lambda *_, num_workers, **__: asked.append(num_workers) or []
+    )
     args = Namespace(workers=workers, batch_per_process=batch_per_process, batch_size=processes)
     assert list(batches(photographs, CenterCrop(32), EvalOrder(10, 5), args, CPU)) == []
     assert asked == [{0: 0, 3: 1, 4: 1, 5: 5, 9: 3}[workers]]
@@ -131,7 +152,9 @@ def test_a_program_that_leaves_batches_unread_ends():
         left = loader.batches(images, loader.CenterCrop(32), loader.EvalOrder(len(images), 8), args, torch.device("cpu"))
         print(next(left).label.tolist())
     """
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=100
+    )
     assert (done.returncode, done.stdout, done.stderr) == (0, "[0, 0, 0, 0, 0, 0, 0, 0]\n", "")
 
 
@@ -195,15 +218,20 @@ def test_steps_before_epoch_0_are_the_last_of_the_epochs_before_it(accumulation)
 
 
 @pytest.mark.parametrize(
-    ("n", "accumulation", "world", "expected"), [(103, 1, 1, 12), (103, 5, 1, 10), (103, 2, 2, 6), (103, 3, 4, 3), (30, 4, 1, 0)]
+    ("n", "accumulation", "world", "expected"),
+    [(103, 1, 1, 12), (103, 5, 1, 10), (103, 2, 2, 6), (103, 3, 4, 3), (30, 4, 1, 0)],
 )
-def test_what_does_not_fill_an_accumulated_step_is_left_out(monkeypatch, n, accumulation, world, expected):
+def test_what_does_not_fill_an_accumulated_step_is_left_out(
+    monkeypatch, n, accumulation, world, expected
+):
     set_rank(monkeypatch, 0, world)
     order = train_order(n, 8, accumulation, 0, 2, seed=0)
     all_batches = list(order)
     assert len(order) == len(all_batches) == 2 * expected
     assert all(len(batch) == 8 for batch in all_batches)
-    assert [sum(e == epoch for batch in all_batches for e, _ in batch) for epoch in (0, 1)] == [8 * expected] * 2
+    assert [sum(e == epoch for batch in all_batches for e, _ in batch) for epoch in (0, 1)] == [
+        8 * expected
+    ] * 2
 
 
 @pytest.mark.parametrize("n", [0, 1, 10, 24])
@@ -228,12 +256,19 @@ def write_png16(path, pixels):
     """A PNG of 16 bits a channel from uint16 [H, W, 3], which Pillow cannot write."""
 
     def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
 
     height, width, _ = pixels.shape
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
     header = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(rows))
+        + chunk(b"IEND", b"")
+    )
 
 
 def assert_decodes_to(path, pixels, tolerance=0):
@@ -255,7 +290,9 @@ def test_decode_reads_lossy_files(tmp_path, name, tolerance):
     assert_decodes_to(tmp_path / name, smooth_rgb(), tolerance)
 
 
-@pytest.mark.parametrize(("name", "tolerance"), [("a.png", 0), ("a.jpg", 3), ("a.bmp", 0), ("a.gif", 0)])
+@pytest.mark.parametrize(
+    ("name", "tolerance"), [("a.png", 0), ("a.jpg", 3), ("a.bmp", 0), ("a.gif", 0)]
+)
 def test_decode_repeats_a_gray_image_in_three_channels(tmp_path, name, tolerance):
     gray = smooth_rgb()[:, :, 0]
     Image.fromarray(gray).save(tmp_path / name, quality=95)
@@ -297,7 +334,10 @@ def test_decode_reads_cmyk_jpegs(tmp_path):
 
 
 def test_decode_takes_the_first_frame_of_an_animation(tmp_path):
-    frames = [Image.fromarray(np.full((30, 20, 3), color, np.uint8)) for color in ((250, 20, 20), (20, 250, 20), (20, 20, 250))]
+    frames = [
+        Image.fromarray(np.full((30, 20, 3), color, np.uint8))
+        for color in ((250, 20, 20), (20, 250, 20), (20, 20, 250))
+    ]
     frames[0].save(tmp_path / "moves.gif", save_all=True, append_images=frames[1:])
     with Image.open(tmp_path / "moves.gif") as gif:
         assert gif.n_frames == 3
@@ -350,7 +390,13 @@ def test_batches_name_the_file_that_they_cannot_read(tmp_path, write_bad, worker
     bad = tmp_path / "train" / "kind" / "5.jpg"
     write_bad(bad)
     folder = scan(tmp_path, "train")
-    reader = batches(folder, CenterCrop(32), EvalOrder(7, 2), Namespace(workers=workers, batch_per_process=2, batch_size=2), CPU)
+    reader = batches(
+        folder,
+        CenterCrop(32),
+        EvalOrder(7, 2),
+        Namespace(workers=workers, batch_per_process=2, batch_size=2),
+        CPU,
+    )
     assert [next(reader).index.tolist() for _ in range(2)] == [[0, 1], [2, 3]]
     with pytest.raises(InputError) as error:
         next(reader)
@@ -370,7 +416,9 @@ def large(tmp_path_factory):
 
 @pytest.mark.parametrize("size", [(375, 500), (1400, 1600), (4000, 500)])
 @pytest.mark.parametrize("pixels", [224, 96])
-def test_reduction_leaves_every_crop_twice_as_large_as_its_view_and_is_the_largest_that_does(size, pixels):
+def test_reduction_leaves_every_crop_twice_as_large_as_its_view_and_is_the_largest_that_does(
+    size, pixels
+):
     cut, found = RandomCrops(recipe("byol", pixels), seed=3), set()
     for index in range(60):
         factor = cut.reduction(*size, (0, index))
@@ -392,9 +440,14 @@ def test_decode_shrinks_a_large_jpeg(large, factor):
 
 
 def test_decode_looks_at_the_size_of_large_jpegs_only(large, photographs):
-    assert torch.equal(decode(photographs.path(0), lambda height, width: 8), decode(photographs.path(0)))
+    assert torch.equal(
+        decode(photographs.path(0), lambda height, width: 8), decode(photographs.path(0))
+    )
     asked = []
-    assert torch.equal(decode(large.path(0), lambda height, width: asked.append((height, width)) or 1), decode(large.path(0)))
+    assert torch.equal(
+        decode(large.path(0), lambda height, width: asked.append((height, width)) or 1),
+        decode(large.path(0)),
+    )
     assert asked == [(1400, 1600)]
 
 
@@ -426,15 +479,25 @@ def assert_same(ours, theirs):
     """Assert that batches are equal, except for one grey level in pixels."""
     assert len(ours) == len(theirs) > 0
     for a, b in zip(ours, theirs, strict=True):
-        assert torch.equal(a.index, b.index) and torch.equal(a.label, b.label) and a.label.dtype == b.label.dtype
+        assert (
+            torch.equal(a.index, b.index)
+            and torch.equal(a.label, b.label)
+            and a.label.dtype == b.label.dtype
+        )
         assert a.unreadable == b.unreadable and len(a.views) == len(b.views)
         for x, y in zip(a.views, b.views, strict=True):
-            assert x.dtype == torch.uint8 and x.shape == y.shape and (x.int() - y.int()).abs().max() <= 1
+            assert (
+                x.dtype == torch.uint8
+                and x.shape == y.shape
+                and (x.int() - y.int()).abs().max() <= 1
+            )
 
 
 def one_by_one(monkeypatch):
     """Make the loader cut views image by image."""
-    monkeypatch.setattr(loader.Views, "__getitems__", lambda self, places: [self[place] for place in places])
+    monkeypatch.setattr(
+        loader.Views, "__getitems__", lambda self, places: [self[place] for place in places]
+    )
 
 
 @pytest.fixture
@@ -477,15 +540,26 @@ def test_images_of_one_size_in_memory_are_cropped_a_batch_at_once(monkeypatch, t
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("multi_label", [False, True])
-def test_an_array_of_images_gives_the_same_batches_at_once_and_one_by_one(monkeypatch, workers, multi_label):
+def test_an_array_of_images_gives_the_same_batches_at_once_and_one_by_one(
+    monkeypatch, workers, multi_label
+):
     draw = np.random.default_rng(0)
     labels = draw.integers(-1, 2, (50, 4)) if multi_label else draw.integers(0, 4, 50)
     pixels = draw.integers(0, 256, (50, 3, 32, 32), dtype=np.uint8)
     array = ImageArray(ROOT, labels, tuple("abcd"), pixels).part(draw.permutation(50)[:48])
-    cuts = (RandomCrops(SMALL, 3), CenterCrop(32), CenterCrop(28), RandomCrops(recipe("fnc", 32, views=2), 1))
+    cuts = (
+        RandomCrops(SMALL, 3),
+        CenterCrop(32),
+        CenterCrop(28),
+        RandomCrops(recipe("fnc", 32, views=2), 1),
+    )
 
     def all_batches():
-        return [one for cut in cuts for one in read(array, train_order(48, 12, 1, 0, 2, seed=1), cut, workers)]
+        return [
+            one
+            for cut in cuts
+            for one in read(array, train_order(48, 12, 1, 0, 2, seed=1), cut, workers)
+        ]
 
     at_once = all_batches()
     one_by_one(monkeypatch)
@@ -507,7 +581,13 @@ def test_an_unreadable_image_gives_the_same_error_with_images_in_memory(tmp_path
         args, found = Namespace(workers=0, batch_per_process=2, batch_size=2), []
         try:
             for batch in batches(folder, RandomCrops(RECIPE, 0), EvalOrder(7, 2), args, CPU, skips):
-                found.append((batch.index.tolist(), batch.unreadable, [view.tolist() for view in batch.views]))
+                found.append(
+                    (
+                        batch.index.tolist(),
+                        batch.unreadable,
+                        [view.tolist() for view in batch.views],
+                    )
+                )
         except InputError as error:
             found.append(str(error))
         return found
@@ -551,7 +631,9 @@ def test_images_that_do_not_fit_stay_on_disk_or_are_refused(mixed, monkeypatch, 
     assert "(a quarter of the free" in capsys.readouterr().out
     set_rank(monkeypatch, 0, 2)  # two ranks hold a copy each
     monkeypatch.setattr(cache, "_agreed", lambda needed, free: (needed, free))
-    with pytest.raises(InputError, match=r"--cache-images on: the images take about .* each process may use"):
+    with pytest.raises(
+        InputError, match=r"--cache-images on: the images take about .* each process may use"
+    ):
         cached(mixed)
     monkeypatch.setattr(cache, "MOST", 2 * size - 2)
     monkeypatch.setattr(cache, "free_memory", lambda: 100 * size)
@@ -573,7 +655,11 @@ def test_all_ranks_decide_by_the_least_free_memory_of_any_rank(mixed, tmp_path):
     free = {"enough": (8.1, 9), "little": (9, 7.9), "little first": (7.9, 9)}
     checks = {name: (decide, mixed, ratios) for name, ratios in free.items()}
     of = on_two_ranks(checks, tmp_path)
-    assert {name: of(name) for name in free} == {"enough": [True] * 2, "little": [False] * 2, "little first": [False] * 2}
+    assert {name: of(name) for name in free} == {
+        "enough": [True] * 2,
+        "little": [False] * 2,
+        "little first": [False] * 2,
+    }
 
 
 def test_images_stay_on_disk_if_the_estimated_memory_is_full(mixed, monkeypatch):
@@ -584,7 +670,11 @@ def test_images_stay_on_disk_if_the_estimated_memory_is_full(mixed, monkeypatch)
         some = cache._decoded(mixed, half.pixels.numel(), pool)
     assert 0 < (some.starts >= 0).sum() < 20 and some.pixels.numel() <= half.pixels.numel()
     ours, theirs = (read(one, EvalOrder(20, 8), RandomCrops(RECIPE, 3)) for one in (some, mixed))
-    assert all(torch.equal(x, y) for a, b in zip(ours, theirs, strict=True) for x, y in zip(a.views, b.views, strict=True))
+    assert all(
+        torch.equal(x, y)
+        for a, b in zip(ours, theirs, strict=True)
+        for x, y in zip(a.views, b.views, strict=True)
+    )
 
 
 def test_the_total_size_is_estimated_from_some_headers(mixed, monkeypatch):
@@ -599,9 +689,13 @@ def test_the_total_size_is_estimated_from_some_headers(mixed, monkeypatch):
 
 
 @pytest.mark.parametrize("version", [1, 2])
-def test_free_memory_is_the_least_of_the_machine_and_its_control_groups(tmp_path, monkeypatch, version):
+def test_free_memory_is_the_least_of_the_machine_and_its_control_groups(
+    tmp_path, monkeypatch, version
+):
     (tmp_path / "proc" / "self").mkdir(parents=True)
-    (tmp_path / "proc" / "meminfo").write_text("MemTotal:  9000 kB\nMemAvailable:  5000 kB\nActive(anon):  7 kB\n")
+    (tmp_path / "proc" / "meminfo").write_text(
+        "MemTotal:  9000 kB\nMemAvailable:  5000 kB\nActive(anon):  7 kB\n"
+    )
     monkeypatch.setattr(cache, "PROC", tmp_path / "proc")
     monkeypatch.setattr(cache, "CGROUPS", tmp_path / "groups")
     assert cache.free_memory() == 5000 * 1024
@@ -609,11 +703,16 @@ def test_free_memory_is_the_least_of_the_machine_and_its_control_groups(tmp_path
         ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
         ("", "memory.max", "memory.current", "inactive_file"),
     ][version - 1]
-    (tmp_path / "proc" / "self" / "cgroup").write_text("0::/job/step\n" if version == 2 else "3:cpu:/\n4:memory:/job/step\n")
+    (tmp_path / "proc" / "self" / "cgroup").write_text(
+        "0::/job/step\n" if version == 2 else "3:cpu:/\n4:memory:/job/step\n"
+    )
     assert cache.free_memory() == 5000 * 1024
     job = tmp_path / "groups" / name / "job"
     (job / "step").mkdir(parents=True)
-    for folder, limit in ((job, "100000"), (job / "step", "max" if version == 2 else str(2**63 - 4096))):
+    for folder, limit in (
+        (job, "100000"),
+        (job / "step", "max" if version == 2 else str(2**63 - 4096)),
+    ):
         (folder / most).write_text(limit)
         (folder / used).write_text("30000")
         (folder / "memory.stat").write_text(f"cache 1\n{stat} 5000\n")

@@ -27,17 +27,24 @@ def test_accuracies_are_those_of_the_confusion_matrix(seed, classes):
     for found, mine in zip(meter.read(), logits, strict=True):
         matrix = confusion_matrix(label, mine.argmax(1), labels=range(classes)).astype(float)
         seen = matrix.sum(1) > 0
-        assert found["mean_per_class"] == pytest.approx((matrix.diagonal()[seen] / matrix.sum(1)[seen]).mean())
+        assert found["mean_per_class"] == pytest.approx(
+            (matrix.diagonal()[seen] / matrix.sum(1)[seen]).mean()
+        )
         assert found["acc1"] == pytest.approx(matrix.trace() / 60)
         first = np.argsort(-mine, 1)[:, :5]
-        assert found["acc5"] == pytest.approx(np.mean([y in row for y, row in zip(label, first, strict=True)]))
+        assert found["acc5"] == pytest.approx(
+            np.mean([y in row for y, row in zip(label, first, strict=True)])
+        )
 
 
 def eleven_points_by_hand(label, score) -> float:
     """VOC's development kit: walk down the ranking, then for each recall the best precision from there on."""
     right = np.cumsum(label[np.argsort(-score, kind="stable")])
     precision = right / np.arange(1, len(label) + 1)
-    reached = [[p for p, r in zip(precision, right, strict=True) if 10 * r >= tenth * label.sum()] for tenth in range(11)]
+    reached = [
+        [p for p, r in zip(precision, right, strict=True) if 10 * r >= tenth * label.sum()]
+        for tenth in range(11)
+    ]
     return sum(max(p) for p in reached) / 11
 
 
@@ -48,8 +55,12 @@ def test_average_precision_is_its_definition(seed, share):
     label = (rng.random(200) < share).astype(int)
     label[0] = 1
     score = rng.normal(size=200) + label
-    assert metrics.eleven_points(label, score) == pytest.approx(eleven_points_by_hand(label, score), abs=1e-12)
-    assert metrics.area(label, score) == pytest.approx(average_precision_score(label, score), abs=1e-12)
+    assert metrics.eleven_points(label, score) == pytest.approx(
+        eleven_points_by_hand(label, score), abs=1e-12
+    )
+    assert metrics.area(label, score) == pytest.approx(
+        average_precision_score(label, score), abs=1e-12
+    )
 
 
 def test_eleven_points_of_a_ranking_worked_out_by_hand():
@@ -57,7 +68,9 @@ def test_eleven_points_of_a_ranking_worked_out_by_hand():
     label = np.array([1, 0, 1, 0, 0, 1, 0, 0, 0, 1])
     score = -np.arange(10.0)
     # recalls 0 .1 .2 | .3 .4 .5 | .6 .7 | .8 .9 1
-    assert metrics.eleven_points(label, score) == pytest.approx((3 * 1 + 3 * 2 / 3 + 2 / 2 + 3 * 0.4) / 11)
+    assert metrics.eleven_points(label, score) == pytest.approx(
+        (3 * 1 + 3 * 2 / 3 + 2 / 2 + 3 * 0.4) / 11
+    )
     assert metrics.area(label, score) == pytest.approx((1 + 2 / 3 + 1 / 2 + 0.4) / 4)
 
 
@@ -75,8 +88,12 @@ def test_difficult_objects_and_absent_classes_are_not_counted():
     labels[0] = [1, 1, 0, 1]
     found = metrics.mean_average_precision(scores, labels)
     kept = [(labels[:, c] >= 0, c) for c in (0, 1, 3)]
-    assert found["map"] == pytest.approx(np.mean([average_precision_score(labels[k, c], scores[k, c]) for k, c in kept]))
-    assert found["map11"] == pytest.approx(np.mean([eleven_points_by_hand(labels[k, c], scores[k, c]) for k, c in kept]))
+    assert found["map"] == pytest.approx(
+        np.mean([average_precision_score(labels[k, c], scores[k, c]) for k, c in kept])
+    )
+    assert found["map11"] == pytest.approx(
+        np.mean([eleven_points_by_hand(labels[k, c], scores[k, c]) for k, c in kept])
+    )
 
 
 def test_average_precision_of_several_classifiers_in_batches():
@@ -86,7 +103,9 @@ def test_average_precision_of_several_classifiers_in_batches():
     for row, y in batches(logits, label):
         meter.add(row.transpose(0, 1), y)
     for head, found in enumerate(meter.read()):
-        assert found == pytest.approx(metrics.mean_average_precision(logits[:, head].numpy(), label.numpy()))
+        assert found == pytest.approx(
+            metrics.mean_average_precision(logits[:, head].numpy(), label.numpy())
+        )
 
 
 def test_a_classifier_that_diverged_is_worth_what_a_constant_is():
@@ -99,7 +118,13 @@ def test_means_of_a_log_line():
     mean = Mean()
     assert mean.read() == {}
     for loss, right, count in ((1.0, 1, 1), (2.0, 0, 0), (6.0, 2, 9)):
-        mean.add({"loss": torch.tensor(loss), "share": (torch.tensor(right), torch.tensor(count)), "none": (torch.tensor(0),) * 2})
+        mean.add(
+            {
+                "loss": torch.tensor(loss),
+                "share": (torch.tensor(right), torch.tensor(count)),
+                "none": (torch.tensor(0),) * 2,
+            }
+        )
     assert mean.read() == {"loss": 3.0, "share": 0.3}  # and nothing of what there was none of
     mean.add({"loss": torch.tensor(5.0)})
     assert mean.read() == {"loss": 5.0}

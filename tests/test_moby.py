@@ -23,11 +23,18 @@ KIND = synthetic.Synthetic(n_hard=5, counts=(2, 3, 2, 1, 2, 1), sigma=0.1)
 
 def encoder(online):
     torch.manual_seed(0 if online else 1)
-    return nn.Sequential(nn.Conv2d(3, 6, 3, 2), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(96, 8))
+    return nn.Sequential(
+        nn.Conv2d(3, 6, 3, 2), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(96, 8)
+    )
 
 
 def build(method):
-    parts = (encoder(True), encoder(False), projector([8, 10, DIM], bias=True), projector([DIM, 10, DIM], bias=True))
+    parts = (
+        encoder(True),
+        encoder(False),
+        projector([8, 10, DIM], bias=True),
+        projector([DIM, 10, DIM], bias=True),
+    )
     if method == "byol":
         return BYOL(*parts, M).double()
     more = {"kind": KIND, "first": 1, "last": 3} if method == "synco" else {}
@@ -40,7 +47,9 @@ def at(step):
 
 def views(step, n=B, size=9):
     generator = torch.Generator().manual_seed(step)
-    return [torch.randn(n, 3, size, size, generator=generator, dtype=torch.float64) for _ in range(2)]
+    return [
+        torch.randn(n, 3, size, size, generator=generator, dtype=torch.float64) for _ in range(2)
+    ]
 
 
 def cross_entropy(q, k, queue, mixed):
@@ -56,7 +65,9 @@ def mixtures(q, queue, step, counter, method):
     if method != "synco" or not 1 <= step // STEPS < 3:
         return [[]] * len(q)
     s = q @ queue.T
-    draws = synthetic.draw(KIND, *q.shape, at(step).generator(NEGATIVES, "cpu", 0, counter), torch.float64)
+    draws = synthetic.draw(
+        KIND, *q.shape, at(step).generator(NEGATIVES, "cpu", 0, counter), torch.float64
+    )
     return synthetic.similarities(q, queue, s, synthetic.hardest(s, KIND.n_hard), KIND, draws)
 
 
@@ -64,10 +75,16 @@ def mixtures(q, queue, step, counter, method):
 def test_the_whole_method_is_the_slow_one(method):
     model = build(method)
     f_k, g_k = copy.deepcopy(model.encoder), copy.deepcopy(model.projector)
-    queues = {view: list(getattr(model, f"queue{view}").clone()) for view in (1, 2)} if method != "byol" else {}
+    queues = (
+        {view: list(getattr(model, f"queue{view}").clone()) for view in (1, 2)}
+        if method != "byol"
+        else {}
+    )
     total, mixed_steps = STEPS * EPOCHS, 0
     for step in range(total):
-        f, g, h = (copy.deepcopy(part) for part in (model.encoder, model.projector, model.predictor))
+        f, g, h = (
+            copy.deepcopy(part) for part in (model.encoder, model.projector, model.predictor)
+        )
         x = views(step)
         p = [F.normalize(h(g(f(view))), dim=1) for view in x]
         with torch.no_grad():
@@ -76,7 +93,10 @@ def test_the_whole_method_is_the_slow_one(method):
             slow = sum(2 - 2 * p[a][i] @ k[1 - a][i] for a in (0, 1) for i in range(B)) / (2 * B)
         else:
             slow = 0
-            for a, view in ((0, 2), (1, 1)):  # the first view's predictions face the second's keys, and these keys' queue
+            for a, view in (
+                (0, 2),
+                (1, 1),
+            ):  # the first view's predictions face the second's keys, and these keys' queue
                 queue = torch.stack(queues[view])
                 mixed = mixtures(p[a], queue, step, a, method)
                 mixed_steps += len(mixed[0]) > 0
@@ -105,7 +125,9 @@ def test_the_whole_method_is_the_slow_one(method):
         for view, queue in queues.items():  # a ring, into which each view's own keys go
             for i, key in enumerate(k[view - 1]):
                 queue[(step * B + i) % K] = key
-            torch.testing.assert_close(getattr(model, f"queue{view}"), torch.stack(queue), rtol=0, atol=1e-10)
+            torch.testing.assert_close(
+                getattr(model, f"queue{view}"), torch.stack(queue), rtol=0, atol=1e-10
+            )
     assert model.momentum() == 1.0
     assert mixed_steps == (2 * 2 * STEPS if method == "synco" else 0)
     if queues:
@@ -144,7 +166,9 @@ def four_steps(rank, method):
     ddp = distributed.data_parallel(model)
     mine = slice(None) if rank is None else slice(B * rank, B * rank + B)
     for step in range(4):
-        loss, metrics = ddp([view[mine] for view in views(step, 2 * B, 32)], torch.arange(B), at(step))
+        loss, metrics = ddp(
+            [view[mine] for view in views(step, 2 * B, 32)], torch.arange(B), at(step)
+        )
         loss.backward()
         trained = [p for p in model.parameters() if p.requires_grad]
         gradients = [p.grad.clone() for p in trained]
@@ -154,24 +178,36 @@ def four_steps(rank, method):
                 p.grad = None
         model.after_step()
         state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        values = {name: value.detach().double() for name, value in {"loss": loss, **metrics}.items()}
+        values = {
+            name: value.detach().double() for name, value in {"loss": loss, **metrics}.items()
+        }
         found.append({"values": values, "gradients": gradients, "state": state})
     return found
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    return on_two_ranks({method: (four_steps, method) for method in ("moby", "byol")}, tmp_path_factory.mktemp("ranks"))
+    return on_two_ranks(
+        {method: (four_steps, method) for method in ("moby", "byol")},
+        tmp_path_factory.mktemp("ranks"),
+    )
 
 
 @pytest.mark.parametrize("method", ["moby", "byol"])
 def test_two_ranks_are_one_with_the_joint_batch(ranks, method):
     for first, second, joint in zip(*ranks(method), four_steps(None, method), strict=True):
-        for name in joint["values"].keys() - {"feature_std", "uniformity"}:  # of a rank's features among themselves
+        for name in joint["values"].keys() - {
+            "feature_std",
+            "uniformity",
+        }:  # of a rank's features among themselves
             value = joint["values"][name]
             tolerance = 1e-10 if name == "loss" else 1e-6  # accuracies are float32
-            torch.testing.assert_close((first["values"][name] + second["values"][name]) / 2, value, rtol=0, atol=tolerance)
-        for mine, other, both in zip(first["gradients"], second["gradients"], joint["gradients"], strict=True):
+            torch.testing.assert_close(
+                (first["values"][name] + second["values"][name]) / 2, value, rtol=0, atol=tolerance
+            )
+        for mine, other, both in zip(
+            first["gradients"], second["gradients"], joint["gradients"], strict=True
+        ):
             assert torch.equal(mine, other)
             torch.testing.assert_close(mine, both, rtol=1e-9, atol=1e-10)
         for name, tensor in joint["state"].items():  # weights, queues, and what batch norm has seen

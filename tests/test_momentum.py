@@ -20,7 +20,12 @@ ALL_SIX = synthetic.Synthetic(n_hard=10, counts=(5, 4, 3, 2, 3, 4))
 
 def tiny_encoder():
     return nn.Sequential(
-        nn.Conv2d(3, 8, 3, 2), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, DIM)
+        nn.Conv2d(3, 8, 3, 2),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(32, DIM),
     )
 
 
@@ -44,9 +49,13 @@ def run(model, steps, batch=20, epoch=0, lr=0.5):
     record = []
     for step in range(steps):
         optimizer.zero_grad()
-        loss, metrics = model(two_views(batch, step), torch.arange(batch), Progress(seed=3, epoch=epoch, step=step))
+        loss, metrics = model(
+            two_views(batch, step), torch.arange(batch), Progress(seed=3, epoch=epoch, step=step)
+        )
         loss.backward()
-        record.append((loss.detach(), {name: g.clone() for name, g in gradients(model).items()}, metrics))
+        record.append(
+            (loss.detach(), {name: g.clone() for name, g in gradients(model).items()}, metrics)
+        )
         optimizer.step()
         model.after_step()
     return record
@@ -87,15 +96,21 @@ def test_before_warmup_epochs_synco_is_moco_bit_for_bit():
 def test_from_warmup_epochs_on_synco_has_a_greater_loss_and_other_gradients(warmup_epochs):
     for epoch in (warmup_epochs, warmup_epochs + 7):
         ((loss, gradient, _),) = run(build(), 1, epoch=epoch)
-        ((loss2, gradient2, _),) = run(build(SynCo, kind=ALL_SIX, warmup_epochs=warmup_epochs), 1, epoch=epoch)
+        ((loss2, gradient2, _),) = run(
+            build(SynCo, kind=ALL_SIX, warmup_epochs=warmup_epochs), 1, epoch=epoch
+        )
         assert loss2 > loss + 1e-3  # more negatives
-        assert not torch.allclose(gradient["encoder_q.5.weight"], gradient2["encoder_q.5.weight"], atol=1e-5)
+        assert not torch.allclose(
+            gradient["encoder_q.5.weight"], gradient2["encoder_q.5.weight"], atol=1e-5
+        )
 
 
 def test_metrics_are_those_of_the_queue_with_and_without_synthetic_negatives():
     ((_, _, moco),) = run(build(T=0.07), 1)
     ((_, _, synco),) = run(build(SynCo, kind=ALL_SIX, warmup_epochs=0, T=0.07), 1)
-    assert {name: m.item() for name, m in moco.items()} == {name: m.item() for name, m in synco.items()}
+    assert {name: m.item() for name, m in moco.items()} == {
+        name: m.item() for name, m in synco.items()
+    }
     assert 0 < moco["acc5"] <= 1 and moco["acc1"] <= moco["acc5"]
 
 
@@ -143,7 +158,9 @@ def test_queue_starts_with_unit_rows_and_pointer_0():
     assert model.queue_ptr.tolist() == [0]
 
 
-@pytest.mark.parametrize("sizes", [[8] * 5, [7] * 9, [1, 23, 24, 5], [60], [5, 49, 3], [24, 24], [25, 1, 48, 2]])
+@pytest.mark.parametrize(
+    "sizes", [[8] * 5, [7] * 9, [1, 23, 24, 5], [60], [5, 49, 3], [24, 24], [25, 1, 48, 2]]
+)
 def test_enqueue_overwrites_the_oldest_rows_for_any_batch_size(sizes):
     model = build()
     expected, total = model.queue.clone(), 0
@@ -168,7 +185,10 @@ def keys_by_hand(encoder, images, progress, groups):
             k[places] = F.normalize(encoder(images[places]))
             after.append(copy.deepcopy(encoder.state_dict()))
     encoder.load_state_dict(
-        {name: torch.stack([s[name].double() for s in after]).mean(0).to(x.dtype) for name, x in before.items()}
+        {
+            name: torch.stack([s[name].double() for s in after]).mean(0).to(x.dtype)
+            for name, x in before.items()
+        }
     )
     return k
 
@@ -199,7 +219,9 @@ def test_queue_and_losses_are_those_of_a_loop_by_hand(batch, groups):
     torch.testing.assert_close(model.queue, queue, rtol=1e-4, atol=1e-5)
     assert model.queue_ptr.tolist() == [5 * batch % K]
     for name, p in f_k.state_dict().items():
-        torch.testing.assert_close(model.encoder_k.state_dict()[name], p, rtol=1e-4, atol=1e-5, msg=name)
+        torch.testing.assert_close(
+            model.encoder_k.state_dict()[name], p, rtol=1e-4, atol=1e-5, msg=name
+        )
 
 
 def test_keys_enter_the_queue_in_after_step_and_not_before():
@@ -237,14 +259,18 @@ def test_no_gradient_reaches_the_key_encoder_or_the_queue(method):
     loss.backward()
     assert not any(p.requires_grad or p.grad is not None for p in model.encoder_k.parameters())
     assert not model.queue.requires_grad and model.queue.grad is None
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.encoder_q[5].parameters())
+    assert all(
+        p.grad is not None and p.grad.abs().sum() > 0 for p in model.encoder_q[5].parameters()
+    )
     assert not any(value.requires_grad for value in metrics.values())
     assert not any(keys.requires_grad for keys in model._new_keys)
 
 
 def test_encoders_start_equal_and_apart():
     model = build()
-    for (name, p_q), p_k in zip(model.encoder_q.named_parameters(), model.encoder_k.parameters(), strict=True):
+    for (name, p_q), p_k in zip(
+        model.encoder_q.named_parameters(), model.encoder_k.parameters(), strict=True
+    ):
         assert torch.equal(p_q, p_k), name
         assert p_q.data_ptr() != p_k.data_ptr(), name
     assert model.encoder is model.encoder_q
@@ -263,7 +289,9 @@ def test_key_encoder_follows_in_after_step_and_not_before(m):
     assert not torch.allclose(trained["5.weight"], start["5.weight"], atol=1e-3)
     model.after_step()
     for name, p in model.encoder_k.named_parameters():
-        torch.testing.assert_close(p, m * start[name] + (1 - m) * trained[name], rtol=1e-5, atol=1e-7, msg=name)
+        torch.testing.assert_close(
+            p, m * start[name] + (1 - m) * trained[name], rtol=1e-5, atol=1e-7, msg=name
+        )
         assert not p.requires_grad
     for name, p in model.encoder_q.named_parameters():
         assert torch.equal(p, trained[name]), name
@@ -285,7 +313,9 @@ def key_groups(batch, splits, progress):
         return normalized(x, *rest)
 
     normalized = F.batch_norm
-    model = QueryAndKey(lambda: nn.Sequential(nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(243, DIM)), 0.9, splits)
+    model = QueryAndKey(
+        lambda: nn.Sequential(nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(243, DIM)), 0.9, splits
+    )
     with mock.patch.object(F, "batch_norm", batch_norm):
         model.keys(numbered_images(batch), progress)
     return groups
@@ -331,11 +361,15 @@ def test_the_symmetric_loss_is_the_sum_of_both_directions():
     q = F.normalize(copy.deepcopy(build(K=80).encoder_q)(views[1]))
     k = build(K=80).keys(views[0], progress, 1)
     logits = torch.cat([(q * k).sum(1, keepdim=True), q @ one.queue.T], 1) / one.T
-    torch.testing.assert_close(loss, first + F.cross_entropy(logits, torch.zeros(32, dtype=torch.long)))
+    torch.testing.assert_close(
+        loss, first + F.cross_entropy(logits, torch.zeros(32, dtype=torch.long))
+    )
     assert all(value.dim() == 0 for value in metrics.values())
     both.after_step()
     assert int(both.queue_ptr) == 64
-    torch.testing.assert_close(both.queue[:32], k)  # the keys of the first view, then those of the second
+    torch.testing.assert_close(
+        both.queue[:32], k
+    )  # the keys of the first view, then those of the second
 
 
 @pytest.mark.parametrize(
@@ -409,7 +443,12 @@ def test_state_dict_has_mocos_names_with_a_resnet_and_its_mlp_head():
         assert {name for name in state if name.startswith(f"{side}.fc.")} == {
             f"{side}.fc.{layer}.{part}" for layer in (0, 2) for part in ("weight", "bias")
         }
-    assert {name.split(".")[0] for name in state} == {"encoder_q", "encoder_k", "queue", "queue_ptr"}
+    assert {name.split(".")[0] for name in state} == {
+        "encoder_q",
+        "encoder_k",
+        "queue",
+        "queue_ptr",
+    }
     assert isinstance(model.encoder_q.fc[1], nn.ReLU)
     with torch.no_grad():
         assert model.eval().encoder_q(torch.zeros(2, 3, 32, 32)).shape == (2, 128)
@@ -419,13 +458,29 @@ def test_state_dict_has_mocos_names_with_a_resnet_and_its_mlp_head():
     ("splits", "batch", "said"),
     [
         (8, 8, "--bn-splits 8: 1 group is used, because each needs 8 images and a pass has 8\n"),
-        (4, 20, "--bn-splits 4: 2 groups are used, because each needs 8 images and a pass has 20\n"),
+        (
+            4,
+            20,
+            "--bn-splits 4: 2 groups are used, because each needs 8 images and a pass has 20\n",
+        ),
         (2, 20, None),
     ],
 )
-def test_fewer_batch_norm_groups_than_asked_for_are_announced(splits, batch, said, script, shared_images, tmp_path):
+def test_fewer_batch_norm_groups_than_asked_for_are_announced(
+    splits, batch, said, script, shared_images, tmp_path
+):
     small = ("-a", "resnet18", "--image-size", 32, "-j", 0, "--epochs", 1, "--moco-k", 24)
-    command = ("main_synco", shared_images, *small, "-b", batch, "--bn-splits", splits, "--save-dir", tmp_path)
+    command = (
+        "main_synco",
+        shared_images,
+        *small,
+        "-b",
+        batch,
+        "--bn-splits",
+        splits,
+        "--save-dir",
+        tmp_path,
+    )
     status, out, err = script(*command)
     assert status == 0, err
     assert said in out if said else "groups are used" not in out

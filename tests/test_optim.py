@@ -36,7 +36,9 @@ def test_lars_is_its_definition(seed, decay):
         params[3].zero_()  # a length of 0 scales nothing
     mine = [p.detach().clone() for p in params]
     momenta = [torch.zeros_like(p) for p in mine]
-    optimizer = optim.LARS([{"params": params, "lr": 0.3, "weight_decay": decay}], momentum=0.8, trust=0.01)
+    optimizer = optim.LARS(
+        [{"params": params, "lr": 0.3, "weight_decay": decay}], momentum=0.8, trust=0.01
+    )
     for step in range(20):
         gradients = [torch.randn_like(p) for p in mine]
         gradients[1] *= step != 2  # nor does a gradient of 0
@@ -79,9 +81,13 @@ def test_lars_takes_the_gradient_of_one_dimensional_parameters_as_it_is():
 
 
 def test_adamw_decays_matrices_only():
-    net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4), torch.nn.Conv1d(1, 2, 3))
+    net = torch.nn.Sequential(
+        torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4), torch.nn.Conv1d(1, 2, 3)
+    )
     (group,) = groups = [{"params": list(net.parameters()), "lr": 0.1, "weight_decay": 0.2}]
-    optimizer = optim.make(groups, Namespace(optimizer="adamw", amp="off", momentum=0.9, nesterov=False))
+    optimizer = optim.make(
+        groups, Namespace(optimizer="adamw", amp="off", momentum=0.9, nesterov=False)
+    )
     decay = {p: g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
     assert decay.keys() == set(group["params"])
     assert all(decay[p] == (0.2 if p.dim() > 1 else 0) for p in net.parameters())
@@ -109,7 +115,9 @@ def options(**changed) -> Namespace:
 
 def test_step_schedule():
     args = options(schedule=[60, 80])
-    assert [optim.rate(args, 30.0, epoch) for epoch in (0, 59, 60, 79, 80, 99)] == pytest.approx([30, 30, 3, 3, 0.3, 0.3])
+    assert [optim.rate(args, 30.0, epoch) for epoch in (0, 59, 60, 79, 80, 99)] == pytest.approx(
+        [30, 30, 3, 3, 0.3, 0.3]
+    )
 
 
 def test_cosine_ends_at_the_final_rate():
@@ -123,19 +131,29 @@ def test_cosine_ends_at_the_final_rate():
 def test_cosine_begins_anew_with_sgdr():
     args = options(sgdr=1)
     rates = [optim.rate(args, 5.0, epoch) for epoch in range(36)]
-    assert rates[:12] == rates[12:24] == rates[24:] and rates[0] == 5 and rates[6] == pytest.approx(2.5)
+    assert (
+        rates[:12] == rates[12:24] == rates[24:]
+        and rates[0] == 5
+        and rates[6] == pytest.approx(2.5)
+    )
     assert all(a > b for a, b in itertools.pairwise(rates[:12]))
 
 
 def test_warm_up_is_linear_and_ends_at_the_rate():
     args = options(lr_warmup_epochs=4, schedule=[50])
-    assert [optim.rate(args, 1.0, epoch) for epoch in range(5)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert [optim.rate(args, 1.0, epoch) for epoch in range(5)] == pytest.approx(
+        [0.2, 0.4, 0.6, 0.8, 1.0]
+    )
 
 
 def test_by_step_the_warm_up_begins_at_0_and_the_cosine_at_its_end():
     args = options(lr_by="step", cos=True, lr_warmup_epochs=10, lr_final=0.1)
-    assert [optim.rate(args, 2.0, epoch, 0.5) for epoch in (0, 2.5, 7.5, 10)] == pytest.approx([0, 0.5, 1.5, 2.0])
-    assert optim.rate(args, 2.0, 55, 0.5) == pytest.approx((2.0 + 0.05) / 2)  # half of the 90 epochs that are left
+    assert [optim.rate(args, 2.0, epoch, 0.5) for epoch in (0, 2.5, 7.5, 10)] == pytest.approx(
+        [0, 0.5, 1.5, 2.0]
+    )
+    assert optim.rate(args, 2.0, 55, 0.5) == pytest.approx(
+        (2.0 + 0.05) / 2
+    )  # half of the 90 epochs that are left
     assert optim.rate(args, 2.0, 100, 0.5) == pytest.approx(0.05)
 
 
@@ -146,13 +164,19 @@ def test_by_epoch_end_the_rates_are_those_of_the_demo_on_cifar10():
     trainer.optimizer = SimpleNamespace(param_groups=[{}])
     trainer._rates = lambda passed: Trainer._rates(trainer, passed)
     found = [Trainer._set_rates(trainer, step) for step in (0, 96, 97, 199 * 97)]
-    assert found[0] == found[1] == pytest.approx(0.059996, abs=5e-7) and found[3] == pytest.approx(0)
-    assert found == pytest.approx([0.03 * (1 + math.cos(math.pi * epoch / 200)) for epoch in (1, 1, 2, 200)])
+    assert found[0] == found[1] == pytest.approx(0.059996, abs=5e-7) and found[3] == pytest.approx(
+        0
+    )
+    assert found == pytest.approx(
+        [0.03 * (1 + math.cos(math.pi * epoch / 200)) for epoch in (1, 1, 2, 200)]
+    )
 
 
 def test_restarts_by_step_begin_after_the_warm_up():
     args = options(lr_by="step", sgdr=True, lr_warmup_epochs=5)
-    assert [optim.rate(args, 1.0, epoch) for epoch in (5, 11, 17, 29)] == pytest.approx([1, 0.5, 1, 1])
+    assert [optim.rate(args, 1.0, epoch) for epoch in (5, 11, 17, 29)] == pytest.approx(
+        [1, 0.5, 1, 1]
+    )
 
 
 @pytest.mark.parametrize(("scaling", "factor"), [("none", 1), ("sqrt", 32), ("linear", 4)])
@@ -172,14 +196,20 @@ def made(device: str, **changed) -> torch.optim.Optimizer:
 def test_optimizers_are_fused_on_devices_that_support_it(optimizer):
     """On others torch chooses (None); False would mean one kernel per parameter."""
     for device, fused in (("cpu", True), ("meta", None)):
-        assert {group["fused"] for group in made(device, optimizer=optimizer).param_groups} == {fused}
+        assert {group["fused"] for group in made(device, optimizer=optimizer).param_groups} == {
+            fused
+        }
     if optimizer == "sgd":  # see optim.make
         assert {group["fused"] for group in made("cpu", amp="fp16").param_groups} == {None}
 
 
 def test_step_counts_of_adamw_are_moved_to_the_device_that_its_optimizer_needs():
     """A run may be resumed on another device. The fused optimizer needs the count on the device."""
-    for device, fused, expected in (("meta", True, "meta"), ("meta", None, "cpu"), ("cpu", True, "cpu")):
+    for device, fused, expected in (
+        ("meta", True, "meta"),
+        ("meta", None, "cpu"),
+        ("cpu", True, "cpu"),
+    ):
         optimizer = made("cpu" if device == "cpu" else "meta", optimizer="adamw")
         for group in optimizer.param_groups:
             group["fused"] = fused

@@ -29,19 +29,43 @@ LOGGED = "loss acc1 acc5 lr hardness alignment uniformity feature_std grad_encod
 def write_run(folder, data, lines=30, weights=True, logged=("loss",), **options):
     """A run folder as pre-training leaves it: 10 steps an epoch, k-NN at the end of each."""
     folder.mkdir(parents=True)
-    args = {"method": "synco", "arch": "resnet18", "data": str(data), "image_size": 32, "recipe": "mocov2", "seed": 0, "lr": 0.03}
-    args |= {"epochs": 3, "batch_size": 8, "script": "synco", "class_list": None, "crop_min": None} | options
+    args = {
+        "method": "synco",
+        "arch": "resnet18",
+        "data": str(data),
+        "image_size": 32,
+        "recipe": "mocov2",
+        "seed": 0,
+        "lr": 0.03,
+    }
+    args |= {
+        "epochs": 3,
+        "batch_size": 8,
+        "script": "synco",
+        "class_list": None,
+        "crop_min": None,
+    } | options
     (folder / "args.yaml").write_text(yaml.safe_dump(args))
     log = []
     for step in range(1, lines + 1):
         values = {name: 1 / (step + place) for place, name in enumerate(logged)}
         log.append({"epoch": (step - 1) // 10, "step": step} | values | {"time": step / 10})
         if step % 10 == 0:
-            log.append({"epoch": (step - 1) // 10, "step": step, "knn": 0.5 + step / 1000, "time": step / 10})
+            log.append(
+                {
+                    "epoch": (step - 1) // 10,
+                    "step": step,
+                    "knn": 0.5 + step / 1000,
+                    "time": step / 10,
+                }
+            )
     (folder / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in log))
     if weights:
         torch.manual_seed(0)
-        tensors = {f"module.encoder_q.{name}": tensor for name, tensor in resnet("resnet18", 8).state_dict().items()}
+        tensors = {
+            f"module.encoder_q.{name}": tensor
+            for name, tensor in resnet("resnet18", 8).state_dict().items()
+        }
         torch.save({"state_dict": tensors}, folder / "checkpoint_0002.pth.tar")
     return folder
 
@@ -69,7 +93,9 @@ class Page(HTMLParser):
             assert attributes["alt"]
             kind, _, data = attributes["src"].partition(",")
             assert kind == "data:image/png;base64"
-            yield np.asarray(Image.open(io.BytesIO(base64.b64decode(data, validate=True))).convert("L"))
+            yield np.asarray(
+                Image.open(io.BytesIO(base64.b64decode(data, validate=True))).convert("L")
+            )
 
 
 def made(folders, tmp_path, **options):
@@ -82,13 +108,25 @@ def test_two_runs_from_the_shell(tmp_path, shared_images):
     (tmp_path / "_b").mkdir()
     a = write_run(tmp_path / hostile, shared_images, logged=LOGGED)
     b = write_run(tmp_path / "_b" / "run", shared_images, logged=LOGGED[:4], lr=0.06)
-    evaluation = {"method": "synco", "arch": "resnet18", "pretrain_epochs": 3, "protocol": "knn", "dataset": "x"}
+    evaluation = {
+        "method": "synco",
+        "arch": "resnet18",
+        "pretrain_epochs": 3,
+        "protocol": "knn",
+        "dataset": "x",
+    }
     evaluation["settings"] = {"features": "head", "temperature": 0.1, "image_size": 32}
     ours = str(b / "checkpoint_0002.pth.tar")
-    for name, checkpoint, top1 in (("ours", ours, 0.613), ("larger", ours, 0.591), ("random", None, 0.287)):
+    for name, checkpoint, top1 in (
+        ("ours", ours, 0.613),
+        ("larger", ours, 0.591),
+        ("random", None, 0.287),
+    ):
         (b.parent / name).mkdir()
         found = evaluation | {"checkpoint": checkpoint, "metrics": {"knn_20": top1}}
-        found["settings"] = found["settings"] | {"image_size": 64} if name == "larger" else found["settings"]
+        found["settings"] = (
+            found["settings"] | {"image_size": 64} if name == "larger" else found["settings"]
+        )
         (b.parent / name / "results.json").write_text(json.dumps(found))
     done = shell("tools/report.py", a, b, "--out", tmp_path / "out" / "page.html", "--images", 20)
     assert (done.returncode, done.stderr) == (0, "")
@@ -98,15 +136,25 @@ def test_two_runs_from_the_shell(tmp_path, shared_images):
     for _, attributes in page.tags:
         assert not {"href", "onload", "onerror"} & attributes.keys()
         assert attributes.get("src", "data:").startswith("data:")
-    assert "url(" not in page.source and "@import" not in page.source and "http://" not in page.source
+    assert (
+        "url(" not in page.source and "@import" not in page.source and "http://" not in page.source
+    )
     assert all(image.std() > 5 and min(image.shape) > 100 for image in page.pictures())
     assert [panel.title for panel in plots.PANELS] == page.titles[: len(plots.PANELS)]
     rest = page.titles[len(plots.PANELS) :]
-    assert rest[0] == "Of single methods" and rest[1].endswith("recipe mocov2") and rest[2] == f"Images of {shared_images.name}"
+    assert (
+        rest[0] == "Of single methods"
+        and rest[1].endswith("recipe mocov2")
+        and rest[2] == f"Images of {shared_images.name}"
+    )
     assert len(rest) == 5 and rest[4] == "run"  # each run's neighbours; the recipe, being one, once
     assert "x k-NN (k 20, T 0.1, head features)" in page.text
     assert "the best of 2 settings is image_size 32" in page.text
-    assert "61.3 *" in page.text and "28.7" in page.text and "1 options in which the runs differ" in page.text
+    assert (
+        "61.3 *" in page.text
+        and "28.7" in page.text
+        and "1 options in which the runs differ" in page.text
+    )
     assert "3 of 3" in page.text and "53.0" in page.text  # epochs and k-NN
 
 
@@ -150,24 +198,39 @@ def test_an_earlier_checkpoint_where_the_last_is_cut(tmp_path, shared_images):
     shutil.copy(run / "checkpoint_0002.pth.tar", run / "checkpoint_0001.pth.tar")
     (run / "checkpoint_0002.pth.tar").write_bytes(b"PK")
     page = made([run], tmp_path, images=10)
-    assert "checkpoint_0002.pth.tar: not a readable checkpoint" in page.text and "encoder of checkpoint_0001.pth.tar" in page.text
+    assert (
+        "checkpoint_0002.pth.tar: not a readable checkpoint" in page.text
+        and "encoder of checkpoint_0001.pth.tar" in page.text
+    )
 
 
 def test_log_lines(tmp_path):
     """What is no line is left out, each start's time counts, a run before its first line has a page."""
     run = write_run(tmp_path / "run", "gone", lines=12, weights=False)
     good = (run / "log.jsonl").read_bytes()
-    more = {"epoch": 2, "step": 25, "loss": float("nan"), "time": 2.5, "flag": True, "words": "x", "huge": 10**400}
+    more = {
+        "epoch": 2,
+        "step": 25,
+        "loss": float("nan"),
+        "time": 2.5,
+        "flag": True,
+        "words": "x",
+        "huge": 10**400,
+    }
     bad = (b"[1]", b"{}", b"[" * 100_000, b"\0\0\0", json.dumps(more).encode(), b'{"epoch": 2, "st')
     (run / "log.jsonl").write_bytes(good + b"\n" + b"\n".join(bad))
     log = runs.read_log(run / "log.jsonl")
     assert log.damaged == 6 and log.steps_per_epoch == 10
     (run / "log.jsonl").write_bytes(
-        good + b'{"epoch": 2, "step": 25, "loss": NaN, "time": 2.5}\n{"epoch": 2, "step": 26, "time": 1}\n{"ep'
+        good
+        + b'{"epoch": 2, "step": 25, "loss": NaN, "time": 2.5}\n{"epoch": 2, "step": 26, "time": 1}\n{"ep'
     )
     log = runs.read_log(run / "log.jsonl")
     assert log.damaged == 1 and log.seconds == 3.5 and log.last_step == 26
-    assert list(log.columns["knn"][0]) == [10] and list(log.columns["loss"][0]) == [*range(1, 13), 25]
+    assert list(log.columns["knn"][0]) == [10] and list(log.columns["loss"][0]) == [
+        *range(1, 13),
+        25,
+    ]
     page = made([run], tmp_path)
     assert "1 damaged line" in page.text and "nan" in page.text and "Loss" in page.titles
     (run / "log.jsonl").write_text("")
@@ -178,7 +241,12 @@ def test_a_long_log_is_thinned(tmp_path):
     x = np.arange(300_000.0)
     y = np.where(x == 123_456, 50.0, np.sin(x))
     middle, low, high, center = plots.thinned(x, y)
-    assert len(middle) == plots.POINTS and high.max() == 50 and low.min() >= -1 and abs(center).max() < 0.2
+    assert (
+        len(middle) == plots.POINTS
+        and high.max() == 50
+        and low.min() >= -1
+        and abs(center).max() < 0.2
+    )
     assert (np.diff(middle) > 0).all() and abs(middle.mean() - x.mean()) < 1
     line = plots.smooth(np.r_[np.zeros(500), 100, np.zeros(499)])
     assert len(line) == 1000 and not line.any()
@@ -186,23 +254,42 @@ def test_a_long_log_is_thinned(tmp_path):
 
 
 def test_names_tell_runs_apart(tmp_path):
-    a, b = write_run(tmp_path / "a" / "pretrain", "gone"), write_run(tmp_path / "b" / "pretrain", "gone")
+    a, b = (
+        write_run(tmp_path / "a" / "pretrain", "gone"),
+        write_run(tmp_path / "b" / "pretrain", "gone"),
+    )
     assert [run.name for run in runs.read([a, b, a])] == ["a/pretrain", "b/pretrain"]
     assert [run.name for run in runs.read([a])] == ["pretrain"]
 
 
 def test_evaluations_are_those_of_the_run(tmp_path):
     run = write_run(tmp_path / "run", "gone", weights=False)
-    found = {"method": "synco", "arch": "resnet18", "pretrain_epochs": 3, "protocol": "knn", "dataset": "x"}
-    places = {"run/below": "elsewhere/c.pth.tar", "beside": "run/checkpoint_0002.pth.tar", "other": "run2/checkpoint_0002.pth.tar"}
+    found = {
+        "method": "synco",
+        "arch": "resnet18",
+        "pretrain_epochs": 3,
+        "protocol": "knn",
+        "dataset": "x",
+    }
+    places = {
+        "run/below": "elsewhere/c.pth.tar",
+        "beside": "run/checkpoint_0002.pth.tar",
+        "other": "run2/checkpoint_0002.pth.tar",
+    }
     for place, checkpoint in places.items():
         (tmp_path / place).mkdir()
-        text = json.dumps(found | {"checkpoint": str(tmp_path / checkpoint), "metrics": {"knn_20": 0.5}})
+        text = json.dumps(
+            found | {"checkpoint": str(tmp_path / checkpoint), "metrics": {"knn_20": 0.5}}
+        )
         (tmp_path / place / "results.json").write_text(text)
     (tmp_path / "odd").mkdir()
     (tmp_path / "odd" / "results.json").write_text('{"protocol": 1}')
     figures, trouble = runs.evaluations(runs.read([run])[0])
-    assert [type(figure) for figure in figures] == [collect.Run] * 2 and len(trouble) == 1 and "odd" in trouble[0]
+    assert (
+        [type(figure) for figure in figures] == [collect.Run] * 2
+        and len(trouble) == 1
+        and "odd" in trouble[0]
+    )
     assert dict(runs.by_checkpoint(figures)).keys() == {"c.pth.tar", "checkpoint_0002.pth.tar"}
 
 
@@ -229,26 +316,65 @@ def test_mistakes(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["report.py", str(tmp_path / "empty")])
     assert report.main() == 2
     said = capsys.readouterr().err
-    assert len(own_lines(said)) == 1 and said.startswith(f"report.py: error: {tmp_path / 'empty'}: holds no args.yaml")
+    assert len(own_lines(said)) == 1 and said.startswith(
+        f"report.py: error: {tmp_path / 'empty'}: holds no args.yaml"
+    )
 
 
 def test_numbers_that_are_not_finite_are_null_in_every_file(tmp_path):
     """In log.jsonl, results.json and similar files; what reads them accepts null."""
     strict = {"parse_constant": lambda word: pytest.fail(word)}
-    args = Namespace(batch_per_process=8, accumulation_steps=1, save_dir=str(tmp_path / "run"), resume=None, script="synco")
+    args = Namespace(
+        batch_per_process=8,
+        accumulation_steps=1,
+        save_dir=str(tmp_path / "run"),
+        resume=None,
+        script="synco",
+    )
     log = RunLog(args, 10)
     for step, value in enumerate((0.5, math.nan, math.inf, -math.inf), 1):
-        log.line(0, step, {"loss": 1.0, "hardness": value, "grad_encoder": float(np.float64(value))})
+        log.line(
+            0, step, {"loss": 1.0, "hardness": value, "grad_encoder": float(np.float64(value))}
+        )
     log.close()
-    lines = [json.loads(line, **strict) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
-    assert [line["hardness"] for line in lines] == [0.5, None, None, None] and all(line["loss"] == 1 for line in lines)
+    lines = [
+        json.loads(line, **strict)
+        for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()
+    ]
+    assert [line["hardness"] for line in lines] == [0.5, None, None, None] and all(
+        line["loss"] == 1 for line in lines
+    )
     found = runs.read_log(tmp_path / "run" / "log.jsonl")
-    assert found.damaged == 0 and np.isnan(found.columns["hardness"][1]).tolist() == [False, True, True, True]
-    results = {"method": "moco", "arch": "resnet18", "checkpoint": None, "dataset": "d", "protocol": "linear"}
-    metrics = {"acc1": 0.5, "acc5": 0.75, "acc1_lr1e+20": math.nan, "of": [math.inf, {"each": math.nan}]}
+    assert found.damaged == 0 and np.isnan(found.columns["hardness"][1]).tolist() == [
+        False,
+        True,
+        True,
+        True,
+    ]
+    results = {
+        "method": "moco",
+        "arch": "resnet18",
+        "checkpoint": None,
+        "dataset": "d",
+        "protocol": "linear",
+    }
+    metrics = {
+        "acc1": 0.5,
+        "acc5": 0.75,
+        "acc1_lr1e+20": math.nan,
+        "of": [math.inf, {"each": math.nan}],
+    }
     write_json(tmp_path / "results.json", {**results, "metrics": metrics})
     written = json.loads((tmp_path / "results.json").read_text(), **strict)
-    assert written["metrics"] == {"acc1": 0.5, "acc5": 0.75, "acc1_lr1e+20": None, "of": [None, {"each": None}]}
+    assert written["metrics"] == {
+        "acc1": 0.5,
+        "acc5": 0.75,
+        "acc1_lr1e+20": None,
+        "of": [None, {"each": None}],
+    }
     assert [run.value for run in collect.read(tmp_path / "results.json")] == [0.5]
-    write_json(tmp_path / "results.json", {**results, "protocol": "detection", "metrics": {"bbox_ap": math.nan, "bbox_ap50": 0.5}})
+    write_json(
+        tmp_path / "results.json",
+        {**results, "protocol": "detection", "metrics": {"bbox_ap": math.nan, "bbox_ap50": 0.5}},
+    )
     assert [run.value for run in collect.read(tmp_path / "results.json")] == [0.5]

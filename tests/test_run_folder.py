@@ -37,7 +37,9 @@ def pretrained(shared_images, tmp_path_factory):
     from conftest import in_process
 
     run = tmp_path_factory.mktemp("pretrained") / "run"
-    status, _, err = in_process("main_synco", shared_images, *PRETRAIN, "--epochs", 1, "--save-dir", run)
+    status, _, err = in_process(
+        "main_synco", shared_images, *PRETRAIN, "--epochs", 1, "--save-dir", run
+    )
     assert status == 0, err
     return run
 
@@ -85,14 +87,24 @@ def test_an_evaluation_changes_nothing_of_another_run(name, script, shared_image
         before = digests(folder)
         command = evaluation(other, shared_images, run / "checkpoint_0000.pth.tar")
         assert script(*command, "--save-dir", folder)[0] == 0
-        assert {path: digest for path, digest in digests(folder).items() if path in before} == before
+        assert {
+            path: digest for path, digest in digests(folder).items() if path in before
+        } == before
 
 
 def test_voc07_changes_nothing_of_another_run(script, run, tmp_path):
     from test_voc07 import SMALL, write_voc
 
     tree = write_voc(tmp_path / "voc")
-    command = ("main_voc07", tree, *SMALL, "--pretrained", run / "checkpoint_0000.pth.tar", "--save-dir", run)
+    command = (
+        "main_voc07",
+        tree,
+        *SMALL,
+        "--pretrained",
+        run / "checkpoint_0000.pth.tar",
+        "--save-dir",
+        run,
+    )
     for subfolder in ("voc07", "voc07-2"):
         before = digests(run)
         status, out, err = script(*command)
@@ -101,16 +113,25 @@ def test_voc07_changes_nothing_of_another_run(script, run, tmp_path):
         assert {path: digest for path, digest in digests(run).items() if path in before} == before
 
 
-def test_a_pretraining_does_not_start_in_a_folder_of_another_run(script, shared_images, run, tmp_path):
+def test_a_pretraining_does_not_start_in_a_folder_of_another_run(
+    script, shared_images, run, tmp_path
+):
     before = digests(run)
-    refused(script("main_synco", shared_images, *PRETRAIN, "--save-dir", run), "holds another run", "--resume auto")
+    refused(
+        script("main_synco", shared_images, *PRETRAIN, "--save-dir", run),
+        "holds another run",
+        "--resume auto",
+    )
     assert digests(run) == before
     results = tmp_path / "evaluated"
     command = evaluation("main_knn", shared_images, run / "checkpoint_0000.pth.tar")
     assert script(*command, "--save-dir", results)[0] == 0
     before = digests(results)
     for again in ((), ("--resume", "auto")):
-        refused(script("main_synco", shared_images, *PRETRAIN, "--save-dir", results, *again), "holds another run")
+        refused(
+            script("main_synco", shared_images, *PRETRAIN, "--save-dir", results, *again),
+            "holds another run",
+        )
     assert digests(results) == before
 
 
@@ -130,22 +151,34 @@ def test_a_test_of_a_classifier_leaves_its_run_as_it_is(script, shared_images, r
     own = tmp_path / "own"
     assert script(*command, "--save-dir", own)[0] == 0
     before = digests(own)
-    status, _, err = script("main_lincls", shared_images, "-e", "--resume", "auto", "--save-dir", own, "-b", 8, "-j", 0)
+    status, _, err = script(
+        "main_lincls", shared_images, "-e", "--resume", "auto", "--save-dir", own, "-b", 8, "-j", 0
+    )
     assert status == 0, err
     assert {path: digest for path, digest in digests(own).items() if path in before} == before
-    metrics = [json.loads((place / "results.json").read_text())["metrics"] for place in (own, own / "lincls")]
+    metrics = [
+        json.loads((place / "results.json").read_text())["metrics"]
+        for place in (own, own / "lincls")
+    ]
     assert metrics[0] == metrics[1]
     status, out, err = script(*command, "--save-dir", own, "--resume", "auto", "--epochs", 2)
     assert status == 0 and f"resumed from {own / 'checkpoint.pth.tar'} at epoch 1" in out, err
 
 
 def test_results_of_a_finished_classifier_stay(script, shared_images, run, tmp_path):
-    command = (*evaluation("main_lincls", shared_images, run / "checkpoint_0000.pth.tar"), "--save-dir", tmp_path / "own")
+    command = (
+        *evaluation("main_lincls", shared_images, run / "checkpoint_0000.pth.tar"),
+        "--save-dir",
+        tmp_path / "own",
+    )
     assert script(*command, "--epochs", 2)[0] == 0
     before = digests(tmp_path / "own")
     status, out, err = script(*command, "--resume", "auto", "--epochs", 1)
     assert status == 0, err
-    assert "no epochs are left: 2 are done, and --epochs is 1" in out and "results.json is of the end of these epochs" in out
+    assert (
+        "no epochs are left: 2 are done, and --epochs is 1" in out
+        and "results.json is of the end of these epochs" in out
+    )
     assert digests(tmp_path / "own") == before
     (tmp_path / "own" / "results.json").unlink()  # as if the run was killed before it wrote them
     assert script(*command, "--resume", "auto", "--epochs", 1)[0] == 0
@@ -157,17 +190,36 @@ def test_a_test_with_output_and_tag_is_named_by_the_classifier(script, shared_im
     command = ("main_semisup", shared_images, "--epochs", 1, "-b", 8, "-j", 0, *place)
     assert script(*command, "--train-percent", 100, "--weights", "freeze")[0] == 0
     own = run / "semisup-imagenet-freeze-100"
-    status, out, err = script("main_semisup", shared_images, "-e", "--resume", own / "checkpoint.pth.tar", "-b", 8, "-j", 0, *place)
+    status, out, err = script(
+        "main_semisup",
+        shared_images,
+        "-e",
+        "--resume",
+        own / "checkpoint.pth.tar",
+        "-b",
+        8,
+        "-j",
+        0,
+        *place,
+    )
     assert status == 0, err
-    assert f"results in {own / 'semisup' / 'results.json'}" in out and not (run / "semisup-imagenet-finetune-10").exists()
+    assert (
+        f"results in {own / 'semisup' / 'results.json'}" in out
+        and not (run / "semisup-imagenet-finetune-10").exists()
+    )
 
 
 def test_a_checkpoint_of_another_script_is_named(script, shared_images, run, tmp_path):
     first = run / "checkpoint_0000.pth.tar"
-    assert script(*evaluation("main_lincls", shared_images, first), "--save-dir", tmp_path / "own")[0] == 0
+    assert (
+        script(*evaluation("main_lincls", shared_images, first), "--save-dir", tmp_path / "own")[0]
+        == 0
+    )
     probe = tmp_path / "own" / "checkpoint.pth.tar"
     for options in ((), ("-e",)):
-        result = script("main_semisup", shared_images, *options, "--resume", probe, "-b", 8, "-j", 0)
+        result = script(
+            "main_semisup", shared_images, *options, "--resume", probe, "-b", 8, "-j", 0
+        )
         refused(result, f"{probe}: is a checkpoint of main_lincls.py", "use that script")
     result = script("main_adco", shared_images, *SMALL, "--cluster", 32, "--resume", first)
     refused(result, f"{first}: is a checkpoint of main_synco.py", "use that script")
@@ -178,7 +230,13 @@ def test_a_classifier_stays_that_of_its_encoder(script, shared_images, run, tmp_
     command = evaluation("main_semisup", shared_images, run / "checkpoint_0000.pth.tar")
     assert script(*command, "--save-dir", tmp_path / "own")[0] == 0
     before = digests(tmp_path / "own")
-    again = (*evaluation("main_semisup", shared_images, other), "--save-dir", tmp_path / "own", "--resume", "auto")
+    again = (
+        *evaluation("main_semisup", shared_images, other),
+        "--save-dir",
+        tmp_path / "own",
+        "--resume",
+        "auto",
+    )
     refused(script(*again), f"--pretrained is {other}, and was {run / 'checkpoint_0000.pth.tar'}")
     assert digests(tmp_path / "own") == before
 
@@ -204,16 +262,24 @@ def test_programs_that_start_together_get_folders_of_their_own(tmp_path):
         run_folder.claim(named[0], False, True),
     ):
         for continues in (False, True):
-            with pytest.raises(InputError, match="another run is writing there"), run_folder.claim(named[1], continues, True):
+            with (
+                pytest.raises(InputError, match="another run is writing there"),
+                run_folder.claim(named[1], continues, True),
+            ):
                 pass
     found = [Path(args.save_dir).relative_to(tmp_path) for args in (*evaluations, *unnamed)]
     subfolders = ["run", "run/lincls", "run/lincls-2"]
-    assert list(map(str, found)) == subfolders + [f"runs/synco-20260101{end}" for end in ("", "-2", "-3")]
+    assert list(map(str, found)) == subfolders + [
+        f"runs/synco-20260101{end}" for end in ("", "-2", "-3")
+    ]
 
 
 def test_a_run_that_writes_nothing_leaves_no_folder(script, shared_images, tmp_path):
     folder = tmp_path / "runs" / "deep" / "one"
-    refused(script("main_synco", shared_images, *PRETRAIN, "-b", 4096, "--save-dir", folder), "do not fill one batch")
+    refused(
+        script("main_synco", shared_images, *PRETRAIN, "-b", 4096, "--save-dir", folder),
+        "do not fill one batch",
+    )
     assert not (tmp_path / "runs").exists()
     with run_folder.claim(options(folder), False, True):
         (folder / "log.jsonl").write_text("{}\n")
@@ -237,14 +303,28 @@ def tool_commands(run: Path, out: Path) -> dict[str, tuple]:
     checkpoint = run / "checkpoint_0000.pth.tar"
     return {
         "report.html": ("tools/report.py", run, "--images", 20, "--out", out / "report.html"),
-        "views.png": ("tools/show_views.py", "mocov2", "photos", "--images", 1, "--out", out / "views.png"),
+        "views.png": (
+            "tools/show_views.py",
+            "mocov2",
+            "photos",
+            "--images",
+            1,
+            "--out",
+            out / "views.png",
+        ),
         "encoder.pth": ("tools/export.py", checkpoint, out / "encoder.pth"),
         "table.md": ("tools/collect.py", run, "--out", out),
-        "weights.pkl": ("detection/convert-pretrain-to-detectron2.py", checkpoint, out / "weights.pkl"),
+        "weights.pkl": (
+            "detection/convert-pretrain-to-detectron2.py",
+            checkpoint,
+            out / "weights.pkl",
+        ),
     }
 
 
-@pytest.mark.parametrize("name", ["report.html", "views.png", "encoder.pth", "table.md", "weights.pkl"])
+@pytest.mark.parametrize(
+    "name", ["report.html", "views.png", "encoder.pth", "table.md", "weights.pkl"]
+)
 def test_a_tool_replaces_no_file(name, script, shared_images, run, tmp_path):
     if name == "table.md":
         command = evaluation("main_knn", shared_images, run / "checkpoint_0000.pth.tar")
@@ -263,13 +343,19 @@ def test_a_tool_replaces_no_file(name, script, shared_images, run, tmp_path):
 
 def test_features_are_not_dumped_over_others(script, shared_images, run, tmp_path):
     dump = tmp_path / "features"
-    command = (*evaluation("main_knn", shared_images, run / "checkpoint_0000.pth.tar"), "--dump-features", dump)
+    command = (
+        *evaluation("main_knn", shared_images, run / "checkpoint_0000.pth.tar"),
+        "--dump-features",
+        dump,
+    )
     assert script(*command, "--save-dir", tmp_path / "one")[0] == 0
     before = digests(dump)
     refused(script(*command, "--save-dir", tmp_path / "two"), "holds features", "--load-features")
     assert digests(dump) == before
     (dump / "meta.json").unlink()
-    refused(script(*command, "--save-dir", tmp_path / "two"), "holds an unfinished dump of features")
+    refused(
+        script(*command, "--save-dir", tmp_path / "two"), "holds an unfinished dump of features"
+    )
 
 
 # Every call that makes, replaces, renames or removes a file, and why it cannot harm another run.
@@ -300,7 +386,13 @@ CALLS = set(
     "write_text write_bytes touch unlink rmtree rename replace mkdir savefig open_memmap SummaryWriter remove rmdir"
     " replacing creating write_json write_options copyfile copytree move link symlink".split()
 )
-LIBRARIES = {"torch": {"save"}, "np": {"save", "savez"}, "pickle": {"dump"}, "json": {"dump"}, "yaml": {"dump"}}
+LIBRARIES = {
+    "torch": {"save"},
+    "np": {"save", "savez"},
+    "pickle": {"dump"},
+    "json": {"dump"},
+    "yaml": {"dump"},
+}
 
 
 def writing(call: ast.Call) -> bool:
@@ -308,21 +400,31 @@ def writing(call: ast.Call) -> bool:
     function = call.func
     name = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
     if name == "open":
-        modes = [a.value for a in call.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
+        modes = [
+            a.value for a in call.args if isinstance(a, ast.Constant) and isinstance(a.value, str)
+        ]
         return any(re.fullmatch(r"[wax]b?\+?|r\+b?|rb\+", mode) for mode in modes)
     of = getattr(getattr(function, "value", None), "id", "")
     if name in LIBRARIES.get(of, ()):
         return True
-    if name == "replace":  # of a path, which has one argument, or of os; not of a string or a dataclass
+    if (
+        name == "replace"
+    ):  # of a path, which has one argument, or of os; not of a string or a dataclass
         return of == "os" or (len(call.args) == 1 and not call.keywords)
     return name in CALLS
 
 
 def test_every_place_that_writes_is_known():
-    folders = [path for folder in ("moco", "tools", "detection") for path in sorted((ROOT / folder).rglob("*.py"))]
+    folders = [
+        path
+        for folder in ("moco", "tools", "detection")
+        for path in sorted((ROOT / folder).rglob("*.py"))
+    ]
     found = set()
     for path in (*folders, *ROOT.glob("main_*.py")):
-        calls = (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call))
+        calls = (
+            node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)
+        )
         if any(map(writing, calls)):
             found.add(str(path.relative_to(ROOT)))
     assert found == WRITES.keys()
@@ -334,26 +436,71 @@ def test_every_place_that_writes_is_known():
 def test_changed_options_are_refused_each_by_name(script, shared_images, run):
     before = digests(run)
     changed = ("--image-size", 48, "--moco-t", 0.2, "--aug-plus", "--lr", 0.3, "--epochs", 2)
-    command = ("main_synco", shared_images, "-a", "resnet18", "-b", 8, "-j", 0, "--moco-k", 32, "--save-dir", run)
+    command = (
+        "main_synco",
+        shared_images,
+        "-a",
+        "resnet18",
+        "-b",
+        8,
+        "-j",
+        0,
+        "--moco-k",
+        32,
+        "--save-dir",
+        run,
+    )
     result = script(*command, *changed, "--resume", "auto")
     names = ("image-size", "moco-t", "aug-plus", "lr")
-    refused(result, *(f"--{name} is" for name in names), "0.3, and was 0.03", "--allow-change aug-plus,image-size,lr,moco-t")
-    refused(script(*command, *changed, "--resume", run / "checkpoint_0000.pth.tar"), *(f"--{name} is" for name in names))
-    refused(script(*command, "--image-size", 32, "-b", 4, "--resume", "auto"), "--batch-size is 4 in all, and was 8 in all")
-    refused(script(*command, "--image-size", 32, "--seed", 1, "--resume", "auto"), "--seed is 1, and was 0")
+    refused(
+        result,
+        *(f"--{name} is" for name in names),
+        "0.3, and was 0.03",
+        "--allow-change aug-plus,image-size,lr,moco-t",
+    )
+    refused(
+        script(*command, *changed, "--resume", run / "checkpoint_0000.pth.tar"),
+        *(f"--{name} is" for name in names),
+    )
+    refused(
+        script(*command, "--image-size", 32, "-b", 4, "--resume", "auto"),
+        "--batch-size is 4 in all, and was 8 in all",
+    )
+    refused(
+        script(*command, "--image-size", 32, "--seed", 1, "--resume", "auto"),
+        "--seed is 1, and was 0",
+    )
     assert digests(run) == before
 
 
 def test_an_option_is_changed_on_purpose(script, shared_images, run):
-    command = ("main_synco", shared_images, *PRETRAIN, "--epochs", 2, "--save-dir", run, "--resume", "auto")
-    refused(script(*command, "--lr", 0.5, "--wd", 0.2, "--allow-change", "lr"), "--wd is 0.2, and was 0.0001")
+    command = (
+        "main_synco",
+        shared_images,
+        *PRETRAIN,
+        "--epochs",
+        2,
+        "--save-dir",
+        run,
+        "--resume",
+        "auto",
+    )
+    refused(
+        script(*command, "--lr", 0.5, "--wd", 0.2, "--allow-change", "lr"),
+        "--wd is 0.2, and was 0.0001",
+    )
     refused(script(*command, "--allow-change", "lrr"), "--allow-change lrr", "no such option")
-    status, out, err = script(*command, "--lr", 0.5, "--wd", 0.2, "--momentum", 0.5, "--allow-change", "lr,--wd,momentum")
+    status, out, err = script(
+        *command, "--lr", 0.5, "--wd", 0.2, "--momentum", 0.5, "--allow-change", "lr,--wd,momentum"
+    )
     assert status == 0, err
     assert "--allow-change lr: 0.03 until here, 0.5 from here on" in out
     (group,) = load(run / "checkpoint_0001.pth.tar")["optimizer"]["param_groups"]
     assert (group["lr"], group["weight_decay"], group["momentum"]) == (0.5, 0.2, 0.5)
-    refused(script("main_synco", shared_images, *PRETRAIN, "--allow-change", "lr"), "no effect without --resume")
+    refused(
+        script("main_synco", shared_images, *PRETRAIN, "--allow-change", "lr"),
+        "no effect without --resume",
+    )
 
 
 def test_args_yaml_says_how_the_checkpoints_were_made(script, shared_images, run, monkeypatch):
@@ -364,7 +511,19 @@ def test_args_yaml_says_how_the_checkpoints_were_made(script, shared_images, run
         raise KeyboardInterrupt
 
     before = digests(run)["args.yaml"]
-    command = ("main_synco", shared_images, *PRETRAIN, "--save-dir", run, "--resume", "auto", "--lr", 0.5, "--allow-change", "lr")
+    command = (
+        "main_synco",
+        shared_images,
+        *PRETRAIN,
+        "--save-dir",
+        run,
+        "--resume",
+        "auto",
+        "--lr",
+        0.5,
+        "--allow-change",
+        "lr",
+    )
     assert script(*command, "--epochs", 1)[0] == 0 and digests(run)["args.yaml"] == before
     with monkeypatch.context() as patch:
         patch.setattr(Pretraining, "_epoch", interrupted)
@@ -376,20 +535,51 @@ def test_args_yaml_says_how_the_checkpoints_were_made(script, shared_images, run
 
 def test_a_run_without_a_checkpoint_says_that_its_log_begins_anew(script, shared_images, run):
     (run / "checkpoint_0000.pth.tar").unlink()
-    command = ("main_synco", shared_images, *PRETRAIN, "--epochs", 1, "--save-dir", run, "--resume", "auto")
+    command = (
+        "main_synco",
+        shared_images,
+        *PRETRAIN,
+        "--epochs",
+        1,
+        "--save-dir",
+        run,
+        "--resume",
+        "auto",
+    )
     status, out, err = script(*command)
     assert status == 0, err
-    assert f"--resume auto: no checkpoint in {run} yet; the run begins anew, and its log with it" in out
+    assert (
+        f"--resume auto: no checkpoint in {run} yet; the run begins anew, and its log with it"
+        in out
+    )
 
 
 def test_names_of_changed_options_are_joined_by_commas(script, shared_images, run):
-    command = ("main_synco", shared_images, *PRETRAIN, "--save-dir", run, "--resume", "auto", "--allow-change", "lr", "wd")
+    command = (
+        "main_synco",
+        shared_images,
+        *PRETRAIN,
+        "--save-dir",
+        run,
+        "--resume",
+        "auto",
+        "--allow-change",
+        "lr",
+        "wd",
+    )
     refused(script(*command), "unexpected argument 'wd'", "joined by commas: lr,wd")
 
 
 def test_batch_norm_groups_may_differ_among_several_processes(monkeypatch):
     saved = {"args": {"bn_splits": 4, "lr": 0.1}, "progress": {"batch": 8}}
-    args = Namespace(bn_splits=8, lr=0.1, allow_change=[], resume="x/checkpoint.pth.tar", cos=False, script="synco")
+    args = Namespace(
+        bn_splits=8,
+        lr=0.1,
+        allow_change=[],
+        resume="x/checkpoint.pth.tar",
+        cos=False,
+        script="synco",
+    )
     with pytest.raises(InputError, match="--bn-splits is 8, and was 4"):
         resume.check_unchanged(args, saved, 8)
     monkeypatch.setattr(resume.distributed, "world", lambda: 2)
@@ -403,30 +593,58 @@ def test_more_epochs_change_a_cosine_and_nothing_else(script, shared_images, tmp
         status, out, _ = script(*command, folder, *schedule, "--epochs", 1)
         assert status == 0 and "no epochs are left: 1 are done, and --epochs is 1" in out
     assert script(*command, tmp_path / "steps", "--epochs", 2)[0] == 0
-    refused(script(*command, tmp_path / "cosine", "--cos", "--epochs", 2), "--epochs is 2, and was 1")
-    assert script(*command, tmp_path / "cosine", "--cos", "--epochs", 2, "--allow-change", "epochs")[0] == 0
+    refused(
+        script(*command, tmp_path / "cosine", "--cos", "--epochs", 2), "--epochs is 2, and was 1"
+    )
+    assert (
+        script(*command, tmp_path / "cosine", "--cos", "--epochs", 2, "--allow-change", "epochs")[0]
+        == 0
+    )
 
 
-def test_a_checkpoint_is_resumed_in_its_own_folder(script, shared_images, run, tmp_path, monkeypatch):
+def test_a_checkpoint_is_resumed_in_its_own_folder(
+    script, shared_images, run, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     first = run / "checkpoint_0000.pth.tar"
     command = ("main_synco", shared_images, *PRETRAIN, "--epochs", 2)
     status, out, err = script(*command, "--resume", first)
     assert status == 0, err
-    assert f"run folder {run}" in out and (run / "checkpoint_0001.pth.tar").exists() and not (tmp_path / "runs").exists()
+    assert (
+        f"run folder {run}" in out
+        and (run / "checkpoint_0001.pth.tar").exists()
+        and not (tmp_path / "runs").exists()
+    )
     # the first one has been superseded: to go back to it is another run
     before = digests(run)
-    refused(script(*command, "--resume", first), "checkpoint_0001.pth.tar in the same folder is further", "--save-dir")
+    refused(
+        script(*command, "--resume", first),
+        "checkpoint_0001.pth.tar in the same folder is further",
+        "--save-dir",
+    )
     assert digests(run) == before
     status, _, err = script(*command, "--resume", first, "--save-dir", tmp_path / "branch")
     assert status == 0, err
-    steps = [json.loads(line)["step"] for line in (tmp_path / "branch" / "log.jsonl").read_text().splitlines()]
+    steps = [
+        json.loads(line)["step"]
+        for line in (tmp_path / "branch" / "log.jsonl").read_text().splitlines()
+    ]
     assert steps == sorted(set(steps)) and steps[0] <= 6 and digests(run) == before
 
 
 def test_a_run_folder_without_options_is_continued_by_its_checkpoints(script, shared_images, run):
     (run / "args.yaml").unlink()
-    command = ("main_synco", shared_images, *PRETRAIN, "--epochs", 2, "--save-dir", run, "--resume", "auto")
+    command = (
+        "main_synco",
+        shared_images,
+        *PRETRAIN,
+        "--epochs",
+        2,
+        "--save-dir",
+        run,
+        "--resume",
+        "auto",
+    )
     assert script(*command)[0] == 0
     assert yaml.safe_load((run / "args.yaml").read_text())["epochs"] == 2
 
@@ -443,7 +661,17 @@ def test_the_newest_the_best_and_every_tenth_are_kept(script, shared_images, tmp
 
     accuracies = iter([0.1, 0.2, 0.9, *[0.3] * 20])
     monkeypatch.setattr(Pretraining, "_knn", lambda self: next(accuracies))
-    command = ("main_synco", shared_images, *PRETRAIN, "--knn-every", 1, "--save-dir", tmp_path, "--resume", "auto")
+    command = (
+        "main_synco",
+        shared_images,
+        *PRETRAIN,
+        "--knn-every",
+        1,
+        "--save-dir",
+        tmp_path,
+        "--resume",
+        "auto",
+    )
     assert script(*command, "--epochs", 5)[0] == 0
     assert epochs(tmp_path) == [2, 3, 4]
     assert script(*command, "--epochs", 13)[0] == 0  # the best is remembered over a resume
@@ -464,18 +692,37 @@ def test_all_checkpoints_are_kept_if_asked_for(script, shared_images, tmp_path):
 # what a checkpoint knows of itself
 
 
-def test_an_evaluation_takes_the_image_size_from_the_checkpoint(script, shared_images, run, tmp_path):
+def test_an_evaluation_takes_the_image_size_from_the_checkpoint(
+    script, shared_images, run, tmp_path
+):
     checkpoint = run / "checkpoint_0000.pth.tar"
-    command = ("main_knn", shared_images, "-b", 8, "-j", 0, "--k", 1, "--pretrained", checkpoint, "--save-dir")
+    command = (
+        "main_knn",
+        shared_images,
+        "-b",
+        8,
+        "-j",
+        0,
+        "--k",
+        1,
+        "--pretrained",
+        checkpoint,
+        "--save-dir",
+    )
     assert script(*command, tmp_path / "own")[0] == 0
     status, out, _ = script(*command, tmp_path / "other", "--image-size", 48)
     assert status == 0 and "it was pre-trained at 32 pixels, and sees 48 here (--image-size)" in out
     assert "normalized" not in out
     mean = ("--mean", 0.5, 0.45, 0.4)
     status, out, _ = script(*command, tmp_path / "mean", *mean)
-    both = "with mean 0.485 0.456 0.406 in pre-training, and are with mean 0.5 0.45 0.4 here (--mean)"
+    both = (
+        "with mean 0.485 0.456 0.406 in pre-training, and are with mean 0.5 0.45 0.4 here (--mean)"
+    )
     assert status == 0 and out.count(f"its images were normalized {both}\n") == 1
-    sizes = [yaml.safe_load((tmp_path / name / "args.yaml").read_text())["image_size"] for name in ("own", "other")]
+    sizes = [
+        yaml.safe_load((tmp_path / name / "args.yaml").read_text())["image_size"]
+        for name in ("own", "other")
+    ]
     assert sizes == [32, 48]
 
 
@@ -485,10 +732,27 @@ def test_weights_alone_say_what_is_taken_for_granted(script, shared_images, run,
     done = shell("tools/export.py", run / "checkpoint_0000.pth.tar", exported)
     succeeded(done)
     assert f"  --pretrained {exported} -a resnet18 --image-size 32\n" in done.stdout
-    command = ("main_knn", shared_images, "-b", 8, "-j", 0, "--k", 1, "--pretrained", exported, "--save-dir", tmp_path / "knn")
-    refused(script(*command), "does not name its network, and resnet50 was tried: give another -a ARCH")
+    command = (
+        "main_knn",
+        shared_images,
+        "-b",
+        8,
+        "-j",
+        0,
+        "--k",
+        1,
+        "--pretrained",
+        exported,
+        "--save-dir",
+        tmp_path / "knn",
+    )
+    refused(
+        script(*command), "does not name its network, and resnet50 was tried: give another -a ARCH"
+    )
     assumed = f"{exported}: does not say what size of images it is for; 224 pixels are taken (--image-size)"
-    normal = f"{exported}: does not say the {{}} of its images; ImageNet's {{}} used (--mean, --std)\n"
+    normal = (
+        f"{exported}: does not say the {{}} of its images; ImageNet's {{}} used (--mean, --std)\n"
+    )
     status, out, err = script(*command, "-a", "resnet18")
     assert status == 0 and assumed in out and normal.format("mean and std", "are") in out, err
     mean, std = ("--mean", 0.485, 0.456, 0.406), ("--std", 0.229, 0.224, 0.225)
@@ -499,33 +763,68 @@ def test_weights_alone_say_what_is_taken_for_granted(script, shared_images, run,
 
 
 @pytest.mark.parametrize("name", ["main_lincls", "main_semisup"])
-def test_a_classifier_knows_its_network_size_and_classes(name, script, shared_images, run, tmp_path):
+def test_a_classifier_knows_its_network_size_and_classes(
+    name, script, shared_images, run, tmp_path
+):
     own = tmp_path / "own"
-    assert script(*evaluation(name, shared_images, run / "checkpoint_0000.pth.tar"), "--save-dir", own)[0] == 0
+    assert (
+        script(
+            *evaluation(name, shared_images, run / "checkpoint_0000.pth.tar"), "--save-dir", own
+        )[0]
+        == 0
+    )
     saved = own / "checkpoint.pth.tar"
-    assert load(saved)["classes"] == ["class0", "class1", "class2"] and load(saved)["image_size"] == 32
+    assert (
+        load(saved)["classes"] == ["class0", "class1", "class2"] and load(saved)["image_size"] == 32
+    )
     best = next(own.glob("model_best*.pth.tar"))
     (run / "checkpoint_0000.pth.tar").unlink()  # the classifier's own file has all of the network
     test = (name, shared_images, "-e", "--resume", best, "-b", 8, "-j", 0, "--save-dir")
     status, _, err = script(*test, tmp_path / "tested")
     assert status == 0, err
-    results = [json.loads((place / "results.json").read_text()) for place in (own, tmp_path / "tested")]
-    assert results[0]["metrics"] == results[1]["metrics"] and results[0]["method"] == results[1]["method"] == "moco"
+    results = [
+        json.loads((place / "results.json").read_text()) for place in (own, tmp_path / "tested")
+    ]
+    assert (
+        results[0]["metrics"] == results[1]["metrics"]
+        and results[0]["method"] == results[1]["method"] == "moco"
+    )
     status, out, _ = script(*test, tmp_path / "larger", "--image-size", 48)
     assert status == 0 and "was trained at 32 pixels, and is tested at 48 (--image-size)" in out
-    refused(script(*test, tmp_path / "r", "-a", "resnet34"), "--arch resnet34", "trained with resnet18")
+    refused(
+        script(*test, tmp_path / "r", "-a", "resnet34"), "--arch resnet34", "trained with resnet18"
+    )
     resume = (name, shared_images, "--resume", saved, "-b", 8, "-j", 0, "--epochs", 2)
     refused(script(*resume, "--image-size", 48), "--image-size 48", "trained with 32")
 
 
 def test_a_classifier_of_other_classes_is_refused(script, shared_images, run, tmp_path):
     own = tmp_path / "own"
-    assert script(*evaluation("main_lincls", shared_images, run / "checkpoint_0000.pth.tar"), "--save-dir", own)[0] == 0
+    assert (
+        script(
+            *evaluation("main_lincls", shared_images, run / "checkpoint_0000.pth.tar"),
+            "--save-dir",
+            own,
+        )[0]
+        == 0
+    )
     other = tmp_path / "other"
     subprocess.run(["cp", "-r", shared_images, other], check=True)
     for split in ("train", "val"):
         (other / split / "class1").rename(other / split / "stranger")
-    test = ("main_lincls", other, "-e", "--resume", own / "model_best.pth.tar", "-b", 8, "-j", 0, "--save-dir", tmp_path / "t")
+    test = (
+        "main_lincls",
+        other,
+        "-e",
+        "--resume",
+        own / "model_best.pth.tar",
+        "-b",
+        8,
+        "-j",
+        0,
+        "--save-dir",
+        tmp_path / "t",
+    )
     refused(script(*test), "its classes differ from the data's", "'class1'", "'class2'")
     for split in ("train", "val"):
         (other / split / "stranger").rename(tmp_path / f"{split}-gone")

@@ -52,11 +52,19 @@ def test_published_command_runs(percent, pretrained, tmp_path):
     command = PUBLISHED.format(lr=0.05, percent=percent, file=pretrained).split()
     result = shell(*command, "--image-size", 32, "-j", 0, "--save-dir", tmp_path, "photos")
     assert result.returncode == 0, result.stderr
-    assert f"{max(1, round(0.6 * percent)) * 19} of 1140 training images are labelled" in result.stdout
+    assert (
+        f"{max(1, round(0.6 * percent)) * 19} of 1140 training images are labelled" in result.stdout
+    )
     assert "120 of 120 backbone tensors matched" in result.stdout and "\n* Acc@1 " in result.stdout
     found = results(tmp_path)
-    assert (found["method"], found["pretrain_epochs"], found["protocol"]) == ("synco", 200, f"semisup{percent}")
-    assert len((tmp_path / "subset.txt").read_text().splitlines()) == max(1, round(0.6 * percent)) * 19
+    assert (found["method"], found["pretrain_epochs"], found["protocol"]) == (
+        "synco",
+        200,
+        f"semisup{percent}",
+    )
+    assert (
+        len((tmp_path / "subset.txt").read_text().splitlines()) == max(1, round(0.6 * percent)) * 19
+    )
     best = load(tmp_path / "model_best_semisup.pth.tar")
     assert best["best_acc1"] == found["metrics"]["acc1"] and best["method"] == "semisup"
 
@@ -74,18 +82,28 @@ def test_names_that_are_not_utf_8(pretrained, images, script, tmp_path):
     assert status == 0, err
     subset = tmp_path / "a" / "subset.txt"
     assert b"pi\xe8ces/\xff" in subset.read_bytes() and len(subset.read_bytes().splitlines()) == 2
-    status, _, err = script("main_semisup", *few, "--subset-file", subset, "--save-dir", tmp_path / "b", data)
+    status, _, err = script(
+        "main_semisup", *few, "--subset-file", subset, "--save-dir", tmp_path / "b", data
+    )
     assert status == 0, err
     assert (tmp_path / "b" / "subset.txt").read_bytes() == subset.read_bytes()
     knn = (*SMALL[2:], "--pretrained", pretrained, "--k", 3, "--class-list", data / "classes")
     two = ("--multiprocessing-distributed", "--nproc-per-node", 2)
-    dump = shell("main_knn.py", *knn, *two, "--dump-features", data / "f", "--save-dir", tmp_path / "k", data)
+    dump = shell(
+        "main_knn.py", *knn, *two, "--dump-features", data / "f", "--save-dir", tmp_path / "k", data
+    )
     assert dump.returncode == 0, dump.stderr
     *_, where, accuracy, _ = dump.stdout.splitlines()
     assert where.endswith("/donn\\udce9es/f")
-    status, out, err = script("main_knn", "--load-features", data / "f", "--k", 3, "--save-dir", tmp_path / "l")
+    status, out, err = script(
+        "main_knn", "--load-features", data / "f", "--k", 3, "--save-dir", tmp_path / "l"
+    )
     assert status == 0 and out.splitlines()[-2] == accuracy, err
-    assert results(tmp_path / "l")["dataset"].encode(errors="surrogateescape").endswith(b"donn\xe9es (classes)")
+    assert (
+        results(tmp_path / "l")["dataset"]
+        .encode(errors="surrogateescape")
+        .endswith(b"donn\xe9es (classes)")
+    )
     status, _, err = script("main_semisup", *few, "--save-dir", data / "run", data)
     assert status == 2 and "--save-dir" in err and "is not UTF-8" in err and err.count("\n") == 1
 
@@ -96,20 +114,44 @@ def test_a_loop_in_bash_runs(pretrained, shared_images, tmp_path):
         f"--lr-backbone $lr --lr-classifier $lr --train-percent 10 --weights finetune --batch-size 4 --epochs $epochs "
         f'--pretrained {pretrained} --save-dir {tmp_path}/lr_${{lr}}_epochs_$epochs {shared_images} | grep "Acc@1 "; done; done'
     )
-    done = subprocess.run(["bash", "-euc", loop], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        ["bash", "-euc", loop], cwd=ROOT, capture_output=True, text=True, timeout=600
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("* Acc@1 ") == 2 and len(list(tmp_path.glob("lr_*/results.json"))) == 2
 
 
 @pytest.mark.parametrize("part", ["classifier", "backbone"])
 def test_each_part_trains_at_its_own_rate(part, script, pretrained, shared_images, tmp_path):
-    rates = ("--lr-classifier", 0.1, "--lr-backbone", 0) if part == "classifier" else ("--lr-classifier", 0, "--lr-backbone", 0.1)
-    common = (shared_images, *SMALL, "--train-percent", 100, "--wd", 0, "--epochs", 1, "--pretrained", pretrained)
+    rates = (
+        ("--lr-classifier", 0.1, "--lr-backbone", 0)
+        if part == "classifier"
+        else ("--lr-classifier", 0, "--lr-backbone", 0.1)
+    )
+    common = (
+        shared_images,
+        *SMALL,
+        "--train-percent",
+        100,
+        "--wd",
+        0,
+        "--epochs",
+        1,
+        "--pretrained",
+        pretrained,
+    )
     status, _, err = script("main_semisup", *common, *rates, "--save-dir", tmp_path)
     assert status == 0, err
-    old = {name.removeprefix("module.encoder_q."): t for name, t in load(pretrained)["state_dict"].items()}
+    old = {
+        name.removeprefix("module.encoder_q."): t
+        for name, t in load(pretrained)["state_dict"].items()
+    }
     state = load(tmp_path / "checkpoint.pth.tar")["state_dict"]
-    kept = {name for name in ("conv1.weight", "bn1.weight", "layer4.1.bn2.bias") if torch.equal(state[f"module.{name}"], old[name])}
+    kept = {
+        name
+        for name in ("conv1.weight", "bn1.weight", "layer4.1.bn2.bias")
+        if torch.equal(state[f"module.{name}"], old[name])
+    }
     assert len(kept) == (3 if part == "classifier" else 0)
     assert torch.equal(state["module.fc.bias"], torch.zeros(3)) == (part == "backbone")
     # batch norm learns the statistics of the labelled images
@@ -131,31 +173,75 @@ def test_a_new_classifier_does_not_depend_on_where_the_layer_is():
 
 def test_a_classifier_can_begin_at_zero(script, pretrained, shared_images, tmp_path):
     """Then no gradient reaches the backbone in the first step; and a classifier that does not train stays there."""
-    common = (shared_images, *SMALL, "--train-percent", 100, "--wd", 0, "--epochs", 1, "--zero-init-classifier")
+    common = (
+        shared_images,
+        *SMALL,
+        "--train-percent",
+        100,
+        "--wd",
+        0,
+        "--epochs",
+        1,
+        "--zero-init-classifier",
+    )
     rates = ("--lr-classifier", 0, "--lr-backbone", 0.1)
-    assert script("main_semisup", *common, *rates, "--pretrained", pretrained, "--save-dir", tmp_path)[0] == 0
+    assert (
+        script("main_semisup", *common, *rates, "--pretrained", pretrained, "--save-dir", tmp_path)[
+            0
+        ]
+        == 0
+    )
     state = load(tmp_path / "checkpoint.pth.tar")["state_dict"]
     assert not state["module.fc.weight"].any()
-    assert torch.equal(state["module.conv1.weight"], load(pretrained)["state_dict"]["module.encoder_q.conv1.weight"])
+    assert torch.equal(
+        state["module.conv1.weight"],
+        load(pretrained)["state_dict"]["module.encoder_q.conv1.weight"],
+    )
 
 
 def test_frozen_weights_stay_and_are_checked(script, pretrained, shared_images, tmp_path):
-    options = (shared_images, *SMALL, "--weights", "freeze", "--lr-classifier", 0.1, "--train-percent", 100, "--epochs", 2)
-    status, out, err = script("main_semisup", *options, "--pretrained", pretrained, "--save-dir", tmp_path)
+    options = (
+        shared_images,
+        *SMALL,
+        "--weights",
+        "freeze",
+        "--lr-classifier",
+        0.1,
+        "--train-percent",
+        100,
+        "--epochs",
+        2,
+    )
+    status, out, err = script(
+        "main_semisup", *options, "--pretrained", pretrained, "--save-dir", tmp_path
+    )
     assert status == 0 and "frozen backbone is bit-identical" in out, err
     assert results(tmp_path)["settings"]["weights"] == "freeze"
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "lars"])
-def test_resumed_fine_tuning_is_one_never_stopped(optimizer, script, pretrained, shared_images, tmp_path):
-    common = (shared_images, *SMALL, "--train-percent", 100, "--optimizer", optimizer, "--pretrained", pretrained)
+def test_resumed_fine_tuning_is_one_never_stopped(
+    optimizer, script, pretrained, shared_images, tmp_path
+):
+    common = (
+        shared_images,
+        *SMALL,
+        "--train-percent",
+        100,
+        "--optimizer",
+        optimizer,
+        "--pretrained",
+        pretrained,
+    )
     common += ("--val-from-train", 0.25, "--schedule", 1, "--no-cos")
     for run, epochs, more in (
         ("whole", 2, ()),
         ("parts", 1, ()),
         ("parts", 2, ("--resume", tmp_path / "parts/checkpoint.pth.tar")),
     ):
-        status, _, err = script("main_semisup", *common, "--epochs", epochs, *more, "--save-dir", tmp_path / run)
+        status, _, err = script(
+            "main_semisup", *common, "--epochs", epochs, *more, "--save-dir", tmp_path / run
+        )
         assert status == 0, err
     whole, parts = (load(tmp_path / run / "checkpoint.pth.tar") for run in ("whole", "parts"))
     for name, tensor in whole["state_dict"].items():
@@ -163,11 +249,26 @@ def test_resumed_fine_tuning_is_one_never_stopped(optimizer, script, pretrained,
     assert results(tmp_path / "whole")["metrics"] == results(tmp_path / "parts")["metrics"]
     assert "held_out_acc1" in results(tmp_path / "whole")["metrics"]
     # testing alone takes the settings from the checkpoint
-    again = (shared_images, *SMALL, "-e", "--resume", tmp_path / "whole" / "checkpoint.pth.tar", "--save-dir", tmp_path / "again")
+    again = (
+        shared_images,
+        *SMALL,
+        "-e",
+        "--resume",
+        tmp_path / "whole" / "checkpoint.pth.tar",
+        "--save-dir",
+        tmp_path / "again",
+    )
     status, _, err = script("main_semisup", *again)
     assert status == 0, err
     assert results(tmp_path / "again")["metrics"] == results(tmp_path / "whole")["metrics"]
-    status, _, err = script("main_semisup", *common, "--resume", tmp_path / "whole/checkpoint.pth.tar", "--lr-backbone", 0.5)
+    status, _, err = script(
+        "main_semisup",
+        *common,
+        "--resume",
+        tmp_path / "whole/checkpoint.pth.tar",
+        "--lr-backbone",
+        0.5,
+    )
     assert status == 2 and "--lr-backbone is 0.5" in err and len(own_lines(err)) == 1
 
 
@@ -175,7 +276,14 @@ def test_two_processes_test_as_one(script, pretrained, shared_images, tmp_path):
     common = (shared_images, *SMALL, "--train-percent", 100, "--pretrained", pretrained)
     status, _, err = script("main_semisup", *common, "--epochs", 1, "--save-dir", tmp_path / "one")
     assert status == 0, err
-    again = ("-e", "--resume", tmp_path / "one" / "checkpoint.pth.tar", "--multiprocessing-distributed", "--nproc-per-node", 2)
+    again = (
+        "-e",
+        "--resume",
+        tmp_path / "one" / "checkpoint.pth.tar",
+        "--multiprocessing-distributed",
+        "--nproc-per-node",
+        2,
+    )
     two = shell("main_semisup.py", *common, *again, "--save-dir", tmp_path / "two")
     assert two.returncode == 0, two.stderr
     assert results(tmp_path / "one")["metrics"] == results(tmp_path / "two")["metrics"]
@@ -183,10 +291,24 @@ def test_two_processes_test_as_one(script, pretrained, shared_images, tmp_path):
 
 def test_two_processes_fine_tune(pretrained, shared_images, tmp_path):
     launch = ("--multiprocessing-distributed", "--nproc-per-node", 2)
-    options = (shared_images, *SMALL, "--train-percent", 10, "-b", 4, "--epochs", 1, "--pretrained", pretrained)
+    options = (
+        shared_images,
+        *SMALL,
+        "--train-percent",
+        10,
+        "-b",
+        4,
+        "--epochs",
+        1,
+        "--pretrained",
+        pretrained,
+    )
     done = shell("main_semisup.py", *options, *launch, "--save-dir", tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "6 of 48 training images are labelled" in done.stdout and "4 = 2 per process x 2 processes" in done.stdout
+    assert (
+        "6 of 48 training images are labelled" in done.stdout
+        and "4 = 2 per process x 2 processes" in done.stdout
+    )
 
 
 @pytest.mark.parametrize(
@@ -219,8 +341,21 @@ def test_on_imagenet_the_published_list_is_asked_for_before_any_work(script, tmp
             image.save(folder / f"n{i:08d}_1.JPEG", "jpeg")
     monkeypatch.setattr(subsets, "_URL", "http://127.0.0.1:9/{}percent.txt")
     monkeypatch.setattr(inputs, "splits", None)
-    status, _, err = script("main_semisup", tmp_path / "imagenet", *SMALL, "--train-percent", 1, "--save-dir", tmp_path / "run")
-    assert status == 2 and "--subset-file FILE" in err and len(own_lines(err)) == 1 and not (tmp_path / "run").exists()
+    status, _, err = script(
+        "main_semisup",
+        tmp_path / "imagenet",
+        *SMALL,
+        "--train-percent",
+        1,
+        "--save-dir",
+        tmp_path / "run",
+    )
+    assert (
+        status == 2
+        and "--subset-file FILE" in err
+        and len(own_lines(err)) == 1
+        and not (tmp_path / "run").exists()
+    )
 
 
 # The layers of a projection head that stay.
@@ -266,20 +401,38 @@ def test_kept_layers_compute_what_the_head_did(style, prefix):
         end = places[kept] if kept < len(places) else len(layers)
         want = nn.Sequential(*layers[:end]).eval()(x)
         assert torch.equal(net.fc[:-1].eval()(x), want)
-        assert networks.classifier(net) is net.fc[-1] and net.fc[-1].weight.shape == (7, want.shape[1])
-    with pytest.raises(InputError, match=f"has {len(places)} linear layers, not --ft-proj {len(places) + 1}"):
+        assert networks.classifier(net) is net.fc[-1] and net.fc[-1].weight.shape == (
+            7,
+            want.shape[1],
+        )
+    with pytest.raises(
+        InputError, match=f"has {len(places)} linear layers, not --ft-proj {len(places) + 1}"
+    ):
         keep_projection(resnet("resnet18", 7), tensors, len(places) + 1, "file")
 
 
 def test_a_head_of_another_make_is_refused():
     trained = resnet("resnet18", 7)
     tensors = trained.state_dict() | {"fc.inner.linear.weight": torch.zeros(2, 512)}
-    with pytest.raises(InputError, match=r"not a plain sequence of layers \(at 'fc.inner.linear.weight'\)"):
+    with pytest.raises(
+        InputError, match=r"not a plain sequence of layers \(at 'fc.inner.linear.weight'\)"
+    ):
         keep_projection(resnet("resnet18", 7), tensors, 1, "file")
 
 
 def test_a_kept_projection_trains_and_resumes(script, pretrained, shared_images, tmp_path):
-    common = (shared_images, *SMALL, "--train-percent", 100, "--ft-proj", 1, "--pretrained", pretrained, "--save-dir", tmp_path)
+    common = (
+        shared_images,
+        *SMALL,
+        "--train-percent",
+        100,
+        "--ft-proj",
+        1,
+        "--pretrained",
+        pretrained,
+        "--save-dir",
+        tmp_path,
+    )
     assert script("main_semisup", *common, "--epochs", 1)[0] == 0
     state = load(tmp_path / "checkpoint.pth.tar")
     assert state["state_dict"]["module.fc.2.weight"].shape == (3, 512)
@@ -287,5 +440,13 @@ def test_a_kept_projection_trains_and_resumes(script, pretrained, shared_images,
     assert not torch.equal(state["state_dict"]["module.fc.0.weight"], was)
     torch.testing.assert_close(state["state_dict"]["module.fc.0.weight"], was, rtol=0, atol=0.1)
     first = results(tmp_path)["metrics"]
-    status, _, err = script("main_semisup", *common[:-4], "-e", "--resume", tmp_path / "checkpoint.pth.tar", "--save-dir", tmp_path)
+    status, _, err = script(
+        "main_semisup",
+        *common[:-4],
+        "-e",
+        "--resume",
+        tmp_path / "checkpoint.pth.tar",
+        "--save-dir",
+        tmp_path,
+    )
     assert status == 0 and results(tmp_path)["metrics"] == first, err

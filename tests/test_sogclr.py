@@ -35,11 +35,15 @@ def slow_sogclr(z, u, gamma):
             others = negatives(z, view, i)
             assert len(others) == 2 * z.shape[1] - 2
             anchor = z[view][i]
-            g = sum(math.exp(float(anchor.detach() @ other.detach()) / T) for other in others) / len(others)
+            g = sum(
+                math.exp(float(anchor.detach() @ other.detach()) / T) for other in others
+            ) / len(others)
             own.append(g if u[i] == 0 else (1 - gamma) * float(u[i]) + gamma * g)
             term = -anchor @ z[1 - view][i]
             for other in others:
-                term = term + math.exp(float(anchor.detach() @ other.detach()) / T) / own[-1] * (anchor @ other) / len(others)
+                term = term + math.exp(float(anchor.detach() @ other.detach()) / T) / own[-1] * (
+                    anchor @ other
+                ) / len(others)
             loss = loss + term / z.shape[1]
         new.append(sum(own) / 2)
     return loss, torch.tensor(new, dtype=torch.float64)
@@ -49,7 +53,9 @@ def slow_nt_xent(z):
     loss = 0
     for view in (0, 1):
         for i in range(z.shape[1]):
-            logits = torch.stack([z[view][i] @ other for other in (z[1 - view][i], *negatives(z, view, i))])
+            logits = torch.stack(
+                [z[view][i] @ other for other in (z[1 - view][i], *negatives(z, view, i))]
+            )
             loss = loss + F.cross_entropy(logits[None] / T, torch.tensor([0])) / z.shape[1]
     return loss
 
@@ -65,7 +71,9 @@ def test_sogclr_is_the_slow_one(seed, gamma):
     slow, slow_new = slow_sogclr(z, u, gamma)
     torch.testing.assert_close(loss, slow, rtol=0, atol=1e-10)
     torch.testing.assert_close(new, slow_new, rtol=1e-12, atol=0)
-    torch.testing.assert_close(torch.autograd.grad(loss, z)[0], torch.autograd.grad(slow, z)[0], rtol=0, atol=1e-10)
+    torch.testing.assert_close(
+        torch.autograd.grad(loss, z)[0], torch.autograd.grad(slow, z)[0], rtol=0, atol=1e-10
+    )
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -78,8 +86,12 @@ def test_with_gamma_1_the_gradient_is_that_of_the_mini_batch(seed):
     for view in (0, 1):
         for i in range(B):
             others = torch.stack([z[view][i] @ other for other in negatives(z, view, i)])
-            estimator += (-(z[view][i] @ z[1 - view][i]) + T * torch.exp(others / T).mean().log()) / B
-    torch.testing.assert_close(*(torch.autograd.grad(x, z)[0] for x in (loss, estimator)), rtol=0, atol=1e-10)
+            estimator += (
+                -(z[view][i] @ z[1 - view][i]) + T * torch.exp(others / T).mean().log()
+            ) / B
+    torch.testing.assert_close(
+        *(torch.autograd.grad(x, z)[0] for x in (loss, estimator)), rtol=0, atol=1e-10
+    )
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -88,10 +100,14 @@ def test_simclr_is_nt_xent(seed):
     z = unit_rows(2, B, DIM).requires_grad_()
     loss, slow = nt_xent(compare(z, z, 0), T), slow_nt_xent(z)
     torch.testing.assert_close(loss, slow, rtol=0, atol=1e-12)
-    torch.testing.assert_close(torch.autograd.grad(loss, z)[0], torch.autograd.grad(slow, z)[0], rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        torch.autograd.grad(loss, z)[0], torch.autograd.grad(slow, z)[0], rtol=0, atol=1e-12
+    )
 
 
-@pytest.mark.parametrize("loss_of", [lambda p: nt_xent(p, 0.02), lambda p: dynamic_loss(p, torch.zeros(2), 0.02, 0.9)[0]])
+@pytest.mark.parametrize(
+    "loss_of", [lambda p: nt_xent(p, 0.02), lambda p: dynamic_loss(p, torch.zeros(2), 0.02, 0.9)[0]]
+)
 def test_losses_are_finite_in_float32_at_the_least_temperature(loss_of):
     one = F.normalize(torch.ones(2, 2, 4), dim=-1)  # every similarity 1
     apart = one * torch.tensor([1.0, -1.0])[None, :, None]  # every negative's -1
@@ -106,7 +122,14 @@ def test_losses_are_finite_in_float32_at_the_least_temperature(loss_of):
 
 def build(gamma=0.9, images=N):
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(3, 6, 3, 2), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(96, 8), nn.BatchNorm1d(8))
+    net = nn.Sequential(
+        nn.Conv2d(3, 6, 3, 2),
+        nn.BatchNorm2d(6),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(96, 8),
+        nn.BatchNorm1d(8),
+    )
     return SogCLR(lambda: net.append(nn.Linear(8, DIM)), images, T, gamma).double()
 
 
@@ -118,7 +141,9 @@ def images(step, n=B):
 def test_u_is_kept_by_image_over_steps():
     model, u = build(), torch.zeros(N, dtype=torch.float64)
     for step in range(4):
-        index = torch.randperm(8, generator=torch.Generator().manual_seed(step))[:B]  # images come again
+        index = torch.randperm(8, generator=torch.Generator().manual_seed(step))[
+            :B
+        ]  # images come again
         with torch.no_grad():
             encoder = copy.deepcopy(model.base_encoder)
             z = torch.stack([F.normalize(encoder(view), dim=1) for view in images(step)])
@@ -137,7 +162,9 @@ def test_accuracy_counts_negatives_of_both_views():
     z = torch.eye(4, dtype=torch.float64)[None].repeat(2, 1, 1)
     assert model.contrast(z, torch.arange(4))[1]["acc1"] == 1
     z[1, 0] = z[1, 1]  # images 0 and 1 are alike in view 1
-    assert model.contrast(z, torch.arange(4))[1]["acc1"] == pytest.approx(7 / 8)  # the one anchor whose positive is apart from it
+    assert model.contrast(z, torch.arange(4))[1]["acc1"] == pytest.approx(
+        7 / 8
+    )  # the one anchor whose positive is apart from it
 
 
 # two ranks
@@ -154,7 +181,11 @@ def three_steps(rank, gamma):
     ddp = distributed.data_parallel(model)
     for step in range(3):
         index = torch.randperm(16, generator=torch.Generator().manual_seed(step))[: 2 * B]
-        loss, metrics = ddp([part(view, rank) for view in images(step, 2 * B)], part(index, rank), Progress(step=step))
+        loss, metrics = ddp(
+            [part(view, rank) for view in images(step, 2 * B)],
+            part(index, rank),
+            Progress(step=step),
+        )
         loss.backward()
         with torch.no_grad():
             gradients = [p.grad.clone() for p in model.parameters()]
@@ -162,7 +193,9 @@ def three_steps(rank, gamma):
                 p -= 0.1 * p.grad
                 p.grad = None
         state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        found.append({"loss": loss.detach(), "acc1": metrics["acc1"], "gradients": gradients, "state": state})
+        found.append(
+            {"loss": loss.detach(), "acc1": metrics["acc1"], "gradients": gradients, "state": state}
+        )
     return found
 
 
@@ -176,7 +209,9 @@ def ranks(tmp_path_factory):
 def test_two_ranks_are_one_with_the_joint_batch(ranks, method, gamma):
     for first, second, joint in zip(*ranks(method), three_steps(None, gamma), strict=True):
         for name in ("loss", "acc1"):
-            torch.testing.assert_close((first[name] + second[name]) / 2, joint[name], rtol=0, atol=1e-10, check_dtype=False)
+            torch.testing.assert_close(
+                (first[name] + second[name]) / 2, joint[name], rtol=0, atol=1e-10, check_dtype=False
+            )
         for mine, both in zip(first["gradients"], joint["gradients"], strict=True):
             torch.testing.assert_close(mine, both, rtol=0, atol=1e-10)
         for name, tensor in joint["state"].items():  # weights, u, and what batch norm has seen

@@ -21,7 +21,14 @@ FLOORS = [
 ]
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts): path
-    for pattern in ("main_*.py", "hubconf.py", "moco/**/*.py", "tools/*.py", "detection/*.py", "benchmarks/*.py")
+    for pattern in (
+        "main_*.py",
+        "hubconf.py",
+        "moco/**/*.py",
+        "tools/*.py",
+        "detection/*.py",
+        "benchmarks/*.py",
+    )
     for path in ROOT.glob(pattern)
     if path.name != "__init__.py"
 }
@@ -29,7 +36,9 @@ MODULES = {
 
 def room(module: str) -> tuple[int, str]:
     """The floor and the room of a module."""
-    return next((i, name) for i, floor in enumerate(FLOORS) for name in floor if module.startswith(name))
+    return next(
+        (i, name) for i, floor in enumerate(FLOORS) for name in floor if module.startswith(name)
+    )
 
 
 def imported(path: Path) -> set[str]:
@@ -68,15 +77,29 @@ def test_scripts_are_under_200_lines(script):
 def test_json_is_written_by_one_function(module):
     """By `files.to_json`, which replaces NaN and infinity, because JSON cannot hold them."""
     for node in ast.walk(ast.parse(MODULES[module].read_text())):
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "json":
-            assert node.attr not in ("dump", "dumps", "JSONEncoder"), f"{module}, line {node.lineno}"
-        assert not (isinstance(node, ast.ImportFrom) and node.module == "json"), f"{module}, line {node.lineno}"
+        if (
+            isinstance(node, ast.Attribute)
+            and isinstance(node.value, ast.Name)
+            and node.value.id == "json"
+        ):
+            assert node.attr not in ("dump", "dumps", "JSONEncoder"), (
+                f"{module}, line {node.lineno}"
+            )
+        assert not (isinstance(node, ast.ImportFrom) and node.module == "json"), (
+            f"{module}, line {node.lineno}"
+        )
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("moco/loss/*.py")), ids=lambda path: path.name)
 def test_losses_import_torch_alone(path):
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import | ast.ImportFrom):
-            names = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+            names = (
+                [node.module]
+                if isinstance(node, ast.ImportFrom)
+                else [alias.name for alias in node.names]
+            )
             for name in names:
-                assert name.split(".")[0] in ("torch", "dataclasses") or name.startswith("moco.loss"), name
+                assert name.split(".")[0] in ("torch", "dataclasses") or name.startswith(
+                    "moco.loss"
+                ), name

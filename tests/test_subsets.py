@@ -24,7 +24,10 @@ def paths(folder):
 def test_hold_out_takes_a_share_of_each_class(shared_images, fraction, per_class):
     whole = folders.scan(shared_images, "train")  # 16 images in each of 3 classes
     rest, held = hold_out(whole, fraction, seed=0)
-    assert np.bincount(held.labels).tolist() == [per_class] * 3 and np.bincount(rest.labels).tolist() == [16 - per_class] * 3
+    assert (
+        np.bincount(held.labels).tolist() == [per_class] * 3
+        and np.bincount(rest.labels).tolist() == [16 - per_class] * 3
+    )
     assert paths(rest) | paths(held) == paths(whole) and not paths(rest) & paths(held)
     label = dict(zip(whole.paths.tolist(), whole.labels.tolist(), strict=True))
     for part in (rest, held):
@@ -49,16 +52,27 @@ def test_sample_takes_a_share_of_each_class(shared_images, fraction, per_class):
     whole = folders.scan(shared_images, "train")
     first, again, other = (sample(whole, fraction, seed) for seed in (1, 1, 2))
     assert np.bincount(first.labels).tolist() == [per_class] * 3
-    assert first.paths.tolist() == again.paths.tolist() == sorted(first.paths.tolist()) != other.paths.tolist()
+    assert (
+        first.paths.tolist()
+        == again.paths.tolist()
+        == sorted(first.paths.tolist())
+        != other.paths.tolist()
+    )
     assert paths(first) < paths(whole)
 
 
 def test_parts_of_images_that_show_several_classes(tmp_path):
     """Their classes cannot be kept apart: a share of all."""
     labels = np.random.default_rng(0).integers(-1, 2, (20, 3))
-    whole = ImageFolder(tmp_path, labels, ("a", "b", "c"), np.array([b"%d.jpg" % i for i in range(20)]))
+    whole = ImageFolder(
+        tmp_path, labels, ("a", "b", "c"), np.array([b"%d.jpg" % i for i in range(20)])
+    )
     rest, held = hold_out(whole, 0.25, seed=0)
-    assert len(held) == 5 and paths(rest) | paths(held) == paths(whole) and not paths(rest) & paths(held)
+    assert (
+        len(held) == 5
+        and paths(rest) | paths(held) == paths(whole)
+        and not paths(rest) & paths(held)
+    )
     for i in range(5):
         assert held.labels[i].tolist() == labels[int(held.name(i).removesuffix(".jpg"))].tolist()
 
@@ -72,7 +86,9 @@ def test_a_list_names_images_by_file_or_by_class_and_file(shared_images, tmp_pat
     part = listed(train, tmp_path / "list.txt")
     assert [part.name(i) for i in range(3)] == ["class0/15.jpg", "class1/3.jpg", "class2/3.jpg"]
     assert part.labels.tolist() == [0, 1, 2] and part.classes == train.classes
-    (shared_images / "train" / "class1" / "alone.jpg").write_bytes((shared_images / "train" / "class1" / "0.jpg").read_bytes())
+    (shared_images / "train" / "class1" / "alone.jpg").write_bytes(
+        (shared_images / "train" / "class1" / "0.jpg").read_bytes()
+    )
     try:
         (tmp_path / "list.txt").write_text("alone.jpg\n")
         part = listed(folders.scan(shared_images, "train"), tmp_path / "list.txt")
@@ -84,7 +100,10 @@ def test_a_list_names_images_by_file_or_by_class_and_file(shared_images, tmp_pat
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("class0/1.jpg\nclass0/77.jpg\nclass9/1.jpg", "2 of the 3 images that .* names are missing, first 'class0/77.jpg'"),
+        (
+            "class0/1.jpg\nclass0/77.jpg\nclass9/1.jpg",
+            "2 of the 3 images that .* names are missing, first 'class0/77.jpg'",
+        ),
         ("1.jpg", "'1.jpg' stands in several class folders; write CLASS/1.jpg"),
         ("\n \n", "names nothing"),
         ("a\0.jpg", "not text in UTF-8"),
@@ -103,7 +122,14 @@ def test_a_list_that_does_not_fit_is_one_line(shared_images, tmp_path, text, sai
 
 def test_a_written_list_names_the_same_images_again(tmp_path):
     """Any file name can be listed, except one with a line break."""
-    names = [b"pi\xe8ces/\xe9.jpg", "日/本 1.jpg".encode(), b" a/b.jpg", b"a/\xc2\x85.jpg", b"a/\x1c.jpg", b"a/'.jpg"]
+    names = [
+        b"pi\xe8ces/\xe9.jpg",
+        "日/本 1.jpg".encode(),
+        b" a/b.jpg",
+        b"a/\xc2\x85.jpg",
+        b"a/\x1c.jpg",
+        b"a/'.jpg",
+    ]
     whole = ImageFolder(tmp_path, np.arange(6) % 2, ("a", "b"), np.array(names))
     part = whole.part(np.array([0, 2, 3, 4]))
     subsets.write_names(part, tmp_path / "subset.txt")
@@ -112,13 +138,18 @@ def test_a_written_list_names_the_same_images_again(tmp_path):
     assert paths(again) == paths(part) and again.labels.tolist() == part.labels.tolist()
     for bad in (b"a/x\ny.jpg", b"a/x\ry.jpg"):
         with pytest.raises(InputError, match="has a line break in it"):
-            subsets.write_names(ImageFolder(tmp_path, np.zeros(1, int), ("a",), np.array([bad])), tmp_path / "no.txt")
+            subsets.write_names(
+                ImageFolder(tmp_path, np.zeros(1, int), ("a",), np.array([bad])),
+                tmp_path / "no.txt",
+            )
     assert not (tmp_path / "no.txt").exists()
 
 
 def test_a_class_list_may_have_names_that_are_not_utf_8(tmp_path):
     classes = ("cat", os.fsdecode(b"pi\xe8ces"))
-    whole = ImageFolder(tmp_path, np.array([0, 1]), classes, np.array([b"cat/1.jpg", b"pi\xe8ces/1.jpg"]))
+    whole = ImageFolder(
+        tmp_path, np.array([0, 1]), classes, np.array([b"cat/1.jpg", b"pi\xe8ces/1.jpg"])
+    )
     (tmp_path / "list.txt").write_bytes(b"\xef\xbb\xbfpi\xe8ces some words\r\n")
     part = subsets.of_classes(whole, str(tmp_path / "list.txt"))
     assert part.classes == classes[1:] and paths(part) == {b"pi\xe8ces/1.jpg"}
@@ -172,7 +203,9 @@ def test_a_list_that_is_not_the_published_one_is_refused(answers):
 def test_without_network_the_message_says_how_to_supply_the_list(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(subsets, "_URL", "http://127.0.0.1:9/{}percent.txt")
-    with pytest.raises(InputError, match=r"1 % cannot be downloaded .*refused.*--subset-file FILE") as error:
+    with pytest.raises(
+        InputError, match=r"1 % cannot be downloaded .*refused.*--subset-file FILE"
+    ) as error:
         published(1)
     assert "\n" not in str(error.value)
 

@@ -7,7 +7,12 @@ from moco.loss.synthetic import Synthetic, draw, hardest, similarities
 T = 0.2
 ALONE = [tuple(5 if i == j else 0 for j in range(6)) for i in range(6)]
 TOGETHER = (4, 3, 5, 2, 6, 1)
-SIZES = [(3, 8, 20, 6), (5, 16, 32, 32), (2, 7, 9, 1), (1, 4, 3, 2)]  # queries, features, bank rows, hard rows
+SIZES = [
+    (3, 8, 20, 6),
+    (5, 16, 32, 32),
+    (2, 7, 9, 1),
+    (1, 4, 3, 2),
+]  # queries, features, bank rows, hard rows
 
 
 def batch(sizes, seed, zeros=False, dtype=torch.float64):
@@ -116,7 +121,9 @@ def test_float32_is_close_to_float64(counts):
 
     def of(dtype):
         near, rows = q.detach().to(dtype).requires_grad_(), bank.to(dtype)
-        cast = type(draws)(**{k: v.to(dtype) if v.is_floating_point() else v for k, v in vars(draws).items()})
+        cast = type(draws)(
+            **{k: v.to(dtype) if v.is_floating_point() else v for k, v in vars(draws).items()}
+        )
         return near, rows, similarities(near, rows, near @ rows.T, hard, kind, cast)
 
     narrow_q, narrow_bank, narrow = of(torch.float32)
@@ -132,7 +139,14 @@ def test_draws_lie_in_their_ranges_and_fill_them():
     kind = Synthetic(n_hard=10, counts=(300, 301, 302, 64, 5, 6), sigma=0.3)
     draws = draw(kind, 8, 32, torch.Generator().manual_seed(0))
     shapes = {name: tuple(t.shape) for name, t in vars(draws).items()}
-    assert shapes == {"first": (8, 978), "second": (8, 302), "a": (8, 300), "b": (8, 301), "g": (8, 302), "noise": (8, 64, 32)}
+    assert shapes == {
+        "first": (8, 978),
+        "second": (8, 302),
+        "a": (8, 300),
+        "b": (8, 301),
+        "g": (8, 302),
+        "noise": (8, 64, 32),
+    }
     for weight, low, high in [(draws.a, 0, 0.5), (draws.b, 1, 1.5), (draws.g, 0, 1)]:
         assert low <= weight.min() < low + 0.02 * (high - low)
         assert high - 0.02 * (high - low) < weight.max() <= high
@@ -153,7 +167,9 @@ def test_queries_have_draws_of_their_own():
 
 def test_draws_repeat_for_the_same_seed_and_differ_for_another():
     kind = Synthetic(n_hard=50, counts=(8,) * 6)
-    one, same, other = (vars(draw(kind, 3, 4, torch.Generator().manual_seed(seed))) for seed in (5, 5, 6))
+    one, same, other = (
+        vars(draw(kind, 3, 4, torch.Generator().manual_seed(seed))) for seed in (5, 5, 6)
+    )
     for name in one:
         assert torch.equal(one[name], same[name]), name
         assert not torch.equal(one[name], other[name]), name
@@ -161,14 +177,21 @@ def test_draws_repeat_for_the_same_seed_and_differ_for_another():
 
 @pytest.mark.parametrize("n_hard", [1, 7, 40])
 def test_hardest_are_the_most_similar_rows_hardest_first(n_hard):
-    similarity = torch.randn(6, 40, generator=torch.Generator().manual_seed(n_hard), requires_grad=True)
+    similarity = torch.randn(
+        6, 40, generator=torch.Generator().manual_seed(n_hard), requires_grad=True
+    )
     hard = hardest(similarity, n_hard)
     assert torch.equal(hard, similarity.argsort(1, descending=True)[:, :n_hard])
 
 
-@pytest.mark.parametrize(("K", "n_hard"), [(4096, 64), (4096, 1), (4000, 10), (4099, 16), (512, 128), (512, 127), (65536, 1024)])
+@pytest.mark.parametrize(
+    ("K", "n_hard"),
+    [(4096, 64), (4096, 1), (4000, 10), (4099, 16), (512, 128), (512, 127), (65536, 1024)],
+)
 def test_hardest_are_exact_for_large_banks(K, n_hard):
-    similarity = torch.randn(3, K, generator=torch.Generator().manual_seed(K + n_hard), dtype=torch.float64)
+    similarity = torch.randn(
+        3, K, generator=torch.Generator().manual_seed(K + n_hard), dtype=torch.float64
+    )
     similarity[1] = similarity[1].sort().values  # the hardest side by side
     similarity[2].view(-1)[:: max(1, K // (2 * n_hard))] += 9  # the hardest spread out evenly
     assert torch.equal(hardest(similarity, n_hard), similarity.topk(n_hard, 1).indices)
@@ -176,7 +199,9 @@ def test_hardest_are_exact_for_large_banks(K, n_hard):
 
 def test_every_hard_row_can_be_drawn_and_no_other_row():
     q, bank = batch((1, 8, 30, 4), 0)
-    kind = Synthetic(n_hard=4, counts=(0, 0, 0, 0, 200, 0), delta=0.0)  # with delta 0 the hard rows themselves
+    kind = Synthetic(
+        n_hard=4, counts=(0, 0, 0, 0, 200, 0), delta=0.0
+    )  # with delta 0 the hard rows themselves
     draws = draw(kind, *q.shape, torch.Generator().manual_seed(0), torch.float64)
     similarity = q @ bank.T
     drawn = similarities(q, bank, similarity, hardest(similarity, 4), kind, draws)

@@ -58,7 +58,10 @@ def test_a_picture_of_views_and_one_line_for_mistakes(tmp_path, shared_images, m
         (["--cfg", ROOT / "configs/lincls_moco.yaml"], "names no views"),
         (["mocov2", ROOT / "configs"], "holds no image"),
         (["mocov2", shared_images, "--crop-min", "2"], "--crop-min: 2"),
-        (["mocov1", "--blur-sigma", "1", "2"], "--blur-sigma 1 2 has no effect: the views of mocov1"),
+        (
+            ["mocov1", "--blur-sigma", "1", "2"],
+            "--blur-sigma 1 2 has no effect: the views of mocov1",
+        ),
         ([options], f"a file, not the name of a recipe; give it with --cfg {options}"),
         ([options.parent, shared_images], f"not the name of a recipe; give --cfg {options}"),
     ):
@@ -77,7 +80,9 @@ def test_views_are_training_s(shared_images):
     ]
     cut = loader.RandomCrops(recipe, seed)
     crops = torch.stack([cut(images.read(i), (1, i))[1] for i in picked])
-    seen = color.augment(crops, recipe[1], Progress(seed, 1, step=1).generator(rng.COLOR, "cpu", 0, 1))
+    seen = color.augment(
+        crops, recipe[1], Progress(seed, 1, step=1).generator(rng.COLOR, "cpu", 0, 1)
+    )
     again = color.normalize(torch.stack(list(columns[4].images)))
     inside = (seen == again.clamp(seen.min(), seen.max())) | ((seen - again).abs() < 1e-4)
     assert inside.float().mean() > 0.999
@@ -94,9 +99,13 @@ def test_a_recipe_file_says_which_views(tmp_path):
     assert of("--cfg", configs / "synco_200.yaml")[0] == recipes.recipe("mocov2")
     assert of("--cfg", configs / "adco_multicrop_200.yaml")[0] == recipes.recipe("multicrop")
     file = tmp_path / "args.yaml"
-    file.write_text("recipe: fnc\nsupport_size: 2\nimage-size: 64\nrandaugment: [1, 3]\nblur-sigma: [0.2, 0.5]\nlr: .3\nseed: 4\n")
+    file.write_text(
+        "recipe: fnc\nsupport_size: 2\nimage-size: 64\nrandaugment: [1, 3]\nblur-sigma: [0.2, 0.5]\nlr: .3\nseed: 4\n"
+    )
     views, args = of("--cfg", file, "--image-size", 32)
-    assert views == recipes.recipe("fnc", 32, views=4, randaugment=(1, 3), blur_sigma=(0.2, 0.5)) and (args.seed, args.data) == (
+    assert views == recipes.recipe(
+        "fnc", 32, views=4, randaugment=(1, 3), blur_sigma=(0.2, 0.5)
+    ) and (args.seed, args.data) == (
         4,
         "photos",
     )
@@ -113,15 +122,29 @@ def test_any_folder_of_images_can_be_shown(tmp_path):
     for i in range(3):
         Image.fromarray(np.full((20, 30 + i, 3), 90, np.uint8)).save(folder / f"{i}.png")
     images = show_views.find(str(tmp_path / "of mine"))
-    assert [images.name(i) for i in range(len(images))] == ["deeper/0.png", "deeper/1.png", "deeper/2.png"]
+    assert [images.name(i) for i in range(len(images))] == [
+        "deeper/0.png",
+        "deeper/1.png",
+        "deeper/2.png",
+    ]
     assert show_views.find(str(folder / "1.png")).read(0).shape == (3, 20, 31)
-    assert show_views.spread(3, 5) == [0, 1, 2] and show_views.spread(10, 3) == [0, 4, 9] and show_views.spread(4, 1) == [0]
+    assert (
+        show_views.spread(3, 5) == [0, 1, 2]
+        and show_views.spread(10, 3) == [0, 4, 9]
+        and show_views.spread(4, 1) == [0]
+    )
     (folder / "@eaDir").mkdir()
     (folder / "@eaDir" / "1.png").write_bytes(b"a thumbnail")
     (folder / "0.png").rename(folder / os.fsdecode(b"\xe9.png"))
     images = show_views.find(str(tmp_path / "of mine"))
-    assert [os.fsencode(images.name(i)) for i in range(3)] == [b"deeper/1.png", b"deeper/2.png", b"deeper/\xe9.png"]
-    show_views.views_figure(images, [0, 2], recipes.recipe("mocov2", 16)).savefig(tmp_path / "views.png")
+    assert [os.fsencode(images.name(i)) for i in range(3)] == [
+        b"deeper/1.png",
+        b"deeper/2.png",
+        b"deeper/\xe9.png",
+    ]
+    show_views.views_figure(images, [0, 2], recipes.recipe("mocov2", 16)).savefig(
+        tmp_path / "views.png"
+    )
     assert show_views.find(str(folder / os.fsdecode(b"\xe9.png"))).read(0).shape == (3, 20, 30)
     (folder / "1.png").write_bytes(b"nothing")
     with pytest.raises(InputError, match=r"1\.png"):
@@ -174,7 +197,15 @@ def write_train(folder, classes):
 
 def bash(*words, env=None, **more):
     words = ["bash", *map(str, words)]
-    return subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env={**os.environ, **(env or {})}, timeout=60, **more)
+    return subprocess.run(
+        words,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, **(env or {})},
+        timeout=60,
+        **more,
+    )
 
 
 def prepare(tars, out, *options, env=None):
@@ -196,7 +227,11 @@ WHOLE = sorted(
 def test_the_archives_become_folders(tmp_path, tars):
     out = tmp_path / "with spaces" / "imagenet"
     done = prepare(tars, out)  # without labels: train/ alone, and what to fetch
-    assert done.returncode == 2 and "ILSVRC2012_devkit_t12.tar.gz" in done.stderr and len(own_lines(done.stderr)) == 1
+    assert (
+        done.returncode == 2
+        and "ILSVRC2012_devkit_t12.tar.gz" in done.stderr
+        and len(own_lines(done.stderr)) == 1
+    )
     assert [name for name in tree(out) if not name.startswith(".prepare")] == WHOLE[:12]
     done = prepare(tars, out, "--val-labels", tars / "labels")
     assert done.returncode == 0, done.stderr
@@ -208,8 +243,10 @@ def test_the_archives_become_folders(tmp_path, tars):
 def test_labels_in_other_forms(tmp_path, tars):
     named = [(f"ILSVRC2012_val_{i + 1:08d}", WNIDS[i % 3]) for i in range(6)]
     forms = (
-        "mkdir -p n00000001\n" + "".join(f"mv {name}.JPEG {wnid}/\n" for name, wnid in reversed(named)),
-        "ImageId,PredictionString\n" + "".join(f"{name},{wnid} 1 2 3 4\r\n" for name, wnid in named),
+        "mkdir -p n00000001\n"
+        + "".join(f"mv {name}.JPEG {wnid}/\n" for name, wnid in reversed(named)),
+        "ImageId,PredictionString\n"
+        + "".join(f"{name},{wnid} 1 2 3 4\r\n" for name, wnid in named),
     )
     for i, form in enumerate(forms):
         (tars / "labels").write_text(form)
@@ -223,7 +260,9 @@ def test_labels_in_other_forms(tmp_path, tars):
     ):
         (tars / "labels").write_text(text)
         done = prepare(tars, tmp_path / "none", "--val-labels", tars / "labels")
-        assert done.returncode == 2 and "labels: " in done.stderr and len(own_lines(done.stderr)) == 1, done.stderr
+        assert (
+            done.returncode == 2 and "labels: " in done.stderr and len(own_lines(done.stderr)) == 1
+        ), done.stderr
         assert what in done.stderr or "0 classes have 2" in done.stderr, done.stderr
     assert not (tmp_path / "none" / "train").exists()  # labels are looked at first
 
@@ -233,9 +272,20 @@ def test_the_devkit_s_labels(tmp_path, tars):
 
     from scipy.io import savemat
 
-    form = [("ILSVRC2012_ID", "O"), ("WNID", "O"), ("words", "O"), ("gloss", "O"), ("num_children", "O")]
+    form = [
+        ("ILSVRC2012_ID", "O"),
+        ("WNID", "O"),
+        ("words", "O"),
+        ("gloss", "O"),
+        ("num_children", "O"),
+    ]
     # the numbers are the devkit's own, not the order of the names; the last one is no class but a class's parent
-    rows = [(1, WNIDS[2], "c", "g", 0), (2, WNIDS[1], "b", "g", 0), (3, WNIDS[0], "a", "g", 0), (4, "n00000009", "p", "g", 3)]
+    rows = [
+        (1, WNIDS[2], "c", "g", 0),
+        (2, WNIDS[1], "b", "g", 0),
+        (3, WNIDS[0], "a", "g", 0),
+        (4, "n00000009", "p", "g", 3),
+    ]
     synsets = np.array(rows, dtype=form).reshape(-1, 1)
     meta = io.BytesIO()
     savemat(meta, {"synsets": synsets})
@@ -261,7 +311,12 @@ def test_stopped_anywhere_it_goes_on(tmp_path, tars):
     stub.chmod(0o755)
     tar = bash("-c", "command -v tar").stdout.strip()
     out, calls = tmp_path / "out", tmp_path / "calls"
-    env = {"PATH": f"{stub.parent}:{os.environ['PATH']}", "CALLS": str(calls), "TAR": tar, "LOCK": str(out / ".prepare/lock/pid")}
+    env = {
+        "PATH": f"{stub.parent}:{os.environ['PATH']}",
+        "CALLS": str(calls),
+        "TAR": tar,
+        "LOCK": str(out / ".prepare/lock/pid"),
+    }
     words = ["tools/prepare_imagenet.sh", tars, out, *COUNTS, "--val-labels", tars / "labels"]
     for stop in (3, 5, 4, 6, 3):
         calls.write_text("")
@@ -280,17 +335,28 @@ def test_short_classes_are_named_and_kept_as_they_are(tmp_path, tars):
     whole = (tars / "ILSVRC2012_img_train.tar").read_bytes()
     (tars / "ILSVRC2012_img_train.tar").write_bytes(whole[:9000])
     done = prepare(tars, out, *options)
-    assert done.returncode == 2 and "ILSVRC2012_img_train.tar: " in done.stderr and len(own_lines(done.stderr)) == 1
+    assert (
+        done.returncode == 2
+        and "ILSVRC2012_img_train.tar: " in done.stderr
+        and len(own_lines(done.stderr)) == 1
+    )
     cut = class_tar(WNIDS[1])
     image = 512 + -(-len(picture(0)) // 512) * 512
     for length in (700, image, image + 64, 2 * image, 4 * image, 4 * image + 512):
-        write_train(tars, {WNIDS[0]: class_tar(WNIDS[0]), WNIDS[1]: cut[:length], WNIDS[2]: class_tar(WNIDS[2])})
+        write_train(
+            tars,
+            {WNIDS[0]: class_tar(WNIDS[0]), WNIDS[1]: cut[:length], WNIDS[2]: class_tar(WNIDS[2])},
+        )
         done = prepare(tars, out, *options)
         assert done.returncode == 2 and "n00000002.tar" in done.stderr, (length, done.stderr)
         assert [folder.name for folder in (out / "train").iterdir()] == [WNIDS[0]], length
     write_train(tars, {wnid: class_tar(wnid, 3 if wnid == WNIDS[1] else 4) for wnid in WNIDS})
     done = prepare(tars, out, *options)
-    assert done.returncode == 2 and "train/ holds 11 images" in done.stderr and "n00000002 with 3" in done.stderr
+    assert (
+        done.returncode == 2
+        and "train/ holds 11 images" in done.stderr
+        and "n00000002 with 3" in done.stderr
+    )
     assert len(tree(out / "val")) == 6
     # an image lost since, or empty as after a power failure, or never there
     (tars / "ILSVRC2012_img_train.tar").write_bytes(whole)
@@ -311,7 +377,11 @@ def test_a_val_archive_without_an_image(tmp_path, tars):
         for i in range(1, 6):
             add(archive, f"ILSVRC2012_val_{i:08d}.JPEG", picture(i))
     done = prepare(tars, tmp_path / "out", "--val-labels", tars / "labels")
-    assert done.returncode == 2 and "val/n00000003 has 1 of 2" in done.stderr and not (tmp_path / "out" / "val").exists()
+    assert (
+        done.returncode == 2
+        and "val/n00000003 has 1 of 2" in done.stderr
+        and not (tmp_path / "out" / "val").exists()
+    )
 
 
 def test_disk_and_sums_are_checked_first(tmp_path, tars):
@@ -322,7 +392,11 @@ def test_disk_and_sums_are_checked_first(tmp_path, tars):
     )
     df.chmod(0o755)
     done = prepare(tars, tmp_path / "out", env={"PATH": f"{df.parent}:{os.environ['PATH']}"})
-    assert done.returncode == 2 and " 10 KiB are free" in done.stderr and not (tmp_path / "out" / "train").exists()
+    assert (
+        done.returncode == 2
+        and " 10 KiB are free" in done.stderr
+        and not (tmp_path / "out" / "train").exists()
+    )
     done = prepare(tars, tmp_path / "out", "--md5")
     assert done.returncode == 2 and "not 1d675b47d978889d74fa0da5fadfb00e" in done.stderr
     lock = tmp_path / "out" / ".prepare" / "lock"
@@ -365,8 +439,17 @@ def slurm(tmp_path):
     for name, text in stubs.items():
         (folder / name).write_text(f"#!/bin/bash\n{text}\n")
         (folder / name).chmod(0o755)
-    env = {"PATH": f"{folder}:{os.environ['PATH']}", "PYTHON": str(folder / "train"), "REQUEUED": str(tmp_path / "requeued")}
-    env |= {"SEEN": str(tmp_path / "seen"), "SLURM_JOB_ID": "77", "SLURM_GPUS_PER_NODE": "a100:2", "SLURM_JOB_NUM_NODES": "2"}
+    env = {
+        "PATH": f"{folder}:{os.environ['PATH']}",
+        "PYTHON": str(folder / "train"),
+        "REQUEUED": str(tmp_path / "requeued"),
+    }
+    env |= {
+        "SEEN": str(tmp_path / "seen"),
+        "SLURM_JOB_ID": "77",
+        "SLURM_GPUS_PER_NODE": "a100:2",
+        "SLURM_JOB_NUM_NODES": "2",
+    }
     env |= {"SLURM_CPUS_ON_NODE": "16", "SLURM_CPUS_PER_GPU": "8"}
     return env
 
@@ -380,9 +463,18 @@ def test_a_task_per_gpu_gets_every_word(tmp_path, slurm):
     assert done.returncode == 0, done.stderr
     for task in range(4):
         words = (tmp_path / "bin" / f"train.{task}").read_text()
-        assert words == f"<main_synco.py><--save-dir><{run}><--tag><two words><a * DIR><--resume><auto>"
+        assert (
+            words
+            == f"<main_synco.py><--save-dir><{run}><--tag><two words><a * DIR><--resume><auto>"
+        )
     seen = (tmp_path / "seen").read_text().split()
-    assert {"--nodes=2", "--ntasks=4", "--ntasks-per-node=2", "--cpus-per-task=8", "--kill-on-bad-exit=1"} == set(seen)
+    assert {
+        "--nodes=2",
+        "--ntasks=4",
+        "--ntasks-per-node=2",
+        "--cpus-per-task=8",
+        "--kill-on-bad-exit=1",
+    } == set(seen)
     assert not (tmp_path / "requeued").exists() and not list(run.iterdir())
 
 
@@ -393,9 +485,15 @@ def test_status_75_requeues_and_another_is_the_job_s(tmp_path, slurm):
     assert not list((tmp_path / "run").iterdir())
     (tmp_path / "requeued").unlink()
     began = time.monotonic()
-    done = bash(*RUN, tmp_path / "run", env={**slurm, "TRAIN": '[ "$SLURM_PROCID" = 1 ] && exit 3; exec sleep 30'})
+    done = bash(
+        *RUN,
+        tmp_path / "run",
+        env={**slurm, "TRAIN": '[ "$SLURM_PROCID" = 1 ] && exit 3; exec sleep 30'},
+    )
     assert done.returncode == 137 and time.monotonic() - began < 20  # the others were killed
-    done = bash(*RUN, tmp_path / "run", env={**slurm, "TRAIN": '[ "$SLURM_PROCID" = 1 ] && exit 2; exit 75'})
+    done = bash(
+        *RUN, tmp_path / "run", env={**slurm, "TRAIN": '[ "$SLURM_PROCID" = 1 ] && exit 2; exit 75'}
+    )
     assert done.returncode in (2, 137)
     done = bash(*RUN, tmp_path / "run", env={**slurm, "TRAIN": "exit 4"})
     assert done.returncode in (4, 137)
@@ -409,16 +507,31 @@ def test_signals_reach_the_scripts(tmp_path, slurm, number):
     train = 'trap "sleep .$((3 - SLURM_PROCID)); exit 75" USR1 TERM; touch "$0.up.$SLURM_PROCID"; while :; do sleep .05; done'
     folder = tmp_path / "bin"
     # sent to the task's own shell alone, which has to pass it on
-    (folder / "srun.py").write_text(SRUN.replace("SIGUSR1, send", f"{number.name}, send").replace("os.killpg", "os.kill"))
+    (folder / "srun.py").write_text(
+        SRUN.replace("SIGUSR1, send", f"{number.name}, send").replace("os.killpg", "os.kill")
+    )
     words = ["bash", *map(str, RUN), str(tmp_path / "run")]
-    job = subprocess.Popen(words, cwd=ROOT, env={**os.environ, **slurm, "TRAIN": train}, start_new_session=True, text=True)
+    job = subprocess.Popen(
+        words,
+        cwd=ROOT,
+        env={**os.environ, **slurm, "TRAIN": train},
+        start_new_session=True,
+        text=True,
+    )
     end = time.monotonic() + 30
     while len(list(folder.glob("train.up.*"))) < 4 and time.monotonic() < end:
         time.sleep(0.05)
     if number == signal.SIGTERM:
         os.killpg(job.pid, number)
     else:
-        os.kill(int(subprocess.run(["pgrep", "-P", str(job.pid)], capture_output=True, text=True).stdout.split()[0]), number)
+        os.kill(
+            int(
+                subprocess.run(
+                    ["pgrep", "-P", str(job.pid)], capture_output=True, text=True
+                ).stdout.split()[0]
+            ),
+            number,
+        )
     assert job.wait(30) == 75
     assert (tmp_path / "requeued").exists() == (number == signal.SIGUSR1)
 
@@ -432,7 +545,9 @@ def test_what_a_job_cannot_do_is_one_line(tmp_path, slurm):
         (["main_synco.py", "--output", "x", "--multiprocessing-distributed"], "leave it out"),
     ):
         done = bash("tools/slurm.sh", *words, env=slurm)
-        assert done.returncode == 2 and what in done.stderr and len(own_lines(done.stderr)) == 1, done.stderr
+        assert done.returncode == 2 and what in done.stderr and len(own_lines(done.stderr)) == 1, (
+            done.stderr
+        )
     done = bash(*RUN, tmp_path / "run", env={**slurm, "SLURM_JOB_ID": ""})
     assert done.returncode == 2 and "submit it" in done.stderr and not (tmp_path / "run").exists()
 

@@ -48,11 +48,20 @@ def by_a_slow_loop(x, y, kind, seed):
         each = []
         for out in range(3):
             if kind == "svm":
-                classifier = LinearSVC(C=cost, class_weight={1: 2}, dual=True, max_iter=1_000_000, tol=1e-8, random_state=0)
+                classifier = LinearSVC(
+                    C=cost,
+                    class_weight={1: 2},
+                    dual=True,
+                    max_iter=1_000_000,
+                    tol=1e-8,
+                    random_state=0,
+                )
             else:
                 classifier = LogisticRegression(C=cost, solver="newton-cg", tol=1e-8)
             classifier.fit(x[fold != out], y[fold != out])
-            each.append(average_precision_by_hand(y[fold == out], x[fold == out] @ classifier.coef_[0]))
+            each.append(
+                average_precision_by_hand(y[fold == out], x[fold == out] @ classifier.coef_[0])
+            )
         found.append(np.mean(each))
     return found
 
@@ -69,10 +78,17 @@ def test_each_class_has_the_cost_of_the_best_cross_validated_precision(kind, see
         assert len(set(precision)) == len(COSTS)
         assert cost == COSTS[int(np.argmax(precision))]
         mine = voc.cross_validated(
-            voc.unit(x), np.flatnonzero(known), labels[known, c], voc.folds(labels[known, c], seed), 1.0, kind
+            voc.unit(x),
+            np.flatnonzero(known),
+            labels[known, c],
+            voc.folds(labels[known, c], seed),
+            1.0,
+            kind,
         )
         assert mine == pytest.approx(precision[2], abs=1e-3)
-        alone = voc.fit(voc.unit(x)[known], labels[known, c], kind, cost).decision_function(voc.unit(test))
+        alone = voc.fit(voc.unit(x)[known], labels[known, c], kind, cost).decision_function(
+            voc.unit(test)
+        )
         assert np.array_equal(scores[:, c], alone)
 
 
@@ -95,10 +111,15 @@ def test_a_classifier_minimises_its_objective(kind, cost):
         slope = -2 * sign * np.maximum(0, 1 - sign * score) * np.where(y, 2, 1)
     else:
         slope = 1 / (1 + np.exp(-score)) - y
-    gradient = np.append(weight + cost * x.T @ slope, (bias if kind == "svm" else 0) + cost * slope.sum())
+    gradient = np.append(
+        weight + cost * x.T @ slope, (bias if kind == "svm" else 0) + cost * slope.sum()
+    )
     assert np.abs(gradient).max() < 2e-3 * cost * np.abs(slope).sum()
     if kind == "svm":  # as it does not where positives count once
-        assert np.abs(weight + cost * x.T @ (slope / np.where(y, 2, 1))).max() > 0.02 * cost * np.abs(slope).sum()
+        assert (
+            np.abs(weight + cost * x.T @ (slope / np.where(y, 2, 1))).max()
+            > 0.02 * cost * np.abs(slope).sum()
+        )
 
 
 def test_folds_share_both_labels_out_and_follow_the_seed():
@@ -116,7 +137,9 @@ def test_an_image_that_does_not_count_for_a_class_changes_nothing_there(kind):
     x, labels, test, _ = features()
     before, chosen = voc.classify(x, labels, test, kind, COSTS, 0, jobs=1)
     others = x.copy()
-    others[labels[:, 1] == -1] = 1 + np.random.default_rng(1).normal(size=(np.sum(labels[:, 1] == -1), 40))
+    others[labels[:, 1] == -1] = 1 + np.random.default_rng(1).normal(
+        size=(np.sum(labels[:, 1] == -1), 40)
+    )
     after, again = voc.classify(others, labels, test, kind, COSTS, 0, jobs=1)
     assert np.array_equal(before[:, 1], after[:, 1]) and chosen[1] == again[1]
     assert not np.allclose(before[:, 0], after[:, 0]) and not np.allclose(before[:, 2], after[:, 2])
@@ -188,10 +211,20 @@ def results(folder):
 def whole(tree, tmp_path_factory):
     """A run of two processes: what it printed, its run folder, and its features."""
     folder = tmp_path_factory.mktemp("run")
-    command = ("main_voc07.py", tree, *SMALL, "--dump-features", folder / "features", "--save-dir", folder / "run")
+    command = (
+        "main_voc07.py",
+        tree,
+        *SMALL,
+        "--dump-features",
+        folder / "features",
+        "--save-dir",
+        folder / "run",
+    )
     start = time.monotonic()
     result = shell(*command, "--multiprocessing-distributed", "--nproc-per-node", 2)
-    assert time.monotonic() - start < 240  # no rank waits for idle worker processes, which stay for 300 s
+    assert (
+        time.monotonic() - start < 240
+    )  # no rank waits for idle worker processes, which stay for 300 s
     assert result.returncode == 0, result.stderr
     assert "Traceback" not in result.stderr, result.stderr
     return result.stdout, folder / "run", folder / "features"
@@ -203,9 +236,14 @@ def test_classes_of_a_colour_are_told_apart_and_shuffled_ones_are_not(whole):
     values = found["metrics"]
     assert (found["protocol"], found["dataset"], found["method"]) == ("voc07", "voc2007", "random")
     assert set(values) == {"map11", "map", *(f"ap_{name}" for name in (*COLOURS, "dog"))}
-    assert values["map11"] == pytest.approx(np.mean([values[name] for name in values if name.startswith("ap_")]))
+    assert values["map11"] == pytest.approx(
+        np.mean([values[name] for name in values if name.startswith("ap_")])
+    )
     assert min(values[f"ap_{name}"] for name in COLOURS) > 0.9
-    assert f"* mAP {100 * values['map11']:.3f} (11 points)  {100 * values['map']:.3f} (area)" in out.splitlines()
+    assert (
+        f"* mAP {100 * values['map11']:.3f} (11 points)  {100 * values['map']:.3f} (area)"
+        in out.splitlines()
+    )
     lines = {words[0]: line for line in out.splitlines() if (words := line.split())}
     for name in COLOURS:
         assert f"AP {100 * values[f'ap_{name}']:.3f}" in lines[name] and "(C " in lines[name]
@@ -213,8 +251,12 @@ def test_classes_of_a_colour_are_told_apart_and_shuffled_ones_are_not(whole):
     # every image ties for a dog: its precision is the share of dogs
     assert values["ap_dog"] == pytest.approx(np.mean(np.arange(40) % 9 == 2))
     x, y, test, labels = (np.load(files / f"{name}.npy") for name in FILES)
-    shuffled, _ = voc.classify(x, np.random.default_rng(0).permutation(y), test, "svm", COSTS, 0, jobs=1)
-    assert metrics.mean_average_precision(shuffled, labels)["map11"] < values["map11"] - 0.1  # of which a quarter is the dog's
+    shuffled, _ = voc.classify(
+        x, np.random.default_rng(0).permutation(y), test, "svm", COSTS, 0, jobs=1
+    )
+    assert (
+        metrics.mean_average_precision(shuffled, labels)["map11"] < values["map11"] - 0.1
+    )  # of which a quarter is the dog's
 
 
 FILES = ("train_features", "train_labels", "val_features", "val_labels")
@@ -222,7 +264,15 @@ FILES = ("train_features", "train_labels", "val_features", "val_labels")
 
 def test_one_process_finds_what_two_do(whole, tree, script, tmp_path):
     _, run, files = whole
-    status, _, err = script("main_voc07", tree, *SMALL, "--save-dir", tmp_path / "one", "--dump-features", tmp_path / "features")
+    status, _, err = script(
+        "main_voc07",
+        tree,
+        *SMALL,
+        "--save-dir",
+        tmp_path / "one",
+        "--dump-features",
+        tmp_path / "features",
+    )
     assert status == 0, err
     for name in FILES:
         one, two = (np.load(folder / f"{name}.npy") for folder in (tmp_path / "features", files))
@@ -230,13 +280,23 @@ def test_one_process_finds_what_two_do(whole, tree, script, tmp_path):
     assert results(tmp_path / "one")["metrics"] == pytest.approx(results(run)["metrics"], abs=0.01)
     # features of other lengths than 1: they are kept as they come
     assert (
-        np.ptp(np.linalg.norm(one if one.ndim == 2 and one.shape[1] > 20 else np.load(files / "train_features.npy"), axis=1)) > 0.1
+        np.ptp(
+            np.linalg.norm(
+                one
+                if one.ndim == 2 and one.shape[1] > 20
+                else np.load(files / "train_features.npy"),
+                axis=1,
+            )
+        )
+        > 0.1
     )
 
 
 def test_features_from_files_give_the_same_results(whole, script, tmp_path):
     _, run, files = whole
-    status, _, err = script("main_voc07", "--load-features", files, "--save-dir", tmp_path, "--c", 0.1, 1, 10, 100)
+    status, _, err = script(
+        "main_voc07", "--load-features", files, "--save-dir", tmp_path, "--c", 0.1, 1, 10, 100
+    )
     assert status == 0, err
     assert results(tmp_path)["metrics"] == results(run)["metrics"]
 
@@ -258,7 +318,17 @@ def test_what_is_difficult_is_neither_trained_nor_scored(kind, whole, script, tm
         for name, array in zip(FILES, (x, y, test, labels), strict=True):
             np.save(folder / f"{name}.npy", array)
         (folder / "meta.json").write_text((whole[2] / "meta.json").read_text())
-        options = ("--load-features", folder, "--save-dir", folder / "run", "--classifier", kind, "--c", 0.1, 10)
+        options = (
+            "--load-features",
+            folder,
+            "--save-dir",
+            folder / "run",
+            "--classifier",
+            kind,
+            "--c",
+            0.1,
+            10,
+        )
         status, _, err = script("main_voc07", *options)
         assert status == 0, err
         found.append(results(folder / "run"))
@@ -269,11 +339,24 @@ def test_what_is_difficult_is_neither_trained_nor_scored(kind, whole, script, tm
     if kind == "svm":
         known = labels[:, bird] >= 0
         scores, _ = voc.classify(x, y, test, kind, [0.1, 10.0], 0, jobs=1)
-        assert after["ap_bird"] == pytest.approx(eleven_points_by_hand(labels[known, bird], scores[known, bird]))
+        assert after["ap_bird"] == pytest.approx(
+            eleven_points_by_hand(labels[known, bird], scores[known, bird])
+        )
 
 
 def test_the_linear_classifier_tells_colours_too(whole, script, tmp_path):
-    options = ("--load-features", whole[2], "--save-dir", tmp_path, "--classifier", "linear", "--c", 1, 10, 100)
+    options = (
+        "--load-features",
+        whole[2],
+        "--save-dir",
+        tmp_path,
+        "--classifier",
+        "linear",
+        "--c",
+        1,
+        10,
+        100,
+    )
     assert script("main_voc07", *options)[0] == 0
     assert min(results(tmp_path)["metrics"][f"ap_{name}"] for name in COLOURS) > 0.9
 
@@ -283,7 +366,9 @@ def test_the_linear_classifier_tells_colours_too(whole, script, tmp_path):
 
 @pytest.mark.parametrize("dataset", ["imagenet", "cifar10", "flowers"])
 def test_images_of_one_class_each_are_refused(dataset, script, tmp_path):
-    refused(script("main_voc07", tmp_path, "--dataset", dataset), dataset, "one class each", "voc2007")
+    refused(
+        script("main_voc07", tmp_path, "--dataset", dataset), dataset, "one class each", "voc2007"
+    )
 
 
 def test_mistakes_are_one_line(script, tmp_path, images):
@@ -295,7 +380,15 @@ def test_mistakes_are_one_line(script, tmp_path, images):
         refused(script("main_voc07", tmp_path, "--c", 1, c), "--c" if c != "x" else "x")
     refused(script("main_voc07", tmp_path, "--classifier", "forest"), "forest")
     files = tmp_path / "features"
-    command = ("main_knn", images, *SMALL[:8], "--dump-features", files, "--save-dir", tmp_path / "knn")
+    command = (
+        "main_knn",
+        images,
+        *SMALL[:8],
+        "--dump-features",
+        files,
+        "--save-dir",
+        tmp_path / "knn",
+    )
     assert script(*command)[0] == 0
     refused(script("main_voc07", "--load-features", files), "one class each")
 

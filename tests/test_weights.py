@@ -33,8 +33,16 @@ from tools import collect, export, runs
 
 # reading its first byte is an I/O error, for root too
 FAILS = Path("/proc/self/mem")
-wants_proc = pytest.mark.skipif(not FAILS.exists(), reason="needs a file that opens and cannot be read")
-RESUMABLE = {"epoch": 1, "args": {}, "state_dict": {}, "optimizer": {}, "progress": {"step": 1, "seed": 0}}
+wants_proc = pytest.mark.skipif(
+    not FAILS.exists(), reason="needs a file that opens and cannot be read"
+)
+RESUMABLE = {
+    "epoch": 1,
+    "args": {},
+    "state_dict": {},
+    "optimizer": {},
+    "progress": {"step": 1, "seed": 0},
+}
 
 
 # what is read
@@ -47,14 +55,17 @@ def test_settings_and_numbers_next_to_tensors_are_read(tmp_path, monkeypatch):
     counts = defaultdict(list)
     counts["a"].append(np.int64(3))
     state = {
-        "args": argparse.Namespace(arch="resnet18", image_size=96, out=pathlib.Path("a/b"), inner=argparse.Namespace(x=1)),
+        "args": argparse.Namespace(
+            arch="resnet18", image_size=96, out=pathlib.Path("a/b"), inner=argparse.Namespace(x=1)
+        ),
         "best": np.float64(0.5),
         "single": np.float32(0.25),
         "bool": np.bool_(True),
         "counts": counts,
         "when": datetime.datetime(2020, 1, 2, 3),
         "for": datetime.timedelta(seconds=3),
-        "generator": np.random.default_rng(0).bit_generator.state | {"words": np.random.RandomState(0).get_state()},
+        "generator": np.random.default_rng(0).bit_generator.state
+        | {"words": np.random.RandomState(0).get_state()},
         "settings": easydict.EasyDict(depth=18, kind=easydict.EasyDict(a=1)),
         "state_dict": {"x": torch.ones(2)},
         "epoch": 7,
@@ -63,10 +74,17 @@ def test_settings_and_numbers_next_to_tensors_are_read(tmp_path, monkeypatch):
         torch.save(state, tmp_path / "x.pth", _use_new_zipfile_serialization=not older)
         found = checkpoint.load(str(tmp_path / "x.pth"))
         assert torch.equal(found["state_dict"]["x"], torch.ones(2))
-        assert (found["best"], found["single"], found["bool"], found["counts"]) == (0.5, 0.25, True, {"a": [3]})
+        assert (found["best"], found["single"], found["bool"], found["counts"]) == (
+            0.5,
+            0.25,
+            True,
+            {"a": [3]},
+        )
         assert found["settings"] == {"depth": 18, "kind": {"a": 1}} and found["args"].out == "a/b"
         facts = metadata.about(found)
-        assert facts.options["image_size"] == 96 and facts.options["inner"].x == 1 and facts.epoch == 7
+        assert (
+            facts.options["image_size"] == 96 and facts.options["inner"].x == 1 and facts.epoch == 7
+        )
 
 
 def test_settings_of_omegaconf_are_read(tmp_path):
@@ -104,16 +122,20 @@ def test_a_number_that_is_none_stays_unread(value, tmp_path, monkeypatch):
 def test_a_network_as_an_object_is_refused_with_what_to_do(tmp_path):
     torch.save({"model": torch.nn.Linear(2, 2)}, tmp_path / "x.pth")
     with pytest.raises(
-        InputError, match=r"holds a network as a Python object \(torch\.nn\.modules\.linear\.Linear\).*state_dict\(\)"
+        InputError,
+        match=r"holds a network as a Python object \(torch\.nn\.modules\.linear\.Linear\).*state_dict\(\)",
     ):
         checkpoint.load(str(tmp_path / "x.pth"))
     torch.save({"state_dict": {}, "x": Counted("aab")}, tmp_path / "x.pth")
     with pytest.raises(
-        InputError, match=r"holds Python objects .* save its state_dict alone .*first object is a test_weights\.Counted"
+        InputError,
+        match=r"holds Python objects .* save its state_dict alone .*first object is a test_weights\.Counted",
     ):
         checkpoint.load(str(tmp_path / "x.pth"))
     torch.save({"state_dict": {}, "x": Code()}, tmp_path / "x.pth")
-    with pytest.raises(InputError, match=r"holds Python objects .* save its state_dict alone .*weights_only=False"):
+    with pytest.raises(
+        InputError, match=r"holds Python objects .* save its state_dict alone .*weights_only=False"
+    ):
         checkpoint.load(str(tmp_path / "x.pth"))
 
 
@@ -134,9 +156,17 @@ def test_what_a_file_holds_is_in_memory_once(tmp_path):
     )
     torch.save({"x": torch.zeros(1)}, tmp_path / "small.pth")
     save_file({"x": torch.zeros(1)}, tmp_path / "small.safetensors")
-    for name, small in (("x.pth", "small.pth"), ("x.safetensors", "small.safetensors"), ("cut.pth", "small.pth")):
+    for name, small in (
+        ("x.pth", "small.pth"),
+        ("x.safetensors", "small.safetensors"),
+        ("cut.pth", "small.pth"),
+    ):
         done = shell("-c", code, tmp_path / name, tmp_path / small)
-        assert done.returncode == 0 and float(done.stdout) < 96 + 40, (name, done.stdout, done.stderr)
+        assert done.returncode == 0 and float(done.stdout) < 96 + 40, (
+            name,
+            done.stdout,
+            done.stderr,
+        )
 
 
 # what is not
@@ -165,7 +195,10 @@ def tarred(path):
 
 
 OTHERS = {
-    "model.ckpt-1.index": (bytes(40) + bytes.fromhex("57fb808b247547db"), "a TensorFlow checkpoint"),
+    "model.ckpt-1.index": (
+        bytes(40) + bytes.fromhex("57fb808b247547db"),
+        "a TensorFlow checkpoint",
+    ),
     "model.ckpt-1.data-00000-of-00001": (b"\x01\x02" * 40, "a TensorFlow checkpoint"),
     "checkpoint": (b'model_checkpoint_path: "model.ckpt-1"\n', "a TensorFlow checkpoint"),
     "saved_model.pb": (b"\x08\x01\x12\xff" + bytes(40), "a TensorFlow SavedModel"),
@@ -173,15 +206,24 @@ OTHERS = {
     "x.npz": (npz, "NumPy arrays (.npz)"),
     "x.npy": (b"\x93NUMPY\x01\x00" + bytes(40), "an array of NumPy"),
     "x.onnx": (onnx(), "an ONNX model"),
-    "x.pkl": (pickle.dumps({"model": {"x": np.zeros(3)}}), "a pickle that torch.save did not write, such as detectron2's"),
-    "x.pth": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "git lfs pull"),
+    "x.pkl": (
+        pickle.dumps({"model": {"x": np.zeros(3)}}),
+        "a pickle that torch.save did not write, such as detectron2's",
+    ),
+    "x.pth": (
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
+        "git lfs pull",
+    ),
     "page.pth": (b"\n<!DOCTYPE html><html><body>404</body></html>", "a web page"),
     "error.pth": (b'<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>', "a web page"),
     "words.pth": (b"# a page of text\nand more", "a text file that begins with '# a page of text'"),
     "x.pth.gz": (gzip.compress(b"x" * 99), "compressed; unpack it"),
     "x.zip": (zipped, "a zip archive of"),
     "x.tar": (tarred, "a tar archive; unpack it"),
-    "x.pt": (script, "a TorchScript program, which loading would run; if you trust it, run torch.save(torch.jit.load("),
+    "x.pt": (
+        script,
+        "a TorchScript program, which loading would run; if you trust it, run torch.save(torch.jit.load(",
+    ),
     "empty.pth": (b"", "empty"),
     "bytes.pth": (bytes(range(128, 256)) * 9, "neither a torch.save nor a safetensors file"),
     "zeros.pth": (bytes(999), "neither a torch.save nor a safetensors file"),
@@ -199,7 +241,9 @@ def test_another_file_is_called_by_its_name(name, tmp_path):
         path = path.rename(tmp_path / other)
         with pytest.raises(InputError) as error:
             checkpoint.load(str(path))
-        assert str(error.value).startswith(f"{path}: not a readable checkpoint: it is ") and said in str(error.value)
+        assert str(error.value).startswith(
+            f"{path}: not a readable checkpoint: it is "
+        ) and said in str(error.value)
 
 
 def test_the_prefix_of_a_tensorflow_checkpoint(tmp_path):
@@ -213,7 +257,10 @@ def test_the_prefix_of_a_tensorflow_checkpoint(tmp_path):
     [
         (("config.json", "model.safetensors", "optimizer.pt"), "model.safetensors"),
         (("config.json", "pytorch_model.bin"), "pytorch_model.bin"),
-        (("checkpoint_0000.pth.tar", "checkpoint_0001.pth.tar", "log.jsonl"), "checkpoint_0001.pth.tar"),
+        (
+            ("checkpoint_0000.pth.tar", "checkpoint_0001.pth.tar", "log.jsonl"),
+            "checkpoint_0001.pth.tar",
+        ),
         (("saved_model.pb", "variables"), "a TensorFlow model lies there"),
         (("notes.txt",), "no checkpoint lies there"),
     ],
@@ -228,7 +275,10 @@ def test_of_a_folder_the_file_to_give_is_named(names, said, tmp_path):
 @pytest.mark.parametrize(
     ("call", "store"),
     [
-        (("main_lincls", "DIR", "--pretrained", "gs://a/b.pth"), "--pretrained gs://a/b.pth: is a URL (Google Cloud Storage)"),
+        (
+            ("main_lincls", "DIR", "--pretrained", "gs://a/b.pth"),
+            "--pretrained gs://a/b.pth: is a URL (Google Cloud Storage)",
+        ),
         (("main_synco", "DIR", "--resume", "s3://a/b"), "--resume s3://a/b: is a URL (Amazon S3)"),
         (("main_synco", "hdfs://a/b"), "hdfs://a/b: is a URL (Hadoop"),
         (("main_synco", "--data", "https://a/b"), "--data https://a/b: is a URL (the web)"),
@@ -255,10 +305,21 @@ def encoder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("encoder")
     torch.manual_seed(0)
     net = models.resnet18(num_classes=3)
-    state = {"arch": "resnet18", "method": "moco", "epoch": 5, "args": {"image_size": 32}, "state_dict": net.state_dict()}
+    state = {
+        "arch": "resnet18",
+        "method": "moco",
+        "epoch": 5,
+        "args": {"image_size": 32},
+        "state_dict": net.state_dict(),
+    }
     torch.save(state, folder / "x.pth.tar")
     args = argparse.Namespace(
-        checkpoint=str(folder / "x.pth.tar"), out=folder / "x.safetensors", arch=None, image_size=None, hub=False, force=False
+        checkpoint=str(folder / "x.pth.tar"),
+        out=folder / "x.safetensors",
+        arch=None,
+        image_size=None,
+        hub=False,
+        force=False,
     )
     export.export(args)
     return net, folder / "x.safetensors"
@@ -278,7 +339,11 @@ def test_an_export_says_what_it_is(encoder, script, shared_images, tmp_path):
     status, out, err = script("main_knn", *command, "--save-dir", tmp_path / "knn")
     assert status == 0 and "120 of 120 backbone tensors matched\n" in out, err
     results = json.loads((tmp_path / "knn" / "results.json").read_text())
-    assert (results["arch"], results["method"], results["pretrain_epochs"]) == ("resnet18", "moco", 5)
+    assert (results["arch"], results["method"], results["pretrain_epochs"]) == (
+        "resnet18",
+        "moco",
+        5,
+    )
 
 
 def test_safetensors_of_other_software(encoder, tmp_path):
@@ -300,7 +365,11 @@ def test_safetensors_that_are_cut_or_resumed(encoder, script, shared_images, tmp
         with pytest.raises(InputError, match="truncated or damaged"):
             checkpoint.load(str(tmp_path / "cut.safetensors"))
     resumed = (shared_images, "--resume", file, "--save-dir", tmp_path / "run")
-    refused(script("main_lincls", *resumed), "x.safetensors: cannot be resumed", "give it with --pretrained")
+    refused(
+        script("main_lincls", *resumed),
+        "x.safetensors: cannot be resumed",
+        "give it with --pretrained",
+    )
     said = "x.safetensors: cannot be resumed: a .safetensors file holds weights alone"
     refused(script("main_synco", *resumed, *SMALL), said, "pre-training cannot start from them")
 
@@ -411,12 +480,25 @@ def test_nor_is_any_other_file_that_cannot_be_read(script, tmp_path, monkeypatch
     folder = tmp_path / "features"
     folder.mkdir()
     (folder / "meta.json").symlink_to(FAILS)
-    refused(script("main_knn", "--load-features", folder), "meta.json: cannot be read: Input/output error")
+    refused(
+        script("main_knn", "--load-features", folder),
+        "meta.json: cannot be read: Input/output error",
+    )
     dump = ("main_knn", "photos", "-a", "resnet18", "--dump-features", folder)
     refused(script(*dump), "holds features; choose another folder")
-    meta = {"arch": "resnet18", "method": "moco", "checkpoint": None, "pretrain_epochs": 1, "dataset": "imagenet", "data": "d"}
+    meta = {
+        "arch": "resnet18",
+        "method": "moco",
+        "checkpoint": None,
+        "pretrain_epochs": 1,
+        "dataset": "imagenet",
+        "data": "d",
+    }
     meta |= {"class_list": None, "image_size": 32, "amp": "off", "seed": 0, "classes": ["a", "b"]}
     (folder / "meta.json").unlink()
     (folder / "meta.json").write_text(json.dumps(meta))
     (folder / "train_features.npy").symlink_to(FAILS)
-    refused(script("main_knn", "--load-features", folder), "train_features.npy: cannot be read: Input/output error")
+    refused(
+        script("main_knn", "--load-features", folder),
+        "train_features.npy: cannot be read: Input/output error",
+    )

@@ -55,7 +55,9 @@ class Best(NamedTuple):
 
 
 def main() -> int:
-    parser = tool.OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = tool.OneLineParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path, help="where the run folders lie, at any depth")
     files = "also write table.md and table.csv to this folder"
     parser.add_argument("--out", type=Path, metavar="DIR", help=files)
@@ -92,7 +94,9 @@ def collect(folder: Path) -> dict[tuple[Encoder, tuple[str, str]], Best]:
         for run in read(file):
             groups[run.encoder, run.column].append(run)
     if not groups:
-        raise InputError(f"{folder}: no results.json of an evaluation script below it; give a folder that holds their run folders")
+        raise InputError(
+            f"{folder}: no results.json of an evaluation script below it; give a folder that holds their run folders"
+        )
     return {cell: best(runs) for cell, runs in groups.items()}
 
 
@@ -110,14 +114,18 @@ def read(file: Path) -> Iterable[Run]:
     try:
         return list(_runs(found))
     except Exception:  # some of it is absent, or of another kind
-        raise InputError(f"{file}: does not hold what an evaluation script writes; {again}") from None
+        raise InputError(
+            f"{file}: does not hold what an evaluation script writes; {again}"
+        ) from None
 
 
 def _runs(found: dict[str, Any]) -> Iterable[Run]:
     for name in ("method", "arch", "dataset", "protocol"):
         if not isinstance(found[name], str):
             raise TypeError(name)
-    encoder = Encoder(found["method"], found["arch"], found.get("pretrain_epochs"), found["checkpoint"])
+    encoder = Encoder(
+        found["method"], found["arch"], found.get("pretrain_epochs"), found["checkpoint"]
+    )
     settings, metrics = dict(found.get("settings", {})), found["metrics"]
     seed = settings.pop("seed", None)
     dataset = Path(found["dataset"]).name
@@ -136,7 +144,9 @@ def _runs(found: dict[str, Any]) -> Iterable[Run]:
         )
 
 
-def figures(protocol: str, metrics: dict[str, float], settings: dict[str, Any]) -> Iterable[tuple[str, str]]:
+def figures(
+    protocol: str, metrics: dict[str, float], settings: dict[str, Any]
+) -> Iterable[tuple[str, str]]:
     """Yield the metrics that count, with the titles of their columns.
 
     k-NN with another temperature, or on other features, has a column of its own. Results of older
@@ -181,21 +191,39 @@ def best(runs: list[Run]) -> Best:
 
 def markdown(cells: dict[tuple[Encoder, tuple[str, str]], Best]) -> str:
     """The table that a paper prints, accuracies in per cent."""
-    encoders = sorted({encoder for encoder, _ in cells}, key=lambda e: (e.method, e.arch, e.epochs or 0, e.checkpoint or ""))
+    encoders = sorted(
+        {encoder for encoder, _ in cells},
+        key=lambda e: (e.method, e.arch, e.epochs or 0, e.checkpoint or ""),
+    )
     columns = sorted({column for _, column in cells})
     # encoders of one kind are told apart by their files
     kinds = [(e.method, e.arch, e.epochs) for e in encoders]
     twice = any(kinds.count(kind) > 1 for kind in kinds)
-    lines = [["method", "arch", "epochs", *(["checkpoint"] if twice else []), *(" ".join(column) for column in columns)]]
+    lines = [
+        [
+            "method",
+            "arch",
+            "epochs",
+            *(["checkpoint"] if twice else []),
+            *(" ".join(column) for column in columns),
+        ]
+    ]
     lines.append(["---"] * len(lines[0]))
     for e in encoders:
-        row = [e.method, e.arch, "" if e.epochs is None else str(e.epochs), *([e.checkpoint or ""] if twice else [])]
+        row = [
+            e.method,
+            e.arch,
+            "" if e.epochs is None else str(e.epochs),
+            *([e.checkpoint or ""] if twice else []),
+        ]
         lines.append(row + [cell(cells.get((e, column))) for column in columns])
     text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
     chosen = [choice(*place, found) for place, found in cells.items() if found.tried > 1]
     text += "".join(f"\n{line}\n" for line in sorted(chosen))
     if any(found.on_val for found in cells.values()):
-        text += "\n\\* the best of several settings, chosen on the very images that it is tested on\n"
+        text += (
+            "\n\\* the best of several settings, chosen on the very images that it is tested on\n"
+        )
     return text
 
 
@@ -228,7 +256,11 @@ def as_csv(cells: dict[tuple[Encoder, tuple[str, str]], Best]) -> str:
     for (encoder, column), found in cells.items():
         values = [run.value for run in found.runs]
         std = statistics.stdev(values) if len(values) > 1 else ""
-        second = statistics.mean(run.second for run in found.runs) if found.runs[0].second is not None else ""
+        second = (
+            statistics.mean(run.second for run in found.runs)
+            if found.runs[0].second is not None
+            else ""
+        )
         seeds = " ".join(str(run.seed) for run in found.runs)
         chosen = "" if found.tried == 1 else "val" if found.on_val else "held out"
         row = [*encoder, *column, found.runs[0].metric, statistics.mean(values), std, second]

@@ -23,16 +23,25 @@ COMMON = ["photos", "--arch", "resnet18", "--image-size", "32", "--workers", "1"
 # at this size the statistics of smaller ones are mostly noise.
 SMALL = "--batch-size 32 --lr 0.008 --moco-m 0.99 --bn-splits 1 --save-every 1000".split()
 MOCOV2 = [*SMALL, *"--moco-k 256 --mlp --moco-t 0.2 --aug-plus --cos".split()]
-PRETRAIN = [*MOCOV2, *"--knn-every 5 --n-hard 16 --n1 2 --n2 2 --n3 2 --n4 1 --n5 1 --n6 1 --warmup-epochs 4".split()]
+PRETRAIN = [
+    *MOCOV2,
+    *"--knn-every 5 --n-hard 16 --n1 2 --n2 2 --n3 2 --n4 1 --n5 1 --n6 1 --warmup-epochs 4".split(),
+]
 # Pre-trained features are about four times as long as random ones and want lower rates: the best rate counts for either.
 LINEAR = "--batch-size 32 --lr 0.01 0.03 0.1 0.3 1 --cos".split()
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/demo"))
-    parser.add_argument("--short", action="store_true", help="two epochs each, no gain required: a quick check that all parts run")
+    parser.add_argument(
+        "--short",
+        action="store_true",
+        help="two epochs each, no gain required: a quick check that all parts run",
+    )
     args = parser.parse_args()
     epochs, probe_epochs = (2, 2) if args.short else (20, 12)
 
@@ -42,17 +51,29 @@ def main() -> int:
         print(f"{given} exists; this demo writes to {args.out}")
     run = args.out / "pretrain"
     minutes = "1 or 2 minutes" if args.short else "5 to 7 minutes"
-    print(f"takes {minutes} on two idle cores, several times as long on busy ones; writes to {args.out}")
+    print(
+        f"takes {minutes} on two idle cores, several times as long on busy ones; writes to {args.out}"
+    )
     print(f"\n1 of 5: pre-train an encoder with SynCo, without labels, for {epochs} epochs")
     call(args.seed, "main_synco.py", run, *PRETRAIN, "--epochs", epochs)
     encoder = ["--pretrained", next(run.glob("checkpoint_*.pth.tar"))]
     results = {}
     for part, (prefix, source) in enumerate((("random_", []), ("", encoder))):
         of = "the pre-trained encoder" if source else "a random encoder, to compare with"
-        print(f"\n{2 * part + 2} of 5: classify val images by their nearest neighbours in train, with {of}")
+        print(
+            f"\n{2 * part + 2} of 5: classify val images by their nearest neighbours in train, with {of}"
+        )
         knn = call(args.seed, "main_knn.py", args.out / f"{prefix}knn", "--k", 20, *source)
         print(f"\n{2 * part + 3} of 5: train a linear classifier on the frozen features of {of}")
-        linear = call(args.seed, "main_lincls.py", args.out / f"{prefix}linear", *LINEAR, "--epochs", probe_epochs, *source)
+        linear = call(
+            args.seed,
+            "main_lincls.py",
+            args.out / f"{prefix}linear",
+            *LINEAR,
+            "--epochs",
+            probe_epochs,
+            *source,
+        )
         results |= {f"{prefix}knn": knn["knn_20"], f"{prefix}linear": linear["acc1"]}
     results |= {"seed": args.seed, "seconds": round(time.perf_counter() - began, 1)}
     write_json(args.out / "results.json", results)
@@ -60,12 +81,25 @@ def main() -> int:
     return show(results, args)
 
 
-def call(seed: int, script: str, folder: Path, *options: object, quiet: bool = False) -> dict[str, float]:
+def call(
+    seed: int, script: str, folder: Path, *options: object, quiet: bool = False
+) -> dict[str, float]:
     """Run one of the scripts as its user would; returns the metrics that it wrote, if any."""
-    command = [sys.executable, script, *COMMON, "--seed", seed, "--save-dir", folder.resolve(), *options]
+    command = [
+        sys.executable,
+        script,
+        *COMMON,
+        "--seed",
+        seed,
+        "--save-dir",
+        folder.resolve(),
+        *options,
+    ]
     command = [str(word) for word in command]
     print("\n$ python", *command[1:], flush=True)
-    status = subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL if quiet else None).returncode
+    status = subprocess.run(
+        command, cwd=ROOT, stdout=subprocess.DEVNULL if quiet else None
+    ).returncode
     if status:
         sys.exit(status)
     written = folder / "results.json"
@@ -74,7 +108,9 @@ def call(seed: int, script: str, folder: Path, *options: object, quiet: bool = F
 
 def show(results: dict[str, float], args: argparse.Namespace) -> int:
     """Print the table; returns the exit status."""
-    print(f"\nphotos, ResNet-18 at 32 pixels, seed {args.seed}: top-1 on val, {results['seconds']:.0f} seconds in all")
+    print(
+        f"\nphotos, ResNet-18 at 32 pixels, seed {args.seed}: top-1 on val, {results['seconds']:.0f} seconds in all"
+    )
     print(f"{'':12}{'random init':>12}{'SynCo':>12}{'gain':>12}")
     gains = []
     for name in ("knn", "linear"):
@@ -85,7 +121,11 @@ def show(results: dict[str, float], args: argparse.Namespace) -> int:
     if args.short:
         return 0
     passed = min(gains) > 0
-    print("SynCo beats the random encoder" if passed else "FAILED: SynCo does not beat the random encoder")
+    print(
+        "SynCo beats the random encoder"
+        if passed
+        else "FAILED: SynCo does not beat the random encoder"
+    )
     return 0 if passed else 1
 
 

@@ -26,7 +26,9 @@ from moco.encoder.stock import Plain, homes
 from moco.errors import InputError
 from moco.files import check_new, creating
 
-TOLERANCE = 1e-4  # of the largest feature; the same operations in the same order differ by nothing at all
+TOLERANCE = (
+    1e-4  # of the largest feature; the same operations in the same order differ by nothing at all
+)
 READ = {  # how a file of each ending is read, from {}, and what must be imported for it
     ".pth": ("torch.load({}, weights_only=True)", "torch"),
     ".pt": ("torch.load({}, weights_only=True)", "torch"),
@@ -52,10 +54,19 @@ def encoder(pretrained=True):
 
 
 def main() -> int:
-    parser = tool.OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = tool.OneLineParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("checkpoint", metavar="CHECKPOINT")
-    parser.add_argument("out", metavar="OUT", type=Path, help="ends in .pth, .pt or .safetensors, which says what it will be")
-    parser.add_argument("-a", "--arch", help="of a checkpoint that does not say it (default: resnet50)")
+    parser.add_argument(
+        "out",
+        metavar="OUT",
+        type=Path,
+        help="ends in .pth, .pt or .safetensors, which says what it will be",
+    )
+    parser.add_argument(
+        "-a", "--arch", help="of a checkpoint that does not say it (default: resnet50)"
+    )
     size = "pixels of the images that a ViT or Swin is for (default: those it was pre-trained at; where unknown, 224)"
     parser.add_argument("--image-size", type=values.positive, help=size)
     hub = "also write a hubconf.py beside OUT: torch.hub.load(FOLDER, 'encoder', source='local') needs no more than the two files"
@@ -70,7 +81,9 @@ def export(args: argparse.Namespace) -> None:
     check_places(args, outs)
     found = pretrained.read(args.checkpoint, args.arch, args.image_size)
     if found.resized:
-        print(f"interpolated to images of {found.image_size} pixels (--image-size): {', '.join(found.resized)}")
+        print(
+            f"interpolated to images of {found.image_size} pixels (--image-size): {', '.join(found.resized)}"
+        )
     facts = {
         "arch": found.arch,
         "method": found.method,
@@ -97,8 +110,12 @@ def export(args: argparse.Namespace) -> None:
                 with creating(out, args.force) as file:
                     file.write(data)
     except OSError as error:
-        raise InputError(f"{args.out}: cannot be written ({error.strerror}); choose another place") from None
-    print(f"{args.out}: {len(tensors)} tensors of the {found.arch}, from {args.checkpoint}; its head stays behind")
+        raise InputError(
+            f"{args.out}: cannot be written ({error.strerror}); choose another place"
+        ) from None
+    print(
+        f"{args.out}: {len(tensors)} tensors of the {found.arch}, from {args.checkpoint}; its head stays behind"
+    )
     how = f"normalized with mean {facts['mean']} and standard deviation {facts['std']}"
     print(f"images: RGB in [0, 1], {how}; {found.image_size} pixels")
     for home, words in zip(plain, same, strict=True):
@@ -110,15 +127,22 @@ def export(args: argparse.Namespace) -> None:
         options = ""  # the file has them as metadata
     print(f"in this project's scripts:\n  --pretrained {shlex.quote(str(args.out))}{options}")
     if args.hub:
-        print(f"from torch.hub, the same:\n  torch.hub.load({str(args.out.parent)!r}, 'encoder', source='local')")
+        print(
+            f"from torch.hub, the same:\n  torch.hub.load({str(args.out.parent)!r}, 'encoder', source='local')"
+        )
 
 
 def check_places(args: argparse.Namespace, outs: list[Path]) -> None:
     """Raise InputError where OUT's ending is unknown, or something would be lost."""
     if args.out.suffix not in READ:
         raise InputError(f"{args.out}: unknown kind of file; let OUT end in {', '.join(READ)}")
-    if args.out.suffix == ".safetensors" and (name := str(args.out)) != name.encode(errors="replace").decode():
-        raise InputError(f"{args.out}: is not UTF-8, which safetensors needs; choose another name, or let OUT end in .pth")
+    if (
+        args.out.suffix == ".safetensors"
+        and (name := str(args.out)) != name.encode(errors="replace").decode()
+    ):
+        raise InputError(
+            f"{args.out}: is not UTF-8, which safetensors needs; choose another name, or let OUT end in .pth"
+        )
     for out in outs:
         if out.exists() and Path(args.checkpoint).exists() and out.samefile(args.checkpoint):
             raise InputError(f"{out}: is the checkpoint itself; choose another place")
@@ -134,8 +158,13 @@ def packed(tensors: dict[str, Tensor], suffix: str, facts: dict[str, object]) ->
     try:
         import safetensors.torch
     except ImportError:
-        raise InputError("a .safetensors file is written by safetensors: pip install safetensors, or let OUT end in .pth") from None
-    words = {name: " ".join(map(str, fact)) if isinstance(fact, tuple) else str(fact) for name, fact in facts.items()}
+        raise InputError(
+            "a .safetensors file is written by safetensors: pip install safetensors, or let OUT end in .pth"
+        ) from None
+    words = {
+        name: " ".join(map(str, fact)) if isinstance(fact, tuple) else str(fact)
+        for name, fact in facts.items()
+    }
     words = {name: word.encode(errors="backslashreplace").decode() for name, word in words.items()}
     return safetensors.torch.save(tensors, {"format": "pt", **words})
 
@@ -154,7 +183,11 @@ def hubconf(home: Plain, name: str, facts: dict[str, object]) -> str:
 
 def imports(home: Plain, suffix: str) -> list[str]:
     """What the Python that makes the network and loads such a file begins with."""
-    modules = {READ[suffix][1], home.library, *(["torch"] if any("torch." in line for line in home.lines) else [])}
+    modules = {
+        READ[suffix][1],
+        home.library,
+        *(["torch"] if any("torch." in line for line in home.lines) else []),
+    }
     return [f"import {module}" for module in sorted(modules)]
 
 
@@ -167,17 +200,23 @@ def python(home: Plain, path: Path) -> list[str]:
 @torch.inference_mode()
 def prove(found: pretrained.Encoder, plain: list[Plain], path: Path, hub: bool) -> list[str]:
     """What to say of each library's network, which has loaded `path` strictly. Raises InputError where its features are others."""
-    images = torch.randn(2, 3, found.image_size, found.image_size, generator=torch.Generator().manual_seed(0))
+    images = torch.randn(
+        2, 3, found.image_size, found.image_size, generator=torch.Generator().manual_seed(0)
+    )
     mine = found.net(images)
     if not mine.isfinite().all():
-        raise InputError(f"{found.arch}: its features are not finite: its training diverged; take an earlier checkpoint")
+        raise InputError(
+            f"{found.arch}: its features are not finite: its training diverged; take an earlier checkpoint"
+        )
     said = []
     for home in plain:
         names: dict[str, nn.Module] = {}
         exec("\n".join(python(home, path)), names)  # what will be printed, and nothing else
         said.append(compared(home.library, names["net"], images, mine))
     if hub:
-        compared("torch.hub", torch.hub.load(str(path.parent), "encoder", source="local"), images, mine)
+        compared(
+            "torch.hub", torch.hub.load(str(path.parent), "encoder", source="local"), images, mine
+        )
     return said
 
 

@@ -31,7 +31,10 @@ QUERIES, NEIGHBOURS = 8, 6
 SAME, OTHER = "#1a8a2d", "#c62828"
 _NEEDED = {"arch": str, "data": str, "image_size": int, "dataset": str, "stem": str}
 _FOR_VIEWS = {"recipe": str, "seed": int}
-_DEFAULTS = {"class_list": None, "crop_min": None}  # for runs of older versions, which lack these options
+_DEFAULTS = {
+    "class_list": None,
+    "crop_min": None,
+}  # for runs of older versions, which lack these options
 _DEFAULTS |= {"dataset": "imagenet", "stem": "imagenet", "mean": list(MEAN), "std": list(STD)}
 
 
@@ -40,10 +43,14 @@ def options(run: Run, needed: dict[str, type]) -> Namespace:
     args = _DEFAULTS | run.args
     for name, kind in (needed | {"class_list": str | None}).items():
         if not isinstance(args.get(name), kind):
-            raise InputError(f"{run.folder / 'args.yaml'}: {name} is {args.get(name)!r}, which no run has")
+            raise InputError(
+                f"{run.folder / 'args.yaml'}: {name} is {args.get(name)!r}, which no run has"
+            )
     for name in ("mean", "std"):
         if metadata.channels(args[name], name) is None:
-            raise InputError(f"{run.folder / 'args.yaml'}: {name} is {args[name]!r}, which no run has")
+            raise InputError(
+                f"{run.folder / 'args.yaml'}: {name} is {args[name]!r}, which no run has"
+            )
     return Namespace(**{str(name): value for name, value in args.items()})
 
 
@@ -53,7 +60,9 @@ def recipe(run: Run) -> tuple[str, recipes.Recipe]:
     try:
         return args.recipe, recipes.of_options(args)
     except (TypeError, ValueError) as error:
-        raise InputError(f"{run.folder / 'args.yaml'}: its options make no views ({error})") from None
+        raise InputError(
+            f"{run.folder / 'args.yaml'}: its options make no views ({error})"
+        ) from None
 
 
 def views(run: Run) -> Figure:
@@ -70,7 +79,9 @@ def views(run: Run) -> Figure:
         seen = color.augment(batch, view, rng.generator("cpu", rng.COLOR, args.seed, v))
         columns.append(list(color.denormalize(seen, view.mean, view.std)))
     figure, axes = _grid(len(picked), len(columns), width=1.15, height=1.15, title=0.3)
-    for column, (title, shown) in enumerate(zip(["image", *(f"view {v}" for v in range(1, len(columns)))], columns, strict=True)):
+    for column, (title, shown) in enumerate(
+        zip(["image", *(f"view {v}" for v in range(1, len(columns)))], columns, strict=True)
+    ):
         axes[0, column].set_title(title, fontsize=9)
         for axis, image in zip(axes[:, column], shown, strict=True):
             axis.imshow(image.permute(1, 2, 0).numpy())
@@ -78,13 +89,18 @@ def views(run: Run) -> Figure:
     return figure
 
 
-def _grid(rows: int, columns: int, width: float, height: float, title: float) -> tuple[Figure, np.ndarray]:
+def _grid(
+    rows: int, columns: int, width: float, height: float, title: float
+) -> tuple[Figure, np.ndarray]:
     """Places for images, in inches, with room for a title above the first row. So many are laid out by hand: it is far faster."""
     figure = Figure(figsize=(width * columns, height * rows + title), dpi=100)
     top = 1 - title / (height * rows + title)
     space = {"wspace": 0.1, "hspace": max(0.06, height / width - 0.96)}
     return figure, figure.subplots(
-        rows, columns, squeeze=False, gridspec_kw={"left": 0.01, "right": 0.99, "bottom": 0.01, "top": top} | space
+        rows,
+        columns,
+        squeeze=False,
+        gridspec_kw={"left": 0.01, "right": 0.99, "bottom": 0.01, "top": top} | space,
     )
 
 
@@ -105,7 +121,9 @@ def sample(dataset: str, data: str, class_list: str | None, images: int, seed: i
     draw = np.random.default_rng(seed)
     there = np.unique(val.labels)
     classes = there[np.linspace(0, len(there) - 1, min(CLASSES, len(there))).round().astype(int)]
-    bank, points = (_some_of(part, classes, most, draw) for part, most in ((train, images), (val, POINTS)))
+    bank, points = (
+        _some_of(part, classes, most, draw) for part, most in ((train, images), (val, POINTS))
+    )
     one_each = [np.flatnonzero(points.labels == label)[:QUERIES] for label in classes]
     turns = [places[turn] for turn in range(QUERIES) for places in one_each if turn < len(places)]
     spread = min(len(turns), max(QUERIES, sum(len(places) > 0 for places in one_each)))
@@ -131,7 +149,9 @@ def encoder(run: Run, weights: Path | None) -> tuple[nn.Module, str]:
     for file in [weights] if weights else run.checkpoints():
         try:
             net = networks.create(args.arch, 1, args.image_size, stem=args.stem)
-            pretrained.load_backbone(net, pretrained.tensors_of(net, checkpoint.load(str(file))), str(file))
+            pretrained.load_backbone(
+                net, pretrained.tensors_of(net, checkpoint.load(str(file))), str(file)
+            )
             return net, "; ".join([*skipped, f"encoder of {file.name}"])
         except InputError as error:
             skipped.append(str(error))
@@ -147,8 +167,16 @@ def random_encoder(run: Run, seed: int) -> nn.Module:
 
 def seen_by(net: nn.Module, images: Images, run: Run) -> Tensor:
     """Unit features [N, D] of `images`, on the CPU. Raises InputError where the encoder diverged, or an image cannot be read."""
-    many, cores = len(images) > 512, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    small = {"batch_size": 64, "batch_per_process": 64, "amp": "off", "workers": min(8, cores) if many else 0}
+    many, cores = (
+        len(images) > 512,
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+    )
+    small = {
+        "batch_size": 64,
+        "batch_per_process": 64,
+        "amp": "off",
+        "workers": min(8, cores) if many else 0,
+    }
     args = Namespace(**vars(options(run, _NEEDED)) | small | {"host_features": True})
     try:
         device = devices.of_process("auto", gpu=None, local_rank=0)
@@ -171,7 +199,12 @@ def feature_map(val: Images, found: dict[str, Tensor]) -> Figure:
     for axis, (name, x) in zip(axes, found.items(), strict=False):
         points = _in_two_dimensions(x.numpy())
         dots = [
-            axis.scatter(*points[val.labels == label].T, s=max(3, min(16, 6000 / len(points))), color=colors(i), linewidths=0)
+            axis.scatter(
+                *points[val.labels == label].T,
+                s=max(3, min(16, 6000 / len(points))),
+                color=colors(i),
+                linewidths=0,
+            )
             for i, label in enumerate(there)
         ]
         plain([axis.set_title("?", fontsize=9)], [run_label(name)])
@@ -181,29 +214,49 @@ def feature_map(val: Images, found: dict[str, Tensor]) -> Figure:
     for axis in axes[len(found) :]:
         axis.axis("off")
     look = {"loc": "outside right upper", "fontsize": 7, "frameon": False, "markerscale": 1.5}
-    plain(figure.legend(dots, [""] * len(dots), **look).get_texts(), [run_label(val.classes[label], 22) for label in there])
+    plain(
+        figure.legend(dots, [""] * len(dots), **look).get_texts(),
+        [run_label(val.classes[label], 22) for label in there],
+    )
     return figure
 
 
 def _in_two_dimensions(x: np.ndarray) -> np.ndarray:
     if len(x) < 5:
         raise InputError(f"{len(x)} val images are too few for a map")
-    start = "pca" if x.std(0).max() > 1e-6 else "random"  # a collapsed encoder's have no principal axis
-    with threadpool_limits(1):  # on cores that others use, too, its threads wait for each other for most of the time
-        return TSNE(metric="cosine", init=start, perplexity=min(30, (len(x) - 1) / 3), random_state=0).fit_transform(x)
+    start = (
+        "pca" if x.std(0).max() > 1e-6 else "random"
+    )  # a collapsed encoder's have no principal axis
+    with threadpool_limits(
+        1
+    ):  # on cores that others use, too, its threads wait for each other for most of the time
+        return TSNE(
+            metric="cosine", init=start, perplexity=min(30, (len(x) - 1) / 3), random_state=0
+        ).fit_transform(x)
 
 
 def neighbours(of: Sample, bank: Tensor, val: Tensor, size: int) -> Figure:
     """Some val images, each with the train images nearest to it; features [N, D] of the bank and of val/."""
-    similarity, places = features.nearest(bank, torch.arange(len(bank)), val[of.queries], NEIGHBOURS)
+    similarity, places = features.nearest(
+        bank, torch.arange(len(bank)), val[of.queries], NEIGHBOURS
+    )
     rows, columns = len(of.queries), 1 + places.shape[1]
     figure, axes = _grid(rows, columns, width=0.95, height=1.2, title=0.22)
     for row, query in zip(range(rows), of.queries, strict=True):
         label = of.val.labels[query]
         _framed(axes[row, 0], of.val, query, size, "#555555", run_label(of.val.classes[label], 15))
-        for axis, place, s in zip(axes[row, 1:], places[row].tolist(), similarity[row].tolist(), strict=True):
+        for axis, place, s in zip(
+            axes[row, 1:], places[row].tolist(), similarity[row].tolist(), strict=True
+        ):
             same = of.bank.labels[place] == label
-            _framed(axis, of.bank, place, size, SAME if same else OTHER, f"{s:.3f}" + ("" if same else " x"))
+            _framed(
+                axis,
+                of.bank,
+                place,
+                size,
+                SAME if same else OTHER,
+                f"{s:.3f}" + ("" if same else " x"),
+            )
     return figure
 
 

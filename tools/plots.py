@@ -30,8 +30,14 @@ class Panel:
 
 
 PANELS = (
-    Panel("Loss", {"loss": "loss"}, "Comparable only between runs of one method, with as many negatives and the same temperature."),
-    Panel("k-NN top-1", {"knn": "top-1 on val"}, "Of the encoder on val/, against train/, in [0, 1]."),
+    Panel(
+        "Loss",
+        {"loss": "loss"},
+        "Comparable only between runs of one method, with as many negatives and the same temperature.",
+    ),
+    Panel(
+        "k-NN top-1", {"knn": "top-1 on val"}, "Of the encoder on val/, against train/, in [0, 1]."
+    ),
     Panel("Learning rate", {"lr": "learning rate"}, "Of the first parameter group."),
     Panel(
         "Contrast accuracy",
@@ -68,12 +74,23 @@ GRADIENT = "Length of the gradient"
 
 def panels(runs: list[Run]) -> list[Panel]:
     """Those for which some run has data, each with the names that are there; what else is logged comes last."""
-    logged = {name for run in runs for name, (_, y) in run.log.columns.items() if np.isfinite(y).any()}
-    gradients = {name: name.removeprefix("grad_") for name in sorted(logged) if name.startswith("grad_")}
+    logged = {
+        name for run in runs for name, (_, y) in run.log.columns.items() if np.isfinite(y).any()
+    }
+    gradients = {
+        name: name.removeprefix("grad_") for name in sorted(logged) if name.startswith("grad_")
+    }
     known = {name for panel in PANELS for name in panel.names} | gradients.keys()
     found = []
-    for panel in (*PANELS, Panel("Of single methods", {name: name for name in sorted(logged - known)})):
-        names = gradients if panel.title == GRADIENT else {n: label for n, label in panel.names.items() if n in logged}
+    for panel in (
+        *PANELS,
+        Panel("Of single methods", {name: name for name in sorted(logged - known)}),
+    ):
+        names = (
+            gradients
+            if panel.title == GRADIENT
+            else {n: label for n, label in panel.names.items() if n in logged}
+        )
         if names:
             found.append(Panel(panel.title, names, panel.text, panel.levels, panel.log_scale))
     return found
@@ -88,7 +105,9 @@ def draw(panel: Panel, runs: list[Run]) -> Figure:
     """The picture of a panel: smoothed curves over what was logged, which stands faint behind."""
     columns = min(3, len(panel.names))
     rows = -(-len(panel.names) // columns)
-    figure = Figure(figsize=(5.6 if columns == 1 else 11.4, 3.1 * rows + 0.25), dpi=110, layout="constrained")
+    figure = Figure(
+        figsize=(5.6 if columns == 1 else 11.4, 3.1 * rows + 0.25), dpi=110, layout="constrained"
+    )
     axes = figure.subplots(rows, columns, squeeze=False).flat
     epochs = by_epoch(runs)
     shown = set()
@@ -118,7 +137,14 @@ def legend(figure: Figure, styles: dict[str, dict[str, str]]) -> None:
     columns = max(1, int(figure.get_figwidth() * 13 // longest))
     lines = [Line2D([], [], linewidth=2, **of) for of in styles.values()]
     plain(
-        figure.legend(lines, [""] * len(lines), loc="outside upper left", ncols=columns, frameon=False, fontsize=8).get_texts(),
+        figure.legend(
+            lines,
+            [""] * len(lines),
+            loc="outside upper left",
+            ncols=columns,
+            frameon=False,
+            fontsize=8,
+        ).get_texts(),
         styles,
     )
 
@@ -164,12 +190,19 @@ def _curve(axis, x: np.ndarray, y: np.ndarray, i: int, exact: bool) -> bool:
     return True
 
 
-def thinned(x: np.ndarray, y: np.ndarray, points: int = POINTS) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def thinned(
+    x: np.ndarray, y: np.ndarray, points: int = POINTS
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """At most `points` groups of neighbours: the mean of x, and the least, the greatest and the median y, [points] each."""
     edges = np.linspace(0, len(y), min(points, len(y)) + 1).astype(int)
     starts, counts = edges[:-1], np.diff(edges)
     median = np.array([np.median(part) for part in np.split(y, edges[1:-1])])
-    return np.add.reduceat(x, starts) / counts, np.minimum.reduceat(y, starts), np.maximum.reduceat(y, starts), median
+    return (
+        np.add.reduceat(x, starts) / counts,
+        np.minimum.reduceat(y, starts),
+        np.maximum.reduceat(y, starts),
+        median,
+    )
 
 
 def smooth(y: np.ndarray) -> np.ndarray:
@@ -184,7 +217,15 @@ def smooth(y: np.ndarray) -> np.ndarray:
 def _finish(axis, panel: Panel, label: str, unit: str) -> None:
     for level, says in panel.levels.items():
         axis.axhline(level, color="#b22222", linewidth=1, linestyle="--")
-        axis.text(0.01, level, says, transform=axis.get_yaxis_transform(), va="bottom", color="#b22222", fontsize=8)
+        axis.text(
+            0.01,
+            level,
+            says,
+            transform=axis.get_yaxis_transform(),
+            va="bottom",
+            color="#b22222",
+            fontsize=8,
+        )
         axis.set_ylim(bottom=0)
     if panel.log_scale and all((line.get_ydata() > 0).all() for line in axis.lines):
         axis.set_yscale("log")

@@ -32,11 +32,30 @@ CHEAP = 20.0  # seconds for the features of the map, up to which a random encode
 
 
 def main() -> int:
-    parser = tool.OneLineParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="run folder of a pre-training (args.yaml, log.jsonl)")
+    parser = tool.OneLineParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument(
+        "runs",
+        nargs="+",
+        metavar="RUN",
+        type=Path,
+        help="run folder of a pre-training (args.yaml, log.jsonl)",
+    )
     parser.add_argument("--out", type=Path, default=Path("report.html"), help="where the page goes")
-    parser.add_argument("--pretrained", type=Path, metavar="FILE", help="encoder to look at, in place of the run's last checkpoint")
-    parser.add_argument("--images", type=int, default=2000, metavar="N", help="train images among which neighbours are looked for")
+    parser.add_argument(
+        "--pretrained",
+        type=Path,
+        metavar="FILE",
+        help="encoder to look at, in place of the run's last checkpoint",
+    )
+    parser.add_argument(
+        "--images",
+        type=int,
+        default=2000,
+        metavar="N",
+        help="train images among which neighbours are looked for",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the sample of images")
     parser.add_argument("--force", action="store_true", help="replace the page that is there")
     return tool.run(parser, report)
@@ -49,7 +68,12 @@ def report(args: argparse.Namespace) -> None:
 
 
 def write(
-    folders: list[Path], out: Path, pretrained: Path | None = None, images: int = 2000, seed: int = 0, force: bool = False
+    folders: list[Path],
+    out: Path,
+    pretrained: Path | None = None,
+    images: int = 2000,
+    seed: int = 0,
+    force: bool = False,
 ) -> None:
     """Write the page on the runs in `folders` to `out`, which must not exist unless `force`.
 
@@ -57,18 +81,24 @@ def write(
     such as checkpoints and images, the page says.
     """
     if images < 1 or seed < 0:
-        raise InputError(f"--images {images} --seed {seed}: at least one image, and no seed below 0")
+        raise InputError(
+            f"--images {images} --seed {seed}: at least one image, and no seed below 0"
+        )
     refuse_remote(str(pretrained or ""), "--pretrained")
     if pretrained and (len(folders) > 1 or not pretrained.is_file()):
         why = "is for one run" if len(folders) > 1 else "no such file"
-        raise InputError(f"--pretrained {pretrained}: {why}; without it the last checkpoint of each run is taken")
+        raise InputError(
+            f"--pretrained {pretrained}: {why}; without it the last checkpoint of each run is taken"
+        )
     check_new(out, force)
     text = page(runs.read(folders), pretrained, images, seed)
     try:
         with creating(out, force) as file:
             file.write(text.encode())
     except OSError as error:
-        raise InputError(f"--out {out}: cannot be written: {error.strerror}; choose another file") from None
+        raise InputError(
+            f"--out {out}: cannot be written: {error.strerror}; choose another file"
+        ) from None
 
 
 def page(found: list[Run], pretrained: Path | None, images: int, seed: int) -> str:
@@ -91,28 +121,72 @@ def escaped(text: object) -> str:
 
 # Tables
 
-SUMMARY = ("run", "method", "arch", "data", "epochs", "batch", "peak lr", "loss", "k-NN last, %", "best, %", "images/s", "time")
+SUMMARY = (
+    "run",
+    "method",
+    "arch",
+    "data",
+    "epochs",
+    "batch",
+    "peak lr",
+    "loss",
+    "k-NN last, %",
+    "best, %",
+    "images/s",
+    "time",
+)
 
 
 def summary(found: list[Run]) -> str:
     """What each run is and how far it came, and what is wrong with its log."""
-    rows = [[_name(i, run), *(escaped(cell) for cell in _facts(run))] for i, run in enumerate(found)]
-    lines = [_line(run, f"{n} damaged line(s) of log.jsonl left out") for run in found if (n := run.log.damaged)]
+    rows = [
+        [_name(i, run), *(escaped(cell) for cell in _facts(run))] for i, run in enumerate(found)
+    ]
+    lines = [
+        _line(run, f"{n} damaged line(s) of log.jsonl left out")
+        for run in found
+        if (n := run.log.damaged)
+    ]
     lines += [_line(run, "nothing is logged yet") for run in found if not run.log.columns]
     return table(SUMMARY, rows, left=4) + "".join(lines)
 
 
 def _facts(run: Run) -> list[object]:
     args, log = run.args, run.log
-    data = Path(str(args.get("data", ""))).name + (f" ({Path(str(args['class_list'])).name})" if args.get("class_list") else "")
+    data = Path(str(args.get("data", ""))).name + (
+        f" ({Path(str(args['class_list'])).name})" if args.get("class_list") else ""
+    )
     total = f"{args.get('epochs', '')}"
-    done = f"{log.last_step / log.steps_per_epoch:.4g}" if log.steps_per_epoch else f"{log.last_step or 0:.0f} steps"
-    knn = [f"{100 * of(log.columns['knn'][1]):.1f}" for of in (lambda y: y[-1], np.nanmax)] if "knn" in log.columns else ["", ""]
-    speed = f"{np.nanmedian(log.columns['images_per_s'][1]):.0f}" if "images_per_s" in log.columns else ""
+    done = (
+        f"{log.last_step / log.steps_per_epoch:.4g}"
+        if log.steps_per_epoch
+        else f"{log.last_step or 0:.0f} steps"
+    )
+    knn = (
+        [f"{100 * of(log.columns['knn'][1]):.1f}" for of in (lambda y: y[-1], np.nanmax)]
+        if "knn" in log.columns
+        else ["", ""]
+    )
+    speed = (
+        f"{np.nanmedian(log.columns['images_per_s'][1]):.0f}"
+        if "images_per_s" in log.columns
+        else ""
+    )
     loss = f"{log.columns['loss'][1][-1]:.4g}" if "loss" in log.columns else ""
     lr = f"{np.nanmax(log.columns['lr'][1]):.3g}" if "lr" in log.columns else args.get("lr", "")
     clock = timedelta(seconds=round(log.seconds))
-    facts = [args.get("method", ""), args.get("arch", ""), data, f"{done} of {total}", _batch(args), lr, loss, *knn, speed, clock]
+    facts = [
+        args.get("method", ""),
+        args.get("arch", ""),
+        data,
+        f"{done} of {total}",
+        _batch(args),
+        lr,
+        loss,
+        *knn,
+        speed,
+        clock,
+    ]
     return [plots.run_label(fact) for fact in map(str, facts)]
 
 
@@ -140,12 +214,18 @@ def evaluations(found: list[Run]) -> str:
     columns = sorted({column for *_, cells in rows for column in cells})
     if not rows:
         return "".join(lines)
-    texts = [[name, file, *(collect.cell(cells.get(column)).replace("\\", "") for column in columns)] for name, file, cells in rows]
+    texts = [
+        [name, file, *(collect.cell(cells.get(column)).replace("\\", "") for column in columns)]
+        for name, file, cells in rows
+    ]
     note = "Of results.json files below the run folders and beside them, in per cent."
     if any(best.on_val for *_, cells in rows for best in cells.values()):
         note += " * the best of several settings, chosen on the very images that it is tested on."
     chosen = {
-        collect.choice(best.runs[0].encoder, column, best) for *_, cells in rows for column, best in cells.items() if best.tried > 1
+        collect.choice(best.runs[0].encoder, column, best)
+        for *_, cells in rows
+        for column, best in cells.items()
+        if best.tried > 1
     }
     lines = [*(f"<p>{escaped(line)}</p>" for line in sorted(chosen)), *lines]
     heads = ["run", "checkpoint", *(" ".join(column) for column in columns)]
@@ -161,7 +241,10 @@ def differences(found: list[Run]) -> str:
     differ = [name for name in names if len({repr(run.args.get(name)) for run in found}) > 1]
     if not differ:
         return ""
-    rows = [[escaped(name), *(escaped(plots.run_label(run.args.get(name, ""))) for run in found)] for name in differ]
+    rows = [
+        [escaped(name), *(escaped(plots.run_label(run.args.get(name, ""))) for run in found)]
+        for name in differ
+    ]
     inner = table(["option", *(run.name for run in found)], rows, left=1)
     return f"<details><summary>{len(differ)} options in which the runs differ</summary>{inner}</details>"
 
@@ -170,7 +253,10 @@ def table(heads: Iterable[str], rows: list[list[str]], left: int) -> str:
     """A table of cells that are HTML already; all but the first `left` columns hold numbers."""
     kind = [' class="number"' if i >= left else "" for i in range(len(rows[0]))]
     top = "".join(f"<th{k}>{escaped(head)}</th>" for k, head in zip(kind, heads, strict=True))
-    body = "".join("<tr>" + "".join(f"<td{k}>{cell}</td>" for k, cell in zip(kind, row, strict=True)) + "</tr>" for row in rows)
+    body = "".join(
+        "<tr>" + "".join(f"<td{k}>{cell}</td>" for k, cell in zip(kind, row, strict=True)) + "</tr>"
+        for row in rows
+    )
     return f'<div class="wide"><table><tr>{top}</tr>{body}</table></div>'
 
 
@@ -199,7 +285,9 @@ def section(title: str, figures: list[str], text: str = "") -> str:
 
 
 def curves(found: list[Run]) -> str:
-    drawn = [figure(panel.title, plots.draw(panel, found), panel.text) for panel in plots.panels(found)]
+    drawn = [
+        figure(panel.title, plots.draw(panel, found), panel.text) for panel in plots.panels(found)
+    ]
     text = "Strong lines are running medians; behind them, faint, is what was logged, or the range of it where that is much."
     return section("Curves", drawn, text) if drawn else ""
 
@@ -220,7 +308,11 @@ def views(found: list[Run]) -> str:
         if (run.args["data"], recipe) in seen:
             return ""
         seen.add((run.args["data"], recipe))
-        return figure(f"{run.name}: recipe {name}", pictures.views(run), "Train images, and their views in epoch 0, by row.")
+        return figure(
+            f"{run.name}: recipe {name}",
+            pictures.views(run),
+            "Train images, and their views in epoch 0, by row.",
+        )
 
     for run in found:
         drawn.append(_or_why_not(run, lambda run=run: one(run)))
@@ -244,17 +336,29 @@ def encoders(found: list[Run], pretrained: Path | None, images: int, seed: int) 
         try:
             net, says = pictures.encoder(run, pretrained)
             sample = pictures.sample_of(run, images, seed)
-            print(f"{plots.printable(run.name)}: features of {len(sample.bank)} train and {len(sample.val)} val images", flush=True)
-            look = Look(run, says, *(pictures.seen_by(net, part, run) for part in (sample.bank, sample.val)))
+            print(
+                f"{plots.printable(run.name)}: features of {len(sample.bank)} train and {len(sample.val)} val images",
+                flush=True,
+            )
+            look = Look(
+                run, says, *(pictures.seen_by(net, part, run) for part in (sample.bank, sample.val))
+            )
             looks[id(sample)].append(look)
             samples[id(sample)] = sample
         except (InputError, OSError) as error:
             lines.append(_line(run, f"{error}; there are curves only"))
     maps, strips = [], []
     for key, same in looks.items():
-        maps.append(_or_why_not(same[0].run, lambda key=key, same=same: _map(samples[key], same, seed)))
-        strips += [_or_why_not(look.run, lambda key=key, look=look: _strips(samples[key], look)) for look in same]
-    parts = [section("Map of features", maps), section("Nearest neighbours", strips)] if looks else []
+        maps.append(
+            _or_why_not(same[0].run, lambda key=key, same=same: _map(samples[key], same, seed))
+        )
+        strips += [
+            _or_why_not(look.run, lambda key=key, look=look: _strips(samples[key], look))
+            for look in same
+        ]
+    parts = (
+        [section("Map of features", maps), section("Nearest neighbours", strips)] if looks else []
+    )
     return "".join([*parts, *lines])
 
 
@@ -267,9 +371,15 @@ def _map(sample: pictures.Sample, looks: list[Look], seed: int) -> str:
     if (time.perf_counter() - began) * len(sample.val) / len(few) < CHEAP:
         shown[f"random {run.args['arch']}"] = pictures.seen_by(net, sample.val, run)
     classes = len(np.unique(sample.val.labels))
-    of = f"{classes} classes" if classes == sample.all_classes else f"{classes} of {sample.all_classes} classes"
+    of = (
+        f"{classes} classes"
+        if classes == sample.all_classes
+        else f"{classes} of {sample.all_classes} classes"
+    )
     text = f"{len(sample.val)} val images of {of} by t-SNE of their features; distances between groups mean little."
-    return figure(f"Images of {Path(run.args['data']).name}", pictures.feature_map(sample.val, shown), text)
+    return figure(
+        f"Images of {Path(run.args['data']).name}", pictures.feature_map(sample.val, shown), text
+    )
 
 
 def _strips(sample: pictures.Sample, look: Look) -> str:

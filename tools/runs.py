@@ -59,18 +59,26 @@ def read(folders: list[Path]) -> list[Run]:
 
 def _args(folder: Path) -> dict:
     if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder; give run folders, which hold args.yaml and log.jsonl")
+        raise InputError(
+            f"{folder}: no such folder; give run folders, which hold args.yaml and log.jsonl"
+        )
     absent = [name for name in ("args.yaml", "log.jsonl") if not (folder / name).is_file()]
     if absent:
-        raise InputError(f"{folder}: holds no {' and no '.join(absent)}; give the folder that a pre-training script wrote")
+        raise InputError(
+            f"{folder}: holds no {' and no '.join(absent)}; give the folder that a pre-training script wrote"
+        )
     try:
         args = read_yaml(folder / "args.yaml")
     except Unreadable as error:
         raise error.at(folder / "args.yaml") from None
     except InputError as error:
-        raise InputError(f"{folder / 'args.yaml'}: {error}; give the folder that a pre-training script wrote") from None
+        raise InputError(
+            f"{folder / 'args.yaml'}: {error}; give the folder that a pre-training script wrote"
+        ) from None
     if args.get("script") in ("lincls", "semisup", "knn", "voc07"):
-        raise InputError(f"{folder}: is of an evaluation (main_{args['script']}.py); give the folder of a pre-training")
+        raise InputError(
+            f"{folder}: is of an evaluation (main_{args['script']}.py); give the folder of a pre-training"
+        )
     return args
 
 
@@ -102,9 +110,13 @@ def read_log(path: Path) -> Log:
     for name in values:
         order = np.array(steps[name]).argsort(kind="stable")
         columns[name] = np.array(steps[name])[order], np.array(values[name])[order]
-    ends = times[np.append(np.diff(times) < 0, True)] if len(times) else times  # each start counts from 0
+    ends = (
+        times[np.append(np.diff(times) < 0, True)] if len(times) else times
+    )  # each start counts from 0
     epochs, last_step = columns.pop("epoch", None), columns.pop("step", ([], [None]))[1][-1]
-    return Log(columns, _steps_per_epoch(epochs, columns.get("knn")), last_step, float(ends.sum()), damaged)
+    return Log(
+        columns, _steps_per_epoch(epochs, columns.get("knn")), last_step, float(ends.sum()), damaged
+    )
 
 
 def _entry(line: bytes) -> dict[str, float] | None:
@@ -113,10 +125,18 @@ def _entry(line: bytes) -> dict[str, float] | None:
         found = json.loads(line)
         # null is a number that is not finite
         numbers = {n: math.nan if v is None else v for n, v in found.items()}
-        kept = {n: float(v) for n, v in numbers.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+        kept = {
+            n: float(v)
+            for n, v in numbers.items()
+            if isinstance(v, int | float) and not isinstance(v, bool)
+        }
     except (ValueError, AttributeError, OverflowError, RecursionError):
         return None
-    return kept if math.isfinite(kept.get("epoch", math.nan)) and math.isfinite(kept.get("step", math.nan)) else None
+    return (
+        kept
+        if math.isfinite(kept.get("epoch", math.nan)) and math.isfinite(kept.get("step", math.nan))
+        else None
+    )
 
 
 def _steps_per_epoch(epochs: Column | None, knn: Column | None) -> float | None:
@@ -137,14 +157,28 @@ def evaluations(run: Run) -> tuple[list[collect.Run], list[str]]:
     What lies beside counts where it is of a checkpoint of this run; a random encoder's has no checkpoint.
     """
     found, trouble = [], []
-    beside = {*run.folder.resolve().parent.glob("*/results.json"), *run.folder.resolve().parent.glob("*/*/results.json")}
+    beside = {
+        *run.folder.resolve().parent.glob("*/results.json"),
+        *run.folder.resolve().parent.glob("*/*/results.json"),
+    }
     below = set(run.folder.resolve().rglob("results.json"))
     for file in sorted(beside | below):
         try:
             figures = list(collect.read(file))
             of = [figure for figure in figures if file in below or _is_of(figure, run)]
-        except (InputError, LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:  # any JSON may be there
-            trouble.append(str(error) if isinstance(error, InputError) else f"{file}: not as an evaluation script writes it")
+        except (
+            InputError,
+            LookupError,
+            TypeError,
+            ValueError,
+            AttributeError,
+            RuntimeError,
+        ) as error:  # any JSON may be there
+            trouble.append(
+                str(error)
+                if isinstance(error, InputError)
+                else f"{file}: not as an evaluation script writes it"
+            )
         else:
             found += of
     return found, trouble
@@ -155,10 +189,15 @@ def _is_of(figure: collect.Run, run: Run) -> bool:
         return figure.encoder.arch == run.args.get("arch")
     folder = Path(figure.encoder.checkpoint).parent
     # both may have been moved since, together
-    return folder.resolve() == run.folder.resolve() or folder.parts[-2:] == run.folder.resolve().parts[-2:]
+    return (
+        folder.resolve() == run.folder.resolve()
+        or folder.parts[-2:] == run.folder.resolve().parts[-2:]
+    )
 
 
-def by_checkpoint(figures: list[collect.Run]) -> Iterator[tuple[str, dict[tuple[str, str], collect.Best]]]:
+def by_checkpoint(
+    figures: list[collect.Run],
+) -> Iterator[tuple[str, dict[tuple[str, str], collect.Best]]]:
     """The best of each column for each checkpoint, by its file name; the random encoder's is empty."""
     groups = defaultdict(lambda: defaultdict(list))
     for figure in figures:

@@ -57,7 +57,9 @@ def draw(args: argparse.Namespace) -> None:
     """Write the picture. Raises InputError."""
     check_new(args.out, args.force)
     images = find(args.data)
-    figure = views_figure(images, spread(len(images), args.images), recipes.of_options(args), args.seed, args.draws)
+    figure = views_figure(
+        images, spread(len(images), args.images), recipes.of_options(args), args.seed, args.draws
+    )
     with creating(args.out, args.force) as file:
         figure.savefig(file, format="png")
     print(args.out)
@@ -66,11 +68,15 @@ def draw(args: argparse.Namespace) -> None:
 # What is drawn.
 
 
-def views_figure(images: Images, picked: Sequence[int], recipe: Recipe, seed: int = 0, draws: int | None = None) -> Figure:
+def views_figure(
+    images: Images, picked: Sequence[int], recipe: Recipe, seed: int = 0, draws: int | None = None
+) -> Figure:
     """A figure of the images numbered `picked` and of `draws` draws of each view of `recipe` (by default as many as are
     readable, 1 to 3). Raises InputError for an image that cannot be read.
     """
-    columns = view_columns(images, picked, recipe, seed, draws or max(1, min(3, COLUMNS // len(recipe))))
+    columns = view_columns(
+        images, picked, recipe, seed, draws or max(1, min(3, COLUMNS // len(recipe)))
+    )
     width = CELL * len(columns) + 2 * LINE
     height = CELL * len(picked) + LINE * (_lines(columns) + 4)
     figure = Figure(figsize=(width, height), dpi=DPI)
@@ -78,7 +84,9 @@ def views_figure(images: Images, picked: Sequence[int], recipe: Recipe, seed: in
     return figure
 
 
-def view_columns(images: Images, picked: Sequence[int], recipe: Recipe, seed: int, draws: int) -> list[Column]:
+def view_columns(
+    images: Images, picked: Sequence[int], recipe: Recipe, seed: int, draws: int
+) -> list[Column]:
     """The columns of a `grid`: the images numbered `picked`, then `draws` draws of each view, made as for training."""
     cut = loader.Views(images, loader.RandomCrops(recipe, seed))
     crops = [_crops(cut, epoch, picked) for epoch in range(draws)]
@@ -88,7 +96,9 @@ def view_columns(images: Images, picked: Sequence[int], recipe: Recipe, seed: in
             generator = Progress(seed, epoch, step=epoch).generator(rng.COLOR, "cpu", 0, v)
             seen = color.augment(crops[epoch][v], view, generator)
             title = f"view {v + 1}" + (f", draw {epoch + 1}" if draws > 1 else "")
-            columns.append(Column(title, heading, list(color.denormalize(seen, view.mean, view.std))))
+            columns.append(
+                Column(title, heading, list(color.denormalize(seen, view.mean, view.std)))
+            )
     return columns
 
 
@@ -102,7 +112,11 @@ def settings(view: View) -> list[str]:
         "solarize": ("solarize", view.solarize_p),
     }
     happens = [colors[name] for name in view.order] + [("flip", view.flip_p)]
-    lines = ["{} px, crop {:.3g} to {:.3g} % of area".format(view.size, *(100 * share for share in view.scale))]
+    lines = [
+        "{} px, crop {:.3g} to {:.3g} % of area".format(
+            view.size, *(100 * share for share in view.scale)
+        )
+    ]
     if view.randaugment[0]:
         lines.append("RandAugment {} of magnitude {}".format(*view.randaugment))
     return lines + [f"{what}, {'always' if p == 1 else f'p {p:g}'}" for what, p in happens if p]
@@ -122,7 +136,11 @@ def _headings(recipe: Recipe) -> list[str]:
     headings: list[str] = []
     for view, same in groupby(recipe):
         first, last = len(headings) + 1, len(headings) + len(list(same))
-        name = f"view {first}" if first == last else f"views {first} {'and' if last == first + 1 else 'to'} {last}"
+        name = (
+            f"view {first}"
+            if first == last
+            else f"views {first} {'and' if last == first + 1 else 'to'} {last}"
+        )
         headings += ["\n".join([name, *settings(view)])] * (last - first + 1)
     return headings
 
@@ -146,14 +164,32 @@ def grid(figure: Figure | SubFigure, columns: Sequence[Column], names: Sequence[
     axis.set(xlim=(-2 * LINE / CELL, len(columns)), ylim=(rows, -top))  # imshow changes them
     for y, name in enumerate(names):
         short = name if len(name) <= 26 else f"...{name[-23:]}"
-        axis.text(-LINE / CELL, y + 0.5, short, ha="center", va="center", rotation=90, fontsize=6, parse_math=False)
+        axis.text(
+            -LINE / CELL,
+            y + 0.5,
+            short,
+            ha="center",
+            va="center",
+            rotation=90,
+            fontsize=6,
+            parse_math=False,
+        )
     left = 0
     for heading, same in groupby(columns, key=lambda column: column.heading):
         right = left + len(list(same))
         title, *lines = heading.split("\n")
         axis.text(left + 0.04, -top + 0.04, title, va="top", fontsize=9, fontweight="bold")
-        axis.text(left + 0.04, -top + 0.04 + 1.4 * LINE / CELL, "\n".join(lines), va="top", fontsize=7, linespacing=1.3)
-        axis.plot((left + 0.04, right - 0.04), (-1.4 * LINE / CELL,) * 2, color="black", linewidth=0.8)
+        axis.text(
+            left + 0.04,
+            -top + 0.04 + 1.4 * LINE / CELL,
+            "\n".join(lines),
+            va="top",
+            fontsize=7,
+            linespacing=1.3,
+        )
+        axis.plot(
+            (left + 0.04, right - 0.04), (-1.4 * LINE / CELL,) * 2, color="black", linewidth=0.8
+        )
         left = right
 
 
@@ -169,7 +205,12 @@ def _pixels(image: Tensor) -> np.ndarray:
 def _cell(x: int, y: int, height: int, width: int) -> tuple[float, float, float, float]:
     """Left, right, bottom and top of an image in the middle of its cell, with its own proportions and a border."""
     half = 0.485 / max(height, width)
-    return x + 0.5 - half * width, x + 0.5 + half * width, y + 0.5 + half * height, y + 0.5 - half * height
+    return (
+        x + 0.5 - half * width,
+        x + 0.5 + half * width,
+        y + 0.5 + half * height,
+        y + 0.5 - half * height,
+    )
 
 
 # What the command line names.
@@ -183,7 +224,10 @@ def find(data: str) -> Images:
     if path.is_dir():
         folder, names = path, folders.images_below(path).images
     else:
-        folder, names = path.parent, [os.fsencode(path.name)] if path.suffix.lower() in SUFFIXES else []
+        folder, names = (
+            path.parent,
+            [os.fsencode(path.name)] if path.suffix.lower() in SUFFIXES else [],
+        )
     if not names:
         raise InputError(f"{data}: holds no image ({', '.join(SUFFIXES)})")
     return ImageFolder(folder, np.zeros(len(names), int), ("",), np.array(names))
@@ -203,10 +247,19 @@ class _Parser(tool.OneLineParser):
 def parser() -> argparse.ArgumentParser:
     p = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument(
-        "words", nargs="*", metavar="RECIPE DATA", help="recipe, unless --cfg gives it; folder or image, or photos (default)"
+        "words",
+        nargs="*",
+        metavar="RECIPE DATA",
+        help="recipe, unless --cfg gives it; folder or image, or photos (default)",
     )
-    p.add_argument("--cfg", metavar="FILE.yaml", help="a run's recipe file or args.yaml; options given here win")
-    p.add_argument("--out", type=Path, default=Path("views.png"), help="the picture (default: %(default)s)")
+    p.add_argument(
+        "--cfg",
+        metavar="FILE.yaml",
+        help="a run's recipe file or args.yaml; options given here win",
+    )
+    p.add_argument(
+        "--out", type=Path, default=Path("views.png"), help="the picture (default: %(default)s)"
+    )
     p.add_argument("--force", action="store_true", help="replace the picture that is there")
     p.add_argument(
         "--images",
@@ -221,7 +274,12 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         help="draws of each view, side by side (default: 3, fewer if there are many views)",
     )
-    p.add_argument("--seed", type=types.seed, default=0, help="seed of crops and colours (default: %(default)s)")
+    p.add_argument(
+        "--seed",
+        type=types.seed,
+        default=0,
+        help="seed of crops and colours (default: %(default)s)",
+    )
     p.add_argument(
         "--image-size",
         type=types.positive,
@@ -242,9 +300,19 @@ def parser() -> argparse.ArgumentParser:
         metavar=("LEAST", "MOST"),
         help="range of the blur's standard deviation in pixels, instead of the recipe's",
     )
-    p.add_argument("--randaugment", type=int, nargs=2, metavar=("N", "M"), help="operations and magnitude, instead of the recipe's")
-    p.add_argument("--views", type=types.positive, metavar="N", help="number of views, instead of the recipe's")
-    p.add_argument("--recipe", help=argparse.SUPPRESS)  # and what else a recipe file may say of its views
+    p.add_argument(
+        "--randaugment",
+        type=int,
+        nargs=2,
+        metavar=("N", "M"),
+        help="operations and magnitude, instead of the recipe's",
+    )
+    p.add_argument(
+        "--views", type=types.positive, metavar="N", help="number of views, instead of the recipe's"
+    )
+    p.add_argument(
+        "--recipe", help=argparse.SUPPRESS
+    )  # and what else a recipe file may say of its views
     p.add_argument("--aug-plus", action=actions.Switch, default=None, help=argparse.SUPPRESS)
     p.add_argument("--multi-crop", action=actions.Switch, default=False, help=argparse.SUPPRESS)
     p.add_argument("--support-size", type=types.natural, help=argparse.SUPPRESS)
@@ -268,18 +336,24 @@ def parse(argv: list[str]) -> argparse.Namespace:
         if args.support_size is not None and args.views is None:
             args.views = 2 + args.support_size
     if len(words) > 2:
-        raise InputError(f"unexpected argument '{words[2]}'; a recipe and a data folder are expected, options start with --")
+        raise InputError(
+            f"unexpected argument '{words[2]}'; a recipe and a data folder are expected, options start with --"
+        )
     if len(words) == 2 or (words and not args.cfg):
         args.recipe = words.pop(0)
         _refuse_file(args.recipe)
     args.recipe = args.recipe or _of_method(args)
     if not args.recipe:
         which = f"--cfg {args.cfg}: names no views; " if args.cfg else "no recipe; "
-        raise InputError(f"{which}give RECIPE and DATA, as in {p.prog} mocov2 photos; recipes: {', '.join(recipes.RECIPES)}")
+        raise InputError(
+            f"{which}give RECIPE and DATA, as in {p.prog} mocov2 photos; recipes: {', '.join(recipes.RECIPES)}"
+        )
     if sigma and not any(view.blur_p for view in recipes.of_options(args)):
         given = " ".join(f"{value:g}" for value in sigma)
         why = f"the views of {args.recipe} are not blurred"
-        raise InputError(f"--blur-sigma {given} has no effect: {why}; leave it out, or give another recipe")
+        raise InputError(
+            f"--blur-sigma {given} has no effect: {why}; leave it out, or give another recipe"
+        )
     args.data = words[0] if words else args.data or "photos"
     if args.out.suffix.lower() != ".png":
         raise InputError(f"--out {args.out}: the picture is a PNG; give a name that ends in .png")

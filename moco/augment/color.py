@@ -17,7 +17,9 @@ from moco.augment.recipes import View
 from moco.config import MEAN, STD
 from moco.devices import to_device
 
-_SMALL = 128 * 128  # pixels; to take images of up to so many one by one costs a CPU more in calls than it saves in cache
+_SMALL = (
+    128 * 128
+)  # pixels; to take images of up to so many one by one costs a CPU more in calls than it saves in cache
 _TINY = 1e-30  # less than any difference of two colours but 0
 _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = range(4)  # the jitter's operations
 
@@ -28,7 +30,9 @@ def grayscale(x: Tensor) -> Tensor:
     return (0.2989 * r).add_(g, alpha=0.587).add_(b, alpha=0.114)
 
 
-def blend(x: Tensor, brightness: Tensor, contrast: Tensor, saturation: Tensor, out: Tensor | None = None) -> Tensor:
+def blend(
+    x: Tensor, brightness: Tensor, contrast: Tensor, saturation: Tensor, out: Tensor | None = None
+) -> Tensor:
     """Apply at most one of the three blends to each sample (the other factors of that sample are 1), [B] each.
 
     factor x + (1 - factor) other, clamped to [0, 1], where other is 0, the mean luma, or the pixel's luma.
@@ -49,7 +53,10 @@ def adjust_hue(x: Tensor, shift: Tensor, out: Tensor | None = None) -> Tensor:
     """
     r, g, b = x.unbind(1)
     largest, smallest = torch.maximum(r, g), torch.minimum(r, g)
-    largest, smallest = torch.maximum(largest, b, out=largest), torch.minimum(smallest, b, out=smallest)
+    largest, smallest = (
+        torch.maximum(largest, b, out=largest),
+        torch.minimum(smallest, b, out=smallest),
+    )
     chroma = largest - smallest
     above, below = largest.add_(chroma), smallest.sub_(chroma)
     # The hue's distance from cyan, in [-.5, .5] of a turn. Its magnitude is
@@ -64,7 +71,11 @@ def adjust_hue(x: Tensor, shift: Tensor, out: Tensor | None = None) -> Tensor:
     # constant up to 1/6 of a turn from there, changes linearly up to 1/3, and is constant again.
     out = torch.empty_like(x) if out is None else out
     red, green, blue = out.unbind(1)
-    for channel, base, slope, place in ((green, above, -6, 1 / 6), (blue, above, -6, -1 / 6), (red, below, 6, 0)):
+    for channel, base, slope, place in (
+        (green, above, -6, 1 / 6),
+        (blue, above, -6, -1 / 6),
+        (red, below, 6, 0),
+    ):
         distance = torch.add(hue, place, out=spare).abs_().clamp_(1 / 6, 1 / 3)
         torch.addcmul(base, distance, chroma, value=slope, out=channel)
     return out
@@ -102,7 +113,9 @@ def solarize(x: Tensor, threshold: float = 0.5) -> Tensor:
     return torch.addcmul(x, bright, 1 - 2 * x)
 
 
-def normalize(x: Tensor, mean: Sequence[float] = MEAN, std: Sequence[float] = STD, out: Tensor | None = None) -> Tensor:
+def normalize(
+    x: Tensor, mean: Sequence[float] = MEAN, std: Sequence[float] = STD, out: Tensor | None = None
+) -> Tensor:
     """Return (x - mean) / std per channel in float32, for `x` uint8, or float in [0, 1].
 
     `mean` and `std` [3] are those of the data set's colours in [0, 1].
@@ -143,7 +156,9 @@ class Draws:
     @staticmethod
     def join(draws: Sequence["Draws"]) -> "Draws":
         """Return the draws of several batches as those of one."""
-        return Draws(**{name: torch.cat([getattr(one, name) for one in draws]) for name in vars(draws[0])})
+        return Draws(
+            **{name: torch.cat([getattr(one, name) for one in draws]) for name in vars(draws[0])}
+        )
 
 
 def draw(view: View, n: int, generator: torch.Generator) -> Draws:
@@ -186,25 +201,34 @@ def augment(x: Tensor, view: View, generator: torch.Generator) -> Tensor:
     return apply(x, view, draw(view, len(x), generator))
 
 
-def augment_views(crops: Sequence[Tensor], recipe: Sequence[View], generators: Sequence[torch.Generator]) -> list[Tensor]:
+def augment_views(
+    crops: Sequence[Tensor], recipe: Sequence[View], generators: Sequence[torch.Generator]
+) -> list[Tensor]:
     """Return `augment` of each view's crops.
 
     An accelerator computes the views that have the same settings together: that is fewer operations
     for Python to start.
     """
-    draws = [draw(view, len(x), generator) for x, view, generator in zip(crops, recipe, generators, strict=True)]
+    draws = [
+        draw(view, len(x), generator)
+        for x, view, generator in zip(crops, recipe, generators, strict=True)
+    ]
     if crops[0].device.type == "cpu":
         return list(map(apply, crops, recipe, draws))
     return _apply_together(crops, recipe, draws)
 
 
-def _apply_together(crops: Sequence[Tensor], recipe: Sequence[View], draws: list[Draws]) -> list[Tensor]:
+def _apply_together(
+    crops: Sequence[Tensor], recipe: Sequence[View], draws: list[Draws]
+) -> list[Tensor]:
     alike: dict[View, list[int]] = {}
     for place, view in enumerate(recipe):
         alike.setdefault(view, []).append(place)
     found: dict[int, Tensor] = {}
     for view, places in alike.items():
-        joined = apply(torch.cat([crops[i] for i in places]), view, Draws.join([draws[i] for i in places]))
+        joined = apply(
+            torch.cat([crops[i] for i in places]), view, Draws.join([draws[i] for i in places])
+        )
         found.update(zip(places, joined.split([len(crops[i]) for i in places]), strict=True))
     return [found[place] for place in range(len(recipe))]
 
@@ -218,7 +242,13 @@ def _to_float(x: Tensor) -> Tensor:
 
 def _apply_by_operation(x: Tensor, view: View, draws: Draws) -> Tensor:
     x = _to_float(x)
-    operations = {"jitter": _jitter, "gray": _gray, "blur": _blur, "solarize": _solarize, "flip": _flip}
+    operations = {
+        "jitter": _jitter,
+        "gray": _gray,
+        "blur": _blur,
+        "solarize": _solarize,
+        "flip": _flip,
+    }
     for name in (*view.order, "flip"):
         rows = getattr(draws, name).nonzero().squeeze(1)
         if len(rows):
@@ -320,10 +350,17 @@ def _chunks(ends: list[int]) -> Iterator[tuple[int, slice]]:
     for group, (first, last) in enumerate(zip([0, *ends], ends, strict=False)):
         parts = -(-(last - first) // _CHUNK)
         for i in range(parts):
-            yield group, slice(first + i * (last - first) // parts, first + (i + 1) * (last - first) // parts)
+            yield (
+                group,
+                slice(
+                    first + i * (last - first) // parts, first + (i + 1) * (last - first) // parts
+                ),
+            )
 
 
-def _jitter_chunk(x: Tensor, coefficients: list[Tensor], shift: Tensor, slot_of_hue: int, view: View) -> None:
+def _jitter_chunk(
+    x: Tensor, coefficients: list[Tensor], shift: Tensor, slot_of_hue: int, view: View
+) -> None:
     """Jitter images in place. `coefficients` has three factors of `blend`, [B, slot] each."""
     for slot in range(4):
         if slot != slot_of_hue:

@@ -67,7 +67,9 @@ def randaugment(image: Tensor, operations: int, magnitude: int, key: int) -> Ten
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(key >> 1)
         # by channels, which is many times faster than to move each pixel's three values together
-        augmented = _randaugment(operations, magnitude)(Image.merge("RGB", [Image.fromarray(channel) for channel in image.numpy()]))
+        augmented = _randaugment(operations, magnitude)(
+            Image.merge("RGB", [Image.fromarray(channel) for channel in image.numpy()])
+        )
     return torch.from_numpy(np.stack([np.asarray(channel) for channel in augmented.split()]))
 
 

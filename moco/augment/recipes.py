@@ -48,11 +48,24 @@ _BYOL = View(scale=(0.08, 1.0), jitter=(0.4, 0.4, 0.2, 0.1), jitter_p=0.8, gray_
 
 _MULTICROP = tuple(
     replace(_MOCOV2, size=size, scale=scale)
-    for size, scale in ((224, (0.2, 1.0)), (192, (0.172, 0.86)), (160, (0.143, 0.715)), (128, (0.114, 0.571)), (96, (0.086, 0.429)))
+    for size, scale in (
+        (224, (0.2, 1.0)),
+        (192, (0.172, 0.86)),
+        (160, (0.143, 0.715)),
+        (128, (0.114, 0.571)),
+        (96, (0.086, 0.429)),
+    )
 )
 
 
-_FNC = View(scale=(0.08, 1.0), jitter=(0.8, 0.8, 0.8, 0.2), jitter_p=0.8, gray_p=0.2, blur_p=0.5, randaugment=(2, 7))
+_FNC = View(
+    scale=(0.08, 1.0),
+    jitter=(0.8, 0.8, 0.8, 0.2),
+    jitter_p=0.8,
+    gray_p=0.2,
+    blur_p=0.5,
+    randaugment=(2, 7),
+)
 
 
 RECIPES: dict[str, Recipe] = {
@@ -62,7 +75,8 @@ RECIPES: dict[str, Recipe] = {
     "sogclr": (replace(_BYOL, blur_p=1.0),) * 2,
     "multicrop": (_MOCOV2, *_MULTICROP),  # the key view, then the queries
     "fnc": (_FNC,) * 10,  # two and the support views
-    "small": (View(scale=(0.08, 1.0), jitter_p=0.8, gray_p=0.2),) * 2,  # MoCo's demo on CIFAR-10, no blur
+    "small": (View(scale=(0.08, 1.0), jitter_p=0.8, gray_p=0.2),)
+    * 2,  # MoCo's demo on CIFAR-10, no blur
     "probe": (View(scale=(0.08, 1.0)),),
 }
 
@@ -106,19 +120,25 @@ def recipe(
         for view in RECIPES[name]
     ]
     if blur_sigma and blur_sigma[0] > blur_sigma[1]:
-        raise InputError(f"--blur-sigma {blur_sigma[0]:g} {blur_sigma[1]:g}: give the smaller one first")
+        raise InputError(
+            f"--blur-sigma {blur_sigma[0]:g} {blur_sigma[1]:g}: give the smaller one first"
+        )
     if views is not None:
         all_views = [*all_views, *all_views[-1:] * views][:views]
     if crop_min is not None:
         largest = min(view.scale[1] for view in all_views)
         if not 0 < crop_min <= largest:
-            raise InputError(f"--crop-min {crop_min:g}: must lie above 0 and be at most {largest:g} for the recipe {name}")
+            raise InputError(
+                f"--crop-min {crop_min:g}: must lie above 0 and be at most {largest:g} for the recipe {name}"
+            )
         all_views = [replace(view, scale=(crop_min, view.scale[1])) for view in all_views]
     if randaugment is not None:
         operations, magnitude = randaugment
         if operations < 0 or not 0 <= magnitude <= 10:
             given = f"--randaugment {operations} {magnitude}"
-            raise InputError(f"{given}: takes how many operations, and their magnitude from 0 to 10; 0 0 is none")
+            raise InputError(
+                f"{given}: takes how many operations, and their magnitude from 0 to 10; 0 0 is none"
+            )
         all_views = [replace(view, randaugment=(operations, magnitude)) for view in all_views]
     return tuple(all_views)
 
@@ -126,4 +146,11 @@ def recipe(
 def of_options(args: Namespace) -> Recipe:
     """The recipe of a run's options; `args.views` says how many views a method wants, where it wants other than the recipe's."""
     more = {name: getattr(args, name, None) for name in ("views", "randaugment", "blur_sigma")}
-    return recipe(args.recipe, args.image_size, args.crop_min, mean=args.mean or MEAN, std=args.std or STD, **more)
+    return recipe(
+        args.recipe,
+        args.image_size,
+        args.crop_min,
+        mean=args.mean or MEAN,
+        std=args.std or STD,
+        **more,
+    )

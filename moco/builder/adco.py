@@ -57,12 +57,20 @@ class AdCo(QueryAndKey):
         fill: bool = True,
     ):
         super().__init__(encoder, m, bn_splits, bn_splits_query)
-        self.K, self.T, self.ascent, self.symmetric, self.multi_crop = K, T, ascent, symmetric, multi_crop
+        self.K, self.T, self.ascent, self.symmetric, self.multi_crop = (
+            K,
+            T,
+            ascent,
+            symmetric,
+            multi_crop,
+        )
         self.images_before = K if fill else 0  # images that train before epoch 0
         self.register_buffer("bank", unit(torch.randn(K, dim)))  # W [K, C]
         self.register_buffer("bank_velocity", torch.zeros(K, dim))
         self._progress, self._passes = Progress(), 0
-        self._unit = self._gradient = torch.empty(0)  # [K, C] from the first pass on, kept because such memory is slow to come by
+        self._unit = self._gradient = torch.empty(
+            0
+        )  # [K, C] from the first pass on, kept because such memory is slow to come by
         self._new_keys: list[Tensor] = []
 
     def pairs(self, views: int) -> list[tuple[int, int]]:
@@ -72,7 +80,9 @@ class AdCo(QueryAndKey):
             return [(query, key) for key in keys for query in range(views) if query != key]
         return [(0, 1), (1, 0)] if self.symmetric else [(0, 1)]
 
-    def forward(self, views: Sequence[Tensor], index: Tensor, progress: Progress) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(
+        self, views: Sequence[Tensor], index: Tensor, progress: Progress
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and metrics of this rank's batch.
 
         Args:
@@ -82,8 +92,14 @@ class AdCo(QueryAndKey):
             progress: where in the run this pass stands; fixes the shuffle. Steps below 0 fill the bank.
         """
         pairs = self.pairs(len(views))
-        q = {view: unit(self.encoder_q(views[view])) for view in sorted({query for query, _ in pairs})}  # [B, C] each
-        k = {view: self.keys(views[view], progress, view) for view in sorted({key for _, key in pairs})}  # [W B, C] each
+        q = {
+            view: unit(self.encoder_q(views[view]))
+            for view in sorted({query for query, _ in pairs})
+        }  # [B, C] each
+        k = {
+            view: self.keys(views[view], progress, view)
+            for view in sorted({key for _, key in pairs})
+        }  # [W B, C] each
         self._progress = progress
         if progress.step < 0:
             self._new_keys.append(k[pairs[0][1]])
@@ -96,18 +112,25 @@ class AdCo(QueryAndKey):
         near = torch.cat([queries @ keys.T for queries, keys in pairs])  # [P B, W B]
         B = len(q) // len(pairs)
         label = (distributed.rank() * B + torch.arange(B, device=q.device)).repeat(len(pairs))
-        scale = len(pairs) / (1 + self.symmetric)  # the rows' mean times this: views add up, directions are averaged
+        scale = len(pairs) / (
+            1 + self.symmetric
+        )  # the rows' mean times this: views add up, directions are averaged
         with torch.no_grad():
             length = torch.linalg.vector_norm(self.bank, dim=1, keepdim=True).clamp_min_(1e-12)
             if not len(self._unit):
-                self._unit, self._gradient = torch.empty_like(self.bank), torch.zeros_like(self.bank)
+                self._unit, self._gradient = (
+                    torch.empty_like(self.bank),
+                    torch.zeros_like(self.bank),
+                )
             bank = torch.div(self.bank, length, out=self._unit)
             similarity = q @ bank.T  # [P B, K]
             positive = near.gather(1, label[:, None]).squeeze(1)
             metrics = contrast_accuracy(positive, near, similarity)
             metrics |= spread(pairs[0][0], positive[:B], similarity[:B].amax(1))
             if self._progress.step >= 0:
-                add_bank_gradient(self._gradient, q, near, bank, length, similarity, self.ascent.T, scale)
+                add_bank_gradient(
+                    self._gradient, q, near, bank, length, similarity, self.ascent.T, scale
+                )
                 self._passes += 1
         return keys_and_bank_nce(q, near, label, bank, similarity, self.T) * scale, metrics
 
@@ -118,10 +141,23 @@ class AdCo(QueryAndKey):
         if self._progress.step < 0:
             self._fill()
             return
-        gradient = distributed.all_reduce_sum(self._gradient).div_(self._passes * distributed.world())
+        gradient = distributed.all_reduce_sum(self._gradient).div_(
+            self._passes * distributed.world()
+        )
         ascent = self.ascent
-        share = 0.5 * (1 + math.cos(math.pi * self._progress.epoch / self._progress.epochs)) if ascent.cosine else 1.0
-        ascend(self.bank, self.bank_velocity, gradient, ascent.lr * share, ascent.momentum, ascent.weight_decay)
+        share = (
+            0.5 * (1 + math.cos(math.pi * self._progress.epoch / self._progress.epochs))
+            if ascent.cosine
+            else 1.0
+        )
+        ascend(
+            self.bank,
+            self.bank_velocity,
+            gradient,
+            ascent.lr * share,
+            ascent.momentum,
+            ascent.weight_decay,
+        )
         gradient.zero_()
         self._passes = 0
 
@@ -129,8 +165,12 @@ class AdCo(QueryAndKey):
         """The step's keys become rows of the bank; after the last step of all the key encoder begins anew from the encoder."""
         keys = torch.cat(self._new_keys)
         steps = -(-self.K // len(keys))
-        rows = self.bank[(self._progress.step + steps) * len(keys) :]  # those that earlier steps have not filled
+        rows = self.bank[
+            (self._progress.step + steps) * len(keys) :
+        ]  # those that earlier steps have not filled
         rows[: len(keys)] = keys[: len(rows)]
         self._new_keys.clear()
         if self._progress.step == -1:
-            torch._foreach_copy_(list(self.encoder_k.parameters()), list(self.encoder_q.parameters()))
+            torch._foreach_copy_(
+                list(self.encoder_k.parameters()), list(self.encoder_q.parameters())
+            )

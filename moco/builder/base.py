@@ -39,7 +39,9 @@ class MovingAverage(nn.Module):
     @torch.no_grad()
     def after_step(self) -> None:
         """What changes after the optimizer's step: the average follows."""
-        torch._foreach_lerp_(list(self.encoder_k.parameters()), list(self.encoder_q.parameters()), 1 - self.m)
+        torch._foreach_lerp_(
+            list(self.encoder_k.parameters()), list(self.encoder_q.parameters()), 1 - self.m
+        )
 
 
 class QueryAndKey(MovingAverage):
@@ -51,7 +53,13 @@ class QueryAndKey(MovingAverage):
         bn_splits_query: whether the query encoder's BN also runs over `bn_splits` groups.
     """
 
-    def __init__(self, encoder: Callable[[], nn.Module], m: float, bn_splits: int, bn_splits_query: bool = False):
+    def __init__(
+        self,
+        encoder: Callable[[], nn.Module],
+        m: float,
+        bn_splits: int,
+        bn_splits_query: bool = False,
+    ):
         super().__init__(encoder, m)
         if distributed.world() == 1:
             for net in (self.encoder_k, self.encoder_q)[: 1 + bn_splits_query]:
@@ -67,7 +75,9 @@ class QueryAndKey(MovingAverage):
         """
         generator = progress.generator(SHUFFLE, "cpu", *counters)
         permutation = torch.randperm(distributed.world() * len(images), generator=generator)
-        return distributed.unshuffle(unit(self.encoder_k(distributed.shuffle(images, permutation))), permutation)
+        return distributed.unshuffle(
+            unit(self.encoder_k(distributed.shuffle(images, permutation))), permutation
+        )
 
 
 @torch.no_grad()
@@ -94,7 +104,14 @@ class OnlineAndTarget(nn.Module, ABC):
         m: momentum of the target at the first step, in [0, 1]; by a half cosine it is 1 at the last.
     """
 
-    def __init__(self, encoder: nn.Module, encoder_k: nn.Module, projector: nn.Module, predictor: nn.Module, m: float = 0.99):
+    def __init__(
+        self,
+        encoder: nn.Module,
+        encoder_k: nn.Module,
+        projector: nn.Module,
+        predictor: nn.Module,
+        m: float = 0.99,
+    ):
         super().__init__()
         self.m = m
         self.encoder, self.projector, self.predictor = encoder, projector, predictor
@@ -114,7 +131,9 @@ class OnlineAndTarget(nn.Module, ABC):
         """Return the encoder followed by the projection head."""
         return nn.Sequential(self.encoder, self.projector)
 
-    def forward(self, views: Sequence[Tensor], index: Tensor, progress: Progress) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(
+        self, views: Sequence[Tensor], index: Tensor, progress: Progress
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and metrics of this rank's batch.
 
         Args:
@@ -123,14 +142,18 @@ class OnlineAndTarget(nn.Module, ABC):
             progress: where in the run this pass stands: fixes the momentum and the draws.
         """
         self._progress = progress
-        p = [unit(self.predictor(self.projector(self.encoder(view)))) for view in views]  # [B, C] each
+        p = [
+            unit(self.predictor(self.projector(self.encoder(view)))) for view in views
+        ]  # [B, C] each
         with torch.no_grad():
             k = [unit(self.projector_k(self.encoder_k(view))) for view in views]
         with torch.autocast(p[0].device.type, enabled=False):
             return self.contrast(p, k, progress)
 
     @abstractmethod
-    def contrast(self, p: list[Tensor], k: list[Tensor], progress: Progress) -> tuple[Tensor, dict[str, Tensor]]:
+    def contrast(
+        self, p: list[Tensor], k: list[Tensor], progress: Progress
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and metrics of the two views' predictions and target features, unit rows [B, C] each."""
 
     def momentum(self) -> float:

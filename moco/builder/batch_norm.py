@@ -35,10 +35,14 @@ class _SplitBatchNorm:
 
     def group_by_group(self, x: Tensor, splits: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return `x` normalized, and the running means and variances after each group, [splits, C]."""
-        means, variances = (running.repeat(splits, 1) for running in (self.running_mean, self.running_var))
+        means, variances = (
+            running.repeat(splits, 1) for running in (self.running_mean, self.running_var)
+        )
         sizes = [len(x) // splits + (group < len(x) % splits) for group in range(splits)]
         parts = [
-            F.batch_norm(part, mean, variance, self.weight, self.bias, True, self.momentum, self.eps)
+            F.batch_norm(
+                part, mean, variance, self.weight, self.bias, True, self.momentum, self.eps
+            )
             for part, mean, variance in zip(x.split(sizes), means, variances, strict=True)
         ]
         return torch.cat(parts), means, variances
@@ -54,7 +58,9 @@ class _SplitBatchNorm:
         # [N, C, H, W] -> [N / splits, splits C, H, W]; the channels are the last dimension in memory
         wide = x.movedim(1, -1).reshape(splits, -1, channels).transpose(0, 1)
         wide = wide.reshape(n // splits, *spatial, splits * channels).movedim(-1, 1)
-        means, variances = (running.repeat(splits) for running in (self.running_mean, self.running_var))
+        means, variances = (
+            running.repeat(splits) for running in (self.running_mean, self.running_var)
+        )
         weight, bias = self.weight.repeat(splits), self.bias.repeat(splits)
         wide = F.batch_norm(wide, means, variances, weight, bias, True, self.momentum, self.eps)
         out = wide.movedim(1, -1).reshape(-1, splits, channels).transpose(0, 1)
@@ -62,10 +68,15 @@ class _SplitBatchNorm:
         return out, means.view(splits, channels), variances.view(splits, channels)
 
 
-_SMALL = 1 << 25  # elements; a GPU normalizes a larger tensor group by group: copies would take longer
+_SMALL = (
+    1 << 25
+)  # elements; a GPU normalizes a larger tensor group by group: copies would take longer
 
 
-_SPLIT = {kind: type(kind.__name__, (_SplitBatchNorm, kind), {}) for kind in (nn.BatchNorm1d, nn.BatchNorm2d)}
+_SPLIT = {
+    kind: type(kind.__name__, (_SplitBatchNorm, kind), {})
+    for kind in (nn.BatchNorm1d, nn.BatchNorm2d)
+}
 
 
 def split_batch_norm(net: nn.Module, splits: int) -> None:

@@ -11,7 +11,12 @@ from moco.rng import Progress
 class BYOL(OnlineAndTarget):
     """Predictions come near the other view's target features; there are no negatives."""
 
-    def contrast(self, p: list[Tensor], k: list[Tensor], progress: Progress) -> tuple[Tensor, dict[str, Tensor]]:
+    def contrast(
+        self, p: list[Tensor], k: list[Tensor], progress: Progress
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """The mean over both directions of 2 - 2 cos (BYOL, equation 2)."""
         cosine = torch.cat([(p[0] * k[1]).sum(1), (p[1] * k[0]).sum(1)])
-        return 2 - 2 * cosine.mean(), {"cosine": cosine.detach().mean(), **spread(torch.cat(p), cosine)}
+        return 2 - 2 * cosine.mean(), {
+            "cosine": cosine.detach().mean(),
+            **spread(torch.cat(p), cosine),
+        }

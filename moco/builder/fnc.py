@@ -46,10 +46,14 @@ class FNC(MovingAverage):
             self.encoder_k = None
             return
         self.register_buffer("memory", unit(torch.randn(rows, dim)))  # M [R, C]
-        self.register_buffer("memory_index", torch.full((rows,), -1))  # whose features they are, as places in the data set
+        self.register_buffer(
+            "memory_index", torch.full((rows,), -1)
+        )  # whose features they are, as places in the data set
         self.register_buffer("memory_ptr", torch.zeros(1, dtype=torch.long))
 
-    def forward(self, views: Sequence[Tensor], index: Tensor, progress: Progress) -> tuple[Tensor, dict[str, Metric]]:
+    def forward(
+        self, views: Sequence[Tensor], index: Tensor, progress: Progress
+    ) -> tuple[Tensor, dict[str, Metric]]:
         """Loss and metrics of this rank's batch; its features enter the memory.
 
         Args:
@@ -75,13 +79,21 @@ class FNC(MovingAverage):
         bank, images, places = self.bank(keys, index)
         own = places.view(V, -1)[:, distributed.rank() * B :][:, :B]
         found = find(bank.detach(), own, self.how, self.chunk)
-        loss, nearest, hardness = cancelled_nt_xent(z, bank, own, found, self.how.mode, self.T, self.chunk)
-        metrics: dict[str, Metric] = {"acc1": nearest, **spread(z[0], (z[0] * keys[1]).sum(1)), "hardness": hardness}
+        loss, nearest, hardness = cancelled_nt_xent(
+            z, bank, own, found, self.how.mode, self.T, self.chunk
+        )
+        metrics: dict[str, Metric] = {
+            "acc1": nearest,
+            **spread(z[0], (z[0] * keys[1]).sum(1)),
+            "hardness": hardness,
+        }
         if self.how.mode != "off":
             metrics["fn_found"] = found.counts.sum(1).to(devices.widest(z.device)).mean()
             if self.labels is not None:
                 whose = images[found.rows]  # -1 where nothing has entered the memory yet
-                others = found.counts & (whose != index[:, None])  # not the image itself, as it was in the last epoch
+                others = found.counts & (
+                    whose != index[:, None]
+                )  # not the image itself, as it was in the last epoch
                 right = others & (self.labels[whose] == self.labels[index][:, None]) & (whose >= 0)
                 metrics["fn_precision"] = right.sum(), others.sum()
         return loss, metrics
@@ -91,7 +103,11 @@ class FNC(MovingAverage):
 
         Returns rows [R, C], the image of each [R], and where the keys lie, view by view, each in the joint batch's order [V W B].
         """
-        latest = distributed.all_gather_with_gradient(keys.transpose(0, 1).contiguous()).transpose(0, 1).flatten(0, 1)
+        latest = (
+            distributed.all_gather_with_gradient(keys.transpose(0, 1).contiguous())
+            .transpose(0, 1)
+            .flatten(0, 1)
+        )
         images = distributed.all_gather(index).repeat(len(keys))
         if not self.rows:
             return latest, images, torch.arange(len(latest), device=latest.device)

@@ -40,32 +40,45 @@ class MoBY(OnlineAndTarget):
         super().__init__(*online_and_target)
         self.T, self.kind, self.epochs = T, kind, range(first, last)
         for view in (1, 2):
-            self.register_buffer(f"queue{view}", unit(torch.randn(K, dim)))  # [K, C], of this view's keys
+            self.register_buffer(
+                f"queue{view}", unit(torch.randn(K, dim))
+            )  # [K, C], of this view's keys
         self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.long))
         self._new_keys: list[list[Tensor]] = []
 
-    def contrast(self, p: list[Tensor], k: list[Tensor], progress: Progress) -> tuple[Tensor, dict[str, Tensor]]:
+    def contrast(
+        self, p: list[Tensor], k: list[Tensor], progress: Progress
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         self._new_keys.append([distributed.all_gather(keys) for keys in k])
         one, of_one = self.direction(p[0], k[1], self.queue2, progress, 0)
         other, of_other = self.direction(p[1], k[0], self.queue1, progress, 1)
         return one + other, {name: (of_one[name] + of_other[name]) / 2 for name in of_one}
 
-    def direction(self, q: Tensor, k: Tensor, queue: Tensor, progress: Progress, counter: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def direction(
+        self, q: Tensor, k: Tensor, queue: Tensor, progress: Progress, counter: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """InfoNCE and metrics of queries and their keys [B, C] against one queue; `counter` tells the directions' draws apart."""
         positive = (q * k).sum(1)  # [B]
         with torch.no_grad():
             similarity = q @ queue.T  # [B, K]
             mixture = self.synthetic(q, queue, similarity, progress, counter)
-            metrics = {**contrast_accuracy(positive, similarity), **spread(q, positive, similarity.amax(1))}
+            metrics = {
+                **contrast_accuracy(positive, similarity),
+                **spread(q, positive, similarity.amax(1)),
+            }
         return bank_info_nce(q, positive, queue, similarity, self.T, mixture), metrics
 
-    def synthetic(self, q: Tensor, queue: Tensor, similarity: Tensor, progress: Progress, counter: int) -> Mixture | None:
+    def synthetic(
+        self, q: Tensor, queue: Tensor, similarity: Tensor, progress: Progress, counter: int
+    ) -> Mixture | None:
         """The negatives that join the queue's in this epoch."""
         if not self.kind.total or progress.epoch not in self.epochs:
             return None
         generator = progress.generator(NEGATIVES, q.device, distributed.rank(), counter)
         hard = hardest(similarity, self.kind.n_hard)
-        return mix(q, queue, similarity, hard, self.kind, draw(self.kind, *q.shape, generator, q.dtype))
+        return mix(
+            q, queue, similarity, hard, self.kind, draw(self.kind, *q.shape, generator, q.dtype)
+        )
 
     @torch.no_grad()
     def after_step(self) -> None:

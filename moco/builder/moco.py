@@ -41,7 +41,9 @@ class MoCo(QueryAndKey):
         self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.long))
         self._new_keys: list[Tensor] = []
 
-    def forward(self, views: Sequence[Tensor], index: Tensor, progress: Progress) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(
+        self, views: Sequence[Tensor], index: Tensor, progress: Progress
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and metrics of this rank's batch.
 
         Args:
@@ -59,9 +61,13 @@ class MoCo(QueryAndKey):
                 found.append(self.contrast(q, own, progress, direction))
         self._new_keys += [keys[view] for view in sorted(keys)]
         losses, metrics = zip(*found, strict=True)
-        return torch.stack(losses).sum(), {name: torch.stack([one[name] for one in metrics]).mean() for name in metrics[0]}
+        return torch.stack(losses).sum(), {
+            name: torch.stack([one[name] for one in metrics]).mean() for name in metrics[0]
+        }
 
-    def contrast(self, q: Tensor, k: Tensor, progress: Progress, direction: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
+    def contrast(
+        self, q: Tensor, k: Tensor, progress: Progress, direction: int = 0
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the InfoNCE loss of unit queries and keys [B, C], and metrics.
 
         The metrics count only the queue's entries as negatives, not synthetic ones. `direction` is
@@ -75,7 +81,9 @@ class MoCo(QueryAndKey):
             metrics = {**contrast_accuracy(positive, nearest), **spread(q, positive, nearest[:, 0])}
         return bank_info_nce(q, positive, self.queue, similarity, self.T, mixture), metrics
 
-    def negatives(self, q: Tensor, similarity: Tensor, progress: Progress, direction: int = 0) -> tuple[Tensor, Mixture | None]:
+    def negatives(
+        self, q: Tensor, similarity: Tensor, progress: Progress, direction: int = 0
+    ) -> tuple[Tensor, Mixture | None]:
         """The queries' hardest rows of the queue, five at least, and what they face beside the queue.
 
         Given their similarities to it, [B, K].

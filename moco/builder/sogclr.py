@@ -21,7 +21,13 @@ class SogCLR(nn.Module):
         gamma: weight of a visit's new value in u, in (0, 1]; None trains on SimCLR's NT-Xent instead, without u.
     """
 
-    def __init__(self, encoder: Callable[[], nn.Module], images: int, T: float = 0.1, gamma: float | None = 0.9):
+    def __init__(
+        self,
+        encoder: Callable[[], nn.Module],
+        images: int,
+        T: float = 0.1,
+        gamma: float | None = 0.9,
+    ):
         super().__init__()
         self.T, self.gamma = T, gamma
         self.base_encoder = encoder()
@@ -36,7 +42,9 @@ class SogCLR(nn.Module):
     # The encoder with its projection head: the same network, because the head is its last layer.
     embedding = encoder
 
-    def forward(self, views: Sequence[Tensor], index: Tensor, progress: Progress) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(
+        self, views: Sequence[Tensor], index: Tensor, progress: Progress
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and metrics of this rank's batch.
 
         Args:
@@ -51,7 +59,9 @@ class SogCLR(nn.Module):
     def contrast(self, z: Tensor, index: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss, metrics and mean u of this rank's unit features z [2, B, C]; what was seen goes into u, on every rank."""
         first = distributed.rank() * z.shape[1]
-        z_all = distributed.all_gather_with_gradient(z.transpose(0, 1).contiguous()).transpose(0, 1)  # [2, W B, C]
+        z_all = distributed.all_gather_with_gradient(z.transpose(0, 1).contiguous()).transpose(
+            0, 1
+        )  # [2, W B, C]
         pairs = compare(z, z_all, first)
         metrics = contrast_metrics(z, pairs)
         if self.gamma is None:

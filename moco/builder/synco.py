@@ -26,7 +26,9 @@ class SynCo(MoCo):
     ) -> tuple[Tensor, synthetic.Mixture | None]:
         if not self.kind.total or progress.epoch < self.warmup_epochs:
             return super().negatives(q, similarity, progress, direction)
-        generator = progress.generator(NEGATIVES, q.device, distributed.rank(), *[direction] * direction)
+        generator = progress.generator(
+            NEGATIVES, q.device, distributed.rank(), *[direction] * direction
+        )
         draws = synthetic.draw(self.kind, *q.shape, generator, q.dtype)
         hard = synthetic.hardest(similarity, max(self.kind.n_hard, min(5, self.K)))
         return hard, synthetic.mix(q, self.queue, similarity, hard, self.kind, draws)

@@ -91,9 +91,13 @@ def convert(action: argparse.Action, value: object, where: str) -> object:
         except argparse.ArgumentTypeError as error:
             raise InputError(f"{where}: {error}") from None
         except ValueError:
-            raise InputError(f"{where}: {short(repr(item))} is not {getattr(action.type, '__name__', 'valid')}") from None
+            raise InputError(
+                f"{where}: {short(repr(item))} is not {getattr(action.type, '__name__', 'valid')}"
+            ) from None
         if action.choices and item not in action.choices:
-            raise InputError(f"{where}: {short(repr(item))} is not one of {', '.join(map(str, action.choices))}")
+            raise InputError(
+                f"{where}: {short(repr(item))} is not one of {', '.join(map(str, action.choices))}"
+            )
         return item
 
     return [one(item) for item in value] if many else one(value)

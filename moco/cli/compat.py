@@ -66,7 +66,9 @@ _SIMILAR = {
 _FOLDER = "give the data folder as DIR"
 
 
-_PROCESSES = "use --multiprocessing-distributed for all GPUs, --gpu ID for one, --device cpu for none"
+_PROCESSES = (
+    "use --multiprocessing-distributed for all GPUs, --gpu ID for one, --device cpu for none"
+)
 
 
 _PROCESSES += ", or torchrun or srun"

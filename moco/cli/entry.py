@@ -17,7 +17,9 @@ from moco.errors import InputError, of_file
 from moco.launch import interrupt, launch, output, processes
 
 
-def _in_own_folder(worker: launch.Worker, continues: bool, named: bool, args: Options, device: torch.device) -> None:
+def _in_own_folder(
+    worker: launch.Worker, continues: bool, named: bool, args: Options, device: torch.device
+) -> None:
     """Run the worker while the run holds the lock of its folder."""
     with run_folder.claim(args, continues, named):
         worker(args, device)
@@ -56,7 +58,9 @@ def main(parser: Parser, check: Callable[[Options], None], worker: launch.Worker
             writable(args.save_dir)
             if not continues and not hasattr(args, "pretrained"):
                 run_folder.check_free(args.save_dir)
-        args.save_dir = args.save_dir or time.strftime(f"runs/{args.script}-{args.arch}-%Y%m%d-%H%M%S")
+        args.save_dir = args.save_dir or time.strftime(
+            f"runs/{args.script}-{args.arch}-%Y%m%d-%H%M%S"
+        )
         for note in notes:
             say(note)
         launch.launch(functools.partial(_in_own_folder, worker, continues, named), args)

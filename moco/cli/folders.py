@@ -20,10 +20,14 @@ def output_folder(args: Options) -> Path:
         if not (args.pretrained or features or getattr(args, "evaluate", False)):
             saved = checkpoint.found(folder)
             if not saved:
-                raise InputError(f"no checkpoint_*.pth.tar in {folder}: --output and --tag name no run that has saved one")
+                raise InputError(
+                    f"no checkpoint_*.pth.tar in {folder}: --output and --tag name no run that has saved one"
+                )
             args.pretrained = str(saved[0])
         data = "features" if features else "photos" if args.data == "photos" else args.dataset
-        protocol = [str(getattr(args, name)) for name in ("weights", "train_percent") if hasattr(args, name)]
+        protocol = [
+            str(getattr(args, name)) for name in ("weights", "train_percent") if hasattr(args, name)
+        ]
         folder /= "-".join([args.script, data, *protocol])
     return folder
 
@@ -31,8 +35,14 @@ def output_folder(args: Options) -> Path:
 def writable(folder: str) -> None:
     """Raise InputError where a run folder cannot be made, or written to, before hours are spent on what goes there."""
     if folder != folder.encode(errors="replace").decode():
-        raise InputError(f"--save-dir {folder}: is not UTF-8, which TensorBoard needs; choose another folder")
-    there = next(place for place in (Path(folder), *Path(folder).absolute().parents) if os.path.lexists(place))
+        raise InputError(
+            f"--save-dir {folder}: is not UTF-8, which TensorBoard needs; choose another folder"
+        )
+    there = next(
+        place
+        for place in (Path(folder), *Path(folder).absolute().parents)
+        if os.path.lexists(place)
+    )
     if not there.is_dir():
         raise InputError(f"--save-dir {folder}: {there} is no folder; choose another place")
     if not os.access(there, os.W_OK | os.X_OK):

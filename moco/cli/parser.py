@@ -25,7 +25,9 @@ Values = dict[str, object]  # by attribute name
 
 
 # what a run's args.yaml holds beside its options
-_NOT_OPTIONS = set("cfg script method encoder-method pretrain-epochs views nodes batch-per-process batch-is-per-process".split())
+_NOT_OPTIONS = set(
+    "cfg script method encoder-method pretrain-epochs views nodes batch-per-process batch-is-per-process".split()
+)
 
 
 _NOT_OPTIONS.add("lincls")  # and a recipe: the one of that script that goes with it
@@ -60,15 +62,32 @@ class Parser(OneLineParser):
         self.elsewhere = elsewhere or {}
         self.rules: list[Rule] = []
         run = self.add_argument_group("run")
-        run.add_argument("data", nargs="?", metavar="DIR", help="folder with train/ and val/, or photos: the built-in data set")
-        run.add_argument("--data", "--data-path", dest="data_option", metavar="DIR", help="the same as DIR")
-        run.add_argument("--cfg", metavar="FILE.yaml", help="defaults by option name; options given here win")
-        run.add_argument("--save-dir", metavar="DIR", help="run folder; by default runs/<script>-<arch>-<time>")
-        run.add_argument("--output", metavar="DIR", help="run folder DIR/TAG, and of evaluations of that run")
-        run.add_argument("--tag", help="of the run, in the folder of --output; by default the word default")
+        run.add_argument(
+            "data",
+            nargs="?",
+            metavar="DIR",
+            help="folder with train/ and val/, or photos: the built-in data set",
+        )
+        run.add_argument(
+            "--data", "--data-path", dest="data_option", metavar="DIR", help="the same as DIR"
+        )
+        run.add_argument(
+            "--cfg", metavar="FILE.yaml", help="defaults by option name; options given here win"
+        )
+        run.add_argument(
+            "--save-dir", metavar="DIR", help="run folder; by default runs/<script>-<arch>-<time>"
+        )
+        run.add_argument(
+            "--output", metavar="DIR", help="run folder DIR/TAG, and of evaluations of that run"
+        )
+        run.add_argument(
+            "--tag", help="of the run, in the folder of --output; by default the word default"
+        )
         two = "--save-dir names the run folder (and --pretrained the checkpoint); leave it out"
         self.has_effect("output tag", self._reads_output, two)
-        run.add_argument("--seed", type=seed, default=0, help="seed of weights, image order, views and negatives")
+        run.add_argument(
+            "--seed", type=seed, default=0, help="seed of weights, image order, views and negatives"
+        )
 
     def also_named(self, names: dict[str, str]) -> None:
         """Give options, without their dashes, further names: those of a published script."""
@@ -76,9 +95,17 @@ class Parser(OneLineParser):
         for published, ours in names.items():
             mine = actions[f"--{ours}"]
             kind = {"type": mine.type} if mine.nargs != 0 else {"action": "store_true"}
-            self.add_argument(f"--{published}", dest=mine.dest, default=mine.default, help=argparse.SUPPRESS, **kind)
+            self.add_argument(
+                f"--{published}",
+                dest=mine.dest,
+                default=mine.default,
+                help=argparse.SUPPRESS,
+                **kind,
+            )
 
-    def has_effect(self, options: str, when: Callable[[Options], object], why: str, refuse: bool = True) -> None:
+    def has_effect(
+        self, options: str, when: Callable[[Options], object], why: str, refuse: bool = True
+    ) -> None:
         """Declare that options do nothing unless `when(args)`, called after the script's check.
 
         Args:
@@ -98,14 +125,23 @@ class Parser(OneLineParser):
         refused, noted = [], []
         for rule in self.rules:
             given = [dest for dest in rule.options if self.given.get(dest) not in OFF]
-            found = [dest for dest in rule.options if rule.refuse and dest not in self.given and self._of_recipe(dest)]
+            found = [
+                dest
+                for dest in rule.options
+                if rule.refuse and dest not in self.given and self._of_recipe(dest)
+            ]
             if not (given or found) or rule.when(args):
                 continue
             refuses = rule.refuse and any(self.given[dest] != self.own.get(dest) for dest in given)
-            for dests, where, lines in ((given, "", refused if refuses else noted), (found, f" of {args.cfg}", noted)):
+            for dests, where, lines in (
+                (given, "", refused if refuses else noted),
+                (found, f" of {args.cfg}", noted),
+            ):
                 if dests:
                     names = ", ".join(self._name(dest) + where for dest in dests)
-                    lines.append(f"{names} {'has' if len(dests) == 1 else 'have'} no effect: {rule.why}")
+                    lines.append(
+                        f"{names} {'has' if len(dests) == 1 else 'have'} no effect: {rule.why}"
+                    )
         if refused:
             raise InputError(*refused)
         return noted
@@ -130,13 +166,24 @@ class Parser(OneLineParser):
 
     def _name(self, dest: str) -> str:
         """Return the option that sets `args.dest`."""
-        names = (name for action in self._actions if action.dest == dest for name in action.option_strings or [action.metavar])
+        names = (
+            name
+            for action in self._actions
+            if action.dest == dest
+            for name in action.option_strings or [action.metavar]
+        )
         return next(name for name in names if not re.fullmatch("-.|--no-.*", name))
 
     def parse(self, argv: Sequence[str] | None = None) -> Options:
         """Parse; raises InputError for an unknown option (it names the nearest) or a wrong YAML file."""
         names = self.names()
-        self.also_named({name: ours for name, ours in compat.SAME.items() if f"--{name}" not in names and f"--{ours}" in names})
+        self.also_named(
+            {
+                name: ours
+                for name, ours in compat.SAME.items()
+                if f"--{name}" not in names and f"--{ours}" in names
+            }
+        )
         argv = [self._canonical(token) for token in (sys.argv[1:] if argv is None else argv)]
         self._refuse_opts(argv)
         self.refuse_empty(argv)
@@ -144,14 +191,18 @@ class Parser(OneLineParser):
         self.own = {action.dest: action.default for action in self._actions}
         self.recipe: Values = {}  # from --cfg
         named = self.parse_known_args(argv, Options(**dict.fromkeys(self.own, _UNSET)))[0]
-        self.given: Values = {dest: value for dest, value in vars(named).items() if value is not _UNSET}
+        self.given: Values = {
+            dest: value for dest, value in vars(named).items() if value is not _UNSET
+        }
         first, _ = self.parse_known_args(argv)
         self._refuse_remote(first)
         if first.cfg:
             self._defaults_from(first.cfg)
         args, rest = self.parse_known_args(argv)
         self._refuse_remote(args)
-        if unknown_ones := self.unknown(token.split("=")[0] for token in rest if token.startswith("-")):
+        if unknown_ones := self.unknown(
+            token.split("=")[0] for token in rest if token.startswith("-")
+        ):
             raise InputError(*unknown_ones)
         for token in rest:
             expected = "one data folder is expected, options start with --"
@@ -159,14 +210,18 @@ class Parser(OneLineParser):
                 expected += "; several names of --allow-change are joined by commas: lr,wd"
             raise InputError(f"unexpected argument '{token}'; {expected}")
         if args.data and args.data_option and args.data != args.data_option:
-            raise InputError(f"two data folders: '{args.data}' and --data {args.data_option}; give one")
+            raise InputError(
+                f"two data folders: '{args.data}' and --data {args.data_option}; give one"
+            )
         args.data = args.data_option or args.data
         if args.data is None and not getattr(args, "load_features", None):
             raise InputError("no data folder: give DIR (with train/ and val/), or the word photos")
         del args.data_option
         args.script = self._script()
         if args.tag and not args.output:
-            raise InputError(f"--tag {args.tag}: names a folder in that of --output; give --output DIR, or --save-dir")
+            raise InputError(
+                f"--tag {args.tag}: names a folder in that of --output; give --output DIR, or --save-dir"
+            )
         if args.output:
             folder = output_folder(args)
             args.save_dir = args.save_dir or str(folder)
@@ -187,16 +242,27 @@ class Parser(OneLineParser):
         if "--opts" not in argv:
             return
         rest = argv[argv.index("--opts") + 1 :]
-        given = list(itertools.takewhile(lambda token: not token.startswith("-") or is_number(token), rest))
-        meant = {key: self._option(key, value) for key, value in itertools.zip_longest(given[::2], given[1::2], fillvalue="")}
+        given = list(
+            itertools.takewhile(lambda token: not token.startswith("-") or is_number(token), rest)
+        )
+        meant = {
+            key: self._option(key, value)
+            for key, value in itertools.zip_longest(given[::2], given[1::2], fillvalue="")
+        }
         strange = [key for key, option in meant.items() if option is None]
-        spelled = f"give {' '.join(filter(None, meant.values()))} instead" if any(meant.values()) else "leave it out"
+        spelled = (
+            f"give {' '.join(filter(None, meant.values()))} instead"
+            if any(meant.values())
+            else "leave it out"
+        )
         no = f"; here is nothing like {', '.join(strange)}" if strange else ""
         raise InputError(f"--opts: each setting is an option of its own; {spelled}{no}")
 
     def _option(self, key: str, value: str) -> str | None:
         """How one setting of --opts is spelled here; None where this script has nothing like it."""
-        form = SWIN_OPTS.get(key, "").replace("{half}", f"{float(value) / 2:g}" if is_number(value) else "half of it")
+        form = SWIN_OPTS.get(key, "").replace(
+            "{half}", f"{float(value) / 2:g}" if is_number(value) else "half of it"
+        )
         if form.split(" ")[0] not in self.names():
             return None
         if " " not in form:  # a switch
@@ -205,14 +271,18 @@ class Parser(OneLineParser):
             value += " x processes"
         return form.format(value)
 
-    def unknown(self, names: Iterable[str], kind: str = "option", known: Iterable[str] = ()) -> list[str]:
+    def unknown(
+        self, names: Iterable[str], kind: str = "option", known: Iterable[str] = ()
+    ) -> list[str]:
         """Return a line for each unknown option: what to use instead, or the nearest option."""
         known = list(known) or self.names()
         lines = []
         for name in dict.fromkeys(names):
             bare = name.lstrip("-").replace("_", "-").lower()
             others = (bare, bare.removeprefix("no-"), bare.removeprefix("no"))
-            found = (self.elsewhere.get(other) or compat.instead(other, self.names()) for other in others)
+            found = (
+                self.elsewhere.get(other) or compat.instead(other, self.names()) for other in others
+            )
             instead = next(filter(None, found), None)
             lines.append(f"{name}: {instead}" if instead else str(unknown(kind, name, known)))
         return lines
@@ -226,7 +296,12 @@ class Parser(OneLineParser):
 
     def _folder_first(self, argv: list[str]) -> list[str]:
         """Move what is no number out of the options that may take one more: --schedule 120 160 DIR names a folder last."""
-        switches = {name for action in self._actions if isinstance(action, Switch) for name in action.option_strings}
+        switches = {
+            name
+            for action in self._actions
+            if isinstance(action, Switch)
+            for name in action.option_strings
+        }
         several = (action for action in self._actions if action.nargs in ("*", "+") and action.type)
         numbers = switches | {name for action in several for name in action.option_strings}
         folders: list[str] = []
@@ -246,17 +321,29 @@ class Parser(OneLineParser):
         except InputError as error:
             raise InputError(f"--cfg {path}: {error}") from None
         given = ((name, action) for action in self._actions for name in action.option_strings)
-        actions = {name.removeprefix("--"): action for name, action in given if not name.startswith("--no-")}
+        actions = {
+            name.removeprefix("--"): action
+            for name, action in given
+            if not name.startswith("--no-")
+        }
         actions["data"] = next(action for action in self._actions if action.dest == "data")
-        if "lincls" in values and "pretrained" in actions:  # pre-training's, for an evaluation of it; may name this script's own
+        if (
+            "lincls" in values and "pretrained" in actions
+        ):  # pre-training's, for an evaluation of it; may name this script's own
             if recipe := values.get(self._script()):
                 self._defaults_from(str(Path(path).parent / str(recipe)))
             values = {key: values[key] for key in ("arch", "image-size") if key in values}
         names = {str(key).replace("_", "-"): key for key in values}
-        strange = [str(key) for name, key in names.items() if name not in actions and name not in _NOT_OPTIONS]
+        strange = [
+            str(key)
+            for name, key in names.items()
+            if name not in actions and name not in _NOT_OPTIONS
+        ]
         if strange:
             lines = self.unknown(strange[:MOST_LINES], "key", actions)
-            lines += [f"and {len(strange) - MOST_LINES} more unknown keys"] * (len(strange) > MOST_LINES)
+            lines += [f"and {len(strange) - MOST_LINES} more unknown keys"] * (
+                len(strange) > MOST_LINES
+            )
             raise InputError(*(f"--cfg {path}: {line}" for line in lines))
         for name, key in names.items():
             value = values[key]

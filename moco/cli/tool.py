@@ -24,7 +24,9 @@ class OneLineParser(argparse.ArgumentParser):
         """Print the error and exit with status 2."""
         self.exit(2, printed(self.prog, error))
 
-    def parse_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None) -> argparse.Namespace:
+    def parse_args(
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> argparse.Namespace:
         return self._all_of(self.parse_known_args, args, namespace)
 
     def parse_intermixed_args(
@@ -32,12 +34,16 @@ class OneLineParser(argparse.ArgumentParser):
     ) -> argparse.Namespace:
         return self._all_of(self.parse_known_intermixed_args, args, namespace)
 
-    def _all_of(self, parse: Callable, words: Sequence[str] | None, namespace: argparse.Namespace | None) -> argparse.Namespace:
+    def _all_of(
+        self, parse: Callable, words: Sequence[str] | None, namespace: argparse.Namespace | None
+    ) -> argparse.Namespace:
         words = sys.argv[1:] if words is None else list(words)
         try:
             self.refuse_empty(words)
             found, rest = parse(words, namespace)
-            if options := self.unknown(word.split("=")[0] for word in rest if word.startswith("--")):
+            if options := self.unknown(
+                word.split("=")[0] for word in rest if word.startswith("--")
+            ):
                 raise InputError(*options)
             for word in rest:
                 raise InputError(f"unexpected argument '{word}'; --help shows what is expected")
@@ -54,11 +60,18 @@ class OneLineParser(argparse.ArgumentParser):
         for before, word in zip(("", *words), words, strict=False):
             if not word.strip() or re.fullmatch(r"--[\w-]+=(\s*|--)", word):
                 option = word if word.strip() else before
-                raise InputError(f"{f'after {option}: ' if option else ''}an empty value; is a variable of the shell not set?")
+                raise InputError(
+                    f"{f'after {option}: ' if option else ''}an empty value; is a variable of the shell not set?"
+                )
 
     def names(self) -> list[str]:
         """Its options."""
-        return [name for action in self._actions for name in action.option_strings if name.startswith("--")]
+        return [
+            name
+            for action in self._actions
+            for name in action.option_strings
+            if name.startswith("--")
+        ]
 
 
 def run(parser: OneLineParser, work: Callable[[argparse.Namespace], int | None]) -> int:

@@ -77,7 +77,10 @@ decay = real("[0, 100]")
 momentum = real("[0, 1)")  # of an optimizer
 
 
-mean, std = real("[0, 1]"), real("(0, 1]")  # of a colour channel; mean 0 and std 1 leave it as it is
+mean, std = (
+    real("[0, 1]"),
+    real("(0, 1]"),
+)  # of a colour channel; mean 0 and std 1 leave it as it is
 
 
 average = real("[0, 1]")  # of an encoder that follows another one
@@ -99,12 +102,16 @@ def keep(text: str) -> int:
     try:
         return 0 if text == "all" else natural(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{short(text)} is neither a number nor the word all") from None
+        raise argparse.ArgumentTypeError(
+            f"{short(text)} is neither a number nor the word all"
+        ) from None
 
 
 def data_name(text: str) -> str:
     """Return the name of an ImageNet folder that `subsets.check_classes` knows."""
     if text.lower() not in subsets.SIZES:
         known = " or ".join(subsets.SIZES)
-        raise argparse.ArgumentTypeError(f"'{text}' is not {known}; leave it out; evaluations take other data sets with --dataset")
+        raise argparse.ArgumentTypeError(
+            f"'{text}' is not {known}; leave it out; evaluations take other data sets with --dataset"
+        )
     return text.lower()

@@ -31,7 +31,9 @@ def find(data: str, splits: tuple[str, ...]) -> Path:
         return photos()
     root = Path(data)
     if not _is_folder(root):
-        raise InputError(f"{data}: no such folder; give an ImageNet-style folder (train/CLASS/*.jpg), or the word photos")
+        raise InputError(
+            f"{data}: no such folder; give an ImageNet-style folder (train/CLASS/*.jpg), or the word photos"
+        )
     for split in splits:
         if not _is_folder(split_folder(root, split)):
             other = ", and no test/ with class folders in its place" if split == "val" else ""
@@ -110,7 +112,9 @@ def scan(root: Path, split: str, classes: tuple[str, ...] = ()) -> ImageFolder:
         if not listing.images:
             held = f", but {_endings(listing.others)}" if listing.others else ""
             held += ", and leads to a folder that is listed already" if listing.repeated else ""
-            raise InputError(f"{folder / name}: holds no image ({', '.join(SUFFIXES)}){held}; remove the folder or fill it")
+            raise InputError(
+                f"{folder / name}: holds no image ({', '.join(SUFFIXES)}){held}; remove the folder or fill it"
+            )
         if shared := next((real for real in listing.folders if real in owner), None):
             raise InputError(
                 f"{folder / owner[shared]} and {folder / name}: both lead to {shared} through links, "
@@ -261,10 +265,14 @@ def _endings(counts: Counter[str]) -> str:
     """Return the counts as text: .txt 300, .avif 12, and others 4."""
     most = sorted(counts.items(), key=lambda one: (-one[1], one[0]))
     rest = sum(count for _, count in most[5:])
-    return ", ".join(f"{ending} {count}" for ending, count in most[:5] + [("others", rest)] * bool(rest))
+    return ", ".join(
+        f"{ending} {count}" for ending, count in most[:5] + [("others", rest)] * bool(rest)
+    )
 
 
-def _tell_of_others(folder: Path, listings: list[Listing], others: Counter[str], beside: int) -> None:
+def _tell_of_others(
+    folder: Path, listings: list[Listing], others: Counter[str], beside: int
+) -> None:
     """Print one line on what was left out: other files, images outside class folders, links."""
     others = sum((listing.others for listing in listings), others)
     repeated = [link for listing in listings for link in listing.repeated]
@@ -274,7 +282,9 @@ def _tell_of_others(folder: Path, listings: list[Listing], others: Counter[str],
     if beside:
         what.append(f"{beside} images outside the class folders")
     if repeated:
-        what.append(f"{len(repeated)} links to folders that are listed already, first {repeated[0]}")
+        what.append(
+            f"{len(repeated)} links to folders that are listed already, first {repeated[0]}"
+        )
     if what:
         _print_once(f"{folder}: left out: {'; '.join(what)}")
 

@@ -17,9 +17,24 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from moco.errors import InputError
 
-SUFFIXES = (".jpg", ".jpeg", ".jfif", ".jpe", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")
+SUFFIXES = (
+    ".jpg",
+    ".jpeg",
+    ".jfif",
+    ".jpe",
+    ".png",
+    ".ppm",
+    ".bmp",
+    ".pgm",
+    ".tif",
+    ".tiff",
+    ".webp",
+    ".gif",
+)
 
-Reduction = Callable[[int, int], int]  # (height, width) to the factor by which an image may be shrunk: 1, 2, 4 or 8
+Reduction = Callable[
+    [int, int], int
+]  # (height, width) to the factor by which an image may be shrunk: 1, 2, 4 or 8
 
 
 def whole(height: int, width: int) -> int:
@@ -206,7 +221,11 @@ def _check_size(path: str, data: memoryview) -> None:
     """Raise InputError for a JPEG that claims more pixels than its bytes can hold, before they are allocated."""
     i = 2
     while i + 9 <= len(data) and data[i] == 0xFF:
-        if 0xC0 <= data[i + 1] <= 0xCF and data[i + 1] not in (0xC4, 0xC8, 0xCC):  # the frame's header
+        if 0xC0 <= data[i + 1] <= 0xCF and data[i + 1] not in (
+            0xC4,
+            0xC8,
+            0xCC,
+        ):  # the frame's header
             height, width = (int.from_bytes(data[at : at + 2], "big") for at in (i + 5, i + 7))
             if height * width > min(_MOST, max(_DENSEST * len(data), 1 << 20)):
                 raise InputError(
@@ -236,7 +255,9 @@ def _decode_smaller(path: str, reduction: Reduction) -> Tensor | None:
             factor = reduction(image.height, image.width)
             image.draft("RGB", (image.width // factor, image.height // factor))
             return pil_to_tensor(image.convert("RGB")) if factor > 1 else None
-    except Image.DecompressionBombError:  # Pillow refuses images of more than 178 million pixels; torchvision reads them
+    except (
+        Image.DecompressionBombError
+    ):  # Pillow refuses images of more than 178 million pixels; torchvision reads them
         return None
 
 

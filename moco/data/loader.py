@@ -55,7 +55,10 @@ class RandomCrops(NamedTuple):
         so that the same draws cut the same parts out of the smaller image, but for rounding.
         """
         boxes = crop.random_boxes(height, width, self.recipe, rng.CROP, self.seed, *place)
-        spare = min(min(h, w) / (2 * view.size) for (_, _, h, w), view in zip(boxes, self.recipe, strict=True))
+        spare = min(
+            min(h, w) / (2 * view.size)
+            for (_, _, h, w), view in zip(boxes, self.recipe, strict=True)
+        )
         return max(factor for factor in (1, 2, 4, 8) if factor <= max(1, spare))
 
     def takes(self, height: int, width: int) -> bool:
@@ -101,19 +104,25 @@ class Views(Dataset):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, place: Place) -> tuple[list[Tensor], int, Tensor, list[tuple[int, str]]] | InputError:
+    def __getitem__(
+        self, place: Place
+    ) -> tuple[list[Tensor], int, Tensor, list[tuple[int, str]]] | InputError:
         epoch, first = place
         unreadable: list[tuple[int, str]] = []
         for attempt in range(REPLACEMENTS + 1):
             i = rng.key(rng.REPLACEMENT, epoch, first, attempt) % len(self) if attempt else first
             try:
-                image = self.images.read(i, lambda height, width: self.cut.reduction(height, width, place))
+                image = self.images.read(
+                    i, lambda height, width: self.cut.reduction(height, width, place)
+                )
                 return self.cut(image, place), i, torch.as_tensor(self.images.labels[i]), unreadable
             except InputError as error:
                 if not self.skips:
                     return error  # raised in the main process, where it is one line and not a worker's traceback
                 unreadable.append((i, str(error)))
-        return InputError(f"{unreadable[0][1]}; nor could {REPLACEMENTS} others be read in its place")
+        return InputError(
+            f"{unreadable[0][1]}; nor could {REPLACEMENTS} others be read in its place"
+        )
 
     def __getitems__(self, places: list[Place]) -> Batch | list:
         """Return a Batch if the images are in memory and `cut` accepts their size, else samples.
@@ -138,7 +147,10 @@ def collate(samples: Batch | list) -> Batch | InputError:
     error = next((sample for sample in samples if isinstance(sample, InputError)), None)
     if error:
         return error
-    return Batch(*default_collate([sample[:3] for sample in samples]), [one for sample in samples for one in sample[3]])
+    return Batch(
+        *default_collate([sample[:3] for sample in samples]),
+        [one for sample in samples for one in sample[3]],
+    )
 
 
 class TrainOrder(Sampler):
@@ -149,8 +161,17 @@ class TrainOrder(Sampler):
     Steps below 0 are those that may come before epoch 0, the last ones of the epochs -1, -2, ...
     """
 
-    def __init__(self, n: int, batch: int, accumulation: int, seed: int, start: int = 0, stop: int = 0):
-        self.n, self.batch, self.accumulation, self.seed, self.start, self.stop = n, batch, accumulation, seed, start, stop
+    def __init__(
+        self, n: int, batch: int, accumulation: int, seed: int, start: int = 0, stop: int = 0
+    ):
+        self.n, self.batch, self.accumulation, self.seed, self.start, self.stop = (
+            n,
+            batch,
+            accumulation,
+            seed,
+            start,
+            stop,
+        )
         self.steps_per_epoch = n // (batch * distributed.world() * accumulation)
 
     def __len__(self) -> int:
@@ -162,8 +183,13 @@ class TrainOrder(Sampler):
         for step in range(self.start, self.stop):
             epoch, place = divmod(step, self.steps_per_epoch)
             if epoch != order_of:
-                order = torch.randperm(self.n, generator=rng.generator("cpu", rng.ORDER, self.seed, epoch))
-                mine, order_of = order[: math.prod(shape)].view(shape)[:, :, distributed.rank()], epoch
+                order = torch.randperm(
+                    self.n, generator=rng.generator("cpu", rng.ORDER, self.seed, epoch)
+                )
+                mine, order_of = (
+                    order[: math.prod(shape)].view(shape)[:, :, distributed.rank()],
+                    epoch,
+                )
             for batch in mine[place].tolist():
                 yield [(epoch, i) for i in batch]
 
@@ -188,11 +214,15 @@ def _outlast_signals(_: int) -> None:
     signal.set_wakeup_fd(-1)  # a forked process inherits the run's pipe for signals
     for number in (signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(PATIENCE))  # not ignored: so ends the rank what it must not wait for
+    signal.signal(
+        signal.SIGTERM, lambda *_: signal.alarm(PATIENCE)
+    )  # not ignored: so ends the rank what it must not wait for
     sys.excepthook = _tell_unless_alone
 
 
-def _tell_unless_alone(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+def _tell_unless_alone(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
     """Print an error, unless it only says that the rank which reads the batches has ended.
 
     The launcher says that.
@@ -206,7 +236,9 @@ PATIENCE = 600  # seconds
 
 def end(processes: list[BaseProcess]) -> None:
     """Kill loader processes that are left: they outlast all other signals."""
-    theirs = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's would raise, in the middle of what comes next
+    theirs = signal.signal(
+        signal.SIGCHLD, signal.SIG_DFL
+    )  # torch's would raise, in the middle of what comes next
     for process in processes:
         process.kill()
     for process in processes:
@@ -221,7 +253,12 @@ def _end_all() -> None:
 
 
 def batches(
-    images: Images, cut: RandomCrops | CenterCrop, order: Sampler, args: Namespace, device: torch.device, skips: bool = False
+    images: Images,
+    cut: RandomCrops | CenterCrop,
+    order: Sampler,
+    args: Namespace,
+    device: torch.device,
+    skips: bool = False,
 ) -> Iterator[Batch]:
     """Read `images` in `order` and yield batches on `device`. Raises InputError for an image that cannot be read, unless `skips`.
 
@@ -272,4 +309,6 @@ def _read(**options: Any) -> Iterator[Batch | InputError]:
     try:
         yield from reader
     except (ConnectionError, EOFError, FileNotFoundError) as error:
-        raise RuntimeError(f"DataLoader worker exited unexpectedly ({type(error).__name__})") from None
+        raise RuntimeError(
+            f"DataLoader worker exited unexpectedly ({type(error).__name__})"
+        ) from None

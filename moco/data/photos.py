@@ -121,7 +121,10 @@ def _photograph(name: str):
     import sklearn.datasets
     from PIL import Image
 
-    folders = [Path(skimage.__file__).parent / "data", Path(sklearn.datasets.__file__).parent / "images"]
+    folders = [
+        Path(skimage.__file__).parent / "data",
+        Path(sklearn.datasets.__file__).parent / "images",
+    ]
     files = [file for folder in folders for file in folder.glob(f"{name}.*")]
     if not files:
         raise InputError(
@@ -134,7 +137,10 @@ def _write_patches(root: Path, name: str, photograph, rng: np.random.Generator) 
     """Random squares of 96 pixels, or of what the part allows, at 96; black or blank ones are drawn again."""
     width = photograph.size[0]
     border = round(width * _LEFT)
-    for split, left, right, count in (("train", 0, border, _TRAIN_PATCHES), ("val", border, width, _VAL_PATCHES)):
+    for split, left, right, count in (
+        ("train", 0, border, _TRAIN_PATCHES),
+        ("val", border, width, _VAL_PATCHES),
+    ):
         folder = root / split / name
         folder.mkdir(parents=True)
         for i in range(count):

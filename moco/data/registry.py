@@ -51,9 +51,17 @@ def _cifar(kind: type) -> Loader:
         return next(found[key] for key in keys if key in found)
 
     def split(root: str, batches: list) -> Images:
-        pixels = np.concatenate([read(root, name, "data") for name, _ in batches]).reshape(-1, 3, 32, 32)
+        pixels = np.concatenate([read(root, name, "data") for name, _ in batches]).reshape(
+            -1, 3, 32, 32
+        )
         labels = np.concatenate([read(root, name, "labels", "fine_labels") for name, _ in batches])
-        return _made(ImageArray, root, pixels.astype(np.uint8), labels, read(root, kind.meta["filename"], kind.meta["key"]))
+        return _made(
+            ImageArray,
+            root,
+            pixels.astype(np.uint8),
+            labels,
+            read(root, kind.meta["filename"], kind.meta["key"]),
+        )
 
     return lambda root, seed: (split(root, kind.train_list), split(root, kind.test_list))
 
@@ -70,7 +78,9 @@ def _files(kind: type, train: str, test: str) -> Loader:
 
     def load(root: str, seed: int) -> Split:
         splits = [[kind(root, split) for split in both.split("+")] for both in (train, test)]
-        classes = getattr(splits[0][0], "classes", [str(i) for i in range(1, 103)])  # 0.21 has no names for the 102 flowers
+        classes = getattr(
+            splits[0][0], "classes", [str(i) for i in range(1, 103)]
+        )  # 0.21 has no names for the 102 flowers
         return tuple(_joined(root, parts, classes) for parts in splits)
 
     return load
@@ -84,7 +94,11 @@ def _joined(root: str, parts: list, classes: Sequence[str]) -> Images:
         if isinstance(part, tv.StanfordCars):
             files, own = zip(*part._samples, strict=True)
         else:
-            files = next(getattr(part, name) for name in ("_image_files", "_images", "images") if hasattr(part, name))
+            files = next(
+                getattr(part, name)
+                for name in ("_image_files", "_images", "images")
+                if hasattr(part, name)
+            )
             own = part._labels
         names = getattr(part, "classes", classes)
         paths += (os.fsencode(file)[start:] for file in files)
@@ -118,11 +132,17 @@ class _VOC2007(tv.VOCDetection):
 
 def _caltech101(root: str, seed: int) -> Split:
     """30 random images of each class, and the rest. Torchvision guesses the files' names from how many there are."""
-    os.stat(os.path.join(root, "caltech101", "101_ObjectCategories"))  # an error that names it, if it is absent
+    os.stat(
+        os.path.join(root, "caltech101", "101_ObjectCategories")
+    )  # an error that names it, if it is absent
     images = scan(Path(root) / "caltech101", "101_ObjectCategories")
     kept = [i for i, name in enumerate(images.classes) if name != "BACKGROUND_Google"]
     images = images.part(np.isin(images.labels, kept))
-    images = replace(images, labels=np.searchsorted(kept, images.labels), classes=tuple(images.classes[i] for i in kept))
+    images = replace(
+        images,
+        labels=np.searchsorted(kept, images.labels),
+        classes=tuple(images.classes[i] for i in kept),
+    )
     train = np.zeros(len(images), dtype=bool)
     for places in subsets.by_class(images, seed):
         train[places[:30]] = True
@@ -141,7 +161,10 @@ def _sun397(root: str, seed: int) -> Split:
     classes = [folder.partition("/")[2] for folder in folders]  # without the letter
     labels = [_places([os.path.dirname(path) for path in paths], folders) for paths in splits]
     paths = [[os.fsencode(path) for path in paths] for paths in splits]
-    return tuple(_made(ImageFolder, Path(root, "SUN397"), *split, classes) for split in zip(paths, labels, strict=True))
+    return tuple(
+        _made(ImageFolder, Path(root, "SUN397"), *split, classes)
+        for split in zip(paths, labels, strict=True)
+    )
 
 
 def _places365(root: str, seed: int) -> Split:
@@ -153,7 +176,10 @@ def _places365(root: str, seed: int) -> Split:
 def _places205(root: str, seed: int) -> Split:
     folders = (".", "data/vision/torralba/deeplearning/images256", "images256", "images")
     names = ("train_places205.csv", "val_places205.csv")
-    return _scenes(root, *((_first(root, ("trainvalsplit_places205", "."), name) / name, folders) for name in names))
+    return _scenes(
+        root,
+        *((_first(root, ("trainvalsplit_places205", "."), name) / name, folders) for name in names),
+    )
 
 
 def _scenes(root: str, *lists: tuple[Path, Sequence[str]]) -> Split:
@@ -167,9 +193,18 @@ def _scenes(root: str, *lists: tuple[Path, Sequence[str]]) -> Split:
         if not fields or len(fields) % 2:
             raise ValueError(f"{file} does not hold lines of the form PATH LABEL")
         paths = np.strings.lstrip(np.array(fields[::2]), b"/")
-        splits.append((_first(root, folders, os.fsdecode(paths[0])), paths, np.array(fields[1::2]).astype(np.int64)))
+        splits.append(
+            (
+                _first(root, folders, os.fsdecode(paths[0])),
+                paths,
+                np.array(fields[1::2]).astype(np.int64),
+            )
+        )
     _, paths, labels = splits[0]
-    names = {label: os.path.dirname(paths[i]) for label, i in zip(*np.unique(labels, return_index=True), strict=True)}
+    names = {
+        label: os.path.dirname(paths[i])
+        for label, i in zip(*np.unique(labels, return_index=True), strict=True)
+    }
     classes = [os.fsdecode(names.get(label, b"%d" % label)) for label in range(max(names) + 1)]
     return tuple(_made(ImageFolder, *split, classes) for split in splits)
 
@@ -183,13 +218,17 @@ def _first(root: str, folders: Sequence[str], name: str) -> Path:
     raise FileNotFoundError(f"no {name} in {' or '.join(map(str, places))}")
 
 
-def _made(kind: type, root: str | Path, content: Sequence, labels: Sequence, classes: Sequence[str]) -> Images:
+def _made(
+    kind: type, root: str | Path, content: Sequence, labels: Sequence, classes: Sequence[str]
+) -> Images:
     """`kind` with its paths or pixels. Raises ValueError where the labels are not one an image, or not of `classes`."""
     labels = np.array(labels, dtype=np.int64)
     if len(labels) != len(content) or not len(labels):
         raise ValueError(f"{len(content)} images with {len(labels)} labels")
     if labels.ndim == 1 and not 0 <= labels.min() <= labels.max() < len(classes):
-        raise ValueError(f"labels from {labels.min()} to {labels.max()} with {len(classes)} classes")
+        raise ValueError(
+            f"labels from {labels.min()} to {labels.max()} with {len(classes)} classes"
+        )
     return kind(Path(root), labels, tuple(classes), np.ascontiguousarray(content))
 
 
@@ -212,7 +251,9 @@ def _download_sun397(root: str, download: bool) -> None:
 
 class _Set(NamedTuple):
     load: Loader
-    get: Callable[..., object] | str  # downloads, called with root and download=True; or says where people find it
+    get: (
+        Callable[..., object] | str
+    )  # downloads, called with root and download=True; or says where people find it
     layout: str  # of the root
     mean: tuple[float, ...] = MEAN  # of the training images' RGB in [0, 1], if published
     std: tuple[float, ...] = STD
@@ -234,8 +275,16 @@ _SETS = {
         (0.2675, 0.2565, 0.2761),
     ),
     "stl10": _Set(_stl10, tv.STL10, "stl10_binary/ (train_X.bin, ..., class_names.txt)"),
-    "flowers": _Set(_files(tv.Flowers102, "train+val", "test"), tv.Flowers102, "flowers-102/ (jpg/, imagelabels.mat, setid.mat)"),
-    "pets": _Set(_files(tv.OxfordIIITPet, "trainval", "test"), tv.OxfordIIITPet, "oxford-iiit-pet/ (images/, annotations/)"),
+    "flowers": _Set(
+        _files(tv.Flowers102, "train+val", "test"),
+        tv.Flowers102,
+        "flowers-102/ (jpg/, imagelabels.mat, setid.mat)",
+    ),
+    "pets": _Set(
+        _files(tv.OxfordIIITPet, "trainval", "test"),
+        tv.OxfordIIITPet,
+        "oxford-iiit-pet/ (images/, annotations/)",
+    ),
     "food101": _Set(_files(tv.Food101, "train", "test"), tv.Food101, "food-101/ (images/, meta/)"),
     "cars": _Set(
         _files(tv.StanfordCars, "train", "test"),
@@ -245,17 +294,27 @@ _SETS = {
     "caltech101": _Set(_caltech101, tv.Caltech101, "caltech101/101_ObjectCategories/CLASS/*.jpg"),
     "dtd": _Set(_files(tv.DTD, "train+val", "test"), tv.DTD, "dtd/dtd/ (images/, labels/)"),
     "aircraft": _Set(
-        _files(tv.FGVCAircraft, "trainval", "test"), tv.FGVCAircraft, "fgvc-aircraft-2013b/data/ (images/, variants.txt, ...)"
+        _files(tv.FGVCAircraft, "trainval", "test"),
+        tv.FGVCAircraft,
+        "fgvc-aircraft-2013b/data/ (images/, variants.txt, ...)",
     ),
-    "sun397": _Set(_sun397, _download_sun397, "SUN397/ (a/abbey/*.jpg, ..., Partitions/Training_01.txt and Testing_01.txt)"),
+    "sun397": _Set(
+        _sun397,
+        _download_sun397,
+        "SUN397/ (a/abbey/*.jpg, ..., Partitions/Training_01.txt and Testing_01.txt)",
+    ),
     "voc2007": _Set(
         _files(_VOC2007, "trainval", "test"),
-        lambda root, **yes: [tv.VOCDetection(root, "2007", split, **yes) for split in ("trainval", "test")],
+        lambda root, **yes: [
+            tv.VOCDetection(root, "2007", split, **yes) for split in ("trainval", "test")
+        ],
         "VOCdevkit/VOC2007/ (JPEGImages/, Annotations/, ImageSets/Main/)",
     ),
     "places365": _Set(
         _places365,
-        lambda root, **yes: [tv.Places365(root, split, small=True, **yes) for split in ("train-standard", "val")],
+        lambda root, **yes: [
+            tv.Places365(root, split, small=True, **yes) for split in ("train-standard", "val")
+        ],
         "places365_train_standard.txt, places365_val.txt, data_256_standard/ and val_256/ (or data_large_standard/ and val_large/)",
     ),
     "places205": _Set(
@@ -278,7 +337,9 @@ def canonical(name: str) -> str:
 
 
 # What papers report: top-1 accuracy, its mean over classes, or the mean over classes of 11-point average precision.
-METRIC = dict.fromkeys(NAMES, "acc1") | dict.fromkeys(("flowers", "pets", "caltech101", "aircraft"), "mean_per_class")
+METRIC = dict.fromkeys(NAMES, "acc1") | dict.fromkeys(
+    ("flowers", "pets", "caltech101", "aircraft"), "mean_per_class"
+)
 
 
 METRIC["voc2007"] = "map11"
@@ -382,13 +443,19 @@ def _download(name: str, root: str) -> None:
                 _SETS[name].get(root, download=True)
     except Exception as error:  # urllib, tarfile, zipfile and torchvision raise many kinds
         how = f"remove an incomplete copy and try again, or put {_SETS[name].layout} there by hand"
-        raise InputError(f"{root}: --download of {name} failed ({_reason(error)}); {how}") from error
+        raise InputError(
+            f"{root}: --download of {name} failed ({_reason(error)}); {how}"
+        ) from error
 
 
 def _unusable(name: str, root: str, reason: str) -> InputError:
     get, layout = _SETS[name].get, _SETS[name].layout
     by_hand = f"--download cannot get it, so get it by hand from {get}"
-    how = by_hand if isinstance(get, str) else "get it with --download (remove an incomplete copy first)"
+    how = (
+        by_hand
+        if isinstance(get, str)
+        else "get it with --download (remove an incomplete copy first)"
+    )
     if (Path(root) / "train").is_dir():
         how += "; for the images in its train/, leave out --dataset"
     return InputError(f"{root}: no usable {name} ({reason}); expected {layout}; {how}")

@@ -29,7 +29,9 @@ def hold_out(images: Images, fraction: float, seed: int) -> tuple[Images, Images
     for places in by_class(images, seed):
         if len(places) == 1:
             name = images.classes[images.labels[places[0]]]
-            raise InputError(f"{images.root / name}: has one image only, of which no part can be held out; add images")
+            raise InputError(
+                f"{images.root / name}: has one image only, of which no part can be held out; add images"
+            )
         held[places[: min(len(places) - 1, max(1, round(fraction * len(places))))]] = True
     return images.part(~held), images.part(held)
 
@@ -58,7 +60,9 @@ def of_classes(images: Images, file: str | None) -> Images:
     if file is None:
         return images
     if images.many:
-        raise InputError(f"--class-list: cannot be used with {images.root}, whose images show several classes each")
+        raise InputError(
+            f"--class-list: cannot be used with {images.root}, whose images show several classes each"
+        )
     classes = chosen(images.classes, file, images.root)
     kept = np.isin(images.labels, [images.classes.index(name) for name in classes])
     if not kept.any():
@@ -72,7 +76,9 @@ def chosen(classes: tuple[str, ...], file: str, root: Path) -> tuple[str, ...]:
 
     Raises InputError where the file cannot be read, or names a class that is not among them.
     """
-    wanted = {line if line in classes else line.split()[0] for line in names(Path(file), "--class-list")}
+    wanted = {
+        line if line in classes else line.split()[0] for line in names(Path(file), "--class-list")
+    }
     if missing := wanted - set(classes):
         raise InputError(
             f"--class-list {file}: {len(missing)} of its {len(wanted)} classes are not folders of {root}, "
@@ -98,7 +104,9 @@ def check_classes(split: Path, file: str | None, data_name: str | None) -> None:
 
 # Lists of labelled images. ImageNet's of 1 % and 10 % are SimCLR's (arXiv 2002.05709), which every later table uses.
 
-_URL = "https://raw.githubusercontent.com/google-research/simclr/master/imagenet_subsets/{}percent.txt"
+_URL = (
+    "https://raw.githubusercontent.com/google-research/simclr/master/imagenet_subsets/{}percent.txt"
+)
 _SHA256 = {
     1: "71e82a48ba78252683ae334c4d019ebd5c6e855b9599c1389fbe83eb9549cf17",
     10: "6d09de11e7bdaf5b1f3b1f249b6183695f97310cdd20f0c03e7235b6b9392091",
@@ -126,9 +134,13 @@ def published(percent: int) -> Path:
             text = answer.read()
     except OSError as error:
         reason = getattr(error, "reason", error)
-        raise InputError(f"the list of ImageNet's {percent} % cannot be downloaded from {url} ({reason}); {otherwise}") from None
+        raise InputError(
+            f"the list of ImageNet's {percent} % cannot be downloaded from {url} ({reason}); {otherwise}"
+        ) from None
     if not is_published(text, percent):
-        raise InputError(f"{url}: is not the published list any more (its sha256 differs); {otherwise}")
+        raise InputError(
+            f"{url}: is not the published list any more (its sha256 differs); {otherwise}"
+        )
     with replacing(kept) as file:
         file.write(text)
     return kept
@@ -178,7 +190,9 @@ def listed(images: Images, file: Path) -> Images:
         if name not in wanted:
             continue
         if name in found:
-            raise InputError(f"--subset-file {file}: '{name}' stands in several class folders; write CLASS/{name}")
+            raise InputError(
+                f"--subset-file {file}: '{name}' stands in several class folders; write CLASS/{name}"
+            )
         found[name] = i
     if missing := wanted - found.keys():
         raise InputError(
@@ -197,4 +211,8 @@ def labelled(images: Images, percent: int, seed: int, file: str | None = None) -
         return listed(images, Path(file))
     if percent == 100:
         return images
-    return listed(images, published(percent)) if is_imagenet(images.classes) else sample(images, percent / 100, seed)
+    return (
+        listed(images, published(percent))
+        if is_imagenet(images.classes)
+        else sample(images, percent / 100, seed)
+    )

@@ -32,7 +32,13 @@ class About(NamedTuple):
 def about(state: State) -> About:
     """See `About`."""
     arch, method, epoch, options = (state.get(key) for key in ("arch", "method", "epoch", "args"))
-    options = options if isinstance(options, dict) else vars(options) if isinstance(options, Namespace) else {}
+    options = (
+        options
+        if isinstance(options, dict)
+        else vars(options)
+        if isinstance(options, Namespace)
+        else {}
+    )
     size = state.get("image_size", options.get("image_size"))
     if method in CLASSIFIERS:
         epoch, encoder = options.get("pretrain_epochs"), options.get("encoder_method")

@@ -18,7 +18,13 @@ def check_arch(arch: str) -> None:
         raise unknown("arch", arch, [*ARCHS, *timm_networks.SHORT])
 
 
-def create(arch: str, out: int, image_size: int = 224, drop_path: float = 0.0, stem: str | None = "imagenet") -> nn.Module:
+def create(
+    arch: str,
+    out: int,
+    image_size: int = 224,
+    drop_path: float = 0.0,
+    stem: str | None = "imagenet",
+) -> nn.Module:
     """A randomly initialised network for images of `image_size` pixels whose last layer maps to `out` features; none for 0.
 
     `drop_path` is the rate of stochastic depth, for timm's networks. `stem` is for ResNets (see
@@ -31,7 +37,9 @@ def create(arch: str, out: int, image_size: int = 224, drop_path: float = 0.0, s
             raise InputError(f"--stem {stem}: {arch} is not a torchvision ResNet; leave --stem out")
         return timm_networks.create(arch, out, image_size, drop_path)
     if drop_path:
-        raise InputError(f"{arch}: has no stochastic depth; leave --online-drop-path and --target-drop-path at 0")
+        raise InputError(
+            f"{arch}: has no stochastic depth; leave --online-drop-path and --target-drop-path at 0"
+        )
     net = resnet(arch, max(out, 1), stem=stem)
     if not out:
         net.fc = nn.Identity()

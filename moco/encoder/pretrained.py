@@ -21,12 +21,16 @@ class Encoder(NamedTuple):
     net: nn.Module  # normalized images [B, 3, H, W] -> features [B, D], in eval mode
     arch: str
     image_size: int  # pixels that it was trained at, where the file says so, or that are asked for
-    method: str  # of pre-training; "unknown" where the file does not say it, as those of other software
+    method: (
+        str  # of pre-training; "unknown" where the file does not say it, as those of other software
+    )
     epoch: int | None  # how many epochs it was trained for
     stem: str  # of a ResNet, see `networks.resnet`
     mean: list[float]  # [3], by which RGB values in [0, 1] are normalized
     std: list[float]
-    resized: list[str]  # tensors that are of another shape in the file: tables of positions, interpolated
+    resized: list[
+        str
+    ]  # tensors that are of another shape in the file: tables of positions, interpolated
 
 
 @contextlib.contextmanager
@@ -65,7 +69,9 @@ def read(path: str, arch: str | None = None, image_size: int | None = None) -> E
     with naming_arch(path, about.arch, arch):
         load_backbone(net, tensors, path)
     start = prefix(net, tensors)
-    tables = {name: x for name, x in net.state_dict().items() if "pos" in name and start + name in tensors}
+    tables = {
+        name: x for name, x in net.state_dict().items() if "pos" in name and start + name in tensors
+    }
     resized = [name for name, x in tables.items() if tensors[start + name].shape != x.shape]
     if line := metadata.lacks_normalization(path, about):
         say(line)
@@ -83,38 +89,65 @@ def load_backbone(net: nn.Module, tensors: dict[str, Tensor], source: str) -> in
     state = net.state_dict()
     wanted = {name: state[name] for name in backbone_keys(net)}
     start = prefix(net, tensors)
-    inner = {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
+    inner = {
+        name.removeprefix(start): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(start)
+    }
     try:
         mine = timm_networks.adapted(net, inner)
     except InputError as error:
         raise InputError(f"{source}: {error}") from None
     found = {name: mine[name] for name in wanted if name in mine}
     # files older than PyTorch 0.4 lack BatchNorm's step counter, which nothing here reads
-    missing = [name for name in wanted if name not in found and not name.endswith("num_batches_tracked")]
+    missing = [
+        name for name in wanted if name not in found and not name.endswith("num_batches_tracked")
+    ]
     if len(found) < len(wanted) / 10:  # a file of another network may share a few names
         names = [f"'{short(name)}'" for name in tensors]
         look = f"its names look like {some(names, 3)}" if names else "it holds no tensors by name"
         what = "give its network with -a, or rename its tensors as torchvision or timm does"
         raise InputError(f"{source}: no tensor matches the encoder; {look}; {what}")
-    wrong = [f"{name} {_words(t)} for {_words(wanted[name])}" for name, t in found.items() if not fits(t, wanted[name])]
+    wrong = [
+        f"{name} {_words(t)} for {_words(wanted[name])}"
+        for name, t in found.items()
+        if not fits(t, wanted[name])
+    ]
     # a deeper network of the same widths holds every tensor that is wanted, and more blocks
     parts = {name.split(".")[0] for name in wanted}
     head = f"{head_name(net)}."
-    extra = [name for name in mine if name.split(".")[0] in parts and name not in wanted and not name.startswith(head)]
+    extra = [
+        name
+        for name in mine
+        if name.split(".")[0] in parts and name not in wanted and not name.startswith(head)
+    ]
     odd = {"tensors missing": missing, "tensors too many": extra, "shapes differ": wrong}
     if any(odd.values()):
-        what = "; ".join(f"{len(names)} {kind}: {some(names)}" for kind, names in odd.items() if names)
+        what = "; ".join(
+            f"{len(names)} {kind}: {some(names)}" for kind, names in odd.items() if names
+        )
         raise InputError(f"{source}: does not fit the encoder: {what}")
     if sick := [name for name, tensor in found.items() if not finite(tensor)]:
-        raise InputError(f"{source}: its numbers are not finite ({some(sick)}): its training diverged; take an earlier checkpoint")
+        raise InputError(
+            f"{source}: its numbers are not finite ({some(sick)}): its training diverged; take an earlier checkpoint"
+        )
     net.load_state_dict(found, strict=False)
     return len(found)
 
 
 def fits(tensor: Tensor, wanted: Tensor) -> bool:
     """Whether a file's tensor can be copied into the `wanted` one and be the same there, but for the precision of its numbers."""
-    plain = tensor.layout == torch.strided and not tensor.is_meta and not tensor.is_quantized and not tensor.is_complex()
-    return plain and tensor.shape == wanted.shape and tensor.is_floating_point() == wanted.is_floating_point()
+    plain = (
+        tensor.layout == torch.strided
+        and not tensor.is_meta
+        and not tensor.is_quantized
+        and not tensor.is_complex()
+    )
+    return (
+        plain
+        and tensor.shape == wanted.shape
+        and tensor.is_floating_point() == wanted.is_floating_point()
+    )
 
 
 def finite(tensor: Tensor) -> bool:
@@ -123,7 +156,11 @@ def finite(tensor: Tensor) -> bool:
 
 
 def _words(tensor: Tensor) -> str:
-    kind = "" if tensor.is_floating_point() and tensor.layout == torch.strided else f" of {tensor.dtype}".replace("torch.", "")
+    kind = (
+        ""
+        if tensor.is_floating_point() and tensor.layout == torch.strided
+        else f" of {tensor.dtype}".replace("torch.", "")
+    )
     return f"{tuple(tensor.shape)}{kind}"
 
 
@@ -179,7 +216,14 @@ _DEPTH = 10  # levels of nested dicts that are searched
 
 
 # a ResNet's layers, and their numbers in an nn.Sequential of its children
-_NUMBERS = {"conv1.": "0.", "bn1.": "1.", "layer1.": "4.", "layer2.": "5.", "layer3.": "6.", "layer4.": "7."}
+_NUMBERS = {
+    "conv1.": "0.",
+    "bn1.": "1.",
+    "layer1.": "4.",
+    "layer2.": "5.",
+    "layer3.": "6.",
+    "layer4.": "7.",
+}
 
 
 def tensors_of(net: nn.Module, state: dict[str, Any]) -> dict[str, Tensor]:
@@ -205,10 +249,17 @@ def tensors_of(net: nn.Module, state: dict[str, Any]) -> dict[str, Tensor]:
     walk(state, "", 0)
     if not isinstance(net, models.ResNet):
         return tensors
-    numbered = {re.sub(r"^\w+\.", lambda layer: _NUMBERS[layer[0]], name): name for name in backbone_keys(net)}
+    numbered = {
+        re.sub(r"^\w+\.", lambda layer: _NUMBERS[layer[0]], name): name
+        for name in backbone_keys(net)
+    }
     found = list(_splits(tensors, numbered))
     counts = Counter(start for start, _ in found)
-    renamed = {start + name: start + numbered[name] for start, name in found if counts[start] > len(numbered) / 2}
+    renamed = {
+        start + name: start + numbered[name]
+        for start, name in found
+        if counts[start] > len(numbered) / 2
+    }
     return {renamed.get(name, name): tensor for name, tensor in tensors.items()}
 
 
@@ -217,7 +268,11 @@ def stem_of(net: nn.Module, tensors: dict[str, Tensor]) -> str:
 
     It is cifar if `net` is a ResNet and its first convolution is 3x3 in `tensors`, else imagenet.
     """
-    first = tensors.get(f"{prefix(net, tensors)}conv1.weight") if isinstance(net, models.ResNet) else None
+    first = (
+        tensors.get(f"{prefix(net, tensors)}conv1.weight")
+        if isinstance(net, models.ResNet)
+        else None
+    )
     return "cifar" if first is not None and first.shape[1:] == (3, 3, 3) else "imagenet"
 
 
@@ -238,7 +293,9 @@ def load_projection(net: nn.Module, tensors: dict[str, Tensor], source: str) -> 
     set_head(net, nn.Sequential(*projection(net, tensors, 0, source)[0]))
 
 
-def projection(net: nn.Module, tensors: dict[str, Tensor], layers: int, source: str) -> tuple[list[nn.Module], int]:
+def projection(
+    net: nn.Module, tensors: dict[str, Tensor], layers: int, source: str
+) -> tuple[list[nn.Module], int]:
     """Return the layers of a published projection head, and the width of their output.
 
     With `layers` above 0, keep only that many linear layers, with the layers that follow each.
@@ -247,7 +304,10 @@ def projection(net: nn.Module, tensors: dict[str, Tensor], layers: int, source: 
     layers of other types, or none.
     """
     start = prefix(net, tensors)
-    inside, beside = f"{start}{head_name(net)}.", start.removesuffix("encoder.") + "projector."  # MoBY has it beside the encoder
+    inside, beside = (
+        f"{start}{head_name(net)}.",
+        start.removesuffix("encoder.") + "projector.",
+    )  # MoBY has it beside the encoder
     start = beside if any(name.startswith(beside) for name in tensors) else inside
     option = "--ft-proj" if layers else "--features head"
     strange = f"{source}: its projection head is not a plain sequence of layers"
@@ -263,12 +323,20 @@ def projection(net: nn.Module, tensors: dict[str, Tensor], layers: int, source: 
         raise InputError(f"{source}: has no projection head; leave out {option}")
     layers = layers or len(linear)
     if len(linear) < layers:
-        raise InputError(f"{source}: its projection head has {len(linear)} linear layers, not --ft-proj {layers}")
+        raise InputError(
+            f"{source}: its projection head has {len(linear)} linear layers, not --ft-proj {layers}"
+        )
     end = linear[layers] if layers < len(linear) else max(head) + 1
     try:
         kept = [_layer(head.get(place)) for place in range(end)]
-    except (KeyError, TypeError, RuntimeError):  # no weight, or one that is no matrix, or others that do not go with it
-        raise InputError(f"{strange}, or their tensors do not fit each other; leave out {option}") from None
+    except (
+        KeyError,
+        TypeError,
+        RuntimeError,
+    ):  # no weight, or one that is no matrix, or others that do not go with it
+        raise InputError(
+            f"{strange}, or their tensors do not fit each other; leave out {option}"
+        ) from None
     return kept, head[linear[layers - 1]]["weight"].shape[0]
 
 
@@ -286,4 +354,6 @@ def _layer(of: dict[str, Tensor] | None) -> nn.Module:
 
 def some(names: list[str], most: int = 5) -> str:
     """The first of many names, and how many more there are."""
-    return ", ".join(short(name) for name in names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    return ", ".join(short(name) for name in names[:most]) + (
+        f" and {len(names) - most} more" if len(names) > most else ""
+    )

@@ -20,10 +20,16 @@ def recompute_blocks(net: nn.Module) -> None:
     for module in net.modules():
         if type(module) in _RECOMPUTED:
             module.__class__ = _RECOMPUTED[type(module)]
-        elif hasattr(module, "set_grad_checkpointing"):  # timm's, which would count in batch norm twice
+        elif hasattr(
+            module, "set_grad_checkpointing"
+        ):  # timm's, which would count in batch norm twice
             name = type(module).__name__
-            if any(isinstance(child, nn.modules.batchnorm._BatchNorm) for child in module.modules()):
-                raise InputError(f"--grad-checkpoint: timm's {name} has batch norm, which must not run twice; leave it out")
+            if any(
+                isinstance(child, nn.modules.batchnorm._BatchNorm) for child in module.modules()
+            ):
+                raise InputError(
+                    f"--grad-checkpoint: timm's {name} has batch norm, which must not run twice; leave it out"
+                )
             try:
                 module.set_grad_checkpointing()
             except AssertionError:
@@ -39,10 +45,14 @@ class _Recomputed:
         if torch.compiler.is_compiling():  # which takes no contexts, and counts once by itself
             return checkpoint(super().forward, x, use_reentrant=False, preserve_rng_state=False)
         contexts = functools.partial(_first_and_second_time, self)
-        return checkpoint(super().forward, x, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+        return checkpoint(
+            super().forward, x, use_reentrant=False, preserve_rng_state=False, context_fn=contexts
+        )
 
 
-_RECOMPUTED = {kind: type(kind.__name__, (_Recomputed, kind), {}) for kind in (BasicBlock, Bottleneck)}
+_RECOMPUTED = {
+    kind: type(kind.__name__, (_Recomputed, kind), {}) for kind in (BasicBlock, Bottleneck)
+}
 
 
 def check_compiled_recomputation() -> None:
@@ -62,14 +72,18 @@ def check_compiled_recomputation() -> None:
         )
 
 
-def _first_and_second_time(block: nn.Module) -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:
+def _first_and_second_time(
+    block: nn.Module,
+) -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:
     return contextlib.nullcontext(), _statistics_kept(block)
 
 
 @contextlib.contextmanager
 def _statistics_kept(block: nn.Module) -> Iterator[None]:
     """The block's batch norms count nothing as seen."""
-    norms = [child for child in block.modules() if isinstance(child, nn.modules.batchnorm._BatchNorm)]
+    norms = [
+        child for child in block.modules() if isinstance(child, nn.modules.batchnorm._BatchNorm)
+    ]
     before = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
     for norm in norms:
         norm.momentum = 0.0

@@ -5,13 +5,17 @@ from torchvision import models
 
 from moco.errors import unknown
 
-ARCHS = sorted(name for name in models.list_models(module=models) if "resn" in name)  # resnet, resnext, wide_resnet
+ARCHS = sorted(
+    name for name in models.list_models(module=models) if "resn" in name
+)  # resnet, resnext, wide_resnet
 
 
 STEMS = ("imagenet", "cifar")  # of ResNets; see `resnet`
 
 
-def resnet(arch: str, out: int, mlp: bool = False, stem: str | None = "imagenet", **more: bool) -> nn.Module:
+def resnet(
+    arch: str, out: int, mlp: bool = False, stem: str | None = "imagenet", **more: bool
+) -> nn.Module:
     """A randomly initialised torchvision ResNet whose `fc` maps to `out` features.
 
     Args:

@@ -10,10 +10,15 @@ class Plain(NamedTuple):
     """A library's own network without its last layer, [B, 3, H, W] -> [B, D], which takes up the encoder's tensors strictly."""
 
     library: str
-    lines: tuple[str, ...]  # of Python, which make it, as `net`, once torch and the library are imported
+    lines: tuple[
+        str, ...
+    ]  # of Python, which make it, as `net`, once torch and the library are imported
 
 
-_CIFAR = ("net.conv1 = torch.nn.Conv2d(3, 64, 3, padding=1, bias=False)", "net.maxpool = torch.nn.Identity()")
+_CIFAR = (
+    "net.conv1 = torch.nn.Conv2d(3, 64, 3, padding=1, bias=False)",
+    "net.maxpool = torch.nn.Identity()",
+)
 
 
 def homes(arch: str, image_size: int, stem: str = "imagenet") -> list[Plain]:
@@ -24,9 +29,17 @@ def homes(arch: str, image_size: int, stem: str = "imagenet") -> list[Plain]:
     networks.check_arch(arch)
     found, first = [], _CIFAR if stem == "cifar" else ()
     if arch in resnets.ARCHS:
-        found.append(Plain("torchvision", (f"net = torchvision.models.{arch}()", *first, "net.fc = torch.nn.Identity()")))
+        found.append(
+            Plain(
+                "torchvision",
+                (f"net = torchvision.models.{arch}()", *first, "net.fc = torch.nn.Identity()"),
+            )
+        )
         if importlib.util.find_spec("timm") is None:
             return found
     name, options = timm_networks.plain(arch, image_size)
     given = "".join(f", {option}={value!r}" for option, value in options.items())
-    return [*found, Plain("timm", (f"net = timm.create_model({name!r}, num_classes=0{given})", *first))]
+    return [
+        *found,
+        Plain("timm", (f"net = timm.create_model({name!r}, num_classes=0{given})", *first)),
+    ]

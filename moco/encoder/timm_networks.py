@@ -19,7 +19,12 @@ SHORT = {
     "swin_base": "swin_base_patch4_window7_224",
     "swin_large": "swin_large_patch4_window7_224",
 }
-MOCO_V3 = {"vit_tiny": {}, "vit_small": {"num_heads": 12}, "vit_base": {}, "vit_large": {}}  # where they are not timm's own
+MOCO_V3 = {
+    "vit_tiny": {},
+    "vit_small": {"num_heads": 12},
+    "vit_base": {},
+    "vit_large": {},
+}  # where they are not timm's own
 
 
 def known(arch: str) -> bool:
@@ -48,19 +53,29 @@ def create(arch: str, out: int, image_size: int, drop_path: float = 0.0) -> nn.M
     if arch in MOCO_V3:
         options["weight_init"] = "moco"
     try:
-        net = _made(name, {**options, "num_classes": out, "drop_path_rate": drop_path, "drop_rate": 0.0})
+        net = _made(
+            name, {**options, "num_classes": out, "drop_path_rate": drop_path, "drop_rate": 0.0}
+        )
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
-        raise InputError(f"{arch} at --image-size {image_size}: timm cannot make it: {' '.join(str(error).split())}") from None
+        raise InputError(
+            f"{arch} at --image-size {image_size}: timm cannot make it: {' '.join(str(error).split())}"
+        ) from None
     _remove_dropout(net)
     if not _set_stochastic_depth(net, drop_path):
-        raise InputError(f"{arch}: has no stochastic depth; leave --online-drop-path and --target-drop-path at 0")
+        raise InputError(
+            f"{arch}: has no stochastic depth; leave --online-drop-path and --target-drop-path at 0"
+        )
     last = net.pretrained_cfg.get("classifier")
     if not isinstance(last, str) or (out and not isinstance(net.get_submodule(last), nn.Linear)):
-        raise InputError(f"{arch}: its last layer is not one linear layer, which the evaluations need; choose another")
+        raise InputError(
+            f"{arch}: its last layer is not one linear layer, which the evaluations need; choose another"
+        )
     patch = getattr(getattr(net, "patch_embed", None), "patch_size", None)
     sides = patch if isinstance(patch, tuple) else (patch or 1,)
     if any(image_size % side for side in sides):
-        raise InputError(f"--image-size {image_size}: must be a multiple of {arch}'s patches, {max(sides)} pixels")
+        raise InputError(
+            f"--image-size {image_size}: must be a multiple of {arch}'s patches, {max(sides)} pixels"
+        )
     if arch in MOCO_V3:
         _as_in_moco_v3(net)
         net.namesake = name if MOCO_V3[arch] else None
@@ -107,7 +122,9 @@ def _timm():
     try:
         import timm
     except ImportError:
-        raise InputError("networks beside torchvision's ResNets come from timm: pip install timm") from None
+        raise InputError(
+            "networks beside torchvision's ResNets come from timm: pip install timm"
+        ) from None
     return timm
 
 
@@ -116,7 +133,9 @@ def _as_in_moco_v3(vit: nn.Module) -> None:
     """What timm's own initialisation leaves out: the positions, the patch projection and the class token."""
     patches = vit.patch_embed
     positions = sine_positions(*patches.grid_size, vit.embed_dim)
-    vit.pos_embed.copy_(torch.cat([torch.zeros(1, vit.embed_dim), positions])[None]).requires_grad_(False)
+    vit.pos_embed.copy_(torch.cat([torch.zeros(1, vit.embed_dim), positions])[None]).requires_grad_(
+        False
+    )
     bound = math.sqrt(6 / (patches.proj.weight[0].numel() + vit.embed_dim))
     nn.init.uniform_(patches.proj.weight, -bound, bound)
     nn.init.zeros_(patches.proj.bias)
@@ -144,8 +163,14 @@ def adapted(net: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
     Raises InputError for another network of the same shapes.
     """
-    if getattr(net, "namesake", None) and "pos_embed" in tensors and not _fixed(tensors["pos_embed"]):
-        raise InputError(f"its positions are learned, so it is not this ViT but one with other heads; give -a {net.namesake}")
+    if (
+        getattr(net, "namesake", None)
+        and "pos_embed" in tensors
+        and not _fixed(tensors["pos_embed"])
+    ):
+        raise InputError(
+            f"its positions are learned, so it is not this ViT but one with other heads; give -a {net.namesake}"
+        )
     head = f"{net.pretrained_cfg['classifier']}." if hasattr(net, "pretrained_cfg") else "fc."
     mine = {name: tensor for name, tensor in net.state_dict().items() if not name.startswith(head)}
     if all(name in tensors and tensors[name].shape == mine[name].shape for name in mine):
@@ -153,7 +178,15 @@ def adapted(net: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     convert = getattr(sys.modules[type(net).__module__], "checkpoint_filter_fn", None)
     try:
         found = convert(tensors, net) if convert else tensors
-    except (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
+    except (
+        AssertionError,
+        AttributeError,
+        IndexError,
+        KeyError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ):
         return tensors  # not of this kind of network, which its names and shapes will show
     patches = "patch_embed.proj.weight"
     if patches in found and patches in tensors and tensors[patches].dim() == 4:
@@ -171,4 +204,6 @@ def _fixed(table: Tensor) -> bool:
         return False
     row_first = sine_positions(side, side, table.shape[1])
     column_first = row_first.roll(table.shape[1] // 2, 1)
-    return any(torch.allclose(table[1:], sines, rtol=0, atol=1e-3) for sines in (row_first, column_first))
+    return any(
+        torch.allclose(table[1:], sines, rtol=0, atol=1e-3) for sines in (row_first, column_first)
+    )

@@ -29,12 +29,19 @@ def save(path: Path, state: State) -> None:
             torch.save(state, file)
     except (OSError, RuntimeError) as error:
         # torch's writer turns what the system says into a RuntimeError
-        reason = next((e.strerror for e in (error, error.__context__) if isinstance(e, OSError)), None)
-        if reason or (isinstance(error, RuntimeError) and ("StreamWriter" in str(error) or "unexpected pos" in str(error))):
+        reason = next(
+            (e.strerror for e in (error, error.__context__) if isinstance(e, OSError)), None
+        )
+        if reason or (
+            isinstance(error, RuntimeError)
+            and ("StreamWriter" in str(error) or "unexpected pos" in str(error))
+        ):
             last = next(iter(found(path.parent)), None)
             kept = f"the last checkpoint is {last}" if last else "there is none yet"
             why = f"cannot be written: {reason or 'the disk is full, or the file too large'}"
-            raise InputError(f"{path}: {why}; {kept}; make room, and go on with --resume auto") from None
+            raise InputError(
+                f"{path}: {why}; {kept}; make room, and go on with --resume auto"
+            ) from None
         raise
 
 
@@ -50,7 +57,9 @@ def found(folder: str | Path) -> list[Path]:
     except OSError as error:
         raise unreadable(error).at(folder) from None
     patterns = ("checkpoint*.pth.tar", "model_best*.pth.tar")
-    files = (Path(folder, name) for name in names if any(fnmatch(name, pattern) for pattern in patterns))
+    files = (
+        Path(folder, name) for name in names if any(fnmatch(name, pattern) for pattern in patterns)
+    )
     return sorted(files, key=_how_far, reverse=True)
 
 
@@ -58,7 +67,9 @@ def _how_far(path: Path) -> tuple[float, int]:
     if match := _NAME.fullmatch(path.name):
         epoch, step = match.groups()  # of an epoch's end, or of a step in it
         return (int(epoch), int(step)) if step else (int(epoch) + 1, 0)
-    return (math.inf, 0) if path.name == "checkpoint.pth.tar" else (-1, 0)  # a classifier's last, and its best
+    return (
+        (math.inf, 0) if path.name == "checkpoint.pth.tar" else (-1, 0)
+    )  # a classifier's last, and its best
 
 
 def numbered(folder: Path, inside: bool) -> list[Path]:
@@ -82,7 +93,11 @@ def begin(folder: Path, resumed: str | None) -> None:
         for path in half_written(folder, name):
             path.unlink(missing_ok=True)
     start = Path(resumed) if resumed else None
-    if start is None or start.resolve().parent != folder.resolve() or not _NAME.fullmatch(start.name):
+    if (
+        start is None
+        or start.resolve().parent != folder.resolve()
+        or not _NAME.fullmatch(start.name)
+    ):
         return
     for path in [*numbered(folder, True), *numbered(folder, False)]:
         if _how_far(path) > _how_far(start):
@@ -111,7 +126,9 @@ def newest(folder: str) -> str | None:
             raise Unreadable(f"--resume auto: {error}") from None
         except InputError as error:
             say(f"--resume auto: skipped: {error}")
-    raise InputError(f"--resume auto: no checkpoint in {folder} can be read; choose another --save-dir to begin a new run")
+    raise InputError(
+        f"--resume auto: no checkpoint in {folder} can be read; choose another --save-dir to begin a new run"
+    )
 
 
 def load(path: str) -> State:
@@ -160,7 +177,9 @@ def restore(model: nn.Module, state: State, path: str, diverged: bool = False) -
     mine = model.state_dict()
     odd = sorted(weights.keys() ^ mine.keys()) or [n for n in mine if not fits(weights[n], mine[n])]
     if odd:
-        raise InputError(f"{path}: does not fit this model, first at '{odd[0]}'; resume with the options it was made with")
+        raise InputError(
+            f"{path}: does not fit this model, first at '{odd[0]}'; resume with the options it was made with"
+        )
     if not diverged and (sick := [name for name, tensor in weights.items() if not finite(tensor)]):
         raise InputError(
             f"{path}: its numbers are not finite (first '{sick[0]}'): its training diverged; take an earlier checkpoint"
@@ -180,17 +199,28 @@ def check_resumable(state: State, path: str) -> None:
         uses = "the evaluation scripts read weights with --pretrained, and pre-training cannot start from them"
         raise InputError(f"{path}: cannot be resumed: {what}; {uses}")
     progress = state["progress"] if isinstance(state["progress"], dict) else {}
-    strange = [key for key, kind in _WANTED.items() if type(state[key]) not in (kind, OrderedDict if kind is dict else kind)]
+    strange = [
+        key
+        for key, kind in _WANTED.items()
+        if type(state[key]) not in (kind, OrderedDict if kind is dict else kind)
+    ]
     strange += [f"progress {key}" for key in ("step", "seed") if type(progress.get(key)) is not int]
-    strange += [f"progress {key}" for key in ("batch", "steps_per_epoch") if not is_count(progress.get(key, 1))]
+    strange += [
+        f"progress {key}"
+        for key in ("batch", "steps_per_epoch")
+        if not is_count(progress.get(key, 1))
+    ]
     if "epoch" not in strange and not 0 <= state["epoch"] < 2**31:
         strange.append("epoch")
     if "state_dict" not in strange and not all(
-        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in state["state_dict"].items()
+        isinstance(name, str) and isinstance(tensor, Tensor)
+        for name, tensor in state["state_dict"].items()
     ):
         strange.append("state_dict")
     if strange:
-        raise InputError(f"{path}: cannot be resumed: its {', '.join(strange)} is not what a run saves; take another one")
+        raise InputError(
+            f"{path}: cannot be resumed: its {', '.join(strange)} is not what a run saves; take another one"
+        )
 
 
 def lacking(state: State) -> list[str]:

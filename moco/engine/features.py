@@ -14,11 +14,16 @@ from moco.data.images import Images
 from moco.encoder import networks
 from moco.engine.precision import autocast, layout
 
-Features = tuple[Tensor, Tensor]  # of this rank's share of a split, every W-th image: rows [n, D], labels [n] or [n, classes]
+Features = tuple[
+    Tensor, Tensor
+]  # of this rank's share of a split, every W-th image: rows [n, D], labels [n] or [n, classes]
 
 
 def test_batches(
-    images: Images, args: Namespace, device: torch.device, unreadable: list[tuple[int, str]] | None = None
+    images: Images,
+    args: Namespace,
+    device: torch.device,
+    unreadable: list[tuple[int, str]] | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield this rank's share of `images` (every W-th) as normalized centre crops [B, 3, S, S] and labels [B].
 
@@ -73,8 +78,14 @@ def extract(
     rows, labels = rows if rows is None else rows[:done], labels[:done]
     net.train(was_training)
     # a rank without images learns from the others how long features are
-    width = int(distributed.all_gather(torch.tensor([0 if rows is None else rows.shape[1]], device=device)).max())
-    return (torch.empty(0, width, device=feature_device(args, device)) if rows is None else rows), labels
+    width = int(
+        distributed.all_gather(
+            torch.tensor([0 if rows is None else rows.shape[1]], device=device)
+        ).max()
+    )
+    return (
+        torch.empty(0, width, device=feature_device(args, device)) if rows is None else rows
+    ), labels
 
 
 def feature_device(args: Namespace, device: torch.device) -> torch.device:
@@ -97,7 +108,13 @@ QUERIES, BANK = 1024, 65_536  # rows of a block
 
 @torch.inference_mode()
 def knn(
-    bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor, classes: int, ks: list[int], temperature: float
+    bank: Tensor,
+    bank_labels: Tensor,
+    queries: Tensor,
+    labels: Tensor,
+    classes: int,
+    ks: list[int],
+    temperature: float,
 ) -> dict[int, float]:
     """Top-1 of the weighted k-NN classifier for each k in `ks`, in [0, 1]; each neighbour votes with exp(similarity / T).
 
@@ -107,7 +124,10 @@ def knn(
         bank, bank_labels: this rank's share of the bank, unit rows [n, D] and [n].
         queries, labels: this rank's share of the queries; every rank may hold another number of rows.
     """
-    queries, labels = distributed.all_gather_uneven(queries.to(labels.device)), distributed.all_gather_uneven(labels)
+    queries, labels = (
+        distributed.all_gather_uneven(queries.to(labels.device)),
+        distributed.all_gather_uneven(labels),
+    )
     correct = dict.fromkeys(ks, 0)
     found = nearest(bank, bank_labels, queries, max(ks))
     for similarity, neighbour, y in zip(*(x.split(QUERIES) for x in (*found, labels)), strict=True):
@@ -115,7 +135,9 @@ def knn(
         # less the best similarity: exp(1 / T) of a small T would be infinite, and a common factor changes no vote
         weight = torch.exp((similarity - similarity[:, :1]) / temperature)
         for k in ks:
-            votes = weight.new_zeros(len(y), classes).scatter_add_(1, neighbour[:, :k], weight[:, :k])
+            votes = weight.new_zeros(len(y), classes).scatter_add_(
+                1, neighbour[:, :k], weight[:, :k]
+            )
             correct[k] += int((votes.argmax(1) == y).sum())
     return {k: n / len(labels) for k, n in correct.items()}
 

@@ -26,7 +26,9 @@ STARTED = time.perf_counter()  # when this process started
 CPU = torch.device("cpu")
 
 
-Metrics = dict[str, Tensor | tuple[Tensor, Tensor]]  # scalars, or a sum and the count of what it sums up
+Metrics = dict[
+    str, Tensor | tuple[Tensor, Tensor]
+]  # scalars, or a sum and the count of what it sums up
 
 
 class Mean:
@@ -55,7 +57,11 @@ class Mean:
             for name, total in self.sums.items()
         ]
         totals = distributed.all_reduce_sum(torch.stack(pairs)).tolist()
-        values = {name: total / count for name, (total, count) in zip(self.sums, totals, strict=True) if count}
+        values = {
+            name: total / count
+            for name, (total, count) in zip(self.sums, totals, strict=True)
+            if count
+        }
         self.sums, self.counts = {}, {}
         return values
 
@@ -80,7 +86,9 @@ class RunLog:
 
     def __init__(self, args: Namespace, steps: int, start: int = 0, device: torch.device = CPU):
         self.steps, self.start, self.device = steps, start, device
-        self.images_per_step = args.batch_per_process * distributed.world() * args.accumulation_steps
+        self.images_per_step = (
+            args.batch_per_process * distributed.world() * args.accumulation_steps
+        )
         self.began = self.marked = time.perf_counter()
         self.marked_step, self.waited, self.first = start, 0.0, True
         self.bar, self.before = None, 0.0  # seconds trained in earlier starts
@@ -99,11 +107,17 @@ class RunLog:
             with replacing(self.path) as file:
                 file.write("".join(kept).encode())
         except OSError as error:
-            raise InputError(f"--save-dir {folder}: cannot be written: {error.strerror}; choose another folder") from None
-        self.board = SummaryWriter(str(folder), purge_step=start + 1 if args.resume and start >= 0 else None)
+            raise InputError(
+                f"--save-dir {folder}: cannot be written: {error.strerror}; choose another folder"
+            ) from None
+        self.board = SummaryWriter(
+            str(folder), purge_step=start + 1 if args.resume and start >= 0 else None
+        )
         if sys.stdout.isatty():
             total, initial = steps - min(start, 0), max(start, 0)
-            self.bar = tqdm(total=total, initial=initial, dynamic_ncols=True, file=sys.stdout, bar_format=BAR)
+            self.bar = tqdm(
+                total=total, initial=initial, dynamic_ncols=True, file=sys.stdout, bar_format=BAR
+            )
 
     def wait(self, seconds: float) -> None:
         """Count time spent waiting for data."""
@@ -116,7 +130,9 @@ class RunLog:
             torch.get_device_module(self.device).synchronize()
             took = time.perf_counter() - self.began
             whole = clock(took * (self.steps - self.start))
-            say(f"first step took {took:.1f} s, of which {self.waited:.1f} s for data; at this pace {whole} for the run")
+            say(
+                f"first step took {took:.1f} s, of which {self.waited:.1f} s for data; at this pace {whole} for the run"
+            )
         if self.bar is not None:
             self.bar.update()
 
@@ -127,7 +143,10 @@ class RunLog:
         speed = {}
         if done:
             span = now - self.marked
-            speed = {"images_per_s": done * self.images_per_step / span, "data_wait": min(1.0, self.waited / span)}
+            speed = {
+                "images_per_s": done * self.images_per_step / span,
+                "data_wait": min(1.0, self.waited / span),
+            }
         self.marked, self.marked_step, self.waited = now, step, 0.0
         if distributed.rank() != 0:
             return
@@ -138,10 +157,14 @@ class RunLog:
             for name, value in {**metrics, **speed}.items():
                 self.board.add_scalar(name, value, step)
         except OSError as error:
-            raise InputError(f"{self.path}: cannot be written: {error.strerror}; make room, and go on with --resume auto") from None
+            raise InputError(
+                f"{self.path}: cannot be written: {error.strerror}; make room, and go on with --resume auto"
+            ) from None
         facts = [f"{name} {_short(name, value)}" for name, value in {**metrics, **speed}.items()]
         if self.bar is not None and speed:
-            width = shutil.get_terminal_size().columns - 30 - 2 * len(str(self.steps))  # next to the bar
+            width = (
+                shutil.get_terminal_size().columns - 30 - 2 * len(str(self.steps))
+            )  # next to the bar
             self.bar.set_postfix_str(fold([f"epoch {epoch}", *facts], width)[0])
             return
         left = (now - self.began) / max(1, step - self.start) * (self.steps - step)

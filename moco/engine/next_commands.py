@@ -39,7 +39,11 @@ def commands(args: Namespace, train: Path, saved: Path) -> list[str]:
     probe = home / PROBES.get(args.script, "configs/lincls_moco.yaml")
     folder = folders.split_folder(train.parent, "val")
     evaluated = args.data == "photos" or args.dataset != "imagenet" or folder.is_dir()
-    monitor = {"--k": "knn_k", "--temperature": "knn_t", "--features": "knn_features"} if args.knn_every else {}
+    monitor = (
+        {"--k": "knn_k", "--temperature": "knn_t", "--features": "knn_features"}
+        if args.knn_every
+        else {}
+    )
     knn = [word for option, name in monitor.items() for word in (option, getattr(args, name))]
     found = [
         [home / "main_knn.py", *given, *knn],

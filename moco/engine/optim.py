@@ -42,11 +42,18 @@ def _fused(groups: list[dict[str, Any]]) -> bool | None:
     return True if kinds <= {"cpu", "cuda"} else None
 
 
-def restore(optimizer: torch.optim.Optimizer, saved: dict[str, Any], path: str, diverged: bool = False) -> None:
+def restore(
+    optimizer: torch.optim.Optimizer, saved: dict[str, Any], path: str, diverged: bool = False
+) -> None:
     """Load what the checkpoint in `path` has of such an optimizer. Raises InputError where it is another one's, or damaged."""
-    mine = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+    mine = [
+        {name: value for name, value in group.items() if name != "params"}
+        for group in optimizer.param_groups
+    ]
     try:
-        same = all(_like(group, own) for group, own in zip(saved["param_groups"], mine, strict=True))
+        same = all(
+            _like(group, own) for group, own in zip(saved["param_groups"], mine, strict=True)
+        )
         optimizer.load_state_dict(saved)
         for group, own in zip(optimizer.param_groups, mine, strict=True):
             group.update(own)  # settings are this run's: --allow-change lets them differ
@@ -55,10 +62,15 @@ def restore(optimizer: torch.optim.Optimizer, saved: dict[str, Any], path: str, 
         same = False
     if not same:
         what = "its optimizer is not this run's"
-        raise InputError(f"{path}: {what}; resume with the options it was made with, or use --pretrained for the weights alone")
+        raise InputError(
+            f"{path}: {what}; resume with the options it was made with, or use --pretrained for the weights alone"
+        )
     _place_counts(optimizer)
     for p, state in optimizer.state.items():
-        for name, x in state.items():  # fused steps take it for granted that both lie alike in memory
+        for (
+            name,
+            x,
+        ) in state.items():  # fused steps take it for granted that both lie alike in memory
             if x is not None and x.shape == p.shape and x.stride() != p.stride():
                 state[name] = torch.empty_like(p).copy_(x)
 
@@ -77,21 +89,40 @@ def _place_counts(optimizer: torch.optim.Optimizer) -> None:
                 optimizer.state[p]["step"] = count.to(p.device if group["fused"] else "cpu")
 
 
-_STATE = {"momentum": {"momentum_buffer"}, "betas": {"step", "exp_avg", "exp_avg_sq"}}  # what each kind keeps for a parameter
-_KIND = ("dampening", "betas", "eps", "trust", "amsgrad")  # tells an optimizer from another one of the same shapes
+_STATE = {
+    "momentum": {"momentum_buffer"},
+    "betas": {"step", "exp_avg", "exp_avg_sq"},
+}  # what each kind keeps for a parameter
+_KIND = (
+    "dampening",
+    "betas",
+    "eps",
+    "trust",
+    "amsgrad",
+)  # tells an optimizer from another one of the same shapes
 
 
 def _like(saved: dict[str, Any], mine: dict[str, Any]) -> bool:
     """Return whether a saved group is of the same optimizer as `mine`; its settings may differ."""
-    same = all(saved.get(name) == mine.get(name) for name in _KIND) and ("momentum" in saved) == ("momentum" in mine)
-    return same and all(isinstance(saved[name], int | float | None) for name in mine.keys() & saved.keys() - {"params", "betas"})
+    same = all(saved.get(name) == mine.get(name) for name in _KIND) and ("momentum" in saved) == (
+        "momentum" in mine
+    )
+    return same and all(
+        isinstance(saved[name], int | float | None)
+        for name in mine.keys() & saved.keys() - {"params", "betas"}
+    )
 
 
-def _sound(p: Tensor, state: dict[str, Any], optimizer: torch.optim.Optimizer, diverged: bool) -> bool:
+def _sound(
+    p: Tensor, state: dict[str, Any], optimizer: torch.optim.Optimizer, diverged: bool
+) -> bool:
     """Whether a parameter's state is a number, or tensors of its shape, by the names that the optimizer gives them."""
     names = next(names for setting, names in _STATE.items() if setting in optimizer.defaults)
     tensors = [x for x in state.values() if x is not None]
-    fit = all(isinstance(x, Tensor) and x.shape in ((), p.shape) and (diverged or x.isfinite().all()) for x in tensors)
+    fit = all(
+        isinstance(x, Tensor) and x.shape in ((), p.shape) and (diverged or x.isfinite().all())
+        for x in tensors
+    )
     return state.keys() <= names and fit
 
 
@@ -102,8 +133,17 @@ class LARS(torch.optim.Optimizer):
     is, without decay. Then v <- momentum v + g and w <- w - lr v.
     """
 
-    def __init__(self, params, lr: float = 0.1, weight_decay: float = 0.0, momentum: float = 0.9, trust: float = 0.001):
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "trust": trust})
+    def __init__(
+        self,
+        params,
+        lr: float = 0.1,
+        weight_decay: float = 0.0,
+        momentum: float = 0.9,
+        trust: float = 0.001,
+    ):
+        super().__init__(
+            params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "trust": trust}
+        )
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
@@ -119,7 +159,13 @@ class LARS(torch.optim.Optimizer):
             gradients = {p: p.grad for p in params}
             matrices = [p for p in params if p.dim() > 1]
             if matrices:
-                gradients.update(zip(matrices, _scaled(matrices, group["weight_decay"], group["trust"]), strict=True))
+                gradients.update(
+                    zip(
+                        matrices,
+                        _scaled(matrices, group["weight_decay"], group["trust"]),
+                        strict=True,
+                    )
+                )
             for p in params:
                 if "momentum_buffer" not in self.state[p]:
                     self.state[p]["momentum_buffer"] = torch.zeros_like(p)
@@ -144,7 +190,9 @@ def _decayed_apart(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
     parts = []
     for group in groups:
         parts.append({**group, "params": [p for p in group["params"] if p.dim() > 1]})
-        parts.append({**group, "params": [p for p in group["params"] if p.dim() <= 1], "weight_decay": 0.0})
+        parts.append(
+            {**group, "params": [p for p in group["params"] if p.dim() <= 1], "weight_decay": 0.0}
+        )
     return [part for part in parts if part["params"]]
 
 
@@ -166,7 +214,11 @@ def rate(args: Namespace, base: float, epoch: float, factor: float = 1.0) -> flo
         return base * (epoch / warmup if by_step else (epoch + 1) / (warmup + 1))
     if args.cos or args.sgdr:
         first = warmup if by_step else 0
-        passed = (epoch - first) % args.sgdr_t0 / args.sgdr_t0 if args.sgdr else (epoch - first) / (args.epochs - first)
+        passed = (
+            (epoch - first) % args.sgdr_t0 / args.sgdr_t0
+            if args.sgdr
+            else (epoch - first) / (args.epochs - first)
+        )
         share = 0.5 * (1 + math.cos(math.pi * passed))
         final = args.lr_final * factor
         return final + (base - final) * share

@@ -74,11 +74,15 @@ def restore(scaler: torch.amp.GradScaler, saved: object, path: str) -> None:
         return
     try:
         before = scaler.state_dict()
-        if saved.keys() != before.keys() or not all(isinstance(value, int | float) and value >= 0 for value in saved.values()):
+        if saved.keys() != before.keys() or not all(
+            isinstance(value, int | float) and value >= 0 for value in saved.values()
+        ):
             raise ValueError
         scaler.load_state_dict(saved)
     except (AttributeError, ValueError, RuntimeError):
-        raise InputError(f"{path}: its gradient scaler is damaged; take an earlier one, or another --amp") from None
+        raise InputError(
+            f"{path}: its gradient scaler is damaged; take an earlier one, or another --amp"
+        ) from None
 
 
 def place(model: nn.Module, device: torch.device, compile: bool, recompute: bool) -> nn.Module:

@@ -29,13 +29,17 @@ def check_views(args: Namespace, several_crops: bool = False) -> None:
     views = len(recipes.of_options(args))
     if views < 2 or (views > 2) != several_crops:
         needed = "more than two" if several_crops else "two"
-        raise InputError(f"--recipe {args.recipe}: makes {views} views, but {needed} are needed; choose another")
+        raise InputError(
+            f"--recipe {args.recipe}: makes {views} views, but {needed} are needed; choose another"
+        )
 
 
 def check(args: Namespace, transformers: bool = False) -> None:
     """Check, before any process starts, the architecture (a ResNet, unless `transformers`), the data folder and the run folder."""
     if not transformers and args.arch not in resnets.ARCHS:
-        raise InputError(f"--arch {args.arch}: this script is for torchvision's ResNets; main_moby.py trains transformers")
+        raise InputError(
+            f"--arch {args.arch}: this script is for torchvision's ResNets; main_moby.py trains transformers"
+        )
     if args.dataset == "imagenet":
         root = _find(args)
         subsets.check_classes(root / "train", args.class_list, args.data_name)
@@ -70,13 +74,18 @@ def train(args: Namespace, device: torch.device, build: Callable[[Images], nn.Mo
         say(f"--knn-k {args.knn_k}: the bank has {len(images)} images, and all of them vote")
     torch.manual_seed(args.seed)
     method = build(images)
-    Pretraining(args, precision.place(method, device, args.compile, args.grad_checkpoint), images, device).train()
+    Pretraining(
+        args, precision.place(method, device, args.compile, args.grad_checkpoint), images, device
+    ).train()
 
 
 class Pretraining(Trainer):
     """Trains a method: `module(views, index, progress)` gives its loss, `module.encoder` is what the monitor judges."""
 
-    best = (-1.0, -1)  # the best k-NN top-1 among the epochs that were saved, and which epoch it was
+    best = (
+        -1.0,
+        -1,
+    )  # the best k-NN top-1 among the epochs that were saved, and which epoch it was
     # epochs whose checkpoints an earlier start kept by another --keep or --keep-every
     spared: frozenset[int] = frozenset()
     _left_out: frozenset[int] = frozenset()  # unreadable images that the monitor has named
@@ -88,12 +97,16 @@ class Pretraining(Trainer):
         used = bn_groups(asked, batch)
         if distributed.world() == 1 and used < asked:
             groups = "1 group is" if used == 1 else f"{used} groups are"
-            say(f"--bn-splits {asked}: {groups} used, because each needs {MIN_BN_GROUP} images and a pass has {batch}")
+            say(
+                f"--bn-splits {asked}: {groups} used, because each needs {MIN_BN_GROUP} images and a pass has {batch}"
+            )
 
     def images_before(self) -> int:
         return getattr(self.module, "images_before", 0)
 
-    def forward(self, views: list[Tensor], batch: loader.Batch, progress: Progress) -> tuple[Tensor, Metrics]:
+    def forward(
+        self, views: list[Tensor], batch: loader.Batch, progress: Progress
+    ) -> tuple[Tensor, Metrics]:
         return self.ddp(views, batch.index, progress)
 
     def after_step(self) -> None:
@@ -167,7 +180,9 @@ class Pretraining(Trainer):
         args, module = self.args, self.module
         val = registry.testing(args.dataset, args.data, args.class_list)
         backbone = module.encoder, networks.features
-        net, of = backbone if args.knn_features == "backbone" else (module.embedding, nn.Module.__call__)
+        net, of = (
+            backbone if args.knn_features == "backbone" else (module.embedding, nn.Module.__call__)
+        )
         unreadable = [] if args.on_bad_image == "skip" else None
         bank = features.extract(net, self.images, args, self.device, of=of, unreadable=unreadable)
         self._note_left_out({i for i, _ in unreadable or ()})
@@ -181,4 +196,6 @@ class Pretraining(Trainer):
         if new:
             names = ", ".join(self.images.name(i) for i in new[:10]) + ", ..." * (len(new) > 10)
             what = "training image" if len(new) == 1 else "training images"
-            tqdm.write(f"k-NN leaves out {len(new)} {what} that cannot be read: {names}", file=sys.stderr)
+            tqdm.write(
+                f"k-NN leaves out {len(new)} {what} that cannot be read: {names}", file=sys.stderr
+            )

@@ -40,7 +40,9 @@ def start(args: Namespace) -> bool:
         return False
     if given == "auto":
         if not args.save_dir:
-            raise InputError("--resume auto: give the run folder with --save-dir, or --output and --tag")
+            raise InputError(
+                "--resume auto: give the run folder with --save-dir, or --output and --tag"
+            )
         own = _own_folder(Path(args.save_dir), args.script)
         args.resume = checkpoint.newest(str(own or args.save_dir)) if own else None
         if own is None:
@@ -135,7 +137,10 @@ def check_unchanged(args: Namespace, state: checkpoint.State, batch: int) -> Non
         now, then = differences[name]
         say(f"--allow-change {name}: {_shown(then)} until here, {_shown(now)} from here on")
     if refused:
-        listed = "; ".join(f"--{name} is {_shown(now)}, and was {_shown(then)}" for name, (now, then) in refused.items())
+        listed = "; ".join(
+            f"--{name} is {_shown(now)}, and was {_shown(then)}"
+            for name, (now, then) in refused.items()
+        )
         raise InputError(
             f"--resume {args.resume}: options differ from those of the run: {listed}. Give the same ones "
             f"({Path(args.resume).parent / 'args.yaml'} has all of them), or change them on purpose "
@@ -151,7 +156,11 @@ def _open_ended(args: Namespace) -> bool:
 def _same(now: object, then: object) -> bool:
     """Return whether plain values, or lists of them, are equal. `then` may be anything."""
     if isinstance(now, list | tuple):
-        return isinstance(then, list | tuple) and len(now) == len(then) and all(_same(a, b) for a, b in zip(now, then, strict=True))
+        return (
+            isinstance(then, list | tuple)
+            and len(now) == len(then)
+            and all(_same(a, b) for a, b in zip(now, then, strict=True))
+        )
     return isinstance(then, bool | int | float | str | None) and now == then
 
 

@@ -13,7 +13,9 @@ from moco.distributed import say
 from moco.errors import InputError
 from moco.files import names_like
 
-LOCK = ".lock"  # held while a run writes to the folder; the system releases it, however the run ends
+LOCK = (
+    ".lock"  # held while a run writes to the folder; the system releases it, however the run ends
+)
 
 # Files that a run of this project or of detectron2 writes, and that a second run would replace.
 _OUTPUTS = (
@@ -140,7 +142,11 @@ def take(given: Path, places: Iterator[Path], continues: bool, option: str = "--
                 return held
             held.release()
     except OSError as error:
-        raise InputError(f"{option} {given}: cannot be written: {error.strerror}; choose another folder") from None
+        raise InputError(
+            f"{option} {given}: cannot be written: {error.strerror}; choose another folder"
+        ) from None
     if busy:
-        raise InputError(f"{option} {given}: another run is writing there; wait for its end, or choose another")
+        raise InputError(
+            f"{option} {given}: another run is writing there; wait for its end, or choose another"
+        )
     raise InputError(_taken(given, option))

@@ -41,7 +41,9 @@ class Trainer(ABC):
         self.recipe = recipes.of_options(args)
         if args.compile:
             color.fuse()
-        self.batch = args.batch_per_process * distributed.world() * args.accumulation_steps  # of a step
+        self.batch = (
+            args.batch_per_process * distributed.world() * args.accumulation_steps
+        )  # of a step
         self.lr_scale = optim.scale(args.learning_rate_scaling, self.batch)
         self.optimizer = optim.make(self.groups(), args)
         # before any schedule, and before a resumed one
@@ -51,18 +53,26 @@ class Trainer(ABC):
         if state:
             self._resume(state)
         self.ddp = distributed.data_parallel(self.trained())
-        self.order = loader.TrainOrder(len(images), args.batch_per_process, args.accumulation_steps, args.seed)
+        self.order = loader.TrainOrder(
+            len(images), args.batch_per_process, args.accumulation_steps, args.seed
+        )
         self.steps_per_epoch = self.order.steps_per_epoch
         self.order.stop = self.steps_per_epoch * args.epochs
         self._unreadable: set[int] = set()
-        self._recent: list[tuple[int, Tensor, Tensor]] = []  # step, loss, images of the passes since losses were looked at
+        self._recent: list[
+            tuple[int, Tensor, Tensor]
+        ] = []  # step, loss, images of the passes since losses were looked at
         self.order.start = self._step_of(state) if state else -self.images_before() // self.batch
         self.first_epoch = self.order.start // max(1, self.steps_per_epoch)
         if state:
-            self.first_epoch = min(self.first_epoch, state["epoch"])  # all its steps may be done, and its end not
+            self.first_epoch = min(
+                self.first_epoch, state["epoch"]
+            )  # all its steps may be done, and its end not
         place = torch.tensor([[self.order.start, self.first_epoch]], device=device)
         if (distributed.all_gather(place) != place).any():
-            raise InputError("--resume: the processes do not read the same checkpoint; give one that all nodes see")
+            raise InputError(
+                "--resume: the processes do not read the same checkpoint; give one that all nodes see"
+            )
 
     def trained(self) -> nn.Module:
         """What `forward` calls as `self.ddp`: the module, or the part of it that trains."""
@@ -82,7 +92,9 @@ class Trainer(ABC):
         return 0
 
     @abstractmethod
-    def forward(self, views: list[Tensor], batch: loader.Batch, progress: rng.Progress) -> tuple[Tensor, Metrics]:
+    def forward(
+        self, views: list[Tensor], batch: loader.Batch, progress: rng.Progress
+    ) -> tuple[Tensor, Metrics]:
         """Loss and metrics of one pass, through `self.ddp`."""
 
     def start_epoch(self) -> None:
@@ -135,7 +147,9 @@ class Trainer(ABC):
         self.seconds = log.seconds()
         self.finished()
 
-    def _epoch(self, epoch: int, batches: Iterator[loader.Batch], log: RunLog, requests: interrupt.Requests) -> None:
+    def _epoch(
+        self, epoch: int, batches: Iterator[loader.Batch], log: RunLog, requests: interrupt.Requests
+    ) -> None:
         args, per_epoch = self.args, self.steps_per_epoch
         self.start_epoch()
         mean, means, self._skipped = Mean(), {}, 0
@@ -146,7 +160,9 @@ class Trainer(ABC):
                 batch = next(batches)
                 log.wait(time.perf_counter() - before)
                 self._note(batch.unreadable)
-                found = self._pass(batch, rng.Progress(args.seed, epoch, step, micro, per_epoch, args.epochs))
+                found = self._pass(
+                    batch, rng.Progress(args.seed, epoch, step, micro, per_epoch, args.epochs)
+                )
                 self._recent.append((step, found["loss"].detach(), batch.index))
                 mean.add(found)
             mean.add(self._gradients())
@@ -156,7 +172,9 @@ class Trainer(ABC):
             self.after_step()
             log.tick()
             asked, ends = requests.agreed(), (step + 1) % per_epoch == 0
-            saves = asked or (args.save_every_steps and (step + 1) % args.save_every_steps == 0 and not ends)
+            saves = asked or (
+                args.save_every_steps and (step + 1) % args.save_every_steps == 0 and not ends
+            )
             if saves or ends or (step + 1) % args.print_freq == 0:
                 self._check_numbers(rate)
             if ends or asked or (step + 1) % args.print_freq == 0:
@@ -166,7 +184,9 @@ class Trainer(ABC):
                 path = self.save_inside(epoch, step + 1)
             if asked:
                 distributed.barrier()
-                raise interrupt.Interrupted(f"{asked}: saved {path} after step {step + 1}; --resume auto goes on from there")
+                raise interrupt.Interrupted(
+                    f"{asked}: saved {path} after step {step + 1}; --resume auto goes on from there"
+                )
         self._look_at(means, epoch)
 
     def _set_rates(self, step: int) -> float:
@@ -186,10 +206,15 @@ class Trainer(ABC):
     def _pass(self, batch: loader.Batch, progress: rng.Progress) -> Metrics:
         """Views, loss, gradient. The ranks' gradients meet in the last pass of a step."""
         args, last = self.args, progress.micro + 1 == self.args.accumulation_steps
-        draws = [progress.generator(rng.COLOR, "cpu", distributed.rank(), i) for i in range(len(self.recipe))]
+        draws = [
+            progress.generator(rng.COLOR, "cpu", distributed.rank(), i)
+            for i in range(len(self.recipe))
+        ]
         views = list(map(precision.layout, color.augment_views(batch.views, self.recipe, draws)))
         # what layers draw by themselves, such as which of them stochastic depth leaves out
-        torch.manual_seed(rng.key(rng.LAYERS, args.seed, progress.step, progress.micro, distributed.rank()) >> 1)
+        torch.manual_seed(
+            rng.key(rng.LAYERS, args.seed, progress.step, progress.micro, distributed.rank()) >> 1
+        )
         with contextlib.nullcontext() if last or distributed.world() == 1 else self.ddp.no_sync():
             with precision.autocast(args.amp, self.device):
                 loss, metrics = self.forward(views, batch, progress)
@@ -203,7 +228,13 @@ class Trainer(ABC):
                 tqdm.write(f"skipped, another image takes its place: {reason}", file=sys.stderr)
             self._unreadable.add(i)
         self._skipped += len(unreadable)
-        most = max(1, self.steps_per_epoch * self.args.batch_per_process * self.args.accumulation_steps // 100)
+        most = max(
+            1,
+            self.steps_per_epoch
+            * self.args.batch_per_process
+            * self.args.accumulation_steps
+            // 100,
+        )
         if self._skipped > most:
             raise InputError(
                 f"{self.images.root}: more than 1 % of the images cannot be read ({self._skipped} in this epoch, so far); "
@@ -229,16 +260,29 @@ class Trainer(ABC):
         self._recent.clear()
         if self.may_diverge:
             return
-        weights = torch.stack(torch._foreach_norm([p for p in self.module.parameters() if p.requires_grad])).max()
-        losses = (*losses, weights)  # which the last step has made infinite, though its loss was not
+        weights = torch.stack(
+            torch._foreach_norm([p for p in self.module.parameters() if p.requires_grad])
+        ).max()
+        losses = (
+            *losses,
+            weights,
+        )  # which the last step has made infinite, though its loss was not
         steps, indices = (*steps, steps[-1]), (*indices, indices[-1])
         wide = devices.widest(self.device)
         values = torch.stack(losses).to(wide)
         bad = (~values.isfinite()).nonzero()
         first = int(bad[0]) if len(bad) else 0
         images = indices[first][:2].to(wide)
-        facts = torch.cat([values.new_tensor([steps[first] if len(bad) else math.inf]), values[first : first + 1], images])
-        step, loss, *images = min(distributed.all_gather(facts[None]).tolist(), key=lambda rank: rank[0])
+        facts = torch.cat(
+            [
+                values.new_tensor([steps[first] if len(bad) else math.inf]),
+                values[first : first + 1],
+                images,
+            ]
+        )
+        step, loss, *images = min(
+            distributed.all_gather(facts[None]).tolist(), key=lambda rank: rank[0]
+        )
         if math.isfinite(step):
             names = ", ".join(self.images.name(int(i)) for i in images)
             where = f"step {step:.0f} (epoch {step // self.steps_per_epoch:.0f}, lr {rate:g}, images {names}, ...)"
@@ -248,7 +292,9 @@ class Trainer(ABC):
                 what = f"the last checkpoint from before it is {kept}; "
                 what += f"continue with --resume auto --allow-change {lr} and a lower learning rate"
             else:
-                what = "there is no checkpoint from before it; lower --lr, or raise --lr-warmup-epochs"
+                what = (
+                    "there is no checkpoint from before it; lower --lr, or raise --lr-warmup-epochs"
+                )
             raise InputError(f"the loss, or a weight, is {loss:g} at {where}; {what}")
 
     def _gradients(self) -> Metrics:
@@ -264,7 +310,9 @@ class Trainer(ABC):
             counts = length.isfinite()  # under fp16 the scaler skips a step with another
             lengths[f"grad_{name}"] = torch.where(counts, length, 0.0), counts
         for together in self.independent() if clip else []:
-            torch.nn.utils.clip_grad_norm_([p for p in together.parameters() if p.grad is not None], clip)
+            torch.nn.utils.clip_grad_norm_(
+                [p for p in together.parameters() if p.grad is not None], clip
+            )
         return lengths
 
     def independent(self) -> Iterable[nn.Module]:
@@ -274,11 +322,19 @@ class Trainer(ABC):
     def _announce(self) -> None:
         args, w, batch = self.args, distributed.world(), self.batch
         if not self.steps_per_epoch:
-            raise InputError(f"{self.images.root}: {len(self.images)} images do not fill one batch of {batch}; lower --batch-size")
-        say(f"{args.method} {args.arch}: {len(self.images)} images of {len(self.images.classes)} classes in {self.images.root}")
+            raise InputError(
+                f"{self.images.root}: {len(self.images)} images do not fill one batch of {batch}; lower --batch-size"
+            )
+        say(
+            f"{args.method} {args.arch}: {len(self.images)} images of {len(self.images.classes)} classes in {self.images.root}"
+        )
         say(f"views {args.recipe} at {args.image_size} pixels; {self.device.type}, amp {args.amp}")
         rates = ", ".join(dict.fromkeys(f"{rate:g}" for rate in self.rates))
-        scaling = "taken as given" if args.learning_rate_scaling == "none" else f"{args.learning_rate_scaling} scaling"
+        scaling = (
+            "taken as given"
+            if args.learning_rate_scaling == "none"
+            else f"{args.learning_rate_scaling} scaling"
+        )
         say(
             f"total batch {batch} = {args.batch_per_process} per process x {w} processes x {args.accumulation_steps} accumulation; "
             f"lr after scaling {rates} ({scaling}), lr warm-up {args.lr_warmup_epochs} epochs; "
@@ -286,24 +342,37 @@ class Trainer(ABC):
         )
         gpus = devices.count(self.device.type)
         if self.device.type == "cuda" and w == 1 < gpus and args.gpu is None:
-            say(f"one of {gpus} GPUs trains; --multiprocessing-distributed starts a process on each")
+            say(
+                f"one of {gpus} GPUs trains; --multiprocessing-distributed starts a process on each"
+            )
         if self.order.start < 0:
             before = -self.order.start
-            say(f"{before} steps before epoch 0, counted from -{before}: {before / self.steps_per_epoch:.3g} epochs of images")
+            say(
+                f"{before} steps before epoch 0, counted from -{before}: {before / self.steps_per_epoch:.3g} epochs of images"
+            )
         if args.lr_warmup_epochs >= args.epochs:
-            say(f"the warm-up's {args.lr_warmup_epochs} epochs (--lr-warmup-epochs) outlast the run: the rate is not reached")
+            say(
+                f"the warm-up's {args.lr_warmup_epochs} epochs (--lr-warmup-epochs) outlast the run: the rate is not reached"
+            )
         if args.lr_by == "epoch-end" and args.epochs == 1 and not max(self._rates(1)):
-            say("the only epoch has a learning rate of 0, that of its end (--lr-by epoch-end): it trains nothing")
+            say(
+                "the only epoch has a learning rate of 0, that of its end (--lr-by epoch-end): it trains nothing"
+            )
         if args.resume:
             inside = self.order.start - self.first_epoch * self.steps_per_epoch
-            say(f"resumed from {args.resume} at epoch {self.first_epoch}" + f", after {inside} of its steps" * bool(inside))
+            say(
+                f"resumed from {args.resume} at epoch {self.first_epoch}"
+                + f", after {inside} of its steps" * bool(inside)
+            )
             self._say_if_done()
         say(f"run folder {args.save_dir}")
 
     def _say_if_done(self) -> None:
         done, epochs = self.first_epoch, self.args.epochs
         if done >= epochs:
-            say(f"no epochs are left: {done} are done, and --epochs is {epochs}; raise it to train longer")
+            say(
+                f"no epochs are left: {done} are done, and --epochs is {epochs}; raise it to train longer"
+            )
 
     def check_resumed(self, state: checkpoint.State) -> None:  # noqa: B027
         """Raise InputError if the checkpoint does not go with this task's data."""
@@ -319,7 +388,9 @@ class Trainer(ABC):
         images = state.get("images", len(self.images))
         if images != len(self.images):
             where = f"{self.images.root} has {len(self.images)}"
-            raise InputError(f"{args.resume}: was trained on {images} images, but {where}; resume with the data it was made with")
+            raise InputError(
+                f"{args.resume}: was trained on {images} images, but {where}; resume with the data it was made with"
+            )
         checkpoint.restore(self.module, state, args.resume, self.may_diverge)
         if not tests:
             optim.restore(self.optimizer, state["optimizer"], args.resume, self.may_diverge)
@@ -328,7 +399,11 @@ class Trainer(ABC):
     def _step_of(self, state: checkpoint.State) -> int:
         """The step to run next: of the epoch that was begun, as many as its images fill, should the batch be another one now."""
         progress, epoch = state["progress"], state["epoch"]
-        begun = progress["step"] - epoch * progress.get("steps_per_epoch", 0) if "batch" in progress else 0
+        begun = (
+            progress["step"] - epoch * progress.get("steps_per_epoch", 0)
+            if "batch" in progress
+            else 0
+        )
         inside = begun * progress.get("batch", 0) // self.batch
         return epoch * self.steps_per_epoch + min(inside, self.steps_per_epoch)
 
@@ -351,7 +426,9 @@ class Trainer(ABC):
             "method": self.args.method,
             "args": vars(self.args),
             "images": len(self.images),
-            "state_dict": {f"module.{key}": tensor for key, tensor in self.module.state_dict().items()},
+            "state_dict": {
+                f"module.{key}": tensor for key, tensor in self.module.state_dict().items()
+            },
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "progress": {

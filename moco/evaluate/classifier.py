@@ -31,7 +31,9 @@ def init_classifier(layer: nn.Linear, std: float = 0.01) -> None:
 
 
 @torch.inference_mode()
-def test(net: nn.Module, images: Images, args: Namespace, device: torch.device, heads: int = 1) -> list[dict[str, float]]:
+def test(
+    net: nn.Module, images: Images, args: Namespace, device: torch.device, heads: int = 1
+) -> list[dict[str, float]]:
     """What each of `net`'s classifiers, of which there are `heads`, is worth on `images`: see `metrics`, all in [0, 1].
 
     Each image counts once, whatever the number of ranks, and a rank may have none.
@@ -64,8 +66,20 @@ class Classification(Trainer):
 
     best_name = "model_best.pth.tar"
 
-    def __init__(self, args: Namespace, net: nn.Module, images: Splits, device: torch.device, settings: list[Setting]):
-        self.val, self.held_out, self.settings, self.best = images.val, images.held_out, settings, 0.0
+    def __init__(
+        self,
+        args: Namespace,
+        net: nn.Module,
+        images: Splits,
+        device: torch.device,
+        settings: list[Setting],
+    ):
+        self.val, self.held_out, self.settings, self.best = (
+            images.val,
+            images.held_out,
+            settings,
+            0.0,
+        )
         self.metric = registry.METRIC[args.dataset]
         self._decays = len({setting.wd for setting in settings})
         super().__init__(args, net, images.train, device)
@@ -78,15 +92,21 @@ class Classification(Trainer):
         if label.dim() == 2:
             counts = (label >= 0).expand_as(logits)
             target = label.clamp_min(0).to(logits.dtype).expand_as(logits)
-            each = F.binary_cross_entropy_with_logits(logits, target, counts.to(logits.dtype), reduction="none")
+            each = F.binary_cross_entropy_with_logits(
+                logits, target, counts.to(logits.dtype), reduction="none"
+            )
             losses = each.sum((1, 2)) / counts.sum((1, 2)).clamp_min(1)
         else:
             losses = torch.stack([F.cross_entropy(one, label) for one in logits])
-        best = losses.nan_to_num(torch.inf).argmin()  # the one to show; a rate too high for the features may have diverged
+        best = losses.nan_to_num(
+            torch.inf
+        ).argmin()  # the one to show; a rate too high for the features may have diverged
         # take, unlike [best], does not wait for the device
         shown = {"loss": losses.take(best)}
         if label.dim() == 1:
-            top1, top5 = (right.float().mean(-1).take(best) for right in metrics.correct(logits, label))
+            top1, top5 = (
+                right.float().mean(-1).take(best) for right in metrics.correct(logits, label)
+            )
             shown |= {"acc1": top1, "acc5": top5}
         return losses.sum(), shown
 
@@ -94,21 +114,38 @@ class Classification(Trainer):
         """Choose a classifier and test it on val/: `accuracy` is its own, beside each one's metric where there are several."""
         on_val = self._test(self.val)
         judged = self._test(self.held_out) if self.held_out else on_val
-        best = max(self.settings, key=lambda one: tuple(judged[one][name] for name in self._order(judged[one])))
+        best = max(
+            self.settings,
+            key=lambda one: tuple(judged[one][name] for name in self._order(judged[one])),
+        )
         self.chosen_by = judged[best][self.metric]
         self.accuracy = {name: on_val[best][name] for name in self._order(on_val[best])}
         if self.held_out:
             self.accuracy[f"held_out_{self.metric}"] = self.chosen_by
         if len(self.settings) > 1:
-            self.accuracy |= {"best_lr": best.lr} | ({"best_wd": best.wd} if self._decays > 1 else {})
-            self.accuracy |= {f"{self.metric}_{self.name(one)}": found[self.metric] for one, found in on_val.items()}
+            self.accuracy |= {"best_lr": best.lr} | (
+                {"best_wd": best.wd} if self._decays > 1 else {}
+            )
+            self.accuracy |= {
+                f"{self.metric}_{self.name(one)}": found[self.metric]
+                for one, found in on_val.items()
+            }
 
     def _order(self, found: dict[str, float]) -> list[str]:
         """The metrics that this data set reports, first the one that counts."""
-        return [self.metric, *(name for name in found if name not in (self.metric, "mean_per_class"))]
+        return [
+            self.metric,
+            *(name for name in found if name not in (self.metric, "mean_per_class")),
+        ]
 
     def _test(self, images: Images) -> dict[Setting, dict[str, float]]:
-        return dict(zip(self.settings, test(self.module, images, self.args, self.device, len(self.settings)), strict=True))
+        return dict(
+            zip(
+                self.settings,
+                test(self.module, images, self.args, self.device, len(self.settings)),
+                strict=True,
+            )
+        )
 
     def name(self, setting: Setting, space: str = "") -> str:
         """What a classifier is called: lr30, or lr30_wd0.0001 where several decays are tried; `lr 30` to read."""
@@ -153,9 +190,19 @@ class Classification(Trainer):
         found = self.accuracy
         title = metrics.TITLES[self.metric]
         if len(self.settings) > 1:
-            each = [f"{self.name(one, ' ')}: {100 * found[f'{self.metric}_{self.name(one)}']:.3f}" for one in self.settings]
+            each = [
+                f"{self.name(one, ' ')}: {100 * found[f'{self.metric}_{self.name(one)}']:.3f}"
+                for one in self.settings
+            ]
             say("  ".join(each) + f"  ({title}; the best follows)")
-        say("* " + " ".join(f"{name} {100 * found[key]:.3f}" for key, name in metrics.TITLES.items() if key in found))
+        say(
+            "* "
+            + " ".join(
+                f"{name} {100 * found[key]:.3f}"
+                for key, name in metrics.TITLES.items()
+                if key in found
+            )
+        )
         if done:
             self.args.epochs = self.first_epoch  # what the classifier was trained for
             if self._has_results():
@@ -176,7 +223,9 @@ class Classification(Trainer):
 
     def check_resumed(self, state: checkpoint.State) -> None:
         if not isinstance(state.get("best_acc1"), int | float):
-            raise InputError(f"{self.args.resume}: is of no classifier; --resume goes on with those of this script's runs")
+            raise InputError(
+                f"{self.args.resume}: is of no classifier; --resume goes on with those of this script's runs"
+            )
         classes = state.get("classes")
         if classes is not None and classes != list(self.images.classes):
             raise InputError(f"{self.args.resume}: {_difference(classes, self.images.classes)}")
@@ -188,7 +237,9 @@ def _difference(saved: object, classes: tuple[str, ...]) -> str:
     names = [name for name in saved if isinstance(name, str)] if isinstance(saved, list) else []
     if len(names) != len(classes):
         return f"has {len(names)} classes, but the data has {len(classes)}; give the data that it was trained on"
-    place = next((i for i, pair in enumerate(zip(names, classes, strict=True)) if pair[0] != pair[1]), 0)
+    place = next(
+        (i for i, pair in enumerate(zip(names, classes, strict=True)) if pair[0] != pair[1]), 0
+    )
     return (
         f"its classes differ from the data's: number {place} is '{names[place]}', but '{classes[place]}' in the data; "
         "give the data that it was trained on"

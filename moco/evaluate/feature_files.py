@@ -25,19 +25,40 @@ _BLOCK = 8192  # rows copied at a time
 
 
 # what features are of: its name in meta.json, and in the options
-_ORIGIN = {"arch": "arch", "method": "encoder_method", "checkpoint": "pretrained", "pretrain_epochs": "pretrain_epochs"}
+_ORIGIN = {
+    "arch": "arch",
+    "method": "encoder_method",
+    "checkpoint": "pretrained",
+    "pretrain_epochs": "pretrain_epochs",
+}
 
 
-_ORIGIN |= {name: name for name in "features stem mean std dataset data class_list image_size amp seed".split()}
+_ORIGIN |= {
+    name: name
+    for name in "features stem mean std dataset data class_list image_size amp seed".split()
+}
 
 
-_KINDS = dict.fromkeys(("arch", "method", "dataset", "data", "amp"), str) | dict.fromkeys(("image_size", "seed"), int)
+_KINDS = dict.fromkeys(("arch", "method", "dataset", "data", "amp"), str) | dict.fromkeys(
+    ("image_size", "seed"), int
+)
 
 
-_KINDS |= {"checkpoint": str | None, "pretrain_epochs": int | None, "class_list": str | None, "classes": list}
+_KINDS |= {
+    "checkpoint": str | None,
+    "pretrain_epochs": int | None,
+    "class_list": str | None,
+    "classes": list,
+}
 
 
-_OPTIONAL = {"class_list": None, "features": "backbone", "stem": None, "mean": None, "std": None}  # older dumps lack them
+_OPTIONAL = {
+    "class_list": None,
+    "features": "backbone",
+    "stem": None,
+    "mean": None,
+    "std": None,
+}  # older dumps lack them
 
 
 def check(args: Namespace, many: bool) -> None:
@@ -46,20 +67,31 @@ def check(args: Namespace, many: bool) -> None:
     With `--load-features`, `args` takes from there what the features are of. Raises InputError.
     """
     if args.load_features and args.dump_features:
-        raise InputError("--load-features and --dump-features: features that are read lie in files already; leave one out")
+        raise InputError(
+            "--load-features and --dump-features: features that are read lie in files already; leave one out"
+        )
     if args.load_features:
         meta, _ = _open(Path(args.load_features))
         for name in ("arch", "pretrained", "class_list", "features"):
-            given, dumped = getattr(args, name, None), meta["checkpoint" if name == "pretrained" else name]
+            given, dumped = (
+                getattr(args, name, None),
+                meta["checkpoint" if name == "pretrained" else name],
+            )
             if given not in (None, dumped):
                 option, dumped = f"--{name.replace('_', '-')}", dumped or "all classes"
-                raise InputError(f"{option} {given}: the features in {args.load_features} are of {dumped}; leave {option} out")
+                raise InputError(
+                    f"{option} {given}: the features in {args.load_features} are of {dumped}; leave {option} out"
+                )
         vars(args).update({option: meta[name] for name, option in _ORIGIN.items()})
     dataset = "photos" if args.data == "photos" else args.dataset
     if dataset in registry.METRIC and (registry.METRIC[dataset] == "map11") != many:
         if many:
-            raise InputError(f"{dataset}: its images show one class each; use main_lincls.py or main_knn.py, or --dataset voc2007")
-        raise InputError(f"{dataset}: its images show several classes, and k-NN wants one; use main_voc07.py")
+            raise InputError(
+                f"{dataset}: its images show one class each; use main_lincls.py or main_knn.py, or --dataset voc2007"
+            )
+        raise InputError(
+            f"{dataset}: its images show several classes, and k-NN wants one; use main_voc07.py"
+        )
 
 
 def check_dump(args: Namespace) -> None:
@@ -72,7 +104,9 @@ def check_dump(args: Namespace) -> None:
         (folder / ".write").touch()
         (folder / ".write").unlink()
     except OSError as error:
-        raise InputError(f"--dump-features {folder}: cannot be written ({error.strerror}); choose another folder") from None
+        raise InputError(
+            f"--dump-features {folder}: cannot be written ({error.strerror}); choose another folder"
+        ) from None
     if any(folder.glob("*.npy")) or (folder / "meta.json").exists():
         finished = (folder / "meta.json").exists()
         held = "features" if finished else "an unfinished dump of features"
@@ -85,10 +119,17 @@ def _origin(args: Namespace) -> dict[str, Any]:
 
 
 def of_splits(
-    net: nn.Module, train: Images, val: Images, args: Namespace, device: torch.device, unit: bool = True
+    net: nn.Module,
+    train: Images,
+    val: Images,
+    args: Namespace,
+    device: torch.device,
+    unit: bool = True,
 ) -> tuple[Features, Features]:
     """`extract` for both splits; `--dump-features` writes them."""
-    of = networks.embedding if getattr(args, "features", "backbone") == "head" else networks.features
+    of = (
+        networks.embedding if getattr(args, "features", "backbone") == "head" else networks.features
+    )
     found = extract(net, train, args, device, unit, of), extract(net, val, args, device, unit, of)
     if args.dump_features:
         dump(args, train.classes, *found)
@@ -113,14 +154,21 @@ def _write(path: Path, mine: Tensor, count: int) -> None:
     if distributed.rank() == 0:
         kind = np.int64 if mine.dtype == torch.int64 else np.float32
         shape = (count, *mine.shape[1:])
-        needed, free = math.prod(shape) * np.dtype(kind).itemsize, shutil.disk_usage(path.parent).free
+        needed, free = (
+            math.prod(shape) * np.dtype(kind).itemsize,
+            shutil.disk_usage(path.parent).free,
+        )
         if needed > free:  # writing through a memory map to a full disk would end the process
             where = f"--dump-features {path.parent}"
-            raise InputError(f"{where}: {path.name} needs {needed / 2**30:.2f} GiB, and {free / 2**30:.2f} GiB are free; free some")
+            raise InputError(
+                f"{where}: {path.name} needs {needed / 2**30:.2f} GiB, and {free / 2**30:.2f} GiB are free; free some"
+            )
         try:
             path.touch(exist_ok=False)
         except FileExistsError:
-            raise InputError(f"--dump-features {path.parent}: another program is writing there; choose another folder") from None
+            raise InputError(
+                f"--dump-features {path.parent}: another program is writing there; choose another folder"
+            ) from None
         np.lib.format.open_memmap(path, "w+", kind, shape).flush()
     distributed.barrier()
     rows = np.lib.format.open_memmap(path, "r+")[distributed.rank() :: distributed.world()]
@@ -135,7 +183,10 @@ def load(args: Namespace, device: torch.device) -> tuple[Features, Features, tup
     meta, arrays = _open(Path(args.load_features))
     splits = []
     for split in ("train", "val"):
-        rows, labels = (arrays[f"{split}_{kind}"][distributed.rank() :: distributed.world()] for kind in ("features", "labels"))
+        rows, labels = (
+            arrays[f"{split}_{kind}"][distributed.rank() :: distributed.world()]
+            for kind in ("features", "labels")
+        )
         kept = torch.empty(rows.shape, device=feature_device(args, device))
         for start in range(0, len(rows), _BLOCK):
             kept[start : start + _BLOCK] = torch.from_numpy(np.array(rows[start : start + _BLOCK]))
@@ -151,7 +202,9 @@ def _open(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """meta.json and the arrays, not yet read, of a folder that `dump` wrote. Raises InputError where something is wrong."""
 
     def wrong(what: str) -> InputError:
-        return InputError(f"--load-features {folder}: {what}; give a folder that --dump-features has finished")
+        return InputError(
+            f"--load-features {folder}: {what}; give a folder that --dump-features has finished"
+        )
 
     if not (folder / "meta.json").is_file():
         raise wrong("no meta.json there" if folder.is_dir() else "no such folder")
@@ -162,10 +215,14 @@ def _open(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     except InputError as error:
         raise wrong(f"meta.json is damaged ({error})") from None
     meta = _OPTIONAL | meta if isinstance(meta, dict) else {}
-    if not all(name in meta and isinstance(meta[name], kind) for name, kind in _KINDS.items()) or not _words(meta["classes"]):
+    if not all(
+        name in meta and isinstance(meta[name], kind) for name, kind in _KINDS.items()
+    ) or not _words(meta["classes"]):
         raise wrong("meta.json does not say what the features are of")
     arrays = {}
-    for name in (f"{split}_{kind}" for split in ("train", "val") for kind in ("features", "labels")):
+    for name in (
+        f"{split}_{kind}" for split in ("train", "val") for kind in ("features", "labels")
+    ):
         try:
             arrays[name] = np.lib.format.open_memmap(folder / f"{name}.npy", "r")
         except FileNotFoundError:
@@ -177,11 +234,27 @@ def _open(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     classes = len(meta["classes"])
     for split in ("train", "val"):
         rows, labels = arrays[f"{split}_features"], arrays[f"{split}_labels"]
-        if rows.dtype != np.float32 or rows.ndim != 2 or rows.shape[1:] != arrays["train_features"].shape[1:]:
-            raise wrong(f"{split}_features.npy holds {rows.dtype} {rows.shape}, not float32 rows of train's length")
-        if labels.dtype != np.int64 or labels.ndim not in (1, 2) or len(labels) != len(rows) or not len(rows):
-            raise wrong(f"{split}_labels.npy holds {labels.dtype} {labels.shape} for {len(rows)} rows of features")
+        if (
+            rows.dtype != np.float32
+            or rows.ndim != 2
+            or rows.shape[1:] != arrays["train_features"].shape[1:]
+        ):
+            raise wrong(
+                f"{split}_features.npy holds {rows.dtype} {rows.shape}, not float32 rows of train's length"
+            )
+        if (
+            labels.dtype != np.int64
+            or labels.ndim not in (1, 2)
+            or len(labels) != len(rows)
+            or not len(rows)
+        ):
+            raise wrong(
+                f"{split}_labels.npy holds {labels.dtype} {labels.shape} for {len(rows)} rows of features"
+            )
         low, high = (0, classes) if labels.ndim == 1 else (-1, 2)
-        if not low <= labels.min() <= labels.max() < high or labels.shape[1:] not in ((), (classes,)):
+        if not low <= labels.min() <= labels.max() < high or labels.shape[1:] not in (
+            (),
+            (classes,),
+        ):
             raise wrong(f"{split}_labels.npy does not fit the {classes} classes of meta.json")
     return meta, arrays

@@ -34,7 +34,9 @@ class FineTuning(Classification):
         zero_init: bool = False,
     ):
         if args.batch_per_process < 2:
-            raise InputError("--batch-size gives each process a single image; batch norm needs at least two. Raise --batch-size")
+            raise InputError(
+                "--batch-size gives each process a single image; batch norm needs at least two. Raise --batch-size"
+            )
         self.classifier, self.lr_backbone = networks.classifier(net), lr_backbone
         init_classifier(self.classifier, std=0.0 if zero_init else 0.01)
         super().__init__(args, net, images, device, [setting])
@@ -44,7 +46,12 @@ class FineTuning(Classification):
         mine = {id(p) for p in new}
         old = [p for p in self.module.parameters() if id(p) not in mine]
         (lr, wd), old_lr = self.settings[0], self.lr_backbone
-        return [{"params": new, "lr": lr, "weight_decay": wd}, {"params": old, "lr": old_lr, "weight_decay": wd}]
+        return [
+            {"params": new, "lr": lr, "weight_decay": wd},
+            {"params": old, "lr": old_lr, "weight_decay": wd},
+        ]
 
-    def forward(self, views: list[Tensor], batch: loader.Batch, progress: Progress) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(
+        self, views: list[Tensor], batch: loader.Batch, progress: Progress
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         return self.losses(by_head(self.ddp(views[0]).float()), batch.label)

@@ -28,8 +28,14 @@ def check(args: Namespace) -> None:
     if args.dataset == "imagenet":
         subsets.check_classes(Path(args.data) / "train", args.class_list, args.data_name)
     if tests_only(args) and args.encoder_method:
-        args.stem, args.mean, args.std = args.stem or "imagenet", args.mean or list(MEAN), args.std or list(STD)
-        networks.create(args.arch, 1, args.image_size, stem=args.stem)  # raises InputError if they do not fit
+        args.stem, args.mean, args.std = (
+            args.stem or "imagenet",
+            args.mean or list(MEAN),
+            args.std or list(STD),
+        )
+        networks.create(
+            args.arch, 1, args.image_size, stem=args.stem
+        )  # raises InputError if they do not fit
         return
     state = checkpoint.load(args.pretrained) if args.pretrained else {}
     about = metadata.about(state)
@@ -70,15 +76,23 @@ def restore_options(args: Namespace, options: Iterable[str]) -> None:
     contradicts it.
     """
     if args.evaluate and not args.resume:
-        raise InputError("--evaluate tests a trained classifier: give its checkpoint with --resume FILE")
+        raise InputError(
+            "--evaluate tests a trained classifier: give its checkpoint with --resume FILE"
+        )
     if not args.resume:
         return
     state = checkpoint.load(args.resume)
     if (origin := checkpoint.origin(state)) != "classifier":
         lacking = ", ".join(checkpoint.lacking(state))
-        what = f"cannot be resumed: it lacks {lacking}" if lacking else f"is a {origin} checkpoint, not a classifier's"
+        what = (
+            f"cannot be resumed: it lacks {lacking}"
+            if lacking
+            else f"is a {origin} checkpoint, not a classifier's"
+        )
         train = ", and leave out --evaluate: it has no classifier to test" if args.evaluate else ""
-        raise InputError(f"{args.resume}: {what}; give it with --pretrained instead of --resume{train}")
+        raise InputError(
+            f"{args.resume}: {what}; give it with --pretrained instead of --resume{train}"
+        )
     checkpoint.check_script(state, args)
     about, saved = metadata.about(state), state["args"]
     for name in ("arch", "image_size", "stem", "mean", "std"):
@@ -86,10 +100,17 @@ def restore_options(args: Namespace, options: Iterable[str]) -> None:
         if own is None or given in (None, own):
             setattr(args, name, given or own)
         elif name != "image_size" or not args.evaluate:
-            given, own = (" ".join(map(str, value)) if isinstance(value, list) else value for value in (given, own))
-            raise InputError(f"--{name.replace('_', '-')} {given}: {args.resume} was trained with {own}; leave it out")
+            given, own = (
+                " ".join(map(str, value)) if isinstance(value, list) else value
+                for value in (given, own)
+            )
+            raise InputError(
+                f"--{name.replace('_', '-')} {given}: {args.resume} was trained with {own}; leave it out"
+            )
         else:
-            say(f"the classifier was trained at {own} pixels, and is tested at {given} (--image-size)")
+            say(
+                f"the classifier was trained at {own} pixels, and is tested at {given} (--image-size)"
+            )
     if not args.evaluate:
         return
     args.seed = state["progress"]["seed"]
@@ -121,7 +142,9 @@ def _alike(saved: object, given: object) -> bool:
 def check_choice(args: Namespace) -> None:
     """Refuse a `--val-from-train` that is no share."""
     if args.val_from_train is not None and not 0 < args.val_from_train < 1:
-        raise InputError(f"--val-from-train {args.val_from_train:g}: must lie between 0 and 1, as in --val-from-train 0.1")
+        raise InputError(
+            f"--val-from-train {args.val_from_train:g}: must lie between 0 and 1, as in --val-from-train 0.1"
+        )
 
 
 def check_labels(args: Namespace) -> None:
@@ -129,7 +152,9 @@ def check_labels(args: Namespace) -> None:
     if args.subset_file:
         subsets.names(Path(args.subset_file))
         return
-    few_of_a_folder = args.train_percent < 100 and args.dataset == "imagenet" and not args.class_list
+    few_of_a_folder = (
+        args.train_percent < 100 and args.dataset == "imagenet" and not args.class_list
+    )
     if few_of_a_folder and subsets.is_imagenet(folders.class_names(Path(args.data) / "train")):
         subsets.published(args.train_percent)
 
@@ -144,7 +169,10 @@ class Splits(NamedTuple):
 
 def splits(args: Namespace) -> Splits:
     """The images of `--dataset`: of its training images the labelled share, if the script asks for one, less what is held out."""
-    train, val = (subsets.of_classes(part, args.class_list) for part in registry.load(args.dataset, args.data, args.seed))
+    train, val = (
+        subsets.of_classes(part, args.class_list)
+        for part in registry.load(args.dataset, args.data, args.seed)
+    )
     if hasattr(args, "train_percent"):
         train = _labelled(args, train)
     if not getattr(args, "val_from_train", None):
@@ -175,7 +203,9 @@ def pretrained(args: Namespace, classes: int, device: torch.device) -> nn.Module
         say(f"{args.pretrained}: {_load(net, args, state)}")
         about = metadata.about(state)
         if about.image_size not in (None, args.image_size):
-            say(f"it was pre-trained at {about.image_size} pixels, and sees {args.image_size} here (--image-size)")
+            say(
+                f"it was pre-trained at {about.image_size} pixels, and sees {args.image_size} here (--image-size)"
+            )
         _say_if_normalized_otherwise(args, about)
     else:
         say(f"no --pretrained: a randomly initialised {args.arch}")
@@ -184,14 +214,20 @@ def pretrained(args: Namespace, classes: int, device: torch.device) -> nn.Module
 
 def _say_if_normalized_otherwise(args: Namespace, about: metadata.About) -> None:
     """Print one line if `--mean` or `--std` differs from the checkpoint's."""
-    names = [name for name in ("mean", "std") if getattr(about, name) not in (None, getattr(args, name))]
+    names = [
+        name for name in ("mean", "std") if getattr(about, name) not in (None, getattr(args, name))
+    ]
     if names:
         own, given = (
-            " and ".join(f"{name} {' '.join(f'{one:g}' for one in getattr(source, name))}" for name in names)
+            " and ".join(
+                f"{name} {' '.join(f'{one:g}' for one in getattr(source, name))}" for name in names
+            )
             for source in (about, args)
         )
         options = ", ".join(f"--{name}" for name in names)
-        say(f"its images were normalized with {own} in pre-training, and are with {given} here ({options})")
+        say(
+            f"its images were normalized with {own} in pre-training, and are with {given} here ({options})"
+        )
 
 
 def _load(net: nn.Module, args: Namespace, state: checkpoint.State) -> str:
@@ -200,7 +236,10 @@ def _load(net: nn.Module, args: Namespace, state: checkpoint.State) -> str:
     Returns a line on how many tensors matched, and from which of the file's encoders.
     """
     tensors = encoders.tensors_of(net, state)
-    matched, chosen = encoders.load_backbone(net, tensors, args.pretrained), encoders.choice(net, tensors)
+    matched, chosen = (
+        encoders.load_backbone(net, tensors, args.pretrained),
+        encoders.choice(net, tensors),
+    )
     if kept := getattr(args, "ft_proj", 0):
         encoders.keep_projection(net, tensors, kept, args.pretrained)
     if getattr(args, "features", "backbone") == "head":
@@ -229,8 +268,13 @@ def frozen_features(
     else:
         images, val_images, _ = splits(args)
         net = pretrained(args, len(images.classes), device)
-        (train, val), classes = feature_files.of_splits(net, images, val_images, args, device, unit), images.classes
+        (train, val), classes = (
+            feature_files.of_splits(net, images, val_images, args, device, unit),
+            images.classes,
+        )
     if not all(rows.sum().isfinite() for rows, _ in (train, val)):
         source = args.load_features or args.pretrained
-        raise InputError(f"{source}: its features are not all finite numbers; the encoder diverged, or --amp fp16 overflows")
+        raise InputError(
+            f"{source}: its features are not all finite numbers; the encoder diverged, or --amp fp16 overflows"
+        )
     return train, val, classes

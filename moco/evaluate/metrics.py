@@ -6,7 +6,13 @@ from torch import Tensor
 
 from moco import distributed
 
-TITLES = {"acc1": "Acc@1", "acc5": "Acc@5", "mean_per_class": "mean per class", "map11": "mAP (11 points)", "map": "mAP (area)"}
+TITLES = {
+    "acc1": "Acc@1",
+    "acc5": "Acc@5",
+    "mean_per_class": "mean per class",
+    "map11": "mAP (11 points)",
+    "map": "mAP (area)",
+}
 
 
 def correct(logits: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
@@ -24,11 +30,15 @@ class Accuracy:
     """
 
     def __init__(self, heads: int, classes: int, device: torch.device):
-        self.counts = torch.zeros(2 * heads + 1, classes, dtype=torch.long, device=device)  # right, right among five; images
+        self.counts = torch.zeros(
+            2 * heads + 1, classes, dtype=torch.long, device=device
+        )  # right, right among five; images
 
     def add(self, logits: Tensor, label: Tensor) -> None:
         """Count logits [heads, B, classes] of images with labels [B]."""
-        right = torch.cat([*correct(logits, label), torch.ones_like(label, dtype=torch.bool)[None]])  # [2 heads + 1, B]
+        right = torch.cat(
+            [*correct(logits, label), torch.ones_like(label, dtype=torch.bool)[None]]
+        )  # [2 heads + 1, B]
         self.counts.index_add_(1, label, right.long())
 
     def read(self) -> list[dict[str, float]]:
@@ -38,7 +48,10 @@ class Accuracy:
         top1, top5 = counts[:-1].chunk(2)
         by_class = (top1 / images)[:, images > 0].mean(1)
         shares = torch.stack([top1.sum(1) / images.sum(), top5.sum(1) / images.sum(), by_class], 1)
-        return [dict(zip(("acc1", "acc5", "mean_per_class"), row, strict=True)) for row in shares.tolist()]
+        return [
+            dict(zip(("acc1", "acc5", "mean_per_class"), row, strict=True))
+            for row in shares.tolist()
+        ]
 
 
 class AveragePrecision:
@@ -64,7 +77,11 @@ def mean_average_precision(scores: np.ndarray, labels: np.ndarray) -> dict[str, 
     """`map11` and `map` in [0, 1], means over the classes that some image shows, of `average_precisions`."""
     eleven, areas = average_precisions(scores, labels)
     shown = ~np.isnan(eleven)
-    return {"map11": float(eleven[shown].mean()), "map": float(areas[shown].mean())} if shown.any() else {"map11": 0.0, "map": 0.0}
+    return (
+        {"map11": float(eleven[shown].mean()), "map": float(areas[shown].mean())}
+        if shown.any()
+        else {"map11": 0.0, "map": 0.0}
+    )
 
 
 def average_precisions(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -76,7 +93,9 @@ def average_precisions(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """
     scores = np.nan_to_num(scores)  # of a classifier that diverged: every image ties
     pairs = [(scores[known, c], labels[known, c]) for c, known in enumerate((labels >= 0).T)]
-    return np.array([(eleven_points(y, s), area(y, s)) if y.any() else (np.nan, np.nan) for s, y in pairs]).T
+    return np.array(
+        [(eleven_points(y, s), area(y, s)) if y.any() else (np.nan, np.nan) for s, y in pairs]
+    ).T
 
 
 def area(label: np.ndarray, score: np.ndarray) -> float:
@@ -97,9 +116,13 @@ def eleven_points(label: np.ndarray, score: np.ndarray) -> float:
     # its last point (recall 0, precision 1) is no measurement
     precision, recall = precision[:-1], recall[:-1]
     # recall is a fraction of small integers: a point that lies on a tenth must not fall beside it by rounding
-    return float(np.mean([precision[recall >= tenth / 10 - 1e-9].max(initial=0) for tenth in range(11)]))
+    return float(
+        np.mean([precision[recall >= tenth / 10 - 1e-9].max(initial=0) for tenth in range(11)])
+    )
 
 
-def meter(many: bool, heads: int, classes: int, device: torch.device) -> Accuracy | AveragePrecision:
+def meter(
+    many: bool, heads: int, classes: int, device: torch.device
+) -> Accuracy | AveragePrecision:
     """What counts on images of one class each, or, where `many`, of several."""
     return (AveragePrecision if many else Accuracy)(heads, classes, device)

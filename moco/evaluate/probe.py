@@ -31,7 +31,14 @@ class LinearProbe(Classification):
     becomes is, to the bit on a CPU, what it would be alone.
     """
 
-    def __init__(self, args: Namespace, net: nn.Module, images: Splits, device: torch.device, settings: list[Setting]):
+    def __init__(
+        self,
+        args: Namespace,
+        net: nn.Module,
+        images: Splits,
+        device: torch.device,
+        settings: list[Setting],
+    ):
         net.requires_grad_(False)
         first = networks.head(net).requires_grad_(True)
         init_classifier(first)
@@ -42,7 +49,9 @@ class LinearProbe(Classification):
         super().__init__(args, net, images, device, settings)
         if not tests_only(args) and self._changed():
             source = args.pretrained or f"a random one with --seed {args.seed}"
-            raise InputError(f"--resume {args.resume}: its backbone is not {source}; give the same --pretrained to go on")
+            raise InputError(
+                f"--resume {args.resume}: its backbone is not {source}; give the same --pretrained to go on"
+            )
 
     @property
     def may_diverge(self) -> bool:
@@ -68,7 +77,9 @@ class LinearProbe(Classification):
     def start_epoch(self) -> None:
         self.module.eval()
 
-    def forward(self, views: list[Tensor], batch: loader.Batch, progress: Progress) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(
+        self, views: list[Tensor], batch: loader.Batch, progress: Progress
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         with torch.inference_mode():
             features = networks.features(self.module, views[0])
         with torch.autocast(self.device.type, enabled=False):

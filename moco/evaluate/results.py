@@ -10,7 +10,9 @@ from moco.engine.log import STARTED, clock, write_options
 from moco.files import write_json
 
 
-def write_results(args: Namespace, protocol: str, found: dict[str, float], seconds: float | None = None) -> None:
+def write_results(
+    args: Namespace, protocol: str, found: dict[str, float], seconds: float | None = None
+) -> None:
     """Write results.json to the run folder and print where it is, on rank 0.
 
     `found` has metrics as fractions in [0, 1]. `seconds` is how long the evaluation took; by

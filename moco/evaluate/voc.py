@@ -16,7 +16,13 @@ FOLDS = 3
 
 
 def classify(
-    train: np.ndarray, labels: np.ndarray, test: np.ndarray, kind: str, costs: list[float], seed: int, jobs: int | None = None
+    train: np.ndarray,
+    labels: np.ndarray,
+    test: np.ndarray,
+    kind: str,
+    costs: list[float],
+    seed: int,
+    jobs: int | None = None,
 ) -> tuple[np.ndarray, list[float | None]]:
     """Train a classifier for each class, at the best of the `costs`: scores of the test images [M, classes], and costs [classes].
 
@@ -32,7 +38,11 @@ def classify(
     """
     train, test = unit(train), unit(test)
     known = [np.flatnonzero(label >= 0) for label in labels.T]
-    sets = {c: (rows, labels[rows, c]) for c, rows in enumerate(known) if len(np.unique(labels[rows, c])) == 2}
+    sets = {
+        c: (rows, labels[rows, c])
+        for c, rows in enumerate(known)
+        if len(np.unique(labels[rows, c])) == 2
+    }
     jobs = jobs or cpu_count()
     workers = Parallel(jobs)
     try:
@@ -40,13 +50,23 @@ def classify(
         precision = workers(delayed(cross_validated)(train, *task, kind) for task in tasks)
         chosen = [best(costs, row) for row in np.reshape(precision, (len(sets), len(costs)))]
         tasks = [(*one, cost) for one, cost in zip(sets.values(), chosen, strict=True)]
-        found = dict(zip(sets, workers(delayed(_scores)(train, *task, test, kind) for task in tasks), strict=True))
+        found = dict(
+            zip(
+                sets,
+                workers(delayed(_scores)(train, *task, test, kind) for task in tasks),
+                strict=True,
+            )
+        )
     finally:
-        if jobs > 1:  # a rank that multiprocessing started would wait minutes for idle workers to leave
+        if (
+            jobs > 1
+        ):  # a rank that multiprocessing started would wait minutes for idle workers to leave
             get_reusable_executor(reuse=True).shutdown()
     cost_of = dict(zip(sets, chosen, strict=True))
     classes = range(labels.shape[1])
-    return np.stack([found.get(c, np.zeros(len(test))) for c in classes], 1), [cost_of.get(c) for c in classes]
+    return np.stack([found.get(c, np.zeros(len(test))) for c in classes], 1), [
+        cost_of.get(c) for c in classes
+    ]
 
 
 def best(costs: list[float], precision: np.ndarray) -> float:
@@ -72,7 +92,9 @@ def fit(x: np.ndarray, y: np.ndarray, kind: str, cost: float) -> LinearSVC | Log
     else:
         classifier = LogisticRegression(C=cost, max_iter=2000)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # of a cost that is out of all proportion
+        warnings.simplefilter(
+            "ignore", ConvergenceWarning
+        )  # of a cost that is out of all proportion
         return classifier.fit(x, y)
 
 
@@ -80,12 +102,16 @@ def folds(y: np.ndarray, seed: int) -> np.ndarray:
     """The fold [N] of each image, 0 to 2: in random order, of the images with either label [N] a third each."""
     fold = np.empty(len(y), dtype=np.int64)
     for value in (0, 1):
-        places = np.random.default_rng((seed % 2**32, value)).permutation(np.flatnonzero(y == value))
+        places = np.random.default_rng((seed % 2**32, value)).permutation(
+            np.flatnonzero(y == value)
+        )
         fold[places] = np.arange(len(places)) % FOLDS
     return fold
 
 
-def cross_validated(train: np.ndarray, known: np.ndarray, y: np.ndarray, fold: np.ndarray, cost: float, kind: str) -> float:
+def cross_validated(
+    train: np.ndarray, known: np.ndarray, y: np.ndarray, fold: np.ndarray, cost: float, kind: str
+) -> float:
     """The mean average precision over folds: on each, of the classifier that the images `known` of the others have trained.
 
     A fold counts if it shows the class and the others both show it and do not; 0 where none does.
@@ -95,9 +121,13 @@ def cross_validated(train: np.ndarray, known: np.ndarray, y: np.ndarray, fold: n
         others, own = fold != out, fold == out
         if y[own].any() and 0 < y[others].sum() < others.sum():
             classifier = fit(train[known[others]], y[others], kind, cost)
-            found.append(average_precision_score(y[own], classifier.decision_function(train[known[own]])))
+            found.append(
+                average_precision_score(y[own], classifier.decision_function(train[known[own]]))
+            )
     return float(np.mean(found)) if found else 0.0
 
 
-def _scores(train: np.ndarray, known: np.ndarray, y: np.ndarray, cost: float, test: np.ndarray, kind: str) -> np.ndarray:
+def _scores(
+    train: np.ndarray, known: np.ndarray, y: np.ndarray, cost: float, test: np.ndarray, kind: str
+) -> np.ndarray:
     return fit(train[known], y, kind, cost).decision_function(test)

@@ -18,7 +18,9 @@ BEAT = 5.0  # seconds between two signs of life
 PATIENCE = 30.0  # without one from a rank that has not ended in order
 
 
-GRACE = 5.0  # to end by itself, as a rank does that shares the mistake or hears of it by its connection
+GRACE = (
+    5.0  # to end by itself, as a rank does that shares the mistake or hears of it by its connection
+)
 
 
 LAST = 60.0  # that the rank which may keep the store waits for the others to end in order
@@ -37,16 +39,22 @@ class Watch:
 
     def __init__(self, store: dist.Store, rank: int, world: int, tell: Callable[[str], None]):
         self._rank, self._world, self._tell = rank, world, tell
-        self._store = dist.PrefixStore(f"watch{os.environ.get('TORCHELASTIC_RESTART_COUNT', '')}", _second_connection(store))
+        self._store = dist.PrefixStore(
+            f"watch{os.environ.get('TORCHELASTIC_RESTART_COUNT', '')}", _second_connection(store)
+        )
         self._ended, self._answered, self._lost = threading.Event(), time.monotonic(), ""
-        self._threads = [threading.Thread(target=target, daemon=True) for target in (self._exchange, self._judge)]
+        self._threads = [
+            threading.Thread(target=target, daemon=True) for target in (self._exchange, self._judge)
+        ]
 
     def __enter__(self) -> "Watch":
         for thread in self._threads:
             thread.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
         self._ended.set()
         for thread in self._threads:
             thread.join(GRACE)
@@ -57,10 +65,17 @@ class Watch:
             if not in_order:
                 why = next(iter(str(error).strip().splitlines()), "")
                 why = why.encode(errors="backslashreplace").decode()  # a store takes UTF-8 only
-                self._store.compare_set("lost", "", f"rank {self._rank} has ended: {kind.__name__}: {why}")
+                self._store.compare_set(
+                    "lost", "", f"rank {self._rank} has ended: {kind.__name__}: {why}"
+                )
             self._store.add(str(self._rank), _ENDED)
             end = time.monotonic() + LAST
-            while in_order and self._rank == 0 and time.monotonic() < end and not self._store.check(["lost"]):
+            while (
+                in_order
+                and self._rank == 0
+                and time.monotonic() < end
+                and not self._store.check(["lost"])
+            ):
                 if all(self._store.add(str(other), 0) >= _ENDED for other in range(self._world)):
                     break
                 time.sleep(0.05)
@@ -72,10 +87,14 @@ class Watch:
             try:
                 self._store.add(str(self._rank), 1)
                 beats, now = self._store.add(str(next_one), 0), time.monotonic()
-                if beats != seen or now - self._answered > 3 * BEAT:  # or stopped for a while itself, as perhaps all ranks were
+                if (
+                    beats != seen or now - self._answered > 3 * BEAT
+                ):  # or stopped for a while itself, as perhaps all ranks were
                     seen, heard = beats, now
                 if now - heard > PATIENCE and seen < _ENDED:
-                    silence = f"rank {next_one} has given no sign of life for {PATIENCE:.0f} seconds"
+                    silence = (
+                        f"rank {next_one} has given no sign of life for {PATIENCE:.0f} seconds"
+                    )
                     self._store.compare_set("lost", "", f"{silence}: killed, or its node lost")
                 if self._store.check(["lost"]):
                     self._lost = self._store.get("lost").decode()
@@ -106,4 +125,10 @@ def _second_connection(store: dist.Store) -> dist.Store:
         store = store.underlying_store
     if not isinstance(store, dist.TCPStore):
         return store
-    return dist.TCPStore(store.host, store.port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=PATIENCE))
+    return dist.TCPStore(
+        store.host,
+        store.port,
+        is_master=False,
+        wait_for_workers=False,
+        timeout=timedelta(seconds=PATIENCE),
+    )

@@ -45,7 +45,9 @@ class Requests:
         ear, self._mouth = os.pipe()
         os.set_blocking(self._mouth, False)
         self._mouth_before = signal.set_wakeup_fd(self._mouth, warn_on_full_buffer=False)
-        threading.Thread(target=_acknowledge, args=(ear, distributed.rank() == 0), daemon=True).start()
+        threading.Thread(
+            target=_acknowledge, args=(ear, distributed.rank() == 0), daemon=True
+        ).start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -71,7 +73,9 @@ class Requests:
             self._work.wait()
         found = int(self._flag)
         self._flag.fill_(self.received)
-        self._work = dist.all_reduce(self._flag, dist.ReduceOp.MAX, group=self._group, async_op=True)
+        self._work = dist.all_reduce(
+            self._flag, dist.ReduceOp.MAX, group=self._group, async_op=True
+        )
         return self._name(found)
 
     def _name(self, number: int) -> str:
@@ -85,7 +89,11 @@ def _acknowledge(ear: int, speaks: bool) -> None:
             if speaks and numbers[0] in SIGNALS:
                 speaks = False
                 name = signal.Signals(numbers[0]).name
-                again = f"; Ctrl-C after {PATIENCE:.0f} seconds ends at once" if name == "SIGINT" else ""
+                again = (
+                    f"; Ctrl-C after {PATIENCE:.0f} seconds ends at once"
+                    if name == "SIGINT"
+                    else ""
+                )
                 line = f"{name}: finishing the step and saving{again}"
                 with contextlib.suppress(OSError):
                     os.write(2, f"{chr(10) * os.isatty(2)}{line}\n".encode())
@@ -108,7 +116,9 @@ def before_training() -> Iterator[None]:
 
 def nothing_to_save(number: int) -> Interrupted:
     """What a run says that a signal has ended before it trained, or after."""
-    return Interrupted(f"{signal.Signals(number).name}: not in training, nothing to save; --resume auto goes on")
+    return Interrupted(
+        f"{signal.Signals(number).name}: not in training, nothing to save; --resume auto goes on"
+    )
 
 
 @contextlib.contextmanager

@@ -37,9 +37,14 @@ def launch(worker: Worker, args: Namespace) -> None:
     """
     p = plan(args)
     each = getattr(args, "batch_is_per_process", False)
-    args.nodes, args.batch_per_process = p.nodes, args.batch_size if each else args.batch_size // p.local
+    args.nodes, args.batch_per_process = (
+        p.nodes,
+        args.batch_size if each else args.batch_size // p.local,
+    )
     if args.batch_per_process < 1:
-        raise InputError(f"--batch-size {args.batch_size} is smaller than the {p.local} processes of this node; raise it")
+        raise InputError(
+            f"--batch-size {args.batch_size} is smaller than the {p.local} processes of this node; raise it"
+        )
     if p.launcher != "spawn":
         name = os.path.basename(sys.argv[0])
         _process(p, worker, args, p.first, p.local_rank, lambda lost: _tell(name, lost))
@@ -56,7 +61,9 @@ def launch(worker: Worker, args: Namespace) -> None:
             while not processes.join():
                 pass
         except (mp.ProcessExitedException, mp.ProcessRaisedException) as error:
-            if not ends.empty():  # the others only lost their connection to the process that made it
+            if (
+                not ends.empty()
+            ):  # the others only lost their connection to the process that made it
                 raise ends.get() from None
             if signals and hasattr(args, "resume") and signals[0] != signal.SIGINT:
                 raise interrupt.nothing_to_save(signals[0]) from None
@@ -104,14 +111,20 @@ def _killed(processes: list) -> dict[int, str]:
 PATIENCE = 10.0  # seconds
 
 
-OUT_OF_MEMORY = "; the system does so where memory runs out: try fewer --workers or a smaller --batch-size"
+OUT_OF_MEMORY = (
+    "; the system does so where memory runs out: try fewer --workers or a smaller --batch-size"
+)
 
 
-def _lost(first: int, killed: dict[int, str], error: mp.ProcessExitedException | mp.ProcessRaisedException) -> Lost:
+def _lost(
+    first: int, killed: dict[int, str], error: mp.ProcessExitedException | mp.ProcessRaisedException
+) -> Lost:
     """What to tell of a failure; the traceback of a process that raised goes to stderr before it."""
     if killed:
         i, name = next(iter(killed.items()))
-        return Lost(f"rank {first + i} was ended by {name}{OUT_OF_MEMORY if name == 'SIGKILL' else ''}")
+        return Lost(
+            f"rank {first + i} was ended by {name}{OUT_OF_MEMORY if name == 'SIGKILL' else ''}"
+        )
     if isinstance(error, mp.ProcessRaisedException):
         print(error.msg, file=sys.stderr)
         return Lost(f"rank {first + error.error_index}: {error.msg.strip().splitlines()[-1]}")
@@ -132,7 +145,9 @@ def _spawned(i: int, p: Plan, worker: Worker, args: Namespace, ends) -> None:
         sys.exit(130)
 
 
-def _process(p: Plan, worker: Worker, args: Namespace, r: int, local_rank: int, tell: Callable[[str], None]) -> None:
+def _process(
+    p: Plan, worker: Worker, args: Namespace, r: int, local_rank: int, tell: Callable[[str], None]
+) -> None:
     """Set up this process's device and process group, run the worker, take the group down.
 
     `tell` gets the line about a rank that was lost, after which this process ends.
@@ -153,10 +168,19 @@ def _process(p: Plan, worker: Worker, args: Namespace, r: int, local_rank: int, 
         store = meet(p.url, r, p.world, announce=local_rank == 0 or alone)
         timeout = timedelta(minutes=30)
         store.set_timeout(timeout)
-        dist.init_process_group(backend, store=dist.PrefixStore("group", store), rank=r, world_size=p.world, timeout=timeout)
+        dist.init_process_group(
+            backend,
+            store=dist.PrefixStore("group", store),
+            rank=r,
+            world_size=p.world,
+            timeout=timeout,
+        )
         guard = heartbeat.Watch(store, r, p.world, tell)
     try:
-        with guard, interrupt.before_training() if hasattr(args, "resume") else contextlib.nullcontext():
+        with (
+            guard,
+            interrupt.before_training() if hasattr(args, "resume") else contextlib.nullcontext(),
+        ):
             _work(worker, args, device, r)
     except InputError as error:
         if store is None or p.launcher == "spawn":
@@ -182,7 +206,9 @@ def _work(worker: Worker, args: Namespace, device: torch.device, r: int) -> None
         what = " ".join(str(error).split())
         no_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
         if no_memory or "allocate memory" in what or "MPS backend out of memory" in what:
-            raise InputError(f"memory runs out on rank {r}; try a smaller --batch-size or network ({what})") from None
+            raise InputError(
+                f"memory runs out on rank {r}; try a smaller --batch-size or network ({what})"
+            ) from None
         if isinstance(error, NotImplementedError) and device.type in devices.ONE_PROCESS:
             lacks = f"--device {device.type}: PyTorch lacks an operation on this device"
             raise InputError(f"{lacks}; give --device cpu ({what})") from None

@@ -42,7 +42,9 @@ def _plan(args: Namespace, kind: str) -> Plan:
     if args.gpu is not None and args.gpu >= gpus:
         if args.device == "cpu":
             raise InputError(f"--gpu {args.gpu}: --device cpu uses no GPU; leave one of both out")
-        raise InputError(f"--gpu {args.gpu}: this machine has {gpus} GPU(s); leave --gpu out or choose another")
+        raise InputError(
+            f"--gpu {args.gpu}: this machine has {gpus} GPU(s); leave --gpu out or choose another"
+        )
     if args.dist_backend == "nccl" and kind != "cuda":
         where = "this machine has none" if args.device == "auto" else f"--device is {args.device}"
         raise InputError(f"--dist-backend nccl: needs CUDA GPUs, and {where}; leave it out")
@@ -50,7 +52,9 @@ def _plan(args: Namespace, kind: str) -> Plan:
         raise InputError("--nproc-per-node must be at least 1")
     launched = "RANK" in env and "WORLD_SIZE" in env
     if args.multiprocessing_distributed and launched and _number("LOCAL_WORLD_SIZE", 1) > 1:
-        raise InputError("--multiprocessing-distributed: torchrun has started a process per GPU already; leave it out")
+        raise InputError(
+            "--multiprocessing-distributed: torchrun has started a process per GPU already; leave it out"
+        )
     spawns = args.multiprocessing_distributed
     if spawns is None:  # the script's default: every GPU that it sees, unless told otherwise
         several = args.nproc_per_node or (kind == "cuda" and gpus > 1 and args.gpu is None)
@@ -60,7 +64,9 @@ def _plan(args: Namespace, kind: str) -> Plan:
         if gpus and local > gpus:
             raise InputError(f"--nproc-per-node {local}: this machine has {gpus} GPU(s)")
         nodes, node = _nodes(args)
-        return Plan("spawn", nodes, local, node * local, nodes * local, 0, _meeting_point(args, nodes, node))
+        return Plan(
+            "spawn", nodes, local, node * local, nodes * local, 0, _meeting_point(args, nodes, node)
+        )
     if launched:
         r, w = _number("RANK"), _number("WORLD_SIZE")
         _check_below(r, w, "RANK", "WORLD_SIZE")
@@ -76,7 +82,9 @@ def _plan(args: Namespace, kind: str) -> Plan:
         _check_below(nodes - 1, w, "SLURM_STEP_NUM_NODES - 1", "SLURM_STEP_NUM_TASKS")
         return Plan("srun", nodes, w // nodes, r, w, local_rank, check_url(_slurm_url(args), r))
     nodes, node = _nodes(args)
-    return Plan("single", nodes, 1, node, nodes, 0, _meeting_point(args, nodes, node) if nodes > 1 else "")
+    return Plan(
+        "single", nodes, 1, node, nodes, 0, _meeting_point(args, nodes, node) if nodes > 1 else ""
+    )
 
 
 WORKERS = 8  # default limit of loader processes for each process; so many keep a GPU busy
@@ -95,9 +103,14 @@ def workers(p: Plan, args: Namespace) -> int:
 def cores() -> int:
     """Return how many cores this process may use, by its CPU affinity and its container's quota."""
     n = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    for files in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):  # of cgroups v2, and v1
+    for files in (
+        ("cpu.max",),
+        ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"),
+    ):  # of cgroups v2, and v1
         try:
-            quota, period = map(int, " ".join((CGROUP / file).read_text() for file in files).split())
+            quota, period = map(
+                int, " ".join((CGROUP / file).read_text() for file in files).split()
+            )
         except (OSError, ValueError):  # no such file, or no limit ("max")
             continue
         if quota > 0 < period:
@@ -112,9 +125,13 @@ def _number(name: str, default: int | None = None) -> int:
     """Return an environment variable that a launcher sets. Raises InputError unless it is a count."""
     text = os.environ.get(name, default)
     if text is None:
-        raise InputError(f"the environment lacks {name}; start with srun, or unset SLURM_STEP_NUM_TASKS")
+        raise InputError(
+            f"the environment lacks {name}; start with srun, or unset SLURM_STEP_NUM_TASKS"
+        )
     if not str(text).isdecimal():
-        raise InputError(f"the environment says {name}={text}, which is not a number; unset it, or start with torchrun")
+        raise InputError(
+            f"the environment says {name}={text}, which is not a number; unset it, or start with torchrun"
+        )
     return int(text)
 
 
@@ -134,7 +151,9 @@ def _nodes(args: Namespace) -> tuple[int, int]:
         nodes = _number("WORLD_SIZE", 1) if args.world_size == -1 else nodes
         node = _number("RANK", 0) if args.rank == -1 else node
     if node >= nodes:
-        raise InputError(f"--rank {node} with --world-size {nodes}: nodes are counted from 0; use 0 to {nodes - 1}")
+        raise InputError(
+            f"--rank {node} with --world-size {nodes}: nodes are counted from 0; use 0 to {nodes - 1}"
+        )
     return nodes, node
 
 
@@ -142,7 +161,9 @@ def _meeting_point(args: Namespace, nodes: int, node: int) -> str:
     """The URL where the processes meet; a free port of this machine where none is given."""
     if args.dist_url == "auto":
         if nodes > 1:
-            raise InputError("several nodes need a meeting point: give --dist-url tcp://FIRST_NODE:PORT")
+            raise InputError(
+                "several nodes need a meeting point: give --dist-url tcp://FIRST_NODE:PORT"
+            )
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             return f"tcp://127.0.0.1:{s.getsockname()[1]}"
@@ -156,10 +177,14 @@ def _slurm_url(args: Namespace) -> str:
     first = nodes
     if "[" in nodes or "," in nodes:
         try:
-            names = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
+            names = subprocess.run(
+                ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True
+            )
             first = names.stdout.split()[0]
         except (OSError, subprocess.CalledProcessError, IndexError):
-            raise InputError(f"cannot read the node list {nodes}; give --dist-url tcp://FIRST_NODE:PORT") from None
+            raise InputError(
+                f"cannot read the node list {nodes}; give --dist-url tcp://FIRST_NODE:PORT"
+            ) from None
     # a port of this job, and of this of the steps that it may run beside each other
     job, step = (_number(name, 0) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
     return f"tcp://{first}:{20000 + (job + 1009 * step) % 20000}"

@@ -24,7 +24,9 @@ def check_url(url: str, r: int) -> str:
     host, port, names = _address(url)
     addresses = _resolve(host, port, names)
     if r == 0 and not _agent_keeps_store(url):
-        _check_own(host, port, names, socket.AF_INET if socket.AF_INET in addresses else socket.AF_INET6)
+        _check_own(
+            host, port, names, socket.AF_INET if socket.AF_INET in addresses else socket.AF_INET6
+        )
     return url
 
 
@@ -35,7 +37,11 @@ def _address(url: str) -> tuple[str, int, str]:
         absent = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
         if absent:
             given = [name for name in ("RANK", "WORLD_SIZE") if name in os.environ]
-            said = f"the environment has {' and '.join(given)}" if given else "--dist-url env:// is given"
+            said = (
+                f"the environment has {' and '.join(given)}"
+                if given
+                else "--dist-url env:// is given"
+            )
             alone = f"unset {' and '.join(given)}" if given else "leave --dist-url out"
             raise InputError(
                 f"{said}, but not {' and '.join(absent)}, where rank 0 waits for the others; "
@@ -67,9 +73,15 @@ def _check_own(host: str, port: int, names: str, family: socket.AddressFamily) -
         listener = socket.create_server(("", port), family=family)  # like the store
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
-            choose = "or leave --dist-url out to have a free one found" if names == "--dist-url" else "or start with torchrun"
+            choose = (
+                "or leave --dist-url out to have a free one found"
+                if names == "--dist-url"
+                else "or start with torchrun"
+            )
             raise InputError(f"{names}: port {port} is in use; choose another, {choose}") from None
-        raise InputError(f"{names}: port {port} cannot be opened: {error.strerror}; choose another") from None
+        raise InputError(
+            f"{names}: port {port} cannot be opened: {error.strerror}; choose another"
+        ) from None
     try:
         with socket.create_connection((host, port), timeout=OWN):
             listener.settimeout(OWN)
@@ -148,7 +160,11 @@ def _open_store(host: str, port: int, world: int, keeps: bool, where: str) -> di
 
     def make() -> None:
         try:
-            made.append(dist.TCPStore(host, port, world, is_master=keeps, wait_for_workers=False, multi_tenant=True))
+            made.append(
+                dist.TCPStore(
+                    host, port, world, is_master=keeps, wait_for_workers=False, multi_tenant=True
+                )
+            )
         except RuntimeError as error:
             made.append(error)
 
@@ -159,7 +175,11 @@ def _open_store(host: str, port: int, world: int, keeps: bool, where: str) -> di
         thread.join(0.1)
     if not made or isinstance(made[0], Exception):
         why = f": {' '.join(str(made[0]).split())}" if made else ""
-        what = "the store cannot be opened" if keeps else "another program answers there, not rank 0 of this run"
+        what = (
+            "the store cannot be opened"
+            if keeps
+            else "another program answers there, not rank 0 of this run"
+        )
         raise InputError(f"{where}: {what}{why}; choose another port")
     return made[0]
 
@@ -169,4 +189,6 @@ def _resolve(host: str, port: int, names: str) -> set[socket.AddressFamily]:
     try:
         return {found[0] for found in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
     except (OSError, UnicodeError, OverflowError):
-        raise InputError(f"{names}: cannot resolve {host}:{port}; use this node's name or address") from None
+        raise InputError(
+            f"{names}: cannot resolve {host}:{port}; use this node's name or address"
+        ) from None

@@ -10,7 +10,9 @@ from torch import Tensor
 from moco.loss.contrastive import bank_log_sum_exp
 
 
-def keys_and_bank_nce(q: Tensor, near: Tensor, label: Tensor, bank: Tensor, similarity: Tensor, temperature: float) -> Tensor:
+def keys_and_bank_nce(
+    q: Tensor, near: Tensor, label: Tensor, bank: Tensor, similarity: Tensor, temperature: float
+) -> Tensor:
     """Mean cross entropy of each query's key among the keys of the whole batch and the bank (section 3).
 
     Args:
@@ -59,7 +61,14 @@ def add_bank_gradient(
 
 
 @torch.no_grad()
-def ascend(bank: Tensor, velocity: Tensor, gradient: Tensor, lr: float, momentum: float, weight_decay: float) -> None:
+def ascend(
+    bank: Tensor,
+    velocity: Tensor,
+    gradient: Tensor,
+    lr: float,
+    momentum: float,
+    weight_decay: float,
+) -> None:
     """One SGD step of W [K, C] and its velocity, in place: v <- momentum v + g + weight_decay W, W <- W - lr v."""
     velocity.mul_(momentum).add_(gradient).add_(bank, alpha=weight_decay)
     bank.sub_(velocity, alpha=lr)

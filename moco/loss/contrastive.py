@@ -25,7 +25,12 @@ def info_nce(positive: Tensor, negatives: list[Tensor], temperature: float) -> T
 
 
 def bank_info_nce(
-    q: Tensor, positive: Tensor, bank: Tensor, similarity: Tensor, temperature: float, mixture: Mixture | None = None
+    q: Tensor,
+    positive: Tensor,
+    bank: Tensor,
+    similarity: Tensor,
+    temperature: float,
+    mixture: Mixture | None = None,
 ) -> Tensor:
     """`info_nce` against a bank without gradient, in the memory of one [N, K] buffer: what MoCo and SynCo train on.
 
@@ -39,23 +44,31 @@ def bank_info_nce(
         mixture: synthetic negatives that join the bank's.
     """
     l_pos = positive / temperature
-    return (torch.logaddexp(l_pos, bank_log_sum_exp(q, bank, similarity, temperature, mixture)) - l_pos).mean()
+    return (
+        torch.logaddexp(l_pos, bank_log_sum_exp(q, bank, similarity, temperature, mixture)) - l_pos
+    ).mean()
 
 
-def bank_log_sum_exp(q: Tensor, bank: Tensor, similarity: Tensor, temperature: float, mixture: Mixture | None = None) -> Tensor:
+def bank_log_sum_exp(
+    q: Tensor, bank: Tensor, similarity: Tensor, temperature: float, mixture: Mixture | None = None
+) -> Tensor:
     """log-sum-exp of the logits over all negatives, [N]; the arguments are `bank_info_nce`'s."""
     return _BankLogSumExp.apply(q, bank, similarity, temperature, mixture)
 
 
 class _BankLogSumExp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q: Tensor, bank: Tensor, similarity: Tensor, temperature: float, more: Mixture | None):
+    def forward(
+        ctx, q: Tensor, bank: Tensor, similarity: Tensor, temperature: float, more: Mixture | None
+    ):
         top = similarity.amax(1, keepdim=True)
         if more is not None:
             synthetic = more.dot(q, similarity)
             top = torch.maximum(top, synthetic.amax(1, keepdim=True))
             ctx.of_more = torch.exp((synthetic - top) / temperature)
-        ctx.of_bank = torch.add(-top / temperature, similarity, alpha=1 / temperature, out=similarity).exp_()
+        ctx.of_bank = torch.add(
+            -top / temperature, similarity, alpha=1 / temperature, out=similarity
+        ).exp_()
         total = ctx.of_bank.sum(1, keepdim=True)
         if more is not None:
             total += ctx.of_more.sum(1, keepdim=True)
@@ -69,12 +82,20 @@ class _BankLogSumExp(torch.autograd.Function):
         q, bank, total = ctx.saved_tensors
         weight, ctx.of_bank = ctx.of_bank, None
         if weight is None:
-            raise RuntimeError("bank_info_nce: the first backward pass used up its memory; compute the loss again")
+            raise RuntimeError(
+                "bank_info_nce: the first backward pass used up its memory; compute the loss again"
+            )
         rest = 0.0
         if ctx.more is not None:
             coefficients, rest = ctx.more.backward(q, ctx.of_more)
             weight.scatter_add_(1, ctx.more.rows, coefficients)
-        return (weight @ bank + rest) * (gradient[:, None] / (total * ctx.temperature)), None, None, None, None
+        return (
+            (weight @ bank + rest) * (gradient[:, None] / (total * ctx.temperature)),
+            None,
+            None,
+            None,
+            None,
+        )
 
 
 @torch.no_grad()

@@ -84,28 +84,59 @@ class _CancelledNTXent(torch.autograd.Function):
     """The gradient is made along with the loss: nothing as wide as the bank outlives its chunk."""
 
     @staticmethod
-    def forward(ctx, z: Tensor, bank: Tensor, own: Tensor, found: Found, mode: str, temperature: float, chunk: int):
+    def forward(
+        ctx,
+        z: Tensor,
+        bank: Tensor,
+        own: Tensor,
+        found: Found,
+        mode: str,
+        temperature: float,
+        chunk: int,
+    ):
         V, n, _ = z.shape
-        to_z, to_bank = torch.empty_like(z), torch.zeros_like(bank) if ctx.needs_input_grad[1] else None
+        to_z, to_bank = (
+            torch.empty_like(z),
+            torch.zeros_like(bank) if ctx.needs_input_grad[1] else None,
+        )
         wide = torch.float32 if z.device.type == "mps" else torch.float64  # mps lacks float64
         loss, nearest, hardness = z.new_zeros((), dtype=wide), z.new_zeros(()), z.new_zeros(())
         buffer = z.new_empty(min(chunk, n), len(bank))
         for start in range(0, n, chunk):
             part = slice(start, start + chunk)
-            mine, false, counts = own[:, part].T, found.rows[part], found.counts[part]  # [c, V], [c, k], [c, k]
+            mine, false, counts = (
+                own[:, part].T,
+                found.rows[part],
+                found.counts[part],
+            )  # [c, V], [c, k], [c, k]
             attracted = counts.to(z.dtype) * (mode == "attract")
-            share = 1 / (V - 1 + attracted.sum(1, keepdim=True))  # of each positive in their mean, [c, 1]
+            share = 1 / (
+                V - 1 + attracted.sum(1, keepdim=True)
+            )  # of each positive in their mean, [c, 1]
             for a in range(V):
-                q, others = z[a, part], torch.cat([mine[:, :a], mine[:, a + 1 :]], 1)  # [c, C], [c, V - 1]
-                weight = torch.mm(q / temperature, bank.T, out=buffer[: len(q)])  # logits, then the gradient's weights, [c, R]
+                q, others = (
+                    z[a, part],
+                    torch.cat([mine[:, :a], mine[:, a + 1 :]], 1),
+                )  # [c, C], [c, V - 1]
+                weight = torch.mm(
+                    q / temperature, bank.T, out=buffer[: len(q)]
+                )  # logits, then the gradient's weights, [c, R]
                 positive, of_false = weight.gather(1, others), weight.gather(1, false)
-                weight.scatter_(1, mine, -torch.inf).scatter_(1, false, of_false.masked_fill(counts, -torch.inf))
+                weight.scatter_(1, mine, -torch.inf).scatter_(
+                    1, false, of_false.masked_fill(counts, -torch.inf)
+                )
                 negative = weight.amax(1, keepdim=True)
                 top = torch.cat([negative, positive, of_false], 1).amax(1, keepdim=True)
                 weight.sub_(top).exp_()
                 e_positive, e_false = (positive - top).exp_(), (of_false - top).exp_() * attracted
-                total = weight.sum(1, keepdim=True) + e_positive.sum(1, keepdim=True) + e_false.sum(1, keepdim=True)
-                mean = share * (positive.sum(1, keepdim=True) + (of_false * attracted).sum(1, keepdim=True))
+                total = (
+                    weight.sum(1, keepdim=True)
+                    + e_positive.sum(1, keepdim=True)
+                    + e_false.sum(1, keepdim=True)
+                )
+                mean = share * (
+                    positive.sum(1, keepdim=True) + (of_false * attracted).sum(1, keepdim=True)
+                )
                 loss += (top + total.log() - mean).sum()
                 nearest += (positive > negative).sum()
                 hardness += negative.sum()
@@ -128,4 +159,12 @@ class _CancelledNTXent(torch.autograd.Function):
     def backward(ctx, gradient: Tensor, *_):
         to_z, to_bank = ctx.saved_tensors
         gradient = gradient * ctx.scale
-        return to_z * gradient, None if to_bank is None else to_bank * gradient, None, None, None, None, None
+        return (
+            to_z * gradient,
+            None if to_bank is None else to_bank * gradient,
+            None,
+            None,
+            None,
+            None,
+            None,
+        )

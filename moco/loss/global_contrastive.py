@@ -31,11 +31,16 @@ def compare(z: Tensor, z_all: Tensor, first: int) -> Pairs:
 
 def nt_xent(pairs: Pairs, temperature: float) -> Tensor:
     """SimCLR's NT-Xent (equation 1 there): mean cross entropy of the positive among it and the negatives, views summed."""
-    positive, others = pairs.positive / temperature, (pairs.others / temperature).masked_fill(pairs.own, -torch.inf)
+    positive, others = (
+        pairs.positive / temperature,
+        (pairs.others / temperature).masked_fill(pairs.own, -torch.inf),
+    )
     return (torch.logaddexp(positive, others.logsumexp(2)) - positive).mean(1).sum()
 
 
-def dynamic_loss(pairs: Pairs, u: Tensor, temperature: float, gamma: float) -> tuple[Tensor, Tensor]:
+def dynamic_loss(
+    pairs: Pairs, u: Tensor, temperature: float, gamma: float
+) -> tuple[Tensor, Tensor]:
     """SogCLR's loss, whose gradient is its estimator's times the temperature, and the new u (algorithm 1).
 
     Args:

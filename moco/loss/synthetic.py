@@ -48,7 +48,13 @@ class Draws:
     noise: Tensor  # [N, n4, C], already scaled by sigma
 
 
-def draw(kind: Synthetic, n: int, dim: int, generator: torch.Generator, dtype: torch.dtype = torch.float32) -> Draws:
+def draw(
+    kind: Synthetic,
+    n: int,
+    dim: int,
+    generator: torch.Generator,
+    dtype: torch.dtype = torch.float32,
+) -> Draws:
     """Draw for `n` queries of `dim` features, on the generator's device; rows uniformly with replacement."""
     n1, n2, n3, n4, _, _ = kind.counts
     on = {"generator": generator, "device": generator.device}
@@ -74,9 +80,15 @@ def hardest(similarity: Tensor, n_hard: int) -> Tensor:
     """
     similarity = similarity.detach()
     n, K = similarity.shape
-    members = 1 << ((K // n_hard).bit_length() - 1) // 2  # of a group, about sqrt(K / n_hard): two levels of like size
+    members = (
+        1 << ((K // n_hard).bit_length() - 1) // 2
+    )  # of a group, about sqrt(K / n_hard): two levels of like size
     two_levels = members > 1 and K % members == 0
-    if similarity.device.type != "cpu" or similarity.dtype not in (torch.float32, torch.float64) or not two_levels:
+    if (
+        similarity.device.type != "cpu"
+        or similarity.dtype not in (torch.float32, torch.float64)
+        or not two_levels
+    ):
         return similarity.topk(n_hard, 1).indices
     groups = K // members  # group j holds the rows j, j + groups, j + 2 groups, ...
     grouped = similarity.view(n, members, groups)
@@ -114,7 +126,9 @@ class Mixture:
         fixed = q.detach()
         of_rows = self.weights * similarity.gather(1, self.rows)
         first, second = of_rows.tensor_split((self.of_q.shape[1],), 1)
-        y1, y2, y3, y4, y5, y6 = (first + self.of_q * (q * fixed).sum(1, keepdim=True)).split(self.counts, 1)
+        y1, y2, y3, y4, y5, y6 = (first + self.of_q * (q * fixed).sum(1, keepdim=True)).split(
+            self.counts, 1
+        )
         y4 = y4 + self.of_noise * torch.bmm(self.noise, q[:, :, None]).squeeze(2)
         y6 = y6 + self.of_sign * (q * fixed.sign()).sum(1, keepdim=True)
         return torch.cat([y1, y2, y3 + second, y4, y5, y6], 1)
@@ -125,13 +139,17 @@ class Mixture:
         Returns coefficients [N, total + n3] of the bank rows `rows`, and the rest as vectors [N, C].
         """
         _, _, w3, w4, _, w6 = weight.split(self.counts, 1)
-        rest = (weight * self.of_q).sum(1, keepdim=True) * q + (w6 * self.of_sign).sum(1, keepdim=True) * q.sign()
+        rest = (weight * self.of_q).sum(1, keepdim=True) * q + (w6 * self.of_sign).sum(
+            1, keepdim=True
+        ) * q.sign()
         rest += torch.bmm((w4 * self.of_noise)[:, None, :], self.noise).squeeze(1)
         return torch.cat([weight, w3], 1) * self.weights, rest
 
 
 @torch.no_grad()
-def mix(q: Tensor, bank: Tensor, similarity: Tensor, hard: Tensor, kind: Synthetic, draws: Draws) -> Mixture:
+def mix(
+    q: Tensor, bank: Tensor, similarity: Tensor, hard: Tensor, kind: Synthetic, draws: Draws
+) -> Mixture:
     """Make synthetic negatives of unit queries q [N, C] and their hard rows.
 
     Args:
@@ -153,11 +171,20 @@ def mix(q: Tensor, bank: Tensor, similarity: Tensor, hard: Tensor, kind: Synthet
     root = square.clamp_min(_TINY**2).sqrt()
     (q1, q2, q5), (w1, w2, w5) = ((of / root).split((n1, n2, n5), 1) for of in (of_q, of_n))
     # the others' lengths are those of vectors that have to be made
-    pairs, weights = torch.stack([rows3, other3], 2).view(-1, 2), torch.stack([g, 1 - g], 2).view(-1, 2)
-    mixed = F.embedding_bag(pairs, bank, per_sample_weights=weights, mode="sum").view(n, n3, q.shape[1])
+    pairs, weights = (
+        torch.stack([rows3, other3], 2).view(-1, 2),
+        torch.stack([g, 1 - g], 2).view(-1, 2),
+    )
+    mixed = F.embedding_bag(pairs, bank, per_sample_weights=weights, mode="sum").view(
+        n, n3, q.shape[1]
+    )
     w3, w4, w6 = (
         1 / torch.linalg.vector_norm(h, dim=2).clamp_min_(_TINY)
-        for h in (mixed, F.embedding(rows4, bank) + noise, F.embedding(rows6, bank) + kind.eta * q.sign()[:, None, :])
+        for h in (
+            mixed,
+            F.embedding(rows4, bank) + noise,
+            F.embedding(rows6, bank) + kind.eta * q.sign()[:, None, :],
+        )
     )
     zero = q.new_zeros(n, 1)
     return Mixture(
@@ -171,7 +198,9 @@ def mix(q: Tensor, bank: Tensor, similarity: Tensor, hard: Tensor, kind: Synthet
     )
 
 
-def similarities(q: Tensor, bank: Tensor, similarity: Tensor, hard: Tensor, kind: Synthetic, draws: Draws) -> Tensor:
+def similarities(
+    q: Tensor, bank: Tensor, similarity: Tensor, hard: Tensor, kind: Synthetic, draws: Draws
+) -> Tensor:
     """Similarity of each query to its synthetic negatives, by type in order: [N, total].
 
     The arguments are `mix`'s; differentiable in q and in `similarity`.
