@@ -15,7 +15,7 @@ from moco import distributed
 from moco.builder.adco import AdCo, Ascent
 from moco.cli import actions, entry, options, values
 from moco.cli.parser import Options, Parser
-from moco.distributed import say
+from moco.distributed import print_rank0
 from moco.encoder.resnets import resnet
 from moco.engine import pretrain
 
@@ -113,13 +113,13 @@ def build(args: Options) -> AdCo:
 
 def worker(args: Options, device: torch.device) -> None:
     if args.multiprocessing_distributed is None:
-        n = distributed.world()
+        n = distributed.world_size()
         one = "for one process give --gpu ID or --no-multiprocessing-distributed"
-        say(
+        print_rank0(
             f"{n} process{'es' * (n > 1)}: one for each visible GPU, or those of the launcher; {one}"
         )
     if args.ad_init and not args.resume:
-        say(
+        print_rank0(
             f"the bank's {args.cluster} negatives begin as keys, gathered before epoch 0 (--ad-init)"
         )
     pretrain.train(args, device, lambda images: build(args))

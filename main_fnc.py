@@ -15,7 +15,7 @@ from moco.builder.fnc import FNC
 from moco.cli import entry, options, values
 from moco.cli.parser import Options, Parser
 from moco.data.images import Images
-from moco.distributed import say
+from moco.distributed import print_rank0
 from moco.encoder.networks import projector
 from moco.encoder.resnets import resnet
 from moco.engine import pretrain
@@ -160,7 +160,7 @@ def check(args: Options) -> None:
 def check_negatives(args: Options) -> None:
     """Raise InputError if all entries that an image is compared with could be false negatives."""
     p = processes.plan(args)
-    batch = args.batch_size // p.local * p.world  # images in a pass, over all processes
+    batch = args.batch_size // p.local * p.world_size  # images in a pass, over all processes
     rows = args.memory_multiplier * args.accumulation_steps * batch or args.views * batch
     others = rows - args.views  # its own views are neither negatives nor false negatives
     if args.fn_mode != "off" and args.fn_topk >= others > 0:
@@ -190,13 +190,15 @@ def worker(args: Options, device: torch.device) -> None:
     rows = (
         args.memory_multiplier
         * args.batch_per_process
-        * distributed.world()
+        * distributed.world_size()
         * args.accumulation_steps
     )
 
     def build(images: Images) -> FNC:
         labels = (
-            torch.as_tensor(images.labels) if len(images.classes) > 1 and not images.many else None
+            torch.as_tensor(images.labels)
+            if len(images.classes) > 1 and not images.multi_label
+            else None
         )
         how = Cancellation(args.fn_mode, args.fn_topk, args.fn_threshold)
         make = lambda: encoder(args, device)  # noqa: E731
@@ -204,13 +206,13 @@ def worker(args: Options, device: torch.device) -> None:
             make, args.proj_out_dim, rows, args.ema, args.temperature, how, args.loss_chunk, labels
         )
 
-    many = (
+    wanted = (
         f"up to {args.fn_topk} above {args.fn_threshold:g} of each image"
         if args.fn_mode != "off"
         else "not looked for"
     )
-    say(
-        f"{args.views} views; false negatives: {args.fn_mode}, {many}; {f'a memory of {rows} rows' if rows else 'no memory'}"
+    print_rank0(
+        f"{args.views} views; false negatives: {args.fn_mode}, {wanted}; {f'a memory of {rows} rows' if rows else 'no memory'}"
     )
     pretrain.train(args, device, build)
 

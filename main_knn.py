@@ -12,7 +12,7 @@ import torch
 from moco import devices, distributed
 from moco.cli import entry, options, values
 from moco.cli.parser import Options, Parser
-from moco.distributed import say
+from moco.distributed import print_rank0
 from moco.engine import features
 from moco.errors import InputError
 from moco.evaluate import inputs, results
@@ -58,7 +58,7 @@ def check(args: Options) -> None:
     if args.features == "head" and not (args.pretrained or args.load_features):
         what = "needs a checkpoint with a projection head"
         raise InputError(f"--features head: {what}; give it with --pretrained")
-    inputs.check_features(args, many=False)
+    inputs.check_features(args, multi_label=False)
     args.features = args.features or "backbone"
 
 
@@ -66,10 +66,12 @@ def worker(args: Options, device: torch.device) -> None:
     bank, queries, classes = inputs.frozen_features(args, device)
     rows = int(distributed.all_reduce_sum(torch.tensor([len(bank[1])], device=device)))
     if many := [k for k in args.k if k > rows]:
-        say(f"--k {' '.join(map(str, many))}: the bank has {rows} images, and all of them vote")
+        print_rank0(
+            f"--k {' '.join(map(str, many))}: the bank has {rows} images, and all of them vote"
+        )
     accuracy = features.knn(*bank, *queries, len(classes), args.k, args.temperature)
     for k, top1 in accuracy.items():
-        say(f"* k-NN Acc@1 {100 * top1:.3f} (k {k})")
+        print_rank0(f"* k-NN Acc@1 {100 * top1:.3f} (k {k})")
     results.write_results(args, "knn", {f"knn_{k}": top1 for k, top1 in accuracy.items()})
 
 

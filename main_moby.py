@@ -16,7 +16,7 @@ from moco.builder.byol import BYOL
 from moco.builder.moby import MoBY
 from moco.cli import actions, entry, options, values
 from moco.cli.parser import Options, Parser
-from moco.distributed import say
+from moco.distributed import print_rank0
 from moco.encoder import networks, timm_networks
 from moco.engine import pretrain
 from moco.errors import InputError
@@ -186,12 +186,12 @@ def worker(args: Options, device: torch.device) -> None:
     if args.method == "synco":
         total = options.synthetic(args, args.queue, "--queue").total
         when = f"from epoch {args.synthetic_first} on (--synthetic-first), without them from {args.synthetic_last} on"
-        say(f"{total} synthetic negatives per query {when} (--synthetic-last)")
+        print_rank0(f"{total} synthetic negatives per query {when} (--synthetic-last)")
         if args.synthetic_first >= args.epochs:
-            say(
+            print_rank0(
                 f"the run ends after {args.epochs} epochs, before the first synthetic negatives: this is MoBY"
             )
-    say(f"target momentum {args.moco_m:g} at the first step, 1 at the last (--moco-m)")
+    print_rank0(f"target momentum {args.moco_m:g} at the first step, 1 at the last (--moco-m)")
     pretrain.train(args, device, lambda images: build(args, device))
 
 

@@ -14,7 +14,7 @@ from moco import distributed
 from moco.builder.sogclr import SogCLR
 from moco.cli import entry, options, values
 from moco.cli.parser import Options, Parser
-from moco.distributed import say
+from moco.distributed import print_rank0
 from moco.encoder.networks import projector
 from moco.encoder.resnets import resnet
 from moco.engine import pretrain
@@ -86,7 +86,7 @@ def encoder(args: Options, device: torch.device) -> nn.Module:
 
 def worker(args: Options, device: torch.device) -> None:
     gamma = args.gamma if args.method == "sogclr" else None
-    say(
+    print_rank0(
         f"{args.loss_type}: "
         + (
             f"a moving average for each image, gamma {gamma:g}"

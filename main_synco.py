@@ -13,7 +13,7 @@ import torch
 from moco.builder.synco import SynCo
 from moco.cli import actions, entry, options, values
 from moco.cli.parser import Options, Parser
-from moco.distributed import say
+from moco.distributed import print_rank0
 from moco.encoder.resnets import resnet
 from moco.engine import pretrain
 from moco.loss.synthetic import Synthetic
@@ -76,11 +76,11 @@ def build(args: Options) -> SynCo:
 
 def worker(args: Options, device: torch.device) -> None:
     if total := kind(args).total:
-        say(
+        print_rank0(
             f"{total} synthetic negatives per query from epoch {args.warmup_epochs} on (--warmup-epochs)"
         )
         if args.warmup_epochs >= args.epochs:
-            say(
+            print_rank0(
                 f"the run ends after {args.epochs} epochs, before the first synthetic negatives: this is MoCo"
             )
     pretrain.train(args, device, lambda images: build(args))

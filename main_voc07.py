@@ -15,7 +15,7 @@ import torch
 from moco import distributed
 from moco.cli import entry, options, values
 from moco.cli.parser import Options, Parser
-from moco.distributed import say
+from moco.distributed import print_rank0
 from moco.engine import features
 from moco.evaluate import inputs, metrics, results, voc
 
@@ -46,11 +46,11 @@ def parser() -> Parser:
 
 def check(args: Options) -> None:
     args.c = sorted(set(args.c))
-    inputs.check_features(args, many=True)
+    inputs.check_features(args, multi_label=True)
 
 
 def worker(args: Options, device: torch.device) -> None:
-    trainval, test, classes = inputs.frozen_features(args, device, unit=False)
+    trainval, test, classes = inputs.frozen_features(args, device, unit_norm=False)
     x, y, test_x, test_y = (features.in_order(part).cpu().numpy() for part in (*trainval, *test))
     if distributed.rank() == 0:
         scores, chosen = voc.classify(x, y, test_x, args.classifier, args.c, args.seed)
@@ -80,20 +80,20 @@ def report(
             else f"(C {chosen[c]:g})"
         )
         if math.isnan(eleven):
-            say(f"{name:>12}  no test image shows it")
+            print_rank0(f"{name:>12}  no test image shows it")
             continue
         found[f"ap_{name}"] = float(eleven)
-        say(f"{name:>12}  AP {100 * eleven:.3f}  area {100 * area:.3f}  {how}")
+        print_rank0(f"{name:>12}  AP {100 * eleven:.3f}  area {100 * area:.3f}  {how}")
     edge = [
         name
         for name, c in zip(classes, chosen, strict=True)
         if len(args.c) > 2 and c in (args.c[0], args.c[-1])
     ]
     if edge:
-        say(
+        print_rank0(
             f"an end of --c {args.c[0]:g} ... {args.c[-1]:g} was best for {', '.join(edge)}: more costs there may do better"
         )
-    say(f"* mAP {100 * found['map11']:.3f} (11 points)  {100 * found['map']:.3f} (area)")
+    print_rank0(f"* mAP {100 * found['map11']:.3f} (11 points)  {100 * found['map']:.3f} (area)")
     results.write_results(args, "voc07" if args.classifier == "svm" else "voc07_linear", found)
 
 

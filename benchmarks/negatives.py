@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from moco.builder.synco import SynCo
 from moco.loss import synthetic
-from moco.loss.contrastive import unit
+from moco.loss.contrastive import normalize
 from moco.rng import NEGATIVES, Progress
 
 try:
@@ -79,7 +79,7 @@ class Heads:
             device
         )
         self.bank = self.model.queue
-        self.q, self.k = (unit(torch.randn(args.n, args.dim, device=device)) for _ in range(2))
+        self.q, self.k = (normalize(torch.randn(args.n, args.dim, device=device)) for _ in range(2))
         self.q.requires_grad_()
         self.labels = torch.zeros(args.n, dtype=torch.long, device=device)
         if NTXentLoss:

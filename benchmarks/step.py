@@ -110,7 +110,7 @@ def worker(args: Namespace, device: torch.device) -> None:
         {name: lambda s=step: s(args.batch) for name, step in steps.items()}, args.rounds, device
     )
     largest = {}
-    if args.largest_batch and device.type == "cuda" and distributed.world() == 1:
+    if args.largest_batch and device.type == "cuda" and distributed.world_size() == 1:
         del steps
         largest = {name: largest_batch(name, args, device) for name in KINDS}
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
@@ -192,8 +192,10 @@ class PlainMoCo(MoCo):
         permutation = torch.randperm(
             len(everything), generator=progress.generator(SHUFFLE, "cpu")
         ).to(images.device)
-        mine = everything[permutation.view(distributed.world(), -1)[distributed.rank()]]
-        groups = 1 if distributed.world() > 1 else max(1, min(GROUPS, len(images) // MIN_BN_GROUP))
+        mine = everything[permutation.view(distributed.world_size(), -1)[distributed.rank()]]
+        groups = (
+            1 if distributed.world_size() > 1 else max(1, min(GROUPS, len(images) // MIN_BN_GROUP))
+        )
         k = torch.cat(
             [F.normalize(self.encoder_k(group), dim=1) for group in mine.tensor_split(groups)]
         )

@@ -53,11 +53,11 @@ def work(args: argparse.Namespace) -> None:
 def convert(file: str, arch: str | None = None) -> dict[str, Any]:
     """What OUT holds: `model`, arrays by detectron2's names, and where they came from. Raises InputError where one is left over."""
     state = checkpoint.load(file)
-    about = metadata.about(state)
-    arch = arch or about.arch or "resnet50"
-    if arch == about.arch and arch not in resnets.ARCHS:
+    facts = metadata.read_metadata(state)
+    arch = arch or facts.arch or "resnet50"
+    if arch == facts.arch and arch not in resnets.ARCHS:
         raise InputError(f"{file}: is of {arch}, and the detectors here are built on ResNets")
-    if about.stem == "cifar":
+    if facts.stem == "cifar":
         raise InputError(
             f"{file}: was trained with --stem cifar, and detectron2's ResNets start with a 7x7 convolution"
         )
@@ -86,7 +86,7 @@ def convert(file: str, arch: str | None = None) -> dict[str, Any]:
         model[new] = mine[name].numpy()
         print(f"{prefix + name:{width}} -> {new:32} {tuple(mine[name].shape)}")
     print(f"{len(model)} of {len(names)} tensors of the {arch} renamed; its head stays behind")
-    for key, values, usual in (("MEAN", about.mean, MEAN), ("STD", about.std, STD)):
+    for key, values, usual in (("MEAN", facts.mean, MEAN), ("STD", facts.std, STD)):
         if values and tuple(values) != usual:
             own = ",".join(f"{255 * value:.3f}" for value in values)
             print(
@@ -96,8 +96,8 @@ def convert(file: str, arch: str | None = None) -> dict[str, Any]:
         "file": str(Path(file).resolve()),
         "sha256": sha256(file),
         "arch": arch,
-        "method": about.method,
-        "epoch": about.epoch,
+        "method": facts.method,
+        "epoch": facts.epoch,
     }
     return {
         "model": model,

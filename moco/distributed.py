@@ -23,14 +23,14 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def is_first() -> bool:
+def speaks_for_run() -> bool:
     """Return whether this process speaks for the run: rank 0, also before the process group exists."""
     if dist.is_initialized():
         return dist.get_rank() == 0
     return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
 
 
-def world() -> int:
+def world_size() -> int:
     """How many processes take part; 1 where nothing is distributed."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
@@ -40,21 +40,21 @@ def world() -> int:
 
 def all_gather(x: Tensor) -> Tensor:
     """The rows of every rank's `x` [B, ...], in rank order: [W B, ...]. No gradient; B is the same on every rank."""
-    if world() == 1:
+    if world_size() == 1:
         return x
-    out = x.new_empty((world() * len(x), *x.shape[1:]))
+    out = x.new_empty((world_size() * len(x), *x.shape[1:]))
     _all_gather_rows(out, x.contiguous())
     return out
 
 
 def all_gather_uneven(x: Tensor) -> Tensor:
     """`all_gather` for ranks whose `x` may have different numbers of rows."""
-    if world() == 1:
+    if world_size() == 1:
         return x
     sizes = all_gather(torch.tensor([len(x)], device=x.device)).tolist()
     padded = torch.cat([x, x.new_zeros((max(sizes) - len(x), *x.shape[1:]))])
     return torch.cat(
-        [part[:n] for part, n in zip(all_gather(padded).chunk(world()), sizes, strict=True)]
+        [part[:n] for part, n in zip(all_gather(padded).chunk(world_size()), sizes, strict=True)]
     )
 
 
@@ -74,12 +74,12 @@ class _AllGather(torch.autograd.Function):
 
 def all_gather_with_gradient(x: Tensor) -> Tensor:
     """`all_gather` through which gradients pass, from every rank's loss to the rank that made the rows."""
-    return x if world() == 1 else _AllGather.apply(x)
+    return x if world_size() == 1 else _AllGather.apply(x)
 
 
 def all_reduce_sum(x: Tensor) -> Tensor:
     """The sum of `x` over ranks, in place."""
-    if world() > 1:
+    if world_size() > 1:
         dist.all_reduce(x)
     return x
 
@@ -88,7 +88,7 @@ def data_parallel(module: nn.Module) -> nn.Module:
     """`module` with gradients averaged over ranks. Buffers stay each rank's own: queues are equal by construction, and
     `broadcast_buffers` shares BatchNorm's once an epoch.
     """
-    if world() == 1:
+    if world_size() == 1:
         return module
     with warnings.catch_warnings():
         # newer versions of PyTorch have another name for the option, which older ones do not know
@@ -98,7 +98,7 @@ def data_parallel(module: nn.Module) -> nn.Module:
 
 def sync_batch_norm(module: nn.Module, device: torch.device) -> nn.Module:
     """`module` with every batch norm over the joint batch of all ranks in place of the rank's own; as it is for one process."""
-    if world() == 1:
+    if world_size() == 1:
         return module
     norms = [
         child for child in module.modules() if isinstance(child, nn.BatchNorm1d | nn.BatchNorm2d)
@@ -126,7 +126,7 @@ class _SyncBatchNorm:
             return super().forward(x)
         shape = (1, -1, *[1] * (x.dim() - 2))
         axes = [axis for axis in range(x.dim()) if axis != 1]
-        count = world() * x.numel() / x.shape[1]
+        count = world_size() * x.numel() / x.shape[1]
         wide = torch.promote_types(x.dtype, torch.float32)  # also under autocast
         mean = _AllReduce.apply(x.sum(axes, dtype=wide)) / count
         centred = x - mean.view(shape)
@@ -161,7 +161,7 @@ def _synced(kind: type[nn.Module]) -> type[nn.Module]:
 
 def broadcast_buffers(model: nn.Module) -> None:
     """Make every rank's buffers (BatchNorm's running statistics) those of rank 0, which are the ones saved."""
-    if world() > 1:
+    if world_size() > 1:
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
 
@@ -169,14 +169,14 @@ def broadcast_buffers(model: nn.Module) -> None:
 def from_rank_0(value: Any) -> Any:
     """Return rank 0's `value`, any object that can be pickled, on every rank."""
     values = [value]
-    if world() > 1:
+    if world_size() > 1:
         dist.broadcast_object_list(values)
     return values[0]
 
 
 def barrier() -> None:
     """Wait for every rank."""
-    if world() > 1:
+    if world_size() > 1:
         dist.barrier()
 
 
@@ -189,7 +189,7 @@ def shuffle(x: Tensor, permutation: Tensor) -> Tensor:
     `permutation` [W B] lies on the CPU and is the same on all ranks. The exchange is all-to-all: each rank receives
     B samples, and not W B.
     """
-    n, w, r = len(x), world(), rank()
+    n, w, r = len(x), world_size(), rank()
     if w == 1:
         return x[devices.to_device(permutation, x.device)]
     owner = permutation.div(n, rounding_mode="floor").view(w, n)  # [destination, slot]
@@ -214,8 +214,8 @@ def unshuffle(x: Tensor, permutation: Tensor) -> Tensor:
     return all_gather(x)[devices.to_device(permutation.argsort(), x.device)]
 
 
-def say(message: str) -> None:
+def print_rank0(message: str) -> None:
     """Print one line, on rank 0 only, above any progress bar."""
-    if is_first():
+    if speaks_for_run():
         tqdm.write(message)
         sys.stdout.flush()

@@ -41,17 +41,17 @@ def slow_loss(q, keys, label, W, temperature):
     return total / len(q)
 
 
-def batch(seed, rank=0, world=1):
+def batch(seed, rank=0, world_size=1):
     torch.manual_seed(seed)
-    q, keys = unit_rows(B, DIM).requires_grad_(), unit_rows(world * B, DIM)
+    q, keys = unit_rows(B, DIM).requires_grad_(), unit_rows(world_size * B, DIM)
     W = torch.randn(K, DIM, dtype=torch.float64)  # of any length
     return q, keys, [rank * B + i for i in range(B)], W
 
 
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize(("rank", "world"), [(0, 1), (3, 4)])
-def test_loss_and_gradients_are_the_slow_ones(seed, rank, world):
-    q, keys, label, W = batch(seed, rank, world)
+@pytest.mark.parametrize(("rank", "world_size"), [(0, 1), (3, 4)])
+def test_loss_and_gradients_are_the_slow_ones(seed, rank, world_size):
+    q, keys, label, W = batch(seed, rank, world_size)
     length = W.norm(dim=1, keepdim=True)
     bank, label_tensor = W / length, torch.tensor(label)
     near, similarity = q @ keys.T, (q @ bank.T).detach()
@@ -209,7 +209,7 @@ def test_steps_are_those_of_two_optimizers_on_autograds_gradients(kind):
 def test_labels_of_rank_3_in_a_2_by_2_layout(monkeypatch):
     model = build("single")
     monkeypatch.setattr(distributed, "rank", lambda: 3)
-    monkeypatch.setattr(distributed, "world", lambda: 4)
+    monkeypatch.setattr(distributed, "world_size", lambda: 4)
     torch.manual_seed(5)
     q, keys = unit_rows(B, DIM), unit_rows(4 * B, DIM)
     loss, _ = model.contrast([(q, keys)])

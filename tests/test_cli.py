@@ -631,7 +631,7 @@ def test_env_takes_the_nodes_from_the_environment_as_moco_does(no_launcher, monk
     plan = processes.plan(
         launch_options(dist_url="env://", multiprocessing_distributed=True, nproc_per_node=3)
     )
-    assert (plan.launcher, plan.nodes, plan.local, plan.first, plan.world, plan.url) == (
+    assert (plan.launcher, plan.nodes, plan.local, plan.first, plan.world_size, plan.url) == (
         "spawn",
         2,
         3,
@@ -664,7 +664,7 @@ def no_launcher(monkeypatch):
 
 def test_plan_without_a_launcher_is_one_process(no_launcher):
     plan = processes.plan(launch_options())
-    assert (plan.launcher, plan.world, plan.url) == ("single", 1, "")
+    assert (plan.launcher, plan.world_size, plan.url) == ("single", 1, "")
 
 
 def test_plan_of_torchrun(no_launcher, monkeypatch):
@@ -677,7 +677,14 @@ def test_plan_of_torchrun(no_launcher, monkeypatch):
     }.items():
         monkeypatch.setenv(name, str(value))
     plan = processes.plan(launch_options())
-    assert (plan.launcher, plan.nodes, plan.local, plan.first, plan.world, plan.local_rank) == (
+    assert (
+        plan.launcher,
+        plan.nodes,
+        plan.local,
+        plan.first,
+        plan.world_size,
+        plan.local_rank,
+    ) == (
         "torchrun",
         2,
         4,
@@ -697,7 +704,14 @@ def test_plan_of_srun(no_launcher, monkeypatch):
     for name, value in {**values, "SLURM_STEP_NODELIST": "localhost", "SLURM_JOB_ID": 12}.items():
         monkeypatch.setenv(name, str(value))
     plan = processes.plan(launch_options())
-    assert (plan.launcher, plan.nodes, plan.local, plan.first, plan.world, plan.local_rank) == (
+    assert (
+        plan.launcher,
+        plan.nodes,
+        plan.local,
+        plan.first,
+        plan.world_size,
+        plan.local_rank,
+    ) == (
         "srun",
         2,
         4,
@@ -724,7 +738,13 @@ def test_plan_of_two_spawning_nodes(no_launcher):
         "dist_url": "tcp://10.0.0.1:9999",
     }
     plan = processes.plan(launch_options(**given))
-    assert (plan.launcher, plan.nodes, plan.local, plan.first, plan.world) == ("spawn", 2, 3, 3, 6)
+    assert (plan.launcher, plan.nodes, plan.local, plan.first, plan.world_size) == (
+        "spawn",
+        2,
+        3,
+        3,
+        6,
+    )
 
 
 @pytest.fixture
@@ -758,10 +778,13 @@ def test_adco_takes_every_gpu_unless_told_otherwise(gpus):
     ):
         gpus(count)
         plan = adco(*words)
-        assert (plan.launcher, plan.local, plan.world) == (*expected, expected[1]), (count, words)
+        assert (plan.launcher, plan.local, plan.world_size) == (*expected, expected[1]), (
+            count,
+            words,
+        )
     gpus(8)
     plan = adco("--world-size", 2, "--rank", 1, "--dist-url", "tcp://10.0.0.1:9999")
-    assert (plan.launcher, plan.local, plan.first, plan.world) == ("spawn", 8, 8, 16)
+    assert (plan.launcher, plan.local, plan.first, plan.world_size) == ("spawn", 8, 8, 16)
 
 
 def test_other_scripts_take_one_gpu_unless_told_otherwise(gpus):

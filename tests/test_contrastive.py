@@ -8,7 +8,13 @@ import torch.nn.functional as F
 from conftest import shell
 
 from moco.loss import synthetic
-from moco.loss.contrastive import bank_info_nce, contrast_accuracy, info_nce, spread, unit
+from moco.loss.contrastive import (
+    bank_info_nce,
+    contrast_accuracy,
+    feature_statistics,
+    info_nce,
+    normalize,
+)
 
 ROWS = 6
 
@@ -52,7 +58,7 @@ def head_inputs(seed, n=5, dim=16, rows=300, dtype=torch.float64):
     """Unit queries that want a gradient, their positives' similarities, and a bank."""
     generator = torch.Generator().manual_seed(seed)
     q, k, bank = (
-        unit(torch.randn(size, dim, generator=generator, dtype=torch.float64)).to(dtype)
+        normalize(torch.randn(size, dim, generator=generator, dtype=torch.float64)).to(dtype)
         for size in (n, n, rows)
     )
     return q.requires_grad_(), k, bank
@@ -140,7 +146,7 @@ def test_unit_never_computes_below_float32(given, expected):
     x = (
         torch.randn(5, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 40
     ).to(given)
-    rows = unit(x)
+    rows = normalize(x)
     assert rows.dtype == expected
     torch.testing.assert_close(
         rows.double().norm(dim=-1), torch.ones(5, dtype=torch.float64), rtol=0, atol=1e-6
@@ -153,19 +159,19 @@ def test_unit_never_computes_below_float32(given, expected):
 def test_unit_is_float32_under_autocast():
     x = torch.randn(5, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
-        rows = unit(x)
+        rows = normalize(x)
     assert rows.dtype == torch.float32
     torch.testing.assert_close(rows.norm(dim=-1), torch.ones(5), rtol=0, atol=1e-6)
 
 
 FIRST_STEPS = """
 import os, torch
-from moco.loss.contrastive import bank_info_nce, info_nce, spread, unit
+from moco.loss.contrastive import bank_info_nce, feature_statistics, info_nce, normalize
 for _ in range(60):
     if os.fork():
         assert os.wait()[1] == 0
     else:
-        q, bank, positive = unit(torch.randn(32, 16)), unit(torch.randn(65536, 16)), torch.zeros(32)
+        q, bank, positive = normalize(torch.randn(32, 16)), normalize(torch.randn(65536, 16)), torch.zeros(32)
         got = bank_info_nce(q, positive, bank, q @ bank.T, .2)
         want = info_nce(positive.double(), [(q @ bank.T).double()], .2)
         os._exit(int(abs(got - want) > 5e-6))
@@ -185,7 +191,7 @@ def test_a_process_first_loss_is_as_exact_as_its_later_ones():
 def test_spread_is_what_its_definitions_say():
     torch.manual_seed(0)
     q, k = (F.normalize(torch.randn(7, 5, dtype=torch.float64), dim=1) for _ in range(2))
-    found = spread(q, (q * k).sum(1), torch.arange(7.0))
+    found = feature_statistics(q, (q * k).sum(1), torch.arange(7.0))
     apart = [float((q[i] - q[j]).norm()) for i in range(7) for j in range(7) if i != j]
     assert float(found["uniformity"]) == pytest.approx(
         math.log(sum(math.exp(-2 * d**2) for d in apart) / len(apart))
@@ -201,13 +207,13 @@ def test_spread_is_what_its_definitions_say():
 
 def test_spread_tells_a_collapse_from_the_whole_sphere():
     sphere = F.normalize(torch.randn(4000, 32), dim=1)
-    wide = spread(sphere, torch.ones(4000))
+    wide = feature_statistics(sphere, torch.ones(4000))
     assert (
         float(wide["feature_std"]) == pytest.approx(1, abs=0.01)
         and float(wide["uniformity"]) < -3.5
         and "hardness" not in wide
     )
-    point = spread(sphere[:1].expand(64, -1), torch.ones(64))
+    point = feature_statistics(sphere[:1].expand(64, -1), torch.ones(64))
     assert float(point["feature_std"]) == pytest.approx(0, abs=1e-6) and float(
         point["uniformity"]
     ) == pytest.approx(0, abs=1e-5)

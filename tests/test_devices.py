@@ -414,12 +414,13 @@ def test_xpu_and_mps_support_a_single_process(kind, machine, monkeypatch):
     def plan(*words: object) -> processes.Plan:
         return processes.plan(parsed.parse(["d", *map(str, words)]))
 
-    assert (plan().launcher, plan().world) == (
+    assert (plan().launcher, plan().world_size) == (
         "single",
         1,
     )  # though the script takes every CUDA GPU
     assert (
-        plan("--multiprocessing-distributed", "--device", "cpu", "--nproc-per-node", 2).world == 2
+        plan("--multiprocessing-distributed", "--device", "cpu", "--nproc-per-node", 2).world_size
+        == 2
     )
     refused = f"--device {kind}: supports a single process, and this run has 2; "
     refused += "start one process, or give --device cpu"

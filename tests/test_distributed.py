@@ -167,7 +167,7 @@ def check_collectives(rank):
     summed = torch.tensor([1.5, 10.0]) * (rank + 1)
     distributed.barrier()
     return {
-        "who": (distributed.rank(), distributed.world()),
+        "who": (distributed.rank(), distributed.world_size()),
         "gathered": distributed.all_gather(rows),
         "transposed": distributed.all_gather(rows.T),
         "uneven": distributed.all_gather_uneven(numbered(3 + 2 * rank, 2) + 100 * rank),
@@ -303,7 +303,7 @@ def test_no_exchange_uses_a_name_that_torch_will_drop(ranks):
 
 def test_rank_and_world(ranks):
     assert [found["who"] for found in ranks("collectives")] == [(0, 2), (1, 2)]
-    assert (distributed.rank(), distributed.world()) == (0, 1)
+    assert (distributed.rank(), distributed.world_size()) == (0, 1)
 
 
 def test_all_gather_puts_the_rows_in_rank_order(ranks):

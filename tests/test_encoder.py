@@ -413,7 +413,7 @@ def test_mean_and_std_of_a_checkpoint_are_read_if_they_are_possible():
     """A mean of 0 and a std of 1 leave colours as they are; a std of 0 divides by it."""
 
     def read(mean, std):
-        found = metadata.about({"args": {"mean": mean, "std": std}})
+        found = metadata.read_metadata({"args": {"mean": mean, "std": std}})
         return found.mean, found.std
 
     assert read([0.0, 0.0, 0.0], (1.0, 1.0, 1.0)) == ([0.0, 0.0, 0.0], [1.0, 1.0, 1.0])

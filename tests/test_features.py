@@ -150,9 +150,13 @@ def test_no_more_is_kept_than_one_block_of_similarities(monkeypatch):
 # Ranks: threads of this process that exchange what they hold.
 
 
-def on_ranks(world, function, monkeypatch):
+def on_ranks(world_size, function, monkeypatch):
     """What `function(rank)` returns on each of several ranks."""
-    local, barrier, sent = threading.local(), threading.Barrier(world, timeout=60), [None] * world
+    local, barrier, sent = (
+        threading.local(),
+        threading.Barrier(world_size, timeout=60),
+        [None] * world_size,
+    )
 
     def all_gather(x):
         sent[local.rank] = x.clone()
@@ -164,11 +168,11 @@ def on_ranks(world, function, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(distributed, "rank", lambda: local.rank)
-        patch.setattr(distributed, "world", lambda: world)
+        patch.setattr(distributed, "world_size", lambda: world_size)
         patch.setattr(distributed, "all_gather", all_gather)
         patch.setattr(distributed, "all_reduce_sum", lambda x: all_gather(x[None]).sum(0))
         patch.setattr(distributed, "barrier", barrier.wait)
-        results = [None] * world
+        results = [None] * world_size
 
         def run(rank):
             local.rank = rank
@@ -178,7 +182,7 @@ def on_ranks(world, function, monkeypatch):
                 barrier.abort()
                 results[rank] = error
 
-        threads = [threading.Thread(target=run, args=(rank,)) for rank in range(world)]
+        threads = [threading.Thread(target=run, args=(rank,)) for rank in range(world_size)]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -187,21 +191,23 @@ def on_ranks(world, function, monkeypatch):
     return results
 
 
-@pytest.mark.parametrize(("world", "rows"), [(2, 64), (3, 5), (2, 65_536)])
+@pytest.mark.parametrize(("world_size", "rows"), [(2, 64), (3, 5), (2, 65_536)])
 @pytest.mark.parametrize("n", [2000, 301])  # 301: of three ranks none holds 200
-def test_knn_over_ranks_is_its_definition(world, rows, n, monkeypatch):
+def test_knn_over_ranks_is_its_definition(world_size, rows, n, monkeypatch):
     in_blocks(monkeypatch, rows)
     bank, queries = clouds(bank=n, queries=101)
-    share = [[x[rank::world] for x in (*bank, *queries)] for rank in range(world)]
-    found = on_ranks(world, lambda rank: features.knn(*share[rank], 12, KS, 0.07), monkeypatch)
+    share = [[x[rank::world_size] for x in (*bank, *queries)] for rank in range(world_size)]
+    found = on_ranks(world_size, lambda rank: features.knn(*share[rank], 12, KS, 0.07), monkeypatch)
     assert all(one == found[0] for one in found)
     agrees(found[0], bank, queries, 12, 0.07)
 
 
-@pytest.mark.parametrize(("n", "world"), [(15, 2), (7, 3), (1, 2), (6, 2)])
-def test_shares_come_back_in_order(n, world, monkeypatch):
+@pytest.mark.parametrize(("n", "world_size"), [(15, 2), (7, 3), (1, 2), (6, 2)])
+def test_shares_come_back_in_order(n, world_size, monkeypatch):
     x = torch.randn(n, 4)
-    for found in on_ranks(world, lambda rank: features.in_order(x[rank::world]), monkeypatch):
+    for found in on_ranks(
+        world_size, lambda rank: features.in_order(x[rank::world_size]), monkeypatch
+    ):
         assert torch.equal(found, x)
     assert torch.equal(features.in_order(x), x)
 
@@ -236,15 +242,15 @@ def expected(images):
     )
 
 
-@pytest.mark.parametrize("unit", [True, False])
+@pytest.mark.parametrize("unit_norm", [True, False])
 @pytest.mark.parametrize("many", [True, False])
-def test_features_are_those_of_each_image_in_eval_mode(unit, many):
+def test_features_are_those_of_each_image_in_eval_mode(unit_norm, many):
     labels = np.random.default_rng(0).integers(-1, 2, (21, 3)) if many else None
     images, net = pictures(21, labels), Flat()
-    rows, found = features.extract(net, images, options(), CPU, unit)
+    rows, found = features.extract(net, images, options(), CPU, unit_norm)
     want = expected(images)
     torch.testing.assert_close(
-        rows, want / want.norm(dim=1, keepdim=True) if unit else want, rtol=0, atol=1e-6
+        rows, want / want.norm(dim=1, keepdim=True) if unit_norm else want, rtol=0, atol=1e-6
     )
     assert torch.equal(found, torch.from_numpy(images.labels)) and found.dtype == torch.int64
     assert (
@@ -294,8 +300,10 @@ def arrays_of(folder):
     return {file.name: np.load(file) for file in folder.glob("*.npy")}
 
 
-@pytest.mark.parametrize("world", [1, 2, 3])
-def test_files_hold_the_rows_in_order_and_ranks_read_their_shares(world, tmp_path, monkeypatch):
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_files_hold_the_rows_in_order_and_ranks_read_their_shares(
+    world_size, tmp_path, monkeypatch
+):
     monkeypatch.setattr(feature_files, "_BLOCK", 4)
     origin = dict.fromkeys(feature_files._ORIGIN.values(), "x") | {
         "pretrain_epochs": None,
@@ -308,15 +316,17 @@ def test_files_hold_the_rows_in_order_and_ranks_read_their_shares(world, tmp_pat
 
     def work(rank):
         feature_files.dump(
-            args, ("a", "b", "c"), *(tuple(x[rank::world] for x in split) for split in (train, val))
+            args,
+            ("a", "b", "c"),
+            *(tuple(x[rank::world_size] for x in split) for split in (train, val)),
         )
         return feature_files.load(args, CPU)
 
-    for rank, (*splits, classes) in enumerate(on_ranks(world, work, monkeypatch)):
+    for rank, (*splits, classes) in enumerate(on_ranks(world_size, work, monkeypatch)):
         assert classes == ("a", "b", "c")
         for found, split in zip(splits, (train, val), strict=True):
             assert all(
-                torch.equal(one, x[rank::world]) for one, x in zip(found, split, strict=True)
+                torch.equal(one, x[rank::world_size]) for one, x in zip(found, split, strict=True)
             )
     for name, (rows, labels) in (("train", train), ("val", val)):
         assert np.array_equal(np.load(tmp_path / f"{name}_features.npy"), rows.numpy())

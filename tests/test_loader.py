@@ -27,9 +27,9 @@ CPU = torch.device("cpu")
 RECIPE = recipe("mocov2", 32)
 
 
-def set_rank(monkeypatch, rank, world):
+def set_rank(monkeypatch, rank, world_size):
     monkeypatch.setattr(distributed, "rank", lambda: rank)
-    monkeypatch.setattr(distributed, "world", lambda: world)
+    monkeypatch.setattr(distributed, "world_size", lambda: world_size)
 
 
 @pytest.fixture(scope="module")
@@ -183,21 +183,21 @@ def test_another_seed_gives_another_order():
 @pytest.mark.parametrize("accumulation", [1, 3])
 def test_ranks_share_the_batches_of_one_process(monkeypatch, accumulation):
     alone = list(train_order(103, 8, accumulation, 0, 2, seed=4))
-    for world in (1, 2, 4):
+    for world_size in (1, 2, 4):
         parts = []
-        for rank in range(world):
-            set_rank(monkeypatch, rank, world)
-            parts.append(list(train_order(103, 8 // world, accumulation, 0, 2, seed=4)))
+        for rank in range(world_size):
+            set_rank(monkeypatch, rank, world_size)
+            parts.append(list(train_order(103, 8 // world_size, accumulation, 0, 2, seed=4)))
         for whole, *shares in zip(alone, *parts, strict=True):
             together = [place for share in shares for place in share]
-            assert {len(share) for share in shares} == {8 // world}
+            assert {len(share) for share in shares} == {8 // world_size}
             assert len(set(together)) == 8
             assert set(together) == set(whole)
 
 
 def test_a_later_start_goes_on_with_the_same_order(monkeypatch):
-    for rank, world in ((0, 1), (1, 2)):
-        set_rank(monkeypatch, rank, world)
+    for rank, world_size in ((0, 1), (1, 2)):
+        set_rank(monkeypatch, rank, world_size)
         whole, later = (train_order(50, 8, 1, start, 5, seed=1) for start in (0, 2))
         assert list(later) == list(whole)[2 * len(whole) // 5 :]
         assert len(later) == len(list(later)) == 3 * len(whole) // 5
@@ -218,13 +218,13 @@ def test_steps_before_epoch_0_are_the_last_of_the_epochs_before_it(accumulation)
 
 
 @pytest.mark.parametrize(
-    ("n", "accumulation", "world", "expected"),
+    ("n", "accumulation", "world_size", "expected"),
     [(103, 1, 1, 12), (103, 5, 1, 10), (103, 2, 2, 6), (103, 3, 4, 3), (30, 4, 1, 0)],
 )
 def test_what_does_not_fill_an_accumulated_step_is_left_out(
-    monkeypatch, n, accumulation, world, expected
+    monkeypatch, n, accumulation, world_size, expected
 ):
-    set_rank(monkeypatch, 0, world)
+    set_rank(monkeypatch, 0, world_size)
     order = train_order(n, 8, accumulation, 0, 2, seed=0)
     all_batches = list(order)
     assert len(order) == len(all_batches) == 2 * expected
@@ -235,11 +235,11 @@ def test_what_does_not_fill_an_accumulated_step_is_left_out(
 
 
 @pytest.mark.parametrize("n", [0, 1, 10, 24])
-@pytest.mark.parametrize("world", [1, 2, 3, 4])
-def test_evaluation_covers_each_index_once_over_the_ranks(monkeypatch, n, world):
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_evaluation_covers_each_index_once_over_the_ranks(monkeypatch, n, world_size):
     seen = []
-    for rank in range(world):
-        set_rank(monkeypatch, rank, world)
+    for rank in range(world_size):
+        set_rank(monkeypatch, rank, world_size)
         order = EvalOrder(n, 3)
         assert len(list(order)) == len(order)
         assert all(1 <= len(batch) <= 3 for batch in order)

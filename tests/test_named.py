@@ -440,7 +440,7 @@ def test_a_tree_in_the_published_format_is_read_as_published(name, root):
         assert isinstance(
             images, ImageArray if name in ARRAYS else ImageFolder
         ) and images.classes == tuple(classes)
-        assert images.labels.dtype == np.int64 and images.many == (name == "voc2007")
+        assert images.labels.dtype == np.int64 and images.multi_label == (name == "voc2007")
         assert name not in ARRAYS or images.pixels.flags.c_contiguous
     assert not {number for number, _ in splits[0]} & {number for number, _ in splits[1]}
     check(name, str(root), download=False)

@@ -582,7 +582,7 @@ def test_batch_norm_groups_may_differ_among_several_processes(monkeypatch):
     )
     with pytest.raises(InputError, match="--bn-splits is 8, and was 4"):
         resume.check_unchanged(args, saved, 8)
-    monkeypatch.setattr(resume.distributed, "world", lambda: 2)
+    monkeypatch.setattr(resume.distributed, "world_size", lambda: 2)
     resume.check_unchanged(args, saved, 8)
 
 

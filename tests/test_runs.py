@@ -526,7 +526,7 @@ def test_a_rank_without_an_image_counts_as_nothing(shared_images, monkeypatch, h
     val = folders.scan(shared_images, "val")
     args = Namespace(image_size=32, batch_size=8, batch_per_process=8, workers=0, amp="off")
     monkeypatch.setattr(distributed, "rank", lambda: len(val))
-    monkeypatch.setattr(distributed, "world", lambda: len(val) + 1)
+    monkeypatch.setattr(distributed, "world_size", lambda: len(val) + 1)
     others = torch.zeros(2 * heads + 1, 3, dtype=torch.long)
     others[:heads], others[heads:-1], others[-1] = (
         torch.tensor([2, 0, 0]),

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from moco.loss.contrastive import info_nce, unit
+from moco.loss.contrastive import info_nce, normalize
 from moco.loss.synthetic import Synthetic, draw, hardest, similarities
 
 T = 0.2
@@ -23,7 +23,7 @@ def batch(sizes, seed, zeros=False, dtype=torch.float64):
     bank = torch.randn(rows, dim, generator=generator, dtype=torch.float64)
     if zeros:
         q[:, ::3] = 0
-    return unit(q).to(dtype).requires_grad_(), unit(bank).to(dtype)
+    return normalize(q).to(dtype).requires_grad_(), normalize(bank).to(dtype)
 
 
 def kind_of(counts, sizes, size=0.01):
@@ -59,7 +59,7 @@ def explicit_negatives(q, bank, hard, kind, draws):
 
 
 def loss_and_gradient(q, queue_similarity, synthetic_similarity):
-    key = unit(q.detach().roll(1, 1) + q.detach())
+    key = normalize(q.detach().roll(1, 1) + q.detach())
     positive = (q * key).sum(1)
     loss = info_nce(positive, [queue_similarity, synthetic_similarity], T)
     return loss.detach(), torch.autograd.grad(loss, q)[0]

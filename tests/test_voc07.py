@@ -78,7 +78,7 @@ def test_each_class_has_the_cost_of_the_best_cross_validated_precision(kind, see
         assert len(set(precision)) == len(COSTS)
         assert cost == COSTS[int(np.argmax(precision))]
         mine = voc.cross_validated(
-            voc.unit(x),
+            voc.normalize(x),
             np.flatnonzero(known),
             labels[known, c],
             voc.folds(labels[known, c], seed),
@@ -86,8 +86,8 @@ def test_each_class_has_the_cost_of_the_best_cross_validated_precision(kind, see
             kind,
         )
         assert mine == pytest.approx(precision[2], abs=1e-3)
-        alone = voc.fit(voc.unit(x)[known], labels[known, c], kind, cost).decision_function(
-            voc.unit(test)
+        alone = voc.fit(voc.normalize(x)[known], labels[known, c], kind, cost).decision_function(
+            voc.normalize(test)
         )
         assert np.array_equal(scores[:, c], alone)
 
@@ -103,7 +103,7 @@ def test_of_costs_that_are_as_good_the_middle_one_is_taken():
 def test_a_classifier_minimises_its_objective(kind, cost):
     """The gradient vanishes; positives count twice in an SVM, whose bias is a weight like others."""
     x, labels, *_ = features()
-    x, y = voc.unit(x), (labels[:, 0] == 1).astype(int)
+    x, y = voc.normalize(x), (labels[:, 0] == 1).astype(int)
     classifier = voc.fit(x, y, kind, cost)
     weight, bias = classifier.coef_[0], classifier.intercept_[0]
     sign, score = 2 * y - 1, x @ weight + bias

@@ -81,7 +81,7 @@ def test_settings_and_numbers_next_to_tensors_are_read(tmp_path, monkeypatch):
             {"a": [3]},
         )
         assert found["settings"] == {"depth": 18, "kind": {"a": 1}} and found["args"].out == "a/b"
-        facts = metadata.about(found)
+        facts = metadata.read_metadata(found)
         assert (
             facts.options["image_size"] == 96 and facts.options["inner"].x == 1 and facts.epoch == 7
         )
@@ -330,7 +330,7 @@ def test_an_export_says_what_it_is(encoder, script, shared_images, tmp_path):
     net, file = encoder
     copy = Path(shutil.copy(file, tmp_path / "x.bin"))
     for path in (file, copy):
-        facts = metadata.about(checkpoint.load(str(path)))
+        facts = metadata.read_metadata(checkpoint.load(str(path)))
         assert facts[:3] == ("resnet18", "moco", 5) and facts.image_size == 32
         assert (facts.mean, facts.std) == (list(MEAN), list(STD))
         hubbed = torch.hub.load(str(ROOT), "encoder", str(path), source="local")
@@ -352,7 +352,7 @@ def test_safetensors_of_other_software(encoder, tmp_path):
     for header in (None, {"format": "pt"}, {"arch": "x"}):
         save_file(tensors, tmp_path / "x.safetensors", header)
         state = checkpoint.load(str(tmp_path / "x.safetensors"))
-        assert metadata.about(state) == (None, "unknown", None, {}, None, None, None, None)
+        assert metadata.read_metadata(state) == (None, "unknown", None, {}, None, None, None, None)
         mine = networks.create("resnet18", 3, 32)
         assert pretrained.load_backbone(mine, pretrained.tensors_of(mine, state), "x") == 120
 

@@ -126,8 +126,10 @@ def sample(dataset: str, data: str, class_list: str | None, images: int, seed: i
     )
     one_each = [np.flatnonzero(points.labels == label)[:QUERIES] for label in classes]
     turns = [places[turn] for turn in range(QUERIES) for places in one_each if turn < len(places)]
-    spread = min(len(turns), max(QUERIES, sum(len(places) > 0 for places in one_each)))
-    chosen = np.linspace(0, spread - 1, min(QUERIES, spread)).round().astype(int)
+    feature_statistics = min(len(turns), max(QUERIES, sum(len(places) > 0 for places in one_each)))
+    chosen = (
+        np.linspace(0, feature_statistics - 1, min(QUERIES, feature_statistics)).round().astype(int)
+    )
     return Sample(bank, points, np.array(turns)[chosen], len(there))
 
 
@@ -167,7 +169,7 @@ def random_encoder(run: Run, seed: int) -> nn.Module:
 
 def seen_by(net: nn.Module, images: Images, run: Run) -> Tensor:
     """Unit features [N, D] of `images`, on the CPU. Raises InputError where the encoder diverged, or an image cannot be read."""
-    many, cores = (
+    multi_label, cores = (
         len(images) > 512,
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
     )
@@ -175,7 +177,7 @@ def seen_by(net: nn.Module, images: Images, run: Run) -> Tensor:
         "batch_size": 64,
         "batch_per_process": 64,
         "amp": "off",
-        "workers": min(8, cores) if many else 0,
+        "workers": min(8, cores) if multi_label else 0,
     }
     args = Namespace(**vars(options(run, _NEEDED)) | small | {"host_features": True})
     try:

@@ -214,7 +214,7 @@ def smooth(y: np.ndarray) -> np.ndarray:
     return y
 
 
-def _finish(axis, panel: Panel, label: str, unit: str) -> None:
+def _finish(axis, panel: Panel, label: str, normalize: str) -> None:
     for level, says in panel.levels.items():
         axis.axhline(level, color="#b22222", linewidth=1, linestyle="--")
         axis.text(
@@ -232,7 +232,7 @@ def _finish(axis, panel: Panel, label: str, unit: str) -> None:
         axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axis.yaxis.set_minor_formatter(NullFormatter())
-    axis.set_xlabel(unit, fontsize=9, color=INK)
+    axis.set_xlabel(normalize, fontsize=9, color=INK)
     plain([axis.set_ylabel("?", fontsize=9, color=INK)], [printable(label)])
     axis.tick_params(labelsize=8, colors=INK)
     axis.grid(alpha=0.25)

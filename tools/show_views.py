@@ -58,7 +58,11 @@ def draw(args: argparse.Namespace) -> None:
     check_new(args.out, args.force)
     images = find(args.data)
     figure = views_figure(
-        images, spread(len(images), args.images), recipes.of_options(args), args.seed, args.draws
+        images,
+        feature_statistics(len(images), args.images),
+        recipes.of_options(args),
+        args.seed,
+        args.draws,
     )
     with creating(args.out, args.force) as file:
         figure.savefig(file, format="png")
@@ -233,7 +237,7 @@ def find(data: str) -> Images:
     return ImageFolder(folder, np.zeros(len(names), int), ("",), np.array(names))
 
 
-def spread(n: int, count: int) -> list[int]:
+def feature_statistics(n: int, count: int) -> list[int]:
     """`count` of n places, or all, from the first to the last at equal distances."""
     count = min(n, count)
     return [round(i * (n - 1) / max(1, count - 1)) for i in range(count)]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from moco import distributed
 from moco.builder.base import QueryAndKey
 from moco.loss.adversarial import add_bank_gradient, ascend, keys_and_bank_nce
-from moco.loss.contrastive import contrast_accuracy, spread, unit
+from moco.loss.contrastive import contrast_accuracy, feature_statistics, normalize
 from moco.rng import Progress
 
 
@@ -65,7 +65,7 @@ class AdCo(QueryAndKey):
             multi_crop,
         )
         self.images_before = K if fill else 0  # images that train before epoch 0
-        self.register_buffer("bank", unit(torch.randn(K, dim)))  # W [K, C]
+        self.register_buffer("bank", normalize(torch.randn(K, dim)))  # W [K, C]
         self.register_buffer("bank_velocity", torch.zeros(K, dim))
         self._progress, self._passes = Progress(), 0
         self._unit = self._gradient = torch.empty(
@@ -93,7 +93,7 @@ class AdCo(QueryAndKey):
         """
         pairs = self.pairs(len(views))
         q = {
-            view: unit(self.encoder_q(views[view]))
+            view: normalize(self.encoder_q(views[view]))
             for view in sorted({query for query, _ in pairs})
         }  # [B, C] each
         k = {
@@ -126,7 +126,7 @@ class AdCo(QueryAndKey):
             similarity = q @ bank.T  # [P B, K]
             positive = near.gather(1, label[:, None]).squeeze(1)
             metrics = contrast_accuracy(positive, near, similarity)
-            metrics |= spread(pairs[0][0], positive[:B], similarity[:B].amax(1))
+            metrics |= feature_statistics(pairs[0][0], positive[:B], similarity[:B].amax(1))
             if self._progress.step >= 0:
                 add_bank_gradient(
                     self._gradient, q, near, bank, length, similarity, self.ascent.T, scale
@@ -142,7 +142,7 @@ class AdCo(QueryAndKey):
             self._fill()
             return
         gradient = distributed.all_reduce_sum(self._gradient).div_(
-            self._passes * distributed.world()
+            self._passes * distributed.world_size()
         )
         ascent = self.ascent
         share = (

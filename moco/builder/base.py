@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from moco import distributed
 from moco.builder.batch_norm import split_batch_norm
-from moco.loss.contrastive import unit
+from moco.loss.contrastive import normalize
 from moco.rng import SHUFFLE, Progress
 
 
@@ -61,7 +61,7 @@ class QueryAndKey(MovingAverage):
         bn_splits_query: bool = False,
     ):
         super().__init__(encoder, m)
-        if distributed.world() == 1:
+        if distributed.world_size() == 1:
             for net in (self.encoder_k, self.encoder_q)[: 1 + bn_splits_query]:
                 split_batch_norm(net, bn_splits)
 
@@ -74,9 +74,9 @@ class QueryAndKey(MovingAverage):
         instead. Give each view other `counters`, so that their permutations differ.
         """
         generator = progress.generator(SHUFFLE, "cpu", *counters)
-        permutation = torch.randperm(distributed.world() * len(images), generator=generator)
+        permutation = torch.randperm(distributed.world_size() * len(images), generator=generator)
         return distributed.unshuffle(
-            unit(self.encoder_k(distributed.shuffle(images, permutation))), permutation
+            normalize(self.encoder_k(distributed.shuffle(images, permutation))), permutation
         )
 
 
@@ -143,10 +143,10 @@ class OnlineAndTarget(nn.Module, ABC):
         """
         self._progress = progress
         p = [
-            unit(self.predictor(self.projector(self.encoder(view)))) for view in views
+            normalize(self.predictor(self.projector(self.encoder(view)))) for view in views
         ]  # [B, C] each
         with torch.no_grad():
-            k = [unit(self.projector_k(self.encoder_k(view))) for view in views]
+            k = [normalize(self.projector_k(self.encoder_k(view))) for view in views]
         with torch.autocast(p[0].device.type, enabled=False):
             return self.contrast(p, k, progress)
 

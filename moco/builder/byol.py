@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from moco.builder.base import OnlineAndTarget
-from moco.loss.contrastive import spread
+from moco.loss.contrastive import feature_statistics
 from moco.rng import Progress
 
 
@@ -18,5 +18,5 @@ class BYOL(OnlineAndTarget):
         cosine = torch.cat([(p[0] * k[1]).sum(1), (p[1] * k[0]).sum(1)])
         return 2 - 2 * cosine.mean(), {
             "cosine": cosine.detach().mean(),
-            **spread(torch.cat(p), cosine),
+            **feature_statistics(torch.cat(p), cosine),
         }

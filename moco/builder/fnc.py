@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from moco import devices, distributed
 from moco.builder.base import MovingAverage, enqueue
-from moco.loss.contrastive import spread, unit
+from moco.loss.contrastive import feature_statistics, normalize
 from moco.loss.false_negatives import Cancellation, cancelled_nt_xent, find
 from moco.rng import Progress
 
@@ -45,7 +45,7 @@ class FNC(MovingAverage):
         if not rows:
             self.encoder_k = None
             return
-        self.register_buffer("memory", unit(torch.randn(rows, dim)))  # M [R, C]
+        self.register_buffer("memory", normalize(torch.randn(rows, dim)))  # M [R, C]
         self.register_buffer(
             "memory_index", torch.full((rows,), -1)
         )  # whose features they are, as places in the data set
@@ -61,11 +61,11 @@ class FNC(MovingAverage):
             index: each sample's place in the data set, [B].
             progress: unused.
         """
-        z = torch.stack([unit(self.encoder_q(view)) for view in views])  # [V, B, C]
+        z = torch.stack([normalize(self.encoder_q(view)) for view in views])  # [V, B, C]
         keys = z
         if self.rows:
             with torch.no_grad():
-                keys = torch.stack([unit(self.encoder_k(view)) for view in views])
+                keys = torch.stack([normalize(self.encoder_k(view)) for view in views])
         with torch.autocast(z.device.type, enabled=False):
             return self.contrast(z, keys, index)
 
@@ -84,7 +84,7 @@ class FNC(MovingAverage):
         )
         metrics: dict[str, Metric] = {
             "acc1": nearest,
-            **spread(z[0], (z[0] * keys[1]).sum(1)),
+            **feature_statistics(z[0], (z[0] * keys[1]).sum(1)),
             "hardness": hardness,
         }
         if self.how.mode != "off":

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from moco import distributed
 from moco.builder.base import OnlineAndTarget, enqueue
-from moco.loss.contrastive import bank_info_nce, contrast_accuracy, spread, unit
+from moco.loss.contrastive import bank_info_nce, contrast_accuracy, feature_statistics, normalize
 from moco.loss.synthetic import Mixture, Synthetic, draw, hardest, mix
 from moco.rng import NEGATIVES, Progress
 
@@ -41,7 +41,7 @@ class MoBY(OnlineAndTarget):
         self.T, self.kind, self.epochs = T, kind, range(first, last)
         for view in (1, 2):
             self.register_buffer(
-                f"queue{view}", unit(torch.randn(K, dim))
+                f"queue{view}", normalize(torch.randn(K, dim))
             )  # [K, C], of this view's keys
         self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.long))
         self._new_keys: list[list[Tensor]] = []
@@ -64,7 +64,7 @@ class MoBY(OnlineAndTarget):
             mixture = self.synthetic(q, queue, similarity, progress, counter)
             metrics = {
                 **contrast_accuracy(positive, similarity),
-                **spread(q, positive, similarity.amax(1)),
+                **feature_statistics(q, positive, similarity.amax(1)),
             }
         return bank_info_nce(q, positive, queue, similarity, self.T, mixture), metrics
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from moco import distributed
 from moco.builder.base import QueryAndKey, enqueue
-from moco.loss.contrastive import bank_info_nce, contrast_accuracy, spread, unit
+from moco.loss.contrastive import bank_info_nce, contrast_accuracy, feature_statistics, normalize
 from moco.loss.synthetic import Mixture, hardest
 from moco.rng import Progress
 
@@ -37,7 +37,7 @@ class MoCo(QueryAndKey):
     ):
         super().__init__(encoder, m, bn_splits, bn_splits_query)
         self.K, self.T, self.symmetric = K, T, symmetric
-        self.register_buffer("queue", unit(torch.randn(K, dim)))  # [K, C]
+        self.register_buffer("queue", normalize(torch.randn(K, dim)))  # [K, C]
         self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.long))
         self._new_keys: list[Tensor] = []
 
@@ -54,7 +54,7 @@ class MoCo(QueryAndKey):
         pairs = [(0, 1), (1, 0)] if self.symmetric else [(0, 1)]  # query view, key view
         found, keys = [], {}
         for direction, (query, key) in enumerate(pairs):
-            q = unit(self.encoder_q(views[query]))  # [B, C]
+            q = normalize(self.encoder_q(views[query]))  # [B, C]
             keys[key] = k = self.keys(views[key], progress, *[direction] * direction)  # [W B, C]
             own = k[distributed.rank() * len(q) :][: len(q)]
             with torch.autocast(q.device.type, enabled=False):
@@ -78,7 +78,10 @@ class MoCo(QueryAndKey):
             similarity = q @ self.queue.T  # [B, K]
             hard, mixture = self.negatives(q, similarity, progress, direction)
             nearest = similarity.gather(1, hard[:, :5])
-            metrics = {**contrast_accuracy(positive, nearest), **spread(q, positive, nearest[:, 0])}
+            metrics = {
+                **contrast_accuracy(positive, nearest),
+                **feature_statistics(q, positive, nearest[:, 0]),
+            }
         return bank_info_nce(q, positive, self.queue, similarity, self.T, mixture), metrics
 
     def negatives(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from moco import distributed
-from moco.loss.contrastive import contrast_accuracy, spread, unit
+from moco.loss.contrastive import contrast_accuracy, feature_statistics, normalize
 from moco.loss.global_contrastive import Pairs, compare, dynamic_loss, nt_xent
 from moco.rng import Progress
 
@@ -52,7 +52,7 @@ class SogCLR(nn.Module):
             index: each sample's place in the data set, [B] in [0, N).
             progress: unused.
         """
-        z = torch.stack([unit(self.base_encoder(view)) for view in views])  # [2, B, C]
+        z = torch.stack([normalize(self.base_encoder(view)) for view in views])  # [2, B, C]
         with torch.autocast(z.device.type, enabled=False):
             return self.contrast(z, index)
 
@@ -79,4 +79,4 @@ def contrast_metrics(z: Tensor, pairs: Pairs) -> dict[str, Tensor]:
     """`contrast_accuracy` of either view's anchors z [2, B, C] among their negatives, and the first view's `spread`."""
     others = pairs.others.masked_fill(pairs.own, -torch.inf)
     accuracy = contrast_accuracy(pairs.positive.flatten(), others.flatten(0, 1))
-    return {**accuracy, **spread(z[0], pairs.positive[0], others[0].amax(1))}
+    return {**accuracy, **feature_statistics(z[0], pairs.positive[0], others[0].amax(1))}

@@ -10,7 +10,7 @@ from moco import user
 from moco.augment import recipes
 from moco.cli.folders import output_folder, writable
 from moco.cli.parser import Options, Parser
-from moco.distributed import say
+from moco.distributed import print_rank0
 from moco.encoder.networks import check_arch
 from moco.engine import precision, resume, run_folder
 from moco.errors import InputError, of_file
@@ -62,7 +62,7 @@ def main(parser: Parser, check: Callable[[Options], None], worker: launch.Worker
             f"runs/{args.script}-{args.arch}-%Y%m%d-%H%M%S"
         )
         for note in notes:
-            say(note)
+            print_rank0(note)
         launch.launch(functools.partial(_in_own_folder, worker, continues, named), args)
     except InputError as error:
         parser.refuse(error)

@@ -539,7 +539,7 @@ def add_momentum_encoder(parser: Parser, t: float, v2: bool) -> None:
     )
     shuffled = "it is for a run of one process, and this run has several; leave it out"
     parser.has_effect(
-        "bn_splits bn_splits_query", lambda args: processes.plan(args).world == 1, shuffled
+        "bn_splits bn_splits_query", lambda args: processes.plan(args).world_size == 1, shuffled
     )
     one = "--bn-splits 1 makes one group; leave out one of them"
     parser.has_effect("bn_splits_query", lambda args: args.bn_splits > 1, one)

@@ -41,7 +41,7 @@ def load(args: Namespace, *sets: Images | None) -> list[Images | None]:
     folders = [one for one in folders if not isinstance(one, CachedFolder)]
     if args.cache_images == "off" or not folders:
         return list(sets)
-    ranks = max(1, distributed.world() // args.nodes)  # of this node
+    ranks = max(1, distributed.world_size() // args.nodes)  # of this node
     threads = max(1, min(THREADS, max(4, os.cpu_count() or 1) // ranks))
     with ThreadPoolExecutor(threads) as pool, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # for all threads: they share the filters
@@ -79,7 +79,7 @@ def _limit(mode: str, needed: int, free: int, ranks: int) -> int:
         line = f"images stay in memory: {line}"
     else:
         line = f"images are read from their files in every epoch: {line}"
-    if distributed.is_first():
+    if distributed.speaks_for_run():
         tqdm.write(f"{line} (--cache-images {mode})")
         sys.stdout.flush()
     return limit
@@ -91,9 +91,9 @@ def _gib(size: int) -> str:
 
 def _agreed(needed: list[int], free: int) -> tuple[list[int], int]:
     """Return rank 0's `needed` and the least `free` of all ranks, so that all decide the same."""
-    if distributed.world() == 1:
+    if distributed.world_size() == 1:
         return needed, free
-    found: list[tuple[list[int], int]] = [([], 0)] * distributed.world()
+    found: list[tuple[list[int], int]] = [([], 0)] * distributed.world_size()
     dist.all_gather_object(found, (needed, free))
     return found[0][0], min(free for _, free in found)
 

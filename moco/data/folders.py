@@ -131,12 +131,12 @@ def scan(root: Path, split: str, classes: tuple[str, ...] = ()) -> ImageFolder:
 
 def agreed(images: Images) -> Images:
     """Return `images`. Raises InputError, on every rank, if the ranks have found different ones."""
-    if distributed.world() == 1:
+    if distributed.world_size() == 1:
         return images
     content = images.paths if isinstance(images, ImageFolder) else images.labels
     names = repr((images.classes, images.labels.shape)).encode()
     digest = hashlib.sha256(names + images.labels.tobytes() + content.tobytes()).hexdigest()
-    found: list[tuple[int, str]] = [(0, "")] * distributed.world()
+    found: list[tuple[int, str]] = [(0, "")] * distributed.world_size()
     dist.all_gather_object(found, (len(images), digest))
     other = next((rank for rank, one in enumerate(found) if one != found[0]), None)
     if other is not None:
@@ -291,5 +291,5 @@ def _tell_of_others(
 
 @functools.cache  # val/ is listed again by each k-NN test
 def _print_once(message: str) -> None:
-    if distributed.is_first():
+    if distributed.speaks_for_run():
         tqdm.write(message, file=sys.stderr)

@@ -77,7 +77,7 @@ class Images:
         raise NotImplementedError
 
     @property
-    def many(self) -> bool:
+    def multi_label(self) -> bool:
         """Whether an image can show several classes."""
         return self.labels.ndim == 2
 

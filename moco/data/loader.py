@@ -172,13 +172,13 @@ class TrainOrder(Sampler):
             start,
             stop,
         )
-        self.steps_per_epoch = n // (batch * distributed.world() * accumulation)
+        self.steps_per_epoch = n // (batch * distributed.world_size() * accumulation)
 
     def __len__(self) -> int:
         return (self.stop - self.start) * self.accumulation
 
     def __iter__(self) -> Iterator[list[Place]]:
-        shape = (self.steps_per_epoch, self.accumulation, distributed.world(), self.batch)
+        shape = (self.steps_per_epoch, self.accumulation, distributed.world_size(), self.batch)
         order_of = None
         for step in range(self.start, self.stop):
             epoch, place = divmod(step, self.steps_per_epoch)
@@ -198,7 +198,7 @@ class EvalOrder(Sampler):
     """Batches of (0, index) over every W-th image from this rank's on: each image once over all ranks, none twice."""
 
     def __init__(self, n: int, batch: int):
-        self.places = [(0, i) for i in range(distributed.rank(), n, distributed.world())]
+        self.places = [(0, i) for i in range(distributed.rank(), n, distributed.world_size())]
         self.batch = batch
 
     def __len__(self) -> int:

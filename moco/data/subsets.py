@@ -45,7 +45,7 @@ def sample(images: Images, fraction: float, seed: int) -> Images:
 def by_class(images: Images, seed: int) -> list[np.ndarray]:
     """The places of each class's images in random order; where an image can show several classes, one list of all."""
     order = torch.randperm(len(images), generator=rng.generator("cpu", rng.SPLIT, seed)).numpy()
-    if images.many:
+    if images.multi_label:
         return [order]
     order = order[images.labels[order].argsort(kind="stable")]
     starts = np.bincount(images.labels, minlength=len(images.classes)).cumsum()[:-1]
@@ -59,7 +59,7 @@ def of_classes(images: Images, file: str | None) -> Images:
     """The images of the classes that `file` names (all without one), labelled by their places among these, in their old order."""
     if file is None:
         return images
-    if images.many:
+    if images.multi_label:
         raise InputError(
             f"--class-list: cannot be used with {images.root}, whose images show several classes each"
         )

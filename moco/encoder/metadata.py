@@ -16,7 +16,7 @@ def is_count(value: object) -> bool:
 LARGEST_IMAGE = 1 << 14  # pixels; a larger size in a file is ignored
 
 
-class About(NamedTuple):
+class Metadata(NamedTuple):
     """Facts about the encoder in a checkpoint of any origin. One of another type counts as absent."""
 
     arch: str | None
@@ -29,7 +29,7 @@ class About(NamedTuple):
     std: list[float] | None = None
 
 
-def about(state: State) -> About:
+def read_metadata(state: State) -> Metadata:
     """See `About`."""
     arch, method, epoch, options = (state.get(key) for key in ("arch", "method", "epoch", "args"))
     options = (
@@ -45,7 +45,7 @@ def about(state: State) -> About:
         if isinstance(encoder, str):
             frozen = options.get("weights") == "freeze"
             method = encoder if frozen else f"{encoder}, fine-tuned"
-    return About(
+    return Metadata(
         arch if isinstance(arch, str) and arch else None,
         method if isinstance(method, str) else "unknown",
         epoch if is_count(epoch) else None,
@@ -56,7 +56,7 @@ def about(state: State) -> About:
     )
 
 
-def lacks_normalization(path: str, found: About) -> str:
+def lacks_normalization(path: str, found: Metadata) -> str:
     """Return a line that says that ImageNet's mean or std is used; "" if the file has both."""
     absent = " and ".join(name for name in ("mean", "std") if getattr(found, name) is None)
     verb = "are" if " and " in absent else "is"

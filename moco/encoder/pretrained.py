@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchvision import models
 
 from moco.config import MEAN, STD
-from moco.distributed import say
+from moco.distributed import print_rank0
 from moco.encoder import metadata, networks, timm_networks, weights
 from moco.encoder.networks import backbone_keys, classifier, head_name, set_head
 from moco.errors import InputError, short
@@ -58,25 +58,27 @@ def read(path: str, arch: str | None = None, image_size: int | None = None) -> E
     or one that does not fit the file.
     """
     state = weights.read(path)
-    about = metadata.about(state)
-    arch = arch or about.arch or "resnet50"
-    image_size = image_size or about.image_size or 224
+    facts = metadata.read_metadata(state)
+    arch = arch or facts.arch or "resnet50"
+    image_size = image_size or facts.image_size or 224
     net = networks.create(arch, 0, image_size)
     tensors = tensors_of(net, state)
     stem = stem_of(net, tensors)
     if stem != "imagenet":
         net = networks.create(arch, 0, image_size, stem=stem)
-    with naming_arch(path, about.arch, arch):
+    with naming_arch(path, facts.arch, arch):
         load_backbone(net, tensors, path)
     start = prefix(net, tensors)
     tables = {
         name: x for name, x in net.state_dict().items() if "pos" in name and start + name in tensors
     }
     resized = [name for name, x in tables.items() if tensors[start + name].shape != x.shape]
-    if line := metadata.lacks_normalization(path, about):
-        say(line)
-    facts = (about.method, about.epoch, stem, about.mean or list(MEAN), about.std or list(STD))
-    return Encoder(net.eval(), arch, image_size, *facts, resized)
+    if line := metadata.lacks_normalization(path, facts):
+        print_rank0(line)
+    mean, std = facts.mean or list(MEAN), facts.std or list(STD)
+    return Encoder(
+        net.eval(), arch, image_size, facts.method, facts.epoch, stem, mean, std, resized
+    )
 
 
 def load_backbone(net: nn.Module, tensors: dict[str, Tensor], source: str) -> int:

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moco.distributed import say
-from moco.encoder.metadata import CLASSIFIERS, about, is_count
+from moco.distributed import print_rank0
+from moco.encoder.metadata import CLASSIFIERS, is_count, read_metadata
 from moco.encoder.pretrained import finite, fits
 from moco.encoder.weights import read
 from moco.errors import InputError, short
@@ -102,7 +102,7 @@ def begin(folder: Path, resumed: str | None) -> None:
     for path in [*numbered(folder, True), *numbered(folder, False)]:
         if _how_far(path) > _how_far(start):
             path.replace(path.with_name(f"{path.name}.damaged"))
-            say(f"{path.name} is damaged: renamed to {path.name}.damaged")
+            print_rank0(f"{path.name} is damaged: renamed to {path.name}.damaged")
 
 
 def newest(folder: str) -> str | None:
@@ -116,7 +116,7 @@ def newest(folder: str) -> str | None:
         log = Path(folder, "log.jsonl")
         logged = log.exists() and log.stat().st_size
         begins = "begins anew, and its log with it" if logged else "begins"
-        say(f"--resume auto: no checkpoint in {folder} yet; the run {begins}")
+        print_rank0(f"--resume auto: no checkpoint in {folder} yet; the run {begins}")
         return None
     for path in files:
         try:
@@ -125,7 +125,7 @@ def newest(folder: str) -> str | None:
         except Unreadable as error:
             raise Unreadable(f"--resume auto: {error}") from None
         except InputError as error:
-            say(f"--resume auto: skipped: {error}")
+            print_rank0(f"--resume auto: skipped: {error}")
     raise InputError(
         f"--resume auto: no checkpoint in {folder} can be read; choose another --save-dir to begin a new run"
     )
@@ -167,7 +167,7 @@ _UNKNOWN = "the script that saved it"
 
 def _script(state: State) -> str:
     """Return the script that saved a checkpoint, such as main_synco.py."""
-    script = about(state).options.get("script")
+    script = read_metadata(state).options.get("script")
     return f"main_{short(script)}.py" if isinstance(script, str) else _UNKNOWN
 
 

@@ -51,13 +51,13 @@ def extract(
     images: Images,
     args: Namespace,
     device: torch.device,
-    unit: bool = True,
+    unit_norm: bool = True,
     of: Callable[[nn.Module, Tensor], Tensor] = networks.features,
     unreadable: list[tuple[int, str]] | None = None,
 ) -> Features:
     """Return the features of this rank's share of `images`, and their labels, in eval mode.
 
-    `of(net, batch)` computes the features: by default those of the backbone. With `unit` they are
+    `of(net, batch)` computes the features: by default those of the backbone. With `unit_norm` they are
     normalized to norm 1. `unreadable` is that of `test_batches`.
 
     The labels are on `device`, and so are the features, unless `args.host_features` keeps them in the host's memory. There is
@@ -65,14 +65,16 @@ def extract(
     """
     was_training = net.training
     net.eval()
-    labels = torch.tensor(images.labels[distributed.rank() :: distributed.world()], device=device)
+    labels = torch.tensor(
+        images.labels[distributed.rank() :: distributed.world_size()], device=device
+    )
     rows, done = None, 0
     for batch, label in test_batches(images, args, device, unreadable):
         with autocast(args.amp, device):
             x = of(net, batch)
         if rows is None:
             rows = torch.empty(len(labels), x.shape[1], device=feature_device(args, device))
-        rows[done : done + len(x)] = F.normalize(x.float(), dim=1) if unit else x
+        rows[done : done + len(x)] = F.normalize(x.float(), dim=1) if unit_norm else x
         labels[done : done + len(x)] = label  # these move up where an image is left out
         done += len(x)
     rows, labels = rows if rows is None else rows[:done], labels[:done]
@@ -96,7 +98,7 @@ def feature_device(args: Namespace, device: torch.device) -> torch.device:
 def in_order(x: Tensor) -> Tensor:
     """The rows of every rank's share of a split (every W-th), as the split has them."""
     whole = distributed.all_gather_uneven(x)
-    ranks = distributed.world()
+    ranks = distributed.world_size()
     places = torch.cat([torch.arange(rank, len(whole), ranks) for rank in range(ranks)])
     return whole[places.argsort().to(whole.device)]
 
@@ -163,7 +165,7 @@ def nearest(bank: Tensor, bank_labels: Tensor, queries: Tensor, k: int) -> Featu
 
 def _of_all_ranks(similarity: Tensor, label: Tensor, k: int) -> Features:
     """The best k of what every rank found: each rank's best k hold the best k of all."""
-    if distributed.world() == 1:
+    if distributed.world_size() == 1:
         return similarity, label
     similarity = distributed.all_gather_uneven(similarity.T.contiguous()).T
     label = distributed.all_gather_uneven(label.T.contiguous()).T

@@ -16,7 +16,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from moco import devices, distributed
-from moco.distributed import say
+from moco.distributed import print_rank0
 from moco.errors import InputError
 from moco.files import replacing, to_json
 
@@ -87,7 +87,7 @@ class RunLog:
     def __init__(self, args: Namespace, steps: int, start: int = 0, device: torch.device = CPU):
         self.steps, self.start, self.device = steps, start, device
         self.images_per_step = (
-            args.batch_per_process * distributed.world() * args.accumulation_steps
+            args.batch_per_process * distributed.world_size() * args.accumulation_steps
         )
         self.began = self.marked = time.perf_counter()
         self.marked_step, self.waited, self.first = start, 0.0, True
@@ -130,7 +130,7 @@ class RunLog:
             torch.get_device_module(self.device).synchronize()
             took = time.perf_counter() - self.began
             whole = clock(took * (self.steps - self.start))
-            say(
+            print_rank0(
                 f"first step took {took:.1f} s, of which {self.waited:.1f} s for data; at this pace {whole} for the run"
             )
         if self.bar is not None:
@@ -170,7 +170,7 @@ class RunLog:
         left = (now - self.began) / max(1, step - self.start) * (self.steps - step)
         facts = [f"epoch {epoch}", f"step {step}/{self.steps}", *facts, f"left {clock(left)}"]
         width = shutil.get_terminal_size().columns - 3 if self.bar is not None else math.inf
-        say("\n  ".join(fold(facts, width)))
+        print_rank0("\n  ".join(fold(facts, width)))
 
     def seconds(self) -> float:
         """Return how long the run has trained, earlier starts included."""

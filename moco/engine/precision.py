@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from moco import devices
-from moco.distributed import say
+from moco.distributed import print_rank0
 from moco.encoder.recompute import check_compiled_recomputation, recompute_blocks
 from moco.errors import InputError, short
 
@@ -27,7 +27,7 @@ def choose(args: Namespace) -> None:
     on_cpu = devices.chosen(args.device) == "cpu"
     if args.amp == "off" or not on_cpu or (args.amp == "bf16" and _multiplies_bf16()):
         return
-    say(f"--amp {args.amp} is slow on this CPU: this run computes in float32 (--amp off)")
+    print_rank0(f"--amp {args.amp} is slow on this CPU: this run computes in float32 (--amp off)")
     args.amp = "off"
 
 

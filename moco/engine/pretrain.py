@@ -15,7 +15,7 @@ from moco.augment import recipes
 from moco.builder.batch_norm import MIN_BN_GROUP, bn_groups
 from moco.data import folders, loader, registry, subsets
 from moco.data.images import Images
-from moco.distributed import say
+from moco.distributed import print_rank0
 from moco.encoder import networks, resnets
 from moco.engine import checkpoint, features, next_commands, precision
 from moco.engine.log import Metrics, clock
@@ -71,7 +71,9 @@ def train(args: Namespace, device: torch.device, build: Callable[[Images], nn.Mo
         )
     images = registry.training(args.dataset, args.data, args.class_list)
     if args.knn_every and args.knn_k > len(images):
-        say(f"--knn-k {args.knn_k}: the bank has {len(images)} images, and all of them vote")
+        print_rank0(
+            f"--knn-k {args.knn_k}: the bank has {len(images)} images, and all of them vote"
+        )
     torch.manual_seed(args.seed)
     method = build(images)
     Pretraining(
@@ -95,9 +97,9 @@ class Pretraining(Trainer):
         args = self.args
         asked, batch = getattr(args, "bn_splits", 1), args.batch_per_process
         used = bn_groups(asked, batch)
-        if distributed.world() == 1 and used < asked:
+        if distributed.world_size() == 1 and used < asked:
             groups = "1 group is" if used == 1 else f"{used} groups are"
-            say(
+            print_rank0(
                 f"--bn-splits {asked}: {groups} used, because each needs {MIN_BN_GROUP} images and a pass has {batch}"
             )
 
@@ -165,12 +167,12 @@ class Pretraining(Trainer):
         return regular or epoch in self.spared or epoch == self.best[1]
 
     def finished(self) -> None:
-        say(f"trained for {clock(self.seconds)}")
+        print_rank0(f"trained for {clock(self.seconds)}")
         saved = next(iter(checkpoint.found(self.args.save_dir)), None)
         if saved is not None and distributed.rank() == 0:
-            say(f"the last checkpoint is {saved}; what you can run next:")
+            print_rank0(f"the last checkpoint is {saved}; what you can run next:")
             for command in next_commands.commands(self.args, self.images.root, saved):
-                say(f"  {command}")
+                print_rank0(f"  {command}")
 
     def _knn(self) -> float:
         """Return the k-NN top-1 of the encoder on val/, against train/, in [0, 1].

@@ -5,7 +5,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from moco import distributed
-from moco.distributed import say
+from moco.distributed import print_rank0
 from moco.encoder import metadata
 from moco.engine import checkpoint
 from moco.errors import InputError, short
@@ -46,7 +46,7 @@ def start(args: Namespace) -> bool:
         own = _own_folder(Path(args.save_dir), args.script)
         args.resume = checkpoint.newest(str(own or args.save_dir)) if own else None
         if own is None:
-            say(f"--resume auto: no checkpoint in {args.save_dir} yet; the run begins")
+            print_rank0(f"--resume auto: no checkpoint in {args.save_dir} yet; the run begins")
         elif not tests:
             args.save_dir = str(own)
         return own is not None and not tests
@@ -71,9 +71,9 @@ def inherit(args: Namespace) -> None:
     The checkpoint is that of `--resume`. Without one the stem is ImageNet's.
     """
     if args.resume and None in (args.stem, args.mean, args.std):
-        about = metadata.about(checkpoint.load(args.resume))
+        facts = metadata.read_metadata(checkpoint.load(args.resume))
         for name in ("stem", "mean", "std"):
-            setattr(args, name, getattr(args, name) or getattr(about, name))
+            setattr(args, name, getattr(args, name) or getattr(facts, name))
     args.stem = args.stem or "imagenet"
 
 
@@ -121,7 +121,7 @@ def check_unchanged(args: Namespace, state: checkpoint.State, batch: int) -> Non
     if unknown := sorted(allowed - {_spelled(name) for name in vars(args)}):
         raise InputError(f"--allow-change {','.join(unknown)}: this script has no such option")
     unread = {"epochs"} if _open_ended(args) else set()
-    if distributed.world() > 1:
+    if distributed.world_size() > 1:
         unread |= {"bn_splits", "bn_splits_query"}
     compared = saved.keys() & vars(args).keys() - FREE - unread
     differences = {
@@ -135,7 +135,7 @@ def check_unchanged(args: Namespace, state: checkpoint.State, batch: int) -> Non
     refused = {name: pair for name, pair in differences.items() if name not in allowed}
     for name in sorted(differences.keys() & allowed):
         now, then = differences[name]
-        say(f"--allow-change {name}: {_shown(then)} until here, {_shown(now)} from here on")
+        print_rank0(f"--allow-change {name}: {_shown(then)} until here, {_shown(now)} from here on")
     if refused:
         listed = "; ".join(
             f"--{name} is {_shown(now)}, and was {_shown(then)}"

@@ -9,7 +9,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from moco import distributed
-from moco.distributed import say
+from moco.distributed import print_rank0
 from moco.errors import InputError
 from moco.files import names_like
 
@@ -80,7 +80,7 @@ def claim(args: Namespace, continues: bool, named: bool) -> Iterator[None]:
     if isinstance(found, InputError):
         raise found
     if found != args.save_dir:
-        say(f"{args.save_dir} holds another run; this one writes to {found}")
+        print_rank0(f"{args.save_dir} holds another run; this one writes to {found}")
         args.save_dir = found
     try:
         yield

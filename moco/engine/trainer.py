@@ -18,7 +18,7 @@ from moco import devices, distributed, rng
 from moco.augment import color, recipes
 from moco.data import cache, loader
 from moco.data.images import Images
-from moco.distributed import say
+from moco.distributed import print_rank0
 from moco.engine import checkpoint, optim, precision, resume
 from moco.engine.log import Mean, Metrics, RunLog, write_options
 from moco.errors import InputError
@@ -42,7 +42,7 @@ class Trainer(ABC):
         if args.compile:
             color.fuse()
         self.batch = (
-            args.batch_per_process * distributed.world() * args.accumulation_steps
+            args.batch_per_process * distributed.world_size() * args.accumulation_steps
         )  # of a step
         self.lr_scale = optim.scale(args.learning_rate_scaling, self.batch)
         self.optimizer = optim.make(self.groups(), args)
@@ -215,7 +215,11 @@ class Trainer(ABC):
         torch.manual_seed(
             rng.key(rng.LAYERS, args.seed, progress.step, progress.micro, distributed.rank()) >> 1
         )
-        with contextlib.nullcontext() if last or distributed.world() == 1 else self.ddp.no_sync():
+        with (
+            contextlib.nullcontext()
+            if last or distributed.world_size() == 1
+            else self.ddp.no_sync()
+        ):
             with precision.autocast(args.amp, self.device):
                 loss, metrics = self.forward(views, batch, progress)
             self.scaler.scale(loss / args.accumulation_steps).backward()
@@ -245,7 +249,7 @@ class Trainer(ABC):
         """Say so where the epoch's last features are nearly all the same."""
         deviation = means.get("feature_std", 1.0)
         if epoch >= 0 and deviation < COLLAPSED:
-            say(
+            print_rank0(
                 f"warning: epoch {epoch} ends with a feature_std of {deviation:.2g}, where 1 is spread out and 0 is one point: "
                 "the features have collapsed, or nearly; try a lower --lr, a longer --lr-warmup-epochs, a larger --batch-size"
             )
@@ -320,57 +324,59 @@ class Trainer(ABC):
         return [self.module]
 
     def _announce(self) -> None:
-        args, w, batch = self.args, distributed.world(), self.batch
+        args, w, batch = self.args, distributed.world_size(), self.batch
         if not self.steps_per_epoch:
             raise InputError(
                 f"{self.images.root}: {len(self.images)} images do not fill one batch of {batch}; lower --batch-size"
             )
-        say(
+        print_rank0(
             f"{args.method} {args.arch}: {len(self.images)} images of {len(self.images.classes)} classes in {self.images.root}"
         )
-        say(f"views {args.recipe} at {args.image_size} pixels; {self.device.type}, amp {args.amp}")
+        print_rank0(
+            f"views {args.recipe} at {args.image_size} pixels; {self.device.type}, amp {args.amp}"
+        )
         rates = ", ".join(dict.fromkeys(f"{rate:g}" for rate in self.rates))
         scaling = (
             "taken as given"
             if args.learning_rate_scaling == "none"
             else f"{args.learning_rate_scaling} scaling"
         )
-        say(
+        print_rank0(
             f"total batch {batch} = {args.batch_per_process} per process x {w} processes x {args.accumulation_steps} accumulation; "
             f"lr after scaling {rates} ({scaling}), lr warm-up {args.lr_warmup_epochs} epochs; "
             f"{args.epochs} epochs x {self.steps_per_epoch} steps"
         )
         gpus = devices.count(self.device.type)
         if self.device.type == "cuda" and w == 1 < gpus and args.gpu is None:
-            say(
+            print_rank0(
                 f"one of {gpus} GPUs trains; --multiprocessing-distributed starts a process on each"
             )
         if self.order.start < 0:
             before = -self.order.start
-            say(
+            print_rank0(
                 f"{before} steps before epoch 0, counted from -{before}: {before / self.steps_per_epoch:.3g} epochs of images"
             )
         if args.lr_warmup_epochs >= args.epochs:
-            say(
+            print_rank0(
                 f"the warm-up's {args.lr_warmup_epochs} epochs (--lr-warmup-epochs) outlast the run: the rate is not reached"
             )
         if args.lr_by == "epoch-end" and args.epochs == 1 and not max(self._rates(1)):
-            say(
+            print_rank0(
                 "the only epoch has a learning rate of 0, that of its end (--lr-by epoch-end): it trains nothing"
             )
         if args.resume:
             inside = self.order.start - self.first_epoch * self.steps_per_epoch
-            say(
+            print_rank0(
                 f"resumed from {args.resume} at epoch {self.first_epoch}"
                 + f", after {inside} of its steps" * bool(inside)
             )
             self._say_if_done()
-        say(f"run folder {args.save_dir}")
+        print_rank0(f"run folder {args.save_dir}")
 
     def _say_if_done(self) -> None:
         done, epochs = self.first_epoch, self.args.epochs
         if done >= epochs:
-            say(
+            print_rank0(
                 f"no epochs are left: {done} are done, and --epochs is {epochs}; raise it to train longer"
             )
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from moco.data import cache, registry
 from moco.data.images import Images
-from moco.distributed import say
+from moco.distributed import print_rank0
 from moco.engine import checkpoint, features, precision
 from moco.engine.trainer import Trainer
 from moco.errors import InputError
@@ -39,7 +39,7 @@ def test(
     Each image counts once, whatever the number of ranks, and a rank may have none.
     """
     net.eval()
-    meter = metrics.meter(images.many, heads, len(images.classes), device)
+    meter = metrics.meter(images.multi_label, heads, len(images.classes), device)
     for batch, label in features.test_batches(images, args, device):
         with precision.autocast(args.amp, device):
             meter.add(by_head(net(batch)), label)
@@ -194,8 +194,8 @@ class Classification(Trainer):
                 f"{self.name(one, ' ')}: {100 * found[f'{self.metric}_{self.name(one)}']:.3f}"
                 for one in self.settings
             ]
-            say("  ".join(each) + f"  ({title}; the best follows)")
-        say(
+            print_rank0("  ".join(each) + f"  ({title}; the best follows)")
+        print_rank0(
             "* "
             + " ".join(
                 f"{name} {100 * found[key]:.3f}"
@@ -206,7 +206,7 @@ class Classification(Trainer):
         if done:
             self.args.epochs = self.first_epoch  # what the classifier was trained for
             if self._has_results():
-                say("results.json is of the end of these epochs, and stays as it is")
+                print_rank0("results.json is of the end of these epochs, and stays as it is")
                 return
         write_results(self.args, protocol, found, self.seconds)
 

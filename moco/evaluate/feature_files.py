@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from moco import distributed
 from moco.data import registry
 from moco.data.images import Images
-from moco.distributed import say
+from moco.distributed import print_rank0
 from moco.encoder import networks
 from moco.engine.features import Features, extract, feature_device
 from moco.errors import InputError
@@ -61,7 +61,7 @@ _OPTIONAL = {
 }  # older dumps lack them
 
 
-def check(args: Namespace, many: bool) -> None:
+def check(args: Namespace, multi_label: bool) -> None:
     """Check, before any process starts, the features to load, and that images show several classes, if `many`, or one.
 
     With `--load-features`, `args` takes from there what the features are of. Raises InputError.
@@ -84,8 +84,8 @@ def check(args: Namespace, many: bool) -> None:
                 )
         vars(args).update({option: meta[name] for name, option in _ORIGIN.items()})
     dataset = "photos" if args.data == "photos" else args.dataset
-    if dataset in registry.METRIC and (registry.METRIC[dataset] == "map11") != many:
-        if many:
+    if dataset in registry.METRIC and (registry.METRIC[dataset] == "map11") != multi_label:
+        if multi_label:
             raise InputError(
                 f"{dataset}: its images show one class each; use main_lincls.py or main_knn.py, or --dataset voc2007"
             )
@@ -124,13 +124,16 @@ def of_splits(
     val: Images,
     args: Namespace,
     device: torch.device,
-    unit: bool = True,
+    unit_norm: bool = True,
 ) -> tuple[Features, Features]:
     """`extract` for both splits; `--dump-features` writes them."""
     of = (
         networks.embedding if getattr(args, "features", "backbone") == "head" else networks.features
     )
-    found = extract(net, train, args, device, unit, of), extract(net, val, args, device, unit, of)
+    found = (
+        extract(net, train, args, device, unit_norm, of),
+        extract(net, val, args, device, unit_norm, of),
+    )
     if args.dump_features:
         dump(args, train.classes, *found)
     return found
@@ -146,7 +149,7 @@ def dump(args: Namespace, classes: tuple[str, ...], train: Features, val: Featur
     if first:
         write_json(folder / "meta.json", _origin(args) | {"classes": list(classes)})
     distributed.barrier()
-    say(f"features of both splits are in {folder}")
+    print_rank0(f"features of both splits are in {folder}")
 
 
 def _write(path: Path, mine: Tensor, count: int) -> None:
@@ -171,7 +174,7 @@ def _write(path: Path, mine: Tensor, count: int) -> None:
             ) from None
         np.lib.format.open_memmap(path, "w+", kind, shape).flush()
     distributed.barrier()
-    rows = np.lib.format.open_memmap(path, "r+")[distributed.rank() :: distributed.world()]
+    rows = np.lib.format.open_memmap(path, "r+")[distributed.rank() :: distributed.world_size()]
     for start in range(0, len(mine), _BLOCK):
         rows[start : start + _BLOCK] = mine[start : start + _BLOCK].cpu().numpy()
     del rows  # flushed
@@ -184,7 +187,7 @@ def load(args: Namespace, device: torch.device) -> tuple[Features, Features, tup
     splits = []
     for split in ("train", "val"):
         rows, labels = (
-            arrays[f"{split}_{kind}"][distributed.rank() :: distributed.world()]
+            arrays[f"{split}_{kind}"][distributed.rank() :: distributed.world_size()]
             for kind in ("features", "labels")
         )
         kept = torch.empty(rows.shape, device=feature_device(args, device))

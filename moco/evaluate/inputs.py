@@ -12,7 +12,7 @@ from moco import distributed
 from moco.config import MEAN, STD
 from moco.data import folders, registry, subsets
 from moco.data.images import Images
-from moco.distributed import say
+from moco.distributed import print_rank0
 from moco.encoder import metadata, networks
 from moco.encoder import pretrained as encoders
 from moco.engine import checkpoint, features, precision
@@ -38,18 +38,18 @@ def check(args: Namespace) -> None:
         )  # raises InputError if they do not fit
         return
     state = checkpoint.load(args.pretrained) if args.pretrained else {}
-    about = metadata.about(state)
-    args.arch = args.arch or about.arch or "resnet50"
-    if args.pretrained and not args.image_size and not about.image_size:
+    facts = metadata.read_metadata(state)
+    args.arch = args.arch or facts.arch or "resnet50"
+    if args.pretrained and not args.image_size and not facts.image_size:
         taken = "224 pixels are taken (--image-size)"
-        say(f"{args.pretrained}: does not say what size of images it is for; {taken}")
-    args.image_size = args.image_size or about.image_size or 224
-    used = about._replace(mean=args.mean or about.mean, std=args.std or about.std)
+        print_rank0(f"{args.pretrained}: does not say what size of images it is for; {taken}")
+    args.image_size = args.image_size or facts.image_size or 224
+    used = facts._replace(mean=args.mean or facts.mean, std=args.std or facts.std)
     if args.pretrained and (line := metadata.lacks_normalization(args.pretrained, used)):
-        say(f"{line} (--mean, --std)")
-    args.mean, args.std = args.mean or about.mean or list(MEAN), args.std or about.std or list(STD)
-    args.encoder_method = about.method if args.pretrained else "random"
-    args.pretrain_epochs = about.epoch
+        print_rank0(f"{line} (--mean, --std)")
+    args.mean, args.std = args.mean or facts.mean or list(MEAN), args.std or facts.std or list(STD)
+    args.encoder_method = facts.method if args.pretrained else "random"
+    args.pretrain_epochs = facts.epoch
     if not args.pretrained:
         args.stem = args.stem or "imagenet"
         return
@@ -59,7 +59,7 @@ def check(args: Namespace) -> None:
         has = f"{args.pretrained} has the stem {stem}"
         raise InputError(f"--stem {args.stem}: {has}; leave --stem out")
     args.stem = stem
-    with encoders.naming_arch(args.pretrained, about.arch, args.arch):
+    with encoders.naming_arch(args.pretrained, facts.arch, args.arch):
         _load(networks.create(args.arch, 1, args.image_size, stem=stem), args, state)
 
 
@@ -94,9 +94,9 @@ def restore_options(args: Namespace, options: Iterable[str]) -> None:
             f"{args.resume}: {what}; give it with --pretrained instead of --resume{train}"
         )
     checkpoint.check_script(state, args)
-    about, saved = metadata.about(state), state["args"]
+    facts, saved = metadata.read_metadata(state), state["args"]
     for name in ("arch", "image_size", "stem", "mean", "std"):
-        given, own = getattr(args, name), getattr(about, name)
+        given, own = getattr(args, name), getattr(facts, name)
         if own is None or given in (None, own):
             setattr(args, name, given or own)
         elif name != "image_size" or not args.evaluate:
@@ -108,7 +108,7 @@ def restore_options(args: Namespace, options: Iterable[str]) -> None:
                 f"--{name.replace('_', '-')} {given}: {args.resume} was trained with {own}; leave it out"
             )
         else:
-            say(
+            print_rank0(
                 f"the classifier was trained at {own} pixels, and is tested at {given} (--image-size)"
             )
     if not args.evaluate:
@@ -178,7 +178,9 @@ def splits(args: Namespace) -> Splits:
     if not getattr(args, "val_from_train", None):
         return Splits(train, val)
     train, held_out = subsets.hold_out(train, args.val_from_train, args.seed)
-    say(f"{len(held_out)} images of train/ are held out to choose on, {len(train)} to train on")
+    print_rank0(
+        f"{len(held_out)} images of train/ are held out to choose on, {len(train)} to train on"
+    )
     return Splits(train, val, held_out)
 
 
@@ -188,7 +190,9 @@ def _labelled(args: Namespace, train: Images) -> Images:
     if len(part) < len(train) and distributed.rank() == 0:
         file = Path(args.save_dir) / "subset.txt"
         subsets.write_names(part, file)
-        say(f"{len(part)} of {len(train)} training images are labelled; they are listed in {file}")
+        print_rank0(
+            f"{len(part)} of {len(train)} training images are labelled; they are listed in {file}"
+        )
     return part
 
 
@@ -197,35 +201,37 @@ def pretrained(args: Namespace, classes: int, device: torch.device) -> nn.Module
     torch.manual_seed(args.seed)
     net = networks.create(args.arch, classes, args.image_size, stem=args.stem)
     if tests_only(args):
-        say(f"testing the classifier of {args.resume}, {args.arch} at {args.image_size} pixels")
+        print_rank0(
+            f"testing the classifier of {args.resume}, {args.arch} at {args.image_size} pixels"
+        )
     elif args.pretrained:
         state = checkpoint.load(args.pretrained)
-        say(f"{args.pretrained}: {_load(net, args, state)}")
-        about = metadata.about(state)
-        if about.image_size not in (None, args.image_size):
-            say(
-                f"it was pre-trained at {about.image_size} pixels, and sees {args.image_size} here (--image-size)"
+        print_rank0(f"{args.pretrained}: {_load(net, args, state)}")
+        facts = metadata.read_metadata(state)
+        if facts.image_size not in (None, args.image_size):
+            print_rank0(
+                f"it was pre-trained at {facts.image_size} pixels, and sees {args.image_size} here (--image-size)"
             )
-        _say_if_normalized_otherwise(args, about)
+        _say_if_normalized_otherwise(args, facts)
     else:
-        say(f"no --pretrained: a randomly initialised {args.arch}")
+        print_rank0(f"no --pretrained: a randomly initialised {args.arch}")
     return precision.place(net, device, args.compile, args.grad_checkpoint)
 
 
-def _say_if_normalized_otherwise(args: Namespace, about: metadata.About) -> None:
+def _say_if_normalized_otherwise(args: Namespace, facts: metadata.Metadata) -> None:
     """Print one line if `--mean` or `--std` differs from the checkpoint's."""
     names = [
-        name for name in ("mean", "std") if getattr(about, name) not in (None, getattr(args, name))
+        name for name in ("mean", "std") if getattr(facts, name) not in (None, getattr(args, name))
     ]
     if names:
         own, given = (
             " and ".join(
                 f"{name} {' '.join(f'{one:g}' for one in getattr(source, name))}" for name in names
             )
-            for source in (about, args)
+            for source in (facts, args)
         )
         options = ", ".join(f"--{name}" for name in names)
-        say(
+        print_rank0(
             f"its images were normalized with {own} in pre-training, and are with {given} here ({options})"
         )
 
@@ -248,16 +254,16 @@ def _load(net: nn.Module, args: Namespace, state: checkpoint.State) -> str:
     return f"{said} ({chosen})" if chosen else said
 
 
-def check_features(args: Namespace, many: bool) -> None:
+def check_features(args: Namespace, multi_label: bool) -> None:
     """`check` for the scripts that classify frozen features, of images that show several classes, if `many`, or one."""
-    feature_files.check(args, many)
+    feature_files.check(args, multi_label)
     if not args.load_features:
         check(args)
         feature_files.check_dump(args)
 
 
 def frozen_features(
-    args: Namespace, device: torch.device, unit: bool = True
+    args: Namespace, device: torch.device, unit_norm: bool = True
 ) -> tuple[features.Features, features.Features, tuple[str, ...]]:
     """This rank's share of the features of both splits, from `--load-features` or from the encoder, and the classes.
 
@@ -269,7 +275,7 @@ def frozen_features(
         images, val_images, _ = splits(args)
         net = pretrained(args, len(images.classes), device)
         (train, val), classes = (
-            feature_files.of_splits(net, images, val_images, args, device, unit),
+            feature_files.of_splits(net, images, val_images, args, device, unit_norm),
             images.classes,
         )
     if not all(rows.sum().isfinite() for rows, _ in (train, val)):

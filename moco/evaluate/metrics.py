@@ -122,7 +122,7 @@ def eleven_points(label: np.ndarray, score: np.ndarray) -> float:
 
 
 def meter(
-    many: bool, heads: int, classes: int, device: torch.device
+    multi_label: bool, heads: int, classes: int, device: torch.device
 ) -> Accuracy | AveragePrecision:
     """What counts on images of one class each, or, where `many`, of several."""
-    return (AveragePrecision if many else Accuracy)(heads, classes, device)
+    return (AveragePrecision if multi_label else Accuracy)(heads, classes, device)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from moco.data import loader
-from moco.distributed import say
+from moco.distributed import print_rank0
 from moco.encoder import networks
 from moco.engine import precision
 from moco.errors import InputError
@@ -89,7 +89,9 @@ class LinearProbe(Classification):
         """Raise RuntimeError if a backbone tensor is not bit for bit what was loaded."""
         if changed := self._changed():
             raise RuntimeError(f"the frozen backbone changed in training: {', '.join(changed)}")
-        say(f"frozen backbone is bit-identical to what was loaded: {len(self.loaded)} tensors")
+        print_rank0(
+            f"frozen backbone is bit-identical to what was loaded: {len(self.loaded)} tensors"
+        )
 
     def _changed(self) -> list[str]:
         now = self.module.state_dict()

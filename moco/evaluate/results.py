@@ -5,7 +5,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from moco import distributed
-from moco.distributed import say
+from moco.distributed import print_rank0
 from moco.engine.log import STARTED, clock, write_options
 from moco.files import write_json
 
@@ -36,7 +36,7 @@ def write_results(
         write_options(args)
     write_json(folder / "results.json", results)
     took = time.perf_counter() - STARTED if seconds is None else seconds
-    say(f"results in {folder / 'results.json'}; the evaluation took {clock(took)}")
+    print_rank0(f"results in {folder / 'results.json'}; the evaluation took {clock(took)}")
 
 
 # what tells apart the runs of one protocol

@@ -36,7 +36,7 @@ def classify(
         seed: draws the folds.
         jobs: worker processes, by default as many as cores.
     """
-    train, test = unit(train), unit(test)
+    train, test = normalize(train), normalize(test)
     known = [np.flatnonzero(label >= 0) for label in labels.T]
     sets = {
         c: (rows, labels[rows, c])
@@ -75,7 +75,7 @@ def best(costs: list[float], precision: np.ndarray) -> float:
     return costs[places[len(places) // 2]]
 
 
-def unit(x: np.ndarray) -> np.ndarray:
+def normalize(x: np.ndarray) -> np.ndarray:
     """Rows of length 1 in float64, for either kind: no image's features depend on another image's, as they would standardised."""
     x = x.astype(np.float64)
     return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)

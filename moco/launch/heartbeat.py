@@ -37,8 +37,8 @@ class Watch:
         tell: called with a line once a rank is lost; this process then ends at once, with status 1.
     """
 
-    def __init__(self, store: dist.Store, rank: int, world: int, tell: Callable[[str], None]):
-        self._rank, self._world, self._tell = rank, world, tell
+    def __init__(self, store: dist.Store, rank: int, world_size: int, tell: Callable[[str], None]):
+        self._rank, self._world, self._tell = rank, world_size, tell
         self._store = dist.PrefixStore(
             f"watch{os.environ.get('TORCHELASTIC_RESTART_COUNT', '')}", _second_connection(store)
         )

@@ -34,7 +34,7 @@ class Requests:
 
     def __init__(self):
         self.received, self._at = 0, 0.0
-        self._group = dist.new_group(backend="gloo") if distributed.world() > 1 else None
+        self._group = dist.new_group(backend="gloo") if distributed.world_size() > 1 else None
         self._flag, self._work = torch.zeros(1, dtype=torch.int), None
 
     def __enter__(self) -> "Requests":

@@ -165,17 +165,17 @@ def _process(
         if p.launcher == "srun":
             os.environ.setdefault("LOCAL_RANK", str(local_rank))
         alone = p.launcher == "torchrun" and "LOCAL_RANK" not in os.environ  # started by hand
-        store = meet(p.url, r, p.world, announce=local_rank == 0 or alone)
+        store = meet(p.url, r, p.world_size, announce=local_rank == 0 or alone)
         timeout = timedelta(minutes=30)
         store.set_timeout(timeout)
         dist.init_process_group(
             backend,
             store=dist.PrefixStore("group", store),
             rank=r,
-            world_size=p.world,
+            world_size=p.world_size,
             timeout=timeout,
         )
-        guard = heartbeat.Watch(store, r, p.world, tell)
+        guard = heartbeat.Watch(store, r, p.world_size, tell)
     try:
         with (
             guard,
@@ -225,9 +225,9 @@ def _say_once(store: dist.Store, error: InputError) -> None:
     key = f"error {os.environ.get('TORCHELASTIC_RESTART_COUNT', '')} {socket.gethostname()} {error}"
     key = key.encode(errors="backslashreplace").decode()  # a store takes UTF-8 only
     try:
-        is_first = store.add(key, 1) == 1
+        speaks_for_run = store.add(key, 1) == 1
     except RuntimeError:  # the rank that keeps the store has ended
-        is_first = True
-    if is_first:
+        speaks_for_run = True
+    if speaks_for_run:
         lines = errors.printed(os.path.basename(sys.argv[0]), error)
         print(lines, end="", file=sys.stderr, flush=True)

@@ -20,7 +20,7 @@ class Plan:
     nodes: int  # how many nodes `batch_size` is counted on
     local: int  # processes on this node
     first: int  # global rank of the first process that this command starts
-    world: int
+    world_size: int
     local_rank: int  # of that process
     url: str  # init_method, empty where nothing is distributed
 
@@ -29,8 +29,8 @@ def plan(args: Namespace) -> Plan:
     """Find out from the options and the environment how the run is launched. Raises InputError."""
     kind = devices.chosen(args.device)
     p = _plan(args, kind)
-    if p.world > 1 and kind in devices.ONE_PROCESS:
-        several = f"--device {kind}: supports a single process, and this run has {p.world}"
+    if p.world_size > 1 and kind in devices.ONE_PROCESS:
+        several = f"--device {kind}: supports a single process, and this run has {p.world_size}"
         raise InputError(f"{several}; start one process, or give --device cpu")
     return p
 

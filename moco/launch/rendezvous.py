@@ -104,7 +104,7 @@ MEETING = 300.0  # seconds within which all processes must have connected
 SILENCE = 10.0  # seconds, after which a line says what is waited for
 
 
-def meet(url: str, r: int, world: int, announce: bool) -> dist.Store:
+def meet(url: str, r: int, world_size: int, announce: bool) -> dist.Store:
     """Return the store at `url` when all `world` processes have connected to it.
 
     With `announce`, a line says what is waited for if it takes long. Raises InputError after
@@ -123,7 +123,7 @@ def meet(url: str, r: int, world: int, announce: bool) -> dist.Store:
         time.sleep(0.2)
 
     if url.startswith("file://"):
-        store, _, _ = next(dist.rendezvous(url, r, world))
+        store, _, _ = next(dist.rendezvous(url, r, world_size))
         where = url
     else:
         host, port, names = _address(url)
@@ -138,20 +138,20 @@ def meet(url: str, r: int, world: int, announce: bool) -> dist.Store:
                     f"rank {r} waits for rank 0 at {where}: {error.strerror or error}",
                     "is rank 0 started, is this its address, and is the port open?",
                 )
-        store = _open_store(host, port, world, keeps, where)
+        store = _open_store(host, port, world_size, keeps, where)
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "")
     place = dist.PrefixStore(f"meeting{attempt}", store)
     came = place.add("came", 1)
-    while came < world:
+    while came < world_size:
         wait_for(
-            f"{came} of {world} processes have connected to {where}; rank {r} waits",
+            f"{came} of {world_size} processes have connected to {where}; rank {r} waits",
             "start the others, or correct WORLD_SIZE or --world-size",
         )
         came = place.add("came", 0)
     return store
 
 
-def _open_store(host: str, port: int, world: int, keeps: bool, where: str) -> dist.Store:
+def _open_store(host: str, port: int, world_size: int, keeps: bool, where: str) -> dist.Store:
     """Connect to the store at host:port; open it first if this process `keeps` it. Raises InputError.
 
     Runs in a thread, because torch waits forever if another kind of server is there.
@@ -162,7 +162,12 @@ def _open_store(host: str, port: int, world: int, keeps: bool, where: str) -> di
         try:
             made.append(
                 dist.TCPStore(
-                    host, port, world, is_master=keeps, wait_for_workers=False, multi_tenant=True
+                    host,
+                    port,
+                    world_size,
+                    is_master=keeps,
+                    wait_for_workers=False,
+                    multi_tenant=True,
                 )
             )
         except RuntimeError as error:

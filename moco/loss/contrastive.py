@@ -109,7 +109,9 @@ def contrast_accuracy(positive: Tensor, *negatives: Tensor) -> dict[str, Tensor]
 
 
 @torch.no_grad()
-def spread(q: Tensor, positive: Tensor, negative: Tensor | None = None) -> dict[str, Tensor]:
+def feature_statistics(
+    q: Tensor, positive: Tensor, negative: Tensor | None = None
+) -> dict[str, Tensor]:
     """How the features lie, which the loss alone does not tell; scalars.
 
     Args:
@@ -134,6 +136,6 @@ def spread(q: Tensor, positive: Tensor, negative: Tensor | None = None) -> dict[
     return found if negative is None else {**found, "hardness": negative.mean()}
 
 
-def unit(x: Tensor) -> Tensor:
+def normalize(x: Tensor) -> Tensor:
     """Rows of `x` [..., C] scaled to length 1, in float32 or wider whatever the autocast state."""
     return F.normalize(x if x.dtype == torch.float64 else x.float(), dim=-1)
