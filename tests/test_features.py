@@ -488,7 +488,7 @@ def test_features_that_are_no_numbers_are_refused(dumped, script):
 
 def test_a_disk_without_room_for_a_dump_is_said(script, shared_images, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        features.shutil, "disk_usage", lambda path: Namespace(free=48 * 512 * 4 - 1)
+        feature_files.shutil, "disk_usage", lambda path: Namespace(free=48 * 512 * 4 - 1)
     )
     command = (
         "main_knn",
