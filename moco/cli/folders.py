@@ -1,47 +1,62 @@
 """Run folders that the command line names: --save-dir, --output and --tag."""
 
 import os
-from argparse import Namespace as Options
 from pathlib import Path
 
+from moco.config import AnyConfig, Config, flat, replaced
 from moco.engine import checkpoint
 from moco.errors import InputError
 
 
-def output_folder(args: Options) -> Path:
+def of_output(config: AnyConfig) -> AnyConfig:
+    """Return `config` with the run folder, and for an evaluation the checkpoint, of --output.
+
+    An evaluation reads the last checkpoint of the run that --output and --tag name, unless another
+    one is given. Raises InputError if there is none.
+    """
+    run, settings = _run_of_output(config), flat(config)
+    reads = "pretrained" in settings
+    given = any(settings.get(name) for name in ("pretrained", "load_features", "evaluate"))
+    if reads and not given:
+        saved = checkpoint.found(run)
+        if not saved:
+            raise InputError(
+                f"no checkpoint_*.pth.tar in {run}: --output and --tag name no run that has saved one"
+            )
+        config = replaced(config, pretrained=str(saved[0]))
+    return replaced(config, save_dir=config.run.save_dir or str(output_folder(config)))
+
+
+def output_folder(config: Config) -> Path:
     """Return the run folder that --output and --tag name.
 
-    An evaluation has one inside it, for its data set and protocol. It evaluates the last checkpoint
-    of the outer one unless it is given another: this sets `args.pretrained`.
+    An evaluation has one inside the run's folder, named by its data set and protocol.
     """
-    folder = Path(args.output) / (args.tag or "default")
-    if hasattr(args, "pretrained"):
-        features = getattr(args, "load_features", None)
-        if not (args.pretrained or features or getattr(args, "evaluate", False)):
-            saved = checkpoint.found(folder)
-            if not saved:
-                raise InputError(
-                    f"no checkpoint_*.pth.tar in {folder}: --output and --tag name no run that has saved one"
-                )
-            args.pretrained = str(saved[0])
-        data = "features" if features else "photos" if args.data == "photos" else args.dataset
-        protocol = [
-            str(getattr(args, name)) for name in ("weights", "train_percent") if hasattr(args, name)
-        ]
-        folder /= "-".join([args.script, data, *protocol])
-    return folder
+    folder, settings = _run_of_output(config), flat(config)
+    if "pretrained" not in settings:
+        return folder
+    data = "photos" if config.run.data == "photos" else config.input.dataset
+    data = "features" if settings.get("load_features") else data
+    protocol = [str(settings[name]) for name in ("weights", "train_percent") if name in settings]
+    return folder / "-".join([config.run.script, data, *protocol])
 
 
-def writable(folder: str) -> None:
-    """Raise InputError where a run folder cannot be made, or written to, before hours are spent on what goes there."""
+def _run_of_output(config: Config) -> Path:
+    """Return DIR/TAG."""
+    return Path(config.run.output) / (config.run.tag or "default")
+
+
+def check_writable(folder: str) -> None:
+    """Raise InputError unless a run folder can be made and written to.
+
+    Called before hours are spent on what goes there.
+    """
     if folder != folder.encode(errors="replace").decode():
         raise InputError(
             f"--save-dir {folder}: is not UTF-8, which TensorBoard needs; choose another folder"
         )
     there = next(
-        place
-        for place in (Path(folder), *Path(folder).absolute().parents)
-        if os.path.lexists(place)
+        place for place in (Path(folder), *Path(folder).absolute().parents) if os.path.lexists(place)
     )
     if not there.is_dir():
         raise InputError(f"--save-dir {folder}: {there} is no folder; choose another place")

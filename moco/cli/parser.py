@@ -12,9 +12,10 @@ from typing import NamedTuple, NoReturn
 from moco.cli import compat
 from moco.cli.actions import TRUE_OR_FALSE, Help, Switch, convert, is_number
 from moco.cli.compat import SWIN_OPTS
-from moco.cli.folders import output_folder
+from moco.cli import folders, rules
 from moco.cli.tool import OneLineParser
-from moco.cli.values import seed
+from moco.cli.groups import add_groups
+from moco.config import Config, flat, replaced
 from moco.errors import InputError, unknown
 from moco.files import read_yaml, refuse_remote
 
@@ -52,42 +53,27 @@ OFF = (None, False, 0, [])
 
 
 class Parser(OneLineParser):
-    """argparse in which `-` and `_` in option names are the same, `--cfg` gives defaults, and an error is one line.
+    """A parser of the options of a script, in whose names `-` and `_` are the same.
 
-    `elsewhere` says of options of a published script that this one does not have, without their dashes, what to use instead.
+    `--cfg` gives defaults. An error is one line.
+
+    Args:
+        config: the script's settings with its defaults; their fields are its options.
+        elsewhere: options of a published script that this one lacks, without their dashes, and what
+            to use instead.
     """
 
-    def __init__(self, description: str, elsewhere: dict[str, str] | None = None):
+    def __init__(
+        self, description: str, config: Config, elsewhere: dict[str, str] | None = None
+    ):
         super().__init__(description=description, formatter_class=Help, allow_abbrev=False)
-        self.elsewhere = elsewhere or {}
+        self.config, self.elsewhere = config, elsewhere or {}
         self.rules: list[Rule] = []
-        run = self.add_argument_group("run")
-        run.add_argument(
-            "data",
-            nargs="?",
-            metavar="DIR",
-            help="folder with train/ and val/, or photos: the built-in data set",
-        )
-        run.add_argument(
-            "--data", "--data-path", dest="data_option", metavar="DIR", help="the same as DIR"
-        )
-        run.add_argument(
-            "--cfg", metavar="FILE.yaml", help="defaults by option name; options given here win"
-        )
-        run.add_argument(
-            "--save-dir", metavar="DIR", help="run folder; by default runs/<script>-<arch>-<time>"
-        )
-        run.add_argument(
-            "--output", metavar="DIR", help="run folder DIR/TAG, and of evaluations of that run"
-        )
-        run.add_argument(
-            "--tag", help="of the run, in the folder of --output; by default the word default"
-        )
+        add_groups(self, config)
         two = "--save-dir names the run folder (and --pretrained the checkpoint); leave it out"
         self.has_effect("output tag", self._reads_output, two)
-        run.add_argument(
-            "--seed", type=seed, default=0, help="seed of weights, image order, views and negatives"
-        )
+        for declare in rules.of_sections(config):
+            declare(self)
 
     def also_named(self, names: dict[str, str]) -> None:
         """Give options, without their dashes, further names: those of a published script."""
@@ -116,12 +102,13 @@ class Parser(OneLineParser):
         """
         self.rules.append(Rule(tuple(options.split()), when, why, refuse))
 
-    def without_effect(self, args: Options) -> list[str]:
+    def without_effect(self, config: Config) -> list[str]:
         """Return a line for each rule by which options of the last `parse` have no effect.
 
         Raises InputError if such a rule refuses. Skips switches that are off and values of 0. Of a
         recipe's values (--cfg), skips those equal to the default and those whose rule does not refuse.
         """
+        args = Options(**flat(config), config=config)
         refused, noted = [], []
         for rule in self.rules:
             given = [dest for dest in rule.options if self.given.get(dest) not in OFF]
@@ -174,8 +161,11 @@ class Parser(OneLineParser):
         )
         return next(name for name in names if not re.fullmatch("-.|--no-.*", name))
 
-    def parse(self, argv: Sequence[str] | None = None) -> Options:
-        """Parse; raises InputError for an unknown option (it names the nearest) or a wrong YAML file."""
+    def parse(self, argv: Sequence[str] | None = None) -> Config:
+        """Return the settings that the command line gives.
+
+        Raises InputError for an unknown option (it names the nearest one) or a wrong YAML file.
+        """
         names = self.names()
         self.also_named(
             {
@@ -222,10 +212,8 @@ class Parser(OneLineParser):
             raise InputError(
                 f"--tag {args.tag}: names a folder in that of --output; give --output DIR, or --save-dir"
             )
-        if args.output:
-            folder = output_folder(args)
-            args.save_dir = args.save_dir or str(folder)
-        return args
+        config = replaced(self.config, **vars(args))
+        return folders.of_output(config) if args.output else config
 
     def _refuse_remote(self, args: Options) -> None:
         """Raise InputError if a path is a URL."""
@@ -267,7 +255,7 @@ class Parser(OneLineParser):
             return None
         if " " not in form:  # a switch
             return form if value.lower() in ("true", "1") else ""
-        if key == "DATA.BATCH_SIZE" and not self.get_default("batch_is_per_process"):
+        if key == "DATA.BATCH_SIZE" and not self.config.input.batch_is_per_process:
             value += " x processes"
         return form.format(value)
 

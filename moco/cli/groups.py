@@ -1,0 +1,100 @@
+"""Make command-line options from the sections of a config (see moco/sections.py)."""
+
+import argparse
+import dataclasses
+import types
+import typing
+from typing import Any
+
+from moco.cli import values
+from moco.cli.actions import Switch
+from moco.config import Config, sections
+from moco.data import cache, registry
+from moco.encoder import timm_networks
+from moco.launch import processes
+from moco.sections import Option
+
+# options whose words are converted by a function of their own
+_CONVERTERS = {
+    "allow_change": values.names,
+    "keep": values.keep,
+    "data_name": values.data_name,
+    "dataset": registry.canonical,
+}
+
+
+def add_groups(parser: argparse.ArgumentParser, config: Config) -> None:
+    """Add a group of options for each section of `config`, with its values as the defaults."""
+    texts = _texts(config)
+    for _, section in sections(config):
+        group = parser.add_argument_group(section.TITLE)
+        for one in dataclasses.fields(section):
+            option = one.metadata.get("option")
+            if one.name == "data":  # a positional argument, and an option of the same meaning
+                group.add_argument("data", nargs="?", metavar="DIR", help=option.help)
+                same = {"dest": "data_option", "metavar": "DIR", "help": "the same as DIR"}
+                group.add_argument("--data", "--data-path", **same)
+            elif option:
+                _add(group, one.name, one.type, option, getattr(section, one.name), texts)
+
+
+def _texts(config: Config) -> dict[str, object]:
+    """Return what the placeholders in help texts stand for."""
+    each = config.input.batch_is_per_process
+    transformers = ", ".join(timm_networks.SHORT) + ", any other network of timm's, "
+    return {
+        "of": "of each process" if each else "of this node, split over its processes",
+        "cores": processes.cores(),
+        "most": processes.WORKERS,
+        "gib": cache.MOST >> 30,
+        "datasets": ", ".join(registry.NAMES),
+        "whose": "data set's" if config.network.arch else "checkpoint's",
+        "archs": (transformers if config.TRANSFORMERS else "") + "any torchvision ResNet",
+    }
+
+
+def _add(
+    group: argparse._ArgumentGroup,
+    name: str,
+    annotation: Any,
+    option: Option,
+    default: Any,
+    texts: dict[str, object],
+) -> None:
+    """Add one field as an option."""
+    flag = f"--{name.replace('_', '-')}"
+    names = sorted((flag, *option.names), key=lambda one: one.startswith("--"))
+    text = option.help.format(**texts)
+    if default is None and option.unset:
+        text += f" (default: {option.unset.format(**texts)})"
+    more: dict[str, Any] = {
+        "dest": name,
+        "default": list(default) if isinstance(default, tuple) else default,
+        "help": argparse.SUPPRESS if option.hidden else text,
+    }
+    kind = value_type(annotation)
+    if kind is bool:
+        if option.switch:
+            group.add_argument(*names, action=Switch, most=option.levels, **more)
+        else:
+            group.add_argument(*names, action="store_true", **more)
+        return
+    if name in _CONVERTERS:
+        more["type"] = _CONVERTERS[name]
+    elif option.range:
+        more["type"] = values.in_range(kind, option.range)
+    elif kind is not str:
+        more["type"] = kind
+    for key in ("choices", "metavar", "nargs"):
+        if value := getattr(option, key):
+            more[key] = value
+    group.add_argument(*names, **more)
+
+
+def value_type(annotation: Any) -> type:
+    """Return the type of one value: float for `tuple[float, ...] | None`."""
+    if isinstance(annotation, types.UnionType):
+        annotation = next(one for one in typing.get_args(annotation) if one is not type(None))
+    if typing.get_origin(annotation) is tuple:
+        annotation = typing.get_args(annotation)[0]
+    return annotation

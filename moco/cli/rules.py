@@ -1,0 +1,154 @@
+"""Which options have no effect in which combinations, for the sections that scripts share.
+
+Each function declares the rules of one section with `Parser.has_effect`. A condition receives all
+settings as attributes, and the config itself as `config`.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+from moco import sections
+from moco.augment import recipes
+from moco.config import Config
+from moco.encoder.resnets import ARCHS
+from moco.launch import processes
+
+if TYPE_CHECKING:
+    from moco.cli.parser import Options, Parser
+
+Declare = Callable[["Parser"], None]
+
+
+def of_sections(config: Config) -> Iterator[Declare]:
+    """Yield what declares the rules of each section of `config`."""
+    for section in vars(config).values():
+        for kind in type(section).__mro__:
+            if kind in _RULES:
+                yield _RULES[kind]
+
+
+def _input(parser: "Parser") -> None:
+    folder = "DIR is a folder of images, used as it is; give --dataset NAME for a data set to fetch"
+    folder += ", or leave it out"
+    of_photos = lambda args: args.dataset not in ("imagenet", "photos")  # noqa: E731
+    parser.has_effect("download", of_photos, folder)
+    only = "it is for folders of ImageNet; leave it out"
+    parser.has_effect("data_name", lambda args: args.dataset == "imagenet", only)
+    photos = "the word photos already names the data set; for another one give its folder instead"
+    same = lambda args: args.data != "photos" or parser.given.get("dataset") == "photos"  # noqa: E731
+    parser.has_effect("dataset", same, photos)
+
+
+def _views(parser: "Parser") -> None:
+    def blurred(args: "Options") -> bool:
+        # without a recipe, another rule says why there is none
+        return not args.recipe or any(view.blur_p for view in recipes.of(args.config.views))
+
+    blurs = "the recipe's views are not blurred; leave it out, or give another --recipe"
+    parser.has_effect("blur_sigma", blurred, blurs)
+
+
+def _network(parser: "Parser") -> None:
+    only = "it is for torchvision's ResNets; leave it out"
+    parser.has_effect("stem", lambda args: args.arch in ARCHS, only)
+
+
+def _launch(parser: "Parser") -> None:
+    def plan(args: "Options") -> processes.Plan:
+        return processes.plan(args.config.launch)
+
+    spawned = "it counts the processes that --multiprocessing-distributed starts; "
+    spawned += "give both, or neither"
+    parser.has_effect("nproc_per_node", lambda args: plan(args).launcher == "spawn", spawned)
+    own = "there are several processes, and each has a GPU of its own; leave it out"
+    parser.has_effect("gpu", lambda args: plan(args).local == 1, own)
+    alone = "this is one process"
+    for name in ("dist_url", "dist_backend"):
+        parser.has_effect(name, lambda args: plan(args).url, alone, refuse=False)
+    launcher = "the launcher says where processes meet and how many nodes there are"
+    counts = lambda args: plan(args).launcher in ("spawn", "single")  # noqa: E731
+    parser.has_effect("world_size rank", counts, launcher, refuse=False)
+    found = lambda args: plan(args).launcher != "torchrun"  # noqa: E731
+    parser.has_effect("dist_url", found, launcher, refuse=False)
+
+
+def _schedule(parser: "Parser") -> None:
+    def cosine(args: "Options") -> bool:
+        return args.cos or args.sgdr
+
+    def begins(args: "Options") -> bool:
+        return cosine(args) or min(args.schedule, default=0) < args.epochs
+
+    follows = "the learning rate follows a cosine (--cos, --sgdr); "
+    follows += "leave it out, or give --no-cos and --no-sgdr"
+    parser.has_effect("schedule", lambda args: not cosine(args), follows)
+    late = "the run ends before the first of these epochs"
+    parser.has_effect("schedule", begins, late, refuse=False)
+    own = "--sgdr is a cosine of its own; give one of them"
+    parser.has_effect("cos", lambda args: not args.sgdr, own)
+    end = "--lr-by epoch-end is for --cos; leave out one of them"
+    parser.has_effect("sgdr", lambda args: args.lr_by != "epoch-end", end)
+    period = "it is the period of --sgdr; give both, or neither"
+    parser.has_effect("sgdr_t0", lambda args: args.sgdr, period)
+    ends = "it is where a cosine ends; give --cos as well, or leave it out"
+    parser.has_effect("lr_final", cosine, ends)
+    changes = "the learning rate changes at the epochs of --schedule alone; leave it out"
+    parser.has_effect("lr_by", lambda args: cosine(args) or args.lr_warmup_epochs, changes)
+    adamw = "adamw has its own; leave it out"
+    parser.has_effect("momentum", lambda args: args.optimizer != "adamw", adamw)
+    sgd = "it is for --optimizer sgd; leave it out"
+    parser.has_effect("nesterov", lambda args: args.optimizer == "sgd", sgd)
+
+
+def _monitor(parser: "Parser") -> None:
+    off = "the k-NN monitor is off; give --knn-every EPOCHS as well, or leave it out"
+    parser.has_effect("knn_k knn_t knn_features", lambda args: args.knn_every, off)
+
+
+def _classifier(parser: "Parser") -> None:
+    frozen = "--weights freeze trains no block of the network; leave it out"
+    parser.has_effect("grad_checkpoint", lambda args: args.weights == "finetune", frozen)
+    trains = "epochs optimizer lr lr_backbone lr_classifier learning_rate_scaling wd schedule cos"
+    trains += " lr_by sgdr sgdr_t0 lr_final lr_warmup_epochs momentum clip_grad nesterov"
+    trains += " accumulation_steps print_freq save_every_steps on_bad_image recipe crop_min"
+    trains += " randaugment blur_sigma zero_init_classifier grad_checkpoint pretrained cache_images"
+    only_tests = "--evaluate only tests the classifier of --resume"
+    parser.has_effect(trains, lambda args: not args.evaluate, only_tests, refuse=False)
+    last = "a classifier's last checkpoint and its best are kept, and no others; leave it out"
+    parser.has_effect("save_every", lambda args: False, last)
+
+
+def _feature_files(parser: "Parser") -> None:
+    centre = "this script sees the centre of each image, and trains nothing; leave it out"
+    views = "recipe crop_min randaugment blur_sigma grad_checkpoint"
+    parser.has_effect(views, lambda args: False, centre)
+    once = "this script reads each image once; leave it out"
+    parser.has_effect("cache_images", lambda args: False, once)
+    loaded = "features come from files (--load-features)"
+    files = "batch_size workers image_size stem mean std amp compile"
+    files += " data dataset download data_name seed"
+    parser.has_effect(files, lambda args: not args.load_features, loaded, refuse=False)
+
+
+def _query_and_key(parser: "Parser") -> None:
+    named = "--recipe names the views; leave it out"
+    follows = lambda args: args.recipe == ("mocov2" if args.aug_plus else "mocov1")  # noqa: E731
+    parser.has_effect("aug_plus", follows, named)
+    shuffled = "it is for a run of one process, and this run has several; leave it out"
+    alone = lambda args: processes.plan(args.config.launch).world_size == 1  # noqa: E731
+    parser.has_effect("bn_splits bn_splits_query", alone, shuffled)
+    one = "--bn-splits 1 makes one group; leave out one of them"
+    parser.has_effect("bn_splits_query", lambda args: args.bn_splits > 1, one)
+
+
+_RULES: dict[type, Declare] = {
+    sections.Input: _input,
+    sections.Views: _views,
+    sections.Network: _network,
+    sections.Launch: _launch,
+    sections.Schedule: _schedule,
+    sections.Monitor: _monitor,
+    sections.Classifier: _classifier,
+    sections.FeatureFiles: _feature_files,
+    sections.QueryAndKey: _query_and_key,
+}

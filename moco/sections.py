@@ -1,0 +1,434 @@
+"""The settings of a run in sections: frozen dataclasses, one per concern.
+
+A field made by `option` is also a command-line option: its default, type, range and help stand here
+and nowhere else. moco/config.py puts sections together, and moco/cli/parser.py makes the options.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+STEMS = ("imagenet", "cifar")  # of ResNets; see `moco.encoder.resnets.resnet`
+DEVICES = ("cpu", "cuda", "xpu", "mps")
+OPTIMIZERS = ("sgd", "lars", "adamw")
+SCALINGS = ("none", "sqrt", "linear")
+CACHE_MODES = ("auto", "on", "off")
+
+# Ranges wide enough for any experiment. Values outside are mistakes, or leave float32's range.
+POSITIVE, NATURAL = "[1, 2147483647]", "[0, 2147483647]"
+PROCESSES = "[0, 1024]"
+EPOCHS = "[1, 100000]"
+PIXELS = "[8, 4096]"
+WIDTH = "[1, 1048576]"  # of features and hidden layers
+LAYERS = "[1, 100]"
+ENTRIES = "[1, 268435456]"  # of a queue or bank
+LEARNING_RATE = "[0, 1000000]"
+WEIGHT_DECAY = "[0, 100]"
+MOMENTUM = "[0, 1)"  # of an optimizer
+AVERAGE = "[0, 1]"  # momentum of an encoder that follows another one
+TEMPERATURE = "[0.001, 100]"
+SIZE = "[0, 100]"  # of a perturbation of unit vectors
+
+
+@dataclass(frozen=True)
+class Option:
+    """How a field appears on the command line."""
+
+    help: str
+    names: tuple[str, ...] = ()  # further names, such as -b
+    range: str = ""  # an interval, such as "[0, 1)", where 1 is excluded
+    choices: tuple[str, ...] = ()
+    metavar: str | tuple[str, ...] | None = None
+    nargs: int | str | None = None
+    switch: bool = True  # of a bool: also --no-NAME and --NAME 0
+    levels: int = 1  # the largest value of a switch
+    unset: str = ""  # what a default of None means
+    hidden: bool = False  # from --help
+
+
+def option(default: Any, help: str, *names: str, **more: Any) -> Any:
+    """Return a dataclass field that is also an option; `more` are fields of `Option`."""
+    return field(default=default, metadata={"option": Option(help, names, **more)})
+
+
+@dataclass(frozen=True)
+class Run:
+    """The run as a whole: its data folder, its run folder and its seed."""
+
+    TITLE: ClassVar[str] = "run"
+    data: str | None = option(
+        None, "folder with train/ and val/, or photos: the built-in data set", metavar="DIR"
+    )
+    cfg: str | None = option(
+        None, "defaults by option name; options given here win", metavar="FILE.yaml"
+    )
+    save_dir: str | None = option(None, "run folder", metavar="DIR", unset="runs/SCRIPT-ARCH-TIME")
+    output: str | None = option(
+        None, "run folder DIR/TAG, and of evaluations of that run", metavar="DIR"
+    )
+    tag: str | None = option(None, "subfolder of --output for this run", unset="the word default")
+    seed: int = option(
+        0,
+        "seed of weights, image order, views and negatives",
+        range="[-9223372036854775808, 9223372036854775807]",  # what torch's generators accept
+    )
+    script: str = ""  # synco for main_synco.py
+    method: str = ""
+
+
+@dataclass(frozen=True)
+class Input:
+    """The images of a run, and how they are read."""
+
+    TITLE: ClassVar[str] = "images"
+    batch_size: int = option(256, "images in one pass {of}", "-b", range="[1, 1048576]")
+    workers: int | None = option(
+        None,
+        "loader processes {of}",
+        "-j",
+        range=PROCESSES,
+        unset="one for each core, here {cores}, divided among the node's processes; "
+        "at most {most} for each",
+    )
+    cache_images: str = option(
+        "auto",
+        "decode the images of a folder once and keep them in memory; auto: do so if they take "
+        "at most a quarter of the node's free memory, and at most {gib} GiB",
+        choices=CACHE_MODES,
+    )
+    class_list: str | None = option(
+        None, "use these class folders of DIR only; one name a line", metavar="FILE"
+    )
+    data_name: str | None = option(
+        None,
+        "imagenet100 or imagenet1000: check that DIR has no more classes",
+        metavar="NAME",
+    )
+    dataset: str = option("imagenet", "what lies in DIR: {datasets}", metavar="NAME")
+    download: bool = option(False, "fetch the data set into DIR first", switch=False)
+    batch_is_per_process: bool = False  # whether batch_size and workers count for each process
+    batch_per_process: int = 0  # set by the launch
+    nodes: int = 1  # set by the launch
+
+
+@dataclass(frozen=True)
+class Views:
+    """How images become views."""
+
+    TITLE: ClassVar[str] = "views"
+    recipe: str | None = option(None, "views by name, see moco/augment/recipes.py")
+    image_size: int | None = option(
+        224,
+        "width and height of a full-size view",
+        range=PIXELS,
+        metavar="PIXELS",
+        unset="the checkpoint's, else 224",
+    )
+    mean: tuple[float, ...] | None = option(
+        None,
+        "mean of RGB values in [0, 1], to normalize images with",
+        range="[0, 1]",
+        nargs=3,
+        metavar=("R", "G", "B"),
+        unset="the {whose}, else ImageNet's",
+    )
+    std: tuple[float, ...] | None = option(
+        None,
+        "standard deviation of RGB values in [0, 1], to normalize images with",
+        range="(0, 1]",
+        nargs=3,
+        metavar=("R", "G", "B"),
+        unset="the {whose}, else ImageNet's",
+    )
+    blur_sigma: tuple[float, ...] | None = option(
+        None,
+        "range of the blur's standard deviation in pixels",
+        range="[0.01, 100]",
+        nargs=2,
+        metavar=("LEAST", "MOST"),
+        unset="the recipe's, scaled by --image-size / 224",
+    )
+    crop_min: float | None = option(
+        None,
+        "smallest fraction of the image that a crop covers",
+        range="(0, 1]",
+        metavar="FRACTION",
+        unset="the recipe's",
+    )
+    randaugment: tuple[int, ...] | None = option(
+        None,
+        "operations and magnitude, 0 to 10, of RandAugment; 0 0: none",
+        range="[0, 16]",
+        nargs=2,
+        metavar=("N", "M"),
+        unset="the recipe's",
+    )
+    views: int | None = None  # how many a method needs, if not as many as the recipe has
+
+
+@dataclass(frozen=True)
+class Network:
+    """The encoder's architecture."""
+
+    TITLE: ClassVar[str] = "network"
+    arch: str | None = option("resnet50", "{archs}", "-a", unset="the checkpoint's, else resnet50")
+    stem: str | None = option(
+        None,
+        "first layers of a ResNet; imagenet: a 7x7 convolution of stride 2 and max-pooling; "
+        "cifar: a 3x3 convolution of stride 1, for images of 32 or 64 pixels",
+        choices=STEMS,
+        unset="the checkpoint's, else imagenet",
+    )
+
+
+@dataclass(frozen=True)
+class Compute:
+    """How the networks compute, which changes their results only by rounding."""
+
+    TITLE: ClassVar[str] = "computation"
+    amp: str = option(
+        "off", "mixed precision; losses stay in fp32", choices=("off", "bf16", "fp16")
+    )
+    compile: bool = option(
+        False, "torch.compile the networks and the colour operations", switch=False
+    )
+    grad_checkpoint: bool = option(
+        False,
+        "run the blocks once more for the gradient: less memory",
+        "--use-checkpoint",
+        switch=False,
+    )
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Which processes a run has, and how they meet."""
+
+    TITLE: ClassVar[str] = "launch (or use torchrun, torch.distributed.launch, srun)"
+    device: str = option(
+        "auto",
+        "device to compute on; auto: the accelerator that PyTorch finds, else the CPU; "
+        "xpu and mps support a single process only",
+        choices=("auto", *DEVICES),
+    )
+    multiprocessing_distributed: bool | None = option(
+        False, "start one process per GPU of this node", unset="on every visible GPU"
+    )
+    nproc_per_node: int | None = option(
+        None,
+        "processes of this node",
+        range=PROCESSES,
+        metavar="N",
+        unset="its GPUs; 1 on a CPU",
+    )
+    world_size: int = option(-1, "number of nodes", range="[-1, 65536]", metavar="NODES")
+    rank: int = option(-1, "this node's number, from 0", range="[-1, 65535]", metavar="NODE")
+    dist_url: str = option(
+        "auto", "where the processes meet; auto: a free port of this node", metavar="URL"
+    )
+    dist_backend: str | None = option(
+        None,
+        "backend of torch.distributed",
+        choices=("nccl", "gloo"),
+        unset="nccl on GPUs, gloo on CPUs",
+    )
+    gpu: int | None = option(None, "use this GPU only", range=NATURAL, metavar="ID")
+    # torch.distributed.launch passes it
+    local_rank: int | None = option(None, "", hidden=True)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How many epochs a run has, its optimizer, and the schedule of the learning rate."""
+
+    TITLE: ClassVar[str] = "optimization"
+    epochs: int = option(200, "epochs of the run", range=EPOCHS)
+    optimizer: str = option("sgd", "sgd and lars with --momentum", choices=OPTIMIZERS)
+    learning_rate_scaling: str = option(
+        "none",
+        "multiply the learning rate by sqrt(total batch), or by total batch / 256",
+        choices=SCALINGS,
+    )
+    schedule: tuple[int, ...] = option(
+        (),
+        "multiply the learning rate by 0.1 at these epochs",
+        range=NATURAL,
+        nargs="*",
+        metavar="EPOCH",
+    )
+    cos: bool = option(False, "cosine schedule instead")
+    lr_by: str = option(
+        "epoch",
+        "when the learning rate is computed: at each epoch's start, for each epoch's end, "
+        "or at each step",
+        choices=("epoch", "epoch-end", "step"),
+    )
+    sgdr: bool = option(False, "cosine schedule that restarts (SGDR)")
+    sgdr_t0: int = option(12, "length of each period of --sgdr", range=EPOCHS, metavar="EPOCHS")
+    lr_final: float = option(
+        0.0,
+        "learning rate at the end of a cosine; scaled like --lr",
+        range=LEARNING_RATE,
+        metavar="LR",
+    )
+    lr_warmup_epochs: int = option(0, "epochs of linear learning-rate warm-up", range=NATURAL)
+    momentum: float = option(0.9, "momentum of sgd and lars", range=MOMENTUM)
+    clip_grad: float = option(
+        0.0, "maximum gradient norm; 0: no clipping", range="[0, 1000000]", metavar="NORM"
+    )
+    nesterov: bool = option(False, "Nesterov's momentum, of sgd")
+    accumulation_steps: int = option(
+        1, "passes of --batch-size in one step", range=POSITIVE, metavar="N"
+    )
+
+
+@dataclass(frozen=True)
+class Optimizer(Schedule):
+    """An optimizer with one learning rate and one weight decay."""
+
+    lr: float | None = option(
+        0.03,
+        "learning rate, before --learning-rate-scaling",
+        "--learning-rate",
+        range=LEARNING_RATE,
+        metavar="LR",
+    )
+    wd: float | None = option(
+        1e-4, "weight decay", "--weight-decay", range=WEIGHT_DECAY, metavar="WD"
+    )
+
+
+@dataclass(frozen=True)
+class Log:
+    """What a training run prints and saves, and which run it continues."""
+
+    TITLE: ClassVar[str] = "monitor"
+    print_freq: int = option(10, "steps between log lines", "-p", range=POSITIVE, metavar="STEPS")
+    resume: str | None = option(
+        None,
+        "continue from this checkpoint as if the run had never stopped; "
+        "auto: from the furthest one in the run folder, if any",
+        metavar="FILE",
+    )
+    allow_change: tuple[str, ...] = option(
+        (),
+        "options that may differ from those of the run that --resume continues, such as lr,wd",
+        metavar="NAME,...",
+    )
+    save_every: int = option(
+        1,
+        "epochs between checkpoints; the last epoch is always saved",
+        range=POSITIVE,
+        metavar="EPOCHS",
+    )
+    on_bad_image: str = option(
+        "skip",
+        "skip: a training image that cannot be read is named, and another takes its place, "
+        "up to 1 %% of an epoch; error: the run ends",
+        choices=("skip", "error"),
+    )
+    save_every_steps: int = option(
+        0,
+        "also save inside epochs, every so many steps; 0: only if a signal stops the run",
+        range=NATURAL,
+        metavar="STEPS",
+    )
+
+
+@dataclass(frozen=True)
+class Retention:
+    """Which checkpoints of a pre-training are kept."""
+
+    TITLE: ClassVar[str] = "retention"
+    keep: int = option(2, "keep the newest N epoch checkpoints; all, or 0: keep all", metavar="N")
+    keep_every: int = option(
+        10,
+        "also keep the checkpoint of every Nth epoch; 0: of none. "
+        "The best by --knn-every is kept in any case",
+        range=NATURAL,
+        metavar="EPOCHS",
+    )
+
+
+@dataclass(frozen=True)
+class Monitor:
+    """The k-NN accuracy that a pre-training reports on the way."""
+
+    TITLE: ClassVar[str] = "k-NN monitor"
+    knn_every: int = option(
+        0, "report k-NN top-1 on val/, against train/", range=NATURAL, metavar="EPOCHS"
+    )
+    knn_k: int = option(20, "neighbours that vote", range=POSITIVE, metavar="K")
+    knn_t: float = option(
+        0.07, "temperature of the neighbours' weights", range=TEMPERATURE, metavar="T"
+    )
+    knn_features: str = option(
+        "backbone",
+        "features to compare: the encoder's without projection head, or the head's",
+        choices=("backbone", "head"),
+    )
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """The encoder that is evaluated."""
+
+    TITLE: ClassVar[str] = "encoder"
+    pretrained: str | None = option(
+        None,
+        "checkpoint of any method here, or a MoCo, SogCLR, MoBY or bare file",
+        metavar="FILE",
+        unset="a randomly initialised encoder",
+    )
+    encoder_method: str | None = None  # of the checkpoint's pre-training
+    pretrain_epochs: int | None = None  # of the checkpoint
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """How a classifier on the encoder is trained, chosen and tested."""
+
+    TITLE: ClassVar[str] = "classifier"
+    weights: str = option(
+        "freeze", "of the encoder: kept, or trained too", choices=("freeze", "finetune")
+    )
+    evaluate: bool = option(False, "only test the classifier of --resume", "-e", switch=False)
+    val_from_train: float | None = option(
+        None,
+        "fraction of each class's training images, held out to choose the best classifier on",
+        range="(0, 1)",
+        metavar="FRACTION",
+        unset="it is chosen on val/",
+    )
+
+
+@dataclass(frozen=True)
+class FeatureFiles:
+    """Features that are saved to files, or loaded from files instead of computed."""
+
+    TITLE: ClassVar[str] = "files of features"
+    dump_features: str | None = option(
+        None, "write the features of both splits there, as .npy files", metavar="FOLDER"
+    )
+    load_features: str | None = option(
+        None,
+        "read them from there: no DIR, no --pretrained; the seed is that of the dump",
+        metavar="FOLDER",
+    )
+
+
+@dataclass(frozen=True)
+class QueryAndKey:
+    """A query encoder, and a key encoder that follows it, with MoCo's head and views."""
+
+    TITLE: ClassVar[str] = "query and key encoder"
+    moco_dim: int = option(128, "feature size", range=WIDTH)
+    moco_m: float = option(0.999, "momentum of the key encoder", range=AVERAGE)
+    moco_t: float = option(0.07, "softmax temperature", range=TEMPERATURE)
+    mlp: bool = option(False, "two-layer head (MoCo v2)")
+    aug_plus: bool = option(False, "recipe mocov2 instead of mocov1")
+    bn_splits: int = option(
+        8, "batch norm groups of the key encoder if one process trains alone", range=POSITIVE
+    )
+    bn_splits_query: bool = option(
+        False, "also split the batch norm of the query encoder into --bn-splits groups"
+    )
