@@ -34,6 +34,8 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 class Config:
     """The settings that every run has."""
 
+    TRAINS: ClassVar[bool] = False  # whether the run trains, and can be resumed
+    EVALUATES: ClassVar[bool] = False  # whether it evaluates an encoder
     TRANSFORMERS: ClassVar[bool] = True  # whether other networks than ResNets may train
 
     run: Run = Run()
@@ -43,10 +45,18 @@ class Config:
     compute: Compute = Compute()
     launch: Launch = Launch()
 
+    @property
+    def only_tests(self) -> bool:
+        """Return whether the run tests a classifier that an earlier run has trained."""
+        return False
+
 
 @dataclass(frozen=True)
 class Training(Config):
     """The settings of a run that trains."""
+
+    TRAINS: ClassVar[bool] = True
+    SCHEDULED: ClassVar[bool] = False  # whether the method, too, depends on --epochs
 
     optimizer: Schedule = Optimizer()
     log: Log = Log()
@@ -66,6 +76,8 @@ class Pretraining(Training):
 class Evaluation(Config):
     """The settings of an evaluation of frozen features."""
 
+    EVALUATES: ClassVar[bool] = True
+
     views: Views = Views(image_size=None)
     network: Network = Network(arch=None)
     encoder: Encoder = Encoder()
@@ -76,10 +88,17 @@ class Evaluation(Config):
 class Probing(Training):
     """The settings of an evaluation that trains a classifier."""
 
+    EVALUATES: ClassVar[bool] = True
+
     views: Views = Views(recipe="probe", image_size=None)
     network: Network = Network(arch=None)
     encoder: Encoder = Encoder()
     classifier: Classifier = Classifier()
+
+    @property
+    def only_tests(self) -> bool:
+        """Return whether the run tests a classifier that an earlier run has trained."""
+        return self.classifier.evaluate
 
 
 AnyConfig = TypeVar("AnyConfig", bound=Config)

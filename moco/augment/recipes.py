@@ -1,11 +1,11 @@
 """Views are data: a recipe is a tuple of frozen `View`s, one per view that the method sees."""
 
-from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from moco.config import MEAN, STD
 from moco.errors import InputError, unknown
+from moco.sections import Views
 
 
 @dataclass(frozen=True)
@@ -143,14 +143,15 @@ def recipe(
     return tuple(all_views)
 
 
-def of_options(args: Namespace) -> Recipe:
-    """The recipe of a run's options; `args.views` says how many views a method wants, where it wants other than the recipe's."""
-    more = {name: getattr(args, name, None) for name in ("views", "randaugment", "blur_sigma")}
+def of(views: Views) -> Recipe:
+    """Return the recipe that a run's settings choose."""
     return recipe(
-        args.recipe,
-        args.image_size,
-        args.crop_min,
-        mean=args.mean or MEAN,
-        std=args.std or STD,
-        **more,
+        views.recipe,
+        views.image_size,
+        views.crop_min,
+        mean=views.mean or MEAN,
+        std=views.std or STD,
+        views=views.views,
+        randaugment=views.randaugment,
+        blur_sigma=views.blur_sigma,
     )

@@ -9,12 +9,11 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
-from moco.cli import compat
+from moco.cli import compat, folders, rules
 from moco.cli.actions import TRUE_OR_FALSE, Help, Switch, convert, is_number
 from moco.cli.compat import SWIN_OPTS
-from moco.cli import folders, rules
-from moco.cli.tool import OneLineParser
 from moco.cli.groups import add_groups
+from moco.cli.tool import OneLineParser
 from moco.config import Config, flat, replaced
 from moco.errors import InputError, unknown
 from moco.files import read_yaml, refuse_remote

@@ -3,7 +3,6 @@
 import os
 import sys
 import warnings
-from argparse import Namespace
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
@@ -18,6 +17,7 @@ from tqdm import tqdm
 from moco import distributed
 from moco.data.images import CachedFolder, ImageFolder, Images, decode_whole, decoded_size
 from moco.errors import InputError
+from moco.sections import Input
 
 MODES = ("auto", "on", "off")
 SHARE, MOST = 4, 8 << 30  # auto: at most 1 / SHARE of a node's free memory, and at most 8 GiB
@@ -27,26 +27,26 @@ _BLOCK = 16  # images that a thread decodes as one task
 _AHEAD = 64  # tasks that may be submitted before their results are read
 
 
-def load(args: Namespace, *sets: Images | None) -> list[Images | None]:
-    """Decode the images of folders if `args.cache_images` says so; return `sets` with these images.
+def load(input: Input, *sets: Images | None) -> list[Images | None]:
+    """Decode the images of folders if `input.cache_images` says so; return `sets` with these images.
 
     Call it on every rank, before loader processes start. Each rank holds its own copy, so the limit
     is divided among the ranks of a node. Rank 0 prints one line. Two types of images stay on disk:
     unreadable ones, so that the loader reports the same error as without the cache, and large
-    JPEGs, which the loader decodes at a reduced size. `args` has `cache_images` and `nodes`.
+    JPEGs, which the loader decodes at a reduced size.
 
     Raises InputError if the images do not fit and the option is `on`.
     """
     folders = [one for one in sets if isinstance(one, ImageFolder)]
     folders = [one for one in folders if not isinstance(one, CachedFolder)]
-    if args.cache_images == "off" or not folders:
+    if input.cache_images == "off" or not folders:
         return list(sets)
-    ranks = max(1, distributed.world_size() // args.nodes)  # of this node
+    ranks = max(1, distributed.world_size() // input.nodes)  # of this node
     threads = max(1, min(THREADS, max(4, os.cpu_count() or 1) // ranks))
     with ThreadPoolExecutor(threads) as pool, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # for all threads: they share the filters
         needed, free = _agreed([_estimate(folder, pool) for folder in folders], free_memory())
-        limit = _limit(args.cache_images, sum(needed), free, ranks)
+        limit = _limit(input.cache_images, sum(needed), free, ranks)
         if not 0 < sum(needed) <= limit:
             return list(sets)
         held = {}

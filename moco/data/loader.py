@@ -6,7 +6,6 @@ import math
 import signal
 import sys
 import warnings
-from argparse import Namespace
 from collections.abc import Iterator
 from multiprocessing.process import BaseProcess
 from types import TracebackType
@@ -23,6 +22,7 @@ from moco.augment import crop
 from moco.augment.recipes import Recipe
 from moco.data.images import Images
 from moco.errors import InputError
+from moco.sections import Input
 
 Place = tuple[int, int]  # epoch, index
 
@@ -256,17 +256,17 @@ def batches(
     images: Images,
     cut: RandomCrops | CenterCrop,
     order: Sampler,
-    args: Namespace,
+    input: Input,
     device: torch.device,
     skips: bool = False,
 ) -> Iterator[Batch]:
     """Read `images` in `order` and yield batches on `device`. Raises InputError for an image that cannot be read, unless `skips`.
 
-    `args.workers` is the number of loader processes for `args.batch_size` images: each rank takes its share, rounded up.
+    `input.workers` is the number of loader processes for `input.batch_size` images: each rank takes its share, rounded up.
     """
     cuda = device.type == "cuda"
     stream = torch.cuda.Stream(device) if cuda else None
-    workers = -(-args.workers * args.batch_per_process // args.batch_size)
+    workers = -(-input.workers * input.batch_per_process // input.batch_size)
     for batch in _read(
         dataset=Views(images, cut, skips),
         batch_sampler=order,

@@ -3,7 +3,6 @@
 import math
 import os
 import re
-from argparse import Namespace
 from collections import OrderedDict
 from fnmatch import fnmatch
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moco.config import Training
 from moco.distributed import print_rank0
 from moco.encoder.metadata import CLASSIFIERS, is_count, read_metadata
 from moco.encoder.pretrained import finite, fits
@@ -136,30 +136,30 @@ def load(path: str) -> State:
     return read(path)
 
 
-def check_origin(state: State, args: Namespace) -> None:
-    """Raise InputError if the checkpoint of `args.resume` is of another kind of run than this one.
+def check_origin(state: State, config: Training) -> None:
+    """Raise InputError if the checkpoint of `--resume` is of another kind of run than this one.
 
     It must be of the same script, architecture and method.
     """
-    path = args.resume
-    if origin(state) == "classifier" and args.method not in CLASSIFIERS:
+    path = config.log.resume
+    if origin(state) == "classifier" and config.run.method not in CLASSIFIERS:
         ours = "it is a classifier's checkpoint, and this script pre-trains"
         how = f"continue it with {_script(state)}"
         raise InputError(f"{path}: cannot be resumed here: {ours}; {how}")
-    check_script(state, args)
-    for what, mine in (("arch", args.arch), ("method", args.method)):
+    check_script(state, config)
+    for what, mine in (("arch", config.network.arch), ("method", config.run.method)):
         if state.get(what) != mine:
             raise InputError(
                 f"{path}: is of {what} '{short(state.get(what))}', not '{mine}'; resume with the options it was made with"
             )
 
 
-def check_script(state: State, args: Namespace) -> None:
-    """Raise InputError if the checkpoint of `args.resume` is not of a run of this script."""
-    check_resumable(state, args.resume)
-    if _script(state) not in (f"main_{args.script}.py", _UNKNOWN):
+def check_script(state: State, config: Training) -> None:
+    """Raise InputError if the checkpoint of `--resume` is not of a run of this script."""
+    check_resumable(state, config.log.resume)
+    if _script(state) not in (f"main_{config.run.script}.py", _UNKNOWN):
         theirs = f"is a checkpoint of {_script(state)}, which has other options"
-        raise InputError(f"{args.resume}: {theirs}; use that script")
+        raise InputError(f"{config.log.resume}: {theirs}; use that script")
 
 
 _UNKNOWN = "the script that saved it"

@@ -1,6 +1,5 @@
 """Features of a frozen encoder, in memory and in files, and weighted k-NN on them (Wu et al., arXiv 1805.01978, section 3.4)."""
 
-from argparse import Namespace
 from collections.abc import Callable, Iterator
 
 import torch
@@ -9,6 +8,7 @@ from torch import Tensor, nn
 
 from moco import distributed
 from moco.augment.color import normalize
+from moco.config import Config
 from moco.data import loader
 from moco.data.images import Images
 from moco.encoder import networks
@@ -21,7 +21,7 @@ Features = tuple[
 
 def test_batches(
     images: Images,
-    args: Namespace,
+    config: Config,
     device: torch.device,
     unreadable: list[tuple[int, str]] | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
@@ -30,9 +30,9 @@ def test_batches(
     Images that cannot be read are left out, and their numbers and reasons are added to
     `unreadable`. Raises InputError for the first one if that is None.
     """
-    order = loader.EvalOrder(len(images), args.batch_per_process)
-    cut, done = loader.CenterCrop(args.image_size), 0
-    for batch in loader.batches(images, cut, order, args, device, skips=unreadable is not None):
+    order = loader.EvalOrder(len(images), config.input.batch_per_process)
+    cut, done = loader.CenterCrop(config.views.image_size), 0
+    for batch in loader.batches(images, cut, order, config.input, device, skips=unreadable is not None):
         x, label = batch.views[0], batch.label
         if batch.unreadable:
             unreadable += batch.unreadable
@@ -42,25 +42,26 @@ def test_batches(
             x, label = x[own], label[own]
         done += len(batch.index)
         if len(x):
-            yield layout(normalize(x, args.mean, args.std)), label
+            yield layout(normalize(x, config.views.mean, config.views.std)), label
 
 
 @torch.inference_mode()
 def extract(
     net: nn.Module,
     images: Images,
-    args: Namespace,
+    config: Config,
     device: torch.device,
     unit_norm: bool = True,
     of: Callable[[nn.Module, Tensor], Tensor] = networks.features,
     unreadable: list[tuple[int, str]] | None = None,
+    on_host: bool = False,
 ) -> Features:
     """Return the features of this rank's share of `images`, and their labels, in eval mode.
 
     `of(net, batch)` computes the features: by default those of the backbone. With `unit_norm` they are
     normalized to norm 1. `unreadable` is that of `test_batches`.
 
-    The labels are on `device`, and so are the features, unless `args.host_features` keeps them in the host's memory. There is
+    The labels are on `device`, and so are the features, unless `on_host` keeps them in the host's memory. There is
     one copy of them.
     """
     was_training = net.training
@@ -69,11 +70,11 @@ def extract(
         images.labels[distributed.rank() :: distributed.world_size()], device=device
     )
     rows, done = None, 0
-    for batch, label in test_batches(images, args, device, unreadable):
-        with autocast(args.amp, device):
+    for batch, label in test_batches(images, config, device, unreadable):
+        with autocast(config.compute.amp, device):
             x = of(net, batch)
         if rows is None:
-            rows = torch.empty(len(labels), x.shape[1], device=feature_device(args, device))
+            rows = torch.empty(len(labels), x.shape[1], device=feature_device(on_host, device))
         rows[done : done + len(x)] = F.normalize(x.float(), dim=1) if unit_norm else x
         labels[done : done + len(x)] = label  # these move up where an image is left out
         done += len(x)
@@ -86,13 +87,13 @@ def extract(
         ).max()
     )
     return (
-        torch.empty(0, width, device=feature_device(args, device)) if rows is None else rows
+        torch.empty(0, width, device=feature_device(on_host, device)) if rows is None else rows
     ), labels
 
 
-def feature_device(args: Namespace, device: torch.device) -> torch.device:
+def feature_device(on_host: bool, device: torch.device) -> torch.device:
     """Where features are kept. Host memory is not pinned: k-NN moves them only once."""
-    return torch.device("cpu") if getattr(args, "host_features", False) else device
+    return torch.device("cpu") if on_host else device
 
 
 def in_order(x: Tensor) -> Tensor:

@@ -6,7 +6,6 @@ import math
 import shutil
 import sys
 import time
-from argparse import Namespace
 from pathlib import Path
 
 import torch
@@ -16,6 +15,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from moco import devices, distributed
+from moco.config import Config, Training, flat
 from moco.distributed import print_rank0
 from moco.errors import InputError
 from moco.files import replacing, to_json
@@ -66,17 +66,17 @@ class Mean:
         return values
 
 
-def write_options(args: Namespace) -> None:
+def write_options(config: Config) -> None:
     """Write args.yaml to the run folder, which `run_folder.claim` has made this run's own."""
-    with replacing(Path(args.save_dir) / "args.yaml") as file:
-        file.write(yaml.safe_dump(vars(args), sort_keys=True).encode())
+    with replacing(Path(config.run.save_dir) / "args.yaml") as file:
+        file.write(yaml.safe_dump(flat(config), sort_keys=True).encode())
 
 
 class RunLog:
     """The run folder's log, and the line or bar that a person reads.
 
     Args:
-        args: the options. A new run writes them to args.yaml here, and a resumed one with its first
+        config: the run's settings. A new run writes them to args.yaml here, and a resumed one with its first
             checkpoint, so that the file always says how the checkpoints were made.
         steps: of the whole run; the time left is counted from them.
         start: the step that this start begins at, below 0 where steps come before epoch 0. Lines of an earlier start beyond
@@ -84,26 +84,26 @@ class RunLog:
         device: the device that the run trains on.
     """
 
-    def __init__(self, args: Namespace, steps: int, start: int = 0, device: torch.device = CPU):
+    def __init__(self, config: Training, steps: int, start: int = 0, device: torch.device = CPU):
         self.steps, self.start, self.device = steps, start, device
         self.images_per_step = (
-            args.batch_per_process * distributed.world_size() * args.accumulation_steps
+            config.input.batch_per_process * distributed.world_size() * config.optimizer.accumulation_steps
         )
         self.began = self.marked = time.perf_counter()
         self.marked_step, self.waited, self.first = start, 0.0, True
         self.bar, self.before = None, 0.0  # seconds trained in earlier starts
         if distributed.rank() != 0:
             return
-        folder = Path(args.save_dir)
+        folder = Path(config.run.save_dir)
         self.path = folder / "log.jsonl"
         kept: list[str] = []
-        if args.resume:  # from the same folder, or from the run that this one branches off
-            before = Path(args.resume).with_name("log.jsonl")
+        if config.log.resume:  # from the same folder, or from the run that this one branches off
+            before = Path(config.log.resume).with_name("log.jsonl")
             kept = [line for line in _lines(before) if _step(line) <= start]
         self.before = _seconds(kept)
         try:
-            if not (args.resume and (folder / "args.yaml").exists()):
-                write_options(args)
+            if not (config.log.resume and (folder / "args.yaml").exists()):
+                write_options(config)
             with replacing(self.path) as file:
                 file.write("".join(kept).encode())
         except OSError as error:
@@ -111,7 +111,7 @@ class RunLog:
                 f"--save-dir {folder}: cannot be written: {error.strerror}; choose another folder"
             ) from None
         self.board = SummaryWriter(
-            str(folder), purge_step=start + 1 if args.resume and start >= 0 else None
+            str(folder), purge_step=start + 1 if config.log.resume and start >= 0 else None
         )
         if sys.stdout.isatty():
             total, initial = steps - min(start, 0), max(start, 0)

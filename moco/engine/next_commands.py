@@ -4,22 +4,22 @@ import os
 import shlex
 import shutil
 import sys
-from argparse import Namespace
 from pathlib import Path
 
+from moco.config import Pretraining, flat
 from moco.data import folders
 
 # recipes of the linear probe in each script's paper
 PROBES = {name: f"configs/lincls_{name}.yaml" for name in ("adco", "fnc", "moby", "sogclr")}
 
 
-def commands(args: Namespace, train: Path, saved: Path) -> list[str]:
+def commands(config: Pretraining, train: Path, saved: Path) -> list[str]:
     """Return the shell commands for k-NN, a linear probe and the report.
 
     If the run has a k-NN monitor, the command for k-NN measures the same.
 
     Args:
-        args: the options of the pre-training.
+        config: the settings of the pre-training.
         train: the folder of its images; without val/ next to it, nothing can be evaluated.
         saved: its last checkpoint.
     """
@@ -27,27 +27,28 @@ def commands(args: Namespace, train: Path, saved: Path) -> list[str]:
     if not (home / "main_knn.py").exists():  # called from another program
         home = Path(os.path.relpath(Path(__file__).parent.parent.parent))
     python = "python" if shutil.which("python") == sys.executable else sys.executable
-    given = [args.data, "--pretrained", saved]
-    if args.dataset not in ("imagenet", "photos"):
-        given += ["--dataset", args.dataset]
+    settings = flat(config)
+    given = [config.run.data, "--pretrained", saved]
+    if config.input.dataset not in ("imagenet", "photos"):
+        given += ["--dataset", config.input.dataset]
     for name in ("class_list", "data_name"):
-        if (value := getattr(args, name, None)) is not None:
+        if (value := settings[name]) is not None:
             given += [f"--{name.replace('_', '-')}", value]
-    if args.multiprocessing_distributed:
+    if config.launch.multiprocessing_distributed:
         given.append("--multiprocessing-distributed")
-        given += ["--nproc-per-node", args.nproc_per_node] if args.nproc_per_node else []
-    probe = home / PROBES.get(args.script, "configs/lincls_moco.yaml")
+        given += ["--nproc-per-node", config.launch.nproc_per_node] if config.launch.nproc_per_node else []
+    probe = home / PROBES.get(config.run.script, "configs/lincls_moco.yaml")
     folder = folders.split_folder(train.parent, "val")
-    evaluated = args.data == "photos" or args.dataset != "imagenet" or folder.is_dir()
+    evaluated = config.run.data == "photos" or config.input.dataset != "imagenet" or folder.is_dir()
     monitor = (
         {"--k": "knn_k", "--temperature": "knn_t", "--features": "knn_features"}
-        if args.knn_every
+        if config.monitor.knn_every
         else {}
     )
-    knn = [word for option, name in monitor.items() for word in (option, getattr(args, name))]
+    knn = [word for option, name in monitor.items() for word in (option, settings[name])]
     found = [
         [home / "main_knn.py", *given, *knn],
         [home / "main_lincls.py", "--cfg", probe, *given],
     ] * evaluated
-    found.append([home / "tools" / "report.py", args.save_dir])
+    found.append([home / "tools" / "report.py", config.run.save_dir])
     return [shlex.join(map(str, [python, *words])) for words in found]

@@ -1,7 +1,6 @@
 """Optimizers and learning-rate schedules."""
 
 import math
-from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
 
@@ -9,27 +8,25 @@ import torch
 from torch import Tensor
 
 from moco.errors import InputError
-
-OPTIMIZERS = ("sgd", "lars", "adamw")
-SCALINGS = ("none", "sqrt", "linear")
+from moco.sections import Schedule
 
 
-def make(groups: list[dict[str, Any]], args: Namespace) -> torch.optim.Optimizer:
+def make(groups: list[dict[str, Any]], schedule: Schedule, amp: str) -> torch.optim.Optimizer:
     """The optimizer of `--optimizer` on groups of parameters with an `lr` and a `weight_decay` each.
 
     SGD and AdamW are fused on CUDA and on the CPU; on other devices PyTorch chooses. SGD is not
     fused under fp16: if the gradient scaler skips the first step, PyTorch's fused SGD leaves the momentum
     buffer uninitialised and uses it in the next step.
     """
-    if not 0 <= args.momentum < 1 or (args.nesterov and not args.momentum):
-        least = "above 0 with --nesterov" if args.nesterov else "at least 0"
-        raise InputError(f"--momentum {args.momentum:g}: must be {least}, and below 1")
-    if args.optimizer == "lars":
-        return LARS(groups, momentum=args.momentum)
-    if args.optimizer == "adamw":
+    if not 0 <= schedule.momentum < 1 or (schedule.nesterov and not schedule.momentum):
+        least = "above 0 with --nesterov" if schedule.nesterov else "at least 0"
+        raise InputError(f"--momentum {schedule.momentum:g}: must be {least}, and below 1")
+    if schedule.optimizer == "lars":
+        return LARS(groups, momentum=schedule.momentum)
+    if schedule.optimizer == "adamw":
         return torch.optim.AdamW(_decayed_apart(groups), fused=_fused(groups))
-    fused = _fused(groups) if args.amp != "fp16" else None
-    return torch.optim.SGD(groups, momentum=args.momentum, nesterov=args.nesterov, fused=fused)
+    fused = _fused(groups) if amp != "fp16" else None
+    return torch.optim.SGD(groups, momentum=schedule.momentum, nesterov=schedule.nesterov, fused=fused)
 
 
 def _fused(groups: list[dict[str, Any]]) -> bool | None:
@@ -201,25 +198,25 @@ def scale(scaling: str, batch: int) -> float:
     return {"none": 1.0, "sqrt": math.sqrt(batch), "linear": batch / 256}[scaling]
 
 
-def rate(args: Namespace, base: float, epoch: float, factor: float = 1.0) -> float:
+def rate(schedule: Schedule, base: float, epoch: float, factor: float = 1.0) -> float:
     """The learning rate at an epoch, which may be part of the way through it; `factor` is `scale`'s, already in `base`.
 
-    Linear warm-up over `args.lr_warmup_epochs`; then a half cosine down to `args.lr_final`, over the whole run (`args.cos`) or
-    again and again over `args.sgdr_t0` epochs (`args.sgdr`; Loshchilov & Hutter, arXiv 1608.03983); or x .1 at each of
-    `args.schedule`. With `args.lr_by` "step" and "epoch-end" the warm-up begins at 0 and the cosine at its end (as in SimCLR and
+    Linear warm-up over `schedule.lr_warmup_epochs`; then a half cosine down to `schedule.lr_final`, over the whole run (`schedule.cos`) or
+    again and again over `schedule.sgdr_t0` epochs (`schedule.sgdr`; Loshchilov & Hutter, arXiv 1608.03983); or x .1 at each of
+    `schedule.schedule`. With `schedule.lr_by` "step" and "epoch-end" the warm-up begins at 0 and the cosine at its end (as in SimCLR and
     MoCo v3); with "epoch" the first rate is not 0 and the cosine is the whole run's.
     """
-    warmup, by_step = args.lr_warmup_epochs, args.lr_by != "epoch"
+    warmup, by_step = schedule.lr_warmup_epochs, schedule.lr_by != "epoch"
     if epoch < warmup:
         return base * (epoch / warmup if by_step else (epoch + 1) / (warmup + 1))
-    if args.cos or args.sgdr:
+    if schedule.cos or schedule.sgdr:
         first = warmup if by_step else 0
         passed = (
-            (epoch - first) % args.sgdr_t0 / args.sgdr_t0
-            if args.sgdr
-            else (epoch - first) / (args.epochs - first)
+            (epoch - first) % schedule.sgdr_t0 / schedule.sgdr_t0
+            if schedule.sgdr
+            else (epoch - first) / (schedule.epochs - first)
         )
         share = 0.5 * (1 + math.cos(math.pi * passed))
-        final = args.lr_final * factor
+        final = schedule.lr_final * factor
         return final + (base - final) * share
-    return base * 0.1 ** sum(epoch >= milestone for milestone in args.schedule)
+    return base * 0.1 ** sum(epoch >= milestone for milestone in schedule.schedule)

@@ -1,12 +1,12 @@
 """Mixed precision, memory format and compilation: how the networks compute, not what."""
 
-from argparse import Namespace
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from moco import devices
+from moco.config import AnyConfig, replaced
 from moco.distributed import print_rank0
 from moco.encoder.recompute import check_compiled_recomputation, recompute_blocks
 from moco.errors import InputError, short
@@ -18,17 +18,17 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _BF16 = {"avx512_bf16", "amx_bf16", "bf16"}
 
 
-def choose(args: Namespace) -> None:
-    """Set `args.amp` to off, and print a line, if the run is on a CPU that is slow in `args.amp`.
+def choose(config: AnyConfig) -> AnyConfig:
+    """Return `config` without mixed precision, and print a line, if the run's CPU is slow in it.
 
     Every CPU is slow in fp16: PyTorch's convolutions take minutes a step. CPUs without bf16
-    instructions are slow in bf16. Raises InputError if the device of `args.device` is not found.
+    instructions are slow in bf16. Raises InputError if the device is not found.
     """
-    on_cpu = devices.chosen(args.device) == "cpu"
-    if args.amp == "off" or not on_cpu or (args.amp == "bf16" and _multiplies_bf16()):
-        return
-    print_rank0(f"--amp {args.amp} is slow on this CPU: this run computes in float32 (--amp off)")
-    args.amp = "off"
+    on_cpu = devices.chosen(config.launch.device) == "cpu"
+    if config.compute.amp == "off" or not on_cpu or (config.compute.amp == "bf16" and _multiplies_bf16()):
+        return config
+    print_rank0(f"--amp {config.compute.amp} is slow on this CPU: this run computes in float32 (--amp off)")
+    return replaced(config, amp="off")
 
 
 def _multiplies_bf16() -> bool:

@@ -1,7 +1,6 @@
 """Pre-training, for every method: the training loop on unlabelled views, the k-NN monitor and the checkpoints."""
 
 import sys
-from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,60 +23,60 @@ from moco.errors import InputError
 from moco.rng import Progress
 
 
-def check_views(args: Namespace, several_crops: bool = False) -> None:
+def check_views(config: Config, several_crops: bool = False) -> None:
     """Refuse a recipe that does not make two views, or, with `several_crops`, more than two."""
-    views = len(recipes.of_options(args))
+    views = len(recipes.of_options(config))
     if views < 2 or (views > 2) != several_crops:
         needed = "more than two" if several_crops else "two"
         raise InputError(
-            f"--recipe {args.recipe}: makes {views} views, but {needed} are needed; choose another"
+            f"--recipe {config.views.recipe}: makes {views} views, but {needed} are needed; choose another"
         )
 
 
-def check(args: Namespace, transformers: bool = False) -> None:
+def check(config: Config, transformers: bool = False) -> None:
     """Check, before any process starts, the architecture (a ResNet, unless `transformers`), the data folder and the run folder."""
-    if not transformers and args.arch not in resnets.ARCHS:
+    if not transformers and config.network.arch not in resnets.ARCHS:
         raise InputError(
-            f"--arch {args.arch}: this script is for torchvision's ResNets; main_moby.py trains transformers"
+            f"--arch {config.network.arch}: this script is for torchvision's ResNets; main_moby.py trains transformers"
         )
-    if args.dataset == "imagenet":
-        root = _find(args)
-        subsets.check_classes(root / "train", args.class_list, args.data_name)
+    if config.input.dataset == "imagenet":
+        root = _find(config)
+        subsets.check_classes(root / "train", config.input.class_list, config.input.data_name)
     else:
-        registry.check(args.dataset, args.data, args.download)
-        if registry.METRIC[args.dataset] == "map11" and args.knn_every:
-            several = f"each image of {args.dataset} has several labels, and k-NN needs one"
+        registry.check(config.input.dataset, config.run.data, config.input.download)
+        if registry.METRIC[config.input.dataset] == "map11" and config.monitor.knn_every:
+            several = f"each image of {config.input.dataset} has several labels, and k-NN needs one"
             raise InputError(f"--knn-every: {several}; leave it out")
-    mean, std = registry.normalization(args.dataset)
-    args.mean, args.std = args.mean or mean, args.std or std
+    mean, std = registry.normalization(config.input.dataset)
+    config.views.mean, config.views.std = config.views.mean or mean, config.views.std or std
 
 
-def _find(args: Namespace) -> Path:
+def _find(config: Config) -> Path:
     """Return the data folder. Raise InputError, which names `--knn-every 0` if only the k-NN monitor cannot use it."""
-    if not args.knn_every:
-        return folders.find(args.data, ("train",))
+    if not config.monitor.knn_every:
+        return folders.find(config.run.data, ("train",))
     try:
-        return folders.find(args.data, ("train", "val"))
+        return folders.find(config.run.data, ("train", "val"))
     except InputError as error:
-        folders.find(args.data, ("train",))  # raises its own error if train/ is wrong
+        folders.find(config.run.data, ("train",))  # raises its own error if train/ is wrong
         raise InputError(f"{error}; or train without the k-NN monitor: --knn-every 0") from None
 
 
-def train(args: Namespace, device: torch.device, build: Callable[[Images], nn.Module]) -> None:
+def train(config: Config, device: torch.device, build: Callable[[Images], nn.Module]) -> None:
     """Pre-train the model that `build(images)` returns. Runs in every process."""
-    if args.batch_per_process < 2:
+    if config.input.batch_per_process < 2:
         raise InputError(
             "--batch-size gives each process a single image; batch norm and the loss need at least two. Raise --batch-size"
         )
-    images = registry.training(args.dataset, args.data, args.class_list)
-    if args.knn_every and args.knn_k > len(images):
+    images = registry.training(config.input.dataset, config.run.data, config.input.class_list)
+    if config.monitor.knn_every and config.monitor.knn_k > len(images):
         print_rank0(
-            f"--knn-k {args.knn_k}: the bank has {len(images)} images, and all of them vote"
+            f"--knn-k {config.monitor.knn_k}: the bank has {len(images)} images, and all of them vote"
         )
-    torch.manual_seed(args.seed)
+    torch.manual_seed(config.run.seed)
     method = build(images)
     Pretraining(
-        args, precision.place(method, device, args.compile, args.grad_checkpoint), images, device
+        config, precision.place(method, device, config.compute.compile, config.compute.grad_checkpoint), images, device
     ).train()
 
 
@@ -94,8 +93,8 @@ class Pretraining(Trainer):
 
     def _announce(self) -> None:
         super()._announce()
-        args = self.args
-        asked, batch = getattr(args, "bn_splits", 1), args.batch_per_process
+        args = self.config
+        asked, batch = getattr(config, "bn_splits", 1), config.input.batch_per_process
         used = bn_groups(asked, batch)
         if distributed.world_size() == 1 and used < asked:
             groups = "1 group is" if used == 1 else f"{used} groups are"
@@ -115,10 +114,10 @@ class Pretraining(Trainer):
         self.module.after_step()
 
     def end_epoch(self, done: int) -> dict[str, float]:
-        args, last = self.args, done == self.args.epochs
-        saves = last or done % args.save_every == 0
+        config, last = self.config, done == self.config.optimizer.epochs
+        saves = last or done % config.log.save_every == 0
         metrics = {}
-        if args.knn_every and (last or done % args.knn_every == 0):
+        if config.monitor.knn_every and (last or done % config.monitor.knn_every == 0):
             self.save_inside(done - 1, done * self.steps_per_epoch)  # it takes a while
             metrics["knn"] = self._knn()
             if saves and metrics["knn"] > self.best[0]:
@@ -140,8 +139,8 @@ class Pretraining(Trainer):
         if isinstance(spared, list):
             self.spared = frozenset(epoch for epoch in spared if type(epoch) is int)
         retention = ("keep", "keep_every")
-        if any(state["args"].get(name) != getattr(self.args, name) for name in retention):
-            there = checkpoint.numbered(Path(self.args.save_dir), inside=False)
+        if any(state["args"].get(name) != getattr(self.config, name) for name in retention):
+            there = checkpoint.numbered(Path(self.config.run.save_dir), inside=False)
             self.spared |= frozenset(map(checkpoint.epoch_of, there))
 
     def save_inside(self, epoch: int, step: int) -> Path:
@@ -154,24 +153,24 @@ class Pretraining(Trainer):
         if distributed.rank() != 0:
             return
         superseded = checkpoint.numbered(newest.parent, inside=True)
-        if self.args.keep:
-            older = checkpoint.numbered(newest.parent, inside=False)[self.args.keep :]
+        if self.config.retention.keep:
+            older = checkpoint.numbered(newest.parent, inside=False)[self.config.retention.keep :]
             superseded += [path for path in older if not self._is_kept(checkpoint.epoch_of(path))]
         for path in set(superseded) - {newest}:
             path.unlink(missing_ok=True)
 
     def _is_kept(self, epoch: int) -> bool:
         """Return whether the checkpoint of an epoch, counted from 0, is kept however old it is."""
-        every = self.args.keep_every
+        every = self.config.retention.keep_every
         regular = every > 0 and (epoch + 1) % every == 0
         return regular or epoch in self.spared or epoch == self.best[1]
 
     def finished(self) -> None:
         print_rank0(f"trained for {clock(self.seconds)}")
-        saved = next(iter(checkpoint.found(self.args.save_dir)), None)
+        saved = next(iter(checkpoint.found(self.config.run.save_dir)), None)
         if saved is not None and distributed.rank() == 0:
             print_rank0(f"the last checkpoint is {saved}; what you can run next:")
-            for command in next_commands.commands(self.args, self.images.root, saved):
+            for command in next_commands.commands(self.config, self.images.root, saved):
                 print_rank0(f"  {command}")
 
     def _knn(self) -> float:
@@ -179,17 +178,17 @@ class Pretraining(Trainer):
 
         With `--on-bad-image skip`, training images that cannot be read are left out.
         """
-        args, module = self.args, self.module
-        val = registry.testing(args.dataset, args.data, args.class_list)
+        config, module = self.config, self.module
+        val = registry.testing(config.input.dataset, config.run.data, config.input.class_list)
         backbone = module.encoder, networks.features
         net, of = (
-            backbone if args.knn_features == "backbone" else (module.embedding, nn.Module.__call__)
+            backbone if config.monitor.knn_features == "backbone" else (module.embedding, nn.Module.__call__)
         )
-        unreadable = [] if args.on_bad_image == "skip" else None
-        bank = features.extract(net, self.images, args, self.device, of=of, unreadable=unreadable)
+        unreadable = [] if config.log.on_bad_image == "skip" else None
+        bank = features.extract(net, self.images, config, self.device, of=of, unreadable=unreadable)
         self._note_left_out({i for i, _ in unreadable or ()})
-        queries = features.extract(net, val, args, self.device, of=of)
-        return features.knn(*bank, *queries, len(val.classes), [args.knn_k], args.knn_t)[args.knn_k]
+        queries = features.extract(net, val, config, self.device, of=of)
+        return features.knn(*bank, *queries, len(val.classes), [config.monitor.knn_k], config.monitor.knn_t)[config.monitor.knn_k]
 
     def _note_left_out(self, unreadable: set[int]) -> None:
         """Print one line that names the images of `unreadable` which no earlier line has named."""

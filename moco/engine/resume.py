@@ -1,10 +1,10 @@
 """`--resume`: which folder and checkpoint a run continues from, and which options may differ."""
 
 import re
-from argparse import Namespace
 from pathlib import Path
 
 from moco import distributed
+from moco.config import AnyConfig, Training, flat, replaced
 from moco.distributed import print_rank0
 from moco.encoder import metadata
 from moco.engine import checkpoint
@@ -23,8 +23,8 @@ FREE = frozenset(
 )
 
 
-def start(args: Namespace) -> bool:
-    """Set `args.resume` and `args.save_dir` to what `--resume` means; return whether the run there continues.
+def start(config: AnyConfig) -> tuple[AnyConfig, bool]:
+    """Return `config` with the checkpoint and the folder that `--resume` means, and whether the run there continues.
 
     `--resume auto` continues the run of this script in `--save-dir`, or in the subfolder that an
     evaluation got because the folder holds another run. If there is no such run, a new one begins.
@@ -33,28 +33,29 @@ def start(args: Namespace) -> bool:
 
     Raises InputError if no checkpoint can be read, or if FILE's folder has a later one.
     """
-    given, tests = getattr(args, "resume", None), getattr(args, "evaluate", False)
+    if not config.TRAINS:
+        return config, False
+    given, tests, chosen = config.log.resume, config.only_tests, config.run.save_dir
     if not given:
-        if getattr(args, "allow_change", None):
+        if config.log.allow_change:
             raise InputError("--allow-change: has no effect without --resume; leave it out")
-        return False
+        return config, False
     if given == "auto":
-        if not args.save_dir:
+        if not chosen:
             raise InputError(
                 "--resume auto: give the run folder with --save-dir, or --output and --tag"
             )
-        own = _own_folder(Path(args.save_dir), args.script)
-        args.resume = checkpoint.newest(str(own or args.save_dir)) if own else None
+        own = _own_folder(Path(chosen), config.run.script)
+        config = replaced(config, resume=checkpoint.newest(str(own)) if own else None)
         if own is None:
-            print_rank0(f"--resume auto: no checkpoint in {args.save_dir} yet; the run begins")
+            print_rank0(f"--resume auto: no checkpoint in {chosen} yet; the run begins")
         elif not tests:
-            args.save_dir = str(own)
-        return own is not None and not tests
+            config = replaced(config, save_dir=str(own))
+        return config, own is not None and not tests
     file, folder = Path(given), Path(given).parent
-    if tests or (args.save_dir and Path(args.save_dir).resolve() != folder.resolve()):
-        return False
+    if tests or (chosen and Path(chosen).resolve() != folder.resolve()):
+        return config, False
     checkpoint.load(given)
-    args.save_dir = str(folder)
     further = next(iter(checkpoint.found(folder)), file)
     if not further.samefile(file):
         raise InputError(
@@ -62,19 +63,19 @@ def start(args: Namespace) -> bool:
             "overwritten; --resume auto continues from it, and --save-dir with a new folder "
             f"begins another run from {file.name}"
         )
-    return True
+    return replaced(config, save_dir=str(folder)), True
 
 
-def inherit(args: Namespace) -> None:
-    """Set a pre-training's stem, mean and std to those of the checkpoint, unless they are given.
+def inherit(config: AnyConfig) -> AnyConfig:
+    """Return a pre-training's config with the stem, mean and std of the checkpoint, unless they are given.
 
     The checkpoint is that of `--resume`. Without one the stem is ImageNet's.
     """
-    if args.resume and None in (args.stem, args.mean, args.std):
-        facts = metadata.read_metadata(checkpoint.load(args.resume))
-        for name in ("stem", "mean", "std"):
-            setattr(args, name, getattr(args, name) or getattr(facts, name))
-    args.stem = args.stem or "imagenet"
+    stem, mean, std = config.network.stem, config.views.mean, config.views.std
+    if config.log.resume and None in (stem, mean, std):
+        facts = metadata.read_metadata(checkpoint.load(config.log.resume))
+        stem, mean, std = stem or facts.stem, mean or facts.mean, std or facts.std
+    return replaced(config, stem=stem or "imagenet", mean=mean, std=std)
 
 
 def _own_folder(folder: Path, script: str) -> Path | None:
@@ -105,7 +106,7 @@ def _is_of(folder: Path, script: str) -> bool:
     return options.get("script") == script and options.get("evaluate") is not True
 
 
-def check_unchanged(args: Namespace, state: checkpoint.State, batch: int) -> None:
+def check_unchanged(config: Training, state: checkpoint.State, batch: int) -> None:
     """Raise InputError if options differ from those of the run that `--resume` continues.
 
     It names each difference. Options in `FREE` may differ, and so may those that the user names
@@ -113,21 +114,21 @@ def check_unchanged(args: Namespace, state: checkpoint.State, batch: int) -> Non
     among several processes, which do not read it.
 
     Args:
-        args: this run's options.
-        state: the checkpoint of `args.resume`.
+        config: this run's settings.
+        state: the checkpoint of `--resume`.
         batch: images in a step, over all processes.
     """
-    saved, allowed = state["args"], set(args.allow_change)
-    if unknown := sorted(allowed - {_spelled(name) for name in vars(args)}):
+    saved, allowed, settings = state["args"], set(config.log.allow_change), flat(config)
+    if unknown := sorted(allowed - {_spelled(name) for name in settings}):
         raise InputError(f"--allow-change {','.join(unknown)}: this script has no such option")
-    unread = {"epochs"} if _open_ended(args) else set()
+    unread = {"epochs"} if _open_ended(config) else set()
     if distributed.world_size() > 1:
         unread |= {"bn_splits", "bn_splits_query"}
-    compared = saved.keys() & vars(args).keys() - FREE - unread
+    compared = saved.keys() & settings.keys() - FREE - unread
     differences = {
-        _spelled(name): (getattr(args, name), saved[name])
+        _spelled(name): (settings[name], saved[name])
         for name in sorted(compared)
-        if not _same(getattr(args, name), saved[name])
+        if not _same(settings[name], saved[name])
     }
     before = state["progress"].get("batch", batch)
     if before != batch:
@@ -142,15 +143,15 @@ def check_unchanged(args: Namespace, state: checkpoint.State, batch: int) -> Non
             for name, (now, then) in refused.items()
         )
         raise InputError(
-            f"--resume {args.resume}: options differ from those of the run: {listed}. Give the same ones "
-            f"({Path(args.resume).parent / 'args.yaml'} has all of them), or change them on purpose "
+            f"--resume {config.log.resume}: options differ from those of the run: {listed}. Give the same ones "
+            f"({Path(config.log.resume).parent / 'args.yaml'} has all of them), or change them on purpose "
             f"with --allow-change {','.join(refused)}"
         )
 
 
-def _open_ended(args: Namespace) -> bool:
+def _open_ended(config: Training) -> bool:
     """Return whether no schedule depends on `--epochs`."""
-    return not args.cos and args.script != "moby"
+    return not (config.optimizer.cos or config.SCHEDULED)
 
 
 def _same(now: object, then: object) -> bool:

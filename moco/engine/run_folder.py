@@ -2,13 +2,13 @@
 
 import contextlib
 import os
-from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from moco import distributed
+from moco.config import AnyConfig, Config, replaced
 from moco.distributed import print_rank0
 from moco.errors import InputError
 from moco.files import names_like
@@ -53,49 +53,49 @@ def _taken(folder: str | Path, option: str = "--save-dir") -> str:
 
 
 @contextlib.contextmanager
-def claim(args: Namespace, continues: bool, named: bool) -> Iterator[None]:
-    """Hold a run folder for this run alone, on every rank; set `args.save_dir` to its name.
+def claim(config: AnyConfig, continues: bool, named: bool) -> Iterator[AnyConfig]:
+    """Hold a run folder for this run alone, on every rank; yield `config` with its name.
 
     An evaluation that is given a folder with another run in it gets a subfolder, and a run without
     `--save-dir` (not `named`) that starts in the same second as another one gets the next name; a
     line says so. A run that writes nothing leaves no folder behind.
 
     Args:
-        args: with `save_dir` and `script`; an evaluation has `pretrained`.
-        continues: whether this run continues the one in `args.save_dir`.
-        named: whether the user chose `args.save_dir`.
+        config: the settings, with the folder that is wanted.
+        continues: whether this run continues the one in that folder.
+        named: whether the user chose the folder.
 
     Raises InputError, on every rank, if the folder cannot be written, if a pre-training is given a
     folder that is not free, or if another run is writing there.
     """
     held: Held | None = None
+    wanted = config.run.save_dir
     found: str | InputError = ""
     if distributed.rank() == 0:
         try:
-            held = take(Path(args.save_dir), _places_of(args, continues, named), continues)
+            held = take(Path(wanted), _places_of(config, continues, named), continues)
             found = str(held.folder)
         except InputError as error:
             found = error
     found = distributed.from_rank_0(found)
     if isinstance(found, InputError):
         raise found
-    if found != args.save_dir:
-        print_rank0(f"{args.save_dir} holds another run; this one writes to {found}")
-        args.save_dir = found
+    if found != wanted:
+        print_rank0(f"{wanted} holds another run; this one writes to {found}")
     try:
-        yield
+        yield replaced(config, save_dir=found)
     finally:
         if held:
             held.release()
 
 
-def _places_of(args: Namespace, continues: bool, named: bool) -> Iterator[Path]:
+def _places_of(config: Config, continues: bool, named: bool) -> Iterator[Path]:
     """Return the folders that this run may write to, in the order in which they are tried."""
-    folder = Path(args.save_dir)
+    folder = Path(config.run.save_dir)
     if continues:
         return iter([folder])
-    if hasattr(args, "pretrained"):
-        return places(folder, args.script)
+    if config.EVALUATES:
+        return places(folder, config.run.script)
     return iter([folder]) if named else names_like(folder)
 
 

@@ -1,6 +1,5 @@
 """Train one classifier or several on labelled images, test them, and keep the best."""
 
-from argparse import Namespace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,7 +31,7 @@ def init_classifier(layer: nn.Linear, std: float = 0.01) -> None:
 
 @torch.inference_mode()
 def test(
-    net: nn.Module, images: Images, args: Namespace, device: torch.device, heads: int = 1
+    net: nn.Module, images: Images, config: Config, device: torch.device, heads: int = 1
 ) -> list[dict[str, float]]:
     """What each of `net`'s classifiers, of which there are `heads`, is worth on `images`: see `metrics`, all in [0, 1].
 
@@ -40,8 +39,8 @@ def test(
     """
     net.eval()
     meter = metrics.meter(images.multi_label, heads, len(images.classes), device)
-    for batch, label in features.test_batches(images, args, device):
-        with precision.autocast(args.amp, device):
+    for batch, label in features.test_batches(images, config, device):
+        with precision.autocast(config.compute.amp, device):
             meter.add(by_head(net(batch)), label)
     return meter.read()
 
@@ -68,7 +67,7 @@ class Classification(Trainer):
 
     def __init__(
         self,
-        args: Namespace,
+        config: Config,
         net: nn.Module,
         images: Splits,
         device: torch.device,
@@ -80,9 +79,9 @@ class Classification(Trainer):
             settings,
             0.0,
         )
-        self.metric = registry.METRIC[args.dataset]
+        self.metric = registry.METRIC[config.input.dataset]
         self._decays = len({setting.wd for setting in settings})
-        super().__init__(args, net, images.train, device)
+        super().__init__(config, net, images.train, device)
 
     def losses(self, logits: Tensor, label: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss to train on and what to show, from logits [heads, B, classes].
@@ -142,7 +141,7 @@ class Classification(Trainer):
         return dict(
             zip(
                 self.settings,
-                test(self.module, images, self.args, self.device, len(self.settings)),
+                test(self.module, images, self.config, self.device, len(self.settings)),
                 strict=True,
             )
         )
@@ -162,7 +161,7 @@ class Classification(Trainer):
 
     def keep_in_memory(self) -> None:
         sets = self.images, self.val, self.held_out
-        self.images, self.val, self.held_out = cache.load(self.args, *sets)
+        self.images, self.val, self.held_out = cache.load(self.config, *sets)
 
     def save_inside(self, epoch: int, step: int) -> Path:
         return self.save("checkpoint.pth.tar", epoch, step)
@@ -171,7 +170,7 @@ class Classification(Trainer):
         return {
             "best_acc1": self.best,
             "classes": list(self.images.classes),
-            "image_size": self.args.image_size,
+            "image_size": self.config.views.image_size,
         }
 
     def run(self, protocol: str) -> None:
@@ -179,10 +178,10 @@ class Classification(Trainer):
 
         If no epochs are left, the results of the run's end stay as they are.
         """
-        done = self.first_epoch >= self.args.epochs and not self.args.evaluate
+        done = self.first_epoch >= self.config.optimizer.epochs and not self.config.classifier.evaluate
         if done:
             self._say_if_done()
-        if done or self.args.evaluate:
+        if done or self.config.classifier.evaluate:
             self.test()
         else:
             self.train()
@@ -204,16 +203,16 @@ class Classification(Trainer):
             )
         )
         if done:
-            self.args.epochs = self.first_epoch  # what the classifier was trained for
+            self.config.optimizer.epochs = self.first_epoch  # what the classifier was trained for
             if self._has_results():
                 print_rank0("results.json is of the end of these epochs, and stays as it is")
                 return
-        write_results(self.args, protocol, found, self.seconds)
+        write_results(self.config, protocol, found, self.seconds)
 
     def _has_results(self) -> bool:
         """Return whether results.json is of as many epochs as are done; rank 0 answers."""
         try:
-            written = read_json(Path(self.args.save_dir) / "results.json")["settings"]["epochs"]
+            written = read_json(Path(self.config.run.save_dir) / "results.json")["settings"]["epochs"]
         except (InputError, KeyError, TypeError):
             written = None
         return written == self.first_epoch
@@ -224,11 +223,11 @@ class Classification(Trainer):
     def check_resumed(self, state: checkpoint.State) -> None:
         if not isinstance(state.get("best_acc1"), int | float):
             raise InputError(
-                f"{self.args.resume}: is of no classifier; --resume goes on with those of this script's runs"
+                f"{self.config.log.resume}: is of no classifier; --resume goes on with those of this script's runs"
             )
         classes = state.get("classes")
         if classes is not None and classes != list(self.images.classes):
-            raise InputError(f"{self.args.resume}: {_difference(classes, self.images.classes)}")
+            raise InputError(f"{self.config.log.resume}: {_difference(classes, self.images.classes)}")
         self.best = state["best_acc1"]
 
 

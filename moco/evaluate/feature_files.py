@@ -2,7 +2,6 @@
 
 import math
 import shutil
-from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -61,29 +60,29 @@ _OPTIONAL = {
 }  # older dumps lack them
 
 
-def check(args: Namespace, multi_label: bool) -> None:
+def check(config: Config, multi_label: bool) -> None:
     """Check, before any process starts, the features to load, and that images show several classes, if `many`, or one.
 
     With `--load-features`, `args` takes from there what the features are of. Raises InputError.
     """
-    if args.load_features and args.dump_features:
+    if config.files.load_features and config.files.dump_features:
         raise InputError(
             "--load-features and --dump-features: features that are read lie in files already; leave one out"
         )
-    if args.load_features:
-        meta, _ = _open(Path(args.load_features))
+    if config.files.load_features:
+        meta, _ = _open(Path(config.files.load_features))
         for name in ("arch", "pretrained", "class_list", "features"):
             given, dumped = (
-                getattr(args, name, None),
+                getattr(config, name, None),
                 meta["checkpoint" if name == "pretrained" else name],
             )
             if given not in (None, dumped):
                 option, dumped = f"--{name.replace('_', '-')}", dumped or "all classes"
                 raise InputError(
-                    f"{option} {given}: the features in {args.load_features} are of {dumped}; leave {option} out"
+                    f"{option} {given}: the features in {config.files.load_features} are of {dumped}; leave {option} out"
                 )
-        vars(args).update({option: meta[name] for name, option in _ORIGIN.items()})
-    dataset = "photos" if args.data == "photos" else args.dataset
+        vars(config).update({option: meta[name] for name, option in _ORIGIN.items()})
+    dataset = "photos" if config.run.data == "photos" else config.input.dataset
     if dataset in registry.METRIC and (registry.METRIC[dataset] == "map11") != multi_label:
         if multi_label:
             raise InputError(
@@ -94,11 +93,11 @@ def check(args: Namespace, multi_label: bool) -> None:
         )
 
 
-def check_dump(args: Namespace) -> None:
+def check_dump(config: Config) -> None:
     """Refuse, before any process starts, a folder for `--dump-features` that holds what would be lost, or cannot be written."""
-    if not args.dump_features:
+    if not config.files.dump_features:
         return
-    folder = Path(args.dump_features)
+    folder = Path(config.files.dump_features)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / ".write").touch()
@@ -114,40 +113,40 @@ def check_dump(args: Namespace) -> None:
         raise InputError(f"--dump-features {folder}: holds {held}; {how}")
 
 
-def _origin(args: Namespace) -> dict[str, Any]:
-    return {name: getattr(args, option, _OPTIONAL.get(name)) for name, option in _ORIGIN.items()}
+def _origin(config: Config) -> dict[str, Any]:
+    return {name: getattr(config, option, _OPTIONAL.get(name)) for name, option in _ORIGIN.items()}
 
 
 def of_splits(
     net: nn.Module,
     train: Images,
     val: Images,
-    args: Namespace,
+    config: Config,
     device: torch.device,
     unit_norm: bool = True,
 ) -> tuple[Features, Features]:
     """`extract` for both splits; `--dump-features` writes them."""
     of = (
-        networks.embedding if getattr(args, "features", "backbone") == "head" else networks.features
+        networks.embedding if getattr(config, "features", "backbone") == "head" else networks.features
     )
     found = (
-        extract(net, train, args, device, unit_norm, of),
-        extract(net, val, args, device, unit_norm, of),
+        extract(net, train, config, device, unit_norm, of),
+        extract(net, val, config, device, unit_norm, of),
     )
-    if args.dump_features:
-        dump(args, train.classes, *found)
+    if config.files.dump_features:
+        dump(config, train.classes, *found)
     return found
 
 
-def dump(args: Namespace, classes: tuple[str, ...], train: Features, val: Features) -> None:
+def dump(config: Config, classes: tuple[str, ...], train: Features, val: Features) -> None:
     """Write every rank's features to the folder of `--dump-features`, which all ranks must see."""
-    folder, first = Path(args.dump_features), distributed.rank() == 0
+    folder, first = Path(config.files.dump_features), distributed.rank() == 0
     for split, (rows, labels) in (("train", train), ("val", val)):
         count = int(distributed.all_reduce_sum(torch.tensor([len(labels)], device=labels.device)))
         _write(folder / f"{split}_features.npy", rows, count)
         _write(folder / f"{split}_labels.npy", labels, count)
     if first:
-        write_json(folder / "meta.json", _origin(args) | {"classes": list(classes)})
+        write_json(folder / "meta.json", _origin(config) | {"classes": list(classes)})
     distributed.barrier()
     print_rank0(f"features of both splits are in {folder}")
 
@@ -181,16 +180,16 @@ def _write(path: Path, mine: Tensor, count: int) -> None:
     distributed.barrier()
 
 
-def load(args: Namespace, device: torch.device) -> tuple[Features, Features, tuple[str, ...]]:
+def load(config: Config, device: torch.device) -> tuple[Features, Features, tuple[str, ...]]:
     """This rank's share of the features of both splits in the folder of `--load-features`, and the classes."""
-    meta, arrays = _open(Path(args.load_features))
+    meta, arrays = _open(Path(config.files.load_features))
     splits = []
     for split in ("train", "val"):
         rows, labels = (
             arrays[f"{split}_{kind}"][distributed.rank() :: distributed.world_size()]
             for kind in ("features", "labels")
         )
-        kept = torch.empty(rows.shape, device=feature_device(args, device))
+        kept = torch.empty(rows.shape, device=feature_device(config, device))
         for start in range(0, len(rows), _BLOCK):
             kept[start : start + _BLOCK] = torch.from_numpy(np.array(rows[start : start + _BLOCK]))
         splits.append((kept, torch.from_numpy(np.array(labels)).to(device)))

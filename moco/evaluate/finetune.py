@@ -1,6 +1,5 @@
 """Fine-tune a pre-trained network with a new classifier."""
 
-from argparse import Namespace
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ class FineTuning(Classification):
 
     def __init__(
         self,
-        args: Namespace,
+        config: Config,
         net: nn.Module,
         images: Splits,
         device: torch.device,
@@ -33,13 +32,13 @@ class FineTuning(Classification):
         lr_backbone: float,
         zero_init: bool = False,
     ):
-        if args.batch_per_process < 2:
+        if config.input.batch_per_process < 2:
             raise InputError(
                 "--batch-size gives each process a single image; batch norm needs at least two. Raise --batch-size"
             )
         self.classifier, self.lr_backbone = networks.classifier(net), lr_backbone
         init_classifier(self.classifier, std=0.0 if zero_init else 0.01)
-        super().__init__(args, net, images, device, [setting])
+        super().__init__(config, net, images, device, [setting])
 
     def groups(self) -> list[dict[str, Any]]:
         new = list(self.classifier.parameters())

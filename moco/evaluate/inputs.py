@@ -1,6 +1,5 @@
 """Load and check what an evaluation needs: the data, and the pre-trained encoder."""
 
-from argparse import Namespace
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -20,68 +19,68 @@ from moco.errors import InputError, short
 from moco.evaluate import feature_files
 
 
-def check(args: Namespace) -> None:
+def check(config: Config) -> None:
     """Check, before any process starts, the data and that the checkpoint fits; take the arch from it if not given."""
-    if args.data == "photos":
-        args.dataset = "photos"
-    registry.check(args.dataset, args.data, args.download)
-    if args.dataset == "imagenet":
-        subsets.check_classes(Path(args.data) / "train", args.class_list, args.data_name)
-    if tests_only(args) and args.encoder_method:
-        args.stem, args.mean, args.std = (
-            args.stem or "imagenet",
-            args.mean or list(MEAN),
-            args.std or list(STD),
+    if config.run.data == "photos":
+        config.input.dataset = "photos"
+    registry.check(config.input.dataset, config.run.data, config.input.download)
+    if config.input.dataset == "imagenet":
+        subsets.check_classes(Path(config.run.data) / "train", config.input.class_list, config.input.data_name)
+    if tests_only(config) and config.encoder.encoder_method:
+        config.network.stem, config.views.mean, config.views.std = (
+            config.network.stem or "imagenet",
+            config.views.mean or list(MEAN),
+            config.views.std or list(STD),
         )
         networks.create(
-            args.arch, 1, args.image_size, stem=args.stem
+            config.network.arch, 1, config.views.image_size, stem=config.network.stem
         )  # raises InputError if they do not fit
         return
-    state = checkpoint.load(args.pretrained) if args.pretrained else {}
+    state = checkpoint.load(config.encoder.pretrained) if config.encoder.pretrained else {}
     facts = metadata.read_metadata(state)
-    args.arch = args.arch or facts.arch or "resnet50"
-    if args.pretrained and not args.image_size and not facts.image_size:
+    config.network.arch = config.network.arch or facts.arch or "resnet50"
+    if config.encoder.pretrained and not config.views.image_size and not facts.image_size:
         taken = "224 pixels are taken (--image-size)"
-        print_rank0(f"{args.pretrained}: does not say what size of images it is for; {taken}")
-    args.image_size = args.image_size or facts.image_size or 224
-    used = facts._replace(mean=args.mean or facts.mean, std=args.std or facts.std)
-    if args.pretrained and (line := metadata.lacks_normalization(args.pretrained, used)):
+        print_rank0(f"{config.encoder.pretrained}: does not say what size of images it is for; {taken}")
+    config.views.image_size = config.views.image_size or facts.image_size or 224
+    used = facts._replace(mean=config.views.mean or facts.mean, std=config.views.std or facts.std)
+    if config.encoder.pretrained and (line := metadata.lacks_normalization(config.encoder.pretrained, used)):
         print_rank0(f"{line} (--mean, --std)")
-    args.mean, args.std = args.mean or facts.mean or list(MEAN), args.std or facts.std or list(STD)
-    args.encoder_method = facts.method if args.pretrained else "random"
-    args.pretrain_epochs = facts.epoch
-    if not args.pretrained:
-        args.stem = args.stem or "imagenet"
+    config.views.mean, config.views.std = config.views.mean or facts.mean or list(MEAN), config.views.std or facts.std or list(STD)
+    config.encoder.encoder_method = facts.method if config.encoder.pretrained else "random"
+    config.encoder.pretrain_epochs = facts.epoch
+    if not config.encoder.pretrained:
+        config.network.stem = config.network.stem or "imagenet"
         return
-    net = networks.create(args.arch, 1, args.image_size)
+    net = networks.create(config.network.arch, 1, config.views.image_size)
     stem = encoders.stem_of(net, encoders.tensors_of(net, state))
-    if args.stem not in (None, stem):
-        has = f"{args.pretrained} has the stem {stem}"
-        raise InputError(f"--stem {args.stem}: {has}; leave --stem out")
-    args.stem = stem
-    with encoders.naming_arch(args.pretrained, facts.arch, args.arch):
-        _load(networks.create(args.arch, 1, args.image_size, stem=stem), args, state)
+    if config.network.stem not in (None, stem):
+        has = f"{config.encoder.pretrained} has the stem {stem}"
+        raise InputError(f"--stem {config.network.stem}: {has}; leave --stem out")
+    config.network.stem = stem
+    with encoders.naming_arch(config.encoder.pretrained, facts.arch, config.network.arch):
+        _load(networks.create(config.network.arch, 1, config.views.image_size, stem=stem), config, state)
 
 
-def tests_only(args: Namespace) -> bool:
+def tests_only(config: Config) -> bool:
     """Return whether the run only tests a classifier, whose checkpoint holds the full network."""
-    return getattr(args, "evaluate", False) and not getattr(args, "ft_proj", 0)
+    return getattr(config, "evaluate", False) and not getattr(config, "ft_proj", 0)
 
 
-def restore_options(args: Namespace, options: Iterable[str]) -> None:
+def restore_options(config: Config, options: Iterable[str]) -> None:
     """Restore the architecture, image size and normalization from the classifier of `--resume`.
 
     With `--evaluate`, restore its seed and all its `options` as well.
     Raises InputError if `--resume` is not a classifier's checkpoint, or if a given option
     contradicts it.
     """
-    if args.evaluate and not args.resume:
+    if config.classifier.evaluate and not config.log.resume:
         raise InputError(
             "--evaluate tests a trained classifier: give its checkpoint with --resume FILE"
         )
-    if not args.resume:
+    if not config.log.resume:
         return
-    state = checkpoint.load(args.resume)
+    state = checkpoint.load(config.log.resume)
     if (origin := checkpoint.origin(state)) != "classifier":
         lacking = ", ".join(checkpoint.lacking(state))
         what = (
@@ -89,41 +88,41 @@ def restore_options(args: Namespace, options: Iterable[str]) -> None:
             if lacking
             else f"is a {origin} checkpoint, not a classifier's"
         )
-        train = ", and leave out --evaluate: it has no classifier to test" if args.evaluate else ""
+        train = ", and leave out --evaluate: it has no classifier to test" if config.classifier.evaluate else ""
         raise InputError(
-            f"{args.resume}: {what}; give it with --pretrained instead of --resume{train}"
+            f"{config.log.resume}: {what}; give it with --pretrained instead of --resume{train}"
         )
-    checkpoint.check_script(state, args)
+    checkpoint.check_script(state, config)
     facts, saved = metadata.read_metadata(state), state["args"]
     for name in ("arch", "image_size", "stem", "mean", "std"):
-        given, own = getattr(args, name), getattr(facts, name)
+        given, own = getattr(config, name), getattr(facts, name)
         if own is None or given in (None, own):
-            setattr(args, name, given or own)
-        elif name != "image_size" or not args.evaluate:
+            setattr(config, name, given or own)
+        elif name != "image_size" or not config.classifier.evaluate:
             given, own = (
                 " ".join(map(str, value)) if isinstance(value, list) else value
                 for value in (given, own)
             )
             raise InputError(
-                f"--{name.replace('_', '-')} {given}: {args.resume} was trained with {own}; leave it out"
+                f"--{name.replace('_', '-')} {given}: {config.log.resume} was trained with {own}; leave it out"
             )
         else:
             print_rank0(
                 f"the classifier was trained at {own} pixels, and is tested at {given} (--image-size)"
             )
-    if not args.evaluate:
+    if not config.classifier.evaluate:
         return
-    args.seed = state["progress"]["seed"]
+    config.run.seed = state["progress"]["seed"]
     shared = ("pretrained", "val_from_train", "class_list", "learning_rate_scaling")
     for name in (*options, *shared):
-        given = getattr(args, name)
+        given = getattr(config, name)
         value = saved.get(name, given)
         if not _alike(value, given):
             raise InputError(
-                f"{args.resume}: its --{name.replace('_', '-')} is {short(str(value))}, which is not valid; take another checkpoint"
+                f"{config.log.resume}: its --{name.replace('_', '-')} is {short(str(value))}, which is not valid; take another checkpoint"
             )
-        setattr(args, name, value)
-    args.encoder_method, args.pretrain_epochs = (
+        setattr(config, name, value)
+    config.encoder.encoder_method, config.encoder.pretrain_epochs = (
         value if isinstance(value, kind) else None
         for value, kind in ((saved.get("encoder_method"), str), (saved.get("pretrain_epochs"), int))
     )
@@ -139,24 +138,24 @@ def _alike(saved: object, given: object) -> bool:
     return isinstance(saved, int | float) if number else isinstance(saved, type(given))
 
 
-def check_choice(args: Namespace) -> None:
+def check_choice(config: Config) -> None:
     """Refuse a `--val-from-train` that is no share."""
-    if args.val_from_train is not None and not 0 < args.val_from_train < 1:
+    if config.classifier.val_from_train is not None and not 0 < config.classifier.val_from_train < 1:
         raise InputError(
-            f"--val-from-train {args.val_from_train:g}: must lie between 0 and 1, as in --val-from-train 0.1"
+            f"--val-from-train {config.classifier.val_from_train:g}: must lie between 0 and 1, as in --val-from-train 0.1"
         )
 
 
-def check_labels(args: Namespace) -> None:
+def check_labels(config: Config) -> None:
     """Fetch or read the list of labelled images, where there is one; after `check`."""
-    if args.subset_file:
-        subsets.names(Path(args.subset_file))
+    if config.labels.subset_file:
+        subsets.names(Path(config.labels.subset_file))
         return
     few_of_a_folder = (
-        args.train_percent < 100 and args.dataset == "imagenet" and not args.class_list
+        config.labels.train_percent < 100 and config.input.dataset == "imagenet" and not config.input.class_list
     )
-    if few_of_a_folder and subsets.is_imagenet(folders.class_names(Path(args.data) / "train")):
-        subsets.published(args.train_percent)
+    if few_of_a_folder and subsets.is_imagenet(folders.class_names(Path(config.run.data) / "train")):
+        subsets.published(config.labels.train_percent)
 
 
 class Splits(NamedTuple):
@@ -167,28 +166,28 @@ class Splits(NamedTuple):
     held_out: Images | None = None
 
 
-def splits(args: Namespace) -> Splits:
+def splits(config: Config) -> Splits:
     """The images of `--dataset`: of its training images the labelled share, if the script asks for one, less what is held out."""
     train, val = (
-        subsets.of_classes(part, args.class_list)
-        for part in registry.load(args.dataset, args.data, args.seed)
+        subsets.of_classes(part, config.input.class_list)
+        for part in registry.load(config.input.dataset, config.run.data, config.run.seed)
     )
-    if hasattr(args, "train_percent"):
-        train = _labelled(args, train)
-    if not getattr(args, "val_from_train", None):
+    if hasattr(config, "train_percent"):
+        train = _labelled(config, train)
+    if not getattr(config, "val_from_train", None):
         return Splits(train, val)
-    train, held_out = subsets.hold_out(train, args.val_from_train, args.seed)
+    train, held_out = subsets.hold_out(train, config.classifier.val_from_train, config.run.seed)
     print_rank0(
         f"{len(held_out)} images of train/ are held out to choose on, {len(train)} to train on"
     )
     return Splits(train, val, held_out)
 
 
-def _labelled(args: Namespace, train: Images) -> Images:
+def _labelled(config: Config, train: Images) -> Images:
     """The images of train/ whose labels are used; their names go to subset.txt in the run folder."""
-    part = subsets.labelled(train, args.train_percent, args.seed, args.subset_file)
+    part = subsets.labelled(train, config.labels.train_percent, config.run.seed, config.labels.subset_file)
     if len(part) < len(train) and distributed.rank() == 0:
-        file = Path(args.save_dir) / "subset.txt"
+        file = Path(config.run.save_dir) / "subset.txt"
         subsets.write_names(part, file)
         print_rank0(
             f"{len(part)} of {len(train)} training images are labelled; they are listed in {file}"
@@ -196,39 +195,39 @@ def _labelled(args: Namespace, train: Images) -> Images:
     return part
 
 
-def pretrained(args: Namespace, classes: int, device: torch.device) -> nn.Module:
+def pretrained(config: Config, classes: int, device: torch.device) -> nn.Module:
     """The encoder of `--pretrained` (randomly initialised without it) with a new classifier for `classes`, on `device`."""
-    torch.manual_seed(args.seed)
-    net = networks.create(args.arch, classes, args.image_size, stem=args.stem)
-    if tests_only(args):
+    torch.manual_seed(config.run.seed)
+    net = networks.create(config.network.arch, classes, config.views.image_size, stem=config.network.stem)
+    if tests_only(config):
         print_rank0(
-            f"testing the classifier of {args.resume}, {args.arch} at {args.image_size} pixels"
+            f"testing the classifier of {config.log.resume}, {config.network.arch} at {config.views.image_size} pixels"
         )
-    elif args.pretrained:
-        state = checkpoint.load(args.pretrained)
-        print_rank0(f"{args.pretrained}: {_load(net, args, state)}")
+    elif config.encoder.pretrained:
+        state = checkpoint.load(config.encoder.pretrained)
+        print_rank0(f"{config.encoder.pretrained}: {_load(net, config, state)}")
         facts = metadata.read_metadata(state)
-        if facts.image_size not in (None, args.image_size):
+        if facts.image_size not in (None, config.views.image_size):
             print_rank0(
-                f"it was pre-trained at {facts.image_size} pixels, and sees {args.image_size} here (--image-size)"
+                f"it was pre-trained at {facts.image_size} pixels, and sees {config.views.image_size} here (--image-size)"
             )
-        _say_if_normalized_otherwise(args, facts)
+        _say_if_normalized_otherwise(config, facts)
     else:
-        print_rank0(f"no --pretrained: a randomly initialised {args.arch}")
-    return precision.place(net, device, args.compile, args.grad_checkpoint)
+        print_rank0(f"no --pretrained: a randomly initialised {config.network.arch}")
+    return precision.place(net, device, config.compute.compile, config.compute.grad_checkpoint)
 
 
-def _say_if_normalized_otherwise(args: Namespace, facts: metadata.Metadata) -> None:
+def _say_if_normalized_otherwise(config: Config, facts: metadata.Metadata) -> None:
     """Print one line if `--mean` or `--std` differs from the checkpoint's."""
     names = [
-        name for name in ("mean", "std") if getattr(facts, name) not in (None, getattr(args, name))
+        name for name in ("mean", "std") if getattr(facts, name) not in (None, getattr(config, name))
     ]
     if names:
         own, given = (
             " and ".join(
                 f"{name} {' '.join(f'{one:g}' for one in getattr(source, name))}" for name in names
             )
-            for source in (facts, args)
+            for source in (facts, config)
         )
         options = ", ".join(f"--{name}" for name in names)
         print_rank0(
@@ -236,50 +235,50 @@ def _say_if_normalized_otherwise(args: Namespace, facts: metadata.Metadata) -> N
         )
 
 
-def _load(net: nn.Module, args: Namespace, state: checkpoint.State) -> str:
+def _load(net: nn.Module, config: Config, state: checkpoint.State) -> str:
     """Load the backbone, and the layers of its projection head that `--ft-proj` keeps below the classifier.
 
     Returns a line on how many tensors matched, and from which of the file's encoders.
     """
     tensors = encoders.tensors_of(net, state)
     matched, chosen = (
-        encoders.load_backbone(net, tensors, args.pretrained),
+        encoders.load_backbone(net, tensors, config.encoder.pretrained),
         encoders.choice(net, tensors),
     )
-    if kept := getattr(args, "ft_proj", 0):
-        encoders.keep_projection(net, tensors, kept, args.pretrained)
-    if getattr(args, "features", "backbone") == "head":
-        encoders.load_projection(net, tensors, args.pretrained)
+    if kept := getattr(config, "ft_proj", 0):
+        encoders.keep_projection(net, tensors, kept, config.encoder.pretrained)
+    if getattr(config, "features", "backbone") == "head":
+        encoders.load_projection(net, tensors, config.encoder.pretrained)
     said = f"{matched} of {len(networks.backbone_keys(net))} backbone tensors matched"
     return f"{said} ({chosen})" if chosen else said
 
 
-def check_features(args: Namespace, multi_label: bool) -> None:
+def check_features(config: Config, multi_label: bool) -> None:
     """`check` for the scripts that classify frozen features, of images that show several classes, if `many`, or one."""
-    feature_files.check(args, multi_label)
-    if not args.load_features:
-        check(args)
-        feature_files.check_dump(args)
+    feature_files.check(config, multi_label)
+    if not config.files.load_features:
+        check(config)
+        feature_files.check_dump(config)
 
 
 def frozen_features(
-    args: Namespace, device: torch.device, unit_norm: bool = True
+    config: Config, device: torch.device, unit_norm: bool = True
 ) -> tuple[features.Features, features.Features, tuple[str, ...]]:
     """This rank's share of the features of both splits, from `--load-features` or from the encoder, and the classes.
 
     Raises InputError where a feature is infinite or no number.
     """
-    if args.load_features:
-        train, val, classes = feature_files.load(args, device)
+    if config.files.load_features:
+        train, val, classes = feature_files.load(config, device)
     else:
-        images, val_images, _ = splits(args)
-        net = pretrained(args, len(images.classes), device)
+        images, val_images, _ = splits(config)
+        net = pretrained(config, len(images.classes), device)
         (train, val), classes = (
-            feature_files.of_splits(net, images, val_images, args, device, unit_norm),
+            feature_files.of_splits(net, images, val_images, config, device, unit_norm),
             images.classes,
         )
     if not all(rows.sum().isfinite() for rows, _ in (train, val)):
-        source = args.load_features or args.pretrained
+        source = config.files.load_features or config.encoder.pretrained
         raise InputError(
             f"{source}: its features are not all finite numbers; the encoder diverged, or --amp fp16 overflows"
         )

@@ -1,7 +1,6 @@
 """The linear probe: classifiers on the frozen features of a pre-trained encoder."""
 
 import copy
-from argparse import Namespace
 from typing import Any
 
 import torch
@@ -33,7 +32,7 @@ class LinearProbe(Classification):
 
     def __init__(
         self,
-        args: Namespace,
+        config: Config,
         net: nn.Module,
         images: Splits,
         device: torch.device,
@@ -46,11 +45,11 @@ class LinearProbe(Classification):
         if len(self.heads) > 1:
             networks.set_head(net, Heads(self.heads))
         self.loaded = {name: net.state_dict()[name].clone() for name in networks.backbone_keys(net)}
-        super().__init__(args, net, images, device, settings)
-        if not tests_only(args) and self._changed():
-            source = args.pretrained or f"a random one with --seed {args.seed}"
+        super().__init__(config, net, images, device, settings)
+        if not tests_only(config) and self._changed():
+            source = config.encoder.pretrained or f"a random one with --seed {config.run.seed}"
             raise InputError(
-                f"--resume {args.resume}: its backbone is not {source}; give the same --pretrained to go on"
+                f"--resume {config.log.resume}: its backbone is not {source}; give the same --pretrained to go on"
             )
 
     @property

@@ -1,7 +1,6 @@
 """Write results.json."""
 
 import time
-from argparse import Namespace
 from pathlib import Path
 
 from moco import distributed
@@ -11,7 +10,7 @@ from moco.files import write_json
 
 
 def write_results(
-    args: Namespace, protocol: str, found: dict[str, float], seconds: float | None = None
+    config: Config, protocol: str, found: dict[str, float], seconds: float | None = None
 ) -> None:
     """Write results.json to the run folder and print where it is, on rank 0.
 
@@ -20,20 +19,20 @@ def write_results(
     """
     if distributed.rank() != 0:
         return
-    some = f" ({Path(args.class_list).name})" if getattr(args, "class_list", None) else ""
+    some = f" ({Path(config.input.class_list).name})" if getattr(config, "class_list", None) else ""
     results = {
-        "method": args.encoder_method,
-        "arch": args.arch,
-        "checkpoint": args.pretrained,
-        "pretrain_epochs": args.pretrain_epochs,
+        "method": config.encoder.encoder_method,
+        "arch": config.network.arch,
+        "checkpoint": config.encoder.pretrained,
+        "pretrain_epochs": config.encoder.pretrain_epochs,
         "protocol": protocol,
-        "dataset": (args.data if args.dataset == "imagenet" else args.dataset) + some,
+        "dataset": (config.run.data if config.input.dataset == "imagenet" else config.input.dataset) + some,
         "metrics": found,
-        "settings": {name: getattr(args, name) for name in _SETTINGS if hasattr(args, name)},
+        "settings": {name: getattr(config, name) for name in _SETTINGS if hasattr(config, name)},
     }
-    folder = Path(args.save_dir)
-    if hasattr(args, "script") and not (folder / "args.yaml").exists():  # nothing was trained
-        write_options(args)
+    folder = Path(config.run.save_dir)
+    if hasattr(config, "script") and not (folder / "args.yaml").exists():  # nothing was trained
+        write_options(config)
     write_json(folder / "results.json", results)
     took = time.perf_counter() - STARTED if seconds is None else seconds
     print_rank0(f"results in {folder / 'results.json'}; the evaluation took {clock(took)}")

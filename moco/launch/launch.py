@@ -10,7 +10,6 @@ import signal
 import socket
 import sys
 import time
-from argparse import Namespace
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import wait
@@ -20,41 +19,40 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from moco import devices, errors, user
+from moco.config import Config, replaced
 from moco.data import loader
 from moco.errors import InputError, of_file
 from moco.launch import heartbeat, interrupt, output
 from moco.launch.processes import Plan, plan
 from moco.launch.rendezvous import meet
 
-Worker = Callable[[Namespace, torch.device], None]
+Worker = Callable[[Config, torch.device], None]
 
 
-def launch(worker: Worker, args: Namespace) -> None:
-    """Run `worker(args, device)` in every process of the run's plan; returns when all have ended.
+def launch(worker: Worker, config: Config) -> None:
+    """Run `worker(config, device)` in every process of the run's plan; returns when all have ended.
 
-    Sets `args.batch_per_process` and `args.nodes`; `args.batch_size` is this node's, or with `args.batch_is_per_process` already a
-    process's. A worker's InputError ends this process's run with the same InputError, raised here.
+    The worker's config also has `batch_per_process` and `nodes`. An InputError of a worker is
+    raised here, too.
     """
-    p = plan(args)
-    each = getattr(args, "batch_is_per_process", False)
-    args.nodes, args.batch_per_process = (
-        p.nodes,
-        args.batch_size if each else args.batch_size // p.local,
-    )
-    if args.batch_per_process < 1:
+    p = plan(config.launch)
+    batch, each = config.input.batch_size, config.input.batch_is_per_process
+    of_process = batch if each else batch // p.local
+    if of_process < 1:
         raise InputError(
-            f"--batch-size {args.batch_size} is smaller than the {p.local} processes of this node; raise it"
+            f"--batch-size {batch} is smaller than the {p.local} processes of this node; raise it"
         )
+    config = replaced(config, nodes=p.nodes, batch_per_process=of_process)
     if p.launcher != "spawn":
         name = os.path.basename(sys.argv[0])
-        _process(p, worker, args, p.first, p.local_rank, lambda lost: _tell(name, lost))
+        _process(p, worker, config, p.first, p.local_rank, lambda lost: _tell(name, lost))
         return
     # a rank that is ended because another one failed cannot tidy up; Python's tracker does, and need not report it
     sys.warnoptions.append("ignore:resource_tracker:UserWarning")
     context = mp.get_context("spawn")
     ends = context.SimpleQueue()
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
-    processes = mp.spawn(_spawned, (p, worker, args, ends), nprocs=p.local, join=False)
+    processes = mp.spawn(_spawned, (p, worker, config, ends), nprocs=p.local, join=False)
     with interrupt.passed_on(processes.pids()) as signals:
         killed = _killed(processes.processes)
         try:
@@ -65,7 +63,7 @@ def launch(worker: Worker, args: Namespace) -> None:
                 not ends.empty()
             ):  # the others only lost their connection to the process that made it
                 raise ends.get() from None
-            if signals and hasattr(args, "resume") and signals[0] != signal.SIGINT:
+            if signals and config.TRAINS and signals[0] != signal.SIGINT:
                 raise interrupt.nothing_to_save(signals[0]) from None
             if signals:
                 interrupt.end_by(signals[0])
@@ -131,11 +129,11 @@ def _lost(
     return Lost(f"rank {first + error.error_index} ended with status {error.exit_code}")
 
 
-def _spawned(i: int, p: Plan, worker: Worker, args: Namespace, ends) -> None:
+def _spawned(i: int, p: Plan, worker: Worker, config: Config, ends) -> None:
     user.prepare()
     output.guard()
     try:
-        _process(p, worker, args, p.first + i, i, lambda lost: ends.put(Lost(lost)))
+        _process(p, worker, config, p.first + i, i, lambda lost: ends.put(Lost(lost)))
     except InputError as error:
         ends.put(error)
         sys.exit(2)
@@ -146,13 +144,13 @@ def _spawned(i: int, p: Plan, worker: Worker, args: Namespace, ends) -> None:
 
 
 def _process(
-    p: Plan, worker: Worker, args: Namespace, r: int, local_rank: int, tell: Callable[[str], None]
+    p: Plan, worker: Worker, config: Config, r: int, local_rank: int, tell: Callable[[str], None]
 ) -> None:
     """Set up this process's device and process group, run the worker, take the group down.
 
     `tell` gets the line about a rank that was lost, after which this process ends.
     """
-    device = devices.of_process(args.device, args.gpu, local_rank)
+    device = devices.of_process(config.launch.device, config.launch.gpu, local_rank)
     if device.type == "cpu" and p.local > 1:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // p.local))
     if device.type in ("cuda", "xpu"):  # a machine has one MPS device
@@ -161,7 +159,7 @@ def _process(
         torch.backends.cudnn.benchmark = True
     guard, store = contextlib.nullcontext(), None
     if p.url:
-        backend = args.dist_backend or ("nccl" if device.type == "cuda" else "gloo")
+        backend = config.launch.dist_backend or ("nccl" if device.type == "cuda" else "gloo")
         if p.launcher == "srun":
             os.environ.setdefault("LOCAL_RANK", str(local_rank))
         alone = p.launcher == "torchrun" and "LOCAL_RANK" not in os.environ  # started by hand
@@ -179,9 +177,9 @@ def _process(
     try:
         with (
             guard,
-            interrupt.before_training() if hasattr(args, "resume") else contextlib.nullcontext(),
+            interrupt.before_training() if config.TRAINS else contextlib.nullcontext(),
         ):
-            _work(worker, args, device, r)
+            _work(worker, config, device, r)
     except InputError as error:
         if store is None or p.launcher == "spawn":
             raise
@@ -193,13 +191,13 @@ def _process(
             dist.destroy_process_group()
 
 
-def _work(worker: Worker, args: Namespace, device: torch.device, r: int) -> None:
+def _work(worker: Worker, config: Config, device: torch.device, r: int) -> None:
     """Run the worker on rank `r`.
 
     Raises InputError also for a file, too little memory, and a lost loader process.
     """
     try:
-        worker(args, device)
+        worker(config, device)
     except OSError as error:
         raise of_file(error) from None
     except (RuntimeError, MemoryError) as error:

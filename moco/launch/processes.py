@@ -3,13 +3,13 @@
 import os
 import socket
 import subprocess
-from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 
 from moco import devices
 from moco.errors import InputError
 from moco.launch.rendezvous import check_url
+from moco.sections import Input, Launch
 
 
 @dataclass(frozen=True)
@@ -25,47 +25,47 @@ class Plan:
     url: str  # init_method, empty where nothing is distributed
 
 
-def plan(args: Namespace) -> Plan:
+def plan(launch: Launch) -> Plan:
     """Find out from the options and the environment how the run is launched. Raises InputError."""
-    kind = devices.chosen(args.device)
-    p = _plan(args, kind)
+    kind = devices.chosen(launch.device)
+    p = _plan(launch, kind)
     if p.world_size > 1 and kind in devices.ONE_PROCESS:
         several = f"--device {kind}: supports a single process, and this run has {p.world_size}"
         raise InputError(f"{several}; start one process, or give --device cpu")
     return p
 
 
-def _plan(args: Namespace, kind: str) -> Plan:
+def _plan(launch: Launch, kind: str) -> Plan:
     """Return the `plan` for devices of type `kind`, unchecked for support of several processes."""
     gpus = devices.count(kind)
     env = os.environ
-    if args.gpu is not None and args.gpu >= gpus:
-        if args.device == "cpu":
-            raise InputError(f"--gpu {args.gpu}: --device cpu uses no GPU; leave one of both out")
+    if launch.gpu is not None and launch.gpu >= gpus:
+        if launch.device == "cpu":
+            raise InputError(f"--gpu {launch.gpu}: --device cpu uses no GPU; leave one of both out")
         raise InputError(
-            f"--gpu {args.gpu}: this machine has {gpus} GPU(s); leave --gpu out or choose another"
+            f"--gpu {launch.gpu}: this machine has {gpus} GPU(s); leave --gpu out or choose another"
         )
-    if args.dist_backend == "nccl" and kind != "cuda":
-        where = "this machine has none" if args.device == "auto" else f"--device is {args.device}"
+    if launch.dist_backend == "nccl" and kind != "cuda":
+        where = "this machine has none" if launch.device == "auto" else f"--device is {launch.device}"
         raise InputError(f"--dist-backend nccl: needs CUDA GPUs, and {where}; leave it out")
-    if args.nproc_per_node is not None and args.nproc_per_node < 1:
+    if launch.nproc_per_node is not None and launch.nproc_per_node < 1:
         raise InputError("--nproc-per-node must be at least 1")
     launched = "RANK" in env and "WORLD_SIZE" in env
-    if args.multiprocessing_distributed and launched and _number("LOCAL_WORLD_SIZE", 1) > 1:
+    if launch.multiprocessing_distributed and launched and _number("LOCAL_WORLD_SIZE", 1) > 1:
         raise InputError(
             "--multiprocessing-distributed: torchrun has started a process per GPU already; leave it out"
         )
-    spawns = args.multiprocessing_distributed
+    spawns = launch.multiprocessing_distributed
     if spawns is None:  # the script's default: every GPU that it sees, unless told otherwise
-        several = args.nproc_per_node or (kind == "cuda" and gpus > 1 and args.gpu is None)
+        several = launch.nproc_per_node or (kind == "cuda" and gpus > 1 and launch.gpu is None)
         spawns = several and not launched and _number("SLURM_STEP_NUM_TASKS", 1) <= 1
     if spawns:
-        local = args.nproc_per_node or max(gpus, 1)
+        local = launch.nproc_per_node or max(gpus, 1)
         if gpus and local > gpus:
             raise InputError(f"--nproc-per-node {local}: this machine has {gpus} GPU(s)")
-        nodes, node = _nodes(args)
+        nodes, node = _nodes(launch)
         return Plan(
-            "spawn", nodes, local, node * local, nodes * local, 0, _meeting_point(args, nodes, node)
+            "spawn", nodes, local, node * local, nodes * local, 0, _meeting_point(launch, nodes, node)
         )
     if launched:
         r, w = _number("RANK"), _number("WORLD_SIZE")
@@ -80,24 +80,24 @@ def _plan(args: Namespace, kind: str) -> Plan:
         _check_below(r, w, "SLURM_PROCID", "SLURM_STEP_NUM_TASKS")
         nodes = _number("SLURM_STEP_NUM_NODES", _number("SLURM_NNODES", 1))
         _check_below(nodes - 1, w, "SLURM_STEP_NUM_NODES - 1", "SLURM_STEP_NUM_TASKS")
-        return Plan("srun", nodes, w // nodes, r, w, local_rank, check_url(_slurm_url(args), r))
-    nodes, node = _nodes(args)
+        return Plan("srun", nodes, w // nodes, r, w, local_rank, check_url(_slurm_url(launch), r))
+    nodes, node = _nodes(launch)
     return Plan(
-        "single", nodes, 1, node, nodes, 0, _meeting_point(args, nodes, node) if nodes > 1 else ""
+        "single", nodes, 1, node, nodes, 0, _meeting_point(launch, nodes, node) if nodes > 1 else ""
     )
 
 
 WORKERS = 8  # default limit of loader processes for each process; so many keep a GPU busy
 
 
-def workers(p: Plan, args: Namespace) -> int:
+def workers(p: Plan, input: Input) -> int:
     """Return the default of `--workers`: a loader process for each core of this node, at most `WORKERS` for each of its processes.
 
-    With `args.batch_is_per_process`, return the number for one process.
+    With `input.batch_is_per_process`, return the number for one process.
     """
     bound = p.launcher == "srun" and "SLURM_CPUS_PER_TASK" in os.environ  # own cores
     node = min(cores() * (p.local if bound else 1), WORKERS * p.local)
-    return max(1, node // p.local) if getattr(args, "batch_is_per_process", False) else node
+    return max(1, node // p.local) if input.batch_is_per_process else node
 
 
 def cores() -> int:
@@ -144,12 +144,12 @@ def _check_below(value: int, limit: int, name: str, of: str) -> None:
         )
 
 
-def _nodes(args: Namespace) -> tuple[int, int]:
+def _nodes(launch: Launch) -> tuple[int, int]:
     """Return the number of nodes and this one's. As in MoCo, env:// takes them from the environment."""
-    nodes, node = max(args.world_size, 1), max(args.rank, 0)
-    if args.dist_url == "env://" and args.multiprocessing_distributed:
-        nodes = _number("WORLD_SIZE", 1) if args.world_size == -1 else nodes
-        node = _number("RANK", 0) if args.rank == -1 else node
+    nodes, node = max(launch.world_size, 1), max(launch.rank, 0)
+    if launch.dist_url == "env://" and launch.multiprocessing_distributed:
+        nodes = _number("WORLD_SIZE", 1) if launch.world_size == -1 else nodes
+        node = _number("RANK", 0) if launch.rank == -1 else node
     if node >= nodes:
         raise InputError(
             f"--rank {node} with --world-size {nodes}: nodes are counted from 0; use 0 to {nodes - 1}"
@@ -157,9 +157,9 @@ def _nodes(args: Namespace) -> tuple[int, int]:
     return nodes, node
 
 
-def _meeting_point(args: Namespace, nodes: int, node: int) -> str:
+def _meeting_point(launch: Launch, nodes: int, node: int) -> str:
     """The URL where the processes meet; a free port of this machine where none is given."""
-    if args.dist_url == "auto":
+    if launch.dist_url == "auto":
         if nodes > 1:
             raise InputError(
                 "several nodes need a meeting point: give --dist-url tcp://FIRST_NODE:PORT"
@@ -167,12 +167,12 @@ def _meeting_point(args: Namespace, nodes: int, node: int) -> str:
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             return f"tcp://127.0.0.1:{s.getsockname()[1]}"
-    return check_url(args.dist_url, node)
+    return check_url(launch.dist_url, node)
 
 
-def _slurm_url(args: Namespace) -> str:
-    if args.dist_url != "auto":
-        return args.dist_url
+def _slurm_url(launch: Launch) -> str:
+    if launch.dist_url != "auto":
+        return launch.dist_url
     nodes = os.environ.get("SLURM_STEP_NODELIST", os.environ.get("SLURM_NODELIST", "localhost"))
     first = nodes
     if "[" in nodes or "," in nodes:

@@ -1,0 +1,82 @@
+"""The lines that a training run prints at its start."""
+
+from typing import TYPE_CHECKING
+
+from moco import devices, distributed
+from moco.distributed import print_rank0
+from moco.errors import InputError
+
+if TYPE_CHECKING:
+    from moco.engine.trainer import Trainer
+
+
+def announce(trainer: "Trainer") -> None:
+    """Print what the run trains on, its batch, its learning rate and its folder.
+
+    Raises InputError if the images do not fill one batch.
+    """
+    config, images, per_epoch = trainer.config, trainer.task.images, trainer.steps_per_epoch
+    schedule, size, batch = config.optimizer, distributed.world_size(), trainer.batch
+    if not per_epoch:
+        raise InputError(
+            f"{images.root}: {len(images)} images do not fill one batch of {batch}; "
+            "lower --batch-size"
+        )
+    print_rank0(
+        f"{config.run.method} {config.network.arch}: {len(images)} images of "
+        f"{len(images.classes)} classes in {images.root}"
+    )
+    print_rank0(
+        f"views {config.views.recipe} at {config.views.image_size} pixels; "
+        f"{trainer.device.type}, amp {config.compute.amp}"
+    )
+    lrs = ", ".join(dict.fromkeys(f"{lr:g}" for lr in trainer.base_lrs))
+    scaling = schedule.learning_rate_scaling
+    scaling = "taken as given" if scaling == "none" else f"{scaling} scaling"
+    print_rank0(
+        f"total batch {batch} = {config.input.batch_per_process} per process x {size} processes "
+        f"x {schedule.accumulation_steps} accumulation; lr after scaling {lrs} ({scaling}), "
+        f"lr warm-up {schedule.lr_warmup_epochs} epochs; {schedule.epochs} epochs x "
+        f"{per_epoch} steps"
+    )
+    gpus = devices.count(trainer.device.type)
+    if trainer.device.type == "cuda" and size == 1 < gpus and config.launch.gpu is None:
+        print_rank0(
+            f"one of {gpus} GPUs trains; --multiprocessing-distributed starts a process on each"
+        )
+    if trainer.order.start < 0:
+        before = -trainer.order.start
+        print_rank0(
+            f"{before} steps before epoch 0, counted from -{before}: "
+            f"{before / per_epoch:.3g} epochs of images"
+        )
+    if schedule.lr_warmup_epochs >= schedule.epochs:
+        print_rank0(
+            f"the warm-up's {schedule.lr_warmup_epochs} epochs (--lr-warmup-epochs) outlast the "
+            "run: the rate is not reached"
+        )
+    if schedule.lr_by == "epoch-end" and schedule.epochs == 1 and not max(trainer.lrs_after(1)):
+        print_rank0(
+            "the only epoch has a learning rate of 0, that of its end (--lr-by epoch-end): "
+            "it trains nothing"
+        )
+    if config.log.resume:
+        inside = trainer.order.start - trainer.first_epoch * per_epoch
+        print_rank0(
+            f"resumed from {config.log.resume} at epoch {trainer.first_epoch}"
+            + f", after {inside} of its steps" * bool(inside)
+        )
+        print_if_done(trainer)
+    print_rank0(f"run folder {config.run.save_dir}")
+    for line in trainer.task.notes():
+        print_rank0(line)
+
+
+def print_if_done(trainer: "Trainer") -> None:
+    """Print a line if no epochs are left to train."""
+    done, epochs = trainer.first_epoch, trainer.config.optimizer.epochs
+    if done >= epochs:
+        print_rank0(
+            f"no epochs are left: {done} are done, and --epochs is {epochs}; "
+            "raise it to train longer"
+        )

@@ -1,0 +1,112 @@
+"""Checks on a run while it trains: NaN or infinity, collapsed features, unreadable images."""
+
+import math
+import sys
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from moco import devices, distributed
+from moco.config import Training, flat
+from moco.data.images import Images
+from moco.distributed import print_rank0
+from moco.engine import checkpoint
+from moco.errors import InputError
+
+COLLAPSED = 0.1  # feature_std, below which a warning is printed
+
+
+class Health:
+    """The losses since the last check, and the images that could not be read.
+
+    Args:
+        config: the settings of the run.
+        images: the training set.
+        may_diverge: whether NaN and infinity are accepted.
+    """
+
+    def __init__(self, config: Training, images: Images, may_diverge: bool):
+        self.config, self.images, self.may_diverge = config, images, may_diverge
+        # step, loss, and indices of the images of each pass
+        self._recent: list[tuple[int, Tensor, Tensor]] = []
+        self._unreadable: set[int] = set()
+        self._skipped, self._most = 0, 1  # in this epoch
+
+    def start_epoch(self, images: int) -> None:
+        """Start to count the unreadable images of an epoch of `images` images on this rank."""
+        self._skipped, self._most = 0, max(1, images // 100)
+
+    def note_unreadable(self, unreadable: list[tuple[int, str]]) -> None:
+        """Print a line for each image that was replaced because it cannot be read; each once.
+
+        Raises InputError if these are more than 1 % of an epoch.
+        """
+        for i, reason in unreadable:
+            if i not in self._unreadable:
+                line = f"skipped, another image takes its place: {reason}"
+                tqdm.write(line, file=sys.stderr)
+            self._unreadable.add(i)
+        self._skipped += len(unreadable)
+        if self._skipped > self._most:
+            raise InputError(
+                f"{self.images.root}: more than 1 % of the images cannot be read "
+                f"({self._skipped} in this epoch, so far); look at the data, the disk or the network"
+            )
+
+    def note(self, step: int, loss: Tensor, indices: Tensor) -> None:
+        """Remember the loss of a pass, without waiting for the device."""
+        self._recent.append((step, loss.detach(), indices))
+
+    @torch.no_grad()
+    def check(self, module: nn.Module, lr: float, steps_per_epoch: int) -> None:
+        """Raise InputError on every rank if any recent loss or any weight is NaN or infinite.
+
+        Called before every save.
+        """
+        steps, losses, indices = zip(*self._recent, strict=True)
+        self._recent.clear()
+        if self.may_diverge:
+            return
+        # the last step may have made a weight infinite although its loss was finite
+        norms = torch._foreach_norm([p for p in module.parameters() if p.requires_grad])
+        losses = (*losses, torch.stack(norms).max())
+        steps, indices = (*steps, steps[-1]), (*indices, indices[-1])
+        wide = devices.widest(losses[0].device)
+        values = torch.stack(losses).to(wide)
+        bad = (~values.isfinite()).nonzero()
+        first = int(bad[0]) if len(bad) else 0
+        step = values.new_tensor([steps[first] if len(bad) else math.inf])
+        images = indices[first][:2].to(wide)
+        facts = torch.cat([step, values[first : first + 1], images])
+        of_ranks = distributed.all_gather(facts[None]).tolist()
+        step, loss, *images = min(of_ranks, key=lambda rank: rank[0])
+        if math.isfinite(step):
+            self._refuse(step, loss, images, lr, steps_per_epoch)
+
+    def _refuse(
+        self, step: float, loss: float, images: list[float], lr: float, steps_per_epoch: int
+    ) -> None:
+        """Raise the InputError of a loss or weight that is not finite."""
+        names = ", ".join(self.images.name(int(i)) for i in images)
+        epoch = step // steps_per_epoch
+        where = f"step {step:.0f} (epoch {epoch:.0f}, lr {lr:g}, images {names}, ...)"
+        kept = next(iter(checkpoint.found(self.config.run.save_dir)), None)
+        if kept:
+            option = "lr" if "lr" in flat(self.config) else "lr-backbone,lr-classifier"
+            what = f"the last checkpoint from before it is {kept}; continue with --resume auto "
+            what += f"--allow-change {option} and a lower learning rate"
+        else:
+            what = "there is no checkpoint from before it; lower --lr, or raise --lr-warmup-epochs"
+        raise InputError(f"the loss, or a weight, is {loss:g} at {where}; {what}")
+
+
+def warn_if_collapsed(means: dict[str, float], epoch: int) -> None:
+    """Print a warning if the features at the end of an epoch are nearly all the same."""
+    std = means.get("feature_std", 1.0)
+    if std < COLLAPSED:
+        print_rank0(
+            f"warning: epoch {epoch} ends with a feature_std of {std:.2g}, where 1 is spread out "
+            "and 0 is one point: the features have collapsed, or nearly; try a lower --lr, "
+            "a longer --lr-warmup-epochs, a larger --batch-size"
+        )
