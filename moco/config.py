@@ -15,6 +15,7 @@ from moco.sections import (
     Encoder,
     FeatureFiles,
     Input,
+    Labels,
     Launch,
     Log,
     Monitor,
@@ -50,6 +51,26 @@ class Config:
         """Return whether the run tests a classifier that an earlier run has trained."""
         return False
 
+    @property
+    def kept_layers(self) -> int:
+        """Return how many layers of the projection head stay below a classifier."""
+        return 0
+
+    @property
+    def of_head(self) -> bool:
+        """Return whether features are those of the projection head, not of the backbone."""
+        return False
+
+    @property
+    def labels(self) -> Labels | None:
+        """Return which labels are used; None for all."""
+        return None
+
+    @property
+    def val_from_train(self) -> float | None:
+        """Return the fraction of the training images to choose a classifier on, if any."""
+        return None
+
 
 @dataclass(frozen=True)
 class Training(Config):
@@ -83,6 +104,11 @@ class Evaluation(Config):
     encoder: Encoder = Encoder()
     files: FeatureFiles = FeatureFiles()
 
+    @property
+    def on_host(self) -> bool:
+        """Return whether features are kept in the host's memory, not on the GPU."""
+        return False
+
 
 @dataclass(frozen=True)
 class Probing(Training):
@@ -99,6 +125,11 @@ class Probing(Training):
     def only_tests(self) -> bool:
         """Return whether the run tests a classifier that an earlier run has trained."""
         return self.classifier.evaluate
+
+    @property
+    def val_from_train(self) -> float | None:
+        """Return the fraction of the training images to choose a classifier on, if any."""
+        return self.classifier.val_from_train
 
 
 AnyConfig = TypeVar("AnyConfig", bound=Config)

@@ -36,7 +36,7 @@ class Option:
     help: str
     names: tuple[str, ...] = ()  # further names, such as -b
     range: str = ""  # an interval, such as "[0, 1)", where 1 is excluded
-    choices: tuple[str, ...] = ()
+    choices: tuple[str | int, ...] = ()
     metavar: str | tuple[str, ...] | None = None
     nargs: int | str | None = None
     switch: bool = True  # of a bool: also --no-NAME and --NAME 0
@@ -398,6 +398,22 @@ class Classifier:
         range="(0, 1)",
         metavar="FRACTION",
         unset="it is chosen on val/",
+    )
+
+
+@dataclass(frozen=True)
+class Labels:
+    """The training images whose labels are used."""
+
+    TITLE: ClassVar[str] = "labels"
+    train_percent: int = option(
+        10,
+        "percentage of the labels: on ImageNet those of the published lists; otherwise, or with "
+        "--class-list, a sample of each class",
+        choices=(1, 10, 100),
+    )
+    subset_file: str | None = option(
+        None, "list of the labelled images, one file name a line", metavar="FILE"
     )
 
 

@@ -4,17 +4,78 @@ import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from moco import distributed
-from moco.builder.batch_norm import split_batch_norm
+from moco.builder.batch_norm import MIN_BN_GROUP, bn_groups, split_batch_norm
 from moco.loss.contrastive import normalize
 from moco.rng import SHUFFLE, Progress
 
+Metric = Tensor | tuple[Tensor, Tensor]  # a scalar, or a sum and the count of what it sums up
 
-class MovingAverage(nn.Module):
+
+class Method(nn.Module, ABC):
+    """A method of pre-training: a module whose call gives the loss of a batch.
+
+    A method must define `forward` and `encoder`. Everything else has a default here. All tensors
+    that a resumed run needs are parameters or buffers. docs/adding-a-method.md has an example.
+
+    Attributes:
+        encoder: the encoder that the evaluations judge: a ResNet or one of timm's networks, stored
+            under a name that they read, such as `encoder`, `encoder_q` or `base_encoder`.
+        embedding: the encoder with its projection head.
+        images_before: images that train before epoch 0, for example to fill a bank.
+        sync_batch_norm: whether batch norm is joined over all processes.
+        parts: modules whose gradient norms are logged, by name.
+    """
+
+    encoder: nn.Module
+    images_before: int = 0
+    sync_batch_norm: bool = False
+
+    @property
+    def embedding(self) -> nn.Module:
+        """Return the encoder with its projection head; by default the head is its last layer."""
+        return self.encoder
+
+    @property
+    def parts(self) -> dict[str, nn.Module]:
+        """Return the modules whose gradient norms are logged, by name."""
+        return {}
+
+    @abstractmethod
+    def forward(
+        self, views: Sequence[Tensor], index: Tensor, progress: Progress
+    ) -> tuple[Tensor, dict[str, Metric]]:
+        """Return the loss of this rank's batch, a scalar, and metrics to log.
+
+        Args:
+            views: the views of the batch, each [B, 3, H, W].
+            index: index of each image in the training set, [B].
+            progress: where in the run this pass stands. Random numbers are drawn from its
+                generators, so that a resumed run draws the same ones.
+        """
+
+    def after_step(self) -> None:  # noqa: B027 (a method may have nothing to add)
+        """Do what follows the optimizer's step, such as to update a moving average."""
+
+    def groups(self, lr: float, wd: float) -> list[dict[str, Any]]:
+        """Return the optimizer's parameter groups; by default one with all that trains.
+
+        A group with `"scheduled": False` keeps its learning rate for the whole run.
+        """
+        params = [p for p in self.parameters() if p.requires_grad]
+        return [{"params": params, "lr": lr, "weight_decay": wd}]
+
+    def notes(self, images: int) -> list[str]:
+        """Return lines to print at the start of a run with `images` images in a pass."""
+        return []
+
+
+class MovingAverage(Method):
     """An encoder that trains, `encoder_q`, and its exponential moving average `encoder_k`.
 
     Args:
@@ -32,9 +93,6 @@ class MovingAverage(nn.Module):
     def encoder(self) -> nn.Module:
         """The encoder that evaluation uses."""
         return self.encoder_q
-
-    # The encoder with its projection head: the same network, because the head is its last layer.
-    embedding = encoder
 
     @torch.no_grad()
     def after_step(self) -> None:
@@ -61,9 +119,19 @@ class QueryAndKey(MovingAverage):
         bn_splits_query: bool = False,
     ):
         super().__init__(encoder, m)
+        self.bn_splits = bn_splits
         if distributed.world_size() == 1:
             for net in (self.encoder_k, self.encoder_q)[: 1 + bn_splits_query]:
                 split_batch_norm(net, bn_splits)
+
+    def notes(self, images: int) -> list[str]:
+        """Return a line if the batch is too small for `bn_splits` groups."""
+        used = bn_groups(self.bn_splits, images)
+        if distributed.world_size() > 1 or used == self.bn_splits:
+            return []
+        groups = "1 group is" if used == 1 else f"{used} groups are"
+        each = f"each needs {MIN_BN_GROUP} images and a pass has {images}"
+        return [f"--bn-splits {self.bn_splits}: {groups} used, because {each}"]
 
     @torch.no_grad()
     def keys(self, images: Tensor, progress: Progress, *counters: int) -> Tensor:
@@ -93,7 +161,7 @@ def enqueue(queue: Tensor, pointer: Tensor, keys: Tensor) -> Tensor:
     return places
 
 
-class OnlineAndTarget(nn.Module, ABC):
+class OnlineAndTarget(Method):
     """What the three methods share.
 
     Args:
@@ -103,6 +171,8 @@ class OnlineAndTarget(nn.Module, ABC):
         predictor: the online head C -> C.
         m: momentum of the target at the first step, in [0, 1]; by a half cosine it is 1 at the last.
     """
+
+    sync_batch_norm = True
 
     def __init__(
         self,

@@ -6,12 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from moco import devices, distributed
-from moco.builder.base import MovingAverage, enqueue
+from moco.builder.base import Metric, MovingAverage, enqueue
 from moco.loss.contrastive import feature_statistics, normalize
 from moco.loss.false_negatives import Cancellation, cancelled_nt_xent, find
 from moco.rng import Progress
-
-Metric = Tensor | tuple[Tensor, Tensor]
 
 
 class FNC(MovingAverage):
@@ -27,6 +25,8 @@ class FNC(MovingAverage):
         chunk: images that are compared with the memory at a time.
         labels: the class of each image of the data set [N]; known, they tell how many false negatives are of their image's class.
     """
+
+    sync_batch_norm = True
 
     def __init__(
         self,

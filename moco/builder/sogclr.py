@@ -6,12 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from moco import distributed
+from moco.builder.base import Method
 from moco.loss.contrastive import contrast_accuracy, feature_statistics, normalize
 from moco.loss.global_contrastive import Pairs, compare, dynamic_loss, nt_xent
 from moco.rng import Progress
 
 
-class SogCLR(nn.Module):
+class SogCLR(Method):
     """Contrast of two views with the joint batch of all ranks; with `gamma`, as if the batch were the whole data set.
 
     Args:
@@ -20,6 +21,8 @@ class SogCLR(nn.Module):
         T: softmax temperature.
         gamma: weight of a visit's new value in u, in (0, 1]; None trains on SimCLR's NT-Xent instead, without u.
     """
+
+    sync_batch_norm = True
 
     def __init__(
         self,
@@ -38,9 +41,6 @@ class SogCLR(nn.Module):
     def encoder(self) -> nn.Module:
         """The encoder that evaluation uses."""
         return self.base_encoder
-
-    # The encoder with its projection head: the same network, because the head is its last layer.
-    embedding = encoder
 
     def forward(
         self, views: Sequence[Tensor], index: Tensor, progress: Progress
@@ -69,9 +69,6 @@ class SogCLR(nn.Module):
         loss, u = dynamic_loss(pairs, self.u[index], self.T, self.gamma)
         self.u[distributed.all_gather(index)] = distributed.all_gather(u)
         return loss, {**metrics, "u": u.mean()}
-
-    def after_step(self) -> None:
-        """Nothing changes after the optimizer's step."""
 
 
 @torch.no_grad()

@@ -56,7 +56,9 @@ def check_writable(folder: str) -> None:
             f"--save-dir {folder}: is not UTF-8, which TensorBoard needs; choose another folder"
         )
     there = next(
-        place for place in (Path(folder), *Path(folder).absolute().parents) if os.path.lexists(place)
+        place
+        for place in (Path(folder), *Path(folder).absolute().parents)
+        if os.path.lexists(place)
     )
     if not there.is_dir():
         raise InputError(f"--save-dir {folder}: {there} is no folder; choose another place")

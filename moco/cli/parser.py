@@ -62,9 +62,7 @@ class Parser(OneLineParser):
             to use instead.
     """
 
-    def __init__(
-        self, description: str, config: Config, elsewhere: dict[str, str] | None = None
-    ):
+    def __init__(self, description: str, config: Config, elsewhere: dict[str, str] | None = None):
         super().__init__(description=description, formatter_class=Help, allow_abbrev=False)
         self.config, self.elsewhere = config, elsewhere or {}
         self.rules: list[Rule] = []

@@ -32,7 +32,9 @@ def test_batches(
     """
     order = loader.EvalOrder(len(images), config.input.batch_per_process)
     cut, done = loader.CenterCrop(config.views.image_size), 0
-    for batch in loader.batches(images, cut, order, config.input, device, skips=unreadable is not None):
+    for batch in loader.batches(
+        images, cut, order, config.input, device, skips=unreadable is not None
+    ):
         x, label = batch.views[0], batch.label
         if batch.unreadable:
             unreadable += batch.unreadable

@@ -87,7 +87,9 @@ class RunLog:
     def __init__(self, config: Training, steps: int, start: int = 0, device: torch.device = CPU):
         self.steps, self.start, self.device = steps, start, device
         self.images_per_step = (
-            config.input.batch_per_process * distributed.world_size() * config.optimizer.accumulation_steps
+            config.input.batch_per_process
+            * distributed.world_size()
+            * config.optimizer.accumulation_steps
         )
         self.began = self.marked = time.perf_counter()
         self.marked_step, self.waited, self.first = start, 0.0, True

@@ -36,7 +36,11 @@ def commands(config: Pretraining, train: Path, saved: Path) -> list[str]:
             given += [f"--{name.replace('_', '-')}", value]
     if config.launch.multiprocessing_distributed:
         given.append("--multiprocessing-distributed")
-        given += ["--nproc-per-node", config.launch.nproc_per_node] if config.launch.nproc_per_node else []
+        given += (
+            ["--nproc-per-node", config.launch.nproc_per_node]
+            if config.launch.nproc_per_node
+            else []
+        )
     probe = home / PROBES.get(config.run.script, "configs/lincls_moco.yaml")
     folder = folders.split_folder(train.parent, "val")
     evaluated = config.run.data == "photos" or config.input.dataset != "imagenet" or folder.is_dir()

@@ -26,7 +26,9 @@ def make(groups: list[dict[str, Any]], schedule: Schedule, amp: str) -> torch.op
     if schedule.optimizer == "adamw":
         return torch.optim.AdamW(_decayed_apart(groups), fused=_fused(groups))
     fused = _fused(groups) if amp != "fp16" else None
-    return torch.optim.SGD(groups, momentum=schedule.momentum, nesterov=schedule.nesterov, fused=fused)
+    return torch.optim.SGD(
+        groups, momentum=schedule.momentum, nesterov=schedule.nesterov, fused=fused
+    )
 
 
 def _fused(groups: list[dict[str, Any]]) -> bool | None:

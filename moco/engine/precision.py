@@ -25,9 +25,15 @@ def choose(config: AnyConfig) -> AnyConfig:
     instructions are slow in bf16. Raises InputError if the device is not found.
     """
     on_cpu = devices.chosen(config.launch.device) == "cpu"
-    if config.compute.amp == "off" or not on_cpu or (config.compute.amp == "bf16" and _multiplies_bf16()):
+    if (
+        config.compute.amp == "off"
+        or not on_cpu
+        or (config.compute.amp == "bf16" and _multiplies_bf16())
+    ):
         return config
-    print_rank0(f"--amp {config.compute.amp} is slow on this CPU: this run computes in float32 (--amp off)")
+    print_rank0(
+        f"--amp {config.compute.amp} is slow on this CPU: this run computes in float32 (--amp off)"
+    )
     return replaced(config, amp="off")
 
 

@@ -1,4 +1,4 @@
-"""Pre-training, for every method: the training loop on unlabelled views, the k-NN monitor and the checkpoints."""
+"""Pre-training, for every method: the task of unlabelled views, the k-NN monitor and the checkpoints."""
 
 import sys
 from collections.abc import Callable
@@ -11,140 +11,167 @@ from tqdm import tqdm
 
 from moco import distributed
 from moco.augment import recipes
-from moco.builder.batch_norm import MIN_BN_GROUP, bn_groups
-from moco.data import folders, loader, registry, subsets
+from moco.builder.base import Method
+from moco.config import Pretraining, flat, replaced
+from moco.data import cache, folders, loader, registry, subsets
 from moco.data.images import Images
 from moco.distributed import print_rank0
 from moco.encoder import networks, resnets
-from moco.engine import checkpoint, features, next_commands, precision
+from moco.engine import checkpoint, contract, features, next_commands, precision
 from moco.engine.log import Metrics, clock
-from moco.engine.trainer import Trainer
+from moco.engine.trainer import Task, Trainer
 from moco.errors import InputError
 from moco.rng import Progress
 
 
-def check_views(config: Config, several_crops: bool = False) -> None:
-    """Refuse a recipe that does not make two views, or, with `several_crops`, more than two."""
-    views = len(recipes.of_options(config))
+def check_views(config: Pretraining, several_crops: bool = False) -> None:
+    """Raise InputError unless the recipe makes two views, or with `several_crops` more than two."""
+    views = len(recipes.of(config.views))
     if views < 2 or (views > 2) != several_crops:
         needed = "more than two" if several_crops else "two"
         raise InputError(
-            f"--recipe {config.views.recipe}: makes {views} views, but {needed} are needed; choose another"
+            f"--recipe {config.views.recipe}: makes {views} views, but {needed} are needed; "
+            "choose another"
         )
 
 
-def check(config: Config, transformers: bool = False) -> None:
-    """Check, before any process starts, the architecture (a ResNet, unless `transformers`), the data folder and the run folder."""
-    if not transformers and config.network.arch not in resnets.ARCHS:
+def complete(config: Pretraining) -> Pretraining:
+    """Return `config` with the data set's mean and std, unless they are given.
+
+    Raises InputError, before any process starts, if the architecture or the data folder does not
+    fit the script.
+    """
+    if not config.TRANSFORMERS and config.network.arch not in resnets.ARCHS:
         raise InputError(
-            f"--arch {config.network.arch}: this script is for torchvision's ResNets; main_moby.py trains transformers"
+            f"--arch {config.network.arch}: this script is for torchvision's ResNets; "
+            "main_moby.py trains transformers"
         )
-    if config.input.dataset == "imagenet":
+    dataset, data = config.input.dataset, config.run.data
+    if dataset == "imagenet":
         root = _find(config)
         subsets.check_classes(root / "train", config.input.class_list, config.input.data_name)
     else:
-        registry.check(config.input.dataset, config.run.data, config.input.download)
-        if registry.METRIC[config.input.dataset] == "map11" and config.monitor.knn_every:
-            several = f"each image of {config.input.dataset} has several labels, and k-NN needs one"
+        registry.check(dataset, data, config.input.download)
+        if registry.METRIC[dataset] == "map11" and config.monitor.knn_every:
+            several = f"each image of {dataset} has several labels, and k-NN needs one"
             raise InputError(f"--knn-every: {several}; leave it out")
-    mean, std = registry.normalization(config.input.dataset)
-    config.views.mean, config.views.std = config.views.mean or mean, config.views.std or std
+    mean, std = registry.normalization(dataset)
+    return replaced(config, mean=config.views.mean or mean, std=config.views.std or std)
 
 
-def _find(config: Config) -> Path:
-    """Return the data folder. Raise InputError, which names `--knn-every 0` if only the k-NN monitor cannot use it."""
+def _find(config: Pretraining) -> Path:
+    """Return the data folder.
+
+    Raises InputError, which names `--knn-every 0` if only the k-NN monitor cannot use it.
+    """
+    data = config.run.data
     if not config.monitor.knn_every:
-        return folders.find(config.run.data, ("train",))
+        return folders.find(data, ("train",))
     try:
-        return folders.find(config.run.data, ("train", "val"))
+        return folders.find(data, ("train", "val"))
     except InputError as error:
-        folders.find(config.run.data, ("train",))  # raises its own error if train/ is wrong
+        folders.find(data, ("train",))  # raises its own error if train/ is wrong
         raise InputError(f"{error}; or train without the k-NN monitor: --knn-every 0") from None
 
 
-def train(config: Config, device: torch.device, build: Callable[[Images], nn.Module]) -> None:
-    """Pre-train the model that `build(images)` returns. Runs in every process."""
+def train(config: Pretraining, device: torch.device, build: Callable[[Images], Method]) -> None:
+    """Pre-train the method that `build(images)` returns. Runs in every process."""
     if config.input.batch_per_process < 2:
         raise InputError(
-            "--batch-size gives each process a single image; batch norm and the loss need at least two. Raise --batch-size"
+            "--batch-size gives each process a single image; batch norm and the loss need at "
+            "least two. Raise --batch-size"
         )
     images = registry.training(config.input.dataset, config.run.data, config.input.class_list)
-    if config.monitor.knn_every and config.monitor.knn_k > len(images):
-        print_rank0(
-            f"--knn-k {config.monitor.knn_k}: the bank has {len(images)} images, and all of them vote"
-        )
+    k = config.monitor.knn_k
+    if config.monitor.knn_every and k > len(images):
+        print_rank0(f"--knn-k {k}: the bank has {len(images)} images, and all of them vote")
     torch.manual_seed(config.run.seed)
     method = build(images)
-    Pretraining(
-        config, precision.place(method, device, config.compute.compile, config.compute.grad_checkpoint), images, device
-    ).train()
+    contract.check(method)
+    if method.sync_batch_norm:
+        method = distributed.sync_batch_norm(method, device)
+    compute = config.compute
+    module = precision.place(method, device, compute.compile, compute.grad_checkpoint)
+    Trainer(PretrainingTask(config, module, images, device)).train()
 
 
-class Pretraining(Trainer):
-    """Trains a method: `module(views, index, progress)` gives its loss, `module.encoder` is what the monitor judges."""
+class PretrainingTask(Task):
+    """The pre-training of a method, with its checkpoints and its k-NN monitor."""
 
-    best = (
-        -1.0,
-        -1,
-    )  # the best k-NN top-1 among the epochs that were saved, and which epoch it was
-    # epochs whose checkpoints an earlier start kept by another --keep or --keep-every
-    spared: frozenset[int] = frozenset()
-    _left_out: frozenset[int] = frozenset()  # unreadable images that the monitor has named
+    module: Method
 
-    def _announce(self) -> None:
-        super()._announce()
-        args = self.config
-        asked, batch = getattr(config, "bn_splits", 1), config.input.batch_per_process
-        used = bn_groups(asked, batch)
-        if distributed.world_size() == 1 and used < asked:
-            groups = "1 group is" if used == 1 else f"{used} groups are"
-            print_rank0(
-                f"--bn-splits {asked}: {groups} used, because each needs {MIN_BN_GROUP} images and a pass has {batch}"
-            )
+    def __init__(self, config: Pretraining, module: Method, images: Images, device: torch.device):
+        super().__init__(config, module, images, device)
+        self.images_before = module.images_before
+        # the best k-NN top-1 among the epochs that were saved, and its epoch
+        self.best = (-1.0, -1)
+        # epochs whose checkpoints an earlier start kept by another --keep or --keep-every
+        self.spared: frozenset[int] = frozenset()
+        self._left_out: frozenset[int] = frozenset()  # unreadable images that were named
 
-    def images_before(self) -> int:
-        return getattr(self.module, "images_before", 0)
+    @property
+    def parts(self) -> dict[str, nn.Module]:
+        """Return the modules whose gradient norms are logged, by name."""
+        return self.module.parts
 
-    def forward(
-        self, views: list[Tensor], batch: loader.Batch, progress: Progress
+    def notes(self) -> list[str]:
+        """Return further lines to print at the start."""
+        return self.module.notes(self.config.input.batch_per_process)
+
+    def groups(self) -> list[dict[str, Any]]:
+        """Return the optimizer's parameter groups."""
+        return self.module.groups(self.config.optimizer.lr, self.config.optimizer.wd)
+
+    def load_images(self) -> None:
+        """Decode the training images into memory, if --cache-images says so."""
+        (self.images,) = cache.load(self.config.input, self.images)
+
+    def loss(
+        self, net: nn.Module, views: list[Tensor], batch: loader.Batch, progress: Progress
     ) -> tuple[Tensor, Metrics]:
-        return self.ddp(views, batch.index, progress)
+        """Return the loss and the metrics of one pass."""
+        return net(views, batch.index, progress)
 
     def after_step(self) -> None:
+        """Let the method do what follows the optimizer's step."""
         self.module.after_step()
 
-    def end_epoch(self, done: int) -> dict[str, float]:
+    def end_epoch(self, trainer: Trainer, done: int) -> dict[str, float]:
+        """Save and measure k-NN after `done` epochs, if it is their turn; return what to log."""
         config, last = self.config, done == self.config.optimizer.epochs
         saves = last or done % config.log.save_every == 0
         metrics = {}
         if config.monitor.knn_every and (last or done % config.monitor.knn_every == 0):
-            self.save_inside(done - 1, done * self.steps_per_epoch)  # it takes a while
+            # the measurement takes a while
+            self.save_inside(trainer, done - 1, done * trainer.steps_per_epoch)
             metrics["knn"] = self._knn()
             if saves and metrics["knn"] > self.best[0]:
                 self.best = metrics["knn"], done - 1
         if saves:
-            self._tidy(self.save(f"checkpoint_{done - 1:04d}.pth.tar", done))
+            self._tidy(trainer.save(f"checkpoint_{done - 1:04d}.pth.tar", done))
         return metrics
 
-    def more_state(self) -> dict[str, Any]:
+    def state(self) -> dict[str, Any]:
+        """Return the best k-NN accuracy, and which epochs an earlier start kept."""
         accuracy, epoch = self.best
         best = {"best_knn": accuracy, "best_epoch": epoch} if epoch >= 0 else {}
         return {**best, "spared": sorted(self.spared)}
 
-    def _resume(self, state: checkpoint.State) -> None:
-        super()._resume(state)
+    def restore(self, state: checkpoint.State) -> None:
+        """Restore what `state` returned."""
         best, spared = (state.get("best_knn"), state.get("best_epoch")), state.get("spared")
         if isinstance(best[0], float) and isinstance(best[1], int):
             self.best = best
         if isinstance(spared, list):
             self.spared = frozenset(epoch for epoch in spared if type(epoch) is int)
-        retention = ("keep", "keep_every")
-        if any(state["args"].get(name) != getattr(self.config, name) for name in retention):
+        settings = flat(self.config)
+        if any(state["args"].get(name) != settings[name] for name in ("keep", "keep_every")):
             there = checkpoint.numbered(Path(self.config.run.save_dir), inside=False)
             self.spared |= frozenset(map(checkpoint.epoch_of, there))
 
-    def save_inside(self, epoch: int, step: int) -> Path:
-        path = self.save(f"checkpoint_{max(epoch, 0):04d}_{step}.pth.tar", epoch, step)
+    def save_inside(self, trainer: Trainer, epoch: int, step: int) -> Path:
+        """Save after `step` steps, some of them of an unfinished epoch; return the file's path."""
+        path = trainer.save(f"checkpoint_{max(epoch, 0):04d}_{step}.pth.tar", epoch, step)
         self._tidy(path)
         return path
 
@@ -165,8 +192,9 @@ class Pretraining(Trainer):
         regular = every > 0 and (epoch + 1) % every == 0
         return regular or epoch in self.spared or epoch == self.best[1]
 
-    def finished(self) -> None:
-        print_rank0(f"trained for {clock(self.seconds)}")
+    def finish(self, trainer: Trainer) -> None:
+        """Print how long the run trained, and the commands that can follow it."""
+        print_rank0(f"trained for {clock(trainer.seconds)}")
         saved = next(iter(checkpoint.found(self.config.run.save_dir)), None)
         if saved is not None and distributed.rank() == 0:
             print_rank0(f"the last checkpoint is {saved}; what you can run next:")
@@ -180,15 +208,15 @@ class Pretraining(Trainer):
         """
         config, module = self.config, self.module
         val = registry.testing(config.input.dataset, config.run.data, config.input.class_list)
-        backbone = module.encoder, networks.features
-        net, of = (
-            backbone if config.monitor.knn_features == "backbone" else (module.embedding, nn.Module.__call__)
-        )
+        net, of = module.encoder, networks.features
+        if config.monitor.knn_features == "head":
+            net, of = module.embedding, nn.Module.__call__
         unreadable = [] if config.log.on_bad_image == "skip" else None
         bank = features.extract(net, self.images, config, self.device, of=of, unreadable=unreadable)
         self._note_left_out({i for i, _ in unreadable or ()})
         queries = features.extract(net, val, config, self.device, of=of)
-        return features.knn(*bank, *queries, len(val.classes), [config.monitor.knn_k], config.monitor.knn_t)[config.monitor.knn_k]
+        k = config.monitor.knn_k
+        return features.knn(*bank, *queries, len(val.classes), [k], config.monitor.knn_t)[k]
 
     def _note_left_out(self, unreadable: set[int]) -> None:
         """Print one line that names the images of `unreadable` which no earlier line has named."""

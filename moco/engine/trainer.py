@@ -39,9 +39,7 @@ class Task(ABC):
     may_diverge = False  # whether the run goes on if the loss or a weight is NaN or infinite
     scales_gradient = True  # whether --amp fp16 scales the gradient
 
-    def __init__(
-        self, config: Training, module: nn.Module, images: Images, device: torch.device
-    ):
+    def __init__(self, config: Training, module: nn.Module, images: Images, device: torch.device):
         self.config, self.module, self.images, self.device = config, module, images, device
 
     @property
@@ -103,6 +101,9 @@ class Task(ABC):
 
     def restore(self, state: checkpoint.State) -> None:  # noqa: B027
         """Restore what `state` has saved. Raises InputError if it does not fit this task's data."""
+
+    def restored(self) -> None:  # noqa: B027
+        """Check the restored weights. Raises InputError if they do not fit the options."""
 
 
 class Trainer:
@@ -172,9 +173,7 @@ class Trainer:
             checkpoint.begin(Path(config.run.save_dir), config.log.resume)
         crop = loader.RandomCrops(self.recipe, config.run.seed)
         skips = config.log.on_bad_image == "skip"
-        batches = loader.batches(
-            task.images, crop, self.order, config.input, self.device, skips
-        )
+        batches = loader.batches(task.images, crop, self.order, config.input, self.device, skips)
         with (
             interrupt.Requests() as requests,
             contextlib.closing(log),
@@ -219,8 +218,7 @@ class Trainer:
             if asked:
                 distributed.barrier()
                 raise interrupt.Interrupted(
-                    f"{asked}: saved {path} after step {step + 1}; "
-                    "--resume auto goes on from there"
+                    f"{asked}: saved {path} after step {step + 1}; --resume auto goes on from there"
                 )
         if epoch >= 0:
             health.warn_if_collapsed(means, epoch)
@@ -327,6 +325,7 @@ class Trainer:
         if not tests:
             optim.restore(self.optimizer, state["optimizer"], path, task.may_diverge)
             precision.restore(self.scaler, state.get("scaler", {}), path)
+        task.restored()
 
     def _step_of(self, state: checkpoint.State) -> int:
         """Return the step to resume at, rescaled if the batch size changed."""

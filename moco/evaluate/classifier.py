@@ -7,11 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moco.config import Config, Probing, replaced
 from moco.data import cache, registry
 from moco.data.images import Images
 from moco.distributed import print_rank0
 from moco.engine import checkpoint, features, precision
-from moco.engine.trainer import Trainer
+from moco.engine.announce import print_if_done
+from moco.engine.trainer import Task, Trainer
 from moco.errors import InputError
 from moco.evaluate import metrics
 from moco.evaluate.inputs import Splits
@@ -30,12 +32,13 @@ def init_classifier(layer: nn.Linear, std: float = 0.01) -> None:
 
 
 @torch.inference_mode()
-def test(
+def evaluate(
     net: nn.Module, images: Images, config: Config, device: torch.device, heads: int = 1
 ) -> list[dict[str, float]]:
-    """What each of `net`'s classifiers, of which there are `heads`, is worth on `images`: see `metrics`, all in [0, 1].
+    """Evaluate each of the `heads` classifiers of `net` on `images`.
 
-    Each image counts once, whatever the number of ranks, and a rank may have none.
+    Returns metrics in [0, 1] by name (see moco/evaluate/metrics.py). Each image counts once,
+    whatever the number of ranks, and a rank may have none.
     """
     net.eval()
     meter = metrics.meter(images.multi_label, heads, len(images.classes), device)
@@ -57,31 +60,34 @@ class Setting(NamedTuple):
     wd: float
 
 
-class Classification(Trainer):
-    """Trains one classifier or several, tests them after every epoch, and keeps the best.
+class ClassifierTask(Task):
+    """The training of one classifier or several, which tests them after every epoch.
 
-    The best one is chosen on val/, as in the papers, or on the held-out part of train/. `settings` are the classifiers'.
+    The best one is kept. It is chosen on val/, as in the papers, or on the held-out part of train/.
+
+    Args:
+        config: the settings of the evaluation.
+        net: the network with the classifiers.
+        images: what they are trained, chosen and tested on.
+        device: the device of this process.
+        settings: those of each classifier.
+        best_name: file name of the best checkpoint.
     """
-
-    best_name = "model_best.pth.tar"
 
     def __init__(
         self,
-        config: Config,
+        config: Probing,
         net: nn.Module,
         images: Splits,
         device: torch.device,
         settings: list[Setting],
+        best_name: str = "model_best.pth.tar",
     ):
-        self.val, self.held_out, self.settings, self.best = (
-            images.val,
-            images.held_out,
-            settings,
-            0.0,
-        )
+        super().__init__(config, net, images.train, device)
+        self.val, self.held_out, self.settings = images.val, images.held_out, settings
+        self.best, self.best_name = 0.0, best_name
         self.metric = registry.METRIC[config.input.dataset]
         self._decays = len({setting.wd for setting in settings})
-        super().__init__(config, net, images.train, device)
 
     def losses(self, logits: Tensor, label: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss to train on and what to show, from logits [heads, B, classes].
@@ -141,7 +147,7 @@ class Classification(Trainer):
         return dict(
             zip(
                 self.settings,
-                test(self.module, images, self.config, self.device, len(self.settings)),
+                evaluate(self.module, images, self.config, self.device, len(self.settings)),
                 strict=True,
             )
         )
@@ -151,84 +157,91 @@ class Classification(Trainer):
         wd = f"{space or '_'}wd{space}{setting.wd:g}" if self._decays > 1 else ""
         return f"lr{space}{setting.lr:g}{wd}"
 
-    def end_epoch(self, done: int) -> dict[str, float]:
+    def end_epoch(self, trainer: Trainer, done: int) -> dict[str, float]:
+        """Test the classifiers, and save them after `done` epochs; return what to log."""
         self.test()
         self.best = max(self.best, self.chosen_by)
         if self.best == self.chosen_by:
-            self.save(self.best_name, done)
-        self.save("checkpoint.pth.tar", done)
+            trainer.save(self.best_name, done)
+        trainer.save("checkpoint.pth.tar", done)
         return {f"val_{name}": value for name, value in self.accuracy.items()}
 
-    def keep_in_memory(self) -> None:
+    def load_images(self) -> None:
+        """Decode the images of every split into memory, if --cache-images says so."""
         sets = self.images, self.val, self.held_out
-        self.images, self.val, self.held_out = cache.load(self.config, *sets)
+        self.images, self.val, self.held_out = cache.load(self.config.input, *sets)
 
-    def save_inside(self, epoch: int, step: int) -> Path:
-        return self.save("checkpoint.pth.tar", epoch, step)
+    def save_inside(self, trainer: Trainer, epoch: int, step: int) -> Path:
+        """Save after `step` steps, some of them of an unfinished epoch; return the file's path."""
+        return trainer.save("checkpoint.pth.tar", epoch, step)
 
-    def more_state(self) -> dict[str, Any]:
+    def state(self) -> dict[str, Any]:
+        """Return the best accuracy, the class names and the image size."""
         return {
             "best_acc1": self.best,
             "classes": list(self.images.classes),
             "image_size": self.config.views.image_size,
         }
 
-    def run(self, protocol: str) -> None:
-        """Train what is left to train, or only test; print the accuracies and write results.json.
-
-        If no epochs are left, the results of the run's end stay as they are.
-        """
-        done = self.first_epoch >= self.config.optimizer.epochs and not self.config.classifier.evaluate
-        if done:
-            self._say_if_done()
-        if done or self.config.classifier.evaluate:
-            self.test()
-        else:
-            self.train()
-            self.finish()
-        found = self.accuracy
-        title = metrics.TITLES[self.metric]
-        if len(self.settings) > 1:
-            each = [
-                f"{self.name(one, ' ')}: {100 * found[f'{self.metric}_{self.name(one)}']:.3f}"
-                for one in self.settings
-            ]
-            print_rank0("  ".join(each) + f"  ({title}; the best follows)")
-        print_rank0(
-            "* "
-            + " ".join(
-                f"{name} {100 * found[key]:.3f}"
-                for key, name in metrics.TITLES.items()
-                if key in found
-            )
-        )
-        if done:
-            self.config.optimizer.epochs = self.first_epoch  # what the classifier was trained for
-            if self._has_results():
-                print_rank0("results.json is of the end of these epochs, and stays as it is")
-                return
-        write_results(self.config, protocol, found, self.seconds)
-
-    def _has_results(self) -> bool:
-        """Return whether results.json is of as many epochs as are done; rank 0 answers."""
-        try:
-            written = read_json(Path(self.config.run.save_dir) / "results.json")["settings"]["epochs"]
-        except (InputError, KeyError, TypeError):
-            written = None
-        return written == self.first_epoch
-
-    def finish(self) -> None:
-        """What follows training."""
-
-    def check_resumed(self, state: checkpoint.State) -> None:
+    def restore(self, state: checkpoint.State) -> None:
+        """Restore the best accuracy. Raises InputError if the checkpoint has other classes."""
+        path = self.config.log.resume
         if not isinstance(state.get("best_acc1"), int | float):
             raise InputError(
-                f"{self.config.log.resume}: is of no classifier; --resume goes on with those of this script's runs"
+                f"{path}: is of no classifier; --resume goes on with those of this script's runs"
             )
         classes = state.get("classes")
         if classes is not None and classes != list(self.images.classes):
-            raise InputError(f"{self.config.log.resume}: {_difference(classes, self.images.classes)}")
+            raise InputError(f"{path}: {_difference(classes, self.images.classes)}")
         self.best = state["best_acc1"]
+
+
+def run(task: ClassifierTask, protocol: str) -> None:
+    """Train the classifiers, or only test them; print the accuracies and write results.json.
+
+    If no epochs are left to train, the results of the last epoch stay as they are.
+    """
+    trainer, config = Trainer(task), task.config
+    done = trainer.first_epoch >= config.optimizer.epochs and not config.only_tests
+    if done:
+        print_if_done(trainer)
+    if done or config.only_tests:
+        task.test()
+    else:
+        trainer.train()
+    _print_accuracies(task)
+    if done:
+        # what the classifier was trained for
+        config = replaced(config, epochs=trainer.first_epoch)
+        if _has_results(config):
+            print_rank0("results.json is of the end of these epochs, and stays as it is")
+            return
+    write_results(config, protocol, task.accuracy, trainer.seconds)
+
+
+def _print_accuracies(task: ClassifierTask) -> None:
+    """Print the accuracy of each classifier, and all metrics of the best one."""
+    found, title = task.accuracy, metrics.TITLES[task.metric]
+    if len(task.settings) > 1:
+        each = [
+            f"{task.name(one, ' ')}: {100 * found[f'{task.metric}_{task.name(one)}']:.3f}"
+            for one in task.settings
+        ]
+        print_rank0("  ".join(each) + f"  ({title}; the best follows)")
+    shown = (
+        f"{name} {100 * found[key]:.3f}" for key, name in metrics.TITLES.items() if key in found
+    )
+    print_rank0("* " + " ".join(shown))
+
+
+def _has_results(config: Probing) -> bool:
+    """Return whether results.json is of as many epochs as `config` has; rank 0 answers."""
+    try:
+        results = read_json(Path(config.run.save_dir) / "results.json")
+        written = results["settings"]["epochs"]
+    except (InputError, KeyError, TypeError):
+        written = None
+    return written == config.optimizer.epochs
 
 
 def _difference(saved: object, classes: tuple[str, ...]) -> str:

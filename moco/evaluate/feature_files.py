@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from moco import distributed
+from moco.config import Evaluation, flat, replaced
 from moco.data import registry
 from moco.data.images import Images
 from moco.distributed import print_rank0
@@ -60,11 +61,13 @@ _OPTIONAL = {
 }  # older dumps lack them
 
 
-def check(config: Config, multi_label: bool) -> None:
-    """Check, before any process starts, the features to load, and that images show several classes, if `many`, or one.
+def complete(config: Evaluation, multi_label: bool) -> Evaluation:
+    """Return `config` with what the features of `--load-features` are of.
 
-    With `--load-features`, `args` takes from there what the features are of. Raises InputError.
+    Raises InputError, before any process starts, if they do not fit the options, or if images show
+    several classes (`multi_label`) and should show one, or the other way round.
     """
+    settings = flat(config)
     if config.files.load_features and config.files.dump_features:
         raise InputError(
             "--load-features and --dump-features: features that are read lie in files already; leave one out"
@@ -72,16 +75,15 @@ def check(config: Config, multi_label: bool) -> None:
     if config.files.load_features:
         meta, _ = _open(Path(config.files.load_features))
         for name in ("arch", "pretrained", "class_list", "features"):
-            given, dumped = (
-                getattr(config, name, None),
-                meta["checkpoint" if name == "pretrained" else name],
-            )
+            given = settings.get(name)
+            dumped = meta["checkpoint" if name == "pretrained" else name]
             if given not in (None, dumped):
                 option, dumped = f"--{name.replace('_', '-')}", dumped or "all classes"
                 raise InputError(
                     f"{option} {given}: the features in {config.files.load_features} are of {dumped}; leave {option} out"
                 )
-        vars(config).update({option: meta[name] for name, option in _ORIGIN.items()})
+        origin = {option: meta[name] for name, option in _ORIGIN.items()}
+        config = replaced(config, **{name: origin[name] for name in origin.keys() & settings})
     dataset = "photos" if config.run.data == "photos" else config.input.dataset
     if dataset in registry.METRIC and (registry.METRIC[dataset] == "map11") != multi_label:
         if multi_label:
@@ -91,9 +93,10 @@ def check(config: Config, multi_label: bool) -> None:
         raise InputError(
             f"{dataset}: its images show several classes, and k-NN wants one; use main_voc07.py"
         )
+    return config
 
 
-def check_dump(config: Config) -> None:
+def check_dump(config: Evaluation) -> None:
     """Refuse, before any process starts, a folder for `--dump-features` that holds what would be lost, or cannot be written."""
     if not config.files.dump_features:
         return
@@ -113,32 +116,32 @@ def check_dump(config: Config) -> None:
         raise InputError(f"--dump-features {folder}: holds {held}; {how}")
 
 
-def _origin(config: Config) -> dict[str, Any]:
-    return {name: getattr(config, option, _OPTIONAL.get(name)) for name, option in _ORIGIN.items()}
+def _origin(config: Evaluation) -> dict[str, Any]:
+    """Return what the features are of, for meta.json."""
+    settings = flat(config)
+    return {name: settings.get(option, _OPTIONAL.get(name)) for name, option in _ORIGIN.items()}
 
 
 def of_splits(
     net: nn.Module,
     train: Images,
     val: Images,
-    config: Config,
+    config: Evaluation,
     device: torch.device,
     unit_norm: bool = True,
 ) -> tuple[Features, Features]:
     """`extract` for both splits; `--dump-features` writes them."""
-    of = (
-        networks.embedding if getattr(config, "features", "backbone") == "head" else networks.features
-    )
-    found = (
-        extract(net, train, config, device, unit_norm, of),
-        extract(net, val, config, device, unit_norm, of),
+    of = networks.embedding if config.of_head else networks.features
+    found = tuple(
+        extract(net, images, config, device, unit_norm, of, on_host=config.on_host)
+        for images in (train, val)
     )
     if config.files.dump_features:
         dump(config, train.classes, *found)
     return found
 
 
-def dump(config: Config, classes: tuple[str, ...], train: Features, val: Features) -> None:
+def dump(config: Evaluation, classes: tuple[str, ...], train: Features, val: Features) -> None:
     """Write every rank's features to the folder of `--dump-features`, which all ranks must see."""
     folder, first = Path(config.files.dump_features), distributed.rank() == 0
     for split, (rows, labels) in (("train", train), ("val", val)):
@@ -180,7 +183,7 @@ def _write(path: Path, mine: Tensor, count: int) -> None:
     distributed.barrier()
 
 
-def load(config: Config, device: torch.device) -> tuple[Features, Features, tuple[str, ...]]:
+def load(config: Evaluation, device: torch.device) -> tuple[Features, Features, tuple[str, ...]]:
     """This rank's share of the features of both splits in the folder of `--load-features`, and the classes."""
     meta, arrays = _open(Path(config.files.load_features))
     splits = []
@@ -189,7 +192,7 @@ def load(config: Config, device: torch.device) -> tuple[Features, Features, tupl
             arrays[f"{split}_{kind}"][distributed.rank() :: distributed.world_size()]
             for kind in ("features", "labels")
         )
-        kept = torch.empty(rows.shape, device=feature_device(config, device))
+        kept = torch.empty(rows.shape, device=feature_device(config.on_host, device))
         for start in range(0, len(rows), _BLOCK):
             kept[start : start + _BLOCK] = torch.from_numpy(np.array(rows[start : start + _BLOCK]))
         splits.append((kept, torch.from_numpy(np.array(labels)).to(device)))

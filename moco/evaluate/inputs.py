@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from moco import distributed
-from moco.config import MEAN, STD
+from moco.config import MEAN, STD, AnyConfig, Config, Evaluation, flat, replaced
 from moco.data import folders, registry, subsets
 from moco.data.images import Images
 from moco.distributed import print_rank0
@@ -19,113 +19,143 @@ from moco.errors import InputError, short
 from moco.evaluate import feature_files
 
 
-def check(config: Config) -> None:
-    """Check, before any process starts, the data and that the checkpoint fits; take the arch from it if not given."""
+def complete(config: AnyConfig) -> AnyConfig:
+    """Return `config` with what the checkpoint says, unless it is given: arch, image size, mean, std.
+
+    Raises InputError, before any process starts, if the data or the checkpoint do not fit.
+    """
     if config.run.data == "photos":
-        config.input.dataset = "photos"
-    registry.check(config.input.dataset, config.run.data, config.input.download)
-    if config.input.dataset == "imagenet":
-        subsets.check_classes(Path(config.run.data) / "train", config.input.class_list, config.input.data_name)
-    if tests_only(config) and config.encoder.encoder_method:
-        config.network.stem, config.views.mean, config.views.std = (
-            config.network.stem or "imagenet",
-            config.views.mean or list(MEAN),
-            config.views.std or list(STD),
+        config = replaced(config, dataset="photos")
+    images = config.input
+    registry.check(images.dataset, config.run.data, images.download)
+    if images.dataset == "imagenet":
+        root = Path(config.run.data) / "train"
+        subsets.check_classes(root, images.class_list, images.data_name)
+    if tests_full_network(config) and config.encoder.encoder_method:
+        config = replaced(
+            config,
+            stem=config.network.stem or "imagenet",
+            mean=config.views.mean or MEAN,
+            std=config.views.std or STD,
         )
-        networks.create(
-            config.network.arch, 1, config.views.image_size, stem=config.network.stem
-        )  # raises InputError if they do not fit
-        return
-    state = checkpoint.load(config.encoder.pretrained) if config.encoder.pretrained else {}
-    facts = metadata.read_metadata(state)
-    config.network.arch = config.network.arch or facts.arch or "resnet50"
-    if config.encoder.pretrained and not config.views.image_size and not facts.image_size:
-        taken = "224 pixels are taken (--image-size)"
-        print_rank0(f"{config.encoder.pretrained}: does not say what size of images it is for; {taken}")
-    config.views.image_size = config.views.image_size or facts.image_size or 224
-    used = facts._replace(mean=config.views.mean or facts.mean, std=config.views.std or facts.std)
-    if config.encoder.pretrained and (line := metadata.lacks_normalization(config.encoder.pretrained, used)):
-        print_rank0(f"{line} (--mean, --std)")
-    config.views.mean, config.views.std = config.views.mean or facts.mean or list(MEAN), config.views.std or facts.std or list(STD)
-    config.encoder.encoder_method = facts.method if config.encoder.pretrained else "random"
-    config.encoder.pretrain_epochs = facts.epoch
+        # raises InputError if they do not fit each other
+        networks.create(config.network.arch, 1, config.views.image_size, stem=config.network.stem)
+        return config
     if not config.encoder.pretrained:
-        config.network.stem = config.network.stem or "imagenet"
-        return
-    net = networks.create(config.network.arch, 1, config.views.image_size)
+        return replaced(
+            config,
+            arch=config.network.arch or "resnet50",
+            image_size=config.views.image_size or 224,
+            mean=config.views.mean or MEAN,
+            std=config.views.std or STD,
+            stem=config.network.stem or "imagenet",
+            encoder_method="random",
+            pretrain_epochs=None,
+        )
+    return _complete_from(config, config.encoder.pretrained)
+
+
+def _complete_from(config: AnyConfig, path: str) -> AnyConfig:
+    """Return `config` with what the checkpoint in `path` says, unless it is given."""
+    state = checkpoint.load(path)
+    facts = metadata.read_metadata(state)
+    image_size = config.views.image_size or facts.image_size
+    if not image_size:
+        taken = "224 pixels are taken (--image-size)"
+        print_rank0(f"{path}: does not say what size of images it is for; {taken}")
+    used = facts._replace(mean=config.views.mean or facts.mean, std=config.views.std or facts.std)
+    if line := metadata.lacks_normalization(path, used):
+        print_rank0(f"{line} (--mean, --std)")
+    config = replaced(
+        config,
+        arch=config.network.arch or facts.arch or "resnet50",
+        image_size=image_size or 224,
+        mean=used.mean or MEAN,
+        std=used.std or STD,
+        encoder_method=facts.method,
+        pretrain_epochs=facts.epoch,
+    )
+    arch, image_size = config.network.arch, config.views.image_size
+    net = networks.create(arch, 1, image_size)
     stem = encoders.stem_of(net, encoders.tensors_of(net, state))
     if config.network.stem not in (None, stem):
-        has = f"{config.encoder.pretrained} has the stem {stem}"
-        raise InputError(f"--stem {config.network.stem}: {has}; leave --stem out")
-    config.network.stem = stem
-    with encoders.naming_arch(config.encoder.pretrained, facts.arch, config.network.arch):
-        _load(networks.create(config.network.arch, 1, config.views.image_size, stem=stem), config, state)
+        raise InputError(
+            f"--stem {config.network.stem}: {path} has the stem {stem}; leave --stem out"
+        )
+    with encoders.naming_arch(path, facts.arch, arch):
+        _load(networks.create(arch, 1, image_size, stem=stem), config, state)
+    return replaced(config, stem=stem)
 
 
-def tests_only(config: Config) -> bool:
+def tests_full_network(config: Config) -> bool:
     """Return whether the run only tests a classifier, whose checkpoint holds the full network."""
-    return getattr(config, "evaluate", False) and not getattr(config, "ft_proj", 0)
+    return config.only_tests and not config.kept_layers
 
 
-def restore_options(config: Config, options: Iterable[str]) -> None:
-    """Restore the architecture, image size and normalization from the classifier of `--resume`.
+def restore_options(config: AnyConfig, options: Iterable[str]) -> AnyConfig:
+    """Return `config` with the architecture, image size and normalization of the classifier of `--resume`.
 
     With `--evaluate`, restore its seed and all its `options` as well.
     Raises InputError if `--resume` is not a classifier's checkpoint, or if a given option
     contradicts it.
     """
-    if config.classifier.evaluate and not config.log.resume:
+    path, tests = config.log.resume, config.only_tests
+    if tests and not path:
         raise InputError(
             "--evaluate tests a trained classifier: give its checkpoint with --resume FILE"
         )
-    if not config.log.resume:
-        return
-    state = checkpoint.load(config.log.resume)
+    if not path:
+        return config
+    state = checkpoint.load(path)
     if (origin := checkpoint.origin(state)) != "classifier":
         lacking = ", ".join(checkpoint.lacking(state))
-        what = (
-            f"cannot be resumed: it lacks {lacking}"
-            if lacking
-            else f"is a {origin} checkpoint, not a classifier's"
-        )
-        train = ", and leave out --evaluate: it has no classifier to test" if config.classifier.evaluate else ""
-        raise InputError(
-            f"{config.log.resume}: {what}; give it with --pretrained instead of --resume{train}"
-        )
+        what = f"is a {origin} checkpoint, not a classifier's"
+        if lacking:
+            what = f"cannot be resumed: it lacks {lacking}"
+        train = ", and leave out --evaluate: it has no classifier to test" if tests else ""
+        raise InputError(f"{path}: {what}; give it with --pretrained instead of --resume{train}")
     checkpoint.check_script(state, config)
-    facts, saved = metadata.read_metadata(state), state["args"]
+    config = _restore_facts(config, metadata.read_metadata(state))
+    if not tests:
+        return config
+    saved, settings = state["args"], flat(config)
+    restored = {"seed": state["progress"]["seed"]}
+    shared = ("pretrained", "val_from_train", "class_list", "learning_rate_scaling")
+    for name in (*options, *shared):
+        value = saved.get(name, settings[name])
+        if not _alike(value, settings[name]):
+            raise InputError(
+                f"{path}: its --{name.replace('_', '-')} is {short(str(value))}, "
+                "which is not valid; take another checkpoint"
+            )
+        restored[name] = value
+    for name, kind in (("encoder_method", str), ("pretrain_epochs", int)):
+        value = saved.get(name)
+        restored[name] = value if isinstance(value, kind) else None
+    return replaced(config, **restored)
+
+
+def _restore_facts(config: AnyConfig, facts: metadata.Metadata) -> AnyConfig:
+    """Return `config` with the classifier's network and views. Raises InputError if others are given."""
+    settings, path, found = flat(config), config.log.resume, {}
     for name in ("arch", "image_size", "stem", "mean", "std"):
-        given, own = getattr(config, name), getattr(facts, name)
+        given, own = settings[name], getattr(facts, name)
         if own is None or given in (None, own):
-            setattr(config, name, given or own)
-        elif name != "image_size" or not config.classifier.evaluate:
+            found[name] = given or own
+        elif name == "image_size" and config.only_tests:
+            print_rank0(
+                f"the classifier was trained at {own} pixels, and is tested at {given} "
+                "(--image-size)"
+            )
+        else:
             given, own = (
                 " ".join(map(str, value)) if isinstance(value, list) else value
                 for value in (given, own)
             )
             raise InputError(
-                f"--{name.replace('_', '-')} {given}: {config.log.resume} was trained with {own}; leave it out"
+                f"--{name.replace('_', '-')} {given}: {path} was trained with {own}; leave it out"
             )
-        else:
-            print_rank0(
-                f"the classifier was trained at {own} pixels, and is tested at {given} (--image-size)"
-            )
-    if not config.classifier.evaluate:
-        return
-    config.run.seed = state["progress"]["seed"]
-    shared = ("pretrained", "val_from_train", "class_list", "learning_rate_scaling")
-    for name in (*options, *shared):
-        given = getattr(config, name)
-        value = saved.get(name, given)
-        if not _alike(value, given):
-            raise InputError(
-                f"{config.log.resume}: its --{name.replace('_', '-')} is {short(str(value))}, which is not valid; take another checkpoint"
-            )
-        setattr(config, name, value)
-    config.encoder.encoder_method, config.encoder.pretrain_epochs = (
-        value if isinstance(value, kind) else None
-        for value, kind in ((saved.get("encoder_method"), str), (saved.get("pretrain_epochs"), int))
-    )
+    return replaced(config, **found)
 
 
 def _alike(saved: object, given: object) -> bool:
@@ -139,23 +169,25 @@ def _alike(saved: object, given: object) -> bool:
 
 
 def check_choice(config: Config) -> None:
-    """Refuse a `--val-from-train` that is no share."""
-    if config.classifier.val_from_train is not None and not 0 < config.classifier.val_from_train < 1:
+    """Raise InputError if `--val-from-train` is not a fraction."""
+    fraction = config.val_from_train
+    if fraction is not None and not 0 < fraction < 1:
         raise InputError(
-            f"--val-from-train {config.classifier.val_from_train:g}: must lie between 0 and 1, as in --val-from-train 0.1"
+            f"--val-from-train {fraction:g}: must lie between 0 and 1, as in --val-from-train 0.1"
         )
 
 
 def check_labels(config: Config) -> None:
-    """Fetch or read the list of labelled images, where there is one; after `check`."""
+    """Fetch or read the list of labelled images, if there is one; after `complete`."""
     if config.labels.subset_file:
         subsets.names(Path(config.labels.subset_file))
         return
-    few_of_a_folder = (
-        config.labels.train_percent < 100 and config.input.dataset == "imagenet" and not config.input.class_list
-    )
-    if few_of_a_folder and subsets.is_imagenet(folders.class_names(Path(config.run.data) / "train")):
-        subsets.published(config.labels.train_percent)
+    percent, images = config.labels.train_percent, config.input
+    of_imagenet = images.dataset == "imagenet" and not images.class_list
+    if percent == 100 or not of_imagenet:
+        return
+    if subsets.is_imagenet(folders.class_names(Path(config.run.data) / "train")):
+        subsets.published(percent)
 
 
 class Splits(NamedTuple):
@@ -167,16 +199,17 @@ class Splits(NamedTuple):
 
 
 def splits(config: Config) -> Splits:
-    """The images of `--dataset`: of its training images the labelled share, if the script asks for one, less what is held out."""
+    """Return the images of `--dataset`: the labelled training images, less what is held out."""
+    seed, images = config.run.seed, config.input
     train, val = (
-        subsets.of_classes(part, config.input.class_list)
-        for part in registry.load(config.input.dataset, config.run.data, config.run.seed)
+        subsets.of_classes(part, images.class_list)
+        for part in registry.load(images.dataset, config.run.data, seed)
     )
-    if hasattr(config, "train_percent"):
+    if config.labels:
         train = _labelled(config, train)
-    if not getattr(config, "val_from_train", None):
+    if not config.val_from_train:
         return Splits(train, val)
-    train, held_out = subsets.hold_out(train, config.classifier.val_from_train, config.run.seed)
+    train, held_out = subsets.hold_out(train, config.val_from_train, seed)
     print_rank0(
         f"{len(held_out)} images of train/ are held out to choose on, {len(train)} to train on"
     )
@@ -184,8 +217,9 @@ def splits(config: Config) -> Splits:
 
 
 def _labelled(config: Config, train: Images) -> Images:
-    """The images of train/ whose labels are used; their names go to subset.txt in the run folder."""
-    part = subsets.labelled(train, config.labels.train_percent, config.run.seed, config.labels.subset_file)
+    """Return the images of train/ whose labels are used; list them in subset.txt."""
+    labels = config.labels
+    part = subsets.labelled(train, labels.train_percent, config.run.seed, labels.subset_file)
     if len(part) < len(train) and distributed.rank() == 0:
         file = Path(config.run.save_dir) / "subset.txt"
         subsets.write_names(part, file)
@@ -195,43 +229,48 @@ def _labelled(config: Config, train: Images) -> Images:
     return part
 
 
-def pretrained(config: Config, classes: int, device: torch.device) -> nn.Module:
-    """The encoder of `--pretrained` (randomly initialised without it) with a new classifier for `classes`, on `device`."""
+def pretrained(config: Config, num_classes: int, device: torch.device) -> nn.Module:
+    """Return the encoder of `--pretrained` with a new classifier, on `device`.
+
+    Without `--pretrained` the encoder is randomly initialised.
+    """
     torch.manual_seed(config.run.seed)
-    net = networks.create(config.network.arch, classes, config.views.image_size, stem=config.network.stem)
-    if tests_only(config):
-        print_rank0(
-            f"testing the classifier of {config.log.resume}, {config.network.arch} at {config.views.image_size} pixels"
-        )
-    elif config.encoder.pretrained:
-        state = checkpoint.load(config.encoder.pretrained)
-        print_rank0(f"{config.encoder.pretrained}: {_load(net, config, state)}")
+    arch, image_size, path = (
+        config.network.arch,
+        config.views.image_size,
+        config.encoder.pretrained,
+    )
+    net = networks.create(arch, num_classes, image_size, stem=config.network.stem)
+    if tests_full_network(config):
+        print_rank0(f"testing the classifier of {config.log.resume}, {arch} at {image_size} pixels")
+    elif path:
+        state = checkpoint.load(path)
+        print_rank0(f"{path}: {_load(net, config, state)}")
         facts = metadata.read_metadata(state)
-        if facts.image_size not in (None, config.views.image_size):
+        if facts.image_size not in (None, image_size):
             print_rank0(
-                f"it was pre-trained at {facts.image_size} pixels, and sees {config.views.image_size} here (--image-size)"
+                f"it was pre-trained at {facts.image_size} pixels, and sees {image_size} here "
+                "(--image-size)"
             )
-        _say_if_normalized_otherwise(config, facts)
+        _print_other_normalization(config, facts)
     else:
-        print_rank0(f"no --pretrained: a randomly initialised {config.network.arch}")
+        print_rank0(f"no --pretrained: a randomly initialised {arch}")
     return precision.place(net, device, config.compute.compile, config.compute.grad_checkpoint)
 
 
-def _say_if_normalized_otherwise(config: Config, facts: metadata.Metadata) -> None:
+def _print_other_normalization(config: Config, facts: metadata.Metadata) -> None:
     """Print one line if `--mean` or `--std` differs from the checkpoint's."""
-    names = [
-        name for name in ("mean", "std") if getattr(facts, name) not in (None, getattr(config, name))
-    ]
+    settings = flat(config)
+    names = [name for name in ("mean", "std") if getattr(facts, name) not in (None, settings[name])]
     if names:
         own, given = (
-            " and ".join(
-                f"{name} {' '.join(f'{one:g}' for one in getattr(source, name))}" for name in names
-            )
-            for source in (facts, config)
+            " and ".join(f"{name} {' '.join(f'{one:g}' for one in source[name])}" for name in names)
+            for source in (facts._asdict(), settings)
         )
         options = ", ".join(f"--{name}" for name in names)
         print_rank0(
-            f"its images were normalized with {own} in pre-training, and are with {given} here ({options})"
+            f"its images were normalized with {own} in pre-training, and are with {given} here "
+            f"({options})"
         )
 
 
@@ -245,38 +284,41 @@ def _load(net: nn.Module, config: Config, state: checkpoint.State) -> str:
         encoders.load_backbone(net, tensors, config.encoder.pretrained),
         encoders.choice(net, tensors),
     )
-    if kept := getattr(config, "ft_proj", 0):
+    if kept := config.kept_layers:
         encoders.keep_projection(net, tensors, kept, config.encoder.pretrained)
-    if getattr(config, "features", "backbone") == "head":
+    if config.of_head:
         encoders.load_projection(net, tensors, config.encoder.pretrained)
     said = f"{matched} of {len(networks.backbone_keys(net))} backbone tensors matched"
     return f"{said} ({chosen})" if chosen else said
 
 
-def check_features(config: Config, multi_label: bool) -> None:
-    """`check` for the scripts that classify frozen features, of images that show several classes, if `many`, or one."""
-    feature_files.check(config, multi_label)
+def complete_features(config: Evaluation, multi_label: bool) -> Evaluation:
+    """Do what `complete` does, for a script that classifies frozen features.
+
+    `multi_label` is whether images show several classes.
+    """
+    config = feature_files.complete(config, multi_label)
     if not config.files.load_features:
-        check(config)
+        config = complete(config)
         feature_files.check_dump(config)
+    return config
 
 
 def frozen_features(
-    config: Config, device: torch.device, unit_norm: bool = True
+    config: Evaluation, device: torch.device, unit_norm: bool = True
 ) -> tuple[features.Features, features.Features, tuple[str, ...]]:
-    """This rank's share of the features of both splits, from `--load-features` or from the encoder, and the classes.
+    """Return this rank's share of the features of both splits, and the class names.
 
-    Raises InputError where a feature is infinite or no number.
+    They are loaded from `--load-features`, or computed by the encoder. Raises InputError if a
+    feature is NaN or infinite.
     """
     if config.files.load_features:
         train, val, classes = feature_files.load(config, device)
     else:
         images, val_images, _ = splits(config)
         net = pretrained(config, len(images.classes), device)
-        (train, val), classes = (
-            feature_files.of_splits(net, images, val_images, config, device, unit_norm),
-            images.classes,
-        )
+        classes = images.classes
+        train, val = feature_files.of_splits(net, images, val_images, config, device, unit_norm)
     if not all(rows.sum().isfinite() for rows, _ in (train, val)):
         source = config.files.load_features or config.encoder.pretrained
         raise InputError(

@@ -6,13 +6,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moco.config import Probing
 from moco.data import loader
 from moco.distributed import print_rank0
 from moco.encoder import networks
-from moco.engine import precision
+from moco.engine.log import Metrics
+from moco.engine.trainer import Trainer
 from moco.errors import InputError
-from moco.evaluate.classifier import Classification, Setting, by_head, init_classifier
-from moco.evaluate.inputs import Splits, tests_only
+from moco.evaluate.classifier import ClassifierTask, Setting, by_head, init_classifier
+from moco.evaluate.inputs import Splits, tests_full_network
 from moco.rng import Progress
 
 
@@ -23,20 +25,25 @@ class Heads(nn.ModuleList):
         return torch.stack([head(features) for head in self])
 
 
-class LinearProbe(Classification):
-    """Trains a new last layer on the frozen, eval-mode backbone (MoCo, section 4.1).
+class LinearProbe(ClassifierTask):
+    """The training of new last layers on the frozen, eval-mode backbone (MoCo, section 4.1).
 
-    With several settings, that is one classifier for each, all from the same start, on the same features. What one of them
-    becomes is, to the bit on a CPU, what it would be alone.
+    With several settings, one classifier for each is trained in one pass, from the same start and
+    on the same features. On a CPU, each becomes to the bit what it would be alone.
     """
+
+    # The classifiers compute in fp32: one that diverges must not make a gradient scaler skip the
+    # others' steps.
+    scales_gradient = False
 
     def __init__(
         self,
-        config: Config,
+        config: Probing,
         net: nn.Module,
         images: Splits,
         device: torch.device,
         settings: list[Setting],
+        **more: str,
     ):
         net.requires_grad_(False)
         first = networks.head(net).requires_grad_(True)
@@ -45,46 +52,51 @@ class LinearProbe(Classification):
         if len(self.heads) > 1:
             networks.set_head(net, Heads(self.heads))
         self.loaded = {name: net.state_dict()[name].clone() for name in networks.backbone_keys(net)}
-        super().__init__(config, net, images, device, settings)
-        if not tests_only(config) and self._changed():
-            source = config.encoder.pretrained or f"a random one with --seed {config.run.seed}"
-            raise InputError(
-                f"--resume {config.log.resume}: its backbone is not {source}; give the same --pretrained to go on"
-            )
+        super().__init__(config, net, images, device, settings, **more)
+        # one of several classifiers that diverges does not stop the others
+        self.may_diverge = len(self.heads) > 1
 
     @property
-    def may_diverge(self) -> bool:
-        """One of several classifiers, whose numbers then stop no other."""
-        return len(self.heads) > 1
-
-    def make_scaler(self) -> torch.amp.GradScaler:
-        # the classifiers compute in fp32: one that diverges must not make a gradient scaler skip the others' steps
-        return precision.scaler("off", self.device)
-
     def trained(self) -> nn.Module:
+        """Return the classifiers."""
         return networks.head(self.module)
 
+    @property
     def independent(self) -> list[nn.Module]:
+        """Return the classifiers: the gradient of each is clipped by itself."""
         return self.heads
 
     def groups(self) -> list[dict[str, Any]]:
+        """Return a parameter group for each classifier."""
         return [
             {"params": list(head.parameters()), "lr": lr, "weight_decay": wd}
             for head, (lr, wd) in zip(self.heads, self.settings, strict=True)
         ]
 
     def start_epoch(self) -> None:
+        """Keep the backbone in eval mode."""
         self.module.eval()
 
-    def forward(
-        self, views: list[Tensor], batch: loader.Batch, progress: Progress
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(
+        self, net: nn.Module, views: list[Tensor], batch: loader.Batch, progress: Progress
+    ) -> tuple[Tensor, Metrics]:
+        """Return the sum of the classifiers' losses, and the metrics of the best one."""
         with torch.inference_mode():
             features = networks.features(self.module, views[0])
         with torch.autocast(self.device.type, enabled=False):
-            return self.losses(by_head(self.ddp(features.float().clone())), batch.label)
+            return self.losses(by_head(net(features.float().clone())), batch.label)
 
-    def finish(self) -> None:
+    def restored(self) -> None:
+        """Raise InputError if the checkpoint of `--resume` has another backbone."""
+        if not tests_full_network(self.config) and self._changed():
+            config = self.config
+            source = config.encoder.pretrained or f"a random one with --seed {config.run.seed}"
+            raise InputError(
+                f"--resume {config.log.resume}: its backbone is not {source}; "
+                "give the same --pretrained to go on"
+            )
+
+    def finish(self, trainer: Trainer) -> None:
         """Raise RuntimeError if a backbone tensor is not bit for bit what was loaded."""
         if changed := self._changed():
             raise RuntimeError(f"the frozen backbone changed in training: {', '.join(changed)}")
@@ -93,5 +105,6 @@ class LinearProbe(Classification):
         )
 
     def _changed(self) -> list[str]:
+        """Return the names of the backbone's tensors that differ from what was loaded."""
         now = self.module.state_dict()
         return [name for name, tensor in self.loaded.items() if not torch.equal(tensor, now[name])]

@@ -2,37 +2,56 @@
 
 import time
 from pathlib import Path
+from typing import Any
 
 from moco import distributed
+from moco.config import Evaluation, Probing, flat
 from moco.distributed import print_rank0
 from moco.engine.log import STARTED, clock, write_options
 from moco.files import write_json
 
 
 def write_results(
-    config: Config, protocol: str, found: dict[str, float], seconds: float | None = None
+    config: Probing | Evaluation,
+    protocol: str,
+    found: dict[str, float],
+    seconds: float | None = None,
 ) -> None:
-    """Write results.json to the run folder and print where it is, on rank 0.
+    """Write results.json, and args.yaml if nothing was trained, to the run folder on rank 0.
 
-    `found` has metrics as fractions in [0, 1]. `seconds` is how long the evaluation took; by
-    default, the time since this process started.
+    Args:
+        config: the settings of the evaluation.
+        protocol: such as linear or knn.
+        found: metrics by name, fractions in [0, 1].
+        seconds: how long the evaluation took; by default the time since this process started.
     """
     if distributed.rank() != 0:
         return
-    some = f" ({Path(config.input.class_list).name})" if getattr(config, "class_list", None) else ""
-    results = {
-        "method": config.encoder.encoder_method,
-        "arch": config.network.arch,
-        "checkpoint": config.encoder.pretrained,
-        "pretrain_epochs": config.encoder.pretrain_epochs,
-        "protocol": protocol,
-        "dataset": (config.run.data if config.input.dataset == "imagenet" else config.input.dataset) + some,
-        "metrics": found,
-        "settings": {name: getattr(config, name) for name in _SETTINGS if hasattr(config, name)},
-    }
+    images, encoder, settings = config.input, config.encoder, flat(config)
+    dataset = config.run.data if images.dataset == "imagenet" else images.dataset
+    if images.class_list:
+        dataset += f" ({Path(images.class_list).name})"
     folder = Path(config.run.save_dir)
-    if hasattr(config, "script") and not (folder / "args.yaml").exists():  # nothing was trained
+    if not (folder / "args.yaml").exists():
         write_options(config)
+    write(
+        folder,
+        {
+            "method": encoder.encoder_method,
+            "arch": config.network.arch,
+            "checkpoint": encoder.pretrained,
+            "pretrain_epochs": encoder.pretrain_epochs,
+            "protocol": protocol,
+            "dataset": dataset,
+            "metrics": found,
+            "settings": {name: settings[name] for name in _SETTINGS if name in settings},
+        },
+        seconds,
+    )
+
+
+def write(folder: Path, results: dict[str, Any], seconds: float | None = None) -> None:
+    """Write `results` to results.json in `folder`, and print where it is."""
     write_json(folder / "results.json", results)
     took = time.perf_counter() - STARTED if seconds is None else seconds
     print_rank0(f"results in {folder / 'results.json'}; the evaluation took {clock(took)}")

@@ -46,7 +46,9 @@ def _plan(launch: Launch, kind: str) -> Plan:
             f"--gpu {launch.gpu}: this machine has {gpus} GPU(s); leave --gpu out or choose another"
         )
     if launch.dist_backend == "nccl" and kind != "cuda":
-        where = "this machine has none" if launch.device == "auto" else f"--device is {launch.device}"
+        where = (
+            "this machine has none" if launch.device == "auto" else f"--device is {launch.device}"
+        )
         raise InputError(f"--dist-backend nccl: needs CUDA GPUs, and {where}; leave it out")
     if launch.nproc_per_node is not None and launch.nproc_per_node < 1:
         raise InputError("--nproc-per-node must be at least 1")
@@ -65,7 +67,13 @@ def _plan(launch: Launch, kind: str) -> Plan:
             raise InputError(f"--nproc-per-node {local}: this machine has {gpus} GPU(s)")
         nodes, node = _nodes(launch)
         return Plan(
-            "spawn", nodes, local, node * local, nodes * local, 0, _meeting_point(launch, nodes, node)
+            "spawn",
+            nodes,
+            local,
+            node * local,
+            nodes * local,
+            0,
+            _meeting_point(launch, nodes, node),
         )
     if launched:
         r, w = _number("RANK"), _number("WORLD_SIZE")
