@@ -9,121 +9,112 @@ configs/ holds the published settings: --cfg configs/adco_200.yaml.
 import moco as _first  # noqa: F401 (before torch: sets how its threads wait)
 
 # isort: split
+from dataclasses import dataclass
+from typing import ClassVar
+
 import torch
 
-from moco import distributed
+from moco import config, distributed, sections
 from moco.builder.adco import AdCo, Ascent
-from moco.cli import actions, entry, options, values
-from moco.cli.parser import Options, Parser
+from moco.cli import entry
+from moco.cli.parser import Parser
 from moco.distributed import print_rank0
 from moco.encoder.resnets import resnet
 from moco.engine import pretrain
+from moco.sections import option
+
+
+@dataclass(frozen=True)
+class Optimizer(sections.Optimizer):
+    """The encoder's optimizer, whose cosine the negatives may follow."""
+
+    cos: int = option(True, "cosine schedule; 2: also of --memory-lr", switch=True, levels=2)
+
+
+@dataclass(frozen=True)
+class Bank:
+    """The learned negatives."""
+
+    TITLE: ClassVar[str] = "AdCo"
+    cluster: int = option(65536, "number of learned negatives", range=sections.ENTRIES, metavar="K")
+    memory_lr: float = option(
+        3.0,
+        "learning rate of the negatives; --cos 2 lowers it, too",
+        range=sections.LEARNING_RATE,
+        metavar="LR",
+    )
+    mem_t: float = option(
+        0.02,
+        "temperature of the loss that the negatives maximize",
+        range=sections.TEMPERATURE,
+        metavar="T",
+    )
+    mem_wd: float = option(
+        1e-4, "weight decay of the negatives", range=sections.WEIGHT_DECAY, metavar="WD"
+    )
+    mem_momentum: float = option(0.9, "momentum of the negatives' SGD", range=sections.MOMENTUM)
+    ad_init: bool = option(True, "fill the bank with keys before epoch 0, else at random")
+    sym: bool = option(False, "both views are compared with the other's keys")
+    multi_crop: bool = option(False, "several query views; recipe multicrop")
+
+
+@dataclass(frozen=True)
+class Config(config.Pretraining):
+    """The settings of this script."""
+
+    # None: all GPUs take part, as in the authors' script
+    launch: sections.Launch = sections.Launch(multiprocessing_distributed=None)
+    optimizer: Optimizer = Optimizer(schedule=(120, 160), lr_final=0.0006)
+    encoders: sections.QueryAndKey = sections.QueryAndKey(moco_t=0.12, mlp=True, aug_plus=True)
+    bank: Bank = Bank()
 
 
 def parser() -> Parser:
-    p = Parser(__doc__)
-    options.add_pretrain(p, cos=2)
-    # None: all GPUs take part, as in the authors' script (see `cli.add_launch`)
-    p.set_defaults(cos=1, lr_final=0.0006, multiprocessing_distributed=None)
-    options.add_momentum_encoder(p, t=0.12, v2=True)
-    bank = p.add_argument_group("AdCo")
-    bank.add_argument(
-        "--cluster",
-        type=values.entries,
-        default=65536,
-        metavar="K",
-        help="number of learned negatives",
-    )
-    bank.add_argument(
-        "--memory-lr",
-        type=values.learning_rate,
-        default=3.0,
-        metavar="LR",
-        help="learning rate of the negatives; --cos 2 lowers it, too",
-    )
-    bank.add_argument(
-        "--mem-t",
-        type=values.temperature,
-        default=0.02,
-        metavar="T",
-        help="temperature of the loss that the negatives maximize",
-    )
-    bank.add_argument(
-        "--mem-wd",
-        type=values.decay,
-        default=1e-4,
-        metavar="WD",
-        help="weight decay of the negatives",
-    )
-    bank.add_argument(
-        "--mem-momentum", type=values.momentum, default=0.9, help="momentum of the negatives' SGD"
-    )
-    bank.add_argument(
-        "--ad-init",
-        action=actions.Switch,
-        default=True,
-        help="fill the bank with keys before epoch 0, else at random",
-    )
-    bank.add_argument(
-        "--sym",
-        action=actions.Switch,
-        default=False,
-        help="both views are compared with the other's keys",
-    )
-    bank.add_argument(
-        "--multi-crop",
-        action=actions.Switch,
-        default=False,
-        help="several query views; recipe multicrop",
-    )
-    p.has_effect(
-        "mem_t mem_wd mem_momentum",
-        lambda args: args.memory_lr,
-        "with --memory-lr 0 the bank does not learn; leave it out",
-    )
+    p = Parser(__doc__, Config())
+    fixed = "with --memory-lr 0 the bank does not learn; leave it out"
+    p.has_effect("mem_t mem_wd mem_momentum", lambda args: args.memory_lr, fixed)
     return p
 
 
-def check(args: Options) -> None:
-    if args.multi_crop:
-        args.recipe = args.recipe or "multicrop"
-    options.check_momentum_encoder(args)
-    args.method = "adco"
-    pretrain.check_views(args, several_crops=args.multi_crop)
-    pretrain.check(args)
+def complete(c: Config) -> Config:
+    recipe = "multicrop" if c.bank.multi_crop else "mocov2" if c.encoders.aug_plus else "mocov1"
+    c = config.replaced(c, method="adco", recipe=c.views.recipe or recipe)
+    pretrain.check_views(c, several_crops=c.bank.multi_crop)
+    return pretrain.complete(c)
 
 
-def build(args: Options) -> AdCo:
+def build(c: Config) -> AdCo:
+    bank, encoders = c.bank, c.encoders
     return AdCo(
-        lambda: resnet(args.arch, args.moco_dim, args.mlp, args.stem),
-        dim=args.moco_dim,
-        K=args.cluster,
-        m=args.moco_m,
-        T=args.moco_t,
-        bn_splits=args.bn_splits,
-        bn_splits_query=args.bn_splits_query,
+        lambda: resnet(c.network.arch, encoders.moco_dim, encoders.mlp, c.network.stem),
+        dim=encoders.moco_dim,
+        K=bank.cluster,
+        m=encoders.moco_m,
+        T=encoders.moco_t,
+        bn_splits=encoders.bn_splits,
+        bn_splits_query=encoders.bn_splits_query,
         ascent=Ascent(
-            args.memory_lr, args.mem_t, args.mem_momentum, args.mem_wd, cosine=args.cos == 2
+            bank.memory_lr, bank.mem_t, bank.mem_momentum, bank.mem_wd, cosine=c.optimizer.cos == 2
         ),
-        symmetric=args.sym,
-        multi_crop=args.multi_crop,
-        fill=args.ad_init,
+        symmetric=bank.sym,
+        multi_crop=bank.multi_crop,
+        fill=bank.ad_init,
     )
 
 
-def worker(args: Options, device: torch.device) -> None:
-    if args.multiprocessing_distributed is None:
+def worker(c: Config, device: torch.device) -> None:
+    if c.launch.multiprocessing_distributed is None:
         n = distributed.world_size()
-        one = "for one process give --gpu ID or --no-multiprocessing-distributed"
         print_rank0(
-            f"{n} process{'es' * (n > 1)}: one for each visible GPU, or those of the launcher; {one}"
+            f"{n} process{'es' * (n > 1)}: one for each visible GPU, or those of the launcher; "
+            "for one process give --gpu ID or --no-multiprocessing-distributed"
         )
-    if args.ad_init and not args.resume:
+    if c.bank.ad_init and not c.log.resume:
         print_rank0(
-            f"the bank's {args.cluster} negatives begin as keys, gathered before epoch 0 (--ad-init)"
+            f"the bank's {c.bank.cluster} negatives begin as keys, gathered before epoch 0 (--ad-init)"
         )
-    pretrain.train(args, device, lambda images: build(args))
+    pretrain.train(c, device, lambda images: build(c))
 
 
 if __name__ == "__main__":
-    entry.main(parser(), check, worker)
+    entry.main(parser(), complete, worker)

@@ -7,73 +7,88 @@ Without --pretrained the encoder is randomly initialised, which is the baseline 
 import moco as _first  # noqa: F401 (before torch: sets how its threads wait)
 
 # isort: split
+from dataclasses import dataclass
+from typing import ClassVar
+
 import torch
 
-from moco import devices, distributed
-from moco.cli import entry, options, values
-from moco.cli.parser import Options, Parser
+from moco import config, devices, distributed, sections
+from moco.cli import entry
+from moco.cli.parser import Parser
 from moco.distributed import print_rank0
 from moco.engine import features
 from moco.errors import InputError
 from moco.evaluate import inputs, results
+from moco.sections import option
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """Which features are compared, and how neighbours vote."""
+
+    TITLE: ClassVar[str] = "k-NN"
+    k: tuple[int, ...] = option(
+        (10, 20, 100, 200),
+        "neighbours that vote; several in one pass",
+        range=sections.POSITIVE,
+        nargs="+",
+    )
+    temperature: float = option(
+        0.07, "temperature of the neighbours' weights", range=sections.TEMPERATURE
+    )
+    features: str | None = option(
+        None,
+        "features of the encoder without projection head, or of the projection head",
+        choices=("backbone", "head"),
+        unset="backbone",
+    )
+    host_features: bool = option(
+        False, "keep the features in the host's memory, not on the GPU", switch=False
+    )
+
+
+@dataclass(frozen=True)
+class Config(config.Evaluation):
+    """The settings of this script."""
+
+    knn: Neighbours = Neighbours()
+
+    @property
+    def of_head(self) -> bool:
+        return self.knn.features == "head"
+
+    @property
+    def on_host(self) -> bool:
+        return self.knn.host_features
 
 
 def parser() -> Parser:
-    p = Parser(__doc__)
-    options.add_input(p, batch=256, recipe=None, arch=None)
-    options.add_evaluation(p)
-    knn = p.add_argument_group("k-NN")
-    knn.add_argument(
-        "--k",
-        type=values.positive,
-        nargs="+",
-        default=[10, 20, 100, 200],
-        help="neighbours that vote; several in one pass",
-    )
-    knn.add_argument(
-        "--temperature",
-        type=values.temperature,
-        default=0.07,
-        help="temperature of the neighbours' weights",
-    )
-    whose = (
-        "features of the encoder without projection head (the default), or of the projection head"
-    )
-    knn.add_argument("--features", choices=("backbone", "head"), help=whose)
-    knn.add_argument(
-        "--host-features",
-        action="store_true",
-        help="keep the features in the host's memory, not on the GPU",
-    )
+    p = Parser(__doc__, Config())
     on_cpu = "there is no GPU; features are in the host's memory anyway"
     on_gpu = lambda args: devices.chosen(args.device) != "cpu"  # noqa: E731
     p.has_effect("host_features", on_gpu, on_cpu, refuse=False)
-    options.add_feature_rules(p)
-    options.add_files(p)
-    options.add_launch(p)
     return p
 
 
-def check(args: Options) -> None:
-    if args.features == "head" and not (args.pretrained or args.load_features):
+def complete(c: Config) -> Config:
+    if c.of_head and not (c.encoder.pretrained or c.files.load_features):
         what = "needs a checkpoint with a projection head"
         raise InputError(f"--features head: {what}; give it with --pretrained")
-    inputs.check_features(args, multi_label=False)
-    args.features = args.features or "backbone"
+    c = inputs.complete_features(c, multi_label=False)
+    return config.replaced(c, features=c.knn.features or "backbone")
 
 
-def worker(args: Options, device: torch.device) -> None:
-    bank, queries, classes = inputs.frozen_features(args, device)
-    rows = int(distributed.all_reduce_sum(torch.tensor([len(bank[1])], device=device)))
-    if many := [k for k in args.k if k > rows]:
-        print_rank0(
-            f"--k {' '.join(map(str, many))}: the bank has {rows} images, and all of them vote"
-        )
-    accuracy = features.knn(*bank, *queries, len(classes), args.k, args.temperature)
+def worker(c: Config, device: torch.device) -> None:
+    bank, queries, classes = inputs.frozen_features(c, device)
+    entries = int(distributed.all_reduce_sum(torch.tensor([len(bank[1])], device=device)))
+    if many := [k for k in c.knn.k if k > entries]:
+        ks = " ".join(map(str, many))
+        print_rank0(f"--k {ks}: the bank has {entries} images, and all of them vote")
+    accuracy = features.knn(*bank, *queries, len(classes), list(c.knn.k), c.knn.temperature)
     for k, top1 in accuracy.items():
         print_rank0(f"* k-NN Acc@1 {100 * top1:.3f} (k {k})")
-    results.write_results(args, "knn", {f"knn_{k}": top1 for k, top1 in accuracy.items()})
+    results.write_results(c, "knn", {f"knn_{k}": top1 for k, top1 in accuracy.items()})
 
 
 if __name__ == "__main__":
-    entry.main(parser(), check, worker)
+    entry.main(parser(), complete, worker)

@@ -8,54 +8,80 @@ whole network trains.
 import moco as _first  # noqa: F401 (before torch: sets how its threads wait)
 
 # isort: split
+from dataclasses import dataclass
+
 import torch
 
-from moco.cli import entry, options
-from moco.cli.parser import Options, Parser
+from moco import config, sections
+from moco.cli import entry
+from moco.cli.parser import Parser
 from moco.errors import InputError
-from moco.evaluate import classifier, finetune, inputs
+from moco.evaluate import inputs
+from moco.evaluate.classifier import Setting, run
+from moco.evaluate.finetune import FineTuning
 from moco.evaluate.probe import LinearProbe
+from moco.sections import option
+
+
+@dataclass(frozen=True)
+class Optimizer(sections.Schedule):
+    """An optimizer with several learning rates and weight decays, a classifier for each."""
+
+    lr: tuple[float, ...] = option(
+        (30.0,),
+        "learning rate, before --learning-rate-scaling; with several, a classifier for each in "
+        "one pass",
+        "--learning-rate",
+        range=sections.LEARNING_RATE,
+        nargs="+",
+        metavar="LR",
+    )
+    wd: tuple[float, ...] = option(
+        (0.0,),
+        "weight decay; with several, a classifier for each in one pass",
+        "--weight-decay",
+        range=sections.WEIGHT_DECAY,
+        nargs="+",
+        metavar="WD",
+    )
+
+
+@dataclass(frozen=True)
+class Config(config.Probing):
+    """The settings of this script."""
+
+    optimizer: Optimizer = Optimizer(epochs=100, schedule=(60, 80))
 
 
 def parser() -> Parser:
-    p = Parser(__doc__)
-    options.add_input(p, batch=256, recipe="probe", arch=None)
-    options.add_evaluation(p)
-    options.add_weights(p, "freeze")
-    options.add_optimizer(p, epochs=100, lr=[30.0], wd=[0.0], schedule=[60, 80])
-    options.add_choice(p)
-    options.add_run(p)
-    options.add_launch(p)
-    return p
+    return Parser(__doc__, Config())
 
 
-def check(args: Options) -> None:
-    for option, values in (("--lr", args.lr), ("--wd", args.wd)):
+def complete(c: Config) -> Config:
+    for flag, values in (("--lr", c.optimizer.lr), ("--wd", c.optimizer.wd)):
         printed = [f"{value:g}" for value in values]  # as the results name them
         if len(set(printed)) < len(printed):
-            raise InputError(f"{option} {' '.join(printed)}: one stands twice; give each once")
-        if len(values) > 1 and args.weights == "finetune":
+            raise InputError(f"{flag} {' '.join(printed)}: one stands twice; give each once")
+        if len(values) > 1 and c.classifier.weights == "finetune":
             raise InputError(
-                f"{option} {' '.join(printed)}: --weights finetune trains one network; give one value"
+                f"{flag} {' '.join(printed)}: --weights finetune trains one network; give one value"
             )
-    inputs.check_choice(args)
-    inputs.restore_options(args, ("weights", "lr", "wd"))
-    args.method = "linear" if args.weights == "freeze" else "finetune"
-    inputs.check(args)
+    inputs.check_choice(c)
+    c = inputs.restore_options(c, ("weights", "lr", "wd"))
+    c = config.replaced(c, method="linear" if c.classifier.weights == "freeze" else "finetune")
+    return inputs.complete(c)
 
 
-def worker(args: Options, device: torch.device) -> None:
-    images = inputs.splits(args)
-    net = inputs.pretrained(args, len(images.train.classes), device)
-    settings = [classifier.Setting(lr, wd) for lr in args.lr for wd in args.wd]
-    if args.weights == "freeze":
-        trainer = LinearProbe(args, net, images, device, settings)
+def worker(c: Config, device: torch.device) -> None:
+    images = inputs.splits(c)
+    net = inputs.pretrained(c, len(images.train.classes), device)
+    settings = [Setting(lr, wd) for lr in c.optimizer.lr for wd in c.optimizer.wd]
+    if c.classifier.weights == "freeze":
+        task = LinearProbe(c, net, images, device, settings)
     else:
-        trainer = finetune.FineTuning(
-            args, net, images, device, settings[0], lr_backbone=args.lr[0]
-        )
-    trainer.run(args.method)
+        task = FineTuning(c, net, images, device, settings[0], lr_backbone=c.optimizer.lr[0])
+    run(task, c.run.method)
 
 
 if __name__ == "__main__":
-    entry.main(parser(), check, worker)
+    entry.main(parser(), complete, worker)

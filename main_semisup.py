@@ -7,106 +7,111 @@ Without --pretrained the encoder is randomly initialised, which is the baseline 
 import moco as _first  # noqa: F401 (before torch: sets how its threads wait)
 
 # isort: split
+from dataclasses import dataclass
+from typing import ClassVar
+
 import torch
 
-from moco.cli import entry, options, values
-from moco.cli.parser import Options, Parser
+from moco import config, sections
+from moco.cli import entry
+from moco.cli.parser import Parser
 from moco.errors import InputError
-from moco.evaluate import classifier, finetune, inputs
+from moco.evaluate import inputs
+from moco.evaluate.classifier import Setting, run
+from moco.evaluate.finetune import FineTuning
 from moco.evaluate.probe import LinearProbe
+from moco.sections import option
+
+BEST = "model_best_semisup.pth.tar"
+
+
+@dataclass(frozen=True)
+class Optimizer(sections.Schedule):
+    """An optimizer whose learning rates are those of `FineTune`."""
+
+    wd: float = option(
+        1e-6, "weight decay", "--weight-decay", range=sections.WEIGHT_DECAY, metavar="WD"
+    )
+
+
+@dataclass(frozen=True)
+class FineTune:
+    """The learning rates of encoder and classifier, and what lies between them."""
+
+    TITLE: ClassVar[str] = "fine-tuning"
+    lr_backbone: float = option(
+        0.02,
+        "learning rate of the pre-trained encoder",
+        range=sections.LEARNING_RATE,
+        metavar="LR",
+    )
+    lr_classifier: float = option(
+        0.02,
+        "learning rate of the new classifier",
+        range=sections.LEARNING_RATE,
+        metavar="LR",
+    )
+    ft_proj: int = option(
+        0, "keep N layers of the projection head below it", range="[0, 100]", metavar="N"
+    )
+    zero_init_classifier: bool = option(False, "begin with weights of 0", switch=False)
+
+
+@dataclass(frozen=True)
+class Config(config.Probing):
+    """The settings of this script."""
+
+    optimizer: Optimizer = Optimizer(epochs=30, cos=True)
+    input: sections.Input = sections.Input(batch_size=1024)
+    classifier: sections.Classifier = sections.Classifier(weights="finetune")
+    labels: sections.Labels = sections.Labels()
+    finetuning: FineTune = FineTune()
+
+    @property
+    def kept_layers(self) -> int:
+        return self.finetuning.ft_proj
 
 
 def parser() -> Parser:
-    p = Parser(__doc__)
-    options.add_input(p, batch=1024, recipe="probe", arch=None)
-    options.add_evaluation(p)
-    labels = p.add_argument_group("labels")
-    labels.add_argument(
-        "--train-percent",
-        type=int,
-        choices=(1, 10, 100),
-        default=10,
-        help="of the labels: on ImageNet those of the published lists, else, or with --class-list, a sample of each class",
-    )
-    labels.add_argument(
-        "--subset-file", metavar="FILE", help="list of the labelled images, one file name a line"
-    )
-    options.add_weights(p, "finetune")
-    head = p.add_argument_group("classifier")
-    head.add_argument(
-        "--lr-backbone",
-        type=values.learning_rate,
-        default=0.02,
-        metavar="LR",
-        help="learning rate of the pre-trained encoder",
-    )
-    head.add_argument(
-        "--lr-classifier",
-        type=values.learning_rate,
-        default=0.02,
-        metavar="LR",
-        help="learning rate of the new classifier",
-    )
-    head.add_argument(
-        "--ft-proj",
-        type=values.whole("[0, 100]"),
-        default=0,
-        metavar="N",
-        help="keep N layers of the projection head below it",
-    )
-    head.add_argument("--zero-init-classifier", action="store_true", help="begin with weights of 0")
-    frozen = "--weights freeze trains a classifier alone, which starts like a linear probe's; leave it out"
-    p.has_effect(
-        "lr_backbone zero_init_classifier", lambda args: args.weights == "finetune", frozen
-    )
-    options.add_optimizer(p, epochs=30, lr=None, wd=1e-6, schedule=[])
-    p.set_defaults(cos=True)
-    options.add_choice(p)
-    options.add_run(p)
-    options.add_launch(p)
+    p = Parser(__doc__, Config())
+    frozen = "--weights freeze trains a classifier alone, which starts like a linear probe's; "
+    frozen += "leave it out"
+    names = "lr_backbone zero_init_classifier"
+    p.has_effect(names, lambda args: args.weights == "finetune", frozen)
     return p
 
 
-def check(args: Options) -> None:
-    args.method = "semisup"
-    if args.ft_proj and not args.pretrained and not args.evaluate:
+def complete(c: Config) -> Config:
+    if c.kept_layers and not c.encoder.pretrained and not c.only_tests:
         raise InputError(
-            "--ft-proj keeps layers of a pre-trained head: give the checkpoint with --pretrained FILE"
+            "--ft-proj keeps layers of a pre-trained head: give the checkpoint with "
+            "--pretrained FILE"
         )
-    if args.ft_proj and args.weights == "freeze":
+    if c.kept_layers and c.classifier.weights == "freeze":
         raise InputError(
-            "--ft-proj needs --weights finetune: a frozen encoder is judged by its backbone's features"
+            "--ft-proj needs --weights finetune: a frozen encoder is judged by its backbone's "
+            "features"
         )
-    inputs.check_choice(args)
-    inputs.restore_options(
-        args,
-        (
-            "weights",
-            "lr_backbone",
-            "lr_classifier",
-            "wd",
-            "train_percent",
-            "subset_file",
-            "ft_proj",
-        ),
-    )
-    inputs.check(args)
-    inputs.check_labels(args)
+    inputs.check_choice(c)
+    names = "weights lr_backbone lr_classifier wd train_percent subset_file ft_proj".split()
+    c = inputs.restore_options(config.replaced(c, method="semisup"), names)
+    c = inputs.complete(c)
+    inputs.check_labels(c)
+    return c
 
 
-def worker(args: Options, device: torch.device) -> None:
-    images = inputs.splits(args)
-    net = inputs.pretrained(args, len(images.train.classes), device)
-    setting = classifier.Setting(args.lr_classifier, args.wd)
-    if args.weights == "freeze":
-        trainer = LinearProbe(args, net, images, device, [setting])
+def worker(c: Config, device: torch.device) -> None:
+    images, tuning = inputs.splits(c), c.finetuning
+    net = inputs.pretrained(c, len(images.train.classes), device)
+    setting = Setting(tuning.lr_classifier, c.optimizer.wd)
+    frozen = c.classifier.weights == "freeze"
+    if frozen:
+        task = LinearProbe(c, net, images, device, [setting], best_name=BEST)
     else:
-        trainer = finetune.FineTuning(
-            args, net, images, device, setting, args.lr_backbone, args.zero_init_classifier
-        )
-    trainer.best_name = "model_best_semisup.pth.tar"
-    trainer.run(f"semisup{args.train_percent}{'_frozen' if args.weights == 'freeze' else ''}")
+        lr, zero_init = tuning.lr_backbone, tuning.zero_init_classifier
+        task = FineTuning(c, net, images, device, setting, lr, zero_init, best_name=BEST)
+    run(task, f"semisup{c.labels.train_percent}{'_frozen' if frozen else ''}")
 
 
 if __name__ == "__main__":
-    entry.main(parser(), check, worker)
+    entry.main(parser(), complete, worker)

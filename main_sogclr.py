@@ -7,99 +7,99 @@ SogCLR keeps a moving average for each training image, so that small batches do;
 import moco as _first  # noqa: F401 (before torch: sets how its threads wait)
 
 # isort: split
+from dataclasses import dataclass
+from typing import ClassVar
+
 import torch
 from torch import nn
 
-from moco import distributed
+from moco import config, sections
 from moco.builder.sogclr import SogCLR
-from moco.cli import entry, options, values
-from moco.cli.parser import Options, Parser
+from moco.cli import entry
+from moco.cli.parser import Parser
 from moco.distributed import print_rank0
 from moco.encoder.networks import projector
 from moco.encoder.resnets import resnet
 from moco.engine import pretrain
+from moco.sections import option
 
 LEAST_T = 0.02  # exp(1 / T) of one half as large leaves float32's range
 
 
-def parser() -> Parser:
-    p = Parser(__doc__)
-    options.add_pretrain(p)
-    group = p.add_argument_group("SimCLR and SogCLR")
-    group.add_argument(
-        "--loss-type",
-        choices=("dcl", "simclr"),
-        default="dcl",
-        help="dcl: SogCLR's, with moving averages",
+@dataclass(frozen=True)
+class Contrast:
+    """The loss, and the projection head."""
+
+    TITLE: ClassVar[str] = "SimCLR and SogCLR"
+    loss_type: str = option("dcl", "dcl: SogCLR's, with moving averages", choices=("dcl", "simclr"))
+    gamma: float = option(
+        0.9, "weight of an image's new value in its moving average", range="(0, 1]"
     )
-    group.add_argument(
-        "--gamma",
-        type=values.real("(0, 1]"),
-        default=0.9,
-        help="weight of an image's new value in its moving average",
-    )
-    group.add_argument(
-        "--t", type=values.real(f"[{LEAST_T}, 100]"), default=0.1, help="softmax temperature"
-    )
-    group.add_argument("--dim", type=values.width, default=128, help="feature size")
-    group.add_argument(
-        "--mlp-dim", type=values.width, default=2048, help="width of the projection head"
-    )
-    group.add_argument(
-        "--num-proj-layers",
-        type=values.layers,
-        default=2,
-        help="linear layers of the projection head",
-    )
-    no_averages = "--loss-type simclr has no moving averages; leave it out"
-    p.has_effect("gamma", lambda args: args.loss_type == "dcl", no_averages)
-    p.has_effect(
-        "mlp_dim",
-        lambda args: args.num_proj_layers > 1,
-        "one linear layer has no hidden width; leave it out",
-    )
-    p.also_named({"warmup-epochs": "lr-warmup-epochs"})
-    p.set_defaults(
+    t: float = option(0.1, "softmax temperature", range=f"[{LEAST_T}, 100]")
+    dim: int = option(128, "feature size", range=sections.WIDTH)
+    mlp_dim: int = option(2048, "width of the projection head", range=sections.WIDTH)
+    num_proj_layers: int = option(2, "linear layers of the projection head", range=sections.LAYERS)
+
+
+@dataclass(frozen=True)
+class Config(config.Pretraining):
+    """The settings of this script."""
+
+    views: sections.Views = sections.Views(recipe="sogclr")
+    optimizer: sections.Optimizer = sections.Optimizer(
         epochs=800,
-        recipe="sogclr",
         optimizer="lars",
         lr=0.075,
         learning_rate_scaling="sqrt",
         wd=1e-6,
+        schedule=(120, 160),
+        lr_warmup_epochs=10,
+        lr_by="step",
+        cos=True,
     )
-    p.set_defaults(lr_warmup_epochs=10, lr_by="step", cos=True)
+    contrast: Contrast = Contrast()
+
+
+def parser() -> Parser:
+    p = Parser(__doc__, Config())
+    no_averages = "--loss-type simclr has no moving averages; leave it out"
+    p.has_effect("gamma", lambda args: args.loss_type == "dcl", no_averages)
+    no_hidden = "one linear layer has no hidden width; leave it out"
+    p.has_effect("mlp_dim", lambda args: args.num_proj_layers > 1, no_hidden)
+    p.also_named({"warmup-epochs": "lr-warmup-epochs"})
     return p
 
 
-def check(args: Options) -> None:
-    args.method = "sogclr" if args.loss_type == "dcl" else "simclr"
-    pretrain.check_views(args)
-    pretrain.check(args)
+def complete(c: Config) -> Config:
+    method = "sogclr" if c.contrast.loss_type == "dcl" else "simclr"
+    c = config.replaced(c, method=method)
+    pretrain.check_views(c)
+    return pretrain.complete(c)
 
 
-def encoder(args: Options, device: torch.device) -> nn.Module:
-    net = resnet(args.arch, args.dim, stem=args.stem, zero_init_residual=True)
-    widths = [net.fc.in_features, *[args.mlp_dim] * (args.num_proj_layers - 1), args.dim]
-    net.fc = projector(widths, nn.BatchNorm1d(args.dim, affine=False))
-    return distributed.sync_batch_norm(net, device)
+def encoder(c: Config) -> nn.Module:
+    dim, layers = c.contrast.dim, c.contrast.num_proj_layers
+    net = resnet(c.network.arch, dim, stem=c.network.stem, zero_init_residual=True)
+    widths = [net.fc.in_features, *[c.contrast.mlp_dim] * (layers - 1), dim]
+    net.fc = projector(widths, nn.BatchNorm1d(dim, affine=False))
+    return net
 
 
-def worker(args: Options, device: torch.device) -> None:
-    gamma = args.gamma if args.method == "sogclr" else None
-    print_rank0(
-        f"{args.loss_type}: "
-        + (
-            f"a moving average for each image, gamma {gamma:g}"
-            if gamma
-            else "the batch's negatives alone"
-        )
+def worker(c: Config, device: torch.device) -> None:
+    averages = c.run.method == "sogclr"
+    gamma = c.contrast.gamma if averages else None
+    how = (
+        f"a moving average for each image, gamma {gamma:g}"
+        if averages
+        else "the batch's negatives alone"
     )
+    print_rank0(f"{c.contrast.loss_type}: {how}")
     pretrain.train(
-        args,
+        c,
         device,
-        lambda images: SogCLR(lambda: encoder(args, device), len(images), args.t, gamma),
+        lambda images: SogCLR(lambda: encoder(c), len(images), c.contrast.t, gamma),
     )
 
 
 if __name__ == "__main__":
-    entry.main(parser(), check, worker)
+    entry.main(parser(), complete, worker)

@@ -1,90 +1,114 @@
 #!/usr/bin/env python
 """Pre-train a ResNet with MoCo v1/v2, MoCHI or SynCo.
 
-Without synthetic negatives (--n1 .. --n6 all 0) this is MoCo: v1 as it is, v2 with --mlp --moco-t 0.2 --aug-plus --cos.
-MoCHI uses --n1 and --n3; SynCo all six. configs/ holds the published settings: --cfg configs/synco_200.yaml.
+Without synthetic negatives (--n1 .. --n6 all 0) this is MoCo: v1 by default, v2 with --mlp
+--moco-t 0.2 --aug-plus --cos. MoCHI uses --n1 and --n3; SynCo all six. configs/ holds the published
+settings: --cfg configs/synco_200.yaml.
 """
 
 import moco as _first  # noqa: F401 (before torch: sets how its threads wait)
 
 # isort: split
+from dataclasses import dataclass
+from typing import ClassVar
+
 import torch
 
-from moco.builder.synco import SynCo
-from moco.cli import actions, entry, options, values
-from moco.cli.parser import Options, Parser
+from moco import config, sections
+from moco.builder.synco import SynCo, SyntheticNegatives, configured
+from moco.cli import entry
+from moco.cli.parser import Parser
 from moco.distributed import print_rank0
 from moco.encoder.resnets import resnet
 from moco.engine import pretrain
 from moco.loss.synthetic import Synthetic
+from moco.sections import option
+
+
+@dataclass(frozen=True)
+class Queue:
+    """The queue of keys, and how queries are compared with it."""
+
+    TITLE: ClassVar[str] = "MoCo"
+    moco_k: int = option(65536, "negatives in the queue", range=sections.ENTRIES)
+    symmetric: bool = option(
+        False, "compare each view with the keys of the other view, and add both losses"
+    )
+
+
+@dataclass(frozen=True)
+class Synthetics(SyntheticNegatives):
+    """The synthetic negatives, and when they begin."""
+
+    TITLE: ClassVar[str] = "synthetic negatives (MoCHI, SynCo)"
+    warmup_epochs: int = option(
+        10, "epochs before the first synthetic negatives", range=sections.NATURAL
+    )
+
+
+@dataclass(frozen=True)
+class Config(config.Pretraining):
+    """The settings of this script."""
+
+    encoders: sections.QueryAndKey = sections.QueryAndKey()
+    queue: Queue = Queue()
+    synthetic: Synthetics = Synthetics()
 
 
 def parser() -> Parser:
-    p = Parser(__doc__)
-    options.add_pretrain(p)
-    options.add_momentum_encoder(p, t=0.07, v2=False)
-    moco = p.add_argument_group("MoCo")
-    moco.add_argument("--moco-k", type=values.entries, default=65536, help="negatives in the queue")
-    both = "compare each view with the keys of the other view, and add both losses"
-    moco.add_argument("--symmetric", action=actions.Switch, default=False, help=both)
-    synco = options.add_synthetic(
-        p, "synthetic negatives (MoCHI, SynCo)", n_hard=0, each=0, sigma=0.01
-    )
-    synco.add_argument(
-        "--warmup-epochs",
-        type=values.natural,
-        default=10,
-        help="epochs before the first synthetic negatives",
-    )
+    p = Parser(__doc__, Config())
     none = "there are no synthetic negatives; give --n1 to --n6 as well, or leave it out"
-    p.has_effect("n_hard", lambda args: kind(args).total, none)
     lr = "(the learning rate's warm-up is --lr-warmup-epochs)"
-    p.has_effect("warmup_epochs", lambda args: kind(args).total, f"{none} {lr}")
+    p.has_effect("n_hard", lambda args: negatives(args.config).total, none)
+    p.has_effect("warmup_epochs", lambda args: negatives(args.config).total, f"{none} {lr}")
     return p
 
 
-def kind(args: Options) -> Synthetic:
-    return options.synthetic(args, args.moco_k, "--moco-k")
+def negatives(c: Config) -> Synthetic:
+    return configured(c.synthetic, c.queue.moco_k, "--moco-k")
 
 
 def method(kind: Synthetic) -> str:
-    _, n2, _, n4, n5, n6 = kind.counts
-    return ("synco" if any((n2, n4, n5, n6)) else "mochi") if kind.total else "moco"
+    """Return moco, mochi or synco, by the types of synthetic negatives."""
+    _, n2, _, *others = kind.counts
+    return ("synco" if any((n2, *others)) else "mochi") if kind.total else "moco"
 
 
-def check(args: Options) -> None:
-    args.method = method(kind(args))
-    options.check_momentum_encoder(args)
-    pretrain.check_views(args)
-    pretrain.check(args)
+def complete(c: Config) -> Config:
+    recipe = c.views.recipe or ("mocov2" if c.encoders.aug_plus else "mocov1")
+    c = config.replaced(c, method=method(negatives(c)), recipe=recipe)
+    pretrain.check_views(c)
+    return pretrain.complete(c)
 
 
-def build(args: Options) -> SynCo:
+def build(c: Config) -> SynCo:
     return SynCo(
-        lambda: resnet(args.arch, args.moco_dim, args.mlp, args.stem),
-        dim=args.moco_dim,
-        K=args.moco_k,
-        m=args.moco_m,
-        T=args.moco_t,
-        bn_splits=args.bn_splits,
-        bn_splits_query=args.bn_splits_query,
-        symmetric=args.symmetric,
-        kind=kind(args),
-        warmup_epochs=args.warmup_epochs,
+        lambda: resnet(c.network.arch, c.encoders.moco_dim, c.encoders.mlp, c.network.stem),
+        dim=c.encoders.moco_dim,
+        K=c.queue.moco_k,
+        m=c.encoders.moco_m,
+        T=c.encoders.moco_t,
+        bn_splits=c.encoders.bn_splits,
+        bn_splits_query=c.encoders.bn_splits_query,
+        symmetric=c.queue.symmetric,
+        kind=negatives(c),
+        warmup_epochs=c.synthetic.warmup_epochs,
     )
 
 
-def worker(args: Options, device: torch.device) -> None:
-    if total := kind(args).total:
+def worker(c: Config, device: torch.device) -> None:
+    if total := negatives(c).total:
+        first, epochs = c.synthetic.warmup_epochs, c.optimizer.epochs
         print_rank0(
-            f"{total} synthetic negatives per query from epoch {args.warmup_epochs} on (--warmup-epochs)"
+            f"{total} synthetic negatives per query from epoch {first} on (--warmup-epochs)"
         )
-        if args.warmup_epochs >= args.epochs:
+        if first >= epochs:
             print_rank0(
-                f"the run ends after {args.epochs} epochs, before the first synthetic negatives: this is MoCo"
+                f"the run ends after {epochs} epochs, before the first synthetic negatives: "
+                "this is MoCo"
             )
-    pretrain.train(args, device, lambda images: build(args))
+    pretrain.train(c, device, lambda images: build(c))
 
 
 if __name__ == "__main__":
-    entry.main(parser(), check, worker)
+    entry.main(parser(), complete, worker)

@@ -89,6 +89,7 @@ class Pretraining(Training):
 
     TRANSFORMERS: ClassVar[bool] = False
 
+    optimizer: Optimizer = Optimizer(schedule=(120, 160))
     retention: Retention = Retention()
     monitor: Monitor = Monitor()
 

@@ -1,6 +1,8 @@
 """FNC: negatives that look like the image itself are attracted, or left out (Huynh et al., arXiv 2011.11765)."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -8,8 +10,47 @@ from torch import Tensor, nn
 from moco import devices, distributed
 from moco.builder.base import Metric, MovingAverage, enqueue
 from moco.loss.contrastive import feature_statistics, normalize
-from moco.loss.false_negatives import Cancellation, cancelled_nt_xent, find
+from moco.loss.false_negatives import MODES, Cancellation, cancelled_nt_xent, find
 from moco.rng import Progress
+from moco.sections import AVERAGE, LAYERS, NATURAL, POSITIVE, TEMPERATURE, WIDTH, option
+
+
+@dataclass(frozen=True)
+class FalseNegatives:
+    """The views, the memory, and which of its entries are false negatives."""
+
+    TITLE: ClassVar[str] = "FNC"
+    support_size: int = option(
+        8,
+        "extra views per image, used to find false negatives",
+        range="[0, 100]",
+        metavar="N",
+    )
+    fn_mode: str = option(
+        "attract", "what becomes of false negatives; off: they are not searched", choices=MODES
+    )
+    fn_topk: int = option(
+        10, "maximum number of false negatives per image", range=NATURAL, metavar="K"
+    )
+    fn_threshold: float = option(
+        0.7, "minimum cosine similarity of a false negative", range="[-1, 1]", metavar="COS"
+    )
+    memory_multiplier: int = option(
+        16,
+        "size of the memory, in total batches; 0: no memory, images are compared with the batch",
+        range="[0, 100000]",
+        metavar="N",
+    )
+    ema: float = option(0.999, "momentum of the encoder that fills the memory", range=AVERAGE)
+    temperature: float = option(0.1, "softmax temperature", range=TEMPERATURE, metavar="T")
+    num_proj_layers: int = option(3, "linear layers of the projection head", range=LAYERS)
+    proj_out_dim: int = option(128, "feature size", range=WIDTH)
+    loss_chunk: int = option(
+        256,
+        "images compared at a time; fewer need less memory",
+        range=POSITIVE,
+        metavar="IMAGES",
+    )
 
 
 class FNC(MovingAverage):

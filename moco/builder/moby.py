@@ -3,14 +3,69 @@
 An online encoder, projector and predictor train. A target encoder and projector are their moving average; its momentum rises to 1.
 """
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
 from moco import distributed
 from moco.builder.base import OnlineAndTarget, enqueue
+from moco.builder.synco import SyntheticNegatives
 from moco.loss.contrastive import bank_info_nce, contrast_accuracy, feature_statistics, normalize
 from moco.loss.synthetic import Mixture, Synthetic, draw, hardest, mix
 from moco.rng import NEGATIVES, Progress
+from moco.sections import AVERAGE, ENTRIES, LAYERS, NATURAL, TEMPERATURE, WIDTH, option
+
+
+@dataclass(frozen=True)
+class Networks:
+    """The online and the target network."""
+
+    TITLE: ClassVar[str] = "online and target network"
+    moco_m: float | None = option(
+        None,
+        "momentum of the target at the first step; 1 at the last",
+        range=AVERAGE,
+        unset="the method's own",
+    )
+    online_drop_path: float | None = option(
+        None,
+        "stochastic depth of the online encoder",
+        range="[0, 1)",
+        metavar="P",
+        unset="0.2 of the ViTs and Swins by short name, else 0",
+    )
+    target_drop_path: float = option(
+        0.0, "stochastic depth of the target encoder", range="[0, 1)", metavar="P"
+    )
+    stop_grad_conv1: bool = option(False, "keep the patch projection as it begins")
+    proj_layers: int = option(2, "linear layers of the projector", range=LAYERS)
+    pred_layers: int = option(2, "linear layers of the predictor", range=LAYERS)
+    mlp_dim: int = option(4096, "hidden width of projector and predictor", range=WIDTH)
+    moco_dim: int = option(256, "feature size", range=WIDTH)
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """The negatives of MoBY and SynCo-v2."""
+
+    TITLE: ClassVar[str] = "contrast (moby, synco)"
+    queue: int = option(4096, "entries in each view's queue", range=ENTRIES, metavar="K")
+    moco_t: float = option(0.2, "softmax temperature", range=TEMPERATURE, metavar="T")
+
+
+@dataclass(frozen=True)
+class Synthetics(SyntheticNegatives):
+    """The synthetic negatives, and in which epochs there are any."""
+
+    TITLE: ClassVar[str] = "synthetic negatives (synco)"
+    synthetic_first: int = option(
+        30, "first epoch with synthetic negatives", range=NATURAL, metavar="EPOCH"
+    )
+    synthetic_last: int = option(
+        100, "first epoch without them again", range=NATURAL, metavar="EPOCH"
+    )
 
 
 class MoBY(OnlineAndTarget):

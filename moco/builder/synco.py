@@ -1,11 +1,15 @@
 """SynCo: MoCo plus six kinds of synthetic hard negatives (arXiv 2410.02401); MoCHI is two of the six."""
 
+from dataclasses import make_dataclass
+
 from torch import Tensor
 
 from moco import distributed
 from moco.builder.moco import MoCo
+from moco.errors import InputError
 from moco.loss import synthetic
 from moco.rng import NEGATIVES, Progress
+from moco.sections import NATURAL, SIZE, option
 
 
 class SynCo(MoCo):
@@ -32,3 +36,49 @@ class SynCo(MoCo):
         draws = synthetic.draw(self.kind, *q.shape, generator, q.dtype)
         hard = synthetic.hardest(similarity, max(self.kind.n_hard, min(5, self.K)))
         return hard, synthetic.mix(q, self.queue, similarity, hard, self.kind, draws)
+
+
+NAMES = ("interpolated", "extrapolated", "mixup", "noise", "perturbed", "adversarial")
+_SIZES = {
+    "sigma": option(0.01, "standard deviation of the noise", range=SIZE),
+    "delta": option(0.01, "size of the perturbation", range=SIZE),
+    "eta": option(0.01, "size of the adversarial step", range=SIZE),
+}
+_COUNTS = {
+    f"n{i}": option(0, f"{name} negatives per query", range=NATURAL)
+    for i, name in enumerate(NAMES, 1)
+}
+_HARD = {"n_hard": option(0, "hardest queue entries, of which they are made", range=NATURAL)}
+
+# The settings of the synthetic negatives: one count for each type, and the sizes.
+SyntheticNegatives = make_dataclass(
+    "SyntheticNegatives",
+    [(name, int, one) for name, one in (_HARD | _COUNTS).items()]
+    + [(name, float, one) for name, one in _SIZES.items()],
+    frozen=True,
+    namespace={"TITLE": "synthetic negatives", "__module__": __name__},
+)
+
+
+def configured(section: SyntheticNegatives, entries: int, option: str) -> synthetic.Synthetic:
+    """Return the synthetic negatives that the settings ask for.
+
+    Args:
+        section: the settings.
+        entries: size of the queue.
+        option: the option that sets this size.
+
+    Raises InputError if the queue is too small, or if no hard entries are given.
+    """
+    counts = tuple(getattr(section, name) for name in _COUNTS)
+    if section.n_hard > entries:
+        raise InputError(
+            f"--n-hard {section.n_hard} is larger than the queue ({option} {entries}); "
+            "lower --n-hard"
+        )
+    if any(counts) and not section.n_hard:
+        raise InputError(
+            "synthetic negatives are made of the hardest queue entries: "
+            "give --n-hard, as in --n-hard 1024"
+        )
+    return synthetic.Synthetic(section.n_hard, counts, section.sigma, section.delta, section.eta)

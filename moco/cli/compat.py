@@ -136,3 +136,39 @@ def instead(name: str, options: Collection[str]) -> str | None:
                 if f"--{option}" in options:
                     return f"use --{option}"
     return next((said for names, said in _SAID.items() if name in names.split()), None)
+
+
+# options of FNC's script: other names of ours, and what to use instead
+FNC_SAME = {
+    "train-batch-size": "batch-size",
+    "train-epochs": "epochs",
+    "warmup-epochs": "lr-warmup-epochs",
+}
+_ONE_JOB = "this script pre-trains; main_lincls.py probes, main_semisup.py fine-tunes"
+FNC_ELSEWHERE = {
+    **dict.fromkeys(
+        "data-dir dataset cache-dataset".split(),
+        "give the data folder as DIR, on a disk; buckets are not read",
+    ),
+    "model-dir": "use --save-dir DIR; buckets are not written to",
+    **dict.fromkeys(
+        "mode train-mode train-split eval-split eval-steps eval-batch-size eval-name".split(),
+        _ONE_JOB,
+    ),
+    **dict.fromkeys(
+        "zero-init-logits-layer ft-proj-selector fine-tune-after-block variable-schema checkpoint".split(),
+        _ONE_JOB,
+    ),
+    **dict.fromkeys(
+        "resnet-depth width-multiplier sk-ratio se-ratio".split(), "use -a, as in -a resnet50"
+    ),
+    **dict.fromkeys("global-bn hidden-norm".split(), "it is always so; leave it out"),
+    "proj-head-mode": "use --num-proj-layers",
+    "train-steps": "use --epochs",
+    **dict.fromkeys(
+        "train-summary-steps checkpoint-steps".split(),
+        "use --print-freq STEPS, --save-every EPOCHS",
+    ),
+    "checkpoint-epochs": "use --save-every EPOCHS",
+    "keep-checkpoint-max": "use --save-every EPOCHS and --keep N",
+}

@@ -1,4 +1,4 @@
-"""Start a script: parse and check the options, launch the processes, and print errors in one line."""
+"""Start a script: parse and complete its settings, launch its processes, print errors in one line."""
 
 import functools
 import time
@@ -8,62 +8,40 @@ import torch
 
 from moco import user
 from moco.augment import recipes
-from moco.cli.folders import output_folder, writable
-from moco.cli.parser import Options, Parser
+from moco.cli import folders
+from moco.cli.parser import Parser
+from moco.config import AnyConfig, replaced
 from moco.distributed import print_rank0
 from moco.encoder.networks import check_arch
 from moco.engine import precision, resume, run_folder
 from moco.errors import InputError, of_file
 from moco.launch import interrupt, launch, output, processes
 
-
-def _in_own_folder(
-    worker: launch.Worker, continues: bool, named: bool, args: Options, device: torch.device
-) -> None:
-    """Run the worker while the run holds the lock of its folder."""
-    with run_folder.claim(args, continues, named):
-        worker(args, device)
+Complete = Callable[[AnyConfig], AnyConfig]
 
 
-def main(parser: Parser, check: Callable[[Options], None], worker: launch.Worker) -> None:
-    """Parse, check, and run `worker(args, device)` in every process of the launch.
+def main(parser: Parser, complete: Complete, worker: launch.Worker) -> None:
+    """Run `worker(config, device)` in every process of the run.
 
-    `check` completes and refuses options before any process starts. An InputError becomes one line on stderr and exit
-    status 2; a run that a signal has ended, after it has saved, exits with status 75, and one that has lost a process with 1.
+    `complete(config)` returns the config with the settings that depend on others, and refuses what
+    does not fit, before any process starts. An InputError becomes one line on stderr and exit
+    status 2. A run that a signal has stopped, after it has saved, exits with status 75, and one that
+    has lost a process with 1.
     """
     user.prepare()
     output.guard()
     try:
-        args = parser.parse()
-        precision.choose(args)
-        if args.arch:
-            check_arch(args.arch)
-        if args.recipe:
-            recipes.check_name(args.recipe)
-        tests = getattr(args, "evaluate", False)
-        of_output = tests and args.output and args.save_dir == str(output_folder(args))
-        continues = resume.start(args)
-        if not hasattr(args, "pretrained"):
-            resume.inherit(args)
-        check(args)
-        if of_output:  # named by the classifier's options, which `check` has read
-            args.save_dir = str(output_folder(args))
-        if args.recipe:
-            recipes.of_options(args)
-        notes = parser.without_effect(args)
-        if args.workers is None:
-            args.workers = processes.workers(processes.plan(args), args)
-        named = bool(args.save_dir)
+        config, continues = _completed(parser, complete)
+        named = bool(config.run.save_dir)
+        notes = parser.without_effect(config)
+        config = _with_defaults(config)
         if named:
-            writable(args.save_dir)
-            if not continues and not hasattr(args, "pretrained"):
-                run_folder.check_free(args.save_dir)
-        args.save_dir = args.save_dir or time.strftime(
-            f"runs/{args.script}-{args.arch}-%Y%m%d-%H%M%S"
-        )
+            folders.check_writable(config.run.save_dir)
+            if not continues and not config.EVALUATES:
+                run_folder.check_free(config.run.save_dir)
         for note in notes:
             print_rank0(note)
-        launch.launch(functools.partial(_in_own_folder, worker, continues, named), args)
+        launch.launch(functools.partial(_in_own_folder, worker, continues, named), config)
     except InputError as error:
         parser.refuse(error)
     except OSError as error:
@@ -74,3 +52,46 @@ def main(parser: Parser, check: Callable[[Options], None], worker: launch.Worker
         parser.exit(interrupt.STATUS, f"{parser.prog}: {end}\n")
     except KeyboardInterrupt:
         parser.exit(130, f"{parser.prog}: interrupted\n")
+
+
+def _completed(parser: Parser, complete: Complete) -> tuple[AnyConfig, bool]:
+    """Return the settings of the command line, completed, and whether an earlier run continues."""
+    config = precision.choose(parser.parse())
+    if config.network.arch:
+        check_arch(config.network.arch)
+    if config.views.recipe:
+        recipes.check_name(config.views.recipe)
+    run = config.run
+    own_test = config.only_tests and run.output
+    in_output = own_test and run.save_dir == str(folders.output_folder(config))
+    config, continues = resume.start(config)
+    if not config.EVALUATES:
+        config = resume.inherit(config)
+    config = complete(config)
+    if in_output:  # the folder is named by settings of the classifier, which are known now
+        config = replaced(config, save_dir=str(folders.output_folder(config)))
+    if config.views.recipe:
+        recipes.of(config.views)
+    return config, continues
+
+
+def _with_defaults(config: AnyConfig) -> AnyConfig:
+    """Return `config` with a number of loader processes and a run folder, unless they are given."""
+    workers = config.input.workers
+    if workers is None:
+        workers = processes.workers(processes.plan(config.launch), config.input)
+    unnamed = f"runs/{config.run.script}-{config.network.arch}-%Y%m%d-%H%M%S"
+    save_dir = config.run.save_dir or time.strftime(unnamed)
+    return replaced(config, workers=workers, save_dir=save_dir)
+
+
+def _in_own_folder(
+    worker: launch.Worker,
+    continues: bool,
+    named: bool,
+    config: AnyConfig,
+    device: torch.device,
+) -> None:
+    """Run the worker while the run holds the lock of its folder."""
+    with run_folder.claim(config, continues, named) as config:
+        worker(config, device)

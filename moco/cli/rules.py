@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from moco import sections
 from moco.augment import recipes
+from moco.builder.synco import SyntheticNegatives
 from moco.config import Config
 from moco.encoder.resnets import ARCHS
 from moco.launch import processes
@@ -141,7 +142,18 @@ def _query_and_key(parser: "Parser") -> None:
     parser.has_effect("bn_splits_query", lambda args: args.bn_splits > 1, one)
 
 
+def _synthetic(parser: "Parser") -> None:
+    for size, count, name in (
+        ("sigma", "n4", "noise"),
+        ("delta", "n5", "perturbed"),
+        ("eta", "n6", "adversarial"),
+    ):
+        none = f"there are no {name} negatives; give --{count} as well, or leave it out"
+        parser.has_effect(size, lambda args, count=count: getattr(args, count), none)
+
+
 _RULES: dict[type, Declare] = {
+    SyntheticNegatives: _synthetic,
     sections.Input: _input,
     sections.Views: _views,
     sections.Network: _network,

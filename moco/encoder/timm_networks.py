@@ -207,3 +207,8 @@ def _fixed(table: Tensor) -> bool:
     return any(
         torch.allclose(table[1:], sines, rtol=0, atol=1e-3) for sines in (row_first, column_first)
     )
+
+
+def has_patch_projection(net: nn.Module) -> bool:
+    """Return whether a network begins with a projection of patches, as ViTs and Swins do."""
+    return hasattr(getattr(net, "patch_embed", None), "proj")
