@@ -11,7 +11,6 @@ import contextlib
 import importlib
 import io
 import sys
-from argparse import Namespace
 from pathlib import Path
 from unittest import mock
 
@@ -21,6 +20,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from moco.augment import recipes
+from moco.config import Pretraining, replaced
 from moco.data.images import Images
 from moco.engine import pretrain
 from moco.rng import Progress
@@ -45,22 +45,24 @@ def script(recipe: Path) -> str:
     return name if name not in ("main_lincls", "main_semisup") else ""
 
 
-def count(recipe: Path, name: str) -> tuple[Namespace, float]:
+def count(recipe: Path, name: str) -> tuple[Pretraining, float]:
     """The recipe's options, and an image's multiply-adds in units of 10^9."""
     module = importlib.import_module(name)
-    args = module.parser().parse(["DIR", "--cfg", str(recipe)])
+    config = module.parser().parse(["DIR", "--cfg", str(recipe)])
     found = []
 
-    def one_step(args: Namespace, device: torch.device, build) -> None:
-        labels = np.zeros(IMAGES[args.data_name], dtype=np.int64)
+    def one_step(config: Pretraining, device: torch.device, build) -> None:
+        labels = np.zeros(IMAGES[config.input.data_name], dtype=np.int64)
         images = Images(Path("DIR"), labels, ("one",))
         method = build(images).to("meta")  # timm 1.0.15 makes no network there
         with torch.device("meta"), FlopCounterMode(display=False) as counter:
             views = [
-                torch.zeros(BATCH, 3, view.size, view.size) for view in recipes.of_options(args)
+                torch.zeros(BATCH, 3, view.size, view.size) for view in recipes.of(config.views)
             ]
             loss, _ = method(
-                views, torch.zeros(BATCH, dtype=torch.long), Progress(epochs=args.epochs)
+                views,
+                torch.zeros(BATCH, dtype=torch.long),
+                Progress(epochs=config.optimizer.epochs),
             )
             loss.backward()
         found.append(counter.get_total_flops() / 2e9 / BATCH)  # a multiply-add counts as two
@@ -70,13 +72,13 @@ def count(recipe: Path, name: str) -> tuple[Namespace, float]:
             "torch.autocast", lambda *_, **__: contextlib.nullcontext()
         ),  # it knows no device without storage
         mock.patch.object(pretrain, "train", one_step),
-        mock.patch.object(pretrain, "check"),
+        mock.patch.object(pretrain, "complete", lambda config: config),
         contextlib.redirect_stdout(io.StringIO()),
     ):
-        module.check(args)
-        args.batch_per_process = args.batch_size
-        module.worker(args, torch.device("cpu"))
-    return args, found[0]
+        config = module.complete(config)
+        config = replaced(config, batch_per_process=config.input.batch_size)
+        module.worker(config, torch.device("cpu"))
+    return config, found[0]
 
 
 def main() -> int:
@@ -84,14 +86,14 @@ def main() -> int:
     p.add_argument("recipes", nargs="*", type=Path, help="by default all of configs/")
     options = p.parse_args()
     files = options.recipes or sorted((measure.ROOT / "configs").glob("*.yaml"))
-    base_args, base = count(measure.ROOT / "configs" / f"{BASE}.yaml", "main_synco")
+    base_config, base = count(measure.ROOT / "configs" / f"{BASE}.yaml", "main_synco")
     rows = []
     for file in files:
         if not (name := script(file)):
             continue
-        args, cost = count(file, name)
-        share = IMAGES[args.data_name] / IMAGES[None]
-        total = cost / base * args.epochs / base_args.epochs * share
+        config, cost = count(file, name)
+        share = IMAGES[config.input.data_name] / IMAGES[None]
+        total = cost / base * config.optimizer.epochs / base_config.optimizer.epochs * share
         rows.append(
             {
                 "recipe": file.stem,

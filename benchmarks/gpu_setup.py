@@ -12,7 +12,6 @@ import signal
 import subprocess
 import sys
 import time
-from argparse import Namespace
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from moco.augment import color, recipes
+from moco.config import Pretraining, replaced
 from moco.data.images import Images
 from moco.engine import optim, precision, pretrain
 from moco.rng import COLOR, Progress
@@ -123,21 +123,22 @@ class Method:
         images: int = 64,
     ):
         self.device = device or setup.device
-        self.args, build = options_and_builder(script, options, self.device)
-        torch.manual_seed(self.args.seed)
+        self.config, build = config_and_builder(script, options, self.device)
+        torch.manual_seed(self.config.run.seed)
         labels = np.arange(images, dtype=np.int64) % 2
         self.module: nn.Module = build(Images(Path("DIR"), labels, ("one", "two")))
         if contiguous:
             self.module.to(self.device)
         else:
-            precision.place(self.module, self.device, self.args.compile, self.args.grad_checkpoint)
+            compute = self.config.compute
+            precision.place(self.module, self.device, compute.compile, compute.grad_checkpoint)
         self.contiguous = contiguous
-        self.recipe = recipes.of_options(self.args)
-        scale = optim.scale(self.args.learning_rate_scaling, self.args.batch_size)
-        params = [p for p in self.module.parameters() if p.requires_grad]
-        groups = [{"params": params, "lr": self.args.lr * scale, "weight_decay": self.args.wd}]
-        self.optimizer = optim.make(groups, self.args)
-        self.scaler = precision.scaler(self.args.amp, self.device)
+        self.recipe = recipes.of(self.config.views)
+        schedule, self.amp = self.config.optimizer, self.config.compute.amp
+        scale = optim.scale(schedule.learning_rate_scaling, self.config.input.batch_size)
+        groups = self.module.groups(schedule.lr * scale, schedule.wd)
+        self.optimizer = optim.make(groups, schedule, self.amp)
+        self.scaler = precision.scaler(self.amp, self.device)
         self.module.train()
 
     def views(self, crops: list[Tensor], progress: Progress) -> list[Tensor]:
@@ -151,7 +152,7 @@ class Method:
     def forward(self, views: list[Tensor], progress: Progress) -> Tensor:
         """Return the loss of `views`."""
         index = torch.arange(len(views[0]), device=self.device)
-        with precision.autocast(self.args.amp, self.device):
+        with precision.autocast(self.amp, self.device):
             loss, _ = self.module(views, index, progress)
         return loss
 
@@ -178,23 +179,26 @@ class Method:
         return {name: x.detach().clone() for name, x in self.module.named_buffers()}
 
 
-def options_and_builder(
+def config_and_builder(
     script: str, options: list[object], device: torch.device
-) -> tuple[Namespace, Callable[[Images], nn.Module]]:
-    """Return a script's checked options, and the `build` that it passes to `pretrain.train`."""
+) -> tuple[Pretraining, Callable[[Images], nn.Module]]:
+    """Return a script's completed settings, and the `build` that it passes to `pretrain.train`."""
     module = importlib.import_module(script)
-    args = module.parser().parse(["DIR", *map(str, options)])
-    args.stem = args.stem or "imagenet"  # as cli.main does for a run that does not resume
+    config = module.parser().parse(["DIR", *map(str, options)])
+    # as for a run that does not resume
+    config = replaced(config, stem=config.network.stem or "imagenet")
     found: list[Callable[[Images], nn.Module]] = []
     with (
-        mock.patch.object(pretrain, "train", lambda args, device, build, *_: found.append(build)),
-        mock.patch.object(pretrain, "check"),  # it would look for the data
+        mock.patch.object(pretrain, "train", lambda config, device, build: found.append(build)),
+        # which would look for the data
+        mock.patch.object(pretrain, "complete", lambda config: config),
         contextlib.redirect_stdout(io.StringIO()),
     ):
-        module.check(args)
-        args.batch_per_process, args.nodes, args.workers = args.batch_size, 1, args.workers or 0
-        module.worker(args, device)
-    return args, found[0]
+        config = module.complete(config)
+        batch, workers = config.input.batch_size, config.input.workers or 0
+        config = replaced(config, batch_per_process=batch, nodes=1, workers=workers)
+        module.worker(config, device)
+    return config, found[0]
 
 
 def crops(recipe: recipes.Recipe, batch: int, seed: int = 0) -> list[Tensor]:

@@ -1,7 +1,6 @@
 """Stage 2 of benchmarks/gpu.py: measure the speed of training, of its parts and of plain MoCo."""
 
 import time
-from argparse import Namespace
 from collections.abc import Callable
 from functools import partial
 
@@ -12,10 +11,10 @@ from gpu_setup import (
     Method,
     Notes,
     Setup,
+    config_and_builder,
     crops,
     finish,
     log_lines,
-    options_and_builder,
     photographs,
     python,
     use_tf32,
@@ -91,18 +90,9 @@ class Plain:
     """A call of an instance is one step of plain MoCo (see benchmarks/step.py)."""
 
     def __init__(self, setup: Setup, amp: str, size: int, tf32: bool):
-        options = {
-            "arch": arch(setup),
-            "size": pixels(setup),
-            "batch": size,
-            "k": rows(setup),
-            "amp": amp,
-        }
-        self.step, self.size, self.tf32 = (
-            plain_step.Step("plain", Namespace(**options), setup.device),
-            size,
-            tf32,
-        )
+        sizes = plain_step.Sizes(arch(setup), pixels(setup), size, rows(setup), amp)
+        self.step = plain_step.Step("plain", sizes, setup.device)
+        self.size, self.tf32 = size, tf32
         self.step.amp = amp
 
     def __call__(self) -> None:
@@ -262,13 +252,17 @@ def loading(setup: Setup, notes: Notes) -> None:
     folder, size = files(setup), batch(setup)
     for workers, batches in ((setup.workers, setup.size(40, 1)), (1, setup.size(4, 1))):
         words = ["-b", size, "-j", workers, "--image-size", pixels(setup), *MOCO.split()]
-        args, _ = options_and_builder("main_synco", words, setup.device)
+        config, _ = config_and_builder("main_synco", words, setup.device)
         images = folders.scan(folders.find(folder, ("train",)), "train")
         # batches that may already be read when the first one arrives
         ahead = 4 * workers + 1 if setup.cuda else 1
         order = loader.TrainOrder(len(images), size, 1, 0, 0, min(ahead, batches) + batches)
         found = loader.batches(
-            images, loader.RandomCrops(recipes.of_options(args), 0), order, args, setup.device
+            images,
+            loader.RandomCrops(recipes.of(config.views), 0),
+            order,
+            config.input,
+            setup.device,
         )
         for _ in range(min(ahead, batches)):
             next(found)
@@ -355,7 +349,9 @@ def kernels(setup: Setup, notes: Notes, method: Method, images: list[Tensor]) ->
             if setup.cuda
             else ("self_cpu_time_total",)
         )
-        return next((float(getattr(event, name)) for name in names if hasattr(event, name)), 0.0)
+        return next(
+            (float(time) for name in names if (time := getattr(event, name, None)) is not None), 0.0
+        )
 
     total = sum(map(microseconds, events)) or 1.0
     events.sort(key=microseconds, reverse=True)

@@ -8,10 +8,11 @@ synco     the same with synthetic negatives
 adco      AdCo, with a bank of learned negatives in place of the queue and as many rows
 """
 
+import argparse
 import functools
 import json
 import tempfile
-from argparse import Namespace
+from dataclasses import dataclass
 from pathlib import Path
 
 import measure
@@ -24,6 +25,7 @@ from moco.builder.adco import AdCo, Ascent
 from moco.builder.batch_norm import MIN_BN_GROUP
 from moco.builder.moco import MoCo
 from moco.builder.synco import SynCo
+from moco.config import Config, replaced
 from moco.encoder.resnets import resnet
 from moco.engine import optim, precision
 from moco.engine.log import Mean
@@ -31,6 +33,7 @@ from moco.files import to_json
 from moco.launch import launch
 from moco.loss.synthetic import Synthetic
 from moco.rng import SHUFFLE, Progress
+from moco.sections import Optimizer
 
 T, M, LR = 0.2, 0.999, 0.03
 GROUPS = 8  # of the key encoder's batch norm: our default --bn-splits
@@ -86,55 +89,71 @@ def main() -> None:
     measure.report("step", table, ratios, facts, args.json)
 
 
-def on_processes(n: int, args: Namespace) -> dict:
-    """What rank 0 of `n` processes measures."""
-    options = {
-        "multiprocessing_distributed": n > 1,
-        "nproc_per_node": n,
-        "world_size": 1,
-        "rank": 0,
-        "gpu": None,
-    }
-    options |= {"dist_url": "auto", "dist_backend": None, "batch_size": n * args.batch}
-    options["device"] = "auto"
+@dataclass(frozen=True)
+class Sizes:
+    """The sizes of the networks and the batch."""
+
+    arch: str
+    size: int  # pixels
+    batch: int  # of a process
+    k: int  # entries in the queue
+    amp: str
+
+
+def on_processes(n: int, args: argparse.Namespace) -> dict:
+    """Return what rank 0 of `n` processes measures."""
+    config = replaced(
+        Config(),
+        multiprocessing_distributed=n > 1,
+        nproc_per_node=n,
+        world_size=1,
+        rank=0,
+        batch_size=n * args.batch,
+    )
+    sizes = Sizes(args.arch, args.size, args.batch, args.k, args.amp)
     with tempfile.TemporaryDirectory() as folder:
         found = Path(folder) / "found.json"
-        launch.launch(worker, Namespace(**vars(args), **options, found=found))
+        measured = functools.partial(worker, sizes, args.rounds, args.largest_batch, found)
+        launch.launch(measured, config)
         return json.loads(found.read_text())
 
 
-def worker(args: Namespace, device: torch.device) -> None:
-    steps = {name: Step(name, args, device) for name in KINDS}
-    check(steps, args.batch)
+def worker(
+    sizes: Sizes, rounds: int, find_largest: bool, found: Path, config: Config, device: torch.device
+) -> None:
+    """Measure all steps side by side; rank 0 writes to `found`."""
+    steps = {name: Step(name, sizes, device) for name in KINDS}
+    check(steps, sizes.batch)
     times = measure.side_by_side(
-        {name: lambda s=step: s(args.batch) for name, step in steps.items()}, args.rounds, device
+        {name: lambda s=step: s(sizes.batch) for name, step in steps.items()}, rounds, device
     )
     largest = {}
-    if args.largest_batch and device.type == "cuda" and distributed.world_size() == 1:
+    if find_largest and device.type == "cuda" and distributed.world_size() == 1:
         del steps
-        largest = {name: largest_batch(name, args, device) for name in KINDS}
+        largest = {name: largest_batch(name, sizes, device) for name in KINDS}
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     if distributed.rank() == 0:
-        args.found.write_text(to_json({"times": times, "largest": largest, "device": name}))
+        found.write_text(to_json({"times": times, "largest": largest, "device": name}))
 
 
 class Step:
     """One optimizer step of a method on random views."""
 
-    def __init__(self, name: str, args: Namespace, device: torch.device):
+    def __init__(self, name: str, sizes: Sizes, device: torch.device):
         torch.manual_seed(0)
-        self.args, self.device, self.plain, self.count = args, device, name == "plain", 0
-        model = KINDS[name](lambda: resnet(args.arch, 128, mlp=True), 128, args.k, M, T)
+        self.sizes, self.device, self.plain, self.count = sizes, device, name == "plain", 0
+        model = KINDS[name](lambda: resnet(sizes.arch, 128, mlp=True), 128, sizes.k, M, T)
         self.model = (
             model.to(device)
             if self.plain
             else precision.place(model, device, compile=False, recompute=False)
         )
         groups = [{"params": list(model.encoder_q.parameters()), "lr": LR, "weight_decay": 1e-4}]
-        self.amp = "off" if self.plain else args.amp
-        options = Namespace(optimizer="sgd", momentum=0.9, nesterov=False, amp=self.amp)
+        self.amp = "off" if self.plain else sizes.amp
         self.optimizer = (
-            torch.optim.SGD(groups, momentum=0.9) if self.plain else optim.make(groups, options)
+            torch.optim.SGD(groups, momentum=0.9)
+            if self.plain
+            else optim.make(groups, Optimizer(), self.amp)
         )
         self.scaler = precision.scaler(self.amp, device)
         self.ddp = distributed.data_parallel(model)
@@ -143,7 +162,7 @@ class Step:
     def __call__(self, batch: int) -> Tensor:
         if self.views is None or len(self.views[0]) != batch:
             generator = torch.Generator().manual_seed(distributed.rank())
-            shape = (batch, 3, self.args.size, self.args.size)
+            shape = (batch, 3, self.sizes.size, self.sizes.size)
             views = [torch.randn(shape, generator=generator).to(self.device) for _ in range(2)]
             self.views = views if self.plain else [precision.layout(view) for view in views]
         progress, self.count = Progress(step=self.count), self.count + 1
@@ -227,12 +246,12 @@ def check(steps: dict[str, Step], batch: int) -> None:
         )
 
 
-def largest_batch(name: str, args: Namespace, device: torch.device) -> int:
+def largest_batch(name: str, sizes: Sizes, device: torch.device) -> int:
     """The largest batch, in steps of an eighth, with which two steps fit into the GPU's memory."""
-    batch, fits = args.batch, 0
+    batch, fits = sizes.batch, 0
     while True:
         try:
-            step = Step(name, args, device)
+            step = Step(name, sizes, device)
             for _ in range(2):
                 step(batch)
         except torch.OutOfMemoryError:

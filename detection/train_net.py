@@ -235,22 +235,25 @@ def write_results(cfg: CfgNode, found: dict[str, dict[str, float]]) -> None:
     }
     source = c4.source(cfg.MODEL.WEIGHTS)
     solver = cfg.SOLVER
-    run = argparse.Namespace(
-        save_dir=cfg.OUTPUT_DIR,
-        encoder_method=source.get("method", "unknown"),
-        arch=source.get("arch", f"resnet{cfg.MODEL.RESNETS.DEPTH}"),
-        pretrained=source.get("file", cfg.MODEL.WEIGHTS or None),
-        pretrain_epochs=source.get("epoch"),
-        dataset=cfg.DATASETS.TEST[0],
-        batch_size=solver.IMS_PER_BATCH,
-        lr=solver.BASE_LR,
-        iterations=solver.MAX_ITER,
-        norm=cfg.MODEL.RESNETS.NORM,
-        seed=cfg.SEED,
-    )
-    # the protocol: iterations of 16 images
-    results.write_results(
-        run, f"detection {solver.IMS_PER_BATCH * solver.MAX_ITER / 16_000:g}k", metrics
+    iterations = solver.IMS_PER_BATCH * solver.MAX_ITER / 16_000  # of 16 images
+    results.write(
+        Path(cfg.OUTPUT_DIR),
+        {
+            "method": source.get("method", "unknown"),
+            "arch": source.get("arch", f"resnet{cfg.MODEL.RESNETS.DEPTH}"),
+            "checkpoint": source.get("file", cfg.MODEL.WEIGHTS or None),
+            "pretrain_epochs": source.get("epoch"),
+            "protocol": f"detection {iterations:g}k",
+            "dataset": cfg.DATASETS.TEST[0],
+            "metrics": metrics,
+            "settings": {
+                "batch_size": solver.IMS_PER_BATCH,
+                "lr": solver.BASE_LR,
+                "iterations": solver.MAX_ITER,
+                "norm": cfg.MODEL.RESNETS.NORM,
+                "seed": cfg.SEED,
+            },
+        },
     )
     shown = "  ".join(
         f"{name.replace('_ap', ' AP')} {100 * value:.3f}" for name, value in metrics.items()

@@ -1,7 +1,5 @@
 """What a run's encoder saw and sees: the views of its recipe, a map of its features, the nearest neighbours of some images."""
 
-import os
-from argparse import Namespace
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -16,12 +14,13 @@ from torch import Tensor, nn
 
 from moco import devices, rng
 from moco.augment import color, crop, recipes
-from moco.config import MEAN, STD
+from moco.config import MEAN, STD, Pretraining, flat, replaced
 from moco.data import loader, registry
 from moco.data.images import Images
 from moco.encoder import metadata, networks, pretrained
 from moco.engine import checkpoint, features
 from moco.errors import InputError
+from moco.launch import processes
 from tools.plots import plain, printable, run_label
 from tools.runs import Run
 
@@ -38,8 +37,11 @@ _DEFAULTS = {
 _DEFAULTS |= {"dataset": "imagenet", "stem": "imagenet", "mean": list(MEAN), "std": list(STD)}
 
 
-def options(run: Run, needed: dict[str, type]) -> Namespace:
-    """The run's options, `needed` among them. Raises InputError where args.yaml lacks one, or has another kind of value."""
+def settings(run: Run, needed: dict[str, type]) -> Pretraining:
+    """Return the run's settings.
+
+    Raises InputError if args.yaml lacks one that is `needed`, or has a value of another type.
+    """
     args = _DEFAULTS | run.args
     for name, kind in (needed | {"class_list": str | None}).items():
         if not isinstance(args.get(name), kind):
@@ -51,14 +53,15 @@ def options(run: Run, needed: dict[str, type]) -> Namespace:
             raise InputError(
                 f"{run.folder / 'args.yaml'}: {name} is {args[name]!r}, which no run has"
             )
-    return Namespace(**{str(name): value for name, value in args.items()})
+    shared = {name: value for name, value in args.items() if name in flat(Pretraining())}
+    return replaced(Pretraining(), **shared)
 
 
 def recipe(run: Run) -> tuple[str, recipes.Recipe]:
     """The name of the run's recipe and its views. Raises InputError."""
-    args = options(run, _NEEDED | _FOR_VIEWS)
+    views = settings(run, _NEEDED | _FOR_VIEWS).views
     try:
-        return args.recipe, recipes.of_options(args)
+        return views.recipe, recipes.of(views)
     except (TypeError, ValueError) as error:
         raise InputError(
             f"{run.folder / 'args.yaml'}: its options make no views ({error})"
@@ -67,16 +70,16 @@ def recipe(run: Run) -> tuple[str, recipes.Recipe]:
 
 def views(run: Run) -> Figure:
     """Some train images and their views in epoch 0. Raises InputError where the images are not there."""
-    args = options(run, _NEEDED | _FOR_VIEWS)
-    train = registry.training(args.dataset, args.data, args.class_list)
+    config = settings(run, _NEEDED | _FOR_VIEWS)
+    train = registry.training(config.input.dataset, config.run.data, config.input.class_list)
     picked = sorted({round(i * (len(train) - 1) / (ROWS - 1)) for i in range(ROWS)})
     images = [train.read(i) for i in picked]
-    columns = [[crop.center_view(image, args.image_size) / 255 for image in images]]
-    cuts = loader.RandomCrops(recipe(run)[1], args.seed)
+    columns = [[crop.center_view(image, config.views.image_size) / 255 for image in images]]
+    cuts = loader.RandomCrops(recipe(run)[1], config.run.seed)
     crops = [cuts(image, (0, i)) for image, i in zip(images, picked, strict=True)]
     for v, view in enumerate(cuts.recipe):
         batch = torch.stack([of[v] for of in crops])
-        seen = color.augment(batch, view, rng.generator("cpu", rng.COLOR, args.seed, v))
+        seen = color.augment(batch, view, rng.generator("cpu", rng.COLOR, config.run.seed, v))
         columns.append(list(color.denormalize(seen, view.mean, view.std)))
     figure, axes = _grid(len(picked), len(columns), width=1.15, height=1.15, title=0.3)
     for column, (title, shown) in enumerate(
@@ -140,17 +143,18 @@ def _some_of(part: Images, classes: np.ndarray, most: int, draw: np.random.Gener
 
 def sample_of(run: Run, images: int, seed: int) -> Sample:
     """The sample of the run's data. Raises InputError."""
-    args = options(run, _NEEDED)
-    return sample(args.dataset, args.data, args.class_list, images, seed)
+    config = settings(run, _NEEDED)
+    data = config.input
+    return sample(data.dataset, config.run.data, data.class_list, images, seed)
 
 
 def encoder(run: Run, weights: Path | None) -> tuple[nn.Module, str]:
     """The backbone in `weights`, or in the furthest checkpoint that can be read, and a line on which. Raises InputError."""
-    args = options(run, _NEEDED)
+    config = settings(run, _NEEDED)
     skipped = []
     for file in [weights] if weights else run.checkpoints():
         try:
-            net = networks.create(args.arch, 1, args.image_size, stem=args.stem)
+            net = _network(config)
             pretrained.load_backbone(
                 net, pretrained.tensors_of(net, checkpoint.load(str(file))), str(file)
             )
@@ -162,29 +166,31 @@ def encoder(run: Run, weights: Path | None) -> tuple[nn.Module, str]:
 
 def random_encoder(run: Run, seed: int) -> nn.Module:
     """As the run's was before training, but for the draw."""
-    args = options(run, _NEEDED)
+    config = settings(run, _NEEDED)
     torch.manual_seed(seed)
-    return networks.create(args.arch, 1, args.image_size, stem=args.stem)
+    return _network(config)
+
+
+def _network(config: Pretraining) -> nn.Module:
+    """Return the network of a run, randomly initialised."""
+    network = config.network
+    return networks.create(network.arch, 1, config.views.image_size, stem=network.stem)
 
 
 def seen_by(net: nn.Module, images: Images, run: Run) -> Tensor:
     """Unit features [N, D] of `images`, on the CPU. Raises InputError where the encoder diverged, or an image cannot be read."""
-    multi_label, cores = (
-        len(images) > 512,
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+    config = replaced(
+        settings(run, _NEEDED),
+        batch_size=64,
+        batch_per_process=64,
+        amp="off",
+        workers=min(8, processes.cores()) if len(images) > 512 else 0,
     )
-    small = {
-        "batch_size": 64,
-        "batch_per_process": 64,
-        "amp": "off",
-        "workers": min(8, cores) if multi_label else 0,
-    }
-    args = Namespace(**vars(options(run, _NEEDED)) | small | {"host_features": True})
     try:
         device = devices.of_process("auto", gpu=None, local_rank=0)
-        x, _ = features.extract(net.to(device), images, args, device)
+        x, _ = features.extract(net.to(device), images, config, device, on_host=True)
     except torch.OutOfMemoryError:  # a run may be on that GPU
-        x, _ = features.extract(net.cpu(), images, args, torch.device("cpu"))
+        x, _ = features.extract(net.cpu(), images, config, torch.device("cpu"))
     if not x.isfinite().all():
         raise InputError("the encoder's features are not all finite numbers: it has diverged")
     return x

@@ -23,7 +23,7 @@ import torch
 from matplotlib.figure import Figure, SubFigure
 from torch import Tensor
 
-from moco import rng
+from moco import rng, sections
 from moco.augment import color, recipes
 from moco.augment.recipes import Recipe, View
 from moco.cli import actions, tool
@@ -59,8 +59,8 @@ def draw(args: argparse.Namespace) -> None:
     images = find(args.data)
     figure = views_figure(
         images,
-        feature_statistics(len(images), args.images),
-        recipes.of_options(args),
+        spread(len(images), args.images),
+        recipes.of(views_of(args)),
         args.seed,
         args.draws,
     )
@@ -237,7 +237,7 @@ def find(data: str) -> Images:
     return ImageFolder(folder, np.zeros(len(names), int), ("",), np.array(names))
 
 
-def feature_statistics(n: int, count: int) -> list[int]:
+def spread(n: int, count: int) -> list[int]:
     """`count` of n places, or all, from the first to the last at equal distances."""
     count = min(n, count)
     return [round(i * (n - 1) / max(1, count - 1)) for i in range(count)]
@@ -267,39 +267,39 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--force", action="store_true", help="replace the picture that is there")
     p.add_argument(
         "--images",
-        type=types.positive,
+        type=types.in_range(int, sections.POSITIVE),
         default=6,
         metavar="N",
         help="number of images, spread evenly over the data (default: %(default)s)",
     )
     p.add_argument(
         "--draws",
-        type=types.positive,
+        type=types.in_range(int, sections.POSITIVE),
         metavar="N",
         help="draws of each view, side by side (default: 3, fewer if there are many views)",
     )
     p.add_argument(
         "--seed",
-        type=types.seed,
+        type=types.in_range(int, "[-9223372036854775808, 9223372036854775807]"),
         default=0,
         help="seed of crops and colours (default: %(default)s)",
     )
     p.add_argument(
         "--image-size",
-        type=types.positive,
+        type=types.in_range(int, sections.POSITIVE),
         default=224,
         metavar="PIXELS",
         help="width and height of a full-size view (default: %(default)s)",
     )
     p.add_argument(
         "--crop-min",
-        type=types.real("(0, 1]"),
+        type=types.in_range(float, "(0, 1]"),
         metavar="SHARE",
         help="smallest fraction of the image that a crop covers, instead of the recipe's",
     )
     p.add_argument(
         "--blur-sigma",
-        type=types.real("[0.01, 100]"),
+        type=types.in_range(float, "[0.01, 100]"),
         nargs=2,
         metavar=("LEAST", "MOST"),
         help="range of the blur's standard deviation in pixels, instead of the recipe's",
@@ -312,14 +312,19 @@ def parser() -> argparse.ArgumentParser:
         help="operations and magnitude, instead of the recipe's",
     )
     p.add_argument(
-        "--views", type=types.positive, metavar="N", help="number of views, instead of the recipe's"
+        "--views",
+        type=types.in_range(int, sections.POSITIVE),
+        metavar="N",
+        help="number of views, instead of the recipe's",
     )
     p.add_argument(
         "--recipe", help=argparse.SUPPRESS
     )  # and what else a recipe file may say of its views
     p.add_argument("--aug-plus", action=actions.Switch, default=None, help=argparse.SUPPRESS)
     p.add_argument("--multi-crop", action=actions.Switch, default=False, help=argparse.SUPPRESS)
-    p.add_argument("--support-size", type=types.natural, help=argparse.SUPPRESS)
+    p.add_argument(
+        "--support-size", type=types.in_range(int, sections.NATURAL), help=argparse.SUPPRESS
+    )
     p.add_argument("--data", help=argparse.SUPPRESS)
     p.set_defaults(mean=None, std=None)  # normalization is undone in the picture
     return p
@@ -352,7 +357,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         raise InputError(
             f"{which}give RECIPE and DATA, as in {p.prog} mocov2 photos; recipes: {', '.join(recipes.RECIPES)}"
         )
-    if sigma and not any(view.blur_p for view in recipes.of_options(args)):
+    if sigma and not any(view.blur_p for view in recipes.of(views_of(args))):
         given = " ".join(f"{value:g}" for value in sigma)
         why = f"the views of {args.recipe} are not blurred"
         raise InputError(
@@ -374,6 +379,12 @@ def _refuse_file(recipe: str) -> None:
         raise InputError(f"{recipe}: a run folder, not the name of a recipe; give --cfg {options}")
     if path.suffix.lower() in (".yaml", ".yml"):
         raise InputError(f"{recipe}: a file, not the name of a recipe; give it with --cfg {recipe}")
+
+
+def views_of(args: argparse.Namespace) -> sections.Views:
+    """Return the settings of the views."""
+    names = "recipe image_size crop_min randaugment blur_sigma views mean std".split()
+    return sections.Views(**{name: vars(args).get(name) for name in names})
 
 
 def _of_method(args: argparse.Namespace) -> str | None:
