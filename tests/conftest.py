@@ -10,9 +10,10 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,6 +23,8 @@ import torch.multiprocessing as mp
 from filelock import FileLock
 from PIL import Image
 
+from moco.config import flat
+
 ROOT = Path(__file__).resolve().parent.parent
 
 # what the tests compute gains nothing from more threads, and loses much where other programs keep the cores busy
@@ -29,6 +32,11 @@ torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that they start
 # tools that the tests start import this clone, whatever is installed
 os.environ["PYTHONPATH"] = str(ROOT)
+
+
+def settings(script: ModuleType, words: Sequence[object]) -> SimpleNamespace:
+    """Return the settings that a script takes from its command line, before they are completed."""
+    return SimpleNamespace(**flat(script.parser().parse(list(map(str, words)))))
 
 
 def write_images(
@@ -124,7 +132,7 @@ def in_process(name: str, *options: object) -> tuple[int, str, str]:
     ):
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, options)])
         try:
-            entry.main(module.parser(), module.check, module.worker)
+            entry.main(module.parser(), module.complete, module.worker)
         except SystemExit as stop:
             status = stop.code
     return status, out.getvalue(), err.getvalue()

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, own_lines, shell
+from conftest import ROOT, own_lines, settings, shell
 
 import main_semisup
 from moco.encoder.resnets import resnet
@@ -305,7 +305,7 @@ def test_the_sweep_is_the_papers_unless_options_say_otherwise(
     )
     *runs, table = (line.split() for line in (tmp_path / "commands").read_text().splitlines())
     assert table[0].endswith("tools/collect.py") and table[1:] == ["OUT", "--out", "OUT", "--force"]
-    found = [main_semisup.parser().parse(words[1:]) for words in runs]
+    found = [settings(main_semisup, words[1:]) for words in runs]
     settings = [
         (a.train_percent, a.epochs, a.lr_backbone, a.lr_classifier, a.batch_size) for a in found
     ]

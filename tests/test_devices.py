@@ -8,7 +8,6 @@ import functools
 import math
 import os
 import traceback
-from argparse import Namespace
 from collections.abc import Iterator
 
 import pytest
@@ -20,6 +19,7 @@ from torchvision.models.resnet import BasicBlock, ResNet
 
 import main_adco
 from moco import devices, rng
+from moco.config import Pretraining, replaced
 from moco.data import loader
 from moco.data.loader import Batch
 from moco.encoder import networks
@@ -180,15 +180,15 @@ def accelerator(monkeypatch) -> Iterator[Accelerator]:
 
     def steps(self: trainer.Trainer) -> None:
         self.steps_per_epoch = STEPS + 10
-        batch, sizes = self.args.batch_per_process, [view.size for view in self.recipe]
+        batch, sizes = self.config.input.batch_per_process, [view.size for view in self.recipe]
 
         def batches() -> Iterator[Batch]:
-            for _ in range((STEPS + 1) * self.args.accumulation_steps):
+            for _ in range((STEPS + 1) * self.config.optimizer.accumulation_steps):
                 views = [
                     torch.randint(256, (batch, 3, size, size), dtype=torch.uint8) for size in sizes
                 ]
                 index, label = (
-                    torch.randint(len(self.images), (batch,)),
+                    torch.randint(len(self.task.images), (batch,)),
                     torch.zeros(batch, dtype=torch.long),
                 )
                 *views, index, label = (
@@ -198,9 +198,9 @@ def accelerator(monkeypatch) -> Iterator[Accelerator]:
 
         stub = Log(accelerator)
         with contextlib.suppress(StopIteration):
-            self._epoch(self.order.start // self.steps_per_epoch, batches(), stub, stub)
+            self._train_epoch(self.order.start // self.steps_per_epoch, batches(), stub, stub)
         accelerator.counts = False
-        accelerator.losses = [loss.item() for _, loss, _ in self._recent]
+        accelerator.losses = [loss.item() for _, loss, _ in self.health._recent]
 
     monkeypatch.setattr(devices, "of_process", lambda *_: META)
     monkeypatch.setattr(rng, "generator", generator)
@@ -412,7 +412,7 @@ def test_xpu_and_mps_support_a_single_process(kind, machine, monkeypatch):
     machine(kind, **{kind: 2 if kind == "xpu" else 1})
 
     def plan(*words: object) -> processes.Plan:
-        return processes.plan(parsed.parse(["d", *map(str, words)]))
+        return processes.plan(parsed.parse(["d", *map(str, words)]).launch)
 
     assert (plan().launcher, plan().world_size) == (
         "single",
@@ -469,9 +469,8 @@ def test_bf16_is_switched_off_only_on_a_slow_cpu(machine, monkeypatch, capsys):
         ("mps", "cpu", "off"),
     ):
         machine(kind, **{kind: 1})
-        args = Namespace(amp="bf16", device=chosen)
-        precision.choose(args)
-        assert args.amp == amp
+        config = replaced(Pretraining(), amp="bf16", device=chosen)
+        assert precision.choose(config).compute.amp == amp
         assert ("is slow on this CPU" in capsys.readouterr().out) == (amp == "off")
 
 

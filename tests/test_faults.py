@@ -22,7 +22,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, own_lines, shell, write_images
+from conftest import ROOT, own_lines, settings, shell, write_images
 from test_cli import refused
 from test_runs import load, same, succeeded
 
@@ -254,9 +254,7 @@ def test_a_run_s_end_says_what_follows(script, tmp_path):
     for command, script_name in ((probe, "main_lincls"), (report, "tools.report")):
         words = shlex.split(command)[2:]
         if script_name == "main_lincls":
-            assert main_lincls.parser().parse(words).pretrained == str(
-                run / "checkpoint_0000.pth.tar"
-            )
+            assert settings(main_lincls, words).pretrained == str(run / "checkpoint_0000.pth.tar")
         else:
             assert words == [str(run)]
 
@@ -645,7 +643,9 @@ def test_an_image_that_cannot_be_read_is_replaced(script, tmp_path):
 
 
 def test_a_loss_that_is_no_number_ends_the_run(script, data, tmp_path, monkeypatch):
-    monkeypatch.setattr("moco.cli.values.learning_rate", float)  # with which it diverges at once
+    monkeypatch.setattr(
+        "moco.cli.values.in_range", lambda kind, interval: kind
+    )  # with which it diverges at once
     command = (data, *SMALL, "--moco-k", 24, "-j", 0, "--save-dir", tmp_path)
     status, _, err = script(
         "main_synco", *command, "--epochs", 3, "--lr", 1e-3, "--lr-warmup-epochs", 0, "--epochs", 1

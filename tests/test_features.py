@@ -2,8 +2,8 @@
 
 import json
 import threading
-from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,10 +13,11 @@ from test_cli import refused
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import main_knn
 from moco import distributed
 from moco.augment.color import normalize
 from moco.augment.crop import center_view
-from moco.config import MEAN, STD
+from moco.config import MEAN, STD, replaced
 from moco.data import folders
 from moco.data.images import ImageArray
 from moco.engine import features
@@ -223,7 +224,8 @@ def pictures(n, labels=None, size=16):
 
 def options(**more):
     shared = {"workers": 0, "amp": "off", "mean": MEAN, "std": STD}
-    return Namespace(batch_per_process=8, batch_size=8, image_size=16, **shared, **more)
+    sizes = {"batch_per_process": 8, "batch_size": 8, "image_size": 16}
+    return replaced(main_knn.Config(), **sizes, **shared, **more)
 
 
 class Flat(nn.Sequential):
@@ -311,16 +313,17 @@ def test_files_hold_the_rows_in_order_and_ranks_read_their_shares(
         "image_size": 32,
         "seed": 0,
     }
-    args = Namespace(**origin, dump_features=tmp_path, load_features=tmp_path)
+    folders = {"dump_features": str(tmp_path), "load_features": str(tmp_path)}
+    config = replaced(main_knn.Config(), **origin, **folders)
     train, val = ((torch.randn(n, 6), torch.randint(0, 3, (n,))) for n in (29, 2))
 
     def work(rank):
         feature_files.dump(
-            args,
+            config,
             ("a", "b", "c"),
             *(tuple(x[rank::world_size] for x in split) for split in (train, val)),
         )
-        return feature_files.load(args, CPU)
+        return feature_files.load(config, CPU)
 
     for rank, (*splits, classes) in enumerate(on_ranks(world_size, work, monkeypatch)):
         assert classes == ("a", "b", "c")
@@ -488,7 +491,7 @@ def test_features_that_are_no_numbers_are_refused(dumped, script):
 
 def test_a_disk_without_room_for_a_dump_is_said(script, shared_images, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        feature_files.shutil, "disk_usage", lambda path: Namespace(free=48 * 512 * 4 - 1)
+        feature_files.shutil, "disk_usage", lambda path: SimpleNamespace(free=48 * 512 * 4 - 1)
     )
     command = (
         "main_knn",

@@ -159,10 +159,12 @@ OPTIONS = "photos -a test_efficientnet --image-size 32 --mlp-dim 10 --moco-dim 4
 
 def four_steps(rank, method):
     """What the script builds, on this rank's half of the joint batch, or alone on all of it."""
-    args = main_moby.parser().parse([*OPTIONS, method])
-    main_moby.check(args)
+    config = main_moby.complete(main_moby.parser().parse([*OPTIONS, method]))
     torch.manual_seed(0)
-    model, found = main_moby.build(args, torch.device("cpu")).double(), []
+    model, found = (
+        distributed.sync_batch_norm(main_moby.build(config), torch.device("cpu")).double(),
+        [],
+    )
     ddp = distributed.data_parallel(model)
     mine = slice(None) if rank is None else slice(B * rank, B * rank + B)
     for step in range(4):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, in_process, shell
+from conftest import ROOT, in_process, settings, shell
 from test_cli import refused
 from test_runs import facts, load, same, succeeded
 from test_voc07 import write_voc
@@ -213,10 +213,10 @@ FNC_SETTINGS |= {
 )
 def test_recipes_hold_the_published_settings(name, expected):
     module = {"adco": main_adco, "fnc": main_fnc}.get(name.split("_")[0], main_sogclr)
-    args = vars(module.parser().parse(["DIR", "--cfg", f"configs/{name}.yaml"]))
+    args = vars(settings(module, ["DIR", "--cfg", f"configs/{name}.yaml"]))
     assert {option: args[option] for option in expected} == expected
     if name == "fnc_100":  # all of them are the script's defaults, too
-        bare = vars(main_fnc.parser().parse(["DIR"]))
+        bare = vars(settings(main_fnc, ["DIR"]))
         assert {option for option in args if args[option] != bare[option]} == {
             "cfg",
             "amp",
@@ -498,7 +498,7 @@ def test_some_classes_of_a_folder(script, shared_images, tmp_path):
     [("Place205", "places205"), ("ImageNet", "imagenet"), ("cifar10", "cifar10")],
 )
 def test_data_sets_by_the_names_that_published_commands_have(given, meant):
-    assert main_lincls.parser().parse(["DIR", "--dataset", given]).dataset == meant
+    assert settings(main_lincls, ["DIR", "--dataset", given]).dataset == meant
 
 
 def test_imagenet100_is_not_taken_for_all_of_imagenet(script, tmp_path):
@@ -580,11 +580,11 @@ def test_a_switch_takes_a_word_or_a_number_and_leaves_the_folder_alone(word):
     )
     for options, state in ((off, False), (on, True)):
         for argv in ((*options, "DIR"), ("DIR", *options), ("--data=DIR", *options)):
-            args = main_adco.parser().parse(argv)
+            args = settings(main_adco, argv)
             assert (args.data, args.sym, args.mlp, args.aug_plus) == ("DIR", state, state, state), (
                 argv
             )
-    assert main_adco.parser().parse(["--cos", "DIR"]).cos is True
+    assert settings(main_adco, ["--cos", "DIR"]).cos is True
 
 
 @pytest.mark.parametrize(
@@ -602,7 +602,7 @@ def test_mistakes_in_yaml_are_one_line(line, words, script, shared_images, tmp_p
 
 def test_off_in_yaml_is_a_word(tmp_path):
     (tmp_path / "c.yaml").write_text("fn-mode: off\namp: off\n")
-    args = main_fnc.parser().parse(["DIR", "--cfg", str(tmp_path / "c.yaml")])
+    args = settings(main_fnc, ["DIR", "--cfg", str(tmp_path / "c.yaml")])
     assert (args.fn_mode, args.amp) == ("off", "off")
 
 

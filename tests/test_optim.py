@@ -2,14 +2,15 @@
 
 import itertools
 import math
-from argparse import Namespace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from moco.config import Training
 from moco.engine import optim
 from moco.engine.trainer import Trainer
+from moco.sections import Schedule
 
 SHAPES = ((4, 3, 2, 2), (5, 4), (5,), (3, 3), ())
 
@@ -85,9 +86,7 @@ def test_adamw_decays_matrices_only():
         torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4), torch.nn.Conv1d(1, 2, 3)
     )
     (group,) = groups = [{"params": list(net.parameters()), "lr": 0.1, "weight_decay": 0.2}]
-    optimizer = optim.make(
-        groups, Namespace(optimizer="adamw", amp="off", momentum=0.9, nesterov=False)
-    )
+    optimizer = optim.make(groups, Schedule(optimizer="adamw"), "off")
     decay = {p: g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
     assert decay.keys() == set(group["params"])
     assert all(decay[p] == (0.2 if p.dim() > 1 else 0) for p in net.parameters())
@@ -99,22 +98,12 @@ def test_adamw_decays_matrices_only():
         torch.testing.assert_close(p.detach(), old * (1 - 0.1 * 0.2) if p.dim() > 1 else old)
 
 
-def options(**changed) -> Namespace:
-    given = {
-        "lr_warmup_epochs": 0,
-        "lr_by": "epoch",
-        "cos": False,
-        "sgdr": 0,
-        "sgdr_t0": 12,
-        "lr_final": 0.0,
-        "schedule": [],
-        "epochs": 100,
-    }
-    return Namespace(**{**given, **changed})
+def options(**changed) -> Schedule:
+    return Schedule(**{"epochs": 100, **changed})
 
 
 def test_step_schedule():
-    args = options(schedule=[60, 80])
+    args = options(schedule=(60, 80))
     assert [optim.rate(args, 30.0, epoch) for epoch in (0, 59, 60, 79, 80, 99)] == pytest.approx(
         [30, 30, 3, 3, 0.3, 0.3]
     )
@@ -129,7 +118,7 @@ def test_cosine_ends_at_the_final_rate():
 
 
 def test_cosine_begins_anew_with_sgdr():
-    args = options(sgdr=1)
+    args = options(sgdr=True)
     rates = [optim.rate(args, 5.0, epoch) for epoch in range(36)]
     assert (
         rates[:12] == rates[12:24] == rates[24:]
@@ -140,7 +129,7 @@ def test_cosine_begins_anew_with_sgdr():
 
 
 def test_warm_up_is_linear_and_ends_at_the_rate():
-    args = options(lr_warmup_epochs=4, schedule=[50])
+    args = options(lr_warmup_epochs=4, schedule=(50,))
     assert [optim.rate(args, 1.0, epoch) for epoch in range(5)] == pytest.approx(
         [0.2, 0.4, 0.6, 0.8, 1.0]
     )
@@ -160,10 +149,13 @@ def test_by_step_the_warm_up_begins_at_0_and_the_cosine_at_its_end():
 def test_by_epoch_end_the_rates_are_those_of_the_demo_on_cifar10():
     """Count the cosine's epochs from 1: the log of 200 epochs begins with .059996."""
     args = options(lr_by="epoch-end", cos=True, epochs=200)
-    trainer = SimpleNamespace(args=args, steps_per_epoch=97, rates=[0.06], lr_scale=1.0)
-    trainer.optimizer = SimpleNamespace(param_groups=[{}])
-    trainer._rates = lambda passed: Trainer._rates(trainer, passed)
-    found = [Trainer._set_rates(trainer, step) for step in (0, 96, 97, 199 * 97)]
+    trainer = Trainer.__new__(Trainer)
+    trainer.config = Training(optimizer=args)
+    trainer.steps_per_epoch, trainer.lr_scale = 97, 1.0
+    trainer.base_lrs, trainer.scheduled = [0.06, 0.06], [True, False]
+    trainer.optimizer = SimpleNamespace(param_groups=[{}, {}])
+    found = [trainer._set_lr(step) for step in (0, 96, 97, 199 * 97)]
+    assert trainer.optimizer.param_groups[1]["lr"] == 0.06  # not scheduled
     assert found[0] == found[1] == pytest.approx(0.059996, abs=5e-7) and found[3] == pytest.approx(
         0
     )
@@ -187,9 +179,9 @@ def test_rates_are_scaled_by_the_total_batch(scaling, factor):
 def made(device: str, **changed) -> torch.optim.Optimizer:
     """Return the optimizer of a small network on `device`, with some options changed."""
     net = torch.nn.Linear(3, 2).to(device)
-    args = {"optimizer": "sgd", "amp": "off", "momentum": 0.9, "nesterov": False}
+    amp = changed.pop("amp", "off")
     groups = [{"params": list(net.parameters()), "lr": 0.1, "weight_decay": 0.1}]
-    return optim.make(groups, Namespace(**{**args, **changed}))
+    return optim.make(groups, Schedule(**changed), amp)
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])

@@ -7,7 +7,6 @@ import math
 import re
 import shutil
 import sys
-from argparse import Namespace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -17,6 +16,7 @@ import yaml
 from conftest import own_lines, shell, write_images
 from PIL import Image
 
+from moco.config import Pretraining, replaced
 from moco.encoder.resnets import resnet
 from moco.engine.log import RunLog
 from moco.errors import InputError
@@ -324,14 +324,8 @@ def test_mistakes(tmp_path, monkeypatch, capsys):
 def test_numbers_that_are_not_finite_are_null_in_every_file(tmp_path):
     """In log.jsonl, results.json and similar files; what reads them accepts null."""
     strict = {"parse_constant": lambda word: pytest.fail(word)}
-    args = Namespace(
-        batch_per_process=8,
-        accumulation_steps=1,
-        save_dir=str(tmp_path / "run"),
-        resume=None,
-        script="synco",
-    )
-    log = RunLog(args, 10)
+    config = replaced(Pretraining(), batch_per_process=8, save_dir=str(tmp_path / "run"))
+    log = RunLog(config, 10)
     for step, value in enumerate((0.5, math.nan, math.inf, -math.inf), 1):
         log.line(
             0, step, {"loss": 1.0, "hardness": value, "grad_encoder": float(np.float64(value))}

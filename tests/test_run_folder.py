@@ -1,12 +1,13 @@
 """A run folder belongs to one run: no other run, evaluation or tool changes a file in it."""
 
 import ast
+import contextlib
 import hashlib
 import json
 import re
 import shutil
 import subprocess
-from argparse import Namespace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,8 @@ from conftest import ROOT, shell
 from test_cli import refused
 from test_runs import load, succeeded
 
+import main_synco
+from moco.config import Config, Evaluation, Pretraining, replaced
 from moco.engine import resume, run_folder
 from moco.errors import InputError
 
@@ -244,30 +247,26 @@ def test_a_classifier_stays_that_of_its_encoder(script, shared_images, run, tmp_
 # claiming
 
 
-def options(folder: Path, **more) -> Namespace:
-    return Namespace(save_dir=str(folder), script="lincls", **more)
+def claim(kind: type[Config], folder: Path, continues: bool, named: bool):
+    config = replaced(kind(), save_dir=str(folder), script="lincls")
+    return run_folder.claim(config, continues, named)
 
 
 def test_programs_that_start_together_get_folders_of_their_own(tmp_path):
-    evaluations = [options(tmp_path / "run", pretrained=None) for _ in range(3)]
-    unnamed = [options(tmp_path / "runs" / "synco-20260101") for _ in range(3)]
-    named = [options(tmp_path / "mine") for _ in range(2)]
-    with (
-        run_folder.claim(evaluations[0], False, True),
-        run_folder.claim(evaluations[1], False, True),
-        run_folder.claim(evaluations[2], False, True),
-        run_folder.claim(unnamed[0], False, False),
-        run_folder.claim(unnamed[1], False, False),
-        run_folder.claim(unnamed[2], False, False),
-        run_folder.claim(named[0], False, True),
-    ):
+    evaluation = partial(claim, Evaluation, tmp_path / "run", False, True)
+    unnamed = partial(claim, Pretraining, tmp_path / "runs" / "synco-20260101", False, False)
+    named = partial(claim, Pretraining, tmp_path / "mine")
+    with contextlib.ExitStack() as held:
+        claims = [make() for make in (evaluation, unnamed) for _ in range(3)]
+        configs = [held.enter_context(one) for one in claims]
+        held.enter_context(named(False, True))
         for continues in (False, True):
             with (
                 pytest.raises(InputError, match="another run is writing there"),
-                run_folder.claim(named[1], continues, True),
+                named(continues, True),
             ):
                 pass
-    found = [Path(args.save_dir).relative_to(tmp_path) for args in (*evaluations, *unnamed)]
+    found = [Path(config.run.save_dir).relative_to(tmp_path) for config in configs]
     subfolders = ["run", "run/lincls", "run/lincls-2"]
     assert list(map(str, found)) == subfolders + [
         f"runs/synco-20260101{end}" for end in ("", "-2", "-3")
@@ -572,18 +571,12 @@ def test_names_of_changed_options_are_joined_by_commas(script, shared_images, ru
 
 def test_batch_norm_groups_may_differ_among_several_processes(monkeypatch):
     saved = {"args": {"bn_splits": 4, "lr": 0.1}, "progress": {"batch": 8}}
-    args = Namespace(
-        bn_splits=8,
-        lr=0.1,
-        allow_change=[],
-        resume="x/checkpoint.pth.tar",
-        cos=False,
-        script="synco",
-    )
+    given = {"bn_splits": 8, "lr": 0.1, "resume": "x/checkpoint.pth.tar"}
+    config = replaced(main_synco.Config(), **given)
     with pytest.raises(InputError, match="--bn-splits is 8, and was 4"):
-        resume.check_unchanged(args, saved, 8)
+        resume.check_unchanged(config, saved, 8)
     monkeypatch.setattr(resume.distributed, "world_size", lambda: 2)
-    resume.check_unchanged(args, saved, 8)
+    resume.check_unchanged(config, saved, 8)
 
 
 def test_more_epochs_change_a_cosine_and_nothing_else(script, shared_images, tmp_path):

@@ -5,7 +5,6 @@ import os
 import re
 import socket
 import time
-from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ from conftest import own_lines, shell, write_images
 from PIL import Image
 
 from moco import distributed
+from moco.config import MEAN, STD, Probing, replaced
 from moco.data import folders
 from moco.encoder.resnets import resnet
 from moco.engine import precision
@@ -248,7 +248,9 @@ def test_probe_resumes_exactly(script, shared_images, tmp_path):
 def test_heads_of_several_rates_are_to_the_bit_those_of_each_alone(
     clip, script, shared_images, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("moco.cli.values.learning_rate", float)  # with which it diverges at once
+    monkeypatch.setattr(
+        "moco.cli.values.in_range", lambda kind, interval: kind
+    )  # with which it diverges at once
 
     def probe(name: str, *options: object) -> tuple[dict, str]:
         status, out, err = script("main_lincls", *command, *options, "--save-dir", tmp_path / name)
@@ -369,8 +371,10 @@ def test_a_probe_is_chosen_on_held_out_images_and_not_on_val(
 def test_a_diverging_classifier_does_not_stop_the_others_in_half_precision(
     script, shared_images, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(precision, "choose", lambda args: None)
-    monkeypatch.setattr("moco.cli.values.learning_rate", float)  # with which it diverges at once
+    monkeypatch.setattr(precision, "choose", lambda config: config)
+    monkeypatch.setattr(
+        "moco.cli.values.in_range", lambda kind, interval: kind
+    )  # with which it diverges at once
     command = (
         shared_images,
         "-a",
@@ -524,7 +528,8 @@ def test_two_processes_train_the_classifiers_that_one_does(tmp_path):
 @pytest.mark.parametrize("heads", [1, 3])
 def test_a_rank_without_an_image_counts_as_nothing(shared_images, monkeypatch, heads):
     val = folders.scan(shared_images, "val")
-    args = Namespace(image_size=32, batch_size=8, batch_per_process=8, workers=0, amp="off")
+    given = {"image_size": 32, "batch_size": 8, "batch_per_process": 8, "workers": 0}
+    config = replaced(Probing(), **given, mean=MEAN, std=STD)
     monkeypatch.setattr(distributed, "rank", lambda: len(val))
     monkeypatch.setattr(distributed, "world_size", lambda: len(val) + 1)
     others = torch.zeros(2 * heads + 1, 3, dtype=torch.long)
@@ -534,7 +539,7 @@ def test_a_rank_without_an_image_counts_as_nothing(shared_images, monkeypatch, h
         torch.tensor([2, 2, 0]),
     )
     monkeypatch.setattr(distributed, "all_reduce_sum", lambda mine: mine.add_(others))
-    found = classifier.test(resnet("resnet18", 3), val, args, torch.device("cpu"), heads)
+    found = classifier.evaluate(resnet("resnet18", 3), val, config, torch.device("cpu"), heads)
     assert found == [{"acc1": 0.5, "acc5": 0.75, "mean_per_class": 0.5}] * heads
 
 
@@ -673,7 +678,7 @@ def test_a_mistake_inside_spawned_processes_is_one_line(images, tmp_path):
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
 def test_mixed_precision_trains(amp, script, images, tmp_path, monkeypatch):
-    monkeypatch.setattr(precision, "choose", lambda args: None)  # a CPU can, slowly
+    monkeypatch.setattr(precision, "choose", lambda config: config)  # a CPU can, slowly
     options = (images, *TINY, "-j", 0, "--epochs", 1, "--warmup-epochs", 0, "--amp", amp)
     assert script("main_synco", *options, "--save-dir", tmp_path)[0] == 0
     assert all(torch.isfinite(torch.tensor(line["loss"])) for line in log(tmp_path))

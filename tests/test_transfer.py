@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from conftest import ROOT, own_lines, shell
+from conftest import ROOT, own_lines, settings, shell
 from test_named import NAMES, WRITERS, Tree
 
 import main_lincls
@@ -150,7 +150,7 @@ def test_a_recipe_is_one_of_the_script_that_it_names(recipe):
         1
     ]
     module = __import__(script)
-    assert module.parser().parse(["DIR", "--cfg", str(recipe)]).epochs
+    assert settings(module, ["DIR", "--cfg", str(recipe)]).epochs
 
 
 FNC = {
@@ -229,7 +229,7 @@ FNC |= {"ft_proj": 1, "zero_init_classifier": True, "wd": 0, "lr_warmup_epochs":
 )
 def test_published_protocols(name, expected):
     module = main_lincls if name.startswith("lincls") else main_semisup
-    args = vars(module.parser().parse(["DIR", "--cfg", f"configs/{name}.yaml"]))
+    args = vars(settings(module, ["DIR", "--cfg", f"configs/{name}.yaml"]))
     assert {option: args[option] for option in expected} == expected
 
 
