@@ -280,7 +280,7 @@ def test_a_run_that_writes_nothing_leaves_no_folder(script, shared_images, tmp_p
         "do not fill one batch",
     )
     assert not (tmp_path / "runs").exists()
-    with run_folder.claim(options(folder), False, True):
+    with claim(Pretraining, folder, False, True):
         (folder / "log.jsonl").write_text("{}\n")
     assert (folder / "log.jsonl").exists()
 
