@@ -168,7 +168,7 @@ def same_choices(found: list[Tensor], replay: bool) -> Iterator[None]:
 
     modules = [
         importlib.import_module(f"moco.{name}")
-        for name in ("loss.synthetic", "builder.momentum", "builder.moby")
+        for name in ("loss.synthetic", "builder.moco", "builder.moby")
     ]
     with contextlib.ExitStack() as stack:
         for module in modules:

@@ -158,7 +158,7 @@ def known() -> set[str]:
 def test_options_exist(name, known):
     page = ours(name, PAGES[name])
     if name == "docs/adding-a-method.md":
-        known = known | set(re.findall(r'add_argument\("(--[\w-]+)"', page))
+        known = known | set(re.findall(r'add_argument\(\s*"(--[\w-]+)"', page))
     named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", page))
     assert {name for name in named if name.replace("_", "-").rstrip("-") not in known} == set()
 

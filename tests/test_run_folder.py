@@ -367,7 +367,7 @@ WRITES = {
     "moco/engine/checkpoint.py": "a run's own folder, after claim",
     "moco/engine/trainer.py": "args.yaml in the run's own folder, after claim",
     "moco/engine/pretrain.py": "superseded checkpoints of the run itself, after claim",
-    "moco/evaluate/inputs.py": "subset.txt in the run's own folder, after claim",
+    "moco/evaluate/results.py": "results.json in the run's own folder, after claim",
     "moco/evaluate/feature_files.py": "a folder for --dump-features that check_dump found without features",
     "moco/data/photos.py": "the cache folder",
     "moco/data/registry.py": "the cache folder",

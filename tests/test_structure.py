@@ -69,8 +69,8 @@ def test_no_circle():
 
 
 @pytest.mark.parametrize("script", sorted(ROOT.glob("main_*.py")), ids=lambda path: path.name)
-def test_scripts_are_under_220_lines(script):
-    assert len(script.read_text().splitlines()) < 220
+def test_scripts_are_under_225_lines(script):
+    assert len(script.read_text().splitlines()) < 225
 
 
 @pytest.mark.parametrize("module", sorted(MODULES.keys() - {"moco.files"}))
