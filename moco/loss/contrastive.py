@@ -88,7 +88,7 @@ class _BankLogSumExp(torch.autograd.Function):
         rest = 0.0
         if ctx.more is not None:
             coefficients, rest = ctx.more.backward(q, ctx.of_more)
-            weight.scatter_add_(1, ctx.more.rows, coefficients)
+            weight.scatter_add_(1, ctx.more.indices, coefficients)
         return (
             (weight @ bank + rest) * (gradient[:, None] / (total * ctx.temperature)),
             None,
