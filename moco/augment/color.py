@@ -24,63 +24,6 @@ _TINY = 1e-30  # less than any difference of two colours but 0
 _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = range(4)  # the jitter's operations
 
 
-def grayscale(x: Tensor) -> Tensor:
-    """Luma .2989 R + .587 G + .114 B, [B, 1, H, W]."""
-    r, g, b = x.split(1, 1)
-    return (0.2989 * r).add_(g, alpha=0.587).add_(b, alpha=0.114)
-
-
-def blend(
-    x: Tensor, brightness: Tensor, contrast: Tensor, saturation: Tensor, out: Tensor | None = None
-) -> Tensor:
-    """Apply at most one of the three blends to each sample (the other factors of that sample are 1), [B] each.
-
-    factor x + (1 - factor) other, clamped to [0, 1], where other is 0, the mean luma, or the pixel's luma.
-    The result is written to `out` if given, which may be `x`.
-    """
-    factors = (brightness * contrast * saturation, contrast, saturation)
-    factor, contrast, saturation = (f.view(-1, 1, 1, 1) for f in factors)
-    gray = grayscale(x)
-    mean = (1 - contrast) * gray.mean((2, 3), keepdim=True)
-    return torch.addcmul(gray.mul_(1 - saturation).add_(mean), factor, x, out=out).clamp_(0, 1)
-
-
-def adjust_hue(x: Tensor, shift: Tensor, out: Tensor | None = None) -> Tensor:
-    """Turn the hue by `shift` [B] of a full turn, in [-.5, .5], through HSV.
-
-    The result is written to `out` if given, which may be `x`. Masks and torch.where are avoided,
-    because on a CPU they are many times slower than arithmetic.
-    """
-    r, g, b = x.unbind(1)
-    largest, smallest = torch.maximum(r, g), torch.minimum(r, g)
-    largest, smallest = (
-        torch.maximum(largest, b, out=largest),
-        torch.minimum(smallest, b, out=smallest),
-    )
-    chroma = largest - smallest
-    above, below = largest.add_(chroma), smallest.sub_(chroma)
-    # The hue's distance from cyan, in [-.5, .5] of a turn. Its magnitude is
-    # (2 + (r - g - b + smallest) / chroma) / 6 in all six sectors: 0 for cyan, .5 for red.
-    # It is negative if green exceeds blue. (torch.copysign takes twice as long as these operations.)
-    sign = (b - g).add_(_TINY).sign_()
-    hue = (above + r).sub_(g).sub_(b).mul_(sign)
-    spare = torch.clamp_min(chroma, 1e-12, out=sign)
-    hue = torch.addcdiv(shift.view(-1, 1, 1), hue, spare, value=1 / 6, out=hue)
-    hue.sub_(torch.round(hue, out=spare))
-    # Red is smallest around hue 0; green is largest around -1/6, blue around 1/6. Each channel is
-    # constant up to 1/6 of a turn from there, changes linearly up to 1/3, and is constant again.
-    out = torch.empty_like(x) if out is None else out
-    red, green, blue = out.unbind(1)
-    for channel, base, slope, place in (
-        (green, above, -6, 1 / 6),
-        (blue, above, -6, -1 / 6),
-        (red, below, 6, 0),
-    ):
-        distance = torch.add(hue, place, out=spare).abs_().clamp_(1 / 6, 1 / 3)
-        torch.addcmul(base, distance, chroma, value=slope, out=channel)
-    return out
-
-
 @functools.cache
 def fuse() -> None:
     """Let torch.compile fuse what `blend` and `adjust_hue` do, in this process from now on."""
@@ -93,47 +36,6 @@ def _fused(operation: Callable[..., Tensor], *inputs: Tensor, out: Tensor | None
     """Call a compiled operation and copy its result to `out`: compiled code cannot write there."""
     result = operation(*inputs)
     return result if out is None else out.copy_(result)
-
-
-def gaussian_blur(x: Tensor, sigma: Tensor, radius: int) -> Tensor:
-    """Blur each sample with its own `sigma` [B] in pixels: 2 radius + 1 taps, reflected at the borders."""
-    n, c, h, w = x.shape
-    taps = torch.arange(-radius, radius + 1, device=x.device, dtype=x.dtype)
-    kernel = torch.exp(-0.5 * (taps / sigma[:, None]) ** 2)
-    kernel = (kernel / kernel.sum(1, keepdim=True)).repeat_interleave(c, 0)  # [B 3, taps]
-    x = F.pad(x, (radius,) * 4, mode="reflect").reshape(1, n * c, h + 2 * radius, w + 2 * radius)
-    x = F.conv2d(x, kernel[:, None, None, :], groups=n * c)
-    x = F.conv2d(x, kernel[:, None, :, None], groups=n * c)
-    return x.view(n, c, h, w)
-
-
-def solarize(x: Tensor, threshold: float = 0.5) -> Tensor:
-    """Invert the pixels at or above `threshold`."""
-    bright = torch.ge(x, threshold, out=torch.empty_like(x))
-    return torch.addcmul(x, bright, 1 - 2 * x)
-
-
-def normalize(
-    x: Tensor, mean: Sequence[float] = MEAN, std: Sequence[float] = STD, out: Tensor | None = None
-) -> Tensor:
-    """Return (x - mean) / std per channel in float32, for `x` uint8, or float in [0, 1].
-
-    `mean` and `std` [3] are those of the data set's colours in [0, 1].
-    """
-    mean, scale = _mean_and_scale(x.device, tuple(mean), tuple(std))
-    return torch.sub(x if x.dtype == torch.float32 else _to_float(x), mean, out=out).mul_(scale)
-
-
-def denormalize(x: Tensor, mean: Sequence[float] = MEAN, std: Sequence[float] = STD) -> Tensor:
-    """Undo `normalize`: return colours in [0, 1]."""
-    mean, scale = _mean_and_scale(x.device, tuple(mean), tuple(std))
-    return (x / scale + mean).clamp(0, 1)
-
-
-@functools.cache
-def _mean_and_scale(device: torch.device, *values: tuple[float, ...]) -> tuple[Tensor, Tensor]:
-    mean, std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in values)
-    return mean, 1 / std
 
 
 @dataclass
