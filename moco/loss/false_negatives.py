@@ -72,8 +72,8 @@ def cancelled_nt_xent(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return FNC's loss and two metrics, with a single [chunk, R] buffer.
 
-    An anchor has a logit for each bank entry except its own. Its positives are the other V - 1 views
-    of its image. With mode "attract" the false negatives are positives, too. The loss is the
+    An anchor has a logit for each bank entry except its own. Its positives are the V - 1 other
+    views of its image. With mode "attract" the false negatives are positives, too. The loss is the
     log-sum-exp of all logits minus the mean logit of the positives. With mode "eliminate" the
     log-sum-exp leaves out the false negatives. Without false negatives and with V = 2 this is
     SimCLR's NT-Xent.

@@ -93,7 +93,7 @@ TYPES = (
 
 @dataclass(frozen=True)
 class Synthetic:
-    """The synthetic negatives of a run. Raises ValueError unless each type has a count."""
+    """The synthetic negatives of a run: how many of each type, and the sizes that types read."""
 
     n_hard: int = 0  # hardest bank entries of each query, from which n and n' are drawn
     counts: tuple[int, ...] = (0,) * len(TYPES)  # negatives per query, of each of TYPES
@@ -102,6 +102,7 @@ class Synthetic:
     eta: float = 0.01
 
     def __post_init__(self):
+        """Raise ValueError unless each type has a count."""
         if len(self.counts) != len(TYPES):
             raise ValueError(f"{len(self.counts)} counts for {len(TYPES)} types of negatives")
 
