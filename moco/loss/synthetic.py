@@ -40,13 +40,14 @@ class Coefficient:
     sized: bool = False
 
     def fill(self, out: Tensor, w: Tensor, size: float) -> None:
-        """Write the factors of the negatives to `out` [N, n], for weights `w` of the same shape.
+        """Write the factors of the negatives to `out` [N, M], for weights `w` of the same shape.
 
         A type without a random weight has no slope, and `w` is not read.
         """
         scale = size if self.sized else 1.0
         if self.slope:
-            constant = torch.tensor(self.constant * scale, dtype=w.dtype)  # not on w's device
+            # a scalar on the CPU, which no device has to wait for
+            constant = torch.tensor(self.constant * scale, dtype=w.dtype)
             torch.add(constant, w, alpha=self.slope * scale, out=out)
         else:
             out.fill_(self.constant * scale)
@@ -80,14 +81,15 @@ class Type:
 
 _MOCHI, _SYNCO = "MoCHI, arXiv 2010.01028", "SynCo, arXiv 2410.02401, section 3"
 
-# The order is that of --n1, --n2, ... and of the random draws.
+# The order is that of --n1, --n2, ... and of the random draws. The papers call types 5 and 6 steps
+# along the gradient of q.n with respect to n, which is q.
 TYPES = (
-    Type("interpolated", _MOCHI, weight=(0.0, 0.5), q=W, n=ONE_MINUS_W),
+    Type("interpolated", _MOCHI, weight=(0.0, 0.5), q=W, n=ONE_MINUS_W),  # w q + (1 - w) n
     Type("extrapolated", _SYNCO, weight=(1.0, 1.5), q=ONE_MINUS_W, n=W),  # q + w (n - q)
-    Type("mixup", _MOCHI, weight=(0.0, 1.0), n=W, second=ONE_MINUS_W),
-    Type("noise", _SYNCO, size="sigma", noise=True),
-    Type("perturbed", _SYNCO, size="delta", q=SIZE),  # n + delta grad_n(q.n)
-    Type("adversarial", _SYNCO, size="eta", sign=SIZE),  # n + eta sign(grad_n(q.n))
+    Type("mixup", _MOCHI, weight=(0.0, 1.0), n=W, second=ONE_MINUS_W),  # w n + (1 - w) n'
+    Type("noise", _SYNCO, size="sigma", noise=True),  # n + e
+    Type("perturbed", _SYNCO, size="delta", q=SIZE),  # n + delta q
+    Type("adversarial", _SYNCO, size="eta", sign=SIZE),  # n + eta sign(q)
 )
 
 
@@ -155,13 +157,14 @@ def _layout(counts: tuple[int, ...]) -> tuple[list[_Columns], dict[str, int]]:
 class Draws:
     """The random part of a batch's synthetic negatives, type by type in the order of `TYPES`.
 
-    Indices are those of a query's hard negatives, in [0, n_hard).
+    Indices count a query's hard negatives, from 0 for the hardest. M is the number of negatives of
+    the types that have the item in question.
     """
 
     first: Tensor  # [N, total] index of n
-    second: Tensor  # [N, n] index of n', for the types that have one
-    weight: Tensor  # [N, n] weight w, for the types that have one
-    noise: Tensor  # [N, n, C] noise e, for the types that have it; already scaled by its size
+    second: Tensor  # [N, M] index of n'
+    weight: Tensor  # [N, M] weight w
+    noise: Tensor  # [N, M, C] noise e, already scaled by the type's size
 
 
 def draw(
@@ -215,8 +218,8 @@ def hardest(similarity: Tensor, n_hard: int) -> Tensor:
     if not on_cpu or not has_numpy_type or members == 1 or K % members:
         return similarity.topk(n_hard, 1).indices
 
-    # Group j holds the entries j, j + groups, j + 2 groups, ...: its maximum is one of contiguous
-    # vectors, and the entries of a sorted bank spread over all groups.
+    # Group j has the members j, j + groups, j + 2 groups, ... The maxima of all groups are then a
+    # maximum over contiguous vectors.
     groups = K // members
     grouped = similarity.view(n, members, groups)
     best = _largest(grouped.amax(1), n_hard)  # [N, n_hard] groups
@@ -239,15 +242,16 @@ def _largest(x: Tensor, k: int) -> Tensor:
 class Mixture:
     """The synthetic negatives of a batch, as coefficients of the vectors they are made of.
 
-    The coefficients are those of h: they are already divided by |v|.
+    The coefficients are those of h: they are already divided by |v|. M is the number of negatives
+    of the types that have the vector in question.
     """
 
-    indices: Tensor  # [N, total + n] bank entries: n of all, then n' of the types that have one
-    coefficients: Tensor  # [N, total + n] of these entries
+    indices: Tensor  # [N, total + M] of the bank entries: all n, then all n'
+    coefficients: Tensor  # [N, total + M] of these entries
     of_q: Tensor  # [N, total] coefficient of q
-    of_sign: Tensor  # [N, n] coefficient of sign(q), for the types that have one
-    of_noise: Tensor  # [N, n] coefficient of e, for the types that have noise
-    noise: Tensor  # [N, n, C] noise e
+    of_sign: Tensor  # [N, M] coefficient of sign(q)
+    of_noise: Tensor  # [N, M] coefficient of e
+    noise: Tensor  # [N, M, C] noise e
     layout: list[_Columns]
 
     def dot(self, q: Tensor, similarity: Tensor) -> Tensor:
@@ -279,7 +283,7 @@ class Mixture:
             weight: factor of each synthetic negative, [N, total].
 
         Returns:
-            coefficients [N, total + n] of the bank entries `indices`;
+            coefficients [N, total + M] of the bank entries `indices`;
             the sum of the other vectors, [N, C].
         """
         seconds = [weight[:, c.all] for c in self.layout if c.type.second is not None]
@@ -348,7 +352,7 @@ def mix(
 
 
 def _fill(mixture: Mixture, c: _Columns, config: Synthetic, draws: Draws) -> list[Tensor]:
-    """Write the coefficients of a type's v to the mixture, and return views [N, n] of them."""
+    """Write the coefficients of a type's v to the mixture, and return views [N, M] of them."""
     w, size = draws.weight[:, c.weight], config.size(c.type)
     views = []
     for coefficient, tensor, columns in (
@@ -365,7 +369,7 @@ def _fill(mixture: Mixture, c: _Columns, config: Synthetic, draws: Draws) -> lis
 
 
 def _vectors(mixture: Mixture, c: _Columns, q: Tensor, bank: Tensor) -> Tensor:
-    """Return the vectors v [N, n, C] of a type, whose coefficients are not yet divided by |v|."""
+    """Return the vectors v [N, M, C] of a type, whose coefficients are not yet divided by |v|."""
     first, B = mixture.indices[:, c.all], mixture.coefficients[:, c.all]
     if c.type.second is not None:
         # embedding_bag adds B n + D n' without a tensor for either.
