@@ -1,4 +1,4 @@
-"""Apply a view's colour operations to a batch, with random parameters of its own for each sample.
+"""Draw the parameters of a view's colour operations per sample, and apply them to a batch.
 
 Start at `augment_views`. The operations are in `moco/augment/operations.py`, the crops in
 `moco/augment/crop.py`, and the recipes of the views in `moco/augment/recipes.py`.
@@ -57,7 +57,7 @@ def fuse() -> None:
 
 
 def _fused(operation: Callable[..., Tensor], *inputs: Tensor, out: Tensor | None = None) -> Tensor:
-    """Call a compiled operation, and copy its result to `out`, to which it cannot write itself."""
+    """Call a compiled operation and copy its result to `out`: it cannot write to `out` itself."""
     result = operation(*inputs)
     return result if out is None else out.copy_(result)
 

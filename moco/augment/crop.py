@@ -23,9 +23,9 @@ Box = tuple[int, int, int, int]  # top, left, height, width
 def random_box(height: int, width: int, view: View, key: int) -> Box:
     """Return a random box, distributed like that of torchvision's `RandomResizedCrop`.
 
-    The same `key` always gives the same box. Each of up to ten tries draws an area in `view.scale`
-    and a log-uniform aspect ratio in `view.ratio`. If none fits into the image, whose size is given
-    in pixels, return the largest centred box with an aspect ratio in `view.ratio`.
+    The image has `height` x `width` pixels. The same `key` always gives the same box. Up to ten
+    times, draw an area in `view.scale` and a log-uniform aspect ratio in `view.ratio`. If no box
+    fits, return the largest centred one with an aspect ratio in `view.ratio`.
     """
     (low, high), (narrow, wide) = view.scale, view.ratio
     for i in range(0, 40, 4):
