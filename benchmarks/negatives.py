@@ -145,7 +145,7 @@ class Heads:
         q = self.q.detach()[:, None, :]
         near = list(self.bank[hard.gather(1, draws.first)].split(self.kind.counts, 1))
         other = self.bank[hard.gather(1, draws.second)]
-        a, b, g = (weight[:, :, None] for weight in (draws.a, draws.b, draws.g))
+        a, b, g = draws.weight[:, :, None].split(self.kind.counts[:3], 1)
         near[3] = near[3] + draws.noise
         return (
             q,

@@ -1,4 +1,4 @@
-"""Batched colour operations against torchvision's, one image at a time; the distribution of their draws."""
+"""Colour operations on batches against torchvision's on each image, and their random draws."""
 
 import math
 import shutil
@@ -31,7 +31,10 @@ def generator(seed):
 
 
 def images(height, width, seed):
-    """50 random images; some are saturated, gray, black, white or nearly flat, the others hold pixels of these kinds."""
+    """Return 50 random images.
+
+    Some are saturated, gray, black, white or nearly uniform. The others contain such pixels.
+    """
     x = torch.rand(IMAGES_PER_BATCH, 3, height, width, generator=generator(seed))
     x[:6] = x[:6].round()
     x[6:12] = x[6:12, :1]
@@ -46,7 +49,7 @@ def images(height, width, seed):
 
 
 def between(low, high, seed):
-    """50 random numbers, both ends among them."""
+    """Return 50 random numbers in [low, high], including both ends."""
     values = low + (high - low) * torch.rand(IMAGES_PER_BATCH, generator=generator(100 + seed))
     values[20], values[-1] = low, high
     return values
@@ -66,29 +69,30 @@ def assert_close(ours, theirs):
 
 
 @FOUR_BATCHES
-@pytest.mark.parametrize("place", range(3))
-def test_blend_is_torchvisions_brightness_contrast_and_saturation(place, height, width, seed):
+@pytest.mark.parametrize("operation", range(3))
+def test_blend_is_torchvisions_brightness_contrast_and_saturation(operation, height, width, seed):
     x, factor = images(height, width, seed), between(0, 2, seed)
     factors = [torch.ones(len(x))] * 3
-    factors[place] = factor
-    theirs = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation)[place]
+    factors[operation] = factor
+    theirs = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation)[operation]
     assert_close(color.blend(x, *factors), one_by_one(theirs, x, factor))
 
 
 @FOUR_BATCHES
-def test_blend_of_a_batch_may_do_another_blend_to_each_sample(height, width, seed):
+def test_each_sample_of_a_batch_may_have_another_blend(height, width, seed):
     x, factor = images(height, width, seed), between(0, 2, seed)
-    place = torch.arange(len(x)) % 4  # every fourth sample is left as it is
+    operation = torch.arange(len(x)) % 4  # every fourth sample stays as it is
     theirs = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, lambda image, _: image)
-    expected = one_by_one(lambda image, p, f: theirs[p](image, f), x, place, factor)
-    ours = color.blend(x, *(torch.where(place == p, factor, torch.ones(())) for p in range(3)))
+    expected = one_by_one(lambda image, i, f: theirs[i](image, f), x, operation, factor)
+    factors = [torch.where(operation == i, factor, torch.ones(())) for i in range(3)]
+    ours = color.blend(x, *factors)
     assert_close(ours, expected)
 
 
 @FOUR_BATCHES
 def test_hue(height, width, seed):
     x, shift = images(height, width, seed), between(-0.5, 0.5, seed)
-    shift[21:28] = torch.arange(-3, 4) / 6  # whole sectors of the colour circle
+    shift[21:28] = torch.arange(-3, 4) / 6  # full sectors of the colour circle
     assert_close(color.adjust_hue(x, shift), one_by_one(F.adjust_hue, x, shift))
 
 
@@ -103,7 +107,7 @@ def test_blur_with_a_sigma_for_each_sample(radius, height, width, seed):
 
 @FOUR_BATCHES
 @pytest.mark.parametrize("radius", [1, 6])
-def test_blur_of_one_image_is_that_of_a_batch(radius, height, width, seed):
+def test_blur_of_one_image_equals_blur_of_a_batch(radius, height, width, seed):
     x, sigma = images(height, width, seed), between(0.1, 2, seed)
     alone = torch.cat(
         [
@@ -140,7 +144,7 @@ def test_normalize_takes_floats_and_bytes(height, width, seed):
 
 
 @FOUR_BATCHES
-def test_flip_turns_only_the_drawn_samples(height, width, seed):
+def test_flip_changes_only_the_drawn_samples(height, width, seed):
     x, view = images(height, width, seed), View(flip_p=0.5)
     draws = color.draw(view, len(x), generator(seed))
     expected = one_by_one(
@@ -158,7 +162,7 @@ def jittered(image, order, factors):
 
 
 def one_view(image, draws, i, order, taps):
-    """Sample `i` of `draws` on one float image, in torchvision's operations."""
+    """Return the view of a float image for sample `i` of `draws`, by torchvision's operations."""
     operations = {
         "jitter": lambda image: jittered(image, draws.order[i].tolist(), draws.factors[i].tolist()),
         "gray": lambda image: F.rgb_to_grayscale(image, num_output_channels=3),
@@ -206,13 +210,13 @@ def test_apply_is_the_drawn_operations_one_image_at_a_time(view, order):
 
 
 @FOUR_BATCHES
-def test_apply_takes_floats_of_any_size_and_leaves_them_as_they_are(height, width, seed):
+def test_apply_takes_floats_of_any_size_and_does_not_change_them(height, width, seed):
     assert_apply_is_the_drawn_operations(
         images(height, width, seed), BUSY, ("jitter", "gray", "blur", "solarize", "flip")
     )
 
 
-def test_apply_returns_float32_whatever_comes_in():
+def test_apply_returns_float32_for_float64_images():
     x = torch.rand(8, 3, 16, 16, dtype=torch.float64, generator=generator(0))
     draws = color.draw(BUSY, 8, generator(1))
     ours = color.apply(x, BUSY, draws)
@@ -230,8 +234,10 @@ def test_views_smaller_than_the_blur_kernel_get_a_smaller_kernel():
     )
 
 
-@pytest.mark.parametrize(("view", "order"), [*VIEWS, pytest.param(BUSY, None, id="busy")])
-def test_all_images_at_once_and_each_alone_are_the_same(view, order):
+@pytest.mark.parametrize(
+    "view", [case.values[0] for case in VIEWS] + [BUSY], ids=[case.id for case in VIEWS] + ["busy"]
+)
+def test_all_images_at_once_equal_each_image_alone(view):
     x = images(24, 32, 3)
     draws = color.draw(view, len(x), generator(6))
     together, alone = (
@@ -244,16 +250,16 @@ def test_all_images_at_once_and_each_alone_are_the_same(view, order):
     ("view", "order"),
     [*VIEWS, pytest.param(BUSY, ("jitter", "gray", "blur", "solarize", "flip"), id="busy")],
 )
-def test_apply_is_the_drawn_operations_on_large_images_too(view, order):
+def test_apply_is_the_drawn_operations_on_large_images(view, order):
     x = images(150, 130, 3)[20:30]
     assert x[0, 0].numel() > color._SMALL
     assert_apply_is_the_drawn_operations((x * 255).round().to(torch.uint8), view, order)
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
-def test_fused_operations_give_the_same(monkeypatch):
+def test_fused_operations_give_the_same_views(monkeypatch):
     for name in ("blend", "adjust_hue"):
-        monkeypatch.setattr(color, name, getattr(color, name))  # put back afterwards
+        monkeypatch.setattr(color, name, getattr(color, name))  # monkeypatch restores it
     x, view = images(24, 32, 4), View(jitter_p=1.0)
     draws = color.draw(view, len(x), generator(8))
     before, eager = color.apply(x, view, draws), color.adjust_hue
@@ -272,8 +278,8 @@ def test_augment_draws_and_applies():
 
 
 @pytest.mark.parametrize("recipe_name", sorted(RECIPES))
-def test_views_of_equal_settings_together_are_each_view_alone(recipe_name):
-    """`augment_views` computes on an accelerator what `augment` computes for each view."""
+def test_views_of_equal_settings_together_equal_each_view_alone(recipe_name):
+    """`augment_views` on an accelerator returns what `augment` returns for each view."""
     views = recipe(recipe_name, 32)
     crops = [images(view.size, view.size, i)[:6] for i, view in enumerate(views)]
     draws = [
@@ -303,8 +309,8 @@ def assert_draws_fit(view, draws):
         assert_happens_with_probability(
             getattr(draws, name.removesuffix("_p")), getattr(view, name)
         )
-    for place, strength in enumerate(view.jitter[:3]):
-        assert_uniform(draws.factors[:, place], max(0, 1 - strength), 1 + strength)
+    for operation, strength in enumerate(view.jitter[:3]):
+        assert_uniform(draws.factors[:, operation], max(0, 1 - strength), 1 + strength)
     assert_uniform(draws.factors[:, 3], -view.jitter[3], view.jitter[3])
     assert_uniform(draws.sigma, *view.blur_sigma)
     orders = draws.order @ torch.tensor([64, 16, 4, 1])
@@ -321,7 +327,7 @@ def test_draws_have_the_views_ranges_and_probabilities(view):
     assert_draws_fit(view, color.draw(view, MANY, generator(11)))
 
 
-def test_factors_of_strong_jitter_stop_at_zero_but_hue_turns_both_ways():
+def test_factors_of_a_strong_jitter_stop_at_zero_but_hue_shifts_have_both_signs():
     view = View(jitter=(1.5, 1.0, 2.0, 0.5), blur_sigma=(0.5, 3.0))
     assert_draws_fit(view, color.draw(view, MANY, generator(12)))
 
@@ -415,7 +421,7 @@ def test_the_views_of_fnc_are_the_published_ones():
     )
 
 
-def test_more_views_and_fewer():
+def test_a_recipe_with_more_or_fewer_views():
     assert (
         recipe("fnc", views=4) == recipe("fnc")[:4]
         and recipe("fnc", views=12) == recipe("fnc")[:1] * 12
@@ -430,6 +436,6 @@ def test_more_views_and_fewer():
             recipe("fnc", randaugment=wrong)
 
 
-def test_an_unknown_recipe_is_told_its_nearest():
+def test_the_error_for_an_unknown_recipe_names_the_closest():
     with pytest.raises(InputError, match=r"mocov3.*mocov[12]"):
         recipe("mocov3")

@@ -1,3 +1,5 @@
+"""InfoNCE against cross entropy, its backward pass against autograd, and the metrics."""
+
 import math
 import os
 import statistics
@@ -16,11 +18,14 @@ from moco.loss.contrastive import (
     normalize,
 )
 
-ROWS = 6
+QUERIES = 6
 
 
 def similarities(sizes, seed):
-    """Random similarities in [-1, 1], float64, that want a gradient: the positive [N] and blocks of negatives [N, K_i]."""
+    """Return random similarities in [-1, 1], float64, that require a gradient.
+
+    They are those of the positives [N], and blocks of those of the negatives [N, K_i].
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def uniform(*shape):
@@ -28,7 +33,7 @@ def similarities(sizes, seed):
             torch.rand(*shape, generator=generator, dtype=torch.float64) * 2 - 1
         ).requires_grad_()
 
-    return uniform(ROWS), [uniform(ROWS, size) for size in sizes]
+    return uniform(QUERIES), [uniform(QUERIES, size) for size in sizes]
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -40,7 +45,7 @@ def test_info_nce_is_cross_entropy_with_the_positive_in_column_0(sizes, temperat
     gradients = torch.autograd.grad(loss, [positive, *negatives])
 
     logits = torch.cat([positive[:, None], *negatives], 1) / temperature
-    expected = F.cross_entropy(logits, torch.zeros(ROWS, dtype=torch.long))
+    expected = F.cross_entropy(logits, torch.zeros(QUERIES, dtype=torch.long))
     expected_gradients = torch.autograd.grad(expected, [positive, *negatives])
 
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-14)
@@ -48,23 +53,23 @@ def test_info_nce_is_cross_entropy_with_the_positive_in_column_0(sizes, temperat
         torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-14)
 
 
-def test_info_nce_stays_finite_where_an_exponential_would_overflow():
+def test_info_nce_stays_finite_if_an_exponential_would_overflow():
     positive, negatives = torch.tensor([1.0, -1.0]), torch.tensor([[-1.0, 0.0], [1.0, 1.0]])
     loss = info_nce(positive, [negatives], 0.001)  # logits of up to 1000: losses 0 and 2000 + log 2
     torch.testing.assert_close(loss, torch.tensor(1000 + math.log(2) / 2))
 
 
-def head_inputs(seed, n=5, dim=16, rows=300, dtype=torch.float64):
-    """Unit queries that want a gradient, their positives' similarities, and a bank."""
+def head_inputs(seed, n=5, dim=16, entries=300, dtype=torch.float64):
+    """Return unit queries that require a gradient, their keys, and a bank."""
     generator = torch.Generator().manual_seed(seed)
     q, k, bank = (
         normalize(torch.randn(size, dim, generator=generator, dtype=torch.float64)).to(dtype)
-        for size in (n, n, rows)
+        for size in (n, n, entries)
     )
     return q.requires_grad_(), k, bank
 
 
-KINDS = {
+MIXTURES = {
     "queue alone": None,
     "six types": synthetic.Synthetic(n_hard=20, counts=(4, 3, 5, 2, 6, 1)),
     "MoCHI": synthetic.Synthetic(n_hard=20, counts=(4, 0, 5, 0, 0, 0)),
@@ -74,16 +79,17 @@ KINDS = {
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("temperature", [0.02, 0.2])
-@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
-def test_bank_info_nce_and_its_gradients_are_those_of_info_nce(kind, temperature, seed):
+@pytest.mark.parametrize("config", MIXTURES.values(), ids=MIXTURES)
+def test_bank_info_nce_and_its_gradients_are_those_of_info_nce(config, temperature, seed):
     q, k, bank = head_inputs(seed)
     positive, s = (q * k).sum(1), q @ bank.T
     negatives, mixture = [s], None
-    if kind:
-        draws = synthetic.draw(kind, *q.shape, torch.Generator().manual_seed(seed), torch.float64)
-        hard = synthetic.hardest(s, kind.n_hard)
-        negatives.append(synthetic.similarities(q, bank, s, hard, kind, draws))
-        mixture = synthetic.mix(q, bank, s.detach(), hard, kind, draws)
+    if config:
+        generator = torch.Generator().manual_seed(seed)
+        draws = synthetic.draw(config, *q.shape, generator, torch.float64)
+        hard = synthetic.hardest(s, config.n_hard)
+        negatives.append(synthetic.similarities(q, bank, s, hard, config, draws))
+        mixture = synthetic.mix(q, bank, s.detach(), hard, config, draws)
     expected = info_nce(positive, negatives, temperature)
     (expected_gradient,) = torch.autograd.grad(3 * expected, q)
 
@@ -93,7 +99,7 @@ def test_bank_info_nce_and_its_gradients_are_those_of_info_nce(kind, temperature
     torch.testing.assert_close(gradient, expected_gradient, rtol=1e-10, atol=1e-12)
 
 
-def test_bank_info_nce_stays_finite_where_an_exponential_would_overflow():
+def test_bank_info_nce_stays_finite_if_an_exponential_would_overflow():
     q, k, bank = head_inputs(0, dtype=torch.float32)
     loss = bank_info_nce(q, (q * k).sum(1), bank, (q @ bank.T).detach(), 0.001)
     expected = info_nce((q * k).sum(1).double(), [(q @ bank.T).double()], 0.001)
@@ -102,7 +108,7 @@ def test_bank_info_nce_stays_finite_where_an_exponential_would_overflow():
     assert q.grad.isfinite().all()
 
 
-def test_bank_info_nce_says_that_its_memory_is_used_up():
+def test_a_second_backward_pass_of_bank_info_nce_is_refused():
     q, k, bank = head_inputs(0)
     loss = bank_info_nce(q, (q * k).sum(1), bank, (q @ bank.T).detach(), 0.2)
     loss.backward(retain_graph=True)
@@ -122,7 +128,7 @@ def test_contrast_accuracy_counts_the_positives_that_topk_finds(columns, seed):
     accuracy = contrast_accuracy(positive, negatives)
     assert accuracy["acc1"].item() == pytest.approx(found[:, :1].any(1).double().mean().item())
     assert accuracy["acc5"].item() == pytest.approx(found.any(1).double().mean().item())
-    assert accuracy["acc1"] < 1  # the rows are not all alike
+    assert accuracy["acc1"] < 1  # some positives do not rank first
 
 
 def test_contrast_accuracy_of_known_ranks():
@@ -142,26 +148,26 @@ def test_contrast_accuracy_of_known_ranks():
         (torch.float64, torch.float64),
     ],
 )
-def test_unit_never_computes_below_float32(given, expected):
+def test_normalize_never_computes_below_float32(given, expected):
     x = (
         torch.randn(5, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 40
     ).to(given)
-    rows = normalize(x)
-    assert rows.dtype == expected
+    unit = normalize(x)
+    assert unit.dtype == expected
     torch.testing.assert_close(
-        rows.double().norm(dim=-1), torch.ones(5, dtype=torch.float64), rtol=0, atol=1e-6
+        unit.double().norm(dim=-1), torch.ones(5, dtype=torch.float64), rtol=0, atol=1e-6
     )
     torch.testing.assert_close(
-        rows.double(), x.double() / x.double().norm(dim=-1, keepdim=True), rtol=0, atol=1e-6
+        unit.double(), x.double() / x.double().norm(dim=-1, keepdim=True), rtol=0, atol=1e-6
     )
 
 
-def test_unit_is_float32_under_autocast():
+def test_normalize_is_float32_under_autocast():
     x = torch.randn(5, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
-        rows = normalize(x)
-    assert rows.dtype == torch.float32
-    torch.testing.assert_close(rows.norm(dim=-1), torch.ones(5), rtol=0, atol=1e-6)
+        unit = normalize(x)
+    assert unit.dtype == torch.float32
+    torch.testing.assert_close(unit.norm(dim=-1), torch.ones(5), rtol=0, atol=1e-6)
 
 
 FIRST_STEPS = """
@@ -171,7 +177,8 @@ for _ in range(60):
     if os.fork():
         assert os.wait()[1] == 0
     else:
-        q, bank, positive = normalize(torch.randn(32, 16)), normalize(torch.randn(65536, 16)), torch.zeros(32)
+        q, bank = normalize(torch.randn(32, 16)), normalize(torch.randn(65536, 16))
+        positive = torch.zeros(32)
         got = bank_info_nce(q, positive, bank, q @ bank.T, .2)
         want = info_nce(positive.double(), [(q @ bank.T).double()], .2)
         os._exit(int(abs(got - want) > 5e-6))
@@ -179,22 +186,22 @@ for _ in range(60):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this test starts its processes by fork")
-def test_a_process_first_loss_is_as_exact_as_its_later_ones():
-    """Of 60 processes: without the call in `moco/__init__.py` one in thirty has a first loss that is wrong by 1e-5."""
+def test_the_first_loss_of_a_process_is_as_exact_as_later_ones():
+    """Start 60 processes: without a call in `moco/__init__.py`, one in 30 is wrong by 1e-5."""
     done = shell("-c", FIRST_STEPS, env={"OMP_NUM_THREADS": "2"})
     assert done.returncode == 0, done.stderr
 
 
-# how the features lie
+# Feature statistics
 
 
-def test_spread_is_what_its_definitions_say():
+def test_feature_statistics_follow_their_definitions():
     torch.manual_seed(0)
     q, k = (F.normalize(torch.randn(7, 5, dtype=torch.float64), dim=1) for _ in range(2))
     found = feature_statistics(q, (q * k).sum(1), torch.arange(7.0))
-    apart = [float((q[i] - q[j]).norm()) for i in range(7) for j in range(7) if i != j]
+    distances = [float((q[i] - q[j]).norm()) for i in range(7) for j in range(7) if i != j]
     assert float(found["uniformity"]) == pytest.approx(
-        math.log(sum(math.exp(-2 * d**2) for d in apart) / len(apart))
+        math.log(sum(math.exp(-2 * d**2) for d in distances) / len(distances))
     )
     assert float(found["alignment"]) == pytest.approx(
         sum(float((q[i] - k[i]).norm()) ** 2 for i in range(7)) / 7
@@ -205,7 +212,7 @@ def test_spread_is_what_its_definitions_say():
     assert float(found["hardness"]) == 3
 
 
-def test_spread_tells_a_collapse_from_the_whole_sphere():
+def test_feature_statistics_tell_a_collapse_from_features_all_over_the_sphere():
     sphere = F.normalize(torch.randn(4000, 32), dim=1)
     wide = feature_statistics(sphere, torch.ones(4000))
     assert (

@@ -138,17 +138,16 @@ def test_a_crop_of_its_own_size_keeps_every_pixel():
     assert torch.equal(resized_crop(image, (3, 5, 32, 32), 32), image[:, 3:35, 5:37])
 
 
-def test_random_views_cut_one_crop_for_each_view_of_the_recipe():
+def test_random_views_are_one_crop_for_each_view_of_the_recipe():
     image = noise(90, 120)
     recipe = (View(size=32), View(size=32), View(size=48, scale=(0.1, 0.3)))
     views = random_views(image, recipe, CROP, 0, 3, 14)
     assert [tuple(view.shape) for view in views] == [(3, 32, 32), (3, 32, 32), (3, 48, 48)]
     assert not torch.equal(views[0], views[1])
-    for i, (cut, view) in enumerate(zip(views, recipe, strict=True)):
-        assert torch.equal(
-            cut, resized_crop(image, random_box(90, 120, view, key(CROP, 0, 3, 14, i)), view.size)
-        )
-        assert cut.is_contiguous()
+    for i, (ours, view) in enumerate(zip(views, recipe, strict=True)):
+        box = random_box(90, 120, view, key(CROP, 0, 3, 14, i))
+        assert torch.equal(ours, resized_crop(image, box, view.size))
+        assert ours.is_contiguous()
 
 
 # RandAugment
@@ -165,7 +164,7 @@ def test_randaugment_is_torchvisions_with_a_magnitude_out_of_ten():
         assert torch.equal(ours, F.pil_to_tensor(theirs))
 
 
-def test_randaugment_depends_on_its_key_alone():
+def test_randaugment_depends_only_on_its_key():
     image = noise(40, 40)
     state = torch.random.get_rng_state()
     first = [randaugment(image, 2, 7, key(i)) for i in range(10)]
@@ -176,7 +175,7 @@ def test_randaugment_depends_on_its_key_alone():
     expected = torch.rand(1)
     torch.random.set_rng_state(state)
     randaugment(image, 2, 7, 5)
-    assert torch.equal(torch.rand(1), expected)  # what others draw is left alone
+    assert torch.equal(torch.rand(1), expected)  # the global generator is unchanged
 
 
 def test_randaugment_grows_with_its_magnitude_and_follows_the_crop():
@@ -191,10 +190,11 @@ def test_randaugment_grows_with_its_magnitude_and_follows_the_crop():
     assert changes[0] < changes[1] < changes[2]
     plain, changed = (View(size=32, randaugment=(n, 7)) for n in (0, 2))
     first, second, third = random_views(image, (changed, plain, changed), CROP, 3)
-    cut = [resized_crop(image, box, 32) for box in random_boxes(120, 120, (plain,) * 3, CROP, 3)]
-    assert torch.equal(second, cut[1])
-    assert torch.equal(first, randaugment(cut[0], 2, 7, key(CROP, 3, 0)))
-    assert torch.equal(third, randaugment(cut[2], 2, 7, key(CROP, 3, 2)))
+    boxes = random_boxes(120, 120, (plain,) * 3, CROP, 3)
+    crops = [resized_crop(image, box, 32) for box in boxes]
+    assert torch.equal(second, crops[1])
+    assert torch.equal(first, randaugment(crops[0], 2, 7, key(CROP, 3, 0)))
+    assert torch.equal(third, randaugment(crops[2], 2, 7, key(CROP, 3, 2)))
 
 
 SHAPES = {
@@ -226,7 +226,7 @@ def test_center_view_has_torchvisions_pixels(height, width, size):
 # A batch cropped at once
 
 
-def test_keys_and_uniform_numbers_of_arrays_are_those_of_each_element():
+def test_keys_and_uniform_numbers_of_arrays_equal_those_of_each_element():
     indices = np.array([0, 1, 7, 2**31, 2**40, 2**63 - 1])
     epochs = np.array([-3, -1, 0, 1, 5, 199])
     for seed in (0, 2**63, 2**64 - 1):
@@ -248,12 +248,9 @@ def test_boxes_at_once_equal_those_drawn_one_by_one(height, width, scale):
 
 
 def test_a_box_whose_side_is_nearly_halfway_between_pixels_is_drawn_by_random_box(monkeypatch):
-    """NumPy's power may differ from Python's in the last bit, and round such a side otherwise."""
-    keys, view, asked = (
-        key(CROP, 0, np.arange(64), 0),
-        View(scale=(0.25, 0.25), ratio=(1.0, 1.0)),
-        [],
-    )
+    """NumPy's power may differ from Python's in the last bit, which changes the rounded side."""
+    keys, asked = key(CROP, 0, np.arange(64), 0), []
+    view = View(scale=(0.25, 0.25), ratio=(1.0, 1.0))
     # all sides are about 16.5 pixels, and round to 16 or 17
     expected = [list(random_box(33, 33, view, one)) for one in keys.tolist()]
     one_by_one = crop.random_box
@@ -278,7 +275,7 @@ def test_a_box_whose_side_is_nearly_halfway_between_pixels_is_drawn_by_random_bo
         (3, 64, 16),
     ],
 )
-def test_crops_at_once_equal_those_cut_one_by_one(height, width, size):
+def test_crops_at_once_equal_those_computed_one_by_one(height, width, size):
     """Allow one grey level of difference: PyTorch's code depends on the processor."""
     n = 150  # more than two chunks
     images = torch.stack([noise(height, width, seed) for seed in range(n)])
@@ -300,7 +297,7 @@ def test_crops_at_once_equal_those_cut_one_by_one(height, width, size):
     assert (ours != alone).float().mean() < 0.01
 
 
-def test_random_views_at_once_equal_those_cut_one_by_one():
+def test_random_views_at_once_equal_those_computed_one_by_one():
     images = torch.stack([noise(32, 40, seed) for seed in range(70)])
     views = (View(size=32), View(size=16, scale=(0.1, 0.3)))
     epochs, indices = np.full(70, 3), np.arange(70) * 11
@@ -321,7 +318,7 @@ def test_large_images_much_smaller_views_and_randaugment_are_cropped_one_by_one(
 
 
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (37, 37), (40, 33), (5, 100)])
-def test_center_views_of_a_batch_equal_those_cut_one_by_one(height, width):
+def test_center_views_of_a_batch_equal_those_computed_one_by_one(height, width):
     images = torch.stack([noise(height, width, seed) for seed in range(9)])
     ours = center_view(images, 32)
     assert ours.is_contiguous() and torch.equal(

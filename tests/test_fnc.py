@@ -106,7 +106,7 @@ def test_without_memory_it_is_the_slow_one(V, n, first, mode, seed):
 def test_threshold_and_topk_both_cut_in_these_tests():
     torch.manual_seed(0)
     own = torch.randperm(60)[:30].view(5, 6)
-    counts = find(unit_rows(60, DIM), own, Cancellation("attract", 6, 0.85), 4).counts.sum(1)
+    counts = find(unit_rows(60, DIM), own, Cancellation("attract", 6, 0.85), 4).mask.sum(1)
     assert 0 < counts.min() < counts.max() == 6
 
 
@@ -141,10 +141,10 @@ def test_a_planted_false_negative_is_found_and_cancelled(mode):
     for similarity in (1.0, 0.71, 0.69):
         bank, own = planted(similarity)
         found = find(bank, own, how, 2)
-        pairs = [(i, int(row)) for i in range(3) for row in found.rows[i][found.counts[i]]]
+        pairs = [(i, int(row)) for i in range(3) for row in found.indices[i][found.mask[i]]]
         assert pairs == ([(1, 7)] if similarity > 0.7 else [])
         for i in range(3):
-            assert not set(found.rows[i].tolist()) & set(
+            assert not set(found.indices[i].tolist()) & set(
                 own[:, i].tolist()
             )  # its own views are no candidates
         z = unit_rows(2, 3, 10).requires_grad_()
@@ -176,12 +176,12 @@ def test_an_eliminated_row_is_as_if_it_were_not_there():
 def test_no_candidates_where_there_is_no_other_row():
     bank, own = unit_rows(4, DIM), torch.arange(4)[:, None]
     found = find(bank, own, Cancellation("attract", 10, -1.0), 8)
-    assert found.rows.shape == found.counts.shape == (1, 0)
+    assert found.indices.shape == found.mask.shape == (1, 0)
     assert our_loss(
         unit_rows(4, 1, DIM), bank, own, Cancellation("attract", 10, -1.0), 8
     ).isfinite()
     found = find(unit_rows(6, DIM), own, Cancellation("attract", 10, -1.0), 8)
-    assert sorted(found.rows[0].tolist()) == [4, 5] and found.counts.all()
+    assert sorted(found.indices[0].tolist()) == [4, 5] and found.mask.all()
 
 
 @pytest.mark.parametrize("temperature", [0.001, 0.1, 10.0])

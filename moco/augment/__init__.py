@@ -1,1 +1,1 @@
-"""The views: recipes as data, crops on uint8 images, batched colour operations."""
+"""Views of images: recipes as data, crops of uint8 images, and batched colour operations."""

@@ -1,7 +1,7 @@
-"""Batched colour operations with a draw per sample, on whatever device the images are.
+"""Draw the parameters of a view's colour operations per sample, and apply them to a batch.
 
-Every operation means what `torchvision.transforms.v2.functional` means by it; images are float RGB in [0, 1], [B, 3, H, W],
-and each takes its parameter as a tensor [B].
+Start at `augment_views`. The operations are in `moco/augment/operations.py`, the crops in
+`moco/augment/crop.py`, and the recipes of the views in `moco/augment/recipes.py`.
 """
 
 import functools
@@ -13,156 +13,85 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moco.augment.operations import (
+    adjust_hue,
+    blend,
+    denormalize,
+    gaussian_blur,
+    grayscale,
+    normalize,
+    solarize,
+    to_float,
+)
 from moco.augment.recipes import View
-from moco.config import MEAN, STD
 from moco.devices import to_device
 
-_SMALL = (
-    128 * 128
-)  # pixels; to take images of up to so many one by one costs a CPU more in calls than it saves in cache
-_TINY = 1e-30  # less than any difference of two colours but 0
+__all__ = [
+    "Draws",
+    "adjust_hue",
+    "apply",
+    "augment",
+    "augment_views",
+    "blend",
+    "denormalize",
+    "draw",
+    "fuse",
+    "gaussian_blur",
+    "grayscale",
+    "normalize",
+    "solarize",
+]
+
+# A CPU computes images of more pixels one by one: for smaller images, the calls cost more time than
+# the cache saves.
+_SMALL = 128 * 128
 _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = range(4)  # the jitter's operations
-
-
-def grayscale(x: Tensor) -> Tensor:
-    """Luma .2989 R + .587 G + .114 B, [B, 1, H, W]."""
-    r, g, b = x.split(1, 1)
-    return (0.2989 * r).add_(g, alpha=0.587).add_(b, alpha=0.114)
-
-
-def blend(
-    x: Tensor, brightness: Tensor, contrast: Tensor, saturation: Tensor, out: Tensor | None = None
-) -> Tensor:
-    """Apply at most one of the three blends to each sample (the other factors of that sample are 1), [B] each.
-
-    factor x + (1 - factor) other, clamped to [0, 1], where other is 0, the mean luma, or the pixel's luma.
-    The result is written to `out` if given, which may be `x`.
-    """
-    factors = (brightness * contrast * saturation, contrast, saturation)
-    factor, contrast, saturation = (f.view(-1, 1, 1, 1) for f in factors)
-    gray = grayscale(x)
-    mean = (1 - contrast) * gray.mean((2, 3), keepdim=True)
-    return torch.addcmul(gray.mul_(1 - saturation).add_(mean), factor, x, out=out).clamp_(0, 1)
-
-
-def adjust_hue(x: Tensor, shift: Tensor, out: Tensor | None = None) -> Tensor:
-    """Turn the hue by `shift` [B] of a full turn, in [-.5, .5], through HSV.
-
-    The result is written to `out` if given, which may be `x`. Masks and torch.where are avoided,
-    because on a CPU they are many times slower than arithmetic.
-    """
-    r, g, b = x.unbind(1)
-    largest, smallest = torch.maximum(r, g), torch.minimum(r, g)
-    largest, smallest = (
-        torch.maximum(largest, b, out=largest),
-        torch.minimum(smallest, b, out=smallest),
-    )
-    chroma = largest - smallest
-    above, below = largest.add_(chroma), smallest.sub_(chroma)
-    # The hue's distance from cyan, in [-.5, .5] of a turn. Its magnitude is
-    # (2 + (r - g - b + smallest) / chroma) / 6 in all six sectors: 0 for cyan, .5 for red.
-    # It is negative if green exceeds blue. (torch.copysign takes twice as long as these operations.)
-    sign = (b - g).add_(_TINY).sign_()
-    hue = (above + r).sub_(g).sub_(b).mul_(sign)
-    spare = torch.clamp_min(chroma, 1e-12, out=sign)
-    hue = torch.addcdiv(shift.view(-1, 1, 1), hue, spare, value=1 / 6, out=hue)
-    hue.sub_(torch.round(hue, out=spare))
-    # Red is smallest around hue 0; green is largest around -1/6, blue around 1/6. Each channel is
-    # constant up to 1/6 of a turn from there, changes linearly up to 1/3, and is constant again.
-    out = torch.empty_like(x) if out is None else out
-    red, green, blue = out.unbind(1)
-    for channel, base, slope, place in (
-        (green, above, -6, 1 / 6),
-        (blue, above, -6, -1 / 6),
-        (red, below, 6, 0),
-    ):
-        distance = torch.add(hue, place, out=spare).abs_().clamp_(1 / 6, 1 / 3)
-        torch.addcmul(base, distance, chroma, value=slope, out=channel)
-    return out
 
 
 @functools.cache
 def fuse() -> None:
-    """Let torch.compile fuse what `blend` and `adjust_hue` do, in this process from now on."""
+    """Compile `blend` and `adjust_hue` with torch.compile, for the rest of this process."""
     for operation in (blend, adjust_hue):
         compiled = torch.compile(operation, dynamic=True)
         globals()[operation.__name__] = functools.partial(_fused, compiled)
 
 
 def _fused(operation: Callable[..., Tensor], *inputs: Tensor, out: Tensor | None = None) -> Tensor:
-    """Call a compiled operation and copy its result to `out`: compiled code cannot write there."""
+    """Call a compiled operation and copy its result to `out`: it cannot write to `out` itself."""
     result = operation(*inputs)
     return result if out is None else out.copy_(result)
 
 
-def gaussian_blur(x: Tensor, sigma: Tensor, radius: int) -> Tensor:
-    """Blur each sample with its own `sigma` [B] in pixels: 2 radius + 1 taps, reflected at the borders."""
-    n, c, h, w = x.shape
-    taps = torch.arange(-radius, radius + 1, device=x.device, dtype=x.dtype)
-    kernel = torch.exp(-0.5 * (taps / sigma[:, None]) ** 2)
-    kernel = (kernel / kernel.sum(1, keepdim=True)).repeat_interleave(c, 0)  # [B 3, taps]
-    x = F.pad(x, (radius,) * 4, mode="reflect").reshape(1, n * c, h + 2 * radius, w + 2 * radius)
-    x = F.conv2d(x, kernel[:, None, None, :], groups=n * c)
-    x = F.conv2d(x, kernel[:, None, :, None], groups=n * c)
-    return x.view(n, c, h, w)
-
-
-def solarize(x: Tensor, threshold: float = 0.5) -> Tensor:
-    """Invert the pixels at or above `threshold`."""
-    bright = torch.ge(x, threshold, out=torch.empty_like(x))
-    return torch.addcmul(x, bright, 1 - 2 * x)
-
-
-def normalize(
-    x: Tensor, mean: Sequence[float] = MEAN, std: Sequence[float] = STD, out: Tensor | None = None
-) -> Tensor:
-    """Return (x - mean) / std per channel in float32, for `x` uint8, or float in [0, 1].
-
-    `mean` and `std` [3] are those of the data set's colours in [0, 1].
-    """
-    mean, scale = _mean_and_scale(x.device, tuple(mean), tuple(std))
-    return torch.sub(x if x.dtype == torch.float32 else _to_float(x), mean, out=out).mul_(scale)
-
-
-def denormalize(x: Tensor, mean: Sequence[float] = MEAN, std: Sequence[float] = STD) -> Tensor:
-    """Undo `normalize`: return colours in [0, 1]."""
-    mean, scale = _mean_and_scale(x.device, tuple(mean), tuple(std))
-    return (x / scale + mean).clamp(0, 1)
-
-
-@functools.cache
-def _mean_and_scale(device: torch.device, *values: tuple[float, ...]) -> tuple[Tensor, Tensor]:
-    mean, std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in values)
-    return mean, 1 / std
-
-
 @dataclass
 class Draws:
-    """What happens to each of B samples. Booleans and factors [B]; `order` [B, 4] lists the jitter's operations in turn."""
+    """The random parameters of B samples, each a tensor [B] unless a comment says otherwise."""
 
-    jitter: Tensor
-    order: Tensor
-    factors: Tensor  # [B, 4]: brightness, contrast, saturation, hue
+    jitter: Tensor  # whether it happens; the same holds for gray, blur, solarize and flip
+    order: Tensor  # [B, 4] the jitter's operations, in the order in which they happen
+    factors: Tensor  # [B, 4] of brightness, contrast, saturation, hue
     gray: Tensor
     blur: Tensor
-    sigma: Tensor
+    sigma: Tensor  # of the blur, in pixels
     solarize: Tensor
     flip: Tensor
 
-    def part(self, rows: Tensor | slice) -> "Draws":
-        """Return the draws of the samples with the indices `rows`."""
-        return Draws(**{name: values[rows] for name, values in vars(self).items()})
+    def part(self, indices: Tensor | slice) -> "Draws":
+        """Return the draws of the samples at `indices`."""
+        return Draws(**{name: values[indices] for name, values in vars(self).items()})
 
     @staticmethod
     def join(draws: Sequence["Draws"]) -> "Draws":
-        """Return the draws of several batches as those of one."""
+        """Return the draws of several batches as those of one batch."""
         return Draws(
             **{name: torch.cat([getattr(one, name) for one in draws]) for name in vars(draws[0])}
         )
 
 
 def draw(view: View, n: int, generator: torch.Generator) -> Draws:
-    """Draw the parameters of `n` samples for `view`, on the CPU, so that CPU and GPU runs see the same views."""
+    """Draw the parameters of `n` samples of `view`.
+
+    They lie on the CPU, so that runs on CPUs and GPUs see the same views.
+    """
 
     def rand(*shape: int) -> Tensor:
         return torch.rand(*shape, generator=generator)
@@ -184,11 +113,19 @@ def draw(view: View, n: int, generator: torch.Generator) -> Draws:
 
 
 def apply(x: Tensor, view: View, draws: Draws) -> Tensor:
-    """Colour, flip and normalize `x` [B, 3, H, W] (uint8, or float in [0, 1]) as `draws` says; returns float32.
+    """Return the views of images: colour operations, flip and normalization, as `draws` says.
 
-    The draws lie on the CPU, so it is known without waiting for the device which samples each
-    operation changes. A GPU applies an operation to all of these samples at once. A CPU finishes
-    one chunk of small images, or one large image, before the next: so the pixels stay in its cache.
+    The draws lie on the CPU, so the code knows which samples an operation changes without waiting
+    for the device. A GPU applies an operation to all of these samples at once. A CPU finishes one
+    chunk of small images, or one large image, before the next: the pixels stay in its cache.
+
+    Args:
+        x: images [B, 3, H, W], uint8 or float in [0, 1].
+        view: their recipe.
+        draws: the random parameters of the B samples, from `draw`.
+
+    Returns:
+        float32 [B, 3, H, W].
     """
     if x.device.type != "cpu":
         return _apply_by_operation(x, view, draws)
@@ -197,17 +134,24 @@ def apply(x: Tensor, view: View, draws: Draws) -> Tensor:
 
 
 def augment(x: Tensor, view: View, generator: torch.Generator) -> Tensor:
-    """`draw` and `apply` in one call."""
+    """Draw the parameters of `view` for images `x`, and apply them. See `draw` and `apply`."""
     return apply(x, view, draw(view, len(x), generator))
 
 
 def augment_views(
     crops: Sequence[Tensor], recipe: Sequence[View], generators: Sequence[torch.Generator]
 ) -> list[Tensor]:
-    """Return `augment` of each view's crops.
+    """Return the views of a batch: `augment` each view's crops with its own generator.
 
-    An accelerator computes the views that have the same settings together: that is fewer operations
-    for Python to start.
+    An accelerator computes views with equal settings together, so that Python starts fewer kernels.
+
+    Args:
+        crops: crops of each view, [B, 3, S, S], uint8 or float in [0, 1].
+        recipe: the views.
+        generators: random generator of each view, on the CPU.
+
+    Returns:
+        float32 [B, 3, S, S] per view.
     """
     draws = [
         draw(view, len(x), generator)
@@ -221,115 +165,102 @@ def augment_views(
 def _apply_together(
     crops: Sequence[Tensor], recipe: Sequence[View], draws: list[Draws]
 ) -> list[Tensor]:
-    alike: dict[View, list[int]] = {}
-    for place, view in enumerate(recipe):
-        alike.setdefault(view, []).append(place)
+    """Return the views of a batch; apply views with equal settings in one call."""
+    equal: dict[View, list[int]] = {}
+    for i, view in enumerate(recipe):
+        equal.setdefault(view, []).append(i)
     found: dict[int, Tensor] = {}
-    for view, places in alike.items():
-        joined = apply(
-            torch.cat([crops[i] for i in places]), view, Draws.join([draws[i] for i in places])
-        )
-        found.update(zip(places, joined.split([len(crops[i]) for i in places]), strict=True))
-    return [found[place] for place in range(len(recipe))]
+    for view, indices in equal.items():
+        joined = torch.cat([crops[i] for i in indices])
+        images = apply(joined, view, Draws.join([draws[i] for i in indices]))
+        found.update(zip(indices, images.split([len(crops[i]) for i in indices]), strict=True))
+    return [found[i] for i in range(len(recipe))]
 
 
-def _to_float(x: Tensor) -> Tensor:
-    return x.float().mul_(1 / 255) if x.dtype == torch.uint8 else x.to(torch.float32, copy=True)
-
-
-# On a GPU: apply an operation to all its samples at once.
+# On a GPU: apply each operation to all samples that it changes at once.
 
 
 def _apply_by_operation(x: Tensor, view: View, draws: Draws) -> Tensor:
-    x = _to_float(x)
-    operations = {
-        "jitter": _jitter,
-        "gray": _gray,
-        "blur": _blur,
-        "solarize": _solarize,
-        "flip": _flip,
-    }
+    x = to_float(x)
     for name in (*view.order, "flip"):
-        rows = getattr(draws, name).nonzero().squeeze(1)
-        if len(rows):
-            x = operations[name](x, rows, view, draws)
+        indices = getattr(draws, name).nonzero().squeeze(1)
+        if len(indices):
+            change = _jitter if name == "jitter" else functools.partial(_change, name)
+            change(x, indices, view, draws)
     return normalize(x, view.mean, view.std, out=x)
 
 
-def _jitter(x: Tensor, rows: Tensor, view: View, draws: Draws) -> Tensor:
-    # Sort the samples by the slot in which their hue turns. In each slot those that turn their hue
-    # are then one slice, and the others at most two slices.
-    slots = _slot_of_hue(draws.order[rows])
-    rows = rows[slots.argsort(stable=True)]
+def _change(name: str, x: Tensor, indices: Tensor, view: View, draws: Draws) -> None:
+    """Apply an operation other than the jitter to the samples at `indices`, in place."""
+    sigma = to_device(draws.sigma[indices], x.device) if name == "blur" else None
+    indices = to_device(indices, x.device)
+    y = x[indices]
+    if name == "gray":
+        y = grayscale(y).expand(-1, 3, -1, -1)
+    elif name == "blur":
+        y = gaussian_blur(y, sigma, _radius(x, view))
+    elif name == "solarize":
+        y = solarize(y)
+    else:
+        y = y.flip(-1)
+    x.index_copy_(0, indices, y)
+
+
+def _jitter(x: Tensor, indices: Tensor, view: View, draws: Draws) -> None:
+    """Jitter the samples at `indices`, in place."""
+    # The jitter has four slots, one operation in each. Sort the samples by the slot of their hue
+    # shift: then in each slot the samples that shift their hue are one slice, and the others two.
+    slots = _slot_of_hue(draws.order[indices])
+    indices = indices[slots.argsort(stable=True)]
     ends = slots.bincount(minlength=4).cumsum(0).tolist()
-    coefficients = to_device(_coefficients(draws)[rows], x.device)
-    shift = to_device(draws.factors[rows, _HUE], x.device)
-    rows = to_device(rows, x.device)
-    y = x.index_select(0, rows)
+    coefficients = to_device(_coefficients(draws)[indices], x.device)
+    shift = to_device(draws.factors[indices, _HUE], x.device)
+    indices = to_device(indices, x.device)
+    y = x.index_select(0, indices)
     for slot, (first, last) in enumerate(zip([0, *ends], ends, strict=False)):
         for part in (slice(0, first), slice(last, len(y))):
             if part.start < part.stop:
                 blend(y[part], *coefficients[part, slot].unbind(1), out=y[part])
         if first < last and view.jitter[_HUE]:
             adjust_hue(y[first:last], shift[first:last], out=y[first:last])
-    return x.index_copy_(0, rows, y)
+    x.index_copy_(0, indices, y)
 
 
 def _coefficients(draws: Draws) -> Tensor:
-    """Return `blend`'s factors in each of the jitter's slots, [B, slot, 3]; 1 where it has no effect."""
+    """Return the factors of `blend` in each slot, [B, slot, 3]: 1 if it has no effect there."""
     operation = draws.order[..., None] == torch.arange(4)  # [B, slot, 4]: one True in each slot
     return torch.where(operation, draws.factors[:, None], torch.ones(()))[..., :_HUE]
 
 
 def _slot_of_hue(order: Tensor) -> Tensor:
-    """Return the index of the jitter's slot, of four, in which each sample's hue turns, [B]."""
+    """Return the index of the slot in which each sample shifts its hue, [B]."""
     return (order == _HUE).int().argmax(1)
 
 
-def _flip(x: Tensor, rows: Tensor, view: View, draws: Draws) -> Tensor:
-    rows = to_device(rows, x.device)
-    return x.index_copy_(0, rows, x[rows].flip(-1))
-
-
-def _gray(x: Tensor, rows: Tensor, view: View, draws: Draws) -> Tensor:
-    rows = to_device(rows, x.device)
-    return x.index_copy_(0, rows, grayscale(x[rows]).expand(-1, 3, -1, -1))
-
-
-def _blur(x: Tensor, rows: Tensor, view: View, draws: Draws) -> Tensor:
-    sigma = to_device(draws.sigma[rows], x.device)
-    rows = to_device(rows, x.device)
-    return x.index_copy_(0, rows, gaussian_blur(x[rows], sigma, _radius(x, view)))
-
-
 def _radius(x: Tensor, view: View) -> int:
+    """Return the radius of the blur's kernel: 3 sigma, or less if the images are smaller."""
     return min(math.ceil(3 * view.blur_sigma[1]), x.shape[-1] - 1, x.shape[-2] - 1)
 
 
-def _solarize(x: Tensor, rows: Tensor, view: View, draws: Draws) -> Tensor:
-    rows = to_device(rows, x.device)
-    return x.index_copy_(0, rows, solarize(x[rows]))
-
-
-# On a CPU, for small images: one chunk after the other, each small enough for the cache. All images of
-# a chunk turn their hue in the same slot of the jitter, or have no jitter. Those that turn gray come last.
+# On a CPU, for small images: one chunk after the other, each small enough for the cache. The images
+# of a chunk shift their hue in the same slot, or have no jitter. Those that turn gray come last.
 
 _CHUNK = 128  # images
 
 
 def _apply_by_chunk(x: Tensor, view: View, draws: Draws) -> Tensor:
     slots = torch.where(draws.jitter, _slot_of_hue(draws.order), 4)
-    rows = (2 * slots + draws.gray).argsort(stable=True)
+    order = (2 * slots + draws.gray).argsort(stable=True)
     ends = slots.bincount(minlength=5).cumsum(0).tolist()
-    draws, rows = draws.part(rows), rows.numpy()
+    draws, order = draws.part(order), order.numpy()
     coefficients, shift = _coefficients(draws).unbind(2), draws.factors[:, _HUE]
     happens = {name: getattr(draws, name).numpy() for name in ("gray", "blur", "solarize", "flip")}
     images, out = x.numpy(), torch.empty(x.shape)  # NumPy indexes several times as fast as PyTorch
     for slot, part in _chunks(ends):
-        chunk, flip = images[rows[part]], happens["flip"][part]
-        # Flip first: as uint8, the images are a quarter of the bytes.
+        chunk, flip = images[order[part]], happens["flip"][part]
+        # Flip first, because uint8 images are a quarter of the bytes.
         chunk[flip] = torch.from_numpy(chunk[flip]).flip(-1).numpy()
-        y = _to_float(torch.from_numpy(chunk))
+        y = to_float(torch.from_numpy(chunk))
         for name in view.order:
             if name == "jitter":
                 if slot < 4:
@@ -338,30 +269,28 @@ def _apply_by_chunk(x: Tensor, view: View, draws: Draws) -> Tensor:
                 if count := int(happens["gray"][part].sum()):
                     y[-count:] = grayscale(y[-count:])
             elif happens[name][part].any():
-                mine = draws.part(part)
-                operation = _blur if name == "blur" else _solarize
-                y = operation(y, getattr(mine, name).nonzero().squeeze(1), view, mine)
-        out.numpy()[rows[part]] = normalize(y, view.mean, view.std, out=y).numpy()
+                of_chunk = draws.part(part)
+                _change(name, y, getattr(of_chunk, name).nonzero().squeeze(1), view, of_chunk)
+        out.numpy()[order[part]] = normalize(y, view.mean, view.std, out=y).numpy()
     return out
 
 
 def _chunks(ends: list[int]) -> Iterator[tuple[int, slice]]:
-    """Cut the rows before each of `ends` into equal parts of at most `_CHUNK`; yield group and part."""
+    """Split the samples up to each of `ends` into equal chunks of at most `_CHUNK`.
+
+    Yields the index of the end and the chunk.
+    """
     for group, (first, last) in enumerate(zip([0, *ends], ends, strict=False)):
-        parts = -(-(last - first) // _CHUNK)
-        for i in range(parts):
-            yield (
-                group,
-                slice(
-                    first + i * (last - first) // parts, first + (i + 1) * (last - first) // parts
-                ),
-            )
+        n = last - first
+        chunks = -(-n // _CHUNK)
+        for i in range(chunks):
+            yield group, slice(first + i * n // chunks, first + (i + 1) * n // chunks)
 
 
 def _jitter_chunk(
     x: Tensor, coefficients: list[Tensor], shift: Tensor, slot_of_hue: int, view: View
 ) -> None:
-    """Jitter images in place. `coefficients` has three factors of `blend`, [B, slot] each."""
+    """Jitter images in place; `coefficients` are the three factors of `blend`, [B, slot] each."""
     for slot in range(4):
         if slot != slot_of_hue:
             blend(x, *(c[:, slot] for c in coefficients), out=x)
@@ -369,31 +298,37 @@ def _jitter_chunk(
             adjust_hue(x, shift, out=x)
 
 
-# On a CPU, where images are large: all operations on one image after the other, with plain numbers as factors.
+# On a CPU, for large images: all operations on one image after the other, with numbers as factors.
 
 
 def _apply_by_image(x: Tensor, view: View, draws: Draws) -> Tensor:
     radius, out = _radius(x, view), torch.empty(x.shape)
     order, factors, sigma = draws.order.tolist(), draws.factors.tolist(), draws.sigma.tolist()
     happens = {name: getattr(draws, name).tolist() for name in (*view.order, "flip")}
-    operations = {
-        "jitter": lambda image, i: _jitter_image(image, order[i], factors[i]),
-        "gray": lambda image, i: grayscale(image).repeat(1, 3, 1, 1),
-        "blur": lambda image, i: _blur_image(image, sigma[i], radius),
-        "solarize": lambda image, i: solarize(image),
-        "flip": lambda image, i: image.flip(-1),
-    }
     for i, image in enumerate(x.split(1)):
-        image = _to_float(image)
+        image = to_float(image)
         for name in happens:
-            if happens[name][i]:
-                image = operations[name](image, i)
+            if not happens[name][i]:
+                continue
+            if name == "jitter":
+                image = _jitter_image(image, order[i], factors[i])
+            elif name == "gray":
+                image = grayscale(image).repeat(1, 3, 1, 1)
+            elif name == "blur":
+                image = _blur_image(image, sigma[i], radius)
+            elif name == "solarize":
+                image = solarize(image)
+            else:
+                image = image.flip(-1)
         normalize(image, view.mean, view.std, out[i : i + 1])
     return out
 
 
 def _jitter_image(x: Tensor, order: list[int], factors: list[float]) -> Tensor:
-    """Brightness, contrast, saturation and hue of one image [1, 3, H, W] in `order`; overwrites it."""
+    """Return the jittered image [1, 3, H, W], and overwrite `x`.
+
+    `order` lists the operations, `factors` has the factor of each.
+    """
     for operation in order:
         factor = factors[operation]
         if operation == _BRIGHTNESS:
@@ -409,10 +344,11 @@ def _jitter_image(x: Tensor, order: list[int], factors: list[float]) -> Tensor:
 
 
 def _blur_image(x: Tensor, sigma: float, radius: int) -> Tensor:
-    """`gaussian_blur` of one image [1, 3, H, W], without the taps that weigh less than 4e-6 of the middle one.
+    """Return `gaussian_blur` of one image [1, 3, H, W], without taps below 4e-6 of the largest.
 
-    Weighted sums of the padded image moved by one place, then by one row at a time, as if it were one long row. What runs
-    over a border lies in the padding, which is cut off.
+    The padded image counts as one long row. Each tap adds the row, shifted by that many pixels for
+    the horizontal blur and by that many image rows for the vertical one. What a shift moves across
+    a border ends up in the padding, which is cropped.
     """
     h, w = x.shape[2:]
     radius = min(radius, math.ceil(5 * sigma))

@@ -1,4 +1,7 @@
-"""Random resized crops, RandAugment and centre crops of one decoded image, uint8 in and out: the workers' share of a view."""
+"""Random resized crops, RandAugment and centre crops of decoded uint8 images.
+
+The loader's workers compute this part of a view; `moco/augment/color.py` does the rest, in batches.
+"""
 
 import functools
 import math
@@ -18,10 +21,11 @@ Box = tuple[int, int, int, int]  # top, left, height, width
 
 
 def random_box(height: int, width: int, view: View, key: int) -> Box:
-    """A box with the distribution of torchvision's `RandomResizedCrop`, as a pure function of `key`.
+    """Return a random box, distributed like that of torchvision's `RandomResizedCrop`.
 
-    Ten tries draw an area in `view.scale` and a log-uniform aspect in `view.ratio`; if none fits, the largest centred
-    box whose aspect lies in `view.ratio`.
+    The image has `height` x `width` pixels. The same `key` always gives the same box. Up to ten
+    times, draw an area in `view.scale` and a log-uniform aspect ratio in `view.ratio`. If no box
+    fits, return the largest centred one with an aspect ratio in `view.ratio`.
     """
     (low, high), (narrow, wide) = view.scale, view.ratio
     for i in range(0, 40, 4):
@@ -38,18 +42,27 @@ def random_box(height: int, width: int, view: View, key: int) -> Box:
 
 
 def resized_crop(image: Tensor, box: Box, size: int) -> Tensor:
-    """Cut `box` out of `image` [3, H, W] uint8 and resize it to [3, size, size], bilinear with antialiasing."""
+    """Crop `image` [3, H, W] uint8 to `box`, and resize it to [3, size, size].
+
+    The interpolation is bilinear, with antialiasing.
+    """
     top, left, h, w = box
     return _resize(image[:, top : top + h, left : left + w], (size, size))
 
 
 def random_boxes(height: int, width: int, recipe: Recipe, *counters: int) -> list[Box]:
-    """A random box for each view of `recipe`; `counters` (and the view) fix the draw."""
+    """Return a random box for each view of `recipe`.
+
+    The same `counters` always give the same boxes, and each view draws its own.
+    """
     return [random_box(height, width, view, fold(*counters, i)) for i, view in enumerate(recipe)]
 
 
 def random_views(image: Tensor, recipe: Recipe, *counters: int) -> list[Tensor]:
-    """One random crop of `image` [3, H, W] uint8 for each view of `recipe`, cut at its `random_boxes`, with its RandAugment."""
+    """Return a random crop of `image` [3, H, W] uint8 for each view of `recipe`.
+
+    The crops are those of `random_boxes`, followed by RandAugment if the view asks for it.
+    """
     boxes = random_boxes(*image.shape[1:], recipe, *counters)
     views = [resized_crop(image, box, view.size) for box, view in zip(boxes, recipe, strict=True)]
     for i, view in enumerate(recipe):
@@ -59,14 +72,19 @@ def random_views(image: Tensor, recipe: Recipe, *counters: int) -> list[Tensor]:
 
 
 def randaugment(image: Tensor, operations: int, magnitude: int, key: int) -> Tensor:
-    """RandAugment (Cubuk et al., arXiv 1909.13719) of `image` [3, H, W] uint8, a pure function of `key`.
+    """Apply RandAugment (Cubuk et al., arXiv 1909.13719) to `image` [3, H, W] uint8.
 
-    torchvision's operations, with `magnitude` in [0, 10] as in the paper; what comes in from outside is mid-grey. They run on a
-    Pillow image, which takes half the time of a tensor.
+    The same `key` always gives the same result. Pixels from outside the image are mid-grey.
+
+    Args:
+        image: is converted to Pillow, whose operations take half the time of those on tensors.
+        operations: number of operations, drawn from those of torchvision.
+        magnitude: in [0, 10], as in the paper.
+        key: seeds the draw.
     """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(key >> 1)
-        # by channels, which is many times faster than to move each pixel's three values together
+        # Converting each channel is many times faster than interleaving the three.
         augmented = _randaugment(operations, magnitude)(
             Image.merge("RGB", [Image.fromarray(channel) for channel in image.numpy()])
         )
@@ -83,10 +101,10 @@ def center_view(image: Tensor, size: int) -> Tensor:
 
     `image` is uint8 [3, H, W], or a batch [B, 3, H, W]. The shorter side becomes 256 pixels for a
     `size` of 224. Sizes are rounded as in torchvision's Resize and CenterCrop. An image of exactly
-    size x size pixels is returned unchanged if `size` is at most `_WHOLE`: the literature evaluates
-    CIFAR and STL-10 on full images.
+    size x size pixels is returned unchanged if `size` is at most `_NATIVE`, because the literature
+    evaluates CIFAR and STL-10 on full images.
     """
-    if tuple(image.shape[-2:]) == (size, size) and size <= _WHOLE:
+    if tuple(image.shape[-2:]) == (size, size) and size <= _NATIVE:
         return image
     image = _middle(image)
     height, width = image.shape[-2:]
@@ -96,21 +114,21 @@ def center_view(image: Tensor, size: int) -> Tensor:
     return image[..., top : top + size, left : left + size].contiguous()
 
 
-_WHOLE = 96  # pixels
-_LONGEST = 16  # times the shorter side
+_NATIVE = 96  # pixels: the largest images that are evaluated at their own size
+_LONGEST = 16  # aspect ratio
 
 
 def _middle(image: Tensor) -> Tensor:
-    """Cut off the ends of an image [..., H, W] whose aspect ratio is above `_LONGEST`.
+    """Crop the ends of an image [..., H, W] whose aspect ratio is above `_LONGEST`.
 
     Otherwise resizing its shorter side would make the longer one huge, for pixels that the center
     crop drops.
     """
     for axis in (-2, -1):
-        length, most = image.shape[axis], _LONGEST * min(image.shape[-2:])
-        if length > most:
-            cut = (length - most) // 2
-            image = image.narrow(axis, cut, length - 2 * cut)
+        side, longest = image.shape[axis], _LONGEST * min(image.shape[-2:])
+        if side > longest:
+            margin = (side - longest) // 2
+            image = image.narrow(axis, margin, side - 2 * margin)
     return image
 
 
@@ -135,7 +153,7 @@ def can_crop_at_once(height: int, width: int, recipe: Recipe) -> bool:
 
 
 _LARGEST = 64  # pixels; the matrix products of larger images take longer than resizing crop by crop
-_LARGEST_SHRINKING = 4  # times; beyond it, the float32 sums of `resized_crops` would not be exact
+_LARGEST_SHRINKING = 4  # beyond this factor, the float32 sums of `resized_crops` are not exact
 _CHUNK = 64  # images whose intermediate results fit in a core's cache
 
 
@@ -156,42 +174,45 @@ def random_boxes_at_once(height: int, width: int, view: View, keys: np.ndarray) 
     """Draw the `random_box` of each of `keys` uint64 [B]; return int64 [B, 4]."""
     (low, high), (narrow, wide) = view.scale, view.ratio
     boxes = np.empty((len(keys), 4), dtype=np.int64)
-    rows, unsure = np.arange(len(keys)), []  # rows: keys without a fitting box so far
+    left_over, unsure = np.arange(len(keys)), []  # indices of the keys without a box so far
     for i in range(0, 40, 4):
-        drawn = keys[rows]
+        drawn = keys[left_over]
         area = height * width * (low + (high - low) * uniform(drawn, i))
         aspect = narrow * (wide / narrow) ** uniform(drawn, i + 1)
         sides = np.sqrt(np.stack([area / aspect, area * aspect]))  # [2, n]: height, width
         # NumPy's power may differ from Python's in the last bit. That changes the box if a side is
         # nearly halfway between two whole numbers of pixels.
-        unsure.append(rows[(np.abs(sides % 1 - 0.5) < 1e-6).any(0)])
+        unsure.append(left_over[(np.abs(sides % 1 - 0.5) < 1e-6).any(0)])
         h, w = np.rint(sides).astype(np.int64)
         fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
         top = ((height - h + 1) * uniform(drawn, i + 2)).astype(np.int64)
         left = ((width - w + 1) * uniform(drawn, i + 3)).astype(np.int64)
-        boxes[rows[fits]] = np.stack([top, left, h, w], axis=1)[fits]
-        rows = rows[~fits]
-        if not len(rows):
+        boxes[left_over[fits]] = np.stack([top, left, h, w], axis=1)[fits]
+        left_over = left_over[~fits]
+        if not len(left_over):
             break
-    for row in np.concatenate([rows, *unsure]):
-        boxes[row] = random_box(height, width, view, int(keys[row]))
+    for index in np.concatenate([left_over, *unsure]):
+        boxes[index] = random_box(height, width, view, int(keys[index]))
     return boxes
 
 
 def resized_crops(images: Tensor, boxes: np.ndarray, size: int) -> Tensor:
     """Apply `resized_crop` to each of `images` uint8 [B, 3, H, W]; return uint8 [B, 3, size, size].
 
-    Bilinear interpolation is linear along rows and along columns, so a resized crop is two matrix
-    products. For uint8 images PyTorch rounds the weights to multiples of 2^-p, and the result of
-    each product to whole grey levels. Shrinking by up to `_LARGEST_SHRINKING` needs p of at most 16,
-    for which the float32 sums here are exact. So each pixel equals PyTorch's.
+    Bilinear interpolation is linear in each axis, so a resized crop is two matrix products. For
+    uint8 images PyTorch rounds the weights to multiples of 2^-p, and the result of each product to
+    whole grey levels. Shrinking by up to `_LARGEST_SHRINKING` needs p of at most 16, for which the
+    float32 sums here are exact. So each pixel equals PyTorch's.
 
     Args:
+        images: uint8 [B, 3, H, W].
         boxes: the box of each image, int64 [B, 4].
+        size: height and width of the result, in pixels.
     """
-    (n, channels, height, width), (top, left, h, w) = images.shape, boxes.T
-    down, across = _placed_weights(height, size)[h, top], _placed_weights(width, size)[w, left]
-    down, across = torch.from_numpy(down), torch.from_numpy(across)  # [B, size, H], [B, size, W]
+    n, channels, height, width = images.shape
+    top, left, h, w = boxes.T
+    down = torch.from_numpy(_placed_weights(height, size)[h, top])  # [B, size, H]
+    across = torch.from_numpy(_placed_weights(width, size)[w, left])  # [B, size, W]
     out = torch.empty(n, channels, size, size, dtype=torch.uint8)
     for start in range(0, n, _CHUNK):
         part = slice(start, start + _CHUNK)

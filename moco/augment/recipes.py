@@ -1,4 +1,7 @@
-"""Views are data: a recipe is a tuple of frozen `View`s, one per view that the method sees."""
+"""Recipes: the settings of each view that a method sees, as a tuple of frozen `View`s.
+
+`moco/augment/crop.py` and `moco/augment/color.py` compute the views.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -10,27 +13,22 @@ from moco.sections import Views
 
 @dataclass(frozen=True)
 class View:
-    """One random view. Probabilities in [0, 1]; `scale` is the crop's share of the image's area.
+    """The settings of a random view. The names that end in `_p` are probabilities in [0, 1]."""
 
-    `jitter` is (brightness, contrast, saturation, hue) as in torchvision's ColorJitter; `blur_sigma` is in pixels of
-    the view; `order` is the order of the colour operations. `randaugment` is how many of RandAugment's operations come before
-    them, and their magnitude in [0, 10]. At the end the view is normalized
-    with `mean` and `std`, those of RGB values in [0, 1].
-    """
-
-    size: int = 224
-    scale: tuple[float, float] = (0.2, 1.0)
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    size: int = 224  # height and width in pixels
+    scale: tuple[float, float] = (0.2, 1.0)  # range of the crop's fraction of the image's area
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)  # range of the crop's width / height
+    # strengths of brightness, contrast, saturation and hue, as in torchvision's ColorJitter
     jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.4, 0.1)
     jitter_p: float = 0.0
     gray_p: float = 0.0
-    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    blur_sigma: tuple[float, float] = (0.1, 2.0)  # range in pixels of the view
     blur_p: float = 0.0
     solarize_p: float = 0.0
     flip_p: float = 0.5
-    randaugment: tuple[int, int] = (0, 0)
-    order: tuple[str, ...] = ("jitter", "gray", "blur", "solarize")
-    mean: tuple[float, ...] = MEAN
+    randaugment: tuple[int, int] = (0, 0)  # number of operations, and magnitude in [0, 10]
+    order: tuple[str, ...] = ("jitter", "gray", "blur", "solarize")  # after RandAugment
+    mean: tuple[float, ...] = MEAN  # of the RGB channels, in [0, 1]; the last step normalizes
     std: tuple[float, ...] = STD
 
 
@@ -73,10 +71,10 @@ RECIPES: dict[str, Recipe] = {
     "mocov2": (_MOCOV2, _MOCOV2),
     "byol": (replace(_BYOL, blur_p=1.0), replace(_BYOL, blur_p=0.1, solarize_p=0.2)),
     "sogclr": (replace(_BYOL, blur_p=1.0),) * 2,
-    "multicrop": (_MOCOV2, *_MULTICROP),  # the key view, then the queries
-    "fnc": (_FNC,) * 10,  # two and the support views
-    "small": (View(scale=(0.08, 1.0), jitter_p=0.8, gray_p=0.2),)
-    * 2,  # MoCo's demo on CIFAR-10, no blur
+    "multicrop": (_MOCOV2, *_MULTICROP),  # the key view, then the query views
+    "fnc": (_FNC,) * 10,  # two views and eight support views
+    # MoCo's demo on CIFAR-10, without blur
+    "small": (View(scale=(0.08, 1.0), jitter_p=0.8, gray_p=0.2),) * 2,
     "probe": (View(scale=(0.08, 1.0)),),
 }
 
@@ -99,21 +97,26 @@ def recipe(
 ) -> Recipe:
     """Return the recipe `name`, with view sizes and blur scaled from 224 to `size` pixels.
 
-    Args:
-        crop_min: smallest fraction of the image's area that a crop covers.
-        views: number of views: the recipe's first ones, or all of them and its last one repeated.
-        randaugment, blur_sigma, mean, std: as in `View`; a given `blur_sigma` is not scaled.
-
     Settings that are not given are the recipe's. Raises InputError for an unknown name, or if a
     setting is out of range.
+
+    Args:
+        name: one of `RECIPES`.
+        size: size of a view that has 224 pixels in the recipe.
+        crop_min: smallest fraction of the image's area that a crop covers.
+        views: number of views. The recipe's last view is repeated if it has fewer.
+        randaugment: number of operations, and magnitude in [0, 10].
+        blur_sigma: range in pixels; it is not scaled.
+        mean: mean of the RGB channels, in [0, 1].
+        std: standard deviation of the RGB channels, in [0, 1].
     """
     check_name(name)
-    share = size / 224
+    scale = size / 224
     all_views = [
         replace(
             view,
-            size=max(1, round(view.size * share)),
-            blur_sigma=tuple(blur_sigma or (share * sigma for sigma in view.blur_sigma)),
+            size=max(1, round(view.size * scale)),
+            blur_sigma=tuple(blur_sigma or (scale * sigma for sigma in view.blur_sigma)),
             mean=tuple(mean),
             std=tuple(std),
         )
@@ -129,15 +132,16 @@ def recipe(
         largest = min(view.scale[1] for view in all_views)
         if not 0 < crop_min <= largest:
             raise InputError(
-                f"--crop-min {crop_min:g}: must lie above 0 and be at most {largest:g} for the recipe {name}"
+                f"--crop-min {crop_min:g}: must be above 0 and at most {largest:g}"
+                f" for the recipe {name}"
             )
         all_views = [replace(view, scale=(crop_min, view.scale[1])) for view in all_views]
     if randaugment is not None:
         operations, magnitude = randaugment
         if operations < 0 or not 0 <= magnitude <= 10:
-            given = f"--randaugment {operations} {magnitude}"
             raise InputError(
-                f"{given}: takes how many operations, and their magnitude from 0 to 10; 0 0 is none"
+                f"--randaugment {operations} {magnitude}: give the number of operations, and their"
+                " magnitude from 0 to 10; 0 0 turns it off"
             )
         all_views = [replace(view, randaugment=(operations, magnitude)) for view in all_views]
     return tuple(all_views)

@@ -129,10 +129,10 @@ class FNC(MovingAverage):
             "hardness": hardness,
         }
         if self.how.mode != "off":
-            metrics["fn_found"] = found.counts.sum(1).to(devices.widest(z.device)).mean()
+            metrics["fn_found"] = found.mask.sum(1).to(devices.widest(z.device)).mean()
             if self.labels is not None:
-                whose = images[found.rows]  # -1 where nothing has entered the memory yet
-                others = found.counts & (
+                whose = images[found.indices]  # -1 where nothing has entered the memory yet
+                others = found.mask & (
                     whose != index[:, None]
                 )  # not the image itself, as it was in the last epoch
                 right = others & (self.labels[whose] == self.labels[index][:, None]) & (whose >= 0)

@@ -1,1 +1,1 @@
-"""The papers' formulas as pure functions on tensors; torch is the only import."""
+"""The formulas of the papers: functions and dataclasses on tensors that import only torch."""

@@ -1,7 +1,8 @@
-"""AdCo's contrast with negatives that are learned against the encoder (Hu et al., arXiv 2011.08435).
+"""AdCo's loss and the ascent of its learned negatives (Hu et al., arXiv 2011.08435, section 3).
 
-The encoder descends on the contrastive loss at one temperature; the bank of negatives W ascends on the same loss at another
-(section 3). Rows of W count by their direction alone: w = W / |W|.
+The encoder descends on the contrastive loss at one temperature. The bank of negatives W ascends on
+the same loss at another. Only the directions w = W / |W| of its entries enter the loss.
+`moco/builder/adco.py` uses this file.
 """
 
 import torch
@@ -13,20 +14,24 @@ from moco.loss.contrastive import bank_log_sum_exp
 def keys_and_bank_nce(
     q: Tensor, near: Tensor, label: Tensor, bank: Tensor, similarity: Tensor, temperature: float
 ) -> Tensor:
-    """Mean cross entropy of each query's key among the keys of the whole batch and the bank (section 3).
+    """Return the mean cross entropy of each query's key among all keys and the bank (section 3).
 
     Args:
         q: unit queries [N, C], with gradient.
-        near: similarity of each query to every key of the batch, [N, B], with gradient.
-        label: which of them is its own, [N] in [0, B).
-        bank: unit rows [K, C], without gradient.
-        similarity: q @ bank.T [N, K], without gradient. Used up, as in `bank_info_nce`.
-        temperature: > 0.
+        near: similarity of each query to every key of the joint batch, [N, B], with gradient.
+        label: index of each query's own key in the joint batch, [N] in [0, B).
+        bank: unit entries w [K, C], without gradient.
+        similarity: q @ bank.T, [N, K], without gradient. It is overwritten, as in `bank_info_nce`.
+        temperature: divides every similarity, > 0.
+
+    Returns:
+        scalar: the mean over N.
     """
     logits = near / temperature
+    of_keys = torch.logsumexp(logits, 1)
     of_bank = bank_log_sum_exp(q, bank, similarity, temperature)
     own = logits.gather(1, label[:, None]).squeeze(1)
-    return (torch.logaddexp(torch.logsumexp(logits, 1), of_bank) - own).mean()
+    return (torch.logaddexp(of_keys, of_bank) - own).mean()
 
 
 @torch.no_grad()
@@ -35,28 +40,36 @@ def add_bank_gradient(
     q: Tensor,
     near: Tensor,
     bank: Tensor,
-    length: Tensor,
+    norm: Tensor,
     similarity: Tensor,
     temperature: float,
     scale: float = 1.0,
 ) -> None:
-    """Add `scale` times the gradient of the negated `keys_and_bank_nce` in W: where W descends, the loss rises.
+    """Add the gradient of -`keys_and_bank_nce` with respect to W to `gradient`.
 
-    With p the softmax over keys and bank, and s = q.w: of w it is -p^T q / (N temperature); of W = |W| w what of that is at right
-    angles to w, which takes the mean of p s times w away, over |W|.
+    Gradient descent with it raises the loss. With p the softmax over all keys and the bank, the
+    gradient with respect to w is g = -p^T q / (N temperature). The gradient with respect to W is
+    (g - (g.w) w) / |W|, because the norm of W does not enter the loss.
 
     Args:
-        gradient: [K, C], added to in place: memory of this size is slow to come by.
-        bank, length: W's unit rows [K, C] and their lengths [K, 1] in W.
-        q, near, similarity, temperature: as in `keys_and_bank_nce`; nothing is used up.
+        gradient: [K, C], changed in place, because allocating this much memory is slow.
+        q: unit queries [N, C].
+        near: similarity of each query to every key of the joint batch, [N, B].
+        bank: unit entries w [K, C].
+        norm: norms |W| of the entries, [K, 1].
+        similarity: q @ bank.T, [N, K].
+        temperature: divides every similarity, > 0.
+        scale: factor of the gradient.
     """
+    # Softmax without its denominator; subtract the largest similarity, so that none overflows.
     top = torch.maximum(near.amax(1, keepdim=True), similarity.amax(1, keepdim=True))
-    p = torch.sub(similarity, top).div_(temperature).exp_()  # [N, K], not yet over its sum
+    p = torch.sub(similarity, top).div_(temperature).exp_()  # [N, K]
     total = p.sum(1, keepdim=True) + ((near - top) / temperature).exp().sum(1, keepdim=True)
-    share = scale / (total * len(q))  # [N, 1]
-    p.div_(-temperature * length.T)
-    gradient.addmm_(p.T, q * share)
-    along = p.mul_(similarity).T @ share  # [K, 1]
+    factor = scale / (total * len(q))  # [N, 1]
+
+    p.div_(-temperature * norm.T)
+    gradient.addmm_(p.T, q * factor)
+    along = p.mul_(similarity).T @ factor  # [K, 1]: g.w / |W|
     gradient.addcmul_(bank, along, value=-1)
 
 
@@ -69,6 +82,10 @@ def ascend(
     momentum: float,
     weight_decay: float,
 ) -> None:
-    """One SGD step of W [K, C] and its velocity, in place: v <- momentum v + g + weight_decay W, W <- W - lr v."""
+    """Make one SGD step of the bank W [K, C], in place.
+
+    v <- momentum v + gradient + weight_decay W, then W <- W - lr v, where v is `velocity` [K, C].
+    It is an ascent on the loss, because `gradient` is that of the negated loss.
+    """
     velocity.mul_(momentum).add_(gradient).add_(bank, alpha=weight_decay)
     bank.sub_(velocity, alpha=lr)

@@ -1,4 +1,8 @@
-"""InfoNCE over a bank of negatives (He et al., arXiv 1911.05722, equation 1)."""
+"""InfoNCE over a bank of negatives (He et al., arXiv 1911.05722, equation 1), and its metrics.
+
+`bank_info_nce` is the loss of MoCo, SynCo and MoBY. `info_nce` is the same formula in plain
+autograd: the tests compare the two. The synthetic negatives are in `moco/loss/synthetic.py`.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -9,11 +13,11 @@ from moco.loss.synthetic import Mixture
 
 
 def info_nce(positive: Tensor, negatives: list[Tensor], temperature: float) -> Tensor:
-    """Mean cross entropy of the positive among all logits.
+    """Return the mean cross entropy of the positive among all logits.
 
     Args:
         positive: similarity of each query to its key, [N].
-        negatives: similarities to the negatives, any number of [N, K_i]; they count as one long row.
+        negatives: similarities of each query to its negatives, in blocks [N, K_i].
         temperature: divides every similarity, > 0.
 
     Returns:
@@ -32,77 +36,101 @@ def bank_info_nce(
     temperature: float,
     mixture: Mixture | None = None,
 ) -> Tensor:
-    """`info_nce` against a bank without gradient, in the memory of one [N, K] buffer: what MoCo and SynCo train on.
+    """Return `info_nce` against a bank that has no gradient, with a single [N, K] buffer.
+
+    The backward pass can run once: it raises RuntimeError the second time.
 
     Args:
         q: unit queries [N, C], with gradient.
         positive: similarity of each query to its key, [N], with gradient.
-        bank: unit rows [K, C].
-        similarity: q @ bank.T, [N, K], without gradient. Used up: it holds exponentials afterwards, and the gradient's
-            coefficients after the backward pass, which can run once.
-        temperature: > 0.
-        mixture: synthetic negatives that join the bank's.
+        bank: unit entries [K, C].
+        similarity: q @ bank.T, [N, K], without gradient. It is overwritten by exponentials, and in
+            the backward pass by the factors of the bank entries in the gradient.
+        temperature: divides every similarity, > 0.
+        mixture: synthetic negatives in addition to the bank.
+
+    Returns:
+        scalar: the mean over N.
     """
     l_pos = positive / temperature
-    return (
-        torch.logaddexp(l_pos, bank_log_sum_exp(q, bank, similarity, temperature, mixture)) - l_pos
-    ).mean()
+    l_neg = bank_log_sum_exp(q, bank, similarity, temperature, mixture)
+    return (torch.logaddexp(l_pos, l_neg) - l_pos).mean()
 
 
 def bank_log_sum_exp(
     q: Tensor, bank: Tensor, similarity: Tensor, temperature: float, mixture: Mixture | None = None
 ) -> Tensor:
-    """log-sum-exp of the logits over all negatives, [N]; the arguments are `bank_info_nce`'s."""
+    """Return the log-sum-exp of the logits of all negatives, [N].
+
+    The arguments are those of `bank_info_nce`.
+    """
     return _BankLogSumExp.apply(q, bank, similarity, temperature, mixture)
 
 
 class _BankLogSumExp(torch.autograd.Function):
+    """The log-sum-exp over a bank and synthetic negatives, with a backward pass by hand.
+
+    Autograd would keep the similarities and their exponentials, two [N, K] tensors.
+    """
+
     @staticmethod
     def forward(
-        ctx, q: Tensor, bank: Tensor, similarity: Tensor, temperature: float, more: Mixture | None
+        ctx,
+        q: Tensor,
+        bank: Tensor,
+        similarity: Tensor,
+        temperature: float,
+        mixture: Mixture | None,
     ):
+        """Return the log-sum-exp [N]; leave exponentials in `similarity`."""
+        # Subtract the largest similarity, so that no exponential overflows.
         top = similarity.amax(1, keepdim=True)
-        if more is not None:
-            synthetic = more.dot(q, similarity)
+        if mixture is not None:
+            synthetic = mixture.dot(q, similarity)
             top = torch.maximum(top, synthetic.amax(1, keepdim=True))
-            ctx.of_more = torch.exp((synthetic - top) / temperature)
-        ctx.of_bank = torch.add(
-            -top / temperature, similarity, alpha=1 / temperature, out=similarity
-        ).exp_()
-        total = ctx.of_bank.sum(1, keepdim=True)
-        if more is not None:
-            total += ctx.of_more.sum(1, keepdim=True)
-        ctx.more, ctx.temperature = more, temperature
+            ctx.exp_synthetic = torch.exp((synthetic - top) / temperature)
+        shift = -top / temperature
+        ctx.exp_bank = torch.add(shift, similarity, alpha=1 / temperature, out=similarity).exp_()
+
+        total = ctx.exp_bank.sum(1, keepdim=True)
+        if mixture is not None:
+            total += ctx.exp_synthetic.sum(1, keepdim=True)
+        ctx.mixture, ctx.temperature = mixture, temperature
         ctx.save_for_backward(q, bank, total)
         return (top / temperature + total.log()).squeeze(1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient: Tensor):
+        """Return the gradient of q: the softmax-weighted mean of all negatives / temperature."""
         q, bank, total = ctx.saved_tensors
-        weight, ctx.of_bank = ctx.of_bank, None
+        weight, ctx.exp_bank = ctx.exp_bank, None
         if weight is None:
             raise RuntimeError(
-                "bank_info_nce: the first backward pass used up its memory; compute the loss again"
+                "bank_info_nce: its backward pass can run only once; compute the loss again"
             )
+        # Synthetic negatives are sums of bank entries: add their weights to those of the entries,
+        # so that one product with the bank serves all negatives.
         rest = 0.0
-        if ctx.more is not None:
-            coefficients, rest = ctx.more.backward(q, ctx.of_more)
-            weight.scatter_add_(1, ctx.more.rows, coefficients)
-        return (
-            (weight @ bank + rest) * (gradient[:, None] / (total * ctx.temperature)),
-            None,
-            None,
-            None,
-            None,
-        )
+        if ctx.mixture is not None:
+            of_entries, rest = ctx.mixture.backward(q, ctx.exp_synthetic)
+            weight.scatter_add_(1, ctx.mixture.indices, of_entries)
+        scale = gradient[:, None] / (total * ctx.temperature)
+        return (weight @ bank + rest) * scale, None, None, None, None
 
 
 @torch.no_grad()
 def contrast_accuracy(positive: Tensor, *negatives: Tensor) -> dict[str, Tensor]:
-    """How often the positive [N] is first (`acc1`) or among the first five (`acc5`) beside its negatives, any number of [N, K_i].
+    """Return how often the positive ranks first (`acc1`) and among the first five (`acc5`).
 
-    Scalars in [0, 1]. Counts the negatives above the positive in one pass over K; no sort.
+    It counts the negatives above the positive in one pass, without a sort.
+
+    Args:
+        positive: similarity of each query to its key, [N].
+        *negatives: similarities of each query to its negatives, in blocks [N, K_i].
+
+    Returns:
+        two scalars in [0, 1].
     """
     above = sum((part > positive[:, None]).sum(1) for part in negatives)
     return {"acc1": (above < 1).float().mean(), "acc5": (above < 5).float().mean()}
@@ -112,7 +140,7 @@ def contrast_accuracy(positive: Tensor, *negatives: Tensor) -> dict[str, Tensor]
 def feature_statistics(
     q: Tensor, positive: Tensor, negative: Tensor | None = None
 ) -> dict[str, Tensor]:
-    """How the features lie, which the loss alone does not tell; scalars.
+    """Return scalars that describe the features, and that show a collapse when the loss does not.
 
     Args:
         q: unit queries [N, C], N at least 2.
@@ -120,11 +148,12 @@ def feature_statistics(
         negative: similarity of each query to its hardest negative, [N].
 
     Returns:
-        `feature_std`: mean over dimensions of the standard deviation, times sqrt(C): about 1 where features are spread over the
-            whole sphere, 0 where all of them are the same, which is a collapse;
-        `alignment`: mean squared distance of the positive pairs, in [0, 4], and `uniformity`: log of the mean of exp(-2 d^2) over
-            the distances d of all pairs of queries, in [-8, 0] (Wang & Isola, arXiv 2005.10242, section 4.1);
-        `hardness`: mean of `negative`, in [-1, 1].
+        `feature_std`: sqrt(C) times the mean over dimensions of the standard deviation. It is about
+            1 if the features cover the sphere evenly, and 0 if all are equal, which is a collapse.
+        `alignment`: mean squared distance of the positive pairs, in [0, 4].
+        `uniformity`: log of the mean of exp(-2 d^2) over the distances d of all pairs of queries,
+            in [-8, 0]. Both are from Wang & Isola, arXiv 2005.10242, section 4.1.
+        `hardness`: mean of `negative`, in [-1, 1]; only if it is given.
     """
     n, C = q.shape
     pairs = torch.exp(4 * (q @ q.T) - 4)  # d^2 = 2 - 2 q.q'
@@ -137,5 +166,8 @@ def feature_statistics(
 
 
 def normalize(x: Tensor) -> Tensor:
-    """Rows of `x` [..., C] scaled to length 1, in float32 or wider whatever the autocast state."""
+    """Return `x` [..., C] scaled to norm 1 along its last dimension.
+
+    The result is float64 if `x` is, otherwise float32, under autocast as well.
+    """
     return F.normalize(x if x.dtype == torch.float64 else x.float(), dim=-1)

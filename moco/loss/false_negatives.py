@@ -1,6 +1,8 @@
-"""FNC's loss: contrast that looks for its false negatives and attracts or eliminates them (Huynh et al., arXiv 2011.11765).
+"""FNC's loss: find false negatives, then attract or eliminate them (arXiv 2011.11765).
 
-An image has V views, each of them an anchor z. What it is compared with is a bank M of unit rows, among them the image's own views.
+An image has V views. The feature z of each view is an anchor. It is compared with a bank M of unit
+entries, which contains the image's own views. An entry that is similar to an image is taken to show
+the same class, and is then a false negative. `moco/builder/fnc.py` uses this file.
 """
 
 from dataclasses import dataclass
@@ -16,72 +18,89 @@ MODES = ("attract", "eliminate", "off")
 
 @dataclass(frozen=True)
 class Cancellation:
-    """Which rows of the bank are taken for false negatives, and what becomes of them (sections 3.1 to 3.3)."""
+    """Which bank entries are false negatives of an image, and their use (sections 3.1 to 3.3)."""
 
     mode: str = "attract"  # one of MODES
-    topk: int = 10  # at most so many of an image
-    threshold: float = 0.7  # least similarity, in [-1, 1]
+    topk: int = 10  # maximum number of false negatives per image
+    threshold: float = 0.7  # minimum similarity, in [-1, 1]
 
 
 @dataclass(frozen=True)
-class Found:
-    """The false negatives of n images: `rows` of the bank [n, k], of which those count where `counts` [n, k] is True."""
+class FalseNegatives:
+    """The most similar bank entries of n images, and which of them are false negatives."""
 
-    rows: Tensor
-    counts: Tensor
+    indices: Tensor  # [n, k] in the bank
+    mask: Tensor  # [n, k] True if the similarity is above the threshold
 
 
 @torch.no_grad()
-def find(bank: Tensor, own: Tensor, how: Cancellation, chunk: int) -> Found:
-    """The topk rows of the bank that are most similar to any view of an image, where they are above the threshold.
+def find(bank: Tensor, own: Tensor, config: Cancellation, chunk: int) -> FalseNegatives:
+    """Return the false negatives of n images (section 3.2).
+
+    They are the `topk` bank entries with the largest maximum similarity to the views of the image,
+    if it is above the threshold. The image's own views are excluded.
 
     Args:
-        bank: unit rows [R, C].
-        own: where in the bank the V views of n images lie, [V, n]; these rows are no candidates.
-        how: `topk` is lowered where the bank has fewer other rows; with mode "off" nothing is found.
-        chunk: images that are compared with the bank at a time, in the memory of two [chunk, R].
+        bank: unit entries [R, C].
+        own: indices in the bank of the V views of the images, [V, n].
+        config: `topk` is lowered to the number of other entries. With mode "off", k is 0.
+        chunk: images compared with the bank at a time, with two [chunk, R] buffers.
     """
-    k = min(how.topk, len(bank) - len(own)) if how.mode != "off" else 0
+    k = min(config.topk, len(bank) - len(own)) if config.mode != "off" else 0
     if k == 0:
         none = own.new_empty(own.shape[1], 0)
-        return Found(none, none.bool())
-    rows, counts = [], []
-    for mine in own.split(chunk, 1):
-        score = bank[mine[0]] @ bank.T
-        for view in mine[1:]:
+        return FalseNegatives(none, none.bool())
+    indices, masks = [], []
+    for own_part in own.split(chunk, 1):
+        score = bank[own_part[0]] @ bank.T  # [c, R]
+        for view in own_part[1:]:
             torch.maximum(score, bank[view] @ bank.T, out=score)
-        score.scatter_(1, mine.T, -torch.inf)
-        rows.append(hardest(score, k))
-        counts.append(score.gather(1, rows[-1]) > how.threshold)
-    return Found(torch.cat(rows), torch.cat(counts))
+        score.scatter_(1, own_part.T, -torch.inf)
+        indices.append(hardest(score, k))
+        masks.append(score.gather(1, indices[-1]) > config.threshold)
+    return FalseNegatives(torch.cat(indices), torch.cat(masks))
 
 
 def cancelled_nt_xent(
-    z: Tensor, bank: Tensor, own: Tensor, found: Found, mode: str, temperature: float, chunk: int
+    z: Tensor,
+    bank: Tensor,
+    own: Tensor,
+    found: FalseNegatives,
+    mode: str,
+    temperature: float,
+    chunk: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss, in the memory of one [chunk, R] buffer; how often a view is nearest to its image's others; how near negatives are.
+    """Return FNC's loss and two metrics, with a single [chunk, R] buffer.
 
-    With l the logits of an anchor over the bank less its own row: log-sum-exp(l) less the mean of l over its image's other V - 1
-    views and, to attract them, the false negatives; to eliminate them, they leave the log-sum-exp instead. Without false negatives
-    and with V = 2 this is SimCLR's NT-Xent.
+    An anchor has a logit for each bank entry except its own. Its positives are the V - 1 other
+    views of its image. With mode "attract" the false negatives are positives, too. The loss is the
+    log-sum-exp of all logits minus the mean logit of the positives. With mode "eliminate" the
+    log-sum-exp leaves out the false negatives. Without false negatives and with V = 2 this is
+    SimCLR's NT-Xent.
 
     Args:
         z: unit anchors [V, n, C], with gradient.
-        bank, own, chunk: as in `find`; gradient goes into the bank too, if it requires one.
-        found: their false negatives.
+        bank: unit entries [R, C]; they receive a gradient if they require one.
+        own: indices in the bank of the V views of the images, [V, n].
+        found: the false negatives of the images.
         mode: one of `MODES`.
         temperature: divides every similarity, > 0.
+        chunk: images compared with the bank at a time.
 
     Returns:
-        2 / V times the sum over views of the mean over images; and the share, in [0, 1], of an image's pairs of views that are more
-        similar than the anchor and any negative, of which false ones are none; and the mean similarity of the anchors and their
-        hardest negative. All are scalars, the last two without gradient.
+        the loss: 2 / V times the sum over views of the mean over images.
+        the fraction, in [0, 1], of pairs of an image's views that are more similar than the anchor
+            and any negative. False negatives do not count as negatives. No gradient.
+        the mean similarity of the anchors to their hardest negative, in [-1, 1]. No gradient.
     """
     return _CancelledNTXent.apply(z, bank, own, found, mode, temperature, chunk)
 
 
 class _CancelledNTXent(torch.autograd.Function):
-    """The gradient is made along with the loss: nothing as wide as the bank outlives its chunk."""
+    """The loss, whose forward pass also computes the gradient.
+
+    So no tensor as wide as the bank is kept for the backward pass.
+    """
 
     @staticmethod
     def forward(
@@ -89,58 +108,53 @@ class _CancelledNTXent(torch.autograd.Function):
         z: Tensor,
         bank: Tensor,
         own: Tensor,
-        found: Found,
+        found: FalseNegatives,
         mode: str,
         temperature: float,
         chunk: int,
     ):
+        """Return the loss and the two metrics of `cancelled_nt_xent`."""
         V, n, _ = z.shape
-        to_z, to_bank = (
-            torch.empty_like(z),
-            torch.zeros_like(bank) if ctx.needs_input_grad[1] else None,
-        )
+        to_z = torch.empty_like(z)
+        to_bank = torch.zeros_like(bank) if ctx.needs_input_grad[1] else None
         wide = torch.float32 if z.device.type == "mps" else torch.float64  # mps lacks float64
         loss, nearest, hardness = z.new_zeros((), dtype=wide), z.new_zeros(()), z.new_zeros(())
         buffer = z.new_empty(min(chunk, n), len(bank))
         for start in range(0, n, chunk):
             part = slice(start, start + chunk)
-            mine, false, counts = (
-                own[:, part].T,
-                found.rows[part],
-                found.counts[part],
-            )  # [c, V], [c, k], [c, k]
-            attracted = counts.to(z.dtype) * (mode == "attract")
-            share = 1 / (
-                V - 1 + attracted.sum(1, keepdim=True)
-            )  # of each positive in their mean, [c, 1]
+            own_part = own[:, part].T  # [c, V]
+            false, mask = found.indices[part], found.mask[part]  # [c, k]
+            attracted = mask.to(z.dtype) * (mode == "attract")
+            # the weight of each positive in their mean, [c, 1]
+            share = 1 / (V - 1 + attracted.sum(1, keepdim=True))
             for a in range(V):
-                q, others = (
-                    z[a, part],
-                    torch.cat([mine[:, :a], mine[:, a + 1 :]], 1),
-                )  # [c, C], [c, V - 1]
-                weight = torch.mm(
-                    q / temperature, bank.T, out=buffer[: len(q)]
-                )  # logits, then the gradient's weights, [c, R]
+                q = z[a, part]  # [c, C]
+                others = torch.cat([own_part[:, :a], own_part[:, a + 1 :]], 1)  # [c, V - 1]
+
+                # `weight` holds the logits, then their exponentials, then the gradient. [c, R]
+                weight = torch.mm(q / temperature, bank.T, out=buffer[: len(q)])
                 positive, of_false = weight.gather(1, others), weight.gather(1, false)
-                weight.scatter_(1, mine, -torch.inf).scatter_(
-                    1, false, of_false.masked_fill(counts, -torch.inf)
-                )
+
+                # Leave only negatives in `weight`: mask the own views and the false negatives.
+                masked = of_false.masked_fill(mask, -torch.inf)
+                weight.scatter_(1, own_part, -torch.inf).scatter_(1, false, masked)
+
+                # Subtract the largest logit, so that no exponential overflows.
                 negative = weight.amax(1, keepdim=True)
                 top = torch.cat([negative, positive, of_false], 1).amax(1, keepdim=True)
                 weight.sub_(top).exp_()
-                e_positive, e_false = (positive - top).exp_(), (of_false - top).exp_() * attracted
-                total = (
-                    weight.sum(1, keepdim=True)
-                    + e_positive.sum(1, keepdim=True)
-                    + e_false.sum(1, keepdim=True)
-                )
-                mean = share * (
-                    positive.sum(1, keepdim=True) + (of_false * attracted).sum(1, keepdim=True)
-                )
+                e_positive = (positive - top).exp_()
+                e_false = (of_false - top).exp_() * attracted
+                total = weight.sum(1, keepdim=True)
+                total = total + e_positive.sum(1, keepdim=True) + e_false.sum(1, keepdim=True)
+
+                of_attracted = (of_false * attracted).sum(1, keepdim=True)
+                mean = share * (positive.sum(1, keepdim=True) + of_attracted)
                 loss += (top + total.log() - mean).sum()
                 nearest += (positive > negative).sum()
                 hardness += negative.sum()
-                # the gradient of log-sum-exp and mean in the logits, times total
+
+                # The gradient with respect to the logits, times `total`: softmax minus `share`.
                 weight.scatter_add_(1, false, e_false - share * total * attracted)
                 weight.scatter_(1, others, e_positive - share * total)
                 to_z[a, part] = weight @ bank / total
@@ -157,14 +171,8 @@ class _CancelledNTXent(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient: Tensor, *_):
+        """Scale the gradients that the forward pass computed."""
         to_z, to_bank = ctx.saved_tensors
         gradient = gradient * ctx.scale
-        return (
-            to_z * gradient,
-            None if to_bank is None else to_bank * gradient,
-            None,
-            None,
-            None,
-            None,
-            None,
-        )
+        to_bank = None if to_bank is None else to_bank * gradient
+        return to_z * gradient, to_bank, None, None, None, None, None

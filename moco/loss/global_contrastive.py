@@ -1,7 +1,9 @@
-"""SimCLR's loss (Chen et al., arXiv 2002.05709) and SogCLR's (Yuan et al., arXiv 2202.12387), over one joint batch.
+"""The losses of SimCLR (arXiv 2002.05709) and SogCLR (Yuan et al., arXiv 2202.12387).
 
-Both compare every image's feature in one view with all others' in both views. SimCLR's is exact for its batch only: its
-gradient is biased where the batch is small. SogCLR keeps a moving average of each anchor's normalizer over its visits.
+Both compare each image's feature in one view with those of all other images of the joint batch, in
+both views. The normalizer of SimCLR's loss is a sum over the batch, so its gradient is biased if
+the batch is small. SogCLR keeps a moving average of each image's normalizer over its visits.
+`moco/builder/sogclr.py` uses this file.
 """
 
 from dataclasses import dataclass
@@ -12,15 +14,21 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Pairs:
-    """Similarities of this process's n anchors to the m images of the joint batch, for each of the two views as anchor."""
+    """The similarities of this process's n anchors, in each of two views, to the joint batch."""
 
-    positive: Tensor  # [2, n] to the same image's other view
-    others: Tensor  # [2, n, 2m] to every image in its own view, then in the other
-    own: Tensor  # [n, 2m] True where that is the anchor's image itself, which is no negative
+    positive: Tensor  # [2, n] to the other view of the same image
+    others: Tensor  # [2, n, 2m] to all m images in the anchor's view, then in the other view
+    own: Tensor  # [n, 2m] True if that is the anchor's image itself, which is not a negative
 
 
 def compare(z: Tensor, z_all: Tensor, first: int) -> Pairs:
-    """Compare the anchors z [2, n, C], images `first` to first + n of the joint batch, with z_all [2, m, C]; unit rows."""
+    """Return the similarities of this process's features to those of the joint batch.
+
+    Args:
+        z: unit features of both views, [2, n, C].
+        z_all: unit features of the joint batch, [2, m, C]; `z` is part of it.
+        first: index in the joint batch of this process's first image.
+    """
     n, m = z.shape[1], z_all.shape[1]
     same = z @ z_all.transpose(1, 2)  # [2, n, m] within the view
     cross = z @ z_all.flip(0).transpose(1, 2)  # to the other view
@@ -30,26 +38,34 @@ def compare(z: Tensor, z_all: Tensor, first: int) -> Pairs:
 
 
 def nt_xent(pairs: Pairs, temperature: float) -> Tensor:
-    """SimCLR's NT-Xent (equation 1 there): mean cross entropy of the positive among it and the negatives, views summed."""
-    positive, others = (
-        pairs.positive / temperature,
-        (pairs.others / temperature).masked_fill(pairs.own, -torch.inf),
-    )
-    return (torch.logaddexp(positive, others.logsumexp(2)) - positive).mean(1).sum()
+    """Return SimCLR's NT-Xent (equation 1): the cross entropy of the positive among all others.
+
+    It is the mean over anchors, summed over the two views. `temperature` > 0 divides every
+    similarity.
+    """
+    positive = pairs.positive / temperature
+    negatives = (pairs.others / temperature).masked_fill(pairs.own, -torch.inf)
+    return (torch.logaddexp(positive, negatives.logsumexp(2)) - positive).mean(1).sum()
 
 
 def dynamic_loss(
     pairs: Pairs, u: Tensor, temperature: float, gamma: float
 ) -> tuple[Tensor, Tensor]:
-    """SogCLR's loss, whose gradient is its estimator's times the temperature, and the new u (algorithm 1).
+    """Return SogCLR's loss and the new moving averages (algorithm 1).
+
+    The gradient of this loss is SogCLR's gradient estimator times the temperature.
 
     Args:
-        u: each anchor image's moving average [n] of mean_j exp(z_i.z_j / temperature); 0 before its first visit, which sets it.
-        gamma: weight of the new value, in (0, 1].
+        pairs: similarities of n anchors to the joint batch.
+        u: moving average of mean_j exp(z_i.z_j / temperature) of each anchor's image, [n]. It is 0
+            before the image's first visit, which sets it.
+        temperature: divides every similarity, > 0.
+        gamma: weight of the new value in the moving average, in (0, 1].
 
     Returns:
-        the sum over views of mean_i(-z_i.z_i+ + mean_j w_ij z_i.z_j), w_ij = exp(z_i.z_j / temperature) / u_i without gradient,
-        where u_i is what this view made of it; and the mean of the two views' u, [n].
+        the loss: the sum over views of mean_i(-z_i.z_i+ + mean_j w_ij z_i.z_j). The weights
+            w_ij = exp(z_i.z_j / temperature) / u_i have no gradient, and u_i is this view's update.
+        the mean of the two views' updates of u, [n].
     """
     with torch.no_grad():
         e = torch.exp(pairs.others / temperature).masked_fill_(pairs.own, 0)  # [2, n, 2m]

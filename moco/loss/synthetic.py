@@ -1,15 +1,22 @@
-"""SynCo's six kinds of synthetic hard negatives (arXiv 2410.02401, section 3) in closed form.
+"""Synthetic hard negatives in closed form: SynCo's six types (arXiv 2410.02401, section 3).
 
-A synthetic negative h is a unit vector made of a query q and of rows n, n' among the query's hardest negatives; no gradient
-passes through h, so d(q.h)/dq = h. With ^ for unit length:
+`TYPES` is the table of the types. To add a type, add an entry: its draws, its similarities and
+their gradient follow from it. `moco/builder/synco.py` and `moco/builder/moby.py` train on them.
 
-    1 interpolated  ^(a q + (1-a) n)     a ~ U(0, .5)       4 noise        ^(n + e)               e ~ N(0, sigma^2 I)
-    2 extrapolated  ^(q + b (n - q))     b ~ U(1, 1.5)      5 perturbed    ^(n + delta q)
-    3 mixup         ^(g n + (1-g) n')    g ~ U(0, 1)        6 adversarial  ^(n + eta sign(q))
+A synthetic negative h is made for a query q from entries n and n' of the bank, drawn among the
+negatives most similar to q:
 
-Types 1, 2 and 5 are all ^(A q + B n): their similarity (A q.q + B q.n) / |A q + B n| follows from q.n alone. Types 3, 4 and 6 are
-made once, without gradient, for their lengths; the rest follows from q.n, q.n', q.e and q.sign(q). MoCHI (arXiv 2010.01028) is
-types 1 and 3.
+    h = v / |v|,  v = A q + B n + D n' + E sign(q) + e,  e ~ N(0, size^2 I)
+
+A type sets the coefficients A, B, D and E, and whether there is noise e. No gradient passes through
+h, so the gradient of q.h with respect to q is h.
+
+No tensor of vectors h is needed for the similarity q.h. It is a sum of the scalars q.q, q.n, q.n',
+|q|_1 = q.sign(q) and q.e, divided by |v|. The norm of v = A q + B n follows from scalars, too:
+
+    |v|^2 = A^2 q.q + B^2 + 2 A B q.n
+
+The vectors v of the other types are computed once, without gradient, for their norms.
 """
 
 from dataclasses import dataclass
@@ -18,191 +25,376 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_TINY = 1e-12  # the least length by which a vector is divided
+_TINY = 1e-12  # the smallest norm to divide by
+
+
+@dataclass(frozen=True)
+class Coefficient:
+    """The factor of a vector in v: constant + slope w, times the type's size if `sized`.
+
+    w is the random weight of the negative.
+    """
+
+    constant: float = 0.0
+    slope: float = 0.0
+    sized: bool = False
+
+    def fill(self, out: Tensor, w: Tensor, size: float) -> None:
+        """Write the factors of the negatives to `out` [N, M], for weights `w` of the same shape.
+
+        A type without a random weight has no slope, and `w` is not read.
+        """
+        scale = size if self.sized else 1.0
+        if self.slope:
+            # a scalar on the CPU, which no device has to wait for
+            constant = torch.tensor(self.constant * scale, dtype=w.dtype)
+            torch.add(constant, w, alpha=self.slope * scale, out=out)
+        else:
+            out.fill_(self.constant * scale)
+
+
+ONE = Coefficient(1.0)
+W = Coefficient(slope=1.0)
+ONE_MINUS_W = Coefficient(1.0, slope=-1.0)
+SIZE = Coefficient(1.0, sized=True)
+
+
+@dataclass(frozen=True)
+class Type:
+    """A type of synthetic negative: what it draws, and the coefficients of the vectors in v."""
+
+    name: str  # one word, for options and help texts
+    source: str  # the paper
+    weight: tuple[float, float] | None = None  # w ~ U(low, high); None: no random weight
+    size: str | None = None  # the field of `Synthetic` that scales the noise and SIZE
+    q: Coefficient | None = None  # A; None here and below: the vector is absent
+    n: Coefficient = ONE  # B
+    second: Coefficient | None = None  # D, of a second drawn entry n'
+    sign: Coefficient | None = None  # E, of sign(q)
+    noise: bool = False  # whether e ~ N(0, size^2 I) is added
+
+    @property
+    def in_plane(self) -> bool:
+        """Return whether v is A q + B n, whose norm needs no vector."""
+        return self.second is None and self.sign is None and not self.noise
+
+
+_MOCHI, _SYNCO = "MoCHI, arXiv 2010.01028", "SynCo, arXiv 2410.02401, section 3"
+
+# The order is that of --n1, --n2, ... and of the random draws. The papers call types 5 and 6 steps
+# along the gradient of q.n with respect to n, which is q.
+TYPES = (
+    Type("interpolated", _MOCHI, weight=(0.0, 0.5), q=W, n=ONE_MINUS_W),  # w q + (1 - w) n
+    Type("extrapolated", _SYNCO, weight=(1.0, 1.5), q=ONE_MINUS_W, n=W),  # q + w (n - q)
+    Type("mixup", _MOCHI, weight=(0.0, 1.0), n=W, second=ONE_MINUS_W),  # w n + (1 - w) n'
+    Type("noise", _SYNCO, size="sigma", noise=True),  # n + e
+    Type("perturbed", _SYNCO, size="delta", q=SIZE),  # n + delta q
+    Type("adversarial", _SYNCO, size="eta", sign=SIZE),  # n + eta sign(q)
+)
 
 
 @dataclass(frozen=True)
 class Synthetic:
-    """How many of each type per query, from how many hard negatives, and the perturbations' sizes."""
+    """The synthetic negatives of a run: how many of each type, and the sizes that types read."""
 
-    n_hard: int = 0
-    counts: tuple[int, int, int, int, int, int] = (0, 0, 0, 0, 0, 0)
+    n_hard: int = 0  # hardest bank entries of each query, from which n and n' are drawn
+    counts: tuple[int, ...] = (0,) * len(TYPES)  # negatives per query, of each of TYPES
     sigma: float = 0.01
     delta: float = 0.01
     eta: float = 0.01
 
+    def __post_init__(self):
+        """Raise ValueError unless each type has a count."""
+        if len(self.counts) != len(TYPES):
+            raise ValueError(f"{len(self.counts)} counts for {len(TYPES)} types of negatives")
+
     @property
     def total(self) -> int:
+        """Return the number of synthetic negatives per query."""
         return sum(self.counts)
+
+    def size(self, type_: Type) -> float:
+        """Return the size that a type reads, or 1 if it reads none."""
+        return getattr(self, type_.size) if type_.size else 1.0
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """The columns of one type's negatives in the tensors of `Draws` and `Mixture`.
+
+    A tensor of all negatives has the columns `all`. A tensor of those with a weight, sign(q) or
+    noise has the columns of that name; they are none if the type lacks it.
+    """
+
+    type: Type
+    all: slice
+    weight: slice
+    second: slice  # of n' in `Mixture.indices`, after the columns of n
+    sign: slice
+    noise: slice
+
+
+def _layout(counts: tuple[int, ...]) -> tuple[list[_Columns], dict[str, int]]:
+    """Return the columns of each type that has negatives, and where the last of them end."""
+    ends = {"all": 0, "weight": 0, "second": sum(counts), "sign": 0, "noise": 0}
+    layout = []
+    for type_, count in zip(TYPES, counts, strict=True):
+        has = {
+            "all": True,
+            "weight": type_.weight is not None,
+            "second": type_.second is not None,
+            "sign": type_.sign is not None,
+            "noise": type_.noise,
+        }
+        starts, ends = ends, {name: ends[name] + count * has[name] for name in has}
+        if count:
+            columns = {name: slice(starts[name], ends[name]) for name in has}
+            layout.append(_Columns(type_, **columns))
+    return layout, ends
 
 
 @dataclass(frozen=True)
 class Draws:
-    """The random part of one batch's synthetic negatives: which hard rows (places in [0, n_hard)) and with what weight."""
+    """The random part of a batch's synthetic negatives, type by type in the order of `TYPES`.
 
-    first: Tensor  # [N, total] place of n, by type in order
-    second: Tensor  # [N, n3] place of n'
-    a: Tensor  # [N, n1]
-    b: Tensor  # [N, n2]
-    g: Tensor  # [N, n3]
-    noise: Tensor  # [N, n4, C], already scaled by sigma
+    Indices count a query's hard negatives, from 0 for the hardest. M is the number of negatives of
+    the types that have the item in question.
+    """
+
+    first: Tensor  # [N, total] index of n
+    second: Tensor  # [N, M] index of n'
+    weight: Tensor  # [N, M] weight w
+    noise: Tensor  # [N, M, C] noise e, already scaled by the type's size
 
 
 def draw(
-    kind: Synthetic,
+    config: Synthetic,
     n: int,
     dim: int,
     generator: torch.Generator,
     dtype: torch.dtype = torch.float32,
 ) -> Draws:
-    """Draw for `n` queries of `dim` features, on the generator's device; rows uniformly with replacement."""
-    n1, n2, n3, n4, _, _ = kind.counts
+    """Draw the random part of the synthetic negatives of `n` queries with `dim` features.
+
+    Entries are drawn uniformly, with replacement. The draws lie on the generator's device.
+    """
+    layout, ends = _layout(config.counts)
     on = {"generator": generator, "device": generator.device}
+    first = torch.randint(config.n_hard, (n, config.total), **on)
+    second = torch.randint(config.n_hard, (n, ends["second"] - config.total), **on)
 
-    def rand(count: int) -> Tensor:
-        return torch.rand(n, count, dtype=dtype, **on)
+    # One call per type: the numbers of a type do not depend on the types after it.
+    weights = [torch.empty(n, 0, dtype=dtype, device=generator.device)]
+    for c in layout:
+        if c.type.weight is not None:
+            low, high = c.type.weight
+            u = torch.rand(n, c.weight.stop - c.weight.start, dtype=dtype, **on)
+            weights.append(u if (low, high) == (0, 1) else u.mul_(high - low).add_(low))
 
-    return Draws(
-        first=torch.randint(kind.n_hard, (n, kind.total), **on),
-        second=torch.randint(kind.n_hard, (n, n3), **on),
-        a=rand(n1) * 0.5,
-        b=1 + rand(n2) * 0.5,
-        g=rand(n3),
-        noise=torch.randn(n, n4, dim, dtype=dtype, **on) * kind.sigma,
-    )
+    noise = torch.randn(n, ends["noise"], dim, dtype=dtype, **on)
+    for c in layout:
+        if c.type.noise:
+            noise[:, c.noise].mul_(config.size(c.type))
+    return Draws(first, second, torch.cat(weights, 1), noise)
 
 
 def hardest(similarity: Tensor, n_hard: int) -> Tensor:
-    """Rows of the bank most similar to each query, hardest first: indices [N, n_hard] from similarity [N, K].
+    """Return the indices [N, n_hard] of the bank entries most similar to each query, hardest first.
 
-    Exact. On a CPU in two levels (the n_hard most similar rows lie in the n_hard groups with the largest maxima), and by
-    NumPy, which selects faster than torch.topk where the processor has AVX2 or AVX-512.
+    The result is exact. A CPU searches in two levels: the n_hard largest values lie in the n_hard
+    groups with the largest maxima. There it uses NumPy, which selects faster than torch.topk if the
+    processor has AVX2 or AVX-512.
+
+    Args:
+        similarity: similarity of each query to the bank, [N, K]; no gradient flows through it.
+        n_hard: number of entries, in [1, K].
     """
     similarity = similarity.detach()
     n, K = similarity.shape
-    members = (
-        1 << ((K // n_hard).bit_length() - 1) // 2
-    )  # of a group, about sqrt(K / n_hard): two levels of like size
-    two_levels = members > 1 and K % members == 0
-    if (
-        similarity.device.type != "cpu"
-        or similarity.dtype not in (torch.float32, torch.float64)
-        or not two_levels
-    ):
+    # Groups of about sqrt(K / n_hard) members make both levels about equally large.
+    members = 1 << ((K // n_hard).bit_length() - 1) // 2
+    on_cpu = similarity.device.type == "cpu"
+    has_numpy_type = similarity.dtype in (torch.float32, torch.float64)
+    if not on_cpu or not has_numpy_type or members == 1 or K % members:
         return similarity.topk(n_hard, 1).indices
-    groups = K // members  # group j holds the rows j, j + groups, j + 2 groups, ...
+
+    # Group j has the members j, j + groups, j + 2 groups, ... The maxima of all groups are then a
+    # maximum over contiguous vectors.
+    groups = K // members
     grouped = similarity.view(n, members, groups)
-    best = _largest(grouped.amax(1), n_hard)
+    best = _largest(grouped.amax(1), n_hard)  # [N, n_hard] groups
     candidates = grouped.gather(2, best[:, None, :].expand(n, members, n_hard)).flatten(1)
-    place = _largest(candidates, n_hard)
-    place = place.gather(1, torch.from_numpy(candidates.gather(1, place).neg_().numpy().argsort(1)))
-    member = place.div(n_hard, rounding_mode="floor")
-    return best.gather(1, place.sub_(member, alpha=n_hard)).add_(member, alpha=groups)
+    chosen = _largest(candidates, n_hard)
+    order = candidates.gather(1, chosen).neg_().numpy().argsort(1)
+    chosen = chosen.gather(1, torch.from_numpy(order))
+
+    # Candidate i is member i // n_hard of the group best[i % n_hard].
+    member = chosen.div(n_hard, rounding_mode="floor")
+    return best.gather(1, chosen.sub_(member, alpha=n_hard)).add_(member, alpha=groups)
 
 
 def _largest(x: Tensor, k: int) -> Tensor:
-    """Places of the k largest values in each row of x, in no order."""
+    """Return the indices [N, k] of the k largest values in each row of x [N, M], in no order."""
     return torch.from_numpy(x.neg().numpy().argpartition(k - 1, 1)[:, :k])
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """Synthetic negatives as what they are made of; no vector h stands in memory.
+    """The synthetic negatives of a batch, as coefficients of the vectors they are made of.
 
-    h_m = sum of `weights` x bank rows `rows` + `of_q` q + (type 4) `of_noise` e + (type 6) `of_sign` sign(q), in which
-    a type 3 has a second row, kept in the last n3 columns.
+    The coefficients are those of h: they are already divided by |v|. M is the number of negatives
+    of the types that have the vector in question.
     """
 
-    rows: Tensor  # [N, total + n3]
-    weights: Tensor  # [N, total + n3]
-    of_q: Tensor  # [N, total]
-    of_noise: Tensor  # [N, n4]
-    of_sign: Tensor  # [N, n6]
-    noise: Tensor  # [N, n4, C]
-    counts: tuple[int, int, int, int, int, int]
+    indices: Tensor  # [N, total + M] of the bank entries: all n, then all n'
+    coefficients: Tensor  # [N, total + M] of these entries
+    of_q: Tensor  # [N, total] coefficient of q
+    of_sign: Tensor  # [N, M] coefficient of sign(q)
+    of_noise: Tensor  # [N, M] coefficient of e
+    noise: Tensor  # [N, M, C] noise e
+    layout: list[_Columns]
 
     def dot(self, q: Tensor, similarity: Tensor) -> Tensor:
-        """q.h [N, total] from q and its similarity to the bank, differentiable in both."""
-        fixed = q.detach()
-        of_rows = self.weights * similarity.gather(1, self.rows)
-        first, second = of_rows.tensor_split((self.of_q.shape[1],), 1)
-        y1, y2, y3, y4, y5, y6 = (first + self.of_q * (q * fixed).sum(1, keepdim=True)).split(
-            self.counts, 1
-        )
-        y4 = y4 + self.of_noise * torch.bmm(self.noise, q[:, :, None]).squeeze(2)
-        y6 = y6 + self.of_sign * (q * fixed.sign()).sum(1, keepdim=True)
-        return torch.cat([y1, y2, y3 + second, y4, y5, y6], 1)
+        """Return q.h [N, total], differentiable in both arguments.
+
+        Args:
+            q: unit queries [N, C].
+            similarity: similarity of each query to the bank, [N, K].
+        """
+        fixed = q.detach()  # h has no gradient, and neither has the q in it
+        of_entries = self.coefficients * similarity.gather(1, self.indices)
+        of_q = self.of_q * (q * fixed).sum(1, keepdim=True)
+        y = of_entries[:, : of_q.shape[1]] + of_q
+        for c in self.layout:
+            if c.type.second is not None:
+                y[:, c.all].add_(of_entries[:, c.second])
+            if c.type.sign is not None:
+                y[:, c.all].add_(self.of_sign[:, c.sign] * (q * fixed.sign()).sum(1, keepdim=True))
+            if c.type.noise:
+                q_e = torch.bmm(self.noise[:, c.noise], q[:, :, None]).squeeze(2)
+                y[:, c.all].add_(self.of_noise[:, c.noise] * q_e)
+        return y
 
     def backward(self, q: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """The sum over m of weight_m h_m, with weight [N, total], in two parts.
+        """Return the sum over m of weight_m h_m in two parts.
 
-        Returns coefficients [N, total + n3] of the bank rows `rows`, and the rest as vectors [N, C].
+        Args:
+            q: unit queries [N, C].
+            weight: factor of each synthetic negative, [N, total].
+
+        Returns:
+            coefficients [N, total + M] of the bank entries `indices`;
+            the sum of the other vectors, [N, C].
         """
-        _, _, w3, w4, _, w6 = weight.split(self.counts, 1)
-        rest = (weight * self.of_q).sum(1, keepdim=True) * q + (w6 * self.of_sign).sum(
-            1, keepdim=True
-        ) * q.sign()
-        rest += torch.bmm((w4 * self.of_noise)[:, None, :], self.noise).squeeze(1)
-        return torch.cat([weight, w3], 1) * self.weights, rest
+        seconds = [weight[:, c.all] for c in self.layout if c.type.second is not None]
+        of_entries = torch.cat([weight, *seconds], 1) * self.coefficients
+        rest = (weight * self.of_q).sum(1, keepdim=True) * q
+        for c in self.layout:
+            if c.type.sign is not None:
+                total = (weight[:, c.all] * self.of_sign[:, c.sign]).sum(1, keepdim=True)
+                rest += total * q.sign()
+        for c in self.layout:
+            if c.type.noise:
+                factors = weight[:, c.all] * self.of_noise[:, c.noise]
+                rest += torch.bmm(factors[:, None, :], self.noise[:, c.noise]).squeeze(1)
+        return of_entries, rest
 
 
 @torch.no_grad()
 def mix(
-    q: Tensor, bank: Tensor, similarity: Tensor, hard: Tensor, kind: Synthetic, draws: Draws
+    q: Tensor, bank: Tensor, similarity: Tensor, hard: Tensor, config: Synthetic, draws: Draws
 ) -> Mixture:
-    """Make synthetic negatives of unit queries q [N, C] and their hard rows.
+    """Return the synthetic negatives of a batch of queries.
 
     Args:
-        bank: unit rows [K, C].
+        q: unit queries [N, C].
+        bank: unit entries [K, C].
         similarity: q @ bank.T, [N, K].
-        hard: indices of each query's hard rows, [N, >= n_hard]; the draws pick from the first n_hard columns.
-        kind, draws: what to make of them.
+        hard: indices of the hardest entries of each query, [N, H] with H >= `config.n_hard`; the
+            draws choose among the first `config.n_hard` columns.
+        config: how many negatives of each type, and their sizes.
+        draws: their random part, from `draw`.
     """
-    n, (n1, n2, n3, n4, n5, n6) = len(q), kind.counts
-    rows = hard.gather(1, torch.cat([draws.first, draws.second], 1))  # [N, total + n3]
-    rows1, rows2, rows3, rows4, rows5, rows6, other3 = rows.split((*kind.counts, n3), 1)
-    s = similarity.gather(1, torch.cat([rows1, rows2, rows5], 1))  # q.n of types 1, 2 and 5
-    ones = q.new_ones(n, n5)
-    a, b, g, noise = draws.a, draws.b, draws.g, draws.noise
+    n, total = len(q), config.total
+    layout, ends = _layout(config.counts)
+    indices = hard.gather(1, torch.cat([draws.first, draws.second], 1))
+    mixture = Mixture(
+        indices,
+        coefficients=torch.ones_like(indices, dtype=q.dtype),
+        of_q=q.new_zeros(n, total),
+        of_sign=q.new_empty(n, ends["sign"]),
+        of_noise=q.new_empty(n, ends["noise"]),
+        noise=draws.noise,
+        layout=layout,
+    )
 
-    # types 1, 2 and 5 are all ^(of_q q + of_n n)
-    of_q, of_n = torch.cat([a, 1 - b, kind.delta * ones], 1), torch.cat([1 - a, b, ones], 1)
-    square = of_q.square() * (q * q).sum(1, keepdim=True) + of_n.square() + 2 * of_q * of_n * s
-    root = square.clamp_min(_TINY**2).sqrt()
-    (q1, q2, q5), (w1, w2, w5) = ((of / root).split((n1, n2, n5), 1) for of in (of_q, of_n))
-    # the others' lengths are those of vectors that have to be made
-    pairs, weights = (
-        torch.stack([rows3, other3], 2).view(-1, 2),
-        torch.stack([g, 1 - g], 2).view(-1, 2),
-    )
-    mixed = F.embedding_bag(pairs, bank, per_sample_weights=weights, mode="sum").view(
-        n, n3, q.shape[1]
-    )
-    w3, w4, w6 = (
-        1 / torch.linalg.vector_norm(h, dim=2).clamp_min_(_TINY)
-        for h in (
-            mixed,
-            F.embedding(rows4, bank) + noise,
-            F.embedding(rows6, bank) + kind.eta * q.sign()[:, None, :],
-        )
-    )
-    zero = q.new_zeros(n, 1)
-    return Mixture(
-        rows=rows,
-        weights=torch.cat([w1, w2, g * w3, w4, w5, w6, (1 - g) * w3], 1),
-        of_q=torch.cat([q1, q2, zero.expand(n, n3 + n4), q5, zero.expand(n, n6)], 1),
-        of_noise=w4,
-        of_sign=kind.eta * w6,
-        noise=noise,
-        counts=kind.counts,
-    )
+    # The norms of A q + B n, in one pass for all types in the plane of q and n. The other columns
+    # still have A = 0 and B = 1, and keep them.
+    for c in layout:
+        if c.type.in_plane:
+            _fill(mixture, c, config, draws)
+    A, B = mixture.of_q, mixture.coefficients[:, :total]
+    s = similarity.gather(1, indices[:, :total])
+    square = A.square() * (q * q).sum(1, keepdim=True) + B.square() + 2 * A * B * s
+    norm = square.clamp_min(_TINY**2).sqrt()
+    A.div_(norm)
+    B.div_(norm)
+
+    # The norms of the other types are those of vectors, one type at a time to save memory.
+    for c in layout:
+        if not c.type.in_plane:
+            coefficients = _fill(mixture, c, config, draws)
+            norm = torch.linalg.vector_norm(_vectors(mixture, c, q, bank), dim=2)
+            inverse = norm.clamp_min_(_TINY).reciprocal_()
+            for coefficient in coefficients:
+                coefficient.mul_(inverse)
+    return mixture
+
+
+def _fill(mixture: Mixture, c: _Columns, config: Synthetic, draws: Draws) -> list[Tensor]:
+    """Write the coefficients of a type's v to the mixture, and return views [N, M] of them."""
+    w, size = draws.weight[:, c.weight], config.size(c.type)
+    views = []
+    for coefficient, tensor, columns in (
+        (c.type.q, mixture.of_q, c.all),
+        (c.type.n, mixture.coefficients, c.all),
+        (c.type.second, mixture.coefficients, c.second),
+        (c.type.sign, mixture.of_sign, c.sign),
+        (ONE if c.type.noise else None, mixture.of_noise, c.noise),
+    ):
+        if coefficient is not None:
+            views.append(tensor[:, columns])
+            coefficient.fill(views[-1], w, size)
+    return views
+
+
+def _vectors(mixture: Mixture, c: _Columns, q: Tensor, bank: Tensor) -> Tensor:
+    """Return the vectors v [N, M, C] of a type, whose coefficients are not yet divided by |v|."""
+    first, B = mixture.indices[:, c.all], mixture.coefficients[:, c.all]
+    if c.type.second is not None:
+        # embedding_bag adds B n + D n' without a tensor for either.
+        pairs = torch.stack([first, mixture.indices[:, c.second]], 2).view(-1, 2)
+        factors = torch.stack([B, mixture.coefficients[:, c.second]], 2).view(-1, 2)
+        v = F.embedding_bag(pairs, bank, per_sample_weights=factors, mode="sum")
+        v = v.view(*B.shape, q.shape[1])
+    else:
+        v = F.embedding(first, bank)
+        if c.type.n != ONE:
+            v.mul_(B[:, :, None])
+    if c.type.q is not None:
+        v.addcmul_(mixture.of_q[:, c.all, None], q[:, None, :])
+    if c.type.sign is not None:
+        v.addcmul_(mixture.of_sign[:, c.sign, None], q.sign()[:, None, :])
+    if c.type.noise:
+        v.add_(mixture.noise[:, c.noise])
+    return v
 
 
 def similarities(
-    q: Tensor, bank: Tensor, similarity: Tensor, hard: Tensor, kind: Synthetic, draws: Draws
+    q: Tensor, bank: Tensor, similarity: Tensor, hard: Tensor, config: Synthetic, draws: Draws
 ) -> Tensor:
-    """Similarity of each query to its synthetic negatives, by type in order: [N, total].
+    """Return the similarity of each query to its synthetic negatives, type by type: [N, total].
 
-    The arguments are `mix`'s; differentiable in q and in `similarity`.
+    The arguments are those of `mix`. The result is differentiable in `q` and in `similarity`.
     """
-    return mix(q.detach(), bank, similarity.detach(), hard, kind, draws).dot(q, similarity)
+    return mix(q.detach(), bank, similarity.detach(), hard, config, draws).dot(q, similarity)
