@@ -20,7 +20,7 @@ from moco.augment.recipes import recipe
 from moco.data import cache, images, loader, photos
 from moco.data.folders import find, scan
 from moco.data.images import CachedFolder, ImageArray, decode
-from moco.data.loader import CenterCrop, EvalOrder, RandomCrops, TrainOrder, batches
+from moco.data.loader import CenterCrop, EvalBatchSampler, RandomCrops, TrainBatchSampler, batches
 from moco.errors import InputError
 
 CPU = torch.device("cpu")
@@ -53,7 +53,7 @@ def read(folder, order, cut, workers=0, batch=38):
 
 def train_order(n, batch, accumulation, start, epochs, seed):
     """The order of whole epochs."""
-    order = TrainOrder(n, batch, accumulation, seed)
+    order = TrainBatchSampler(n, batch, accumulation, seed)
     order.start, order.stop = order.steps_per_epoch * start, order.steps_per_epoch * epochs
     return order
 
@@ -111,7 +111,7 @@ def test_the_two_views_of_an_image_differ(photographs):
 
 
 def test_evaluation_reads_every_image_in_order(photographs):
-    read_batches = read(photographs, EvalOrder(len(photographs), 38), CenterCrop(32), workers=2)
+    read_batches = read(photographs, EvalBatchSampler(len(photographs), 38), CenterCrop(32), workers=2)
     assert torch.cat([b.index for b in read_batches]).tolist() == list(range(len(photographs)))
     assert torch.cat([b.label for b in read_batches]).tolist() == photographs.labels.tolist()
     assert torch.equal(
@@ -131,13 +131,13 @@ def test_each_process_takes_its_share_of_the_workers(
         loader, "DataLoader", lambda *_, num_workers, **__: asked.append(num_workers) or []
     )
     args = Namespace(workers=workers, batch_per_process=batch_per_process, batch_size=processes)
-    assert list(batches(photographs, CenterCrop(32), EvalOrder(10, 5), args, CPU)) == []
+    assert list(batches(photographs, CenterCrop(32), EvalBatchSampler(10, 5), args, CPU)) == []
     assert asked == [{0: 0, 3: 1, 4: 1, 5: 5, 9: 3}[workers]]
 
 
 def test_more_workers_than_cores_bring_no_warning(photographs, recwarn):
     workers = os.cpu_count() + 1
-    assert len(read(photographs, EvalOrder(38, 38), CenterCrop(32), workers)) == 1
+    assert len(read(photographs, EvalBatchSampler(38, 38), CenterCrop(32), workers)) == 1
     assert not [warning for warning in recwarn if "worker" in str(warning.message)]
 
 
@@ -149,7 +149,7 @@ def test_a_program_that_leaves_batches_unread_ends():
         from moco.data import folders, loader
         images = folders.scan(folders.find("photos", ("train", "val")), "train")
         args = Namespace(workers=2, batch_per_process=8, batch_size=8)
-        left = loader.batches(images, loader.CenterCrop(32), loader.EvalOrder(len(images), 8), args, torch.device("cpu"))
+        left = loader.batches(images, loader.CenterCrop(32), loader.EvalBatchSampler(len(images), 8), args, torch.device("cpu"))
         print(next(left).label.tolist())
     """
     done = subprocess.run(
@@ -205,14 +205,14 @@ def test_a_later_start_goes_on_with_the_same_order(monkeypatch):
 
 @pytest.mark.parametrize("accumulation", [1, 3])
 def test_steps_before_epoch_0_are_the_last_of_the_epochs_before_it(accumulation):
-    order = TrainOrder(50, 4, accumulation, seed=2, start=-13, stop=2)
+    order = TrainBatchSampler(50, 4, accumulation, seed=2, start=-13, stop=2)
     batches = list(order)
     assert len(batches) == len(order) == 15 * accumulation
     per_epoch = 12 // accumulation
     for step, first in zip(range(-13, 2), range(0, len(batches), accumulation), strict=True):
         for batch in batches[first : first + accumulation]:
             assert {epoch for epoch, _ in batch} == {step // per_epoch}
-    assert batches[-2 * accumulation :] == list(TrainOrder(50, 4, accumulation, seed=2, stop=2))
+    assert batches[-2 * accumulation :] == list(TrainBatchSampler(50, 4, accumulation, seed=2, stop=2))
     of_one_epoch = [i for batch in batches for epoch, i in batch if epoch == -1]
     assert len(set(of_one_epoch)) == len(of_one_epoch) == 48
 
@@ -240,7 +240,7 @@ def test_evaluation_covers_each_index_once_over_the_ranks(monkeypatch, n, world_
     seen = []
     for rank in range(world_size):
         set_rank(monkeypatch, rank, world_size)
-        order = EvalOrder(n, 3)
+        order = EvalBatchSampler(n, 3)
         assert len(list(order)) == len(order)
         assert all(1 <= len(batch) <= 3 for batch in order)
         seen += indices(order)
@@ -393,7 +393,7 @@ def test_batches_name_the_file_that_they_cannot_read(tmp_path, write_bad, worker
     reader = batches(
         folder,
         CenterCrop(32),
-        EvalOrder(7, 2),
+        EvalBatchSampler(7, 2),
         Namespace(workers=workers, batch_per_process=2, batch_size=2),
         CPU,
     )
@@ -514,9 +514,9 @@ def mixed(tmp_path):
 def test_images_in_memory_give_the_same_views_bit_for_bit(mixed, workers):
     (held,) = cached(mixed)
     assert isinstance(held, CachedFolder) and (held.starts >= 0).all()
-    for folder in (mixed, held.part(np.arange(20))):
+    for folder in (mixed, held.subset(np.arange(20))):
         for cut in (RandomCrops(RECIPE, 3), CenterCrop(32)):
-            ours, theirs = (read(one, EvalOrder(20, 8), cut, workers) for one in (held, folder))
+            ours, theirs = (read(one, EvalBatchSampler(20, 8), cut, workers) for one in (held, folder))
             for a, b in zip(ours, theirs, strict=True):
                 assert torch.equal(a.index, b.index) and all(map(torch.equal, a.views, b.views))
 
@@ -535,7 +535,7 @@ def test_images_of_one_size_in_memory_are_cropped_a_batch_at_once(monkeypatch, t
         ours = read(held, train_order(70, 16, 1, 2, 4, seed=1), cut)
         assert len(calls) == len(ours) == 8
     assert_same(ours, read(folder, train_order(70, 16, 1, 2, 4, seed=1), cut))
-    assert_same(*(read(one, EvalOrder(70, 16), CenterCrop(32)) for one in (held, folder)))
+    assert_same(*(read(one, EvalBatchSampler(70, 16), CenterCrop(32)) for one in (held, folder)))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -546,7 +546,7 @@ def test_an_array_of_images_gives_the_same_batches_at_once_and_one_by_one(
     draw = np.random.default_rng(0)
     labels = draw.integers(-1, 2, (50, 4)) if multi_label else draw.integers(0, 4, 50)
     pixels = draw.integers(0, 256, (50, 3, 32, 32), dtype=np.uint8)
-    array = ImageArray(ROOT, labels, tuple("abcd"), pixels).part(draw.permutation(50)[:48])
+    array = ImageArray(ROOT, labels, tuple("abcd"), pixels).subset(draw.permutation(50)[:48])
     cuts = (
         RandomCrops(SMALL, 3),
         CenterCrop(32),
@@ -580,7 +580,7 @@ def test_an_unreadable_image_gives_the_same_error_with_images_in_memory(tmp_path
     def outcome(folder):
         args, found = Namespace(workers=0, batch_per_process=2, batch_size=2), []
         try:
-            for batch in batches(folder, RandomCrops(RECIPE, 0), EvalOrder(7, 2), args, CPU, skips):
+            for batch in batches(folder, RandomCrops(RECIPE, 0), EvalBatchSampler(7, 2), args, CPU, skips):
                 found.append(
                     (
                         batch.index.tolist(),
@@ -604,13 +604,13 @@ def test_large_jpegs_stay_on_disk_because_they_are_decoded_smaller(large, capsys
     whole_jpeg(large.root / "a" / "1.jpg")
     (held,) = cached(folder)
     assert (held.starts < 0).tolist() == [True, False]
-    ours, theirs = (read(one, EvalOrder(2, 2), RandomCrops(RECIPE, 0)) for one in (held, folder))
+    ours, theirs = (read(one, EvalBatchSampler(2, 2), RandomCrops(RECIPE, 0)) for one in (held, folder))
     assert all(map(torch.equal, ours[0].views, theirs[0].views))
 
 
 def test_several_sets_share_the_limit_and_cached_sets_are_kept(mixed, monkeypatch, capsys):
     array = ImageArray(ROOT, np.zeros(2, int), ("a",), np.zeros((2, 3, 8, 8), np.uint8))
-    first, none, second, third = cached(mixed, None, mixed.part(np.arange(5)), array, mode="auto")
+    first, none, second, third = cached(mixed, None, mixed.subset(np.arange(5)), array, mode="auto")
     assert none is None and third is array and len(first) == 20 and len(second) == 5
     assert capsys.readouterr().out.count("images stay in memory") == 1
     assert cached(first, second) == [first, second] and cached(mixed, mode="off") == [mixed]
@@ -618,7 +618,7 @@ def test_several_sets_share_the_limit_and_cached_sets_are_kept(mixed, monkeypatc
     needed = first.pixels.numel() + second.pixels.numel()
     for free, fits in ((4 * needed, True), (4 * needed - 4, False)):
         monkeypatch.setattr(cache, "free_memory", lambda free=free: free)
-        held = cached(mixed, second.part(np.arange(0)), mixed.part(np.arange(5)), mode="auto")
+        held = cached(mixed, second.subset(np.arange(0)), mixed.subset(np.arange(5)), mode="auto")
         assert isinstance(held[0], CachedFolder) == fits
     assert "read from their files in every epoch: about" in capsys.readouterr().out
 
@@ -635,11 +635,11 @@ def test_images_that_do_not_fit_stay_on_disk_or_are_refused(mixed, monkeypatch, 
         InputError, match=r"--cache-images on: the images take about .* each process may use"
     ):
         cached(mixed)
-    monkeypatch.setattr(cache, "MOST", 2 * size - 2)
+    monkeypatch.setattr(cache, "AUTO_MAX", 2 * size - 2)
     monkeypatch.setattr(cache, "free_memory", lambda: 100 * size)
     assert cached(mixed, mode="auto") == [mixed]
     assert "divided among 2 processes" in capsys.readouterr().out
-    monkeypatch.setattr(cache, "MOST", 2 * size)
+    monkeypatch.setattr(cache, "AUTO_MAX", 2 * size)
     assert isinstance(cached(mixed, mode="auto")[0], CachedFolder)
 
 
@@ -669,7 +669,7 @@ def test_images_stay_on_disk_if_the_estimated_memory_is_full(mixed, monkeypatch)
     with cache.ThreadPoolExecutor(2) as pool:
         some = cache._decoded(mixed, half.pixels.numel(), pool)
     assert 0 < (some.starts >= 0).sum() < 20 and some.pixels.numel() <= half.pixels.numel()
-    ours, theirs = (read(one, EvalOrder(20, 8), RandomCrops(RECIPE, 3)) for one in (some, mixed))
+    ours, theirs = (read(one, EvalBatchSampler(20, 8), RandomCrops(RECIPE, 3)) for one in (some, mixed))
     assert all(
         torch.equal(x, y)
         for a, b in zip(ours, theirs, strict=True)

@@ -12,7 +12,14 @@ from conftest import ROOT, write_images
 
 from moco.data import folders, photos, subsets
 from moco.data.images import ImageFolder
-from moco.data.subsets import hold_out, is_imagenet, labelled, listed, published, sample
+from moco.data.subsets import (
+    hold_out,
+    is_imagenet,
+    labelled_subset,
+    published_list,
+    sample,
+    select_listed,
+)
 from moco.errors import InputError
 
 
@@ -83,7 +90,7 @@ def test_parts_of_images_that_show_several_classes(tmp_path):
 def test_a_list_names_images_by_file_or_by_class_and_file(shared_images, tmp_path):
     train = folders.scan(shared_images, "train")  # 0.jpg to 15.jpg in each class
     (tmp_path / "list.txt").write_text("class2/3.jpg\n\nclass0/15.jpg\n  class1/3.jpg \n")
-    part = listed(train, tmp_path / "list.txt")
+    part = select_listed(train, tmp_path / "list.txt")
     assert [part.name(i) for i in range(3)] == ["class0/15.jpg", "class1/3.jpg", "class2/3.jpg"]
     assert part.labels.tolist() == [0, 1, 2] and part.classes == train.classes
     (shared_images / "train" / "class1" / "alone.jpg").write_bytes(
@@ -91,7 +98,7 @@ def test_a_list_names_images_by_file_or_by_class_and_file(shared_images, tmp_pat
     )
     try:
         (tmp_path / "list.txt").write_text("alone.jpg\n")
-        part = listed(folders.scan(shared_images, "train"), tmp_path / "list.txt")
+        part = select_listed(folders.scan(shared_images, "train"), tmp_path / "list.txt")
         assert (part.name(0), part.labels.tolist()) == ("class1/alone.jpg", [1])
     finally:
         (shared_images / "train" / "class1" / "alone.jpg").unlink()
@@ -104,7 +111,7 @@ def test_a_list_names_images_by_file_or_by_class_and_file(shared_images, tmp_pat
             "class0/1.jpg\nclass0/77.jpg\nclass9/1.jpg",
             "2 of the 3 images that .* names are missing, first 'class0/77.jpg'",
         ),
-        ("1.jpg", "'1.jpg' stands in several class folders; write CLASS/1.jpg"),
+        ("1.jpg", "'1.jpg' is in several class folders; write CLASS/1.jpg"),
         ("\n \n", "names nothing"),
         ("a\0.jpg", "not text in UTF-8"),
         ("1\0.\0j\0p\0g\0", "not text in UTF-8"),  # UTF-16, as some shells write
@@ -116,7 +123,7 @@ def test_a_list_that_does_not_fit_is_one_line(shared_images, tmp_path, text, sai
     if text is not None:
         (tmp_path / "list.txt").write_bytes(text.encode("latin-1"))
     with pytest.raises(InputError, match=said) as error:
-        listed(folders.scan(shared_images, "train"), tmp_path / "list.txt")
+        select_listed(folders.scan(shared_images, "train"), tmp_path / "list.txt")
     assert "\n" not in str(error.value)
 
 
@@ -131,10 +138,10 @@ def test_a_written_list_names_the_same_images_again(tmp_path):
         b"a/'.jpg",
     ]
     whole = ImageFolder(tmp_path, np.arange(6) % 2, ("a", "b"), np.array(names))
-    part = whole.part(np.array([0, 2, 3, 4]))
+    part = whole.subset(np.array([0, 2, 3, 4]))
     subsets.write_names(part, tmp_path / "subset.txt")
     assert (tmp_path / "subset.txt").read_bytes() == b"".join(name + b"\n" for name in part.paths)
-    again = listed(whole, tmp_path / "subset.txt")
+    again = select_listed(whole, tmp_path / "subset.txt")
     assert paths(again) == paths(part) and again.labels.tolist() == part.labels.tolist()
     for bad in (b"a/x\ny.jpg", b"a/x\ry.jpg"):
         with pytest.raises(InputError, match="has a line break in it"):
@@ -151,7 +158,7 @@ def test_a_class_list_may_have_names_that_are_not_utf_8(tmp_path):
         tmp_path, np.array([0, 1]), classes, np.array([b"cat/1.jpg", b"pi\xe8ces/1.jpg"])
     )
     (tmp_path / "list.txt").write_bytes(b"\xef\xbb\xbfpi\xe8ces some words\r\n")
-    part = subsets.of_classes(whole, str(tmp_path / "list.txt"))
+    part = subsets.keep_classes(whole, str(tmp_path / "list.txt"))
     assert part.classes == classes[1:] and paths(part) == {b"pi\xe8ces/1.jpg"}
 
 
@@ -186,17 +193,17 @@ LIST = b"n00000001_1.JPEG\nn00000002_7.JPEG\n"
 
 def test_a_published_list_is_downloaded_once_and_checked(answers, monkeypatch):
     monkeypatch.setitem(subsets._SHA256, 1, hashlib.sha256(LIST).hexdigest())
-    assert published(1).read_bytes() == LIST and published(1).read_bytes() == LIST
+    assert published_list(1).read_bytes() == LIST and published_list(1).read_bytes() == LIST
     assert answers == ["/1percent.txt"]
-    published(1).write_bytes(LIST[:-3])  # damaged: fetched again
-    assert published(1).read_bytes() == LIST and len(answers) == 2
+    published_list(1).write_bytes(LIST[:-3])  # damaged: fetched again
+    assert published_list(1).read_bytes() == LIST and len(answers) == 2
     monkeypatch.setattr(subsets, "_URL", "http://127.0.0.1:9/{}percent.txt")
-    assert published(1).read_bytes() == LIST  # the second use needs no network
+    assert published_list(1).read_bytes() == LIST  # the second use needs no network
 
 
 def test_a_list_that_is_not_the_published_one_is_refused(answers):
     with pytest.raises(InputError, match=r"sha256 differs.*--subset-file FILE"):
-        published(10)
+        published_list(10)
     assert answers == ["/10percent.txt"] and not list(photos.cache_folder().glob("**/*.txt"))
 
 
@@ -206,7 +213,7 @@ def test_without_network_the_message_says_how_to_supply_the_list(tmp_path, monke
     with pytest.raises(
         InputError, match=r"1 % cannot be downloaded .*refused.*--subset-file FILE"
     ) as error:
-        published(1)
+        published_list(1)
     assert "\n" not in str(error.value)
 
 
@@ -231,14 +238,14 @@ def test_the_true_lists(percent, count, tmp_path, monkeypatch):
     kept.write_bytes(file.read_bytes())
     monkeypatch.setattr(subsets, "_URL", "http://127.0.0.1:9/{}percent.txt")  # nothing is fetched
     train = folders.scan(tmp_path, "train")
-    part = labelled(train, percent, seed=0)
+    part = labelled_subset(train, percent, seed=0)
     assert (len(train), len(part), len(names)) == (count + 1000, count, count)
     assert {part.name(i)[10:] for i in range(count)} == set(names)
     assert all(wnids[label] == part.name(i)[:9] for i, label in enumerate(part.labels))
-    assert len(labelled(train, 100, seed=0)) == len(train)
-    assert len(labelled(train, percent, seed=0, file=str(file))) == count
+    assert len(labelled_subset(train, 100, seed=0)) == len(train)
+    assert len(labelled_subset(train, percent, seed=0, file=str(file))) == count
     for name in names[:500]:
         (tmp_path / "train" / name[:9] / name).unlink()
     with pytest.raises(InputError, match=f"500 of the {count} images .* are missing"):
-        labelled(folders.scan(tmp_path, "train"), percent, seed=0)
+        labelled_subset(folders.scan(tmp_path, "train"), percent, seed=0)
     shutil.rmtree(tmp_path)

@@ -130,7 +130,7 @@ def add_input(
         choices=cache.MODES,
         default="auto",
         help="decode the images of a folder once and keep them in memory; auto: do so if they take "
-        f"at most a quarter of the node's free memory, and at most {cache.MOST >> 30} GiB",
+        f"at most a quarter of the node's free memory, and at most {cache.AUTO_MAX >> 30} GiB",
     )
     size = "" if arch else "; read from the checkpoint, else 224"
     group.add_argument(

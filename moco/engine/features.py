@@ -30,9 +30,11 @@ def test_batches(
     Images that cannot be read are left out, and their numbers and reasons are added to
     `unreadable`. Raises InputError for the first one if that is None.
     """
-    order = loader.EvalOrder(len(images), args.batch_per_process)
+    order = loader.EvalBatchSampler(len(images), args.batch_per_process)
     cut, done = loader.CenterCrop(args.image_size), 0
-    for batch in loader.batches(images, cut, order, args, device, skips=unreadable is not None):
+    for batch in loader.batches(
+        images, cut, order, args, device, skip_unreadable=unreadable is not None
+    ):
         x, label = batch.views[0], batch.label
         if batch.unreadable:
             unreadable += batch.unreadable

@@ -69,7 +69,7 @@ def train(args: Namespace, device: torch.device, build: Callable[[Images], nn.Mo
         raise InputError(
             "--batch-size gives each process a single image; batch norm and the loss need at least two. Raise --batch-size"
         )
-    images = registry.training(args.dataset, args.data, args.class_list)
+    images = registry.train_images(args.dataset, args.data, args.class_list)
     if args.knn_every and args.knn_k > len(images):
         print_rank0(
             f"--knn-k {args.knn_k}: the bank has {len(images)} images, and all of them vote"
@@ -180,7 +180,7 @@ class Pretraining(Trainer):
         With `--on-bad-image skip`, training images that cannot be read are left out.
         """
         args, module = self.args, self.module
-        val = registry.testing(args.dataset, args.data, args.class_list)
+        val = registry.test_images(args.dataset, args.data, args.class_list)
         backbone = module.encoder, networks.features
         net, of = (
             backbone if args.knn_features == "backbone" else (module.embedding, nn.Module.__call__)

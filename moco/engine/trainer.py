@@ -53,7 +53,7 @@ class Trainer(ABC):
         if state:
             self._resume(state)
         self.ddp = distributed.data_parallel(self.trained())
-        self.order = loader.TrainOrder(
+        self.order = loader.TrainBatchSampler(
             len(images), args.batch_per_process, args.accumulation_steps, args.seed
         )
         self.steps_per_epoch = self.order.steps_per_epoch

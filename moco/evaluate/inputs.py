@@ -150,13 +150,13 @@ def check_choice(args: Namespace) -> None:
 def check_labels(args: Namespace) -> None:
     """Fetch or read the list of labelled images, where there is one; after `check`."""
     if args.subset_file:
-        subsets.names(Path(args.subset_file))
+        subsets.read_names(Path(args.subset_file))
         return
     few_of_a_folder = (
         args.train_percent < 100 and args.dataset == "imagenet" and not args.class_list
     )
     if few_of_a_folder and subsets.is_imagenet(folders.class_names(Path(args.data) / "train")):
-        subsets.published(args.train_percent)
+        subsets.published_list(args.train_percent)
 
 
 class Splits(NamedTuple):
@@ -170,7 +170,7 @@ class Splits(NamedTuple):
 def splits(args: Namespace) -> Splits:
     """The images of `--dataset`: of its training images the labelled share, if the script asks for one, less what is held out."""
     train, val = (
-        subsets.of_classes(part, args.class_list)
+        subsets.keep_classes(part, args.class_list)
         for part in registry.load(args.dataset, args.data, args.seed)
     )
     if hasattr(args, "train_percent"):
@@ -186,7 +186,7 @@ def splits(args: Namespace) -> Splits:
 
 def _labelled(args: Namespace, train: Images) -> Images:
     """The images of train/ whose labels are used; their names go to subset.txt in the run folder."""
-    part = subsets.labelled(train, args.train_percent, args.seed, args.subset_file)
+    part = subsets.labelled_subset(train, args.train_percent, args.seed, args.subset_file)
     if len(part) < len(train) and distributed.rank() == 0:
         file = Path(args.save_dir) / "subset.txt"
         subsets.write_names(part, file)
