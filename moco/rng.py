@@ -58,7 +58,7 @@ class Progress:
 
     Attributes:
         seed: The seed of the run.
-        epoch: The epoch, from 0. It is negative for the warm-up before the first epoch.
+        epoch: The epoch, from 0. It is negative while AdCo fills its bank.
         step: The number of optimizer steps before this one, over the full run.
         micro: The number of forward passes before this one within the step, with gradient
             accumulation.

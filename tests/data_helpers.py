@@ -1,5 +1,7 @@
-"""What the tests of `moco.data` share."""
+"""Helpers of the tests of `moco.data`."""
 
+import urllib.error
+import urllib.request
 from argparse import Namespace
 from dataclasses import replace
 
@@ -13,13 +15,15 @@ from moco.augment.recipes import recipe
 from moco.data import images, photos
 from moco.data.folders import find, scan
 from moco.data.loader import TrainBatchSampler, batches
+from moco.data.registry import check
+from moco.errors import InputError
 
 CPU = torch.device("cpu")
 RECIPE = recipe("mocov2", 32)
 
 
 def set_rank(monkeypatch, rank, world_size):
-    """Make the code believe that it runs as this rank of a distributed run."""
+    """Let the code run as if it were this rank of a distributed run."""
     monkeypatch.setattr(distributed, "rank", lambda: rank)
     monkeypatch.setattr(distributed, "world_size", lambda: world_size)
 
@@ -80,3 +84,23 @@ def write_large_photograph(root):
     photos._photograph("hubble_deep_field").resize((1600, 1400), 3).save(path, quality=95)
     assert path.stat().st_size > images._LARGE
     return scan(path.parents[2], "train")
+
+
+def refuse_network(monkeypatch):
+    """Make every request to the network fail. Return the list to which it adds the URLs."""
+    urls = []
+
+    def refuse(request):
+        urls.append(request.full_url)
+        raise urllib.error.URLError("no\nnetwork")
+
+    monkeypatch.setattr(urllib.request, "urlopen", refuse)
+    return urls
+
+
+def check_error(name, root, download=False):
+    """Return the message of the InputError that `check` raises, which is one line."""
+    with pytest.raises(InputError) as caught:
+        check(name, str(root), download)
+    assert "\n" not in str(caught.value) and str(root) in str(caught.value)
+    return str(caught.value)

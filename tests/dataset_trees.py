@@ -8,13 +8,11 @@ from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
-import pytest
 import torchvision.datasets as tv
 from PIL import Image
 from scipy.io import savemat
 
-from moco.data.registry import NAMES, check
-from moco.errors import InputError
+from moco.data.registry import NAMES
 
 NEVER_DOWNLOADED = ("imagenet", "cars", "places205")
 DOWNLOADED = tuple(name for name in NAMES if name not in (*NEVER_DOWNLOADED, "photos"))
@@ -22,11 +20,12 @@ ARRAYS = ("cifar10", "cifar100", "stl10")
 ON_DISK = tuple(name for name in NAMES if name != "photos")
 
 
-# Pictures that tell which they are, and how they lie: the upper part is white, the lower has a colour by the picture's number.
-
-
 def picture(number, size=16):
-    """Uint8 [3, size, size]."""
+    """Return a picture that shows its `number`, uint8 [3, size, size].
+
+    Its upper half is white, and the colour of its lower half encodes the number. `number_of` can
+    therefore tell which picture it sees, and that it is the right way up.
+    """
     pixels = np.full((3, size, size), 255, dtype=np.uint8)
     pixels[:, size // 2 :] = (
         np.array([number % 8, number // 8 % 8, number // 64])[:, None, None] * 32 + 16
@@ -35,7 +34,7 @@ def picture(number, size=16):
 
 
 def number_of(image):
-    """The number of the picture that `image` shows, right way up."""
+    """Return the number of the picture that `image` shows. Fail if it is not the right way up."""
     size = image.shape[-1]
     assert image.dtype.is_signed is False and image.shape == (3, size, size)
     levels = image[:, -1, -1].int() // 32
@@ -77,7 +76,7 @@ class Tree:
 
 
 class Python2Pickler(pickle._Pickler):
-    """Writes bytes as the str of Python 2, which is what CIFAR's files hold."""
+    """A pickler that writes bytes as the str of Python 2, which CIFAR's files have."""
 
     def save_bytes(self, value):
         self.write(pickle.BINSTRING + struct.pack("<i", len(value)) + value)
@@ -92,7 +91,8 @@ def pickled(value):
     return data.getvalue()
 
 
-# The trees: each writer returns the classes, and (number, label) of every training and test image in order.
+# Each of the functions below writes one data set. It returns the classes and, for the training
+# images and for the test images, a list of (number, label) in order.
 
 
 def cifar(tree, folder, key, names, batches, meta):
@@ -176,13 +176,13 @@ def pets(tree):
 
 def food101(tree):
     # the test images of this reduced copy show no apple_pie
-    rows = {
+    ids = {
         "train": {"waffles": [12, 9], "apple_pie": [5], "sushi": [3]},
         "test": {"waffles": [7], "sushi": [4, 1]},
     }
     classes, splits = ["apple_pie", "sushi", "waffles"], []
-    for split, listed in rows.items():
-        paths = {name: [f"{name}/{i}" for i in ids] for name, ids in listed.items()}
+    for split, ids_of in ids.items():
+        paths = {name: [f"{name}/{i}" for i in those] for name, those in ids_of.items()}
         tree.file(f"food-101/meta/{split}.json", json.dumps(paths))
         images = [(path, classes.index(name)) for name, paths in paths.items() for path in paths]
         splits.append(
@@ -276,16 +276,17 @@ def sun397(tree, partitions="SUN397/Partitions"):
 
 
 def annotation(objects):
-    """Objects of (class, difficult), in VOC's XML."""
+    """Return VOC's XML for objects of (class, difficult)."""
     part = "<part><name>head</name><bndbox><xmin>1</xmin></bndbox></part>"
     boxes = [
         f"<object><name>{name}</name><difficult>{difficult}</difficult>{part}</object>"
         for name, difficult in objects
     ]
-    return f"<annotation><folder>VOC2007</folder><owner><name>x</name></owner>{''.join(boxes)}</annotation>"
+    head = "<folder>VOC2007</folder><owner><name>x</name></owner>"
+    return f"<annotation>{head}{''.join(boxes)}</annotation>"
 
 
-VOC_IMAGES = {  # objects, and what the labels say
+VOC_IMAGES = {  # the objects in each image, and the labels that follow, except for zeros
     "000005": ([("chair", 0), ("chair", 1)], {"chair": 1}),
     "000007": ([("chair", 1), ("chair", 0), ("aeroplane", 0)], {"chair": 1, "aeroplane": 1}),
     "000009": ([("person", 1), ("person", 1), ("tvmonitor", 0)], {"person": -1, "tvmonitor": 1}),
@@ -368,7 +369,7 @@ def imagenet(tree):
 
 
 def caltech101(tree, count=33):
-    """All images and their labels; the classes of which a test takes what `load` drew."""
+    """Return the classes, and (number, label) of all images. Their split is random."""
     for i in range(3):
         tree.image(f"caltech101/101_ObjectCategories/BACKGROUND_Google/image_{i + 1:04d}.jpg")
     classes = ["Faces", "accordion"]
@@ -381,32 +382,12 @@ def caltech101(tree, count=33):
 
 
 def shown(images):
+    """Return (number, label) of all images, in order."""
     return [(number_of(images.read(i)), label) for i, label in enumerate(images.labels.tolist())]
 
 
-PARTS = (
-    imagenet,
-    cifar10,
-    cifar100,
-    stl10,
-    flowers,
-    pets,
-    food101,
-    cars,
-    caltech101,
-    dtd,
-    aircraft,
-    sun397,
-    voc2007,
-)
-WRITERS = {writer.__name__: writer for writer in (*PARTS, places365, places205)}
-FIXED = tuple(name for name in ON_DISK if name != "caltech101")  # whose split is a list
-LISTED = tuple(name for name in FIXED if name != "imagenet")
-
-
-def refusal(name, root, download=False):
-    """The one line with which `check` refuses."""
-    with pytest.raises(InputError) as caught:
-        check(name, str(root), download)
-    assert "\n" not in str(caught.value) and str(root) in str(caught.value)
-    return str(caught.value)
+_WRITERS = [imagenet, cifar10, cifar100, stl10, flowers, pets, food101, cars, caltech101, dtd]
+_WRITERS += [aircraft, sun397, voc2007, places365, places205]
+WRITERS = {writer.__name__: writer for writer in _WRITERS}
+FIXED = tuple(name for name in ON_DISK if name != "caltech101")  # those with a published split
+LISTED = tuple(name for name in FIXED if name != "imagenet")  # those with lists of images

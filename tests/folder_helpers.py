@@ -1,4 +1,4 @@
-"""What the tests of image folders share."""
+"""Helpers of the tests of image folders and of `photos`."""
 
 import os
 import subprocess
@@ -13,8 +13,8 @@ from moco.errors import InputError
 BOTH = ("train", "val")
 
 
-def make(root, *files):
-    """Write files that are named, but no images, and folders (names without an ending)."""
+def make_files(root, *files):
+    """Make the named files, which are not images, and folders (names without an ending)."""
     for file in files:
         path = root / file
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -25,7 +25,7 @@ def make(root, *files):
     return root
 
 
-def complaint(call, *arguments):
+def error_message(call, *arguments):
     """Return the message of the InputError that `call` raises, which is one line."""
     with pytest.raises(InputError) as error:
         call(*arguments)
@@ -57,7 +57,7 @@ def run_without_home(text, *words, **env):
         for name, value in os.environ.items()
         if name not in ("HOME", "USER", "LOGNAME", "XDG_CACHE_HOME")
     }
-    with tempfile.TemporaryDirectory() as top:  # pytest's own folders are root's alone
+    with tempfile.TemporaryDirectory() as top:  # other users cannot enter pytest's own folders
         os.chmod(top, 0o755)
         command = [sys.executable, "-B", "-c", text, str(ROOT), *map(str, words)]
         result = subprocess.run(command, capture_output=True, text=True, cwd=top, env=free | env)

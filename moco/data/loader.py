@@ -176,8 +176,8 @@ class TrainBatchSampler(Sampler):
     batch therefore has the same images for any number of processes; each rank takes an equal part.
 
     A step has `accumulation` global batches. The images at the end of an epoch that do not fill a
-    step are left out. Negative steps are for warm-up before epoch 0: they are the last steps of the
-    epochs -1, -2, ...
+    step are left out. Negative steps, in which AdCo fills its bank, come before epoch 0. They are the
+    last steps of the epochs ..., -2, -1.
     """
 
     def __init__(

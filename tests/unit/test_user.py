@@ -1,4 +1,4 @@
-"""User."""
+"""Tests of `moco.user`: users without a name or home, and terminals."""
 
 import io
 import os
@@ -27,19 +27,19 @@ print(folders.find("photos", ("train", "val")))
 
 
 def test_a_user_without_a_name_or_home_gets_both():
-    """PyTorch's compiler and others ask for them."""
+    """PyTorch's compiler, for example, asks for them."""
     with tempfile.TemporaryDirectory() as top:
         os.chmod(top, 0o1777)
         home = f"{top}/hard-negatives-54321"
-        said = run_without_home(WITHOUT_A_NAME, TMPDIR=top)
-        assert said == [f"54321 {home}", f"{home}/.cache/hard-negatives/photos-v2"]
+        lines = run_without_home(WITHOUT_A_NAME, TMPDIR=top)
+        assert lines == [f"54321 {home}", f"{home}/.cache/hard-negatives/photos-v2"]
 
 
 @pytest.mark.parametrize(
     ("encoding", "text"),
     [("utf-8", b"pi\\udce8ces \xe6\x97\xa5\n"), ("ascii", b"pi\\udce8ces \\u65e5\n")],
 )
-def test_any_name_can_be_printed(monkeypatch, encoding, text):
+def test_any_file_name_can_be_printed(monkeypatch, encoding, text):
     for name in ("stdout", "stderr"):
         monkeypatch.setattr(sys, name, io.TextIOWrapper(io.BytesIO(), encoding=encoding))
     user.prepare()

@@ -1,4 +1,4 @@
-"""The batch samplers."""
+"""Tests of the batch samplers in `moco.data.loader`."""
 
 import pytest
 from data_helpers import set_rank, train_batches
@@ -6,14 +6,15 @@ from data_helpers import set_rank, train_batches
 from moco.data.loader import EvalBatchSampler, TrainBatchSampler
 
 
-def indices(order_batches):
-    return [i for batch in order_batches for _, i in batch]
+def indices(batches):
+    """Return the indices of the images in all batches."""
+    return [i for batch in batches for _, i in batch]
 
 
 def test_an_epoch_shows_no_image_twice():
-    order = train_batches(103, 8, 1, 0, 3, seed=0)
-    all_batches = list(order)
-    assert len(all_batches) == len(order) == 36
+    sampler = train_batches(103, 8, 1, 0, 3, seed=0)
+    all_batches = list(sampler)
+    assert len(all_batches) == len(sampler) == 36
     assert {len(batch) for batch in all_batches} == {8}
     epochs = [all_batches[i : i + 12] for i in (0, 12, 24)]
     for number, epoch in enumerate(epochs):
@@ -24,42 +25,39 @@ def test_an_epoch_shows_no_image_twice():
 
 
 def test_another_seed_gives_another_order():
-    assert list(train_batches(64, 8, 1, 0, 1, seed=0)) == list(
-        train_batches(64, 8, 1, 0, 1, seed=0)
-    )
-    assert list(train_batches(64, 8, 1, 0, 1, seed=0)) != list(
-        train_batches(64, 8, 1, 0, 1, seed=1)
-    )
+    first, again, other = (list(train_batches(64, 8, 1, 0, 1, seed)) for seed in (0, 0, 1))
+    assert first == again
+    assert first != other
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])
-def test_ranks_share_the_batches_of_one_process(monkeypatch, accumulation):
+def test_the_batches_of_all_ranks_together_are_those_of_one_process(monkeypatch, accumulation):
     alone = list(train_batches(103, 8, accumulation, 0, 2, seed=4))
     for world_size in (1, 2, 4):
-        parts = []
+        ranks = []
         for rank in range(world_size):
             set_rank(monkeypatch, rank, world_size)
-            parts.append(list(train_batches(103, 8 // world_size, accumulation, 0, 2, seed=4)))
-        for whole, *shares in zip(alone, *parts, strict=True):
-            together = [place for share in shares for place in share]
-            assert {len(share) for share in shares} == {8 // world_size}
-            assert len(set(together)) == 8
-            assert set(together) == set(whole)
+            ranks.append(list(train_batches(103, 8 // world_size, accumulation, 0, 2, seed=4)))
+        for expected, *batches in zip(alone, *ranks, strict=True):
+            joined = [sample for batch in batches for sample in batch]
+            assert {len(batch) for batch in batches} == {8 // world_size}
+            assert len(set(joined)) == 8
+            assert set(joined) == set(expected)
 
 
-def test_a_later_start_goes_on_with_the_same_order(monkeypatch):
+def test_a_later_start_continues_the_same_order(monkeypatch):
     for rank, world_size in ((0, 1), (1, 2)):
         set_rank(monkeypatch, rank, world_size)
-        whole, later = (train_batches(50, 8, 1, start, 5, seed=1) for start in (0, 2))
-        assert list(later) == list(whole)[2 * len(whole) // 5 :]
-        assert len(later) == len(list(later)) == 3 * len(whole) // 5
+        full, later = (train_batches(50, 8, 1, start, 5, seed=1) for start in (0, 2))
+        assert list(later) == list(full)[2 * len(full) // 5 :]
+        assert len(later) == len(list(later)) == 3 * len(full) // 5
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])
-def test_steps_before_epoch_0_are_the_last_of_the_epochs_before_it(accumulation):
-    order = TrainBatchSampler(50, 4, accumulation, seed=2, start=-13, stop=2)
-    batches = list(order)
-    assert len(batches) == len(order) == 15 * accumulation
+def test_negative_steps_are_the_last_steps_of_the_epochs_before_epoch_0(accumulation):
+    sampler = TrainBatchSampler(50, 4, accumulation, seed=2, start=-13, stop=2)
+    batches = list(sampler)
+    assert len(batches) == len(sampler) == 15 * accumulation
     per_epoch = 12 // accumulation
     for step, first in zip(range(-13, 2), range(0, len(batches), accumulation), strict=True):
         for batch in batches[first : first + accumulation]:
@@ -75,13 +73,13 @@ def test_steps_before_epoch_0_are_the_last_of_the_epochs_before_it(accumulation)
     ("n", "accumulation", "world_size", "expected"),
     [(103, 1, 1, 12), (103, 5, 1, 10), (103, 2, 2, 6), (103, 3, 4, 3), (30, 4, 1, 0)],
 )
-def test_what_does_not_fill_an_accumulated_step_is_left_out(
+def test_images_that_do_not_fill_an_accumulated_step_are_left_out(
     monkeypatch, n, accumulation, world_size, expected
 ):
     set_rank(monkeypatch, 0, world_size)
-    order = train_batches(n, 8, accumulation, 0, 2, seed=0)
-    all_batches = list(order)
-    assert len(order) == len(all_batches) == 2 * expected
+    sampler = train_batches(n, 8, accumulation, 0, 2, seed=0)
+    all_batches = list(sampler)
+    assert len(sampler) == len(all_batches) == 2 * expected
     assert all(len(batch) == 8 for batch in all_batches)
     assert [sum(e == epoch for batch in all_batches for e, _ in batch) for epoch in (0, 1)] == [
         8 * expected
@@ -90,12 +88,12 @@ def test_what_does_not_fill_an_accumulated_step_is_left_out(
 
 @pytest.mark.parametrize("n", [0, 1, 10, 24])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-def test_evaluation_covers_each_index_once_over_the_ranks(monkeypatch, n, world_size):
+def test_evaluation_reads_each_image_once_over_all_ranks(monkeypatch, n, world_size):
     seen = []
     for rank in range(world_size):
         set_rank(monkeypatch, rank, world_size)
-        order = EvalBatchSampler(n, 3)
-        assert len(list(order)) == len(order)
-        assert all(1 <= len(batch) <= 3 for batch in order)
-        seen += indices(order)
+        sampler = EvalBatchSampler(n, 3)
+        assert len(list(sampler)) == len(sampler)
+        assert all(1 <= len(batch) <= 3 for batch in sampler)
+        seen += indices(sampler)
     assert sorted(seen) == list(range(n))

@@ -1,4 +1,4 @@
-"""Downloads of data sets. A function takes the place of the network."""
+"""Tests of the downloads of `moco.data.registry`. A function takes the place of the network."""
 
 import io
 import os
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torchvision.datasets as tv
+from data_helpers import check_error, refuse_network
 from dataset_trees import (
     DOWNLOADED,
     NEVER_DOWNLOADED,
@@ -21,7 +22,6 @@ from dataset_trees import (
     aircraft,
     cifar10,
     pets,
-    refusal,
     shown,
     sun397,
 )
@@ -31,15 +31,8 @@ from moco.data.registry import check, load
 
 @pytest.fixture(autouse=True)
 def asked(monkeypatch):
-    """The addresses asked for: none, if a test does not say otherwise, is ever answered."""
-    addresses = []
-
-    def refuse(request):
-        addresses.append(request.full_url)
-        raise urllib.error.URLError("no\nnetwork")
-
-    monkeypatch.setattr(urllib.request, "urlopen", refuse)
-    return addresses
+    """Refuse every request to the network. Return the list of the URLs asked for."""
+    return refuse_network(monkeypatch)
 
 
 @pytest.fixture
@@ -55,7 +48,10 @@ class Answer(io.BytesIO):
 
 @pytest.fixture
 def serve(asked, monkeypatch):
-    """Answer every request with what a dictionary, or a function, has for the last part of its address."""
+    """Return a function that lets requests succeed.
+
+    Its argument `content` is called with the file name in a URL, and returns the file's bytes.
+    """
 
     def start(content, seconds=0.0):
         def answer(request):
@@ -70,7 +66,7 @@ def serve(asked, monkeypatch):
 
 @pytest.fixture
 def no_checksums(monkeypatch):
-    """The published ones are not those of small trees."""
+    """Switch off torchvision's checksums, which small copies of the data sets do not have."""
     monkeypatch.setattr(tv.SUN397, "_DATASET_MD5", None)
     for key in ("2007", "2007-test"):
         monkeypatch.setitem(tv.voc.DATASET_YEAR_DICT[key], "md5", None)
@@ -83,7 +79,7 @@ def no_checksums(monkeypatch):
 
 
 def tar(root, chosen=lambda path: True, mode="w", top=("", "")):
-    """The chosen files below `root`; `top` renames the first folder."""
+    """Return a tar archive of the `chosen` files below `root`. `top` renames the first folder."""
     data = io.BytesIO()
     with tarfile.open(fileobj=data, mode=mode) as archive:
         for path in sorted(root.rglob("*")):
@@ -94,6 +90,7 @@ def tar(root, chosen=lambda path: True, mode="w", top=("", "")):
 
 
 def zipped(root, top):
+    """Return a zip archive of the files in `root`. `top` is put before their names."""
     data = io.BytesIO()
     with zipfile.ZipFile(data, "w") as archive:
         for path in root.iterdir():
@@ -101,7 +98,8 @@ def zipped(root, top):
     return data.getvalue()
 
 
-def of_trainval(path):
+def is_trainval(path):
+    """Return whether a file of VOC2007 belongs to the split trainval."""
     return Path(path).stem in ("trainval", "000005", "000007", "000009")
 
 
@@ -112,8 +110,8 @@ ARCHIVES = {
         "Partitions.zip": zipped(root / "SUN397/Partitions", ""),
     },
     "voc2007": lambda root: {
-        "VOCtrainval_06-Nov-2007.tar": tar(root, of_trainval),
-        "VOCtest_06-Nov-2007.tar": tar(root, lambda path: not of_trainval(path)),
+        "VOCtrainval_06-Nov-2007.tar": tar(root, is_trainval),
+        "VOCtest_06-Nov-2007.tar": tar(root, lambda path: not is_trainval(path)),
     },
     "places365": lambda root: {
         "filelist_places365-standard.tar": tar(root, lambda path: path.endswith("txt")),
@@ -126,7 +124,7 @@ ARCHIVES = {
 
 
 @pytest.mark.parametrize("name", ARCHIVES)
-def test_a_download_brings_both_splits(name, root, tmp_path, serve, asked, no_checksums):
+def test_a_download_gets_both_splits_once(name, root, tmp_path, serve, asked, no_checksums):
     _, *splits = WRITERS[name](Tree(tmp_path / "source"))
     archives = ARCHIVES[name](tmp_path / "source")
     serve(archives.__getitem__)
@@ -138,9 +136,7 @@ def test_a_download_brings_both_splits(name, root, tmp_path, serve, asked, no_ch
     assert not asked
 
 
-def test_sun397s_partitions_may_lie_in_a_folder_of_their_archive(
-    root, tmp_path, serve, no_checksums
-):
+def test_sun397s_lists_may_be_in_a_folder_of_their_archive(root, tmp_path, serve, no_checksums):
     _, *splits = sun397(Tree(tmp_path))
     archives = ARCHIVES["sun397"](tmp_path) | {
         "Partitions.zip": zipped(tmp_path / "SUN397/Partitions", "Partitions/")
@@ -150,7 +146,7 @@ def test_sun397s_partitions_may_lie_in_a_folder_of_their_archive(
     assert [shown(split) for split in load("sun397", str(root))] == splits
 
 
-def test_of_several_processes_one_downloads(root, tmp_path, serve, asked):
+def test_only_one_of_several_callers_downloads(root, tmp_path, serve, asked):
     aircraft(Tree(tmp_path / "source"))
     serve(ARCHIVES["aircraft"](tmp_path / "source").__getitem__, seconds=0.1)
     callers = [threading.Thread(target=check, args=("aircraft", str(root), True)) for _ in range(3)]
@@ -159,7 +155,7 @@ def test_of_several_processes_one_downloads(root, tmp_path, serve, asked):
     for caller in callers:
         caller.join()
     check("aircraft", str(root), download=False)
-    assert len(asked) == 2  # where it is, and the file
+    assert len(asked) == 2  # one for the redirect, one for the file
 
 
 @pytest.mark.parametrize("name", DOWNLOADED)
@@ -167,7 +163,7 @@ def test_of_several_processes_one_downloads(root, tmp_path, serve, asked):
 def test_a_download_that_fails_is_refused_in_one_line(name, failure, root, asked, serve):
     if failure == "not an archive":
         serve(lambda file: b"<html>moved</html>")
-    line = refusal(name, root, download=True)
+    line = check_error(name, root, download=True)
     assert (
         f"--download of {name} failed" in line
         and "by hand" in line
@@ -176,38 +172,39 @@ def test_a_download_that_fails_is_refused_in_one_line(name, failure, root, asked
     assert asked
 
 
-def test_a_reduced_copy_passes_no_checksum_of_a_download(root, tmp_path, serve):
+def test_a_download_with_a_wrong_checksum_is_refused(root, tmp_path, serve):
     cifar10(Tree(tmp_path / "source"))
     load("cifar10", str(tmp_path / "source"))
     serve(lambda file: tar(tmp_path / "source", mode="w:gz"))
-    assert "corrupted" in refusal("cifar10", root, download=True)
+    assert "corrupted" in check_error("cifar10", root, download=True)
 
 
-def test_a_package_that_torchvision_misses_is_named(root, monkeypatch):
+def test_a_missing_package_that_torchvision_needs_is_named(root, monkeypatch):
     def download(self):
         raise RuntimeError(
-            "To download files from GDrive, 'gdown' is required. You can install it with 'pip install gdown'."
+            "To download files from GDrive, 'gdown' is required. "
+            "You can install it with 'pip install gdown'."
         )
 
     monkeypatch.setattr(tv.Caltech101, "download", download)
-    assert "pip install gdown" in refusal("caltech101", root, download=True)
+    assert "pip install gdown" in check_error("caltech101", root, download=True)
 
 
-def test_a_half_unpacked_copy_must_be_removed_before_a_download(root, asked):
+def test_an_incomplete_copy_must_be_removed_before_a_download(root, asked):
     pets(Tree(root))
     os.remove(load("pets", str(root))[0].path(0))
-    assert "remove an incomplete copy" in refusal("pets", root, download=True)
-    assert not asked  # torchvision takes the folders for the whole
+    assert "remove an incomplete copy" in check_error("pets", root, download=True)
+    assert not asked  # torchvision only looks whether the folders exist
 
 
 @pytest.mark.parametrize("name", NEVER_DOWNLOADED)
-def test_what_cannot_be_downloaded_is_not_tried(name, root, asked):
-    assert "by hand from http" in refusal(name, root, download=True)
+def test_a_data_set_without_a_download_is_refused_without_a_request(name, root, asked):
+    assert "by hand from http" in check_error(name, root, download=True)
     assert not asked and not root.exists()
 
 
 @pytest.mark.parametrize("name", ON_DISK)
-def test_what_is_there_is_not_downloaded(name, root, asked):
+def test_a_data_set_that_is_there_is_not_downloaded(name, root, asked):
     WRITERS[name](Tree(root))
     check(name, str(root), download=True)
     assert not asked

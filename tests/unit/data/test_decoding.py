@@ -1,4 +1,4 @@
-"""Decoding of image files."""
+"""Tests of `moco.data.images.decode`: file formats, damaged files, and reduced sizes."""
 
 import struct
 import zlib
@@ -24,12 +24,11 @@ def large(tmp_path_factory):
 
 
 def write_png16(path, pixels):
-    """A PNG of 16 bits a channel from uint16 [H, W, 3], which Pillow cannot write."""
+    """Write uint16 pixels [H, W, 3] as a PNG with 16 bits per channel. Pillow cannot do this."""
 
-    def chunk(kind, data):
-        return (
-            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-        )
+    def chunk(name, data):
+        checksum = zlib.crc32(name + data)
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", checksum)
 
     height, width, _ = pixels.shape
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
@@ -43,6 +42,7 @@ def write_png16(path, pixels):
 
 
 def assert_decodes_to(path, pixels, tolerance=0):
+    """Assert that the decoded file equals `pixels` [H, W, 3], up to `tolerance` grey levels."""
     image = decode(str(path))
     assert image.dtype == torch.uint8 and image.shape == (3, *pixels.shape[:2])
     expected = torch.from_numpy(np.array(pixels)).permute(2, 0, 1)
@@ -76,9 +76,9 @@ def test_decode_drops_alpha(tmp_path):
     assert_decodes_to(tmp_path / "rgba.png", smooth_rgb())
 
 
-def test_decode_does_not_pass_on_warnings(tmp_path, recwarn):
+def test_decode_hides_pillows_warnings(tmp_path, recwarn):
     paletted = Image.fromarray(smooth_rgb()).quantize(32)
-    paletted.save(tmp_path / "palette.png", transparency=bytes(range(32)))  # Pillow warns of it
+    paletted.save(tmp_path / "palette.png", transparency=bytes(range(32)))  # makes Pillow warn
     decode(str(tmp_path / "palette.png"))
     assert not [warning for warning in recwarn if "Palette" in str(warning.message)]
     Image.open(tmp_path / "palette.png").convert("RGB")
@@ -104,7 +104,7 @@ def test_decode_reads_cmyk_jpegs(tmp_path):
     assert_decodes_to(tmp_path / "cmyk.jpg", smooth_rgb(), tolerance=10)
 
 
-def test_decode_takes_the_first_frame_of_an_animation(tmp_path):
+def test_decode_returns_the_first_frame_of_an_animation(tmp_path):
     frames = [
         Image.fromarray(np.full((30, 20, 3), color, np.uint8))
         for color in ((250, 20, 20), (20, 250, 20), (20, 20, 250))
@@ -116,7 +116,7 @@ def test_decode_takes_the_first_frame_of_an_animation(tmp_path):
 
 
 @BAD
-def test_decode_names_the_file_that_it_cannot_read(tmp_path, write_bad):
+def test_the_error_names_the_file_that_decode_cannot_read(tmp_path, write_bad):
     write_bad(tmp_path / "broken 7.jpg")
     with pytest.raises(InputError) as error:
         decode(str(tmp_path / "broken 7.jpg"))
@@ -124,7 +124,7 @@ def test_decode_names_the_file_that_it_cannot_read(tmp_path, write_bad):
     assert "\n" not in str(error.value)
 
 
-def test_decode_names_the_file_that_is_not_there(tmp_path):
+def test_the_error_names_a_file_that_does_not_exist(tmp_path):
     with pytest.raises(InputError) as error:
         decode(str(tmp_path / "gone.jpg"))
     assert str(tmp_path / "gone.jpg") in str(error.value)
@@ -138,7 +138,7 @@ def test_decode_shrinks_a_large_jpeg(large, factor):
     assert (shrunk.float() - means).abs().mean() < 1
 
 
-def test_decode_looks_at_the_size_of_large_jpegs_only(large, photographs):
+def test_decode_asks_for_a_reduction_of_large_jpegs_only(large, photographs):
     assert torch.equal(
         decode(photographs.path(0), lambda height, width: 8), decode(photographs.path(0))
     )

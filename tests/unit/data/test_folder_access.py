@@ -1,4 +1,4 @@
-"""Access."""
+"""Tests of `moco.data.folders` on folders that the user may not read."""
 
 import errno
 import os
@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 from conftest import write_images
-from folder_helpers import complaint, link, make, run_without_home
+from folder_helpers import error_message, link, make_files, run_without_home
 
 from moco.data.folders import scan
 
 
 def refuse(monkeypatch, folder, number):
-    """os.scandir fails on `folder`: the tests may run as root, who may read everything."""
+    """Make os.scandir fail on `folder`. The tests may run as root, who may read everything."""
     scandir = os.scandir
 
     def failing(path):
@@ -28,11 +28,13 @@ def refuse(monkeypatch, folder, number):
 @pytest.mark.parametrize(
     "inside", ["train", "train/class1", "train/class1/more", "train/class1/link"]
 )
-def test_a_folder_that_cannot_be_read_is_named(images, tmp_path, monkeypatch, inside, number):
-    make(images, "train/class1/more/1.jpg")
-    link(images / "train" / "class1" / "link", make(tmp_path / "disk", "1.jpg"))
+def test_the_error_names_the_folder_that_cannot_be_read(
+    images, tmp_path, monkeypatch, inside, number
+):
+    make_files(images, "train/class1/more/1.jpg")
+    link(images / "train" / "class1" / "link", make_files(tmp_path / "disk", "1.jpg"))
     refuse(monkeypatch, images / inside, number)
-    message = complaint(scan, images, "train")
+    message = error_message(scan, images, "train")
     assert message.startswith(f"{images / inside}: cannot be read: {os.strerror(number)}; ")
     assert ("chmod" in message) == (number == errno.EACCES)
 
@@ -47,7 +49,7 @@ from moco.errors import InputError
 Image.init()
 root = Path(sys.argv[2])
 
-def another_reads():
+def read_as_another_user():
     if child := os.fork():
         assert os.waitpid(child, 0)[1] == 0
         return
@@ -66,16 +68,16 @@ def another_reads():
 for folder in ("train", "train/class0", "train/class0/more"):
     for mode in (0o700, 0o711, 0o744):
         (root / folder).chmod(mode)
-        another_reads()
+        read_as_another_user()
     (root / folder).chmod(0o755)
-another_reads()
+read_as_another_user()
 (root / "train" / "class0" / "1.jpg").chmod(0o600)
-another_reads()
+read_as_another_user()
 """
 
 
-def test_permissions_of_folders():
-    """Without r, x or both, for the split, a class folder or one below; and with both."""
+def test_missing_permissions_are_refused():
+    """Another user reads a split, class folder or nested folder without r, x or both."""
     with tempfile.TemporaryDirectory() as top:
         os.chmod(top, 0o755)
         root = write_images(Path(top) / "data")
@@ -83,12 +85,12 @@ def test_permissions_of_folders():
         (root / "train" / "class0" / "0.jpg").rename(root / "train" / "class0" / "more" / "0.jpg")
         *refused, found, again, image = run_without_home(PERMISSIONS, root)
     assert len(refused) == 9 and found == again == "24"
-    for folder, said in zip(
+    for folder, error in zip(
         ("train", "train/class0", "train/class0/more"), refused[::3], strict=True
     ):
-        assert said.startswith(f"{root / folder}: cannot be read: Permission denied; ")
-        i = refused.index(said)
-        assert refused[i : i + 3] == [said] * 3
+        assert error.startswith(f"{root / folder}: cannot be read: Permission denied; ")
+        i = refused.index(error)
+        assert refused[i : i + 3] == [error] * 3
     assert (
         image
         == f"{root}/train/class0/1.jpg: unreadable image (Permission denied); remove or replace it"

@@ -1,16 +1,16 @@
-"""Links."""
+"""Tests of `moco.data.folders` with symbolic links: what is followed, left out and refused."""
 
 import os
 
 import pytest
-from folder_helpers import complaint, link, make, names_of
+from folder_helpers import error_message, link, make_files, names_of
 
 from moco.data.folders import scan
 
 
-def test_class_folders_and_others_may_lie_elsewhere(tmp_path):
-    make(tmp_path / "disk", "c/1.jpg", "c/more/2.jpg", "extra/3.jpg", "4.jpg")
-    make(tmp_path, "train/ant/1.jpg")
+def test_links_to_folders_and_files_are_followed(tmp_path):
+    make_files(tmp_path / "disk", "c/1.jpg", "c/more/2.jpg", "extra/3.jpg", "4.jpg")
+    make_files(tmp_path, "train/ant/1.jpg")
     link(tmp_path / "train" / "cat", tmp_path / "disk" / "c")
     link(tmp_path / "train" / "ant" / "extra", "../../disk/extra")
     link(tmp_path / "train" / "ant" / "file.jpg", tmp_path / "disk" / "4.jpg")
@@ -30,9 +30,9 @@ def test_class_folders_and_others_may_lie_elsewhere(tmp_path):
 
 
 @pytest.mark.parametrize("to", [".", "..", "../..", "more", "more/deep", "/"])
-def test_a_link_back_counts_no_image_twice(tmp_path, capsys, to):
-    """To its own class, the split, the data folder, one above, or one listed before or after."""
-    make(
+def test_a_link_to_a_listed_folder_or_one_above_is_left_out(tmp_path, capsys, to):
+    """`to` is the class itself, the split, the data folder, one above it, or one in the class."""
+    make_files(
         tmp_path, "train/cat/1.jpg", "train/cat/more/deep/2.jpg", "train/dog/3.jpg", "val/cat/4.jpg"
     )
     link(tmp_path / "train" / "cat" / "again", to)
@@ -47,9 +47,9 @@ def test_a_link_back_counts_no_image_twice(tmp_path, capsys, to):
     assert f"2 links to folders that are listed already, first {tmp_path}/train/cat/again\n" in said
 
 
-def test_two_links_to_one_folder_count_it_once(tmp_path):
-    """Also below a class that is itself a link, and if one link leads above the other."""
-    make(tmp_path / "disk", "c/1.jpg", "other/deep/2.jpg")
+def test_a_folder_that_two_links_lead_to_is_listed_once(tmp_path):
+    """The class is itself a link, and one link leads to a folder above the other link's."""
+    make_files(tmp_path / "disk", "c/1.jpg", "other/deep/2.jpg")
     for name in ("a", "b"):
         link(tmp_path / "disk" / "c" / name, "../other/deep" if name == "a" else "../other")
     link(tmp_path / "train" / "cat", tmp_path / "disk" / "c")
@@ -65,11 +65,13 @@ def test_two_links_to_one_folder_count_it_once(tmp_path):
         ("train/cow/x", "../../disk"),
     ],
 )
-def test_a_folder_in_two_classes_is_refused(tmp_path, where, to):
-    make(tmp_path, "train/cat/1.jpg", "train/cat/more/2.jpg", "train/cow/1.jpg", "disk/eel/1.jpg")
+def test_a_folder_that_belongs_to_two_classes_is_refused(tmp_path, where, to):
+    make_files(
+        tmp_path, "train/cat/1.jpg", "train/cat/more/2.jpg", "train/cow/1.jpg", "disk/eel/1.jpg"
+    )
     link(tmp_path / "train" / "eel", "../disk/eel")
     link(tmp_path / where, to)
-    message = complaint(scan, tmp_path, "train")
+    message = error_message(scan, tmp_path, "train")
     two = ("cow", "eel") if "disk" in to else ("cat", where.split("/")[1])
     assert (
         message.startswith(f"{tmp_path}/train/{two[0]} and {tmp_path}/train/{two[1]}: ")
@@ -78,14 +80,14 @@ def test_a_folder_in_two_classes_is_refused(tmp_path, where, to):
 
 
 @pytest.mark.parametrize("where", ["train/dog", "train/cat/more"])
-def test_a_broken_link_is_not_left_out(tmp_path, where):
-    """If a disk is not mounted, a class would be missing, and others would change labels."""
-    make(tmp_path, "train/cat/1.jpg", "train/emu/1.jpg")
+def test_a_broken_link_is_refused(tmp_path, where):
+    """It may lead to a disk that is not mounted. Without its class, all labels would change."""
+    make_files(tmp_path, "train/cat/1.jpg", "train/emu/1.jpg")
     link(tmp_path / where, "/no/such/disk")
-    message = complaint(scan, tmp_path, "train")
+    message = error_message(scan, tmp_path, "train")
     assert message.startswith(
         f"{tmp_path / where}: is a link to /no/such/disk, which does not exist"
     )
     (tmp_path / where).unlink()
     link(tmp_path / where, tmp_path / where)
-    assert str(tmp_path / where) in complaint(scan, tmp_path, "train")
+    assert str(tmp_path / where) in error_message(scan, tmp_path, "train")

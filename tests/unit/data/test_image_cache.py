@@ -1,4 +1,4 @@
-"""Images in memory (`--cache-images`)."""
+"""Tests of `moco.data.cache`: images in memory (`--cache-images`) and the limit of their size."""
 
 from argparse import Namespace
 from dataclasses import replace
@@ -60,63 +60,61 @@ def assert_same(ours, theirs):
             )
 
 
-def one_by_one(monkeypatch):
-    """Make the loader cut views image by image."""
+def crop_one_by_one(monkeypatch):
+    """Make the loader crop image by image, not a batch at once."""
     monkeypatch.setattr(
-        loader.Views, "__getitems__", lambda self, places: [self[place] for place in places]
+        loader.Views, "__getitems__", lambda self, samples: [self[sample] for sample in samples]
     )
 
 
 @pytest.fixture
 def mixed(tmp_path):
-    """Write a folder of 20 images of many sizes and formats."""
-    (tmp_path / "train" / "kind").mkdir(parents=True)
+    """Return a folder of 20 images of many sizes and formats."""
+    (tmp_path / "train" / "cat").mkdir(parents=True)
     for i in range(20):
         name = f"{i:02}.{('jpg', 'png', 'jpg', 'bmp')[i % 4]}"
-        Image.fromarray(smooth_rgb(30 + 3 * i, 90 - 2 * i)).save(tmp_path / "train" / "kind" / name)
+        Image.fromarray(smooth_rgb(30 + 3 * i, 90 - 2 * i)).save(tmp_path / "train" / "cat" / name)
     return scan(tmp_path, "train")
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_images_in_memory_give_the_same_views_bit_for_bit(mixed, workers):
+def test_images_in_memory_give_bit_identical_views(mixed, workers):
     (held,) = cached(mixed)
     assert isinstance(held, CachedFolder) and (held.starts >= 0).all()
     for folder in (mixed, held.subset(np.arange(20))):
-        for cut in (RandomCrops(RECIPE, 3), CenterCrop(32)):
+        for transform in (RandomCrops(RECIPE, 3), CenterCrop(32)):
             ours, theirs = (
-                read(one, EvalBatchSampler(20, 8), cut, workers) for one in (held, folder)
+                read(one, EvalBatchSampler(20, 8), transform, workers) for one in (held, folder)
             )
             for a, b in zip(ours, theirs, strict=True):
                 assert torch.equal(a.index, b.index) and all(map(torch.equal, a.views, b.views))
 
 
 def test_images_of_one_size_in_memory_are_cropped_a_batch_at_once(monkeypatch, tmp_path):
-    (tmp_path / "train" / "kind").mkdir(parents=True)
+    (tmp_path / "train" / "cat").mkdir(parents=True)
     for i in range(70):
         pixels = np.random.default_rng(i).integers(0, 256, (32, 40, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(tmp_path / "train" / "kind" / f"{i:02}.jpg")
+        Image.fromarray(pixels).save(tmp_path / "train" / "cat" / f"{i:02}.jpg")
     folder = scan(tmp_path, "train")
     (held,) = cached(folder)
-    cut, calls = RandomCrops(SMALL, 3), []
+    crops, calls = RandomCrops(SMALL, 3), []
     at_once = crop.random_views_at_once
     with monkeypatch.context() as patch:
         patch.setattr(crop, "random_views_at_once", lambda *args: calls.append(1) or at_once(*args))
-        ours = read(held, train_batches(70, 16, 1, 2, 4, seed=1), cut)
+        ours = read(held, train_batches(70, 16, 1, 2, 4, seed=1), crops)
         assert len(calls) == len(ours) == 8
-    assert_same(ours, read(folder, train_batches(70, 16, 1, 2, 4, seed=1), cut))
+    assert_same(ours, read(folder, train_batches(70, 16, 1, 2, 4, seed=1), crops))
     assert_same(*(read(one, EvalBatchSampler(70, 16), CenterCrop(32)) for one in (held, folder)))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("multi_label", [False, True])
-def test_an_array_of_images_gives_the_same_batches_at_once_and_one_by_one(
-    monkeypatch, workers, multi_label
-):
+def test_cropping_a_batch_at_once_equals_cropping_one_by_one(monkeypatch, workers, multi_label):
     draw = np.random.default_rng(0)
     labels = draw.integers(-1, 2, (50, 4)) if multi_label else draw.integers(0, 4, 50)
     pixels = draw.integers(0, 256, (50, 3, 32, 32), dtype=np.uint8)
     array = ImageArray(ROOT, labels, tuple("abcd"), pixels).subset(draw.permutation(50)[:48])
-    cuts = (
+    transforms = (
         RandomCrops(SMALL, 3),
         CenterCrop(32),
         CenterCrop(28),
@@ -126,22 +124,24 @@ def test_an_array_of_images_gives_the_same_batches_at_once_and_one_by_one(
     def all_batches():
         return [
             one
-            for cut in cuts
-            for one in read(array, train_batches(48, 12, 1, 0, 2, seed=1), cut, workers)
+            for transform in transforms
+            for one in read(array, train_batches(48, 12, 1, 0, 2, seed=1), transform, workers)
         ]
 
     at_once = all_batches()
-    one_by_one(monkeypatch)
+    crop_one_by_one(monkeypatch)
     assert_same(at_once, all_batches())
 
 
 @BAD
-@pytest.mark.parametrize("skips", [False, True])
-def test_an_unreadable_image_gives_the_same_error_with_images_in_memory(tmp_path, write_bad, skips):
-    (tmp_path / "train" / "kind").mkdir(parents=True)
+@pytest.mark.parametrize("skip_unreadable", [False, True])
+def test_an_unreadable_image_gives_the_same_error_with_and_without_the_cache(
+    tmp_path, write_bad, skip_unreadable
+):
+    (tmp_path / "train" / "cat").mkdir(parents=True)
     for i in range(7):
-        write_jpeg(tmp_path / "train" / "kind" / f"{i}.jpg")
-    write_bad(tmp_path / "train" / "kind" / "5.jpg")
+        write_jpeg(tmp_path / "train" / "cat" / f"{i}.jpg")
+    write_bad(tmp_path / "train" / "cat" / "5.jpg")
     folder = scan(tmp_path, "train")
     (held,) = cached(folder)
     assert (held.starts < 0).tolist() == [False] * 5 + [True, False]
@@ -150,7 +150,7 @@ def test_an_unreadable_image_gives_the_same_error_with_images_in_memory(tmp_path
         args, found = Namespace(workers=0, batch_per_process=2, batch_size=2), []
         try:
             for batch in batches(
-                folder, RandomCrops(RECIPE, 0), EvalBatchSampler(7, 2), args, CPU, skips
+                folder, RandomCrops(RECIPE, 0), EvalBatchSampler(7, 2), args, CPU, skip_unreadable
             ):
                 found.append(
                     (
@@ -164,10 +164,10 @@ def test_an_unreadable_image_gives_the_same_error_with_images_in_memory(tmp_path
         return found
 
     assert outcome(held) == outcome(folder)
-    assert len(outcome(held)) == (4 if skips else 3)
+    assert len(outcome(held)) == (4 if skip_unreadable else 3)
 
 
-def test_large_jpegs_stay_on_disk_because_they_are_decoded_smaller(large, capsys):
+def test_large_jpegs_stay_on_disk(large, capsys):
     (held,) = cached(large)
     assert held is large  # nothing is left to hold
     assert "decoded at a reduced size" in capsys.readouterr().out
@@ -224,7 +224,7 @@ def decide(rank, folder, free):
     return isinstance(held, CachedFolder)
 
 
-def test_all_ranks_decide_by_the_least_free_memory_of_any_rank(mixed, tmp_path):
+def test_all_ranks_decide_by_the_smallest_free_memory_of_any_rank(mixed, tmp_path):
     free = {"enough": (8.1, 9), "little": (9, 7.9), "little first": (7.9, 9)}
     checks = {name: (decide, mixed, ratios) for name, ratios in free.items()}
     of = on_two_ranks(checks, tmp_path)
@@ -235,7 +235,7 @@ def test_all_ranks_decide_by_the_least_free_memory_of_any_rank(mixed, tmp_path):
     }
 
 
-def test_images_stay_on_disk_if_the_estimated_memory_is_full(mixed, monkeypatch):
+def test_images_beyond_the_estimated_memory_stay_on_disk(mixed, monkeypatch):
     monkeypatch.setattr(cache, "_BLOCK", 4)
     (held,) = cached(mixed)
     half = replace(held, pixels=held.pixels[: held.pixels.numel() // 2])
@@ -264,7 +264,7 @@ def test_the_total_size_is_estimated_from_some_headers(mixed, monkeypatch):
 
 
 @pytest.mark.parametrize("version", [1, 2])
-def test_free_memory_is_the_least_of_the_machine_and_its_control_groups(
+def test_free_memory_is_the_smallest_of_the_machine_and_its_control_groups(
     tmp_path, monkeypatch, version
 ):
     (tmp_path / "proc" / "self").mkdir(parents=True)

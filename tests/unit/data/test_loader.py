@@ -1,4 +1,4 @@
-"""The loader."""
+"""Tests of `moco.data.loader`: what a run sees does not depend on the number of workers."""
 
 import os
 import subprocess
@@ -39,12 +39,13 @@ def large(tmp_path_factory):
 
 
 def read_epochs(folder, workers=0, crop_seed=0, order_seed=0, start=0, epochs=1):
-    order = train_batches(len(folder), 38, 1, start, epochs, order_seed)
-    return read(folder, order, RandomCrops(RECIPE, crop_seed), workers)
+    """Return all batches of 38 images of the epochs from `start` up to `epochs`."""
+    sampler = train_batches(len(folder), 38, 1, start, epochs, order_seed)
+    return read(folder, sampler, RandomCrops(RECIPE, crop_seed), workers)
 
 
 def views_by_index(read_batches):
-    """[views, 3, 32, 32] for each index."""
+    """Return the views [2, 3, 32, 32] of each image by its index."""
     return {
         int(i): torch.stack(views)
         for b in read_batches
@@ -52,7 +53,8 @@ def views_by_index(read_batches):
     }
 
 
-def share_of_equal_views(a, b):
+def fraction_of_equal_views(a, b):
+    """Return the fraction of views that are equal in two lists of batches."""
     a, b = views_by_index(a), views_by_index(b)
     common = sorted(a.keys() & b.keys())
     assert len(common) == 190
@@ -78,11 +80,11 @@ def test_batches_hold_bytes_with_their_index_and_label(photographs):
         assert batch.label.tolist() == photographs.labels[batch.index].tolist()
 
 
-def test_views_are_those_of_the_seed_the_epoch_and_the_index(photographs):
+def test_views_depend_on_the_seed_the_epoch_and_the_index_only(photographs):
     first = read_epochs(photographs)
-    assert share_of_equal_views(first, read_epochs(photographs, order_seed=1)) == 1
-    assert share_of_equal_views(first, read_epochs(photographs, crop_seed=1)) < 0.05
-    assert share_of_equal_views(first, read_epochs(photographs, start=1, epochs=2)) < 0.05
+    assert fraction_of_equal_views(first, read_epochs(photographs, order_seed=1)) == 1
+    assert fraction_of_equal_views(first, read_epochs(photographs, crop_seed=1)) < 0.05
+    assert fraction_of_equal_views(first, read_epochs(photographs, start=1, epochs=2)) < 0.05
 
 
 def test_the_two_views_of_an_image_differ(photographs):
@@ -105,7 +107,7 @@ def test_evaluation_reads_every_image_in_order(photographs):
     ("workers", "batch_per_process", "processes"),
     [(0, 64, 256), (3, 64, 256), (4, 64, 256), (5, 64, 64), (9, 64, 256)],
 )
-def test_each_process_takes_its_share_of_the_workers(
+def test_the_workers_of_a_node_are_divided_among_its_processes(
     monkeypatch, photographs, workers, batch_per_process, processes
 ):
     asked = []
@@ -117,21 +119,22 @@ def test_each_process_takes_its_share_of_the_workers(
     assert asked == [{0: 0, 3: 1, 4: 1, 5: 5, 9: 3}[workers]]
 
 
-def test_more_workers_than_cores_bring_no_warning(photographs, recwarn):
+def test_more_workers_than_cores_give_no_warning(photographs, recwarn):
     workers = os.cpu_count() + 1
     assert len(read(photographs, EvalBatchSampler(38, 38), CenterCrop(32), workers)) == 1
     assert not [warning for warning in recwarn if "worker" in str(warning.message)]
 
 
-def test_a_program_that_leaves_batches_unread_ends():
-    """Python holds what is global until its end, and would wait for loader processes then, which outlast its SIGTERM."""
+def test_a_program_that_leaves_batches_unread_can_exit():
+    """At exit, Python would send its workers a SIGTERM, which they survive, and wait for them."""
     program = """if True:
         from argparse import Namespace
         import torch
         from moco.data import folders, loader
         images = folders.scan(folders.find("photos", ("train", "val")), "train")
         args = Namespace(workers=2, batch_per_process=8, batch_size=8)
-        left = loader.batches(images, loader.CenterCrop(32), loader.EvalBatchSampler(len(images), 8), args, torch.device("cpu"))
+        sampler, device = loader.EvalBatchSampler(len(images), 8), torch.device("cpu")
+        left = loader.batches(images, loader.CenterCrop(32), sampler, args, device)
         print(next(left).label.tolist())
     """
     done = subprocess.run(
@@ -142,11 +145,11 @@ def test_a_program_that_leaves_batches_unread_ends():
 
 @BAD
 @pytest.mark.parametrize("workers", [0, 2])
-def test_batches_name_the_file_that_they_cannot_read(tmp_path, write_bad, workers):
-    (tmp_path / "train" / "kind").mkdir(parents=True)
+def test_the_error_names_the_file_that_a_worker_cannot_read(tmp_path, write_bad, workers):
+    (tmp_path / "train" / "cat").mkdir(parents=True)
     for i in range(7):
-        write_jpeg(tmp_path / "train" / "kind" / f"{i}.jpg")
-    bad = tmp_path / "train" / "kind" / "5.jpg"
+        write_jpeg(tmp_path / "train" / "cat" / f"{i}.jpg")
+    bad = tmp_path / "train" / "cat" / "5.jpg"
     write_bad(bad)
     folder = scan(tmp_path, "train")
     reader = batches(
@@ -165,13 +168,11 @@ def test_batches_name_the_file_that_they_cannot_read(tmp_path, write_bad, worker
 
 @pytest.mark.parametrize("size", [(375, 500), (1400, 1600), (4000, 500)])
 @pytest.mark.parametrize("pixels", [224, 96])
-def test_reduction_leaves_every_crop_twice_as_large_as_its_view_and_is_the_largest_that_does(
-    size, pixels
-):
-    cut, found = RandomCrops(recipe("byol", pixels), seed=3), set()
+def test_reduction_is_the_largest_that_leaves_every_crop_twice_as_large_as_its_view(size, pixels):
+    crops, found = RandomCrops(recipe("byol", pixels), seed=3), set()
     for index in range(60):
-        factor = cut.reduction(*size, (0, index))
-        boxes = crop.random_boxes(*size, cut.recipe, loader.rng.CROP, 3, 0, index)
+        factor = crops.reduction(*size, (0, index))
+        boxes = crop.random_boxes(*size, crops.recipe, loader.rng.CROP, 3, 0, index)
         least = min(side for _, _, *sides in boxes for side in sides)
         assert factor == 1 or least >= 2 * factor * pixels
         assert factor == 8 or least < 4 * factor * pixels
@@ -180,14 +181,14 @@ def test_reduction_leaves_every_crop_twice_as_large_as_its_view_and_is_the_large
     assert CenterCrop(pixels).reduction(*size, (0, 0)) == 1
 
 
-def test_views_of_a_shrunk_image_are_those_of_the_whole_one(large):
-    cut, factors = RandomCrops(recipe("mocov2", 64), seed=1), set()
+def test_views_of_a_shrunk_image_equal_those_of_the_full_one(large):
+    crops, factors = RandomCrops(recipe("mocov2", 64), seed=1), set()
     full = decode(large.path(0))
     for epoch in range(20):
-        place = (epoch, 0)
-        factors.add(cut.reduction(1400, 1600, place))
-        views, *_ = loader.Views(large, cut)[place]
-        for ours, whole in zip(views, cut(full, place), strict=True):
+        sample = (epoch, 0)
+        factors.add(crops.reduction(1400, 1600, sample))
+        views, *_ = loader.Views(large, crops)[sample]
+        for ours, expected in zip(views, crops(full, sample), strict=True):
             assert ours.shape == (3, 64, 64)
-            assert (ours.float() - whole.float()).abs().mean() < 4
+            assert (ours.float() - expected.float()).abs().mean() < 4
     assert factors >= {4, 8}

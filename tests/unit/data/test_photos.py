@@ -1,4 +1,4 @@
-"""The built-in data set `photos`, and the cache folder."""
+"""Tests of `moco.data.photos`: the built-in data set, and the cache folder."""
 
 import errno
 import os
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from folder_helpers import BOTH, complaint
+from folder_helpers import BOTH, error_message
 from PIL import Image
 
 from moco.data import photos as photo_set
@@ -30,10 +30,12 @@ def photos(tmp_path_factory):
 
 
 def files_under(root):
+    """Return the files below `root` by their relative path."""
     return {path.relative_to(root): path for path in sorted(root.rglob("*")) if path.is_file()}
 
 
 def contents(root):
+    """Return the bytes of the files below `root` by their relative path."""
     return {name: path.read_bytes() for name, path in files_under(root).items()}
 
 
@@ -57,6 +59,7 @@ def test_photos_of_a_class_differ_from_each_other(photos):
 
 
 def use_photographs(monkeypatch, photographs):
+    """Replace the photographs by these, which are images by name."""
     monkeypatch.setattr(photo_set, "PHOTOS", list(photographs))
     monkeypatch.setattr(photo_set, "_photograph", photographs.__getitem__)
 
@@ -72,7 +75,7 @@ def test_photos_are_written_once(cache, monkeypatch):
     assert [path.name for path in root.parent.iterdir()] == [root.name]
 
 
-def test_photos_are_the_same_wherever_they_are_written(tmp_path, monkeypatch):
+def test_photos_are_the_same_on_every_machine(tmp_path, monkeypatch):
     monkeypatch.setattr(photo_set, "PHOTOS", ["chelsea", "text", "china"])
     written = []
     for name in ("one", "two"):
@@ -82,13 +85,13 @@ def test_photos_are_the_same_wherever_they_are_written(tmp_path, monkeypatch):
     assert written[0] == written[1]
 
 
-def test_photos_show_something(cache):
+def test_no_patch_is_blank(cache):
     root = find("photos", BOTH)
     flat = [name for name, path in files_under(root).items() if np.std(Image.open(path)) < 1.5]
     assert flat == []
 
 
-def test_photos_that_another_process_finished_first_are_used(cache, monkeypatch):
+def test_photos_that_another_process_wrote_first_are_used(cache, monkeypatch):
     theirs = cache / "hard-negatives" / "photos-v2"
 
     def photograph(name):
@@ -105,7 +108,7 @@ def test_photos_that_another_process_finished_first_are_used(cache, monkeypatch)
     assert list(theirs.parent.iterdir()) == [theirs]
 
 
-def test_a_missing_photograph_leaves_nothing_half_written(cache, monkeypatch):
+def test_a_missing_photograph_is_an_error_and_leaves_no_files(cache, monkeypatch):
     monkeypatch.setattr(photo_set, "PHOTOS", ["chelsea", "no-such-photograph"])
     with pytest.raises(InputError, match="no-such-photograph"):
         find("photos", BOTH)
@@ -115,6 +118,7 @@ def test_a_missing_photograph_leaves_nothing_half_written(cache, monkeypatch):
 
 
 def picture(value_of_column, width, height):
+    """Return a grey image whose columns have the grey levels `value_of_column(x)`."""
     row = np.array([value_of_column(x) for x in range(width)], np.uint8)
     return Image.fromarray(np.repeat(np.tile(row, (height, 1))[:, :, None], 3, axis=2))
 
@@ -123,11 +127,12 @@ SIZES = {"wide": (512, 300), "odd": (333, 500), "small": (161, 120), "low": (448
 
 
 def patches(root, split, name):
+    """Return the grey levels of all patches of a class, [n, 96, 96]."""
     files = sorted((root / split / name).iterdir())
     return np.stack([np.asarray(Image.open(file).convert("L")) for file in files]).astype(int)
 
 
-def test_train_lies_left_of_val(cache, monkeypatch):
+def test_train_patches_are_left_of_val_patches(cache, monkeypatch):
     ramps = {
         name: picture(lambda x, width=width: 255 * x / width, width, height)
         for name, (width, height) in SIZES.items()
@@ -142,8 +147,11 @@ def test_train_lies_left_of_val(cache, monkeypatch):
     assert len(np.unique(patches(root, "train", "wide")[:, 48, 48])) > 20
 
 
-def test_train_and_val_share_not_one_column_of_pixels(cache, monkeypatch):
-    """Black left of the border and white right of it: one foreign column would stand out as a stripe."""
+def test_train_and_val_patches_share_no_column_of_pixels(cache, monkeypatch):
+    """The photographs are black to the left of the border and white to the right of it.
+
+    A column from the other side would show as a stripe.
+    """
     border = {name: round(0.5 * width) for name, (width, _) in SIZES.items()}
     halves = {
         name: picture(lambda x, b=border[name]: 255 * (x >= b), *size)
@@ -157,14 +165,13 @@ def test_train_and_val_share_not_one_column_of_pixels(cache, monkeypatch):
 
 
 def _no_home(_: type[Path]) -> Path:
-    raise RuntimeError(
-        "Could not determine home directory."
-    )  # as of a user without an entry in passwd
+    # the error for a user without an entry in passwd
+    raise RuntimeError("Could not determine home directory.")
 
 
 @pytest.fixture
 def no_home(tmp_path, monkeypatch):
-    """Remove HOME and the entry in passwd; return the folder for temporary files."""
+    """Simulate a user without HOME and passwd entry. Return the folder for temporary files."""
     for name in ("HOME", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(Path, "home", classmethod(_no_home))
@@ -173,18 +180,18 @@ def no_home(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("home", [None, "a file", "below a file", "read-only"])
-def test_photos_without_a_home_that_can_be_written(no_home, monkeypatch, home):
+def test_photos_are_in_a_private_folder_if_the_home_cannot_be_written(no_home, monkeypatch, home):
     use_photographs(monkeypatch, {"noise": picture(lambda x: x % 256, 300, 200)})
     if home:
-        place = no_home / "home"
-        place.touch() if "file" in home else place.mkdir()
-        monkeypatch.setenv("XDG_CACHE_HOME", str(place / "x" if home == "below a file" else place))
+        path = no_home / "home"
+        path.touch() if "file" in home else path.mkdir()
+        monkeypatch.setenv("XDG_CACHE_HOME", str(path / "x" if home == "below a file" else path))
     if home == "read-only":
         access = os.access
         monkeypatch.setattr(
             os,
             "access",
-            lambda path, how: not Path(path).is_relative_to(place) and access(path, how),
+            lambda file, how: not Path(file).is_relative_to(path) and access(file, how),
         )
     own = no_home / f"hard-negatives-{os.getuid()}"
     cache = own / ".cache" / "hard-negatives"
@@ -192,8 +199,8 @@ def test_photos_without_a_home_that_can_be_written(no_home, monkeypatch, home):
     assert len(contents(cache / "photos-v2")) == 90 and own.stat().st_mode & 0o777 == 0o700
 
 
-def test_photos_in_a_home_that_can_only_be_read_are_used(no_home, monkeypatch):
-    """A container's image may hold them; damaged ones are not used."""
+def test_photos_in_a_read_only_home_are_used_unless_damaged(no_home, monkeypatch):
+    """The image of a container may have them."""
     use_photographs(monkeypatch, {"noise": picture(lambda x: x % 256, 300, 200)})
     monkeypatch.setenv("XDG_CACHE_HOME", str(no_home / "home"))
     theirs = find("photos", BOTH)
@@ -205,7 +212,7 @@ def test_photos_in_a_home_that_can_only_be_read_are_used(no_home, monkeypatch):
 
 
 @pytest.mark.parametrize("whose", ["theirs", "everybody's", "a link", "a file"])
-def test_a_temporary_folder_of_somebody_else_is_not_used(no_home, monkeypatch, whose):
+def test_a_private_folder_that_others_can_write_is_refused(no_home, monkeypatch, whose):
     own = no_home / f"hard-negatives-{os.getuid()}"
     if whose == "a link":
         (no_home / "elsewhere").mkdir(mode=0o700)
@@ -219,17 +226,17 @@ def test_a_temporary_folder_of_somebody_else_is_not_used(no_home, monkeypatch, w
         other = os.getuid() + 1
         monkeypatch.setattr(os, "getuid", lambda: other)
         own = own.rename(no_home / f"hard-negatives-{other}")
-    message = complaint(find, "photos", BOTH)
+    message = error_message(find, "photos", BOTH)
     assert message.startswith(
         f"{own}: is not a folder that you alone can write to; set XDG_CACHE_HOME"
     )
 
 
-@pytest.mark.parametrize("damage", ["missing", "empty", "cut", "no image", "class", "all"])
+@pytest.mark.parametrize("damage", ["missing", "empty", "truncated", "no image", "class", "all"])
 def test_damaged_photos_are_written_again(cache, monkeypatch, damage):
     use_photographs(monkeypatch, {"noise": picture(lambda x: x % 256, 300, 200)})
     root = find("photos", BOTH)
-    whole = contents(root)
+    complete = contents(root)
     file = root / "val" / "noise" / "003.jpg"
     data = file.read_bytes()
     if damage == "missing":
@@ -240,8 +247,9 @@ def test_damaged_photos_are_written_again(cache, monkeypatch, damage):
         root.rename(cache / "aside")
         root.mkdir()
     else:
-        file.write_bytes({"empty": b"", "cut": data[:-100], "no image": b"x" * len(data)}[damage])
-    assert find("photos", BOTH) == root and contents(root) == whole
+        contents_of = {"empty": b"", "truncated": data[:-100], "no image": b"x" * len(data)}
+        file.write_bytes(contents_of[damage])
+    assert find("photos", BOTH) == root and contents(root) == complete
     assert list(root.parent.iterdir()) == [root]
 
 
@@ -257,7 +265,7 @@ def test_damaged_photos_that_cannot_be_replaced_are_refused(cache, monkeypatch):
         return rename(path, to)
 
     monkeypatch.setattr(Path, "rename", failing)
-    assert complaint(find, "photos", BOTH).startswith(
+    assert error_message(find, "photos", BOTH).startswith(
         f"{root}: cannot be written: Permission denied; "
     )
     assert list(root.parent.iterdir()) == [root]

@@ -1,12 +1,11 @@
-"""The registry of data sets: each is read as published, and a missing or damaged one is refused."""
+"""Tests of `moco.data.registry`: data sets are read as published; missing ones are refused."""
 
 import os
-import urllib.error
-import urllib.request
 from pathlib import Path
 
 import numpy as np
 import pytest
+from data_helpers import check_error, refuse_network
 from dataset_trees import (
     ARRAYS,
     FIXED,
@@ -20,7 +19,6 @@ from dataset_trees import (
     imagenet,
     places205,
     places365,
-    refusal,
     shown,
     sun397,
 )
@@ -33,15 +31,8 @@ from moco.errors import InputError
 
 @pytest.fixture(autouse=True)
 def asked(monkeypatch):
-    """The addresses asked for: none, if a test does not say otherwise, is ever answered."""
-    addresses = []
-
-    def refuse(request):
-        addresses.append(request.full_url)
-        raise urllib.error.URLError("no\nnetwork")
-
-    monkeypatch.setattr(urllib.request, "urlopen", refuse)
-    return addresses
+    """Refuse every request to the network. Return the list of the URLs asked for."""
+    return refuse_network(monkeypatch)
 
 
 @pytest.fixture
@@ -50,7 +41,7 @@ def root(tmp_path):
 
 
 @pytest.mark.parametrize("name", FIXED)
-def test_a_tree_in_the_published_format_is_read_as_published(name, root):
+def test_a_data_set_is_read_with_its_published_split_and_labels(name, root):
     classes, *splits = WRITERS[name](Tree(root))
     found = load(name, str(root))
     for images, expected in zip(found, splits, strict=True):
@@ -65,7 +56,7 @@ def test_a_tree_in_the_published_format_is_read_as_published(name, root):
 
 
 @pytest.mark.parametrize("name", [name for name in ON_DISK if name not in ARRAYS])
-def test_files_are_kept_as_bytes_below_a_folder(name, root):
+def test_paths_are_bytes_relative_to_the_root(name, root):
     WRITERS[name](Tree(root))
     for split in load(name, str(root)):
         assert split.paths.dtype.kind == "S" and split.root.is_absolute()
@@ -77,7 +68,7 @@ def test_files_are_kept_as_bytes_below_a_folder(name, root):
 
 @pytest.mark.parametrize("name", ["pets", "aircraft", "cifar10", "sun397", "places205"])
 @pytest.mark.parametrize("given", [".", "./", "../données", "~"])
-def test_a_folder_may_be_given_in_any_way(name, given, root, monkeypatch):
+def test_the_root_may_be_relative_or_start_with_a_tilde(name, given, root, monkeypatch):
     _, train, _ = WRITERS[name](Tree(root))
     monkeypatch.chdir(root)
     monkeypatch.setenv("HOME", str(root))
@@ -85,7 +76,7 @@ def test_a_folder_may_be_given_in_any_way(name, given, root, monkeypatch):
     assert shown(load(name, given)[0]) == train
 
 
-def test_photos_are_built_in_wherever_the_root_is(root, tmp_path, monkeypatch):
+def test_photos_need_no_root(root, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(photos, "PHOTOS", ["text", "chelsea"])  # the others take seconds
     check("photos", str(root), download=True)
@@ -97,9 +88,10 @@ def test_photos_are_built_in_wherever_the_root_is(root, tmp_path, monkeypatch):
     assert train.root.is_relative_to(tmp_path / "cache") and not root.exists()
 
 
-def test_names_and_metrics():
-    names = "imagenet photos cifar10 cifar100 stl10 flowers pets food101 cars caltech101 dtd aircraft sun397 voc2007"
-    assert list(NAMES) == list(METRIC) == [*names.split(), "places365", "places205"]
+def test_each_data_set_has_the_metric_that_papers_report():
+    names = "imagenet photos cifar10 cifar100 stl10 flowers pets food101 cars caltech101 dtd "
+    names += "aircraft sun397 voc2007 places365 places205"
+    assert list(NAMES) == list(METRIC) == names.split()
     others = {name: metric for name, metric in METRIC.items() if metric != "acc1"}
     assert others == dict.fromkeys(
         ("flowers", "pets", "caltech101", "aircraft"), "mean_per_class"
@@ -117,30 +109,30 @@ def test_caltech_trains_on_30_random_images_of_each_class(root):
         assert np.bincount(train.labels).tolist() == [30, 30] and np.bincount(
             test.labels
         ).tolist() == [3, 3]
-        assert sorted(shown(train) + shown(test)) == rows  # and so nothing is in both
+        assert sorted(shown(train) + shown(test)) == rows  # so no image is in both
     again = load("caltech101", str(root), seed=0)
     assert [shown(split) for split in again] == [shown(split) for split in draws[0]]
     assert set(shown(draws[0][1])) != set(shown(draws[1][1]))
     check("caltech101", str(root), download=False)
 
 
-def test_caltech_without_images_is_refused(root):
+def test_caltech_without_test_images_or_with_an_empty_class_is_refused(root):
     caltech101(Tree(root), count=30)
-    assert "more than 30" in refusal("caltech101", root)
+    assert "more than 30" in check_error("caltech101", root)
     (root / "caltech101/101_ObjectCategories/zebra").mkdir()
-    assert refusal("caltech101", root).startswith(
+    assert check_error("caltech101", root).startswith(
         f"{root}/caltech101/101_ObjectCategories/zebra: holds no image"
     )
 
 
 @pytest.mark.parametrize("partitions", ["SUN397", "SUN397/Partitions", "Partitions"])
-def test_sun397s_partitions_may_lie_in_three_places(partitions, root):
+def test_sun397s_lists_are_found_in_three_folders(partitions, root):
     _, *splits = sun397(Tree(root), partitions)
     assert [shown(split) for split in load("sun397", str(root))] == splits
 
 
 @pytest.mark.parametrize("size", ["256", "large"])
-def test_places365_may_be_small_or_large(size, root):
+def test_places365_has_small_or_large_images(size, root):
     _, *splits = places365(Tree(root), size)
     assert [shown(split) for split in load("places365", str(root))] == splits
 
@@ -150,7 +142,7 @@ def test_places365_may_be_small_or_large(size, root):
 @pytest.mark.parametrize(
     "folder", [".", "data/vision/torralba/deeplearning/images256", "images256", "images"]
 )
-def test_places205_in_each_layout(line, lists, folder, root):
+def test_places205_is_read_in_each_of_its_layouts(line, lists, folder, root):
     classes, *splits = places205(Tree(root), lists, folder, line)
     found = load("places205", str(root))
     assert [shown(split) for split in found] == splits and found[0].classes == tuple(classes)
@@ -196,7 +188,7 @@ def test_places205_in_each_layout(line, lists, folder, root):
         ),
     ],
 )
-def test_lists_that_do_not_fit_are_refused(name, file, text, message, root):
+def test_lists_with_errors_are_refused(name, file, text, message, root):
     tree = Tree(root)
     WRITERS[name](tree)
     load(name, str(root))
@@ -207,12 +199,14 @@ def test_lists_that_do_not_fit_are_refused(name, file, text, message, root):
 
 @pytest.mark.parametrize("folder", ["absent", "empty"])
 @pytest.mark.parametrize("name", ON_DISK)
-def test_absent_data_is_refused_in_one_line(name, folder, root, tmp_path, asked):
+def test_a_missing_data_set_is_refused_in_one_line_that_says_how_to_get_it(
+    name, folder, root, tmp_path, asked
+):
     if folder == "empty":
         root.mkdir()
-    WRITERS[name](Tree(tmp_path / "whole"))
-    first = min(path.name for path in (tmp_path / "whole").iterdir())
-    line = refusal(name, root)
+    WRITERS[name](Tree(tmp_path / "complete"))
+    first = min(path.name for path in (tmp_path / "complete").iterdir())
+    line = check_error(name, root)
     assert ("--download" in line) == (name != "imagenet") and ("by hand from http" in line) == (
         name in NEVER_DOWNLOADED
     )
@@ -224,7 +218,7 @@ def test_absent_data_is_refused_in_one_line(name, folder, root, tmp_path, asked)
     if name not in ("places365", "places205"):
         assert f"{first}/" in line
     if name in (*ARRAYS, "flowers", "caltech101", "places365"):
-        assert folder == "absent" or f"(no {root}/" in line  # the first file that is missed
+        assert folder == "absent" or f"(no {root}/" in line  # the first file that is missing
     with pytest.raises(InputError):
         load(name, str(root))
     assert (
@@ -234,31 +228,31 @@ def test_absent_data_is_refused_in_one_line(name, folder, root, tmp_path, asked)
     )
 
 
-def test_an_image_folder_with_another_fault_is_not_sent_for(root):
+def test_a_present_image_folder_with_a_fault_is_not_to_be_downloaded_again(root):
     tree = Tree(root)
     imagenet(tree)
     tree.image("val/unknown/1.JPEG")
-    assert refusal("imagenet", root).endswith("name the folders as in train/")
+    assert check_error("imagenet", root).endswith("name the folders as in train/")
 
 
 @pytest.mark.parametrize(("function", "options"), [(load, ()), (check, (False,)), (check, (True,))])
-def test_an_unknown_name_brings_up_the_nearest(function, options, root):
+def test_an_unknown_name_is_refused_with_the_nearest_known_one(function, options, root):
     with pytest.raises(InputError, match="unknown dataset 'cifra10'; the nearest is 'cifar10'"):
         function("cifra10", str(root), *options)
 
 
 @pytest.mark.parametrize("split", [0, 1])
 @pytest.mark.parametrize("name", [name for name in LISTED if name not in ARRAYS])
-def test_a_half_unpacked_copy_is_refused(name, split, root):
+def test_a_copy_without_the_first_image_is_refused(name, split, root):
     WRITERS[name](Tree(root))
     check(name, str(root), download=False)
     missing = load(name, str(root))[split].path(0)
     os.remove(missing)
-    assert os.path.basename(missing) in refusal(name, root)
+    assert os.path.basename(missing) in check_error(name, root)
 
 
 @pytest.mark.parametrize("name", LISTED)
-def test_a_list_that_is_missing_or_damaged_never_ends_in_a_traceback(name, root):
+def test_a_missing_or_damaged_list_raises_no_other_error_than_input_error(name, root):
     WRITERS[name](Tree(root))
     lists = [path for path in root.rglob("*") if path.is_file() and path.suffix != ".jpg"]
     refused = 0
@@ -279,5 +273,5 @@ def test_a_list_that_is_missing_or_damaged_never_ends_in_a_traceback(name, root)
     ("given", "name"),
     [("place205", "places205"), ("imagenet2012", "imagenet"), ("CIFAR10", "cifar10")],
 )
-def test_names_in_the_commands_of_papers_are_understood(given, name):
+def test_names_in_the_commands_of_papers_are_accepted(given, name):
     assert canonical(given) == name and name in NAMES
