@@ -124,7 +124,7 @@ def creating(path: Path, force: bool = False) -> Iterator[BinaryIO]:
 
 
 def numbered_paths(path: Path) -> Iterator[Path]:
-    """Yield `path`, then NAME-2, NAME-3, ... with the same ending, without end."""
+    """Yield `path`, then NAME-2, NAME-3, ... with the same ending. There is no last one."""
     yield path
     yield from (path.with_name(f"{path.stem}-{i}{path.suffix}") for i in itertools.count(2))
 

@@ -60,10 +60,10 @@ class RandomCrops(NamedTuple):
     def reduction(self, height: int, width: int, sample: SampleId) -> int:
         """Return the factor by which an image of this size may be shrunk first: 1, 2, 4 or 8.
 
-        It is the largest at which every crop is still at least twice as large as its view. A
-        smaller margin would show; Pillow's thumbnails keep the same one. A crop takes a fraction of
-        the image that does not depend on the image's size, so that a shrunk image yields the same
-        views, except for rounding.
+        It is the largest factor at which every crop is at least twice as large as its view. With a
+        smaller margin, the loss of quality would be visible; Pillow's thumbnails keep the same
+        margin. The fraction of the image that a crop takes does not depend on the image's size, so
+        that a shrunk image yields the same views, except for rounding.
         """
         boxes = crop.random_boxes(height, width, self.recipe, rng.CROP, self.seed, *sample)
         spare = min(
@@ -111,8 +111,8 @@ class Views(Dataset):
     ):
         """Read `images` and apply `crop` to each.
 
-        If `skip_unreadable`, another image replaces one that cannot be read. Which one depends on
-        (epoch, index) only. Otherwise the sample is the InputError.
+        If `skip_unreadable`, another image replaces one that cannot be read. Which one depends
+        on (epoch, index) only. Otherwise the sample is the InputError.
         """
         self.images, self.crop, self.skip_unreadable = images, crop, skip_unreadable
 
@@ -176,7 +176,7 @@ class TrainBatchSampler(Sampler):
     batch therefore has the same images for any number of processes; each rank takes an equal part.
 
     A step has `accumulation` global batches. The images at the end of an epoch that do not fill a
-    step are left out. Negative steps, in which AdCo fills its bank, come before epoch 0. They are the
+    step are left out. Negative steps come before epoch 0, while AdCo fills its bank. They are the
     last steps of the epochs ..., -2, -1.
     """
 
