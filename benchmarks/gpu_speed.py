@@ -256,7 +256,7 @@ def loading(setup: Setup, notes: Notes) -> None:
         images = folders.scan(folders.find(folder, ("train",)), "train")
         # batches that may already be read when the first one arrives
         ahead = 4 * workers + 1 if setup.cuda else 1
-        order = loader.TrainOrder(len(images), size, 1, 0, 0, min(ahead, batches) + batches)
+        order = loader.TrainBatchSampler(len(images), size, 1, 0, 0, min(ahead, batches) + batches)
         found = loader.batches(
             images,
             loader.RandomCrops(recipes.of(config.views), 0),

@@ -139,8 +139,8 @@ def in_memory(data: Path | None, n: int) -> ImageArray:
     if data:
         folder = folders.scan(data, "train")
         rows = draw.permutation(len(folder))[:n]
-        (held,) = cache.load(Input(cache_images="on"), folder.part(rows))
-        found = held.together(np.arange(len(held)), lambda height, width: True)
+        (held,) = cache.load(Input(cache_images="on"), folder.subset(rows))
+        found = held.read_batch(np.arange(len(held)), lambda height, width: True)
         if found is None:
             raise SystemExit(f"--data {data}: the images differ in size; give images of one size")
         pixels = found.numpy()
@@ -158,7 +158,7 @@ def batches(images: ImageArray, batch: int) -> Iterator[loader.Batch]:
     """Yield the batches of the next epoch, read as a training run on a CPU reads them."""
     epoch = next(_epochs)
     options = Input(workers=1, batch_size=batch, batch_per_process=batch)
-    order = loader.TrainOrder(len(images), batch, 1, seed=0)
+    order = loader.TrainBatchSampler(len(images), batch, 1, seed=0)
     order.start, order.stop = epoch * order.steps_per_epoch, (epoch + 1) * order.steps_per_epoch
     cut = loader.RandomCrops(SMALL, seed=0)
     return loader.batches(images, cut, order, options, torch.device("cpu"))

@@ -12,7 +12,7 @@ import moco as _first  # noqa: F401 (before torch: sets how its threads wait)
 # isort: split
 import torch
 
-from moco.files import names_like, write_json
+from moco.files import numbered_paths, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -56,7 +56,7 @@ def _new_file(text: str) -> Path:
 def write(name: str, file: Path | None, results: object) -> Path:
     """Write results as JSON to `file`, or to the first default name that is free; return the path."""
     default = ROOT / "runs" / "benchmarks" / f"{name}.json"
-    path = file or next(path for path in names_like(default) if not path.exists())
+    path = file or next(path for path in numbered_paths(default) if not path.exists())
     write_json(path, results)
     return path
 

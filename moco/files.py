@@ -1,5 +1,6 @@
-"""Files: a stranger's is read as plain values and never as code (YAML of options, JSON, lists, pickles of arrays); ours replace
-what was there only when they are whole.
+"""Read untrusted files safely, as plain values and never as code, and write files atomically.
+
+Checkpoints are read by `encoder.weights`.
 """
 
 import codecs
@@ -25,16 +26,19 @@ Scalar = str | int | float | bool | None
 
 
 class Unreadable(InputError):
-    """The system failed to read a file, which may be intact. The message is the system's reason."""
+    """The error if the system fails to read a file that may be intact: a permission, a disk.
+
+    Its message is the system's reason. `at` adds the file's name.
+    """
 
     def at(self, path: object) -> "Unreadable":
-        """Return the error to show to the user: with the file's name, and what to do."""
+        """Return the error to show to the user, with the file's name and what to do."""
         look = "check its permissions, the disk and the file server; its content may be intact"
         return Unreadable(f"{path}: cannot be read: {self}; {look}")
 
 
 def unreadable(error: OSError | MemoryError) -> Unreadable:
-    """Return an `Unreadable` with the system's reason for a failed read."""
+    """Return an `Unreadable` with the system's reason for the `error`."""
     if isinstance(error, MemoryError):
         return Unreadable("not enough memory")
     return Unreadable(error.strerror or str(error))
@@ -48,19 +52,20 @@ def refuse_remote(path: str, option: str = "") -> None:
     """Raise InputError if `path`, the value of an option, is a URL."""
     if match := re.match(r"([a-z][a-z0-9+.-]+):/", path, re.I):  # pathlib merges two slashes
         store = _STORES.get(match[1].lower(), "another system")
-        what = f"{option} {path}".strip()
+        value = f"{option} {path}".strip()
         raise InputError(
-            f"{what}: is a URL ({store}), and only files on this machine are read or written;"
+            f"{value}: is a URL ({store}), and only files on this machine are read or written;"
             " copy it to a local disk first, and give its path there"
         )
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write, beside `path`: at the end it is flushed to disk and renamed to `path`.
+    """Open a temporary file to write. At the end, flush it to disk and rename it to `path`.
 
-    Where an error comes before that, it is removed, and what was at `path` is still there. Of a process that is killed it stays
-    behind; `half_written` finds it.
+    The temporary file is in the folder of `path`. If an error is raised before the end, it is
+    removed, and an old file at `path` remains. If the process is killed, it stays behind;
+    `half_written` finds it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
@@ -69,13 +74,13 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        with contextlib.suppress(OSError):  # some mounts know no modes
+        with contextlib.suppress(OSError):  # some file systems have no permissions
             os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
-    with contextlib.suppress(OSError):  # nor can all of them flush a folder
+    with contextlib.suppress(OSError):  # some cannot flush a folder
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
@@ -84,7 +89,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def check_new(path: Path, force: bool = False) -> None:
-    """Raise InputError if there is a folder at `path`, or a file unless `force` (a tool's `--force`)."""
+    """Raise InputError if `path` is a folder, or a file unless `force` (a tool's `--force`)."""
     if path.is_dir():
         raise InputError(f"{path}: is a folder; choose another place")
     if os.path.lexists(path) and not force:
@@ -93,10 +98,11 @@ def check_new(path: Path, force: bool = False) -> None:
 
 @contextlib.contextmanager
 def creating(path: Path, force: bool = False) -> Iterator[BinaryIO]:
-    """Open a file to write next to `path`, and rename it at the end, as `replacing` does.
+    """Open a temporary file to write, and rename it to `path` at the end, as `replacing` does.
 
-    Raises InputError if `path` exists, unless `force`. If two programs create the same file at the
-    same time, one succeeds and the other one fails.
+    If two programs create the same file at the same time, one of them fails.
+
+    Raises InputError if `path` exists, unless `force`.
     """
     check_new(path, force)
     if force:
@@ -117,28 +123,35 @@ def creating(path: Path, force: bool = False) -> Iterator[BinaryIO]:
         raise
 
 
-def names_like(path: Path) -> Iterator[Path]:
-    """Yield `path`, and then NAME-2, NAME-3, ... with the same ending."""
+def numbered_paths(path: Path) -> Iterator[Path]:
+    """Yield `path`, then NAME-2, NAME-3, ... with the same ending. There is no last one."""
     yield path
     yield from (path.with_name(f"{path.stem}-{i}{path.suffix}") for i in itertools.count(2))
 
 
 def new_folder(path: Path) -> Path:
-    """Make the first folder of `names_like(path)` that does not exist yet, and return it."""
-    for folder in names_like(path):
+    """Make the first folder of `numbered_paths(path)` that does not exist yet, and return it."""
+    for folder in numbered_paths(path):
         with contextlib.suppress(FileExistsError):
             folder.mkdir(parents=True)
             return folder
-    raise AssertionError("names_like does not end")
+    raise AssertionError("numbered_paths does not end")
 
 
 def half_written(folder: Path, name: str) -> list[Path]:
-    """What `replacing` has left behind of the files whose names fit the pattern `name`."""
+    """Return the temporary files that killed processes have left behind in `folder`.
+
+    `name` is a glob pattern for the names of the files that `replacing` was to write.
+    """
     return list(folder.glob(f".{name}-{'?' * 8}"))
 
 
 def read_text(path: str | Path) -> str:
-    """Return the text in `path`. Raises InputError or Unreadable, whose message lacks the path."""
+    """Return the text in `path`, in UTF-8.
+
+    Raises InputError if it is something else, and Unreadable if the system cannot read the file.
+    Neither message has the path.
+    """
     try:
         return Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
@@ -152,7 +165,7 @@ def read_text(path: str | Path) -> str:
 def read_lines(path: str | Path) -> list[bytes]:
     """Return the lines in `path` as bytes, in any encoding with ASCII's line breaks.
 
-    Raises InputError, whose message lacks the path, if the file cannot be read.
+    Raises InputError if the file cannot be read. The message does not have the path.
     """
     try:
         text = Path(path).read_bytes().removeprefix(codecs.BOM_UTF8)
@@ -164,65 +177,66 @@ def read_lines(path: str | Path) -> list[bytes]:
 
 
 def read_yaml(path: str | Path) -> dict[str, Scalar | list[Scalar]]:
-    """Options by name. Raises InputError, without the path, where the file is none of `option: value` lines.
+    """Return the options in a YAML file by name.
 
-    A value is a word, a number, true, false, nothing, or a list of these: there is no more to an option, and a value that holds
-    others could be made to unfold without end.
+    A value is a word, a number, true, false, nothing, or a list of these. No option needs more, and
+    a small file with nested values could be made to expand without end.
+
+    Raises InputError if the file has anything but `option: value` lines, and Unreadable if the
+    system cannot read it. Neither message has the path.
     """
     text = read_text(path)
     try:
         values = yaml.load(text, Loader=_OptionLoader)
     except yaml.YAMLError as error:
         raise InputError(f"not YAML: {short(' '.join(str(error).split()), 600)}") from None
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # dates that there are not, numbers of thousands of digits
-        raise InputError(
-            f"not YAML of options: {short(' '.join(str(error).split()), 600)}"
-        ) from None
+    except (ValueError, RecursionError) as error:  # such as a number with thousands of digits
+        reason = short(" ".join(str(error).split()), 600)
+        raise InputError(f"not YAML of options: {reason}") from None
     if not isinstance(values, dict):
         raise InputError("expected lines of the form 'option: value'")
     for key, value in values.items():
-        if not all(
-            isinstance(one, Scalar)
-            for one in (key, *(value if isinstance(value, list) else [value]))
-        ):
-            raise InputError(
-                f"{short(key) if isinstance(key, str) else 'a key'}: expected one value, or a list of values"
-            )
+        values_of_key = value if isinstance(value, list) else [value]
+        if not all(isinstance(one, Scalar) for one in (key, *values_of_key)):
+            name = short(key) if isinstance(key, str) else "a key"
+            raise InputError(f"{name}: expected one value, or a list of values")
     return {str(key): value for key, value in values.items()}
 
 
 class _OptionLoader(yaml.SafeLoader):
-    """PyYAML's, which keeps the last of two values silently, and unfolds what `<<` merges."""
+    """A YAML loader that refuses an option that is given twice, and merge keys (`<<`).
+
+    PyYAML's own loader keeps the last of two values silently, and expands merge keys.
+    """
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Check the keys of a mapping. PyYAML calls this to expand its merge keys."""
         seen = set()
         for key, _ in node.value:
             if key.tag == "tag:yaml.org,2002:merge":
                 raise yaml.constructor.ConstructorError(
-                    None, None, "'<<' is not read; write the options out", key.start_mark
+                    None, None, "'<<' is not supported; write the options out", key.start_mark
                 )
             if isinstance(key, yaml.ScalarNode):
                 name = key.value.replace("_", "-")
                 if name in seen:
                     raise yaml.constructor.ConstructorError(
-                        None, None, f"'{short(key.value)}' stands twice", key.start_mark
+                        None, None, f"'{short(key.value)}' is given twice", key.start_mark
                     )
                 seen.add(name)
 
 
-# a day without quotes is a word here
+# PyYAML would turn a word such as 2024-10-03 into a date
 _OptionLoader.add_constructor("tag:yaml.org,2002:timestamp", yaml.SafeLoader.construct_yaml_str)
 
 
 def to_json(value: Any, **format: Any) -> str:
-    """Return `value` as JSON. NaN and infinite numbers, which JSON cannot hold, become null."""
+    """Return `value` as JSON. NaN and infinite numbers become null, because JSON has neither."""
     return json.dumps(_finite(value), allow_nan=False, **format)
 
 
 def _finite(value: Any) -> Any:
+    """Replace NaN and infinite numbers in `value` by None."""
     if isinstance(value, dict):
         return {key: _finite(one) for key, one in value.items()}
     if isinstance(value, list | tuple):
@@ -231,12 +245,16 @@ def _finite(value: Any) -> Any:
 
 
 def read_json(path: str | Path) -> Any:
-    """The JSON in `path`. Raises InputError, without the path, where it cannot be read."""
+    """Return the value of the JSON in `path`.
+
+    Raises InputError if it is not JSON, and Unreadable if the system cannot read the file. Neither
+    message has the path.
+    """
     return parse_json(read_text(path))
 
 
 def parse_json(text: str) -> Any:
-    """What `text` says. Raises InputError where it is no JSON."""
+    """Return the value of the JSON in `text`. Raises InputError if it is not JSON."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -244,10 +262,12 @@ def parse_json(text: str) -> Any:
 
 
 def read_pickle(path: str | Path) -> Any:
-    """The plain values, and numpy's arrays and numbers, that `path` holds.
+    """Return the value in a pickle of plain values and NumPy's arrays and numbers.
 
-    Raises InputError, whose message lacks the path, if the file is damaged or holds anything else;
-    no other object is created or called. Raises Unreadable if the system cannot read the file.
+    No other object is created or called, so that an untrusted file does no harm.
+
+    Raises InputError if the file is damaged or holds anything else, and Unreadable if the system
+    cannot read it. Neither message has the path.
     """
     try:
         return _ArrayUnpickler(io.BytesIO(Path(path).read_bytes()), encoding="latin1").load()
@@ -255,46 +275,52 @@ def read_pickle(path: str | Path) -> Any:
         raise
     except (OSError, MemoryError) as error:
         raise unreadable(error) from None
-    except Exception as error:  # damaged ones end in many kinds
-        raise InputError(
-            f"damaged, or no pickle ({short(' '.join(str(error).split()), 600) or type(error).__name__})"
-        ) from None
+    except Exception as error:  # a damaged pickle raises errors of many types
+        reason = short(" ".join(str(error).split()), 600) or type(error).__name__
+        raise InputError(f"damaged, or no pickle ({reason})") from None
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Knows only what arrays are made of."""
+    """An unpickler that can only create plain values and NumPy's arrays."""
 
     def find_class(self, module: str, name: str) -> Any:
-        module = module.replace("numpy._core", "numpy.core")  # its name since numpy 2
-        if (module, name) not in _OF_ARRAYS:
+        """Return the class or function that a pickle asks for.
+
+        Raises InputError if arrays do not need it.
+        """
+        module = module.replace("numpy._core", "numpy.core")  # its name since NumPy 2
+        if (module, name) not in _ARRAY_PARTS:
             raise InputError(
-                f"holds {short(f'{module}.{name}')}, and only plain values and numpy's arrays are read; save these alone"
+                f"holds {short(f'{module}.{name}')}, and only plain values and numpy's arrays are "
+                "read; save these alone"
             )
-        return _OF_ARRAYS[module, name]
+        return _ARRAY_PARTS[module, name]
 
 
-def _scalar(kind: np.dtype, data: bytes) -> np.generic:
-    if kind.hasobject:
+def _scalar(dtype: np.dtype, data: bytes) -> np.generic:
+    """Return a NumPy number. Raises InputError for a type that would unpickle `data`."""
+    if dtype.hasobject:
         raise InputError(
-            "holds an array of Python objects, and only numbers and words are read; save these alone"
+            "holds an array of Python objects, and only numbers and words are read; "
+            "save these alone"
         )
-    return np.empty(0).dtype.type(0).__reduce__()[0](kind, data)
+    return np.empty(0).dtype.type(0).__reduce__()[0](dtype, data)
 
 
-_OF_ARRAYS = {
+# The names in pickles of arrays, for NumPy 1 and 2, and what they stand for here.
+_ARRAY_PARTS = {
     ("numpy", "ndarray"): np.ndarray,
     ("numpy", "dtype"): np.dtype,
     ("numpy.core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
     ("numpy.core.multiarray", "scalar"): _scalar,
     ("numpy.core.numeric", "_frombuffer"): np.empty(0).__reduce_ex__(5)[0],
-    ("_codecs", "encode"): lambda text, _: text.encode(
-        "latin1"
-    ),  # bytes, as protocols without them have it
+    # pickle protocols without a type for bytes store them as an encoded text
+    ("_codecs", "encode"): lambda text, _: text.encode("latin1"),
     ("collections", "OrderedDict"): dict,
 }
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write `value` as indented JSON, replacing the file at once; a number that is NaN or infinite becomes null."""
+    """Write `value` to `path` as indented JSON, atomically; see `to_json` for NaN."""
     with replacing(path) as file:
         file.write(f"{to_json(value, indent=2)}\n".encode())

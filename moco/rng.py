@@ -1,7 +1,8 @@
-"""Counter-based randomness: every draw is a pure function of where in the run it is used.
+"""Counter-based random numbers: each draw is a pure function of counters, such as seed and step.
 
-No generator lives from one step to the next, so the draws do not depend on the number of workers and a resumed run
-needs no saved state. The mixing function is SplitMix64's (Steele, Lea & Flood, OOPSLA 2014).
+No generator lives from one step to the next. The draws therefore do not depend on the number of
+workers, and a resumed run needs no saved state. The mixing function is SplitMix64's (Steele, Lea &
+Flood, OOPSLA 2014).
 """
 
 from dataclasses import dataclass
@@ -9,27 +10,26 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-ORDER, CROP, COLOR, SHUFFLE, NEGATIVES, SPLIT, LAYERS, REPLACEMENT = range(
-    8
-)  # what a draw is for: the first counter of every key
+# The purpose of a draw, the first counter of each key.
+ORDER, CROP, COLOR, SHUFFLE, NEGATIVES, SPLIT, LAYERS, REPLACEMENT = range(8)
 
 _MASK = (1 << 64) - 1
 _GAMMA = 0x9E3779B97F4A7C15
-
 
 Key = int | np.ndarray  # a 64-bit number, or a uint64 array of them
 
 
 def _mix(z: Key) -> Key:
+    """Apply SplitMix64's mixing function to each 64-bit number."""
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
     return z ^ (z >> 31)
 
 
 def key(*counters: Key) -> Key:
-    """Fold integers such as (CROP, seed, epoch, index, view) into one 64-bit key.
+    """Fold counters, such as (CROP, seed, epoch, index, view), into one 64-bit key.
 
-    If a counter is an array, int64 or uint64 [n], the result is uint64 [n]: one key per element.
+    If a counter is an array, int64 or uint64 [n], return uint64 [n]: one key per element.
     """
     folded: Key = 0
     for counter in counters:
@@ -40,24 +40,30 @@ def key(*counters: Key) -> Key:
 
 
 def uniform(key: Key, i: int) -> float | np.ndarray:
-    """Return the i-th uniform number in [0, 1) of the stream that `key` names.
+    """Return the i-th uniform number in [0, 1) of the random stream with this `key`.
 
-    For an array of keys [n], return the i-th number of each, float64 [n].
+    For an array of keys [n], return the i-th number of each stream, float64 [n].
     """
     return (_mix((key + ((i + 1) * _GAMMA & _MASK)) & _MASK) >> 11) * 2.0**-53
 
 
 def generator(device: torch.device | str, *counters: int) -> torch.Generator:
-    """A torch generator on `device` seeded by `key(*counters)`."""
+    """Return a new torch generator on `device`, seeded with `key(*counters)`."""
     return torch.Generator(device).manual_seed(key(*counters) >> 1)
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where in the run a forward pass stands; what a method's schedules and draws may depend on.
+    """The position of a forward pass in the run. A method's schedules and draws depend on it.
 
-    `step` counts optimizer steps from 0 over the whole run, `micro` the forward passes inside one step (gradient
-    accumulation); `steps_per_epoch` and `epochs` give the run's length.
+    Attributes:
+        seed: The seed of the run.
+        epoch: The epoch, from 0. It is negative while AdCo fills its bank.
+        step: The number of optimizer steps before this one, over the full run.
+        micro: The number of forward passes before this one within the step, with gradient
+            accumulation.
+        steps_per_epoch: The number of optimizer steps in an epoch.
+        epochs: The number of epochs in the run.
     """
 
     seed: int = 0
@@ -68,5 +74,9 @@ class Progress:
     epochs: int = 1
 
     def generator(self, stream: int, device: torch.device | str, *counters: int) -> torch.Generator:
-        """A fresh generator for this pass; `counters` such as rank and view tell apart draws that must differ."""
+        """Return a new generator for this forward pass.
+
+        `stream` is the purpose of the draw, such as `NEGATIVES`. More `counters`, such as rank and
+        view, make the draws of the same purpose differ.
+        """
         return generator(device, stream, self.seed, self.step, self.micro, *counters)

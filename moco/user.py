@@ -1,4 +1,4 @@
-"""Prepare a process for its user, who may have no name and no home, and for its terminal."""
+"""Prepare a process for its terminal, and for a user who may have no name and no home folder."""
 
 import contextlib
 import getpass
@@ -16,9 +16,10 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def import_quietly() -> None:
-    """Let Ctrl-C end a script of this project without a traceback while it imports its packages.
+    """Let Ctrl-C stop a script without a traceback while it imports its packages.
 
-    `prepare` ends this. Nothing changes in other programs that import the package.
+    This lasts until `prepare` is called. It applies only to the scripts of this project, not to
+    other programs that import the package.
     """
     program = Path(sys.argv[0])
     ours = program.is_file() and program.resolve().parent in (ROOT, ROOT / "tools")
@@ -28,11 +29,11 @@ def import_quietly() -> None:
 
 
 def prepare() -> None:
-    """Let standard output print any file name; give a user without a name or a home both.
+    """Make stdout and stderr print any file name, and set USER and HOME if the user has neither.
 
-    Called when a program starts, after its imports. Bytes of a name that are not UTF-8, and letters
-    that the terminal cannot show, are printed as escapes. PyTorch and Triton name folders after the
-    user, and put files into the home folder.
+    Call it when a program starts, after its imports. Bytes of a file name that are not UTF-8, and
+    letters that the terminal cannot show, are printed as escapes. PyTorch and Triton need a user's
+    name and home: they name folders after the user, and write files in the home folder.
     """
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # see `import_quietly`
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -41,19 +42,21 @@ def prepare() -> None:
             stream.reconfigure(errors="backslashreplace")
     try:
         getpass.getuser()
-    except (OSError, KeyError):  # a container's user without an entry in passwd
+    except (OSError, KeyError):  # a container's user may lack an entry in passwd
         os.environ["USER"] = str(os.getuid())
     try:
         Path.home()
     except RuntimeError:
-        with contextlib.suppress(OSError, InputError):  # code that needs a home reports it
+        with contextlib.suppress(
+            OSError, InputError
+        ):  # code that needs a home raises its own error
             os.environ["HOME"] = str(private_folder())
 
 
 def private_folder() -> Path:
-    """Return this user's own folder for temporary files; make it on first use.
+    """Return this user's own folder among the temporary files. Make it on first use.
 
-    Raises InputError if somebody else owns it or may write there.
+    Raises InputError if another user owns it or may write to it.
     """
     folder = Path(tempfile.gettempdir()) / f"hard-negatives-{os.getuid()}"
     with contextlib.suppress(FileExistsError):
@@ -61,6 +64,7 @@ def private_folder() -> Path:
     info = folder.lstat()
     if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.getuid() or info.st_mode & 0o022:
         raise InputError(
-            f"{folder}: is not a folder that you alone can write to; set XDG_CACHE_HOME and HOME to folders of your own"
+            f"{folder}: is not a folder that you alone can write to; set XDG_CACHE_HOME and HOME "
+            "to folders of your own"
         )
     return folder

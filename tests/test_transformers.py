@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 import yaml
 from conftest import ROOT, in_process, shell
+from dataset_trees import WRITERS, Tree
 from test_cli import refused
-from test_named import WRITERS, Tree
 from test_runs import facts, load, same, succeeded
 from test_voc07 import write_voc
 

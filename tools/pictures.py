@@ -71,7 +71,7 @@ def recipe(run: Run) -> tuple[str, recipes.Recipe]:
 def views(run: Run) -> Figure:
     """Some train images and their views in epoch 0. Raises InputError where the images are not there."""
     config = settings(run, _NEEDED | _FOR_VIEWS)
-    train = registry.training(config.input.dataset, config.run.data, config.input.class_list)
+    train = registry.train_images(config.input.dataset, config.run.data, config.input.class_list)
     picked = sorted({round(i * (len(train) - 1) / (ROWS - 1)) for i in range(ROWS)})
     images = [train.read(i) for i in picked]
     columns = [[crop.center_view(image, config.views.image_size) / 255 for image in images]]
@@ -120,7 +120,9 @@ class Sample:
 @cache
 def sample(dataset: str, data: str, class_list: str | None, images: int, seed: int) -> Sample:
     """Draw it: at most `CLASSES` classes, `images` of train/ and `POINTS` of val/. Raises InputError where they are not there."""
-    train, val = (part(dataset, data, class_list) for part in (registry.training, registry.testing))
+    train, val = (
+        part(dataset, data, class_list) for part in (registry.train_images, registry.test_images)
+    )
     draw = np.random.default_rng(seed)
     there = np.unique(val.labels)
     classes = there[np.linspace(0, len(there) - 1, min(CLASSES, len(there))).round().astype(int)]
@@ -138,7 +140,7 @@ def sample(dataset: str, data: str, class_list: str | None, images: int, seed: i
 
 def _some_of(part: Images, classes: np.ndarray, most: int, draw: np.random.Generator) -> Images:
     places = draw.permutation(np.flatnonzero(np.isin(part.labels, classes)))[:most]
-    return part.part(np.sort(places))
+    return part.subset(np.sort(places))
 
 
 def sample_of(run: Run, images: int, seed: int) -> Sample:

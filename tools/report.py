@@ -365,7 +365,7 @@ def encoders(found: list[Run], pretrained: Path | None, images: int, seed: int) 
 def _map(sample: pictures.Sample, looks: list[Look], seed: int) -> str:
     began, run = time.perf_counter(), looks[0].run
     shown = {look.run.name: look.val for look in looks}
-    few = sample.val.part(np.arange(min(64, len(sample.val))))
+    few = sample.val.subset(np.arange(min(64, len(sample.val))))
     net = pictures.random_encoder(run, seed)
     pictures.seen_by(net, few, run)
     if (time.perf_counter() - began) * len(sample.val) / len(few) < CHEAP:

@@ -14,7 +14,7 @@ from moco.config import AnyConfig, replaced
 from moco.distributed import print_rank0
 from moco.encoder.networks import check_arch
 from moco.engine import precision, resume, run_folder
-from moco.errors import InputError, of_file
+from moco.errors import InputError, from_os_error
 from moco.launch import interrupt, launch, output, processes
 
 Complete = Callable[[AnyConfig], AnyConfig]
@@ -45,7 +45,7 @@ def main(parser: Parser, complete: Complete, worker: launch.Worker) -> None:
     except InputError as error:
         parser.refuse(error)
     except OSError as error:
-        parser.refuse(of_file(error))
+        parser.refuse(from_os_error(error))
     except launch.Lost as lost:
         parser.exit(1, f"{parser.prog}: error: {lost}\n")
     except interrupt.Interrupted as end:

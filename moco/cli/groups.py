@@ -46,7 +46,7 @@ def _texts(config: Config) -> dict[str, object]:
         "of": "of each process" if each else "of this node, split over its processes",
         "cores": processes.cores(),
         "most": processes.WORKERS,
-        "gib": cache.MOST >> 30,
+        "gib": cache.AUTO_MAX >> 30,
         "datasets": ", ".join(registry.NAMES),
         "whose": "data set's" if config.network.arch else "checkpoint's",
         "archs": (transformers if config.TRANSFORMERS else "") + "any torchvision ResNet",

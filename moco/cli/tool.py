@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import NoReturn
 
 from moco import user
-from moco.errors import InputError, of_file, printed, unknown
+from moco.errors import InputError, format_error, from_os_error, unknown
 from moco.launch import output
 
 
@@ -22,7 +22,7 @@ class OneLineParser(argparse.ArgumentParser):
 
     def refuse(self, error: InputError) -> NoReturn:
         """Print the error and exit with status 2."""
-        self.exit(2, printed(self.prog, error))
+        self.exit(2, format_error(self.prog, error))
 
     def parse_args(
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
@@ -88,9 +88,9 @@ def attempt(name: str, work: Callable[[], int | None]) -> int:
     except InputError as error:
         mistake = error
     except OSError as error:
-        mistake = of_file(error)
+        mistake = from_os_error(error)
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)
         return 130
-    print(printed(name, mistake), end="", file=sys.stderr)
+    print(format_error(name, mistake), end="", file=sys.stderr)
     return 2

@@ -49,8 +49,8 @@ def keep(text: str) -> int:
 
 def data_name(text: str) -> str:
     """Return the name of an ImageNet folder that `subsets.check_classes` knows."""
-    if text.lower() not in subsets.SIZES:
-        known = " or ".join(subsets.SIZES)
+    if text.lower() not in subsets.CLASS_COUNTS:
+        known = " or ".join(subsets.CLASS_COUNTS)
         raise argparse.ArgumentTypeError(
             f"'{text}' is not {known}; leave it out; evaluations take other data sets with --dataset"
         )

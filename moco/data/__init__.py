@@ -1,1 +1,1 @@
-"""What is read: image folders, the built-in `photos`, and the loader that decodes and crops."""
+"""Data sets, image decoding and the loader: everything from files on disk to batches of crops."""

@@ -1,4 +1,4 @@
-"""Decoded images in memory (`--cache-images`), which the loader's processes share."""
+"""Keep decoded images in memory (`--cache-images`). The loader's worker processes share them."""
 
 import os
 import sys
@@ -15,27 +15,29 @@ from torch import Tensor
 from tqdm import tqdm
 
 from moco import distributed
-from moco.data.images import CachedFolder, ImageFolder, Images, decode_whole, decoded_size
+from moco.data.images import CachedFolder, ImageFolder, Images, decode_full, decoded_size
 from moco.errors import InputError
 from moco.sections import Input
 
 MODES = ("auto", "on", "off")
-SHARE, MOST = 4, 8 << 30  # auto: at most 1 / SHARE of a node's free memory, and at most 8 GiB
-THREADS = 8  # more slow each other down: much of the work on a small image is Python's
+# With auto, the images may take a quarter of a node's free memory, at most AUTO_MAX bytes.
+AUTO_MAX = 8 << 30
+THREADS = 8  # more threads wait for Python's lock: it is held for much of the work on a small image
 _SAMPLE = 256  # files whose headers are read to estimate the total size
 _BLOCK = 16  # images that a thread decodes as one task
 _AHEAD = 64  # tasks that may be submitted before their results are read
 
 
 def load(input: Input, *sets: Images | None) -> list[Images | None]:
-    """Decode the images of folders if `input.cache_images` says so; return `sets` with these images.
+    """Return `sets`, with image folders decoded into memory if `--cache-images` allows it.
 
-    Call it on every rank, before loader processes start. Each rank holds its own copy, so the limit
-    is divided among the ranks of a node. Rank 0 prints one line. Two types of images stay on disk:
-    unreadable ones, so that the loader reports the same error as without the cache, and large
-    JPEGs, which the loader decodes at a reduced size.
+    Call it on every rank, before worker processes start. Each rank holds its own copy, so that the
+    limit is divided among the ranks of a node. Rank 0 prints one line.
 
-    Raises InputError if the images do not fit and the option is `on`.
+    Two types of images stay on disk: unreadable ones, so that the loader reports the same error as
+    without the cache, and large JPEGs, which the loader decodes at a reduced size.
+
+    Raises InputError if the images do not fit and `input.cache_images` is "on".
     """
     folders = [one for one in sets if isinstance(one, ImageFolder)]
     folders = [one for one in folders if not isinstance(one, CachedFolder)]
@@ -51,18 +53,20 @@ def load(input: Input, *sets: Images | None) -> list[Images | None]:
             return list(sets)
         held = {}
         for folder, size in zip(folders, needed, strict=True):
-            most = min(limit, size * 5 // 4 + (64 << 20))  # the estimate may be too low
-            held[id(folder)] = cached = _decoded(folder, most, pool)
+            max_bytes = min(limit, size * 5 // 4 + (64 << 20))  # the estimate may be too low
+            held[id(folder)] = cached = _decoded(folder, max_bytes, pool)
             limit -= cached.pixels.numel()
     return [held.get(id(one), one) for one in sets]
 
 
 def _limit(mode: str, needed: int, free: int, ranks: int) -> int:
-    """Return how many bytes a process may hold. Print whether the `needed` bytes stay in memory.
+    """Return how many bytes this process may hold. Print whether the `needed` bytes fit.
 
-    Raises InputError if they do not fit and `mode` is `on`.
+    `free` is the node's free memory in bytes, and `ranks` share it.
+
+    Raises InputError if they do not fit and `mode` is "on".
     """
-    limit = (min(free // SHARE, MOST) if mode == "auto" else free) // ranks
+    limit = (min(free // 4, AUTO_MAX) if mode == "auto" else free) // ranks
     size = f"about {_gib(needed)} decoded"
     if needed > limit and mode == "on":
         raise InputError(
@@ -70,15 +74,14 @@ def _limit(mode: str, needed: int, free: int, ranks: int) -> int:
             "leave the option out, or free memory"
         )
     rule = f"free {_gib(free)}"
-    rule = f"a quarter of the {rule}, at most {_gib(MOST)}" if mode == "auto" else f"the {rule}"
+    rule = f"a quarter of the {rule}, at most {_gib(AUTO_MAX)}" if mode == "auto" else f"the {rule}"
     rule += f", divided among {ranks} processes" if ranks > 1 else ""
     line = f"{size}, and the limit is {_gib(limit)} ({rule})"
     if not needed:
         line = "these are large, and are decoded at a reduced size"
-    if 0 < needed <= limit:
-        line = f"images stay in memory: {line}"
-    else:
-        line = f"images are read from their files in every epoch: {line}"
+    stay = 0 < needed <= limit
+    place = "stay in memory" if stay else "are read from their files in every epoch"
+    line = f"images {place}: {line}"
     if distributed.speaks_for_run():
         tqdm.write(f"{line} (--cache-images {mode})")
         sys.stdout.flush()
@@ -86,11 +89,12 @@ def _limit(mode: str, needed: int, free: int, ranks: int) -> int:
 
 
 def _gib(size: int) -> str:
+    """Return a number of bytes as text, such as 1.25 GiB."""
     return f"{size / 2**30:.3g} GiB"
 
 
 def _agreed(needed: list[int], free: int) -> tuple[list[int], int]:
-    """Return rank 0's `needed` and the least `free` of all ranks, so that all decide the same."""
+    """Return rank 0's `needed` and the smallest `free` of any rank. All ranks then decide alike."""
     if distributed.world_size() == 1:
         return needed, free
     found: list[tuple[list[int], int]] = [([], 0)] * distributed.world_size()
@@ -99,19 +103,20 @@ def _agreed(needed: list[int], free: int) -> tuple[list[int], int]:
 
 
 def _estimate(folder: ImageFolder, pool: Executor) -> int:
-    """Estimate the bytes of the decoded images from the headers of `_SAMPLE` files."""
-    rows = np.linspace(0, len(folder) - 1, min(len(folder), _SAMPLE)).astype(int)
-    return round(np.mean(list(pool.map(decoded_size, map(folder.path, rows)))) * len(folder))
+    """Estimate the size of the decoded images in bytes, from the headers of `_SAMPLE` files."""
+    indices = np.linspace(0, len(folder) - 1, min(len(folder), _SAMPLE)).astype(int)
+    return round(np.mean(list(pool.map(decoded_size, map(folder.path, indices)))) * len(folder))
 
 
-def _decoded(folder: ImageFolder, most: int, pool: Executor) -> CachedFolder:
-    """Decode the images of `folder`. Blocks that do not fit into `most` bytes are left out."""
-    pixels = torch.empty(most, dtype=torch.uint8)  # takes memory only where it is written
+def _decoded(folder: ImageFolder, max_bytes: int, pool: Executor) -> CachedFolder:
+    """Decode the images of `folder`. Blocks that do not fit into `max_bytes` stay on disk."""
+    # the system provides memory only for those pages of it that are written
+    pixels = torch.empty(max_bytes, dtype=torch.uint8)
     starts, sizes = np.full(len(folder), -1), np.zeros((len(folder), 2), dtype=np.int64)
     firsts = range(0, len(folder), _BLOCK)
     end = 0
     for first, (block, images) in zip(firsts, _in_order(folder, firsts, pool), strict=True):
-        if end + len(images) > most:
+        if end + len(images) > max_bytes:
             continue
         pixels[end : end + len(images)] = images
         lengths = 3 * block.prod(1)
@@ -139,23 +144,25 @@ def _in_order(folder: ImageFolder, firsts: range, pool: Executor) -> Iterator[Bl
 def _decode_block(folder: ImageFolder, first: int) -> Block:
     """Decode `_BLOCK` images from index `first` on. Those that are left out have size (0, 0)."""
     last = min(first + _BLOCK, len(folder))
-    images = [decode_whole(folder.path(i)) for i in range(first, last)]
+    images = [decode_full(folder.path(i)) for i in range(first, last)]
     sizes = [(0, 0) if image is None else image.shape[1:] for image in images]
     flat = [image.reshape(-1) for image in images if image is not None]
     return np.array(sizes, dtype=np.int64), torch.cat([torch.empty(0, dtype=torch.uint8), *flat])
 
 
-# Free memory.
-
 PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
-# Both versions of Linux's control groups: folder, file with the limit, file with the usage, and the
-# field of memory.stat with cached file pages, which the kernel frees on demand.
+# The two versions of Linux's control groups (cgroups). Each entry has the folder, the file with the
+# limit, the file with the usage, and the field of memory.stat that counts cached file pages. The
+# kernel frees those pages on demand.
 _V1 = ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
 _V2 = ("", "memory.max", "memory.current", "inactive_file")
 
 
 def free_memory() -> int:
-    """Return how many bytes this process may still use, within its container's or job's limit."""
+    """Return how many bytes this process may still use, within the limits of its container or job.
+
+    Without /proc/meminfo (not Linux), return half of the machine's memory.
+    """
     try:
         fields = dict(line.split(":") for line in (PROC / "meminfo").read_text().splitlines())
         free = 1024 * int(fields["MemAvailable"].split()[0])
@@ -165,7 +172,7 @@ def free_memory() -> int:
 
 
 def _left_in_groups() -> Iterator[int]:
-    """Yield the bytes left in each control group with a limit: this process's and its parents."""
+    """Yield the bytes left in each control group with a limit: this process's and their parents."""
     try:
         lines = (PROC / "self" / "cgroup").read_text().splitlines()
     except OSError:
@@ -173,12 +180,14 @@ def _left_in_groups() -> Iterator[int]:
     for _, controllers, name in (line.split(":", 2) for line in lines):
         if controllers and "memory" not in controllers.split(","):
             continue
-        kind, most, used, given_back = _V1 if controllers else _V2
+        top, limit_file, usage_file, cached_pages = _V1 if controllers else _V2
         for group in (Path(name), *Path(name).parents):
-            folder = CGROUPS / kind / str(group).lstrip("/")
+            folder = CGROUPS / top / str(group).lstrip("/")
             try:
                 stat = dict(map(str.split, (folder / "memory.stat").read_text().splitlines()))
-                limit, in_use = (int((folder / name).read_text()) for name in (most, used))
-                yield limit - in_use + int(stat.get(given_back, 0))
+                limit, usage = (
+                    int((folder / file).read_text()) for file in (limit_file, usage_file)
+                )
+                yield limit - usage + int(stat.get(cached_pages, 0))
             except (OSError, ValueError):  # no such group here, or no limit ("max")
                 continue

@@ -1,4 +1,7 @@
-"""Image folders in the ImageNet layout, and the built-in `photos`."""
+"""Find and list image folders in ImageNet's layout, SPLIT/CLASS/*.jpg, and the built-in `photos`.
+
+`registry` knows the other data sets.
+"""
 
 import functools
 import hashlib
@@ -22,17 +25,20 @@ from moco.errors import InputError
 
 
 def find(data: str, splits: tuple[str, ...]) -> Path:
-    """The root folder that `data` names, checked without reading the images: `photos`, or a folder with `splits`.
+    """Return the root folder that `data` names: a path, or the word `photos`.
 
-    Raises InputError for a missing folder or split, a split without class folders, and for val classes that are not
-    train's.
+    The folder must have the `splits`, of "train" and "val". Images are neither listed nor read.
+
+    Raises InputError if the folder or a split is missing, if a split has no class folders, or if
+    val has classes that train lacks.
     """
     if data == "photos":
         return photos()
     root = Path(data)
     if not _is_folder(root):
         raise InputError(
-            f"{data}: no such folder; give an ImageNet-style folder (train/CLASS/*.jpg), or the word photos"
+            f"{data}: no such folder; give an ImageNet-style folder (train/CLASS/*.jpg), or the "
+            "word photos"
         )
     for split in splits:
         if not _is_folder(split_folder(root, split)):
@@ -43,25 +49,27 @@ def find(data: str, splits: tuple[str, ...]) -> Path:
     if "val" in splits:
         folder = split_folder(root, "val")
         val = class_names(folder)
-        strange = sorted(set(val) - set(train)) if train else []
+        extra = sorted(set(val) - set(train)) if train else []
         if len(val) == 1 and len(train) != 1:
             raise InputError(
-                f"{folder}: holds one class folder only ({val[0]}); sort its images into class folders named as in train/"
+                f"{folder}: holds one class folder only ({val[0]}); sort its images into class "
+                "folders named as in train/"
             )
-        if strange:
+        if extra:
             raise InputError(
-                f"{folder}: {len(strange)} classes are not among train's, first '{strange[0]}'; name the folders as in train/"
+                f"{folder}: {len(extra)} classes are not among train's, first '{extra[0]}'; "
+                "name the folders as in train/"
             )
     return root
 
 
 def split_folder(root: Path, split: str) -> Path:
-    """Return the folder of a split; for val, if there is no val/, test/ if it has class folders."""
+    """Return the folder of a split. If val/ is missing, it is test/, if that has class folders."""
     folder, test = root / split, root / "test"
     if split == "val" and not _is_folder(folder) and _is_folder(test):
         entries = _entries(str(test))
         if entries.folders or entries.links:
-            # the process that started this one has printed the line
+            # a process of a run does not repeat the line of the process that started it
             if multiprocessing.parent_process() is None:
                 _print_once(f"{root}: has no val/; test/ is used instead")
             return test
@@ -79,28 +87,29 @@ def _is_folder(path: Path) -> bool:
 
 
 def class_names(split: Path) -> tuple[str, ...]:
-    """The class folders of a split, sorted. Raises InputError where there is none."""
+    """Return the names of a split's class folders, sorted. Raises InputError if there are none."""
     return _classes(split, _entries(str(split)))
 
 
 def _classes(split: Path, entries: "_Entries") -> tuple[str, ...]:
+    """Return the names of the class folders among the `entries` of a split, sorted."""
     names = sorted(entries.folders + entries.links)
     if not names:
-        what = "holds images but no class folders" if entries.images else "holds no class folders"
-        raise InputError(f"{split}: {what}; expected {split.name}/CLASS/*.jpg")
+        holds = "holds images but no class folders" if entries.images else "holds no class folders"
+        raise InputError(f"{split}: {holds}; expected {split.name}/CLASS/*.jpg")
     return tuple(names)
 
 
 def scan(root: Path, split: str, classes: tuple[str, ...] = ()) -> ImageFolder:
-    """List the images of `root`/`split`, sorted; labels are indices into `classes`.
+    """List the images of `root`/`split`, sorted by path within each class.
 
-    `classes` are by default the split's own folders.
+    Labels are indices into `classes`, by default the names of the split's own class folders.
 
-    The folder is listed at every call, because its modification time need not change when its
-    content does. Rank 0 prints one line on stderr that counts files with other endings.
+    Nothing is cached between calls: a folder's modification time need not change when its content
+    does. Rank 0 prints one line on stderr that counts files with other endings.
 
-    Raises InputError if a class folder has no images, if a folder cannot be read, if two classes
-    share a folder, and, on every rank, if the ranks find different images.
+    Raises InputError if a class folder has no images, if a folder cannot be read, or if two classes
+    share a folder. Raises it on every rank if the ranks find different images.
     """
     folder = split_folder(root, split)
     top = _entries(str(folder))
@@ -110,27 +119,28 @@ def scan(root: Path, split: str, classes: tuple[str, ...] = ()) -> ImageFolder:
     owner: dict[str, str] = {}
     for name, listing in zip(own, listings, strict=True):
         if not listing.images:
-            held = f", but {_endings(listing.others)}" if listing.others else ""
-            held += ", and leads to a folder that is listed already" if listing.repeated else ""
+            other = f", but {_endings(listing.others)}" if listing.others else ""
+            other += ", and links to a folder that is listed already" if listing.repeated else ""
             raise InputError(
-                f"{folder / name}: holds no image ({', '.join(SUFFIXES)}){held}; remove the folder or fill it"
+                f"{folder / name}: holds no image ({', '.join(SUFFIXES)}){other}; "
+                "remove the folder or fill it"
             )
         if shared := next((real for real in listing.folders if real in owner), None):
             raise InputError(
-                f"{folder / owner[shared]} and {folder / name}: both lead to {shared} through links, "
-                "so its images would belong to two classes; remove one of the links"
+                f"{folder / owner[shared]} and {folder / name}: both lead to {shared} through "
+                "links, so its images would belong to two classes; remove one of the links"
             )
         owner |= dict.fromkeys(listing.folders, name)
-    _tell_of_others(folder, listings, Counter(map(_ending, top.others)), len(top.images))
+    _print_left_out(folder, listings, Counter(map(_ending, top.others)), len(top.images))
     classes = classes or own
-    place = {name: i for i, name in enumerate(classes)}
-    labels = np.repeat([place[name] for name in own], [len(listing.images) for listing in listings])
+    label = {name: i for i, name in enumerate(classes)}
+    labels = np.repeat([label[name] for name in own], [len(listing.images) for listing in listings])
     paths = np.array([path for listing in listings for path in listing.images])
-    return agreed(ImageFolder(folder, labels, classes, paths))
+    return same_on_all_ranks(ImageFolder(folder, labels, classes, paths))
 
 
-def agreed(images: Images) -> Images:
-    """Return `images`. Raises InputError, on every rank, if the ranks have found different ones."""
+def same_on_all_ranks(images: Images) -> Images:
+    """Return `images`. Raises InputError on every rank if the ranks see different images."""
     if distributed.world_size() == 1:
         return images
     content = images.paths if isinstance(images, ImageFolder) else images.labels
@@ -141,24 +151,32 @@ def agreed(images: Images) -> Images:
     other = next((rank for rank, one in enumerate(found) if one != found[0]), None)
     if other is not None:
         raise InputError(
-            f"{images.root}: rank 0 and rank {other} find different images ({found[0][0]} and {found[other][0]} of them); "
+            f"{images.root}: rank 0 and rank {other} find different images "
+            f"({found[0][0]} and {found[other][0]} of them); "
             "copy the folder to every node again, or give one that all nodes share"
         )
     return images
 
 
 # Listing reads names and opens no file, so that a million files take a few seconds. On a network
-# disk each folder waits for the server, so that many are listed at once.
+# disk, listing a folder waits for the server, so that several threads list folders at once.
 
 _THREADS = 16
 
-
 # Folders that operating systems, archives and network disks create, in lower case. Hidden folders
 # are ignored anyway.
-_SYSTEM = set("@eadir @__thumb @recycle @recently-snapshot #recycle #snapshot".split())
-
-
-_SYSTEM |= set("__macosx lost+found $recycle.bin".split()) | {"system volume information"}
+_SYSTEM = {
+    "@eadir",
+    "@__thumb",
+    "@recycle",
+    "@recently-snapshot",
+    "#recycle",
+    "#snapshot",
+    "__macosx",
+    "lost+found",
+    "$recycle.bin",
+    "system volume information",
+}
 
 
 class _Entries(NamedTuple):
@@ -171,9 +189,11 @@ class _Entries(NamedTuple):
 
 
 def _entries(folder: str) -> _Entries:
-    """Return what `folder` holds. Raises InputError if it cannot be read, or if a link in it is broken.
+    """List the names in `folder`.
 
-    A link that is named like an image counts as one; where it leads is not checked.
+    A link that is named like an image counts as an image; its target is not checked.
+
+    Raises InputError if the folder cannot be read, or if another link in it is broken.
     """
     found = _Entries([], [], [], [])
     try:
@@ -195,9 +215,10 @@ def _entries(folder: str) -> _Entries:
                     found.others.append(name)
     except FileNotFoundError as error:
         if error.filename and os.path.islink(error.filename):
-            where = os.readlink(error.filename)
+            target = os.readlink(error.filename)
             raise InputError(
-                f"{error.filename}: is a link to {where}, which does not exist; restore it, or remove the link"
+                f"{error.filename}: is a link to {target}, which does not exist; restore it, "
+                "or remove the link"
             ) from None
         raise _unreadable(folder, error) from None
     except OSError as error:
@@ -206,6 +227,7 @@ def _entries(folder: str) -> _Entries:
 
 
 def _unreadable(path: str | Path, error: OSError) -> InputError:
+    """Return the error to raise if a folder cannot be read."""
     path = os.fsdecode(error.filename or path).removesuffix(f"{os.sep}.")
     if isinstance(error, PermissionError):
         how = "give this user permission (chmod u+rx, or a group or ACL), or remove it"
@@ -215,19 +237,21 @@ def _unreadable(path: str | Path, error: OSError) -> InputError:
 
 
 class Listing(NamedTuple):
-    """The images below a folder: their paths, sorted, and what else was found."""
+    """The images below a folder, and what else was found there."""
 
-    images: list[bytes]
+    images: list[bytes]  # their paths, sorted
     others: Counter[str]  # numbers of files that are not images, by ending
     folders: dict[str, None]  # the real path of each folder that was listed
     repeated: list[str]  # links to folders that are listed already
 
 
 def images_below(top: Path, name: str = "") -> Listing:
-    """List the images in `top`/`name` and the folders below it, by their paths from `top`.
+    """List the images in `top`/`name` and all folders below it. Paths are relative to `top`.
 
-    Follows links to folders, but leaves out a link to a folder that is listed already, to `top`, or
-    to a folder above it. Raises InputError if a folder cannot be read.
+    Links to folders are followed, except links to a folder that is listed already, to `top`, or to
+    a folder above `top`.
+
+    Raises InputError if a folder cannot be read.
     """
     real_top = os.path.realpath(top)
     listing = Listing([], Counter(), {}, [])
@@ -235,10 +259,10 @@ def images_below(top: Path, name: str = "") -> Listing:
     real = os.path.realpath(top / name)
     folders, links = [(name, real)], []
     while folders or links:
-        # links come last, so that a file's path does not depend on links to its folder
+        # links come last, so that a link to a folder does not change the paths of its files
         inside, real = folders.pop() if folders else links.pop()
-        around = inside != "" and os.path.commonpath([real_top, real]) == real
-        if around or real in listing.folders:
+        contains_top = inside != "" and os.path.commonpath([real_top, real]) == real
+        if contains_top or real in listing.folders:
             listing.repeated.append(os.path.join(top, inside))
             continue
         listing.folders[real] = None
@@ -246,7 +270,7 @@ def images_below(top: Path, name: str = "") -> Listing:
         prefix = os.path.join(inside, "")
         images += [prefix + file for file in entries.images]
         listing.others.update(map(_ending, entries.others))
-        # sorted, because a file system's own order differs between copies
+        # sorted, because each file system has its own order
         for one in sorted(entries.folders, reverse=True):
             folders.append((prefix + one, os.path.join(real, one)))
         for one in entries.links:
@@ -258,11 +282,12 @@ def images_below(top: Path, name: str = "") -> Listing:
 
 
 def _ending(name: str) -> str:
+    """Return the ending of a file name in lower case, such as .txt."""
     return os.path.splitext(name)[1].lower() or "no ending"
 
 
 def _endings(counts: Counter[str]) -> str:
-    """Return the counts as text: .txt 300, .avif 12, and others 4."""
+    """Return the counts as text, such as '.txt 300, .avif 12'. The rarest are summed as others."""
     most = sorted(counts.items(), key=lambda one: (-one[1], one[0]))
     rest = sum(count for _, count in most[5:])
     return ", ".join(
@@ -270,26 +295,30 @@ def _endings(counts: Counter[str]) -> str:
     )
 
 
-def _tell_of_others(
-    folder: Path, listings: list[Listing], others: Counter[str], beside: int
+def _print_left_out(
+    folder: Path, listings: list[Listing], others: Counter[str], outside: int
 ) -> None:
-    """Print one line on what was left out: other files, images outside class folders, links."""
+    """Print one line that counts what `scan` left out.
+
+    `others` counts the other files of the split's top folder by ending, `outside` its images.
+    """
     others = sum((listing.others for listing in listings), others)
     repeated = [link for listing in listings for link in listing.repeated]
-    what = []
+    left_out = []
     if others:
-        what.append(f"{others.total()} files with other endings ({_endings(others)})")
-    if beside:
-        what.append(f"{beside} images outside the class folders")
+        left_out.append(f"{others.total()} files with other endings ({_endings(others)})")
+    if outside:
+        left_out.append(f"{outside} images outside the class folders")
     if repeated:
-        what.append(
+        left_out.append(
             f"{len(repeated)} links to folders that are listed already, first {repeated[0]}"
         )
-    if what:
-        _print_once(f"{folder}: left out: {'; '.join(what)}")
+    if left_out:
+        _print_once(f"{folder}: left out: {'; '.join(left_out)}")
 
 
-@functools.cache  # val/ is listed again by each k-NN test
+@functools.cache  # each k-NN test lists val/ again
 def _print_once(message: str) -> None:
+    """Print a line on stderr, on rank 0, the first time it is asked for."""
     if distributed.speaks_for_run():
         tqdm.write(message, file=sys.stderr)

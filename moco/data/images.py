@@ -1,4 +1,7 @@
-"""The images of one split, by number: files or an array, with their labels; and how a file becomes a tensor."""
+"""The images of one split, in files or in memory, and the decoding of image files.
+
+`folders` and `registry` make these objects; `loader` turns them into batches of crops.
+"""
 
 import contextlib
 import os
@@ -32,22 +35,26 @@ SUFFIXES = (
     ".gif",
 )
 
-Reduction = Callable[
-    [int, int], int
-]  # (height, width) to the factor by which an image may be shrunk: 1, 2, 4 or 8
+# A function of an image's height and width. It returns the factor by which the image may be shrunk
+# while it is decoded: 1, 2, 4 or 8.
+Reduction = Callable[[int, int], int]
 
 
-def whole(height: int, width: int) -> int:
-    """The `Reduction` that keeps every pixel."""
+def full_size(_height: int, _width: int) -> int:
+    """Return 1, the factor that keeps every pixel. This is the default `Reduction`."""
     return 1
 
 
 @dataclass(frozen=True)
 class Images:
-    """N images with their labels, from `root`, the folder that messages name.
+    """The images of one split and their labels. Subclasses hold the images in files or in memory.
 
-    `labels` is int64: places in `classes` [N], or, where an image shows several of them, [N, classes] with 1 for shown,
-    0 for not shown, and -1 for what neither training nor a metric counts.
+    Attributes:
+        root: The folder of the images. Error messages name it.
+        labels: int64 [N], indices into `classes`. If an image can show several classes:
+            [N, classes], with 1 for a class that is shown, 0 for one that is not, and -1 for one
+            that training and metrics ignore.
+        classes: The names of the classes.
     """
 
     root: Path
@@ -55,25 +62,30 @@ class Images:
     classes: tuple[str, ...]
 
     def __len__(self) -> int:
+        """Return the number of images."""
         return len(self.labels)
 
-    def read(self, i: int, reduction: Reduction = whole) -> Tensor:
-        """Image `i`, uint8 [3, H, W]. Raises InputError that names it."""
+    def read(self, i: int, reduction: Reduction = full_size) -> Tensor:
+        """Return image `i` as uint8 [3, H, W].
+
+        Raises InputError, which names the image, if it cannot be read.
+        """
         raise NotImplementedError
 
-    def together(self, rows: np.ndarray, takes: Callable[[int, int], bool]) -> Tensor | None:
-        """Return the images with the indices `rows` as one uint8 [n, 3, H, W], or None.
+    def read_batch(self, indices: np.ndarray, accepts: Callable[[int, int], bool]) -> Tensor | None:
+        """Return the images with these `indices` as one uint8 tensor [n, 3, H, W], or None.
 
-        The result is None unless all are in memory with equal sizes, and `takes(H, W)` is true.
+        The result is None unless all are in memory with equal sizes, and `accepts(H, W)` is true.
         """
+        del indices, accepts  # for subclasses
         return None
 
     def name(self, i: int) -> str:
-        """What a list of images calls image `i`."""
+        """Return the name of image `i` in lists of images."""
         raise NotImplementedError
 
-    def part(self, rows: np.ndarray) -> "Images":
-        """The images of `rows`, places or a mask."""
+    def subset(self, indices: np.ndarray) -> "Images":
+        """Return the images with these `indices`, or those for which a boolean mask is true."""
         raise NotImplementedError
 
     @property
@@ -86,24 +98,28 @@ class Images:
 class ImageFolder(Images):
     """Images in files below `root`.
 
-    `paths` is an array of bytes relative to it, [N]: arrays, because worker processes that count references to a million
-    strings copy the memory that they share.
+    `paths` [N] holds their paths relative to `root` as bytes. It is an array, not a list: a worker
+    process that reads a list updates the reference count of each string, and so copies the memory
+    that it shares with the other processes.
     """
 
     paths: np.ndarray
 
     def path(self, i: int) -> str:
-        """The full path of image `i`."""
+        """Return the full path of image `i`."""
         return os.path.join(self.root, self.name(i))
 
-    def read(self, i: int, reduction: Reduction = whole) -> Tensor:
+    def read(self, i: int, reduction: Reduction = full_size) -> Tensor:
+        """Decode the file of image `i`; see `decode`."""
         return decode(self.path(i), reduction)
 
     def name(self, i: int) -> str:
+        """Return the path of image `i` relative to `root`."""
         return os.fsdecode(self.paths[i])
 
-    def part(self, rows: np.ndarray) -> "ImageFolder":
-        return replace(self, paths=self.paths[rows], labels=self.labels[rows])
+    def subset(self, indices: np.ndarray) -> "ImageFolder":
+        """Return the images with these `indices`; see `Images.subset`."""
+        return replace(self, paths=self.paths[indices], labels=self.labels[indices])
 
 
 @dataclass(frozen=True)
@@ -119,62 +135,73 @@ class CachedFolder(ImageFolder):
     starts: np.ndarray
     sizes: np.ndarray
 
-    def read(self, i: int, reduction: Reduction = whole) -> Tensor:
+    def read(self, i: int, reduction: Reduction = full_size) -> Tensor:
+        """Return image `i` from memory, or decode its file if it was left on disk."""
         start, (height, width) = self.starts[i], self.sizes[i].tolist()
         if start < 0:
             return super().read(i, reduction)
         return self.pixels[start : start + 3 * height * width].view(3, height, width)
 
-    def together(self, rows: np.ndarray, takes: Callable[[int, int], bool]) -> Tensor | None:
-        starts, sizes = self.starts[rows], self.sizes[rows]
+    def read_batch(self, indices: np.ndarray, accepts: Callable[[int, int], bool]) -> Tensor | None:
+        """Return the images with these `indices` as one tensor; see `Images.read_batch`."""
+        starts, sizes = self.starts[indices], self.sizes[indices]
         height, width = sizes[0].tolist()
-        if (starts < 0).any() or (sizes != sizes[0]).any() or not takes(height, width):
+        if (starts < 0).any() or (sizes != sizes[0]).any() or not accepts(height, width):
             return None
         # NumPy gathers bytes eight times as fast as PyTorch
         windows = np.lib.stride_tricks.sliding_window_view(self.pixels.numpy(), 3 * height * width)
-        return torch.from_numpy(windows[starts]).view(len(rows), 3, height, width)
+        return torch.from_numpy(windows[starts]).view(len(indices), 3, height, width)
 
-    def part(self, rows: np.ndarray) -> "CachedFolder":
-        return replace(super().part(rows), starts=self.starts[rows], sizes=self.sizes[rows])
+    def subset(self, indices: np.ndarray) -> "CachedFolder":
+        """Return the images with these `indices`, which share this object's `pixels`."""
+        starts, sizes = self.starts[indices], self.sizes[indices]
+        return replace(super().subset(indices), starts=starts, sizes=sizes)
 
 
 @dataclass(frozen=True)
 class ImageArray(Images):
-    """Images that lie in memory: `pixels` is uint8 [N, 3, H, W]."""
+    """Images in memory, all of one size. `pixels` is uint8 [N, 3, H, W]."""
 
     pixels: np.ndarray
 
-    def read(self, i: int, reduction: Reduction = whole) -> Tensor:
+    def read(self, i: int, _reduction: Reduction = full_size) -> Tensor:
+        """Return image `i` at its full size."""
         return torch.from_numpy(self.pixels[i])
 
-    def together(self, rows: np.ndarray, takes: Callable[[int, int], bool]) -> Tensor | None:
-        return torch.from_numpy(self.pixels[rows]) if takes(*self.pixels.shape[2:]) else None
+    def read_batch(self, indices: np.ndarray, accepts: Callable[[int, int], bool]) -> Tensor | None:
+        """Return the images with these `indices` as one tensor; see `Images.read_batch`."""
+        return torch.from_numpy(self.pixels[indices]) if accepts(*self.pixels.shape[2:]) else None
 
     def name(self, i: int) -> str:
+        """Return the index `i` as text."""
         return str(i)
 
-    def part(self, rows: np.ndarray) -> "ImageArray":
-        return replace(self, pixels=self.pixels[rows], labels=self.labels[rows])
+    def subset(self, indices: np.ndarray) -> "ImageArray":
+        """Return the images with these `indices`; see `Images.subset`."""
+        return replace(self, pixels=self.pixels[indices], labels=self.labels[indices])
 
 
-_LARGE = 200_000  # bytes of a JPEG above which a look at its size first costs next to nothing
+_LARGE = 200_000  # bytes; decoding a larger JPEG takes so long that reading its header is free
 
 
-def decode(path: str, reduction: Reduction = whole) -> Tensor:
-    """The RGB image in `path`, uint8 [3, H, W]: of an animation the first frame, of deep images the upper eight bits.
+def decode(path: str, reduction: Reduction = full_size) -> Tensor:
+    """Return the image in `path` as RGB, uint8 [3, H, W].
 
-    A large JPEG is decoded at 1 / `reduction(height, width)` of its size, which is faster. Raises InputError that names the file.
+    A large JPEG is decoded at 1 / `reduction(height, width)` of its size, which is faster. An
+    animation yields its first frame. An image with more than 8 bits per channel is scaled to 8.
+
+    Raises InputError, which names the file, if it cannot be read.
     """
     try:
         data = read_file(path)
         if not len(data):
             raise InputError(f"{path}: empty image file; remove or replace it")
         raw = memoryview(data.numpy())  # reading elements of a tensor is slow
-        if raw[:2] != b"\xff\xd8":  # torchvision crashes on damaged PNGs
+        if raw[:2] != b"\xff\xd8":  # not a JPEG; torchvision crashes on damaged PNGs
             return _decode_with_pil(path)
         _check_size(path, raw)
         if len(data) > _LARGE:
-            image = _decode_smaller(path, reduction)
+            image = _decode_reduced(path, reduction)
             if image is not None:
                 return image
         return decode_image(data, ImageReadMode.RGB)
@@ -182,104 +209,110 @@ def decode(path: str, reduction: Reduction = whole) -> Tensor:
         return _decode_with_pil(path)
 
 
-class _Shrinks(Exception):
-    """An exception for a large JPEG, which `decode` may decode at a reduced size."""
+class _LargeJpegError(Exception):
+    """The signal by which `decode_full` learns that `decode` would ask for a reduction."""
 
 
-def decode_whole(path: str) -> Tensor | None:
-    """Decode an image that has one size only; return None for large JPEGs and unreadable files.
+def decode_full(path: str) -> Tensor | None:
+    """Decode an image at its full size. Return None for large JPEGs and unreadable files.
 
-    `decode` may decode a large JPEG at a reduced size, depending on its `reduction`.
+    `decode` may shrink a large JPEG, by a factor that differs from one crop to the next, so that
+    one decoded copy cannot serve all crops.
     """
 
-    def refuse(height: int, width: int) -> int:
-        raise _Shrinks
+    def refuse(_height: int, _width: int) -> int:
+        raise _LargeJpegError
 
     try:
         return decode(path, refuse)
-    except (InputError, _Shrinks):
+    except (InputError, _LargeJpegError):
         return None
 
 
 def decoded_size(path: str) -> int:
-    """Read from the file's header how many bytes `decode_whole` returns; 0 if it returns None."""
+    """Read from the file's header how many bytes `decode_full` returns; 0 if it returns None."""
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
             return 0  # opening a pipe would block
         with _opened(path) as image:
             large = image.format in ("JPEG", "MPO") and os.path.getsize(path) > _LARGE
             return 0 if large else 3 * image.height * image.width
-    except Exception:  # as in `_decode_with_pil`
+    except Exception:  # Pillow's plugins raise many types
         return 0
 
 
-_MOST = 10**9  # pixels
-_DENSEST = 1000  # pixels of a JPEG in a byte; of a progressive one in one colour they are 341
+_MAX_PIXELS = 10**9
+# A JPEG cannot hold more pixels per byte: the densest, a progressive one in one colour, holds 341.
+_MAX_PIXELS_PER_BYTE = 1000
+# Markers from 0xC0 to 0xCF start the frame's header, which has the size, except for these.
+_NO_FRAME = (0xC4, 0xC8, 0xCC)
 
 
 def _check_size(path: str, data: memoryview) -> None:
-    """Raise InputError for a JPEG that claims more pixels than its bytes can hold, before they are allocated."""
+    """Raise InputError if a JPEG's header claims more pixels than its bytes can hold.
+
+    The decoder would allocate memory for all of them.
+    """
     i = 2
     while i + 9 <= len(data) and data[i] == 0xFF:
-        if 0xC0 <= data[i + 1] <= 0xCF and data[i + 1] not in (
-            0xC4,
-            0xC8,
-            0xCC,
-        ):  # the frame's header
+        marker = data[i + 1]
+        if 0xC0 <= marker <= 0xCF and marker not in _NO_FRAME:
             height, width = (int.from_bytes(data[at : at + 2], "big") for at in (i + 5, i + 7))
-            if height * width > min(_MOST, max(_DENSEST * len(data), 1 << 20)):
+            if height * width > min(_MAX_PIXELS, max(_MAX_PIXELS_PER_BYTE * len(data), 1 << 20)):
                 raise InputError(
-                    f"{path}: unreadable image (claims {width} x {height} pixels in {len(data)} bytes); remove or replace it"
+                    f"{path}: unreadable image (claims {width} x {height} pixels in {len(data)} "
+                    "bytes); remove or replace it"
                 )
             return
-        i += 1 if data[i + 1] == 0xFF else 2 + int.from_bytes(data[i + 2 : i + 4], "big")
+        i += 1 if marker == 0xFF else 2 + int.from_bytes(data[i + 2 : i + 4], "big")
 
 
-# what Pillow may take a file for, whatever it is called: of others, PostScript would be run
+# Pillow recognizes a file by its content, whatever its name. Other formats stay out: it would run a
+# PostScript file as a program, for example.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF", "JPEG2000")
 
 
 @contextlib.contextmanager
 def _opened(path: str) -> Iterator[Image.Image]:
-    """By Pillow, without its warnings (of palettes, EXIF), which every worker would repeat; what it cannot read, it raises."""
+    """Open an image with Pillow. Hide its warnings, which every worker process would repeat."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with Image.open(path, formats=_FORMATS) as image:
             yield image
 
 
-def _decode_smaller(path: str, reduction: Reduction) -> Tensor | None:
-    """The JPEG in `path` at the share of its size that `reduction` allows; None where that is all of it."""
+def _decode_reduced(path: str, reduction: Reduction) -> Tensor | None:
+    """Decode a JPEG at a reduced size. Return None if `reduction` asks for the full size."""
     try:
         with _opened(path) as image:
             factor = reduction(image.height, image.width)
             image.draft("RGB", (image.width // factor, image.height // factor))
             return pil_to_tensor(image.convert("RGB")) if factor > 1 else None
-    except (
-        Image.DecompressionBombError
-    ):  # Pillow refuses images of more than 178 million pixels; torchvision reads them
+    except Image.DecompressionBombError:
+        # Pillow refuses images of more than 178 million pixels; torchvision reads them
         return None
 
 
 def _decode_with_pil(path: str) -> Tensor:
-    """All but ordinary JPEGs."""
+    """Decode any image with Pillow. Raises InputError, with Pillow's reason, if that fails."""
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
-            raise ValueError("not a file")  # a pipe would be waited for
+            raise ValueError("not a file")  # opening a pipe would block
         with _opened(path) as image:
-            return pil_to_tensor(_shallow(image).convert("RGB"))
-    except Exception as error:  # Pillow's plugins raise many kinds
+            return pil_to_tensor(_to_8_bits(image).convert("RGB"))
+    except Exception as error:  # Pillow's plugins raise many types
         broken = isinstance(error, FileNotFoundError) and os.path.islink(path)
         reason = "a broken link" if broken else getattr(error, "strerror", None) or str(error)
         reason = reason.replace(f"'{path}'", "file") or type(error).__name__
         raise InputError(f"{path}: unreadable image ({reason}); remove or replace it") from None
 
 
-def _shallow(image: Image.Image) -> Image.Image:
-    """An image of more than eight bits with eight, which Pillow by itself would clip: 16-bit grey by its upper ones.
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    """Scale an image with more than 8 bits per channel to 8 bits. Pillow alone would clip it.
 
-    Of wider integers and of floats the file does not say what is white: it is the least of 1 (of floats), 255 and 65535 that no
-    pixel is above, or else the brightest pixel.
+    White is 65535 in a 16-bit image. A file of 32-bit integers or floats does not say which value
+    is white. White is then the least of 1 (floats only), 255 and 65535 that no pixel exceeds; if
+    pixels exceed 65535, it is the brightest pixel.
     """
     if not image.mode.startswith(("I", "F")):
         return image

@@ -1,4 +1,7 @@
-"""From files to batches of uint8 crops: workers decode each image once and cut its views, and do no colour work."""
+"""The data loader: worker processes decode each image once and take its crops as uint8.
+
+Workers do no colour work: `augment.color` does it on the device. `images` decodes the files.
+"""
 
 import atexit
 import contextlib
@@ -24,13 +27,18 @@ from moco.data.images import Images
 from moco.errors import InputError
 from moco.sections import Input
 
-Place = tuple[int, int]  # epoch, index
+SampleId = tuple[int, int]  # (epoch, index of the image): its random crops depend on both
 
 
 class Batch(NamedTuple):
-    """`views`: one uint8 tensor [B, 3, S, S] per view; `index`: int64 [B]; `label`: int64 [B], or [B, classes] (`Images`).
+    """A batch of samples. Its size B is that of one process and one forward pass.
 
-    `unreadable`: number and reason of each image that could not be read, and has another in its place.
+    Attributes:
+        views: One uint8 tensor [B, 3, S, S] per view.
+        index: The indices of the images, int64 [B].
+        label: Their labels, int64 [B], or [B, classes]; see `Images.labels`.
+        unreadable: The index of each image that cannot be read, with the reason. The batch has
+            another image in its place.
     """
 
     views: list[Tensor]
@@ -40,104 +48,114 @@ class Batch(NamedTuple):
 
 
 class RandomCrops(NamedTuple):
-    """Cut a recipe's random crops; the draw depends on (seed, epoch, index, view)."""
+    """A transform that takes a recipe's random crops. They depend on (seed, epoch, index, view)."""
 
     recipe: Recipe
     seed: int
 
-    def __call__(self, image: Tensor, place: Place) -> list[Tensor]:
-        return crop.random_views(image, self.recipe, rng.CROP, self.seed, *place)
+    def __call__(self, image: Tensor, sample: SampleId) -> list[Tensor]:
+        """Return the views of `image`, uint8 [3, H, W]: one uint8 tensor [3, S, S] per view."""
+        return crop.random_views(image, self.recipe, rng.CROP, self.seed, *sample)
 
-    def reduction(self, height: int, width: int, place: Place) -> int:
-        """By how much an image of this size may be shrunk first: 1, 2, 4 or 8, so that each crop stays twice its view's size.
+    def reduction(self, height: int, width: int, sample: SampleId) -> int:
+        """Return the factor by which an image of this size may be shrunk first: 1, 2, 4 or 8.
 
-        Less would show; Pillow's thumbnails leave the same gap. The crops' shares of the image do not depend on its size,
-        so that the same draws cut the same parts out of the smaller image, but for rounding.
+        It is the largest factor at which every crop is at least twice as large as its view. With a
+        smaller margin, the loss of quality would be visible; Pillow's thumbnails keep the same
+        margin. The fraction of the image that a crop takes does not depend on the image's size, so
+        that a shrunk image yields the same views, except for rounding.
         """
-        boxes = crop.random_boxes(height, width, self.recipe, rng.CROP, self.seed, *place)
+        boxes = crop.random_boxes(height, width, self.recipe, rng.CROP, self.seed, *sample)
         spare = min(
             min(h, w) / (2 * view.size)
             for (_, _, h, w), view in zip(boxes, self.recipe, strict=True)
         )
         return max(factor for factor in (1, 2, 4, 8) if factor <= max(1, spare))
 
-    def takes(self, height: int, width: int) -> bool:
-        """Return whether `at_once` accepts images of this size."""
+    def accepts(self, height: int, width: int) -> bool:
+        """Return whether `crop_batch` accepts images of this size."""
         return crop.can_crop_at_once(height, width, self.recipe)
 
-    def at_once(self, images: Tensor, epochs: np.ndarray, indices: np.ndarray) -> list[Tensor]:
-        """Cut the views of a batch [B, 3, H, W]. They equal those cut image by image."""
+    def crop_batch(self, images: Tensor, epochs: np.ndarray, indices: np.ndarray) -> list[Tensor]:
+        """Return the views of images [B, 3, H, W]. They equal those of the images one by one."""
         return crop.random_views_at_once(images, self.recipe, rng.CROP, self.seed, epochs, indices)
 
 
 class CenterCrop(NamedTuple):
-    """Cut the evaluation view of `size` pixels."""
+    """A transform that takes the evaluation view of `size` pixels. It has no randomness."""
 
     size: int
 
-    def __call__(self, image: Tensor, place: Place) -> list[Tensor]:
+    def __call__(self, image: Tensor, _sample: SampleId) -> list[Tensor]:
+        """Return the view of `image`, uint8 [3, H, W], as a list of one uint8 [3, size, size]."""
         return [crop.center_view(image, self.size)]
 
-    def reduction(self, height: int, width: int, place: Place) -> int:
-        """Evaluation sees every pixel."""
+    def reduction(self, _height: int, _width: int, _sample: SampleId) -> int:
+        """Return 1: evaluation decodes every pixel."""
         return 1
 
-    def takes(self, height: int, width: int) -> bool:
-        """Return whether `at_once` accepts images of this size; larger ones take much memory."""
+    def accepts(self, height: int, width: int) -> bool:
+        """Return whether `crop_batch` accepts images of this size; larger ones take much memory."""
         return max(height, width) <= 256
 
-    def at_once(self, images: Tensor, epochs: np.ndarray, indices: np.ndarray) -> list[Tensor]:
-        """Cut the views of a batch [B, 3, H, W]. They equal those cut image by image."""
+    def crop_batch(self, images: Tensor, _epochs: np.ndarray, _indices: np.ndarray) -> list[Tensor]:
+        """Return the view of images [B, 3, H, W]. It equals that of the images one by one."""
         return [crop.center_view(images, self.size)]
 
 
 class Views(Dataset):
-    """One sample per (epoch, index): its views, its index, its label, and what could not be read.
+    """A map-style dataset from (epoch, index) to (views, index, label, unreadable images)."""
 
-    Where the image cannot be read, another one takes its place, by a draw of (epoch, index), if `skips`; else the sample is the
-    InputError.
-    """
+    def __init__(
+        self, images: Images, crop: RandomCrops | CenterCrop, skip_unreadable: bool = False
+    ):
+        """Read `images` and apply `crop` to each.
 
-    def __init__(self, images: Images, cut: RandomCrops | CenterCrop, skips: bool = False):
-        self.images, self.cut, self.skips = images, cut, skips
+        If `skip_unreadable`, another image replaces one that cannot be read. Which one depends
+        on (epoch, index) only. Otherwise the sample is the InputError.
+        """
+        self.images, self.crop, self.skip_unreadable = images, crop, skip_unreadable
 
     def __len__(self) -> int:
+        """Return the number of images."""
         return len(self.images)
 
     def __getitem__(
-        self, place: Place
+        self, sample: SampleId
     ) -> tuple[list[Tensor], int, Tensor, list[tuple[int, str]]] | InputError:
-        epoch, first = place
+        """Return the sample, or the InputError if its image cannot be read."""
+        epoch, index = sample
         unreadable: list[tuple[int, str]] = []
-        for attempt in range(REPLACEMENTS + 1):
-            i = rng.key(rng.REPLACEMENT, epoch, first, attempt) % len(self) if attempt else first
+        for attempt in range(MAX_REPLACEMENTS + 1):
+            i = rng.key(rng.REPLACEMENT, epoch, index, attempt) % len(self) if attempt else index
             try:
-                image = self.images.read(
-                    i, lambda height, width: self.cut.reduction(height, width, place)
-                )
-                return self.cut(image, place), i, torch.as_tensor(self.images.labels[i]), unreadable
+                image = self.images.read(i, lambda h, w: self.crop.reduction(h, w, sample))
+                label = torch.as_tensor(self.images.labels[i])
+                return self.crop(image, sample), i, label, unreadable
             except InputError as error:
-                if not self.skips:
-                    return error  # raised in the main process, where it is one line and not a worker's traceback
+                if not self.skip_unreadable:
+                    # The main process raises it, as one line without a worker's traceback.
+                    return error
                 unreadable.append((i, str(error)))
         return InputError(
-            f"{unreadable[0][1]}; nor could {REPLACEMENTS} others be read in its place"
+            f"{unreadable[0][1]}; {MAX_REPLACEMENTS} others, tried in its place, cannot be read "
+            "either"
         )
 
-    def __getitems__(self, places: list[Place]) -> Batch | list:
-        """Return a Batch if the images are in memory and `cut` accepts their size, else samples.
+    def __getitems__(self, samples: list[SampleId]) -> Batch | list:
+        """Return a Batch if the images are in memory and `crop` accepts their size, else samples.
 
         PyTorch's DataLoader calls this, and passes the result to `collate`.
         """
-        epochs, indices = np.array(places).T.copy()
-        images = self.images.together(indices, self.cut.takes)
+        epochs, indices = np.array(samples).T.copy()
+        images = self.images.read_batch(indices, self.crop.accepts)
         if images is None:
-            return [self[place] for place in places]
-        views = self.cut.at_once(images, epochs, indices)
+            return [self[sample] for sample in samples]
+        views = self.crop.crop_batch(images, epochs, indices)
         return Batch(views, *map(torch.from_numpy, (indices, self.images.labels[indices])), [])
 
 
-REPLACEMENTS = 10  # images tried in an unreadable one's place
+MAX_REPLACEMENTS = 10  # images that are tried in place of an unreadable one
 
 
 def collate(samples: Batch | list) -> Batch | InputError:
@@ -147,134 +165,144 @@ def collate(samples: Batch | list) -> Batch | InputError:
     error = next((sample for sample in samples if isinstance(sample, InputError)), None)
     if error:
         return error
-    return Batch(
-        *default_collate([sample[:3] for sample in samples]),
-        [one for sample in samples for one in sample[3]],
-    )
+    unreadable = [one for sample in samples for one in sample[3]]
+    return Batch(*default_collate([sample[:3] for sample in samples]), unreadable)
 
 
-class TrainOrder(Sampler):
-    """Batches of (epoch, index) for this rank, for the steps from `start` to `stop` without a break between epochs.
+class TrainBatchSampler(Sampler):
+    """A batch sampler that yields this rank's batches of (epoch, index) for a range of steps.
 
-    An epoch's order is one permutation of (seed, epoch), the same for every rank and any number of processes; each
-    global batch is cut into the ranks' parts. A step has `accumulation` global batches; what does not fill one is left out.
-    Steps below 0 are those that may come before epoch 0, the last ones of the epochs -1, -2, ...
+    The order of an epoch is one random permutation, which depends on (seed, epoch) only. A global
+    batch therefore has the same images for any number of processes; each rank takes an equal part.
+
+    A step has `accumulation` global batches. The images at the end of an epoch that do not fill a
+    step are left out. Negative steps come before epoch 0, while AdCo fills its bank. They are the
+    last steps of the epochs ..., -2, -1.
     """
 
     def __init__(
         self, n: int, batch: int, accumulation: int, seed: int, start: int = 0, stop: int = 0
     ):
-        self.n, self.batch, self.accumulation, self.seed, self.start, self.stop = (
-            n,
-            batch,
-            accumulation,
-            seed,
-            start,
-            stop,
-        )
+        """Prepare the steps from `start` up to `stop`, for `n` images and `batch` images a rank."""
+        self.n, self.batch, self.accumulation = n, batch, accumulation
+        self.seed, self.start, self.stop = seed, start, stop
         self.steps_per_epoch = n // (batch * distributed.world_size() * accumulation)
 
     def __len__(self) -> int:
+        """Return the number of batches of this rank."""
         return (self.stop - self.start) * self.accumulation
 
-    def __iter__(self) -> Iterator[list[Place]]:
+    def __iter__(self) -> Iterator[list[SampleId]]:
+        """Yield this rank's batches in order."""
         shape = (self.steps_per_epoch, self.accumulation, distributed.world_size(), self.batch)
-        order_of = None
+        shuffled_epoch = None
         for step in range(self.start, self.stop):
-            epoch, place = divmod(step, self.steps_per_epoch)
-            if epoch != order_of:
-                order = torch.randperm(
-                    self.n, generator=rng.generator("cpu", rng.ORDER, self.seed, epoch)
-                )
-                mine, order_of = (
-                    order[: math.prod(shape)].view(shape)[:, :, distributed.rank()],
-                    epoch,
-                )
-            for batch in mine[place].tolist():
+            epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
+            if epoch != shuffled_epoch:
+                draw = rng.generator("cpu", rng.ORDER, self.seed, epoch)
+                order = torch.randperm(self.n, generator=draw)[: math.prod(shape)].view(shape)
+                mine, shuffled_epoch = order[:, :, distributed.rank()], epoch
+            for batch in mine[step_in_epoch].tolist():
                 yield [(epoch, i) for i in batch]
 
 
-class EvalOrder(Sampler):
-    """Batches of (0, index) over every W-th image from this rank's on: each image once over all ranks, none twice."""
+class EvalBatchSampler(Sampler):
+    """A batch sampler for evaluation. Over all ranks, it yields each image exactly once.
+
+    Rank r takes the images r, r + W, r + 2 W, ... of W ranks. Samples are (0, index).
+    """
 
     def __init__(self, n: int, batch: int):
-        self.places = [(0, i) for i in range(distributed.rank(), n, distributed.world_size())]
+        """Prepare this rank's batches, of at most `batch` images, out of `n` images in all."""
+        self.samples = [(0, i) for i in range(distributed.rank(), n, distributed.world_size())]
         self.batch = batch
 
     def __len__(self) -> int:
-        return -(-len(self.places) // self.batch)
+        """Return the number of batches of this rank."""
+        return -(-len(self.samples) // self.batch)
 
-    def __iter__(self) -> Iterator[list[Place]]:
-        for i in range(0, len(self.places), self.batch):
-            yield self.places[i : i + self.batch]
+    def __iter__(self) -> Iterator[list[SampleId]]:
+        """Yield this rank's batches in order."""
+        for i in range(0, len(self.samples), self.batch):
+            yield self.samples[i : i + self.batch]
 
 
-def _outlast_signals(_: int) -> None:
-    """A signal to the whole group asks the run to end after its step, which needs the loader's processes."""
-    signal.set_wakeup_fd(-1)  # a forked process inherits the run's pipe for signals
+def _init_worker(_: int) -> None:
+    """Let a worker survive the signals that ask a run to stop.
+
+    Such a signal often reaches all processes of a run. The main process then finishes its step, for
+    which it needs the workers.
+    """
+    signal.set_wakeup_fd(
+        -1
+    )  # a forked process inherits the pipe through which signals wake the run
     for number in (signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
-    signal.signal(
-        signal.SIGTERM, lambda *_: signal.alarm(PATIENCE)
-    )  # not ignored: so ends the rank what it must not wait for
-    sys.excepthook = _tell_unless_alone
+    # SIGTERM is delayed, not ignored: the main process also sends it, to a worker that hangs
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(SIGTERM_DELAY))
+    sys.excepthook = _print_unless_disconnected
 
 
-def _tell_unless_alone(
-    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+def _print_unless_disconnected(
+    exception: type[BaseException], error: BaseException, trace: TracebackType | None
 ) -> None:
-    """Print an error, unless it only says that the rank which reads the batches has ended.
+    """Print an error, unless it only says that the main process, which reads batches, has ended.
 
-    The launcher says that.
+    The launcher reports that.
     """
-    if not issubclass(kind, ConnectionError | EOFError):
-        sys.__excepthook__(kind, error, trace)
+    if not issubclass(exception, ConnectionError | EOFError):
+        sys.__excepthook__(exception, error, trace)
 
 
-PATIENCE = 600  # seconds
+SIGTERM_DELAY = 600  # seconds that a worker still runs after a SIGTERM
 
 
-def end(processes: list[BaseProcess]) -> None:
-    """Kill loader processes that are left: they outlast all other signals."""
-    theirs = signal.signal(
-        signal.SIGCHLD, signal.SIG_DFL
-    )  # torch's would raise, in the middle of what comes next
+def kill_workers(processes: list[BaseProcess]) -> None:
+    """Kill worker processes that still run. They survive all signals but this one."""
+    # PyTorch's handler of SIGCHLD would raise an error, in the middle of the code that comes next
+    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for process in processes:
         process.kill()
     for process in processes:
         process.join(5)  # seconds; one that waits for a dead file server cannot even be killed
-    signal.signal(signal.SIGCHLD, theirs)
+    signal.signal(signal.SIGCHLD, handler)
 
 
 @atexit.register
-def _end_all() -> None:
-    """Python would ask them to end and wait, where a program has left batches unread."""
-    end([process for process in mp.active_children() if process.daemon])
+def _kill_all_workers() -> None:
+    """Kill the workers of a program that has left batches unread.
+
+    Python itself would send them a SIGTERM and wait for them, for `SIGTERM_DELAY` seconds.
+    """
+    kill_workers([process for process in mp.active_children() if process.daemon])
 
 
 def batches(
     images: Images,
-    cut: RandomCrops | CenterCrop,
-    order: Sampler,
+    crop: RandomCrops | CenterCrop,
+    batch_sampler: Sampler,
     input: Input,
     device: torch.device,
-    skips: bool = False,
+    skip_unreadable: bool = False,
 ) -> Iterator[Batch]:
-    """Read `images` in `order` and yield batches on `device`. Raises InputError for an image that cannot be read, unless `skips`.
+    """Yield the batches of `batch_sampler` on `device`, in order.
 
-    `input.workers` is the number of loader processes for `input.batch_size` images: each rank takes its share, rounded up.
+    `input.workers` is the number of worker processes of a node, for `input.batch_size` images. Each
+    rank starts a fraction of them, according to its `input.batch_per_process`, rounded up.
+
+    Raises InputError if an image cannot be read, unless `skip_unreadable`.
     """
     cuda = device.type == "cuda"
     stream = torch.cuda.Stream(device) if cuda else None
     workers = -(-input.workers * input.batch_per_process // input.batch_size)
     for batch in _read(
-        dataset=Views(images, cut, skips),
-        batch_sampler=order,
+        dataset=Views(images, crop, skip_unreadable),
+        batch_sampler=batch_sampler,
         num_workers=workers,
         collate_fn=collate,
         pin_memory=cuda,
         prefetch_factor=4 if workers else None,
-        worker_init_fn=_outlast_signals,
+        worker_init_fn=_init_worker,
     ):
         if isinstance(batch, InputError):
             raise batch
@@ -301,7 +329,11 @@ def _moved(batch: Batch, device: torch.device, stream: torch.cuda.Stream | None)
 
 
 def _read(**options: Any) -> Iterator[Batch | InputError]:
-    """What a DataLoader yields. Raises its error for a process that was killed also where that shows by a connection to it."""
+    """Yield what a DataLoader with these options yields.
+
+    Raises RuntimeError if a worker was killed. The DataLoader itself sometimes raises the error of
+    a broken connection instead.
+    """
     with warnings.catch_warnings():
         # more workers than cores are the user's choice: files may come over a network
         warnings.filterwarnings("ignore", "This DataLoader will create")

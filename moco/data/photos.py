@@ -1,4 +1,7 @@
-"""The built-in data set: patches of four photographs that come with scikit-learn and scikit-image."""
+"""The built-in data set `photos`, and the cache folder, where it is written.
+
+`photos` has patches of photographs that come with scikit-image and scikit-learn.
+"""
 
 import contextlib
 import os
@@ -7,38 +10,47 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from moco.errors import InputError
 from moco.user import private_folder
 
-# The built-in data set: patches of the photographs that scikit-image and scikit-learn ship.
-
-PHOTOS = (
-    "astronaut brick camera cell chelsea coffee coins grass gravel hubble_deep_field ihc moon motorcycle_left page "
-    "retina rocket text china flower"
-).split()
-
-
-_PATCH = 96  # pixels
-
-
-_TRAIN_PATCHES, _VAL_PATCHES = 60, 30  # per photograph
-
-
-_LEFT = 0.5  # train's share of the width
-
+PHOTOS = [
+    "astronaut",
+    "brick",
+    "camera",
+    "cell",
+    "chelsea",
+    "coffee",
+    "coins",
+    "grass",
+    "gravel",
+    "hubble_deep_field",
+    "ihc",
+    "moon",
+    "motorcycle_left",
+    "page",
+    "retina",
+    "rocket",
+    "text",
+    "china",
+    "flower",
+]  # the photographs, and the classes named after them
 
 _PHOTOS_FOLDER = "photos-v2"
-
-
-_FLAT = 2.0  # grey levels of standard deviation; a patch below shows nothing
+_PATCH = 96  # pixels
+_TRAIN_PATCHES, _VAL_PATCHES = 60, 30  # per photograph
+_LEFT = 0.5  # train patches come from this fraction of a photograph's width, from the left
+_FLAT = 2.0  # grey levels of standard deviation; a patch with less shows nothing
 
 
 def photos() -> Path:
-    """The folder of the built-in data set, written on first use: 19 classes, one per photograph, JPEGs of 96 pixels.
+    """Return the folder of the built-in data set; write it on first use, or if it is incomplete.
 
-    Train patches come from the left part and val patches from the right part of each photograph; no pixel is in both.
-    Writes an incomplete copy again. Raises InputError if it cannot be replaced.
+    It has 19 classes, one per photograph, of JPEGs of 96 x 96 pixels. Train patches come from the
+    left half of each photograph and val patches from the right half, so that they share no pixel.
+
+    Raises InputError if an incomplete copy cannot be replaced.
     """
     for folder in _cache_folders():
         if _is_complete(folder / _PHOTOS_FOLDER):
@@ -50,7 +62,7 @@ def photos() -> Path:
         for label, name in enumerate(PHOTOS):
             _write_patches(made, name, _photograph(name), np.random.default_rng(label))
         made.chmod(0o755)
-        with contextlib.suppress(OSError):  # the folder exists: another process's, or a damaged one
+        with contextlib.suppress(OSError):  # another process was faster, or a damaged copy is there
             made.rename(root)
         if not _is_complete(root):
             root.rename(old)
@@ -67,7 +79,7 @@ def photos() -> Path:
 def _is_complete(root: Path) -> bool:
     """Return whether `root` holds every patch, none of them truncated.
 
-    Operating systems delete old files from temporary folders.
+    Some may be missing: operating systems delete old files from temporary folders.
     """
     try:
         for split, count in (("train", _TRAIN_PATCHES), ("val", _VAL_PATCHES)):
@@ -86,16 +98,17 @@ def _is_complete(root: Path) -> bool:
 
 
 def cache_folder() -> Path:
-    """Return the project's cache folder, which exists and which this user can write to.
+    """Return the project's cache folder. It exists, and this user can write to it.
 
-    It is in XDG_CACHE_HOME or ~/.cache; if that cannot be written, in `user.private_folder`. Raises
-    InputError if the private folder is not this user's alone.
+    It is in XDG_CACHE_HOME or ~/.cache or, if these are read-only, in `user.private_folder`.
+
+    Raises InputError if other users can write to the private folder.
     """
     return _cache_folders()[-1]
 
 
 def _cache_folders() -> list[Path]:
-    """Return the cache folders to search: the home's and, if it is read-only, a private one."""
+    """Return the cache folders to search: the user's and, if that is read-only, a private one."""
     folders = []
     with contextlib.suppress(RuntimeError):  # there is no home
         folders.append(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / _CACHE)
@@ -112,14 +125,14 @@ _CACHE = "hard-negatives"
 
 
 def in_cache(name: str) -> list[Path]:
-    """Return the paths at which `name` may lie in the cache; the last one is the one to write."""
+    """Return the paths to search for `name` in the cache. Write a new file to the last one."""
     return [folder / name for folder in _cache_folders()]
 
 
-def _photograph(name: str):
+def _photograph(name: str) -> Image.Image:
+    """Open a photograph that comes with scikit-image or scikit-learn, as RGB."""
     import skimage
     import sklearn.datasets
-    from PIL import Image
 
     folders = [
         Path(skimage.__file__).parent / "data",
@@ -128,13 +141,19 @@ def _photograph(name: str):
     files = [file for folder in folders for file in folder.glob(f"{name}.*")]
     if not files:
         raise InputError(
-            f"photos: no photograph '{name}' among scikit-image's and scikit-learn's; pip install scikit-image scikit-learn"
+            f"photos: no photograph '{name}' among scikit-image's and scikit-learn's; "
+            "pip install scikit-image scikit-learn"
         )
     return Image.open(files[0]).convert("RGB")
 
 
-def _write_patches(root: Path, name: str, photograph, rng: np.random.Generator) -> None:
-    """Random squares of 96 pixels, or of what the part allows, at 96; black or blank ones are drawn again."""
+def _write_patches(
+    root: Path, name: str, photograph: Image.Image, rng: np.random.Generator
+) -> None:
+    """Write random square patches of a photograph. One that shows nothing is drawn again.
+
+    Train patches come from the left of the photograph, val patches from the right.
+    """
     width = photograph.size[0]
     border = round(width * _LEFT)
     for split, left, right, count in (
@@ -152,10 +171,12 @@ def _write_patches(root: Path, name: str, photograph, rng: np.random.Generator) 
 
 
 def _patch_name(i: int) -> str:
+    """Return the file name of patch `i` of a class and split."""
     return f"{i:03d}.jpg"
 
 
-def _patch(photograph, left: int, right: int, rng: np.random.Generator):
+def _patch(photograph: Image.Image, left: int, right: int, rng: np.random.Generator) -> Image.Image:
+    """Draw a square patch between two columns, and scale a smaller one up to 96 pixels."""
     height = photograph.size[1]
     size = min(_PATCH, right - left, height)
     x, y = int(rng.integers(left, right - size + 1)), int(rng.integers(0, height - size + 1))

@@ -1,4 +1,7 @@
-"""Parts of a training set: some held out to choose a model on, or those few that a label is given for."""
+"""Subsets of a training set: a random split, some of the classes, or a list of labelled images.
+
+Published protocols use them: ImageNet-100, and 1 % or 10 % of ImageNet's labels.
+"""
 
 import contextlib
 import hashlib
@@ -21,89 +24,114 @@ from moco.files import read_lines, replacing
 
 
 def hold_out(images: Images, fraction: float, seed: int) -> tuple[Images, Images]:
-    """Split `images` into the rest and a random `fraction` of each class, rounded, one image at least; the same for a seed.
+    """Split `images` in two: the rest, and a random `fraction` of each class.
 
-    Raises InputError where a class has a single image.
+    At least one image of each class is held out, and at least one stays. The same seed gives the
+    same split.
+
+    Raises InputError if a class has a single image.
     """
     held = np.zeros(len(images), dtype=bool)
-    for places in by_class(images, seed):
-        if len(places) == 1:
-            name = images.classes[images.labels[places[0]]]
+    for indices in shuffled_by_class(images, seed):
+        if len(indices) == 1:
+            name = images.classes[images.labels[indices[0]]]
             raise InputError(
-                f"{images.root / name}: has one image only, of which no part can be held out; add images"
+                f"{images.root / name}: has one image only, which cannot be held out; add images"
             )
-        held[places[: min(len(places) - 1, max(1, round(fraction * len(places))))]] = True
-    return images.part(~held), images.part(held)
+        count = min(len(indices) - 1, max(1, round(fraction * len(indices))))
+        held[indices[:count]] = True
+    return images.subset(~held), images.subset(held)
 
 
 def sample(images: Images, fraction: float, seed: int) -> Images:
-    """A random `fraction` of each class, rounded, one image at least; the same for a seed."""
-    kept = [places[: max(1, round(fraction * len(places)))] for places in by_class(images, seed)]
-    return images.part(np.sort(np.concatenate(kept)))
+    """Return a random `fraction` of each class, at least one image. A seed gives one subset."""
+    kept = [
+        indices[: max(1, round(fraction * len(indices)))]
+        for indices in shuffled_by_class(images, seed)
+    ]
+    return images.subset(np.sort(np.concatenate(kept)))
 
 
-def by_class(images: Images, seed: int) -> list[np.ndarray]:
-    """The places of each class's images in random order; where an image can show several classes, one list of all."""
+def shuffled_by_class(images: Images, seed: int) -> list[np.ndarray]:
+    """Return the indices of each class's images in random order. Empty classes are left out.
+
+    If an image can show several classes, return one array with the indices of all images.
+    """
     order = torch.randperm(len(images), generator=rng.generator("cpu", rng.SPLIT, seed)).numpy()
     if images.multi_label:
         return [order]
     order = order[images.labels[order].argsort(kind="stable")]
     starts = np.bincount(images.labels, minlength=len(images.classes)).cumsum()[:-1]
-    return [places for places in np.split(order, starts) if len(places)]
+    return [indices for indices in np.split(order, starts) if len(indices)]
 
 
-# Some of the classes, as ImageNet-100 is some of ImageNet's.
+def keep_classes(images: Images, file: str | None) -> Images:
+    """Return the images of the classes that `file` names, or all images without a `file`.
 
+    The classes keep their order, and labels become indices into the kept classes. See
+    `select_classes` for the format of the file.
 
-def of_classes(images: Images, file: str | None) -> Images:
-    """The images of the classes that `file` names (all without one), labelled by their places among these, in their old order."""
+    Raises InputError if the file is unusable, if `images` has none of its classes, or if an image
+    can show several classes.
+    """
     if file is None:
         return images
     if images.multi_label:
         raise InputError(
-            f"--class-list: cannot be used with {images.root}, whose images show several classes each"
+            f"--class-list: cannot be used with {images.root}, whose images show several classes "
+            "each; leave it out"
         )
-    classes = chosen(images.classes, file, images.root)
+    classes = select_classes(images.classes, file, images.root)
     kept = np.isin(images.labels, [images.classes.index(name) for name in classes])
     if not kept.any():
-        raise InputError(f"--class-list {file}: {images.root} has no image of its classes")
-    place = np.array([classes.index(name) if name in classes else -1 for name in images.classes])
-    return replace(images.part(kept), labels=place[images.labels[kept]], classes=classes)
+        raise InputError(
+            f"--class-list {file}: {images.root} has no image of its classes; name other classes"
+        )
+    label = np.array([classes.index(name) if name in classes else -1 for name in images.classes])
+    return replace(images.subset(kept), labels=label[images.labels[kept]], classes=classes)
 
 
-def chosen(classes: tuple[str, ...], file: str, root: Path) -> tuple[str, ...]:
-    """Those of `classes`, the folders of `root`, that `file` names, one a line, with or without more words behind the name.
+def select_classes(classes: tuple[str, ...], file: str, root: Path) -> tuple[str, ...]:
+    """Return those `classes`, the folders of `root`, that `file` names.
 
-    Raises InputError where the file cannot be read, or names a class that is not among them.
+    The file has one class a line. Words after the name are ignored: published lists often describe
+    the class there.
+
+    Raises InputError if the file cannot be read, or names a class that is not among `classes`.
     """
-    wanted = {
-        line if line in classes else line.split()[0] for line in names(Path(file), "--class-list")
-    }
+    lines = read_names(Path(file), "--class-list")
+    wanted = {line if line in classes else line.split()[0] for line in lines}
     if missing := wanted - set(classes):
         raise InputError(
-            f"--class-list {file}: {len(missing)} of its {len(wanted)} classes are not folders of {root}, "
-            f"first '{short(min(missing))}'; give folder names, one a line"
+            f"--class-list {file}: {len(missing)} of its {len(wanted)} classes are not folders of "
+            f"{root}, first '{short(min(missing))}'; give folder names, one a line"
         )
     return tuple(name for name in classes if name in wanted)
 
 
-SIZES = {"imagenet100": 100, "imagenet1000": 1000}  # classes
+# The number of classes of each data set that --data-name accepts.
+CLASS_COUNTS = {"imagenet100": 100, "imagenet1000": 1000}
 
 
 def check_classes(split: Path, file: str | None, data_name: str | None) -> None:
-    """Raise InputError where `file` names classes that are no folders of `split`, or leaves more than `data_name` has."""
+    """Check `--class-list` and `--data-name` against the class folders of `split`.
+
+    Raises InputError if `file` names classes that have no folder, or if more classes remain than
+    the data set `data_name` has.
+    """
     classes = class_names(split)
     if file is not None:
-        classes = chosen(classes, file, split)
-    if len(classes) > SIZES.get(data_name, len(classes)):
+        classes = select_classes(classes, file, split)
+    if len(classes) > CLASS_COUNTS.get(data_name, len(classes)):
         raise InputError(
-            f"--data-name {data_name}: has {SIZES[data_name]} classes, but {split} {len(classes)}; "
-            "name those to use in a file, one a line, and give it with --class-list FILE"
+            f"--data-name {data_name}: has {CLASS_COUNTS[data_name]} classes, but {split} "
+            f"has {len(classes)}; name those to use in a file, one a line, and give it with "
+            "--class-list FILE"
         )
 
 
-# Lists of labelled images. ImageNet's of 1 % and 10 % are SimCLR's (arXiv 2002.05709), which every later table uses.
-
+# The lists of 1 % and 10 % of ImageNet's training images that come with SimCLR (arXiv 2002.05709).
+# Later papers use the same lists.
 _URL = (
     "https://raw.githubusercontent.com/google-research/simclr/master/imagenet_subsets/{}percent.txt"
 )
@@ -114,75 +142,85 @@ _SHA256 = {
 
 
 def is_imagenet(classes: tuple[str, ...]) -> bool:
-    """Whether the class folders are ImageNet's, to which the published lists belong."""
+    """Return whether these are the class folders of ImageNet, for which lists are published."""
     return len(classes) == 1000 and all(re.fullmatch(r"n\d{8}", name) for name in classes)
 
 
-def published(percent: int) -> Path:
-    """The published list of 1 or 10 per cent of ImageNet, in the cache folder; downloaded on first use.
+def published_list(percent: int) -> Path:
+    """Return the file with the published list of 1 or 10 per cent of ImageNet.
 
-    Raises InputError, which says how to supply it, where it cannot be had or is not the published one.
+    The file is in the cache folder. It is downloaded on first use, or if it is damaged. Its sha256
+    is checked.
+
+    Raises InputError, which says how to supply the list by hand, if the download fails.
     """
     url = _URL.format(percent)
-    for kept in in_cache(f"imagenet_subsets/{percent}percent.txt"):
+    for file in in_cache(f"imagenet_subsets/{percent}percent.txt"):
         with contextlib.suppress(OSError):
-            if is_published(kept.read_bytes(), percent):
-                return kept
-    otherwise = "get it elsewhere and give it with --subset-file FILE"
+            if _is_published(file.read_bytes(), percent):
+                return file
+    by_hand = "get it elsewhere and give it with --subset-file FILE"
     try:
         with urllib.request.urlopen(url, timeout=30) as answer:
             text = answer.read()
     except OSError as error:
         reason = getattr(error, "reason", error)
         raise InputError(
-            f"the list of ImageNet's {percent} % cannot be downloaded from {url} ({reason}); {otherwise}"
+            f"the list of ImageNet's {percent} % cannot be downloaded from {url} ({reason}); "
+            f"{by_hand}"
         ) from None
-    if not is_published(text, percent):
+    if not _is_published(text, percent):
         raise InputError(
-            f"{url}: is not the published list any more (its sha256 differs); {otherwise}"
+            f"{url}: is not the published list any more (its sha256 differs); {by_hand}"
         )
-    with replacing(kept) as file:
-        file.write(text)
-    return kept
+    with replacing(file) as out:
+        out.write(text)
+    return file
 
 
-def is_published(text: bytes, percent: int) -> bool:
-    """Whether `text` is, to the bit, the published list of `percent` per cent."""
+def _is_published(text: bytes, percent: int) -> bool:
+    """Return whether `text` has the sha256 of the published list of `percent` per cent."""
     return hashlib.sha256(text).hexdigest() == _SHA256.get(percent)
 
 
-def names(file: Path, option: str = "--subset-file") -> set[str]:
-    """Return the names in `file`, one a line, without spaces around them, decoded as file names.
+def read_names(file: Path, option: str = "--subset-file") -> set[str]:
+    """Return the names in `file`, one a line, without spaces around them. Decode them as paths.
 
-    Raises InputError, which names the `option`, if the file cannot be read or is empty.
+    Raises InputError, which names the `option`, if the file cannot be read or names nothing.
     """
     try:
-        wanted = {os.fsdecode(line.strip()) for line in read_lines(file) if line.strip()}
+        names = {os.fsdecode(line.strip()) for line in read_lines(file) if line.strip()}
     except InputError as error:
         raise InputError(f"{option} {file}: cannot be read ({error})") from None
-    if not wanted:
+    if not names:
         raise InputError(f"{option} {file}: names nothing; expected one name a line")
-    return wanted
+    return names
 
 
 def write_names(images: Images, file: Path) -> None:
-    """Write the names of `images` for `listed`. Raises InputError if a name has a line break."""
+    """Write the names of `images` to a list that `select_listed` reads.
+
+    Raises InputError if a name has a line break.
+    """
     lines = [os.fsencode(images.name(i)) for i in range(len(images))]
     if bad := next((line for line in lines if len(line.splitlines()) > 1), None):
         raise InputError(
-            f"{images.root}: the file name {bad!r} has a line break in it, which a list of names cannot hold; rename the file"
+            f"{images.root}: the file name {bad!r} has a line break in it, which a list of names "
+            "cannot hold; rename the file"
         )
     with replacing(file) as out:
         out.write(b"".join(line + b"\n" for line in lines))
 
 
-def listed(images: Images, file: Path) -> Images:
-    """The images that `file` names: by file name, as the published lists do, or by what comes after train/.
+def select_listed(images: Images, file: Path) -> Images:
+    """Return the images that `file` names, one a line.
 
-    Raises InputError where the list cannot be used, names an image that `images` lacks (the message counts them), or a
-    file name that stands in several folders.
+    A line is a file name, as in the published lists, or a path relative to train/.
+
+    Raises InputError if the list cannot be read, if it names images that `images` lacks (the
+    message counts them), or if several folders have a file of that name.
     """
-    wanted = names(file)
+    wanted = read_names(file)
     found: dict[str, int] = {}
     for i in range(len(images)):
         path = images.name(i).strip(string.whitespace)
@@ -191,28 +229,30 @@ def listed(images: Images, file: Path) -> Images:
             continue
         if name in found:
             raise InputError(
-                f"--subset-file {file}: '{name}' stands in several class folders; write CLASS/{name}"
+                f"--subset-file {file}: '{name}' is in several class folders; write CLASS/{name}"
             )
         found[name] = i
     if missing := wanted - found.keys():
         raise InputError(
-            f"{images.root}: {len(missing)} of the {len(wanted)} images that {file} names are missing, "
-            f"first '{short(min(missing))}'; complete the folder, or give another list with --subset-file FILE"
+            f"{images.root}: {len(missing)} of the {len(wanted)} images that {file} names are "
+            f"missing, first '{short(min(missing))}'; complete the folder, or give another list "
+            "with --subset-file FILE"
         )
-    return images.part(np.sort(np.fromiter(found.values(), np.int64)))
+    return images.subset(np.sort(np.fromiter(found.values(), np.int64)))
 
 
-def labelled(images: Images, percent: int, seed: int, file: str | None = None) -> Images:
-    """The images whose labels count as known: those of `file`, or `percent` per cent of all.
+def labelled_subset(images: Images, percent: int, seed: int, file: str | None = None) -> Images:
+    """Return the images whose labels may be used: those that `file` names, or `percent` per cent.
 
-    On ImageNet the published list; on other data a sample of each class, drawn anew for each seed.
+    On ImageNet, 1 and 10 per cent are the published lists. On other data, they are a random sample
+    of each class, which depends on `seed`.
+
+    Raises InputError if the list cannot be read or downloaded, or does not fit `images`.
     """
     if file:
-        return listed(images, Path(file))
+        return select_listed(images, Path(file))
     if percent == 100:
         return images
-    return (
-        listed(images, published(percent))
-        if is_imagenet(images.classes)
-        else sample(images, percent / 100, seed)
-    )
+    if is_imagenet(images.classes):
+        return select_listed(images, published_list(percent))
+    return sample(images, percent / 100, seed)

@@ -30,16 +30,16 @@ def test_batches(
     Images that cannot be read are left out, and their numbers and reasons are added to
     `unreadable`. Raises InputError for the first one if that is None.
     """
-    order = loader.EvalOrder(len(images), config.input.batch_per_process)
-    cut, done = loader.CenterCrop(config.views.image_size), 0
+    sampler = loader.EvalBatchSampler(len(images), config.input.batch_per_process)
+    crop, done = loader.CenterCrop(config.views.image_size), 0
     for batch in loader.batches(
-        images, cut, order, config.input, device, skips=unreadable is not None
+        images, crop, sampler, config.input, device, skip_unreadable=unreadable is not None
     ):
         x, label = batch.views[0], batch.label
         if batch.unreadable:
             unreadable += batch.unreadable
             # the loader puts another image in the place of one that cannot be read
-            wanted = [i for _, i in order.places[done : done + len(x)]]
+            wanted = [i for _, i in sampler.samples[done : done + len(x)]]
             own = batch.index == torch.tensor(wanted, device=device)
             x, label = x[own], label[own]
         done += len(batch.index)

@@ -81,7 +81,7 @@ def train(config: Pretraining, device: torch.device, build: Callable[[Images], M
             "--batch-size gives each process a single image; batch norm and the loss need at "
             "least two. Raise --batch-size"
         )
-    images = registry.training(config.input.dataset, config.run.data, config.input.class_list)
+    images = registry.train_images(config.input.dataset, config.run.data, config.input.class_list)
     k = config.monitor.knn_k
     if config.monitor.knn_every and k > len(images):
         print_rank0(f"--knn-k {k}: the bank has {len(images)} images, and all of them vote")
@@ -207,7 +207,7 @@ class PretrainingTask(Task):
         With `--on-bad-image skip`, training images that cannot be read are left out.
         """
         config, module = self.config, self.module
-        val = registry.testing(config.input.dataset, config.run.data, config.input.class_list)
+        val = registry.test_images(config.input.dataset, config.run.data, config.input.class_list)
         net, of = module.encoder, networks.features
         if config.monitor.knn_features == "head":
             net, of = module.embedding, nn.Module.__call__

@@ -11,7 +11,7 @@ from moco import distributed
 from moco.config import AnyConfig, Config, replaced
 from moco.distributed import print_rank0
 from moco.errors import InputError
-from moco.files import names_like
+from moco.files import numbered_paths
 
 LOCK = (
     ".lock"  # held while a run writes to the folder; the system releases it, however the run ends
@@ -96,13 +96,13 @@ def _places_of(config: Config, continues: bool, named: bool) -> Iterator[Path]:
         return iter([folder])
     if config.EVALUATES:
         return places(folder, config.run.script)
-    return iter([folder]) if named else names_like(folder)
+    return iter([folder]) if named else numbered_paths(folder)
 
 
 def places(folder: Path, name: str) -> Iterator[Path]:
     """Yield `folder` and then its subfolders NAME, NAME-2, NAME-3, ..."""
     yield folder
-    yield from names_like(folder / name)
+    yield from numbered_paths(folder / name)
 
 
 class Held:

@@ -141,7 +141,7 @@ class Trainer:
     def _find_start(self, state: checkpoint.State | None) -> None:
         """Find the step and the epoch to begin at. Raises InputError if the ranks differ."""
         schedule, images = self.config.optimizer, self.task.images
-        self.order = loader.TrainOrder(
+        self.order = loader.TrainBatchSampler(
             len(images),
             self.config.input.batch_per_process,
             schedule.accumulation_steps,

@@ -180,14 +180,14 @@ def check_choice(config: Config) -> None:
 def check_labels(config: Config) -> None:
     """Fetch or read the list of labelled images, if there is one; after `complete`."""
     if config.labels.subset_file:
-        subsets.names(Path(config.labels.subset_file))
+        subsets.read_names(Path(config.labels.subset_file))
         return
     percent, images = config.labels.train_percent, config.input
     of_imagenet = images.dataset == "imagenet" and not images.class_list
     if percent == 100 or not of_imagenet:
         return
     if subsets.is_imagenet(folders.class_names(Path(config.run.data) / "train")):
-        subsets.published(percent)
+        subsets.published_list(percent)
 
 
 class Splits(NamedTuple):
@@ -202,7 +202,7 @@ def splits(config: Config) -> Splits:
     """Return the images of `--dataset`: the labelled training images, less what is held out."""
     seed, images = config.run.seed, config.input
     train, val = (
-        subsets.of_classes(part, images.class_list)
+        subsets.keep_classes(part, images.class_list)
         for part in registry.load(images.dataset, config.run.data, seed)
     )
     if config.labels:
@@ -219,7 +219,7 @@ def splits(config: Config) -> Splits:
 def _labelled(config: Config, train: Images) -> Images:
     """Return the images of train/ whose labels are used; list them in subset.txt."""
     labels = config.labels
-    part = subsets.labelled(train, labels.train_percent, config.run.seed, labels.subset_file)
+    part = subsets.labelled_subset(train, labels.train_percent, config.run.seed, labels.subset_file)
     if len(part) < len(train) and distributed.rank() == 0:
         file = Path(config.run.save_dir) / "subset.txt"
         subsets.write_names(part, file)

@@ -1,0 +1,150 @@
+"""Tests of `moco.data.images.decode`: file formats, damaged files, and reduced sizes."""
+
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from data_helpers import BAD, smooth_rgb, some_photographs, write_large_photograph
+from PIL import Image
+
+from moco.data.images import decode
+from moco.errors import InputError
+
+
+@pytest.fixture(scope="module")
+def photographs():
+    return some_photographs()
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    return write_large_photograph(tmp_path_factory.mktemp("large"))
+
+
+def write_png16(path, pixels):
+    """Write uint16 pixels [H, W, 3] as a PNG with 16 bits per channel. Pillow cannot do this."""
+
+    def chunk(name, data):
+        checksum = zlib.crc32(name + data)
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", checksum)
+
+    height, width, _ = pixels.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    header = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(rows))
+        + chunk(b"IEND", b"")
+    )
+
+
+def assert_decodes_to(path, pixels, tolerance=0):
+    """Assert that the decoded file equals `pixels` [H, W, 3], up to `tolerance` grey levels."""
+    image = decode(str(path))
+    assert image.dtype == torch.uint8 and image.shape == (3, *pixels.shape[:2])
+    expected = torch.from_numpy(np.array(pixels)).permute(2, 0, 1)
+    assert (image.int() - expected.int()).abs().max() <= tolerance
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.bmp", "a.ppm", "a.tif", "a.PNG"])
+def test_decode_reads_lossless_files_exactly(tmp_path, name):
+    Image.fromarray(smooth_rgb()).save(tmp_path / name)
+    assert_decodes_to(tmp_path / name, smooth_rgb())
+
+
+@pytest.mark.parametrize(("name", "tolerance"), [("a.jpg", 4), ("a.webp", 12)])
+def test_decode_reads_lossy_files(tmp_path, name, tolerance):
+    Image.fromarray(smooth_rgb()).save(tmp_path / name, quality=95, subsampling=0)
+    assert_decodes_to(tmp_path / name, smooth_rgb(), tolerance)
+
+
+@pytest.mark.parametrize(
+    ("name", "tolerance"), [("a.png", 0), ("a.jpg", 3), ("a.bmp", 0), ("a.gif", 0)]
+)
+def test_decode_repeats_a_gray_image_in_three_channels(tmp_path, name, tolerance):
+    gray = smooth_rgb()[:, :, 0]
+    Image.fromarray(gray).save(tmp_path / name, quality=95)
+    assert_decodes_to(tmp_path / name, np.stack([gray] * 3, axis=2), tolerance)
+
+
+def test_decode_drops_alpha(tmp_path):
+    alpha = np.full((40, 56, 1), 128, np.uint8)
+    Image.fromarray(np.concatenate([smooth_rgb(), alpha], axis=2)).save(tmp_path / "rgba.png")
+    assert_decodes_to(tmp_path / "rgba.png", smooth_rgb())
+
+
+def test_decode_hides_pillows_warnings(tmp_path, recwarn):
+    paletted = Image.fromarray(smooth_rgb()).quantize(32)
+    paletted.save(tmp_path / "palette.png", transparency=bytes(range(32)))  # makes Pillow warn
+    decode(str(tmp_path / "palette.png"))
+    assert not [warning for warning in recwarn if "Palette" in str(warning.message)]
+    Image.open(tmp_path / "palette.png").convert("RGB")
+    assert [warning for warning in recwarn if "Palette" in str(warning.message)]
+
+
+def test_decode_reads_palettes(tmp_path):
+    paletted = Image.fromarray(smooth_rgb()).quantize(32)
+    paletted.save(tmp_path / "palette.png")
+    assert_decodes_to(tmp_path / "palette.png", np.asarray(paletted.convert("RGB")))
+
+
+def test_decode_reads_pngs_of_16_bits_a_channel(tmp_path):
+    write_png16(tmp_path / "rgb16.png", smooth_rgb().astype(np.uint16) * 256 + 77)
+    assert_decodes_to(tmp_path / "rgb16.png", smooth_rgb(), tolerance=1)
+    gray = smooth_rgb()[:, :, 1]
+    Image.fromarray(gray.astype(np.uint16) * 256 + 77).save(tmp_path / "gray16.png")
+    assert_decodes_to(tmp_path / "gray16.png", np.stack([gray] * 3, axis=2), tolerance=1)
+
+
+def test_decode_reads_cmyk_jpegs(tmp_path):
+    Image.fromarray(smooth_rgb()).convert("CMYK").save(tmp_path / "cmyk.jpg", quality=95)
+    assert_decodes_to(tmp_path / "cmyk.jpg", smooth_rgb(), tolerance=10)
+
+
+def test_decode_returns_the_first_frame_of_an_animation(tmp_path):
+    frames = [
+        Image.fromarray(np.full((30, 20, 3), color, np.uint8))
+        for color in ((250, 20, 20), (20, 250, 20), (20, 20, 250))
+    ]
+    frames[0].save(tmp_path / "moves.gif", save_all=True, append_images=frames[1:])
+    with Image.open(tmp_path / "moves.gif") as gif:
+        assert gif.n_frames == 3
+    assert_decodes_to(tmp_path / "moves.gif", np.asarray(frames[0]), tolerance=4)
+
+
+@BAD
+def test_the_error_names_the_file_that_decode_cannot_read(tmp_path, write_bad):
+    write_bad(tmp_path / "broken 7.jpg")
+    with pytest.raises(InputError) as error:
+        decode(str(tmp_path / "broken 7.jpg"))
+    assert str(tmp_path / "broken 7.jpg") in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_the_error_names_a_file_that_does_not_exist(tmp_path):
+    with pytest.raises(InputError) as error:
+        decode(str(tmp_path / "gone.jpg"))
+    assert str(tmp_path / "gone.jpg") in str(error.value)
+
+
+@pytest.mark.parametrize("factor", [2, 4, 8])
+def test_decode_shrinks_a_large_jpeg(large, factor):
+    full, shrunk = decode(large.path(0)), decode(large.path(0), lambda height, width: factor)
+    assert full.shape == (3, 1400, 1600) and shrunk.shape == (3, 1400 // factor, 1600 // factor)
+    means = torch.nn.functional.avg_pool2d(full.float(), factor)
+    assert (shrunk.float() - means).abs().mean() < 1
+
+
+def test_decode_asks_for_a_reduction_of_large_jpegs_only(large, photographs):
+    assert torch.equal(
+        decode(photographs.path(0), lambda height, width: 8), decode(photographs.path(0))
+    )
+    asked = []
+    assert torch.equal(
+        decode(large.path(0), lambda height, width: asked.append((height, width)) or 1),
+        decode(large.path(0)),
+    )
+    assert asked == [(1400, 1600)]
