@@ -7,7 +7,7 @@ configs/ holds the published settings: --cfg configs/synco_swin_tiny.yaml.
 import moco as _first  # noqa: F401 (before torch: sets how its threads wait)
 
 # isort: split
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar
 
 import torch
@@ -17,7 +17,7 @@ from moco import config, sections
 from moco.builder import moby
 from moco.builder.base import OnlineAndTarget
 from moco.builder.byol import BYOL
-from moco.builder.synco import configured
+from moco.builder.synco import COUNTS, configured
 from moco.cli import entry
 from moco.cli.parser import Parser
 from moco.distributed import print_rank0
@@ -76,7 +76,7 @@ class Config(config.Pretraining):
     networks: moby.Networks = moby.Networks()
     contrast: moby.Contrast = moby.Contrast()
     synthetic: moby.Synthetics = moby.Synthetics(
-        n_hard=256, sigma=0.1, **{f"n{i}": 128 for i in range(1, 7)}
+        n_hard=256, sigma=0.1, **dict.fromkeys(COUNTS, 128)
     )
 
 
@@ -84,7 +84,7 @@ def parser() -> Parser:
     p = Parser(__doc__, Config())
     none = "--method byol compares with no negatives; leave it out"
     p.has_effect("queue moco_t", lambda args: args.method != "byol", none)
-    synthetic = "n_hard n1 n2 n3 n4 n5 n6 sigma delta eta synthetic_first synthetic_last"
+    synthetic = " ".join(one.name for one in fields(moby.Synthetics))
     synco = "synthetic negatives are --method synco's; give it, or leave them out"
     p.has_effect(synthetic, lambda args: args.method == "synco", synco)
     hidden = "a projector and a predictor of one layer have no hidden width; leave it out"

@@ -70,8 +70,8 @@ def negatives(c: Config) -> Synthetic:
 
 def method(kind: Synthetic) -> str:
     """Return moco, mochi or synco, by the types of synthetic negatives."""
-    _, n2, _, *others = kind.counts
-    return ("synco" if any((n2, *others)) else "mochi") if kind.total else "moco"
+    of_mochi = sum(kind.counts[i] for i in (0, 2))
+    return "moco" if not kind.total else "mochi" if of_mochi == kind.total else "synco"
 
 
 def complete(c: Config) -> Config:

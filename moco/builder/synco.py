@@ -38,26 +38,29 @@ class SynCo(MoCo):
         return hard, synthetic.mix(q, self.queue, similarity, hard, self.kind, draws)
 
 
-NAMES = ("interpolated", "extrapolated", "mixup", "noise", "perturbed", "adversarial")
+_HARD = option(0, "hardest queue entries, of which they are made", range=NATURAL)
+_COUNTS = {
+    f"n{i}": option(0, f"{one.name} negatives per query", range=NATURAL)
+    for i, one in enumerate(synthetic.TYPES, 1)
+}
 _SIZES = {
     "sigma": option(0.01, "standard deviation of the noise", range=SIZE),
     "delta": option(0.01, "size of the perturbation", range=SIZE),
     "eta": option(0.01, "size of the adversarial step", range=SIZE),
 }
-_COUNTS = {
-    f"n{i}": option(0, f"{name} negatives per query", range=NATURAL)
-    for i, name in enumerate(NAMES, 1)
-}
-_HARD = {"n_hard": option(0, "hardest queue entries, of which they are made", range=NATURAL)}
 
-# The settings of the synthetic negatives: one count for each type, and the sizes.
+# The settings of the synthetic negatives: a count for each type of `synthetic.TYPES`, and the sizes.
 SyntheticNegatives = make_dataclass(
     "SyntheticNegatives",
-    [(name, int, one) for name, one in (_HARD | _COUNTS).items()]
-    + [(name, float, one) for name, one in _SIZES.items()],
+    [
+        ("n_hard", int, _HARD),
+        *((name, int, one) for name, one in _COUNTS.items()),
+        *((name, float, one) for name, one in _SIZES.items()),
+    ],
     frozen=True,
     namespace={"TITLE": "synthetic negatives", "__module__": __name__},
 )
+COUNTS = tuple(_COUNTS)  # n1, n2, ...
 
 
 def configured(section: SyntheticNegatives, entries: int, option: str) -> synthetic.Synthetic:
@@ -70,7 +73,7 @@ def configured(section: SyntheticNegatives, entries: int, option: str) -> synthe
 
     Raises InputError if the queue is too small, or if no hard entries are given.
     """
-    counts = tuple(getattr(section, name) for name in _COUNTS)
+    counts = tuple(getattr(section, name) for name in COUNTS)
     if section.n_hard > entries:
         raise InputError(
             f"--n-hard {section.n_hard} is larger than the queue ({option} {entries}); "

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 
 from moco import sections
 from moco.augment import recipes
-from moco.builder.synco import SyntheticNegatives
+from moco.builder.synco import COUNTS, SyntheticNegatives
 from moco.config import Config
 from moco.encoder.resnets import ARCHS
 from moco.launch import processes
+from moco.loss.synthetic import TYPES
 
 if TYPE_CHECKING:
     from moco.cli.parser import Options, Parser
@@ -143,13 +144,10 @@ def _query_and_key(parser: "Parser") -> None:
 
 
 def _synthetic(parser: "Parser") -> None:
-    for size, count, name in (
-        ("sigma", "n4", "noise"),
-        ("delta", "n5", "perturbed"),
-        ("eta", "n6", "adversarial"),
-    ):
-        none = f"there are no {name} negatives; give --{count} as well, or leave it out"
-        parser.has_effect(size, lambda args, count=count: getattr(args, count), none)
+    for count, one in zip(COUNTS, TYPES, strict=True):
+        if one.size:
+            none = f"there are no {one.name} negatives; give --{count} as well, or leave it out"
+            parser.has_effect(one.size, lambda args, count=count: vars(args)[count], none)
 
 
 _RULES: dict[type, Declare] = {
