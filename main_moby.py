@@ -171,7 +171,7 @@ def build(args: Options, device: torch.device) -> OnlineAndTarget:
         return distributed.sync_batch_norm(net, device)
 
     online, target = encoder(args.online_drop_path), encoder(args.target_drop_path)
-    projector = head(networks.width(online), args.proj_layers, args, device)
+    projector = head(networks.num_features(online), args.proj_layers, args, device)
     parts = (online, target, projector, head(args.moco_dim, args.pred_layers, args, device))
     if args.method == "byol":
         return BYOL(*parts, args.moco_m)

@@ -23,7 +23,7 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def speaks_for_run() -> bool:
+def is_rank0() -> bool:
     """Return whether this process speaks for the run: rank 0, also before the process group exists."""
     if dist.is_initialized():
         return dist.get_rank() == 0
@@ -166,7 +166,7 @@ def broadcast_buffers(model: nn.Module) -> None:
             dist.broadcast(buffer, 0)
 
 
-def from_rank_0(value: Any) -> Any:
+def broadcast_from_rank0(value: Any) -> Any:
     """Return rank 0's `value`, any object that can be pickled, on every rank."""
     values = [value]
     if world_size() > 1:
@@ -216,6 +216,6 @@ def unshuffle(x: Tensor, permutation: Tensor) -> Tensor:
 
 def print_rank0(message: str) -> None:
     """Print one line, on rank 0 only, above any progress bar."""
-    if speaks_for_run():
+    if is_rank0():
         tqdm.write(message)
         sys.stdout.flush()

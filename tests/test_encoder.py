@@ -8,7 +8,7 @@ from torchvision import models
 from moco.config import STD
 from moco.encoder import metadata, pretrained
 from moco.encoder.networks import backbone_keys, check_arch, features
-from moco.encoder.pretrained import choice, load_backbone, tensors_of
+from moco.encoder.pretrained import describe_choice, load_backbone, tensors_of
 from moco.encoder.recompute import check_compiled_recomputation, recompute_blocks
 from moco.encoder.resnets import resnet
 from moco.errors import InputError
@@ -191,14 +191,17 @@ def test_the_right_encoder_of_each_origin_is_read_and_named(origin, net, own, pu
     tensors = tensors_of(net, make(published, own.state_dict()))
     assert load_backbone(net, tensors, "file.pth") == 120
     assert all(torch.equal(net.state_dict()[name], published[name]) for name in backbone_keys(net))
-    assert choice(net, tensors) == said
+    assert describe_choice(net, tensors) == said
 
 
 def test_a_teacher_that_is_another_network_is_not_taken(net, published):
     with torch.device("meta"):
         teacher = models.resnet50().state_dict()
     tensors = tensors_of(net, {"teacher": teacher, "student": published})
-    assert load_backbone(net, tensors, "file.pth") == 120 and choice(net, tensors) == "student.*"
+    assert (
+        load_backbone(net, tensors, "file.pth") == 120
+        and describe_choice(net, tensors) == "student.*"
+    )
 
 
 def test_the_key_encoder_does_not_stand_in_for_one_that_lacks_a_tensor(net, own, published):

@@ -18,7 +18,7 @@ from test_transformers import SMALL as TEST_VIT
 from test_transformers import as_other_software_names_it
 
 from moco.encoder import networks, resnets
-from moco.encoder.stock import Plain
+from moco.encoder.stock import StockModel
 from tools import export
 
 
@@ -227,7 +227,7 @@ def test_other_features_are_an_error_and_leave_nothing(run, tmp_path, monkeypatc
         args={"image_size": 32},
     )
     six = "net = timm.create_model('vit_small_patch16_224', num_classes=0, img_size=32)"
-    monkeypatch.setattr(export, "homes", lambda *_: [Plain("timm", (six,))])
+    monkeypatch.setattr(export, "stock_models", lambda *_: [StockModel("timm", (six,))])
     refused(
         run(file, tmp_path / "new" / "x.pth", "--hub"),
         "timm's network has other features",

@@ -433,7 +433,7 @@ def test_a_signal_while_a_checkpoint_is_read_is_not_taken_for_damage(monkeypatch
     file = tmp_path / "checkpoint_0000.pth.tar"
     torch.save({}, file)
     monkeypatch.setattr(torch, "load", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
-    with pytest.raises(interrupt.Interrupted, match="SIGTERM"), interrupt.before_training():
+    with pytest.raises(interrupt.Interrupted, match="SIGTERM"), interrupt.outside_training():
         checkpoint.load(str(file))
 
 

@@ -99,7 +99,7 @@ def test_difficult_objects_and_absent_classes_are_not_counted():
 def test_average_precision_of_several_classifiers_in_batches():
     torch.manual_seed(0)
     logits, label = torch.randn(40, 3, 5), torch.randint(0, 2, (40, 5))
-    meter = metrics.meter(True, 3, 5, CPU)
+    meter = metrics.create_meter(True, 3, 5, CPU)
     for row, y in batches(logits, label):
         meter.add(row.transpose(0, 1), y)
     for head, found in enumerate(meter.read()):

@@ -50,7 +50,10 @@ def test_the_small_vit_is_moco_v3s():
     assert not net.pos_embed.requires_grad and all(
         p.requires_grad for n, p in net.named_parameters() if n != "pos_embed"
     )
-    assert networks.width(net) == 384 and networks.width(networks.create("swin_tiny", 5, 64)) == 768
+    assert (
+        networks.num_features(net) == 384
+        and networks.num_features(networks.create("swin_tiny", 5, 64)) == 768
+    )
 
 
 @pytest.mark.parametrize(("height", "width", "dim"), [(3, 5, 8), (14, 14, 384)])
@@ -81,7 +84,7 @@ def test_features_heads_and_names_of_every_kind(arch):
     images = torch.randn(2, 3, 64, 64)
     net.eval()
     x = networks.features(net, images)
-    assert x.shape == (2, networks.width(net))
+    assert x.shape == (2, networks.num_features(net))
     torch.testing.assert_close(net(images), networks.classifier(net)(x))
     names = set(networks.backbone_keys(net))
     assert set(net.state_dict()) - names == {
@@ -91,7 +94,7 @@ def test_features_heads_and_names_of_every_kind(arch):
     bare = networks.create(arch, 0, 64)
     assert set(bare.state_dict()) == names and bare.eval()(images).shape == x.shape
     networks.set_head(
-        net, torch.nn.Sequential(torch.nn.ReLU(), torch.nn.Linear(networks.width(net), 3))
+        net, torch.nn.Sequential(torch.nn.ReLU(), torch.nn.Linear(networks.num_features(net), 3))
     )
     assert networks.classifier(net).out_features == 3 and net(images).shape == (2, 3)
 

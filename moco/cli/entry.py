@@ -68,7 +68,7 @@ def main(parser: Parser, check: Callable[[Options], None], worker: launch.Worker
         parser.refuse(error)
     except OSError as error:
         parser.refuse(of_file(error))
-    except launch.Lost as lost:
+    except launch.LostRankError as lost:
         parser.exit(1, f"{parser.prog}: error: {lost}\n")
     except interrupt.Interrupted as end:
         parser.exit(interrupt.STATUS, f"{parser.prog}: {end}\n")

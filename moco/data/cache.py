@@ -79,7 +79,7 @@ def _limit(mode: str, needed: int, free: int, ranks: int) -> int:
         line = f"images stay in memory: {line}"
     else:
         line = f"images are read from their files in every epoch: {line}"
-    if distributed.speaks_for_run():
+    if distributed.is_rank0():
         tqdm.write(f"{line} (--cache-images {mode})")
         sys.stdout.flush()
     return limit

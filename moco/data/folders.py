@@ -291,5 +291,5 @@ def _tell_of_others(
 
 @functools.cache  # val/ is listed again by each k-NN test
 def _print_once(message: str) -> None:
-    if distributed.speaks_for_run():
+    if distributed.is_rank0():
         tqdm.write(message, file=sys.stderr)

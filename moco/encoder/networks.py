@@ -14,7 +14,7 @@ from moco.errors import InputError, unknown
 
 def check_arch(arch: str) -> None:
     """Raise InputError for an architecture that is neither among `ARCHS` nor timm's."""
-    if arch not in ARCHS and not timm_networks.known(arch):
+    if arch not in ARCHS and not timm_networks.is_known(arch):
         raise unknown("arch", arch, [*ARCHS, *timm_networks.SHORT])
 
 
@@ -72,7 +72,7 @@ def embedding(net: nn.Module, images: Tensor) -> Tensor:
     return head(net)(features(net, images))
 
 
-def width(net: nn.Module) -> int:
+def num_features(net: nn.Module) -> int:
     """How long these features are, D."""
     if isinstance(net, models.ResNet):
         return net.bn1.num_features * 8 * net.layer1[0].expansion

@@ -97,7 +97,7 @@ def load_backbone(net: nn.Module, tensors: dict[str, Tensor], source: str) -> in
         if name.startswith(start)
     }
     try:
-        mine = timm_networks.adapted(net, inner)
+        mine = timm_networks.to_timm_names(net, inner)
     except InputError as error:
         raise InputError(f"{source}: {error}") from None
     found = {name: mine[name] for name in wanted if name in mine}
@@ -107,7 +107,11 @@ def load_backbone(net: nn.Module, tensors: dict[str, Tensor], source: str) -> in
     ]
     if len(found) < len(wanted) / 10:  # a file of another network may share a few names
         names = [f"'{short(name)}'" for name in tensors]
-        look = f"its names look like {some(names, 3)}" if names else "it holds no tensors by name"
+        look = (
+            f"its names look like {first_names(names, 3)}"
+            if names
+            else "it holds no tensors by name"
+        )
         what = "give its network with -a, or rename its tensors as torchvision or timm does"
         raise InputError(f"{source}: no tensor matches the encoder; {look}; {what}")
     wrong = [
@@ -126,12 +130,12 @@ def load_backbone(net: nn.Module, tensors: dict[str, Tensor], source: str) -> in
     odd = {"tensors missing": missing, "tensors too many": extra, "shapes differ": wrong}
     if any(odd.values()):
         what = "; ".join(
-            f"{len(names)} {kind}: {some(names)}" for kind, names in odd.items() if names
+            f"{len(names)} {kind}: {first_names(names)}" for kind, names in odd.items() if names
         )
         raise InputError(f"{source}: does not fit the encoder: {what}")
-    if sick := [name for name, tensor in found.items() if not finite(tensor)]:
+    if sick := [name for name, tensor in found.items() if not is_finite(tensor)]:
         raise InputError(
-            f"{source}: its numbers are not finite ({some(sick)}): its training diverged; take an earlier checkpoint"
+            f"{source}: its numbers are not finite ({first_names(sick)}): its training diverged; take an earlier checkpoint"
         )
     net.load_state_dict(found, strict=False)
     return len(found)
@@ -152,7 +156,7 @@ def fits(tensor: Tensor, wanted: Tensor) -> bool:
     )
 
 
-def finite(tensor: Tensor) -> bool:
+def is_finite(tensor: Tensor) -> bool:
     """Whether all its numbers are."""
     return not tensor.is_floating_point() or bool(tensor.float().isfinite().all())
 
@@ -171,7 +175,7 @@ def prefix(net: nn.Module, tensors: dict[str, Tensor]) -> str:
     return next(iter(_prefixes(net, tensors)), "")
 
 
-def choice(net: nn.Module, tensors: dict[str, Tensor]) -> str:
+def describe_choice(net: nn.Module, tensors: dict[str, Tensor]) -> str:
     """Return which encoder of a file is read, such as `teacher.backbone.*, not student.backbone.*`.
 
     The text is empty if the names have no prefix.
@@ -354,7 +358,7 @@ def _layer(of: dict[str, Tensor] | None) -> nn.Module:
     return layer
 
 
-def some(names: list[str], most: int = 5) -> str:
+def first_names(names: list[str], most: int = 5) -> str:
     """The first of many names, and how many more there are."""
     return ", ".join(short(name) for name in names[:most]) + (
         f" and {len(names) - most} more" if len(names) > most else ""

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from moco.encoder import networks, resnets, timm_networks
 
 
-class Plain(NamedTuple):
+class StockModel(NamedTuple):
     """A library's own network without its last layer, [B, 3, H, W] -> [B, D], which takes up the encoder's tensors strictly."""
 
     library: str
@@ -21,7 +21,7 @@ _CIFAR = (
 )
 
 
-def homes(arch: str, image_size: int, stem: str = "imagenet") -> list[Plain]:
+def stock_models(arch: str, image_size: int, stem: str = "imagenet") -> list[StockModel]:
     """Where an encoder of this project is at home: a ResNet in torchvision and, where it is installed, in timm; others in timm.
 
     Raises InputError for an unknown `arch`, whose name becomes code here.
@@ -30,16 +30,16 @@ def homes(arch: str, image_size: int, stem: str = "imagenet") -> list[Plain]:
     found, first = [], _CIFAR if stem == "cifar" else ()
     if arch in resnets.ARCHS:
         found.append(
-            Plain(
+            StockModel(
                 "torchvision",
                 (f"net = torchvision.models.{arch}()", *first, "net.fc = torch.nn.Identity()"),
             )
         )
         if importlib.util.find_spec("timm") is None:
             return found
-    name, options = timm_networks.plain(arch, image_size)
+    name, options = timm_networks.stock_arguments(arch, image_size)
     given = "".join(f", {option}={value!r}" for option, value in options.items())
     return [
         *found,
-        Plain("timm", (f"net = timm.create_model({name!r}, num_classes=0{given})", *first)),
+        StockModel("timm", (f"net = timm.create_model({name!r}, num_classes=0{given})", *first)),
     ]

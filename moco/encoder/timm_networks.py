@@ -27,12 +27,12 @@ MOCO_V3 = {
 }  # where they are not timm's own
 
 
-def known(arch: str) -> bool:
+def is_known(arch: str) -> bool:
     """Whether timm has an architecture of this name, or a short name is meant."""
     return arch in SHORT or _timm().is_model(arch)
 
 
-def plain(arch: str, image_size: int) -> tuple[str, dict[str, int]]:
+def stock_arguments(arch: str, image_size: int) -> tuple[str, dict[str, int]]:
     """timm's own name of `arch`, and the options with which timm makes a network that the weights fit, for such images."""
     name = SHORT.get(arch, arch)
     described = _timm().get_pretrained_cfg(name)
@@ -49,7 +49,7 @@ def create(arch: str, out: int, image_size: int, drop_path: float = 0.0) -> nn.M
     architecture is not for images of `image_size` pixels, has no stochastic depth but should, or
     ends in anything but one linear layer.
     """
-    name, options = plain(arch, image_size)
+    name, options = stock_arguments(arch, image_size)
     if arch in MOCO_V3:
         options["weight_init"] = "moco"
     try:
@@ -158,7 +158,7 @@ def features(net: nn.Module, images: Tensor) -> Tensor:
     return net.forward_head(net.forward_features(images), pre_logits=True)
 
 
-def adapted(net: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def to_timm_names(net: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """A published backbone with the names and sizes of timm's: other software's Swins, position tables of other image sizes.
 
     Raises InputError for another network of the same shapes.

@@ -76,7 +76,7 @@ def claim(args: Namespace, continues: bool, named: bool) -> Iterator[None]:
             found = str(held.folder)
         except InputError as error:
             found = error
-    found = distributed.from_rank_0(found)
+    found = distributed.broadcast_from_rank0(found)
     if isinstance(found, InputError):
         raise found
     if found != args.save_dir:

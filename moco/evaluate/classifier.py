@@ -39,7 +39,7 @@ def test(
     Each image counts once, whatever the number of ranks, and a rank may have none.
     """
     net.eval()
-    meter = metrics.meter(images.multi_label, heads, len(images.classes), device)
+    meter = metrics.create_meter(images.multi_label, heads, len(images.classes), device)
     for batch, label in features.test_batches(images, args, device):
         with precision.autocast(args.amp, device):
             meter.add(by_head(net(batch)), label)

@@ -244,7 +244,7 @@ def _load(net: nn.Module, args: Namespace, state: checkpoint.State) -> str:
     tensors = encoders.tensors_of(net, state)
     matched, chosen = (
         encoders.load_backbone(net, tensors, args.pretrained),
-        encoders.choice(net, tensors),
+        encoders.describe_choice(net, tensors),
     )
     if kept := getattr(args, "ft_proj", 0):
         encoders.keep_projection(net, tensors, kept, args.pretrained)

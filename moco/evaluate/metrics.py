@@ -121,7 +121,7 @@ def eleven_points(label: np.ndarray, score: np.ndarray) -> float:
     )
 
 
-def meter(
+def create_meter(
     multi_label: bool, heads: int, classes: int, device: torch.device
 ) -> Accuracy | AveragePrecision:
     """What counts on images of one class each, or, where `many`, of several."""

@@ -47,8 +47,8 @@ def classify(
     workers = Parallel(jobs)
     try:
         tasks = [(rows, y, folds(y, seed), cost) for rows, y in sets.values() for cost in costs]
-        precision = workers(delayed(cross_validated)(train, *task, kind) for task in tasks)
-        chosen = [best(costs, row) for row in np.reshape(precision, (len(sets), len(costs)))]
+        precision = workers(delayed(cross_validate)(train, *task, kind) for task in tasks)
+        chosen = [best_cost(costs, row) for row in np.reshape(precision, (len(sets), len(costs)))]
         tasks = [(*one, cost) for one, cost in zip(sets.values(), chosen, strict=True)]
         found = dict(
             zip(
@@ -69,7 +69,7 @@ def classify(
     ]
 
 
-def best(costs: list[float], precision: np.ndarray) -> float:
+def best_cost(costs: list[float], precision: np.ndarray) -> float:
     """The cost of the highest precision [costs]; of several, the middle one."""
     places = np.flatnonzero(precision == precision.max())
     return costs[places[len(places) // 2]]
@@ -109,7 +109,7 @@ def folds(y: np.ndarray, seed: int) -> np.ndarray:
     return fold
 
 
-def cross_validated(
+def cross_validate(
     train: np.ndarray, known: np.ndarray, y: np.ndarray, fold: np.ndarray, cost: float, kind: str
 ) -> float:
     """The mean average precision over folds: on each, of the classifier that the images `known` of the others have trained.

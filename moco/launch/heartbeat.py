@@ -29,7 +29,7 @@ LAST = 60.0  # that the rank which may keep the store waits for the others to en
 _ENDED = 1 << 40  # more beats than any run has
 
 
-class Watch:
+class Heartbeat:
     """While it is used as a context, this rank shows that it lives, and looks after the next one.
 
     Args:
@@ -47,7 +47,7 @@ class Watch:
             threading.Thread(target=target, daemon=True) for target in (self._exchange, self._judge)
         ]
 
-    def __enter__(self) -> "Watch":
+    def __enter__(self) -> "Heartbeat":
         for thread in self._threads:
             thread.start()
         return self

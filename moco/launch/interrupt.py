@@ -60,7 +60,7 @@ class Requests:
         if not self.received:
             self.received, self._at = number, time.monotonic()
         elif number == signal.SIGINT and time.monotonic() - self._at > PATIENCE:
-            end_by(number)
+            end_by_signal(number)
 
     def agreed(self) -> str:
         """To be asked after every step, on every rank: the signal's name, once all ranks know of it; empty if there is none.
@@ -100,7 +100,7 @@ def _acknowledge(ear: int, speaks: bool) -> None:
 
 
 @contextlib.contextmanager
-def before_training() -> Iterator[None]:
+def outside_training() -> Iterator[None]:
     """Until `Requests` takes the signals, and after it: those of a scheduler raise Interrupted, since there is nothing to save."""
 
     def end(number: int, frame: FrameType | None) -> None:
@@ -122,7 +122,7 @@ def nothing_to_save(number: int) -> Interrupted:
 
 
 @contextlib.contextmanager
-def passed_on(processes: Sequence[int]) -> Iterator[list[int]]:
+def forward_signals(processes: Sequence[int]) -> Iterator[list[int]]:
     """A launcher's part: signals go to the processes with these ids, which end by themselves. Yields the signals so far."""
     signals: list[int] = []
 
@@ -140,7 +140,7 @@ def passed_on(processes: Sequence[int]) -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def end_by(number: int) -> None:
+def end_by_signal(number: int) -> None:
     """End this process as the signal does by itself."""
     if number == signal.SIGINT:
         raise KeyboardInterrupt

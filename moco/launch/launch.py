@@ -55,7 +55,7 @@ def launch(worker: Worker, args: Namespace) -> None:
     ends = context.SimpleQueue()
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
     processes = mp.spawn(_spawned, (p, worker, args, ends), nprocs=p.local, join=False)
-    with interrupt.passed_on(processes.pids()) as signals:
+    with interrupt.forward_signals(processes.pids()) as signals:
         killed = _killed(processes.processes)
         try:
             while not processes.join():
@@ -68,7 +68,7 @@ def launch(worker: Worker, args: Namespace) -> None:
             if signals and hasattr(args, "resume") and signals[0] != signal.SIGINT:
                 raise interrupt.nothing_to_save(signals[0]) from None
             if signals:
-                interrupt.end_by(signals[0])
+                interrupt.end_by_signal(signals[0])
             raise _lost(p.first, killed, error) from None
     if not ends.empty():
         raise ends.get()
@@ -79,7 +79,7 @@ def _tell(name: str, lost: str) -> None:
     print(f"{name}: error: {lost}", file=sys.stderr, flush=True)
 
 
-class Lost(Exception):
+class LostRankError(Exception):
     """A process of the run has failed, or was lost; the message says which and how."""
 
 
@@ -118,24 +118,26 @@ OUT_OF_MEMORY = (
 
 def _lost(
     first: int, killed: dict[int, str], error: mp.ProcessExitedException | mp.ProcessRaisedException
-) -> Lost:
+) -> LostRankError:
     """What to tell of a failure; the traceback of a process that raised goes to stderr before it."""
     if killed:
         i, name = next(iter(killed.items()))
-        return Lost(
+        return LostRankError(
             f"rank {first + i} was ended by {name}{OUT_OF_MEMORY if name == 'SIGKILL' else ''}"
         )
     if isinstance(error, mp.ProcessRaisedException):
         print(error.msg, file=sys.stderr)
-        return Lost(f"rank {first + error.error_index}: {error.msg.strip().splitlines()[-1]}")
-    return Lost(f"rank {first + error.error_index} ended with status {error.exit_code}")
+        return LostRankError(
+            f"rank {first + error.error_index}: {error.msg.strip().splitlines()[-1]}"
+        )
+    return LostRankError(f"rank {first + error.error_index} ended with status {error.exit_code}")
 
 
 def _spawned(i: int, p: Plan, worker: Worker, args: Namespace, ends) -> None:
     user.prepare()
     output.guard()
     try:
-        _process(p, worker, args, p.first + i, i, lambda lost: ends.put(Lost(lost)))
+        _process(p, worker, args, p.first + i, i, lambda lost: ends.put(LostRankError(lost)))
     except InputError as error:
         ends.put(error)
         sys.exit(2)
@@ -175,11 +177,11 @@ def _process(
             world_size=p.world_size,
             timeout=timeout,
         )
-        guard = heartbeat.Watch(store, r, p.world_size, tell)
+        guard = heartbeat.Heartbeat(store, r, p.world_size, tell)
     try:
         with (
             guard,
-            interrupt.before_training() if hasattr(args, "resume") else contextlib.nullcontext(),
+            interrupt.outside_training() if hasattr(args, "resume") else contextlib.nullcontext(),
         ):
             _work(worker, args, device, r)
     except InputError as error:
