@@ -295,11 +295,11 @@ def test_mistakes_are_one_line(run, resnet, tmp_path):
         ((file, tmp_path / "out.pth.tar"), ("let OUT end in .pth, .pt, .safetensors",)),
         ((file, tmp_path / "folder.pth"), ("is a folder",)),
         ((file, tmp_path / "file" / "out.pth"), ("cannot be written",)),
-        ((file, out, "-a", "resnet50"), ("is of resnet18, not resnet50; give -a resnet18",)),
+        ((file, out, "-a", "resnet50"), ("contains resnet18, not resnet50; give -a resnet18",)),
         ((file, out, "-a", "resnet51"), ("the nearest is 'resnet",)),
         ((bare, out), ("does not fit", "resnet50 was tried: give another -a ARCH")),
         ((vit, out, "--image-size", 40), ("--image-size 40", "multiple")),
-        ((vit, out, "-a", "resnet18"), ("is of vit_tiny, not resnet18",)),
+        ((vit, out, "-a", "resnet18"), ("contains vit_tiny, not resnet18",)),
     ):
         refused(run(*options), *words)
     latin = tmp_path / os.fsdecode(b"\xe9.safetensors")

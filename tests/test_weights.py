@@ -261,8 +261,8 @@ def test_the_prefix_of_a_tensorflow_checkpoint(tmp_path):
             ("checkpoint_0000.pth.tar", "checkpoint_0001.pth.tar", "log.jsonl"),
             "checkpoint_0001.pth.tar",
         ),
-        (("saved_model.pb", "variables"), "a TensorFlow model lies there"),
-        (("notes.txt",), "no checkpoint lies there"),
+        (("saved_model.pb", "variables"), "it holds a TensorFlow model"),
+        (("notes.txt",), "it holds no checkpoint"),
     ],
 )
 def test_of_a_folder_the_file_to_give_is_named(names, said, tmp_path):

@@ -1,4 +1,7 @@
-"""The same networks without this project: the Python that makes them with torchvision or timm alone."""
+"""Write the Python code that creates an encoder's network with torchvision or timm alone.
+
+tools/export.py uses it, so that exported weights load without this project.
+"""
 
 import importlib.util
 from typing import NamedTuple
@@ -7,12 +10,13 @@ from moco.encoder import networks, resnets, timm_networks
 
 
 class StockModel(NamedTuple):
-    """A library's own network without its last layer, [B, 3, H, W] -> [B, D], which takes up the encoder's tensors strictly."""
+    """The code that creates a stock torchvision or timm model without its last layer.
 
-    library: str
-    lines: tuple[
-        str, ...
-    ]  # of Python, which make it, as `net`, once torch and the library are imported
+    The model maps [B, 3, H, W] to [B, D]. It loads the encoder's tensors with `strict=True`.
+    """
+
+    library: str  # torchvision or timm
+    lines: tuple[str, ...]  # of Python; they define `net`, and need torch and the library imported
 
 
 _CIFAR = (
@@ -22,11 +26,12 @@ _CIFAR = (
 
 
 def stock_models(arch: str, image_size: int, stem: str = "imagenet") -> list[StockModel]:
-    """Where an encoder of this project is at home: a ResNet in torchvision and, where it is installed, in timm; others in timm.
+    """Return the stock models that can load an encoder of architecture `arch`.
 
-    Raises InputError for an unknown `arch`, whose name becomes code here.
+    A ResNet has one in torchvision and, if timm is installed, one in timm. Other networks have one
+    in timm. Raises InputError for an unknown `arch`.
     """
-    networks.check_arch(arch)
+    networks.check_arch(arch)  # its name becomes code below
     found, first = [], _CIFAR if stem == "cifar" else ()
     if arch in resnets.ARCHS:
         found.append(
