@@ -7,11 +7,11 @@ import time
 import numpy as np
 import pytest
 from conftest import shell
+from metric_helpers import eleven_points_by_hand
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.svm import LinearSVC
 from test_cli import refused
-from test_metrics import eleven_points_by_hand
 from test_named import Tree, annotation
 
 from moco.evaluate import metrics, voc

@@ -1,4 +1,7 @@
-"""Decide which processes a command starts, from its options and the launcher's environment."""
+"""Decide which processes a command starts, from its options and the launcher's environment.
+
+launch.py starts them; rendezvous.py connects them.
+"""
 
 import os
 import socket
@@ -14,58 +17,69 @@ from moco.launch.rendezvous import check_url
 
 @dataclass(frozen=True)
 class Plan:
-    """How this command takes part in the run: which processes it starts and how they meet."""
+    """The processes that this command starts, and how they connect to the others of the run."""
 
     launcher: str  # spawn, torchrun, srun or single
-    nodes: int  # how many nodes `batch_size` is counted on
-    local: int  # processes on this node
+    nodes: int  # number of nodes; `batch_size` counts per node
+    local: int  # number of processes on this node
     first: int  # global rank of the first process that this command starts
-    world_size: int
-    local_rank: int  # of that process
-    url: str  # init_method, empty where nothing is distributed
+    world_size: int  # number of processes of the run
+    local_rank: int  # local rank of the first process
+    url: str  # init_method of the process group; "" for a single process
 
 
 def plan(args: Namespace) -> Plan:
-    """Find out from the options and the environment how the run is launched. Raises InputError."""
-    kind = devices.chosen(args.device)
-    p = _plan(args, kind)
-    if p.world_size > 1 and kind in devices.ONE_PROCESS:
-        several = f"--device {kind}: supports a single process, and this run has {p.world_size}"
+    """Return the plan of the run. Raises InputError if options and environment do not fit."""
+    device_type = devices.chosen(args.device)
+    p = _plan(args, device_type)
+    if p.world_size > 1 and device_type in devices.ONE_PROCESS:
+        several = (
+            f"--device {device_type}: supports a single process, and this run has {p.world_size}"
+        )
         raise InputError(f"{several}; start one process, or give --device cpu")
     return p
 
 
-def _plan(args: Namespace, kind: str) -> Plan:
-    """Return the `plan` for devices of type `kind`, unchecked for support of several processes."""
-    gpus = devices.count(kind)
+def _plan(args: Namespace, device_type: str) -> Plan:
+    """Return the plan, without checking that `device_type` supports several processes."""
+    gpus = devices.count(device_type)
     env = os.environ
     if args.gpu is not None and args.gpu >= gpus:
         if args.device == "cpu":
-            raise InputError(f"--gpu {args.gpu}: --device cpu uses no GPU; leave one of both out")
+            raise InputError(
+                f"--gpu {args.gpu}: --device cpu uses no GPU; leave one of the two out"
+            )
         raise InputError(
-            f"--gpu {args.gpu}: this machine has {gpus} GPU(s); leave --gpu out or choose another"
+            f"--gpu {args.gpu}: this machine has {gpus} GPU(s); leave --gpu out, or choose another"
         )
-    if args.dist_backend == "nccl" and kind != "cuda":
+    if args.dist_backend == "nccl" and device_type != "cuda":
         where = "this machine has none" if args.device == "auto" else f"--device is {args.device}"
         raise InputError(f"--dist-backend nccl: needs CUDA GPUs, and {where}; leave it out")
     if args.nproc_per_node is not None and args.nproc_per_node < 1:
-        raise InputError("--nproc-per-node must be at least 1")
+        raise InputError(f"--nproc-per-node {args.nproc_per_node}: must be at least 1")
     launched = "RANK" in env and "WORLD_SIZE" in env
     if args.multiprocessing_distributed and launched and _number("LOCAL_WORLD_SIZE", 1) > 1:
-        raise InputError(
-            "--multiprocessing-distributed: torchrun has started a process per GPU already; leave it out"
-        )
+        started = "torchrun has started a process per GPU already"
+        raise InputError(f"--multiprocessing-distributed: {started}; leave it out")
     spawns = args.multiprocessing_distributed
-    if spawns is None:  # the script's default: every GPU that it sees, unless told otherwise
-        several = args.nproc_per_node or (kind == "cuda" and gpus > 1 and args.gpu is None)
+    # the default of main_adco.py: every visible GPU, unless a launcher or an option says otherwise
+    if spawns is None:
+        several = args.nproc_per_node or (device_type == "cuda" and gpus > 1 and args.gpu is None)
         spawns = several and not launched and _number("SLURM_STEP_NUM_TASKS", 1) <= 1
     if spawns:
         local = args.nproc_per_node or max(gpus, 1)
         if gpus and local > gpus:
-            raise InputError(f"--nproc-per-node {local}: this machine has {gpus} GPU(s)")
+            few = f"this machine has {gpus} GPU(s)"
+            raise InputError(f"--nproc-per-node {local}: {few}; give {gpus} or less")
         nodes, node = _nodes(args)
         return Plan(
-            "spawn", nodes, local, node * local, nodes * local, 0, _meeting_point(args, nodes, node)
+            "spawn",
+            nodes,
+            local,
+            node * local,
+            nodes * local,
+            0,
+            _rendezvous_url(args, nodes, node),
         )
     if launched:
         r, w = _number("RANK"), _number("WORLD_SIZE")
@@ -83,30 +97,29 @@ def _plan(args: Namespace, kind: str) -> Plan:
         return Plan("srun", nodes, w // nodes, r, w, local_rank, check_url(_slurm_url(args), r))
     nodes, node = _nodes(args)
     return Plan(
-        "single", nodes, 1, node, nodes, 0, _meeting_point(args, nodes, node) if nodes > 1 else ""
+        "single", nodes, 1, node, nodes, 0, _rendezvous_url(args, nodes, node) if nodes > 1 else ""
     )
 
 
-WORKERS = 8  # default limit of loader processes for each process; so many keep a GPU busy
+WORKERS = 8  # default limit of loader processes per process; 8 keep a GPU busy
 
 
 def workers(p: Plan, args: Namespace) -> int:
-    """Return the default of `--workers`: a loader process for each core of this node, at most `WORKERS` for each of its processes.
+    """Return the default of `--workers`: one loader per core, at most `WORKERS` per process.
 
-    With `args.batch_is_per_process`, return the number for one process.
+    The number is that of this node, or per process if `args.batch_is_per_process`.
     """
-    bound = p.launcher == "srun" and "SLURM_CPUS_PER_TASK" in os.environ  # own cores
+    # with this variable each task has cores of its own
+    bound = p.launcher == "srun" and "SLURM_CPUS_PER_TASK" in os.environ
     node = min(cores() * (p.local if bound else 1), WORKERS * p.local)
     return max(1, node // p.local) if getattr(args, "batch_is_per_process", False) else node
 
 
 def cores() -> int:
-    """Return how many cores this process may use, by its CPU affinity and its container's quota."""
+    """Return the number of cores that the CPU affinity and the container's quota allow."""
     n = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    for files in (
-        ("cpu.max",),
-        ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"),
-    ):  # of cgroups v2, and v1
+    cgroup_v2, cgroup_v1 = ("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")
+    for files in (cgroup_v2, cgroup_v1):
         try:
             quota, period = map(
                 int, " ".join((CGROUP / file).read_text() for file in files).split()
@@ -122,47 +135,57 @@ CGROUP = Path("/sys/fs/cgroup")
 
 
 def _number(name: str, default: int | None = None) -> int:
-    """Return an environment variable that a launcher sets. Raises InputError unless it is a count."""
+    """Return an environment variable of a launcher. Raises InputError unless it is a number."""
     text = os.environ.get(name, default)
     if text is None:
         raise InputError(
             f"the environment lacks {name}; start with srun, or unset SLURM_STEP_NUM_TASKS"
         )
     if not str(text).isdecimal():
-        raise InputError(
-            f"the environment says {name}={text}, which is not a number; unset it, or start with torchrun"
-        )
+        wrong = f"the environment variable {name}={text} is not a number"
+        raise InputError(f"{wrong}; unset it, or start with torchrun")
     return int(text)
 
 
 def _check_below(value: int, limit: int, name: str, of: str) -> None:
-    """Raise InputError unless a launcher's numbers fit together: 0 <= `value` < `limit`."""
+    """Raise InputError unless 0 <= `value` < `limit`.
+
+    Args:
+        value: a number of a launcher's environment.
+        limit: another one.
+        name: what `value` is, in terms of environment variables.
+        of: what `limit` is.
+    """
     if not 0 <= value < limit:
         raise InputError(
-            f"the environment says {name} = {value} and {of} = {limit}, but the first must lie "
+            f"the environment has {name} = {value} and {of} = {limit}, but the first must lie "
             "between 0 and the second; unset both, or start with torchrun"
         )
 
 
 def _nodes(args: Namespace) -> tuple[int, int]:
-    """Return the number of nodes and this one's. As in MoCo, env:// takes them from the environment."""
+    """Return the number of nodes, and the number of this node, from 0.
+
+    As in MoCo, `--dist-url env://` reads them from WORLD_SIZE and RANK.
+    """
     nodes, node = max(args.world_size, 1), max(args.rank, 0)
     if args.dist_url == "env://" and args.multiprocessing_distributed:
         nodes = _number("WORLD_SIZE", 1) if args.world_size == -1 else nodes
         node = _number("RANK", 0) if args.rank == -1 else node
     if node >= nodes:
+        counted = "nodes are counted from 0"
         raise InputError(
-            f"--rank {node} with --world-size {nodes}: nodes are counted from 0; use 0 to {nodes - 1}"
+            f"--rank {node} with --world-size {nodes}: {counted}; use 0 to {nodes - 1}"
         )
     return nodes, node
 
 
-def _meeting_point(args: Namespace, nodes: int, node: int) -> str:
-    """The URL where the processes meet; a free port of this machine where none is given."""
+def _rendezvous_url(args: Namespace, nodes: int, node: int) -> str:
+    """Return the URL where the processes connect; by default a free port of this machine."""
     if args.dist_url == "auto":
         if nodes > 1:
             raise InputError(
-                "several nodes need a meeting point: give --dist-url tcp://FIRST_NODE:PORT"
+                "several nodes need an address to connect to: give --dist-url tcp://FIRST_NODE:PORT"
             )
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
@@ -171,6 +194,7 @@ def _meeting_point(args: Namespace, nodes: int, node: int) -> str:
 
 
 def _slurm_url(args: Namespace) -> str:
+    """Return the URL where the tasks of a SLURM step connect: by default on its first node."""
     if args.dist_url != "auto":
         return args.dist_url
     nodes = os.environ.get("SLURM_STEP_NODELIST", os.environ.get("SLURM_NODELIST", "localhost"))
@@ -185,6 +209,6 @@ def _slurm_url(args: Namespace) -> str:
             raise InputError(
                 f"cannot read the node list {nodes}; give --dist-url tcp://FIRST_NODE:PORT"
             ) from None
-    # a port of this job, and of this of the steps that it may run beside each other
+    # job and step ids give the port, so that steps running at the same time use different ports
     job, step = (_number(name, 0) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
     return f"tcp://{first}:{20000 + (job + 1009 * step) % 20000}"
