@@ -68,7 +68,7 @@ def all_gather_uneven(x: Tensor) -> Tensor:
 
 
 class _AllGather(torch.autograd.Function):
-    """The `all_gather` whose backward pass sums the gradients of every rank for this rank's `x`."""
+    """An `all_gather` whose backward pass sums all ranks' gradients of this rank's `x`."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
@@ -105,7 +105,7 @@ def data_parallel(module: nn.Module) -> nn.Module:
     if world_size() == 1:
         return module
     with warnings.catch_warnings():
-        # newer versions of PyTorch renamed the option, older ones do not know the new name
+        # newer versions of PyTorch have renamed this option; older ones know only this name
         warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
         return DistributedDataParallel(module, broadcast_buffers=False)
 
@@ -126,9 +126,8 @@ def sync_batch_norm(module: nn.Module, device: torch.device) -> nn.Module:
         return module
     if all(type(norm) in (nn.BatchNorm1d, nn.BatchNorm2d) for norm in norms):
         return nn.SyncBatchNorm.convert_sync_batchnorm(module)
-    from timm.layers import (
-        convert_sync_batchnorm,
-    )  # keeps the activations inside timm's batch norms
+    # timm's function keeps the activations inside its batch norms
+    from timm.layers import convert_sync_batchnorm
 
     return convert_sync_batchnorm(module)
 
@@ -145,7 +144,7 @@ class _SyncBatchNorm:
         shape = (1, -1, *[1] * (x.dim() - 2))
         axes = [axis for axis in range(x.dim()) if axis != 1]
         count = world_size() * x.numel() / x.shape[1]
-        wide = torch.promote_types(x.dtype, torch.float32)  # float32 at least, also under autocast
+        wide = torch.promote_types(x.dtype, torch.float32)  # at least float32, also under autocast
         mean = _AllReduce.apply(x.sum(axes, dtype=wide)) / count
         centered = x - mean.view(shape)
         variance = _AllReduce.apply(centered.square().sum(axes)) / count

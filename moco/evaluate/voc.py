@@ -45,7 +45,7 @@ def classify(
     """
     train, test = normalize(train), normalize(test)
     known = [np.flatnonzero(label >= 0) for label in labels.T]
-    # the training images of each class, and their labels
+    # per class: the indices of the training images that count, and their labels
     sets = {
         c: (index, labels[index, c])
         for c, index in enumerate(known)

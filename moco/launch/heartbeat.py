@@ -17,8 +17,7 @@ from moco.launch.interrupt import Interrupted
 
 BEAT = 5.0  # seconds between two heartbeats of a rank
 PATIENCE = 30.0  # seconds without a heartbeat after which a rank counts as lost
-# seconds that a rank has to exit by itself, with an error message of its own
-GRACE = 5.0
+GRACE = 5.0  # seconds that a rank has to exit by itself, with a message of its own
 LAST = 60.0  # seconds that rank 0, which may run the store, waits for the other ranks to finish
 _FINISHED = 1 << 40  # added to the heartbeats of a finished rank; more than any run can count
 
@@ -92,7 +91,7 @@ class Heartbeat:
             try:
                 self._store.add(str(self._rank), 1)
                 beats, now = self._store.add(str(next_rank), 0), time.monotonic()
-                # after a pause of this process, all ranks may have been paused
+                # if this process was paused, the other ranks may have been paused, too
                 paused = now - self._answered > 3 * BEAT
                 if beats != seen or paused:
                     seen, heard = beats, now

@@ -18,8 +18,8 @@ from moco import distributed
 
 STATUS = 75  # EX_TEMPFAIL of sysexits.h: try again
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-# Seconds after the first signal. A SIGINT within them may be a copy of it, from the launcher. A
-# later one ends the run at once.
+# seconds after the first signal in which a SIGINT counts as a copy of it, sent by the launcher;
+# a later SIGINT ends the run at once
 PATIENCE = 3.0
 
 
@@ -109,7 +109,7 @@ def _acknowledge(reader: int, prints: bool) -> None:
 
 @contextlib.contextmanager
 def outside_training() -> Iterator[None]:
-    """Raise Interrupted at a scheduler's signal outside training, when nothing is to be saved.
+    """Raise Interrupted at a scheduler's signal outside training, when there is nothing to save.
 
     During training `Requests` receives the signals instead.
     """

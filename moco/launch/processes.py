@@ -151,10 +151,10 @@ def _check_below(value: int, limit: int, name: str, of: str) -> None:
     """Raise InputError unless 0 <= `value` < `limit`.
 
     Args:
-        value: a number of a launcher's environment.
-        limit: another one.
-        name: what `value` is, in terms of environment variables.
-        of: what `limit` is.
+        value: a number from the launcher's environment.
+        limit: its limit, from there, too.
+        name: name of `value` in the message.
+        of: name of `limit` in the message.
     """
     if not 0 <= value < limit:
         raise InputError(

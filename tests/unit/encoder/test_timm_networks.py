@@ -72,7 +72,7 @@ def test_features_heads_and_names_of_each_architecture(arch):
 
 
 def rates(net):
-    """Return the nonzero rates of stochastic depth, and those of dropout, of a network in training."""
+    """Return the nonzero rates of stochastic depth, and those of dropout."""
     modules = list(net.modules())
     paths = [module.drop_prob for module in modules if getattr(module, "drop_prob", 0)]
     dropouts = [
