@@ -184,8 +184,10 @@ def to_timm_names(net: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tenso
         and "pos_embed" in tensors
         and not _fixed(tensors["pos_embed"])
     ):
-        other = "its positions are learned, so it is not this ViT but one with other heads"
-        raise InputError(f"{other}; give -a {net.namesake}")
+        raise InputError(
+            "its positions are learned, so it is not this ViT but one with other heads; "
+            f"give -a {net.namesake}"
+        )
     head = f"{net.pretrained_cfg['classifier']}." if hasattr(net, "pretrained_cfg") else "fc."
     mine = {name: tensor for name, tensor in net.state_dict().items() if not name.startswith(head)}
     if all(name in tensors and tensors[name].shape == mine[name].shape for name in mine):

@@ -45,8 +45,10 @@ def launch(worker: Worker, args: Namespace) -> None:
     args.nodes = p.nodes
     args.batch_per_process = args.batch_size if per_process else args.batch_size // p.local
     if args.batch_per_process < 1:
-        smaller = f"is smaller than the {p.local} processes of this node"
-        raise InputError(f"--batch-size {args.batch_size} {smaller}; raise it")
+        raise InputError(
+            f"--batch-size {args.batch_size} is smaller than the {p.local} processes of this node; "
+            "raise it"
+        )
     if p.launcher != "spawn":
         name = os.path.basename(sys.argv[0])
         _process(p, worker, args, p.first, p.local_rank, lambda lost: _print_lost(name, lost))
