@@ -134,7 +134,7 @@ def head(c: Config, width: int, layers: int) -> nn.Module:
 def build(c: Config) -> OnlineAndTarget:
     online = encoder(c, c.networks.online_drop_path)
     target = encoder(c, c.networks.target_drop_path)
-    projector = head(c, networks.width(online), c.networks.proj_layers)
+    projector = head(c, networks.num_features(online), c.networks.proj_layers)
     predictor = head(c, c.networks.moco_dim, c.networks.pred_layers)
     parts = (online, target, projector, predictor, c.networks.moco_m)
     if c.run.method == "byol":

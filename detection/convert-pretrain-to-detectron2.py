@@ -74,7 +74,7 @@ def convert(file: str, arch: str | None = None) -> dict[str, Any]:
     ]
     if left:
         raise InputError(
-            f"{file}: {len(left)} tensors are no part of a {arch}: {pretrained.some(left)}; remove them from it"
+            f"{file}: {len(left)} tensors are no part of a {arch}: {pretrained.first_names(left)}; remove them from it"
         )
     model = {}
     names = [
@@ -158,7 +158,7 @@ def check(path: Path, converted: dict[str, Any]) -> None:
     wrong = c4.not_arrived(model, converted["model"])
     if wrong:
         raise InputError(
-            f"{path}: {len(wrong)} tensors did not arrive in detectron2's model: {pretrained.some(wrong)}"
+            f"{path}: {len(wrong)} tensors did not arrive in detectron2's model: {pretrained.first_names(wrong)}"
         )
     print(
         f"{len(converted['model'])} of {len(converted['model'])} backbone tensors arrived in detectron2's model, bit by bit"

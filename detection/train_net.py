@@ -193,7 +193,7 @@ def check_arrived(cfg: CfgNode, model: torch.nn.Module) -> None:
     wrong = c4.not_arrived(getattr(model, "module", model), found["model"])
     if wrong:
         raise RuntimeError(
-            f"{cfg.MODEL.WEIGHTS}: {len(wrong)} tensors did not arrive in the model: {pretrained.some(wrong)}"
+            f"{cfg.MODEL.WEIGHTS}: {len(wrong)} tensors did not arrive in the model: {pretrained.first_names(wrong)}"
         )
     if comm.is_main_process():
         print(

@@ -1,4 +1,4 @@
-"""Choose the device that a process computes on, and move tensors to it."""
+"""Choose the device of each process, and move tensors to it."""
 
 import torch
 from torch import Tensor
@@ -6,43 +6,45 @@ from torch import Tensor
 from moco.errors import InputError
 
 TYPES = ("cpu", "cuda", "xpu", "mps")
-ONE_PROCESS = ("xpu", "mps")  # several processes need NCCL, which is for CUDA, or gloo, for CPUs
+# several processes need NCCL, which supports CUDA only, or gloo, which supports CPUs
+ONE_PROCESS = ("xpu", "mps")
 
 
 def chosen(choice: str) -> str:
-    """Return the device type that `--device` chooses; for auto, PyTorch's accelerator, else cpu.
+    """Return the device type for the value of `--device`.
 
-    Raises InputError if PyTorch finds no such device.
+    For "auto" it is PyTorch's accelerator, or cpu if there is none. Raises InputError if PyTorch
+    finds no such device.
     """
     if choice == "auto":
         available = torch.accelerator.is_available()
         found = torch.accelerator.current_accelerator().type if available else "cpu"
         return found if found in TYPES else "cpu"
     if choice != "cpu" and not count(choice):
-        what = "PyTorch finds no such device on this machine"
-        raise InputError(f"--device {choice}: {what}; leave it out, or give --device cpu")
+        absent = "PyTorch finds no such device on this machine"
+        raise InputError(f"--device {choice}: {absent}; leave it out, or give --device cpu")
     return choice
 
 
-def count(kind: str) -> int:
-    """Return how many devices of a type PyTorch can use on this machine; 0 for cpu."""
-    # With an old driver, device_count() counts GPUs that PyTorch cannot use.
-    if kind == "cpu" or (kind == "cuda" and not torch.cuda.is_available()):
+def count(device_type: str) -> int:
+    """Return the number of devices of a type that PyTorch can use on this machine; 0 for cpu."""
+    # With an old driver, device_count() includes GPUs that PyTorch cannot use.
+    if device_type == "cpu" or (device_type == "cuda" and not torch.cuda.is_available()):
         return 0
-    return torch.get_device_module(kind).device_count()
+    return torch.get_device_module(device_type).device_count()
 
 
 def of_process(choice: str, gpu: int | None, local_rank: int) -> torch.device:
     """Return the device of process `local_rank` of this node, given `--device` and `--gpu`."""
-    kind = chosen(choice)
-    if kind == "cpu":
+    device_type = chosen(choice)
+    if device_type == "cpu":
         return torch.device("cpu")
-    return torch.device(kind, local_rank % count(kind) if gpu is None else gpu)
+    return torch.device(device_type, local_rank % count(device_type) if gpu is None else gpu)
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """Move `x` from the CPU to `device`. On CUDA, queue the copy and do not wait for it."""
-    # On XPU and MPS a queued copy may read the memory of `x` after Python has freed it.
+    """Move `x` from the CPU to `device`. On CUDA, return before the copy has finished."""
+    # On XPU and MPS an unfinished copy may read the memory of `x` after Python has freed it.
     return x.to(device, non_blocking=device.type not in ONE_PROCESS)
 
 

@@ -1,4 +1,7 @@
-"""Ranks: what the processes exchange, the permutation behind shuffled BN, and batch norm over all of them."""
+"""Communicate between ranks: gathers, sums, shuffled batch norm, synchronized batch norm.
+
+Every function also works in one process without a process group. moco/launch starts the processes.
+"""
 
 import functools
 import os
@@ -19,27 +22,33 @@ _all_gather_rows = getattr(dist, "all_gather_single", None) or dist.all_gather_i
 
 
 def rank() -> int:
-    """This process's global rank; 0 where nothing is distributed."""
+    """Return the global rank of this process; 0 without a process group."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def speaks_for_run() -> bool:
-    """Return whether this process speaks for the run: rank 0, also before the process group exists."""
+def is_rank0() -> bool:
+    """Return whether this process is rank 0, the one that prints and writes files.
+
+    Before the process group exists, the launcher's environment variables decide.
+    """
     if dist.is_initialized():
         return dist.get_rank() == 0
     return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
 
 
 def world_size() -> int:
-    """How many processes take part; 1 where nothing is distributed."""
+    """Return the number of processes W of the run; 1 without a process group."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-# What the processes exchange. All of it is a plain copy where nothing is distributed.
+# gathers and sums
 
 
 def all_gather(x: Tensor) -> Tensor:
-    """The rows of every rank's `x` [B, ...], in rank order: [W B, ...]. No gradient; B is the same on every rank."""
+    """Return every rank's `x` [B, ...] in rank order, [W * B, ...].
+
+    B is the same on every rank. No gradient passes.
+    """
     if world_size() == 1:
         return x
     out = x.new_empty((world_size() * len(x), *x.shape[1:]))
@@ -48,7 +57,7 @@ def all_gather(x: Tensor) -> Tensor:
 
 
 def all_gather_uneven(x: Tensor) -> Tensor:
-    """`all_gather` for ranks whose `x` may have different numbers of rows."""
+    """Return every rank's `x` [B, ...] in rank order, where B may differ between ranks."""
     if world_size() == 1:
         return x
     sizes = all_gather(torch.tensor([len(x)], device=x.device)).tolist()
@@ -59,7 +68,7 @@ def all_gather_uneven(x: Tensor) -> Tensor:
 
 
 class _AllGather(torch.autograd.Function):
-    """`all_gather` with gradient: what every rank's loss makes of this rank's rows, summed."""
+    """An `all_gather` whose backward pass sums all ranks' gradients of this rank's `x`."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
@@ -73,31 +82,39 @@ class _AllGather(torch.autograd.Function):
 
 
 def all_gather_with_gradient(x: Tensor) -> Tensor:
-    """`all_gather` through which gradients pass, from every rank's loss to the rank that made the rows."""
+    """Return every rank's `x` [B, ...] in rank order, [W * B, ...], with gradient.
+
+    The gradient of `x` is the sum of those of all ranks' losses.
+    """
     return x if world_size() == 1 else _AllGather.apply(x)
 
 
 def all_reduce_sum(x: Tensor) -> Tensor:
-    """The sum of `x` over ranks, in place."""
+    """Sum `x` over ranks in place; return it."""
     if world_size() > 1:
         dist.all_reduce(x)
     return x
 
 
 def data_parallel(module: nn.Module) -> nn.Module:
-    """`module` with gradients averaged over ranks. Buffers stay each rank's own: queues are equal by construction, and
-    `broadcast_buffers` shares BatchNorm's once an epoch.
+    """Return `module` with gradients averaged over ranks; `module` itself in one process.
+
+    Each forward pass leaves buffers alone. Queues are equal on all ranks by construction, and
+    `broadcast_buffers` copies batch norm's statistics once an epoch.
     """
     if world_size() == 1:
         return module
     with warnings.catch_warnings():
-        # newer versions of PyTorch have another name for the option, which older ones do not know
+        # newer versions of PyTorch have renamed this option; older ones know only this name
         warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
         return DistributedDataParallel(module, broadcast_buffers=False)
 
 
 def sync_batch_norm(module: nn.Module, device: torch.device) -> nn.Module:
-    """`module` with every batch norm over the joint batch of all ranks in place of the rank's own; as it is for one process."""
+    """Return `module` with synchronized batch norm, which normalizes over all ranks' batches.
+
+    In one process, return `module` itself. It may be changed in place.
+    """
     if world_size() == 1:
         return module
     norms = [
@@ -109,16 +126,16 @@ def sync_batch_norm(module: nn.Module, device: torch.device) -> nn.Module:
         return module
     if all(type(norm) in (nn.BatchNorm1d, nn.BatchNorm2d) for norm in norms):
         return nn.SyncBatchNorm.convert_sync_batchnorm(module)
-    from timm.layers import (
-        convert_sync_batchnorm,  # which keeps the activations that timm has inside its batch norms
-    )
+    # timm's function keeps the activations inside its batch norms
+    from timm.layers import convert_sync_batchnorm
 
     return convert_sync_batchnorm(module)
 
 
 class _SyncBatchNorm:
-    """Before one of torch's batch norms, or timm's with its activation: statistics of the joint batch on a CPU, where
-    torch.nn.SyncBatchNorm does not run.
+    """A mixin that synchronizes batch norm on the CPU, where torch.nn.SyncBatchNorm does not run.
+
+    The other base class is a batch norm of torch, or of timm with its activation inside.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -127,23 +144,23 @@ class _SyncBatchNorm:
         shape = (1, -1, *[1] * (x.dim() - 2))
         axes = [axis for axis in range(x.dim()) if axis != 1]
         count = world_size() * x.numel() / x.shape[1]
-        wide = torch.promote_types(x.dtype, torch.float32)  # also under autocast
+        wide = torch.promote_types(x.dtype, torch.float32)  # at least float32, also under autocast
         mean = _AllReduce.apply(x.sum(axes, dtype=wide)) / count
-        centred = x - mean.view(shape)
-        variance = _AllReduce.apply(centred.square().sum(axes)) / count
+        centered = x - mean.view(shape)
+        variance = _AllReduce.apply(centered.square().sum(axes)) / count
         with torch.no_grad():
             self.num_batches_tracked.add_(1)
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)
-        out = centred * torch.rsqrt(variance + self.eps).view(shape)
-        out = (out * self.weight.view(shape) + self.bias.view(shape) if self.affine else out).to(
-            x.dtype
-        )
+        out = centered * torch.rsqrt(variance + self.eps).view(shape)
+        if self.affine:
+            out = out * self.weight.view(shape) + self.bias.view(shape)
+        out = out.to(x.dtype)
         return self.act(self.drop(out)) if hasattr(self, "act") else out
 
 
 class _AllReduce(torch.autograd.Function):
-    """The sum over ranks, and of its gradients over ranks."""
+    """The sum over ranks, whose backward pass sums the gradients over ranks."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
@@ -155,18 +172,22 @@ class _AllReduce(torch.autograd.Function):
 
 
 @functools.cache
-def _synced(kind: type[nn.Module]) -> type[nn.Module]:
-    return type(kind.__name__, (_SyncBatchNorm, kind), {})
+def _synced(norm: type[nn.Module]) -> type[nn.Module]:
+    """Return the synchronized version of the batch norm class `norm`."""
+    return type(norm.__name__, (_SyncBatchNorm, norm), {})
 
 
 def broadcast_buffers(model: nn.Module) -> None:
-    """Make every rank's buffers (BatchNorm's running statistics) those of rank 0, which are the ones saved."""
+    """Copy rank 0's buffers, such as batch norm's running statistics, to every rank.
+
+    Checkpoints contain those of rank 0.
+    """
     if world_size() > 1:
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
 
 
-def from_rank_0(value: Any) -> Any:
+def broadcast_from_rank0(value: Any) -> Any:
     """Return rank 0's `value`, any object that can be pickled, on every rank."""
     values = [value]
     if world_size() > 1:
@@ -175,29 +196,32 @@ def from_rank_0(value: Any) -> Any:
 
 
 def barrier() -> None:
-    """Wait for every rank."""
+    """Wait until every rank has called this function."""
     if world_size() > 1:
         dist.barrier()
 
 
-# Shuffled BN: the joint batch's samples change places, pass through the key encoder, and change back.
+# shuffled BN (MoCo, section 3.3): shuffle the joint batch, encode the keys, unshuffle the features
 
 
 def shuffle(x: Tensor, permutation: Tensor) -> Tensor:
-    """This rank's part of the shuffled joint batch: slot j holds sample `permutation[rank B + j]`, x [B, ...].
+    """Return this rank's B samples of the shuffled joint batch.
 
-    `permutation` [W B] lies on the CPU and is the same on all ranks. The exchange is all-to-all: each rank receives
-    B samples, and not W B.
+    Slot j holds sample `permutation[rank * B + j]`. The exchange is all-to-all: each rank receives
+    B samples, not W * B.
+
+    Args:
+        x: this rank's batch, [B, ...].
+        permutation: [W * B], on the CPU, the same on all ranks.
     """
     n, w, r = len(x), world_size(), rank()
     if w == 1:
         return x[devices.to_device(permutation, x.device)]
     owner = permutation.div(n, rounding_mode="floor").view(w, n)  # [destination, slot]
-    # to each destination go my samples that it asked for, in the order of its slots
+    # each destination receives its samples in the order of its slots
     send = [permutation.view(w, n)[d][owner[d] == r] - r * n for d in range(w)]
-    order = torch.cat(
-        [(owner[r] == s).nonzero().squeeze(1) for s in range(w)]
-    )  # slot of each row as it arrives
+    # the slot of each sample in order of arrival
+    order = torch.cat([(owner[r] == s).nonzero().squeeze(1) for s in range(w)])
     sent = x[devices.to_device(torch.cat(send), x.device)].contiguous()
     arrived = torch.empty_like(sent)
     dist.all_to_all_single(
@@ -207,15 +231,20 @@ def shuffle(x: Tensor, permutation: Tensor) -> Tensor:
 
 
 def unshuffle(x: Tensor, permutation: Tensor) -> Tensor:
-    """Undo `shuffle` for features: from each rank's shuffled x [B, C] the joint batch in its own order, [W B, C].
+    """Return the features of the joint batch, [W * B, C], in the order before `shuffle`.
 
-    Every rank gets all rows: the queue needs them. This rank's own are rows rank B to (rank + 1) B.
+    Every rank gets all of them, because each keeps a copy of the queue. This rank's own are at
+    indices rank * B to (rank + 1) * B.
+
+    Args:
+        x: features of this rank's shuffled samples, [B, C].
+        permutation: the one given to `shuffle`, [W * B].
     """
     return all_gather(x)[devices.to_device(permutation.argsort(), x.device)]
 
 
 def print_rank0(message: str) -> None:
-    """Print one line, on rank 0 only, above any progress bar."""
-    if speaks_for_run():
+    """Print a line on rank 0 only, above any progress bar."""
+    if is_rank0():
         tqdm.write(message)
         sys.stdout.flush()

@@ -143,6 +143,14 @@ def script():
     return in_process
 
 
+@pytest.fixture
+def no_launcher(monkeypatch):
+    """Remove the environment variables of launchers."""
+    launchers = "RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT"
+    for name in (*launchers.split(), *(name for name in os.environ if name.startswith("SLURM_"))):
+        monkeypatch.delenv(name, raising=False)
+
+
 def on_two_ranks(checks: dict[str, tuple], folder: Path) -> Callable[[str], list]:
     """Call each check (a function and what it gets after its rank) on two processes over loopback.
 

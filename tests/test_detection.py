@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, own_lines, shell
+from encoder_helpers import PREFIXES
 from PIL import Image
-from test_encoder import PREFIXES
 
 from moco.encoder import networks
 from moco.encoder.resnets import resnet

@@ -450,7 +450,7 @@ def test_device_cpu_trains_on_the_cpu_of_a_machine_with_gpus(
     assert status == 0, err
     assert "cpu, amp off" in out and "GPUs trains" not in out
     status, _, err = script("main_synco", *options, "--gpu", 0)
-    assert status == 2 and "--gpu 0: --device cpu uses no GPU; leave one of both out" in err
+    assert status == 2 and "--gpu 0: --device cpu uses no GPU; leave one of the two out" in err
     status, _, err = script("main_synco", *options, "--dist-backend", "nccl")
     assert status == 2 and "nccl: needs CUDA GPUs, and --device is cpu" in err
     # the option may differ when the run is resumed

@@ -431,7 +431,7 @@ def test_a_signal_while_a_checkpoint_is_read_is_not_taken_for_damage(monkeypatch
     file = tmp_path / "checkpoint_0000.pth.tar"
     torch.save({}, file)
     monkeypatch.setattr(torch, "load", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
-    with pytest.raises(interrupt.Interrupted, match="SIGTERM"), interrupt.before_training():
+    with pytest.raises(interrupt.Interrupted, match="SIGTERM"), interrupt.outside_training():
         checkpoint.load(str(file))
 
 
@@ -688,7 +688,7 @@ def test_a_rank_that_dies_ends_the_run(data, tmp_path):
     os.kill(ranks[1], signal.SIGKILL)
     _, err = process.communicate(timeout=60)
     assert time.monotonic() - began < 60 and process.returncode == 1
-    assert "rank 1 was ended by SIGKILL" in own_lines(err)[-1], err
+    assert "rank 1 was killed by SIGKILL" in own_lines(err)[-1], err
     assert not os.path.exists(f"/proc/{ranks[0]}")
 
 
@@ -699,8 +699,8 @@ def test_a_loader_that_the_system_ends_is_reported_as_such(data, tmp_path):
         os.kill(pid, signal.SIGKILL)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 2, err
-    assert "a loader process of rank 0 was ended" in own_lines(err)[-1]
-    assert "where memory runs out" in err
+    assert "a loader process of rank 0 died" in own_lines(err)[-1]
+    assert "when memory runs out" in err
 
 
 def free_port():

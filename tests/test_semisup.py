@@ -415,7 +415,8 @@ def test_a_head_of_another_make_is_refused():
     trained = resnet("resnet18", 7)
     tensors = trained.state_dict() | {"fc.inner.linear.weight": torch.zeros(2, 512)}
     with pytest.raises(
-        InputError, match=r"not a plain sequence of layers \(at 'fc.inner.linear.weight'\)"
+        InputError,
+        match=r"not a sequence of linear, BN and ReLU layers \(at 'fc.inner.linear.weight'\)",
     ):
         keep_projection(resnet("resnet18", 7), tensors, 1, "file")
 

@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 from conftest import ROOT, own_lines, settings, shell
-from test_named import NAMES, WRITERS, Tree
+from dataset_trees import NAMES, WRITERS, Tree
 
 import main_lincls
 import main_semisup

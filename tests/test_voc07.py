@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from conftest import shell
 from dataset_trees import Tree, annotation
+from metric_helpers import eleven_points_by_hand
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.svm import LinearSVC
 from test_cli import refused
-from test_metrics import eleven_points_by_hand
 
 from moco.evaluate import metrics, voc
 
@@ -77,7 +77,7 @@ def test_each_class_has_the_cost_of_the_best_cross_validated_precision(kind, see
         precision = by_a_slow_loop(x[known], labels[known, c], kind, seed)
         assert len(set(precision)) == len(COSTS)
         assert cost == COSTS[int(np.argmax(precision))]
-        mine = voc.cross_validated(
+        mine = voc.cross_validate(
             voc.normalize(x),
             np.flatnonzero(known),
             labels[known, c],
@@ -93,9 +93,9 @@ def test_each_class_has_the_cost_of_the_best_cross_validated_precision(kind, see
 
 
 def test_of_costs_that_are_as_good_the_middle_one_is_taken():
-    assert voc.best([1, 2, 3, 4], np.array([0.5, 0.9, 0.7, 0.8])) == 2
-    assert voc.best([1, 2, 3, 4], np.array([0.1, 0.9, 0.9, 0.9])) == 3
-    assert voc.best([1, 2, 3], np.zeros(3)) == 2
+    assert voc.best_cost([1, 2, 3, 4], np.array([0.5, 0.9, 0.7, 0.8])) == 2
+    assert voc.best_cost([1, 2, 3, 4], np.array([0.1, 0.9, 0.9, 0.9])) == 3
+    assert voc.best_cost([1, 2, 3], np.zeros(3)) == 2
 
 
 @pytest.mark.parametrize("cost", [0.05, 2.0])

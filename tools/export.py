@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from moco.cli import tool, values
 from moco.config import MEAN, STD
 from moco.encoder import pretrained
-from moco.encoder.stock import Plain, homes
+from moco.encoder.stock import StockModel, stock_models
 from moco.errors import InputError
 from moco.files import check_new, creating
 
@@ -95,7 +95,7 @@ def export(args: argparse.Namespace) -> None:
         **({"stem": found.stem} if found.stem != "imagenet" else {}),
     }
     tensors = {name: x.clone().contiguous() for name, x in found.net.state_dict().items()}
-    plain = homes(found.arch, found.image_size, found.stem)
+    plain = stock_models(found.arch, found.image_size, found.stem)
     files = [packed(tensors, args.out.suffix, facts)]
     if args.hub:
         files.append(hubconf(plain[0], args.out.name, facts).encode())
@@ -169,7 +169,7 @@ def packed(tensors: dict[str, Tensor], suffix: str, facts: dict[str, object]) ->
     return safetensors.torch.save(tensors, {"format": "pt", **words})
 
 
-def hubconf(home: Plain, name: str, facts: dict[str, object]) -> str:
+def hubconf(home: StockModel, name: str, facts: dict[str, object]) -> str:
     """What hubconf.py holds. The words of a checkpoint, which may be a stranger's, stand in it as strings alone."""
     modules = imports(home, Path(name).suffix)
     return HUBCONF.format(
@@ -181,7 +181,7 @@ def hubconf(home: Plain, name: str, facts: dict[str, object]) -> str:
     )
 
 
-def imports(home: Plain, suffix: str) -> list[str]:
+def imports(home: StockModel, suffix: str) -> list[str]:
     """What the Python that makes the network and loads such a file begins with."""
     modules = {
         READ[suffix][1],
@@ -191,14 +191,14 @@ def imports(home: Plain, suffix: str) -> list[str]:
     return [f"import {module}" for module in sorted(modules)]
 
 
-def python(home: Plain, path: Path) -> list[str]:
+def python(home: StockModel, path: Path) -> list[str]:
     """The Python that makes the library's network, as `net`, and loads `path` into it."""
     read = READ[path.suffix][0].format(repr(str(path)))
     return [*imports(home, path.suffix), *home.lines, f"net.load_state_dict({read})", "net.eval()"]
 
 
 @torch.inference_mode()
-def prove(found: pretrained.Encoder, plain: list[Plain], path: Path, hub: bool) -> list[str]:
+def prove(found: pretrained.Encoder, plain: list[StockModel], path: Path, hub: bool) -> list[str]:
     """What to say of each library's network, which has loaded `path` strictly. Raises InputError where its features are others."""
     images = torch.randn(
         2, 3, found.image_size, found.image_size, generator=torch.Generator().manual_seed(0)

@@ -46,7 +46,7 @@ def main(parser: Parser, complete: Complete, worker: launch.Worker) -> None:
         parser.refuse(error)
     except OSError as error:
         parser.refuse(from_os_error(error))
-    except launch.Lost as lost:
+    except launch.LostRankError as lost:
         parser.exit(1, f"{parser.prog}: error: {lost}\n")
     except interrupt.Interrupted as end:
         parser.exit(interrupt.STATUS, f"{parser.prog}: {end}\n")

@@ -82,7 +82,7 @@ def _limit(mode: str, needed: int, free: int, ranks: int) -> int:
     stay = 0 < needed <= limit
     place = "stay in memory" if stay else "are read from their files in every epoch"
     line = f"images {place}: {line}"
-    if distributed.speaks_for_run():
+    if distributed.is_rank0():
         tqdm.write(f"{line} (--cache-images {mode})")
         sys.stdout.flush()
     return limit

@@ -320,5 +320,5 @@ def _print_left_out(
 @functools.cache  # each k-NN test lists val/ again
 def _print_once(message: str) -> None:
     """Print a line on stderr, on rank 0, the first time it is asked for."""
-    if distributed.speaks_for_run():
+    if distributed.is_rank0():
         tqdm.write(message, file=sys.stderr)

@@ -1,1 +1,1 @@
-"""Backbones, and the published weights that they take up."""
+"""Build encoders (networks.py) and load pre-trained weights into them (pretrained.py)."""

@@ -1,4 +1,4 @@
-"""Read what a checkpoint says about its encoder."""
+"""Read what a checkpoint says about its encoder. See weights.py for reading the file itself."""
 
 from argparse import Namespace
 from typing import Any, NamedTuple
@@ -10,6 +10,7 @@ CLASSIFIERS = ("linear", "finetune", "semisup")  # the methods of main_lincls.py
 
 
 def is_count(value: object) -> bool:
+    """Return whether `value` is an integer from 1 to the largest int64."""
     return type(value) is int and 0 < value < 2**63
 
 
@@ -17,20 +18,23 @@ LARGEST_IMAGE = 1 << 14  # pixels; a larger size in a file is ignored
 
 
 class Metadata(NamedTuple):
-    """Facts about the encoder in a checkpoint of any origin. One of another type counts as absent."""
+    """The facts about the encoder in a checkpoint of any origin.
+
+    An entry that is absent from the file, or has the wrong type there, is None.
+    """
 
     arch: str | None
-    method: str  # of pre-training
-    epoch: int | None  # how many epochs it was pre-trained for
-    options: dict[str, Any]  # of the run
-    image_size: int | None  # pixels that its network was trained at
-    stem: str | None = None  # of a ResNet, see `networks.resnet`
-    mean: list[float] | None = None  # [3], by which RGB values in [0, 1] were normalized
-    std: list[float] | None = None
+    method: str  # the pre-training method; "unknown" if the file does not say
+    epoch: int | None  # number of pre-training epochs
+    options: dict[str, Any]  # the options of the run; {} if the file has none
+    image_size: int | None  # pixels, the size that the network was trained at
+    stem: str | None = None  # the stem of a ResNet, see `resnets.resnet`
+    mean: list[float] | None = None  # [3], the mean that normalized RGB values in [0, 1]
+    std: list[float] | None = None  # [3], the standard deviation that normalized them
 
 
 def read_metadata(state: State) -> Metadata:
-    """See `About`."""
+    """Return the `Metadata` of a checkpoint's content `state`."""
     arch, method, epoch, options = (state.get(key) for key in ("arch", "method", "epoch", "args"))
     options = (
         options
@@ -64,7 +68,12 @@ def lacks_normalization(path: str, found: Metadata) -> str:
 
 
 def channels(value: object, name: str) -> list[float] | None:
-    """Return `value` if it is a `mean`, or an `std` above 0, of R, G and B in [0, 1]; else None."""
+    """Return `value` as a list if it is a valid mean or std of R, G and B; else None.
+
+    Args:
+        value: anything that a file may hold. Valid are three floats in [0, 1].
+        name: "mean" or "std"; a std of 0 is not valid.
+    """
     three = isinstance(value, list | tuple) and len(value) == 3
     if not three or not all(isinstance(one, float) and 0 <= one <= 1 for one in value):
         return None

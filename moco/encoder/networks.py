@@ -1,4 +1,7 @@
-"""Backbones, torchvision's ResNets and timm's networks, and what all of them can be asked."""
+"""Create a network of torchvision or timm, and access its backbone and head by the same functions.
+
+See resnets.py and timm_networks.py for the networks, pretrained.py for loading weights.
+"""
 
 import itertools
 from collections.abc import Sequence
@@ -13,8 +16,8 @@ from moco.errors import InputError, unknown
 
 
 def check_arch(arch: str) -> None:
-    """Raise InputError for an architecture that is neither among `ARCHS` nor timm's."""
-    if arch not in ARCHS and not timm_networks.known(arch):
+    """Raise InputError unless `arch` is one of `ARCHS` or an architecture of timm."""
+    if arch not in ARCHS and not timm_networks.is_known(arch):
         raise unknown("arch", arch, [*ARCHS, *timm_networks.SHORT])
 
 
@@ -25,11 +28,17 @@ def create(
     drop_path: float = 0.0,
     stem: str | None = "imagenet",
 ) -> nn.Module:
-    """A randomly initialised network for images of `image_size` pixels whose last layer maps to `out` features; none for 0.
+    """Return a randomly initialized network.
 
-    `drop_path` is the rate of stochastic depth, for timm's networks. `stem` is for ResNets (see
-    `resnet`). Raises InputError for an unknown `arch`, or for one that does not support the image
-    size, the stochastic depth or the stem.
+    Args:
+        arch: an architecture of torchvision's ResNets or of timm.
+        out: number of output features of the last layer; 0 for a network without that layer.
+        image_size: side of the square input images, in pixels.
+        drop_path: rate of stochastic depth, in [0, 1). Only timm's networks have it.
+        stem: the stem of a ResNet, see `resnets.resnet`.
+
+    Raises InputError if `arch` is unknown or does not support the image size, the stochastic depth
+    or the stem.
     """
     if arch not in ARCHS:
         check_arch(arch)
@@ -47,7 +56,13 @@ def create(
 
 
 def projector(widths: Sequence[int], *last: nn.Module, bias: bool = False) -> nn.Sequential:
-    """A projection head: linear layers from each of `widths` to the next, BN and ReLU between, `last` behind them."""
+    """Return a projection head, an MLP with BN and ReLU between its linear layers.
+
+    Args:
+        widths: numbers of features: input, hidden layers, output.
+        last: layers to append.
+        bias: whether the linear layers have a bias.
+    """
     layers: list[nn.Module] = []
     for i, (width, out) in enumerate(itertools.pairwise(widths)):
         between = [nn.BatchNorm1d(width), nn.ReLU(inplace=True)] if i else []
@@ -56,8 +71,8 @@ def projector(widths: Sequence[int], *last: nn.Module, bias: bool = False) -> nn
 
 
 def features(net: nn.Module, images: Tensor) -> Tensor:
-    """What the backbone says of `images` [B, 3, H, W] before its head: globally pooled features [B, D]."""
-    if hasattr(net, "forward_head"):  # timm's
+    """Return the pooled features [B, D] of `images` [B, 3, H, W], which are the head's input."""
+    if hasattr(net, "forward_head"):  # a timm model
         return timm_networks.features(net, images)
     x = images
     for name, child in net.named_children():
@@ -68,39 +83,39 @@ def features(net: nn.Module, images: Tensor) -> Tensor:
 
 
 def embedding(net: nn.Module, images: Tensor) -> Tensor:
-    """Return the output of the projection head, which is the last layer of `net`: [B, C]."""
+    """Return the output [B, C] of the projection head, which is the last layer of `net`."""
     return head(net)(features(net, images))
 
 
-def width(net: nn.Module) -> int:
-    """How long these features are, D."""
+def num_features(net: nn.Module) -> int:
+    """Return D, the number of features of the backbone `net`."""
     if isinstance(net, models.ResNet):
         return net.bn1.num_features * 8 * net.layer1[0].expansion
     return getattr(net, "head_hidden_size", net.num_features)
 
 
 def head_name(net: nn.Module) -> str:
-    """What the network calls its last layer, or the head in its place."""
+    """Return the name of the last layer, or of the head that replaces it."""
     return net.pretrained_cfg["classifier"] if hasattr(net, "pretrained_cfg") else "fc"
 
 
 def backbone_keys(net: nn.Module) -> list[str]:
-    """The names of the tensors that make up the backbone: everything but the head."""
+    """Return the names of the backbone's tensors, which are all but those of the head."""
     return [name for name in net.state_dict() if not name.startswith(f"{head_name(net)}.")]
 
 
 def head(net: nn.Module) -> nn.Module:
-    """The last layer, or what is in its place."""
+    """Return the last layer, or the head that replaces it."""
     return net.get_submodule(head_name(net))
 
 
 def classifier(net: nn.Module) -> nn.Linear:
-    """The last layer of a network that classifies."""
+    """Return the linear layer that classifies, which is the last layer of the head."""
     layers = head(net)
     return layers[-1] if isinstance(layers, nn.Sequential) else layers
 
 
 def set_head(net: nn.Module, head: nn.Module) -> None:
-    """Put `head` in the place of the last layer."""
+    """Replace the last layer of `net` by `head`."""
     parent, _, name = head_name(net).rpartition(".")
     setattr(net.get_submodule(parent), name, head)

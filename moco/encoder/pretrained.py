@@ -1,4 +1,7 @@
-"""Load an encoder from a checkpoint of any origin."""
+"""Load an encoder from a checkpoint of this project or of other software.
+
+weights.py reads the file, metadata.py the facts in it.
+"""
 
 import contextlib
 import re
@@ -18,26 +21,27 @@ from moco.errors import InputError, short
 
 
 class Encoder(NamedTuple):
+    """A pre-trained encoder and the facts that its use needs."""
+
     net: nn.Module  # normalized images [B, 3, H, W] -> features [B, D], in eval mode
     arch: str
-    image_size: int  # pixels that it was trained at, where the file says so, or that are asked for
-    method: (
-        str  # of pre-training; "unknown" where the file does not say it, as those of other software
-    )
-    epoch: int | None  # how many epochs it was trained for
-    stem: str  # of a ResNet, see `networks.resnet`
-    mean: list[float]  # [3], by which RGB values in [0, 1] are normalized
-    std: list[float]
-    resized: list[
-        str
-    ]  # tensors that are of another shape in the file: tables of positions, interpolated
+    image_size: int  # pixels: the requested size, else the file's, else 224
+    method: str  # the pre-training method; "unknown" if the file does not say
+    epoch: int | None  # number of pre-training epochs
+    stem: str  # the stem of a ResNet, see `resnets.resnet`
+    mean: list[float]  # [3], the mean that normalizes RGB values in [0, 1]
+    std: list[float]  # [3], the standard deviation that normalizes them
+    resized: list[str]  # names of the position tables that were interpolated to the image size
 
 
 @contextlib.contextmanager
 def naming_arch(path: str, own: str | None, arch: str) -> Iterator[None]:
-    """Let an InputError about a checkpoint that does not fit `arch` say which -a to give.
+    """Add the right `-a` to an InputError about a checkpoint that does not fit `arch`.
 
-    `own` is the architecture that the file names, or None.
+    Args:
+        path: the checkpoint.
+        own: the architecture that the file names, or None.
+        arch: the architecture that was tried.
     """
     try:
         yield
@@ -46,16 +50,21 @@ def naming_arch(path: str, own: str | None, arch: str) -> Iterator[None]:
             tried = f"the file does not name its network, and {arch} was tried"
             raise InputError(f"{error}; {tried}: give another -a ARCH") from None
         if own != arch:
-            raise InputError(f"{path}: is of {own}, not {arch}; give -a {own}") from None
+            raise InputError(f"{path}: contains {own}, not {arch}; give -a {own}") from None
         raise
 
 
 def read(path: str, arch: str | None = None, image_size: int | None = None) -> Encoder:
-    """The encoder of a checkpoint of this project, by any method, or of a published one that the evaluations read.
+    """Return the encoder of a checkpoint of this project or of other software.
 
-    What `arch` and `image_size` leave open the file decides, and where it does not, resnet50 and 224. Prints a line if the file
-    does not say by which mean and std images are normalized. Raises InputError for a file that cannot be read, an unknown `arch`,
-    or one that does not fit the file.
+    Prints a line if the file does not give the mean and std that normalize its images.
+
+    Args:
+        path: the checkpoint.
+        arch: the architecture. By default the file decides; resnet50 if the file does not say.
+        image_size: pixels. By default the file decides; 224 if the file does not say.
+
+    Raises InputError if the file cannot be read, or if `arch` is unknown or does not fit the file.
     """
     state = weights.read(path)
     facts = metadata.read_metadata(state)
@@ -82,11 +91,18 @@ def read(path: str, arch: str | None = None, image_size: int | None = None) -> E
 
 
 def load_backbone(net: nn.Module, tensors: dict[str, Tensor], source: str) -> int:
-    """Load a published encoder into `net`, whatever prefix its names carry; returns how many tensors matched.
+    """Load a pre-trained backbone into `net`; return the number of tensors that matched.
 
-    `prefix` finds the prefix. A transformer's tensors are renamed to timm's names, and position
-    tables are converted to the network's image size. Raises InputError if nothing matches, if a
-    backbone tensor is missing or superfluous, or if a shape differs.
+    `prefix` finds the prefix of the names. A transformer's tensors get timm's names, and its
+    position tables are converted to the network's image size.
+
+    Args:
+        net: a network of `networks.create`; its head stays as it is.
+        tensors: the checkpoint's tensors by name, from `tensors_of`.
+        source: name of the file, for messages.
+
+    Raises InputError if no tensor matches, if backbone tensors are missing or unexpected, if shapes
+    differ, or if weights are not finite.
     """
     state = net.state_dict()
     wanted = {name: state[name] for name in backbone_keys(net)}
@@ -97,25 +113,27 @@ def load_backbone(net: nn.Module, tensors: dict[str, Tensor], source: str) -> in
         if name.startswith(start)
     }
     try:
-        mine = timm_networks.adapted(net, inner)
+        mine = timm_networks.to_timm_names(net, inner)
     except InputError as error:
         raise InputError(f"{source}: {error}") from None
     found = {name: mine[name] for name in wanted if name in mine}
-    # files older than PyTorch 0.4 lack BatchNorm's step counter, which nothing here reads
+    # files older than PyTorch 0.4 lack batch norm's step counter, which this project does not use
     missing = [
         name for name in wanted if name not in found and not name.endswith("num_batches_tracked")
     ]
-    if len(found) < len(wanted) / 10:  # a file of another network may share a few names
+    if len(found) < len(wanted) / 10:  # another network may share a few names
         names = [f"'{short(name)}'" for name in tensors]
-        look = f"its names look like {some(names, 3)}" if names else "it holds no tensors by name"
-        what = "give its network with -a, or rename its tensors as torchvision or timm does"
-        raise InputError(f"{source}: no tensor matches the encoder; {look}; {what}")
+        look = (
+            f"its names look like {first_names(names, 3)}" if names else "it has no named tensors"
+        )
+        advice = "give its network with -a, or rename its tensors as torchvision or timm does"
+        raise InputError(f"{source}: no tensor matches the encoder; {look}; {advice}")
     wrong = [
-        f"{name} {_words(t)} for {_words(wanted[name])}"
+        f"{name} is {_describe(t)}, expected {_describe(wanted[name])}"
         for name, t in found.items()
         if not fits(t, wanted[name])
     ]
-    # a deeper network of the same widths holds every tensor that is wanted, and more blocks
+    # a deeper network of the same widths has all wanted tensors, and more blocks
     parts = {name.split(".")[0] for name in wanted}
     head = f"{head_name(net)}."
     extra = [
@@ -123,72 +141,72 @@ def load_backbone(net: nn.Module, tensors: dict[str, Tensor], source: str) -> in
         for name in mine
         if name.split(".")[0] in parts and name not in wanted and not name.startswith(head)
     ]
-    odd = {"tensors missing": missing, "tensors too many": extra, "shapes differ": wrong}
-    if any(odd.values()):
-        what = "; ".join(
-            f"{len(names)} {kind}: {some(names)}" for kind, names in odd.items() if names
-        )
-        raise InputError(f"{source}: does not fit the encoder: {what}")
-    if sick := [name for name, tensor in found.items() if not finite(tensor)]:
-        raise InputError(
-            f"{source}: its numbers are not finite ({some(sick)}): its training diverged; take an earlier checkpoint"
-        )
+    problems = {"missing tensors": missing, "unexpected tensors": extra, "wrong shapes": wrong}
+    if any(problems.values()):
+        listed = [
+            f"{problem} ({len(names)}): {first_names(names)}"
+            for problem, names in problems.items()
+            if names
+        ]
+        raise InputError(f"{source}: does not fit the encoder: {'; '.join(listed)}")
+    if bad := [name for name, tensor in found.items() if not is_finite(tensor)]:
+        diverged = "its training diverged; take an earlier checkpoint"
+        raise InputError(f"{source}: its weights are not finite ({first_names(bad)}): {diverged}")
     net.load_state_dict(found, strict=False)
     return len(found)
 
 
 def fits(tensor: Tensor, wanted: Tensor) -> bool:
-    """Whether a file's tensor can be copied into the `wanted` one and be the same there, but for the precision of its numbers."""
-    plain = (
+    """Return whether a file's tensor can be copied into `wanted` unchanged.
+
+    Only the floating-point precision may differ.
+    """
+    dense = (
         tensor.layout == torch.strided
         and not tensor.is_meta
         and not tensor.is_quantized
         and not tensor.is_complex()
     )
     return (
-        plain
+        dense
         and tensor.shape == wanted.shape
         and tensor.is_floating_point() == wanted.is_floating_point()
     )
 
 
-def finite(tensor: Tensor) -> bool:
-    """Whether all its numbers are."""
+def is_finite(tensor: Tensor) -> bool:
+    """Return whether no value of `tensor` is NaN or infinite."""
     return not tensor.is_floating_point() or bool(tensor.float().isfinite().all())
 
 
-def _words(tensor: Tensor) -> str:
-    kind = (
-        ""
-        if tensor.is_floating_point() and tensor.layout == torch.strided
-        else f" of {tensor.dtype}".replace("torch.", "")
-    )
-    return f"{tuple(tensor.shape)}{kind}"
+def _describe(tensor: Tensor) -> str:
+    usual = tensor.is_floating_point() and tensor.layout == torch.strided
+    dtype = "" if usual else f" of {tensor.dtype}".replace("torch.", "")
+    return f"{tuple(tensor.shape)}{dtype}"
 
 
 def prefix(net: nn.Module, tensors: dict[str, Tensor]) -> str:
-    """Return what stands before the backbone's names in `tensors`."""
+    """Return the prefix of the backbone's names in `tensors`, such as `module.encoder_q.`."""
     return next(iter(_prefixes(net, tensors)), "")
 
 
-def choice(net: nn.Module, tensors: dict[str, Tensor]) -> str:
-    """Return which encoder of a file is read, such as `teacher.backbone.*, not student.backbone.*`.
+def describe_choice(net: nn.Module, tensors: dict[str, Tensor]) -> str:
+    """Return the prefix that is read and one that is not: `teacher.*, not student.*`.
 
-    The text is empty if the names have no prefix.
+    The text is "" if the names have no prefix.
     """
     first, *others = (f"{start}*" for start in _prefixes(net, tensors) or [""])
     return "" if first == "*" else ", not ".join([first, *others[:1]])
 
 
 def _prefixes(net: nn.Module, tensors: dict[str, Tensor]) -> list[str]:
-    """Return the prefixes that match (nearly) the most backbone tensors, the one to read first.
+    """Return the prefixes that match (nearly) the most backbone tensors, best first.
 
-    The first is DINO's teacher; without one, the encoder that was trained; without that, its moving
-    average.
+    DINO's teacher comes first, then trained encoders, then their moving averages.
     """
     state = net.state_dict()
     wanted = {name: state[name] for name in backbone_keys(net)}
-    # shapes count, too: the teacher may be another network
+    # count equal shapes, too, because the teacher may be another network
     scores: Counter[str] = Counter()
     for start, name in _splits(tensors, wanted):
         scores[start] += 1 + (tensors[start + name].shape == wanted[name].shape)
@@ -197,8 +215,6 @@ def _prefixes(net: nn.Module, tensors: dict[str, Tensor]) -> list[str]:
 
 
 _TEACHER = re.compile(r"(^|[._])teacher")
-
-
 _COPY = re.compile(r"(^|[._])(student|ema|momentum|target|averaged?|shadow|key|k)([._]|$)")
 
 
@@ -209,15 +225,14 @@ def _rank(start: str) -> int:
 def _splits(names: Iterable[str], wanted: Container[str]) -> Iterator[tuple[str, str]]:
     """Split each of `names` at each dot; yield the prefix and the rest if the rest is `wanted`."""
     for name in names:
-        for place in (0, *(match.end() for match in re.finditer(r"\.", name))):
-            if name[place:] in wanted:
-                yield name[:place], name[place:]
+        for start in (0, *(match.end() for match in re.finditer(r"\.", name))):
+            if name[start:] in wanted:
+                yield name[:start], name[start:]
 
 
 _DEPTH = 10  # levels of nested dicts that are searched
 
-
-# a ResNet's layers, and their numbers in an nn.Sequential of its children
+# the names that a ResNet's layers have in an nn.Sequential of its children
 _NUMBERS = {
     "conv1.": "0.",
     "bn1.": "1.",
@@ -229,14 +244,18 @@ _NUMBERS = {
 
 
 def tensors_of(net: nn.Module, state: dict[str, Any]) -> dict[str, Tensor]:
-    """Return every named tensor of a checkpoint of any origin, by its path.
+    """Return all named tensors of a checkpoint, except the optimizer's.
 
-    A path is, for example, `teacher.backbone.conv1.weight`. Leaves out the optimizer's tensors, and
-    removes from names what torch.compile adds. Gives the numbered layers of a ResNet in an
-    nn.Sequential torchvision's names.
+    A name is the path in the nested dicts, such as `teacher.backbone.conv1.weight`, without the
+    `_orig_mod.` that torch.compile adds. The layers of a ResNet that is an nn.Sequential get
+    torchvision's names.
+
+    Args:
+        net: the network that the tensors are for.
+        state: the content of the checkpoint.
     """
     tensors: dict[str, Tensor] = {}
-    seen: set[int] = set()  # a dict may hold itself
+    seen: set[int] = set()  # a dict may contain itself
 
     def walk(table: dict, path: str, depth: int) -> None:
         seen.add(id(table))
@@ -266,9 +285,9 @@ def tensors_of(net: nn.Module, state: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def stem_of(net: nn.Module, tensors: dict[str, Tensor]) -> str:
-    """Return the stem, one of `networks.STEMS`, of the weights in `tensors`.
+    """Return the stem of the weights in `tensors`, one of `resnets.STEMS`.
 
-    It is cifar if `net` is a ResNet and its first convolution is 3x3 in `tensors`, else imagenet.
+    It is "cifar" if `net` is a ResNet whose first convolution is 3x3 in `tensors`, else "imagenet".
     """
     first = (
         tensors.get(f"{prefix(net, tensors)}conv1.weight")
@@ -279,18 +298,24 @@ def stem_of(net: nn.Module, tensors: dict[str, Tensor]) -> str:
 
 
 def keep_projection(net: nn.Module, tensors: dict[str, Tensor], layers: int, source: str) -> None:
-    """Put the first `layers` linear layers of a published projection head, with what follows each, below `net`'s classifier.
+    """Insert the first layers of a pre-trained projection head before the classifier.
 
-    Raises InputError as `projection` does.
+    Args:
+        net: a network whose head is a linear classifier.
+        tensors: the checkpoint's tensors by name, from `tensors_of`.
+        layers: number of linear layers to keep, with the BN and ReLU that follow each.
+        source: name of the file, for messages.
+
+    Raises InputError if `projection` does.
     """
     kept, width = projection(net, tensors, layers, source)
     set_head(net, nn.Sequential(*kept, nn.Linear(width, classifier(net).out_features)))
 
 
 def load_projection(net: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
-    """Replace the last layer of `net` by a published projection head.
+    """Replace the last layer of `net` by the full pre-trained projection head.
 
-    Raises InputError as `projection` does.
+    Raises InputError if `projection` does.
     """
     set_head(net, nn.Sequential(*projection(net, tensors, 0, source)[0]))
 
@@ -298,64 +323,64 @@ def load_projection(net: nn.Module, tensors: dict[str, Tensor], source: str) -> 
 def projection(
     net: nn.Module, tensors: dict[str, Tensor], layers: int, source: str
 ) -> tuple[list[nn.Module], int]:
-    """Return the layers of a published projection head, and the width of their output.
+    """Return the layers of a pre-trained projection head, and the number of its output features.
 
-    With `layers` above 0, keep only that many linear layers, with the layers that follow each.
-    The head is read from the names and shapes of its tensors: a weight of two dimensions is a linear layer, running statistics
-    are batch norm's, and a place without tensors is a ReLU. Raises InputError if it has fewer linear layers,
-    layers of other types, or none.
+    The names and shapes of the tensors define the layers. A two-dimensional weight is a linear
+    layer, running statistics are batch norm, and an index without tensors is a ReLU.
+
+    Args:
+        net: the network whose backbone the file contains.
+        tensors: the checkpoint's tensors by name, from `tensors_of`.
+        layers: number of linear layers to keep, with the layers that follow each; 0 for all.
+        source: name of the file, for messages.
+
+    Raises InputError if the file has no head, fewer linear layers, or layers of other types.
     """
     start = prefix(net, tensors)
-    inside, beside = (
-        f"{start}{head_name(net)}.",
-        start.removesuffix("encoder.") + "projector.",
-    )  # MoBY has it beside the encoder
-    start = beside if any(name.startswith(beside) for name in tensors) else inside
+    inside = f"{start}{head_name(net)}."
+    outside = start.removesuffix("encoder.") + "projector."  # MoBY's head is outside the encoder
+    start = outside if any(name.startswith(outside) for name in tensors) else inside
     option = "--ft-proj" if layers else "--features head"
-    strange = f"{source}: its projection head is not a plain sequence of layers"
+    strange = f"{source}: its projection head is not a sequence of linear, BN and ReLU layers"
     head: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         if name.startswith(start):
-            place, _, inner = name.removeprefix(start).rpartition(".")
-            if place and not place.isdecimal():
+            index, _, inner = name.removeprefix(start).rpartition(".")
+            if index and not index.isdecimal():
                 raise InputError(f"{strange} (at '{name}'); leave out {option}")
-            head.setdefault(int(place or 0), {})[inner] = tensor
-    linear = [place for place, of in sorted(head.items()) if "running_mean" not in of]
+            head.setdefault(int(index or 0), {})[inner] = tensor
+    linear = [index for index, layer in sorted(head.items()) if "running_mean" not in layer]
     if not linear and not layers:
         raise InputError(f"{source}: has no projection head; leave out {option}")
     layers = layers or len(linear)
     if len(linear) < layers:
         raise InputError(
-            f"{source}: its projection head has {len(linear)} linear layers, not --ft-proj {layers}"
+            f"{source}: its projection head has {len(linear)} linear layers, "
+            f"not --ft-proj {layers}; lower --ft-proj"
         )
     end = linear[layers] if layers < len(linear) else max(head) + 1
     try:
-        kept = [_layer(head.get(place)) for place in range(end)]
-    except (
-        KeyError,
-        TypeError,
-        RuntimeError,
-    ):  # no weight, or one that is no matrix, or others that do not go with it
-        raise InputError(
-            f"{strange}, or their tensors do not fit each other; leave out {option}"
-        ) from None
+        kept = [_layer(head.get(index)) for index in range(end)]
+    except (KeyError, TypeError, RuntimeError):  # a weight is missing, no matrix, or does not fit
+        unfit = f"{strange}, or their tensors do not fit each other"
+        raise InputError(f"{unfit}; leave out {option}") from None
     return kept, head[linear[layers - 1]]["weight"].shape[0]
 
 
-def _layer(of: dict[str, Tensor] | None) -> nn.Module:
-    """The layer that has these tensors."""
-    if of is None:
+def _layer(tensors: dict[str, Tensor] | None) -> nn.Module:
+    """Return the layer that has these tensors; a ReLU for None."""
+    if tensors is None:
         return nn.ReLU()
-    if "running_mean" in of:
-        layer = nn.BatchNorm1d(len(of["running_mean"]), affine="weight" in of)
+    if "running_mean" in tensors:
+        layer = nn.BatchNorm1d(len(tensors["running_mean"]), affine="weight" in tensors)
     else:
-        layer = nn.Linear(*reversed(of["weight"].shape), bias="bias" in of)
-    layer.load_state_dict(of, strict=False)
+        layer = nn.Linear(*reversed(tensors["weight"].shape), bias="bias" in tensors)
+    layer.load_state_dict(tensors, strict=False)
     return layer
 
 
-def some(names: list[str], most: int = 5) -> str:
-    """The first of many names, and how many more there are."""
+def first_names(names: list[str], most: int = 5) -> str:
+    """Return the first `most` of `names`, and how many more there are, for a message."""
     return ", ".join(short(name) for name in names[:most]) + (
         f" and {len(names) - most} more" if len(names) > most else ""
     )

@@ -1,4 +1,4 @@
-"""Recompute a network's blocks in the backward pass, to save memory."""
+"""Recompute a network's blocks in the backward pass, to save memory (--grad-checkpoint)."""
 
 import contextlib
 import functools
@@ -13,52 +13,55 @@ from moco.errors import InputError
 
 
 def recompute_blocks(net: nn.Module) -> None:
-    """From now on the blocks of networks inside `net` keep only what they get, and run a second time for the gradient.
+    """Make the residual blocks in `net` keep only their input, and recompute the rest when needed.
 
-    The gradient is the same, bit for bit, and so is what batch norm has seen. Raises InputError for timm's networks that cannot.
+    Gradients and batch norm statistics stay bit-identical. Raises InputError for a network of timm
+    that has batch norm or does not support recomputing.
     """
     for module in net.modules():
         if type(module) in _RECOMPUTED:
             module.__class__ = _RECOMPUTED[type(module)]
-        elif hasattr(
-            module, "set_grad_checkpointing"
-        ):  # timm's, which would count in batch norm twice
+        elif hasattr(module, "set_grad_checkpointing"):  # a timm model
             name = type(module).__name__
+            # timm would update batch norm's statistics in both passes
             if any(
                 isinstance(child, nn.modules.batchnorm._BatchNorm) for child in module.modules()
             ):
-                raise InputError(
-                    f"--grad-checkpoint: timm's {name} has batch norm, which must not run twice; leave it out"
-                )
+                twice = "has batch norm, whose statistics would be updated twice a step"
+                raise InputError(f"--grad-checkpoint: timm's {name} {twice}; leave it out")
             try:
                 module.set_grad_checkpointing()
             except AssertionError:
-                raise InputError(f"--grad-checkpoint: timm's {name} cannot; leave it out") from None
+                lacks = "does not support recomputing"
+                raise InputError(
+                    f"--grad-checkpoint: timm's {name} {lacks}; leave it out"
+                ) from None
 
 
 class _Recomputed:
-    """Before one of torchvision's blocks."""
+    """A mixin for torchvision's residual blocks that recomputes them in the backward pass."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
             return super().forward(x)
-        if torch.compiler.is_compiling():  # which takes no contexts, and counts once by itself
+        # the compiler supports no contexts, and updates batch norm only once without them
+        if torch.compiler.is_compiling():
             return checkpoint(super().forward, x, use_reentrant=False, preserve_rng_state=False)
-        contexts = functools.partial(_first_and_second_time, self)
+        contexts = functools.partial(_contexts, self)
         return checkpoint(
             super().forward, x, use_reentrant=False, preserve_rng_state=False, context_fn=contexts
         )
 
 
 _RECOMPUTED = {
-    kind: type(kind.__name__, (_Recomputed, kind), {}) for kind in (BasicBlock, Bottleneck)
+    block: type(block.__name__, (_Recomputed, block), {}) for block in (BasicBlock, Bottleneck)
 }
 
 
 def check_compiled_recomputation() -> None:
     """Raise InputError if PyTorch updates batch norm twice when recomputed blocks are compiled.
 
-    PyTorch 2.6 does: its compiler keeps what the second pass adds to the statistics.
+    PyTorch 2.6 does: its compiler keeps the update of the second pass.
     """
     block = BasicBlock(4, 4)
     recompute_blocks(block)
@@ -66,21 +69,23 @@ def check_compiled_recomputation() -> None:
     with torch.random.fork_rng(devices=[]):
         block(torch.randn(2, 4, 4, 4)).sum().backward()
     if int(block.bn1.num_batches_tracked) != 1:
+        twice = f"PyTorch {torch.__version__} would update batch norm's statistics twice a step"
         raise InputError(
-            f"--compile with --grad-checkpoint: PyTorch {torch.__version__} would update batch norm's statistics "
-            "twice a step; leave one of them out, or install a newer PyTorch"
+            f"--compile with --grad-checkpoint: {twice}; leave one of them out, or install a newer "
+            "PyTorch"
         )
 
 
-def _first_and_second_time(
+def _contexts(
     block: nn.Module,
 ) -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:
-    return contextlib.nullcontext(), _statistics_kept(block)
+    """Return the contexts of the forward pass and of the recomputation."""
+    return contextlib.nullcontext(), _frozen_statistics(block)
 
 
 @contextlib.contextmanager
-def _statistics_kept(block: nn.Module) -> Iterator[None]:
-    """The block's batch norms count nothing as seen."""
+def _frozen_statistics(block: nn.Module) -> Iterator[None]:
+    """Keep the running statistics of the block's batch norms unchanged."""
     norms = [
         child for child in block.modules() if isinstance(child, nn.modules.batchnorm._BatchNorm)
     ]

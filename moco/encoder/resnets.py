@@ -1,27 +1,27 @@
-"""torchvision's ResNets, with MoCo's heads and a stem for small images."""
+"""Create torchvision's ResNets, optionally with MoCo v2's head or a stem for small images."""
 
 from torch import nn
 from torchvision import models
 
 from moco.errors import unknown
 
-ARCHS = sorted(
-    name for name in models.list_models(module=models) if "resn" in name
-)  # resnet, resnext, wide_resnet
+# resnet, resnext and wide_resnet
+ARCHS = sorted(name for name in models.list_models(module=models) if "resn" in name)
 
-
-STEMS = ("imagenet", "cifar")  # of ResNets; see `resnet`
+STEMS = ("imagenet", "cifar")  # see `resnet`
 
 
 def resnet(
     arch: str, out: int, mlp: bool = False, stem: str | None = "imagenet", **more: bool
 ) -> nn.Module:
-    """A randomly initialised torchvision ResNet whose `fc` maps to `out` features.
+    """Return a randomly initialized torchvision ResNet.
 
     Args:
+        arch: one of `ARCHS`.
+        out: number of output features of its last layer `fc`.
         mlp: whether `fc` is MoCo v2's head: Linear(D, D), ReLU, Linear(D, out).
-        stem: "imagenet" for torchvision's 7x7 convolution of stride 2 and max-pooling; "cifar" for a
-            3x3 convolution of stride 1 and no pooling, as in MoCo's demo on CIFAR-10.
+        stem: "imagenet" for torchvision's 7x7 convolution of stride 2 and max-pooling; "cifar" for
+            a 3x3 convolution of stride 1 and no pooling, as in MoCo's demo on CIFAR-10.
         more: further options of torchvision's function.
 
     Raises InputError for an unknown `arch`.

@@ -1,4 +1,7 @@
-"""The same networks without this project: the Python that makes them with torchvision or timm alone."""
+"""Write the Python code that creates an encoder's network with torchvision or timm alone.
+
+tools/export.py uses it, so that exported weights load without this project.
+"""
 
 import importlib.util
 from typing import NamedTuple
@@ -6,13 +9,14 @@ from typing import NamedTuple
 from moco.encoder import networks, resnets, timm_networks
 
 
-class Plain(NamedTuple):
-    """A library's own network without its last layer, [B, 3, H, W] -> [B, D], which takes up the encoder's tensors strictly."""
+class StockModel(NamedTuple):
+    """The code that creates a stock torchvision or timm model without its last layer.
 
-    library: str
-    lines: tuple[
-        str, ...
-    ]  # of Python, which make it, as `net`, once torch and the library are imported
+    The model maps [B, 3, H, W] to [B, D]. It loads the encoder's tensors with `strict=True`.
+    """
+
+    library: str  # torchvision or timm
+    lines: tuple[str, ...]  # of Python; they define `net`, and need torch and the library imported
 
 
 _CIFAR = (
@@ -21,25 +25,26 @@ _CIFAR = (
 )
 
 
-def homes(arch: str, image_size: int, stem: str = "imagenet") -> list[Plain]:
-    """Where an encoder of this project is at home: a ResNet in torchvision and, where it is installed, in timm; others in timm.
+def stock_models(arch: str, image_size: int, stem: str = "imagenet") -> list[StockModel]:
+    """Return the stock models that can load an encoder of architecture `arch`.
 
-    Raises InputError for an unknown `arch`, whose name becomes code here.
+    A ResNet has one in torchvision and, if timm is installed, one in timm. Other networks have one
+    in timm. Raises InputError for an unknown `arch`.
     """
-    networks.check_arch(arch)
+    networks.check_arch(arch)  # its name becomes code below
     found, first = [], _CIFAR if stem == "cifar" else ()
     if arch in resnets.ARCHS:
         found.append(
-            Plain(
+            StockModel(
                 "torchvision",
                 (f"net = torchvision.models.{arch}()", *first, "net.fc = torch.nn.Identity()"),
             )
         )
         if importlib.util.find_spec("timm") is None:
             return found
-    name, options = timm_networks.plain(arch, image_size)
+    name, options = timm_networks.stock_arguments(arch, image_size)
     given = "".join(f", {option}={value!r}" for option, value in options.items())
     return [
         *found,
-        Plain("timm", (f"net = timm.create_model({name!r}, num_classes=0{given})", *first)),
+        StockModel("timm", (f"net = timm.create_model({name!r}, num_classes=0{given})", *first)),
     ]

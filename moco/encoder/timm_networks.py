@@ -1,4 +1,7 @@
-"""Backbones of timm: MoCo v3's ViTs and the Swins by short names, and whatever else timm has."""
+"""Create timm's networks, some by short names: MoCo v3's ViTs and the Swins.
+
+networks.py calls these functions for every architecture that is not a torchvision ResNet.
+"""
 
 import math
 import sys
@@ -19,21 +22,22 @@ SHORT = {
     "swin_base": "swin_base_patch4_window7_224",
     "swin_large": "swin_large_patch4_window7_224",
 }
-MOCO_V3 = {
-    "vit_tiny": {},
-    "vit_small": {"num_heads": 12},
-    "vit_base": {},
-    "vit_large": {},
-}  # where they are not timm's own
+# MoCo v3's ViTs, with the options in which they differ from timm's
+MOCO_V3 = {"vit_tiny": {}, "vit_small": {"num_heads": 12}, "vit_base": {}, "vit_large": {}}
 
 
-def known(arch: str) -> bool:
-    """Whether timm has an architecture of this name, or a short name is meant."""
+def is_known(arch: str) -> bool:
+    """Return whether `arch` is one of the short names or an architecture of timm."""
     return arch in SHORT or _timm().is_model(arch)
 
 
-def plain(arch: str, image_size: int) -> tuple[str, dict[str, int]]:
-    """timm's own name of `arch`, and the options with which timm makes a network that the weights fit, for such images."""
+def stock_arguments(arch: str, image_size: int) -> tuple[str, dict[str, int]]:
+    """Return timm's name of `arch`, and the arguments that `timm.create_model` needs.
+
+    Args:
+        arch: a short name or an architecture of timm.
+        image_size: side of the square input images, in pixels.
+    """
     name = SHORT.get(arch, arch)
     described = _timm().get_pretrained_cfg(name)
     sized = {"img_size": image_size} if described is not None and described.fixed_input_size else {}
@@ -41,25 +45,31 @@ def plain(arch: str, image_size: int) -> tuple[str, dict[str, int]]:
 
 
 def create(arch: str, out: int, image_size: int, drop_path: float = 0.0) -> nn.Module:
-    """timm's network `arch`, randomly initialised, whose last layer maps to `out` features, with none for 0.
+    """Return a randomly initialized network of timm, without dropout.
 
-    The short ViTs are MoCo v3's (Chen et al., arXiv 2104.02057): initialised as there, with fixed sine and cosine positions, and
-    with 12 heads in the small one. `drop_path` is the rate of stochastic depth of the last block,
-    in [0, 1). Dropout is off, whatever timm's defaults are. Raises InputError if the
-    architecture is not for images of `image_size` pixels, has no stochastic depth but should, or
-    ends in anything but one linear layer.
+    MoCo v3's ViTs (Chen et al., arXiv 2104.02057) are initialized as in that paper, with fixed sine
+    and cosine positions, and with 12 heads in vit_small.
+
+    Args:
+        arch: a short name or an architecture of timm.
+        out: number of output features of the last layer; 0 for a network without that layer.
+        image_size: side of the square input images, in pixels.
+        drop_path: rate of stochastic depth of the last block, in [0, 1).
+
+    Raises InputError if the architecture does not support the image size or stochastic depth, or if
+    its last layer is not one linear layer.
     """
-    name, options = plain(arch, image_size)
+    name, options = stock_arguments(arch, image_size)
     if arch in MOCO_V3:
         options["weight_init"] = "moco"
     try:
-        net = _made(
+        net = _create_model(
             name, {**options, "num_classes": out, "drop_path_rate": drop_path, "drop_rate": 0.0}
         )
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
-        raise InputError(
-            f"{arch} at --image-size {image_size}: timm cannot make it: {' '.join(str(error).split())}"
-        ) from None
+        why = " ".join(str(error).split())
+        at = f"{arch} at --image-size {image_size}"
+        raise InputError(f"{at}: timm cannot create it: {why}; choose another size or -a") from None
     _remove_dropout(net)
     if not _set_stochastic_depth(net, drop_path):
         raise InputError(
@@ -67,25 +77,24 @@ def create(arch: str, out: int, image_size: int, drop_path: float = 0.0) -> nn.M
         )
     last = net.pretrained_cfg.get("classifier")
     if not isinstance(last, str) or (out and not isinstance(net.get_submodule(last), nn.Linear)):
-        raise InputError(
-            f"{arch}: its last layer is not one linear layer, which the evaluations need; choose another"
-        )
+        problem = "its last layer is not one linear layer, which the evaluations need"
+        raise InputError(f"{arch}: {problem}; choose another -a")
     patch = getattr(getattr(net, "patch_embed", None), "patch_size", None)
     sides = patch if isinstance(patch, tuple) else (patch or 1,)
     if any(image_size % side for side in sides):
-        raise InputError(
-            f"--image-size {image_size}: must be a multiple of {arch}'s patches, {max(sides)} pixels"
-        )
+        patches = f"{arch}'s patches of {max(sides)} pixels"
+        raise InputError(f"--image-size {image_size}: must be a multiple of {patches}")
     if arch in MOCO_V3:
-        _as_in_moco_v3(net)
+        _init_as_moco_v3(net)
         net.namesake = name if MOCO_V3[arch] else None
     return net
 
 
-def _made(name: str, options: dict[str, Any]) -> nn.Module:
-    """Return timm's network `name`, randomly initialised; drop the rates that it has no option for.
+def _create_model(name: str, options: dict[str, Any]) -> nn.Module:
+    """Return timm's network `name`, randomly initialized.
 
-    A rate of 0 is passed, too, because timm's default may differ (Swin: .1).
+    Leaves out the dropout rates that the network does not take. Passes a rate of 0, too, because
+    timm's default may differ (Swin: .1).
     """
     try:
         return _timm().create_model(name, pretrained=False, **options)
@@ -94,11 +103,11 @@ def _made(name: str, options: dict[str, Any]) -> nn.Module:
         unknown = [rate for rate in rates if f"'{rate}'" in str(error)]
         if not unknown:
             raise
-    return _made(name, {key: value for key, value in options.items() if key not in unknown})
+    return _create_model(name, {key: value for key, value in options.items() if key not in unknown})
 
 
 def _remove_dropout(net: nn.Module) -> None:
-    """Set every dropout rate to 0, because some of timm's networks have a fixed one.
+    """Set every dropout rate to 0, because some of timm's networks have a fixed rate.
 
     MaxViT has .125 in the bias of its relative positions, CPUBone .1 in its attention.
     """
@@ -108,7 +117,7 @@ def _remove_dropout(net: nn.Module) -> None:
 
 
 def _set_stochastic_depth(net: nn.Module, rate: float) -> bool:
-    """Turn stochastic depth off if `rate` is 0; return whether the network now has this rate."""
+    """Return whether the network has this rate of stochastic depth; turn it off if `rate` is 0."""
     depths = [module for module in net.modules() if hasattr(module, "drop_prob")]
     if rate == 0:
         for module in depths:
@@ -118,19 +127,21 @@ def _set_stochastic_depth(net: nn.Module, rate: float) -> bool:
 
 
 def _timm():
-    """Imported where it is needed: it takes seconds."""
+    """Import and return timm; only when it is needed, because the import takes seconds."""
     try:
         import timm
     except ImportError:
-        raise InputError(
-            "networks beside torchvision's ResNets come from timm: pip install timm"
-        ) from None
+        why = "networks other than torchvision's ResNets come from timm"
+        raise InputError(f"{why}: pip install timm") from None
     return timm
 
 
 @torch.no_grad()
-def _as_in_moco_v3(vit: nn.Module) -> None:
-    """What timm's own initialisation leaves out: the positions, the patch projection and the class token."""
+def _init_as_moco_v3(vit: nn.Module) -> None:
+    """Initialize the positions, the patch projection and the class token as MoCo v3 does.
+
+    timm's `weight_init="moco"` leaves these three out.
+    """
     patches = vit.patch_embed
     positions = sine_positions(*patches.grid_size, vit.embed_dim)
     vit.pos_embed.copy_(torch.cat([torch.zeros(1, vit.embed_dim), positions])[None]).requires_grad_(
@@ -143,25 +154,30 @@ def _as_in_moco_v3(vit: nn.Module) -> None:
 
 
 def sine_positions(height: int, width: int, dim: int) -> Tensor:
-    """Positions of a grid in row order, [height width, dim]: sine and cosine of the row, then of the column.
+    """Return the fixed positions [height * width, dim] of a grid in row order.
 
-    Each at dim / 4 wavelengths in a geometric row from 2 pi to 10,000 x 2 pi (MoCo v3, after Vaswani et al., arXiv 1706.03762).
+    A position is the sine and cosine of its row, then of its column. Each has dim / 4 wavelengths,
+    a geometric progression from 2 pi to 10,000 x 2 pi (MoCo v3, after Vaswani et al., arXiv
+    1706.03762).
     """
-    rates = 10_000.0 ** -(torch.arange(dim // 4) / (dim // 4))
+    frequencies = 10_000.0 ** -(torch.arange(dim // 4) / (dim // 4))
     row, column = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    angles = [place.reshape(-1, 1) * rates for place in (row, column)]
+    angles = [index.reshape(-1, 1) * frequencies for index in (row, column)]
     return torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], 1)
 
 
 def features(net: nn.Module, images: Tensor) -> Tensor:
-    """Pooled features [B, D] before the classifier."""
+    """Return the pooled features [B, D] of `images` [B, 3, H, W], the classifier's input."""
     return net.forward_head(net.forward_features(images), pre_logits=True)
 
 
-def adapted(net: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A published backbone with the names and sizes of timm's: other software's Swins, position tables of other image sizes.
+def to_timm_names(net: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return a pre-trained backbone's tensors with the names and shapes of timm's `net`.
 
-    Raises InputError for another network of the same shapes.
+    Renames the tensors of other software's Swins, and interpolates position tables to the network's
+    image size. Returns `tensors` unchanged if they cannot be converted.
+
+    Raises InputError for a ViT with learned positions if `net` is MoCo v3's with other heads.
     """
     if (
         getattr(net, "namesake", None)
@@ -169,7 +185,8 @@ def adapted(net: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         and not _fixed(tensors["pos_embed"])
     ):
         raise InputError(
-            f"its positions are learned, so it is not this ViT but one with other heads; give -a {net.namesake}"
+            "its positions are learned, so it is not this ViT but one with other heads; "
+            f"give -a {net.namesake}"
         )
     head = f"{net.pretrained_cfg['classifier']}." if hasattr(net, "pretrained_cfg") else "fc."
     mine = {name: tensor for name, tensor in net.state_dict().items() if not name.startswith(head)}
@@ -187,15 +204,18 @@ def adapted(net: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         TypeError,
         ValueError,
     ):
-        return tensors  # not of this kind of network, which its names and shapes will show
+        return tensors  # another architecture; `load_backbone` reports its names and shapes
     patches = "patch_embed.proj.weight"
     if patches in found and patches in tensors and tensors[patches].dim() == 4:
-        found[patches] = tensors[patches]  # timm would make other patches of them
+        found[patches] = tensors[patches]  # timm would resample patches of another size
     return found
 
 
 def _fixed(table: Tensor) -> bool:
-    """Whether positions [1, 1 + N, D] are sines and cosines of a square grid: row first (MoCo v3), or column first (MAE)."""
+    """Return whether positions [1, 1 + N, D] are sines and cosines of a square grid.
+
+    The order is row first in MoCo v3, column first in MAE; both count.
+    """
     if table.dim() != 3 or table.shape[1] < 1 or not table.is_floating_point():
         return False
     table = table[0].float()

@@ -1,4 +1,7 @@
-"""Read a file of weights of any origin, without running code; name the format of any other file."""
+"""Read a checkpoint of any origin without running code, or say which other format a file has.
+
+pretrained.py turns the content into an encoder.
+"""
 
 import argparse
 import codecs
@@ -19,14 +22,16 @@ from moco.files import refuse_remote, unreadable
 State = dict[str, Any]
 
 _CHUNK = 1 << 24  # bytes read at a time
-_LONGEST_HEADER = 100_000_000  # bytes; safetensors' own limit
+_LONGEST_HEADER = 100_000_000  # bytes, the limit of safetensors
 
 
 def read(path: str) -> State:
     """Return the content of the checkpoint in `path`: tensors on the CPU, and plain values.
 
-    Reads files of torch.save, always with `weights_only=True`, and .safetensors files. Raises
-    Unreadable if the system cannot read the file, and InputError if it is not such a file.
+    Reads files of torch.save, always with `weights_only=True`, and .safetensors files.
+
+    Raises InputError if the file has another format, and its subclass Unreadable if the system
+    cannot read the file.
     """
     refuse_remote(path)
     try:
@@ -45,7 +50,8 @@ def read(path: str) -> State:
     except (OSError, MemoryError) as error:
         raise unreadable(error).at(path) from None
     if not isinstance(state, dict):
-        raise InputError(f"{path}: not a checkpoint: it holds a {type(state).__name__}")
+        dicts = "give a file with a dict of tensors by name"
+        raise InputError(f"{path}: not a checkpoint: it holds a {type(state).__name__}; {dicts}")
     return state
 
 
@@ -53,12 +59,12 @@ def read(path: str) -> State:
 
 
 def _torch(path: str) -> State:
-    """Return what torch.save has written to `path`. Raises InputError, OSError or MemoryError."""
+    """Return what torch.save wrote to `path`. Raises InputError, OSError or MemoryError."""
     try:
         return _unpickled(path)
     except Exception:
         # The error is the same for a damaged file and for a disk that failed. Reading the full file
-        # raises OSError if the disk fails. Otherwise the file is damaged if the second try fails.
+        # raises OSError if the disk fails. If it does not, a second failure means a damaged file.
         with open(path, "rb") as file:
             while file.read(_CHUNK):
                 pass
@@ -66,7 +72,7 @@ def _torch(path: str) -> State:
         return _unpickled(path)
     except pickle.UnpicklingError as error:
         if refused := re.search(_REFUSED, str(error)):
-            raise InputError(f"{path}: {_of_objects(path, refused[1] or '')}") from None
+            raise InputError(f"{path}: {_refusal(path, refused[1] or '')}") from None
         other = "it is damaged or of another format"
         raise InputError(f"{path}: not a readable checkpoint; {other}") from None
     except Exception as error:  # damaged files raise many kinds of errors
@@ -76,7 +82,7 @@ def _torch(path: str) -> State:
 
 
 def _check_memory(error: Exception) -> None:
-    """Raise MemoryError if the error of torch or safetensors says that memory ran out."""
+    """Raise MemoryError if `error`, of torch or safetensors, says that memory ran out."""
     said = str(error).lower()
     if isinstance(error, MemoryError) or "allocate memory" in said or "not enough memory" in said:
         raise MemoryError from None
@@ -87,12 +93,15 @@ def _unpickled(path: str) -> State:
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
-# finds torch.load's errors about objects that it refuses to create
-_REFUSED = r"GLOBAL (\S+) (?:was not an allowed|whose module)|Unsupported class|unrecognized function|Can only"
+# matches torch.load's errors about objects that it refuses to create
+_REFUSED = (
+    r"GLOBAL (\S+) (?:was not an allowed|whose module)"
+    r"|Unsupported class|unrecognized function|Can only"
+)
 
 
-def _of_objects(path: str, name: str) -> str:
-    """Return the error for a file with an object of the class `name`, which is empty if unknown."""
+def _refusal(path: str, name: str) -> str:
+    """Return the error for a file with an object of class `name`, which is "" if unknown."""
     trusted = f"if you trust the file, load it with torch.load({path!r}, weights_only=False)"
     if re.match(r"(torch\.nn|torchvision|timm)\.", name):
         network = f"holds a network as a Python object ({name}) and is not read"
@@ -102,7 +111,7 @@ def _of_objects(path: str, name: str) -> str:
 
 
 class _Settings:
-    """Replaces an object of any settings class, which is neither imported nor run."""
+    """A stand-in for an object of a settings class, which is neither imported nor run."""
 
     def __new__(cls, *_: object, **__: object) -> "_Settings":
         return super().__new__(cls)
@@ -115,7 +124,7 @@ class _Settings:
 
 
 class _DType(_Settings):
-    """Replaces numpy.dtype; keeps its code and byte order."""
+    """A stand-in for numpy.dtype that keeps its code and byte order."""
 
     def __init__(self, code: object = "", *_: object):
         self.code, self.order = str(code), "="
@@ -125,11 +134,11 @@ class _DType(_Settings):
             self.order = state[1]
 
 
-def _number(kind: object, data: object) -> object:
-    """Return a pickled NumPy number as a Python number, and a placeholder for anything else."""
-    known = isinstance(kind, _DType) and re.fullmatch("[biufc][0-9]+", kind.code)
+def _number(dtype: object, data: object) -> object:
+    """Return a pickled NumPy number as a Python number; a stand-in for anything else."""
+    known = isinstance(dtype, _DType) and re.fullmatch("[biufc][0-9]+", dtype.code)
     if known and isinstance(data, bytes):
-        return np.frombuffer(data, np.dtype(kind.order + kind.code), 1)[0].item()
+        return np.frombuffer(data, np.dtype(dtype.order + dtype.code), 1)[0].item()
     return _Settings()
 
 
@@ -163,7 +172,7 @@ _OBJECTS = """
     omegaconf.nodes.IntegerNode omegaconf.nodes.StringNode
     mmengine.logging.history_buffer.HistoryBuffer
 """
-# classes that published files hold next to tensors; all but Namespace are replaced by a stand-in
+# classes of objects that published files hold next to tensors; stand-ins replace all but Namespace
 _HARMLESS = [
     argparse.Namespace,
     (_table, "collections.defaultdict"),
@@ -180,18 +189,18 @@ _HARMLESS = [
 
 
 def _is_safetensors(head: bytes) -> bool:
-    length = int.from_bytes(head[:8], "little")  # of the header, which is JSON
+    length = int.from_bytes(head[:8], "little")  # of the JSON header
     return head[8:] == b"{" and length <= _LONGEST_HEADER
 
 
 def _safetensors(path: str, file: BinaryIO) -> State:
-    """Return the tensors by name, and the metadata if tools/export.py has written the file."""
+    """Return the tensors by name, and the metadata if tools/export.py wrote the file."""
     try:
         import safetensors
     except ImportError:
-        needed = "a .safetensors file is read by the package safetensors"
+        needed = "reading a .safetensors file needs the package safetensors"
         raise InputError(f"{path}: {needed}: pip install safetensors") from None
-    # a read that fails raises here; in the package's memory map it would end the process
+    # a failed read raises here; in the package's memory map it would kill the process
     while file.read(_CHUNK):
         pass
     try:
@@ -208,7 +217,7 @@ def _safetensors(path: str, file: BinaryIO) -> State:
 
 
 def _facts(metadata: dict[str, str]) -> State:
-    """Return the metadata that tools/export.py has written, under the keys of a checkpoint."""
+    """Return the metadata that tools/export.py wrote, under the keys of a checkpoint."""
     if not {"arch", "method", "image_size"} <= metadata.keys():
         return {}
     size, epoch = (metadata.get(name, "") for name in ("image_size", "epoch"))
@@ -222,7 +231,7 @@ def _facts(metadata: dict[str, str]) -> State:
 
 
 def _numbers(text: str) -> list[float]:
-    """Return the numbers in `text`, separated by spaces; [] if anything is not a number."""
+    """Return the numbers in `text`, which spaces separate; [] if any word is not a number."""
     try:
         return [float(word) for word in text.split()]
     except ValueError:
@@ -254,9 +263,9 @@ _TORCH = (b"l\xfc\x9cF\xf9 j\xa8P\x19", b"119547037146038801333356")
 
 
 def _foreign(path: Path, file: BinaryIO) -> str | None:
-    """Return what kind of file this is, and what to do with it. Raises OSError.
+    """Return the format of the file, and what to do with it. Raises OSError.
 
-    Returns None if torch.save may have written the file.
+    Returns None if torch.save may have written it.
     """
     file.seek(0)
     head = file.read(1024)
@@ -287,11 +296,13 @@ def _foreign(path: Path, file: BinaryIO) -> str | None:
 
 
 def _text(head: bytes) -> str | None:
-    """Return how a text file begins; None for other files."""
+    """Return a message with the first line of a text file; None for other files."""
     if re.search(rb"[^\t\n\r\x20-\x7e\x80-\xff]", head):
         return None
     try:
-        text = codecs.getincrementaldecoder("utf-8")().decode(head)  # its last character may be cut
+        text = codecs.getincrementaldecoder("utf-8")().decode(
+            head
+        )  # `head` may end inside a character
     except UnicodeDecodeError:
         return None
     line = text.strip().split("\n")[0][:40]
@@ -299,7 +310,7 @@ def _text(head: bytes) -> str | None:
 
 
 def _zip(path: Path, file: BinaryIO) -> str | None:
-    """Return what a zip archive is; None if it is a checkpoint or damaged. Raises OSError."""
+    """Return the format of a zip archive; None for a checkpoint or damaged file. Raises OSError."""
     try:
         names = zipfile.ZipFile(file).namelist()
     except OSError:
@@ -320,15 +331,15 @@ def _zip(path: Path, file: BinaryIO) -> str | None:
 
 
 def _file_of(folder: Path) -> str:
-    """Return which file of a folder to give."""
+    """Return advice on which file of `folder` to give."""
     try:
         names = sorted(os.listdir(folder))
     except OSError as error:
         return f"it cannot be listed: {error.strerror}; give a checkpoint file"
     if "saved_model.pb" in names or any(name.endswith(".index") for name in names):
-        return f"a TensorFlow model lies there, which is not read; {_CONVERT}"
+        return f"it holds a TensorFlow model, which is not read; {_CONVERT}"
     usual = [name for name in ("model.safetensors", "pytorch_model.bin") if name in names]
     others = [name for name in names if re.search(r"\.(pth|pt|tar|ckpt|safetensors|bin)$", name)]
     if not usual and not others:
-        return "no checkpoint lies there; give a checkpoint file"
+        return "it holds no checkpoint; give a checkpoint file"
     return f"give a checkpoint file, such as {folder / (usual or others[-1:])[0]}"

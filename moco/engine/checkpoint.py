@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from moco.config import Training
 from moco.distributed import print_rank0
 from moco.encoder.metadata import CLASSIFIERS, is_count, read_metadata
-from moco.encoder.pretrained import finite, fits
+from moco.encoder.pretrained import fits, is_finite
 from moco.encoder.weights import read
 from moco.errors import InputError, short
 from moco.files import Unreadable, half_written, replacing, unreadable
@@ -180,7 +180,9 @@ def restore(model: nn.Module, state: State, path: str, diverged: bool = False) -
         raise InputError(
             f"{path}: does not fit this model, first at '{odd[0]}'; resume with the options it was made with"
         )
-    if not diverged and (sick := [name for name, tensor in weights.items() if not finite(tensor)]):
+    if not diverged and (
+        sick := [name for name, tensor in weights.items() if not is_finite(tensor)]
+    ):
         raise InputError(
             f"{path}: its numbers are not finite (first '{sick[0]}'): its training diverged; take an earlier checkpoint"
         )

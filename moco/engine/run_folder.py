@@ -77,7 +77,7 @@ def claim(config: AnyConfig, continues: bool, named: bool) -> Iterator[AnyConfig
             found = str(held.folder)
         except InputError as error:
             found = error
-    found = distributed.from_rank_0(found)
+    found = distributed.broadcast_from_rank0(found)
     if isinstance(found, InputError):
         raise found
     if found != wanted:

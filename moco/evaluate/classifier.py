@@ -41,7 +41,7 @@ def evaluate(
     whatever the number of ranks, and a rank may have none.
     """
     net.eval()
-    meter = metrics.meter(images.multi_label, heads, len(images.classes), device)
+    meter = metrics.create_meter(images.multi_label, heads, len(images.classes), device)
     for batch, label in features.test_batches(images, config, device):
         with precision.autocast(config.compute.amp, device):
             meter.add(by_head(net(batch)), label)

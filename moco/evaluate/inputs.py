@@ -282,7 +282,7 @@ def _load(net: nn.Module, config: Config, state: checkpoint.State) -> str:
     tensors = encoders.tensors_of(net, state)
     matched, chosen = (
         encoders.load_backbone(net, tensors, config.encoder.pretrained),
-        encoders.choice(net, tensors),
+        encoders.describe_choice(net, tensors),
     )
     if kept := config.kept_layers:
         encoders.keep_projection(net, tensors, kept, config.encoder.pretrained)

@@ -1,6 +1,8 @@
-"""Linear classifiers on features of images that show several classes: one for each class, at a cost chosen by cross-validation.
+"""Classify multi-label images by one linear classifier per class, with cross-validated costs.
 
-VOC07's protocol, after Goyal et al. (arXiv 1905.01235), image classification. No torch: worker processes start quickly."""
+This is the VOC07 protocol of Goyal et al. (arXiv 1905.01235), image classification. The module does
+not import torch, so that its worker processes start quickly.
+"""
 
 import warnings
 
@@ -19,115 +21,146 @@ def classify(
     train: np.ndarray,
     labels: np.ndarray,
     test: np.ndarray,
-    kind: str,
+    classifier: str,
     costs: list[float],
     seed: int,
     jobs: int | None = None,
 ) -> tuple[np.ndarray, list[float | None]]:
-    """Train a classifier for each class, at the best of the `costs`: scores of the test images [M, classes], and costs [classes].
+    """Train a classifier for each class, at the best of `costs`, and apply it to the test images.
 
-    An image labelled -1 for a class takes no part in that class's training. A class that no training image shows, or that all
-    of them show, has no classifier: its scores are 0 and its cost None.
+    An image labelled -1 for a class takes no part in that class's training. A class that all
+    training images show, or none, gets no classifier: its scores are 0 and its cost is None.
 
     Args:
-        train, test: features [N, D] and [M, D].
-        labels: [N, classes]: 1 shown, 0 not shown, -1 not counted.
-        kind: svm or linear, see `fit`.
-        seed: draws the folds.
-        jobs: worker processes, by default as many as cores.
+        train: features of the training images, [N, D].
+        labels: their labels, [N, num_classes]: 1 shown, 0 not shown, -1 does not count.
+        test: features of the test images, [M, D].
+        classifier: "svm" or "linear", see `fit`.
+        costs: the costs to choose from.
+        seed: seed of the random folds.
+        jobs: number of worker processes; by default one per core.
+
+    Returns:
+        Scores of the test images, [M, num_classes], and the chosen costs, [num_classes].
     """
     train, test = normalize(train), normalize(test)
     known = [np.flatnonzero(label >= 0) for label in labels.T]
+    # per class: the indices of the training images that count, and their labels
     sets = {
-        c: (rows, labels[rows, c])
-        for c, rows in enumerate(known)
-        if len(np.unique(labels[rows, c])) == 2
+        c: (index, labels[index, c])
+        for c, index in enumerate(known)
+        if len(np.unique(labels[index, c])) == 2
     }
     jobs = jobs or cpu_count()
     workers = Parallel(jobs)
     try:
-        tasks = [(rows, y, folds(y, seed), cost) for rows, y in sets.values() for cost in costs]
-        precision = workers(delayed(cross_validated)(train, *task, kind) for task in tasks)
-        chosen = [best(costs, row) for row in np.reshape(precision, (len(sets), len(costs)))]
+        tasks = [(index, y, folds(y, seed), cost) for index, y in sets.values() for cost in costs]
+        precision = workers(delayed(cross_validate)(train, *task, classifier) for task in tasks)
+        chosen = [best_cost(costs, row) for row in np.reshape(precision, (len(sets), len(costs)))]
         tasks = [(*one, cost) for one, cost in zip(sets.values(), chosen, strict=True)]
-        found = dict(
-            zip(
-                sets,
-                workers(delayed(_scores)(train, *task, test, kind) for task in tasks),
-                strict=True,
-            )
-        )
+        found = workers(delayed(_scores)(train, *task, test, classifier) for task in tasks)
     finally:
-        if (
-            jobs > 1
-        ):  # a rank that multiprocessing started would wait minutes for idle workers to leave
+        # a rank that multiprocessing has started would wait minutes for idle workers to exit
+        if jobs > 1:
             get_reusable_executor(reuse=True).shutdown()
-    cost_of = dict(zip(sets, chosen, strict=True))
+    scores_of, cost_of = (dict(zip(sets, values, strict=True)) for values in (found, chosen))
     classes = range(labels.shape[1])
-    return np.stack([found.get(c, np.zeros(len(test))) for c in classes], 1), [
-        cost_of.get(c) for c in classes
-    ]
+    scores = np.stack([scores_of.get(c, np.zeros(len(test))) for c in classes], 1)
+    return scores, [cost_of.get(c) for c in classes]
 
 
-def best(costs: list[float], precision: np.ndarray) -> float:
-    """The cost of the highest precision [costs]; of several, the middle one."""
-    places = np.flatnonzero(precision == precision.max())
-    return costs[places[len(places) // 2]]
+def best_cost(costs: list[float], precision: np.ndarray) -> float:
+    """Return the cost with the highest precision [len(costs)]; the middle one if several tie."""
+    indices = np.flatnonzero(precision == precision.max())
+    return costs[indices[len(indices) // 2]]
 
 
 def normalize(x: np.ndarray) -> np.ndarray:
-    """Rows of length 1 in float64, for either kind: no image's features depend on another image's, as they would standardised."""
+    """Return the features [N, D] in float64 with unit norm.
+
+    Standardizing them would make an image's features depend on the other images.
+    """
     x = x.astype(np.float64)
     return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
 
 
-def fit(x: np.ndarray, y: np.ndarray, kind: str, cost: float) -> LinearSVC | LogisticRegression:
-    """A classifier of features [N, D] with labels [N] of 0 and 1, both of which occur. No random number is drawn.
+def fit(
+    x: np.ndarray, y: np.ndarray, classifier: str, cost: float
+) -> LinearSVC | LogisticRegression:
+    """Return a trained linear classifier. Draws no random numbers.
 
-    It minimises |w|^2 / 2 + cost * (sum of losses), which is a weight decay of 1 / (cost N) on the mean loss. svm: squared hinge,
-    twice as much where y is 1. linear: binary cross entropy, by full-batch LBFGS.
+    Training minimizes |w|^2 / 2 + cost * (sum of losses). That is the mean loss with a weight decay
+    of 1 / (cost N).
+
+    Args:
+        x: features, [N, D].
+        y: labels, [N], of 0 and 1; both occur.
+        classifier: "svm" for the squared hinge loss, doubled if y is 1; "linear" for binary cross
+            entropy, minimized by full-batch LBFGS.
+        cost: weight of the losses.
     """
-    if kind == "svm":
-        classifier = LinearSVC(C=cost, class_weight={0: 1, 1: 2}, dual=False, max_iter=2000)
+    if classifier == "svm":
+        model = LinearSVC(C=cost, class_weight={0: 1, 1: 2}, dual=False, max_iter=2000)
     else:
-        classifier = LogisticRegression(C=cost, max_iter=2000)
+        model = LogisticRegression(C=cost, max_iter=2000)
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", ConvergenceWarning
-        )  # of a cost that is out of all proportion
-        return classifier.fit(x, y)
+        warnings.simplefilter("ignore", ConvergenceWarning)  # extreme costs do not converge
+        return model.fit(x, y)
 
 
 def folds(y: np.ndarray, seed: int) -> np.ndarray:
-    """The fold [N] of each image, 0 to 2: in random order, of the images with either label [N] a third each."""
+    """Return a random fold, 0 to 2, for each image, [N].
+
+    Each fold gets a third of the images with label 1 in `y` [N], and a third of those with label 0.
+    """
     fold = np.empty(len(y), dtype=np.int64)
     for value in (0, 1):
-        places = np.random.default_rng((seed % 2**32, value)).permutation(
+        indices = np.random.default_rng((seed % 2**32, value)).permutation(
             np.flatnonzero(y == value)
         )
-        fold[places] = np.arange(len(places)) % FOLDS
+        fold[indices] = np.arange(len(indices)) % FOLDS
     return fold
 
 
-def cross_validated(
-    train: np.ndarray, known: np.ndarray, y: np.ndarray, fold: np.ndarray, cost: float, kind: str
+def cross_validate(
+    train: np.ndarray,
+    known: np.ndarray,
+    y: np.ndarray,
+    fold: np.ndarray,
+    cost: float,
+    classifier: str,
 ) -> float:
-    """The mean average precision over folds: on each, of the classifier that the images `known` of the others have trained.
+    """Return the average precision on each fold of a classifier trained on the others, averaged.
 
-    A fold counts if it shows the class and the others both show it and do not; 0 where none does.
+    A fold counts if it shows the class, and the other folds have both labels. Returns 0 if no fold
+    counts.
+
+    Args:
+        train: features of all training images, [N, D].
+        known: indices of the images that count for the class.
+        y: their labels of 0 and 1.
+        fold: their folds, from `folds`.
+        cost: see `fit`.
+        classifier: see `fit`.
     """
     found = []
-    for out in range(FOLDS):
-        others, own = fold != out, fold == out
+    for held_out in range(FOLDS):
+        others, own = fold != held_out, fold == held_out
         if y[own].any() and 0 < y[others].sum() < others.sum():
-            classifier = fit(train[known[others]], y[others], kind, cost)
+            model = fit(train[known[others]], y[others], classifier, cost)
             found.append(
-                average_precision_score(y[own], classifier.decision_function(train[known[own]]))
+                average_precision_score(y[own], model.decision_function(train[known[own]]))
             )
     return float(np.mean(found)) if found else 0.0
 
 
 def _scores(
-    train: np.ndarray, known: np.ndarray, y: np.ndarray, cost: float, test: np.ndarray, kind: str
+    train: np.ndarray,
+    known: np.ndarray,
+    y: np.ndarray,
+    cost: float,
+    test: np.ndarray,
+    classifier: str,
 ) -> np.ndarray:
-    return fit(train[known], y, kind, cost).decision_function(test)
+    """Return the scores of the test images by a classifier of the training images `known`."""
+    return fit(train[known], y, classifier, cost).decision_function(test)

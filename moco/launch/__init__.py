@@ -1,1 +1,1 @@
-"""Start the processes of a run, connect them, and end them together."""
+"""Start the processes of a run, connect them, and end them together. Start with launch.py."""

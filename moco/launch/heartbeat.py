@@ -1,4 +1,7 @@
-"""Ranks that end without the others' knowing, on another node say: they notice, and end as well."""
+"""Exchange heartbeats between ranks: when one dies silently, the others exit too.
+
+launch.py runs every distributed worker inside a `Heartbeat`.
+"""
 
 import contextlib
 import os
@@ -12,42 +15,39 @@ import torch.distributed as dist
 
 from moco.launch.interrupt import Interrupted
 
-BEAT = 5.0  # seconds between two signs of life
+BEAT = 5.0  # seconds between two heartbeats of a rank
+PATIENCE = 30.0  # seconds without a heartbeat after which a rank counts as lost
+GRACE = 5.0  # seconds that a rank has to exit by itself, with a message of its own
+LAST = 60.0  # seconds that rank 0, which may run the store, waits for the other ranks to finish
+_FINISHED = 1 << 40  # added to the heartbeats of a finished rank; more than any run can count
 
 
-PATIENCE = 30.0  # without one from a rank that has not ended in order
+class Heartbeat:
+    """A context in which this rank sends heartbeats and monitors the next rank.
 
-
-GRACE = (
-    5.0  # to end by itself, as a rank does that shares the mistake or hears of it by its connection
-)
-
-
-LAST = 60.0  # that the rank which may keep the store waits for the others to end in order
-
-
-_ENDED = 1 << 40  # more beats than any run has
-
-
-class Watch:
-    """While it is used as a context, this rank shows that it lives, and looks after the next one.
+    The ranks form a ring: each monitors the next one, and the last monitors rank 0.
 
     Args:
-        store: where the ranks have met.
-        tell: called with a line once a rank is lost; this process then ends at once, with status 1.
+        store: the store that connects the ranks.
+        rank: the global rank of this process.
+        world_size: number of ranks.
+        tell: called with a message if a rank is lost; then this process exits with status 1.
     """
 
     def __init__(self, store: dist.Store, rank: int, world_size: int, tell: Callable[[str], None]):
-        self._rank, self._world, self._tell = rank, world_size, tell
+        self._rank, self._world_size, self._tell = rank, world_size, tell
         self._store = dist.PrefixStore(
             f"watch{os.environ.get('TORCHELASTIC_RESTART_COUNT', '')}", _second_connection(store)
         )
-        self._ended, self._answered, self._lost = threading.Event(), time.monotonic(), ""
+        self._exited = threading.Event()  # this rank has left the context
+        self._answered = time.monotonic()  # when the store last answered
+        self._lost = ""  # the message about a lost rank
         self._threads = [
-            threading.Thread(target=target, daemon=True) for target in (self._exchange, self._judge)
+            threading.Thread(target=target, daemon=True) for target in (self._exchange, self._watch)
         ]
 
-    def __enter__(self) -> "Watch":
+    def __enter__(self) -> "Heartbeat":
+        """Start the threads."""
         for thread in self._threads:
             thread.start()
         return self
@@ -55,72 +55,82 @@ class Watch:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
     ) -> None:
-        self._ended.set()
+        """Tell the other ranks that this one has finished or failed.
+
+        If it has finished and is rank 0, wait for the others, because it may run the store.
+        """
+        self._exited.set()
         for thread in self._threads:
             thread.join(GRACE)
         if self._threads[0].is_alive():  # the store does not answer
             return
         in_order = error is None or isinstance(error, Interrupted)
-        with contextlib.suppress(RuntimeError):  # the rank that keeps the store has ended before
+        with contextlib.suppress(RuntimeError):  # the rank that runs the store has already exited
             if not in_order:
                 why = next(iter(str(error).strip().splitlines()), "")
                 why = why.encode(errors="backslashreplace").decode()  # a store takes UTF-8 only
-                self._store.compare_set(
-                    "lost", "", f"rank {self._rank} has ended: {kind.__name__}: {why}"
-                )
-            self._store.add(str(self._rank), _ENDED)
+                failed = f"rank {self._rank} failed: {kind.__name__}: {why}"
+                self._store.compare_set("lost", "", failed)
+            self._store.add(str(self._rank), _FINISHED)
+            if not in_order or self._rank != 0:
+                return
             end = time.monotonic() + LAST
-            while (
-                in_order
-                and self._rank == 0
-                and time.monotonic() < end
-                and not self._store.check(["lost"])
-            ):
-                if all(self._store.add(str(other), 0) >= _ENDED for other in range(self._world)):
+            while time.monotonic() < end and not self._store.check(["lost"]):
+                beats = [self._store.add(str(other), 0) for other in range(self._world_size)]
+                if all(count >= _FINISHED for count in beats):
                     break
                 time.sleep(0.05)
 
     def _exchange(self) -> None:
-        """Show that this rank lives, and see whether the next one does; what the store answers, and when, is for `_judge`."""
-        seen, heard, next_one = 0, time.monotonic(), (self._rank + 1) % self._world
-        while not self._ended.wait(BEAT):
+        """Send this rank's heartbeats and read the next rank's; record a lost rank in `_lost`.
+
+        A store that does not answer blocks this thread, so `_watch` runs in another one.
+        """
+        seen, heard, next_rank = 0, time.monotonic(), (self._rank + 1) % self._world_size
+        while not self._exited.wait(BEAT):
             try:
                 self._store.add(str(self._rank), 1)
-                beats, now = self._store.add(str(next_one), 0), time.monotonic()
-                if (
-                    beats != seen or now - self._answered > 3 * BEAT
-                ):  # or stopped for a while itself, as perhaps all ranks were
+                beats, now = self._store.add(str(next_rank), 0), time.monotonic()
+                # if this process was paused, the other ranks may have been paused, too
+                paused = now - self._answered > 3 * BEAT
+                if beats != seen or paused:
                     seen, heard = beats, now
-                if now - heard > PATIENCE and seen < _ENDED:
-                    silence = (
-                        f"rank {next_one} has given no sign of life for {PATIENCE:.0f} seconds"
+                if now - heard > PATIENCE and seen < _FINISHED:
+                    silent = (
+                        f"rank {next_rank} has given no sign of life for {PATIENCE:.0f} seconds"
                     )
-                    self._store.compare_set("lost", "", f"{silence}: killed, or its node lost")
+                    died = f"{silent}: it was killed, or its node was lost"
+                    self._store.compare_set("lost", "", died)
                 if self._store.check(["lost"]):
                     self._lost = self._store.get("lost").decode()
                 self._answered = now
             except RuntimeError:
-                self._lost = "the connection to rank 0 is lost: killed, or its node lost"
+                self._lost = "the connection to rank 0 is lost: it was killed, or its node was lost"
             if self._lost:
                 return
 
-    def _judge(self) -> None:
+    def _watch(self) -> None:
+        """End this process when a rank is lost, or when the store no longer answers."""
         woke = time.monotonic()
-        while not self._ended.wait(1.0):
+        while not self._exited.wait(1.0):
             now = time.monotonic()
-            if now - woke > 3 * BEAT:
+            if now - woke > 3 * BEAT:  # this process was paused
                 self._answered = now
             woke = now
             lost = self._lost
             if not lost and now - self._answered > PATIENCE + BEAT:
-                lost = f"rank 0 has given no sign of life for {PATIENCE:.0f} seconds: its node lost"
-            if lost and not self._ended.wait(GRACE):
+                silent = f"rank 0 has given no sign of life for {PATIENCE:.0f} seconds"
+                lost = f"{silent}: its node was lost"
+            if lost and not self._exited.wait(GRACE):
                 self._tell(lost)
                 os._exit(1)
 
 
 def _second_connection(store: dist.Store) -> dist.Store:
-    """To the same store: a connection serves one thread at a time, and may be waiting."""
+    """Return a new connection to `store`.
+
+    A connection serves one thread at a time, and the main thread's may be waiting.
+    """
     while isinstance(store, dist.PrefixStore):
         store = store.underlying_store
     if not isinstance(store, dist.TCPStore):

@@ -1,4 +1,7 @@
-"""Signals that ask a run to end: it finishes its step, saves, and exits with `STATUS`, so that a scheduler may start it again."""
+"""Stop a run by a signal: it finishes its step, saves, and exits with `STATUS`.
+
+A scheduler can then start it again. engine/trainer.py polls `Requests`; launch.py uses the rest.
+"""
 
 import contextlib
 import os
@@ -14,23 +17,22 @@ import torch.distributed as dist
 from moco import distributed
 
 STATUS = 75  # EX_TEMPFAIL of sysexits.h: try again
-
-
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-
-
-PATIENCE = 3.0  # seconds; a launcher's and a terminal's may both arrive, but a SIGINT that comes later is meant to end at once
+# seconds after the first signal in which a SIGINT counts as a copy of it, sent by the launcher;
+# a later SIGINT ends the run at once
+PATIENCE = 3.0
 
 
 class Interrupted(BaseException):
-    """The run was asked to end, and has saved if there was anything to save; the message says how to go on.
+    """Raised when a signal has stopped the run, after it has saved.
 
-    It may come at any place, and is nothing that code which catches every Exception should take for its own.
+    The message says how to continue. The class derives from BaseException, so that code that
+    catches every Exception does not catch it.
     """
 
 
 class Requests:
-    """Takes the signals while a run trains. Used as a context, on every rank."""
+    """A context that receives signals during training. Every rank must enter it."""
 
     def __init__(self):
         self.received, self._at = 0, 0.0
@@ -38,34 +40,37 @@ class Requests:
         self._flag, self._work = torch.zeros(1, dtype=torch.int), None
 
     def __enter__(self) -> "Requests":
+        """Install the signal handlers."""
         self._before = {number: signal.signal(number, self._receive) for number in SIGNALS}
         # Python calls a signal's handler only between two bytecode instructions, and a backward
-        # pass is one. So a thread prints the line: it reads the signal's number from a pipe, to
-        # which Python's low-level handler writes at once.
-        ear, self._mouth = os.pipe()
-        os.set_blocking(self._mouth, False)
-        self._mouth_before = signal.set_wakeup_fd(self._mouth, warn_on_full_buffer=False)
+        # pass is one instruction. So a thread prints the line: it reads the signal's number from a
+        # pipe, to which Python's low-level handler writes at once.
+        reader, self._writer = os.pipe()
+        os.set_blocking(self._writer, False)
+        self._writer_before = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
         threading.Thread(
-            target=_acknowledge, args=(ear, distributed.rank() == 0), daemon=True
+            target=_acknowledge, args=(reader, distributed.rank() == 0), daemon=True
         ).start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        signal.set_wakeup_fd(self._mouth_before)
-        os.close(self._mouth)
+        """Restore the signal handlers."""
+        signal.set_wakeup_fd(self._writer_before)
+        os.close(self._writer)
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _receive(self, number: int, frame: FrameType | None) -> None:
+    def _receive(self, number: int, _: FrameType | None) -> None:
         if not self.received:
             self.received, self._at = number, time.monotonic()
         elif number == signal.SIGINT and time.monotonic() - self._at > PATIENCE:
-            end_by(number)
+            end_by_signal(number)
 
     def agreed(self) -> str:
-        """To be asked after every step, on every rank: the signal's name, once all ranks know of it; empty if there is none.
+        """Return the name of the received signal once all ranks know it, else "".
 
-        The ranks' answers are exchanged while the next step runs, so that all of them end after the same one, and none waits.
+        Every rank must call it after every step. The ranks exchange their answers while the next
+        step runs. So all of them stop after the same step, and none waits.
         """
         if self._group is None:
             return self._name(self.received)
@@ -82,12 +87,15 @@ class Requests:
         return signal.Signals(number).name if number else ""
 
 
-def _acknowledge(ear: int, speaks: bool) -> None:
-    """Print a line at the first of `SIGNALS`, if this process `speaks`; end with the pipe."""
-    with open(ear, "rb", buffering=0) as pipe:
+def _acknowledge(reader: int, prints: bool) -> None:
+    """Read signal numbers from the pipe `reader` until it closes; print a line at the first one.
+
+    Prints only if `prints`, which is true on rank 0.
+    """
+    with open(reader, "rb", buffering=0) as pipe:
         while numbers := pipe.read(1):
-            if speaks and numbers[0] in SIGNALS:
-                speaks = False
+            if prints and numbers[0] in SIGNALS:
+                prints = False
                 name = signal.Signals(numbers[0]).name
                 again = (
                     f"; Ctrl-C after {PATIENCE:.0f} seconds ends at once"
@@ -100,10 +108,13 @@ def _acknowledge(ear: int, speaks: bool) -> None:
 
 
 @contextlib.contextmanager
-def before_training() -> Iterator[None]:
-    """Until `Requests` takes the signals, and after it: those of a scheduler raise Interrupted, since there is nothing to save."""
+def outside_training() -> Iterator[None]:
+    """Raise Interrupted at a scheduler's signal outside training, when there is nothing to save.
 
-    def end(number: int, frame: FrameType | None) -> None:
+    During training `Requests` receives the signals instead.
+    """
+
+    def end(number: int, _: FrameType | None) -> None:
         raise nothing_to_save(number)
 
     before = {number: signal.signal(number, end) for number in SIGNALS if number != signal.SIGINT}
@@ -115,18 +126,22 @@ def before_training() -> Iterator[None]:
 
 
 def nothing_to_save(number: int) -> Interrupted:
-    """What a run says that a signal has ended before it trained, or after."""
+    """Return the Interrupted of a run that a signal stops before or after training."""
+    name = signal.Signals(number).name
     return Interrupted(
-        f"{signal.Signals(number).name}: not in training, nothing to save; --resume auto goes on"
+        f"{name}: stopped outside training, nothing to save; --resume auto continues the run"
     )
 
 
 @contextlib.contextmanager
-def passed_on(processes: Sequence[int]) -> Iterator[list[int]]:
-    """A launcher's part: signals go to the processes with these ids, which end by themselves. Yields the signals so far."""
+def forward_signals(processes: Sequence[int]) -> Iterator[list[int]]:
+    """Forward signals to the processes with these ids, which exit by themselves.
+
+    Used by the process that has started them. Yields the list of the signals received so far.
+    """
     signals: list[int] = []
 
-    def send(number: int, frame: FrameType | None) -> None:
+    def send(number: int, _: FrameType | None) -> None:
         signals.append(number)
         for pid in processes:
             with contextlib.suppress(ProcessLookupError):
@@ -140,8 +155,8 @@ def passed_on(processes: Sequence[int]) -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def end_by(number: int) -> None:
-    """End this process as the signal does by itself."""
+def end_by_signal(number: int) -> None:
+    """End this process as the signal does without a handler."""
     if number == signal.SIGINT:
         raise KeyboardInterrupt
     signal.signal(number, signal.SIG_DFL)

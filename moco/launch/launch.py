@@ -1,7 +1,9 @@
-"""How processes are started: one per device, all of them calling the same worker.
+"""Start one process per device, each of which calls the same worker.
 
-Launchers: `--multiprocessing-distributed` (spawns here), `torchrun` and `python -m torch.distributed.launch` (RANK, WORLD_SIZE,
-LOCAL_RANK), SLURM's `srun`; with none of them, one process."""
+Launchers: `--multiprocessing-distributed` (processes are spawned here), `torchrun` and
+`python -m torch.distributed.launch` (RANK, WORLD_SIZE, LOCAL_RANK), and SLURM's `srun`. Without a
+launcher, the run is a single process. processes.py decides which of these applies.
+"""
 
 import contextlib
 import logging
@@ -21,7 +23,7 @@ import torch.multiprocessing as mp
 from moco import devices, errors, user
 from moco.config import Config, replaced
 from moco.data import loader
-from moco.errors import InputError, from_os_error
+from moco.errors import InputError, of_file
 from moco.launch import heartbeat, interrupt, output
 from moco.launch.processes import Plan, plan
 from moco.launch.rendezvous import meet
@@ -30,14 +32,14 @@ Worker = Callable[[Config, torch.device], None]
 
 
 def launch(worker: Worker, config: Config) -> None:
-    """Run `worker(config, device)` in every process of the run's plan; returns when all have ended.
+    """Run `worker(config, device)` in every process of the run; return when all have ended.
 
     The worker's config also has `batch_per_process` and `nodes`. An InputError of a worker is
     raised here, too.
     """
     p = plan(config.launch)
-    batch, each = config.input.batch_size, config.input.batch_is_per_process
-    of_process = batch if each else batch // p.local
+    batch, per_process = config.input.batch_size, config.input.batch_is_per_process
+    of_process = batch if per_process else batch // p.local
     if of_process < 1:
         raise InputError(
             f"--batch-size {batch} is smaller than the {p.local} processes of this node; raise it"
@@ -45,47 +47,51 @@ def launch(worker: Worker, config: Config) -> None:
     config = replaced(config, nodes=p.nodes, batch_per_process=of_process)
     if p.launcher != "spawn":
         name = os.path.basename(sys.argv[0])
-        _process(p, worker, config, p.first, p.local_rank, lambda lost: _tell(name, lost))
+        _process(p, worker, config, p.first, p.local_rank, lambda lost: _print_lost(name, lost))
         return
-    # a rank that is ended because another one failed cannot tidy up; Python's tracker does, and need not report it
+    # A rank that is killed because another one failed cannot release its resources. Python's
+    # resource tracker does, and need not warn about it.
     sys.warnoptions.append("ignore:resource_tracker:UserWarning")
     context = mp.get_context("spawn")
-    ends = context.SimpleQueue()
+    errors_of_ranks = context.SimpleQueue()
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
-    processes = mp.spawn(_spawned, (p, worker, config, ends), nprocs=p.local, join=False)
-    with interrupt.passed_on(processes.pids()) as signals:
+    processes = mp.spawn(_spawned, (p, worker, config, errors_of_ranks), nprocs=p.local, join=False)
+    with interrupt.forward_signals(processes.pids()) as signals:
         killed = _killed(processes.processes)
         try:
             while not processes.join():
                 pass
         except (mp.ProcessExitedException, mp.ProcessRaisedException) as error:
-            if (
-                not ends.empty()
-            ):  # the others only lost their connection to the process that made it
-                raise ends.get() from None
+            # the first error is the cause: other ranks only lost their connection to its process
+            if not errors_of_ranks.empty():
+                raise errors_of_ranks.get() from None
             if signals and config.TRAINS and signals[0] != signal.SIGINT:
                 raise interrupt.nothing_to_save(signals[0]) from None
             if signals:
-                interrupt.end_by(signals[0])
+                interrupt.end_by_signal(signals[0])
             raise _lost(p.first, killed, error) from None
-    if not ends.empty():
-        raise ends.get()
+    if not errors_of_ranks.empty():
+        raise errors_of_ranks.get()
 
 
-def _tell(name: str, lost: str) -> None:
-    """Print the line about a lost rank; the process ends next, without Python's own flush."""
+def _print_lost(name: str, lost: str) -> None:
+    """Print the message about a lost rank; flush it, because the process then exits at once."""
     print(f"{name}: error: {lost}", file=sys.stderr, flush=True)
 
 
-class Lost(Exception):
-    """A process of the run has failed, or was lost; the message says which and how."""
+class LostRankError(Exception):
+    """Raised when a process of the run has failed or was lost; the message says which and how."""
 
 
 def _killed(processes: list) -> dict[int, str]:
-    """Wait until a process has failed or all have ended; returns, by place, the signals that ended any, the first first.
+    """Wait until all processes have ended, or one has failed; return the signals that ended any.
 
-    The others have a while to end by themselves, as they do without their connection, and are then killed: one that waits for
-    the lost one does not listen.
+    After a failure the other processes have `PATIENCE` seconds to exit, which they do when they
+    lose their connection to the failed one. Then they are killed, because a process that waits for
+    the failed one may wait forever.
+
+    Returns:
+        Names of signals by index of the process; the one that failed first comes first.
     """
     running = {process.sentinel: process for process in processes}
     while running:
@@ -108,37 +114,50 @@ def _killed(processes: list) -> dict[int, str]:
 
 PATIENCE = 10.0  # seconds
 
-
 OUT_OF_MEMORY = (
-    "; the system does so where memory runs out: try fewer --workers or a smaller --batch-size"
+    "; the system kills processes when memory runs out: "
+    "try fewer --workers or a smaller --batch-size"
 )
 
 
 def _lost(
     first: int, killed: dict[int, str], error: mp.ProcessExitedException | mp.ProcessRaisedException
-) -> Lost:
-    """What to tell of a failure; the traceback of a process that raised goes to stderr before it."""
+) -> LostRankError:
+    """Return the error about a failed process; print its traceback, if it raised, to stderr.
+
+    Args:
+        first: global rank of this node's first process.
+        killed: what `_killed` has returned.
+        error: what torch.multiprocessing has raised.
+    """
     if killed:
         i, name = next(iter(killed.items()))
-        return Lost(
-            f"rank {first + i} was ended by {name}{OUT_OF_MEMORY if name == 'SIGKILL' else ''}"
-        )
+        hint = OUT_OF_MEMORY if name == "SIGKILL" else ""
+        return LostRankError(f"rank {first + i} was killed by {name}{hint}")
     if isinstance(error, mp.ProcessRaisedException):
         print(error.msg, file=sys.stderr)
-        return Lost(f"rank {first + error.error_index}: {error.msg.strip().splitlines()[-1]}")
-    return Lost(f"rank {first + error.error_index} ended with status {error.exit_code}")
+        return LostRankError(
+            f"rank {first + error.error_index}: {error.msg.strip().splitlines()[-1]}"
+        )
+    return LostRankError(f"rank {first + error.error_index} ended with status {error.exit_code}")
 
 
-def _spawned(i: int, p: Plan, worker: Worker, config: Config, ends) -> None:
+def _spawned(i: int, p: Plan, worker: Worker, config: Config, errors_of_ranks) -> None:
+    """Run the worker in spawned process `i` of this node; put its error, if any, into the queue."""
     user.prepare()
     output.guard()
+
+    def tell(lost: str) -> None:
+        errors_of_ranks.put(LostRankError(lost))
+
     try:
-        _process(p, worker, config, p.first + i, i, lambda lost: ends.put(Lost(lost)))
+        _process(p, worker, config, p.first + i, i, tell)
     except InputError as error:
-        ends.put(error)
+        errors_of_ranks.put(error)
         sys.exit(2)
-    except interrupt.Interrupted as end:  # all of them end so, and are not hurried
-        ends.put(end)
+    # a normal exit: the other ranks are interrupted, too, and must not be killed while they save
+    except interrupt.Interrupted as end:
+        errors_of_ranks.put(end)
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -146,14 +165,15 @@ def _spawned(i: int, p: Plan, worker: Worker, config: Config, ends) -> None:
 def _process(
     p: Plan, worker: Worker, config: Config, r: int, local_rank: int, tell: Callable[[str], None]
 ) -> None:
-    """Set up this process's device and process group, run the worker, take the group down.
+    """Set up this process's device and process group, run the worker, destroy the group.
 
-    `tell` gets the line about a rank that was lost, after which this process ends.
+    `r` is the global rank, `local_rank` the rank on this node. `tell` is called with a message if
+    another rank is lost; then this process exits.
     """
     device = devices.of_process(config.launch.device, config.launch.gpu, local_rank)
     if device.type == "cpu" and p.local > 1:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // p.local))
-    if device.type in ("cuda", "xpu"):  # a machine has one MPS device
+    if device.type in ("cuda", "xpu"):  # there is only one MPS device
         torch.get_device_module(device).set_device(device)
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True
@@ -162,8 +182,8 @@ def _process(
         backend = config.launch.dist_backend or ("nccl" if device.type == "cuda" else "gloo")
         if p.launcher == "srun":
             os.environ.setdefault("LOCAL_RANK", str(local_rank))
-        alone = p.launcher == "torchrun" and "LOCAL_RANK" not in os.environ  # started by hand
-        store = meet(p.url, r, p.world_size, announce=local_rank == 0 or alone)
+        by_hand = p.launcher == "torchrun" and "LOCAL_RANK" not in os.environ
+        store = meet(p.url, r, p.world_size, announce=local_rank == 0 or by_hand)
         timeout = timedelta(minutes=30)
         store.set_timeout(timeout)
         dist.init_process_group(
@@ -173,20 +193,20 @@ def _process(
             world_size=p.world_size,
             timeout=timeout,
         )
-        guard = heartbeat.Watch(store, r, p.world_size, tell)
+        guard = heartbeat.Heartbeat(store, r, p.world_size, tell)
     try:
         with (
             guard,
-            interrupt.before_training() if config.TRAINS else contextlib.nullcontext(),
+            interrupt.outside_training() if config.TRAINS else contextlib.nullcontext(),
         ):
             _work(worker, config, device, r)
     except InputError as error:
         if store is None or p.launcher == "spawn":
             raise
-        _say_once(store, error)
-        raise InputError() from None
+        _print_once(store, error)
+        raise InputError() from None  # without lines: nothing more to print
     finally:
-        loader.kill_workers(mp.active_children())
+        loader.end(mp.active_children())
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -194,38 +214,41 @@ def _process(
 def _work(worker: Worker, config: Config, device: torch.device, r: int) -> None:
     """Run the worker on rank `r`.
 
-    Raises InputError also for a file, too little memory, and a lost loader process.
+    Turns errors that the user can fix into InputError: those about a file, too little memory, an
+    operation that the device lacks, and a loader process that died.
     """
     try:
         worker(config, device)
     except OSError as error:
-        raise from_os_error(error) from None
+        raise of_file(error) from None
     except (RuntimeError, MemoryError) as error:
-        what = " ".join(str(error).split())
+        message = " ".join(str(error).split())
         no_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
-        if no_memory or "allocate memory" in what or "MPS backend out of memory" in what:
+        if no_memory or "allocate memory" in message or "MPS backend out of memory" in message:
             raise InputError(
-                f"memory runs out on rank {r}; try a smaller --batch-size or network ({what})"
+                f"memory runs out on rank {r}; try a smaller --batch-size or network ({message})"
             ) from None
         if isinstance(error, NotImplementedError) and device.type in devices.ONE_PROCESS:
             lacks = f"--device {device.type}: PyTorch lacks an operation on this device"
-            raise InputError(f"{lacks}; give --device cpu ({what})") from None
-        if "DataLoader worker" not in what:
+            raise InputError(f"{lacks}; give --device cpu ({message})") from None
+        if "DataLoader worker" not in message:
             raise
-        raise InputError(f"a loader process of rank {r} was ended: {what}{OUT_OF_MEMORY}") from None
+        died = f"a loader process of rank {r} died: {message}"
+        raise InputError(f"{died}{OUT_OF_MEMORY}") from None
 
 
-def _say_once(store: dist.Store, error: InputError) -> None:
-    """Print an error unless another rank of this node prints the same one.
+def _print_once(store: dist.Store, error: InputError) -> None:
+    """Print an error unless another rank of this node has printed the same one.
 
-    It is printed here, because the launcher ends all processes as soon as one has ended.
+    A launcher such as torchrun kills all processes when one has exited, so this process prints the
+    error before it exits.
     """
     key = f"error {os.environ.get('TORCHELASTIC_RESTART_COUNT', '')} {socket.gethostname()} {error}"
     key = key.encode(errors="backslashreplace").decode()  # a store takes UTF-8 only
     try:
-        speaks_for_run = store.add(key, 1) == 1
-    except RuntimeError:  # the rank that keeps the store has ended
-        speaks_for_run = True
-    if speaks_for_run:
-        lines = errors.format_error(os.path.basename(sys.argv[0]), error)
+        first = store.add(key, 1) == 1
+    except RuntimeError:  # the rank that runs the store has exited
+        first = True
+    if first:
+        lines = errors.printed(os.path.basename(sys.argv[0]), error)
         print(lines, end="", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""Let a run outlive its standard output and error: what cannot be written there is dropped."""
+"""Keep a run alive when its standard output or error cannot be written: drop the output."""
 
 import contextlib
 import io
@@ -6,7 +6,7 @@ import os
 import sys
 
 
-class _Patient(io.FileIO):
+class _Tolerant(io.FileIO):
     """A file whose writes never fail: they drop data if the reader is gone or the disk is full."""
 
     def write(self, data) -> int:
@@ -17,15 +17,15 @@ class _Patient(io.FileIO):
 
 
 def guard() -> None:
-    """Make this process continue when its output has no reader, no room, or was closed at the start.
+    """Make this process continue when its output has no reader, no space, or is closed.
 
-    Call it at the start of each process; a second call changes nothing. Output that a caller has
-    redirected inside Python, as tests do, stays as it is.
+    Call it at the start of each process; a second call changes nothing. Output that Python code has
+    redirected, as tests do, stays as it is.
     """
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
-        except OSError:  # closed: a file opened later would get its number, and the output
+        except OSError:  # closed: the next file opened would get this number and the output
             os.open(os.devnull, os.O_RDWR)
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
@@ -33,12 +33,12 @@ def guard() -> None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (for the life of the process)
             continue
         own = stream is getattr(sys, f"__{name}__") and isinstance(stream, io.TextIOWrapper)
-        if not own or isinstance(getattr(stream.buffer, "raw", None), _Patient):
+        if not own or isinstance(getattr(stream.buffer, "raw", None), _Tolerant):
             continue
         with contextlib.suppress(OSError):
             stream.flush()
         guarded = io.TextIOWrapper(
-            io.BufferedWriter(_Patient(stream.fileno(), "w", closefd=False)),
+            io.BufferedWriter(_Tolerant(stream.fileno(), "w", closefd=False)),
             encoding=stream.encoding,
             errors=stream.errors,
             line_buffering=name == "stderr" or stream.line_buffering or stream.write_through,

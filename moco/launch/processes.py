@@ -1,8 +1,12 @@
-"""Decide which processes a command starts, from its options and the launcher's environment."""
+"""Decide which processes a command starts, from its options and the launcher's environment.
+
+launch.py starts them; rendezvous.py connects them.
+"""
 
 import os
 import socket
 import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,57 +18,64 @@ from moco.sections import Input, Launch
 
 @dataclass(frozen=True)
 class Plan:
-    """How this command takes part in the run: which processes it starts and how they meet."""
+    """The processes that this command starts, and how they connect to the others of the run."""
 
     launcher: str  # spawn, torchrun, srun or single
-    nodes: int  # how many nodes `batch_size` is counted on
-    local: int  # processes on this node
+    nodes: int  # number of nodes; `batch_size` counts per node
+    local: int  # number of processes on this node
     first: int  # global rank of the first process that this command starts
-    world_size: int
-    local_rank: int  # of that process
-    url: str  # init_method, empty where nothing is distributed
+    world_size: int  # number of processes of the run
+    local_rank: int  # local rank of the first process
+    url: str  # init_method of the process group; "" for a single process
 
 
 def plan(launch: Launch) -> Plan:
-    """Find out from the options and the environment how the run is launched. Raises InputError."""
-    kind = devices.chosen(launch.device)
-    p = _plan(launch, kind)
-    if p.world_size > 1 and kind in devices.ONE_PROCESS:
-        several = f"--device {kind}: supports a single process, and this run has {p.world_size}"
+    """Return the plan of the run. Raises InputError if options and environment do not fit."""
+    device_type = devices.chosen(launch.device)
+    p = _plan(launch, device_type)
+    if p.world_size > 1 and device_type in devices.ONE_PROCESS:
+        several = (
+            f"--device {device_type}: supports a single process, and this run has {p.world_size}"
+        )
         raise InputError(f"{several}; start one process, or give --device cpu")
     return p
 
 
-def _plan(launch: Launch, kind: str) -> Plan:
-    """Return the `plan` for devices of type `kind`, unchecked for support of several processes."""
-    gpus = devices.count(kind)
+def _plan(launch: Launch, device_type: str) -> Plan:
+    """Return the plan, without checking that `device_type` supports several processes."""
+    gpus = devices.count(device_type)
     env = os.environ
     if launch.gpu is not None and launch.gpu >= gpus:
         if launch.device == "cpu":
-            raise InputError(f"--gpu {launch.gpu}: --device cpu uses no GPU; leave one of both out")
+            raise InputError(
+                f"--gpu {launch.gpu}: --device cpu uses no GPU; leave one of the two out"
+            )
         raise InputError(
-            f"--gpu {launch.gpu}: this machine has {gpus} GPU(s); leave --gpu out or choose another"
+            f"--gpu {launch.gpu}: this machine has {gpus} GPU(s); leave --gpu out, or choose another"
         )
-    if launch.dist_backend == "nccl" and kind != "cuda":
+    if launch.dist_backend == "nccl" and device_type != "cuda":
         where = (
             "this machine has none" if launch.device == "auto" else f"--device is {launch.device}"
         )
         raise InputError(f"--dist-backend nccl: needs CUDA GPUs, and {where}; leave it out")
     if launch.nproc_per_node is not None and launch.nproc_per_node < 1:
-        raise InputError("--nproc-per-node must be at least 1")
+        raise InputError(f"--nproc-per-node {launch.nproc_per_node}: must be at least 1")
     launched = "RANK" in env and "WORLD_SIZE" in env
     if launch.multiprocessing_distributed and launched and _number("LOCAL_WORLD_SIZE", 1) > 1:
-        raise InputError(
-            "--multiprocessing-distributed: torchrun has started a process per GPU already; leave it out"
-        )
+        started = "torchrun has started a process per GPU already"
+        raise InputError(f"--multiprocessing-distributed: {started}; leave it out")
     spawns = launch.multiprocessing_distributed
-    if spawns is None:  # the script's default: every GPU that it sees, unless told otherwise
-        several = launch.nproc_per_node or (kind == "cuda" and gpus > 1 and launch.gpu is None)
+    # the default of main_adco.py: every visible GPU, unless a launcher or an option says otherwise
+    if spawns is None:
+        several = launch.nproc_per_node or (
+            device_type == "cuda" and gpus > 1 and launch.gpu is None
+        )
         spawns = several and not launched and _number("SLURM_STEP_NUM_TASKS", 1) <= 1
     if spawns:
         local = launch.nproc_per_node or max(gpus, 1)
         if gpus and local > gpus:
-            raise InputError(f"--nproc-per-node {local}: this machine has {gpus} GPU(s)")
+            few = f"this machine has {gpus} GPU(s)"
+            raise InputError(f"--nproc-per-node {local}: {few}; give {gpus} or less")
         nodes, node = _nodes(launch)
         return Plan(
             "spawn",
@@ -73,7 +84,7 @@ def _plan(launch: Launch, kind: str) -> Plan:
             node * local,
             nodes * local,
             0,
-            _meeting_point(launch, nodes, node),
+            _rendezvous_url(launch, nodes, node),
         )
     if launched:
         r, w = _number("RANK"), _number("WORLD_SIZE")
@@ -91,30 +102,35 @@ def _plan(launch: Launch, kind: str) -> Plan:
         return Plan("srun", nodes, w // nodes, r, w, local_rank, check_url(_slurm_url(launch), r))
     nodes, node = _nodes(launch)
     return Plan(
-        "single", nodes, 1, node, nodes, 0, _meeting_point(launch, nodes, node) if nodes > 1 else ""
+        "single",
+        nodes,
+        1,
+        node,
+        nodes,
+        0,
+        _rendezvous_url(launch, nodes, node) if nodes > 1 else "",
     )
 
 
-WORKERS = 8  # default limit of loader processes for each process; so many keep a GPU busy
+WORKERS = 8  # default limit of loader processes per process; 8 keep a GPU busy
 
 
 def workers(p: Plan, input: Input) -> int:
-    """Return the default of `--workers`: a loader process for each core of this node, at most `WORKERS` for each of its processes.
+    """Return the default of `--workers`: one loader per core, at most `WORKERS` per process.
 
-    With `input.batch_is_per_process`, return the number for one process.
+    The number is that of this node, or per process if `input.batch_is_per_process`.
     """
-    bound = p.launcher == "srun" and "SLURM_CPUS_PER_TASK" in os.environ  # own cores
+    # with this variable each task has cores of its own
+    bound = p.launcher == "srun" and "SLURM_CPUS_PER_TASK" in os.environ
     node = min(cores() * (p.local if bound else 1), WORKERS * p.local)
     return max(1, node // p.local) if input.batch_is_per_process else node
 
 
 def cores() -> int:
-    """Return how many cores this process may use, by its CPU affinity and its container's quota."""
-    n = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    for files in (
-        ("cpu.max",),
-        ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"),
-    ):  # of cgroups v2, and v1
+    """Return the number of cores that the CPU affinity and the container's quota allow."""
+    n = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    cgroup_v2, cgroup_v1 = ("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")
+    for files in (cgroup_v2, cgroup_v1):
         try:
             quota, period = map(
                 int, " ".join((CGROUP / file).read_text() for file in files).split()
@@ -130,47 +146,57 @@ CGROUP = Path("/sys/fs/cgroup")
 
 
 def _number(name: str, default: int | None = None) -> int:
-    """Return an environment variable that a launcher sets. Raises InputError unless it is a count."""
+    """Return an environment variable of a launcher. Raises InputError unless it is a number."""
     text = os.environ.get(name, default)
     if text is None:
         raise InputError(
             f"the environment lacks {name}; start with srun, or unset SLURM_STEP_NUM_TASKS"
         )
     if not str(text).isdecimal():
-        raise InputError(
-            f"the environment says {name}={text}, which is not a number; unset it, or start with torchrun"
-        )
+        wrong = f"the environment variable {name}={text} is not a number"
+        raise InputError(f"{wrong}; unset it, or start with torchrun")
     return int(text)
 
 
 def _check_below(value: int, limit: int, name: str, of: str) -> None:
-    """Raise InputError unless a launcher's numbers fit together: 0 <= `value` < `limit`."""
+    """Raise InputError unless 0 <= `value` < `limit`.
+
+    Args:
+        value: a number from the launcher's environment.
+        limit: its limit, from there, too.
+        name: name of `value` in the message.
+        of: name of `limit` in the message.
+    """
     if not 0 <= value < limit:
         raise InputError(
-            f"the environment says {name} = {value} and {of} = {limit}, but the first must lie "
+            f"the environment has {name} = {value} and {of} = {limit}, but the first must lie "
             "between 0 and the second; unset both, or start with torchrun"
         )
 
 
 def _nodes(launch: Launch) -> tuple[int, int]:
-    """Return the number of nodes and this one's. As in MoCo, env:// takes them from the environment."""
+    """Return the number of nodes, and the number of this node, from 0.
+
+    As in MoCo, `--dist-url env://` reads them from WORLD_SIZE and RANK.
+    """
     nodes, node = max(launch.world_size, 1), max(launch.rank, 0)
     if launch.dist_url == "env://" and launch.multiprocessing_distributed:
         nodes = _number("WORLD_SIZE", 1) if launch.world_size == -1 else nodes
         node = _number("RANK", 0) if launch.rank == -1 else node
     if node >= nodes:
+        counted = "nodes are counted from 0"
         raise InputError(
-            f"--rank {node} with --world-size {nodes}: nodes are counted from 0; use 0 to {nodes - 1}"
+            f"--rank {node} with --world-size {nodes}: {counted}; use 0 to {nodes - 1}"
         )
     return nodes, node
 
 
-def _meeting_point(launch: Launch, nodes: int, node: int) -> str:
-    """The URL where the processes meet; a free port of this machine where none is given."""
+def _rendezvous_url(launch: Launch, nodes: int, node: int) -> str:
+    """Return the URL where the processes connect; by default a free port of this machine."""
     if launch.dist_url == "auto":
         if nodes > 1:
             raise InputError(
-                "several nodes need a meeting point: give --dist-url tcp://FIRST_NODE:PORT"
+                "several nodes need an address to connect to: give --dist-url tcp://FIRST_NODE:PORT"
             )
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
@@ -179,6 +205,7 @@ def _meeting_point(launch: Launch, nodes: int, node: int) -> str:
 
 
 def _slurm_url(launch: Launch) -> str:
+    """Return the URL where the tasks of a SLURM step connect: by default on its first node."""
     if launch.dist_url != "auto":
         return launch.dist_url
     nodes = os.environ.get("SLURM_STEP_NODELIST", os.environ.get("SLURM_NODELIST", "localhost"))
@@ -193,6 +220,6 @@ def _slurm_url(launch: Launch) -> str:
             raise InputError(
                 f"cannot read the node list {nodes}; give --dist-url tcp://FIRST_NODE:PORT"
             ) from None
-    # a port of this job, and of this of the steps that it may run beside each other
+    # job and step ids give the port, so that steps running at the same time use different ports
     job, step = (_number(name, 0) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
     return f"tcp://{first}:{20000 + (job + 1009 * step) % 20000}"

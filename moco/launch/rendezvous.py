@@ -1,4 +1,7 @@
-"""Connect the processes of a run: check the address where they meet, and open the store there."""
+"""Connect the processes of a run: check their common address, and open the store there.
+
+launch.py then initializes the process group with this store.
+"""
 
 import errno
 import os
@@ -13,17 +16,21 @@ from moco.errors import InputError
 
 
 def check_url(url: str, r: int) -> str:
-    """Return the URL where the processes meet, after checking what can be checked on this machine.
+    """Return `url`, where the processes connect, after checking what this machine can check.
 
-    `r` is 0 if rank 0, which keeps the store, runs here. Raises InputError for a URL of another
-    form, a missing or wrong MASTER_ADDR or MASTER_PORT, and a host that cannot be resolved; on
-    rank 0 also for a host that is another machine and for a port in use.
+    Args:
+        url: tcp://HOST:PORT, env:// or file:///PATH.
+        r: 0 if rank 0, which runs the store, is on this machine.
+
+    Raises InputError for another form of URL, a missing or wrong MASTER_ADDR or MASTER_PORT, and a
+    host that cannot be resolved. With `r` 0 also for a host that is another machine, and for a port
+    in use.
     """
     if url.startswith("file:///"):
         return url
     host, port, names = _address(url)
     addresses = _resolve(host, port, names)
-    if r == 0 and not _agent_keeps_store(url):
+    if r == 0 and not _agent_runs_store(url):
         _check_own(
             host, port, names, socket.AF_INET if socket.AF_INET in addresses else socket.AF_INET6
         )
@@ -31,7 +38,7 @@ def check_url(url: str, r: int) -> str:
 
 
 def _address(url: str) -> tuple[str, int, str]:
-    """Return host and port of tcp:// or env://, and what the user calls them. Raises InputError."""
+    """Return host, port, and where the user has set them, for a tcp:// or env:// URL."""
     if url == "env://":
         host, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
         absent = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
@@ -62,19 +69,19 @@ def _address(url: str) -> tuple[str, int, str]:
     return host, int(port), names
 
 
-def _agent_keeps_store(url: str) -> bool:
-    """Return whether torchrun keeps the store at env://, and has opened it already."""
+def _agent_runs_store(url: str) -> bool:
+    """Return whether torchrun runs the store, and has opened it already."""
     return url == "env://" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def _check_own(host: str, port: int, names: str, family: socket.AddressFamily) -> None:
-    """Raise InputError unless this machine, where rank 0 runs, can open the port and be reached as `host`."""
+    """Raise InputError unless rank 0's machine, this one, can open the port and is `host`."""
     try:
         listener = socket.create_server(("", port), family=family)  # like the store
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             choose = (
-                "or leave --dist-url out to have a free one found"
+                "or leave --dist-url out to use a free one"
                 if names == "--dist-url"
                 else "or start with torchrun"
             )
@@ -87,8 +94,9 @@ def _check_own(host: str, port: int, names: str, family: socket.AddressFamily) -
             listener.settimeout(OWN)
             listener.accept()[0].close()
     except OSError:
+        machine = socket.gethostname()
         raise InputError(
-            f"{names} {host}:{port}: rank 0 runs on {socket.gethostname()}, which cannot be reached as {host}; "
+            f"{names} {host}:{port}: rank 0 runs on {machine}, which cannot be reached as {host}; "
             "give this machine's name or address"
         ) from None
     finally:
@@ -96,19 +104,22 @@ def _check_own(host: str, port: int, names: str, family: socket.AddressFamily) -
 
 
 OWN = 5.0  # seconds within which a machine must answer itself
-
-
 MEETING = 300.0  # seconds within which all processes must have connected
-
-
-SILENCE = 10.0  # seconds, after which a line says what is waited for
+SILENCE = 10.0  # seconds of waiting after which a message is printed
 
 
 def meet(url: str, r: int, world_size: int, announce: bool) -> dist.Store:
-    """Return the store at `url` when all `world` processes have connected to it.
+    """Return the store at `url` when all processes have connected to it.
 
-    With `announce`, a line says what is waited for if it takes long. Raises InputError after
-    `MEETING` seconds. Waits in Python code, so that signals are handled.
+    Waits in Python code, so that signals are handled.
+
+    Args:
+        url: a URL that `check_url` has accepted.
+        r: global rank.
+        world_size: number of processes of the run.
+        announce: whether to print a message if waiting takes long.
+
+    Raises InputError after `MEETING` seconds.
     """
     began, announced = time.monotonic(), not announce
 
@@ -128,8 +139,8 @@ def meet(url: str, r: int, world_size: int, announce: bool) -> dist.Store:
     else:
         host, port, names = _address(url)
         where = f"{host}:{port} ({names})"
-        keeps = r == 0 and not _agent_keeps_store(url)
-        while not keeps:
+        is_master = r == 0 and not _agent_runs_store(url)
+        while not is_master:
             try:
                 socket.create_connection((host, port), timeout=OWN).close()
                 break
@@ -138,23 +149,24 @@ def meet(url: str, r: int, world_size: int, announce: bool) -> dist.Store:
                     f"rank {r} waits for rank 0 at {where}: {error.strerror or error}",
                     "is rank 0 started, is this its address, and is the port open?",
                 )
-        store = _open_store(host, port, world_size, keeps, where)
+        store = _open_store(host, port, world_size, is_master, where)
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "")
-    place = dist.PrefixStore(f"meeting{attempt}", store)
-    came = place.add("came", 1)
+    counter = dist.PrefixStore(f"meeting{attempt}", store)
+    came = counter.add("came", 1)
     while came < world_size:
         wait_for(
             f"{came} of {world_size} processes have connected to {where}; rank {r} waits",
             "start the others, or correct WORLD_SIZE or --world-size",
         )
-        came = place.add("came", 0)
+        came = counter.add("came", 0)
     return store
 
 
-def _open_store(host: str, port: int, world_size: int, keeps: bool, where: str) -> dist.Store:
-    """Connect to the store at host:port; open it first if this process `keeps` it. Raises InputError.
+def _open_store(host: str, port: int, world_size: int, is_master: bool, where: str) -> dist.Store:
+    """Connect to the store at host:port; open it first if `is_master`.
 
-    Runs in a thread, because torch waits forever if another kind of server is there.
+    Works in a thread, because torch waits forever if another kind of server answers. Raises
+    InputError if the store cannot be opened or does not answer.
     """
     made: list[dist.Store | Exception] = []
 
@@ -165,7 +177,7 @@ def _open_store(host: str, port: int, world_size: int, keeps: bool, where: str) 
                     host,
                     port,
                     world_size,
-                    is_master=keeps,
+                    is_master=is_master,
                     wait_for_workers=False,
                     multi_tenant=True,
                 )
@@ -182,7 +194,7 @@ def _open_store(host: str, port: int, world_size: int, keeps: bool, where: str) 
         why = f": {' '.join(str(made[0]).split())}" if made else ""
         what = (
             "the store cannot be opened"
-            if keeps
+            if is_master
             else "another program answers there, not rank 0 of this run"
         )
         raise InputError(f"{where}: {what}{why}; choose another port")
@@ -190,7 +202,7 @@ def _open_store(host: str, port: int, world_size: int, keeps: bool, where: str) 
 
 
 def _resolve(host: str, port: int, names: str) -> set[socket.AddressFamily]:
-    """Return the families of the host's addresses. Raises InputError if it has none."""
+    """Return the families (IPv4, IPv6) of the host's addresses. Raises InputError without any."""
     try:
         return {found[0] for found in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
     except (OSError, UnicodeError, OverflowError):

@@ -1,4 +1,4 @@
-"""Encoders for other software: what is written loads strictly and computes the same, or is not there; torch.hub."""
+"""tools/export.py: exported encoders load strictly in other software, with the same features."""
 
 import os
 import resource
@@ -10,21 +10,21 @@ import timm
 import torch
 import torchvision
 from conftest import ROOT, shell
+from encoder_helpers import SMALL as TEST_VIT
+from encoder_helpers import to_moby_name
 from safetensors import safe_open
 from safetensors.torch import load_file
 from test_cli import SMALL as RESNET
 from test_cli import refused
-from test_transformers import SMALL as TEST_VIT
-from test_transformers import as_other_software_names_it
 
 from moco.encoder import networks, resnets
-from moco.encoder.stock import Plain
+from moco.encoder.stock import StockModel
 from tools import export
 
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-    """The tool's command line, in this process: returns its status, stdout and stderr."""
+    """Return a function that calls the tool in this process: status, stdout and stderr."""
 
     def call(*options):
         monkeypatch.setattr(sys, "argv", ["export.py", *map(str, options)])
@@ -34,7 +34,7 @@ def run(monkeypatch, capsys):
 
 
 def network(arch, size=32):
-    """A network without its last layer, with tensors that all differ."""
+    """Return a network without its last layer, whose tensors all differ."""
     net = networks.create(arch, 0, size)
     for tensor in net.state_dict().values():
         if tensor.is_floating_point() and tensor.dim() == 1:
@@ -51,7 +51,7 @@ def saved(path, net, prefix="module.encoder_q.", **more):
 
 @pytest.fixture
 def resnet(tmp_path):
-    """A published ResNet-18 and its file."""
+    """Return a ResNet-18 and its checkpoint."""
     net = network("resnet18")
     return net, saved(tmp_path / "moco.pth.tar", net, arch="resnet18", epoch=200)
 
@@ -62,7 +62,7 @@ def features(net, size=32):
 
 
 def printed(out):
-    """What each line of Python that was printed makes."""
+    """Return the network that each printed line of Python creates."""
     found = []
     for line in out.splitlines():
         if line.startswith("  import "):
@@ -73,7 +73,7 @@ def printed(out):
 
 
 @pytest.mark.parametrize(
-    ("script_name", "options", "prefix", "method", "plainly"),
+    ("script_name", "options", "prefix", "method", "create_stock"),
     [
         (
             "main_synco",
@@ -91,8 +91,8 @@ def printed(out):
         ),
     ],
 )
-def test_what_was_trained_here(
-    script_name, options, prefix, method, plainly, script, run, shared_images, tmp_path
+def test_checkpoint_of_this_project_is_exported(
+    script_name, options, prefix, method, create_stock, script, run, shared_images, tmp_path
 ):
     status, _, err = script(script_name, shared_images, *options, "--save-dir", tmp_path / "run")
     assert status == 0, err
@@ -101,7 +101,7 @@ def test_what_was_trained_here(
     assert status == 0, err
     state = torch.load(file, weights_only=True)["state_dict"]
     written = load_file(tmp_path / "new" / "encoder.safetensors")
-    net = plainly()
+    net = create_stock()
     net.fc = torch.nn.Identity()
     net.load_state_dict(written)
     assert all(torch.equal(tensor, state[prefix + name]) for name, tensor in written.items())
@@ -117,7 +117,7 @@ def test_what_was_trained_here(
 
 
 @pytest.mark.parametrize("arch", ["resnet50", "vit_small", "convnext_atto"])
-def test_networks_of_every_kind(arch, run, tmp_path):
+def test_each_architecture_is_exported(arch, run, tmp_path):
     net = network(arch, 64)
     file = saved(
         tmp_path / "x.pth.tar", net, "module.base_encoder.", arch=arch, args={"image_size": 64}
@@ -133,12 +133,10 @@ def test_networks_of_every_kind(arch, run, tmp_path):
     assert ("num_heads=12" in out) == (arch == "vit_small")
 
 
-def test_swins_and_positions_of_other_software(run, tmp_path):
-    """Names become timm's; positions for another size are interpolated, and that is said."""
+def test_swins_and_positions_of_other_software_are_converted(run, tmp_path):
+    """Names become timm's. Interpolated positions are announced."""
     theirs = network("swin_tiny")
-    model = {
-        as_other_software_names_it(name): tensor for name, tensor in theirs.state_dict().items()
-    }
+    model = {to_moby_name(name): tensor for name, tensor in theirs.state_dict().items()}
     torch.save({"model": model}, tmp_path / "moby.pth")
     status, out, err = run(
         tmp_path / "moby.pth", tmp_path / "swin.pt", "-a", "swin_tiny", "--image-size", 32
@@ -159,16 +157,14 @@ def test_swins_and_positions_of_other_software(run, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a 'b' {c}.pth", "encoder.safetensors"])
-def test_a_folder_for_torch_hub(name, run, resnet, tmp_path):
+def test_folder_for_torch_hub_loads(name, run, resnet, tmp_path):
     net, file = resnet
     status, out, err = run(file, tmp_path / "hub" / name, "--hub")
     assert status == 0 and "torch.hub.load(" in out, err
     moved = (tmp_path / "hub").rename(tmp_path / "elsewhere")
     assert sorted(os.listdir(moved)) == sorted(["hubconf.py", name])
-    for folder in (
-        moved,
-        ROOT,
-    ):  # torch.hub offers what can be called and has no underscore before it
+    # torch.hub offers every callable whose name has no leading underscore
+    for folder in (moved, ROOT):
         entries = runpy.run_path(str(folder / "hubconf.py")).items()
         assert [
             name for name, entry in entries if callable(entry) and not name.startswith("_")
@@ -181,7 +177,7 @@ def test_a_folder_for_torch_hub(name, run, resnet, tmp_path):
     )
 
 
-def test_the_hub_folder_needs_nothing_of_this_project(run, resnet, tmp_path):
+def test_hub_folder_works_without_this_project(run, resnet, tmp_path):
     status, _, err = run(resnet[1], tmp_path / "hub" / "x.pth", "--hub")
     assert status == 0, err
     code = (
@@ -195,7 +191,7 @@ def test_the_hub_folder_needs_nothing_of_this_project(run, resnet, tmp_path):
     assert "set()" in found.stdout
 
 
-def test_words_of_a_file_are_never_code(run, tmp_path):
+def test_text_in_a_checkpoint_never_becomes_code(run, tmp_path):
     evil = '"""\nraise SystemExit("run")\n{0}\'\\'
     file = saved(
         tmp_path / "x.pth.tar",
@@ -214,11 +210,11 @@ def test_words_of_a_file_are_never_code(run, tmp_path):
     )
 
 
-# nothing is lost, and nothing wrong is left
+# errors leave nothing behind, and overwrite nothing
 
 
-def test_other_features_are_an_error_and_leave_nothing(run, tmp_path, monkeypatch):
-    """Six heads in place of twelve: every tensor fits, and the features are others."""
+def test_different_features_are_an_error_and_leave_no_file(run, tmp_path, monkeypatch):
+    """With six heads instead of twelve every tensor fits, but the features differ."""
     file = saved(
         tmp_path / "x.pth.tar",
         network("vit_small"),
@@ -227,7 +223,7 @@ def test_other_features_are_an_error_and_leave_nothing(run, tmp_path, monkeypatc
         args={"image_size": 32},
     )
     six = "net = timm.create_model('vit_small_patch16_224', num_classes=0, img_size=32)"
-    monkeypatch.setattr(export, "homes", lambda *_: [Plain("timm", (six,))])
+    monkeypatch.setattr(export, "stock_models", lambda *_: [StockModel("timm", (six,))])
     refused(
         run(file, tmp_path / "new" / "x.pth", "--hub"),
         "timm's network has other features",
@@ -236,7 +232,7 @@ def test_other_features_are_an_error_and_leave_nothing(run, tmp_path, monkeypatc
     assert not os.listdir(tmp_path / "new")
 
 
-def test_a_diverged_encoder_is_refused(run, tmp_path):
+def test_diverged_encoder_is_refused(run, tmp_path):
     net = network("resnet18")
     with torch.no_grad():
         net.conv1.weight[0, 0, 0, 0] = torch.nan
@@ -248,7 +244,7 @@ def test_a_diverged_encoder_is_refused(run, tmp_path):
     assert os.listdir(tmp_path) == ["x.pth.tar"]
 
 
-def test_what_is_there_stays_unless_forced(run, resnet, tmp_path):
+def test_existing_files_stay_unless_forced(run, resnet, tmp_path):
     _, file = resnet
     (tmp_path / "new").mkdir()
     out, hub = tmp_path / "new" / "x.pth", tmp_path / "new" / "hubconf.py"
@@ -264,8 +260,8 @@ def test_what_is_there_stays_unless_forced(run, resnet, tmp_path):
     assert len(torch.load(out, weights_only=True)) == 120
 
 
-def test_a_disk_that_fills_leaves_nothing(run, resnet, tmp_path):
-    """As a limit on a file's size, which a write runs into halfway."""
+def test_full_disk_leaves_no_file(run, resnet, tmp_path):
+    """A limit on file sizes stands in for the full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10**7, before[1]))
     try:
@@ -276,7 +272,7 @@ def test_a_disk_that_fills_leaves_nothing(run, resnet, tmp_path):
     assert not os.listdir(tmp_path / "new")
 
 
-def test_mistakes_are_one_line(run, resnet, tmp_path):
+def test_errors_are_one_line(run, resnet, tmp_path):
     _, file = resnet
     (tmp_path / "file").write_text("")
     (tmp_path / "folder.pth").mkdir()
@@ -295,11 +291,11 @@ def test_mistakes_are_one_line(run, resnet, tmp_path):
         ((file, tmp_path / "out.pth.tar"), ("let OUT end in .pth, .pt, .safetensors",)),
         ((file, tmp_path / "folder.pth"), ("is a folder",)),
         ((file, tmp_path / "file" / "out.pth"), ("cannot be written",)),
-        ((file, out, "-a", "resnet50"), ("is of resnet18, not resnet50; give -a resnet18",)),
+        ((file, out, "-a", "resnet50"), ("contains resnet18, not resnet50; give -a resnet18",)),
         ((file, out, "-a", "resnet51"), ("the nearest is 'resnet",)),
         ((bare, out), ("does not fit", "resnet50 was tried: give another -a ARCH")),
         ((vit, out, "--image-size", 40), ("--image-size 40", "multiple")),
-        ((vit, out, "-a", "resnet18"), ("is of vit_tiny, not resnet18",)),
+        ((vit, out, "-a", "resnet18"), ("contains vit_tiny, not resnet18",)),
     ):
         refused(run(*options), *words)
     latin = tmp_path / os.fsdecode(b"\xe9.safetensors")

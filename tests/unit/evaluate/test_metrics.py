@@ -1,8 +1,9 @@
-"""Each metric against its slow definition, on fresh random scores."""
+"""Each metric equals its slow definition on random scores."""
 
 import numpy as np
 import pytest
 import torch
+from metric_helpers import eleven_points_by_hand
 from sklearn.metrics import average_precision_score, confusion_matrix
 
 from moco.engine.log import Mean
@@ -17,7 +18,7 @@ def batches(*tensors, size=7):
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("classes", [3, 12])
-def test_accuracies_are_those_of_the_confusion_matrix(seed, classes):
+def test_accuracies_equal_those_of_the_confusion_matrix(seed, classes):
     rng = np.random.default_rng(seed)
     label = rng.integers(0, classes - 1, 60)  # the last class has no image
     logits = rng.normal(size=(2, 60, classes))
@@ -37,22 +38,11 @@ def test_accuracies_are_those_of_the_confusion_matrix(seed, classes):
         )
 
 
-def eleven_points_by_hand(label, score) -> float:
-    """VOC's development kit: walk down the ranking, then for each recall the best precision from there on."""
-    right = np.cumsum(label[np.argsort(-score, kind="stable")])
-    precision = right / np.arange(1, len(label) + 1)
-    reached = [
-        [p for p, r in zip(precision, right, strict=True) if 10 * r >= tenth * label.sum()]
-        for tenth in range(11)
-    ]
-    return sum(max(p) for p in reached) / 11
-
-
 @pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize("share", [0.05, 0.3, 0.9])
-def test_average_precision_is_its_definition(seed, share):
+@pytest.mark.parametrize("fraction", [0.05, 0.3, 0.9])
+def test_average_precision_equals_its_definition(seed, fraction):
     rng = np.random.default_rng(seed)
-    label = (rng.random(200) < share).astype(int)
+    label = (rng.random(200) < fraction).astype(int)
     label[0] = 1
     score = rng.normal(size=200) + label
     assert metrics.eleven_points(label, score) == pytest.approx(
@@ -63,8 +53,8 @@ def test_average_precision_is_its_definition(seed, share):
     )
 
 
-def test_eleven_points_of_a_ranking_worked_out_by_hand():
-    # right, wrong, right, wrong, wrong, right, ...: recall 1/4 at precision 1, 2/4 at 2/3, 3/4 at 3/6, 4/4 at 4/10
+def test_eleven_points_of_a_ranking_computed_by_hand():
+    # recall 1/4 has precision 1, recall 2/4 has 2/3, recall 3/4 has 3/6, recall 4/4 has 4/10
     label = np.array([1, 0, 1, 0, 0, 1, 0, 0, 0, 1])
     score = -np.arange(10.0)
     # recalls 0 .1 .2 | .3 .4 .5 | .6 .7 | .8 .9 1
@@ -75,13 +65,13 @@ def test_eleven_points_of_a_ranking_worked_out_by_hand():
 
 
 def test_a_recall_on_a_tenth_counts_for_that_tenth():
-    """10 images shown: every recall is a tenth, which binary fractions miss by a hair."""
+    """With 10 positives every recall is a tenth, which floating point rounds."""
     label = np.tile([1, 0], 10)
     want = sum((i or 1) / (2 * (i or 1) - 1) for i in range(11)) / 11
     assert metrics.eleven_points(label, -np.arange(20.0)) == pytest.approx(want)
 
 
-def test_difficult_objects_and_absent_classes_are_not_counted():
+def test_difficult_objects_and_absent_classes_do_not_count():
     rng = np.random.default_rng(0)
     labels, scores = rng.integers(-1, 2, (50, 4)), rng.normal(size=(50, 4))
     labels[:, 2] = np.minimum(labels[:, 2], 0)  # no image shows it
@@ -99,7 +89,7 @@ def test_difficult_objects_and_absent_classes_are_not_counted():
 def test_average_precision_of_several_classifiers_in_batches():
     torch.manual_seed(0)
     logits, label = torch.randn(40, 3, 5), torch.randint(0, 2, (40, 5))
-    meter = metrics.meter(True, 3, 5, CPU)
+    meter = metrics.create_meter(True, 3, 5, CPU)
     for row, y in batches(logits, label):
         meter.add(row.transpose(0, 1), y)
     for head, found in enumerate(meter.read()):
@@ -108,23 +98,23 @@ def test_average_precision_of_several_classifiers_in_batches():
         )
 
 
-def test_a_classifier_that_diverged_is_worth_what_a_constant_is():
+def test_diverged_classifier_scores_like_a_constant():
     labels = np.array([[1], [0], [0], [1]])
     found = metrics.mean_average_precision(np.full((4, 1), np.nan), labels)
     assert found == {"map11": pytest.approx(0.5), "map": pytest.approx(0.5)}
 
 
-def test_means_of_a_log_line():
+def test_means_of_a_log_line_leave_out_metrics_without_samples():
     mean = Mean()
     assert mean.read() == {}
     for loss, right, count in ((1.0, 1, 1), (2.0, 0, 0), (6.0, 2, 9)):
         mean.add(
             {
                 "loss": torch.tensor(loss),
-                "share": (torch.tensor(right), torch.tensor(count)),
+                "rate": (torch.tensor(right), torch.tensor(count)),
                 "none": (torch.tensor(0),) * 2,
             }
         )
-    assert mean.read() == {"loss": 3.0, "share": 0.3}  # and nothing of what there was none of
+    assert mean.read() == {"loss": 3.0, "rate": 0.3}
     mean.add({"loss": torch.tensor(5.0)})
     assert mean.read() == {"loss": 5.0}

@@ -1,0 +1,261 @@
+"""Which processes a command starts, and how many loader processes."""
+
+import os
+from argparse import Namespace
+
+import pytest
+import torch
+from conftest import shell
+from launch_helpers import MEETING
+from test_cli import SMALL, options, refused
+
+import main_adco
+from moco.errors import InputError
+from moco.launch import launch, processes
+
+
+def launch_options(**given) -> Namespace:
+    """Return launch options, by default as if none was given."""
+    none = {
+        "device": "auto",
+        "gpu": None,
+        "nproc_per_node": None,
+        "multiprocessing_distributed": False,
+        "world_size": -1,
+        "rank": -1,
+        "dist_url": "auto",
+        "dist_backend": None,
+    }
+    return Namespace(**{**none, **given})
+
+
+def test_plan_without_a_launcher_is_one_process(no_launcher):
+    plan = processes.plan(launch_options())
+    assert (plan.launcher, plan.world_size, plan.url) == ("single", 1, "")
+
+
+def test_plan_of_torchrun(no_launcher, monkeypatch):
+    for name, value in {
+        **MEETING,
+        "RANK": 5,
+        "WORLD_SIZE": 8,
+        "LOCAL_RANK": 1,
+        "LOCAL_WORLD_SIZE": 4,
+    }.items():
+        monkeypatch.setenv(name, str(value))
+    plan = processes.plan(launch_options())
+    assert (
+        plan.launcher,
+        plan.nodes,
+        plan.local,
+        plan.first,
+        plan.world_size,
+        plan.local_rank,
+    ) == (
+        "torchrun",
+        2,
+        4,
+        5,
+        8,
+        1,
+    )
+
+
+def test_plan_of_srun(no_launcher, monkeypatch):
+    values = {
+        "SLURM_STEP_NUM_TASKS": 8,
+        "SLURM_STEP_NUM_NODES": 2,
+        "SLURM_PROCID": 6,
+        "SLURM_LOCALID": 2,
+    }
+    for name, value in {**values, "SLURM_STEP_NODELIST": "localhost", "SLURM_JOB_ID": 12}.items():
+        monkeypatch.setenv(name, str(value))
+    plan = processes.plan(launch_options())
+    assert (
+        plan.launcher,
+        plan.nodes,
+        plan.local,
+        plan.first,
+        plan.world_size,
+        plan.local_rank,
+    ) == (
+        "srun",
+        2,
+        4,
+        6,
+        8,
+        2,
+    )
+    assert plan.url == "tcp://localhost:20012"
+    monkeypatch.setenv("SLURM_STEP_ID", "1")  # another step of the same job
+    assert processes.plan(launch_options()).url != plan.url
+
+
+def test_plan_of_a_batch_script_without_srun_is_one_process(no_launcher, monkeypatch):
+    monkeypatch.setenv("SLURM_NTASKS", "8")
+    assert processes.plan(launch_options()).launcher == "single"
+
+
+def test_plan_of_two_spawning_nodes(no_launcher):
+    given = {
+        "multiprocessing_distributed": True,
+        "nproc_per_node": 3,
+        "world_size": 2,
+        "rank": 1,
+        "dist_url": "tcp://10.0.0.1:9999",
+    }
+    plan = processes.plan(launch_options(**given))
+    assert (plan.launcher, plan.nodes, plan.local, plan.first, plan.world_size) == (
+        "spawn",
+        2,
+        3,
+        3,
+        6,
+    )
+
+
+def test_env_url_reads_the_nodes_from_the_environment(no_launcher, monkeypatch):
+    for name, value in {**MEETING, "RANK": 1, "WORLD_SIZE": 2}.items():
+        monkeypatch.setenv(name, str(value))
+    plan = processes.plan(
+        launch_options(dist_url="env://", multiprocessing_distributed=True, nproc_per_node=3)
+    )
+    assert (plan.launcher, plan.nodes, plan.local, plan.first, plan.world_size, plan.url) == (
+        "spawn",
+        2,
+        3,
+        3,
+        6,
+        "env://",
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        (("--multiprocessing-distributed", "--dist-url", "tcp://localhost"), "tcp://HOST:PORT"),
+        (("--multiprocessing-distributed", "--world-size", 2, "--rank", 0), "--dist-url"),
+        (("--multiprocessing-distributed", "--world-size", 2, "--rank", 2), "--rank 2"),
+        (("--gpu", 99), "--gpu 99"),
+    ],
+)
+def test_impossible_launch_is_an_error(script, images, options, word):
+    refused(script("main_synco", images, *SMALL, *options), word)
+
+
+@pytest.fixture
+def gpus(no_launcher, monkeypatch):
+    """Return a function that sets the number of GPUs of this machine."""
+
+    def has(n: int) -> None:
+        monkeypatch.setattr(torch.accelerator, "is_available", lambda: n > 0)
+        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: n > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: n)
+
+    return has
+
+
+def adco(*words: object) -> processes.Plan:
+    """Return the plan of main_adco.py with these options."""
+    return processes.plan(main_adco.parser().parse(["d", *map(str, words)]))
+
+
+def test_adco_uses_every_gpu_by_default(gpus):
+    for count, words, expected in (
+        (8, (), ("spawn", 8)),
+        (8, ("--nproc-per-node", 3), ("spawn", 3)),
+        (8, ("--gpu", 2), ("single", 1)),
+        (8, ("--no-multiprocessing-distributed",), ("single", 1)),
+        (8, ("--multiprocessing_distributed", 0), ("single", 1)),
+        (8, ("--multiprocessing-distributed",), ("spawn", 8)),
+        (1, (), ("single", 1)),
+        (0, (), ("single", 1)),
+        (0, ("--nproc-per-node", 2), ("spawn", 2)),
+    ):
+        gpus(count)
+        plan = adco(*words)
+        assert (plan.launcher, plan.local, plan.world_size) == (*expected, expected[1]), (
+            count,
+            words,
+        )
+    gpus(8)
+    plan = adco("--world-size", 2, "--rank", 1, "--dist-url", "tcp://10.0.0.1:9999")
+    assert (plan.launcher, plan.local, plan.first, plan.world_size) == ("spawn", 8, 8, 16)
+
+
+def test_other_scripts_use_one_gpu_by_default(gpus):
+    gpus(8)
+    assert processes.plan(options("d")).launcher == "single"
+
+
+def test_launcher_overrides_the_default_of_adco(gpus, monkeypatch):
+    gpus(8)
+    for name, value in {
+        "SLURM_STEP_NUM_TASKS": 8,
+        "SLURM_PROCID": 3,
+        "SLURM_LOCALID": 3,
+        "SLURM_STEP_NODELIST": "localhost",
+    }.items():
+        monkeypatch.setenv(name, str(value))
+    assert adco().launcher == "srun"
+    torchrun = {"RANK": 3, "WORLD_SIZE": 8, "LOCAL_RANK": 3, "LOCAL_WORLD_SIZE": 8}
+    for name, value in (torchrun | {"MASTER_ADDR": "localhost", "MASTER_PORT": 29500}).items():
+        monkeypatch.setenv(name, str(value))
+    assert adco().launcher == "torchrun"
+    with pytest.raises(InputError, match="torchrun has started a process per GPU already"):
+        adco("--multiprocessing-distributed")
+
+
+def test_adco_prints_the_number_of_processes(images, tmp_path):
+    small = (images, *SMALL[:-2], "--cluster", 16, "--moco-dim", 8, "--no-ad-init")
+    done = shell("main_adco.py", *small, "--nproc-per-node", 2, "--save-dir", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert (
+        "2 processes: one for each visible GPU" in done.stdout
+        and "4 per process x 2 processes" in done.stdout
+    )
+
+
+def test_cores_are_limited_by_affinity_and_quota(monkeypatch, tmp_path):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(12)), raising=False)
+    monkeypatch.setattr(processes, "CGROUP", tmp_path)
+    assert processes.cores() == 12
+    for text, expected in (
+        ("max 100000", 12),
+        ("250000 100000", 3),
+        ("10000 100000", 1),
+        ("9900000 100000", 12),
+        ("?", 12),
+    ):
+        (tmp_path / "cpu.max").write_text(text)
+        assert processes.cores() == expected, text
+    (tmp_path / "cpu.max").unlink()
+    (tmp_path / "cpu").mkdir()
+    for quota, expected in ((-1, 12), (400_000, 4)):
+        (tmp_path / "cpu" / "cpu.cfs_quota_us").write_text(str(quota))
+        (tmp_path / "cpu" / "cpu.cfs_period_us").write_text("100000")
+        assert processes.cores() == expected, quota
+
+
+@pytest.mark.parametrize(
+    ("cores", "local", "per_node", "per_process"),
+    [(2, 1, 2, 2), (1, 4, 1, 1), (96, 8, 64, 8), (12, 4, 12, 3), (96, 1, 8, 8)],
+)
+def test_default_number_of_loader_processes_follows_the_cores(
+    monkeypatch, cores, local, per_node, per_process
+):
+    monkeypatch.setattr(processes, "cores", lambda: cores)
+    plan = processes.Plan("spawn", 1, local, 0, local, 0, "")
+    assert processes.workers(plan, Namespace(batch_is_per_process=False)) == per_node
+    assert processes.workers(plan, Namespace(batch_is_per_process=True)) == per_process
+
+
+def test_number_of_loader_processes_is_in_help_and_options(script, images, tmp_path, monkeypatch):
+    monkeypatch.setattr(processes, "cores", lambda: 5)
+    assert "here 5" in " ".join(script("main_synco", "--help")[1].split())
+    found = []
+    monkeypatch.setattr(launch, "launch", lambda worker, args: found.append(args.workers))
+    command = ("main_synco", images, *SMALL[:-6], "--save-dir", tmp_path / "run")
+    assert script(*command)[0] == script(*command, "-j", 0)[0] == 0
+    assert found == [5, 0]
