@@ -2,7 +2,6 @@
 
 import urllib.error
 import urllib.request
-from argparse import Namespace
 from dataclasses import replace
 
 import numpy as np
@@ -17,6 +16,7 @@ from moco.data.folders import find, scan
 from moco.data.loader import TrainBatchSampler, batches
 from moco.data.registry import check
 from moco.errors import InputError
+from moco.sections import Input
 
 CPU = torch.device("cpu")
 RECIPE = recipe("mocov2", 32)
@@ -36,7 +36,7 @@ def some_photographs():
 
 def read(folder, batch_sampler, crop, workers=0, batch=38):
     """Return all batches that the loader yields in one process."""
-    args = Namespace(workers=workers, batch_per_process=batch, batch_size=batch)
+    args = Input(workers=workers, batch_per_process=batch, batch_size=batch)
     return list(batches(folder, crop, batch_sampler, args, CPU))
 
 

@@ -12,7 +12,7 @@ from fractions import Fraction
 import pytest
 import torch
 import yaml
-from conftest import ROOT, own_lines, shell
+from conftest import ROOT, own_lines, settings, shell
 from PIL import Image
 
 import main_lincls
@@ -192,10 +192,7 @@ def test_cache_images_is_refused_by_a_script_that_reads_each_image_once(script, 
 def test_on_and_off_in_a_recipe_are_words(tmp_path, mode):
     """YAML reads them as true and false."""
     (tmp_path / "recipe.yaml").write_text(f"cache-images: {mode}\n")
-    assert (
-        main_synco.parser().parse(["photos", "--cfg", str(tmp_path / "recipe.yaml")]).cache_images
-        == mode
-    )
+    assert settings(main_synco, ["photos", "--cfg", tmp_path / "recipe.yaml"]).cache_images == mode
 
 
 def test_fewer_images_than_a_batch(script, images, tmp_path):
@@ -774,8 +771,8 @@ def test_run_folder_of_another_run_is_kept(script, images, checkpoint):
 # what options mean
 
 
-def options(*words: object) -> Namespace:
-    return main_synco.parser().parse([str(word) for word in words])
+def options(*words: object) -> SimpleNamespace:
+    return settings(main_synco, words)
 
 
 def test_underscores_and_hyphens_are_the_same():
@@ -793,23 +790,22 @@ def test_data_is_positional_or_an_option():
 def test_the_folder_may_follow_an_option_that_takes_several_values():
     args = options("--mlp", "--schedule", 120, 160, "folder")
     assert (args.schedule, args.data) == ([120, 160], "folder")
-    parser = main_lincls.parser()
-    assert parser.parse(["--lr", "30", "1e-2", "folder", "-b", "8"]).lr == [30, 0.01]
-    assert parser.parse(["folder", "--lr", "30"]).lr == [30]
+    assert settings(main_lincls, ["--lr", "30", "1e-2", "folder", "-b", "8"]).lr == [30, 0.01]
+    assert settings(main_lincls, ["folder", "--lr", "30"]).lr == [30]
 
 
 def test_rates_of_a_probe_are_checked(script, images, tmp_path):
     refused(script("main_lincls", images, "--lr", 3, 1, 3.0), "--lr 3 1 3", "stands twice")
     refused(script("main_lincls", images, "--lr", "-1"), "--lr", "below 0")
     (tmp_path / "one.yaml").write_text("lr: 2.5")
-    assert main_lincls.parser().parse(["folder", "--cfg", str(tmp_path / "one.yaml")]).lr == [2.5]
+    assert settings(main_lincls, ["folder", "--cfg", tmp_path / "one.yaml"]).lr == [2.5]
 
 
 def test_decays_and_the_held_out_part_of_a_probe_are_checked(script, images):
     refused(script("main_lincls", images, "--wd", 0, 1e-4, 0), "--wd 0 0.0001 0", "stands twice")
     for fraction in (0, 1, 1.5, "nan"):
         refused(script("main_lincls", images, "--val-from-train", fraction), "--val-from-train")
-    assert main_lincls.parser().parse(["--wd", "0", "1e-4", "folder"]).wd == [0, 1e-4]
+    assert settings(main_lincls, ["--wd", "0", "1e-4", "folder"]).wd == [0, 1e-4]
 
 
 def test_flags_win_over_yaml(tmp_path):

@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
+from types import ModuleType
 from unittest import mock
 
 import pytest
@@ -17,6 +18,7 @@ from test_runs import facts
 
 from moco.augment.recipes import check_name
 from moco.cli import entry
+from moco.config import Config
 from moco.encoder.networks import check_arch
 from moco.engine import pretrain
 
@@ -102,17 +104,15 @@ def test_command_is_accepted(typed, text, tmp_path, monkeypatch):
     )
     assert has_data or not typed, "no data folder"
     parser = module.parser()
-    args = parser.parse(words if has_data else ["DIR", *words])
-    if args.arch:
-        check_arch(args.arch)
-    if args.recipe:
-        check_name(args.recipe)
-    if not hasattr(args, "pretrained"):
-        with mock.patch.object(pretrain, "check"):
-            module.check(args)
+    config = parser.parse(words if has_data else ["DIR", *words])
+    if config.network.arch:
+        check_arch(config.network.arch)
+    if config.views.recipe:
+        check_name(config.views.recipe)
+    config = completed(module, config)
     # nor does it give an option that has no effect, which would be refused; the ports of the papers may be in use, by other tests
     with mock.patch("moco.launch.rendezvous._check_own"):
-        parser.without_effect(args)
+        parser.without_effect(config)
 
 
 RECIPES = {
@@ -128,11 +128,16 @@ def test_a_recipe_has_nothing_without_effect(recipe, monkeypatch):
     monkeypatch.setattr(sys, "argv", [f"{name}.py"])
     module = importlib.import_module(name)
     parser = module.parser()
-    args = parser.parse(["DIR", "--cfg", str(recipe)])
-    if not hasattr(args, "pretrained"):
-        with mock.patch.object(pretrain, "check"):
-            module.check(args)
-    assert parser.without_effect(args) == []
+    config = completed(module, parser.parse(["DIR", "--cfg", str(recipe)]))
+    assert parser.without_effect(config) == []
+
+
+def completed(module: ModuleType, config: Config) -> Config:
+    """Return a pre-training's completed settings, without a look at the data."""
+    if config.EVALUATES:
+        return config
+    with mock.patch.object(pretrain, "complete", lambda config: config):
+        return module.complete(config)
 
 
 def options() -> set[str]:

@@ -92,7 +92,7 @@ def test_views_are_training_s(shared_images):
 def test_a_recipe_file_says_which_views(tmp_path):
     def of(*words):
         args = show_views.parse(list(map(str, words)))
-        return recipes.of_options(args), args
+        return recipes.of(show_views.views_of(args)), args
 
     configs = ROOT / "configs"
     assert of("--cfg", configs / "mocov1_200.yaml")[0] == recipes.recipe("mocov1")

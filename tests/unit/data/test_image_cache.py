@@ -1,6 +1,5 @@
 """Tests of `moco.data.cache`: images in memory (`--cache-images`) and the limit of their size."""
 
-from argparse import Namespace
 from dataclasses import replace
 
 import numpy as np
@@ -27,6 +26,7 @@ from moco.data.folders import scan
 from moco.data.images import CachedFolder, ImageArray, decode
 from moco.data.loader import CenterCrop, EvalBatchSampler, RandomCrops, batches
 from moco.errors import InputError
+from moco.sections import Input
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ SMALL = recipe("byol", 32)
 
 def cached(*folders, mode="on"):
     """Return `folders` with their images in memory."""
-    return cache.load(Namespace(cache_images=mode, nodes=1), *folders)
+    return cache.load(Input(cache_images=mode), *folders)
 
 
 def assert_same(ours, theirs):
@@ -147,7 +147,7 @@ def test_an_unreadable_image_gives_the_same_error_with_and_without_the_cache(
     assert (held.starts < 0).tolist() == [False] * 5 + [True, False]
 
     def outcome(folder):
-        args, found = Namespace(workers=0, batch_per_process=2, batch_size=2), []
+        args, found = Input(workers=0, batch_per_process=2, batch_size=2), []
         try:
             for batch in batches(
                 folder, RandomCrops(RECIPE, 0), EvalBatchSampler(7, 2), args, CPU, skip_unreadable
@@ -220,7 +220,7 @@ def decide(rank, folder, free):
     """Return whether this rank holds the images, given free memory as a multiple of their size."""
     needed = sum(3 * decode(folder.path(i))[0].numel() for i in range(20))
     cache.free_memory = lambda: round(free[rank] * needed)
-    held, _ = cache.load(Namespace(cache_images="auto", nodes=1), folder, None)
+    held, _ = cache.load(Input(cache_images="auto"), folder, None)
     return isinstance(held, CachedFolder)
 
 

@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from argparse import Namespace
 
 import pytest
 import torch
@@ -26,6 +25,7 @@ from moco.data.folders import scan
 from moco.data.images import decode
 from moco.data.loader import CenterCrop, EvalBatchSampler, RandomCrops, batches
 from moco.errors import InputError
+from moco.sections import Input
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +114,7 @@ def test_the_workers_of_a_node_are_divided_among_its_processes(
     monkeypatch.setattr(
         loader, "DataLoader", lambda *_, num_workers, **__: asked.append(num_workers) or []
     )
-    args = Namespace(workers=workers, batch_per_process=batch_per_process, batch_size=processes)
+    args = Input(workers=workers, batch_per_process=batch_per_process, batch_size=processes)
     assert list(batches(photographs, CenterCrop(32), EvalBatchSampler(10, 5), args, CPU)) == []
     assert asked == [{0: 0, 3: 1, 4: 1, 5: 5, 9: 3}[workers]]
 
@@ -128,11 +128,11 @@ def test_more_workers_than_cores_give_no_warning(photographs, recwarn):
 def test_a_program_that_leaves_batches_unread_can_exit():
     """At exit, Python would send its workers a SIGTERM, which they survive, and wait for them."""
     program = """if True:
-        from argparse import Namespace
         import torch
+        from moco.sections import Input
         from moco.data import folders, loader
         images = folders.scan(folders.find("photos", ("train", "val")), "train")
-        args = Namespace(workers=2, batch_per_process=8, batch_size=8)
+        args = Input(workers=2, batch_per_process=8, batch_size=8)
         sampler, device = loader.EvalBatchSampler(len(images), 8), torch.device("cpu")
         left = loader.batches(images, loader.CenterCrop(32), sampler, args, device)
         print(next(left).label.tolist())
@@ -156,7 +156,7 @@ def test_the_error_names_the_file_that_a_worker_cannot_read(tmp_path, write_bad,
         folder,
         CenterCrop(32),
         EvalBatchSampler(7, 2),
-        Namespace(workers=workers, batch_per_process=2, batch_size=2),
+        Input(workers=workers, batch_per_process=2, batch_size=2),
         CPU,
     )
     assert [next(reader).index.tolist() for _ in range(2)] == [[0, 1], [2, 3]]

@@ -1,6 +1,7 @@
 """timm's networks: MoCo v3's ViTs, stochastic depth and dropout."""
 
 import math
+from unittest import mock
 
 import pytest
 import timm
@@ -10,6 +11,7 @@ from encoder_helpers import RECIPES, settings
 
 import main_moby
 from moco.encoder import networks, timm_networks
+from moco.engine import pretrain
 from moco.errors import InputError
 
 # networks
@@ -93,8 +95,11 @@ def test_only_the_online_encoder_of_a_recipe_has_stochastic_depth(arch):
         (("--online-drop-path", 0), 0.0),
         (("--online-drop-path", 0.1), 0.1),
     ):
-        args = main_moby.parser().parse([str(word) for word in (*given, *options)])
-        model = main_moby.build(args, torch.device("cpu"))
+        words = [str(word) for word in (*given, *options)]
+        config = main_moby.parser().parse(words)
+        with mock.patch.object(pretrain, "complete", lambda config: config):
+            config = main_moby.complete(config)
+        model = main_moby.build(config)
         paths, dropouts = rates(model.encoder)
         assert max(paths, default=0) == pytest.approx(online) and not dropouts
         assert rates(model.encoder_k) == ([], [])
@@ -174,11 +179,10 @@ def test_network_in_training_draws_no_random_numbers(arch):
 
 
 def test_heads_of_the_smallest_vit_have_the_given_sizes():
-    args = main_moby.parser().parse(
+    config = main_moby.parser().parse(
         ["photos", "-a", "vit_tiny", "--image-size", "32", "--mlp-dim", "8", "--queue", "8"]
     )
-    main_moby.check(args)
-    model = main_moby.build(args, torch.device("cpu"))
+    model = main_moby.build(main_moby.complete(config))
     assert max(rates(model.encoder)[0]) == pytest.approx(0.2) and rates(model.encoder_k) == ([], [])
     assert model.predictor[-1].weight.shape == (256, 8) and model.projector[0].weight.shape == (
         8,

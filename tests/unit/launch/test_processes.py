@@ -1,7 +1,6 @@
 """Which processes a command starts, and how many loader processes."""
 
 import os
-from argparse import Namespace
 
 import pytest
 import torch
@@ -12,21 +11,12 @@ from test_cli import SMALL, options, refused
 import main_adco
 from moco.errors import InputError
 from moco.launch import launch, processes
+from moco.sections import Input, Launch
 
 
-def launch_options(**given) -> Namespace:
+def launch_options(**given) -> Launch:
     """Return launch options, by default as if none was given."""
-    none = {
-        "device": "auto",
-        "gpu": None,
-        "nproc_per_node": None,
-        "multiprocessing_distributed": False,
-        "world_size": -1,
-        "rank": -1,
-        "dist_url": "auto",
-        "dist_backend": None,
-    }
-    return Namespace(**{**none, **given})
+    return Launch(**given)
 
 
 def test_plan_without_a_launcher_is_one_process(no_launcher):
@@ -158,7 +148,7 @@ def gpus(no_launcher, monkeypatch):
 
 def adco(*words: object) -> processes.Plan:
     """Return the plan of main_adco.py with these options."""
-    return processes.plan(main_adco.parser().parse(["d", *map(str, words)]))
+    return processes.plan(main_adco.parser().parse(["d", *map(str, words)]).launch)
 
 
 def test_adco_uses_every_gpu_by_default(gpus):
@@ -247,8 +237,8 @@ def test_default_number_of_loader_processes_follows_the_cores(
 ):
     monkeypatch.setattr(processes, "cores", lambda: cores)
     plan = processes.Plan("spawn", 1, local, 0, local, 0, "")
-    assert processes.workers(plan, Namespace(batch_is_per_process=False)) == per_node
-    assert processes.workers(plan, Namespace(batch_is_per_process=True)) == per_process
+    assert processes.workers(plan, Input(batch_is_per_process=False)) == per_node
+    assert processes.workers(plan, Input(batch_is_per_process=True)) == per_process
 
 
 def test_number_of_loader_processes_is_in_help_and_options(script, images, tmp_path, monkeypatch):
