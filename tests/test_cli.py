@@ -8,6 +8,7 @@ import subprocess
 import sys
 from argparse import Namespace
 from fractions import Fraction
+from types import SimpleNamespace
 
 import pytest
 import torch

@@ -23,7 +23,7 @@ import torch.multiprocessing as mp
 from moco import devices, errors, user
 from moco.config import Config, replaced
 from moco.data import loader
-from moco.errors import InputError, of_file
+from moco.errors import InputError, from_os_error
 from moco.launch import heartbeat, interrupt, output
 from moco.launch.processes import Plan, plan
 from moco.launch.rendezvous import meet
@@ -220,7 +220,7 @@ def _work(worker: Worker, config: Config, device: torch.device, r: int) -> None:
     try:
         worker(config, device)
     except OSError as error:
-        raise of_file(error) from None
+        raise from_os_error(error) from None
     except (RuntimeError, MemoryError) as error:
         message = " ".join(str(error).split())
         no_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
@@ -250,5 +250,5 @@ def _print_once(store: dist.Store, error: InputError) -> None:
     except RuntimeError:  # the rank that runs the store has exited
         first = True
     if first:
-        lines = errors.printed(os.path.basename(sys.argv[0]), error)
+        lines = errors.format_error(os.path.basename(sys.argv[0]), error)
         print(lines, end="", file=sys.stderr, flush=True)
