@@ -206,7 +206,7 @@ def _process(
         _print_once(store, error)
         raise InputError() from None  # without lines: nothing more to print
     finally:
-        loader.end(mp.active_children())
+        loader.kill_workers(mp.active_children())
         if dist.is_initialized():
             dist.destroy_process_group()
 
