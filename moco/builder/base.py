@@ -59,7 +59,7 @@ class Method(nn.Module, ABC):
                 generators, so that a resumed run draws the same ones.
         """
 
-    def after_step(self) -> None:  # noqa: B027 (a method may have nothing to add)
+    def after_step(self) -> None:
         """Do what follows the optimizer's step, such as to update a moving average."""
 
     def groups(self, lr: float, wd: float) -> list[dict[str, Any]]:

@@ -3,26 +3,19 @@
 import argparse
 import itertools
 import os
-import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NoReturn
 
 from moco.cli import compat, folders, rules
 from moco.cli.actions import TRUE_OR_FALSE, Help, Switch, convert, is_number
 from moco.cli.compat import SWIN_OPTS
+from moco.cli.effects import Options, ParserOfEffects, Values
 from moco.cli.groups import add_groups
-from moco.cli.tool import OneLineParser
-from moco.config import Config, flat, replaced
+from moco.config import Config, replaced
 from moco.errors import InputError, unknown
 from moco.files import read_yaml, refuse_remote
-
-Options = argparse.Namespace
-
-
-Values = dict[str, object]  # by attribute name
-
 
 # what a run's args.yaml holds beside its options
 _NOT_OPTIONS = set(
@@ -36,22 +29,10 @@ _NOT_OPTIONS.add("lincls")  # and a recipe: the one of that script that goes wit
 MOST_LINES = 20  # on unknown keys of one file
 
 
-class Rule(NamedTuple):
-    """Options that have an effect only in some combinations; see `Parser.has_effect`."""
-
-    options: tuple[str, ...]  # attribute names
-    when: Callable[[Options], object]
-    why: str
-    refuse: bool
-
-
 _UNSET = object()
 
 
-OFF = (None, False, 0, [])
-
-
-class Parser(OneLineParser):
+class Parser(ParserOfEffects):
     """A parser of the options of a script, in whose names `-` and `_` are the same.
 
     `--cfg` gives defaults. An error is one line.
@@ -65,7 +46,6 @@ class Parser(OneLineParser):
     def __init__(self, description: str, config: Config, elsewhere: dict[str, str] | None = None):
         super().__init__(description=description, formatter_class=Help, allow_abbrev=False)
         self.config, self.elsewhere = config, elsewhere or {}
-        self.rules: list[Rule] = []
         add_groups(self, config)
         two = "--save-dir names the run folder (and --pretrained the checkpoint); leave it out"
         self.has_effect("output tag", self._reads_output, two)
@@ -86,50 +66,6 @@ class Parser(OneLineParser):
                 **kind,
             )
 
-    def has_effect(
-        self, options: str, when: Callable[[Options], object], why: str, refuse: bool = True
-    ) -> None:
-        """Declare that options do nothing unless `when(args)`, called after the script's check.
-
-        Args:
-            options: their attribute names.
-            why: completes "--option has no effect: ", and says what to do.
-            refuse: whether such an option on the command line is an error if it differs from its
-                default. Otherwise a line says that it has no effect.
-        """
-        self.rules.append(Rule(tuple(options.split()), when, why, refuse))
-
-    def without_effect(self, config: Config) -> list[str]:
-        """Return a line for each rule by which options of the last `parse` have no effect.
-
-        Raises InputError if such a rule refuses. Skips switches that are off and values of 0. Of a
-        recipe's values (--cfg), skips those equal to the default and those whose rule does not refuse.
-        """
-        args = Options(**flat(config), config=config)
-        refused, noted = [], []
-        for rule in self.rules:
-            given = [dest for dest in rule.options if self.given.get(dest) not in OFF]
-            found = [
-                dest
-                for dest in rule.options
-                if rule.refuse and dest not in self.given and self._of_recipe(dest)
-            ]
-            if not (given or found) or rule.when(args):
-                continue
-            refuses = rule.refuse and any(self.given[dest] != self.own.get(dest) for dest in given)
-            for dests, where, lines in (
-                (given, "", refused if refuses else noted),
-                (found, f" of {args.cfg}", noted),
-            ):
-                if dests:
-                    names = ", ".join(self._name(dest) + where for dest in dests)
-                    lines.append(
-                        f"{names} {'has' if len(dests) == 1 else 'have'} no effect: {rule.why}"
-                    )
-        if refused:
-            raise InputError(*refused)
-        return noted
-
     def refuse(self, error: InputError) -> NoReturn:
         """Print the error and exit with status 2.
 
@@ -143,20 +79,6 @@ class Parser(OneLineParser):
         """Return whether --output is read, for the run folder or an evaluation's checkpoint."""
         finds = hasattr(args, "pretrained") and "pretrained" not in self.given
         return finds or "save_dir" not in self.given
-
-    def _of_recipe(self, dest: str) -> bool:
-        """Return whether --cfg has set this option to another value than the script's default."""
-        return self.recipe.get(dest) not in (*OFF, self.own.get(dest))
-
-    def _name(self, dest: str) -> str:
-        """Return the option that sets `args.dest`."""
-        names = (
-            name
-            for action in self._actions
-            if action.dest == dest
-            for name in action.option_strings or [action.metavar]
-        )
-        return next(name for name in names if not re.fullmatch("-.|--no-.*", name))
 
     def parse(self, argv: Sequence[str] | None = None) -> Config:
         """Return the settings that the command line gives.

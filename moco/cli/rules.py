@@ -1,24 +1,21 @@
 """Which options have no effect in which combinations, for the sections that scripts share.
 
-Each function declares the rules of one section with `Parser.has_effect`. A condition receives all
+Each function declares the rules of one section with `ParserOfEffects.has_effect`. A condition receives all
 settings as attributes, and the config itself as `config`.
 """
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
 
 from moco import sections
 from moco.augment import recipes
 from moco.builder.synco import COUNTS, SyntheticNegatives
+from moco.cli.effects import Options, ParserOfEffects
 from moco.config import Config
 from moco.encoder.resnets import ARCHS
 from moco.launch import processes
 from moco.loss.synthetic import TYPES
 
-if TYPE_CHECKING:
-    from moco.cli.parser import Options, Parser
-
-Declare = Callable[["Parser"], None]
+Declare = Callable[[ParserOfEffects], None]
 
 
 def of_sections(config: Config) -> Iterator[Declare]:
@@ -29,7 +26,7 @@ def of_sections(config: Config) -> Iterator[Declare]:
                 yield _RULES[kind]
 
 
-def _input(parser: "Parser") -> None:
+def _input(parser: ParserOfEffects) -> None:
     folder = "DIR is a folder of images, used as it is; give --dataset NAME for a data set to fetch"
     folder += ", or leave it out"
     of_photos = lambda args: args.dataset not in ("imagenet", "photos")  # noqa: E731
@@ -41,8 +38,8 @@ def _input(parser: "Parser") -> None:
     parser.has_effect("dataset", same, photos)
 
 
-def _views(parser: "Parser") -> None:
-    def blurred(args: "Options") -> bool:
+def _views(parser: ParserOfEffects) -> None:
+    def blurred(args: Options) -> bool:
         # without a recipe, another rule says why there is none
         return not args.recipe or any(view.blur_p for view in recipes.of(args.config.views))
 
@@ -50,13 +47,13 @@ def _views(parser: "Parser") -> None:
     parser.has_effect("blur_sigma", blurred, blurs)
 
 
-def _network(parser: "Parser") -> None:
+def _network(parser: ParserOfEffects) -> None:
     only = "it is for torchvision's ResNets; leave it out"
     parser.has_effect("stem", lambda args: args.arch in ARCHS, only)
 
 
-def _launch(parser: "Parser") -> None:
-    def plan(args: "Options") -> processes.Plan:
+def _launch(parser: ParserOfEffects) -> None:
+    def plan(args: Options) -> processes.Plan:
         return processes.plan(args.config.launch)
 
     spawned = "it counts the processes that --multiprocessing-distributed starts; "
@@ -74,11 +71,11 @@ def _launch(parser: "Parser") -> None:
     parser.has_effect("dist_url", found, launcher, refuse=False)
 
 
-def _schedule(parser: "Parser") -> None:
-    def cosine(args: "Options") -> bool:
+def _schedule(parser: ParserOfEffects) -> None:
+    def cosine(args: Options) -> bool:
         return args.cos or args.sgdr
 
-    def begins(args: "Options") -> bool:
+    def begins(args: Options) -> bool:
         return cosine(args) or min(args.schedule, default=0) < args.epochs
 
     follows = "the learning rate follows a cosine (--cos, --sgdr); "
@@ -102,12 +99,12 @@ def _schedule(parser: "Parser") -> None:
     parser.has_effect("nesterov", lambda args: args.optimizer == "sgd", sgd)
 
 
-def _monitor(parser: "Parser") -> None:
+def _monitor(parser: ParserOfEffects) -> None:
     off = "the k-NN monitor is off; give --knn-every EPOCHS as well, or leave it out"
     parser.has_effect("knn_k knn_t knn_features", lambda args: args.knn_every, off)
 
 
-def _classifier(parser: "Parser") -> None:
+def _classifier(parser: ParserOfEffects) -> None:
     frozen = "--weights freeze trains no block of the network; leave it out"
     parser.has_effect("grad_checkpoint", lambda args: args.weights == "finetune", frozen)
     trains = "epochs optimizer lr lr_backbone lr_classifier learning_rate_scaling wd schedule cos"
@@ -120,7 +117,7 @@ def _classifier(parser: "Parser") -> None:
     parser.has_effect("save_every", lambda args: False, last)
 
 
-def _feature_files(parser: "Parser") -> None:
+def _feature_files(parser: ParserOfEffects) -> None:
     centre = "this script sees the centre of each image, and trains nothing; leave it out"
     views = "recipe crop_min randaugment blur_sigma grad_checkpoint"
     parser.has_effect(views, lambda args: False, centre)
@@ -132,7 +129,7 @@ def _feature_files(parser: "Parser") -> None:
     parser.has_effect(files, lambda args: not args.load_features, loaded, refuse=False)
 
 
-def _query_and_key(parser: "Parser") -> None:
+def _query_and_key(parser: ParserOfEffects) -> None:
     named = "--recipe names the views; leave it out"
     follows = lambda args: args.recipe == ("mocov2" if args.aug_plus else "mocov1")  # noqa: E731
     parser.has_effect("aug_plus", follows, named)
@@ -143,7 +140,7 @@ def _query_and_key(parser: "Parser") -> None:
     parser.has_effect("bn_splits_query", lambda args: args.bn_splits > 1, one)
 
 
-def _synthetic(parser: "Parser") -> None:
+def _synthetic(parser: ParserOfEffects) -> None:
     for count, one in zip(COUNTS, TYPES, strict=True):
         if one.size:
             none = f"there are no {one.name} negatives; give --{count} as well, or leave it out"

@@ -1,22 +1,39 @@
 """The lines that a training run prints at its start."""
 
-from typing import TYPE_CHECKING
+from typing import Protocol
+
+import torch
 
 from moco import devices, distributed
+from moco.config import Training
+from moco.data.images import Images
+from moco.data.loader import TrainBatchSampler
 from moco.distributed import print_rank0
 from moco.errors import InputError
 
-if TYPE_CHECKING:
-    from moco.engine.trainer import Trainer
+
+class Start(Protocol):
+    """What a run begins with, as a `Trainer` has it."""
+
+    config: Training
+    device: torch.device
+    batch: int  # images of a step
+    steps_per_epoch: int
+    order: TrainBatchSampler
+    first_epoch: int
+    base_lrs: list[float]
+
+    def lrs_after(self, epochs: float) -> list[float]:
+        """Return each parameter group's learning rate after so many epochs."""
 
 
-def announce(trainer: "Trainer") -> None:
-    """Print what the run trains on, its batch, its learning rate and its folder.
+def announce(start: Start, images: Images, notes: list[str]) -> None:
+    """Print what the run trains on, its batch, its learning rate, its folder and `notes`.
 
     Raises InputError if the images do not fill one batch.
     """
-    config, images, per_epoch = trainer.config, trainer.task.images, trainer.steps_per_epoch
-    schedule, size, batch = config.optimizer, distributed.world_size(), trainer.batch
+    config, per_epoch = start.config, start.steps_per_epoch
+    schedule, size, batch = config.optimizer, distributed.world_size(), start.batch
     if not per_epoch:
         raise InputError(
             f"{images.root}: {len(images)} images do not fill one batch of {batch}; "
@@ -28,9 +45,9 @@ def announce(trainer: "Trainer") -> None:
     )
     print_rank0(
         f"views {config.views.recipe} at {config.views.image_size} pixels; "
-        f"{trainer.device.type}, amp {config.compute.amp}"
+        f"{start.device.type}, amp {config.compute.amp}"
     )
-    lrs = ", ".join(dict.fromkeys(f"{lr:g}" for lr in trainer.base_lrs))
+    lrs = ", ".join(dict.fromkeys(f"{lr:g}" for lr in start.base_lrs))
     scaling = schedule.learning_rate_scaling
     scaling = "taken as given" if scaling == "none" else f"{scaling} scaling"
     print_rank0(
@@ -39,13 +56,13 @@ def announce(trainer: "Trainer") -> None:
         f"lr warm-up {schedule.lr_warmup_epochs} epochs; {schedule.epochs} epochs x "
         f"{per_epoch} steps"
     )
-    gpus = devices.count(trainer.device.type)
-    if trainer.device.type == "cuda" and size == 1 < gpus and config.launch.gpu is None:
+    gpus = devices.count(start.device.type)
+    if start.device.type == "cuda" and size == 1 < gpus and config.launch.gpu is None:
         print_rank0(
             f"one of {gpus} GPUs trains; --multiprocessing-distributed starts a process on each"
         )
-    if trainer.order.start < 0:
-        before = -trainer.order.start
+    if start.order.start < 0:
+        before = -start.order.start
         print_rank0(
             f"{before} steps before epoch 0, counted from -{before}: "
             f"{before / per_epoch:.3g} epochs of images"
@@ -55,26 +72,26 @@ def announce(trainer: "Trainer") -> None:
             f"the warm-up's {schedule.lr_warmup_epochs} epochs (--lr-warmup-epochs) outlast the "
             "run: the rate is not reached"
         )
-    if schedule.lr_by == "epoch-end" and schedule.epochs == 1 and not max(trainer.lrs_after(1)):
+    if schedule.lr_by == "epoch-end" and schedule.epochs == 1 and not max(start.lrs_after(1)):
         print_rank0(
             "the only epoch has a learning rate of 0, that of its end (--lr-by epoch-end): "
             "it trains nothing"
         )
     if config.log.resume:
-        inside = trainer.order.start - trainer.first_epoch * per_epoch
+        inside = start.order.start - start.first_epoch * per_epoch
         print_rank0(
-            f"resumed from {config.log.resume} at epoch {trainer.first_epoch}"
+            f"resumed from {config.log.resume} at epoch {start.first_epoch}"
             + f", after {inside} of its steps" * bool(inside)
         )
-        print_if_done(trainer)
+        print_if_done(start)
     print_rank0(f"run folder {config.run.save_dir}")
-    for line in trainer.task.notes():
+    for line in notes:
         print_rank0(line)
 
 
-def print_if_done(trainer: "Trainer") -> None:
+def print_if_done(start: Start) -> None:
     """Print a line if no epochs are left to train."""
-    done, epochs = trainer.first_epoch, trainer.config.optimizer.epochs
+    done, epochs = start.first_epoch, start.config.optimizer.epochs
     if done >= epochs:
         print_rank0(
             f"no epochs are left: {done} are done, and --epochs is {epochs}; "

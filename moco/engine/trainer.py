@@ -165,7 +165,7 @@ class Trainer:
     def train(self) -> None:
         """Train every epoch that is left, and log it."""
         config, task = self.config, self.task
-        announce(self)
+        announce(self, self.task.images, self.task.notes())
         if self.order.start < self.order.stop:
             task.load_images()
         log = RunLog(config, self.order.stop, self.order.start, self.device)
