@@ -41,31 +41,14 @@ from torch import Tensor, nn
 from moco.augment import color, recipes
 from moco.files import to_json
 from moco.loss import synthetic
+from moco.methods import METHODS
 from moco.rng import COLOR, Progress
 
 FP32, MIXED = 1e-4, 2e-2  # relative differences allowed
 PROGRESS = Progress(seed=0, epoch=1, step=3, steps_per_epoch=10, epochs=20)
 
-MOCOV2 = "--moco-k 256 --mlp --moco-t 0.2 --aug-plus --cos --bn-splits 4"
-EACH = "--n1 4 --n2 4 --n3 4 --n4 4 --n5 4 --n6 4"
-VIT = "-a test_vit --mlp-dim 256 --online-drop-path 0"  # no random draws in layers: they differ by device
-METHODS = {
-    "mocov1": ("main_synco", "--moco-k 256 --bn-splits 4"),
-    "mocov2": ("main_synco", MOCOV2),
-    "mochi": ("main_synco", f"{MOCOV2} --n-hard 16 --warmup-epochs 0 --n1 4 --n3 4"),
-    "synco": ("main_synco", f"{MOCOV2} --n-hard 16 --warmup-epochs 0 {EACH}"),
-    "symmetric": ("main_synco", f"{MOCOV2} --symmetric --bn-splits-query"),
-    "adco": ("main_adco", "--cluster 256 --no-ad-init --bn-splits 4 --sym 1 --lr 0.01"),
-    "simclr": ("main_sogclr", "--mlp-dim 256 --loss-type simclr"),
-    "sogclr": ("main_sogclr", "--mlp-dim 256"),
-    "fnc": ("main_fnc", "--support-size 1 --fn-topk 2 --fn-threshold 0.3 --randaugment 0 0"),
-    "moby": ("main_moby", f"{VIT} --queue 256"),
-    "synco-v2": (
-        "main_moby",
-        f"{VIT} --method synco --queue 256 --n-hard 16 --synthetic-first 0 --synthetic-last 20 {EACH}",
-    ),
-    "byol": ("main_moby", f"{VIT} --method byol"),
-}
+TRIED = {name: (method.script, method.tiny) for name, method in METHODS.items()}
+TRIED["symmetric"] = ("main_synco", f"{METHODS['mocov2'].tiny} --symmetric --bn-splits-query")
 
 
 def method(
@@ -77,7 +60,7 @@ def method(
     contiguous=False,
 ) -> Method:
     """Build a method with a small smooth network, with the same weights on any device."""
-    script, options = METHODS[name]
+    script, options = TRIED[name]
     size = setup.size(64, 32 if script == "main_moby" else 16)  # patches of 16 pixels
     common = f"-a resnet18 --image-size {size} -b {setup.size(32, 8)} --epochs 20 --amp {amp}"
     found = Method(script, f"{common} {options} {more}".split(), setup, device, contiguous)
@@ -356,7 +339,7 @@ def waits(setup: Setup, notes: Notes) -> None:
     if not setup.cuda:
         notes["skipped"] = "runs on a GPU only"
         return
-    for name in METHODS:
+    for name in TRIED:
         trained = method(name, setup, amp="bf16")
         images = crops(trained.recipe, 32)
         waited = ""
@@ -704,7 +687,7 @@ def both(setup: Setup, name: str, words: list[object], dump: bool = False) -> di
 
 
 # name: (check, lane). The checks of a lane run in order; lanes run at the same time.
-PARTS = {f"step {name}": (partial(step, name), i % 4) for i, name in enumerate(METHODS)}
+PARTS = {f"step {name}": (partial(step, name), i % 4) for i, name in enumerate(TRIED)}
 PARTS |= {
     "views": (views, 0),
     "hardest": (hardest, 0),

@@ -15,44 +15,9 @@ from typing import NamedTuple
 
 import measure
 
+from moco.cli.run_on_photos import LINEAR, run_on_photos
 from moco.files import new_folder
-from tools import demo
-
-SMALL_BATCH = (
-    "--batch-size 32 --mlp-dim 512 --save-every 1000".split()
-)  # the published rate: LARS, .075 sqrt(batch)
-# the published rate; 2 of 512 rows, and not 10 of 65,536; at 32 pixels RandAugment leaves little to see
-FNC = "--batch-size 32 --ema 0.99 --support-size 1 --fn-topk 2 --fn-threshold 0.8 --randaugment 0 0 --save-every 1000".split()
-# few steps: a higher rate, no stochastic depth
-TRANSFORMER = "--batch-size 32 --mlp-dim 512 --lr-warmup-epochs 1 --online-drop-path 0 --save-every 1000".split()
-MOBY = [*TRANSFORMER, *"--lr 0.004 --queue 512".split()]
-KINDS = "--n1 4 --n2 4 --n3 4 --n4 4 --n5 4 --n6 4".split()
-METHODS = {
-    "mocov1": ("main_synco.py", [*demo.SMALL, *"--moco-k 256 --schedule 12 16".split()]),
-    "mocov2": ("main_synco.py", demo.MOCOV2),
-    "mochi": (
-        "main_synco.py",
-        [*demo.MOCOV2, *"--n-hard 16 --warmup-epochs 4 --n1 4 --n3 4".split()],
-    ),
-    "synco": ("main_synco.py", demo.PRETRAIN),
-    "adco": ("main_adco.py", [*demo.SMALL, *"--lr-final 0 --cluster 256".split()]),
-    "simclr": ("main_sogclr.py", [*SMALL_BATCH, "--loss-type", "simclr"]),
-    "sogclr": ("main_sogclr.py", SMALL_BATCH),
-    "fnc": ("main_fnc.py", FNC),
-    "moby": ("main_moby.py", [*MOBY, "--method", "moby"]),
-    "synco-v2": (
-        "main_moby.py",
-        [
-            *MOBY,
-            *"--method synco --n-hard 32 --synthetic-first 4 --synthetic-last 24".split(),
-            *KINDS,
-        ],
-    ),
-    "byol": (
-        "main_moby.py",
-        [*TRANSFORMER, *"--method byol --lr 0.002 --wd 0.05 --moco-m 0.99".split()],
-    ),
-}
+from moco.methods import METHODS
 
 
 class Network(NamedTuple):
@@ -122,20 +87,19 @@ def main() -> None:
 
 def network(method: str) -> Network:
     """What this method trains."""
-    return VIT if METHODS[method][0] == "main_moby.py" else RESNET
+    return VIT if METHODS[method].script == "main_moby" else RESNET
 
 
 def pretrain(args: argparse.Namespace, seed: int, method: str, folder: Path) -> float:
     """Pre-train; returns the seconds that it took."""
-    script, options = METHODS[method]
     net = network(method)
     began = time.perf_counter()
-    demo.call(
+    run_on_photos(
         seed,
-        script,
+        METHODS[method].script,
         folder / "pretrain",
         *net.options,
-        *options,
+        *METHODS[method].photos.split(),
         "--epochs",
         1 if args.short else net.epochs,
         quiet=True,
@@ -150,16 +114,14 @@ def evaluate(
     source = ["--pretrained", checkpoint.resolve()] if checkpoint else []
 
     def call(script: str, *options: object) -> dict[str, float]:
-        return demo.call(
-            seed, script, folder / Path(script).stem, *net.options, *options, *source, quiet=True
+        return run_on_photos(
+            seed, script, folder / script, *net.options, *options, *source, quiet=True
         )
 
     return {
-        "knn": call("main_knn.py", "--k", 20)["knn_20"],
-        "linear": call("main_lincls.py", *demo.LINEAR, "--epochs", 1 if args.short else 12)["acc1"],
-        "semisup": call("main_semisup.py", *FINE_TUNING, "--epochs", 1 if args.short else 6)[
-            "acc1"
-        ],
+        "knn": call("main_knn", "--k", 20)["knn_20"],
+        "linear": call("main_lincls", *LINEAR, "--epochs", 1 if args.short else 12)["acc1"],
+        "semisup": call("main_semisup", *FINE_TUNING, "--epochs", 1 if args.short else 6)["acc1"],
     }
 
 

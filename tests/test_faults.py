@@ -32,7 +32,7 @@ from moco.engine.log import fold
 from moco.errors import InputError
 from moco.launch import interrupt
 from moco.launch.interrupt import STATUS
-from tools import runs
+from moco.report.runs import read_log
 
 SMALL = (
     "-a",
@@ -221,7 +221,7 @@ def test_a_resumed_run_s_time_continues_and_the_report_adds_no_start_twice(scrip
     assert status == 0, err
     times = [json.loads(line)["time"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert times == sorted(times) and 7000.25 < times[STEPS] <= times[-1] < 7300
-    assert runs.read_log(tmp_path / "log.jsonl").seconds == times[-1]
+    assert read_log(tmp_path / "log.jsonl").seconds == times[-1]
     assert re.search(r"^trained for 1:5[67]:\d\d$", out, re.M)
 
 

@@ -21,7 +21,10 @@ from moco.encoder.resnets import resnet
 from moco.engine.log import RunLog
 from moco.errors import InputError
 from moco.files import write_json
-from tools import collect, plots, report, runs
+from moco.report import plots, runs
+from moco.report.page import write
+from moco.report.results import Run, read
+from tools import report
 
 LOGGED = "loss acc1 acc5 lr hardness alignment uniformity feature_std grad_encoder images_per_s data_wait u".split()
 
@@ -99,7 +102,7 @@ class Page(HTMLParser):
 
 
 def made(folders, tmp_path, **options):
-    report.write(list(folders), tmp_path / "page.html", force=True, **options)
+    write(list(folders), tmp_path / "page.html", force=True, **options)
     return Page(tmp_path / "page.html")
 
 
@@ -286,7 +289,7 @@ def test_evaluations_are_those_of_the_run(tmp_path):
     (tmp_path / "odd" / "results.json").write_text('{"protocol": 1}')
     figures, trouble = runs.evaluations(runs.read([run])[0])
     assert (
-        [type(figure) for figure in figures] == [collect.Run] * 2
+        [type(figure) for figure in figures] == [Run] * 2
         and len(trouble) == 1
         and "odd" in trouble[0]
     )
@@ -312,7 +315,7 @@ def test_mistakes(tmp_path, monkeypatch, capsys):
     }
     for says, options in mistakes.items():
         with pytest.raises(InputError, match=says):
-            report.write(**{"out": tmp_path / "page.html"} | options)
+            write(**{"out": tmp_path / "page.html"} | options)
     monkeypatch.setattr(sys, "argv", ["report.py", str(tmp_path / "empty")])
     assert report.main() == 2
     said = capsys.readouterr().err
@@ -366,9 +369,9 @@ def test_numbers_that_are_not_finite_are_null_in_every_file(tmp_path):
         "acc1_lr1e+20": None,
         "of": [None, {"each": None}],
     }
-    assert [run.value for run in collect.read(tmp_path / "results.json")] == [0.5]
+    assert [run.value for run in read(tmp_path / "results.json")] == [0.5]
     write_json(
         tmp_path / "results.json",
         {**results, "protocol": "detection", "metrics": {"bbox_ap": math.nan, "bbox_ap50": 0.5}},
     )
-    assert [run.value for run in collect.read(tmp_path / "results.json")] == [0.5]
+    assert [run.value for run in read(tmp_path / "results.json")] == [0.5]

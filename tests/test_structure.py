@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = [
-    ("moco.errors", "moco.rng", "moco.sections"),
+    ("moco.errors", "moco.rng", "moco.sections", "moco.methods"),
     ("moco.config",),
     ("moco.files", "moco.user", "moco.devices"),
     ("moco.loss", "moco.distributed"),
@@ -17,6 +17,7 @@ FLOORS = [
     ("moco.engine",),
     ("moco.evaluate",),
     ("moco.cli",),
+    ("moco.report",),
     ("main_", "tools", "detection", "hubconf"),
     ("benchmarks",),
 ]

@@ -19,6 +19,7 @@ from moco.augment import color, recipes
 from moco.cli import tool
 from moco.data import loader
 from moco.errors import InputError
+from moco.report.views import view_columns, views_figure
 from moco.rng import Progress
 from tools import show_views
 
@@ -73,7 +74,7 @@ def test_views_are_training_s(shared_images):
     images = show_views.find(str(shared_images))
     recipe = recipes.recipe("byol", 32)
     picked, seed = [0, 5, 40], 3
-    columns = show_views.view_columns(images, picked, recipe, seed, draws=2)
+    columns = view_columns(images, picked, recipe, seed, draws=2)
     assert [column.title for column in columns] == [
         "",
         *(f"view {view}, draw {draw}" for view in (1, 2) for draw in (1, 2)),
@@ -142,13 +143,11 @@ def test_any_folder_of_images_can_be_shown(tmp_path):
         b"deeper/2.png",
         b"deeper/\xe9.png",
     ]
-    show_views.views_figure(images, [0, 2], recipes.recipe("mocov2", 16)).savefig(
-        tmp_path / "views.png"
-    )
+    views_figure(images, [0, 2], recipes.recipe("mocov2", 16)).savefig(tmp_path / "views.png")
     assert show_views.find(str(folder / os.fsdecode(b"\xe9.png"))).read(0).shape == (3, 20, 30)
     (folder / "1.png").write_bytes(b"nothing")
     with pytest.raises(InputError, match=r"1\.png"):
-        show_views.views_figure(images, [0, 1], recipes.recipe("mocov2", 16))
+        views_figure(images, [0, 1], recipes.recipe("mocov2", 16))
 
 
 # tools/prepare_imagenet.sh, on archives of 3 classes

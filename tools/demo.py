@@ -6,29 +6,15 @@ beats the random encoder in both evaluations. If OUT exists, writes to OUT-2, OU
 """
 
 import argparse
-import json
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 from moco.cli import tool
+from moco.cli.run_on_photos import LINEAR, run_on_photos
 from moco.files import new_folder, write_json
-from tools import report
-
-ROOT = Path(__file__).resolve().parent.parent
-
-COMMON = ["photos", "--arch", "resnet18", "--image-size", "32", "--workers", "1"]
-# SynCo's settings with the bank, the batch and the counts of negatives scaled down to 1,140 images of 32 pixels. One BN group:
-# at this size the statistics of smaller ones are mostly noise.
-SMALL = "--batch-size 32 --lr 0.008 --moco-m 0.99 --bn-splits 1 --save-every 1000".split()
-MOCOV2 = [*SMALL, *"--moco-k 256 --mlp --moco-t 0.2 --aug-plus --cos".split()]
-PRETRAIN = [
-    *MOCOV2,
-    *"--knn-every 5 --n-hard 16 --n1 2 --n2 2 --n3 2 --n4 1 --n5 1 --n6 1 --warmup-epochs 4".split(),
-]
-# Pre-trained features are about four times as long as random ones and want lower rates: the best rate counts for either.
-LINEAR = "--batch-size 32 --lr 0.01 0.03 0.1 0.3 1 --cos".split()
+from moco.methods import METHODS
+from moco.report import page
 
 
 def main() -> int:
@@ -55,7 +41,9 @@ def main() -> int:
         f"takes {minutes} on two idle cores, several times as long on busy ones; writes to {args.out}"
     )
     print(f"\n1 of 5: pre-train an encoder with SynCo, without labels, for {epochs} epochs")
-    call(args.seed, "main_synco.py", run, *PRETRAIN, "--epochs", epochs)
+    run_on_photos(
+        args.seed, "main_synco", run, *METHODS["synco"].photos.split(), "--epochs", epochs
+    )
     encoder = ["--pretrained", next(run.glob("checkpoint_*.pth.tar"))]
     results = {}
     for part, (prefix, source) in enumerate((("random_", []), ("", encoder))):
@@ -63,11 +51,11 @@ def main() -> int:
         print(
             f"\n{2 * part + 2} of 5: classify val images by their nearest neighbours in train, with {of}"
         )
-        knn = call(args.seed, "main_knn.py", args.out / f"{prefix}knn", "--k", 20, *source)
+        knn = run_on_photos(args.seed, "main_knn", args.out / f"{prefix}knn", "--k", 20, *source)
         print(f"\n{2 * part + 3} of 5: train a linear classifier on the frozen features of {of}")
-        linear = call(
+        linear = run_on_photos(
             args.seed,
-            "main_lincls.py",
+            "main_lincls",
             args.out / f"{prefix}linear",
             *LINEAR,
             "--epochs",
@@ -77,33 +65,8 @@ def main() -> int:
         results |= {f"{prefix}knn": knn["knn_20"], f"{prefix}linear": linear["acc1"]}
     results |= {"seed": args.seed, "seconds": round(time.perf_counter() - began, 1)}
     write_json(args.out / "results.json", results)
-    report.write([run], args.out / "report.html")
+    page.write([run], args.out / "report.html")
     return show(results, args)
-
-
-def call(
-    seed: int, script: str, folder: Path, *options: object, quiet: bool = False
-) -> dict[str, float]:
-    """Run one of the scripts as its user would; returns the metrics that it wrote, if any."""
-    command = [
-        sys.executable,
-        script,
-        *COMMON,
-        "--seed",
-        seed,
-        "--save-dir",
-        folder.resolve(),
-        *options,
-    ]
-    command = [str(word) for word in command]
-    print("\n$ python", *command[1:], flush=True)
-    status = subprocess.run(
-        command, cwd=ROOT, stdout=subprocess.DEVNULL if quiet else None
-    ).returncode
-    if status:
-        sys.exit(status)
-    written = folder / "results.json"
-    return json.loads(written.read_text())["metrics"] if written.exists() else {}
 
 
 def show(results: dict[str, float], args: argparse.Namespace) -> int:

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from moco.config import Pretraining, flat
 from moco.data import folders
+from moco.methods import METHODS
 
 # recipes of the linear probe in each script's paper
-PROBES = {name: f"configs/lincls_{name}.yaml" for name in ("adco", "fnc", "moby", "sogclr")}
+PROBES = {method.script: method.probe for method in METHODS.values()}
 
 
 def commands(config: Pretraining, train: Path, saved: Path) -> list[str]:
@@ -41,7 +42,7 @@ def commands(config: Pretraining, train: Path, saved: Path) -> list[str]:
             if config.launch.nproc_per_node
             else []
         )
-    probe = home / PROBES.get(config.run.script, "configs/lincls_moco.yaml")
+    probe = home / "configs" / PROBES.get(f"main_{config.run.script}", "lincls_moco.yaml")
     folder = folders.split_folder(train.parent, "val")
     evaluated = config.run.data == "photos" or config.input.dataset != "imagenet" or folder.is_dir()
     monitor = (

@@ -14,7 +14,7 @@ from test_cli import SMALL, refused
 from moco.encoder import weights
 from moco.engine import checkpoint
 from moco.files import Unreadable
-from tools import collect, runs
+from moco.report import results, runs
 
 # reading the first byte of this file is an I/O error, also for root
 FAILS = Path("/proc/self/mem")
@@ -119,7 +119,7 @@ def test_other_unreadable_files_are_not_reported_as_damage(script, tmp_path, mon
     """No message about results, features or options says to remove the file."""
     (tmp_path / "results.json").symlink_to(FAILS)
     with pytest.raises(Unreadable, match=r"results\.json: cannot be read: Input/output error"):
-        collect.collect(tmp_path)
+        results.collect(tmp_path)
     run = tmp_path / "run"
     run.mkdir()
     (run / "log.jsonl").symlink_to(FAILS)

@@ -10,11 +10,17 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from tools.runs import Run
+from moco.report.runs import Run
 
 POINTS = 1000  # of a curve, at most
+
+
 COLORS = [mpl.colors.to_hex(color) for color in mpl.colormaps["tab10"].colors]
+
+
 DASHES = ("-", "--", ":", "-.")  # of the first ten runs, the next ten, ...
+
+
 INK = "#333333"
 
 
@@ -68,7 +74,11 @@ PANELS = (
         "A share well above 0 says that reading images, not the model, sets the pace.",
     ),
 )
+
+
 EXACT = {"lr"}  # without noise
+
+
 GRADIENT = "Length of the gradient"
 
 

@@ -12,28 +12,43 @@ from sklearn.manifold import TSNE
 from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
-from moco import devices, rng
-from moco.augment import color, crop, recipes
+from moco import devices
+from moco.augment import crop, recipes
 from moco.config import MEAN, STD, Pretraining, flat, replaced
-from moco.data import loader, registry
+from moco.data import registry
 from moco.data.images import Images
 from moco.encoder import metadata, networks, pretrained
 from moco.engine import checkpoint, features
 from moco.errors import InputError
 from moco.launch import processes
-from tools.plots import plain, printable, run_label
-from tools.runs import Run
+from moco.report.plots import plain, printable, run_label
+from moco.report.runs import Run
+from moco.report.views import views_figure
 
 ROWS = 6  # images in the grid of views
+
+
 CLASSES, POINTS = 20, 2000  # on a map, at most
+
+
 QUERIES, NEIGHBOURS = 8, 6
+
+
 SAME, OTHER = "#1a8a2d", "#c62828"
+
+
 _NEEDED = {"arch": str, "data": str, "image_size": int, "dataset": str, "stem": str}
+
+
 _FOR_VIEWS = {"recipe": str, "seed": int}
+
+
 _DEFAULTS = {
     "class_list": None,
     "crop_min": None,
 }  # for runs of older versions, which lack these options
+
+
 _DEFAULTS |= {"dataset": "imagenet", "stem": "imagenet", "mean": list(MEAN), "std": list(STD)}
 
 
@@ -69,27 +84,14 @@ def recipe(run: Run) -> tuple[str, recipes.Recipe]:
 
 
 def views(run: Run) -> Figure:
-    """Some train images and their views in epoch 0. Raises InputError where the images are not there."""
+    """Return some train images and their views, as epoch 0 would draw them for this batch.
+
+    Raises InputError if the images are not there.
+    """
     config = settings(run, _NEEDED | _FOR_VIEWS)
     train = registry.train_images(config.input.dataset, config.run.data, config.input.class_list)
     picked = sorted({round(i * (len(train) - 1) / (ROWS - 1)) for i in range(ROWS)})
-    images = [train.read(i) for i in picked]
-    columns = [[crop.center_view(image, config.views.image_size) / 255 for image in images]]
-    cuts = loader.RandomCrops(recipe(run)[1], config.run.seed)
-    crops = [cuts(image, (0, i)) for image, i in zip(images, picked, strict=True)]
-    for v, view in enumerate(cuts.recipe):
-        batch = torch.stack([of[v] for of in crops])
-        seen = color.augment(batch, view, rng.generator("cpu", rng.COLOR, config.run.seed, v))
-        columns.append(list(color.denormalize(seen, view.mean, view.std)))
-    figure, axes = _grid(len(picked), len(columns), width=1.15, height=1.15, title=0.3)
-    for column, (title, shown) in enumerate(
-        zip(["image", *(f"view {v}" for v in range(1, len(columns)))], columns, strict=True)
-    ):
-        axes[0, column].set_title(title, fontsize=9)
-        for axis, image in zip(axes[:, column], shown, strict=True):
-            axis.imshow(image.permute(1, 2, 0).numpy())
-            axis.axis("off")
-    return figure
+    return views_figure(train, picked, recipe(run)[1], config.run.seed, draws=1)
 
 
 def _grid(

@@ -13,7 +13,7 @@ import numpy as np
 from moco.engine import checkpoint
 from moco.errors import InputError
 from moco.files import Unreadable, read_yaml, unreadable
-from tools import collect
+from moco.report import results
 
 Column = tuple[np.ndarray, np.ndarray]  # steps and values, [N] each, by step
 
@@ -151,7 +151,7 @@ def _steps_per_epoch(epochs: Column | None, knn: Column | None) -> float | None:
     return step[last] / (epoch[last] + 1) if step[last] > 0 else None
 
 
-def evaluations(run: Run) -> tuple[list[collect.Run], list[str]]:
+def evaluations(run: Run) -> tuple[list[results.Run], list[str]]:
     """The figures in results.json files below the run folder or beside it, and a line for each file that cannot be read.
 
     What lies beside counts where it is of a checkpoint of this run; a random encoder's has no checkpoint.
@@ -164,7 +164,7 @@ def evaluations(run: Run) -> tuple[list[collect.Run], list[str]]:
     below = set(run.folder.resolve().rglob("results.json"))
     for file in sorted(beside | below):
         try:
-            figures = list(collect.read(file))
+            figures = list(results.read(file))
             of = [figure for figure in figures if file in below or _is_of(figure, run)]
         except (
             InputError,
@@ -184,7 +184,7 @@ def evaluations(run: Run) -> tuple[list[collect.Run], list[str]]:
     return found, trouble
 
 
-def _is_of(figure: collect.Run, run: Run) -> bool:
+def _is_of(figure: results.Run, run: Run) -> bool:
     if figure.encoder.checkpoint is None:
         return figure.encoder.arch == run.args.get("arch")
     folder = Path(figure.encoder.checkpoint).parent
@@ -196,11 +196,11 @@ def _is_of(figure: collect.Run, run: Run) -> bool:
 
 
 def by_checkpoint(
-    figures: list[collect.Run],
-) -> Iterator[tuple[str, dict[tuple[str, str], collect.Best]]]:
+    figures: list[results.Run],
+) -> Iterator[tuple[str, dict[tuple[str, str], results.Best]]]:
     """The best of each column for each checkpoint, by its file name; the random encoder's is empty."""
     groups = defaultdict(lambda: defaultdict(list))
     for figure in figures:
         groups[Path(figure.encoder.checkpoint or "").name][figure.column].append(figure)
     for name, columns in sorted(groups.items()):
-        yield name, {column: collect.best(same) for column, same in columns.items()}
+        yield name, {column: results.best(same) for column, same in columns.items()}

@@ -1,0 +1,141 @@
+"""The registry of pre-training methods: what tests, benchmarks, the demo and printed commands know.
+
+A new method is one more entry of `METHODS`. See docs/adding-a-method.md.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Method:
+    """A pre-training method, by the words of its commands.
+
+    Attributes:
+        name: the method, as its checkpoints and results name it; further variants in gpu_checks.
+        script: the script that trains it, without .py.
+        tiny: options for tests: small sizes, and what chooses the method.
+        photos: options for some minutes on `photos`, at 32 pixels with a ResNet (64 with a ViT).
+        recipe: the recipe of its published settings, in configs/.
+        probe: the recipe of its paper's linear probe, in configs/.
+    """
+
+    name: str
+    script: str
+    tiny: str
+    photos: str
+    recipe: str
+    probe: str = "lincls_moco.yaml"
+
+
+SIX = "--n1 4 --n2 4 --n3 4 --n4 4 --n5 4 --n6 4"
+
+_MOCOV2 = "--moco-k 256 --mlp --moco-t 0.2 --aug-plus --cos --bn-splits 4"
+# no random draws in layers: they differ by device
+_VIT = "-a test_vit --mlp-dim 256 --online-drop-path 0"
+
+# The settings on 1,140 photographs scale down the bank, the batch and the counts of negatives. One
+# group of batch norm: the statistics of smaller groups are mostly noise at this size.
+_PHOTOS = "--batch-size 32 --lr 0.008 --moco-m 0.99 --bn-splits 1 --save-every 1000"
+_PHOTOS_V2 = f"{_PHOTOS} --moco-k 256 --mlp --moco-t 0.2 --aug-plus --cos"
+# the published learning rate: LARS, .075 sqrt(batch)
+_PHOTOS_SIMCLR = "--batch-size 32 --mlp-dim 512 --save-every 1000"
+# few steps: a higher rate, no stochastic depth
+_PHOTOS_VIT = "--batch-size 32 --mlp-dim 512 --lr-warmup-epochs 1 --online-drop-path 0"
+_PHOTOS_VIT += " --save-every 1000"
+_PHOTOS_MOBY = f"{_PHOTOS_VIT} --lr 0.004 --queue 512"
+
+METHODS = {
+    method.name: method
+    for method in (
+        Method(
+            name="mocov1",
+            script="main_synco",
+            tiny="--moco-k 256 --bn-splits 4",
+            photos=f"{_PHOTOS} --moco-k 256 --schedule 12 16",
+            recipe="mocov1_200.yaml",
+        ),
+        Method(
+            name="mocov2",
+            script="main_synco",
+            tiny=_MOCOV2,
+            photos=_PHOTOS_V2,
+            recipe="mocov2_200.yaml",
+        ),
+        Method(
+            name="mochi",
+            script="main_synco",
+            tiny=f"{_MOCOV2} --n-hard 16 --warmup-epochs 0 --n1 4 --n3 4",
+            photos=f"{_PHOTOS_V2} --n-hard 16 --warmup-epochs 4 --n1 4 --n3 4",
+            recipe="",
+        ),
+        Method(
+            name="synco",
+            script="main_synco",
+            tiny=f"{_MOCOV2} --n-hard 16 --warmup-epochs 0 {SIX}",
+            photos=f"{_PHOTOS_V2} --knn-every 5 --n-hard 16 --n1 2 --n2 2 --n3 2 --n4 1 --n5 1"
+            " --n6 1 --warmup-epochs 4",
+            recipe="synco_200.yaml",
+        ),
+        Method(
+            name="adco",
+            script="main_adco",
+            tiny="--cluster 256 --no-ad-init --bn-splits 4 --sym 1 --lr 0.01",
+            photos=f"{_PHOTOS} --lr-final 0 --cluster 256",
+            recipe="adco_200.yaml",
+            probe="lincls_adco.yaml",
+        ),
+        Method(
+            name="simclr",
+            script="main_sogclr",
+            tiny="--mlp-dim 256 --loss-type simclr",
+            photos=f"{_PHOTOS_SIMCLR} --loss-type simclr",
+            recipe="simclr_800.yaml",
+            probe="lincls_sogclr.yaml",
+        ),
+        Method(
+            name="sogclr",
+            script="main_sogclr",
+            tiny="--mlp-dim 256",
+            photos=_PHOTOS_SIMCLR,
+            recipe="sogclr_800.yaml",
+            probe="lincls_sogclr.yaml",
+        ),
+        Method(
+            name="fnc",
+            script="main_fnc",
+            tiny="--support-size 1 --fn-topk 2 --fn-threshold 0.3 --randaugment 0 0",
+            # the published rate; 2 of 512 rows, and not 10 of 65,536; at 32 pixels RandAugment
+            # leaves little to see
+            photos="--batch-size 32 --ema 0.99 --support-size 1 --fn-topk 2 --fn-threshold 0.8"
+            " --randaugment 0 0 --save-every 1000",
+            recipe="fnc_100.yaml",
+            probe="lincls_fnc.yaml",
+        ),
+        Method(
+            name="moby",
+            script="main_moby",
+            tiny=f"{_VIT} --queue 256",
+            photos=f"{_PHOTOS_MOBY} --method moby",
+            recipe="moby_swin_tiny.yaml",
+            probe="lincls_moby.yaml",
+        ),
+        Method(
+            name="synco-v2",
+            script="main_moby",
+            tiny=f"{_VIT} --method synco --queue 256 --n-hard 16 --synthetic-first 0"
+            f" --synthetic-last 20 {SIX}",
+            photos=f"{_PHOTOS_MOBY} --method synco --n-hard 32 --synthetic-first 4"
+            f" --synthetic-last 24 {SIX}",
+            recipe="synco_swin_tiny.yaml",
+            probe="lincls_moby.yaml",
+        ),
+        Method(
+            name="byol",
+            script="main_moby",
+            tiny=f"{_VIT} --method byol",
+            photos=f"{_PHOTOS_VIT} --method byol --lr 0.002 --wd 0.05 --moco-m 0.99",
+            recipe="byol_swin_tiny.yaml",
+            probe="lincls_moby.yaml",
+        ),
+    )
+}

@@ -1,0 +1,367 @@
+"""The HTML page that compares pre-training runs."""
+
+import html
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from datetime import timedelta
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from moco.errors import InputError
+from moco.files import check_new, creating, refuse_remote
+from moco.report import pictures, plots, results, runs
+from moco.report.runs import Run
+
+THUMBNAIL = 96  # pixels of an image among its neighbours
+
+
+CHEAP = 20.0  # seconds for the features of the map, up to which a random encoder is shown, too
+
+
+def write(
+    folders: list[Path],
+    out: Path,
+    pretrained: Path | None = None,
+    images: int = 2000,
+    seed: int = 0,
+    force: bool = False,
+) -> None:
+    """Write the page on the runs in `folders` to `out`, which must not exist unless `force`.
+
+    Raises InputError for a folder that holds no pre-training run, and where the page cannot be written. What else is not there,
+    such as checkpoints and images, the page says.
+    """
+    if images < 1 or seed < 0:
+        raise InputError(
+            f"--images {images} --seed {seed}: at least one image, and no seed below 0"
+        )
+    refuse_remote(str(pretrained or ""), "--pretrained")
+    if pretrained and (len(folders) > 1 or not pretrained.is_file()):
+        why = "is for one run" if len(folders) > 1 else "no such file"
+        raise InputError(
+            f"--pretrained {pretrained}: {why}; without it the last checkpoint of each run is taken"
+        )
+    check_new(out, force)
+    text = page(runs.read(folders), pretrained, images, seed)
+    try:
+        with creating(out, force) as file:
+            file.write(text.encode())
+    except OSError as error:
+        raise InputError(
+            f"--out {out}: cannot be written: {error.strerror}; choose another file"
+        ) from None
+
+
+def page(found: list[Run], pretrained: Path | None, images: int, seed: int) -> str:
+    """The whole page."""
+    body = [summary(found), evaluations(found), differences(found), curves(found), views(found)]
+    body.append(encoders(found, pretrained, images, seed))
+    title = escaped(f"Pre-training: {', '.join(run.name for run in found)}")
+    # the browser itself is told to load nothing
+    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+    head = f'<meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{policy}">'
+    head += f'<meta name="viewport" content="width=device-width"><title>{title}</title><style>{STYLE}</style>'
+    body = "\n".join(filter(None, body))
+    return f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head>\n<body><h1>Pre-training runs</h1>\n{body}\n</body></html>\n'
+
+
+def escaped(text: object) -> str:
+    """What comes from files is shown, never read as HTML."""
+    return html.escape(plots.printable(text))
+
+
+# Tables
+
+SUMMARY = (
+    "run",
+    "method",
+    "arch",
+    "data",
+    "epochs",
+    "batch",
+    "peak lr",
+    "loss",
+    "k-NN last, %",
+    "best, %",
+    "images/s",
+    "time",
+)
+
+
+def summary(found: list[Run]) -> str:
+    """What each run is and how far it came, and what is wrong with its log."""
+    rows = [
+        [_name(i, run), *(escaped(cell) for cell in _facts(run))] for i, run in enumerate(found)
+    ]
+    lines = [
+        _line(run, f"{n} damaged line(s) of log.jsonl left out")
+        for run in found
+        if (n := run.log.damaged)
+    ]
+    lines += [_line(run, "nothing is logged yet") for run in found if not run.log.columns]
+    return table(SUMMARY, rows, left=4) + "".join(lines)
+
+
+def _facts(run: Run) -> list[object]:
+    args, log = run.args, run.log
+    data = Path(str(args.get("data", ""))).name + (
+        f" ({Path(str(args['class_list'])).name})" if args.get("class_list") else ""
+    )
+    total = f"{args.get('epochs', '')}"
+    done = (
+        f"{log.last_step / log.steps_per_epoch:.4g}"
+        if log.steps_per_epoch
+        else f"{log.last_step or 0:.0f} steps"
+    )
+    knn = (
+        [f"{100 * of(log.columns['knn'][1]):.1f}" for of in (lambda y: y[-1], np.nanmax)]
+        if "knn" in log.columns
+        else ["", ""]
+    )
+    speed = (
+        f"{np.nanmedian(log.columns['images_per_s'][1]):.0f}"
+        if "images_per_s" in log.columns
+        else ""
+    )
+    loss = f"{log.columns['loss'][1][-1]:.4g}" if "loss" in log.columns else ""
+    lr = f"{np.nanmax(log.columns['lr'][1]):.3g}" if "lr" in log.columns else args.get("lr", "")
+    clock = timedelta(seconds=round(log.seconds))
+    facts = [
+        args.get("method", ""),
+        args.get("arch", ""),
+        data,
+        f"{done} of {total}",
+        _batch(args),
+        lr,
+        loss,
+        *knn,
+        speed,
+        clock,
+    ]
+    return [plots.run_label(fact) for fact in map(str, facts)]
+
+
+def _batch(args: dict) -> str:
+    sizes = [args.get(name, 1) for name in ("batch_size", "nodes", "accumulation_steps")]
+    if not all(isinstance(size, int) for size in sizes) or "batch_size" not in args:
+        return ""
+    if args.get("batch_is_per_process"):
+        return f"{sizes[0] * sizes[2]} a process"
+    return f"{sizes[0] * sizes[1] * sizes[2]}"
+
+
+def evaluations(found: list[Run]) -> str:
+    """The results.json files of the runs, with random encoders for comparison."""
+    rows, random, lines = [], set(), []
+    for i, run in enumerate(found):
+        figures, trouble = runs.evaluations(run)
+        lines += [_line(run, line) for line in trouble]
+        random |= {figure for figure in figures if figure.encoder.checkpoint is None}
+        mine = [figure for figure in figures if figure.encoder.checkpoint is not None]
+        rows += [(_name(i, run), escaped(name), cells) for name, cells in runs.by_checkpoint(mine)]
+    for arch in sorted({figure.encoder.arch for figure in random}):
+        same = sorted((figure for figure in random if figure.encoder.arch == arch), key=str)
+        rows += [(f"random {escaped(arch)}", "", cells) for _, cells in runs.by_checkpoint(same)]
+    columns = sorted({column for *_, cells in rows for column in cells})
+    if not rows:
+        return "".join(lines)
+    texts = [
+        [name, file, *(results.cell(cells.get(column)).replace("\\", "") for column in columns)]
+        for name, file, cells in rows
+    ]
+    note = "Of results.json files below the run folders and beside them, in per cent."
+    if any(best.on_val for *_, cells in rows for best in cells.values()):
+        note += " * the best of several settings, chosen on the very images that it is tested on."
+    chosen = {
+        results.choice(best.runs[0].encoder, column, best)
+        for *_, cells in rows
+        for column, best in cells.items()
+        if best.tried > 1
+    }
+    lines = [*(f"<p>{escaped(line)}</p>" for line in sorted(chosen)), *lines]
+    heads = ["run", "checkpoint", *(" ".join(column) for column in columns)]
+    return f"<h2>Evaluations</h2><p>{note}</p>{table(heads, texts, left=2)}{''.join(lines)}"
+
+
+NOT_COMPARED = {"save_dir", "dist_url", "output", "tag", "cfg", "resume"}
+
+
+def differences(found: list[Run]) -> str:
+    """The options in which runs differ."""
+    names = sorted({name for run in found for name in map(str, run.args)} - NOT_COMPARED)
+    differ = [name for name in names if len({repr(run.args.get(name)) for run in found}) > 1]
+    if not differ:
+        return ""
+    rows = [
+        [escaped(name), *(escaped(plots.run_label(run.args.get(name, ""))) for run in found)]
+        for name in differ
+    ]
+    inner = table(["option", *(run.name for run in found)], rows, left=1)
+    return f"<details><summary>{len(differ)} options in which the runs differ</summary>{inner}</details>"
+
+
+def table(heads: Iterable[str], rows: list[list[str]], left: int) -> str:
+    """A table of cells that are HTML already; all but the first `left` columns hold numbers."""
+    kind = [' class="number"' if i >= left else "" for i in range(len(rows[0]))]
+    top = "".join(f"<th{k}>{escaped(head)}</th>" for k, head in zip(kind, heads, strict=True))
+    body = "".join(
+        "<tr>" + "".join(f"<td{k}>{cell}</td>" for k, cell in zip(kind, row, strict=True)) + "</tr>"
+        for row in rows
+    )
+    return f'<div class="wide"><table><tr>{top}</tr>{body}</table></div>'
+
+
+def _name(i: int, run: Run) -> str:
+    color = plots.style(i)["color"]
+    where = escaped(run.folder)
+    return f'<span class="swatch" style="background:{color}"></span><span title="{where}">{escaped(run.name)}</span>'
+
+
+def _line(run: Run, text: object) -> str:
+    return f'<p class="absent">{escaped(run.name)}: {escaped(text)}</p>'
+
+
+# Pictures
+
+
+def figure(title: str, picture: Figure, text: str) -> str:
+    """A picture with its title above and what it shows below; alone in its row where it is wide."""
+    wide = ' class="alone"' if picture.get_figwidth() > 7 else ""
+    source = f'<img src="{plots.png(picture)}" alt="{escaped(f"{title}. {text}")}">'
+    return f"<figure{wide}><h3>{escaped(title)}</h3>{source}<figcaption>{escaped(text)}</figcaption></figure>"
+
+
+def section(title: str, figures: list[str], text: str = "") -> str:
+    return f'<h2>{title}</h2>{text and f"<p>{escaped(text)}</p>"}<div class="figures">{"".join(figures)}</div>'
+
+
+def curves(found: list[Run]) -> str:
+    drawn = [
+        figure(panel.title, plots.draw(panel, found), panel.text) for panel in plots.panels(found)
+    ]
+    text = "Strong lines are running medians; behind them, faint, is what was logged, or the range of it where that is much."
+    return section("Curves", drawn, text) if drawn else ""
+
+
+def _or_why_not(run: Run, make: Callable[[], str]) -> str:
+    try:
+        return make()
+    except (InputError, OSError) as error:
+        return _line(run, error)
+
+
+def views(found: list[Run]) -> str:
+    """Of the first run of each recipe and data set."""
+    drawn, seen = [], set()
+
+    def one(run: Run) -> str:
+        name, recipe = pictures.recipe(run)
+        if (run.args["data"], recipe) in seen:
+            return ""
+        seen.add((run.args["data"], recipe))
+        return figure(
+            f"{run.name}: recipe {name}",
+            pictures.views(run),
+            "Train images, and their views in epoch 0, by row.",
+        )
+
+    for run in found:
+        drawn.append(_or_why_not(run, lambda run=run: one(run)))
+    return section("Views", drawn)
+
+
+class Look(NamedTuple):
+    """What one encoder makes of a sample."""
+
+    run: Run
+    says: str
+    bank: Tensor
+    val: Tensor
+
+
+def encoders(found: list[Run], pretrained: Path | None, images: int, seed: int) -> str:
+    """A map for each data set, and neighbours for each run."""
+    looks: dict[int, list[Look]] = defaultdict(list)  # by sample
+    samples, lines = {}, []
+    for run in found:
+        try:
+            net, says = pictures.encoder(run, pretrained)
+            sample = pictures.sample_of(run, images, seed)
+            print(
+                f"{plots.printable(run.name)}: features of {len(sample.bank)} train and {len(sample.val)} val images",
+                flush=True,
+            )
+            look = Look(
+                run, says, *(pictures.seen_by(net, part, run) for part in (sample.bank, sample.val))
+            )
+            looks[id(sample)].append(look)
+            samples[id(sample)] = sample
+        except (InputError, OSError) as error:
+            lines.append(_line(run, f"{error}; there are curves only"))
+    maps, strips = [], []
+    for key, same in looks.items():
+        maps.append(
+            _or_why_not(same[0].run, lambda key=key, same=same: _map(samples[key], same, seed))
+        )
+        strips += [
+            _or_why_not(look.run, lambda key=key, look=look: _strips(samples[key], look))
+            for look in same
+        ]
+    parts = (
+        [section("Map of features", maps), section("Nearest neighbours", strips)] if looks else []
+    )
+    return "".join([*parts, *lines])
+
+
+def _map(sample: pictures.Sample, looks: list[Look], seed: int) -> str:
+    began, run = time.perf_counter(), looks[0].run
+    shown = {look.run.name: look.val for look in looks}
+    few = sample.val.subset(np.arange(min(64, len(sample.val))))
+    net = pictures.random_encoder(run, seed)
+    pictures.seen_by(net, few, run)
+    if (time.perf_counter() - began) * len(sample.val) / len(few) < CHEAP:
+        shown[f"random {run.args['arch']}"] = pictures.seen_by(net, sample.val, run)
+    classes = len(np.unique(sample.val.labels))
+    of = (
+        f"{classes} classes"
+        if classes == sample.all_classes
+        else f"{classes} of {sample.all_classes} classes"
+    )
+    text = f"{len(sample.val)} val images of {of} by t-SNE of their features; distances between groups mean little."
+    return figure(
+        f"Images of {Path(run.args['data']).name}", pictures.feature_map(sample.val, shown), text
+    )
+
+
+def _strips(sample: pictures.Sample, look: Look) -> str:
+    picture = pictures.neighbours(sample, look.bank, look.val, THUMBNAIL)
+    text = f"Left, val images; right of each, the nearest among {len(sample.bank)} train images of the same classes as the map's, "
+    text += f"with their cosine similarity: green frame, same class; red frame and x, another. {look.says}."
+    return figure(look.run.name, picture, text)
+
+
+STYLE = """
+body { font: 15px/1.45 system-ui, -apple-system, "Segoe UI", sans-serif; color: #222; background: #fafafa;
+  max-width: 1180px; margin: 2em auto; padding: 0 1.5em }
+h1 { font-size: 1.6em } h2 { font-size: 1.25em; margin: 1.8em 0 .5em; border-bottom: 1px solid #ddd }
+h3 { font-size: 1em; margin: 0 0 .4em }
+.wide { overflow-x: auto }
+table { border-collapse: collapse; font-size: .9em; margin: .6em 0; background: #fff }
+th, td { padding: .3em .7em; border-bottom: 1px solid #e2e2e2; text-align: left; white-space: nowrap }
+th { background: #f0f0f0; white-space: normal; vertical-align: bottom }
+.number { text-align: right; font-variant-numeric: tabular-nums }
+.swatch { display: inline-block; width: .8em; height: .8em; margin-right: .5em; border-radius: 2px }
+.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 480px), 1fr)); gap: 1em; align-items: start }
+figure { margin: 0; padding: .8em; background: #fff; border: 1px solid #e2e2e2; border-radius: 4px; min-width: 0 }
+figure.alone { grid-column: 1 / -1 }
+h3, figcaption, .absent { overflow-wrap: anywhere }
+img { max-width: 100%; height: auto; display: block; margin: 0 auto }
+figcaption { color: #555; font-size: .87em; margin-top: .4em }
+.absent { color: #7a4a00; background: #fff6e0; padding: .4em .8em; border-radius: 4px; grid-column: 1 / -1; margin: .3em 0 }
+summary { cursor: pointer }
+"""

@@ -1,0 +1,226 @@
+"""Read the results.json of evaluations, and choose the best of each cell of a table."""
+
+import csv
+import io
+import json
+import re
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from moco.errors import InputError
+from moco.files import Unreadable, read_json, to_json
+
+
+class Encoder(NamedTuple):
+    """What a row is about."""
+
+    method: str
+    arch: str
+    epochs: int | None  # of pre-training
+    checkpoint: str | None
+
+
+class Run(NamedTuple):
+    """One figure of one results.json."""
+
+    encoder: Encoder
+    column: tuple[str, str]  # data set and protocol
+    setting: str  # all that was set but the seed
+    seed: int | None
+    metric: str
+    value: float
+    second: float | None  # top-5 beside top-1
+    judged: float | None  # on held-out images
+
+
+class Best(NamedTuple):
+    """What stands in a cell."""
+
+    runs: list[Run]
+    tried: int
+    varied: list[str]  # the settings that differ among those tried
+    on_val: bool  # chosen among several settings on val/
+
+
+def collect(folder: Path) -> dict[tuple[Encoder, tuple[str, str]], Best]:
+    """The best of each cell. Raises InputError for a folder without results, or with one that cannot be read."""
+    groups = defaultdict(list)
+    for file in sorted(folder.rglob("results.json")):
+        for run in read(file):
+            groups[run.encoder, run.column].append(run)
+    if not groups:
+        raise InputError(
+            f"{folder}: no results.json of an evaluation script below it; give a folder that holds their run folders"
+        )
+    return {cell: best(runs) for cell, runs in groups.items()}
+
+
+def read(file: Path) -> Iterable[Run]:
+    """The figures of one results.json; none where it is not an evaluation script's. Raises InputError."""
+    again = "remove it or run its evaluation again"
+    try:
+        found = read_json(file)
+    except Unreadable as error:
+        raise error.at(file) from None
+    except InputError as error:
+        raise InputError(f"{file}: cannot be read ({error}); {again}") from None
+    if not isinstance(found, dict) or "protocol" not in found:
+        return []
+    try:
+        return list(_runs(found))
+    except Exception:  # some of it is absent, or of another kind
+        raise InputError(
+            f"{file}: does not hold what an evaluation script writes; {again}"
+        ) from None
+
+
+def _runs(found: dict[str, Any]) -> Iterable[Run]:
+    for name in ("method", "arch", "dataset", "protocol"):
+        if not isinstance(found[name], str):
+            raise TypeError(name)
+    encoder = Encoder(
+        found["method"], found["arch"], found.get("pretrain_epochs"), found["checkpoint"]
+    )
+    settings, metrics = dict(found.get("settings", {})), found["metrics"]
+    seed = settings.pop("seed", None)
+    dataset = Path(found["dataset"]).name
+    for metric, protocol in figures(found["protocol"], metrics, settings):
+        if metrics[metric] is None:  # NaN or infinite: nothing to put in a table
+            continue
+        yield Run(
+            encoder=encoder,
+            column=(dataset, protocol),
+            setting=to_json(settings, sort_keys=True),
+            seed=seed,
+            metric=metric,
+            value=0.0 + metrics[metric],
+            second=metrics["acc5"] if metric == "acc1" else None,
+            judged=metrics.get(f"held_out_{metric}"),
+        )
+
+
+def figures(
+    protocol: str, metrics: dict[str, float], settings: dict[str, Any]
+) -> Iterable[tuple[str, str]]:
+    """Yield the metrics that count, with the titles of their columns.
+
+    k-NN with another temperature, or on other features, has a column of its own. Results of older
+    versions lack these settings, and their titles name k alone.
+    """
+    knn = [name for name in metrics if name.startswith("knn_")]
+    if knn:
+        temperature, features = settings.get("temperature"), settings.get("features")
+        how = "" if temperature is None else f", T {temperature}"
+        how += "" if features is None else f", {features} features"
+        yield from ((name, f"k-NN (k {name.removeprefix('knn_')}{how})") for name in knn)
+        return
+    if protocol.startswith("detection"):
+        yield from ((name, f"{protocol}, {name.replace('_ap', ' AP')}") for name in metrics)
+        return
+    name = next(name for name in METRICS if name in metrics)
+    share = re.fullmatch(r"semisup(\d+)(_frozen)?", protocol)
+    title = f"{share[1]} % labels{', frozen' if share[2] else ''}" if share else protocol
+    yield name, f"{title}, {METRICS[name]}"
+
+
+# in the order in which they count, where a run has several
+METRICS = {"map11": "mAP", "mean_per_class": "mean per class", "acc1": "top-1 / top-5"}
+
+
+def best(runs: list[Run]) -> Best:
+    """The runs of the best setting, one for each seed."""
+    settings = defaultdict(list)
+    for run in runs:
+        settings[run.setting].append(run)
+    on_val = any(run.judged is None for run in runs)
+
+    def worth(same: list[Run]) -> float:
+        return statistics.mean(run.value if on_val else run.judged for run in same)
+
+    tried = [json.loads(setting) for setting in settings]
+    names = sorted({name for one in tried for name in one})
+    varied = [name for name in names if any(one.get(name) != tried[0].get(name) for one in tried)]
+    best_runs = max(settings.values(), key=worth)
+    return Best(best_runs, len(settings), varied, on_val and len(settings) > 1)
+
+
+def markdown(cells: dict[tuple[Encoder, tuple[str, str]], Best]) -> str:
+    """The table that a paper prints, accuracies in per cent."""
+    encoders = sorted(
+        {encoder for encoder, _ in cells},
+        key=lambda e: (e.method, e.arch, e.epochs or 0, e.checkpoint or ""),
+    )
+    columns = sorted({column for _, column in cells})
+    # encoders of one kind are told apart by their files
+    kinds = [(e.method, e.arch, e.epochs) for e in encoders]
+    twice = any(kinds.count(kind) > 1 for kind in kinds)
+    lines = [
+        [
+            "method",
+            "arch",
+            "epochs",
+            *(["checkpoint"] if twice else []),
+            *(" ".join(column) for column in columns),
+        ]
+    ]
+    lines.append(["---"] * len(lines[0]))
+    for e in encoders:
+        row = [
+            e.method,
+            e.arch,
+            "" if e.epochs is None else str(e.epochs),
+            *([e.checkpoint or ""] if twice else []),
+        ]
+        lines.append(row + [cell(cells.get((e, column))) for column in columns])
+    text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    chosen = [choice(*place, found) for place, found in cells.items() if found.tried > 1]
+    text += "".join(f"\n{line}\n" for line in sorted(chosen))
+    if any(found.on_val for found in cells.values()):
+        text += (
+            "\n\\* the best of several settings, chosen on the very images that it is tested on\n"
+        )
+    return text
+
+
+def choice(encoder: Encoder, column: tuple[str, str], found: Best) -> str:
+    """Return the line that says which of the settings tried was the best."""
+    setting = json.loads(found.runs[0].setting)
+    values = ", ".join(f"{name} {setting.get(name)}" for name in found.varied)
+    where = f"{' '.join(column)}, {encoder.method} {encoder.arch}"
+    return f"{where}: the best of {found.tried} settings is {values}"
+
+
+def cell(found: Best | None) -> str:
+    """67.5 +- .1 / 87.9 for several seeds, 67.5 / 87.9 for one."""
+    if found is None:
+        return ""
+    text = f"{100 * statistics.mean(run.value for run in found.runs):.1f}"
+    if len(found.runs) > 1:
+        text += f" ± {100 * statistics.stdev(run.value for run in found.runs):.1f}"
+    if found.runs[0].second is not None:
+        text += f" / {100 * statistics.mean(run.second for run in found.runs):.1f}"
+    return text + (" \\*" if found.on_val else "")
+
+
+def as_csv(cells: dict[tuple[Encoder, tuple[str, str]], Best]) -> str:
+    """Return the table as CSV: a line for each cell, with the chosen setting."""
+    names = "method arch pretrain_epochs checkpoint dataset protocol metric value std top5 seeds settings_tried chosen_on settings"
+    file = io.StringIO(newline="")
+    table = csv.writer(file)
+    table.writerow(names.split())
+    for (encoder, column), found in cells.items():
+        values = [run.value for run in found.runs]
+        std = statistics.stdev(values) if len(values) > 1 else ""
+        second = (
+            statistics.mean(run.second for run in found.runs)
+            if found.runs[0].second is not None
+            else ""
+        )
+        seeds = " ".join(str(run.seed) for run in found.runs)
+        chosen = "" if found.tried == 1 else "val" if found.on_val else "held out"
+        row = [*encoder, *column, found.runs[0].metric, statistics.mean(values), std, second]
+        table.writerow([*row, seeds, found.tried, chosen, found.runs[0].setting])
+    return file.getvalue()
