@@ -47,8 +47,12 @@ from moco.rng import COLOR, Progress
 FP32, MIXED = 1e-4, 2e-2  # relative differences allowed
 PROGRESS = Progress(seed=0, epoch=1, step=3, steps_per_epoch=10, epochs=20)
 
-TRIED = {name: (method.script, method.tiny) for name, method in METHODS.items()}
-TRIED["symmetric"] = ("main_synco", f"{METHODS['mocov2'].tiny} --symmetric --bn-splits-query")
+SPLITS = {"main_synco": " --bn-splits 4", "main_adco": " --bn-splits 4"}
+TRIED = {
+    name: (method.script, method.tiny + SPLITS.get(method.script, ""))
+    for name, method in METHODS.items()
+}
+TRIED["symmetric"] = ("main_synco", f"{TRIED['mocov2'][1]} --symmetric --bn-splits-query")
 
 
 def method(

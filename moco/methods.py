@@ -29,7 +29,7 @@ class Method:
 
 SIX = "--n1 4 --n2 4 --n3 4 --n4 4 --n5 4 --n6 4"
 
-_MOCOV2 = "--moco-k 256 --mlp --moco-t 0.2 --aug-plus --cos --bn-splits 4"
+_MOCOV2 = "--moco-k 256 --mlp --moco-t 0.2 --aug-plus --cos"
 # no random draws in layers: they differ by device
 _VIT = "-a test_vit --mlp-dim 256 --online-drop-path 0"
 
@@ -50,7 +50,7 @@ METHODS = {
         Method(
             name="mocov1",
             script="main_synco",
-            tiny="--moco-k 256 --bn-splits 4",
+            tiny="--moco-k 256",
             photos=f"{_PHOTOS} --moco-k 256 --schedule 12 16",
             recipe="mocov1_200.yaml",
         ),
@@ -79,7 +79,7 @@ METHODS = {
         Method(
             name="adco",
             script="main_adco",
-            tiny="--cluster 256 --no-ad-init --bn-splits 4 --sym 1 --lr 0.01",
+            tiny="--cluster 256 --no-ad-init --sym 1 --lr 0.01",
             photos=f"{_PHOTOS} --lr-final 0 --cluster 256",
             recipe="adco_200.yaml",
             probe="lincls_adco.yaml",

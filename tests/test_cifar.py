@@ -16,8 +16,7 @@ import torch.nn.functional as F
 import torchvision
 import yaml
 from conftest import ROOT, shell, write_images
-from test_cli import refused
-from test_runs import load
+from run_helpers import load, refused
 
 import main_synco
 from moco import rng

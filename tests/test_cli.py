@@ -15,6 +15,7 @@ import torch
 import yaml
 from conftest import ROOT, own_lines, settings, shell
 from PIL import Image
+from run_helpers import INPUT, SMALL, refused
 
 import main_lincls
 import main_synco
@@ -22,17 +23,6 @@ import moco
 from moco.data import cache
 from moco.errors import InputError, unknown
 from moco.launch import launch
-
-INPUT = ("-a", "resnet18", "--image-size", 32, "-b", 8, "-j", 0)
-SMALL = (*INPUT, "--epochs", 1, "--moco-k", 32)
-
-
-def refused(result: tuple[int, str, str], *words: str, lines: int = 1) -> None:
-    status, _, err = result
-    assert status == 2, err
-    assert len(own_lines(err)) == lines, err
-    for word in words:
-        assert word in err, err
 
 
 def test_what_other_packages_print_is_no_failure(tmp_path):
@@ -381,7 +371,9 @@ def test_missing_yaml(script, images):
 
 def test_more_hard_negatives_than_queue_rows(script, images):
     refused(
-        script("main_synco", images, *SMALL, "--n-hard", 33, "--n1", 1), "--n-hard 33", "32 rows"
+        script("main_synco", images, *SMALL, "--n-hard", 33, "--n1", 1),
+        "--n-hard 33",
+        "--moco-k 32",
     )
 
 

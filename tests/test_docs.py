@@ -14,7 +14,7 @@ from unittest import mock
 import pytest
 import torch
 from conftest import ROOT
-from test_runs import facts
+from run_helpers import facts
 
 from moco.augment.recipes import check_name
 from moco.cli import entry

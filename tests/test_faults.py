@@ -23,8 +23,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, own_lines, settings, shell, write_images
-from test_cli import refused
-from test_runs import load, same, succeeded
+from run_helpers import load, refused, same, succeeded
 
 import main_lincls
 from moco.engine import checkpoint

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import shell
-from test_cli import refused
+from run_helpers import refused
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 

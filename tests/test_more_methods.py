@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, in_process, settings, shell
-from test_cli import refused
-from test_runs import facts, load, same, succeeded
+from run_helpers import facts, load, refused, same, succeeded
 from test_voc07 import write_voc
 
 import main_adco

@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import ROOT, shell
-from test_cli import refused
-from test_runs import load, succeeded
+from run_helpers import load, refused, succeeded
 
 import main_synco
 from moco.config import Config, Evaluation, Pretraining, replaced

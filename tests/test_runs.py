@@ -12,6 +12,7 @@ import torch
 import yaml
 from conftest import own_lines, shell, write_images
 from PIL import Image
+from run_helpers import facts, load, log, same, succeeded
 
 from moco import distributed
 from moco.config import MEAN, STD, Probing, replaced
@@ -49,35 +50,6 @@ TINY = (
     "--n4",
     2,
 )
-TIMES = {"images_per_s", "data_wait", "time"}
-
-
-def succeeded(result) -> str:
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout
-
-
-def log(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-
-
-def facts(run: Path) -> list[dict]:
-    return [{name: value for name, value in line.items() if name not in TIMES} for line in log(run)]
-
-
-def load(path: Path) -> dict:
-    return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def same(a: object, b: object) -> bool:
-    """Bit for bit, through dicts and lists."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
 
 
 @pytest.fixture(scope="module")

@@ -130,9 +130,9 @@ def test_any_folder_of_images_can_be_shown(tmp_path):
     ]
     assert show_views.find(str(folder / "1.png")).read(0).shape == (3, 20, 31)
     assert (
-        show_views.feature_statistics(3, 5) == [0, 1, 2]
-        and show_views.feature_statistics(10, 3) == [0, 4, 9]
-        and show_views.feature_statistics(4, 1) == [0]
+        show_views.spread(3, 5) == [0, 1, 2]
+        and show_views.spread(10, 3) == [0, 4, 9]
+        and show_views.spread(4, 1) == [0]
     )
     (folder / "@eaDir").mkdir()
     (folder / "@eaDir" / "1.png").write_bytes(b"a thumbnail")

@@ -10,9 +10,9 @@ from conftest import shell
 from dataset_trees import Tree, annotation
 from metric_helpers import eleven_points_by_hand
 from PIL import Image
+from run_helpers import refused
 from sklearn.linear_model import LogisticRegression
 from sklearn.svm import LinearSVC
-from test_cli import refused
 
 from moco.evaluate import metrics, voc
 

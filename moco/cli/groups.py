@@ -73,11 +73,11 @@ def _add(
         "help": argparse.SUPPRESS if option.hidden else text,
     }
     kind = value_type(annotation)
-    if kind is bool:
-        if option.switch:
-            group.add_argument(*names, action=Switch, most=option.levels, **more)
-        else:
-            group.add_argument(*names, action="store_true", **more)
+    if kind is bool and not option.switch:
+        group.add_argument(*names, action="store_true", **more)
+        return
+    if kind is bool or option.levels > 1:
+        group.add_argument(*names, action=Switch, most=option.levels, **more)
         return
     if name in _CONVERTERS:
         more["type"] = _CONVERTERS[name]

@@ -122,9 +122,9 @@ class Trainer:
         per_pass = config.input.batch_per_process * distributed.world_size()
         self.batch = per_pass * schedule.accumulation_steps
         self.lr_scale = optim.scale(schedule.learning_rate_scaling, self.batch)
-        groups = task.groups()
-        self.scheduled = [group.pop("scheduled", True) for group in groups]
-        self.optimizer = optim.make(groups, schedule, config.compute.amp)
+        self.optimizer = optim.make(task.groups(), schedule, config.compute.amp)
+        # by group of the optimizer, which may divide the task's groups; checkpoints lack it
+        self.scheduled = [g.pop("scheduled", True) for g in self.optimizer.param_groups]
         # before any schedule, and before those of a resumed run
         self.base_lrs = [group["lr"] * self.lr_scale for group in self.optimizer.param_groups]
         amp = config.compute.amp if task.scales_gradient else "off"

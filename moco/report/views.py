@@ -81,7 +81,7 @@ def settings(view: View) -> list[str]:
     colors = {
         "jitter": (jitter, view.jitter_p),
         "gray": ("gray", view.gray_p),
-        "blur": ("blur sigma {:g} to {:g}".format(*view.blur_sigma), view.blur_p),
+        "blur": ("blur sigma {:.3g} to {:.3g}".format(*view.blur_sigma), view.blur_p),
         "solarize": ("solarize", view.solarize_p),
     }
     happens = [colors[name] for name in view.order] + [("flip", view.flip_p)]

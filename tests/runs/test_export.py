@@ -12,10 +12,10 @@ import torchvision
 from conftest import ROOT, shell
 from encoder_helpers import SMALL as TEST_VIT
 from encoder_helpers import to_moby_name
+from run_helpers import SMALL as RESNET
+from run_helpers import refused
 from safetensors import safe_open
 from safetensors.torch import load_file
-from test_cli import SMALL as RESNET
-from test_cli import refused
 
 from moco.encoder import networks, resnets
 from moco.encoder.stock import StockModel

@@ -7,10 +7,9 @@ import pytest
 import timm
 import torch
 from conftest import ROOT, in_process, shell
-from encoder_helpers import ARCHS, METHODS, SIZES, SMALL, VIT
-from test_cli import refused
 from dataset_trees import WRITERS, Tree
-from test_runs import facts, load, same, succeeded
+from encoder_helpers import ARCHS, METHODS, SIZES, SMALL, VIT
+from run_helpers import facts, load, refused, same, succeeded
 from test_voc07 import write_voc
 
 from moco.encoder import networks, recompute

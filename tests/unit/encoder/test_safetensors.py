@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
+from run_helpers import SMALL, refused
 from safetensors.torch import save_file
-from test_cli import SMALL, refused
 from torchvision import models
 
 from moco.config import MEAN, STD

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import safetensors
 import torch
+from run_helpers import SMALL, refused
 from safetensors.torch import save_file
-from test_cli import SMALL, refused
 
 from moco.encoder import weights
 from moco.engine import checkpoint

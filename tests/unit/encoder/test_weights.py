@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import shell
+from run_helpers import refused
 from safetensors.torch import save_file
-from test_cli import refused
 
 from moco.encoder import metadata, weights
 from moco.engine import checkpoint

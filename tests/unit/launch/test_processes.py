@@ -6,7 +6,8 @@ import pytest
 import torch
 from conftest import shell
 from launch_helpers import MEETING
-from test_cli import SMALL, options, refused
+from run_helpers import SMALL, refused
+from test_cli import options
 
 import main_adco
 from moco.errors import InputError

@@ -4,7 +4,7 @@ import socket
 
 import pytest
 from launch_helpers import MEETING
-from test_cli import SMALL, refused
+from run_helpers import SMALL, refused
 
 from moco.launch import rendezvous
 

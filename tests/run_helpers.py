@@ -1,0 +1,53 @@
+"""What the tests of runs share: what a run folder contains, and how a script ended."""
+
+import json
+from pathlib import Path
+from subprocess import CompletedProcess
+
+import torch
+from conftest import own_lines
+
+INPUT = ("-a", "resnet18", "--image-size", 32, "-b", 8, "-j", 0)
+SMALL = (*INPUT, "--epochs", 1, "--moco-k", 32)  # of main_synco.py
+TIMES = {"images_per_s", "data_wait", "time"}
+
+
+def succeeded(result: CompletedProcess) -> str:
+    """Return the output of a script that must have succeeded."""
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def refused(result: tuple[int, str, str], *words: str, lines: int = 1) -> None:
+    """Fail unless a script ended with status 2, and with so many lines that contain `words`."""
+    status, _, err = result
+    assert status == 2, err
+    assert len(own_lines(err)) == lines, err
+    for word in words:
+        assert word in err, err
+
+
+def log(run: Path) -> list[dict]:
+    """Return the lines of a run's log."""
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def facts(run: Path) -> list[dict]:
+    """Return the lines of a run's log without what depends on the machine's speed."""
+    return [{name: value for name, value in line.items() if name not in TIMES} for line in log(run)]
+
+
+def load(path: Path) -> dict:
+    """Return a checkpoint."""
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def same(a: object, b: object) -> bool:
+    """Return whether two values are equal bit for bit, through dicts and lists."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
