@@ -156,7 +156,7 @@ class _SyncBatchNorm:
         if self.affine:
             out = out * self.weight.view(shape) + self.bias.view(shape)
         out = out.to(x.dtype)
-        return self.act(self.drop(out)) if hasattr(self, "act") else out
+        return self.act(self.drop(out)) if "act" in self._modules else out  # timm joins both
 
 
 class _AllReduce(torch.autograd.Function):

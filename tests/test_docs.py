@@ -12,12 +12,9 @@ from types import ModuleType
 from unittest import mock
 
 import pytest
-import torch
 from conftest import ROOT
-from run_helpers import facts
 
 from moco.augment.recipes import check_name
-from moco.cli import entry
 from moco.config import Config
 from moco.encoder.networks import check_arch
 from moco.engine import pretrain
@@ -26,7 +23,7 @@ PAGES = {
     str(path.relative_to(ROOT)): path.read_text()
     for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 }
-EXAMPLE = ("main_repel", "moco/builder/repel.py")  # of docs/adding-a-method.md
+EXAMPLE = ("main_simsiam", "moco/builder/simsiam.py")  # of docs/adding-a-method.md
 ELSEWHERE = ("main_moco.py", "main_pretrain.py", "main_linear.py")  # scripts of other repositories
 # options of other programs: torch.distributed.launch's, Swin-style scripts'
 FOREIGN = {"--nproc-per-node", "--master-port", "--opts"}
@@ -237,51 +234,6 @@ def test_messages_are_the_scripts_own():
                     if len(piece) > 3 and not any(piece in text for text in said)
                 ]
                 assert absent == [], code
-
-
-def test_the_example_trains(shared_images, tmp_path, monkeypatch, capsys):
-    """Two files out of docs/adding-a-method.md, as a user would save them."""
-    builder, script = (
-        block
-        for block in fences(PAGES["docs/adding-a-method.md"])
-        if block.startswith(('"""', "#!"))
-    )
-    for name, text in (("moco.builder.repel", builder), (EXAMPLE[0], script)):
-        path = tmp_path / f"{name}.py"
-        path.write_text(text)
-        spec = importlib.util.spec_from_file_location(name, path)
-        module = importlib.util.module_from_spec(spec)
-        monkeypatch.setitem(sys.modules, name, module)
-        spec.loader.exec_module(module)
-    run = tmp_path / "run"
-    small = (
-        "-a",
-        "resnet18",
-        "--image-size",
-        32,
-        "-b",
-        16,
-        "-j",
-        0,
-        "--epochs",
-        2,
-        "-p",
-        1,
-        "--lr",
-        0.01,
-        "--dim",
-        16,
-    )
-    monkeypatch.setattr(
-        sys, "argv", ["main_repel.py", *map(str, (shared_images, *small, "--save-dir", run))]
-    )
-    entry.main(module.parser(), module.check, module.worker)
-    losses = [line["loss"] for line in facts(run) if "loss" in line]
-    assert len(losses) == 6 and min(losses[3:]) < losses[0]
-    state = torch.load(run / "checkpoint_0001.pth.tar", weights_only=True)
-    assert state["method"] == "repel" and any(
-        key.startswith("module.encoder.") for key in state["state_dict"]
-    )
 
 
 def test_costs_are_those_that_are_counted(tmp_path):

@@ -98,9 +98,9 @@ def _joined(root: str, splits: list, classes: Sequence[str]) -> Images:
             files, own = zip(*split._samples, strict=True)
         else:
             files = next(
-                getattr(split, name)
+                vars(split)[name]
                 for name in ("_image_files", "_images", "images")
-                if hasattr(split, name)
+                if name in vars(split)
             )
             own = split._labels
         names = getattr(split, "classes", classes)

@@ -72,7 +72,7 @@ def projector(widths: Sequence[int], *last: nn.Module, bias: bool = False) -> nn
 
 def features(net: nn.Module, images: Tensor) -> Tensor:
     """Return the pooled features [B, D] of `images` [B, 3, H, W], which are the head's input."""
-    if hasattr(net, "forward_head"):  # a timm model
+    if not isinstance(net, models.ResNet):  # one of timm
         return timm_networks.features(net, images)
     x = images
     for name, child in net.named_children():
@@ -96,7 +96,7 @@ def num_features(net: nn.Module) -> int:
 
 def head_name(net: nn.Module) -> str:
     """Return the name of the last layer, or of the head that replaces it."""
-    return net.pretrained_cfg["classifier"] if hasattr(net, "pretrained_cfg") else "fc"
+    return "fc" if isinstance(net, models.ResNet) else net.pretrained_cfg["classifier"]
 
 
 def backbone_keys(net: nn.Module) -> list[str]:

@@ -21,7 +21,7 @@ def recompute_blocks(net: nn.Module) -> None:
     for module in net.modules():
         if type(module) in _RECOMPUTED:
             module.__class__ = _RECOMPUTED[type(module)]
-        elif hasattr(module, "set_grad_checkpointing"):  # a timm model
+        elif getattr(module, "set_grad_checkpointing", None):  # a network of timm
             name = type(module).__name__
             # timm would update batch norm's statistics in both passes
             if any(

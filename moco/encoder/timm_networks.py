@@ -118,7 +118,7 @@ def _remove_dropout(net: nn.Module) -> None:
 
 def _set_stochastic_depth(net: nn.Module, rate: float) -> bool:
     """Return whether the network has this rate of stochastic depth; turn it off if `rate` is 0."""
-    depths = [module for module in net.modules() if hasattr(module, "drop_prob")]
+    depths = [module for module in net.modules() if "drop_prob" in vars(module)]
     if rate == 0:
         for module in depths:
             module.drop_prob = 0.0
@@ -188,7 +188,8 @@ def to_timm_names(net: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tenso
             "its positions are learned, so it is not this ViT but one with other heads; "
             f"give -a {net.namesake}"
         )
-    head = f"{net.pretrained_cfg['classifier']}." if hasattr(net, "pretrained_cfg") else "fc."
+    config = getattr(net, "pretrained_cfg", {"classifier": "fc"})  # of timm's networks alone
+    head = f"{config['classifier']}."
     mine = {name: tensor for name, tensor in net.state_dict().items() if not name.startswith(head)}
     if all(name in tensors and tensors[name].shape == mine[name].shape for name in mine):
         return tensors
@@ -231,4 +232,4 @@ def _fixed(table: Tensor) -> bool:
 
 def has_patch_projection(net: nn.Module) -> bool:
     """Return whether a network begins with a projection of patches, as ViTs and Swins do."""
-    return hasattr(getattr(net, "patch_embed", None), "proj")
+    return getattr(getattr(net, "patch_embed", None), "proj", None) is not None
