@@ -306,10 +306,10 @@ def test_the_sweep_is_the_papers_unless_options_say_otherwise(
     *runs, table = (line.split() for line in (tmp_path / "commands").read_text().splitlines())
     assert table[0].endswith("tools/collect.py") and table[1:] == ["OUT", "--out", "OUT", "--force"]
     found = [settings(main_semisup, words[1:]) for words in runs]
-    settings = [
+    words_of = [
         (a.train_percent, a.epochs, a.lr_backbone, a.lr_classifier, a.batch_size) for a in found
     ]
-    assert len(settings) == len(expected) and set(settings) == expected
+    assert len(words_of) == len(expected) and set(words_of) == expected
     for args in found:
         assert (
             args.save_dir

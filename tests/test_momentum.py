@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from moco.builder.base import QueryAndKey
 from moco.builder.batch_norm import split_batch_norm
 from moco.builder.moco import MoCo
 from moco.builder.synco import SynCo
@@ -313,8 +312,11 @@ def key_groups(batch, splits, progress):
         return normalized(x, *rest)
 
     normalized = F.batch_norm
-    model = QueryAndKey(
-        lambda: nn.Sequential(nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(243, DIM)), 0.9, splits
+    model = MoCo(
+        lambda: nn.Sequential(nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(243, DIM)),
+        dim=DIM,
+        K=8,
+        bn_splits=splits,
     )
     with mock.patch.object(F, "batch_norm", batch_norm):
         model.keys(numbered_images(batch), progress)

@@ -109,7 +109,7 @@ def test_published_command_runs(name, shared_images, tmp_path):
             in out
         )
         assert (
-            "10 views; false negatives: attract, up to 10 above 0.7 of each image; a memory of 128 rows"
+            "10 views; false negatives: attract, up to 10 above 0.7 of each image; a memory of 128 entries"
             in out
         )
         assert (

@@ -19,6 +19,7 @@ import moco as _first  # noqa: F401 (before torch: sets how its threads wait)
 import torch
 from torch import Tensor, nn
 
+from moco import sections
 from moco.cli import tool, values
 from moco.config import MEAN, STD
 from moco.encoder import pretrained
@@ -68,7 +69,7 @@ def main() -> int:
         "-a", "--arch", help="of a checkpoint that does not say it (default: resnet50)"
     )
     size = "pixels of the images that a ViT or Swin is for (default: those it was pre-trained at; where unknown, 224)"
-    parser.add_argument("--image-size", type=values.positive, help=size)
+    parser.add_argument("--image-size", type=values.in_range(int, sections.POSITIVE), help=size)
     hub = "also write a hubconf.py beside OUT: torch.hub.load(FOLDER, 'encoder', source='local') needs no more than the two files"
     parser.add_argument("--hub", action="store_true", help=hub)
     parser.add_argument("--force", action="store_true", help="replace what is there")
