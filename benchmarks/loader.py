@@ -260,7 +260,7 @@ def pil_blur(image: Image.Image) -> Image.Image:
 
 
 def lightly(size: int) -> Callable[[Image.Image], list[Tensor]] | None:
-    """lightly's two views of an image, where lightly is installed."""
+    """Lightly's two views of an image, where lightly is installed."""
     try:
         from lightly.transforms import MoCoV2Transform
     except ImportError:

@@ -140,7 +140,7 @@ class Heads:
     def _hard_vectors(
         self, similarity: Tensor, draws: synthetic.Draws
     ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        """q [N, 1, C]; the drawn rows of each type [N, n, C], type 4 with its noise; the vectors of types 1, 2 and 3."""
+        """Q [N, 1, C]; the drawn rows of each type [N, n, C], type 4 with its noise; the vectors of types 1, 2 and 3."""
         hard = self.topk(similarity)
         q = self.q.detach()[:, None, :]
         near = list(self.bank[hard.gather(1, draws.first)].split(self.kind.counts, 1))

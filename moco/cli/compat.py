@@ -1,7 +1,8 @@
 """Options of other repositories: what this project calls them, or that they have no counterpart.
 
 Read from the scripts of MoCo (v1 to v3), SynCo, AdCo, SogCLR, SimCLR, FNC, MoBY, DINO, MAE, SwAV, solo-learn and Lightly.
-Names are without leading dashes, and with `-` for `_`."""
+Names are without leading dashes, and with `-` for `_`.
+"""
 
 from collections.abc import Collection
 

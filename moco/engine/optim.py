@@ -176,7 +176,7 @@ class LARS(torch.optim.Optimizer):
 
 
 def _scaled(params: list[Tensor], decay: float, trust: float) -> list[Tensor]:
-    """trust |w| / |g| g with g the gradient and its decay; g itself where a length is 0."""
+    """Trust |w| / |g| g with g the gradient and its decay; g itself where a length is 0."""
     gradients = torch._foreach_add([p.grad for p in params], params, alpha=decay)
     length, slope = (torch.stack(torch._foreach_norm(x)) for x in (params, gradients))
     ratio = torch.where((length > 0) & (slope > 0), trust * length / slope, 1.0)
