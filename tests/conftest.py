@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import importlib.util
 import io
 import os
 import re
@@ -32,6 +33,11 @@ torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that they start
 # tools that the tests start import this clone, whatever is installed
 os.environ["PYTHONPATH"] = str(ROOT)
+
+
+wants_detectron2 = pytest.mark.skipif(
+    importlib.util.find_spec("detectron2") is None, reason="detectron2 is not installed"
+)
 
 
 def settings(script: ModuleType, words: Sequence[object]) -> SimpleNamespace:

@@ -3,13 +3,22 @@
 import json
 from pathlib import Path
 from subprocess import CompletedProcess
+from types import SimpleNamespace
 
 import torch
-from conftest import own_lines
+from conftest import own_lines, settings
+
+import main_synco
 
 INPUT = ("-a", "resnet18", "--image-size", 32, "-b", 8, "-j", 0)
 SMALL = (*INPUT, "--epochs", 1, "--moco-k", 32)  # of main_synco.py
+VOC_SMALL = (*INPUT, "--c", 0.1, 1, 10, 100)  # of main_voc07.py
 TIMES = {"images_per_s", "data_wait", "time"}
+
+
+def options(*words: object) -> SimpleNamespace:
+    """Return the settings that main_synco.py takes from its command line."""
+    return settings(main_synco, words)
 
 
 def succeeded(result: CompletedProcess) -> str:

@@ -9,8 +9,8 @@ import torch
 from conftest import ROOT, in_process, shell
 from dataset_trees import WRITERS, Tree
 from encoder_helpers import ARCHS, METHODS, SIZES, SMALL, VIT
+from dataset_trees import write_voc
 from run_helpers import facts, load, refused, same, succeeded
-from test_voc07 import write_voc
 
 from moco.encoder import networks, recompute
 from moco.errors import InputError

@@ -6,8 +6,7 @@ import pytest
 import torch
 from conftest import shell
 from launch_helpers import MEETING
-from run_helpers import SMALL, refused
-from test_cli import options
+from run_helpers import SMALL, options, refused
 
 import main_adco
 from moco.errors import InputError

@@ -7,10 +7,10 @@ import time
 import numpy as np
 import pytest
 from conftest import shell
-from dataset_trees import Tree, annotation
+from dataset_trees import COLOURS, Tree, annotation, write_voc
 from metric_helpers import eleven_points_by_hand
 from PIL import Image
-from run_helpers import refused
+from run_helpers import VOC_SMALL, refused
 from sklearn.linear_model import LogisticRegression
 from sklearn.svm import LinearSVC
 
@@ -168,39 +168,11 @@ def test_worker_processes_find_what_one_does():
 
 # A tree in VOC's format. Each of three classes is one colour's share of an image; the others are not shown.
 
-COLOURS = ("bird", "cat", "sofa")  # red, green, blue
-
-
-def write_voc(root, trainval=61, test=40):
-    """Some birds are difficult, as a few of what is no bird; a dog is shown in test only."""
-    tree, rng = Tree(root), np.random.default_rng(0)
-    base, number = "VOCdevkit/VOC2007", 0
-    for split, count in (("trainval", trainval), ("test", test)):
-        names = []
-        for i in range(count):
-            shown = rng.random(3) < 0.4
-            name, number = f"{number:06d}", number + 1
-            pixels = rng.integers(0, 80, (40, 40, 3)) + 100 * shown + rng.integers(0, 40)
-            jpeg = io.BytesIO()
-            Image.fromarray(pixels.astype(np.uint8)).save(jpeg, "jpeg", quality=95)
-            tree.file(f"{base}/JPEGImages/{name}.jpg", jpeg.getvalue())
-            things = [(thing, 0) for thing, there in zip(COLOURS, shown, strict=True) if there]
-            if i % 7 == 3:
-                things = [thing for thing in things if thing[0] != "bird"] + [("bird", 1)]
-            if split == "test" and i % 9 == 2:
-                things.append(("dog", 0))
-            tree.file(f"{base}/Annotations/{name}.xml", annotation(things))
-            names.append(name)
-        tree.lines(f"{base}/ImageSets/Main/{split}.txt", names)
-    return root
 
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):
     return write_voc(tmp_path_factory.mktemp("voc"))
-
-
-SMALL = ("-a", "resnet18", "--image-size", 32, "-j", 0, "-b", 8, "--c", 0.1, 1, 10, 100)
 
 
 def results(folder):
@@ -214,7 +186,7 @@ def whole(tree, tmp_path_factory):
     command = (
         "main_voc07.py",
         tree,
-        *SMALL,
+        *VOC_SMALL,
         "--dump-features",
         folder / "features",
         "--save-dir",
@@ -267,7 +239,7 @@ def test_one_process_finds_what_two_do(whole, tree, script, tmp_path):
     status, _, err = script(
         "main_voc07",
         tree,
-        *SMALL,
+        *VOC_SMALL,
         "--save-dir",
         tmp_path / "one",
         "--dump-features",
@@ -383,7 +355,7 @@ def test_mistakes_are_one_line(script, tmp_path, images):
     command = (
         "main_knn",
         images,
-        *SMALL[:8],
+        *VOC_SMALL[:8],
         "--dump-features",
         files,
         "--save-dir",

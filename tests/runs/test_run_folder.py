@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import ROOT, shell
-from run_helpers import load, refused, succeeded
+from dataset_trees import write_voc
+from run_helpers import VOC_SMALL, load, refused, succeeded
 
 import main_synco
 from moco.config import Config, Evaluation, Pretraining, replaced
@@ -95,13 +96,11 @@ def test_an_evaluation_changes_nothing_of_another_run(name, script, shared_image
 
 
 def test_voc07_changes_nothing_of_another_run(script, run, tmp_path):
-    from test_voc07 import SMALL, write_voc
-
     tree = write_voc(tmp_path / "voc")
     command = (
         "main_voc07",
         tree,
-        *SMALL,
+        *VOC_SMALL,
         "--pretrained",
         run / "checkpoint_0000.pth.tar",
         "--save-dir",

@@ -15,8 +15,7 @@ except ImportError:  # Python 3.10
     from pip._vendor import tomli as tomllib
 
 import pytest
-from conftest import ROOT
-from test_detection import wants_detectron2
+from conftest import wants_detectron2, ROOT
 
 MATRIX = ("OLDEST_PYTHON", "NEWEST_PYTHON")
 wants_make = pytest.mark.skipif(not shutil.which("make"), reason="make is not installed")

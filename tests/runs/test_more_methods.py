@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, in_process, settings, shell
+from dataset_trees import write_voc
 from run_helpers import facts, load, refused, same, succeeded
-from test_voc07 import write_voc
 
 import main_adco
 import main_fnc

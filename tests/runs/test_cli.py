@@ -15,7 +15,7 @@ import torch
 import yaml
 from conftest import ROOT, own_lines, settings, shell
 from PIL import Image
-from run_helpers import INPUT, SMALL, refused
+from run_helpers import INPUT, SMALL, options, refused
 
 import main_lincls
 import main_synco
@@ -762,10 +762,6 @@ def test_run_folder_of_another_run_is_kept(script, images, checkpoint):
 
 
 # what options mean
-
-
-def options(*words: object) -> SimpleNamespace:
-    return settings(main_synco, words)
 
 
 def test_underscores_and_hyphens_are_the_same():

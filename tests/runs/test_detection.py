@@ -14,7 +14,7 @@ from argparse import Namespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, own_lines, shell
+from conftest import wants_detectron2, ROOT, own_lines, shell
 from encoder_helpers import PREFIXES
 from PIL import Image
 
@@ -23,9 +23,6 @@ from moco.encoder.resnets import resnet
 from moco.errors import InputError
 
 HERE = ROOT / "detection"
-wants_detectron2 = pytest.mark.skipif(
-    importlib.util.find_spec("detectron2") is None, reason="detectron2 is not installed"
-)
 
 
 def module(name):
