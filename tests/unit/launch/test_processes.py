@@ -245,7 +245,7 @@ def test_number_of_loader_processes_is_in_help_and_options(script, images, tmp_p
     monkeypatch.setattr(processes, "cores", lambda: 5)
     assert "here 5" in " ".join(script("main_synco", "--help")[1].split())
     found = []
-    monkeypatch.setattr(launch, "launch", lambda worker, args: found.append(args.workers))
+    monkeypatch.setattr(launch, "launch", lambda worker, config: found.append(config.input.workers))
     command = ("main_synco", images, *SMALL[:-6], "--save-dir", tmp_path / "run")
     assert script(*command)[0] == script(*command, "-j", 0)[0] == 0
     assert found == [5, 0]
