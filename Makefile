@@ -8,14 +8,27 @@ CONSTRAINTS ?=
 
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(addprefix -c ,$(CONSTRAINTS))
 
-.PHONY: demo test lint detectron2 matrix clean
+.PHONY: demo test test-slow coverage lint detectron2 matrix clean
 
 # pre-train SynCo on the built-in photographs, probe it beside a randomly initialised encoder, draw the report
 demo: $(VENV)/ready
 	$(VENV)/bin/python tools/demo.py --seed $(SEED)
 
-test: $(VENV)/ready $(VENV)/detectron2
-	$(VENV)/bin/python -m pytest -q -rs -n 2 --dist worksteal tests
+# unit tests, and one short run of each script
+test: $(VENV)/ready
+	$(VENV)/bin/python -m pytest -q -rs -n 2 --dist worksteal -m "not slow" tests
+
+# the rest: long runs, several processes, faults, resuming, detectron2
+test-slow: $(VENV)/ready $(VENV)/detectron2
+	$(VENV)/bin/python -m pytest -q -rs -n 2 --dist worksteal -m slow tests
+
+# the fraction of lines that all tests run, in their subprocesses too
+coverage: $(VENV)/ready $(VENV)/detectron2
+	$(PIP) "coverage>=7.10"
+	$(VENV)/bin/python -m coverage erase
+	$(VENV)/bin/python -m coverage run -m pytest -q -n 2 --dist worksteal tests
+	$(VENV)/bin/python -m coverage combine -q
+	$(VENV)/bin/python -m coverage report
 
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff check .
@@ -42,8 +55,8 @@ matrix: .matrix/oldest.txt
 		|| { echo "make matrix: '$(OLDEST_PYTHON)' is not Python 3.10: give OLDEST_PYTHON=/path/to/python3.10" >&2; exit 2; }
 	@"$(NEWEST_PYTHON)" -c "import sys; sys.exit(sys.version_info < (3, 12))" 2>/dev/null \
 		|| { echo "make matrix: '$(NEWEST_PYTHON)' is not Python 3.12 or newer: give NEWEST_PYTHON=/path/to/python3.13" >&2; exit 2; }
-	$(MAKE) test PYTHON=$(OLDEST_PYTHON) VENV=.matrix/oldest CONSTRAINTS=.matrix/oldest.txt
-	$(MAKE) test PYTHON=$(NEWEST_PYTHON) VENV=.matrix/newest
+	$(MAKE) test test-slow PYTHON=$(OLDEST_PYTHON) VENV=.matrix/oldest CONSTRAINTS=.matrix/oldest.txt
+	$(MAKE) test test-slow PYTHON=$(NEWEST_PYTHON) VENV=.matrix/newest
 
 .matrix/oldest.txt: pyproject.toml
 	mkdir -p .matrix

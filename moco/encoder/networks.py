@@ -72,7 +72,7 @@ def projector(widths: Sequence[int], *last: nn.Module, bias: bool = False) -> nn
 
 def features(net: nn.Module, images: Tensor) -> Tensor:
     """Return the pooled features [B, D] of `images` [B, 3, H, W], which are the head's input."""
-    if not isinstance(net, models.ResNet):  # one of timm
+    if getattr(net, "forward_head", None):  # a network of timm
         return timm_networks.features(net, images)
     x = images
     for name, child in net.named_children():
@@ -96,7 +96,7 @@ def num_features(net: nn.Module) -> int:
 
 def head_name(net: nn.Module) -> str:
     """Return the name of the last layer, or of the head that replaces it."""
-    return "fc" if isinstance(net, models.ResNet) else net.pretrained_cfg["classifier"]
+    return getattr(net, "pretrained_cfg", {"classifier": "fc"})["classifier"]
 
 
 def backbone_keys(net: nn.Module) -> list[str]:

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, shell, write_images
 
+pytestmark = pytest.mark.slow
+
 
 def run(name: str, tmp_path, *options: object) -> dict:
     result = shell(

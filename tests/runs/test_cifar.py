@@ -24,6 +24,8 @@ from moco.augment import color, recipes
 from moco.data import folders, loader
 from moco.engine import features, trainer
 
+pytestmark = pytest.mark.slow
+
 # SIZE is in pixels: below CIFAR's 32, to save time
 EPOCHS, BATCH, IMAGES, K, GROUPS, SIZE = 3, 32, 72, 48, 4, 16
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)

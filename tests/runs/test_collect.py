@@ -14,6 +14,8 @@ from conftest import ROOT, own_lines, settings, shell
 import main_semisup
 from moco.encoder.resnets import resnet
 
+pytestmark = pytest.mark.slow
+
 GRID = (0.01, 0.02, 0.05, 0.1, 0.005)  # of the backbone's learning rates
 
 

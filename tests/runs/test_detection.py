@@ -22,6 +22,8 @@ from moco.encoder import networks
 from moco.encoder.resnets import resnet
 from moco.errors import InputError
 
+pytestmark = pytest.mark.slow
+
 HERE = ROOT / "detection"
 
 

@@ -28,6 +28,8 @@ from moco.errors import InputError
 from moco.launch import processes
 from moco.loss import contrastive
 
+pytestmark = pytest.mark.slow
+
 META = torch.device("meta")
 
 

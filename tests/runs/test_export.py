@@ -21,6 +21,8 @@ from moco.encoder import networks, resnets
 from moco.encoder.stock import StockModel
 from tools import export
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def run(monkeypatch, capsys):

@@ -33,6 +33,8 @@ from moco.launch import interrupt
 from moco.launch.interrupt import STATUS
 from moco.report.runs import read_log
 
+pytestmark = pytest.mark.slow
+
 SMALL = (
     "-a",
     "resnet18",

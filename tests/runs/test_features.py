@@ -23,6 +23,8 @@ from moco.data.images import ImageArray
 from moco.engine import features
 from moco.evaluate import feature_files
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 KS = [1, 10, 20, 100, 200]
 

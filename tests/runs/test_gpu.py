@@ -16,6 +16,8 @@ import pytest
 import torch
 from conftest import ROOT, shell, write_images
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def gpu(monkeypatch) -> ModuleType:

@@ -17,6 +17,8 @@ except ImportError:  # Python 3.10
 import pytest
 from conftest import wants_detectron2, ROOT
 
+pytestmark = pytest.mark.slow
+
 MATRIX = ("OLDEST_PYTHON", "NEWEST_PYTHON")
 wants_make = pytest.mark.skipif(not shutil.which("make"), reason="make is not installed")
 

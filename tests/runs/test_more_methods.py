@@ -25,6 +25,8 @@ from moco.config import MEAN, STD
 from moco.encoder.resnets import resnet
 from moco.rng import Progress
 
+pytestmark = pytest.mark.slow
+
 SMALL = ("-a", "resnet18", "--image-size", 32, "-b", 8, "-j", 0, "--epochs", 1)
 METHODS = {
     "adco": ("main_adco", "--cluster", 20),

@@ -26,6 +26,8 @@ from moco.report.page import write
 from moco.report.results import Run, read
 from tools import report
 
+pytestmark = pytest.mark.slow
+
 LOGGED = "loss acc1 acc5 lr hardness alignment uniformity feature_std grad_encoder images_per_s data_wait u".split()
 
 

@@ -21,6 +21,8 @@ from moco.config import Config, Evaluation, Pretraining, replaced
 from moco.engine import resume, run_folder
 from moco.errors import InputError
 
+pytestmark = pytest.mark.slow
+
 SMALL = ("-a", "resnet18", "--image-size", 32, "-b", 8, "-j", 0)
 PRETRAIN = (*SMALL, "--moco-k", 32)
 
@@ -371,10 +373,10 @@ WRITES = {
     "moco/data/registry.py": "the cache folder",
     "moco/data/subsets.py": "the cache folder",
     "tools/collect.py": "creating",
-    "tools/report.py": "creating",
+    "moco/report/page.py": "creating",
     "tools/show_views.py": "creating",
     "tools/export.py": "a temporary folder, then creating",
-    "tools/plots.py": "a picture in memory",
+    "moco/report/plots.py": "a picture in memory",
     "tools/demo.py": "a folder that new_folder has made",
     "detection/convert-pretrain-to-detectron2.py": "creating",
     "detection/train_net.py": "OUTPUT_DIR, after take",
@@ -502,7 +504,7 @@ def test_an_option_is_changed_on_purpose(script, shared_images, run):
 
 def test_args_yaml_says_how_the_checkpoints_were_made(script, shared_images, run, monkeypatch):
     """A start that trains nothing, or ends before its first checkpoint, leaves it as it is."""
-    from moco.engine.pretrain import Pretraining
+    from moco.engine.trainer import Trainer
 
     def interrupted(*_):
         raise KeyboardInterrupt
@@ -523,7 +525,7 @@ def test_args_yaml_says_how_the_checkpoints_were_made(script, shared_images, run
     )
     assert script(*command, "--epochs", 1)[0] == 0 and digests(run)["args.yaml"] == before
     with monkeypatch.context() as patch:
-        patch.setattr(Pretraining, "_epoch", interrupted)
+        patch.setattr(Trainer, "_train_epoch", interrupted)
         assert script(*command, "--epochs", 2)[0] == 130 and digests(run)["args.yaml"] == before
     assert script(*command, "--epochs", 2)[0] == 0
     options = yaml.safe_load((run / "args.yaml").read_text())
@@ -648,10 +650,10 @@ def epochs(folder: Path) -> list[int]:
 
 
 def test_the_newest_the_best_and_every_tenth_are_kept(script, shared_images, tmp_path, monkeypatch):
-    from moco.engine.pretrain import Pretraining
+    from moco.engine.pretrain import PretrainingTask
 
     accuracies = iter([0.1, 0.2, 0.9, *[0.3] * 20])
-    monkeypatch.setattr(Pretraining, "_knn", lambda self: next(accuracies))
+    monkeypatch.setattr(PretrainingTask, "_knn", lambda self: next(accuracies))
     command = (
         "main_synco",
         shared_images,

@@ -21,6 +21,8 @@ from moco.encoder.resnets import resnet
 from moco.engine import precision
 from moco.evaluate import classifier
 
+pytestmark = pytest.mark.slow
+
 PUBLISHED_SYNCO = (
     "main_synco.py -a resnet50 --lr 0.03 --batch-size 256 --dist-url tcp://localhost:10001 --multiprocessing-distributed "
     "--world-size 1 --rank 0 --mlp --moco-t 0.2 --aug-plus --cos --n-hard 1024 --n1 256 --n2 256 --n3 256 --n4 64 --n5 64 --n6 64"
@@ -314,7 +316,7 @@ def test_a_probe_is_chosen_on_held_out_images_and_not_on_val(
         order = self.settings if folder is self.held_out else self.settings[::-1]
         return {setting: {"acc1": 0.1 * (i + 1), "acc5": 1.0} for i, setting in enumerate(order)}
 
-    monkeypatch.setattr(classifier.Classification, "_test", test)
+    monkeypatch.setattr(classifier.ClassifierTask, "_test", test)
     command = (
         shared_images,
         "-a",

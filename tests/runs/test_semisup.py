@@ -19,6 +19,8 @@ from moco.encoder.resnets import resnet
 from moco.errors import InputError
 from moco.evaluate import classifier, inputs
 
+pytestmark = pytest.mark.slow
+
 SMALL = ("-a", "resnet18", "--image-size", 32, "-j", 0, "-b", 8)
 # The settings of SynCo's paper with the launch flags of its repository's commands, on a small network.
 PUBLISHED = (

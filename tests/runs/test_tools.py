@@ -23,6 +23,8 @@ from moco.report.views import view_columns, views_figure
 from moco.rng import Progress
 from tools import show_views
 
+pytestmark = pytest.mark.slow
+
 
 def test_ctrl_c_is_one_line(capsys):
     def work():

@@ -13,6 +13,8 @@ import main_semisup
 from moco.data import registry
 from moco.evaluate import metrics
 
+pytestmark = pytest.mark.slow
+
 SMALL = ("-a", "resnet18", "--image-size", 32, "-j", 0, "-b", 2, "--epochs", 1)
 
 

@@ -15,6 +15,8 @@ from run_helpers import facts, load, refused, same, succeeded
 from moco.encoder import networks, recompute
 from moco.errors import InputError
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory, shared_images):

@@ -16,6 +16,8 @@ from sklearn.svm import LinearSVC
 
 from moco.evaluate import metrics, voc
 
+pytestmark = pytest.mark.slow
+
 KINDS = ("svm", "linear")
 COSTS = [0.01, 0.1, 1.0, 10.0]
 
