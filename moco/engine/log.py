@@ -1,4 +1,4 @@
-"""Log a run: a progress bar or lines, log.jsonl, TensorBoard events and args.yaml. Rank 0 writes."""
+"""Log a run on rank 0: a progress bar or lines, log.jsonl, TensorBoard events and args.yaml."""
 
 import contextlib
 import json
