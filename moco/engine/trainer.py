@@ -240,7 +240,7 @@ class Trainer:
             if asked:
                 distributed.barrier()
                 raise interrupt.Interrupted(
-                    f"{asked}: saved {path} after step {step + 1}; --resume auto goes on from there"
+                    f"{asked}: saved {path} after step {step + 1}; --resume auto continues from there"
                 )
         if epoch >= 0:
             health.warn_if_collapsed(means, epoch)
@@ -248,7 +248,7 @@ class Trainer:
     def _step(
         self, epoch: int, step: int, batches: Iterator[loader.Batch], mean: Mean, log: RunLog
     ) -> None:
-        """Take one step of the optimizer. The gradient is the mean of that of one or more passes."""
+        """Take one step of the optimizer, with the mean gradient of all passes of the step."""
         schedule = self.config.optimizer
         for micro in range(schedule.accumulation_steps):
             before = time.perf_counter()
