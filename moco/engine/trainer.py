@@ -240,7 +240,8 @@ class Trainer:
             if asked:
                 distributed.barrier()
                 raise interrupt.Interrupted(
-                    f"{asked}: saved {path} after step {step + 1}; --resume auto continues from there"
+                    f"{asked}: saved {path} after step {step + 1}; "
+                    "--resume auto continues from there"
                 )
         if epoch >= 0:
             health.warn_if_collapsed(means, epoch)
