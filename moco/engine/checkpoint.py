@@ -232,6 +232,7 @@ def restore(model: nn.Module, state: State, path: str, diverged: bool = False) -
     model.load_state_dict(weights)
 
 
+# types of the entries that a run needs to continue
 _WANTED = {"epoch": int, "args": dict, "state_dict": dict, "optimizer": dict, "progress": dict}
 
 
@@ -249,8 +250,8 @@ def check_resumable(state: State, path: str) -> None:
     progress = state["progress"] if isinstance(state["progress"], dict) else {}
     strange = [
         key
-        for key, kind in _WANTED.items()
-        if type(state[key]) not in (kind, OrderedDict if kind is dict else kind)
+        for key, needed in _WANTED.items()
+        if type(state[key]) not in (needed, OrderedDict if needed is dict else needed)
     ]
     strange += [f"progress {key}" for key in ("step", "seed") if type(progress.get(key)) is not int]
     strange += [

@@ -17,7 +17,8 @@ from moco.data.images import Images
 from moco.encoder import networks
 from moco.engine.precision import autocast, layout
 
-# features [n, D] and labels, [n] or [n, classes], of this rank's images: every W-th of a split
+# features [n, D] and labels, [n] or [n, num_classes], of this rank's images of a split. With W
+# ranks, a rank has every W-th image.
 Features = tuple[Tensor, Tensor]
 
 
@@ -66,7 +67,7 @@ def extract(
     """Return the features [n, D] and the labels of this rank's images, every W-th of `images`.
 
     Args:
-        net: the network, which is in eval mode meanwhile.
+        net: the network. It is set to eval mode, and back to its own mode at the end.
         images: the images of a split.
         config: the settings of the run.
         device: the device that computes, and on which the labels are returned.

@@ -39,13 +39,14 @@ def make(groups: list[dict[str, Any]], schedule: Schedule, amp: str) -> torch.op
 
 
 def _fused(groups: list[dict[str, Any]]) -> bool | None:
-    """Return True if torch 2.6 has fused optimizers for the devices of the parameters, else None.
+    """Return the argument `fused` of torch's optimizers: True on the CPU and CUDA, else None.
 
-    With None, torch chooses: one kernel for many parameters (foreach) if the device supports that.
-    With False, there would be one kernel per parameter.
+    PyTorch 2.6 has fused optimizers for these devices. With None, torch runs one kernel for many
+    parameters (foreach) if the device supports that. With False, it would run one kernel per
+    parameter.
     """
-    kinds = {p.device.type for group in groups for p in group["params"]}
-    return True if kinds <= {"cpu", "cuda"} else None
+    device_types = {p.device.type for group in groups for p in group["params"]}
+    return True if device_types <= {"cpu", "cuda"} else None
 
 
 def restore(
@@ -213,13 +214,13 @@ def _split_decay(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
     The latter are biases and the scales of norm layers.
     """
-    parts = []
+    split = []
     for group in groups:
-        parts.append({**group, "params": [p for p in group["params"] if p.dim() > 1]})
-        parts.append(
-            {**group, "params": [p for p in group["params"] if p.dim() <= 1], "weight_decay": 0.0}
-        )
-    return [part for part in parts if part["params"]]
+        weights = [p for p in group["params"] if p.dim() > 1]
+        others = [p for p in group["params"] if p.dim() <= 1]
+        split.append({**group, "params": weights})
+        split.append({**group, "params": others, "weight_decay": 0.0})
+    return [group for group in split if group["params"]]
 
 
 def scale(scaling: str, batch: int) -> float:

@@ -258,7 +258,7 @@ def _open(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         raise wrong(f"meta.json is damaged ({error})") from None
     meta = _OPTIONAL | meta if isinstance(meta, dict) else {}
     if not all(
-        name in meta and isinstance(meta[name], kind) for name, kind in _TYPES.items()
+        name in meta and isinstance(meta[name], needed) for name, needed in _TYPES.items()
     ) or not _are_names(meta["classes"]):
         raise wrong("meta.json does not say what the features are of")
     arrays = {}

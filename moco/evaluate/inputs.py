@@ -135,9 +135,9 @@ def restore_options(config: AnyConfig, options: Iterable[str]) -> AnyConfig:
                 "which is not valid; take another checkpoint"
             )
         restored[name] = value
-    for name, kind in (("encoder_method", str), ("pretrain_epochs", int)):
+    for name, expected in (("encoder_method", str), ("pretrain_epochs", int)):
         value = saved.get(name)
-        restored[name] = value if isinstance(value, kind) else None
+        restored[name] = value if isinstance(value, expected) else None
     return replaced(config, **restored)
 
 
