@@ -45,7 +45,7 @@ class Task(ABC):
 
     @property
     def trained(self) -> nn.Module:
-        """Return the module that `loss` calls: by default the module, or the part that trains."""
+        """Return the part of the module that trains and that `loss` calls; by default all of it."""
         return self.module
 
     @property
@@ -151,7 +151,7 @@ class Trainer:
         self.health = health.Health(config, task.images, task.may_diverge)
         self._find_start(state)
         self.seconds: float | None = None  # training time of the run, over all starts
-        self._saved = False  # whether a checkpoint was written since this start
+        self._saved = False  # whether this start has written a checkpoint
 
     def _find_start(self, state: checkpoint.State | None) -> None:
         """Set the first step and epoch. Raises InputError if they differ between ranks."""
