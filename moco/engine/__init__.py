@@ -1,1 +1,4 @@
-"""How a run runs: command line, training loops, features, optimizers, checkpoints and logs. Knows no method by name."""
+"""Train and log: the training loop, optimizers, checkpoints, logs, and features with k-NN.
+
+Nothing here names a method.
+"""

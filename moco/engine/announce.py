@@ -1,4 +1,4 @@
-"""The lines that a training run prints at its start."""
+"""Print the lines that a training run shows at its start."""
 
 from typing import Protocol
 
@@ -13,22 +13,27 @@ from moco.errors import InputError
 
 
 class Start(Protocol):
-    """What a run begins with, as a `Trainer` has it."""
+    """The attributes of a `Trainer` that the lines at the start of a run show."""
 
     config: Training
     device: torch.device
-    batch: int  # images of a step
+    batch: int  # images in a step, over all processes
     steps_per_epoch: int
     order: TrainBatchSampler
     first_epoch: int
     base_lrs: list[float]
 
     def lrs_after(self, epochs: float) -> list[float]:
-        """Return each parameter group's learning rate after so many epochs."""
+        """Return the learning rate of each parameter group after `epochs` epochs."""
 
 
 def announce(start: Start, images: Images, notes: list[str]) -> None:
-    """Print what the run trains on, its batch, its learning rate, its folder and `notes`.
+    """Print the data, device, batch size, learning rate and folder of the run, and then `notes`.
+
+    Args:
+        start: the trainer of the run.
+        images: the training set.
+        notes: further lines.
 
     Raises InputError if the images do not fill one batch.
     """

@@ -1,4 +1,8 @@
-"""Checkpoints: MoCo's keys, plain types only, written so that a crash cannot leave half a file in a good one's place."""
+"""Save, find, check and restore checkpoints.
+
+A checkpoint is a dict with MoCo's keys and plain values. It is written atomically: a crash never
+replaces a complete file by an incomplete one.
+"""
 
 import math
 import os
@@ -23,12 +27,15 @@ State = dict[str, Any]
 
 
 def save(path: Path, state: State) -> None:
-    """Replace `path` by `state`. Raises InputError where that cannot be written; what was at `path` is still there."""
+    """Write `state` to `path` atomically.
+
+    Raises InputError if it cannot be written. A file that was at `path` then stays unchanged.
+    """
     try:
         with replacing(path) as file:
             torch.save(state, file)
     except (OSError, RuntimeError) as error:
-        # torch's writer turns what the system says into a RuntimeError
+        # torch's writer hides the system's error behind a RuntimeError
         reason = next(
             (e.strerror for e in (error, error.__context__) if isinstance(e, OSError)), None
         )
@@ -49,7 +56,11 @@ _NAME = re.compile(r"checkpoint_(\d+)(?:_(-?\d+))?\.pth\.tar")
 
 
 def found(folder: str | Path) -> list[Path]:
-    """Return the checkpoints of a run folder, the furthest first. Raises Unreadable if it cannot be listed."""
+    """Return the checkpoints of a run folder, the most advanced first.
+
+    Files whose names do not say how advanced they are come last, such as copies by the user.
+    Raises Unreadable if the folder cannot be listed.
+    """
     try:
         names = os.listdir(folder)
     except (FileNotFoundError, NotADirectoryError):
@@ -64,16 +75,20 @@ def found(folder: str | Path) -> list[Path]:
 
 
 def _how_far(path: Path) -> tuple[float, int]:
+    """Return (epochs done, step), by the name of the file, to sort checkpoints by."""
     if match := _NAME.fullmatch(path.name):
-        epoch, step = match.groups()  # of an epoch's end, or of a step in it
+        epoch, step = match.groups()  # the name has a step if its epoch is unfinished
         return (int(epoch), int(step)) if step else (int(epoch) + 1, 0)
-    return (
-        (math.inf, 0) if path.name == "checkpoint.pth.tar" else (-1, 0)
-    )  # a classifier's last, and its best
+    # a classifier's last checkpoint is checkpoint.pth.tar, and its best is model_best.pth.tar
+    return (math.inf, 0) if path.name == "checkpoint.pth.tar" else (-1, 0)
 
 
 def numbered(folder: Path, inside: bool) -> list[Path]:
-    """A pre-training's checkpoints of epochs' ends, or of steps `inside` them, the furthest first; not a user's copies."""
+    """Return the checkpoints that pre-training saved in `folder`, the most advanced first.
+
+    With `inside`, return those of unfinished epochs, else those of finished ones. Files that the
+    user copied under other names are left out. Raises Unreadable if the folder cannot be listed.
+    """
     matches = ((path, _NAME.fullmatch(path.name)) for path in found(folder))
     return [path for path, match in matches if match and bool(match[2]) == inside]
 
@@ -84,10 +99,14 @@ def epoch_of(path: Path) -> int:
 
 
 def begin(folder: Path, resumed: str | None) -> None:
-    """Tidy the claimed folder of a run before it trains.
+    """Tidy the run folder before training.
 
-    Remove half-written files of a start that was killed. Rename checkpoints that `--resume auto`
-    skipped as damaged, so that later starts do not read them again.
+    Remove half-written files of a start that was killed. Rename the damaged checkpoints that
+    `--resume auto` skipped, so that later starts do not read them again.
+
+    Args:
+        folder: the run folder, which this run holds.
+        resumed: the checkpoint that the run resumes from, if any.
     """
     for name in ("*.pth.tar", "*.json", "*.jsonl", "*.yaml"):
         for path in half_written(folder, name):
@@ -106,10 +125,10 @@ def begin(folder: Path, resumed: str | None) -> None:
 
 
 def newest(folder: str) -> str | None:
-    """Return the furthest checkpoint of a run folder that is not damaged.
+    """Return the most advanced checkpoint of a run folder that is not damaged.
 
     Prints a line and returns None if there is no checkpoint. Raises Unreadable if the system cannot
-    read one, which may be intact, and InputError if all are damaged.
+    read a checkpoint, because that one may be intact. Raises InputError if all are damaged.
     """
     files = found(folder)
     if not files:
@@ -127,19 +146,27 @@ def newest(folder: str) -> str | None:
         except InputError as error:
             print_rank0(f"--resume auto: skipped: {error}")
     raise InputError(
-        f"--resume auto: no checkpoint in {folder} can be read; choose another --save-dir to begin a new run"
+        f"--resume auto: no checkpoint in {folder} can be read; "
+        "choose another --save-dir to begin a new run"
     )
 
 
 def load(path: str) -> State:
-    """Read a checkpoint of any origin; see `moco.encoder.weights.read`."""
+    """Return the content of a checkpoint file, by this project or other software.
+
+    Raises InputError if it cannot be read; see `moco.encoder.weights.read`.
+    """
     return read(path)
 
 
 def check_origin(state: State, config: Training) -> None:
-    """Raise InputError if the checkpoint of `--resume` is of another kind of run than this one.
+    """Raise InputError if the checkpoint of `--resume` does not belong to a run like this one.
 
-    It must be of the same script, architecture and method.
+    It must have the same script, architecture and method.
+
+    Args:
+        state: the content of the checkpoint.
+        config: the settings of this run.
     """
     path = config.log.resume
     if origin(state) == "classifier" and config.run.method not in CLASSIFIERS:
@@ -147,15 +174,19 @@ def check_origin(state: State, config: Training) -> None:
         how = f"continue it with {_script(state)}"
         raise InputError(f"{path}: cannot be resumed here: {ours}; {how}")
     check_script(state, config)
-    for what, mine in (("arch", config.network.arch), ("method", config.run.method)):
-        if state.get(what) != mine:
+    for name, mine in (("arch", config.network.arch), ("method", config.run.method)):
+        if state.get(name) != mine:
             raise InputError(
-                f"{path}: is of {what} '{short(state.get(what))}', not '{mine}'; resume with the options it was made with"
+                f"{path}: is of {name} '{short(state.get(name))}', not '{mine}'; "
+                "resume with the options it was made with"
             )
 
 
 def check_script(state: State, config: Training) -> None:
-    """Raise InputError if the checkpoint of `--resume` is not of a run of this script."""
+    """Raise InputError if another script saved the checkpoint of `--resume`.
+
+    A checkpoint that does not name its script passes.
+    """
     check_resumable(state, config.log.resume)
     if _script(state) not in (f"main_{config.run.script}.py", _UNKNOWN):
         theirs = f"is a checkpoint of {_script(state)}, which has other options"
@@ -166,45 +197,61 @@ _UNKNOWN = "the script that saved it"
 
 
 def _script(state: State) -> str:
-    """Return the script that saved a checkpoint, such as main_synco.py."""
+    """Return the name of the script that saved a checkpoint, such as main_synco.py."""
     script = read_metadata(state).options.get("script")
     return f"main_{short(script)}.py" if isinstance(script, str) else _UNKNOWN
 
 
 def restore(model: nn.Module, state: State, path: str, diverged: bool = False) -> None:
-    """Load the weights of a checkpoint that `check_origin` has passed. Raises InputError if they do not fit `model`."""
+    """Load the weights of a checkpoint into `model`.
+
+    Args:
+        model: the module that a run trains.
+        state: the content of the checkpoint, checked by `check_origin`.
+        path: its file, for messages.
+        diverged: whether NaN and infinite weights are accepted.
+
+    Raises InputError if names or shapes of the weights do not fit, or if a weight is NaN or
+    infinite.
+    """
     weights = {name.removeprefix("module."): tensor for name, tensor in state["state_dict"].items()}
     mine = model.state_dict()
-    odd = sorted(weights.keys() ^ mine.keys()) or [n for n in mine if not fits(weights[n], mine[n])]
-    if odd:
+    misfits = sorted(weights.keys() ^ mine.keys())
+    misfits = misfits or [name for name in mine if not fits(weights[name], mine[name])]
+    if misfits:
         raise InputError(
-            f"{path}: does not fit this model, first at '{odd[0]}'; resume with the options it was made with"
+            f"{path}: does not fit this model, first at '{misfits[0]}'; "
+            "resume with the options it was made with"
         )
-    if not diverged and (
-        sick := [name for name, tensor in weights.items() if not is_finite(tensor)]
-    ):
+    non_finite = [] if diverged else [n for n, tensor in weights.items() if not is_finite(tensor)]
+    if non_finite:
         raise InputError(
-            f"{path}: its numbers are not finite (first '{sick[0]}'): its training diverged; take an earlier checkpoint"
+            f"{path}: has weights that are NaN or infinite (first '{non_finite[0]}'): "
+            "its training diverged; take an earlier checkpoint"
         )
     model.load_state_dict(weights)
 
 
+# types of the entries that a run needs to continue
 _WANTED = {"epoch": int, "args": dict, "state_dict": dict, "optimizer": dict, "progress": dict}
 
 
 def check_resumable(state: State, path: str) -> None:
-    """Raise InputError for a checkpoint that holds too little to go on from, or something else in its place."""
+    """Raise InputError if a checkpoint lacks what a run needs to continue, or if it is damaged."""
     if absent := lacking(state):
         what = f"it lacks {', '.join(absent)}, so it is not the state of a run of these scripts"
         if path.endswith(".safetensors"):
             what = "a .safetensors file holds weights alone"
-        uses = "the evaluation scripts read weights with --pretrained, and pre-training cannot start from them"
+        uses = (
+            "the evaluation scripts read weights with --pretrained, "
+            "and pre-training cannot start from them"
+        )
         raise InputError(f"{path}: cannot be resumed: {what}; {uses}")
     progress = state["progress"] if isinstance(state["progress"], dict) else {}
     strange = [
         key
-        for key, kind in _WANTED.items()
-        if type(state[key]) not in (kind, OrderedDict if kind is dict else kind)
+        for key, needed in _WANTED.items()
+        if type(state[key]) not in (needed, OrderedDict if needed is dict else needed)
     ]
     strange += [f"progress {key}" for key in ("step", "seed") if type(progress.get(key)) is not int]
     strange += [
@@ -221,17 +268,21 @@ def check_resumable(state: State, path: str) -> None:
         strange.append("state_dict")
     if strange:
         raise InputError(
-            f"{path}: cannot be resumed: its {', '.join(strange)} is not what a run saves; take another one"
+            f"{path}: cannot be resumed: its {', '.join(strange)} is damaged; "
+            "take another checkpoint"
         )
 
 
 def lacking(state: State) -> list[str]:
-    """Return the keys that a checkpoint needs to be resumed and lacks, as other software's do."""
+    """Return the keys that a run needs to continue and that `state` lacks.
+
+    Checkpoints of other software lack some.
+    """
     return [key for key in _WANTED if key not in state]
 
 
 def origin(state: State) -> str:
-    """Return "classifier", "pre-training", or "weights" for a file of other software."""
+    """Return "classifier" or "pre-training", or "weights" if the file cannot be resumed."""
     if lacking(state):
         return "weights"
     return "classifier" if state.get("method") in CLASSIFIERS else "pre-training"

@@ -1,4 +1,4 @@
-"""Check, before training, that a method keeps the contract of `moco.builder.base.Method`."""
+"""Check that the evaluations can read the encoder of a method. Called before training."""
 
 from moco.builder.base import Method
 from moco.encoder import networks, pretrained
@@ -6,7 +6,7 @@ from moco.errors import InputError
 
 
 def check(method: Method) -> None:
-    """Raise InputError if no evaluation could read the method's encoder from a checkpoint.
+    """Raise InputError if the evaluations would not find the encoder in the method's checkpoints.
 
     The evaluations find an encoder by the names of its tensors. They must find `method.encoder`,
     and not a copy such as its moving average.

@@ -1,4 +1,7 @@
-"""Features of a frozen encoder, in memory and in files, and weighted k-NN on them (Wu et al., arXiv 1805.01978, section 3.4)."""
+"""Compute the features of a frozen encoder, and classify them by weighted k-NN.
+
+The k-NN classifier is that of Wu et al. (arXiv 1805.01978), section 3.4.
+"""
 
 from collections.abc import Callable, Iterator
 
@@ -14,9 +17,9 @@ from moco.data.images import Images
 from moco.encoder import networks
 from moco.engine.precision import autocast, layout
 
-Features = tuple[
-    Tensor, Tensor
-]  # of this rank's share of a split, every W-th image: rows [n, D], labels [n] or [n, classes]
+# features [n, D] and labels, [n] or [n, num_classes], of this rank's images of a split. With W
+# ranks, a rank has every W-th image.
+Features = tuple[Tensor, Tensor]
 
 
 def test_batches(
@@ -25,10 +28,13 @@ def test_batches(
     device: torch.device,
     unreadable: list[tuple[int, str]] | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield this rank's share of `images` (every W-th) as normalized centre crops [B, 3, S, S] and labels [B].
+    """Yield batches of this rank's images: normalized centre crops [B, 3, S, S], and labels.
 
-    Images that cannot be read are left out, and their numbers and reasons are added to
-    `unreadable`. Raises InputError for the first one if that is None.
+    A rank has every W-th image of `images`, with W ranks. Labels are [B], or [B, num_classes] if
+    images can show several classes.
+
+    Images that cannot be read are left out. Their indices and the reasons are appended to
+    `unreadable`. If that is None, raises InputError at the first such image.
     """
     sampler = loader.EvalBatchSampler(len(images), config.input.batch_per_process)
     crop, done = loader.CenterCrop(config.views.image_size), 0
@@ -38,7 +44,7 @@ def test_batches(
         x, label = batch.views[0], batch.label
         if batch.unreadable:
             unreadable += batch.unreadable
-            # the loader puts another image in the place of one that cannot be read
+            # the loader replaces an image that cannot be read by another one
             wanted = [i for _, i in sampler.samples[done : done + len(x)]]
             own = batch.index == torch.tensor(wanted, device=device)
             x, label = x[own], label[own]
@@ -58,57 +64,65 @@ def extract(
     unreadable: list[tuple[int, str]] | None = None,
     on_host: bool = False,
 ) -> Features:
-    """Return the features of this rank's share of `images`, and their labels, in eval mode.
+    """Return the features [n, D] and the labels of this rank's images, every W-th of `images`.
 
-    `of(net, batch)` computes the features: by default those of the backbone. With `unit_norm` they are
-    normalized to norm 1. `unreadable` is that of `test_batches`.
+    Args:
+        net: the network. It is set to eval mode, and back to its own mode at the end.
+        images: the images of a split.
+        config: the settings of the run.
+        device: the device that computes, and on which the labels are returned.
+        unit_norm: whether features are normalized to norm 1.
+        of: computes the features of a batch, `of(net, batch)`; by default those of the backbone.
+        unreadable: see `test_batches`.
+        on_host: whether the features are kept in the host's memory instead of on `device`.
 
-    The labels are on `device`, and so are the features, unless `on_host` keeps them in the host's memory. There is
-    one copy of them.
+    Raises InputError if an image cannot be read and `unreadable` is None.
     """
     was_training = net.training
     net.eval()
     labels = torch.tensor(
         images.labels[distributed.rank() :: distributed.world_size()], device=device
     )
-    rows, done = None, 0
+    rows, done = None, 0  # the features are allocated once, when their size is known
     for batch, label in test_batches(images, config, device, unreadable):
         with autocast(config.compute.amp, device):
             x = of(net, batch)
         if rows is None:
             rows = torch.empty(len(labels), x.shape[1], device=feature_device(on_host, device))
         rows[done : done + len(x)] = F.normalize(x.float(), dim=1) if unit_norm else x
-        labels[done : done + len(x)] = label  # these move up where an image is left out
+        labels[done : done + len(x)] = label  # differs from the old one if images were left out
         done += len(x)
     rows, labels = rows if rows is None else rows[:done], labels[:done]
     net.train(was_training)
-    # a rank without images learns from the others how long features are
-    width = int(
-        distributed.all_gather(
-            torch.tensor([0 if rows is None else rows.shape[1]], device=device)
-        ).max()
-    )
-    return (
-        torch.empty(0, width, device=feature_device(on_host, device)) if rows is None else rows
-    ), labels
+    # a rank without images learns the size of a feature from the others
+    width = torch.tensor([0 if rows is None else rows.shape[1]], device=device)
+    width = int(distributed.all_gather(width).max())
+    if rows is None:
+        rows = torch.empty(0, width, device=feature_device(on_host, device))
+    return rows, labels
 
 
 def feature_device(on_host: bool, device: torch.device) -> torch.device:
-    """Where features are kept. Host memory is not pinned: k-NN moves them only once."""
+    """Return the device that keeps features: the CPU if `on_host`, else `device`."""
+    # host memory is not pinned, because k-NN moves each feature only once
     return torch.device("cpu") if on_host else device
 
 
 def in_order(x: Tensor) -> Tensor:
-    """The rows of every rank's share of a split (every W-th), as the split has them."""
-    whole = distributed.all_gather_uneven(x)
+    """Return the rows [N, ...] of all ranks in the order of the split.
+
+    Args:
+        x: the rows of this rank, [n, ...]: every W-th of the split.
+    """
+    full = distributed.all_gather_uneven(x)
     ranks = distributed.world_size()
-    places = torch.cat([torch.arange(rank, len(whole), ranks) for rank in range(ranks)])
-    return whole[places.argsort().to(whole.device)]
+    indices = torch.cat([torch.arange(rank, len(full), ranks) for rank in range(ranks)])
+    return full[indices.argsort().to(full.device)]
 
 
-# Weighted k-NN. What is kept of all similarities at a time is one block of queries against one block of the bank.
-
-QUERIES, BANK = 1024, 65_536  # rows of a block
+# Weighted k-NN computes the similarities of one block of queries to one block of the bank at a
+# time, to save memory. These are the numbers of features in a block.
+QUERIES, BANK = 1024, 65_536
 
 
 @torch.inference_mode()
@@ -121,13 +135,20 @@ def knn(
     ks: list[int],
     temperature: float,
 ) -> dict[int, float]:
-    """Top-1 of the weighted k-NN classifier for each k in `ks`, in [0, 1]; each neighbour votes with exp(similarity / T).
+    """Return the top-1 accuracy of the weighted k-NN classifier for each k in `ks`, in [0, 1].
 
-    It is computed where the labels are; the features may be in the host's memory.
+    Each neighbour votes for its class with weight exp(similarity / temperature) (Wu et al.,
+    section 3.4). The accuracy is that of all ranks' queries. It is computed on the device of the
+    labels; the features may be in the host's memory. Ranks may have different numbers of features.
 
     Args:
-        bank, bank_labels: this rank's share of the bank, unit rows [n, D] and [n].
-        queries, labels: this rank's share of the queries; every rank may hold another number of rows.
+        bank: this rank's features of the bank, [n, D], with norm 1.
+        bank_labels: their labels, [n].
+        queries: this rank's features to classify, [m, D], with norm 1.
+        labels: their labels, [m].
+        classes: number of classes.
+        ks: numbers of neighbours.
+        temperature: T, above 0.
     """
     queries, labels = (
         distributed.all_gather_uneven(queries.to(labels.device)),
@@ -137,7 +158,8 @@ def knn(
     found = nearest(bank, bank_labels, queries, max(ks))
     for similarity, neighbour, y in zip(*(x.split(QUERIES) for x in (*found, labels)), strict=True):
         similarity, neighbour = _of_all_ranks(similarity, neighbour, max(ks))
-        # less the best similarity: exp(1 / T) of a small T would be infinite, and a common factor changes no vote
+        # exp(1 / T) would be infinite if T is small; subtracting the best similarity scales all
+        # weights of a query alike, which changes no vote
         weight = torch.exp((similarity - similarity[:, :1]) / temperature)
         for k in ks:
             votes = weight.new_zeros(len(y), classes).scatter_add_(
@@ -148,10 +170,16 @@ def knn(
 
 
 def nearest(bank: Tensor, bank_labels: Tensor, queries: Tensor, k: int) -> Features:
-    """The k rows of this rank's bank that are nearest to each query, nearest first: similarities [N, k] and labels [N, k].
+    """Return the similarities [N, k] and labels [N, k] of each query's k nearest neighbours.
 
-    k is at most the bank's rows. Each block of the bank is moved to the queries' device once, and its best are merged with
-    the best so far, which is exact.
+    The neighbours are those in this rank's bank, nearest first. The search is exact: the best k of
+    each block of the bank are merged with the best k so far.
+
+    Args:
+        bank: features of this rank, [n, D]; each block is moved to the queries' device once.
+        bank_labels: their labels, [n].
+        queries: features of all ranks, [N, D].
+        k: number of neighbours; n is taken if it is smaller.
     """
     k = min(k, len(bank))
     best = queries.new_full((len(queries), k), -torch.inf)
@@ -160,17 +188,23 @@ def nearest(bank: Tensor, bank_labels: Tensor, queries: Tensor, k: int) -> Featu
         part = part.to(queries.device)
         for start in range(0, len(queries), QUERIES):
             block = slice(start, start + QUERIES)
-            similarity, place = (queries[block] @ part.T).topk(min(k, len(part)), dim=1)
-            best[block], place_of_both = torch.cat([best[block], similarity], 1).topk(k, dim=1)
-            label[block] = torch.cat([label[block], part_label[place]], 1).gather(1, place_of_both)
+            similarity, index = (queries[block] @ part.T).topk(min(k, len(part)), dim=1)
+            best[block], merged = torch.cat([best[block], similarity], 1).topk(k, dim=1)
+            label[block] = torch.cat([label[block], part_label[index]], 1).gather(1, merged)
     return best, label
 
 
 def _of_all_ranks(similarity: Tensor, label: Tensor, k: int) -> Features:
-    """The best k of what every rank found: each rank's best k hold the best k of all."""
+    """Return the similarities and labels [B, k] of the best k neighbours over all ranks.
+
+    Args:
+        similarity: those of the best k neighbours on this rank, [B, <= k].
+        label: their labels.
+        k: number of neighbours.
+    """
     if distributed.world_size() == 1:
         return similarity, label
     similarity = distributed.all_gather_uneven(similarity.T.contiguous()).T
     label = distributed.all_gather_uneven(label.T.contiguous()).T
-    similarity, place = similarity.topk(min(k, similarity.shape[1]), dim=1)
-    return similarity, label.gather(1, place)
+    similarity, index = similarity.topk(min(k, similarity.shape[1]), dim=1)
+    return similarity, label.gather(1, index)

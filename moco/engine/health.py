@@ -1,4 +1,4 @@
-"""Checks on a run while it trains: NaN or infinity, collapsed features, unreadable images."""
+"""Check a run while it trains: NaN or infinity, collapsed features, unreadable images."""
 
 import math
 import sys
@@ -14,11 +14,11 @@ from moco.distributed import print_rank0
 from moco.engine import checkpoint
 from moco.errors import InputError
 
-COLLAPSED = 0.1  # feature_std, below which a warning is printed
+COLLAPSED = 0.1  # a warning is printed if feature_std is below this
 
 
 class Health:
-    """The losses since the last check, and the images that could not be read.
+    """A record of the losses since the last check, and of the images that cannot be read.
 
     Args:
         config: the settings of the run.
@@ -31,16 +31,20 @@ class Health:
         # step, loss, and indices of the images of each pass
         self._recent: list[tuple[int, Tensor, Tensor]] = []
         self._unreadable: set[int] = set()
-        self._skipped, self._most = 0, 1  # in this epoch
+        # number of unreadable images in this epoch, and the largest number that is accepted
+        self._skipped, self._most = 0, 1
 
     def start_epoch(self, images: int) -> None:
-        """Start to count the unreadable images of an epoch of `images` images on this rank."""
+        """Reset the count of unreadable images. This rank reads `images` images in the epoch."""
         self._skipped, self._most = 0, max(1, images // 100)
 
     def note_unreadable(self, unreadable: list[tuple[int, str]]) -> None:
-        """Print a line for each image that was replaced because it cannot be read; each once.
+        """Print a line for each image that cannot be read and was replaced. Each is named once.
 
-        Raises InputError if these are more than 1 % of an epoch.
+        Args:
+            unreadable: the index of each such image in the training set, and the reason.
+
+        Raises InputError if these are more than 1 % of the images of an epoch.
         """
         for i, reason in unreadable:
             if i not in self._unreadable:
@@ -51,11 +55,18 @@ class Health:
         if self._skipped > self._most:
             raise InputError(
                 f"{self.images.root}: more than 1 % of the images cannot be read "
-                f"({self._skipped} in this epoch, so far); look at the data, the disk or the network"
+                f"({self._skipped} in this epoch, so far); "
+                "look at the data, the disk or the network"
             )
 
     def note(self, step: int, loss: Tensor, indices: Tensor) -> None:
-        """Remember the loss of a pass, without waiting for the device."""
+        """Remember the loss of a pass, without waiting for the device.
+
+        Args:
+            step: the step of the pass.
+            loss: the loss, a scalar.
+            indices: indices of the images of the pass in the training set, [B].
+        """
         self._recent.append((step, loss.detach(), indices))
 
     @torch.no_grad()
@@ -63,6 +74,11 @@ class Health:
         """Raise InputError on every rank if any recent loss or any weight is NaN or infinite.
 
         Called before every save.
+
+        Args:
+            module: the module that is saved.
+            lr: the current learning rate, for the message.
+            steps_per_epoch: for the message.
         """
         steps, losses, indices = zip(*self._recent, strict=True)
         self._recent.clear()
@@ -87,7 +103,7 @@ class Health:
     def _refuse(
         self, step: float, loss: float, images: list[float], lr: float, steps_per_epoch: int
     ) -> None:
-        """Raise the InputError of a loss or weight that is not finite."""
+        """Raise InputError: at `step`, the loss or a weight is NaN or infinite."""
         names = ", ".join(self.images.name(int(i)) for i in images)
         epoch = step // steps_per_epoch
         where = f"step {step:.0f} (epoch {epoch:.0f}, lr {lr:g}, images {names}, ...)"
@@ -102,7 +118,12 @@ class Health:
 
 
 def warn_if_collapsed(means: dict[str, float], epoch: int) -> None:
-    """Print a warning if the features at the end of an epoch are nearly all the same."""
+    """Print a warning if the features at the end of an epoch have collapsed to nearly one point.
+
+    Args:
+        means: the last metrics of the epoch; `feature_std` is read if it is there.
+        epoch: the epoch, counted from 0.
+    """
     std = means.get("feature_std", 1.0)
     if std < COLLAPSED:
         print_rank0(

@@ -1,4 +1,4 @@
-"""What a run says: a progress bar or plain lines, log.jsonl, TensorBoard events, args.yaml. Rank 0 writes."""
+"""Log a run on rank 0: a progress bar or lines, log.jsonl, TensorBoard events and args.yaml."""
 
 import contextlib
 import json
@@ -26,15 +26,15 @@ STARTED = time.perf_counter()  # when this process started
 CPU = torch.device("cpu")
 
 
-Metrics = dict[
-    str, Tensor | tuple[Tensor, Tensor]
-]  # scalars, or a sum and the count of what it sums up
+# metrics by name: a scalar, or a sum and the number of values in it
+Metrics = dict[str, Tensor | tuple[Tensor, Tensor]]
 
 
 class Mean:
-    """Means of named scalars over steps and ranks; adding waits for no device, reading does.
+    """The running means of metrics over steps and ranks.
 
-    A value is one scalar, or a sum and the count of what it sums up: a step in which there is much counts for more.
+    A metric is a scalar, or a sum and a count: then a step with a larger count weighs more. Adding
+    does not wait for the device. Reading does.
     """
 
     def __init__(self):
@@ -42,13 +42,17 @@ class Mean:
         self.counts: dict[str, Tensor | int] = {}
 
     def add(self, values: Metrics) -> None:
+        """Add the metrics of one pass of this rank."""
         for name, value in values.items():
             total, count = value if isinstance(value, tuple) else (value, 1)
             self.sums[name] = self.sums.get(name, 0) + total.detach()
             self.counts[name] = self.counts.get(name, 0) + count
 
     def read(self) -> dict[str, float]:
-        """The means since the last reading, without those of nothing; starts anew."""
+        """Return the mean of each metric since the last call, and reset.
+
+        Metrics without samples are left out. Every rank must call this method.
+        """
         if not self.sums:
             return {}
         wide = devices.widest(next(iter(self.sums.values())).device)
@@ -67,21 +71,23 @@ class Mean:
 
 
 def write_options(config: Config) -> None:
-    """Write args.yaml to the run folder, which `run_folder.claim` has made this run's own."""
+    """Write the settings to args.yaml in the run folder, which this run holds."""
     with replacing(Path(config.run.save_dir) / "args.yaml") as file:
         file.write(yaml.safe_dump(flat(config), sort_keys=True).encode())
 
 
 class RunLog:
-    """The run folder's log, and the line or bar that a person reads.
+    """The log of a run: the files in its folder, and the lines or the bar on the terminal.
 
     Args:
-        config: the run's settings. A new run writes them to args.yaml here, and a resumed one with its first
-            checkpoint, so that the file always says how the checkpoints were made.
-        steps: of the whole run; the time left is counted from them.
-        start: the step that this start begins at, below 0 where steps come before epoch 0. Lines of an earlier start beyond
-            it are dropped, so that a resumed run's log is that of one never stopped.
+        config: the settings of the run. A new run writes them to args.yaml at once. A resumed run
+            does so with its first checkpoint, so that args.yaml always describes the checkpoints.
+        steps: number of steps of the full run, to estimate the time left.
+        start: the step to begin at. It is negative if steps come before epoch 0. Log lines of
+            later steps, from before the run was resumed, are dropped.
         device: the device that the run trains on.
+
+    Raises InputError if the folder cannot be written.
     """
 
     def __init__(self, config: Training, steps: int, start: int = 0, device: torch.device = CPU):
@@ -99,7 +105,8 @@ class RunLog:
         folder = Path(config.run.save_dir)
         self.path = folder / "log.jsonl"
         kept: list[str] = []
-        if config.log.resume:  # from the same folder, or from the run that this one branches off
+        if config.log.resume:
+            # the checkpoint is in this run's folder, or in that of the run it branches off from
             before = Path(config.log.resume).with_name("log.jsonl")
             kept = [line for line in _lines(before) if _step(line) <= start]
         self.before = _seconds(kept)
@@ -126,20 +133,29 @@ class RunLog:
         self.waited += seconds
 
     def tick(self) -> None:
-        """Count a step; after the first one of this start, print how long it took."""
+        """Count a step. Print how long the first one took."""
         if self.first:
             self.first = False
             torch.get_device_module(self.device).synchronize()
             took = time.perf_counter() - self.began
-            whole = clock(took * (self.steps - self.start))
+            full = clock(took * (self.steps - self.start))
             print_rank0(
-                f"first step took {took:.1f} s, of which {self.waited:.1f} s for data; at this pace {whole} for the run"
+                f"first step took {took:.1f} s, of which {self.waited:.1f} s for data; "
+                f"at this pace {full} for the run"
             )
         if self.bar is not None:
             self.bar.update()
 
     def line(self, epoch: int, step: int, metrics: dict[str, float]) -> None:
-        """Write one log line: `metrics` and, where steps were taken since the last line, the speed."""
+        """Log `metrics`, and the speed if steps were taken since the last line.
+
+        Args:
+            epoch: the epoch, counted from 0.
+            step: number of steps done.
+            metrics: values by name.
+
+        Raises InputError if the log cannot be written.
+        """
         now = time.perf_counter()
         done = step - self.marked_step
         speed = {}
@@ -160,13 +176,13 @@ class RunLog:
                 self.board.add_scalar(name, value, step)
         except OSError as error:
             raise InputError(
-                f"{self.path}: cannot be written: {error.strerror}; make room, and go on with --resume auto"
+                f"{self.path}: cannot be written: {error.strerror}; "
+                "make room, and go on with --resume auto"
             ) from None
         facts = [f"{name} {_short(name, value)}" for name, value in {**metrics, **speed}.items()]
         if self.bar is not None and speed:
-            width = (
-                shutil.get_terminal_size().columns - 30 - 2 * len(str(self.steps))
-            )  # next to the bar
+            # the bar and its counts take the rest of the line
+            width = shutil.get_terminal_size().columns - 30 - 2 * len(str(self.steps))
             self.bar.set_postfix_str(fold([f"epoch {epoch}", *facts], width)[0])
             return
         left = (now - self.began) / max(1, step - self.start) * (self.steps - step)
@@ -175,16 +191,16 @@ class RunLog:
         print_rank0("\n  ".join(fold(facts, width)))
 
     def seconds(self) -> float:
-        """Return how long the run has trained, earlier starts included."""
+        """Return how many seconds the run has trained, over all starts."""
         return self.before + time.perf_counter() - self.began
 
     def close(self) -> None:
-        """Flush and end."""
+        """Close the bar, and flush the TensorBoard events."""
         if self.bar is not None:
             self.bar.close()
             sys.stdout.flush()
         if distributed.rank() == 0:
-            with contextlib.suppress(OSError):  # of a full disk a line has spoken already
+            with contextlib.suppress(OSError):  # `line` has reported a full disk already
                 self.board.close()
 
 
@@ -192,7 +208,10 @@ BAR = "|{bar:8}| {n_fmt}/{total_fmt}  {remaining} left{postfix}"
 
 
 def fold(facts: list[str], width: float) -> list[str]:
-    """Join facts to lines of at most `width` characters; a fact that is longer has its own line."""
+    """Return lines of at most `width` characters that join `facts` by two spaces.
+
+    A longer fact gets a line of its own. At least one fact must be given.
+    """
     lines = facts[:1]
     for fact in facts[1:]:
         if len(lines[-1]) + 2 + len(fact) <= width:
@@ -203,11 +222,15 @@ def fold(facts: list[str], width: float) -> list[str]:
 
 
 def _lines(path: Path) -> list[str]:
+    """Return the lines of a file, with their ends; none if there is no file."""
     return path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
 
 
 def _step(line: str) -> float:
-    """Of a line of log.jsonl; beyond all steps where it is damaged, as the last one of a run that was killed."""
+    """Return the step of a line of log.jsonl, or infinity if the line is damaged.
+
+    The last line is damaged if the run was killed while it wrote.
+    """
     try:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError, RecursionError):
@@ -215,7 +238,7 @@ def _step(line: str) -> float:
 
 
 def _seconds(lines: list[str]) -> float:
-    """Return the time of the last line that a resumed run keeps; 0 if there is none."""
+    """Return the seconds trained up to the last of the lines of log.jsonl; 0 if there are none."""
     try:
         return max(0.0, float(json.loads(lines[-1])["time"]))
     except (IndexError, ValueError, KeyError, TypeError, RecursionError):
@@ -223,6 +246,7 @@ def _seconds(lines: list[str]) -> float:
 
 
 def _short(name: str, value: float) -> str:
+    """Return a metric as the terminal shows it."""
     if name == "data_wait":
         return f"{value:.0%}"
     if name == "images_per_s":
@@ -231,7 +255,7 @@ def _short(name: str, value: float) -> str:
 
 
 def clock(seconds: float) -> str:
-    """Return a duration as hours:minutes:seconds."""
+    """Return a duration in seconds as hours:minutes:seconds."""
     minutes, s = divmod(round(seconds), 60)
     hours, m = divmod(minutes, 60)
     return f"{hours}:{m:02d}:{s:02d}"

@@ -1,4 +1,4 @@
-"""The commands that follow a pre-training, to be pasted into the shell that ran it."""
+"""Suggest the commands to run after pre-training, to paste into the same shell."""
 
 import os
 import shlex
@@ -10,22 +10,23 @@ from moco.config import Pretraining, flat
 from moco.data import folders
 from moco.methods import METHODS
 
-# recipes of the linear probe in each script's paper
+# the recipe of the linear probe in each script's paper, in configs/
 PROBES = {method.script: method.probe for method in METHODS.values()}
 
 
 def commands(config: Pretraining, train: Path, saved: Path) -> list[str]:
     """Return the shell commands for k-NN, a linear probe and the report.
 
-    If the run has a k-NN monitor, the command for k-NN measures the same.
+    If the run has a k-NN monitor, the command for k-NN has the same settings. If the data has no
+    validation images, only the command for the report is returned.
 
     Args:
         config: the settings of the pre-training.
-        train: the folder of its images; without val/ next to it, nothing can be evaluated.
+        train: the folder of its images; val/ is searched next to it.
         saved: its last checkpoint.
     """
     home = Path(sys.argv[0]).parent
-    if not (home / "main_knn.py").exists():  # called from another program
+    if not (home / "main_knn.py").exists():  # another program called the script
         home = Path(os.path.relpath(Path(__file__).parent.parent.parent))
     python = "python" if shutil.which("python") == sys.executable else sys.executable
     settings = flat(config)

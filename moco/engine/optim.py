@@ -1,4 +1,4 @@
-"""Optimizers and learning-rate schedules."""
+"""Create optimizers, restore their state, and compute the learning-rate schedule."""
 
 import math
 from collections.abc import Callable
@@ -12,11 +12,18 @@ from moco.sections import Schedule
 
 
 def make(groups: list[dict[str, Any]], schedule: Schedule, amp: str) -> torch.optim.Optimizer:
-    """The optimizer of `--optimizer` on groups of parameters with an `lr` and a `weight_decay` each.
+    """Return the optimizer of `--optimizer`.
 
     SGD and AdamW are fused on CUDA and on the CPU; on other devices PyTorch chooses. SGD is not
-    fused under fp16: if the gradient scaler skips the first step, PyTorch's fused SGD leaves the momentum
-    buffer uninitialised and uses it in the next step.
+    fused under fp16: if the gradient scaler skips the first step, PyTorch's fused SGD leaves the
+    momentum buffer uninitialised and uses it in the next step.
+
+    Args:
+        groups: parameter groups, each with `params`, `lr` and `weight_decay`.
+        schedule: the settings of the optimizer.
+        amp: the value of `--amp`.
+
+    Raises InputError if `--momentum` is out of range.
     """
     if not 0 <= schedule.momentum < 1 or (schedule.nesterov and not schedule.momentum):
         least = "above 0 with --nesterov" if schedule.nesterov else "at least 0"
@@ -24,7 +31,7 @@ def make(groups: list[dict[str, Any]], schedule: Schedule, amp: str) -> torch.op
     if schedule.optimizer == "lars":
         return LARS(groups, momentum=schedule.momentum)
     if schedule.optimizer == "adamw":
-        return torch.optim.AdamW(_decayed_apart(groups), fused=_fused(groups))
+        return torch.optim.AdamW(_split_decay(groups), fused=_fused(groups))
     fused = _fused(groups) if amp != "fp16" else None
     return torch.optim.SGD(
         groups, momentum=schedule.momentum, nesterov=schedule.nesterov, fused=fused
@@ -32,44 +39,54 @@ def make(groups: list[dict[str, Any]], schedule: Schedule, amp: str) -> torch.op
 
 
 def _fused(groups: list[dict[str, Any]]) -> bool | None:
-    """Return True if torch 2.6 has fused optimizers for the devices of the parameters, else None.
+    """Return the argument `fused` of torch's optimizers: True on the CPU and CUDA, else None.
 
-    With None, torch chooses: one kernel for many parameters (foreach) if the device supports that.
-    With False, there would be one kernel per parameter.
+    PyTorch 2.6 has fused optimizers for these devices. With None, torch runs one kernel for many
+    parameters (foreach) if the device supports that. With False, it would run one kernel per
+    parameter.
     """
-    kinds = {p.device.type for group in groups for p in group["params"]}
-    return True if kinds <= {"cpu", "cuda"} else None
+    device_types = {p.device.type for group in groups for p in group["params"]}
+    return True if device_types <= {"cpu", "cuda"} else None
 
 
 def restore(
     optimizer: torch.optim.Optimizer, saved: dict[str, Any], path: str, diverged: bool = False
 ) -> None:
-    """Load what the checkpoint in `path` has of such an optimizer. Raises InputError where it is another one's, or damaged."""
+    """Load the state of an optimizer from a checkpoint. Settings such as lr stay this run's.
+
+    Args:
+        optimizer: the optimizer of this run.
+        saved: the `state_dict` of the optimizer in the checkpoint.
+        path: the file of the checkpoint, for messages.
+        diverged: whether NaN and infinite values are accepted.
+
+    Raises InputError if the state is that of another optimizer, or damaged.
+    """
     mine = [
         {name: value for name, value in group.items() if name != "params"}
         for group in optimizer.param_groups
     ]
     try:
         same = all(
-            _like(group, own) for group, own in zip(saved["param_groups"], mine, strict=True)
+            _matches(group, own) for group, own in zip(saved["param_groups"], mine, strict=True)
         )
         optimizer.load_state_dict(saved)
         for group, own in zip(optimizer.param_groups, mine, strict=True):
-            group.update(own)  # settings are this run's: --allow-change lets them differ
-        same &= all(_sound(p, state, optimizer, diverged) for p, state in optimizer.state.items())
-    except Exception:  # whatever a stranger's file may lead to
+            group.update(own)  # --allow-change lets settings differ
+        same &= all(
+            _is_valid(p, state, optimizer, diverged) for p, state in optimizer.state.items()
+        )
+    except Exception:  # an untrusted file can cause any error
         same = False
     if not same:
-        what = "its optimizer is not this run's"
         raise InputError(
-            f"{path}: {what}; resume with the options it was made with, or use --pretrained for the weights alone"
+            f"{path}: its optimizer is not this run's; resume with the options it was made with, "
+            "or use --pretrained for the weights alone"
         )
     _place_counts(optimizer)
     for p, state in optimizer.state.items():
-        for (
-            name,
-            x,
-        ) in state.items():  # fused steps take it for granted that both lie alike in memory
+        for name, x in state.items():
+            # fused steps need the memory layout of the parameter, and do not check it
             if x is not None and x.shape == p.shape and x.stride() != p.stride():
                 state[name] = torch.empty_like(p).copy_(x)
 
@@ -77,9 +94,9 @@ def restore(
 def _place_counts(optimizer: torch.optim.Optimizer) -> None:
     """Move AdamW's step counts to the device that this run's optimizer needs.
 
-    The fused optimizer needs each count on the device of its parameter. The others read the count
-    in Python: on the CPU that waits for no device. The checkpoint's counts may be elsewhere, if its
-    run had another device.
+    Fused AdamW needs each count on the device of its parameter. Otherwise Python reads the counts,
+    and they are on the CPU so that reading does not wait for the device. The checkpoint's counts
+    are elsewhere if its run used another device.
     """
     for group in optimizer.param_groups:
         for p in group["params"]:
@@ -88,34 +105,30 @@ def _place_counts(optimizer: torch.optim.Optimizer) -> None:
                 optimizer.state[p]["step"] = count.to(p.device if group["fused"] else "cpu")
 
 
-_STATE = {
-    "momentum": {"momentum_buffer"},
-    "betas": {"step", "exp_avg", "exp_avg_sq"},
-}  # what each kind keeps for a parameter
-_KIND = (
-    "dampening",
-    "betas",
-    "eps",
-    "trust",
-    "amsgrad",
-)  # tells an optimizer from another one of the same shapes
+# the state of a parameter, by a setting that only the optimizers with that state have
+_STATE = {"momentum": {"momentum_buffer"}, "betas": {"step", "exp_avg", "exp_avg_sq"}}
+# settings that tell apart optimizers whose states have the same shapes
+_DISTINCTIVE = ("dampening", "betas", "eps", "trust", "amsgrad")
 
 
-def _like(saved: dict[str, Any], mine: dict[str, Any]) -> bool:
-    """Return whether a saved group is of the same optimizer as `mine`; its settings may differ."""
-    same = all(saved.get(name) == mine.get(name) for name in _KIND) and ("momentum" in saved) == (
-        "momentum" in mine
-    )
+def _matches(saved: dict[str, Any], mine: dict[str, Any]) -> bool:
+    """Return whether a saved group is of the same optimizer as `mine`. Its settings may differ."""
+    same = all(saved.get(name) == mine.get(name) for name in _DISTINCTIVE)
+    same = same and ("momentum" in saved) == ("momentum" in mine)
     return same and all(
         isinstance(saved[name], int | float | None)
         for name in mine.keys() & saved.keys() - {"params", "betas"}
     )
 
 
-def _sound(
+def _is_valid(
     p: Tensor, state: dict[str, Any], optimizer: torch.optim.Optimizer, diverged: bool
 ) -> bool:
-    """Whether a parameter's state is a number, or tensors of its shape, by the names that the optimizer gives them."""
+    """Return whether the state of a parameter has the names, shapes and finite values it needs.
+
+    Each value is a scalar or has the shape of the parameter. With `diverged`, NaN and infinity are
+    accepted.
+    """
     names = next(names for setting, names in _STATE.items() if setting in optimizer.defaults)
     tensors = [x for x in state.values() if x is not None]
     fit = all(
@@ -126,10 +139,19 @@ def _sound(
 
 
 class LARS(torch.optim.Optimizer):
-    """Layer-wise adaptive rate scaling (You et al., arXiv 1708.03888), in the form that SimCLR, MoCo v3 and SogCLR use.
+    """The LARS optimizer: layer-wise adaptive rate scaling (You et al., arXiv 1708.03888).
 
-    For weights of two dimensions or more g <- trust |w| / |g + wd w| (g + wd w); biases and the scales of norms take g as it
-    is, without decay. Then v <- momentum v + g and w <- w - lr v.
+    This is the form that SimCLR, MoCo v3 and SogCLR use. A parameter w with gradient g is updated
+    by v <- momentum v + u and w <- w - lr v. If w has two dimensions or more,
+    u = trust |w| / |g + wd w| (g + wd w). Otherwise, for biases and the scales of norm layers,
+    u = g, without weight decay.
+
+    Args:
+        params: parameters, or parameter groups.
+        lr: learning rate.
+        weight_decay: wd.
+        momentum: momentum, in [0, 1).
+        trust: trust coefficient.
     """
 
     def __init__(
@@ -146,7 +168,7 @@ class LARS(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
-        """One step; `closure` as in torch.optim."""
+        """Update the parameters. `closure` and the returned loss are those of torch.optim."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -176,37 +198,58 @@ class LARS(torch.optim.Optimizer):
 
 
 def _scaled(params: list[Tensor], decay: float, trust: float) -> list[Tensor]:
-    """Trust |w| / |g| g with g the gradient and its decay; g itself where a length is 0."""
+    """Return trust |w| / |g| g for each parameter w, with g its gradient plus weight decay.
+
+    If a norm is 0, return g.
+    """
     gradients = torch._foreach_add([p.grad for p in params], params, alpha=decay)
-    length, slope = (torch.stack(torch._foreach_norm(x)) for x in (params, gradients))
-    ratio = torch.where((length > 0) & (slope > 0), trust * length / slope, 1.0)
+    w_norm, g_norm = (torch.stack(torch._foreach_norm(x)) for x in (params, gradients))
+    ratio = torch.where((w_norm > 0) & (g_norm > 0), trust * w_norm / g_norm, 1.0)
     torch._foreach_mul_(gradients, list(ratio.to(gradients[0].dtype).unbind()))
     return gradients
 
 
-def _decayed_apart(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each group in two: what has two dimensions or more, and, without weight decay, biases and the scales of norms."""
-    parts = []
+def _split_decay(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return each group as two: weights, and parameters of one dimension without weight decay.
+
+    The latter are biases and the scales of norm layers.
+    """
+    split = []
     for group in groups:
-        parts.append({**group, "params": [p for p in group["params"] if p.dim() > 1]})
-        parts.append(
-            {**group, "params": [p for p in group["params"] if p.dim() <= 1], "weight_decay": 0.0}
-        )
-    return [part for part in parts if part["params"]]
+        weights = [p for p in group["params"] if p.dim() > 1]
+        others = [p for p in group["params"] if p.dim() <= 1]
+        split.append({**group, "params": weights})
+        split.append({**group, "params": others, "weight_decay": 0.0})
+    return [group for group in split if group["params"]]
 
 
 def scale(scaling: str, batch: int) -> float:
-    """By what a learning rate is multiplied for a total batch: 1 (none), sqrt(batch), or batch / 256 (linear)."""
+    """Return the factor by which a total batch of `batch` images scales the learning rate.
+
+    It is 1 if `scaling` is "none", sqrt(batch) if "sqrt", and batch / 256 if "linear".
+    """
     return {"none": 1.0, "sqrt": math.sqrt(batch), "linear": batch / 256}[scaling]
 
 
 def rate(schedule: Schedule, base: float, epoch: float, factor: float = 1.0) -> float:
-    """The learning rate at an epoch, which may be part of the way through it; `factor` is `scale`'s, already in `base`.
+    """Return the learning rate after `epoch` epochs.
 
-    Linear warm-up over `schedule.lr_warmup_epochs`; then a half cosine down to `schedule.lr_final`, over the whole run (`schedule.cos`) or
-    again and again over `schedule.sgdr_t0` epochs (`schedule.sgdr`; Loshchilov & Hutter, arXiv 1608.03983); or x .1 at each of
-    `schedule.schedule`. With `schedule.lr_by` "step" and "epoch-end" the warm-up begins at 0 and the cosine at its end (as in SimCLR and
-    MoCo v3); with "epoch" the first rate is not 0 and the cosine is the whole run's.
+    The learning rate rises linearly over `schedule.lr_warmup_epochs`. Then it follows one of:
+
+    - `schedule.cos`: a half cosine down to `schedule.lr_final` at the end of the run;
+    - `schedule.sgdr`: the same half cosine, restarted every `schedule.sgdr_t0` epochs (Loshchilov
+      & Hutter, arXiv 1608.03983);
+    - otherwise a factor of 0.1 at each epoch of `schedule.schedule`.
+
+    If `schedule.lr_by` is "step" or "epoch-end", the warm-up begins at 0, and the cosine begins
+    when it ends, as in SimCLR and MoCo v3. If it is "epoch", the warm-up begins above 0, and the
+    cosine spans the full run.
+
+    Args:
+        schedule: the settings of the schedule.
+        base: the learning rate after warm-up, already multiplied by `factor`.
+        epoch: epochs done, with a fraction within an epoch.
+        factor: the result of `scale`; it multiplies `schedule.lr_final` as well.
     """
     warmup, by_step = schedule.lr_warmup_epochs, schedule.lr_by != "epoch"
     if epoch < warmup:
@@ -218,7 +261,7 @@ def rate(schedule: Schedule, base: float, epoch: float, factor: float = 1.0) -> 
             if schedule.sgdr
             else (epoch - first) / (schedule.epochs - first)
         )
-        share = 0.5 * (1 + math.cos(math.pi * passed))
+        remaining = 0.5 * (1 + math.cos(math.pi * passed))
         final = schedule.lr_final * factor
-        return final + (base - final) * share
+        return final + (base - final) * remaining
     return base * 0.1 ** sum(epoch >= milestone for milestone in schedule.schedule)

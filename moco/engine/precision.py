@@ -1,4 +1,4 @@
-"""Mixed precision, memory format and compilation: how the networks compute, not what."""
+"""Set the mixed precision, memory format, recomputation and compilation of the networks."""
 
 from pathlib import Path
 
@@ -13,16 +13,17 @@ from moco.errors import InputError, short
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
-
-# flags in /proc/cpuinfo of CPUs with bf16 instructions: two of Intel and AMD, one of Arm
+# flags in /proc/cpuinfo of CPUs with bf16 instructions: Intel and AMD have the first two, Arm has
+# the third
 _BF16 = {"avx512_bf16", "amx_bf16", "bf16"}
 
 
 def choose(config: AnyConfig) -> AnyConfig:
-    """Return `config` without mixed precision, and print a line, if the run's CPU is slow in it.
+    """Return `config`, with `--amp off` if mixed precision is slow on the CPU of the run.
 
-    Every CPU is slow in fp16: PyTorch's convolutions take minutes a step. CPUs without bf16
-    instructions are slow in bf16. Raises InputError if the device is not found.
+    Prints a line if it turns mixed precision off. Every CPU is slow in fp16: with PyTorch's
+    convolutions, a step takes minutes. CPUs without bf16 instructions are slow in bf16. Raises
+    InputError if the device is not found.
     """
     on_cpu = devices.chosen(config.launch.device) == "cpu"
     if (
@@ -38,6 +39,7 @@ def choose(config: AnyConfig) -> AnyConfig:
 
 
 def _multiplies_bf16() -> bool:
+    """Return whether the CPU has bf16 instructions."""
     try:
         words = set(Path("/proc/cpuinfo").read_text().split())
     except OSError:
@@ -46,12 +48,12 @@ def _multiplies_bf16() -> bool:
 
 
 def autocast(amp: str, device: torch.device) -> torch.autocast:
-    """The autocast context that `--amp` asks for."""
+    """Return an autocast context for `device` with the data type of `--amp`, which may be off."""
     return torch.autocast(device.type, _DTYPES.get(amp), enabled=amp != "off")
 
 
 def scaler(amp: str, device: torch.device) -> torch.amp.GradScaler:
-    """Return a gradient scaler. It does nothing unless `--amp fp16`.
+    """Return a gradient scaler for `device`. It is enabled only with `--amp fp16`.
 
     Raises InputError if PyTorch cannot scale gradients on this device.
     """
@@ -61,7 +63,7 @@ def scaler(amp: str, device: torch.device) -> torch.amp.GradScaler:
 
 
 def _check_scales(device: torch.device) -> None:
-    """Raise InputError if a gradient scaler fails on `device`, as tried with one weight."""
+    """Raise InputError if a gradient scaler fails on `device`. It is tried on one weight."""
     trial = torch.amp.GradScaler(device.type)
     weight = torch.zeros(1, device=device, requires_grad=True)
     try:
@@ -75,7 +77,17 @@ def _check_scales(device: torch.device) -> None:
 
 
 def restore(scaler: torch.amp.GradScaler, saved: object, path: str) -> None:
-    """Load what the checkpoint in `path` has of a gradient scaler; without --amp fp16 it has nothing. Raises InputError."""
+    """Load the state of a gradient scaler from a checkpoint.
+
+    Does nothing if this run or the run of the checkpoint does not use `--amp fp16`.
+
+    Args:
+        scaler: the gradient scaler of this run.
+        saved: its state in the checkpoint, {} without `--amp fp16`.
+        path: the file of the checkpoint, for messages.
+
+    Raises InputError if the state is damaged.
+    """
     if saved == {} or not scaler.is_enabled():
         return
     try:
@@ -87,15 +99,23 @@ def restore(scaler: torch.amp.GradScaler, saved: object, path: str) -> None:
         scaler.load_state_dict(saved)
     except (AttributeError, ValueError, RuntimeError):
         raise InputError(
-            f"{path}: its gradient scaler is damaged; take an earlier one, or another --amp"
+            f"{path}: its gradient scaler is damaged; take an earlier checkpoint, or another --amp"
         ) from None
 
 
 def place(model: nn.Module, device: torch.device, compile: bool, recompute: bool) -> nn.Module:
-    """Move `model` to `device`, channels last on CUDA and XPU.
+    """Move `model` to `device`, set it up in place, and return it.
 
-    With `recompute`, its networks' blocks keep nothing for the gradient but what they get, and run once more for it; with
-    `compile`, compile its children (the networks) in place.
+    On CUDA and XPU its memory format is channels last.
+
+    Args:
+        model: a module whose children are networks.
+        device: the device that trains.
+        compile: whether to compile the children.
+        recompute: whether blocks of the networks keep only their inputs, and run again in the
+            backward pass.
+
+    Raises InputError if PyTorch cannot compile for the device, or with recomputation.
     """
     model.to(device)
     if device.type in _CHANNELS_LAST:
@@ -111,11 +131,15 @@ def place(model: nn.Module, device: torch.device, compile: bool, recompute: bool
     return model
 
 
-_CHANNELS_LAST = ("cuda", "xpu")  # device types on which convolutions are faster channels last
+# device types on which convolutions are faster if images are channels last
+_CHANNELS_LAST = ("cuda", "xpu")
 
 
 def _check_compiles(device: torch.device) -> None:
-    """Raise InputError if torch.compile fails on an accelerator but CUDA, as tried with one sum."""
+    """Raise InputError if torch.compile fails on `device`. It is tried on one sum.
+
+    The CPU and CUDA are not tried.
+    """
     if device.type in ("cpu", "cuda"):
         return
     try:
@@ -127,7 +151,7 @@ def _check_compiles(device: torch.device) -> None:
 
 
 def layout(images: torch.Tensor) -> torch.Tensor:
-    """Images [B, 3, H, W] in the memory format that `place` gave the model."""
+    """Return `images` [B, 3, H, W] in the memory format that `place` gives models."""
     if images.device.type not in _CHANNELS_LAST:
         return images
     return images.contiguous(memory_format=torch.channels_last)

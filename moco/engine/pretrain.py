@@ -1,4 +1,4 @@
-"""Pre-training, for every method: the task of unlabelled views, the k-NN monitor and the checkpoints."""
+"""Pre-train any method: check its settings, train on views, monitor k-NN, keep checkpoints."""
 
 import sys
 from collections.abc import Callable
@@ -25,7 +25,10 @@ from moco.rng import Progress
 
 
 def check_views(config: Pretraining, several_crops: bool = False) -> None:
-    """Raise InputError unless the recipe makes two views, or with `several_crops` more than two."""
+    """Raise InputError if the recipe makes the wrong number of views.
+
+    Two views are needed, or more than two with `several_crops`.
+    """
     views = len(recipes.of(config.views))
     if views < 2 or (views > 2) != several_crops:
         needed = "more than two" if several_crops else "two"
@@ -36,10 +39,10 @@ def check_views(config: Pretraining, several_crops: bool = False) -> None:
 
 
 def complete(config: Pretraining) -> Pretraining:
-    """Return `config` with the data set's mean and std, unless they are given.
+    """Return `config` with the mean and std of the data set, unless they are given.
 
-    Raises InputError, before any process starts, if the architecture or the data folder does not
-    fit the script.
+    Called before any process starts. Raises InputError if the architecture or the data do not fit
+    the script.
     """
     if not config.TRANSFORMERS and config.network.arch not in resnets.ARCHS:
         raise InputError(
@@ -60,9 +63,9 @@ def complete(config: Pretraining) -> Pretraining:
 
 
 def _find(config: Pretraining) -> Path:
-    """Return the data folder.
+    """Return the data folder. Raises InputError if it lacks train/, or val/ for the k-NN monitor.
 
-    Raises InputError, which names `--knn-every 0` if only the k-NN monitor cannot use it.
+    If only val/ is wrong, the message suggests `--knn-every 0`.
     """
     data = config.run.data
     if not config.monitor.knn_every:
@@ -70,12 +73,20 @@ def _find(config: Pretraining) -> Path:
     try:
         return folders.find(data, ("train", "val"))
     except InputError as error:
-        folders.find(data, ("train",))  # raises its own error if train/ is wrong
+        folders.find(data, ("train",))  # raises another error if train/ is wrong
         raise InputError(f"{error}; or train without the k-NN monitor: --knn-every 0") from None
 
 
 def train(config: Pretraining, device: torch.device, build: Callable[[Images], Method]) -> None:
-    """Pre-train the method that `build(images)` returns. Runs in every process."""
+    """Pre-train the method that `build(images)` returns. Runs in every process.
+
+    Args:
+        config: the settings of the run.
+        device: the device of this process.
+        build: creates the method for a training set.
+
+    Raises InputError if the settings, the data or a checkpoint of `--resume` do not fit.
+    """
     if config.input.batch_per_process < 2:
         raise InputError(
             "--batch-size gives each process a single image; batch norm and the loss need at "
@@ -96,18 +107,25 @@ def train(config: Pretraining, device: torch.device, build: Callable[[Images], M
 
 
 class PretrainingTask(Task):
-    """The pre-training of a method, with its checkpoints and its k-NN monitor."""
+    """The pre-training of a method, with its checkpoints and its k-NN monitor.
+
+    Args:
+        config: the settings of the run.
+        module: the method, on `device`.
+        images: the training set.
+        device: the device of this process.
+    """
 
     module: Method
 
     def __init__(self, config: Pretraining, module: Method, images: Images, device: torch.device):
         super().__init__(config, module, images, device)
         self.images_before = module.images_before
-        # the best k-NN top-1 among the epochs that were saved, and its epoch
+        # the best k-NN top-1 accuracy of a saved epoch, and that epoch
         self.best = (-1.0, -1)
-        # epochs whose checkpoints an earlier start kept by another --keep or --keep-every
+        # epochs whose checkpoints an earlier start kept, with another --keep or --keep-every
         self.spared: frozenset[int] = frozenset()
-        self._left_out: frozenset[int] = frozenset()  # unreadable images that were named
+        self._left_out: frozenset[int] = frozenset()  # unreadable images that a line has named
 
     @property
     def parts(self) -> dict[str, nn.Module]:
@@ -115,11 +133,11 @@ class PretrainingTask(Task):
         return self.module.parts
 
     def notes(self) -> list[str]:
-        """Return further lines to print at the start."""
+        """Return the method's lines to print at the start."""
         return self.module.notes(self.config.input.batch_per_process)
 
     def groups(self) -> list[dict[str, Any]]:
-        """Return the optimizer's parameter groups."""
+        """Return the method's parameter groups for the optimizer."""
         return self.module.groups(self.config.optimizer.lr, self.config.optimizer.wd)
 
     def load_images(self) -> None:
@@ -129,20 +147,20 @@ class PretrainingTask(Task):
     def loss(
         self, net: nn.Module, views: list[Tensor], batch: loader.Batch, progress: Progress
     ) -> tuple[Tensor, Metrics]:
-        """Return the loss and the metrics of one pass."""
+        """Return the method's loss and metrics of one pass."""
         return net(views, batch.index, progress)
 
     def after_step(self) -> None:
-        """Let the method do what follows the optimizer's step."""
+        """Call the method's `after_step`, which may update a moving average, for example."""
         self.module.after_step()
 
     def end_epoch(self, trainer: Trainer, done: int) -> dict[str, float]:
-        """Save and measure k-NN after `done` epochs, if it is their turn; return what to log."""
+        """Measure k-NN and save, if either is due after `done` epochs. Return metrics to log."""
         config, last = self.config, done == self.config.optimizer.epochs
         saves = last or done % config.log.save_every == 0
         metrics = {}
         if config.monitor.knn_every and (last or done % config.monitor.knn_every == 0):
-            # the measurement takes a while
+            # save first: k-NN takes a while, and the run may be stopped meanwhile
             self.save_inside(trainer, done - 1, done * trainer.steps_per_epoch)
             metrics["knn"] = self._knn()
             if saves and metrics["knn"] > self.best[0]:
@@ -152,13 +170,13 @@ class PretrainingTask(Task):
         return metrics
 
     def state(self) -> dict[str, Any]:
-        """Return the best k-NN accuracy, and which epochs an earlier start kept."""
+        """Return the best k-NN accuracy and its epoch, and the epochs an earlier start kept."""
         accuracy, epoch = self.best
         best = {"best_knn": accuracy, "best_epoch": epoch} if epoch >= 0 else {}
         return {**best, "spared": sorted(self.spared)}
 
     def restore(self, state: checkpoint.State) -> None:
-        """Restore what `state` returned."""
+        """Restore the best k-NN accuracy and its epoch, and the epochs an earlier start kept."""
         best, spared = (state.get("best_knn"), state.get("best_epoch")), state.get("spared")
         if isinstance(best[0], float) and isinstance(best[1], int):
             self.best = best
@@ -170,13 +188,13 @@ class PretrainingTask(Task):
             self.spared |= frozenset(map(checkpoint.epoch_of, there))
 
     def save_inside(self, trainer: Trainer, epoch: int, step: int) -> Path:
-        """Save after `step` steps, some of them of an unfinished epoch; return the file's path."""
+        """Save within epoch `epoch`, after `step` steps of the run. Return the path of the file."""
         path = trainer.save(f"checkpoint_{max(epoch, 0):04d}_{step}.pth.tar", epoch, step)
         self._tidy(path)
         return path
 
     def _tidy(self, newest: Path) -> None:
-        """Delete superseded mid-epoch checkpoints, and the epoch checkpoints that --keep leaves out."""
+        """Delete superseded mid-epoch checkpoints, and epoch checkpoints beyond --keep."""
         if distributed.rank() != 0:
             return
         superseded = checkpoint.numbered(newest.parent, inside=True)
@@ -187,13 +205,13 @@ class PretrainingTask(Task):
             path.unlink(missing_ok=True)
 
     def _is_kept(self, epoch: int) -> bool:
-        """Return whether the checkpoint of an epoch, counted from 0, is kept however old it is."""
+        """Return whether the checkpoint of an epoch, counted from 0, is kept beyond --keep."""
         every = self.config.retention.keep_every
         regular = every > 0 and (epoch + 1) % every == 0
         return regular or epoch in self.spared or epoch == self.best[1]
 
     def finish(self, trainer: Trainer) -> None:
-        """Print how long the run trained, and the commands that can follow it."""
+        """Print how long the run trained, and commands to run next."""
         print_rank0(f"trained for {clock(trainer.seconds)}")
         saved = next(iter(checkpoint.found(self.config.run.save_dir)), None)
         if saved is not None and distributed.rank() == 0:
@@ -202,7 +220,7 @@ class PretrainingTask(Task):
                 print_rank0(f"  {command}")
 
     def _knn(self) -> float:
-        """Return the k-NN top-1 of the encoder on val/, against train/, in [0, 1].
+        """Return the k-NN top-1 accuracy of the encoder on val/, in [0, 1]. The bank is train/.
 
         With `--on-bad-image skip`, training images that cannot be read are left out.
         """
@@ -219,7 +237,11 @@ class PretrainingTask(Task):
         return features.knn(*bank, *queries, len(val.classes), [k], config.monitor.knn_t)[k]
 
     def _note_left_out(self, unreadable: set[int]) -> None:
-        """Print one line that names the images of `unreadable` which no earlier line has named."""
+        """Print a line that names the unreadable images, unless earlier lines named them all.
+
+        Args:
+            unreadable: indices of images in the training set.
+        """
         new = sorted(unreadable - self._left_out)
         self._left_out |= unreadable
         if new:

@@ -1,4 +1,4 @@
-"""`--resume`: which folder and checkpoint a run continues from, and which options may differ."""
+"""Resolve `--resume`: find the folder and the checkpoint, and check that the options match."""
 
 import re
 from pathlib import Path
@@ -11,8 +11,9 @@ from moco.engine import checkpoint
 from moco.errors import InputError, short
 from moco.files import read_yaml
 
-# Options that may differ, because they change neither what is learned nor its schedule: launch,
-# reading, logging, saving. `check_unchanged` compares the total batch, not how it is divided.
+# Options that may differ, because they change neither the result nor the schedule of training:
+# launch, reading, logging and saving. The batch options are here because `check_unchanged` compares
+# the total batch, not how it is divided.
 FREE = frozenset(
     "data save_dir output tag cfg resume allow_change evaluate script"
     " workers cache_images download on_bad_image host_features loss_chunk compile grad_checkpoint"
@@ -24,12 +25,12 @@ FREE = frozenset(
 
 
 def start(config: AnyConfig) -> tuple[AnyConfig, bool]:
-    """Return `config` with the checkpoint and the folder that `--resume` means, and whether the run there continues.
+    """Return `config` with the checkpoint and folder of `--resume`, and whether that run continues.
 
     `--resume auto` continues the run of this script in `--save-dir`, or in the subfolder that an
     evaluation got because the folder holds another run. If there is no such run, a new one begins.
-    `--resume FILE` continues in FILE's folder. With another `--save-dir` it begins a new run there
-    from FILE. A test alone (`--evaluate`) continues nothing.
+    `--resume FILE` continues in FILE's folder. With another `--save-dir`, it begins a new run there
+    from FILE. A run that only tests (`--evaluate`) continues nothing.
 
     Raises InputError if no checkpoint can be read, or if FILE's folder has a later one.
     """
@@ -67,9 +68,10 @@ def start(config: AnyConfig) -> tuple[AnyConfig, bool]:
 
 
 def inherit(config: AnyConfig) -> AnyConfig:
-    """Return a pre-training's config with the stem, mean and std of the checkpoint, unless they are given.
+    """Return the config of a pre-training run with the stem, mean and std of `--resume`.
 
-    The checkpoint is that of `--resume`. Without one the stem is ImageNet's.
+    Values that are given stay. Without `--resume`, the stem is ImageNet's. Raises InputError if the
+    checkpoint cannot be read.
     """
     stem, mean, std = config.network.stem, config.views.mean, config.views.std
     if config.log.resume and None in (stem, mean, std):
@@ -79,16 +81,17 @@ def inherit(config: AnyConfig) -> AnyConfig:
 
 
 def _own_folder(folder: Path, script: str) -> Path | None:
-    """Return the last folder with a run of `script`: `folder`, or its subfolder SCRIPT, SCRIPT-2, ...
+    """Return the last folder with a run of `script`, or None.
 
-    A test alone (`--evaluate`) leaves nothing to continue, and does not count.
+    Searches `folder` and its subfolders SCRIPT, SCRIPT-2, ... Runs that only tested (`--evaluate`)
+    do not count, because they leave nothing to continue.
     """
     name = re.compile(rf"{script}(-\d+)?")
-    subfolders = (place for place in folder.glob(f"{script}*") if name.fullmatch(place.name))
-    places = [folder, *sorted(subfolders, key=_number)]
-    own = [place for place in places if (place / "args.yaml").is_file() and _is_of(place, script)]
+    subfolders = (path for path in folder.glob(f"{script}*") if name.fullmatch(path.name))
+    paths = [folder, *sorted(subfolders, key=_number)]
+    own = [path for path in paths if (path / "args.yaml").is_file() and _is_of(path, script)]
     if not own and checkpoint.found(folder) and not (folder / "args.yaml").exists():
-        return folder  # only the checkpoints were copied
+        return folder  # the user has copied the checkpoints alone
     return own[-1] if own else None
 
 
@@ -99,6 +102,10 @@ def _number(folder: Path) -> int:
 
 
 def _is_of(folder: Path, script: str) -> bool:
+    """Return whether `folder` has a run of `script` that trained.
+
+    Raises InputError if its args.yaml cannot be read.
+    """
     try:
         options = read_yaml(folder / "args.yaml")
     except InputError as error:
@@ -109,13 +116,13 @@ def _is_of(folder: Path, script: str) -> bool:
 def check_unchanged(config: Training, state: checkpoint.State, batch: int) -> None:
     """Raise InputError if options differ from those of the run that `--resume` continues.
 
-    It names each difference. Options in `FREE` may differ, and so may those that the user names
-    with `--allow-change`. `--epochs` may differ unless a schedule depends on it, and `--bn-splits`
-    among several processes, which do not read it.
+    The message names each difference. Options in `FREE` may differ, and so may those that the user
+    names with `--allow-change`, which are printed. `--epochs` may differ unless a schedule depends
+    on it. `--bn-splits` may differ if there are several processes, because these ignore it.
 
     Args:
-        config: this run's settings.
-        state: the checkpoint of `--resume`.
+        config: the settings of this run.
+        state: the content of the checkpoint of `--resume`.
         batch: images in a step, over all processes.
     """
     saved, allowed, settings = state["args"], set(config.log.allow_change), flat(config)
@@ -143,9 +150,9 @@ def check_unchanged(config: Training, state: checkpoint.State, batch: int) -> No
             for name, (now, then) in refused.items()
         )
         raise InputError(
-            f"--resume {config.log.resume}: options differ from those of the run: {listed}. Give the same ones "
-            f"({Path(config.log.resume).parent / 'args.yaml'} has all of them), or change them on purpose "
-            f"with --allow-change {','.join(refused)}"
+            f"--resume {config.log.resume}: options differ from those of the run: {listed}. "
+            f"Give the same ones ({Path(config.log.resume).parent / 'args.yaml'} has all of them), "
+            f"or change them on purpose with --allow-change {','.join(refused)}"
         )
 
 
@@ -155,7 +162,7 @@ def _open_ended(config: Training) -> bool:
 
 
 def _same(now: object, then: object) -> bool:
-    """Return whether plain values, or lists of them, are equal. `then` may be anything."""
+    """Return whether two values of an option are equal. `then` is untrusted, of any type."""
     if isinstance(now, list | tuple):
         return (
             isinstance(then, list | tuple)
@@ -166,6 +173,7 @@ def _same(now: object, then: object) -> bool:
 
 
 def _spelled(name: str) -> str:
+    """Return an option's name as the command line spells it, without dashes in front."""
     return name.replace("_", "-")
 
 

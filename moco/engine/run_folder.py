@@ -1,4 +1,4 @@
-"""Run folders: each run writes to a folder of its own, and no other run overwrites anything in it."""
+"""Claim a folder for each run, so that no run overwrites the files of another."""
 
 import contextlib
 import os
@@ -13,11 +13,10 @@ from moco.distributed import print_rank0
 from moco.errors import InputError
 from moco.files import numbered_paths
 
-LOCK = (
-    ".lock"  # held while a run writes to the folder; the system releases it, however the run ends
-)
+# a run locks this file while it writes to the folder; the system unlocks it however the run ends
+LOCK = ".lock"
 
-# Files that a run of this project or of detectron2 writes, and that a second run would replace.
+# files of this project or of detectron2 that a second run in the same folder would replace
 _OUTPUTS = (
     "results.json",
     "subset.txt",
@@ -30,7 +29,7 @@ _OUTPUTS = (
 
 
 def is_free(folder: Path) -> bool:
-    """Return whether a new run may write to `folder`: no run has logged or saved anything there.
+    """Return whether a new run may write to `folder`, because no run has logged or saved there.
 
     An empty log and an args.yaml do not count: a run that failed before its first step leaves them.
     """
@@ -41,31 +40,32 @@ def is_free(folder: Path) -> bool:
 
 
 def check_free(folder: str | Path) -> None:
-    """Raise InputError if `folder` holds another run."""
+    """Raise InputError if `folder` holds another run, or cannot be written."""
     folder = Path(folder)
     if folder.exists():
         take(folder, iter([folder]), continues=False).release()
 
 
 def _taken(folder: str | Path, option: str = "--save-dir") -> str:
+    """Return the error message for a `folder`, given with `option`, that holds another run."""
     resume = "--resume" if option == "OUTPUT_DIR" else "--resume auto"
     return f"{option} {folder}: holds another run; {resume} continues it, or choose another folder"
 
 
 @contextlib.contextmanager
 def claim(config: AnyConfig, continues: bool, named: bool) -> Iterator[AnyConfig]:
-    """Hold a run folder for this run alone, on every rank; yield `config` with its name.
+    """Lock a run folder; yield `config` with its name; unlock it at the end. Runs on every rank.
 
-    An evaluation that is given a folder with another run in it gets a subfolder, and a run without
-    `--save-dir` (not `named`) that starts in the same second as another one gets the next name; a
-    line says so. A run that writes nothing leaves no folder behind.
+    If the folder holds another run, an evaluation gets a subfolder. A run without `--save-dir` gets
+    another name if a second run started at the same time. A line says which folder is used instead.
+    A run that writes nothing leaves no folder behind.
 
     Args:
         config: the settings, with the folder that is wanted.
         continues: whether this run continues the one in that folder.
         named: whether the user chose the folder.
 
-    Raises InputError, on every rank, if the folder cannot be written, if a pre-training is given a
+    Raises InputError, on every rank, if the folder cannot be written, if pre-training is given a
     folder that is not free, or if another run is writing there.
     """
     held: Held | None = None
@@ -90,7 +90,7 @@ def claim(config: AnyConfig, continues: bool, named: bool) -> Iterator[AnyConfig
 
 
 def _places_of(config: Config, continues: bool, named: bool) -> Iterator[Path]:
-    """Return the folders that this run may write to, in the order in which they are tried."""
+    """Return the folders that this run may write to, in the order in which to try them."""
     folder = Path(config.run.save_dir)
     if continues:
         return iter([folder])
@@ -106,17 +106,26 @@ def places(folder: Path, name: str) -> Iterator[Path]:
 
 
 class Held:
-    """A locked folder; `release` unlocks it, and removes it if nothing was written."""
+    """A locked folder, created if it does not exist.
+
+    Args:
+        folder: the folder to lock.
+
+    Raises filelock.Timeout if another run holds the lock, and OSError if the folder cannot be
+    written.
+    """
 
     def __init__(self, folder: Path):
         self.folder = folder
         self._made = [p for p in (folder, *folder.parents) if not p.exists()]
         self._lock = FileLock(folder / LOCK, blocking=False)
         folder.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(NotImplementedError):  # the file system has no locks
+        # some file systems have no locks
+        with contextlib.suppress(NotImplementedError):
             self._lock.acquire()
 
     def release(self) -> None:
+        """Unlock the folder. Remove it, if it was created here and nothing was written."""
         with contextlib.suppress(OSError):
             if self._made and os.listdir(self.folder) == [LOCK]:
                 (self.folder / LOCK).unlink()
@@ -126,9 +135,16 @@ class Held:
 
 
 def take(given: Path, places: Iterator[Path], continues: bool, option: str = "--save-dir") -> Held:
-    """Lock the first of `places` that is free; with `continues`, the first that no run has locked.
+    """Return the first of `places` that is free, locked.
 
-    Raises InputError, which names `option` and its folder `given`, if there is none.
+    Args:
+        given: the folder that the user gave, for messages.
+        places: the folders to try, in this order.
+        continues: whether the run continues one that is there: then a folder need not be free, and
+            it is enough that no other run has locked it.
+        option: the option that gave the folder, for messages.
+
+    Raises InputError if there is none, or if a folder cannot be written.
     """
     busy = False
     try:

@@ -1,6 +1,7 @@
-"""The training loop, one for every script. A `Task` says what is trained, and on which loss.
+"""Run the training loop that all scripts share.
 
-moco/engine/pretrain.py and moco/evaluate/classifier.py have the tasks.
+A `Task` defines the module to train and its loss. The tasks are in moco/engine/pretrain.py and
+moco/evaluate/classifier.py.
 """
 
 import contextlib
@@ -26,17 +27,17 @@ from moco.launch import interrupt
 
 
 class Task(ABC):
-    """What a `Trainer` trains: a module, its parameter groups, and the loss of a batch.
+    """A task for a `Trainer`: a module, its parameter groups, and the loss of a batch.
 
     Args:
         config: the settings of the run.
-        module: what is trained and saved; already on `device`.
-        images: what it is trained on.
+        module: the module to train and save, on `device`.
+        images: the training set.
         device: the device of this process.
     """
 
-    images_before = 0  # images that train before epoch 0, in steps that are counted below 0
-    may_diverge = False  # whether the run goes on if the loss or a weight is NaN or infinite
+    images_before = 0  # number of images to train on before epoch 0, in steps counted below 0
+    may_diverge = False  # whether the run continues if the loss or a weight is NaN or infinite
     scales_gradient = True  # whether --amp fp16 scales the gradient
 
     def __init__(self, config: Training, module: nn.Module, images: Images, device: torch.device):
@@ -44,7 +45,7 @@ class Task(ABC):
 
     @property
     def trained(self) -> nn.Module:
-        """Return what `loss` calls: the module, or the part of it that trains."""
+        """Return the part of the module that trains and that `loss` calls; by default all of it."""
         return self.module
 
     @property
@@ -54,12 +55,12 @@ class Task(ABC):
 
     @property
     def independent(self) -> Iterable[nn.Module]:
-        """Return the parts that train independently: the gradient of each is clipped by itself."""
+        """Return the modules whose gradients are clipped separately; by default only the module."""
         return [self.module]
 
     @abstractmethod
     def groups(self) -> list[dict[str, Any]]:
-        """Return the optimizer's parameter groups: params, lr and weight_decay.
+        """Return the optimizer's parameter groups, each with `params`, `lr` and `weight_decay`.
 
         A group with `"scheduled": False` keeps its learning rate for the whole run.
         """
@@ -68,48 +69,62 @@ class Task(ABC):
     def loss(
         self, net: nn.Module, views: list[Tensor], batch: loader.Batch, progress: rng.Progress
     ) -> tuple[Tensor, Metrics]:
-        """Return the loss and the metrics of one pass. `net` is `trained`, in DDP if distributed."""
+        """Return the loss of this rank's batch, a scalar, and the metrics of one pass.
+
+        Args:
+            net: the module `trained`, wrapped in DDP if there are several processes.
+            views: the augmented views, each [B, 3, H, W].
+            batch: the batch, with labels and indices.
+            progress: the position of the pass in the run; its generators draw random numbers.
+        """
 
     def start_epoch(self) -> None:
-        """Put the module into the mode that it trains in."""
+        """Set the module to training mode, or to the mode in which it trains."""
         self.module.train()
 
-    def load_images(self) -> None:
-        """Decode the images that every epoch reads into memory, if --cache-images says so."""
+    # B027: the methods without a body are optional hooks
 
-    def after_step(self) -> None:  # noqa: B027 (a task may have nothing to add)
-        """Do what follows the optimizer's step."""
+    def load_images(self) -> None:  # noqa: B027
+        """Decode the images of every epoch into memory, if --cache-images asks for it."""
 
-    def end_epoch(self, trainer: "Trainer", done: int) -> dict[str, float]:
-        """Evaluate and save after `done` epochs; return what to log."""
+    def after_step(self) -> None:  # noqa: B027
+        """Update what depends on the new weights. Called after each step of the optimizer."""
+
+    def end_epoch(self, trainer: "Trainer", done: int) -> dict[str, float]:  # noqa: ARG002
+        """Evaluate and save after `done` epochs. Return metrics to log."""
         return {}
 
     @abstractmethod
     def save_inside(self, trainer: "Trainer", epoch: int, step: int) -> Path:
-        """Save before the end of an epoch, after `step` steps of the run; return the file's path."""
+        """Save within epoch `epoch`, after `step` steps of the run. Return the path of the file."""
 
     def finish(self, trainer: "Trainer") -> None:  # noqa: B027
-        """Do what follows the last epoch."""
+        """Print or check results. Called after the last epoch."""
 
     def notes(self) -> list[str]:
-        """Return further lines to print at the start."""
+        """Return lines to print at the start of the run."""
         return []
 
     def state(self) -> dict[str, Any]:
-        """Return further entries of a checkpoint: plain values by key."""
+        """Return the task's entries in a checkpoint: plain values by key."""
         return {}
 
     def restore(self, state: checkpoint.State) -> None:  # noqa: B027
-        """Restore what `state` has saved. Raises InputError if it does not fit this task's data."""
+        """Restore the task's entries in a checkpoint. Raises InputError if they do not fit."""
 
     def restored(self) -> None:  # noqa: B027
-        """Check the restored weights. Raises InputError if they do not fit the options."""
+        """Raise InputError if the restored weights do not fit the options."""
 
 
 class Trainer:
-    """Trains a task on this process, together with the other processes of the run.
+    """A training loop that runs a task in this process, together with the run's other processes.
 
-    A resumed run continues from the checkpoint as if it had never stopped.
+    A resumed run continues from its checkpoint as if it had never stopped.
+
+    Args:
+        task: the task, with the settings of the run.
+
+    Raises InputError if the checkpoint of `--resume` cannot be read, or does not fit the task.
     """
 
     def __init__(self, task: Task):
@@ -118,14 +133,14 @@ class Trainer:
         self.recipe = recipes.of(config.views)
         if config.compute.compile:
             color.fuse()
-        # images in a step
         per_pass = config.input.batch_per_process * distributed.world_size()
-        self.batch = per_pass * schedule.accumulation_steps
+        self.batch = per_pass * schedule.accumulation_steps  # images in a step
         self.lr_scale = optim.scale(schedule.learning_rate_scaling, self.batch)
         self.optimizer = optim.make(task.groups(), schedule, config.compute.amp)
-        # by group of the optimizer, which may divide the task's groups; checkpoints lack it
+        # read from the optimizer's groups, because it may split the task's groups; popped, because
+        # checkpoints do not save it
         self.scheduled = [g.pop("scheduled", True) for g in self.optimizer.param_groups]
-        # before any schedule, and before those of a resumed run
+        # read before the schedule, or a checkpoint, changes them
         self.base_lrs = [group["lr"] * self.lr_scale for group in self.optimizer.param_groups]
         amp = config.compute.amp if task.scales_gradient else "off"
         self.scaler = precision.scaler(amp, self.device)
@@ -135,11 +150,11 @@ class Trainer:
         self.net = distributed.data_parallel(task.trained)
         self.health = health.Health(config, task.images, task.may_diverge)
         self._find_start(state)
-        self.seconds: float | None = None  # how long the run trained, over all starts
+        self.seconds: float | None = None  # training time of the run, over all starts
         self._saved = False  # whether this start has written a checkpoint
 
     def _find_start(self, state: checkpoint.State | None) -> None:
-        """Find the step and the epoch to begin at. Raises InputError if the ranks differ."""
+        """Set the first step and epoch. Raises InputError if they differ between ranks."""
         schedule, images = self.config.optimizer, self.task.images
         self.order = loader.TrainBatchSampler(
             len(images),
@@ -153,17 +168,21 @@ class Trainer:
         self.order.start = self._step_of(state) if state else before
         self.first_epoch = self.order.start // max(1, self.steps_per_epoch)
         if state:
-            # all steps of an epoch may be done, but not what follows its last one
+            # an epoch is not done until it is evaluated, even if all its steps are
             self.first_epoch = min(self.first_epoch, state["epoch"])
-        place = torch.tensor([[self.order.start, self.first_epoch]], device=self.device)
-        if (distributed.all_gather(place) != place).any():
+        position = torch.tensor([[self.order.start, self.first_epoch]], device=self.device)
+        if (distributed.all_gather(position) != position).any():
             raise InputError(
                 "--resume: the processes do not read the same checkpoint; "
                 "give one that all nodes see"
             )
 
     def train(self) -> None:
-        """Train every epoch that is left, and log it."""
+        """Train and log all remaining epochs.
+
+        Raises InputError if training diverges or a file cannot be read or written, and Interrupted
+        if a signal stops the run.
+        """
         config, task = self.config, self.task
         announce(self, self.task.images, self.task.notes())
         if self.order.start < self.order.stop:
@@ -196,7 +215,10 @@ class Trainer:
         log: RunLog,
         requests: interrupt.Requests,
     ) -> None:
-        """Train the steps of an epoch that are left. Raises Interrupted if a signal stops the run."""
+        """Train the remaining steps of an epoch.
+
+        Raises Interrupted if a signal stops the run, after saving a checkpoint.
+        """
         options, per_epoch = self.config.log, self.steps_per_epoch
         self.task.start_epoch()
         self.health.start_epoch(per_epoch * self.batch // distributed.world_size())
@@ -218,7 +240,8 @@ class Trainer:
             if asked:
                 distributed.barrier()
                 raise interrupt.Interrupted(
-                    f"{asked}: saved {path} after step {step + 1}; --resume auto goes on from there"
+                    f"{asked}: saved {path} after step {step + 1}; "
+                    "--resume auto continues from there"
                 )
         if epoch >= 0:
             health.warn_if_collapsed(means, epoch)
@@ -226,7 +249,7 @@ class Trainer:
     def _step(
         self, epoch: int, step: int, batches: Iterator[loader.Batch], mean: Mean, log: RunLog
     ) -> None:
-        """Take one step of the optimizer, on the gradient of one pass or of several."""
+        """Take one step of the optimizer, with the mean gradient of all passes of the step."""
         schedule = self.config.optimizer
         for micro in range(schedule.accumulation_steps):
             before = time.perf_counter()
@@ -247,9 +270,9 @@ class Trainer:
         log.tick()
 
     def _set_lr(self, step: int) -> float:
-        """Give each parameter group its learning rate for this step; return the first one's."""
+        """Set the learning rate of each parameter group for this step. Return the first one."""
         schedule = self.config.optimizer
-        # steps before epoch 0 train at the learning rate that follows the warm-up
+        # steps before epoch 0 use the learning rate after warm-up
         passed = step / self.steps_per_epoch if step >= 0 else schedule.lr_warmup_epochs
         if schedule.lr_by != "step":
             passed = int(passed) + (schedule.lr_by == "epoch-end" and step >= 0)
@@ -267,9 +290,9 @@ class Trainer:
         ]
 
     def _pass(self, batch: loader.Batch, progress: rng.Progress) -> Metrics:
-        """Compute the views, the loss and its gradient.
+        """Augment the views, compute the loss and its gradient, and return the metrics.
 
-        The gradients of the ranks are averaged in the last pass of a step.
+        The gradients of the ranks are averaged only in the last pass of a step, to save time.
         """
         steps, amp = self.config.optimizer.accumulation_steps, self.config.compute.amp
         last = progress.micro + 1 == steps
@@ -279,7 +302,7 @@ class Trainer:
         ]
         augmented = color.augment_views(batch.views, self.recipe, draws)
         views = list(map(precision.layout, augmented))
-        # for what layers draw by themselves, such as stochastic depth
+        # layers such as stochastic depth draw from the global generator
         seed = rng.key(rng.LAYERS, self.config.run.seed, progress.step, progress.micro, rank)
         torch.manual_seed(seed >> 1)
         alone = last or distributed.world_size() == 1
@@ -290,7 +313,7 @@ class Trainer:
         return {"loss": loss, **metrics}
 
     def _clip_gradient(self) -> Metrics:
-        """Clip the gradient; return its norm before that, for each of the task's `parts`."""
+        """Clip the gradient. Return the gradient norm of each of the task's `parts` before that."""
         clip, parts = self.config.optimizer.clip_grad, self.task.parts
         if not clip and not parts:
             return {}
@@ -299,18 +322,18 @@ class Trainer:
         for name, part in parts.items():
             gradients = [p.grad for p in part.parameters() if p.grad is not None]
             norm = torch.stack(torch._foreach_norm(gradients)).norm()
-            # under fp16 the scaler skips a step whose gradient is not finite
+            # leave out steps with a non-finite gradient, because under fp16 the scaler skips them
             counts = norm.isfinite()
             norms[f"grad_{name}"] = torch.where(counts, norm, 0.0), counts
-        for together in self.task.independent if clip else []:
-            gradients = [p for p in together.parameters() if p.grad is not None]
-            torch.nn.utils.clip_grad_norm_(gradients, clip)
+        for module in self.task.independent if clip else []:
+            params = [p for p in module.parameters() if p.grad is not None]
+            torch.nn.utils.clip_grad_norm_(params, clip)
         return norms
 
     def _restore(self, state: checkpoint.State) -> None:
-        """Restore the run from the checkpoint of `--resume`. Raises InputError if it does not fit."""
+        """Restore the run from a checkpoint. Raises InputError if it does not fit."""
         config, task, path = self.config, self.task, self.config.log.resume
-        tests = config.only_tests  # a test alone takes no step, by no optimizer
+        tests = config.only_tests  # a run that only tests needs no optimizer
         checkpoint.check_origin(state, config)
         if not tests:
             resume.check_unchanged(config, state, self.batch)
@@ -337,12 +360,14 @@ class Trainer:
         return epoch * self.steps_per_epoch + min(inside, self.steps_per_epoch)
 
     def save(self, name: str, epoch: int, step: int | None = None) -> Path:
-        """Write the run's state, on rank 0; return the file's path.
+        """Write a checkpoint on rank 0. Return its path on every rank.
 
         Args:
-            name: of the file, in the run folder.
-            epoch: how many epochs are done.
-            step: how many steps are done, if the last epoch is unfinished.
+            name: name of the file in the run folder.
+            epoch: number of epochs done.
+            step: number of steps done, if the last epoch is unfinished.
+
+        Raises InputError if the file cannot be written.
         """
         config, task = self.config, self.task
         path = Path(config.run.save_dir) / name
@@ -370,6 +395,6 @@ class Trainer:
         }
         checkpoint.save(path, state)
         if config.log.resume and not self._saved:
-            write_options(config)  # see RunLog
+            write_options(config)  # not earlier; see RunLog
         self._saved = True
         return path

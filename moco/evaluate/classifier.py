@@ -1,4 +1,4 @@
-"""Train one classifier or several on labelled images, test them, and keep the best."""
+"""Train one or several classifiers on labelled images, test them, and keep the best."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,9 +23,9 @@ from moco.files import read_json
 
 @torch.no_grad()
 def init_classifier(layer: nn.Linear, std: float = 0.01) -> None:
-    """Draw new weights from N(0, std²), and set the bias to 0.
+    """Draw the weights of `layer` from N(0, std²), and set its bias to 0.
 
-    The draws are made on the CPU, so that a run starts from the same classifier on every device.
+    The weights are drawn on the CPU, so that they are the same on every device.
     """
     layer.weight.copy_(torch.empty(layer.weight.shape).normal_(std=std))
     layer.bias.zero_()
@@ -37,8 +37,18 @@ def evaluate(
 ) -> list[dict[str, float]]:
     """Evaluate each of the `heads` classifiers of `net` on `images`.
 
-    Returns metrics in [0, 1] by name (see moco/evaluate/metrics.py). Each image counts once,
-    whatever the number of ranks, and a rank may have none.
+    Returns the metrics of each classifier by name, in [0, 1]; see moco/evaluate/metrics.py. They
+    are those of all ranks. Each image counts once, and a rank may have none.
+
+    Args:
+        net: the network, [B, 3, H, W] -> logits, [B, num_classes] or [heads, B, num_classes]. It
+            stays in eval mode.
+        images: the images of a split.
+        config: the settings of the evaluation.
+        device: the device of this process.
+        heads: number of classifiers.
+
+    Raises InputError if an image cannot be read.
     """
     net.eval()
     meter = metrics.create_meter(images.multi_label, heads, len(images.classes), device)
@@ -49,28 +59,29 @@ def evaluate(
 
 
 def by_head(logits: Tensor) -> Tensor:
-    """The logits of one classifier [B, classes] or of several [heads, B, classes], as the latter."""
+    """Return logits as [heads, B, num_classes]. Those of one classifier may lack the first axis."""
     return logits.view(-1, *logits.shape[-2:])
 
 
 class Setting(NamedTuple):
-    """What tells one classifier's training from another's."""
+    """The hyperparameters that differ between classifiers: learning rate and weight decay."""
 
     lr: float
     wd: float
 
 
 class ClassifierTask(Task):
-    """The training of one classifier or several, which tests them after every epoch.
+    """The training of one or several classifiers, which are tested after every epoch.
 
-    The best one is kept. It is chosen on val/, as in the papers, or on the held-out part of train/.
+    The best one is kept. It is chosen on val/, as in the papers, or on the held-out training
+    images.
 
     Args:
         config: the settings of the evaluation.
         net: the network with the classifiers.
-        images: what they are trained, chosen and tested on.
+        images: the images to train on, to choose on, and to test on.
         device: the device of this process.
-        settings: those of each classifier.
+        settings: the learning rate and weight decay of each classifier.
         best_name: file name of the best checkpoint.
     """
 
@@ -87,12 +98,17 @@ class ClassifierTask(Task):
         self.val, self.held_out, self.settings = images.val, images.held_out, settings
         self.best, self.best_name = 0.0, best_name
         self.metric = registry.METRIC[config.input.dataset]
-        self._decays = len({setting.wd for setting in settings})
+        self._weight_decays = len({setting.wd for setting in settings})
 
     def losses(self, logits: Tensor, label: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss to train on and what to show, from logits [heads, B, classes].
+        """Return the sum of the classifiers' losses, and the metrics of the best classifier.
 
-        Cross entropy; where images show several classes, the mean binary one over what counts.
+        The loss is cross entropy. If images can show several classes, it is the mean binary cross
+        entropy over the labels that count.
+
+        Args:
+            logits: [heads, B, num_classes].
+            label: [B], or [B, num_classes] of 1 (shown), 0 (not shown) and -1 (does not count).
         """
         if label.dim() == 2:
             counts = (label >= 0).expand_as(logits)
@@ -103,10 +119,9 @@ class ClassifierTask(Task):
             losses = each.sum((1, 2)) / counts.sum((1, 2)).clamp_min(1)
         else:
             losses = torch.stack([F.cross_entropy(one, label) for one in logits])
-        best = losses.nan_to_num(
-            torch.inf
-        ).argmin()  # the one to show; a rate too high for the features may have diverged
-        # take, unlike [best], does not wait for the device
+        # a classifier with too high a learning rate may have diverged; it is not the best
+        best = losses.nan_to_num(torch.inf).argmin()
+        # take does not wait for the device; losses[best] would
         shown = {"loss": losses.take(best)}
         if label.dim() == 1:
             top1, top5 = (
@@ -116,20 +131,25 @@ class ClassifierTask(Task):
         return losses.sum(), shown
 
     def test(self) -> None:
-        """Choose a classifier and test it on val/: `accuracy` is its own, beside each one's metric where there are several."""
+        """Choose the best classifier and test it on val/. Set `accuracy` and `chosen_by`.
+
+        `accuracy` has the metrics of the best classifier, by name. If there are several
+        classifiers, it also has the main metric of each. `chosen_by` is the main metric of the best
+        one on the images it was chosen on.
+        """
         on_val = self._test(self.val)
-        judged = self._test(self.held_out) if self.held_out else on_val
+        on_chosen = self._test(self.held_out) if self.held_out else on_val
         best = max(
             self.settings,
-            key=lambda one: tuple(judged[one][name] for name in self._order(judged[one])),
+            key=lambda one: tuple(on_chosen[one][name] for name in self._order(on_chosen[one])),
         )
-        self.chosen_by = judged[best][self.metric]
+        self.chosen_by = on_chosen[best][self.metric]
         self.accuracy = {name: on_val[best][name] for name in self._order(on_val[best])}
         if self.held_out:
             self.accuracy[f"held_out_{self.metric}"] = self.chosen_by
         if len(self.settings) > 1:
             self.accuracy |= {"best_lr": best.lr} | (
-                {"best_wd": best.wd} if self._decays > 1 else {}
+                {"best_wd": best.wd} if self._weight_decays > 1 else {}
             )
             self.accuracy |= {
                 f"{self.metric}_{self.name(one)}": found[self.metric]
@@ -137,28 +157,27 @@ class ClassifierTask(Task):
             }
 
     def _order(self, found: dict[str, float]) -> list[str]:
-        """The metrics that this data set reports, first the one that counts."""
+        """Return the names of the metrics to report, starting with the main one."""
         return [
             self.metric,
             *(name for name in found if name not in (self.metric, "mean_per_class")),
         ]
 
     def _test(self, images: Images) -> dict[Setting, dict[str, float]]:
-        return dict(
-            zip(
-                self.settings,
-                evaluate(self.module, images, self.config, self.device, len(self.settings)),
-                strict=True,
-            )
-        )
+        """Return the metrics of each classifier on `images`."""
+        found = evaluate(self.module, images, self.config, self.device, len(self.settings))
+        return dict(zip(self.settings, found, strict=True))
 
     def name(self, setting: Setting, space: str = "") -> str:
-        """What a classifier is called: lr30, or lr30_wd0.0001 where several decays are tried; `lr 30` to read."""
-        wd = f"{space or '_'}wd{space}{setting.wd:g}" if self._decays > 1 else ""
+        """Return the name of a classifier: lr30, or lr30_wd0.0001 if weight decays differ.
+
+        With a `space`, return "lr 30" or "lr 30 wd 0.0001", for people to read.
+        """
+        wd = f"{space or '_'}wd{space}{setting.wd:g}" if self._weight_decays > 1 else ""
         return f"lr{space}{setting.lr:g}{wd}"
 
     def end_epoch(self, trainer: Trainer, done: int) -> dict[str, float]:
-        """Test the classifiers, and save them after `done` epochs; return what to log."""
+        """Test the classifiers and save them after `done` epochs. Return metrics to log."""
         self.test()
         self.best = max(self.best, self.chosen_by)
         if self.best == self.chosen_by:
@@ -167,16 +186,16 @@ class ClassifierTask(Task):
         return {f"val_{name}": value for name, value in self.accuracy.items()}
 
     def load_images(self) -> None:
-        """Decode the images of every split into memory, if --cache-images says so."""
+        """Decode the images of every split into memory, if --cache-images asks for it."""
         sets = self.images, self.val, self.held_out
         self.images, self.val, self.held_out = cache.load(self.config.input, *sets)
 
     def save_inside(self, trainer: Trainer, epoch: int, step: int) -> Path:
-        """Save after `step` steps, some of them of an unfinished epoch; return the file's path."""
+        """Save within epoch `epoch`, after `step` steps of the run. Return the path of the file."""
         return trainer.save("checkpoint.pth.tar", epoch, step)
 
     def state(self) -> dict[str, Any]:
-        """Return the best accuracy, the class names and the image size."""
+        """Return the best value of the main metric, the class names and the image size."""
         return {
             "best_acc1": self.best,
             "classes": list(self.images.classes),
@@ -184,11 +203,15 @@ class ClassifierTask(Task):
         }
 
     def restore(self, state: checkpoint.State) -> None:
-        """Restore the best accuracy. Raises InputError if the checkpoint has other classes."""
+        """Restore the best value of the main metric.
+
+        Raises InputError if the checkpoint is not a classifier's, or has other classes.
+        """
         path = self.config.log.resume
         if not isinstance(state.get("best_acc1"), int | float):
             raise InputError(
-                f"{path}: is of no classifier; --resume goes on with those of this script's runs"
+                f"{path}: is not a classifier's checkpoint; "
+                "give --resume a checkpoint that this script has saved"
             )
         classes = state.get("classes")
         if classes is not None and classes != list(self.images.classes):
@@ -197,9 +220,15 @@ class ClassifierTask(Task):
 
 
 def run(task: ClassifierTask, protocol: str) -> None:
-    """Train the classifiers, or only test them; print the accuracies and write results.json.
+    """Train the classifiers, or only test them. Print the accuracies and write results.json.
 
-    If no epochs are left to train, the results of the last epoch stay as they are.
+    If no epochs are left to train, results.json of the last epoch stays unchanged.
+
+    Args:
+        task: the classifiers and their data.
+        protocol: the name of the evaluation in results.json, such as linear.
+
+    Raises InputError like `Trainer`.
     """
     trainer, config = Trainer(task), task.config
     done = trainer.first_epoch >= config.optimizer.epochs and not config.only_tests
@@ -211,7 +240,7 @@ def run(task: ClassifierTask, protocol: str) -> None:
         trainer.train()
     _print_accuracies(task)
     if done:
-        # what the classifier was trained for
+        # --epochs may be lower than the epochs that the classifier was trained for
         config = replaced(config, epochs=trainer.first_epoch)
         if _has_results(config):
             print_rank0("results.json is of the end of these epochs, and stays as it is")
@@ -235,7 +264,7 @@ def _print_accuracies(task: ClassifierTask) -> None:
 
 
 def _has_results(config: Probing) -> bool:
-    """Return whether results.json is of as many epochs as `config` has; rank 0 answers."""
+    """Return whether results.json is that of `config.optimizer.epochs` epochs."""
     try:
         results = read_json(Path(config.run.save_dir) / "results.json")
         written = results["settings"]["epochs"]
@@ -245,14 +274,20 @@ def _has_results(config: Probing) -> bool:
 
 
 def _difference(saved: object, classes: tuple[str, ...]) -> str:
-    """Return how the classes of a classifier differ from those of the data."""
+    """Return an error message that says how the classes of a checkpoint and of the data differ.
+
+    `saved` is untrusted, of any type.
+    """
     names = [name for name in saved if isinstance(name, str)] if isinstance(saved, list) else []
     if len(names) != len(classes):
-        return f"has {len(names)} classes, but the data has {len(classes)}; give the data that it was trained on"
-    place = next(
+        return (
+            f"has {len(names)} classes, but the data has {len(classes)}; "
+            "give the data that it was trained on"
+        )
+    index = next(
         (i for i, pair in enumerate(zip(names, classes, strict=True)) if pair[0] != pair[1]), 0
     )
     return (
-        f"its classes differ from the data's: number {place} is '{names[place]}', but '{classes[place]}' in the data; "
-        "give the data that it was trained on"
+        f"its classes differ from the data's: number {index} is '{names[index]}', "
+        f"but '{classes[index]}' in the data; give the data that it was trained on"
     )

@@ -1,4 +1,8 @@
-"""Save features to files, and load them."""
+"""Save features to files, and load them.
+
+A folder of features has {train,val}_{features,labels}.npy, in the order of the split, and
+meta.json. The latter is written last, so a folder without it is unfinished.
+"""
 
 import math
 import shutil
@@ -19,58 +23,51 @@ from moco.engine.features import Features, extract, feature_device
 from moco.errors import InputError
 from moco.files import Unreadable, read_json, unreadable, write_json
 
-# Files: FOLDER/{train,val}_{features,labels}.npy with the rows in the split's own order, and meta.json, which is written last.
+_BLOCK = 8192  # number of features copied at a time
 
-_BLOCK = 8192  # rows copied at a time
-
-
-# what features are of: its name in meta.json, and in the options
+# entries of meta.json that describe the features, and the settings that have the same values
 _ORIGIN = {
     "arch": "arch",
     "method": "encoder_method",
     "checkpoint": "pretrained",
     "pretrain_epochs": "pretrain_epochs",
 }
-
-
 _ORIGIN |= {
     name: name
     for name in "features stem mean std dataset data class_list image_size amp seed".split()
 }
 
-
-_KINDS = dict.fromkeys(("arch", "method", "dataset", "data", "amp"), str) | dict.fromkeys(
-    ("image_size", "seed"), int
-)
-
-
-_KINDS |= {
+# types of the entries of meta.json
+_TYPES = dict.fromkeys(("arch", "method", "dataset", "data", "amp"), str)
+_TYPES |= dict.fromkeys(("image_size", "seed"), int)
+_TYPES |= {
     "checkpoint": str | None,
     "pretrain_epochs": int | None,
     "class_list": str | None,
     "classes": list,
 }
 
-
-_OPTIONAL = {
-    "class_list": None,
-    "features": "backbone",
-    "stem": None,
-    "mean": None,
-    "std": None,
-}  # older dumps lack them
+# values of entries that older versions did not write
+_OPTIONAL = {"class_list": None, "features": "backbone", "stem": None, "mean": None, "std": None}
 
 
 def complete(config: Evaluation, multi_label: bool) -> Evaluation:
-    """Return `config` with what the features of `--load-features` are of.
+    """Return `config` with the settings that the features of `--load-features` were made with.
 
-    Raises InputError, before any process starts, if they do not fit the options, or if images show
-    several classes (`multi_label`) and should show one, or the other way round.
+    Called before any process starts.
+
+    Args:
+        config: the settings of the evaluation.
+        multi_label: whether the evaluation is for images that can show several classes.
+
+    Raises InputError if the features contradict the options, or if the images of the data set show
+    one class and `multi_label` is true, or several classes and it is false.
     """
     settings = flat(config)
     if config.files.load_features and config.files.dump_features:
         raise InputError(
-            "--load-features and --dump-features: features that are read lie in files already; leave one out"
+            "--load-features and --dump-features: the loaded features are in files already; "
+            "leave one out"
         )
     if config.files.load_features:
         meta, _ = _open(Path(config.files.load_features))
@@ -80,7 +77,8 @@ def complete(config: Evaluation, multi_label: bool) -> Evaluation:
             if given not in (None, dumped):
                 option, dumped = f"--{name.replace('_', '-')}", dumped or "all classes"
                 raise InputError(
-                    f"{option} {given}: the features in {config.files.load_features} are of {dumped}; leave {option} out"
+                    f"{option} {given}: the features in {config.files.load_features} are of "
+                    f"{dumped}; leave {option} out"
                 )
         origin = {option: meta[name] for name, option in _ORIGIN.items()}
         config = replaced(config, **{name: origin[name] for name in origin.keys() & settings})
@@ -88,16 +86,20 @@ def complete(config: Evaluation, multi_label: bool) -> Evaluation:
     if dataset in registry.METRIC and (registry.METRIC[dataset] == "map11") != multi_label:
         if multi_label:
             raise InputError(
-                f"{dataset}: its images show one class each; use main_lincls.py or main_knn.py, or --dataset voc2007"
+                f"{dataset}: its images show one class each; "
+                "use main_lincls.py or main_knn.py, or --dataset voc2007"
             )
         raise InputError(
-            f"{dataset}: its images show several classes, and k-NN wants one; use main_voc07.py"
+            f"{dataset}: its images show several classes, and k-NN needs one; use main_voc07.py"
         )
     return config
 
 
 def check_dump(config: Evaluation) -> None:
-    """Refuse, before any process starts, a folder for `--dump-features` that holds what would be lost, or cannot be written."""
+    """Raise InputError if the folder of `--dump-features` has features, or cannot be written.
+
+    Called before any process starts. Creates the folder.
+    """
     if not config.files.dump_features:
         return
     folder = Path(config.files.dump_features)
@@ -117,7 +119,7 @@ def check_dump(config: Evaluation) -> None:
 
 
 def _origin(config: Evaluation) -> dict[str, Any]:
-    """Return what the features are of, for meta.json."""
+    """Return the entries of meta.json that describe the features."""
     settings = flat(config)
     return {name: settings.get(option, _OPTIONAL.get(name)) for name, option in _ORIGIN.items()}
 
@@ -130,7 +132,18 @@ def of_splits(
     device: torch.device,
     unit_norm: bool = True,
 ) -> tuple[Features, Features]:
-    """`extract` for both splits; `--dump-features` writes them."""
+    """Return this rank's features of both splits. With `--dump-features`, save them as well.
+
+    Args:
+        net: the network.
+        train: the training images.
+        val: the validation images.
+        config: the settings of the evaluation.
+        device: the device of this process.
+        unit_norm: whether features are normalized to norm 1.
+
+    Raises InputError if an image cannot be read, or a file cannot be written.
+    """
     of = networks.embedding if config.of_head else networks.features
     found = tuple(
         extract(net, images, config, device, unit_norm, of, on_host=config.on_host)
@@ -142,7 +155,17 @@ def of_splits(
 
 
 def dump(config: Evaluation, classes: tuple[str, ...], train: Features, val: Features) -> None:
-    """Write every rank's features to the folder of `--dump-features`, which all ranks must see."""
+    """Write the features of all ranks to the folder of `--dump-features`.
+
+    Args:
+        config: the settings of the evaluation.
+        classes: the class names.
+        train: this rank's features and labels of the training images.
+        val: this rank's features and labels of the validation images.
+
+    All ranks must call this function, and see the folder. Raises InputError if it cannot be
+    written.
+    """
     folder, first = Path(config.files.dump_features), distributed.rank() == 0
     for split, (rows, labels) in (("train", train), ("val", val)):
         count = int(distributed.all_reduce_sum(torch.tensor([len(labels)], device=labels.device)))
@@ -155,42 +178,52 @@ def dump(config: Evaluation, classes: tuple[str, ...], train: Features, val: Fea
 
 
 def _write(path: Path, mine: Tensor, count: int) -> None:
-    """Each rank fills its rows of one file of `count`, which rank 0 makes. Raises InputError where the disk has no room for it."""
+    """Write this rank's rows to a file of `count` rows, which rank 0 creates.
+
+    Raises InputError if the disk lacks the room, or if another program has created the file.
+    """
     if distributed.rank() == 0:
-        kind = np.int64 if mine.dtype == torch.int64 else np.float32
+        dtype = np.int64 if mine.dtype == torch.int64 else np.float32
         shape = (count, *mine.shape[1:])
-        needed, free = (
-            math.prod(shape) * np.dtype(kind).itemsize,
-            shutil.disk_usage(path.parent).free,
-        )
-        if needed > free:  # writing through a memory map to a full disk would end the process
-            where = f"--dump-features {path.parent}"
+        needed = math.prod(shape) * np.dtype(dtype).itemsize
+        free = shutil.disk_usage(path.parent).free
+        # check, because writing to a full disk through a memory map would kill the process
+        if needed > free:
             raise InputError(
-                f"{where}: {path.name} needs {needed / 2**30:.2f} GiB, and {free / 2**30:.2f} GiB are free; free some"
+                f"--dump-features {path.parent}: {path.name} needs {needed / 2**30:.2f} GiB, "
+                f"and {free / 2**30:.2f} GiB are free; free some"
             )
         try:
             path.touch(exist_ok=False)
         except FileExistsError:
             raise InputError(
-                f"--dump-features {path.parent}: another program is writing there; choose another folder"
+                f"--dump-features {path.parent}: another program is writing there; "
+                "choose another folder"
             ) from None
-        np.lib.format.open_memmap(path, "w+", kind, shape).flush()
+        np.lib.format.open_memmap(path, "w+", dtype, shape).flush()
     distributed.barrier()
     rows = np.lib.format.open_memmap(path, "r+")[distributed.rank() :: distributed.world_size()]
     for start in range(0, len(mine), _BLOCK):
         rows[start : start + _BLOCK] = mine[start : start + _BLOCK].cpu().numpy()
-    del rows  # flushed
+    del rows  # flushes the memory map
     distributed.barrier()
 
 
 def load(config: Evaluation, device: torch.device) -> tuple[Features, Features, tuple[str, ...]]:
-    """This rank's share of the features of both splits in the folder of `--load-features`, and the classes."""
+    """Return this rank's features of both splits from `--load-features`, and the class names.
+
+    Args:
+        config: the settings of the evaluation.
+        device: the device of the labels, and of the features unless `config.on_host`.
+
+    Raises InputError if a file is missing or damaged.
+    """
     meta, arrays = _open(Path(config.files.load_features))
     splits = []
     for split in ("train", "val"):
         rows, labels = (
-            arrays[f"{split}_{kind}"][distributed.rank() :: distributed.world_size()]
-            for kind in ("features", "labels")
+            arrays[f"{split}_{part}"][distributed.rank() :: distributed.world_size()]
+            for part in ("features", "labels")
         )
         kept = torch.empty(rows.shape, device=feature_device(config.on_host, device))
         for start in range(0, len(rows), _BLOCK):
@@ -199,16 +232,20 @@ def load(config: Evaluation, device: torch.device) -> tuple[Features, Features, 
     return *splits, tuple(meta["classes"])
 
 
-def _words(values: list) -> bool:
+def _are_names(values: list) -> bool:
+    """Return whether a list from meta.json has names of classes, one at least."""
     return bool(values) and all(isinstance(value, str) for value in values)
 
 
 def _open(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """meta.json and the arrays, not yet read, of a folder that `dump` wrote. Raises InputError where something is wrong."""
+    """Return meta.json and the memory-mapped arrays, by name, of a folder that `dump` wrote.
 
-    def wrong(what: str) -> InputError:
+    Raises InputError if a file is missing or damaged.
+    """
+
+    def wrong(problem: str) -> InputError:
         return InputError(
-            f"--load-features {folder}: {what}; give a folder that --dump-features has finished"
+            f"--load-features {folder}: {problem}; give a folder that --dump-features has finished"
         )
 
     if not (folder / "meta.json").is_file():
@@ -221,12 +258,12 @@ def _open(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         raise wrong(f"meta.json is damaged ({error})") from None
     meta = _OPTIONAL | meta if isinstance(meta, dict) else {}
     if not all(
-        name in meta and isinstance(meta[name], kind) for name, kind in _KINDS.items()
-    ) or not _words(meta["classes"]):
+        name in meta and isinstance(meta[name], needed) for name, needed in _TYPES.items()
+    ) or not _are_names(meta["classes"]):
         raise wrong("meta.json does not say what the features are of")
     arrays = {}
     for name in (
-        f"{split}_{kind}" for split in ("train", "val") for kind in ("features", "labels")
+        f"{split}_{part}" for split in ("train", "val") for part in ("features", "labels")
     ):
         try:
             arrays[name] = np.lib.format.open_memmap(folder / f"{name}.npy", "r")
@@ -234,7 +271,7 @@ def _open(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
             raise wrong(f"no {name}.npy there") from None
         except (OSError, MemoryError) as error:
             raise unreadable(error).at(folder / f"{name}.npy") from None
-        except Exception as error:  # damaged ones end in many kinds
+        except Exception as error:  # a damaged file can cause any error
             raise wrong(f"{name}.npy is damaged ({' '.join(str(error).split())})") from None
     classes = len(meta["classes"])
     for split in ("train", "val"):
@@ -245,7 +282,8 @@ def _open(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
             or rows.shape[1:] != arrays["train_features"].shape[1:]
         ):
             raise wrong(
-                f"{split}_features.npy holds {rows.dtype} {rows.shape}, not float32 rows of train's length"
+                f"{split}_features.npy holds {rows.dtype} {rows.shape}, "
+                "not float32 features as long as those of train"
             )
         if (
             labels.dtype != np.int64
@@ -254,7 +292,8 @@ def _open(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
             or not len(rows)
         ):
             raise wrong(
-                f"{split}_labels.npy holds {labels.dtype} {labels.shape} for {len(rows)} rows of features"
+                f"{split}_labels.npy holds {labels.dtype} {labels.shape} "
+                f"for {len(rows)} rows of features"
             )
         low, high = (0, classes) if labels.ndim == 1 else (-1, 2)
         if not low <= labels.min() <= labels.max() < high or labels.shape[1:] not in (

@@ -19,10 +19,16 @@ class FineTuning(ClassifierTask):
     """The training of the full network on labelled images, with a new classifier.
 
     Args:
+        config: the settings of the evaluation.
+        net: the network with the classifier.
+        images: the images to train on, to choose on, and to test on.
+        device: the device of this process.
         setting: learning rate and weight decay of the classifier.
         lr_backbone: learning rate of the pre-trained network, which has the same weight decay.
-        zero_init: whether the classifier starts at 0.
+        zero_init: whether the weights of the classifier start at 0.
         more: `best_name` of `ClassifierTask`.
+
+    Raises InputError if each process has a single image per batch.
     """
 
     def __init__(
@@ -46,7 +52,7 @@ class FineTuning(ClassifierTask):
         super().__init__(config, net, images, device, [setting], **more)
 
     def groups(self) -> list[dict[str, Any]]:
-        """Return two parameter groups: the classifier, and the pre-trained network."""
+        """Return two parameter groups for the optimizer: the classifier, and everything else."""
         new = list(self.classifier.parameters())
         mine = {id(p) for p in new}
         old = [p for p in self.module.parameters() if id(p) not in mine]
@@ -57,7 +63,11 @@ class FineTuning(ClassifierTask):
         ]
 
     def loss(
-        self, net: nn.Module, views: list[Tensor], batch: loader.Batch, progress: Progress
+        self,
+        net: nn.Module,
+        views: list[Tensor],
+        batch: loader.Batch,
+        progress: Progress,  # noqa: ARG002
     ) -> tuple[Tensor, Metrics]:
-        """Return the classifier's loss and metrics."""
+        """Return the loss and the metrics of the classifier."""
         return self.losses(by_head(net(views[0]).float()), batch.label)

@@ -1,4 +1,4 @@
-"""Load and check what an evaluation needs: the data, and the pre-trained encoder."""
+"""Load and check the data and the pre-trained encoder of an evaluation."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -20,9 +20,10 @@ from moco.evaluate import feature_files
 
 
 def complete(config: AnyConfig) -> AnyConfig:
-    """Return `config` with what the checkpoint says, unless it is given: arch, image size, mean, std.
+    """Return `config` with the checkpoint's arch, stem, image size, mean and std.
 
-    Raises InputError, before any process starts, if the data or the checkpoint do not fit.
+    Values that are given stay. Called before any process starts. Raises InputError if the data or
+    the checkpoint do not fit.
     """
     if config.run.data == "photos":
         config = replaced(config, dataset="photos")
@@ -38,7 +39,7 @@ def complete(config: AnyConfig) -> AnyConfig:
             mean=config.views.mean or MEAN,
             std=config.views.std or STD,
         )
-        # raises InputError if they do not fit each other
+        # raises InputError if the arch, image size and stem do not fit each other
         networks.create(config.network.arch, 1, config.views.image_size, stem=config.network.stem)
         return config
     if not config.encoder.pretrained:
@@ -56,7 +57,7 @@ def complete(config: AnyConfig) -> AnyConfig:
 
 
 def _complete_from(config: AnyConfig, path: str) -> AnyConfig:
-    """Return `config` with what the checkpoint in `path` says, unless it is given."""
+    """Return `config` with the settings of the checkpoint in `path`. Values that are given stay."""
     state = checkpoint.load(path)
     facts = metadata.read_metadata(state)
     image_size = config.views.image_size or facts.image_size
@@ -88,14 +89,19 @@ def _complete_from(config: AnyConfig, path: str) -> AnyConfig:
 
 
 def tests_full_network(config: Config) -> bool:
-    """Return whether the run only tests a classifier, whose checkpoint holds the full network."""
+    """Return whether the run only tests a classifier, and its checkpoint has the full network."""
     return config.only_tests and not config.kept_layers
 
 
 def restore_options(config: AnyConfig, options: Iterable[str]) -> AnyConfig:
-    """Return `config` with the architecture, image size and normalization of the classifier of `--resume`.
+    """Return `config` with the arch, image size, stem, mean and std of `--resume`'s classifier.
 
-    With `--evaluate`, restore its seed and all its `options` as well.
+    With `--evaluate`, the seed and `options` are the classifier's as well.
+
+    Args:
+        config: the settings of the evaluation.
+        options: names of the options that `--evaluate` restores.
+
     Raises InputError if `--resume` is not a classifier's checkpoint, or if a given option
     contradicts it.
     """
@@ -129,14 +135,17 @@ def restore_options(config: AnyConfig, options: Iterable[str]) -> AnyConfig:
                 "which is not valid; take another checkpoint"
             )
         restored[name] = value
-    for name, kind in (("encoder_method", str), ("pretrain_epochs", int)):
+    for name, expected in (("encoder_method", str), ("pretrain_epochs", int)):
         value = saved.get(name)
-        restored[name] = value if isinstance(value, kind) else None
+        restored[name] = value if isinstance(value, expected) else None
     return replaced(config, **restored)
 
 
 def _restore_facts(config: AnyConfig, facts: metadata.Metadata) -> AnyConfig:
-    """Return `config` with the classifier's network and views. Raises InputError if others are given."""
+    """Return `config` with the arch, image size, stem, mean and std of the classifier.
+
+    Raises InputError if others are given. With `--evaluate`, another image size is accepted.
+    """
     settings, path, found = flat(config), config.log.resume, {}
     for name in ("arch", "image_size", "stem", "mean", "std"):
         given, own = settings[name], getattr(facts, name)
@@ -159,7 +168,10 @@ def _restore_facts(config: AnyConfig, facts: metadata.Metadata) -> AnyConfig:
 
 
 def _alike(saved: object, given: object) -> bool:
-    """Whether a checkpoint's setting is of the kind that the option has here; where it has none by default, a word or a number."""
+    """Return whether a value in a checkpoint has the type of the option's value in this run.
+
+    If either is None, the value may be None, a string or a number.
+    """
     if isinstance(given, list):
         return isinstance(saved, list) and bool(saved) and all(_alike(one, 0.0) for one in saved)
     if given is None or saved is None:
@@ -178,7 +190,10 @@ def check_choice(config: Config) -> None:
 
 
 def check_labels(config: Config) -> None:
-    """Fetch or read the list of labelled images, if there is one; after `complete`."""
+    """Fetch or read the list of labelled images, if there is one. Called after `complete`.
+
+    Raises InputError if it cannot be fetched or read.
+    """
     if config.labels.subset_file:
         subsets.read_names(Path(config.labels.subset_file))
         return
@@ -191,7 +206,7 @@ def check_labels(config: Config) -> None:
 
 
 class Splits(NamedTuple):
-    """What a classifier is trained and tested on, and, of the training images, what it may be chosen on."""
+    """The images to train a classifier on, to test it on, and, if held out, to choose it on."""
 
     train: Images
     val: Images
@@ -199,7 +214,11 @@ class Splits(NamedTuple):
 
 
 def splits(config: Config) -> Splits:
-    """Return the images of `--dataset`: the labelled training images, less what is held out."""
+    """Return the labelled training images, the validation images, and the images held out.
+
+    The images held out are those of `--val-from-train`; the training images lack them. Raises
+    InputError if the data cannot be read.
+    """
     seed, images = config.run.seed, config.input
     train, val = (
         subsets.keep_classes(part, images.class_list)
@@ -217,7 +236,7 @@ def splits(config: Config) -> Splits:
 
 
 def _labelled(config: Config, train: Images) -> Images:
-    """Return the images of train/ whose labels are used; list them in subset.txt."""
+    """Return the training images whose labels are used. List them in subset.txt if not all are."""
     labels = config.labels
     part = subsets.labelled_subset(train, labels.train_percent, config.run.seed, labels.subset_file)
     if len(part) < len(train) and distributed.rank() == 0:
@@ -233,6 +252,13 @@ def pretrained(config: Config, num_classes: int, device: torch.device) -> nn.Mod
     """Return the encoder of `--pretrained` with a new classifier, on `device`.
 
     Without `--pretrained` the encoder is randomly initialised.
+
+    Args:
+        config: the settings of the evaluation.
+        num_classes: number of outputs of the classifier.
+        device: the device of this process.
+
+    Raises InputError if the checkpoint cannot be read or does not fit.
     """
     torch.manual_seed(config.run.seed)
     arch, image_size, path = (
@@ -259,7 +285,7 @@ def pretrained(config: Config, num_classes: int, device: torch.device) -> nn.Mod
 
 
 def _print_other_normalization(config: Config, facts: metadata.Metadata) -> None:
-    """Print one line if `--mean` or `--std` differs from the checkpoint's."""
+    """Print a line if `--mean` or `--std` differs from that of the checkpoint."""
     settings = flat(config)
     names = [name for name in ("mean", "std") if getattr(facts, name) not in (None, settings[name])]
     if names:
@@ -275,27 +301,31 @@ def _print_other_normalization(config: Config, facts: metadata.Metadata) -> None
 
 
 def _load(net: nn.Module, config: Config, state: checkpoint.State) -> str:
-    """Load the backbone, and the layers of its projection head that `--ft-proj` keeps below the classifier.
+    """Load the backbone, and the layers of the projection head that the evaluation keeps.
 
-    Returns a line on how many tensors matched, and from which of the file's encoders.
+    Returns a line that says how many tensors matched, and which encoder of the file was chosen.
     """
     tensors = encoders.tensors_of(net, state)
-    matched, chosen = (
-        encoders.load_backbone(net, tensors, config.encoder.pretrained),
-        encoders.describe_choice(net, tensors),
-    )
+    matched = encoders.load_backbone(net, tensors, config.encoder.pretrained)
+    chosen = encoders.describe_choice(net, tensors)
     if kept := config.kept_layers:
         encoders.keep_projection(net, tensors, kept, config.encoder.pretrained)
     if config.of_head:
         encoders.load_projection(net, tensors, config.encoder.pretrained)
-    said = f"{matched} of {len(networks.backbone_keys(net))} backbone tensors matched"
-    return f"{said} ({chosen})" if chosen else said
+    line = f"{matched} of {len(networks.backbone_keys(net))} backbone tensors matched"
+    return f"{line} ({chosen})" if chosen else line
 
 
 def complete_features(config: Evaluation, multi_label: bool) -> Evaluation:
-    """Do what `complete` does, for a script that classifies frozen features.
+    """Return `config` with the settings of the checkpoint or of the features of `--load-features`.
 
-    `multi_label` is whether images show several classes.
+    Like `complete`, for a script that classifies frozen features.
+
+    Args:
+        config: the settings of the evaluation.
+        multi_label: whether the evaluation is for images that can show several classes.
+
+    Raises InputError if the data, checkpoint or features do not fit.
     """
     config = feature_files.complete(config, multi_label)
     if not config.files.load_features:
@@ -307,10 +337,16 @@ def complete_features(config: Evaluation, multi_label: bool) -> Evaluation:
 def frozen_features(
     config: Evaluation, device: torch.device, unit_norm: bool = True
 ) -> tuple[features.Features, features.Features, tuple[str, ...]]:
-    """Return this rank's share of the features of both splits, and the class names.
+    """Return this rank's training and validation features, and the class names.
 
-    They are loaded from `--load-features`, or computed by the encoder. Raises InputError if a
-    feature is NaN or infinite.
+    The features are loaded from `--load-features`, or computed by the encoder.
+
+    Args:
+        config: the settings of the evaluation.
+        device: the device of this process.
+        unit_norm: whether computed features are normalized to norm 1.
+
+    Raises InputError if a feature is NaN or infinite.
     """
     if config.files.load_features:
         train, val, classes = feature_files.load(config, device)
@@ -322,6 +358,7 @@ def frozen_features(
     if not all(rows.sum().isfinite() for rows, _ in (train, val)):
         source = config.files.load_features or config.encoder.pretrained
         raise InputError(
-            f"{source}: its features are not all finite numbers; the encoder diverged, or --amp fp16 overflows"
+            f"{source}: its features are not all finite numbers; "
+            "the encoder diverged, or --amp fp16 overflows"
         )
     return train, val, classes

@@ -1,6 +1,6 @@
 """Compute the metrics of an evaluation: top-1, top-5, mean per class, and average precision.
 
-Each image counts once, whatever the number of ranks. classifier.py feeds them batch by batch.
+classifier.py adds logits batch by batch. Each image counts once, whatever the number of ranks.
 """
 
 import numpy as np
@@ -132,7 +132,7 @@ def average_precisions(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
 def area(label: np.ndarray, score: np.ndarray) -> float:
     """Return scikit-learn's average precision, in [0, 1].
 
-    It is the sum of the precisions, each times its step in recall.
+    It is the mean of the precisions, each weighted by its increase in recall.
 
     Args:
         label: [N] of 0 and 1.

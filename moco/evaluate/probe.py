@@ -1,4 +1,4 @@
-"""The linear probe: classifiers on the frozen features of a pre-trained encoder."""
+"""Train linear classifiers on the frozen features of a pre-trained encoder (linear probe)."""
 
 import copy
 from typing import Any
@@ -19,21 +19,31 @@ from moco.rng import Progress
 
 
 class Heads(nn.ModuleList):
-    """Several classifiers of the same features [B, D]: their logits [heads, B, classes]."""
+    """A list of classifiers of the same features."""
 
     def forward(self, features: Tensor) -> Tensor:
+        """Return the logits [heads, B, num_classes] of features [B, D]."""
         return torch.stack([head(features) for head in self])
 
 
 class LinearProbe(ClassifierTask):
-    """The training of new last layers on the frozen, eval-mode backbone (MoCo, section 4.1).
+    """The training of new last layers on a frozen backbone in eval mode (MoCo, section 4.1).
 
-    With several settings, one classifier for each is trained in one pass, from the same start and
-    on the same features. On a CPU, each becomes to the bit what it would be alone.
+    With several settings, one classifier for each is trained in the same pass, from the same
+    initial weights and on the same features. On a CPU, the result of each is bit for bit that of
+    training it alone.
+
+    Args:
+        config: the settings of the evaluation.
+        net: the network, whose last layer is trained.
+        images: the images to train on, to choose on, and to test on.
+        device: the device of this process.
+        settings: the learning rate and weight decay of each classifier.
+        more: `best_name` of `ClassifierTask`.
     """
 
-    # The classifiers compute in fp32: one that diverges must not make a gradient scaler skip the
-    # others' steps.
+    # The classifiers compute in float32 without a gradient scaler. A scaler would skip a step of
+    # all classifiers if one of them diverged.
     scales_gradient = False
 
     def __init__(
@@ -63,11 +73,11 @@ class LinearProbe(ClassifierTask):
 
     @property
     def independent(self) -> list[nn.Module]:
-        """Return the classifiers: the gradient of each is clipped by itself."""
+        """Return the classifiers, because the gradient of each is clipped separately."""
         return self.heads
 
     def groups(self) -> list[dict[str, Any]]:
-        """Return a parameter group for each classifier."""
+        """Return one parameter group for each classifier."""
         return [
             {"params": list(head.parameters()), "lr": lr, "weight_decay": wd}
             for head, (lr, wd) in zip(self.heads, self.settings, strict=True)
@@ -78,7 +88,11 @@ class LinearProbe(ClassifierTask):
         self.module.eval()
 
     def loss(
-        self, net: nn.Module, views: list[Tensor], batch: loader.Batch, progress: Progress
+        self,
+        net: nn.Module,
+        views: list[Tensor],
+        batch: loader.Batch,
+        progress: Progress,  # noqa: ARG002
     ) -> tuple[Tensor, Metrics]:
         """Return the sum of the classifiers' losses, and the metrics of the best one."""
         with torch.inference_mode():
@@ -93,11 +107,11 @@ class LinearProbe(ClassifierTask):
             source = config.encoder.pretrained or f"a random one with --seed {config.run.seed}"
             raise InputError(
                 f"--resume {config.log.resume}: its backbone is not {source}; "
-                "give the same --pretrained to go on"
+                "give the --pretrained that the run began with"
             )
 
-    def finish(self, trainer: Trainer) -> None:
-        """Raise RuntimeError if a backbone tensor is not bit for bit what was loaded."""
+    def finish(self, trainer: Trainer) -> None:  # noqa: ARG002
+        """Raise RuntimeError if a tensor of the backbone has changed since it was loaded."""
         if changed := self._changed():
             raise RuntimeError(f"the frozen backbone changed in training: {', '.join(changed)}")
         print_rank0(
@@ -105,6 +119,6 @@ class LinearProbe(ClassifierTask):
         )
 
     def _changed(self) -> list[str]:
-        """Return the names of the backbone's tensors that differ from what was loaded."""
+        """Return the names of the backbone tensors that have changed since they were loaded."""
         now = self.module.state_dict()
         return [name for name, tensor in self.loaded.items() if not torch.equal(tensor, now[name])]

@@ -1,4 +1,4 @@
-"""Write results.json."""
+"""Write the results of an evaluation to results.json."""
 
 import time
 from pathlib import Path
@@ -17,11 +17,11 @@ def write_results(
     found: dict[str, float],
     seconds: float | None = None,
 ) -> None:
-    """Write results.json, and args.yaml if nothing was trained, to the run folder on rank 0.
+    """Write results.json to the run folder on rank 0, and args.yaml if it is not there.
 
     Args:
         config: the settings of the evaluation.
-        protocol: such as linear or knn.
+        protocol: the name of the evaluation, such as linear or knn.
         found: metrics by name, fractions in [0, 1].
         seconds: how long the evaluation took; by default the time since this process started.
     """
@@ -51,16 +51,22 @@ def write_results(
 
 
 def write(folder: Path, results: dict[str, Any], seconds: float | None = None) -> None:
-    """Write `results` to results.json in `folder`, and print where it is."""
+    """Write `results` to results.json in `folder`. Print its path and the time taken.
+
+    Args:
+        folder: the run folder.
+        results: plain values by key.
+        seconds: how long the evaluation took; by default the time since this process started.
+    """
     write_json(folder / "results.json", results)
     took = time.perf_counter() - STARTED if seconds is None else seconds
     print_rank0(f"results in {folder / 'results.json'}; the evaluation took {clock(took)}")
 
 
-# what tells apart the runs of one protocol
+# settings that can differ between runs of one protocol
 _SETTINGS = (
-    "features temperature image_size mean std stem"
-    " epochs batch_size optimizer lr lr_backbone lr_classifier learning_rate_scaling cos wd weights train_percent"
+    "features temperature image_size mean std stem epochs batch_size optimizer"
+    " lr lr_backbone lr_classifier learning_rate_scaling cos wd weights train_percent"
     " subset_file ft_proj val_from_train amp seed"
     " iterations norm"  # of detectors
 ).split()

@@ -1,7 +1,7 @@
 """Classify multi-label images by one linear classifier per class, with cross-validated costs.
 
-This is the VOC07 protocol of Goyal et al. (arXiv 1905.01235), image classification. The module does
-not import torch, so that its worker processes start quickly.
+This is the VOC07 image classification of Goyal et al. (arXiv 1905.01235). The module does not
+import torch, so that its worker processes start quickly.
 """
 
 import warnings
@@ -28,8 +28,8 @@ def classify(
 ) -> tuple[np.ndarray, list[float | None]]:
     """Train a classifier for each class, at the best of `costs`, and apply it to the test images.
 
-    An image labelled -1 for a class takes no part in that class's training. A class that all
-    training images show, or none, gets no classifier: its scores are 0 and its cost is None.
+    An image labelled -1 for a class is not used to train that class. If all training images show a
+    class, or none does, it gets no classifier: its scores are 0 and its cost is None.
 
     Args:
         train: features of the training images, [N, D].
@@ -45,7 +45,7 @@ def classify(
     """
     train, test = normalize(train), normalize(test)
     known = [np.flatnonzero(label >= 0) for label in labels.T]
-    # per class: the indices of the training images that count, and their labels
+    # for each class, the indices of the training images that count, and their labels
     sets = {
         c: (index, labels[index, c])
         for c, index in enumerate(known)
@@ -60,7 +60,7 @@ def classify(
         tasks = [(*one, cost) for one, cost in zip(sets.values(), chosen, strict=True)]
         found = workers(delayed(_scores)(train, *task, test, classifier) for task in tasks)
     finally:
-        # a rank that multiprocessing has started would wait minutes for idle workers to exit
+        # otherwise a rank that multiprocessing started waits minutes for idle workers to exit
         if jobs > 1:
             get_reusable_executor(reuse=True).shutdown()
     scores_of, cost_of = (dict(zip(sets, values, strict=True)) for values in (found, chosen))
@@ -70,7 +70,12 @@ def classify(
 
 
 def best_cost(costs: list[float], precision: np.ndarray) -> float:
-    """Return the cost with the highest precision [len(costs)]; the middle one if several tie."""
+    """Return the cost with the highest average precision, or the middle one if several tie.
+
+    Args:
+        costs: the costs.
+        precision: the average precision of each cost, [len(costs)], in [0, 1].
+    """
     indices = np.flatnonzero(precision == precision.max())
     return costs[indices[len(indices) // 2]]
 
@@ -89,8 +94,8 @@ def fit(
 ) -> LinearSVC | LogisticRegression:
     """Return a trained linear classifier. Draws no random numbers.
 
-    Training minimizes |w|^2 / 2 + cost * (sum of losses). That is the mean loss with a weight decay
-    of 1 / (cost N).
+    Training minimizes |w|^2 / 2 + cost * (sum of losses). This is the same as the mean loss with a
+    weight decay of 1 / (cost N).
 
     Args:
         x: features, [N, D].
@@ -111,7 +116,11 @@ def fit(
 def folds(y: np.ndarray, seed: int) -> np.ndarray:
     """Return a random fold, 0 to 2, for each image, [N].
 
-    Each fold gets a third of the images with label 1 in `y` [N], and a third of those with label 0.
+    Each fold gets a third of the images with label 1, and a third of those with label 0.
+
+    Args:
+        y: labels, [N], of 0 and 1.
+        seed: seed of the random numbers.
     """
     fold = np.empty(len(y), dtype=np.int64)
     for value in (0, 1):
@@ -130,16 +139,16 @@ def cross_validate(
     cost: float,
     classifier: str,
 ) -> float:
-    """Return the average precision on each fold of a classifier trained on the others, averaged.
+    """Return the mean over folds of the average precision of a classifier, in [0, 1].
 
-    A fold counts if it shows the class, and the other folds have both labels. Returns 0 if no fold
-    counts.
+    The classifier is trained on the other folds. A fold counts if it shows the class, and the other
+    folds have both labels. Returns 0 if no fold counts.
 
     Args:
         train: features of all training images, [N, D].
-        known: indices of the images that count for the class.
-        y: their labels of 0 and 1.
-        fold: their folds, from `folds`.
+        known: indices of the N' images that count for the class, [N'].
+        y: their labels of 0 and 1, [N'].
+        fold: their folds, from `folds`, [N'].
         cost: see `fit`.
         classifier: see `fit`.
     """
@@ -162,5 +171,5 @@ def _scores(
     test: np.ndarray,
     classifier: str,
 ) -> np.ndarray:
-    """Return the scores of the test images by a classifier of the training images `known`."""
+    """Return the scores of the test images, by a classifier trained on the images `known`."""
     return fit(train[known], y, classifier, cost).decision_function(test)
