@@ -170,9 +170,10 @@ def test_links_and_files_exist(name):
     folder, page = (ROOT / name).parent, PAGES[name]
     for target in re.findall(r"\]\(([^)\s]+)\)", page):
         path, _, anchor = target.partition("#")
-        assert (folder / path).exists(), target
+        file = folder / path if path else ROOT / name
+        assert file.exists(), target
         if anchor:
-            headings = re.findall(r"^#+ (.*)$", (folder / path).read_text(), re.M)
+            headings = re.findall(r"^#+ (.*)$", file.read_text(), re.M)
             assert anchor in [
                 re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings
             ], target
