@@ -183,7 +183,7 @@ check_md5() {
     local sum
     say "$1: md5 ..."
     if command -v md5sum >/dev/null; then sum=$(md5sum <"$1"); else sum=$(md5 -q <"$1"); fi
-    [ "${sum%% *}" = "$2" ] || fail "$1: its md5 is ${sum%% *}, expected $2; download it again"
+    [ "${sum%% *}" = "$2" ] || fail "$1: its md5 is ${sum%% *} and not $2; download it again"
 }
 if [ -n "$md5" ]; then
     [ -z "$needs_train" ] || check_md5 "$train_tar" "$train_md5"
