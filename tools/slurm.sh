@@ -55,7 +55,7 @@ for word in "$@"; do
     esac
     before=$word
 done
-[ -n "$folder" ] || fail "no run folder; give --save-dir RUN, or --output OUT --tag T: a requeued job goes on from there"
+[ -n "$folder" ] || fail "no run folder; give --save-dir RUN, or --output OUT --tag T: a requeued job continues from there"
 
 # A task that has saved must exit with status 0: otherwise --kill-on-bad-exit would kill the others, which finish a moment later,
 # and srun would report the kill. So it creates a marker file in the run folder instead. The shell of each task forwards signals
@@ -100,9 +100,9 @@ fi
 rm -f "$mark"
 
 if [ "$status" -eq 75 ] && [ -n "$terminated" ]; then
-    echo "slurm.sh: saved; SLURM ends the job, and requeues it where it was preempted"
+    echo "slurm.sh: saved; SLURM ends the job, and requeues it if it was preempted"
 elif [ "$status" -eq 75 ]; then
-    echo "slurm.sh: saved; job $SLURM_JOB_ID goes back into the queue"
-    scontrol requeue "$SLURM_JOB_ID" || echo "slurm.sh: error: cannot requeue job $SLURM_JOB_ID; submit it again to go on" >&2
+    echo "slurm.sh: saved; requeueing job $SLURM_JOB_ID"
+    scontrol requeue "$SLURM_JOB_ID" || echo "slurm.sh: error: cannot requeue job $SLURM_JOB_ID; submit it again to continue" >&2
 fi
 exit "$status"
