@@ -28,10 +28,8 @@ from moco.data.images import Images
 from moco.engine import pretrain
 from moco.rng import Progress
 
-IMAGES = {
-    None: 1_281_167,
-    "imagenet100": 128_117,
-}  # in train/; for ImageNet-100 a tenth of ImageNet's, because its 100 classes differ by paper
+# Images in train/. ImageNet-100 counts as a tenth of ImageNet, because papers differ in its classes.
+IMAGES = {None: 1_281_167, "imagenet100": 128_117}
 BATCH = 32
 BASE = "mocov2_200"
 

@@ -113,9 +113,8 @@ class Head:
         V, n, _ = self.z.shape
         mine = self.own.T  # [n, V]
         with torch.no_grad():
-            score = (
-                (self.bank[self.own] @ self.bank.T).amax(0).scatter(1, mine, -torch.inf)
-            )  # [n, R] of [V, n, R]
+            # [n, R], the largest over the views
+            score = (self.bank[self.own] @ self.bank.T).amax(0).scatter(1, mine, -torch.inf)
             value, rows = score.topk(HOW.topk, 1)
             counts = (value > HOW.threshold).float()
         logits = self.z @ self.bank.T / T  # [V, n, R]

@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=1)
     parser.set_defaults(rounds=len(RATES))  # one for each learning rate
     args = parser.parse_args()
-    alone: dict[float, float] = {}  # top-1 of each rate so far
+    alone: dict[float, float] = {}  # top-1 of each lr so far
     rates = itertools.cycle(RATES)
 
     def one() -> float:

@@ -100,8 +100,8 @@ class Sizes:
     """The sizes of the networks and the batch."""
 
     arch: str
-    size: int  # pixels
-    batch: int  # of a process
+    size: int  # width and height of the images
+    batch: int  # images of a process
     k: int  # entries in the queue
     amp: str
 

@@ -257,9 +257,8 @@ def write_results(cfg: CfgNode, found: dict[str, dict[str, float]]) -> None:
     }
     source = c4.source(cfg.MODEL.WEIGHTS)
     solver = cfg.SOLVER
-    iterations = (
-        solver.IMS_PER_BATCH * solver.MAX_ITER / 16_000
-    )  # thousands, converted to batches of 16 images
+    # thousands of iterations, converted to batches of 16 images
+    iterations = solver.IMS_PER_BATCH * solver.MAX_ITER / 16_000
     results.write(
         Path(cfg.OUTPUT_DIR),
         {
