@@ -28,7 +28,7 @@ from moco.data.images import Images
 from moco.engine import pretrain
 from moco.rng import Progress
 
-# Images in train/. ImageNet-100 counts as a tenth of ImageNet, because papers differ in its classes.
+# Images in train/. ImageNet-100 counts as a tenth of ImageNet, because its classes vary by paper.
 IMAGES = {None: 1_281_167, "imagenet100": 128_117}
 BATCH = 32
 BASE = "mocov2_200"
