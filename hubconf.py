@@ -1,21 +1,29 @@
-"""torch.hub.load(FOLDER OF THIS REPOSITORY, "encoder", "RUN/checkpoint_0199.pth.tar", source="local"): any checkpoint's encoder."""
+"""Entry point of torch.hub: the encoder of a checkpoint.
+
+Use torch.hub.load(FOLDER_OF_THIS_REPOSITORY, "encoder", "RUN/checkpoint_0199.pth.tar",
+source="local").
+"""
 
 from torch import nn as _nn
 
-dependencies = ["torch", "torchvision"]  # transformers want timm, too
+dependencies = ["torch", "torchvision"]  # ViT and Swin also need timm
 
 
 def encoder(checkpoint: str, arch: str | None = None, image_size: int | None = None) -> _nn.Module:
-    """The pre-trained network without its head, in eval mode: normalized images [B, 3, H, W] -> features [B, D].
+    """Return the pre-trained network without its head, in eval mode.
+
+    The network maps images [B, 3, H, W] to features [B, D]. Images must be RGB in [0, 1],
+    normalized as in pre-training: with the `mean` and `std` of the file, or with ImageNet's if the
+    file is from other software. A ResNet has the stem named in the file.
 
     Args:
-        checkpoint: a file of this project, by any method, or of any that main_lincls.py reads.
-        arch: of a file that does not name it (default: resnet50).
-        image_size: pixels of the images, which a ViT or Swin is made for (default: as in pre-training; where unknown, 224).
+        checkpoint: a checkpoint of any method of this project, or any other file that
+            main_lincls.py reads.
+        arch: architecture, if the file does not name it (default: resnet50).
+        image_size: image size in pixels of a ViT or Swin (default: that of pre-training, or 224 if
+            unknown).
 
-    Images must be RGB in [0, 1], normalized as in pre-training: with `mean` and `std` of the file,
-    or with ImageNet's for files of other software. A ResNet gets the stem that the file has. Raises
-    moco.errors.InputError for a file that cannot be read, or that does not fit.
+    Raises moco.errors.InputError if the file cannot be read or does not fit the architecture.
     """
     from moco.encoder import pretrained
 

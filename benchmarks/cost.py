@@ -1,10 +1,13 @@
 #!/usr/bin/env python
-"""What each pre-training recipe costs, counted and not timed: multiply-adds of one image's forward and backward passes.
+"""Count the multiply-adds per image of each pre-training config, forward and backward.
 
-One step of the recipe's method, with its own network, views and head, runs on tensors without values, and PyTorch's counter adds up
-matrix products and convolutions. What follows is arithmetic: `ratio` is to MoCo v2's image (configs/mocov2_200.yaml), `total` that
-times the recipe's images (epochs x images of the data set), over those of MoCo v2's 200 epochs on ImageNet. Not counted are memory
-traffic, decoding, colour work and communication, nor blocks that --grad-checkpoint computes again; hours do not follow from it.
+Nothing is timed. The script runs one step of the config's method, with its own network, views and
+head, on tensors without values. PyTorch's counter adds up matrix products and convolutions.
+
+`ratio` compares an image with one of MoCo v2 (configs/mocov2_200.yaml). `total` is `ratio` times
+the images of the run (epochs x images of the data set), relative to the images of MoCo v2's 200
+epochs on ImageNet. Memory traffic, decoding, colour operations, communication, and the blocks that
+--grad-checkpoint recomputes are not counted, so the figures do not predict hours.
 """
 
 import contextlib
@@ -25,16 +28,14 @@ from moco.data.images import Images
 from moco.engine import pretrain
 from moco.rng import Progress
 
-IMAGES = {
-    None: 1_281_167,
-    "imagenet100": 128_117,
-}  # of train/; of ImageNet-100, whose 100 classes differ, a tenth
+# Images in train/. ImageNet-100 counts as a tenth of ImageNet, because its classes vary by paper.
+IMAGES = {None: 1_281_167, "imagenet100": 128_117}
 BATCH = 32
 BASE = "mocov2_200"
 
 
 def script(recipe: Path) -> str:
-    """The script that a pre-training recipe is for; empty for other recipes."""
+    """Return the script of a pre-training config; "" for other configs."""
     text = recipe.read_text()
     found = next(
         (line for line in text.splitlines() if " main_" in line and line.startswith("#")), ""
@@ -46,15 +47,15 @@ def script(recipe: Path) -> str:
 
 
 def count(recipe: Path, name: str) -> tuple[Pretraining, float]:
-    """The recipe's options, and an image's multiply-adds in units of 10^9."""
+    """Return the settings of a config, and the multiply-adds of an image in units of 10^9."""
     module = importlib.import_module(name)
     config = module.parser().parse(["DIR", "--cfg", str(recipe)])
     found = []
 
-    def one_step(config: Pretraining, device: torch.device, build) -> None:
+    def one_step(config: Pretraining, _: torch.device, build) -> None:
         labels = np.zeros(IMAGES[config.input.data_name], dtype=np.int64)
         images = Images(Path("DIR"), labels, ("one",))
-        method = build(images).to("meta")  # timm 1.0.15 makes no network there
+        method = build(images).to("meta")  # timm 1.0.15 cannot build it there
         with torch.device("meta"), FlopCounterMode(display=False) as counter:
             views = [
                 torch.zeros(BATCH, 3, view.size, view.size) for view in recipes.of(config.views)
@@ -68,9 +69,8 @@ def count(recipe: Path, name: str) -> tuple[Pretraining, float]:
         found.append(counter.get_total_flops() / 2e9 / BATCH)  # a multiply-add counts as two
 
     with (
-        mock.patch(
-            "torch.autocast", lambda *_, **__: contextlib.nullcontext()
-        ),  # it knows no device without storage
+        # autocast does not support the meta device
+        mock.patch("torch.autocast", lambda *_, **__: contextlib.nullcontext()),
         mock.patch.object(pretrain, "train", one_step),
         mock.patch.object(pretrain, "complete", lambda config: config),
         contextlib.redirect_stdout(io.StringIO()),
@@ -82,8 +82,9 @@ def count(recipe: Path, name: str) -> tuple[Pretraining, float]:
 
 
 def main() -> int:
+    """Print the table and write it as JSON; return the exit status."""
     p = measure.parser(__doc__)
-    p.add_argument("recipes", nargs="*", type=Path, help="by default all of configs/")
+    p.add_argument("recipes", nargs="*", type=Path, help="config files (default: all in configs/)")
     options = p.parse_args()
     files = options.recipes or sorted((measure.ROOT / "configs").glob("*.yaml"))
     base_config, base = count(measure.ROOT / "configs" / f"{BASE}.yaml", "main_synco")

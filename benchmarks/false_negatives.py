@@ -1,7 +1,8 @@
 #!/usr/bin/env python
-"""FNC's head, forward and backward: ours, chunk by chunk, beside the same written plainly with autograd over all views at once.
+"""Measure time and memory of FNC's head, forward and backward, next to a plain implementation.
 
-Fails where their losses or gradients differ. The memory is what a head holds beside its inputs.
+Ours works on chunks of images; the plain one uses autograd on all views at once. The script fails
+if their losses or gradients differ. The memory is that of a head in addition to its inputs.
 """
 
 from collections.abc import Callable
@@ -13,19 +14,21 @@ from torch import Tensor
 
 from moco.loss.false_negatives import Cancellation, cancelled_nt_xent, find
 
-T, HOW = (
-    0.1,
-    Cancellation("attract", topk=10, threshold=0.3),
-)  # random rows are less alike than images are
+T = 0.1
+# a low threshold, because random entries are less similar than features of images
+HOW = Cancellation("attract", topk=10, threshold=0.3)
 
 
 def main() -> None:
+    """Run the benchmark."""
     parser = measure.parser(__doc__.splitlines()[0])
     parser.add_argument("--views", type=int, default=10)
-    parser.add_argument("--images", type=int, default=32, help="of one process")
-    parser.add_argument("--rows", type=int, default=65536, help="of the memory")
+    parser.add_argument("--images", type=int, default=32, help="images of one process")
+    parser.add_argument("--rows", type=int, default=65536, help="entries in the memory")
     parser.add_argument("--dim", type=int, default=128)
-    parser.add_argument("--chunk", type=int, default=16, help="half of it is measured, too")
+    parser.add_argument(
+        "--chunk", type=int, default=16, help="images in a chunk; half of it is measured, too"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     device = torch.device(args.device)
@@ -82,7 +85,10 @@ def main() -> None:
 
 
 class Head:
-    """A batch of unit features whose own rows are the first of the memory; each call leaves a gradient in z."""
+    """FNC's head on one batch of normalized features `z`.
+
+    The batch's own entries are the first ones in the memory. Each call leaves a gradient in z.
+    """
 
     def __init__(self, views: int, images: int, args):
         device = torch.device(args.device)
@@ -93,21 +99,22 @@ class Head:
         ).requires_grad_()
 
     def ours(self, chunk: int) -> Tensor:
+        """Return our loss, computed in chunks of `chunk` images."""
         found = find(self.bank, self.own, HOW, chunk)
         return self._backward(
             lambda: cancelled_nt_xent(self.z, self.bank, self.own, found, HOW.mode, T, chunk)[0]
         )
 
     def plain(self) -> Tensor:
+        """Return the loss of the plain implementation."""
         return self._backward(self._plain)
 
     def _plain(self) -> Tensor:
         V, n, _ = self.z.shape
         mine = self.own.T  # [n, V]
         with torch.no_grad():
-            score = (
-                (self.bank[self.own] @ self.bank.T).amax(0).scatter(1, mine, -torch.inf)
-            )  # [n, R] of [V, n, R]
+            # [n, R], the largest over the views
+            score = (self.bank[self.own] @ self.bank.T).amax(0).scatter(1, mine, -torch.inf)
             value, rows = score.topk(HOW.topk, 1)
             counts = (value > HOW.threshold).float()
         logits = self.z @ self.bank.T / T  # [V, n, R]
@@ -125,7 +132,7 @@ class Head:
 
 
 def check(head: Head, chunk: int) -> None:
-    """Ours is the plain one."""
+    """Check that both implementations have the same loss and gradient."""
     ours, gradient = head.ours(chunk), head.z.grad
     torch.testing.assert_close(ours, head.plain(), rtol=1e-5, atol=0)
     torch.testing.assert_close(gradient, head.z.grad, rtol=1e-4, atol=1e-5)

@@ -1,9 +1,9 @@
 #!/usr/bin/env python
-"""Runs that are stopped at random moments, again and again, beside one that never is: do they end with the same bits?
+"""Check that runs stopped at random moments end with the same bits as a run that is never stopped.
 
-Every start goes on with --resume auto, under a random number of loader workers, and is stopped after a random number of steps, or
-before its first. What counts is the last checkpoint: weights, buffers (queue, bank, u), optimizer, progress. Exits with status 1
-where any of it differs.
+Every start uses --resume auto and a random number of loader workers. It is stopped after a random
+number of steps, or before its first. The script compares the last checkpoints: weights, buffers
+(queue, bank, u), optimizer and progress. It exits with status 1 if any of them differ.
 """
 
 import json
@@ -22,26 +22,37 @@ from moco.files import new_folder
 from moco.launch.interrupt import STATUS
 
 METHODS = {
-    "synco": "main_synco.py --moco-k 64 --mlp --n-hard 8 --n1 2 --n3 2 --n4 2 --n6 2 --warmup-epochs 1",
-    "adco": "main_adco.py --cluster 96 --moco-dim 32",  # 12 steps before epoch 0 fill its bank
+    "synco": "main_synco.py --moco-k 64 --mlp --n-hard 8 --n1 2 --n3 2 --n4 2 --n6 2"
+    " --warmup-epochs 1",
+    "adco": "main_adco.py --cluster 96 --moco-dim 32",  # fills its bank in 12 steps before epoch 0
     "sogclr": "main_sogclr.py --mlp-dim 64",
 }
-COMMON = "photos -a resnet18 --image-size 32 -b {batch} --epochs {epochs} -p 1 --save-every-steps 2 --keep 2"
+COMMON = (
+    "photos -a resnet18 --image-size 32 -b {batch} --epochs {epochs} -p 1 "
+    "--save-every-steps 2 --keep 2"
+)
 
 
 def main() -> int:
+    """Run the check; return the exit status."""
     parser = measure.parser(__doc__)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--processes", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--signals", nargs="+", choices=("KILL", "TERM"), default=["KILL", "TERM"])
-    parser.add_argument("--stops", type=int, default=20, help="of each run")
+    parser.add_argument("--stops", type=int, default=20, help="number of stops of each run")
     parser.add_argument("--epochs", type=int, default=2)
-    parser.add_argument("--batch-size", type=int, default=8, help="with 8 an epoch has 142 steps")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        default=8,
+        help="images in a batch (with 8 an epoch has 142 steps)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the moments")
     args = parser.parse_args()
     results = []
     print(
-        f"{'method':8}{'processes':>10}{'signal':>8}{'steps':>7}{'stops':>7}{'while starting':>16}{'seconds':>9}  same bits"
+        f"{'method':8}{'processes':>10}{'signal':>8}{'steps':>7}{'stops':>7}"
+        f"{'while starting':>16}{'seconds':>9}  same bits"
     )
     for method in args.methods:
         for processes in args.processes:
@@ -79,8 +90,8 @@ def main() -> int:
                     }
                 )
                 print(
-                    f"{method:8}{processes:10}{name:>8}{whole.steps():7}{found['stops']:7}{found['starting']:16}"
-                    f"{found['seconds']:9.0f}  {'yes' if same else 'NO'}",
+                    f"{method:8}{processes:10}{name:>8}{whole.steps():7}{found['stops']:7}"
+                    f"{found['starting']:16}{found['seconds']:9.0f}  {'yes' if same else 'NO'}",
                     flush=True,
                 )
     measure.write("faults", args.json, results)
@@ -90,14 +101,13 @@ def main() -> int:
 def stopped(
     run: "Run", number: signal.Signals, stops: int, total: int, moments: random.Random
 ) -> dict[str, float]:
-    """Stop a run `stops` times, about evenly over its steps, then let it end; returns what happened."""
+    """Stop a run `stops` times, spread over its steps, then let it end; return the figures."""
     began, starting = time.perf_counter(), 0
     for i in range(stops):
         run.start(moments.randint(0, 2))
         before = run.steps()
-        if (
-            moments.random() < 0.2
-        ):  # while it starts: imports, processes, data, the checkpoint it goes on from
+        # sometimes stop it while it starts (imports, processes, data, checkpoint)
+        if moments.random() < 0.2:
             time.sleep(moments.uniform(0, 5))
             starting += 1
         else:
@@ -110,13 +120,14 @@ def stopped(
 
 
 class Run:
-    """One run folder and the process that writes it at present."""
+    """A run folder, and the process that currently writes to it."""
 
     def __init__(self, command: list[str], folder: Path):
         self.command, self.folder = command, folder
         folder.mkdir(parents=True, exist_ok=True)
 
     def start(self, workers: int) -> None:
+        """Start the run, or resume it, with `workers` loader workers."""
         self.output = (self.folder / "output.txt").open("a")
         self.process = subprocess.Popen(
             [
@@ -135,7 +146,7 @@ class Run:
         )
 
     def steps(self) -> int:
-        """The last step in the log; counted from the first of all, which may be below 0."""
+        """Return the number of logged steps. AdCo's first step number is negative."""
         path = self.folder / "log.jsonl"
         lines = (
             [line for line in path.read_text().splitlines() if line.endswith("}")]
@@ -145,12 +156,15 @@ class Run:
         return json.loads(lines[-1])["step"] - json.loads(lines[0])["step"] + 1 if lines else 0
 
     def wait(self, steps: int) -> None:
-        """Until the run has taken so many steps since its first start, or has ended."""
+        """Wait until the run has taken `steps` steps since its first start, or has ended."""
         while self.process.poll() is None and self.steps() < steps:
             time.sleep(0.01)
 
     def stop(self, number: signal.Signals) -> None:
-        """SIGKILL to every process of the run, SIGTERM to the first; a run that the latter finds at work has saved."""
+        """Send a signal: SIGKILL to every process of the run, SIGTERM only to the first.
+
+        After SIGTERM, check the exit status: a run that was training must have saved.
+        """
         if self.process.poll() is not None:
             sys.exit(
                 f"{self.folder}: ended with status {self.process.returncode} before it was stopped"
@@ -163,14 +177,16 @@ class Run:
         self.end(STATUS, -number)
 
     def end(self, *statuses: int) -> None:
+        """Wait for the run to end; exit with an error if its status is not one of `statuses`."""
         if self.process.wait() not in statuses:
             sys.exit(
-                f"{self.folder}: ended with status {self.process.returncode}, not {statuses}; see output.txt there"
+                f"{self.folder}: ended with status {self.process.returncode}, not {statuses}; "
+                "see output.txt there"
             )
         self.output.close()
 
     def last(self) -> dict:
-        """What must be the same, of the last checkpoint."""
+        """Return the entries of the last checkpoint that must be the same."""
         state = torch.load(max(self.folder.glob("checkpoint_*.pth.tar")), weights_only=True)
         return {
             key: state[key] for key in ("epoch", "state_dict", "optimizer", "scaler", "progress")
@@ -178,7 +194,7 @@ class Run:
 
 
 def equal(a: object, b: object) -> bool:
-    """Whether two nests of dicts, lists and tensors are the same to the last bit."""
+    """Return whether two nested structures of dicts, lists and tensors are equal bit by bit."""
     if isinstance(a, torch.Tensor):
         return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
     if isinstance(a, dict):

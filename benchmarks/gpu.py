@@ -72,7 +72,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--stages", type=int, nargs="+", choices=TITLES, default=list(TITLES), help="default: all"
     )
-    p.add_argument("--parts", nargs="+", metavar="NAME", help="of stages 1 and 2 (default: all)")
+    p.add_argument(
+        "--parts", nargs="+", metavar="NAME", help="parts of stages 1 and 2 (default: all)"
+    )
     p.add_argument(
         "--data",
         type=Path,
@@ -86,9 +88,13 @@ def parser() -> argparse.ArgumentParser:
         default=folder,
         help="run folder of stage 3; the run folders of stage 4 are next to it",
     )
-    p.add_argument("--seeds", type=int, nargs="+", help="of stage 4 (default: 0 1 2; on a CPU 0)")
     p.add_argument(
-        "--amp", choices=("off", "bf16"), help="of stages 3 and 4 (default: bf16 on a GPU)"
+        "--seeds", type=int, nargs="+", help="seeds of stage 4 (default: 0 1 2; on a CPU 0)"
+    )
+    p.add_argument(
+        "--amp",
+        choices=("off", "bf16"),
+        help="mixed precision of stages 3 and 4 (default: bf16 on a GPU)",
     )
     p.add_argument(
         "--json", type=Path, metavar="FILE", help="default: runs/benchmarks/gpu-DEVICE.json"
@@ -96,9 +102,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu"
     )
-    p.add_argument(
-        "--worker", type=Path, help=argparse.SUPPRESS
-    )  # run parts, and write events to this file
+    # internal: a process with --worker runs parts and writes events to this file
+    p.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     p.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     p.add_argument("--collectives", type=Path, help=argparse.SUPPRESS)
     return p
@@ -122,7 +127,7 @@ def main() -> int:
 
 
 def mistake(args: argparse.Namespace) -> str:
-    """Return a line that says which option is wrong; "" if none is. Unpacks an archive at --data."""
+    """Return a line about the first wrong option; "" if none is. Unpack an archive at --data."""
     if not 0 < args.minutes < math.inf:
         return f"--minutes {args.minutes:g}: no time for any stage; give a number above 0"
     parts = set(args.parts or ())
@@ -192,7 +197,7 @@ def work(setup: Setup, stage: int, names: list[str], events: Path) -> int:
 
 
 class Visit:
-    """One call of this command: its time, its results, and the processes that it runs."""
+    """A visit: one call of this command, with its time limit, its results and its processes."""
 
     def __init__(self, args: argparse.Namespace, device: torch.device):
         self.args, self.device = args, device
@@ -571,7 +576,8 @@ class Visit:
                 print(f"  {name:24}{found['status']:10}{_line(found.get('figures', {}))}")
                 for row in found.get("figures", {}).get("top ten", []):
                     print(
-                        f"      {row['ms']:9.3f} ms  {row['share']:6.1%}  {row['calls']:5} x  {row['kernel']}"
+                        f"      {row['ms']:9.3f} ms  {row['share']:6.1%}  {row['calls']:5} x  "
+                        f"{row['kernel']}"
                     )
         rows = self.stages.get("3", {}).get("moco", {}).get("figures", {}).get("rows", [])
         if rows:

@@ -88,13 +88,14 @@ def smooth(net: nn.Module) -> None:
 
 
 class EveryNth(nn.Module):
-    """Keep every n-th row and column of images [B, C, H, W]."""
+    """A layer that keeps every n-th row and column of images [B, C, H, W]."""
 
     def __init__(self, n: int):
         super().__init__()
         self.n = n
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the reduced images."""
         return x[..., :: self.n, :: self.n]
 
 

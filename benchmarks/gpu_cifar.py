@@ -54,7 +54,7 @@ ARCHIVES = ("cifar10_jpeg.tar.gz", "cifar-10-python.tar.gz")
 
 
 class Data(NamedTuple):
-    """CIFAR-10 for the scripts: the words for their command line, and a name for the results."""
+    """A copy of CIFAR-10: the words for a script's command line, and a name for the results."""
 
     words: tuple[str, ...]
     name: str
@@ -170,15 +170,16 @@ def train(
                 raise Failed(
                     f"did not save within {SAVING:.0f} s of SIGTERM: {tail(log)}"
                 ) from None
-    if status not in (0, 75, -signal.SIGTERM):  # the last: Python had not started yet
+    if status not in (0, 75, -signal.SIGTERM):  # -SIGTERM: Python had not started yet
         raise Failed(f"{script}.py ended with status {status}: {tail(log)}")
     return "finished" if status == 0 else "stopped"
 
 
 def progress(folder: Path) -> dict[int, dict[str, float]]:
-    """Return, by epoch counted from 1, what a run logged.
+    """Return the logged figures of a run by epoch, counted from 1.
 
-    These are the mean `loss`, `knn` in %, and the `seconds` of the run until the end of the epoch.
+    The figures are the mean `loss`, `knn` in %, and the `seconds` from the start of the run to the
+    end of the epoch.
     """
     epochs: dict[int, dict[str, float]] = {}
     sums: dict[int, tuple[float, int]] = {}

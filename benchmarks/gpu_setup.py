@@ -1,6 +1,7 @@
-"""Tools that the stages of benchmarks/gpu.py share.
+"""Functions and classes that the stages of benchmarks/gpu.py share.
 
-These are sizes, methods built from their scripts' options, images, and processes with a time limit.
+They provide sizes, methods built from their scripts' options, images, and processes with a time
+limit.
 """
 
 import contextlib
@@ -32,8 +33,8 @@ from moco.engine import optim, precision, pretrain
 from moco.rng import COLOR, Progress
 
 
-class Failed(Exception):
-    """An error for a check that found a difference, or for a process that ended in an error."""
+class Failed(Exception):  # noqa: N818 (reads well in results: "Failed: ...")
+    """An error that says that a check found a difference, or that a process failed."""
 
 
 class Notes(dict):
@@ -91,7 +92,7 @@ def use_tf32(on: bool) -> None:
 
 
 def relative(a: list[Tensor], b: list[Tensor]) -> float:
-    """Return the norm of a - b over the norm of b, of all tensors together, in float64."""
+    """Return the norm of a - b over the norm of b, in float64, taken over all tensors."""
     pairs = [
         (x.detach().double().cpu(), y.detach().double().cpu()) for x, y in zip(a, b, strict=True)
     ]
@@ -358,7 +359,7 @@ def until(condition: Callable[[], object], process: subprocess.Popen, log: Path)
 
 @contextlib.contextmanager
 def killed_at_the_end(*processes: subprocess.Popen) -> Iterator[None]:
-    """Kill the processes that still run when the block ends."""
+    """Kill the processes that are still running when the block ends."""
     try:
         yield
     finally:

@@ -62,13 +62,13 @@ def methods(setup: Setup) -> dict[str, tuple[str, str]]:
         "synco": ("main_synco", f"{SYNCO} --moco-k {k} {hard}"),
         "adco": ("main_adco", f"--cluster {k} --no-ad-init"),
         "sogclr": ("main_sogclr", ""),
-        # two views only: with the ten of its recipe, FNC could not be compared with the others
+        # only two views, to compare FNC with the other methods; its config has ten
         "fnc": ("main_fnc", "--support-size 0 --memory-multiplier 16 --randaugment 0 0"),
     }
 
 
 class Ours:
-    """A call of an instance is one step of a method, on views that are already on the device."""
+    """A method on views that are already on the device. A call takes one step."""
 
     def __init__(self, name: str, setup: Setup, amp: str, size: int, more: str = ""):
         script, options = methods(setup)[name]
@@ -82,12 +82,13 @@ class Ours:
         self.views = self.method.views(self.crops, PROGRESS)
 
     def __call__(self) -> None:
+        """Take one step."""
         self.method.backward(self.views, PROGRESS)
         self.method.update()
 
 
 class Plain:
-    """A call of an instance is one step of plain MoCo (see benchmarks/step.py)."""
+    """Plain MoCo (see benchmarks/step.py). A call takes one step."""
 
     def __init__(self, setup: Setup, amp: str, size: int, tf32: bool):
         sizes = plain_step.Sizes(arch(setup), pixels(setup), size, rows(setup), amp)
@@ -96,6 +97,7 @@ class Plain:
         self.step.amp = amp
 
     def __call__(self) -> None:
+        """Take one step."""
         use_tf32(self.tf32)
         self.step(self.size)
         use_tf32(True)

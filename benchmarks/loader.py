@@ -1,13 +1,14 @@
 #!/usr/bin/env python
-"""Two MoCo-v2 views of one JPEG on one thread: ours beside torchvision's and lightly's transforms.
+"""Time two MoCo-v2 views of a JPEG on one thread, next to torchvision's and lightly's transforms.
 
-host      what our workers do: decode once, cut two uint8 crops, collate
-cpu       host, and the colour work of the batch on the CPU
-pil       torchvision on PIL images, as MoCo's own repository has it
+host      what our workers do: decode once, take two uint8 crops, collate
+cpu       host, plus the colour operations of the batch on the CPU
+pil       torchvision on PIL images, as in MoCo's own repository
 v2        torchvision.transforms.v2 on tensors
-lightly   lightly's MoCoV2Transform, where lightly is installed
+lightly   lightly's MoCoV2Transform, if lightly is installed
 
-host_over_pil is how many times the images a second of pil host makes, and so on.
+The ratio host_over_pil is the images per second of host over those of pil; the other ratios are
+named in the same way.
 
 With --small, the script measures an epoch of two views of 32-pixel images in memory, as in MoCo's
 demo on CIFAR-10. "ours" and "pil" each use two processes with one thread each.
@@ -51,6 +52,7 @@ Transform = Callable[[Image.Image | Tensor], Tensor]
 
 
 def main() -> None:
+    """Run the benchmark."""
     parser = measure.parser(__doc__.splitlines()[0])
     parser.set_defaults(rounds=None)
     parser.add_argument("--small", action="store_true", help="measure an epoch of 32-pixel images")
@@ -200,10 +202,11 @@ class Pil(Dataset):
 # JPEGs of ImageNet's usual size.
 
 
-_epochs = itertools.count()  # every round draws anew, as the others do
+_epochs = itertools.count()  # every round uses new random numbers, as the other pipelines do
 
 
 def host(folder: ImageFolder, size: int) -> loader.Batch:
+    """Return the crops of all images, as our workers make them."""
     views, epoch = (
         loader.Views(folder, loader.RandomCrops(recipe("mocov2", size), seed=0)),
         next(_epochs),
@@ -212,6 +215,7 @@ def host(folder: ImageFolder, size: int) -> loader.Batch:
 
 
 def cpu(folder: ImageFolder, size: int) -> list[Tensor]:
+    """Return the views of all images, with the colour operations on the CPU."""
     batch = host(folder, size)
     generator = torch.Generator().manual_seed(next(_epochs))
     return [
@@ -223,23 +227,27 @@ def cpu(folder: ImageFolder, size: int) -> list[Tensor]:
 def two_views(
     paths: list[str], read: Callable[[str], Image.Image | Tensor], transform: Transform
 ) -> list[Tensor]:
+    """Return two views of all images, by a transform of another library."""
     return stacked((transform(image), transform(image)) for image in map(read, paths))
 
 
 def stacked(views: Iterable[Sequence[Tensor]]) -> list[Tensor]:
+    """Stack each view over the images."""
     return [torch.stack(view) for view in zip(*views, strict=True)]
 
 
 def pil_image(path: str) -> Image.Image:
+    """Read an image with PIL."""
     return Image.open(path).convert("RGB")
 
 
 def tensor_image(path: str) -> Tensor:
+    """Read an image with torchvision."""
     return decode_image(read_file(path), ImageReadMode.RGB)
 
 
 def moco_v2(library, size: int) -> Transform:
-    """MoCo v2's view by either of torchvision's libraries."""
+    """Return MoCo v2's view as a transform of `library`, one of torchvision's two."""
     to_float = [v1.ToTensor()] if library is v1 else [v2.ToDtype(torch.float32, scale=True)]
     blur = v1.Lambda(pil_blur) if library is v1 else v2.GaussianBlur(13, (0.1, 2.0))
     return library.Compose(
@@ -256,11 +264,12 @@ def moco_v2(library, size: int) -> Transform:
 
 
 def pil_blur(image: Image.Image) -> Image.Image:
+    """Blur an image as MoCo v2 does."""
     return image.filter(ImageFilter.GaussianBlur(radius=random.uniform(0.1, 2.0)))
 
 
 def lightly(size: int) -> Callable[[Image.Image], list[Tensor]] | None:
-    """Lightly's two views of an image, where lightly is installed."""
+    """Return lightly's transform to two views; None if lightly is not installed."""
     try:
         from lightly.transforms import MoCoV2Transform
     except ImportError:
@@ -279,7 +288,10 @@ def photographs() -> list[np.ndarray]:
 
 
 def make(folder: Path, images: int) -> list[int]:
-    """Write JPEGs of 500x375 pixels and 80 to 110 KB, cut from real photographs; returns their sizes in bytes."""
+    """Write JPEGs of 500x375 pixels and 80 to 110 KB; return their sizes in bytes.
+
+    The images are patches of real photographs.
+    """
     folder.mkdir(parents=True)
     sources = [Image.fromarray(array) for array in photographs()]
     draw, sizes = random.Random(0), []

@@ -1,4 +1,8 @@
-"""Side-by-side measurement: candidates take turns, medians over rounds of times and of ratios; a table, and a JSON file."""
+"""Measure candidates side by side.
+
+The candidates take turns. Figures are medians over the rounds, of times and of ratios. They are
+printed as a table and written to a JSON file.
+"""
 
 import argparse
 import os
@@ -17,13 +21,12 @@ from moco.files import numbered_paths, write_json
 ROOT = Path(__file__).resolve().parent.parent
 
 Times = dict[str, list[float]]
-Candidates = dict[
-    str, Callable[[], object]
-]  # one that returns a float has taken its own time, in seconds
+# A candidate may measure its own time and return it as a float, in seconds.
+Candidates = dict[str, Callable[[], object]]
 
 
 def parser(description: str) -> argparse.ArgumentParser:
-    """The options that every benchmark has."""
+    """Return a parser with the options that every benchmark has."""
     p = argparse.ArgumentParser(
         description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
@@ -31,19 +34,19 @@ def parser(description: str) -> argparse.ArgumentParser:
         "--rounds",
         type=int,
         default=15,
-        help="every candidate runs once in each; the medians count",
+        help="number of rounds; every candidate runs once in each",
     )
     add_json(p)
     return p
 
 
 def add_json(p: argparse.ArgumentParser) -> None:
-    """Add --json, where the results go."""
+    """Add the option --json, the file for the results."""
     p.add_argument(
         "--json",
         type=_new_file,
         metavar="FILE",
-        help="by default runs/benchmarks/NAME.json, or NAME-2.json, ...",
+        help="file for the results (default: runs/benchmarks/NAME.json, or NAME-2.json, ...)",
     )
 
 
@@ -54,7 +57,7 @@ def _new_file(text: str) -> Path:
 
 
 def write(name: str, file: Path | None, results: object) -> Path:
-    """Write results as JSON to `file`, or to the first default name that is free; return the path."""
+    """Write results as JSON to `file`, or to the first free default name; return the path."""
     default = ROOT / "runs" / "benchmarks" / f"{name}.json"
     path = file or next(path for path in numbered_paths(default) if not path.exists())
     write_json(path, results)
@@ -62,7 +65,10 @@ def write(name: str, file: Path | None, results: object) -> Path:
 
 
 def side_by_side(candidates: Candidates, rounds: int, device: torch.device, warm: int = 2) -> Times:
-    """Seconds of each candidate in each round. They take turns, so that a slow spell of the machine meets all of them."""
+    """Return the seconds of each candidate in each round.
+
+    The candidates take turns, so that slow phases of the machine affect all of them.
+    """
     times: Times = {name: [] for name in candidates}
     for i in range(warm + rounds):
         for name, run in candidates.items():
@@ -76,22 +82,25 @@ def side_by_side(candidates: Candidates, rounds: int, device: torch.device, warm
 
 
 def medians(times: Times) -> dict[str, float]:
-    """Median seconds of each candidate."""
+    """Return the median seconds of each candidate."""
     return {name: statistics.median(values) for name, values in times.items()}
 
 
 def ratio(above: list[float], below: list[float]) -> float:
-    """Median of the rounds' ratios: both sides of each were measured within moments."""
+    """Return the median over rounds of above / below.
+
+    Ratios are taken within a round, because its times are measured within moments.
+    """
     return statistics.median(a / b for a, b in zip(above, below, strict=True))
 
 
 def extra(more: list[float], base: list[float]) -> float:
-    """Median of what the one takes more than the other in a round, in seconds."""
+    """Return the median over rounds of more - base, in seconds."""
     return statistics.median(a - b for a, b in zip(more, base, strict=True))
 
 
 def peak_memory(run: Callable[[], object], device: torch.device) -> int:
-    """Bytes that `run` holds at most beyond what was allocated before it, as PyTorch's allocators count them."""
+    """Return the peak of the bytes that `run` allocates, as counted by PyTorch's allocators."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -120,7 +129,7 @@ def report(
     facts: dict[str, object],
     file: Path | None,
 ) -> None:
-    """Print the rows and the ratios, and write them with the machine's facts to a JSON file."""
+    """Print the rows and the ratios; write them, with versions and settings, to a JSON file."""
     facts = {"torch": torch.__version__, "threads": torch.get_num_threads(), **facts}
     print("  ".join(f"{key} {value}" for key, value in facts.items()))
     columns = list(table[0])

@@ -1,9 +1,12 @@
 #!/usr/bin/env python
-"""Every method, pre-trained on `photos` in minutes, beside a random encoder: k-NN, linear probe, 10 % of the labels.
+"""Pre-train every method on `photos` in minutes and compare it with a random encoder.
 
-ResNets have the demo's budget; those of main_moby.py train timm's smallest ViT. Medians over the seeds of top-1 on val; `seconds`
-is pre-training's. The fine-tuning is short on purpose: it asks how far a few steps on few labels go. Colour tells these classes
-apart, and in 60 epochs a random encoder learns it too.
+The evaluations are k-NN, the linear probe, and fine-tuning on 10 % of the labels. The figures are
+top-1 on val, as medians over the seeds; `seconds` is the time of pre-training. ResNets train as
+long as in the demo; the methods of main_moby.py train timm's smallest ViT.
+
+Fine-tuning is short on purpose, to show what a few steps on few labels achieve. Colour separates
+these classes, so in 60 epochs a random encoder learns them, too.
 """
 
 import argparse
@@ -21,7 +24,7 @@ from moco.methods import METHODS
 
 
 class Network(NamedTuple):
-    """What the methods of one script train, and for how long."""
+    """A network, its image size, and the number of epochs of pre-training."""
 
     arch: str
     pixels: int
@@ -29,6 +32,7 @@ class Network(NamedTuple):
 
     @property
     def options(self) -> list[object]:
+        """Return the command-line options of the network."""
         return ["--arch", self.arch, "--image-size", self.pixels]
 
     def __str__(self) -> str:
@@ -37,20 +41,22 @@ class Network(NamedTuple):
 
 RESNET, VIT = Network("resnet18", 32, 20), Network("test_vit", 64, 30)
 FINE_TUNING = "--train-percent 10 --batch-size 16 --lr-backbone 0.001 --lr-classifier 0.01".split()
-RANDOM = {
-    "knn": "random_knn",
-    "linear": "random_linear",
-    "semisup": "semisup_random",
-}  # what a random encoder's figure is called
+# the name of each evaluation's figure for a random encoder
+RANDOM = {"knn": "random_knn", "linear": "random_linear", "semisup": "semisup_random"}
 
 
 def main() -> None:
+    """Run the benchmark."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--short", action="store_true", help="an epoch each: shows that all runs")
+    parser.add_argument(
+        "--short",
+        action="store_true",
+        help="train for one epoch each: a quick check that all parts run",
+    )
     parser.add_argument(
         "--out",
         type=Path,
@@ -86,12 +92,12 @@ def main() -> None:
 
 
 def network(method: str) -> Network:
-    """What this method trains."""
+    """Return the network that a method trains."""
     return VIT if METHODS[method].script == "main_moby" else RESNET
 
 
 def pretrain(args: argparse.Namespace, seed: int, method: str, folder: Path) -> float:
-    """Pre-train; returns the seconds that it took."""
+    """Pre-train a method; return the seconds that it took."""
     net = network(method)
     began = time.perf_counter()
     run_on_photos(
@@ -110,7 +116,7 @@ def pretrain(args: argparse.Namespace, seed: int, method: str, folder: Path) -> 
 def evaluate(
     args: argparse.Namespace, seed: int, net: Network, folder: Path, checkpoint: Path | None = None
 ) -> dict[str, float]:
-    """Top-1, in [0, 1], of each evaluation of a checkpoint, or of a random encoder."""
+    """Return the top-1, in [0, 1], of each evaluation of a checkpoint or of a random encoder."""
     source = ["--pretrained", checkpoint.resolve()] if checkpoint else []
 
     def call(script: str, *options: object) -> dict[str, float]:
@@ -130,7 +136,7 @@ def show(
     found: dict[str, dict[str, list[float]]],
     args: argparse.Namespace,
 ) -> None:
-    """Print random -> trained for each evaluation, and the median over seeds of what pre-training gains."""
+    """Print each evaluation of the random and trained encoder, and the median gain over seeds."""
     nets = "; ".join(dict.fromkeys(str(network(method)) for method in medians))
     print(f"\nphotos, {nets}, median of seeds {args.seeds}: random encoder -> pre-trained (gain)")
     print(f"{'':10}{'k-NN':>24}{'linear':>24}{'10 % of the labels':>24}{'seconds':>10}")

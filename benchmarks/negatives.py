@@ -1,10 +1,13 @@
 #!/usr/bin/env python
-"""The contrast head, forward and backward: ours with and without synthetic negatives beside slower ways to the same loss.
+"""Measure time and memory of the contrastive head, next to slower ways to the same loss.
+
+Forward and backward are measured. moco and synco are ours, without and with synthetic negatives.
 
 plain     MoCo with concatenated logits and F.cross_entropy
 explicit  SynCo with every synthetic negative as a vector, gathered in one batch
-loop      SynCo as published code makes it: perturbed and adversarial negatives by one autograd call each
-lightly   MoCo by lightly's NTXentLoss with a memory bank, where lightly is installed; it also enqueues, and measures no accuracy
+loop      SynCo as in published code: one autograd call per perturbed or adversarial negative
+lightly   MoCo with lightly's NTXentLoss and memory bank, if lightly is installed; it also enqueues
+          the keys, and it computes no accuracy
 """
 
 import copy
@@ -30,9 +33,10 @@ AFTER_WARMUP = Progress(epoch=1)
 
 
 def main() -> None:
+    """Run the benchmark."""
     parser = measure.parser(__doc__.splitlines()[0])
-    parser.add_argument("--n", type=int, default=32, help="queries")
-    parser.add_argument("--k", type=int, default=65536, help="rows of the bank")
+    parser.add_argument("--n", type=int, default=32, help="number of queries")
+    parser.add_argument("--k", type=int, default=65536, help="entries in the queue")
     parser.add_argument("--dim", type=int, default=128)
     parser.add_argument("--n-hard", type=int, default=1024)
     parser.add_argument(
@@ -71,7 +75,10 @@ def main() -> None:
 
 
 class Heads:
-    """The heads on one batch; each call draws the same synthetic negatives anew, and leaves a gradient in q."""
+    """All heads on one batch.
+
+    Each call draws the same synthetic negatives again, and leaves a gradient in q.
+    """
 
     def __init__(self, args, device: torch.device):
         self.kind = synthetic.Synthetic(args.n_hard, tuple(args.counts))
@@ -87,17 +94,21 @@ class Heads:
             self.theirs.memory_bank.bank.copy_(self.bank)
 
     def draw(self) -> synthetic.Draws:
+        """Return the random draws of the synthetic negatives."""
         return synthetic.draw(
             self.kind, *self.q.shape, AFTER_WARMUP.generator(NEGATIVES, self.q.device, 0)
         )
 
     def topk(self, similarity: Tensor) -> Tensor:
+        """Return the indices of the hardest negatives, by torch.topk."""
         return similarity.topk(self.kind.n_hard, 1).indices
 
     def moco(self) -> Tensor:
+        """Return the loss of our MoCo."""
         return self._ours(Progress(epoch=0))
 
     def synco(self) -> Tensor:
+        """Return the loss of our SynCo."""
         return self._ours(AFTER_WARMUP)
 
     def _ours(self, progress: Progress) -> Tensor:
@@ -105,10 +116,12 @@ class Heads:
         return self._backward(loss)
 
     def plain(self) -> Tensor:
+        """Return the loss of MoCo with concatenated logits."""
         similarity = self.q @ self.bank.T
         return self._cross_entropy([similarity])
 
     def explicit(self) -> Tensor:
+        """Return the loss of SynCo with all synthetic negatives as vectors in one batch."""
         draws, kind = self.draw(), self.kind
         similarity = self.q @ self.bank.T
         q, near, mixed = self._hard_vectors(similarity, draws)
@@ -118,6 +131,7 @@ class Heads:
         return self._cross_entropy([similarity, torch.einsum("nc,nmc->nm", self.q, vectors)])
 
     def loop(self) -> Tensor:
+        """Return the loss of SynCo with an autograd call for each negative of types 5 and 6."""
         draws, kind = self.draw(), self.kind
         similarity = self.q @ self.bank.T
         q, near, mixed = self._hard_vectors(similarity, draws)
@@ -134,13 +148,17 @@ class Heads:
         return self._cross_entropy(logits)
 
     def lightly(self) -> Tensor:
+        """Return the loss of lightly's MoCo."""
         return self._backward(self.theirs(self.q, self.k))
 
     @torch.no_grad()
     def _hard_vectors(
         self, similarity: Tensor, draws: synthetic.Draws
     ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        """Q [N, 1, C]; the drawn rows of each type [N, n, C], type 4 with its noise; the vectors of types 1, 2 and 3."""
+        """Return q, the drawn negatives of each type, and the vectors of types 1, 2 and 3.
+
+        q is [N, 1, C], the others are lists of [N, n, C]. The noise of type 4 is added.
+        """
         hard = self.topk(similarity)
         q = self.q.detach()[:, None, :]
         near = list(self.bank[hard.gather(1, draws.first)].split(self.kind.counts, 1))
@@ -155,7 +173,7 @@ class Heads:
 
     def _cross_entropy(self, negatives: list[Tensor]) -> Tensor:
         logits = torch.cat([(self.q * self.k).sum(1, keepdim=True), *negatives], 1) / T
-        logits.detach().topk(5, 1)  # the contrast accuracy's
+        logits.detach().topk(5, 1)  # to compute the accuracy, as ours does
         return self._backward(F.cross_entropy(logits, self.labels))
 
     def _backward(self, loss: Tensor) -> Tensor:
@@ -165,15 +183,16 @@ class Heads:
 
 
 def check(heads: Heads) -> None:
-    """Our hardest rows are as hard as top-k's; given the same ones, every head has the same loss and gradient, to 1e-5.
+    """Check that all heads have the same loss and gradient, to 1e-5.
 
-    The same ones, because rows that are equally hard, but for the last bit of a product, may stand in any order. Each head is
-    compared with float64, and may be half of 1e-5 off.
+    First check that our hardest negatives are as hard as those of torch.topk. Then give all heads
+    the same ones, because rounding may change the order of equally hard negatives. Each head is
+    compared with float64 and may differ by half of 1e-5.
     """
     similarity = heads.q.detach() @ heads.bank.T
     hard = synthetic.hardest(similarity, heads.kind.n_hard)
     assert torch.equal(similarity.gather(1, hard), similarity.gather(1, heads.topk(similarity))), (
-        "these are not the hardest rows"
+        "these are not the hardest negatives"
     )
     with (
         mock.patch.object(synthetic, "hardest", lambda *_: hard),
@@ -194,7 +213,9 @@ def check(heads: Heads) -> None:
                 }
                 for what, (mine, true) in pairs.items():
                     off = (mine - true).abs().max().item()
-                    assert off <= 5e-6, f"{name}: its {what} is {off:.1e} off the one in float64"
+                    assert off <= 5e-6, (
+                        f"{name}: its {what} differs by {off:.1e} from that in float64"
+                    )
         if NTXentLoss:
             torch.testing.assert_close(heads.lightly().double(), exact.plain(), rtol=0, atol=1e-5)
 

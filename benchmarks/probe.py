@@ -1,5 +1,8 @@
 #!/usr/bin/env python
-"""The linear probe with several learning rates in one pass beside one rate: its price, and that no head notices the others."""
+"""Time the linear probe with five learning rates in one pass, next to a single learning rate.
+
+The script fails if a head's accuracy differs from that of a run with its learning rate alone.
+"""
 
 import itertools
 import json
@@ -15,14 +18,15 @@ RATES = (0.01, 0.03, 0.1, 0.3, 1.0)
 
 
 def main() -> None:
+    """Run the benchmark."""
     parser = measure.parser(__doc__.splitlines()[0])
     parser.add_argument("--data", default="photos")
     parser.add_argument("--arch", default="resnet18")
-    parser.add_argument("--size", type=int, default=64, help="pixels")
+    parser.add_argument("--size", type=int, default=64, help="image size in pixels")
     parser.add_argument("--epochs", type=int, default=1)
-    parser.set_defaults(rounds=len(RATES))  # each rate once alone
+    parser.set_defaults(rounds=len(RATES))  # one for each learning rate
     args = parser.parse_args()
-    alone: dict[float, float] = {}  # top-1 of each rate so far
+    alone: dict[float, float] = {}  # top-1 of each lr so far
     rates = itertools.cycle(RATES)
 
     def one() -> float:
@@ -35,7 +39,7 @@ def main() -> None:
         metrics, seconds = probe(args, *RATES)
         for lr, top1 in alone.items():
             assert metrics[f"acc1_lr{lr:g}"] == top1, (
-                f"the head of rate {lr:g} is not the one it is alone"
+                f"the head with lr {lr:g} differs from that of a run with this lr alone"
             )
         return seconds
 
@@ -49,7 +53,7 @@ def main() -> None:
 
 
 def probe(args, *rates: float) -> tuple[dict[str, float], float]:
-    """Metrics of one run from the shell, and the seconds that it trained and tested for."""
+    """Return the metrics of a run of main_lincls.py, and the seconds of training and testing."""
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
         command = [

@@ -12,6 +12,7 @@ from moco.data import folders
 
 
 def main() -> None:
+    """Run the benchmark."""
     parser = measure.parser(__doc__.splitlines()[0])
     parser.add_argument("--files", type=int, default=100_000)
     parser.add_argument("--classes", type=int, default=1000)
@@ -36,7 +37,7 @@ def main() -> None:
 
 
 def make(root: Path, files: int, classes: int) -> None:
-    """Write empty files: a start reads names only."""
+    """Write empty files; listing reads only their names."""
     for i in range(files):
         folder = root / f"class{i % classes:05d}"
         if i < classes:

@@ -1,11 +1,14 @@
 #!/usr/bin/env python
-"""A whole training step on views that lie ready: our MoCo, SynCo and AdCo beside MoCo written plainly, for one process and two.
+"""Time a full training step of MoCo, SynCo and AdCo, next to plain MoCo, in one and two processes.
 
-plain     per-parameter momentum update, concatenated logits, every rank gathers all images to shuffle them, the loss is
-          read every step; in fp32, whatever --amp gives to ours
-moco      ours: one call for the momentum update, fused SGD, one [B, K] buffer, all-to-all, nothing read between log lines
+The views are already in memory.
+
+plain     MoCo with a momentum update per parameter and concatenated logits. Every rank gathers all
+          images to shuffle them, and the loss is read every step. Always in fp32, despite --amp.
+moco      ours, with one call for the momentum update, fused SGD, one [B, K] buffer, and all-to-all.
+          No value is read between log lines.
 synco     the same with synthetic negatives
-adco      AdCo, with a bank of learned negatives in place of the queue and as many rows
+adco      AdCo, with a bank of learned negatives instead of the queue, and as many entries
 """
 
 import argparse
@@ -36,21 +39,22 @@ from moco.rng import SHUFFLE, Progress
 from moco.sections import Optimizer
 
 T, M, LR = 0.2, 0.999, 0.03
-GROUPS = 8  # of the key encoder's batch norm: our default --bn-splits
+GROUPS = 8  # batch norm groups of the key encoder; the default of --bn-splits
 SYNCO = Synthetic(1024, (256, 256, 256, 64, 64, 64))
 
 
 def main() -> None:
+    """Run the benchmark."""
     parser = measure.parser(__doc__.splitlines()[0])
     parser.add_argument("--arch", default="resnet50")
-    parser.add_argument("--size", type=int, default=224, help="pixels")
-    parser.add_argument("--batch", type=int, default=32, help="of one process")
-    parser.add_argument("--k", type=int, default=65536, help="rows of the queue")
+    parser.add_argument("--size", type=int, default=224, help="image size in pixels")
+    parser.add_argument("--batch", type=int, default=32, help="images of one process")
+    parser.add_argument("--k", type=int, default=65536, help="entries in the queue")
     parser.add_argument(
         "--amp",
         choices=("off", "bf16", "fp16"),
         default="bf16" if torch.cuda.is_available() else "off",
-        help="of ours",
+        help="mixed precision of our methods",
     )
     parser.add_argument(
         "--processes",
@@ -60,7 +64,9 @@ def main() -> None:
         metavar="N",
     )
     parser.add_argument(
-        "--largest-batch", action="store_true", help="of one process on a GPU: find what fits, too"
+        "--largest-batch",
+        action="store_true",
+        help="also find the largest batch that fits; only for one process on a GPU",
     )
     args = parser.parse_args()
     table, ratios = [], {}
@@ -94,14 +100,14 @@ class Sizes:
     """The sizes of the networks and the batch."""
 
     arch: str
-    size: int  # pixels
-    batch: int  # of a process
+    size: int  # width and height of the images
+    batch: int  # images of a process
     k: int  # entries in the queue
     amp: str
 
 
 def on_processes(n: int, args: argparse.Namespace) -> dict:
-    """Return what rank 0 of `n` processes measures."""
+    """Measure in `n` processes; return the figures of rank 0."""
     config = replaced(
         Config(),
         multiprocessing_distributed=n > 1,
@@ -119,7 +125,7 @@ def on_processes(n: int, args: argparse.Namespace) -> dict:
 
 
 def worker(
-    sizes: Sizes, rounds: int, find_largest: bool, found: Path, config: Config, device: torch.device
+    sizes: Sizes, rounds: int, find_largest: bool, found: Path, _: Config, device: torch.device
 ) -> None:
     """Measure all steps side by side; rank 0 writes to `found`."""
     steps = {name: Step(name, sizes, device) for name in KINDS}
@@ -137,7 +143,7 @@ def worker(
 
 
 class Step:
-    """One optimizer step of a method on random views."""
+    """A method with its optimizer. A call takes one optimizer step on random views."""
 
     def __init__(self, name: str, sizes: Sizes, device: torch.device):
         torch.manual_seed(0)
@@ -160,6 +166,7 @@ class Step:
         self.mean, self.views = Mean(), None
 
     def __call__(self, batch: int) -> Tensor:
+        """Take one step on `batch` images; return the loss."""
         if self.views is None or len(self.views[0]) != batch:
             generator = torch.Generator().manual_seed(distributed.rank())
             shape = (batch, 3, self.sizes.size, self.sizes.size)
@@ -181,9 +188,10 @@ class Step:
 
 
 class PlainMoCo(MoCo):
-    """The same method as MoCo, line by line and without care."""
+    """A plain MoCo: the same method, written without attention to speed."""
 
-    def forward(self, views, index, progress):
+    def forward(self, views, index, progress):  # noqa: ARG002 (the interface of all methods)
+        """Return the loss and the accuracies."""
         q = F.normalize(self.encoder_q(views[0]), dim=1)
         with torch.no_grad():
             k = self.plain_keys(views[1], progress)
@@ -207,6 +215,7 @@ class PlainMoCo(MoCo):
         }
 
     def plain_keys(self, images, progress):
+        """Return the keys of all ranks, computed on images that are shuffled over the ranks."""
         everything = distributed.all_gather(images)
         permutation = torch.randperm(
             len(everything), generator=progress.generator(SHUFFLE, "cpu")
@@ -222,6 +231,7 @@ class PlainMoCo(MoCo):
 
     @torch.no_grad()
     def after_step(self):
+        """Update the key encoder and the queue."""
         for of_q, of_k in zip(
             self.encoder_q.parameters(), self.encoder_k.parameters(), strict=True
         ):
@@ -230,7 +240,7 @@ class PlainMoCo(MoCo):
 
 
 KINDS = {
-    "plain": functools.partial(PlainMoCo, bn_splits=1),  # runs its encoder on each group in turn
+    "plain": functools.partial(PlainMoCo, bn_splits=1),  # forms its batch norm groups itself
     "moco": MoCo,
     "synco": functools.partial(SynCo, kind=SYNCO, warmup_epochs=0),
     "adco": functools.partial(AdCo, ascent=Ascent(), fill=False),
@@ -238,7 +248,7 @@ KINDS = {
 
 
 def check(steps: dict[str, Step], batch: int) -> None:
-    """Two steps of plain MoCo and of ours have the same losses, to what the precision allows."""
+    """Check that two steps of plain MoCo and of ours have the same losses, within rounding."""
     tolerance = 1e-3 if steps["moco"].amp == "off" else 0.1
     for _ in range(2):
         torch.testing.assert_close(
@@ -247,7 +257,10 @@ def check(steps: dict[str, Step], batch: int) -> None:
 
 
 def largest_batch(name: str, sizes: Sizes, device: torch.device) -> int:
-    """The largest batch, in steps of an eighth, with which two steps fit into the GPU's memory."""
+    """Return the largest batch with which two steps fit into the GPU's memory.
+
+    The batch grows by an eighth per trial.
+    """
     batch, fits = sizes.batch, 0
     while True:
         try:

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Measure training on a busy CPU, for several ways in which OpenMP's threads wait for each other.
+"""Measure training on a busy CPU, for several ways in which OpenMP threads wait for each other.
 
 Each setting trains in its own process, alone and next to busy programs; the settings take turns.
 """
@@ -34,6 +34,7 @@ CHOSEN = (
 
 
 def main() -> None:
+    """Run the benchmark."""
     parser = measure.parser(__doc__.splitlines()[0])
     parser.set_defaults(rounds=5)
     parser.add_argument(
@@ -46,7 +47,7 @@ def main() -> None:
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--steps", type=int, default=8, help="measured steps of each round")
     parser.add_argument("--arch", default="resnet18")
-    parser.add_argument("--size", type=int, default=64, help="pixels")
+    parser.add_argument("--size", type=int, default=64, help="image size in pixels")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument(
         "--train",
@@ -89,7 +90,7 @@ def main() -> None:
 
 
 def seconds(name: str, args) -> float:
-    """Return a setting's seconds per image, in a process of its own."""
+    """Return the seconds per image with a setting, measured in a new process."""
     environment = {key: value for key, value in os.environ.items() if key not in CHOSEN} | SETTINGS[
         name
     ]
@@ -114,7 +115,7 @@ def train(arch: str, size: int, batch: int, steps: int) -> float:
 
     net, images = torchvision.models.get_model(arch), torch.randn(batch, 3, size, size)
     for step in range(steps + 2):
-        if step == 2:  # the first ones allocate
+        if step == 2:  # the first two steps allocate memory
             began = time.perf_counter()
         net(images).square().mean().backward()
         net.zero_grad()

@@ -1,4 +1,4 @@
-"""Faster and Mask R-CNN on a ResNet's res4 ("C4"), as MoCo fine-tunes them, in detectron2's terms."""
+"""Faster and Mask R-CNN on res4 of a ResNet ("C4"), as in MoCo, built with detectron2."""
 
 import re
 from pathlib import Path
@@ -17,13 +17,16 @@ from moco.errors import InputError
 from moco.files import Unreadable, read_json, read_pickle
 
 CONFIGS = Path(__file__).parent / "configs"
-SOURCE = "source.json"  # of a detector's run folder: what it began from
-BASIC = {18: 2, 34: 3}  # ResNets without bottlenecks: blocks in res5
+SOURCE = "source.json"  # file in a detector's run folder that names the converted checkpoint
+BASIC = {18: 2, 34: 3}  # depth of a ResNet without bottlenecks: number of blocks in res5
 
 
 @ROI_HEADS_REGISTRY.register()
 class Res5ROIHeadsExtraNorm(Res5ROIHeads):
-    """detectron2's C4 head with one more norm after res5 (MoCo, arXiv 1911.05722, appendix), and for ResNet-18 and -34 too."""
+    """A C4 head of detectron2 with an additional norm after res5.
+
+    MoCo uses this norm (arXiv 1911.05722, appendix). Also supports ResNet-18 and -34.
+    """
 
     @classmethod
     def _build_res5_block(cls, cfg: CfgNode) -> tuple[nn.Sequential, int]:
@@ -44,7 +47,10 @@ class Res5ROIHeadsExtraNorm(Res5ROIHeads):
 
 
 def resnet_options(arch: str) -> dict[str, int]:
-    """What MODEL.RESNETS says of a torchvision ResNet. Raises InputError for an unknown `arch`."""
+    """Return the MODEL.RESNETS options of a torchvision ResNet.
+
+    Raises InputError if `arch` is unknown.
+    """
     net = resnet(arch, 1)
     depth = int(re.search(r"\d+", arch)[0])
     return {
@@ -56,28 +62,30 @@ def resnet_options(arch: str) -> dict[str, int]:
 
 
 def config(file: Path, options: list[str], gpus: int) -> CfgNode:
-    """The configuration of a run on so many GPUs; on 0 it runs on the CPU. A converted checkpoint brings its MODEL.RESNETS.
+    """Return the configuration of a run on `gpus` GPUs, or on the CPU if `gpus` is 0.
 
-    Raises InputError for a file or an option that is none, and for a config that does not suit converted weights.
+    If MODEL.WEIGHTS is a converted checkpoint, MODEL.RESNETS is set to match it. Raises InputError
+    if the file or an option is invalid, or if the config does not fit converted weights.
     """
     if not Path(file).is_file():
         raise InputError(f"{file}: no such config; those of MoCo's protocols are in {CONFIGS}")
     cfg = get_cfg()
     try:
-        CfgNode.load_yaml_with_base(
-            str(file), allow_unsafe=False
-        )  # merging would make the Python objects that it names
+        # Refuse Python objects first, because `merge_from_file` would create them.
+        CfgNode.load_yaml_with_base(str(file), allow_unsafe=False)
         cfg.merge_from_file(str(file))
         cfg.merge_from_list(options)
-    except Exception as error:  # yacs and PyYAML raise many kinds
+    except Exception as error:  # yacs and PyYAML raise many types
         what = " ".join(str(error).split()) or type(error).__name__
         raise InputError(
-            f"{' '.join([str(file), *options])}: {what}; options are pairs, as in SOLVER.BASE_LR 0.01"
+            f"{' '.join([str(file), *options])}: {what}; options are pairs, "
+            "as in SOLVER.BASE_LR 0.01"
         ) from None
     if arch := source(cfg.MODEL.WEIGHTS).get("arch"):
         if cfg.INPUT.FORMAT != "RGB" or cfg.MODEL.RESNETS.STRIDE_IN_1X1:
             raise InputError(
-                f"{file}: {cfg.MODEL.WEIGHTS} wants RGB and torchvision's strides; take a config that ends in _moco"
+                f"{file}: {cfg.MODEL.WEIGHTS} needs RGB and torchvision's strides; "
+                "take a config that ends in _moco"
             )
         for name, value in resnet_options(arch).items():
             cfg.MODEL.RESNETS[name] = value
@@ -85,16 +93,15 @@ def config(file: Path, options: list[str], gpus: int) -> CfgNode:
         cfg.MODEL.DEVICE = "cpu"
     if gpus <= 1 and cfg.MODEL.RESNETS.NORM == "SyncBN":
         cfg.MODEL.RESNETS.NORM = "BN"
-        print(
-            "MODEL.RESNETS.NORM BN: SyncBN needs several GPUs; each batch's statistics are those of its own images"
-        )
+        print("MODEL.RESNETS.NORM BN: SyncBN needs several GPUs, so plain batch norm is used")
     return cfg
 
 
 def converted(weights: str) -> dict[str, Any] | None:
-    """What `convert-pretrain-to-detectron2.py` wrote to the file MODEL.WEIGHTS; None for weights that it did not write.
+    """Return the content of MODEL.WEIGHTS if convert-pretrain-to-detectron2.py wrote it, else None.
 
-    Raises InputError for a pickle of anything but arrays and plain values, in which detectron2 would run what it says.
+    Raises InputError if the pickle holds more than arrays and plain values, because detectron2
+    would run code in it.
     """
     if not weights.endswith(".pkl") or not Path(weights).is_file():
         return None
@@ -106,26 +113,33 @@ def converted(weights: str) -> dict[str, Any] | None:
         raise InputError(f"{weights}: {error}; convert the checkpoint again") from None
     if not isinstance(found, dict):
         raise InputError(
-            f"{weights}: holds a {type(found).__name__}, and no weights; convert a checkpoint"
+            f"{weights}: holds a {type(found).__name__} instead of weights; convert a checkpoint"
         )
     if "source" in found and not (
         isinstance(found["source"], dict) and isinstance(found.get("model"), dict)
     ):
         raise InputError(
-            f"{weights}: damaged (what it says of itself is no table); convert the checkpoint again"
+            f"{weights}: damaged ('source' or 'model' is not a dict); convert the checkpoint again"
         )
     return found if "source" in found else None
 
 
 def source(weights: str) -> dict[str, Any]:
-    """What the file MODEL.WEIGHTS comes from: a converted checkpoint says it, and a detector's run folder; empty for others."""
+    """Return what is known about the origin of MODEL.WEIGHTS.
+
+    It is read from a converted checkpoint, or from the run folder of a trained detector. Returns an
+    empty dict for other weights.
+    """
     if found := converted(weights):
         return found["source"]
     return began_from(Path(weights).parent) if weights.endswith(".pth") else {}
 
 
 def began_from(folder: Path) -> dict[str, Any]:
-    """What the detector in a run folder began from; empty where none has begun, or not from a converted checkpoint."""
+    """Return the origin of the converted checkpoint from which the detector in `folder` started.
+
+    Returns an empty dict if there is no detector, or if it started from other weights.
+    """
     file = folder / SOURCE
     try:
         found = read_json(file) if file.is_file() else {}
@@ -137,9 +151,9 @@ def began_from(folder: Path) -> dict[str, Any]:
 
 
 def not_arrived(model: nn.Module, tensors: dict[str, np.ndarray]) -> list[str]:
-    """The backbone tensors, of the model or of a converted checkpoint, that are not bit by bit the same in both.
+    """Return the names of backbone tensors that differ between a model and a converted checkpoint.
 
-    The norm after res5 is the model's own and is left out.
+    Tensors must be equal bit by bit. The norm after res5 is ignored, because only the model has it.
     """
     theirs = {
         ("roi_heads." if name.startswith("res5.") else "backbone.") + name: x

@@ -1,7 +1,9 @@
 #!/usr/bin/env python
-"""Convert the encoder of a checkpoint, of this project or of any that main_lincls.py reads, to detectron2's names.
+"""Convert the encoder of a checkpoint to detectron2's names.
 
-With --check, detectron2 builds its C4 model, loads OUT as training will, and every backbone tensor is compared bit by bit.
+IN is a checkpoint of this project, or any other file that main_lincls.py reads. With --check,
+detectron2 builds its C4 model and loads OUT as in training. Then every backbone tensor is compared
+bit by bit.
 """
 
 import argparse
@@ -22,18 +24,21 @@ from moco.files import creating
 
 
 def main() -> int:
+    """Run the tool; return the exit status."""
     parser = tool.OneLineParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("checkpoint", metavar="IN", help="a checkpoint with a ResNet")
+    parser.add_argument("checkpoint", metavar="IN", help="checkpoint of a ResNet")
     parser.add_argument(
-        "out", metavar="OUT", type=Path, help="the file for MODEL.WEIGHTS; ends in .pkl"
+        "out", metavar="OUT", type=Path, help="file for MODEL.WEIGHTS; must end in .pkl"
     )
     parser.add_argument(
-        "-a", "--arch", help="of a checkpoint that does not say it (default: resnet50)"
+        "-a",
+        "--arch",
+        help="architecture, if the checkpoint does not name it (default: resnet50)",
     )
     parser.add_argument(
-        "--check", action="store_true", help="prove with detectron2 that all of it arrives"
+        "--check", action="store_true", help="check with detectron2 that it loads every tensor"
     )
     parser.add_argument(
         "--force", action="store_true", help="replace OUT if it was made from another checkpoint"
@@ -42,8 +47,11 @@ def main() -> int:
 
 
 def work(args: argparse.Namespace) -> None:
+    """Convert the checkpoint and, with --check, check the result."""
     if args.out.suffix != ".pkl":
-        raise InputError(f"{args.out}: detectron2 takes a file by its ending; let OUT end in .pkl")
+        raise InputError(
+            f"{args.out}: detectron2 tells the format by the suffix; let OUT end in .pkl"
+        )
     converted = convert(args.checkpoint, args.arch)
     write(args.out, converted, args.force)
     if args.check:
@@ -51,7 +59,10 @@ def work(args: argparse.Namespace) -> None:
 
 
 def convert(file: str, arch: str | None = None) -> dict[str, Any]:
-    """What OUT holds: `model`, arrays by detectron2's names, and where they came from. Raises InputError where one is left over."""
+    """Return the content of OUT: `model` (arrays by detectron2's names) and their origin.
+
+    Raises InputError if a tensor of the backbone is missing, or if one is left over.
+    """
     state = checkpoint.load(file)
     facts = metadata.read_metadata(state)
     arch = arch or facts.arch or "resnet50"
@@ -59,7 +70,8 @@ def convert(file: str, arch: str | None = None) -> dict[str, Any]:
         raise InputError(f"{file}: is of {arch}, and the detectors here are built on ResNets")
     if facts.stem == "cifar":
         raise InputError(
-            f"{file}: was trained with --stem cifar, and detectron2's ResNets start with a 7x7 convolution"
+            f"{file}: was trained with --stem cifar, and detectron2's ResNets start with a "
+            "7x7 convolution"
         )
     net = resnets.resnet(arch, 1)
     tensors = pretrained.tensors_of(net, state)
@@ -74,7 +86,8 @@ def convert(file: str, arch: str | None = None) -> dict[str, Any]:
     ]
     if left:
         raise InputError(
-            f"{file}: {len(left)} tensors are no part of a {arch}: {pretrained.first_names(left)}; remove them from it"
+            f"{file}: {len(left)} tensors are not part of a {arch}: "
+            f"{pretrained.first_names(left)}; remove them from the file"
         )
     model = {}
     names = [
@@ -85,12 +98,13 @@ def convert(file: str, arch: str | None = None) -> dict[str, Any]:
         new = renamed(name)
         model[new] = mine[name].numpy()
         print(f"{prefix + name:{width}} -> {new:32} {tuple(mine[name].shape)}")
-    print(f"{len(model)} of {len(names)} tensors of the {arch} renamed; its head stays behind")
+    print(f"{len(model)} of {len(names)} tensors of the {arch} renamed, without its head")
     for key, values, usual in (("MEAN", facts.mean, MEAN), ("STD", facts.std, STD)):
         if values and tuple(values) != usual:
             own = ",".join(f"{255 * value:.3f}" for value in values)
             print(
-                f"its images were not normalized as ImageNet's: train with MODEL.PIXEL_{key} [{own}]"
+                "pre-training used another normalization than ImageNet's: "
+                f"train with MODEL.PIXEL_{key} [{own}]"
             )
     source = {
         "file": str(Path(file).resolve()),
@@ -108,7 +122,7 @@ def convert(file: str, arch: str | None = None) -> dict[str, Any]:
 
 
 def sha256(file: str) -> str:
-    """Return the SHA-256 of a file, which may be larger than memory."""
+    """Return the SHA-256 of a file. Reads it in parts, because it may be larger than memory."""
     found = hashlib.sha256()
     with open(file, "rb") as opened:
         while part := opened.read(1 << 24):
@@ -117,7 +131,10 @@ def sha256(file: str) -> str:
 
 
 def renamed(name: str) -> str:
-    """detectron2's name for a tensor of a torchvision ResNet: layer1.0.bn2.weight -> res2.0.conv2.norm.weight."""
+    """Return detectron2's name for a tensor of a torchvision ResNet.
+
+    For example, layer1.0.bn2.weight becomes res2.0.conv2.norm.weight.
+    """
     name = re.sub(r"^(conv1|bn1)\.", r"stem.\1.", name)
     name = re.sub(r"^layer(\d)\.", lambda stage: f"res{int(stage[1]) + 1}.", name)
     name = re.sub(r"\bbn(\d)\.", r"conv\1.norm.", name)
@@ -125,9 +142,9 @@ def renamed(name: str) -> str:
 
 
 def write(path: Path, converted: dict[str, Any], force: bool = False) -> None:
-    """Write OUT unless it has the same content already, as when a detector's run continues.
+    """Write OUT, unless it already has the same content, as when a detector's run continues.
 
-    Raises InputError if there is another file at `path`, unless `force`.
+    Raises InputError if `path` is another file, unless `force` is True.
     """
     data = pickle.dumps(converted)
     try:
@@ -142,7 +159,10 @@ def write(path: Path, converted: dict[str, Any], force: bool = False) -> None:
 
 
 def check(path: Path, converted: dict[str, Any]) -> None:
-    """Load `path` into detectron2's model. Raises InputError where a backbone tensor is not, bit by bit, the converted one."""
+    """Load `path` into detectron2's model.
+
+    Raises InputError if a backbone tensor is not equal to the converted one, bit by bit.
+    """
     if importlib.util.find_spec("detectron2") is None:
         raise InputError("--check needs detectron2; detection/README.md says how to install it")
     import c4
@@ -158,10 +178,12 @@ def check(path: Path, converted: dict[str, Any]) -> None:
     wrong = c4.not_arrived(model, converted["model"])
     if wrong:
         raise InputError(
-            f"{path}: {len(wrong)} tensors did not arrive in detectron2's model: {pretrained.first_names(wrong)}"
+            f"{path}: {len(wrong)} tensors did not arrive in detectron2's model: "
+            f"{pretrained.first_names(wrong)}"
         )
     print(
-        f"{len(converted['model'])} of {len(converted['model'])} backbone tensors arrived in detectron2's model, bit by bit"
+        f"{len(converted['model'])} of {len(converted['model'])} backbone tensors arrived in "
+        "detectron2's model, bit by bit"
     )
 
 

@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
-# Convert a checkpoint, fine-tune a detector from it and test it: AP, AP50 and AP75 of boxes (and masks) in OUT/results.json.
+# Convert a checkpoint, fine-tune a detector from it, and test the detector. OUT/results.json holds AP, AP50 and AP75 of boxes
+# (and masks).
 #
 #   detection/run.sh CHECKPOINT voc|coco OUT [options of train_net.py ...]
 #   CONFIG=detection/configs/coco_R_50_C4_1x_moco.yaml    another schedule (default: VOC 24k, COCO 2x)
-#   GPUS=8  PYTHON=python    to use others
+#   GPUS=8  PYTHON=python                                 number of GPUs, and the Python to use
 #
-# DETECTRON2_DATASETS names the folder of the data sets. May be stopped and started again: it goes on from the last checkpoint.
+# DETECTRON2_DATASETS names the folder of the data sets. The script may be stopped and started again; it continues from the last
+# checkpoint.
 set -euo pipefail
 
 usage() {

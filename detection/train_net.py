@@ -1,8 +1,9 @@
 #!/usr/bin/env python
-"""Train and test Faster or Mask R-CNN with detectron2, from an encoder that convert-pretrain-to-detectron2.py has converted.
+"""Train and test Faster or Mask R-CNN with detectron2, from a converted encoder.
 
-Options of the config follow as pairs: MODEL.WEIGHTS FILE.pkl OUTPUT_DIR DIR SOLVER.BASE_LR 0.01. Metrics go to
-OUTPUT_DIR/results.json, as every evaluation's of this project.
+convert-pretrain-to-detectron2.py converts the encoder. Options of the config follow as pairs:
+MODEL.WEIGHTS FILE.pkl OUTPUT_DIR DIR SOLVER.BASE_LR 0.01. Metrics are written to
+OUTPUT_DIR/results.json, as by every evaluation of this project.
 """
 
 import argparse
@@ -37,15 +38,17 @@ from moco.errors import InputError
 from moco.evaluate import results
 from moco.files import refuse_remote, write_json
 
-GPUS = 8  # that the schedules are made for
+GPUS = 8  # number of GPUs for which the schedules are made
 
 
 def main() -> int:
+    """Run the script; return the exit status."""
     args = parser().parse_args()
     return tool.attempt("train_net.py", lambda: train(args))
 
 
 def train(args: argparse.Namespace) -> None:
+    """Train a detector, or only test one, on all GPUs of the command line."""
     cfg = configure(args)
     check_data(cfg)
     held = claim(cfg, args) if args.machine_rank == 0 else None
@@ -64,7 +67,7 @@ def train(args: argparse.Namespace) -> None:
 
 
 def claim(cfg: CfgNode, args: argparse.Namespace) -> run_folder.Held:
-    """Lock OUTPUT_DIR for this run; a test (--eval-only) gets a subfolder if it holds another run.
+    """Lock OUTPUT_DIR for this run. If it holds another run, --eval-only uses a subfolder instead.
 
     Raises InputError if another run has written there, unless `--resume` continues it.
     """
@@ -83,21 +86,24 @@ def claim(cfg: CfgNode, args: argparse.Namespace) -> run_folder.Held:
 
 
 def parser() -> argparse.ArgumentParser:
+    """Return the parser of the options."""
     p = default_argument_parser(epilog=__doc__)
     p.set_defaults(num_gpus=min(1, torch.cuda.device_count()))
     p.add_argument(
         "--auto-scale",
         action="store_true",
-        help=f"on fewer than {GPUS} GPUs: their share of the batch, the rate by the linear rule, and the more iterations",
+        help=f"on fewer than {GPUS} GPUs: keep the images per GPU; scale batch and learning rate "
+        "down, and the number of iterations up",
     )
     return p
 
 
 def configure(args: argparse.Namespace) -> CfgNode:
-    """The run's configuration. Raises InputError where it cannot run."""
+    """Return the configuration of the run. Raises InputError if it cannot run."""
     if args.num_gpus > torch.cuda.device_count():
         raise InputError(
-            f"--num-gpus {args.num_gpus}: this machine has {torch.cuda.device_count()}; 0 runs on the CPU"
+            f"--num-gpus {args.num_gpus}: this machine has {torch.cuda.device_count()}; "
+            "0 runs on the CPU"
         )
     if args.num_machines > 1 and args.num_gpus == 0:
         raise InputError("--num-machines: several machines need GPUs")
@@ -107,12 +113,13 @@ def configure(args: argparse.Namespace) -> CfgNode:
     cfg = c4.config(Path(args.config_file), args.opts, args.num_gpus * args.num_machines)
     weights = cfg.MODEL.WEIGHTS
     if not weights:
-        print("MODEL.WEIGHTS is empty: a randomly initialised backbone")
+        print("MODEL.WEIGHTS is empty: the backbone is randomly initialised")
     elif weights.startswith(("gs://", "s3://", "hdfs://")):
         refuse_remote(weights, "MODEL.WEIGHTS")
     elif "://" not in weights and not Path(weights).is_file():
         raise InputError(
-            f"MODEL.WEIGHTS {weights}: no such file; convert a checkpoint with convert-pretrain-to-detectron2.py"
+            f"MODEL.WEIGHTS {weights}: no such file; "
+            "convert a checkpoint with convert-pretrain-to-detectron2.py"
         )
     out = Path(cfg.OUTPUT_DIR)
     begun = c4.began_from(out)
@@ -128,29 +135,33 @@ def configure(args: argparse.Namespace) -> CfgNode:
     if args.auto_scale and processes < GPUS:
         if cfg.SOLVER.IMS_PER_BATCH % GPUS:
             raise InputError(
-                f"--auto-scale: SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} is for {GPUS} GPUs, give a multiple of it"
+                f"--auto-scale: SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} is for {GPUS} "
+                f"GPUs; give a multiple of {GPUS}"
             )
         cfg.SOLVER.REFERENCE_WORLD_SIZE = GPUS
         cfg = DefaultTrainer.auto_scale_workers(cfg, processes)
     solver = cfg.SOLVER
     if solver.IMS_PER_BATCH % processes:
         raise InputError(
-            f"SOLVER.IMS_PER_BATCH {solver.IMS_PER_BATCH}: must be a multiple of the {processes} GPUs"
+            f"SOLVER.IMS_PER_BATCH {solver.IMS_PER_BATCH}: must be a multiple of the "
+            f"{processes} GPUs"
         )
     print(
-        f"{processes} process(es) on {cfg.MODEL.DEVICE}, batch {solver.IMS_PER_BATCH}, lr {solver.BASE_LR:g}, warm-up"
-        f" {solver.WARMUP_ITERS}, steps {solver.STEPS}, {solver.MAX_ITER} iterations, norm {cfg.MODEL.RESNETS.NORM}"
+        f"{processes} process(es) on {cfg.MODEL.DEVICE}, batch {solver.IMS_PER_BATCH}, "
+        f"lr {solver.BASE_LR:g}, warm-up {solver.WARMUP_ITERS}, steps {solver.STEPS}, "
+        f"{solver.MAX_ITER} iterations, norm {cfg.MODEL.RESNETS.NORM}"
     )
     if not args.auto_scale and processes < GPUS:
         print(
-            f"the schedules are made for {GPUS} GPUs; --auto-scale fits batch, learning rate and iterations to {processes}"
+            f"the schedules are made for {GPUS} GPUs; --auto-scale fits batch, learning rate and "
+            f"iterations to {processes}"
         )
     cfg.freeze()
     return cfg
 
 
 def check_data(cfg: CfgNode) -> None:
-    """Raise InputError where a data set of the configuration is not in its folder."""
+    """Raise InputError if a data set of the configuration is not in its folder."""
     for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
         about = MetadataCatalog.get(name)
         if about.get("evaluator_type") == "pascal_voc":
@@ -163,12 +174,13 @@ def check_data(cfg: CfgNode) -> None:
             )
         if not file.is_file():
             raise InputError(
-                f"{name}: no {file}; set DETECTRON2_DATASETS to the folder that holds VOC2007, VOC2012 and coco"
+                f"{name}: no {file}; set DETECTRON2_DATASETS to the folder that holds VOC2007, "
+                "VOC2012 and coco"
             )
 
 
 def worker(cfg: CfgNode, args: argparse.Namespace) -> None:
-    """What each process runs."""
+    """Train or test in one process."""
     default_setup(cfg, args)
     if args.eval_only:
         model = Trainer.build_model(cfg)
@@ -187,25 +199,31 @@ def worker(cfg: CfgNode, args: argparse.Namespace) -> None:
 
 
 def check_arrived(cfg: CfgNode, model: torch.nn.Module) -> None:
-    """Say that the converted backbone is in the model, bit by bit. Raises RuntimeError where it is not."""
+    """Check that the model holds the converted backbone, bit by bit, and print that it does.
+
+    Raises RuntimeError if it does not.
+    """
     if not (found := c4.converted(cfg.MODEL.WEIGHTS)):
         return
     wrong = c4.not_arrived(getattr(model, "module", model), found["model"])
     if wrong:
         raise RuntimeError(
-            f"{cfg.MODEL.WEIGHTS}: {len(wrong)} tensors did not arrive in the model: {pretrained.first_names(wrong)}"
+            f"{cfg.MODEL.WEIGHTS}: {len(wrong)} tensors did not arrive in the model: "
+            f"{pretrained.first_names(wrong)}"
         )
     if comm.is_main_process():
         print(
-            f"{len(found['model'])} backbone tensors of {found['source']['file']} arrived bit by bit"
+            f"{len(found['model'])} backbone tensors of {found['source']['file']} "
+            "arrived bit by bit"
         )
 
 
 class Trainer(DefaultTrainer):
-    """detectron2's, with the evaluator of the data set, and results.json."""
+    """A detectron2 trainer that chooses the evaluator of the data set and writes results.json."""
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
+        """Return the evaluator of a data set."""
         if MetadataCatalog.get(dataset_name).evaluator_type == "pascal_voc":
             return PascalVOCDetectionEvaluator(dataset_name)
         return COCOEvaluator(dataset_name, output_dir=str(Path(cfg.OUTPUT_DIR, "inference")))
@@ -214,6 +232,7 @@ class Trainer(DefaultTrainer):
     def test(
         cls, cfg: CfgNode, model: torch.nn.Module, evaluators: list[DatasetEvaluator] | None = None
     ) -> dict:
+        """Test the model; the main process writes results.json."""
         found = super().test(cfg, model, evaluators)
         if found and comm.is_main_process():
             write_results(cfg, found)
@@ -221,10 +240,13 @@ class Trainer(DefaultTrainer):
 
 
 def write_results(cfg: CfgNode, found: dict[str, dict[str, float]]) -> None:
-    """Write results.json to OUTPUT_DIR: AP, AP50 and AP75 of boxes and masks, in [0, 1]; what is undefined is left out.
+    """Write AP, AP50 and AP75 of boxes and masks, in [0, 1], to results.json in OUTPUT_DIR.
+
+    Undefined metrics are left out.
 
     Args:
-        found: as evaluators report it, for `bbox` and `segm` each: per cent by name.
+        cfg: configuration of the run.
+        found: the evaluators' metrics in per cent, by task (`bbox`, `segm`) and name.
     """
     of = {"bbox": "box", "segm": "mask"}
     metrics = {
@@ -235,7 +257,8 @@ def write_results(cfg: CfgNode, found: dict[str, dict[str, float]]) -> None:
     }
     source = c4.source(cfg.MODEL.WEIGHTS)
     solver = cfg.SOLVER
-    iterations = solver.IMS_PER_BATCH * solver.MAX_ITER / 16_000  # of 16 images
+    # thousands of iterations, converted to batches of 16 images
+    iterations = solver.IMS_PER_BATCH * solver.MAX_ITER / 16_000
     results.write(
         Path(cfg.OUTPUT_DIR),
         {

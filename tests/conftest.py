@@ -1,4 +1,7 @@
-"""What the tests share: tiny image folders, and the scripts called in this process or from a shell."""
+"""Fixtures and helpers of all tests.
+
+They provide tiny image folders, and call the scripts in this process or from a shell.
+"""
 
 import contextlib
 import importlib
@@ -28,7 +31,8 @@ from moco.config import flat
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# what the tests compute gains nothing from more threads, and loses much where other programs keep the cores busy
+# More threads do not make the tests faster, and make them much slower if other programs keep the
+# cores busy.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that they start
 # tools that the tests start import this clone, whatever is installed
@@ -113,7 +117,7 @@ def shell(
 
 
 def own_lines(err: str) -> list[str]:
-    """Return the lines of stderr without the warnings of other packages, which change with versions.
+    """Return the lines of stderr without warnings of other packages, which change with versions.
 
     Raises AssertionError if there is a traceback.
     """
@@ -160,7 +164,8 @@ def no_launcher(monkeypatch):
 def on_two_ranks(checks: dict[str, tuple], folder: Path) -> Callable[[str], list]:
     """Call each check (a function and what it gets after its rank) on two processes over loopback.
 
-    Returns a function from a check's name to what the two ranks returned, which fails the test where one of them failed.
+    Returns a function that takes the name of a check and returns the results of both ranks. It
+    fails the test if the check failed on a rank.
     """
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -189,7 +194,10 @@ def _rank(rank: int, port: int, checks: dict[str, tuple], folder: str) -> None:
 
 
 def _attempt(check: Callable, *args: object) -> object:
-    """What the check finds, or why it failed: a failing check must not take the other checks' results along."""
+    """Return the result of the check, or the traceback if it failed.
+
+    So a failing check does not prevent the other checks.
+    """
     try:
         return check(*args)
     except Exception:

@@ -1,4 +1,8 @@
-"""README.md and docs/ say what is so: commands parse, options and files exist, messages are the scripts', the example trains."""
+"""Check README.md and docs/ against the code.
+
+Commands parse, options and files exist, quoted messages are those of the scripts, and the example
+trains.
+"""
 
 import ast
 import importlib
@@ -34,7 +38,10 @@ def fences(page: str) -> list[str]:
 
 
 def ours(name: str, page: str) -> str:
-    """A page without what stands there for other repositories: in docs/commands.md the left column."""
+    """Return a page without the commands of other repositories.
+
+    These are the left column of docs/commands.md.
+    """
     lines = page.splitlines()
     return "\n".join(
         re.sub(r"^\|.*?(?<!\\)\|", "|", line) if name.endswith("commands.md") else line
@@ -43,7 +50,10 @@ def ours(name: str, page: str) -> str:
 
 
 def commands() -> list[tuple[bool, str]]:
-    """Every command of ours from the script's name on, and whether it is a line of a code block, to be typed as it is."""
+    """Return our commands, each from the script's name on.
+
+    Each has a flag: whether it is a line of a code block, which can be typed unchanged.
+    """
     found = []
     for name, page in PAGES.items():
         page = ours(name, page)
@@ -85,7 +95,7 @@ def test_there_are_commands_of_every_script():
     ("typed", "text"), COMMANDS, ids=[f"{i} {text[:60]}" for i, (_, text) in enumerate(COMMANDS)]
 )
 def test_command_is_accepted(typed, text, tmp_path, monkeypatch):
-    """By the script's parser; of pre-training, by what it checks before it looks at the data, too."""
+    """Parse the command; for pre-training, also run the checks that do not need the data."""
     monkeypatch.chdir(ROOT)
     name, _, rest = text.partition(".py ")
     words = [word for word in shlex.split(rest, comments=True) if word != "..."]
@@ -107,7 +117,7 @@ def test_command_is_accepted(typed, text, tmp_path, monkeypatch):
     if config.views.recipe:
         check_name(config.views.recipe)
     config = completed(module, config)
-    # nor does it give an option that has no effect, which would be refused; the ports of the papers may be in use, by other tests
+    # Check also that no option lacks an effect. Other tests may be using the ports of the papers.
     with mock.patch("moco.launch.rendezvous._check_own"):
         parser.without_effect(config)
 
@@ -220,7 +230,7 @@ def constants() -> set[str]:
 
 
 def test_messages_are_the_scripts_own():
-    """Of the left column of docs/troubleshooting.md, what is quoted as code, but for what `...` stands for."""
+    """Check the code in the left column of docs/troubleshooting.md; `...` matches any text."""
     said = constants()
     for line in PAGES["docs/troubleshooting.md"].splitlines():
         cell = line.split("|")[1] if line.startswith("| ") else ""

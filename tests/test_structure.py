@@ -1,4 +1,4 @@
-"""The house keeps its floors: imports go down only, scripts stay short, the mathematics knows torch alone."""
+"""Check the architecture: imports go down only, scripts are short, losses import only torch."""
 
 import ast
 from pathlib import Path

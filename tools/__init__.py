@@ -1,1 +1,5 @@
-"""Scripts for people. A package, as detectron2 installs one of this name too, and the one found first must be ours."""
+"""Command-line tools.
+
+This folder is a package because detectron2 installs a package named `tools`, too. Python must find
+ours first.
+"""

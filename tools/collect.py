@@ -1,9 +1,10 @@
 #!/usr/bin/env python
-"""One table of every evaluation below a folder: a row for each encoder, a column for each protocol and data set.
+"""Print one table of all evaluations below a folder.
 
-Of the runs of one encoder under one protocol, those that differ by their seed alone are averaged (mean +- standard deviation). Of
-several settings the best one counts: on the images held out from train/ (--val-from-train) where every run has them, else on
-val/, which a * marks.
+The table has a row for each encoder and a column for each protocol and data set. Runs of one
+encoder and protocol that differ only in their seed are averaged (mean +- standard deviation). If
+there are runs with several settings, the table shows the best setting. It is chosen on the images
+held out from train/ (--val-from-train) if every run has them; otherwise on val/, marked with *.
 """
 
 import argparse
@@ -17,20 +18,23 @@ from moco.report.results import as_csv, collect, markdown
 
 
 def main() -> int:
+    """Run the tool; return the exit status."""
     parser = tool.OneLineParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", type=Path, help="where the run folders lie, at any depth")
+    parser.add_argument(
+        "folder", type=Path, help="folder that contains the run folders, at any depth"
+    )
     files = "also write table.md and table.csv to this folder"
     parser.add_argument("--out", type=Path, metavar="DIR", help=files)
-    parser.add_argument("--force", action="store_true", help="replace the tables that are there")
+    parser.add_argument("--force", action="store_true", help="replace existing tables")
     return tool.run(parser, table)
 
 
 def table(args: argparse.Namespace) -> None:
-    """Print the table; with --out write it too.
+    """Print the table; with --out, also write it.
 
-    Raises InputError if its files exist, unless --force.
+    Raises InputError if the files exist, unless --force is given.
     """
     if args.force and not args.out:
         replaces = "--force replaces the tables in the folder of --out"

@@ -1,8 +1,9 @@
 #!/usr/bin/env python
-"""The whole job in minutes on a laptop: pre-train SynCo on `photos`, probe it beside a randomly initialised encoder.
+"""Pre-train SynCo on `photos` and evaluate it, in minutes on a laptop.
 
-Prints one table, writes OUT/results.json and OUT/report.html, and exits with status 1 unless SynCo
-beats the random encoder in both evaluations. If OUT exists, writes to OUT-2, OUT-3, ... instead.
+The demo compares the pre-trained encoder with a randomly initialised one. It prints a table and
+writes OUT/results.json and OUT/report.html. It exits with status 1 unless SynCo beats the random
+encoder in both evaluations. If OUT exists, it writes to OUT-2, OUT-3, ... instead.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from moco.report import page
 
 
 def main() -> int:
+    """Run the demo; return the exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
@@ -26,7 +28,7 @@ def main() -> int:
     parser.add_argument(
         "--short",
         action="store_true",
-        help="two epochs each, no gain required: a quick check that all parts run",
+        help="train for two epochs only and require no gain: a quick check that all parts run",
     )
     args = parser.parse_args()
     epochs, probe_epochs = (2, 2) if args.short else (20, 12)
@@ -38,7 +40,8 @@ def main() -> int:
     run = args.out / "pretrain"
     minutes = "1 or 2 minutes" if args.short else "5 to 7 minutes"
     print(
-        f"takes {minutes} on two idle cores, several times as long on busy ones; writes to {args.out}"
+        f"takes {minutes} on two idle cores, several times as long on busy ones; "
+        f"writes to {args.out}"
     )
     print(f"\n1 of 5: pre-train an encoder with SynCo, without labels, for {epochs} epochs")
     run_on_photos(
@@ -47,12 +50,16 @@ def main() -> int:
     encoder = ["--pretrained", next(run.glob("checkpoint_*.pth.tar"))]
     results = {}
     for part, (prefix, source) in enumerate((("random_", []), ("", encoder))):
-        of = "the pre-trained encoder" if source else "a random encoder, to compare with"
+        encoder_name = "the pre-trained encoder" if source else "a random encoder, to compare with"
         print(
-            f"\n{2 * part + 2} of 5: classify val images by their nearest neighbours in train, with {of}"
+            f"\n{2 * part + 2} of 5: classify val images by their nearest neighbours in train, "
+            f"with {encoder_name}"
         )
         knn = run_on_photos(args.seed, "main_knn", args.out / f"{prefix}knn", "--k", 20, *source)
-        print(f"\n{2 * part + 3} of 5: train a linear classifier on the frozen features of {of}")
+        print(
+            f"\n{2 * part + 3} of 5: train a linear classifier on the frozen features of "
+            f"{encoder_name}"
+        )
         linear = run_on_photos(
             args.seed,
             "main_lincls",
@@ -70,9 +77,10 @@ def main() -> int:
 
 
 def show(results: dict[str, float], args: argparse.Namespace) -> int:
-    """Print the table; returns the exit status."""
+    """Print the table; return the exit status."""
     print(
-        f"\nphotos, ResNet-18 at 32 pixels, seed {args.seed}: top-1 on val, {results['seconds']:.0f} seconds in all"
+        f"\nphotos, ResNet-18 at 32 pixels, seed {args.seed}: top-1 on val, "
+        f"{results['seconds']:.0f} seconds in all"
     )
     print(f"{'':12}{'random init':>12}{'SynCo':>12}{'gain':>12}")
     gains = []

@@ -1,9 +1,11 @@
 #!/usr/bin/env python
-"""Write the encoder of a checkpoint for other software: its tensors alone, with torchvision's and timm's names.
+"""Export the encoder of a checkpoint to other software: only its tensors, in stock naming.
 
-CHECKPOINT is one of this project by any method, or any other that main_lincls.py reads. OUT is loaded strictly by torchvision's
-and timm's own networks without their last layer (ResNets by both, others by timm). Before it is there, that is proved: each of
-these networks loads it, and must compute the features that the project's does. The Python that loads it is printed.
+CHECKPOINT is a checkpoint of any method of this project, or any other file that main_lincls.py
+reads. Stock networks without their last layer load OUT strictly: ResNets of torchvision and timm,
+other networks of timm. The tool checks this before it writes OUT: each stock network loads the
+tensors and must compute the same features as this project's network. The tool prints the Python
+code that loads OUT.
 """
 
 import argparse
@@ -27,15 +29,17 @@ from moco.encoder.stock import StockModel, stock_models
 from moco.errors import InputError
 from moco.files import check_new, creating
 
-TOLERANCE = (
-    1e-4  # of the largest feature; the same operations in the same order differ by nothing at all
-)
-READ = {  # how a file of each ending is read, from {}, and what must be imported for it
+TOLERANCE = 1e-4  # relative to the largest feature; usually the features are exactly equal
+READ = {  # suffix: (the expression that loads the file {}, the module that it needs)
     ".pth": ("torch.load({}, weights_only=True)", "torch"),
     ".pt": ("torch.load({}, weights_only=True)", "torch"),
     ".safetensors": ("safetensors.torch.load_file({})", "safetensors.torch"),
 }
-HUBCONF = '''"""torch.hub.load(FOLDER, "encoder", source="local"), or from the web torch.hub.load("USER/REPOSITORY", "encoder")."""
+HUBCONF = '''"""Entry point of torch.hub for the encoder in this folder.
+
+Load it with torch.hub.load(FOLDER, "encoder", source="local"), or from the web with
+torch.hub.load("USER/REPOSITORY", "encoder").
+"""
 
 from pathlib import Path as _Path
 
@@ -46,7 +50,10 @@ about = {facts!r}
 
 
 def encoder(pretrained=True):
-    """A network in eval mode, from RGB images in [0, 1] that are normalized with about's mean and std to features [B, D]."""
+    """Return the network in eval mode. It maps images [B, 3, H, W] to features [B, D].
+
+    Images are RGB in [0, 1], normalized with the mean and std in `about`.
+    """
     {lines}
     if pretrained:
         net.load_state_dict({read})
@@ -55,6 +62,7 @@ def encoder(pretrained=True):
 
 
 def main() -> int:
+    """Run the tool; return the exit status."""
     parser = tool.OneLineParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -63,27 +71,39 @@ def main() -> int:
         "out",
         metavar="OUT",
         type=Path,
-        help="ends in .pth, .pt or .safetensors, which says what it will be",
+        help="file to write; its suffix (.pth, .pt or .safetensors) selects the format",
     )
     parser.add_argument(
-        "-a", "--arch", help="of a checkpoint that does not say it (default: resnet50)"
+        "-a",
+        "--arch",
+        help="architecture, if the checkpoint does not name it (default: resnet50)",
     )
-    size = "pixels of the images that a ViT or Swin is for (default: those it was pre-trained at; where unknown, 224)"
+    size = (
+        "image size in pixels of a ViT or Swin (default: that of pre-training, or 224 if unknown)"
+    )
     parser.add_argument("--image-size", type=values.in_range(int, sections.POSITIVE), help=size)
-    hub = "also write a hubconf.py beside OUT: torch.hub.load(FOLDER, 'encoder', source='local') needs no more than the two files"
+    hub = (
+        "also write a hubconf.py next to OUT; torch.hub.load(FOLDER, 'encoder', source='local') "
+        "then needs only these two files"
+    )
     parser.add_argument("--hub", action="store_true", help=hub)
-    parser.add_argument("--force", action="store_true", help="replace what is there")
+    parser.add_argument("--force", action="store_true", help="replace existing files")
     return tool.run(parser, export)
 
 
 def export(args: argparse.Namespace) -> None:
-    """Write OUT, and hubconf.py if asked for. Raises InputError where they cannot be or would load as something else."""
+    """Write OUT and, with --hub, hubconf.py.
+
+    Raises InputError if they cannot be written, or if a stock network that loads OUT computes
+    other features.
+    """
     outs = [args.out, *([args.out.with_name("hubconf.py")] if args.hub else [])]
     check_places(args, outs)
     found = pretrained.read(args.checkpoint, args.arch, args.image_size)
     if found.resized:
         print(
-            f"interpolated to images of {found.image_size} pixels (--image-size): {', '.join(found.resized)}"
+            f"interpolated to images of {found.image_size} pixels (--image-size): "
+            f"{', '.join(found.resized)}"
         )
     facts = {
         "arch": found.arch,
@@ -115,7 +135,8 @@ def export(args: argparse.Namespace) -> None:
             f"{args.out}: cannot be written ({error.strerror}); choose another place"
         ) from None
     print(
-        f"{args.out}: {len(tensors)} tensors of the {found.arch}, from {args.checkpoint}; its head stays behind"
+        f"{args.out}: {len(tensors)} tensors of the {found.arch}, from {args.checkpoint}, "
+        "without its head"
     )
     how = f"normalized with mean {facts['mean']} and standard deviation {facts['std']}"
     print(f"images: RGB in [0, 1], {how}; {found.image_size} pixels")
@@ -125,16 +146,17 @@ def export(args: argparse.Namespace) -> None:
     for name, own, usual in (("mean", found.mean, MEAN), ("std", found.std, STD)):
         options += f" --{name} {' '.join(map(str, own))}" if tuple(own) != usual else ""
     if args.out.suffix == ".safetensors":
-        options = ""  # the file has them as metadata
+        options = ""  # the file holds them as metadata
     print(f"in this project's scripts:\n  --pretrained {shlex.quote(str(args.out))}{options}")
     if args.hub:
         print(
-            f"from torch.hub, the same:\n  torch.hub.load({str(args.out.parent)!r}, 'encoder', source='local')"
+            "the same network from torch.hub:\n"
+            f"  torch.hub.load({str(args.out.parent)!r}, 'encoder', source='local')"
         )
 
 
 def check_places(args: argparse.Namespace, outs: list[Path]) -> None:
-    """Raise InputError where OUT's ending is unknown, or something would be lost."""
+    """Raise InputError if the suffix of OUT is unknown, or if an existing file would be lost."""
     if args.out.suffix not in READ:
         raise InputError(f"{args.out}: unknown kind of file; let OUT end in {', '.join(READ)}")
     if (
@@ -142,7 +164,8 @@ def check_places(args: argparse.Namespace, outs: list[Path]) -> None:
         and (name := str(args.out)) != name.encode(errors="replace").decode()
     ):
         raise InputError(
-            f"{args.out}: is not UTF-8, which safetensors needs; choose another name, or let OUT end in .pth"
+            f"{args.out}: is not UTF-8, which safetensors needs; choose another name, "
+            "or let OUT end in .pth"
         )
     for out in outs:
         if out.exists() and Path(args.checkpoint).exists() and out.samefile(args.checkpoint):
@@ -151,7 +174,7 @@ def check_places(args: argparse.Namespace, outs: list[Path]) -> None:
 
 
 def packed(tensors: dict[str, Tensor], suffix: str, facts: dict[str, object]) -> bytes:
-    """The file's content; of a safetensors file `facts` are the metadata."""
+    """Return the content of the file. A safetensors file holds `facts` as metadata."""
     if suffix != ".safetensors":
         buffer = BytesIO()
         torch.save(tensors, buffer)
@@ -160,7 +183,8 @@ def packed(tensors: dict[str, Tensor], suffix: str, facts: dict[str, object]) ->
         import safetensors.torch
     except ImportError:
         raise InputError(
-            "a .safetensors file is written by safetensors: pip install safetensors, or let OUT end in .pth"
+            "a .safetensors file needs the package safetensors: pip install safetensors, "
+            "or let OUT end in .pth"
         ) from None
     words = {
         name: " ".join(map(str, fact)) if isinstance(fact, tuple) else str(fact)
@@ -171,7 +195,10 @@ def packed(tensors: dict[str, Tensor], suffix: str, facts: dict[str, object]) ->
 
 
 def hubconf(home: StockModel, name: str, facts: dict[str, object]) -> str:
-    """What hubconf.py holds. The words of a checkpoint, which may be a stranger's, stand in it as strings alone."""
+    """Return the content of hubconf.py.
+
+    The checkpoint may be untrusted, so its texts appear there only as string literals.
+    """
     modules = imports(home, Path(name).suffix)
     return HUBCONF.format(
         imports="\n".join(modules),
@@ -183,7 +210,7 @@ def hubconf(home: StockModel, name: str, facts: dict[str, object]) -> str:
 
 
 def imports(home: StockModel, suffix: str) -> list[str]:
-    """What the Python that makes the network and loads such a file begins with."""
+    """Return the import lines needed to create the network and to load a file with `suffix`."""
     modules = {
         READ[suffix][1],
         home.library,
@@ -193,26 +220,30 @@ def imports(home: StockModel, suffix: str) -> list[str]:
 
 
 def python(home: StockModel, path: Path) -> list[str]:
-    """The Python that makes the library's network, as `net`, and loads `path` into it."""
+    """Return the Python lines that create the library's network as `net` and load `path`."""
     read = READ[path.suffix][0].format(repr(str(path)))
     return [*imports(home, path.suffix), *home.lines, f"net.load_state_dict({read})", "net.eval()"]
 
 
 @torch.inference_mode()
 def prove(found: pretrained.Encoder, plain: list[StockModel], path: Path, hub: bool) -> list[str]:
-    """What to say of each library's network, which has loaded `path` strictly. Raises InputError where its features are others."""
+    """Load `path` strictly into each stock network; return a line to print about each.
+
+    Raises InputError if a stock network computes other features than this project's network.
+    """
     images = torch.randn(
         2, 3, found.image_size, found.image_size, generator=torch.Generator().manual_seed(0)
     )
     mine = found.net(images)
     if not mine.isfinite().all():
         raise InputError(
-            f"{found.arch}: its features are not finite: its training diverged; take an earlier checkpoint"
+            f"{found.arch}: the features contain NaN or infinity, because training diverged; "
+            "take an earlier checkpoint"
         )
     said = []
     for home in plain:
         names: dict[str, nn.Module] = {}
-        exec("\n".join(python(home, path)), names)  # what will be printed, and nothing else
+        exec("\n".join(python(home, path)), names)  # exactly the code that will be printed
         said.append(compared(home.library, names["net"], images, mine))
     if hub:
         compared(
@@ -222,11 +253,16 @@ def prove(found: pretrained.Encoder, plain: list[StockModel], path: Path, hub: b
 
 
 def compared(where: str, net: nn.Module, images: Tensor, mine: Tensor) -> str:
+    """Return a line on how far the features of `net` are from `mine`.
+
+    Raises InputError if they differ by more than `TOLERANCE`.
+    """
     theirs = net(images)
     difference = float((theirs - mine).abs().max()) if theirs.shape == mine.shape else float("inf")
     if not difference <= TOLERANCE * float(mine.abs().max()):
         raise InputError(
-            f"{where}'s network has other features, by up to {difference:.2g}: nothing was written; try its newest version"
+            f"{where}'s network has other features, by up to {difference:.2g}: nothing was "
+            "written; try its newest version"
         )
     return f"features differ by at most {difference:.2g} from this project's"
 

@@ -1,17 +1,18 @@
 #!/usr/bin/env bash
-# ImageNet's two archives as DIR/train/WNID/*.JPEG and DIR/val/WNID/*.JPEG, with every count checked.
+# Unpack ImageNet's two archives to DIR/train/WNID/*.JPEG and DIR/val/WNID/*.JPEG, and check every count.
 #
 #   tools/prepare_imagenet.sh TARS DIR [--val-labels FILE] [--md5]
 #
-# TARS holds ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar, which image-net.org gives to those who register. May be stopped
-# at any point and started again: what is complete is skipped. What DIR has already is never deleted or overwritten.
+# TARS is the folder of ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar. Registered users can download them from
+# image-net.org. The script may be stopped at any time and started again; it skips the classes that are complete. It never
+# deletes or overwrites files that are already in DIR.
 #
-#   --val-labels FILE   the class of each val image, which the archives do not tell. Lines of `WNID` in the order of the images,
-#                       or with both names in a line: `NAME WNID`, valprep.sh of soumith's imagenetloader.torch, or Kaggle's
-#                       LOC_val_solution.csv (all read as text, none is run). Not needed where TARS also holds the small
-#                       ILSVRC2012_devkit_t12.tar.gz, which torchvision reads (with PYTHON, by default python).
-#   --md5               compare the archives with the published sums first: takes minutes
-#   --counts C T V      other data of the same form: C classes, T train and V val images (default: 1000 1281167 50000)
+#   --val-labels FILE   classes of the val images, which the archives lack. Each line of FILE is a WNID (in the order of the
+#                       images) or holds an image name and a WNID: `NAME WNID`, valprep.sh of soumith's imagenetloader.torch,
+#                       or Kaggle's LOC_val_solution.csv. FILE is read as text and never run. It is not needed if TARS also
+#                       holds the small ILSVRC2012_devkit_t12.tar.gz; torchvision reads that, with PYTHON (default: python).
+#   --md5               first compare the archives with the published MD5 sums; this takes minutes
+#   --counts C T V      data of another size: C classes, T train images, V val images (default: 1000 1281167 50000)
 set -euo pipefail
 export LC_ALL=C
 
@@ -56,14 +57,14 @@ done
 [ ${#words[@]} -eq 2 ] || fail "usage: tools/prepare_imagenet.sh TARS DIR [--val-labels FILE] [--md5]"
 [ -d "${words[0]}" ] || fail "${words[0]}: no such folder; give the one that holds the archives"
 [ -z "$labels_file" ] || [ -r "$labels_file" ] || fail "--val-labels $labels_file: cannot be read"
-[ $((val_images % classes)) -eq 0 ] || fail "--counts: the val images are not the same number for each class"
+[ $((val_images % classes)) -eq 0 ] || fail "--counts: V must be a multiple of C, because each class has the same number of val images"
 tars=$(cd "${words[0]}" && pwd)
-mkdir -p "${words[1]}" || fail "${words[1]}: cannot be made"
+mkdir -p "${words[1]}" || fail "${words[1]}: cannot be created"
 out=$(cd "${words[1]}" && pwd)
 train_tar=$tars/ILSVRC2012_img_train.tar val_tar=$tars/ILSVRC2012_img_val.tar devkit=$tars/ILSVRC2012_devkit_t12.tar.gz
 each=$((val_images / classes))
 
-# All that is not complete lies here, on the same disk, so that a folder becomes visible in train/ or as val/ in one step
+# Incomplete folders stay here, on the same disk, so that a single rename makes them visible in train/ or as val/
 work=$out/.prepare
 mkdir -p "$work" || fail "$out: cannot be written"
 if ! mkdir "$work/lock" 2>/dev/null; then
@@ -77,10 +78,10 @@ trap 'rm -rf "$work/lock"' EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM
 
-# The one member of a large archive is found by its headers alone, and nothing is read after it
+# Tar must stop reading after the requested member, because the archives are large
 case $(tar --version) in *GNU*) first=--occurrence=1 ;; *) first=-q ;; esac
 
-# "WNID COUNT" of each class folder of $1; an empty file, as a power failure leaves it, is no image
+# Print "WNID COUNT" for each class folder of $1. Empty files do not count: a power failure may leave them
 counts() {
     if [ -d "$1" ]; then
         (cd "$1" && find . -mindepth 2 -maxdepth 2 -type f -name '*.JPEG' -size +0) |
@@ -88,7 +89,7 @@ counts() {
     fi
 }
 
-# Val's labels: "NAME WNID" lines in $work/labels; fails on what cannot be right. Returns 1 where there is no source.
+# Write the labels of val as "NAME WNID" lines to $work/labels. Fail if they are wrong; return 1 if there is no source.
 
 read_labels() {
     local source
@@ -112,16 +113,16 @@ read_labels() {
         }
         { print NR ": " $0 > "/dev/stderr"; exit 1 }
     ' "$work/source" 2>"$work/why" | sort >"$work/labels" ||
-        fail "$source: no image and class in line $(head -n 1 "$work/why" | cut -c 1-80)"
+        fail "$source: cannot find an image and a class in line $(head -n 1 "$work/why" | cut -c 1-80)"
     local n
     n=$(awk '{ print $1 }' "$work/labels" | uniq | wc -l)
     [ $((n)) -eq "$val_images" ] && [ $(($(wc -l <"$work/labels"))) -eq "$val_images" ] ||
-        fail "$source: names the class of $((n)) images; expected $val_images, each once"
+        fail "$source: has classes for $((n)) images; expected $val_images, each once"
     n=$(awk -v each="$each" '{ n[$2]++ } END { for (name in n) if (n[name] == each) right++; print right + 0 }' "$work/labels")
     [ "$n" -eq "$classes" ] || fail "$source: $n classes have $each images; expected $classes"
 }
 
-read_devkit() { # WNIDs in the order of the images
+read_devkit() { # print the WNIDs in the order of the images
     "${PYTHON:-python}" - "$devkit" "${DEVKIT_MD5:-}" <<'PYTHON'
 import os, sys, tempfile
 from torchvision.datasets import imagenet
@@ -129,18 +130,18 @@ from torchvision.datasets import imagenet
 devkit, md5 = sys.argv[1:]
 name, published = imagenet.ARCHIVE_META["devkit"]
 imagenet.ARCHIVE_META["devkit"] = name, md5 or published
-with tempfile.TemporaryDirectory() as folder:  # the parsed form is written beside the archive
+with tempfile.TemporaryDirectory() as folder:  # torchvision writes the parsed form next to the archive
     os.symlink(devkit, os.path.join(folder, name))
     imagenet.parse_devkit_archive(folder)
     print(*imagenet.load_meta_file(folder)[1], sep="\n")
 PYTHON
 }
 
-# What is there already
+# Check what DIR already holds
 
 counts "$out/train" >"$work/train.before"
 counts "$out/val" >"$work/val.before"
-is_complete() { # file of counts, classes, images
+is_complete() { # arguments: file of counts, number of classes, number of images
     awk -v classes="$2" -v images="$3" '{ n += $2 } END { exit !(NR == classes && n == images) }' "$1"
 }
 needs_train=1 needs_val=1
@@ -150,21 +151,21 @@ is_complete "$work/val.before" "$classes" "$val_images" && needs_val=""
 [ -z "$needs_val" ] || [ -f "$val_tar" ] || fail "$val_tar: no such file; TARS holds the two archives under their own names"
 
 has_labels=""
-no_labels="val/ waits for the images' classes: put ILSVRC2012_devkit_t12.tar.gz into $tars, or give --val-labels FILE (see --help)"
+no_labels="val/ needs the classes of its images: put ILSVRC2012_devkit_t12.tar.gz into $tars, or give --val-labels FILE (see --help)"
 if [ -n "$needs_val" ]; then
     if read_labels; then
         has_labels=1
-        if [ -e "$out/val" ]; then # never ours: it comes into its place complete
+        if [ -e "$out/val" ]; then # of another program, because this script creates val/ only when it is complete
             short=$(awk -v each="$each" '$2 < each { print $1 " has " $2 " of " each; exit }' "$work/val.before")
             short=${short:-$(($(wc -l <"$work/val.before"))) of $classes classes}
             fail "$out/val is not complete ($short); move it away and run this again"
         fi
     else
-        say "$no_labels; train/ comes first"
+        say "$no_labels; unpacking train/ first"
     fi
 fi
 
-# The disk and the archives
+# Check the free disk space and the archives
 
 size() { if [ -f "$1" ]; then echo $(($(wc -c <"$1") / 1024)); else echo 0; fi; } # KiB
 need=0
@@ -182,18 +183,18 @@ check_md5() {
     local sum
     say "$1: md5 ..."
     if command -v md5sum >/dev/null; then sum=$(md5sum <"$1"); else sum=$(md5 -q <"$1"); fi
-    [ "${sum%% *}" = "$2" ] || fail "$1: its md5 is ${sum%% *} and not $2; fetch it again"
+    [ "${sum%% *}" = "$2" ] || fail "$1: its md5 is ${sum%% *} and not $2; download it again"
 }
 if [ -n "$md5" ]; then
     [ -z "$needs_train" ] || check_md5 "$train_tar" "$train_md5"
     [ -z "$needs_val" ] || check_md5 "$val_tar" "$val_md5"
 fi
 
-# train/: one class at a time
+# Unpack train/, one class at a time
 
-# The class's archive in one pass. A tar that ends between two images is none to complain of for tar, but it lacks the end mark,
-# 1024 zeros.
-unpack_class() { # member, folder
+# Unpack the archive of a class in one pass. Tar accepts an archive that is cut off between two images, so check that it ends
+# with the end mark, 1024 zero bytes.
+unpack_class() { # arguments: member, folder
     rm -f "$work/pipe"
     mkfifo "$work/pipe"
     tail -c 1024 <"$work/pipe" >"$work/end" &
@@ -218,7 +219,8 @@ if [ -n "$needs_train" ]; then
         wnid=$(basename "$member" .tar)
         folder=$out/train/$wnid
         if [ -d "$folder" ]; then
-            # Recorded when it came into its place; else it is compared with the archive, as somebody else may have made it
+            # The count is recorded when this script unpacks a class. Another program may have created the folder; then
+            # count the images in the archive
             expected=$(awk -v name="$wnid" '$1 == name { n = $2 } END { print n }' "$work/train.done" 2>/dev/null || true)
             [ -n "$expected" ] || expected=$(tar -xOf "$train_tar" "$first" "$member" | tar -tf - | grep -c '\.JPEG$' || true)
             found=$(awk -v name="$wnid" '$1 == name { n = $2 } END { print n + 0 }' "$work/train.before")
@@ -241,17 +243,17 @@ if [ -n "$needs_train" ]; then
         echo "$wnid $((found))" >>"$work/train.done"
         [ $((n % 50)) -ne 0 ] || say "train: $n of $classes classes"
     done < <(grep '\.tar$' "$work/members")
-    [ -z "$done_before" ] || say "train: $done_before classes were complete before"
+    [ -z "$done_before" ] || say "train: $done_before classes were already complete"
     counts "$out/train" >"$work/train.after"
     if [ ${#wrong[@]} -eq 0 ] && ! is_complete "$work/train.after" "$classes" "$train_images"; then
         total=$(awk '{ n += $2 } END { print n + 0 }' "$work/train.after")
         least=$(sort -k2,2n "$work/train.after" | awk 'NR == 1 { print "the smallest is " $1 " with " $2 }')
         found=$(($(wc -l <"$work/train.after")))
-        wrong+=("train/ holds $total images in $found classes, and not $train_images in $classes ($least)")
+        wrong+=("train/ holds $total images in $found classes, expected $train_images in $classes ($least)")
     fi
 fi
 
-# val/: all images, then each into its class, and val/ into its place when every class has its images
+# Unpack val/: first all images, then move each to its class, and last move val/ to DIR when every class is complete
 
 if [ -n "$needs_val" ] && [ -n "$has_labels" ]; then
     if [ ! -d "$work/val.flat" ]; then
@@ -269,7 +271,7 @@ if [ -n "$needs_val" ] && [ -n "$has_labels" ]; then
         mkdir -p "$work/val/$wnid"
         move=()
         for name in $names; do
-            [ ! -s "$name" ] || move+=("$name") # moved before, or missing, which shows below
+            [ ! -s "$name" ] || move+=("$name") # else it was moved earlier, or it is missing and the counts below differ
         done
         [ ${#move[@]} -eq 0 ] || mv "${move[@]}" "$work/val/$wnid/"
     done <"$work/by_class"
@@ -283,11 +285,11 @@ if [ -n "$needs_val" ] && [ -n "$has_labels" ]; then
         mv "$work/val" "$out/val"
         rm -rf "$work/val.flat"
     else
-        rm -rf "$work/val" "$work/val.flat" # from another archive the next time
+        rm -rf "$work/val" "$work/val.flat" # so that the next start unpacks the archive again
     fi
 fi
 
-# What came of it
+# Report the outcome
 
 if [ ${#wrong[@]} -gt 0 ]; then
     for line in "${wrong[@]:0:20}"; do

@@ -1,7 +1,8 @@
 #!/usr/bin/env python
-"""One HTML page that compares pre-training runs: what they logged, what they saw, and what their encoders make of images.
+"""Write one HTML page that compares pre-training runs.
 
-The page holds all of its pictures and needs no network. What the log of no run has is left out.
+The page shows the logged metrics, the views of the images, and the features of the encoders. It
+contains all of its pictures and needs no network. Metrics that no run has logged are left out.
 """
 
 import argparse
@@ -15,6 +16,7 @@ from moco.report.page import write
 
 
 def main() -> int:
+    """Run the tool; return the exit status."""
     parser = tool.OneLineParser(
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
@@ -23,24 +25,24 @@ def main() -> int:
         nargs="+",
         metavar="RUN",
         type=Path,
-        help="run folder of a pre-training (args.yaml, log.jsonl)",
+        help="run folder of pre-training (with args.yaml and log.jsonl)",
     )
-    parser.add_argument("--out", type=Path, default=Path("report.html"), help="where the page goes")
+    parser.add_argument("--out", type=Path, default=Path("report.html"), help="file to write")
     parser.add_argument(
         "--pretrained",
         type=Path,
         metavar="FILE",
-        help="encoder to look at, in place of the run's last checkpoint",
+        help="encoder to show instead of that of the run's last checkpoint",
     )
     parser.add_argument(
         "--images",
         type=int,
         default=2000,
         metavar="N",
-        help="train images among which neighbours are looked for",
+        help="number of train images searched for nearest neighbours",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the sample of images")
-    parser.add_argument("--force", action="store_true", help="replace the page that is there")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sample of images")
+    parser.add_argument("--force", action="store_true", help="replace an existing page")
     return tool.run(parser, report)
 
 

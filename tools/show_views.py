@@ -1,10 +1,13 @@
 #!/usr/bin/env python
-"""Draw the views that training sees: a row for each image, first the image itself, then draws of each view of a recipe.
+"""Draw the views that training sees.
+
+Each row shows an image, followed by several draws of each view of the recipe.
 
   python tools/show_views.py mocov2 photos --image-size 96
   python tools/show_views.py --cfg configs/fnc_100.yaml DIR --images 4
 
-Draw 1 is what epoch 0 crops of these images, draw 2 epoch 1, and so on; colours are drawn as for a batch of these images.
+Draw 1 has the crops of epoch 0, draw 2 those of epoch 1, and so on. Colours are drawn as if these
+images were a batch.
 """
 
 import argparse
@@ -28,11 +31,12 @@ from moco.report.views import views_figure
 
 
 def main() -> int:
+    """Run the tool; return the exit status."""
     return tool.attempt("show_views.py", lambda: draw(parse(sys.argv[1:])))
 
 
 def draw(args: argparse.Namespace) -> None:
-    """Write the picture. Raises InputError."""
+    """Write the picture. Raises InputError if the images or --out are not usable."""
     check_new(args.out, args.force)
     images = find(args.data)
     figure = views_figure(
@@ -47,11 +51,14 @@ def draw(args: argparse.Namespace) -> None:
     print(args.out)
 
 
-# What the command line names.
+# Command line.
 
 
 def find(data: str) -> Images:
-    """The training images of a data folder, or all images of any other folder, or one file. Raises InputError."""
+    """Return the train images of a data folder, all images of another folder, or a single image.
+
+    Raises InputError if there is no image.
+    """
     path = Path(data)
     if data == "photos" or not path.exists() or (path / "train").is_dir():
         return folders.scan(folders.find(data, ("train",)), "train")
@@ -68,7 +75,7 @@ def find(data: str) -> Images:
 
 
 def spread(n: int, count: int) -> list[int]:
-    """`count` of n places, or all, from the first to the last at equal distances."""
+    """Return `count` evenly spaced indices of n, including the first and the last."""
     count = min(n, count)
     return [round(i * (n - 1) / max(1, count - 1)) for i in range(count)]
 
@@ -79,6 +86,7 @@ class _Parser(tool.OneLineParser):
 
 
 def parser() -> argparse.ArgumentParser:
+    """Return the parser of the options."""
     p = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument(
         "words",
@@ -94,7 +102,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--out", type=Path, default=Path("views.png"), help="the picture (default: %(default)s)"
     )
-    p.add_argument("--force", action="store_true", help="replace the picture that is there")
+    p.add_argument("--force", action="store_true", help="replace an existing picture")
     p.add_argument(
         "--images",
         type=types.in_range(int, sections.POSITIVE),
@@ -147,21 +155,20 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         help="number of views, instead of the recipe's",
     )
-    p.add_argument(
-        "--recipe", help=argparse.SUPPRESS
-    )  # and what else a recipe file may say of its views
+    # other options of a recipe file that determine its views
+    p.add_argument("--recipe", help=argparse.SUPPRESS)
     p.add_argument("--aug-plus", action=actions.Switch, default=None, help=argparse.SUPPRESS)
     p.add_argument("--multi-crop", action=actions.Switch, default=False, help=argparse.SUPPRESS)
     p.add_argument(
         "--support-size", type=types.in_range(int, sections.NATURAL), help=argparse.SUPPRESS
     )
     p.add_argument("--data", help=argparse.SUPPRESS)
-    p.set_defaults(mean=None, std=None)  # normalization is undone in the picture
+    p.set_defaults(mean=None, std=None)  # the picture shows the views before normalization
     return p
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """The options, with `recipe` and `views` as `recipes.of_options` wants them. Raises InputError."""
+    """Return the options, with `recipe` and `views` set. Raises InputError if they are invalid."""
     p = parser()
     args = p.parse_intermixed_args(argv)
     words, sigma = list(args.words), args.blur_sigma
@@ -176,7 +183,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
             args.views = 2 + args.support_size
     if len(words) > 2:
         raise InputError(
-            f"unexpected argument '{words[2]}'; a recipe and a data folder are expected, options start with --"
+            f"unexpected argument '{words[2]}'; give a recipe and a data folder, "
+            "and options that start with --"
         )
     if len(words) == 2 or (words and not args.cfg):
         args.recipe = words.pop(0)
@@ -185,7 +193,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if not args.recipe:
         which = f"--cfg {args.cfg}: names no views; " if args.cfg else "no recipe; "
         raise InputError(
-            f"{which}give RECIPE and DATA, as in {p.prog} mocov2 photos; recipes: {', '.join(recipes.RECIPES)}"
+            f"{which}give RECIPE and DATA, as in {p.prog} mocov2 photos; "
+            f"recipes: {', '.join(recipes.RECIPES)}"
         )
     if sigma and not any(view.blur_p for view in recipes.of(views_of(args))):
         given = " ".join(f"{value:g}" for value in sigma)
@@ -218,17 +227,23 @@ def views_of(args: argparse.Namespace) -> sections.Views:
 
 
 def _of_method(args: argparse.Namespace) -> str | None:
-    """The views of a recipe file that names them by its method's switches, as the scripts read them."""
+    """Return the views that the switches --multi-crop or --aug-plus select; None without them."""
     if args.multi_crop:
         return "multicrop"
     return None if args.aug_plus is None else "mocov2" if args.aug_plus else "mocov1"
 
 
-_KEYS = "data recipe views image-size crop-min randaugment blur-sigma seed aug-plus multi-crop support-size".split()
+_KEYS = (
+    "data recipe views image-size crop-min randaugment blur-sigma seed "
+    "aug-plus multi-crop support-size"
+).split()
 
 
 def _words_of(path: str) -> list[str]:
-    """What a YAML file says of views, as words of a command line. Raises InputError."""
+    """Return the options of a YAML file that determine its views, as command-line words.
+
+    Raises InputError if the file cannot be read, or if a value is a list.
+    """
     values = read_yaml(path)
     values = {str(key).replace("_", "-"): value for key, value in values.items()}
     words: list[str] = []

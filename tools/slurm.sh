@@ -1,24 +1,25 @@
 #!/usr/bin/env bash
-# Run a script on one or several nodes under SLURM, again and again until it is done. Copy it, edit what is marked, submit:
+# Run a script on one or several nodes under SLURM, and requeue the job until the script is done. Copy this file, edit the
+# lines marked (edit), and submit it:
 #
 #   sbatch --nodes 1 --gpus-per-node 8 tools/slurm.sh main_synco.py --cfg configs/synco_200.yaml --save-dir RUN DIR
 #   sbatch --nodes 2 --gpus-per-node 8 tools/slurm.sh main_synco.py --cfg configs/synco_200.yaml --save-dir RUN DIR
 #
-# Submit in the project's folder, which every node must see, as it must RUN and DIR. For scripts that have --resume: those that
-# pre-train, main_lincls.py and main_semisup.py.
+# Submit it in the project's folder. Every node must be able to read that folder, RUN and DIR. It works with scripts that have
+# --resume: those that pre-train, main_lincls.py and main_semisup.py.
 #
-# How it starts: srun starts a task per GPU on every node. The tasks find rank and number from SLURM and meet at a port of the
-# first node, so that --world-size, --rank and --dist-url stay away. --batch-size is that of a node (main_moby.py: of a task):
-# with twice the nodes the total batch is twice as large, and --lr may have to follow.
+# Start: srun starts one task per GPU on every node. The tasks take rank and world size from SLURM and connect to a port of the
+# first node, so leave out --world-size, --rank and --dist-url. --batch-size is that of a node (main_moby.py: of a task). With
+# twice the nodes the total batch is twice as large, and --lr may need to be larger, too.
 #
-# How it ends and goes on: `--resume auto` is added, which begins a new run or goes on from the newest checkpoint in RUN.
-# - The time limit: 120 s before it SLURM sends USR1 (without `B:` to the tasks, and not to this shell). They finish their
-#   step, save and exit with status 75, and the job is put back into the queue here. Raise the 120 where
-#   a step and a save take longer.
-# - Preemption: SLURM sends TERM, to which the tasks do the same, and puts the job back into the queue by itself (--requeue).
-#   It waits KillWait or GraceTime seconds, 30 as a rule; a run that is killed loses what came after its last checkpoint, so give
-#   --save-every-steps too. scancel sends TERM as well; a job that this shell has seen end by TERM is not requeued here.
-# - Anything else ends the job with the script's own status. One task that fails ends all others (--kill-on-bad-exit).
+# End and continuation: the script gets `--resume auto`, which starts a new run or continues from the newest checkpoint in RUN.
+# - Time limit: SLURM sends USR1 120 s earlier (to the tasks and not to this shell, because --signal lacks `B:`). The tasks
+#   finish their step, save and exit with status 75. This shell then requeues the job. If a step and a save may take longer,
+#   raise the 120.
+# - Preemption: SLURM sends TERM, and the tasks do the same. SLURM requeues the job itself (--requeue). It kills the tasks after
+#   KillWait or GraceTime seconds, usually 30. A killed run loses the steps after its last checkpoint, so also give
+#   --save-every-steps. scancel sends TERM, too; this shell does not requeue a job that ended by TERM.
+# - Otherwise the job ends with the status of the script. If one task fails, all others are ended (--kill-on-bad-exit).
 #
 #SBATCH --job-name=pretrain
 #SBATCH --nodes=1
@@ -31,7 +32,7 @@
 # (edit) #SBATCH --partition=... --account=...
 set -euo pipefail
 
-# (edit) the environment, the same on every node
+# (edit) activate the environment, which must be the same on every node
 # source .venv/bin/activate
 python=${PYTHON:-python}
 
@@ -54,10 +55,11 @@ for word in "$@"; do
     esac
     before=$word
 done
-[ -n "$folder" ] || fail "no run folder; give --save-dir RUN, or --output OUT --tag T: a requeued job goes on from there"
+[ -n "$folder" ] || fail "no run folder; give --save-dir RUN, or --output OUT --tag T: a requeued job continues from there"
 
-# A task that has saved must not end with a status: --kill-on-bad-exit would kill the others, which are a moment later, and srun
-# would tell of the kill. It leaves a mark in the run folder instead. Its shell passes signals on, however they are sent.
+# A task that has saved must exit with status 0: otherwise --kill-on-bad-exit would kill the others, which finish a moment later,
+# and srun would report the kill. So it creates a marker file in the run folder instead. The shell of each task forwards signals
+# to the script.
 mkdir -p "$folder"
 mark=$folder/.interrupted-$SLURM_JOB_ID
 rm -f "$mark"
@@ -80,15 +82,15 @@ exit "$status"
 '
 
 gpus=${SLURM_GPUS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
-gpus=${gpus##*:} # of TYPE:COUNT
-case $gpus in '' | 0 | *[!0-9]*) fail "cannot tell the GPUs of a node from '$gpus'; give sbatch --gpus-per-node COUNT" ;; esac
+gpus=${gpus##*:} # the value may be TYPE:COUNT
+case $gpus in '' | 0 | *[!0-9]*) fail "cannot read the number of GPUs per node from '$gpus'; give sbatch --gpus-per-node COUNT" ;; esac
 nodes=${SLURM_JOB_NUM_NODES:-${SLURM_NNODES:-1}}
-cpus=$((${SLURM_CPUS_ON_NODE:-gpus} / gpus)) # a task has one core by default, on which all its loaders would run
+cpus=$((${SLURM_CPUS_ON_NODE:-gpus} / gpus)) # by default a task has one core, too few for its loaders
 [ "$cpus" -gt 0 ] || cpus=1
-unset SLURM_CPUS_PER_GPU # excludes --cpus-per-task
+unset SLURM_CPUS_PER_GPU # srun refuses it together with --cpus-per-task
 
 terminated=""
-trap 'terminated=1' TERM # outlast it until the tasks have saved
+trap 'terminated=1' TERM # keep this shell running until the tasks have saved
 status=0
 srun --nodes="$nodes" --ntasks=$((nodes * gpus)) --ntasks-per-node="$gpus" --cpus-per-task="$cpus" --kill-on-bad-exit=1 \
     bash -c "$task" task "$mark" "$python" "$@" --resume auto || status=$?
@@ -98,9 +100,9 @@ fi
 rm -f "$mark"
 
 if [ "$status" -eq 75 ] && [ -n "$terminated" ]; then
-    echo "slurm.sh: saved; SLURM ends the job, and requeues it where it was preempted"
+    echo "slurm.sh: saved; SLURM ends the job, and requeues it if it was preempted"
 elif [ "$status" -eq 75 ]; then
-    echo "slurm.sh: saved; job $SLURM_JOB_ID goes back into the queue"
-    scontrol requeue "$SLURM_JOB_ID" || echo "slurm.sh: error: cannot requeue job $SLURM_JOB_ID; submit it again to go on" >&2
+    echo "slurm.sh: saved; requeueing job $SLURM_JOB_ID"
+    scontrol requeue "$SLURM_JOB_ID" || echo "slurm.sh: error: cannot requeue job $SLURM_JOB_ID; submit it again to continue" >&2
 fi
 exit "$status"

@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# Fine-tune a checkpoint on few labels with SynCo's protocol, then print the table of the best settings:
-# 1 % of the labels for 60 epochs, 10 % for 30 (100 % for 90), batch 1024, the classifier's learning
-# rate .5, and five learning rates of the backbone.
+# Fine-tune a checkpoint on few labels with SynCo's protocol, then print the table of the best settings.
+# The protocol: 1 % of the labels for 60 epochs, 10 % for 30 (100 % for 90), batch 1024, the
+# classifier's learning rate .5, and five learning rates of the backbone.
 #
 #   tools/sweep_semisup.sh CHECKPOINT DIR OUT [options of main_semisup.py ...]
-#   PERCENTS="1 10"  EPOCHS="60"  RATES="0.01 0.02 0.05 0.1 0.005"  PYTHON=python    to try others
+#   PERCENTS="1 10"  EPOCHS="60"  RATES="0.01 0.02 0.05 0.1 0.005"  PYTHON=python    environment variables that change these
 #
 # Options win over the protocol and over these variables: --epochs 5, --lr-backbone 0.02 (no sweep),
-# --train-percent 1, --lr-classifier 0.3, --batch-size 64. May be stopped and started again: finished
-# runs are skipped, the others continue from their checkpoints. The best setting is chosen on a tenth
-# of the labelled images, held out; another --val-from-train changes the fraction.
+# --train-percent 1, --lr-classifier 0.3, --batch-size 64. The sweep may be stopped and started again:
+# it skips finished runs and continues the others from their checkpoints. The best setting is chosen
+# on a tenth of the labelled images, held out; --val-from-train changes this fraction.
 set -euo pipefail
 
 if [ $# -lt 3 ]; then

@@ -1,6 +1,7 @@
-"""Some hundred bad inputs, generated from a seed: each ends with one line and status 2, runs nothing, and leaves nothing behind.
+"""Generate some hundred bad inputs from a seed.
 
-BAD_INPUTS_SEED=... generates others. Images that are odd but valid train.
+Each must end with one line and status 2, run nothing, and leave nothing behind. BAD_INPUTS_SEED=...
+generates others. Unusual but valid images must train.
 """
 
 import importlib.util
@@ -127,7 +128,7 @@ def wrong_value(rng: random.Random, place: Place) -> Case:
     return Case(program, (place.data, *SMALL, "--save-dir", place.own / "run", *words))
 
 
-# numbers that look strange and mean something: the default, or a false negative as unlike the image as can be
+# Unusual numbers that are valid: defaults, or a threshold that accepts all images.
 MEANT = {("--seed", "-1"), ("--world-size", "-1"), ("--rank", "-1"), ("--fn-threshold", "-1")}
 
 
@@ -170,7 +171,10 @@ def test_every_number_has_a_range_with_its_default_inside(program):
 
 
 def misspelled(rng: random.Random, place: Place) -> Case:
-    """An option with a letter too few, too many, or two in the wrong order, whose line must name the right one."""
+    """Return a case with a misspelled option; its message must name the right one.
+
+    A letter is missing or added, or two are swapped.
+    """
     program = rng.choice(PRETRAIN + EVALUATE)
     names = [
         n
@@ -1243,7 +1247,10 @@ def test_an_odd_image_looks_right(name, tmp_path):
 
 @pytest.fixture(scope="module")
 def odd(tmp_path_factory) -> Path:
-    """A data folder with nothing but odd images, an empty folder called like one, and a file that is none."""
+    """Return a data folder of unusual images.
+
+    It also has an empty folder named like an image, and a file that is not an image.
+    """
     root = tmp_path_factory.mktemp("odd")
     for split, label in itertools.product(("train", "val"), ("a", "b \u96ea")):
         folder = root / split / label

@@ -22,7 +22,7 @@ def run(name: str, tmp_path, *options: object) -> dict:
 
 @pytest.mark.parametrize("counts", [(8, 8, 8, 4, 4, 4), (8, 0, 8, 0, 0, 0)])
 def test_negatives(tmp_path, counts):
-    """The script itself compares every head's loss and gradient with ours, and fails where they differ."""
+    """Run it; the script fails if a head's loss or gradient differs from ours."""
     sizes = (
         "--n",
         8,
@@ -178,7 +178,7 @@ def test_methods(script, tmp_path, monkeypatch, capsys):
 
 
 def test_faults(tmp_path):
-    """The script itself fails where a stopped run does not end with the bits of the one that was not."""
+    """Run it; the script fails if a stopped run and the one never stopped end with other bits."""
     short = (
         "--methods",
         "sogclr",

@@ -1,4 +1,7 @@
-"""Bad input ends with one clear line and status 2; options, YAML defaults and launch plans mean what they say."""
+"""Test the command line: bad input, options, YAML defaults and launch plans.
+
+Bad input ends with one clear line and status 2.
+"""
 
 import ctypes
 import json
@@ -30,7 +33,8 @@ def test_what_other_packages_print_is_no_failure(tmp_path):
     warned = "warnings.warn('`f` is deprecated. Please use `g`.', FutureWarning)"
     (tmp_path / "sitecustomize.py").write_text(
         f"import sys, warnings\n{warned}\n{warned[:-1]}, stacklevel=2)\n"
-        "print('[rank1]:[W1126 10:00:00.1 ProcessGroup.cpp:1] Warning: no device', file=sys.stderr)\n"
+        "print('[rank1]:[W1126 10:00:00.1 ProcessGroup.cpp:1] Warning: no device', "
+        "file=sys.stderr)\n"
     )
     done = shell("main_synco.py", tmp_path / "nowhere", *SMALL, env={"PYTHONPATH": str(tmp_path)})
     assert done.stderr.count("FutureWarning: `f`") == 2 and "[W1126" in done.stderr
@@ -269,8 +273,11 @@ def test_what_is_the_same_under_another_name_is_taken(tmp_path):
 
 
 def test_the_published_command_of_fnc_shows_all_counterparts(script):
-    command = "--train_mode=pretrain --train_batch_size=4096 --train_epochs=100 --temperature=0.1 --learning_rate=0.1"
-    command += " --learning_rate_scaling=sqrt --weight_decay=1e-4 --data_dir=gs://b/d --model_dir=gs://b/run --use_tpu=True"
+    command = (
+        "--train_mode=pretrain --train_batch_size=4096 --train_epochs=100 --temperature=0.1 "
+        "--learning_rate=0.1 --learning_rate_scaling=sqrt --weight_decay=1e-4 "
+        "--data_dir=gs://b/d --model_dir=gs://b/run --use_tpu=True"
+    )
     result = script("main_fnc", *command.split())
     refused(result, lines=4)
     names = (
@@ -566,11 +573,13 @@ def test_options_with_an_effect_are_taken_in_silence(until_launch):
     for name, words in (
         (
             "main_synco",
-            "--n-hard 8 --n1 1 --n4 2 --n5 2 --n6 2 --sigma 1 --delta 1 --eta 1 --warmup-epochs 1 --cos --lr-final 0.1",
+            "--n-hard 8 --n1 1 --n4 2 --n5 2 --n6 2 --sigma 1 --delta 1 --eta 1 "
+            "--warmup-epochs 1 --cos --lr-final 0.1",
         ),
         (
             "main_synco",
-            "--no-cos --schedule 3 --no-sgdr --momentum 0.5 --nesterov --knn-every 1 --knn-k 3 --knn-t 1 --bn-splits 2",
+            "--no-cos --schedule 3 --no-sgdr --momentum 0.5 --nesterov "
+            "--knn-every 1 --knn-k 3 --knn-t 1 --bn-splits 2",
         ),
         ("main_synco", "--sgdr --sgdr-t0 3 --lr-by step --lr-final 0.1 --world-size 1 --rank 0"),
         ("main_moby", "--method synco --n-hard 8 --n1 1 --sigma 1 --queue 64 --moco-t 0.5"),

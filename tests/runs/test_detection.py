@@ -1,6 +1,6 @@
-"""Checkpoints to detectron2: the converter, and real training and evaluation on tiny VOC and COCO trees.
+"""Test the converter to detectron2, and training and evaluation on tiny VOC and COCO trees.
 
-What needs detectron2 is skipped where it is not installed; .ci/run installs it.
+Tests that need detectron2 are skipped if it is not installed; .ci/run installs it.
 """
 
 import importlib.util
@@ -70,7 +70,7 @@ def saved(tmp_path, state):
 
 
 def test_a_checkpoint_of_other_software_converts(convert, tmp_path):
-    """MoCo's own layout: the key encoder and the queue stay behind, and detectron2's names hold the same numbers."""
+    """Convert a checkpoint of MoCo's layout; the key encoder and the queue are left out."""
     state = published("resnet50", epoch=200, optimizer={"state": {}})
     state["state_dict"] |= {
         f"module.encoder_k.{name}": x for name, x in resnet("resnet50", 128).state_dict().items()
@@ -344,7 +344,10 @@ COCO_IDS = {"person": 1, "car": 3, "dog": 18}
 
 
 def scenes(n, seed):
-    """Pictures of 96 x 128 pixels, each with one to three coloured boxes [xmin, ymin, xmax, ymax] of the classes of VOC."""
+    """Yield images of 96 x 128 pixels with one to three coloured boxes of classes of VOC.
+
+    A box is [xmin, ymin, xmax, ymax].
+    """
     rng = np.random.default_rng(seed)
     for _ in range(n):
         pixels = rng.integers(90, 140, (96, 128, 3)).astype(np.uint8)
@@ -365,8 +368,9 @@ def write_voc(root, year, split, n, seed):
     for name, (image, objects) in zip(names, scenes(n, seed), strict=True):
         image.save(folder / "JPEGImages" / f"{name}.jpg")
         of = "".join(
-            f"<object><name>{kind}</name><pose>Unspecified</pose><truncated>0</truncated><difficult>0</difficult><bndbox>"
-            f"<xmin>{x0 + 1}</xmin><ymin>{y0 + 1}</ymin><xmax>{x1}</xmax><ymax>{y1}</ymax></bndbox></object>"
+            f"<object><name>{kind}</name><pose>Unspecified</pose><truncated>0</truncated>"
+            f"<difficult>0</difficult><bndbox><xmin>{x0 + 1}</xmin><ymin>{y0 + 1}</ymin>"
+            f"<xmax>{x1}</xmax><ymax>{y1}</ymax></bndbox></object>"
             for kind, (x0, y0, x1, y1) in objects
         )
         size = "<size><width>128</width><height>96</height><depth>3</depth></size>"
@@ -414,9 +418,11 @@ def datasets(tmp_path_factory):
 
 
 SMALL = (
-    "INPUT.MIN_SIZE_TRAIN (96,) INPUT.MIN_SIZE_TEST 96 SOLVER.IMS_PER_BATCH 2 DATALOADER.NUM_WORKERS 0"
+    "INPUT.MIN_SIZE_TRAIN (96,) INPUT.MIN_SIZE_TEST 96 SOLVER.IMS_PER_BATCH 2"
+    " DATALOADER.NUM_WORKERS 0"
     " TEST.PRECISE_BN.NUM_ITER 2 SOLVER.MAX_ITER 4 SOLVER.STEPS (3,)"
-    " MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE 16 MODEL.RPN.PRE_NMS_TOPK_TRAIN 200 MODEL.RPN.POST_NMS_TOPK_TRAIN 50"
+    " MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE 16"
+    " MODEL.RPN.PRE_NMS_TOPK_TRAIN 200 MODEL.RPN.POST_NMS_TOPK_TRAIN 50"
     " MODEL.RPN.PRE_NMS_TOPK_TEST 200 MODEL.RPN.POST_NMS_TOPK_TEST 50 TEST.DETECTIONS_PER_IMAGE 20"
     " MODEL.ROI_HEADS.SCORE_THRESH_TEST 0.0"
 ).split()
@@ -425,8 +431,11 @@ SMALL = (
 @wants_detectron2
 @pytest.mark.parametrize(("data", "arch"), [("voc", "resnet50"), ("coco", "resnet18")])
 def test_from_pretraining_to_ap(data, arch, datasets, script, shared_images, tmp_path):
-    """A checkpoint that main_synco.py has just written goes through run.sh; a second start only tests again."""
-    options = "--image-size 32 -b 16 -j 0 --epochs 1 --moco-k 64 --n-hard 16 --n1 2 --n4 2 --warmup-epochs 0 --bn-splits 1"
+    """Run run.sh on a checkpoint of main_synco.py; a second start only tests again."""
+    options = (
+        "--image-size 32 -b 16 -j 0 --epochs 1 --moco-k 64 --n-hard 16 --n1 2 --n4 2 "
+        "--warmup-epochs 0 --bn-splits 1"
+    )
     status, _, err = script(
         "main_synco",
         shared_images,
@@ -551,7 +560,10 @@ def test_eighty_iterations_lower_the_loss(datasets, tmp_path):
 
 @wants_detectron2
 def test_a_backbone_that_did_not_arrive_ends_the_run(datasets, tmp_path):
-    """Of a model as it is initialised, whose norms happen to have the right scales and shifts: all ones and zeros."""
+    """Check a newly initialised model.
+
+    Only the scales and shifts of its norms, ones and zeros, happen to be right.
+    """
     train_net = module("train_net")
     torch.save(published("resnet18"), tmp_path / "encoder.pth.tar")
     found = converter.convert(str(tmp_path / "encoder.pth.tar"))

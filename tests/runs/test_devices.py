@@ -177,7 +177,10 @@ STEPS = 50
 
 @pytest.fixture
 def accelerator(monkeypatch) -> Iterator[Accelerator]:
-    """Simulate an accelerator on which scripts train for STEPS + 1 steps; all but the first count."""
+    """Simulate an accelerator on which scripts train for STEPS + 1 steps.
+
+    All steps but the first count.
+    """
     accelerator = Accelerator(monkeypatch)
 
     def steps(self: trainer.Trainer) -> None:

@@ -1,4 +1,7 @@
-"""Runs that are interrupted, killed or hindered: what is lost, what they say, and what they become when they go on."""
+"""Test runs that are interrupted, killed or hindered.
+
+The tests check what is lost, the messages, and the resumed runs.
+"""
 
 import contextlib
 import fcntl
@@ -156,7 +159,10 @@ def test_a_signal_ends_a_run_after_its_step_and_it_goes_on_as_if_never_stopped(
 
 @pytest.fixture
 def interruptible():
-    """Processes that the test starts listen to Ctrl-C, even if the tests run in the background of a shell and do not."""
+    """Let processes that the test starts react to Ctrl-C.
+
+    Tests that run in the background of a shell ignore it.
+    """
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -467,7 +473,8 @@ def test_a_write_that_is_cut_leaves_the_last_good_one(tenth, tmp_path):
         else:
             with pytest.raises(
                 InputError,
-                match=r"checkpoint_0000.pth.tar: cannot be written: .*; the last checkpoint is .*0000",
+                match=r"checkpoint_0000.pth.tar: cannot be written: .*; "
+                r"the last checkpoint is .*0000",
             ):
                 checkpoint.save(path, {"x": torch.arange(10_000)})
     finally:
@@ -725,7 +732,10 @@ def test_two_nodes_of_torchrun_write_one_set_of_checkpoints(data, tmp_path):
 
 
 def test_a_node_that_is_lost_is_noticed_on_the_other(data, tmp_path):
-    """It stops without a word, as where its power or its network fails. Two runs at once: each loses another node."""
+    """Lose a node silently, as when its power or network fails.
+
+    Two runs at the same time lose different nodes.
+    """
     runs = []
     for lost in range(2):
         run, url = tmp_path / str(lost), f"tcp://127.0.0.1:{free_port()}"

@@ -1,4 +1,4 @@
-"""k-NN against its slow definition, in blocks and over ranks; features are extracted once, and survive their files."""
+"""Compare k-NN with its slow definition, in blocks and over ranks, and test feature files."""
 
 import json
 import threading
@@ -33,7 +33,10 @@ KS = [1, 10, 20, 100, 200]
 
 
 def clouds(bank=2000, queries=500, classes=12, width=24, seed=0):
-    """Unit rows around a direction for each class, which overlap, with labels; of the bank and of the queries."""
+    """Return normalized features and labels of a bank and of queries.
+
+    Features lie around one direction per class; the classes overlap.
+    """
     draw = torch.Generator().manual_seed(seed)
     centre = torch.randn(classes, width, generator=draw)
     splits = []
@@ -47,7 +50,10 @@ def clouds(bank=2000, queries=500, classes=12, width=24, seed=0):
 
 
 def by_hand(bank, bank_labels, queries, labels, classes, k, temperature):
-    """The share of queries classified rightly, in float64; and the share that rounding may decide."""
+    """Return the fraction of queries classified correctly in float64.
+
+    Also return the fraction that rounding may decide.
+    """
     right = unclear = 0
     for row, label in zip(queries.double().numpy(), labels.tolist(), strict=True):
         similarity = bank.double().numpy() @ row

@@ -99,7 +99,7 @@ def test_a_python_that_the_matrix_lacks_is_one_line(missing, tmp_path):
 
 @wants_detectron2
 def test_detectron2_is_built_by_the_documented_command(tmp_path):
-    """A package whose build imports torch, as detectron2's does, takes detectron2's place; without network."""
+    """Install a stand-in for detectron2 without network; its build imports torch, too."""
     package = tmp_path / "package"
     package.mkdir()
     (package / "setup.py").write_text(
@@ -150,7 +150,7 @@ def test_a_wheel_has_the_package_and_the_recipes_and_works_from_any_folder(tmp_p
 
 
 def test_only_tests_change_the_import_path():
-    """An editable install makes the clone importable for the tools; the scripts lie next to the package."""
+    """Import the tools after an editable install; the scripts are next to the package."""
     listed = subprocess.check_output(["git", "ls-files", "*.py"], cwd=ROOT, text=True).split()
     assert [
         name

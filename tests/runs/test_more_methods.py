@@ -1,4 +1,7 @@
-"""The scripts of AdCo, SimCLR, SogCLR and FNC: published commands, exact resume, what reads their checkpoints, and mistakes."""
+"""Test the scripts of AdCo, SimCLR, SogCLR and FNC.
+
+The tests cover published commands, exact resume, the readers of their checkpoints, and mistakes.
+"""
 
 import contextlib
 import importlib.util
@@ -46,20 +49,25 @@ METHODS = {
 }
 # As their READMEs have them, but for the script's name.
 PUBLISHED = {
-    "adco": "main_adco.py --sym=0 --lr=0.03 --memory_lr=3 --moco_t=0.12 --mem_t=0.02 --data={data} --dist_url=tcp://localhost:10001",
-    "sym": "main_adco.py --sym=1 --lr=0.03 --memory_lr=3 --moco_t=0.12 --mem_t=0.02 --data={data} --dist_url=tcp://localhost:10001",
-    "8192": "main_adco.py --sym=1 --lr=0.04 --memory_lr=3 --moco_t=0.14 --mem_t=0.03 --cluster 8192 --data={data} "
-    "--dist_url=tcp://localhost:10001",
-    "multi-crop": "main_adco.py --multi_crop=1 --lr=0.03 --memory_lr=3 --moco_t=0.12 --mem_t=0.02 --data={data} "
-    "--dist_url=tcp://localhost:10001",
-    "sogclr": "main_sogclr.py --lr=0.075 --epochs=1 --batch-size=8 --learning-rate-scaling=sqrt --loss_type=dcl --gamma=0.9 "
-    "--multiprocessing-distributed --world-size=1 --rank=0 --workers=0 --crop-min=.08 --wd=1e-6 --dist-url=tcp://localhost:10001 "
+    "adco": "main_adco.py --sym=0 --lr=0.03 --memory_lr=3 --moco_t=0.12 --mem_t=0.02 "
+    "--data={data} --dist_url=tcp://localhost:10001",
+    "sym": "main_adco.py --sym=1 --lr=0.03 --memory_lr=3 --moco_t=0.12 --mem_t=0.02 "
+    "--data={data} --dist_url=tcp://localhost:10001",
+    "8192": "main_adco.py --sym=1 --lr=0.04 --memory_lr=3 --moco_t=0.14 --mem_t=0.03 "
+    "--cluster 8192 --data={data} --dist_url=tcp://localhost:10001",
+    "multi-crop": "main_adco.py --multi_crop=1 --lr=0.03 --memory_lr=3 --moco_t=0.12 --mem_t=0.02 "
+    "--data={data} --dist_url=tcp://localhost:10001",
+    "sogclr": "main_sogclr.py --lr=0.075 --epochs=1 --batch-size=8 --learning-rate-scaling=sqrt "
+    "--loss_type=dcl --gamma=0.9 --multiprocessing-distributed --world-size=1 --rank=0 "
+    "--workers=0 --crop-min=.08 --wd=1e-6 --dist-url=tcp://localhost:10001 "
     "--data_name=imagenet1000 --data={data} --save_dir={run} --print-freq=1000",
-    "simclr": "main_sogclr.py --lr=0.3 --epochs=1 --batch-size=8 --learning-rate-scaling=linear --loss_type=simclr "
-    "--warmup-epochs=10 --num_proj_layers=2 --mlp-dim=32 --dim=16 --t=0.1 --optimizer=adamw --world-size=1 --rank=0 --workers=0 "
+    "simclr": "main_sogclr.py --lr=0.3 --epochs=1 --batch-size=8 --learning-rate-scaling=linear "
+    "--loss_type=simclr --warmup-epochs=10 --num_proj_layers=2 --mlp-dim=32 --dim=16 --t=0.1 "
+    "--optimizer=adamw --world-size=1 --rank=0 --workers=0 "
     "--data_name=imagenet100 --data={data} --save_dir={run}",
-    "fnc": "main_fnc.py --train_batch_size=8 --train_epochs=1 --temperature=0.1 --learning_rate=0.1 --learning_rate_scaling=sqrt "
-    "--weight_decay=1e-4 --warmup_epochs=10 --num_proj_layers=3 --proj_out_dim=16 --image_size=32 {data}",
+    "fnc": "main_fnc.py --train_batch_size=8 --train_epochs=1 --temperature=0.1 "
+    "--learning_rate=0.1 --learning_rate_scaling=sqrt --weight_decay=1e-4 --warmup_epochs=10 "
+    "--num_proj_layers=3 --proj_out_dim=16 --image_size=32 {data}",
 }
 
 
@@ -111,8 +119,8 @@ def test_published_command_runs(name, shared_images, tmp_path):
             in out
         )
         assert (
-            "10 views; false negatives: attract, up to 10 above 0.7 of each image; a memory of 128 entries"
-            in out
+            "10 views; false negatives: attract, up to 10 above 0.7 of each image; "
+            "a memory of 128 entries" in out
         )
         assert (
             args["wd"],
@@ -129,8 +137,9 @@ def test_published_command_runs(name, shared_images, tmp_path):
     "command",
     [
         "--data={data} --dist-url=tcp://localhost:10001 --pretrained={file}",
-        "--arch=resnet18 --lr=0.1 --batch-size=8 --epochs=1 --workers=0 --multiprocessing-distributed --world-size=1 --rank=0 "
-        "--dist-url=tcp://localhost:10001 --data_name=imagenet100 --data={data} --save_dir={run} --pretrained={file}",
+        "--arch=resnet18 --lr=0.1 --batch-size=8 --epochs=1 --workers=0 "
+        "--multiprocessing-distributed --world-size=1 --rank=0 --dist-url=tcp://localhost:10001 "
+        "--data_name=imagenet100 --data={data} --save_dir={run} --pretrained={file}",
     ],
 )
 def test_published_probe_command_runs(command, checkpoints, shared_images, tmp_path):
@@ -230,7 +239,7 @@ def test_recipes_hold_the_published_settings(name, expected):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_resumed_equals_never_stopped(name, script, shared_images, tmp_path):
-    """Bank, its velocity, u and the memory included; the third epoch begins where a checkpoint stands."""
+    """Compare also the bank, its velocity, u and the memory; resume at the third epoch."""
     method, *options = METHODS[name]
     command = (
         shared_images,
@@ -352,7 +361,7 @@ def test_every_evaluation_reads_the_checkpoint(
 
 
 def test_a_step_copies_nothing_to_the_host(monkeypatch):
-    """On tensors without storage: what copies them to the host, or waits for their values, fails."""
+    """Run on tensors without storage, where copies to the host and reads of values fail."""
     monkeypatch.setattr(
         torch, "autocast", lambda *_, **__: contextlib.nullcontext()
     )  # knows no device without storage
@@ -613,7 +622,7 @@ def test_yaml_has_no_negated_names(script, shared_images, tmp_path):
 
 
 def test_no_labels_no_precision(script, shared_images, tmp_path):
-    """Of false negatives, where all images lie in one folder; and what is logged where they have labels."""
+    """Log the precision of false negatives only if the images have labels, in several folders."""
     method, *options = METHODS["fnc"]
     (tmp_path / "images" / "train").mkdir(parents=True)
     shutil.copytree(shared_images / "train", tmp_path / "images" / "train" / "all")
@@ -646,7 +655,10 @@ def test_less_memory_the_same_run(script, shared_images, tmp_path):
 
 
 def test_rates_follow_the_step_and_the_total_batch(script, shared_images, tmp_path):
-    """48 images, 3 steps of 2 x 8 an epoch: warm-up from 0 over one epoch, then a half cosine over two."""
+    """Train with 48 images, in 3 steps of 2 x 8 per epoch.
+
+    The warm-up from 0 takes one epoch, the half cosine two.
+    """
     options = (
         "--mlp-dim",
         16,

@@ -28,7 +28,10 @@ from tools import report
 
 pytestmark = pytest.mark.slow
 
-LOGGED = "loss acc1 acc5 lr hardness alignment uniformity feature_std grad_encoder images_per_s data_wait u".split()
+LOGGED = (
+    "loss acc1 acc5 lr hardness alignment uniformity feature_std grad_encoder images_per_s "
+    "data_wait u"
+).split()
 
 
 def write_run(folder, data, lines=30, weights=True, logged=("loss",), **options):
@@ -210,7 +213,7 @@ def test_an_earlier_checkpoint_where_the_last_is_cut(tmp_path, shared_images):
 
 
 def test_log_lines(tmp_path):
-    """What is no line is left out, each start's time counts, a run before its first line has a page."""
+    """Skip damaged lines and add up the time of all starts; a run without lines has a page."""
     run = write_run(tmp_path / "run", "gone", lines=12, weights=False)
     good = (run / "log.jsonl").read_bytes()
     more = {
@@ -228,7 +231,8 @@ def test_log_lines(tmp_path):
     assert log.damaged == 6 and log.steps_per_epoch == 10
     (run / "log.jsonl").write_bytes(
         good
-        + b'{"epoch": 2, "step": 25, "loss": NaN, "time": 2.5}\n{"epoch": 2, "step": 26, "time": 1}\n{"ep'
+        + b'{"epoch": 2, "step": 25, "loss": NaN, "time": 2.5}\n'
+        + b'{"epoch": 2, "step": 26, "time": 1}\n{"ep'
     )
     log = runs.read_log(run / "log.jsonl")
     assert log.damaged == 1 and log.seconds == 3.5 and log.last_step == 26

@@ -28,7 +28,10 @@ PRETRAIN = (*SMALL, "--moco-k", 32)
 
 
 def digests(folder: Path, below: bool = True) -> dict[str, str]:
-    """Return the hash of each file by its path; of `folder` alone, unless `below`. Locks do not count."""
+    """Return the hash of each file by its path, without locks.
+
+    Unless `below`, subfolders are left out.
+    """
     files = folder.rglob("*") if below else folder.glob("*")
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
@@ -368,7 +371,8 @@ WRITES = {
     "moco/engine/trainer.py": "args.yaml in the run's own folder, after claim",
     "moco/engine/pretrain.py": "superseded checkpoints of the run itself, after claim",
     "moco/evaluate/results.py": "results.json in the run's own folder, after claim",
-    "moco/evaluate/feature_files.py": "a folder for --dump-features that check_dump found without features",
+    "moco/evaluate/feature_files.py": "a folder for --dump-features that check_dump found "
+    "without features",
     "moco/data/photos.py": "the cache folder",
     "moco/data/registry.py": "the cache folder",
     "moco/data/subsets.py": "the cache folder",
@@ -382,7 +386,8 @@ WRITES = {
     "detection/train_net.py": "OUTPUT_DIR, after take",
 }
 CALLS = set(
-    "write_text write_bytes touch unlink rmtree rename replace mkdir savefig open_memmap SummaryWriter remove rmdir"
+    "write_text write_bytes touch unlink rmtree rename replace mkdir savefig open_memmap"
+    " SummaryWriter remove rmdir"
     " replacing creating write_json write_options copyfile copytree move link symlink".split()
 )
 LIBRARIES = {
@@ -720,7 +725,10 @@ def test_an_evaluation_takes_the_image_size_from_the_checkpoint(
 
 
 def test_weights_alone_say_what_is_taken_for_granted(script, shared_images, run, tmp_path):
-    """tools/export.py prints the options that a .pth file cannot hold; without them a line says what is assumed."""
+    """Use an exported .pth file, which cannot hold all options; tools/export.py prints them.
+
+    Without them, a line says what is assumed.
+    """
     exported = tmp_path / "encoder.pth"
     done = shell("tools/export.py", run / "checkpoint_0000.pth.tar", exported)
     succeeded(done)
@@ -742,7 +750,10 @@ def test_weights_alone_say_what_is_taken_for_granted(script, shared_images, run,
     refused(
         script(*command), "does not name its network, and resnet50 was tried: give another -a ARCH"
     )
-    assumed = f"{exported}: does not say what size of images it is for; 224 pixels are taken (--image-size)"
+    assumed = (
+        f"{exported}: does not say what size of images it is for; "
+        "224 pixels are taken (--image-size)"
+    )
     normal = (
         f"{exported}: does not say the {{}} of its images; ImageNet's {{}} used (--mean, --std)\n"
     )

@@ -1,4 +1,4 @@
-"""Whole runs from the shell: the published commands, every launcher, exact resume, and what the run folder holds."""
+"""Test full runs from the shell: published commands, launchers, exact resume, and run folders."""
 
 import json
 import os
@@ -24,12 +24,13 @@ from moco.evaluate import classifier
 pytestmark = pytest.mark.slow
 
 PUBLISHED_SYNCO = (
-    "main_synco.py -a resnet50 --lr 0.03 --batch-size 256 --dist-url tcp://localhost:10001 --multiprocessing-distributed "
-    "--world-size 1 --rank 0 --mlp --moco-t 0.2 --aug-plus --cos --n-hard 1024 --n1 256 --n2 256 --n3 256 --n4 64 --n5 64 --n6 64"
+    "main_synco.py -a resnet50 --lr 0.03 --batch-size 256 --dist-url tcp://localhost:10001 "
+    "--multiprocessing-distributed --world-size 1 --rank 0 --mlp --moco-t 0.2 --aug-plus --cos "
+    "--n-hard 1024 --n1 256 --n2 256 --n3 256 --n4 64 --n5 64 --n6 64"
 ).split()
 PUBLISHED_LINCLS = (
-    "main_lincls.py -a resnet50 --lr 30.0 --batch-size 256 --pretrained {} --dist-url tcp://localhost:10001 "
-    "--multiprocessing-distributed --world-size 1 --rank 0"
+    "main_lincls.py -a resnet50 --lr 30.0 --batch-size 256 --pretrained {} "
+    "--dist-url tcp://localhost:10001 --multiprocessing-distributed --world-size 1 --rank 0"
 )
 SMALL = ("-a", "resnet18", "--image-size", 32, "-j", 1, "--epochs", 1)
 TINY = (
@@ -56,7 +57,10 @@ TINY = (
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory) -> tuple[Path, str]:
-    """The run folder and the output of SynCo's published command, on photos with a small network for one epoch."""
+    """Run SynCo's published command on photos with a small network for one epoch.
+
+    Return the run folder and the output.
+    """
     run = tmp_path_factory.mktemp("published")
     return run, succeeded(
         shell(*PUBLISHED_SYNCO, "photos", *SMALL, "--warmup-epochs", 0, "--save-dir", run)
@@ -147,7 +151,10 @@ def test_published_probe_command_runs(published, tmp_path):
 
 
 def test_stopped_and_resumed_equals_never_stopped(script, shared_images, tmp_path):
-    """SIGKILL after three of six epochs; weights, both encoders, queue, optimizer and metrics are the same bit for bit."""
+    """Send SIGKILL after three of six epochs, and resume.
+
+    Encoders, queue, optimizer and metrics are equal bit by bit.
+    """
     command = (
         shared_images,
         *TINY,

@@ -1,4 +1,4 @@
-"""Fine-tuning on few labels: the published commands, what trains at which rate, and exact resume."""
+"""Test fine-tuning on few labels: published commands, learning rates, and exact resume."""
 
 import itertools
 import json
@@ -22,11 +22,11 @@ from moco.evaluate import classifier, inputs
 pytestmark = pytest.mark.slow
 
 SMALL = ("-a", "resnet18", "--image-size", 32, "-j", 0, "-b", 8)
-# The settings of SynCo's paper with the launch flags of its repository's commands, on a small network.
+# The settings of SynCo's paper and the launch flags of its repository, on a small network.
 PUBLISHED = (
-    "main_semisup.py -a resnet18 --lr-backbone {lr} --lr-classifier {lr} --train-percent {percent} --weights finetune "
-    "--batch-size 16 --epochs 1 --pretrained {file} --dist-url tcp://localhost:10001 --multiprocessing-distributed --world-size 1 "
-    "--rank 0"
+    "main_semisup.py -a resnet18 --lr-backbone {lr} --lr-classifier {lr} "
+    "--train-percent {percent} --weights finetune --batch-size 16 --epochs 1 --pretrained {file} "
+    "--dist-url tcp://localhost:10001 --multiprocessing-distributed --world-size 1 --rank 0"
 )
 
 
@@ -72,7 +72,10 @@ def test_published_command_runs(percent, pretrained, tmp_path):
 
 
 def test_names_that_are_not_utf_8(pretrained, images, script, tmp_path):
-    """Data folder, class, files and features may have such names: they are written, read again, and printed."""
+    """Give such names to the data folder, a class, files and features.
+
+    They are written, read again, and printed.
+    """
     data = images.rename(os.fsdecode(os.fsencode(tmp_path) + b"/donn\xe9es"))
     for split in ("train", "val"):
         (data / split / "class1").rename(data / split / os.fsdecode(b"pi\xe8ces"))
@@ -112,9 +115,11 @@ def test_names_that_are_not_utf_8(pretrained, images, script, tmp_path):
 
 def test_a_loop_in_bash_runs(pretrained, shared_images, tmp_path):
     loop = (
-        f"for lr in 0.01 0.005; do for epochs in 1; do {sys.executable} main_semisup.py -a resnet18 --image-size 32 -j 0 "
-        f"--lr-backbone $lr --lr-classifier $lr --train-percent 10 --weights finetune --batch-size 4 --epochs $epochs "
-        f'--pretrained {pretrained} --save-dir {tmp_path}/lr_${{lr}}_epochs_$epochs {shared_images} | grep "Acc@1 "; done; done'
+        f"for lr in 0.01 0.005; do for epochs in 1; do {sys.executable} main_semisup.py "
+        f"-a resnet18 --image-size 32 -j 0 --lr-backbone $lr --lr-classifier $lr "
+        f"--train-percent 10 --weights finetune --batch-size 4 --epochs $epochs "
+        f"--pretrained {pretrained} --save-dir {tmp_path}/lr_${{lr}}_epochs_$epochs "
+        f'{shared_images} | grep "Acc@1 "; done; done'
     )
     done = subprocess.run(
         ["bash", "-euc", loop], cwd=ROOT, capture_output=True, text=True, timeout=600
@@ -161,7 +166,7 @@ def test_each_part_trains_at_its_own_rate(part, script, pretrained, shared_image
 
 
 def test_a_new_classifier_does_not_depend_on_where_the_layer_is():
-    """Layers of other types draw by other generators or kernels: the draws must be the CPU's in float32."""
+    """Always draw on the CPU in float32, because generators depend on device and type."""
     found = []
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
         layer = nn.Linear(5, 40, dtype=dtype)
@@ -174,7 +179,10 @@ def test_a_new_classifier_does_not_depend_on_where_the_layer_is():
 
 
 def test_a_classifier_can_begin_at_zero(script, pretrained, shared_images, tmp_path):
-    """Then no gradient reaches the backbone in the first step; and a classifier that does not train stays there."""
+    """Check that no gradient reaches the backbone in the first step.
+
+    A classifier that does not train stays at zero.
+    """
     common = (
         shared_images,
         *SMALL,
@@ -364,7 +372,10 @@ def test_on_imagenet_the_published_list_is_asked_for_before_any_work(script, tmp
 
 
 def projection(*sizes: int, norm: bool = False, last_norm: bool = False) -> nn.Sequential:
-    """Linear layers with ReLU between them; with `norm`, batch norm before each ReLU, and one without scale at the end."""
+    """Return linear layers with ReLU between them.
+
+    With `norm`, batch norm precedes each ReLU; with `last_norm`, one without scale is at the end.
+    """
     layers = []
     for i, (a, b) in enumerate(itertools.pairwise(sizes)):
         layers.append(nn.Linear(a, b, bias=not norm))

@@ -103,7 +103,8 @@ def test_a_recipe_file_says_which_views(tmp_path):
     assert of("--cfg", configs / "adco_multicrop_200.yaml")[0] == recipes.recipe("multicrop")
     file = tmp_path / "args.yaml"
     file.write_text(
-        "recipe: fnc\nsupport_size: 2\nimage-size: 64\nrandaugment: [1, 3]\nblur-sigma: [0.2, 0.5]\nlr: .3\nseed: 4\n"
+        "recipe: fnc\nsupport_size: 2\nimage-size: 64\nrandaugment: [1, 3]\n"
+        "blur-sigma: [0.2, 0.5]\nlr: .3\nseed: 4\n"
     )
     views, args = of("--cfg", file, "--image-size", 32)
     assert views == recipes.recipe(
@@ -280,7 +281,7 @@ def test_the_devkit_s_labels(tmp_path, tars):
         ("gloss", "O"),
         ("num_children", "O"),
     ]
-    # the numbers are the devkit's own, not the order of the names; the last one is no class but a class's parent
+    # The devkit's numbers are not in the order of the names. The last row is the parent of a class.
     rows = [
         (1, WNIDS[2], "c", "g", 0),
         (2, WNIDS[1], "b", "g", 0),
@@ -302,11 +303,12 @@ def test_the_devkit_s_labels(tmp_path, tars):
 
 
 def test_stopped_anywhere_it_goes_on(tmp_path, tars):
-    """A tar that kills the script, at each of its calls in turn; and no half class is ever in its place."""
+    """Kill the script at each of its calls of tar; no incomplete class is ever visible."""
     stub = tmp_path / "bin" / "tar"
     stub.parent.mkdir()
     stub.write_text(
-        '#!/bin/bash\necho >>"$CALLS"\n[ "$(wc -l <"$CALLS")" != "$STOP" ] || { kill -9 "$(cat "$LOCK")"; exit 1; }\n'
+        '#!/bin/bash\necho >>"$CALLS"\n'
+        '[ "$(wc -l <"$CALLS")" != "$STOP" ] || { kill -9 "$(cat "$LOCK")"; exit 1; }\n'
         'exec "$TAR" "$@"\n'
     )
     stub.chmod(0o755)
@@ -389,7 +391,8 @@ def test_disk_and_sums_are_checked_first(tmp_path, tars):
     df = tmp_path / "bin" / "df"
     df.parent.mkdir()
     df.write_text(
-        "#!/bin/sh\necho Filesystem 1024-blocks Used Available Capacity Mounted on\necho 'a disk  9000 8990 10  99% /mnt/a b'\n"
+        "#!/bin/sh\necho Filesystem 1024-blocks Used Available Capacity Mounted on\n"
+        "echo 'a disk  9000 8990 10  99% /mnt/a b'\n"
     )
     df.chmod(0o755)
     done = prepare(tars, tmp_path / "out", env={"PATH": f"{df.parent}:{os.environ['PATH']}"})
@@ -407,7 +410,8 @@ def test_disk_and_sums_are_checked_first(tmp_path, tars):
     assert done.returncode == 2 and f"process {os.getpid()}" in done.stderr and lock.exists()
 
 
-# tools/slurm.sh, with an srun that does as SLURM's: a process for each task, the first failure kills the others
+# tools/slurm.sh, with a stand-in for srun. It starts a process per task, and the first failure
+# kills the others.
 
 SRUN = """
 import os, signal, subprocess, sys, time
@@ -415,8 +419,14 @@ options = [word for word in sys.argv[1:sys.argv.index("bash")]]
 tasks = int(next(word for word in options if word.startswith("--ntasks=")).split("=")[1])
 open(os.environ["SEEN"], "a").write(" ".join(options) + chr(10))
 words = sys.argv[sys.argv.index("bash"):]
-running = [subprocess.Popen(words, env={**os.environ, "SLURM_PROCID": str(i)}, start_new_session=True) for i in range(tasks)]
-send = lambda number, frame: [os.killpg(task.pid, number) for task in running if task.poll() is None]
+running = [
+    subprocess.Popen(words, env={**os.environ, "SLURM_PROCID": str(i)}, start_new_session=True)
+    for i in range(tasks)
+]
+def send(number, frame):
+    for task in running:
+        if task.poll() is None:
+            os.killpg(task.pid, number)
 signal.signal(signal.SIGUSR1, send)
 while any(task.poll() is None for task in running):
     if any(task.poll() for task in running):
@@ -503,9 +513,12 @@ def test_status_75_requeues_and_another_is_the_job_s(tmp_path, slurm):
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
 def test_signals_reach_the_scripts(tmp_path, slurm, number):
-    """USR1 goes to the tasks, and the job is requeued; TERM goes to the shell too, and SLURM knows what comes then."""
+    """Send USR1 to the tasks: the job is requeued. Send TERM to the shell, too: SLURM decides."""
     # as the scripts do: the one at rank 0 takes longer, for it saves
-    train = 'trap "sleep .$((3 - SLURM_PROCID)); exit 75" USR1 TERM; touch "$0.up.$SLURM_PROCID"; while :; do sleep .05; done'
+    train = (
+        'trap "sleep .$((3 - SLURM_PROCID)); exit 75" USR1 TERM; touch "$0.up.$SLURM_PROCID"; '
+        "while :; do sleep .05; done"
+    )
     folder = tmp_path / "bin"
     # sent to the task's own shell alone, which has to pass it on
     (folder / "srun.py").write_text(

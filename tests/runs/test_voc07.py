@@ -1,4 +1,4 @@
-"""VOC07 classification: costs chosen as a slow loop would, difficult images left out, and runs on a small tree like VOC's."""
+"""Test VOC07 classification: the choice of costs, difficult images, and runs on a small tree."""
 
 import io
 import json
@@ -26,7 +26,10 @@ COSTS = [0.01, 0.1, 1.0, 10.0]
 
 
 def features(seed=0, n=240, m=150, width=40, classes=3):
-    """Train features and labels, and test features and labels, of -1, 0 and 1; some classes are easier than others."""
+    """Return features and labels (-1, 0, 1) for training and for testing.
+
+    Some classes are easier than others.
+    """
     rng = np.random.default_rng(seed)
     x = rng.normal(size=(n + m, width)) + 1
     noise = rng.normal(size=(n + m, classes)) * (1 + np.arange(classes))
@@ -103,7 +106,10 @@ def test_of_costs_that_are_as_good_the_middle_one_is_taken():
 @pytest.mark.parametrize("cost", [0.05, 2.0])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_classifier_minimises_its_objective(kind, cost):
-    """The gradient vanishes; positives count twice in an SVM, whose bias is a weight like others."""
+    """Check that the gradient vanishes.
+
+    In an SVM, positives count twice, and the bias is a weight like the others.
+    """
     x, labels, *_ = features()
     x, y = voc.normalize(x), (labels[:, 0] == 1).astype(int)
     classifier = voc.fit(x, y, kind, cost)
@@ -168,7 +174,8 @@ def test_worker_processes_find_what_one_does():
         assert np.array_equal(alone[0], together[0]) and alone[1] == together[1]
 
 
-# A tree in VOC's format. Each of three classes is one colour's share of an image; the others are not shown.
+# A tree in VOC's format. Each of three classes is the fraction of one colour in an image. The other
+# classes are not shown.
 
 
 
@@ -277,7 +284,7 @@ def test_features_from_files_give_the_same_results(whole, script, tmp_path):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_difficult_is_neither_trained_nor_scored(kind, whole, script, tmp_path):
-    """Birds' average precision does not change with the images where birds are difficult; that of cats does."""
+    """Change the images with difficult birds: only the average precision of cats changes."""
     found = []
     x, y, test, labels = (np.load(whole[2] / f"{name}.npy") for name in FILES)
     bird = json.loads((whole[2] / "meta.json").read_text())["classes"].index("bird")

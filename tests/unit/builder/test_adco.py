@@ -1,4 +1,7 @@
-"""AdCo against slow versions in float64: its loss, the bank's ascent, its labels, how the bank is filled, and two ranks."""
+"""Compare AdCo with slow versions in float64.
+
+The tests cover the loss, the ascent and the filling of the bank, the labels, and two ranks.
+"""
 
 import copy
 
@@ -94,7 +97,7 @@ def test_ascend_is_sgd():
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize(("lr", "steps"), [(3.0, 1), (0.1, 5)])
 def test_the_loss_on_fixed_features_rises_with_the_banks_steps(seed, lr, steps):
-    """At the published temperature: one step from random negatives at the published rate, or several small ones."""
+    """Take one step at the published lr, or several small ones, at the published temperature."""
     torch.manual_seed(seed)
     q, keys, W = unit_rows(32, 16), unit_rows(32, 16), unit_rows(256, 16)
     label, velocity, losses = list(range(32)), torch.zeros(256, 16, dtype=torch.float64), []
@@ -168,7 +171,10 @@ def slow_combination(kind, q, k, W, temperature):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_steps_are_those_of_two_optimizers_on_autograds_gradients(kind):
-    """The encoder descends at T, the bank ascends at mem_t by SGD on the negated loss, both from before the step."""
+    """Compare with SGD on the loss at T (encoder) and on the negated loss at mem_t (bank).
+
+    Both gradients are those before the step.
+    """
     model = build(kind)
     slow_q = copy.deepcopy(model.encoder_q)
     W = model.bank.clone().requires_grad_()

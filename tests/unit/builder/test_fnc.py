@@ -1,4 +1,7 @@
-"""FNC against slow loops in float64, anchor by anchor and row by row: loss, gradient, finds, memory, and two ranks as one."""
+"""Compare FNC with slow loops in float64, over anchors and memory entries.
+
+The tests cover the loss, the gradient, the false negatives found, the memory, and two ranks.
+"""
 
 import copy
 import json
@@ -25,7 +28,7 @@ def unit_rows(*shape):
 
 
 def slow_candidates(bank, own, image, how):
-    """The rows of the bank that are taken for false negatives of an image, one similarity after the other."""
+    """Return the entries found as false negatives of an image, one similarity after the other."""
     mine = own[:, image].tolist()
     score = {
         row: max(float(bank[me] @ bank[row]) for me in mine)
@@ -85,7 +88,10 @@ def test_with_memory_it_is_the_slow_one(V, rows, mode, seed):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(("V", "n", "first"), [(2, 3, 0), (4, 5, 5), (2, 4, 4), (3, 1, 2)], ids=str)
 def test_without_memory_it_is_the_slow_one(V, n, first, mode, seed):
-    """The bank is the joint batch, through which the gradient goes, too; this rank's images are those from `first` on."""
+    """Use the joint batch as bank, with gradients through it.
+
+    The images of this rank start at `first`.
+    """
     torch.manual_seed(seed)
     how, joint = Cancellation(mode, 6, 0.85), first + n + 1
     features = torch.randn(V, joint, DIM, dtype=torch.float64, requires_grad=True)
@@ -126,7 +132,10 @@ def test_two_views_alone_are_nt_xent(seed):
 
 
 def planted(similarity):
-    """Images 0, 1, 2 in two views, orthogonal to one another, and a row of another image, similar to view 1 of image 1."""
+    """Return a bank with images 0, 1, 2 in two views, orthogonal to each other.
+
+    It also has an entry of another image, similar to view 1 of image 1.
+    """
     bank = torch.eye(10, dtype=torch.float64)[:9]
     own = torch.tensor([[0, 1, 2], [3, 4, 5]])
     bank[7] = (
@@ -447,7 +456,11 @@ def test_without_memory_there_is_one_encoder():
 
 
 def three_steps(rank, rows, mode):
-    """On this rank's half of the joint batch, or alone on all of it, with batch norm over all: losses, gradients, state."""
+    """Return the losses, gradients and state of three steps.
+
+    They run on this rank's half of the joint batch, or (rank None) on all of it. Batch norm is over
+    the full batch.
+    """
     model, found = build(rows, mode, labels=True), []
     distributed.sync_batch_norm(model, torch.device("cpu"))
     ddp = distributed.data_parallel(model)

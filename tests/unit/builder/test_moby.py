@@ -1,4 +1,7 @@
-"""MoBY, SynCo-v2 and BYOL against slow versions in float64: losses, gradients, queues, momentum, and two ranks as one."""
+"""Compare MoBY, SynCo-v2 and BYOL with slow versions in float64.
+
+The tests cover losses, gradients, queues, momentum, and two ranks.
+"""
 
 import copy
 import math
@@ -53,7 +56,10 @@ def views(step, n=B, size=9):
 
 
 def cross_entropy(q, k, queue, mixed):
-    """Of one query after the other, with its synthetic negatives' similarities behind the queue's."""
+    """Return the loss, computed query by query.
+
+    The similarities of the synthetic negatives follow those of the queue.
+    """
     losses = []
     for i in range(len(q)):
         logits = [q[i] @ k[i], *(q[i] @ key for key in queue), *mixed[i]]
@@ -154,7 +160,9 @@ def test_byol_lies_between_0_and_4():
 # two ranks
 
 
-OPTIONS = "photos -a test_efficientnet --image-size 32 --mlp-dim 10 --moco-dim 4 --queue 11 --method".split()
+OPTIONS = (
+    "photos -a test_efficientnet --image-size 32 --mlp-dim 10 --moco-dim 4 --queue 11 --method"
+).split()
 
 
 def four_steps(rank, method):

@@ -174,7 +174,10 @@ def test_enqueue_overwrites_the_oldest_rows_for_any_batch_size(sizes):
 
 
 def keys_by_hand(encoder, images, progress, groups):
-    """Keys in the batch's order, each normalised with the statistics of its group of the shuffled batch."""
+    """Return the keys in the order of the batch.
+
+    Each is normalised with the statistics of its group of the shuffled batch.
+    """
     order = torch.randperm(len(images), generator=progress.generator(SHUFFLE, "cpu"))
     k = torch.empty(len(images), DIM)
     before, after = copy.deepcopy(encoder.state_dict()), []

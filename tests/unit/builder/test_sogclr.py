@@ -1,4 +1,4 @@
-"""SogCLR and SimCLR against slow versions in float64, sample by sample: loss, gradient, u, and two ranks as one."""
+"""Compare SogCLR and SimCLR with slow versions in float64: loss, gradient, u, and two ranks."""
 
 import copy
 import math
@@ -78,7 +78,10 @@ def test_sogclr_is_the_slow_one(seed, gamma):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_with_gamma_1_the_gradient_is_that_of_the_mini_batch(seed):
-    """Of tau (-z_i.z_i+ / tau + log mean_j exp(z_i.z_j / tau)), the positive not among the j, views summed."""
+    """Compare with tau (-z_i.z_i+ / tau + log mean_j exp(z_i.z_j / tau)), summed over the views.
+
+    The positive is not among the j.
+    """
     torch.manual_seed(seed)
     z = unit_rows(2, B, DIM).requires_grad_()
     loss, _ = dynamic_loss(compare(z, z, 0), torch.rand(B, dtype=torch.float64), T, 1.0)
@@ -175,7 +178,11 @@ def part(x, rank):
 
 
 def three_steps(rank, gamma):
-    """On this rank's part of the joint batch, or alone on all of it, with batch norm over all: losses, gradients and u."""
+    """Return the losses, gradients and u of three steps.
+
+    They run on this rank's part of the joint batch, or (rank None) on all of it. Batch norm is over
+    the full batch.
+    """
     model, found = build(gamma), []
     distributed.sync_batch_norm(model, torch.device("cpu"))
     ddp = distributed.data_parallel(model)
