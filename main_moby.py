@@ -1,7 +1,8 @@
 #!/usr/bin/env python
 """Pre-train a ViT, a Swin or a ResNet with MoBY, SynCo-v2 or BYOL.
 
---batch-size counts the images of each process. configs/ holds the published settings: --cfg configs/synco_swin_tiny.yaml.
+--batch-size counts the images of each process. configs/ holds the published settings:
+--cfg configs/synco_swin_tiny.yaml.
 """
 
 import moco as _first  # noqa: F401 (before torch: sets how its threads wait)
