@@ -1,7 +1,7 @@
-"""Which options have no effect in which combinations, for the sections that scripts share.
+"""Declare when the options of the shared sections have no effect.
 
-Each function declares the rules of one section with `ParserOfEffects.has_effect`. A condition receives all
-settings as attributes, and the config itself as `config`.
+Each function declares the rules of one section with `ParserOfEffects.has_effect`. A condition
+receives all settings as attributes, and the config itself as `config`.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,7 +19,7 @@ Declare = Callable[[ParserOfEffects], None]
 
 
 def of_sections(config: Config) -> Iterator[Declare]:
-    """Yield what declares the rules of each section of `config`."""
+    """Yield the functions that declare the rules of the sections of `config`."""
     for section in vars(config).values():
         for kind in type(section).__mro__:
             if kind in _RULES:
@@ -40,7 +40,7 @@ def _input(parser: ParserOfEffects) -> None:
 
 def _views(parser: ParserOfEffects) -> None:
     def blurred(args: Options) -> bool:
-        # without a recipe, another rule says why there is none
+        # a missing recipe is reported elsewhere
         return not args.recipe or any(view.blur_p for view in recipes.of(args.config.views))
 
     blurs = "the recipe's views are not blurred; leave it out, or give another --recipe"
