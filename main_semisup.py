@@ -12,7 +12,7 @@ from typing import ClassVar
 
 import torch
 
-from moco import config, sections
+from moco import config, sections, sections_eval
 from moco.cli import entry
 from moco.cli.parser import Parser
 from moco.errors import InputError
@@ -63,8 +63,8 @@ class Config(config.Probing):
 
     optimizer: Optimizer = Optimizer(epochs=30, cos=True)
     input: sections.Input = sections.Input(batch_size=1024)
-    classifier: sections.Classifier = sections.Classifier(weights="finetune")
-    labels: sections.Labels = sections.Labels()
+    classifier: sections_eval.Classifier = sections_eval.Classifier(weights="finetune")
+    labels: sections_eval.Labels = sections_eval.Labels()
     finetuning: FineTune = FineTune()
 
     @property

@@ -11,8 +11,8 @@ from moco import devices, distributed
 from moco.builder.base import Metric, MovingAverage, enqueue
 from moco.loss.contrastive import feature_statistics, normalize
 from moco.loss.false_negatives import MODES, Cancellation, cancelled_nt_xent, find
+from moco.options import AVERAGE, LAYERS, NATURAL, POSITIVE, TEMPERATURE, WIDTH, option
 from moco.rng import Progress
-from moco.sections import AVERAGE, LAYERS, NATURAL, POSITIVE, TEMPERATURE, WIDTH, option
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,9 @@ from moco.encoder import networks, timm_networks
 from moco.errors import InputError
 from moco.loss.contrastive import bank_info_nce, contrast_accuracy, feature_statistics, normalize
 from moco.loss.synthetic import Mixture, Synthetic, draw, hardest, mix
+from moco.options import AVERAGE, ENTRIES, LAYERS, NATURAL, TEMPERATURE, WIDTH, option
 from moco.rng import NEGATIVES, Progress
-from moco.sections import AVERAGE, ENTRIES, LAYERS, NATURAL, TEMPERATURE, WIDTH, Network, option
+from moco.sections import Network
 
 # the papers' momentum, learning rate (x total batch / 512 there, / 256 here) and weight decay
 PUBLISHED = {

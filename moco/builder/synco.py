@@ -11,8 +11,8 @@ from moco import distributed
 from moco.builder.moco import MoCo
 from moco.errors import InputError
 from moco.loss import synthetic
+from moco.options import NATURAL, SIZE, option
 from moco.rng import NEGATIVES, Progress
-from moco.sections import NATURAL, SIZE, option
 
 
 class SynCo(MoCo):

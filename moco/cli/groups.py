@@ -12,7 +12,7 @@ from moco.config import Config, sections
 from moco.data import cache, registry
 from moco.encoder import timm_networks
 from moco.launch import processes
-from moco.sections import Option
+from moco.options import Option
 
 # options with a conversion function of their own
 _CONVERTERS = {

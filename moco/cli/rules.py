@@ -6,7 +6,7 @@ receives all settings as attributes, and the config itself as `config`.
 
 from collections.abc import Callable, Iterator
 
-from moco import sections
+from moco import sections, sections_eval
 from moco.augment import recipes
 from moco.builder.synco import COUNTS, SyntheticNegatives
 from moco.cli.effects import Options, ParserOfEffects
@@ -155,7 +155,7 @@ _RULES: dict[type, Declare] = {
     sections.Launch: _launch,
     sections.Schedule: _schedule,
     sections.Monitor: _monitor,
-    sections.Classifier: _classifier,
-    sections.FeatureFiles: _feature_files,
+    sections_eval.Classifier: _classifier,
+    sections_eval.FeatureFiles: _feature_files,
     sections.QueryAndKey: _query_and_key,
 }

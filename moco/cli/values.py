@@ -6,7 +6,7 @@ from typing import TypeVar
 
 from moco.data import subsets
 from moco.errors import short
-from moco.sections import NATURAL
+from moco.options import NATURAL
 
 Number = TypeVar("Number", int, float)
 
