@@ -26,23 +26,11 @@ from moco.report.runs import Run
 from moco.report.views import views_figure
 
 ROWS = 6  # images in the grid of views
-
-
 CLASSES, POINTS = 20, 2000  # on a map, at most
-
-
 QUERIES, NEIGHBOURS = 8, 6
-
-
 SAME, OTHER = "#1a8a2d", "#c62828"
-
-
 _NEEDED = {"arch": str, "data": str, "image_size": int, "dataset": str, "stem": str}
-
-
 _FOR_VIEWS = {"recipe": str, "seed": int}
-
-
 _DEFAULTS = {
     "class_list": None,
     "crop_min": None,

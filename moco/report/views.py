@@ -19,14 +19,8 @@ from moco.report.plots import printable
 from moco.rng import Progress
 
 CELL = 1.6  # inches of an image
-
-
 DPI = 140  # one view of 224 pixels fills its cell pixel by pixel
-
-
 LINE = 0.14  # inches of a line of text
-
-
 COLUMNS = 12  # of views, at most, where --draws is left out
 
 
