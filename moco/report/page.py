@@ -370,17 +370,19 @@ STYLE = """
 body { font: 15px/1.45 system-ui, -apple-system, "Segoe UI", sans-serif;
   color: #222; background: #fafafa;
   max-width: 1180px; margin: 2em auto; padding: 0 1.5em }
-h1 { font-size: 1.6em } h2 { font-size: 1.25em; margin: 1.8em 0 .5em; border-bottom: 1px solid #ddd }
+h1 { font-size: 1.6em }
+h2 { font-size: 1.25em; margin: 1.8em 0 .5em; border-bottom: 1px solid #ddd }
 h3 { font-size: 1em; margin: 0 0 .4em }
 .wide { overflow-x: auto }
 table { border-collapse: collapse; font-size: .9em; margin: .6em 0; background: #fff }
-th, td { padding: .3em .7em; border-bottom: 1px solid #e2e2e2; text-align: left; white-space: nowrap }
+th, td { padding: .3em .7em; border-bottom: 1px solid #e2e2e2; text-align: left;
+  white-space: nowrap }
 th { background: #f0f0f0; white-space: normal; vertical-align: bottom }
 .number { text-align: right; font-variant-numeric: tabular-nums }
 .swatch { display: inline-block; width: .8em; height: .8em; margin-right: .5em;
   border-radius: 2px }
-.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 480px), 1fr));
-  gap: 1em; align-items: start }
+.figures { display: grid; gap: 1em; align-items: start;
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 480px), 1fr)) }
 figure { margin: 0; padding: .8em; background: #fff; border: 1px solid #e2e2e2;
   border-radius: 4px; min-width: 0 }
 figure.alone { grid-column: 1 / -1 }
