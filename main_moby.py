@@ -93,7 +93,7 @@ def complete(c: Config) -> Config:
     c = config.replaced(c, **own)
     if c.run.method == "synco":
         moby.check_synthetic(c.synthetic, c.contrast)
-    # networks that cannot be made are errors now, before processes start
+    # create the networks once, so that impossible settings are errors before processes start
     for drop_path in {c.networks.online_drop_path, c.networks.target_drop_path}:
         freeze = c.networks.stop_grad_conv1
         moby.create_encoder(c.network, c.views.image_size, drop_path, out=1, freeze_stem=freeze)
