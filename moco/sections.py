@@ -35,7 +35,7 @@ CACHE_MODES = ("auto", "on", "off")
 
 @dataclass(frozen=True)
 class Run:
-    """The run as a whole: its data folder, its run folder and its seed."""
+    """The data folder, the run folder and the seed."""
 
     TITLE: ClassVar[str] = "run"
     data: str | None = option(

@@ -69,7 +69,7 @@ class Method(nn.Module, ABC):
             lr: initial learning rate.
             wd: weight decay.
 
-        A group with `"scheduled": False` keeps its learning rate for the whole run.
+        A group with `"scheduled": False` keeps its learning rate for the full run.
         """
         params = [p for p in self.parameters() if p.requires_grad]
         return [{"params": params, "lr": lr, "weight_decay": wd}]

@@ -141,8 +141,8 @@ def figures(
         yield from ((name, f"{protocol}, {name.replace('_ap', ' AP')}") for name in metrics)
         return
     name = next(name for name in METRICS if name in metrics)
-    share = re.fullmatch(r"semisup(\d+)(_frozen)?", protocol)
-    title = f"{share[1]} % labels{', frozen' if share[2] else ''}" if share else protocol
+    percent = re.fullmatch(r"semisup(\d+)(_frozen)?", protocol)
+    title = f"{percent[1]} % labels{', frozen' if percent[2] else ''}" if percent else protocol
     yield name, f"{title}, {METRICS[name]}"
 
 
@@ -199,7 +199,7 @@ def markdown(cells: dict[tuple[Encoder, tuple[str, str]], Best]) -> str:
         ]
         lines.append(row + [cell(cells.get((e, column))) for column in columns])
     text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
-    chosen = [choice(*place, found) for place, found in cells.items() if found.tried > 1]
+    chosen = [choice(*key, found) for key, found in cells.items() if found.tried > 1]
     text += "".join(f"\n{line}\n" for line in sorted(chosen))
     if any(found.on_val for found in cells.values()):
         text += (

@@ -156,10 +156,10 @@ def _steps_per_epoch(epochs: Column | None, knn: Column | None) -> float | None:
     if epochs is None:
         return None
     step, epoch = epochs
-    whole = (epoch >= 0) & ((epoch < epoch.max()) | np.isin(step, [] if knn is None else knn[0]))
-    if not whole.any():
+    complete = (epoch >= 0) & ((epoch < epoch.max()) | np.isin(step, [] if knn is None else knn[0]))
+    if not complete.any():
         return None
-    last = np.flatnonzero(whole)[-1]
+    last = np.flatnonzero(complete)[-1]
     return step[last] / (epoch[last] + 1) if step[last] > 0 else None
 
 
@@ -170,12 +170,12 @@ def evaluations(run: Run) -> tuple[list[results.Run], list[str]]:
     evaluate a checkpoint of this run, or a random encoder with the same architecture.
     """
     found, trouble = [], []
-    beside = {
+    next_to = {
         *run.folder.resolve().parent.glob("*/results.json"),
         *run.folder.resolve().parent.glob("*/*/results.json"),
     }
     below = set(run.folder.resolve().rglob("results.json"))
-    for file in sorted(beside | below):
+    for file in sorted(next_to | below):
         try:
             figures = list(results.read(file))
             of = [figure for figure in figures if file in below or _is_of(figure, run)]

@@ -72,8 +72,8 @@ def view_columns(
 
     See `views_figure` for the arguments.
     """
-    cut = loader.Views(images, loader.RandomCrops(recipe, seed))
-    crops = [_crops(cut, epoch, picked) for epoch in range(draws)]
+    samples = loader.Views(images, loader.RandomCrops(recipe, seed))
+    crops = [_crops(samples, epoch, picked) for epoch in range(draws)]
     columns = [Column("", "image", [images.read(i) for i in picked])]
     for v, (view, heading) in enumerate(zip(recipe, _headings(recipe), strict=True)):
         for epoch in range(draws):
@@ -103,13 +103,13 @@ def settings(view: View) -> list[str]:
     return lines + [f"{name}, {'always' if p == 1 else f'p {p:g}'}" for name, p in happens if p]
 
 
-def _crops(cut: loader.Views, epoch: int, picked: Sequence[int]) -> list[Tensor]:
+def _crops(views: loader.Views, epoch: int, picked: Sequence[int]) -> list[Tensor]:
     """Return the crops of the picked images, a uint8 batch [B, 3, S, S] for each view."""
-    samples = [cut[epoch, i] for i in picked]
+    samples = [views[epoch, i] for i in picked]
     for sample in samples:
         if isinstance(sample, InputError):
             raise sample
-    return [torch.stack(views) for views in zip(*(sample[0] for sample in samples), strict=True)]
+    return [torch.stack(crops) for crops in zip(*(sample[0] for sample in samples), strict=True)]
 
 
 def _headings(recipe: Recipe) -> list[str]:
