@@ -1,1 +1,1 @@
-"""The command line of scripts and tools: the only part of moco that uses argparse."""
+"""The command line of scripts and tools."""
