@@ -1,9 +1,10 @@
 #!/usr/bin/env python
 """Pre-train a ResNet with AdCo: negatives that are learned as adversaries of the encoder.
 
---sym 1 compares both views in both directions; --multi_crop 1 compares several crops, most of them small, with one key view; both
-together are possible. All GPUs of the node take part unless --gpu ID or --no-multiprocessing-distributed is given.
-configs/ holds the published settings: --cfg configs/adco_200.yaml.
+--sym 1 compares both views in both directions. --multi_crop 1 compares several crops, most of them
+small, with one key view. Both can be combined. All GPUs of the node are used, unless --gpu ID or
+--no-multiprocessing-distributed is given. configs/ holds the published settings:
+--cfg configs/adco_200.yaml.
 """
 
 import moco as _first  # noqa: F401 (before torch: sets how its threads wait)
@@ -62,7 +63,7 @@ class Bank:
 class Config(config.Pretraining):
     """The settings of this script."""
 
-    # None: all GPUs take part, as in the authors' script
+    # None: use all GPUs, as the authors' script does
     launch: sections.Launch = sections.Launch(multiprocessing_distributed=None)
     optimizer: Optimizer = Optimizer(schedule=(120, 160), lr_final=0.0006)
     encoders: sections.QueryAndKey = sections.QueryAndKey(moco_t=0.12, mlp=True, aug_plus=True)
@@ -110,9 +111,8 @@ def worker(c: Config, device: torch.device) -> None:
             "for one process give --gpu ID or --no-multiprocessing-distributed"
         )
     if c.bank.ad_init and not c.log.resume:
-        print_rank0(
-            f"the bank's {c.bank.cluster} negatives begin as keys, gathered before epoch 0 (--ad-init)"
-        )
+        entries = f"the bank's {c.bank.cluster} negatives"
+        print_rank0(f"{entries} begin as keys, gathered before epoch 0 (--ad-init)")
     pretrain.train(c, device, lambda images: build(c))
 
 

@@ -1,7 +1,8 @@
 #!/usr/bin/env python
-"""Pre-train a ResNet with FNC: negatives that look like the image itself are attracted, or left out.
+"""Pre-train a ResNet with FNC: false negatives are attracted, or left out.
 
---support-size 0 --fn-mode off --memory-multiplier 0 is SimCLR. configs/fnc_100.yaml holds the published settings.
+With --support-size 0 --fn-mode off --memory-multiplier 0, this is SimCLR. configs/ holds the
+published settings: --cfg configs/fnc_100.yaml.
 """
 
 import moco as _first  # noqa: F401 (before torch: sets how its threads wait)
@@ -63,7 +64,7 @@ def complete(c: Config) -> Config:
 
 
 def check_memory(c: Config) -> None:
-    """Raise InputError if the memory cannot hold a batch, or if all its entries could be false negatives."""
+    """Raise InputError if the memory cannot hold a batch, or could hold only false negatives."""
     fnc, views, accumulated = c.fnc, c.views.views, c.optimizer.accumulation_steps
     if 0 < fnc.memory_multiplier * accumulated < views:
         raise InputError(
@@ -85,10 +86,11 @@ def check_memory(c: Config) -> None:
 
 
 def encoder(c: Config) -> nn.Module:
+    """Return a ResNet with a projection head that ends with a batch norm without bias."""
     dim = c.fnc.proj_out_dim
     net = resnet(c.network.arch, dim, stem=c.network.stem, zero_init_residual=True)
     last = nn.BatchNorm1d(dim)
-    last.bias.requires_grad_(False)  # stays 0
+    last.bias.requires_grad_(False)  # so that it stays 0
     net.fc = projector([*[net.fc.in_features] * c.fnc.num_proj_layers, dim], last)
     return net
 
@@ -96,18 +98,18 @@ def encoder(c: Config) -> nn.Module:
 def worker(c: Config, device: torch.device) -> None:
     fnc = c.fnc
     total = c.input.batch_per_process * distributed.world_size() * c.optimizer.accumulation_steps
-    rows = fnc.memory_multiplier * total
+    entries = fnc.memory_multiplier * total
     cancellation = Cancellation(fnc.fn_mode, fnc.fn_topk, fnc.fn_threshold)
 
     def build(images: Images) -> FNC:
         known = len(images.classes) > 1 and not images.multi_label
         labels = torch.as_tensor(images.labels) if known else None
-        sizes = (fnc.proj_out_dim, rows, fnc.ema, fnc.temperature)
+        sizes = (fnc.proj_out_dim, entries, fnc.ema, fnc.temperature)
         return FNC(lambda: encoder(c), *sizes, cancellation, fnc.loss_chunk, labels)
 
     found = f"up to {fnc.fn_topk} above {fnc.fn_threshold:g} of each image"
     found = "not searched" if fnc.fn_mode == "off" else found
-    memory = f"a memory of {rows} entries" if rows else "no memory"
+    memory = f"a memory of {entries} entries" if entries else "no memory"
     print_rank0(f"{c.views.views} views; false negatives: {fnc.fn_mode}, {found}; {memory}")
     pretrain.train(c, device, build)
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
-"""Weighted k-NN: classify val/ by the frozen features of a pre-trained encoder, with train/ as the bank.
+"""Weighted k-NN: classify val/ by the features of a pre-trained encoder, with train/ as the bank.
 
-Without --pretrained the encoder is randomly initialised, which is the baseline to compare with.
+Without --pretrained, the encoder is randomly initialised, which is the baseline to compare with.
 """
 
 import moco as _first  # noqa: F401 (before torch: sets how its threads wait)
@@ -24,7 +24,7 @@ from moco.sections import option
 
 @dataclass(frozen=True)
 class Neighbours:
-    """Which features are compared, and how neighbours vote."""
+    """The features to compare, and the neighbours that vote."""
 
     TITLE: ClassVar[str] = "k-NN"
     k: tuple[int, ...] = option(
@@ -55,10 +55,12 @@ class Config(config.Evaluation):
 
     @property
     def of_head(self) -> bool:
+        """Return whether to use the features of the projection head, not of the backbone."""
         return self.knn.features == "head"
 
     @property
     def on_host(self) -> bool:
+        """Return whether to keep features in the host's memory, not on the GPU."""
         return self.knn.host_features
 
 

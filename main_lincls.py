@@ -1,8 +1,8 @@
 #!/usr/bin/env python
-"""Linear probe: train a classifier on the frozen features of a pre-trained encoder, test it on val/.
+"""Linear probe: train a classifier on the features of a frozen encoder, and test it on val/.
 
-Without --pretrained the encoder is randomly initialised, which is the baseline to compare with. With --weights finetune the
-whole network trains.
+Without --pretrained, the encoder is randomly initialised, which is the baseline to compare with.
+With --weights finetune, the full network trains.
 """
 
 import moco as _first  # noqa: F401 (before torch: sets how its threads wait)
@@ -25,7 +25,7 @@ from moco.sections import option
 
 @dataclass(frozen=True)
 class Optimizer(sections.Schedule):
-    """An optimizer with several learning rates and weight decays, a classifier for each."""
+    """An optimizer with several learning rates and weight decays, and a classifier for each."""
 
     lr: tuple[float, ...] = option(
         (30.0,),

@@ -1,7 +1,8 @@
 #!/usr/bin/env python
-"""Semi-supervised learning: fine-tune a pre-trained encoder on 1 %, 10 % or all of the labels, test it on val/.
+"""Semi-supervised learning: fine-tune a pre-trained encoder on some of the labels, test it on val/.
 
-Without --pretrained the encoder is randomly initialised, which is the baseline to compare with.
+--train-percent sets how many labels are used. Without --pretrained, the encoder is randomly
+initialised, which is the baseline to compare with.
 """
 
 import moco as _first  # noqa: F401 (before torch: sets how its threads wait)
@@ -12,7 +13,7 @@ from typing import ClassVar
 
 import torch
 
-from moco import config, sections
+from moco import config, sections, sections_eval
 from moco.cli import entry
 from moco.cli.parser import Parser
 from moco.errors import InputError
@@ -27,7 +28,7 @@ BEST = "model_best_semisup.pth.tar"
 
 @dataclass(frozen=True)
 class Optimizer(sections.Schedule):
-    """An optimizer whose learning rates are those of `FineTune`."""
+    """An optimizer without learning rate; `FineTune` has the learning rates."""
 
     wd: float = option(
         1e-6, "weight decay", "--weight-decay", range=sections.WEIGHT_DECAY, metavar="WD"
@@ -36,7 +37,7 @@ class Optimizer(sections.Schedule):
 
 @dataclass(frozen=True)
 class FineTune:
-    """The learning rates of encoder and classifier, and what lies between them."""
+    """The learning rates of encoder and classifier, and the layers between them."""
 
     TITLE: ClassVar[str] = "fine-tuning"
     lr_backbone: float = option(
@@ -63,12 +64,13 @@ class Config(config.Probing):
 
     optimizer: Optimizer = Optimizer(epochs=30, cos=True)
     input: sections.Input = sections.Input(batch_size=1024)
-    classifier: sections.Classifier = sections.Classifier(weights="finetune")
-    labels: sections.Labels = sections.Labels()
+    classifier: sections_eval.Classifier = sections_eval.Classifier(weights="finetune")
+    labels: sections_eval.Labels = sections_eval.Labels()
     finetuning: FineTune = FineTune()
 
     @property
     def kept_layers(self) -> int:
+        """Return the number of layers of the projection head to keep below the classifier."""
         return self.finetuning.ft_proj
 
 

@@ -1,7 +1,8 @@
 #!/usr/bin/env python
 """Pre-train a ResNet with SogCLR (--loss_type dcl), or with SimCLR (--loss_type simclr).
 
-SogCLR keeps a moving average for each training image, so that small batches do; see configs/sogclr_800.yaml.
+SogCLR keeps a moving average for each training image, so that small batches suffice. configs/ holds
+the published settings: --cfg configs/sogclr_800.yaml.
 """
 
 import moco as _first  # noqa: F401 (before torch: sets how its threads wait)
@@ -23,7 +24,7 @@ from moco.encoder.resnets import resnet
 from moco.engine import pretrain
 from moco.sections import option
 
-LEAST_T = 0.02  # exp(1 / T) of one half as large leaves float32's range
+LEAST_T = 0.02  # with half this temperature, exp(1 / T) would leave the range of float32
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ def complete(c: Config) -> Config:
 
 
 def encoder(c: Config) -> nn.Module:
+    """Return a ResNet with a projection head that ends with a batch norm without parameters."""
     dim, layers = c.contrast.dim, c.contrast.num_proj_layers
     net = resnet(c.network.arch, dim, stem=c.network.stem, zero_init_residual=True)
     widths = [net.fc.in_features, *[c.contrast.mlp_dim] * (layers - 1), dim]

@@ -69,7 +69,7 @@ def negatives(c: Config) -> Synthetic:
 
 
 def method(kind: Synthetic) -> str:
-    """Return moco, mochi or synco, by the types of synthetic negatives."""
+    """Return moco, mochi or synco, depending on the types of synthetic negatives."""
     of_mochi = sum(kind.counts[i] for i in (0, 2))
     return "moco" if not kind.total else "mochi" if of_mochi == kind.total else "synco"
 

@@ -1,7 +1,8 @@
 #!/usr/bin/env python
-"""VOC07 classification: train linear classifiers on the frozen features of trainval, and test them on test by mAP.
+"""VOC07 classification: train linear classifiers on the features of trainval, test them on test.
 
-Without --pretrained the encoder is randomly initialised, which is the baseline to compare with.
+The result is the mean average precision (mAP). Without --pretrained, the encoder is randomly
+initialised, which is the baseline to compare with.
 """
 
 import moco as _first  # noqa: F401 (before torch: sets how its threads wait)
@@ -27,7 +28,7 @@ COSTS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 
 @dataclass(frozen=True)
 class Classifiers:
-    """The classifiers on features of norm 1, one for each class."""
+    """The classifiers, one for each class, on features of norm 1."""
 
     TITLE: ClassVar[str] = "classifiers, one for each class, on features of norm 1"
     classifier: str = option(
@@ -77,8 +78,11 @@ def report(
     """Print the average precision of each class and their means, and write results.json.
 
     Args:
-        scores, labels: of the test images, [M, classes].
-        chosen: costs [classes]; None where trainval does not tell the class.
+        c: the settings.
+        classes: names of the classes.
+        scores: scores of the test images, [M, classes].
+        labels: labels of the test images, [M, classes].
+        chosen: cost of each class; None if trainval cannot train a classifier for it.
     """
     found = metrics.mean_average_precision(scores, labels)
     precisions = zip(classes, chosen, *metrics.average_precisions(scores, labels), strict=True)

@@ -1,7 +1,7 @@
-"""The settings of a run: sections put together, and how they become one flat table.
+"""Combine the sections of settings to the config of a run, and convert it to one flat table.
 
-A script's settings are a subclass of `Pretraining`, `Probing` or `Evaluation`; the sections that are
-its fields' defaults hold the script's defaults.
+A script's settings are a subclass of `Pretraining`, `Probing` or `Evaluation`. Its fields are
+sections, whose defaults are the script's defaults.
 """
 
 import dataclasses
@@ -10,12 +10,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
 from moco.sections import (
-    Classifier,
     Compute,
-    Encoder,
-    FeatureFiles,
     Input,
-    Labels,
     Launch,
     Log,
     Monitor,
@@ -26,6 +22,7 @@ from moco.sections import (
     Schedule,
     Views,
 )
+from moco.sections_eval import Classifier, Encoder, FeatureFiles, Labels
 
 # mean and standard deviation of ImageNet's images, R, G and B in [0, 1]
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -33,11 +30,17 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class Config:
-    """The settings that every run has."""
+    """The settings that every run has.
 
-    TRAINS: ClassVar[bool] = False  # whether the run trains, and can be resumed
-    EVALUATES: ClassVar[bool] = False  # whether it evaluates an encoder
-    TRANSFORMERS: ClassVar[bool] = True  # whether other networks than ResNets may train
+    Attributes:
+        TRAINS: whether the run trains, and can be resumed.
+        EVALUATES: whether the run evaluates an encoder.
+        TRANSFORMERS: whether networks other than ResNets can be trained.
+    """
+
+    TRAINS: ClassVar[bool] = False
+    EVALUATES: ClassVar[bool] = False
+    TRANSFORMERS: ClassVar[bool] = True
 
     run: Run = Run()
     input: Input = Input()
@@ -48,36 +51,40 @@ class Config:
 
     @property
     def only_tests(self) -> bool:
-        """Return whether the run tests a classifier that an earlier run has trained."""
+        """Return whether the run only tests a classifier that an earlier run has trained."""
         return False
 
     @property
     def kept_layers(self) -> int:
-        """Return how many layers of the projection head stay below a classifier."""
+        """Return the number of layers of the projection head to keep below the classifier."""
         return 0
 
     @property
     def of_head(self) -> bool:
-        """Return whether features are those of the projection head, not of the backbone."""
+        """Return whether to use the features of the projection head, not of the backbone."""
         return False
 
     @property
     def labels(self) -> Labels | None:
-        """Return which labels are used; None for all."""
+        """Return the settings of the labels to use; None for all labels."""
         return None
 
     @property
     def val_from_train(self) -> float | None:
-        """Return the fraction of the training images to choose a classifier on, if any."""
+        """Return the fraction of training images held out to choose the classifier on, or None."""
         return None
 
 
 @dataclass(frozen=True)
 class Training(Config):
-    """The settings of a run that trains."""
+    """The settings of a run that trains.
+
+    Attributes:
+        SCHEDULED: whether the method itself depends on --epochs.
+    """
 
     TRAINS: ClassVar[bool] = True
-    SCHEDULED: ClassVar[bool] = False  # whether the method, too, depends on --epochs
+    SCHEDULED: ClassVar[bool] = False
 
     optimizer: Schedule = Optimizer()
     log: Log = Log()
@@ -85,7 +92,7 @@ class Training(Config):
 
 @dataclass(frozen=True)
 class Pretraining(Training):
-    """The settings of a pre-training. A script adds those of its method."""
+    """The settings of a pre-training. Each script adds those of its method."""
 
     TRANSFORMERS: ClassVar[bool] = False
 
@@ -107,7 +114,7 @@ class Evaluation(Config):
 
     @property
     def on_host(self) -> bool:
-        """Return whether features are kept in the host's memory, not on the GPU."""
+        """Return whether to keep features in the host's memory, not on the GPU."""
         return False
 
 
@@ -124,12 +131,12 @@ class Probing(Training):
 
     @property
     def only_tests(self) -> bool:
-        """Return whether the run tests a classifier that an earlier run has trained."""
+        """Return whether the run only tests a classifier that an earlier run has trained."""
         return self.classifier.evaluate
 
     @property
     def val_from_train(self) -> float | None:
-        """Return the fraction of the training images to choose a classifier on, if any."""
+        """Return the fraction of training images held out to choose the classifier on, or None."""
         return self.classifier.val_from_train
 
 
@@ -143,7 +150,7 @@ def sections(config: Any) -> Iterator[tuple[str, Any]]:
 
 
 def flat(config: Any) -> dict[str, Any]:
-    """Return all settings by name, as args.yaml and checkpoints hold them; tuples become lists."""
+    """Return all settings by name, as in args.yaml and checkpoints. Tuples become lists."""
     found = {}
     for _, section in sections(config):
         for one in dataclasses.fields(section):
@@ -153,7 +160,7 @@ def flat(config: Any) -> dict[str, Any]:
 
 
 def replaced(config: AnyConfig, **values: Any) -> AnyConfig:
-    """Return `config` with some settings changed, given by name. Raises KeyError for an unknown name."""
+    """Return a copy of `config` with new `values`. Raises KeyError for an unknown name."""
     changed = {}
     for name, section in sections(config):
         mine = {one.name for one in dataclasses.fields(section)} & values.keys()

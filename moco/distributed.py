@@ -163,11 +163,11 @@ class _AllReduce(torch.autograd.Function):
     """The sum over ranks, whose backward pass sums the gradients over ranks."""
 
     @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
+    def forward(ctx, x: Tensor) -> Tensor:  # noqa: ARG004
         return all_reduce_sum(x.clone())
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> Tensor:
+    def backward(ctx, gradient: Tensor) -> Tensor:  # noqa: ARG004
         return all_reduce_sum(gradient.clone())
 
 
@@ -220,7 +220,7 @@ def shuffle(x: Tensor, permutation: Tensor) -> Tensor:
     owner = permutation.div(n, rounding_mode="floor").view(w, n)  # [destination, slot]
     # each destination receives its samples in the order of its slots
     send = [permutation.view(w, n)[d][owner[d] == r] - r * n for d in range(w)]
-    # the slot of each sample in order of arrival
+    # each arriving sample's slot
     order = torch.cat([(owner[r] == s).nonzero().squeeze(1) for s in range(w)])
     sent = x[devices.to_device(torch.cat(send), x.device)].contiguous()
     arrived = torch.empty_like(sent)

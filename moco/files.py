@@ -25,7 +25,7 @@ from moco.errors import InputError, short
 Scalar = str | int | float | bool | None
 
 
-class Unreadable(InputError):
+class Unreadable(InputError):  # noqa: N818
     """The error if the system fails to read a file that may be intact: a permission, a disk.
 
     Its message is the system's reason. `at` adds the file's name.

@@ -1,11 +1,30 @@
-"""The settings of a run in sections: frozen dataclasses, one per concern.
+"""The sections of a run's settings: frozen dataclasses, one per concern.
 
-A field made by `option` is also a command-line option: its default, type, range and help stand here
-and nowhere else. moco/config.py puts sections together, and moco/cli/parser.py makes the options.
+A field made by `option` is also a command-line option. Its default, type, range and help text stand
+here and nowhere else. moco/config.py combines the sections; moco/cli/groups.py creates the options.
 """
 
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import ClassVar
+
+from moco.options import (
+    AVERAGE,
+    EPOCHS,
+    LEARNING_RATE,
+    MOMENTUM,
+    NATURAL,
+    PIXELS,
+    POSITIVE,
+    PROCESSES,
+    TEMPERATURE,
+    WEIGHT_DECAY,
+    WIDTH,
+    option,
+)
+
+# unused here: scripts write sections.ENTRIES and sections.LAYERS
+from moco.options import ENTRIES as ENTRIES
+from moco.options import LAYERS as LAYERS
 
 STEMS = ("imagenet", "cifar")  # of ResNets; see `moco.encoder.resnets.resnet`
 DEVICES = ("cpu", "cuda", "xpu", "mps")
@@ -13,46 +32,10 @@ OPTIMIZERS = ("sgd", "lars", "adamw")
 SCALINGS = ("none", "sqrt", "linear")
 CACHE_MODES = ("auto", "on", "off")
 
-# Ranges wide enough for any experiment. Values outside are mistakes, or leave float32's range.
-POSITIVE, NATURAL = "[1, 2147483647]", "[0, 2147483647]"
-PROCESSES = "[0, 1024]"
-EPOCHS = "[1, 100000]"
-PIXELS = "[8, 4096]"
-WIDTH = "[1, 1048576]"  # of features and hidden layers
-LAYERS = "[1, 100]"
-ENTRIES = "[1, 268435456]"  # of a queue or bank
-LEARNING_RATE = "[0, 1000000]"
-WEIGHT_DECAY = "[0, 100]"
-MOMENTUM = "[0, 1)"  # of an optimizer
-AVERAGE = "[0, 1]"  # momentum of an encoder that follows another one
-TEMPERATURE = "[0.001, 100]"
-SIZE = "[0, 100]"  # of a perturbation of unit vectors
-
-
-@dataclass(frozen=True)
-class Option:
-    """How a field appears on the command line."""
-
-    help: str
-    names: tuple[str, ...] = ()  # further names, such as -b
-    range: str = ""  # an interval, such as "[0, 1)", where 1 is excluded
-    choices: tuple[str | int, ...] = ()
-    metavar: str | tuple[str, ...] | None = None
-    nargs: int | str | None = None
-    switch: bool = True  # of a bool: also --no-NAME and --NAME 0
-    levels: int = 1  # the largest value of a switch
-    unset: str = ""  # what a default of None means
-    hidden: bool = False  # from --help
-
-
-def option(default: Any, help: str, *names: str, **more: Any) -> Any:
-    """Return a dataclass field that is also an option; `more` are fields of `Option`."""
-    return field(default=default, metadata={"option": Option(help, names, **more)})
-
 
 @dataclass(frozen=True)
 class Run:
-    """The run as a whole: its data folder, its run folder and its seed."""
+    """The data folder, the run folder and the seed."""
 
     TITLE: ClassVar[str] = "run"
     data: str | None = option(
@@ -77,7 +60,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Input:
-    """The images of a run, and how they are read."""
+    """The images of a run, and how they are loaded."""
 
     TITLE: ClassVar[str] = "images"
     batch_size: int = option(256, "images in one pass {of}", "-b", range="[1, 1048576]")
@@ -112,7 +95,7 @@ class Input:
 
 @dataclass(frozen=True)
 class Views:
-    """How images become views."""
+    """The views of each image: recipe, size, normalization and augmentation."""
 
     TITLE: ClassVar[str] = "views"
     recipe: str | None = option(None, "views by name, see moco/augment/recipes.py")
@@ -162,7 +145,7 @@ class Views:
         metavar=("N", "M"),
         unset="the recipe's",
     )
-    views: int | None = None  # how many a method needs, if not as many as the recipe has
+    views: int | None = None  # number that the method needs; None: all of the recipe
 
 
 @dataclass(frozen=True)
@@ -182,7 +165,7 @@ class Network:
 
 @dataclass(frozen=True)
 class Compute:
-    """How the networks compute, which changes their results only by rounding."""
+    """The settings of computation, which change results only by rounding."""
 
     TITLE: ClassVar[str] = "computation"
     amp: str = option(
@@ -201,7 +184,7 @@ class Compute:
 
 @dataclass(frozen=True)
 class Launch:
-    """Which processes a run has, and how they meet."""
+    """The processes of a run, and how they find each other."""
 
     TITLE: ClassVar[str] = "launch (or use torchrun, torch.distributed.launch, srun)"
     device: str = option(
@@ -238,7 +221,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class Schedule:
-    """How many epochs a run has, its optimizer, and the schedule of the learning rate."""
+    """The number of epochs, the optimizer, and the schedule of the learning rate."""
 
     TITLE: ClassVar[str] = "optimization"
     epochs: int = option(200, "epochs of the run", range=EPOCHS)
@@ -299,7 +282,7 @@ class Optimizer(Schedule):
 
 @dataclass(frozen=True)
 class Log:
-    """What a training run prints and saves, and which run it continues."""
+    """The log and the checkpoints of a training run, and the checkpoint to resume from."""
 
     TITLE: ClassVar[str] = "monitor"
     print_freq: int = option(10, "steps between log lines", "-p", range=POSITIVE, metavar="STEPS")
@@ -336,7 +319,7 @@ class Log:
 
 @dataclass(frozen=True)
 class Retention:
-    """Which checkpoints of a pre-training are kept."""
+    """The checkpoints of a pre-training to keep."""
 
     TITLE: ClassVar[str] = "retention"
     keep: int = option(2, "keep the newest N epoch checkpoints; all, or 0: keep all", metavar="N")
@@ -351,7 +334,7 @@ class Retention:
 
 @dataclass(frozen=True)
 class Monitor:
-    """The k-NN accuracy that a pre-training reports on the way."""
+    """The k-NN accuracy that a pre-training reports while it runs."""
 
     TITLE: ClassVar[str] = "k-NN monitor"
     knn_every: int = option(
@@ -369,72 +352,8 @@ class Monitor:
 
 
 @dataclass(frozen=True)
-class Encoder:
-    """The encoder that is evaluated."""
-
-    TITLE: ClassVar[str] = "encoder"
-    pretrained: str | None = option(
-        None,
-        "checkpoint of any method here, or a MoCo, SogCLR, MoBY or bare file",
-        metavar="FILE",
-        unset="a randomly initialised encoder",
-    )
-    encoder_method: str | None = None  # of the checkpoint's pre-training
-    pretrain_epochs: int | None = None  # of the checkpoint
-
-
-@dataclass(frozen=True)
-class Classifier:
-    """How a classifier on the encoder is trained, chosen and tested."""
-
-    TITLE: ClassVar[str] = "classifier"
-    weights: str = option(
-        "freeze", "of the encoder: kept, or trained too", choices=("freeze", "finetune")
-    )
-    evaluate: bool = option(False, "only test the classifier of --resume", "-e", switch=False)
-    val_from_train: float | None = option(
-        None,
-        "fraction of each class's training images, held out to choose the best classifier on",
-        range="(0, 1)",
-        metavar="FRACTION",
-        unset="it is chosen on val/",
-    )
-
-
-@dataclass(frozen=True)
-class Labels:
-    """The training images whose labels are used."""
-
-    TITLE: ClassVar[str] = "labels"
-    train_percent: int = option(
-        10,
-        "percentage of the labels: on ImageNet those of the published lists; otherwise, or with "
-        "--class-list, a sample of each class",
-        choices=(1, 10, 100),
-    )
-    subset_file: str | None = option(
-        None, "list of the labelled images, one file name a line", metavar="FILE"
-    )
-
-
-@dataclass(frozen=True)
-class FeatureFiles:
-    """Features that are saved to files, or loaded from files instead of computed."""
-
-    TITLE: ClassVar[str] = "files of features"
-    dump_features: str | None = option(
-        None, "write the features of both splits there, as .npy files", metavar="FOLDER"
-    )
-    load_features: str | None = option(
-        None,
-        "read them from there: no DIR, no --pretrained; the seed is that of the dump",
-        metavar="FOLDER",
-    )
-
-
-@dataclass(frozen=True)
 class QueryAndKey:
-    """A query encoder, and a key encoder that follows it, with MoCo's head and views."""
+    """A query encoder, and the key encoder that follows it, with MoCo's head and views."""
 
     TITLE: ClassVar[str] = "query and key encoder"
     moco_dim: int = option(128, "feature size", range=WIDTH)

@@ -7,7 +7,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = [
-    ("moco.errors", "moco.rng", "moco.sections", "moco.methods"),
+    ("moco.errors", "moco.rng", "moco.options", "moco.methods"),
+    ("moco.sections",),
     ("moco.config",),
     ("moco.files", "moco.user", "moco.devices"),
     ("moco.loss", "moco.distributed"),

@@ -1,1 +1,1 @@
-"""What is trained: one `nn.Module` per method, `forward(views, index, progress) -> (loss, metrics)`."""
+"""The methods: one `nn.Module` each, with `forward(views, index, progress) -> (loss, metrics)`."""

@@ -1,4 +1,4 @@
-"""Modules that methods share: a moving average of the encoder, keys under shuffled BN, an online and a target network."""
+"""Base classes of the methods: a momentum encoder, shuffled BN, an online and a target network."""
 
 import copy
 import math
@@ -14,7 +14,7 @@ from moco.builder.batch_norm import MIN_BN_GROUP, bn_groups, split_batch_norm
 from moco.loss.contrastive import normalize
 from moco.rng import SHUFFLE, Progress
 
-Metric = Tensor | tuple[Tensor, Tensor]  # a scalar, or a sum and the count of what it sums up
+Metric = Tensor | tuple[Tensor, Tensor]  # a scalar, or a sum and the number of its summands
 
 
 class Method(nn.Module, ABC):
@@ -55,32 +55,36 @@ class Method(nn.Module, ABC):
         Args:
             views: the views of the batch, each [B, 3, H, W].
             index: index of each image in the training set, [B].
-            progress: where in the run this pass stands. Random numbers are drawn from its
-                generators, so that a resumed run draws the same ones.
+            progress: position in the run. Its generators draw all random numbers, so that a
+                resumed run draws the same ones.
         """
 
     def after_step(self) -> None:
-        """Do what follows the optimizer's step, such as to update a moving average."""
+        """Run after each step of the optimizer, for example to update a moving average."""
 
     def groups(self, lr: float, wd: float) -> list[dict[str, Any]]:
-        """Return the optimizer's parameter groups; by default one with all that trains.
+        """Return the optimizer's parameter groups; by default one with all trainable parameters.
 
-        A group with `"scheduled": False` keeps its learning rate for the whole run.
+        Args:
+            lr: initial learning rate.
+            wd: weight decay.
+
+        A group with `"scheduled": False` keeps its learning rate for the full run.
         """
         params = [p for p in self.parameters() if p.requires_grad]
         return [{"params": params, "lr": lr, "weight_decay": wd}]
 
-    def notes(self, images: int) -> list[str]:
-        """Return lines to print at the start of a run with `images` images in a pass."""
+    def notes(self, images: int) -> list[str]:  # noqa: ARG002
+        """Return lines to print at the start of a run with `images` images in each pass."""
         return []
 
 
 class MovingAverage(Method):
-    """An encoder that trains, `encoder_q`, and its exponential moving average `encoder_k`.
+    """A method with an encoder `encoder_q` and its exponential moving average `encoder_k`.
 
     Args:
-        encoder: makes one encoder [B, 3, H, W] -> [B, C].
-        m: momentum of the average, in [0, 1].
+        encoder: creates an encoder [B, 3, H, W] -> [B, C].
+        m: momentum of the moving average, in [0, 1].
     """
 
     def __init__(self, encoder: Callable[[], nn.Module], m: float):
@@ -91,24 +95,24 @@ class MovingAverage(Method):
 
     @property
     def encoder(self) -> nn.Module:
-        """The encoder that evaluation uses."""
+        """Return the encoder that the evaluations judge."""
         return self.encoder_q
 
     @torch.no_grad()
     def after_step(self) -> None:
-        """What changes after the optimizer's step: the average follows."""
-        torch._foreach_lerp_(
-            list(self.encoder_k.parameters()), list(self.encoder_q.parameters()), 1 - self.m
-        )
+        """Update the moving average of the encoder."""
+        average, online = list(self.encoder_k.parameters()), list(self.encoder_q.parameters())
+        torch._foreach_lerp_(average, online, 1 - self.m)
 
 
 class QueryAndKey(MovingAverage):
-    """Queries from `encoder_q`, keys from `encoder_k` under shuffled BN: what MoCo and AdCo share.
+    """A method with queries from `encoder_q`, and keys from `encoder_k` under shuffled BN.
 
     Args:
-        encoder, m: `MovingAverage`'s.
-        bn_splits: with one process, groups of a shuffled batch over which the key encoder's BN runs.
-        bn_splits_query: whether the query encoder's BN also runs over `bn_splits` groups.
+        encoder, m: see `MovingAverage`.
+        bn_splits: number of groups of the batch that the key encoder's BN normalizes separately.
+            Only used by a run of one process, where it replaces the shuffle between GPUs.
+        bn_splits_query: whether the query encoder's BN also normalizes `bn_splits` groups.
     """
 
     def __init__(
@@ -125,7 +129,7 @@ class QueryAndKey(MovingAverage):
                 split_batch_norm(net, bn_splits)
 
     def notes(self, images: int) -> list[str]:
-        """Return a line if the batch is too small for `bn_splits` groups."""
+        """Return a line if a pass of `images` images is too small for `bn_splits` groups."""
         used = bn_groups(self.bn_splits, images)
         if distributed.world_size() > 1 or used == self.bn_splits:
             return []
@@ -135,41 +139,53 @@ class QueryAndKey(MovingAverage):
 
     @torch.no_grad()
     def keys(self, images: Tensor, progress: Progress, *counters: int) -> Tensor:
-        """Unit keys of the joint batch in its own order, [W B, C], under shuffled BN.
+        """Return the normalized keys of the joint batch, [W B, C], computed under shuffled BN.
 
-        Images change places by a permutation that all ranks share and every pass draws anew, so that a key's BN group
-        is not its query's. With a single process, batch norm runs over groups of the shuffled batch
-        instead. Give each view other `counters`, so that their permutations differ.
+        The images are shuffled over the ranks, so that a key and its query are normalized with
+        different batches. A single process normalizes groups of the shuffled batch instead (MoCo,
+        section 3.3).
+
+        Args:
+            images: one view of this rank's batch, [B, 3, H, W].
+            progress: position in the run; with `counters` it seeds the permutation, which is the
+                same on all ranks.
+            counters: numbers that tell views apart, so that their permutations differ.
         """
         generator = progress.generator(SHUFFLE, "cpu", *counters)
         permutation = torch.randperm(distributed.world_size() * len(images), generator=generator)
-        return distributed.unshuffle(
-            normalize(self.encoder_k(distributed.shuffle(images, permutation))), permutation
-        )
+        keys = normalize(self.encoder_k(distributed.shuffle(images, permutation)))
+        return distributed.unshuffle(keys, permutation)
 
 
 @torch.no_grad()
 def enqueue(queue: Tensor, pointer: Tensor, keys: Tensor) -> Tensor:
-    """Overwrite the rows of `queue` [K, C] from `pointer` [1] on, which moves along, with `keys` [n, C]; any n, it wraps around.
+    """Overwrite the oldest entries of a queue with `keys`, and return the index of each key, [n].
 
-    Returns where each key belongs, [n]; with n above K only the last K keys stay.
+    Args:
+        queue: [K, C]; changed in place.
+        pointer: index of the oldest entry, [1]; changed in place.
+        keys: [n, C]. The indices wrap around. If n is above K, only the last K keys are kept.
     """
     n, K = len(keys), len(queue)
-    places = (pointer + torch.arange(n, device=keys.device)) % K
-    queue[places[-K:]] = keys[-K:]
+    indices = (pointer + torch.arange(n, device=keys.device)) % K
+    queue[indices[-K:]] = keys[-K:]
     pointer.add_(n).remainder_(K)
-    return places
+    return indices
 
 
 class OnlineAndTarget(Method):
-    """What the three methods share.
+    """A method with an online network that trains, and a target network that follows it.
+
+    The target is a moving average of the online network. MoBY, SynCo-v2 and BYOL are such methods.
 
     Args:
-        encoder: the online backbone [B, 3, H, W] -> [B, D] without a head, which trains.
-        encoder_k: the target's, which may differ in its stochastic depth; it takes the online one's weights.
-        projector: the head D -> C; the target has a copy.
-        predictor: the online head C -> C.
-        m: momentum of the target at the first step, in [0, 1]; by a half cosine it is 1 at the last.
+        encoder: the online backbone [B, 3, H, W] -> [B, D], without a head.
+        encoder_k: the target backbone. It may have another stochastic depth. The weights of
+            `encoder` are copied to it.
+        projector: the online projection head [B, D] -> [B, C]. The target has a copy.
+        predictor: the online prediction head [B, C] -> [B, C].
+        m: momentum of the target at the first step, in [0, 1]. It rises to 1 at the last step,
+            along a half cosine.
     """
 
     sync_batch_norm = True
@@ -193,7 +209,7 @@ class OnlineAndTarget(Method):
 
     @property
     def parts(self) -> dict[str, nn.Module]:
-        """What trains, by the names that the log has for it."""
+        """Return the trainable modules, by their names in the log."""
         return {"encoder": self.encoder, "projector": self.projector, "predictor": self.predictor}
 
     @property
@@ -202,19 +218,21 @@ class OnlineAndTarget(Method):
         return nn.Sequential(self.encoder, self.projector)
 
     def forward(
-        self, views: Sequence[Tensor], index: Tensor, progress: Progress
+        self,
+        views: Sequence[Tensor],
+        index: Tensor,  # noqa: ARG002
+        progress: Progress,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss and metrics of this rank's batch.
+        """Return the loss and metrics of this rank's batch.
 
         Args:
-            views: two, each [B, 3, H, W]; either is predicted from the other.
+            views: two views, each [B, 3, H, W]. Each is predicted from the other.
             index: unused.
-            progress: where in the run this pass stands: fixes the momentum and the draws.
+            progress: position in the run; fixes the momentum and seeds random numbers.
         """
         self._progress = progress
-        p = [
-            normalize(self.predictor(self.projector(self.encoder(view)))) for view in views
-        ]  # [B, C] each
+        # predictions p and targets k, each [B, C]
+        p = [normalize(self.predictor(self.projector(self.encoder(view)))) for view in views]
         with torch.no_grad():
             k = [normalize(self.projector_k(self.encoder_k(view))) for view in views]
         with torch.autocast(p[0].device.type, enabled=False):
@@ -224,17 +242,23 @@ class OnlineAndTarget(Method):
     def contrast(
         self, p: list[Tensor], k: list[Tensor], progress: Progress
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss and metrics of the two views' predictions and target features, unit rows [B, C] each."""
+        """Return the loss and metrics of a batch.
+
+        Args:
+            p: normalized predictions of the two views, each [B, C].
+            k: normalized target features of the two views, each [B, C].
+            progress: position in the run.
+        """
 
     def momentum(self) -> float:
-        """The target's, after the step that the last pass belongs to."""
+        """Return the target's momentum for the current step, in [m, 1] (BYOL, section 3.3)."""
         steps = self._progress.steps_per_epoch * self._progress.epochs
         passed = self._progress.step / max(1, steps - 1)
         return 1 - (1 - self.m) * (1 + math.cos(math.pi * passed)) / 2
 
     @torch.no_grad()
     def after_step(self) -> None:
-        """What changes after the optimizer's step: the target follows."""
+        """Update the target network."""
         online = [*self.encoder.parameters(), *self.projector.parameters()]
         target = [*self.encoder_k.parameters(), *self.projector_k.parameters()]
         torch._foreach_lerp_(target, online, 1 - self.momentum())

@@ -9,12 +9,21 @@ from moco.rng import Progress
 
 
 class BYOL(OnlineAndTarget):
-    """Predictions come near the other view's target features; there are no negatives."""
+    """BYOL: the predictions of each view approach the target features of the other view."""
 
     def contrast(
-        self, p: list[Tensor], k: list[Tensor], progress: Progress
+        self,
+        p: list[Tensor],
+        k: list[Tensor],
+        progress: Progress,  # noqa: ARG002
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The mean over both directions of 2 - 2 cos (BYOL, equation 2)."""
+        """Return the mean of 2 - 2 cos over both directions (BYOL, equation 2), and metrics.
+
+        Args:
+            p: normalized predictions of the two views, each [B, C].
+            k: normalized target features of the two views, each [B, C].
+            progress: unused.
+        """
         cosine = torch.cat([(p[0] * k[1]).sum(1), (p[1] * k[0]).sum(1)])
         return 2 - 2 * cosine.mean(), {
             "cosine": cosine.detach().mean(),

@@ -1,4 +1,4 @@
-"""FNC: negatives that look like the image itself are attracted, or left out (Huynh et al., arXiv 2011.11765)."""
+"""FNC: false negatives are attracted, or cancelled (Huynh et al., arXiv 2011.11765)."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,13 +11,13 @@ from moco import devices, distributed
 from moco.builder.base import Metric, MovingAverage, enqueue
 from moco.loss.contrastive import feature_statistics, normalize
 from moco.loss.false_negatives import MODES, Cancellation, cancelled_nt_xent, find
+from moco.options import AVERAGE, LAYERS, NATURAL, POSITIVE, TEMPERATURE, WIDTH, option
 from moco.rng import Progress
-from moco.sections import AVERAGE, LAYERS, NATURAL, POSITIVE, TEMPERATURE, WIDTH, option
 
 
 @dataclass(frozen=True)
 class FalseNegatives:
-    """The views, the memory, and which of its entries are false negatives."""
+    """The settings of FNC: its views, its memory, and how false negatives are found."""
 
     TITLE: ClassVar[str] = "FNC"
     support_size: int = option(
@@ -54,17 +54,18 @@ class FalseNegatives:
 
 
 class FNC(MovingAverage):
-    """Contrast of each view with a memory of the latest features of all views, or with the joint batch alone.
+    """FNC: each view is compared with a memory of the latest features, or with the joint batch.
 
     Args:
-        encoder, m: `MovingAverage`'s; the average makes what enters the memory.
+        encoder, m: see `MovingAverage`. The moving average computes the features of the memory.
         dim: feature size C.
-        rows: of the memory, at least those of a joint batch's views; 0 compares with the joint batch itself, in the features of
-            the one encoder, which then has no average.
+        rows: entries R of the memory; at least the views of a joint batch. If 0, there is no memory
+            and no moving average, and views are compared with the joint batch.
         T: softmax temperature.
-        how: which rows are false negatives, and what becomes of them.
+        how: which entries are false negatives, and whether they are attracted or left out.
         chunk: images that are compared with the memory at a time.
-        labels: the class of each image of the data set [N]; known, they tell how many false negatives are of their image's class.
+        labels: class of each training image, [N], if known. Only used to report the precision of
+            the false negatives.
     """
 
     sync_batch_norm = True
@@ -87,19 +88,21 @@ class FNC(MovingAverage):
             self.encoder_k = None
             return
         self.register_buffer("memory", normalize(torch.randn(rows, dim)))  # M [R, C]
-        self.register_buffer(
-            "memory_index", torch.full((rows,), -1)
-        )  # whose features they are, as places in the data set
+        # index of each entry's image in the training set; -1 while the entry is random
+        self.register_buffer("memory_index", torch.full((rows,), -1))
         self.register_buffer("memory_ptr", torch.zeros(1, dtype=torch.long))
 
     def forward(
-        self, views: Sequence[Tensor], index: Tensor, progress: Progress
+        self,
+        views: Sequence[Tensor],
+        index: Tensor,
+        progress: Progress,  # noqa: ARG002
     ) -> tuple[Tensor, dict[str, Metric]]:
-        """Loss and metrics of this rank's batch; its features enter the memory.
+        """Return the loss and metrics of this rank's batch, whose features enter the memory.
 
         Args:
-            views: V of them, each [B, 3, H, W].
-            index: each sample's place in the data set, [B].
+            views: V views, each [B, 3, H, W].
+            index: index of each image in the training set, [B].
             progress: unused.
         """
         z = torch.stack([normalize(self.encoder_q(view)) for view in views])  # [V, B, C]
@@ -111,14 +114,20 @@ class FNC(MovingAverage):
             return self.contrast(z, keys, index)
 
     def contrast(self, z: Tensor, keys: Tensor, index: Tensor) -> tuple[Tensor, dict[str, Metric]]:
-        """Loss of this rank's anchors z, compared with what the keys have entered, and metrics; unit features [V, B, C] both.
+        """Return the loss of this rank's anchors against the memory or joint batch, and metrics.
 
-        `acc1` says how often a view is nearer to its image's others than to any negative, `fn_found` how many false negatives an
-        image has, and `fn_precision`, as a sum and a count, which share of them is of its class.
+        The metric `acc1` is the fraction of views that are nearer to the other views of their image
+        than to any negative. `fn_found` is the mean number of false negatives of an image.
+        `fn_precision`, a sum and a count, is the fraction of them that have the image's class.
+
+        Args:
+            z: normalized anchors, [V, B, C].
+            keys: normalized features that enter the memory, [V, B, C].
+            index: index of each image in the training set, [B].
         """
         V, B, _ = z.shape
-        bank, images, places = self.bank(keys, index)
-        own = places.view(V, -1)[:, distributed.rank() * B :][:, :B]
+        bank, images, entries = self.bank(keys, index)
+        own = entries.view(V, -1)[:, distributed.rank() * B :][:, :B]
         found = find(bank.detach(), own, self.how, self.chunk)
         loss, nearest, hardness = cancelled_nt_xent(
             z, bank, own, found, self.how.mode, self.T, self.chunk
@@ -131,32 +140,34 @@ class FNC(MovingAverage):
         if self.how.mode != "off":
             metrics["fn_found"] = found.mask.sum(1).to(devices.widest(z.device)).mean()
             if self.labels is not None:
-                whose = images[found.indices]  # -1 where nothing has entered the memory yet
-                others = found.mask & (
-                    whose != index[:, None]
-                )  # not the image itself, as it was in the last epoch
+                whose = images[found.indices]  # -1 for entries that are still random
+                # the image itself may be in the memory, from the last epoch
+                others = found.mask & (whose != index[:, None])
                 right = others & (self.labels[whose] == self.labels[index][:, None]) & (whose >= 0)
                 metrics["fn_precision"] = right.sum(), others.sum()
         return loss, metrics
 
     def bank(self, keys: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What anchors are compared with, after this step's keys [V, B, C] of every rank have entered it.
+        """Add all ranks' keys to the memory; return what the anchors are compared with.
 
-        Returns rows [R, C], the image of each [R], and where the keys lie, view by view, each in the joint batch's order [V W B].
+        Args:
+            keys: normalized features of this rank, [V, B, C].
+            index: index of each image in the training set, [B].
+
+        Returns:
+            The features of the memory or joint batch [R, C]; the index of each one's image [R]; and
+            the entry of each key [V W B], view by view, each in the order of the joint batch.
         """
-        latest = (
-            distributed.all_gather_with_gradient(keys.transpose(0, 1).contiguous())
-            .transpose(0, 1)
-            .flatten(0, 1)
-        )
+        latest = distributed.all_gather_with_gradient(keys.transpose(0, 1).contiguous())
+        latest = latest.transpose(0, 1).flatten(0, 1)
         images = distributed.all_gather(index).repeat(len(keys))
         if not self.rows:
             return latest, images, torch.arange(len(latest), device=latest.device)
-        places = enqueue(self.memory, self.memory_ptr, latest)
-        self.memory_index[places] = images
-        return self.memory, self.memory_index, places
+        entries = enqueue(self.memory, self.memory_ptr, latest)
+        self.memory_index[entries] = images
+        return self.memory, self.memory_index, entries
 
     def after_step(self) -> None:
-        """What changes after the optimizer's step: the average follows."""
+        """Update the moving average of the encoder, if there is a memory."""
         if self.rows:
             super().after_step()

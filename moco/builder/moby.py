@@ -1,21 +1,33 @@
-"""Transformers that predict either view from the other: MoBY (Xie et al., arXiv 2105.04553), SynCo-v2, BYOL (arXiv 2006.07733).
+"""MoBY (Xie et al., arXiv 2105.04553), SynCo-v2 and the sections of their script.
 
-An online encoder, projector and predictor train. A target encoder and projector are their moving average; its momentum rises to 1.
+An online encoder, a projector and a predictor train. The target encoder and projector are their
+moving averages, whose momentum rises to 1. `create_method` also makes BYOL (arXiv 2006.07733).
 """
 
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moco import distributed
 from moco.builder.base import OnlineAndTarget, enqueue
-from moco.builder.synco import SyntheticNegatives
+from moco.builder.byol import BYOL
+from moco.builder.synco import SyntheticNegatives, configured
+from moco.encoder import networks, timm_networks
+from moco.errors import InputError
 from moco.loss.contrastive import bank_info_nce, contrast_accuracy, feature_statistics, normalize
 from moco.loss.synthetic import Mixture, Synthetic, draw, hardest, mix
+from moco.options import AVERAGE, ENTRIES, LAYERS, NATURAL, TEMPERATURE, WIDTH, option
 from moco.rng import NEGATIVES, Progress
-from moco.sections import AVERAGE, ENTRIES, LAYERS, NATURAL, TEMPERATURE, WIDTH, option
+from moco.sections import Network
+
+# the papers' momentum, learning rate (x total batch / 512 there, / 256 here) and weight decay
+PUBLISHED = {
+    "moby": {"moco_m": 0.99, "lr": 0.0005, "wd": 0.05},
+    "synco": {"moco_m": 0.99, "lr": 0.0005, "wd": 0.05},
+    "byol": {"moco_m": 0.996, "lr": 0.0001, "wd": 0.03},
+}
 
 
 @dataclass(frozen=True)
@@ -57,7 +69,7 @@ class Contrast:
 
 @dataclass(frozen=True)
 class Synthetics(SyntheticNegatives):
-    """The synthetic negatives, and in which epochs there are any."""
+    """The synthetic negatives, and the epochs that use them."""
 
     TITLE: ClassVar[str] = "synthetic negatives (synco)"
     synthetic_first: int = option(
@@ -69,17 +81,19 @@ class Synthetics(SyntheticNegatives):
 
 
 class MoBY(OnlineAndTarget):
-    """InfoNCE of either view's predictions and the other's target features, against a queue of the latter; both losses add up.
+    """MoBY: each view's predictions against the other view's target features and a queue.
 
-    With `kind`, it is SynCo-v2: synthetic negatives join either queue's from epoch `first` to before epoch `last`.
+    The InfoNCE losses of both directions are added. With `kind`, this is SynCo-v2: synthetic
+    negatives join those of the queues in the epochs from `first` to `last` - 1.
 
     Args:
-        online_and_target: `OnlineAndTarget`'s arguments.
+        online_and_target: the arguments of `OnlineAndTarget`.
         dim: feature size C.
-        K: rows of each queue.
+        K: entries of each queue.
         T: softmax temperature.
-        kind: the synthetic negatives.
-        first, last: epochs between which there are any.
+        kind: config of the synthetic negatives.
+        first: first epoch with synthetic negatives.
+        last: first epoch without them again.
     """
 
     def __init__(
@@ -95,24 +109,39 @@ class MoBY(OnlineAndTarget):
         super().__init__(*online_and_target)
         self.T, self.kind, self.epochs = T, kind, range(first, last)
         for view in (1, 2):
-            self.register_buffer(
-                f"queue{view}", normalize(torch.randn(K, dim))
-            )  # [K, C], of this view's keys
+            # [K, C], the target features of this view
+            self.register_buffer(f"queue{view}", normalize(torch.randn(K, dim)))
         self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.long))
         self._new_keys: list[list[Tensor]] = []
 
     def contrast(
         self, p: list[Tensor], k: list[Tensor], progress: Progress
     ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the sum of both directions' InfoNCE losses, and their mean metrics.
+
+        Args:
+            p: normalized predictions of the two views, each [B, C].
+            k: normalized target features of the two views, each [B, C].
+            progress: position in the run; selects the epochs and seeds the synthetic negatives.
+        """
         self._new_keys.append([distributed.all_gather(keys) for keys in k])
-        one, of_one = self.direction(p[0], k[1], self.queue2, progress, 0)
-        other, of_other = self.direction(p[1], k[0], self.queue1, progress, 1)
-        return one + other, {name: (of_one[name] + of_other[name]) / 2 for name in of_one}
+        loss_1, metrics_1 = self.direction(p[0], k[1], self.queue2, progress, 0)
+        loss_2, metrics_2 = self.direction(p[1], k[0], self.queue1, progress, 1)
+        metrics = {name: (metrics_1[name] + metrics_2[name]) / 2 for name in metrics_1}
+        return loss_1 + loss_2, metrics
 
     def direction(
         self, q: Tensor, k: Tensor, queue: Tensor, progress: Progress, counter: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """InfoNCE and metrics of queries and their keys [B, C] against one queue; `counter` tells the directions' draws apart."""
+        """Return the InfoNCE loss and metrics of one direction.
+
+        Args:
+            q: normalized predictions of one view, [B, C].
+            k: normalized target features of the other view, [B, C].
+            queue: earlier target features of the other view, [K, C].
+            progress: position in the run.
+            counter: index of the direction, so that each draws its own random numbers.
+        """
         positive = (q * k).sum(1)  # [B]
         with torch.no_grad():
             similarity = q @ queue.T  # [B, K]
@@ -126,21 +155,109 @@ class MoBY(OnlineAndTarget):
     def synthetic(
         self, q: Tensor, queue: Tensor, similarity: Tensor, progress: Progress, counter: int
     ) -> Mixture | None:
-        """The negatives that join the queue's in this epoch."""
+        """Return the synthetic negatives of the queries `q`; None in epochs without them."""
         if not self.kind.total or progress.epoch not in self.epochs:
             return None
         generator = progress.generator(NEGATIVES, q.device, distributed.rank(), counter)
         hard = hardest(similarity, self.kind.n_hard)
-        return mix(
-            q, queue, similarity, hard, self.kind, draw(self.kind, *q.shape, generator, q.dtype)
-        )
+        draws = draw(self.kind, *q.shape, generator, q.dtype)
+        return mix(q, queue, similarity, hard, self.kind, draws)
 
     @torch.no_grad()
     def after_step(self) -> None:
-        """What changes after the optimizer's step: the target follows, either view's keys enter its queue."""
+        """Update the target network, and add each view's target features to its queue."""
         super().after_step()
         for keys in self._new_keys:
             pointer = self.queue_ptr.clone()
             enqueue(self.queue1, pointer, keys[0])
             enqueue(self.queue2, self.queue_ptr, keys[1])
         self._new_keys.clear()
+
+
+def create_encoder(
+    network: Network, image_size: int, drop_path: float, out: int = 0, freeze_stem: bool = False
+) -> nn.Module:
+    """Return a randomly initialized encoder.
+
+    Args:
+        network: the architecture.
+        image_size: side of the square input images, in pixels.
+        drop_path: rate of stochastic depth, in [0, 1).
+        out: number of output features of the last layer; 0 for an encoder without that layer.
+        freeze_stem: whether the patch projection does not train (--stop-grad-conv1).
+
+    Raises InputError if the network does not support these settings.
+    """
+    net = networks.create(network.arch, out, image_size, drop_path, network.stem)
+    if freeze_stem:
+        if not timm_networks.has_patch_projection(net):
+            raise InputError(
+                f"--stop-grad-conv1: {network.arch} has no patch projection; leave it out"
+            )
+        net.patch_embed.proj.requires_grad_(False)
+    return net
+
+
+def create_method(
+    method: str,
+    network: Network,
+    image_size: int,
+    settings: Networks,
+    contrast: Contrast,
+    synthetic: Synthetics,
+) -> OnlineAndTarget:
+    """Return the model that a run trains.
+
+    Args:
+        method: moby, synco or byol.
+        network: the architecture of the encoders.
+        image_size: side of the square input images, in pixels.
+        settings: the online and the target network; no value is None.
+        contrast: the queues. BYOL has none.
+        synthetic: the synthetic negatives, for synco.
+
+    Raises InputError if the settings do not fit together.
+    """
+    freeze, dim = settings.stop_grad_conv1, settings.moco_dim
+    online = create_encoder(network, image_size, settings.online_drop_path, freeze_stem=freeze)
+    target = create_encoder(network, image_size, settings.target_drop_path, freeze_stem=freeze)
+
+    def head(width: int, layers: int) -> nn.Module:
+        widths = [width, *[settings.mlp_dim] * (layers - 1), dim]
+        return networks.projector(widths, bias=True)
+
+    projector = head(networks.num_features(online), settings.proj_layers)
+    predictor = head(dim, settings.pred_layers)
+    parts = (online, target, projector, predictor, settings.moco_m)
+    if method == "byol":
+        return BYOL(*parts)
+    more = {"dim": dim, "K": contrast.queue, "T": contrast.moco_t}
+    if method == "synco":
+        more |= {"kind": configured(synthetic, contrast.queue, "--queue")}
+        more |= {"first": synthetic.synthetic_first, "last": synthetic.synthetic_last}
+    return MoBY(*parts, **more)
+
+
+def synthetic_notes(synthetic: Synthetics, contrast: Contrast, epochs: int) -> list[str]:
+    """Return lines that say in which of a run's `epochs` there are synthetic negatives."""
+    total = configured(synthetic, contrast.queue, "--queue").total
+    first, last = synthetic.synthetic_first, synthetic.synthetic_last
+    lines = [
+        f"{total} synthetic negatives per query from epoch {first} on "
+        f"(--synthetic-first), without them from {last} on (--synthetic-last)"
+    ]
+    if first >= epochs:
+        lines.append(
+            f"the run ends after {epochs} epochs, before the first synthetic negatives: "
+            "this is MoBY"
+        )
+    return lines
+
+
+def check_synthetic(synthetic: Synthetics, contrast: Contrast) -> None:
+    """Raise InputError if SynCo-v2 would have no synthetic negatives, or too small a queue."""
+    first, last = synthetic.synthetic_first, synthetic.synthetic_last
+    if not configured(synthetic, contrast.queue, "--queue").total:
+        raise InputError("--method synco: --n1 to --n6 are all 0; give some, or --method moby")
+    if first >= last:
+        raise InputError(f"--synthetic-first {first}: must be below --synthetic-last {last}")

@@ -1,4 +1,7 @@
-"""MoCo: a momentum encoder, shuffled BN and a queue of keys (He et al., arXiv 1911.05722; v2: arXiv 2003.04297)."""
+"""MoCo: a momentum encoder, shuffled BN and a queue of keys (He et al., arXiv 1911.05722).
+
+Version 2 (arXiv 2003.04297) changes the head, the views, the temperature and the schedule only.
+"""
 
 from collections.abc import Callable, Sequence
 
@@ -13,12 +16,12 @@ from moco.rng import Progress
 
 
 class MoCo(QueryAndKey):
-    """InfoNCE of queries and keys, against a queue of the latest keys.
+    """MoCo: InfoNCE of queries and keys, against a queue of the latest keys.
 
     Args:
-        encoder, m, bn_splits, bn_splits_query: `QueryAndKey`'s.
+        encoder, m, bn_splits, bn_splits_query: see `QueryAndKey`.
         dim: feature size C.
-        K: rows of the queue.
+        K: entries of the queue.
         T: softmax temperature.
         symmetric: whether each view has queries, compared with the keys of the other view.
             The losses of both directions are added, and the keys of both views enter the queue.
@@ -42,14 +45,17 @@ class MoCo(QueryAndKey):
         self._new_keys: list[Tensor] = []
 
     def forward(
-        self, views: Sequence[Tensor], index: Tensor, progress: Progress
+        self,
+        views: Sequence[Tensor],
+        index: Tensor,  # noqa: ARG002
+        progress: Progress,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss and metrics of this rank's batch.
+        """Return the loss and metrics of this rank's batch.
 
         Args:
             views: query view and key view, each [B, 3, H, W].
-            index: each sample's place in the data set, [B]; unused.
-            progress: where in the run this pass stands; fixes the shuffle.
+            index: unused.
+            progress: position in the run; seeds the shuffle.
         """
         pairs = [(0, 1), (1, 0)] if self.symmetric else [(0, 1)]  # query view, key view
         found, keys = [], {}
@@ -68,10 +74,15 @@ class MoCo(QueryAndKey):
     def contrast(
         self, q: Tensor, k: Tensor, progress: Progress, direction: int = 0
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the InfoNCE loss of unit queries and keys [B, C], and metrics.
+        """Return the InfoNCE loss and metrics of one direction (MoCo, equation 1).
 
-        The metrics count only the queue's entries as negatives, not synthetic ones. `direction` is
-        the index, from 0, of the pair of views in this pass: each pair has random draws of its own.
+        The metrics count only the queue's entries as negatives, not synthetic negatives.
+
+        Args:
+            q: normalized queries, [B, C].
+            k: their normalized keys, [B, C].
+            progress: position in the run.
+            direction: index of the pair of views, so that each draws its own random numbers.
         """
         positive = (q * k).sum(1)  # [B]
         with torch.no_grad():
@@ -85,22 +96,34 @@ class MoCo(QueryAndKey):
         return bank_info_nce(q, positive, self.queue, similarity, self.T, mixture), metrics
 
     def negatives(
-        self, q: Tensor, similarity: Tensor, progress: Progress, direction: int = 0
+        self,
+        q: Tensor,  # noqa: ARG002
+        similarity: Tensor,
+        progress: Progress,  # noqa: ARG002
+        direction: int = 0,  # noqa: ARG002
     ) -> tuple[Tensor, Mixture | None]:
-        """The queries' hardest rows of the queue, five at least, and what they face beside the queue.
+        """Return the hardest queue entries of each query, and the synthetic negatives, if any.
 
-        Given their similarities to it, [B, K].
+        Args:
+            q: normalized queries, [B, C].
+            similarity: their similarities to the queue's entries, [B, K].
+            progress: position in the run.
+            direction: index of the pair of views.
+
+        Returns:
+            Indices of at least min(5, K) queue entries [B, n], the hardest first; and the synthetic
+            negatives, or None.
         """
         return hardest(similarity, min(5, self.K)), None
 
     @torch.no_grad()
     def after_step(self) -> None:
-        """What changes after the optimizer's step: the key encoder follows, the step's keys enter the queue."""
+        """Update the key encoder, and add this step's keys to the queue."""
         super().after_step()
         for keys in self._new_keys:
             self.enqueue(keys)
         self._new_keys.clear()
 
     def enqueue(self, keys: Tensor) -> None:
-        """Overwrite the oldest rows with `keys` [n, C]; any n, the queue wraps around."""
+        """Overwrite the oldest entries of the queue with `keys` [n, C]."""
         enqueue(self.queue, self.queue_ptr, keys)

@@ -1,4 +1,7 @@
-"""SimCLR (Chen et al., arXiv 2002.05709) and SogCLR (Yuan et al., arXiv 2202.12387): one encoder, the batch as negatives."""
+"""SimCLR (Chen et al., arXiv 2002.05709) and SogCLR (Yuan et al., arXiv 2202.12387).
+
+Both have one encoder, and take the other images of the batch as negatives.
+"""
 
 from collections.abc import Callable, Sequence
 
@@ -13,13 +16,16 @@ from moco.rng import Progress
 
 
 class SogCLR(Method):
-    """Contrast of two views with the joint batch of all ranks; with `gamma`, as if the batch were the whole data set.
+    """SimCLR or SogCLR: two views are compared with the joint batch of all ranks.
+
+    SogCLR keeps a moving average for each image in the buffer `u` [N], the same on all ranks. Its
+    gradient approximates that of the loss against the full data set.
 
     Args:
-        encoder: makes the encoder [B, 3, H, W] -> [B, C].
-        images: in the data set, N; each has its moving average in the buffer `u` [N], equal on all ranks.
+        encoder: creates the encoder [B, 3, H, W] -> [B, C].
+        images: number N of training images.
         T: softmax temperature.
-        gamma: weight of a visit's new value in u, in (0, 1]; None trains on SimCLR's NT-Xent instead, without u.
+        gamma: weight of a new value in the moving average, in (0, 1]. None: SimCLR's NT-Xent loss.
     """
 
     sync_batch_norm = True
@@ -39,17 +45,20 @@ class SogCLR(Method):
 
     @property
     def encoder(self) -> nn.Module:
-        """The encoder that evaluation uses."""
+        """Return the encoder that the evaluations judge."""
         return self.base_encoder
 
     def forward(
-        self, views: Sequence[Tensor], index: Tensor, progress: Progress
+        self,
+        views: Sequence[Tensor],
+        index: Tensor,
+        progress: Progress,  # noqa: ARG002
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss and metrics of this rank's batch.
+        """Return the loss and metrics of this rank's batch.
 
         Args:
-            views: two, each [B, 3, H, W].
-            index: each sample's place in the data set, [B] in [0, N).
+            views: two views, each [B, 3, H, W].
+            index: index of each image in the training set, [B], in [0, N).
             progress: unused.
         """
         z = torch.stack([normalize(self.base_encoder(view)) for view in views])  # [2, B, C]
@@ -57,12 +66,15 @@ class SogCLR(Method):
             return self.contrast(z, index)
 
     def contrast(self, z: Tensor, index: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss, metrics and mean u of this rank's unit features z [2, B, C]; what was seen goes into u, on every rank."""
-        first = distributed.rank() * z.shape[1]
-        z_all = distributed.all_gather_with_gradient(z.transpose(0, 1).contiguous()).transpose(
-            0, 1
-        )  # [2, W B, C]
-        pairs = compare(z, z_all, first)
+        """Return the loss and metrics of this rank's features; update `u` on every rank.
+
+        Args:
+            z: normalized features of both views, [2, B, C].
+            index: index of each image in the training set, [B].
+        """
+        z_all = distributed.all_gather_with_gradient(z.transpose(0, 1).contiguous())
+        z_all = z_all.transpose(0, 1)  # [2, W B, C]
+        pairs = compare(z, z_all, first=distributed.rank() * z.shape[1])
         metrics = contrast_metrics(z, pairs)
         if self.gamma is None:
             return nt_xent(pairs, self.T), metrics
@@ -73,7 +85,12 @@ class SogCLR(Method):
 
 @torch.no_grad()
 def contrast_metrics(z: Tensor, pairs: Pairs) -> dict[str, Tensor]:
-    """`contrast_accuracy` of either view's anchors z [2, B, C] among their negatives, and the first view's `spread`."""
+    """Return the contrast accuracy of both views, and the feature statistics of the first.
+
+    Args:
+        z: normalized features of both views, [2, B, C].
+        pairs: their similarities to the joint batch.
+    """
     others = pairs.others.masked_fill(pairs.own, -torch.inf)
     accuracy = contrast_accuracy(pairs.positive.flatten(), others.flatten(0, 1))
     return {**accuracy, **feature_statistics(z[0], pairs.positive[0], others[0].amax(1))}

@@ -1,4 +1,7 @@
-"""SynCo: MoCo plus six kinds of synthetic hard negatives (arXiv 2410.02401); MoCHI is two of the six."""
+"""SynCo: MoCo with six types of synthetic hard negatives (arXiv 2410.02401).
+
+MoCHI (arXiv 2010.01028) uses two of the six types.
+"""
 
 from dataclasses import make_dataclass
 
@@ -8,17 +11,17 @@ from moco import distributed
 from moco.builder.moco import MoCo
 from moco.errors import InputError
 from moco.loss import synthetic
+from moco.options import NATURAL, SIZE, option
 from moco.rng import NEGATIVES, Progress
-from moco.sections import NATURAL, SIZE, option
 
 
 class SynCo(MoCo):
-    """MoCo whose queries also face synthetic negatives, from epoch `warmup_epochs` on.
+    """MoCo with synthetic negatives, from epoch `warmup_epochs` on.
 
     Args:
-        kind: counts and sizes of the synthetic negatives; with all counts 0 this is MoCo.
-        warmup_epochs: epochs with the queue's negatives only.
-        moco: MoCo's arguments.
+        kind: config of the synthetic negatives; with all counts 0 this is MoCo.
+        warmup_epochs: number of first epochs without synthetic negatives.
+        moco: the arguments of `MoCo`.
     """
 
     def __init__(self, *args, kind: synthetic.Synthetic, warmup_epochs: int = 10, **moco):
@@ -28,6 +31,7 @@ class SynCo(MoCo):
     def negatives(
         self, q: Tensor, similarity: Tensor, progress: Progress, direction: int = 0
     ) -> tuple[Tensor, synthetic.Mixture | None]:
+        """Return the hardest queue entries and the synthetic negatives; see `MoCo.negatives`."""
         if not self.kind.total or progress.epoch < self.warmup_epochs:
             return super().negatives(q, similarity, progress, direction)
         generator = progress.generator(
@@ -49,7 +53,7 @@ _SIZES = {
     "eta": option(0.01, "size of the adversarial step", range=SIZE),
 }
 
-# The settings of the synthetic negatives: a count for each type of `synthetic.TYPES`, and the sizes.
+# the settings of the synthetic negatives: a count for each type of `synthetic.TYPES`, and the sizes
 SyntheticNegatives = make_dataclass(
     "SyntheticNegatives",
     [
@@ -64,12 +68,12 @@ COUNTS = tuple(_COUNTS)  # n1, n2, ...
 
 
 def configured(section: SyntheticNegatives, entries: int, option: str) -> synthetic.Synthetic:
-    """Return the synthetic negatives that the settings ask for.
+    """Return the config of the synthetic negatives.
 
     Args:
         section: the settings.
-        entries: size of the queue.
-        option: the option that sets this size.
+        entries: number of the queue's entries.
+        option: name of the option that sets this number, for error messages.
 
     Raises InputError if the queue is too small, or if no hard entries are given.
     """

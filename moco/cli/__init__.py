@@ -1,1 +1,1 @@
-"""The command line: the only package that knows argparse."""
+"""The command line of scripts and tools."""

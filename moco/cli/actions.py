@@ -1,4 +1,4 @@
-"""How option values are parsed and shown: switches, help, and values from YAML."""
+"""Parse and show the values of options: switches, the help page, and values from YAML."""
 
 import argparse
 
@@ -6,7 +6,7 @@ from moco.errors import InputError, short
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows each default, except where there is none to speak of."""
+    """The formatter of --help, which shows each default unless it is None or False."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         if action.default is None or action.default is False:
@@ -14,7 +14,7 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
         return super()._get_help_string(action)
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
-        """A switch's value belongs to its name, not to --no-name."""
+        """Show a switch's values after --name, not after --no-name."""
         if not isinstance(action, Switch):
             return super()._format_action_invocation(action)
         name, negated = action.option_strings
@@ -25,13 +25,20 @@ TRUE_OR_FALSE = ("true", "false")
 
 
 class Switch(argparse.BooleanOptionalAction):
-    """--name, --no-name, and as some papers' scripts have it --name 1, --name 0; with `most` above 1 also --name 2."""
+    """An option that is given as --name, --no-name, --name 1 or --name 0.
+
+    The papers' scripts have both forms.
+
+    Args:
+        most: the largest number that the option takes; 1 for true and false only.
+    """
 
     def __init__(self, *args, most: int = 1, **more):
         super().__init__(*args, **more)
         self.nargs, self.most, self.metavar = "?", most, "|".join(map(str, range(most + 1)))
 
-    def __call__(self, parser, namespace, values, option_string=None):
+    def __call__(self, parser, namespace, values, option_string=None):  # noqa: ARG002
+        """Set the switch to the value given after it, or else by its name."""
         negated = option_string.startswith("--no-")
         if negated and values is not None:
             raise argparse.ArgumentError(self, f"{option_string} takes no value")
@@ -41,7 +48,7 @@ class Switch(argparse.BooleanOptionalAction):
             raise argparse.ArgumentError(self, str(error)) from None
 
     def level(self, value: object) -> bool | int:
-        """What the value stands for; raises ValueError."""
+        """Return the value of a word or YAML value. Raises ValueError if the switch lacks it."""
         word = str(value).lower()
         if word in TRUE_OR_FALSE:
             return word == "true"
@@ -51,6 +58,7 @@ class Switch(argparse.BooleanOptionalAction):
 
 
 def is_number(text: str) -> bool:
+    """Return whether `text` can be read as a number."""
     try:
         float(text)
     except ValueError:
@@ -59,7 +67,15 @@ def is_number(text: str) -> bool:
 
 
 def convert(action: argparse.Action, value: object, where: str) -> object:
-    """A YAML value as the option would have it."""
+    """Return a YAML value as the option would return it.
+
+    Args:
+        action: the option.
+        value: a value, or a list of them; None stands for the option's default.
+        where: the file and key, which begin an error message.
+
+    Raises InputError if the option does not take the value.
+    """
     if value is None:
         return action.default
     if "" in (value if isinstance(value, list) else [value]):
@@ -75,11 +91,10 @@ def convert(action: argparse.Action, value: object, where: str) -> object:
     is_flag = action.nargs == 0
     many = action.nargs in ("*", "+") or (isinstance(action.nargs, int) and action.nargs > 0)
     if action.nargs == "+" and not isinstance(value, (list, bool)):
-        value = [value]  # one or more: one need not be written as a list
+        value = [value]  # a single value need not be written as a list
     if is_flag != isinstance(value, bool) or many != isinstance(value, list):
-        raise InputError(
-            f"{where}: {short(repr(value))} is not {'true or false' if is_flag else 'a list' if many else 'one value'}"
-        )
+        expected = "true or false" if is_flag else "a list" if many else "one value"
+        raise InputError(f"{where}: {short(repr(value))} is not {expected}")
     if is_flag:
         return value
     if many and isinstance(action.nargs, int) and len(value) != action.nargs:

@@ -1,12 +1,12 @@
-"""Options of other repositories: what this project calls them, or that they have no counterpart.
+"""Tables of other repositories' options: what to use here instead.
 
-Read from the scripts of MoCo (v1 to v3), SynCo, AdCo, SogCLR, SimCLR, FNC, MoBY, DINO, MAE, SwAV, solo-learn and Lightly.
-Names are without leading dashes, and with `-` for `_`.
+The options are those of the scripts of MoCo (v1 to v3), SynCo, AdCo, SogCLR, SimCLR, FNC, MoBY,
+DINO, MAE, SwAV, solo-learn and Lightly. Names have no leading dashes, and `-` for `_`.
 """
 
 from collections.abc import Collection
 
-# what Swin-style scripts call these in --opts
+# settings of Swin-style scripts, which they take after --opts, and the options here
 SWIN_OPTS = {
     "DATA.DATASET": "--dataset {}",
     "DATA.DATA_PATH": "--data {}",
@@ -18,7 +18,8 @@ SWIN_OPTS = {
     "MODEL.TYPE": "--method {}",
     "MODEL.RESUME": "--resume {}",
     "TRAIN.EPOCHS": "--epochs {}",
-    "TRAIN.BASE_LR": "--lr {half} --learning-rate-scaling linear",  # x batch / 512 there, / 256 here
+    # scaled by batch / 512 there, by batch / 256 here
+    "TRAIN.BASE_LR": "--lr {half} --learning-rate-scaling linear",
     "TRAIN.WEIGHT_DECAY": "--wd {}",
     "TRAIN.WARMUP_EPOCHS": "--lr-warmup-epochs {}",
     "TRAIN.CLIP_GRAD": "--clip-grad {}",
@@ -27,8 +28,7 @@ SWIN_OPTS = {
     "SEED": "--seed {}",
 }
 
-
-# other names of the same option, which the scripts take as well
+# other names of the same options, which the scripts also accept
 SAME = {
     "num-workers": "workers",
     "output-dir": "save-dir",
@@ -36,24 +36,26 @@ SAME = {
     "accum-iter": "accumulation-steps",
 }
 
-
-# similar options: the first one that the script has is suggested
+# other names, and similar options here: the first one that the script has is suggested
 _SIMILAR = {
-    "out-dim output-dim feat-dim proj-output-dim proj-dim low-dim nce-dim": "moco-dim dim proj-out-dim",
+    "out-dim output-dim feat-dim proj-output-dim": "moco-dim dim proj-out-dim",
+    "proj-dim low-dim nce-dim": "moco-dim dim proj-out-dim",
     "proj-hidden-dim pred-hidden-dim hidden-dim moco-mlp-dim": "mlp-dim",
     "lr-warmup warmup-epochs warmup-epoch warmup warm": "lr-warmup-epochs",
     "min-lr final-lr end-lr eta-min": "lr-final",
     "opt": "optimizer",
     "momentum-teacher momentum-target base-tau ema-decay moco-momentum alpha-ema": "moco-m ema",
     "teacher-temp student-temp nce-t temp tau temperature moco-t t": "moco-t t temperature",
-    "queue-size queue-len queue-length nce-k moco-k queue cluster": "moco-k cluster queue memory-multiplier",
+    "queue-size queue-len queue-length nce-k": "moco-k cluster queue memory-multiplier",
+    "moco-k queue cluster": "moco-k cluster queue memory-multiplier",
     "drop-path drop-path-rate": "online-drop-path",
     "local-crops-number num-small-crops nmb-crops size-crops multicrop": "multi-crop recipe",
     "global-crops-scale crop-scale min-scale": "crop-min",
     "saveckp-freq save-freq checkpoint-freq save-interval checkpoint-steps": "save-every",
     "knn knn-eval knn-freq": "knn-every",
     "backbone model net network patch-size": "arch",
-    "pretrained-weights pretrained-feature-extractor pretrain-path checkpoint-path ckpt ckpt-path": "pretrained",
+    "pretrained-weights pretrained-feature-extractor pretrain-path": "pretrained",
+    "checkpoint-path ckpt ckpt-path": "pretrained",
     "resume-path load-checkpoint": "resume",
     "accelerator device-type": "device",
     "workers-per-gpu n-workers": "workers",
@@ -63,73 +65,70 @@ _SIMILAR = {
     "stop-epoch": "epochs",
 }
 
-
 _FOLDER = "give the data folder as DIR"
-
-
 _PROCESSES = (
     "use --multiprocessing-distributed for all GPUs, --gpu ID for one, --device cpu for none"
 )
-
-
 _PROCESSES += ", or torchrun or srun"
-
-
 _TPU = "GPUs are found automatically; --multiprocessing-distributed uses all of them"
-
-
 _PRECISION = "use --amp fp16, --amp bf16 or --amp off"
-
-
 _RATE = "use --cos, or --schedule EPOCH ..."
-
-
 _VIEWS = "views are recipes: use --recipe, --crop-min, --randaugment"
-
-
 _METHOD = "no counterpart here: it belongs to another method; leave it out"
-
-
 _LOG = "no counterpart here: log.jsonl and TensorBoard events are in the run folder; leave it out"
-
-
 _SAID = {
     "wandb use-wandb wandb-project project entity offline neptune comet mlflow": _LOG,
-    "tb-path tb-dir log-dir tensorboard": "TensorBoard events are in the run folder: use --save-dir DIR",
+    "tb-path tb-dir log-dir tensorboard": (
+        "TensorBoard events are in the run folder: use --save-dir DIR"
+    ),
     "exp-name experiment trial run-name": "use --save-dir DIR, or --output DIR with --tag NAME",
     "model-dir exp-dir dump-path checkpoint-dir": "use --save-dir DIR",
     "use-tpu tpu-name tpu-zone gcp-project master": _TPU,
     "use-amp amp-opt-level fp16 use-fp16 use-bf16 bf16 precision no-amp": _PRECISION,
-    "sync-bn syncbn sync-batchnorm": "each method chooses its batch norm (shuffled or synchronized); leave it out",
+    "sync-bn syncbn sync-batchnorm": (
+        "each method chooses its batch norm (shuffled or synchronized); leave it out"
+    ),
     "devices gpus num-gpus ngpus strategy cuda use-cuda no-cuda dist-on-itp": _PROCESSES,
-    "batch-size-per-gpu batch-size-per-device": "use --batch-size; --help says whether it is a node's or a process's",
+    "batch-size-per-gpu batch-size-per-device": (
+        "use --batch-size; --help says whether it is a node's or a process's"
+    ),
     "base-lr blr start-lr": "use --lr; --learning-rate-scaling scales it by the batch size",
-    "sched scheduler lr-scheduler lr-decay-epochs lr-decay-rate decay-epochs decay-rate cosine": _RATE,
+    "sched scheduler lr-scheduler lr-decay-epochs": _RATE,
+    "lr-decay-rate decay-epochs decay-rate cosine": _RATE,
     "weight-decay-end": "no counterpart here: the weight decay is constant; use --wd",
     "lars": "use --optimizer lars",
     "color-jitter color-jitter-strength jitter-d jitter-p use-blur aa auto-augment": _VIEWS,
     "start-epoch": "use --resume FILE, which begins at the checkpoint's epoch",
-    "pin-mem pin-memory zip cache-mode cache-dataset data-format dali": "images are read from folders; leave it out",
+    "pin-mem pin-memory zip cache-mode cache-dataset data-format dali": (
+        "images are read from folders; leave it out"
+    ),
     "data-dir dataset train-data-path val-data-path data-root data-folder root": _FOLDER,
     "eval evaluate eval-only linear-eval": "use main_lincls.py or main_knn.py",
     "num-classes nb-classes n-classes": "classes are counted in the data; leave it out",
     "lr-backbone lr-classifier": "only main_semisup.py has this option",
-    "benchmark deterministic cudnn-benchmark": "no counterpart here: --seed fixes weights, order and views; leave it out",
-    "moco-m-cos": "no counterpart here: main_moby.py's momentum always rises to 1, the others' is constant; leave it out",
+    "benchmark deterministic cudnn-benchmark": (
+        "no counterpart here: --seed fixes weights, order and views; leave it out"
+    ),
+    "moco-m-cos": (
+        "no counterpart here: main_moby.py's momentum always rises to 1, the others' is "
+        "constant; leave it out"
+    ),
     "mixup cutmix smoothing label-smoothing reprob": "no counterpart here; leave it out",
-    "mask-ratio norm-pix-loss norm-last-layer use-bn-in-head freeze-last-layer warmup-teacher-temp": _METHOD,
-    "warmup-teacher-temp-epochs epsilon sinkhorn-iterations nmb-prototypes prototypes moco-align moco-unif": _METHOD,
+    "mask-ratio norm-pix-loss norm-last-layer": _METHOD,
+    "use-bn-in-head freeze-last-layer warmup-teacher-temp": _METHOD,
+    "warmup-teacher-temp-epochs epsilon sinkhorn-iterations nmb-prototypes": _METHOD,
+    "prototypes moco-align moco-unif": _METHOD,
     "throughput": "no counterpart here: every log line has images_per_s; leave it out",
     "hub push-to-hub": "use tools/export.py",
 }
 
 
 def instead(name: str, options: Collection[str]) -> str | None:
-    """Return what to use instead of another repository's option; None if the tables lack it.
+    """Return advice on another repository's option; None if the tables lack it.
 
     Args:
         name: the option, spelled as in the tables.
-        options: the script's own options, with their dashes.
+        options: the script's own options, with leading dashes.
     """
     for names, similar in _SIMILAR.items():
         if name in names.split():
@@ -139,7 +138,7 @@ def instead(name: str, options: Collection[str]) -> str | None:
     return next((said for names, said in _SAID.items() if name in names.split()), None)
 
 
-# options of FNC's script: other names of ours, and what to use instead
+# options of FNC's own script: names of options here, and what to use instead of the others
 FNC_SAME = {
     "train-batch-size": "batch-size",
     "train-epochs": "epochs",
@@ -157,9 +156,9 @@ FNC_ELSEWHERE = {
         _ONE_JOB,
     ),
     **dict.fromkeys(
-        "zero-init-logits-layer ft-proj-selector fine-tune-after-block variable-schema checkpoint".split(),
-        _ONE_JOB,
+        "zero-init-logits-layer ft-proj-selector fine-tune-after-block".split(), _ONE_JOB
     ),
+    **dict.fromkeys("variable-schema checkpoint".split(), _ONE_JOB),
     **dict.fromkeys(
         "resnet-depth width-multiplier sk-ratio se-ratio".split(), "use -a, as in -a resnet50"
     ),

@@ -1,4 +1,4 @@
-"""Options that have no effect in some combinations, and the parser that says so."""
+"""A parser that refuses, or reports, options that have no effect in combination with others."""
 
 import argparse
 import re
@@ -11,11 +11,11 @@ from moco.errors import InputError
 
 Options = argparse.Namespace
 Values = dict[str, object]  # by attribute name
-OFF = (None, False, 0, [])  # values of an option that asks for nothing
+OFF = (None, False, 0, [])  # values of an option that is switched off
 
 
 class Rule(NamedTuple):
-    """Options that have an effect only in some combinations; see `has_effect`."""
+    """A rule: when options have an effect; see `ParserOfEffects.has_effect`."""
 
     options: tuple[str, ...]  # attribute names
     when: Callable[[Options], object]
@@ -27,8 +27,8 @@ class ParserOfEffects(OneLineParser):
     """A parser that refuses, or reports, options without effect.
 
     Attributes:
-        given: the options on the command line.
-        recipe: the values of --cfg.
+        given: the options given on the command line.
+        recipe: the values that --cfg gives.
         own: the script's defaults.
     """
 
@@ -43,21 +43,27 @@ class ParserOfEffects(OneLineParser):
     def has_effect(
         self, options: str, when: Callable[[Options], object], why: str, refuse: bool = True
     ) -> None:
-        """Declare that options do nothing unless `when(args)`, called after the script's check.
+        """Declare that options have an effect only if `when` returns true.
 
         Args:
-            options: their attribute names.
-            why: completes "--option has no effect: ", and says what to do.
-            refuse: whether such an option on the command line is an error if it differs from its
-                default. Otherwise a line says that it has no effect.
+            options: attribute names of the options, separated by spaces.
+            when: called with all settings as attributes, after the script has completed them.
+            why: the reason and what to do; printed after "--option has no effect: ".
+            refuse: whether an option without effect is an error, if it is given on the command line
+                and differs from its default. Otherwise it is only reported.
         """
         self.rules.append(Rule(tuple(options.split()), when, why, refuse))
 
     def without_effect(self, config: Config) -> list[str]:
-        """Return a line for each rule by which options of the last `parse` have no effect.
+        """Return a line for each rule by which given options have no effect.
 
-        Raises InputError if such a rule refuses. Skips switches that are off and values of 0. Of a
-        recipe's values (--cfg), skips those equal to the default and those whose rule does not refuse.
+        Options that are off or 0 are left out. Values of --cfg are only reported, never refused;
+        those equal to the default are left out.
+
+        Args:
+            config: the completed settings of the last `parse`.
+
+        Raises InputError if a rule refuses an option.
         """
         args = Options(**flat(config), config=config)
         refused, noted = [], []
@@ -85,7 +91,7 @@ class ParserOfEffects(OneLineParser):
         return noted
 
     def _of_recipe(self, dest: str) -> bool:
-        """Return whether --cfg has set this option to another value than the script's default."""
+        """Return whether --cfg sets this option to another value than the script's default."""
         return self.recipe.get(dest) not in (*OFF, self.own.get(dest))
 
     def _name(self, dest: str) -> str:

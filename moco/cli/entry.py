@@ -1,4 +1,9 @@
-"""Start a script: parse and complete its settings, launch its processes, print errors in one line."""
+"""Start a script: parse and complete its settings, launch its processes, print its errors.
+
+Every script defines `parser()`, which declares its options, `complete(config)`, which validates
+the settings and fills in those that depend on others, and `worker(config, device)`, which runs in
+every process.
+"""
 
 import functools
 import time
@@ -23,10 +28,14 @@ Complete = Callable[[AnyConfig], AnyConfig]
 def main(parser: Parser, complete: Complete, worker: launch.Worker) -> None:
     """Run `worker(config, device)` in every process of the run.
 
-    `complete(config)` returns the config with the settings that depend on others, and refuses what
-    does not fit, before any process starts. An InputError becomes one line on stderr and exit
-    status 2. A run that a signal has stopped, after it has saved, exits with status 75, and one that
-    has lost a process with 1.
+    Prints an InputError as one line on stderr, and exits with status 2. A run that was stopped by a
+    signal, and has saved, exits with status 75. A run that has lost a process exits with status 1.
+
+    Args:
+        parser: the script's options.
+        complete: called once, before any process starts. Returns the config with the settings that
+            depend on others, or raises InputError.
+        worker: the work of one process.
     """
     user.prepare()
     output.guard()
@@ -55,7 +64,7 @@ def main(parser: Parser, complete: Complete, worker: launch.Worker) -> None:
 
 
 def _completed(parser: Parser, complete: Complete) -> tuple[AnyConfig, bool]:
-    """Return the settings of the command line, completed, and whether an earlier run continues."""
+    """Return the completed settings, and whether the run continues an earlier one."""
     config = precision.choose(parser.parse())
     if config.network.arch:
         check_arch(config.network.arch)
@@ -68,7 +77,7 @@ def _completed(parser: Parser, complete: Complete) -> tuple[AnyConfig, bool]:
     if not config.EVALUATES:
         config = resume.inherit(config)
     config = complete(config)
-    if in_output:  # the folder is named by settings of the classifier, which are known now
+    if in_output:  # the classifier's settings, which name the folder, are known only now
         config = replaced(config, save_dir=str(folders.output_folder(config)))
     if config.views.recipe:
         recipes.of(config.views)
@@ -92,6 +101,6 @@ def _in_own_folder(
     config: AnyConfig,
     device: torch.device,
 ) -> None:
-    """Run the worker while the run holds the lock of its folder."""
+    """Run the worker while the run holds the lock on its folder."""
     with run_folder.claim(config, continues, named) as config:
         worker(config, device)

@@ -1,4 +1,4 @@
-"""Run folders that the command line names: --save-dir, --output and --tag."""
+"""Find the run folder of --save-dir, --output and --tag."""
 
 import os
 from pathlib import Path
@@ -9,10 +9,10 @@ from moco.errors import InputError
 
 
 def of_output(config: AnyConfig) -> AnyConfig:
-    """Return `config` with the run folder, and for an evaluation the checkpoint, of --output.
+    """Return `config` with the run folder that --output and --tag name.
 
-    An evaluation reads the last checkpoint of the run that --output and --tag name, unless another
-    one is given. Raises InputError if there is none.
+    An evaluation also gets the last checkpoint of that run, unless another checkpoint is given.
+    Raises InputError if the run has none.
     """
     run, settings = _run_of_output(config), flat(config)
     reads = "pretrained" in settings
@@ -21,7 +21,8 @@ def of_output(config: AnyConfig) -> AnyConfig:
         saved = checkpoint.found(run)
         if not saved:
             raise InputError(
-                f"no checkpoint_*.pth.tar in {run}: --output and --tag name no run that has saved one"
+                f"no checkpoint_*.pth.tar in {run}: "
+                "--output and --tag name no run that has saved one"
             )
         config = replaced(config, pretrained=str(saved[0]))
     return replaced(config, save_dir=config.run.save_dir or str(output_folder(config)))
@@ -30,7 +31,7 @@ def of_output(config: AnyConfig) -> AnyConfig:
 def output_folder(config: Config) -> Path:
     """Return the run folder that --output and --tag name.
 
-    An evaluation has one inside the run's folder, named by its data set and protocol.
+    An evaluation has its own folder inside that of the run, named by its data set and protocol.
     """
     folder, settings = _run_of_output(config), flat(config)
     if "pretrained" not in settings:
@@ -42,14 +43,14 @@ def output_folder(config: Config) -> Path:
 
 
 def _run_of_output(config: Config) -> Path:
-    """Return DIR/TAG."""
+    """Return the folder DIR/TAG."""
     return Path(config.run.output) / (config.run.tag or "default")
 
 
 def check_writable(folder: str) -> None:
-    """Raise InputError unless a run folder can be made and written to.
+    """Raise InputError unless the run folder can be created and written to.
 
-    Called before hours are spent on what goes there.
+    Called before the run, so that hours of training are not lost.
     """
     if folder != folder.encode(errors="replace").decode():
         raise InputError(

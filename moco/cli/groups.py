@@ -1,4 +1,4 @@
-"""Make command-line options from the sections of a config (see moco/sections.py)."""
+"""Create command-line options from the sections of a config (see moco/sections.py)."""
 
 import argparse
 import dataclasses
@@ -12,9 +12,9 @@ from moco.config import Config, sections
 from moco.data import cache, registry
 from moco.encoder import timm_networks
 from moco.launch import processes
-from moco.sections import Option
+from moco.options import Option
 
-# options whose words are converted by a function of their own
+# options with a conversion function of their own
 _CONVERTERS = {
     "allow_change": values.names,
     "keep": values.keep,
@@ -24,13 +24,13 @@ _CONVERTERS = {
 
 
 def add_groups(parser: argparse.ArgumentParser, config: Config) -> None:
-    """Add a group of options for each section of `config`, with its values as the defaults."""
+    """Add a group of options for each section of `config`; the config's values are the defaults."""
     texts = _texts(config)
     for _, section in sections(config):
         group = parser.add_argument_group(section.TITLE)
         for one in dataclasses.fields(section):
             option = one.metadata.get("option")
-            if one.name == "data":  # a positional argument, and an option of the same meaning
+            if one.name == "data":  # a positional argument, and an option with the same meaning
                 group.add_argument("data", nargs="?", metavar="DIR", help=option.help)
                 same = {"dest": "data_option", "metavar": "DIR", "help": "the same as DIR"}
                 group.add_argument("--data", "--data-path", **same)
@@ -39,7 +39,7 @@ def add_groups(parser: argparse.ArgumentParser, config: Config) -> None:
 
 
 def _texts(config: Config) -> dict[str, object]:
-    """Return what the placeholders in help texts stand for."""
+    """Return the text of each placeholder in help texts."""
     each = config.input.batch_is_per_process
     transformers = ", ".join(timm_networks.SHORT) + ", any other network of timm's, "
     return {
@@ -61,7 +61,7 @@ def _add(
     default: Any,
     texts: dict[str, object],
 ) -> None:
-    """Add one field as an option."""
+    """Add one field to a group, as an option."""
     flag = f"--{name.replace('_', '-')}"
     names = sorted((flag, *option.names), key=lambda one: one.startswith("--"))
     text = option.help.format(**texts)
@@ -92,7 +92,7 @@ def _add(
 
 
 def value_type(annotation: Any) -> type:
-    """Return the type of one value: float for `tuple[float, ...] | None`."""
+    """Return the type of a single value: for example float, if given `tuple[float, ...] | None`."""
     if isinstance(annotation, types.UnionType):
         annotation = next(one for one in typing.get_args(annotation) if one is not type(None))
     if typing.get_origin(annotation) is tuple:

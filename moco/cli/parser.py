@@ -1,4 +1,4 @@
-"""The command-line parser: option names, defaults from YAML, and options without effect."""
+"""Parse the command line of a script into its config, with defaults from a YAML file."""
 
 import argparse
 import itertools
@@ -17,30 +17,23 @@ from moco.config import Config, replaced
 from moco.errors import InputError, unknown
 from moco.files import read_yaml, refuse_remote
 
-# what a run's args.yaml holds beside its options
+# keys of a YAML file that are not options: args.yaml holds all, a recipe may name its lincls recipe
 _NOT_OPTIONS = set(
-    "cfg script method encoder-method pretrain-epochs views nodes batch-per-process batch-is-per-process".split()
+    "cfg script method encoder-method pretrain-epochs views nodes batch-per-process "
+    "batch-is-per-process lincls".split()
 )
-
-
-_NOT_OPTIONS.add("lincls")  # and a recipe: the one of that script that goes with it
-
-
-MOST_LINES = 20  # on unknown keys of one file
-
-
+MOST_LINES = 20  # lines about the unknown keys of one file
 _UNSET = object()
 
 
 class Parser(ParserOfEffects):
-    """A parser of the options of a script, in whose names `-` and `_` are the same.
-
-    `--cfg` gives defaults. An error is one line.
+    """The parser of a script's options. In the names of options, `-` and `_` are the same.
 
     Args:
-        config: the script's settings with its defaults; their fields are its options.
-        elsewhere: options of a published script that this one lacks, without their dashes, and what
-            to use instead.
+        description: the script's docstring, which --help shows.
+        config: the script's default settings; their fields are its options.
+        elsewhere: options of a published script that this one lacks, without dashes, and what to
+            use instead.
     """
 
     def __init__(self, description: str, config: Config, elsewhere: dict[str, str] | None = None):
@@ -53,7 +46,11 @@ class Parser(ParserOfEffects):
             declare(self)
 
     def also_named(self, names: dict[str, str]) -> None:
-        """Give options, without their dashes, further names: those of a published script."""
+        """Add further names for options.
+
+        Args:
+            names: the option for each further name, both without dashes.
+        """
         actions = {name: action for action in self._actions for name in action.option_strings}
         for published, ours in names.items():
             mine = actions[f"--{ours}"]
@@ -69,21 +66,24 @@ class Parser(ParserOfEffects):
     def refuse(self, error: InputError) -> NoReturn:
         """Print the error and exit with status 2.
 
-        Of the processes that torchrun has started, one of each node prints it.
+        If torchrun started the processes, only the first one of each node prints the error.
         """
         if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("LOCAL_RANK", "0") != "0":
             error = InputError()
         super().refuse(error)
 
     def _reads_output(self, args: Options) -> bool:
-        """Return whether --output is read, for the run folder or an evaluation's checkpoint."""
+        """Return whether --output names the run folder, or the checkpoint of an evaluation."""
         finds = hasattr(args, "pretrained") and "pretrained" not in self.given
         return finds or "save_dir" not in self.given
 
     def parse(self, argv: Sequence[str] | None = None) -> Config:
         """Return the settings that the command line gives.
 
-        Raises InputError for an unknown option (it names the nearest one) or a wrong YAML file.
+        Args:
+            argv: words of the command line; by default those of this process.
+
+        Raises InputError for an unknown option, a value that does not fit, or a wrong YAML file.
         """
         names = self.names()
         self.also_named(
@@ -129,7 +129,8 @@ class Parser(ParserOfEffects):
         args.script = self._script()
         if args.tag and not args.output:
             raise InputError(
-                f"--tag {args.tag}: names a folder in that of --output; give --output DIR, or --save-dir"
+                f"--tag {args.tag}: names a folder in that of --output; "
+                "give --output DIR, or --save-dir"
             )
         config = replaced(self.config, **vars(args))
         return folders.of_output(config) if args.output else config
@@ -145,7 +146,10 @@ class Parser(ParserOfEffects):
         return Path(self.prog).stem.removeprefix("main_")
 
     def _refuse_opts(self, argv: list[str]) -> None:
-        """Raise InputError for --opts KEY VALUE ... of Swin-style scripts, that spells it in options of this one."""
+        """Raise InputError if --opts KEY VALUE ... is given, as in Swin-style scripts.
+
+        The error names the options to use instead.
+        """
         if "--opts" not in argv:
             return
         rest = argv[argv.index("--opts") + 1 :]
@@ -166,7 +170,7 @@ class Parser(ParserOfEffects):
         raise InputError(f"--opts: each setting is an option of its own; {spelled}{no}")
 
     def _option(self, key: str, value: str) -> str | None:
-        """How one setting of --opts is spelled here; None where this script has nothing like it."""
+        """Return the options for one setting of --opts; None if this script has none."""
         form = SWIN_OPTS.get(key, "").replace(
             "{half}", f"{float(value) / 2:g}" if is_number(value) else "half of it"
         )
@@ -181,7 +185,15 @@ class Parser(ParserOfEffects):
     def unknown(
         self, names: Iterable[str], kind: str = "option", known: Iterable[str] = ()
     ) -> list[str]:
-        """Return a line for each unknown option: what to use instead, or the nearest option."""
+        """Return an error line for each unknown name.
+
+        Each line says what to use instead, or suggests the nearest known name.
+
+        Args:
+            names: the unknown names.
+            kind: "option", or "key" of a YAML file.
+            known: the names to suggest; by default those of this parser's options.
+        """
         known = list(known) or self.names()
         lines = []
         for name in dict.fromkeys(names):
@@ -195,14 +207,17 @@ class Parser(ParserOfEffects):
         return lines
 
     def _canonical(self, token: str) -> str:
-        """--n_hard=5 -> --n-hard=5, where that is how the option is registered."""
+        """Return a word with `-` for `_` in an option's name: --n_hard=5 becomes --n-hard=5."""
         if not token.startswith("--"):
             return token
         name, equals, value = token.partition("=")
         return name.replace("_", "-") + equals + value
 
     def _folder_first(self, argv: list[str]) -> list[str]:
-        """Move what is no number out of the options that may take one more: --schedule 120 160 DIR names a folder last."""
+        """Return the words with the data folder first.
+
+        In --schedule 120 160 DIR, argparse would read DIR as one more epoch.
+        """
         switches = {
             name
             for action in self._actions
@@ -223,6 +238,7 @@ class Parser(ParserOfEffects):
         return folders + rest
 
     def _defaults_from(self, path: str) -> None:
+        """Read defaults from a YAML file. Raises InputError if it cannot be read or has errors."""
         try:
             values = read_yaml(path)
         except InputError as error:
@@ -234,9 +250,8 @@ class Parser(ParserOfEffects):
             if not name.startswith("--no-")
         }
         actions["data"] = next(action for action in self._actions if action.dest == "data")
-        if (
-            "lincls" in values and "pretrained" in actions
-        ):  # pre-training's, for an evaluation of it; may name this script's own
+        # an evaluation is given the recipe of a pre-training, which may name the evaluation's own
+        if "lincls" in values and "pretrained" in actions:
             if recipe := values.get(self._script()):
                 self._defaults_from(str(Path(path).parent / str(recipe)))
             values = {key: values[key] for key in ("arch", "image-size") if key in values}
@@ -255,7 +270,7 @@ class Parser(ParserOfEffects):
         for name, key in names.items():
             value = values[key]
             if name in ("resume", "allow-change") and "script" in values:
-                continue  # not settings: they say how the run of this args.yaml was last started
+                continue  # not settings: they only say how the run was last started
             if name not in actions:
                 continue
             self.recipe[actions[name].dest] = convert(actions[name], value, f"--cfg {path}: {key}")

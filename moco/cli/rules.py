@@ -1,12 +1,12 @@
-"""Which options have no effect in which combinations, for the sections that scripts share.
+"""Declare when the options of the shared sections have no effect.
 
-Each function declares the rules of one section with `ParserOfEffects.has_effect`. A condition receives all
-settings as attributes, and the config itself as `config`.
+Each function declares the rules of one section with `ParserOfEffects.has_effect`. A condition
+receives all settings as attributes, and the config itself as `config`.
 """
 
 from collections.abc import Callable, Iterator
 
-from moco import sections
+from moco import sections, sections_eval
 from moco.augment import recipes
 from moco.builder.synco import COUNTS, SyntheticNegatives
 from moco.cli.effects import Options, ParserOfEffects
@@ -19,7 +19,7 @@ Declare = Callable[[ParserOfEffects], None]
 
 
 def of_sections(config: Config) -> Iterator[Declare]:
-    """Yield what declares the rules of each section of `config`."""
+    """Yield the functions that declare the rules of the sections of `config`."""
     for section in vars(config).values():
         for kind in type(section).__mro__:
             if kind in _RULES:
@@ -40,7 +40,7 @@ def _input(parser: ParserOfEffects) -> None:
 
 def _views(parser: ParserOfEffects) -> None:
     def blurred(args: Options) -> bool:
-        # without a recipe, another rule says why there is none
+        # a missing recipe is reported elsewhere
         return not args.recipe or any(view.blur_p for view in recipes.of(args.config.views))
 
     blurs = "the recipe's views are not blurred; leave it out, or give another --recipe"
@@ -155,7 +155,7 @@ _RULES: dict[type, Declare] = {
     sections.Launch: _launch,
     sections.Schedule: _schedule,
     sections.Monitor: _monitor,
-    sections.Classifier: _classifier,
-    sections.FeatureFiles: _feature_files,
+    sections_eval.Classifier: _classifier,
+    sections_eval.FeatureFiles: _feature_files,
     sections.QueryAndKey: _query_and_key,
 }

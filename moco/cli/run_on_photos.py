@@ -1,23 +1,30 @@
-"""Run the scripts on `photos` as their user would: what the demo and benchmarks/methods.py share."""
+"""Run the scripts on the built-in data set `photos`, for the demo and benchmarks/methods.py."""
 
 import json
 import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent.parent  # of the clone, which has the scripts
+ROOT = Path(__file__).resolve().parent.parent.parent  # the clone's folder, which has the scripts
 COMMON = ["photos", "--arch", "resnet18", "--image-size", "32", "--workers", "1"]
-# Features of a pre-trained encoder are about four times as long as random ones, so they need lower
-# learning rates. Several are tried, and the best one counts.
+# The features of a pre-trained encoder have about four times the norm of random ones, so they need
+# lower learning rates. Several are tried, and the best one counts.
 LINEAR = "--batch-size 32 --lr 0.01 0.03 0.1 0.3 1 --cos".split()
 
 
 def run_on_photos(
     seed: int, script: str, folder: Path, *options: object, quiet: bool = False
 ) -> dict[str, float]:
-    """Run a script, which writes to `folder`; return the metrics of its results.json, if any.
+    """Run a script, and return the metrics of its results.json; an empty dict if it has none.
 
-    Ends this program with the script's exit status if that is not 0. `quiet` hides its output.
+    If the script fails, exit this program with the script's exit status.
+
+    Args:
+        seed: the run's seed.
+        script: name of the script, without .py.
+        folder: run folder that the script writes to.
+        options: further words of the command line.
+        quiet: whether to hide what the script prints.
     """
     command = [sys.executable, f"{script}.py", *COMMON, "--seed", seed]
     command = [str(word) for word in (*command, "--save-dir", folder.resolve(), *options)]

@@ -1,4 +1,4 @@
-"""The command line of scripts and tools: an error is one line on stderr, and exit status 2."""
+"""Parse the command line of a tool and run it, with errors of one line and exit status 2."""
 
 import argparse
 import re
@@ -12,12 +12,16 @@ from moco.launch import output
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """argparse, whose errors are one line, and name the nearest to an unknown option. No option is abbreviated."""
+    """An argument parser whose errors are one line, and suggest an option for an unknown one.
+
+    Options cannot be abbreviated.
+    """
 
     def __init__(self, *args, **more):
         super().__init__(*args, **{"allow_abbrev": False, **more})
 
     def error(self, message: str) -> NoReturn:
+        """Print an error of argparse and exit with status 2."""
         self.refuse(InputError(message))
 
     def refuse(self, error: InputError) -> NoReturn:
@@ -27,11 +31,13 @@ class OneLineParser(argparse.ArgumentParser):
     def parse_args(
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> argparse.Namespace:
+        """Return the parsed command line; on a mistake, print it and exit with status 2."""
         return self._all_of(self.parse_known_args, args, namespace)
 
     def parse_intermixed_args(
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> argparse.Namespace:
+        """Return the parsed command line, in which options may stand between arguments."""
         return self._all_of(self.parse_known_intermixed_args, args, namespace)
 
     def _all_of(
@@ -52,20 +58,22 @@ class OneLineParser(argparse.ArgumentParser):
         return found
 
     def unknown(self, names: Iterable[str]) -> list[str]:
-        """Return a line for each of `names`, which this parser lacks."""
+        """Return an error line for each of `names`, which are not options of this parser."""
         return [str(unknown("option", name, self.names())) for name in dict.fromkeys(names)]
 
     def refuse_empty(self, words: Sequence[str]) -> None:
-        """Raise InputError for an option or a word that is empty, as where a shell's variable is not set."""
+        """Raise InputError if a word or an option's value is empty.
+
+        A shell variable that is not set often causes this.
+        """
         for before, word in zip(("", *words), words, strict=False):
             if not word.strip() or re.fullmatch(r"--[\w-]+=(\s*|--)", word):
                 option = word if word.strip() else before
-                raise InputError(
-                    f"{f'after {option}: ' if option else ''}an empty value; is a variable of the shell not set?"
-                )
+                where = f"after {option}: " if option else ""
+                raise InputError(f"{where}an empty value; is a variable of the shell not set?")
 
     def names(self) -> list[str]:
-        """Its options."""
+        """Return the names of this parser's options, with leading dashes."""
         return [
             name
             for action in self._actions
@@ -75,12 +83,20 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def run(parser: OneLineParser, work: Callable[[argparse.Namespace], int | None]) -> int:
-    """Parse the command line and do a tool's work; see `attempt`."""
+    """Parse the command line, run a tool, and return its exit status; see `attempt`."""
     return attempt(parser.prog, lambda: work(parser.parse_args()))
 
 
 def attempt(name: str, work: Callable[[], int | None]) -> int:
-    """Do a tool's work; returns its exit status. A user's mistake is one line on stderr, and 2; Ctrl-C is one too, and 130."""
+    """Run a tool, and return its exit status.
+
+    A user's mistake (InputError or OSError) prints one line on stderr and returns 2. Ctrl-C prints
+    one line and returns 130.
+
+    Args:
+        name: the tool's name, which begins an error line.
+        work: returns the exit status; None stands for 0.
+    """
     user.prepare()
     output.guard()
     try:

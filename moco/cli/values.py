@@ -1,4 +1,4 @@
-"""Types of options for argparse, which convert a word and check the range of a number."""
+"""Convert the words of the command line to values, and check the range of numbers."""
 
 import argparse
 from collections.abc import Callable
@@ -6,13 +6,20 @@ from typing import TypeVar
 
 from moco.data import subsets
 from moco.errors import short
-from moco.sections import NATURAL
+from moco.options import NATURAL
 
 Number = TypeVar("Number", int, float)
 
 
 def in_range(kind: type[Number], interval: str) -> Callable[[str], Number]:
-    """Return an option's type: a number in an interval such as "[0, 1)", where 1 is excluded."""
+    """Return a function that converts a word to a number in an interval, as argparse's `type`.
+
+    Args:
+        kind: int or float.
+        interval: for example "[0, 1)", which excludes 1.
+
+    The function raises ArgumentTypeError for a number outside.
+    """
     least, most = (kind(end) for end in interval[1:-1].split(","))
 
     def number(text: str) -> Number:
@@ -27,18 +34,18 @@ def in_range(kind: type[Number], interval: str) -> Callable[[str], Number]:
             raise argparse.ArgumentTypeError(f"{short(text)} is {said}; take one in {interval}")
         return value
 
-    # argparse prints the name if it cannot convert a word
+    # argparse shows this name in the error if a word is not a number
     number.__name__, number.interval = kind.__name__, interval
     return number
 
 
 def names(text: str) -> list[str]:
-    """Return the option names in `text`, separated by commas, with or without leading dashes."""
+    """Return the option names in a comma-separated text, without leading dashes."""
     return [name.strip().lstrip("-").replace("_", "-") for name in text.split(",") if name.strip()]
 
 
 def keep(text: str) -> int:
-    """Return how many checkpoints to keep; 0 stands for all."""
+    """Return the number of checkpoints to keep; 0 for the word all."""
     try:
         return 0 if text == "all" else in_range(int, NATURAL)(text)
     except ValueError:
@@ -48,10 +55,11 @@ def keep(text: str) -> int:
 
 
 def data_name(text: str) -> str:
-    """Return the name of an ImageNet folder that `subsets.check_classes` knows."""
+    """Return the name in lower case. Raises ArgumentTypeError if it is not in CLASS_COUNTS."""
     if text.lower() not in subsets.CLASS_COUNTS:
         known = " or ".join(subsets.CLASS_COUNTS)
         raise argparse.ArgumentTypeError(
-            f"'{text}' is not {known}; leave it out; evaluations take other data sets with --dataset"
+            f"'{text}' is not {known}; leave it out; "
+            "evaluations take other data sets with --dataset"
         )
     return text.lower()

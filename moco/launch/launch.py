@@ -76,7 +76,8 @@ def launch(worker: Worker, config: Config) -> None:
 
 def _print_lost(name: str, lost: str) -> None:
     """Print the message about a lost rank; flush it, because the process then exits at once."""
-    print(f"{name}: error: {lost}", file=sys.stderr, flush=True)
+    sys.stderr.write(f"{name}: error: {lost}\n")
+    sys.stderr.flush()
 
 
 class LostRankError(Exception):
@@ -135,7 +136,7 @@ def _lost(
         hint = OUT_OF_MEMORY if name == "SIGKILL" else ""
         return LostRankError(f"rank {first + i} was killed by {name}{hint}")
     if isinstance(error, mp.ProcessRaisedException):
-        print(error.msg, file=sys.stderr)
+        sys.stderr.write(f"{error.msg}\n")
         return LostRankError(
             f"rank {first + error.error_index}: {error.msg.strip().splitlines()[-1]}"
         )
@@ -251,4 +252,5 @@ def _print_once(store: dist.Store, error: InputError) -> None:
         first = True
     if first:
         lines = errors.format_error(os.path.basename(sys.argv[0]), error)
-        print(lines, end="", file=sys.stderr, flush=True)
+        sys.stderr.write(lines)
+        sys.stderr.flush()

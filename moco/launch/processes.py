@@ -51,7 +51,8 @@ def _plan(launch: Launch, device_type: str) -> Plan:
                 f"--gpu {launch.gpu}: --device cpu uses no GPU; leave one of the two out"
             )
         raise InputError(
-            f"--gpu {launch.gpu}: this machine has {gpus} GPU(s); leave --gpu out, or choose another"
+            f"--gpu {launch.gpu}: this machine has {gpus} GPU(s); "
+            "leave --gpu out, or choose another"
         )
     if launch.dist_backend == "nccl" and device_type != "cuda":
         where = (

@@ -6,6 +6,7 @@ launch.py then initializes the process group with this store.
 import errno
 import os
 import socket
+import sys
 import threading
 import time
 from urllib.parse import urlsplit
@@ -130,7 +131,8 @@ def meet(url: str, r: int, world_size: int, announce: bool) -> dist.Store:
             raise InputError(f"{what} for {MEETING:.0f} seconds; {advice}")
         if waited > SILENCE and not announced:
             announced = True
-            print(f"{what} ...; {advice}", flush=True)
+            sys.stdout.write(f"{what} ...; {advice}\n")
+            sys.stdout.flush()
         time.sleep(0.2)
 
     if url.startswith("file://"):

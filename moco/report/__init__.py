@@ -1,1 +1,1 @@
-"""What runs and evaluations wrote, as tables, pictures and one HTML page. Start at page.py."""
+"""Show runs and evaluations as tables, pictures and one HTML page. Start at page.py."""

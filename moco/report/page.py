@@ -1,4 +1,4 @@
-"""The HTML page that compares pre-training runs."""
+"""Write the HTML page that compares pre-training runs."""
 
 import html
 import time
@@ -12,15 +12,14 @@ import numpy as np
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from moco.distributed import print_rank0
 from moco.errors import InputError
 from moco.files import check_new, creating, refuse_remote
 from moco.report import pictures, plots, results, runs
 from moco.report.runs import Run
 
-THUMBNAIL = 96  # pixels of an image among its neighbours
-
-
-CHEAP = 20.0  # seconds for the features of the map, up to which a random encoder is shown, too
+THUMBNAIL = 96  # side of an image among its neighbours, in pixels
+CHEAP = 20.0  # a random encoder is shown, too, if its features take fewer seconds than this
 
 
 def write(
@@ -31,10 +30,18 @@ def write(
     seed: int = 0,
     force: bool = False,
 ) -> None:
-    """Write the page on the runs in `folders` to `out`, which must not exist unless `force`.
+    """Write the page about the runs in `folders`.
 
-    Raises InputError for a folder that holds no pre-training run, and where the page cannot be written. What else is not there,
-    such as checkpoints and images, the page says.
+    Args:
+        folders: run folders of pre-trainings.
+        out: the file to write; it must not exist unless `force`.
+        pretrained: the checkpoint to show; by default the last one of each run.
+        images: maximum number of training images among which to search neighbours.
+        seed: seed of the sample of images.
+        force: whether to overwrite `out`.
+
+    Raises InputError if a folder is not that of a pre-training, or if `out` cannot be written. If
+    checkpoints or images are missing, the page says so.
     """
     if images < 1 or seed < 0:
         raise InputError(
@@ -58,24 +65,28 @@ def write(
 
 
 def page(found: list[Run], pretrained: Path | None, images: int, seed: int) -> str:
-    """The whole page."""
+    """Return the page as HTML; see `write` for the arguments."""
     body = [summary(found), evaluations(found), differences(found), curves(found), views(found)]
     body.append(encoders(found, pretrained, images, seed))
     title = escaped(f"Pre-training: {', '.join(run.name for run in found)}")
-    # the browser itself is told to load nothing
+    # this policy forbids the browser to load anything
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
     head = f'<meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{policy}">'
-    head += f'<meta name="viewport" content="width=device-width"><title>{title}</title><style>{STYLE}</style>'
+    head += '<meta name="viewport" content="width=device-width">'
+    head += f"<title>{title}</title><style>{STYLE}</style>"
     body = "\n".join(filter(None, body))
-    return f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head>\n<body><h1>Pre-training runs</h1>\n{body}\n</body></html>\n'
+    return (
+        f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head>\n'
+        f"<body><h1>Pre-training runs</h1>\n{body}\n</body></html>\n"
+    )
 
 
 def escaped(text: object) -> str:
-    """What comes from files is shown, never read as HTML."""
+    """Return a text from a file, escaped so that the browser never reads it as HTML."""
     return html.escape(plots.printable(text))
 
 
-# Tables
+# tables
 
 SUMMARY = (
     "run",
@@ -94,7 +105,7 @@ SUMMARY = (
 
 
 def summary(found: list[Run]) -> str:
-    """What each run is and how far it came, and what is wrong with its log."""
+    """Return the table of the runs, with their progress, and lines about damaged logs."""
     rows = [
         [_name(i, run), *(escaped(cell) for cell in _facts(run))] for i, run in enumerate(found)
     ]
@@ -156,7 +167,7 @@ def _batch(args: dict) -> str:
 
 
 def evaluations(found: list[Run]) -> str:
-    """The results.json files of the runs, with random encoders for comparison."""
+    """Return the table of the runs' results.json files, with random encoders for comparison."""
     rows, random, lines = [], set(), []
     for i, run in enumerate(found):
         figures, trouble = runs.evaluations(run)
@@ -174,7 +185,7 @@ def evaluations(found: list[Run]) -> str:
         [name, file, *(results.cell(cells.get(column)).replace("\\", "") for column in columns)]
         for name, file, cells in rows
     ]
-    note = "Of results.json files below the run folders and beside them, in per cent."
+    note = "From the results.json files in the run folders and next to them, in per cent."
     if any(best.on_val for *_, cells in rows for best in cells.values()):
         note += " * the best of several settings, chosen on the very images that it is tested on."
     chosen = {
@@ -192,7 +203,7 @@ NOT_COMPARED = {"save_dir", "dist_url", "output", "tag", "cfg", "resume"}
 
 
 def differences(found: list[Run]) -> str:
-    """The options in which runs differ."""
+    """Return the table of the options in which the runs differ."""
     names = sorted({name for run in found for name in map(str, run.args)} - NOT_COMPARED)
     differ = [name for name in names if len({repr(run.args.get(name)) for run in found}) > 1]
     if not differ:
@@ -202,53 +213,68 @@ def differences(found: list[Run]) -> str:
         for name in differ
     ]
     inner = table(["option", *(run.name for run in found)], rows, left=1)
-    return f"<details><summary>{len(differ)} options in which the runs differ</summary>{inner}</details>"
+    heading = f"{len(differ)} options in which the runs differ"
+    return f"<details><summary>{heading}</summary>{inner}</details>"
 
 
 def table(heads: Iterable[str], rows: list[list[str]], left: int) -> str:
-    """A table of cells that are HTML already; all but the first `left` columns hold numbers."""
-    kind = [' class="number"' if i >= left else "" for i in range(len(rows[0]))]
-    top = "".join(f"<th{k}>{escaped(head)}</th>" for k, head in zip(kind, heads, strict=True))
-    body = "".join(
-        "<tr>" + "".join(f"<td{k}>{cell}</td>" for k, cell in zip(kind, row, strict=True)) + "</tr>"
-        for row in rows
-    )
+    """Return a table as HTML.
+
+    Args:
+        heads: titles of the columns.
+        rows: cells, which are HTML already.
+        left: number of columns to align to the left; the others hold numbers.
+    """
+    classes = [' class="number"' if i >= left else "" for i in range(len(rows[0]))]
+    top = "".join(f"<th{c}>{escaped(head)}</th>" for c, head in zip(classes, heads, strict=True))
+    body = ""
+    for row in rows:
+        cells = (f"<td{c}>{cell}</td>" for c, cell in zip(classes, row, strict=True))
+        body += f"<tr>{''.join(cells)}</tr>"
     return f'<div class="wide"><table><tr>{top}</tr>{body}</table></div>'
 
 
 def _name(i: int, run: Run) -> str:
-    color = plots.style(i)["color"]
-    where = escaped(run.folder)
-    return f'<span class="swatch" style="background:{color}"></span><span title="{where}">{escaped(run.name)}</span>'
+    swatch = f'<span class="swatch" style="background:{plots.style(i)["color"]}"></span>'
+    return f'{swatch}<span title="{escaped(run.folder)}">{escaped(run.name)}</span>'
 
 
 def _line(run: Run, text: object) -> str:
     return f'<p class="absent">{escaped(run.name)}: {escaped(text)}</p>'
 
 
-# Pictures
+# pictures
 
 
 def figure(title: str, picture: Figure, text: str) -> str:
-    """A picture with its title above and what it shows below; alone in its row where it is wide."""
+    """Return a picture as HTML, with a title above it and a caption below.
+
+    A wide picture has a row of its own.
+    """
     wide = ' class="alone"' if picture.get_figwidth() > 7 else ""
     source = f'<img src="{plots.png(picture)}" alt="{escaped(f"{title}. {text}")}">'
-    return f"<figure{wide}><h3>{escaped(title)}</h3>{source}<figcaption>{escaped(text)}</figcaption></figure>"
+    caption = f"<figcaption>{escaped(text)}</figcaption>"
+    return f"<figure{wide}><h3>{escaped(title)}</h3>{source}{caption}</figure>"
 
 
 def section(title: str, figures: list[str], text: str = "") -> str:
-    return f'<h2>{title}</h2>{text and f"<p>{escaped(text)}</p>"}<div class="figures">{"".join(figures)}</div>'
+    """Return a section of the page: a heading, a paragraph if there is a text, and figures."""
+    paragraph = text and f"<p>{escaped(text)}</p>"
+    return f'<h2>{title}</h2>{paragraph}<div class="figures">{"".join(figures)}</div>'
 
 
 def curves(found: list[Run]) -> str:
+    """Return the section with the curves of the runs' logs."""
     drawn = [
         figure(panel.title, plots.draw(panel, found), panel.text) for panel in plots.panels(found)
     ]
-    text = "Strong lines are running medians; behind them, faint, is what was logged, or the range of it where that is much."
+    text = "Strong lines are running medians. The faint lines behind them are the logged values; "
+    text += "if there are many, a faint area shows their range."
     return section("Curves", drawn, text) if drawn else ""
 
 
 def _or_why_not(run: Run, make: Callable[[], str]) -> str:
+    """Return the HTML that `make` returns, or a line with its error."""
     try:
         return make()
     except (InputError, OSError) as error:
@@ -256,7 +282,7 @@ def _or_why_not(run: Run, make: Callable[[], str]) -> str:
 
 
 def views(found: list[Run]) -> str:
-    """Of the first run of each recipe and data set."""
+    """Return the section with the views of each recipe and data set, by the first run of each."""
     drawn, seen = [], set()
 
     def one(run: Run) -> str:
@@ -267,7 +293,7 @@ def views(found: list[Run]) -> str:
         return figure(
             f"{run.name}: recipe {name}",
             pictures.views(run),
-            "Train images, and their views in epoch 0, by row.",
+            "Each row shows a training image, and its views in epoch 0.",
         )
 
     for run in found:
@@ -276,30 +302,28 @@ def views(found: list[Run]) -> str:
 
 
 class Look(NamedTuple):
-    """What one encoder makes of a sample."""
+    """The features of a sample, by the encoder of one run."""
 
     run: Run
-    says: str
-    bank: Tensor
-    val: Tensor
+    says: str  # which encoder it is
+    bank: Tensor  # features of training images [N, D]
+    val: Tensor  # features of val images [M, D]
 
 
 def encoders(found: list[Run], pretrained: Path | None, images: int, seed: int) -> str:
-    """A map for each data set, and neighbours for each run."""
+    """Return the sections with a map of features per data set, and neighbours per run."""
     looks: dict[int, list[Look]] = defaultdict(list)  # by sample
     samples, lines = {}, []
     for run in found:
         try:
             net, says = pictures.encoder(run, pretrained)
             sample = pictures.sample_of(run, images, seed)
-            print(
-                f"{plots.printable(run.name)}: features of {len(sample.bank)} train and {len(sample.val)} val images",
-                flush=True,
+            print_rank0(
+                f"{plots.printable(run.name)}: features of {len(sample.bank)} train "
+                f"and {len(sample.val)} val images"
             )
-            look = Look(
-                run, says, *(pictures.seen_by(net, part, run) for part in (sample.bank, sample.val))
-            )
-            looks[id(sample)].append(look)
+            bank, val = (pictures.seen_by(net, part, run) for part in (sample.bank, sample.val))
+            looks[id(sample)].append(Look(run, says, bank, val))
             samples[id(sample)] = sample
         except (InputError, OSError) as error:
             lines.append(_line(run, f"{error}; there are curves only"))
@@ -327,41 +351,45 @@ def _map(sample: pictures.Sample, looks: list[Look], seed: int) -> str:
     if (time.perf_counter() - began) * len(sample.val) / len(few) < CHEAP:
         shown[f"random {run.args['arch']}"] = pictures.seen_by(net, sample.val, run)
     classes = len(np.unique(sample.val.labels))
-    of = (
-        f"{classes} classes"
-        if classes == sample.all_classes
-        else f"{classes} of {sample.all_classes} classes"
-    )
-    text = f"{len(sample.val)} val images of {of} by t-SNE of their features; distances between groups mean little."
-    return figure(
-        f"Images of {Path(run.args['data']).name}", pictures.feature_map(sample.val, shown), text
-    )
+    of = f"{classes} of {sample.all_classes}" if classes < sample.all_classes else f"{classes}"
+    text = f"{len(sample.val)} val images of {of} classes, by t-SNE of their features. "
+    text += "Distances between groups mean little."
+    title = f"Images of {Path(run.args['data']).name}"
+    return figure(title, pictures.feature_map(sample.val, shown), text)
 
 
 def _strips(sample: pictures.Sample, look: Look) -> str:
     picture = pictures.neighbours(sample, look.bank, look.val, THUMBNAIL)
-    text = f"Left, val images; right of each, the nearest among {len(sample.bank)} train images of the same classes as the map's, "
-    text += f"with their cosine similarity: green frame, same class; red frame and x, another. {look.says}."
+    text = "Left: val images. Right: for each, the nearest training images and their cosine "
+    text += f"similarity, out of {len(sample.bank)} images of the map's classes. A green frame is "
+    text += f"the same class; a red frame and x, another class. {look.says}."
     return figure(look.run.name, picture, text)
 
 
 STYLE = """
-body { font: 15px/1.45 system-ui, -apple-system, "Segoe UI", sans-serif; color: #222; background: #fafafa;
+body { font: 15px/1.45 system-ui, -apple-system, "Segoe UI", sans-serif;
+  color: #222; background: #fafafa;
   max-width: 1180px; margin: 2em auto; padding: 0 1.5em }
-h1 { font-size: 1.6em } h2 { font-size: 1.25em; margin: 1.8em 0 .5em; border-bottom: 1px solid #ddd }
+h1 { font-size: 1.6em }
+h2 { font-size: 1.25em; margin: 1.8em 0 .5em; border-bottom: 1px solid #ddd }
 h3 { font-size: 1em; margin: 0 0 .4em }
 .wide { overflow-x: auto }
 table { border-collapse: collapse; font-size: .9em; margin: .6em 0; background: #fff }
-th, td { padding: .3em .7em; border-bottom: 1px solid #e2e2e2; text-align: left; white-space: nowrap }
+th, td { padding: .3em .7em; border-bottom: 1px solid #e2e2e2; text-align: left;
+  white-space: nowrap }
 th { background: #f0f0f0; white-space: normal; vertical-align: bottom }
 .number { text-align: right; font-variant-numeric: tabular-nums }
-.swatch { display: inline-block; width: .8em; height: .8em; margin-right: .5em; border-radius: 2px }
-.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 480px), 1fr)); gap: 1em; align-items: start }
-figure { margin: 0; padding: .8em; background: #fff; border: 1px solid #e2e2e2; border-radius: 4px; min-width: 0 }
+.swatch { display: inline-block; width: .8em; height: .8em; margin-right: .5em;
+  border-radius: 2px }
+.figures { display: grid; gap: 1em; align-items: start;
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 480px), 1fr)) }
+figure { margin: 0; padding: .8em; background: #fff; border: 1px solid #e2e2e2;
+  border-radius: 4px; min-width: 0 }
 figure.alone { grid-column: 1 / -1 }
 h3, figcaption, .absent { overflow-wrap: anywhere }
 img { max-width: 100%; height: auto; display: block; margin: 0 auto }
 figcaption { color: #555; font-size: .87em; margin-top: .4em }
-.absent { color: #7a4a00; background: #fff6e0; padding: .4em .8em; border-radius: 4px; grid-column: 1 / -1; margin: .3em 0 }
+.absent { color: #7a4a00; background: #fff6e0; padding: .4em .8em; border-radius: 4px;
+  grid-column: 1 / -1; margin: .3em 0 }
 summary { cursor: pointer }
 """

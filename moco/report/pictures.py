@@ -1,4 +1,4 @@
-"""What a run's encoder saw and sees: the views of its recipe, a map of its features, the nearest neighbours of some images."""
+"""Draw a run's pictures: the views of its recipe, a map of features, and nearest neighbours."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -26,36 +26,24 @@ from moco.report.runs import Run
 from moco.report.views import views_figure
 
 ROWS = 6  # images in the grid of views
-
-
-CLASSES, POINTS = 20, 2000  # on a map, at most
-
-
+CLASSES, POINTS = 20, 2000  # maximum numbers of classes and images on a map
 QUERIES, NEIGHBOURS = 8, 6
-
-
 SAME, OTHER = "#1a8a2d", "#c62828"
-
-
 _NEEDED = {"arch": str, "data": str, "image_size": int, "dataset": str, "stem": str}
-
-
 _FOR_VIEWS = {"recipe": str, "seed": int}
-
-
-_DEFAULTS = {
-    "class_list": None,
-    "crop_min": None,
-}  # for runs of older versions, which lack these options
-
-
-_DEFAULTS |= {"dataset": "imagenet", "stem": "imagenet", "mean": list(MEAN), "std": list(STD)}
+# for runs of older versions, which lack these options
+_DEFAULTS = {"class_list": None, "crop_min": None, "dataset": "imagenet", "stem": "imagenet"}
+_DEFAULTS |= {"mean": list(MEAN), "std": list(STD)}
 
 
 def settings(run: Run, needed: dict[str, type]) -> Pretraining:
     """Return the run's settings.
 
-    Raises InputError if args.yaml lacks one that is `needed`, or has a value of another type.
+    Args:
+        run: the run.
+        needed: types of the settings that the run must have, by name.
+
+    Raises InputError if args.yaml lacks one of them, or has a value of another type.
     """
     args = _DEFAULTS | run.args
     for name, kind in (needed | {"class_list": str | None}).items():
@@ -73,7 +61,7 @@ def settings(run: Run, needed: dict[str, type]) -> Pretraining:
 
 
 def recipe(run: Run) -> tuple[str, recipes.Recipe]:
-    """The name of the run's recipe and its views. Raises InputError."""
+    """Return the name of the run's recipe, and its views. Raises InputError if it has none."""
     views = settings(run, _NEEDED | _FOR_VIEWS).views
     try:
         return views.recipe, recipes.of(views)
@@ -84,9 +72,9 @@ def recipe(run: Run) -> tuple[str, recipes.Recipe]:
 
 
 def views(run: Run) -> Figure:
-    """Return some train images and their views, as epoch 0 would draw them for this batch.
+    """Return a picture of some training images and their views, as in epoch 0.
 
-    Raises InputError if the images are not there.
+    Raises InputError if the images cannot be read.
     """
     config = settings(run, _NEEDED | _FOR_VIEWS)
     train = registry.train_images(config.input.dataset, config.run.data, config.input.class_list)
@@ -97,7 +85,10 @@ def views(run: Run) -> Figure:
 def _grid(
     rows: int, columns: int, width: float, height: float, title: float
 ) -> tuple[Figure, np.ndarray]:
-    """Places for images, in inches, with room for a title above the first row. So many are laid out by hand: it is far faster."""
+    """Return a figure and its axes [rows, columns], with room for a title above the first row.
+
+    Sizes are in inches. With so many axes, fixed positions are far faster than matplotlib's layout.
+    """
     figure = Figure(figsize=(width * columns, height * rows + title), dpi=100)
     top = 1 - title / (height * rows + title)
     space = {"wspace": 0.1, "hspace": max(0.06, height / width - 0.96)}
@@ -111,17 +102,34 @@ def _grid(
 
 @dataclass(frozen=True)
 class Sample:
-    """The images that every encoder of a data set is asked about: a bank of train/ and some of val/, of the same classes."""
+    """The images that are shown for every encoder of a data set.
+
+    Attributes:
+        bank: training images.
+        val: images of val/, of the same classes.
+        queries: indices in `val` of the images whose neighbours are shown.
+        all_classes: number of classes in all of val/.
+    """
 
     bank: Images
     val: Images
-    queries: np.ndarray  # places in val
+    queries: np.ndarray
     all_classes: int
 
 
 @cache
 def sample(dataset: str, data: str, class_list: str | None, images: int, seed: int) -> Sample:
-    """Draw it: at most `CLASSES` classes, `images` of train/ and `POINTS` of val/. Raises InputError where they are not there."""
+    """Return a random sample of a data set, of at most `CLASSES` classes.
+
+    Args:
+        dataset: name of the data set in the registry.
+        data: its folder.
+        class_list: file with the names of the classes to use, if any.
+        images: maximum number of training images. There are at most `POINTS` images of val/.
+        seed: seed of the sample.
+
+    Raises InputError if the data set cannot be read.
+    """
     train, val = (
         part(dataset, data, class_list) for part in (registry.train_images, registry.test_images)
     )
@@ -132,36 +140,42 @@ def sample(dataset: str, data: str, class_list: str | None, images: int, seed: i
         _some_of(part, classes, most, draw) for part, most in ((train, images), (val, POINTS))
     )
     one_each = [np.flatnonzero(points.labels == label)[:QUERIES] for label in classes]
-    turns = [places[turn] for turn in range(QUERIES) for places in one_each if turn < len(places)]
-    feature_statistics = min(len(turns), max(QUERIES, sum(len(places) > 0 for places in one_each)))
-    chosen = (
-        np.linspace(0, feature_statistics - 1, min(QUERIES, feature_statistics)).round().astype(int)
-    )
+    # the first image of each class, then the second of each, ...
+    turns = [found[turn] for turn in range(QUERIES) for found in one_each if turn < len(found)]
+    count = min(len(turns), max(QUERIES, sum(len(found) > 0 for found in one_each)))
+    chosen = np.linspace(0, count - 1, min(QUERIES, count)).round().astype(int)
     return Sample(bank, points, np.array(turns)[chosen], len(there))
 
 
 def _some_of(part: Images, classes: np.ndarray, most: int, draw: np.random.Generator) -> Images:
-    places = draw.permutation(np.flatnonzero(np.isin(part.labels, classes)))[:most]
-    return part.subset(np.sort(places))
+    """Return at most `most` random images of the given classes."""
+    indices = draw.permutation(np.flatnonzero(np.isin(part.labels, classes)))[:most]
+    return part.subset(np.sort(indices))
 
 
 def sample_of(run: Run, images: int, seed: int) -> Sample:
-    """The sample of the run's data. Raises InputError."""
+    """Return the sample of the run's data set; see `sample`."""
     config = settings(run, _NEEDED)
     data = config.input
     return sample(data.dataset, config.run.data, data.class_list, images, seed)
 
 
 def encoder(run: Run, weights: Path | None) -> tuple[nn.Module, str]:
-    """The backbone in `weights`, or in the furthest checkpoint that can be read, and a line on which. Raises InputError."""
+    """Return an encoder without projection head, and a text that names its checkpoint.
+
+    Args:
+        run: the run.
+        weights: a checkpoint; by default the latest one of the run that can be read.
+
+    Raises InputError if no checkpoint can be read.
+    """
     config = settings(run, _NEEDED)
     skipped = []
     for file in [weights] if weights else run.checkpoints():
         try:
             net = _network(config)
-            pretrained.load_backbone(
-                net, pretrained.tensors_of(net, checkpoint.load(str(file))), str(file)
-            )
+            tensors = pretrained.tensors_of(net, checkpoint.load(str(file)))
+            pretrained.load_backbone(net, tensors, str(file))
             return net, "; ".join([*skipped, f"encoder of {file.name}"])
         except InputError as error:
             skipped.append(str(error))
@@ -169,7 +183,7 @@ def encoder(run: Run, weights: Path | None) -> tuple[nn.Module, str]:
 
 
 def random_encoder(run: Run, seed: int) -> nn.Module:
-    """As the run's was before training, but for the draw."""
+    """Return a randomly initialized encoder with the run's architecture."""
     config = settings(run, _NEEDED)
     torch.manual_seed(seed)
     return _network(config)
@@ -182,7 +196,10 @@ def _network(config: Pretraining) -> nn.Module:
 
 
 def seen_by(net: nn.Module, images: Images, run: Run) -> Tensor:
-    """Unit features [N, D] of `images`, on the CPU. Raises InputError where the encoder diverged, or an image cannot be read."""
+    """Return the normalized features of `images`, [N, D], on the CPU.
+
+    Raises InputError if a feature is NaN or infinite, or if an image cannot be read.
+    """
     config = replaced(
         settings(run, _NEEDED),
         batch_size=64,
@@ -193,7 +210,7 @@ def seen_by(net: nn.Module, images: Images, run: Run) -> Tensor:
     try:
         device = devices.of_process("auto", gpu=None, local_rank=0)
         x, _ = features.extract(net.to(device), images, config, device, on_host=True)
-    except torch.OutOfMemoryError:  # a run may be on that GPU
+    except torch.OutOfMemoryError:  # a training may use the same GPU
         x, _ = features.extract(net.cpu(), images, config, torch.device("cpu"))
     if not x.isfinite().all():
         raise InputError("the encoder's features are not all finite numbers: it has diverged")
@@ -201,7 +218,14 @@ def seen_by(net: nn.Module, images: Images, run: Run) -> Tensor:
 
 
 def feature_map(val: Images, found: dict[str, Tensor]) -> Figure:
-    """Where each encoder, by name, puts the images of `val`: features [N, D] each, in two dimensions by t-SNE."""
+    """Return a map of the images of `val` for each encoder, by t-SNE.
+
+    Args:
+        val: N images.
+        found: their features [N, D], by the name of the encoder.
+
+    Raises InputError if there are too few images.
+    """
     columns = 2 if len(found) == 4 else min(3, len(found))
     rows = -(-len(found) // columns)
     figure = Figure(figsize=(3.5 * columns + 1.7, 3.5 * rows + 0.2), dpi=110, layout="constrained")
@@ -234,45 +258,45 @@ def feature_map(val: Images, found: dict[str, Tensor]) -> Figure:
 
 
 def _in_two_dimensions(x: np.ndarray) -> np.ndarray:
+    """Return features [N, D] in two dimensions, [N, 2]. Raises InputError if N is below 5."""
     if len(x) < 5:
         raise InputError(f"{len(x)} val images are too few for a map")
-    start = (
-        "pca" if x.std(0).max() > 1e-6 else "random"
-    )  # a collapsed encoder's have no principal axis
-    with threadpool_limits(
-        1
-    ):  # on cores that others use, too, its threads wait for each other for most of the time
-        return TSNE(
-            metric="cosine", init=start, perplexity=min(30, (len(x) - 1) / 3), random_state=0
-        ).fit_transform(x)
+    # the features of a collapsed encoder have no principal axis
+    start = "pca" if x.std(0).max() > 1e-6 else "random"
+    perplexity = min(30, (len(x) - 1) / 3)
+    # on cores that other programs use, too, several threads mostly wait for each other
+    with threadpool_limits(1):
+        tsne = TSNE(metric="cosine", init=start, perplexity=perplexity, random_state=0)
+        return tsne.fit_transform(x)
 
 
 def neighbours(of: Sample, bank: Tensor, val: Tensor, size: int) -> Figure:
-    """Some val images, each with the train images nearest to it; features [N, D] of the bank and of val/."""
-    similarity, places = features.nearest(
+    """Return a picture of the query images, each with the training images nearest to it.
+
+    Args:
+        of: the sample.
+        bank: features of its training images, [N, D].
+        val: features of its val images, [M, D].
+        size: side of each image, in pixels.
+    """
+    similarity, indices = features.nearest(
         bank, torch.arange(len(bank)), val[of.queries], NEIGHBOURS
     )
-    rows, columns = len(of.queries), 1 + places.shape[1]
+    rows, columns = len(of.queries), 1 + indices.shape[1]
     figure, axes = _grid(rows, columns, width=0.95, height=1.2, title=0.22)
     for row, query in zip(range(rows), of.queries, strict=True):
         label = of.val.labels[query]
         _framed(axes[row, 0], of.val, query, size, "#555555", run_label(of.val.classes[label], 15))
-        for axis, place, s in zip(
-            axes[row, 1:], places[row].tolist(), similarity[row].tolist(), strict=True
-        ):
-            same = of.bank.labels[place] == label
-            _framed(
-                axis,
-                of.bank,
-                place,
-                size,
-                SAME if same else OTHER,
-                f"{s:.3f}" + ("" if same else " x"),
-            )
+        nearest = zip(indices[row].tolist(), similarity[row].tolist(), strict=True)
+        for axis, (i, cosine) in zip(axes[row, 1:], nearest, strict=True):
+            same = of.bank.labels[i] == label
+            frame, mark = (SAME, "") if same else (OTHER, " x")
+            _framed(axis, of.bank, i, size, frame, f"{cosine:.3f}{mark}")
     return figure
 
 
 def _framed(axis, images: Images, i: int, size: int, frame: str, title: str) -> None:
+    """Draw image number `i` with a frame in the colour `frame`, and a title above."""
     axis.imshow(crop.center_view(images.read(i), size).permute(1, 2, 0).numpy())
     plain([axis.set_title("?", fontsize=7, pad=3)], [printable(title)])
     axis.set_xticks([])

@@ -1,4 +1,4 @@
-"""The curves of a report: one picture for each thing that runs log, a colour for each run."""
+"""Draw the curves of a report: one picture for each logged quantity, one colour for each run."""
 
 import base64
 import io
@@ -12,26 +12,28 @@ from matplotlib.ticker import LogLocator, NullFormatter
 
 from moco.report.runs import Run
 
-POINTS = 1000  # of a curve, at most
-
-
+POINTS = 1000  # maximum number of points of a curve
 COLORS = [mpl.colors.to_hex(color) for color in mpl.colormaps["tab10"].colors]
-
-
-DASHES = ("-", "--", ":", "-.")  # of the first ten runs, the next ten, ...
-
-
+DASHES = ("-", "--", ":", "-.")  # line styles of the first ten runs, the next ten, ...
 INK = "#333333"
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One picture: an axis for each of `names` that a run logs, with what its values are. `text` is what a reader should know."""
+    """One picture, with an axis for each metric.
+
+    Attributes:
+        title: the title above the picture.
+        names: label of the y axis of each metric, by its name in the log.
+        text: a caption that explains the metrics.
+        levels: labels of horizontal lines, by their y values.
+        log_scale: whether the y axes are logarithmic.
+    """
 
     title: str
     names: dict[str, str]
     text: str = ""
-    levels: dict[float, str] = field(default_factory=dict)  # lines across, with what they say
+    levels: dict[float, str] = field(default_factory=dict)
     log_scale: bool = False
 
 
@@ -39,51 +41,57 @@ PANELS = (
     Panel(
         "Loss",
         {"loss": "loss"},
-        "Comparable only between runs of one method, with as many negatives and the same temperature.",
+        "Comparable only between runs of the same method, with the same number of negatives and "
+        "the same temperature.",
     ),
     Panel(
-        "k-NN top-1", {"knn": "top-1 on val"}, "Of the encoder on val/, against train/, in [0, 1]."
+        "k-NN top-1",
+        {"knn": "top-1 on val"},
+        "Accuracy of the encoder's features on val/, with train/ as neighbours, in [0, 1].",
     ),
-    Panel("Learning rate", {"lr": "learning rate"}, "Of the first parameter group."),
+    Panel("Learning rate", {"lr": "learning rate"}, "Learning rate of the first parameter group."),
     Panel(
         "Contrast accuracy",
         {"acc1": "positive is first", "acc5": "positive is among first five"},
-        "How often the positive is more similar to the query than all, or all but four, of the negatives, in [0, 1].",
+        "Fraction of queries, in [0, 1], whose positive is more similar than all negatives, or all "
+        "but four.",
     ),
     Panel(
         "Hardness of negatives",
         {"hardness": "cosine similarity"},
-        "The similarity of a query's hardest negative, mean over queries, in [-1, 1].",
+        "Similarity of a query and its hardest negative, mean over queries, in [-1, 1].",
     ),
     Panel(
         "Alignment and uniformity",
         {"alignment": "alignment", "uniformity": "uniformity"},
-        "Mean squared distance of positive pairs, and log of the mean of exp(-2 d²) over all pairs; the lower, the closer and "
-        "the more uniform (Wang and Isola, arXiv 2005.10242).",
+        "Alignment: mean squared distance of positive pairs. Uniformity: log of the mean of "
+        "exp(-2 d²) over all pairs. Lower is better for both (Wang and Isola, arXiv 2005.10242).",
     ),
     Panel(
-        "Spread of features",
+        "Feature standard deviation",
         {"feature_std": "std times √C"},
-        "Standard deviation of unit features in each dimension: 1 where they spread evenly, 0 where they have collapsed.",
+        "Standard deviation of normalized features in each dimension, times √C: 1 if they are "
+        "evenly distributed, 0 if they have collapsed.",
         levels={0.1: "collapse warning"},
     ),
-    Panel("Length of the gradient", {}, "Of each part, before clipping.", log_scale=True),
+    Panel("Gradient norm", {}, "Gradient norm of each part, before clipping.", log_scale=True),
     Panel(
         "Throughput",
-        {"images_per_s": "images per second", "data_wait": "share of time waiting for data"},
-        "A share well above 0 says that reading images, not the model, sets the pace.",
+        {"images_per_s": "images per second", "data_wait": "fraction of time waiting for data"},
+        "If the fraction is well above 0, loading images is slower than the model.",
     ),
 )
 
 
-EXACT = {"lr"}  # without noise
-
-
-GRADIENT = "Length of the gradient"
+EXACT = {"lr"}  # metrics without noise
+GRADIENT = "Gradient norm"
 
 
 def panels(runs: list[Run]) -> list[Panel]:
-    """Those for which some run has data, each with the names that are there; what else is logged comes last."""
+    """Return the panels for which some run has data, each with the metrics that are logged.
+
+    The last panel shows all metrics that are in none of `PANELS`.
+    """
     logged = {
         name for run in runs for name, (_, y) in run.log.columns.items() if np.isfinite(y).any()
     }
@@ -107,12 +115,12 @@ def panels(runs: list[Run]) -> list[Panel]:
 
 
 def by_epoch(runs: list[Run]) -> bool:
-    """Whether epochs are the common scale; else steps are."""
+    """Return whether the x axis shows epochs; otherwise it shows steps."""
     return all(run.log.steps_per_epoch for run in runs if run.log.columns)
 
 
 def draw(panel: Panel, runs: list[Run]) -> Figure:
-    """The picture of a panel: smoothed curves over what was logged, which stands faint behind."""
+    """Return the picture of a panel: smoothed curves, with the logged values faint behind them."""
     columns = min(3, len(panel.names))
     rows = -(-len(panel.names) // columns)
     figure = Figure(
@@ -137,12 +145,12 @@ def draw(panel: Panel, runs: list[Run]) -> Figure:
 
 
 def style(i: int) -> dict[str, str]:
-    """Of run number i, in every picture."""
+    """Return the colour and line style of run number `i`, the same in every picture."""
     return {"color": COLORS[i % len(COLORS)], "linestyle": DASHES[i // len(COLORS) % len(DASHES)]}
 
 
 def legend(figure: Figure, styles: dict[str, dict[str, str]]) -> None:
-    """Names above a picture, as many in a row as have room."""
+    """Add a legend above a picture, given the line style of each name."""
     longest = max(map(len, styles)) + 6
     columns = max(1, int(figure.get_figwidth() * 13 // longest))
     lines = [Line2D([], [], linewidth=2, **of) for of in styles.values()]
@@ -160,32 +168,35 @@ def legend(figure: Figure, styles: dict[str, dict[str, str]]) -> None:
 
 
 def plain(texts, names) -> None:
-    """Give texts what they say, with no sign that matplotlib would read as mathematics or as "not to be shown"."""
+    """Set the strings of matplotlib's texts, without special characters.
+
+    Otherwise matplotlib reads $ as mathematics, and hides labels that begin with an underscore.
+    """
     for text, name in zip(texts, names, strict=True):
         text.set_parse_math(False)
         text.set_text(name)
 
 
 def printable(text: object) -> str:
-    """One line that can be drawn and encoded, whatever a file's name holds."""
+    """Return `text` in one line, with ? for characters that cannot be drawn or encoded."""
     text = str(text).encode(errors="replace").decode()
     return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def run_label(name: str, most: int = 44) -> str:
-    """A name for a picture: the end tells runs apart."""
+    """Return a name of at most `most` characters. Keeps the end, which tells runs apart."""
     name = printable(name)
     return name if len(name) <= most else f"{name[:8]}...{name[-(most - 11) :]}"
 
 
 def _curve(axis, x: np.ndarray, y: np.ndarray, i: int, exact: bool) -> bool:
-    """Draw run number i's values; False where there is none."""
+    """Draw the values of run number `i`. Return False if there are none."""
     finite = np.isfinite(y)
     x, y = x[finite], y[finite]
     if not len(y):
         return False
     look = style(i)
-    if len(y) <= 40:  # few enough to look at each
+    if len(y) <= 40:  # few enough to see each point
         axis.plot(x, y, marker="o", markersize=3, linewidth=1.4, **look)
         return True
     middle, low, high, center = thinned(x, y)
@@ -203,7 +214,11 @@ def _curve(axis, x: np.ndarray, y: np.ndarray, i: int, exact: bool) -> bool:
 def thinned(
     x: np.ndarray, y: np.ndarray, points: int = POINTS
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """At most `points` groups of neighbours: the mean of x, and the least, the greatest and the median y, [points] each."""
+    """Return a curve with at most `points` points, each for a group of neighbours.
+
+    Returns:
+        The mean x, and the minimum, maximum and median y of each group, each [points].
+    """
     edges = np.linspace(0, len(y), min(points, len(y)) + 1).astype(int)
     starts, counts = edges[:-1], np.diff(edges)
     median = np.array([np.median(part) for part in np.split(y, edges[1:-1])])
@@ -216,7 +231,10 @@ def thinned(
 
 
 def smooth(y: np.ndarray) -> np.ndarray:
-    """The mean of the running median, over a fiftieth of the curve; towards its ends over less, evenly to both sides."""
+    """Return `y` smoothed by a running median, and then by a running mean.
+
+    Both windows are a fiftieth of the curve. Towards the ends they shrink, and stay symmetric.
+    """
     n, width = len(y), max(2, len(y) // 100)
     for average in (np.median, np.mean):
         reach = np.minimum(width, np.minimum(np.arange(n), np.arange(n)[::-1]))
@@ -224,7 +242,7 @@ def smooth(y: np.ndarray) -> np.ndarray:
     return y
 
 
-def _finish(axis, panel: Panel, label: str, normalize: str) -> None:
+def _finish(axis, panel: Panel, label: str, unit: str) -> None:
     for level, says in panel.levels.items():
         axis.axhline(level, color="#b22222", linewidth=1, linestyle="--")
         axis.text(
@@ -242,7 +260,7 @@ def _finish(axis, panel: Panel, label: str, normalize: str) -> None:
         axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axis.yaxis.set_minor_formatter(NullFormatter())
-    axis.set_xlabel(normalize, fontsize=9, color=INK)
+    axis.set_xlabel(unit, fontsize=9, color=INK)
     plain([axis.set_ylabel("?", fontsize=9, color=INK)], [printable(label)])
     axis.tick_params(labelsize=8, colors=INK)
     axis.grid(alpha=0.25)
@@ -251,7 +269,7 @@ def _finish(axis, panel: Panel, label: str, normalize: str) -> None:
 
 
 def png(figure: Figure) -> str:
-    """The picture as a data URI."""
+    """Return the picture as a data URI."""
     file = io.BytesIO()
     figure.savefig(file, format="png", facecolor="white")
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()

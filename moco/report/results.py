@@ -1,4 +1,4 @@
-"""Read the results.json of evaluations, and choose the best of each cell of a table."""
+"""Read the results.json files of evaluations, and make a table of the best of each."""
 
 import csv
 import io
@@ -15,7 +15,7 @@ from moco.files import Unreadable, read_json, to_json
 
 
 class Encoder(NamedTuple):
-    """What a row is about."""
+    """An encoder, which has a row of the table."""
 
     method: str
     arch: str
@@ -24,42 +24,56 @@ class Encoder(NamedTuple):
 
 
 class Run(NamedTuple):
-    """One figure of one results.json."""
+    """One metric of one results.json."""
 
     encoder: Encoder
     column: tuple[str, str]  # data set and protocol
-    setting: str  # all that was set but the seed
+    setting: str  # all settings except the seed, as JSON
     seed: int | None
     metric: str
     value: float
-    second: float | None  # top-5 beside top-1
-    judged: float | None  # on held-out images
+    second: float | None  # top-5, if the metric is top-1
+    judged: float | None  # the metric on held-out training images, if any
 
 
 class Best(NamedTuple):
-    """What stands in a cell."""
+    """The best setting of one cell of the table.
+
+    Attributes:
+        runs: the runs of this setting, one for each seed.
+        tried: number of settings tried.
+        varied: names of the options that differ between them.
+        on_val: whether it was chosen among several settings on val/, the images of the test.
+    """
 
     runs: list[Run]
     tried: int
-    varied: list[str]  # the settings that differ among those tried
-    on_val: bool  # chosen among several settings on val/
+    varied: list[str]
+    on_val: bool
 
 
 def collect(folder: Path) -> dict[tuple[Encoder, tuple[str, str]], Best]:
-    """The best of each cell. Raises InputError for a folder without results, or with one that cannot be read."""
+    """Return the best setting of each cell, from all results.json files below `folder`.
+
+    Raises InputError if there are none, or if one cannot be read.
+    """
     groups = defaultdict(list)
     for file in sorted(folder.rglob("results.json")):
         for run in read(file):
             groups[run.encoder, run.column].append(run)
     if not groups:
         raise InputError(
-            f"{folder}: no results.json of an evaluation script below it; give a folder that holds their run folders"
+            f"{folder}: no results.json of an evaluation script below it; "
+            "give a folder that holds their run folders"
         )
     return {cell: best(runs) for cell, runs in groups.items()}
 
 
 def read(file: Path) -> Iterable[Run]:
-    """The figures of one results.json; none where it is not an evaluation script's. Raises InputError."""
+    """Return the metrics of one results.json; none if no evaluation script has written it.
+
+    Raises InputError if the file cannot be read.
+    """
     again = "remove it or run its evaluation again"
     try:
         found = read_json(file)
@@ -71,13 +85,14 @@ def read(file: Path) -> Iterable[Run]:
         return []
     try:
         return list(_runs(found))
-    except Exception:  # some of it is absent, or of another kind
+    except Exception:  # any key may be missing or have another type
         raise InputError(
             f"{file}: does not hold what an evaluation script writes; {again}"
         ) from None
 
 
 def _runs(found: dict[str, Any]) -> Iterable[Run]:
+    """Yield the metrics in the content of a results.json."""
     for name in ("method", "arch", "dataset", "protocol"):
         if not isinstance(found[name], str):
             raise TypeError(name)
@@ -105,10 +120,15 @@ def _runs(found: dict[str, Any]) -> Iterable[Run]:
 def figures(
     protocol: str, metrics: dict[str, float], settings: dict[str, Any]
 ) -> Iterable[tuple[str, str]]:
-    """Yield the metrics that count, with the titles of their columns.
+    """Yield the name of each metric that the table shows, and the title of its column.
 
-    k-NN with another temperature, or on other features, has a column of its own. Results of older
-    versions lack these settings, and their titles name k alone.
+    k-NN has a column for each temperature and type of features. Results of older versions lack
+    these settings, so their titles name k only.
+
+    Args:
+        protocol: the evaluation, such as linear, semisup10 or knn.
+        metrics: values in [0, 1], by name.
+        settings: the evaluation's settings.
     """
     knn = [name for name in metrics if name.startswith("knn_")]
     if knn:
@@ -121,42 +141,45 @@ def figures(
         yield from ((name, f"{protocol}, {name.replace('_ap', ' AP')}") for name in metrics)
         return
     name = next(name for name in METRICS if name in metrics)
-    share = re.fullmatch(r"semisup(\d+)(_frozen)?", protocol)
-    title = f"{share[1]} % labels{', frozen' if share[2] else ''}" if share else protocol
+    percent = re.fullmatch(r"semisup(\d+)(_frozen)?", protocol)
+    title = f"{percent[1]} % labels{', frozen' if percent[2] else ''}" if percent else protocol
     yield name, f"{title}, {METRICS[name]}"
 
 
-# in the order in which they count, where a run has several
+# in order of preference, if a run has several
 METRICS = {"map11": "mAP", "mean_per_class": "mean per class", "acc1": "top-1 / top-5"}
 
 
 def best(runs: list[Run]) -> Best:
-    """The runs of the best setting, one for each seed."""
+    """Return the best setting among `runs`.
+
+    Settings are compared on held-out images if all runs have them, otherwise on val/.
+    """
     settings = defaultdict(list)
     for run in runs:
         settings[run.setting].append(run)
     on_val = any(run.judged is None for run in runs)
 
-    def worth(same: list[Run]) -> float:
+    def mean_score(same: list[Run]) -> float:
         return statistics.mean(run.value if on_val else run.judged for run in same)
 
     tried = [json.loads(setting) for setting in settings]
     names = sorted({name for one in tried for name in one})
     varied = [name for name in names if any(one.get(name) != tried[0].get(name) for one in tried)]
-    best_runs = max(settings.values(), key=worth)
+    best_runs = max(settings.values(), key=mean_score)
     return Best(best_runs, len(settings), varied, on_val and len(settings) > 1)
 
 
 def markdown(cells: dict[tuple[Encoder, tuple[str, str]], Best]) -> str:
-    """The table that a paper prints, accuracies in per cent."""
+    """Return the table in Markdown, with accuracies in per cent."""
     encoders = sorted(
         {encoder for encoder, _ in cells},
         key=lambda e: (e.method, e.arch, e.epochs or 0, e.checkpoint or ""),
     )
     columns = sorted({column for _, column in cells})
-    # encoders of one kind are told apart by their files
-    kinds = [(e.method, e.arch, e.epochs) for e in encoders]
-    twice = any(kinds.count(kind) > 1 for kind in kinds)
+    # encoders of the same method, network and epochs differ only in their files
+    names = [(e.method, e.arch, e.epochs) for e in encoders]
+    twice = any(names.count(name) > 1 for name in names)
     lines = [
         [
             "method",
@@ -176,7 +199,7 @@ def markdown(cells: dict[tuple[Encoder, tuple[str, str]], Best]) -> str:
         ]
         lines.append(row + [cell(cells.get((e, column))) for column in columns])
     text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
-    chosen = [choice(*place, found) for place, found in cells.items() if found.tried > 1]
+    chosen = [choice(*key, found) for key, found in cells.items() if found.tried > 1]
     text += "".join(f"\n{line}\n" for line in sorted(chosen))
     if any(found.on_val for found in cells.values()):
         text += (
@@ -194,7 +217,10 @@ def choice(encoder: Encoder, column: tuple[str, str], found: Best) -> str:
 
 
 def cell(found: Best | None) -> str:
-    """67.5 +- .1 / 87.9 for several seeds, 67.5 / 87.9 for one."""
+    """Return the text of a cell, in per cent.
+
+    It is "67.5 ± 0.1 / 87.9" for several seeds, and "67.5 / 87.9" for one.
+    """
     if found is None:
         return ""
     text = f"{100 * statistics.mean(run.value for run in found.runs):.1f}"
@@ -207,7 +233,8 @@ def cell(found: Best | None) -> str:
 
 def as_csv(cells: dict[tuple[Encoder, tuple[str, str]], Best]) -> str:
     """Return the table as CSV: a line for each cell, with the chosen setting."""
-    names = "method arch pretrain_epochs checkpoint dataset protocol metric value std top5 seeds settings_tried chosen_on settings"
+    names = "method arch pretrain_epochs checkpoint dataset protocol metric value std top5 seeds "
+    names += "settings_tried chosen_on settings"
     file = io.StringIO(newline="")
     table = csv.writer(file)
     table.writerow(names.split())

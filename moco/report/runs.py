@@ -1,4 +1,4 @@
-"""A pre-training run as its folder tells it: the options, the columns of the log, the evaluations that were made of it."""
+"""Read the folder of a pre-training run: its options, its log and its evaluations."""
 
 import json
 import math
@@ -15,15 +15,19 @@ from moco.errors import InputError
 from moco.files import Unreadable, read_yaml, unreadable
 from moco.report import results
 
-Column = tuple[np.ndarray, np.ndarray]  # steps and values, [N] each, by step
+Column = tuple[np.ndarray, np.ndarray]  # steps in ascending order and values, [N] each
 
 
 @dataclass(frozen=True)
 class Log:
-    """log.jsonl by columns.
+    """The content of a log.jsonl.
 
-    `columns` lacks nothing but what is no number; values may be infinite or NaN. `steps_per_epoch` is None where the log does
-    not tell, `seconds` is the time of all starts of the run together, and `damaged` counts the lines that cannot be read.
+    Attributes:
+        columns: each metric whose values are numbers, by name. Values may be infinite or NaN.
+        steps_per_epoch: steps in an epoch; None if the log does not show it.
+        last_step: the last step logged; None if the log is empty.
+        seconds: total time, over all starts of the run.
+        damaged: number of lines that cannot be read.
     """
 
     columns: dict[str, Column]
@@ -35,7 +39,7 @@ class Log:
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder, what the page calls it, its options and its log."""
+    """A pre-training run: its folder, its name on the page, its options and its log."""
 
     folder: Path
     name: str
@@ -43,12 +47,15 @@ class Run:
     log: Log
 
     def checkpoints(self) -> list[Path]:
-        """The furthest first."""
+        """Return the run's checkpoints, the latest first."""
         return checkpoint.found(self.folder)
 
 
 def read(folders: list[Path]) -> list[Run]:
-    """The runs in `folders`, each once. Raises InputError for a folder that is not one of a pre-training run."""
+    """Return the runs in `folders`, without duplicates.
+
+    Raises InputError if a folder is not that of a pre-training run.
+    """
     unique = list({folder.resolve(): folder for folder in folders}.values())
     read_args = [_args(folder) for folder in unique]
     return [
@@ -58,6 +65,7 @@ def read(folders: list[Path]) -> list[Run]:
 
 
 def _args(folder: Path) -> dict:
+    """Return the options of a run. Raises InputError if it is not a pre-training."""
     if not folder.is_dir():
         raise InputError(
             f"{folder}: no such folder; give run folders, which hold args.yaml and log.jsonl"
@@ -65,7 +73,8 @@ def _args(folder: Path) -> dict:
     absent = [name for name in ("args.yaml", "log.jsonl") if not (folder / name).is_file()]
     if absent:
         raise InputError(
-            f"{folder}: holds no {' and no '.join(absent)}; give the folder that a pre-training script wrote"
+            f"{folder}: holds no {' and no '.join(absent)}; "
+            "give the folder that a pre-training script wrote"
         )
     try:
         args = read_yaml(folder / "args.yaml")
@@ -77,20 +86,24 @@ def _args(folder: Path) -> dict:
         ) from None
     if args.get("script") in ("lincls", "semisup", "knn", "voc07"):
         raise InputError(
-            f"{folder}: is of an evaluation (main_{args['script']}.py); give the folder of a pre-training"
+            f"{folder}: is of an evaluation (main_{args['script']}.py); "
+            "give the folder of a pre-training"
         )
     return args
 
 
 def _names(folders: list[Path]) -> list[str]:
-    """The end of each path, as long as it takes to tell them apart."""
+    """Return the end of each path, long enough to be unique."""
     parts = [folder.resolve().parts for folder in folders]
     depth = next(n for n in range(1, 1000) if len({p[-n:] for p in parts}) == len(parts))
     return ["/".join(p[-depth:]) for p in parts]
 
 
 def read_log(path: Path) -> Log:
-    """Read log.jsonl; what a killed process left of a line is skipped. Raises InputError where the file cannot be read."""
+    """Return the content of a log.jsonl. Skips damaged lines, as a killed process leaves them.
+
+    Raises InputError if the file cannot be read.
+    """
     steps, values = defaultdict(lambda: array("d")), defaultdict(lambda: array("d"))
     damaged = 0
     try:
@@ -110,9 +123,8 @@ def read_log(path: Path) -> Log:
     for name in values:
         order = np.array(steps[name]).argsort(kind="stable")
         columns[name] = np.array(steps[name])[order], np.array(values[name])[order]
-    ends = (
-        times[np.append(np.diff(times) < 0, True)] if len(times) else times
-    )  # each start counts from 0
+    # the time of each start begins at 0
+    ends = times[np.append(np.diff(times) < 0, True)] if len(times) else times
     epochs, last_step = columns.pop("epoch", None), columns.pop("step", ([], [None]))[1][-1]
     return Log(
         columns, _steps_per_epoch(epochs, columns.get("knn")), last_step, float(ends.sum()), damaged
@@ -120,10 +132,10 @@ def read_log(path: Path) -> Log:
 
 
 def _entry(line: bytes) -> dict[str, float] | None:
-    """The numbers of one line, `epoch` and `step` among them; None where it is not a log line."""
+    """Return the numbers of one line, including `epoch` and `step`; None if it is damaged."""
     try:
         found = json.loads(line)
-        # null is a number that is not finite
+        # null stands for NaN and infinity, which JSON cannot hold
         numbers = {n: math.nan if v is None else v for n, v in found.items()}
         kept = {
             n: float(v)
@@ -132,63 +144,57 @@ def _entry(line: bytes) -> dict[str, float] | None:
         }
     except (ValueError, AttributeError, OverflowError, RecursionError):
         return None
-    return (
-        kept
-        if math.isfinite(kept.get("epoch", math.nan)) and math.isfinite(kept.get("step", math.nan))
-        else None
-    )
+    position = (kept.get("epoch", math.nan), kept.get("step", math.nan))
+    return kept if all(map(math.isfinite, position)) else None
 
 
 def _steps_per_epoch(epochs: Column | None, knn: Column | None) -> float | None:
-    """From the last line of an epoch, which is that of its last step: k-NN's, or one before another epoch's first line."""
+    """Return the steps in an epoch; None if the log has no line of an epoch's last step.
+
+    Such a line is the k-NN monitor's, or the last line before the next epoch.
+    """
     if epochs is None:
         return None
     step, epoch = epochs
-    whole = (epoch >= 0) & ((epoch < epoch.max()) | np.isin(step, [] if knn is None else knn[0]))
-    if not whole.any():
+    complete = (epoch >= 0) & ((epoch < epoch.max()) | np.isin(step, [] if knn is None else knn[0]))
+    if not complete.any():
         return None
-    last = np.flatnonzero(whole)[-1]
+    last = np.flatnonzero(complete)[-1]
     return step[last] / (epoch[last] + 1) if step[last] > 0 else None
 
 
 def evaluations(run: Run) -> tuple[list[results.Run], list[str]]:
-    """The figures in results.json files below the run folder or beside it, and a line for each file that cannot be read.
+    """Return the metrics of the run's evaluations, and an error line for each unreadable file.
 
-    What lies beside counts where it is of a checkpoint of this run; a random encoder's has no checkpoint.
+    Reads the results.json files in the run folder and next to it. Those next to it count if they
+    evaluate a checkpoint of this run, or a random encoder with the same architecture.
     """
     found, trouble = [], []
-    beside = {
+    next_to = {
         *run.folder.resolve().parent.glob("*/results.json"),
         *run.folder.resolve().parent.glob("*/*/results.json"),
     }
     below = set(run.folder.resolve().rglob("results.json"))
-    for file in sorted(beside | below):
+    for file in sorted(next_to | below):
         try:
             figures = list(results.read(file))
             of = [figure for figure in figures if file in below or _is_of(figure, run)]
-        except (
-            InputError,
-            LookupError,
-            TypeError,
-            ValueError,
-            AttributeError,
-            RuntimeError,
-        ) as error:  # any JSON may be there
-            trouble.append(
-                str(error)
-                if isinstance(error, InputError)
-                else f"{file}: not as an evaluation script writes it"
-            )
+        except InputError as error:
+            trouble.append(str(error))
+        # the file may hold any JSON
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError):
+            trouble.append(f"{file}: not as an evaluation script writes it")
         else:
             found += of
     return found, trouble
 
 
 def _is_of(figure: results.Run, run: Run) -> bool:
+    """Return whether an evaluation is of a checkpoint of `run`, or of its random encoder."""
     if figure.encoder.checkpoint is None:
         return figure.encoder.arch == run.args.get("arch")
     folder = Path(figure.encoder.checkpoint).parent
-    # both may have been moved since, together
+    # both folders may have been moved together
     return (
         folder.resolve() == run.folder.resolve()
         or folder.parts[-2:] == run.folder.resolve().parts[-2:]
@@ -198,7 +204,10 @@ def _is_of(figure: results.Run, run: Run) -> bool:
 def by_checkpoint(
     figures: list[results.Run],
 ) -> Iterator[tuple[str, dict[tuple[str, str], results.Best]]]:
-    """The best of each column for each checkpoint, by its file name; the random encoder's is empty."""
+    """Yield the file name of each checkpoint, and the best setting of each of its columns.
+
+    The file name of a random encoder is empty.
+    """
     groups = defaultdict(lambda: defaultdict(list))
     for figure in figures:
         groups[Path(figure.encoder.checkpoint or "").name][figure.column].append(figure)

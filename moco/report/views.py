@@ -1,4 +1,4 @@
-"""Draw the views that training sees: the one renderer of views."""
+"""Draw the views of images exactly as training sees them."""
 
 from collections.abc import Sequence
 from itertools import groupby
@@ -18,34 +18,42 @@ from moco.errors import InputError
 from moco.report.plots import printable
 from moco.rng import Progress
 
-CELL = 1.6  # inches of an image
-
-
+CELL = 1.6  # side of an image's cell, in inches
 DPI = 140  # one view of 224 pixels fills its cell pixel by pixel
-
-
-LINE = 0.14  # inches of a line of text
-
-
-COLUMNS = 12  # of views, at most, where --draws is left out
+LINE = 0.14  # height of a line of text, in inches
+COLUMNS = 12  # maximum number of columns with views, unless --draws is given
 
 
 class Column(NamedTuple):
-    """One column of a `grid`: its short title, what it shares with its neighbours of the same heading, and its images."""
+    """One column of a `grid`.
+
+    Attributes:
+        title: a short title.
+        heading: a longer heading, shown once for neighbouring columns that have the same.
+        images: [3, H, W] each, uint8 or float in [0, 1].
+    """
 
     title: str
     heading: str
-    images: Sequence[Tensor]  # [3, H, W] each, uint8 or float in [0, 1]
+    images: Sequence[Tensor]
 
 
-# What is drawn.
+# the views
 
 
 def views_figure(
     images: Images, picked: Sequence[int], recipe: Recipe, seed: int = 0, draws: int | None = None
 ) -> Figure:
-    """A figure of the images numbered `picked` and of `draws` draws of each view of `recipe` (by default as many as are
-    readable, 1 to 3). Raises InputError for an image that cannot be read.
+    """Return a figure of some images and their views.
+
+    Args:
+        images: the data set.
+        picked: indices of the images to show.
+        recipe: the views.
+        seed: seed of the views.
+        draws: number of random draws of each view; by default 1 to 3, as many as are readable.
+
+    Raises InputError if an image cannot be read.
     """
     columns = view_columns(
         images, picked, recipe, seed, draws or max(1, min(3, COLUMNS // len(recipe)))
@@ -60,9 +68,12 @@ def views_figure(
 def view_columns(
     images: Images, picked: Sequence[int], recipe: Recipe, seed: int, draws: int
 ) -> list[Column]:
-    """The columns of a `grid`: the images numbered `picked`, then `draws` draws of each view, made as for training."""
-    cut = loader.Views(images, loader.RandomCrops(recipe, seed))
-    crops = [_crops(cut, epoch, picked) for epoch in range(draws)]
+    """Return the columns of a `grid`: the images, then `draws` draws of each view.
+
+    See `views_figure` for the arguments.
+    """
+    samples = loader.Views(images, loader.RandomCrops(recipe, seed))
+    crops = [_crops(samples, epoch, picked) for epoch in range(draws)]
     columns = [Column("", "image", [images.read(i) for i in picked])]
     for v, (view, heading) in enumerate(zip(recipe, _headings(recipe), strict=True)):
         for epoch in range(draws):
@@ -76,7 +87,7 @@ def view_columns(
 
 
 def settings(view: View) -> list[str]:
-    """What may happen to a view, in the order in which it does, a line each; what cannot happen is left out."""
+    """Return a line for each operation on a view, in order, without those that are off."""
     jitter = "jitter " + " ".join(f"{strength:g}" for strength in view.jitter)
     colors = {
         "jitter": (jitter, view.jitter_p),
@@ -85,46 +96,45 @@ def settings(view: View) -> list[str]:
         "solarize": ("solarize", view.solarize_p),
     }
     happens = [colors[name] for name in view.order] + [("flip", view.flip_p)]
-    lines = [
-        "{} px, crop {:.3g} to {:.3g} % of area".format(
-            view.size, *(100 * share for share in view.scale)
-        )
-    ]
+    least, most = (100 * fraction for fraction in view.scale)
+    lines = [f"{view.size} px, crop {least:.3g} to {most:.3g} % of area"]
     if view.randaugment[0]:
         lines.append("RandAugment {} of magnitude {}".format(*view.randaugment))
-    return lines + [f"{what}, {'always' if p == 1 else f'p {p:g}'}" for what, p in happens if p]
+    return lines + [f"{name}, {'always' if p == 1 else f'p {p:g}'}" for name, p in happens if p]
 
 
-def _crops(cut: loader.Views, epoch: int, picked: Sequence[int]) -> list[Tensor]:
-    """One batch [B, 3, S, S] uint8 for each view."""
-    samples = [cut[epoch, i] for i in picked]
+def _crops(views: loader.Views, epoch: int, picked: Sequence[int]) -> list[Tensor]:
+    """Return the crops of the picked images, a uint8 batch [B, 3, S, S] for each view."""
+    samples = [views[epoch, i] for i in picked]
     for sample in samples:
         if isinstance(sample, InputError):
             raise sample
-    return [torch.stack(views) for views in zip(*(sample[0] for sample in samples), strict=True)]
+    return [torch.stack(crops) for crops in zip(*(sample[0] for sample in samples), strict=True)]
 
 
 def _headings(recipe: Recipe) -> list[str]:
-    """For each view, the numbers and the settings of the run of equal views that it belongs to."""
+    """Return the heading of each view. Neighbouring equal views share one, with their numbers."""
     headings: list[str] = []
     for view, same in groupby(recipe):
         first, last = len(headings) + 1, len(headings) + len(list(same))
-        name = (
-            f"view {first}"
-            if first == last
-            else f"views {first} {'and' if last == first + 1 else 'to'} {last}"
-        )
+        several = f"views {first} {'and' if last == first + 1 else 'to'} {last}"
+        name = f"view {first}" if first == last else several
         headings += ["\n".join([name, *settings(view)])] * (last - first + 1)
     return headings
 
 
-# How it is drawn.
+# the grid
 
 
 def grid(figure: Figure | SubFigure, columns: Sequence[Column], names: Sequence[str] = ()) -> None:
-    """Fill `figure` with the columns' images in cells of one size, the headings above, `names` of the rows at the left.
+    """Fill `figure` with a grid of images in cells of equal size.
 
-    Text keeps its size: a figure gives a cell about `CELL` inches where all is to be readable.
+    Text has a fixed size, which fits if the figure has about `CELL` inches for each cell.
+
+    Args:
+        figure: the figure to draw on.
+        columns: the columns, whose headings are shown above.
+        names: names of the rows, shown at the left.
     """
     rows, top = len(columns[0].images), (_lines(columns) + 2.5) * LINE / CELL
     axis = figure.add_axes((0, 0, 1, 1))
@@ -167,7 +177,7 @@ def grid(figure: Figure | SubFigure, columns: Sequence[Column], names: Sequence[
 
 
 def _lines(columns: Sequence[Column]) -> int:
-    """Of the longest heading."""
+    """Return the number of lines of the longest heading."""
     return max(column.heading.count("\n") + 1 for column in columns)
 
 
@@ -176,7 +186,7 @@ def _pixels(image: Tensor) -> np.ndarray:
 
 
 def _cell(x: int, y: int, height: int, width: int) -> tuple[float, float, float, float]:
-    """Left, right, bottom and top of an image in the middle of its cell, with its own proportions and a border."""
+    """Return the left, right, bottom and top of an image in its cell, with a border around it."""
     half = 0.485 / max(height, width)
     return (
         x + 0.5 - half * width,
