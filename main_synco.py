@@ -68,10 +68,10 @@ def negatives(c: Config) -> Synthetic:
     return configured(c.synthetic, c.queue.moco_k, "--moco-k")
 
 
-def method(kind: Synthetic) -> str:
+def method(synthetic: Synthetic) -> str:
     """Return moco, mochi or synco, depending on the types of synthetic negatives."""
-    of_mochi = sum(kind.counts[i] for i in (0, 2))
-    return "moco" if not kind.total else "mochi" if of_mochi == kind.total else "synco"
+    of_mochi = sum(synthetic.counts[i] for i in (0, 2))
+    return "moco" if not synthetic.total else "mochi" if of_mochi == synthetic.total else "synco"
 
 
 def complete(c: Config) -> Config:
@@ -91,7 +91,7 @@ def build(c: Config) -> SynCo:
         bn_splits=c.encoders.bn_splits,
         bn_splits_query=c.encoders.bn_splits_query,
         symmetric=c.queue.symmetric,
-        kind=negatives(c),
+        config=negatives(c),
         warmup_epochs=c.synthetic.warmup_epochs,
     )
 

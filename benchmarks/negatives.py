@@ -82,9 +82,9 @@ class Heads:
 
     def __init__(self, args, device: torch.device):
         self.kind = synthetic.Synthetic(args.n_hard, tuple(args.counts))
-        self.model = SynCo(nn.Identity, args.dim, args.k, T=T, kind=self.kind, warmup_epochs=1).to(
-            device
-        )
+        self.model = SynCo(
+            nn.Identity, args.dim, args.k, T=T, config=self.kind, warmup_epochs=1
+        ).to(device)
         self.bank = self.model.queue
         self.q, self.k = (normalize(torch.randn(args.n, args.dim, device=device)) for _ in range(2))
         self.q.requires_grad_()

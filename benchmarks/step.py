@@ -242,7 +242,7 @@ class PlainMoCo(MoCo):
 KINDS = {
     "plain": functools.partial(PlainMoCo, bn_splits=1),  # forms its batch norm groups itself
     "moco": MoCo,
-    "synco": functools.partial(SynCo, kind=SYNCO, warmup_epochs=0),
+    "synco": functools.partial(SynCo, config=SYNCO, warmup_epochs=0),
     "adco": functools.partial(AdCo, ascent=Ascent(), fill=False),
 }
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from moco.encoder.resnets import resnet
 from moco.errors import InputError
-from moco.files import Unreadable, read_json, read_pickle
+from moco.files import UnreadableError, read_json, read_pickle
 
 CONFIGS = Path(__file__).parent / "configs"
 SOURCE = "source.json"  # file in a detector's run folder that names the converted checkpoint
@@ -107,7 +107,7 @@ def converted(weights: str) -> dict[str, Any] | None:
         return None
     try:
         found = read_pickle(weights)
-    except Unreadable as error:
+    except UnreadableError as error:
         raise error.at(weights) from None
     except InputError as error:
         raise InputError(f"{weights}: {error}; convert the checkpoint again") from None
@@ -143,7 +143,7 @@ def began_from(folder: Path) -> dict[str, Any]:
     file = folder / SOURCE
     try:
         found = read_json(file) if file.is_file() else {}
-    except Unreadable as error:
+    except UnreadableError as error:
         raise error.at(file) from None
     except InputError as error:
         raise InputError(f"{file}: {error}; choose another folder") from None

@@ -25,23 +25,23 @@ from moco.errors import InputError, short
 Scalar = str | int | float | bool | None
 
 
-class Unreadable(InputError):  # noqa: N818
+class UnreadableError(InputError):
     """The error if the system fails to read a file that may be intact: a permission, a disk.
 
     Its message is the system's reason. `at` adds the file's name.
     """
 
-    def at(self, path: object) -> "Unreadable":
+    def at(self, path: object) -> "UnreadableError":
         """Return the error to show to the user, with the file's name and what to do."""
         look = "check its permissions, the disk and the file server; its content may be intact"
-        return Unreadable(f"{path}: cannot be read: {self}; {look}")
+        return UnreadableError(f"{path}: cannot be read: {self}; {look}")
 
 
-def unreadable(error: OSError | MemoryError) -> Unreadable:
-    """Return an `Unreadable` with the system's reason for the `error`."""
+def unreadable(error: OSError | MemoryError) -> UnreadableError:
+    """Return an `UnreadableError` with the system's reason for the `error`."""
     if isinstance(error, MemoryError):
-        return Unreadable("not enough memory")
-    return Unreadable(error.strerror or str(error))
+        return UnreadableError("not enough memory")
+    return UnreadableError(error.strerror or str(error))
 
 
 _STORES = {"gs": "Google Cloud Storage", "s3": "Amazon S3", "hdfs": "Hadoop's file system"}
@@ -149,8 +149,8 @@ def half_written(folder: Path, name: str) -> list[Path]:
 def read_text(path: str | Path) -> str:
     """Return the text in `path`, in UTF-8.
 
-    Raises InputError if it is something else, and Unreadable if the system cannot read the file.
-    Neither message has the path.
+    Raises InputError if it is something else, and UnreadableError if the system cannot read the
+    file. Neither message has the path.
     """
     try:
         return Path(path).read_text(encoding="utf-8-sig")
@@ -182,7 +182,7 @@ def read_yaml(path: str | Path) -> dict[str, Scalar | list[Scalar]]:
     A value is a word, a number, true, false, nothing, or a list of these. No option needs more, and
     a small file with nested values could be made to expand without end.
 
-    Raises InputError if the file has anything but `option: value` lines, and Unreadable if the
+    Raises InputError if the file has anything but `option: value` lines, and UnreadableError if the
     system cannot read it. Neither message has the path.
     """
     text = read_text(path)
@@ -247,8 +247,8 @@ def _finite(value: Any) -> Any:
 def read_json(path: str | Path) -> Any:
     """Return the value of the JSON in `path`.
 
-    Raises InputError if it is not JSON, and Unreadable if the system cannot read the file. Neither
-    message has the path.
+    Raises InputError if it is not JSON, and UnreadableError if the system cannot read the file.
+    Neither message has the path.
     """
     return parse_json(read_text(path))
 
@@ -266,8 +266,8 @@ def read_pickle(path: str | Path) -> Any:
 
     No other object is created or called, so that an untrusted file does no harm.
 
-    Raises InputError if the file is damaged or holds anything else, and Unreadable if the system
-    cannot read it. Neither message has the path.
+    Raises InputError if the file is damaged or holds anything else, and UnreadableError if the
+    system cannot read it. Neither message has the path.
     """
     try:
         return _ArrayUnpickler(io.BytesIO(Path(path).read_bytes()), encoding="latin1").load()

@@ -83,7 +83,7 @@ class Synthetics(SyntheticNegatives):
 class MoBY(OnlineAndTarget):
     """MoBY: each view's predictions against the other view's target features and a queue.
 
-    The InfoNCE losses of both directions are added. With `kind`, this is SynCo-v2: synthetic
+    The InfoNCE losses of both directions are added. With `config`, this is SynCo-v2: synthetic
     negatives join those of the queues in the epochs from `first` to `last` - 1.
 
     Args:
@@ -91,7 +91,7 @@ class MoBY(OnlineAndTarget):
         dim: feature size C.
         K: entries of each queue.
         T: softmax temperature.
-        kind: config of the synthetic negatives.
+        config: config of the synthetic negatives.
         first: first epoch with synthetic negatives.
         last: first epoch without them again.
     """
@@ -102,12 +102,12 @@ class MoBY(OnlineAndTarget):
         dim: int = 256,
         K: int = 4096,
         T: float = 0.2,
-        kind: Synthetic = Synthetic(),  # noqa: B008 (frozen)
+        config: Synthetic = Synthetic(),  # noqa: B008 (frozen)
         first: int = 30,
         last: int = 100,
     ):
         super().__init__(*online_and_target)
-        self.T, self.kind, self.epochs = T, kind, range(first, last)
+        self.T, self.config, self.epochs = T, config, range(first, last)
         for view in (1, 2):
             # [K, C], the target features of this view
             self.register_buffer(f"queue{view}", normalize(torch.randn(K, dim)))
@@ -156,12 +156,12 @@ class MoBY(OnlineAndTarget):
         self, q: Tensor, queue: Tensor, similarity: Tensor, progress: Progress, counter: int
     ) -> Mixture | None:
         """Return the synthetic negatives of the queries `q`; None in epochs without them."""
-        if not self.kind.total or progress.epoch not in self.epochs:
+        if not self.config.total or progress.epoch not in self.epochs:
             return None
         generator = progress.generator(NEGATIVES, q.device, distributed.rank(), counter)
-        hard = hardest(similarity, self.kind.n_hard)
-        draws = draw(self.kind, *q.shape, generator, q.dtype)
-        return mix(q, queue, similarity, hard, self.kind, draws)
+        hard = hardest(similarity, self.config.n_hard)
+        draws = draw(self.config, *q.shape, generator, q.dtype)
+        return mix(q, queue, similarity, hard, self.config, draws)
 
     @torch.no_grad()
     def after_step(self) -> None:
@@ -233,7 +233,7 @@ def create_method(
         return BYOL(*parts)
     more = {"dim": dim, "K": contrast.queue, "T": contrast.moco_t}
     if method == "synco":
-        more |= {"kind": configured(synthetic, contrast.queue, "--queue")}
+        more |= {"config": configured(synthetic, contrast.queue, "--queue")}
         more |= {"first": synthetic.synthetic_first, "last": synthetic.synthetic_last}
     return MoBY(*parts, **more)
 

@@ -19,27 +19,27 @@ class SynCo(MoCo):
     """MoCo with synthetic negatives, from epoch `warmup_epochs` on.
 
     Args:
-        kind: config of the synthetic negatives; with all counts 0 this is MoCo.
+        config: config of the synthetic negatives; with all counts 0 this is MoCo.
         warmup_epochs: number of first epochs without synthetic negatives.
         moco: the arguments of `MoCo`.
     """
 
-    def __init__(self, *args, kind: synthetic.Synthetic, warmup_epochs: int = 10, **moco):
+    def __init__(self, *args, config: synthetic.Synthetic, warmup_epochs: int = 10, **moco):
         super().__init__(*args, **moco)
-        self.kind, self.warmup_epochs = kind, warmup_epochs
+        self.config, self.warmup_epochs = config, warmup_epochs
 
     def negatives(
         self, q: Tensor, similarity: Tensor, progress: Progress, direction: int = 0
     ) -> tuple[Tensor, synthetic.Mixture | None]:
         """Return the hardest queue entries and the synthetic negatives; see `MoCo.negatives`."""
-        if not self.kind.total or progress.epoch < self.warmup_epochs:
+        if not self.config.total or progress.epoch < self.warmup_epochs:
             return super().negatives(q, similarity, progress, direction)
         generator = progress.generator(
             NEGATIVES, q.device, distributed.rank(), *[direction] * direction
         )
-        draws = synthetic.draw(self.kind, *q.shape, generator, q.dtype)
-        hard = synthetic.hardest(similarity, max(self.kind.n_hard, min(5, self.K)))
-        return hard, synthetic.mix(q, self.queue, similarity, hard, self.kind, draws)
+        draws = synthetic.draw(self.config, *q.shape, generator, q.dtype)
+        hard = synthetic.hardest(similarity, max(self.config.n_hard, min(5, self.K)))
+        return hard, synthetic.mix(q, self.queue, similarity, hard, self.config, draws)
 
 
 _HARD = option(0, "hardest queue entries, of which they are made", range=NATURAL)

@@ -30,7 +30,7 @@ def read(path: str) -> State:
 
     Reads files of torch.save, always with `weights_only=True`, and .safetensors files.
 
-    Raises InputError if the file has another format, and its subclass Unreadable if the system
+    Raises InputError if the file has another format, and its subclass UnreadableError if the system
     cannot read the file.
     """
     refuse_remote(path)

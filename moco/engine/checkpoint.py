@@ -21,7 +21,7 @@ from moco.encoder.metadata import CLASSIFIERS, is_count, read_metadata
 from moco.encoder.pretrained import fits, is_finite
 from moco.encoder.weights import read
 from moco.errors import InputError, short
-from moco.files import Unreadable, half_written, replacing, unreadable
+from moco.files import UnreadableError, half_written, replacing, unreadable
 
 State = dict[str, Any]
 
@@ -59,7 +59,7 @@ def found(folder: str | Path) -> list[Path]:
     """Return the checkpoints of a run folder, the most advanced first.
 
     Files whose names do not say how advanced they are come last, such as copies by the user.
-    Raises Unreadable if the folder cannot be listed.
+    Raises UnreadableError if the folder cannot be listed.
     """
     try:
         names = os.listdir(folder)
@@ -87,7 +87,8 @@ def numbered(folder: Path, inside: bool) -> list[Path]:
     """Return the checkpoints that pre-training saved in `folder`, the most advanced first.
 
     With `inside`, return those of unfinished epochs, else those of finished ones. Files that the
-    user copied under other names are left out. Raises Unreadable if the folder cannot be listed.
+    user copied under other names are left out. Raises UnreadableError if the folder cannot be
+    listed.
     """
     matches = ((path, _NAME.fullmatch(path.name)) for path in found(folder))
     return [path for path, match in matches if match and bool(match[2]) == inside]
@@ -127,8 +128,8 @@ def begin(folder: Path, resumed: str | None) -> None:
 def newest(folder: str) -> str | None:
     """Return the most advanced checkpoint of a run folder that is not damaged.
 
-    Prints a line and returns None if there is no checkpoint. Raises Unreadable if the system cannot
-    read a checkpoint, because that one may be intact. Raises InputError if all are damaged.
+    Prints a line and returns None if there is no checkpoint. Raises UnreadableError if the system
+    cannot read a checkpoint, because that one may be intact. Raises InputError if all are damaged.
     """
     files = found(folder)
     if not files:
@@ -141,8 +142,8 @@ def newest(folder: str) -> str | None:
         try:
             check_resumable(load(str(path)), str(path))
             return str(path)
-        except Unreadable as error:
-            raise Unreadable(f"--resume auto: {error}") from None
+        except UnreadableError as error:
+            raise UnreadableError(f"--resume auto: {error}") from None
         except InputError as error:
             print_rank0(f"--resume auto: skipped: {error}")
     raise InputError(

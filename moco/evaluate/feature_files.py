@@ -21,7 +21,7 @@ from moco.distributed import print_rank0
 from moco.encoder import networks
 from moco.engine.features import Features, extract, feature_device
 from moco.errors import InputError
-from moco.files import Unreadable, read_json, unreadable, write_json
+from moco.files import UnreadableError, read_json, unreadable, write_json
 
 _BLOCK = 8192  # number of features copied at a time
 
@@ -252,7 +252,7 @@ def _open(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         raise wrong("no meta.json there" if folder.is_dir() else "no such folder")
     try:
         meta = read_json(folder / "meta.json")
-    except Unreadable as error:
+    except UnreadableError as error:
         raise error.at(folder / "meta.json") from None
     except InputError as error:
         raise wrong(f"meta.json is damaged ({error})") from None

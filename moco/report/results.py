@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from moco.errors import InputError
-from moco.files import Unreadable, read_json, to_json
+from moco.files import UnreadableError, read_json, to_json
 
 
 class Encoder(NamedTuple):
@@ -77,7 +77,7 @@ def read(file: Path) -> Iterable[Run]:
     again = "remove it or run its evaluation again"
     try:
         found = read_json(file)
-    except Unreadable as error:
+    except UnreadableError as error:
         raise error.at(file) from None
     except InputError as error:
         raise InputError(f"{file}: cannot be read ({error}); {again}") from None

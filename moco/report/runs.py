@@ -12,7 +12,7 @@ import numpy as np
 
 from moco.engine import checkpoint
 from moco.errors import InputError
-from moco.files import Unreadable, read_yaml, unreadable
+from moco.files import UnreadableError, read_yaml, unreadable
 from moco.report import results
 
 Column = tuple[np.ndarray, np.ndarray]  # steps in ascending order and values, [N] each
@@ -78,7 +78,7 @@ def _args(folder: Path) -> dict:
         )
     try:
         args = read_yaml(folder / "args.yaml")
-    except Unreadable as error:
+    except UnreadableError as error:
         raise error.at(folder / "args.yaml") from None
     except InputError as error:
         raise InputError(

@@ -21,7 +21,7 @@ NO_SYNTHETIC = synthetic.Synthetic()
 
 def build(config):
     torch.manual_seed(0)
-    return SynCo(tiny_encoder, dim=DIM, K=K, m=M, T=T, kind=config, warmup_epochs=1).double()
+    return SynCo(tiny_encoder, dim=DIM, K=K, m=M, T=T, config=config, warmup_epochs=1).double()
 
 
 def progress_of(step):

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from moco.encoder import weights
 from moco.engine import checkpoint
-from moco.files import Unreadable
+from moco.files import UnreadableError
 from moco.report import results, runs
 
 # reading the first byte of this file is an I/O error, also for root
@@ -55,9 +55,9 @@ def test_file_that_cannot_be_opened_is_unreadable(tmp_path):
     (tmp_path / "checkpoint_0000.pth.tar").symlink_to("checkpoint_0000.pth.tar")
     (tmp_path / "folder").symlink_to("folder")
     for read in (checkpoint.load, lambda path: checkpoint.newest(str(Path(path).parent))):
-        with pytest.raises(Unreadable, match="cannot be read: Too many levels"):
+        with pytest.raises(UnreadableError, match="cannot be read: Too many levels"):
             read(str(tmp_path / "checkpoint_0000.pth.tar"))
-    with pytest.raises(Unreadable, match="cannot be read: Too many levels"):
+    with pytest.raises(UnreadableError, match="cannot be read: Too many levels"):
         checkpoint.newest(str(tmp_path / "folder"))
 
 
@@ -94,7 +94,7 @@ def test_read_error_inside_torch_is_not_reported_as_damage(file, monkeypatch):
 
     calls.clear()
     monkeypatch.setattr(weights, "open", stale, raising=False)
-    with pytest.raises(Unreadable, match="cannot be read: Stale file handle"):
+    with pytest.raises(UnreadableError, match="cannot be read: Stale file handle"):
         checkpoint.load(str(file))
 
 
@@ -106,11 +106,11 @@ def test_out_of_memory_is_not_reported_as_damage(fault, file, monkeypatch):
         return torch.empty(1 << 55)
 
     monkeypatch.setattr(torch, "load", full)
-    with pytest.raises(Unreadable, match="cannot be read: not enough memory"):
+    with pytest.raises(UnreadableError, match="cannot be read: not enough memory"):
         checkpoint.load(str(file))
     monkeypatch.setattr(safetensors, "safe_open", full)
     save_file({"x": torch.ones(1)}, file)
-    with pytest.raises(Unreadable, match="cannot be read: not enough memory"):
+    with pytest.raises(UnreadableError, match="cannot be read: not enough memory"):
         checkpoint.load(str(file))
 
 
@@ -118,15 +118,15 @@ def test_out_of_memory_is_not_reported_as_damage(fault, file, monkeypatch):
 def test_other_unreadable_files_are_not_reported_as_damage(script, tmp_path, monkeypatch):
     """No message about results, features or options says to remove the file."""
     (tmp_path / "results.json").symlink_to(FAILS)
-    with pytest.raises(Unreadable, match=r"results\.json: cannot be read: Input/output error"):
+    with pytest.raises(UnreadableError, match=r"results\.json: cannot be read: Input/output error"):
         results.collect(tmp_path)
     run = tmp_path / "run"
     run.mkdir()
     (run / "log.jsonl").symlink_to(FAILS)
     (run / "args.yaml").symlink_to(FAILS)
-    with pytest.raises(Unreadable, match=r"args\.yaml: cannot be read: Input/output error"):
+    with pytest.raises(UnreadableError, match=r"args\.yaml: cannot be read: Input/output error"):
         runs.read([run])
-    with pytest.raises(Unreadable, match=r"log\.jsonl: cannot be read: Input/output error"):
+    with pytest.raises(UnreadableError, match=r"log\.jsonl: cannot be read: Input/output error"):
         runs.read_log(run / "log.jsonl")
     folder = tmp_path / "features"
     folder.mkdir()
