@@ -40,7 +40,7 @@ def build(method):
     )
     if method == "byol":
         return BYOL(*parts, M).double()
-    more = {"kind": KIND, "first": 1, "last": 3} if method == "synco" else {}
+    more = {"config": KIND, "first": 1, "last": 3} if method == "synco" else {}
     return MoBY(*parts, M, dim=DIM, K=K, T=T, **more).double()
 
 
