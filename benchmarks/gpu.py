@@ -43,18 +43,17 @@ import time
 import traceback
 from pathlib import Path
 
-import gpu_checks
 import gpu_cifar
+import gpu_runs
 import gpu_setup
-import gpu_speed
 import measure
 import torch
 import torchvision
+from gpu_parts import PARTS
 from gpu_setup import Failed, Notes, Setup
 
 from moco.files import to_json, write_json
 
-PARTS = {1: gpu_checks.PARTS, 2: gpu_speed.PARTS}
 TITLES = {1: "correctness", 2: "speed", 3: "CIFAR-10, MoCo", 4: "CIFAR-10, all methods"}
 SHARE = {1: 0.35, 2: 0.3, 3: 0.85}  # fraction of the visit for a stage that is not the last
 LANES = 4  # worker processes of stage 1 on a GPU, at most
@@ -114,7 +113,7 @@ def main() -> int:
     args = parser().parse_args()
     device = torch.device(args.device)
     if args.collectives:
-        gpu_checks.collectives(args.collectives, device)
+        gpu_runs.collectives(args.collectives, device)
         return 0
     if args.worker:
         return work(

@@ -85,6 +85,15 @@ class Setup:
             torch.cuda.synchronize(self.device)
 
 
+def duration(setup: Setup, run: Callable[[], object]) -> float:
+    """Return how many seconds a call takes, until the device has finished."""
+    setup.synchronize()
+    began = time.perf_counter()
+    run()
+    setup.synchronize()
+    return time.perf_counter() - began
+
+
 def use_tf32(on: bool) -> None:
     """Switch TF32 on or off for matrix products and convolutions in fp32."""
     torch.backends.cuda.matmul.allow_tf32 = on
