@@ -26,7 +26,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, in_process, own_lines, write_images
+from conftest import ROOT, in_process, own_lines, wants_detectron2, write_images
 from PIL import Image
 from torch import nn
 
@@ -1330,9 +1330,8 @@ def test_batches_of_cifar_that_are_code_are_not_run(script, tmp_path):
     )
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("detectron2") is None, reason="detectron2 is not installed"
-)
+@pytest.mark.slow
+@wants_detectron2
 def test_weights_and_configs_of_detectors_that_are_code_are_not_run(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "detection"))
     c4 = importlib.import_module("c4")

@@ -11,12 +11,11 @@ import subprocess
 import sys
 from argparse import Namespace
 from fractions import Fraction
-from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
-from conftest import ROOT, own_lines, settings, shell
+from conftest import ROOT, own_lines, settings, shell, wants_detectron2
 from PIL import Image
 from run_helpers import INPUT, SMALL, options, refused
 
@@ -418,7 +417,8 @@ ENTRIES = [
 ]
 ENTRIES += [ROOT / "benchmarks" / "threads.py"]
 ENTRIES += [
-    ROOT / "detection" / name for name in ("convert-pretrain-to-detectron2.py", "train_net.py")
+    ROOT / "detection" / "convert-pretrain-to-detectron2.py",
+    pytest.param(ROOT / "detection" / "train_net.py", marks=(pytest.mark.slow, wants_detectron2)),
 ]
 WHEN_TORCH_LOADS = """
 import os, runpy, sys
@@ -682,12 +682,12 @@ def test_checkpoint_of_another_arch(script, images, checkpoint, tmp_path):
 
 def test_checkpoint_of_another_part(script, images, checkpoint, tmp_path):
     """A pre-training's where a classifier's is needed, and the reverse; --pretrained takes both."""
-    for name, options in (("main_lincls", ()), ("main_semisup", ("--train-percent", 100))):
+    for name, more in (("main_lincls", ()), ("main_semisup", ("--train-percent", 100))):
         resumed = (images, *INPUT, "--resume", checkpoint, "--save-dir", tmp_path / name)
         said = ("is a pre-training checkpoint", "give it with --pretrained instead of --resume")
         refused(script(name, *resumed), *said)
         refused(script(name, *resumed, "-e"), *said, "leave out --evaluate")
-        trained = (images, *INPUT, *options, "--epochs", 1, "--save-dir", tmp_path / name)
+        trained = (images, *INPUT, *more, "--epochs", 1, "--save-dir", tmp_path / name)
         status, _, err = script(name, *trained, "--pretrained", checkpoint)
         assert status == 0, err
         classifier = tmp_path / name / "checkpoint.pth.tar"

@@ -14,7 +14,7 @@ from argparse import Namespace
 import numpy as np
 import pytest
 import torch
-from conftest import wants_detectron2, ROOT, own_lines, shell
+from conftest import ROOT, own_lines, shell, wants_detectron2
 from encoder_helpers import PREFIXES
 from PIL import Image
 

@@ -15,7 +15,7 @@ except ImportError:  # Python 3.10
     from pip._vendor import tomli as tomllib
 
 import pytest
-from conftest import wants_detectron2, ROOT
+from conftest import ROOT, wants_detectron2
 
 pytestmark = pytest.mark.slow
 

@@ -7,9 +7,8 @@ import pytest
 import timm
 import torch
 from conftest import ROOT, in_process, shell
-from dataset_trees import WRITERS, Tree
+from dataset_trees import WRITERS, Tree, write_voc
 from encoder_helpers import ARCHS, METHODS, SIZES, SMALL, VIT
-from dataset_trees import write_voc
 from run_helpers import facts, load, refused, same, succeeded
 
 from moco.encoder import networks, recompute

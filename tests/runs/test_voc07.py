@@ -1,15 +1,13 @@
 """Test VOC07 classification: the choice of costs, difficult images, and runs on a small tree."""
 
-import io
 import json
 import time
 
 import numpy as np
 import pytest
 from conftest import shell
-from dataset_trees import COLOURS, Tree, annotation, write_voc
+from dataset_trees import COLOURS, write_voc
 from metric_helpers import eleven_points_by_hand
-from PIL import Image
 from run_helpers import VOC_SMALL, refused
 from sklearn.linear_model import LogisticRegression
 from sklearn.svm import LinearSVC
@@ -176,7 +174,6 @@ def test_worker_processes_find_what_one_does():
 
 # A tree in VOC's format. Each of three classes is the fraction of one colour in an image. The other
 # classes are not shown.
-
 
 
 @pytest.fixture(scope="module")
