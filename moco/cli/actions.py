@@ -6,10 +6,10 @@ from moco.errors import InputError, short
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """The formatter of --help, which shows each default unless it is None or False."""
+    """The formatter of --help, which shows each default unless it is None, False or []."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default is None or action.default is False:
+        if action.default is None or action.default is False or action.default == []:
             return action.help
         return super()._get_help_string(action)
 
