@@ -54,7 +54,7 @@ def test_ci_runs_the_documented_commands_in_a_new_environment():
 
 @wants_make
 def test_make_test_installs_all_that_the_tests_import(tmp_path):
-    plan = make("-n", "test", f"VENV={tmp_path}/venv").stdout
+    plan = make("-n", "test", "test-slow", f"VENV={tmp_path}/venv").stdout
     for words in (
         "-m venv",
         '-e ".[dev]"',
