@@ -115,9 +115,7 @@ def test_the_example_passes_the_tests_of_every_method(tmp_path):
     (copy / "moco" / "builder" / "simsiam.py").write_text(builder)
     (copy / "main_simsiam.py").write_text(script)
     registry = copy / "moco" / "methods.py"
-    text = registry.read_text()
-    end = text.rindex("    )\n}")
-    registry.write_text(text[:end] + entry + text[end:])
+    registry.write_text(registry.read_text() + entry)
     tests = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
     found = subprocess.run(
         [*tests, "tests/runs/test_methods.py", "-k", "simsiam"],
