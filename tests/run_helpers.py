@@ -1,4 +1,4 @@
-"""What the tests of runs share: what a run folder contains, and how a script ended."""
+"""Helpers for tests of runs: read a run folder, and check how a script ended."""
 
 import json
 from pathlib import Path

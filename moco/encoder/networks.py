@@ -12,6 +12,7 @@ from torchvision import models
 
 from moco.encoder import timm_networks
 from moco.encoder.resnets import ARCHS, resnet
+from moco.encoder.timm_networks import head_name
 from moco.errors import InputError, unknown
 
 
@@ -92,11 +93,6 @@ def num_features(net: nn.Module) -> int:
     if isinstance(net, models.ResNet):
         return net.bn1.num_features * 8 * net.layer1[0].expansion
     return getattr(net, "head_hidden_size", net.num_features)
-
-
-def head_name(net: nn.Module) -> str:
-    """Return the name of the last layer, or of the head that replaces it."""
-    return getattr(net, "pretrained_cfg", {"classifier": "fc"})["classifier"]
 
 
 def backbone_keys(net: nn.Module) -> list[str]:

@@ -188,8 +188,7 @@ def to_timm_names(net: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tenso
             "its positions are learned, so it is not this ViT but one with other heads; "
             f"give -a {net.namesake}"
         )
-    config = getattr(net, "pretrained_cfg", {"classifier": "fc"})  # of timm's networks alone
-    head = f"{config['classifier']}."
+    head = f"{head_name(net)}."
     mine = {name: tensor for name, tensor in net.state_dict().items() if not name.startswith(head)}
     if all(name in tensors and tensors[name].shape == mine[name].shape for name in mine):
         return tensors
@@ -228,6 +227,11 @@ def _fixed(table: Tensor) -> bool:
     return any(
         torch.allclose(table[1:], sines, rtol=0, atol=1e-3) for sines in (row_first, column_first)
     )
+
+
+def head_name(net: nn.Module) -> str:
+    """Return the name of the last layer, or of the head that replaces it."""
+    return getattr(net, "pretrained_cfg", {"classifier": "fc"})["classifier"]
 
 
 def has_patch_projection(net: nn.Module) -> bool:

@@ -20,7 +20,7 @@ INK = "#333333"
 
 @dataclass(frozen=True)
 class Panel:
-    """One picture, with an axis for each metric.
+    """A picture with an axis for each metric.
 
     Attributes:
         title: the title above the picture.

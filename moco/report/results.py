@@ -24,7 +24,7 @@ class Encoder(NamedTuple):
 
 
 class Run(NamedTuple):
-    """One metric of one results.json."""
+    """A metric of a results.json."""
 
     encoder: Encoder
     column: tuple[str, str]  # data set and protocol

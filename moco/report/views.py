@@ -25,7 +25,7 @@ COLUMNS = 12  # maximum number of columns with views, unless --draws is given
 
 
 class Column(NamedTuple):
-    """One column of a `grid`.
+    """A column of a `grid`.
 
     Attributes:
         title: a short title.

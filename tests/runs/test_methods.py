@@ -1,4 +1,4 @@
-"""What every method of the registry must do, and the worked example of docs/adding-a-method.md."""
+"""Tests of every method in the registry, and of the example in docs/adding-a-method.md."""
 
 import os
 import re
@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, own_lines, shell
+from conftest import ROOT, in_process, own_lines, shell
 from run_helpers import facts, load, same, succeeded
 
 from moco.methods import METHODS
@@ -26,8 +26,6 @@ def options(name):
 @pytest.fixture(scope="module")
 def run(shared_images, tmp_path_factory):
     """The folder of a method's tiny run, which is made once."""
-    from conftest import in_process
-
     made = {}
 
     def of(name):
