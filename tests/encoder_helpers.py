@@ -3,6 +3,7 @@
 import torch
 import yaml
 from conftest import ROOT
+from run_helpers import typed
 from torchvision import models
 
 PREFIXES = [
@@ -38,10 +39,7 @@ SYNCO = (
     "--n-hard",
     8,
     *(word for i in range(1, 7) for word in (f"--n{i}", 2)),
-    "--synthetic-first",
-    1,
-    "--synthetic-last",
-    2,
+    *typed("--synthetic-first 1 --synthetic-last 2"),
 )
 METHODS = {"moby": QUEUE, "synco": (*SYNCO, *QUEUE), "byol": ("--moco-m", 0.9)}
 ARCHS = {"moby": "swin_tiny", "synco": "test_vit", "byol": "vit_tiny"}

@@ -10,15 +10,23 @@ from conftest import own_lines, settings
 
 import main_synco
 
-INPUT = ("-a", "resnet18", "--image-size", 32, "-b", 8, "-j", 0)
-SMALL = (*INPUT, "--epochs", 1, "--moco-k", 32)  # of main_synco.py
-VOC_SMALL = (*INPUT, "--c", 0.1, 1, 10, 100)  # of main_voc07.py
 TIMES = {"images_per_s", "data_wait", "time"}
 
 
-def options(*words: object) -> SimpleNamespace:
+def typed(line: str, *values: object) -> tuple:
+    """Split a command line at its spaces; each word {} becomes the next of `values`."""
+    left = iter(values)
+    return tuple(next(left) if word == "{}" else word for word in line.split())
+
+
+INPUT = typed("-a resnet18 --image-size 32 -b 8 -j 0")
+SMALL = (*INPUT, *typed("--epochs 1 --moco-k 32"))  # of main_synco.py
+VOC_SMALL = (*INPUT, *typed("--c 0.1 1 10 100"))  # of main_voc07.py
+
+
+def options(*command: object) -> SimpleNamespace:
     """Return the settings that main_synco.py takes from its command line."""
-    return settings(main_synco, words)
+    return settings(main_synco, command)
 
 
 def succeeded(result: CompletedProcess) -> str:

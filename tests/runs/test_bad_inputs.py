@@ -28,6 +28,7 @@ import pytest
 import torch
 from conftest import ROOT, in_process, own_lines, wants_detectron2, write_images
 from PIL import Image
+from run_helpers import typed
 from torch import nn
 
 from moco.cli.actions import Switch
@@ -453,16 +454,8 @@ def bad_yaml(rng: random.Random, place: Place) -> Case:
     (place.own / "c.yaml").write_bytes(rng.choice(data))
     words = (
         place.data,
-        "--save-dir",
-        place.own / "run",
-        "--cfg",
-        place.own / "c.yaml",
-        "--image-size",
-        32,
-        "-j",
-        0,
-        "-b",
-        8,
+        *typed("--save-dir {} --cfg {} --image-size 32", place.own / "run", place.own / "c.yaml"),
+        *typed("-j 0 -b 8"),
     )
     return Case("main_synco", words)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, shell, write_images
+from run_helpers import typed
 
 pytestmark = pytest.mark.slow
 
@@ -23,20 +24,7 @@ def run(name: str, tmp_path, *options: object) -> dict:
 @pytest.mark.parametrize("counts", [(8, 8, 8, 4, 4, 4), (8, 0, 8, 0, 0, 0)])
 def test_negatives(tmp_path, counts):
     """Run it; the script fails if a head's loss or gradient differs from ours."""
-    sizes = (
-        "--n",
-        8,
-        "--k",
-        2048,
-        "--dim",
-        32,
-        "--n-hard",
-        64,
-        "--counts",
-        *counts,
-        "--device",
-        "cpu",
-    )
+    sizes = (*typed("--n 8 --k 2048 --dim 32 --n-hard 64 --counts"), *counts, "--device", "cpu")
     found = run("negatives", tmp_path, *sizes)
     assert {
         "synco_over_moco",
@@ -51,20 +39,7 @@ def test_negatives(tmp_path, counts):
 
 def test_false_negatives(tmp_path):
     """The script itself compares our loss and gradient with the plain ones."""
-    sizes = (
-        "--views",
-        4,
-        "--images",
-        16,
-        "--rows",
-        4096,
-        "--dim",
-        16,
-        "--chunk",
-        8,
-        "--device",
-        "cpu",
-    )
+    sizes = typed("--views 4 --images 16 --rows 4096 --dim 16 --chunk 8 --device cpu")
     found = run("false_negatives", tmp_path, *sizes)
     assert found["plain_memory_over_ours"] > 4 and found["plain_over_ours"] > 0
     assert (
@@ -110,19 +85,7 @@ def test_loader_with_small_images(tmp_path, from_files):
 def test_step(tmp_path):
     """The script itself compares our losses with plain MoCo's."""
     found = run(
-        "step",
-        tmp_path,
-        "--arch",
-        "resnet18",
-        "--size",
-        32,
-        "--batch",
-        8,
-        "--k",
-        2048,
-        "--processes",
-        1,
-        2,
+        "step", tmp_path, *typed("--arch resnet18 --size 32 --batch 8 --k 2048 --processes 1 2")
     )
     ratios = {
         f"{name}{suffix}"
@@ -157,15 +120,7 @@ def test_methods(script, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(subprocess, "run", here)
     file = tmp_path / "methods.json"
     short = (
-        "--methods",
-        "mochi",
-        "--seeds",
-        0,
-        "--short",
-        "--out",
-        tmp_path / "runs",
-        "--json",
-        file,
+        *typed("--methods mochi --seeds 0 --short --out {} --json {}", tmp_path / "runs", file),
     )
     monkeypatch.setattr(sys, "argv", ["methods.py", *map(str, short)])
     methods.main()
@@ -180,16 +135,7 @@ def test_methods(script, tmp_path, monkeypatch, capsys):
 def test_faults(tmp_path):
     """Run it; the script fails if a stopped run and the one never stopped end with other bits."""
     short = (
-        "--methods",
-        "sogclr",
-        "--processes",
-        1,
-        "--signals",
-        "KILL",
-        "--stops",
-        2,
-        "--epochs",
-        1,
+        *typed("--methods sogclr --processes 1 --signals KILL --stops 2 --epochs 1"),
         "--batch-size",
         32,
     )

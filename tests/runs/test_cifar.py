@@ -16,7 +16,7 @@ import torch.nn.functional as F
 import torchvision
 import yaml
 from conftest import ROOT, shell, write_images
-from run_helpers import load, refused
+from run_helpers import load, refused, typed
 
 import main_synco
 from moco import rng
@@ -44,16 +44,9 @@ def data(tmp_path_factory) -> Path:
 def command(data: Path, run: Path, *more: object) -> tuple:
     """Return a short command with the demo's settings."""
     short = (
-        "--epochs",
-        EPOCHS,
-        "-b",
-        BATCH,
-        "--moco-k",
-        K,
-        "--bn-splits",
-        GROUPS,
-        "--knn-every",
-        1,
+        *typed(
+            "--epochs {} -b {} --moco-k {} --bn-splits {} --knn-every 1", EPOCHS, BATCH, K, GROUPS
+        ),
         "-j",
         0,
     )
@@ -293,11 +286,7 @@ def test_features_of_the_projection_head(data, trained, script, tmp_path):
         "--pretrained",
         checkpoint,
         *SHORT,
-        "--k",
-        200,
-        "--temperature",
-        0.1,
-        "--save-dir",
+        *typed("--k 200 --temperature 0.1 --save-dir"),
     )
     status, _, err = script(
         *common, tmp_path / "head", "--features", "head", "--dump-features", tmp_path / "dump"
@@ -311,12 +300,7 @@ def test_features_of_the_projection_head(data, trained, script, tmp_path):
     assert np.load(tmp_path / "dump" / "val_features.npy").shape == (24, 128)
     loaded = (
         "main_knn",
-        "--load-features",
-        tmp_path / "dump",
-        "--k",
-        200,
-        "--temperature",
-        0.1,
+        *typed("--load-features {} --k 200 --temperature 0.1", tmp_path / "dump"),
         "--save-dir",
         tmp_path / "loaded",
     )
@@ -338,10 +322,7 @@ def test_features_of_the_projection_head(data, trained, script, tmp_path):
     headless = (
         "main_knn",
         data,
-        "--pretrained",
-        tmp_path / "headless.pth.tar",
-        "--features",
-        "head",
+        *typed("--pretrained {} --features head", tmp_path / "headless.pth.tar"),
         *SHORT,
     )
     refused(script(*headless), "has no projection head; leave out --features head")
@@ -361,22 +342,7 @@ def test_pretraining_reads_the_original_files_of_cifar10(script, tmp_path):
     (folder / "batches.meta").write_bytes(
         pickle.dumps({"label_names": [f"class{i}" for i in range(10)]})
     )
-    short = (
-        "--stem",
-        "cifar",
-        "-a",
-        "resnet18",
-        "--image-size",
-        32,
-        "-b",
-        16,
-        "-j",
-        0,
-        "--epochs",
-        1,
-        "--moco-k",
-        32,
-    )
+    short = typed("--stem cifar -a resnet18 --image-size 32 -b 16 -j 0 --epochs 1 --moco-k 32")
     run = tmp_path / "run"
     status, out, err = script(
         "main_synco", tmp_path, "--dataset", "cifar10", *short, "--knn-every", 1, "--save-dir", run
@@ -424,20 +390,7 @@ def test_every_recipe_trains(name, data, script, tmp_path):
     more = () if name == "byol" else rows.get(script_name, ())
     if name in ("synco", "mochi"):
         more = (*more, "--warmup-epochs", 0)
-    short = (
-        "--epochs",
-        1,
-        "--image-size",
-        SIZE,
-        "-b",
-        16,
-        "-j",
-        0,
-        "--knn-every",
-        1,
-        "--knn-k",
-        20,
-    )
+    short = typed("--epochs 1 --image-size {} -b 16 -j 0 --knn-every 1 --knn-k 20", SIZE)
     status, out, err = script(
         script_name, data, "--cfg", file, *short, *more, "--save-dir", tmp_path
     )

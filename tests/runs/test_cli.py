@@ -17,7 +17,7 @@ import torch
 import yaml
 from conftest import ROOT, own_lines, settings, shell, wants_detectron2
 from PIL import Image
-from run_helpers import INPUT, SMALL, options, refused
+from run_helpers import INPUT, SMALL, options, refused, typed
 
 import main_lincls
 import main_synco
@@ -78,11 +78,7 @@ def test_the_line_on_test_in_place_of_val_is_printed_once(launch, images, tmp_pa
         words += ("--device", "cpu", "--multiprocessing-distributed", "--nproc-per-node", 2)
     else:
         words = (
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node",
-            2,
+            *typed("-m torch.distributed.run --standalone --nproc-per-node 2"),
             *words,
             "--device",
             "cpu",
@@ -117,12 +113,7 @@ def test_unreadable_image_is_named(script, images, tmp_path, workers):
         "main_synco",
         images,
         *SMALL,
-        "-j",
-        workers,
-        "--save-dir",
-        tmp_path / "run",
-        "--on-bad-image",
-        "error",
+        *typed("-j {} --save-dir {} --on-bad-image error", workers, tmp_path / "run"),
     )
     refused(result, "class0/3.jpg", "unreadable")
 
@@ -399,11 +390,7 @@ def test_batch_smaller_than_processes(script, images):
         "main_synco",
         images,
         *SMALL,
-        "-b",
-        2,
-        "--multiprocessing-distributed",
-        "--nproc-per-node",
-        3,
+        *typed("-b 2 --multiprocessing-distributed --nproc-per-node 3"),
     )
     refused(result, "--batch-size 2", "3 processes")
 
@@ -602,10 +589,7 @@ def test_a_recipe_may_hold_what_another_choice_leaves_without_effect(until_launc
     assert until_launch(
         "main_moby",
         "--cfg configs/moby_swin_tiny.yaml --method byol -a resnet18 --online-drop-path 0",
-    )[1:] == (
-        "",
-        "",
-    )
+    )[1:] == ("", "")
 
 
 def test_what_was_given_is_not_among_the_options():
@@ -670,12 +654,7 @@ def test_checkpoint_of_another_arch(script, images, checkpoint, tmp_path):
         "main_synco",
         images,
         *SMALL,
-        "-a",
-        "resnet34",
-        "--resume",
-        checkpoint,
-        "--save-dir",
-        tmp_path / "r",
+        *typed("-a resnet34 --resume {} --save-dir {}", checkpoint, tmp_path / "r"),
     )
     refused(result, "arch 'resnet18'", "'resnet34'")
 
@@ -702,12 +681,7 @@ def test_checkpoint_of_another_part(script, images, checkpoint, tmp_path):
         knn = (
             images,
             *INPUT,
-            "--k",
-            3,
-            "--pretrained",
-            classifier,
-            "--save-dir",
-            tmp_path / f"knn-{name}",
+            *typed("--k 3 --pretrained {} --save-dir {}", classifier, tmp_path / f"knn-{name}"),
         )
         status, out, err = script("main_knn", *knn)
         assert status == 0 and "120 of 120 backbone tensors matched (state_dict.module.*)" in out, (

@@ -17,6 +17,7 @@ import torch
 from conftest import ROOT, own_lines, shell, wants_detectron2
 from encoder_helpers import PREFIXES
 from PIL import Image
+from run_helpers import typed
 
 from moco.encoder import networks
 from moco.encoder.resnets import resnet
@@ -494,11 +495,7 @@ def test_from_pretraining_to_ap(data, arch, datasets, script, shared_images, tmp
         ]
         done = shell(
             HERE / "train_net.py",
-            "--config-file",
-            config,
-            "--num-gpus",
-            0,
-            "--eval-only",
+            *typed("--config-file {} --num-gpus 0 --eval-only", config),
             *options,
             env=env,
         )

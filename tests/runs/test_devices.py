@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from conftest import in_process
+from run_helpers import typed
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models.resnet import BasicBlock, ResNet
@@ -238,12 +239,7 @@ METHODS = {
     "moco, accumulation": ("main_synco", "--moco-k", 64, "--accumulation-steps", 2),
     "moco, symmetric": (
         "main_synco",
-        "--moco-k",
-        64,
-        "--symmetric",
-        "--bn-splits-query",
-        "--stem",
-        "cifar",
+        *typed("--moco-k 64 --symmetric --bn-splits-query --stem cifar"),
     ),
     "mochi": ("main_synco", *SYNCO, "--n1", 8, "--n3", 4),
     "synco": ("main_synco", *SYNCO, *SIX, "--aug-plus", "--cos"),
@@ -261,10 +257,7 @@ METHODS = {
     "synco v2": (
         "main_moby",
         *MOBY,
-        "--method",
-        "synco",
-        "--n-hard",
-        16,
+        *typed("--method synco --n-hard 16"),
         *SIX,
         "--synthetic-first",
         0,

@@ -26,7 +26,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, own_lines, settings, shell, write_images
-from run_helpers import load, refused, same, succeeded
+from run_helpers import load, refused, same, succeeded, typed
 
 import main_lincls
 from moco.engine import checkpoint
@@ -38,36 +38,11 @@ from moco.report.runs import read_log
 
 pytestmark = pytest.mark.slow
 
-SMALL = (
-    "-a",
-    "resnet18",
-    "--image-size",
-    32,
-    "-b",
-    4,
-    "-j",
-    1,
-    "--epochs",
-    2,
-    "-p",
-    1,
-    "--wd",
-    0.1,
-)
+SMALL = typed("-a resnet18 --image-size 32 -b 4 -j 1 --epochs 2 -p 1 --wd 0.1")
 SYNCO = (
     "main_synco.py",
     *SMALL,
-    "--moco-k",
-    24,
-    "--mlp",
-    "--n-hard",
-    8,
-    "--n1",
-    2,
-    "--n4",
-    2,
-    "--warmup-epochs",
-    0,
+    *typed("--moco-k 24 --mlp --n-hard 8 --n1 2 --n4 2 --warmup-epochs 0"),
 )
 ADCO = ("main_adco.py", *SMALL, "--cluster", 30, "--moco-dim", 16)  # 8 steps before epoch 0
 STEPS = 12  # of an epoch
@@ -125,8 +100,7 @@ def children(process):
 
 
 @pytest.mark.parametrize(
-    ("command", "number", "step"),
-    [(SYNCO, "SIGUSR1", 14), ((*ADCO, *TWO), "SIGTERM", -3)],
+    ("command", "number", "step"), [(SYNCO, "SIGUSR1", 14), ((*ADCO, *TWO), "SIGTERM", -3)]
 )
 def test_a_signal_ends_a_run_after_its_step_and_it_goes_on_as_if_never_stopped(
     command, number, step, data, whole, tmp_path
@@ -302,14 +276,7 @@ def test_stopped_when_all_steps_of_an_epoch_were_done_it_ends_the_epoch(script, 
     command = (
         data,
         *SMALL,
-        "--moco-k",
-        24,
-        "-j",
-        0,
-        "--save-dir",
-        tmp_path / "run",
-        "--resume",
-        "auto",
+        *typed("--moco-k 24 -j 0 --save-dir {} --resume auto", tmp_path / "run"),
     )
     assert script("main_synco", *command)[0] == 0
     end, inside = (tmp_path / "run" / f"checkpoint_000{name}.pth.tar" for name in ("1", "1_24"))
@@ -325,16 +292,7 @@ def test_damaged_checkpoints_are_set_aside_and_half_written_ones_removed(script,
     command = (
         data,
         *SMALL,
-        "--moco-k",
-        24,
-        "-j",
-        0,
-        "--save-dir",
-        tmp_path,
-        "--epochs",
-        3,
-        "--resume",
-        "auto",
+        *typed("--moco-k 24 -j 0 --save-dir {} --epochs 3 --resume auto", tmp_path),
     )
     assert script("main_synco", *command, "--keep", "all")[0] == 0
     copy = tmp_path / "checkpoint_0000_good.pth.tar"
@@ -584,14 +542,7 @@ def test_the_monitor_leaves_out_a_training_image_that_cannot_be_read(script, ima
         "main_synco",
         images,
         *SMALL,
-        "--moco-k",
-        24,
-        "--knn-every",
-        1,
-        "--knn-k",
-        7,
-        "--save-dir",
-        run,
+        *typed("--moco-k 24 --knn-every 1 --knn-k 7 --save-dir {}", run),
     )
     status, _, err = script(*command)
     assert status == 0 and err.count(line) == 1, err
@@ -601,14 +552,7 @@ def test_the_monitor_leaves_out_a_training_image_that_cannot_be_read(script, ima
     knn = (
         "main_knn",
         images,
-        "--pretrained",
-        run / "checkpoint_0003.pth.tar",
-        "-b",
-        8,
-        "-j",
-        0,
-        "--k",
-        7,
+        *typed("--pretrained {} -b 8 -j 0 --k 7", run / "checkpoint_0003.pth.tar"),
     )
     refused(script(*knn, "--save-dir", tmp_path / "knn"), str(bad), "unreadable image")
     bad.unlink()
@@ -661,14 +605,7 @@ def test_a_loss_that_is_no_number_ends_the_run(script, data, tmp_path, monkeypat
     assert status == 0, err
     good = (tmp_path / "checkpoint_0000.pth.tar").read_bytes()
     resumed = (
-        "--resume",
-        tmp_path / "checkpoint_0000.pth.tar",
-        "--epochs",
-        3,
-        "--lr",
-        1e38,
-        "-p",
-        7,
+        *typed("--resume {} --epochs 3 --lr 1e+38 -p 7", tmp_path / "checkpoint_0000.pth.tar"),
     )
     resumed += ("--save-every-steps", 2, "--allow-change", "lr")
     status, _, err = script("main_synco", *command, *resumed)
@@ -742,14 +679,7 @@ def test_a_node_that_is_lost_is_noticed_on_the_other(data, tmp_path):
         command = (
             *SYNCO,
             data,
-            "--epochs",
-            50,
-            "--save-dir",
-            run,
-            "--world-size",
-            2,
-            "--dist-url",
-            url,
+            *typed("--epochs 50 --save-dir {} --world-size 2 --dist-url {}", run, url),
         )
         nodes = [shell(*command, "--rank", node, wait=False) for node in range(2)]
         until(lambda run=run: logged(run), nodes[0])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import shell
-from run_helpers import refused
+from run_helpers import refused, typed
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -404,10 +404,7 @@ def dumped(script, shared_images, tmp_path):
         "main_knn",
         shared_images,
         *COMMON,
-        "--dump-features",
-        folder,
-        "--save-dir",
-        tmp_path / "run",
+        *typed("--dump-features {} --save-dir {}", folder, tmp_path / "run"),
     )
     status, _, err = script(*command)
     assert status == 0, err
@@ -505,10 +502,7 @@ def test_a_disk_without_room_for_a_dump_is_said(script, shared_images, tmp_path,
         "main_knn",
         shared_images,
         *COMMON,
-        "--dump-features",
-        tmp_path / "dump",
-        "--save-dir",
-        tmp_path / "run",
+        *typed("--dump-features {} --save-dir {}", tmp_path / "dump", tmp_path / "run"),
     )
     refused(script(*command), str(tmp_path / "dump"), "train_features.npy needs", "free")
     assert not list((tmp_path / "dump").iterdir())

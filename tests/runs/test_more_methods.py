@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import ROOT, in_process, settings, shell
 from dataset_trees import write_voc
-from run_helpers import facts, load, refused, same, succeeded
+from run_helpers import facts, load, refused, same, succeeded, typed
 
 import main_adco
 import main_fnc
@@ -37,14 +37,7 @@ METHODS = {
     "sogclr": ("main_sogclr", "--mlp-dim", 32, "--dim", 16),
     "fnc": (
         "main_fnc",
-        "--support-size",
-        1,
-        "--memory-multiplier",
-        5,
-        "--fn-threshold",
-        0.5,
-        "--proj-out-dim",
-        16,
+        *typed("--support-size 1 --memory-multiplier 5 --fn-threshold 0.5 --proj-out-dim 16"),
     ),
 }
 # As their READMEs have them, but for the script's name.
@@ -246,14 +239,7 @@ def test_resumed_equals_never_stopped(name, script, shared_images, tmp_path):
         *options,
         *SMALL[:-1],
         3,
-        "--accumulation-steps",
-        2,
-        "-p",
-        1,
-        "--seed",
-        2,
-        "--cos",
-        1,
+        *typed("--accumulation-steps 2 -p 1 --seed 2 --cos 1"),
     )
     for run, more in (
         ("whole", ()),
@@ -286,12 +272,7 @@ def test_the_bank_is_filled_before_epoch_0(script, shared_images, tmp_path):
             "main_adco",
             shared_images,
             *SMALL,
-            "--cluster",
-            60,
-            "--ad-init",
-            fill,
-            "--save-dir",
-            tmp_path / f"{fill}",
+            *typed("--cluster 60 --ad-init {} --save-dir {}", fill, tmp_path / f"{fill}"),
         )
         assert status == 0, err
         assert ("8 steps before epoch 0, counted from -8" in out) == bool(
@@ -414,10 +395,7 @@ def test_some_classes_of_a_folder(script, shared_images, tmp_path):
         shared_images,
         *SMALL,
         *chosen,
-        "--knn-every",
-        1,
-        "--save-dir",
-        tmp_path / "run",
+        *typed("--knn-every 1 --save-dir {}", tmp_path / "run"),
     )
     assert status == 0, err
     assert "32 images of 2 classes" in out
@@ -438,16 +416,7 @@ def test_some_classes_of_a_folder(script, shared_images, tmp_path):
     results = json.loads((tmp_path / "probe" / "results.json").read_text())
     assert results["dataset"].endswith(" (names.txt)")
     knn = (
-        "--image-size",
-        32,
-        "-j",
-        0,
-        "-b",
-        8,
-        "--k",
-        5,
-        "--pretrained",
-        file,
+        *typed("--image-size 32 -j 0 -b 8 --k 5 --pretrained {}", file),
         "--save-dir",
         tmp_path / "knn",
     )
@@ -455,12 +424,7 @@ def test_some_classes_of_a_folder(script, shared_images, tmp_path):
     assert script("main_knn", shared_images, *knn, *chosen, *dump)[0] == 0
     refused(script("main_knn", shared_images, *knn, *dump), "holds features")
     load_them = (
-        "--load-features",
-        tmp_path / "features",
-        "--k",
-        5,
-        "--save-dir",
-        tmp_path / "again",
+        *typed("--load-features {} --k 5 --save-dir {}", tmp_path / "features", tmp_path / "again"),
     )
     assert script("main_knn", *load_them)[0] == 0
     refused(
@@ -660,18 +624,7 @@ def test_rates_follow_the_step_and_the_total_batch(script, shared_images, tmp_pa
     The warm-up from 0 takes one epoch, the half cosine two.
     """
     options = (
-        "--mlp-dim",
-        16,
-        "--dim",
-        8,
-        "--accumulation-steps",
-        2,
-        "--lr",
-        0.1,
-        "--warmup-epochs",
-        1,
-        "-p",
-        1,
+        *typed("--mlp-dim 16 --dim 8 --accumulation-steps 2 --lr 0.1 --warmup-epochs 1 -p 1"),
     )
     command = (shared_images, *SMALL[:-1], 3, *options, "--save-dir", tmp_path)
     status, out, err = script("main_sogclr", *command)

@@ -14,7 +14,7 @@ import pytest
 import yaml
 from conftest import ROOT, shell
 from dataset_trees import write_voc
-from run_helpers import VOC_SMALL, load, refused, succeeded
+from run_helpers import VOC_SMALL, load, refused, succeeded, typed
 
 import main_synco
 from moco.config import Config, Evaluation, Pretraining, replaced
@@ -106,10 +106,7 @@ def test_voc07_changes_nothing_of_another_run(script, run, tmp_path):
         "main_voc07",
         tree,
         *VOC_SMALL,
-        "--pretrained",
-        run / "checkpoint_0000.pth.tar",
-        "--save-dir",
-        run,
+        *typed("--pretrained {} --save-dir {}", run / "checkpoint_0000.pth.tar", run),
     )
     for subfolder in ("voc07", "voc07-2"):
         before = digests(run)
@@ -199,13 +196,7 @@ def test_a_test_with_output_and_tag_is_named_by_the_classifier(script, shared_im
     status, out, err = script(
         "main_semisup",
         shared_images,
-        "-e",
-        "--resume",
-        own / "checkpoint.pth.tar",
-        "-b",
-        8,
-        "-j",
-        0,
+        *typed("-e --resume {} -b 8 -j 0", own / "checkpoint.pth.tar"),
         *place,
     )
     assert status == 0, err
@@ -238,10 +229,7 @@ def test_a_classifier_stays_that_of_its_encoder(script, shared_images, run, tmp_
     before = digests(tmp_path / "own")
     again = (
         *evaluation("main_semisup", shared_images, other),
-        "--save-dir",
-        tmp_path / "own",
-        "--resume",
-        "auto",
+        *typed("--save-dir {} --resume auto", tmp_path / "own"),
     )
     refused(script(*again), f"--pretrained is {other}, and was {run / 'checkpoint_0000.pth.tar'}")
     assert digests(tmp_path / "own") == before
@@ -309,10 +297,7 @@ def tool_commands(run: Path, out: Path) -> dict[str, tuple]:
             "tools/show_views.py",
             "mocov2",
             "photos",
-            "--images",
-            1,
-            "--out",
-            out / "views.png",
+            *typed("--images 1 --out {}", out / "views.png"),
         ),
         "encoder.pth": ("tools/export.py", checkpoint, out / "encoder.pth"),
         "table.md": ("tools/collect.py", run, "--out", out),
@@ -443,16 +428,7 @@ def test_changed_options_are_refused_each_by_name(script, shared_images, run):
     command = (
         "main_synco",
         shared_images,
-        "-a",
-        "resnet18",
-        "-b",
-        8,
-        "-j",
-        0,
-        "--moco-k",
-        32,
-        "--save-dir",
-        run,
+        *typed("-a resnet18 -b 8 -j 0 --moco-k 32 --save-dir {}", run),
     )
     result = script(*command, *changed, "--resume", "auto")
     names = ("image-size", "moco-t", "aug-plus", "lr")
@@ -482,12 +458,7 @@ def test_an_option_is_changed_on_purpose(script, shared_images, run):
         "main_synco",
         shared_images,
         *PRETRAIN,
-        "--epochs",
-        2,
-        "--save-dir",
-        run,
-        "--resume",
-        "auto",
+        *typed("--epochs 2 --save-dir {} --resume auto", run),
     )
     refused(
         script(*command, "--lr", 0.5, "--wd", 0.2, "--allow-change", "lr"),
@@ -519,14 +490,7 @@ def test_args_yaml_says_how_the_checkpoints_were_made(script, shared_images, run
         "main_synco",
         shared_images,
         *PRETRAIN,
-        "--save-dir",
-        run,
-        "--resume",
-        "auto",
-        "--lr",
-        0.5,
-        "--allow-change",
-        "lr",
+        *typed("--save-dir {} --resume auto --lr 0.5 --allow-change lr", run),
     )
     assert script(*command, "--epochs", 1)[0] == 0 and digests(run)["args.yaml"] == before
     with monkeypatch.context() as patch:
@@ -543,12 +507,7 @@ def test_a_run_without_a_checkpoint_says_that_its_log_begins_anew(script, shared
         "main_synco",
         shared_images,
         *PRETRAIN,
-        "--epochs",
-        1,
-        "--save-dir",
-        run,
-        "--resume",
-        "auto",
+        *typed("--epochs 1 --save-dir {} --resume auto", run),
     )
     status, out, err = script(*command)
     assert status == 0, err
@@ -563,13 +522,7 @@ def test_names_of_changed_options_are_joined_by_commas(script, shared_images, ru
         "main_synco",
         shared_images,
         *PRETRAIN,
-        "--save-dir",
-        run,
-        "--resume",
-        "auto",
-        "--allow-change",
-        "lr",
-        "wd",
+        *typed("--save-dir {} --resume auto --allow-change lr wd", run),
     )
     refused(script(*command), "unexpected argument 'wd'", "joined by commas: lr,wd")
 
@@ -636,12 +589,7 @@ def test_a_run_folder_without_options_is_continued_by_its_checkpoints(script, sh
         "main_synco",
         shared_images,
         *PRETRAIN,
-        "--epochs",
-        2,
-        "--save-dir",
-        run,
-        "--resume",
-        "auto",
+        *typed("--epochs 2 --save-dir {} --resume auto", run),
     )
     assert script(*command)[0] == 0
     assert yaml.safe_load((run / "args.yaml").read_text())["epochs"] == 2
@@ -663,12 +611,7 @@ def test_the_newest_the_best_and_every_tenth_are_kept(script, shared_images, tmp
         "main_synco",
         shared_images,
         *PRETRAIN,
-        "--knn-every",
-        1,
-        "--save-dir",
-        tmp_path,
-        "--resume",
-        "auto",
+        *typed("--knn-every 1 --save-dir {} --resume auto", tmp_path),
     )
     assert script(*command, "--epochs", 5)[0] == 0
     assert epochs(tmp_path) == [2, 3, 4]
@@ -697,15 +640,7 @@ def test_an_evaluation_takes_the_image_size_from_the_checkpoint(
     command = (
         "main_knn",
         shared_images,
-        "-b",
-        8,
-        "-j",
-        0,
-        "--k",
-        1,
-        "--pretrained",
-        checkpoint,
-        "--save-dir",
+        *typed("-b 8 -j 0 --k 1 --pretrained {} --save-dir", checkpoint),
     )
     assert script(*command, tmp_path / "own")[0] == 0
     status, out, _ = script(*command, tmp_path / "other", "--image-size", 48)
@@ -736,16 +671,7 @@ def test_weights_alone_say_what_is_taken_for_granted(script, shared_images, run,
     command = (
         "main_knn",
         shared_images,
-        "-b",
-        8,
-        "-j",
-        0,
-        "--k",
-        1,
-        "--pretrained",
-        exported,
-        "--save-dir",
-        tmp_path / "knn",
+        *typed("-b 8 -j 0 --k 1 --pretrained {} --save-dir {}", exported, tmp_path / "knn"),
     )
     refused(
         script(*command), "does not name its network, and resnet50 was tried: give another -a ARCH"
@@ -819,13 +745,7 @@ def test_a_classifier_of_other_classes_is_refused(script, shared_images, run, tm
     test = (
         "main_lincls",
         other,
-        "-e",
-        "--resume",
-        own / "model_best.pth.tar",
-        "-b",
-        8,
-        "-j",
-        0,
+        *typed("-e --resume {} -b 8 -j 0", own / "model_best.pth.tar"),
         "--save-dir",
         tmp_path / "t",
     )

@@ -12,7 +12,7 @@ import torch
 import yaml
 from conftest import own_lines, shell, write_images
 from PIL import Image
-from run_helpers import facts, load, log, same, succeeded
+from run_helpers import facts, load, log, same, succeeded, typed
 
 from moco import distributed
 from moco.config import MEAN, STD, Probing, replaced
@@ -34,24 +34,8 @@ PUBLISHED_LINCLS = (
 )
 SMALL = ("-a", "resnet18", "--image-size", 32, "-j", 1, "--epochs", 1)
 TINY = (
-    "-a",
-    "resnet18",
-    "--image-size",
-    32,
-    "-b",
-    8,
-    "--moco-k",
-    64,
-    "--moco-dim",
-    16,
-    "--n-hard",
-    8,
-    "--n1",
-    2,
-    "--n3",
-    2,
-    "--n4",
-    2,
+    *typed("-a resnet18 --image-size 32 -b 8 --moco-k 64 --moco-dim 16 --n-hard 8 --n1 2"),
+    *typed("--n3 2 --n4 2"),
 )
 
 
@@ -155,17 +139,7 @@ def test_stopped_and_resumed_equals_never_stopped(script, shared_images, tmp_pat
 
     Encoders, queue, optimizer and metrics are equal bit by bit.
     """
-    command = (
-        shared_images,
-        *TINY,
-        "--epochs",
-        6,
-        "--cos",
-        "--mlp",
-        "--warmup-epochs",
-        2,
-        "--aug-plus",
-    )
+    command = (shared_images, *TINY, *typed("--epochs 6 --cos --mlp --warmup-epochs 2 --aug-plus"))
     command += ("--knn-every", 2, "-p", 2, "--accumulation-steps", 2, "--moco-m", 0.9, "--seed", 3)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert script("main_synco", *command, "-j", 0, "--save-dir", whole)[0] == 0
@@ -196,20 +170,7 @@ def test_probe_resumes_exactly(script, shared_images, tmp_path):
 
     command = (
         shared_images,
-        "-a",
-        "resnet18",
-        "--image-size",
-        32,
-        "-b",
-        8,
-        "-j",
-        0,
-        "--lr",
-        1,
-        "--schedule",
-        2,
-        "--seed",
-        1,
+        *typed("-a resnet18 --image-size 32 -b 8 -j 0 --lr 1 --schedule 2 --seed 1"),
     )
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     probe("--epochs", 3, "--save-dir", whole)
@@ -283,18 +244,7 @@ def test_a_probe_tries_decays_too_and_chooses_on_held_out_images(script, shared_
 
     command = (
         shared_images,
-        "-a",
-        "resnet18",
-        "--image-size",
-        32,
-        "-b",
-        8,
-        "-j",
-        0,
-        "--epochs",
-        2,
-        "--schedule",
-        1,
+        *typed("-a resnet18 --image-size 32 -b 8 -j 0 --epochs 2 --schedule 1"),
     )
     command += ("--val-from-train", 0.25)
     together, out = probe("all", "--lr", 0, 0.03, "--wd", 0, 0.1)
@@ -324,23 +274,7 @@ def test_a_probe_is_chosen_on_held_out_images_and_not_on_val(
         return {setting: {"acc1": 0.1 * (i + 1), "acc5": 1.0} for i, setting in enumerate(order)}
 
     monkeypatch.setattr(classifier.ClassifierTask, "_test", test)
-    command = (
-        shared_images,
-        "-a",
-        "resnet18",
-        "--image-size",
-        32,
-        "-b",
-        8,
-        "-j",
-        0,
-        "--epochs",
-        1,
-        "--lr",
-        1,
-        2,
-        3,
-    )
+    command = (shared_images, *typed("-a resnet18 --image-size 32 -b 8 -j 0 --epochs 1 --lr 1 2 3"))
     for options, best, top1 in (((), 1, 0.3), (("--val-from-train", 0.25), 3, 0.1)):
         run = tmp_path / str(best)
         assert script("main_lincls", *command, *options, "--save-dir", run)[0] == 0
@@ -356,21 +290,7 @@ def test_a_diverging_classifier_does_not_stop_the_others_in_half_precision(
     monkeypatch.setattr(
         "moco.cli.values.in_range", lambda kind, interval: kind
     )  # with which it diverges at once
-    command = (
-        shared_images,
-        "-a",
-        "resnet18",
-        "--image-size",
-        32,
-        "-b",
-        8,
-        "-j",
-        0,
-        "--epochs",
-        1,
-        "--amp",
-        "fp16",
-    )
+    command = (shared_images, *typed("-a resnet18 --image-size 32 -b 8 -j 0 --epochs 1 --amp fp16"))
     for name, rates in (("both", (1e30, 0.1)), ("alone", (0.1,))):
         assert (
             script(
@@ -388,18 +308,7 @@ def test_a_diverging_classifier_does_not_stop_the_others_in_half_precision(
 def test_a_probe_goes_on_with_its_own_settings_only(script, shared_images, tmp_path):
     command = (
         shared_images,
-        "-a",
-        "resnet18",
-        "--image-size",
-        32,
-        "-b",
-        8,
-        "-j",
-        0,
-        "--epochs",
-        1,
-        "--save-dir",
-        tmp_path,
+        *typed("-a resnet18 --image-size 32 -b 8 -j 0 --epochs 1 --save-dir {}", tmp_path),
     )
     settings = ("--lr", 0.1, 0.03, "--seed", 3, "--val-from-train", 0.25)
     assert script("main_lincls", *command, *settings)[0] == 0
@@ -437,18 +346,7 @@ def test_a_probe_goes_on_with_its_own_settings_only(script, shared_images, tmp_p
 def test_a_resumed_probe_remembers_its_best(script, shared_images, tmp_path):
     command = (
         shared_images,
-        "-a",
-        "resnet18",
-        "--image-size",
-        32,
-        "-b",
-        8,
-        "-j",
-        0,
-        "--lr",
-        0.1,
-        "--save-dir",
-        tmp_path,
+        *typed("-a resnet18 --image-size 32 -b 8 -j 0 --lr 0.1 --save-dir {}", tmp_path),
     )
     assert script("main_lincls", *command, "--epochs", 1)[0] == 0
     state = load(tmp_path / "checkpoint.pth.tar")
@@ -474,27 +372,9 @@ def test_two_processes_train_the_classifiers_that_one_does(tmp_path):
     command = (
         "main_lincls.py",
         data,
-        "-a",
-        "resnet18",
-        "--image-size",
-        32,
-        "-j",
-        0,
-        "--epochs",
-        2,
-        "--schedule",
-        1,
+        *typed("-a resnet18 --image-size 32 -j 0 --epochs 2 --schedule 1"),
     )
-    command += (
-        "--lr",
-        0.1,
-        0.03,
-        "--accumulation-steps",
-        2,
-        "--multiprocessing-distributed",
-        "-b",
-        8,
-    )
+    command += typed("--lr 0.1 0.03 --accumulation-steps 2 --multiprocessing-distributed -b 8")
     for n in (1, 2):
         succeeded(shell(*command, "--nproc-per-node", n, "--save-dir", tmp_path / str(n)))
     one, two = (load(tmp_path / str(n) / "checkpoint.pth.tar")["state_dict"] for n in (1, 2))
@@ -577,14 +457,7 @@ def test_two_processes_by_every_launcher(launcher, shared_images, tmp_path):
         "main_synco.py",
         shared_images,
         *TINY,
-        "-j",
-        0,
-        "--epochs",
-        1,
-        "--warmup-epochs",
-        0,
-        "--knn-every",
-        1,
+        *typed("-j 0 --epochs 1 --warmup-epochs 0 --knn-every 1"),
     )
     out = launcher((*options, "--save-dir", tmp_path / "run"))
     assert "total batch 8 = 4 per process x 2 processes x 1 accumulation" in out
@@ -599,12 +472,7 @@ def test_a_mistake_of_all_ranks_is_printed_once_by_torchrun(script, shared_image
         "main_synco.py",
         shared_images,
         *TINY,
-        "-j",
-        0,
-        "--epochs",
-        1,
-        "--save-dir",
-        tmp_path / "run",
+        *typed("-j 0 --epochs 1 --save-dir {}", tmp_path / "run"),
     )
     assert script("main_synco", *command[1:])[0] == 0
     for options, said in (
@@ -620,21 +488,7 @@ def test_a_mistake_of_all_ranks_is_printed_once_by_torchrun(script, shared_image
 
 def test_two_processes_evaluate_as_one(script, shared_images, tmp_path):
     """15 val images over 2 processes: the last batch is uneven, and no image counts twice."""
-    common = (
-        shared_images,
-        "-a",
-        "resnet18",
-        "--image-size",
-        32,
-        "-b",
-        8,
-        "-j",
-        0,
-        "--k",
-        1,
-        5,
-        20,
-    )
+    common = (shared_images, *typed("-a resnet18 --image-size 32 -b 8 -j 0 --k 1 5 20"))
     assert script("main_knn", *common, "--save-dir", tmp_path / "one")[0] == 0
     two = ("--multiprocessing-distributed", "--nproc-per-node", 2, "--save-dir", tmp_path / "two")
     succeeded(shell("main_knn.py", *common, *two))
@@ -681,12 +535,7 @@ def test_a_half_precision_recipe_on_a_cpu_computes_what_the_cpu_can(
     options = (
         images,
         *TINY,
-        "-j",
-        0,
-        "--epochs",
-        1,
-        "--cfg",
-        tmp_path / "recipe.yaml",
+        *typed("-j 0 --epochs 1 --cfg {}", tmp_path / "recipe.yaml"),
         "--save-dir",
         tmp_path / "run",
     )
@@ -699,16 +548,7 @@ def test_a_half_precision_recipe_on_a_cpu_computes_what_the_cpu_can(
     assert f"cpu, amp {used}" in out
     command = (
         images,
-        "-a",
-        "resnet18",
-        "--image-size",
-        32,
-        "-b",
-        8,
-        "-j",
-        0,
-        "--amp",
-        amp,
+        *typed("-a resnet18 --image-size 32 -b 8 -j 0 --amp {}", amp),
         "--save-dir",
         tmp_path / "knn",
     )
@@ -758,18 +598,7 @@ def test_probe_reads_what_the_field_publishes(style, script, published, shared_i
     torch.save(STYLES[style](weights), file)
     options = (
         shared_images,
-        "-a",
-        "resnet18",
-        "--image-size",
-        32,
-        "-b",
-        16,
-        "-j",
-        0,
-        "--epochs",
-        1,
-        "--pretrained",
-        file,
+        *typed("-a resnet18 --image-size 32 -b 16 -j 0 --epochs 1 --pretrained {}", file),
     )
     status, out, err = script("main_lincls", *options, "--save-dir", tmp_path / "run")
     assert status == 0, err

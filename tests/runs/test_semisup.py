@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import ROOT, own_lines, shell
 from PIL import Image
+from run_helpers import typed
 from torch import nn
 
 from moco.data import subsets
@@ -138,14 +139,7 @@ def test_each_part_trains_at_its_own_rate(part, script, pretrained, shared_image
     common = (
         shared_images,
         *SMALL,
-        "--train-percent",
-        100,
-        "--wd",
-        0,
-        "--epochs",
-        1,
-        "--pretrained",
-        pretrained,
+        *typed("--train-percent 100 --wd 0 --epochs 1 --pretrained {}", pretrained),
     )
     status, _, err = script("main_semisup", *common, *rates, "--save-dir", tmp_path)
     assert status == 0, err
@@ -186,13 +180,7 @@ def test_a_classifier_can_begin_at_zero(script, pretrained, shared_images, tmp_p
     common = (
         shared_images,
         *SMALL,
-        "--train-percent",
-        100,
-        "--wd",
-        0,
-        "--epochs",
-        1,
-        "--zero-init-classifier",
+        *typed("--train-percent 100 --wd 0 --epochs 1 --zero-init-classifier"),
     )
     rates = ("--lr-classifier", 0, "--lr-backbone", 0.1)
     assert (
@@ -213,14 +201,7 @@ def test_frozen_weights_stay_and_are_checked(script, pretrained, shared_images, 
     options = (
         shared_images,
         *SMALL,
-        "--weights",
-        "freeze",
-        "--lr-classifier",
-        0.1,
-        "--train-percent",
-        100,
-        "--epochs",
-        2,
+        *typed("--weights freeze --lr-classifier 0.1 --train-percent 100 --epochs 2"),
     )
     status, out, err = script(
         "main_semisup", *options, "--pretrained", pretrained, "--save-dir", tmp_path
@@ -236,12 +217,7 @@ def test_resumed_fine_tuning_is_one_never_stopped(
     common = (
         shared_images,
         *SMALL,
-        "--train-percent",
-        100,
-        "--optimizer",
-        optimizer,
-        "--pretrained",
-        pretrained,
+        *typed("--train-percent 100 --optimizer {} --pretrained {}", optimizer, pretrained),
     )
     common += ("--val-from-train", 0.25, "--schedule", 1, "--no-cos")
     for run, epochs, more in (
@@ -262,9 +238,7 @@ def test_resumed_fine_tuning_is_one_never_stopped(
     again = (
         shared_images,
         *SMALL,
-        "-e",
-        "--resume",
-        tmp_path / "whole" / "checkpoint.pth.tar",
+        *typed("-e --resume {}", tmp_path / "whole" / "checkpoint.pth.tar"),
         "--save-dir",
         tmp_path / "again",
     )
@@ -274,10 +248,7 @@ def test_resumed_fine_tuning_is_one_never_stopped(
     status, _, err = script(
         "main_semisup",
         *common,
-        "--resume",
-        tmp_path / "whole/checkpoint.pth.tar",
-        "--lr-backbone",
-        0.5,
+        *typed("--resume {} --lr-backbone 0.5", tmp_path / "whole/checkpoint.pth.tar"),
     )
     assert status == 2 and "--lr-backbone is 0.5" in err and len(own_lines(err)) == 1
 
@@ -287,12 +258,8 @@ def test_two_processes_test_as_one(script, pretrained, shared_images, tmp_path):
     status, _, err = script("main_semisup", *common, "--epochs", 1, "--save-dir", tmp_path / "one")
     assert status == 0, err
     again = (
-        "-e",
-        "--resume",
-        tmp_path / "one" / "checkpoint.pth.tar",
-        "--multiprocessing-distributed",
-        "--nproc-per-node",
-        2,
+        *typed("-e --resume {}", tmp_path / "one" / "checkpoint.pth.tar"),
+        *typed("--multiprocessing-distributed --nproc-per-node 2"),
     )
     two = shell("main_semisup.py", *common, *again, "--save-dir", tmp_path / "two")
     assert two.returncode == 0, two.stderr
@@ -304,14 +271,7 @@ def test_two_processes_fine_tune(pretrained, shared_images, tmp_path):
     options = (
         shared_images,
         *SMALL,
-        "--train-percent",
-        10,
-        "-b",
-        4,
-        "--epochs",
-        1,
-        "--pretrained",
-        pretrained,
+        *typed("--train-percent 10 -b 4 --epochs 1 --pretrained {}", pretrained),
     )
     done = shell("main_semisup.py", *options, *launch, "--save-dir", tmp_path)
     assert done.returncode == 0, done.stderr
@@ -355,10 +315,7 @@ def test_on_imagenet_the_published_list_is_asked_for_before_any_work(script, tmp
         "main_semisup",
         tmp_path / "imagenet",
         *SMALL,
-        "--train-percent",
-        1,
-        "--save-dir",
-        tmp_path / "run",
+        *typed("--train-percent 1 --save-dir {}", tmp_path / "run"),
     )
     assert (
         status == 2
@@ -438,12 +395,7 @@ def test_a_kept_projection_trains_and_resumes(script, pretrained, shared_images,
     common = (
         shared_images,
         *SMALL,
-        "--train-percent",
-        100,
-        "--ft-proj",
-        1,
-        "--pretrained",
-        pretrained,
+        *typed("--train-percent 100 --ft-proj 1 --pretrained {}", pretrained),
         "--save-dir",
         tmp_path,
     )
@@ -457,10 +409,6 @@ def test_a_kept_projection_trains_and_resumes(script, pretrained, shared_images,
     status, _, err = script(
         "main_semisup",
         *common[:-4],
-        "-e",
-        "--resume",
-        tmp_path / "checkpoint.pth.tar",
-        "--save-dir",
-        tmp_path,
+        *typed("-e --resume {} --save-dir {}", tmp_path / "checkpoint.pth.tar", tmp_path),
     )
     assert status == 0 and results(tmp_path)["metrics"] == first, err

@@ -109,10 +109,7 @@ def test_a_recipe_file_says_which_views(tmp_path):
     views, args = of("--cfg", file, "--image-size", 32)
     assert views == recipes.recipe(
         "fnc", 32, views=4, randaugment=(1, 3), blur_sigma=(0.2, 0.5)
-    ) and (args.seed, args.data) == (
-        4,
-        "photos",
-    )
+    ) and (args.seed, args.data) == (4, "photos")
     views, args = of("sogclr", "DIR", "--cfg", file)
     assert args.data == "DIR" and views[0].blur_p == 1
     file.write_text("recipe: fnc\nimage-size: many\n")

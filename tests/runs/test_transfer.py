@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import ROOT, own_lines, settings, shell
 from dataset_trees import NAMES, WRITERS, Tree
+from run_helpers import typed
 
 import main_lincls
 import main_semisup
@@ -84,16 +85,7 @@ def test_several_rates_cannot_fine_tune_one_network(script, images):
 def test_semi_supervised_and_nearest_neighbours_on_arrays(script, tmp_path):
     WRITERS["cifar10"](Tree(tmp_path / "data"))
     common = (
-        "--dataset",
-        "cifar10",
-        "-a",
-        "resnet18",
-        "--image-size",
-        32,
-        "-j",
-        0,
-        "-b",
-        2,
+        *typed("--dataset cifar10 -a resnet18 --image-size 32 -j 0 -b 2"),
         tmp_path / "data",
         "--save-dir",
     )
@@ -119,12 +111,8 @@ def test_average_precision_over_two_processes_is_that_of_one(script, tmp_path):
     status, _, err = script("main_lincls", *common, "--save-dir", tmp_path / "one")
     assert status == 0, err
     again = (
-        "-e",
-        "--resume",
-        tmp_path / "one" / "checkpoint.pth.tar",
-        "--multiprocessing-distributed",
-        "--nproc-per-node",
-        2,
+        *typed("-e --resume {}", tmp_path / "one" / "checkpoint.pth.tar"),
+        *typed("--multiprocessing-distributed --nproc-per-node 2"),
     )
     two = shell("main_lincls.py", *common, *again, "--save-dir", tmp_path / "two")
     assert two.returncode == 0, two.stderr
@@ -239,21 +227,7 @@ def test_nesterov_and_lars_reach_the_optimizer(script, images, tmp_path):
     weights = []
     for options in ((), ("--nesterov",), ("--optimizer", "lars")):
         run = tmp_path / "".join(options)
-        common = (
-            images,
-            "-a",
-            "resnet18",
-            "--image-size",
-            32,
-            "-j",
-            0,
-            "-b",
-            8,
-            "--epochs",
-            2,
-            "--lr",
-            0.1,
-        )
+        common = (images, *typed("-a resnet18 --image-size 32 -j 0 -b 8 --epochs 2 --lr 0.1"))
         assert script("main_lincls", *common, *options, "--save-dir", run)[0] == 0
         weights.append(
             torch.load(run / "checkpoint.pth.tar", weights_only=True)["state_dict"][

@@ -9,7 +9,7 @@ import torch
 from conftest import ROOT, in_process, shell
 from dataset_trees import WRITERS, Tree, write_voc
 from encoder_helpers import ARCHS, METHODS, SIZES, SMALL, VIT
-from run_helpers import facts, load, refused, same, succeeded
+from run_helpers import facts, load, refused, same, succeeded, typed
 
 from moco.encoder import networks, recompute
 from moco.errors import InputError
@@ -29,10 +29,7 @@ def checkpoints(tmp_path_factory, shared_images):
             "--method",
             method,
             *options,
-            "-a",
-            ARCHS[method],
-            "--knn-every",
-            1,
+            *typed("-a {} --knn-every 1", ARCHS[method]),
         )
         assert in_process("main_moby", *command, "--save-dir", run)[0] == 0
         files[method] = run / "checkpoint_0000.pth.tar"
@@ -65,16 +62,7 @@ def test_every_evaluation_reads_the_checkpoint(
         status, out, err = script(
             evaluation,
             *options,
-            "--image-size",
-            32,
-            "-b",
-            4,
-            "-j",
-            0,
-            "--pretrained",
-            file,
-            "--save-dir",
-            run,
+            *typed("--image-size 32 -b 4 -j 0 --pretrained {} --save-dir {}", file, run),
         )
         assert status == 0, err
         found = json.loads((run / "results.json").read_text())
@@ -92,15 +80,9 @@ def test_resumed_run_equals_uninterrupted_run(method, script, shared_images, tmp
     command = (
         shared_images,
         *SMALL,
-        "--epochs",
-        3,
-        "--method",
-        method,
+        *typed("--epochs 3 --method {}", method),
         *METHODS[method],
-        "-p",
-        1,
-        "--accumulation-steps",
-        2,
+        *typed("-p 1 --accumulation-steps 2"),
     )
     for run, more in (
         ("full", ()),
@@ -144,13 +126,7 @@ def test_frozen_patch_projection_stays_as_initialized(script, shared_images, tmp
         "main_moby",
         shared_images,
         *VIT,
-        "--epochs",
-        2,
-        "--stop-grad-conv1",
-        "--wd",
-        0.5,
-        "--save-dir",
-        tmp_path,
+        *typed("--epochs 2 --stop-grad-conv1 --wd 0.5 --save-dir {}", tmp_path),
     )
     assert status == 0, err
     first, second = (load(tmp_path / f"checkpoint_000{i}.pth.tar")["state_dict"] for i in range(2))
@@ -179,10 +155,7 @@ def test_gradient_is_clipped_to_the_given_norm(script, shared_images, tmp_path):
         options = (
             *sgd.split(),
             *"--lr-warmup-epochs 0 -b 24 --epochs 2 --accumulation-steps 2 -p 1".split(),
-            "--clip-grad",
-            clip,
-            "--save-dir",
-            run,
+            *typed("--clip-grad {} --save-dir {}", clip, run),
         )
         status, _, err = script("main_moby", shared_images, *SMALL, *options)
         assert status == 0, err
@@ -262,14 +235,8 @@ def test_evaluation_finds_the_run_of_output_and_tag(script, shared_images, check
     refused(script("main_knn", *small, "--tag", "T"), "--tag T", "give --output DIR")
     run = checkpoints["synco"].parent
     found = (
-        "--output",
-        run.parent,
-        "--tag",
-        run.name,
-        "--cfg",
-        ROOT / "configs" / "synco_vit_small.yaml",
-        "-a",
-        "test_vit",
+        *typed("--output {} --tag {}", run.parent, run.name),
+        *typed("--cfg {} -a test_vit", ROOT / "configs" / "synco_vit_small.yaml"),
     )
     status, out, err = script("main_knn", *small, *found, "--save-dir", tmp_path / "elsewhere")
     assert (

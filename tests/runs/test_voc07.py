@@ -8,7 +8,7 @@ import pytest
 from conftest import shell
 from dataset_trees import COLOURS, write_voc
 from metric_helpers import eleven_points_by_hand
-from run_helpers import VOC_SMALL, refused
+from run_helpers import VOC_SMALL, refused, typed
 from sklearn.linear_model import LogisticRegression
 from sklearn.svm import LinearSVC
 
@@ -193,10 +193,7 @@ def whole(tree, tmp_path_factory):
         "main_voc07.py",
         tree,
         *VOC_SMALL,
-        "--dump-features",
-        folder / "features",
-        "--save-dir",
-        folder / "run",
+        *typed("--dump-features {} --save-dir {}", folder / "features", folder / "run"),
     )
     start = time.monotonic()
     result = shell(*command, "--multiprocessing-distributed", "--nproc-per-node", 2)
@@ -246,10 +243,7 @@ def test_one_process_finds_what_two_do(whole, tree, script, tmp_path):
         "main_voc07",
         tree,
         *VOC_SMALL,
-        "--save-dir",
-        tmp_path / "one",
-        "--dump-features",
-        tmp_path / "features",
+        *typed("--save-dir {} --dump-features {}", tmp_path / "one", tmp_path / "features"),
     )
     assert status == 0, err
     for name in FILES:
@@ -297,15 +291,10 @@ def test_what_is_difficult_is_neither_trained_nor_scored(kind, whole, script, tm
             np.save(folder / f"{name}.npy", array)
         (folder / "meta.json").write_text((whole[2] / "meta.json").read_text())
         options = (
-            "--load-features",
-            folder,
-            "--save-dir",
-            folder / "run",
-            "--classifier",
-            kind,
-            "--c",
-            0.1,
-            10,
+            *typed(
+                "--load-features {} --save-dir {} --classifier {}", folder, folder / "run", kind
+            ),
+            *typed("--c 0.1 10"),
         )
         status, _, err = script("main_voc07", *options)
         assert status == 0, err
@@ -324,16 +313,8 @@ def test_what_is_difficult_is_neither_trained_nor_scored(kind, whole, script, tm
 
 def test_the_linear_classifier_tells_colours_too(whole, script, tmp_path):
     options = (
-        "--load-features",
-        whole[2],
-        "--save-dir",
-        tmp_path,
-        "--classifier",
-        "linear",
-        "--c",
-        1,
-        10,
-        100,
+        *typed("--load-features {} --save-dir {} --classifier linear", whole[2], tmp_path),
+        *typed("--c 1 10 100"),
     )
     assert script("main_voc07", *options)[0] == 0
     assert min(results(tmp_path)["metrics"][f"ap_{name}"] for name in COLOURS) > 0.9
@@ -362,10 +343,7 @@ def test_mistakes_are_one_line(script, tmp_path, images):
         "main_knn",
         images,
         *VOC_SMALL[:8],
-        "--dump-features",
-        files,
-        "--save-dir",
-        tmp_path / "knn",
+        *typed("--dump-features {} --save-dir {}", files, tmp_path / "knn"),
     )
     assert script(*command)[0] == 0
     refused(script("main_voc07", "--load-features", files), "one class each")

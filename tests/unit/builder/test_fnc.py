@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, on_two_ranks
+from run_helpers import typed
 from torch import nn
 
 from moco import distributed
@@ -218,22 +219,7 @@ def test_enough_rows_stay_negatives_whatever_the_threshold():
             assert value.isfinite()
 
 
-SCRIPT = (
-    "-a",
-    "resnet18",
-    "--image-size",
-    32,
-    "-b",
-    8,
-    "-j",
-    0,
-    "--epochs",
-    1,
-    "-p",
-    1,
-    "--support-size",
-    1,
-)
+SCRIPT = typed("-a resnet18 --image-size 32 -b 8 -j 0 --epochs 1 -p 1 --support-size 1")
 
 
 @pytest.mark.parametrize("mode", ["attract", "eliminate"])
@@ -258,10 +244,7 @@ def test_so_many_false_negatives_that_no_negative_is_left_are_refused(
         shared_images,
         *SCRIPT,
         *options,
-        "--fn-mode",
-        mode,
-        "--fn-threshold",
-        -1,
+        *typed("--fn-mode {} --fn-threshold -1", mode),
     )
     status, _, err = script(*command, "--fn-topk", most + 1)
     assert status == 2 and err.count("\n") == 1
@@ -276,14 +259,7 @@ def test_as_many_false_negatives_as_may_be_train_and_are_logged_as_json(
     script, shared_images, tmp_path
 ):
     options = (
-        "--memory-multiplier",
-        4,
-        "--fn-topk",
-        28,
-        "--fn-threshold",
-        -1,
-        "--fn-mode",
-        "eliminate",
+        *typed("--memory-multiplier 4 --fn-topk 28 --fn-threshold -1 --fn-mode eliminate"),
         "--save-dir",
         tmp_path,
     )

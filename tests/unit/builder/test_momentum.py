@@ -4,6 +4,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
+from run_helpers import typed
 from torch import nn
 
 from moco.builder.batch_norm import split_batch_norm
@@ -479,12 +480,7 @@ def test_fewer_batch_norm_groups_than_asked_for_are_announced(
         "main_synco",
         shared_images,
         *small,
-        "-b",
-        batch,
-        "--bn-splits",
-        splits,
-        "--save-dir",
-        tmp_path,
+        *typed("-b {} --bn-splits {} --save-dir {}", batch, splits, tmp_path),
     )
     status, out, err = script(*command)
     assert status == 0, err

@@ -8,6 +8,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from encoder_helpers import to_moby_name
+from run_helpers import typed
 
 from moco.encoder import networks, pretrained, timm_networks
 from moco.engine import checkpoint
@@ -45,16 +46,8 @@ def test_checkpoint_of_mobys_own_code_loads(tmp_path, script, shared_images):
         torch.equal(ours.state_dict()[name], tensor) for name, tensor in theirs.state_dict().items()
     )
     options = (
-        "--pretrained",
-        tmp_path / "ckpt_epoch_299.pth",
-        "-a",
-        "swin_tiny",
-        "--image-size",
-        32,
-        "-b",
-        8,
-        "-j",
-        0,
+        *typed("--pretrained {} -a swin_tiny --image-size 32", tmp_path / "ckpt_epoch_299.pth"),
+        *typed("-b 8 -j 0"),
     )
     status, out, err = script(
         "main_knn", shared_images, *options, "--k", 5, "--save-dir", tmp_path / "knn"

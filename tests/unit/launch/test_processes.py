@@ -41,14 +41,7 @@ def test_plan_of_torchrun(no_launcher, monkeypatch):
         plan.first,
         plan.world_size,
         plan.local_rank,
-    ) == (
-        "torchrun",
-        2,
-        4,
-        5,
-        8,
-        1,
-    )
+    ) == ("torchrun", 2, 4, 5, 8, 1)
 
 
 def test_plan_of_srun(no_launcher, monkeypatch):
@@ -68,14 +61,7 @@ def test_plan_of_srun(no_launcher, monkeypatch):
         plan.first,
         plan.world_size,
         plan.local_rank,
-    ) == (
-        "srun",
-        2,
-        4,
-        6,
-        8,
-        2,
-    )
+    ) == ("srun", 2, 4, 6, 8, 2)
     assert plan.url == "tcp://localhost:20012"
     monkeypatch.setenv("SLURM_STEP_ID", "1")  # another step of the same job
     assert processes.plan(launch_options()).url != plan.url
