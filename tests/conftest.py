@@ -9,6 +9,7 @@ import importlib.util
 import io
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -85,6 +86,38 @@ def shared_images(tmp_path_factory) -> Path:
     return write_images(tmp_path_factory.mktemp("images"), classes=3, train=16)
 
 
+@pytest.fixture(scope="session")
+def pretraining(shared_images: Path, tmp_path_factory) -> Path:
+    """The run folder of one epoch of main_synco.py, which no test may write to."""
+    folder = tmp_path_factory.mktemp("pretraining") / "run"
+    sizes = "-a resnet18 --image-size 32 -b 8 -j 0 --moco-k 32 --epochs 1".split()
+    status, _, err = in_process("main_synco", shared_images, *sizes, "--save-dir", folder)
+    assert status == 0, err
+    return folder
+
+
+@pytest.fixture
+def run(pretraining: Path, tmp_path: Path) -> Path:
+    """A copy of `pretraining`, which a test may write to."""
+    return Path(shutil.copytree(pretraining, tmp_path / "run"))
+
+
+@pytest.fixture(scope="session")
+def checkpoints(shared_images: Path, tmp_path_factory) -> dict[str, Path]:
+    """A checkpoint of AdCo, SogCLR and FNC."""
+    from method_helpers import METHODS, SMALL
+
+    files = {}
+    for name in ("adco", "sogclr", "fnc"):
+        method, *options = METHODS[name]
+        folder = tmp_path_factory.mktemp(name)
+        words = (shared_images, *options, *SMALL, "--knn-every", 1, "--save-dir", folder)
+        status, _, err = in_process(method, *words)
+        assert status == 0, err
+        files[name] = folder / "checkpoint_0000.pth.tar"
+    return files
+
+
 def shell(
     *command: object, env: dict[str, str] | None = None, wait: bool = True
 ) -> subprocess.CompletedProcess | subprocess.Popen:
@@ -151,6 +184,26 @@ def in_process(name: str, *options: object) -> tuple[int, str, str]:
 @pytest.fixture
 def script():
     return in_process
+
+
+@pytest.fixture
+def call(script, capsys, monkeypatch) -> Callable[..., tuple[int, str, str]]:
+    """A script's or a tool's command line, in this process."""
+
+    def run(program: str, *words: object) -> tuple[int, str, str]:
+        if program.startswith("main_"):
+            return script(program, *words)
+        if "-" in program and str(ROOT / "detection") not in sys.path:
+            monkeypatch.syspath_prepend(str(ROOT / "detection"))
+        module = importlib.import_module(program)
+        monkeypatch.setattr(sys, "argv", [f"{program.removeprefix('tools.')}.py", *map(str, words)])
+        try:
+            status = module.main()
+        except SystemExit as end:
+            status = end.code
+        return status, *capsys.readouterr()
+
+    return run
 
 
 @pytest.fixture

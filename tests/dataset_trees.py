@@ -93,8 +93,6 @@ def pickled(value):
 
 # Each of the functions below writes one data set. It returns the classes and, for the training
 # images and for the test images, a list of (number, label) in order.
-
-
 def cifar(tree, folder, key, names, batches, meta):
     classes, train, test = ["first", "second", "third"], [], []
     for batch in batches:
@@ -387,34 +385,11 @@ def shown(images):
 
 
 _WRITERS = [imagenet, cifar10, cifar100, stl10, flowers, pets, food101, cars, caltech101, dtd]
+
+
 _WRITERS += [aircraft, sun397, voc2007, places365, places205]
+
+
 WRITERS = {writer.__name__: writer for writer in _WRITERS}
 FIXED = tuple(name for name in ON_DISK if name != "caltech101")  # those with a published split
 LISTED = tuple(name for name in FIXED if name != "imagenet")  # those with lists of images
-
-
-COLOURS = ("bird", "cat", "sofa")  # red, green, blue
-
-
-def write_voc(root, trainval=61, test=40):
-    """Some birds are difficult, as a few of what is no bird; a dog is shown in test only."""
-    tree, rng = Tree(root), np.random.default_rng(0)
-    base, number = "VOCdevkit/VOC2007", 0
-    for split, count in (("trainval", trainval), ("test", test)):
-        names = []
-        for i in range(count):
-            shown = rng.random(3) < 0.4
-            name, number = f"{number:06d}", number + 1
-            pixels = rng.integers(0, 80, (40, 40, 3)) + 100 * shown + rng.integers(0, 40)
-            jpeg = io.BytesIO()
-            Image.fromarray(pixels.astype(np.uint8)).save(jpeg, "jpeg", quality=95)
-            tree.file(f"{base}/JPEGImages/{name}.jpg", jpeg.getvalue())
-            things = [(thing, 0) for thing, there in zip(COLOURS, shown, strict=True) if there]
-            if i % 7 == 3:
-                things = [thing for thing in things if thing[0] != "bird"] + [("bird", 1)]
-            if split == "test" and i % 9 == 2:
-                things.append(("dog", 0))
-            tree.file(f"{base}/Annotations/{name}.xml", annotation(things))
-            names.append(name)
-        tree.lines(f"{base}/ImageSets/Main/{split}.txt", names)
-    return root

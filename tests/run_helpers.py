@@ -1,14 +1,17 @@
 """Helpers for tests of runs: read a run folder, and check how a script ended."""
 
+import hashlib
 import json
+import os
+import subprocess
 from pathlib import Path
-from subprocess import CompletedProcess
 from types import SimpleNamespace
 
 import torch
-from conftest import own_lines, settings
+from conftest import ROOT, own_lines, settings
 
 import main_synco
+from moco.engine import run_folder
 
 TIMES = {"images_per_s", "data_wait", "time"}
 
@@ -20,7 +23,12 @@ def typed(line: str, *values: object) -> tuple:
 
 
 INPUT = typed("-a resnet18 --image-size 32 -b 8 -j 0")
-SMALL = (*INPUT, *typed("--epochs 1 --moco-k 32"))  # of main_synco.py
+PRETRAIN = (*INPUT, "--moco-k", 32)  # of main_synco.py
+SMALL = (*PRETRAIN, "--epochs", 1)
+TINY = (
+    *typed("-a resnet18 --image-size 32 -b 8 --moco-k 64 --moco-dim 16 --n-hard 8 --n1 2"),
+    *typed("--n3 2 --n4 2"),
+)
 VOC_SMALL = (*INPUT, *typed("--c 0.1 1 10 100"))  # of main_voc07.py
 
 
@@ -29,7 +37,7 @@ def options(*command: object) -> SimpleNamespace:
     return settings(main_synco, command)
 
 
-def succeeded(result: CompletedProcess) -> str:
+def succeeded(result: subprocess.CompletedProcess) -> str:
     """Return the output of a script that must have succeeded."""
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
@@ -68,3 +76,39 @@ def same(a: object, b: object) -> bool:
     if isinstance(a, list):
         return len(a) == len(b) and all(map(same, a, b))
     return a == b
+
+
+def digests(folder: Path, below: bool = True) -> dict[str, str]:
+    """Return the hash of each file by its path, without locks.
+
+    Unless `below`, subfolders are left out.
+    """
+    files = folder.rglob("*") if below else folder.glob("*")
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in files
+        if path.is_file() and path.name != run_folder.LOCK
+    }
+
+
+def evaluation(name: str, data: Path, checkpoint: Path) -> tuple:
+    """Return a short command of the evaluation script `name`."""
+    options = {
+        "main_knn": ("--k", 1, "-b", 8, "-j", 0),
+        "main_lincls": ("--lr", 0.1, "--epochs", 1, "-b", 8, "-j", 0),
+        "main_semisup": ("--train-percent", 100, "--epochs", 1, "-b", 8, "-j", 0),
+    }
+    return (name, data, "--pretrained", checkpoint, *options[name])
+
+
+def bash(*words, env=None, **more):
+    words = ["bash", *map(str, words)]
+    return subprocess.run(
+        words,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, **(env or {})},
+        timeout=60,
+        **more,
+    )

@@ -7,9 +7,10 @@ import pytest
 import timm
 import torch
 from conftest import ROOT, in_process, shell
-from dataset_trees import WRITERS, Tree, write_voc
+from dataset_trees import WRITERS, Tree
 from encoder_helpers import ARCHS, METHODS, SIZES, SMALL, VIT
 from run_helpers import facts, load, refused, same, succeeded, typed
+from voc_tree import write_voc
 
 from moco.encoder import networks, recompute
 from moco.errors import InputError
@@ -174,8 +175,6 @@ def test_gradient_is_clipped_to_the_given_norm(script, shared_images, tmp_path):
 
 
 RESULTS = ("imagenet-freeze", "cifar10-finetune")
-
-
 LAUNCH = ("-m", "torch.distributed.launch", "--nproc_per_node=2", "--master_port=12345")
 
 

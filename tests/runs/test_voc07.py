@@ -6,11 +6,11 @@ import time
 import numpy as np
 import pytest
 from conftest import shell
-from dataset_trees import COLOURS, write_voc
 from metric_helpers import eleven_points_by_hand
 from run_helpers import VOC_SMALL, refused, typed
 from sklearn.linear_model import LogisticRegression
 from sklearn.svm import LinearSVC
+from voc_tree import COLOURS, write_voc
 
 from moco.evaluate import metrics, voc
 

@@ -1,0 +1,152 @@
+"""Test that an option without effect is refused, or announced."""
+
+import pytest
+from run_helpers import options, refused
+
+from moco.launch import launch
+
+# options without effect
+IDLE = [
+    ("main_synco", "--nproc-per-node 3", "--nproc-per-node has no effect"),
+    ("main_synco", "--n-hard 8", "--n-hard has no effect"),
+    (
+        "main_synco",
+        "--sigma 0.1 --n-hard 8 --n1 2",
+        "--sigma has no effect: there are no noise negatives; give --n4",
+    ),
+    ("main_synco", "--delta 0.1", "--n5"),
+    ("main_synco", "--eta 0.1", "--n6"),
+    ("main_synco", "--warmup-epochs 3", "the learning rate's warm-up is --lr-warmup-epochs"),
+    ("main_synco", "--lr-final 0.001", "--lr-final has no effect"),
+    ("main_synco", "--cos --schedule 1 2", "--schedule has no effect"),
+    ("main_synco", "--sgdr --cos", "--cos has no effect"),
+    ("main_synco", "--sgdr-t0 3 --cos", "--sgdr-t0 has no effect"),
+    ("main_synco", "--lr-by step", "--lr-by has no effect"),
+    ("main_synco", "--sgdr --lr-by epoch-end", "--sgdr has no effect"),
+    ("main_synco", "--bn-splits 1 --bn-splits-query", "--bn-splits-query has no effect"),
+    ("main_synco", "--optimizer adamw --momentum 0.8", "--momentum has no effect"),
+    ("main_synco", "--optimizer lars --nesterov", "--nesterov has no effect"),
+    ("main_synco", "--knn-k 5", "--knn-k has no effect"),
+    ("main_synco", "--knn-t 0.5", "--knn-t has no effect"),
+    (
+        "main_synco",
+        "--aug-plus --recipe mocov1",
+        "--aug-plus has no effect: --recipe names the views",
+    ),
+    (
+        "main_synco",
+        "--bn-splits 4 --multiprocessing-distributed --nproc-per-node 2",
+        "--bn-splits has no effect",
+    ),
+    ("main_adco", "--schedule 1", "--schedule has no effect"),
+    ("main_adco", "--memory-lr 0 --mem-t 0.5", "--mem-t has no effect"),
+    ("main_sogclr", "--loss-type simclr --gamma 0.5", "--gamma has no effect"),
+    ("main_sogclr", "--num-proj-layers 1 --mlp-dim 64", "--mlp-dim has no effect"),
+    ("main_fnc", "--fn-mode off --fn-topk 3", "--fn-topk has no effect"),
+    ("main_fnc", "--fn-topk 0 --fn-threshold 0.1", "--fn-threshold has no effect"),
+    ("main_fnc", "--memory-multiplier 0 --ema 0.9", "--ema has no effect"),
+    ("main_moby", "--method byol --queue 64", "--queue has no effect"),
+    ("main_moby", "--method byol --moco-t 0.1", "--moco-t has no effect"),
+    ("main_moby", "--n4 3", "--n4 has no effect: synthetic negatives are --method synco's"),
+    ("main_moby", "--synthetic-first 3", "--synthetic-first has no effect"),
+    ("main_moby", "--proj-layers 1 --pred-layers 1 --mlp-dim 64", "--mlp-dim has no effect"),
+    ("main_synco", "--output elsewhere", "--output has no effect: --save-dir names the run folder"),
+    (
+        "main_lincls",
+        "--grad-checkpoint",
+        "--grad-checkpoint has no effect: --weights freeze trains no block",
+    ),
+    ("main_lincls", "--save-every 2", "--save-every has no effect"),
+    ("main_lincls", "--download", "--download has no effect"),
+    ("main_semisup", "--weights freeze --lr-backbone 0.1", "--lr-backbone has no effect"),
+    (
+        "main_semisup",
+        "--weights freeze --zero-init-classifier",
+        "--zero-init-classifier has no effect",
+    ),
+    ("main_knn", "--recipe mocov2", "--recipe has no effect"),
+    ("main_knn", "--crop-min 0.5", "--crop-min has no effect"),
+    ("main_knn", "--blur-sigma 1 2", "--blur-sigma has no effect: this script sees the centre"),
+    ("main_knn", "--grad-checkpoint", "--grad-checkpoint has no effect"),
+]
+
+
+@pytest.fixture
+def until_launch(script, images, tmp_path, monkeypatch):
+    """Call a script up to the point where processes would start."""
+    monkeypatch.setattr(launch, "launch", lambda worker, args: None)
+    small = (images, "-a", "resnet18", "--image-size", 32, "-b", 8, "--save-dir", tmp_path / "run")
+    return lambda name, words: script(name, *small, *words.split())
+
+
+@pytest.mark.parametrize(("name", "words", "said"), IDLE)
+def test_an_option_without_effect_is_refused(until_launch, name, words, said):
+    refused(until_launch(name, words), said)
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "said"),
+    [
+        (
+            "main_synco",
+            "--world-size 1 --rank 0 --dist-url tcp://localhost:1",
+            "--dist-url has no effect: this is one process",
+        ),
+        ("main_synco", "--sigma 0.01", "--sigma has no effect"),  # as it is by default
+        ("main_synco", "--cos --schedule 120 160", "--schedule has no effect"),
+        ("main_sogclr", "--loss-type simclr --gamma 0.9", "--gamma has no effect"),
+        ("main_knn", "--host-features", "--host-features has no effect"),
+        ("main_synco", "--dist-backend gloo", "--dist-backend has no effect"),
+        (
+            "main_synco",
+            "--schedule 30 --epochs 20",
+            "--schedule has no effect: the run ends before the first of these",
+        ),
+    ],
+)
+def test_an_option_without_effect_that_changes_nothing_is_announced(
+    until_launch, name, words, said
+):
+    status, out, err = until_launch(name, words)
+    assert status == 0 and not err, err
+    assert [line for line in out.splitlines() if line.startswith(said)], out
+
+
+def test_options_with_an_effect_are_taken_in_silence(until_launch):
+    for name, words in (
+        (
+            "main_synco",
+            "--n-hard 8 --n1 1 --n4 2 --n5 2 --n6 2 --sigma 1 --delta 1 --eta 1 "
+            "--warmup-epochs 1 --cos --lr-final 0.1",
+        ),
+        (
+            "main_synco",
+            "--no-cos --schedule 3 --no-sgdr --momentum 0.5 --nesterov "
+            "--knn-every 1 --knn-k 3 --knn-t 1 --bn-splits 2",
+        ),
+        ("main_synco", "--sgdr --sgdr-t0 3 --lr-by step --lr-final 0.1 --world-size 1 --rank 0"),
+        ("main_moby", "--method synco --n-hard 8 --n1 1 --sigma 1 --queue 64 --moco-t 0.5"),
+        ("main_fnc", "--fn-topk 3 --fn-threshold 0.1 --ema 0.5"),
+        ("main_semisup", "--weights finetune --lr-backbone 0.1 --zero-init-classifier"),
+        ("main_knn", "--k 3 --temperature 0.5"),
+    ):
+        assert until_launch(name, words) == (0, "", ""), (name, words)
+
+
+def test_a_recipe_may_hold_what_another_choice_leaves_without_effect(until_launch, tmp_path):
+    (tmp_path / "c.yaml").write_text("n-hard: 8\nn4: 2\nsigma: 0.5\ndelta: 0.01\nsave-dir: null\n")
+    status, out, err = until_launch("main_synco", f"--cfg {tmp_path / 'c.yaml'} --n4 0")
+    assert status == 0 and not err
+    assert [line.split(":")[0] for line in out.splitlines()] == [
+        f"--sigma of {tmp_path}/c.yaml has no effect",
+        f"--n-hard of {tmp_path}/c.yaml has no effect",
+    ]
+    assert until_launch("main_synco", f"--cfg {tmp_path / 'c.yaml'}") == (0, "", "")
+    assert until_launch(
+        "main_moby",
+        "--cfg configs/moby_swin_tiny.yaml --method byol -a resnet18 --online-drop-path 0",
+    )[1:] == ("", "")
+
+
+def test_what_was_given_is_not_among_the_options():
+    assert not {"given", "own", "recipe_values", "rules"} & vars(options("d", "--lr", 1)).keys()
