@@ -93,8 +93,10 @@ CHECKS += [
 @pytest.mark.parametrize("name", CHECKS)
 def test_a_check_passes_between_cpu_and_cpu(gpu, setup, name):
     """Runs each check by itself, because the test above may lack the time for some."""
+    import gpu_setup
+
     setup.work.mkdir()
-    notes = gpu.Notes()
+    notes = gpu_setup.Notes()
     gpu.PARTS[1][name][0](setup, notes)
     assert notes.failures == [] and len(notes) > 0
 
@@ -128,13 +130,15 @@ sys.exit(gpu.main())
 def test_a_part_that_fails_dies_or_hangs_does_not_stop_the_others(
     gpu, tmp_path, monkeypatch, capsys
 ):
+    import gpu_visit as visit
+
     script, file = tmp_path / "parts.py", tmp_path / "gpu.json"
     script.write_text(PARTS.format(folder=str(ROOT / "benchmarks")))
     names = ("differs", "dies", "hangs", "raises", "passes")
-    monkeypatch.setattr(gpu, "__file__", str(script))
+    monkeypatch.setattr(visit, "SCRIPT", script)
     monkeypatch.setitem(gpu.PARTS, 1, {name: (None, 0) for name in names})
-    monkeypatch.setattr(gpu, "LIMIT", 2.0)
-    monkeypatch.setattr(gpu, "START", 600.0)  # this test has no process that hangs at its start
+    monkeypatch.setattr(visit, "LIMIT", 2.0)
+    monkeypatch.setattr(visit, "START", 600.0)  # this test has no process that hangs at its start
     args = gpu.parser().parse_args(
         ["--minutes", "30", "--stages", "1", "--json", str(file), "--device", "cpu"]
     )
@@ -231,6 +235,7 @@ def test_ctrl_c_prints_a_line_and_the_table(gpu, tmp_path, monkeypatch, capsys):
 def test_a_step_that_differs_fails(gpu, setup, monkeypatch):
     """Changes the weights of the second of both networks."""
     import gpu_checks
+    import gpu_setup
 
     build, made = gpu_checks.method, []
 
@@ -243,10 +248,10 @@ def test_a_step_that_differs_fails(gpu, setup, monkeypatch):
         return made[-1]
 
     monkeypatch.setattr(gpu_checks, "method", other)
-    notes = gpu.Notes()
+    notes = gpu_setup.Notes()
     gpu_checks.step("byol", setup, notes)
     assert any(line.startswith("fp32 gradient") for line in notes.failures), notes.failures
-    notes = gpu.Notes()
+    notes = gpu_setup.Notes()
     gpu_checks.step("byol", setup, notes)
     assert notes.failures == [] and notes["fp32 gradient"] <= 1e-4 and notes["off falls"]
 
