@@ -20,13 +20,9 @@ import torch
 
 from moco.files import new_folder
 from moco.launch.interrupt import STATUS
+from moco.methods import METHODS
 
-METHODS = {
-    "synco": "main_synco.py --moco-k 64 --mlp --n-hard 8 --n1 2 --n3 2 --n4 2 --n6 2"
-    " --warmup-epochs 1",
-    "adco": "main_adco.py --cluster 96 --moco-dim 32",  # fills its bank in 12 steps before epoch 0
-    "sogclr": "main_sogclr.py --mlp-dim 64",
-}
+MORE = {"adco": "--ad-init 1 --cluster 96"}  # fills its bank in 12 steps before epoch 0
 COMMON = (
     "photos -a resnet18 --image-size 32 -b {batch} --epochs {epochs} -p 1 "
     "--save-every-steps 2 --keep 2"
@@ -36,7 +32,9 @@ COMMON = (
 def main() -> int:
     """Run the check; return the exit status."""
     parser = measure.parser(__doc__)
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument(
+        "--methods", nargs="+", choices=METHODS, default=["synco", "adco", "sogclr"]
+    )
     parser.add_argument("--processes", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--signals", nargs="+", choices=("KILL", "TERM"), default=["KILL", "TERM"])
     parser.add_argument("--stops", type=int, default=20, help="number of stops of each run")
@@ -51,7 +49,7 @@ def main() -> int:
     args = parser.parse_args()
     results = []
     print(
-        f"{'method':8}{'processes':>10}{'signal':>8}{'steps':>7}{'stops':>7}"
+        f"{'method':9}{'processes':>10}{'signal':>8}{'steps':>7}{'stops':>7}"
         f"{'while starting':>16}{'seconds':>9}  same bits"
     )
     for method in args.methods:
@@ -61,8 +59,10 @@ def main() -> int:
             )
             command = [
                 sys.executable,
-                *METHODS[method].split(),
+                f"{METHODS[method].script}.py",
                 *COMMON.format(batch=args.batch_size, epochs=args.epochs).split(),
+                *METHODS[method].tiny.split(),
+                *MORE.get(method, "").split(),
             ]
             command += ["--multiprocessing-distributed", "--nproc-per-node", str(processes)] * (
                 processes > 1
