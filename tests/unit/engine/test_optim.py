@@ -164,6 +164,24 @@ def test_by_epoch_end_the_rates_are_those_of_the_demo_on_cifar10():
     )
 
 
+@pytest.mark.parametrize("name", ["sgd", "lars", "adamw"])
+def test_every_optimizer_knows_the_parameters_without_a_schedule(name):
+    """AdamW divides each group into parameters with and without weight decay."""
+    fixed, scheduled = (
+        [torch.ones(2, 2, requires_grad=True), torch.ones(2, requires_grad=True)] for _ in range(2)
+    )
+    shared = {"lr": 0.1, "weight_decay": 0.01}
+    groups = [
+        {"params": scheduled, **shared},
+        {"params": fixed, "scheduled": False, **shared},
+    ]
+    optimizer = optim.make(groups, Schedule(optimizer=name), "off")
+    found = {
+        p: group.get("scheduled", True) for group in optimizer.param_groups for p in group["params"]
+    }
+    assert all(found[p] is True for p in scheduled) and all(found[p] is False for p in fixed)
+
+
 def test_restarts_by_step_begin_after_the_warm_up():
     args = options(lr_by="step", sgdr=True, lr_warmup_epochs=5)
     assert [optim.rate(args, 1.0, epoch) for epoch in (5, 11, 17, 29)] == pytest.approx(
