@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import shell
 from launch_helpers import MEETING
-from run_helpers import SMALL, options, refused
+from run_helpers import INPUT, SMALL, options, refused, typed
 
 import main_adco
 from moco.errors import InputError
@@ -184,7 +184,7 @@ def test_launcher_overrides_the_default_of_adco(gpus, monkeypatch):
 
 
 def test_adco_prints_the_number_of_processes(images, tmp_path):
-    small = (images, *SMALL[:-2], "--cluster", 16, "--moco-dim", 8, "--no-ad-init")
+    small = (images, *INPUT, *typed("--epochs 1 --cluster 16 --moco-dim 8 --no-ad-init"))
     done = shell("main_adco.py", *small, "--nproc-per-node", 2, "--save-dir", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     assert (
@@ -232,6 +232,6 @@ def test_number_of_loader_processes_is_in_help_and_options(script, images, tmp_p
     assert "here 5" in " ".join(script("main_synco", "--help")[1].split())
     found = []
     monkeypatch.setattr(launch, "launch", lambda worker, config: found.append(config.input.workers))
-    command = ("main_synco", images, *SMALL[:-6], "--save-dir", tmp_path / "run")
+    command = ("main_synco", images, *INPUT[:-2], "--save-dir", tmp_path / "run")
     assert script(*command)[0] == script(*command, "-j", 0)[0] == 0
     assert found == [5, 0]
