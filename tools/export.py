@@ -98,7 +98,7 @@ def export(args: argparse.Namespace) -> None:
     other features.
     """
     outs = [args.out, *([args.out.with_name("hubconf.py")] if args.hub else [])]
-    check_places(args, outs)
+    check_outputs(args, outs)
     found = pretrained.read(args.checkpoint, args.arch, args.image_size)
     if found.resized:
         print(
@@ -117,7 +117,7 @@ def export(args: argparse.Namespace) -> None:
     }
     tensors = {name: x.clone().contiguous() for name, x in found.net.state_dict().items()}
     plain = stock_models(found.arch, found.image_size, found.stem)
-    files = [packed(tensors, args.out.suffix, facts)]
+    files = [serialize(tensors, args.out.suffix, facts)]
     if args.hub:
         files.append(hubconf(plain[0], args.out.name, facts).encode())
     try:
@@ -126,7 +126,7 @@ def export(args: argparse.Namespace) -> None:
             staged = [Path(folder, out.name) for out in outs]
             for path, data in zip(staged, files, strict=True):
                 path.write_bytes(data)
-            same = prove(found, plain, staged[0], args.hub)
+            same = verify(found, plain, staged[0], args.hub)
             for data, out in zip(files, outs, strict=True):
                 with creating(out, args.force) as file:
                     file.write(data)
@@ -155,7 +155,7 @@ def export(args: argparse.Namespace) -> None:
         )
 
 
-def check_places(args: argparse.Namespace, outs: list[Path]) -> None:
+def check_outputs(args: argparse.Namespace, outs: list[Path]) -> None:
     """Raise InputError if the suffix of OUT is unknown, or if an existing file would be lost."""
     if args.out.suffix not in READ:
         raise InputError(f"{args.out}: unknown kind of file; let OUT end in {', '.join(READ)}")
@@ -173,7 +173,7 @@ def check_places(args: argparse.Namespace, outs: list[Path]) -> None:
         check_new(out, args.force)
 
 
-def packed(tensors: dict[str, Tensor], suffix: str, facts: dict[str, object]) -> bytes:
+def serialize(tensors: dict[str, Tensor], suffix: str, facts: dict[str, object]) -> bytes:
     """Return the content of the file. A safetensors file holds `facts` as metadata."""
     if suffix != ".safetensors":
         buffer = BytesIO()
@@ -226,7 +226,7 @@ def python(home: StockModel, path: Path) -> list[str]:
 
 
 @torch.inference_mode()
-def prove(found: pretrained.Encoder, plain: list[StockModel], path: Path, hub: bool) -> list[str]:
+def verify(found: pretrained.Encoder, plain: list[StockModel], path: Path, hub: bool) -> list[str]:
     """Load `path` strictly into each stock network; return a line to print about each.
 
     Raises InputError if a stock network computes other features than this project's network.
@@ -244,15 +244,15 @@ def prove(found: pretrained.Encoder, plain: list[StockModel], path: Path, hub: b
     for home in plain:
         names: dict[str, nn.Module] = {}
         exec("\n".join(python(home, path)), names)  # exactly the code that will be printed
-        said.append(compared(home.library, names["net"], images, mine))
+        said.append(compare_features(home.library, names["net"], images, mine))
     if hub:
-        compared(
+        compare_features(
             "torch.hub", torch.hub.load(str(path.parent), "encoder", source="local"), images, mine
         )
     return said
 
 
-def compared(where: str, net: nn.Module, images: Tensor, mine: Tensor) -> str:
+def compare_features(where: str, net: nn.Module, images: Tensor, mine: Tensor) -> str:
     """Return a line on how far the features of `net` are from `mine`.
 
     Raises InputError if they differ by more than `TOLERANCE`.

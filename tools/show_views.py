@@ -41,8 +41,8 @@ def draw(args: argparse.Namespace) -> None:
     images = find(args.data)
     figure = views_figure(
         images,
-        spread(len(images), args.images),
-        recipes.of(views_of(args)),
+        evenly_spaced(len(images), args.images),
+        recipes.from_settings(views_of(args)),
         args.seed,
         args.draws,
     )
@@ -74,7 +74,7 @@ def find(data: str) -> Images:
     return ImageFolder(folder, np.zeros(len(names), int), ("",), np.array(names))
 
 
-def spread(n: int, count: int) -> list[int]:
+def evenly_spaced(n: int, count: int) -> list[int]:
     """Return `count` evenly spaced indices of n, including the first and the last."""
     count = min(n, count)
     return [round(i * (n - 1) / max(1, count - 1)) for i in range(count)]
@@ -196,7 +196,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
             f"{which}give RECIPE and DATA, as in {p.prog} mocov2 photos; "
             f"recipes: {', '.join(recipes.RECIPES)}"
         )
-    if sigma and not any(view.blur_p for view in recipes.of(views_of(args))):
+    if sigma and not any(view.blur_p for view in recipes.from_settings(views_of(args))):
         given = " ".join(f"{value:g}" for value in sigma)
         why = f"the views of {args.recipe} are not blurred"
         raise InputError(

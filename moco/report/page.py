@@ -189,7 +189,7 @@ def evaluations(found: list[Run]) -> str:
     if any(best.on_val for *_, cells in rows for best in cells.values()):
         note += " * the best of several settings, chosen on the very images that it is tested on."
     chosen = {
-        results.choice(best.runs[0].encoder, column, best)
+        results.choice(best.results[0].encoder, column, best)
         for *_, cells in rows
         for column, best in cells.items()
         if best.tried > 1
@@ -301,55 +301,59 @@ def views(found: list[Run]) -> str:
     return section("Views", drawn)
 
 
-class Look(NamedTuple):
-    """The features of a sample, by the encoder of one run."""
+class RunFeatures(NamedTuple):
+    """The features of a sample of images, computed by the encoder of one run."""
 
     run: Run
-    says: str  # which encoder it is
+    source: str  # a text that names the checkpoint
     bank: Tensor  # features of training images [N, D]
     val: Tensor  # features of val images [M, D]
 
 
 def encoders(found: list[Run], pretrained: Path | None, images: int, seed: int) -> str:
     """Return the sections with a map of features per data set, and neighbours per run."""
-    looks: dict[int, list[Look]] = defaultdict(list)  # by sample
+    computed: dict[int, list[RunFeatures]] = defaultdict(list)  # by sample
     samples, lines = {}, []
     for run in found:
         try:
-            net, says = pictures.encoder(run, pretrained)
+            net, source = pictures.encoder(run, pretrained)
             sample = pictures.sample_of(run, images, seed)
             print_rank0(
                 f"{plots.printable(run.name)}: features of {len(sample.bank)} train "
                 f"and {len(sample.val)} val images"
             )
-            bank, val = (pictures.seen_by(net, part, run) for part in (sample.bank, sample.val))
-            looks[id(sample)].append(Look(run, says, bank, val))
+            bank, val = (
+                pictures.extract_features(net, part, run) for part in (sample.bank, sample.val)
+            )
+            computed[id(sample)].append(RunFeatures(run, source, bank, val))
             samples[id(sample)] = sample
         except (InputError, OSError) as error:
             lines.append(_line(run, f"{error}; there are curves only"))
     maps, strips = [], []
-    for key, same in looks.items():
+    for key, same in computed.items():
         maps.append(
             _or_why_not(same[0].run, lambda key=key, same=same: _map(samples[key], same, seed))
         )
         strips += [
-            _or_why_not(look.run, lambda key=key, look=look: _strips(samples[key], look))
-            for look in same
+            _or_why_not(one.run, lambda key=key, one=one: _strips(samples[key], one))
+            for one in same
         ]
     parts = (
-        [section("Map of features", maps), section("Nearest neighbours", strips)] if looks else []
+        [section("Map of features", maps), section("Nearest neighbours", strips)]
+        if computed
+        else []
     )
     return "".join([*parts, *lines])
 
 
-def _map(sample: pictures.Sample, looks: list[Look], seed: int) -> str:
-    began, run = time.perf_counter(), looks[0].run
-    shown = {look.run.name: look.val for look in looks}
+def _map(sample: pictures.Sample, computed: list[RunFeatures], seed: int) -> str:
+    began, run = time.perf_counter(), computed[0].run
+    shown = {one.run.name: one.val for one in computed}
     few = sample.val.subset(np.arange(min(64, len(sample.val))))
     net = pictures.random_encoder(run, seed)
-    pictures.seen_by(net, few, run)
+    pictures.extract_features(net, few, run)
     if (time.perf_counter() - began) * len(sample.val) / len(few) < CHEAP:
-        shown[f"random {run.args['arch']}"] = pictures.seen_by(net, sample.val, run)
+        shown[f"random {run.args['arch']}"] = pictures.extract_features(net, sample.val, run)
     classes = len(np.unique(sample.val.labels))
     of = f"{classes} of {sample.all_classes}" if classes < sample.all_classes else f"{classes}"
     text = f"{len(sample.val)} val images of {of} classes, by t-SNE of their features. "
@@ -358,12 +362,12 @@ def _map(sample: pictures.Sample, looks: list[Look], seed: int) -> str:
     return figure(title, pictures.feature_map(sample.val, shown), text)
 
 
-def _strips(sample: pictures.Sample, look: Look) -> str:
-    picture = pictures.neighbours(sample, look.bank, look.val, THUMBNAIL)
+def _strips(sample: pictures.Sample, one: RunFeatures) -> str:
+    picture = pictures.neighbours(sample, one.bank, one.val, THUMBNAIL)
     text = "Left: val images. Right: for each, the nearest training images and their cosine "
     text += f"similarity, out of {len(sample.bank)} images of the map's classes. A green frame is "
-    text += f"the same class; a red frame and x, another class. {look.says}."
-    return figure(look.run.name, picture, text)
+    text += f"the same class; a red frame and x, another class. {one.source}."
+    return figure(one.run.name, picture, text)
 
 
 STYLE = """

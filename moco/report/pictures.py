@@ -64,7 +64,7 @@ def recipe(run: Run) -> tuple[str, recipes.Recipe]:
     """Return the name of the run's recipe, and its views. Raises InputError if it has none."""
     views = settings(run, _NEEDED | _FOR_VIEWS).views
     try:
-        return views.recipe, recipes.of(views)
+        return views.recipe, recipes.from_settings(views)
     except (TypeError, ValueError) as error:
         raise InputError(
             f"{run.folder / 'args.yaml'}: its options make no views ({error})"
@@ -195,7 +195,7 @@ def _network(config: Pretraining) -> nn.Module:
     return networks.create(network.arch, 1, config.views.image_size, stem=network.stem)
 
 
-def seen_by(net: nn.Module, images: Images, run: Run) -> Tensor:
+def extract_features(net: nn.Module, images: Images, run: Run) -> Tensor:
     """Return the normalized features of `images`, [N, D], on the CPU.
 
     Raises InputError if a feature is NaN or infinite, or if an image cannot be read.
@@ -208,7 +208,7 @@ def seen_by(net: nn.Module, images: Images, run: Run) -> Tensor:
         workers=min(8, processes.cores()) if len(images) > 512 else 0,
     )
     try:
-        device = devices.of_process("auto", gpu=None, local_rank=0)
+        device = devices.for_process("auto", gpu=None, local_rank=0)
         x, _ = features.extract(net.to(device), images, config, device, on_host=True)
     except torch.OutOfMemoryError:  # a training may use the same GPU
         x, _ = features.extract(net.cpu(), images, config, torch.device("cpu"))

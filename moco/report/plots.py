@@ -102,7 +102,7 @@ def panels(runs: list[Run]) -> list[Panel]:
     found = []
     for panel in (
         *PANELS,
-        Panel("Of single methods", {name: name for name in sorted(logged - known)}),
+        Panel("Method-specific metrics", {name: name for name in sorted(logged - known)}),
     ):
         names = (
             gradients

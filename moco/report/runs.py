@@ -48,7 +48,7 @@ class Run:
 
     def checkpoints(self) -> list[Path]:
         """Return the run's checkpoints, the latest first."""
-        return checkpoint.found(self.folder)
+        return checkpoint.list_checkpoints(self.folder)
 
 
 def read(folders: list[Path]) -> list[Run]:
@@ -163,7 +163,7 @@ def _steps_per_epoch(epochs: Column | None, knn: Column | None) -> float | None:
     return step[last] / (epoch[last] + 1) if step[last] > 0 else None
 
 
-def evaluations(run: Run) -> tuple[list[results.Run], list[str]]:
+def evaluations(run: Run) -> tuple[list[results.Result], list[str]]:
     """Return the metrics of the run's evaluations, and an error line for each unreadable file.
 
     Reads the results.json files in the run folder and next to it. Those next to it count if they
@@ -189,7 +189,7 @@ def evaluations(run: Run) -> tuple[list[results.Run], list[str]]:
     return found, trouble
 
 
-def _is_of(figure: results.Run, run: Run) -> bool:
+def _is_of(figure: results.Result, run: Run) -> bool:
     """Return whether an evaluation is of a checkpoint of `run`, or of its random encoder."""
     if figure.encoder.checkpoint is None:
         return figure.encoder.arch == run.args.get("arch")
@@ -202,7 +202,7 @@ def _is_of(figure: results.Run, run: Run) -> bool:
 
 
 def by_checkpoint(
-    figures: list[results.Run],
+    figures: list[results.Result],
 ) -> Iterator[tuple[str, dict[tuple[str, str], results.Best]]]:
     """Yield the file name of each checkpoint, and the best setting of each of its columns.
 
