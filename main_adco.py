@@ -29,7 +29,7 @@ from moco.sections import option
 class Optimizer(sections.Optimizer):
     """The encoder's optimizer, whose cosine the negatives may follow."""
 
-    cos: int = option(True, "cosine schedule; 2: also of --memory-lr", switch=True, levels=2)
+    cos: int = option(True, "cosine schedule; 2: also of --memory-lr", switch=True, max_level=2)
 
 
 @dataclass(frozen=True)

@@ -47,13 +47,13 @@ class Config(config.Pretraining):
 
 
 def parser() -> Parser:
-    p = Parser(__doc__, Config(), compat.FNC_ELSEWHERE)
+    p = Parser(__doc__, Config(), compat.FNC_REPLACEMENTS)
     off = "false negatives are not searched (--fn-mode off, or --fn-topk 0); leave it out"
     p.has_effect("fn_topk", lambda args: args.fn_mode != "off", off)
     p.has_effect("fn_threshold", lambda args: args.fn_mode != "off" and args.fn_topk, off)
     no_memory = "without a memory (--memory-multiplier 0) there is one encoder; leave it out"
     p.has_effect("ema", lambda args: args.memory_multiplier, no_memory)
-    p.also_named(compat.FNC_SAME)
+    p.add_aliases(compat.FNC_ALIASES)
     return p
 
 
@@ -73,7 +73,9 @@ def check_memory(c: Config) -> None:
             f"give {-(-views // accumulated)} or more, or 0 for none"
         )
     p = processes.plan(c.launch)
-    batch = c.input.batch_size // p.local * p.world_size  # images in a pass, over all processes
+    batch = (
+        c.input.batch_size // p.local_world_size * p.world_size
+    )  # images in a pass, over all processes
     entries = fnc.memory_multiplier * accumulated * batch or views * batch
     others = entries - views  # an image's own views are neither negatives nor false negatives
     if fnc.fn_mode != "off" and fnc.fn_topk >= others > 0:

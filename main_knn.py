@@ -54,7 +54,7 @@ class Config(config.Evaluation):
     knn: Neighbours = Neighbours()
 
     @property
-    def of_head(self) -> bool:
+    def use_head_features(self) -> bool:
         """Return whether to use the features of the projection head, not of the backbone."""
         return self.knn.features == "head"
 
@@ -67,13 +67,13 @@ class Config(config.Evaluation):
 def parser() -> Parser:
     p = Parser(__doc__, Config())
     on_cpu = "there is no GPU; features are in the host's memory anyway"
-    on_gpu = lambda args: devices.chosen(args.device) != "cpu"  # noqa: E731
+    on_gpu = lambda args: devices.resolve_type(args.device) != "cpu"  # noqa: E731
     p.has_effect("host_features", on_gpu, on_cpu, refuse=False)
     return p
 
 
 def complete(c: Config) -> Config:
-    if c.of_head and not (c.encoder.pretrained or c.files.load_features):
+    if c.use_head_features and not (c.encoder.pretrained or c.files.load_features):
         what = "needs a checkpoint with a projection head"
         raise InputError(f"--features head: {what}; give it with --pretrained")
     c = inputs.complete_features(c, multi_label=False)

@@ -66,7 +66,7 @@ def complete(c: Config) -> Config:
             raise InputError(
                 f"{flag} {' '.join(printed)}: --weights finetune trains one network; give one value"
             )
-    inputs.check_choice(c)
+    inputs.check_val_from_train(c)
     c = inputs.restore_options(c, ("weights", "lr", "wd"))
     c = config.replaced(c, method="linear" if c.classifier.weights == "freeze" else "finetune")
     return inputs.complete(c)
@@ -74,7 +74,7 @@ def complete(c: Config) -> Config:
 
 def worker(c: Config, device: torch.device) -> None:
     images = inputs.splits(c)
-    net = inputs.pretrained(c, len(images.train.classes), device)
+    net = inputs.load_network(c, len(images.train.classes), device)
     settings = [Setting(lr, wd) for lr in c.optimizer.lr for wd in c.optimizer.wd]
     if c.classifier.weights == "freeze":
         task = LinearProbe(c, net, images, device, settings)

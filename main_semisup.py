@@ -94,7 +94,7 @@ def complete(c: Config) -> Config:
             "--ft-proj needs --weights finetune: a frozen encoder is judged by its backbone's "
             "features"
         )
-    inputs.check_choice(c)
+    inputs.check_val_from_train(c)
     names = "weights lr_backbone lr_classifier wd train_percent subset_file ft_proj".split()
     c = inputs.restore_options(config.replaced(c, method="semisup"), names)
     c = inputs.complete(c)
@@ -104,7 +104,7 @@ def complete(c: Config) -> Config:
 
 def worker(c: Config, device: torch.device) -> None:
     images, tuning = inputs.splits(c), c.finetuning
-    net = inputs.pretrained(c, len(images.train.classes), device)
+    net = inputs.load_network(c, len(images.train.classes), device)
     setting = Setting(tuning.lr_classifier, c.optimizer.wd)
     frozen = c.classifier.weights == "freeze"
     if frozen:

@@ -67,7 +67,7 @@ def parser() -> Parser:
     p.has_effect("gamma", lambda args: args.loss_type == "dcl", no_averages)
     no_hidden = "one linear layer has no hidden width; leave it out"
     p.has_effect("mlp_dim", lambda args: args.num_proj_layers > 1, no_hidden)
-    p.also_named({"warmup-epochs": "lr-warmup-epochs"})
+    p.add_aliases({"warmup-epochs": "lr-warmup-epochs"})
     return p
 
 

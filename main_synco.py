@@ -15,7 +15,7 @@ from typing import ClassVar
 import torch
 
 from moco import config, sections
-from moco.builder.synco import SynCo, SyntheticNegatives, configured
+from moco.builder.synco import SynCo, SyntheticNegatives, synthetic_config
 from moco.cli import entry
 from moco.cli.parser import Parser
 from moco.distributed import print_rank0
@@ -65,7 +65,7 @@ def parser() -> Parser:
 
 
 def negatives(c: Config) -> Synthetic:
-    return configured(c.synthetic, c.queue.moco_k, "--moco-k")
+    return synthetic_config(c.synthetic, c.queue.moco_k, "--moco-k")
 
 
 def method(synthetic: Synthetic) -> str:

@@ -62,7 +62,9 @@ def complete(c: Config) -> Config:
 
 def worker(c: Config, device: torch.device) -> None:
     trainval, test, classes = inputs.frozen_features(c, device, unit_norm=False)
-    x, y, test_x, test_y = (features.in_order(part).cpu().numpy() for part in (*trainval, *test))
+    x, y, test_x, test_y = (
+        features.gather_in_order(part).cpu().numpy() for part in (*trainval, *test)
+    )
     if distributed.rank() == 0:
         scores, chosen = voc.classify(x, y, test_x, c.svm.classifier, list(c.svm.c), c.run.seed)
         report(c, classes, scores, test_y, chosen)

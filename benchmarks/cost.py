@@ -58,7 +58,8 @@ def count(recipe: Path, name: str) -> tuple[Pretraining, float]:
         method = build(images).to("meta")  # timm 1.0.15 cannot build it there
         with torch.device("meta"), FlopCounterMode(display=False) as counter:
             views = [
-                torch.zeros(BATCH, 3, view.size, view.size) for view in recipes.of(config.views)
+                torch.zeros(BATCH, 3, view.size, view.size)
+                for view in recipes.from_settings(config.views)
             ]
             loss, _ = method(
                 views,

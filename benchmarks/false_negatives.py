@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moco.loss.false_negatives import Cancellation, cancelled_nt_xent, find
+from moco.loss.false_negatives import Cancellation, cancelled_nt_xent, find_false_negatives
 
 T = 0.1
 # a low threshold, because random entries are less similar than features of images
@@ -100,7 +100,7 @@ class Head:
 
     def ours(self, chunk: int) -> Tensor:
         """Return our loss, computed in chunks of `chunk` images."""
-        found = find(self.bank, self.own, HOW, chunk)
+        found = find_false_negatives(self.bank, self.own, HOW, chunk)
         return self._backward(
             lambda: cancelled_nt_xent(self.z, self.bank, self.own, found, HOW.mode, T, chunk)[0]
         )

@@ -285,7 +285,7 @@ def compiled(setup: Setup, notes: Notes) -> None:
     images = crops(plain.recipe, setup.size(32, 8))
     expected, views = loss_and_gradients(plain, images), plain.views(images, PROGRESS)
     if setup.cuda:
-        color.fuse()
+        color.compile_operations()
         pairs = zip(one.views(images, PROGRESS), views, strict=True)
         notes.at_most("views", max(float((a - b).abs().max()) for a, b in pairs), FP32)
     agree(notes, "mocov2", loss_and_gradients(one, images), expected)

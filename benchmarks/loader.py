@@ -68,7 +68,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.compile:
-        color.fuse()
+        color.compile_operations()
     if args.small:
         small(args)
         return

@@ -66,7 +66,7 @@ def train(args: argparse.Namespace) -> None:
             held.release()
 
 
-def claim(cfg: CfgNode, args: argparse.Namespace) -> run_folder.Held:
+def claim(cfg: CfgNode, args: argparse.Namespace) -> run_folder.LockedFolder:
     """Lock OUTPUT_DIR for this run. If it holds another run, --eval-only uses a subfolder instead.
 
     Raises InputError if another run has written there, unless `--resume` continues it.
@@ -75,8 +75,10 @@ def claim(cfg: CfgNode, args: argparse.Namespace) -> run_folder.Held:
     continues = args.resume and any(
         (given / name).exists() for name in ("last_checkpoint", c4.SOURCE)
     )
-    places = run_folder.places(given, "detection") if args.eval_only else iter([given])
-    held = run_folder.take(given, places, continues and not args.eval_only, option="OUTPUT_DIR")
+    candidates = run_folder.candidates(given, "detection") if args.eval_only else iter([given])
+    held = run_folder.lock_first_free(
+        given, candidates, continues and not args.eval_only, option="OUTPUT_DIR"
+    )
     if held.folder != given:
         print(f"OUTPUT_DIR {given} holds another run; this one writes to {held.folder}")
         cfg.defrost()

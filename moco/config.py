@@ -60,7 +60,7 @@ class Config:
         return 0
 
     @property
-    def of_head(self) -> bool:
+    def use_head_features(self) -> bool:
         """Return whether to use the features of the projection head, not of the backbone."""
         return False
 

@@ -31,7 +31,7 @@ class Option:
     metavar: str | tuple[str, ...] | None = None
     nargs: int | str | None = None
     switch: bool = True  # for a bool: whether there are also --no-NAME and --NAME 0
-    levels: int = 1  # largest value of a switch
+    max_level: int = 1  # largest value of a switch
     unset: str = ""  # for --help: the meaning of a default of None
     hidden: bool = False  # whether --help leaves it out
 

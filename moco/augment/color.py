@@ -33,9 +33,9 @@ __all__ = [
     "augment",
     "augment_views",
     "blend",
+    "compile_operations",
     "denormalize",
     "draw",
-    "fuse",
     "gaussian_blur",
     "grayscale",
     "normalize",
@@ -49,7 +49,7 @@ _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = range(4)  # the jitter's operations
 
 
 @functools.cache
-def fuse() -> None:
+def compile_operations() -> None:
     """Compile `blend` and `adjust_hue` with torch.compile, for the rest of this process."""
     for operation in (blend, adjust_hue):
         compiled = torch.compile(operation, dynamic=True)
@@ -75,7 +75,7 @@ class Draws:
     solarize: Tensor
     flip: Tensor
 
-    def part(self, indices: Tensor | slice) -> "Draws":
+    def select(self, indices: Tensor | slice) -> "Draws":
         """Return the draws of the samples at `indices`."""
         return Draws(**{name: values[indices] for name, values in vars(self).items()})
 
@@ -252,7 +252,7 @@ def _apply_by_chunk(x: Tensor, view: View, draws: Draws) -> Tensor:
     slots = torch.where(draws.jitter, _slot_of_hue(draws.order), 4)
     order = (2 * slots + draws.gray).argsort(stable=True)
     ends = slots.bincount(minlength=5).cumsum(0).tolist()
-    draws, order = draws.part(order), order.numpy()
+    draws, order = draws.select(order), order.numpy()
     coefficients, shift = _coefficients(draws).unbind(2), draws.factors[:, _HUE]
     happens = {name: getattr(draws, name).numpy() for name in ("gray", "blur", "solarize", "flip")}
     images, out = x.numpy(), torch.empty(x.shape)  # NumPy indexes several times as fast as PyTorch
@@ -269,7 +269,7 @@ def _apply_by_chunk(x: Tensor, view: View, draws: Draws) -> Tensor:
                 if count := int(happens["gray"][part].sum()):
                     y[-count:] = grayscale(y[-count:])
             elif happens[name][part].any():
-                of_chunk = draws.part(part)
+                of_chunk = draws.select(part)
                 _change(name, y, getattr(of_chunk, name).nonzero().squeeze(1), view, of_chunk)
         out.numpy()[order[part]] = normalize(y, view.mean, view.std, out=y).numpy()
     return out

@@ -147,7 +147,7 @@ def recipe(
     return tuple(all_views)
 
 
-def of(views: Views) -> Recipe:
+def from_settings(views: Views) -> Recipe:
     """Return the recipe that a run's settings choose."""
     return recipe(
         views.recipe,

@@ -42,7 +42,7 @@ class Method(nn.Module, ABC):
         return self.encoder
 
     @property
-    def parts(self) -> dict[str, nn.Module]:
+    def grad_norm_modules(self) -> dict[str, nn.Module]:
         """Return the modules whose gradient norms are logged, by name."""
         return {}
 
@@ -62,7 +62,7 @@ class Method(nn.Module, ABC):
     def after_step(self) -> None:
         """Run after each step of the optimizer, for example to update a moving average."""
 
-    def groups(self, lr: float, wd: float) -> list[dict[str, Any]]:
+    def parameter_groups(self, lr: float, wd: float) -> list[dict[str, Any]]:
         """Return the optimizer's parameter groups; by default one with all trainable parameters.
 
         Args:
@@ -208,7 +208,7 @@ class OnlineAndTarget(Method):
         self._progress = Progress()
 
     @property
-    def parts(self) -> dict[str, nn.Module]:
+    def grad_norm_modules(self) -> dict[str, nn.Module]:
         """Return the trainable modules, by their names in the log."""
         return {"encoder": self.encoder, "projector": self.projector, "predictor": self.predictor}
 

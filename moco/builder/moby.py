@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from moco import distributed
 from moco.builder.base import OnlineAndTarget, enqueue
 from moco.builder.byol import BYOL
-from moco.builder.synco import SyntheticNegatives, configured
+from moco.builder.synco import SyntheticNegatives, synthetic_config
 from moco.encoder import networks, timm_networks
 from moco.errors import InputError
 from moco.loss.contrastive import bank_info_nce, contrast_accuracy, feature_statistics, normalize
@@ -233,14 +233,14 @@ def create_method(
         return BYOL(*parts)
     more = {"dim": dim, "K": contrast.queue, "T": contrast.moco_t}
     if method == "synco":
-        more |= {"config": configured(synthetic, contrast.queue, "--queue")}
+        more |= {"config": synthetic_config(synthetic, contrast.queue, "--queue")}
         more |= {"first": synthetic.synthetic_first, "last": synthetic.synthetic_last}
     return MoBY(*parts, **more)
 
 
 def synthetic_notes(synthetic: Synthetics, contrast: Contrast, epochs: int) -> list[str]:
     """Return lines that say in which of a run's `epochs` there are synthetic negatives."""
-    total = configured(synthetic, contrast.queue, "--queue").total
+    total = synthetic_config(synthetic, contrast.queue, "--queue").total
     first, last = synthetic.synthetic_first, synthetic.synthetic_last
     lines = [
         f"{total} synthetic negatives per query from epoch {first} on "
@@ -257,7 +257,7 @@ def synthetic_notes(synthetic: Synthetics, contrast: Contrast, epochs: int) -> l
 def check_synthetic(synthetic: Synthetics, contrast: Contrast) -> None:
     """Raise InputError if SynCo-v2 would have no synthetic negatives, or too small a queue."""
     first, last = synthetic.synthetic_first, synthetic.synthetic_last
-    if not configured(synthetic, contrast.queue, "--queue").total:
+    if not synthetic_config(synthetic, contrast.queue, "--queue").total:
         raise InputError("--method synco: --n1 to --n6 are all 0; give some, or --method moby")
     if first >= last:
         raise InputError(f"--synthetic-first {first}: must be below --synthetic-last {last}")

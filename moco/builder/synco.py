@@ -67,7 +67,7 @@ SyntheticNegatives = make_dataclass(
 COUNTS = tuple(_COUNTS)  # n1, n2, ...
 
 
-def configured(section: SyntheticNegatives, entries: int, option: str) -> synthetic.Synthetic:
+def synthetic_config(section: SyntheticNegatives, entries: int, option: str) -> synthetic.Synthetic:
     """Return the config of the synthetic negatives.
 
     Args:

@@ -30,12 +30,13 @@ class Switch(argparse.BooleanOptionalAction):
     The papers' scripts have both forms.
 
     Args:
-        most: the largest number that the option takes; 1 for true and false only.
+        max_level: the largest number that the option takes; 1 for true and false only.
     """
 
-    def __init__(self, *args, most: int = 1, **more):
+    def __init__(self, *args, max_level: int = 1, **more):
         super().__init__(*args, **more)
-        self.nargs, self.most, self.metavar = "?", most, "|".join(map(str, range(most + 1)))
+        self.nargs, self.max_level = "?", max_level
+        self.metavar = "|".join(map(str, range(max_level + 1)))
 
     def __call__(self, parser, namespace, values, option_string=None):  # noqa: ARG002
         """Set the switch to the value given after it, or else by its name."""
@@ -54,7 +55,7 @@ class Switch(argparse.BooleanOptionalAction):
             return word == "true"
         if word not in self.metavar.split("|"):
             raise ValueError(f"{short(repr(value))} is not one of {self.metavar}, true or false")
-        return int(word) if self.most > 1 else word == "1"
+        return int(word) if self.max_level > 1 else word == "1"
 
 
 def is_number(text: str) -> bool:

@@ -29,7 +29,7 @@ SWIN_OPTS = {
 }
 
 # other names of the same options, which the scripts also accept
-SAME = {
+ALIASES = {
     "num-workers": "workers",
     "output-dir": "save-dir",
     "max-epochs": "epochs",
@@ -123,7 +123,7 @@ _SAID = {
 }
 
 
-def instead(name: str, options: Collection[str]) -> str | None:
+def replacement(name: str, options: Collection[str]) -> str | None:
     """Return advice on another repository's option; None if the tables lack it.
 
     Args:
@@ -139,13 +139,13 @@ def instead(name: str, options: Collection[str]) -> str | None:
 
 
 # options of FNC's own script: names of options here, and what to use instead of the others
-FNC_SAME = {
+FNC_ALIASES = {
     "train-batch-size": "batch-size",
     "train-epochs": "epochs",
     "warmup-epochs": "lr-warmup-epochs",
 }
 _ONE_JOB = "this script pre-trains; main_lincls.py probes, main_semisup.py fine-tunes"
-FNC_ELSEWHERE = {
+FNC_REPLACEMENTS = {
     **dict.fromkeys(
         "data-dir dataset cache-dataset".split(),
         "give the data folder as DIR, on a disk; buckets are not read",

@@ -15,7 +15,7 @@ OFF = (None, False, 0, [])  # values of an option that is switched off
 
 
 class Rule(NamedTuple):
-    """A rule: when options have an effect; see `ParserOfEffects.has_effect`."""
+    """A rule: when options have an effect; see `EffectsParser.has_effect`."""
 
     options: tuple[str, ...]  # attribute names
     when: Callable[[Options], object]
@@ -23,7 +23,7 @@ class Rule(NamedTuple):
     refuse: bool
 
 
-class ParserOfEffects(OneLineParser):
+class EffectsParser(OneLineParser):
     """A parser that refuses, or reports, options without effect.
 
     Attributes:

@@ -8,7 +8,7 @@ from moco.engine import checkpoint
 from moco.errors import InputError
 
 
-def of_output(config: AnyConfig) -> AnyConfig:
+def resolve_output(config: AnyConfig) -> AnyConfig:
     """Return `config` with the run folder that --output and --tag name.
 
     An evaluation also gets the last checkpoint of that run, unless another checkpoint is given.
@@ -18,7 +18,7 @@ def of_output(config: AnyConfig) -> AnyConfig:
     reads = "pretrained" in settings
     given = any(settings.get(name) for name in ("pretrained", "load_features", "evaluate"))
     if reads and not given:
-        saved = checkpoint.found(run)
+        saved = checkpoint.list_checkpoints(run)
         if not saved:
             raise InputError(
                 f"no checkpoint_*.pth.tar in {run}: "

@@ -76,8 +76,8 @@ def _add(
     if kind is bool and not option.switch:
         group.add_argument(*names, action="store_true", **more)
         return
-    if kind is bool or option.levels > 1:
-        group.add_argument(*names, action=Switch, most=option.levels, **more)
+    if kind is bool or option.max_level > 1:
+        group.add_argument(*names, action=Switch, max_level=option.max_level, **more)
         return
     if name in _CONVERTERS:
         more["type"] = _CONVERTERS[name]

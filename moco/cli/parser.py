@@ -11,7 +11,7 @@ from typing import NoReturn
 from moco.cli import compat, folders, rules
 from moco.cli.actions import TRUE_OR_FALSE, Help, Switch, convert, is_number
 from moco.cli.compat import SWIN_OPTS
-from moco.cli.effects import Options, ParserOfEffects, Values
+from moco.cli.effects import EffectsParser, Options, Values
 from moco.cli.groups import add_groups
 from moco.config import Config, replaced
 from moco.errors import InputError, unknown
@@ -26,26 +26,28 @@ MOST_LINES = 20  # lines about the unknown keys of one file
 _UNSET = object()
 
 
-class Parser(ParserOfEffects):
+class Parser(EffectsParser):
     """The parser of a script's options. In the names of options, `-` and `_` are the same.
 
     Args:
         description: the script's docstring, which --help shows.
         config: the script's default settings; their fields are its options.
-        elsewhere: options of a published script that this one lacks, without dashes, and what to
+        replacements: options of a published script that this one lacks, without dashes, and what to
             use instead.
     """
 
-    def __init__(self, description: str, config: Config, elsewhere: dict[str, str] | None = None):
+    def __init__(
+        self, description: str, config: Config, replacements: dict[str, str] | None = None
+    ):
         super().__init__(description=description, formatter_class=Help, allow_abbrev=False)
-        self.config, self.elsewhere = config, elsewhere or {}
+        self.config, self.replacements = config, replacements or {}
         add_groups(self, config)
         two = "--save-dir names the run folder (and --pretrained the checkpoint); leave it out"
         self.has_effect("output tag", self._reads_output, two)
-        for declare in rules.of_sections(config):
+        for declare in rules.section_rules(config):
             declare(self)
 
-    def also_named(self, names: dict[str, str]) -> None:
+    def add_aliases(self, names: dict[str, str]) -> None:
         """Add further names for options.
 
         Args:
@@ -86,10 +88,10 @@ class Parser(ParserOfEffects):
         Raises InputError for an unknown option, a value that does not fit, or a wrong YAML file.
         """
         names = self.names()
-        self.also_named(
+        self.add_aliases(
             {
                 name: ours
-                for name, ours in compat.SAME.items()
+                for name, ours in compat.ALIASES.items()
                 if f"--{name}" not in names and f"--{ours}" in names
             }
         )
@@ -133,7 +135,7 @@ class Parser(ParserOfEffects):
                 "give --output DIR, or --save-dir"
             )
         config = replaced(self.config, **vars(args))
-        return folders.of_output(config) if args.output else config
+        return folders.resolve_output(config) if args.output else config
 
     def _refuse_remote(self, args: Options) -> None:
         """Raise InputError if a path is a URL."""
@@ -200,7 +202,8 @@ class Parser(ParserOfEffects):
             bare = name.lstrip("-").replace("_", "-").lower()
             others = (bare, bare.removeprefix("no-"), bare.removeprefix("no"))
             found = (
-                self.elsewhere.get(other) or compat.instead(other, self.names()) for other in others
+                self.replacements.get(other) or compat.replacement(other, self.names())
+                for other in others
             )
             instead = next(filter(None, found), None)
             lines.append(f"{name}: {instead}" if instead else str(unknown(kind, name, known)))

@@ -1,6 +1,6 @@
 """Declare when the options of the shared sections have no effect.
 
-Each function declares the rules of one section with `ParserOfEffects.has_effect`. A condition
+Each function declares the rules of one section with `EffectsParser.has_effect`. A condition
 receives all settings as attributes, and the config itself as `config`.
 """
 
@@ -9,16 +9,16 @@ from collections.abc import Callable, Iterator
 from moco import sections, sections_eval
 from moco.augment import recipes
 from moco.builder.synco import COUNTS, SyntheticNegatives
-from moco.cli.effects import Options, ParserOfEffects
+from moco.cli.effects import EffectsParser, Options
 from moco.config import Config
 from moco.encoder.resnets import ARCHS
 from moco.launch import processes
 from moco.loss.synthetic import TYPES
 
-Declare = Callable[[ParserOfEffects], None]
+Declare = Callable[[EffectsParser], None]
 
 
-def of_sections(config: Config) -> Iterator[Declare]:
+def section_rules(config: Config) -> Iterator[Declare]:
     """Yield the functions that declare the rules of the sections of `config`."""
     for section in vars(config).values():
         for kind in type(section).__mro__:
@@ -26,7 +26,7 @@ def of_sections(config: Config) -> Iterator[Declare]:
                 yield _RULES[kind]
 
 
-def _input(parser: ParserOfEffects) -> None:
+def _input(parser: EffectsParser) -> None:
     folder = "DIR is a folder of images, used as it is; give --dataset NAME for a data set to fetch"
     folder += ", or leave it out"
     of_photos = lambda args: args.dataset not in ("imagenet", "photos")  # noqa: E731
@@ -38,21 +38,23 @@ def _input(parser: ParserOfEffects) -> None:
     parser.has_effect("dataset", same, photos)
 
 
-def _views(parser: ParserOfEffects) -> None:
+def _views(parser: EffectsParser) -> None:
     def blurred(args: Options) -> bool:
         # a missing recipe is reported elsewhere
-        return not args.recipe or any(view.blur_p for view in recipes.of(args.config.views))
+        return not args.recipe or any(
+            view.blur_p for view in recipes.from_settings(args.config.views)
+        )
 
     blurs = "the recipe's views are not blurred; leave it out, or give another --recipe"
     parser.has_effect("blur_sigma", blurred, blurs)
 
 
-def _network(parser: ParserOfEffects) -> None:
+def _network(parser: EffectsParser) -> None:
     only = "it is for torchvision's ResNets; leave it out"
     parser.has_effect("stem", lambda args: args.arch in ARCHS, only)
 
 
-def _launch(parser: ParserOfEffects) -> None:
+def _launch(parser: EffectsParser) -> None:
     def plan(args: Options) -> processes.Plan:
         return processes.plan(args.config.launch)
 
@@ -60,7 +62,7 @@ def _launch(parser: ParserOfEffects) -> None:
     spawned += "give both, or neither"
     parser.has_effect("nproc_per_node", lambda args: plan(args).launcher == "spawn", spawned)
     own = "there are several processes, and each has a GPU of its own; leave it out"
-    parser.has_effect("gpu", lambda args: plan(args).local == 1, own)
+    parser.has_effect("gpu", lambda args: plan(args).local_world_size == 1, own)
     alone = "this is one process"
     for name in ("dist_url", "dist_backend"):
         parser.has_effect(name, lambda args: plan(args).url, alone, refuse=False)
@@ -71,7 +73,7 @@ def _launch(parser: ParserOfEffects) -> None:
     parser.has_effect("dist_url", found, launcher, refuse=False)
 
 
-def _schedule(parser: ParserOfEffects) -> None:
+def _schedule(parser: EffectsParser) -> None:
     def cosine(args: Options) -> bool:
         return args.cos or args.sgdr
 
@@ -99,12 +101,12 @@ def _schedule(parser: ParserOfEffects) -> None:
     parser.has_effect("nesterov", lambda args: args.optimizer == "sgd", sgd)
 
 
-def _monitor(parser: ParserOfEffects) -> None:
+def _monitor(parser: EffectsParser) -> None:
     off = "the k-NN monitor is off; give --knn-every EPOCHS as well, or leave it out"
     parser.has_effect("knn_k knn_t knn_features", lambda args: args.knn_every, off)
 
 
-def _classifier(parser: ParserOfEffects) -> None:
+def _classifier(parser: EffectsParser) -> None:
     frozen = "--weights freeze trains no block of the network; leave it out"
     parser.has_effect("grad_checkpoint", lambda args: args.weights == "finetune", frozen)
     trains = "epochs optimizer lr lr_backbone lr_classifier learning_rate_scaling wd schedule cos"
@@ -117,7 +119,7 @@ def _classifier(parser: ParserOfEffects) -> None:
     parser.has_effect("save_every", lambda args: False, last)
 
 
-def _feature_files(parser: ParserOfEffects) -> None:
+def _feature_files(parser: EffectsParser) -> None:
     centre = "this script sees the centre of each image, and trains nothing; leave it out"
     views = "recipe crop_min randaugment blur_sigma grad_checkpoint"
     parser.has_effect(views, lambda args: False, centre)
@@ -129,7 +131,7 @@ def _feature_files(parser: ParserOfEffects) -> None:
     parser.has_effect(files, lambda args: not args.load_features, loaded, refuse=False)
 
 
-def _query_and_key(parser: ParserOfEffects) -> None:
+def _query_and_key(parser: EffectsParser) -> None:
     named = "--recipe names the views; leave it out"
     follows = lambda args: args.recipe == ("mocov2" if args.aug_plus else "mocov1")  # noqa: E731
     parser.has_effect("aug_plus", follows, named)
@@ -140,7 +142,7 @@ def _query_and_key(parser: ParserOfEffects) -> None:
     parser.has_effect("bn_splits_query", lambda args: args.bn_splits > 1, one)
 
 
-def _synthetic(parser: ParserOfEffects) -> None:
+def _synthetic(parser: EffectsParser) -> None:
     for count, one in zip(COUNTS, TYPES, strict=True):
         if one.size:
             none = f"there are no {one.name} negatives; give --{count} as well, or leave it out"

@@ -60,7 +60,7 @@ def read_metadata(state: State) -> Metadata:
     )
 
 
-def lacks_normalization(path: str, found: Metadata) -> str:
+def normalization_note(path: str, found: Metadata) -> str:
     """Return a line that says that ImageNet's mean or std is used; "" if the file has both."""
     absent = " and ".join(name for name in ("mean", "std") if getattr(found, name) is None)
     verb = "are" if " and " in absent else "is"

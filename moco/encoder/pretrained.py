@@ -82,7 +82,7 @@ def read(path: str, arch: str | None = None, image_size: int | None = None) -> E
         name: x for name, x in net.state_dict().items() if "pos" in name and start + name in tensors
     }
     resized = [name for name, x in tables.items() if tensors[start + name].shape != x.shape]
-    if line := metadata.lacks_normalization(path, facts):
+    if line := metadata.normalization_note(path, facts):
         print_rank0(line)
     mean, std = facts.mean or list(MEAN), facts.std or list(STD)
     return Encoder(

@@ -43,7 +43,7 @@ def save(path: Path, state: State) -> None:
             isinstance(error, RuntimeError)
             and ("StreamWriter" in str(error) or "unexpected pos" in str(error))
         ):
-            last = next(iter(found(path.parent)), None)
+            last = next(iter(list_checkpoints(path.parent)), None)
             kept = f"the last checkpoint is {last}" if last else "there is none yet"
             why = f"cannot be written: {reason or 'the disk is full, or the file too large'}"
             raise InputError(
@@ -55,7 +55,7 @@ def save(path: Path, state: State) -> None:
 _NAME = re.compile(r"checkpoint_(\d+)(?:_(-?\d+))?\.pth\.tar")
 
 
-def found(folder: str | Path) -> list[Path]:
+def list_checkpoints(folder: str | Path) -> list[Path]:
     """Return the checkpoints of a run folder, the most advanced first.
 
     Files whose names do not say how advanced they are come last, such as copies by the user.
@@ -83,15 +83,14 @@ def _how_far(path: Path) -> tuple[float, int]:
     return (math.inf, 0) if path.name == "checkpoint.pth.tar" else (-1, 0)
 
 
-def numbered(folder: Path, inside: bool) -> list[Path]:
+def numbered(folder: Path, mid_epoch: bool) -> list[Path]:
     """Return the checkpoints that pre-training saved in `folder`, the most advanced first.
 
-    With `inside`, return those of unfinished epochs, else those of finished ones. Files that the
-    user copied under other names are left out. Raises UnreadableError if the folder cannot be
-    listed.
+    With `mid_epoch`, return those of unfinished epochs, otherwise those of finished ones. Files
+    that the user has renamed are left out. Raises UnreadableError if the folder cannot be listed.
     """
-    matches = ((path, _NAME.fullmatch(path.name)) for path in found(folder))
-    return [path for path, match in matches if match and bool(match[2]) == inside]
+    matches = ((path, _NAME.fullmatch(path.name)) for path in list_checkpoints(folder))
+    return [path for path, match in matches if match and bool(match[2]) == mid_epoch]
 
 
 def epoch_of(path: Path) -> int:
@@ -99,7 +98,7 @@ def epoch_of(path: Path) -> int:
     return int(_NAME.fullmatch(path.name)[1])
 
 
-def begin(folder: Path, resumed: str | None) -> None:
+def tidy_folder(folder: Path, resumed: str | None) -> None:
     """Tidy the run folder before training.
 
     Remove half-written files of a start that was killed. Rename the damaged checkpoints that
@@ -131,7 +130,7 @@ def newest(folder: str) -> str | None:
     Prints a line and returns None if there is no checkpoint. Raises UnreadableError if the system
     cannot read a checkpoint, because that one may be intact. Raises InputError if all are damaged.
     """
-    files = found(folder)
+    files = list_checkpoints(folder)
     if not files:
         log = Path(folder, "log.jsonl")
         logged = log.exists() and log.stat().st_size
@@ -239,7 +238,7 @@ _WANTED = {"epoch": int, "args": dict, "state_dict": dict, "optimizer": dict, "p
 
 def check_resumable(state: State, path: str) -> None:
     """Raise InputError if a checkpoint lacks what a run needs to continue, or if it is damaged."""
-    if absent := lacking(state):
+    if absent := missing_keys(state):
         what = f"it lacks {', '.join(absent)}, so it is not the state of a run of these scripts"
         if path.endswith(".safetensors"):
             what = "a .safetensors file holds weights alone"
@@ -274,7 +273,7 @@ def check_resumable(state: State, path: str) -> None:
         )
 
 
-def lacking(state: State) -> list[str]:
+def missing_keys(state: State) -> list[str]:
     """Return the keys that a run needs to continue and that `state` lacks.
 
     Checkpoints of other software lack some.
@@ -284,6 +283,6 @@ def lacking(state: State) -> list[str]:
 
 def origin(state: State) -> str:
     """Return "classifier" or "pre-training", or "weights" if the file cannot be resumed."""
-    if lacking(state):
+    if missing_keys(state):
         return "weights"
     return "classifier" if state.get("method") in CLASSIFIERS else "pre-training"

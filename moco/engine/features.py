@@ -15,14 +15,14 @@ from moco.config import Config
 from moco.data import loader
 from moco.data.images import Images
 from moco.encoder import networks
-from moco.engine.precision import autocast, layout
+from moco.engine.precision import autocast, prepare_images
 
 # features [n, D] and labels, [n] or [n, num_classes], of this rank's images of a split. With W
 # ranks, a rank has every W-th image.
 Features = tuple[Tensor, Tensor]
 
 
-def test_batches(
+def eval_batches(
     images: Images,
     config: Config,
     device: torch.device,
@@ -30,7 +30,7 @@ def test_batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield batches of this rank's images: normalized centre crops [B, 3, S, S], and labels.
 
-    A rank has every W-th image of `images`, with W ranks. Labels are [B], or [B, num_classes] if
+    With W ranks, a rank has every W-th of `images`. Labels are [B], or [B, num_classes] if
     images can show several classes.
 
     Images that cannot be read are left out. Their indices and the reasons are appended to
@@ -50,7 +50,7 @@ def test_batches(
             x, label = x[own], label[own]
         done += len(batch.index)
         if len(x):
-            yield layout(normalize(x, config.views.mean, config.views.std)), label
+            yield prepare_images(normalize(x, config.views.mean, config.views.std)), label
 
 
 @torch.inference_mode()
@@ -60,7 +60,7 @@ def extract(
     config: Config,
     device: torch.device,
     unit_norm: bool = True,
-    of: Callable[[nn.Module, Tensor], Tensor] = networks.features,
+    feature_fn: Callable[[nn.Module, Tensor], Tensor] = networks.features,
     unreadable: list[tuple[int, str]] | None = None,
     on_host: bool = False,
 ) -> Features:
@@ -72,8 +72,9 @@ def extract(
         config: the settings of the run.
         device: the device that computes, and on which the labels are returned.
         unit_norm: whether features are normalized to norm 1.
-        of: computes the features of a batch, `of(net, batch)`; by default those of the backbone.
-        unreadable: see `test_batches`.
+        feature_fn: computes the features of a batch: `feature_fn(net, batch)` -> [B, D]. By
+            default, the backbone's features.
+        unreadable: see `eval_batches`.
         on_host: whether the features are kept in the host's memory instead of on `device`.
 
     Raises InputError if an image cannot be read and `unreadable` is None.
@@ -84,9 +85,9 @@ def extract(
         images.labels[distributed.rank() :: distributed.world_size()], device=device
     )
     rows, done = None, 0  # the features are allocated once, when their size is known
-    for batch, label in test_batches(images, config, device, unreadable):
+    for batch, label in eval_batches(images, config, device, unreadable):
         with autocast(config.compute.amp, device):
-            x = of(net, batch)
+            x = feature_fn(net, batch)
         if rows is None:
             rows = torch.empty(len(labels), x.shape[1], device=feature_device(on_host, device))
         rows[done : done + len(x)] = F.normalize(x.float(), dim=1) if unit_norm else x
@@ -108,11 +109,11 @@ def feature_device(on_host: bool, device: torch.device) -> torch.device:
     return torch.device("cpu") if on_host else device
 
 
-def in_order(x: Tensor) -> Tensor:
-    """Return the rows [N, ...] of all ranks in the order of the split.
+def gather_in_order(x: Tensor) -> Tensor:
+    """Return the features or labels [N, ...] of all ranks, in the order of the split.
 
     Args:
-        x: the rows of this rank, [n, ...]: every W-th of the split.
+        x: those of this rank, [n, ...]: every W-th of the split.
     """
     full = distributed.all_gather_uneven(x)
     ranks = distributed.world_size()

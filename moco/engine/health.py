@@ -88,7 +88,7 @@ class Health:
         norms = torch._foreach_norm([p for p in module.parameters() if p.requires_grad])
         losses = (*losses, torch.stack(norms).max())
         steps, indices = (*steps, steps[-1]), (*indices, indices[-1])
-        wide = devices.widest(losses[0].device)
+        wide = devices.widest_float(losses[0].device)
         values = torch.stack(losses).to(wide)
         bad = (~values.isfinite()).nonzero()
         first = int(bad[0]) if len(bad) else 0
@@ -107,7 +107,7 @@ class Health:
         names = ", ".join(self.images.name(int(i)) for i in images)
         epoch = step // steps_per_epoch
         where = f"step {step:.0f} (epoch {epoch:.0f}, lr {lr:g}, images {names}, ...)"
-        kept = next(iter(checkpoint.found(self.config.run.save_dir)), None)
+        kept = next(iter(checkpoint.list_checkpoints(self.config.run.save_dir)), None)
         if kept:
             option = "lr" if "lr" in flat(self.config) else "lr-backbone,lr-classifier"
             what = f"the last checkpoint from before it is {kept}; continue with --resume auto "

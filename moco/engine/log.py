@@ -55,7 +55,7 @@ class Mean:
         """
         if not self.sums:
             return {}
-        wide = devices.widest(next(iter(self.sums.values())).device)
+        wide = devices.widest_float(next(iter(self.sums.values())).device)
         pairs = [
             torch.stack([total.to(wide), torch.ones_like(total, dtype=wide) * self.counts[name]])
             for name, total in self.sums.items()
@@ -138,7 +138,7 @@ class RunLog:
             self.first = False
             torch.get_device_module(self.device).synchronize()
             took = time.perf_counter() - self.began
-            full = clock(took * (self.steps - self.start))
+            full = format_duration(took * (self.steps - self.start))
             print_rank0(
                 f"first step took {took:.1f} s, of which {self.waited:.1f} s for data; "
                 f"at this pace {full} for the run"
@@ -186,7 +186,12 @@ class RunLog:
             self.bar.set_postfix_str(fold([f"epoch {epoch}", *facts], width)[0])
             return
         left = (now - self.began) / max(1, step - self.start) * (self.steps - step)
-        facts = [f"epoch {epoch}", f"step {step}/{self.steps}", *facts, f"left {clock(left)}"]
+        facts = [
+            f"epoch {epoch}",
+            f"step {step}/{self.steps}",
+            *facts,
+            f"left {format_duration(left)}",
+        ]
         width = shutil.get_terminal_size().columns - 3 if self.bar is not None else math.inf
         print_rank0("\n  ".join(fold(facts, width)))
 
@@ -254,7 +259,7 @@ def _short(name: str, value: float) -> str:
     return f"{value:.4g}"
 
 
-def clock(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """Return a duration in seconds as hours:minutes:seconds."""
     minutes, s = divmod(round(seconds), 60)
     hours, m = divmod(minutes, 60)

@@ -223,7 +223,7 @@ def _split_decay(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [group for group in split if group["params"]]
 
 
-def scale(scaling: str, batch: int) -> float:
+def lr_scale(scaling: str, batch: int) -> float:
     """Return the factor by which a total batch of `batch` images scales the learning rate.
 
     It is 1 if `scaling` is "none", sqrt(batch) if "sqrt", and batch / 256 if "linear".
@@ -231,7 +231,7 @@ def scale(scaling: str, batch: int) -> float:
     return {"none": 1.0, "sqrt": math.sqrt(batch), "linear": batch / 256}[scaling]
 
 
-def rate(schedule: Schedule, base: float, epoch: float, factor: float = 1.0) -> float:
+def scheduled_lr(schedule: Schedule, base_lr: float, epoch: float, scale: float = 1.0) -> float:
     """Return the learning rate after `epoch` epochs.
 
     The learning rate rises linearly over `schedule.lr_warmup_epochs`. Then it follows one of:
@@ -247,13 +247,13 @@ def rate(schedule: Schedule, base: float, epoch: float, factor: float = 1.0) -> 
 
     Args:
         schedule: the settings of the schedule.
-        base: the learning rate after warm-up, already multiplied by `factor`.
+        base_lr: the learning rate after warm-up, already multiplied by `scale`.
         epoch: epochs done, with a fraction within an epoch.
-        factor: the result of `scale`; it multiplies `schedule.lr_final` as well.
+        scale: the result of `lr_scale`; `schedule.lr_final` is multiplied by it.
     """
     warmup, by_step = schedule.lr_warmup_epochs, schedule.lr_by != "epoch"
     if epoch < warmup:
-        return base * (epoch / warmup if by_step else (epoch + 1) / (warmup + 1))
+        return base_lr * (epoch / warmup if by_step else (epoch + 1) / (warmup + 1))
     if schedule.cos or schedule.sgdr:
         first = warmup if by_step else 0
         passed = (
@@ -262,6 +262,6 @@ def rate(schedule: Schedule, base: float, epoch: float, factor: float = 1.0) -> 
             else (epoch - first) / (schedule.epochs - first)
         )
         remaining = 0.5 * (1 + math.cos(math.pi * passed))
-        final = schedule.lr_final * factor
-        return final + (base - final) * remaining
-    return base * 0.1 ** sum(epoch >= milestone for milestone in schedule.schedule)
+        final = schedule.lr_final * scale
+        return final + (base_lr - final) * remaining
+    return base_lr * 0.1 ** sum(epoch >= milestone for milestone in schedule.schedule)

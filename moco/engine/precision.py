@@ -18,14 +18,14 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _BF16 = {"avx512_bf16", "amx_bf16", "bf16"}
 
 
-def choose(config: AnyConfig) -> AnyConfig:
+def disable_slow_amp(config: AnyConfig) -> AnyConfig:
     """Return `config`, with `--amp off` if mixed precision is slow on the CPU of the run.
 
     Prints a line if it turns mixed precision off. Every CPU is slow in fp16: with PyTorch's
     convolutions, a step takes minutes. CPUs without bf16 instructions are slow in bf16. Raises
     InputError if the device is not found.
     """
-    on_cpu = devices.chosen(config.launch.device) == "cpu"
+    on_cpu = devices.resolve_type(config.launch.device) == "cpu"
     if (
         config.compute.amp == "off"
         or not on_cpu
@@ -103,7 +103,9 @@ def restore(scaler: torch.amp.GradScaler, saved: object, path: str) -> None:
         ) from None
 
 
-def place(model: nn.Module, device: torch.device, compile: bool, recompute: bool) -> nn.Module:
+def prepare_model(
+    model: nn.Module, device: torch.device, compile: bool, recompute: bool
+) -> nn.Module:
     """Move `model` to `device`, set it up in place, and return it.
 
     On CUDA and XPU its memory format is channels last.
@@ -150,8 +152,8 @@ def _check_compiles(device: torch.device) -> None:
         raise InputError(f"{cannot}; leave it out ({why})") from None
 
 
-def layout(images: torch.Tensor) -> torch.Tensor:
-    """Return `images` [B, 3, H, W] in the memory format that `place` gives models."""
+def prepare_images(images: torch.Tensor) -> torch.Tensor:
+    """Return `images` [B, 3, H, W] in the memory format that `prepare_model` gives models."""
     if images.device.type not in _CHANNELS_LAST:
         return images
     return images.contiguous(memory_format=torch.channels_last)

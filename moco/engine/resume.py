@@ -11,10 +11,10 @@ from moco.engine import checkpoint
 from moco.errors import InputError, short
 from moco.files import read_yaml
 
-# Options that may differ, because they change neither the result nor the schedule of training:
-# launch, reading, logging and saving. The batch options are here because `check_unchanged` compares
-# the total batch, not how it is divided.
-FREE = frozenset(
+# Options that may differ from those of the resumed run, because they change neither the result nor
+# the schedule of training: launch, reading, logging and saving. The batch options are here because
+# `check_unchanged` compares the total batch instead.
+MAY_DIFFER = frozenset(
     "data save_dir output tag cfg resume allow_change evaluate script"
     " workers cache_images download on_bad_image host_features loss_chunk compile grad_checkpoint"
     " print_freq save_every save_every_steps keep keep_every knn_every knn_k knn_t knn_features"
@@ -24,7 +24,7 @@ FREE = frozenset(
 )
 
 
-def start(config: AnyConfig) -> tuple[AnyConfig, bool]:
+def resolve(config: AnyConfig) -> tuple[AnyConfig, bool]:
     """Return `config` with the checkpoint and folder of `--resume`, and whether that run continues.
 
     `--resume auto` continues the run of this script in `--save-dir`, or in the subfolder that an
@@ -57,7 +57,7 @@ def start(config: AnyConfig) -> tuple[AnyConfig, bool]:
     if tests or (chosen and Path(chosen).resolve() != folder.resolve()):
         return config, False
     checkpoint.load(given)
-    further = next(iter(checkpoint.found(folder)), file)
+    further = next(iter(checkpoint.list_checkpoints(folder)), file)
     if not further.samefile(file):
         raise InputError(
             f"--resume {given}: {further.name} in the same folder is further, and would be "
@@ -90,7 +90,7 @@ def _own_folder(folder: Path, script: str) -> Path | None:
     subfolders = (path for path in folder.glob(f"{script}*") if name.fullmatch(path.name))
     paths = [folder, *sorted(subfolders, key=_number)]
     own = [path for path in paths if (path / "args.yaml").is_file() and _is_of(path, script)]
-    if not own and checkpoint.found(folder) and not (folder / "args.yaml").exists():
+    if not own and checkpoint.list_checkpoints(folder) and not (folder / "args.yaml").exists():
         return folder  # the user has copied the checkpoints alone
     return own[-1] if own else None
 
@@ -116,9 +116,10 @@ def _is_of(folder: Path, script: str) -> bool:
 def check_unchanged(config: Training, state: checkpoint.State, batch: int) -> None:
     """Raise InputError if options differ from those of the run that `--resume` continues.
 
-    The message names each difference. Options in `FREE` may differ, and so may those that the user
-    names with `--allow-change`, which are printed. `--epochs` may differ unless a schedule depends
-    on it. `--bn-splits` may differ if there are several processes, because these ignore it.
+    The message names each difference. Options in `MAY_DIFFER` may differ. Options that the user
+    names with `--allow-change` may differ, too; their changes are printed. `--epochs` may differ
+    unless a schedule depends on it. `--bn-splits` may differ if there are several processes,
+    because these ignore it.
 
     Args:
         config: the settings of this run.
@@ -131,7 +132,7 @@ def check_unchanged(config: Training, state: checkpoint.State, batch: int) -> No
     unread = {"epochs"} if _open_ended(config) else set()
     if distributed.world_size() > 1:
         unread |= {"bn_splits", "bn_splits_query"}
-    compared = saved.keys() & settings.keys() - FREE - unread
+    compared = saved.keys() & settings.keys() - MAY_DIFFER - unread
     differences = {
         _spelled(name): (settings[name], saved[name])
         for name in sorted(compared)

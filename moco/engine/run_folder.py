@@ -43,10 +43,10 @@ def check_free(folder: str | Path) -> None:
     """Raise InputError if `folder` holds another run, or cannot be written."""
     folder = Path(folder)
     if folder.exists():
-        take(folder, iter([folder]), continues=False).release()
+        lock_first_free(folder, iter([folder]), continues=False).release()
 
 
-def _taken(folder: str | Path, option: str = "--save-dir") -> str:
+def _occupied(folder: str | Path, option: str = "--save-dir") -> str:
     """Return the error message for a `folder`, given with `option`, that holds another run."""
     resume = "--resume" if option == "OUTPUT_DIR" else "--resume auto"
     return f"{option} {folder}: holds another run; {resume} continues it, or choose another folder"
@@ -68,12 +68,14 @@ def claim(config: AnyConfig, continues: bool, named: bool) -> Iterator[AnyConfig
     Raises InputError, on every rank, if the folder cannot be written, if pre-training is given a
     folder that is not free, or if another run is writing there.
     """
-    held: Held | None = None
+    held: LockedFolder | None = None
     wanted = config.run.save_dir
     found: str | InputError = ""
     if distributed.rank() == 0:
         try:
-            held = take(Path(wanted), _places_of(config, continues, named), continues)
+            held = lock_first_free(
+                Path(wanted), _candidates_of(config, continues, named), continues
+            )
             found = str(held.folder)
         except InputError as error:
             found = error
@@ -89,23 +91,23 @@ def claim(config: AnyConfig, continues: bool, named: bool) -> Iterator[AnyConfig
             held.release()
 
 
-def _places_of(config: Config, continues: bool, named: bool) -> Iterator[Path]:
+def _candidates_of(config: Config, continues: bool, named: bool) -> Iterator[Path]:
     """Return the folders that this run may write to, in the order in which to try them."""
     folder = Path(config.run.save_dir)
     if continues:
         return iter([folder])
     if config.EVALUATES:
-        return places(folder, config.run.script)
+        return candidates(folder, config.run.script)
     return iter([folder]) if named else numbered_paths(folder)
 
 
-def places(folder: Path, name: str) -> Iterator[Path]:
+def candidates(folder: Path, name: str) -> Iterator[Path]:
     """Yield `folder` and then its subfolders NAME, NAME-2, NAME-3, ..."""
     yield folder
     yield from numbered_paths(folder / name)
 
 
-class Held:
+class LockedFolder:
     """A locked folder, created if it does not exist.
 
     Args:
@@ -134,12 +136,14 @@ class Held:
         self._lock.release()
 
 
-def take(given: Path, places: Iterator[Path], continues: bool, option: str = "--save-dir") -> Held:
-    """Return the first of `places` that is free, locked.
+def lock_first_free(
+    given: Path, candidates: Iterator[Path], continues: bool, option: str = "--save-dir"
+) -> LockedFolder:
+    """Return the first of `candidates` that is free, locked.
 
     Args:
         given: the folder that the user gave, for messages.
-        places: the folders to try, in this order.
+        candidates: the folders to try, in this order.
         continues: whether the run continues one that is there: then a folder need not be free, and
             it is enough that no other run has locked it.
         option: the option that gave the folder, for messages.
@@ -148,9 +152,9 @@ def take(given: Path, places: Iterator[Path], continues: bool, option: str = "--
     """
     busy = False
     try:
-        for folder in places:
+        for folder in candidates:
             try:
-                held = Held(folder)
+                held = LockedFolder(folder)
             except Timeout:
                 busy = True
                 continue
@@ -165,4 +169,4 @@ def take(given: Path, places: Iterator[Path], continues: bool, option: str = "--
         raise InputError(
             f"{option} {given}: another run is writing there; wait for its end, or choose another"
         )
-    raise InputError(_taken(given, option))
+    raise InputError(_occupied(given, option))

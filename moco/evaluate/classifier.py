@@ -52,7 +52,7 @@ def evaluate(
     """
     net.eval()
     meter = metrics.create_meter(images.multi_label, heads, len(images.classes), device)
-    for batch, label in features.test_batches(images, config, device):
+    for batch, label in features.eval_batches(images, config, device):
         with precision.autocast(config.compute.amp, device):
             meter.add(by_head(net(batch)), label)
     return meter.read()
@@ -190,7 +190,7 @@ class ClassifierTask(Task):
         sets = self.images, self.val, self.held_out
         self.images, self.val, self.held_out = cache.load(self.config.input, *sets)
 
-    def save_inside(self, trainer: Trainer, epoch: int, step: int) -> Path:
+    def save_mid_epoch(self, trainer: Trainer, epoch: int, step: int) -> Path:
         """Save within epoch `epoch`, after `step` steps of the run. Return the path of the file."""
         return trainer.save("checkpoint.pth.tar", epoch, step)
 

@@ -124,7 +124,7 @@ def _origin(config: Evaluation) -> dict[str, Any]:
     return {name: settings.get(option, _OPTIONAL.get(name)) for name, option in _ORIGIN.items()}
 
 
-def of_splits(
+def extract_splits(
     net: nn.Module,
     train: Images,
     val: Images,
@@ -144,9 +144,9 @@ def of_splits(
 
     Raises InputError if an image cannot be read, or a file cannot be written.
     """
-    of = networks.embedding if config.of_head else networks.features
+    feature_fn = networks.embedding if config.use_head_features else networks.features
     found = tuple(
-        extract(net, images, config, device, unit_norm, of, on_host=config.on_host)
+        extract(net, images, config, device, unit_norm, feature_fn, on_host=config.on_host)
         for images in (train, val)
     )
     if config.files.dump_features:

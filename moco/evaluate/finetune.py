@@ -51,7 +51,7 @@ class FineTuning(ClassifierTask):
         init_classifier(self.classifier, std=0.0 if zero_init else 0.01)
         super().__init__(config, net, images, device, [setting], **more)
 
-    def groups(self) -> list[dict[str, Any]]:
+    def parameter_groups(self) -> list[dict[str, Any]]:
         """Return two parameter groups for the optimizer: the classifier, and everything else."""
         new = list(self.classifier.parameters())
         mine = {id(p) for p in new}

@@ -65,7 +65,7 @@ def _complete_from(config: AnyConfig, path: str) -> AnyConfig:
         taken = "224 pixels are taken (--image-size)"
         print_rank0(f"{path}: does not say what size of images it is for; {taken}")
     used = facts._replace(mean=config.views.mean or facts.mean, std=config.views.std or facts.std)
-    if line := metadata.lacks_normalization(path, used):
+    if line := metadata.normalization_note(path, used):
         print_rank0(f"{line} (--mean, --std)")
     config = replaced(
         config,
@@ -114,7 +114,7 @@ def restore_options(config: AnyConfig, options: Iterable[str]) -> AnyConfig:
         return config
     state = checkpoint.load(path)
     if (origin := checkpoint.origin(state)) != "classifier":
-        lacking = ", ".join(checkpoint.lacking(state))
+        lacking = ", ".join(checkpoint.missing_keys(state))
         what = f"is a {origin} checkpoint, not a classifier's"
         if lacking:
             what = f"cannot be resumed: it lacks {lacking}"
@@ -180,7 +180,7 @@ def _alike(saved: object, given: object) -> bool:
     return isinstance(saved, int | float) if number else isinstance(saved, type(given))
 
 
-def check_choice(config: Config) -> None:
+def check_val_from_train(config: Config) -> None:
     """Raise InputError if `--val-from-train` is not a fraction."""
     fraction = config.val_from_train
     if fraction is not None and not 0 < fraction < 1:
@@ -248,7 +248,7 @@ def _labelled(config: Config, train: Images) -> Images:
     return part
 
 
-def pretrained(config: Config, num_classes: int, device: torch.device) -> nn.Module:
+def load_network(config: Config, num_classes: int, device: torch.device) -> nn.Module:
     """Return the encoder of `--pretrained` with a new classifier, on `device`.
 
     Without `--pretrained` the encoder is randomly initialised.
@@ -281,7 +281,9 @@ def pretrained(config: Config, num_classes: int, device: torch.device) -> nn.Mod
         _print_other_normalization(config, facts)
     else:
         print_rank0(f"no --pretrained: a randomly initialised {arch}")
-    return precision.place(net, device, config.compute.compile, config.compute.grad_checkpoint)
+    return precision.prepare_model(
+        net, device, config.compute.compile, config.compute.grad_checkpoint
+    )
 
 
 def _print_other_normalization(config: Config, facts: metadata.Metadata) -> None:
@@ -310,7 +312,7 @@ def _load(net: nn.Module, config: Config, state: checkpoint.State) -> str:
     chosen = encoders.describe_choice(net, tensors)
     if kept := config.kept_layers:
         encoders.keep_projection(net, tensors, kept, config.encoder.pretrained)
-    if config.of_head:
+    if config.use_head_features:
         encoders.load_projection(net, tensors, config.encoder.pretrained)
     line = f"{matched} of {len(networks.backbone_keys(net))} backbone tensors matched"
     return f"{line} ({chosen})" if chosen else line
@@ -352,9 +354,11 @@ def frozen_features(
         train, val, classes = feature_files.load(config, device)
     else:
         images, val_images, _ = splits(config)
-        net = pretrained(config, len(images.classes), device)
+        net = load_network(config, len(images.classes), device)
         classes = images.classes
-        train, val = feature_files.of_splits(net, images, val_images, config, device, unit_norm)
+        train, val = feature_files.extract_splits(
+            net, images, val_images, config, device, unit_norm
+        )
     if not all(rows.sum().isfinite() for rows, _ in (train, val)):
         source = config.files.load_features or config.encoder.pretrained
         raise InputError(

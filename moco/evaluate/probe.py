@@ -67,16 +67,16 @@ class LinearProbe(ClassifierTask):
         self.may_diverge = len(self.heads) > 1
 
     @property
-    def trained(self) -> nn.Module:
+    def trained_module(self) -> nn.Module:
         """Return the classifiers."""
         return networks.head(self.module)
 
     @property
-    def independent(self) -> list[nn.Module]:
+    def grad_clip_modules(self) -> list[nn.Module]:
         """Return the classifiers, because the gradient of each is clipped separately."""
         return self.heads
 
-    def groups(self) -> list[dict[str, Any]]:
+    def parameter_groups(self) -> list[dict[str, Any]]:
         """Return one parameter group for each classifier."""
         return [
             {"params": list(head.parameters()), "lr": lr, "weight_decay": wd}
@@ -100,7 +100,7 @@ class LinearProbe(ClassifierTask):
         with torch.autocast(self.device.type, enabled=False):
             return self.losses(by_head(net(features.float().clone())), batch.label)
 
-    def restored(self) -> None:
+    def check_restored(self) -> None:
         """Raise InputError if the checkpoint of `--resume` has another backbone."""
         if not tests_full_network(self.config) and self._changed():
             config = self.config

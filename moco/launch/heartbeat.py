@@ -31,11 +31,13 @@ class Heartbeat:
         store: the store that connects the ranks.
         rank: the global rank of this process.
         world_size: number of ranks.
-        tell: called with a message if a rank is lost; then this process exits with status 1.
+        on_lost: called with a message if a rank is lost; then this process exits with status 1.
     """
 
-    def __init__(self, store: dist.Store, rank: int, world_size: int, tell: Callable[[str], None]):
-        self._rank, self._world_size, self._tell = rank, world_size, tell
+    def __init__(
+        self, store: dist.Store, rank: int, world_size: int, on_lost: Callable[[str], None]
+    ):
+        self._rank, self._world_size, self._on_lost = rank, world_size, on_lost
         self._store = dist.PrefixStore(
             f"watch{os.environ.get('TORCHELASTIC_RESTART_COUNT', '')}", _second_connection(store)
         )
@@ -122,7 +124,7 @@ class Heartbeat:
                 silent = f"rank 0 has given no sign of life for {PATIENCE:.0f} seconds"
                 lost = f"{silent}: its node was lost"
             if lost and not self._exited.wait(GRACE):
-                self._tell(lost)
+                self._on_lost(lost)
                 os._exit(1)
 
 

@@ -26,7 +26,7 @@ from moco.data import loader
 from moco.errors import InputError, from_os_error
 from moco.launch import heartbeat, interrupt, output
 from moco.launch.processes import Plan, plan
-from moco.launch.rendezvous import meet
+from moco.launch.rendezvous import connect
 
 Worker = Callable[[Config, torch.device], None]
 
@@ -38,16 +38,18 @@ def launch(worker: Worker, config: Config) -> None:
     raised here, too.
     """
     p = plan(config.launch)
-    batch, per_process = config.input.batch_size, config.input.batch_is_per_process
-    of_process = batch if per_process else batch // p.local
-    if of_process < 1:
+    batch, local = config.input.batch_size, p.local_world_size
+    batch_per_process = batch if config.input.batch_is_per_process else batch // local
+    if batch_per_process < 1:
         raise InputError(
-            f"--batch-size {batch} is smaller than the {p.local} processes of this node; raise it"
+            f"--batch-size {batch} is smaller than the {local} processes of this node; raise it"
         )
-    config = replaced(config, nodes=p.nodes, batch_per_process=of_process)
+    config = replaced(config, nodes=p.nodes, batch_per_process=batch_per_process)
     if p.launcher != "spawn":
         name = os.path.basename(sys.argv[0])
-        _process(p, worker, config, p.first, p.local_rank, lambda lost: _print_lost(name, lost))
+        _process(
+            p, worker, config, p.first_rank, p.local_rank, lambda lost: _print_lost(name, lost)
+        )
         return
     # A rank that is killed because another one failed cannot release its resources. Python's
     # resource tracker does, and need not warn about it.
@@ -55,7 +57,9 @@ def launch(worker: Worker, config: Config) -> None:
     context = mp.get_context("spawn")
     errors_of_ranks = context.SimpleQueue()
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
-    processes = mp.spawn(_spawned, (p, worker, config, errors_of_ranks), nprocs=p.local, join=False)
+    processes = mp.spawn(
+        _spawned, (p, worker, config, errors_of_ranks), nprocs=p.local_world_size, join=False
+    )
     with interrupt.forward_signals(processes.pids()) as signals:
         killed = _killed(processes.processes)
         try:
@@ -69,7 +73,7 @@ def launch(worker: Worker, config: Config) -> None:
                 raise interrupt.nothing_to_save(signals[0]) from None
             if signals:
                 interrupt.end_by_signal(signals[0])
-            raise _lost(p.first, killed, error) from None
+            raise _lost(p.first_rank, killed, error) from None
     if not errors_of_ranks.empty():
         raise errors_of_ranks.get()
 
@@ -148,11 +152,11 @@ def _spawned(i: int, p: Plan, worker: Worker, config: Config, errors_of_ranks) -
     user.prepare()
     output.guard()
 
-    def tell(lost: str) -> None:
+    def on_lost(lost: str) -> None:
         errors_of_ranks.put(LostRankError(lost))
 
     try:
-        _process(p, worker, config, p.first + i, i, tell)
+        _process(p, worker, config, p.first_rank + i, i, on_lost)
     except InputError as error:
         errors_of_ranks.put(error)
         sys.exit(2)
@@ -164,16 +168,16 @@ def _spawned(i: int, p: Plan, worker: Worker, config: Config, errors_of_ranks) -
 
 
 def _process(
-    p: Plan, worker: Worker, config: Config, r: int, local_rank: int, tell: Callable[[str], None]
+    p: Plan, worker: Worker, config: Config, r: int, local_rank: int, on_lost: Callable[[str], None]
 ) -> None:
     """Set up this process's device and process group, run the worker, destroy the group.
 
-    `r` is the global rank, `local_rank` the rank on this node. `tell` is called with a message if
-    another rank is lost; then this process exits.
+    `r` is the global rank, `local_rank` the rank on this node. If another rank is lost, `on_lost`
+    is called with a message, and this process exits.
     """
-    device = devices.of_process(config.launch.device, config.launch.gpu, local_rank)
-    if device.type == "cpu" and p.local > 1:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // p.local))
+    device = devices.for_process(config.launch.device, config.launch.gpu, local_rank)
+    if device.type == "cpu" and p.local_world_size > 1:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // p.local_world_size))
     if device.type in ("cuda", "xpu"):  # there is only one MPS device
         torch.get_device_module(device).set_device(device)
     if device.type == "cuda":
@@ -184,7 +188,7 @@ def _process(
         if p.launcher == "srun":
             os.environ.setdefault("LOCAL_RANK", str(local_rank))
         by_hand = p.launcher == "torchrun" and "LOCAL_RANK" not in os.environ
-        store = meet(p.url, r, p.world_size, announce=local_rank == 0 or by_hand)
+        store = connect(p.url, r, p.world_size, announce=local_rank == 0 or by_hand)
         timeout = timedelta(minutes=30)
         store.set_timeout(timeout)
         dist.init_process_group(
@@ -194,7 +198,7 @@ def _process(
             world_size=p.world_size,
             timeout=timeout,
         )
-        guard = heartbeat.Heartbeat(store, r, p.world_size, tell)
+        guard = heartbeat.Heartbeat(store, r, p.world_size, on_lost)
     try:
         with (
             guard,

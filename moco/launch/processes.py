@@ -22,8 +22,8 @@ class Plan:
 
     launcher: str  # spawn, torchrun, srun or single
     nodes: int  # number of nodes; `batch_size` counts per node
-    local: int  # number of processes on this node
-    first: int  # global rank of the first process that this command starts
+    local_world_size: int  # number of processes on this node
+    first_rank: int  # global rank of the first process that this command starts
     world_size: int  # number of processes of the run
     local_rank: int  # local rank of the first process
     url: str  # init_method of the process group; "" for a single process
@@ -31,7 +31,7 @@ class Plan:
 
 def plan(launch: Launch) -> Plan:
     """Return the plan of the run. Raises InputError if options and environment do not fit."""
-    device_type = devices.chosen(launch.device)
+    device_type = devices.resolve_type(launch.device)
     p = _plan(launch, device_type)
     if p.world_size > 1 and device_type in devices.ONE_PROCESS:
         several = (
@@ -116,15 +116,15 @@ def _plan(launch: Launch, device_type: str) -> Plan:
 WORKERS = 8  # default limit of loader processes per process; 8 keep a GPU busy
 
 
-def workers(p: Plan, input: Input) -> int:
+def default_workers(p: Plan, input: Input) -> int:
     """Return the default of `--workers`: one loader per core, at most `WORKERS` per process.
 
     The number is that of this node, or per process if `input.batch_is_per_process`.
     """
     # with this variable each task has cores of its own
     bound = p.launcher == "srun" and "SLURM_CPUS_PER_TASK" in os.environ
-    node = min(cores() * (p.local if bound else 1), WORKERS * p.local)
-    return max(1, node // p.local) if input.batch_is_per_process else node
+    node = min(cores() * (p.local_world_size if bound else 1), WORKERS * p.local_world_size)
+    return max(1, node // p.local_world_size) if input.batch_is_per_process else node
 
 
 def cores() -> int:

@@ -109,7 +109,7 @@ MEETING = 300.0  # seconds within which all processes must have connected
 SILENCE = 10.0  # seconds of waiting after which a message is printed
 
 
-def meet(url: str, r: int, world_size: int, announce: bool) -> dist.Store:
+def connect(url: str, r: int, world_size: int, announce: bool) -> dist.Store:
     """Return the store at `url` when all processes have connected to it.
 
     Waits in Python code, so that signals are handled.

@@ -34,7 +34,9 @@ class FalseNegatives:
 
 
 @torch.no_grad()
-def find(bank: Tensor, own: Tensor, config: Cancellation, chunk: int) -> FalseNegatives:
+def find_false_negatives(
+    bank: Tensor, own: Tensor, config: Cancellation, chunk: int
+) -> FalseNegatives:
     """Return the false negatives of n images (section 3.2).
 
     They are the `topk` bank entries with the largest maximum similarity to the views of the image,

@@ -17,7 +17,7 @@ from moco import distributed
 from moco.builder.fnc import FNC
 from moco.launch import launch
 from moco.loss import global_contrastive
-from moco.loss.false_negatives import MODES, Cancellation, cancelled_nt_xent, find
+from moco.loss.false_negatives import MODES, Cancellation, cancelled_nt_xent, find_false_negatives
 from moco.rng import Progress
 
 T, DIM = 0.1, 4
@@ -61,7 +61,7 @@ def slow_loss(z, bank, own, how):
 
 def our_loss(z, bank, own, how, chunk):
     return cancelled_nt_xent(
-        z, bank, own, find(bank.detach(), own, how, chunk), how.mode, T, chunk
+        z, bank, own, find_false_negatives(bank.detach(), own, how, chunk), how.mode, T, chunk
     )[0]
 
 
@@ -112,7 +112,9 @@ def test_without_memory_it_is_the_slow_one(V, n, first, mode, seed):
 def test_threshold_and_topk_both_cut_in_these_tests():
     torch.manual_seed(0)
     own = torch.randperm(60)[:30].view(5, 6)
-    counts = find(unit_rows(60, DIM), own, Cancellation("attract", 6, 0.85), 4).mask.sum(1)
+    counts = find_false_negatives(
+        unit_rows(60, DIM), own, Cancellation("attract", 6, 0.85), 4
+    ).mask.sum(1)
     assert 0 < counts.min() < counts.max() == 6
 
 
@@ -149,7 +151,7 @@ def test_a_planted_false_negative_is_found_and_cancelled(mode):
     how = Cancellation(mode, 10, 0.7)
     for similarity in (1.0, 0.71, 0.69):
         bank, own = planted(similarity)
-        found = find(bank, own, how, 2)
+        found = find_false_negatives(bank, own, how, 2)
         pairs = [(i, int(row)) for i in range(3) for row in found.indices[i][found.mask[i]]]
         assert pairs == ([(1, 7)] if similarity > 0.7 else [])
         for i in range(3):
@@ -184,12 +186,12 @@ def test_an_eliminated_row_is_as_if_it_were_not_there():
 
 def test_no_candidates_where_there_is_no_other_row():
     bank, own = unit_rows(4, DIM), torch.arange(4)[:, None]
-    found = find(bank, own, Cancellation("attract", 10, -1.0), 8)
+    found = find_false_negatives(bank, own, Cancellation("attract", 10, -1.0), 8)
     assert found.indices.shape == found.mask.shape == (1, 0)
     assert our_loss(
         unit_rows(4, 1, DIM), bank, own, Cancellation("attract", 10, -1.0), 8
     ).isfinite()
-    found = find(unit_rows(6, DIM), own, Cancellation("attract", 10, -1.0), 8)
+    found = find_false_negatives(unit_rows(6, DIM), own, Cancellation("attract", 10, -1.0), 8)
     assert sorted(found.indices[0].tolist()) == [4, 5] and found.mask.all()
 
 
@@ -203,7 +205,7 @@ def test_the_loss_is_finite_in_float32_where_all_is_alike_or_opposite(temperatur
         for mode in MODES:
             how = Cancellation(mode, 3, 0.7)
             loss, *_ = cancelled_nt_xent(
-                z, bank, own, find(bank, own, how, 1), mode, temperature, 1
+                z, bank, own, find_false_negatives(bank, own, how, 1), mode, temperature, 1
             )
             assert loss.isfinite() and torch.autograd.grad(loss, z)[0].isfinite().all()
 
@@ -214,7 +216,9 @@ def test_enough_rows_stay_negatives_whatever_the_threshold():
     z = unit_rows(2, 3, DIM)
     for mode in ("attract", "eliminate"):
         how = Cancellation(mode, 9 - 2 - 1, -1.0)
-        for value in cancelled_nt_xent(z, bank, own, find(bank, own, how, 2), mode, T, 2):
+        for value in cancelled_nt_xent(
+            z, bank, own, find_false_negatives(bank, own, how, 2), mode, T, 2
+        ):
             assert value.isfinite()
 
 
@@ -384,7 +388,7 @@ def test_the_memory_holds_the_latest_features_of_the_average(mode, V):
         )
         encoder = copy.deepcopy(model.encoder_q)
         z = torch.stack([F.normalize(encoder(view), dim=1) for view in views])
-        slow = slow_loss(z, bank, own, model.how)
+        slow = slow_loss(z, bank, own, model.cancellation)
         slow.backward()
         loss, metrics = model(views, index, Progress(step=step))
         loss.backward()
@@ -394,7 +398,11 @@ def test_the_memory_holds_the_latest_features_of_the_average(mode, V):
         if mode == "off":
             assert not {"fn_found", "fn_precision"} & metrics.keys()
         else:
-            false = [(i, row) for i in range(n) for row in slow_candidates(bank, own, i, model.how)]
+            false = [
+                (i, row)
+                for i in range(n)
+                for row in slow_candidates(bank, own, i, model.cancellation)
+            ]
             assert float(metrics["fn_found"]) == pytest.approx(len(false) / n)
             false = [(i, row) for i, row in false if kept[row][1] != int(index[i])]
             right = [
@@ -412,7 +420,7 @@ def test_the_memory_holds_the_latest_features_of_the_average(mode, V):
                 if r not in own[:, i].tolist() + dropped
             )
             for i in range(n)
-            for dropped in [slow_candidates(bank, own, i, model.how)]
+            for dropped in [slow_candidates(bank, own, i, model.cancellation)]
             for a in range(V)
         }
         nearest = [
