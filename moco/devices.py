@@ -11,10 +11,10 @@ ONE_PROCESS = ("xpu", "mps")
 
 
 def resolve_type(choice: str) -> str:
-    """Return the device type for the value of `--device`.
+    """Return the device type for a value of `--device`.
 
-    For "auto" it is PyTorch's accelerator, or cpu if there is none. Raises InputError if PyTorch
-    finds no such device.
+    For "auto", return the type of PyTorch's accelerator, or cpu if there is none. Raises InputError
+    if PyTorch finds no such device.
     """
     if choice == "auto":
         available = torch.accelerator.is_available()
@@ -49,5 +49,5 @@ def to_device(x: Tensor, device: torch.device) -> Tensor:
 
 
 def widest_float(device: torch.device) -> torch.dtype:
-    """Return the most precise floating-point type of `device`: float64, or float32 on MPS."""
+    """Return the widest floating-point dtype of `device`: float64, or float32 on MPS."""
     return torch.float32 if device.type == "mps" else torch.float64

@@ -123,8 +123,8 @@ class FNC(MovingAverage):
     def contrast(self, z: Tensor, keys: Tensor, index: Tensor) -> tuple[Tensor, dict[str, Metric]]:
         """Return the loss of this rank's anchors against the memory or joint batch, and metrics.
 
-        The metric `acc1` is the fraction of views that are nearer to the other views of their image
-        than to any negative. `fn_found` is the mean number of false negatives of an image.
+        The metric `acc1` is the fraction of pairs of views of an image that are more similar than
+        the anchor and any negative. `fn_found` is the mean number of false negatives of an image.
         `fn_precision`, a sum and a count, is the fraction of them that have the image's class.
 
         Args:
@@ -155,15 +155,15 @@ class FNC(MovingAverage):
         return loss, metrics
 
     def bank(self, keys: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Add all ranks' keys to the memory; return what the anchors are compared with.
+        """Add all ranks' keys to the memory; return the entries to compare anchors with.
 
         Args:
             keys: normalized features of this rank, [V, B, C].
             index: index of each image in the training set, [B].
 
         Returns:
-            The features of the memory or joint batch [R, C]; the index of each one's image [R]; and
-            the entry of each key [V W B], view by view, each in the order of the joint batch.
+            The features of the memory or joint batch [R, C]; the index of each entry's image [R];
+            and the entry of each key [V W B], view by view, each in the order of the joint batch.
         """
         latest = distributed.all_gather_with_gradient(keys.transpose(0, 1).contiguous())
         latest = latest.transpose(0, 1).flatten(0, 1)

@@ -18,7 +18,7 @@ MODES = ("attract", "eliminate", "off")
 
 @dataclass(frozen=True)
 class Cancellation:
-    """Which bank entries are false negatives of an image, and their use (sections 3.1 to 3.3)."""
+    """The settings of FNC: how to find and how to use false negatives (sections 3.1 to 3.3)."""
 
     mode: str = "attract"  # one of MODES
     topk: int = 10  # maximum number of false negatives per image
@@ -75,8 +75,8 @@ def cancelled_nt_xent(
     """Return FNC's loss and two metrics, with a single [chunk, R] buffer.
 
     An anchor has a logit for each bank entry except its own. Its positives are the V - 1 other
-    views of its image. With mode "attract" the false negatives are positives, too. The loss is the
-    log-sum-exp of all logits minus the mean logit of the positives. With mode "eliminate" the
+    views of its image. With mode "attract", the false negatives are positives, too. The loss is the
+    log-sum-exp of all logits minus the mean logit of the positives. With mode "eliminate", the
     log-sum-exp leaves out the false negatives. Without false negatives and with V = 2 this is
     SimCLR's NT-Xent.
 
@@ -101,7 +101,7 @@ def cancelled_nt_xent(
 class _CancelledNTXent(torch.autograd.Function):
     """The loss, whose forward pass also computes the gradient.
 
-    So no tensor as wide as the bank is kept for the backward pass.
+    Therefore no tensor as wide as the bank is kept for the backward pass.
     """
 
     @staticmethod

@@ -18,7 +18,7 @@ class Pairs:
 
     positive: Tensor  # [2, n] to the other view of the same image
     others: Tensor  # [2, n, 2m] to all m images in the anchor's view, then in the other view
-    own: Tensor  # [n, 2m] True if that is the anchor's image itself, which is not a negative
+    own: Tensor  # [n, 2m] True for the anchor's own image, which is not a negative
 
 
 def compare(z: Tensor, z_all: Tensor, first: int) -> Pairs:
