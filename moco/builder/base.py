@@ -63,7 +63,7 @@ class Method(nn.Module, ABC):
         """Run after each step of the optimizer, for example to update a moving average."""
 
     def parameter_groups(self, lr: float, wd: float) -> list[dict[str, Any]]:
-        """Return the optimizer's parameter groups. By default, one group has all trainable parameters.
+        """Return the optimizer's parameter groups: by default, one with all trainable parameters.
 
         Args:
             lr: initial learning rate.

@@ -1,7 +1,8 @@
 """MoBY (Xie et al., arXiv 2105.04553), SynCo-v2 and the sections of their script.
 
 An online encoder, a projector and a predictor are trained. The target encoder and projector are
-moving averages of the online ones, with a momentum that rises to 1. `create_method` also makes BYOL (arXiv 2006.07733).
+moving averages of the online ones, with a momentum that rises to 1. `create_method` also makes BYOL
+(arXiv 2006.07733).
 """
 
 from dataclasses import dataclass

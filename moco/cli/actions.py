@@ -27,10 +27,10 @@ TRUE_OR_FALSE = ("true", "false")
 class Switch(argparse.BooleanOptionalAction):
     """An option that is given as --name, --no-name, --name 1 or --name 0.
 
-    The papers' scripts have both forms.
+    The papers' scripts use both forms.
 
     Args:
-        max_level: the largest number that the option takes; 1 for true and false only.
+        max_level: the largest number that the option accepts; 1 for true and false only.
     """
 
     def __init__(self, *args, max_level: int = 1, **more):
@@ -39,7 +39,7 @@ class Switch(argparse.BooleanOptionalAction):
         self.metavar = "|".join(map(str, range(max_level + 1)))
 
     def __call__(self, parser, namespace, values, option_string=None):  # noqa: ARG002
-        """Set the switch to the value given after it, or else by its name."""
+        """Set the switch to the value given after it; without a value, --name is 1, --no-name 0."""
         negated = option_string.startswith("--no-")
         if negated and values is not None:
             raise argparse.ArgumentError(self, f"{option_string} takes no value")
@@ -49,7 +49,7 @@ class Switch(argparse.BooleanOptionalAction):
             raise argparse.ArgumentError(self, str(error)) from None
 
     def level(self, value: object) -> bool | int:
-        """Return the value of a word or YAML value. Raises ValueError if the switch lacks it."""
+        """Convert a word or YAML value. Raises ValueError if the switch does not accept it."""
         word = str(value).lower()
         if word in TRUE_OR_FALSE:
             return word == "true"
@@ -68,12 +68,12 @@ def is_number(text: str) -> bool:
 
 
 def convert(action: argparse.Action, value: object, where: str) -> object:
-    """Return a YAML value as the option would return it.
+    """Convert a YAML value as if it were given on the command line.
 
     Args:
         action: the option.
         value: a value, or a list of them; None stands for the option's default.
-        where: the file and key, which begin an error message.
+        where: the file and key, with which error messages begin.
 
     Raises InputError if the option does not take the value.
     """

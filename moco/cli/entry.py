@@ -1,8 +1,8 @@
 """Start a script: parse and complete its settings, launch its processes, print its errors.
 
-Every script defines `parser()`, which declares its options, `complete(config)`, which validates
-the settings and fills in those that depend on others, and `worker(config, device)`, which runs in
-every process.
+Every script defines three functions. `parser()` declares its options. `complete(config)` validates
+the settings and fills in those that depend on others. `worker(config, device)` runs in every
+process.
 """
 
 import functools
@@ -28,8 +28,8 @@ Complete = Callable[[AnyConfig], AnyConfig]
 def main(parser: Parser, complete: Complete, worker: launch.Worker) -> None:
     """Run `worker(config, device)` in every process of the run.
 
-    Prints an InputError as one line on stderr, and exits with status 2. A run that was stopped by a
-    signal, and has saved, exits with status 75. A run that has lost a process exits with status 1.
+    Prints an InputError as one line on stderr, and exits with status 2. A run that has saved after
+    a signal exits with status 75. A run that has lost a process exits with status 1.
 
     Args:
         parser: the script's options.
@@ -77,7 +77,7 @@ def _completed(parser: Parser, complete: Complete) -> tuple[AnyConfig, bool]:
     if not config.EVALUATES:
         config = resume.inherit(config)
     config = complete(config)
-    if in_output:  # the classifier's settings, which name the folder, are known only now
+    if in_output:  # the folder's name depends on the classifier's settings, which are known now
         config = replaced(config, save_dir=str(folders.output_folder(config)))
     if config.views.recipe:
         recipes.from_settings(config.views)

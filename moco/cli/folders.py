@@ -21,8 +21,8 @@ def resolve_output(config: AnyConfig) -> AnyConfig:
         saved = checkpoint.list_checkpoints(run)
         if not saved:
             raise InputError(
-                f"no checkpoint_*.pth.tar in {run}: "
-                "--output and --tag name no run that has saved one"
+                f"no checkpoint_*.pth.tar in {run}; "
+                "give the --output and --tag of a run that has saved a checkpoint"
             )
         config = replaced(config, pretrained=str(saved[0]))
     return replaced(config, save_dir=config.run.save_dir or str(output_folder(config)))
@@ -31,7 +31,7 @@ def resolve_output(config: AnyConfig) -> AnyConfig:
 def output_folder(config: Config) -> Path:
     """Return the run folder that --output and --tag name.
 
-    An evaluation has its own folder inside that of the run, named by its data set and protocol.
+    An evaluation has its own folder inside the run folder, named after its data set and protocol.
     """
     folder, settings = _run_of_output(config), flat(config)
     if "pretrained" not in settings:
@@ -50,7 +50,7 @@ def _run_of_output(config: Config) -> Path:
 def check_writable(folder: str) -> None:
     """Raise InputError unless the run folder can be created and written to.
 
-    Called before the run, so that hours of training are not lost.
+    Call it before the run, so that hours of training are not lost.
     """
     if folder != folder.encode(errors="replace").decode():
         raise InputError(
@@ -62,6 +62,6 @@ def check_writable(folder: str) -> None:
         if os.path.lexists(place)
     )
     if not there.is_dir():
-        raise InputError(f"--save-dir {folder}: {there} is no folder; choose another place")
+        raise InputError(f"--save-dir {folder}: {there} is not a folder; choose another one")
     if not os.access(there, os.W_OK | os.X_OK):
-        raise InputError(f"--save-dir {folder}: {there} is read-only; choose another place")
+        raise InputError(f"--save-dir {folder}: {there} is read-only; choose another folder")

@@ -1,7 +1,7 @@
 """Declare when the options of the shared sections have no effect.
 
-Each function declares the rules of one section with `EffectsParser.has_effect`. A condition
-receives all settings as attributes, and the config itself as `config`.
+Each function declares the rules of one section with `EffectsParser.has_effect`. Its condition gets
+an object that has all settings as attributes, and the config itself as `config`.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,9 +21,9 @@ Declare = Callable[[EffectsParser], None]
 def section_rules(config: Config) -> Iterator[Declare]:
     """Yield the functions that declare the rules of the sections of `config`."""
     for section in vars(config).values():
-        for kind in type(section).__mro__:
-            if kind in _RULES:
-                yield _RULES[kind]
+        for section_type in type(section).__mro__:
+            if section_type in _RULES:
+                yield _RULES[section_type]
 
 
 def _input(parser: EffectsParser) -> None:
