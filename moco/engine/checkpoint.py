@@ -1,6 +1,6 @@
 """Save, find, check and restore checkpoints.
 
-A checkpoint is a dict with MoCo's keys and plain values. It is written atomically: a crash never
+A checkpoint is a dict with MoCo's keys and plain values. It is written atomically, so a crash never
 replaces a complete file by an incomplete one.
 """
 
@@ -29,7 +29,7 @@ State = dict[str, Any]
 def save(path: Path, state: State) -> None:
     """Write `state` to `path` atomically.
 
-    Raises InputError if it cannot be written. A file that was at `path` then stays unchanged.
+    Raises InputError if it cannot be written. An old file at `path` then stays unchanged.
     """
     try:
         with replacing(path) as file:
@@ -47,7 +47,7 @@ def save(path: Path, state: State) -> None:
             kept = f"the last checkpoint is {last}" if last else "there is none yet"
             why = f"cannot be written: {reason or 'the disk is full, or the file too large'}"
             raise InputError(
-                f"{path}: {why}; {kept}; make room, and go on with --resume auto"
+                f"{path}: {why}; {kept}; make room, and continue with --resume auto"
             ) from None
         raise
 
@@ -58,8 +58,8 @@ _NAME = re.compile(r"checkpoint_(\d+)(?:_(-?\d+))?\.pth\.tar")
 def list_checkpoints(folder: str | Path) -> list[Path]:
     """Return the checkpoints of a run folder, the most advanced first.
 
-    Files whose names do not say how advanced they are come last, such as copies by the user.
-    Raises UnreadableError if the folder cannot be listed.
+    Files whose names do not contain an epoch come last, such as copies made by the user. Raises
+    UnreadableError if the folder cannot be listed.
     """
     try:
         names = os.listdir(folder)
@@ -75,7 +75,7 @@ def list_checkpoints(folder: str | Path) -> list[Path]:
 
 
 def _how_far(path: Path) -> tuple[float, int]:
-    """Return (epochs done, step), by the name of the file, to sort checkpoints by."""
+    """Return (epochs done, step) according to the file name, as the key to sort checkpoints."""
     if match := _NAME.fullmatch(path.name):
         epoch, step = match.groups()  # the name has a step if its epoch is unfinished
         return (int(epoch), int(step)) if step else (int(epoch) + 1, 0)
@@ -99,13 +99,13 @@ def epoch_of(path: Path) -> int:
 
 
 def tidy_folder(folder: Path, resumed: str | None) -> None:
-    """Tidy the run folder before training.
+    """Remove half-written files from the run folder, and rename damaged checkpoints.
 
-    Remove half-written files of a start that was killed. Rename the damaged checkpoints that
-    `--resume auto` skipped, so that later starts do not read them again.
+    Call it before training. Half-written files come from a start that was killed. The damaged
+    checkpoints are those that `--resume auto` skipped; later starts do not read them again.
 
     Args:
-        folder: the run folder, which this run holds.
+        folder: the run folder, which this run has locked.
         resumed: the checkpoint that the run resumes from, if any.
     """
     for name in ("*.pth.tar", "*.json", "*.jsonl", "*.yaml"):
@@ -128,13 +128,13 @@ def newest(folder: str) -> str | None:
     """Return the most advanced checkpoint of a run folder that is not damaged.
 
     Prints a line and returns None if there is no checkpoint. Raises UnreadableError if the system
-    cannot read a checkpoint, because that one may be intact. Raises InputError if all are damaged.
+    cannot read a checkpoint, because it may be intact. Raises InputError if all are damaged.
     """
     files = list_checkpoints(folder)
     if not files:
         log = Path(folder, "log.jsonl")
         logged = log.exists() and log.stat().st_size
-        begins = "begins anew, and its log with it" if logged else "begins"
+        begins = "starts again, with a new log" if logged else "starts"
         print_rank0(f"--resume auto: no checkpoint in {folder} yet; the run {begins}")
         return None
     for path in files:
@@ -152,7 +152,7 @@ def newest(folder: str) -> str | None:
 
 
 def load(path: str) -> State:
-    """Return the content of a checkpoint file, by this project or other software.
+    """Return the content of a checkpoint file of this project or of other software.
 
     Raises InputError if it cannot be read; see `moco.encoder.weights.read`.
     """
@@ -209,7 +209,7 @@ def restore(model: nn.Module, state: State, path: str, diverged: bool = False) -
         model: the module that a run trains.
         state: the content of the checkpoint, checked by `check_origin`.
         path: its file, for messages.
-        diverged: whether NaN and infinite weights are accepted.
+        diverged: whether to accept NaN and infinite weights.
 
     Raises InputError if names or shapes of the weights do not fit, or if a weight is NaN or
     infinite.
@@ -274,9 +274,9 @@ def check_resumable(state: State, path: str) -> None:
 
 
 def missing_keys(state: State) -> list[str]:
-    """Return the keys that a run needs to continue and that `state` lacks.
+    """Return the keys that `state` lacks of those that a run needs to continue.
 
-    Checkpoints of other software lack some.
+    Checkpoints of other software lack some of them.
     """
     return [key for key in _WANTED if key not in state]
 

@@ -17,8 +17,8 @@ from moco.data.images import Images
 from moco.encoder import networks
 from moco.engine.precision import autocast, prepare_images
 
-# features [n, D] and labels, [n] or [n, num_classes], of this rank's images of a split. With W
-# ranks, a rank has every W-th image.
+# features [n, D] and labels, [n] or [n, num_classes], of a rank's images of a split. With W ranks,
+# a rank has every W-th image.
 Features = tuple[Tensor, Tensor]
 
 
@@ -34,7 +34,7 @@ def eval_batches(
     images can show several classes.
 
     Images that cannot be read are left out. Their indices and the reasons are appended to
-    `unreadable`. If that is None, raises InputError at the first such image.
+    `unreadable`. If `unreadable` is None, the first such image raises InputError.
     """
     sampler = loader.EvalBatchSampler(len(images), config.input.batch_per_process)
     crop, done = loader.CenterCrop(config.views.image_size), 0
@@ -67,7 +67,7 @@ def extract(
     """Return the features [n, D] and the labels of this rank's images, every W-th of `images`.
 
     Args:
-        net: the network. It is set to eval mode, and back to its own mode at the end.
+        net: the network. It is set to eval mode, and back to its mode at the end.
         images: the images of a split.
         config: the settings of the run.
         device: the device that computes, and on which the labels are returned.
@@ -139,8 +139,9 @@ def knn(
     """Return the top-1 accuracy of the weighted k-NN classifier for each k in `ks`, in [0, 1].
 
     Each neighbour votes for its class with weight exp(similarity / temperature) (Wu et al.,
-    section 3.4). The accuracy is that of all ranks' queries. It is computed on the device of the
-    labels; the features may be in the host's memory. Ranks may have different numbers of features.
+    section 3.4). The accuracy is that of the queries of all ranks. It is computed on the device of
+    the labels; the features may be in the host's memory. Ranks may have different numbers of
+    features.
 
     Args:
         bank: this rank's features of the bank, [n, D], with norm 1.
@@ -159,8 +160,8 @@ def knn(
     found = nearest(bank, bank_labels, queries, max(ks))
     for similarity, neighbour, y in zip(*(x.split(QUERIES) for x in (*found, labels)), strict=True):
         similarity, neighbour = _of_all_ranks(similarity, neighbour, max(ks))
-        # exp(1 / T) would be infinite if T is small; subtracting the best similarity scales all
-        # weights of a query alike, which changes no vote
+        # For a small T, exp(1 / T) would be infinite. Subtracting the best similarity multiplies
+        # all weights of a query by one factor, which changes no vote.
         weight = torch.exp((similarity - similarity[:, :1]) / temperature)
         for k in ks:
             votes = weight.new_zeros(len(y), classes).scatter_add_(
@@ -180,7 +181,7 @@ def nearest(bank: Tensor, bank_labels: Tensor, queries: Tensor, k: int) -> Featu
         bank: features of this rank, [n, D]; each block is moved to the queries' device once.
         bank_labels: their labels, [n].
         queries: features of all ranks, [N, D].
-        k: number of neighbours; n is taken if it is smaller.
+        k: number of neighbours; if n is smaller, all n are returned.
     """
     k = min(k, len(bank))
     best = queries.new_full((len(queries), k), -torch.inf)
@@ -199,7 +200,7 @@ def _of_all_ranks(similarity: Tensor, label: Tensor, k: int) -> Features:
     """Return the similarities and labels [B, k] of the best k neighbours over all ranks.
 
     Args:
-        similarity: those of the best k neighbours on this rank, [B, <= k].
+        similarity: similarities of the best k neighbours on this rank, [B, <= k].
         label: their labels.
         k: number of neighbours.
     """

@@ -20,7 +20,7 @@ def make(groups: list[dict[str, Any]], schedule: Schedule, amp: str) -> torch.op
 
     Args:
         groups: parameter groups, each with `params`, `lr` and `weight_decay`.
-        schedule: the settings of the optimizer.
+        schedule: the settings of the optimizer and its schedule.
         amp: the value of `--amp`.
 
     Raises InputError if `--momentum` is out of range.
@@ -52,13 +52,13 @@ def _fused(groups: list[dict[str, Any]]) -> bool | None:
 def restore(
     optimizer: torch.optim.Optimizer, saved: dict[str, Any], path: str, diverged: bool = False
 ) -> None:
-    """Load the state of an optimizer from a checkpoint. Settings such as lr stay this run's.
+    """Load the state of an optimizer from a checkpoint, but keep this run's lr and other settings.
 
     Args:
         optimizer: the optimizer of this run.
         saved: the `state_dict` of the optimizer in the checkpoint.
         path: the file of the checkpoint, for messages.
-        diverged: whether NaN and infinite values are accepted.
+        diverged: whether to accept NaN and infinite values.
 
     Raises InputError if the state is that of another optimizer, or damaged.
     """
@@ -94,9 +94,9 @@ def restore(
 def _place_counts(optimizer: torch.optim.Optimizer) -> None:
     """Move AdamW's step counts to the device that this run's optimizer needs.
 
-    Fused AdamW needs each count on the device of its parameter. Otherwise Python reads the counts,
-    and they are on the CPU so that reading does not wait for the device. The checkpoint's counts
-    are elsewhere if its run used another device.
+    Fused AdamW needs each count on the device of its parameter. Otherwise Python reads the counts;
+    on the CPU, reading does not wait for the device. The counts in a checkpoint may be on another
+    device, the one that its run used.
     """
     for group in optimizer.param_groups:
         for p in group["params"]:
@@ -105,14 +105,14 @@ def _place_counts(optimizer: torch.optim.Optimizer) -> None:
                 optimizer.state[p]["step"] = count.to(p.device if group["fused"] else "cpu")
 
 
-# the state of a parameter, by a setting that only the optimizers with that state have
+# names of a parameter's state, by a setting that only the optimizers with this state have
 _STATE = {"momentum": {"momentum_buffer"}, "betas": {"step", "exp_avg", "exp_avg_sq"}}
 # settings that tell apart optimizers whose states have the same shapes
 _DISTINCTIVE = ("dampening", "betas", "eps", "trust", "amsgrad")
 
 
 def _matches(saved: dict[str, Any], mine: dict[str, Any]) -> bool:
-    """Return whether a saved group is of the same optimizer as `mine`. Its settings may differ."""
+    """Return whether two groups are of the same optimizer. Other settings may differ."""
     same = all(saved.get(name) == mine.get(name) for name in _DISTINCTIVE)
     same = same and ("momentum" in saved) == ("momentum" in mine)
     return same and all(
@@ -127,7 +127,7 @@ def _is_valid(
     """Return whether the state of a parameter has the names, shapes and finite values it needs.
 
     Each value is a scalar or has the shape of the parameter. With `diverged`, NaN and infinity are
-    accepted.
+    valid.
     """
     names = next(names for setting, names in _STATE.items() if setting in optimizer.defaults)
     tensors = [x for x in state.values() if x is not None]
@@ -141,7 +141,7 @@ def _is_valid(
 class LARS(torch.optim.Optimizer):
     """The LARS optimizer: layer-wise adaptive rate scaling (You et al., arXiv 1708.03888).
 
-    This is the form that SimCLR, MoCo v3 and SogCLR use. A parameter w with gradient g is updated
+    This is the variant of SimCLR, MoCo v3 and SogCLR. A parameter w with gradient g is updated
     by v <- momentum v + u and w <- w - lr v. If w has two dimensions or more,
     u = trust |w| / |g + wd w| (g + wd w). Otherwise, for biases and the scales of norm layers,
     u = g, without weight decay.
@@ -168,7 +168,7 @@ class LARS(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
-        """Update the parameters. `closure` and the returned loss are those of torch.optim."""
+        """Update the parameters. `closure` and the returned loss are as in torch.optim."""
         loss = None
         if closure is not None:
             with torch.enable_grad():

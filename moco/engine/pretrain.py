@@ -27,7 +27,7 @@ from moco.rng import Progress
 def check_views(config: Pretraining, several_crops: bool = False) -> None:
     """Raise InputError if the recipe makes the wrong number of views.
 
-    Two views are needed, or more than two with `several_crops`.
+    It must make two views, or more than two with `several_crops`.
     """
     views = len(recipes.from_settings(config.views))
     if views < 2 or (views > 2) != several_crops:
@@ -41,7 +41,7 @@ def check_views(config: Pretraining, several_crops: bool = False) -> None:
 def complete(config: Pretraining) -> Pretraining:
     """Return `config` with the mean and std of the data set, unless they are given.
 
-    Called before any process starts. Raises InputError if the architecture or the data do not fit
+    Call it before any process starts. Raises InputError if the architecture or the data do not fit
     the script.
     """
     if not config.TRANSFORMERS and config.network.arch not in resnets.ARCHS:
@@ -123,7 +123,7 @@ class PretrainingTask(Task):
         self.images_before = module.images_before
         # the best k-NN top-1 accuracy of a saved epoch, and that epoch
         self.best = (-1.0, -1)
-        # epochs whose checkpoints an earlier start kept, with another --keep or --keep-every
+        # epochs whose checkpoints an earlier start kept by another --keep or --keep-every
         self.spared: frozenset[int] = frozenset()
         self._left_out: frozenset[int] = frozenset()  # unreadable images that a line has named
 
@@ -141,7 +141,7 @@ class PretrainingTask(Task):
         return self.module.parameter_groups(self.config.optimizer.lr, self.config.optimizer.wd)
 
     def load_images(self) -> None:
-        """Decode the training images into memory, if --cache-images says so."""
+        """Decode the training images into memory, if --cache-images allows it."""
         (self.images,) = cache.load(self.config.input, self.images)
 
     def loss(
@@ -160,7 +160,7 @@ class PretrainingTask(Task):
         saves = last or done % config.log.save_every == 0
         metrics = {}
         if config.monitor.knn_every and (last or done % config.monitor.knn_every == 0):
-            # save first: k-NN takes a while, and the run may be stopped meanwhile
+            # save first, because k-NN takes a while, and the run may be stopped meanwhile
             self.save_mid_epoch(trainer, done - 1, done * trainer.steps_per_epoch)
             metrics["knn"] = self._knn()
             if saves and metrics["knn"] > self.best[0]:
@@ -188,7 +188,7 @@ class PretrainingTask(Task):
             self.spared |= frozenset(map(checkpoint.epoch_of, there))
 
     def save_mid_epoch(self, trainer: Trainer, epoch: int, step: int) -> Path:
-        """Save within epoch `epoch`, after `step` steps of the run. Return the path of the file."""
+        """Save inside epoch `epoch`, after `step` steps of the run. Return the path of the file."""
         path = trainer.save(f"checkpoint_{max(epoch, 0):04d}_{step}.pth.tar", epoch, step)
         self._tidy(path)
         return path
@@ -217,7 +217,7 @@ class PretrainingTask(Task):
         print_rank0(f"trained for {format_duration(trainer.seconds)}")
         saved = next(iter(checkpoint.list_checkpoints(self.config.run.save_dir)), None)
         if saved is not None and distributed.rank() == 0:
-            print_rank0(f"the last checkpoint is {saved}; what you can run next:")
+            print_rank0(f"the last checkpoint is {saved}; commands to run next:")
             for command in next_commands.commands(self.config, self.images.root, saved):
                 print_rank0(f"  {command}")
 

@@ -36,7 +36,7 @@ class Task(ABC):
         device: the device of this process.
     """
 
-    images_before = 0  # number of images to train on before epoch 0, in steps counted below 0
+    images_before = 0  # number of images to train on before epoch 0, in steps below 0
     may_diverge = False  # whether the run continues if the loss or a weight is NaN or infinite
     scales_gradient = True  # whether --amp fp16 scales the gradient
 
@@ -45,7 +45,7 @@ class Task(ABC):
 
     @property
     def trained_module(self) -> nn.Module:
-        """Return the part of the module that trains and that `loss` calls; by default all of it."""
+        """Return the submodule that is trained and that `loss` calls; by default all of it."""
         return self.module
 
     @property
@@ -62,7 +62,7 @@ class Task(ABC):
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Return the optimizer's parameter groups, each with `params`, `lr` and `weight_decay`.
 
-        A group with `"scheduled": False` keeps its learning rate for the whole run.
+        A group with `"scheduled": False` keeps its learning rate for the full run.
         """
 
     @abstractmethod
@@ -85,7 +85,7 @@ class Task(ABC):
     # B027: the methods without a body are optional hooks
 
     def load_images(self) -> None:  # noqa: B027
-        """Decode the images of every epoch into memory, if --cache-images asks for it."""
+        """Decode the images that every epoch reads into memory, if --cache-images allows it."""
 
     def after_step(self) -> None:  # noqa: B027
         """Update what depends on the new weights. Called after each step of the optimizer."""
@@ -96,7 +96,7 @@ class Task(ABC):
 
     @abstractmethod
     def save_mid_epoch(self, trainer: "Trainer", epoch: int, step: int) -> Path:
-        """Save within epoch `epoch`, after `step` steps of the run. Return the path of the file."""
+        """Save inside epoch `epoch`, after `step` steps of the run. Return the path of the file."""
 
     def finish(self, trainer: "Trainer") -> None:  # noqa: B027
         """Print or check results. Called after the last epoch."""
@@ -117,7 +117,7 @@ class Task(ABC):
 
 
 class Trainer:
-    """A training loop that runs a task in this process, together with the run's other processes.
+    """The training loop of a task, run together by all processes of the run.
 
     A resumed run continues from its checkpoint as if it had never stopped.
 
@@ -272,7 +272,7 @@ class Trainer:
     def _set_lr(self, step: int) -> float:
         """Set the learning rate of each parameter group for this step. Return the first one."""
         schedule = self.config.optimizer
-        # steps before epoch 0 use the learning rate after warm-up
+        # steps before epoch 0 use the full learning rate
         passed = step / self.steps_per_epoch if step >= 0 else schedule.lr_warmup_epochs
         if schedule.lr_by != "step":
             passed = int(passed) + (schedule.lr_by == "epoch-end" and step >= 0)
@@ -313,7 +313,7 @@ class Trainer:
         return {"loss": loss, **metrics}
 
     def _clip_gradient(self) -> Metrics:
-        """Clip the gradient. Return the gradient norm of each of the task's `parts` before that."""
+        """Clip the gradient. Return the norms of the task's `grad_norm_modules` before clipping."""
         clip, parts = self.config.optimizer.clip_grad, self.task.grad_norm_modules
         if not clip and not parts:
             return {}
@@ -322,7 +322,7 @@ class Trainer:
         for name, part in parts.items():
             gradients = [p.grad for p in part.parameters() if p.grad is not None]
             norm = torch.stack(torch._foreach_norm(gradients)).norm()
-            # leave out steps with a non-finite gradient, because under fp16 the scaler skips them
+            # leave out steps with a non-finite gradient, which the scaler skips under fp16
             counts = norm.isfinite()
             norms[f"grad_{name}"] = torch.where(counts, norm, 0.0), counts
         for module in self.task.grad_clip_modules if clip else []:

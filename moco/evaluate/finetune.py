@@ -21,10 +21,10 @@ class FineTuning(ClassifierTask):
     Args:
         config: the settings of the evaluation.
         net: the network with the classifier.
-        images: the images to train on, to choose on, and to test on.
+        images: the images to train on, to test on, and to choose on.
         device: the device of this process.
         setting: learning rate and weight decay of the classifier.
-        lr_backbone: learning rate of the pre-trained network, which has the same weight decay.
+        lr_backbone: learning rate of the pre-trained network. It has the weight decay of `setting`.
         zero_init: whether the weights of the classifier start at 0.
         more: `best_name` of `ClassifierTask`.
 

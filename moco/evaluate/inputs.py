@@ -22,8 +22,8 @@ from moco.evaluate import feature_files
 def complete(config: AnyConfig) -> AnyConfig:
     """Return `config` with the checkpoint's arch, stem, image size, mean and std.
 
-    Values that are given stay. Called before any process starts. Raises InputError if the data or
-    the checkpoint do not fit.
+    Given options are kept. Call it before any process starts. Raises InputError if the data or the
+    checkpoint do not fit.
     """
     if config.run.data == "photos":
         config = replaced(config, dataset="photos")
@@ -57,13 +57,13 @@ def complete(config: AnyConfig) -> AnyConfig:
 
 
 def _complete_from(config: AnyConfig, path: str) -> AnyConfig:
-    """Return `config` with the settings of the checkpoint in `path`. Values that are given stay."""
+    """Return `config` with the settings of the checkpoint in `path`. Given options are kept."""
     state = checkpoint.load(path)
     facts = metadata.read_metadata(state)
     image_size = config.views.image_size or facts.image_size
     if not image_size:
-        taken = "224 pixels are taken (--image-size)"
-        print_rank0(f"{path}: does not say what size of images it is for; {taken}")
+        used = "224 pixels are used (--image-size)"
+        print_rank0(f"{path}: does not say its image size; {used}")
     used = facts._replace(mean=config.views.mean or facts.mean, std=config.views.std or facts.std)
     if line := metadata.normalization_note(path, used):
         print_rank0(f"{line} (--mean, --std)")
@@ -89,14 +89,14 @@ def _complete_from(config: AnyConfig, path: str) -> AnyConfig:
 
 
 def tests_full_network(config: Config) -> bool:
-    """Return whether the run only tests a classifier, and its checkpoint has the full network."""
+    """Return whether the run only tests a classifier whose checkpoint has the full network."""
     return config.only_tests and not config.kept_layers
 
 
 def restore_options(config: AnyConfig, options: Iterable[str]) -> AnyConfig:
     """Return `config` with the arch, image size, stem, mean and std of `--resume`'s classifier.
 
-    With `--evaluate`, the seed and `options` are the classifier's as well.
+    With `--evaluate`, also restore the seed and the `options`.
 
     Args:
         config: the settings of the evaluation.
@@ -144,7 +144,7 @@ def restore_options(config: AnyConfig, options: Iterable[str]) -> AnyConfig:
 def _restore_facts(config: AnyConfig, facts: metadata.Metadata) -> AnyConfig:
     """Return `config` with the arch, image size, stem, mean and std of the classifier.
 
-    Raises InputError if others are given. With `--evaluate`, another image size is accepted.
+    Raises InputError if given options differ. With `--evaluate`, the image size may differ.
     """
     settings, path, found = flat(config), config.log.resume, {}
     for name in ("arch", "image_size", "stem", "mean", "std"):
@@ -185,14 +185,14 @@ def check_val_from_train(config: Config) -> None:
     fraction = config.val_from_train
     if fraction is not None and not 0 < fraction < 1:
         raise InputError(
-            f"--val-from-train {fraction:g}: must lie between 0 and 1, as in --val-from-train 0.1"
+            f"--val-from-train {fraction:g}: must be between 0 and 1, as in --val-from-train 0.1"
         )
 
 
 def check_labels(config: Config) -> None:
-    """Fetch or read the list of labelled images, if there is one. Called after `complete`.
+    """Download or read the list of labelled images, if there is one. Call it after `complete`.
 
-    Raises InputError if it cannot be fetched or read.
+    Raises InputError if it cannot be downloaded or read.
     """
     if config.labels.subset_file:
         subsets.read_names(Path(config.labels.subset_file))
@@ -206,7 +206,7 @@ def check_labels(config: Config) -> None:
 
 
 class Splits(NamedTuple):
-    """The images to train a classifier on, to test it on, and, if held out, to choose it on."""
+    """The images to train and test a classifier on and, if some are held out, to choose it on."""
 
     train: Images
     val: Images
@@ -216,8 +216,8 @@ class Splits(NamedTuple):
 def splits(config: Config) -> Splits:
     """Return the labelled training images, the validation images, and the images held out.
 
-    The images held out are those of `--val-from-train`; the training images lack them. Raises
-    InputError if the data cannot be read.
+    `--val-from-train` holds images out; they are not among the training images. Raises InputError
+    if the data cannot be read.
     """
     seed, images = config.run.seed, config.input
     train, val = (
@@ -230,13 +230,14 @@ def splits(config: Config) -> Splits:
         return Splits(train, val)
     train, held_out = subsets.hold_out(train, config.val_from_train, seed)
     print_rank0(
-        f"{len(held_out)} images of train/ are held out to choose on, {len(train)} to train on"
+        f"{len(held_out)} images of train/ are held out to choose the classifier on, "
+        f"{len(train)} are trained on"
     )
     return Splits(train, val, held_out)
 
 
 def _labelled(config: Config, train: Images) -> Images:
-    """Return the training images whose labels are used. List them in subset.txt if not all are."""
+    """Return the training images whose labels are used. If these are not all, write subset.txt."""
     labels = config.labels
     part = subsets.labelled_subset(train, labels.train_percent, config.run.seed, labels.subset_file)
     if len(part) < len(train) and distributed.rank() == 0:
@@ -275,7 +276,7 @@ def load_network(config: Config, num_classes: int, device: torch.device) -> nn.M
         facts = metadata.read_metadata(state)
         if facts.image_size not in (None, image_size):
             print_rank0(
-                f"it was pre-trained at {facts.image_size} pixels, and sees {image_size} here "
+                f"it was pre-trained at {facts.image_size} pixels, and is used at {image_size} "
                 "(--image-size)"
             )
         _print_other_normalization(config, facts)
@@ -297,15 +298,14 @@ def _print_other_normalization(config: Config, facts: metadata.Metadata) -> None
         )
         options = ", ".join(f"--{name}" for name in names)
         print_rank0(
-            f"its images were normalized with {own} in pre-training, and are with {given} here "
-            f"({options})"
+            f"images were normalized with {own} in pre-training, and with {given} here ({options})"
         )
 
 
 def _load(net: nn.Module, config: Config, state: checkpoint.State) -> str:
-    """Load the backbone, and the layers of the projection head that the evaluation keeps.
+    """Load the backbone, and the layers of the projection head that the evaluation uses.
 
-    Returns a line that says how many tensors matched, and which encoder of the file was chosen.
+    Returns a line with the number of tensors that matched and the encoder that was chosen.
     """
     tensors = encoders.tensors_of(net, state)
     matched = encoders.load_backbone(net, tensors, config.encoder.pretrained)
@@ -321,7 +321,7 @@ def _load(net: nn.Module, config: Config, state: checkpoint.State) -> str:
 def complete_features(config: Evaluation, multi_label: bool) -> Evaluation:
     """Return `config` with the settings of the checkpoint or of the features of `--load-features`.
 
-    Like `complete`, for a script that classifies frozen features.
+    This is `complete` for a script that classifies frozen features.
 
     Args:
         config: the settings of the evaluation.
@@ -362,7 +362,7 @@ def frozen_features(
     if not all(rows.sum().isfinite() for rows, _ in (train, val)):
         source = config.files.load_features or config.encoder.pretrained
         raise InputError(
-            f"{source}: its features are not all finite numbers; "
+            f"{source}: its features contain NaN or infinity; "
             "the encoder diverged, or --amp fp16 overflows"
         )
     return train, val, classes

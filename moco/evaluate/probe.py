@@ -29,14 +29,14 @@ class Heads(nn.ModuleList):
 class LinearProbe(ClassifierTask):
     """The training of new last layers on a frozen backbone in eval mode (MoCo, section 4.1).
 
-    With several settings, one classifier for each is trained in the same pass, from the same
-    initial weights and on the same features. On a CPU, the result of each is bit for bit that of
-    training it alone.
+    With several settings, a classifier for each is trained in the same pass, from the same initial
+    weights and on the same features. On a CPU, each result has the same bits as if the classifier
+    were trained alone.
 
     Args:
         config: the settings of the evaluation.
         net: the network, whose last layer is trained.
-        images: the images to train on, to choose on, and to test on.
+        images: the images to train on, to test on, and to choose on.
         device: the device of this process.
         settings: the learning rate and weight decay of each classifier.
         more: `best_name` of `ClassifierTask`.
@@ -63,7 +63,7 @@ class LinearProbe(ClassifierTask):
             networks.set_head(net, Heads(self.heads))
         self.loaded = {name: net.state_dict()[name].clone() for name in networks.backbone_keys(net)}
         super().__init__(config, net, images, device, settings, **more)
-        # one of several classifiers that diverges does not stop the others
+        # if one of several classifiers diverges, the others continue
         self.may_diverge = len(self.heads) > 1
 
     @property
@@ -107,7 +107,7 @@ class LinearProbe(ClassifierTask):
             source = config.encoder.pretrained or f"a random one with --seed {config.run.seed}"
             raise InputError(
                 f"--resume {config.log.resume}: its backbone is not {source}; "
-                "give the --pretrained that the run began with"
+                "give the --pretrained with which the run started"
             )
 
     def finish(self, trainer: Trainer) -> None:  # noqa: ARG002

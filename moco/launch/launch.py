@@ -34,8 +34,8 @@ Worker = Callable[[Config, torch.device], None]
 def launch(worker: Worker, config: Config) -> None:
     """Run `worker(config, device)` in every process of the run; return when all have ended.
 
-    The worker's config also has `batch_per_process` and `nodes`. An InputError of a worker is
-    raised here, too.
+    Sets `batch_per_process` and `nodes` in the worker's config. An InputError of a worker is also
+    raised here.
     """
     p = plan(config.launch)
     batch, local = config.input.batch_size, p.local_world_size
@@ -52,7 +52,7 @@ def launch(worker: Worker, config: Config) -> None:
         )
         return
     # A rank that is killed because another one failed cannot release its resources. Python's
-    # resource tracker does, and need not warn about it.
+    # resource tracker releases them, and need not warn about it.
     sys.warnoptions.append("ignore:resource_tracker:UserWarning")
     context = mp.get_context("spawn")
     errors_of_ranks = context.SimpleQueue()
@@ -66,7 +66,7 @@ def launch(worker: Worker, config: Config) -> None:
             while not processes.join():
                 pass
         except (mp.ProcessExitedException, mp.ProcessRaisedException) as error:
-            # the first error is the cause: other ranks only lost their connection to its process
+            # The first error is the cause. The other ranks only lost their connection to that rank.
             if not errors_of_ranks.empty():
                 raise errors_of_ranks.get() from None
             if signals and config.TRAINS and signals[0] != signal.SIGINT:
@@ -79,7 +79,7 @@ def launch(worker: Worker, config: Config) -> None:
 
 
 def _print_lost(name: str, lost: str) -> None:
-    """Print the message about a lost rank; flush it, because the process then exits at once."""
+    """Print the message about a lost rank, and flush it, because the process exits right after."""
     sys.stderr.write(f"{name}: error: {lost}\n")
     sys.stderr.flush()
 
@@ -89,14 +89,14 @@ class LostRankError(Exception):
 
 
 def _killed(processes: list) -> dict[int, str]:
-    """Wait until all processes have ended, or one has failed; return the signals that ended any.
+    """Wait until all processes have ended or one has failed; return the signals that killed any.
 
-    After a failure the other processes have `PATIENCE` seconds to exit, which they do when they
+    After a failure, the other processes have `PATIENCE` seconds to exit, which they do when they
     lose their connection to the failed one. Then they are killed, because a process that waits for
     the failed one may wait forever.
 
     Returns:
-        Names of signals by index of the process; the one that failed first comes first.
+        Names of signals by index of the process; the process that failed first comes first.
     """
     running = {process.sentinel: process for process in processes}
     while running:
@@ -128,12 +128,12 @@ OUT_OF_MEMORY = (
 def _lost(
     first: int, killed: dict[int, str], error: mp.ProcessExitedException | mp.ProcessRaisedException
 ) -> LostRankError:
-    """Return the error about a failed process; print its traceback, if it raised, to stderr.
+    """Return the error about a failed process. If it raised an exception, print the traceback.
 
     Args:
         first: global rank of this node's first process.
-        killed: what `_killed` has returned.
-        error: what torch.multiprocessing has raised.
+        killed: the result of `_killed`.
+        error: the exception that torch.multiprocessing raised.
     """
     if killed:
         i, name = next(iter(killed.items()))
@@ -160,7 +160,7 @@ def _spawned(i: int, p: Plan, worker: Worker, config: Config, errors_of_ranks) -
     except InputError as error:
         errors_of_ranks.put(error)
         sys.exit(2)
-    # a normal exit: the other ranks are interrupted, too, and must not be killed while they save
+    # a normal exit: the other ranks are also interrupted, and must not be killed while they save
     except interrupt.Interrupted as end:
         errors_of_ranks.put(end)
     except KeyboardInterrupt:
@@ -170,7 +170,7 @@ def _spawned(i: int, p: Plan, worker: Worker, config: Config, errors_of_ranks) -
 def _process(
     p: Plan, worker: Worker, config: Config, r: int, local_rank: int, on_lost: Callable[[str], None]
 ) -> None:
-    """Set up this process's device and process group, run the worker, destroy the group.
+    """Set up the device and the process group, run the worker, and destroy the group.
 
     `r` is the global rank, `local_rank` the rank on this node. If another rank is lost, `on_lost`
     is called with a message, and this process exits.
@@ -219,8 +219,8 @@ def _process(
 def _work(worker: Worker, config: Config, device: torch.device, r: int) -> None:
     """Run the worker on rank `r`.
 
-    Turns errors that the user can fix into InputError: those about a file, too little memory, an
-    operation that the device lacks, and a loader process that died.
+    Converts errors that the user can fix to InputError: a file that cannot be read or written, too
+    little memory, an operation that the device lacks, and a loader process that died.
     """
     try:
         worker(config, device)
@@ -245,8 +245,8 @@ def _work(worker: Worker, config: Config, device: torch.device, r: int) -> None:
 def _print_once(store: dist.Store, error: InputError) -> None:
     """Print an error unless another rank of this node has printed the same one.
 
-    A launcher such as torchrun kills all processes when one has exited, so this process prints the
-    error before it exits.
+    A launcher such as torchrun kills all processes when one has exited. Therefore this process
+    prints the error before it exits.
     """
     key = f"error {os.environ.get('TORCHELASTIC_RESTART_COUNT', '')} {socket.gethostname()} {error}"
     key = key.encode(errors="backslashreplace").decode()  # a store takes UTF-8 only

@@ -19,7 +19,7 @@ from moco.report import pictures, plots, results, runs
 from moco.report.runs import Run
 
 THUMBNAIL = 96  # side of an image among its neighbours, in pixels
-CHEAP = 20.0  # a random encoder is shown, too, if its features take fewer seconds than this
+CHEAP = 20.0  # seconds; a random encoder is also shown if its features take less time
 
 
 def write(
@@ -36,7 +36,7 @@ def write(
         folders: run folders of pre-trainings.
         out: the file to write; it must not exist unless `force`.
         pretrained: the checkpoint to show; by default the last one of each run.
-        images: maximum number of training images among which to search neighbours.
+        images: maximum number of training images to search for neighbours.
         seed: seed of the sample of images.
         force: whether to overwrite `out`.
 
@@ -45,13 +45,13 @@ def write(
     """
     if images < 1 or seed < 0:
         raise InputError(
-            f"--images {images} --seed {seed}: at least one image, and no seed below 0"
+            f"--images {images} --seed {seed}: give at least one image, and a seed of at least 0"
         )
     refuse_remote(str(pretrained or ""), "--pretrained")
     if pretrained and (len(folders) > 1 or not pretrained.is_file()):
         why = "is for one run" if len(folders) > 1 else "no such file"
         raise InputError(
-            f"--pretrained {pretrained}: {why}; without it the last checkpoint of each run is taken"
+            f"--pretrained {pretrained}: {why}; without it, the last checkpoint of each run is used"
         )
     check_new(out, force)
     text = page(runs.read(folders), pretrained, images, seed)
@@ -69,7 +69,7 @@ def page(found: list[Run], pretrained: Path | None, images: int, seed: int) -> s
     body = [summary(found), evaluations(found), differences(found), curves(found), views(found)]
     body.append(encoders(found, pretrained, images, seed))
     title = escaped(f"Pre-training: {', '.join(run.name for run in found)}")
-    # this policy forbids the browser to load anything
+    # this policy forbids the browser to load anything from elsewhere
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
     head = f'<meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{policy}">'
     head += '<meta name="viewport" content="width=device-width">'
@@ -82,7 +82,7 @@ def page(found: list[Run], pretrained: Path | None, images: int, seed: int) -> s
 
 
 def escaped(text: object) -> str:
-    """Return a text from a file, escaped so that the browser never reads it as HTML."""
+    """Return untrusted text, escaped so that the browser does not interpret it as HTML."""
     return html.escape(plots.printable(text))
 
 
@@ -187,7 +187,7 @@ def evaluations(found: list[Run]) -> str:
     ]
     note = "From the results.json files in the run folders and next to them, in per cent."
     if any(best.on_val for *_, cells in rows for best in cells.values()):
-        note += " * the best of several settings, chosen on the very images that it is tested on."
+        note += " * the best of several settings, chosen on the images of the test."
     chosen = {
         results.choice(best.results[0].encoder, column, best)
         for *_, cells in rows
@@ -222,7 +222,7 @@ def table(heads: Iterable[str], rows: list[list[str]], left: int) -> str:
 
     Args:
         heads: titles of the columns.
-        rows: cells, which are HTML already.
+        rows: cells, as HTML.
         left: number of columns to align to the left; the others hold numbers.
     """
     classes = [' class="number"' if i >= left else "" for i in range(len(rows[0]))]
@@ -282,7 +282,7 @@ def _or_why_not(run: Run, make: Callable[[], str]) -> str:
 
 
 def views(found: list[Run]) -> str:
-    """Return the section with the views of each recipe and data set, by the first run of each."""
+    """Return the section with the views of the runs, once for each recipe and data set."""
     drawn, seen = [], set()
 
     def one(run: Run) -> str:
@@ -328,7 +328,7 @@ def encoders(found: list[Run], pretrained: Path | None, images: int, seed: int) 
             computed[id(sample)].append(RunFeatures(run, source, bank, val))
             samples[id(sample)] = sample
         except (InputError, OSError) as error:
-            lines.append(_line(run, f"{error}; there are curves only"))
+            lines.append(_line(run, f"{error}; only curves are shown"))
     maps, strips = [], []
     for key, same in computed.items():
         maps.append(

@@ -1,4 +1,4 @@
-"""Read the results.json files of evaluations, and make a table of the best of each."""
+"""Read the results.json files of evaluations, and make a table of the best results."""
 
 import csv
 import io
@@ -15,7 +15,7 @@ from moco.files import UnreadableError, read_json, to_json
 
 
 class Encoder(NamedTuple):
-    """An encoder, which has a row of the table."""
+    """An encoder: a row of the table."""
 
     method: str
     arch: str
@@ -24,7 +24,7 @@ class Encoder(NamedTuple):
 
 
 class Result(NamedTuple):
-    """A metric of a results.json."""
+    """The value of one metric in a results.json, and the settings of the evaluation."""
 
     encoder: Encoder
     column: tuple[str, str]  # data set and protocol
@@ -86,9 +86,7 @@ def read(file: Path) -> Iterable[Result]:
     try:
         return list(_results(found))
     except Exception:  # any key may be missing or have another type
-        raise InputError(
-            f"{file}: does not hold what an evaluation script writes; {again}"
-        ) from None
+        raise InputError(f"{file}: was not written by an evaluation script; {again}") from None
 
 
 def _results(found: dict[str, Any]) -> Iterable[Result]:
@@ -122,8 +120,8 @@ def figures(
 ) -> Iterable[tuple[str, str]]:
     """Yield the name of each metric that the table shows, and the title of its column.
 
-    k-NN has a column for each temperature and type of features. Results of older versions lack
-    these settings, so their titles name k only.
+    k-NN has a column for each k, temperature and type of features. Results of older versions lack
+    the last two settings, so their titles only contain k.
 
     Args:
         protocol: the evaluation, such as linear, semisup10 or knn.
@@ -146,7 +144,7 @@ def figures(
     yield name, f"{title}, {METRICS[name]}"
 
 
-# in order of preference, if a run has several
+# titles of the metrics; if a result has several of them, the first one is shown
 METRICS = {"map11": "mAP", "mean_per_class": "mean per class", "acc1": "top-1 / top-5"}
 
 
@@ -202,9 +200,7 @@ def markdown(cells: dict[tuple[Encoder, tuple[str, str]], Best]) -> str:
     chosen = [choice(*key, found) for key, found in cells.items() if found.tried > 1]
     text += "".join(f"\n{line}\n" for line in sorted(chosen))
     if any(found.on_val for found in cells.values()):
-        text += (
-            "\n\\* the best of several settings, chosen on the very images that it is tested on\n"
-        )
+        text += "\n\\* the best of several settings, chosen on the images of the test\n"
     return text
 
 

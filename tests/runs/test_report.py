@@ -169,7 +169,7 @@ def test_two_runs_from_the_shell(tmp_path, shared_images):
 @pytest.mark.parametrize(
     "what, says",
     [
-        ("checkpoint", "no checkpoint in the folder; there are curves only"),
+        ("checkpoint", "no checkpoint in the folder; only curves are shown"),
         ("damaged checkpoint", "truncated or damaged"),
         ("data", "no such folder"),
         ("image", "unreadable image"),
@@ -311,7 +311,7 @@ def test_mistakes(tmp_path, monkeypatch, capsys):
     mistakes = {
         "no such folder": {"folders": [tmp_path / "gone"]},
         "holds no args.yaml and no log.jsonl": {"folders": [run, tmp_path / "empty"]},
-        "is of an evaluation": {"folders": [probe]},
+        "is the folder of an evaluation": {"folders": [probe]},
         "not YAML": {"folders": [listed]},
         "is for one run": {"folders": [run, probe], "pretrained": run / "args.yaml"},
         "no such file": {"folders": [run], "pretrained": run / "gone"},

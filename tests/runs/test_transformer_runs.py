@@ -280,7 +280,7 @@ def test_evaluation_finds_the_run_of_output_and_tag(script, shared_images, check
     status, out, err = script("main_knn", *small, *found, "--image-size", 16)
     assert (
         status == 0
-        and "pre-trained at 32 pixels, and sees 16 here" in out
+        and "pre-trained at 32 pixels, and is used at 16" in out
         and (run / "knn-imagenet").exists()
     ), err
 
