@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Pre-train a ResNet with FNC: false negatives are attracted, or left out.
+"""Pre-train a ResNet with FNC: false negatives are attracted, or eliminated from the loss.
 
 With --support-size 0 --fn-mode off --memory-multiplier 0, this is SimCLR. configs/ holds the
 published settings: --cfg configs/fnc_100.yaml.
@@ -64,7 +64,7 @@ def complete(c: Config) -> Config:
 
 
 def check_memory(c: Config) -> None:
-    """Raise InputError if the memory cannot hold a batch, or could hold only false negatives."""
+    """Raise InputError if the memory cannot hold a batch, or may hold only false negatives."""
     fnc, views, accumulated = c.fnc, c.views.views, c.optimizer.accumulation_steps
     if 0 < fnc.memory_multiplier * accumulated < views:
         raise InputError(

@@ -66,7 +66,7 @@ class Config(config.Evaluation):
 
 def parser() -> Parser:
     p = Parser(__doc__, Config())
-    on_cpu = "there is no GPU; features are in the host's memory anyway"
+    on_cpu = "there is no GPU, so features are always in the host's memory"
     on_gpu = lambda args: devices.resolve_type(args.device) != "cpu"  # noqa: E731
     p.has_effect("host_features", on_gpu, on_cpu, refuse=False)
     return p

@@ -29,7 +29,7 @@ class Optimizer(sections.Schedule):
 
     lr: tuple[float, ...] = option(
         (30.0,),
-        "learning rate, before --learning-rate-scaling; with several, a classifier for each in "
+        "learning rate, before --learning-rate-scaling; several: train a classifier for each, in "
         "one pass",
         "--learning-rate",
         range=sections.LEARNING_RATE,
@@ -38,7 +38,7 @@ class Optimizer(sections.Schedule):
     )
     wd: tuple[float, ...] = option(
         (0.0,),
-        "weight decay; with several, a classifier for each in one pass",
+        "weight decay; several: train a classifier for each, in one pass",
         "--weight-decay",
         range=sections.WEIGHT_DECAY,
         nargs="+",
@@ -61,7 +61,7 @@ def complete(c: Config) -> Config:
     for flag, values in (("--lr", c.optimizer.lr), ("--wd", c.optimizer.wd)):
         printed = [f"{value:g}" for value in values]  # as the results name them
         if len(set(printed)) < len(printed):
-            raise InputError(f"{flag} {' '.join(printed)}: one stands twice; give each once")
+            raise InputError(f"{flag} {' '.join(printed)}: a value is given twice; give each once")
         if len(values) > 1 and c.classifier.weights == "finetune":
             raise InputError(
                 f"{flag} {' '.join(printed)}: --weights finetune trains one network; give one value"

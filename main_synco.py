@@ -38,7 +38,7 @@ class Queue:
 
 @dataclass(frozen=True)
 class Synthetics(SyntheticNegatives):
-    """The synthetic negatives, and when they begin."""
+    """The synthetic negatives, and the epoch in which they begin."""
 
     TITLE: ClassVar[str] = "synthetic negatives (MoCHI, SynCo)"
     warmup_epochs: int = option(

@@ -1,4 +1,4 @@
-"""Faster and Mask R-CNN on res4 of a ResNet ("C4"), as in MoCo, built with detectron2."""
+"""Build Faster and Mask R-CNN on res4 of a ResNet ("C4") with detectron2, as in MoCo."""
 
 import re
 from pathlib import Path
@@ -125,7 +125,7 @@ def converted(weights: str) -> dict[str, Any] | None:
 
 
 def source(weights: str) -> dict[str, Any]:
-    """Return what is known about the origin of MODEL.WEIGHTS.
+    """Return the known facts about the origin of MODEL.WEIGHTS.
 
     It is read from a converted checkpoint, or from the run folder of a trained detector. Returns an
     empty dict for other weights.

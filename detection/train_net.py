@@ -38,7 +38,7 @@ from moco.errors import InputError
 from moco.evaluate import results
 from moco.files import refuse_remote, write_json
 
-GPUS = 8  # number of GPUs for which the schedules are made
+GPUS = 8  # number of GPUs that the schedules are for
 
 
 def main() -> int:
@@ -132,7 +132,8 @@ def configure(args: argparse.Namespace) -> CfgNode:
     ):
         other = begun.get("file", "other weights")
         raise InputError(
-            f"OUTPUT_DIR {cfg.OUTPUT_DIR}: the run there began from {other}; choose another folder"
+            f"OUTPUT_DIR {cfg.OUTPUT_DIR}: the run there started from {other}; "
+            "choose another folder"
         )
     if args.auto_scale and processes < GPUS:
         if cfg.SOLVER.IMS_PER_BATCH % GPUS:

@@ -6,8 +6,8 @@ Each row shows an image, followed by several draws of each view of the recipe.
   python tools/show_views.py mocov2 photos --image-size 96
   python tools/show_views.py --cfg configs/fnc_100.yaml DIR --images 4
 
-Draw 1 has the crops of epoch 0, draw 2 those of epoch 1, and so on. Colours are drawn as if these
-images were a batch.
+Draw 1 has the crops of epoch 0, draw 2 has those of epoch 1, and so on. Colour operations are drawn
+as if these images were a batch.
 """
 
 import argparse
@@ -92,7 +92,7 @@ def parser() -> argparse.ArgumentParser:
         "words",
         nargs="*",
         metavar="RECIPE DATA",
-        help="recipe, unless --cfg gives it; folder or image, or photos (default)",
+        help="a recipe, unless --cfg gives it; a folder, an image, or photos (the default)",
     )
     p.add_argument(
         "--cfg",
@@ -132,7 +132,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--crop-min",
         type=types.in_range(float, "(0, 1]"),
-        metavar="SHARE",
+        metavar="FRACTION",
         help="smallest fraction of the image that a crop covers, instead of the recipe's",
     )
     p.add_argument(
@@ -163,7 +163,7 @@ def parser() -> argparse.ArgumentParser:
         "--support-size", type=types.in_range(int, sections.NATURAL), help=argparse.SUPPRESS
     )
     p.add_argument("--data", help=argparse.SUPPRESS)
-    p.set_defaults(mean=None, std=None)  # the picture shows the views before normalization
+    p.set_defaults(mean=None, std=None)  # not needed: the picture shows views before normalization
     return p
 
 
@@ -191,7 +191,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         _refuse_file(args.recipe)
     args.recipe = args.recipe or _of_method(args)
     if not args.recipe:
-        which = f"--cfg {args.cfg}: names no views; " if args.cfg else "no recipe; "
+        which = f"--cfg {args.cfg}: names no recipe; " if args.cfg else "no recipe; "
         raise InputError(
             f"{which}give RECIPE and DATA, as in {p.prog} mocov2 photos; "
             f"recipes: {', '.join(recipes.RECIPES)}"
@@ -227,7 +227,7 @@ def views_of(args: argparse.Namespace) -> sections.Views:
 
 
 def _of_method(args: argparse.Namespace) -> str | None:
-    """Return the views that the switches --multi-crop or --aug-plus select; None without them."""
+    """Return the recipe that --multi-crop or --aug-plus selects; None without these switches."""
     if args.multi_crop:
         return "multicrop"
     return None if args.aug_plus is None else "mocov2" if args.aug_plus else "mocov1"

@@ -622,7 +622,7 @@ def test_what_cannot_run_is_refused_in_one_line(tmp_path, monkeypatch, capsys):
         (("--config-file", config, "SOLVER.BASE_LR"), "pairs"),
         (("--config-file", config, *weights), "DETECTRON2_DATASETS"),
         (("--config-file", HERE / "configs" / "coco_R_50_C4_1x.yaml", *weights), "ends in _moco"),
-        ((*resumed, tmp_path / "b.pkl"), "began from elsewhere/a"),
+        ((*resumed, tmp_path / "b.pkl"), "started from elsewhere/a"),
         ((*resumed, tmp_path / "a.pkl"), "DETECTRON2_DATASETS"),
     ):
         monkeypatch.setattr(sys, "argv", ["train_net.py", *map(str, options)])

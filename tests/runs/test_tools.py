@@ -58,7 +58,7 @@ def test_a_picture_of_views_and_one_line_for_mistakes(tmp_path, shared_images, m
         (["mocov2", tmp_path / "a folder", "--out", tmp_path / "views.jpg"], "a PNG"),
         (["mocov2", "--images", "0"], "0 is below 1"),
         (["--cfg", tmp_path / "bad.yaml"], "not YAML"),
-        (["--cfg", ROOT / "configs/lincls_moco.yaml"], "names no views"),
+        (["--cfg", ROOT / "configs/lincls_moco.yaml"], "names no recipe"),
         (["mocov2", ROOT / "configs"], "holds no image"),
         (["mocov2", shared_images, "--crop-min", "2"], "--crop-min: 2"),
         (

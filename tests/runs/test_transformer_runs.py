@@ -296,5 +296,5 @@ def test_error_about_another_network_names_it(script, shared_images, checkpoints
     )
     assert (
         result.returncode == 2
-        and "is of vit_tiny, and the detectors here are built on ResNets" in result.stderr
+        and "is of vit_tiny, but the detectors here are built on ResNets" in result.stderr
     )
