@@ -18,7 +18,7 @@ Stages:
 
 One call of this script is a visit. The results are in runs/benchmarks/gpu-DEVICE.json, which is
 rewritten after each part and keeps the results of earlier visits. Each part has a time limit and
-runs in a process that can be killed. Parts for which --minutes leaves no time are listed as not
+runs in a process that can be killed. Parts for which --minutes leaves no time are reported as not
 run. The table is printed last, also after Ctrl-C. The exit status is 1 if a check of this visit
 failed, 2 if an option is wrong, and 130 after Ctrl-C.
 
@@ -55,7 +55,7 @@ from gpu_setup import Failed, Notes, Setup
 from moco.files import to_json, write_json
 
 TITLES = {1: "correctness", 2: "speed", 3: "CIFAR-10, MoCo", 4: "CIFAR-10, all methods"}
-SHARE = {1: 0.35, 2: 0.3, 3: 0.85}  # fraction of the visit for a stage that is not the last
+FRACTIONS = {1: 0.35, 2: 0.3, 3: 0.85}  # fraction of the visit for a stage that is not the last
 LANES = 4  # worker processes of stage 1 on a GPU, at most
 LIMIT = 150.0  # seconds for one part
 START = 150.0  # seconds for a process to begin its first part
@@ -109,7 +109,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main() -> int:
-    """Run a visit, or, in a process that a visit started, its parts; return the exit status."""
+    """Run a visit or, in a process that a visit started, its parts; return the exit status."""
     args = parser().parse_args()
     device = torch.device(args.device)
     if args.collectives:
@@ -126,7 +126,7 @@ def main() -> int:
 
 
 def mistake(args: argparse.Namespace) -> str:
-    """Return a line about the first wrong option; "" if none is. Unpack an archive at --data."""
+    """Return a line about the first wrong option, or "". Unpacks an archive given by --data."""
     if not 0 < args.minutes < math.inf:
         return f"--minutes {args.minutes:g}: no time for any stage; give a number above 0"
     parts = set(args.parts or ())
@@ -155,7 +155,7 @@ def mistake(args: argparse.Namespace) -> str:
     return ""
 
 
-# In a worker process, which a visit starts.
+# In a worker process, started by a visit.
 
 
 def work(setup: Setup, stage: int, names: list[str], events: Path) -> int:
@@ -272,8 +272,8 @@ class Visit:
 
     def _stage(self, stage: int) -> None:
         last = stage == self.args.stages[-1]
-        share = 1.0 if last else SHARE.get(stage, 1.0)
-        end = min(self.end, time.monotonic() + share * 60 * self.args.minutes)
+        fraction = 1.0 if last else FRACTIONS.get(stage, 1.0)
+        end = min(self.end, time.monotonic() + fraction * 60 * self.args.minutes)
         print(
             f"\nstage {stage}, {TITLES[stage]}: at most {max(0.0, end - time.monotonic()):.0f} s",
             flush=True,
@@ -303,8 +303,8 @@ class Visit:
     ) -> None:
         """Store and print the results of a part, and rewrite the JSON.
 
-        An error that begins with "not run: " does not count as a failure. After the end of the
-        visit, nothing is stored.
+        An error that begins with "not run: " does not count as a failure. Nothing is stored after
+        the end of the visit.
         """
         with self.lock:
             if self.stopping:  # its process was killed
@@ -405,7 +405,8 @@ class Visit:
         seen, current, since = 0, "", time.monotonic()
         try:
             while True:
-                ended = process.poll() is not None  # first, so that the events read below are all
+                # before the events are read, so that none of an ended process is missed
+                ended = process.poll() is not None
                 for event in _events(events)[seen:]:
                     seen, current, since = seen + 1, event["part"], time.monotonic()
                     if event["event"] == "end":

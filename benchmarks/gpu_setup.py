@@ -34,7 +34,7 @@ from moco.rng import COLOR, Progress
 
 
 class Failed(Exception):  # noqa: N818 (reads well in results: "Failed: ...")
-    """An error that says that a check found a difference, or that a process failed."""
+    """Raised if a check finds a difference, or if a process fails."""
 
 
 class Notes(dict):
@@ -202,7 +202,7 @@ def config_and_builder(
     found: list[Callable[[Images], nn.Module]] = []
     with (
         mock.patch.object(pretrain, "train", lambda config, device, build: found.append(build)),
-        # which would look for the data
+        # this would search for the data
         mock.patch.object(pretrain, "complete", lambda config: config),
         contextlib.redirect_stdout(io.StringIO()),
     ):

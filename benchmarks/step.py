@@ -5,10 +5,10 @@ The views are already in memory.
 
 plain     MoCo with a momentum update per parameter and concatenated logits. Every rank gathers all
           images to shuffle them, and the loss is read every step. Always in fp32, despite --amp.
-moco      ours, with one call for the momentum update, fused SGD, one [B, K] buffer, and all-to-all.
-          No value is read between log lines.
-synco     the same with synthetic negatives
-adco      AdCo, with a bank of learned negatives instead of the queue, and as many entries
+moco      our code, with one call for the momentum update, fused SGD, one [B, K] buffer, and
+          all-to-all. No value is read between log lines.
+synco     moco with synthetic negatives
+adco      AdCo, with a bank of learned negatives, as many as the queue has entries
 """
 
 import argparse

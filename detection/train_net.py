@@ -251,10 +251,10 @@ def write_results(cfg: CfgNode, found: dict[str, dict[str, float]]) -> None:
         cfg: configuration of the run.
         found: the evaluators' metrics in per cent, by task (`bbox`, `segm`) and name.
     """
-    of = {"bbox": "box", "segm": "mask"}
+    shapes = {"bbox": "box", "segm": "mask"}
     metrics = {
-        f"{kind}_{name.lower()}": found[task][name] / 100
-        for task, kind in of.items()
+        f"{shape}_{name.lower()}": found[task][name] / 100
+        for task, shape in shapes.items()
         for name in ("AP", "AP50", "AP75")
         if math.isfinite(found.get(task, {}).get(name, math.nan))
     }

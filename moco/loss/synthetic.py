@@ -135,7 +135,7 @@ class _Columns:
 
 
 def _layout(counts: tuple[int, ...]) -> tuple[list[_Columns], dict[str, int]]:
-    """Return the columns of each type with negatives, and the number of columns of each kind."""
+    """Return the columns of each type with negatives, and the ends of all slices."""
     ends = {"all": 0, "weight": 0, "second": sum(counts), "sign": 0, "noise": 0}
     layout = []
     for type_, count in zip(TYPES, counts, strict=True):

@@ -46,8 +46,8 @@ def settings(run: Run, needed: dict[str, type]) -> Pretraining:
     Raises InputError if args.yaml lacks one of them, or has a value of another type.
     """
     args = _DEFAULTS | run.args
-    for name, kind in (needed | {"class_list": str | None}).items():
-        if not isinstance(args.get(name), kind):
+    for name, type_ in (needed | {"class_list": str | None}).items():
+        if not isinstance(args.get(name), type_):
             raise InputError(
                 f"{run.folder / 'args.yaml'}: {name} is {args.get(name)!r}, which is not valid"
             )
