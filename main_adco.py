@@ -55,7 +55,7 @@ class Bank:
     )
     mem_momentum: float = option(0.9, "momentum of the negatives' SGD", range=sections.MOMENTUM)
     ad_init: bool = option(True, "fill the bank with keys before epoch 0; otherwise it is random")
-    sym: bool = option(False, "compare each of both views with the keys of the other")
+    sym: bool = option(False, "compare each of two views with the keys of the other")
     multi_crop: bool = option(False, "several query views per key view; recipe multicrop")
 
 

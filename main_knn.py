@@ -29,7 +29,7 @@ class Neighbours:
     TITLE: ClassVar[str] = "k-NN"
     k: tuple[int, ...] = option(
         (10, 20, 100, 200),
-        "neighbours that vote; several in one pass",
+        "number of neighbours that vote; several are tested in one pass",
         range=sections.POSITIVE,
         nargs="+",
     )
@@ -38,7 +38,7 @@ class Neighbours:
     )
     features: str | None = option(
         None,
-        "features of the encoder without projection head, or of the projection head",
+        "features to compare: those of the backbone, or those of the projection head",
         choices=("backbone", "head"),
         unset="backbone",
     )

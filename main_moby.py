@@ -36,8 +36,8 @@ class Run(sections.Run):
 
     method: str = option(
         "moby",
-        "synco: MoBY with synthetic negatives (SynCo-v2). By default --moco-m, --lr and --wd are "
-        f"the method's own: {DEFAULTS}",
+        "synco: MoBY with synthetic negatives (SynCo-v2). Each method has its own defaults of "
+        f"--moco-m, --lr and --wd: {DEFAULTS}",
         choices=tuple(moby.PUBLISHED),
     )
 

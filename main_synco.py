@@ -30,7 +30,7 @@ class Queue:
     """The queue of keys, and how queries are compared with it."""
 
     TITLE: ClassVar[str] = "MoCo"
-    moco_k: int = option(65536, "negatives in the queue", range=sections.ENTRIES)
+    moco_k: int = option(65536, "number of negatives in the queue", range=sections.ENTRIES)
     symmetric: bool = option(
         False, "compare each view with the keys of the other view, and add both losses"
     )

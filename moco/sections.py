@@ -44,11 +44,13 @@ class Run:
         metavar="DIR",
     )
     cfg: str | None = option(
-        None, "defaults by option name; options given here win", metavar="FILE.yaml"
+        None, "YAML file of defaults by option name; the command line wins", metavar="FILE.yaml"
     )
     save_dir: str | None = option(None, "run folder", metavar="DIR", unset="runs/SCRIPT-ARCH-TIME")
     output: str | None = option(
-        None, "the run folder is DIR/TAG; evaluations of that run find it, too", metavar="DIR"
+        None,
+        "the run folder is DIR/TAG; an evaluation with the same options finds the run",
+        metavar="DIR",
     )
     tag: str | None = option(None, "subfolder of --output for this run", unset="the word default")
     seed: int = option(
@@ -155,7 +157,9 @@ class Network:
     """The encoder's architecture."""
 
     TITLE: ClassVar[str] = "network"
-    arch: str | None = option("resnet50", "{archs}", "-a", unset="the checkpoint's, else resnet50")
+    arch: str | None = option(
+        "resnet50", "architecture: {archs}", "-a", unset="the checkpoint's, else resnet50"
+    )
     stem: str | None = option(
         None,
         "first layers of a ResNet; imagenet: a 7x7 convolution of stride 2 and max-pooling; "
@@ -171,14 +175,14 @@ class Compute:
 
     TITLE: ClassVar[str] = "computation"
     amp: str = option(
-        "off", "mixed precision; losses stay in fp32", choices=("off", "bf16", "fp16")
+        "off", "mixed precision; losses are computed in fp32", choices=("off", "bf16", "fp16")
     )
     compile: bool = option(
         False, "torch.compile the networks and the colour operations", switch=False
     )
     grad_checkpoint: bool = option(
         False,
-        "keep no activations inside blocks, recompute them for the gradient: less memory",
+        "recompute the activations of blocks in the backward pass, to save memory",
         "--use-checkpoint",
         switch=False,
     )
@@ -208,7 +212,9 @@ class Launch:
     world_size: int = option(-1, "number of nodes", range="[-1, 65536]", metavar="NODES")
     rank: int = option(-1, "this node's number, from 0", range="[-1, 65535]", metavar="NODE")
     dist_url: str = option(
-        "auto", "address to connect the processes; auto: a free port of this node", metavar="URL"
+        "auto",
+        "address at which the processes connect; auto: a free port of this node",
+        metavar="URL",
     )
     dist_backend: str | None = option(
         None,
@@ -216,7 +222,7 @@ class Launch:
         choices=("nccl", "gloo"),
         unset="nccl on GPUs, gloo on CPUs",
     )
-    gpu: int | None = option(None, "use this GPU only", range=NATURAL, metavar="ID")
+    gpu: int | None = option(None, "use only this GPU", range=NATURAL, metavar="ID")
     # torch.distributed.launch passes it
     local_rank: int | None = option(None, "", hidden=True)
 
@@ -226,7 +232,7 @@ class Schedule:
     """The number of epochs, the optimizer, and the schedule of the learning rate."""
 
     TITLE: ClassVar[str] = "optimization"
-    epochs: int = option(200, "epochs of the run", range=EPOCHS)
+    epochs: int = option(200, "number of epochs", range=EPOCHS)
     optimizer: str = option("sgd", "optimizer; sgd and lars use --momentum", choices=OPTIMIZERS)
     learning_rate_scaling: str = option(
         "none",
@@ -260,7 +266,7 @@ class Schedule:
     clip_grad: float = option(
         0.0, "maximum gradient norm; 0: no clipping", range="[0, 1000000]", metavar="NORM"
     )
-    nesterov: bool = option(False, "Nesterov momentum in sgd")
+    nesterov: bool = option(False, "Nesterov momentum, for sgd")
     accumulation_steps: int = option(
         1, "passes of --batch-size in one step", range=POSITIVE, metavar="N"
     )
@@ -286,7 +292,7 @@ class Optimizer(Schedule):
 class Log:
     """The log and the checkpoints of a training run, and the checkpoint to resume from."""
 
-    TITLE: ClassVar[str] = "monitor"
+    TITLE: ClassVar[str] = "log and checkpoints"
     print_freq: int = option(10, "steps between log lines", "-p", range=POSITIVE, metavar="STEPS")
     resume: str | None = option(
         None,
@@ -323,7 +329,7 @@ class Log:
 class Retention:
     """The checkpoints of a pre-training to keep."""
 
-    TITLE: ClassVar[str] = "retention"
+    TITLE: ClassVar[str] = "checkpoints to keep"
     keep: int = option(2, "keep the newest N epoch checkpoints; all, or 0: keep all", metavar="N")
     keep_every: int = option(
         10,
@@ -345,7 +351,7 @@ class Monitor:
         range=NATURAL,
         metavar="EPOCHS",
     )
-    knn_k: int = option(20, "neighbours that vote", range=POSITIVE, metavar="K")
+    knn_k: int = option(20, "number of neighbours that vote", range=POSITIVE, metavar="K")
     knn_t: float = option(
         0.07, "temperature of the neighbours' weights", range=TEMPERATURE, metavar="T"
     )
@@ -367,7 +373,7 @@ class QueryAndKey:
     mlp: bool = option(False, "two-layer head (MoCo v2)")
     aug_plus: bool = option(False, "recipe mocov2 instead of mocov1")
     bn_splits: int = option(
-        8, "batch norm groups of the key encoder if one process trains alone", range=POSITIVE
+        8, "batch norm groups of the key encoder if the run has one process", range=POSITIVE
     )
     bn_splits_query: bool = option(
         False, "also split the batch norm of the query encoder into --bn-splits groups"

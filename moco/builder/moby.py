@@ -40,7 +40,7 @@ class Networks:
         None,
         "momentum of the target at the first step; it rises to 1 at the last",
         range=AVERAGE,
-        unset="the method's own",
+        unset="see --method",
     )
     online_drop_path: float | None = option(
         None,

@@ -42,7 +42,7 @@ class SynCo(MoCo):
         return hard, synthetic.mix(q, self.queue, similarity, hard, self.config, draws)
 
 
-_HARD = option(0, "number of hardest queue entries to make them from", range=NATURAL)
+_HARD = option(0, "number of hardest queue entries to make synthetic negatives from", range=NATURAL)
 _COUNTS = {
     f"n{i}": option(0, f"{one.name} negatives per query", range=NATURAL)
     for i, one in enumerate(synthetic.TYPES, 1)

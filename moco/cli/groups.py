@@ -41,7 +41,7 @@ def add_groups(parser: argparse.ArgumentParser, config: Config) -> None:
 def _texts(config: Config) -> dict[str, object]:
     """Return the text of each placeholder in help texts."""
     each = config.input.batch_is_per_process
-    transformers = ", ".join(timm_networks.SHORT) + ", any other network of timm's, "
+    transformers = ", ".join(timm_networks.SHORT) + ", any other timm network, "
     return {
         "of": "of each process" if each else "of this node, split over its processes",
         "cores": processes.cores(),
