@@ -75,7 +75,7 @@ def config(file: Path, options: list[str], gpus: int) -> CfgNode:
         CfgNode.load_yaml_with_base(str(file), allow_unsafe=False)
         cfg.merge_from_file(str(file))
         cfg.merge_from_list(options)
-    except Exception as error:  # yacs and PyYAML raise many types
+    except Exception as error:  # yacs and PyYAML raise errors of many types
         what = " ".join(str(error).split()) or type(error).__name__
         raise InputError(
             f"{' '.join([str(file), *options])}: {what}; options are pairs, "

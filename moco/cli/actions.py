@@ -90,15 +90,15 @@ def convert(action: argparse.Action, value: object, where: str) -> object:
     if word in (action.choices or ()):  # YAML reads off as false, and on as true
         value = word
     is_flag = action.nargs == 0
-    many = action.nargs in ("*", "+") or (isinstance(action.nargs, int) and action.nargs > 0)
+    is_list = action.nargs in ("*", "+") or (isinstance(action.nargs, int) and action.nargs > 0)
     if action.nargs == "+" and not isinstance(value, (list, bool)):
         value = [value]  # a single value need not be written as a list
-    if is_flag != isinstance(value, bool) or many != isinstance(value, list):
-        expected = "true or false" if is_flag else "a list" if many else "one value"
+    if is_flag != isinstance(value, bool) or is_list != isinstance(value, list):
+        expected = "true or false" if is_flag else "a list" if is_list else "one value"
         raise InputError(f"{where}: {short(repr(value))} is not {expected}")
     if is_flag:
         return value
-    if many and isinstance(action.nargs, int) and len(value) != action.nargs:
+    if is_list and isinstance(action.nargs, int) and len(value) != action.nargs:
         raise InputError(f"{where}: {short(repr(value))} is not a list of {action.nargs}")
 
     def one(item: object) -> object:
@@ -116,4 +116,4 @@ def convert(action: argparse.Action, value: object, where: str) -> object:
             )
         return item
 
-    return [one(item) for item in value] if many else one(value)
+    return [one(item) for item in value] if is_list else one(value)

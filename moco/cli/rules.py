@@ -27,13 +27,13 @@ def section_rules(config: Config) -> Iterator[Declare]:
 
 
 def _input(parser: EffectsParser) -> None:
-    folder = "DIR is a folder of images, used as it is; give --dataset NAME for a data set to fetch"
-    folder += ", or leave it out"
+    folder = "image folders are not downloaded; give --dataset NAME for a data set to download, "
+    folder += "or leave it out"
     of_photos = lambda args: args.dataset not in ("imagenet", "photos")  # noqa: E731
     parser.has_effect("download", of_photos, folder)
     only = "it is for folders of ImageNet; leave it out"
     parser.has_effect("data_name", lambda args: args.dataset == "imagenet", only)
-    photos = "the word photos already names the data set; for another one give its folder instead"
+    photos = "the word photos already names the data set; for another one, give its folder instead"
     same = lambda args: args.data != "photos" or parser.given.get("dataset") == "photos"  # noqa: E731
     parser.has_effect("dataset", same, photos)
 
@@ -61,12 +61,12 @@ def _launch(parser: EffectsParser) -> None:
     spawned = "it counts the processes that --multiprocessing-distributed starts; "
     spawned += "give both, or neither"
     parser.has_effect("nproc_per_node", lambda args: plan(args).launcher == "spawn", spawned)
-    own = "there are several processes, and each has a GPU of its own; leave it out"
+    own = "there are several processes, and each has its own GPU; leave it out"
     parser.has_effect("gpu", lambda args: plan(args).local_world_size == 1, own)
-    alone = "this is one process"
+    alone = "the run has one process"
     for name in ("dist_url", "dist_backend"):
         parser.has_effect(name, lambda args: plan(args).url, alone, refuse=False)
-    launcher = "the launcher says where processes meet and how many nodes there are"
+    launcher = "the launcher sets the address and the number of nodes"
     counts = lambda args: plan(args).launcher in ("spawn", "single")  # noqa: E731
     parser.has_effect("world_size rank", counts, launcher, refuse=False)
     found = lambda args: plan(args).launcher != "torchrun"  # noqa: E731
@@ -85,17 +85,17 @@ def _schedule(parser: EffectsParser) -> None:
     parser.has_effect("schedule", lambda args: not cosine(args), follows)
     late = "the run ends before the first of these epochs"
     parser.has_effect("schedule", begins, late, refuse=False)
-    own = "--sgdr is a cosine of its own; give one of them"
+    own = "--sgdr is another cosine schedule; give only one of them"
     parser.has_effect("cos", lambda args: not args.sgdr, own)
     end = "--lr-by epoch-end is for --cos; leave out one of them"
     parser.has_effect("sgdr", lambda args: args.lr_by != "epoch-end", end)
     period = "it is the period of --sgdr; give both, or neither"
     parser.has_effect("sgdr_t0", lambda args: args.sgdr, period)
-    ends = "it is where a cosine ends; give --cos as well, or leave it out"
+    ends = "it is the end of a cosine schedule; give --cos as well, or leave it out"
     parser.has_effect("lr_final", cosine, ends)
     changes = "the learning rate changes at the epochs of --schedule alone; leave it out"
     parser.has_effect("lr_by", lambda args: cosine(args) or args.lr_warmup_epochs, changes)
-    adamw = "adamw has its own; leave it out"
+    adamw = "adamw does not use it; leave it out"
     parser.has_effect("momentum", lambda args: args.optimizer != "adamw", adamw)
     sgd = "it is for --optimizer sgd; leave it out"
     parser.has_effect("nesterov", lambda args: args.optimizer == "sgd", sgd)
@@ -115,12 +115,12 @@ def _classifier(parser: EffectsParser) -> None:
     trains += " randaugment blur_sigma zero_init_classifier grad_checkpoint pretrained cache_images"
     only_tests = "--evaluate only tests the classifier of --resume"
     parser.has_effect(trains, lambda args: not args.evaluate, only_tests, refuse=False)
-    last = "a classifier's last checkpoint and its best are kept, and no others; leave it out"
+    last = "only the last and the best checkpoint of a classifier are kept; leave it out"
     parser.has_effect("save_every", lambda args: False, last)
 
 
 def _feature_files(parser: EffectsParser) -> None:
-    centre = "this script sees the centre of each image, and trains nothing; leave it out"
+    centre = "this script uses centre crops and trains nothing; leave it out"
     views = "recipe crop_min randaugment blur_sigma grad_checkpoint"
     parser.has_effect(views, lambda args: False, centre)
     once = "this script reads each image once; leave it out"
@@ -132,7 +132,7 @@ def _feature_files(parser: EffectsParser) -> None:
 
 
 def _query_and_key(parser: EffectsParser) -> None:
-    named = "--recipe names the views; leave it out"
+    named = "--recipe already chooses the views; leave it out"
     follows = lambda args: args.recipe == ("mocov2" if args.aug_plus else "mocov1")  # noqa: E731
     parser.has_effect("aug_plus", follows, named)
     shuffled = "it is for a run of one process, and this run has several; leave it out"

@@ -237,7 +237,7 @@ def decoded_size(path: str) -> int:
         with _opened(path) as image:
             large = image.format in ("JPEG", "MPO") and os.path.getsize(path) > _LARGE
             return 0 if large else 3 * image.height * image.width
-    except Exception:  # Pillow's plugins raise many types
+    except Exception:  # Pillow's plugins raise errors of many types
         return 0
 
 
@@ -300,7 +300,7 @@ def _decode_with_pil(path: str) -> Tensor:
             raise ValueError("not a file")  # opening a pipe would block
         with _opened(path) as image:
             return pil_to_tensor(_to_8_bits(image).convert("RGB"))
-    except Exception as error:  # Pillow's plugins raise many types
+    except Exception as error:  # Pillow's plugins raise errors of many types
         broken = isinstance(error, FileNotFoundError) and os.path.islink(path)
         reason = "a broken link" if broken else getattr(error, "strerror", None) or str(error)
         reason = reason.replace(f"'{path}'", "file") or type(error).__name__

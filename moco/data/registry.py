@@ -162,7 +162,7 @@ def load(name: str, root: str, seed: int = 0) -> readers.Split:
         return same_on_all_ranks(train), same_on_all_ranks(test)
     except InputError:
         raise
-    except Exception as error:  # torchvision, pickle, scipy and expat raise many types
+    except Exception as error:  # torchvision, pickle, scipy and expat raise errors of many types
         raise _unusable(name, root, _reason(error)) from error
 
 
@@ -246,7 +246,9 @@ def _download(name: str, root: str) -> None:
                 _check_images(name, root)
             except InputError:
                 _DATASETS[name].get(root, download=True)
-    except Exception as error:  # urllib, tarfile, zipfile and torchvision raise many types
+    except (
+        Exception
+    ) as error:  # urllib, tarfile, zipfile and torchvision raise errors of many types
         layout = _DATASETS[name].layout
         how = f"remove an incomplete copy and try again, or put {layout} there by hand"
         raise InputError(

@@ -147,7 +147,7 @@ def newest(folder: str) -> str | None:
             print_rank0(f"--resume auto: skipped: {error}")
     raise InputError(
         f"--resume auto: no checkpoint in {folder} can be read; "
-        "choose another --save-dir to begin a new run"
+        "choose another --save-dir to start a new run"
     )
 
 

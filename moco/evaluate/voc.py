@@ -81,7 +81,7 @@ def best_cost(costs: list[float], precision: np.ndarray) -> float:
 
 
 def normalize(x: np.ndarray) -> np.ndarray:
-    """Return the features [N, D] in float64 with unit norm.
+    """Return the features [N, D] in float64, normalized to norm 1.
 
     Standardizing them would make an image's features depend on the other images.
     """

@@ -17,10 +17,10 @@ def keys_and_bank_nce(
     """Return the mean cross entropy of each query's key among all keys and the bank (section 3).
 
     Args:
-        q: unit queries [N, C], with gradient.
+        q: normalized queries [N, C], with gradient.
         near: similarity of each query to every key of the joint batch, [N, B], with gradient.
         label: index of each query's own key in the joint batch, [N] in [0, B).
-        bank: unit entries w [K, C], without gradient.
+        bank: normalized entries w [K, C], without gradient.
         similarity: q @ bank.T, [N, K], without gradient. It is overwritten, as in `bank_info_nce`.
         temperature: divides every similarity, > 0.
 
@@ -53,9 +53,9 @@ def add_bank_gradient(
 
     Args:
         gradient: [K, C], changed in place, because allocating this much memory is slow.
-        q: unit queries [N, C].
+        q: normalized queries [N, C].
         near: similarity of each query to every key of the joint batch, [N, B].
-        bank: unit entries w [K, C].
+        bank: normalized entries w [K, C].
         norm: norms |W| of the entries, [K, 1].
         similarity: q @ bank.T, [N, K].
         temperature: divides every similarity, > 0.

@@ -41,9 +41,9 @@ def bank_info_nce(
     The backward pass can run once: it raises RuntimeError the second time.
 
     Args:
-        q: unit queries [N, C], with gradient.
+        q: normalized queries [N, C], with gradient.
         positive: similarity of each query to its key, [N], with gradient.
-        bank: unit entries [K, C].
+        bank: normalized entries [K, C].
         similarity: q @ bank.T, [N, K], without gradient. It is overwritten by exponentials, and in
             the backward pass by the factors of the bank entries in the gradient.
         temperature: divides every similarity, > 0.
@@ -143,7 +143,7 @@ def feature_statistics(
     """Return scalars that describe the features, and that show a collapse when the loss does not.
 
     Args:
-        q: unit queries [N, C], N at least 2.
+        q: normalized queries [N, C], N at least 2.
         positive: similarity of each query to its key, [N].
         negative: similarity of each query to its hardest negative, [N].
 

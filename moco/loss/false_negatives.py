@@ -1,8 +1,8 @@
 """FNC's loss: find false negatives, then attract or eliminate them (arXiv 2011.11765).
 
-An image has V views. The feature z of each view is an anchor. It is compared with a bank M of unit
-entries, which contains the image's own views. An entry that is similar to an image is taken to show
-the same class, and is then a false negative. `moco/builder/fnc.py` uses this file.
+An image has V views. The feature z of each view is an anchor. It is compared with a bank M of
+normalized entries, which contains the image's own views. An entry that is similar to an image is
+assumed to show the same class, and is then a false negative. `moco/builder/fnc.py` uses this file.
 """
 
 from dataclasses import dataclass
@@ -43,7 +43,7 @@ def find_false_negatives(
     if it is above the threshold. The image's own views are excluded.
 
     Args:
-        bank: unit entries [R, C].
+        bank: normalized entries [R, C].
         own: indices in the bank of the V views of the images, [V, n].
         config: `topk` is lowered to the number of other entries. With mode "off", k is 0.
         chunk: images compared with the bank at a time, with two [chunk, R] buffers.
@@ -81,8 +81,8 @@ def cancelled_nt_xent(
     SimCLR's NT-Xent.
 
     Args:
-        z: unit anchors [V, n, C], with gradient.
-        bank: unit entries [R, C]; they receive a gradient if they require one.
+        z: normalized anchors [V, n, C], with gradient.
+        bank: normalized entries [R, C]; they receive a gradient if they require one.
         own: indices in the bank of the V views of the images, [V, n].
         found: the false negatives of the images.
         mode: one of `MODES`.

@@ -25,8 +25,8 @@ def compare(z: Tensor, z_all: Tensor, first: int) -> Pairs:
     """Return the similarities of this process's features to those of the joint batch.
 
     Args:
-        z: unit features of both views, [2, n, C].
-        z_all: unit features of the joint batch, [2, m, C]; `z` is part of it.
+        z: normalized features of both views, [2, n, C].
+        z_all: normalized features of the joint batch, [2, m, C]; `z` is part of it.
         first: index in the joint batch of this process's first image.
     """
     n, m = z.shape[1], z_all.shape[1]

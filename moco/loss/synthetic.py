@@ -258,7 +258,7 @@ class Mixture:
         """Return q.h [N, total], differentiable in both arguments.
 
         Args:
-            q: unit queries [N, C].
+            q: normalized queries [N, C].
             similarity: similarity of each query to the bank, [N, K].
         """
         fixed = q.detach()  # h has no gradient, and neither has the q in it
@@ -279,7 +279,7 @@ class Mixture:
         """Return the sum over m of weight_m h_m in two parts.
 
         Args:
-            q: unit queries [N, C].
+            q: normalized queries [N, C].
             weight: factor of each synthetic negative, [N, total].
 
         Returns:
@@ -307,8 +307,8 @@ def mix(
     """Return the synthetic negatives of a batch of queries.
 
     Args:
-        q: unit queries [N, C].
-        bank: unit entries [K, C].
+        q: normalized queries [N, C].
+        bank: normalized entries [K, C].
         similarity: q @ bank.T, [N, K].
         hard: indices of the hardest entries of each query, [N, H] with H >= `config.n_hard`; the
             draws choose among the first `config.n_hard` columns.

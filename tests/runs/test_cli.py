@@ -488,7 +488,7 @@ IDLE = [
     (
         "main_synco",
         "--aug-plus --recipe mocov1",
-        "--aug-plus has no effect: --recipe names the views",
+        "--aug-plus has no effect: --recipe already chooses the views",
     ),
     (
         "main_synco",
@@ -523,7 +523,7 @@ IDLE = [
     ),
     ("main_knn", "--recipe mocov2", "--recipe has no effect"),
     ("main_knn", "--crop-min 0.5", "--crop-min has no effect"),
-    ("main_knn", "--blur-sigma 1 2", "--blur-sigma has no effect: this script sees the centre"),
+    ("main_knn", "--blur-sigma 1 2", "--blur-sigma has no effect: this script uses centre crops"),
     ("main_knn", "--grad-checkpoint", "--grad-checkpoint has no effect"),
 ]
 
@@ -547,7 +547,7 @@ def test_an_option_without_effect_is_refused(until_launch, name, words, said):
         (
             "main_synco",
             "--world-size 1 --rank 0 --dist-url tcp://localhost:1",
-            "--dist-url has no effect: this is one process",
+            "--dist-url has no effect: the run has one process",
         ),
         ("main_synco", "--sigma 0.01", "--sigma has no effect"),  # as it is by default
         ("main_synco", "--cos --schedule 120 160", "--schedule has no effect"),
