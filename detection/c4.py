@@ -132,10 +132,10 @@ def source(weights: str) -> dict[str, Any]:
     """
     if found := converted(weights):
         return found["source"]
-    return began_from(Path(weights).parent) if weights.endswith(".pth") else {}
+    return detector_origin(Path(weights).parent) if weights.endswith(".pth") else {}
 
 
-def began_from(folder: Path) -> dict[str, Any]:
+def detector_origin(folder: Path) -> dict[str, Any]:
     """Return the origin of the converted checkpoint from which the detector in `folder` started.
 
     Returns an empty dict if there is no detector, or if it started from other weights.
@@ -150,7 +150,7 @@ def began_from(folder: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def not_arrived(model: nn.Module, tensors: dict[str, np.ndarray]) -> list[str]:
+def differing_tensors(model: nn.Module, tensors: dict[str, np.ndarray]) -> list[str]:
     """Return the names of backbone tensors that differ between a model and a converted checkpoint.
 
     Tensors must be equal bit by bit. The norm after res5 is ignored, because only the model has it.

@@ -175,7 +175,7 @@ def check(path: Path, converted: dict[str, Any]) -> None:
         )
     )
     DetectionCheckpointer(model).load(str(path))
-    wrong = c4.not_arrived(model, converted["model"])
+    wrong = c4.differing_tensors(model, converted["model"])
     if wrong:
         raise InputError(
             f"{path}: {len(wrong)} tensors did not arrive in detectron2's model: "

@@ -124,7 +124,7 @@ def configure(args: argparse.Namespace) -> CfgNode:
             "convert a checkpoint with convert-pretrain-to-detectron2.py"
         )
     out = Path(cfg.OUTPUT_DIR)
-    begun = c4.began_from(out)
+    begun = c4.detector_origin(out)
     if (
         args.resume
         and (out / "last_checkpoint").exists()
@@ -195,20 +195,20 @@ def worker(cfg: CfgNode, args: argparse.Namespace) -> None:
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=args.resume)
     if trainer.start_iter == 0:
-        check_arrived(cfg, trainer.model)
+        check_loaded(cfg, trainer.model)
         if comm.is_main_process():
             write_json(Path(cfg.OUTPUT_DIR, c4.SOURCE), c4.source(cfg.MODEL.WEIGHTS))
     trainer.train()
 
 
-def check_arrived(cfg: CfgNode, model: torch.nn.Module) -> None:
+def check_loaded(cfg: CfgNode, model: torch.nn.Module) -> None:
     """Check that the model holds the converted backbone, bit by bit, and print that it does.
 
     Raises RuntimeError if it does not.
     """
     if not (found := c4.converted(cfg.MODEL.WEIGHTS)):
         return
-    wrong = c4.not_arrived(getattr(model, "module", model), found["model"])
+    wrong = c4.differing_tensors(getattr(model, "module", model), found["model"])
     if wrong:
         raise RuntimeError(
             f"{cfg.MODEL.WEIGHTS}: {len(wrong)} tensors did not arrive in the model: "

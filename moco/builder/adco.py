@@ -62,7 +62,7 @@ class AdCo(QueryAndKey):
         super().__init__(encoder, m, bn_splits, bn_splits_query)
         self.K, self.T, self.ascent = K, T, ascent
         self.symmetric, self.multi_crop = symmetric, multi_crop
-        self.images_before = K if fill else 0  # images that train before epoch 0
+        self.images_before_epoch_0 = K if fill else 0  # images that train before epoch 0
         self.register_buffer("bank", normalize(torch.randn(K, dim)))  # W [K, C]
         self.register_buffer("bank_velocity", torch.zeros(K, dim))
         self._progress, self._passes = Progress(), 0

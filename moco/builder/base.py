@@ -27,13 +27,13 @@ class Method(nn.Module, ABC):
         encoder: the encoder to evaluate: a ResNet or one of timm's networks, stored under a name
             that the evaluations find, such as `encoder`, `encoder_q` or `base_encoder`.
         embedding: the encoder with its projection head.
-        images_before: number of images to train on before epoch 0, for example to fill a bank.
+        images_before_epoch_0: number of images to train on before, for example to fill a bank.
         sync_batch_norm: whether batch norm is synchronized over all processes.
         grad_norm_modules: modules whose gradient norms are logged, by name.
     """
 
     encoder: nn.Module
-    images_before: int = 0
+    images_before_epoch_0: int = 0
     sync_batch_norm: bool = False
 
     @property

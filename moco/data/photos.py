@@ -125,7 +125,7 @@ def _cache_folders() -> list[Path]:
 _CACHE = "hard-negatives"
 
 
-def in_cache(name: str) -> list[Path]:
+def cache_paths(name: str) -> list[Path]:
     """Return the paths to search for `name` in the cache. Write a new file to the last one."""
     return [folder / name for folder in _cache_folders()]
 

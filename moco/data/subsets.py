@@ -18,7 +18,7 @@ import torch
 from moco import rng
 from moco.data.folders import class_names
 from moco.data.images import Images
-from moco.data.photos import in_cache
+from moco.data.photos import cache_paths
 from moco.errors import InputError, short
 from moco.files import read_lines, replacing
 
@@ -155,7 +155,7 @@ def published_list(percent: int) -> Path:
     Raises InputError, which says how to supply the list by hand, if the download fails.
     """
     url = _URL.format(percent)
-    for file in in_cache(f"imagenet_subsets/{percent}percent.txt"):
+    for file in cache_paths(f"imagenet_subsets/{percent}percent.txt"):
         with contextlib.suppress(OSError):
             if _is_published(file.read_bytes(), percent):
                 return file

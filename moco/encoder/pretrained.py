@@ -35,7 +35,7 @@ class Encoder(NamedTuple):
 
 
 @contextlib.contextmanager
-def naming_arch(path: str, own: str | None, arch: str) -> Iterator[None]:
+def suggest_arch(path: str, own: str | None, arch: str) -> Iterator[None]:
     """Add the right `-a` to an InputError about a checkpoint that does not fit `arch`.
 
     Args:
@@ -75,7 +75,7 @@ def read(path: str, arch: str | None = None, image_size: int | None = None) -> E
     stem = stem_of(net, tensors)
     if stem != "imagenet":
         net = networks.create(arch, 0, image_size, stem=stem)
-    with naming_arch(path, facts.arch, arch):
+    with suggest_arch(path, facts.arch, arch):
         load_backbone(net, tensors, path)
     start = prefix(net, tensors)
     tables = {

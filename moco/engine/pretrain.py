@@ -120,7 +120,7 @@ class PretrainingTask(Task):
 
     def __init__(self, config: Pretraining, module: Method, images: Images, device: torch.device):
         super().__init__(config, module, images, device)
-        self.images_before = module.images_before
+        self.images_before_epoch_0 = module.images_before_epoch_0
         # the best k-NN top-1 accuracy of a saved epoch, and that epoch
         self.best = (-1.0, -1)
         # epochs whose checkpoints an earlier start kept by another --keep or --keep-every

@@ -36,7 +36,7 @@ class Task(ABC):
         device: the device of this process.
     """
 
-    images_before = 0  # number of images to train on before epoch 0, in steps below 0
+    images_before_epoch_0 = 0  # number of images to train on before epoch 0, in steps below 0
     may_diverge = False  # whether the run continues if the loss or a weight is NaN or infinite
     scales_gradient = True  # whether --amp fp16 scales the gradient
 
@@ -164,7 +164,7 @@ class Trainer:
         )
         self.steps_per_epoch = self.order.steps_per_epoch
         self.order.stop = self.steps_per_epoch * schedule.epochs
-        before = -self.task.images_before // self.batch
+        before = -self.task.images_before_epoch_0 // self.batch
         self.order.start = self._step_of(state) if state else before
         self.first_epoch = self.order.start // max(1, self.steps_per_epoch)
         if state:

@@ -54,11 +54,11 @@ def evaluate(
     meter = metrics.create_meter(images.multi_label, heads, len(images.classes), device)
     for batch, label in features.eval_batches(images, config, device):
         with precision.autocast(config.compute.amp, device):
-            meter.add(by_head(net(batch)), label)
+            meter.add(with_head_axis(net(batch)), label)
     return meter.read()
 
 
-def by_head(logits: Tensor) -> Tensor:
+def with_head_axis(logits: Tensor) -> Tensor:
     """Return logits as [heads, B, num_classes]. Add the first axis if it is missing."""
     return logits.view(-1, *logits.shape[-2:])
 

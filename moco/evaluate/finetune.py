@@ -10,7 +10,7 @@ from moco.data import loader
 from moco.encoder import networks
 from moco.engine.log import Metrics
 from moco.errors import InputError
-from moco.evaluate.classifier import ClassifierTask, Setting, by_head, init_classifier
+from moco.evaluate.classifier import ClassifierTask, Setting, init_classifier, with_head_axis
 from moco.evaluate.inputs import Splits
 from moco.rng import Progress
 
@@ -70,4 +70,4 @@ class FineTuning(ClassifierTask):
         progress: Progress,  # noqa: ARG002
     ) -> tuple[Tensor, Metrics]:
         """Return the loss and the metrics of the classifier."""
-        return self.losses(by_head(net(views[0]).float()), batch.label)
+        return self.losses(with_head_axis(net(views[0]).float()), batch.label)

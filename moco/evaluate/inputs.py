@@ -83,7 +83,7 @@ def _complete_from(config: AnyConfig, path: str) -> AnyConfig:
         raise InputError(
             f"--stem {config.network.stem}: {path} has the stem {stem}; leave --stem out"
         )
-    with encoders.naming_arch(path, facts.arch, arch):
+    with encoders.suggest_arch(path, facts.arch, arch):
         _load(networks.create(arch, 1, image_size, stem=stem), config, state)
     return replaced(config, stem=stem)
 

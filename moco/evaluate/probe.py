@@ -13,7 +13,7 @@ from moco.encoder import networks
 from moco.engine.log import Metrics
 from moco.engine.trainer import Trainer
 from moco.errors import InputError
-from moco.evaluate.classifier import ClassifierTask, Setting, by_head, init_classifier
+from moco.evaluate.classifier import ClassifierTask, Setting, init_classifier, with_head_axis
 from moco.evaluate.inputs import Splits, tests_full_network
 from moco.rng import Progress
 
@@ -98,7 +98,7 @@ class LinearProbe(ClassifierTask):
         with torch.inference_mode():
             features = networks.features(self.module, views[0])
         with torch.autocast(self.device.type, enabled=False):
-            return self.losses(by_head(net(features.float().clone())), batch.label)
+            return self.losses(with_head_axis(net(features.float().clone())), batch.label)
 
     def check_restored(self) -> None:
         """Raise InputError if the checkpoint of `--resume` has another backbone."""

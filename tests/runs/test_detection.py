@@ -552,7 +552,7 @@ def test_eighty_iterations_lower_the_loss(datasets, tmp_path):
     cfg = train_net.c4.config(file, [*SMALL, *map(str, options)], gpus=0)
     trainer = train_net.Trainer(cfg)
     trainer.resume_or_load(resume=False)
-    train_net.check_arrived(cfg, trainer.model)
+    train_net.check_loaded(cfg, trainer.model)
     trainer.train()
     loss = [value for value, _ in trainer.storage.history("total_loss").values()]
     assert len(loss) == 80 and np.mean(loss[-8:]) < 2 / 3 * np.mean(loss[:4]), loss
@@ -574,7 +574,7 @@ def test_a_backbone_that_did_not_arrive_ends_the_run(datasets, tmp_path):
         0,
     )
     with pytest.raises(RuntimeError, match=r"60 tensors did not arrive"):
-        train_net.check_arrived(cfg, train_net.Trainer.build_model(cfg))
+        train_net.check_loaded(cfg, train_net.Trainer.build_model(cfg))
 
 
 @wants_detectron2
