@@ -10,7 +10,7 @@ PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(ad
 
 .PHONY: demo test test-slow coverage lint detectron2 matrix clean
 
-# pre-train SynCo on the built-in photographs, probe it beside a randomly initialised encoder, draw the report
+# pre-train SynCo on the built-in photographs, evaluate it and a randomly initialised encoder, write the report
 demo: $(VENV)/ready
 	$(VENV)/bin/python tools/demo.py --seed $(SEED)
 
@@ -18,7 +18,7 @@ demo: $(VENV)/ready
 test: $(VENV)/ready
 	$(VENV)/bin/python -m pytest -q -rs -n 2 --dist worksteal -m "not slow" tests
 
-# the rest: long runs, several processes, faults, resuming, detectron2
+# the other tests: long runs, several processes, faults, resuming, detectron2
 test-slow: $(VENV)/ready $(VENV)/detectron2
 	$(VENV)/bin/python -m pytest -q -rs -n 2 --dist worksteal -m slow tests
 

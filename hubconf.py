@@ -1,4 +1,4 @@
-"""Entry point of torch.hub: the encoder of a checkpoint.
+"""Entry point of torch.hub, which loads the encoder of a checkpoint.
 
 Use torch.hub.load(FOLDER_OF_THIS_REPOSITORY, "encoder", "RUN/checkpoint_0199.pth.tar",
 source="local").

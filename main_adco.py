@@ -27,9 +27,9 @@ from moco.sections import option
 
 @dataclass(frozen=True)
 class Optimizer(sections.Optimizer):
-    """The encoder's optimizer, whose cosine the negatives may follow."""
+    """The encoder's optimizer, with a cosine that the bank may also follow."""
 
-    cos: int = option(True, "cosine schedule; 2: also of --memory-lr", switch=True, levels=2)
+    cos: int = option(True, "cosine schedule; 2: also for --memory-lr", switch=True, max_level=2)
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Bank:
     cluster: int = option(65536, "number of learned negatives", range=sections.ENTRIES, metavar="K")
     memory_lr: float = option(
         3.0,
-        "learning rate of the negatives; --cos 2 lowers it, too",
+        "learning rate of the negatives; --cos 2 also lowers it",
         range=sections.LEARNING_RATE,
         metavar="LR",
     )
@@ -54,9 +54,9 @@ class Bank:
         1e-4, "weight decay of the negatives", range=sections.WEIGHT_DECAY, metavar="WD"
     )
     mem_momentum: float = option(0.9, "momentum of the negatives' SGD", range=sections.MOMENTUM)
-    ad_init: bool = option(True, "fill the bank with keys before epoch 0, else at random")
-    sym: bool = option(False, "both views are compared with the other's keys")
-    multi_crop: bool = option(False, "several query views; recipe multicrop")
+    ad_init: bool = option(True, "fill the bank with keys before epoch 0; otherwise it is random")
+    sym: bool = option(False, "compare each of two views with the keys of the other")
+    multi_crop: bool = option(False, "several query views per key view; recipe multicrop")
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Config(config.Pretraining):
 
 def parser() -> Parser:
     p = Parser(__doc__, Config())
-    fixed = "with --memory-lr 0 the bank does not learn; leave it out"
+    fixed = "with --memory-lr 0, the bank does not learn; leave it out"
     p.has_effect("mem_t mem_wd mem_momentum", lambda args: args.memory_lr, fixed)
     return p
 
@@ -108,11 +108,11 @@ def worker(c: Config, device: torch.device) -> None:
         n = distributed.world_size()
         print_rank0(
             f"{n} process{'es' * (n > 1)}: one for each visible GPU, or those of the launcher; "
-            "for one process give --gpu ID or --no-multiprocessing-distributed"
+            "for one process, give --gpu ID or --no-multiprocessing-distributed"
         )
     if c.bank.ad_init and not c.log.resume:
         entries = f"the bank's {c.bank.cluster} negatives"
-        print_rank0(f"{entries} begin as keys, gathered before epoch 0 (--ad-init)")
+        print_rank0(f"{entries} are initialized with keys before epoch 0 (--ad-init)")
     pretrain.train(c, device, lambda images: build(c))
 
 

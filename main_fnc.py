@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Pre-train a ResNet with FNC: false negatives are attracted, or left out.
+"""Pre-train a ResNet with FNC: false negatives are attracted, or eliminated from the loss.
 
 With --support-size 0 --fn-mode off --memory-multiplier 0, this is SimCLR. configs/ holds the
 published settings: --cfg configs/fnc_100.yaml.
@@ -47,13 +47,13 @@ class Config(config.Pretraining):
 
 
 def parser() -> Parser:
-    p = Parser(__doc__, Config(), compat.FNC_ELSEWHERE)
+    p = Parser(__doc__, Config(), compat.FNC_REPLACEMENTS)
     off = "false negatives are not searched (--fn-mode off, or --fn-topk 0); leave it out"
     p.has_effect("fn_topk", lambda args: args.fn_mode != "off", off)
     p.has_effect("fn_threshold", lambda args: args.fn_mode != "off" and args.fn_topk, off)
     no_memory = "without a memory (--memory-multiplier 0) there is one encoder; leave it out"
     p.has_effect("ema", lambda args: args.memory_multiplier, no_memory)
-    p.also_named(compat.FNC_SAME)
+    p.add_aliases(compat.FNC_ALIASES)
     return p
 
 
@@ -64,7 +64,7 @@ def complete(c: Config) -> Config:
 
 
 def check_memory(c: Config) -> None:
-    """Raise InputError if the memory cannot hold a batch, or could hold only false negatives."""
+    """Raise InputError if the memory cannot hold a batch, or may hold only false negatives."""
     fnc, views, accumulated = c.fnc, c.views.views, c.optimizer.accumulation_steps
     if 0 < fnc.memory_multiplier * accumulated < views:
         raise InputError(
@@ -73,7 +73,9 @@ def check_memory(c: Config) -> None:
             f"give {-(-views // accumulated)} or more, or 0 for none"
         )
     p = processes.plan(c.launch)
-    batch = c.input.batch_size // p.local * p.world_size  # images in a pass, over all processes
+    batch = (
+        c.input.batch_size // p.local_world_size * p.world_size
+    )  # images in a pass, over all processes
     entries = fnc.memory_multiplier * accumulated * batch or views * batch
     others = entries - views  # an image's own views are neither negatives nor false negatives
     if fnc.fn_mode != "off" and fnc.fn_topk >= others > 0:

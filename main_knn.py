@@ -29,7 +29,7 @@ class Neighbours:
     TITLE: ClassVar[str] = "k-NN"
     k: tuple[int, ...] = option(
         (10, 20, 100, 200),
-        "neighbours that vote; several in one pass",
+        "number of neighbours that vote; several are tested in one pass",
         range=sections.POSITIVE,
         nargs="+",
     )
@@ -38,7 +38,7 @@ class Neighbours:
     )
     features: str | None = option(
         None,
-        "features of the encoder without projection head, or of the projection head",
+        "features to compare: those of the backbone, or those of the projection head",
         choices=("backbone", "head"),
         unset="backbone",
     )
@@ -54,7 +54,7 @@ class Config(config.Evaluation):
     knn: Neighbours = Neighbours()
 
     @property
-    def of_head(self) -> bool:
+    def use_head_features(self) -> bool:
         """Return whether to use the features of the projection head, not of the backbone."""
         return self.knn.features == "head"
 
@@ -66,14 +66,14 @@ class Config(config.Evaluation):
 
 def parser() -> Parser:
     p = Parser(__doc__, Config())
-    on_cpu = "there is no GPU; features are in the host's memory anyway"
-    on_gpu = lambda args: devices.chosen(args.device) != "cpu"  # noqa: E731
+    on_cpu = "there is no GPU, so features are always in the host's memory"
+    on_gpu = lambda args: devices.resolve_type(args.device) != "cpu"  # noqa: E731
     p.has_effect("host_features", on_gpu, on_cpu, refuse=False)
     return p
 
 
 def complete(c: Config) -> Config:
-    if c.of_head and not (c.encoder.pretrained or c.files.load_features):
+    if c.use_head_features and not (c.encoder.pretrained or c.files.load_features):
         what = "needs a checkpoint with a projection head"
         raise InputError(f"--features head: {what}; give it with --pretrained")
     c = inputs.complete_features(c, multi_label=False)

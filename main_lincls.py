@@ -29,7 +29,7 @@ class Optimizer(sections.Schedule):
 
     lr: tuple[float, ...] = option(
         (30.0,),
-        "learning rate, before --learning-rate-scaling; with several, a classifier for each in "
+        "learning rate, before --learning-rate-scaling; several: train a classifier for each, in "
         "one pass",
         "--learning-rate",
         range=sections.LEARNING_RATE,
@@ -38,7 +38,7 @@ class Optimizer(sections.Schedule):
     )
     wd: tuple[float, ...] = option(
         (0.0,),
-        "weight decay; with several, a classifier for each in one pass",
+        "weight decay; several: train a classifier for each, in one pass",
         "--weight-decay",
         range=sections.WEIGHT_DECAY,
         nargs="+",
@@ -61,12 +61,12 @@ def complete(c: Config) -> Config:
     for flag, values in (("--lr", c.optimizer.lr), ("--wd", c.optimizer.wd)):
         printed = [f"{value:g}" for value in values]  # as the results name them
         if len(set(printed)) < len(printed):
-            raise InputError(f"{flag} {' '.join(printed)}: one stands twice; give each once")
+            raise InputError(f"{flag} {' '.join(printed)}: a value is given twice; give each once")
         if len(values) > 1 and c.classifier.weights == "finetune":
             raise InputError(
                 f"{flag} {' '.join(printed)}: --weights finetune trains one network; give one value"
             )
-    inputs.check_choice(c)
+    inputs.check_val_from_train(c)
     c = inputs.restore_options(c, ("weights", "lr", "wd"))
     c = config.replaced(c, method="linear" if c.classifier.weights == "freeze" else "finetune")
     return inputs.complete(c)
@@ -74,7 +74,7 @@ def complete(c: Config) -> Config:
 
 def worker(c: Config, device: torch.device) -> None:
     images = inputs.splits(c)
-    net = inputs.pretrained(c, len(images.train.classes), device)
+    net = inputs.load_network(c, len(images.train.classes), device)
     settings = [Setting(lr, wd) for lr in c.optimizer.lr for wd in c.optimizer.wd]
     if c.classifier.weights == "freeze":
         task = LinearProbe(c, net, images, device, settings)

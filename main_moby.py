@@ -36,8 +36,8 @@ class Run(sections.Run):
 
     method: str = option(
         "moby",
-        "synco: MoBY with synthetic negatives (SynCo-v2). By default --moco-m, --lr and --wd are "
-        f"the method's own: {DEFAULTS}",
+        "synco: MoBY with synthetic negatives (SynCo-v2). Each method has its own defaults of "
+        f"--moco-m, --lr and --wd: {DEFAULTS}",
         choices=tuple(moby.PUBLISHED),
     )
 
@@ -74,10 +74,10 @@ class Config(config.Pretraining):
 
 def parser() -> Parser:
     p = Parser(__doc__, Config())
-    none = "--method byol compares with no negatives; leave it out"
+    none = "--method byol has no negatives; leave it out"
     p.has_effect("queue moco_t", lambda args: args.method != "byol", none)
     synthetic = " ".join(one.name for one in fields(moby.Synthetics))
-    synco = "synthetic negatives are --method synco's; give it, or leave them out"
+    synco = "only --method synco has synthetic negatives; give it as well, or leave this out"
     p.has_effect(synthetic, lambda args: args.method == "synco", synco)
     hidden = "a projector and a predictor of one layer have no hidden width; leave it out"
     p.has_effect("mlp_dim", lambda args: max(args.proj_layers, args.pred_layers) > 1, hidden)

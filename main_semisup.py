@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Semi-supervised learning: fine-tune a pre-trained encoder on some of the labels, test it on val/.
+"""Semi-supervised learning: fine-tune a pre-trained encoder on few labels, and test it on val/.
 
 --train-percent sets how many labels are used. Without --pretrained, the encoder is randomly
 initialised, which is the baseline to compare with.
@@ -28,7 +28,7 @@ BEST = "model_best_semisup.pth.tar"
 
 @dataclass(frozen=True)
 class Optimizer(sections.Schedule):
-    """An optimizer without learning rate; `FineTune` has the learning rates."""
+    """An optimizer without a learning rate; `FineTune` has the learning rates."""
 
     wd: float = option(
         1e-6, "weight decay", "--weight-decay", range=sections.WEIGHT_DECAY, metavar="WD"
@@ -37,7 +37,7 @@ class Optimizer(sections.Schedule):
 
 @dataclass(frozen=True)
 class FineTune:
-    """The learning rates of encoder and classifier, and the layers between them."""
+    """The learning rates of encoder and classifier, and the projection layers to keep."""
 
     TITLE: ClassVar[str] = "fine-tuning"
     lr_backbone: float = option(
@@ -53,9 +53,9 @@ class FineTune:
         metavar="LR",
     )
     ft_proj: int = option(
-        0, "keep N layers of the projection head below it", range="[0, 100]", metavar="N"
+        0, "keep the first N layers of the projection head", range="[0, 100]", metavar="N"
     )
-    zero_init_classifier: bool = option(False, "begin with weights of 0", switch=False)
+    zero_init_classifier: bool = option(False, "initialize the classifier with zeros", switch=False)
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Config(config.Probing):
 
 def parser() -> Parser:
     p = Parser(__doc__, Config())
-    frozen = "--weights freeze trains a classifier alone, which starts like a linear probe's; "
+    frozen = "--weights freeze only trains a classifier, initialized as in a linear probe; "
     frozen += "leave it out"
     names = "lr_backbone zero_init_classifier"
     p.has_effect(names, lambda args: args.weights == "finetune", frozen)
@@ -91,10 +91,10 @@ def complete(c: Config) -> Config:
         )
     if c.kept_layers and c.classifier.weights == "freeze":
         raise InputError(
-            "--ft-proj needs --weights finetune: a frozen encoder is judged by its backbone's "
-            "features"
+            "--ft-proj needs --weights finetune: a frozen encoder is evaluated by the features of "
+            "its backbone"
         )
-    inputs.check_choice(c)
+    inputs.check_val_from_train(c)
     names = "weights lr_backbone lr_classifier wd train_percent subset_file ft_proj".split()
     c = inputs.restore_options(config.replaced(c, method="semisup"), names)
     c = inputs.complete(c)
@@ -104,7 +104,7 @@ def complete(c: Config) -> Config:
 
 def worker(c: Config, device: torch.device) -> None:
     images, tuning = inputs.splits(c), c.finetuning
-    net = inputs.pretrained(c, len(images.train.classes), device)
+    net = inputs.load_network(c, len(images.train.classes), device)
     setting = Setting(tuning.lr_classifier, c.optimizer.wd)
     frozen = c.classifier.weights == "freeze"
     if frozen:

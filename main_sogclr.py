@@ -24,7 +24,7 @@ from moco.encoder.resnets import resnet
 from moco.engine import pretrain
 from moco.sections import option
 
-LEAST_T = 0.02  # with half this temperature, exp(1 / T) would leave the range of float32
+LEAST_T = 0.02  # at half this temperature, exp(1 / T) would overflow float32
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,9 @@ class Contrast:
     """The loss, and the projection head."""
 
     TITLE: ClassVar[str] = "SimCLR and SogCLR"
-    loss_type: str = option("dcl", "dcl: SogCLR's, with moving averages", choices=("dcl", "simclr"))
+    loss_type: str = option(
+        "dcl", "dcl: SogCLR's loss, with moving averages", choices=("dcl", "simclr")
+    )
     gamma: float = option(
         0.9, "weight of an image's new value in its moving average", range="(0, 1]"
     )
@@ -67,7 +69,7 @@ def parser() -> Parser:
     p.has_effect("gamma", lambda args: args.loss_type == "dcl", no_averages)
     no_hidden = "one linear layer has no hidden width; leave it out"
     p.has_effect("mlp_dim", lambda args: args.num_proj_layers > 1, no_hidden)
-    p.also_named({"warmup-epochs": "lr-warmup-epochs"})
+    p.add_aliases({"warmup-epochs": "lr-warmup-epochs"})
     return p
 
 
@@ -93,7 +95,7 @@ def worker(c: Config, device: torch.device) -> None:
     how = (
         f"a moving average for each image, gamma {gamma:g}"
         if averages
-        else "the batch's negatives alone"
+        else "only the negatives of the batch"
     )
     print_rank0(f"{c.contrast.loss_type}: {how}")
     pretrain.train(

@@ -15,7 +15,7 @@ from typing import ClassVar
 import torch
 
 from moco import config, sections
-from moco.builder.synco import SynCo, SyntheticNegatives, configured
+from moco.builder.synco import SynCo, SyntheticNegatives, synthetic_config
 from moco.cli import entry
 from moco.cli.parser import Parser
 from moco.distributed import print_rank0
@@ -30,7 +30,7 @@ class Queue:
     """The queue of keys, and how queries are compared with it."""
 
     TITLE: ClassVar[str] = "MoCo"
-    moco_k: int = option(65536, "negatives in the queue", range=sections.ENTRIES)
+    moco_k: int = option(65536, "number of negatives in the queue", range=sections.ENTRIES)
     symmetric: bool = option(
         False, "compare each view with the keys of the other view, and add both losses"
     )
@@ -38,7 +38,7 @@ class Queue:
 
 @dataclass(frozen=True)
 class Synthetics(SyntheticNegatives):
-    """The synthetic negatives, and when they begin."""
+    """The synthetic negatives, and the epoch in which they begin."""
 
     TITLE: ClassVar[str] = "synthetic negatives (MoCHI, SynCo)"
     warmup_epochs: int = option(
@@ -65,7 +65,7 @@ def parser() -> Parser:
 
 
 def negatives(c: Config) -> Synthetic:
-    return configured(c.synthetic, c.queue.moco_k, "--moco-k")
+    return synthetic_config(c.synthetic, c.queue.moco_k, "--moco-k")
 
 
 def method(synthetic: Synthetic) -> str:

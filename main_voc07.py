@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""VOC07 classification: train linear classifiers on the features of trainval, test them on test.
+"""VOC07 classification: train linear classifiers on features of trainval, and test them on test.
 
 The result is the mean average precision (mAP). Without --pretrained, the encoder is randomly
 initialised, which is the baseline to compare with.
@@ -32,11 +32,11 @@ class Classifiers:
 
     TITLE: ClassVar[str] = "classifiers, one for each class, on features of norm 1"
     classifier: str = option(
-        "svm", "linear: binary cross entropy, by LBFGS", choices=("svm", "linear")
+        "svm", "svm, or linear: binary cross entropy with LBFGS", choices=("svm", "linear")
     )
     c: tuple[float, ...] = option(
         COSTS,
-        "costs of errors against weights; each class has the best in 3-fold cross-validation",
+        "costs C of errors; for each class, 3-fold cross-validation chooses the best",
         range="(0, 1000000000]",
         nargs="+",
         metavar="C",
@@ -62,7 +62,9 @@ def complete(c: Config) -> Config:
 
 def worker(c: Config, device: torch.device) -> None:
     trainval, test, classes = inputs.frozen_features(c, device, unit_norm=False)
-    x, y, test_x, test_y = (features.in_order(part).cpu().numpy() for part in (*trainval, *test))
+    x, y, test_x, test_y = (
+        features.gather_in_order(part).cpu().numpy() for part in (*trainval, *test)
+    )
     if distributed.rank() == 0:
         scores, chosen = voc.classify(x, y, test_x, c.svm.classifier, list(c.svm.c), c.run.seed)
         report(c, classes, scores, test_y, chosen)
@@ -90,7 +92,7 @@ def report(
         if math.isnan(eleven):
             print_rank0(f"{name:>12}  no test image shows it")
             continue
-        how = "(no classifier: no image of trainval shows it, or all do)"
+        how = "(no classifier, because no image of trainval shows it, or all do)"
         if cost is not None:
             how = f"(C {cost:g})"
         found[f"ap_{name}"] = float(eleven)
@@ -99,8 +101,8 @@ def report(
     edge = [name for name, cost in zip(classes, chosen, strict=True) if cost in ends]
     if edge and len(costs) > 2:
         print_rank0(
-            f"an end of --c {costs[0]:g} ... {costs[-1]:g} was best for {', '.join(edge)}: "
-            "more costs there may do better"
+            f"the first or last of --c {costs[0]:g} ... {costs[-1]:g} was best for "
+            f"{', '.join(edge)}; costs beyond it may be better"
         )
     print_rank0(f"* mAP {100 * found['map11']:.3f} (11 points)  {100 * found['map']:.3f} (area)")
     results.write_results(c, "voc07" if c.svm.classifier == "svm" else "voc07_linear", found)

@@ -55,10 +55,11 @@ def count(recipe: Path, name: str) -> tuple[Pretraining, float]:
     def one_step(config: Pretraining, _: torch.device, build) -> None:
         labels = np.zeros(IMAGES[config.input.data_name], dtype=np.int64)
         images = Images(Path("DIR"), labels, ("one",))
-        method = build(images).to("meta")  # timm 1.0.15 cannot build it there
+        method = build(images).to("meta")  # timm 1.0.15 cannot build it on this device
         with torch.device("meta"), FlopCounterMode(display=False) as counter:
             views = [
-                torch.zeros(BATCH, 3, view.size, view.size) for view in recipes.of(config.views)
+                torch.zeros(BATCH, 3, view.size, view.size)
+                for view in recipes.from_settings(config.views)
             ]
             loss, _ = method(
                 views,
@@ -93,8 +94,8 @@ def main() -> int:
         if not (name := script(file)):
             continue
         config, cost = count(file, name)
-        share = IMAGES[config.input.data_name] / IMAGES[None]
-        total = cost / base * config.optimizer.epochs / base_config.optimizer.epochs * share
+        fraction = IMAGES[config.input.data_name] / IMAGES[None]
+        total = cost / base * config.optimizer.epochs / base_config.optimizer.epochs * fraction
         rows.append(
             {
                 "recipe": file.stem,

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Measure time and memory of FNC's head, forward and backward, next to a plain implementation.
 
-Ours works on chunks of images; the plain one uses autograd on all views at once. The script fails
-if their losses or gradients differ. The memory is that of a head in addition to its inputs.
+Our code works on chunks of images; the plain one uses autograd on all views at once. The script
+fails if their losses or gradients differ. The memory does not include the inputs of the head.
 """
 
 from collections.abc import Callable
@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moco.loss.false_negatives import Cancellation, cancelled_nt_xent, find
+from moco.loss.false_negatives import Cancellation, cancelled_nt_xent, find_false_negatives
 
 T = 0.1
 # a low threshold, because random entries are less similar than features of images
-HOW = Cancellation("attract", topk=10, threshold=0.3)
+CONFIG = Cancellation("attract", topk=10, threshold=0.3)
 
 
 def main() -> None:
@@ -87,7 +87,7 @@ def main() -> None:
 class Head:
     """FNC's head on one batch of normalized features `z`.
 
-    The batch's own entries are the first ones in the memory. Each call leaves a gradient in z.
+    The batch's own entries are the first in the memory. Each call leaves a gradient in `z`.
     """
 
     def __init__(self, views: int, images: int, args):
@@ -100,9 +100,9 @@ class Head:
 
     def ours(self, chunk: int) -> Tensor:
         """Return our loss, computed in chunks of `chunk` images."""
-        found = find(self.bank, self.own, HOW, chunk)
+        found = find_false_negatives(self.bank, self.own, CONFIG, chunk)
         return self._backward(
-            lambda: cancelled_nt_xent(self.z, self.bank, self.own, found, HOW.mode, T, chunk)[0]
+            lambda: cancelled_nt_xent(self.z, self.bank, self.own, found, CONFIG.mode, T, chunk)[0]
         )
 
     def plain(self) -> Tensor:
@@ -115,12 +115,12 @@ class Head:
         with torch.no_grad():
             # [n, R], the largest over the views
             score = (self.bank[self.own] @ self.bank.T).amax(0).scatter(1, mine, -torch.inf)
-            value, rows = score.topk(HOW.topk, 1)
-            counts = (value > HOW.threshold).float()
+            value, rows = score.topk(CONFIG.topk, 1)
+            counts = (value > CONFIG.threshold).float()
         logits = self.z @ self.bank.T / T  # [V, n, R]
         others = (1 - torch.eye(V, device=self.z.device))[:, None, :]  # [V, 1, V]
         of_views = (logits.gather(2, mine.expand(V, n, V)) * others).sum(2)
-        of_false = (logits.gather(2, rows.expand(V, n, HOW.topk)) * counts).sum(2)
+        of_false = (logits.gather(2, rows.expand(V, n, CONFIG.topk)) * counts).sum(2)
         below = logits.scatter(2, self.own[:, :, None], -torch.inf).logsumexp(2)
         return 2 * (below - (of_views + of_false) / (V - 1 + counts.sum(1))).mean()
 

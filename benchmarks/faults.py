@@ -2,8 +2,8 @@
 """Check that runs stopped at random moments end with the same bits as a run that is never stopped.
 
 Every start uses --resume auto and a random number of loader workers. It is stopped after a random
-number of steps, or before its first. The script compares the last checkpoints: weights, buffers
-(queue, bank, u), optimizer and progress. It exits with status 1 if any of them differ.
+number of steps, or before its first step. The script compares the last checkpoints: weights,
+buffers (queue, bank, u), optimizer and progress. It exits with status 1 if any of them differ.
 """
 
 import json
@@ -45,7 +45,7 @@ def main() -> int:
         default=8,
         help="images in a batch (with 8 an epoch has 142 steps)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the moments")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the moments to stop")
     args = parser.parse_args()
     results = []
     print(
@@ -67,19 +67,19 @@ def main() -> int:
             command += ["--multiprocessing-distributed", "--nproc-per-node", str(processes)] * (
                 processes > 1
             )
-            whole = Run(command, folder / "whole")
-            whole.start(workers=1)
-            whole.end(0)
+            uninterrupted = Run(command, folder / "whole")
+            uninterrupted.start(workers=1)
+            uninterrupted.end(0)
             for name in args.signals:
                 moments = random.Random(f"{args.seed} {method} {processes} {name}")
                 found = stopped(
                     Run(command, folder / name),
                     signal.Signals[f"SIG{name}"],
                     args.stops,
-                    whole.steps(),
+                    uninterrupted.steps(),
                     moments,
                 )
-                same = equal(whole.last(), Run(command, folder / name).last())
+                same = equal(uninterrupted.last(), Run(command, folder / name).last())
                 results.append(
                     {
                         "method": method,
@@ -90,7 +90,7 @@ def main() -> int:
                     }
                 )
                 print(
-                    f"{method:8}{processes:10}{name:>8}{whole.steps():7}{found['stops']:7}"
+                    f"{method:8}{processes:10}{name:>8}{uninterrupted.steps():7}{found['stops']:7}"
                     f"{found['starting']:16}{found['seconds']:9.0f}  {'yes' if same else 'NO'}",
                     flush=True,
                 )
@@ -101,7 +101,7 @@ def main() -> int:
 def stopped(
     run: "Run", number: signal.Signals, stops: int, total: int, moments: random.Random
 ) -> dict[str, float]:
-    """Stop a run `stops` times, spread over its steps, then let it end; return the figures."""
+    """Stop a run `stops` times, spread over its steps. Then let it end, and return the figures."""
     began, starting = time.perf_counter(), 0
     for i in range(stops):
         run.start(moments.randint(0, 2))

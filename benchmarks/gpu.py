@@ -18,7 +18,7 @@ Stages:
 
 One call of this script is a visit. The results are in runs/benchmarks/gpu-DEVICE.json, which is
 rewritten after each part and keeps the results of earlier visits. Each part has a time limit and
-runs in a process that can be killed. Parts for which --minutes leaves no time are listed as not
+runs in a process that can be killed. Parts for which --minutes leaves no time are reported as not
 run. The table is printed last, also after Ctrl-C. The exit status is 1 if a check of this visit
 failed, 2 if an option is wrong, and 130 after Ctrl-C.
 
@@ -89,7 +89,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main() -> int:
-    """Run a visit, or, in a process that a visit started, its parts; return the exit status."""
+    """Run a visit or, in a process that a visit started, its parts; return the exit status."""
     args = parser().parse_args()
     device = torch.device(args.device)
     if args.collectives:
@@ -106,7 +106,7 @@ def main() -> int:
 
 
 def mistake(args: argparse.Namespace) -> str:
-    """Return a line about the first wrong option; "" if none is. Unpack an archive at --data."""
+    """Return a line about the first wrong option, or "". Unpacks an archive given by --data."""
     if not 0 < args.minutes < math.inf:
         return f"--minutes {args.minutes:g}: no time for any stage; give a number above 0"
     parts = set(args.parts or ())

@@ -1,7 +1,7 @@
 """Stage 1 of benchmarks/gpu.py: check that the GPU computes what the CPU computes.
 
 It also checks that a killed run resumes to the same bits. Without a GPU, the CPU is compared with
-itself: this tests the code of the checks, and the differences are 0, or nearly.
+itself, which tests the code of the checks; the differences are then (nearly) 0.
 """
 
 import contextlib
@@ -52,9 +52,9 @@ def method(
 def smooth(net: nn.Module) -> None:
     """Replace each ReLU of `net` by a GELU, and its max-pooling by one that takes every n-th pixel.
 
-    The gradient of a ReLU jumps at 0, and that of max-pooling where two values are equal. Rounding
-    carries a few of the millions of values over such a place, and gradients in fp32 then differ
-    from those in fp64 by up to 1 %, on any device.
+    The gradient of a ReLU jumps at 0, and that of max-pooling jumps if two values are equal.
+    Rounding moves a few of the millions of values across such a point. Gradients in fp32 then
+    differ from those in fp64 by up to 1 %, on any device.
     """
     for module in net.modules():
         for name, child in module.named_children():
@@ -79,11 +79,11 @@ class EveryNth(nn.Module):
 def layers(setup: Setup, notes: Notes) -> None:
     """Compare the gradients of single layers in channels last with those in the default format.
 
-    AvgPool2d is measured, but not checked: our networks have none. When networks with it and with
-    GELU ran on an H200 (torch 2.11), their gradients differed by 30 % between the two formats.
+    AvgPool2d is measured, but not checked, because our networks have none. On an H200 (torch 2.11),
+    the gradients of networks with AvgPool2d and GELU differed by 30 % between the formats.
     """
     use_tf32(False)
-    kinds = {
+    modules = {
         "Conv2d": nn.Conv2d(32, 32, 3, 2, 1),
         "BatchNorm2d": nn.BatchNorm2d(32),
         "ReLU": nn.ReLU(),
@@ -92,7 +92,7 @@ def layers(setup: Setup, notes: Notes) -> None:
         "AdaptiveAvgPool2d": nn.AdaptiveAvgPool2d(1),
         "AvgPool2d": nn.AvgPool2d(3, 2, 1),
     }
-    for name, layer in kinds.items():
+    for name, layer in modules.items():
         layer.to(setup.device)
         found = []
         for form in (torch.channels_last, torch.contiguous_format):
@@ -119,9 +119,9 @@ def same_choices(found: list[Tensor], replay: bool) -> Iterator[None]:
     """
     draw, hardest, waiting = synthetic.draw, synthetic.hardest, list(found)
 
-    def draw_on_cpu(kind, n, dim, generator, *dtype):
+    def draw_on_cpu(config, n, dim, generator, *dtype):
         on_cpu = torch.Generator().manual_seed(generator.initial_seed())
-        draws = draw(kind, n, dim, on_cpu, *dtype)
+        draws = draw(config, n, dim, on_cpu, *dtype)
         names = [field.name for field in dataclasses.fields(draws)]
         return type(draws)(**{name: getattr(draws, name).to(generator.device) for name in names})
 
@@ -285,7 +285,7 @@ def compiled(setup: Setup, notes: Notes) -> None:
     images = crops(plain.recipe, setup.size(32, 8))
     expected, views = loss_and_gradients(plain, images), plain.views(images, PROGRESS)
     if setup.cuda:
-        color.fuse()
+        color.compile_operations()
         pairs = zip(one.views(images, PROGRESS), views, strict=True)
         notes.at_most("views", max(float((a - b).abs().max()) for a, b in pairs), FP32)
     agree(notes, "mocov2", loss_and_gradients(one, images), expected)

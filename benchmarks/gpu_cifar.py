@@ -1,7 +1,7 @@
 """Stages 3 and 4 of benchmarks/gpu.py: train the configs in configs/cifar10/.
 
-Each run continues where an earlier visit stopped it (--resume auto). When its time is over, it gets
-SIGTERM, at which it saves a checkpoint and ends.
+Each run continues where an earlier visit stopped it (--resume auto). When its time is over, it
+receives SIGTERM, saves a checkpoint and ends.
 """
 
 import shutil

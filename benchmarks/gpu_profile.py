@@ -34,16 +34,16 @@ def kernels(setup: Setup, notes: Notes, method: Method, images: list[Tensor]) ->
     torch.backends.cudnn.benchmark = True
     use_tf32(True)
 
-    def whole() -> None:
+    def full_step() -> None:
         method.backward(method.views(images, PROGRESS), PROGRESS)
         method.update()
         setup.synchronize()
 
     for _ in range(setup.size(3, 1)):
-        whole()
+        full_step()
     activity = torch.profiler.ProfilerActivity
     with torch.profiler.profile(activities=[activity.CPU, *[activity.CUDA] * setup.cuda]) as found:
-        whole()
+        full_step()
     events = list(found.key_averages())
     if setup.cuda:
         events = [event for event in events if "CUDA" in str(event.device_type)] or events
@@ -70,7 +70,7 @@ def kernels(setup: Setup, notes: Notes, method: Method, images: list[Tensor]) ->
         }
         for e in events[:10]
     ]
-    notes["step and views ms"] = 1e3 * duration(setup, whole)
+    notes["step and views ms"] = 1e3 * duration(setup, full_step)
 
 
 def cifar(setup: Setup, amp: str, *more: str) -> Method:
@@ -124,14 +124,14 @@ def cifar_step(setup: Setup, notes: Notes) -> None:
 def groups(setup: Setup, notes: Notes) -> None:
     """Time a batch norm in 8 groups by both ways of computing it, forward and backward.
 
-    `moco.builder.batch_norm` uses the second one on a GPU, if the groups are of equal size.
+    `moco.builder.batch_norm` uses the second way on a GPU if the groups have equal sizes.
     """
-    kind = torch.bfloat16 if setup.cuda else torch.float32
+    dtype = torch.bfloat16 if setup.cuda else torch.float32
     shapes = ((512, 64, 32, 32), (512, 512, 4, 4), (256, 64, 112, 112), (256, 256, 14, 14))
     for shape in shapes if setup.cuda else ((16, 8, 4, 4),):
         norm = nn.BatchNorm2d(shape[1]).to(setup.device)
         batch_norm.split_batch_norm(norm, 8)
-        x = torch.randn(shape, device=setup.device, dtype=kind).contiguous(
+        x = torch.randn(shape, device=setup.device, dtype=dtype).contiguous(
             memory_format=torch.channels_last
         )
         x.requires_grad_()

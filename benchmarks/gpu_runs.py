@@ -57,7 +57,7 @@ def torchrun() -> list[object]:
 
 
 def collectives(file: Path, device: torch.device) -> None:
-    """Run the checks of `nccl` in a group of one process, and write their results to `file`."""
+    """Run the checks of `nccl` in a group of one process, and write the results to `file`."""
     found: dict[str, object] = {}
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -99,7 +99,7 @@ def collectives(file: Path, device: torch.device) -> None:
         return objects == [{"a": 1}] and torch.equal(out, x)
 
     def flag() -> bool:
-        """Check a second group on the CPU, by which ranks agree that a signal has come."""
+        """Check a second group on the CPU, with which ranks agree that a signal has arrived."""
         group, value = dist.new_group(backend="gloo"), torch.ones(1, dtype=torch.int)
         dist.all_reduce(value, dist.ReduceOp.MAX, group=group, async_op=True).wait()
         return int(value) == 1
@@ -193,7 +193,7 @@ def under_torchrun(setup: Setup, notes: Notes) -> None:
     words += ["-b", batch, "--accumulation-steps", 2, "--grad-checkpoint"]
     folders = {name: setup.work / f"sogclr-{name}" for name in ("torchrun", "plain")}
     logs = {name: folder.with_suffix(".log") for name, folder in folders.items()}
-    # without TF32, whose rounding depends on the order of sums, which may differ between both
+    # without TF32, whose rounding depends on the order of sums, which may differ between the runs
     start = partial(python, setup, gpu=setup.cuda, NVIDIA_TF32_OVERRIDE="0")
     plain = start(*words, "--save-dir", folders["plain"], log=logs["plain"])
     with killed_at_the_end(plain):
@@ -228,16 +228,16 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def resume(setup: Setup, notes: Notes) -> None:
-    """Compare the last checkpoints of a killed and resumed SynCo run and of one never stopped.
+    """Compare the last checkpoints of a killed and resumed SynCo run and of an uninterrupted one.
 
-    The first is killed inside an epoch and continued by --resume auto. All bits must be equal.
+    The first run is killed inside an epoch and continued by --resume auto. All bits must be equal.
     """
     batch, epochs = setup.size(16, 8), 2
     options = faults.METHODS["synco"].split()
     options += [data(setup), *script_options(setup), "-b", batch, "--epochs", epochs, "-p", 1]
     options += ["--save-every-steps", 2, "--keep", 2, "--resume", "auto"]
     options += ["--stem", "cifar"]  # no max-pooling: on a GPU its gradient sums in random order
-    folders = {name: setup.work / f"synco-{name}" for name in ("whole", "stopped")}
+    folders = {name: setup.work / f"synco-{name}" for name in ("uninterrupted", "stopped")}
     logs = {name: folder.with_suffix(".log") for name, folder in folders.items()}
 
     def start(name: str):
@@ -246,8 +246,8 @@ def resume(setup: Setup, notes: Notes) -> None:
             setup, *words, log=logs[name], gpu=setup.cuda, CUBLAS_WORKSPACE_CONFIG=":4096:8"
         )
 
-    whole, stopped = start("whole"), start("stopped")
-    with killed_at_the_end(whole, stopped):
+    uninterrupted, stopped = start("uninterrupted"), start("stopped")
+    with killed_at_the_end(uninterrupted, stopped):
         until(
             lambda: any(folders["stopped"].glob("checkpoint_*_*.pth.tar")), stopped, logs["stopped"]
         )
@@ -257,7 +257,7 @@ def resume(setup: Setup, notes: Notes) -> None:
         again = start("stopped")
         with killed_at_the_end(again):
             finish(again, logs["stopped"])
-        finish(whole, logs["whole"])
+        finish(uninterrupted, logs["uninterrupted"])
     last = {}
     for name, folder in folders.items():
         state = torch.load(
@@ -266,11 +266,14 @@ def resume(setup: Setup, notes: Notes) -> None:
         last[name] = {
             key: state[key] for key in ("epoch", "state_dict", "optimizer", "scaler", "progress")
         }
-    same = {key: faults.equal(last["whole"][key], last["stopped"][key]) for key in last["whole"]}
-    notes["steps"] = last["whole"]["progress"]["step"]
+    same = {
+        key: faults.equal(last["uninterrupted"][key], last["stopped"][key])
+        for key in last["uninterrupted"]
+    }
+    notes["steps"] = last["uninterrupted"]["progress"]["step"]
     for key, equal in same.items():
-        notes.check(key, equal, "differs from the run never stopped")
-    a, b = (last[name]["state_dict"] for name in ("stopped", "whole"))
+        notes.check(key, equal, "differs from the uninterrupted run")
+    a, b = (last[name]["state_dict"] for name in ("stopped", "uninterrupted"))
     floats = [name for name in b if b[name].is_floating_point()]
     notes["relative difference"] = relative(
         [a[name] for name in floats], [b[name] for name in floats]
@@ -291,7 +294,7 @@ def knn(setup: Setup, notes: Notes) -> None:
         notes.at_most(f"{split} features", relative([a], [b]), FP32)
     mine, theirs = evaluated["metrics"]
     notes["top-1"] = [mine, theirs]
-    few = 2 / (4 * setup.size(16, 4))  # two images of val/, whose neighbours may be equally near
+    few = 2 / (4 * setup.size(16, 4))  # two images of val/, which may have equally near neighbours
     notes.at_most("top-1 difference", max(abs(mine[key] - theirs[key]) for key in theirs), few)
 
 

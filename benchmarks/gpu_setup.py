@@ -34,7 +34,7 @@ from moco.rng import COLOR, Progress
 
 
 class Failed(Exception):  # noqa: N818 (reads well in results: "Failed: ...")
-    """An error that says that a check found a difference, or that a process failed."""
+    """Raised if a check finds a difference, or if a process fails."""
 
 
 class Notes(dict):
@@ -141,12 +141,14 @@ class Method:
             self.module.to(self.device)
         else:
             compute = self.config.compute
-            precision.place(self.module, self.device, compute.compile, compute.grad_checkpoint)
+            precision.prepare_model(
+                self.module, self.device, compute.compile, compute.grad_checkpoint
+            )
         self.contiguous = contiguous
-        self.recipe = recipes.of(self.config.views)
+        self.recipe = recipes.from_settings(self.config.views)
         schedule, self.amp = self.config.optimizer, self.config.compute.amp
-        scale = optim.scale(schedule.learning_rate_scaling, self.config.input.batch_size)
-        groups = self.module.groups(schedule.lr * scale, schedule.wd)
+        scale = optim.lr_scale(schedule.learning_rate_scaling, self.config.input.batch_size)
+        groups = self.module.parameter_groups(schedule.lr * scale, schedule.wd)
         self.optimizer = optim.make(groups, schedule, self.amp)
         self.scaler = precision.scaler(self.amp, self.device)
         self.module.train()
@@ -157,7 +159,7 @@ class Method:
         found = color.augment_views(
             [x.to(self.device, non_blocking=True) for x in crops], self.recipe, draws
         )
-        return found if self.contiguous else list(map(precision.layout, found))
+        return found if self.contiguous else list(map(precision.prepare_images, found))
 
     def forward(self, views: list[Tensor], progress: Progress) -> Tensor:
         """Return the loss of `views`."""
@@ -200,7 +202,7 @@ def config_and_builder(
     found: list[Callable[[Images], nn.Module]] = []
     with (
         mock.patch.object(pretrain, "train", lambda config, device, build: found.append(build)),
-        # which would look for the data
+        # this would search for the data
         mock.patch.object(pretrain, "complete", lambda config: config),
         contextlib.redirect_stdout(io.StringIO()),
     ):

@@ -260,7 +260,7 @@ def loading(setup: Setup, notes: Notes) -> None:
         order = loader.TrainBatchSampler(len(images), size, 1, 0, 0, min(ahead, batches) + batches)
         found = loader.batches(
             images,
-            loader.RandomCrops(recipes.of(config.views), 0),
+            loader.RandomCrops(recipes.from_settings(config.views), 0),
             order,
             config.input,
             setup.device,
@@ -313,6 +313,6 @@ def compiled(setup: Setup, notes: Notes) -> None:
     quotients(
         notes, timed(setup, makers, notes, size), {"moco over compiled": ("moco", "compiled")}
     )
-    color.fuse()  # cannot be undone, so this part is the last of its process
+    color.compile_operations()  # cannot be undone, so this part is the last of its process
     views(setup, fused := Notes())
     notes["compiled views ms"] = fused["ms"]

@@ -27,7 +27,7 @@ from gpu_table import TITLES, print_table, targets
 from moco.files import write_json
 
 SCRIPT = Path(__file__).with_name("gpu.py")  # what worker processes run
-SHARE = {1: 0.35, 2: 0.3, 3: 0.85}  # fraction of the visit for a stage that is not the last
+FRACTIONS = {1: 0.35, 2: 0.3, 3: 0.85}  # fraction of the visit for a stage that is not the last
 LANES = 4  # worker processes of stage 1 on a GPU, at most
 LIMIT = 150.0  # seconds for one part
 START = 150.0  # seconds for a process to begin its first part
@@ -117,8 +117,8 @@ class Visit:
 
     def _stage(self, stage: int) -> None:
         last = stage == self.args.stages[-1]
-        share = 1.0 if last else SHARE.get(stage, 1.0)
-        end = min(self.end, time.monotonic() + share * 60 * self.args.minutes)
+        fraction = 1.0 if last else FRACTIONS.get(stage, 1.0)
+        end = min(self.end, time.monotonic() + fraction * 60 * self.args.minutes)
         print(
             f"\nstage {stage}, {TITLES[stage]}: at most {max(0.0, end - time.monotonic()):.0f} s",
             flush=True,
@@ -148,8 +148,8 @@ class Visit:
     ) -> None:
         """Store and print the results of a part, and rewrite the JSON.
 
-        An error that begins with "not run: " does not count as a failure. After the end of the
-        visit, nothing is stored.
+        An error that begins with "not run: " does not count as a failure. Nothing is stored after
+        the end of the visit.
         """
         with self.lock:
             if self.stopping:  # its process was killed
@@ -250,7 +250,8 @@ class Visit:
         seen, current, since = 0, "", time.monotonic()
         try:
             while True:
-                ended = process.poll() is not None  # first, so that the events read below are all
+                # before the events are read, so that none of an ended process is missed
+                ended = process.poll() is not None
                 for event in gpu_worker.events(events)[seen:]:
                     seen, current, since = seen + 1, event["part"], time.monotonic()
                     if event["event"] == "end":

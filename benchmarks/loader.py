@@ -7,8 +7,8 @@ pil       torchvision on PIL images, as in MoCo's own repository
 v2        torchvision.transforms.v2 on tensors
 lightly   lightly's MoCoV2Transform, if lightly is installed
 
-The ratio host_over_pil is the images per second of host over those of pil; the other ratios are
-named in the same way.
+The ratio host_over_pil is the images per second of host, divided by those of pil. The other ratios
+are named in the same way.
 
 With --small, the script measures an epoch of two views of 32-pixel images in memory, as in MoCo's
 demo on CIFAR-10. "ours" and "pil" each use two processes with one thread each.
@@ -68,7 +68,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.compile:
-        color.fuse()
+        color.compile_operations()
     if args.small:
         small(args)
         return

@@ -1,6 +1,6 @@
 """Measure candidates side by side.
 
-The candidates take turns. Figures are medians over the rounds, of times and of ratios. They are
+The candidates take turns. The figures are medians of times and ratios over the rounds. They are
 printed as a table and written to a JSON file.
 """
 
@@ -89,7 +89,7 @@ def medians(times: Times) -> dict[str, float]:
 def ratio(above: list[float], below: list[float]) -> float:
     """Return the median over rounds of above / below.
 
-    Ratios are taken within a round, because its times are measured within moments.
+    Ratios are computed within a round, because its times are measured one right after the other.
     """
     return statistics.median(a / b for a, b in zip(above, below, strict=True))
 

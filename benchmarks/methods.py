@@ -5,8 +5,8 @@ The evaluations are k-NN, the linear probe, and fine-tuning on 10 % of the label
 top-1 on val, as medians over the seeds; `seconds` is the time of pre-training. ResNets train as
 long as in the demo; the methods of main_moby.py train timm's smallest ViT.
 
-Fine-tuning is short on purpose, to show what a few steps on few labels achieve. Colour separates
-these classes, so in 60 epochs a random encoder learns them, too.
+Fine-tuning is short, to show the effect of a few steps on few labels. Colour separates these
+classes, so a random encoder learns them, too, in 60 epochs.
 """
 
 import argparse
@@ -41,7 +41,7 @@ class Network(NamedTuple):
 
 RESNET, VIT = Network("resnet18", 32, 20), Network("test_vit", 64, 30)
 FINE_TUNING = "--train-percent 10 --batch-size 16 --lr-backbone 0.001 --lr-classifier 0.01".split()
-# the name of each evaluation's figure for a random encoder
+# for each evaluation, the name of the random encoder's figure
 RANDOM = {"knn": "random_knn", "linear": "random_linear", "semisup": "semisup_random"}
 
 

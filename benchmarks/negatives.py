@@ -1,7 +1,8 @@
 #!/usr/bin/env python
-"""Measure time and memory of the contrastive head, next to slower ways to the same loss.
+"""Measure time and memory of the contrastive head, next to slower ways to compute the same loss.
 
-Forward and backward are measured. moco and synco are ours, without and with synthetic negatives.
+Forward and backward are measured. moco and synco are our code, without and with synthetic
+negatives.
 
 plain     MoCo with concatenated logits and F.cross_entropy
 explicit  SynCo with every synthetic negative as a vector, gathered in one batch
@@ -81,9 +82,9 @@ class Heads:
     """
 
     def __init__(self, args, device: torch.device):
-        self.kind = synthetic.Synthetic(args.n_hard, tuple(args.counts))
+        self.config = synthetic.Synthetic(args.n_hard, tuple(args.counts))
         self.model = SynCo(
-            nn.Identity, args.dim, args.k, T=T, config=self.kind, warmup_epochs=1
+            nn.Identity, args.dim, args.k, T=T, config=self.config, warmup_epochs=1
         ).to(device)
         self.bank = self.model.queue
         self.q, self.k = (normalize(torch.randn(args.n, args.dim, device=device)) for _ in range(2))
@@ -96,12 +97,12 @@ class Heads:
     def draw(self) -> synthetic.Draws:
         """Return the random draws of the synthetic negatives."""
         return synthetic.draw(
-            self.kind, *self.q.shape, AFTER_WARMUP.generator(NEGATIVES, self.q.device, 0)
+            self.config, *self.q.shape, AFTER_WARMUP.generator(NEGATIVES, self.q.device, 0)
         )
 
     def topk(self, similarity: Tensor) -> Tensor:
         """Return the indices of the hardest negatives, by torch.topk."""
-        return similarity.topk(self.kind.n_hard, 1).indices
+        return similarity.topk(self.config.n_hard, 1).indices
 
     def moco(self) -> Tensor:
         """Return the loss of our MoCo."""
@@ -122,26 +123,26 @@ class Heads:
 
     def explicit(self) -> Tensor:
         """Return the loss of SynCo with all synthetic negatives as vectors in one batch."""
-        draws, kind = self.draw(), self.kind
+        draws, config = self.draw(), self.config
         similarity = self.q @ self.bank.T
         q, near, mixed = self._hard_vectors(similarity, draws)
-        near[4] = near[4] + kind.delta * q
-        near[5] = near[5] + kind.eta * q.sign()
+        near[4] = near[4] + config.delta * q
+        near[5] = near[5] + config.eta * q.sign()
         vectors = F.normalize(torch.cat([*mixed, *near[3:]], 1), dim=2)
         return self._cross_entropy([similarity, torch.einsum("nc,nmc->nm", self.q, vectors)])
 
     def loop(self) -> Tensor:
         """Return the loss of SynCo with an autograd call for each negative of types 5 and 6."""
-        draws, kind = self.draw(), self.kind
+        draws, config = self.draw(), self.config
         similarity = self.q @ self.bank.T
         q, near, mixed = self._hard_vectors(similarity, draws)
-        for place, size, shape in ((4, kind.delta, lambda g: g), (5, kind.eta, torch.sign)):
+        for i, size, shape in ((4, config.delta, lambda g: g), (5, config.eta, torch.sign)):
             moved = []
-            for m in range(near[place].shape[1]):
-                row = near[place][:, m].clone().requires_grad_()
+            for m in range(near[i].shape[1]):
+                row = near[i][:, m].clone().requires_grad_()
                 (gradient,) = torch.autograd.grad((q.squeeze(1) * row).sum(), row)
                 moved.append(row.detach() + size * shape(gradient))
-            near[place] = torch.stack(moved, 1) if moved else near[place]
+            near[i] = torch.stack(moved, 1) if moved else near[i]
         logits = [similarity]
         for vectors in (*mixed, *near[3:]):
             logits.append(torch.einsum("nc,nmc->nm", self.q, F.normalize(vectors, dim=2)))
@@ -161,9 +162,9 @@ class Heads:
         """
         hard = self.topk(similarity)
         q = self.q.detach()[:, None, :]
-        near = list(self.bank[hard.gather(1, draws.first)].split(self.kind.counts, 1))
+        near = list(self.bank[hard.gather(1, draws.first)].split(self.config.counts, 1))
         other = self.bank[hard.gather(1, draws.second)]
-        a, b, g = draws.weight[:, :, None].split(self.kind.counts[:3], 1)
+        a, b, g = draws.weight[:, :, None].split(self.config.counts[:3], 1)
         near[3] = near[3] + draws.noise
         return (
             q,
@@ -186,11 +187,11 @@ def check(heads: Heads) -> None:
     """Check that all heads have the same loss and gradient, to 1e-5.
 
     First check that our hardest negatives are as hard as those of torch.topk. Then give all heads
-    the same ones, because rounding may change the order of equally hard negatives. Each head is
-    compared with float64 and may differ by half of 1e-5.
+    the same hardest negatives, because rounding may change the order of equally hard ones. Each
+    head is compared with float64 and may differ by half of 1e-5.
     """
     similarity = heads.q.detach() @ heads.bank.T
-    hard = synthetic.hardest(similarity, heads.kind.n_hard)
+    hard = synthetic.hardest(similarity, heads.config.n_hard)
     assert torch.equal(similarity.gather(1, hard), similarity.gather(1, heads.topk(similarity))), (
         "these are not the hardest negatives"
     )

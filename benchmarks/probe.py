@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Time the linear probe with five learning rates in one pass, next to a single learning rate.
+"""Time the linear probe with five learning rates in one pass, next to one learning rate.
 
 The script fails if a head's accuracy differs from that of a run with its learning rate alone.
 """
@@ -39,7 +39,7 @@ def main() -> None:
         metrics, seconds = probe(args, *RATES)
         for lr, top1 in alone.items():
             assert metrics[f"acc1_lr{lr:g}"] == top1, (
-                f"the head with lr {lr:g} differs from that of a run with this lr alone"
+                f"the head with lr {lr:g} differs from the head of a run with only this lr"
             )
         return seconds
 

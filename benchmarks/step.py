@@ -5,10 +5,10 @@ The views are already in memory.
 
 plain     MoCo with a momentum update per parameter and concatenated logits. Every rank gathers all
           images to shuffle them, and the loss is read every step. Always in fp32, despite --amp.
-moco      ours, with one call for the momentum update, fused SGD, one [B, K] buffer, and all-to-all.
-          No value is read between log lines.
-synco     the same with synthetic negatives
-adco      AdCo, with a bank of learned negatives instead of the queue, and as many entries
+moco      our code, with one call for the momentum update, fused SGD, one [B, K] buffer, and
+          all-to-all. No value is read between log lines.
+synco     moco with synthetic negatives
+adco      AdCo, with a bank of learned negatives, as many as the queue has entries
 """
 
 import argparse
@@ -152,7 +152,7 @@ class Step:
         self.model = (
             model.to(device)
             if self.plain
-            else precision.place(model, device, compile=False, recompute=False)
+            else precision.prepare_model(model, device, compile=False, recompute=False)
         )
         groups = [{"params": list(model.encoder_q.parameters()), "lr": LR, "weight_decay": 1e-4}]
         self.amp = "off" if self.plain else sizes.amp
@@ -171,7 +171,7 @@ class Step:
             generator = torch.Generator().manual_seed(distributed.rank())
             shape = (batch, 3, self.sizes.size, self.sizes.size)
             views = [torch.randn(shape, generator=generator).to(self.device) for _ in range(2)]
-            self.views = views if self.plain else [precision.layout(view) for view in views]
+            self.views = views if self.plain else [precision.prepare_images(view) for view in views]
         progress, self.count = Progress(step=self.count), self.count + 1
         with precision.autocast(self.amp, self.device):
             loss, metrics = self.ddp(self.views, None, progress)

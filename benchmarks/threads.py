@@ -13,7 +13,7 @@ import measure
 import torch
 
 SETTINGS = {
-    # GNU's OpenMP ignores this variable; it keeps moco from setting GOMP_SPINCOUNT
+    # GNU's OpenMP ignores this variable, but it keeps moco from setting GOMP_SPINCOUNT
     "torch's default": {"KMP_BLOCKTIME": "0"},
     "ours": {},
     "spin 300": {"GOMP_SPINCOUNT": "300"},
@@ -68,7 +68,7 @@ def main() -> None:
             for other in others:
                 other.kill()
                 other.wait()
-        where = f"beside {busy}" if busy else "alone"
+        where = f"next to {busy}" if busy else "alone"
         for name, values in times.items():
             table.append(
                 {

@@ -1,4 +1,4 @@
-"""Faster and Mask R-CNN on res4 of a ResNet ("C4"), as in MoCo, built with detectron2."""
+"""Build Faster and Mask R-CNN on res4 of a ResNet ("C4") with detectron2, as in MoCo."""
 
 import re
 from pathlib import Path
@@ -75,7 +75,7 @@ def config(file: Path, options: list[str], gpus: int) -> CfgNode:
         CfgNode.load_yaml_with_base(str(file), allow_unsafe=False)
         cfg.merge_from_file(str(file))
         cfg.merge_from_list(options)
-    except Exception as error:  # yacs and PyYAML raise many types
+    except Exception as error:  # yacs and PyYAML raise errors of many types
         what = " ".join(str(error).split()) or type(error).__name__
         raise InputError(
             f"{' '.join([str(file), *options])}: {what}; options are pairs, "
@@ -125,17 +125,17 @@ def converted(weights: str) -> dict[str, Any] | None:
 
 
 def source(weights: str) -> dict[str, Any]:
-    """Return what is known about the origin of MODEL.WEIGHTS.
+    """Return the known facts about the origin of MODEL.WEIGHTS.
 
     It is read from a converted checkpoint, or from the run folder of a trained detector. Returns an
     empty dict for other weights.
     """
     if found := converted(weights):
         return found["source"]
-    return began_from(Path(weights).parent) if weights.endswith(".pth") else {}
+    return detector_origin(Path(weights).parent) if weights.endswith(".pth") else {}
 
 
-def began_from(folder: Path) -> dict[str, Any]:
+def detector_origin(folder: Path) -> dict[str, Any]:
     """Return the origin of the converted checkpoint from which the detector in `folder` started.
 
     Returns an empty dict if there is no detector, or if it started from other weights.
@@ -150,7 +150,7 @@ def began_from(folder: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def not_arrived(model: nn.Module, tensors: dict[str, np.ndarray]) -> list[str]:
+def differing_tensors(model: nn.Module, tensors: dict[str, np.ndarray]) -> list[str]:
     """Return the names of backbone tensors that differ between a model and a converted checkpoint.
 
     Tensors must be equal bit by bit. The norm after res5 is ignored, because only the model has it.

@@ -61,16 +61,16 @@ def work(args: argparse.Namespace) -> None:
 def convert(file: str, arch: str | None = None) -> dict[str, Any]:
     """Return the content of OUT: `model` (arrays by detectron2's names) and their origin.
 
-    Raises InputError if a tensor of the backbone is missing, or if one is left over.
+    Raises InputError if a tensor of the backbone is missing, or if there is an unexpected one.
     """
     state = checkpoint.load(file)
     facts = metadata.read_metadata(state)
     arch = arch or facts.arch or "resnet50"
     if arch == facts.arch and arch not in resnets.ARCHS:
-        raise InputError(f"{file}: is of {arch}, and the detectors here are built on ResNets")
+        raise InputError(f"{file}: is of {arch}, but the detectors here are built on ResNets")
     if facts.stem == "cifar":
         raise InputError(
-            f"{file}: was trained with --stem cifar, and detectron2's ResNets start with a "
+            f"{file}: was trained with --stem cifar, but detectron2's ResNets start with a "
             "7x7 convolution"
         )
     net = resnets.resnet(arch, 1)
@@ -142,7 +142,7 @@ def renamed(name: str) -> str:
 
 
 def write(path: Path, converted: dict[str, Any], force: bool = False) -> None:
-    """Write OUT, unless it already has the same content, as when a detector's run continues.
+    """Write OUT, unless it already has the same content, as when a detector's run is resumed.
 
     Raises InputError if `path` is another file, unless `force` is True.
     """
@@ -153,7 +153,7 @@ def write(path: Path, converted: dict[str, Any], force: bool = False) -> None:
                 file.write(data)
     except OSError as error:
         raise InputError(
-            f"{path}: cannot be written ({error.strerror}); choose another place"
+            f"{path}: cannot be written ({error.strerror}); choose another file"
         ) from None
     print(path)
 
@@ -175,7 +175,7 @@ def check(path: Path, converted: dict[str, Any]) -> None:
         )
     )
     DetectionCheckpointer(model).load(str(path))
-    wrong = c4.not_arrived(model, converted["model"])
+    wrong = c4.differing_tensors(model, converted["model"])
     if wrong:
         raise InputError(
             f"{path}: {len(wrong)} tensors did not arrive in detectron2's model: "

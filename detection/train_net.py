@@ -38,7 +38,7 @@ from moco.errors import InputError
 from moco.evaluate import results
 from moco.files import refuse_remote, write_json
 
-GPUS = 8  # number of GPUs for which the schedules are made
+GPUS = 8  # number of GPUs that the schedules are for
 
 
 def main() -> int:
@@ -66,7 +66,7 @@ def train(args: argparse.Namespace) -> None:
             held.release()
 
 
-def claim(cfg: CfgNode, args: argparse.Namespace) -> run_folder.Held:
+def claim(cfg: CfgNode, args: argparse.Namespace) -> run_folder.LockedFolder:
     """Lock OUTPUT_DIR for this run. If it holds another run, --eval-only uses a subfolder instead.
 
     Raises InputError if another run has written there, unless `--resume` continues it.
@@ -75,8 +75,10 @@ def claim(cfg: CfgNode, args: argparse.Namespace) -> run_folder.Held:
     continues = args.resume and any(
         (given / name).exists() for name in ("last_checkpoint", c4.SOURCE)
     )
-    places = run_folder.places(given, "detection") if args.eval_only else iter([given])
-    held = run_folder.take(given, places, continues and not args.eval_only, option="OUTPUT_DIR")
+    candidates = run_folder.candidates(given, "detection") if args.eval_only else iter([given])
+    held = run_folder.lock_first_free(
+        given, candidates, continues and not args.eval_only, option="OUTPUT_DIR"
+    )
     if held.folder != given:
         print(f"OUTPUT_DIR {given} holds another run; this one writes to {held.folder}")
         cfg.defrost()
@@ -122,7 +124,7 @@ def configure(args: argparse.Namespace) -> CfgNode:
             "convert a checkpoint with convert-pretrain-to-detectron2.py"
         )
     out = Path(cfg.OUTPUT_DIR)
-    begun = c4.began_from(out)
+    begun = c4.detector_origin(out)
     if (
         args.resume
         and (out / "last_checkpoint").exists()
@@ -130,7 +132,8 @@ def configure(args: argparse.Namespace) -> CfgNode:
     ):
         other = begun.get("file", "other weights")
         raise InputError(
-            f"OUTPUT_DIR {cfg.OUTPUT_DIR}: the run there began from {other}; choose another folder"
+            f"OUTPUT_DIR {cfg.OUTPUT_DIR}: the run there started from {other}; "
+            "choose another folder"
         )
     if args.auto_scale and processes < GPUS:
         if cfg.SOLVER.IMS_PER_BATCH % GPUS:
@@ -192,20 +195,20 @@ def worker(cfg: CfgNode, args: argparse.Namespace) -> None:
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=args.resume)
     if trainer.start_iter == 0:
-        check_arrived(cfg, trainer.model)
+        check_loaded(cfg, trainer.model)
         if comm.is_main_process():
             write_json(Path(cfg.OUTPUT_DIR, c4.SOURCE), c4.source(cfg.MODEL.WEIGHTS))
     trainer.train()
 
 
-def check_arrived(cfg: CfgNode, model: torch.nn.Module) -> None:
+def check_loaded(cfg: CfgNode, model: torch.nn.Module) -> None:
     """Check that the model holds the converted backbone, bit by bit, and print that it does.
 
     Raises RuntimeError if it does not.
     """
     if not (found := c4.converted(cfg.MODEL.WEIGHTS)):
         return
-    wrong = c4.not_arrived(getattr(model, "module", model), found["model"])
+    wrong = c4.differing_tensors(getattr(model, "module", model), found["model"])
     if wrong:
         raise RuntimeError(
             f"{cfg.MODEL.WEIGHTS}: {len(wrong)} tensors did not arrive in the model: "
@@ -248,10 +251,10 @@ def write_results(cfg: CfgNode, found: dict[str, dict[str, float]]) -> None:
         cfg: configuration of the run.
         found: the evaluators' metrics in per cent, by task (`bbox`, `segm`) and name.
     """
-    of = {"bbox": "box", "segm": "mask"}
+    shapes = {"bbox": "box", "segm": "mask"}
     metrics = {
-        f"{kind}_{name.lower()}": found[task][name] / 100
-        for task, kind in of.items()
+        f"{shape}_{name.lower()}": found[task][name] / 100
+        for task, shape in shapes.items()
         for name in ("AP", "AP50", "AP75")
         if math.isfinite(found.get(task, {}).get(name, math.nan))
     }

@@ -17,7 +17,7 @@ user.import_quietly()
 def _is_busy(load: Path = Path("/proc/loadavg")) -> bool:
     """Return whether other programs keep at least half of the cores busy."""
     try:
-        # in the fourth field, such as 3/257, 3 threads run now, and one of them is this program's
+        # in the fourth field, such as 3/257, the 3 counts running threads, including this program's
         running = int(load.read_text().split()[3].split("/")[0]) - 1
     except (OSError, ValueError, IndexError):  # not Linux
         return False
@@ -26,9 +26,9 @@ def _is_busy(load: Path = Path("/proc/loadavg")) -> bool:
 
 # OpenMP's threads wait for each other in a busy loop, by default for a long time. On a busy
 # machine, a waiting thread may occupy the core that the other thread needs. A short wait is then
-# several times as fast. On an idle machine, a short wait costs a tenth or more, so that PyTorch's
-# default stays (benchmarks/threads.py measures both). OpenMP reads the variable once, when torch is
-# loaded, so that scripts import this package first. The user's own settings win.
+# several times as fast. On an idle machine, a short wait slows training by a tenth or more, so
+# PyTorch's default stays (benchmarks/threads.py measures both). OpenMP reads the variable once,
+# when torch is loaded, so scripts import this package first. The user's own settings win.
 _OPENMP = ("OMP_WAIT_POLICY", "OMP_NUM_THREADS", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 if _is_busy() and not any(name in os.environ for name in _OPENMP):
     os.environ["GOMP_SPINCOUNT"] = "1000"
@@ -38,7 +38,7 @@ def _keep_freed_memory() -> None:
     """Let glibc keep up to 512 MiB of freed memory for the next tensors.
 
     By default, glibc returns blocks of some megabytes to the system at once. The next tensor then
-    causes a page fault for each 4 KiB. That takes a tenth to a quarter of the time of colour
+    causes a page fault for each 4 KiB. These take a tenth to a quarter of the time of the colour
     operations. Nothing changes without glibc, or if the user has set glibc's own variables.
     """
     if any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ):
@@ -53,7 +53,7 @@ _keep_freed_memory()
 
 import torch  # noqa: E402
 
-# On a CPU, PyTorch's vector functions are Intel MKL's. If several threads call them for the first
+# On a CPU, PyTorch uses Intel MKL's vector functions. If several threads call them for the first
 # time at once, the result in one thread may be accurate to 1e-4 only, instead of 1e-7. A first call
 # in a single thread prevents this for the rest of the process.
 torch.ones(1).exp()

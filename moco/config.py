@@ -1,7 +1,7 @@
-"""Combine the sections of settings to the config of a run, and convert it to one flat table.
+"""Combine the sections of settings into the config of a run, and convert it to one flat dict.
 
-A script's settings are a subclass of `Pretraining`, `Probing` or `Evaluation`. Its fields are
-sections, whose defaults are the script's defaults.
+The settings of a script are a subclass of `Pretraining`, `Probing` or `Evaluation`. Its fields are
+the sections, and the defaults of the sections are the script's defaults.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class Config:
-    """The settings that every run has.
+    """The base class of the settings of a run.
 
     Attributes:
         TRAINS: whether the run trains, and can be resumed.
@@ -60,8 +60,8 @@ class Config:
         return 0
 
     @property
-    def of_head(self) -> bool:
-        """Return whether to use the features of the projection head, not of the backbone."""
+    def use_head_features(self) -> bool:
+        """Return whether to use the features of the projection head instead of the backbone."""
         return False
 
     @property
@@ -92,7 +92,7 @@ class Training(Config):
 
 @dataclass(frozen=True)
 class Pretraining(Training):
-    """The settings of a pre-training. Each script adds those of its method."""
+    """The settings of a pre-training. Each script adds the settings of its method."""
 
     TRANSFORMERS: ClassVar[bool] = False
 
@@ -114,7 +114,7 @@ class Evaluation(Config):
 
     @property
     def on_host(self) -> bool:
-        """Return whether to keep features in the host's memory, not on the GPU."""
+        """Return whether to keep features in the host's memory instead of on the GPU."""
         return False
 
 

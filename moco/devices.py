@@ -10,11 +10,11 @@ TYPES = ("cpu", "cuda", "xpu", "mps")
 ONE_PROCESS = ("xpu", "mps")
 
 
-def chosen(choice: str) -> str:
-    """Return the device type for the value of `--device`.
+def resolve_type(choice: str) -> str:
+    """Return the device type for a value of `--device`.
 
-    For "auto" it is PyTorch's accelerator, or cpu if there is none. Raises InputError if PyTorch
-    finds no such device.
+    For "auto", return the type of PyTorch's accelerator, or cpu if there is none. Raises InputError
+    if PyTorch finds no such device.
     """
     if choice == "auto":
         available = torch.accelerator.is_available()
@@ -34,9 +34,9 @@ def count(device_type: str) -> int:
     return torch.get_device_module(device_type).device_count()
 
 
-def of_process(choice: str, gpu: int | None, local_rank: int) -> torch.device:
+def for_process(choice: str, gpu: int | None, local_rank: int) -> torch.device:
     """Return the device of process `local_rank` of this node, given `--device` and `--gpu`."""
-    device_type = chosen(choice)
+    device_type = resolve_type(choice)
     if device_type == "cpu":
         return torch.device("cpu")
     return torch.device(device_type, local_rank % count(device_type) if gpu is None else gpu)
@@ -48,6 +48,6 @@ def to_device(x: Tensor, device: torch.device) -> Tensor:
     return x.to(device, non_blocking=device.type not in ONE_PROCESS)
 
 
-def widest(device: torch.device) -> torch.dtype:
-    """Return the most precise floating-point type of `device`: float64, or float32 on MPS."""
+def widest_float(device: torch.device) -> torch.dtype:
+    """Return the widest floating-point dtype of `device`: float64, or float32 on MPS."""
     return torch.float32 if device.type == "mps" else torch.float64

@@ -68,7 +68,7 @@ def all_gather_uneven(x: Tensor) -> Tensor:
 
 
 class _AllGather(torch.autograd.Function):
-    """An `all_gather` whose backward pass sums all ranks' gradients of this rank's `x`."""
+    """`all_gather` with a backward pass that sums the gradients of this rank's `x` over ranks."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
@@ -84,7 +84,7 @@ class _AllGather(torch.autograd.Function):
 def all_gather_with_gradient(x: Tensor) -> Tensor:
     """Return every rank's `x` [B, ...] in rank order, [W * B, ...], with gradient.
 
-    The gradient of `x` is the sum of those of all ranks' losses.
+    The gradient of `x` is the sum of the gradients of all ranks' losses.
     """
     return x if world_size() == 1 else _AllGather.apply(x)
 
@@ -99,8 +99,8 @@ def all_reduce_sum(x: Tensor) -> Tensor:
 def data_parallel(module: nn.Module) -> nn.Module:
     """Return `module` with gradients averaged over ranks; `module` itself in one process.
 
-    Each forward pass leaves buffers alone. Queues are equal on all ranks by construction, and
-    `broadcast_buffers` copies batch norm's statistics once an epoch.
+    Forward passes do not broadcast buffers. Queues are equal on all ranks by construction, and
+    `broadcast_buffers` copies the batch norm statistics once an epoch.
     """
     if world_size() == 1:
         return module
@@ -160,7 +160,7 @@ class _SyncBatchNorm:
 
 
 class _AllReduce(torch.autograd.Function):
-    """The sum over ranks, whose backward pass sums the gradients over ranks."""
+    """A sum over ranks with a backward pass that sums the gradients over ranks."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:  # noqa: ARG004
@@ -180,7 +180,7 @@ def _synced(norm: type[nn.Module]) -> type[nn.Module]:
 def broadcast_buffers(model: nn.Module) -> None:
     """Copy rank 0's buffers, such as batch norm's running statistics, to every rank.
 
-    Checkpoints contain those of rank 0.
+    Checkpoints contain the buffers of rank 0.
     """
     if world_size() > 1:
         for buffer in model.buffers():
@@ -233,12 +233,12 @@ def shuffle(x: Tensor, permutation: Tensor) -> Tensor:
 def unshuffle(x: Tensor, permutation: Tensor) -> Tensor:
     """Return the features of the joint batch, [W * B, C], in the order before `shuffle`.
 
-    Every rank gets all of them, because each keeps a copy of the queue. This rank's own are at
-    indices rank * B to (rank + 1) * B.
+    Every rank gets the features of all ranks, because each rank keeps a copy of the queue. The
+    features of this rank's own samples are at indices rank * B to (rank + 1) * B - 1.
 
     Args:
         x: features of this rank's shuffled samples, [B, C].
-        permutation: the one given to `shuffle`, [W * B].
+        permutation: the permutation given to `shuffle`, [W * B].
     """
     return all_gather(x)[devices.to_device(permutation.argsort(), x.device)]
 

@@ -8,8 +8,8 @@ import os
 from collections.abc import Iterable
 
 # The lowest similarity, from 0 to 1, at which a name is suggested. At this value, 9 of 10 typos of
-# one letter in options are corrected; the others are in short names. Of 110 options of other
-# repositories, 17 get a suggestion, mostly the right one. At .65, 41 would get one.
+# one letter in options are corrected; the others are in short names. 17 of 110 options of other
+# repositories get a suggestion, mostly the right one. At .65, 41 would get one.
 CLOSE = 0.75
 FEW = 30  # a message lists all known names if there are at most this many
 
@@ -33,7 +33,7 @@ class InputError(Exception):
 def from_os_error(error: OSError) -> InputError:
     """Return an `InputError` with the file or folder that `error` names, and the system's reason.
 
-    Raises `error` itself if it names none: such an error is not the user's mistake.
+    Raises `error` itself if it names no file: then it is not the user's mistake.
     """
     if not error.filename:
         raise error
@@ -43,8 +43,8 @@ def from_os_error(error: OSError) -> InputError:
 def unknown(noun: str, name: object, known: Iterable[str]) -> InputError:
     """Return an `InputError` for a `name` that is not among the `known` ones.
 
-    `noun` says what it names, such as "option". The message suggests the nearest known name if one
-    is close. Otherwise it lists the known names if they are few.
+    `noun` says what kind of name it is, such as "option". The message suggests the nearest known
+    name if one is close. Otherwise it lists the known names if they are few.
     """
     known, message = list(known), f"unknown {noun} '{short(name)}'"
     if near := nearest(str(name), known):

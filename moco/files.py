@@ -26,7 +26,7 @@ Scalar = str | int | float | bool | None
 
 
 class UnreadableError(InputError):
-    """The error if the system fails to read a file that may be intact: a permission, a disk.
+    """An error of the system when it reads a file that may be intact: no permission, a failed disk.
 
     Its message is the system's reason. `at` adds the file's name.
     """
@@ -61,11 +61,11 @@ def refuse_remote(path: str, option: str = "") -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Open a temporary file to write. At the end, flush it to disk and rename it to `path`.
+    """Open a temporary file for writing. At the end, flush it to disk and rename it to `path`.
 
-    The temporary file is in the folder of `path`. If an error is raised before the end, it is
-    removed, and an old file at `path` remains. If the process is killed, it stays behind;
-    `half_written` finds it.
+    The temporary file is in the folder of `path`. If an error is raised before the end, the
+    temporary file is removed, and an old file at `path` remains. If the process is killed, the
+    temporary file stays behind; `half_written` finds it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
@@ -98,7 +98,7 @@ def check_new(path: Path, force: bool = False) -> None:
 
 @contextlib.contextmanager
 def creating(path: Path, force: bool = False) -> Iterator[BinaryIO]:
-    """Open a temporary file to write, and rename it to `path` at the end, as `replacing` does.
+    """Open a temporary file for writing. At the end, rename it to `path`, as `replacing` does.
 
     If two programs create the same file at the same time, one of them fails.
 
@@ -124,7 +124,7 @@ def creating(path: Path, force: bool = False) -> Iterator[BinaryIO]:
 
 
 def numbered_paths(path: Path) -> Iterator[Path]:
-    """Yield `path`, then NAME-2, NAME-3, ... with the same ending. There is no last one."""
+    """Yield `path`, then NAME-2, NAME-3, ... with the same suffix, without end."""
     yield path
     yield from (path.with_name(f"{path.stem}-{i}{path.suffix}") for i in itertools.count(2))
 
@@ -141,7 +141,7 @@ def new_folder(path: Path) -> Path:
 def half_written(folder: Path, name: str) -> list[Path]:
     """Return the temporary files that killed processes have left behind in `folder`.
 
-    `name` is a glob pattern for the names of the files that `replacing` was to write.
+    `name` is a glob pattern for the final names of the files, as given to `replacing`.
     """
     return list(folder.glob(f".{name}-{'?' * 8}"))
 
@@ -150,7 +150,7 @@ def read_text(path: str | Path) -> str:
     """Return the text in `path`, in UTF-8.
 
     Raises InputError if it is something else, and UnreadableError if the system cannot read the
-    file. Neither message has the path.
+    file. The messages do not contain the path.
     """
     try:
         return Path(path).read_text(encoding="utf-8-sig")
@@ -165,7 +165,7 @@ def read_text(path: str | Path) -> str:
 def read_lines(path: str | Path) -> list[bytes]:
     """Return the lines in `path` as bytes, in any encoding with ASCII's line breaks.
 
-    Raises InputError if the file cannot be read. The message does not have the path.
+    Raises InputError if the file cannot be read. The message does not contain the path.
     """
     try:
         text = Path(path).read_bytes().removeprefix(codecs.BOM_UTF8)
@@ -179,11 +179,11 @@ def read_lines(path: str | Path) -> list[bytes]:
 def read_yaml(path: str | Path) -> dict[str, Scalar | list[Scalar]]:
     """Return the options in a YAML file by name.
 
-    A value is a word, a number, true, false, nothing, or a list of these. No option needs more, and
-    a small file with nested values could be made to expand without end.
+    A value is a word, a number, true, false, nothing, or a list of these. No option needs nested
+    values, and a small malicious file could use them to fill the memory.
 
     Raises InputError if the file has anything but `option: value` lines, and UnreadableError if the
-    system cannot read it. Neither message has the path.
+    system cannot read it. The messages do not contain the path.
     """
     text = read_text(path)
     try:
@@ -206,7 +206,7 @@ def read_yaml(path: str | Path) -> dict[str, Scalar | list[Scalar]]:
 class _OptionLoader(yaml.SafeLoader):
     """A YAML loader that refuses an option that is given twice, and merge keys (`<<`).
 
-    PyYAML's own loader keeps the last of two values silently, and expands merge keys.
+    PyYAML's own loader silently keeps the last of two values, and expands merge keys.
     """
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
@@ -248,7 +248,7 @@ def read_json(path: str | Path) -> Any:
     """Return the value of the JSON in `path`.
 
     Raises InputError if it is not JSON, and UnreadableError if the system cannot read the file.
-    Neither message has the path.
+    The messages do not contain the path.
     """
     return parse_json(read_text(path))
 
@@ -264,10 +264,10 @@ def parse_json(text: str) -> Any:
 def read_pickle(path: str | Path) -> Any:
     """Return the value in a pickle of plain values and NumPy's arrays and numbers.
 
-    No other object is created or called, so that an untrusted file does no harm.
+    No other object is created or called, so an untrusted file does no harm.
 
     Raises InputError if the file is damaged or holds anything else, and UnreadableError if the
-    system cannot read it. Neither message has the path.
+    system cannot read it. The messages do not contain the path.
     """
     try:
         return _ArrayUnpickler(io.BytesIO(Path(path).read_bytes()), encoding="latin1").load()
@@ -307,14 +307,14 @@ def _scalar(dtype: np.dtype, data: bytes) -> np.generic:
     return np.empty(0).dtype.type(0).__reduce__()[0](dtype, data)
 
 
-# The names in pickles of arrays, for NumPy 1 and 2, and what they stand for here.
+# The names that pickles of arrays refer to, with NumPy 1 and 2, and the objects to use for them.
 _ARRAY_PARTS = {
     ("numpy", "ndarray"): np.ndarray,
     ("numpy", "dtype"): np.dtype,
     ("numpy.core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
     ("numpy.core.multiarray", "scalar"): _scalar,
     ("numpy.core.numeric", "_frombuffer"): np.empty(0).__reduce_ex__(5)[0],
-    # pickle protocols without a type for bytes store them as an encoded text
+    # old pickle protocols have no type for bytes, and store them as encoded text
     ("_codecs", "encode"): lambda text, _: text.encode("latin1"),
     ("collections", "OrderedDict"): dict,
 }

@@ -1,4 +1,4 @@
-"""The registry of pre-training methods: what tests, benchmarks, the demo and printed commands know.
+"""The registry of pre-training methods for tests, benchmarks, the demo and printed commands.
 
 A new method is one more entry of `METHODS`. See docs/adding-a-method.md.
 """
@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Method:
-    """A pre-training method, by the words of its commands.
+    """A pre-training method, and the options of its commands.
 
     Attributes:
-        name: the method, as its checkpoints and results name it; further variants in gpu_checks.
+        name: the name of the method in checkpoints and results.
         script: the script that trains it, without .py.
-        tiny: options for tests: small sizes, and what chooses the method.
-        photos: options for some minutes on `photos`, at 32 pixels with a ResNet (64 with a ViT).
+        tiny: options for tests: those that select the method, and small sizes.
+        photos: options for a run of minutes on `photos`, at 32 pixels with a ResNet (ViT: 64).
         recipe: the recipe of its published settings, in configs/.
         probe: the recipe of its paper's linear probe, in configs/.
     """
@@ -30,16 +30,16 @@ class Method:
 SIX = "--n1 4 --n2 4 --n3 4 --n4 4 --n5 4 --n6 4"
 
 _MOCOV2 = "--moco-k 256 --mlp --moco-t 0.2 --aug-plus --cos"
-# no random draws in layers: they differ by device
+# no stochastic depth, because its random draws differ between devices
 _VIT = "-a test_vit --mlp-dim 256 --online-drop-path 0"
 
-# The settings on 1,140 photographs scale down the bank, the batch and the counts of negatives. One
-# group of batch norm: the statistics of smaller groups are mostly noise at this size.
+# For the 1,140 training images of `photos`, the bank, the batch and the numbers of negatives are
+# smaller. Batch norm has one group, because the statistics of smaller groups are mostly noise.
 _PHOTOS = "--batch-size 32 --lr 0.008 --moco-m 0.99 --bn-splits 1 --save-every 1000"
 _PHOTOS_V2 = f"{_PHOTOS} --moco-k 256 --mlp --moco-t 0.2 --aug-plus --cos"
 # the published learning rate: LARS, .075 sqrt(batch)
 _PHOTOS_SIMCLR = "--batch-size 32 --mlp-dim 512 --save-every 1000"
-# few steps: a higher rate, no stochastic depth
+# a run has few steps, so the learning rate is higher and there is no stochastic depth
 _PHOTOS_VIT = "--batch-size 32 --mlp-dim 512 --lr-warmup-epochs 1 --online-drop-path 0"
 _PHOTOS_VIT += " --save-every 1000"
 _PHOTOS_MOBY = f"{_PHOTOS_VIT} --lr 0.004 --queue 512"
@@ -104,8 +104,8 @@ METHODS = {
             name="fnc",
             script="main_fnc",
             tiny="--support-size 1 --fn-topk 2 --fn-threshold 0.3 --randaugment 0 0",
-            # the published rate; 2 of 512 rows, and not 10 of 65,536; at 32 pixels RandAugment
-            # leaves little to see
+            # The published learning rate. At most 2 false negatives among 512 entries, not 10 among
+            # 65,536. At 32 pixels, RandAugment leaves little of an image.
             photos="--batch-size 32 --ema 0.99 --support-size 1 --fn-topk 2 --fn-threshold 0.8"
             " --randaugment 0 0 --save-every 1000",
             recipe="fnc_100.yaml",

@@ -1,10 +1,10 @@
-"""Declare an option as a field of a dataclass, and the ranges of numbers that options share."""
+"""Declare options as dataclass fields, and define the ranges of numbers that options share."""
 
 from dataclasses import dataclass, field
 from typing import Any
 
 # Intervals wide enough for any experiment; "[0, 1)" excludes 1. Values outside are mistakes, or
-# leave the range of float32.
+# overflow float32.
 POSITIVE, NATURAL = "[1, 2147483647]", "[0, 2147483647]"
 PROCESSES = "[0, 1024]"
 EPOCHS = "[1, 100000]"
@@ -30,9 +30,9 @@ class Option:
     choices: tuple[str | int, ...] = ()
     metavar: str | tuple[str, ...] | None = None
     nargs: int | str | None = None
-    switch: bool = True  # for a bool: whether there are also --no-NAME and --NAME 0
-    levels: int = 1  # largest value of a switch
-    unset: str = ""  # for --help: the meaning of a default of None
+    switch: bool = True  # for a bool: whether --no-NAME and --NAME 0 also exist
+    max_level: int = 1  # largest value of a switch
+    unset: str = ""  # text that --help shows instead of a default of None
     hidden: bool = False  # whether --help leaves it out
 
 

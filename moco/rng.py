@@ -1,8 +1,8 @@
 """Counter-based random numbers: each draw is a pure function of counters, such as seed and step.
 
-No generator lives from one step to the next. The draws therefore do not depend on the number of
-workers, and a resumed run needs no saved state. The mixing function is SplitMix64's (Steele, Lea &
-Flood, OOPSLA 2014).
+No generator is kept from one step to the next. Therefore the draws do not depend on the number of
+workers, and a resumed run needs no saved generator state. The mixing function is SplitMix64's
+(Steele, Lea & Flood, OOPSLA 2014).
 """
 
 from dataclasses import dataclass
@@ -58,8 +58,8 @@ class Progress:
 
     Attributes:
         seed: The seed of the run.
-        epoch: The epoch, from 0. It is negative while AdCo fills its bank.
-        step: The number of optimizer steps before this one, over the full run.
+        epoch: The epoch, counted from 0. It is negative while AdCo fills its bank.
+        step: The number of optimizer steps before this one in the run.
         micro: The number of forward passes before this one within the step, with gradient
             accumulation.
         steps_per_epoch: The number of optimizer steps in an epoch.

@@ -1,7 +1,7 @@
 """The sections of a run's settings: frozen dataclasses, one per concern.
 
-A field made by `option` is also a command-line option. Its default, type, range and help text stand
-here and nowhere else. moco/config.py combines the sections; moco/cli/groups.py creates the options.
+A field made by `option` is also a command-line option. Only this file defines its default, type,
+range and help text. moco/config.py combines the sections; moco/cli/groups.py creates the options.
 """
 
 from dataclasses import dataclass
@@ -39,14 +39,18 @@ class Run:
 
     TITLE: ClassVar[str] = "run"
     data: str | None = option(
-        None, "folder with train/ and val/, or photos: the built-in data set", metavar="DIR"
+        None,
+        "folder with train/ and val/, or the word photos: the built-in data set",
+        metavar="DIR",
     )
     cfg: str | None = option(
-        None, "defaults by option name; options given here win", metavar="FILE.yaml"
+        None, "YAML file of defaults by option name; the command line wins", metavar="FILE.yaml"
     )
     save_dir: str | None = option(None, "run folder", metavar="DIR", unset="runs/SCRIPT-ARCH-TIME")
     output: str | None = option(
-        None, "run folder DIR/TAG, and of evaluations of that run", metavar="DIR"
+        None,
+        "the run folder is DIR/TAG; an evaluation with the same options finds the run",
+        metavar="DIR",
     )
     tag: str | None = option(None, "subfolder of --output for this run", unset="the word default")
     seed: int = option(
@@ -79,15 +83,15 @@ class Input:
         choices=CACHE_MODES,
     )
     class_list: str | None = option(
-        None, "use these class folders of DIR only; one name a line", metavar="FILE"
+        None, "use only the class folders that FILE names, one a line", metavar="FILE"
     )
     data_name: str | None = option(
         None,
         "imagenet100 or imagenet1000: check that DIR has no more classes",
         metavar="NAME",
     )
-    dataset: str = option("imagenet", "what lies in DIR: {datasets}", metavar="NAME")
-    download: bool = option(False, "fetch the data set into DIR first", switch=False)
+    dataset: str = option("imagenet", "data set in DIR: {datasets}", metavar="NAME")
+    download: bool = option(False, "download the data set to DIR first", switch=False)
     batch_is_per_process: bool = False  # whether batch_size and workers count for each process
     batch_per_process: int = 0  # set by the launch
     nodes: int = 1  # set by the launch
@@ -98,7 +102,7 @@ class Views:
     """The views of each image: recipe, size, normalization and augmentation."""
 
     TITLE: ClassVar[str] = "views"
-    recipe: str | None = option(None, "views by name, see moco/augment/recipes.py")
+    recipe: str | None = option(None, "name of a recipe of views, see moco/augment/recipes.py")
     image_size: int | None = option(
         224,
         "width and height of a full-size view",
@@ -145,7 +149,7 @@ class Views:
         metavar=("N", "M"),
         unset="the recipe's",
     )
-    views: int | None = None  # number that the method needs; None: all of the recipe
+    views: int | None = None  # number of views that the method needs; None: all of the recipe
 
 
 @dataclass(frozen=True)
@@ -153,7 +157,9 @@ class Network:
     """The encoder's architecture."""
 
     TITLE: ClassVar[str] = "network"
-    arch: str | None = option("resnet50", "{archs}", "-a", unset="the checkpoint's, else resnet50")
+    arch: str | None = option(
+        "resnet50", "architecture: {archs}", "-a", unset="the checkpoint's, else resnet50"
+    )
     stem: str | None = option(
         None,
         "first layers of a ResNet; imagenet: a 7x7 convolution of stride 2 and max-pooling; "
@@ -169,14 +175,14 @@ class Compute:
 
     TITLE: ClassVar[str] = "computation"
     amp: str = option(
-        "off", "mixed precision; losses stay in fp32", choices=("off", "bf16", "fp16")
+        "off", "mixed precision; losses are computed in fp32", choices=("off", "bf16", "fp16")
     )
     compile: bool = option(
         False, "torch.compile the networks and the colour operations", switch=False
     )
     grad_checkpoint: bool = option(
         False,
-        "run the blocks once more for the gradient: less memory",
+        "recompute the activations of blocks in the backward pass, to save memory",
         "--use-checkpoint",
         switch=False,
     )
@@ -206,7 +212,9 @@ class Launch:
     world_size: int = option(-1, "number of nodes", range="[-1, 65536]", metavar="NODES")
     rank: int = option(-1, "this node's number, from 0", range="[-1, 65535]", metavar="NODE")
     dist_url: str = option(
-        "auto", "where the processes meet; auto: a free port of this node", metavar="URL"
+        "auto",
+        "address at which the processes connect; auto: a free port of this node",
+        metavar="URL",
     )
     dist_backend: str | None = option(
         None,
@@ -214,7 +222,7 @@ class Launch:
         choices=("nccl", "gloo"),
         unset="nccl on GPUs, gloo on CPUs",
     )
-    gpu: int | None = option(None, "use this GPU only", range=NATURAL, metavar="ID")
+    gpu: int | None = option(None, "use only this GPU", range=NATURAL, metavar="ID")
     # torch.distributed.launch passes it
     local_rank: int | None = option(None, "", hidden=True)
 
@@ -224,8 +232,8 @@ class Schedule:
     """The number of epochs, the optimizer, and the schedule of the learning rate."""
 
     TITLE: ClassVar[str] = "optimization"
-    epochs: int = option(200, "epochs of the run", range=EPOCHS)
-    optimizer: str = option("sgd", "sgd and lars with --momentum", choices=OPTIMIZERS)
+    epochs: int = option(200, "number of epochs", range=EPOCHS)
+    optimizer: str = option("sgd", "optimizer; sgd and lars use --momentum", choices=OPTIMIZERS)
     learning_rate_scaling: str = option(
         "none",
         "multiply the learning rate by sqrt(total batch), or by total batch / 256",
@@ -238,11 +246,11 @@ class Schedule:
         nargs="*",
         metavar="EPOCH",
     )
-    cos: bool = option(False, "cosine schedule instead")
+    cos: bool = option(False, "cosine schedule instead of --schedule")
     lr_by: str = option(
         "epoch",
-        "when the learning rate is computed: at each epoch's start, for each epoch's end, "
-        "or at each step",
+        "epoch, epoch-end: the learning rate is constant in each epoch, at the schedule's value "
+        "at its start or its end; step: it changes at each step",
         choices=("epoch", "epoch-end", "step"),
     )
     sgdr: bool = option(False, "cosine schedule that restarts (SGDR)")
@@ -258,7 +266,7 @@ class Schedule:
     clip_grad: float = option(
         0.0, "maximum gradient norm; 0: no clipping", range="[0, 1000000]", metavar="NORM"
     )
-    nesterov: bool = option(False, "Nesterov's momentum, of sgd")
+    nesterov: bool = option(False, "Nesterov momentum, for sgd")
     accumulation_steps: int = option(
         1, "passes of --batch-size in one step", range=POSITIVE, metavar="N"
     )
@@ -284,7 +292,7 @@ class Optimizer(Schedule):
 class Log:
     """The log and the checkpoints of a training run, and the checkpoint to resume from."""
 
-    TITLE: ClassVar[str] = "monitor"
+    TITLE: ClassVar[str] = "log and checkpoints"
     print_freq: int = option(10, "steps between log lines", "-p", range=POSITIVE, metavar="STEPS")
     resume: str | None = option(
         None,
@@ -305,13 +313,13 @@ class Log:
     )
     on_bad_image: str = option(
         "skip",
-        "skip: a training image that cannot be read is named, and another takes its place, "
-        "up to 1 %% of an epoch; error: the run ends",
+        "skip: print the name of an unreadable training image and use another one instead, "
+        "up to 1 %% of an epoch; error: end the run",
         choices=("skip", "error"),
     )
     save_every_steps: int = option(
         0,
-        "also save inside epochs, every so many steps; 0: only if a signal stops the run",
+        "steps between checkpoints inside epochs; 0: save there only if a signal stops the run",
         range=NATURAL,
         metavar="STEPS",
     )
@@ -321,12 +329,12 @@ class Log:
 class Retention:
     """The checkpoints of a pre-training to keep."""
 
-    TITLE: ClassVar[str] = "retention"
+    TITLE: ClassVar[str] = "checkpoints to keep"
     keep: int = option(2, "keep the newest N epoch checkpoints; all, or 0: keep all", metavar="N")
     keep_every: int = option(
         10,
         "also keep the checkpoint of every Nth epoch; 0: of none. "
-        "The best by --knn-every is kept in any case",
+        "The best by --knn-every is always kept",
         range=NATURAL,
         metavar="EPOCHS",
     )
@@ -338,15 +346,18 @@ class Monitor:
 
     TITLE: ClassVar[str] = "k-NN monitor"
     knn_every: int = option(
-        0, "report k-NN top-1 on val/, against train/", range=NATURAL, metavar="EPOCHS"
+        0,
+        "epochs between k-NN tests of val/ against train/; 0: none",
+        range=NATURAL,
+        metavar="EPOCHS",
     )
-    knn_k: int = option(20, "neighbours that vote", range=POSITIVE, metavar="K")
+    knn_k: int = option(20, "number of neighbours that vote", range=POSITIVE, metavar="K")
     knn_t: float = option(
         0.07, "temperature of the neighbours' weights", range=TEMPERATURE, metavar="T"
     )
     knn_features: str = option(
         "backbone",
-        "features to compare: the encoder's without projection head, or the head's",
+        "features to compare: those of the backbone, or those of the projection head",
         choices=("backbone", "head"),
     )
 
@@ -362,7 +373,7 @@ class QueryAndKey:
     mlp: bool = option(False, "two-layer head (MoCo v2)")
     aug_plus: bool = option(False, "recipe mocov2 instead of mocov1")
     bn_splits: int = option(
-        8, "batch norm groups of the key encoder if one process trains alone", range=POSITIVE
+        8, "batch norm groups of the key encoder if the run has one process", range=POSITIVE
     )
     bn_splits_query: bool = option(
         False, "also split the batch norm of the query encoder into --bn-splits groups"

@@ -13,7 +13,7 @@ class Encoder:
     TITLE: ClassVar[str] = "encoder"
     pretrained: str | None = option(
         None,
-        "checkpoint of any method here, or a MoCo, SogCLR, MoBY or bare file",
+        "checkpoint of this project or of other software, such as MoCo, SogCLR, MoBY or timm",
         metavar="FILE",
         unset="a randomly initialised encoder",
     )
@@ -27,15 +27,18 @@ class Classifier:
 
     TITLE: ClassVar[str] = "classifier"
     weights: str = option(
-        "freeze", "of the encoder: kept, or trained too", choices=("freeze", "finetune")
+        "freeze",
+        "freeze: train the classifier only; finetune: train the encoder, too",
+        choices=("freeze", "finetune"),
     )
     evaluate: bool = option(False, "only test the classifier of --resume", "-e", switch=False)
     val_from_train: float | None = option(
         None,
-        "fraction of each class's training images, held out to choose the best classifier on",
+        "fraction of each class's training images to hold out; the best classifier is chosen on "
+        "them",
         range="(0, 1)",
         metavar="FRACTION",
-        unset="it is chosen on val/",
+        unset="choose it on val/",
     )
 
 
@@ -46,8 +49,8 @@ class Labels:
     TITLE: ClassVar[str] = "labels"
     train_percent: int = option(
         10,
-        "percentage of the labels: on ImageNet those of the published lists; otherwise, or with "
-        "--class-list, a sample of each class",
+        "percentage of labelled images: on ImageNet those in the published lists; otherwise, or "
+        "with --class-list, a sample of each class",
         choices=(1, 10, 100),
     )
     subset_file: str | None = option(
@@ -61,10 +64,10 @@ class FeatureFiles:
 
     TITLE: ClassVar[str] = "files of features"
     dump_features: str | None = option(
-        None, "write the features of both splits there, as .npy files", metavar="FOLDER"
+        None, "write the features of both splits to FOLDER, as .npy files", metavar="FOLDER"
     )
     load_features: str | None = option(
         None,
-        "read them from there: no DIR, no --pretrained; the seed is that of the dump",
+        "read the features from FOLDER; leave out DIR and --pretrained; the seed is the dump's",
         metavar="FOLDER",
     )

@@ -32,8 +32,8 @@ def prepare() -> None:
     """Make stdout and stderr print any file name, and set USER and HOME if the user has neither.
 
     Call it when a program starts, after its imports. Bytes of a file name that are not UTF-8, and
-    letters that the terminal cannot show, are printed as escapes. PyTorch and Triton need a user's
-    name and home: they name folders after the user, and write files in the home folder.
+    letters that the terminal cannot show, are printed as escapes. PyTorch and Triton need a user
+    name and a home folder: they name folders after the user, and write files in the home folder.
     """
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # see `import_quietly`
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -47,9 +47,8 @@ def prepare() -> None:
     try:
         Path.home()
     except RuntimeError:
-        with contextlib.suppress(
-            OSError, InputError
-        ):  # code that needs a home raises its own error
+        # code that needs a home folder raises its own error
+        with contextlib.suppress(OSError, InputError):
             os.environ["HOME"] = str(private_folder())
 
 

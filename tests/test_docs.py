@@ -153,7 +153,7 @@ def options() -> set[str]:
     for path in ROOT.glob("main_*.py"):
         parser = importlib.import_module(path.stem).parser()
         found |= {name for action in parser._actions for name in action.option_strings}
-        found |= {f"--{name}" for name in getattr(parser, "elsewhere", {})}
+        found |= {f"--{name}" for name in getattr(parser, "replacements", {})}
     for pattern in ("tools/*", "benchmarks/*.py", "detection/*.py"):
         for path in ROOT.glob(pattern):
             if path.is_file():

@@ -32,13 +32,13 @@ def main() -> int:
 
 
 def table(args: argparse.Namespace) -> None:
-    """Print the table; with --out, also write it.
+    """Print the table. With --out, also write it.
 
     Raises InputError if the files exist, unless --force is given.
     """
     if args.force and not args.out:
         replaces = "--force replaces the tables in the folder of --out"
-        raise InputError(f"{replaces}; give --out DIR, or leave it out")
+        raise InputError(f"{replaces}; give --out DIR, or leave --force out")
     cells = collect(args.folder)
     text = markdown(cells)
     print(text)

@@ -40,8 +40,8 @@ def main() -> int:
     run = args.out / "pretrain"
     minutes = "1 or 2 minutes" if args.short else "5 to 7 minutes"
     print(
-        f"takes {minutes} on two idle cores, several times as long on busy ones; "
-        f"writes to {args.out}"
+        f"this takes {minutes} on two idle cores, and several times as long on busy ones; "
+        f"files are written to {args.out}"
     )
     print(f"\n1 of 5: pre-train an encoder with SynCo, without labels, for {epochs} epochs")
     run_on_photos(

@@ -1,9 +1,9 @@
 #!/usr/bin/env python
-"""Export the encoder of a checkpoint to other software: only its tensors, in stock naming.
+"""Export the encoder of a checkpoint for other software: its tensors alone, with stock names.
 
 CHECKPOINT is a checkpoint of any method of this project, or any other file that main_lincls.py
-reads. Stock networks without their last layer load OUT strictly: ResNets of torchvision and timm,
-other networks of timm. The tool checks this before it writes OUT: each stock network loads the
+reads. Stock networks without their last layer load OUT strictly: torchvision and timm for ResNets,
+timm for other networks. The tool checks this before it writes OUT: each stock network loads the
 tensors and must compute the same features as this project's network. The tool prints the Python
 code that loads OUT.
 """
@@ -29,7 +29,7 @@ from moco.encoder.stock import StockModel, stock_models
 from moco.errors import InputError
 from moco.files import check_new, creating
 
-TOLERANCE = 1e-4  # relative to the largest feature; usually the features are exactly equal
+TOLERANCE = 1e-4  # relative to the largest feature; the features are usually exactly equal
 READ = {  # suffix: (the expression that loads the file {}, the module that it needs)
     ".pth": ("torch.load({}, weights_only=True)", "torch"),
     ".pt": ("torch.load({}, weights_only=True)", "torch"),
@@ -95,10 +95,10 @@ def export(args: argparse.Namespace) -> None:
     """Write OUT and, with --hub, hubconf.py.
 
     Raises InputError if they cannot be written, or if a stock network that loads OUT computes
-    other features.
+    different features.
     """
     outs = [args.out, *([args.out.with_name("hubconf.py")] if args.hub else [])]
-    check_places(args, outs)
+    check_outputs(args, outs)
     found = pretrained.read(args.checkpoint, args.arch, args.image_size)
     if found.resized:
         print(
@@ -117,7 +117,7 @@ def export(args: argparse.Namespace) -> None:
     }
     tensors = {name: x.clone().contiguous() for name, x in found.net.state_dict().items()}
     plain = stock_models(found.arch, found.image_size, found.stem)
-    files = [packed(tensors, args.out.suffix, facts)]
+    files = [serialize(tensors, args.out.suffix, facts)]
     if args.hub:
         files.append(hubconf(plain[0], args.out.name, facts).encode())
     try:
@@ -126,13 +126,13 @@ def export(args: argparse.Namespace) -> None:
             staged = [Path(folder, out.name) for out in outs]
             for path, data in zip(staged, files, strict=True):
                 path.write_bytes(data)
-            same = prove(found, plain, staged[0], args.hub)
+            same = verify(found, plain, staged[0], args.hub)
             for data, out in zip(files, outs, strict=True):
                 with creating(out, args.force) as file:
                     file.write(data)
     except OSError as error:
         raise InputError(
-            f"{args.out}: cannot be written ({error.strerror}); choose another place"
+            f"{args.out}: cannot be written ({error.strerror}); choose another file"
         ) from None
     print(
         f"{args.out}: {len(tensors)} tensors of the {found.arch}, from {args.checkpoint}, "
@@ -155,10 +155,10 @@ def export(args: argparse.Namespace) -> None:
         )
 
 
-def check_places(args: argparse.Namespace, outs: list[Path]) -> None:
+def check_outputs(args: argparse.Namespace, outs: list[Path]) -> None:
     """Raise InputError if the suffix of OUT is unknown, or if an existing file would be lost."""
     if args.out.suffix not in READ:
-        raise InputError(f"{args.out}: unknown kind of file; let OUT end in {', '.join(READ)}")
+        raise InputError(f"{args.out}: unknown file format; let OUT end in {', '.join(READ)}")
     if (
         args.out.suffix == ".safetensors"
         and (name := str(args.out)) != name.encode(errors="replace").decode()
@@ -169,11 +169,11 @@ def check_places(args: argparse.Namespace, outs: list[Path]) -> None:
         )
     for out in outs:
         if out.exists() and Path(args.checkpoint).exists() and out.samefile(args.checkpoint):
-            raise InputError(f"{out}: is the checkpoint itself; choose another place")
+            raise InputError(f"{out}: is the checkpoint itself; choose another file")
         check_new(out, args.force)
 
 
-def packed(tensors: dict[str, Tensor], suffix: str, facts: dict[str, object]) -> bytes:
+def serialize(tensors: dict[str, Tensor], suffix: str, facts: dict[str, object]) -> bytes:
     """Return the content of the file. A safetensors file holds `facts` as metadata."""
     if suffix != ".safetensors":
         buffer = BytesIO()
@@ -226,10 +226,10 @@ def python(home: StockModel, path: Path) -> list[str]:
 
 
 @torch.inference_mode()
-def prove(found: pretrained.Encoder, plain: list[StockModel], path: Path, hub: bool) -> list[str]:
-    """Load `path` strictly into each stock network; return a line to print about each.
+def verify(found: pretrained.Encoder, plain: list[StockModel], path: Path, hub: bool) -> list[str]:
+    """Load `path` strictly into each stock network, and return a line to print about each.
 
-    Raises InputError if a stock network computes other features than this project's network.
+    Raises InputError if a stock network and this project's network compute different features.
     """
     images = torch.randn(
         2, 3, found.image_size, found.image_size, generator=torch.Generator().manual_seed(0)
@@ -244,16 +244,16 @@ def prove(found: pretrained.Encoder, plain: list[StockModel], path: Path, hub: b
     for home in plain:
         names: dict[str, nn.Module] = {}
         exec("\n".join(python(home, path)), names)  # exactly the code that will be printed
-        said.append(compared(home.library, names["net"], images, mine))
+        said.append(compare_features(home.library, names["net"], images, mine))
     if hub:
-        compared(
+        compare_features(
             "torch.hub", torch.hub.load(str(path.parent), "encoder", source="local"), images, mine
         )
     return said
 
 
-def compared(where: str, net: nn.Module, images: Tensor, mine: Tensor) -> str:
-    """Return a line on how far the features of `net` are from `mine`.
+def compare_features(where: str, net: nn.Module, images: Tensor, mine: Tensor) -> str:
+    """Compare the features of `net` with `mine`, and return a line on their difference.
 
     Raises InputError if they differ by more than `TOLERANCE`.
     """
@@ -261,7 +261,7 @@ def compared(where: str, net: nn.Module, images: Tensor, mine: Tensor) -> str:
     difference = float((theirs - mine).abs().max()) if theirs.shape == mine.shape else float("inf")
     if not difference <= TOLERANCE * float(mine.abs().max()):
         raise InputError(
-            f"{where}'s network has other features, by up to {difference:.2g}: nothing was "
+            f"the features of {where}'s network differ by up to {difference:.2g}, so nothing was "
             "written; try its newest version"
         )
     return f"features differ by at most {difference:.2g} from this project's"

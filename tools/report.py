@@ -2,7 +2,7 @@
 """Write one HTML page that compares pre-training runs.
 
 The page shows the logged metrics, the views of the images, and the features of the encoders. It
-contains all of its pictures and needs no network. Metrics that no run has logged are left out.
+contains its pictures and needs no network. Metrics that no run has logged are left out.
 """
 
 import argparse
@@ -32,7 +32,7 @@ def main() -> int:
         "--pretrained",
         type=Path,
         metavar="FILE",
-        help="encoder to show instead of that of the run's last checkpoint",
+        help="checkpoint whose encoder to show, instead of the run's last one",
     )
     parser.add_argument(
         "--images",

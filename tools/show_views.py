@@ -6,8 +6,8 @@ Each row shows an image, followed by several draws of each view of the recipe.
   python tools/show_views.py mocov2 photos --image-size 96
   python tools/show_views.py --cfg configs/fnc_100.yaml DIR --images 4
 
-Draw 1 has the crops of epoch 0, draw 2 those of epoch 1, and so on. Colours are drawn as if these
-images were a batch.
+Draw 1 has the crops of epoch 0, draw 2 has those of epoch 1, and so on. Colour operations are drawn
+as if these images were a batch.
 """
 
 import argparse
@@ -41,8 +41,8 @@ def draw(args: argparse.Namespace) -> None:
     images = find(args.data)
     figure = views_figure(
         images,
-        spread(len(images), args.images),
-        recipes.of(views_of(args)),
+        evenly_spaced(len(images), args.images),
+        recipes.from_settings(views_of(args)),
         args.seed,
         args.draws,
     )
@@ -74,7 +74,7 @@ def find(data: str) -> Images:
     return ImageFolder(folder, np.zeros(len(names), int), ("",), np.array(names))
 
 
-def spread(n: int, count: int) -> list[int]:
+def evenly_spaced(n: int, count: int) -> list[int]:
     """Return `count` evenly spaced indices of n, including the first and the last."""
     count = min(n, count)
     return [round(i * (n - 1) / max(1, count - 1)) for i in range(count)]
@@ -92,7 +92,7 @@ def parser() -> argparse.ArgumentParser:
         "words",
         nargs="*",
         metavar="RECIPE DATA",
-        help="recipe, unless --cfg gives it; folder or image, or photos (default)",
+        help="a recipe, unless --cfg gives it; a folder, an image, or photos (the default)",
     )
     p.add_argument(
         "--cfg",
@@ -132,7 +132,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--crop-min",
         type=types.in_range(float, "(0, 1]"),
-        metavar="SHARE",
+        metavar="FRACTION",
         help="smallest fraction of the image that a crop covers, instead of the recipe's",
     )
     p.add_argument(
@@ -163,7 +163,7 @@ def parser() -> argparse.ArgumentParser:
         "--support-size", type=types.in_range(int, sections.NATURAL), help=argparse.SUPPRESS
     )
     p.add_argument("--data", help=argparse.SUPPRESS)
-    p.set_defaults(mean=None, std=None)  # the picture shows the views before normalization
+    p.set_defaults(mean=None, std=None)  # not needed: the picture shows views before normalization
     return p
 
 
@@ -191,12 +191,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
         _refuse_file(args.recipe)
     args.recipe = args.recipe or _of_method(args)
     if not args.recipe:
-        which = f"--cfg {args.cfg}: names no views; " if args.cfg else "no recipe; "
+        which = f"--cfg {args.cfg}: names no recipe; " if args.cfg else "no recipe; "
         raise InputError(
             f"{which}give RECIPE and DATA, as in {p.prog} mocov2 photos; "
             f"recipes: {', '.join(recipes.RECIPES)}"
         )
-    if sigma and not any(view.blur_p for view in recipes.of(views_of(args))):
+    if sigma and not any(view.blur_p for view in recipes.from_settings(views_of(args))):
         given = " ".join(f"{value:g}" for value in sigma)
         why = f"the views of {args.recipe} are not blurred"
         raise InputError(
@@ -227,7 +227,7 @@ def views_of(args: argparse.Namespace) -> sections.Views:
 
 
 def _of_method(args: argparse.Namespace) -> str | None:
-    """Return the views that the switches --multi-crop or --aug-plus select; None without them."""
+    """Return the recipe that --multi-crop or --aug-plus selects; None without these switches."""
     if args.multi_crop:
         return "multicrop"
     return None if args.aug_plus is None else "mocov2" if args.aug_plus else "mocov1"

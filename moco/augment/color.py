@@ -33,23 +33,23 @@ __all__ = [
     "augment",
     "augment_views",
     "blend",
+    "compile_operations",
     "denormalize",
     "draw",
-    "fuse",
     "gaussian_blur",
     "grayscale",
     "normalize",
     "solarize",
 ]
 
-# A CPU computes images of more pixels one by one: for smaller images, the calls cost more time than
-# the cache saves.
+# A CPU computes images of more pixels one by one. For smaller images, the function calls would cost
+# more time than the cache saves.
 _SMALL = 128 * 128
 _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = range(4)  # the jitter's operations
 
 
 @functools.cache
-def fuse() -> None:
+def compile_operations() -> None:
     """Compile `blend` and `adjust_hue` with torch.compile, for the rest of this process."""
     for operation in (blend, adjust_hue):
         compiled = torch.compile(operation, dynamic=True)
@@ -57,7 +57,7 @@ def fuse() -> None:
 
 
 def _fused(operation: Callable[..., Tensor], *inputs: Tensor, out: Tensor | None = None) -> Tensor:
-    """Call a compiled operation and copy its result to `out`: it cannot write to `out` itself."""
+    """Call a compiled operation and copy its result to `out`, because it cannot write to `out`."""
     result = operation(*inputs)
     return result if out is None else out.copy_(result)
 
@@ -66,8 +66,8 @@ def _fused(operation: Callable[..., Tensor], *inputs: Tensor, out: Tensor | None
 class Draws:
     """The random parameters of B samples, each a tensor [B] unless a comment says otherwise."""
 
-    jitter: Tensor  # whether it happens; the same holds for gray, blur, solarize and flip
-    order: Tensor  # [B, 4] the jitter's operations, in the order in which they happen
+    jitter: Tensor  # whether to jitter; gray, blur, solarize and flip are bool, too
+    order: Tensor  # [B, 4] the jitter's operations, in the order in which to apply them
     factors: Tensor  # [B, 4] of brightness, contrast, saturation, hue
     gray: Tensor
     blur: Tensor
@@ -75,13 +75,13 @@ class Draws:
     solarize: Tensor
     flip: Tensor
 
-    def part(self, indices: Tensor | slice) -> "Draws":
+    def select(self, indices: Tensor | slice) -> "Draws":
         """Return the draws of the samples at `indices`."""
         return Draws(**{name: values[indices] for name, values in vars(self).items()})
 
     @staticmethod
     def join(draws: Sequence["Draws"]) -> "Draws":
-        """Return the draws of several batches as those of one batch."""
+        """Concatenate the draws of several batches."""
         return Draws(
             **{name: torch.cat([getattr(one, name) for one in draws]) for name in vars(draws[0])}
         )
@@ -90,7 +90,7 @@ class Draws:
 def draw(view: View, n: int, generator: torch.Generator) -> Draws:
     """Draw the parameters of `n` samples of `view`.
 
-    They lie on the CPU, so that runs on CPUs and GPUs see the same views.
+    The draws are on the CPU, so that runs on CPUs and GPUs see the same views.
     """
 
     def rand(*shape: int) -> Tensor:
@@ -113,11 +113,12 @@ def draw(view: View, n: int, generator: torch.Generator) -> Draws:
 
 
 def apply(x: Tensor, view: View, draws: Draws) -> Tensor:
-    """Return the views of images: colour operations, flip and normalization, as `draws` says.
+    """Return the views of images: apply the colour operations, the flip and the normalization.
 
-    The draws lie on the CPU, so the code knows which samples an operation changes without waiting
+    The draws are on the CPU, so the code knows which samples an operation changes without waiting
     for the device. A GPU applies an operation to all of these samples at once. A CPU finishes one
-    chunk of small images, or one large image, before the next: the pixels stay in its cache.
+    chunk of small images, or one large image, before the next, so that the pixels stay in its
+    cache.
 
     Args:
         x: images [B, 3, H, W], uint8 or float in [0, 1].
@@ -143,7 +144,7 @@ def augment_views(
 ) -> list[Tensor]:
     """Return the views of a batch: `augment` each view's crops with its own generator.
 
-    An accelerator computes views with equal settings together, so that Python starts fewer kernels.
+    On an accelerator, views with equal settings are computed together, to start fewer kernels.
 
     Args:
         crops: crops of each view, [B, 3, S, S], uint8 or float in [0, 1].
@@ -177,7 +178,7 @@ def _apply_together(
     return [found[i] for i in range(len(recipe))]
 
 
-# On a GPU: apply each operation to all samples that it changes at once.
+# On a GPU: apply each operation at once to all samples that it changes.
 
 
 def _apply_by_operation(x: Tensor, view: View, draws: Draws) -> Tensor:
@@ -242,8 +243,8 @@ def _radius(x: Tensor, view: View) -> int:
     return min(math.ceil(3 * view.blur_sigma[1]), x.shape[-1] - 1, x.shape[-2] - 1)
 
 
-# On a CPU, for small images: one chunk after the other, each small enough for the cache. The images
-# of a chunk shift their hue in the same slot, or have no jitter. Those that turn gray come last.
+# On a CPU, for small images: one chunk after the other, each small enough for the cache. All images
+# of a chunk shift their hue in the same slot, or none has jitter. Those that turn gray come last.
 
 _CHUNK = 128  # images
 
@@ -252,7 +253,7 @@ def _apply_by_chunk(x: Tensor, view: View, draws: Draws) -> Tensor:
     slots = torch.where(draws.jitter, _slot_of_hue(draws.order), 4)
     order = (2 * slots + draws.gray).argsort(stable=True)
     ends = slots.bincount(minlength=5).cumsum(0).tolist()
-    draws, order = draws.part(order), order.numpy()
+    draws, order = draws.select(order), order.numpy()
     coefficients, shift = _coefficients(draws).unbind(2), draws.factors[:, _HUE]
     happens = {name: getattr(draws, name).numpy() for name in ("gray", "blur", "solarize", "flip")}
     images, out = x.numpy(), torch.empty(x.shape)  # NumPy indexes several times as fast as PyTorch
@@ -269,7 +270,7 @@ def _apply_by_chunk(x: Tensor, view: View, draws: Draws) -> Tensor:
                 if count := int(happens["gray"][part].sum()):
                     y[-count:] = grayscale(y[-count:])
             elif happens[name][part].any():
-                of_chunk = draws.part(part)
+                of_chunk = draws.select(part)
                 _change(name, y, getattr(of_chunk, name).nonzero().squeeze(1), view, of_chunk)
         out.numpy()[order[part]] = normalize(y, view.mean, view.std, out=y).numpy()
     return out
@@ -347,8 +348,8 @@ def _blur_image(x: Tensor, sigma: float, radius: int) -> Tensor:
     """Return `gaussian_blur` of one image [1, 3, H, W], without taps below 4e-6 of the largest.
 
     The padded image counts as one long row. Each tap adds the row, shifted by that many pixels for
-    the horizontal blur and by that many image rows for the vertical one. What a shift moves across
-    a border ends up in the padding, which is cropped.
+    the horizontal blur and by that many image rows for the vertical one. Pixels that a shift moves
+    across a border end up in the padding, which is cropped.
     """
     h, w = x.shape[2:]
     radius = min(radius, math.ceil(5 * sigma))

@@ -77,14 +77,14 @@ def randaugment(image: Tensor, operations: int, magnitude: int, key: int) -> Ten
     The same `key` always gives the same result. Pixels from outside the image are mid-grey.
 
     Args:
-        image: is converted to Pillow, whose operations take half the time of those on tensors.
+        image: is converted to Pillow, whose operations take half the time of tensor operations.
         operations: number of operations, drawn from those of torchvision.
         magnitude: in [0, 10], as in the paper.
         key: seeds the draw.
     """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(key >> 1)
-        # Converting each channel is many times faster than interleaving the three.
+        # Converting each channel is many times as fast as interleaving the three.
         augmented = _randaugment(operations, magnitude)(
             Image.merge("RGB", [Image.fromarray(channel) for channel in image.numpy()])
         )
@@ -121,8 +121,8 @@ _LONGEST = 16  # aspect ratio
 def _middle(image: Tensor) -> Tensor:
     """Crop the ends of an image [..., H, W] whose aspect ratio is above `_LONGEST`.
 
-    Otherwise resizing its shorter side would make the longer one huge, for pixels that the center
-    crop drops.
+    Otherwise, resizing the shorter side would make the longer one huge, although the center crop
+    drops most of it.
     """
     for axis in (-2, -1):
         side, longest = image.shape[axis], _LONGEST * min(image.shape[-2:])
@@ -141,8 +141,8 @@ def _resize(image: Tensor, size: tuple[int, int]) -> Tensor:
     return out.view(*image.shape[:-2], *size).contiguous(memory_format=torch.contiguous_format)
 
 
-# Views of a full batch of small images of equal size. Draws and pixels are the same as image by
-# image, but Python's overhead is paid once per batch.
+# Views of a full batch of small images of equal size. Draws and pixels are the same as for each
+# image alone, but Python's overhead is paid once per batch.
 
 
 def can_crop_at_once(height: int, width: int, recipe: Recipe) -> bool:
@@ -252,6 +252,6 @@ def _weights(length: int, size: int) -> np.ndarray:
     weights = (1 - np.abs(pixel - center + 0.5) / reach).clip(0)
     weights *= (pixel >= first) & (pixel < last)
     weights /= weights.sum(1, keepdims=True)
-    # the precision p: as many bits as keep the largest weight within a signed 16-bit integer
+    # the precision p: the most bits that keep the largest weight within a signed 16-bit integer
     bits = next(p for p in range(23) if p == 22 or int(0.5 + weights.max() * 2 ** (p + 1)) >= 2**15)
     return np.floor(0.5 + weights * 2**bits) / 2**bits

@@ -1,4 +1,4 @@
-"""The colour operations: what torchvision.transforms.v2.functional computes, batched.
+"""The colour operations of torchvision.transforms.v2.functional, batched.
 
 Images are float RGB in [0, 1], [B, 3, H, W], unless a function says otherwise. Each operation takes
 its parameter as a tensor [B], one number per sample. `moco/augment/color.py` draws the parameters
@@ -48,7 +48,7 @@ def blend(
 def adjust_hue(x: Tensor, shift: Tensor, out: Tensor | None = None) -> Tensor:
     """Shift the hue in HSV space by `shift` [B], in [-.5, .5], where 1 is a full turn.
 
-    The result is written to `out` if given, which may be `x`. The code avoids masks and
+    The result is written to `out`, which may be `x`, if it is given. The code avoids masks and
     torch.where, because on a CPU they are many times slower than arithmetic.
     """
     r, g, b = x.unbind(1)

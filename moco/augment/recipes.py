@@ -97,8 +97,8 @@ def recipe(
 ) -> Recipe:
     """Return the recipe `name`, with view sizes and blur scaled from 224 to `size` pixels.
 
-    Settings that are not given are the recipe's. Raises InputError for an unknown name, or if a
-    setting is out of range.
+    Settings that are not given are those of the recipe. Raises InputError for an unknown name, or
+    if a setting is out of range.
 
     Args:
         name: one of `RECIPES`.
@@ -147,8 +147,8 @@ def recipe(
     return tuple(all_views)
 
 
-def of(views: Views) -> Recipe:
-    """Return the recipe that a run's settings choose."""
+def from_settings(views: Views) -> Recipe:
+    """Return the recipe of a run, with the changes that its settings make."""
     return recipe(
         views.recipe,
         views.image_size,

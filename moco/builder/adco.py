@@ -29,7 +29,7 @@ class AdCo(QueryAndKey):
     """InfoNCE against the keys of the joint batch and a bank of negatives that learns to be hard.
 
     The encoder minimizes the loss and the bank maximizes it. Both gradients are computed from the
-    same queries, before either is updated.
+    same queries, before the encoder and the bank are updated.
 
     Args:
         encoder, m, bn_splits, bn_splits_query: see `QueryAndKey`.
@@ -37,9 +37,9 @@ class AdCo(QueryAndKey):
         K: entries of the bank.
         T: softmax temperature of the encoder's loss.
         ascent: the settings of the bank's training.
-        symmetric: whether each of the first two views has keys. The loss is then the mean of both
-            directions.
-        multi_crop: whether all views but the key view are queries, whose losses are added.
+        symmetric: whether each of the first two views has keys. The loss is then the mean over
+            both directions.
+        multi_crop: whether all views except the key view are queries, whose losses are added.
             Otherwise only the first of two views is a query.
         fill: whether to fill the bank with keys in extra training steps before epoch 0.
     """
@@ -62,7 +62,7 @@ class AdCo(QueryAndKey):
         super().__init__(encoder, m, bn_splits, bn_splits_query)
         self.K, self.T, self.ascent = K, T, ascent
         self.symmetric, self.multi_crop = symmetric, multi_crop
-        self.images_before = K if fill else 0  # images that train before epoch 0
+        self.images_before_epoch_0 = K if fill else 0  # images that train before epoch 0
         self.register_buffer("bank", normalize(torch.randn(K, dim)))  # W [K, C]
         self.register_buffer("bank_velocity", torch.zeros(K, dim))
         self._progress, self._passes = Progress(), 0
@@ -111,7 +111,7 @@ class AdCo(QueryAndKey):
         near = torch.cat([queries @ keys.T for queries, keys in pairs])  # [P B, W B]
         B = len(q) // len(pairs)
         label = (distributed.rank() * B + torch.arange(B, device=q.device)).repeat(len(pairs))
-        # the mean over queries times this scale adds the losses of views, and averages directions
+        # the mean over queries times this scale is the sum over views and the mean over directions
         scale = len(pairs) / (1 + self.symmetric)
         with torch.no_grad():
             norm = torch.linalg.vector_norm(self.bank, dim=1, keepdim=True).clamp_min_(1e-12)

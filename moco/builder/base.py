@@ -18,22 +18,22 @@ Metric = Tensor | tuple[Tensor, Tensor]  # a scalar, or a sum and the number of 
 
 
 class Method(nn.Module, ABC):
-    """A method of pre-training: a module whose call gives the loss of a batch.
+    """A pre-training method: a module whose call returns the loss of a batch.
 
     A method must define `forward` and `encoder`. Everything else has a default here. All tensors
     that a resumed run needs are parameters or buffers. docs/adding-a-method.md has an example.
 
     Attributes:
-        encoder: the encoder that the evaluations judge: a ResNet or one of timm's networks, stored
-            under a name that they read, such as `encoder`, `encoder_q` or `base_encoder`.
+        encoder: the encoder to evaluate: a ResNet or one of timm's networks, stored under a name
+            that the evaluations find, such as `encoder`, `encoder_q` or `base_encoder`.
         embedding: the encoder with its projection head.
-        images_before: images that train before epoch 0, for example to fill a bank.
-        sync_batch_norm: whether batch norm is joined over all processes.
-        parts: modules whose gradient norms are logged, by name.
+        images_before_epoch_0: number of images to train on before, for example to fill a bank.
+        sync_batch_norm: whether batch norm is synchronized over all processes.
+        grad_norm_modules: modules whose gradient norms are logged, by name.
     """
 
     encoder: nn.Module
-    images_before: int = 0
+    images_before_epoch_0: int = 0
     sync_batch_norm: bool = False
 
     @property
@@ -42,7 +42,7 @@ class Method(nn.Module, ABC):
         return self.encoder
 
     @property
-    def parts(self) -> dict[str, nn.Module]:
+    def grad_norm_modules(self) -> dict[str, nn.Module]:
         """Return the modules whose gradient norms are logged, by name."""
         return {}
 
@@ -62,8 +62,8 @@ class Method(nn.Module, ABC):
     def after_step(self) -> None:
         """Run after each step of the optimizer, for example to update a moving average."""
 
-    def groups(self, lr: float, wd: float) -> list[dict[str, Any]]:
-        """Return the optimizer's parameter groups; by default one with all trainable parameters.
+    def parameter_groups(self, lr: float, wd: float) -> list[dict[str, Any]]:
+        """Return the optimizer's parameter groups: by default, one with all trainable parameters.
 
         Args:
             lr: initial learning rate.
@@ -95,7 +95,7 @@ class MovingAverage(Method):
 
     @property
     def encoder(self) -> nn.Module:
-        """Return the encoder that the evaluations judge."""
+        """Return the encoder to evaluate."""
         return self.encoder_q
 
     @torch.no_grad()
@@ -111,7 +111,7 @@ class QueryAndKey(MovingAverage):
     Args:
         encoder, m: see `MovingAverage`.
         bn_splits: number of groups of the batch that the key encoder's BN normalizes separately.
-            Only used by a run of one process, where it replaces the shuffle between GPUs.
+            Only used by a run of one process, in which it replaces the shuffle between GPUs.
         bn_splits_query: whether the query encoder's BN also normalizes `bn_splits` groups.
     """
 
@@ -176,12 +176,13 @@ def enqueue(queue: Tensor, pointer: Tensor, keys: Tensor) -> Tensor:
 class OnlineAndTarget(Method):
     """A method with an online network that trains, and a target network that follows it.
 
-    The target is a moving average of the online network. MoBY, SynCo-v2 and BYOL are such methods.
+    The target is a moving average of the online network. MoBY, SynCo-v2 and BYOL derive from this
+    class.
 
     Args:
         encoder: the online backbone [B, 3, H, W] -> [B, D], without a head.
-        encoder_k: the target backbone. It may have another stochastic depth. The weights of
-            `encoder` are copied to it.
+        encoder_k: the target backbone. It may have another rate of stochastic depth. The weights
+            of `encoder` are copied to it.
         projector: the online projection head [B, D] -> [B, C]. The target has a copy.
         predictor: the online prediction head [B, C] -> [B, C].
         m: momentum of the target at the first step, in [0, 1]. It rises to 1 at the last step,
@@ -208,7 +209,7 @@ class OnlineAndTarget(Method):
         self._progress = Progress()
 
     @property
-    def parts(self) -> dict[str, nn.Module]:
+    def grad_norm_modules(self) -> dict[str, nn.Module]:
         """Return the trainable modules, by their names in the log."""
         return {"encoder": self.encoder, "projector": self.projector, "predictor": self.predictor}
 
@@ -226,7 +227,7 @@ class OnlineAndTarget(Method):
         """Return the loss and metrics of this rank's batch.
 
         Args:
-            views: two views, each [B, 3, H, W]. Each is predicted from the other.
+            views: two views, each [B, 3, H, W]. Each predicts the other.
             index: unused.
             progress: position in the run; fixes the momentum and seeds random numbers.
         """

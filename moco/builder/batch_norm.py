@@ -1,4 +1,4 @@
-"""Batch norm over groups of a batch: on one GPU, it simulates the batch norms of several GPUs."""
+"""Batch norm over groups of a batch, which simulates on one GPU the batch norms of several GPUs."""
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,7 @@ def bn_groups(splits: int, images: int) -> int:
     """Return the number of groups for batch norm: `splits`, or fewer for a small batch.
 
     Args:
-        splits: number of groups asked for.
+        splits: the requested number of groups.
         images: images in the batch.
     """
     return max(1, min(splits, images // MIN_BN_GROUP))
@@ -73,8 +73,8 @@ class _SplitBatchNorm:
 
 
 _SPLIT = {
-    kind: type(kind.__name__, (_SplitBatchNorm, kind), {})
-    for kind in (nn.BatchNorm1d, nn.BatchNorm2d)
+    norm: type(norm.__name__, (_SplitBatchNorm, norm), {})
+    for norm in (nn.BatchNorm1d, nn.BatchNorm2d)
 }
 
 

@@ -9,7 +9,7 @@ from moco.rng import Progress
 
 
 class BYOL(OnlineAndTarget):
-    """BYOL: the predictions of each view approach the target features of the other view."""
+    """BYOL: the predictions of each view are trained to match the target features of the other."""
 
     def contrast(
         self,

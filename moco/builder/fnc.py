@@ -1,4 +1,4 @@
-"""FNC: false negatives are attracted, or cancelled (Huynh et al., arXiv 2011.11765)."""
+"""FNC: false negatives are attracted, or eliminated (Huynh et al., arXiv 2011.11765)."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from moco import devices, distributed
 from moco.builder.base import Metric, MovingAverage, enqueue
 from moco.loss.contrastive import feature_statistics, normalize
-from moco.loss.false_negatives import MODES, Cancellation, cancelled_nt_xent, find
+from moco.loss.false_negatives import MODES, Cancellation, cancelled_nt_xent, find_false_negatives
 from moco.options import AVERAGE, LAYERS, NATURAL, POSITIVE, TEMPERATURE, WIDTH, option
 from moco.rng import Progress
 
@@ -27,7 +27,9 @@ class FalseNegatives:
         metavar="N",
     )
     fn_mode: str = option(
-        "attract", "what becomes of false negatives; off: they are not searched", choices=MODES
+        "attract",
+        "attract false negatives, eliminate them from the loss, or off: do not search them",
+        choices=MODES,
     )
     fn_topk: int = option(
         10, "maximum number of false negatives per image", range=NATURAL, metavar="K"
@@ -37,7 +39,7 @@ class FalseNegatives:
     )
     memory_multiplier: int = option(
         16,
-        "size of the memory, in total batches; 0: no memory, images are compared with the batch",
+        "size of the memory, in total batches; 0: no memory, compare images with the batch",
         range="[0, 100000]",
         metavar="N",
     )
@@ -59,10 +61,10 @@ class FNC(MovingAverage):
     Args:
         encoder, m: see `MovingAverage`. The moving average computes the features of the memory.
         dim: feature size C.
-        rows: entries R of the memory; at least the views of a joint batch. If 0, there is no memory
-            and no moving average, and views are compared with the joint batch.
+        memory_size: number of entries R of the memory; at least the views of a joint batch. If 0,
+            there is no memory and no moving average, and views are compared with the joint batch.
         T: softmax temperature.
-        how: which entries are false negatives, and whether they are attracted or left out.
+        cancellation: how false negatives are found, and whether they are attracted or eliminated.
         chunk: images that are compared with the memory at a time.
         labels: class of each training image, [N], if known. Only used to report the precision of
             the false negatives.
@@ -74,22 +76,27 @@ class FNC(MovingAverage):
         self,
         encoder: Callable[[], nn.Module],
         dim: int = 128,
-        rows: int = 65536,
+        memory_size: int = 65536,
         m: float = 0.999,
         T: float = 0.1,
-        how: Cancellation = Cancellation(),  # noqa: B008 (frozen)
+        cancellation: Cancellation = Cancellation(),  # noqa: B008 (frozen)
         chunk: int = 256,
         labels: Tensor | None = None,
     ):
         super().__init__(encoder, m)
-        self.rows, self.T, self.how, self.chunk = rows, T, how, chunk
+        self.memory_size, self.T, self.cancellation, self.chunk = (
+            memory_size,
+            T,
+            cancellation,
+            chunk,
+        )
         self.register_buffer("labels", labels, persistent=False)
-        if not rows:
+        if not memory_size:
             self.encoder_k = None
             return
-        self.register_buffer("memory", normalize(torch.randn(rows, dim)))  # M [R, C]
+        self.register_buffer("memory", normalize(torch.randn(memory_size, dim)))  # M [R, C]
         # index of each entry's image in the training set; -1 while the entry is random
-        self.register_buffer("memory_index", torch.full((rows,), -1))
+        self.register_buffer("memory_index", torch.full((memory_size,), -1))
         self.register_buffer("memory_ptr", torch.zeros(1, dtype=torch.long))
 
     def forward(
@@ -107,7 +114,7 @@ class FNC(MovingAverage):
         """
         z = torch.stack([normalize(self.encoder_q(view)) for view in views])  # [V, B, C]
         keys = z
-        if self.rows:
+        if self.memory_size:
             with torch.no_grad():
                 keys = torch.stack([normalize(self.encoder_k(view)) for view in views])
         with torch.autocast(z.device.type, enabled=False):
@@ -116,8 +123,8 @@ class FNC(MovingAverage):
     def contrast(self, z: Tensor, keys: Tensor, index: Tensor) -> tuple[Tensor, dict[str, Metric]]:
         """Return the loss of this rank's anchors against the memory or joint batch, and metrics.
 
-        The metric `acc1` is the fraction of views that are nearer to the other views of their image
-        than to any negative. `fn_found` is the mean number of false negatives of an image.
+        The metric `acc1` is the fraction of pairs of views of an image that are more similar than
+        the anchor and any negative. `fn_found` is the mean number of false negatives of an image.
         `fn_precision`, a sum and a count, is the fraction of them that have the image's class.
 
         Args:
@@ -128,17 +135,17 @@ class FNC(MovingAverage):
         V, B, _ = z.shape
         bank, images, entries = self.bank(keys, index)
         own = entries.view(V, -1)[:, distributed.rank() * B :][:, :B]
-        found = find(bank.detach(), own, self.how, self.chunk)
+        found = find_false_negatives(bank.detach(), own, self.cancellation, self.chunk)
         loss, nearest, hardness = cancelled_nt_xent(
-            z, bank, own, found, self.how.mode, self.T, self.chunk
+            z, bank, own, found, self.cancellation.mode, self.T, self.chunk
         )
         metrics: dict[str, Metric] = {
             "acc1": nearest,
             **feature_statistics(z[0], (z[0] * keys[1]).sum(1)),
             "hardness": hardness,
         }
-        if self.how.mode != "off":
-            metrics["fn_found"] = found.mask.sum(1).to(devices.widest(z.device)).mean()
+        if self.cancellation.mode != "off":
+            metrics["fn_found"] = found.mask.sum(1).to(devices.widest_float(z.device)).mean()
             if self.labels is not None:
                 whose = images[found.indices]  # -1 for entries that are still random
                 # the image itself may be in the memory, from the last epoch
@@ -148,20 +155,20 @@ class FNC(MovingAverage):
         return loss, metrics
 
     def bank(self, keys: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Add all ranks' keys to the memory; return what the anchors are compared with.
+        """Add all ranks' keys to the memory; return the entries to compare anchors with.
 
         Args:
             keys: normalized features of this rank, [V, B, C].
             index: index of each image in the training set, [B].
 
         Returns:
-            The features of the memory or joint batch [R, C]; the index of each one's image [R]; and
-            the entry of each key [V W B], view by view, each in the order of the joint batch.
+            The features of the memory or joint batch [R, C]; the index of each entry's image [R];
+            and the entry of each key [V W B], view by view, each in the order of the joint batch.
         """
         latest = distributed.all_gather_with_gradient(keys.transpose(0, 1).contiguous())
         latest = latest.transpose(0, 1).flatten(0, 1)
         images = distributed.all_gather(index).repeat(len(keys))
-        if not self.rows:
+        if not self.memory_size:
             return latest, images, torch.arange(len(latest), device=latest.device)
         entries = enqueue(self.memory, self.memory_ptr, latest)
         self.memory_index[entries] = images
@@ -169,5 +176,5 @@ class FNC(MovingAverage):
 
     def after_step(self) -> None:
         """Update the moving average of the encoder, if there is a memory."""
-        if self.rows:
+        if self.memory_size:
             super().after_step()

@@ -1,7 +1,8 @@
 """MoBY (Xie et al., arXiv 2105.04553), SynCo-v2 and the sections of their script.
 
-An online encoder, a projector and a predictor train. The target encoder and projector are their
-moving averages, whose momentum rises to 1. `create_method` also makes BYOL (arXiv 2006.07733).
+An online encoder, a projector and a predictor are trained. The target encoder and projector are
+moving averages of the online ones, with a momentum that rises to 1. `create_method` also makes BYOL
+(arXiv 2006.07733).
 """
 
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from moco import distributed
 from moco.builder.base import OnlineAndTarget, enqueue
 from moco.builder.byol import BYOL
-from moco.builder.synco import SyntheticNegatives, configured
+from moco.builder.synco import SyntheticNegatives, synthetic_config
 from moco.encoder import networks, timm_networks
 from moco.errors import InputError
 from moco.loss.contrastive import bank_info_nce, contrast_accuracy, feature_statistics, normalize
@@ -37,21 +38,21 @@ class Networks:
     TITLE: ClassVar[str] = "online and target network"
     moco_m: float | None = option(
         None,
-        "momentum of the target at the first step; 1 at the last",
+        "momentum of the target at the first step; it rises to 1 at the last",
         range=AVERAGE,
-        unset="the method's own",
+        unset="see --method",
     )
     online_drop_path: float | None = option(
         None,
         "stochastic depth of the online encoder",
         range="[0, 1)",
         metavar="P",
-        unset="0.2 of the ViTs and Swins by short name, else 0",
+        unset="0.2 for a ViT or Swin with a short name, else 0",
     )
     target_drop_path: float = option(
         0.0, "stochastic depth of the target encoder", range="[0, 1)", metavar="P"
     )
-    stop_grad_conv1: bool = option(False, "keep the patch projection as it begins")
+    stop_grad_conv1: bool = option(False, "do not train the patch projection")
     proj_layers: int = option(2, "linear layers of the projector", range=LAYERS)
     pred_layers: int = option(2, "linear layers of the predictor", range=LAYERS)
     mlp_dim: int = option(4096, "hidden width of projector and predictor", range=WIDTH)
@@ -60,7 +61,7 @@ class Networks:
 
 @dataclass(frozen=True)
 class Contrast:
-    """The negatives of MoBY and SynCo-v2."""
+    """The queues of negatives, and the temperature, of MoBY and SynCo-v2."""
 
     TITLE: ClassVar[str] = "contrast (moby, synco)"
     queue: int = option(4096, "entries in each view's queue", range=ENTRIES, metavar="K")
@@ -76,7 +77,7 @@ class Synthetics(SyntheticNegatives):
         30, "first epoch with synthetic negatives", range=NATURAL, metavar="EPOCH"
     )
     synthetic_last: int = option(
-        100, "first epoch without them again", range=NATURAL, metavar="EPOCH"
+        100, "first epoch without them after that", range=NATURAL, metavar="EPOCH"
     )
 
 
@@ -93,7 +94,7 @@ class MoBY(OnlineAndTarget):
         T: softmax temperature.
         config: config of the synthetic negatives.
         first: first epoch with synthetic negatives.
-        last: first epoch without them again.
+        last: first epoch without them after that.
     """
 
     def __init__(
@@ -206,7 +207,7 @@ def create_method(
     contrast: Contrast,
     synthetic: Synthetics,
 ) -> OnlineAndTarget:
-    """Return the model that a run trains.
+    """Return a new model of `method`.
 
     Args:
         method: moby, synco or byol.
@@ -233,18 +234,18 @@ def create_method(
         return BYOL(*parts)
     more = {"dim": dim, "K": contrast.queue, "T": contrast.moco_t}
     if method == "synco":
-        more |= {"config": configured(synthetic, contrast.queue, "--queue")}
+        more |= {"config": synthetic_config(synthetic, contrast.queue, "--queue")}
         more |= {"first": synthetic.synthetic_first, "last": synthetic.synthetic_last}
     return MoBY(*parts, **more)
 
 
 def synthetic_notes(synthetic: Synthetics, contrast: Contrast, epochs: int) -> list[str]:
-    """Return lines that say in which of a run's `epochs` there are synthetic negatives."""
-    total = configured(synthetic, contrast.queue, "--queue").total
+    """Return lines to print: in which of a run's `epochs` there are synthetic negatives."""
+    total = synthetic_config(synthetic, contrast.queue, "--queue").total
     first, last = synthetic.synthetic_first, synthetic.synthetic_last
     lines = [
         f"{total} synthetic negatives per query from epoch {first} on "
-        f"(--synthetic-first), without them from {last} on (--synthetic-last)"
+        f"(--synthetic-first), none from epoch {last} on (--synthetic-last)"
     ]
     if first >= epochs:
         lines.append(
@@ -257,7 +258,7 @@ def synthetic_notes(synthetic: Synthetics, contrast: Contrast, epochs: int) -> l
 def check_synthetic(synthetic: Synthetics, contrast: Contrast) -> None:
     """Raise InputError if SynCo-v2 would have no synthetic negatives, or too small a queue."""
     first, last = synthetic.synthetic_first, synthetic.synthetic_last
-    if not configured(synthetic, contrast.queue, "--queue").total:
+    if not synthetic_config(synthetic, contrast.queue, "--queue").total:
         raise InputError("--method synco: --n1 to --n6 are all 0; give some, or --method moby")
     if first >= last:
         raise InputError(f"--synthetic-first {first}: must be below --synthetic-last {last}")

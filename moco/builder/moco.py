@@ -1,6 +1,6 @@
 """MoCo: a momentum encoder, shuffled BN and a queue of keys (He et al., arXiv 1911.05722).
 
-Version 2 (arXiv 2003.04297) changes the head, the views, the temperature and the schedule only.
+Version 2 (arXiv 2003.04297) only changes the head, the views, the temperature and the schedule.
 """
 
 from collections.abc import Callable, Sequence

@@ -1,6 +1,6 @@
 """SimCLR (Chen et al., arXiv 2002.05709) and SogCLR (Yuan et al., arXiv 2202.12387).
 
-Both have one encoder, and take the other images of the batch as negatives.
+Both have one encoder. The negatives are the other images of the batch.
 """
 
 from collections.abc import Callable, Sequence
@@ -45,7 +45,7 @@ class SogCLR(Method):
 
     @property
     def encoder(self) -> nn.Module:
-        """Return the encoder that the evaluations judge."""
+        """Return the encoder to evaluate."""
         return self.base_encoder
 
     def forward(

@@ -20,7 +20,7 @@ class SynCo(MoCo):
 
     Args:
         config: config of the synthetic negatives; with all counts 0 this is MoCo.
-        warmup_epochs: number of first epochs without synthetic negatives.
+        warmup_epochs: number of epochs before the first synthetic negatives.
         moco: the arguments of `MoCo`.
     """
 
@@ -42,7 +42,7 @@ class SynCo(MoCo):
         return hard, synthetic.mix(q, self.queue, similarity, hard, self.config, draws)
 
 
-_HARD = option(0, "hardest queue entries, of which they are made", range=NATURAL)
+_HARD = option(0, "number of hardest queue entries to make synthetic negatives from", range=NATURAL)
 _COUNTS = {
     f"n{i}": option(0, f"{one.name} negatives per query", range=NATURAL)
     for i, one in enumerate(synthetic.TYPES, 1)
@@ -53,7 +53,7 @@ _SIZES = {
     "eta": option(0.01, "size of the adversarial step", range=SIZE),
 }
 
-# the settings of the synthetic negatives: a count for each type of `synthetic.TYPES`, and the sizes
+# settings of the synthetic negatives: n_hard, a count for each of `synthetic.TYPES`, and the sizes
 SyntheticNegatives = make_dataclass(
     "SyntheticNegatives",
     [
@@ -67,15 +67,15 @@ SyntheticNegatives = make_dataclass(
 COUNTS = tuple(_COUNTS)  # n1, n2, ...
 
 
-def configured(section: SyntheticNegatives, entries: int, option: str) -> synthetic.Synthetic:
+def synthetic_config(section: SyntheticNegatives, entries: int, option: str) -> synthetic.Synthetic:
     """Return the config of the synthetic negatives.
 
     Args:
         section: the settings.
-        entries: number of the queue's entries.
-        option: name of the option that sets this number, for error messages.
+        entries: number of entries in the queue.
+        option: name of the option that sets `entries`, for error messages.
 
-    Raises InputError if the queue is too small, or if no hard entries are given.
+    Raises InputError if `n_hard` is larger than the queue, or 0 although there are negatives.
     """
     counts = tuple(getattr(section, name) for name in COUNTS)
     if section.n_hard > entries:
@@ -85,7 +85,7 @@ def configured(section: SyntheticNegatives, entries: int, option: str) -> synthe
         )
     if any(counts) and not section.n_hard:
         raise InputError(
-            "synthetic negatives are made of the hardest queue entries: "
+            "synthetic negatives are made from the hardest queue entries: "
             "give --n-hard, as in --n-hard 1024"
         )
     return synthetic.Synthetic(section.n_hard, counts, section.sigma, section.delta, section.eta)

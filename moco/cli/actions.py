@@ -27,18 +27,19 @@ TRUE_OR_FALSE = ("true", "false")
 class Switch(argparse.BooleanOptionalAction):
     """An option that is given as --name, --no-name, --name 1 or --name 0.
 
-    The papers' scripts have both forms.
+    The papers' scripts use both forms.
 
     Args:
-        most: the largest number that the option takes; 1 for true and false only.
+        max_level: the largest number that the option accepts; 1 for true and false only.
     """
 
-    def __init__(self, *args, most: int = 1, **more):
+    def __init__(self, *args, max_level: int = 1, **more):
         super().__init__(*args, **more)
-        self.nargs, self.most, self.metavar = "?", most, "|".join(map(str, range(most + 1)))
+        self.nargs, self.max_level = "?", max_level
+        self.metavar = "|".join(map(str, range(max_level + 1)))
 
     def __call__(self, parser, namespace, values, option_string=None):  # noqa: ARG002
-        """Set the switch to the value given after it, or else by its name."""
+        """Set the switch to the value given after it; without a value, --name is 1, --no-name 0."""
         negated = option_string.startswith("--no-")
         if negated and values is not None:
             raise argparse.ArgumentError(self, f"{option_string} takes no value")
@@ -48,13 +49,13 @@ class Switch(argparse.BooleanOptionalAction):
             raise argparse.ArgumentError(self, str(error)) from None
 
     def level(self, value: object) -> bool | int:
-        """Return the value of a word or YAML value. Raises ValueError if the switch lacks it."""
+        """Convert a word or YAML value. Raises ValueError if the switch does not accept it."""
         word = str(value).lower()
         if word in TRUE_OR_FALSE:
             return word == "true"
         if word not in self.metavar.split("|"):
             raise ValueError(f"{short(repr(value))} is not one of {self.metavar}, true or false")
-        return int(word) if self.most > 1 else word == "1"
+        return int(word) if self.max_level > 1 else word == "1"
 
 
 def is_number(text: str) -> bool:
@@ -67,12 +68,12 @@ def is_number(text: str) -> bool:
 
 
 def convert(action: argparse.Action, value: object, where: str) -> object:
-    """Return a YAML value as the option would return it.
+    """Convert a YAML value as if it were given on the command line.
 
     Args:
         action: the option.
         value: a value, or a list of them; None stands for the option's default.
-        where: the file and key, which begin an error message.
+        where: the file and key, with which error messages begin.
 
     Raises InputError if the option does not take the value.
     """
@@ -89,15 +90,15 @@ def convert(action: argparse.Action, value: object, where: str) -> object:
     if word in (action.choices or ()):  # YAML reads off as false, and on as true
         value = word
     is_flag = action.nargs == 0
-    many = action.nargs in ("*", "+") or (isinstance(action.nargs, int) and action.nargs > 0)
+    is_list = action.nargs in ("*", "+") or (isinstance(action.nargs, int) and action.nargs > 0)
     if action.nargs == "+" and not isinstance(value, (list, bool)):
         value = [value]  # a single value need not be written as a list
-    if is_flag != isinstance(value, bool) or many != isinstance(value, list):
-        expected = "true or false" if is_flag else "a list" if many else "one value"
+    if is_flag != isinstance(value, bool) or is_list != isinstance(value, list):
+        expected = "true or false" if is_flag else "a list" if is_list else "one value"
         raise InputError(f"{where}: {short(repr(value))} is not {expected}")
     if is_flag:
         return value
-    if many and isinstance(action.nargs, int) and len(value) != action.nargs:
+    if is_list and isinstance(action.nargs, int) and len(value) != action.nargs:
         raise InputError(f"{where}: {short(repr(value))} is not a list of {action.nargs}")
 
     def one(item: object) -> object:
@@ -115,4 +116,4 @@ def convert(action: argparse.Action, value: object, where: str) -> object:
             )
         return item
 
-    return [one(item) for item in value] if many else one(value)
+    return [one(item) for item in value] if is_list else one(value)

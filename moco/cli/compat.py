@@ -1,12 +1,12 @@
-"""Tables of other repositories' options: what to use here instead.
+"""Tables of other repositories' options, and of the options to use here instead.
 
-The options are those of the scripts of MoCo (v1 to v3), SynCo, AdCo, SogCLR, SimCLR, FNC, MoBY,
-DINO, MAE, SwAV, solo-learn and Lightly. Names have no leading dashes, and `-` for `_`.
+They cover the scripts of MoCo (v1 to v3), SynCo, AdCo, SogCLR, SimCLR, FNC, MoBY, DINO, MAE, SwAV,
+solo-learn and Lightly. Names have no leading dashes, and `-` for `_`.
 """
 
 from collections.abc import Collection
 
-# settings of Swin-style scripts, which they take after --opts, and the options here
+# settings that Swin-style scripts take after --opts, and the options to use here
 SWIN_OPTS = {
     "DATA.DATASET": "--dataset {}",
     "DATA.DATA_PATH": "--data {}",
@@ -18,7 +18,7 @@ SWIN_OPTS = {
     "MODEL.TYPE": "--method {}",
     "MODEL.RESUME": "--resume {}",
     "TRAIN.EPOCHS": "--epochs {}",
-    # scaled by batch / 512 there, by batch / 256 here
+    # Swin-style scripts scale it by batch / 512, this project by batch / 256
     "TRAIN.BASE_LR": "--lr {half} --learning-rate-scaling linear",
     "TRAIN.WEIGHT_DECAY": "--wd {}",
     "TRAIN.WARMUP_EPOCHS": "--lr-warmup-epochs {}",
@@ -28,15 +28,15 @@ SWIN_OPTS = {
     "SEED": "--seed {}",
 }
 
-# other names of the same options, which the scripts also accept
-SAME = {
+# other names of the same options; the scripts also accept them
+ALIASES = {
     "num-workers": "workers",
     "output-dir": "save-dir",
     "max-epochs": "epochs",
     "accum-iter": "accumulation-steps",
 }
 
-# other names, and similar options here: the first one that the script has is suggested
+# other names, and similar options here; the first one that the script has is suggested
 _SIMILAR = {
     "out-dim output-dim feat-dim proj-output-dim": "moco-dim dim proj-out-dim",
     "proj-dim low-dim nce-dim": "moco-dim dim proj-out-dim",
@@ -76,7 +76,7 @@ _RATE = "use --cos, or --schedule EPOCH ..."
 _VIEWS = "views are recipes: use --recipe, --crop-min, --randaugment"
 _METHOD = "no counterpart here: it belongs to another method; leave it out"
 _LOG = "no counterpart here: log.jsonl and TensorBoard events are in the run folder; leave it out"
-_SAID = {
+_ADVICE = {
     "wandb use-wandb wandb-project project entity offline neptune comet mlflow": _LOG,
     "tb-path tb-dir log-dir tensorboard": (
         "TensorBoard events are in the run folder: use --save-dir DIR"
@@ -123,7 +123,7 @@ _SAID = {
 }
 
 
-def instead(name: str, options: Collection[str]) -> str | None:
+def replacement(name: str, options: Collection[str]) -> str | None:
     """Return advice on another repository's option; None if the tables lack it.
 
     Args:
@@ -135,17 +135,17 @@ def instead(name: str, options: Collection[str]) -> str | None:
             for option in similar.split():
                 if f"--{option}" in options:
                     return f"use --{option}"
-    return next((said for names, said in _SAID.items() if name in names.split()), None)
+    return next((advice for names, advice in _ADVICE.items() if name in names.split()), None)
 
 
-# options of FNC's own script: names of options here, and what to use instead of the others
-FNC_SAME = {
+# options of FNC's own script that have another name here, and advice on the others
+FNC_ALIASES = {
     "train-batch-size": "batch-size",
     "train-epochs": "epochs",
     "warmup-epochs": "lr-warmup-epochs",
 }
 _ONE_JOB = "this script pre-trains; main_lincls.py probes, main_semisup.py fine-tunes"
-FNC_ELSEWHERE = {
+FNC_REPLACEMENTS = {
     **dict.fromkeys(
         "data-dir dataset cache-dataset".split(),
         "give the data folder as DIR, on a disk; buckets are not read",
@@ -162,7 +162,7 @@ FNC_ELSEWHERE = {
     **dict.fromkeys(
         "resnet-depth width-multiplier sk-ratio se-ratio".split(), "use -a, as in -a resnet50"
     ),
-    **dict.fromkeys("global-bn hidden-norm".split(), "it is always so; leave it out"),
+    **dict.fromkeys("global-bn hidden-norm".split(), "this is always on; leave it out"),
     "proj-head-mode": "use --num-proj-layers",
     "train-steps": "use --epochs",
     **dict.fromkeys(

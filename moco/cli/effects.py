@@ -1,4 +1,4 @@
-"""A parser that refuses, or reports, options that have no effect in combination with others."""
+"""A parser that refuses or reports options that have no effect in combination with others."""
 
 import argparse
 import re
@@ -15,7 +15,7 @@ OFF = (None, False, 0, [])  # values of an option that is switched off
 
 
 class Rule(NamedTuple):
-    """A rule: when options have an effect; see `ParserOfEffects.has_effect`."""
+    """A rule that says when options have an effect; see `EffectsParser.has_effect`."""
 
     options: tuple[str, ...]  # attribute names
     when: Callable[[Options], object]
@@ -23,12 +23,12 @@ class Rule(NamedTuple):
     refuse: bool
 
 
-class ParserOfEffects(OneLineParser):
-    """A parser that refuses, or reports, options without effect.
+class EffectsParser(OneLineParser):
+    """A parser that refuses or reports options without effect.
 
     Attributes:
         given: the options given on the command line.
-        recipe: the values that --cfg gives.
+        recipe: the options given by --cfg.
         own: the script's defaults.
     """
 
@@ -48,17 +48,17 @@ class ParserOfEffects(OneLineParser):
         Args:
             options: attribute names of the options, separated by spaces.
             when: called with all settings as attributes, after the script has completed them.
-            why: the reason and what to do; printed after "--option has no effect: ".
+            why: the reason, and what to do; printed after "--option has no effect: ".
             refuse: whether an option without effect is an error, if it is given on the command line
                 and differs from its default. Otherwise it is only reported.
         """
         self.rules.append(Rule(tuple(options.split()), when, why, refuse))
 
     def without_effect(self, config: Config) -> list[str]:
-        """Return a line for each rule by which given options have no effect.
+        """Return a line for each rule according to which given options have no effect.
 
-        Options that are off or 0 are left out. Values of --cfg are only reported, never refused;
-        those equal to the default are left out.
+        Options that are off or 0 are left out. Options of --cfg are only reported, never refused,
+        and left out if they equal the default.
 
         Args:
             config: the completed settings of the last `parse`.
@@ -91,7 +91,7 @@ class ParserOfEffects(OneLineParser):
         return noted
 
     def _of_recipe(self, dest: str) -> bool:
-        """Return whether --cfg sets this option to another value than the script's default."""
+        """Return whether --cfg sets this option to a value other than the script's default."""
         return self.recipe.get(dest) not in (*OFF, self.own.get(dest))
 
     def _name(self, dest: str) -> str:

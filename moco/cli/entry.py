@@ -1,8 +1,8 @@
 """Start a script: parse and complete its settings, launch its processes, print its errors.
 
-Every script defines `parser()`, which declares its options, `complete(config)`, which validates
-the settings and fills in those that depend on others, and `worker(config, device)`, which runs in
-every process.
+Every script defines three functions. `parser()` declares its options. `complete(config)` validates
+the settings and fills in those that depend on others. `worker(config, device)` runs in every
+process.
 """
 
 import functools
@@ -28,8 +28,8 @@ Complete = Callable[[AnyConfig], AnyConfig]
 def main(parser: Parser, complete: Complete, worker: launch.Worker) -> None:
     """Run `worker(config, device)` in every process of the run.
 
-    Prints an InputError as one line on stderr, and exits with status 2. A run that was stopped by a
-    signal, and has saved, exits with status 75. A run that has lost a process exits with status 1.
+    Prints an InputError as one line on stderr, and exits with status 2. A run that has saved after
+    a signal exits with status 75. A run that has lost a process exits with status 1.
 
     Args:
         parser: the script's options.
@@ -65,7 +65,7 @@ def main(parser: Parser, complete: Complete, worker: launch.Worker) -> None:
 
 def _completed(parser: Parser, complete: Complete) -> tuple[AnyConfig, bool]:
     """Return the completed settings, and whether the run continues an earlier one."""
-    config = precision.choose(parser.parse())
+    config = precision.disable_slow_amp(parser.parse())
     if config.network.arch:
         check_arch(config.network.arch)
     if config.views.recipe:
@@ -73,14 +73,14 @@ def _completed(parser: Parser, complete: Complete) -> tuple[AnyConfig, bool]:
     run = config.run
     own_test = config.only_tests and run.output
     in_output = own_test and run.save_dir == str(folders.output_folder(config))
-    config, continues = resume.start(config)
+    config, continues = resume.resolve(config)
     if not config.EVALUATES:
         config = resume.inherit(config)
     config = complete(config)
-    if in_output:  # the classifier's settings, which name the folder, are known only now
+    if in_output:  # the folder's name depends on the classifier's settings, which are known now
         config = replaced(config, save_dir=str(folders.output_folder(config)))
     if config.views.recipe:
-        recipes.of(config.views)
+        recipes.from_settings(config.views)
     return config, continues
 
 
@@ -88,7 +88,7 @@ def _with_defaults(config: AnyConfig) -> AnyConfig:
     """Return `config` with a number of loader processes and a run folder, unless they are given."""
     workers = config.input.workers
     if workers is None:
-        workers = processes.workers(processes.plan(config.launch), config.input)
+        workers = processes.default_workers(processes.plan(config.launch), config.input)
     unnamed = f"runs/{config.run.script}-{config.network.arch}-%Y%m%d-%H%M%S"
     save_dir = config.run.save_dir or time.strftime(unnamed)
     return replaced(config, workers=workers, save_dir=save_dir)

@@ -8,7 +8,7 @@ from moco.engine import checkpoint
 from moco.errors import InputError
 
 
-def of_output(config: AnyConfig) -> AnyConfig:
+def resolve_output(config: AnyConfig) -> AnyConfig:
     """Return `config` with the run folder that --output and --tag name.
 
     An evaluation also gets the last checkpoint of that run, unless another checkpoint is given.
@@ -18,11 +18,11 @@ def of_output(config: AnyConfig) -> AnyConfig:
     reads = "pretrained" in settings
     given = any(settings.get(name) for name in ("pretrained", "load_features", "evaluate"))
     if reads and not given:
-        saved = checkpoint.found(run)
+        saved = checkpoint.list_checkpoints(run)
         if not saved:
             raise InputError(
-                f"no checkpoint_*.pth.tar in {run}: "
-                "--output and --tag name no run that has saved one"
+                f"no checkpoint_*.pth.tar in {run}; "
+                "give the --output and --tag of a run that has saved a checkpoint"
             )
         config = replaced(config, pretrained=str(saved[0]))
     return replaced(config, save_dir=config.run.save_dir or str(output_folder(config)))
@@ -31,7 +31,7 @@ def of_output(config: AnyConfig) -> AnyConfig:
 def output_folder(config: Config) -> Path:
     """Return the run folder that --output and --tag name.
 
-    An evaluation has its own folder inside that of the run, named by its data set and protocol.
+    An evaluation has its own folder inside the run folder, named after its data set and protocol.
     """
     folder, settings = _run_of_output(config), flat(config)
     if "pretrained" not in settings:
@@ -50,7 +50,7 @@ def _run_of_output(config: Config) -> Path:
 def check_writable(folder: str) -> None:
     """Raise InputError unless the run folder can be created and written to.
 
-    Called before the run, so that hours of training are not lost.
+    Call it before the run, so that hours of training are not lost.
     """
     if folder != folder.encode(errors="replace").decode():
         raise InputError(
@@ -62,6 +62,6 @@ def check_writable(folder: str) -> None:
         if os.path.lexists(place)
     )
     if not there.is_dir():
-        raise InputError(f"--save-dir {folder}: {there} is no folder; choose another place")
+        raise InputError(f"--save-dir {folder}: {there} is not a folder; choose another one")
     if not os.access(there, os.W_OK | os.X_OK):
-        raise InputError(f"--save-dir {folder}: {there} is read-only; choose another place")
+        raise InputError(f"--save-dir {folder}: {there} is read-only; choose another folder")

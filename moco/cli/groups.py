@@ -24,7 +24,7 @@ _CONVERTERS = {
 
 
 def add_groups(parser: argparse.ArgumentParser, config: Config) -> None:
-    """Add a group of options for each section of `config`; the config's values are the defaults."""
+    """Add a group of options for each section of `config`. The values in `config` are defaults."""
     texts = _texts(config)
     for _, section in sections(config):
         group = parser.add_argument_group(section.TITLE)
@@ -41,7 +41,7 @@ def add_groups(parser: argparse.ArgumentParser, config: Config) -> None:
 def _texts(config: Config) -> dict[str, object]:
     """Return the text of each placeholder in help texts."""
     each = config.input.batch_is_per_process
-    transformers = ", ".join(timm_networks.SHORT) + ", any other network of timm's, "
+    transformers = ", ".join(timm_networks.SHORT) + ", any other timm network, "
     return {
         "of": "of each process" if each else "of this node, split over its processes",
         "cores": processes.cores(),
@@ -72,19 +72,19 @@ def _add(
         "default": list(default) if isinstance(default, tuple) else default,
         "help": argparse.SUPPRESS if option.hidden else text,
     }
-    kind = value_type(annotation)
-    if kind is bool and not option.switch:
+    type_ = value_type(annotation)
+    if type_ is bool and not option.switch:
         group.add_argument(*names, action="store_true", **more)
         return
-    if kind is bool or option.levels > 1:
-        group.add_argument(*names, action=Switch, most=option.levels, **more)
+    if type_ is bool or option.max_level > 1:
+        group.add_argument(*names, action=Switch, max_level=option.max_level, **more)
         return
     if name in _CONVERTERS:
         more["type"] = _CONVERTERS[name]
     elif option.range:
-        more["type"] = values.in_range(kind, option.range)
-    elif kind is not str:
-        more["type"] = kind
+        more["type"] = values.in_range(type_, option.range)
+    elif type_ is not str:
+        more["type"] = type_
     for key in ("choices", "metavar", "nargs"):
         if value := getattr(option, key):
             more[key] = value
@@ -92,7 +92,7 @@ def _add(
 
 
 def value_type(annotation: Any) -> type:
-    """Return the type of a single value: for example float, if given `tuple[float, ...] | None`."""
+    """Return the type of a single value, such as float for `tuple[float, ...] | None`."""
     if isinstance(annotation, types.UnionType):
         annotation = next(one for one in typing.get_args(annotation) if one is not type(None))
     if typing.get_origin(annotation) is tuple:

@@ -11,13 +11,14 @@ from typing import NoReturn
 from moco.cli import compat, folders, rules
 from moco.cli.actions import TRUE_OR_FALSE, Help, Switch, convert, is_number
 from moco.cli.compat import SWIN_OPTS
-from moco.cli.effects import Options, ParserOfEffects, Values
+from moco.cli.effects import EffectsParser, Options, Values
 from moco.cli.groups import add_groups
 from moco.config import Config, replaced
 from moco.errors import InputError, unknown
 from moco.files import read_yaml, refuse_remote
 
-# keys of a YAML file that are not options: args.yaml holds all, a recipe may name its lincls recipe
+# keys of a YAML file that are not options of any script. Those of args.yaml are settings without an
+# option; `lincls`, in a recipe, names the recipe of the linear probe.
 _NOT_OPTIONS = set(
     "cfg script method encoder-method pretrain-epochs views nodes batch-per-process "
     "batch-is-per-process lincls".split()
@@ -26,41 +27,43 @@ MOST_LINES = 20  # lines about the unknown keys of one file
 _UNSET = object()
 
 
-class Parser(ParserOfEffects):
+class Parser(EffectsParser):
     """The parser of a script's options. In the names of options, `-` and `_` are the same.
 
     Args:
         description: the script's docstring, which --help shows.
         config: the script's default settings; their fields are its options.
-        elsewhere: options of a published script that this one lacks, without dashes, and what to
-            use instead.
+        replacements: advice by option, for options of a published script that this one lacks.
+            Names have no leading dashes.
     """
 
-    def __init__(self, description: str, config: Config, elsewhere: dict[str, str] | None = None):
+    def __init__(
+        self, description: str, config: Config, replacements: dict[str, str] | None = None
+    ):
         super().__init__(description=description, formatter_class=Help, allow_abbrev=False)
-        self.config, self.elsewhere = config, elsewhere or {}
+        self.config, self.replacements = config, replacements or {}
         add_groups(self, config)
-        two = "--save-dir names the run folder (and --pretrained the checkpoint); leave it out"
-        self.has_effect("output tag", self._reads_output, two)
-        for declare in rules.of_sections(config):
+        unread = "--save-dir names the run folder (and --pretrained the checkpoint); leave it out"
+        self.has_effect("output tag", self._reads_output, unread)
+        for declare in rules.section_rules(config):
             declare(self)
 
-    def also_named(self, names: dict[str, str]) -> None:
+    def add_aliases(self, names: dict[str, str]) -> None:
         """Add further names for options.
 
         Args:
-            names: the option for each further name, both without dashes.
+            names: the option for each further name, both without leading dashes.
         """
         actions = {name: action for action in self._actions for name in action.option_strings}
         for published, ours in names.items():
             mine = actions[f"--{ours}"]
-            kind = {"type": mine.type} if mine.nargs != 0 else {"action": "store_true"}
+            conversion = {"type": mine.type} if mine.nargs != 0 else {"action": "store_true"}
             self.add_argument(
                 f"--{published}",
                 dest=mine.dest,
                 default=mine.default,
                 help=argparse.SUPPRESS,
-                **kind,
+                **conversion,
             )
 
     def refuse(self, error: InputError) -> NoReturn:
@@ -73,7 +76,7 @@ class Parser(ParserOfEffects):
         super().refuse(error)
 
     def _reads_output(self, args: Options) -> bool:
-        """Return whether --output names the run folder, or the checkpoint of an evaluation."""
+        """Return whether --output determines the run folder, or the checkpoint to evaluate."""
         finds = hasattr(args, "pretrained") and "pretrained" not in self.given
         return finds or "save_dir" not in self.given
 
@@ -83,13 +86,13 @@ class Parser(ParserOfEffects):
         Args:
             argv: words of the command line; by default those of this process.
 
-        Raises InputError for an unknown option, a value that does not fit, or a wrong YAML file.
+        Raises InputError for an unknown option, an invalid value, or an invalid YAML file.
         """
         names = self.names()
-        self.also_named(
+        self.add_aliases(
             {
                 name: ours
-                for name, ours in compat.SAME.items()
+                for name, ours in compat.ALIASES.items()
                 if f"--{name}" not in names and f"--{ours}" in names
             }
         )
@@ -129,11 +132,11 @@ class Parser(ParserOfEffects):
         args.script = self._script()
         if args.tag and not args.output:
             raise InputError(
-                f"--tag {args.tag}: names a folder in that of --output; "
-                "give --output DIR, or --save-dir"
+                f"--tag {args.tag}: needs --output DIR, the folder that contains the tag; "
+                "give --output, or use --save-dir"
             )
         config = replaced(self.config, **vars(args))
-        return folders.of_output(config) if args.output else config
+        return folders.resolve_output(config) if args.output else config
 
     def _refuse_remote(self, args: Options) -> None:
         """Raise InputError if a path is a URL."""
@@ -166,7 +169,7 @@ class Parser(ParserOfEffects):
             if any(meant.values())
             else "leave it out"
         )
-        no = f"; here is nothing like {', '.join(strange)}" if strange else ""
+        no = f"; no option corresponds to {', '.join(strange)}" if strange else ""
         raise InputError(f"--opts: each setting is an option of its own; {spelled}{no}")
 
     def _option(self, key: str, value: str) -> str | None:
@@ -183,7 +186,7 @@ class Parser(ParserOfEffects):
         return form.format(value)
 
     def unknown(
-        self, names: Iterable[str], kind: str = "option", known: Iterable[str] = ()
+        self, names: Iterable[str], noun: str = "option", known: Iterable[str] = ()
     ) -> list[str]:
         """Return an error line for each unknown name.
 
@@ -191,7 +194,7 @@ class Parser(ParserOfEffects):
 
         Args:
             names: the unknown names.
-            kind: "option", or "key" of a YAML file.
+            noun: "option", or "key" of a YAML file.
             known: the names to suggest; by default those of this parser's options.
         """
         known = list(known) or self.names()
@@ -200,10 +203,11 @@ class Parser(ParserOfEffects):
             bare = name.lstrip("-").replace("_", "-").lower()
             others = (bare, bare.removeprefix("no-"), bare.removeprefix("no"))
             found = (
-                self.elsewhere.get(other) or compat.instead(other, self.names()) for other in others
+                self.replacements.get(other) or compat.replacement(other, self.names())
+                for other in others
             )
             instead = next(filter(None, found), None)
-            lines.append(f"{name}: {instead}" if instead else str(unknown(kind, name, known)))
+            lines.append(f"{name}: {instead}" if instead else str(unknown(noun, name, known)))
         return lines
 
     def _canonical(self, token: str) -> str:
@@ -216,7 +220,7 @@ class Parser(ParserOfEffects):
     def _folder_first(self, argv: list[str]) -> list[str]:
         """Return the words with the data folder first.
 
-        In --schedule 120 160 DIR, argparse would read DIR as one more epoch.
+        Otherwise argparse would read DIR in `--schedule 120 160 DIR` as one more epoch.
         """
         switches = {
             name
@@ -250,7 +254,7 @@ class Parser(ParserOfEffects):
             if not name.startswith("--no-")
         }
         actions["data"] = next(action for action in self._actions if action.dest == "data")
-        # an evaluation is given the recipe of a pre-training, which may name the evaluation's own
+        # An evaluation may be given the recipe of a pre-training, which names the probe's recipe.
         if "lincls" in values and "pretrained" in actions:
             if recipe := values.get(self._script()):
                 self._defaults_from(str(Path(path).parent / str(recipe)))
@@ -270,7 +274,7 @@ class Parser(ParserOfEffects):
         for name, key in names.items():
             value = values[key]
             if name in ("resume", "allow-change") and "script" in values:
-                continue  # not settings: they only say how the run was last started
+                continue  # args.yaml: these only say how the run was last started
             if name not in actions:
                 continue
             self.recipe[actions[name].dest] = convert(actions[name], value, f"--cfg {path}: {key}")

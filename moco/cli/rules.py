@@ -1,7 +1,7 @@
 """Declare when the options of the shared sections have no effect.
 
-Each function declares the rules of one section with `ParserOfEffects.has_effect`. A condition
-receives all settings as attributes, and the config itself as `config`.
+Each function declares the rules of one section with `EffectsParser.has_effect`. Its condition gets
+an object that has all settings as attributes, and the config itself as `config`.
 """
 
 from collections.abc import Callable, Iterator
@@ -9,69 +9,71 @@ from collections.abc import Callable, Iterator
 from moco import sections, sections_eval
 from moco.augment import recipes
 from moco.builder.synco import COUNTS, SyntheticNegatives
-from moco.cli.effects import Options, ParserOfEffects
+from moco.cli.effects import EffectsParser, Options
 from moco.config import Config
 from moco.encoder.resnets import ARCHS
 from moco.launch import processes
 from moco.loss.synthetic import TYPES
 
-Declare = Callable[[ParserOfEffects], None]
+Declare = Callable[[EffectsParser], None]
 
 
-def of_sections(config: Config) -> Iterator[Declare]:
+def section_rules(config: Config) -> Iterator[Declare]:
     """Yield the functions that declare the rules of the sections of `config`."""
     for section in vars(config).values():
-        for kind in type(section).__mro__:
-            if kind in _RULES:
-                yield _RULES[kind]
+        for section_type in type(section).__mro__:
+            if section_type in _RULES:
+                yield _RULES[section_type]
 
 
-def _input(parser: ParserOfEffects) -> None:
-    folder = "DIR is a folder of images, used as it is; give --dataset NAME for a data set to fetch"
-    folder += ", or leave it out"
+def _input(parser: EffectsParser) -> None:
+    folder = "image folders are not downloaded; give --dataset NAME for a data set to download, "
+    folder += "or leave it out"
     of_photos = lambda args: args.dataset not in ("imagenet", "photos")  # noqa: E731
     parser.has_effect("download", of_photos, folder)
     only = "it is for folders of ImageNet; leave it out"
     parser.has_effect("data_name", lambda args: args.dataset == "imagenet", only)
-    photos = "the word photos already names the data set; for another one give its folder instead"
+    photos = "the word photos already names the data set; for another one, give its folder instead"
     same = lambda args: args.data != "photos" or parser.given.get("dataset") == "photos"  # noqa: E731
     parser.has_effect("dataset", same, photos)
 
 
-def _views(parser: ParserOfEffects) -> None:
+def _views(parser: EffectsParser) -> None:
     def blurred(args: Options) -> bool:
         # a missing recipe is reported elsewhere
-        return not args.recipe or any(view.blur_p for view in recipes.of(args.config.views))
+        return not args.recipe or any(
+            view.blur_p for view in recipes.from_settings(args.config.views)
+        )
 
     blurs = "the recipe's views are not blurred; leave it out, or give another --recipe"
     parser.has_effect("blur_sigma", blurred, blurs)
 
 
-def _network(parser: ParserOfEffects) -> None:
+def _network(parser: EffectsParser) -> None:
     only = "it is for torchvision's ResNets; leave it out"
     parser.has_effect("stem", lambda args: args.arch in ARCHS, only)
 
 
-def _launch(parser: ParserOfEffects) -> None:
+def _launch(parser: EffectsParser) -> None:
     def plan(args: Options) -> processes.Plan:
         return processes.plan(args.config.launch)
 
     spawned = "it counts the processes that --multiprocessing-distributed starts; "
     spawned += "give both, or neither"
     parser.has_effect("nproc_per_node", lambda args: plan(args).launcher == "spawn", spawned)
-    own = "there are several processes, and each has a GPU of its own; leave it out"
-    parser.has_effect("gpu", lambda args: plan(args).local == 1, own)
-    alone = "this is one process"
+    own = "there are several processes, and each has its own GPU; leave it out"
+    parser.has_effect("gpu", lambda args: plan(args).local_world_size == 1, own)
+    alone = "the run has one process"
     for name in ("dist_url", "dist_backend"):
         parser.has_effect(name, lambda args: plan(args).url, alone, refuse=False)
-    launcher = "the launcher says where processes meet and how many nodes there are"
+    launcher = "the launcher sets the address and the number of nodes"
     counts = lambda args: plan(args).launcher in ("spawn", "single")  # noqa: E731
     parser.has_effect("world_size rank", counts, launcher, refuse=False)
     found = lambda args: plan(args).launcher != "torchrun"  # noqa: E731
     parser.has_effect("dist_url", found, launcher, refuse=False)
 
 
-def _schedule(parser: ParserOfEffects) -> None:
+def _schedule(parser: EffectsParser) -> None:
     def cosine(args: Options) -> bool:
         return args.cos or args.sgdr
 
@@ -83,28 +85,28 @@ def _schedule(parser: ParserOfEffects) -> None:
     parser.has_effect("schedule", lambda args: not cosine(args), follows)
     late = "the run ends before the first of these epochs"
     parser.has_effect("schedule", begins, late, refuse=False)
-    own = "--sgdr is a cosine of its own; give one of them"
+    own = "--sgdr is another cosine schedule; give only one of them"
     parser.has_effect("cos", lambda args: not args.sgdr, own)
     end = "--lr-by epoch-end is for --cos; leave out one of them"
     parser.has_effect("sgdr", lambda args: args.lr_by != "epoch-end", end)
     period = "it is the period of --sgdr; give both, or neither"
     parser.has_effect("sgdr_t0", lambda args: args.sgdr, period)
-    ends = "it is where a cosine ends; give --cos as well, or leave it out"
+    ends = "it is the end of a cosine schedule; give --cos as well, or leave it out"
     parser.has_effect("lr_final", cosine, ends)
     changes = "the learning rate changes at the epochs of --schedule alone; leave it out"
     parser.has_effect("lr_by", lambda args: cosine(args) or args.lr_warmup_epochs, changes)
-    adamw = "adamw has its own; leave it out"
+    adamw = "adamw does not use it; leave it out"
     parser.has_effect("momentum", lambda args: args.optimizer != "adamw", adamw)
     sgd = "it is for --optimizer sgd; leave it out"
     parser.has_effect("nesterov", lambda args: args.optimizer == "sgd", sgd)
 
 
-def _monitor(parser: ParserOfEffects) -> None:
+def _monitor(parser: EffectsParser) -> None:
     off = "the k-NN monitor is off; give --knn-every EPOCHS as well, or leave it out"
     parser.has_effect("knn_k knn_t knn_features", lambda args: args.knn_every, off)
 
 
-def _classifier(parser: ParserOfEffects) -> None:
+def _classifier(parser: EffectsParser) -> None:
     frozen = "--weights freeze trains no block of the network; leave it out"
     parser.has_effect("grad_checkpoint", lambda args: args.weights == "finetune", frozen)
     trains = "epochs optimizer lr lr_backbone lr_classifier learning_rate_scaling wd schedule cos"
@@ -113,12 +115,12 @@ def _classifier(parser: ParserOfEffects) -> None:
     trains += " randaugment blur_sigma zero_init_classifier grad_checkpoint pretrained cache_images"
     only_tests = "--evaluate only tests the classifier of --resume"
     parser.has_effect(trains, lambda args: not args.evaluate, only_tests, refuse=False)
-    last = "a classifier's last checkpoint and its best are kept, and no others; leave it out"
+    last = "only the last and the best checkpoint of a classifier are kept; leave it out"
     parser.has_effect("save_every", lambda args: False, last)
 
 
-def _feature_files(parser: ParserOfEffects) -> None:
-    centre = "this script sees the centre of each image, and trains nothing; leave it out"
+def _feature_files(parser: EffectsParser) -> None:
+    centre = "this script uses centre crops and trains nothing; leave it out"
     views = "recipe crop_min randaugment blur_sigma grad_checkpoint"
     parser.has_effect(views, lambda args: False, centre)
     once = "this script reads each image once; leave it out"
@@ -129,8 +131,8 @@ def _feature_files(parser: ParserOfEffects) -> None:
     parser.has_effect(files, lambda args: not args.load_features, loaded, refuse=False)
 
 
-def _query_and_key(parser: ParserOfEffects) -> None:
-    named = "--recipe names the views; leave it out"
+def _query_and_key(parser: EffectsParser) -> None:
+    named = "--recipe already chooses the views; leave it out"
     follows = lambda args: args.recipe == ("mocov2" if args.aug_plus else "mocov1")  # noqa: E731
     parser.has_effect("aug_plus", follows, named)
     shuffled = "it is for a run of one process, and this run has several; leave it out"
@@ -140,7 +142,7 @@ def _query_and_key(parser: ParserOfEffects) -> None:
     parser.has_effect("bn_splits_query", lambda args: args.bn_splits > 1, one)
 
 
-def _synthetic(parser: ParserOfEffects) -> None:
+def _synthetic(parser: EffectsParser) -> None:
     for count, one in zip(COUNTS, TYPES, strict=True):
         if one.size:
             none = f"there are no {one.name} negatives; give --{count} as well, or leave it out"

@@ -37,7 +37,7 @@ class OneLineParser(argparse.ArgumentParser):
     def parse_intermixed_args(
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> argparse.Namespace:
-        """Return the parsed command line, in which options may stand between arguments."""
+        """Return the parsed command line. Options may stand between positional arguments."""
         return self._all_of(self.parse_known_intermixed_args, args, namespace)
 
     def _all_of(
@@ -64,13 +64,13 @@ class OneLineParser(argparse.ArgumentParser):
     def refuse_empty(self, words: Sequence[str]) -> None:
         """Raise InputError if a word or an option's value is empty.
 
-        A shell variable that is not set often causes this.
+        The usual cause is a shell variable that is not set.
         """
         for before, word in zip(("", *words), words, strict=False):
             if not word.strip() or re.fullmatch(r"--[\w-]+=(\s*|--)", word):
                 option = word if word.strip() else before
                 where = f"after {option}: " if option else ""
-                raise InputError(f"{where}an empty value; is a variable of the shell not set?")
+                raise InputError(f"{where}an empty value; is a shell variable not set?")
 
     def names(self) -> list[str]:
         """Return the names of this parser's options, with leading dashes."""
@@ -90,11 +90,11 @@ def run(parser: OneLineParser, work: Callable[[argparse.Namespace], int | None])
 def attempt(name: str, work: Callable[[], int | None]) -> int:
     """Run a tool, and return its exit status.
 
-    A user's mistake (InputError or OSError) prints one line on stderr and returns 2. Ctrl-C prints
-    one line and returns 130.
+    On a user's mistake (InputError or OSError), print one line on stderr and return 2. On Ctrl-C,
+    print one line and return 130.
 
     Args:
-        name: the tool's name, which begins an error line.
+        name: the tool's name, with which error lines begin.
         work: returns the exit status; None stands for 0.
     """
     user.prepare()

@@ -11,19 +11,19 @@ from moco.options import NATURAL
 Number = TypeVar("Number", int, float)
 
 
-def in_range(kind: type[Number], interval: str) -> Callable[[str], Number]:
-    """Return a function that converts a word to a number in an interval, as argparse's `type`.
+def in_range(number_type: type[Number], interval: str) -> Callable[[str], Number]:
+    """Return a function for argparse's `type` that converts a word to a number in an interval.
 
     Args:
-        kind: int or float.
+        number_type: int or float.
         interval: for example "[0, 1)", which excludes 1.
 
-    The function raises ArgumentTypeError for a number outside.
+    The returned function raises ArgumentTypeError for a number outside the interval.
     """
-    least, most = (kind(end) for end in interval[1:-1].split(","))
+    least, most = (number_type(end) for end in interval[1:-1].split(","))
 
     def number(text: str) -> Number:
-        value, said = kind(text), ""
+        value, said = number_type(text), ""
         if value != value:
             said = "not a number"
         elif value < least or (value == least and interval[0] == "("):
@@ -35,7 +35,7 @@ def in_range(kind: type[Number], interval: str) -> Callable[[str], Number]:
         return value
 
     # argparse shows this name in the error if a word is not a number
-    number.__name__, number.interval = kind.__name__, interval
+    number.__name__, number.interval = number_type.__name__, interval
     return number
 
 

@@ -20,9 +20,9 @@ from moco.errors import InputError
 from moco.sections import Input
 
 MODES = ("auto", "on", "off")
-# With auto, the images may take a quarter of a node's free memory, at most AUTO_MAX bytes.
+# With auto, the images may take a quarter of a node's free memory, and at most AUTO_MAX bytes.
 AUTO_MAX = 8 << 30
-THREADS = 8  # more threads wait for Python's lock: it is held for much of the work on a small image
+THREADS = 8  # more threads wait for Python's lock, which much of the work on small images holds
 _SAMPLE = 256  # files whose headers are read to estimate the total size
 _BLOCK = 16  # images that a thread decodes as one task
 _AHEAD = 64  # tasks that may be submitted before their results are read
@@ -31,11 +31,11 @@ _AHEAD = 64  # tasks that may be submitted before their results are read
 def load(input: Input, *sets: Images | None) -> list[Images | None]:
     """Return `sets`, with image folders decoded into memory if `--cache-images` allows it.
 
-    Call it on every rank, before worker processes start. Each rank holds its own copy, so that the
-    limit is divided among the ranks of a node. Rank 0 prints one line.
+    Call it on every rank, before worker processes start. Each rank holds its own copy, so the limit
+    is divided among the ranks of a node. Rank 0 prints one line.
 
-    Two types of images stay on disk: unreadable ones, so that the loader reports the same error as
-    without the cache, and large JPEGs, which the loader decodes at a reduced size.
+    Two types of images stay on disk. Unreadable ones do, so that the loader reports the same error
+    as without the cache. Large JPEGs do, because the loader decodes them at a reduced size.
 
     Raises InputError if the images do not fit and `input.cache_images` is "on".
     """
@@ -46,7 +46,7 @@ def load(input: Input, *sets: Images | None) -> list[Images | None]:
     ranks = max(1, distributed.world_size() // input.nodes)  # of this node
     threads = max(1, min(THREADS, max(4, os.cpu_count() or 1) // ranks))
     with ThreadPoolExecutor(threads) as pool, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # for all threads: they share the filters
+        warnings.simplefilter("ignore")  # in all threads, because they share the filters
         needed, free = _agreed([_estimate(folder, pool) for folder in folders], free_memory())
         limit = _limit(input.cache_images, sum(needed), free, ranks)
         if not 0 < sum(needed) <= limit:
@@ -62,7 +62,7 @@ def load(input: Input, *sets: Images | None) -> list[Images | None]:
 def _limit(mode: str, needed: int, free: int, ranks: int) -> int:
     """Return how many bytes this process may hold. Print whether the `needed` bytes fit.
 
-    `free` is the node's free memory in bytes, and `ranks` share it.
+    `free` is the node's free memory in bytes, which `ranks` ranks share.
 
     Raises InputError if they do not fit and `mode` is "on".
     """
@@ -94,7 +94,7 @@ def _gib(size: int) -> str:
 
 
 def _agreed(needed: list[int], free: int) -> tuple[list[int], int]:
-    """Return rank 0's `needed` and the smallest `free` of any rank. All ranks then decide alike."""
+    """Return rank 0's `needed` and the smallest `free` of any rank, so that all ranks agree."""
     if distributed.world_size() == 1:
         return needed, free
     found: list[tuple[list[int], int]] = [([], 0)] * distributed.world_size()
@@ -110,7 +110,7 @@ def _estimate(folder: ImageFolder, pool: Executor) -> int:
 
 def _decoded(folder: ImageFolder, max_bytes: int, pool: Executor) -> CachedFolder:
     """Decode the images of `folder`. Blocks that do not fit into `max_bytes` stay on disk."""
-    # the system provides memory only for those pages of it that are written
+    # the system only provides memory for the pages that are written
     pixels = torch.empty(max_bytes, dtype=torch.uint8)
     starts, sizes = np.full(len(folder), -1), np.zeros((len(folder), 2), dtype=np.int64)
     firsts = range(0, len(folder), _BLOCK)
@@ -142,7 +142,7 @@ def _in_order(folder: ImageFolder, firsts: range, pool: Executor) -> Iterator[Bl
 
 
 def _decode_block(folder: ImageFolder, first: int) -> Block:
-    """Decode `_BLOCK` images from index `first` on. Those that are left out have size (0, 0)."""
+    """Decode `_BLOCK` images from index `first` on. Images that stay on disk get size (0, 0)."""
     last = min(first + _BLOCK, len(folder))
     images = [decode_full(folder.path(i)) for i in range(first, last)]
     sizes = [(0, 0) if image is None else image.shape[1:] for image in images]

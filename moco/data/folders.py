@@ -1,6 +1,6 @@
 """Find and list image folders in ImageNet's layout, SPLIT/CLASS/*.jpg, and the built-in `photos`.
 
-`registry` knows the other data sets.
+The other data sets are in `registry`.
 """
 
 import functools
@@ -27,7 +27,8 @@ from moco.errors import InputError
 def find(data: str, splits: tuple[str, ...]) -> Path:
     """Return the root folder that `data` names: a path, or the word `photos`.
 
-    The folder must have the `splits`, of "train" and "val". Images are neither listed nor read.
+    The folder must have the `splits`, a subset of "train" and "val". Images are neither listed nor
+    read.
 
     Raises InputError if the folder or a split is missing, if a split has no class folders, or if
     val has classes that train lacks.
@@ -42,7 +43,7 @@ def find(data: str, splits: tuple[str, ...]) -> Path:
         )
     for split in splits:
         if not _is_folder(split_folder(root, split)):
-            other = ", and no test/ with class folders in its place" if split == "val" else ""
+            other = ", nor a test/ folder with class folders" if split == "val" else ""
             expected = f"{split}/CLASS/*.jpg" + " or test/CLASS/*.jpg" * (split == "val")
             raise InputError(f"{data}: has no {split}/ folder{other}; expected {expected}")
     train = class_names(root / "train") if "train" in splits else ()
@@ -64,12 +65,12 @@ def find(data: str, splits: tuple[str, ...]) -> Path:
 
 
 def split_folder(root: Path, split: str) -> Path:
-    """Return the folder of a split. If val/ is missing, it is test/, if that has class folders."""
+    """Return the folder of a split; test/ if val/ is missing and test/ has class folders."""
     folder, test = root / split, root / "test"
     if split == "val" and not _is_folder(folder) and _is_folder(test):
         entries = _entries(str(test))
         if entries.folders or entries.links:
-            # a process of a run does not repeat the line of the process that started it
+            # a spawned process does not repeat the line of the process that started it
             if multiprocessing.parent_process() is None:
                 _print_once(f"{root}: has no val/; test/ is used instead")
             return test
@@ -77,7 +78,7 @@ def split_folder(root: Path, split: str) -> Path:
 
 
 def _is_folder(path: Path) -> bool:
-    """Return whether `path` is a folder. Raises InputError if that cannot be found out."""
+    """Return whether `path` is a folder. Raises InputError if the system does not say."""
     try:
         return stat.S_ISDIR(path.stat().st_mode)
     except (FileNotFoundError, NotADirectoryError):
@@ -105,11 +106,11 @@ def scan(root: Path, split: str, classes: tuple[str, ...] = ()) -> ImageFolder:
 
     Labels are indices into `classes`, by default the names of the split's own class folders.
 
-    Nothing is cached between calls: a folder's modification time need not change when its content
-    does. Rank 0 prints one line on stderr that counts files with other endings.
+    Nothing is cached between calls, because a folder's modification time need not change when its
+    content does. Rank 0 prints one line on stderr that counts files with other endings.
 
     Raises InputError if a class folder has no images, if a folder cannot be read, or if two classes
-    share a folder. Raises it on every rank if the ranks find different images.
+    share a folder, and on every rank if the ranks find different images.
     """
     folder = split_folder(root, split)
     top = _entries(str(folder))
@@ -158,8 +159,8 @@ def same_on_all_ranks(images: Images) -> Images:
     return images
 
 
-# Listing reads names and opens no file, so that a million files take a few seconds. On a network
-# disk, listing a folder waits for the server, so that several threads list folders at once.
+# Listing reads names and opens no file, so a million files take a few seconds. On a network disk,
+# listing a folder waits for the server, so several threads list folders at the same time.
 
 _THREADS = 16
 
@@ -232,12 +233,12 @@ def _unreadable(path: str | Path, error: OSError) -> InputError:
     if isinstance(error, PermissionError):
         how = "give this user permission (chmod u+rx, or a group or ACL), or remove it"
     else:
-        how = "look at the disk or the network"
+        how = "check the disk or the network"
     return InputError(f"{path}: cannot be read: {error.strerror}; {how}")
 
 
 class Listing(NamedTuple):
-    """The images below a folder, and what else was found there."""
+    """The images below a folder, and the other things found there."""
 
     images: list[bytes]  # their paths, sorted
     others: Counter[str]  # numbers of files that are not images, by ending
@@ -287,7 +288,7 @@ def _ending(name: str) -> str:
 
 
 def _endings(counts: Counter[str]) -> str:
-    """Return the counts as text, such as '.txt 300, .avif 12'. The rarest are summed as others."""
+    """Return the counts as text, such as '.txt 300, .avif 12'. The rarest are added as others."""
     most = sorted(counts.items(), key=lambda one: (-one[1], one[0]))
     rest = sum(count for _, count in most[5:])
     return ", ".join(
@@ -300,7 +301,7 @@ def _print_left_out(
 ) -> None:
     """Print one line that counts what `scan` left out.
 
-    `others` counts the other files of the split's top folder by ending, `outside` its images.
+    `others` counts the non-image files in the split's top folder by ending; `outside`, the images.
     """
     others = sum((listing.others for listing in listings), others)
     repeated = [link for listing in listings for link in listing.repeated]
@@ -319,6 +320,6 @@ def _print_left_out(
 
 @functools.cache  # each k-NN test lists val/ again
 def _print_once(message: str) -> None:
-    """Print a line on stderr, on rank 0, the first time it is asked for."""
+    """Print a line on stderr, on rank 0, unless it was printed before."""
     if distributed.is_rank0():
         tqdm.write(message, file=sys.stderr)

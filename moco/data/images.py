@@ -35,8 +35,8 @@ SUFFIXES = (
     ".gif",
 )
 
-# A function of an image's height and width. It returns the factor by which the image may be shrunk
-# while it is decoded: 1, 2, 4 or 8.
+# A function from an image's height and width to the factor by which the image may be shrunk while
+# it is decoded: 1, 2, 4 or 8.
 Reduction = Callable[[int, int], int]
 
 
@@ -90,7 +90,7 @@ class Images:
 
     @property
     def multi_label(self) -> bool:
-        """Whether an image can show several classes."""
+        """Return whether an image can show several classes."""
         return self.labels.ndim == 2
 
 
@@ -98,9 +98,9 @@ class Images:
 class ImageFolder(Images):
     """Images in files below `root`.
 
-    `paths` [N] holds their paths relative to `root` as bytes. It is an array, not a list: a worker
-    process that reads a list updates the reference count of each string, and so copies the memory
-    that it shares with the other processes.
+    `paths` [N] holds their paths relative to `root` as bytes. It is an array, not a list. A worker
+    process that reads a list updates the reference count of each string, and thereby copies memory
+    that processes would otherwise share.
     """
 
     paths: np.ndarray
@@ -210,14 +210,14 @@ def decode(path: str, reduction: Reduction = full_size) -> Tensor:
 
 
 class _LargeJpegError(Exception):
-    """The signal by which `decode_full` learns that `decode` would ask for a reduction."""
+    """Raised inside `decode_full` if `decode` asks for the reduction of a large JPEG."""
 
 
 def decode_full(path: str) -> Tensor | None:
     """Decode an image at its full size. Return None for large JPEGs and unreadable files.
 
-    `decode` may shrink a large JPEG, by a factor that differs from one crop to the next, so that
-    one decoded copy cannot serve all crops.
+    `decode` may shrink a large JPEG by a factor that differs between crops, so one decoded copy
+    cannot serve all crops.
     """
 
     def refuse(_height: int, _width: int) -> int:
@@ -230,14 +230,14 @@ def decode_full(path: str) -> Tensor | None:
 
 
 def decoded_size(path: str) -> int:
-    """Read from the file's header how many bytes `decode_full` returns; 0 if it returns None."""
+    """Return the bytes that `decode_full` returns, from the file's header; 0 if that is None."""
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
             return 0  # opening a pipe would block
         with _opened(path) as image:
             large = image.format in ("JPEG", "MPO") and os.path.getsize(path) > _LARGE
             return 0 if large else 3 * image.height * image.width
-    except Exception:  # Pillow's plugins raise many types
+    except Exception:  # Pillow's plugins raise errors of many types
         return 0
 
 
@@ -267,8 +267,8 @@ def _check_size(path: str, data: memoryview) -> None:
         i += 1 if marker == 0xFF else 2 + int.from_bytes(data[i + 2 : i + 4], "big")
 
 
-# Pillow recognizes a file by its content, whatever its name. Other formats stay out: it would run a
-# PostScript file as a program, for example.
+# Pillow recognizes a file by its content, whatever its name. Other formats are excluded: Pillow
+# would, for example, run a PostScript file as a program.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF", "JPEG2000")
 
 
@@ -300,7 +300,7 @@ def _decode_with_pil(path: str) -> Tensor:
             raise ValueError("not a file")  # opening a pipe would block
         with _opened(path) as image:
             return pil_to_tensor(_to_8_bits(image).convert("RGB"))
-    except Exception as error:  # Pillow's plugins raise many types
+    except Exception as error:  # Pillow's plugins raise errors of many types
         broken = isinstance(error, FileNotFoundError) and os.path.islink(path)
         reason = "a broken link" if broken else getattr(error, "strerror", None) or str(error)
         reason = reason.replace(f"'{path}'", "file") or type(error).__name__
@@ -311,8 +311,8 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
     """Scale an image with more than 8 bits per channel to 8 bits. Pillow alone would clip it.
 
     White is 65535 in a 16-bit image. A file of 32-bit integers or floats does not say which value
-    is white. White is then the least of 1 (floats only), 255 and 65535 that no pixel exceeds; if
-    pixels exceed 65535, it is the brightest pixel.
+    is white. White is then the smallest of 1 (floats only), 255 and 65535 that no pixel exceeds; if
+    pixels exceed 65535, white is the brightest pixel.
     """
     if not image.mode.startswith(("I", "F")):
         return image

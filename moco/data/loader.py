@@ -1,6 +1,7 @@
 """The data loader: worker processes decode each image once and take its crops as uint8.
 
-Workers do no colour work: `augment.color` does it on the device. `images` decodes the files.
+Workers do no colour operations: `augment.color` does them on the device. `images` decodes the
+files.
 """
 
 import atexit
@@ -27,7 +28,7 @@ from moco.data.images import Images
 from moco.errors import InputError
 from moco.sections import Input
 
-SampleId = tuple[int, int]  # (epoch, index of the image): its random crops depend on both
+SampleId = tuple[int, int]  # (epoch, index of the image); the random crops depend on both
 
 
 class Batch(NamedTuple):
@@ -38,7 +39,7 @@ class Batch(NamedTuple):
         index: The indices of the images, int64 [B].
         label: Their labels, int64 [B], or [B, classes]; see `Images.labels`.
         unreadable: The index of each image that cannot be read, with the reason. The batch has
-            another image in its place.
+            another image instead.
     """
 
     views: list[Tensor]
@@ -62,8 +63,8 @@ class RandomCrops(NamedTuple):
 
         It is the largest factor at which every crop is at least twice as large as its view. With a
         smaller margin, the loss of quality would be visible; Pillow's thumbnails keep the same
-        margin. The fraction of the image that a crop takes does not depend on the image's size, so
-        that a shrunk image yields the same views, except for rounding.
+        margin. A crop covers a fraction of the image that does not depend on the image's size, so a
+        shrunk image yields the same views, except for rounding.
         """
         boxes = crop.random_boxes(height, width, self.recipe, rng.CROP, self.seed, *sample)
         spare = min(
@@ -77,12 +78,12 @@ class RandomCrops(NamedTuple):
         return crop.can_crop_at_once(height, width, self.recipe)
 
     def crop_batch(self, images: Tensor, epochs: np.ndarray, indices: np.ndarray) -> list[Tensor]:
-        """Return the views of images [B, 3, H, W]. They equal those of the images one by one."""
+        """Return the views of images [B, 3, H, W], equal to those of each image alone."""
         return crop.random_views_at_once(images, self.recipe, rng.CROP, self.seed, epochs, indices)
 
 
 class CenterCrop(NamedTuple):
-    """A transform that takes the evaluation view of `size` pixels. It has no randomness."""
+    """A transform that returns the evaluation view of `size` pixels, without randomness."""
 
     size: int
 
@@ -99,7 +100,7 @@ class CenterCrop(NamedTuple):
         return max(height, width) <= 256
 
     def crop_batch(self, images: Tensor, _epochs: np.ndarray, _indices: np.ndarray) -> list[Tensor]:
-        """Return the view of images [B, 3, H, W]. It equals that of the images one by one."""
+        """Return the view of images [B, 3, H, W], equal to that of each image alone."""
         return [crop.center_view(images, self.size)]
 
 
@@ -111,8 +112,8 @@ class Views(Dataset):
     ):
         """Read `images` and apply `crop` to each.
 
-        If `skip_unreadable`, another image replaces one that cannot be read. Which one depends
-        on (epoch, index) only. Otherwise the sample is the InputError.
+        If `skip_unreadable`, an image that cannot be read is replaced by another one, chosen by
+        (epoch, index). Otherwise the sample is the InputError.
         """
         self.images, self.crop, self.skip_unreadable = images, crop, skip_unreadable
 
@@ -138,12 +139,12 @@ class Views(Dataset):
                     return error
                 unreadable.append((i, str(error)))
         return InputError(
-            f"{unreadable[0][1]}; {MAX_REPLACEMENTS} others, tried in its place, cannot be read "
+            f"{unreadable[0][1]}; {MAX_REPLACEMENTS} other images, tried instead, cannot be read "
             "either"
         )
 
     def __getitems__(self, samples: list[SampleId]) -> Batch | list:
-        """Return a Batch if the images are in memory and `crop` accepts their size, else samples.
+        """Return a Batch if the images are in memory and `crop` accepts them, else a list.
 
         PyTorch's DataLoader calls this, and passes the result to `collate`.
         """
@@ -155,7 +156,7 @@ class Views(Dataset):
         return Batch(views, *map(torch.from_numpy, (indices, self.images.labels[indices])), [])
 
 
-MAX_REPLACEMENTS = 10  # images that are tried in place of an unreadable one
+MAX_REPLACEMENTS = 10  # images to try instead of an unreadable one
 
 
 def collate(samples: Batch | list) -> Batch | InputError:
@@ -172,18 +173,19 @@ def collate(samples: Batch | list) -> Batch | InputError:
 class TrainBatchSampler(Sampler):
     """A batch sampler that yields this rank's batches of (epoch, index) for a range of steps.
 
-    The order of an epoch is one random permutation, which depends on (seed, epoch) only. A global
-    batch therefore has the same images for any number of processes; each rank takes an equal part.
+    The order of an epoch is one random permutation, which depends on (seed, epoch) only. Therefore
+    a global batch has the same images for any number of processes, and each rank takes an equal
+    number of them.
 
     A step has `accumulation` global batches. The images at the end of an epoch that do not fill a
-    step are left out. Negative steps come before epoch 0, while AdCo fills its bank. They are the
-    last steps of the epochs ..., -2, -1.
+    step are left out. Negative steps come before epoch 0, while AdCo fills its bank: the last steps
+    of the epochs ..., -2, -1.
     """
 
     def __init__(
         self, n: int, batch: int, accumulation: int, seed: int, start: int = 0, stop: int = 0
     ):
-        """Prepare the steps from `start` up to `stop`, for `n` images and `batch` images a rank."""
+        """Prepare the steps from `start` to `stop` - 1 for `n` images, `batch` of them per rank."""
         self.n, self.batch, self.accumulation = n, batch, accumulation
         self.seed, self.start, self.stop = seed, start, stop
         self.steps_per_epoch = n // (batch * distributed.world_size() * accumulation)
@@ -213,7 +215,7 @@ class EvalBatchSampler(Sampler):
     """
 
     def __init__(self, n: int, batch: int):
-        """Prepare this rank's batches, of at most `batch` images, out of `n` images in all."""
+        """Prepare this rank's batches of at most `batch` images, if all ranks have `n` images."""
         self.samples = [(0, i) for i in range(distributed.rank(), n, distributed.world_size())]
         self.batch = batch
 
@@ -228,17 +230,16 @@ class EvalBatchSampler(Sampler):
 
 
 def _init_worker(_: int) -> None:
-    """Let a worker survive the signals that ask a run to stop.
+    """Let a worker survive the signals that stop a run.
 
-    Such a signal often reaches all processes of a run. The main process then finishes its step, for
-    which it needs the workers.
+    Such a signal often reaches all processes of a run. The main process then finishes its step, and
+    needs the workers for that.
     """
-    signal.set_wakeup_fd(
-        -1
-    )  # a forked process inherits the pipe through which signals wake the run
+    # a forked process inherits the pipe by which signals wake the main process
+    signal.set_wakeup_fd(-1)
     for number in (signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
-    # SIGTERM is delayed, not ignored: the main process also sends it, to a worker that hangs
+    # SIGTERM is delayed, not ignored, because the main process sends it to a worker that hangs
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(SIGTERM_DELAY))
     sys.excepthook = _print_unless_disconnected
 
@@ -246,9 +247,9 @@ def _init_worker(_: int) -> None:
 def _print_unless_disconnected(
     exception: type[BaseException], error: BaseException, trace: TracebackType | None
 ) -> None:
-    """Print an error, unless it only says that the main process, which reads batches, has ended.
+    """Print an error, unless it only says that the main process has ended.
 
-    The launcher reports that.
+    The launcher reports the end of the main process.
     """
     if not issubclass(exception, ConnectionError | EOFError):
         sys.__excepthook__(exception, error, trace)
@@ -258,21 +259,21 @@ SIGTERM_DELAY = 600  # seconds that a worker still runs after a SIGTERM
 
 
 def kill_workers(processes: list[BaseProcess]) -> None:
-    """Kill worker processes that still run. They survive all signals but this one."""
-    # PyTorch's handler of SIGCHLD would raise an error, in the middle of the code that comes next
+    """Kill worker processes that still run. They survive all signals except SIGKILL."""
+    # PyTorch's handler of SIGCHLD would raise an error in the code that runs next
     handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for process in processes:
         process.kill()
     for process in processes:
-        process.join(5)  # seconds; one that waits for a dead file server cannot even be killed
+        process.join(5)  # seconds; a process that waits for a dead file server cannot be killed
     signal.signal(signal.SIGCHLD, handler)
 
 
 @atexit.register
 def _kill_all_workers() -> None:
-    """Kill the workers of a program that has left batches unread.
+    """Kill the workers of a program that exits before it has read all batches.
 
-    Python itself would send them a SIGTERM and wait for them, for `SIGTERM_DELAY` seconds.
+    Python itself would send them SIGTERM and wait for them, up to `SIGTERM_DELAY` seconds.
     """
     kill_workers([process for process in mp.active_children() if process.daemon])
 
@@ -313,8 +314,8 @@ def _moved(batch: Batch, device: torch.device, stream: torch.cuda.Stream | None)
     """Return `batch` on `device`. On CUDA, copy it on `stream`.
 
     When the loop asks for a batch, the GPU still computes the previous step, which is queued on the
-    stream of the training. A copy on a separate stream overlaps with it; on the same stream the
-    copy would wait for it.
+    training's stream. A copy on a separate stream overlaps with that step; on the same stream it
+    would wait for it.
     """
     with torch.cuda.stream(stream) if stream else contextlib.nullcontext():
         moved = [devices.to_device(x, device) for x in (*batch.views, batch.index, batch.label)]
@@ -329,13 +330,13 @@ def _moved(batch: Batch, device: torch.device, stream: torch.cuda.Stream | None)
 
 
 def _read(**options: Any) -> Iterator[Batch | InputError]:
-    """Yield what a DataLoader with these options yields.
+    """Yield the batches of a DataLoader with these options.
 
     Raises RuntimeError if a worker was killed. The DataLoader itself sometimes raises the error of
     a broken connection instead.
     """
     with warnings.catch_warnings():
-        # more workers than cores are the user's choice: files may come over a network
+        # more workers than cores are the user's choice, for example for files on a network disk
         warnings.filterwarnings("ignore", "This DataLoader will create")
         reader = iter(DataLoader(**options))
     try:

@@ -1,4 +1,4 @@
-"""The built-in data set `photos`, and the cache folder, where it is written.
+"""The built-in data set `photos`, and the cache folder in which it is stored.
 
 `photos` has patches of photographs that come with scikit-image and scikit-learn.
 """
@@ -41,7 +41,7 @@ _PHOTOS_FOLDER = "photos-v2"
 _PATCH = 96  # pixels
 _TRAIN_PATCHES, _VAL_PATCHES = 60, 30  # per photograph
 _LEFT = 0.5  # train patches come from this fraction of a photograph's width, from the left
-_FLAT = 2.0  # grey levels of standard deviation; a patch with less shows nothing
+_FLAT = 2.0  # standard deviation in grey levels; a patch below it shows nothing
 
 
 def photos() -> Path:
@@ -62,7 +62,8 @@ def photos() -> Path:
         for label, name in enumerate(PHOTOS):
             _write_patches(made, name, _photograph(name), np.random.default_rng(label))
         made.chmod(0o755)
-        with contextlib.suppress(OSError):  # another process was faster, or a damaged copy is there
+        # fails if another process was faster, or if a damaged copy exists
+        with contextlib.suppress(OSError):
             made.rename(root)
         if not _is_complete(root):
             root.rename(old)
@@ -124,7 +125,7 @@ def _cache_folders() -> list[Path]:
 _CACHE = "hard-negatives"
 
 
-def in_cache(name: str) -> list[Path]:
+def cache_paths(name: str) -> list[Path]:
     """Return the paths to search for `name` in the cache. Write a new file to the last one."""
     return [folder / name for folder in _cache_folders()]
 
@@ -150,7 +151,7 @@ def _photograph(name: str) -> Image.Image:
 def _write_patches(
     root: Path, name: str, photograph: Image.Image, rng: np.random.Generator
 ) -> None:
-    """Write random square patches of a photograph. One that shows nothing is drawn again.
+    """Write random square patches of a photograph. Patches that show nothing are drawn again.
 
     Train patches come from the left of the photograph, val patches from the right.
     """
@@ -176,7 +177,7 @@ def _patch_name(i: int) -> str:
 
 
 def _patch(photograph: Image.Image, left: int, right: int, rng: np.random.Generator) -> Image.Image:
-    """Draw a square patch between two columns, and scale a smaller one up to 96 pixels."""
+    """Draw a square patch between two columns. If it is smaller than 96 pixels, scale it up."""
     height = photograph.size[1]
     size = min(_PATCH, right - left, height)
     x, y = int(rng.integers(left, right - size + 1)), int(rng.integers(0, height - size + 1))

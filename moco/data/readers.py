@@ -1,7 +1,7 @@
 """Read the training and test images of single data sets, each in its published layout and split.
 
-Torchvision's classes find the files and labels if they can. No image file is opened here. The table
-of all data sets is in `registry`.
+Torchvision's classes find the files and labels of most data sets. No image file is opened here.
+The table of all data sets is in `registry`.
 """
 
 import os
@@ -27,7 +27,8 @@ Reader = Callable[[str, int], Split]  # a function of the root folder and the se
 class _NoChecksums:
     """A mix-in for torchvision's data sets that skips their checksums.
 
-    A reduced copy of a data set would fail them. If a file is missing, opening it raises an error.
+    A reduced copy of a data set would fail the checks. If a file is missing, opening it raises an
+    error.
     """
 
     def _check_integrity(self, *_: object) -> bool:
@@ -37,13 +38,13 @@ class _NoChecksums:
 def cifar(dataset: type) -> Reader:
     """Return a reader of CIFAR's batches, for torchvision's class of that data set.
 
-    The batches are pickles. Torchvision would unpickle them, and so run any code that they hold;
-    `read_pickle` does not.
+    The batches are pickles. Torchvision would unpickle them, and thereby run any code in them;
+    `read_pickle` runs none.
     """
 
     def read(root: str, name: str, *keys: str) -> Any:
         file = os.path.join(root, dataset.base_folder, name)
-        os.stat(file)  # if it is missing, this error names it
+        os.stat(file)  # if the file is missing, this error names it
         try:
             found = read_pickle(file)
         except InputError as error:
@@ -72,7 +73,7 @@ def stl10(root: str, _seed: int) -> Split:
 def torchvision_files(dataset: type, train: str, test: str) -> Reader:
     """Return a reader of the files that a torchvision class lists.
 
-    `train` and `test` name its splits. "a+b" stands for two of them, one after the other.
+    `train` and `test` are names of its splits; "a+b" joins two splits.
     """
     dataset = type(dataset.__name__, (_NoChecksums, dataset), {})
 
@@ -89,7 +90,7 @@ def torchvision_files(dataset: type, train: str, test: str) -> Reader:
 def _joined(root: str, splits: list, classes: Sequence[str]) -> Images:
     """Join torchvision's splits, one after the other, with labels that are indices into `classes`.
 
-    Torchvision may number only the classes that a split shows, so that labels are matched by name.
+    Torchvision may number only the classes that occur in a split, so labels are matched by name.
     """
     paths, labels = [], []
     start = len(os.fsencode(os.path.join(root, "")))
@@ -134,7 +135,7 @@ _VOC_CLASSES = [
 
 
 class VOC2007(tv.VOCDetection):
-    """The images of VOC2007 with the classes that each shows, from its detection labels."""
+    """The images of VOC2007, each with the classes that it shows, from the detection labels."""
 
     classes = _VOC_CLASSES
 
@@ -158,7 +159,7 @@ class VOC2007(tv.VOCDetection):
 
 
 def caltech101(root: str, seed: int) -> Split:
-    """Draw 30 random images of each class for training. The others are for the test.
+    """Draw 30 random images of each class for training. The other images are for the test.
 
     Torchvision is not used: it guesses the names of the files from their number.
     """
@@ -175,7 +176,7 @@ def caltech101(root: str, seed: int) -> Split:
     for indices in subsets.shuffled_by_class(images, seed):
         train[indices[:30]] = True
     if train.all():
-        raise ValueError("no class has more than 30 images: none to test on")
+        raise ValueError("no class has more than 30 images, so none are left to test on")
     return images.subset(train), images.subset(~train)
 
 
@@ -201,9 +202,9 @@ def sun397(root: str, _seed: int) -> Split:
 
 
 def places365(root: str, _seed: int) -> Split:
-    """Read Places365: the images of 256 pixels if they are there, else the large ones.
+    """Read Places365: the images of 256 pixels if they exist, else the large ones.
 
-    Torchvision takes ten times as long for the lists' 1.8 million lines.
+    Torchvision's class is not used, because it takes ten times as long for the 1.8 million images.
     """
     train = Path(root, "places365_train_standard.txt"), ("data_256_standard", "data_large_standard")
     return _scenes(root, train, (Path(root, "places365_val.txt"), ("val_256", "val_large")))
@@ -220,8 +221,8 @@ def places205(root: str, _seed: int) -> Split:
 def _scenes(root: str, *lists: tuple[Path, Sequence[str]]) -> Split:
     """Read two lists with lines of the form PATH LABEL.
 
-    Each comes with the folders in which its images may be; the first one that has its first image
-    is used. The name of a class is the folder of its first training image.
+    Each list comes with the folders that may contain its images. The first folder that contains the
+    list's first image is used. A class is named after the folder of its first training image.
     """
     splits = []
     for file, folders in lists:
@@ -255,7 +256,7 @@ def _first_with(root: str, folders: Sequence[str], name: str) -> Path:
 def _checked(
     images: type, root: str | Path, content: Sequence, labels: Sequence, classes: Sequence[str]
 ) -> Images:
-    """Make an ImageFolder of paths or an ImageArray of pixels, after a check of the labels.
+    """Check the labels, and return an ImageFolder of paths or an ImageArray of pixels.
 
     Raises ValueError if there are more or fewer labels than images, or if a label has no class.
     """

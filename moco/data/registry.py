@@ -32,9 +32,9 @@ class _Dataset(NamedTuple):
 
     Attributes:
         read: Reads the training and test images.
-        get: Downloads the data set if called with (root, download=True). If only people can get it,
-            a text that says where.
-        layout: The folders and files that the root must have, for messages.
+        get: Downloads the data set if called with (root, download=True). If it can only be obtained
+            by hand, a text that says where.
+        layout: The folders and files that the root folder must have, for messages.
         mean: The mean of the training images' RGB values in [0, 1]; ImageNet's unless published.
         std: Their standard deviation.
     """
@@ -144,7 +144,7 @@ METRIC["voc2007"] = "map11"
 def load(name: str, root: str, seed: int = 0) -> readers.Split:
     """Return the training images and the test images of data set `name` in the folder `root`.
 
-    If no split is published, a random one is drawn, which depends on `seed`.
+    If no split is published, a random split is drawn from `seed`.
 
     Raises InputError if the data set's lists are missing, unreadable or wrong.
     """
@@ -162,7 +162,7 @@ def load(name: str, root: str, seed: int = 0) -> readers.Split:
         return same_on_all_ranks(train), same_on_all_ranks(test)
     except InputError:
         raise
-    except Exception as error:  # torchvision, pickle, scipy and expat raise many types
+    except Exception as error:  # torchvision, pickle, scipy and expat raise errors of many types
         raise _unusable(name, root, _reason(error)) from error
 
 
@@ -175,7 +175,7 @@ def normalization(name: str) -> tuple[list[float], list[float]]:
 def train_images(name: str, root: str, class_list: str | None = None) -> Images:
     """Return the images to pre-train on: those in train/, or a data set's training images.
 
-    `class_list` is a file that names the classes to keep. A folder may lack val/.
+    `class_list` is a file that names the classes to keep. The folder need not have val/.
 
     Raises InputError if the images or the classes cannot be found.
     """
@@ -200,9 +200,9 @@ def test_images(name: str, root: str, class_list: str | None = None) -> Images:
 
 
 def check(name: str, root: str, download: bool) -> None:
-    """Check that the data set can be loaded. If `download`, get it first if it is missing.
+    """Check that the data set can be loaded. If `download`, download it first if it is missing.
 
-    Several processes of a machine may call it at once: only one of them downloads.
+    Several processes of a machine may call this at the same time; only one of them downloads.
 
     Raises InputError if `load` fails, or if the first image of a split is missing.
     """
@@ -238,7 +238,7 @@ def _check_images(name: str, root: str) -> None:
 
 
 def _download(name: str, root: str) -> None:
-    """Download the data set unless it is there. Processes of one machine take turns."""
+    """Download the data set unless it exists. Processes of one machine take turns."""
     try:
         photos.cache_folder().mkdir(parents=True, exist_ok=True)
         with FileLock(photos.cache_folder() / f"{name}.lock"):
@@ -246,7 +246,9 @@ def _download(name: str, root: str) -> None:
                 _check_images(name, root)
             except InputError:
                 _DATASETS[name].get(root, download=True)
-    except Exception as error:  # urllib, tarfile, zipfile and torchvision raise many types
+    except (
+        Exception
+    ) as error:  # urllib, tarfile, zipfile and torchvision raise errors of many types
         layout = _DATASETS[name].layout
         how = f"remove an incomplete copy and try again, or put {layout} there by hand"
         raise InputError(
@@ -258,7 +260,7 @@ def _unusable(name: str, root: str, reason: str) -> InputError:
     """Return the error to raise if a data set cannot be loaded. It says how to get the data set."""
     get, layout = _DATASETS[name].get, _DATASETS[name].layout
     if isinstance(get, str):
-        how = f"--download cannot get it, so get it by hand from {get}"
+        how = f"--download cannot get it; get it by hand from {get}"
     else:
         how = "get it with --download (remove an incomplete copy first)"
     if (Path(root) / "train").is_dir():

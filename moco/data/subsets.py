@@ -18,15 +18,15 @@ import torch
 from moco import rng
 from moco.data.folders import class_names
 from moco.data.images import Images
-from moco.data.photos import in_cache
+from moco.data.photos import cache_paths
 from moco.errors import InputError, short
 from moco.files import read_lines, replacing
 
 
 def hold_out(images: Images, fraction: float, seed: int) -> tuple[Images, Images]:
-    """Split `images` in two: the rest, and a random `fraction` of each class.
+    """Split `images` into two sets: the rest, and a random `fraction` of each class.
 
-    At least one image of each class is held out, and at least one stays. The same seed gives the
+    At least one image of each class is held out, and at least one is not. The same seed gives the
     same split.
 
     Raises InputError if a class has a single image.
@@ -44,7 +44,7 @@ def hold_out(images: Images, fraction: float, seed: int) -> tuple[Images, Images
 
 
 def sample(images: Images, fraction: float, seed: int) -> Images:
-    """Return a random `fraction` of each class, at least one image. A seed gives one subset."""
+    """Return a random `fraction` of each class, at least one image. `seed` fixes the subset."""
     kept = [
         indices[: max(1, round(fraction * len(indices)))]
         for indices in shuffled_by_class(images, seed)
@@ -125,7 +125,7 @@ def check_classes(split: Path, file: str | None, data_name: str | None) -> None:
     if len(classes) > CLASS_COUNTS.get(data_name, len(classes)):
         raise InputError(
             f"--data-name {data_name}: has {CLASS_COUNTS[data_name]} classes, but {split} "
-            f"has {len(classes)}; name those to use in a file, one a line, and give it with "
+            f"has {len(classes)}; list the classes to use in a file, one a line, and give it with "
             "--class-list FILE"
         )
 
@@ -149,13 +149,13 @@ def is_imagenet(classes: tuple[str, ...]) -> bool:
 def published_list(percent: int) -> Path:
     """Return the file with the published list of 1 or 10 per cent of ImageNet.
 
-    The file is in the cache folder. It is downloaded on first use, or if it is damaged. Its sha256
+    The file is in the cache folder. It is downloaded on first use, or if it is damaged. Its SHA-256
     is checked.
 
     Raises InputError, which says how to supply the list by hand, if the download fails.
     """
     url = _URL.format(percent)
-    for file in in_cache(f"imagenet_subsets/{percent}percent.txt"):
+    for file in cache_paths(f"imagenet_subsets/{percent}percent.txt"):
         with contextlib.suppress(OSError):
             if _is_published(file.read_bytes(), percent):
                 return file
@@ -170,9 +170,7 @@ def published_list(percent: int) -> Path:
             f"{by_hand}"
         ) from None
     if not _is_published(text, percent):
-        raise InputError(
-            f"{url}: is not the published list any more (its sha256 differs); {by_hand}"
-        )
+        raise InputError(f"{url}: is no longer the published list (its sha256 differs); {by_hand}")
     with replacing(file) as out:
         out.write(text)
     return file
@@ -184,7 +182,7 @@ def _is_published(text: bytes, percent: int) -> bool:
 
 
 def read_names(file: Path, option: str = "--subset-file") -> set[str]:
-    """Return the names in `file`, one a line, without spaces around them. Decode them as paths.
+    """Return the names in `file`, one a line, decoded as paths and without spaces around them.
 
     Raises InputError, which names the `option`, if the file cannot be read or names nothing.
     """

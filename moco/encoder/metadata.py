@@ -1,4 +1,4 @@
-"""Read what a checkpoint says about its encoder. See weights.py for reading the file itself."""
+"""Read the facts about the encoder in a checkpoint. See weights.py for reading the file itself."""
 
 from argparse import Namespace
 from typing import Any, NamedTuple
@@ -29,8 +29,8 @@ class Metadata(NamedTuple):
     options: dict[str, Any]  # the options of the run; {} if the file has none
     image_size: int | None  # pixels, the size that the network was trained at
     stem: str | None = None  # the stem of a ResNet, see `resnets.resnet`
-    mean: list[float] | None = None  # [3], the mean that normalized RGB values in [0, 1]
-    std: list[float] | None = None  # [3], the standard deviation that normalized them
+    mean: list[float] | None = None  # [3], mean of RGB values in [0, 1] used for normalization
+    std: list[float] | None = None  # [3], their standard deviation used for normalization
 
 
 def read_metadata(state: State) -> Metadata:
@@ -60,8 +60,8 @@ def read_metadata(state: State) -> Metadata:
     )
 
 
-def lacks_normalization(path: str, found: Metadata) -> str:
-    """Return a line that says that ImageNet's mean or std is used; "" if the file has both."""
+def normalization_note(path: str, found: Metadata) -> str:
+    """Return a line to print if ImageNet's mean or std is used; "" if the file has both."""
     absent = " and ".join(name for name in ("mean", "std") if getattr(found, name) is None)
     verb = "are" if " and " in absent else "is"
     return absent and f"{path}: does not say the {absent} of its images; ImageNet's {verb} used"
@@ -71,7 +71,7 @@ def channels(value: object, name: str) -> list[float] | None:
     """Return `value` as a list if it is a valid mean or std of R, G and B; else None.
 
     Args:
-        value: anything that a file may hold. Valid are three floats in [0, 1].
+        value: an untrusted value. Three floats in [0, 1] are valid.
         name: "mean" or "std"; a std of 0 is not valid.
     """
     three = isinstance(value, list | tuple) and len(value) == 3

@@ -1,4 +1,4 @@
-"""Create a network of torchvision or timm, and access its backbone and head by the same functions.
+"""Create networks of torchvision and timm, and access their backbones and heads alike.
 
 See resnets.py and timm_networks.py for the networks, pretrained.py for loading weights.
 """
@@ -96,7 +96,7 @@ def num_features(net: nn.Module) -> int:
 
 
 def backbone_keys(net: nn.Module) -> list[str]:
-    """Return the names of the backbone's tensors, which are all but those of the head."""
+    """Return the names of the backbone's tensors: all tensors except those of the head."""
     return [name for name in net.state_dict() if not name.startswith(f"{head_name(net)}.")]
 
 
@@ -106,7 +106,7 @@ def head(net: nn.Module) -> nn.Module:
 
 
 def classifier(net: nn.Module) -> nn.Linear:
-    """Return the linear layer that classifies, which is the last layer of the head."""
+    """Return the linear classifier, which is the last layer of the head."""
     layers = head(net)
     return layers[-1] if isinstance(layers, nn.Sequential) else layers
 

@@ -1,6 +1,6 @@
 """Load an encoder from a checkpoint of this project or of other software.
 
-weights.py reads the file, metadata.py the facts in it.
+weights.py reads the file; metadata.py reads the facts in it.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from moco.errors import InputError, short
 
 
 class Encoder(NamedTuple):
-    """A pre-trained encoder and the facts that its use needs."""
+    """A pre-trained encoder and the facts that its users need."""
 
     net: nn.Module  # normalized images [B, 3, H, W] -> features [B, D], in eval mode
     arch: str
@@ -29,13 +29,13 @@ class Encoder(NamedTuple):
     method: str  # the pre-training method; "unknown" if the file does not say
     epoch: int | None  # number of pre-training epochs
     stem: str  # the stem of a ResNet, see `resnets.resnet`
-    mean: list[float]  # [3], the mean that normalizes RGB values in [0, 1]
-    std: list[float]  # [3], the standard deviation that normalizes them
-    resized: list[str]  # names of the position tables that were interpolated to the image size
+    mean: list[float]  # [3], mean of RGB values in [0, 1], to normalize images with
+    std: list[float]  # [3], their standard deviation, to normalize images with
+    resized: list[str]  # names of the position embeddings that were interpolated to the image size
 
 
 @contextlib.contextmanager
-def naming_arch(path: str, own: str | None, arch: str) -> Iterator[None]:
+def suggest_arch(path: str, own: str | None, arch: str) -> Iterator[None]:
     """Add the right `-a` to an InputError about a checkpoint that does not fit `arch`.
 
     Args:
@@ -57,7 +57,7 @@ def naming_arch(path: str, own: str | None, arch: str) -> Iterator[None]:
 def read(path: str, arch: str | None = None, image_size: int | None = None) -> Encoder:
     """Return the encoder of a checkpoint of this project or of other software.
 
-    Prints a line if the file does not give the mean and std that normalize its images.
+    Prints a line if the file does not contain the mean and std to normalize images with.
 
     Args:
         path: the checkpoint.
@@ -75,14 +75,14 @@ def read(path: str, arch: str | None = None, image_size: int | None = None) -> E
     stem = stem_of(net, tensors)
     if stem != "imagenet":
         net = networks.create(arch, 0, image_size, stem=stem)
-    with naming_arch(path, facts.arch, arch):
+    with suggest_arch(path, facts.arch, arch):
         load_backbone(net, tensors, path)
     start = prefix(net, tensors)
     tables = {
         name: x for name, x in net.state_dict().items() if "pos" in name and start + name in tensors
     }
     resized = [name for name, x in tables.items() if tensors[start + name].shape != x.shape]
-    if line := metadata.lacks_normalization(path, facts):
+    if line := metadata.normalization_note(path, facts):
         print_rank0(line)
     mean, std = facts.mean or list(MEAN), facts.std or list(STD)
     return Encoder(
@@ -93,11 +93,11 @@ def read(path: str, arch: str | None = None, image_size: int | None = None) -> E
 def load_backbone(net: nn.Module, tensors: dict[str, Tensor], source: str) -> int:
     """Load a pre-trained backbone into `net`; return the number of tensors that matched.
 
-    `prefix` finds the prefix of the names. A transformer's tensors get timm's names, and its
-    position tables are converted to the network's image size.
+    `prefix` finds the prefix of the names. The tensors of a transformer are renamed to timm's
+    names, and its position embeddings are interpolated to the network's image size.
 
     Args:
-        net: a network of `networks.create`; its head stays as it is.
+        net: a network of `networks.create`; its head is not changed.
         tensors: the checkpoint's tensors by name, from `tensors_of`.
         source: name of the file, for messages.
 
@@ -117,7 +117,7 @@ def load_backbone(net: nn.Module, tensors: dict[str, Tensor], source: str) -> in
     except InputError as error:
         raise InputError(f"{source}: {error}") from None
     found = {name: mine[name] for name in wanted if name in mine}
-    # files older than PyTorch 0.4 lack batch norm's step counter, which this project does not use
+    # files from before PyTorch 0.4 lack batch norm's step counter, which this project does not use
     missing = [
         name for name in wanted if name not in found and not name.endswith("num_batches_tracked")
     ]
@@ -133,7 +133,7 @@ def load_backbone(net: nn.Module, tensors: dict[str, Tensor], source: str) -> in
         for name, t in found.items()
         if not fits(t, wanted[name])
     ]
-    # a deeper network of the same widths has all wanted tensors, and more blocks
+    # a deeper network of the same widths has all wanted tensors, and further blocks
     parts = {name.split(".")[0] for name in wanted}
     head = f"{head_name(net)}."
     extra = [
@@ -191,7 +191,7 @@ def prefix(net: nn.Module, tensors: dict[str, Tensor]) -> str:
 
 
 def describe_choice(net: nn.Module, tensors: dict[str, Tensor]) -> str:
-    """Return the prefix that is read and one that is not: `teacher.*, not student.*`.
+    """Return a text with the prefix that is read and one that is not: `teacher.*, not student.*`.
 
     The text is "" if the names have no prefix.
     """
@@ -200,13 +200,13 @@ def describe_choice(net: nn.Module, tensors: dict[str, Tensor]) -> str:
 
 
 def _prefixes(net: nn.Module, tensors: dict[str, Tensor]) -> list[str]:
-    """Return the prefixes that match (nearly) the most backbone tensors, best first.
+    """Return the prefixes with (nearly) the most matching backbone tensors, best first.
 
     DINO's teacher comes first, then trained encoders, then their moving averages.
     """
     state = net.state_dict()
     wanted = {name: state[name] for name in backbone_keys(net)}
-    # count equal shapes, too, because the teacher may be another network
+    # count equal shapes, too, because teacher and student may be different networks
     scores: Counter[str] = Counter()
     for start, name in _splits(tensors, wanted):
         scores[start] += 1 + (tensors[start + name].shape == wanted[name].shape)
@@ -232,7 +232,7 @@ def _splits(names: Iterable[str], wanted: Container[str]) -> Iterator[tuple[str,
 
 _DEPTH = 10  # levels of nested dicts that are searched
 
-# the names that a ResNet's layers have in an nn.Sequential of its children
+# the names of a ResNet's layers in an nn.Sequential of its children
 _NUMBERS = {
     "conv1.": "0.",
     "bn1.": "1.",
@@ -247,8 +247,8 @@ def tensors_of(net: nn.Module, state: dict[str, Any]) -> dict[str, Tensor]:
     """Return all named tensors of a checkpoint, except the optimizer's.
 
     A name is the path in the nested dicts, such as `teacher.backbone.conv1.weight`, without the
-    `_orig_mod.` that torch.compile adds. The layers of a ResNet that is an nn.Sequential get
-    torchvision's names.
+    `_orig_mod.` that torch.compile adds. If a ResNet is stored as an nn.Sequential, its layers are
+    renamed to torchvision's names.
 
     Args:
         net: the network that the tensors are for.

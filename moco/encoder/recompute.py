@@ -13,7 +13,7 @@ from moco.errors import InputError
 
 
 def recompute_blocks(net: nn.Module) -> None:
-    """Make the residual blocks in `net` keep only their input, and recompute the rest when needed.
+    """Make the residual blocks in `net` keep only their input, and recompute activations later.
 
     Gradients and batch norm statistics stay bit-identical. Raises InputError for a network of timm
     that has batch norm or does not support recomputing.
@@ -44,7 +44,7 @@ class _Recomputed:
     def forward(self, x: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
             return super().forward(x)
-        # the compiler supports no contexts, and updates batch norm only once without them
+        # the compiler does not support contexts, and updates batch norm only once without them
         if torch.compiler.is_compiling():
             return checkpoint(super().forward, x, use_reentrant=False, preserve_rng_state=False)
         contexts = functools.partial(_contexts, self)
@@ -61,7 +61,7 @@ _RECOMPUTED = {
 def check_compiled_recomputation() -> None:
     """Raise InputError if PyTorch updates batch norm twice when recomputed blocks are compiled.
 
-    PyTorch 2.6 does: its compiler keeps the update of the second pass.
+    PyTorch 2.6 does, because its compiler keeps the update of the second pass.
     """
     block = BasicBlock(4, 4)
     recompute_blocks(block)

@@ -10,13 +10,13 @@ from moco.encoder import networks, resnets, timm_networks
 
 
 class StockModel(NamedTuple):
-    """The code that creates a stock torchvision or timm model without its last layer.
+    """Python code that creates a stock torchvision or timm model without its last layer.
 
     The model maps [B, 3, H, W] to [B, D]. It loads the encoder's tensors with `strict=True`.
     """
 
     library: str  # torchvision or timm
-    lines: tuple[str, ...]  # of Python; they define `net`, and need torch and the library imported
+    lines: tuple[str, ...]  # of Python; they define `net`, after torch and the library are imported
 
 
 _CIFAR = (

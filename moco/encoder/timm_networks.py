@@ -22,7 +22,7 @@ SHORT = {
     "swin_base": "swin_base_patch4_window7_224",
     "swin_large": "swin_large_patch4_window7_224",
 }
-# MoCo v3's ViTs, with the options in which they differ from timm's
+# MoCo v3's ViTs, with the options by which they differ from timm's
 MOCO_V3 = {"vit_tiny": {}, "vit_small": {"num_heads": 12}, "vit_base": {}, "vit_large": {}}
 
 
@@ -47,8 +47,8 @@ def stock_arguments(arch: str, image_size: int) -> tuple[str, dict[str, int]]:
 def create(arch: str, out: int, image_size: int, drop_path: float = 0.0) -> nn.Module:
     """Return a randomly initialized network of timm, without dropout.
 
-    MoCo v3's ViTs (Chen et al., arXiv 2104.02057) are initialized as in that paper, with fixed sine
-    and cosine positions, and with 12 heads in vit_small.
+    MoCo v3's ViTs (Chen et al., arXiv 2104.02057) are initialized as in that paper. Their position
+    embeddings are fixed sines and cosines, and vit_small has 12 heads.
 
     Args:
         arch: a short name or an architecture of timm.
@@ -93,8 +93,8 @@ def create(arch: str, out: int, image_size: int, drop_path: float = 0.0) -> nn.M
 def _create_model(name: str, options: dict[str, Any]) -> nn.Module:
     """Return timm's network `name`, randomly initialized.
 
-    Leaves out the dropout rates that the network does not take. Passes a rate of 0, too, because
-    timm's default may differ (Swin: .1).
+    Dropout rates that the network does not accept are left out. A rate of 0 is passed, too, because
+    timm's default may be another one (Swin: .1).
     """
     try:
         return _timm().create_model(name, pretrained=False, **options)
@@ -109,7 +109,7 @@ def _create_model(name: str, options: dict[str, Any]) -> nn.Module:
 def _remove_dropout(net: nn.Module) -> None:
     """Set every dropout rate to 0, because some of timm's networks have a fixed rate.
 
-    MaxViT has .125 in the bias of its relative positions, CPUBone .1 in its attention.
+    MaxViT has .125 in its relative position bias, CPUBone .1 in its attention.
     """
     for module in net.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
@@ -117,7 +117,7 @@ def _remove_dropout(net: nn.Module) -> None:
 
 
 def _set_stochastic_depth(net: nn.Module, rate: float) -> bool:
-    """Return whether the network has this rate of stochastic depth; turn it off if `rate` is 0."""
+    """Return whether the network has stochastic depth of this rate. If it is 0, turn it off."""
     depths = [module for module in net.modules() if "drop_prob" in vars(module)]
     if rate == 0:
         for module in depths:
@@ -127,7 +127,7 @@ def _set_stochastic_depth(net: nn.Module, rate: float) -> bool:
 
 
 def _timm():
-    """Import and return timm; only when it is needed, because the import takes seconds."""
+    """Import and return timm. Called only when timm is needed, because the import takes seconds."""
     try:
         import timm
     except ImportError:
@@ -138,7 +138,7 @@ def _timm():
 
 @torch.no_grad()
 def _init_as_moco_v3(vit: nn.Module) -> None:
-    """Initialize the positions, the patch projection and the class token as MoCo v3 does.
+    """Initialize the position embeddings, patch projection and class token as MoCo v3 does.
 
     timm's `weight_init="moco"` leaves these three out.
     """
@@ -154,11 +154,11 @@ def _init_as_moco_v3(vit: nn.Module) -> None:
 
 
 def sine_positions(height: int, width: int, dim: int) -> Tensor:
-    """Return the fixed positions [height * width, dim] of a grid in row order.
+    """Return fixed position embeddings [height * width, dim] of a grid in row order.
 
-    A position is the sine and cosine of its row, then of its column. Each has dim / 4 wavelengths,
-    a geometric progression from 2 pi to 10,000 x 2 pi (MoCo v3, after Vaswani et al., arXiv
-    1706.03762).
+    An embedding has the sines and cosines of the row, then those of the column. Each has dim / 4
+    wavelengths, a geometric progression from 2 pi to 10,000 x 2 pi (MoCo v3, after Vaswani et al.,
+    arXiv 1706.03762).
     """
     frequencies = 10_000.0 ** -(torch.arange(dim // 4) / (dim // 4))
     row, column = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
@@ -174,10 +174,11 @@ def features(net: nn.Module, images: Tensor) -> Tensor:
 def to_timm_names(net: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return a pre-trained backbone's tensors with the names and shapes of timm's `net`.
 
-    Renames the tensors of other software's Swins, and interpolates position tables to the network's
-    image size. Returns `tensors` unchanged if they cannot be converted.
+    Renames the tensors of other software's Swins, and interpolates position embeddings to the
+    network's image size. Returns `tensors` unchanged if they cannot be converted.
 
-    Raises InputError for a ViT with learned positions if `net` is MoCo v3's with other heads.
+    Raises InputError for a ViT with learned position embeddings if `net` is MoCo v3's ViT with
+    another number of heads.
     """
     if (
         getattr(net, "namesake", None)
@@ -212,9 +213,9 @@ def to_timm_names(net: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tenso
 
 
 def _fixed(table: Tensor) -> bool:
-    """Return whether positions [1, 1 + N, D] are sines and cosines of a square grid.
+    """Return whether position embeddings [1, 1 + N, D] are sines and cosines of a square grid.
 
-    The order is row first in MoCo v3, column first in MAE; both count.
+    MoCo v3 puts rows first, MAE columns; both count.
     """
     if table.dim() != 3 or table.shape[1] < 1 or not table.is_floating_point():
         return False

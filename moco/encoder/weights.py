@@ -1,4 +1,4 @@
-"""Read a checkpoint of any origin without running code, or say which other format a file has.
+"""Read a checkpoint of any origin without running code, or name the other format of the file.
 
 pretrained.py turns the content into an encoder.
 """
@@ -59,12 +59,12 @@ def read(path: str) -> State:
 
 
 def _torch(path: str) -> State:
-    """Return what torch.save wrote to `path`. Raises InputError, OSError or MemoryError."""
+    """Return the content of a file of torch.save. Raises InputError, OSError or MemoryError."""
     try:
         return _unpickled(path)
     except Exception:
-        # The error is the same for a damaged file and for a disk that failed. Reading the full file
-        # raises OSError if the disk fails. If it does not, a second failure means a damaged file.
+        # A damaged file and a failed disk cause the same error. Reading the full file raises
+        # OSError if the disk fails. Otherwise a second failure means that the file is damaged.
         with open(path, "rb") as file:
             while file.read(_CHUNK):
                 pass
@@ -75,7 +75,7 @@ def _torch(path: str) -> State:
             raise InputError(f"{path}: {_refusal(path, refused[1] or '')}") from None
         other = "it is damaged or of another format"
         raise InputError(f"{path}: not a readable checkpoint; {other}") from None
-    except Exception as error:  # damaged files raise many kinds of errors
+    except Exception as error:  # damaged files cause errors of many types
         _check_memory(error)
         damaged = "it is truncated or damaged, take an earlier one"
         raise InputError(f"{path}: not a readable checkpoint; {damaged}") from None
@@ -200,7 +200,7 @@ def _safetensors(path: str, file: BinaryIO) -> State:
     except ImportError:
         needed = "reading a .safetensors file needs the package safetensors"
         raise InputError(f"{path}: {needed}: pip install safetensors") from None
-    # a failed read raises here; in the package's memory map it would kill the process
+    # A failed read raises OSError here. In the package's memory map it would kill the process.
     while file.read(_CHUNK):
         pass
     try:
@@ -209,7 +209,7 @@ def _safetensors(path: str, file: BinaryIO) -> State:
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     except OSError:
         raise
-    except Exception as error:  # damaged files raise many kinds of errors
+    except Exception as error:  # damaged files cause errors of many types
         _check_memory(error)
         again = "it is truncated or damaged; export or download it again"
         raise InputError(f"{path}: not a readable checkpoint; {again}") from None
@@ -300,9 +300,8 @@ def _text(head: bytes) -> str | None:
     if re.search(rb"[^\t\n\r\x20-\x7e\x80-\xff]", head):
         return None
     try:
-        text = codecs.getincrementaldecoder("utf-8")().decode(
-            head
-        )  # `head` may end inside a character
+        # incremental, because `head` may end inside a character
+        text = codecs.getincrementaldecoder("utf-8")().decode(head)
     except UnicodeDecodeError:
         return None
     line = text.strip().split("\n")[0][:40]
@@ -331,7 +330,7 @@ def _zip(path: Path, file: BinaryIO) -> str | None:
 
 
 def _file_of(folder: Path) -> str:
-    """Return advice on which file of `folder` to give."""
+    """Return advice on which file in `folder` to give."""
     try:
         names = sorted(os.listdir(folder))
     except OSError as error:

@@ -1,4 +1,4 @@
 """Train and log: the training loop, optimizers, checkpoints, logs, and features with k-NN.
 
-Nothing here names a method.
+No file here names a method.
 """

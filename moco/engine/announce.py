@@ -13,7 +13,7 @@ from moco.errors import InputError
 
 
 class Start(Protocol):
-    """The attributes of a `Trainer` that the lines at the start of a run show."""
+    """The attributes of a `Trainer` that `announce` reads."""
 
     config: Training
     device: torch.device
@@ -75,12 +75,12 @@ def announce(start: Start, images: Images, notes: list[str]) -> None:
     if schedule.lr_warmup_epochs >= schedule.epochs:
         print_rank0(
             f"the warm-up's {schedule.lr_warmup_epochs} epochs (--lr-warmup-epochs) outlast the "
-            "run: the rate is not reached"
+            "run: the full learning rate is not reached"
         )
     if schedule.lr_by == "epoch-end" and schedule.epochs == 1 and not max(start.lrs_after(1)):
         print_rank0(
-            "the only epoch has a learning rate of 0, that of its end (--lr-by epoch-end): "
-            "it trains nothing"
+            "--lr-by epoch-end: the only epoch uses the learning rate at its end, which is 0, so "
+            "nothing is trained"
         )
     if config.log.resume:
         inside = start.order.start - start.first_epoch * per_epoch

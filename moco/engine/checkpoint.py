@@ -1,6 +1,6 @@
 """Save, find, check and restore checkpoints.
 
-A checkpoint is a dict with MoCo's keys and plain values. It is written atomically: a crash never
+A checkpoint is a dict with MoCo's keys and plain values. It is written atomically, so a crash never
 replaces a complete file by an incomplete one.
 """
 
@@ -29,7 +29,7 @@ State = dict[str, Any]
 def save(path: Path, state: State) -> None:
     """Write `state` to `path` atomically.
 
-    Raises InputError if it cannot be written. A file that was at `path` then stays unchanged.
+    Raises InputError if it cannot be written. An old file at `path` then stays unchanged.
     """
     try:
         with replacing(path) as file:
@@ -43,11 +43,11 @@ def save(path: Path, state: State) -> None:
             isinstance(error, RuntimeError)
             and ("StreamWriter" in str(error) or "unexpected pos" in str(error))
         ):
-            last = next(iter(found(path.parent)), None)
+            last = next(iter(list_checkpoints(path.parent)), None)
             kept = f"the last checkpoint is {last}" if last else "there is none yet"
             why = f"cannot be written: {reason or 'the disk is full, or the file too large'}"
             raise InputError(
-                f"{path}: {why}; {kept}; make room, and go on with --resume auto"
+                f"{path}: {why}; {kept}; make room, and continue with --resume auto"
             ) from None
         raise
 
@@ -55,11 +55,11 @@ def save(path: Path, state: State) -> None:
 _NAME = re.compile(r"checkpoint_(\d+)(?:_(-?\d+))?\.pth\.tar")
 
 
-def found(folder: str | Path) -> list[Path]:
+def list_checkpoints(folder: str | Path) -> list[Path]:
     """Return the checkpoints of a run folder, the most advanced first.
 
-    Files whose names do not say how advanced they are come last, such as copies by the user.
-    Raises UnreadableError if the folder cannot be listed.
+    Files whose names do not contain an epoch come last, such as copies made by the user. Raises
+    UnreadableError if the folder cannot be listed.
     """
     try:
         names = os.listdir(folder)
@@ -75,7 +75,7 @@ def found(folder: str | Path) -> list[Path]:
 
 
 def _how_far(path: Path) -> tuple[float, int]:
-    """Return (epochs done, step), by the name of the file, to sort checkpoints by."""
+    """Return (epochs done, step) according to the file name, as the key to sort checkpoints."""
     if match := _NAME.fullmatch(path.name):
         epoch, step = match.groups()  # the name has a step if its epoch is unfinished
         return (int(epoch), int(step)) if step else (int(epoch) + 1, 0)
@@ -83,15 +83,14 @@ def _how_far(path: Path) -> tuple[float, int]:
     return (math.inf, 0) if path.name == "checkpoint.pth.tar" else (-1, 0)
 
 
-def numbered(folder: Path, inside: bool) -> list[Path]:
+def numbered(folder: Path, mid_epoch: bool) -> list[Path]:
     """Return the checkpoints that pre-training saved in `folder`, the most advanced first.
 
-    With `inside`, return those of unfinished epochs, else those of finished ones. Files that the
-    user copied under other names are left out. Raises UnreadableError if the folder cannot be
-    listed.
+    With `mid_epoch`, return those of unfinished epochs, otherwise those of finished ones. Files
+    that the user has renamed are left out. Raises UnreadableError if the folder cannot be listed.
     """
-    matches = ((path, _NAME.fullmatch(path.name)) for path in found(folder))
-    return [path for path, match in matches if match and bool(match[2]) == inside]
+    matches = ((path, _NAME.fullmatch(path.name)) for path in list_checkpoints(folder))
+    return [path for path, match in matches if match and bool(match[2]) == mid_epoch]
 
 
 def epoch_of(path: Path) -> int:
@@ -99,14 +98,14 @@ def epoch_of(path: Path) -> int:
     return int(_NAME.fullmatch(path.name)[1])
 
 
-def begin(folder: Path, resumed: str | None) -> None:
-    """Tidy the run folder before training.
+def tidy_folder(folder: Path, resumed: str | None) -> None:
+    """Remove half-written files from the run folder, and rename damaged checkpoints.
 
-    Remove half-written files of a start that was killed. Rename the damaged checkpoints that
-    `--resume auto` skipped, so that later starts do not read them again.
+    Call it before training. Half-written files come from a start that was killed. The damaged
+    checkpoints are those that `--resume auto` skipped; later starts do not read them again.
 
     Args:
-        folder: the run folder, which this run holds.
+        folder: the run folder, which this run has locked.
         resumed: the checkpoint that the run resumes from, if any.
     """
     for name in ("*.pth.tar", "*.json", "*.jsonl", "*.yaml"):
@@ -129,13 +128,13 @@ def newest(folder: str) -> str | None:
     """Return the most advanced checkpoint of a run folder that is not damaged.
 
     Prints a line and returns None if there is no checkpoint. Raises UnreadableError if the system
-    cannot read a checkpoint, because that one may be intact. Raises InputError if all are damaged.
+    cannot read a checkpoint, because it may be intact. Raises InputError if all are damaged.
     """
-    files = found(folder)
+    files = list_checkpoints(folder)
     if not files:
         log = Path(folder, "log.jsonl")
         logged = log.exists() and log.stat().st_size
-        begins = "begins anew, and its log with it" if logged else "begins"
+        begins = "starts again, with a new log" if logged else "starts"
         print_rank0(f"--resume auto: no checkpoint in {folder} yet; the run {begins}")
         return None
     for path in files:
@@ -148,12 +147,12 @@ def newest(folder: str) -> str | None:
             print_rank0(f"--resume auto: skipped: {error}")
     raise InputError(
         f"--resume auto: no checkpoint in {folder} can be read; "
-        "choose another --save-dir to begin a new run"
+        "choose another --save-dir to start a new run"
     )
 
 
 def load(path: str) -> State:
-    """Return the content of a checkpoint file, by this project or other software.
+    """Return the content of a checkpoint file of this project or of other software.
 
     Raises InputError if it cannot be read; see `moco.encoder.weights.read`.
     """
@@ -210,7 +209,7 @@ def restore(model: nn.Module, state: State, path: str, diverged: bool = False) -
         model: the module that a run trains.
         state: the content of the checkpoint, checked by `check_origin`.
         path: its file, for messages.
-        diverged: whether NaN and infinite weights are accepted.
+        diverged: whether to accept NaN and infinite weights.
 
     Raises InputError if names or shapes of the weights do not fit, or if a weight is NaN or
     infinite.
@@ -239,7 +238,7 @@ _WANTED = {"epoch": int, "args": dict, "state_dict": dict, "optimizer": dict, "p
 
 def check_resumable(state: State, path: str) -> None:
     """Raise InputError if a checkpoint lacks what a run needs to continue, or if it is damaged."""
-    if absent := lacking(state):
+    if absent := missing_keys(state):
         what = f"it lacks {', '.join(absent)}, so it is not the state of a run of these scripts"
         if path.endswith(".safetensors"):
             what = "a .safetensors file holds weights alone"
@@ -274,16 +273,16 @@ def check_resumable(state: State, path: str) -> None:
         )
 
 
-def lacking(state: State) -> list[str]:
-    """Return the keys that a run needs to continue and that `state` lacks.
+def missing_keys(state: State) -> list[str]:
+    """Return the keys that `state` lacks of those that a run needs to continue.
 
-    Checkpoints of other software lack some.
+    Checkpoints of other software lack some of them.
     """
     return [key for key in _WANTED if key not in state]
 
 
 def origin(state: State) -> str:
     """Return "classifier" or "pre-training", or "weights" if the file cannot be resumed."""
-    if lacking(state):
+    if missing_keys(state):
         return "weights"
     return "classifier" if state.get("method") in CLASSIFIERS else "pre-training"

@@ -1,4 +1,4 @@
-"""Check that the evaluations can read the encoder of a method. Called before training."""
+"""Check before training that the evaluations can read the encoder of a method."""
 
 from moco.builder.base import Method
 from moco.encoder import networks, pretrained
@@ -9,7 +9,7 @@ def check(method: Method) -> None:
     """Raise InputError if the evaluations would not find the encoder in the method's checkpoints.
 
     The evaluations find an encoder by the names of its tensors. They must find `method.encoder`,
-    and not a copy such as its moving average.
+    not a copy such as its moving average.
     """
     state = {f"module.{name}": tensor for name, tensor in method.state_dict().items()}
     encoder = method.encoder

@@ -15,14 +15,14 @@ from moco.config import Config
 from moco.data import loader
 from moco.data.images import Images
 from moco.encoder import networks
-from moco.engine.precision import autocast, layout
+from moco.engine.precision import autocast, prepare_images
 
-# features [n, D] and labels, [n] or [n, num_classes], of this rank's images of a split. With W
-# ranks, a rank has every W-th image.
+# features [n, D] and labels, [n] or [n, num_classes], of a rank's images of a split. With W ranks,
+# a rank has every W-th image.
 Features = tuple[Tensor, Tensor]
 
 
-def test_batches(
+def eval_batches(
     images: Images,
     config: Config,
     device: torch.device,
@@ -30,11 +30,11 @@ def test_batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield batches of this rank's images: normalized centre crops [B, 3, S, S], and labels.
 
-    A rank has every W-th image of `images`, with W ranks. Labels are [B], or [B, num_classes] if
+    With W ranks, a rank has every W-th of `images`. Labels are [B], or [B, num_classes] if
     images can show several classes.
 
     Images that cannot be read are left out. Their indices and the reasons are appended to
-    `unreadable`. If that is None, raises InputError at the first such image.
+    `unreadable`. If `unreadable` is None, the first such image raises InputError.
     """
     sampler = loader.EvalBatchSampler(len(images), config.input.batch_per_process)
     crop, done = loader.CenterCrop(config.views.image_size), 0
@@ -50,7 +50,7 @@ def test_batches(
             x, label = x[own], label[own]
         done += len(batch.index)
         if len(x):
-            yield layout(normalize(x, config.views.mean, config.views.std)), label
+            yield prepare_images(normalize(x, config.views.mean, config.views.std)), label
 
 
 @torch.inference_mode()
@@ -60,20 +60,21 @@ def extract(
     config: Config,
     device: torch.device,
     unit_norm: bool = True,
-    of: Callable[[nn.Module, Tensor], Tensor] = networks.features,
+    feature_fn: Callable[[nn.Module, Tensor], Tensor] = networks.features,
     unreadable: list[tuple[int, str]] | None = None,
     on_host: bool = False,
 ) -> Features:
     """Return the features [n, D] and the labels of this rank's images, every W-th of `images`.
 
     Args:
-        net: the network. It is set to eval mode, and back to its own mode at the end.
+        net: the network. It is set to eval mode, and back to its mode at the end.
         images: the images of a split.
         config: the settings of the run.
         device: the device that computes, and on which the labels are returned.
         unit_norm: whether features are normalized to norm 1.
-        of: computes the features of a batch, `of(net, batch)`; by default those of the backbone.
-        unreadable: see `test_batches`.
+        feature_fn: computes the features of a batch: `feature_fn(net, batch)` -> [B, D]. By
+            default, the backbone's features.
+        unreadable: see `eval_batches`.
         on_host: whether the features are kept in the host's memory instead of on `device`.
 
     Raises InputError if an image cannot be read and `unreadable` is None.
@@ -84,9 +85,9 @@ def extract(
         images.labels[distributed.rank() :: distributed.world_size()], device=device
     )
     rows, done = None, 0  # the features are allocated once, when their size is known
-    for batch, label in test_batches(images, config, device, unreadable):
+    for batch, label in eval_batches(images, config, device, unreadable):
         with autocast(config.compute.amp, device):
-            x = of(net, batch)
+            x = feature_fn(net, batch)
         if rows is None:
             rows = torch.empty(len(labels), x.shape[1], device=feature_device(on_host, device))
         rows[done : done + len(x)] = F.normalize(x.float(), dim=1) if unit_norm else x
@@ -108,11 +109,11 @@ def feature_device(on_host: bool, device: torch.device) -> torch.device:
     return torch.device("cpu") if on_host else device
 
 
-def in_order(x: Tensor) -> Tensor:
-    """Return the rows [N, ...] of all ranks in the order of the split.
+def gather_in_order(x: Tensor) -> Tensor:
+    """Return the features or labels [N, ...] of all ranks, in the order of the split.
 
     Args:
-        x: the rows of this rank, [n, ...]: every W-th of the split.
+        x: those of this rank, [n, ...]: every W-th of the split.
     """
     full = distributed.all_gather_uneven(x)
     ranks = distributed.world_size()
@@ -138,8 +139,9 @@ def knn(
     """Return the top-1 accuracy of the weighted k-NN classifier for each k in `ks`, in [0, 1].
 
     Each neighbour votes for its class with weight exp(similarity / temperature) (Wu et al.,
-    section 3.4). The accuracy is that of all ranks' queries. It is computed on the device of the
-    labels; the features may be in the host's memory. Ranks may have different numbers of features.
+    section 3.4). The accuracy is that of the queries of all ranks. It is computed on the device of
+    the labels; the features may be in the host's memory. Ranks may have different numbers of
+    features.
 
     Args:
         bank: this rank's features of the bank, [n, D], with norm 1.
@@ -158,8 +160,8 @@ def knn(
     found = nearest(bank, bank_labels, queries, max(ks))
     for similarity, neighbour, y in zip(*(x.split(QUERIES) for x in (*found, labels)), strict=True):
         similarity, neighbour = _of_all_ranks(similarity, neighbour, max(ks))
-        # exp(1 / T) would be infinite if T is small; subtracting the best similarity scales all
-        # weights of a query alike, which changes no vote
+        # For a small T, exp(1 / T) would be infinite. Subtracting the best similarity multiplies
+        # all weights of a query by one factor, which changes no vote.
         weight = torch.exp((similarity - similarity[:, :1]) / temperature)
         for k in ks:
             votes = weight.new_zeros(len(y), classes).scatter_add_(
@@ -179,7 +181,7 @@ def nearest(bank: Tensor, bank_labels: Tensor, queries: Tensor, k: int) -> Featu
         bank: features of this rank, [n, D]; each block is moved to the queries' device once.
         bank_labels: their labels, [n].
         queries: features of all ranks, [N, D].
-        k: number of neighbours; n is taken if it is smaller.
+        k: number of neighbours; if n is smaller, all n are returned.
     """
     k = min(k, len(bank))
     best = queries.new_full((len(queries), k), -torch.inf)
@@ -198,7 +200,7 @@ def _of_all_ranks(similarity: Tensor, label: Tensor, k: int) -> Features:
     """Return the similarities and labels [B, k] of the best k neighbours over all ranks.
 
     Args:
-        similarity: those of the best k neighbours on this rank, [B, <= k].
+        similarity: similarities of the best k neighbours on this rank, [B, <= k].
         label: their labels.
         k: number of neighbours.
     """

@@ -1,4 +1,4 @@
-"""Check a run while it trains: NaN or infinity, collapsed features, unreadable images."""
+"""Check a run while it trains for NaN or infinity, collapsed features and unreadable images."""
 
 import math
 import sys
@@ -23,7 +23,7 @@ class Health:
     Args:
         config: the settings of the run.
         images: the training set.
-        may_diverge: whether NaN and infinity are accepted.
+        may_diverge: whether to accept NaN and infinity.
     """
 
     def __init__(self, config: Training, images: Images, may_diverge: bool):
@@ -39,16 +39,16 @@ class Health:
         self._skipped, self._most = 0, max(1, images // 100)
 
     def note_unreadable(self, unreadable: list[tuple[int, str]]) -> None:
-        """Print a line for each image that cannot be read and was replaced. Each is named once.
+        """Print a line, once in the run, for each image that could not be read and was replaced.
 
         Args:
             unreadable: the index of each such image in the training set, and the reason.
 
-        Raises InputError if these are more than 1 % of the images of an epoch.
+        Raises InputError if more than 1 % of the images of an epoch cannot be read.
         """
         for i, reason in unreadable:
             if i not in self._unreadable:
-                line = f"skipped, another image takes its place: {reason}"
+                line = f"skipped, another image is used instead: {reason}"
                 tqdm.write(line, file=sys.stderr)
             self._unreadable.add(i)
         self._skipped += len(unreadable)
@@ -56,7 +56,7 @@ class Health:
             raise InputError(
                 f"{self.images.root}: more than 1 % of the images cannot be read "
                 f"({self._skipped} in this epoch, so far); "
-                "look at the data, the disk or the network"
+                "check the data, the disk or the network"
             )
 
     def note(self, step: int, loss: Tensor, indices: Tensor) -> None:
@@ -73,7 +73,7 @@ class Health:
     def check(self, module: nn.Module, lr: float, steps_per_epoch: int) -> None:
         """Raise InputError on every rank if any recent loss or any weight is NaN or infinite.
 
-        Called before every save.
+        Call it before every save.
 
         Args:
             module: the module that is saved.
@@ -88,7 +88,7 @@ class Health:
         norms = torch._foreach_norm([p for p in module.parameters() if p.requires_grad])
         losses = (*losses, torch.stack(norms).max())
         steps, indices = (*steps, steps[-1]), (*indices, indices[-1])
-        wide = devices.widest(losses[0].device)
+        wide = devices.widest_float(losses[0].device)
         values = torch.stack(losses).to(wide)
         bad = (~values.isfinite()).nonzero()
         first = int(bad[0]) if len(bad) else 0
@@ -107,7 +107,7 @@ class Health:
         names = ", ".join(self.images.name(int(i)) for i in images)
         epoch = step // steps_per_epoch
         where = f"step {step:.0f} (epoch {epoch:.0f}, lr {lr:g}, images {names}, ...)"
-        kept = next(iter(checkpoint.found(self.config.run.save_dir)), None)
+        kept = next(iter(checkpoint.list_checkpoints(self.config.run.save_dir)), None)
         if kept:
             option = "lr" if "lr" in flat(self.config) else "lr-backbone,lr-classifier"
             what = f"the last checkpoint from before it is {kept}; continue with --resume auto "
@@ -127,7 +127,7 @@ def warn_if_collapsed(means: dict[str, float], epoch: int) -> None:
     std = means.get("feature_std", 1.0)
     if std < COLLAPSED:
         print_rank0(
-            f"warning: epoch {epoch} ends with a feature_std of {std:.2g}, where 1 is spread out "
-            "and 0 is one point: the features have collapsed, or nearly; try a lower --lr, "
-            "a longer --lr-warmup-epochs, a larger --batch-size"
+            f"warning: the features have collapsed, or nearly: feature_std is {std:.2g} at the end "
+            f"of epoch {epoch} (1: evenly distributed, 0: all equal); try a lower --lr, more "
+            "--lr-warmup-epochs or a larger --batch-size"
         )

@@ -33,8 +33,8 @@ Metrics = dict[str, Tensor | tuple[Tensor, Tensor]]
 class Mean:
     """The running means of metrics over steps and ranks.
 
-    A metric is a scalar, or a sum and a count: then a step with a larger count weighs more. Adding
-    does not wait for the device. Reading does.
+    A metric is a scalar, or a sum and a count, with which a step of a larger count weighs more.
+    `add` does not wait for the device, `read` does.
     """
 
     def __init__(self):
@@ -55,7 +55,7 @@ class Mean:
         """
         if not self.sums:
             return {}
-        wide = devices.widest(next(iter(self.sums.values())).device)
+        wide = devices.widest_float(next(iter(self.sums.values())).device)
         pairs = [
             torch.stack([total.to(wide), torch.ones_like(total, dtype=wide) * self.counts[name]])
             for name, total in self.sums.items()
@@ -71,20 +71,20 @@ class Mean:
 
 
 def write_options(config: Config) -> None:
-    """Write the settings to args.yaml in the run folder, which this run holds."""
+    """Write the settings to args.yaml in the run folder, which this run has locked."""
     with replacing(Path(config.run.save_dir) / "args.yaml") as file:
         file.write(yaml.safe_dump(flat(config), sort_keys=True).encode())
 
 
 class RunLog:
-    """The log of a run: the files in its folder, and the lines or the bar on the terminal.
+    """The log of a run: the files in its folder, and the lines or the progress bar on the terminal.
 
     Args:
         config: the settings of the run. A new run writes them to args.yaml at once. A resumed run
             does so with its first checkpoint, so that args.yaml always describes the checkpoints.
         steps: number of steps of the full run, to estimate the time left.
-        start: the step to begin at. It is negative if steps come before epoch 0. Log lines of
-            later steps, from before the run was resumed, are dropped.
+        start: the step to begin at. It is negative if steps come before epoch 0. If the run was
+            resumed, old log lines of later steps are dropped.
         device: the device that the run trains on.
 
     Raises InputError if the folder cannot be written.
@@ -133,12 +133,12 @@ class RunLog:
         self.waited += seconds
 
     def tick(self) -> None:
-        """Count a step. Print how long the first one took."""
+        """Count a step. Print the duration of the first one."""
         if self.first:
             self.first = False
             torch.get_device_module(self.device).synchronize()
             took = time.perf_counter() - self.began
-            full = clock(took * (self.steps - self.start))
+            full = format_duration(took * (self.steps - self.start))
             print_rank0(
                 f"first step took {took:.1f} s, of which {self.waited:.1f} s for data; "
                 f"at this pace {full} for the run"
@@ -177,7 +177,7 @@ class RunLog:
         except OSError as error:
             raise InputError(
                 f"{self.path}: cannot be written: {error.strerror}; "
-                "make room, and go on with --resume auto"
+                "make room, and continue with --resume auto"
             ) from None
         facts = [f"{name} {_short(name, value)}" for name, value in {**metrics, **speed}.items()]
         if self.bar is not None and speed:
@@ -186,7 +186,12 @@ class RunLog:
             self.bar.set_postfix_str(fold([f"epoch {epoch}", *facts], width)[0])
             return
         left = (now - self.began) / max(1, step - self.start) * (self.steps - step)
-        facts = [f"epoch {epoch}", f"step {step}/{self.steps}", *facts, f"left {clock(left)}"]
+        facts = [
+            f"epoch {epoch}",
+            f"step {step}/{self.steps}",
+            *facts,
+            f"left {format_duration(left)}",
+        ]
         width = shutil.get_terminal_size().columns - 3 if self.bar is not None else math.inf
         print_rank0("\n  ".join(fold(facts, width)))
 
@@ -222,14 +227,14 @@ def fold(facts: list[str], width: float) -> list[str]:
 
 
 def _lines(path: Path) -> list[str]:
-    """Return the lines of a file, with their ends; none if there is no file."""
+    """Return the lines of a file with their line ends, or an empty list if there is no file."""
     return path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
 
 
 def _step(line: str) -> float:
     """Return the step of a line of log.jsonl, or infinity if the line is damaged.
 
-    The last line is damaged if the run was killed while it wrote.
+    The last line is damaged if the run was killed while writing it.
     """
     try:
         return float(json.loads(line)["step"])
@@ -238,7 +243,7 @@ def _step(line: str) -> float:
 
 
 def _seconds(lines: list[str]) -> float:
-    """Return the seconds trained up to the last of the lines of log.jsonl; 0 if there are none."""
+    """Return the seconds trained up to the last of these lines of log.jsonl; 0 without lines."""
     try:
         return max(0.0, float(json.loads(lines[-1])["time"]))
     except (IndexError, ValueError, KeyError, TypeError, RecursionError):
@@ -246,7 +251,7 @@ def _seconds(lines: list[str]) -> float:
 
 
 def _short(name: str, value: float) -> str:
-    """Return a metric as the terminal shows it."""
+    """Return the value of a metric as text for the terminal."""
     if name == "data_wait":
         return f"{value:.0%}"
     if name == "images_per_s":
@@ -254,7 +259,7 @@ def _short(name: str, value: float) -> str:
     return f"{value:.4g}"
 
 
-def clock(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """Return a duration in seconds as hours:minutes:seconds."""
     minutes, s = divmod(round(seconds), 60)
     hours, m = divmod(minutes, 60)

@@ -1,4 +1,4 @@
-"""Suggest the commands to run after pre-training, to paste into the same shell."""
+"""Suggest commands to run after pre-training, which can be pasted into the same shell."""
 
 import os
 import shlex
@@ -17,8 +17,8 @@ PROBES = {method.script: method.probe for method in METHODS.values()}
 def commands(config: Pretraining, train: Path, saved: Path) -> list[str]:
     """Return the shell commands for k-NN, a linear probe and the report.
 
-    If the run has a k-NN monitor, the command for k-NN has the same settings. If the data has no
-    validation images, only the command for the report is returned.
+    If the run has a k-NN monitor, the k-NN command has the same settings. If the data has no
+    validation images, only the report command is returned.
 
     Args:
         config: the settings of the pre-training.
@@ -26,7 +26,7 @@ def commands(config: Pretraining, train: Path, saved: Path) -> list[str]:
         saved: its last checkpoint.
     """
     home = Path(sys.argv[0]).parent
-    if not (home / "main_knn.py").exists():  # another program called the script
+    if not (home / "main_knn.py").exists():  # another program runs the training
         home = Path(os.path.relpath(Path(__file__).parent.parent.parent))
     python = "python" if shutil.which("python") == sys.executable else sys.executable
     settings = flat(config)

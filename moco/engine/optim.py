@@ -20,7 +20,7 @@ def make(groups: list[dict[str, Any]], schedule: Schedule, amp: str) -> torch.op
 
     Args:
         groups: parameter groups, each with `params`, `lr` and `weight_decay`.
-        schedule: the settings of the optimizer.
+        schedule: the settings of the optimizer and its schedule.
         amp: the value of `--amp`.
 
     Raises InputError if `--momentum` is out of range.
@@ -52,13 +52,13 @@ def _fused(groups: list[dict[str, Any]]) -> bool | None:
 def restore(
     optimizer: torch.optim.Optimizer, saved: dict[str, Any], path: str, diverged: bool = False
 ) -> None:
-    """Load the state of an optimizer from a checkpoint. Settings such as lr stay this run's.
+    """Load the state of an optimizer from a checkpoint, but keep this run's lr and other settings.
 
     Args:
         optimizer: the optimizer of this run.
         saved: the `state_dict` of the optimizer in the checkpoint.
         path: the file of the checkpoint, for messages.
-        diverged: whether NaN and infinite values are accepted.
+        diverged: whether to accept NaN and infinite values.
 
     Raises InputError if the state is that of another optimizer, or damaged.
     """
@@ -94,9 +94,9 @@ def restore(
 def _place_counts(optimizer: torch.optim.Optimizer) -> None:
     """Move AdamW's step counts to the device that this run's optimizer needs.
 
-    Fused AdamW needs each count on the device of its parameter. Otherwise Python reads the counts,
-    and they are on the CPU so that reading does not wait for the device. The checkpoint's counts
-    are elsewhere if its run used another device.
+    Fused AdamW needs each count on the device of its parameter. Otherwise Python reads the counts;
+    on the CPU, reading does not wait for the device. The counts in a checkpoint may be on another
+    device, the one that its run used.
     """
     for group in optimizer.param_groups:
         for p in group["params"]:
@@ -105,14 +105,14 @@ def _place_counts(optimizer: torch.optim.Optimizer) -> None:
                 optimizer.state[p]["step"] = count.to(p.device if group["fused"] else "cpu")
 
 
-# the state of a parameter, by a setting that only the optimizers with that state have
+# names of a parameter's state, by a setting that only the optimizers with this state have
 _STATE = {"momentum": {"momentum_buffer"}, "betas": {"step", "exp_avg", "exp_avg_sq"}}
 # settings that tell apart optimizers whose states have the same shapes
 _DISTINCTIVE = ("dampening", "betas", "eps", "trust", "amsgrad")
 
 
 def _matches(saved: dict[str, Any], mine: dict[str, Any]) -> bool:
-    """Return whether a saved group is of the same optimizer as `mine`. Its settings may differ."""
+    """Return whether two groups are of the same optimizer. Other settings may differ."""
     same = all(saved.get(name) == mine.get(name) for name in _DISTINCTIVE)
     same = same and ("momentum" in saved) == ("momentum" in mine)
     return same and all(
@@ -127,7 +127,7 @@ def _is_valid(
     """Return whether the state of a parameter has the names, shapes and finite values it needs.
 
     Each value is a scalar or has the shape of the parameter. With `diverged`, NaN and infinity are
-    accepted.
+    valid.
     """
     names = next(names for setting, names in _STATE.items() if setting in optimizer.defaults)
     tensors = [x for x in state.values() if x is not None]
@@ -141,7 +141,7 @@ def _is_valid(
 class LARS(torch.optim.Optimizer):
     """The LARS optimizer: layer-wise adaptive rate scaling (You et al., arXiv 1708.03888).
 
-    This is the form that SimCLR, MoCo v3 and SogCLR use. A parameter w with gradient g is updated
+    This is the variant of SimCLR, MoCo v3 and SogCLR. A parameter w with gradient g is updated
     by v <- momentum v + u and w <- w - lr v. If w has two dimensions or more,
     u = trust |w| / |g + wd w| (g + wd w). Otherwise, for biases and the scales of norm layers,
     u = g, without weight decay.
@@ -168,7 +168,7 @@ class LARS(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
-        """Update the parameters. `closure` and the returned loss are those of torch.optim."""
+        """Update the parameters. `closure` and the returned loss are as in torch.optim."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -223,7 +223,7 @@ def _split_decay(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [group for group in split if group["params"]]
 
 
-def scale(scaling: str, batch: int) -> float:
+def lr_scale(scaling: str, batch: int) -> float:
     """Return the factor by which a total batch of `batch` images scales the learning rate.
 
     It is 1 if `scaling` is "none", sqrt(batch) if "sqrt", and batch / 256 if "linear".
@@ -231,7 +231,7 @@ def scale(scaling: str, batch: int) -> float:
     return {"none": 1.0, "sqrt": math.sqrt(batch), "linear": batch / 256}[scaling]
 
 
-def rate(schedule: Schedule, base: float, epoch: float, factor: float = 1.0) -> float:
+def scheduled_lr(schedule: Schedule, base_lr: float, epoch: float, scale: float = 1.0) -> float:
     """Return the learning rate after `epoch` epochs.
 
     The learning rate rises linearly over `schedule.lr_warmup_epochs`. Then it follows one of:
@@ -247,13 +247,13 @@ def rate(schedule: Schedule, base: float, epoch: float, factor: float = 1.0) -> 
 
     Args:
         schedule: the settings of the schedule.
-        base: the learning rate after warm-up, already multiplied by `factor`.
+        base_lr: the learning rate after warm-up, already multiplied by `scale`.
         epoch: epochs done, with a fraction within an epoch.
-        factor: the result of `scale`; it multiplies `schedule.lr_final` as well.
+        scale: the result of `lr_scale`; `schedule.lr_final` is multiplied by it.
     """
     warmup, by_step = schedule.lr_warmup_epochs, schedule.lr_by != "epoch"
     if epoch < warmup:
-        return base * (epoch / warmup if by_step else (epoch + 1) / (warmup + 1))
+        return base_lr * (epoch / warmup if by_step else (epoch + 1) / (warmup + 1))
     if schedule.cos or schedule.sgdr:
         first = warmup if by_step else 0
         passed = (
@@ -262,6 +262,6 @@ def rate(schedule: Schedule, base: float, epoch: float, factor: float = 1.0) -> 
             else (epoch - first) / (schedule.epochs - first)
         )
         remaining = 0.5 * (1 + math.cos(math.pi * passed))
-        final = schedule.lr_final * factor
-        return final + (base - final) * remaining
-    return base * 0.1 ** sum(epoch >= milestone for milestone in schedule.schedule)
+        final = schedule.lr_final * scale
+        return final + (base_lr - final) * remaining
+    return base_lr * 0.1 ** sum(epoch >= milestone for milestone in schedule.schedule)

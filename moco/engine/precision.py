@@ -1,4 +1,4 @@
-"""Set the mixed precision, memory format, recomputation and compilation of the networks."""
+"""Set up mixed precision, memory format, recomputation and compilation of the networks."""
 
 from pathlib import Path
 
@@ -18,14 +18,14 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _BF16 = {"avx512_bf16", "amx_bf16", "bf16"}
 
 
-def choose(config: AnyConfig) -> AnyConfig:
+def disable_slow_amp(config: AnyConfig) -> AnyConfig:
     """Return `config`, with `--amp off` if mixed precision is slow on the CPU of the run.
 
-    Prints a line if it turns mixed precision off. Every CPU is slow in fp16: with PyTorch's
-    convolutions, a step takes minutes. CPUs without bf16 instructions are slow in bf16. Raises
-    InputError if the device is not found.
+    Prints a line if it turns mixed precision off. Every CPU is slow in fp16: a step takes minutes
+    with PyTorch's convolutions. CPUs without bf16 instructions are slow in bf16. Raises InputError
+    if the device is not found.
     """
-    on_cpu = devices.chosen(config.launch.device) == "cpu"
+    on_cpu = devices.resolve_type(config.launch.device) == "cpu"
     if (
         config.compute.amp == "off"
         or not on_cpu
@@ -48,7 +48,7 @@ def _multiplies_bf16() -> bool:
 
 
 def autocast(amp: str, device: torch.device) -> torch.autocast:
-    """Return an autocast context for `device` with the data type of `--amp`, which may be off."""
+    """Return an autocast context for `device` with the dtype of `--amp`; disabled if it is off."""
     return torch.autocast(device.type, _DTYPES.get(amp), enabled=amp != "off")
 
 
@@ -63,7 +63,7 @@ def scaler(amp: str, device: torch.device) -> torch.amp.GradScaler:
 
 
 def _check_scales(device: torch.device) -> None:
-    """Raise InputError if a gradient scaler fails on `device`. It is tried on one weight."""
+    """Raise InputError if a gradient scaler fails on `device`, in a trial with one weight."""
     trial = torch.amp.GradScaler(device.type)
     weight = torch.zeros(1, device=device, requires_grad=True)
     try:
@@ -103,17 +103,19 @@ def restore(scaler: torch.amp.GradScaler, saved: object, path: str) -> None:
         ) from None
 
 
-def place(model: nn.Module, device: torch.device, compile: bool, recompute: bool) -> nn.Module:
-    """Move `model` to `device`, set it up in place, and return it.
+def prepare_model(
+    model: nn.Module, device: torch.device, compile: bool, recompute: bool
+) -> nn.Module:
+    """Move `model` to `device`, and set up its memory format, recomputation and compilation.
 
-    On CUDA and XPU its memory format is channels last.
+    The model is changed in place and returned. On CUDA and XPU, its memory format is channels last.
 
     Args:
         model: a module whose children are networks.
         device: the device that trains.
         compile: whether to compile the children.
-        recompute: whether blocks of the networks keep only their inputs, and run again in the
-            backward pass.
+        recompute: whether to recompute the blocks of the networks in the backward pass, to save
+            memory.
 
     Raises InputError if PyTorch cannot compile for the device, or with recomputation.
     """
@@ -136,9 +138,9 @@ _CHANNELS_LAST = ("cuda", "xpu")
 
 
 def _check_compiles(device: torch.device) -> None:
-    """Raise InputError if torch.compile fails on `device`. It is tried on one sum.
+    """Raise InputError if torch.compile fails on `device`, in a trial with one sum.
 
-    The CPU and CUDA are not tried.
+    There is no trial on the CPU and CUDA.
     """
     if device.type in ("cpu", "cuda"):
         return
@@ -150,8 +152,8 @@ def _check_compiles(device: torch.device) -> None:
         raise InputError(f"{cannot}; leave it out ({why})") from None
 
 
-def layout(images: torch.Tensor) -> torch.Tensor:
-    """Return `images` [B, 3, H, W] in the memory format that `place` gives models."""
+def prepare_images(images: torch.Tensor) -> torch.Tensor:
+    """Return `images` [B, 3, H, W] in the memory format of the models of `prepare_model`."""
     if images.device.type not in _CHANNELS_LAST:
         return images
     return images.contiguous(memory_format=torch.channels_last)

@@ -18,7 +18,7 @@ from moco.data.images import Images
 from moco.distributed import print_rank0
 from moco.encoder import networks, resnets
 from moco.engine import checkpoint, contract, features, next_commands, precision
-from moco.engine.log import Metrics, clock
+from moco.engine.log import Metrics, format_duration
 from moco.engine.trainer import Task, Trainer
 from moco.errors import InputError
 from moco.rng import Progress
@@ -27,9 +27,9 @@ from moco.rng import Progress
 def check_views(config: Pretraining, several_crops: bool = False) -> None:
     """Raise InputError if the recipe makes the wrong number of views.
 
-    Two views are needed, or more than two with `several_crops`.
+    It must make two views, or more than two with `several_crops`.
     """
-    views = len(recipes.of(config.views))
+    views = len(recipes.from_settings(config.views))
     if views < 2 or (views > 2) != several_crops:
         needed = "more than two" if several_crops else "two"
         raise InputError(
@@ -41,7 +41,7 @@ def check_views(config: Pretraining, several_crops: bool = False) -> None:
 def complete(config: Pretraining) -> Pretraining:
     """Return `config` with the mean and std of the data set, unless they are given.
 
-    Called before any process starts. Raises InputError if the architecture or the data do not fit
+    Call it before any process starts. Raises InputError if the architecture or the data do not fit
     the script.
     """
     if not config.TRANSFORMERS and config.network.arch not in resnets.ARCHS:
@@ -102,7 +102,7 @@ def train(config: Pretraining, device: torch.device, build: Callable[[Images], M
     if method.sync_batch_norm:
         method = distributed.sync_batch_norm(method, device)
     compute = config.compute
-    module = precision.place(method, device, compute.compile, compute.grad_checkpoint)
+    module = precision.prepare_model(method, device, compute.compile, compute.grad_checkpoint)
     Trainer(PretrainingTask(config, module, images, device)).train()
 
 
@@ -120,28 +120,28 @@ class PretrainingTask(Task):
 
     def __init__(self, config: Pretraining, module: Method, images: Images, device: torch.device):
         super().__init__(config, module, images, device)
-        self.images_before = module.images_before
+        self.images_before_epoch_0 = module.images_before_epoch_0
         # the best k-NN top-1 accuracy of a saved epoch, and that epoch
         self.best = (-1.0, -1)
-        # epochs whose checkpoints an earlier start kept, with another --keep or --keep-every
+        # epochs whose checkpoints an earlier start kept by another --keep or --keep-every
         self.spared: frozenset[int] = frozenset()
         self._left_out: frozenset[int] = frozenset()  # unreadable images that a line has named
 
     @property
-    def parts(self) -> dict[str, nn.Module]:
+    def grad_norm_modules(self) -> dict[str, nn.Module]:
         """Return the modules whose gradient norms are logged, by name."""
-        return self.module.parts
+        return self.module.grad_norm_modules
 
     def notes(self) -> list[str]:
         """Return the method's lines to print at the start."""
         return self.module.notes(self.config.input.batch_per_process)
 
-    def groups(self) -> list[dict[str, Any]]:
+    def parameter_groups(self) -> list[dict[str, Any]]:
         """Return the method's parameter groups for the optimizer."""
-        return self.module.groups(self.config.optimizer.lr, self.config.optimizer.wd)
+        return self.module.parameter_groups(self.config.optimizer.lr, self.config.optimizer.wd)
 
     def load_images(self) -> None:
-        """Decode the training images into memory, if --cache-images says so."""
+        """Decode the training images into memory, if --cache-images allows it."""
         (self.images,) = cache.load(self.config.input, self.images)
 
     def loss(
@@ -160,8 +160,8 @@ class PretrainingTask(Task):
         saves = last or done % config.log.save_every == 0
         metrics = {}
         if config.monitor.knn_every and (last or done % config.monitor.knn_every == 0):
-            # save first: k-NN takes a while, and the run may be stopped meanwhile
-            self.save_inside(trainer, done - 1, done * trainer.steps_per_epoch)
+            # save first, because k-NN takes a while, and the run may be stopped meanwhile
+            self.save_mid_epoch(trainer, done - 1, done * trainer.steps_per_epoch)
             metrics["knn"] = self._knn()
             if saves and metrics["knn"] > self.best[0]:
                 self.best = metrics["knn"], done - 1
@@ -184,11 +184,11 @@ class PretrainingTask(Task):
             self.spared = frozenset(epoch for epoch in spared if type(epoch) is int)
         settings = flat(self.config)
         if any(state["args"].get(name) != settings[name] for name in ("keep", "keep_every")):
-            there = checkpoint.numbered(Path(self.config.run.save_dir), inside=False)
+            there = checkpoint.numbered(Path(self.config.run.save_dir), mid_epoch=False)
             self.spared |= frozenset(map(checkpoint.epoch_of, there))
 
-    def save_inside(self, trainer: Trainer, epoch: int, step: int) -> Path:
-        """Save within epoch `epoch`, after `step` steps of the run. Return the path of the file."""
+    def save_mid_epoch(self, trainer: Trainer, epoch: int, step: int) -> Path:
+        """Save inside epoch `epoch`, after `step` steps of the run. Return the path of the file."""
         path = trainer.save(f"checkpoint_{max(epoch, 0):04d}_{step}.pth.tar", epoch, step)
         self._tidy(path)
         return path
@@ -197,9 +197,11 @@ class PretrainingTask(Task):
         """Delete superseded mid-epoch checkpoints, and epoch checkpoints beyond --keep."""
         if distributed.rank() != 0:
             return
-        superseded = checkpoint.numbered(newest.parent, inside=True)
+        superseded = checkpoint.numbered(newest.parent, mid_epoch=True)
         if self.config.retention.keep:
-            older = checkpoint.numbered(newest.parent, inside=False)[self.config.retention.keep :]
+            older = checkpoint.numbered(newest.parent, mid_epoch=False)[
+                self.config.retention.keep :
+            ]
             superseded += [path for path in older if not self._is_kept(checkpoint.epoch_of(path))]
         for path in set(superseded) - {newest}:
             path.unlink(missing_ok=True)
@@ -212,10 +214,10 @@ class PretrainingTask(Task):
 
     def finish(self, trainer: Trainer) -> None:
         """Print how long the run trained, and commands to run next."""
-        print_rank0(f"trained for {clock(trainer.seconds)}")
-        saved = next(iter(checkpoint.found(self.config.run.save_dir)), None)
+        print_rank0(f"trained for {format_duration(trainer.seconds)}")
+        saved = next(iter(checkpoint.list_checkpoints(self.config.run.save_dir)), None)
         if saved is not None and distributed.rank() == 0:
-            print_rank0(f"the last checkpoint is {saved}; what you can run next:")
+            print_rank0(f"the last checkpoint is {saved}; commands to run next:")
             for command in next_commands.commands(self.config, self.images.root, saved):
                 print_rank0(f"  {command}")
 
@@ -226,13 +228,15 @@ class PretrainingTask(Task):
         """
         config, module = self.config, self.module
         val = registry.test_images(config.input.dataset, config.run.data, config.input.class_list)
-        net, of = module.encoder, networks.features
+        net, feature_fn = module.encoder, networks.features
         if config.monitor.knn_features == "head":
-            net, of = module.embedding, nn.Module.__call__
+            net, feature_fn = module.embedding, nn.Module.__call__
         unreadable = [] if config.log.on_bad_image == "skip" else None
-        bank = features.extract(net, self.images, config, self.device, of=of, unreadable=unreadable)
+        bank = features.extract(
+            net, self.images, config, self.device, feature_fn=feature_fn, unreadable=unreadable
+        )
         self._note_left_out({i for i, _ in unreadable or ()})
-        queries = features.extract(net, val, config, self.device, of=of)
+        queries = features.extract(net, val, config, self.device, feature_fn=feature_fn)
         k = config.monitor.knn_k
         return features.knn(*bank, *queries, len(val.classes), [k], config.monitor.knn_t)[k]
 

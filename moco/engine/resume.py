@@ -11,10 +11,10 @@ from moco.engine import checkpoint
 from moco.errors import InputError, short
 from moco.files import read_yaml
 
-# Options that may differ, because they change neither the result nor the schedule of training:
-# launch, reading, logging and saving. The batch options are here because `check_unchanged` compares
-# the total batch, not how it is divided.
-FREE = frozenset(
+# Options that may differ from those of the resumed run, because they change neither the result nor
+# the schedule of training: launch, reading, logging and saving. The batch options are here because
+# `check_unchanged` compares the total batch instead.
+MAY_DIFFER = frozenset(
     "data save_dir output tag cfg resume allow_change evaluate script"
     " workers cache_images download on_bad_image host_features loss_chunk compile grad_checkpoint"
     " print_freq save_every save_every_steps keep keep_every knn_every knn_k knn_t knn_features"
@@ -24,12 +24,12 @@ FREE = frozenset(
 )
 
 
-def start(config: AnyConfig) -> tuple[AnyConfig, bool]:
-    """Return `config` with the checkpoint and folder of `--resume`, and whether that run continues.
+def resolve(config: AnyConfig) -> tuple[AnyConfig, bool]:
+    """Return `config` with the checkpoint and folder of `--resume`, and whether the run continues.
 
     `--resume auto` continues the run of this script in `--save-dir`, or in the subfolder that an
-    evaluation got because the folder holds another run. If there is no such run, a new one begins.
-    `--resume FILE` continues in FILE's folder. With another `--save-dir`, it begins a new run there
+    evaluation uses if the folder holds another run. If there is no such run, a new one starts.
+    `--resume FILE` continues in FILE's folder. With another `--save-dir`, it starts a new run there
     from FILE. A run that only tests (`--evaluate`) continues nothing.
 
     Raises InputError if no checkpoint can be read, or if FILE's folder has a later one.
@@ -49,7 +49,7 @@ def start(config: AnyConfig) -> tuple[AnyConfig, bool]:
         own = _own_folder(Path(chosen), config.run.script)
         config = replaced(config, resume=checkpoint.newest(str(own)) if own else None)
         if own is None:
-            print_rank0(f"--resume auto: no checkpoint in {chosen} yet; the run begins")
+            print_rank0(f"--resume auto: no checkpoint in {chosen} yet; the run starts")
         elif not tests:
             config = replaced(config, save_dir=str(own))
         return config, own is not None and not tests
@@ -57,12 +57,12 @@ def start(config: AnyConfig) -> tuple[AnyConfig, bool]:
     if tests or (chosen and Path(chosen).resolve() != folder.resolve()):
         return config, False
     checkpoint.load(given)
-    further = next(iter(checkpoint.found(folder)), file)
+    further = next(iter(checkpoint.list_checkpoints(folder)), file)
     if not further.samefile(file):
         raise InputError(
             f"--resume {given}: {further.name} in the same folder is further, and would be "
             "overwritten; --resume auto continues from it, and --save-dir with a new folder "
-            f"begins another run from {file.name}"
+            f"starts another run from {file.name}"
         )
     return replaced(config, save_dir=str(folder)), True
 
@@ -70,7 +70,7 @@ def start(config: AnyConfig) -> tuple[AnyConfig, bool]:
 def inherit(config: AnyConfig) -> AnyConfig:
     """Return the config of a pre-training run with the stem, mean and std of `--resume`.
 
-    Values that are given stay. Without `--resume`, the stem is ImageNet's. Raises InputError if the
+    Given options are kept. Without `--resume`, the stem is ImageNet's. Raises InputError if the
     checkpoint cannot be read.
     """
     stem, mean, std = config.network.stem, config.views.mean, config.views.std
@@ -84,13 +84,13 @@ def _own_folder(folder: Path, script: str) -> Path | None:
     """Return the last folder with a run of `script`, or None.
 
     Searches `folder` and its subfolders SCRIPT, SCRIPT-2, ... Runs that only tested (`--evaluate`)
-    do not count, because they leave nothing to continue.
+    are ignored, because they leave nothing to continue.
     """
     name = re.compile(rf"{script}(-\d+)?")
     subfolders = (path for path in folder.glob(f"{script}*") if name.fullmatch(path.name))
     paths = [folder, *sorted(subfolders, key=_number)]
     own = [path for path in paths if (path / "args.yaml").is_file() and _is_of(path, script)]
-    if not own and checkpoint.found(folder) and not (folder / "args.yaml").exists():
+    if not own and checkpoint.list_checkpoints(folder) and not (folder / "args.yaml").exists():
         return folder  # the user has copied the checkpoints alone
     return own[-1] if own else None
 
@@ -116,9 +116,10 @@ def _is_of(folder: Path, script: str) -> bool:
 def check_unchanged(config: Training, state: checkpoint.State, batch: int) -> None:
     """Raise InputError if options differ from those of the run that `--resume` continues.
 
-    The message names each difference. Options in `FREE` may differ, and so may those that the user
-    names with `--allow-change`, which are printed. `--epochs` may differ unless a schedule depends
-    on it. `--bn-splits` may differ if there are several processes, because these ignore it.
+    The message names each difference. Options in `MAY_DIFFER` may differ. Options that the user
+    names with `--allow-change` may differ, too; their changes are printed. `--epochs` may differ
+    unless a schedule depends on it. `--bn-splits` may differ if there are several processes,
+    because these ignore it.
 
     Args:
         config: the settings of this run.
@@ -131,7 +132,7 @@ def check_unchanged(config: Training, state: checkpoint.State, batch: int) -> No
     unread = {"epochs"} if _open_ended(config) else set()
     if distributed.world_size() > 1:
         unread |= {"bn_splits", "bn_splits_query"}
-    compared = saved.keys() & settings.keys() - FREE - unread
+    compared = saved.keys() & settings.keys() - MAY_DIFFER - unread
     differences = {
         _spelled(name): (settings[name], saved[name])
         for name in sorted(compared)
@@ -143,7 +144,7 @@ def check_unchanged(config: Training, state: checkpoint.State, batch: int) -> No
     refused = {name: pair for name, pair in differences.items() if name not in allowed}
     for name in sorted(differences.keys() & allowed):
         now, then = differences[name]
-        print_rank0(f"--allow-change {name}: {_shown(then)} until here, {_shown(now)} from here on")
+        print_rank0(f"--allow-change {name}: {_shown(then)} before, {_shown(now)} from now on")
     if refused:
         listed = "; ".join(
             f"--{name} is {_shown(now)}, and was {_shown(then)}"
@@ -173,10 +174,10 @@ def _same(now: object, then: object) -> bool:
 
 
 def _spelled(name: str) -> str:
-    """Return an option's name as the command line spells it, without dashes in front."""
+    """Return an option's name as on the command line, without leading dashes."""
     return name.replace("_", "-")
 
 
 def _shown(value: object) -> str:
-    """Return an option's value as a message shows it."""
+    """Return an option's value as text for a message."""
     return "unset" if value is None else short(str(value))

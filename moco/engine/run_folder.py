@@ -13,7 +13,7 @@ from moco.distributed import print_rank0
 from moco.errors import InputError
 from moco.files import numbered_paths
 
-# a run locks this file while it writes to the folder; the system unlocks it however the run ends
+# a run locks this file while it writes to the folder; the system unlocks it, however the run ends
 LOCK = ".lock"
 
 # files of this project or of detectron2 that a second run in the same folder would replace
@@ -29,7 +29,7 @@ _OUTPUTS = (
 
 
 def is_free(folder: Path) -> bool:
-    """Return whether a new run may write to `folder`, because no run has logged or saved there.
+    """Return whether no run has logged or saved in `folder`, so that a new run may write to it.
 
     An empty log and an args.yaml do not count: a run that failed before its first step leaves them.
     """
@@ -43,10 +43,10 @@ def check_free(folder: str | Path) -> None:
     """Raise InputError if `folder` holds another run, or cannot be written."""
     folder = Path(folder)
     if folder.exists():
-        take(folder, iter([folder]), continues=False).release()
+        lock_first_free(folder, iter([folder]), continues=False).release()
 
 
-def _taken(folder: str | Path, option: str = "--save-dir") -> str:
+def _occupied(folder: str | Path, option: str = "--save-dir") -> str:
     """Return the error message for a `folder`, given with `option`, that holds another run."""
     resume = "--resume" if option == "OUTPUT_DIR" else "--resume auto"
     return f"{option} {folder}: holds another run; {resume} continues it, or choose another folder"
@@ -56,24 +56,26 @@ def _taken(folder: str | Path, option: str = "--save-dir") -> str:
 def claim(config: AnyConfig, continues: bool, named: bool) -> Iterator[AnyConfig]:
     """Lock a run folder; yield `config` with its name; unlock it at the end. Runs on every rank.
 
-    If the folder holds another run, an evaluation gets a subfolder. A run without `--save-dir` gets
+    If the folder holds another run, an evaluation uses a subfolder. A run without `--save-dir` uses
     another name if a second run started at the same time. A line says which folder is used instead.
     A run that writes nothing leaves no folder behind.
 
     Args:
-        config: the settings, with the folder that is wanted.
-        continues: whether this run continues the one in that folder.
+        config: the settings, with the requested folder.
+        continues: whether this run continues the one in the folder.
         named: whether the user chose the folder.
 
     Raises InputError, on every rank, if the folder cannot be written, if pre-training is given a
     folder that is not free, or if another run is writing there.
     """
-    held: Held | None = None
+    held: LockedFolder | None = None
     wanted = config.run.save_dir
     found: str | InputError = ""
     if distributed.rank() == 0:
         try:
-            held = take(Path(wanted), _places_of(config, continues, named), continues)
+            held = lock_first_free(
+                Path(wanted), _candidates_of(config, continues, named), continues
+            )
             found = str(held.folder)
         except InputError as error:
             found = error
@@ -89,23 +91,23 @@ def claim(config: AnyConfig, continues: bool, named: bool) -> Iterator[AnyConfig
             held.release()
 
 
-def _places_of(config: Config, continues: bool, named: bool) -> Iterator[Path]:
-    """Return the folders that this run may write to, in the order in which to try them."""
+def _candidates_of(config: Config, continues: bool, named: bool) -> Iterator[Path]:
+    """Return the folders that this run may write to, the first choice first."""
     folder = Path(config.run.save_dir)
     if continues:
         return iter([folder])
     if config.EVALUATES:
-        return places(folder, config.run.script)
+        return candidates(folder, config.run.script)
     return iter([folder]) if named else numbered_paths(folder)
 
 
-def places(folder: Path, name: str) -> Iterator[Path]:
+def candidates(folder: Path, name: str) -> Iterator[Path]:
     """Yield `folder` and then its subfolders NAME, NAME-2, NAME-3, ..."""
     yield folder
     yield from numbered_paths(folder / name)
 
 
-class Held:
+class LockedFolder:
     """A locked folder, created if it does not exist.
 
     Args:
@@ -125,7 +127,7 @@ class Held:
             self._lock.acquire()
 
     def release(self) -> None:
-        """Unlock the folder. Remove it, if it was created here and nothing was written."""
+        """Unlock the folder. Remove it if this object created it and nothing was written to it."""
         with contextlib.suppress(OSError):
             if self._made and os.listdir(self.folder) == [LOCK]:
                 (self.folder / LOCK).unlink()
@@ -134,23 +136,25 @@ class Held:
         self._lock.release()
 
 
-def take(given: Path, places: Iterator[Path], continues: bool, option: str = "--save-dir") -> Held:
-    """Return the first of `places` that is free, locked.
+def lock_first_free(
+    given: Path, candidates: Iterator[Path], continues: bool, option: str = "--save-dir"
+) -> LockedFolder:
+    """Lock and return the first of `candidates` that is free.
 
     Args:
         given: the folder that the user gave, for messages.
-        places: the folders to try, in this order.
-        continues: whether the run continues one that is there: then a folder need not be free, and
-            it is enough that no other run has locked it.
+        candidates: the folders to try, in this order.
+        continues: whether the run continues a run in the folder. Then the folder need not be free,
+            and only must not be locked by another run.
         option: the option that gave the folder, for messages.
 
-    Raises InputError if there is none, or if a folder cannot be written.
+    Raises InputError if none is free, or if a folder cannot be written.
     """
     busy = False
     try:
-        for folder in places:
+        for folder in candidates:
             try:
-                held = Held(folder)
+                held = LockedFolder(folder)
             except Timeout:
                 busy = True
                 continue
@@ -165,4 +169,4 @@ def take(given: Path, places: Iterator[Path], continues: bool, option: str = "--
         raise InputError(
             f"{option} {given}: another run is writing there; wait for its end, or choose another"
         )
-    raise InputError(_taken(given, option))
+    raise InputError(_occupied(given, option))

@@ -36,7 +36,7 @@ class Task(ABC):
         device: the device of this process.
     """
 
-    images_before = 0  # number of images to train on before epoch 0, in steps counted below 0
+    images_before_epoch_0 = 0  # number of images to train on before epoch 0, in steps below 0
     may_diverge = False  # whether the run continues if the loss or a weight is NaN or infinite
     scales_gradient = True  # whether --amp fp16 scales the gradient
 
@@ -44,25 +44,25 @@ class Task(ABC):
         self.config, self.module, self.images, self.device = config, module, images, device
 
     @property
-    def trained(self) -> nn.Module:
-        """Return the part of the module that trains and that `loss` calls; by default all of it."""
+    def trained_module(self) -> nn.Module:
+        """Return the submodule that is trained and that `loss` calls; by default all of it."""
         return self.module
 
     @property
-    def parts(self) -> dict[str, nn.Module]:
+    def grad_norm_modules(self) -> dict[str, nn.Module]:
         """Return the modules whose gradient norms are logged, by name."""
         return {}
 
     @property
-    def independent(self) -> Iterable[nn.Module]:
+    def grad_clip_modules(self) -> Iterable[nn.Module]:
         """Return the modules whose gradients are clipped separately; by default only the module."""
         return [self.module]
 
     @abstractmethod
-    def groups(self) -> list[dict[str, Any]]:
+    def parameter_groups(self) -> list[dict[str, Any]]:
         """Return the optimizer's parameter groups, each with `params`, `lr` and `weight_decay`.
 
-        A group with `"scheduled": False` keeps its learning rate for the whole run.
+        A group with `"scheduled": False` keeps its learning rate for the full run.
         """
 
     @abstractmethod
@@ -72,7 +72,7 @@ class Task(ABC):
         """Return the loss of this rank's batch, a scalar, and the metrics of one pass.
 
         Args:
-            net: the module `trained`, wrapped in DDP if there are several processes.
+            net: `trained_module`, wrapped in DDP if there are several processes.
             views: the augmented views, each [B, 3, H, W].
             batch: the batch, with labels and indices.
             progress: the position of the pass in the run; its generators draw random numbers.
@@ -85,7 +85,7 @@ class Task(ABC):
     # B027: the methods without a body are optional hooks
 
     def load_images(self) -> None:  # noqa: B027
-        """Decode the images of every epoch into memory, if --cache-images asks for it."""
+        """Decode the images that every epoch reads into memory, if --cache-images allows it."""
 
     def after_step(self) -> None:  # noqa: B027
         """Update what depends on the new weights. Called after each step of the optimizer."""
@@ -95,8 +95,8 @@ class Task(ABC):
         return {}
 
     @abstractmethod
-    def save_inside(self, trainer: "Trainer", epoch: int, step: int) -> Path:
-        """Save within epoch `epoch`, after `step` steps of the run. Return the path of the file."""
+    def save_mid_epoch(self, trainer: "Trainer", epoch: int, step: int) -> Path:
+        """Save inside epoch `epoch`, after `step` steps of the run. Return the path of the file."""
 
     def finish(self, trainer: "Trainer") -> None:  # noqa: B027
         """Print or check results. Called after the last epoch."""
@@ -112,12 +112,12 @@ class Task(ABC):
     def restore(self, state: checkpoint.State) -> None:  # noqa: B027
         """Restore the task's entries in a checkpoint. Raises InputError if they do not fit."""
 
-    def restored(self) -> None:  # noqa: B027
+    def check_restored(self) -> None:  # noqa: B027
         """Raise InputError if the restored weights do not fit the options."""
 
 
 class Trainer:
-    """A training loop that runs a task in this process, together with the run's other processes.
+    """The training loop of a task, run together by all processes of the run.
 
     A resumed run continues from its checkpoint as if it had never stopped.
 
@@ -130,13 +130,13 @@ class Trainer:
     def __init__(self, task: Task):
         self.task, self.config, self.device = task, task.config, task.device
         config, schedule = self.config, self.config.optimizer
-        self.recipe = recipes.of(config.views)
+        self.recipe = recipes.from_settings(config.views)
         if config.compute.compile:
-            color.fuse()
+            color.compile_operations()
         per_pass = config.input.batch_per_process * distributed.world_size()
         self.batch = per_pass * schedule.accumulation_steps  # images in a step
-        self.lr_scale = optim.scale(schedule.learning_rate_scaling, self.batch)
-        self.optimizer = optim.make(task.groups(), schedule, config.compute.amp)
+        self.lr_scale = optim.lr_scale(schedule.learning_rate_scaling, self.batch)
+        self.optimizer = optim.make(task.parameter_groups(), schedule, config.compute.amp)
         # read from the optimizer's groups, because it may split the task's groups; popped, because
         # checkpoints do not save it
         self.scheduled = [g.pop("scheduled", True) for g in self.optimizer.param_groups]
@@ -147,7 +147,7 @@ class Trainer:
         state = checkpoint.load(config.log.resume) if config.log.resume else None
         if state:
             self._restore(state)
-        self.net = distributed.data_parallel(task.trained)
+        self.net = distributed.data_parallel(task.trained_module)
         self.health = health.Health(config, task.images, task.may_diverge)
         self._find_start(state)
         self.seconds: float | None = None  # training time of the run, over all starts
@@ -164,7 +164,7 @@ class Trainer:
         )
         self.steps_per_epoch = self.order.steps_per_epoch
         self.order.stop = self.steps_per_epoch * schedule.epochs
-        before = -self.task.images_before // self.batch
+        before = -self.task.images_before_epoch_0 // self.batch
         self.order.start = self._step_of(state) if state else before
         self.first_epoch = self.order.start // max(1, self.steps_per_epoch)
         if state:
@@ -189,7 +189,7 @@ class Trainer:
             task.load_images()
         log = RunLog(config, self.order.stop, self.order.start, self.device)
         if distributed.rank() == 0:
-            checkpoint.begin(Path(config.run.save_dir), config.log.resume)
+            checkpoint.tidy_folder(Path(config.run.save_dir), config.log.resume)
         crop = loader.RandomCrops(self.recipe, config.run.seed)
         skips = config.log.on_bad_image == "skip"
         batches = loader.batches(task.images, crop, self.order, config.input, self.device, skips)
@@ -236,7 +236,7 @@ class Trainer:
                 means = mean.read()
                 log.line(epoch, step + 1, {**means, "lr": lr})
             if saves:
-                path = self.task.save_inside(self, epoch, step + 1)
+                path = self.task.save_mid_epoch(self, epoch, step + 1)
             if asked:
                 distributed.barrier()
                 raise interrupt.Interrupted(
@@ -272,7 +272,7 @@ class Trainer:
     def _set_lr(self, step: int) -> float:
         """Set the learning rate of each parameter group for this step. Return the first one."""
         schedule = self.config.optimizer
-        # steps before epoch 0 use the learning rate after warm-up
+        # steps before epoch 0 use the full learning rate
         passed = step / self.steps_per_epoch if step >= 0 else schedule.lr_warmup_epochs
         if schedule.lr_by != "step":
             passed = int(passed) + (schedule.lr_by == "epoch-end" and step >= 0)
@@ -285,7 +285,7 @@ class Trainer:
         """Return the learning rate of each parameter group after `passed` epochs."""
         schedule = self.config.optimizer
         return [
-            optim.rate(schedule, base, passed, self.lr_scale) if scheduled else base
+            optim.scheduled_lr(schedule, base, passed, self.lr_scale) if scheduled else base
             for base, scheduled in zip(self.base_lrs, self.scheduled, strict=True)
         ]
 
@@ -301,7 +301,7 @@ class Trainer:
             progress.generator(rng.COLOR, "cpu", rank, view) for view in range(len(self.recipe))
         ]
         augmented = color.augment_views(batch.views, self.recipe, draws)
-        views = list(map(precision.layout, augmented))
+        views = list(map(precision.prepare_images, augmented))
         # layers such as stochastic depth draw from the global generator
         seed = rng.key(rng.LAYERS, self.config.run.seed, progress.step, progress.micro, rank)
         torch.manual_seed(seed >> 1)
@@ -313,8 +313,8 @@ class Trainer:
         return {"loss": loss, **metrics}
 
     def _clip_gradient(self) -> Metrics:
-        """Clip the gradient. Return the gradient norm of each of the task's `parts` before that."""
-        clip, parts = self.config.optimizer.clip_grad, self.task.parts
+        """Clip the gradient. Return the norms of the task's `grad_norm_modules` before clipping."""
+        clip, parts = self.config.optimizer.clip_grad, self.task.grad_norm_modules
         if not clip and not parts:
             return {}
         self.scaler.unscale_(self.optimizer)
@@ -322,10 +322,10 @@ class Trainer:
         for name, part in parts.items():
             gradients = [p.grad for p in part.parameters() if p.grad is not None]
             norm = torch.stack(torch._foreach_norm(gradients)).norm()
-            # leave out steps with a non-finite gradient, because under fp16 the scaler skips them
+            # leave out steps with a non-finite gradient, which the scaler skips under fp16
             counts = norm.isfinite()
             norms[f"grad_{name}"] = torch.where(counts, norm, 0.0), counts
-        for module in self.task.independent if clip else []:
+        for module in self.task.grad_clip_modules if clip else []:
             params = [p for p in module.parameters() if p.grad is not None]
             torch.nn.utils.clip_grad_norm_(params, clip)
         return norms
@@ -348,7 +348,7 @@ class Trainer:
         if not tests:
             optim.restore(self.optimizer, state["optimizer"], path, task.may_diverge)
             precision.restore(self.scaler, state.get("scaler", {}), path)
-        task.restored()
+        task.check_restored()
 
     def _step_of(self, state: checkpoint.State) -> int:
         """Return the step to resume at, rescaled if the batch size changed."""

@@ -38,11 +38,11 @@ def evaluate(
     """Evaluate each of the `heads` classifiers of `net` on `images`.
 
     Returns the metrics of each classifier by name, in [0, 1]; see moco/evaluate/metrics.py. They
-    are those of all ranks. Each image counts once, and a rank may have none.
+    cover the images of all ranks. Each image counts once, and a rank may have none.
 
     Args:
         net: the network, [B, 3, H, W] -> logits, [B, num_classes] or [heads, B, num_classes]. It
-            stays in eval mode.
+            is left in eval mode.
         images: the images of a split.
         config: the settings of the evaluation.
         device: the device of this process.
@@ -52,19 +52,19 @@ def evaluate(
     """
     net.eval()
     meter = metrics.create_meter(images.multi_label, heads, len(images.classes), device)
-    for batch, label in features.test_batches(images, config, device):
+    for batch, label in features.eval_batches(images, config, device):
         with precision.autocast(config.compute.amp, device):
-            meter.add(by_head(net(batch)), label)
+            meter.add(with_head_axis(net(batch)), label)
     return meter.read()
 
 
-def by_head(logits: Tensor) -> Tensor:
-    """Return logits as [heads, B, num_classes]. Those of one classifier may lack the first axis."""
+def with_head_axis(logits: Tensor) -> Tensor:
+    """Return logits as [heads, B, num_classes]. Add the first axis if it is missing."""
     return logits.view(-1, *logits.shape[-2:])
 
 
 class Setting(NamedTuple):
-    """The hyperparameters that differ between classifiers: learning rate and weight decay."""
+    """The hyperparameters of one of several classifiers: learning rate and weight decay."""
 
     lr: float
     wd: float
@@ -73,13 +73,13 @@ class Setting(NamedTuple):
 class ClassifierTask(Task):
     """The training of one or several classifiers, which are tested after every epoch.
 
-    The best one is kept. It is chosen on val/, as in the papers, or on the held-out training
+    The best epoch and classifier are chosen on val/, as in the papers, or on the held-out training
     images.
 
     Args:
         config: the settings of the evaluation.
         net: the network with the classifiers.
-        images: the images to train on, to choose on, and to test on.
+        images: the images to train on, to test on, and to choose on.
         device: the device of this process.
         settings: the learning rate and weight decay of each classifier.
         best_name: file name of the best checkpoint.
@@ -108,7 +108,7 @@ class ClassifierTask(Task):
 
         Args:
             logits: [heads, B, num_classes].
-            label: [B], or [B, num_classes] of 1 (shown), 0 (not shown) and -1 (does not count).
+            label: [B], or [B, num_classes] of 1 (shown), 0 (not shown) and -1 (ignored).
         """
         if label.dim() == 2:
             counts = (label >= 0).expand_as(logits)
@@ -119,7 +119,7 @@ class ClassifierTask(Task):
             losses = each.sum((1, 2)) / counts.sum((1, 2)).clamp_min(1)
         else:
             losses = torch.stack([F.cross_entropy(one, label) for one in logits])
-        # a classifier with too high a learning rate may have diverged; it is not the best
+        # a classifier with too high a learning rate may have diverged; it cannot be the best
         best = losses.nan_to_num(torch.inf).argmin()
         # take does not wait for the device; losses[best] would
         shown = {"loss": losses.take(best)}
@@ -131,7 +131,7 @@ class ClassifierTask(Task):
         return losses.sum(), shown
 
     def test(self) -> None:
-        """Choose the best classifier and test it on val/. Set `accuracy` and `chosen_by`.
+        """Choose the best classifier and test it on val/. Sets `accuracy` and `chosen_by`.
 
         `accuracy` has the metrics of the best classifier, by name. If there are several
         classifiers, it also has the main metric of each. `chosen_by` is the main metric of the best
@@ -171,7 +171,7 @@ class ClassifierTask(Task):
     def name(self, setting: Setting, space: str = "") -> str:
         """Return the name of a classifier: lr30, or lr30_wd0.0001 if weight decays differ.
 
-        With a `space`, return "lr 30" or "lr 30 wd 0.0001", for people to read.
+        With a `space`, return "lr 30" or "lr 30 wd 0.0001", for terminal output.
         """
         wd = f"{space or '_'}wd{space}{setting.wd:g}" if self._weight_decays > 1 else ""
         return f"lr{space}{setting.lr:g}{wd}"
@@ -186,12 +186,12 @@ class ClassifierTask(Task):
         return {f"val_{name}": value for name, value in self.accuracy.items()}
 
     def load_images(self) -> None:
-        """Decode the images of every split into memory, if --cache-images asks for it."""
+        """Decode the images of every split into memory, if --cache-images allows it."""
         sets = self.images, self.val, self.held_out
         self.images, self.val, self.held_out = cache.load(self.config.input, *sets)
 
-    def save_inside(self, trainer: Trainer, epoch: int, step: int) -> Path:
-        """Save within epoch `epoch`, after `step` steps of the run. Return the path of the file."""
+    def save_mid_epoch(self, trainer: Trainer, epoch: int, step: int) -> Path:
+        """Save inside epoch `epoch`, after `step` steps of the run. Return the path of the file."""
         return trainer.save("checkpoint.pth.tar", epoch, step)
 
     def state(self) -> dict[str, Any]:
@@ -222,7 +222,7 @@ class ClassifierTask(Task):
 def run(task: ClassifierTask, protocol: str) -> None:
     """Train the classifiers, or only test them. Print the accuracies and write results.json.
 
-    If no epochs are left to train, results.json of the last epoch stays unchanged.
+    If no epochs are left to train, an existing results.json of the last epoch stays unchanged.
 
     Args:
         task: the classifiers and their data.
@@ -243,7 +243,7 @@ def run(task: ClassifierTask, protocol: str) -> None:
         # --epochs may be lower than the epochs that the classifier was trained for
         config = replaced(config, epochs=trainer.first_epoch)
         if _has_results(config):
-            print_rank0("results.json is of the end of these epochs, and stays as it is")
+            print_rank0("results.json already has the results of these epochs; it is not changed")
             return
     write_results(config, protocol, task.accuracy, trainer.seconds)
 
@@ -264,7 +264,7 @@ def _print_accuracies(task: ClassifierTask) -> None:
 
 
 def _has_results(config: Probing) -> bool:
-    """Return whether results.json is that of `config.optimizer.epochs` epochs."""
+    """Return whether results.json exists and is of `config.optimizer.epochs` epochs."""
     try:
         results = read_json(Path(config.run.save_dir) / "results.json")
         written = results["settings"]["epochs"]

@@ -1,7 +1,7 @@
 """Save features to files, and load them.
 
 A folder of features has {train,val}_{features,labels}.npy, in the order of the split, and
-meta.json. The latter is written last, so a folder without it is unfinished.
+meta.json. meta.json is written last, so a folder without it is unfinished.
 """
 
 import math
@@ -47,14 +47,14 @@ _TYPES |= {
     "classes": list,
 }
 
-# values of entries that older versions did not write
+# default values of entries that older versions did not write
 _OPTIONAL = {"class_list": None, "features": "backbone", "stem": None, "mean": None, "std": None}
 
 
 def complete(config: Evaluation, multi_label: bool) -> Evaluation:
-    """Return `config` with the settings that the features of `--load-features` were made with.
+    """Return `config` with the settings that computed the features of `--load-features`.
 
-    Called before any process starts.
+    Call it before any process starts.
 
     Args:
         config: the settings of the evaluation.
@@ -66,8 +66,8 @@ def complete(config: Evaluation, multi_label: bool) -> Evaluation:
     settings = flat(config)
     if config.files.load_features and config.files.dump_features:
         raise InputError(
-            "--load-features and --dump-features: the loaded features are in files already; "
-            "leave one out"
+            "--load-features and --dump-features: the loaded features are already in files; "
+            "leave one of them out"
         )
     if config.files.load_features:
         meta, _ = _open(Path(config.files.load_features))
@@ -98,7 +98,7 @@ def complete(config: Evaluation, multi_label: bool) -> Evaluation:
 def check_dump(config: Evaluation) -> None:
     """Raise InputError if the folder of `--dump-features` has features, or cannot be written.
 
-    Called before any process starts. Creates the folder.
+    Call it before any process starts. Creates the folder.
     """
     if not config.files.dump_features:
         return
@@ -124,7 +124,7 @@ def _origin(config: Evaluation) -> dict[str, Any]:
     return {name: settings.get(option, _OPTIONAL.get(name)) for name, option in _ORIGIN.items()}
 
 
-def of_splits(
+def extract_splits(
     net: nn.Module,
     train: Images,
     val: Images,
@@ -144,9 +144,9 @@ def of_splits(
 
     Raises InputError if an image cannot be read, or a file cannot be written.
     """
-    of = networks.embedding if config.of_head else networks.features
+    feature_fn = networks.embedding if config.use_head_features else networks.features
     found = tuple(
-        extract(net, images, config, device, unit_norm, of, on_host=config.on_host)
+        extract(net, images, config, device, unit_norm, feature_fn, on_host=config.on_host)
         for images in (train, val)
     )
     if config.files.dump_features:
@@ -178,7 +178,7 @@ def dump(config: Evaluation, classes: tuple[str, ...], train: Features, val: Fea
 
 
 def _write(path: Path, mine: Tensor, count: int) -> None:
-    """Write this rank's rows to a file of `count` rows, which rank 0 creates.
+    """Write this rank's rows to a .npy file of `count` rows, which rank 0 creates.
 
     Raises InputError if the disk lacks the room, or if another program has created the file.
     """
@@ -191,7 +191,7 @@ def _write(path: Path, mine: Tensor, count: int) -> None:
         if needed > free:
             raise InputError(
                 f"--dump-features {path.parent}: {path.name} needs {needed / 2**30:.2f} GiB, "
-                f"and {free / 2**30:.2f} GiB are free; free some"
+                f"and {free / 2**30:.2f} GiB are free; make room, or choose another folder"
             )
         try:
             path.touch(exist_ok=False)
@@ -233,7 +233,7 @@ def load(config: Evaluation, device: torch.device) -> tuple[Features, Features, 
 
 
 def _are_names(values: list) -> bool:
-    """Return whether a list from meta.json has names of classes, one at least."""
+    """Return whether a list from meta.json has class names, at least one."""
     return bool(values) and all(isinstance(value, str) for value in values)
 
 
@@ -260,7 +260,7 @@ def _open(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     if not all(
         name in meta and isinstance(meta[name], needed) for name, needed in _TYPES.items()
     ) or not _are_names(meta["classes"]):
-        raise wrong("meta.json does not say what the features are of")
+        raise wrong("meta.json does not describe the features")
     arrays = {}
     for name in (
         f"{split}_{part}" for split in ("train", "val") for part in ("features", "labels")
@@ -283,7 +283,7 @@ def _open(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         ):
             raise wrong(
                 f"{split}_features.npy holds {rows.dtype} {rows.shape}, "
-                "not float32 features as long as those of train"
+                "not float32 features of the same size as those of train"
             )
         if (
             labels.dtype != np.int64

@@ -10,7 +10,7 @@ from moco.data import loader
 from moco.encoder import networks
 from moco.engine.log import Metrics
 from moco.errors import InputError
-from moco.evaluate.classifier import ClassifierTask, Setting, by_head, init_classifier
+from moco.evaluate.classifier import ClassifierTask, Setting, init_classifier, with_head_axis
 from moco.evaluate.inputs import Splits
 from moco.rng import Progress
 
@@ -21,10 +21,10 @@ class FineTuning(ClassifierTask):
     Args:
         config: the settings of the evaluation.
         net: the network with the classifier.
-        images: the images to train on, to choose on, and to test on.
+        images: the images to train on, to test on, and to choose on.
         device: the device of this process.
         setting: learning rate and weight decay of the classifier.
-        lr_backbone: learning rate of the pre-trained network, which has the same weight decay.
+        lr_backbone: learning rate of the pre-trained network. It has the weight decay of `setting`.
         zero_init: whether the weights of the classifier start at 0.
         more: `best_name` of `ClassifierTask`.
 
@@ -51,7 +51,7 @@ class FineTuning(ClassifierTask):
         init_classifier(self.classifier, std=0.0 if zero_init else 0.01)
         super().__init__(config, net, images, device, [setting], **more)
 
-    def groups(self) -> list[dict[str, Any]]:
+    def parameter_groups(self) -> list[dict[str, Any]]:
         """Return two parameter groups for the optimizer: the classifier, and everything else."""
         new = list(self.classifier.parameters())
         mine = {id(p) for p in new}
@@ -70,4 +70,4 @@ class FineTuning(ClassifierTask):
         progress: Progress,  # noqa: ARG002
     ) -> tuple[Tensor, Metrics]:
         """Return the loss and the metrics of the classifier."""
-        return self.losses(by_head(net(views[0]).float()), batch.label)
+        return self.losses(with_head_axis(net(views[0]).float()), batch.label)

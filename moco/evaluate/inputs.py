@@ -22,8 +22,8 @@ from moco.evaluate import feature_files
 def complete(config: AnyConfig) -> AnyConfig:
     """Return `config` with the checkpoint's arch, stem, image size, mean and std.
 
-    Values that are given stay. Called before any process starts. Raises InputError if the data or
-    the checkpoint do not fit.
+    Given options are kept. Call it before any process starts. Raises InputError if the data or the
+    checkpoint do not fit.
     """
     if config.run.data == "photos":
         config = replaced(config, dataset="photos")
@@ -57,15 +57,15 @@ def complete(config: AnyConfig) -> AnyConfig:
 
 
 def _complete_from(config: AnyConfig, path: str) -> AnyConfig:
-    """Return `config` with the settings of the checkpoint in `path`. Values that are given stay."""
+    """Return `config` with the settings of the checkpoint in `path`. Given options are kept."""
     state = checkpoint.load(path)
     facts = metadata.read_metadata(state)
     image_size = config.views.image_size or facts.image_size
     if not image_size:
-        taken = "224 pixels are taken (--image-size)"
-        print_rank0(f"{path}: does not say what size of images it is for; {taken}")
+        used = "224 pixels are used (--image-size)"
+        print_rank0(f"{path}: does not say its image size; {used}")
     used = facts._replace(mean=config.views.mean or facts.mean, std=config.views.std or facts.std)
-    if line := metadata.lacks_normalization(path, used):
+    if line := metadata.normalization_note(path, used):
         print_rank0(f"{line} (--mean, --std)")
     config = replaced(
         config,
@@ -83,20 +83,20 @@ def _complete_from(config: AnyConfig, path: str) -> AnyConfig:
         raise InputError(
             f"--stem {config.network.stem}: {path} has the stem {stem}; leave --stem out"
         )
-    with encoders.naming_arch(path, facts.arch, arch):
+    with encoders.suggest_arch(path, facts.arch, arch):
         _load(networks.create(arch, 1, image_size, stem=stem), config, state)
     return replaced(config, stem=stem)
 
 
 def tests_full_network(config: Config) -> bool:
-    """Return whether the run only tests a classifier, and its checkpoint has the full network."""
+    """Return whether the run only tests a classifier whose checkpoint has the full network."""
     return config.only_tests and not config.kept_layers
 
 
 def restore_options(config: AnyConfig, options: Iterable[str]) -> AnyConfig:
     """Return `config` with the arch, image size, stem, mean and std of `--resume`'s classifier.
 
-    With `--evaluate`, the seed and `options` are the classifier's as well.
+    With `--evaluate`, also restore the seed and the `options`.
 
     Args:
         config: the settings of the evaluation.
@@ -114,7 +114,7 @@ def restore_options(config: AnyConfig, options: Iterable[str]) -> AnyConfig:
         return config
     state = checkpoint.load(path)
     if (origin := checkpoint.origin(state)) != "classifier":
-        lacking = ", ".join(checkpoint.lacking(state))
+        lacking = ", ".join(checkpoint.missing_keys(state))
         what = f"is a {origin} checkpoint, not a classifier's"
         if lacking:
             what = f"cannot be resumed: it lacks {lacking}"
@@ -144,7 +144,7 @@ def restore_options(config: AnyConfig, options: Iterable[str]) -> AnyConfig:
 def _restore_facts(config: AnyConfig, facts: metadata.Metadata) -> AnyConfig:
     """Return `config` with the arch, image size, stem, mean and std of the classifier.
 
-    Raises InputError if others are given. With `--evaluate`, another image size is accepted.
+    Raises InputError if given options differ. With `--evaluate`, the image size may differ.
     """
     settings, path, found = flat(config), config.log.resume, {}
     for name in ("arch", "image_size", "stem", "mean", "std"):
@@ -180,19 +180,19 @@ def _alike(saved: object, given: object) -> bool:
     return isinstance(saved, int | float) if number else isinstance(saved, type(given))
 
 
-def check_choice(config: Config) -> None:
+def check_val_from_train(config: Config) -> None:
     """Raise InputError if `--val-from-train` is not a fraction."""
     fraction = config.val_from_train
     if fraction is not None and not 0 < fraction < 1:
         raise InputError(
-            f"--val-from-train {fraction:g}: must lie between 0 and 1, as in --val-from-train 0.1"
+            f"--val-from-train {fraction:g}: must be between 0 and 1, as in --val-from-train 0.1"
         )
 
 
 def check_labels(config: Config) -> None:
-    """Fetch or read the list of labelled images, if there is one. Called after `complete`.
+    """Download or read the list of labelled images, if there is one. Call it after `complete`.
 
-    Raises InputError if it cannot be fetched or read.
+    Raises InputError if it cannot be downloaded or read.
     """
     if config.labels.subset_file:
         subsets.read_names(Path(config.labels.subset_file))
@@ -206,7 +206,7 @@ def check_labels(config: Config) -> None:
 
 
 class Splits(NamedTuple):
-    """The images to train a classifier on, to test it on, and, if held out, to choose it on."""
+    """The images to train and test a classifier on and, if some are held out, to choose it on."""
 
     train: Images
     val: Images
@@ -216,8 +216,8 @@ class Splits(NamedTuple):
 def splits(config: Config) -> Splits:
     """Return the labelled training images, the validation images, and the images held out.
 
-    The images held out are those of `--val-from-train`; the training images lack them. Raises
-    InputError if the data cannot be read.
+    `--val-from-train` holds images out; they are not among the training images. Raises InputError
+    if the data cannot be read.
     """
     seed, images = config.run.seed, config.input
     train, val = (
@@ -230,13 +230,14 @@ def splits(config: Config) -> Splits:
         return Splits(train, val)
     train, held_out = subsets.hold_out(train, config.val_from_train, seed)
     print_rank0(
-        f"{len(held_out)} images of train/ are held out to choose on, {len(train)} to train on"
+        f"{len(held_out)} images of train/ are held out to choose the classifier on, "
+        f"{len(train)} are trained on"
     )
     return Splits(train, val, held_out)
 
 
 def _labelled(config: Config, train: Images) -> Images:
-    """Return the training images whose labels are used. List them in subset.txt if not all are."""
+    """Return the training images whose labels are used. If these are not all, write subset.txt."""
     labels = config.labels
     part = subsets.labelled_subset(train, labels.train_percent, config.run.seed, labels.subset_file)
     if len(part) < len(train) and distributed.rank() == 0:
@@ -248,7 +249,7 @@ def _labelled(config: Config, train: Images) -> Images:
     return part
 
 
-def pretrained(config: Config, num_classes: int, device: torch.device) -> nn.Module:
+def load_network(config: Config, num_classes: int, device: torch.device) -> nn.Module:
     """Return the encoder of `--pretrained` with a new classifier, on `device`.
 
     Without `--pretrained` the encoder is randomly initialised.
@@ -275,13 +276,15 @@ def pretrained(config: Config, num_classes: int, device: torch.device) -> nn.Mod
         facts = metadata.read_metadata(state)
         if facts.image_size not in (None, image_size):
             print_rank0(
-                f"it was pre-trained at {facts.image_size} pixels, and sees {image_size} here "
+                f"it was pre-trained at {facts.image_size} pixels, and is used at {image_size} "
                 "(--image-size)"
             )
         _print_other_normalization(config, facts)
     else:
         print_rank0(f"no --pretrained: a randomly initialised {arch}")
-    return precision.place(net, device, config.compute.compile, config.compute.grad_checkpoint)
+    return precision.prepare_model(
+        net, device, config.compute.compile, config.compute.grad_checkpoint
+    )
 
 
 def _print_other_normalization(config: Config, facts: metadata.Metadata) -> None:
@@ -295,22 +298,21 @@ def _print_other_normalization(config: Config, facts: metadata.Metadata) -> None
         )
         options = ", ".join(f"--{name}" for name in names)
         print_rank0(
-            f"its images were normalized with {own} in pre-training, and are with {given} here "
-            f"({options})"
+            f"images were normalized with {own} in pre-training, and with {given} here ({options})"
         )
 
 
 def _load(net: nn.Module, config: Config, state: checkpoint.State) -> str:
-    """Load the backbone, and the layers of the projection head that the evaluation keeps.
+    """Load the backbone, and the layers of the projection head that the evaluation uses.
 
-    Returns a line that says how many tensors matched, and which encoder of the file was chosen.
+    Returns a line with the number of tensors that matched and the encoder that was chosen.
     """
     tensors = encoders.tensors_of(net, state)
     matched = encoders.load_backbone(net, tensors, config.encoder.pretrained)
     chosen = encoders.describe_choice(net, tensors)
     if kept := config.kept_layers:
         encoders.keep_projection(net, tensors, kept, config.encoder.pretrained)
-    if config.of_head:
+    if config.use_head_features:
         encoders.load_projection(net, tensors, config.encoder.pretrained)
     line = f"{matched} of {len(networks.backbone_keys(net))} backbone tensors matched"
     return f"{line} ({chosen})" if chosen else line
@@ -319,7 +321,7 @@ def _load(net: nn.Module, config: Config, state: checkpoint.State) -> str:
 def complete_features(config: Evaluation, multi_label: bool) -> Evaluation:
     """Return `config` with the settings of the checkpoint or of the features of `--load-features`.
 
-    Like `complete`, for a script that classifies frozen features.
+    This is `complete` for a script that classifies frozen features.
 
     Args:
         config: the settings of the evaluation.
@@ -352,13 +354,15 @@ def frozen_features(
         train, val, classes = feature_files.load(config, device)
     else:
         images, val_images, _ = splits(config)
-        net = pretrained(config, len(images.classes), device)
+        net = load_network(config, len(images.classes), device)
         classes = images.classes
-        train, val = feature_files.of_splits(net, images, val_images, config, device, unit_norm)
+        train, val = feature_files.extract_splits(
+            net, images, val_images, config, device, unit_norm
+        )
     if not all(rows.sum().isfinite() for rows, _ in (train, val)):
         source = config.files.load_features or config.encoder.pretrained
         raise InputError(
-            f"{source}: its features are not all finite numbers; "
+            f"{source}: its features contain NaN or infinity; "
             "the encoder diverged, or --amp fp16 overflows"
         )
     return train, val, classes

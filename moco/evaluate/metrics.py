@@ -54,8 +54,8 @@ class Accuracy:
     def read(self) -> list[dict[str, float]]:
         """Return `acc1`, `acc5` and `mean_per_class` of each classifier, in [0, 1], over all ranks.
 
-        `mean_per_class` is the mean of the classes' top-1 accuracies. Classes without images do not
-        count. Every rank must call this method, and only once.
+        `mean_per_class` is the mean of the classes' top-1 accuracies. Classes without images are
+        left out. Every rank must call this method, and only once.
         """
         counts = distributed.all_reduce_sum(self.counts).cpu().double()
         images = counts[-1]
@@ -84,7 +84,7 @@ class AveragePrecision:
     def add(self, logits: Tensor, label: Tensor) -> None:
         """Keep a batch with logits [heads, B, num_classes] and labels [B, num_classes].
 
-        A label is 1 (shown), 0 (not shown) or -1 (does not count).
+        A label is 1 (shown), 0 (not shown) or -1 (ignored).
         """
         self.scores.append(logits.float().transpose(0, 1))
         self.labels.append(label)
@@ -102,7 +102,7 @@ class AveragePrecision:
 def mean_average_precision(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     """Return `map11` and `map` in [0, 1], the means of `average_precisions` over classes.
 
-    Classes that no image shows do not count. Takes the arguments of `average_precisions`.
+    Classes that no image shows are left out. The arguments are those of `average_precisions`.
     """
     eleven, areas = average_precisions(scores, labels)
     shown = ~np.isnan(eleven)
@@ -120,7 +120,7 @@ def average_precisions(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
     Args:
         scores: [N, num_classes], higher if the class is more likely.
-        labels: [N, num_classes]: 1 shown, 0 not shown, -1 (VOC's `difficult`) does not count.
+        labels: [N, num_classes]: 1 shown, 0 not shown, -1 ignored (VOC's `difficult`).
     """
     scores = np.nan_to_num(scores)  # if a classifier diverged, all its images tie
     pairs = [(scores[known, c], labels[known, c]) for c, known in enumerate((labels >= 0).T)]
@@ -146,7 +146,7 @@ def area(label: np.ndarray, score: np.ndarray) -> float:
 def eleven_points(label: np.ndarray, score: np.ndarray) -> float:
     """Return VOC07's average precision, in [0, 1].
 
-    It is the mean, over recalls 0, .1, ..., 1, of the best precision at that recall or a higher one
+    It is the mean, over the recalls 0, .1, ..., 1, of the best precision at that recall or above
     (Everingham et al., IJCV 2010, section 4.2).
 
     Args:
@@ -158,7 +158,7 @@ def eleven_points(label: np.ndarray, score: np.ndarray) -> float:
     precision, recall, _ = precision_recall_curve(label, score)
     # scikit-learn appends the point of recall 0 and precision 1, which is not measured
     precision, recall = precision[:-1], recall[:-1]
-    # the tolerance keeps a recall of exactly a tenth from being rounded below it
+    # the tolerance keeps a recall of exactly a multiple of .1 from being rounded below it
     return float(
         np.mean([precision[recall >= tenth / 10 - 1e-9].max(initial=0) for tenth in range(11)])
     )

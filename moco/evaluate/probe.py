@@ -13,7 +13,7 @@ from moco.encoder import networks
 from moco.engine.log import Metrics
 from moco.engine.trainer import Trainer
 from moco.errors import InputError
-from moco.evaluate.classifier import ClassifierTask, Setting, by_head, init_classifier
+from moco.evaluate.classifier import ClassifierTask, Setting, init_classifier, with_head_axis
 from moco.evaluate.inputs import Splits, tests_full_network
 from moco.rng import Progress
 
@@ -29,14 +29,14 @@ class Heads(nn.ModuleList):
 class LinearProbe(ClassifierTask):
     """The training of new last layers on a frozen backbone in eval mode (MoCo, section 4.1).
 
-    With several settings, one classifier for each is trained in the same pass, from the same
-    initial weights and on the same features. On a CPU, the result of each is bit for bit that of
-    training it alone.
+    With several settings, a classifier for each is trained in the same pass, from the same initial
+    weights and on the same features. On a CPU, each result has the same bits as if the classifier
+    were trained alone.
 
     Args:
         config: the settings of the evaluation.
         net: the network, whose last layer is trained.
-        images: the images to train on, to choose on, and to test on.
+        images: the images to train on, to test on, and to choose on.
         device: the device of this process.
         settings: the learning rate and weight decay of each classifier.
         more: `best_name` of `ClassifierTask`.
@@ -63,20 +63,20 @@ class LinearProbe(ClassifierTask):
             networks.set_head(net, Heads(self.heads))
         self.loaded = {name: net.state_dict()[name].clone() for name in networks.backbone_keys(net)}
         super().__init__(config, net, images, device, settings, **more)
-        # one of several classifiers that diverges does not stop the others
+        # if one of several classifiers diverges, the others continue
         self.may_diverge = len(self.heads) > 1
 
     @property
-    def trained(self) -> nn.Module:
+    def trained_module(self) -> nn.Module:
         """Return the classifiers."""
         return networks.head(self.module)
 
     @property
-    def independent(self) -> list[nn.Module]:
+    def grad_clip_modules(self) -> list[nn.Module]:
         """Return the classifiers, because the gradient of each is clipped separately."""
         return self.heads
 
-    def groups(self) -> list[dict[str, Any]]:
+    def parameter_groups(self) -> list[dict[str, Any]]:
         """Return one parameter group for each classifier."""
         return [
             {"params": list(head.parameters()), "lr": lr, "weight_decay": wd}
@@ -98,16 +98,16 @@ class LinearProbe(ClassifierTask):
         with torch.inference_mode():
             features = networks.features(self.module, views[0])
         with torch.autocast(self.device.type, enabled=False):
-            return self.losses(by_head(net(features.float().clone())), batch.label)
+            return self.losses(with_head_axis(net(features.float().clone())), batch.label)
 
-    def restored(self) -> None:
+    def check_restored(self) -> None:
         """Raise InputError if the checkpoint of `--resume` has another backbone."""
         if not tests_full_network(self.config) and self._changed():
             config = self.config
             source = config.encoder.pretrained or f"a random one with --seed {config.run.seed}"
             raise InputError(
                 f"--resume {config.log.resume}: its backbone is not {source}; "
-                "give the --pretrained that the run began with"
+                "give the --pretrained with which the run started"
             )
 
     def finish(self, trainer: Trainer) -> None:  # noqa: ARG002

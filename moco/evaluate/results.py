@@ -7,7 +7,7 @@ from typing import Any
 from moco import distributed
 from moco.config import Evaluation, Probing, flat
 from moco.distributed import print_rank0
-from moco.engine.log import STARTED, clock, write_options
+from moco.engine.log import STARTED, format_duration, write_options
 from moco.files import write_json
 
 
@@ -60,7 +60,9 @@ def write(folder: Path, results: dict[str, Any], seconds: float | None = None) -
     """
     write_json(folder / "results.json", results)
     took = time.perf_counter() - STARTED if seconds is None else seconds
-    print_rank0(f"results in {folder / 'results.json'}; the evaluation took {clock(took)}")
+    print_rank0(
+        f"results in {folder / 'results.json'}; the evaluation took {format_duration(took)}"
+    )
 
 
 # settings that can differ between runs of one protocol

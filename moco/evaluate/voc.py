@@ -33,7 +33,7 @@ def classify(
 
     Args:
         train: features of the training images, [N, D].
-        labels: their labels, [N, num_classes]: 1 shown, 0 not shown, -1 does not count.
+        labels: their labels, [N, num_classes]: 1 shown, 0 not shown, -1 ignored.
         test: features of the test images, [M, D].
         classifier: "svm" or "linear", see `fit`.
         costs: the costs to choose from.
@@ -60,7 +60,7 @@ def classify(
         tasks = [(*one, cost) for one, cost in zip(sets.values(), chosen, strict=True)]
         found = workers(delayed(_scores)(train, *task, test, classifier) for task in tasks)
     finally:
-        # otherwise a rank that multiprocessing started waits minutes for idle workers to exit
+        # otherwise a spawned rank waits minutes for idle workers to exit
         if jobs > 1:
             get_reusable_executor(reuse=True).shutdown()
     scores_of, cost_of = (dict(zip(sets, values, strict=True)) for values in (found, chosen))
@@ -81,7 +81,7 @@ def best_cost(costs: list[float], precision: np.ndarray) -> float:
 
 
 def normalize(x: np.ndarray) -> np.ndarray:
-    """Return the features [N, D] in float64 with unit norm.
+    """Return the features [N, D] in float64, normalized to norm 1.
 
     Standardizing them would make an image's features depend on the other images.
     """
@@ -141,8 +141,8 @@ def cross_validate(
 ) -> float:
     """Return the mean over folds of the average precision of a classifier, in [0, 1].
 
-    The classifier is trained on the other folds. A fold counts if it shows the class, and the other
-    folds have both labels. Returns 0 if no fold counts.
+    For each fold, the classifier is trained on the other folds. Only folds that show the class and
+    whose other folds have both labels are used. Returns 0 if there is no such fold.
 
     Args:
         train: features of all training images, [N, D].

@@ -17,7 +17,7 @@ from moco.launch.interrupt import Interrupted
 
 BEAT = 5.0  # seconds between two heartbeats of a rank
 PATIENCE = 30.0  # seconds without a heartbeat after which a rank counts as lost
-GRACE = 5.0  # seconds that a rank has to exit by itself, with a message of its own
+GRACE = 5.0  # seconds that a rank has to exit by itself, with its own message
 LAST = 60.0  # seconds that rank 0, which may run the store, waits for the other ranks to finish
 _FINISHED = 1 << 40  # added to the heartbeats of a finished rank; more than any run can count
 
@@ -31,11 +31,13 @@ class Heartbeat:
         store: the store that connects the ranks.
         rank: the global rank of this process.
         world_size: number of ranks.
-        tell: called with a message if a rank is lost; then this process exits with status 1.
+        on_lost: called with a message if a rank is lost, before this process exits with status 1.
     """
 
-    def __init__(self, store: dist.Store, rank: int, world_size: int, tell: Callable[[str], None]):
-        self._rank, self._world_size, self._tell = rank, world_size, tell
+    def __init__(
+        self, store: dist.Store, rank: int, world_size: int, on_lost: Callable[[str], None]
+    ):
+        self._rank, self._world_size, self._on_lost = rank, world_size, on_lost
         self._store = dist.PrefixStore(
             f"watch{os.environ.get('TORCHELASTIC_RESTART_COUNT', '')}", _second_connection(store)
         )
@@ -84,7 +86,7 @@ class Heartbeat:
     def _exchange(self) -> None:
         """Send this rank's heartbeats and read the next rank's; record a lost rank in `_lost`.
 
-        A store that does not answer blocks this thread, so `_watch` runs in another one.
+        A store that does not answer blocks this thread, so `_watch` runs in another thread.
         """
         seen, heard, next_rank = 0, time.monotonic(), (self._rank + 1) % self._world_size
         while not self._exited.wait(BEAT):
@@ -122,14 +124,14 @@ class Heartbeat:
                 silent = f"rank 0 has given no sign of life for {PATIENCE:.0f} seconds"
                 lost = f"{silent}: its node was lost"
             if lost and not self._exited.wait(GRACE):
-                self._tell(lost)
+                self._on_lost(lost)
                 os._exit(1)
 
 
 def _second_connection(store: dist.Store) -> dist.Store:
     """Return a new connection to `store`.
 
-    A connection serves one thread at a time, and the main thread's may be waiting.
+    A connection serves one thread at a time, and the main thread's connection may be waiting.
     """
     while isinstance(store, dist.PrefixStore):
         store = store.underlying_store

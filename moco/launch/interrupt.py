@@ -1,4 +1,4 @@
-"""Stop a run by a signal: it finishes its step, saves, and exits with `STATUS`.
+"""Stop a run on a signal: it finishes its step, saves, and exits with `STATUS`.
 
 A scheduler can then start it again. engine/trainer.py polls `Requests`; launch.py uses the rest.
 """
@@ -18,13 +18,13 @@ from moco import distributed
 
 STATUS = 75  # EX_TEMPFAIL of sysexits.h: try again
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-# seconds after the first signal in which a SIGINT counts as a copy of it, sent by the launcher;
-# a later SIGINT ends the run at once
+# seconds after the first signal during which a SIGINT counts as the launcher's copy of it; a later
+# SIGINT ends the run at once
 PATIENCE = 3.0
 
 
 class Interrupted(BaseException):
-    """Raised when a signal has stopped the run, after it has saved.
+    """Raised after a signal has stopped the run and the run has saved.
 
     The message says how to continue. The class derives from BaseException, so that code that
     catches every Exception does not catch it.
@@ -43,8 +43,8 @@ class Requests:
         """Install the signal handlers."""
         self._before = {number: signal.signal(number, self._receive) for number in SIGNALS}
         # Python calls a signal's handler only between two bytecode instructions, and a backward
-        # pass is one instruction. So a thread prints the line: it reads the signal's number from a
-        # pipe, to which Python's low-level handler writes at once.
+        # pass is one instruction. To print a line at once, a thread reads the signal's number from
+        # a pipe, to which Python's low-level handler writes immediately.
         reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
         self._writer_before = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
@@ -69,8 +69,8 @@ class Requests:
     def agreed(self) -> str:
         """Return the name of the received signal once all ranks know it, else "".
 
-        Every rank must call it after every step. The ranks exchange their answers while the next
-        step runs. So all of them stop after the same step, and none waits.
+        Every rank must call it after every step. The ranks exchange the signal while the next step
+        runs. Therefore all of them stop after the same step, and none waits.
         """
         if self._group is None:
             return self._name(self.received)
@@ -90,7 +90,7 @@ class Requests:
 def _acknowledge(reader: int, prints: bool) -> None:
     """Read signal numbers from the pipe `reader` until it closes; print a line at the first one.
 
-    Prints only if `prints`, which is true on rank 0.
+    Only prints if `prints` is true, as on rank 0.
     """
     with open(reader, "rb", buffering=0) as pipe:
         while numbers := pipe.read(1):
@@ -109,9 +109,9 @@ def _acknowledge(reader: int, prints: bool) -> None:
 
 @contextlib.contextmanager
 def outside_training() -> Iterator[None]:
-    """Raise Interrupted at a scheduler's signal outside training, when there is nothing to save.
+    """Raise Interrupted on a scheduler's signal outside training, when there is nothing to save.
 
-    During training `Requests` receives the signals instead.
+    During training, `Requests` receives the signals instead.
     """
 
     def end(number: int, _: FrameType | None) -> None:
@@ -126,7 +126,7 @@ def outside_training() -> Iterator[None]:
 
 
 def nothing_to_save(number: int) -> Interrupted:
-    """Return the Interrupted of a run that a signal stops before or after training."""
+    """Return the Interrupted to raise if a signal stops a run before or after training."""
     name = signal.Signals(number).name
     return Interrupted(
         f"{name}: stopped outside training, nothing to save; --resume auto continues the run"
@@ -156,7 +156,7 @@ def forward_signals(processes: Sequence[int]) -> Iterator[list[int]]:
 
 
 def end_by_signal(number: int) -> None:
-    """End this process as the signal does without a handler."""
+    """End this process as the signal would without a handler."""
     if number == signal.SIGINT:
         raise KeyboardInterrupt
     signal.signal(number, signal.SIG_DFL)

@@ -26,7 +26,7 @@ from moco.data import loader
 from moco.errors import InputError, from_os_error
 from moco.launch import heartbeat, interrupt, output
 from moco.launch.processes import Plan, plan
-from moco.launch.rendezvous import meet
+from moco.launch.rendezvous import connect
 
 Worker = Callable[[Config, torch.device], None]
 
@@ -34,48 +34,52 @@ Worker = Callable[[Config, torch.device], None]
 def launch(worker: Worker, config: Config) -> None:
     """Run `worker(config, device)` in every process of the run; return when all have ended.
 
-    The worker's config also has `batch_per_process` and `nodes`. An InputError of a worker is
-    raised here, too.
+    Sets `batch_per_process` and `nodes` in the worker's config. An InputError of a worker is also
+    raised here.
     """
     p = plan(config.launch)
-    batch, per_process = config.input.batch_size, config.input.batch_is_per_process
-    of_process = batch if per_process else batch // p.local
-    if of_process < 1:
+    batch, local = config.input.batch_size, p.local_world_size
+    batch_per_process = batch if config.input.batch_is_per_process else batch // local
+    if batch_per_process < 1:
         raise InputError(
-            f"--batch-size {batch} is smaller than the {p.local} processes of this node; raise it"
+            f"--batch-size {batch} is smaller than the {local} processes of this node; raise it"
         )
-    config = replaced(config, nodes=p.nodes, batch_per_process=of_process)
+    config = replaced(config, nodes=p.nodes, batch_per_process=batch_per_process)
     if p.launcher != "spawn":
         name = os.path.basename(sys.argv[0])
-        _process(p, worker, config, p.first, p.local_rank, lambda lost: _print_lost(name, lost))
+        _process(
+            p, worker, config, p.first_rank, p.local_rank, lambda lost: _print_lost(name, lost)
+        )
         return
     # A rank that is killed because another one failed cannot release its resources. Python's
-    # resource tracker does, and need not warn about it.
+    # resource tracker releases them, and need not warn about it.
     sys.warnoptions.append("ignore:resource_tracker:UserWarning")
     context = mp.get_context("spawn")
     errors_of_ranks = context.SimpleQueue()
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
-    processes = mp.spawn(_spawned, (p, worker, config, errors_of_ranks), nprocs=p.local, join=False)
+    processes = mp.spawn(
+        _spawned, (p, worker, config, errors_of_ranks), nprocs=p.local_world_size, join=False
+    )
     with interrupt.forward_signals(processes.pids()) as signals:
         killed = _killed(processes.processes)
         try:
             while not processes.join():
                 pass
         except (mp.ProcessExitedException, mp.ProcessRaisedException) as error:
-            # the first error is the cause: other ranks only lost their connection to its process
+            # The first error is the cause. The other ranks only lost their connection to that rank.
             if not errors_of_ranks.empty():
                 raise errors_of_ranks.get() from None
             if signals and config.TRAINS and signals[0] != signal.SIGINT:
                 raise interrupt.nothing_to_save(signals[0]) from None
             if signals:
                 interrupt.end_by_signal(signals[0])
-            raise _lost(p.first, killed, error) from None
+            raise _lost(p.first_rank, killed, error) from None
     if not errors_of_ranks.empty():
         raise errors_of_ranks.get()
 
 
 def _print_lost(name: str, lost: str) -> None:
-    """Print the message about a lost rank; flush it, because the process then exits at once."""
+    """Print the message about a lost rank, and flush it, because the process exits right after."""
     sys.stderr.write(f"{name}: error: {lost}\n")
     sys.stderr.flush()
 
@@ -85,14 +89,14 @@ class LostRankError(Exception):
 
 
 def _killed(processes: list) -> dict[int, str]:
-    """Wait until all processes have ended, or one has failed; return the signals that ended any.
+    """Wait until all processes have ended or one has failed; return the signals that killed any.
 
-    After a failure the other processes have `PATIENCE` seconds to exit, which they do when they
+    After a failure, the other processes have `PATIENCE` seconds to exit, which they do when they
     lose their connection to the failed one. Then they are killed, because a process that waits for
     the failed one may wait forever.
 
     Returns:
-        Names of signals by index of the process; the one that failed first comes first.
+        Names of signals by index of the process; the process that failed first comes first.
     """
     running = {process.sentinel: process for process in processes}
     while running:
@@ -124,12 +128,12 @@ OUT_OF_MEMORY = (
 def _lost(
     first: int, killed: dict[int, str], error: mp.ProcessExitedException | mp.ProcessRaisedException
 ) -> LostRankError:
-    """Return the error about a failed process; print its traceback, if it raised, to stderr.
+    """Return the error about a failed process. If it raised an exception, print the traceback.
 
     Args:
         first: global rank of this node's first process.
-        killed: what `_killed` has returned.
-        error: what torch.multiprocessing has raised.
+        killed: the result of `_killed`.
+        error: the exception that torch.multiprocessing raised.
     """
     if killed:
         i, name = next(iter(killed.items()))
@@ -148,15 +152,15 @@ def _spawned(i: int, p: Plan, worker: Worker, config: Config, errors_of_ranks) -
     user.prepare()
     output.guard()
 
-    def tell(lost: str) -> None:
+    def on_lost(lost: str) -> None:
         errors_of_ranks.put(LostRankError(lost))
 
     try:
-        _process(p, worker, config, p.first + i, i, tell)
+        _process(p, worker, config, p.first_rank + i, i, on_lost)
     except InputError as error:
         errors_of_ranks.put(error)
         sys.exit(2)
-    # a normal exit: the other ranks are interrupted, too, and must not be killed while they save
+    # a normal exit: the other ranks are also interrupted, and must not be killed while they save
     except interrupt.Interrupted as end:
         errors_of_ranks.put(end)
     except KeyboardInterrupt:
@@ -164,16 +168,16 @@ def _spawned(i: int, p: Plan, worker: Worker, config: Config, errors_of_ranks) -
 
 
 def _process(
-    p: Plan, worker: Worker, config: Config, r: int, local_rank: int, tell: Callable[[str], None]
+    p: Plan, worker: Worker, config: Config, r: int, local_rank: int, on_lost: Callable[[str], None]
 ) -> None:
-    """Set up this process's device and process group, run the worker, destroy the group.
+    """Set up the device and the process group, run the worker, and destroy the group.
 
-    `r` is the global rank, `local_rank` the rank on this node. `tell` is called with a message if
-    another rank is lost; then this process exits.
+    `r` is the global rank, `local_rank` the rank on this node. If another rank is lost, `on_lost`
+    is called with a message, and this process exits.
     """
-    device = devices.of_process(config.launch.device, config.launch.gpu, local_rank)
-    if device.type == "cpu" and p.local > 1:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // p.local))
+    device = devices.for_process(config.launch.device, config.launch.gpu, local_rank)
+    if device.type == "cpu" and p.local_world_size > 1:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // p.local_world_size))
     if device.type in ("cuda", "xpu"):  # there is only one MPS device
         torch.get_device_module(device).set_device(device)
     if device.type == "cuda":
@@ -184,7 +188,7 @@ def _process(
         if p.launcher == "srun":
             os.environ.setdefault("LOCAL_RANK", str(local_rank))
         by_hand = p.launcher == "torchrun" and "LOCAL_RANK" not in os.environ
-        store = meet(p.url, r, p.world_size, announce=local_rank == 0 or by_hand)
+        store = connect(p.url, r, p.world_size, announce=local_rank == 0 or by_hand)
         timeout = timedelta(minutes=30)
         store.set_timeout(timeout)
         dist.init_process_group(
@@ -194,7 +198,7 @@ def _process(
             world_size=p.world_size,
             timeout=timeout,
         )
-        guard = heartbeat.Heartbeat(store, r, p.world_size, tell)
+        guard = heartbeat.Heartbeat(store, r, p.world_size, on_lost)
     try:
         with (
             guard,
@@ -215,8 +219,8 @@ def _process(
 def _work(worker: Worker, config: Config, device: torch.device, r: int) -> None:
     """Run the worker on rank `r`.
 
-    Turns errors that the user can fix into InputError: those about a file, too little memory, an
-    operation that the device lacks, and a loader process that died.
+    Converts errors that the user can fix to InputError: a file that cannot be read or written, too
+    little memory, an operation that the device lacks, and a loader process that died.
     """
     try:
         worker(config, device)
@@ -241,8 +245,8 @@ def _work(worker: Worker, config: Config, device: torch.device, r: int) -> None:
 def _print_once(store: dist.Store, error: InputError) -> None:
     """Print an error unless another rank of this node has printed the same one.
 
-    A launcher such as torchrun kills all processes when one has exited, so this process prints the
-    error before it exits.
+    A launcher such as torchrun kills all processes when one has exited. Therefore this process
+    prints the error before it exits.
     """
     key = f"error {os.environ.get('TORCHELASTIC_RESTART_COUNT', '')} {socket.gethostname()} {error}"
     key = key.encode(errors="backslashreplace").decode()  # a store takes UTF-8 only

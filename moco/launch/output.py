@@ -1,4 +1,4 @@
-"""Keep a run alive when its standard output or error cannot be written: drop the output."""
+"""Keep a run alive if its standard output or error cannot be written, by dropping the output."""
 
 import contextlib
 import io
@@ -17,7 +17,7 @@ class _Tolerant(io.FileIO):
 
 
 def guard() -> None:
-    """Make this process continue when its output has no reader, no space, or is closed.
+    """Let this process continue if its output has no reader, no disk space, or is closed.
 
     Call it at the start of each process; a second call changes nothing. Output that Python code has
     redirected, as tests do, stays as it is.
@@ -25,7 +25,7 @@ def guard() -> None:
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
-        except OSError:  # closed: the next file opened would get this number and the output
+        except OSError:  # closed; the next file to be opened would get this number and the output
             os.open(os.devnull, os.O_RDWR)
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)

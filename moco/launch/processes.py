@@ -18,20 +18,20 @@ from moco.sections import Input, Launch
 
 @dataclass(frozen=True)
 class Plan:
-    """The processes that this command starts, and how they connect to the others of the run."""
+    """The processes that this command starts, and how all processes of the run connect."""
 
     launcher: str  # spawn, torchrun, srun or single
-    nodes: int  # number of nodes; `batch_size` counts per node
-    local: int  # number of processes on this node
-    first: int  # global rank of the first process that this command starts
+    nodes: int  # number of nodes; `batch_size` is that of a node
+    local_world_size: int  # number of processes on this node
+    first_rank: int  # global rank of the first process that this command starts
     world_size: int  # number of processes of the run
     local_rank: int  # local rank of the first process
     url: str  # init_method of the process group; "" for a single process
 
 
 def plan(launch: Launch) -> Plan:
-    """Return the plan of the run. Raises InputError if options and environment do not fit."""
-    device_type = devices.chosen(launch.device)
+    """Return the plan of the run. Raises InputError if options and environment do not match."""
+    device_type = devices.resolve_type(launch.device)
     p = _plan(launch, device_type)
     if p.world_size > 1 and device_type in devices.ONE_PROCESS:
         several = (
@@ -116,15 +116,15 @@ def _plan(launch: Launch, device_type: str) -> Plan:
 WORKERS = 8  # default limit of loader processes per process; 8 keep a GPU busy
 
 
-def workers(p: Plan, input: Input) -> int:
+def default_workers(p: Plan, input: Input) -> int:
     """Return the default of `--workers`: one loader per core, at most `WORKERS` per process.
 
-    The number is that of this node, or per process if `input.batch_is_per_process`.
+    It counts the loaders of this node, or of each process if `input.batch_is_per_process`.
     """
-    # with this variable each task has cores of its own
+    # if this variable is set, each task has its own cores
     bound = p.launcher == "srun" and "SLURM_CPUS_PER_TASK" in os.environ
-    node = min(cores() * (p.local if bound else 1), WORKERS * p.local)
-    return max(1, node // p.local) if input.batch_is_per_process else node
+    node = min(cores() * (p.local_world_size if bound else 1), WORKERS * p.local_world_size)
+    return max(1, node // p.local_world_size) if input.batch_is_per_process else node
 
 
 def cores() -> int:
@@ -164,19 +164,19 @@ def _check_below(value: int, limit: int, name: str, of: str) -> None:
 
     Args:
         value: a number from the launcher's environment.
-        limit: its limit, from there, too.
+        limit: another number from there, which limits it.
         name: name of `value` in the message.
         of: name of `limit` in the message.
     """
     if not 0 <= value < limit:
         raise InputError(
-            f"the environment has {name} = {value} and {of} = {limit}, but the first must lie "
-            "between 0 and the second; unset both, or start with torchrun"
+            f"the environment has {name} = {value} and {of} = {limit}, but the first must be "
+            "at least 0 and below the second; unset both, or start with torchrun"
         )
 
 
 def _nodes(launch: Launch) -> tuple[int, int]:
-    """Return the number of nodes, and the number of this node, from 0.
+    """Return the number of nodes, and the index of this node, from 0.
 
     As in MoCo, `--dist-url env://` reads them from WORLD_SIZE and RANK.
     """
@@ -193,7 +193,7 @@ def _nodes(launch: Launch) -> tuple[int, int]:
 
 
 def _rendezvous_url(launch: Launch, nodes: int, node: int) -> str:
-    """Return the URL where the processes connect; by default a free port of this machine."""
+    """Return the URL at which the processes connect; by default a free port of this machine."""
     if launch.dist_url == "auto":
         if nodes > 1:
             raise InputError(
@@ -206,7 +206,7 @@ def _rendezvous_url(launch: Launch, nodes: int, node: int) -> str:
 
 
 def _slurm_url(launch: Launch) -> str:
-    """Return the URL where the tasks of a SLURM step connect: by default on its first node."""
+    """Return the URL at which the tasks of a SLURM step connect; by default on its first node."""
     if launch.dist_url != "auto":
         return launch.dist_url
     nodes = os.environ.get("SLURM_STEP_NODELIST", os.environ.get("SLURM_NODELIST", "localhost"))
@@ -221,6 +221,6 @@ def _slurm_url(launch: Launch) -> str:
             raise InputError(
                 f"cannot read the node list {nodes}; give --dist-url tcp://FIRST_NODE:PORT"
             ) from None
-    # job and step ids give the port, so that steps running at the same time use different ports
+    # derived from the job and step ids, so that simultaneous steps use different ports
     job, step = (_number(name, 0) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
     return f"tcp://{first}:{20000 + (job + 1009 * step) % 20000}"

@@ -17,15 +17,15 @@ from moco.errors import InputError
 
 
 def check_url(url: str, r: int) -> str:
-    """Return `url`, where the processes connect, after checking what this machine can check.
+    """Check the URL at which the processes connect, as far as this machine can, and return it.
 
     Args:
         url: tcp://HOST:PORT, env:// or file:///PATH.
         r: 0 if rank 0, which runs the store, is on this machine.
 
     Raises InputError for another form of URL, a missing or wrong MASTER_ADDR or MASTER_PORT, and a
-    host that cannot be resolved. With `r` 0 also for a host that is another machine, and for a port
-    in use.
+    host that cannot be resolved. If `r` is 0, also raises it if the host is another machine, or if
+    the port is in use.
     """
     if url.startswith("file:///"):
         return url
@@ -39,7 +39,7 @@ def check_url(url: str, r: int) -> str:
 
 
 def _address(url: str) -> tuple[str, int, str]:
-    """Return host, port, and where the user has set them, for a tcp:// or env:// URL."""
+    """Return host and port of a tcp:// or env:// URL, and the option or variables that set them."""
     if url == "env://":
         host, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
         absent = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
@@ -52,7 +52,7 @@ def _address(url: str) -> tuple[str, int, str]:
             )
             alone = f"unset {' and '.join(given)}" if given else "leave --dist-url out"
             raise InputError(
-                f"{said}, but not {' and '.join(absent)}, where rank 0 waits for the others; "
+                f"{said}, but not {' and '.join(absent)}, the address of rank 0; "
                 f"set MASTER_ADDR and MASTER_PORT, start with torchrun, or {alone} to train alone"
             )
         good, names, form = True, "MASTER_ADDR, MASTER_PORT", "a host and a port from 1 to 65535"
@@ -106,13 +106,13 @@ def _check_own(host: str, port: int, names: str, family: socket.AddressFamily) -
 
 OWN = 5.0  # seconds within which a machine must answer itself
 MEETING = 300.0  # seconds within which all processes must have connected
-SILENCE = 10.0  # seconds of waiting after which a message is printed
+SILENCE = 10.0  # seconds to wait before a message is printed
 
 
-def meet(url: str, r: int, world_size: int, announce: bool) -> dist.Store:
-    """Return the store at `url` when all processes have connected to it.
+def connect(url: str, r: int, world_size: int, announce: bool) -> dist.Store:
+    """Connect to the store at `url`, and return it when all processes have connected.
 
-    Waits in Python code, so that signals are handled.
+    The function waits in Python code, so that signals are handled.
 
     Args:
         url: a URL that `check_url` has accepted.
@@ -167,7 +167,7 @@ def meet(url: str, r: int, world_size: int, announce: bool) -> dist.Store:
 def _open_store(host: str, port: int, world_size: int, is_master: bool, where: str) -> dist.Store:
     """Connect to the store at host:port; open it first if `is_master`.
 
-    Works in a thread, because torch waits forever if another kind of server answers. Raises
+    Connects in a thread, because torch waits forever if another kind of server answers. Raises
     InputError if the store cannot be opened or does not answer.
     """
     made: list[dist.Store | Exception] = []

@@ -17,10 +17,10 @@ def keys_and_bank_nce(
     """Return the mean cross entropy of each query's key among all keys and the bank (section 3).
 
     Args:
-        q: unit queries [N, C], with gradient.
+        q: normalized queries [N, C], with gradient.
         near: similarity of each query to every key of the joint batch, [N, B], with gradient.
         label: index of each query's own key in the joint batch, [N] in [0, B).
-        bank: unit entries w [K, C], without gradient.
+        bank: normalized entries w [K, C], without gradient.
         similarity: q @ bank.T, [N, K], without gradient. It is overwritten, as in `bank_info_nce`.
         temperature: divides every similarity, > 0.
 
@@ -47,21 +47,21 @@ def add_bank_gradient(
 ) -> None:
     """Add the gradient of -`keys_and_bank_nce` with respect to W to `gradient`.
 
-    Gradient descent with it raises the loss. With p the softmax over all keys and the bank, the
+    Gradient descent with it raises the loss. If p is the softmax over all keys and the bank, the
     gradient with respect to w is g = -p^T q / (N temperature). The gradient with respect to W is
     (g - (g.w) w) / |W|, because the norm of W does not enter the loss.
 
     Args:
         gradient: [K, C], changed in place, because allocating this much memory is slow.
-        q: unit queries [N, C].
+        q: normalized queries [N, C].
         near: similarity of each query to every key of the joint batch, [N, B].
-        bank: unit entries w [K, C].
+        bank: normalized entries w [K, C].
         norm: norms |W| of the entries, [K, 1].
         similarity: q @ bank.T, [N, K].
         temperature: divides every similarity, > 0.
         scale: factor of the gradient.
     """
-    # Softmax without its denominator; subtract the largest similarity, so that none overflows.
+    # Softmax without its denominator; subtract the largest similarity, so that no term overflows.
     top = torch.maximum(near.amax(1, keepdim=True), similarity.amax(1, keepdim=True))
     p = torch.sub(similarity, top).div_(temperature).exp_()  # [N, K]
     total = p.sum(1, keepdim=True) + ((near - top) / temperature).exp().sum(1, keepdim=True)
@@ -85,7 +85,7 @@ def ascend(
     """Make one SGD step of the bank W [K, C], in place.
 
     v <- momentum v + gradient + weight_decay W, then W <- W - lr v, where v is `velocity` [K, C].
-    It is an ascent on the loss, because `gradient` is that of the negated loss.
+    This is ascent on the loss, because `gradient` is the gradient of the negated loss.
     """
     velocity.mul_(momentum).add_(gradient).add_(bank, alpha=weight_decay)
     bank.sub_(velocity, alpha=lr)

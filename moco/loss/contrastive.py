@@ -1,7 +1,7 @@
 """InfoNCE over a bank of negatives (He et al., arXiv 1911.05722, equation 1), and its metrics.
 
 `bank_info_nce` is the loss of MoCo, SynCo and MoBY. `info_nce` is the same formula in plain
-autograd: the tests compare the two. The synthetic negatives are in `moco/loss/synthetic.py`.
+autograd, for tests that compare the two. The synthetic negatives are in `moco/loss/synthetic.py`.
 """
 
 import torch
@@ -41,9 +41,9 @@ def bank_info_nce(
     The backward pass can run once: it raises RuntimeError the second time.
 
     Args:
-        q: unit queries [N, C], with gradient.
+        q: normalized queries [N, C], with gradient.
         positive: similarity of each query to its key, [N], with gradient.
-        bank: unit entries [K, C].
+        bank: normalized entries [K, C].
         similarity: q @ bank.T, [N, K], without gradient. It is overwritten by exponentials, and in
             the backward pass by the factors of the bank entries in the gradient.
         temperature: divides every similarity, > 0.
@@ -68,7 +68,7 @@ def bank_log_sum_exp(
 
 
 class _BankLogSumExp(torch.autograd.Function):
-    """The log-sum-exp over a bank and synthetic negatives, with a backward pass by hand.
+    """The log-sum-exp over a bank and synthetic negatives, with a hand-written backward pass.
 
     Autograd would keep the similarities and their exponentials, two [N, K] tensors.
     """
@@ -123,7 +123,7 @@ class _BankLogSumExp(torch.autograd.Function):
 def contrast_accuracy(positive: Tensor, *negatives: Tensor) -> dict[str, Tensor]:
     """Return how often the positive ranks first (`acc1`) and among the first five (`acc5`).
 
-    It counts the negatives above the positive in one pass, without a sort.
+    The negatives above the positive are counted in one pass, without a sort.
 
     Args:
         positive: similarity of each query to its key, [N].
@@ -143,7 +143,7 @@ def feature_statistics(
     """Return scalars that describe the features, and that show a collapse when the loss does not.
 
     Args:
-        q: unit queries [N, C], N at least 2.
+        q: normalized queries [N, C], N at least 2.
         positive: similarity of each query to its key, [N].
         negative: similarity of each query to its hardest negative, [N].
 
@@ -168,6 +168,6 @@ def feature_statistics(
 def normalize(x: Tensor) -> Tensor:
     """Return `x` [..., C] scaled to norm 1 along its last dimension.
 
-    The result is float64 if `x` is, otherwise float32, under autocast as well.
+    The result is float64 if `x` is float64, otherwise float32, also under autocast.
     """
     return F.normalize(x if x.dtype == torch.float64 else x.float(), dim=-1)

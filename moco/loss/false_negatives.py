@@ -1,8 +1,8 @@
 """FNC's loss: find false negatives, then attract or eliminate them (arXiv 2011.11765).
 
-An image has V views. The feature z of each view is an anchor. It is compared with a bank M of unit
-entries, which contains the image's own views. An entry that is similar to an image is taken to show
-the same class, and is then a false negative. `moco/builder/fnc.py` uses this file.
+An image has V views. The feature z of each view is an anchor. It is compared with a bank M of
+normalized entries, which contains the image's own views. An entry that is similar to an image is
+assumed to show the same class, and is then a false negative. `moco/builder/fnc.py` uses this file.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ MODES = ("attract", "eliminate", "off")
 
 @dataclass(frozen=True)
 class Cancellation:
-    """Which bank entries are false negatives of an image, and their use (sections 3.1 to 3.3)."""
+    """The settings of FNC: how to find and how to use false negatives (sections 3.1 to 3.3)."""
 
     mode: str = "attract"  # one of MODES
     topk: int = 10  # maximum number of false negatives per image
@@ -34,14 +34,16 @@ class FalseNegatives:
 
 
 @torch.no_grad()
-def find(bank: Tensor, own: Tensor, config: Cancellation, chunk: int) -> FalseNegatives:
+def find_false_negatives(
+    bank: Tensor, own: Tensor, config: Cancellation, chunk: int
+) -> FalseNegatives:
     """Return the false negatives of n images (section 3.2).
 
     They are the `topk` bank entries with the largest maximum similarity to the views of the image,
     if it is above the threshold. The image's own views are excluded.
 
     Args:
-        bank: unit entries [R, C].
+        bank: normalized entries [R, C].
         own: indices in the bank of the V views of the images, [V, n].
         config: `topk` is lowered to the number of other entries. With mode "off", k is 0.
         chunk: images compared with the bank at a time, with two [chunk, R] buffers.
@@ -73,14 +75,14 @@ def cancelled_nt_xent(
     """Return FNC's loss and two metrics, with a single [chunk, R] buffer.
 
     An anchor has a logit for each bank entry except its own. Its positives are the V - 1 other
-    views of its image. With mode "attract" the false negatives are positives, too. The loss is the
-    log-sum-exp of all logits minus the mean logit of the positives. With mode "eliminate" the
+    views of its image. With mode "attract", the false negatives are positives, too. The loss is the
+    log-sum-exp of all logits minus the mean logit of the positives. With mode "eliminate", the
     log-sum-exp leaves out the false negatives. Without false negatives and with V = 2 this is
     SimCLR's NT-Xent.
 
     Args:
-        z: unit anchors [V, n, C], with gradient.
-        bank: unit entries [R, C]; they receive a gradient if they require one.
+        z: normalized anchors [V, n, C], with gradient.
+        bank: normalized entries [R, C]; they receive a gradient if they require one.
         own: indices in the bank of the V views of the images, [V, n].
         found: the false negatives of the images.
         mode: one of `MODES`.
@@ -99,7 +101,7 @@ def cancelled_nt_xent(
 class _CancelledNTXent(torch.autograd.Function):
     """The loss, whose forward pass also computes the gradient.
 
-    So no tensor as wide as the bank is kept for the backward pass.
+    Therefore no tensor as wide as the bank is kept for the backward pass.
     """
 
     @staticmethod

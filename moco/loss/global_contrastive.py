@@ -18,15 +18,15 @@ class Pairs:
 
     positive: Tensor  # [2, n] to the other view of the same image
     others: Tensor  # [2, n, 2m] to all m images in the anchor's view, then in the other view
-    own: Tensor  # [n, 2m] True if that is the anchor's image itself, which is not a negative
+    own: Tensor  # [n, 2m] True for the anchor's own image, which is not a negative
 
 
 def compare(z: Tensor, z_all: Tensor, first: int) -> Pairs:
     """Return the similarities of this process's features to those of the joint batch.
 
     Args:
-        z: unit features of both views, [2, n, C].
-        z_all: unit features of the joint batch, [2, m, C]; `z` is part of it.
+        z: normalized features of both views, [2, n, C].
+        z_all: normalized features of the joint batch, [2, m, C]; `z` is part of it.
         first: index in the joint batch of this process's first image.
     """
     n, m = z.shape[1], z_all.shape[1]

@@ -1,7 +1,7 @@
 """Synthetic hard negatives in closed form: SynCo's six types (arXiv 2410.02401, section 3).
 
-`TYPES` is the table of the types. To add a type, add an entry: its draws, its similarities and
-their gradient follow from it. `moco/builder/synco.py` and `moco/builder/moby.py` train on them.
+`TYPES` is the table of the types. To add a type, add an entry. The draws, the similarities and
+their gradient follow from it. `moco/builder/synco.py` and `moco/builder/moby.py` use this file.
 
 A synthetic negative h is made for a query q from entries n and n' of the bank, drawn among the
 negatives most similar to q:
@@ -61,7 +61,7 @@ SIZE = Coefficient(1.0, sized=True)
 
 @dataclass(frozen=True)
 class Type:
-    """A type of synthetic negative: what it draws, and the coefficients of the vectors in v."""
+    """A type of synthetic negative: its random draws, and the coefficients of the vectors in v."""
 
     name: str  # one word, for options and help texts
     source: str  # the paper
@@ -95,7 +95,7 @@ TYPES = (
 
 @dataclass(frozen=True)
 class Synthetic:
-    """The synthetic negatives of a run: how many of each type, and the sizes that types read."""
+    """The settings of a run's synthetic negatives: the number of each type, and the sizes."""
 
     n_hard: int = 0  # hardest bank entries of each query, from which n and n' are drawn
     counts: tuple[int, ...] = (0,) * len(TYPES)  # negatives per query, of each of TYPES
@@ -122,8 +122,8 @@ class Synthetic:
 class _Columns:
     """The columns of one type's negatives in the tensors of `Draws` and `Mixture`.
 
-    A tensor of all negatives has the columns `all`. A tensor of those with a weight, sign(q) or
-    noise has the columns of that name; they are none if the type lacks it.
+    `all` are its columns in tensors of all negatives. Each other slice is for tensors of the
+    negatives that have the item of that name, and is empty if the type lacks it.
     """
 
     type: Type
@@ -135,7 +135,7 @@ class _Columns:
 
 
 def _layout(counts: tuple[int, ...]) -> tuple[list[_Columns], dict[str, int]]:
-    """Return the columns of each type that has negatives, and where the last of them end."""
+    """Return the columns of each type with negatives, and the ends of all slices."""
     ends = {"all": 0, "weight": 0, "second": sum(counts), "sign": 0, "noise": 0}
     layout = []
     for type_, count in zip(TYPES, counts, strict=True):
@@ -157,8 +157,8 @@ def _layout(counts: tuple[int, ...]) -> tuple[list[_Columns], dict[str, int]]:
 class Draws:
     """The random part of a batch's synthetic negatives, type by type in the order of `TYPES`.
 
-    Indices count a query's hard negatives, from 0 for the hardest. M is the number of negatives of
-    the types that have the item in question.
+    Indices refer to a query's hard negatives; 0 is the hardest. M is the number of negatives of the
+    types that have the item in question.
     """
 
     first: Tensor  # [N, total] index of n
@@ -176,7 +176,7 @@ def draw(
 ) -> Draws:
     """Draw the random part of the synthetic negatives of `n` queries with `dim` features.
 
-    Entries are drawn uniformly, with replacement. The draws lie on the generator's device.
+    Entries are drawn uniformly, with replacement. The draws are on the generator's device.
     """
     layout, ends = _layout(config.counts)
     on = {"generator": generator, "device": generator.device}
@@ -258,7 +258,7 @@ class Mixture:
         """Return q.h [N, total], differentiable in both arguments.
 
         Args:
-            q: unit queries [N, C].
+            q: normalized queries [N, C].
             similarity: similarity of each query to the bank, [N, K].
         """
         fixed = q.detach()  # h has no gradient, and neither has the q in it
@@ -279,7 +279,7 @@ class Mixture:
         """Return the sum over m of weight_m h_m in two parts.
 
         Args:
-            q: unit queries [N, C].
+            q: normalized queries [N, C].
             weight: factor of each synthetic negative, [N, total].
 
         Returns:
@@ -307,12 +307,12 @@ def mix(
     """Return the synthetic negatives of a batch of queries.
 
     Args:
-        q: unit queries [N, C].
-        bank: unit entries [K, C].
+        q: normalized queries [N, C].
+        bank: normalized entries [K, C].
         similarity: q @ bank.T, [N, K].
         hard: indices of the hardest entries of each query, [N, H] with H >= `config.n_hard`; the
             draws choose among the first `config.n_hard` columns.
-        config: how many negatives of each type, and their sizes.
+        config: the number of negatives of each type, and their sizes.
         draws: their random part, from `draw`.
     """
     n, total = len(q), config.total
@@ -340,7 +340,7 @@ def mix(
     A.div_(norm)
     B.div_(norm)
 
-    # The norms of the other types are those of vectors, one type at a time to save memory.
+    # The other types need the vectors for their norms: one type at a time, to save memory.
     for c in layout:
         if not c.type.in_plane:
             coefficients = _fill(mixture, c, config, draws)

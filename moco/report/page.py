@@ -19,7 +19,7 @@ from moco.report import pictures, plots, results, runs
 from moco.report.runs import Run
 
 THUMBNAIL = 96  # side of an image among its neighbours, in pixels
-CHEAP = 20.0  # a random encoder is shown, too, if its features take fewer seconds than this
+CHEAP = 20.0  # seconds; a random encoder is also shown if its features take less time
 
 
 def write(
@@ -36,7 +36,7 @@ def write(
         folders: run folders of pre-trainings.
         out: the file to write; it must not exist unless `force`.
         pretrained: the checkpoint to show; by default the last one of each run.
-        images: maximum number of training images among which to search neighbours.
+        images: maximum number of training images to search for neighbours.
         seed: seed of the sample of images.
         force: whether to overwrite `out`.
 
@@ -45,13 +45,13 @@ def write(
     """
     if images < 1 or seed < 0:
         raise InputError(
-            f"--images {images} --seed {seed}: at least one image, and no seed below 0"
+            f"--images {images} --seed {seed}: give at least one image, and a seed of at least 0"
         )
     refuse_remote(str(pretrained or ""), "--pretrained")
     if pretrained and (len(folders) > 1 or not pretrained.is_file()):
         why = "is for one run" if len(folders) > 1 else "no such file"
         raise InputError(
-            f"--pretrained {pretrained}: {why}; without it the last checkpoint of each run is taken"
+            f"--pretrained {pretrained}: {why}; without it, the last checkpoint of each run is used"
         )
     check_new(out, force)
     text = page(runs.read(folders), pretrained, images, seed)
@@ -69,7 +69,7 @@ def page(found: list[Run], pretrained: Path | None, images: int, seed: int) -> s
     body = [summary(found), evaluations(found), differences(found), curves(found), views(found)]
     body.append(encoders(found, pretrained, images, seed))
     title = escaped(f"Pre-training: {', '.join(run.name for run in found)}")
-    # this policy forbids the browser to load anything
+    # this policy forbids the browser to load anything from elsewhere
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
     head = f'<meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{policy}">'
     head += '<meta name="viewport" content="width=device-width">'
@@ -82,7 +82,7 @@ def page(found: list[Run], pretrained: Path | None, images: int, seed: int) -> s
 
 
 def escaped(text: object) -> str:
-    """Return a text from a file, escaped so that the browser never reads it as HTML."""
+    """Return untrusted text, escaped so that the browser does not interpret it as HTML."""
     return html.escape(plots.printable(text))
 
 
@@ -187,9 +187,9 @@ def evaluations(found: list[Run]) -> str:
     ]
     note = "From the results.json files in the run folders and next to them, in per cent."
     if any(best.on_val for *_, cells in rows for best in cells.values()):
-        note += " * the best of several settings, chosen on the very images that it is tested on."
+        note += " * the best of several settings, chosen on the images of the test."
     chosen = {
-        results.choice(best.runs[0].encoder, column, best)
+        results.choice(best.results[0].encoder, column, best)
         for *_, cells in rows
         for column, best in cells.items()
         if best.tried > 1
@@ -222,7 +222,7 @@ def table(heads: Iterable[str], rows: list[list[str]], left: int) -> str:
 
     Args:
         heads: titles of the columns.
-        rows: cells, which are HTML already.
+        rows: cells, as HTML.
         left: number of columns to align to the left; the others hold numbers.
     """
     classes = [' class="number"' if i >= left else "" for i in range(len(rows[0]))]
@@ -282,7 +282,7 @@ def _or_why_not(run: Run, make: Callable[[], str]) -> str:
 
 
 def views(found: list[Run]) -> str:
-    """Return the section with the views of each recipe and data set, by the first run of each."""
+    """Return the section with the views of the runs, once for each recipe and data set."""
     drawn, seen = [], set()
 
     def one(run: Run) -> str:
@@ -301,55 +301,59 @@ def views(found: list[Run]) -> str:
     return section("Views", drawn)
 
 
-class Look(NamedTuple):
-    """The features of a sample, by the encoder of one run."""
+class RunFeatures(NamedTuple):
+    """The features of a sample of images, computed by the encoder of one run."""
 
     run: Run
-    says: str  # which encoder it is
+    source: str  # a text that names the checkpoint
     bank: Tensor  # features of training images [N, D]
     val: Tensor  # features of val images [M, D]
 
 
 def encoders(found: list[Run], pretrained: Path | None, images: int, seed: int) -> str:
     """Return the sections with a map of features per data set, and neighbours per run."""
-    looks: dict[int, list[Look]] = defaultdict(list)  # by sample
+    computed: dict[int, list[RunFeatures]] = defaultdict(list)  # by sample
     samples, lines = {}, []
     for run in found:
         try:
-            net, says = pictures.encoder(run, pretrained)
+            net, source = pictures.encoder(run, pretrained)
             sample = pictures.sample_of(run, images, seed)
             print_rank0(
                 f"{plots.printable(run.name)}: features of {len(sample.bank)} train "
                 f"and {len(sample.val)} val images"
             )
-            bank, val = (pictures.seen_by(net, part, run) for part in (sample.bank, sample.val))
-            looks[id(sample)].append(Look(run, says, bank, val))
+            bank, val = (
+                pictures.extract_features(net, part, run) for part in (sample.bank, sample.val)
+            )
+            computed[id(sample)].append(RunFeatures(run, source, bank, val))
             samples[id(sample)] = sample
         except (InputError, OSError) as error:
-            lines.append(_line(run, f"{error}; there are curves only"))
+            lines.append(_line(run, f"{error}; only curves are shown"))
     maps, strips = [], []
-    for key, same in looks.items():
+    for key, same in computed.items():
         maps.append(
             _or_why_not(same[0].run, lambda key=key, same=same: _map(samples[key], same, seed))
         )
         strips += [
-            _or_why_not(look.run, lambda key=key, look=look: _strips(samples[key], look))
-            for look in same
+            _or_why_not(one.run, lambda key=key, one=one: _strips(samples[key], one))
+            for one in same
         ]
     parts = (
-        [section("Map of features", maps), section("Nearest neighbours", strips)] if looks else []
+        [section("Map of features", maps), section("Nearest neighbours", strips)]
+        if computed
+        else []
     )
     return "".join([*parts, *lines])
 
 
-def _map(sample: pictures.Sample, looks: list[Look], seed: int) -> str:
-    began, run = time.perf_counter(), looks[0].run
-    shown = {look.run.name: look.val for look in looks}
+def _map(sample: pictures.Sample, computed: list[RunFeatures], seed: int) -> str:
+    began, run = time.perf_counter(), computed[0].run
+    shown = {one.run.name: one.val for one in computed}
     few = sample.val.subset(np.arange(min(64, len(sample.val))))
     net = pictures.random_encoder(run, seed)
-    pictures.seen_by(net, few, run)
+    pictures.extract_features(net, few, run)
     if (time.perf_counter() - began) * len(sample.val) / len(few) < CHEAP:
-        shown[f"random {run.args['arch']}"] = pictures.seen_by(net, sample.val, run)
+        shown[f"random {run.args['arch']}"] = pictures.extract_features(net, sample.val, run)
     classes = len(np.unique(sample.val.labels))
     of = f"{classes} of {sample.all_classes}" if classes < sample.all_classes else f"{classes}"
     text = f"{len(sample.val)} val images of {of} classes, by t-SNE of their features. "
@@ -358,12 +362,12 @@ def _map(sample: pictures.Sample, looks: list[Look], seed: int) -> str:
     return figure(title, pictures.feature_map(sample.val, shown), text)
 
 
-def _strips(sample: pictures.Sample, look: Look) -> str:
-    picture = pictures.neighbours(sample, look.bank, look.val, THUMBNAIL)
+def _strips(sample: pictures.Sample, one: RunFeatures) -> str:
+    picture = pictures.neighbours(sample, one.bank, one.val, THUMBNAIL)
     text = "Left: val images. Right: for each, the nearest training images and their cosine "
     text += f"similarity, out of {len(sample.bank)} images of the map's classes. A green frame is "
-    text += f"the same class; a red frame and x, another class. {look.says}."
-    return figure(look.run.name, picture, text)
+    text += f"the same class; a red frame and x, another class. {one.source}."
+    return figure(one.run.name, picture, text)
 
 
 STYLE = """

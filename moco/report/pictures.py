@@ -41,20 +41,20 @@ def settings(run: Run, needed: dict[str, type]) -> Pretraining:
 
     Args:
         run: the run.
-        needed: types of the settings that the run must have, by name.
+        needed: the type of each setting that the run must have, by name.
 
     Raises InputError if args.yaml lacks one of them, or has a value of another type.
     """
     args = _DEFAULTS | run.args
-    for name, kind in (needed | {"class_list": str | None}).items():
-        if not isinstance(args.get(name), kind):
+    for name, type_ in (needed | {"class_list": str | None}).items():
+        if not isinstance(args.get(name), type_):
             raise InputError(
-                f"{run.folder / 'args.yaml'}: {name} is {args.get(name)!r}, which no run has"
+                f"{run.folder / 'args.yaml'}: {name} is {args.get(name)!r}, which is not valid"
             )
     for name in ("mean", "std"):
         if metadata.channels(args[name], name) is None:
             raise InputError(
-                f"{run.folder / 'args.yaml'}: {name} is {args[name]!r}, which no run has"
+                f"{run.folder / 'args.yaml'}: {name} is {args[name]!r}, which is not valid"
             )
     shared = {name: value for name, value in args.items() if name in flat(Pretraining())}
     return replaced(Pretraining(), **shared)
@@ -64,10 +64,10 @@ def recipe(run: Run) -> tuple[str, recipes.Recipe]:
     """Return the name of the run's recipe, and its views. Raises InputError if it has none."""
     views = settings(run, _NEEDED | _FOR_VIEWS).views
     try:
-        return views.recipe, recipes.of(views)
+        return views.recipe, recipes.from_settings(views)
     except (TypeError, ValueError) as error:
         raise InputError(
-            f"{run.folder / 'args.yaml'}: its options make no views ({error})"
+            f"{run.folder / 'args.yaml'}: its options do not define views ({error})"
         ) from None
 
 
@@ -102,7 +102,7 @@ def _grid(
 
 @dataclass(frozen=True)
 class Sample:
-    """The images that are shown for every encoder of a data set.
+    """The sample of images that is shown for all encoders of a data set.
 
     Attributes:
         bank: training images.
@@ -161,7 +161,7 @@ def sample_of(run: Run, images: int, seed: int) -> Sample:
 
 
 def encoder(run: Run, weights: Path | None) -> tuple[nn.Module, str]:
-    """Return an encoder without projection head, and a text that names its checkpoint.
+    """Return the encoder of a run without projection head, and a text that names its checkpoint.
 
     Args:
         run: the run.
@@ -195,7 +195,7 @@ def _network(config: Pretraining) -> nn.Module:
     return networks.create(network.arch, 1, config.views.image_size, stem=network.stem)
 
 
-def seen_by(net: nn.Module, images: Images, run: Run) -> Tensor:
+def extract_features(net: nn.Module, images: Images, run: Run) -> Tensor:
     """Return the normalized features of `images`, [N, D], on the CPU.
 
     Raises InputError if a feature is NaN or infinite, or if an image cannot be read.
@@ -208,12 +208,12 @@ def seen_by(net: nn.Module, images: Images, run: Run) -> Tensor:
         workers=min(8, processes.cores()) if len(images) > 512 else 0,
     )
     try:
-        device = devices.of_process("auto", gpu=None, local_rank=0)
+        device = devices.for_process("auto", gpu=None, local_rank=0)
         x, _ = features.extract(net.to(device), images, config, device, on_host=True)
-    except torch.OutOfMemoryError:  # a training may use the same GPU
+    except torch.OutOfMemoryError:  # a training run may use the same GPU
         x, _ = features.extract(net.cpu(), images, config, torch.device("cpu"))
     if not x.isfinite().all():
-        raise InputError("the encoder's features are not all finite numbers: it has diverged")
+        raise InputError("the encoder's features contain NaN or infinity: it has diverged")
     return x
 
 
@@ -264,7 +264,7 @@ def _in_two_dimensions(x: np.ndarray) -> np.ndarray:
     # the features of a collapsed encoder have no principal axis
     start = "pca" if x.std(0).max() > 1e-6 else "random"
     perplexity = min(30, (len(x) - 1) / 3)
-    # on cores that other programs use, too, several threads mostly wait for each other
+    # on busy cores, several threads mostly wait for each other
     with threadpool_limits(1):
         tsne = TSNE(metric="cosine", init=start, perplexity=perplexity, random_state=0)
         return tsne.fit_transform(x)
@@ -296,7 +296,7 @@ def neighbours(of: Sample, bank: Tensor, val: Tensor, size: int) -> Figure:
 
 
 def _framed(axis, images: Images, i: int, size: int, frame: str, title: str) -> None:
-    """Draw image number `i` with a frame in the colour `frame`, and a title above."""
+    """Draw image `i` with a frame in the colour `frame`, and a title above."""
     axis.imshow(crop.center_view(images.read(i), size).permute(1, 2, 0).numpy())
     plain([axis.set_title("?", fontsize=7, pad=3)], [printable(title)])
     axis.set_xticks([])

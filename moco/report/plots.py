@@ -1,4 +1,4 @@
-"""Draw the curves of a report: one picture for each logged quantity, one colour for each run."""
+"""Draw the curves of a report: a picture for each logged quantity, a colour for each run."""
 
 import base64
 import io
@@ -41,7 +41,7 @@ PANELS = (
     Panel(
         "Loss",
         {"loss": "loss"},
-        "Comparable only between runs of the same method, with the same number of negatives and "
+        "Compare it only between runs of the same method, with the same number of negatives and "
         "the same temperature.",
     ),
     Panel(
@@ -88,9 +88,9 @@ GRADIENT = "Gradient norm"
 
 
 def panels(runs: list[Run]) -> list[Panel]:
-    """Return the panels for which some run has data, each with the metrics that are logged.
+    """Return the panels for which a run has data, each with the metrics that are logged.
 
-    The last panel shows all metrics that are in none of `PANELS`.
+    The last panel shows all metrics that are not in `PANELS`.
     """
     logged = {
         name for run in runs for name, (_, y) in run.log.columns.items() if np.isfinite(y).any()
@@ -102,7 +102,7 @@ def panels(runs: list[Run]) -> list[Panel]:
     found = []
     for panel in (
         *PANELS,
-        Panel("Of single methods", {name: name for name in sorted(logged - known)}),
+        Panel("Method-specific metrics", {name: name for name in sorted(logged - known)}),
     ):
         names = (
             gradients
@@ -168,9 +168,9 @@ def legend(figure: Figure, styles: dict[str, dict[str, str]]) -> None:
 
 
 def plain(texts, names) -> None:
-    """Set the strings of matplotlib's texts, without special characters.
+    """Set the strings of matplotlib's texts, without a special meaning of any character.
 
-    Otherwise matplotlib reads $ as mathematics, and hides labels that begin with an underscore.
+    Otherwise matplotlib reads $ as mathematics, and hides labels that start with an underscore.
     """
     for text, name in zip(texts, names, strict=True):
         text.set_parse_math(False)
@@ -184,7 +184,7 @@ def printable(text: object) -> str:
 
 
 def run_label(name: str, most: int = 44) -> str:
-    """Return a name of at most `most` characters. Keeps the end, which tells runs apart."""
+    """Shorten a name to at most `most` characters. Keeps the end, which tells runs apart."""
     name = printable(name)
     return name if len(name) <= most else f"{name[:8]}...{name[-(most - 11) :]}"
 
@@ -233,7 +233,7 @@ def thinned(
 def smooth(y: np.ndarray) -> np.ndarray:
     """Return `y` smoothed by a running median, and then by a running mean.
 
-    Both windows are a fiftieth of the curve. Towards the ends they shrink, and stay symmetric.
+    Both windows are a fiftieth of the curve. They shrink towards the ends, to stay symmetric.
     """
     n, width = len(y), max(2, len(y) // 100)
     for average in (np.median, np.mean):

@@ -1,4 +1,4 @@
-"""Read the results.json files of evaluations, and make a table of the best of each."""
+"""Read the results.json files of evaluations, and make a table of the best results."""
 
 import csv
 import io
@@ -15,7 +15,7 @@ from moco.files import UnreadableError, read_json, to_json
 
 
 class Encoder(NamedTuple):
-    """An encoder, which has a row of the table."""
+    """An encoder: a row of the table."""
 
     method: str
     arch: str
@@ -23,8 +23,8 @@ class Encoder(NamedTuple):
     checkpoint: str | None
 
 
-class Run(NamedTuple):
-    """A metric of a results.json."""
+class Result(NamedTuple):
+    """The value of one metric in a results.json, and the settings of the evaluation."""
 
     encoder: Encoder
     column: tuple[str, str]  # data set and protocol
@@ -32,21 +32,21 @@ class Run(NamedTuple):
     seed: int | None
     metric: str
     value: float
-    second: float | None  # top-5, if the metric is top-1
-    judged: float | None  # the metric on held-out training images, if any
+    top5: float | None  # top-5, if the metric is top-1
+    held_out: float | None  # the metric on held-out training images, if any
 
 
 class Best(NamedTuple):
     """The best setting of one cell of the table.
 
     Attributes:
-        runs: the runs of this setting, one for each seed.
+        results: the results of this setting, one for each seed.
         tried: number of settings tried.
         varied: names of the options that differ between them.
         on_val: whether it was chosen among several settings on val/, the images of the test.
     """
 
-    runs: list[Run]
+    results: list[Result]
     tried: int
     varied: list[str]
     on_val: bool
@@ -59,17 +59,17 @@ def collect(folder: Path) -> dict[tuple[Encoder, tuple[str, str]], Best]:
     """
     groups = defaultdict(list)
     for file in sorted(folder.rglob("results.json")):
-        for run in read(file):
-            groups[run.encoder, run.column].append(run)
+        for one in read(file):
+            groups[one.encoder, one.column].append(one)
     if not groups:
         raise InputError(
             f"{folder}: no results.json of an evaluation script below it; "
             "give a folder that holds their run folders"
         )
-    return {cell: best(runs) for cell, runs in groups.items()}
+    return {cell: best(results) for cell, results in groups.items()}
 
 
-def read(file: Path) -> Iterable[Run]:
+def read(file: Path) -> Iterable[Result]:
     """Return the metrics of one results.json; none if no evaluation script has written it.
 
     Raises InputError if the file cannot be read.
@@ -84,14 +84,12 @@ def read(file: Path) -> Iterable[Run]:
     if not isinstance(found, dict) or "protocol" not in found:
         return []
     try:
-        return list(_runs(found))
+        return list(_results(found))
     except Exception:  # any key may be missing or have another type
-        raise InputError(
-            f"{file}: does not hold what an evaluation script writes; {again}"
-        ) from None
+        raise InputError(f"{file}: was not written by an evaluation script; {again}") from None
 
 
-def _runs(found: dict[str, Any]) -> Iterable[Run]:
+def _results(found: dict[str, Any]) -> Iterable[Result]:
     """Yield the metrics in the content of a results.json."""
     for name in ("method", "arch", "dataset", "protocol"):
         if not isinstance(found[name], str):
@@ -105,15 +103,15 @@ def _runs(found: dict[str, Any]) -> Iterable[Run]:
     for metric, protocol in figures(found["protocol"], metrics, settings):
         if metrics[metric] is None:  # NaN or infinite: nothing to put in a table
             continue
-        yield Run(
+        yield Result(
             encoder=encoder,
             column=(dataset, protocol),
             setting=to_json(settings, sort_keys=True),
             seed=seed,
             metric=metric,
             value=0.0 + metrics[metric],
-            second=metrics["acc5"] if metric == "acc1" else None,
-            judged=metrics.get(f"held_out_{metric}"),
+            top5=metrics["acc5"] if metric == "acc1" else None,
+            held_out=metrics.get(f"held_out_{metric}"),
         )
 
 
@@ -122,8 +120,8 @@ def figures(
 ) -> Iterable[tuple[str, str]]:
     """Yield the name of each metric that the table shows, and the title of its column.
 
-    k-NN has a column for each temperature and type of features. Results of older versions lack
-    these settings, so their titles name k only.
+    k-NN has a column for each k, temperature and type of features. Results of older versions lack
+    the last two settings, so their titles only contain k.
 
     Args:
         protocol: the evaluation, such as linear, semisup10 or knn.
@@ -146,28 +144,28 @@ def figures(
     yield name, f"{title}, {METRICS[name]}"
 
 
-# in order of preference, if a run has several
+# titles of the metrics; if a result has several of them, the first one is shown
 METRICS = {"map11": "mAP", "mean_per_class": "mean per class", "acc1": "top-1 / top-5"}
 
 
-def best(runs: list[Run]) -> Best:
-    """Return the best setting among `runs`.
+def best(results: list[Result]) -> Best:
+    """Return the best setting among `results`.
 
-    Settings are compared on held-out images if all runs have them, otherwise on val/.
+    Settings are compared on held-out images if all results have them, otherwise on val/.
     """
     settings = defaultdict(list)
-    for run in runs:
-        settings[run.setting].append(run)
-    on_val = any(run.judged is None for run in runs)
+    for one in results:
+        settings[one.setting].append(one)
+    on_val = any(one.held_out is None for one in results)
 
-    def mean_score(same: list[Run]) -> float:
-        return statistics.mean(run.value if on_val else run.judged for run in same)
+    def mean_score(same: list[Result]) -> float:
+        return statistics.mean(one.value if on_val else one.held_out for one in same)
 
     tried = [json.loads(setting) for setting in settings]
     names = sorted({name for one in tried for name in one})
     varied = [name for name in names if any(one.get(name) != tried[0].get(name) for one in tried)]
-    best_runs = max(settings.values(), key=mean_score)
-    return Best(best_runs, len(settings), varied, on_val and len(settings) > 1)
+    best_results = max(settings.values(), key=mean_score)
+    return Best(best_results, len(settings), varied, on_val and len(settings) > 1)
 
 
 def markdown(cells: dict[tuple[Encoder, tuple[str, str]], Best]) -> str:
@@ -202,15 +200,13 @@ def markdown(cells: dict[tuple[Encoder, tuple[str, str]], Best]) -> str:
     chosen = [choice(*key, found) for key, found in cells.items() if found.tried > 1]
     text += "".join(f"\n{line}\n" for line in sorted(chosen))
     if any(found.on_val for found in cells.values()):
-        text += (
-            "\n\\* the best of several settings, chosen on the very images that it is tested on\n"
-        )
+        text += "\n\\* the best of several settings, chosen on the images of the test\n"
     return text
 
 
 def choice(encoder: Encoder, column: tuple[str, str], found: Best) -> str:
     """Return the line that says which of the settings tried was the best."""
-    setting = json.loads(found.runs[0].setting)
+    setting = json.loads(found.results[0].setting)
     values = ", ".join(f"{name} {setting.get(name)}" for name in found.varied)
     where = f"{' '.join(column)}, {encoder.method} {encoder.arch}"
     return f"{where}: the best of {found.tried} settings is {values}"
@@ -223,11 +219,11 @@ def cell(found: Best | None) -> str:
     """
     if found is None:
         return ""
-    text = f"{100 * statistics.mean(run.value for run in found.runs):.1f}"
-    if len(found.runs) > 1:
-        text += f" ± {100 * statistics.stdev(run.value for run in found.runs):.1f}"
-    if found.runs[0].second is not None:
-        text += f" / {100 * statistics.mean(run.second for run in found.runs):.1f}"
+    text = f"{100 * statistics.mean(one.value for one in found.results):.1f}"
+    if len(found.results) > 1:
+        text += f" ± {100 * statistics.stdev(one.value for one in found.results):.1f}"
+    if found.results[0].top5 is not None:
+        text += f" / {100 * statistics.mean(one.top5 for one in found.results):.1f}"
     return text + (" \\*" if found.on_val else "")
 
 
@@ -239,15 +235,15 @@ def as_csv(cells: dict[tuple[Encoder, tuple[str, str]], Best]) -> str:
     table = csv.writer(file)
     table.writerow(names.split())
     for (encoder, column), found in cells.items():
-        values = [run.value for run in found.runs]
+        values = [one.value for one in found.results]
         std = statistics.stdev(values) if len(values) > 1 else ""
-        second = (
-            statistics.mean(run.second for run in found.runs)
-            if found.runs[0].second is not None
+        top5 = (
+            statistics.mean(one.top5 for one in found.results)
+            if found.results[0].top5 is not None
             else ""
         )
-        seeds = " ".join(str(run.seed) for run in found.runs)
+        seeds = " ".join(str(one.seed) for one in found.results)
         chosen = "" if found.tried == 1 else "val" if found.on_val else "held out"
-        row = [*encoder, *column, found.runs[0].metric, statistics.mean(values), std, second]
-        table.writerow([*row, seeds, found.tried, chosen, found.runs[0].setting])
+        row = [*encoder, *column, found.results[0].metric, statistics.mean(values), std, top5]
+        table.writerow([*row, seeds, found.tried, chosen, found.results[0].setting])
     return file.getvalue()

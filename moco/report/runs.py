@@ -48,7 +48,7 @@ class Run:
 
     def checkpoints(self) -> list[Path]:
         """Return the run's checkpoints, the latest first."""
-        return checkpoint.found(self.folder)
+        return checkpoint.list_checkpoints(self.folder)
 
 
 def read(folders: list[Path]) -> list[Run]:
@@ -86,7 +86,7 @@ def _args(folder: Path) -> dict:
         ) from None
     if args.get("script") in ("lincls", "semisup", "knn", "voc07"):
         raise InputError(
-            f"{folder}: is of an evaluation (main_{args['script']}.py); "
+            f"{folder}: is the folder of an evaluation (main_{args['script']}.py); "
             "give the folder of a pre-training"
         )
     return args
@@ -100,7 +100,7 @@ def _names(folders: list[Path]) -> list[str]:
 
 
 def read_log(path: Path) -> Log:
-    """Return the content of a log.jsonl. Skips damaged lines, as a killed process leaves them.
+    """Return the content of a log.jsonl. Skips damaged lines, which killed processes leave.
 
     Raises InputError if the file cannot be read.
     """
@@ -123,7 +123,7 @@ def read_log(path: Path) -> Log:
     for name in values:
         order = np.array(steps[name]).argsort(kind="stable")
         columns[name] = np.array(steps[name])[order], np.array(values[name])[order]
-    # the time of each start begins at 0
+    # each start counts its time from 0
     ends = times[np.append(np.diff(times) < 0, True)] if len(times) else times
     epochs, last_step = columns.pop("epoch", None), columns.pop("step", ([], [None]))[1][-1]
     return Log(
@@ -163,7 +163,7 @@ def _steps_per_epoch(epochs: Column | None, knn: Column | None) -> float | None:
     return step[last] / (epoch[last] + 1) if step[last] > 0 else None
 
 
-def evaluations(run: Run) -> tuple[list[results.Run], list[str]]:
+def evaluations(run: Run) -> tuple[list[results.Result], list[str]]:
     """Return the metrics of the run's evaluations, and an error line for each unreadable file.
 
     Reads the results.json files in the run folder and next to it. Those next to it count if they
@@ -183,13 +183,13 @@ def evaluations(run: Run) -> tuple[list[results.Run], list[str]]:
             trouble.append(str(error))
         # the file may hold any JSON
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError):
-            trouble.append(f"{file}: not as an evaluation script writes it")
+            trouble.append(f"{file}: was not written by an evaluation script")
         else:
             found += of
     return found, trouble
 
 
-def _is_of(figure: results.Run, run: Run) -> bool:
+def _is_of(figure: results.Result, run: Run) -> bool:
     """Return whether an evaluation is of a checkpoint of `run`, or of its random encoder."""
     if figure.encoder.checkpoint is None:
         return figure.encoder.arch == run.args.get("arch")
@@ -202,7 +202,7 @@ def _is_of(figure: results.Run, run: Run) -> bool:
 
 
 def by_checkpoint(
-    figures: list[results.Run],
+    figures: list[results.Result],
 ) -> Iterator[tuple[str, dict[tuple[str, str], results.Best]]]:
     """Yield the file name of each checkpoint, and the best setting of each of its columns.
 

@@ -51,7 +51,7 @@ def views_figure(
         picked: indices of the images to show.
         recipe: the views.
         seed: seed of the views.
-        draws: number of random draws of each view; by default 1 to 3, as many as are readable.
+        draws: number of random draws of each view; by default 1 to 3, as many as fit.
 
     Raises InputError if an image cannot be read.
     """
@@ -87,7 +87,7 @@ def view_columns(
 
 
 def settings(view: View) -> list[str]:
-    """Return a line for each operation on a view, in order, without those that are off."""
+    """Return a line for each operation on a view, in order, except those that are off."""
     jitter = "jitter " + " ".join(f"{strength:g}" for strength in view.jitter)
     colors = {
         "jitter": (jitter, view.jitter_p),

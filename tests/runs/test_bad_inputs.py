@@ -95,7 +95,7 @@ def test_it_is_refused_in_one_line(generator, i, call, shared_images, good, tmp_
     assert status == 2, f"{told}\n{out}\n{err}"
     *others, line = err.splitlines() or [""]
     assert line.startswith(f"{case.program.removeprefix('tools.')}.py: error: "), f"{told}\n{err}"
-    assert all("skipped, another image takes its place" in other for other in others), (
+    assert all("skipped, another image is used instead" in other for other in others), (
         f"{told}\n{err}"
     )
     typed = sum(2 * len(repr(str(word))) for word in case.words)

@@ -101,7 +101,7 @@ def test_threads(tmp_path):
     found = run("threads", tmp_path, *sizes)
     assert [(row["setting"], row["where"]) for row in found["rows"]] == [
         (setting, where)
-        for where in ("alone", f"beside {os.cpu_count()}")
+        for where in ("alone", f"next to {os.cpu_count()}")
         for setting in ("torch's default", "ours")
     ]
     assert all(row["images/s"] > 0 for row in found["rows"])

@@ -63,7 +63,7 @@ def test_an_option_is_changed_on_purpose(script, shared_images, run):
         *command, "--lr", 0.5, "--wd", 0.2, "--momentum", 0.5, "--allow-change", "lr,--wd,momentum"
     )
     assert status == 0, err
-    assert "--allow-change lr: 0.03 until here, 0.5 from here on" in out
+    assert "--allow-change lr: 0.03 before, 0.5 from now on" in out
     (group,) = load(run / "checkpoint_0001.pth.tar")["optimizer"]["param_groups"]
     assert (group["lr"], group["weight_decay"], group["momentum"]) == (0.5, 0.2, 0.5)
     refused(
@@ -105,10 +105,7 @@ def test_a_run_without_a_checkpoint_says_that_its_log_begins_anew(script, shared
     )
     status, out, err = script(*command)
     assert status == 0, err
-    assert (
-        f"--resume auto: no checkpoint in {run} yet; the run begins anew, and its log with it"
-        in out
-    )
+    assert f"--resume auto: no checkpoint in {run} yet; the run starts again, with a new log" in out
 
 
 def test_names_of_changed_options_are_joined_by_commas(script, shared_images, run):

@@ -23,13 +23,13 @@ def test_an_evaluation_takes_the_image_size_from_the_checkpoint(
     )
     assert script(*command, tmp_path / "own")[0] == 0
     status, out, _ = script(*command, tmp_path / "other", "--image-size", 48)
-    assert status == 0 and "it was pre-trained at 32 pixels, and sees 48 here (--image-size)" in out
+    assert (
+        status == 0 and "it was pre-trained at 32 pixels, and is used at 48 (--image-size)" in out
+    )
     assert "normalized" not in out
     mean = ("--mean", 0.5, 0.45, 0.4)
     status, out, _ = script(*command, tmp_path / "mean", *mean)
-    both = (
-        "with mean 0.485 0.456 0.406 in pre-training, and are with mean 0.5 0.45 0.4 here (--mean)"
-    )
+    both = "with mean 0.485 0.456 0.406 in pre-training, and with mean 0.5 0.45 0.4 here (--mean)"
     assert status == 0 and out.count(f"its images were normalized {both}\n") == 1
     sizes = [
         yaml.safe_load((tmp_path / name / "args.yaml").read_text())["image_size"]
@@ -55,10 +55,7 @@ def test_weights_alone_say_what_is_taken_for_granted(script, shared_images, run,
     refused(
         script(*command), "does not name its network, and resnet50 was tried: give another -a ARCH"
     )
-    assumed = (
-        f"{exported}: does not say what size of images it is for; "
-        "224 pixels are taken (--image-size)"
-    )
+    assumed = f"{exported}: does not say its image size; 224 pixels are used (--image-size)"
     normal = (
         f"{exported}: does not say the {{}} of its images; ImageNet's {{}} used (--mean, --std)\n"
     )

@@ -396,6 +396,6 @@ def test_every_recipe_trains(name, data, script, tmp_path):
     )
     assert status == 0, err
     if name == "moco":  # whose rate is that of an epoch's end
-        assert "the only epoch has a learning rate of 0" in out
+        assert "the only epoch uses the learning rate at its end, which is 0" in out
     assert "--k 20 --temperature 0.1 --features head" in out
     assert of(tmp_path) == SETTINGS and (tmp_path / "checkpoint_0000.pth.tar").exists()

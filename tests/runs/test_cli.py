@@ -141,14 +141,14 @@ def test_the_folder_may_follow_an_option_that_takes_several_values():
 
 
 def test_rates_of_a_probe_are_checked(script, images, tmp_path):
-    refused(script("main_lincls", images, "--lr", 3, 1, 3.0), "--lr 3 1 3", "stands twice")
+    refused(script("main_lincls", images, "--lr", 3, 1, 3.0), "--lr 3 1 3", "is given twice")
     refused(script("main_lincls", images, "--lr", "-1"), "--lr", "below 0")
     (tmp_path / "one.yaml").write_text("lr: 2.5")
     assert settings(main_lincls, ["folder", "--cfg", tmp_path / "one.yaml"]).lr == [2.5]
 
 
 def test_decays_and_the_held_out_part_of_a_probe_are_checked(script, images):
-    refused(script("main_lincls", images, "--wd", 0, 1e-4, 0), "--wd 0 0.0001 0", "stands twice")
+    refused(script("main_lincls", images, "--wd", 0, 1e-4, 0), "--wd 0 0.0001 0", "is given twice")
     for fraction in (0, 1, 1.5, "nan"):
         refused(script("main_lincls", images, "--val-from-train", fraction), "--val-from-train")
     assert settings(main_lincls, ["--wd", "0", "1e-4", "folder"]).wd == [0, 1e-4]

@@ -115,7 +115,7 @@ def test_caching_images_in_memory_changes_no_loss(script, images, tmp_path):
         status, out, err = script("main_synco", images, *options, "--cache-images", mode)
         assert (
             status == 0
-            and err.count("skipped, another image takes its place") == 1
+            and err.count("skipped, another image is used instead") == 1
             and "class0/3.jpg" in err
         )
         assert ("images stay in memory: about" in out) == (mode == "on")

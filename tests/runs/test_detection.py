@@ -248,7 +248,7 @@ def test_eighty_iterations_lower_the_loss(datasets, tmp_path):
     cfg = train_net.c4.config(file, [*SMALL, *map(str, options)], gpus=0)
     trainer = train_net.Trainer(cfg)
     trainer.resume_or_load(resume=False)
-    train_net.check_arrived(cfg, trainer.model)
+    train_net.check_loaded(cfg, trainer.model)
     trainer.train()
     loss = [value for value, _ in trainer.storage.history("total_loss").values()]
     assert len(loss) == 80 and np.mean(loss[-8:]) < 2 / 3 * np.mean(loss[:4]), loss
@@ -270,7 +270,7 @@ def test_a_backbone_that_did_not_arrive_ends_the_run(datasets, tmp_path):
         0,
     )
     with pytest.raises(RuntimeError, match=r"60 tensors did not arrive"):
-        train_net.check_arrived(cfg, train_net.Trainer.build_model(cfg))
+        train_net.check_loaded(cfg, train_net.Trainer.build_model(cfg))
 
 
 @wants_detectron2
@@ -318,7 +318,7 @@ def test_what_cannot_run_is_refused_in_one_line(tmp_path, monkeypatch, capsys):
         (("--config-file", config, "SOLVER.BASE_LR"), "pairs"),
         (("--config-file", config, *weights), "DETECTRON2_DATASETS"),
         (("--config-file", HERE / "configs" / "coco_R_50_C4_1x.yaml", *weights), "ends in _moco"),
-        ((*resumed, tmp_path / "b.pkl"), "began from elsewhere/a"),
+        ((*resumed, tmp_path / "b.pkl"), "started from elsewhere/a"),
         ((*resumed, tmp_path / "a.pkl"), "DETECTRON2_DATASETS"),
     ):
         monkeypatch.setattr(sys, "argv", ["train_net.py", *map(str, options)])

@@ -103,7 +103,9 @@ def test_50_steps_without_a_log_line_do_not_wait_for_the_device(
     status, _, err = in_process(script, *words)
     assert status == 0, err
     assert accelerator.waits == []
-    assert accelerator.wide == set() or "fnc" in method, "mps has no float64: see devices.widest"
+    assert accelerator.wide == set() or "fnc" in method, (
+        "mps has no float64: see devices.widest_float"
+    )
     passes = STEPS + 1 if "accumulation" not in method else 2 * STEPS + 2
     assert len(accelerator.losses) == passes and all(map(math.isfinite, accelerator.losses))
 

@@ -49,23 +49,30 @@ def machine(monkeypatch):
 
 def test_auto_takes_the_accelerator_that_torch_reports_or_else_the_cpu(machine):
     machine()
-    assert devices.chosen("auto") == "cpu" and devices.of_process("auto", None, 0) == torch.device(
-        "cpu"
-    )
+    assert devices.resolve_type("auto") == "cpu" and devices.for_process(
+        "auto", None, 0
+    ) == torch.device("cpu")
     for kind, n in (("cuda", 4), ("xpu", 2), ("mps", 1)):
         machine(kind, **{kind: n})
-        assert devices.chosen("auto") == devices.chosen(kind) == kind
+        assert devices.resolve_type("auto") == devices.resolve_type(kind) == kind
         assert devices.count(kind) == n and devices.count("cpu") == 0
-        assert devices.of_process("auto", None, 0) == torch.device(kind, 0)
-        assert devices.of_process("cpu", None, 0) == torch.device("cpu")
+        assert devices.for_process("auto", None, 0) == torch.device(kind, 0)
+        assert devices.for_process("cpu", None, 0) == torch.device("cpu")
     machine("hpu")  # an accelerator that the scripts do not support
-    assert devices.chosen("auto") == "cpu"
+    assert devices.resolve_type("auto") == "cpu"
 
 
 def test_a_process_takes_the_gpu_of_its_local_rank_or_of_its_option(machine):
     machine("cuda", cuda=4)
-    assert [devices.of_process("cuda", None, rank).index for rank in range(6)] == [0, 1, 2, 3, 0, 1]
-    assert devices.of_process("auto", 2, 0) == torch.device("cuda", 2)
+    assert [devices.for_process("cuda", None, rank).index for rank in range(6)] == [
+        0,
+        1,
+        2,
+        3,
+        0,
+        1,
+    ]
+    assert devices.for_process("auto", 2, 0) == torch.device("cuda", 2)
 
 
 def test_gpus_that_torch_cannot_use_do_not_count(machine, monkeypatch):
@@ -150,7 +157,7 @@ def test_bf16_is_switched_off_only_on_a_slow_cpu(machine, monkeypatch, capsys):
     ):
         machine(kind, **{kind: 1})
         config = replaced(Pretraining(), amp="bf16", device=chosen)
-        assert precision.choose(config).compute.amp == amp
+        assert precision.disable_slow_amp(config).compute.amp == amp
         assert ("is slow on this CPU" in capsys.readouterr().out) == (amp == "off")
 
 
@@ -177,12 +184,13 @@ def test_compile_is_refused_if_torch_cannot_compile_for_the_device(monkeypatch):
     net = nn.Sequential(nn.Linear(2, 2))
     monkeypatch.setattr(torch, "compile", fails)
     with pytest.raises(InputError) as error:
-        precision.place(net, META, compile=True, recompute=False)
+        precision.prepare_model(net, META, compile=True, recompute=False)
     refused = "--compile: PyTorch cannot compile for meta on this machine; leave it out"
     assert str(error.value) == f"{refused} (no backend for it)"
     monkeypatch.setattr(torch, "compile", lambda function: function)
     assert (
-        precision.place(net, META, compile=True, recompute=False)[0]._compiled_call_impl is not None
+        precision.prepare_model(net, META, compile=True, recompute=False)[0]._compiled_call_impl
+        is not None
     )
 
 
@@ -206,8 +214,8 @@ def test_an_operation_that_torch_lacks_on_an_accelerator_gives_a_one_line_error(
 
 def test_no_float64_reaches_mps(monkeypatch):
     assert (
-        devices.widest(torch.device("cpu"))
-        == devices.widest(torch.device("cuda", 0))
+        devices.widest_float(torch.device("cpu"))
+        == devices.widest_float(torch.device("cuda", 0))
         == torch.float64
     )
     monkeypatch.setattr(devices, "widest", lambda device: torch.float32)  # as on mps

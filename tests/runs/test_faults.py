@@ -186,7 +186,7 @@ def test_an_image_that_cannot_be_read_is_replaced(script, tmp_path):
         assert (
             status == 0
             and err.count(str(bad)) == 1
-            and "skipped, another image takes its place" in err
+            and "skipped, another image is used instead" in err
         ), err
     assert same(*(load(run / "checkpoint_0001.pth.tar")["state_dict"] for run in runs))
     refused(

@@ -194,7 +194,7 @@ def test_options_that_contradict_files_are_refused(dumped, script, tmp_path):
     load = ("main_knn", "--load-features", folder)
     refused(script(*load, "-a", "resnet34"), "resnet34", "resnet18")
     refused(script(*load, "--pretrained", "other.pth"), "--pretrained other.pth", "leave")
-    refused(script(*load, "--dump-features", tmp_path / "more"), "leave one out")
+    refused(script(*load, "--dump-features", tmp_path / "more"), "leave one of them out")
     refused(
         script("main_knn", "--load-features", tmp_path / "nowhere"), "nowhere", "no such folder"
     )
@@ -212,7 +212,9 @@ def test_features_that_are_no_numbers_are_refused(dumped, script):
     for wrong in (np.nan, np.inf):
         rows[2, 5] = wrong
         np.save(folder / "val_features.npy", rows)
-        refused(script("main_knn", "--load-features", folder), str(folder), "not all finite")
+        refused(
+            script("main_knn", "--load-features", folder), str(folder), "contain NaN or infinity"
+        )
 
 
 def test_a_disk_without_room_for_a_dump_is_said(script, shared_images, tmp_path, monkeypatch):

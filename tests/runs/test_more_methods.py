@@ -133,8 +133,8 @@ def test_a_step_copies_nothing_to_the_host(monkeypatch):
             (AdCo(**bank, symmetric=True, multi_crop=True), 4),
             (SogCLR(**encoder, images=100), 2),
             (SogCLR(**encoder, images=100, gamma=None), 2),
-            (FNC(**encoder, dim=8, rows=64, chunk=3, labels=torch.arange(100)), 4),
-            (FNC(**encoder, dim=8, rows=0, chunk=3), 2),
+            (FNC(**encoder, dim=8, memory_size=64, chunk=3, labels=torch.arange(100)), 4),
+            (FNC(**encoder, dim=8, memory_size=0, chunk=3), 2),
         ]
         for method, count in methods:
             for step in (-1, 0):

@@ -31,7 +31,7 @@ IDLE = [
     (
         "main_synco",
         "--aug-plus --recipe mocov1",
-        "--aug-plus has no effect: --recipe names the views",
+        "--aug-plus has no effect: --recipe already chooses the views",
     ),
     (
         "main_synco",
@@ -47,7 +47,7 @@ IDLE = [
     ("main_fnc", "--memory-multiplier 0 --ema 0.9", "--ema has no effect"),
     ("main_moby", "--method byol --queue 64", "--queue has no effect"),
     ("main_moby", "--method byol --moco-t 0.1", "--moco-t has no effect"),
-    ("main_moby", "--n4 3", "--n4 has no effect: synthetic negatives are --method synco's"),
+    ("main_moby", "--n4 3", "--n4 has no effect: only --method synco has synthetic negatives"),
     ("main_moby", "--synthetic-first 3", "--synthetic-first has no effect"),
     ("main_moby", "--proj-layers 1 --pred-layers 1 --mlp-dim 64", "--mlp-dim has no effect"),
     ("main_synco", "--output elsewhere", "--output has no effect: --save-dir names the run folder"),
@@ -66,7 +66,7 @@ IDLE = [
     ),
     ("main_knn", "--recipe mocov2", "--recipe has no effect"),
     ("main_knn", "--crop-min 0.5", "--crop-min has no effect"),
-    ("main_knn", "--blur-sigma 1 2", "--blur-sigma has no effect: this script sees the centre"),
+    ("main_knn", "--blur-sigma 1 2", "--blur-sigma has no effect: this script uses centre crops"),
     ("main_knn", "--grad-checkpoint", "--grad-checkpoint has no effect"),
 ]
 
@@ -90,7 +90,7 @@ def test_an_option_without_effect_is_refused(until_launch, name, words, said):
         (
             "main_synco",
             "--world-size 1 --rank 0 --dist-url tcp://localhost:1",
-            "--dist-url has no effect: this is one process",
+            "--dist-url has no effect: the run has one process",
         ),
         ("main_synco", "--sigma 0.01", "--sigma has no effect"),  # as it is by default
         ("main_synco", "--cos --schedule 120 160", "--schedule has no effect"),

@@ -105,7 +105,7 @@ def test_a_probe_tries_decays_too_and_chooses_on_held_out_images(script, shared_
     command += ("--val-from-train", 0.25)
     together, out = probe("all", "--lr", 0, 0.03, "--wd", 0, 0.1)
     assert (
-        "12 images of train/ are held out to choose on, 36 to train on" in out
+        "12 images of train/ are held out to choose the classifier on, 36 are trained on" in out
         and "lr 0.03 wd 0.1: " in out
     )
     state = load(tmp_path / "all" / "checkpoint.pth.tar")

@@ -23,7 +23,7 @@ from moco.errors import InputError
 from moco.files import write_json
 from moco.report import plots, runs
 from moco.report.page import write
-from moco.report.results import Run, read
+from moco.report.results import Result, read
 from tools import report
 
 pytestmark = pytest.mark.slow
@@ -151,7 +151,7 @@ def test_two_runs_from_the_shell(tmp_path, shared_images):
     assert [panel.title for panel in plots.PANELS] == page.titles[: len(plots.PANELS)]
     rest = page.titles[len(plots.PANELS) :]
     assert (
-        rest[0] == "Of single methods"
+        rest[0] == "Method-specific metrics"
         and rest[1].endswith("recipe mocov2")
         and rest[2] == f"Images of {shared_images.name}"
     )
@@ -169,7 +169,7 @@ def test_two_runs_from_the_shell(tmp_path, shared_images):
 @pytest.mark.parametrize(
     "what, says",
     [
-        ("checkpoint", "no checkpoint in the folder; there are curves only"),
+        ("checkpoint", "no checkpoint in the folder; only curves are shown"),
         ("damaged checkpoint", "truncated or damaged"),
         ("data", "no such folder"),
         ("image", "unreadable image"),
@@ -295,7 +295,7 @@ def test_evaluations_are_those_of_the_run(tmp_path):
     (tmp_path / "odd" / "results.json").write_text('{"protocol": 1}')
     figures, trouble = runs.evaluations(runs.read([run])[0])
     assert (
-        [type(figure) for figure in figures] == [Run] * 2
+        [type(figure) for figure in figures] == [Result] * 2
         and len(trouble) == 1
         and "odd" in trouble[0]
     )
@@ -311,7 +311,7 @@ def test_mistakes(tmp_path, monkeypatch, capsys):
     mistakes = {
         "no such folder": {"folders": [tmp_path / "gone"]},
         "holds no args.yaml and no log.jsonl": {"folders": [run, tmp_path / "empty"]},
-        "is of an evaluation": {"folders": [probe]},
+        "is the folder of an evaluation": {"folders": [probe]},
         "not YAML": {"folders": [listed]},
         "is for one run": {"folders": [run, probe], "pretrained": run / "args.yaml"},
         "no such file": {"folders": [run], "pretrained": run / "gone"},

@@ -51,7 +51,7 @@ def test_a_picture_of_views_and_one_line_for_mistakes(tmp_path, shared_images, m
         (["mocov2", tmp_path / "a folder", "--out", tmp_path / "views.jpg"], "a PNG"),
         (["mocov2", "--images", "0"], "0 is below 1"),
         (["--cfg", tmp_path / "bad.yaml"], "not YAML"),
-        (["--cfg", ROOT / "configs/lincls_moco.yaml"], "names no views"),
+        (["--cfg", ROOT / "configs/lincls_moco.yaml"], "names no recipe"),
         (["mocov2", ROOT / "configs"], "holds no image"),
         (["mocov2", shared_images, "--crop-min", "2"], "--crop-min: 2"),
         (
@@ -88,7 +88,7 @@ def test_views_are_training_s(shared_images):
 def test_a_recipe_file_says_which_views(tmp_path):
     def of(*words):
         args = show_views.parse(list(map(str, words)))
-        return recipes.of(show_views.views_of(args)), args
+        return recipes.from_settings(show_views.views_of(args)), args
 
     configs = ROOT / "configs"
     assert of("--cfg", configs / "mocov1_200.yaml")[0] == recipes.recipe("mocov1")
@@ -123,9 +123,9 @@ def test_any_folder_of_images_can_be_shown(tmp_path):
     ]
     assert show_views.find(str(folder / "1.png")).read(0).shape == (3, 20, 31)
     assert (
-        show_views.spread(3, 5) == [0, 1, 2]
-        and show_views.spread(10, 3) == [0, 4, 9]
-        and show_views.spread(4, 1) == [0]
+        show_views.evenly_spaced(3, 5) == [0, 1, 2]
+        and show_views.evenly_spaced(10, 3) == [0, 4, 9]
+        and show_views.evenly_spaced(4, 1) == [0]
     )
     (folder / "@eaDir").mkdir()
     (folder / "@eaDir" / "1.png").write_bytes(b"a thumbnail")

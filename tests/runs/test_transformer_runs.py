@@ -246,7 +246,7 @@ def test_evaluation_finds_the_run_of_output_and_tag(script, shared_images, check
     status, out, err = script("main_knn", *small, *found, "--image-size", 16)
     assert (
         status == 0
-        and "pre-trained at 32 pixels, and sees 16 here" in out
+        and "pre-trained at 32 pixels, and is used at 16" in out
         and (run / "knn-imagenet").exists()
     ), err
 
@@ -262,5 +262,5 @@ def test_error_about_another_network_names_it(script, shared_images, checkpoints
     )
     assert (
         result.returncode == 2
-        and "is of vit_tiny, and the detectors here are built on ResNets" in result.stderr
+        and "is of vit_tiny, but the detectors here are built on ResNets" in result.stderr
     )

@@ -262,7 +262,7 @@ def test_fused_operations_give_the_same_views(monkeypatch):
     x, view = images(24, 32, 4), View(jitter_p=1.0)
     draws = color.draw(view, len(x), generator(8))
     before, eager = color.apply(x, view, draws), color.adjust_hue
-    color.fuse.__wrapped__()
+    color.compile_operations.__wrapped__()
     assert color.adjust_hue is not eager
     for apply in (color._apply_by_image, color._apply_by_operation):
         torch.testing.assert_close(apply(x, view, draws), before, rtol=0, atol=2e-5)

@@ -258,7 +258,7 @@ def test_the_banks_rate_is_constant_or_follows_a_cosine_by_epoch(cosine, rates):
 @pytest.mark.parametrize("kind", ["single", "multi"])
 def test_steps_before_epoch_0_fill_the_bank_with_keys_while_the_encoder_trains(kind):
     model = build(kind, fill=True)
-    assert model.images_before == K and build(kind).images_before == 0
+    assert model.images_before_epoch_0 == K and build(kind).images_before_epoch_0 == 0
     seen, made = [], model.keys
     model.keys = lambda *args: seen.append(made(*args)) or seen[-1]
     first = copy.deepcopy(model.encoder_k.state_dict())

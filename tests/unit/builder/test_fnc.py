@@ -121,7 +121,7 @@ def test_the_memory_holds_the_latest_features_of_the_average(mode, V):
         )
         encoder = copy.deepcopy(model.encoder_q)
         z = torch.stack([F.normalize(encoder(view), dim=1) for view in views])
-        slow = slow_loss(z, bank, own, model.how)
+        slow = slow_loss(z, bank, own, model.cancellation)
         slow.backward()
         loss, metrics = model(views, index, Progress(step=step))
         loss.backward()
@@ -131,7 +131,11 @@ def test_the_memory_holds_the_latest_features_of_the_average(mode, V):
         if mode == "off":
             assert not {"fn_found", "fn_precision"} & metrics.keys()
         else:
-            false = [(i, row) for i in range(n) for row in slow_candidates(bank, own, i, model.how)]
+            false = [
+                (i, row)
+                for i in range(n)
+                for row in slow_candidates(bank, own, i, model.cancellation)
+            ]
             assert float(metrics["fn_found"]) == pytest.approx(len(false) / n)
             false = [(i, row) for i, row in false if kept[row][1] != int(index[i])]
             right = [
@@ -149,7 +153,7 @@ def test_the_memory_holds_the_latest_features_of_the_average(mode, V):
                 if r not in own[:, i].tolist() + dropped
             )
             for i in range(n)
-            for dropped in [slow_candidates(bank, own, i, model.how)]
+            for dropped in [slow_candidates(bank, own, i, model.cancellation)]
             for a in range(V)
         }
         nearest = [

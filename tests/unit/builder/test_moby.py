@@ -147,7 +147,9 @@ def test_the_target_starts_as_the_online_network_and_gets_no_gradient():
         assert not any(p.requires_grad for p in target.parameters())
     model(views(0), torch.arange(B), at(0))[0].backward()
     assert all(p.grad is None for p in model.encoder_k.parameters())
-    assert all(p.grad is not None for part in model.parts.values() for p in part.parameters())
+    assert all(
+        p.grad is not None for part in model.grad_norm_modules.values() for p in part.parameters()
+    )
 
 
 def test_byol_lies_between_0_and_4():

@@ -104,22 +104,24 @@ def options(**changed) -> Schedule:
 
 def test_step_schedule():
     args = options(schedule=(60, 80))
-    assert [optim.rate(args, 30.0, epoch) for epoch in (0, 59, 60, 79, 80, 99)] == pytest.approx(
-        [30, 30, 3, 3, 0.3, 0.3]
-    )
+    assert [
+        optim.scheduled_lr(args, 30.0, epoch) for epoch in (0, 59, 60, 79, 80, 99)
+    ] == pytest.approx([30, 30, 3, 3, 0.3, 0.3])
 
 
 def test_cosine_ends_at_the_final_rate():
     args = options(cos=True, lr_final=0.01)
     for epoch in (0, 1, 50, 99, 100):
         want = 0.01 + (10 - 0.01) * (1 + math.cos(math.pi * epoch / 100)) / 2
-        assert optim.rate(args, 10.0, epoch) == pytest.approx(want)
-    assert optim.rate(args, 10.0, 0) == 10 and optim.rate(args, 10.0, 100) == pytest.approx(0.01)
+        assert optim.scheduled_lr(args, 10.0, epoch) == pytest.approx(want)
+    assert optim.scheduled_lr(args, 10.0, 0) == 10 and optim.scheduled_lr(
+        args, 10.0, 100
+    ) == pytest.approx(0.01)
 
 
 def test_cosine_begins_anew_with_sgdr():
     args = options(sgdr=True)
-    rates = [optim.rate(args, 5.0, epoch) for epoch in range(36)]
+    rates = [optim.scheduled_lr(args, 5.0, epoch) for epoch in range(36)]
     assert (
         rates[:12] == rates[12:24] == rates[24:]
         and rates[0] == 5
@@ -130,20 +132,20 @@ def test_cosine_begins_anew_with_sgdr():
 
 def test_warm_up_is_linear_and_ends_at_the_rate():
     args = options(lr_warmup_epochs=4, schedule=(50,))
-    assert [optim.rate(args, 1.0, epoch) for epoch in range(5)] == pytest.approx(
+    assert [optim.scheduled_lr(args, 1.0, epoch) for epoch in range(5)] == pytest.approx(
         [0.2, 0.4, 0.6, 0.8, 1.0]
     )
 
 
 def test_by_step_the_warm_up_begins_at_0_and_the_cosine_at_its_end():
     args = options(lr_by="step", cos=True, lr_warmup_epochs=10, lr_final=0.1)
-    assert [optim.rate(args, 2.0, epoch, 0.5) for epoch in (0, 2.5, 7.5, 10)] == pytest.approx(
-        [0, 0.5, 1.5, 2.0]
-    )
-    assert optim.rate(args, 2.0, 55, 0.5) == pytest.approx(
+    assert [
+        optim.scheduled_lr(args, 2.0, epoch, 0.5) for epoch in (0, 2.5, 7.5, 10)
+    ] == pytest.approx([0, 0.5, 1.5, 2.0])
+    assert optim.scheduled_lr(args, 2.0, 55, 0.5) == pytest.approx(
         (2.0 + 0.05) / 2
     )  # half of the 90 epochs that are left
-    assert optim.rate(args, 2.0, 100, 0.5) == pytest.approx(0.05)
+    assert optim.scheduled_lr(args, 2.0, 100, 0.5) == pytest.approx(0.05)
 
 
 def test_by_epoch_end_the_rates_are_those_of_the_demo_on_cifar10():
@@ -184,14 +186,14 @@ def test_every_optimizer_knows_the_parameters_without_a_schedule(name):
 
 def test_restarts_by_step_begin_after_the_warm_up():
     args = options(lr_by="step", sgdr=True, lr_warmup_epochs=5)
-    assert [optim.rate(args, 1.0, epoch) for epoch in (5, 11, 17, 29)] == pytest.approx(
+    assert [optim.scheduled_lr(args, 1.0, epoch) for epoch in (5, 11, 17, 29)] == pytest.approx(
         [1, 0.5, 1, 1]
     )
 
 
 @pytest.mark.parametrize(("scaling", "factor"), [("none", 1), ("sqrt", 32), ("linear", 4)])
 def test_rates_are_scaled_by_the_total_batch(scaling, factor):
-    assert optim.scale(scaling, 1024) == factor
+    assert optim.lr_scale(scaling, 1024) == factor
 
 
 def made(device: str, **changed) -> torch.optim.Optimizer:

@@ -133,7 +133,7 @@ def test_knn_over_ranks_is_its_definition(world_size, rows, n, monkeypatch):
 def test_shares_come_back_in_order(n, world_size, monkeypatch):
     x = torch.randn(n, 4)
     for found in on_ranks(
-        world_size, lambda rank: features.in_order(x[rank::world_size]), monkeypatch
+        world_size, lambda rank: features.gather_in_order(x[rank::world_size]), monkeypatch
     ):
         assert torch.equal(found, x)
-    assert torch.equal(features.in_order(x), x)
+    assert torch.equal(features.gather_in_order(x), x)

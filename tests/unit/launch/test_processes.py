@@ -37,8 +37,8 @@ def test_plan_of_torchrun(no_launcher, monkeypatch):
     assert (
         plan.launcher,
         plan.nodes,
-        plan.local,
-        plan.first,
+        plan.local_world_size,
+        plan.first_rank,
         plan.world_size,
         plan.local_rank,
     ) == ("torchrun", 2, 4, 5, 8, 1)
@@ -57,8 +57,8 @@ def test_plan_of_srun(no_launcher, monkeypatch):
     assert (
         plan.launcher,
         plan.nodes,
-        plan.local,
-        plan.first,
+        plan.local_world_size,
+        plan.first_rank,
         plan.world_size,
         plan.local_rank,
     ) == ("srun", 2, 4, 6, 8, 2)
@@ -81,7 +81,7 @@ def test_plan_of_two_spawning_nodes(no_launcher):
         "dist_url": "tcp://10.0.0.1:9999",
     }
     plan = processes.plan(launch_options(**given))
-    assert (plan.launcher, plan.nodes, plan.local, plan.first, plan.world_size) == (
+    assert (plan.launcher, plan.nodes, plan.local_world_size, plan.first_rank, plan.world_size) == (
         "spawn",
         2,
         3,
@@ -96,7 +96,14 @@ def test_env_url_reads_the_nodes_from_the_environment(no_launcher, monkeypatch):
     plan = processes.plan(
         launch_options(dist_url="env://", multiprocessing_distributed=True, nproc_per_node=3)
     )
-    assert (plan.launcher, plan.nodes, plan.local, plan.first, plan.world_size, plan.url) == (
+    assert (
+        plan.launcher,
+        plan.nodes,
+        plan.local_world_size,
+        plan.first_rank,
+        plan.world_size,
+        plan.url,
+    ) == (
         "spawn",
         2,
         3,
@@ -151,13 +158,21 @@ def test_adco_uses_every_gpu_by_default(gpus):
     ):
         gpus(count)
         plan = adco(*words)
-        assert (plan.launcher, plan.local, plan.world_size) == (*expected, expected[1]), (
+        assert (plan.launcher, plan.local_world_size, plan.world_size) == (
+            *expected,
+            expected[1],
+        ), (
             count,
             words,
         )
     gpus(8)
     plan = adco("--world-size", 2, "--rank", 1, "--dist-url", "tcp://10.0.0.1:9999")
-    assert (plan.launcher, plan.local, plan.first, plan.world_size) == ("spawn", 8, 8, 16)
+    assert (plan.launcher, plan.local_world_size, plan.first_rank, plan.world_size) == (
+        "spawn",
+        8,
+        8,
+        16,
+    )
 
 
 def test_other_scripts_use_one_gpu_by_default(gpus):
@@ -223,8 +238,8 @@ def test_default_number_of_loader_processes_follows_the_cores(
 ):
     monkeypatch.setattr(processes, "cores", lambda: cores)
     plan = processes.Plan("spawn", 1, local, 0, local, 0, "")
-    assert processes.workers(plan, Input(batch_is_per_process=False)) == per_node
-    assert processes.workers(plan, Input(batch_is_per_process=True)) == per_process
+    assert processes.default_workers(plan, Input(batch_is_per_process=False)) == per_node
+    assert processes.default_workers(plan, Input(batch_is_per_process=True)) == per_process
 
 
 def test_number_of_loader_processes_is_in_help_and_options(script, images, tmp_path, monkeypatch):

@@ -7,12 +7,12 @@ from conftest import ROOT
 from fnc_helpers import DIM, T, slow_loss, unit_rows
 
 from moco.loss import global_contrastive
-from moco.loss.false_negatives import MODES, Cancellation, cancelled_nt_xent, find
+from moco.loss.false_negatives import MODES, Cancellation, cancelled_nt_xent, find_false_negatives
 
 
 def our_loss(z, bank, own, how, chunk):
     return cancelled_nt_xent(
-        z, bank, own, find(bank.detach(), own, how, chunk), how.mode, T, chunk
+        z, bank, own, find_false_negatives(bank.detach(), own, how, chunk), how.mode, T, chunk
     )[0]
 
 
@@ -63,7 +63,9 @@ def test_without_memory_it_is_the_slow_one(V, n, first, mode, seed):
 def test_threshold_and_topk_both_cut_in_these_tests():
     torch.manual_seed(0)
     own = torch.randperm(60)[:30].view(5, 6)
-    counts = find(unit_rows(60, DIM), own, Cancellation("attract", 6, 0.85), 4).mask.sum(1)
+    counts = find_false_negatives(
+        unit_rows(60, DIM), own, Cancellation("attract", 6, 0.85), 4
+    ).mask.sum(1)
     assert 0 < counts.min() < counts.max() == 6
 
 
@@ -100,7 +102,7 @@ def test_a_planted_false_negative_is_found_and_cancelled(mode):
     how = Cancellation(mode, 10, 0.7)
     for similarity in (1.0, 0.71, 0.69):
         bank, own = planted(similarity)
-        found = find(bank, own, how, 2)
+        found = find_false_negatives(bank, own, how, 2)
         pairs = [(i, int(row)) for i in range(3) for row in found.indices[i][found.mask[i]]]
         assert pairs == ([(1, 7)] if similarity > 0.7 else [])
         for i in range(3):
@@ -135,12 +137,12 @@ def test_an_eliminated_row_is_as_if_it_were_not_there():
 
 def test_no_candidates_where_there_is_no_other_row():
     bank, own = unit_rows(4, DIM), torch.arange(4)[:, None]
-    found = find(bank, own, Cancellation("attract", 10, -1.0), 8)
+    found = find_false_negatives(bank, own, Cancellation("attract", 10, -1.0), 8)
     assert found.indices.shape == found.mask.shape == (1, 0)
     assert our_loss(
         unit_rows(4, 1, DIM), bank, own, Cancellation("attract", 10, -1.0), 8
     ).isfinite()
-    found = find(unit_rows(6, DIM), own, Cancellation("attract", 10, -1.0), 8)
+    found = find_false_negatives(unit_rows(6, DIM), own, Cancellation("attract", 10, -1.0), 8)
     assert sorted(found.indices[0].tolist()) == [4, 5] and found.mask.all()
 
 
@@ -154,7 +156,7 @@ def test_the_loss_is_finite_in_float32_where_all_is_alike_or_opposite(temperatur
         for mode in MODES:
             how = Cancellation(mode, 3, 0.7)
             loss, *_ = cancelled_nt_xent(
-                z, bank, own, find(bank, own, how, 1), mode, temperature, 1
+                z, bank, own, find_false_negatives(bank, own, how, 1), mode, temperature, 1
             )
             assert loss.isfinite() and torch.autograd.grad(loss, z)[0].isfinite().all()
 
@@ -165,7 +167,9 @@ def test_enough_rows_stay_negatives_whatever_the_threshold():
     z = unit_rows(2, 3, DIM)
     for mode in ("attract", "eliminate"):
         how = Cancellation(mode, 9 - 2 - 1, -1.0)
-        for value in cancelled_nt_xent(z, bank, own, find(bank, own, how, 2), mode, T, 2):
+        for value in cancelled_nt_xent(
+            z, bank, own, find_false_negatives(bank, own, how, 2), mode, T, 2
+        ):
             assert value.isfinite()
 
 
