@@ -183,7 +183,7 @@ def test_results_of_a_finished_classifier_stay(script, shared_images, run, tmp_p
     assert status == 0, err
     assert (
         "no epochs are left: 2 are done, and --epochs is 1" in out
-        and "results.json is of the end of these epochs" in out
+        and "results.json already has the results of these epochs" in out
     )
     assert digests(tmp_path / "own") == before
     (tmp_path / "own" / "results.json").unlink()  # as if the run was killed before it wrote them
@@ -713,7 +713,7 @@ def test_an_evaluation_takes_the_image_size_from_the_checkpoint(
     mean = ("--mean", 0.5, 0.45, 0.4)
     status, out, _ = script(*command, tmp_path / "mean", *mean)
     both = "with mean 0.485 0.456 0.406 in pre-training, and with mean 0.5 0.45 0.4 here (--mean)"
-    assert status == 0 and out.count(f"its images were normalized {both}\n") == 1
+    assert status == 0 and out.count(f"images were normalized {both}\n") == 1
     sizes = [
         yaml.safe_load((tmp_path / name / "args.yaml").read_text())["image_size"]
         for name in ("own", "other")
