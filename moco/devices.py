@@ -14,7 +14,7 @@ def resolve_type(choice: str) -> str:
     """Return the device type for a value of `--device`.
 
     For "auto", return the type of PyTorch's accelerator, or cpu if there is none. Raises InputError
-    if PyTorch finds no such device.
+    if PyTorch does not find the device.
     """
     if choice == "auto":
         available = torch.accelerator.is_available()

@@ -123,8 +123,9 @@ class FNC(MovingAverage):
     def contrast(self, z: Tensor, keys: Tensor, index: Tensor) -> tuple[Tensor, dict[str, Metric]]:
         """Return the loss of this rank's anchors against the memory or joint batch, and metrics.
 
-        The metric `acc1` is the fraction of pairs of views of an image that are more similar than
-        the anchor and any negative. `fn_found` is the mean number of false negatives of an image.
+        The metric `acc1` is the fraction of pairs of an anchor and another view of its image that
+        are more similar than the anchor and every negative. `fn_found` is the mean number of false
+        negatives of an image.
         `fn_precision`, a sum and a count, is the fraction of them that have the image's class.
 
         Args:

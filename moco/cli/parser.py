@@ -17,8 +17,8 @@ from moco.config import Config, replaced
 from moco.errors import InputError, unknown
 from moco.files import read_yaml, refuse_remote
 
-# keys of a YAML file that are not options of any script. Those of args.yaml are settings without an
-# option; `lincls`, in a recipe, names the recipe of the linear probe.
+# keys that a YAML file may have although the script has no such option: args.yaml has all settings,
+# and `lincls` in a recipe names the recipe of the linear probe
 _NOT_OPTIONS = set(
     "cfg script method encoder-method pretrain-epochs views nodes batch-per-process "
     "batch-is-per-process lincls".split()

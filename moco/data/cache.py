@@ -34,8 +34,8 @@ def load(input: Input, *sets: Images | None) -> list[Images | None]:
     Call it on every rank, before worker processes start. Each rank holds its own copy, so the limit
     is divided among the ranks of a node. Rank 0 prints one line.
 
-    Two types of images stay on disk. Unreadable ones do, so that the loader reports the same error
-    as without the cache. Large JPEGs do, because the loader decodes them at a reduced size.
+    Unreadable images stay on disk, so that the loader reports the same error as without the cache.
+    Large JPEGs also stay on disk, because the loader decodes them at a reduced size.
 
     Raises InputError if the images do not fit and `input.cache_images` is "on".
     """

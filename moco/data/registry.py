@@ -246,9 +246,7 @@ def _download(name: str, root: str) -> None:
                 _check_images(name, root)
             except InputError:
                 _DATASETS[name].get(root, download=True)
-    except (
-        Exception
-    ) as error:  # urllib, tarfile, zipfile and torchvision raise errors of many types
+    except Exception as error:  # urllib, tarfile and torchvision raise errors of many types
         layout = _DATASETS[name].layout
         how = f"remove an incomplete copy and try again, or put {layout} there by hand"
         raise InputError(

@@ -13,7 +13,7 @@ from moco.errors import InputError
 
 
 def recompute_blocks(net: nn.Module) -> None:
-    """Make the residual blocks in `net` keep only their input, and recompute activations later.
+    """Make the residual blocks in `net` recompute their activations in the backward pass.
 
     Gradients and batch norm statistics stay bit-identical. Raises InputError for a network of timm
     that has batch norm or does not support recomputing.

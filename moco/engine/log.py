@@ -33,8 +33,8 @@ Metrics = dict[str, Tensor | tuple[Tensor, Tensor]]
 class Mean:
     """The running means of metrics over steps and ranks.
 
-    A metric is a scalar, or a sum and a count, with which a step of a larger count weighs more.
-    `add` does not wait for the device, `read` does.
+    A metric is a scalar, or a sum and a count. With a count, each value weighs the same, whatever
+    its step. `add` does not wait for the device, `read` does.
     """
 
     def __init__(self):

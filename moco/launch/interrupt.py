@@ -24,7 +24,7 @@ PATIENCE = 3.0
 
 
 class Interrupted(BaseException):
-    """Raised after a signal has stopped the run and the run has saved.
+    """Raised when a signal stops the run, after saving if there is something to save.
 
     The message says how to continue. The class derives from BaseException, so that code that
     catches every Exception does not catch it.

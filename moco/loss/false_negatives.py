@@ -91,8 +91,9 @@ def cancelled_nt_xent(
 
     Returns:
         the loss: 2 / V times the sum over views of the mean over images.
-        the fraction, in [0, 1], of pairs of an image's views that are more similar than the anchor
-            and any negative. False negatives do not count as negatives. No gradient.
+        the fraction, in [0, 1], of pairs of an anchor and another view of its image that are more
+            similar than the anchor and every negative. False negatives do not count as negatives.
+            No gradient.
         the mean similarity of the anchors to their hardest negative, in [-1, 1]. No gradient.
     """
     return _CancelledNTXent.apply(z, bank, own, found, mode, temperature, chunk)

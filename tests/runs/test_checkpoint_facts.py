@@ -30,7 +30,7 @@ def test_an_evaluation_takes_the_image_size_from_the_checkpoint(
     mean = ("--mean", 0.5, 0.45, 0.4)
     status, out, _ = script(*command, tmp_path / "mean", *mean)
     both = "with mean 0.485 0.456 0.406 in pre-training, and with mean 0.5 0.45 0.4 here (--mean)"
-    assert status == 0 and out.count(f"its images were normalized {both}\n") == 1
+    assert status == 0 and out.count(f"images were normalized {both}\n") == 1
     sizes = [
         yaml.safe_load((tmp_path / name / "args.yaml").read_text())["image_size"]
         for name in ("own", "other")

@@ -186,7 +186,7 @@ def test_arrays_that_do_not_fit_are_refused(name, change, dumped, script):
 def test_a_meta_that_says_too_little_is_refused(meta, dumped, script):
     folder, *_ = dumped
     (folder / "meta.json").write_text(json.dumps(meta))
-    refused(script("main_knn", "--load-features", folder), "meta.json does not say")
+    refused(script("main_knn", "--load-features", folder), "meta.json does not describe")
 
 
 def test_options_that_contradict_files_are_refused(dumped, script, tmp_path):

@@ -126,7 +126,7 @@ def test_results_of_a_finished_classifier_stay(script, shared_images, run, tmp_p
     assert status == 0, err
     assert (
         "no epochs are left: 2 are done, and --epochs is 1" in out
-        and "results.json is of the end of these epochs" in out
+        and "results.json already has the results of these epochs" in out
     )
     assert digests(tmp_path / "own") == before
     (tmp_path / "own" / "results.json").unlink()  # as if the run was killed before it wrote them

@@ -231,7 +231,7 @@ def test_evaluation_finds_the_run_of_output_and_tag(script, shared_images, check
         script("main_knn", *small, "--output", tmp_path, "--tag", "T"),
         f"no checkpoint_*.pth.tar in {tmp_path / 'T'}",
     )
-    refused(script("main_knn", *small, "--tag", "T"), "--tag T", "give --output DIR")
+    refused(script("main_knn", *small, "--tag", "T"), "--tag T", "needs --output DIR")
     run = checkpoints["synco"].parent
     found = (
         *typed("--output {} --tag {}", run.parent, run.name),
