@@ -76,6 +76,7 @@ def complete(c: Config) -> Config:
     if c.use_head_features and not (c.encoder.pretrained or c.files.load_features):
         what = "needs a checkpoint with a projection head"
         raise InputError(f"--features head: {what}; give it with --pretrained")
+    inputs.check_distinct("--k", c.knn.k)
     c = inputs.complete_features(c, multi_label=False)
     return config.replaced(c, features=c.knn.features or "backbone")
 
@@ -85,7 +86,7 @@ def worker(c: Config, device: torch.device) -> None:
     entries = int(distributed.all_reduce_sum(torch.tensor([len(bank[1])], device=device)))
     if many := [k for k in c.knn.k if k > entries]:
         ks = " ".join(map(str, many))
-        print_rank0(f"--k {ks}: the bank has {entries} images, and all of them vote")
+        print_rank0(f"--k {ks}: the training set has only {entries} images, and all of them vote")
     accuracy = features.knn(*bank, *queries, len(classes), list(c.knn.k), c.knn.temperature)
     for k, top1 in accuracy.items():
         print_rank0(f"* k-NN Acc@1 {100 * top1:.3f} (k {k})")

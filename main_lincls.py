@@ -59,12 +59,11 @@ def parser() -> Parser:
 
 def complete(c: Config) -> Config:
     for flag, values in (("--lr", c.optimizer.lr), ("--wd", c.optimizer.wd)):
-        printed = [f"{value:g}" for value in values]  # as the results name them
-        if len(set(printed)) < len(printed):
-            raise InputError(f"{flag} {' '.join(printed)}: a value is given twice; give each once")
+        inputs.check_distinct(flag, values)
         if len(values) > 1 and c.classifier.weights == "finetune":
+            given = " ".join(f"{value:g}" for value in values)
             raise InputError(
-                f"{flag} {' '.join(printed)}: --weights finetune trains one network; give one value"
+                f"{flag} {given}: --weights finetune trains one network; give one value"
             )
     inputs.check_val_from_train(c)
     c = inputs.restore_options(c, ("weights", "lr", "wd"))

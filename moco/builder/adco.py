@@ -80,7 +80,7 @@ class AdCo(QueryAndKey):
     def forward(
         self,
         views: Sequence[Tensor],
-        index: Tensor,  # noqa: ARG002
+        index: Tensor,
         progress: Progress,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss and metrics of this rank's batch.

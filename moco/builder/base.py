@@ -74,7 +74,7 @@ class Method(nn.Module, ABC):
         params = [p for p in self.parameters() if p.requires_grad]
         return [{"params": params, "lr": lr, "weight_decay": wd}]
 
-    def notes(self, images: int) -> list[str]:  # noqa: ARG002
+    def notes(self, images: int) -> list[str]:
         """Return lines to print at the start of a run with `images` images in each pass."""
         return []
 
@@ -221,7 +221,7 @@ class OnlineAndTarget(Method):
     def forward(
         self,
         views: Sequence[Tensor],
-        index: Tensor,  # noqa: ARG002
+        index: Tensor,
         progress: Progress,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss and metrics of this rank's batch.

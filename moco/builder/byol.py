@@ -15,7 +15,7 @@ class BYOL(OnlineAndTarget):
         self,
         p: list[Tensor],
         k: list[Tensor],
-        progress: Progress,  # noqa: ARG002
+        progress: Progress,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the mean of 2 - 2 cos over both directions (BYOL, equation 2), and metrics.
 

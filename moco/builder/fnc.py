@@ -103,7 +103,7 @@ class FNC(MovingAverage):
         self,
         views: Sequence[Tensor],
         index: Tensor,
-        progress: Progress,  # noqa: ARG002
+        progress: Progress,
     ) -> tuple[Tensor, dict[str, Metric]]:
         """Return the loss and metrics of this rank's batch, whose features enter the memory.
 

@@ -47,7 +47,7 @@ class MoCo(QueryAndKey):
     def forward(
         self,
         views: Sequence[Tensor],
-        index: Tensor,  # noqa: ARG002
+        index: Tensor,
         progress: Progress,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss and metrics of this rank's batch.
@@ -97,10 +97,10 @@ class MoCo(QueryAndKey):
 
     def negatives(
         self,
-        q: Tensor,  # noqa: ARG002
+        q: Tensor,
         similarity: Tensor,
-        progress: Progress,  # noqa: ARG002
-        direction: int = 0,  # noqa: ARG002
+        progress: Progress,
+        direction: int = 0,
     ) -> tuple[Tensor, Mixture | None]:
         """Return the hardest queue entries of each query, and the synthetic negatives, if any.
 

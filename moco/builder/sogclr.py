@@ -52,7 +52,7 @@ class SogCLR(Method):
         self,
         views: Sequence[Tensor],
         index: Tensor,
-        progress: Progress,  # noqa: ARG002
+        progress: Progress,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss and metrics of this rank's batch.
 

@@ -29,11 +29,13 @@ class EffectsParser(OneLineParser):
     Attributes:
         given: the options given on the command line.
         recipe: the options given by --cfg.
+        of_args_yaml: whether --cfg is the args.yaml of a run, which holds all settings.
         own: the script's defaults.
     """
 
     given: Values
     recipe: Values
+    of_args_yaml: bool = False
     own: Values
 
     def __init__(self, *args: object, **kwargs: object):
@@ -91,8 +93,8 @@ class EffectsParser(OneLineParser):
         return noted
 
     def _of_recipe(self, dest: str) -> bool:
-        """Return whether --cfg sets this option to a value other than the script's default."""
-        return self.recipe.get(dest) not in (*OFF, self.own.get(dest))
+        """Return whether a recipe sets this option to a value other than the script's default."""
+        return not self.of_args_yaml and self.recipe.get(dest) not in (*OFF, self.own.get(dest))
 
     def _name(self, dest: str) -> str:
         """Return the option that sets `args.dest`."""

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from moco.config import AnyConfig, Config, flat, replaced
 from moco.engine import checkpoint
-from moco.errors import InputError
+from moco.errors import InputError, short
 
 
 def resolve_output(config: AnyConfig) -> AnyConfig:
@@ -44,7 +44,12 @@ def output_folder(config: Config) -> Path:
 
 def _run_of_output(config: Config) -> Path:
     """Return the folder DIR/TAG."""
-    return Path(config.run.output) / (config.run.tag or "default")
+    tag = config.run.tag or "default"
+    if Path(tag).is_absolute() or ".." in Path(tag).parts:
+        raise InputError(
+            f"--tag {short(tag)}: must be a folder inside --output; give a name such as run1"
+        )
+    return Path(config.run.output) / tag
 
 
 def check_writable(folder: str) -> None:

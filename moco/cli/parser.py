@@ -14,8 +14,8 @@ from moco.cli.compat import SWIN_OPTS
 from moco.cli.effects import EffectsParser, Options, Values
 from moco.cli.groups import add_groups
 from moco.config import Config, replaced
-from moco.errors import InputError, unknown
-from moco.files import read_yaml, refuse_remote
+from moco.errors import InputError, short, unknown
+from moco.files import UnreadableError, read_yaml, refuse_remote
 
 # keys that a YAML file may have although the script has no such option: args.yaml has all settings,
 # and `lincls` in a recipe names the recipe of the linear probe
@@ -25,6 +25,8 @@ _NOT_OPTIONS = set(
 )
 MOST_LINES = 20  # lines about the unknown keys of one file
 _UNSET = object()
+_INSTALLED = Path(__file__).parents[1] / "configs"  # of a wheel; a clone has configs/ at its root
+RECIPES = _INSTALLED if _INSTALLED.is_dir() else Path(__file__).parents[2] / "configs"
 
 
 class Parser(EffectsParser):
@@ -43,7 +45,8 @@ class Parser(EffectsParser):
         super().__init__(description=description, formatter_class=Help, allow_abbrev=False)
         self.config, self.replacements = config, replacements or {}
         add_groups(self, config)
-        unread = "--save-dir names the run folder (and --pretrained the checkpoint); leave it out"
+        unread = "--save-dir already names the run folder, and --pretrained the checkpoint; "
+        unread += "give one way or the other"
         self.has_effect("output tag", self._reads_output, unread)
         for declare in rules.section_rules(config):
             declare(self)
@@ -246,7 +249,16 @@ class Parser(EffectsParser):
         try:
             values = read_yaml(path)
         except InputError as error:
+            if isinstance(error, UnreadableError) or str(error).startswith("not "):
+                error = f"{error}; give a recipe, such as those in {RECIPES}, or a run's args.yaml"
             raise InputError(f"--cfg {path}: {error}") from None
+        script = values.get("script", self._script())
+        if script != self._script():
+            raise InputError(
+                f"--cfg {path}: holds the options of main_{short(str(script))}.py, "
+                "which has other options; use that script"
+            )
+        self.of_args_yaml = "script" in values
         given = ((name, action) for action in self._actions for name in action.option_strings)
         actions = {
             name.removeprefix("--"): action

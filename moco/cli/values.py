@@ -23,7 +23,13 @@ def in_range(number_type: type[Number], interval: str) -> Callable[[str], Number
     least, most = (number_type(end) for end in interval[1:-1].split(","))
 
     def number(text: str) -> Number:
-        value, said = number_type(text), ""
+        try:
+            value, said = number_type(text), ""
+        except ValueError:
+            kind = "whole number" if number_type is int else "number"
+            raise argparse.ArgumentTypeError(
+                f"{short(text)!r} is not a {kind}; take one in {interval}"
+            ) from None
         if value != value:
             said = "not a number"
         elif value < least or (value == least and interval[0] == "("):

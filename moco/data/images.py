@@ -194,8 +194,6 @@ def decode(path: str, reduction: Reduction = full_size) -> Tensor:
     """
     try:
         data = read_file(path)
-        if not len(data):
-            raise InputError(f"{path}: empty image file; remove or replace it")
         raw = memoryview(data.numpy())  # reading elements of a tensor is slow
         if raw[:2] != b"\xff\xd8":  # not a JPEG; torchvision crashes on damaged PNGs
             return _decode_with_pil(path)
@@ -296,14 +294,17 @@ def _decode_reduced(path: str, reduction: Reduction) -> Tensor | None:
 def _decode_with_pil(path: str) -> Tensor:
     """Decode any image with Pillow. Raises InputError, with Pillow's reason, if that fails."""
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):
             raise ValueError("not a file")  # opening a pipe would block
+        if not status.st_size:
+            raise ValueError("the file is empty")
         with _opened(path) as image:
             return pil_to_tensor(_to_8_bits(image).convert("RGB"))
     except Exception as error:  # Pillow's plugins raise errors of many types
         broken = isinstance(error, FileNotFoundError) and os.path.islink(path)
         reason = "a broken link" if broken else getattr(error, "strerror", None) or str(error)
-        reason = reason.replace(f"'{path}'", "file") or type(error).__name__
+        reason = reason.replace(f" '{path}'", "") or type(error).__name__
         raise InputError(f"{path}: unreadable image ({reason}); remove or replace it") from None
 
 

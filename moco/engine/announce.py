@@ -69,8 +69,8 @@ def announce(start: Start, images: Images, notes: list[str]) -> None:
     if start.order.start < 0:
         before = -start.order.start
         print_rank0(
-            f"{before} steps before epoch 0, counted from -{before}: "
-            f"{before / per_epoch:.3g} epochs of images"
+            f"{before} steps before epoch 0, numbered from -{before}: "
+            f"{before / per_epoch:.3g} times as many images as in an epoch"
         )
     if schedule.lr_warmup_epochs >= schedule.epochs:
         print_rank0(

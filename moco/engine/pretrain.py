@@ -95,7 +95,9 @@ def train(config: Pretraining, device: torch.device, build: Callable[[Images], M
     images = registry.train_images(config.input.dataset, config.run.data, config.input.class_list)
     k = config.monitor.knn_k
     if config.monitor.knn_every and k > len(images):
-        print_rank0(f"--knn-k {k}: the bank has {len(images)} images, and all of them vote")
+        print_rank0(
+            f"--knn-k {k}: the training set has only {len(images)} images, and all of them vote"
+        )
     torch.manual_seed(config.run.seed)
     method = build(images)
     contract.check(method)

@@ -167,6 +167,7 @@ def lock_first_free(
         ) from None
     if busy:
         raise InputError(
-            f"{option} {given}: another run is writing there; wait for its end, or choose another"
+            f"{option} {given}: another run is writing there; "
+            "wait until it ends, or choose another folder"
         )
     raise InputError(_occupied(given, option))

@@ -180,6 +180,13 @@ def _alike(saved: object, given: object) -> bool:
     return isinstance(saved, int | float) if number else isinstance(saved, type(given))
 
 
+def check_distinct(flag: str, values: Iterable[float]) -> None:
+    """Raise InputError if a value of an option is given twice, or prints like another one."""
+    printed = [f"{value:g}" for value in values]  # as the results name them
+    if len(set(printed)) < len(printed):
+        raise InputError(f"{flag} {' '.join(printed)}: a value is given twice; give each once")
+
+
 def check_val_from_train(config: Config) -> None:
     """Raise InputError if `--val-from-train` is not a fraction."""
     fraction = config.val_from_train
@@ -224,6 +231,11 @@ def splits(config: Config) -> Splits:
         subsets.keep_classes(part, images.class_list)
         for part in registry.load(images.dataset, config.run.data, seed)
     )
+    if len(train.classes) < 2 and not train.multi_label:
+        raise InputError(
+            f"{train.root}: its images are of one class, so every answer is right; "
+            "give images of two classes or more"
+        )
     if config.labels:
         train = _labelled(config, train)
     if not config.val_from_train:

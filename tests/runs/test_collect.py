@@ -148,6 +148,15 @@ def test_results_of_other_temperatures_features_or_image_sizes_are_not_averaged(
     assert best in text and "±" not in text
 
 
+def test_the_batch_size_is_no_setting_of_frozen_features(tmp_path):
+    for size in (16, 32):
+        found = {"features": "backbone", "temperature": 0.07, "batch_size": size}
+        write(tmp_path / f"{size}", protocol="knn", metrics={"knn_20": 0.5}, **found)
+    text, (row,), _ = collect(tmp_path)
+    assert row["imagenet k-NN (k 20, T 0.07, backbone features)"] == "50.0"
+    assert "best of" not in text
+
+
 def test_a_row_for_each_encoder_and_a_column_for_each_protocol(tmp_path):
     for method, epochs in (("synco", 800), ("synco", 200), ("mocov2", 200)):
         where = tmp_path / f"{method}{epochs}"

@@ -3,9 +3,9 @@
 import json
 
 import pytest
-from conftest import settings, shell
+from conftest import settings, shell, write_images
 from PIL import Image
-from run_helpers import SMALL, refused, typed
+from run_helpers import INPUT, SMALL, refused, typed
 
 import main_synco
 from moco.data import cache
@@ -161,3 +161,23 @@ def test_pictures_of_many_modes_are_read(script, images, tmp_path):
         )
     status, _, err = script("main_synco", images, *SMALL, "--save-dir", tmp_path / "run")
     assert status == 0, err
+
+
+@pytest.mark.parametrize("name", ["main_knn", "main_lincls", "main_semisup"])
+def test_a_single_class_makes_no_evaluation(name, script, tmp_path):
+    data = write_images(tmp_path / "one", classes=1)
+    result = script(name, data, *INPUT, "--save-dir", tmp_path / "run")
+    refused(result, "its images are of one class", "two classes or more")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_empty_test_image_says_so(workers, script, images, tmp_path):
+    file = images / "val" / "class0" / "3.jpg"
+    file.write_bytes(b"")
+    words = (images, *INPUT[:-1], workers, "--save-dir", tmp_path / "run")
+    refused(script("main_knn", *words), f"{file}: unreadable image (the file is empty)")
+
+
+def test_a_folder_of_images_is_no_voc07(script, images, tmp_path):
+    result = script("main_voc07", images, "-a", "resnet18", "--save-dir", tmp_path / "run")
+    refused(result, "no usable voc2007", "use main_lincls.py or main_knn.py")

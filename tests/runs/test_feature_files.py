@@ -240,3 +240,8 @@ def test_a_temperature_that_is_none_is_refused(temperature, script, images):
     refused(
         script("main_knn", images, "--temperature", temperature), "--temperature", "[0.001, 100]"
     )
+
+
+def test_a_k_that_is_given_twice_is_refused(script, images):
+    words = (images, *COMMON, "-b", 8)
+    refused(script("main_knn", *words, "--k", 5, 20, 5), "--k 5 20 5: a value is given twice")

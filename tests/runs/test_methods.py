@@ -105,8 +105,8 @@ def test_the_example_passes_the_tests_of_every_method(tmp_path):
     """Two files and one entry, in a copy of the repository, as a contributor would save them."""
     copy = tmp_path / "repository"
     copy.mkdir()
-    parts = ("moco", "tests", "configs", "tools")
-    for name in (*parts, "pyproject.toml", *(path.name for path in ROOT.glob("main_*.py"))):
+    parts = "moco tests configs tools benchmarks detection docs README.md pyproject.toml".split()
+    for name in (*parts, *(path.name for path in ROOT.glob("main_*.py"))):
         take = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         take(ROOT / name, copy / name)
     builder, script, entry = blocks()
@@ -114,14 +114,23 @@ def test_the_example_passes_the_tests_of_every_method(tmp_path):
     (copy / "main_simsiam.py").write_text(script)
     registry = copy / "moco" / "methods.py"
     registry.write_text(registry.read_text() + entry)
-    tests = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
-    found = subprocess.run(
-        [*tests, "tests/runs/test_methods.py", "-k", "simsiam"],
-        cwd=copy,
-        env={**os.environ, "PYTHONPATH": str(copy)},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert found.returncode == 0, found.stdout[-3000:]
-    assert re.search(r"1\d passed", found.stdout), found.stdout[-300:]
+
+    def run(*words):
+        found = subprocess.run(
+            [sys.executable, "-m", *words],
+            cwd=copy,
+            env={**os.environ, "PYTHONPATH": str(copy)},
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+        assert found.returncode == 0, found.stdout[-3000:]
+        return found.stdout
+
+    run("ruff", "check", ".")
+    run("ruff", "format", "--check", ".")
+    tests = ("pytest", "-q", "-x", "-p", "no:cacheprovider")
+    passed = run(*tests, "tests/runs/test_methods.py", "-k", "simsiam")
+    assert re.search(r"1\d passed", passed), passed[-300:]
+    run(*tests, "tests/test_structure.py")
+    run(*tests, "tests/test_docs.py", "-k", "not test_command_is_accepted")

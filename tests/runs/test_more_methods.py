@@ -73,7 +73,7 @@ def test_the_bank_is_filled_before_epoch_0(script, shared_images, tmp_path):
             *typed("--cluster 60 --ad-init {} --save-dir {}", fill, tmp_path / f"{fill}"),
         )
         assert status == 0, err
-        assert ("8 steps before epoch 0, counted from -8" in out) == bool(
+        assert ("8 steps before epoch 0, numbered from -8" in out) == bool(
             fill
         )  # 60 rows by 8, of 6 steps an epoch
         epochs = [line["epoch"] for line in facts(tmp_path / f"{fill}")]

@@ -1,6 +1,7 @@
 """Test names that scripts do not know: the error names the nearest option, or what to use."""
 
 import pytest
+from conftest import ROOT
 from run_helpers import SMALL, options, refused
 
 import main_synco
@@ -162,7 +163,7 @@ def test_unknown_yaml_key_names_the_nearest(script, images, tmp_path):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("lr: fast\n", ["lr", "fast", "float"]),
+        ("lr: fast\n", ["lr", "fast", "is not a number"]),
         ("cos: 3\n", ["cos", "true or false"]),
         ("schedule: 120\n", ["schedule", "a list"]),
         ("epochs: 0\n", ["epochs", "below 1"]),
@@ -178,3 +179,36 @@ def test_bad_yaml(script, images, tmp_path, text, words):
 
 def test_missing_yaml(script, images):
     refused(script("main_synco", images, "--cfg", "nowhere.yaml"), "nowhere.yaml", "No such file")
+
+
+def test_options_of_another_script_are_one_line(script, images, tmp_path):
+    file = tmp_path / "args.yaml"
+    file.write_text("script: synco\nmoco_k: 32\nn6: 3\nmlp: true\n")
+    result = script("main_sogclr", images, "--cfg", file)
+    refused(result, f"--cfg {file}: holds the options of main_synco.py", "use that script")
+
+
+@pytest.mark.parametrize("kind", ["folder", "missing", "binary"])
+def test_a_cfg_that_is_no_text_says_where_recipes_are(kind, script, images, tmp_path):
+    path = tmp_path / "cfg"
+    if kind == "folder":
+        path.mkdir()
+    if kind == "binary":
+        path.write_bytes(bytes(range(256)))
+    result = script("main_synco", images, *SMALL, "--cfg", path)
+    refused(result, f"--cfg {path}: ", f"a recipe, such as those in {ROOT / 'configs'}")
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [("--epochs 1e3", "'1e3' is not a whole number"), ("--lr many", "'many' is not a number")],
+)
+def test_a_word_that_is_no_number_says_what_to_give(option, said, script, images):
+    refused(script("main_synco", images, *SMALL, *option.split()), said, "take one in [")
+
+
+@pytest.mark.parametrize("tag", ["../x", "a/../../x", "/x"])
+def test_a_tag_stays_inside_its_output(tag, script, images, tmp_path):
+    words = (images, *SMALL, "--output", tmp_path / "out", "--tag", tag)
+    refused(script("main_synco", *words), f"--tag {tag}: must be a folder inside --output")
+    assert not (tmp_path / "out").exists()
