@@ -13,7 +13,7 @@ from moco.cli.actions import TRUE_OR_FALSE, Help, Switch, convert, is_number
 from moco.cli.compat import SWIN_OPTS
 from moco.cli.effects import EffectsParser, Options, Values
 from moco.cli.groups import add_groups
-from moco.config import Config, replaced
+from moco.config import Config, flat, replaced
 from moco.errors import InputError, short, unknown
 from moco.files import UnreadableError, read_yaml, refuse_remote
 
@@ -45,8 +45,9 @@ class Parser(EffectsParser):
         super().__init__(description=description, formatter_class=Help, allow_abbrev=False)
         self.config, self.replacements = config, replacements or {}
         add_groups(self, config)
-        unread = "--save-dir already names the run folder, and --pretrained the checkpoint; "
-        unread += "give one way or the other"
+        evaluates = "pretrained" in flat(config)
+        unread = "--save-dir names the run folder" + " and --pretrained the checkpoint" * evaluates
+        unread += "; leave out either"
         self.has_effect("output tag", self._reads_output, unread)
         for declare in rules.section_rules(config):
             declare(self)

@@ -155,10 +155,11 @@ METRICS = {"map11": "mAP", "mean_per_class": "mean per class", "acc1": "top-1 / 
 def best(results: list[Result]) -> Best:
     """Return the best setting among `results`.
 
-    Settings are compared on held-out images if all results have them, otherwise on val/.
+    Settings are compared on held-out images if all results have them, otherwise on val/. An
+    evaluation that was run twice with the same result counts once.
     """
     settings = defaultdict(list)
-    for one in results:
+    for one in dict.fromkeys(results):
         settings[one.setting].append(one)
     on_val = any(one.held_out is None for one in results)
 
