@@ -207,7 +207,7 @@ def accelerator(monkeypatch) -> Iterator[Accelerator]:
         accelerator.counts = False
         accelerator.losses = [loss.item() for _, loss, _ in self.health._recent]
 
-    monkeypatch.setattr(devices, "of_process", lambda *_: META)
+    monkeypatch.setattr(devices, "for_process", lambda *_: META)
     monkeypatch.setattr(rng, "generator", generator)
     monkeypatch.setattr(trainer.Trainer, "train", steps)
     autocast = torch.autocast  # it does not support META; here it is off
@@ -547,7 +547,7 @@ def test_no_float64_reaches_mps(monkeypatch):
         == devices.widest_float(torch.device("cuda", 0))
         == torch.float64
     )
-    monkeypatch.setattr(devices, "widest", lambda device: torch.float32)  # as on mps
+    monkeypatch.setattr(devices, "widest_float", lambda device: torch.float32)  # as on mps
     mean = log.Mean()
     for step in range(3):
         mean.add(

@@ -352,7 +352,7 @@ def test_a_probe_is_chosen_on_held_out_images_and_not_on_val(
 def test_a_diverging_classifier_does_not_stop_the_others_in_half_precision(
     script, shared_images, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(precision, "choose", lambda config: config)
+    monkeypatch.setattr(precision, "disable_slow_amp", lambda config: config)
     monkeypatch.setattr(
         "moco.cli.values.in_range", lambda kind, interval: kind
     )  # with which it diverges at once
@@ -659,7 +659,7 @@ def test_a_mistake_inside_spawned_processes_is_one_line(images, tmp_path):
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
 def test_mixed_precision_trains(amp, script, images, tmp_path, monkeypatch):
-    monkeypatch.setattr(precision, "choose", lambda config: config)  # a CPU can, slowly
+    monkeypatch.setattr(precision, "disable_slow_amp", lambda config: config)  # a CPU can, slowly
     options = (images, *TINY, "-j", 0, "--epochs", 1, "--warmup-epochs", 0, "--amp", amp)
     assert script("main_synco", *options, "--save-dir", tmp_path)[0] == 0
     assert all(torch.isfinite(torch.tensor(line["loss"])) for line in log(tmp_path))
