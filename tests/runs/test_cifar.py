@@ -168,8 +168,8 @@ def test_the_script_trains_as_the_demo_does(symmetric, data, script, tmp_path, m
         return net
 
     monkeypatch.setattr(main_synco, "build", double)
-    monkeypatch.setattr(trainer.precision, "layout", lambda images: images.double())
-    monkeypatch.setattr(features, "layout", lambda images: images.double())
+    monkeypatch.setattr(trainer.precision, "prepare_images", lambda images: images.double())
+    monkeypatch.setattr(features, "prepare_images", lambda images: images.double())
     status, _, err = script(*command(data, tmp_path / "run", *["--symmetric"] * symmetric))
     assert status == 0, err
     lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]

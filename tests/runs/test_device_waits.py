@@ -73,7 +73,7 @@ def accelerator(monkeypatch) -> Iterator[Accelerator]:
         accelerator.counts = False
         accelerator.losses = [loss.item() for _, loss, _ in self.health._recent]
 
-    monkeypatch.setattr(devices, "of_process", lambda *_: META)
+    monkeypatch.setattr(devices, "for_process", lambda *_: META)
     monkeypatch.setattr(rng, "generator", generator)
     monkeypatch.setattr(trainer.Trainer, "train", steps)
     autocast = torch.autocast  # it does not support META; here it is off

@@ -218,7 +218,7 @@ def test_no_float64_reaches_mps(monkeypatch):
         == devices.widest_float(torch.device("cuda", 0))
         == torch.float64
     )
-    monkeypatch.setattr(devices, "widest", lambda device: torch.float32)  # as on mps
+    monkeypatch.setattr(devices, "widest_float", lambda device: torch.float32)  # as on mps
     mean = log.Mean()
     for step in range(3):
         mean.add(

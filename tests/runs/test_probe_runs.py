@@ -142,7 +142,7 @@ def test_a_probe_is_chosen_on_held_out_images_and_not_on_val(
 def test_a_diverging_classifier_does_not_stop_the_others_in_half_precision(
     script, shared_images, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(precision, "choose", lambda config: config)
+    monkeypatch.setattr(precision, "disable_slow_amp", lambda config: config)
     monkeypatch.setattr(
         "moco.cli.values.in_range", lambda kind, interval: kind
     )  # with which it diverges at once

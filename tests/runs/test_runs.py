@@ -154,7 +154,7 @@ def test_stopped_and_resumed_equals_never_stopped(script, shared_images, tmp_pat
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
 def test_mixed_precision_trains(amp, script, images, tmp_path, monkeypatch):
-    monkeypatch.setattr(precision, "choose", lambda config: config)  # a CPU can, slowly
+    monkeypatch.setattr(precision, "disable_slow_amp", lambda config: config)  # a CPU can, slowly
     options = (images, *TINY, "-j", 0, "--epochs", 1, "--warmup-epochs", 0, "--amp", amp)
     assert script("main_synco", *options, "--save-dir", tmp_path)[0] == 0
     assert all(torch.isfinite(torch.tensor(line["loss"])) for line in log(tmp_path))
