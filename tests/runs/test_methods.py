@@ -133,4 +133,4 @@ def test_the_example_passes_the_tests_of_every_method(tmp_path):
     passed = run(*tests, "tests/runs/test_methods.py", "-k", "simsiam")
     assert re.search(r"1\d passed", passed), passed[-300:]
     run(*tests, "tests/test_structure.py")
-    run(*tests, "tests/test_docs.py", "-k", "not test_command_is_accepted")
+    run(*tests, "tests/test_docs.py", "-k", "commands_of_every_script")
