@@ -29,6 +29,7 @@ from gpu_setup import (
 from torch import Tensor, nn
 
 from moco.files import to_json
+from moco.methods import METHODS
 
 # NCCL, and the scripts under torchrun.
 
@@ -233,7 +234,8 @@ def resume(setup: Setup, notes: Notes) -> None:
     The first run is killed inside an epoch and continued by --resume auto. All bits must be equal.
     """
     batch, epochs = setup.size(16, 8), 2
-    options = faults.METHODS["synco"].split()
+    synco = METHODS["synco"]
+    options = [f"{synco.script}.py", *synco.tiny.split()]
     options += [data(setup), *script_options(setup), "-b", batch, "--epochs", epochs, "-p", 1]
     options += ["--save-every-steps", 2, "--keep", 2, "--resume", "auto"]
     options += ["--stem", "cifar"]  # no max-pooling: on a GPU its gradient sums in random order

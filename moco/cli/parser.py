@@ -254,7 +254,7 @@ class Parser(EffectsParser):
                 error = f"{error}; give a recipe, such as those in {RECIPES}, or a run's args.yaml"
             raise InputError(f"--cfg {path}: {error}") from None
         script = values.get("script", self._script())
-        if script != self._script():
+        if script != self._script() and self.prog.startswith("main_"):
             raise InputError(
                 f"--cfg {path}: holds the options of main_{short(str(script))}.py, "
                 "which has other options; use that script"

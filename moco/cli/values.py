@@ -52,12 +52,9 @@ def names(text: str) -> list[str]:
 
 def keep(text: str) -> int:
     """Return the number of checkpoints to keep; 0 for the word all."""
-    try:
-        return 0 if text == "all" else in_range(int, NATURAL)(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"{short(text)} is neither a number nor the word all"
-        ) from None
+    if text != "all" and not text.lstrip("+-").isdigit():
+        raise argparse.ArgumentTypeError(f"{short(text)} is neither a number nor the word all")
+    return 0 if text == "all" else in_range(int, NATURAL)(text)
 
 
 def data_name(text: str) -> str:

@@ -262,7 +262,7 @@ def _unusable(name: str, root: str, reason: str) -> InputError:
     else:
         how = "get it with --download (remove an incomplete copy first)"
     if (Path(root) / "train").is_dir():
-        how += "; for the images in its train/, use main_lincls.py or main_knn.py without --dataset"
+        how += "; for the images in its train/, leave out --dataset (main_voc07.py reads no others)"
     return InputError(f"{root}: no usable {name} ({reason}); expected {layout}; {how}")
 
 
