@@ -90,7 +90,7 @@ def main() -> int:
                     }
                 )
                 print(
-                    f"{method:8}{processes:10}{name:>8}{uninterrupted.steps():7}{found['stops']:7}"
+                    f"{method:9}{processes:10}{name:>8}{uninterrupted.steps():7}{found['stops']:7}"
                     f"{found['starting']:16}{found['seconds']:9.0f}  {'yes' if same else 'NO'}",
                     flush=True,
                 )

@@ -89,9 +89,10 @@ def shared_images(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def pretraining(shared_images: Path, tmp_path_factory) -> Path:
     """The run folder of one epoch of main_synco.py, which no test may write to."""
+    from run_helpers import SMALL
+
     folder = tmp_path_factory.mktemp("pretraining") / "run"
-    sizes = "-a resnet18 --image-size 32 -b 8 -j 0 --moco-k 32 --epochs 1".split()
-    status, _, err = in_process("main_synco", shared_images, *sizes, "--save-dir", folder)
+    status, _, err = in_process("main_synco", shared_images, *SMALL, "--save-dir", folder)
     assert status == 0, err
     return folder
 
@@ -193,8 +194,6 @@ def call(script, capsys, monkeypatch) -> Callable[..., tuple[int, str, str]]:
     def run(program: str, *words: object) -> tuple[int, str, str]:
         if program.startswith("main_"):
             return script(program, *words)
-        if "-" in program and str(ROOT / "detection") not in sys.path:
-            monkeypatch.syspath_prepend(str(ROOT / "detection"))
         module = importlib.import_module(program)
         monkeypatch.setattr(sys, "argv", [f"{program.removeprefix('tools.')}.py", *map(str, words)])
         try:

@@ -1,7 +1,6 @@
 """Files of detection/, which is not a package, and a checkpoint to convert."""
 
 import importlib
-import sys
 
 from conftest import ROOT
 
@@ -10,14 +9,8 @@ from moco.encoder.resnets import resnet
 HERE = ROOT / "detection"
 
 
-def module(name):
-    """A file of detection/, which is no package."""
-    if str(HERE) not in sys.path:
-        sys.path.append(str(HERE))
-    return importlib.import_module(name)
-
-
-converter = module("convert-pretrain-to-detectron2")
+# pyproject.toml puts detection/ on the path of the tests
+converter = importlib.import_module("convert-pretrain-to-detectron2")
 
 
 def published(arch, prefix="module.encoder_q.", **more):

@@ -10,6 +10,19 @@ from moco import distributed
 from moco.config import MEAN, STD, replaced
 
 CPU = torch.device("cpu")
+META = {  # a valid meta.json of features
+    "arch": "resnet18",
+    "method": "moco",
+    "checkpoint": None,
+    "pretrain_epochs": 1,
+    "dataset": "imagenet",
+    "data": "d",
+    "class_list": None,
+    "image_size": 32,
+    "amp": "off",
+    "seed": 0,
+    "classes": ["a", "b"],
+}
 
 
 def options(**more):
@@ -19,7 +32,7 @@ def options(**more):
 
 
 class Sizes(TorchDispatchMode):
-    """How many numbers each new piece of memory has room for."""
+    """Record how many numbers each new piece of memory has room for."""
 
     def __init__(self):
         super().__init__()
@@ -38,7 +51,7 @@ class Sizes(TorchDispatchMode):
 
 
 def on_ranks(world_size, function, monkeypatch):
-    """What `function(rank)` returns on each of several ranks."""
+    """Call `function(rank)` on several ranks, which are threads, and return the results."""
     local, barrier, sent = (
         threading.local(),
         threading.Barrier(world_size, timeout=60),

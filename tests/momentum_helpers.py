@@ -4,27 +4,14 @@ import copy
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from rank_helpers import DIM, tiny_encoder
 
 from moco.builder.moco import MoCo
 from moco.loss import synthetic
 from moco.rng import SHUFFLE
 
-DIM, K = 6, 24
-
-
+K = 24
 ALL_SIX = synthetic.Synthetic(n_hard=10, counts=(5, 4, 3, 2, 3, 4))
-
-
-def tiny_encoder():
-    return nn.Sequential(
-        nn.Conv2d(3, 8, 3, 2),
-        nn.BatchNorm2d(8),
-        nn.ReLU(),
-        nn.AdaptiveAvgPool2d(2),
-        nn.Flatten(),
-        nn.Linear(32, DIM),
-    )
 
 
 def build(method=MoCo, seed=0, **options):

@@ -250,7 +250,7 @@ def test_messages_are_the_scripts_own():
 
 
 def test_costs_are_those_that_are_counted(tmp_path):
-    """Of a small recipe, and of that to which all are compared; one command makes them all."""
+    """Count a small recipe, and the one to which all are compared, with the documented command."""
     recipes = ("configs/mocov2_200.yaml", "configs/moby_vit_tiny.yaml")
     subprocess.run(
         [sys.executable, "benchmarks/cost.py", *recipes, "--json", tmp_path / "cost.json"],

@@ -250,10 +250,11 @@ class Parser(EffectsParser):
         try:
             values = read_yaml(path)
         except InputError as error:
-            if isinstance(error, UnreadableError) or str(error).startswith("not "):
-                error = f"{error}; give a recipe, such as those in {RECIPES}, or a run's args.yaml"
-            raise InputError(f"--cfg {path}: {error}") from None
+            advice = f"; give a recipe, such as those in {RECIPES}, or a run's args.yaml"
+            is_other = isinstance(error, UnreadableError) or str(error).startswith("not ")
+            raise InputError(f"--cfg {path}: {error}{advice * is_other}") from None
         script = values.get("script", self._script())
+        # a program that only reads a script's options, such as a benchmark, has another name
         if script != self._script() and self.prog.startswith("main_"):
             raise InputError(
                 f"--cfg {path}: holds the options of main_{short(str(script))}.py, "

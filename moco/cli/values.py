@@ -18,7 +18,8 @@ def in_range(number_type: type[Number], interval: str) -> Callable[[str], Number
         number_type: int or float.
         interval: for example "[0, 1)", which excludes 1.
 
-    The returned function raises ArgumentTypeError for a number outside the interval.
+    The returned function raises ArgumentTypeError for a word that is not a number, and for a number
+    outside the interval.
     """
     least, most = (number_type(end) for end in interval[1:-1].split(","))
 
@@ -40,7 +41,7 @@ def in_range(number_type: type[Number], interval: str) -> Callable[[str], Number
             raise argparse.ArgumentTypeError(f"{short(text)} is {said}; take one in {interval}")
         return value
 
-    # argparse shows this name in the error if a word is not a number
+    # of a value in YAML, too; `interval` is for tests of all ranges
     number.__name__, number.interval = number_type.__name__, interval
     return number
 
@@ -52,9 +53,11 @@ def names(text: str) -> list[str]:
 
 def keep(text: str) -> int:
     """Return the number of checkpoints to keep; 0 for the word all."""
-    if text != "all" and not text.lstrip("+-").isdigit():
+    if text == "all":
+        return 0
+    if not text.lstrip("+-").isdigit():
         raise argparse.ArgumentTypeError(f"{short(text)} is neither a number nor the word all")
-    return 0 if text == "all" else in_range(int, NATURAL)(text)
+    return in_range(int, NATURAL)(text)
 
 
 def data_name(text: str) -> str:

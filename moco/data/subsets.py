@@ -113,6 +113,20 @@ def select_classes(classes: tuple[str, ...], file: str, root: Path) -> tuple[str
 CLASS_COUNTS = {"imagenet100": 100, "imagenet1000": 1000}
 
 
+def require_two_classes(images: Images, otherwise: str = "") -> None:
+    """Raise InputError if the images are all of one class, so that every prediction is right.
+
+    Args:
+        images: the images that a classifier or k-NN learns from.
+        otherwise: the end of the message: what to do with images of one class.
+    """
+    if len(images.classes) < 2 and not images.multi_label:
+        raise InputError(
+            f"{images.root}: its images are of one class, so every answer is right; "
+            f"give images of two classes or more{otherwise}"
+        )
+
+
 def check_classes(split: Path, file: str | None, data_name: str | None) -> None:
     """Check `--class-list` and `--data-name` against the class folders of `split`.
 

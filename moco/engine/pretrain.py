@@ -62,6 +62,9 @@ def complete(config: Pretraining) -> Pretraining:
     return replaced(config, mean=config.views.mean or mean, std=config.views.std or std)
 
 
+_WITHOUT_MONITOR = "; or train without the k-NN monitor: --knn-every 0"
+
+
 def _find(config: Pretraining) -> Path:
     """Return the data folder. Raises InputError if it lacks train/, or val/ for the k-NN monitor.
 
@@ -74,7 +77,7 @@ def _find(config: Pretraining) -> Path:
         return folders.find(data, ("train", "val"))
     except InputError as error:
         folders.find(data, ("train",))  # raises another error if train/ is wrong
-        raise InputError(f"{error}; or train without the k-NN monitor: --knn-every 0") from None
+        raise InputError(f"{error}{_WITHOUT_MONITOR}") from None
 
 
 def train(config: Pretraining, device: torch.device, build: Callable[[Images], Method]) -> None:
@@ -94,6 +97,8 @@ def train(config: Pretraining, device: torch.device, build: Callable[[Images], M
         )
     images = registry.train_images(config.input.dataset, config.run.data, config.input.class_list)
     k = config.monitor.knn_k
+    if config.monitor.knn_every:
+        subsets.require_two_classes(images, _WITHOUT_MONITOR)
     if config.monitor.knn_every and k > len(images):
         print_rank0(
             f"--knn-k {k}: the training set has only {len(images)} images, and all of them vote"

@@ -231,11 +231,7 @@ def splits(config: Config) -> Splits:
         subsets.keep_classes(part, images.class_list)
         for part in registry.load(images.dataset, config.run.data, seed)
     )
-    if len(train.classes) < 2 and not train.multi_label:
-        raise InputError(
-            f"{train.root}: its images are of one class, so every answer is right; "
-            "give images of two classes or more"
-        )
+    subsets.require_two_classes(train)
     if config.labels:
         train = _labelled(config, train)
     if not config.val_from_train:

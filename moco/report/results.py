@@ -99,10 +99,8 @@ def _results(found: dict[str, Any]) -> Iterable[Result]:
     )
     settings, metrics = dict(found.get("settings", {})), found["metrics"]
     seed = settings.pop("seed", None)
-    if (
-        not {"epochs", "optimizer"} & settings.keys()
-    ):  # frozen features: the batch size is no choice
-        settings.pop("batch_size", None)
+    if not {"epochs", "optimizer"} & settings.keys():
+        settings.pop("batch_size", None)  # nothing was trained: no result depends on it
     dataset = Path(found["dataset"]).name
     for metric, protocol in figures(found["protocol"], metrics, settings):
         if metrics[metric] is None:  # NaN or infinite: nothing to put in a table

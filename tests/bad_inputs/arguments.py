@@ -27,7 +27,7 @@ def is_flag(action) -> bool:
 
 
 def wrong_values(action) -> list[str]:
-    """What an option of this kind must not take."""
+    """Return values that an option of this kind must refuse."""
     kind = getattr(action.type, "__name__", "")
     if isinstance(action, Switch):
         return ["7", "-1", "1.0e9"]
@@ -52,7 +52,7 @@ def wrong_values(action) -> list[str]:
 
 
 def wrong_value(rng: random.Random, place: Place) -> Case:
-    """One option of one script with a value that it must not have."""
+    """Return a command in which an option has a value that it must refuse."""
     program = rng.choice(PRETRAIN + EVALUATE)
     actions = [
         a

@@ -18,7 +18,7 @@ class Case(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where a case finds good data and puts its bad files."""
+    """The folders in which a case finds good data and puts its bad files."""
 
     data: Path  # 3 classes x 16 images
     good: Path  # a run folder with a good checkpoint

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from feature_helpers import META
 from run_helpers import INPUT
 from torch import nn
 
@@ -59,8 +60,13 @@ def good_state(place: Place) -> dict:
     return torch.load(place.good / "thin.pth.tar", weights_only=True)
 
 
+def damaged(x: torch.Tensor) -> list[torch.Tensor]:
+    """Return tensors that must not replace x: of another shape or type, or not finite."""
+    return [x[:-1], x[None], x.int(), x.cfloat(), x.to_sparse(), x > 0, x * math.nan, x / 0]
+
+
 def bad_file(rng: random.Random, place: Place, state: dict) -> bytes:
-    """What is no checkpoint, or only a part of one, or code."""
+    """Return the bytes of a file that is not a full checkpoint, or that has code in it."""
     marker = place.own / "ran"
     buffer = io.BytesIO()
     torch.save(state, buffer)
@@ -154,22 +160,7 @@ def bad_resume(rng: random.Random, place: Place) -> Case:
                 lambda: weights.pop(name),
                 lambda: weights.update({"module.stranger": torch.zeros(1)}),
                 lambda: weights.update({name: rng.choice(["words", None, [0.0], 3])}),
-                lambda: weights.update(
-                    {
-                        name: rng.choice(
-                            [
-                                x[:-1],
-                                x[None],
-                                x.int(),
-                                x.cfloat(),
-                                x.to_sparse(),
-                                x > 0,
-                                x * math.nan,
-                                x / 0,
-                            ]
-                        )
-                    }
-                ),
+                lambda: weights.update({name: rng.choice(damaged(x))}),
                 lambda: weights.update({3: x}),
                 lambda: state.update(
                     {"state_dict": rng.choice([[], list(weights.items()), "words", x])}
@@ -254,22 +245,7 @@ def bad_encoder(rng: random.Random, place: Place) -> Case:
                 ),
                 lambda: weights.update({"module.encoder_q.layer1.7.conv1.weight": x}),
                 lambda: weights.update({name: rng.choice(["words", None, [0.0], 3, {}])}),
-                lambda: weights.update(
-                    {
-                        name: rng.choice(
-                            [
-                                x[:-1],
-                                x[None],
-                                x.int(),
-                                x.cfloat(),
-                                x.to_sparse(),
-                                x > 0,
-                                x * math.nan,
-                                x / 0,
-                            ]
-                        )
-                    }
-                ),
+                lambda: weights.update({name: rng.choice(damaged(x))}),
                 lambda: state.update(
                     {
                         "state_dict": rng.choice(
@@ -313,15 +289,7 @@ def bad_encoder(rng: random.Random, place: Place) -> Case:
 
 def bad_features(rng: random.Random, place: Place) -> Case:
     """--load-features of a folder in which a file is damaged."""
-    meta = {
-        "arch": "resnet18",
-        "method": "moco",
-        "checkpoint": None,
-        "pretrain_epochs": 1,
-        "dataset": "imagenet",
-        "data": "d",
-    }
-    meta |= {"class_list": None, "image_size": 32, "amp": "off", "seed": 0, "classes": ["a", "b"]}
+    meta = dict(META)
     arrays = {f"{split}_features": np.ones((4, 3), np.float32) for split in ("train", "val")}
     arrays |= {f"{split}_labels": np.array([0, 1, 0, 1]) for split in ("train", "val")}
     name, key = (

@@ -15,7 +15,6 @@ from moco.errors import InputError
 pytestmark = pytest.mark.slow
 
 
-# resuming
 def test_changed_options_are_refused_each_by_name(script, shared_images, run):
     before = digests(run)
     changed = ("--image-size", 48, "--moco-t", 0.2, "--aug-plus", "--lr", 0.3, "--epochs", 2)

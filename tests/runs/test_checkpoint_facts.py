@@ -11,7 +11,6 @@ from run_helpers import evaluation, load, refused, succeeded, typed
 pytestmark = pytest.mark.slow
 
 
-# what a checkpoint knows of itself
 def test_an_evaluation_takes_the_image_size_from_the_checkpoint(
     script, shared_images, run, tmp_path
 ):

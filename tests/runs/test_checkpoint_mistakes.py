@@ -9,7 +9,6 @@ import torch
 from run_helpers import INPUT, SMALL, options, refused, typed
 
 
-# checkpoints
 @pytest.fixture
 def checkpoint(script, images, tmp_path):
     status, _, err = script("main_synco", images, *SMALL, "--save-dir", tmp_path / "run")

@@ -173,7 +173,7 @@ def test_check_proves_other_resnets(arch, convert, tmp_path):
 @wants_detectron2
 @pytest.mark.parametrize("change", ["a number", "a tensor less", "a name"])
 def test_check_sees_what_did_not_arrive(change, convert, tmp_path, monkeypatch):
-    """Of an OUT that was spoiled between writing and loading."""
+    """Spoil OUT between writing and loading, in several ways."""
     write = converter.write
 
     def spoil(path, found, force):
@@ -194,7 +194,7 @@ def test_check_sees_what_did_not_arrive(change, convert, tmp_path, monkeypatch):
 
 @wants_detectron2
 def test_detectron2s_own_model_loads_the_file_too(tmp_path):
-    """Its standard C4 detector, with frozen batch norm, through its plain checkpointer."""
+    """Load it into the standard C4 detector, with frozen batch norm, by its own checkpointer."""
     from detectron2.checkpoint import DetectionCheckpointer
     from detectron2.config import get_cfg
     from detectron2.modeling import build_model

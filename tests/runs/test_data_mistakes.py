@@ -11,7 +11,6 @@ import main_synco
 from moco.data import cache
 
 
-# data
 def test_missing_folder(script, tmp_path):
     refused(script("main_synco", tmp_path / "nowhere", *SMALL), "nowhere", "no such folder")
 
@@ -168,6 +167,14 @@ def test_a_single_class_makes_no_evaluation(name, script, tmp_path):
     data = write_images(tmp_path / "one", classes=1)
     result = script(name, data, *INPUT, "--save-dir", tmp_path / "run")
     refused(result, "its images are of one class", "two classes or more")
+
+
+def test_a_single_class_pretrains_without_the_monitor_only(script, tmp_path):
+    data = write_images(tmp_path / "one", classes=1)
+    command = ("main_synco", data, *SMALL, "--save-dir", tmp_path / "run")
+    said = ("its images are of one class", "or train without the k-NN monitor: --knn-every 0")
+    refused(script(*command, "--knn-every", 1), *said)
+    assert script(*command)[0] == 0
 
 
 @pytest.mark.parametrize("workers", [0, 2])

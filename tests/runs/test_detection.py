@@ -3,6 +3,7 @@
 Tests that need detectron2 are skipped if it is not installed; .ci/run installs it.
 """
 
+import importlib
 import json
 import os
 import pickle
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import own_lines, shell, wants_detectron2
-from detection_helpers import HERE, converter, module, published
+from detection_helpers import HERE, converter, published
 from detection_trees import write_coco, write_voc
 from run_helpers import typed
 
@@ -33,7 +34,7 @@ def configs():
 def test_every_config_builds_the_model_that_it_says(file):
     from detectron2.modeling import build_model
 
-    cfg = module("c4").config(file, ["MODEL.WEIGHTS", ""], gpus=0)
+    cfg = importlib.import_module("c4").config(file, ["MODEL.WEIGHTS", ""], gpus=0)
     mine, coco = file.stem.endswith("_moco"), file.stem.startswith("coco")
     solver, resnets = cfg.SOLVER, cfg.MODEL.RESNETS
     assert (solver.IMS_PER_BATCH, solver.BASE_LR, cfg.TEST.PRECISE_BN.ENABLED) == (16, 0.01, True)
@@ -75,7 +76,7 @@ def test_every_config_builds_the_model_that_it_says(file):
 
 @wants_detectron2
 def test_norm_is_synchronized_over_several_gpus_only(capsys):
-    c4, file = module("c4"), HERE / "configs" / "pascal_voc_R_50_C4_24k.yaml"
+    c4, file = importlib.import_module("c4"), HERE / "configs" / "pascal_voc_R_50_C4_24k.yaml"
     assert (
         c4.config(file, [], gpus=8).MODEL.RESNETS.NORM == "SyncBN" and not capsys.readouterr().out
     )
@@ -89,7 +90,7 @@ def test_norm_is_synchronized_over_several_gpus_only(capsys):
 @wants_detectron2
 def test_the_schedule_fits_fewer_gpus(monkeypatch, capsys):
     """An eighth of the batch and of the learning rate, eight times the iterations."""
-    train_net = module("train_net")
+    train_net = importlib.import_module("train_net")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     file = str(HERE / "configs" / "pascal_voc_R_50_C4_24k.yaml")
     args = {"config_file": file, "opts": [], "num_machines": 1, "resume": False}
@@ -210,7 +211,7 @@ def test_from_pretraining_to_ap(data, arch, datasets, script, shared_images, tmp
 def test_eighty_iterations_lower_the_loss(datasets, tmp_path):
     torch.save(published("resnet18"), tmp_path / "encoder.pth.tar")
     converter.write(tmp_path / "weights.pkl", converter.convert(str(tmp_path / "encoder.pth.tar")))
-    train_net = module("train_net")
+    train_net = importlib.import_module("train_net")
     from detectron2.data import MetadataCatalog
     from detectron2.data.datasets import register_pascal_voc
 
@@ -260,7 +261,7 @@ def test_a_backbone_that_did_not_arrive_ends_the_run(datasets, tmp_path):
 
     Only the scales and shifts of its norms, ones and zeros, happen to be right.
     """
-    train_net = module("train_net")
+    train_net = importlib.import_module("train_net")
     torch.save(published("resnet18"), tmp_path / "encoder.pth.tar")
     found = converter.convert(str(tmp_path / "encoder.pth.tar"))
     converter.write(tmp_path / "weights.pkl", found)
@@ -275,7 +276,7 @@ def test_a_backbone_that_did_not_arrive_ends_the_run(datasets, tmp_path):
 
 @wants_detectron2
 def test_what_cannot_run_is_refused_in_one_line(tmp_path, monkeypatch, capsys):
-    train_net = module("train_net")
+    train_net = importlib.import_module("train_net")
     config = HERE / "configs" / "pascal_voc_R_50_C4_24k_moco.yaml"
     torch.save(published("resnet18"), tmp_path / "encoder.pth.tar")
     found = converter.convert(str(tmp_path / "encoder.pth.tar"))

@@ -16,7 +16,6 @@ import main_lincls
 pytestmark = pytest.mark.slow
 
 
-# data and mistakes
 def test_some_classes_of_a_folder(script, shared_images, tmp_path):
     names = tmp_path / "names.txt"
     shared_copy = Path(shutil.copytree(shared_images, tmp_path / "images"))

@@ -4,7 +4,6 @@ The tests cover published commands, exact resume, the readers of their checkpoin
 """
 
 import contextlib
-import importlib.util
 import json
 import math
 import shutil
@@ -12,7 +11,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from detection_helpers import converter
 from method_helpers import METHODS, SMALL
 from run_helpers import facts, load, same, typed
 from voc_tree import write_voc
@@ -108,12 +107,6 @@ def test_every_evaluation_reads_the_checkpoint(
         used = {"image_size": 32, "mean": list(MEAN), "std": list(STD), "stem": "imagenet"}
         used |= {"features": "backbone", "temperature": 0.07} if evaluation == "main_knn" else {}
         assert results["settings"] | used == results["settings"]
-    spec = importlib.util.spec_from_file_location(
-        "converter", ROOT / "detection" / "convert-pretrain-to-detectron2.py"
-    )
-    converter = importlib.util.module_from_spec(spec)
-    monkeypatch.setattr(sys, "path", [str(ROOT / "detection"), *sys.path])
-    spec.loader.exec_module(converter)
     monkeypatch.setattr(sys, "argv", ["convert", str(file), str(tmp_path / "converted.pkl")])
     assert converter.main() in (0, None), capsys.readouterr().err
     assert (tmp_path / "converted.pkl").stat().st_size > 40e6

@@ -8,7 +8,6 @@ import main_synco
 from moco.errors import unknown
 
 
-# names
 def test_unknown_arch_names_the_nearest(script, images):
     refused(script("main_synco", images, "-a", "resnet81"), "resnet81", "nearest is 'resnet18'")
 

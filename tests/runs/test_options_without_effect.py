@@ -5,7 +5,6 @@ from run_helpers import options, refused
 
 from moco.launch import launch
 
-# options without effect
 IDLE = [
     ("main_synco", "--nproc-per-node 3", "--nproc-per-node has no effect"),
     ("main_synco", "--n-hard 8", "--n-hard has no effect"),

@@ -100,7 +100,6 @@ def test_facts_are_folded_between_and_not_inside():
     assert fold(facts, 5) == facts
 
 
-# output
 QUICK = ("main_synco.py", *SMALL, "-j", 0, "--moco-k", 24, "--epochs", 1)
 RESULTS = {
     "method": "moco",

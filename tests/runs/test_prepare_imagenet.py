@@ -14,8 +14,6 @@ from run_helpers import bash
 
 pytestmark = pytest.mark.slow
 
-
-# tools/prepare_imagenet.sh, on archives of 3 classes
 WNIDS = ("n00000001", "n00000002", "n00000003")
 COUNTS = ["--counts", 3, 12, 6]
 

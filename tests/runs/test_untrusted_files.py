@@ -7,7 +7,7 @@ from collections import OrderedDict
 import numpy as np
 import pytest
 from bad_inputs.checkpoints import CODE, Code
-from conftest import ROOT, own_lines, wants_detectron2
+from conftest import own_lines, wants_detectron2
 
 from moco.errors import InputError
 from moco.files import read_pickle
@@ -61,7 +61,6 @@ def test_batches_of_cifar_that_are_code_are_not_run(script, tmp_path):
 @pytest.mark.slow
 @wants_detectron2
 def test_weights_and_configs_of_detectors_that_are_code_are_not_run(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "detection"))
     c4 = importlib.import_module("c4")
     config, weights = tmp_path / "c.yaml", tmp_path / "w.pkl"
     weights.write_bytes(pickle.dumps({"model": Code(tmp_path / "ran", "system")}))

@@ -12,7 +12,6 @@ from run_helpers import digests, evaluation, refused, succeeded, typed
 pytestmark = pytest.mark.slow
 
 
-# tools
 def tool_commands(run: Path, out: Path) -> dict[str, tuple]:
     """Return a command of each tool that writes, by the name of the file that it writes."""
     checkpoint = run / "checkpoint_0000.pth.tar"

@@ -4,12 +4,13 @@ The tests cover the loss, the ascent and the filling of the bank, the labels, an
 """
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import on_two_ranks
-from torch import nn
+from rank_helpers import tiny_encoder
 
 from moco import distributed
 from moco.builder.adco import AdCo, Ascent
@@ -114,21 +115,10 @@ def test_the_loss_on_fixed_features_rises_with_the_banks_steps(seed, lr, steps):
 # the whole method
 
 
-def tiny_encoder():
-    return nn.Sequential(
-        nn.Conv2d(3, 8, 3, 2),
-        nn.BatchNorm2d(8),
-        nn.ReLU(),
-        nn.AdaptiveAvgPool2d(2),
-        nn.Flatten(),
-        nn.Linear(32, DIM),
-    )
-
-
 def build(kind, **options):
     torch.manual_seed(0)
     model = AdCo(
-        tiny_encoder,
+        partial(tiny_encoder, DIM),
         dim=DIM,
         K=K,
         m=0.9,

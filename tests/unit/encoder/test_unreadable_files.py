@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import safetensors
 import torch
+from feature_helpers import META
 from run_helpers import SMALL, refused
 from safetensors.torch import save_file
 
@@ -23,8 +24,6 @@ FAILS = Path("/proc/self/mem")
 wants_proc = pytest.mark.skipif(
     not FAILS.exists(), reason="needs a file that can be opened but not read"
 )
-
-
 RESUMABLE = {
     "epoch": 1,
     "args": {},
@@ -137,17 +136,8 @@ def test_other_unreadable_files_are_not_reported_as_damage(script, tmp_path, mon
     )
     dump = ("main_knn", "photos", "-a", "resnet18", "--dump-features", folder)
     refused(script(*dump), "holds features; choose another folder")
-    meta = {
-        "arch": "resnet18",
-        "method": "moco",
-        "checkpoint": None,
-        "pretrain_epochs": 1,
-        "dataset": "imagenet",
-        "data": "d",
-    }
-    meta |= {"class_list": None, "image_size": 32, "amp": "off", "seed": 0, "classes": ["a", "b"]}
     (folder / "meta.json").unlink()
-    (folder / "meta.json").write_text(json.dumps(meta))
+    (folder / "meta.json").write_text(json.dumps(META))
     (folder / "train_features.npy").symlink_to(FAILS)
     refused(
         script("main_knn", "--load-features", folder),

@@ -67,7 +67,7 @@ def test_features_lie_in_memory_once():
 
 @pytest.mark.parametrize("n", [15, 1])
 def test_ranks_extract_what_one_process_does(n, monkeypatch):
-    """Of one image, the second rank has none; it still takes part in what follows."""
+    """The second rank has none of a single image, and still takes part in what follows."""
     images = pictures(n)
 
     def work(rank):

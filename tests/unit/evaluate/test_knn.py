@@ -11,7 +11,6 @@ from moco.engine import features
 KS = [1, 10, 20, 100, 200]
 
 
-# k-NN
 def clouds(bank=2000, queries=500, classes=12, width=24, seed=0):
     """Return normalized features and labels of a bank and of queries.
 

@@ -173,7 +173,6 @@ def test_enough_rows_stay_negatives_whatever_the_threshold():
             assert value.isfinite()
 
 
-# chunks
 @pytest.mark.parametrize("mode", MODES)
 def test_chunks_do_not_change_the_loss(mode):
     torch.manual_seed(0)
