@@ -262,7 +262,8 @@ def _unusable(name: str, root: str, reason: str) -> InputError:
     else:
         how = "get it with --download (remove an incomplete copy first)"
     if (Path(root) / "train").is_dir():
-        how += "; for the images in its train/, leave out --dataset (main_voc07.py reads no others)"
+        how += "; for the images in its train/, leave out --dataset"
+        how += ", and use another script than main_voc07.py" * (name == "voc2007")
     return InputError(f"{root}: no usable {name} ({reason}); expected {layout}; {how}")
 
 

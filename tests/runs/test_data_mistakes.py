@@ -187,4 +187,4 @@ def test_an_empty_test_image_says_so(workers, script, images, tmp_path):
 
 def test_a_folder_of_images_is_no_voc07(script, images, tmp_path):
     result = script("main_voc07", images, "-a", "resnet18", "--save-dir", tmp_path / "run")
-    refused(result, "no usable voc2007", "main_voc07.py reads no others")
+    refused(result, "no usable voc2007", "use another script than main_voc07.py")
