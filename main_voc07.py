@@ -15,7 +15,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from moco import config, distributed, sections
+from moco import config, distributed, sections, sections_eval
 from moco.cli import entry
 from moco.cli.parser import Parser
 from moco.distributed import print_rank0
@@ -31,6 +31,7 @@ class Classifiers:
     """The classifiers, one for each class, on features of norm 1."""
 
     TITLE: ClassVar[str] = "classifiers, one for each class, on features of norm 1"
+    protocol: str | None = sections_eval.protocol()
     classifier: str = option(
         "svm", "svm, or linear: binary cross entropy with LBFGS", choices=("svm", "linear")
     )

@@ -1,9 +1,11 @@
-"""The registry of pre-training methods for tests, benchmarks, the demo and printed commands.
+"""The registries of pre-training methods, and of the papers' protocols of evaluation.
 
-A new method is one more entry of `METHODS`. See docs/adding-a-method.md.
+A new method is one more entry of `METHODS`. See docs/adding-a-method.md. Tests, benchmarks, the
+demo and printed commands read it.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -16,7 +18,7 @@ class Method:
         tiny: options for tests: those that select the method, and small sizes.
         photos: options for a run of minutes on `photos`, at 32 pixels with a ResNet (ViT: 64).
         recipe: the recipe of its published settings, in configs/.
-        probe: the recipe of its paper's linear probe, in configs/.
+        protocol: the protocol of its paper's evaluations, a name in `PROTOCOLS`.
     """
 
     name: str
@@ -24,7 +26,7 @@ class Method:
     tiny: str
     photos: str
     recipe: str
-    probe: str = "lincls_moco.yaml"
+    protocol: str = "moco"
 
 
 SIX = "--n1 4 --n2 4 --n3 4 --n4 4 --n5 4 --n6 4"
@@ -82,7 +84,7 @@ METHODS = {
             tiny="--cluster 256 --no-ad-init --sym 1 --lr 0.01",
             photos=f"{_PHOTOS} --lr-final 0 --cluster 256",
             recipe="adco_200.yaml",
-            probe="lincls_adco.yaml",
+            protocol="adco",
         ),
         Method(
             name="simclr",
@@ -90,7 +92,7 @@ METHODS = {
             tiny="--mlp-dim 256 --loss-type simclr",
             photos=f"{_PHOTOS_SIMCLR} --loss-type simclr",
             recipe="simclr_800.yaml",
-            probe="lincls_sogclr.yaml",
+            protocol="sogclr",
         ),
         Method(
             name="sogclr",
@@ -98,7 +100,7 @@ METHODS = {
             tiny="--mlp-dim 256",
             photos=_PHOTOS_SIMCLR,
             recipe="sogclr_800.yaml",
-            probe="lincls_sogclr.yaml",
+            protocol="sogclr",
         ),
         Method(
             name="fnc",
@@ -109,7 +111,7 @@ METHODS = {
             photos="--batch-size 32 --ema 0.99 --support-size 1 --fn-topk 2 --fn-threshold 0.8"
             " --randaugment 0 0 --save-every 1000",
             recipe="fnc_100.yaml",
-            probe="lincls_fnc.yaml",
+            protocol="fnc",
         ),
         Method(
             name="moby",
@@ -117,7 +119,7 @@ METHODS = {
             tiny=f"{_VIT} --queue 256",
             photos=f"{_PHOTOS_MOBY} --method moby",
             recipe="moby_swin_tiny.yaml",
-            probe="lincls_moby.yaml",
+            protocol="moby",
         ),
         Method(
             name="synco-v2",
@@ -127,7 +129,7 @@ METHODS = {
             photos=f"{_PHOTOS_MOBY} --method synco --n-hard 32 --synthetic-first 4"
             f" --synthetic-last 24 {SIX}",
             recipe="synco_swin_tiny.yaml",
-            probe="lincls_moby.yaml",
+            protocol="moby",
         ),
         Method(
             name="byol",
@@ -135,7 +137,49 @@ METHODS = {
             tiny=f"{_VIT} --method byol",
             photos=f"{_PHOTOS_VIT} --method byol --lr 0.002 --wd 0.05 --moco-m 0.99",
             recipe="byol_swin_tiny.yaml",
-            probe="lincls_moby.yaml",
+            protocol="moby",
         ),
     )
 }
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """The settings with which a paper evaluates encoders by one of the scripts.
+
+    Attributes:
+        name: the name for --protocol.
+        script: the evaluation script, without .py.
+        recipe: the recipe of the settings, in configs/; "" for the script's defaults.
+        options: the options for which this recipe is; {} if it is for all others.
+        every_gpu: whether it runs on every visible GPU, unless an option says otherwise.
+    """
+
+    name: str
+    script: str
+    recipe: str = ""
+    options: Mapping[str, object] = field(default_factory=dict)
+    every_gpu: bool = False
+
+
+_PLACES205 = {"dataset": "places205"}
+
+# The first protocol of a script is its default.
+PROTOCOLS = (
+    Protocol("moco", "main_lincls"),
+    Protocol(
+        "adco",
+        "main_lincls",
+        "lincls_adco_places205.yaml",
+        {"dataset": "places205"},
+        every_gpu=True,
+    ),
+    Protocol("adco", "main_lincls", "lincls_adco.yaml", every_gpu=True),
+    Protocol("fnc", "main_lincls", "lincls_fnc.yaml"),
+    Protocol("moby", "main_lincls", "lincls_moby.yaml"),
+    Protocol("sogclr", "main_lincls", "lincls_sogclr.yaml"),
+    Protocol("synco", "main_semisup"),
+    Protocol("fnc", "main_semisup", "semisup_fnc_1pct.yaml", {"train_percent": 1}),
+    Protocol("fnc", "main_semisup", "semisup_fnc_10pct.yaml", {"train_percent": 10}),
+    Protocol("moco", "main_voc07"),
+)

@@ -6,6 +6,17 @@ from typing import ClassVar
 from moco.options import option
 
 
+def protocol() -> str | None:
+    """Return the field of `--protocol`."""
+    return option(
+        None,
+        "defaults of the evaluation, those of a paper's code: {protocols}. --cfg and the command "
+        "line win",
+        metavar="NAME",
+        unset="that of the checkpoint's method; with --cfg none",
+    )
+
+
 @dataclass(frozen=True)
 class Encoder:
     """The encoder that is evaluated."""
@@ -26,6 +37,7 @@ class Classifier:
     """The classifier on the encoder: how it is trained, chosen and tested."""
 
     TITLE: ClassVar[str] = "classifier"
+    protocol: str | None = protocol()
     weights: str = option(
         "freeze",
         "freeze: train the classifier only; finetune: train the encoder, too",

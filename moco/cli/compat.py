@@ -6,28 +6,6 @@ solo-learn and Lightly. Names have no leading dashes, and `-` for `_`.
 
 from collections.abc import Collection
 
-# settings that Swin-style scripts take after --opts, and the options to use here
-SWIN_OPTS = {
-    "DATA.DATASET": "--dataset {}",
-    "DATA.DATA_PATH": "--data {}",
-    "DATA.BATCH_SIZE": "--batch-size {}",
-    "DATA.IMG_SIZE": "--image-size {}",
-    "DATA.NUM_WORKERS": "--workers {}",
-    "LINEAR_EVAL.WEIGHTS": "--weights {}",
-    "LINEAR_EVAL.PRETRAINED": "--pretrained {}",
-    "MODEL.TYPE": "--method {}",
-    "MODEL.RESUME": "--resume {}",
-    "TRAIN.EPOCHS": "--epochs {}",
-    # Swin-style scripts scale it by batch / 512, this project by batch / 256
-    "TRAIN.BASE_LR": "--lr {half} --learning-rate-scaling linear",
-    "TRAIN.WEIGHT_DECAY": "--wd {}",
-    "TRAIN.WARMUP_EPOCHS": "--lr-warmup-epochs {}",
-    "TRAIN.CLIP_GRAD": "--clip-grad {}",
-    "TRAIN.ACCUMULATION_STEPS": "--accumulation-steps {}",
-    "TRAIN.USE_CHECKPOINT": "--grad-checkpoint",
-    "SEED": "--seed {}",
-}
-
 # other names of the same options; the scripts also accept them
 ALIASES = {
     "num-workers": "workers",
@@ -138,13 +116,13 @@ def replacement(name: str, options: Collection[str]) -> str | None:
     return next((advice for names, advice in _ADVICE.items() if name in names.split()), None)
 
 
-# options of FNC's own script that have another name here, and advice on the others
+# options of FNC's run.py that have another name in main_fnc.py, and advice on the others;
+# translate.py translates whole commands
 FNC_ALIASES = {
     "train-batch-size": "batch-size",
     "train-epochs": "epochs",
     "warmup-epochs": "lr-warmup-epochs",
 }
-_ONE_JOB = "this script pre-trains; main_lincls.py probes, main_semisup.py fine-tunes"
 FNC_REPLACEMENTS = {
     **dict.fromkeys(
         "data-dir dataset cache-dataset".split(),
@@ -152,13 +130,10 @@ FNC_REPLACEMENTS = {
     ),
     "model-dir": "use --save-dir DIR; buckets are not written to",
     **dict.fromkeys(
-        "mode train-mode train-split eval-split eval-steps eval-batch-size eval-name".split(),
-        _ONE_JOB,
+        "mode train-split eval-split eval-steps eval-batch-size eval-name".split(),
+        "this script pre-trains; leave it out",
     ),
-    **dict.fromkeys(
-        "zero-init-logits-layer ft-proj-selector fine-tune-after-block".split(), _ONE_JOB
-    ),
-    **dict.fromkeys("variable-schema checkpoint".split(), _ONE_JOB),
+    **dict.fromkeys("variable-schema checkpoint".split(), "use main_lincls.py --pretrained FILE"),
     **dict.fromkeys(
         "resnet-depth width-multiplier sk-ratio se-ratio".split(), "use -a, as in -a resnet50"
     ),

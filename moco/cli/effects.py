@@ -28,13 +28,15 @@ class EffectsParser(OneLineParser):
 
     Attributes:
         given: the options given on the command line.
-        recipe: the options given by --cfg.
+        recipe: the options given by --cfg, or by the recipe of a protocol.
+        recipe_name: the file of the recipe, for messages.
         of_args_yaml: whether --cfg is the args.yaml of a run, which holds all settings.
         own: the script's defaults.
     """
 
     given: Values
     recipe: Values
+    recipe_name: str = ""
     of_args_yaml: bool = False
     own: Values
 
@@ -81,7 +83,7 @@ class EffectsParser(OneLineParser):
             refuses = rule.refuse and any(self.given[dest] != self.own.get(dest) for dest in given)
             for dests, where, lines in (
                 (given, "", refused if refuses else noted),
-                (found, f" of {args.cfg}", noted),
+                (found, f" of {self.recipe_name}", noted),
             ):
                 if dests:
                     names = ", ".join(self._name(dest) + where for dest in dests)

@@ -12,6 +12,7 @@ from moco.config import Config, sections
 from moco.data import cache, registry
 from moco.encoder import timm_networks
 from moco.launch import processes
+from moco.methods import PROTOCOLS
 from moco.options import Option
 
 # options with a conversion function of their own
@@ -20,6 +21,7 @@ _CONVERTERS = {
     "keep": values.keep,
     "data_name": values.data_name,
     "dataset": registry.canonical,
+    "weights": values.weights,
 }
 
 
@@ -48,6 +50,7 @@ def _texts(config: Config) -> dict[str, object]:
         "most": processes.WORKERS,
         "gib": cache.AUTO_MAX >> 30,
         "datasets": ", ".join(registry.NAMES),
+        "protocols": ", ".join(dict.fromkeys(protocol.name for protocol in PROTOCOLS)),
         "whose": "data set's" if config.network.arch else "checkpoint's",
         "archs": (transformers if config.TRANSFORMERS else "") + "any torchvision ResNet",
     }

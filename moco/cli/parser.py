@@ -1,19 +1,19 @@
 """Parse the command line of a script into its config, with defaults from a YAML file."""
 
 import argparse
-import itertools
 import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from moco.cli import compat, folders, rules
+from moco.cli import compat, folders, protocols, rules, translate
 from moco.cli.actions import TRUE_OR_FALSE, Help, Switch, convert, is_number
-from moco.cli.compat import SWIN_OPTS
 from moco.cli.effects import EffectsParser, Options, Values
 from moco.cli.groups import add_groups
 from moco.config import Config, flat, replaced
+from moco.data import registry
+from moco.distributed import print_rank0
 from moco.errors import InputError, short, unknown
 from moco.files import UnreadableError, read_yaml, refuse_remote
 
@@ -101,8 +101,9 @@ class Parser(EffectsParser):
             }
         )
         argv = [self._canonical(token) for token in (sys.argv[1:] if argv is None else argv)]
-        self._refuse_opts(argv)
         self.refuse_empty(argv)
+        translate.refuse_fnc(argv)
+        argv = self._read_opts(argv)
         argv = self._folder_first(argv)
         self.own = {action.dest: action.default for action in self._actions}
         self.recipe: Values = {}  # from --cfg
@@ -116,6 +117,15 @@ class Parser(EffectsParser):
             self._defaults_from(first.cfg)
         args, rest = self.parse_known_args(argv)
         self._refuse_remote(args)
+        self._refuse_rest(args, rest)
+        if protocols.names(f"main_{self._script()}") and not getattr(args, "evaluate", False):
+            self._defaults_of_protocol(args)
+            args = self.parse_known_args(argv)[0]
+        config = self._config_of(args)
+        return folders.resolve_output(config) if args.output else config
+
+    def _refuse_rest(self, args: Options, rest: list[str]) -> None:
+        """Raise InputError for the words `rest` of the command line that argparse did not take."""
         if unknown_ones := self.unknown(
             token.split("=")[0] for token in rest if token.startswith("-")
         ):
@@ -125,13 +135,16 @@ class Parser(EffectsParser):
             if getattr(args, "allow_change", None):
                 expected += "; several names of --allow-change are joined by commas: lr,wd"
             raise InputError(f"unexpected argument '{token}'; {expected}")
+
+    def _config_of(self, args: Options) -> Config:
+        """Return the config of a parsed command line. Raises InputError if words contradict."""
         if args.data and args.data_option and args.data != args.data_option:
             raise InputError(
                 f"two data folders: '{args.data}' and --data {args.data_option}; give one"
             )
         args.data = args.data_option or args.data
         if args.data is None and not getattr(args, "load_features", None):
-            raise InputError("no data folder: give DIR (with train/ and val/), or the word photos")
+            self._take_own_folder(args)
         del args.data_option
         args.script = self._script()
         if args.tag and not args.output:
@@ -139,8 +152,47 @@ class Parser(EffectsParser):
                 f"--tag {args.tag}: needs --output DIR, the folder that contains the tag; "
                 "give --output, or use --save-dir"
             )
-        config = replaced(self.config, **vars(args))
-        return folders.resolve_output(config) if args.output else config
+        return replaced(self.config, **vars(args))
+
+    def _take_own_folder(self, args: Options) -> None:
+        """Set the data folder to ./data, and download the data set of --dataset to it.
+
+        Raises InputError if the images are those of a folder that the user must give.
+        """
+        if args.dataset in ("imagenet", "photos"):
+            raise InputError("no data folder: give DIR (with train/ and val/), or the word photos")
+        args.data, args.download = "./data", registry.is_downloadable(args.dataset)
+        loaded = ", and downloaded to it unless it is there" if args.download else ""
+        print_rank0(f"no data folder is given: {args.dataset} is read from ./data{loaded}")
+
+    def _defaults_of_protocol(self, args: Options) -> None:
+        """Take the settings of a paper's protocol as defaults, and print which one and why.
+
+        A recipe of --cfg takes its place, unless --protocol is given on the command line too: then
+        the recipe wins over the protocol.
+
+        Args:
+            args: the command line, parsed with the defaults of --cfg.
+        """
+        named = self.given.get("protocol")
+        if args.cfg and named is None:
+            print_rank0(f"protocol: the settings of {args.cfg} (--cfg)")
+            return
+        settings = vars(args)
+        if args.output and not args.pretrained:
+            config = replaced(self.config, output=args.output, tag=args.tag)
+            settings = flat(folders.resolve_output(config))
+            settings = {**vars(args), "pretrained": settings["pretrained"]}
+        protocol, why = protocols.choose(f"main_{self._script()}", settings, named)
+        recipe = protocol.recipe and f" (configs/{protocol.recipe})"
+        print_rank0(f"protocol {protocol.name}{recipe}: {why}")
+        of_cfg, self.recipe = self.recipe, {}
+        if protocol.recipe:
+            self._defaults_from(str(RECIPES / protocol.recipe))
+        if protocol.every_gpu:
+            self.recipe["multiprocessing_distributed"] = None
+        self.recipe |= {**of_cfg, "protocol": protocol.name}
+        self.set_defaults(**self.recipe)
 
     def _refuse_remote(self, args: Options) -> None:
         """Raise InputError if a path is a URL."""
@@ -152,42 +204,19 @@ class Parser(EffectsParser):
     def _script(self) -> str:
         return Path(self.prog).stem.removeprefix("main_")
 
-    def _refuse_opts(self, argv: list[str]) -> None:
-        """Raise InputError if --opts KEY VALUE ... is given, as in Swin-style scripts.
+    def _read_opts(self, argv: list[str]) -> list[str]:
+        """Return the words of a command line with options in place of --opts KEY VALUE ...
 
-        The error names the options to use instead.
+        The options come first, so that those of the command line win, as in Swin-style scripts.
         """
         if "--opts" not in argv:
-            return
-        rest = argv[argv.index("--opts") + 1 :]
-        given = list(
-            itertools.takewhile(lambda token: not token.startswith("-") or is_number(token), rest)
-        )
-        meant = {
-            key: self._option(key, value)
-            for key, value in itertools.zip_longest(given[::2], given[1::2], fillvalue="")
-        }
-        strange = [key for key, option in meant.items() if option is None]
-        spelled = (
-            f"give {' '.join(filter(None, meant.values()))} instead"
-            if any(meant.values())
-            else "leave it out"
-        )
-        no = f"; no option corresponds to {', '.join(strange)}" if strange else ""
-        raise InputError(f"--opts: each setting is an option of its own; {spelled}{no}")
-
-    def _option(self, key: str, value: str) -> str | None:
-        """Return the options for one setting of --opts; None if this script has none."""
-        form = SWIN_OPTS.get(key, "").replace(
-            "{half}", f"{float(value) / 2:g}" if is_number(value) else "half of it"
-        )
-        if form.split(" ")[0] not in self.names():
-            return None
-        if " " not in form:  # a switch
-            return form if value.lower() in ("true", "1") else ""
-        if key == "DATA.BATCH_SIZE" and not self.config.input.batch_is_per_process:
-            value += " x processes"
-        return form.format(value)
+            return argv
+        start = argv.index("--opts")
+        rest = argv[start + 1 :]
+        each = self.config.input.batch_is_per_process
+        options, taken = translate.read_opts(rest, self.names(), each)
+        print_rank0(f"--opts is read as: {' '.join(options) or 'no option'}")
+        return [*options, *argv[:start], *rest[taken:]]
 
     def unknown(
         self, names: Iterable[str], noun: str = "option", known: Iterable[str] = ()
@@ -260,7 +289,7 @@ class Parser(EffectsParser):
                 f"--cfg {path}: holds the options of main_{short(str(script))}.py, "
                 "which has other options; use that script"
             )
-        self.of_args_yaml = "script" in values
+        self.of_args_yaml, self.recipe_name = "script" in values, path
         given = ((name, action) for action in self._actions for name in action.option_strings)
         actions = {
             name.removeprefix("--"): action

@@ -69,3 +69,8 @@ def data_name(text: str) -> str:
             "evaluations take other data sets with --dataset"
         )
     return text.lower()
+
+
+def weights(text: str) -> str:
+    """Return freeze for the other spelling frozen, and finetune for finetuned."""
+    return {"frozen": "freeze", "finetuned": "finetune"}.get(text, text)

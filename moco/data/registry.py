@@ -210,9 +210,28 @@ def check(name: str, root: str, download: bool) -> None:
         _imagenet(name, root)
         return
     root = _absolute(root)
-    if download and name in _DATASETS and callable(_DATASETS[name].get):
+    if download and is_downloadable(name):
+        if _is_image_folder(root):
+            raise InputError(
+                f"{root}: has the images of another data set (train/), so {name} is not downloaded "
+                f"to it; {_OWN_FOLDER}"
+            )
         _download(name, root)
     _check_images(name, root)
+
+
+def is_downloadable(name: str) -> bool:
+    """Return whether `--download` can get the data set `name`."""
+    return name in _DATASETS and callable(_DATASETS[name].get)
+
+
+# what to do instead of mixing a data set with others in one folder
+_OWN_FOLDER = "leave the folder out: the data set is then downloaded to ./data"
+
+
+def _is_image_folder(root: str) -> bool:
+    """Return whether `root` has the folder train/ of an image folder, such as ImageNet's."""
+    return (Path(root) / "train").is_dir()
 
 
 def _absolute(root: str) -> str:
@@ -259,9 +278,11 @@ def _unusable(name: str, root: str, reason: str) -> InputError:
     get, layout = _DATASETS[name].get, _DATASETS[name].layout
     if isinstance(get, str):
         how = f"--download cannot get it; get it by hand from {get}"
+    elif _is_image_folder(root):
+        how = _OWN_FOLDER
     else:
         how = "get it with --download (remove an incomplete copy first)"
-    if (Path(root) / "train").is_dir():
+    if _is_image_folder(root):
         how += "; for the images in its train/, leave out --dataset"
         how += ", and use another script than main_voc07.py" * (name == "voc2007")
     return InputError(f"{root}: no usable {name} ({reason}); expected {layout}; {how}")

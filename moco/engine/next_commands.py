@@ -8,10 +8,6 @@ from pathlib import Path
 
 from moco.config import Pretraining, flat
 from moco.data import folders
-from moco.methods import METHODS
-
-# the recipe of the linear probe in each script's paper, in configs/
-PROBES = {method.script: method.probe for method in METHODS.values()}
 
 
 def commands(config: Pretraining, train: Path, saved: Path) -> list[str]:
@@ -43,7 +39,6 @@ def commands(config: Pretraining, train: Path, saved: Path) -> list[str]:
             if config.launch.nproc_per_node
             else []
         )
-    probe = home / "configs" / PROBES.get(f"main_{config.run.script}", "lincls_moco.yaml")
     folder = folders.split_folder(train.parent, "val")
     evaluated = config.run.data == "photos" or config.input.dataset != "imagenet" or folder.is_dir()
     monitor = (
@@ -54,7 +49,7 @@ def commands(config: Pretraining, train: Path, saved: Path) -> list[str]:
     knn = [word for option, name in monitor.items() for word in (option, settings[name])]
     found = [
         [home / "main_knn.py", *given, *knn],
-        [home / "main_lincls.py", "--cfg", probe, *given],
+        [home / "main_lincls.py", *given],
     ] * evaluated
     found.append([home / "tools" / "report.py", config.run.save_dir])
     return [shlex.join(map(str, [python, *words])) for words in found]

@@ -1,0 +1,74 @@
+"""Choose the protocol of an evaluation: the paper whose settings are the defaults."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from moco.encoder import metadata
+from moco.engine import checkpoint
+from moco.errors import InputError, unknown
+from moco.methods import METHODS, PROTOCOLS, Protocol
+
+
+class Choice(NamedTuple):
+    """A protocol, and the reason why it was chosen, to print."""
+
+    protocol: Protocol
+    why: str
+
+
+def names(script: str) -> list[str]:
+    """Return the names of the protocols of `script`, such as main_lincls. Its default is first."""
+    return list(dict.fromkeys(one.name for one in PROTOCOLS if one.script == script))
+
+
+def choose(script: str, settings: Mapping[str, object], given: str | None) -> Choice:
+    """Return the protocol of an evaluation.
+
+    Args:
+        script: the evaluation script, without .py.
+        settings: all settings by name.
+        given: the name that `--protocol` gives; None to choose by the method of the checkpoint.
+
+    Raises InputError if the name is unknown, or if the protocol needs other options.
+    """
+    known = names(script)
+    if given is not None:
+        if given not in known:
+            raise unknown("protocol", given, known)
+        return Choice(_recipe(script, given, settings), "--protocol")
+    path = settings.get("pretrained")
+    if not path:
+        why = "the default, because there is no --pretrained"
+        return Choice(_recipe(script, known[0], settings), why)
+    try:
+        method = metadata.read_metadata(checkpoint.load(str(path))).method
+    except InputError:  # the evaluation will raise it again when it loads the encoder
+        return Choice(_recipe(script, known[0], settings), f"the default; {path} cannot be read")
+    method = method.removesuffix(", fine-tuned")
+    if method not in METHODS:
+        why = f"the default, because {path} does not name a method of this project"
+        return Choice(_recipe(script, known[0], settings), why)
+    name = METHODS[method].protocol
+    if name in known:
+        why = f"that of {method}, with which {path} was pre-trained"
+        return Choice(_recipe(script, name, settings), why)
+    why = f"the default; {path} was pre-trained with {method}"
+    return Choice(_recipe(script, known[0], settings), why)
+
+
+def _recipe(script: str, name: str, settings: Mapping[str, object]) -> Protocol:
+    """Return the first protocol of that name whose options are those of the settings.
+
+    Raises InputError if there is none.
+    """
+    mine = [one for one in PROTOCOLS if (one.script, one.name) == (script, name)]
+    for one in mine:
+        if all(settings.get(option) == value for option, value in one.options.items()):
+            return one
+    needed = " or ".join(
+        f"--{option.replace('_', '-')} {value}"
+        for one in mine
+        for option, value in one.options.items()
+    )
+    others = " or ".join(f"--protocol {other}" for other in names(script) if other != name)
+    raise InputError(f"protocol {name} has settings only for {needed}; give one, or {others}")
