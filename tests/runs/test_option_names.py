@@ -79,25 +79,6 @@ def test_what_is_the_same_under_another_name_is_taken(tmp_path):
     )
 
 
-def test_the_published_command_of_fnc_shows_all_counterparts(script):
-    command = (
-        "--train_mode=pretrain --train_batch_size=4096 --train_epochs=100 --temperature=0.1 "
-        "--learning_rate=0.1 --learning_rate_scaling=sqrt --weight_decay=1e-4 "
-        "--data_dir=gs://b/d --model_dir=gs://b/run --use_tpu=True"
-    )
-    result = script("main_fnc", *command.split())
-    refused(result, lines=4)
-    names = (
-        "--train-mode: this script pre-trains",
-        "--data-dir: give the data folder as DIR",
-        "--model-dir: use --save-dir DIR",
-    )
-    for line, said in zip(
-        result[2].splitlines(), (*names, "--use-tpu: GPUs are found automatically"), strict=True
-    ):
-        assert line.startswith(f"main_fnc.py: error: {said}"), line
-
-
 def test_several_unknown_options_are_a_line_each(script, images):
     result = script("main_synco", images, *SMALL, "--n-hrad", 5, "--wandb", "--bath-size=3")
     refused(
