@@ -193,7 +193,7 @@ def test_published_commands_run(shared_images, tmp_path):
         8,
         *run,
     )
-    out = succeeded(shell(*command, *small, "--mlp-dim", 64, "--amp", "off"))
+    out = succeeded(shell(*command, *small, "--mlp-dim", 64))
     assert (
         "total batch 16 = 8 per process x 2 processes x 1 accumulation; lr after scaling 3.125e-05"
         in out
@@ -220,8 +220,8 @@ def test_published_commands_run(shared_images, tmp_path):
         for name in RESULTS
     ]
     assert [(one["method"], one["arch"], one["dataset"], one["protocol"]) for one in found] == [
-        ("moby", "vit_tiny", str(shared_images), "linear"),
-        ("moby", "vit_tiny", "cifar10", "finetune"),
+        ("moby", "vit_small", str(shared_images), "linear"),
+        ("moby", "vit_small", "cifar10", "finetune"),
     ]
 
 

@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import on_two_ranks
+from conftest import ROOT, on_two_ranks, settings
 from torch import nn
 
 import main_moby
@@ -159,15 +159,32 @@ def test_byol_lies_between_0_and_4():
     assert model.contrast([z[0], z[1]], [-z[1], -z[0]], at(0))[0] == pytest.approx(4)
 
 
-@pytest.mark.parametrize("arch", ["vit_tiny", "swin_tiny"])
-def test_only_the_online_encoder_has_stochastic_depth(arch):
-    words = f"photos -a {arch} --image-size 64 --mlp-dim 10 --moco-dim 4 --queue 11"
-    model = main_moby.build(main_moby.complete(main_moby.parser().parse(words.split())))
-    online, target = (
-        [module.drop_prob for module in encoder.modules() if "drop_prob" in vars(module)]
-        for encoder in (model.encoder, model.encoder_k)
+# recipes
+
+
+COUNTS = [f"n{i}" for i in range(1, 7)]
+
+
+@pytest.mark.parametrize("arch", ["vit_small", "swin_tiny"])
+@pytest.mark.parametrize(
+    ("suffix", "counts", "first", "last"),
+    [("", [128] * 6, 30, 100), ("_as_run", [128] * 3 + [64] * 3, 120, 300)],
+)
+def test_synthetic_negatives_of_the_recipes(arch, suffix, counts, first, last):
+    args = settings(main_moby, ["DIR", "--cfg", ROOT / "configs" / f"synco_{arch}{suffix}.yaml"])
+    assert (args.method, args.arch, args.epochs, args.amp) == ("synco", arch, 300, "off")
+    assert [getattr(args, name) for name in COUNTS] == counts
+    assert (args.synthetic_first, args.synthetic_last) == (first, last)
+    assert (args.n_hard, args.sigma, args.delta, args.eta) == (256, 0.1, 0.01, 0.01)
+
+
+def test_the_recipe_of_the_published_command_is_vit_small():
+    alias, named = (
+        vars(settings(main_moby, ["DIR", "--cfg", ROOT / "configs" / f"moby_vit_{size}.yaml"]))
+        for size in ("tiny", "small")
     )
-    assert max(online) == pytest.approx(0.2) and set(target) <= {0.0}
+    assert {name for name in alias if alias[name] != named[name]} == {"cfg"}
+    assert alias["arch"] == "vit_small"
 
 
 # two ranks
