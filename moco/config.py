@@ -74,6 +74,11 @@ class Config:
         """Return the fraction of training images held out to choose the classifier on, or None."""
         return None
 
+    @property
+    def drop_path(self) -> float:
+        """Return the rate of stochastic depth of the evaluated network in training."""
+        return 0.0
+
 
 @dataclass(frozen=True)
 class Training(Config):
@@ -138,6 +143,11 @@ class Probing(Training):
     def val_from_train(self) -> float | None:
         """Return the fraction of training images held out to choose the classifier on, or None."""
         return self.classifier.val_from_train
+
+    @property
+    def drop_path(self) -> float:
+        """Return the rate of stochastic depth of the evaluated network in training."""
+        return self.classifier.drop_path
 
 
 AnyConfig = TypeVar("AnyConfig", bound=Config)

@@ -44,6 +44,15 @@ class Classifier:
         choices=("freeze", "finetune"),
     )
     evaluate: bool = option(False, "only test the classifier of --resume", "-e", switch=False)
+    label_smoothing: float = option(
+        0.0, "fraction of each label that is spread evenly over all classes", range="[0, 1)"
+    )
+    drop_path: float = option(
+        0.0,
+        "stochastic depth of a ViT's or Swin's blocks in training, of frozen ones too",
+        range="[0, 1)",
+        metavar="P",
+    )
     val_from_train: float | None = option(
         None,
         "fraction of each class's training images to hold out; the best classifier is chosen on "

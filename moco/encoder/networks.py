@@ -47,9 +47,7 @@ def create(
             raise InputError(f"--stem {stem}: {arch} is not a torchvision ResNet; leave --stem out")
         return timm_networks.create(arch, out, image_size, drop_path)
     if drop_path:
-        raise InputError(
-            f"{arch}: has no stochastic depth; leave --online-drop-path and --target-drop-path at 0"
-        )
+        raise InputError(f"{arch}: {timm_networks.NO_STOCHASTIC_DEPTH}")
     net = resnet(arch, max(out, 1), stem=stem)
     if not out:
         net.fc = nn.Identity()

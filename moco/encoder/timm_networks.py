@@ -25,6 +25,10 @@ SHORT = {
 # MoCo v3's ViTs, with the options by which they differ from timm's
 MOCO_V3 = {"vit_tiny": {}, "vit_small": {"num_heads": 12}, "vit_base": {}, "vit_large": {}}
 
+NO_STOCHASTIC_DEPTH = (
+    "has no stochastic depth; set --online-drop-path and --target-drop-path, or --drop-path, to 0"
+)
+
 
 def is_known(arch: str) -> bool:
     """Return whether `arch` is one of the short names or an architecture of timm."""
@@ -72,9 +76,7 @@ def create(arch: str, out: int, image_size: int, drop_path: float = 0.0) -> nn.M
         raise InputError(f"{at}: timm cannot create it: {why}; choose another size or -a") from None
     _remove_dropout(net)
     if not _set_stochastic_depth(net, drop_path):
-        raise InputError(
-            f"{arch}: has no stochastic depth; leave --online-drop-path and --target-drop-path at 0"
-        )
+        raise InputError(f"{arch}: {NO_STOCHASTIC_DEPTH}")
     last = net.pretrained_cfg.get("classifier")
     if not isinstance(last, str) or (out and not isinstance(net.get_submodule(last), nn.Linear)):
         problem = "its last layer is not one linear layer, which the evaluations need"
@@ -118,12 +120,17 @@ def _remove_dropout(net: nn.Module) -> None:
 
 def _set_stochastic_depth(net: nn.Module, rate: float) -> bool:
     """Return whether the network has stochastic depth of this rate. If it is 0, turn it off."""
-    depths = [module for module in net.modules() if "drop_prob" in vars(module)]
+    depths = stochastic_depth(net)
     if rate == 0:
         for module in depths:
             module.drop_prob = 0.0
         return True
     return any(0 < module.drop_prob <= rate + 1e-6 for module in depths)
+
+
+def stochastic_depth(net: nn.Module) -> list[nn.Module]:
+    """Return the modules of `net` that drop residual branches at random in training."""
+    return [module for module in net.modules() if "drop_prob" in vars(module)]
 
 
 def _timm():

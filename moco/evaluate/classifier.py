@@ -103,8 +103,8 @@ class ClassifierTask(Task):
     def losses(self, logits: Tensor, label: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the sum of the classifiers' losses, and the metrics of the best classifier.
 
-        The loss is cross entropy. If images can show several classes, it is the mean binary cross
-        entropy over the labels that count.
+        The loss is cross entropy, with `--label-smoothing`. If images can show several classes, it
+        is the mean binary cross entropy over the labels that count.
 
         Args:
             logits: [heads, B, num_classes].
@@ -118,7 +118,10 @@ class ClassifierTask(Task):
             )
             losses = each.sum((1, 2)) / counts.sum((1, 2)).clamp_min(1)
         else:
-            losses = torch.stack([F.cross_entropy(one, label) for one in logits])
+            smoothing = self.config.classifier.label_smoothing
+            losses = torch.stack(
+                [F.cross_entropy(one, label, label_smoothing=smoothing) for one in logits]
+            )
         # a classifier with too high a learning rate may have diverged; it cannot be the best
         best = losses.nan_to_num(torch.inf).argmin()
         # take does not wait for the device; losses[best] would

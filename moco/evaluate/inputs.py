@@ -12,7 +12,7 @@ from moco.config import MEAN, STD, AnyConfig, Config, Evaluation, flat, replaced
 from moco.data import folders, registry, subsets
 from moco.data.images import Images
 from moco.distributed import print_rank0
-from moco.encoder import metadata, networks
+from moco.encoder import metadata, networks, resnets
 from moco.encoder import pretrained as encoders
 from moco.engine import checkpoint, features, precision
 from moco.errors import InputError, short
@@ -40,7 +40,7 @@ def complete(config: AnyConfig) -> AnyConfig:
             std=config.views.std or STD,
         )
         # raises InputError if the arch, image size and stem do not fit each other
-        networks.create(config.network.arch, 1, config.views.image_size, stem=config.network.stem)
+        _create(config, 1)
         return config
     if not config.encoder.pretrained:
         return replaced(
@@ -84,8 +84,9 @@ def _complete_from(config: AnyConfig, path: str) -> AnyConfig:
             f"--stem {config.network.stem}: {path} has the stem {stem}; leave --stem out"
         )
     with encoders.suggest_arch(path, facts.arch, arch):
-        _load(networks.create(arch, 1, image_size, stem=stem), config, state)
-    return replaced(config, stem=stem)
+        config = replaced(config, stem=stem)
+        _load(_create(config, 1), config, state)
+    return config
 
 
 def tests_full_network(config: Config) -> bool:
@@ -275,7 +276,7 @@ def load_network(config: Config, num_classes: int, device: torch.device) -> nn.M
         config.views.image_size,
         config.encoder.pretrained,
     )
-    net = networks.create(arch, num_classes, image_size, stem=config.network.stem)
+    net = _create(config, num_classes)
     if tests_full_network(config):
         print_rank0(f"testing the classifier of {config.log.resume}, {arch} at {image_size} pixels")
     elif path:
@@ -293,6 +294,14 @@ def load_network(config: Config, num_classes: int, device: torch.device) -> nn.M
     return precision.prepare_model(
         net, device, config.compute.compile, config.compute.grad_checkpoint
     )
+
+
+def _create(config: Config, out: int) -> nn.Module:
+    """Return the network of an evaluation, randomly initialized, with `out` outputs."""
+    network = config.network
+    # ResNets have no stochastic depth, and a line at the start says that --drop-path has no effect
+    drop_path = 0.0 if network.arch in resnets.ARCHS else config.drop_path
+    return networks.create(network.arch, out, config.views.image_size, drop_path, network.stem)
 
 
 def _print_other_normalization(config: Config, facts: metadata.Metadata) -> None:

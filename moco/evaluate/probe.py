@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from moco.config import Probing
 from moco.data import loader
 from moco.distributed import print_rank0
-from moco.encoder import networks
+from moco.encoder import networks, timm_networks
 from moco.engine.log import Metrics
 from moco.engine.trainer import Trainer
 from moco.errors import InputError
@@ -28,6 +28,9 @@ class Heads(nn.ModuleList):
 
 class LinearProbe(ClassifierTask):
     """The training of new last layers on a frozen backbone in eval mode (MoCo, section 4.1).
+
+    With `--drop-path`, the stochastic depth of the backbone is active while the classifiers train,
+    as in MoBY's code. Batch norm stays in eval mode, so that the backbone does not change.
 
     With several settings, a classifier for each is trained in the same pass, from the same initial
     weights and on the same features. On a CPU, each result has the same bits as if the classifier
@@ -84,8 +87,10 @@ class LinearProbe(ClassifierTask):
         ]
 
     def start_epoch(self) -> None:
-        """Keep the backbone in eval mode."""
+        """Keep the backbone in eval mode, except its stochastic depth."""
         self.module.eval()
+        for module in timm_networks.stochastic_depth(self.module):
+            module.train()
 
     def loss(
         self,

@@ -2,6 +2,7 @@
 
 import pytest
 from run_helpers import options, refused
+from voc_tree import write_voc
 
 from moco.launch import launch
 
@@ -55,6 +56,7 @@ IDLE = [
         "--grad-checkpoint",
         "--grad-checkpoint has no effect: --weights freeze trains no block",
     ),
+    ("main_lincls", "--drop-path 0.1", "--drop-path has no effect: a ResNet has no"),
     ("main_lincls", "--save-every 2", "--save-every has no effect"),
     ("main_lincls", "--download", "--download has no effect"),
     ("main_semisup", "--weights freeze --lr-backbone 0.1", "--lr-backbone has no effect"),
@@ -81,6 +83,15 @@ def until_launch(script, images, tmp_path, monkeypatch):
 @pytest.mark.parametrize(("name", "words", "said"), IDLE)
 def test_an_option_without_effect_is_refused(until_launch, name, words, said):
     refused(until_launch(name, words), said)
+
+
+def test_label_smoothing_is_refused_for_images_with_several_labels(script, tmp_path, monkeypatch):
+    monkeypatch.setattr(launch, "launch", lambda worker, args: None)
+    data = write_voc(tmp_path / "voc", 30, 12)
+    command = (data, "--dataset", "voc2007", "-a", "resnet18", "--save-dir", tmp_path / "run")
+    assert script("main_lincls", *command)[0] == 0
+    result = script("main_lincls", *command, "--label-smoothing", 0.1)
+    refused(result, "--label-smoothing has no effect", "several labels")
 
 
 @pytest.mark.parametrize(

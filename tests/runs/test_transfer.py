@@ -151,6 +151,9 @@ FNC = {
     "batch_size": 1024,
 }
 SYNCO = {"lr_classifier": 0.5, "batch_size": 1024, "wd": 1e-6, "cos": True}
+MOBY = {"lr": [0.5], "wd": [0], "lr_final": 2.5e-6, "learning_rate_scaling": "linear"}
+MOBY |= {"batch_size": 512, "epochs": 100, "lr_warmup_epochs": 5, "cos": True, "nesterov": True}
+MOBY |= {"momentum": 0.9, "clip_grad": 5, "label_smoothing": 0.1, "drop_path": 0.2}
 FNC |= {"ft_proj": 1, "zero_init_classifier": True, "wd": 0, "lr_warmup_epochs": 0}
 
 
@@ -191,16 +194,8 @@ FNC |= {"ft_proj": 1, "zero_init_classifier": True, "wd": 0, "lr_warmup_epochs":
                 "wd": [0],
             },
         ),
-        (
-            "lincls_moby",
-            {
-                "lr": [0.5],
-                "learning_rate_scaling": "linear",
-                "batch_size": 512,
-                "lr_warmup_epochs": 5,
-                "wd": [0],
-            },
-        ),
+        ("lincls_moby", {**MOBY, "weights": "freeze"}),
+        ("finetune_moby", {**MOBY, "weights": "finetune"}),
         (
             "lincls_fnc",
             {
@@ -218,7 +213,7 @@ FNC |= {"ft_proj": 1, "zero_init_classifier": True, "wd": 0, "lr_warmup_epochs":
     ],
 )
 def test_published_protocols(name, expected):
-    module = main_lincls if name.startswith("lincls") else main_semisup
+    module = main_semisup if name.startswith("semisup") else main_lincls
     args = vars(settings(module, ["DIR", "--cfg", f"configs/{name}.yaml"]))
     assert {option: args[option] for option in expected} == expected
 

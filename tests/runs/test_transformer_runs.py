@@ -100,6 +100,34 @@ def test_resumed_run_equals_uninterrupted_run(method, script, shared_images, tmp
     assert ("cosine" if method == "byol" else "acc1") in lines[0]
 
 
+@pytest.mark.parametrize("weights", ["freeze", "finetune"])
+def test_resumed_classifier_equals_uninterrupted_one(weights, script, shared_images, tmp_path):
+    """So does the stochastic depth of a network that is frozen, or fine-tuned."""
+    command = (
+        shared_images,
+        *typed("-a test_vit --image-size 32 -b 8 -j 0 --lr 0.1 --nesterov --clip-grad 5"),
+        *typed("--weights {} --drop-path 0.4 --label-smoothing 0.1", weights),
+    )
+    runs = {
+        "full": [("--epochs", 2)],
+        "parts": [("--epochs", 1), ("--epochs", 2, "--resume", "auto")],
+        "plain": [("--epochs", 2, "--drop-path", 0)],
+        "sharp": [("--epochs", 2, "--label-smoothing", 0)],
+    }
+    states = {}
+    for run, starts in runs.items():
+        for more in starts:
+            status, _, err = script("main_lincls", *command, *more, "--save-dir", tmp_path / run)
+            assert status == 0, err
+        states[run] = load(tmp_path / run / "checkpoint.pth.tar")
+    for key in ("epoch", "state_dict", "optimizer", "progress", "best_acc1"):
+        assert same(states["full"][key], states["parts"][key]), key
+    for other in ("plain", "sharp"):
+        assert not same(states["full"]["state_dict"], states[other]["state_dict"])
+    settings = json.loads((tmp_path / "full" / "results.json").read_text())["settings"]
+    assert (settings["drop_path"], settings["label_smoothing"]) == (0.4, 0.1)
+
+
 def test_recomputed_blocks_change_nothing(script, shared_images, tmp_path):
     net, calls = networks.create("test_vit", 3, 32), []
     net.blocks[2].register_forward_pre_hook(lambda *_: calls.append(1))
@@ -193,7 +221,7 @@ def test_published_commands_run(shared_images, tmp_path):
         8,
         *run,
     )
-    out = succeeded(shell(*command, *small, "--mlp-dim", 64, "--amp", "off"))
+    out = succeeded(shell(*command, *small, "--mlp-dim", 64))
     assert (
         "total batch 16 = 8 per process x 2 processes x 1 accumulation; lr after scaling 3.125e-05"
         in out
@@ -220,8 +248,8 @@ def test_published_commands_run(shared_images, tmp_path):
         for name in RESULTS
     ]
     assert [(one["method"], one["arch"], one["dataset"], one["protocol"]) for one in found] == [
-        ("moby", "vit_tiny", str(shared_images), "linear"),
-        ("moby", "vit_tiny", "cifar10", "finetune"),
+        ("moby", "vit_small", str(shared_images), "linear"),
+        ("moby", "vit_small", "cifar10", "finetune"),
     ]
 
 

@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import on_two_ranks
+from conftest import ROOT, on_two_ranks, settings
 from torch import nn
 
 import main_moby
@@ -119,7 +119,7 @@ def test_the_whole_method_is_the_slow_one(method):
                 for parameter in part.parameters():
                     parameter -= LR * parameter.grad
                     parameter.grad = None
-            m = 1 - (1 - M) * (math.cos(math.pi * step / (total - 1)) + 1) / 2
+            m = 1 - (1 - M) * (math.cos(math.pi * (step + 1) / total) + 1) / 2
             assert model.momentum() == pytest.approx(m, abs=1e-12)
             for target, online in ((f_k, model.encoder), (g_k, model.projector)):
                 for old, new in zip(target.parameters(), online.parameters(), strict=True):
@@ -157,6 +157,34 @@ def test_byol_lies_between_0_and_4():
     z = F.normalize(torch.randn(2, 5, DIM, dtype=torch.float64), dim=2)
     assert model.contrast([z[0], z[1]], [z[1], z[0]], at(0))[0] == pytest.approx(0, abs=1e-12)
     assert model.contrast([z[0], z[1]], [-z[1], -z[0]], at(0))[0] == pytest.approx(4)
+
+
+# recipes
+
+
+COUNTS = [f"n{i}" for i in range(1, 7)]
+
+
+@pytest.mark.parametrize("arch", ["vit_small", "swin_tiny"])
+@pytest.mark.parametrize(
+    ("suffix", "counts", "first", "last"),
+    [("", [128] * 6, 30, 100), ("_as_run", [128] * 3 + [64] * 3, 120, 300)],
+)
+def test_synthetic_negatives_of_the_recipes(arch, suffix, counts, first, last):
+    args = settings(main_moby, ["DIR", "--cfg", ROOT / "configs" / f"synco_{arch}{suffix}.yaml"])
+    assert (args.method, args.arch, args.epochs, args.amp) == ("synco", arch, 300, "off")
+    assert [getattr(args, name) for name in COUNTS] == counts
+    assert (args.synthetic_first, args.synthetic_last) == (first, last)
+    assert (args.n_hard, args.sigma, args.delta, args.eta) == (256, 0.1, 0.01, 0.01)
+
+
+def test_the_recipe_of_the_published_command_is_vit_small():
+    alias, named = (
+        vars(settings(main_moby, ["DIR", "--cfg", ROOT / "configs" / f"moby_vit_{size}.yaml"]))
+        for size in ("tiny", "small")
+    )
+    assert {name for name in alias if alias[name] != named[name]} == {"cfg"}
+    assert alias["arch"] == "vit_small"
 
 
 # two ranks

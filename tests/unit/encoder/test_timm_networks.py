@@ -155,7 +155,7 @@ def test_drop_path_rate_is_applied_or_refused(arch):
     try:
         net = networks.create(arch, 0, 256 if "256" in arch else 224, drop_path=0.3)
     except InputError as error:
-        assert arch in WITHOUT_DEPTH and "has no stochastic depth; leave --online-drop-path" in str(
+        assert arch in WITHOUT_DEPTH and "has no stochastic depth; set --online-drop-path" in str(
             error
         )
         return
