@@ -35,7 +35,7 @@ class Config(config.Pretraining):
     views: sections.Views = sections.Views(recipe="fnc")
     optimizer: sections.Optimizer = sections.Optimizer(
         epochs=100,
-        optimizer="lars",
+        optimizer="lars_tf",
         lr=0.1,
         learning_rate_scaling="sqrt",
         schedule=(120, 160),

@@ -58,7 +58,7 @@ class FineTuning(ClassifierTask):
         old = [p for p in self.module.parameters() if id(p) not in mine]
         lr, wd = self.settings[0]
         return [
-            {"params": new, "lr": lr, "weight_decay": wd},
+            {"params": new, "lr": lr, "weight_decay": wd, "adapt": False},
             {"params": old, "lr": self.lr_backbone, "weight_decay": wd},
         ]
 

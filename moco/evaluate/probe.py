@@ -79,7 +79,7 @@ class LinearProbe(ClassifierTask):
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Return one parameter group for each classifier."""
         return [
-            {"params": list(head.parameters()), "lr": lr, "weight_decay": wd}
+            {"params": list(head.parameters()), "lr": lr, "weight_decay": wd, "adapt": False}
             for head, (lr, wd) in zip(self.heads, self.settings, strict=True)
         ]
 

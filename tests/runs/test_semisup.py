@@ -208,7 +208,7 @@ def test_frozen_weights_stay_and_are_checked(script, pretrained, shared_images, 
     assert results(tmp_path)["settings"]["weights"] == "freeze"
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "lars"])
+@pytest.mark.parametrize("optimizer", ["sgd", "lars", "lars_tf"])
 def test_resumed_fine_tuning_is_one_never_stopped(
     optimizer, script, pretrained, shared_images, tmp_path
 ):

@@ -144,7 +144,7 @@ def test_a_recipe_is_one_of_the_script_that_it_names(recipe):
 
 
 FNC = {
-    "optimizer": "lars",
+    "optimizer": "lars_tf",
     "lr_backbone": 0.005,
     "lr_classifier": 0.005,
     "learning_rate_scaling": "sqrt",
