@@ -31,6 +31,12 @@ class Classifier:
         "freeze: train the classifier only; finetune: train the encoder, too",
         choices=("freeze", "finetune"),
     )
+    zero_init_classifier: bool = option(False, "initialize the classifier with zeros", switch=False)
+    sync_bn: bool = option(
+        False,
+        "normalize the batches of all processes together, for --weights finetune",
+        switch=False,
+    )
     evaluate: bool = option(False, "only test the classifier of --resume", "-e", switch=False)
     val_from_train: float | None = option(
         None,
