@@ -32,10 +32,11 @@ class Config(config.Pretraining):
     """The settings of this script."""
 
     input: sections.Input = sections.Input(batch_size=4096)
-    views: sections.Views = sections.Views(recipe="fnc")
+    # the authors' code does not normalize images
+    views: sections.Views = sections.Views(recipe="fnc", mean=(0.0,) * 3, std=(1.0,) * 3)
     optimizer: sections.Optimizer = sections.Optimizer(
         epochs=100,
-        optimizer="lars",
+        optimizer="lars_tf",
         lr=0.1,
         learning_rate_scaling="sqrt",
         schedule=(120, 160),
@@ -60,6 +61,7 @@ def parser() -> Parser:
 def complete(c: Config) -> Config:
     c = config.replaced(c, method="fnc", views=2 + c.fnc.support_size)
     check_memory(c)
+    pretrain.check_one_size(c)
     return pretrain.complete(c)
 
 

@@ -55,7 +55,6 @@ class FineTune:
     ft_proj: int = option(
         0, "keep the first N layers of the projection head", range="[0, 100]", metavar="N"
     )
-    zero_init_classifier: bool = option(False, "initialize the classifier with zeros", switch=False)
 
 
 @dataclass(frozen=True)
@@ -76,10 +75,8 @@ class Config(config.Probing):
 
 def parser() -> Parser:
     p = Parser(__doc__, Config())
-    frozen = "--weights freeze only trains a classifier, initialized as in a linear probe; "
-    frozen += "leave it out"
-    names = "lr_backbone zero_init_classifier"
-    p.has_effect(names, lambda args: args.weights == "finetune", frozen)
+    frozen = "--weights freeze only trains a classifier; leave it out"
+    p.has_effect("lr_backbone", lambda args: args.weights == "finetune", frozen)
     return p
 
 
@@ -110,8 +107,7 @@ def worker(c: Config, device: torch.device) -> None:
     if frozen:
         task = LinearProbe(c, net, images, device, [setting], best_name=BEST)
     else:
-        lr, zero_init = tuning.lr_backbone, tuning.zero_init_classifier
-        task = FineTuning(c, net, images, device, setting, lr, zero_init, best_name=BEST)
+        task = FineTuning(c, net, images, device, setting, tuning.lr_backbone, best_name=BEST)
     run(task, f"semisup{c.labels.train_percent}{'_frozen' if frozen else ''}")
 
 

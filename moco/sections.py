@@ -28,7 +28,7 @@ from moco.options import LAYERS as LAYERS
 
 STEMS = ("imagenet", "cifar")  # of ResNets; see `moco.encoder.resnets.resnet`
 DEVICES = ("cpu", "cuda", "xpu", "mps")
-OPTIMIZERS = ("sgd", "lars", "adamw")
+OPTIMIZERS = ("sgd", "lars", "lars_tf", "adamw")
 SCALINGS = ("none", "sqrt", "linear")
 CACHE_MODES = ("auto", "on", "off")
 
@@ -233,7 +233,12 @@ class Schedule:
 
     TITLE: ClassVar[str] = "optimization"
     epochs: int = option(200, "number of epochs", range=EPOCHS)
-    optimizer: str = option("sgd", "optimizer; sgd and lars use --momentum", choices=OPTIMIZERS)
+    optimizer: str = option(
+        "sgd",
+        "optimizer; lars_tf: LARS as in SimCLR's TensorFlow code, with the learning rate inside "
+        "the momentum, and a classifier without layer-wise rates; all but adamw use --momentum",
+        choices=OPTIMIZERS,
+    )
     learning_rate_scaling: str = option(
         "none",
         "multiply the learning rate by sqrt(total batch), or by total batch / 256",
@@ -262,7 +267,7 @@ class Schedule:
         metavar="LR",
     )
     lr_warmup_epochs: int = option(0, "epochs of linear learning-rate warm-up", range=NATURAL)
-    momentum: float = option(0.9, "momentum of sgd and lars", range=MOMENTUM)
+    momentum: float = option(0.9, "momentum of sgd, lars and lars_tf", range=MOMENTUM)
     clip_grad: float = option(
         0.0, "maximum gradient norm; 0: no clipping", range="[0, 1000000]", metavar="NORM"
     )

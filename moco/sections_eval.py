@@ -43,6 +43,12 @@ class Classifier:
         "freeze: train the classifier only; finetune: train the encoder, too",
         choices=("freeze", "finetune"),
     )
+    zero_init_classifier: bool = option(False, "initialize the classifier with zeros", switch=False)
+    sync_bn: bool = option(
+        False,
+        "normalize the batches of all processes together, for --weights finetune",
+        switch=False,
+    )
     evaluate: bool = option(False, "only test the classifier of --resume", "-e", switch=False)
     label_smoothing: float = option(
         0.0, "fraction of each label that is spread evenly over all classes", range="[0, 1)"

@@ -107,16 +107,19 @@ class FNC(MovingAverage):
     ) -> tuple[Tensor, dict[str, Metric]]:
         """Return the loss and metrics of this rank's batch, whose features enter the memory.
 
+        All views pass the network at once, so that batch norm normalizes them together.
+
         Args:
             views: V views, each [B, 3, H, W].
             index: index of each image in the training set, [B].
             progress: unused.
         """
-        z = torch.stack([normalize(self.encoder_q(view)) for view in views])  # [V, B, C]
+        images, shape = torch.cat(list(views)), (len(views), len(views[0]), -1)
+        z = normalize(self.encoder_q(images)).view(shape)  # [V, B, C]
         keys = z
         if self.memory_size:
             with torch.no_grad():
-                keys = torch.stack([normalize(self.encoder_k(view)) for view in views])
+                keys = normalize(self.encoder_k(images)).view(shape)
         with torch.autocast(z.device.type, enabled=False):
             return self.contrast(z, keys, index)
 

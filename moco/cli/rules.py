@@ -110,16 +110,20 @@ def _monitor(parser: EffectsParser) -> None:
 def _classifier(parser: EffectsParser) -> None:
     frozen = "--weights freeze trains no block of the network; leave it out"
     parser.has_effect("grad_checkpoint", lambda args: args.weights == "finetune", frozen)
+    running = "--weights freeze uses the running statistics of batch norm; leave it out"
+    parser.has_effect("sync_bn", lambda args: args.weights == "finetune", running)
+    several = lambda args: processes.plan(args.config.launch).world_size > 1  # noqa: E731
+    parser.has_effect("sync_bn", several, "the run has one process", refuse=False)
     resnet = "a ResNet has no stochastic depth; leave it out"
     parser.has_effect("drop_path", lambda args: args.arch not in ARCHS, resnet)
-    several = "each image has several labels, and the loss is binary; leave it out"
+    binary = "each image has several labels, and the loss is binary; leave it out"
     one_label = lambda args: registry.METRIC[args.dataset] != "map11"  # noqa: E731
-    parser.has_effect("label_smoothing", one_label, several)
+    parser.has_effect("label_smoothing", one_label, binary)
     trains = "epochs optimizer lr lr_backbone lr_classifier learning_rate_scaling wd schedule cos"
     trains += " lr_by sgdr sgdr_t0 lr_final lr_warmup_epochs momentum clip_grad nesterov"
     trains += " accumulation_steps print_freq save_every_steps on_bad_image recipe crop_min"
-    trains += " randaugment blur_sigma zero_init_classifier grad_checkpoint pretrained cache_images"
-    trains += " label_smoothing drop_path"
+    trains += " randaugment blur_sigma zero_init_classifier sync_bn grad_checkpoint pretrained"
+    trains += " cache_images label_smoothing drop_path protocol"
     only_tests = "--evaluate only tests the classifier of --resume"
     parser.has_effect(trains, lambda args: not args.evaluate, only_tests, refuse=False)
     last = "only the last and the best checkpoint of a classifier are kept; leave it out"

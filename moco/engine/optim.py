@@ -19,7 +19,8 @@ def make(groups: list[dict[str, Any]], schedule: Schedule, amp: str) -> torch.op
     momentum buffer uninitialised and uses it in the next step.
 
     Args:
-        groups: parameter groups, each with `params`, `lr` and `weight_decay`.
+        groups: parameter groups, each with `params`, `lr` and `weight_decay`. A group with
+            `"adapt": False` has a new classifier, which lars_tf trains without layer-wise rates.
         schedule: the settings of the optimizer and its schedule.
         amp: the value of `--amp`.
 
@@ -28,6 +29,9 @@ def make(groups: list[dict[str, Any]], schedule: Schedule, amp: str) -> torch.op
     if not 0 <= schedule.momentum < 1 or (schedule.nesterov and not schedule.momentum):
         least = "above 0 with --nesterov" if schedule.nesterov else "at least 0"
         raise InputError(f"--momentum {schedule.momentum:g}: must be {least}, and below 1")
+    if schedule.optimizer == "lars_tf":
+        return TFLARS(groups, momentum=schedule.momentum)
+    groups = [{k: v for k, v in group.items() if k != "adapt"} for group in groups]
     if schedule.optimizer == "lars":
         return LARS(groups, momentum=schedule.momentum)
     if schedule.optimizer == "adamw":
@@ -108,7 +112,7 @@ def _place_counts(optimizer: torch.optim.Optimizer) -> None:
 # names of a parameter's state, by a setting that only the optimizers with this state have
 _STATE = {"momentum": {"momentum_buffer"}, "betas": {"step", "exp_avg", "exp_avg_sq"}}
 # settings that tell apart optimizers whose states have the same shapes
-_DISTINCTIVE = ("dampening", "betas", "eps", "trust", "amsgrad")
+_DISTINCTIVE = ("dampening", "betas", "eps", "trust", "adapt", "amsgrad")
 
 
 def _matches(saved: dict[str, Any], mine: dict[str, Any]) -> bool:
@@ -141,8 +145,8 @@ def _is_valid(
 class LARS(torch.optim.Optimizer):
     """The LARS optimizer: layer-wise adaptive rate scaling (You et al., arXiv 1708.03888).
 
-    This is the variant of SimCLR, MoCo v3 and SogCLR. A parameter w with gradient g is updated
-    by v <- momentum v + u and w <- w - lr v. If w has two dimensions or more,
+    This is the variant of MoCo v3 and of SogCLR's PyTorch code. A parameter w with gradient g is
+    updated by v <- momentum v + u and w <- w - lr v. If w has two dimensions or more,
     u = trust |w| / |g + wd w| (g + wd w). Otherwise, for biases and the scales of norm layers,
     u = g, without weight decay.
 
@@ -152,7 +156,10 @@ class LARS(torch.optim.Optimizer):
         weight_decay: wd.
         momentum: momentum, in [0, 1).
         trust: trust coefficient.
+        more: default settings of groups for `TFLARS`.
     """
+
+    lr_in_momentum = False
 
     def __init__(
         self,
@@ -161,10 +168,10 @@ class LARS(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         momentum: float = 0.9,
         trust: float = 0.001,
+        **more: bool,
     ):
-        super().__init__(
-            params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "trust": trust}
-        )
+        defaults = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "trust": trust}
+        super().__init__(params, defaults | more)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
@@ -179,22 +186,32 @@ class LARS(torch.optim.Optimizer):
                 continue
             gradients = {p: p.grad for p in params}
             matrices = [p for p in params if p.dim() > 1]
-            if matrices:
-                gradients.update(
-                    zip(
-                        matrices,
-                        _scaled(matrices, group["weight_decay"], group["trust"]),
-                        strict=True,
-                    )
-                )
+            if matrices and group.get("adapt", True):
+                scaled = _scaled(matrices, group["weight_decay"], group["trust"])
+                gradients.update(zip(matrices, scaled, strict=True))
             for p in params:
                 if "momentum_buffer" not in self.state[p]:
                     self.state[p]["momentum_buffer"] = torch.zeros_like(p)
             momenta = [self.state[p]["momentum_buffer"] for p in params]
+            inside, outside = (group["lr"], 1) if self.lr_in_momentum else (1, group["lr"])
             torch._foreach_mul_(momenta, group["momentum"])
-            torch._foreach_add_(momenta, [gradients[p] for p in params])
-            torch._foreach_add_(params, momenta, alpha=-group["lr"])
+            torch._foreach_add_(momenta, [gradients[p] for p in params], alpha=inside)
+            torch._foreach_add_(params, momenta, alpha=-outside)
         return loss
+
+
+class TFLARS(LARS):
+    """LARS as in the TensorFlow code of SimCLR, FNC and SogCLR.
+
+    The learning rate is inside the momentum: v <- momentum v + lr u and w <- w - v, with the u of
+    `LARS`. A group with `"adapt": False` has u = g, without weight decay. It holds a classifier:
+    if that starts at 0, its trust ratio would stay so small that nothing is learnt.
+    """
+
+    lr_in_momentum = True
+
+    def __init__(self, params, **settings: float):
+        super().__init__(params, adapt=True, **settings)
 
 
 def _scaled(params: list[Tensor], decay: float, trust: float) -> list[Tensor]:

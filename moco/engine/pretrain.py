@@ -38,6 +38,16 @@ def check_views(config: Pretraining, several_crops: bool = False) -> None:
         )
 
 
+def check_one_size(config: Pretraining) -> None:
+    """Raise InputError if the recipe makes views of different sizes."""
+    sizes = sorted({view.size for view in recipes.from_settings(config.views)})
+    if len(sizes) > 1:
+        raise InputError(
+            f"--recipe {config.views.recipe}: its views have {' and '.join(map(str, sizes))} "
+            "pixels, but all views pass the network at once; choose a recipe with one size"
+        )
+
+
 def complete(config: Pretraining) -> Pretraining:
     """Return `config` with the mean and std of the data set, unless they are given.
 

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moco import distributed
 from moco.config import Probing
 from moco.data import loader
 from moco.encoder import networks
@@ -25,7 +26,6 @@ class FineTuning(ClassifierTask):
         device: the device of this process.
         setting: learning rate and weight decay of the classifier.
         lr_backbone: learning rate of the pre-trained network. It has the weight decay of `setting`.
-        zero_init: whether the weights of the classifier start at 0.
         more: `best_name` of `ClassifierTask`.
 
     Raises InputError if each process has a single image per batch.
@@ -39,7 +39,6 @@ class FineTuning(ClassifierTask):
         device: torch.device,
         setting: Setting,
         lr_backbone: float,
-        zero_init: bool = False,
         **more: str,
     ):
         if config.input.batch_per_process < 2:
@@ -48,7 +47,9 @@ class FineTuning(ClassifierTask):
                 "Raise --batch-size"
             )
         self.classifier, self.lr_backbone = networks.classifier(net), lr_backbone
-        init_classifier(self.classifier, std=0.0 if zero_init else 0.01)
+        init_classifier(self.classifier, config.classifier)
+        if config.classifier.sync_bn:
+            net = distributed.sync_batch_norm(net, device)
         super().__init__(config, net, images, device, [setting], **more)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
@@ -58,7 +59,7 @@ class FineTuning(ClassifierTask):
         old = [p for p in self.module.parameters() if id(p) not in mine]
         lr, wd = self.settings[0]
         return [
-            {"params": new, "lr": lr, "weight_decay": wd},
+            {"params": new, "lr": lr, "weight_decay": wd, "adapt": False},
             {"params": old, "lr": self.lr_backbone, "weight_decay": wd},
         ]
 

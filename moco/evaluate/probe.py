@@ -60,7 +60,7 @@ class LinearProbe(ClassifierTask):
     ):
         net.requires_grad_(False)
         first = networks.head(net).requires_grad_(True)
-        init_classifier(first)
+        init_classifier(first, config.classifier)
         self.heads = [first] + [copy.deepcopy(first) for _ in settings[1:]]
         if len(self.heads) > 1:
             networks.set_head(net, Heads(self.heads))
@@ -82,7 +82,7 @@ class LinearProbe(ClassifierTask):
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Return one parameter group for each classifier."""
         return [
-            {"params": list(head.parameters()), "lr": lr, "weight_decay": wd}
+            {"params": list(head.parameters()), "lr": lr, "weight_decay": wd, "adapt": False}
             for head, (lr, wd) in zip(self.heads, self.settings, strict=True)
         ]
 

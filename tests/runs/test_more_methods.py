@@ -105,6 +105,8 @@ def test_every_evaluation_reads_the_checkpoint(
             0 <= value <= 1 for value in results["metrics"].values()
         )
         used = {"image_size": 32, "mean": list(MEAN), "std": list(STD), "stem": "imagenet"}
+        # FNC does not normalize images
+        used |= {"mean": [0] * 3, "std": [1] * 3} if name == "fnc" else {}
         used |= {"features": "backbone", "temperature": 0.07} if evaluation == "main_knn" else {}
         assert results["settings"] | used == results["settings"]
     monkeypatch.setattr(sys, "argv", ["convert", str(file), str(tmp_path / "converted.pkl")])

@@ -60,11 +60,7 @@ IDLE = [
     ("main_lincls", "--save-every 2", "--save-every has no effect"),
     ("main_lincls", "--download", "--download has no effect"),
     ("main_semisup", "--weights freeze --lr-backbone 0.1", "--lr-backbone has no effect"),
-    (
-        "main_semisup",
-        "--weights freeze --zero-init-classifier",
-        "--zero-init-classifier has no effect",
-    ),
+    ("main_lincls", "--sync-bn", "--sync-bn has no effect: --weights freeze uses the running"),
     ("main_knn", "--recipe mocov2", "--recipe has no effect"),
     ("main_knn", "--crop-min 0.5", "--crop-min has no effect"),
     ("main_knn", "--blur-sigma 1 2", "--blur-sigma has no effect: this script uses centre crops"),

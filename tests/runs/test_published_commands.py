@@ -139,7 +139,7 @@ SOGCLR = {
 FNC_SETTINGS = {
     "lr": 0.1,
     "learning_rate_scaling": "sqrt",
-    "optimizer": "lars",
+    "optimizer": "lars_tf",
     "wd": 1e-4,
     "batch_size": 4096,
     "epochs": 100,
@@ -151,6 +151,8 @@ FNC_SETTINGS |= {
     "fn_topk": 10,
     "fn_threshold": 0.7,
     "recipe": "fnc",
+    "mean": [0, 0, 0],
+    "std": [1, 1, 1],
 }
 
 
@@ -181,7 +183,13 @@ FNC_SETTINGS |= {
         ),
         (
             "simclr_imagenet100_400",
-            {**SOGCLR, "epochs": 400, "loss_type": "simclr", "data_name": "imagenet100"},
+            {
+                **SOGCLR,
+                "optimizer": "lars_tf",
+                "epochs": 400,
+                "loss_type": "simclr",
+                "data_name": "imagenet100",
+            },
         ),
     ],
 )

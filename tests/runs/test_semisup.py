@@ -15,6 +15,7 @@ from torch import nn
 from moco.data import subsets
 from moco.encoder.resnets import resnet
 from moco.evaluate import classifier, inputs
+from moco.sections_eval import Classifier
 
 pytestmark = pytest.mark.slow
 
@@ -163,7 +164,7 @@ def test_a_new_classifier_does_not_depend_on_where_the_layer_is():
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
         layer = nn.Linear(5, 40, dtype=dtype)
         torch.manual_seed(0)
-        classifier.init_classifier(layer)
+        classifier.init_classifier(layer, Classifier())
         found.append(layer.weight)
         assert not layer.bias.any()
     assert torch.equal(found[0].double(), found[1]) and torch.equal(found[0].bfloat16(), found[2])
@@ -208,7 +209,7 @@ def test_frozen_weights_stay_and_are_checked(script, pretrained, shared_images, 
     assert results(tmp_path)["settings"]["weights"] == "freeze"
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "lars"])
+@pytest.mark.parametrize("optimizer", ["sgd", "lars", "lars_tf"])
 def test_resumed_fine_tuning_is_one_never_stopped(
     optimizer, script, pretrained, shared_images, tmp_path
 ):

@@ -144,11 +144,14 @@ def test_a_recipe_is_one_of_the_script_that_it_names(recipe):
 
 
 FNC = {
-    "optimizer": "lars",
+    "optimizer": "lars_tf",
     "lr_backbone": 0.005,
     "lr_classifier": 0.005,
     "learning_rate_scaling": "sqrt",
     "batch_size": 1024,
+    "lr_by": "step",
+    "crop_min": 0.2,
+    "sync_bn": True,
 }
 SYNCO = {"lr_classifier": 0.5, "batch_size": 1024, "wd": 1e-6, "cos": True}
 MOBY = {"lr": [0.5], "wd": [0], "lr_final": 2.5e-6, "learning_rate_scaling": "linear"}
@@ -204,6 +207,10 @@ FNC |= {"ft_proj": 1, "zero_init_classifier": True, "wd": 0, "lr_warmup_epochs":
                 "batch_size": 1024,
                 "epochs": 90,
                 "nesterov": True,
+                "zero_init_classifier": True,
+                "cos": True,
+                "lr_by": "step",
+                "crop_min": 0.2,
             },
         ),
         ("semisup_synco_1pct", {**SYNCO, "train_percent": 1, "epochs": 60}),
@@ -230,3 +237,12 @@ def test_nesterov_and_lars_reach_the_optimizer(script, images, tmp_path):
             ]
         )
     assert not torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+
+
+def test_the_classifier_of_a_probe_may_start_at_zero(script, images, tmp_path):
+    common = (images, *typed("-a resnet18 --image-size 32 -j 0 -b 8 --epochs 1 --lr 0"))
+    for options, zero in (((), False), (("--zero-init-classifier",), True)):
+        run = tmp_path / "".join(options)
+        assert script("main_lincls", *common, *options, "--save-dir", run)[0] == 0
+        state = torch.load(run / "checkpoint.pth.tar", weights_only=True)["state_dict"]
+        assert state["module.fc.weight"].any() != zero

@@ -113,14 +113,14 @@ def test_the_memory_holds_the_latest_features_of_the_average(mode, V):
     for step in range(6):
         views, index = batch(step, V, n)
         with torch.no_grad():
-            keys = [F.normalize(average(view), dim=1) for view in views]
+            keys = F.normalize(average(torch.cat(views)), dim=1).split(n)
         kept = [*kept, *((keys[v][i], int(index[i])) for v in range(V) for i in range(n))][-rows:]
         bank, own = (
             torch.stack([row for row, _ in kept]),
             torch.arange(rows - V * n, rows).view(V, n),
         )
         encoder = copy.deepcopy(model.encoder_q)
-        z = torch.stack([F.normalize(encoder(view), dim=1) for view in views])
+        z = torch.stack(F.normalize(encoder(torch.cat(views)), dim=1).split(n))
         slow = slow_loss(z, bank, own, model.cancellation)
         slow.backward()
         loss, metrics = model(views, index, Progress(step=step))
@@ -184,13 +184,28 @@ def test_without_memory_there_is_one_encoder():
     assert not any(name.startswith(("memory", "encoder_k")) for name in model.state_dict())
     views, index = batch(0, 2, 5)
     encoder = copy.deepcopy(model.encoder_q)
-    z = torch.stack([F.normalize(encoder(view), dim=1) for view in views])
+    z = torch.stack(F.normalize(encoder(torch.cat(views)), dim=1).split(5))
     loss, metrics = model(views, index, Progress())
     torch.testing.assert_close(
         loss, global_contrastive.nt_xent(global_contrastive.compare(z, z, 0), T), rtol=0, atol=1e-12
     )
     assert not {"fn_found", "fn_precision"} & metrics.keys()
     model.after_step()
+
+
+def test_batch_norm_normalizes_all_views_together():
+    model = build(0, "off")
+    views, index = batch(0, 4, 5)
+    convolution, norm = model.encoder_q[0], model.encoder_q[1]
+    x = torch.stack([convolution(image[None])[0] for view in views for image in view])
+    seen = []
+    norm.register_forward_hook(lambda _, inputs, output: seen.append(output))
+    model(views, index, Progress())
+    by_hand = (x - x.mean((0, 2, 3), True)) / (x.var((0, 2, 3), False, True) + 1e-5).sqrt()
+    (found,) = seen
+    torch.testing.assert_close(found, by_hand, rtol=0, atol=1e-10)
+    torch.testing.assert_close(norm.running_mean, 0.1 * x.mean((0, 2, 3)), rtol=0, atol=1e-10)
+    assert norm.num_batches_tracked == 1
 
 
 # two ranks
@@ -201,7 +216,8 @@ def three_steps(rank, rows, mode):
     the full batch.
     """
     model, found = build(rows, mode, labels=True), []
-    distributed.sync_batch_norm(model, torch.device("cpu"))
+    if model.sync_batch_norm:
+        distributed.sync_batch_norm(model, torch.device("cpu"))
     ddp = distributed.data_parallel(model)
     mine = slice(None) if rank is None else slice(3 * rank, 3 * rank + 3)
     for step in range(3):

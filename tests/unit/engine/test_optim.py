@@ -10,6 +10,7 @@ import torch
 from moco.config import Training
 from moco.engine import optim
 from moco.engine.trainer import Trainer
+from moco.errors import InputError
 from moco.sections import Schedule
 
 SHAPES = ((4, 3, 2, 2), (5, 4), (5,), (3, 3), ())
@@ -50,6 +51,76 @@ def test_lars_is_its_definition(seed, decay):
         for p, g, want in zip(params, gradients, mine, strict=True):
             torch.testing.assert_close(p.detach(), want, rtol=1e-11, atol=1e-11)
             assert torch.equal(p.grad, g)
+
+
+def lars_tf_by_hand(weights, gradients, momenta, lr, decay, momentum, trust, adapt):
+    """One step of SimCLR's TensorFlow code, in place: the rate is in the momentum."""
+    for w, g, v in zip(weights, gradients, momenta, strict=True):
+        rate = lr
+        if w.dim() > 1 and adapt:
+            g = g + decay * w
+            length, slope = w.square().sum().sqrt(), g.square().sum().sqrt()
+            if length > 0 and slope > 0:
+                rate = lr * trust * length / slope
+        v.copy_(momentum * v + rate * g)
+        w.sub_(v)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_lars_tf_is_its_definition(decay):
+    """The first half of the parameters is adapted, the second, a classifier, is not."""
+    torch.manual_seed(0)
+    params = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in 2 * SHAPES]
+    with torch.no_grad():
+        params[3].zero_()
+    mine = [p.detach().clone() for p in params]
+    momenta, half = [torch.zeros_like(p) for p in mine], len(SHAPES)
+    groups = [
+        {"params": params[:half], "lr": 0.3, "weight_decay": decay},
+        {"params": params[half:], "lr": 0.2, "weight_decay": decay, "adapt": False},
+    ]
+    optimizer = optim.make(groups, Schedule(optimizer="lars_tf", momentum=0.8), "off")
+    for step in range(20):
+        factor = 1 + math.cos(step)  # of a schedule: it enters the momentum
+        for group, lr in zip(optimizer.param_groups, (0.3, 0.2), strict=True):
+            group["lr"] = lr * factor
+        gradients = [torch.randn_like(p) for p in mine]
+        gradients[1] *= step != 2
+        for p, g in zip(params, gradients, strict=True):
+            p.grad = g.clone()
+        optimizer.step()
+        for part, lr, adapt in ((slice(half), 0.3, True), (slice(half, None), 0.2, False)):
+            by_hand = (lr * factor, decay, 0.8, 0.001, adapt)
+            lars_tf_by_hand(mine[part], gradients[part], momenta[part], *by_hand)
+        for p, g, want in zip(params, gradients, mine, strict=True):
+            torch.testing.assert_close(p.detach(), want, rtol=1e-11, atol=1e-11)
+            assert torch.equal(p.grad, g)
+
+
+def test_restore_tells_the_two_kinds_of_lars_apart():
+    """Their states look the same, but only one has the learning rate inside the momentum."""
+
+    def made(name, adapt):
+        torch.manual_seed(0)
+        net = torch.nn.Linear(3, 2)
+        groups = [{"params": list(net.parameters()), "lr": 0.5, "weight_decay": 0.1}]
+        groups[0]["adapt"] = adapt
+        optimizer = optim.make(groups, Schedule(optimizer=name), "off")
+        net(torch.ones(1, 3)).sum().backward()
+        optimizer.step()
+        return net, optimizer
+
+    kinds = list(itertools.product(("lars", "lars_tf"), (True, False)))
+    for saved, mine in itertools.product(kinds, repeat=2):
+        (_, old), (net, new) = made(*saved), made(*mine)
+        if saved == mine or saved[0] == mine[0] == "lars":  # which has nothing to adapt
+            new.state[net.weight]["momentum_buffer"].zero_()
+            optim.restore(new, old.state_dict(), "a file")
+            kept = old.state[old.param_groups[0]["params"][0]]["momentum_buffer"]
+            assert kept.any() and torch.equal(new.state[net.weight]["momentum_buffer"], kept)
+        else:
+            with pytest.raises(InputError, match=r"a file: its optimizer is not this run's"):
+                optim.restore(new, old.state_dict(), "a file")
 
 
 def test_lars_leaves_what_has_no_gradient_alone():
@@ -166,7 +237,7 @@ def test_by_epoch_end_the_rates_are_those_of_the_demo_on_cifar10():
     )
 
 
-@pytest.mark.parametrize("name", ["sgd", "lars", "adamw"])
+@pytest.mark.parametrize("name", ["sgd", "lars", "lars_tf", "adamw"])
 def test_every_optimizer_knows_the_parameters_without_a_schedule(name):
     """AdamW divides each group into parameters with and without weight decay."""
     fixed, scheduled = (
