@@ -178,16 +178,29 @@ class TrainBatchSampler(Sampler):
     number of them.
 
     A step has `accumulation` global batches. The images at the end of an epoch that do not fill a
-    step are left out. Negative steps come before epoch 0, while AdCo fills its bank: the last steps
-    of the epochs ..., -2, -1.
+    step are left out.
+
+    Negative steps come before epoch 0, while AdCo fills its bank. They take the images of the first
+    steps of epoch 0 (and of the next epochs, if epoch 0 is shorter), but crop them differently:
+    their samples have the epochs -1, -2, ...
     """
 
     def __init__(
-        self, n: int, batch: int, accumulation: int, seed: int, start: int = 0, stop: int = 0
+        self,
+        n: int,
+        batch: int,
+        accumulation: int,
+        seed: int,
+        start: int = 0,
+        stop: int = 0,
+        before: int = 0,
     ):
-        """Prepare the steps from `start` to `stop` - 1 for `n` images, `batch` of them per rank."""
+        """Prepare the steps from `start` to `stop` - 1 for `n` images, `batch` of them per rank.
+
+        `before` steps come before epoch 0.
+        """
         self.n, self.batch, self.accumulation = n, batch, accumulation
-        self.seed, self.start, self.stop = seed, start, stop
+        self.seed, self.start, self.stop, self.before = seed, start, stop, before
         self.steps_per_epoch = n // (batch * distributed.world_size() * accumulation)
 
     def __len__(self) -> int:
@@ -199,11 +212,14 @@ class TrainBatchSampler(Sampler):
         shape = (self.steps_per_epoch, self.accumulation, distributed.world_size(), self.batch)
         shuffled_epoch = None
         for step in range(self.start, self.stop):
-            epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
+            shown = step if step >= 0 else step + self.before  # the step with these images
+            epoch, step_in_epoch = divmod(shown, self.steps_per_epoch)
             if epoch != shuffled_epoch:
                 draw = rng.generator("cpu", rng.ORDER, self.seed, epoch)
                 order = torch.randperm(self.n, generator=draw)[: math.prod(shape)].view(shape)
                 mine, shuffled_epoch = order[:, :, distributed.rank()], epoch
+            if step < 0:
+                epoch = -1 - epoch
             for batch in mine[step_in_epoch].tolist():
                 yield [(epoch, i) for i in batch]
 
