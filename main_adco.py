@@ -54,9 +54,7 @@ class Bank:
         1e-4, "weight decay of the negatives", range=sections.WEIGHT_DECAY, metavar="WD"
     )
     mem_momentum: float = option(0.9, "momentum of the negatives' SGD", range=sections.MOMENTUM)
-    ad_init: bool = option(
-        True, "fill the bank with keys before epoch 0; otherwise its values are standard normal"
-    )
+    ad_init: bool = option(True, "fill the bank with keys before epoch 0; otherwise it is random")
     sym: bool = option(False, "compare each of two views with the keys of the other")
     multi_crop: bool = option(False, "several query views per key view; recipe multicrop")
 

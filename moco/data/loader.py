@@ -83,13 +83,17 @@ class RandomCrops(NamedTuple):
 
 
 class CenterCrop(NamedTuple):
-    """A transform that returns the evaluation view of `size` pixels, without randomness."""
+    """A transform that returns the evaluation view of `size` pixels, without randomness.
+
+    `resize` is that of `crop.center_view`.
+    """
 
     size: int
+    resize: str = "scaled"
 
     def __call__(self, image: Tensor, _sample: SampleId) -> list[Tensor]:
         """Return the view of `image`, uint8 [3, H, W], as a list of one uint8 [3, size, size]."""
-        return [crop.center_view(image, self.size)]
+        return [crop.center_view(image, self.size, self.resize)]
 
     def reduction(self, _height: int, _width: int, _sample: SampleId) -> int:
         """Return 1: evaluation decodes every pixel."""
@@ -101,7 +105,7 @@ class CenterCrop(NamedTuple):
 
     def crop_batch(self, images: Tensor, _epochs: np.ndarray, _indices: np.ndarray) -> list[Tensor]:
         """Return the view of images [B, 3, H, W], equal to that of each image alone."""
-        return [crop.center_view(images, self.size)]
+        return [crop.center_view(images, self.size, self.resize)]
 
 
 class Views(Dataset):
