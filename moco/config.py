@@ -23,6 +23,7 @@ from moco.sections import (
     Views,
 )
 from moco.sections_eval import Classifier, Encoder, FeatureFiles, Labels
+from moco.sections_eval import Views as EvaluationViews
 
 # mean and standard deviation of ImageNet's images, R, G and B in [0, 1]
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -112,7 +113,7 @@ class Evaluation(Config):
 
     EVALUATES: ClassVar[bool] = True
 
-    views: Views = Views(image_size=None)
+    views: Views = EvaluationViews(image_size=None)
     network: Network = Network(arch=None)
     encoder: Encoder = Encoder()
     files: FeatureFiles = FeatureFiles()
@@ -129,7 +130,7 @@ class Probing(Training):
 
     EVALUATES: ClassVar[bool] = True
 
-    views: Views = Views(recipe="probe", image_size=None)
+    views: Views = EvaluationViews(recipe="probe", image_size=None)
     network: Network = Network(arch=None)
     encoder: Encoder = Encoder()
     classifier: Classifier = Classifier()

@@ -150,6 +150,7 @@ class Views:
         unset="the recipe's",
     )
     views: int | None = None  # number of views that the method needs; None: all of the recipe
+    test_resize: str | None = "scaled"  # of the k-NN monitor; evaluations have an option
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,24 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+from moco import sections
 from moco.options import option
+
+TEST_RESIZES = ("scaled", "margin", "stretched")  # see `moco.augment.crop.center_view`
+
+
+@dataclass(frozen=True)
+class Views(sections.Views):
+    """The views of each training image, and the resize of test images."""
+
+    test_resize: str | None = option(
+        None,
+        "resize of test images before the centre crop; scaled: the shorter side becomes "
+        "256 / 224 of --image-size; margin: it becomes --image-size + 32; stretched: both sides "
+        "become 256 / 224 of --image-size",
+        choices=TEST_RESIZES,
+        unset="the classifier's of --resume, else scaled",
+    )
 
 
 def protocol() -> str | None:

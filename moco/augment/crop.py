@@ -96,20 +96,29 @@ def _randaugment(operations: int, magnitude: int) -> v2.RandAugment:
     return v2.RandAugment(operations, magnitude, num_magnitude_bins=11, fill=[128] * 3)
 
 
-def center_view(image: Tensor, size: int) -> Tensor:
-    """Return the evaluation view: resize the shorter side to 8/7 of `size`, then crop the center.
+def center_view(image: Tensor, size: int, resize: str = "scaled") -> Tensor:
+    """Return the evaluation view: resize the image, then crop the center of size x size pixels.
 
-    `image` is uint8 [3, H, W], or a batch [B, 3, H, W]. The shorter side becomes 256 pixels for a
-    `size` of 224. Sizes are rounded as in torchvision's Resize and CenterCrop. An image of exactly
-    size x size pixels is returned unchanged if `size` is at most `_NATIVE`, because the literature
-    evaluates CIFAR and STL-10 on full images.
+    Sizes are rounded as in torchvision's Resize and CenterCrop. An image of exactly size x size
+    pixels is returned unchanged if `size` is at most `_NATIVE`, because the literature evaluates
+    CIFAR and STL-10 on full images.
+
+    Args:
+        image: uint8 [3, H, W], or a batch [B, 3, H, W].
+        size: height and width of the result, in pixels.
+        resize: "scaled" if the shorter side becomes 8/7 of `size`, which is 256 pixels for 224;
+            "margin" if it becomes `size` + 32; "stretched" if both sides become 8/7 of `size`.
     """
     if tuple(image.shape[-2:]) == (size, size) and size <= _NATIVE:
         return image
-    image = _middle(image)
-    height, width = image.shape[-2:]
-    short, edge = round(size * 8 / 7), min(height, width)
-    image = _resize(image, (short * height // edge, short * width // edge))
+    short = size + 32 if resize == "margin" else round(size * 8 / 7)
+    if resize == "stretched":
+        image = _resize(image, (short, short))
+    else:
+        image = _middle(image)
+        height, width = image.shape[-2:]
+        edge = min(height, width)
+        image = _resize(image, (short * height // edge, short * width // edge))
     top, left = (round((side - size) / 2) for side in image.shape[-2:])
     return image[..., top : top + size, left : left + size].contiguous()
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from moco import distributed
 from moco.builder.base import QueryAndKey
 from moco.loss.adversarial import add_bank_gradient, ascend, keys_and_bank_nce
-from moco.loss.contrastive import contrast_accuracy, feature_statistics, normalize
+from moco.loss.contrastive import bank_info_nce, contrast_accuracy, feature_statistics, normalize
 from moco.rng import Progress
 
 
@@ -41,7 +41,8 @@ class AdCo(QueryAndKey):
             both directions.
         multi_crop: whether all views except the key view are queries, whose losses are added.
             Otherwise only the first of two views is a query.
-        fill: whether to fill the bank with keys in extra training steps before epoch 0.
+        fill: whether to fill the bank with keys in extra training steps before epoch 0. Otherwise
+            it starts from the standard normal distribution.
     """
 
     def __init__(
@@ -63,7 +64,7 @@ class AdCo(QueryAndKey):
         self.K, self.T, self.ascent = K, T, ascent
         self.symmetric, self.multi_crop = symmetric, multi_crop
         self.images_before_epoch_0 = K if fill else 0  # images that train before epoch 0
-        self.register_buffer("bank", normalize(torch.randn(K, dim)))  # W [K, C]
+        self.register_buffer("bank", torch.randn(K, dim))  # W [K, C]
         self.register_buffer("bank_velocity", torch.zeros(K, dim))
         self._progress, self._passes = Progress(), 0
         # [K, C] from the first pass on; kept because allocating that much memory is slow
@@ -91,15 +92,42 @@ class AdCo(QueryAndKey):
             index: unused.
             progress: position in the run; seeds the shuffle. Steps below 0 fill the bank.
         """
+        self._progress = progress
+        if progress.step < 0:
+            return self.contrast_to_fill(views[0], views[-1], progress, len(views) - 1)
         pairs = self.pairs(len(views))
         query_views, key_views = (sorted(set(one)) for one in zip(*pairs, strict=True))
         q = {view: normalize(self.encoder_q(views[view])) for view in query_views}  # [B, C] each
         k = {view: self.keys(views[view], progress, view) for view in key_views}  # [W B, C] each
-        self._progress = progress
-        if progress.step < 0:
-            self._new_keys.append(k[pairs[0][1]])
         with torch.autocast(views[0].device.type, enabled=False):
             return self.contrast([(q[query], k[key]) for query, key in pairs])
+
+    def contrast_to_fill(
+        self, query_view: Tensor, key_view: Tensor, progress: Progress, view: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss and metrics of a step that fills the bank, and keep its keys.
+
+        As in the authors' code, the negatives are the bank's entries alone, not the other keys of
+        the batch, and there is one direction.
+
+        Args:
+            query_view: the first view, [B, 3, S, S].
+            key_view: the last view, [B, 3, S', S'].
+            progress: position in the run.
+            view: index of the key view.
+        """
+        q = normalize(self.encoder_q(query_view))  # [B, C]
+        k = self.keys(key_view, progress, view)  # [W B, C]
+        self._new_keys.append(k)
+        own = k[distributed.rank() * len(q) :][: len(q)]
+        with torch.autocast(q.device.type, enabled=False):
+            positive = (q * own).sum(1)
+            with torch.no_grad():
+                bank = normalize(self.bank)
+                similarity = q @ bank.T  # [B, K]
+                metrics = contrast_accuracy(positive, similarity)
+                metrics |= feature_statistics(q, positive, similarity.amax(1))
+            return bank_info_nce(q, positive, bank, similarity, self.T), metrics
 
     def contrast(self, pairs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss and metrics of pairs of queries and keys; accumulate the bank's gradient.
@@ -123,11 +151,8 @@ class AdCo(QueryAndKey):
             positive = near.gather(1, label[:, None]).squeeze(1)
             metrics = contrast_accuracy(positive, near, similarity)
             metrics |= feature_statistics(pairs[0][0], positive[:B], similarity[:B].amax(1))
-            if self._progress.step >= 0:
-                add_bank_gradient(
-                    self._gradient, q, near, bank, norm, similarity, self.ascent.T, scale
-                )
-                self._passes += 1
+            add_bank_gradient(self._gradient, q, near, bank, norm, similarity, self.ascent.T, scale)
+            self._passes += 1
         return keys_and_bank_nce(q, near, label, bank, similarity, self.T) * scale, metrics
 
     @torch.no_grad()

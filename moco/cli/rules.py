@@ -137,7 +137,7 @@ def _feature_files(parser: EffectsParser) -> None:
     once = "this script reads each image once; leave it out"
     parser.has_effect("cache_images", lambda args: False, once)
     loaded = "features come from files (--load-features)"
-    files = "batch_size workers image_size stem mean std amp compile"
+    files = "batch_size workers image_size test_resize stem mean std amp compile"
     files += " data dataset download data_name seed"
     parser.has_effect(files, lambda args: not args.load_features, loaded, refuse=False)
 

@@ -83,13 +83,17 @@ class RandomCrops(NamedTuple):
 
 
 class CenterCrop(NamedTuple):
-    """A transform that returns the evaluation view of `size` pixels, without randomness."""
+    """A transform that returns the evaluation view of `size` pixels, without randomness.
+
+    `resize` is that of `crop.center_view`.
+    """
 
     size: int
+    resize: str = "scaled"
 
     def __call__(self, image: Tensor, _sample: SampleId) -> list[Tensor]:
         """Return the view of `image`, uint8 [3, H, W], as a list of one uint8 [3, size, size]."""
-        return [crop.center_view(image, self.size)]
+        return [crop.center_view(image, self.size, self.resize)]
 
     def reduction(self, _height: int, _width: int, _sample: SampleId) -> int:
         """Return 1: evaluation decodes every pixel."""
@@ -101,7 +105,7 @@ class CenterCrop(NamedTuple):
 
     def crop_batch(self, images: Tensor, _epochs: np.ndarray, _indices: np.ndarray) -> list[Tensor]:
         """Return the view of images [B, 3, H, W], equal to that of each image alone."""
-        return [crop.center_view(images, self.size)]
+        return [crop.center_view(images, self.size, self.resize)]
 
 
 class Views(Dataset):
@@ -178,16 +182,29 @@ class TrainBatchSampler(Sampler):
     number of them.
 
     A step has `accumulation` global batches. The images at the end of an epoch that do not fill a
-    step are left out. Negative steps come before epoch 0, while AdCo fills its bank: the last steps
-    of the epochs ..., -2, -1.
+    step are left out.
+
+    Negative steps come before epoch 0, while AdCo fills its bank. They take the images of the first
+    steps of epoch 0 (and of the next epochs, if epoch 0 is shorter), but crop them differently:
+    their samples have the epochs -1, -2, ...
     """
 
     def __init__(
-        self, n: int, batch: int, accumulation: int, seed: int, start: int = 0, stop: int = 0
+        self,
+        n: int,
+        batch: int,
+        accumulation: int,
+        seed: int,
+        start: int = 0,
+        stop: int = 0,
+        before: int = 0,
     ):
-        """Prepare the steps from `start` to `stop` - 1 for `n` images, `batch` of them per rank."""
+        """Prepare the steps from `start` to `stop` - 1 for `n` images, `batch` of them per rank.
+
+        `before` steps come before epoch 0.
+        """
         self.n, self.batch, self.accumulation = n, batch, accumulation
-        self.seed, self.start, self.stop = seed, start, stop
+        self.seed, self.start, self.stop, self.before = seed, start, stop, before
         self.steps_per_epoch = n // (batch * distributed.world_size() * accumulation)
 
     def __len__(self) -> int:
@@ -199,11 +216,14 @@ class TrainBatchSampler(Sampler):
         shape = (self.steps_per_epoch, self.accumulation, distributed.world_size(), self.batch)
         shuffled_epoch = None
         for step in range(self.start, self.stop):
-            epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
+            shown = step if step >= 0 else step + self.before  # the step with these images
+            epoch, step_in_epoch = divmod(shown, self.steps_per_epoch)
             if epoch != shuffled_epoch:
                 draw = rng.generator("cpu", rng.ORDER, self.seed, epoch)
                 order = torch.randperm(self.n, generator=draw)[: math.prod(shape)].view(shape)
                 mine, shuffled_epoch = order[:, :, distributed.rank()], epoch
+            if step < 0:
+                epoch = -1 - epoch
             for batch in mine[step_in_epoch].tolist():
                 yield [(epoch, i) for i in batch]
 

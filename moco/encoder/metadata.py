@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from moco.encoder.resnets import STEMS
 from moco.encoder.weights import State
+from moco.sections_eval import TEST_RESIZES
 
 CLASSIFIERS = ("linear", "finetune", "semisup")  # the methods of main_lincls.py and main_semisup.py
 
@@ -31,6 +32,7 @@ class Metadata(NamedTuple):
     stem: str | None = None  # the stem of a ResNet, see `resnets.resnet`
     mean: list[float] | None = None  # [3], mean of RGB values in [0, 1] used for normalization
     std: list[float] | None = None  # [3], their standard deviation used for normalization
+    test_resize: str | None = None  # of a classifier's test images, see `sections_eval.Views`
 
 
 def read_metadata(state: State) -> Metadata:
@@ -57,6 +59,7 @@ def read_metadata(state: State) -> Metadata:
         size if type(size) is int and 0 < size < LARGEST_IMAGE else None,
         options.get("stem") if options.get("stem") in STEMS else None,
         *(channels(options.get(name), name) for name in ("mean", "std")),
+        options.get("test_resize") if options.get("test_resize") in TEST_RESIZES else None,
     )
 
 

@@ -37,7 +37,7 @@ def eval_batches(
     `unreadable`. If `unreadable` is None, the first such image raises InputError.
     """
     sampler = loader.EvalBatchSampler(len(images), config.input.batch_per_process)
-    crop, done = loader.CenterCrop(config.views.image_size), 0
+    crop, done = loader.CenterCrop(config.views.image_size, config.views.test_resize), 0
     for batch in loader.batches(
         images, crop, sampler, config.input, device, skip_unreadable=unreadable is not None
     ):

@@ -164,8 +164,8 @@ class Trainer:
         )
         self.steps_per_epoch = self.order.steps_per_epoch
         self.order.stop = self.steps_per_epoch * schedule.epochs
-        before = -self.task.images_before_epoch_0 // self.batch
-        self.order.start = self._step_of(state) if state else before
+        self.order.before = -(-self.task.images_before_epoch_0 // self.batch)
+        self.order.start = self._step_of(state) if state else -self.order.before
         self.first_epoch = self.order.start // max(1, self.steps_per_epoch)
         if state:
             # an epoch is not done until it is evaluated, even if all its steps are

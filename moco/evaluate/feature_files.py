@@ -34,11 +34,13 @@ _ORIGIN = {
 }
 _ORIGIN |= {
     name: name
-    for name in "features stem mean std dataset data class_list image_size amp seed".split()
+    for name in (
+        "features stem mean std dataset data class_list image_size test_resize amp seed"
+    ).split()
 }
 
 # types of the entries of meta.json
-_TYPES = dict.fromkeys(("arch", "method", "dataset", "data", "amp"), str)
+_TYPES = dict.fromkeys(("arch", "method", "dataset", "data", "test_resize", "amp"), str)
 _TYPES |= dict.fromkeys(("image_size", "seed"), int)
 _TYPES |= {
     "checkpoint": str | None,
@@ -49,6 +51,7 @@ _TYPES |= {
 
 # default values of entries that older versions did not write
 _OPTIONAL = {"class_list": None, "features": "backbone", "stem": None, "mean": None, "std": None}
+_OPTIONAL |= {"test_resize": "scaled"}
 
 
 def complete(config: Evaluation, multi_label: bool) -> Evaluation:

@@ -27,6 +27,7 @@ def complete(config: AnyConfig) -> AnyConfig:
     """
     if config.run.data == "photos":
         config = replaced(config, dataset="photos")
+    config = replaced(config, test_resize=config.views.test_resize or "scaled")
     images = config.input
     registry.check(images.dataset, config.run.data, images.download)
     if images.dataset == "imagenet":
@@ -95,7 +96,7 @@ def tests_full_network(config: Config) -> bool:
 
 
 def restore_options(config: AnyConfig, options: Iterable[str]) -> AnyConfig:
-    """Return `config` with the arch, image size, stem, mean and std of `--resume`'s classifier.
+    """Return `config` with the network, normalization and test resize of `--resume`'s classifier.
 
     With `--evaluate`, also restore the seed and the `options`.
 
@@ -143,12 +144,13 @@ def restore_options(config: AnyConfig, options: Iterable[str]) -> AnyConfig:
 
 
 def _restore_facts(config: AnyConfig, facts: metadata.Metadata) -> AnyConfig:
-    """Return `config` with the arch, image size, stem, mean and std of the classifier.
+    """Return `config` with the network, normalization and test resize of the classifier.
 
-    Raises InputError if given options differ. With `--evaluate`, the image size may differ.
+    Raises InputError if given options differ. With `--evaluate`, the image size and the resize of
+    test images may differ.
     """
     settings, path, found = flat(config), config.log.resume, {}
-    for name in ("arch", "image_size", "stem", "mean", "std"):
+    for name in ("arch", "image_size", "stem", "mean", "std", "test_resize"):
         given, own = settings[name], getattr(facts, name)
         if own is None or given in (None, own):
             found[name] = given or own
@@ -156,6 +158,11 @@ def _restore_facts(config: AnyConfig, facts: metadata.Metadata) -> AnyConfig:
             print_rank0(
                 f"the classifier was trained at {own} pixels, and is tested at {given} "
                 "(--image-size)"
+            )
+        elif name == "test_resize" and config.only_tests:
+            print_rank0(
+                f"the classifier was chosen on test images that were resized as {own}, and is "
+                f"tested on images resized as {given} (--test-resize)"
             )
         else:
             given, own = (

@@ -103,6 +103,32 @@ def test_a_classifier_knows_its_network_size_and_classes(
     refused(script(*resume, "--image-size", 48), "--image-size 48", "trained with 32")
 
 
+@pytest.mark.parametrize("name", ["main_lincls", "main_semisup"])
+def test_a_classifier_is_tested_on_images_resized_as_before(
+    name, script, shared_images, run, tmp_path
+):
+    def results(folder):
+        return json.loads((folder / "results.json").read_text())
+
+    own = tmp_path / "own"
+    train = evaluation(name, shared_images, run / "checkpoint_0000.pth.tar")
+    assert script(*train, "--test-resize", "margin", "--save-dir", own)[0] == 0
+    assert results(own)["settings"]["test_resize"] == "margin"
+    assert yaml.safe_load((own / "args.yaml").read_text())["test_resize"] == "margin"
+    last = own / "checkpoint.pth.tar"
+    test = (name, shared_images, "-e", "--resume", last, "-b", 8, "-j", 0, "--save-dir")
+    status, out, err = script(*test, tmp_path / "same")
+    assert status == 0 and "--test-resize" not in out, err
+    assert results(tmp_path / "same")["settings"]["test_resize"] == "margin"
+    assert results(tmp_path / "same")["metrics"] == results(own)["metrics"]
+    status, out, _ = script(*test, tmp_path / "other", "--test-resize", "stretched")
+    line = "chosen on test images that were resized as margin, and is tested on images resized as "
+    assert status == 0 and f"{line}stretched (--test-resize)" in out
+    assert results(tmp_path / "other")["settings"]["test_resize"] == "stretched"
+    resume = (name, shared_images, "--resume", last, "-b", 8, "-j", 0, "--epochs", 2)
+    refused(script(*resume, "--test-resize", "scaled"), "--test-resize scaled", "with margin")
+
+
 def test_a_classifier_of_other_classes_is_refused(script, shared_images, run, tmp_path):
     own = tmp_path / "own"
     assert (

@@ -117,6 +117,21 @@ def test_features_from_files_give_the_same_results_over_one_process_and_two(
     assert first == third
 
 
+def test_features_of_files_keep_the_resize_of_the_images(shared_images, script, tmp_path):
+    command = ("main_knn", *typed("--k 5 --save-dir"))
+    images = (shared_images, *COMMON)
+    for resize in ("scaled", "margin"):
+        dump = ("--test-resize", resize, "--dump-features", tmp_path / f"{resize}_files")
+        assert script(*command, tmp_path / resize, *images, *dump)[0] == 0
+    one, two = (arrays_of(tmp_path / f"{name}_files") for name in ("scaled", "margin"))
+    assert np.abs(one["val_features.npy"] - two["val_features.npy"]).max() > 1e-3
+    load = ("--load-features", tmp_path / "margin_files")
+    assert script(*command, tmp_path / "loaded", *load)[0] == 0
+    results = json.loads((tmp_path / "loaded" / "results.json").read_text())
+    assert results["settings"]["test_resize"] == "margin"
+    refused(script(*command, tmp_path / "x", *load, "--test-resize", "up"), "--test-resize", "'up'")
+
+
 @pytest.fixture
 def dumped(script, shared_images, tmp_path):
     """A folder of features, the command that wrote it, and its metrics."""

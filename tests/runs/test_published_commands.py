@@ -7,6 +7,7 @@ from run_helpers import load, succeeded
 
 import main_adco
 import main_fnc
+import main_lincls
 import main_sogclr
 
 pytestmark = pytest.mark.slow
@@ -136,6 +137,7 @@ SOGCLR = {
     "t": 0.1,
     "lr_warmup_epochs": 10,
 }
+PROBE = {"epochs": 100, "batch_size": 256, "wd": [0.0], "weights": "freeze", "momentum": 0.9}
 FNC_SETTINGS = {
     "lr": 0.1,
     "learning_rate_scaling": "sqrt",
@@ -164,8 +166,20 @@ FNC_SETTINGS |= {
         ("adco_multicrop_800", {**ADCO, "epochs": 800, "sym": False, "multi_crop": True}),
         ("adco_k16384_200", {**ADCO, "cluster": 16384}),
         (
+            "adco_k8192_200",
+            {**ADCO, "cluster": 8192, "lr": 0.04, "moco_t": 0.14, "mem_t": 0.03},
+        ),
+        (
             "adco_sym_k8192_200",
             {**ADCO, "lr": 0.04, "moco_t": 0.14, "mem_t": 0.03, "cluster": 8192, "sym": True},
+        ),
+        (
+            "lincls_adco",
+            {**PROBE, "lr": [10.0], "cos": True, "lr_final": 0.01, "lr_by": "epoch"},
+        ),
+        (
+            "lincls_adco_places205",
+            {**PROBE, "lr": [5.0], "sgdr": 1, "test_resize": "stretched", "dataset": "places205"},
         ),
         (
             "sogclr_800",
@@ -194,7 +208,9 @@ FNC_SETTINGS |= {
     ],
 )
 def test_recipes_hold_the_published_settings(name, expected):
-    module = {"adco": main_adco, "fnc": main_fnc}.get(name.split("_")[0], main_sogclr)
+    module = {"adco": main_adco, "fnc": main_fnc, "lincls": main_lincls}.get(
+        name.split("_")[0], main_sogclr
+    )
     args = vars(settings(module, ["DIR", "--cfg", f"configs/{name}.yaml"]))
     assert {option: args[option] for option in expected} == expected
     if name == "fnc_100":  # all of them are the script's defaults, too

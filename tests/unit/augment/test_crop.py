@@ -205,22 +205,37 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize("size", [32, 224])
+# by resize and size, what torchvision's Resize gets
+RESIZES = {
+    ("scaled", 32): [37],
+    ("scaled", 224): [256],
+    ("margin", 32): [64],
+    ("margin", 224): [256],
+    ("margin", 96): [128],
+    ("stretched", 32): [37, 37],
+    ("stretched", 224): [256, 256],
+}
+
+
+@pytest.mark.parametrize(("resize", "size"), RESIZES)
 @pytest.mark.parametrize(
     ("height", "width"), [shape for shapes in SHAPES.values() for shape in shapes]
 )
-def test_center_view_has_torchvisions_pixels(height, width, size):
+def test_center_view_has_torchvisions_pixels(height, width, resize, size):
     image = (
         F.gaussian_blur(noise(height, width), [3, 3], [1.0, 1.0])
         if min(height, width) > 1
         else noise(height, width)
     )
-    ours = center_view(image, size)
+    ours = center_view(image, size, resize)
     assert ours.shape == (3, size, size) and ours.is_contiguous()
-    theirs = F.center_crop(
-        F.resize(image, [{32: 37, 224: 256}[size]], antialias=True), [size, size]
-    )
+    if (height, width) == (size, size) and size <= 96:
+        assert torch.equal(ours, image)
+        return
+    theirs = F.center_crop(F.resize(image, RESIZES[resize, size], antialias=True), [size, size])
     assert max_difference(ours, theirs) <= 1
+    if resize == "scaled":
+        assert torch.equal(ours, center_view(image, size))
 
 
 # A batch cropped at once
@@ -317,10 +332,11 @@ def test_large_images_much_smaller_views_and_randaugment_are_cropped_one_by_one(
     assert not crop.can_crop_at_once(32, 32, recipe("fnc", 32))
 
 
+@pytest.mark.parametrize("resize", ["scaled", "margin", "stretched"])
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (37, 37), (40, 33), (5, 100)])
-def test_center_views_of_a_batch_equal_those_computed_one_by_one(height, width):
+def test_center_views_of_a_batch_equal_those_computed_one_by_one(height, width, resize):
     images = torch.stack([noise(height, width, seed) for seed in range(9)])
-    ours = center_view(images, 32)
+    ours = center_view(images, 32, resize)
     assert ours.is_contiguous() and torch.equal(
-        ours, torch.stack([center_view(image, 32) for image in images])
+        ours, torch.stack([center_view(image, 32, resize) for image in images])
     )

@@ -245,29 +245,60 @@ def test_the_banks_rate_is_constant_or_follows_a_cosine_by_epoch(cosine, rates):
         )
 
 
-@pytest.mark.parametrize("kind", ["single", "multi"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_steps_before_epoch_0_fill_the_bank_with_keys_while_the_encoder_trains(kind):
+    """Compare with a plain loop: view 0 is the query, the last view the key, in one direction.
+
+    The only negatives are the entries of the bank. The key encoder starts again from the encoder.
+    """
     model = build(kind, fill=True)
     assert model.images_before_epoch_0 == K and build(kind).images_before_epoch_0 == 0
-    seen, made = [], model.keys
-    model.keys = lambda *args: seen.append(made(*args)) or seen[-1]
-    first = copy.deepcopy(model.encoder_k.state_dict())
-    for step in (-3, -2, -1):  # 17 rows by 6
-        loss, _ = model(views(kind, step + 9), torch.arange(B), Progress(epoch=-1, step=step))
-        loss.backward()
+    slow_q, slow_k = copy.deepcopy(model.encoder_q), copy.deepcopy(model.encoder_k)
+    W = model.bank.clone()
+    for number, step in enumerate((-3, -2, -1)):  # 17 entries by 6
+        images = views(kind, number)
+        q = F.normalize(slow_q(images[0]), dim=1)
         with torch.no_grad():
-            for p in model.encoder_q.parameters():
-                p -= 0.1 * p.grad
+            k = F.normalize(slow_k(images[-1]), dim=1)
+        slow = 0
+        for query, key in zip(q, k, strict=True):
+            logits = [query @ key] + [query @ w / w.norm() for w in W]
+            slow += F.cross_entropy(torch.stack(logits)[None] / T, torch.tensor([0])) / B
+        gradients = torch.autograd.grad(slow, list(slow_q.parameters()))
+
+        loss, metrics = model(images, torch.arange(B), Progress(epoch=-1, step=step))
+        loss.backward()
+        torch.testing.assert_close(loss, slow, rtol=0, atol=1e-10)
+        assert 0 <= metrics["acc1"] <= metrics["acc5"] <= 1
+        with torch.no_grad():
+            for mine, other, average, g in zip(
+                model.encoder_q.parameters(),
+                slow_q.parameters(),
+                slow_k.parameters(),
+                gradients,
+                strict=True,
+            ):
+                torch.testing.assert_close(mine.grad, g, rtol=0, atol=1e-10)
+                mine -= 0.1 * mine.grad
+                mine.grad = None
+                other -= 0.1 * g
+                average.copy_(0.9 * average + 0.1 * other)
         model.after_step()
-    assert torch.equal(model.bank, torch.cat(seen)[:K])
+        W[6 * number : 6 * number + 6] = k[: K - 6 * number]
+        torch.testing.assert_close(model.bank, W, rtol=0, atol=1e-10)
     assert not model.bank_velocity.any()
-    for (name, mine), other in zip(
-        model.encoder_k.named_parameters(), model.encoder_q.parameters(), strict=True
-    ):
-        assert torch.equal(mine, other) and not torch.equal(mine, first[name])
+    for mine, other in zip(model.encoder_k.parameters(), model.encoder_q.parameters(), strict=True):
+        assert torch.equal(mine, other)
     model(views(kind, 0), torch.arange(B), progress_of(0))
     model.after_step()
     assert model.bank_velocity.any()
+
+
+def test_a_bank_that_is_not_filled_is_standard_normal():
+    torch.manual_seed(0)
+    model = AdCo(partial(tiny_encoder, 64), dim=64, K=1000, ascent=ASCENT, fill=False)
+    assert abs(model.bank.mean()) < 0.02 and abs(model.bank.std() - 1) < 0.02
+    assert model.bank.norm(dim=1).std() > 0.3
 
 
 def test_gradients_of_accumulated_passes_are_averaged():
@@ -307,11 +338,40 @@ def two_steps(rank, kind):
     return found
 
 
+def filling_step(rank):
+    """Fill on this rank's part of the joint batch, features given: loss, gradient, and the bank.
+
+    The first and the last view stand for the queries and the keys.
+    """
+    model = build("multi", fill=True)
+    model.encoder_q, model.encoder_k = torch.nn.Identity(), torch.nn.Identity()
+    model.keys = lambda k, *_: distributed.all_gather(k)
+    torch.manual_seed(3)
+    q, k = unit_rows(8, DIM), unit_rows(8, DIM)
+    mine = (q if rank is None else part(q, rank)).requires_grad_()
+    own = k if rank is None else part(k, rank)
+    loss, _ = model([mine, own * torch.nan, own], torch.arange(len(own)), Progress(step=-3))
+    loss.backward()
+    model._fill()
+    return {"loss": loss.detach(), "gradient": mine.grad, "bank": model.bank.clone()}
+
+
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    return on_two_ranks(
-        {kind: (two_steps, kind) for kind in KINDS}, tmp_path_factory.mktemp("ranks")
+    calls = {kind: (two_steps, kind) for kind in KINDS} | {"filling": (filling_step,)}
+    return on_two_ranks(calls, tmp_path_factory.mktemp("ranks"))
+
+
+def test_two_ranks_fill_the_bank_like_one_with_the_joint_batch(ranks):
+    first, second = ranks("filling")
+    joint = filling_step(None)
+    torch.testing.assert_close(
+        (first["loss"] + second["loss"]) / 2, joint["loss"], rtol=0, atol=1e-12
     )
+    both = torch.cat([first["gradient"], second["gradient"]]) / 2
+    torch.testing.assert_close(both, joint["gradient"], rtol=0, atol=1e-12)
+    assert torch.equal(first["bank"], second["bank"])
+    torch.testing.assert_close(first["bank"], joint["bank"], rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -54,19 +54,23 @@ def test_a_later_start_continues_the_same_order(monkeypatch):
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])
-def test_negative_steps_are_the_last_steps_of_the_epochs_before_epoch_0(accumulation):
-    sampler = TrainBatchSampler(50, 4, accumulation, seed=2, start=-13, stop=2)
+def test_steps_before_epoch_0_take_the_first_images_of_epoch_0_and_the_next(accumulation):
+    sampler = TrainBatchSampler(50, 4, accumulation, seed=2, start=-13, stop=13, before=13)
     batches = list(sampler)
-    assert len(batches) == len(sampler) == 15 * accumulation
-    per_epoch = 12 // accumulation
-    for step, first in zip(range(-13, 2), range(0, len(batches), accumulation), strict=True):
-        for batch in batches[first : first + accumulation]:
-            assert {epoch for epoch, _ in batch} == {step // per_epoch}
-    assert batches[-2 * accumulation :] == list(
-        TrainBatchSampler(50, 4, accumulation, seed=2, stop=2)
+    assert len(batches) == len(sampler) == 26 * accumulation
+    before, after = batches[: 13 * accumulation], batches[13 * accumulation :]
+    assert after == list(TrainBatchSampler(50, 4, accumulation, seed=2, stop=13))
+    # the same images, cropped differently: the epoch -1 shows those of epoch 0
+    assert before == [[(-1 - epoch, i) for epoch, i in batch] for batch in after]
+    assert len({sample for batch in before for sample in batch}) == 4 * len(before)
+
+
+def test_a_later_start_before_epoch_0_continues_the_same_order():
+    full, later = (
+        list(TrainBatchSampler(50, 4, 1, seed=2, start=start, stop=2, before=13))
+        for start in (-13, -5)
     )
-    of_one_epoch = [i for batch in batches for epoch, i in batch if epoch == -1]
-    assert len(set(of_one_epoch)) == len(of_one_epoch) == 48
+    assert later == full[8:]
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Test the extraction of features."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -31,10 +32,17 @@ class Flat(nn.Sequential):
         self.add_module("fc", nn.Linear(768, 3))
 
 
-def expected(images):
-    return torch.stack(
-        [normalize(center_view(images.read(i), 16)[None]).flatten() for i in range(len(images))]
-    )
+def expected(images, resize="scaled"):
+    views = (center_view(images.read(i), 16, resize) for i in range(len(images)))
+    return torch.stack([normalize(view[None]).flatten() for view in views])
+
+
+@pytest.mark.parametrize("resize", ["scaled", "margin", "stretched"])
+def test_features_are_those_of_resized_test_images(resize):
+    square = pictures(9, size=20)
+    images = replace(square, pixels=square.pixels[..., :13])
+    rows, _ = features.extract(Flat(), images, options(test_resize=resize), CPU, unit_norm=False)
+    torch.testing.assert_close(rows, expected(images, resize), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("unit_norm", [True, False])
