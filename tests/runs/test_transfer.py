@@ -150,7 +150,7 @@ FNC = {
     "learning_rate_scaling": "sqrt",
     "batch_size": 1024,
 }
-SYNCO = {"lr_classifier": 0.5, "batch_size": 1024, "wd": 1e-6, "cos": True}
+SYNCO = {"weights": "finetune", "lr_classifier": 0.5, "batch_size": 1024, "wd": 1e-6, "cos": True}
 FNC |= {"ft_proj": 1, "zero_init_classifier": True, "wd": 0, "lr_warmup_epochs": 0}
 
 
@@ -211,8 +211,9 @@ FNC |= {"ft_proj": 1, "zero_init_classifier": True, "wd": 0, "lr_warmup_epochs":
                 "nesterov": True,
             },
         ),
-        ("semisup_synco_1pct", {**SYNCO, "train_percent": 1, "epochs": 60}),
-        ("semisup_synco_10pct", {**SYNCO, "train_percent": 10, "epochs": 30}),
+        ("semisup_1pct", {**SYNCO, "train_percent": 1, "epochs": 60}),
+        ("semisup_10pct", {**SYNCO, "train_percent": 10, "epochs": 30}),
+        ("semisup_100pct", {**SYNCO, "train_percent": 100, "epochs": 90}),
         ("semisup_fnc_1pct", {**FNC, "epochs": 60, "train_percent": 1}),
         ("semisup_fnc_10pct", {**FNC, "epochs": 30, "train_percent": 10}),
     ],
