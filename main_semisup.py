@@ -1,8 +1,8 @@
 #!/usr/bin/env python
-"""Semi-supervised learning: fine-tune a pre-trained encoder on few labels, and test it on val/.
+"""Semi-supervised learning: train a pre-trained encoder on few labels, and test it on val/.
 
---train-percent sets how many labels are used. Without --pretrained, the encoder is randomly
-initialised, which is the baseline to compare with.
+By default, only a classifier trains; --weights finetune also trains the encoder. configs/ holds the
+papers' settings. Without --pretrained, the encoder is randomly initialised, as a baseline.
 """
 
 import moco as _first  # noqa: F401 (before torch: sets how its threads wait)
@@ -41,13 +41,13 @@ class FineTune:
 
     TITLE: ClassVar[str] = "fine-tuning"
     lr_backbone: float = option(
-        0.02,
-        "learning rate of the pre-trained encoder",
+        0.0,
+        "learning rate of the pre-trained encoder, for --weights finetune",
         range=sections.LEARNING_RATE,
         metavar="LR",
     )
     lr_classifier: float = option(
-        0.02,
+        0.3,
         "learning rate of the new classifier",
         range=sections.LEARNING_RATE,
         metavar="LR",
@@ -59,11 +59,9 @@ class FineTune:
 
 @dataclass(frozen=True)
 class Config(config.Probing):
-    """The settings of this script."""
+    """The settings of this script. The defaults are those of SynCo's script."""
 
-    optimizer: Optimizer = Optimizer(epochs=30, cos=True)
-    input: sections.Input = sections.Input(batch_size=1024)
-    classifier: sections_eval.Classifier = sections_eval.Classifier(weights="finetune")
+    optimizer: Optimizer = Optimizer(epochs=100, cos=True)
     labels: sections_eval.Labels = sections_eval.Labels()
     finetuning: FineTune = FineTune()
 
@@ -75,7 +73,7 @@ class Config(config.Probing):
 
 def parser() -> Parser:
     p = Parser(__doc__, Config())
-    frozen = "--weights freeze only trains a classifier; leave it out"
+    frozen = "--weights freeze only trains a classifier; give --weights finetune, or leave it out"
     p.has_effect("lr_backbone", lambda args: args.weights == "finetune", frozen)
     return p
 
@@ -91,6 +89,9 @@ def complete(c: Config) -> Config:
             "--ft-proj needs --weights finetune: a frozen encoder is evaluated by the features of "
             "its backbone"
         )
+    if c.classifier.weights == "finetune" and not (c.finetuning.lr_backbone or c.only_tests):
+        message = "--lr-backbone 0: --weights finetune would not train the encoder; "
+        raise InputError(message + "give a rate such as --lr-backbone 0.02, or --weights freeze")
     inputs.check_val_from_train(c)
     names = "weights lr_backbone lr_classifier wd train_percent subset_file ft_proj".split()
     c = inputs.restore_options(config.replaced(c, method="semisup"), names)

@@ -68,7 +68,9 @@ def config(file: Path, options: list[str], gpus: int) -> CfgNode:
     if the file or an option is invalid, or if the config does not fit converted weights.
     """
     if not Path(file).is_file():
-        raise InputError(f"{file}: no such config; those of MoCo's protocols are in {CONFIGS}")
+        same = CONFIGS / Path(file).name
+        where = f"give {same}" if same.is_file() else f"MoCo's, SynCo's and AdCo's are in {CONFIGS}"
+        raise InputError(f"{file}: no such config; {where}")
     cfg = get_cfg()
     try:
         # Refuse Python objects first, because `merge_from_file` would create them.
@@ -85,7 +87,7 @@ def config(file: Path, options: list[str], gpus: int) -> CfgNode:
         if cfg.INPUT.FORMAT != "RGB" or cfg.MODEL.RESNETS.STRIDE_IN_1X1:
             raise InputError(
                 f"{file}: {cfg.MODEL.WEIGHTS} needs RGB and torchvision's strides; "
-                "take a config that ends in _moco"
+                "take a config that ends in _moco, _synco or _adco"
             )
         for name, value in resnet_options(arch).items():
             cfg.MODEL.RESNETS[name] = value

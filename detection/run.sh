@@ -3,7 +3,7 @@
 # (and masks).
 #
 #   detection/run.sh CHECKPOINT voc|coco OUT [options of train_net.py ...]
-#   CONFIG=detection/configs/coco_R_50_C4_1x_moco.yaml    another schedule (default: VOC 24k, COCO 2x)
+#   CONFIG=detection/configs/coco_R_50_C4_1x_moco.yaml    another schedule or lr (default: MoCo's, VOC 24k or COCO 2x)
 #   GPUS=8  PYTHON=python                                 number of GPUs, and the Python to use
 #
 # DETECTRON2_DATASETS names the folder of the data sets. The script may be stopped and started again; it continues from the last

@@ -68,7 +68,7 @@ METHODS = {
             script="main_synco",
             tiny=f"{_MOCOV2} --n-hard 16 --warmup-epochs 0 --n1 4 --n3 4",
             photos=f"{_PHOTOS_V2} --n-hard 16 --warmup-epochs 4 --n1 4 --n3 4",
-            recipe="",
+            recipe="mochi_1024_512_256_200.yaml",
         ),
         Method(
             name="synco",

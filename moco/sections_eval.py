@@ -92,7 +92,7 @@ class Labels:
 
     TITLE: ClassVar[str] = "labels"
     train_percent: int = option(
-        10,
+        100,
         "percentage of labelled images: on ImageNet those in the published lists; otherwise, or "
         "with --class-list, a sample of each class",
         choices=(1, 10, 100),

@@ -144,7 +144,7 @@ class Log:
     def wait(self, seconds: float) -> None:
         pass
 
-    def tick(self) -> None:
+    def tick(self, images: int) -> None:
         self.accelerator.counts = True
 
     def agreed(self) -> str:

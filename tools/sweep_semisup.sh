@@ -51,8 +51,8 @@ for percent in $percents; do
                 echo "$run: done before"
                 continue
             fi
-            "$python" "$here/main_semisup.py" --val-from-train 0.1 --batch-size 1024 --lr-classifier 0.5 \
-                --train-percent "$percent" --epochs "$epochs" --lr-backbone "$rate" "$@" \
+            "$python" "$here/main_semisup.py" --weights finetune --val-from-train 0.1 --batch-size 1024 \
+                --train-percent "$percent" --epochs "$epochs" --lr-backbone "$rate" --lr-classifier 0.5 "$@" \
                 --pretrained "$checkpoint" --save-dir "$run" --resume auto "$data"
         done
     done

@@ -14,7 +14,7 @@ from moco.cli.groups import add_groups
 from moco.config import Config, flat, replaced
 from moco.data import registry
 from moco.distributed import print_rank0
-from moco.errors import InputError, short, unknown
+from moco.errors import InputError, nearest, short, unknown
 from moco.files import UnreadableError, read_yaml, refuse_remote
 
 # keys that a YAML file may have although the script has no such option: args.yaml has all settings,
@@ -280,6 +280,8 @@ class Parser(EffectsParser):
             values = read_yaml(path)
         except InputError as error:
             advice = f"; give a recipe, such as those in {RECIPES}, or a run's args.yaml"
+            if not Path(path).exists() and (near := _nearest_recipe(Path(path))):
+                advice = f"; the nearest recipe is {near}"
             is_other = isinstance(error, UnreadableError) or str(error).startswith("not ")
             raise InputError(f"--cfg {path}: {error}{advice * is_other}") from None
         script = values.get("script", self._script())
@@ -322,3 +324,16 @@ class Parser(EffectsParser):
                 continue
             self.recipe[actions[name].dest] = convert(actions[name], value, f"--cfg {path}: {key}")
         self.set_defaults(**self.recipe)
+
+
+def _nearest_recipe(path: Path) -> Path | None:
+    """Return the recipe that `path` probably means, or None.
+
+    A recipe whose words are all in the name is preferred to one with similar letters.
+    """
+    folder = RECIPES / path.parent.name  # such as cifar10
+    recipes = {file.stem: file for file in (folder if folder.is_dir() else RECIPES).glob("*.yaml")}
+    words = set(path.stem.replace("-", "_").split("_"))
+    within = [name for name in sorted(recipes) if words.issuperset(name.split("_"))]
+    near = max(within, key=len) if within else nearest(path.stem, sorted(recipes))
+    return recipes[near] if near else None

@@ -6,7 +6,6 @@ files.
 
 import atexit
 import contextlib
-import math
 import signal
 import sys
 import warnings
@@ -182,7 +181,8 @@ class TrainBatchSampler(Sampler):
     number of them.
 
     A step has `accumulation` global batches. The images at the end of an epoch that do not fill a
-    step are left out.
+    step are left out, or make a smaller last step. There, too, each rank has an equal number of
+    images. If necessary, the first images of the epoch are repeated to fill the last batch.
 
     Negative steps come before epoch 0, while AdCo fills its bank. They take the images of the first
     steps of epoch 0 (and of the next epochs, if epoch 0 is shorter), but crop them differently:
@@ -198,34 +198,61 @@ class TrainBatchSampler(Sampler):
         start: int = 0,
         stop: int = 0,
         before: int = 0,
+        keep_last: int = 0,
     ):
         """Prepare the steps from `start` to `stop` - 1 for `n` images, `batch` of them per rank.
 
-        `before` steps come before epoch 0.
+        `before` steps come before epoch 0. `keep_last` is the least number of images per rank in a
+        smaller last batch. 0 leaves these images out.
         """
         self.n, self.batch, self.accumulation = n, batch, accumulation
         self.seed, self.start, self.stop, self.before = seed, start, stop, before
-        self.steps_per_epoch = n // (batch * distributed.world_size() * accumulation)
+        ranks = distributed.world_size()
+        self.full_steps, left = divmod(n, batch * accumulation * ranks)
+        full, rest = divmod(left, batch * ranks)
+        # this rank's images in each batch of the smaller step
+        self.last = [batch] * full + [max(keep_last, -(-rest // ranks))] * bool(rest)
+        self.last = self.last if keep_last else []
+        self.repeated = sum(self.last) * ranks - left if self.last else 0
+        self.steps_per_epoch = self.full_steps + bool(self.last)
+
+    def sizes(self, step: int) -> list[int]:
+        """Return the number of images of each of this rank's batches in a step."""
+        if self.last and (step + 1) % self.steps_per_epoch == 0:
+            return self.last
+        return [self.batch] * self.accumulation
+
+    def images(self, steps: int) -> int:
+        """Return the number of images that this rank reads in the first `steps` steps."""
+        per_step = self.batch * self.accumulation
+        if not self.last:
+            return steps * per_step
+        epochs, inside = divmod(steps, self.steps_per_epoch)
+        return epochs * (self.full_steps * per_step + sum(self.last)) + inside * per_step
 
     def __len__(self) -> int:
         """Return the number of batches of this rank."""
-        return (self.stop - self.start) * self.accumulation
+        per_epoch = max(1, self.steps_per_epoch)
+        smaller = self.stop // per_epoch - self.start // per_epoch if self.last else 0
+        steps = self.stop - self.start
+        return (steps - smaller) * self.accumulation + smaller * len(self.last)
 
     def __iter__(self) -> Iterator[list[SampleId]]:
         """Yield this rank's batches in order."""
-        shape = (self.steps_per_epoch, self.accumulation, distributed.world_size(), self.batch)
+        ranks, rank = distributed.world_size(), distributed.rank()
         shuffled_epoch = None
         for step in range(self.start, self.stop):
             shown = step if step >= 0 else step + self.before  # the step with these images
             epoch, step_in_epoch = divmod(shown, self.steps_per_epoch)
             if epoch != shuffled_epoch:
                 draw = rng.generator("cpu", rng.ORDER, self.seed, epoch)
-                order = torch.randperm(self.n, generator=draw)[: math.prod(shape)].view(shape)
-                mine, shuffled_epoch = order[:, :, distributed.rank()], epoch
-            if step < 0:
-                epoch = -1 - epoch
-            for batch in mine[step_in_epoch].tolist():
-                yield [(epoch, i) for i in batch]
+                order, shuffled_epoch = torch.randperm(self.n, generator=draw), epoch
+            first = step_in_epoch * self.accumulation * self.batch * ranks
+            shown_in = epoch if step >= 0 else -1 - epoch  # the epoch of the views' random numbers
+            for size in self.sizes(shown):
+                mine = torch.arange(size) + first + rank * size
+                yield [(shown_in, i) for i in order[mine % self.n].tolist()]
+                first += size * ranks
 
 
 class EvalBatchSampler(Sampler):

@@ -59,7 +59,7 @@ def announce(start: Start, images: Images, notes: list[str]) -> None:
         f"total batch {batch} = {config.input.batch_per_process} per process x {size} processes "
         f"x {schedule.accumulation_steps} accumulation; lr after scaling {lrs} ({scaling}), "
         f"lr warm-up {schedule.lr_warmup_epochs} epochs; {schedule.epochs} epochs x "
-        f"{per_epoch} steps"
+        f"{per_epoch} steps{_last_step(start.order)}"
     )
     gpus = devices.count(start.device.type)
     if start.device.type == "cuda" and size == 1 < gpus and config.launch.gpu is None:
@@ -92,6 +92,14 @@ def announce(start: Start, images: Images, notes: list[str]) -> None:
     print_rank0(f"run folder {config.run.save_dir}")
     for line in notes:
         print_rank0(line)
+
+
+def _last_step(order: TrainBatchSampler) -> str:
+    """Return text about the smaller last step of each epoch; empty if there is none."""
+    if not order.last:
+        return ""
+    again = f", of which {order.repeated} are repeated" * bool(order.repeated)
+    return f", the last with {sum(order.last) * distributed.world_size()} images{again}"
 
 
 def print_if_done(start: Start) -> None:

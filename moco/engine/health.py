@@ -93,7 +93,7 @@ class Health:
         bad = (~values.isfinite()).nonzero()
         first = int(bad[0]) if len(bad) else 0
         step = values.new_tensor([steps[first] if len(bad) else math.inf])
-        images = indices[first][:2].to(wide)
+        images = indices[first][:2][[0, -1]].to(wide)  # twice the same, if there is only one
         facts = torch.cat([step, values[first : first + 1], images])
         of_ranks = distributed.all_gather(facts[None]).tolist()
         step, loss, *images = min(of_ranks, key=lambda rank: rank[0])
@@ -104,7 +104,7 @@ class Health:
         self, step: float, loss: float, images: list[float], lr: float, steps_per_epoch: int
     ) -> None:
         """Raise InputError: at `step`, the loss or a weight is NaN or infinite."""
-        names = ", ".join(self.images.name(int(i)) for i in images)
+        names = ", ".join(self.images.name(int(i)) for i in dict.fromkeys(images))
         epoch = step // steps_per_epoch
         where = f"step {step:.0f} (epoch {epoch:.0f}, lr {lr:g}, images {names}, ...)"
         kept = next(iter(checkpoint.list_checkpoints(self.config.run.save_dir)), None)

@@ -41,10 +41,10 @@ class Mean:
         self.sums: dict[str, Tensor] = {}
         self.counts: dict[str, Tensor | int] = {}
 
-    def add(self, values: Metrics) -> None:
-        """Add the metrics of one pass of this rank."""
+    def add(self, values: Metrics, weight: float = 1) -> None:
+        """Add the metrics of one pass of this rank. A scalar counts `weight` times."""
         for name, value in values.items():
-            total, count = value if isinstance(value, tuple) else (value, 1)
+            total, count = value if isinstance(value, tuple) else (value * weight, weight)
             self.sums[name] = self.sums.get(name, 0) + total.detach()
             self.counts[name] = self.counts.get(name, 0) + count
 
@@ -92,13 +92,8 @@ class RunLog:
 
     def __init__(self, config: Training, steps: int, start: int = 0, device: torch.device = CPU):
         self.steps, self.start, self.device = steps, start, device
-        self.images_per_step = (
-            config.input.batch_per_process
-            * distributed.world_size()
-            * config.optimizer.accumulation_steps
-        )
         self.began = self.marked = time.perf_counter()
-        self.marked_step, self.waited, self.first = start, 0.0, True
+        self.marked_step, self.waited, self.images, self.first = start, 0.0, 0, True
         self.bar, self.before = None, 0.0  # seconds trained in earlier starts
         if distributed.rank() != 0:
             return
@@ -132,8 +127,9 @@ class RunLog:
         """Count time spent waiting for data."""
         self.waited += seconds
 
-    def tick(self) -> None:
-        """Count a step. Print the duration of the first one."""
+    def tick(self, images: int) -> None:
+        """Count a step with so many images, over all ranks. Print the duration of the first one."""
+        self.images += images
         if self.first:
             self.first = False
             torch.get_device_module(self.device).synchronize()
@@ -157,15 +153,14 @@ class RunLog:
         Raises InputError if the log cannot be written.
         """
         now = time.perf_counter()
-        done = step - self.marked_step
         speed = {}
-        if done:
+        if step != self.marked_step:
             span = now - self.marked
             speed = {
-                "images_per_s": done * self.images_per_step / span,
+                "images_per_s": self.images / span,
                 "data_wait": min(1.0, self.waited / span),
             }
-        self.marked, self.marked_step, self.waited = now, step, 0.0
+        self.marked, self.marked_step, self.waited, self.images = now, step, 0.0, 0
         if distributed.rank() != 0:
             return
         entry = {"epoch": epoch, "step": step, **metrics, **speed, "time": round(self.seconds(), 3)}

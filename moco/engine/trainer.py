@@ -37,6 +37,7 @@ class Task(ABC):
     """
 
     images_before_epoch_0 = 0  # number of images to train on before epoch 0, in steps below 0
+    keep_last = 0  # of `TrainBatchSampler`: whether the last, smaller batch of an epoch trains, too
     may_diverge = False  # whether the run continues if the loss or a weight is NaN or infinite
     scales_gradient = True  # whether --amp fp16 scales the gradient
 
@@ -156,11 +157,9 @@ class Trainer:
     def _find_start(self, state: checkpoint.State | None) -> None:
         """Set the first step and epoch. Raises InputError if they differ between ranks."""
         schedule, images = self.config.optimizer, self.task.images
+        batch, seed = self.config.input.batch_per_process, self.config.run.seed
         self.order = loader.TrainBatchSampler(
-            len(images),
-            self.config.input.batch_per_process,
-            schedule.accumulation_steps,
-            self.config.run.seed,
+            len(images), batch, schedule.accumulation_steps, seed, keep_last=self.task.keep_last
         )
         self.steps_per_epoch = self.order.steps_per_epoch
         self.order.stop = self.steps_per_epoch * schedule.epochs
@@ -221,7 +220,7 @@ class Trainer:
         """
         options, per_epoch = self.config.log, self.steps_per_epoch
         self.task.start_epoch()
-        self.health.start_epoch(per_epoch * self.batch // distributed.world_size())
+        self.health.start_epoch(self.order.images(per_epoch))
         mean, means = Mean(), {}
         for step in range(max(epoch * per_epoch, self.order.start), (epoch + 1) * per_epoch):
             lr = self._set_lr(step)
@@ -250,8 +249,8 @@ class Trainer:
         self, epoch: int, step: int, batches: Iterator[loader.Batch], mean: Mean, log: RunLog
     ) -> None:
         """Take one step of the optimizer, with the mean gradient of all passes of the step."""
-        schedule = self.config.optimizer
-        for micro in range(schedule.accumulation_steps):
+        schedule, sizes = self.config.optimizer, self.order.sizes(step)
+        for micro, size in enumerate(sizes):
             before = time.perf_counter()
             batch = next(batches)
             log.wait(time.perf_counter() - before)
@@ -259,15 +258,15 @@ class Trainer:
             progress = rng.Progress(
                 self.config.run.seed, epoch, step, micro, self.steps_per_epoch, schedule.epochs
             )
-            found = self._pass(batch, progress)
+            found = self._pass(batch, progress, sum(sizes) / size, micro + 1 == len(sizes))
             self.health.note(step, found["loss"], batch.index)
-            mean.add(found)
+            mean.add(found, size / self.config.input.batch_per_process)
         mean.add(self._clip_gradient())
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.task.after_step()
-        log.tick()
+        log.tick(sum(sizes) * distributed.world_size())
 
     def _set_lr(self, step: int) -> float:
         """Set the learning rate of each parameter group for this step. Return the first one."""
@@ -289,14 +288,15 @@ class Trainer:
             for base, scheduled in zip(self.base_lrs, self.scheduled, strict=True)
         ]
 
-    def _pass(self, batch: loader.Batch, progress: rng.Progress) -> Metrics:
+    def _pass(
+        self, batch: loader.Batch, progress: rng.Progress, parts: float, last: bool
+    ) -> Metrics:
         """Augment the views, compute the loss and its gradient, and return the metrics.
 
-        The gradients of the ranks are averaged only in the last pass of a step, to save time.
+        The step has `parts` times as many images as this pass. The gradients of the ranks are
+        averaged only in the `last` pass of a step, to save time.
         """
-        steps, amp = self.config.optimizer.accumulation_steps, self.config.compute.amp
-        last = progress.micro + 1 == steps
-        rank = distributed.rank()
+        amp, rank = self.config.compute.amp, distributed.rank()
         draws = [
             progress.generator(rng.COLOR, "cpu", rank, view) for view in range(len(self.recipe))
         ]
@@ -309,7 +309,7 @@ class Trainer:
         with contextlib.nullcontext() if alone else self.net.no_sync():
             with precision.autocast(amp, self.device):
                 loss, metrics = self.task.loss(self.net, views, batch, progress)
-            self.scaler.scale(loss / steps).backward()
+            self.scaler.scale(loss / parts).backward()
         return {"loss": loss, **metrics}
 
     def _clip_gradient(self) -> Metrics:
@@ -386,7 +386,7 @@ class Trainer:
             "scaler": self.scaler.state_dict(),
             "progress": {
                 "step": step,
-                "samples": step * self.batch,
+                "samples": self.order.images(step) * distributed.world_size(),
                 "seed": config.run.seed,
                 "batch": self.batch,
                 "steps_per_epoch": self.steps_per_epoch,

@@ -87,6 +87,8 @@ class ClassifierTask(Task):
         best_name: file name of the best checkpoint.
     """
 
+    keep_last = 1
+
     def __init__(
         self,
         config: Probing,

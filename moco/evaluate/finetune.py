@@ -31,6 +31,8 @@ class FineTuning(ClassifierTask):
     Raises InputError if each process has a single image per batch.
     """
 
+    keep_last = 2  # batch norm needs two images
+
     def __init__(
         self,
         config: Probing,

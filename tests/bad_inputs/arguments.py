@@ -200,6 +200,7 @@ def conflict(rng: random.Random, place: Place) -> Case:
             ("main_lincls", "--val-from-train", "1"),
             ("main_semisup", "--train-percent", "5"),
             ("main_semisup", "--ft-proj", "1"),
+            ("main_semisup", "--weights", "finetune"),
             ("main_semisup", "--lr", "1"),
             ("main_knn", "--k", "0"),
             ("main_knn", "--temperature", "0"),

@@ -10,6 +10,7 @@ import pickle
 import subprocess
 import sys
 from argparse import Namespace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,6 +26,9 @@ pytestmark = pytest.mark.slow
 
 
 # Configurations
+CONVERTED = ("_moco", "_synco", "_adco")  # endings of the configs for converted checkpoints
+
+
 def configs():
     return sorted((HERE / "configs").glob("*.yaml"))
 
@@ -35,9 +39,10 @@ def test_every_config_builds_the_model_that_it_says(file):
     from detectron2.modeling import build_model
 
     cfg = importlib.import_module("c4").config(file, ["MODEL.WEIGHTS", ""], gpus=0)
-    mine, coco = file.stem.endswith("_moco"), file.stem.startswith("coco")
+    mine, coco = file.stem.endswith(CONVERTED), file.stem.startswith("coco")
     solver, resnets = cfg.SOLVER, cfg.MODEL.RESNETS
-    assert (solver.IMS_PER_BATCH, solver.BASE_LR, cfg.TEST.PRECISE_BN.ENABLED) == (16, 0.01, True)
+    assert (solver.IMS_PER_BATCH, cfg.TEST.PRECISE_BN.ENABLED) == (16, True)
+    assert solver.BASE_LR == (0.01 if file.stem.endswith("_synco") else 0.02)
     assert (cfg.MODEL.BACKBONE.FREEZE_AT, cfg.MODEL.ROI_HEADS.NAME, resnets.DEPTH) == (
         0,
         "Res5ROIHeadsExtraNorm",
@@ -54,7 +59,7 @@ def test_every_config_builds_the_model_that_it_says(file):
             "2x": (120000, 160000),
         }
         last = {"12k": 12000, "24k": 24000, "1x": 90000, "2x": 180000}
-        name = file.stem.removesuffix("_moco").split("_")[-1]
+        name = next(word for word in file.stem.split("_") if word in last)
         assert (solver.STEPS, solver.MAX_ITER, cfg.MODEL.MASK_ON) == (
             schedule[name],
             last[name],
@@ -72,6 +77,39 @@ def test_every_config_builds_the_model_that_it_says(file):
     assert isinstance(model.roi_heads.res5.norm, torch.nn.BatchNorm2d)
     assert all(p.requires_grad for p in model.parameters())
     assert model.backbone.res3[0].conv2.stride == ((2, 2) if mine else (1, 1))
+
+
+def test_every_schedule_has_a_config_of_each_repository():
+    names = {file.stem for file in configs()}
+    for schedule in ("pascal_voc_R_50_C4_12k", "pascal_voc_R_50_C4_24k"):
+        assert {schedule, *(schedule + ending for ending in CONVERTED)} <= names
+    for schedule in ("coco_R_50_C4_1x", "coco_R_50_C4_2x"):
+        assert {schedule, *(schedule + ending for ending in CONVERTED)} <= names
+
+
+@wants_detectron2
+@pytest.mark.parametrize("data", ["pascal_voc_R_50_C4_24k", "coco_R_50_C4_2x"])
+@pytest.mark.parametrize(("ending", "lr"), [("_moco", 0.02), ("_synco", 0.01), ("_adco", 0.02)])
+def test_the_commands_of_the_three_repositories(data, ending, lr, tmp_path, monkeypatch, capsys):
+    """They are typed in the folder of the scripts, where the READMEs say so."""
+    train_net = importlib.import_module("train_net")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").symlink_to(HERE / "configs")
+    torch.save(published("resnet50"), tmp_path / "input.pth.tar")
+    converted = "convert-pretrain-to-detectron2.py input.pth.tar output.pkl".split()
+    monkeypatch.setattr(sys, "argv", converted)
+    assert converter.main() == 0
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    command = f"--config-file configs/{data}{ending}.yaml --num-gpus 8 MODEL.WEIGHTS ./output.pkl"
+    cfg = train_net.configure(train_net.parser().parse_args(command.split()))
+    assert f"8 process(es) on cuda, batch 16, lr {lr:g}" in capsys.readouterr().out
+    assert (cfg.SOLVER.BASE_LR, cfg.SOLVER.IMS_PER_BATCH) == (lr, 16)
+    steps = (18000, 22000) if "voc" in data else (120000, 160000)
+    assert (cfg.SOLVER.STEPS, cfg.MODEL.RESNETS.NORM, cfg.INPUT.FORMAT) == (steps, "SyncBN", "RGB")
+    # since AdCo's settings are MoCo's, only the name differs; SynCo's differ in the rate alone
+    moco = train_net.c4.config(Path(f"configs/{data}_moco.yaml"), command.split()[-2:], 8)
+    moco.SOLVER.BASE_LR = lr
+    assert moco == cfg
 
 
 @wants_detectron2
@@ -96,10 +134,10 @@ def test_the_schedule_fits_fewer_gpus(monkeypatch, capsys):
     args = {"config_file": file, "opts": [], "num_machines": 1, "resume": False}
     for gpus, scale in ((1, 8), (2, 4), (8, 1)):
         solver = train_net.configure(Namespace(**args, num_gpus=gpus, auto_scale=True)).SOLVER
-        assert (solver.IMS_PER_BATCH, solver.BASE_LR) == (16 / scale, pytest.approx(0.01 / scale))
+        assert (solver.IMS_PER_BATCH, solver.BASE_LR) == (16 / scale, pytest.approx(0.02 / scale))
         assert (solver.MAX_ITER, solver.STEPS) == (24000 * scale, (18000 * scale, 22000 * scale))
         assert solver.WARMUP_ITERS == 100 * scale
-        assert f"batch {16 // scale}, lr {0.01 / scale:g}" in capsys.readouterr().out
+        assert f"batch {16 // scale}, lr {0.02 / scale:g}" in capsys.readouterr().out
     assert (
         train_net.configure(Namespace(**args, num_gpus=2, auto_scale=False)).SOLVER.IMS_PER_BATCH
         == 16
@@ -166,7 +204,7 @@ def test_from_pretraining_to_ap(data, arch, datasets, script, shared_images, tmp
 
     said, found = run()
     assert "backbone tensors arrived in detectron2's model" in said and "arrived bit by bit" in said
-    assert "MODEL.RESNETS.NORM BN" in said and "1 process(es) on cpu, batch 2, lr 0.01" in said
+    assert "MODEL.RESNETS.NORM BN" in said and "1 process(es) on cpu, batch 2, lr 0.02" in said
     kinds = ("box", "mask") if data == "coco" else ("box",)
     assert list(found["metrics"]) == [
         f"{kind}_{name}" for kind in kinds for name in ("ap", "ap50", "ap75")
@@ -305,7 +343,8 @@ def test_what_cannot_run_is_refused_in_one_line(tmp_path, monkeypatch, capsys):
             ("--config-file", config, "MODEL.WEIGHTS", "gs://a/b.pkl"),
             "MODEL.WEIGHTS gs://a/b.pkl: is a URL",
         ),
-        (("--config-file", tmp_path / "none.yaml"), "no such config"),
+        (("--config-file", tmp_path / "none.yaml"), "no such config; MoCo's, SynCo's and AdCo's"),
+        (("--config-file", tmp_path / config.name), f"no such config; give {config}"),
         ((), "give --config-file"),
         (
             ("--num-gpus", torch.cuda.device_count() + 1, "--config-file", config),
@@ -318,7 +357,10 @@ def test_what_cannot_run_is_refused_in_one_line(tmp_path, monkeypatch, capsys):
         ),
         (("--config-file", config, "SOLVER.BASE_LR"), "pairs"),
         (("--config-file", config, *weights), "DETECTRON2_DATASETS"),
-        (("--config-file", HERE / "configs" / "coco_R_50_C4_1x.yaml", *weights), "ends in _moco"),
+        (
+            ("--config-file", HERE / "configs" / "coco_R_50_C4_1x.yaml", *weights),
+            "ends in _moco, _synco",
+        ),
         ((*resumed, tmp_path / "b.pkl"), "started from elsewhere/a"),
         ((*resumed, tmp_path / "a.pkl"), "DETECTRON2_DATASETS"),
     ):

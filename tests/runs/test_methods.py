@@ -68,7 +68,9 @@ def test_two_processes_train(name, shared_images, tmp_path):
 @pytest.mark.parametrize("evaluation", ["main_knn", "main_lincls", "main_semisup"])
 def test_evaluations_read_the_encoder(evaluation, name, run, script, shared_images, tmp_path):
     file = run(name) / "checkpoint_0002.pth.tar"
-    more = {"main_knn": ("--k", 5), "main_lincls": ("--lr", 0.1), "main_semisup": ()}[evaluation]
+    fine_tuning = ("--weights", "finetune", "--lr-backbone", 0.02, "--train-percent", 10)
+    more = {"main_knn": ("--k", 5), "main_lincls": ("--lr", 0.1), "main_semisup": fine_tuning}
+    more = more[evaluation]
     if evaluation != "main_knn":
         more += ("--epochs", 1)
     words = (shared_images, "-b", 4, "-j", 0, "--pretrained", file, "--save-dir", tmp_path / "run")

@@ -180,6 +180,22 @@ def test_a_cfg_that_is_no_text_says_where_recipes_are(kind, script, images, tmp_
 
 
 @pytest.mark.parametrize(
+    ("given", "nearest"),
+    [
+        ("configs/semisup_synco_1pct.yaml", "semisup_1pct.yaml"),  # its name in earlier versions
+        ("configs/semisup_synco_10pct.yaml", "semisup_10pct.yaml"),
+        ("configs/semi_sup_100pct.yml", "semisup_100pct.yaml"),
+        ("configs/cifar10/mocco.yaml", "cifar10/moco.yaml"),
+        ("elsewhere/synco_20.yaml", "synco_200.yaml"),
+    ],
+)
+def test_a_missing_recipe_names_the_nearest(script, given, nearest):
+    result = script("main_semisup", "DIR", "--cfg", given)
+    near = f"the nearest recipe is {ROOT / 'configs' / nearest}"
+    refused(result, f"--cfg {given}: No such file or directory; {near}")
+
+
+@pytest.mark.parametrize(
     ("option", "said"),
     [("--epochs 1e3", "'1e3' is not a whole number"), ("--lr many", "'many' is not a number")],
 )

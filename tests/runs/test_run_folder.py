@@ -137,8 +137,9 @@ def test_results_of_a_finished_classifier_stay(script, shared_images, run, tmp_p
 def test_a_test_with_output_and_tag_is_named_by_the_classifier(script, shared_images, run):
     place = ("--output", run.parent, "--tag", run.name)
     command = ("main_semisup", shared_images, "--epochs", 1, "-b", 8, "-j", 0, *place)
-    assert script(*command, "--train-percent", 100, "--weights", "freeze")[0] == 0
-    own = run / "semisup-imagenet-freeze-100"
+    trained = typed("--train-percent 10 --weights finetune --lr-backbone 0.02")
+    assert script(*command, *trained)[0] == 0
+    own = run / "semisup-imagenet-finetune-10"
     status, out, err = script(
         "main_semisup",
         shared_images,
@@ -148,7 +149,7 @@ def test_a_test_with_output_and_tag_is_named_by_the_classifier(script, shared_im
     assert status == 0, err
     assert (
         f"results in {own / 'semisup' / 'results.json'}" in out
-        and not (run / "semisup-imagenet-finetune-10").exists()
+        and not (run / "semisup-imagenet-freeze-100").exists()
     )
 
 

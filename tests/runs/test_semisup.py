@@ -7,11 +7,12 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, own_lines, shell
+from conftest import ROOT, own_lines, settings, shell
 from PIL import Image
 from run_helpers import typed
 from torch import nn
 
+import main_semisup
 from moco.data import subsets
 from moco.encoder.resnets import resnet
 from moco.evaluate import classifier, inputs
@@ -20,6 +21,7 @@ from moco.sections_eval import Classifier
 pytestmark = pytest.mark.slow
 
 SMALL = ("-a", "resnet18", "--image-size", 32, "-j", 0, "-b", 8)
+FINE_TUNING = typed("--weights finetune --lr-backbone 0.02 --lr-classifier 0.02")
 
 
 # The settings of SynCo's paper and the launch flags of its repository, on a small network.
@@ -113,6 +115,24 @@ def test_names_that_are_not_utf_8(pretrained, images, script, tmp_path):
     assert status == 2 and "--save-dir" in err and "is not UTF-8" in err and err.count("\n") == 1
 
 
+def test_the_defaults_are_those_of_the_authors_script():
+    args = settings(main_semisup, ["DIR"])
+    assert (args.lr_backbone, args.lr_classifier, args.wd, args.momentum) == (0, 0.3, 1e-6, 0.9)
+    assert (args.weights, args.train_percent, args.epochs) == ("freeze", 100, 100)
+    assert (args.batch_size, args.cos, args.lr_by, args.lr_final) == (256, True, "epoch", 0)
+    assert (args.optimizer, args.recipe, args.lr_warmup_epochs) == ("sgd", "probe", 0)
+
+
+@pytest.mark.parametrize(("percent", "epochs"), [(1, 60), (10, 30), (100, 90)])
+def test_the_recipes_are_the_papers_grid(percent, epochs):
+    args = settings(main_semisup, ["DIR", "--cfg", f"configs/semisup_{percent}pct.yaml"])
+    assert (args.train_percent, args.epochs, args.batch_size) == (percent, epochs, 1024)
+    assert (args.weights, args.lr_classifier, args.wd) == ("finetune", 0.5, 1e-6)
+    assert args.lr_backbone in (0.01, 0.02, 0.05, 0.1, 0.005) and args.cos
+    head = (ROOT / "configs" / f"semisup_{percent}pct.yaml").read_text()
+    assert "for lr in 0.01 0.02 0.05 0.1 0.005" in head
+
+
 def test_a_loop_in_bash_runs(pretrained, shared_images, tmp_path):
     loop = (
         f"for lr in 0.01 0.005; do for epochs in 1; do {sys.executable} main_semisup.py "
@@ -131,14 +151,15 @@ def test_a_loop_in_bash_runs(pretrained, shared_images, tmp_path):
 @pytest.mark.parametrize("part", ["classifier", "backbone"])
 def test_each_part_trains_at_its_own_rate(part, script, pretrained, shared_images, tmp_path):
     rates = (
-        ("--lr-classifier", 0.1, "--lr-backbone", 0)
+        # --lr-backbone 0 is refused
+        ("--lr-classifier", 0.1, "--lr-backbone", 1e-30)
         if part == "classifier"
         else ("--lr-classifier", 0, "--lr-backbone", 0.1)
     )
     common = (
         shared_images,
         *SMALL,
-        *typed("--train-percent 100 --wd 0 --epochs 1 --pretrained {}", pretrained),
+        *typed("--weights finetune --wd 0 --epochs 1 --pretrained {}", pretrained),
     )
     status, _, err = script("main_semisup", *common, *rates, "--save-dir", tmp_path)
     assert status == 0, err
@@ -150,7 +171,7 @@ def test_each_part_trains_at_its_own_rate(part, script, pretrained, shared_image
     kept = {
         name
         for name in ("conv1.weight", "bn1.weight", "layer4.1.bn2.bias")
-        if torch.equal(state[f"module.{name}"], old[name])
+        if torch.allclose(state[f"module.{name}"], old[name], rtol=0, atol=1e-20)
     }
     assert len(kept) == (3 if part == "classifier" else 0)
     assert torch.equal(state["module.fc.bias"], torch.zeros(3)) == (part == "backbone")
@@ -179,7 +200,7 @@ def test_a_classifier_can_begin_at_zero(script, pretrained, shared_images, tmp_p
     common = (
         shared_images,
         *SMALL,
-        *typed("--train-percent 100 --wd 0 --epochs 1 --zero-init-classifier"),
+        *typed("--weights finetune --wd 0 --epochs 1 --zero-init-classifier"),
     )
     rates = ("--lr-classifier", 0, "--lr-backbone", 0.1)
     assert (
@@ -200,7 +221,7 @@ def test_frozen_weights_stay_and_are_checked(script, pretrained, shared_images, 
     options = (
         shared_images,
         *SMALL,
-        *typed("--weights freeze --lr-classifier 0.1 --train-percent 100 --epochs 2"),
+        *typed("--lr-classifier 0.1 --epochs 2"),  # as by default
     )
     status, out, err = script(
         "main_semisup", *options, "--pretrained", pretrained, "--save-dir", tmp_path
@@ -216,7 +237,8 @@ def test_resumed_fine_tuning_is_one_never_stopped(
     common = (
         shared_images,
         *SMALL,
-        *typed("--train-percent 100 --optimizer {} --pretrained {}", optimizer, pretrained),
+        *FINE_TUNING,
+        *typed("--optimizer {} --pretrained {}", optimizer, pretrained),
     )
     common += ("--val-from-train", 0.25, "--schedule", 1, "--no-cos")
     for run, epochs, more in (
@@ -253,7 +275,7 @@ def test_resumed_fine_tuning_is_one_never_stopped(
 
 
 def test_two_processes_test_as_one(script, pretrained, shared_images, tmp_path):
-    common = (shared_images, *SMALL, "--train-percent", 100, "--pretrained", pretrained)
+    common = (shared_images, *SMALL, *FINE_TUNING, "--pretrained", pretrained)
     status, _, err = script("main_semisup", *common, "--epochs", 1, "--save-dir", tmp_path / "one")
     assert status == 0, err
     again = (
@@ -270,6 +292,7 @@ def test_two_processes_fine_tune(pretrained, shared_images, tmp_path):
     options = (
         shared_images,
         *SMALL,
+        *FINE_TUNING,
         *typed("--train-percent 10 -b 4 --epochs 1 --pretrained {}", pretrained),
     )
     done = shell("main_semisup.py", *options, *launch, "--save-dir", tmp_path)
@@ -286,7 +309,11 @@ def test_two_processes_fine_tune(pretrained, shared_images, tmp_path):
         (("--train-percent", 5), "--train-percent"),
         (("--ft-proj", 1), "--pretrained FILE"),
         (("--ft-proj", 1, "--weights", "freeze", "--pretrained", "{}"), "--weights finetune"),
-        (("--ft-proj", 3, "--pretrained", "{}"), "has 2 linear layers, not --ft-proj 3"),
+        (("--weights", "finetune"), "--lr-backbone 0: --weights finetune would not train"),
+        (
+            ("--ft-proj", 3, *FINE_TUNING, "--pretrained", "{}"),
+            "has 2 linear layers, not --ft-proj 3",
+        ),
         (("--subset-file", "nowhere.txt"), "nowhere.txt"),
         (("-e",), "--resume FILE"),
         (("--val-from-train", 1), "take one in (0, 1)"),
@@ -328,7 +355,8 @@ def test_a_kept_projection_trains_and_resumes(script, pretrained, shared_images,
     common = (
         shared_images,
         *SMALL,
-        *typed("--train-percent 100 --ft-proj 1 --pretrained {}", pretrained),
+        *FINE_TUNING,
+        *typed("--ft-proj 1 --pretrained {}", pretrained),
         "--save-dir",
         tmp_path,
     )

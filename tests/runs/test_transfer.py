@@ -153,10 +153,10 @@ FNC = {
     "crop_min": 0.2,
     "sync_bn": True,
 }
-SYNCO = {"lr_classifier": 0.5, "batch_size": 1024, "wd": 1e-6, "cos": True}
 MOBY = {"lr": [0.5], "wd": [0], "lr_final": 2.5e-6, "learning_rate_scaling": "linear"}
 MOBY |= {"batch_size": 512, "epochs": 100, "lr_warmup_epochs": 5, "cos": True, "nesterov": True}
 MOBY |= {"momentum": 0.9, "clip_grad": 5, "label_smoothing": 0.1, "drop_path": 0.2}
+SYNCO = {"weights": "finetune", "lr_classifier": 0.5, "batch_size": 1024, "wd": 1e-6, "cos": True}
 FNC |= {"ft_proj": 1, "zero_init_classifier": True, "wd": 0, "lr_warmup_epochs": 0}
 
 
@@ -213,8 +213,9 @@ FNC |= {"ft_proj": 1, "zero_init_classifier": True, "wd": 0, "lr_warmup_epochs":
                 "crop_min": 0.2,
             },
         ),
-        ("semisup_synco_1pct", {**SYNCO, "train_percent": 1, "epochs": 60}),
-        ("semisup_synco_10pct", {**SYNCO, "train_percent": 10, "epochs": 30}),
+        ("semisup_1pct", {**SYNCO, "train_percent": 1, "epochs": 60}),
+        ("semisup_10pct", {**SYNCO, "train_percent": 10, "epochs": 30}),
+        ("semisup_100pct", {**SYNCO, "train_percent": 100, "epochs": 90}),
         ("semisup_fnc_1pct", {**FNC, "epochs": 60, "train_percent": 1}),
         ("semisup_fnc_10pct", {**FNC, "epochs": 30, "train_percent": 10}),
     ],

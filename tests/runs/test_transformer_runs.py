@@ -54,7 +54,11 @@ def test_every_evaluation_reads_the_checkpoint(
     file = checkpoints[method]
     calls = {
         "main_lincls": (shared_images, "--lr", 0.1, 0.01, "--epochs", 1),
-        "main_semisup": (shared_images, "--epochs", 1, "--train-percent", 10, "--ft-proj", 1),
+        "main_semisup": (
+            shared_images,
+            *typed("--epochs 1 --train-percent 10 --weights finetune --lr-backbone 0.02"),
+            *typed("--ft-proj 1"),
+        ),
         "main_knn": (shared_images, "--k", 5),
         "main_voc07": (write_voc(tmp_path / "voc", 30, 12), "--c", 1),
     }

@@ -90,6 +90,69 @@ def test_images_that_do_not_fill_an_accumulated_step_are_left_out(
     ] * 2
 
 
+@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("n", [1, 2, 5, 12, 13, 23, 24, 36, 37, 103])
+@pytest.mark.parametrize("least", [1, 2])
+def test_a_kept_last_step_has_the_images_that_are_left(
+    monkeypatch, least, n, world_size, accumulation
+):
+    """Write out an epoch as one list: full steps as without the last one, then what is left."""
+    batch = 12 // world_size
+    ranks = []
+    for rank in range(world_size):
+        set_rank(monkeypatch, rank, world_size)
+        full = TrainBatchSampler(n, batch, accumulation, seed=3)
+        kept = TrainBatchSampler(n, batch, accumulation, seed=3, keep_last=least)
+        full.stop, kept.stop = full.steps_per_epoch, 2 * kept.steps_per_epoch
+        batches = list(kept)
+        assert len(kept) == len(batches)
+        assert batches[: len(full)] == list(full)
+        sizes = [size for step in range(kept.stop) for size in kept.sizes(step)]
+        assert [len(one) for one in batches] == sizes
+        for steps in range(kept.stop + 1):
+            read = sum(sum(kept.sizes(step)) for step in range(steps))
+            assert kept.images(steps) == read
+        ranks.append(batches)
+    assert kept.steps_per_epoch == -(-n // (12 * accumulation))
+    assert all([len(one) for one in batches] == sizes for batches in ranks)
+    assert all(least <= size <= batch for size in sizes)
+    for epoch in (0, 1):
+        seen = [i for batches in ranks for one in batches for e, i in one if e == epoch]
+        assert set(seen) == set(range(n))  # none is left out
+        assert len(seen) - n == kept.repeated < max(2, least * world_size)
+    # the same images in the last pass as on one process, apart from the repeated ones
+    set_rank(monkeypatch, 0, 1)
+    alone = TrainBatchSampler(n, 12, accumulation, seed=3, keep_last=1)
+    alone.stop = alone.steps_per_epoch
+    for i, one in enumerate(alone):
+        joined = {sample for batches in ranks for sample in batches[i]}
+        assert joined == set(one) if len(one) == 12 else joined >= set(one)
+
+
+def test_the_last_step_of_one_percent_of_imagenet(monkeypatch):
+    """12,811 images at batch 1024 are 13 steps: 12 of 1024 images and one of 523."""
+    set_rank(monkeypatch, 5, 8)
+    sampler = TrainBatchSampler(12811, 128, 1, seed=0, keep_last=2)
+    sampler.stop = sampler.steps_per_epoch
+    sizes = [len(batch) for batch in sampler]
+    assert sizes == [128] * 12 + [66]
+    assert sampler.repeated == 66 * 8 - 523
+
+
+def test_a_start_inside_an_epoch_continues_with_the_kept_last_step(monkeypatch):
+    for rank, world_size in ((0, 1), (1, 2)):
+        set_rank(monkeypatch, rank, world_size)
+        full = TrainBatchSampler(50, 4, 3, seed=1, stop=15, keep_last=2)
+        batches = list(full)
+        skipped = 0
+        for start in range(15):
+            later = TrainBatchSampler(50, 4, 3, seed=1, start=start, stop=15, keep_last=2)
+            assert list(later) == batches[skipped:]
+            assert len(later) == len(batches) - skipped
+            skipped += len(full.sizes(start))
+
+
 @pytest.mark.parametrize("n", [0, 1, 10, 24])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_evaluation_reads_each_image_once_over_all_ranks(monkeypatch, n, world_size):
