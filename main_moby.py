@@ -111,7 +111,7 @@ def worker(c: Config, device: torch.device) -> None:
         for line in moby.synthetic_notes(c.synthetic, c.contrast, c.optimizer.epochs):
             print_rank0(line)
     print_rank0(
-        f"target momentum {c.networks.moco_m:g} at the first step, 1 at the last (--moco-m)"
+        f"target momentum {c.networks.moco_m:g} at the start, 1 after the last step (--moco-m)"
     )
     pretrain.train(c, device, lambda images: build(c))
 

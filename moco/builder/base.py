@@ -185,8 +185,8 @@ class OnlineAndTarget(Method):
             of `encoder` are copied to it.
         projector: the online projection head [B, D] -> [B, C]. The target has a copy.
         predictor: the online prediction head [B, C] -> [B, C].
-        m: momentum of the target at the first step, in [0, 1]. It rises to 1 at the last step,
-            along a half cosine.
+        m: momentum of the target at the start, in [0, 1]. It rises along a half cosine, to 1
+            after the last step.
     """
 
     sync_batch_norm = True
@@ -252,9 +252,12 @@ class OnlineAndTarget(Method):
         """
 
     def momentum(self) -> float:
-        """Return the target's momentum for the current step, in [m, 1] (BYOL, section 3.3)."""
+        """Return the target's momentum after the current step, in [m, 1] (BYOL, section 3.3).
+
+        As in MoBY's code, the half cosine counts the steps that are done, this one included.
+        """
         steps = self._progress.steps_per_epoch * self._progress.epochs
-        passed = self._progress.step / max(1, steps - 1)
+        passed = (self._progress.step + 1) / steps
         return 1 - (1 - self.m) * (1 + math.cos(math.pi * passed)) / 2
 
     @torch.no_grad()

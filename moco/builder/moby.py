@@ -38,7 +38,7 @@ class Networks:
     TITLE: ClassVar[str] = "online and target network"
     moco_m: float | None = option(
         None,
-        "momentum of the target at the first step; it rises to 1 at the last",
+        "momentum of the target at the start; it rises to 1 after the last step",
         range=AVERAGE,
         unset="see --method",
     )

@@ -119,7 +119,7 @@ def test_the_whole_method_is_the_slow_one(method):
                 for parameter in part.parameters():
                     parameter -= LR * parameter.grad
                     parameter.grad = None
-            m = 1 - (1 - M) * (math.cos(math.pi * step / (total - 1)) + 1) / 2
+            m = 1 - (1 - M) * (math.cos(math.pi * (step + 1) / total) + 1) / 2
             assert model.momentum() == pytest.approx(m, abs=1e-12)
             for target, online in ((f_k, model.encoder), (g_k, model.projector)):
                 for old, new in zip(target.parameters(), online.parameters(), strict=True):
@@ -157,6 +157,17 @@ def test_byol_lies_between_0_and_4():
     z = F.normalize(torch.randn(2, 5, DIM, dtype=torch.float64), dim=2)
     assert model.contrast([z[0], z[1]], [z[1], z[0]], at(0))[0] == pytest.approx(0, abs=1e-12)
     assert model.contrast([z[0], z[1]], [-z[1], -z[0]], at(0))[0] == pytest.approx(4)
+
+
+@pytest.mark.parametrize("arch", ["vit_tiny", "swin_tiny"])
+def test_only_the_online_encoder_has_stochastic_depth(arch):
+    words = f"photos -a {arch} --image-size 64 --mlp-dim 10 --moco-dim 4 --queue 11"
+    model = main_moby.build(main_moby.complete(main_moby.parser().parse(words.split())))
+    online, target = (
+        [module.drop_prob for module in encoder.modules() if "drop_prob" in vars(module)]
+        for encoder in (model.encoder, model.encoder_k)
+    )
+    assert max(online) == pytest.approx(0.2) and set(target) <= {0.0}
 
 
 # two ranks
