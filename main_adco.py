@@ -27,9 +27,9 @@ from moco.sections import option
 
 @dataclass(frozen=True)
 class Optimizer(sections.Optimizer):
-    """The encoder's optimizer, with a cosine that the bank may also follow."""
+    """The encoder's optimizer, with a choice of two cosines."""
 
-    cos: int = option(True, "cosine schedule; 2: also for --memory-lr", switch=True, max_level=2)
+    cos: int = option(True, "cosine schedule; 2: a quarter of a cosine", switch=True, max_level=2)
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,7 @@ class Bank:
     TITLE: ClassVar[str] = "AdCo"
     cluster: int = option(65536, "number of learned negatives", range=sections.ENTRIES, metavar="K")
     memory_lr: float = option(
-        3.0,
-        "learning rate of the negatives; --cos 2 also lowers it",
-        range=sections.LEARNING_RATE,
-        metavar="LR",
+        3.0, "learning rate of the negatives, constant", range=sections.LEARNING_RATE, metavar="LR"
     )
     mem_t: float = option(
         0.02,
@@ -94,9 +91,7 @@ def build(c: Config) -> AdCo:
         T=encoders.moco_t,
         bn_splits=encoders.bn_splits,
         bn_splits_query=encoders.bn_splits_query,
-        ascent=Ascent(
-            bank.memory_lr, bank.mem_t, bank.mem_momentum, bank.mem_wd, cosine=c.optimizer.cos == 2
-        ),
+        ascent=Ascent(bank.memory_lr, bank.mem_t, bank.mem_momentum, bank.mem_wd),
         symmetric=bank.sym,
         multi_crop=bank.multi_crop,
         fill=bank.ad_init,

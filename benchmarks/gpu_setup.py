@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from moco.augment import color, recipes
 from moco.config import Pretraining, replaced
 from moco.data.images import Images
-from moco.engine import optim, precision, pretrain
+from moco.engine import lr_schedule, optim, precision, pretrain
 from moco.rng import COLOR, Progress
 
 
@@ -147,7 +147,7 @@ class Method:
         self.contiguous = contiguous
         self.recipe = recipes.from_settings(self.config.views)
         schedule, self.amp = self.config.optimizer, self.config.compute.amp
-        scale = optim.lr_scale(schedule.learning_rate_scaling, self.config.input.batch_size)
+        scale = lr_schedule.lr_scale(schedule.learning_rate_scaling, self.config.input.batch_size)
         groups = self.module.parameter_groups(schedule.lr * scale, schedule.wd)
         self.optimizer = optim.make(groups, schedule, self.amp)
         self.scaler = precision.scaler(self.amp, self.device)

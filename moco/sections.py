@@ -256,11 +256,23 @@ class Schedule:
     lr_by: str = option(
         "epoch",
         "epoch, epoch-end: the learning rate is constant in each epoch, at the schedule's value "
-        "at its start or its end; step: it changes at each step",
-        choices=("epoch", "epoch-end", "step"),
+        "at its start or its end; step: it changes at each step; previous-step: likewise, one step "
+        "later, and the cosine begins at step 0, not after the warm-up",
+        choices=("epoch", "epoch-end", "step", "previous-step"),
     )
-    sgdr: bool = option(False, "cosine schedule that restarts (SGDR)")
-    sgdr_t0: int = option(12, "length of each period of --sgdr", range=EPOCHS, metavar="EPOCHS")
+    sgdr: int = option(
+        0,
+        "cosine schedule in periods, by step; 1: down and up in turn; 2: down, and restarted",
+        switch=True,
+        max_level=2,
+    )
+    sgdr_t0: int | None = option(
+        None,
+        "length of each period of --sgdr",
+        range=EPOCHS,
+        metavar="EPOCHS",
+        unset="12 with --sgdr 1, 10 with --sgdr 2",
+    )
     lr_final: float = option(
         0.0,
         "learning rate at the end of a cosine; scaled like --lr",
@@ -268,6 +280,12 @@ class Schedule:
         metavar="LR",
     )
     lr_warmup_epochs: int = option(0, "epochs of linear learning-rate warm-up", range=NATURAL)
+    lr_warmup_from: float = option(
+        0.0,
+        "learning rate at which the warm-up starts; scaled like --lr",
+        range=LEARNING_RATE,
+        metavar="LR",
+    )
     momentum: float = option(0.9, "momentum of sgd, lars and lars_tf", range=MOMENTUM)
     clip_grad: float = option(
         0.0, "maximum gradient norm; 0: no clipping", range="[0, 1000000]", metavar="NORM"

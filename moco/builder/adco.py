@@ -1,6 +1,5 @@
 """AdCo: negatives that are learned as adversaries of the encoder (Hu et al., arXiv 2011.08435)."""
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -22,7 +21,6 @@ class Ascent:
     T: float = 0.02
     momentum: float = 0.9
     weight_decay: float = 1e-4
-    cosine: bool = False  # from lr to 0 by epoch
 
 
 class AdCo(QueryAndKey):
@@ -164,12 +162,8 @@ class AdCo(QueryAndKey):
             return
         gradient = distributed.all_reduce_sum(self._gradient)
         gradient.div_(self._passes * distributed.world_size())
-        settings, lr = self.ascent, self.ascent.lr
-        if settings.cosine:
-            lr *= 0.5 * (1 + math.cos(math.pi * self._progress.epoch / self._progress.epochs))
-        ascend(
-            self.bank, self.bank_velocity, gradient, lr, settings.momentum, settings.weight_decay
-        )
+        lr, momentum, decay = self.ascent.lr, self.ascent.momentum, self.ascent.weight_decay
+        ascend(self.bank, self.bank_velocity, gradient, lr, momentum, decay)
         gradient.zero_()
         self._passes = 0
 

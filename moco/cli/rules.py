@@ -13,6 +13,7 @@ from moco.cli.effects import EffectsParser, Options
 from moco.config import Config
 from moco.data import registry
 from moco.encoder.resnets import ARCHS
+from moco.engine import lr_schedule
 from moco.launch import processes
 from moco.loss.synthetic import TYPES
 
@@ -88,14 +89,21 @@ def _schedule(parser: EffectsParser) -> None:
     parser.has_effect("schedule", begins, late, refuse=False)
     own = "--sgdr is another cosine schedule; give only one of them"
     parser.has_effect("cos", lambda args: not args.sgdr, own)
-    end = "--lr-by epoch-end is for --cos; leave out one of them"
-    parser.has_effect("sgdr", lambda args: args.lr_by != "epoch-end", end)
+    steps = "--sgdr changes the learning rate at each step (--lr-by step); leave it out"
+    parser.has_effect("lr_by", lambda args: not args.sgdr or args.lr_by == "step", steps)
     period = "it is the period of --sgdr; give both, or neither"
     parser.has_effect("sgdr_t0", lambda args: args.sgdr, period)
     ends = "it is the end of a cosine schedule; give --cos as well, or leave it out"
     parser.has_effect("lr_final", cosine, ends)
+    quarter = "the cosine of --cos 2 ends at 0; leave it out, or give --cos 1"
+    parser.has_effect("lr_final", lambda args: args.sgdr or args.cos != 2, quarter)
     changes = "the learning rate changes at the epochs of --schedule alone; leave it out"
     parser.has_effect("lr_by", lambda args: cosine(args) or args.lr_warmup_epochs, changes)
+    warmup = "it is the start of the warm-up; give --lr-warmup-epochs as well, or leave it out"
+    parser.has_effect("lr_warmup_from", lambda args: args.lr_warmup_epochs, warmup)
+    rises = "with --lr-by epoch, the warm-up rises from 0; give --lr-by step, or leave it out"
+    by_epoch = lambda args: lr_schedule.changes_by(args.config.optimizer) == "epoch"  # noqa: E731
+    parser.has_effect("lr_warmup_from", lambda args: not by_epoch(args), rises)
     adamw = "adamw does not use it; leave it out"
     parser.has_effect("momentum", lambda args: args.optimizer != "adamw", adamw)
     sgd = "it is for --optimizer sgd; leave it out"
@@ -120,10 +128,10 @@ def _classifier(parser: EffectsParser) -> None:
     one_label = lambda args: registry.METRIC[args.dataset] != "map11"  # noqa: E731
     parser.has_effect("label_smoothing", one_label, binary)
     trains = "epochs optimizer lr lr_backbone lr_classifier learning_rate_scaling wd schedule cos"
-    trains += " lr_by sgdr sgdr_t0 lr_final lr_warmup_epochs momentum clip_grad nesterov"
-    trains += " accumulation_steps print_freq save_every_steps on_bad_image recipe crop_min"
-    trains += " randaugment blur_sigma zero_init_classifier sync_bn grad_checkpoint pretrained"
-    trains += " cache_images label_smoothing drop_path protocol"
+    trains += " lr_by sgdr sgdr_t0 lr_final lr_warmup_epochs lr_warmup_from momentum clip_grad"
+    trains += " nesterov accumulation_steps print_freq save_every_steps on_bad_image recipe"
+    trains += " crop_min randaugment blur_sigma zero_init_classifier sync_bn grad_checkpoint"
+    trains += " pretrained cache_images label_smoothing drop_path protocol"
     only_tests = "--evaluate only tests the classifier of --resume"
     parser.has_effect(trains, lambda args: not args.evaluate, only_tests, refuse=False)
     last = "only the last and the best checkpoint of a classifier are kept; leave it out"

@@ -23,8 +23,8 @@ class Start(Protocol):
     first_epoch: int
     base_lrs: list[float]
 
-    def lrs_after(self, epochs: float) -> list[float]:
-        """Return the learning rate of each parameter group after `epochs` epochs."""
+    def lrs_of_step(self, step: int) -> list[float]:
+        """Return the learning rate of each parameter group in a step of the run."""
 
 
 def announce(start: Start, images: Images, notes: list[str]) -> None:
@@ -77,7 +77,7 @@ def announce(start: Start, images: Images, notes: list[str]) -> None:
             f"the warm-up's {schedule.lr_warmup_epochs} epochs (--lr-warmup-epochs) outlast the "
             "run: the full learning rate is not reached"
         )
-    if schedule.lr_by == "epoch-end" and schedule.epochs == 1 and not max(start.lrs_after(1)):
+    if schedule.lr_by == "epoch-end" and schedule.epochs == 1 and not max(start.lrs_of_step(0)):
         print_rank0(
             "--lr-by epoch-end: the only epoch uses the learning rate at its end, which is 0, so "
             "nothing is trained"

@@ -1,6 +1,5 @@
-"""Create optimizers, restore their state, and compute the learning-rate schedule."""
+"""Create optimizers and restore their state."""
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -238,47 +237,3 @@ def _split_decay(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
         split.append({**group, "params": weights})
         split.append({**group, "params": others, "weight_decay": 0.0})
     return [group for group in split if group["params"]]
-
-
-def lr_scale(scaling: str, batch: int) -> float:
-    """Return the factor by which a total batch of `batch` images scales the learning rate.
-
-    It is 1 if `scaling` is "none", sqrt(batch) if "sqrt", and batch / 256 if "linear".
-    """
-    return {"none": 1.0, "sqrt": math.sqrt(batch), "linear": batch / 256}[scaling]
-
-
-def scheduled_lr(schedule: Schedule, base_lr: float, epoch: float, scale: float = 1.0) -> float:
-    """Return the learning rate after `epoch` epochs.
-
-    The learning rate rises linearly over `schedule.lr_warmup_epochs`. Then it follows one of:
-
-    - `schedule.cos`: a half cosine down to `schedule.lr_final` at the end of the run;
-    - `schedule.sgdr`: the same half cosine, restarted every `schedule.sgdr_t0` epochs (Loshchilov
-      & Hutter, arXiv 1608.03983);
-    - otherwise a factor of 0.1 at each epoch of `schedule.schedule`.
-
-    If `schedule.lr_by` is "step" or "epoch-end", the warm-up begins at 0, and the cosine begins
-    when it ends, as in SimCLR and MoCo v3. If it is "epoch", the warm-up begins above 0, and the
-    cosine spans the full run.
-
-    Args:
-        schedule: the settings of the schedule.
-        base_lr: the learning rate after warm-up, already multiplied by `scale`.
-        epoch: epochs done, with a fraction within an epoch.
-        scale: the result of `lr_scale`; `schedule.lr_final` is multiplied by it.
-    """
-    warmup, by_step = schedule.lr_warmup_epochs, schedule.lr_by != "epoch"
-    if epoch < warmup:
-        return base_lr * (epoch / warmup if by_step else (epoch + 1) / (warmup + 1))
-    if schedule.cos or schedule.sgdr:
-        first = warmup if by_step else 0
-        passed = (
-            (epoch - first) % schedule.sgdr_t0 / schedule.sgdr_t0
-            if schedule.sgdr
-            else (epoch - first) / (schedule.epochs - first)
-        )
-        remaining = 0.5 * (1 + math.cos(math.pi * passed))
-        final = schedule.lr_final * scale
-        return final + (base_lr - final) * remaining
-    return base_lr * 0.1 ** sum(epoch >= milestone for milestone in schedule.schedule)

@@ -118,8 +118,8 @@ def check_unchanged(config: Training, state: checkpoint.State, batch: int) -> No
 
     The message names each difference. Options in `MAY_DIFFER` may differ. Options that the user
     names with `--allow-change` may differ, too; their changes are printed. `--epochs` may differ
-    unless a schedule depends on it. `--bn-splits` may differ if there are several processes,
-    because these ignore it.
+    unless a schedule depends on it, and `--sgdr-t0` without `--sgdr`. `--bn-splits` may differ if
+    there are several processes, because these ignore it.
 
     Args:
         config: the settings of this run.
@@ -130,6 +130,8 @@ def check_unchanged(config: Training, state: checkpoint.State, batch: int) -> No
     if unknown := sorted(allowed - {_spelled(name) for name in settings}):
         raise InputError(f"--allow-change {','.join(unknown)}: this script has no such option")
     unread = {"epochs"} if _open_ended(config) else set()
+    if not config.optimizer.sgdr:
+        unread.add("sgdr_t0")
     if distributed.world_size() > 1:
         unread |= {"bn_splits", "bn_splits_query"}
     compared = saved.keys() & settings.keys() - MAY_DIFFER - unread

@@ -19,7 +19,7 @@ from moco.augment import color, recipes
 from moco.config import Training, flat
 from moco.data import loader
 from moco.data.images import Images
-from moco.engine import checkpoint, health, optim, precision, resume
+from moco.engine import checkpoint, health, lr_schedule, optim, precision, resume
 from moco.engine.announce import announce
 from moco.engine.log import Mean, Metrics, RunLog, write_options
 from moco.errors import InputError
@@ -136,7 +136,7 @@ class Trainer:
             color.compile_operations()
         per_pass = config.input.batch_per_process * distributed.world_size()
         self.batch = per_pass * schedule.accumulation_steps  # images in a step
-        self.lr_scale = optim.lr_scale(schedule.learning_rate_scaling, self.batch)
+        self.lr_scale = lr_schedule.lr_scale(schedule.learning_rate_scaling, self.batch)
         self.optimizer = optim.make(task.parameter_groups(), schedule, config.compute.amp)
         # read from the optimizer's groups, because it may split the task's groups; popped, because
         # checkpoints do not save it
@@ -270,21 +270,18 @@ class Trainer:
 
     def _set_lr(self, step: int) -> float:
         """Set the learning rate of each parameter group for this step. Return the first one."""
-        schedule = self.config.optimizer
-        # steps before epoch 0 use the full learning rate
-        passed = step / self.steps_per_epoch if step >= 0 else schedule.lr_warmup_epochs
-        if schedule.lr_by != "step":
-            passed = int(passed) + (schedule.lr_by == "epoch-end" and step >= 0)
-        lrs = self.lrs_after(passed)
+        lrs = self.lrs_of_step(step)
         for group, lr in zip(self.optimizer.param_groups, lrs, strict=True):
             group["lr"] = lr
         return lrs[0]
 
-    def lrs_after(self, passed: float) -> list[float]:
-        """Return the learning rate of each parameter group after `passed` epochs."""
-        schedule = self.config.optimizer
+    def lrs_of_step(self, step: int) -> list[float]:
+        """Return the learning rate of each parameter group in a step of the run."""
+        schedule, per_epoch = self.config.optimizer, self.steps_per_epoch
         return [
-            optim.scheduled_lr(schedule, base, passed, self.lr_scale) if scheduled else base
+            lr_schedule.lr_of_step(schedule, base, step, per_epoch, self.lr_scale)
+            if scheduled
+            else base
             for base, scheduled in zip(self.base_lrs, self.scheduled, strict=True)
         ]
 

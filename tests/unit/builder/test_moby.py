@@ -159,6 +159,17 @@ def test_byol_lies_between_0_and_4():
     assert model.contrast([z[0], z[1]], [-z[1], -z[0]], at(0))[0] == pytest.approx(4)
 
 
+@pytest.mark.parametrize("arch", ["vit_tiny", "swin_tiny"])
+def test_only_the_online_encoder_has_stochastic_depth(arch):
+    words = f"photos -a {arch} --image-size 64 --mlp-dim 10 --moco-dim 4 --queue 11"
+    model = main_moby.build(main_moby.complete(main_moby.parser().parse(words.split())))
+    online, target = (
+        [module.drop_prob for module in encoder.modules() if "drop_prob" in vars(module)]
+        for encoder in (model.encoder, model.encoder_k)
+    )
+    assert max(online) == pytest.approx(0.2) and set(target) <= {0.0}
+
+
 # recipes
 
 

@@ -1,15 +1,9 @@
-"""LARS against its definition, one tensor at a time in float64, and the learning-rate schedules."""
-
-import itertools
-import math
-from types import SimpleNamespace
+"""LARS against its definition, one tensor at a time in float64; restored and fused optimizers."""
 
 import pytest
 import torch
 
-from moco.config import Training
 from moco.engine import optim
-from moco.engine.trainer import Trainer
 from moco.errors import InputError
 from moco.sections import Schedule
 
@@ -169,74 +163,6 @@ def test_adamw_decays_matrices_only():
         torch.testing.assert_close(p.detach(), old * (1 - 0.1 * 0.2) if p.dim() > 1 else old)
 
 
-def options(**changed) -> Schedule:
-    return Schedule(**{"epochs": 100, **changed})
-
-
-def test_step_schedule():
-    args = options(schedule=(60, 80))
-    assert [
-        optim.scheduled_lr(args, 30.0, epoch) for epoch in (0, 59, 60, 79, 80, 99)
-    ] == pytest.approx([30, 30, 3, 3, 0.3, 0.3])
-
-
-def test_cosine_ends_at_the_final_rate():
-    args = options(cos=True, lr_final=0.01)
-    for epoch in (0, 1, 50, 99, 100):
-        want = 0.01 + (10 - 0.01) * (1 + math.cos(math.pi * epoch / 100)) / 2
-        assert optim.scheduled_lr(args, 10.0, epoch) == pytest.approx(want)
-    assert optim.scheduled_lr(args, 10.0, 0) == 10 and optim.scheduled_lr(
-        args, 10.0, 100
-    ) == pytest.approx(0.01)
-
-
-def test_cosine_begins_anew_with_sgdr():
-    args = options(sgdr=True)
-    rates = [optim.scheduled_lr(args, 5.0, epoch) for epoch in range(36)]
-    assert (
-        rates[:12] == rates[12:24] == rates[24:]
-        and rates[0] == 5
-        and rates[6] == pytest.approx(2.5)
-    )
-    assert all(a > b for a, b in itertools.pairwise(rates[:12]))
-
-
-def test_warm_up_is_linear_and_ends_at_the_rate():
-    args = options(lr_warmup_epochs=4, schedule=(50,))
-    assert [optim.scheduled_lr(args, 1.0, epoch) for epoch in range(5)] == pytest.approx(
-        [0.2, 0.4, 0.6, 0.8, 1.0]
-    )
-
-
-def test_by_step_the_warm_up_begins_at_0_and_the_cosine_at_its_end():
-    args = options(lr_by="step", cos=True, lr_warmup_epochs=10, lr_final=0.1)
-    assert [
-        optim.scheduled_lr(args, 2.0, epoch, 0.5) for epoch in (0, 2.5, 7.5, 10)
-    ] == pytest.approx([0, 0.5, 1.5, 2.0])
-    assert optim.scheduled_lr(args, 2.0, 55, 0.5) == pytest.approx(
-        (2.0 + 0.05) / 2
-    )  # half of the 90 epochs that are left
-    assert optim.scheduled_lr(args, 2.0, 100, 0.5) == pytest.approx(0.05)
-
-
-def test_by_epoch_end_the_rates_are_those_of_the_demo_on_cifar10():
-    """Count the cosine's epochs from 1: the log of 200 epochs begins with .059996."""
-    args = options(lr_by="epoch-end", cos=True, epochs=200)
-    trainer = Trainer.__new__(Trainer)
-    trainer.config = Training(optimizer=args)
-    trainer.steps_per_epoch, trainer.lr_scale = 97, 1.0
-    trainer.base_lrs, trainer.scheduled = [0.06, 0.06], [True, False]
-    trainer.optimizer = SimpleNamespace(param_groups=[{}, {}])
-    found = [trainer._set_lr(step) for step in (0, 96, 97, 199 * 97)]
-    assert trainer.optimizer.param_groups[1]["lr"] == 0.06  # not scheduled
-    assert found[0] == found[1] == pytest.approx(0.059996, abs=5e-7) and found[3] == pytest.approx(
-        0
-    )
-    assert found == pytest.approx(
-        [0.03 * (1 + math.cos(math.pi * epoch / 200)) for epoch in (1, 1, 2, 200)]
-    )
-
-
 @pytest.mark.parametrize("name", ["sgd", "lars", "lars_tf", "adamw"])
 def test_every_optimizer_knows_the_parameters_without_a_schedule(name):
     """AdamW divides each group into parameters with and without weight decay."""
@@ -253,18 +179,6 @@ def test_every_optimizer_knows_the_parameters_without_a_schedule(name):
         p: group.get("scheduled", True) for group in optimizer.param_groups for p in group["params"]
     }
     assert all(found[p] is True for p in scheduled) and all(found[p] is False for p in fixed)
-
-
-def test_restarts_by_step_begin_after_the_warm_up():
-    args = options(lr_by="step", sgdr=True, lr_warmup_epochs=5)
-    assert [optim.scheduled_lr(args, 1.0, epoch) for epoch in (5, 11, 17, 29)] == pytest.approx(
-        [1, 0.5, 1, 1]
-    )
-
-
-@pytest.mark.parametrize(("scaling", "factor"), [("none", 1), ("sqrt", 32), ("linear", 4)])
-def test_rates_are_scaled_by_the_total_batch(scaling, factor):
-    assert optim.lr_scale(scaling, 1024) == factor
 
 
 def made(device: str, **changed) -> torch.optim.Optimizer:
