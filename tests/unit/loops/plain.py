@@ -112,6 +112,23 @@ class Network:
         return gradients(loss, self.trained)
 
 
+@torch.no_grad()
+def shuffled_keys(f_k: Network, images: Tensor, order: Tensor) -> Tensor:
+    """Return the normalized keys of the joint batch, in its order.
+
+    Each process encodes an equal part of the shuffled batch. One process encodes groups of 8.
+    """
+    processes = len(f_k.statistics)
+    if processes == 1:
+        keys = f_k.in_groups(images[order], len(images) // 8)
+    else:
+        parts = images[order].tensor_split(processes)
+        keys = torch.cat([f_k.on(rank, part) for rank, part in enumerate(parts)])
+    k = torch.empty_like(keys)
+    k[order] = unit(keys)
+    return k
+
+
 def gradients(loss: Tensor, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the gradient of `loss` by the name of each weight."""
     found = torch.autograd.grad(loss, list(weights.values()))

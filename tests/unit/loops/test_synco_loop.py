@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-from plain import SGD, WIDTH, Network, TinyResNet, part_of, unit
-from recorder import BATCH, EPOCHS, PROCESSES, STEPS, check, recordings
+from plain import SGD, WIDTH, Network, TinyResNet, part_of, shuffled_keys, unit
+from recorder import BATCH, EPOCHS, PROCESSES, STEPS, check, joint, permutation, recordings
 from run_helpers import typed
 from torch import nn
 
@@ -79,18 +79,11 @@ def replay(ranks, counts, mlp, lr_of, warmup=WARMUP):
         if step == STEPS:
             return found
         now = [one["steps"][step] for one in ranks]
-        views = [torch.cat([one["inputs"][view] for one in now]) for view in range(2)]
+        views = joint(ranks, step)
 
         # The keys pass in groups of the shuffled joint batch, and return to their order.
-        order = permutation([one["permutations"] for one in now])
-        with torch.no_grad():
-            shuffled = views[1][order]
-            if processes == 1:
-                keys = f_k.in_groups(shuffled, 2)  # of 8 images, the least
-            else:
-                keys = torch.cat([f_k.on(r, x) for r, x in enumerate(shuffled.split(share))])
-            k = torch.empty_like(keys)
-            k[order] = unit(keys)
+        order = permutation(ranks, step)
+        k = shuffled_keys(f_k, views[1], order)
 
         losses = []
         for rank, one in enumerate(now):
@@ -122,14 +115,6 @@ def replay(ranks, counts, mlp, lr_of, warmup=WARMUP):
         if (step + 1) % (STEPS // EPOCHS) == 0:
             f_q.share_statistics()
             f_k.share_statistics()
-
-
-def permutation(of_ranks):
-    """Return the permutation of the joint batch that all processes drew."""
-    (order,) = of_ranks[0]
-    assert sorted(order.tolist()) == list(range(BATCH))
-    assert all(torch.equal(one, order) for (one,) in of_ranks)
-    return order
 
 
 def state(f_q, f_k, rank, queue, pointer):
