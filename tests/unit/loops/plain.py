@@ -129,6 +129,49 @@ def shuffled_keys(f_k: Network, images: Tensor, order: Tensor) -> Tensor:
     return k
 
 
+def synthetic_negatives(
+    q: Tensor,
+    hard: Tensor,
+    counts: Sequence[int],
+    draws: dict[str, Tensor],
+    delta: float,
+    eta: float,
+) -> Tensor:
+    """Return the synthetic negatives of one query, one after the other.
+
+    Args:
+        q: normalized query.
+        hard: its hardest entries of the queue, the hardest first.
+        counts: number of negatives of each of the six types.
+        draws: indices among `hard` of n and n', weights and noise, in the order of the types.
+        delta: size of the perturbation.
+        eta: size of the adversarial step.
+    """
+    n = [hard[i] for i in draws["first"]]
+    second = iter(hard[i] for i in draws["second"])
+    weight, noise = iter(draws["weight"]), iter(draws["noise"])
+    kinds = [kind for kind, count in enumerate(counts, 1) for _ in range(count)]
+    found = []
+    for kind, entry in zip(kinds, n, strict=True):
+        if kind == 1:  # between the query and the entry, nearer to the entry
+            a = next(weight)
+            h = a * q + (1 - a) * entry
+        elif kind == 2:  # beyond the entry, seen from the query
+            b = next(weight)
+            h = q + b * (entry - q)
+        elif kind == 3:  # between two entries
+            g = next(weight)
+            h = g * entry + (1 - g) * next(second)
+        elif kind == 4:  # with noise
+            h = entry + next(noise)
+        elif kind == 5:  # along the gradient of q.n with respect to n, which is q
+            h = entry + delta * q
+        else:  # along the sign of that gradient
+            h = entry + eta * torch.sign(q)
+        found.append(unit(h))
+    return torch.stack(found)
+
+
 def gradients(loss: Tensor, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the gradient of `loss` by the name of each weight."""
     found = torch.autograd.grad(loss, list(weights.values()))

@@ -11,7 +11,7 @@ from unittest import mock
 import pytest
 import torch
 from conftest import on_two_ranks, write_images
-from plain import TinyResNet
+from plain import TinyResNet, unit
 from run_helpers import typed
 from torch import Tensor, nn
 from torchvision import models
@@ -41,6 +41,9 @@ class Recorder:
         """Convert what trains to float64, and record each step of the task."""
         self.module = task.module
         task.trained_module.double()
+        for name, buffer in task.module.named_buffers():
+            if name.startswith(("queue", "memory")) and buffer.dim() == 2:
+                buffer.copy_(unit(buffer))  # to float64; they were normalized in float32
         task.trained_module.register_forward_pre_hook(self.convert)
         task.loss = self.recording(task.loss)
 
@@ -116,9 +119,11 @@ def record(rank: int, script: str, words: Iterable[object], data: str, folder: s
         mock.patch.object(synthetic, "draw", found.draw),
         mock.patch.object(moby, "draw", found.draw),
     ):
-        config = module.parser().parse([data, *map(str, (*COMMON, *words)), "--save-dir", folder])
-        config = module.complete(config)
-        config = replaced(config, batch_per_process=BATCH // distributed.world_size())
+        mine = BATCH // distributed.world_size()
+        size = mine if module.Config().input.batch_is_per_process else BATCH
+        words = map(str, (data, *COMMON, "-b", size, "--save-dir", folder, *words))
+        config = module.complete(module.parser().parse(list(words)))
+        config = replaced(config, batch_per_process=mine)
         module.worker(config, torch.device("cpu"))
     return {"steps": found.steps, "final": found.state()}
 

@@ -13,7 +13,7 @@ from torch import nn
 DIM, K, M, T, LR, FINAL = 6, 40, 0.9, 0.12, 0.05, 0.006
 MEM_LR, MEM_T, MEM_WD, MEM_MOMENTUM = 0.3, 0.05, 1e-3, 0.8
 ADCO = (
-    *typed(f"-b 16 --no-ad-init --cluster {K} --moco-dim {DIM} --moco-m {M} --moco-t {T}"),
+    *typed(f"--no-ad-init --cluster {K} --moco-dim {DIM} --moco-m {M} --moco-t {T}"),
     *typed(f"--lr {LR} --lr-final {FINAL} --wd 1e-4 --memory-lr {MEM_LR} --mem-t {MEM_T}"),
     *typed(f"--mem-wd {MEM_WD} --mem-momentum {MEM_MOMENTUM}"),
 )

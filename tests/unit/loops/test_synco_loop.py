@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from plain import SGD, WIDTH, Network, TinyResNet, part_of, shuffled_keys, unit
+from plain import SGD, WIDTH, Network, TinyResNet, part_of, shuffled_keys, synthetic_negatives, unit
 from recorder import BATCH, EPOCHS, PROCESSES, STEPS, check, joint, permutation, recordings
 from run_helpers import typed
 from torch import nn
@@ -12,7 +12,7 @@ from torch import nn
 DIM, K, M, T, LR = 6, 40, 0.9, 0.2, 0.05
 N_HARD, WARMUP, SIGMA, DELTA, ETA = 10, 1, 0.05, 0.02, 0.03
 COUNTS = (5, 4, 3, 2, 3, 4)
-MOCO = typed(f"-b 16 --moco-k {K} --moco-dim {DIM} --moco-m {M} --moco-t {T} --lr {LR}")
+MOCO = typed(f"--moco-k {K} --moco-dim {DIM} --moco-m {M} --moco-t {T} --lr {LR}")
 SYNTHETIC = typed(f"--n-hard {N_HARD} --warmup-epochs {WARMUP}")
 SIZES = typed(f"--sigma {SIGMA} --delta {DELTA} --eta {ETA}")
 SIX = tuple(word for i, n in enumerate(COUNTS, 1) for word in (f"--n{i}", n))
@@ -27,33 +27,6 @@ OF = {"mocov1": (0,) * 6, "mochi": (5, 0, 3, 0, 0, 0), "synco": COUNTS}
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory):
     return recordings(VARIANTS, tmp_path_factory.mktemp("synco"))
-
-
-def synthetic_negatives(q, hard, counts, draws):
-    """Return the synthetic negatives of one query, one after the other."""
-    n = [hard[i] for i in draws["first"]]
-    second = iter(hard[i] for i in draws["second"])
-    weight, noise = iter(draws["weight"]), iter(draws["noise"])
-    kinds = [kind for kind, count in enumerate(counts, 1) for _ in range(count)]
-    found = []
-    for kind, entry in zip(kinds, n, strict=True):
-        if kind == 1:  # between the query and the entry, nearer to the entry
-            a = next(weight)
-            h = a * q + (1 - a) * entry
-        elif kind == 2:  # beyond the entry, seen from the query
-            b = next(weight)
-            h = q + b * (entry - q)
-        elif kind == 3:  # between two entries
-            g = next(weight)
-            h = g * entry + (1 - g) * next(second)
-        elif kind == 4:  # with noise
-            h = entry + next(noise)
-        elif kind == 5:  # along the gradient of q.n with respect to n, which is q
-            h = entry + DELTA * q
-        else:  # along the sign of that gradient
-            h = entry + ETA * torch.sign(q)
-        found.append(unit(h))
-    return torch.stack(found)
 
 
 def replay(ranks, counts, mlp, lr_of, warmup=WARMUP):
@@ -96,7 +69,7 @@ def replay(ranks, counts, mlp, lr_of, warmup=WARMUP):
                     s = queue @ q[i].detach()
                     hard = queue[s.argsort(descending=True)[:N_HARD]]
                     draws = {name: x[i] for name, x in one["draws"][0].items()}
-                    h = synthetic_negatives(q[i].detach(), hard, counts, draws)
+                    h = synthetic_negatives(q[i].detach(), hard, counts, draws, DELTA, ETA)
                     negatives = torch.cat([queue, h])
                 logits = torch.cat([(q[i] @ k[mine][i])[None], negatives @ q[i]]) / T
                 per_query.append(logits.logsumexp(0) - logits[0])
