@@ -1,5 +1,8 @@
 """LARS against its definition, one tensor at a time in float64; restored and fused optimizers."""
 
+import itertools
+import math
+
 import pytest
 import torch
 

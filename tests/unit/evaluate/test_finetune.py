@@ -12,7 +12,7 @@ from conftest import on_two_ranks
 import main_semisup
 from moco import distributed
 from moco.encoder import networks
-from moco.engine import optim
+from moco.engine import lr_schedule, optim
 from moco.evaluate.classifier import Setting
 from moco.evaluate.finetune import FineTuning
 
@@ -37,7 +37,7 @@ def final_loss(optimizer: str) -> float:
     assert not task.classifier.weight.any()
 
     made = optim.make(task.parameter_groups(), schedule, "off")
-    scale = optim.lr_scale(schedule.learning_rate_scaling, config.input.batch_size)
+    scale = lr_schedule.lr_scale(schedule.learning_rate_scaling, config.input.batch_size)
     base = [group["lr"] * scale for group in made.param_groups]
     assert base[0] == pytest.approx(0.16)
     centers, label = torch.randn(CLASSES, net.fc.in_features), torch.arange(1000) % CLASSES
@@ -47,7 +47,7 @@ def final_loss(optimizer: str) -> float:
         loss = F.cross_entropy(task.classifier(features), label)
         loss.backward()
         for group, lr in zip(made.param_groups, base, strict=True):
-            group["lr"] = optim.scheduled_lr(schedule, lr, step / STEPS * schedule.epochs, scale)
+            group["lr"] = lr_schedule.curve(schedule, lr, step / STEPS * schedule.epochs, scale)
         made.step()
         made.zero_grad()
     with torch.no_grad():
