@@ -75,9 +75,8 @@ def check_memory(c: Config) -> None:
             f"give {-(-views // accumulated)} or more, or 0 for none"
         )
     p = processes.plan(c.launch)
-    # images in a pass, over all processes
-    batch = c.input.batch_size // p.local_world_size * p.world_size
-    entries = fnc.memory_multiplier * accumulated * batch or views * batch
+    per_pass = c.input.batch_size // p.local_world_size * p.world_size
+    entries = fnc.memory_multiplier * accumulated * per_pass or views * per_pass
     others = entries - views  # an image's own views are neither negatives nor false negatives
     if fnc.fn_mode != "off" and fnc.fn_topk >= others > 0:
         memory = fnc.memory_multiplier

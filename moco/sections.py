@@ -274,15 +274,12 @@ class Schedule:
         unset="12 with --sgdr 1, 10 with --sgdr 2",
     )
     lr_final: float = option(
-        0.0,
-        "learning rate at the end of a cosine; scaled like --lr",
-        range=LEARNING_RATE,
-        metavar="LR",
+        0.0, "value at the end of a cosine; scaled like --lr", range=LEARNING_RATE, metavar="LR"
     )
     lr_warmup_epochs: int = option(0, "epochs of linear learning-rate warm-up", range=NATURAL)
     lr_warmup_from: float = option(
         0.0,
-        "learning rate at which the warm-up starts; scaled like --lr",
+        "value at the start of the warm-up; scaled like --lr",
         range=LEARNING_RATE,
         metavar="LR",
     )
