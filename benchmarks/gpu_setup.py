@@ -5,7 +5,6 @@ limit.
 """
 
 import contextlib
-import importlib
 import io
 import json
 import os
@@ -18,7 +17,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import measure
 import numpy as np
@@ -27,9 +25,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from moco.augment import color, recipes
-from moco.config import Pretraining, replaced
+from moco.cli.scripts import config_and_builder
 from moco.data.images import Images
-from moco.engine import lr_schedule, optim, precision, pretrain
+from moco.engine import lr_schedule, optim, precision
 from moco.rng import COLOR, Progress
 
 
@@ -189,28 +187,6 @@ class Method:
     def buffers(self) -> dict[str, Tensor]:
         """Return copies of the module's buffers (queue, bank, BN statistics) by name."""
         return {name: x.detach().clone() for name, x in self.module.named_buffers()}
-
-
-def config_and_builder(
-    script: str, options: list[object], device: torch.device
-) -> tuple[Pretraining, Callable[[Images], nn.Module]]:
-    """Return a script's completed settings, and the `build` that it passes to `pretrain.train`."""
-    module = importlib.import_module(script)
-    config = module.parser().parse(["DIR", *map(str, options)])
-    # as for a run that does not resume
-    config = replaced(config, stem=config.network.stem or "imagenet")
-    found: list[Callable[[Images], nn.Module]] = []
-    with (
-        mock.patch.object(pretrain, "train", lambda config, device, build: found.append(build)),
-        # this would search for the data
-        mock.patch.object(pretrain, "complete", lambda config: config),
-        contextlib.redirect_stdout(io.StringIO()),
-    ):
-        config = module.complete(config)
-        batch, workers = config.input.batch_size, config.input.workers or 0
-        config = replaced(config, batch_per_process=batch, nodes=1, workers=workers)
-        module.worker(config, device)
-    return config, found[0]
 
 
 def crops(recipe: recipes.Recipe, batch: int, seed: int = 0) -> list[Tensor]:

@@ -76,6 +76,10 @@ class AdCo(QueryAndKey):
             return [(query, key) for key in keys for query in range(views) if query != key]
         return [(0, 1), (1, 0)] if self.symmetric else [(0, 1)]
 
+    def schedules(self, progress: Progress) -> dict[str, float]:
+        """Return the bank's learning rate, and the momentum of the key encoder."""
+        return {"bank lr": self.ascent.lr, **super().schedules(progress)}
+
     def forward(
         self,
         views: Sequence[Tensor],

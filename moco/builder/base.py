@@ -74,6 +74,10 @@ class Method(nn.Module, ABC):
         params = [p for p in self.parameters() if p.requires_grad]
         return [{"params": params, "lr": lr, "weight_decay": wd}]
 
+    def schedules(self, progress: Progress) -> dict[str, float]:
+        """Return the method's quantities that may change during a run, by name, at `progress`."""
+        return {}
+
     def notes(self, images: int) -> list[str]:
         """Return lines to print at the start of a run with `images` images in each pass."""
         return []
@@ -97,6 +101,10 @@ class MovingAverage(Method):
     def encoder(self) -> nn.Module:
         """Return the encoder to evaluate."""
         return self.encoder_q
+
+    def schedules(self, progress: Progress) -> dict[str, float]:
+        """Return the momentum of the moving average, which is constant."""
+        return {"momentum": self.m}
 
     @torch.no_grad()
     def after_step(self) -> None:
@@ -250,6 +258,11 @@ class OnlineAndTarget(Method):
             k: normalized target features of the two views, each [B, C].
             progress: position in the run.
         """
+
+    def schedules(self, progress: Progress) -> dict[str, float]:
+        """Return the target's momentum after the step at `progress`."""
+        self._progress = progress
+        return {"momentum": self.momentum()}
 
     def momentum(self) -> float:
         """Return the target's momentum after the current step, in [m, 1] (BYOL, section 3.3).

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from moco import distributed
 from moco.builder.base import OnlineAndTarget, enqueue
 from moco.builder.byol import BYOL
-from moco.builder.synco import SyntheticNegatives, synthetic_config
+from moco.builder.synco import SyntheticNegatives, counts_by_type, synthetic_config
 from moco.encoder import networks, timm_networks
 from moco.errors import InputError
 from moco.loss.contrastive import bank_info_nce, contrast_accuracy, feature_statistics, normalize
@@ -115,6 +115,17 @@ class MoBY(OnlineAndTarget):
         self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.long))
         self._new_keys: list[list[Tensor]] = []
 
+    def schedules(self, progress: Progress) -> dict[str, float]:
+        """Return the target's momentum, and the numbers of synthetic negatives per query."""
+        return {
+            **super().schedules(progress),
+            **counts_by_type(self.config, self.has_synthetic(progress)),
+        }
+
+    def has_synthetic(self, progress: Progress) -> bool:
+        """Return whether there are synthetic negatives at `progress`."""
+        return self.config.total > 0 and progress.epoch in self.epochs
+
     def contrast(
         self, p: list[Tensor], k: list[Tensor], progress: Progress
     ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -157,7 +168,7 @@ class MoBY(OnlineAndTarget):
         self, q: Tensor, queue: Tensor, similarity: Tensor, progress: Progress, counter: int
     ) -> Mixture | None:
         """Return the synthetic negatives of the queries `q`; None in epochs without them."""
-        if not self.config.total or progress.epoch not in self.epochs:
+        if not self.has_synthetic(progress):
             return None
         generator = progress.generator(NEGATIVES, q.device, distributed.rank(), counter)
         hard = hardest(similarity, self.config.n_hard)

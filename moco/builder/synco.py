@@ -28,11 +28,22 @@ class SynCo(MoCo):
         super().__init__(*args, **moco)
         self.config, self.warmup_epochs = config, warmup_epochs
 
+    def schedules(self, progress: Progress) -> dict[str, float]:
+        """Return the key encoder's momentum, and the numbers of synthetic negatives per query."""
+        return {
+            **super().schedules(progress),
+            **counts_by_type(self.config, self.has_synthetic(progress)),
+        }
+
+    def has_synthetic(self, progress: Progress) -> bool:
+        """Return whether there are synthetic negatives at `progress`."""
+        return self.config.total > 0 and progress.epoch >= self.warmup_epochs
+
     def negatives(
         self, q: Tensor, similarity: Tensor, progress: Progress, direction: int = 0
     ) -> tuple[Tensor, synthetic.Mixture | None]:
         """Return the hardest queue entries and the synthetic negatives; see `MoCo.negatives`."""
-        if not self.config.total or progress.epoch < self.warmup_epochs:
+        if not self.has_synthetic(progress):
             return super().negatives(q, similarity, progress, direction)
         generator = progress.generator(
             NEGATIVES, q.device, distributed.rank(), *[direction] * direction
@@ -65,6 +76,15 @@ SyntheticNegatives = make_dataclass(
     namespace={"TITLE": "synthetic negatives", "__module__": __name__},
 )
 COUNTS = tuple(_COUNTS)  # n1, n2, ...
+
+
+def counts_by_type(config: synthetic.Synthetic, active: bool) -> dict[str, float]:
+    """Return the number of synthetic negatives per query for each type in use, by option name.
+
+    The numbers are 0 unless the epoch has synthetic negatives (`active`).
+    """
+    counts = zip(COUNTS, config.counts, strict=True)
+    return {name: count * active for name, count in counts if count}
 
 
 def synthetic_config(section: SyntheticNegatives, entries: int, option: str) -> synthetic.Synthetic:

@@ -25,7 +25,7 @@ from moco.config import Config, replaced
 from moco.data import loader
 from moco.errors import InputError, from_os_error
 from moco.launch import heartbeat, interrupt, output
-from moco.launch.processes import Plan, plan
+from moco.launch.processes import Plan, batch_per_process, plan
 from moco.launch.rendezvous import connect
 
 Worker = Callable[[Config, torch.device], None]
@@ -38,13 +38,8 @@ def launch(worker: Worker, config: Config) -> None:
     raised here.
     """
     p = plan(config.launch)
-    batch, local = config.input.batch_size, p.local_world_size
-    batch_per_process = batch if config.input.batch_is_per_process else batch // local
-    if batch_per_process < 1:
-        raise InputError(
-            f"--batch-size {batch} is smaller than the {local} processes of this node; raise it"
-        )
-    config = replaced(config, nodes=p.nodes, batch_per_process=batch_per_process)
+    images = batch_per_process(config.input, p.local_world_size)
+    config = replaced(config, nodes=p.nodes, batch_per_process=images)
     if p.launcher != "spawn":
         name = os.path.basename(sys.argv[0])
         _process(

@@ -113,6 +113,20 @@ def _plan(launch: Launch, device_type: str) -> Plan:
     )
 
 
+def batch_per_process(input: Input, processes: int) -> int:
+    """Return the number of images in a pass of each of the `processes` processes of a node.
+
+    Raises InputError if there are fewer images than processes.
+    """
+    images = input.batch_size if input.batch_is_per_process else input.batch_size // processes
+    if images < 1:
+        raise InputError(
+            f"--batch-size {input.batch_size} is smaller than the {processes} processes of this "
+            "node; raise it"
+        )
+    return images
+
+
 WORKERS = 8  # default limit of loader processes per process; 8 keep a GPU busy
 
 

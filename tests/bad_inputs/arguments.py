@@ -4,6 +4,7 @@ import importlib.util
 import random
 from argparse import BooleanOptionalAction
 
+from conftest import ROOT
 from run_helpers import INPUT
 
 from bad_inputs.base import EVALUATE, PRETRAIN, Case, Place
@@ -218,6 +219,7 @@ def tool_arguments(rng: random.Random, place: Place) -> Case:
     """The tools' command lines."""
     (place.own / "file").write_text("words\n")
     good, own = next(place.good.glob("*.tar")), place.own
+    recipe = ROOT / "configs/lincls_moco.yaml"
     program, *words = rng.choice(
         [
             ("tools.collect",),
@@ -237,6 +239,16 @@ def tool_arguments(rng: random.Random, place: Place) -> Case:
             ("tools.export", good, own / "file" / "x.pth"),
             ("tools.export", good, good),
             ("tools.export", good, own / "x.pth", "--frce"),
+            ("tools.schedule",),
+            ("tools.schedule", own / "nowhere"),
+            ("tools.schedule", own),
+            ("tools.schedule", own / "file"),
+            ("tools.schedule", recipe, "--rows", "0"),
+            ("tools.schedule", recipe, "--images", "9"),
+            ("tools.schedule", recipe, "--procesess", "9"),
+            ("tools.schedule", recipe, "--plot", own / "x.jpg"),
+            ("tools.schedule", recipe, "--plot", own / "file" / "x.png"),
+            ("tools.schedule", recipe, "--lr", "many"),
             ("tools.show_views",),
             ("tools.show_views", "mocov3"),
             ("tools.show_views", "mocov2", own / "nowhere"),

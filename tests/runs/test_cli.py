@@ -69,7 +69,7 @@ def test_batch_smaller_than_processes(script, images):
 # launch
 ENTRIES = [
     *sorted(ROOT.glob("main_*.py")),
-    *(ROOT / f"tools/{name}.py" for name in ("demo", "export", "report", "show_views")),
+    *(ROOT / f"tools/{name}.py" for name in ("demo", "export", "report", "schedule", "show_views")),
 ]
 
 

@@ -23,6 +23,11 @@ def tool_commands(run: Path, out: Path) -> dict[str, tuple]:
             "photos",
             *typed("--images 1 --out {}", out / "views.png"),
         ),
+        "schedule.png": (
+            "tools/schedule.py",
+            "configs/lincls_moco.yaml",
+            *("--plot", out / "schedule.png"),
+        ),
         "encoder.pth": ("tools/export.py", checkpoint, out / "encoder.pth"),
         "table.md": ("tools/collect.py", run, "--out", out),
         "weights.pkl": (
@@ -34,7 +39,8 @@ def tool_commands(run: Path, out: Path) -> dict[str, tuple]:
 
 
 @pytest.mark.parametrize(
-    "name", ["report.html", "views.png", "encoder.pth", "table.md", "weights.pkl"]
+    "name",
+    ["report.html", "views.png", "schedule.png", "encoder.pth", "table.md", "weights.pkl"],
 )
 def test_a_tool_replaces_no_file(name, script, shared_images, run, tmp_path):
     if name == "table.md":
@@ -88,6 +94,7 @@ WRITES = {
     "tools/collect.py": "creating",
     "moco/report/page.py": "creating",
     "tools/show_views.py": "creating",
+    "tools/schedule.py": "creating",
     "tools/export.py": "a temporary folder, then creating",
     "moco/report/plots.py": "a picture in memory",
     "tools/demo.py": "a folder that new_folder has made",

@@ -1,0 +1,152 @@
+#!/usr/bin/env python
+"""Print the schedules of a recipe: learning rates, momentum, number of synthetic negatives.
+
+RECIPE is a file of configs/, or a run's args.yaml. Options of its script may follow, and change the
+recipe's:
+
+  python tools/schedule.py configs/synco_200.yaml
+  python tools/schedule.py configs/synco_200.yaml --epochs 100 --plot schedule.png
+
+A row of the table shows the first step of an epoch, the last row the last step. No data is read and
+nothing is trained.
+"""
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+import moco as _first  # noqa: F401 (before torch: sets how its threads wait)
+
+# isort: split
+import numpy as np
+import torch
+
+from moco.cli import scripts, tool, values
+from moco.config import Pretraining, Training
+from moco.data.images import Images
+from moco.errors import InputError
+from moco.files import check_new, creating
+from moco.report import schedules
+
+# Training images by data set. ImageNet-100 counts as a tenth of ImageNet, because its classes vary.
+IMAGES = {
+    "imagenet": 1_281_167,
+    "imagenet100": 128_117,
+    "cifar10": 50_000,
+    "cifar100": 50_000,
+    "places205": 2_448_873,
+}
+LABELLED = {1: 12_811, 10: 128_116, 100: 1_281_167}  # images of ImageNet, by --train-percent
+GPUS = 8  # of the machine on which a recipe without another number runs
+
+
+def parser() -> tool.OneLineParser:
+    """Return the parser of the tool's own options."""
+    p = tool.OneLineParser(
+        prog="schedule.py",
+        usage="%(prog)s RECIPE [--images N] [--processes N] [--rows N] [--plot FILE.png [--force]] "
+        "[OPTION ...]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument("recipe", metavar="RECIPE", type=Path, help="YAML file of options")
+    number = values.in_range(int, "[1, 2147483647]")
+    p.add_argument(
+        "--images", type=number, metavar="N", help="training images (default: its data set's)"
+    )
+    p.add_argument(
+        "--processes",
+        type=number,
+        metavar="N",
+        help=f"processes (default: those of the recipe's command, {GPUS} for every GPU)",
+    )
+    p.add_argument(
+        "--rows",
+        type=values.in_range(int, "[1, 100000]"),
+        default=20,
+        metavar="N",
+        help="evenly spaced rows of the table (default: %(default)s)",
+    )
+    p.add_argument("--plot", type=Path, metavar="FILE.png", help="also draw the schedules")
+    p.add_argument("--force", action="store_true", help="replace an existing FILE.png")
+    return p
+
+
+def main() -> int:
+    """Run the tool; return the exit status."""
+    return tool.attempt("schedule.py", lambda: show(*parse(sys.argv[1:])))
+
+
+def parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Return the tool's own options, and the words for the recipe's script."""
+    p = parser()
+    p.refuse_empty(words)
+    return p.parse_known_args(words)
+
+
+def show(args: argparse.Namespace, options: list[str]) -> None:
+    """Print the table and write the picture. Raises InputError on a user's mistake."""
+    if args.plot:
+        if args.plot.suffix.lower() != ".png":
+            raise InputError(f"--plot {args.plot}: must end with .png, because it is a PNG picture")
+        check_new(args.plot, args.force)
+    elif args.force:
+        raise InputError("--force has no effect: it is for --plot FILE.png; leave it out")
+    found = load(args.recipe, options, args.images, args.processes)
+    print(f"{args.recipe}: {schedules.summary(found)}")
+    print(schedules.table(found, args.rows))
+    if args.plot:
+        with creating(args.plot, args.force) as file:
+            schedules.figure(found, str(args.recipe)).savefig(file, format="png")
+        print(args.plot)
+
+
+def load(
+    recipe: Path, options: list[str], images: int | None = None, processes: int | None = None
+) -> schedules.Schedules:
+    """Return the schedules of a recipe.
+
+    Args:
+        recipe: the YAML file.
+        options: words of its script's command line, which change the recipe's options.
+        images: number of training images; None for that of the data set.
+        processes: number of processes; None for that of the recipe's command.
+
+    Raises InputError if the recipe or an option is wrong.
+    """
+    module = scripts.load_script(scripts.script_of(recipe))
+    comments, script = scripts.comments_of(recipe), module.parser()
+    config = script.parse(["DIR", "--cfg", str(recipe), *options])
+    if not isinstance(config, Training):
+        raise InputError(f"{recipe}: {module.__name__}.py trains nothing by steps")
+    images = images or images_of(config, comments)
+    processes = processes or processes_of(comments)
+    method = None
+    if isinstance(config, Pretraining):
+        config, build = scripts.completed(module, config, torch.device("cpu"))
+        method = build(Images(Path("DIR"), np.zeros(images, dtype=np.int64), ("one",)))
+    script.without_effect(config)
+    return schedules.Schedules(config, images, processes, method)
+
+
+def images_of(config: Training, comments: str) -> int:
+    """Return the number of training images of a recipe with these settings and comments."""
+    if config.labels and config.input.dataset == "imagenet":
+        return LABELLED[config.labels.train_percent]
+    named = re.search(r"--dataset (\w+)", comments)
+    name = config.input.data_name or (named[1] if named else config.input.dataset)
+    if name not in IMAGES:
+        raise InputError(f"--images N is needed: the number of training images of {name}")
+    return IMAGES[name]
+
+
+def processes_of(comments: str) -> int:
+    """Return the number of processes of the command in a recipe's comments."""
+    if given := re.search(r"--nproc-per-node (\d+)", comments):
+        return int(given[1])
+    return GPUS if "--multiprocessing-distributed" in comments or not comments else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
