@@ -278,10 +278,7 @@ class Schedule:
     )
     lr_warmup_epochs: int = option(0, "epochs of linear learning-rate warm-up", range=NATURAL)
     lr_warmup_from: float = option(
-        0.0,
         0.0, "value at the warm-up's start; scaled like --lr", range=LEARNING_RATE, metavar="LR"
-        range=LEARNING_RATE,
-        metavar="LR",
     )
     momentum: float = option(0.9, "momentum of sgd, lars and lars_tf", range=MOMENTUM)
     clip_grad: float = option(
