@@ -41,11 +41,13 @@ def fences(page: str) -> list[str]:
 def ours(name: str, page: str) -> str:
     """Return a page without the commands of other repositories.
 
-    These are the left column of docs/commands.md.
+    These are in the second column of the tables in docs/commands.md that have four columns.
     """
     lines = page.splitlines()
     return "\n".join(
-        re.sub(r"^\|.*?(?<!\\)\|", "|", line) if name.endswith("commands.md") else line
+        re.sub(r"^\|[^|]*\| (`.*?[^\\]`) \|", "|", line)
+        if name.endswith("commands.md") and line.count(" | ") == 3
+        else line
         for line in lines
     )
 

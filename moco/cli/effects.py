@@ -31,6 +31,7 @@ class EffectsParser(OneLineParser):
         recipe: the options given by --cfg, or by the recipe of a protocol.
         recipe_name: the file of the recipe, for messages.
         of_args_yaml: whether --cfg is the args.yaml of a run, which holds all settings.
+        has_settings: whether --cfg has settings of this script, not only those of a pre-training.
         own: the script's defaults.
     """
 
@@ -38,6 +39,7 @@ class EffectsParser(OneLineParser):
     recipe: Values
     recipe_name: str = ""
     of_args_yaml: bool = False
+    has_settings: bool = False
     own: Values
 
     def __init__(self, *args: object, **kwargs: object):

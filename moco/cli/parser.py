@@ -122,6 +122,8 @@ class Parser(EffectsParser):
             self._defaults_of_protocol(args)
             args = self.parse_known_args(argv)[0]
         config = self._config_of(args)
+        if note := protocols.note_batch(config, self.given):
+            print_rank0(note)
         return folders.resolve_output(config) if args.output else config
 
     def _refuse_rest(self, args: Options, rest: list[str]) -> None:
@@ -168,15 +170,15 @@ class Parser(EffectsParser):
     def _defaults_of_protocol(self, args: Options) -> None:
         """Take the settings of a paper's protocol as defaults, and print which one and why.
 
-        A recipe of --cfg takes its place, unless --protocol is given on the command line too: then
-        the recipe wins over the protocol.
+        A recipe of --cfg takes its place. If --protocol is given as well, the recipe wins over it.
 
         Args:
             args: the command line, parsed with the defaults of --cfg.
         """
         named = self.given.get("protocol")
-        if args.cfg and named is None:
-            print_rank0(f"protocol: the settings of {args.cfg} (--cfg)")
+        if self.has_settings and named is None:
+            name = args.protocol and f" {args.protocol}"
+            print_rank0(f"protocol{name or ''}: the settings of {args.cfg} (--cfg)")
             return
         settings = vars(args)
         if args.output and not args.pretrained:
@@ -292,6 +294,7 @@ class Parser(EffectsParser):
                 "which has other options; use that script"
             )
         self.of_args_yaml, self.recipe_name = "script" in values, path
+        self.has_settings = True
         given = ((name, action) for action in self._actions for name in action.option_strings)
         actions = {
             name.removeprefix("--"): action
@@ -301,8 +304,11 @@ class Parser(EffectsParser):
         actions["data"] = next(action for action in self._actions if action.dest == "data")
         # An evaluation may be given the recipe of a pre-training, which names the probe's recipe.
         if "lincls" in values and "pretrained" in actions:
-            if recipe := values.get(self._script()):
+            recipe = values.get(self._script())
+            if recipe:
                 self._defaults_from(str(Path(path).parent / str(recipe)))
+                self.recipe["protocol"] = protocols.name_of(str(recipe))
+            self.has_settings = bool(recipe)
             values = {key: values[key] for key in ("arch", "image-size") if key in values}
         names = {str(key).replace("_", "-"): key for key in values}
         strange = [

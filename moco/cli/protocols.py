@@ -1,11 +1,13 @@
 """Choose the protocol of an evaluation: the paper whose settings are the defaults."""
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import NamedTuple
 
+from moco.config import Config, flat
 from moco.encoder import metadata
 from moco.engine import checkpoint
 from moco.errors import InputError, unknown
+from moco.launch import processes
 from moco.methods import METHODS, PROTOCOLS, Protocol
 
 
@@ -19,6 +21,11 @@ class Choice(NamedTuple):
 def names(script: str) -> list[str]:
     """Return the names of the protocols of `script`, such as main_lincls. Its default is first."""
     return list(dict.fromkeys(one.name for one in PROTOCOLS if one.script == script))
+
+
+def name_of(recipe: str) -> str | None:
+    """Return the name of the protocol whose settings a recipe of configs/ has, if any."""
+    return next((one.name for one in PROTOCOLS if one.recipe == recipe), None)
 
 
 def choose(script: str, settings: Mapping[str, object], given: str | None) -> Choice:
@@ -72,3 +79,24 @@ def _recipe(script: str, name: str, settings: Mapping[str, object]) -> Protocol:
     )
     others = " or ".join(f"--protocol {other}" for other in names(script) if other != name)
     raise InputError(f"protocol {name} has settings only for {needed}; give one, or {others}")
+
+
+def note_batch(config: Config, given: Container[str]) -> str | None:
+    """Return a line if a published command of this protocol would have another total batch.
+
+    MoBY's and SynCo-v2's scripts count the images of each process, the evaluations here those of
+    the node.
+
+    Args:
+        config: the settings of the evaluation.
+        given: the names of the options on the command line.
+    """
+    if flat(config).get("protocol") != "moby" or "batch_size" not in given:
+        return None
+    if (n := processes.plan(config.launch).local_world_size) == 1:
+        return None
+    batch = config.input.batch_size
+    return (
+        f"--batch-size {batch} counts the images of all {n} processes; the authors' script counts "
+        f"those of each: for {batch} each, give --batch-size {batch * n}"
+    )

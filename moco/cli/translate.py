@@ -14,8 +14,6 @@ from moco.errors import InputError, unknown
 _SCALED = "--learning-rate-scaling linear"
 SWIN_OPTS = {
     "AMP_OPT_LEVEL": "--amp {amp}",
-    "AUG.SSL_AUG": "",
-    "AUG.SSL_AUG_TYPE": "",
     "AUG.SSL_AUG_CROP": "--crop-min {}",
     "DATA.BATCH_SIZE": "--batch-size {}",
     "DATA.CACHE_MODE": "",
