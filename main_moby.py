@@ -62,7 +62,8 @@ class Config(config.Pretraining):
         lr_final=2.5e-6,
         learning_rate_scaling="linear",
         lr_warmup_epochs=5,
-        lr_by="step",
+        lr_warmup_from=2.5e-7,
+        lr_by="previous-step",
         cos=True,
     )
     networks: moby.Networks = moby.Networks()
@@ -86,8 +87,7 @@ def parser() -> Parser:
 
 def complete(c: Config) -> Config:
     settings = config.flat(c)
-    published = moby.PUBLISHED[c.run.method]
-    own = {name: value for name, value in published.items() if settings[name] is None}
+    own = {k: v for k, v in moby.PUBLISHED[c.run.method].items() if settings[k] is None}
     if c.networks.online_drop_path is None:
         own["online_drop_path"] = 0.2 if c.network.arch in timm_networks.SHORT else 0.0
     c = config.replaced(c, **own)

@@ -311,11 +311,10 @@ class Parser(EffectsParser):
             self.has_settings = bool(recipe)
             values = {key: values[key] for key in ("arch", "image-size") if key in values}
         names = {str(key).replace("_", "-"): key for key in values}
-        strange = [
-            str(key)
-            for name, key in names.items()
-            if name not in actions and name not in _NOT_OPTIONS
-        ]
+        known = {*actions, *_NOT_OPTIONS}
+        if self.of_args_yaml:  # it has every setting, also those that are no option of the script
+            known |= {name.replace("_", "-") for name in flat(self.config)}
+        strange = [str(key) for name, key in names.items() if name not in known]
         if strange:
             lines = self.unknown(strange[:MOST_LINES], "key", actions)
             lines += [f"and {len(strange) - MOST_LINES} more unknown keys"] * (

@@ -8,10 +8,12 @@ from matplotlib.figure import Figure
 
 from moco.builder.base import Method
 from moco.builder.synco import COUNTS
-from moco.config import Pretraining, Training, flat
+from moco.config import Training, flat
 from moco.data.loader import TrainBatchSampler
 from moco.engine.lr_schedule import lr_of_step, lr_scale
+from moco.engine.pretrain import PretrainingTask
 from moco.errors import InputError
+from moco.evaluate.classifier import ClassifierTask
 from moco.launch.processes import batch_per_process
 from moco.report.plots import COLORS, INK, printable
 from moco.rng import Progress
@@ -37,7 +39,10 @@ class Schedules:
         self.batch_per_process = batch_per_process(config.input, processes)
         per_pass = self.batch_per_process * processes
         self.batch = per_pass * schedule.accumulation_steps  # images in a step
-        order = TrainBatchSampler(images, per_pass, schedule.accumulation_steps, config.run.seed)
+        keep_last = (PretrainingTask if method else ClassifierTask).keep_last
+        order = TrainBatchSampler(
+            images, per_pass, schedule.accumulation_steps, config.run.seed, keep_last=keep_last
+        )
         self.steps_per_epoch = order.steps_per_epoch
         if not self.steps_per_epoch:
             raise InputError(f"{images} images do not fill one batch of {self.batch}")
@@ -71,7 +76,7 @@ class Schedules:
 def _base_lrs(config: Training, method: Method | None) -> dict[str, tuple[float, bool]]:
     """Return each learning rate before scaling, and whether it follows the schedule, by name."""
     settings = flat(config)
-    if isinstance(config, Pretraining) and method:
+    if method:
         groups = method.parameter_groups(settings["lr"], settings["wd"])
         pairs = dict.fromkeys((group["lr"], group.get("scheduled", True)) for group in groups)
         return {f"lr {i}" if i > 1 else "lr": pair for i, pair in enumerate(pairs, 1)}

@@ -244,7 +244,7 @@ def tool_arguments(rng: random.Random, place: Place) -> Case:
             ("tools.schedule", own),
             ("tools.schedule", own / "file"),
             ("tools.schedule", recipe, "--rows", "0"),
-            ("tools.schedule", recipe, "--images", "9"),
+            ("tools.schedule", recipe, "--images", "0"),
             ("tools.schedule", recipe, "--procesess", "9"),
             ("tools.schedule", recipe, "--plot", own / "x.jpg"),
             ("tools.schedule", recipe, "--plot", own / "file" / "x.png"),

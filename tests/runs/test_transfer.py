@@ -185,7 +185,7 @@ FNC |= {"ft_proj": 1, "zero_init_classifier": True, "wd": 0, "lr_warmup_epochs":
                 "wd": [0],
             },
         ),
-        ("lincls_adco_places205", {"lr": [5], "dataset": "places205", "sgdr": 1, "sgdr_t0": 12}),
+        ("lincls_adco_places205", {"lr": [5], "dataset": "places205", "sgdr": 1, "epochs": 100}),
         (
             "lincls_sogclr",
             {

@@ -1,0 +1,399 @@
+"""Pin the schedules of every recipe at five points, and test tools/schedule.py.
+
+The expected values are formulas of the papers and of the authors' code, written out here. Each is a
+function of the step s, the steps n of an epoch and the epochs E. S = n E steps make a run.
+"""
+
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import pytest
+from conftest import ROOT
+from PIL import Image
+
+from moco.report import schedules
+from tools import schedule as tool
+
+Formula = Callable[[int, int, int], float]
+
+IMAGENET, IMAGENET_100, PLACES, CIFAR = 1_281_167, 128_117, 2_448_873, 50_000
+ONE_PERCENT, TEN_PERCENT = 12_811, 128_116  # labelled images
+
+
+def constant(value: float) -> Formula:
+    return lambda s, n, E: value
+
+
+# Learning rates.
+def drops(lr: float, *epochs: int) -> Formula:
+    """MoCo: times .1 at each of `epochs`."""
+    return lambda s, n, E: lr * 0.1 ** sum(s // n >= epoch for epoch in epochs)
+
+
+def cosine_by_epoch(lr: float, end: float = 0.0) -> Formula:
+    """Half a cosine from `lr` to `end`, constant in each epoch e = 0 .. E - 1."""
+    return lambda s, n, E: end + (lr - end) * (1 + math.cos(math.pi * (s // n) / E)) / 2
+
+
+def cosine_from_epoch_1(lr: float) -> Formula:
+    """MoCo's demo on CIFAR-10: the epochs are counted from 1."""
+    return lambda s, n, E: lr * (1 + math.cos(math.pi * (s // n + 1) / E)) / 2
+
+
+def cosine_by_step(lr: float, warmup: int) -> Formula:
+    """SimCLR: linear from 0 to `lr` over the epochs of `warmup`, then half a cosine to 0."""
+
+    def formula(s: int, n: int, E: int) -> float:
+        if s < n * warmup:
+            return lr * s / (n * warmup)
+        return lr * (1 + math.cos(math.pi * (s - n * warmup) / (n * (E - warmup)))) / 2
+
+    return formula
+
+
+def swin_style(lr: float, start: float = 5e-7, end: float = 5e-6, warmup: int = 5) -> Formula:
+    """MoBY's code: the rate of step t = s - 1, with the cosine over all steps from step 0.
+
+    The rates are those for a total batch of 512, so they need no scaling. `warmup` is in epochs.
+    """
+
+    def formula(s: int, n: int, E: int) -> float:
+        t = max(0, s - 1)
+        if t < n * warmup:
+            return start + (lr - start) * t / (n * warmup)
+        return end + (lr - end) * (1 + math.cos(math.pi * t / (n * E))) / 2
+
+    return formula
+
+
+def up_and_down(lr: float, period: int) -> Formula:
+    """AdCo's --sgdr 1: a cosine over all steps, which falls for `period` epochs and rises again."""
+    return lambda s, n, E: lr * (1 + math.cos(math.pi * s / (n * period))) / 2
+
+
+# Other quantities.
+def rising_momentum(m: float) -> Formula:
+    """BYOL, section 3.3, with the steps that are done after step s."""
+    return lambda s, n, E: 1 - (1 - m) * (1 + math.cos(math.pi * (s + 1) / (n * E))) / 2
+
+
+def in_epochs(first: int, last: int, *counts: int) -> dict[str, Formula]:
+    """Return the number of synthetic negatives of each type, in the epochs first .. last - 1."""
+
+    def formula(count: int) -> Formula:
+        return lambda s, n, E: count if first <= s // n < last else 0
+
+    return {f"n{i}": formula(count) for i, count in enumerate(counts, 1) if count}
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a recipe must do, by its paper or its authors' code.
+
+    Attributes:
+        epochs: E.
+        batch: images in a step, over all processes.
+        quantities: the formula of each quantity, by its name in the table.
+        images: training images.
+        keeps_last: whether the smaller last batch of an epoch makes a step. It does in evaluations.
+        warmup: epochs of warm-up; 0: none.
+    """
+
+    epochs: int
+    batch: int
+    quantities: dict[str, Formula] = field(repr=False)
+    images: int = IMAGENET
+    keeps_last: bool = False
+    warmup: int = 0
+
+    @property
+    def steps_per_epoch(self) -> int:
+        full, rest = divmod(self.images, self.batch)
+        return full + (self.keeps_last and rest > 0)
+
+
+def moco(epochs: int, lr: Formula, counts: tuple[int, ...] = ()) -> Facts:
+    """Return the facts of MoCo, MoCHI and SynCo, with synthetic negatives from epoch 10 on."""
+    synthetic = in_epochs(10, epochs, *counts)
+    return Facts(epochs, 256, {"lr": lr, "momentum": constant(0.999), **synthetic})
+
+
+def adco(epochs: int, lr: float = 0.03) -> Facts:
+    rates = {"lr": cosine_by_epoch(lr, 0.0006), "bank lr": constant(3.0)}
+    return Facts(epochs, 256, {**rates, "momentum": constant(0.999)})
+
+
+def sogclr(epochs: int, images: int) -> Facts:
+    """Return the facts of SimCLR and SogCLR: .075 sqrt(256) = 1.2."""
+    return Facts(epochs, 256, {"lr": cosine_by_step(1.2, 10)}, images, warmup=10)
+
+
+def transformer(lr: float, m: float, synthetic: dict[str, Formula] | None = None) -> Facts:
+    """Return the facts of MoBY, BYOL and SynCo-v2: 4 processes of 128 images, `lr` for 512."""
+    quantities = {"lr": swin_style(lr), "momentum": rising_momentum(m), **(synthetic or {})}
+    return Facts(300, 512, quantities, warmup=5)
+
+
+def probe(epochs: int, batch: int, lr: Formula, images: int = IMAGENET, warmup: int = 0) -> Facts:
+    return Facts(epochs, batch, {"lr": lr}, images, keeps_last=True, warmup=warmup)
+
+
+def few_labels(epochs: int, images: int, lr: Callable[[float], Formula], *rates: float) -> Facts:
+    """Return the facts of fine-tuning at batch 1024; `rates` are the classifier's, the backbone's.
+
+    `lr` makes the formula of each rate.
+    """
+    quantities = {"lr classifier": lr(rates[0]), "lr backbone": lr(rates[1])}
+    return Facts(epochs, 1024, quantities, images, keeps_last=True)
+
+
+def cifar(lr: Formula, warmup: int = 0, **more: Formula) -> Facts:
+    """Return the facts of a recipe for CIFAR-10: MoCo's demo, or its training with warm-up."""
+    quantities = {"lr": lr, **{name.replace("_", " "): one for name, one in more.items()}}
+    return Facts(200, 512, quantities, CIFAR, warmup=warmup)
+
+
+V2 = cosine_by_epoch(0.03)
+SYNCO = (256, 256, 256, 64, 64, 64)
+MOBY, BYOL = (0.001, 0.99), (2e-4, 0.996)
+PUBLISHED = in_epochs(30, 100, *[128] * 6)
+AS_RUN = in_epochs(120, 300, 128, 128, 128, 64, 64, 64)
+DEMO, WARM = cosine_from_epoch_1(0.06), cosine_by_step(0.06, 10)
+MOMENTUM = constant(0.99)
+FNC_HEAD = 0.005 * math.sqrt(1024)
+
+
+def simclr_style(lr: float) -> Formula:
+    return cosine_by_step(lr, 0)
+
+
+FACTS = {
+    # MoCo; MoCHI (N, s, s'): n3 = s, n1 = s'; SynCo
+    "mocov1_200": moco(200, drops(0.03, 120, 160)),
+    "mocov2_200": moco(200, V2),
+    "mocov2_800": moco(800, V2),
+    "mochi_1024_512_256_200": moco(200, V2, (256, 0, 512)),
+    "mochi_512_1024_512_200": moco(200, V2, (512, 0, 1024)),
+    "synco_200": moco(200, V2, SYNCO),
+    "synco_800": moco(800, V2, SYNCO),
+    # AdCo
+    **{f"adco_{name}200": adco(200) for name in ("", "k16384_", "sym_", "sym_k16384_")},
+    **{f"adco_{name}200": adco(200, 0.04) for name in ("k8192_", "sym_k8192_")},
+    **{f"adco_multicrop_{epochs}": adco(epochs) for epochs in (200, 800)},
+    "adco_800": adco(800),
+    # SogCLR and SimCLR
+    **{f"{name}_800": sogclr(800, IMAGENET) for name in ("simclr", "sogclr")},
+    **{f"{name}_imagenet100_400": sogclr(400, IMAGENET_100) for name in ("simclr", "sogclr")},
+    # FNC: .1 sqrt(4096) = 6.4
+    "fnc_100": Facts(
+        100, 4096, {"lr": cosine_by_step(6.4, 10), "momentum": constant(0.999)}, warmup=10
+    ),
+    # MoBY, BYOL and SynCo-v2
+    **{
+        f"{method}_{arch}": transformer(*rates, synthetic)
+        for method, rates, synthetic in (
+            ("moby", MOBY, None),
+            ("byol", BYOL, None),
+            ("synco", MOBY, PUBLISHED),
+        )
+        for arch in ("vit_small", "vit_base", "swin_tiny", "swin_small", "swin_base")
+    },
+    "moby_vit_tiny": transformer(*MOBY),
+    **{f"synco_{arch}_as_run": transformer(*MOBY, AS_RUN) for arch in ("vit_small", "swin_tiny")},
+    # linear probes and MoBY's fine-tuning
+    "lincls_moco": probe(100, 256, drops(30, 60, 80)),
+    "lincls_adco": probe(100, 256, cosine_by_epoch(10, 0.01)),
+    "lincls_adco_places205": probe(100, 256, up_and_down(5, 12), PLACES),
+    "lincls_sogclr": probe(90, 1024, cosine_by_epoch(0.1 * 1024 / 256)),
+    "lincls_fnc": probe(90, 1024, simclr_style(FNC_HEAD)),
+    **{
+        f"{name}_moby": probe(100, 512, swin_style(1.0), warmup=5)
+        for name in ("lincls", "finetune")
+    },
+    # few labels
+    "semisup_1pct": few_labels(60, ONE_PERCENT, cosine_by_epoch, 0.5, 0.02),
+    "semisup_10pct": few_labels(30, TEN_PERCENT, cosine_by_epoch, 0.5, 0.02),
+    "semisup_100pct": few_labels(90, IMAGENET, cosine_by_epoch, 0.5, 0.02),
+    "semisup_fnc_1pct": few_labels(60, ONE_PERCENT, simclr_style, FNC_HEAD, FNC_HEAD),
+    "semisup_fnc_10pct": few_labels(30, TEN_PERCENT, simclr_style, FNC_HEAD, FNC_HEAD),
+    # CIFAR-10: MoCo's demo, and its training for other methods
+    **{f"cifar10/{name}": cifar(DEMO, momentum=MOMENTUM) for name in ("moco", "moco_symmetric")},
+    "cifar10/mochi": cifar(DEMO, momentum=MOMENTUM, **in_epochs(10, 200, 32, 0, 64)),
+    "cifar10/synco": cifar(DEMO, momentum=MOMENTUM, **in_epochs(10, 200, 16, 16, 16, 4, 4, 4)),
+    "cifar10/adco": cifar(DEMO, bank_lr=constant(3.0), momentum=MOMENTUM),
+    **{f"cifar10/{name}": cifar(DEMO) for name in ("simclr", "sogclr")},
+    "cifar10/fnc": cifar(DEMO, momentum=MOMENTUM),
+    **{
+        f"cifar10/{name}": cifar(WARM, 10, momentum=rising_momentum(0.99))
+        for name in ("moby", "byol")
+    },
+}
+RECIPES = {
+    str(path.relative_to(ROOT / "configs").with_suffix("")): path
+    for path in sorted((ROOT / "configs").rglob("*.yaml"))
+}
+# small networks, because the schedules do not depend on them
+SMALL = {"main_moby": ("-a", "resnet18", "--online-drop-path", "0"), "": ("-a", "resnet18")}
+
+
+def test_every_recipe_has_its_facts():
+    assert RECIPES.keys() == FACTS.keys()
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_follows_its_schedules(name):
+    facts, path = FACTS[name], RECIPES[name]
+    script = tool.scripts.script_of(path)
+    small = SMALL.get(script, SMALL[""]) if not name.startswith("cifar10/") else ()
+    of = tool.load(path, small)
+    n, E = facts.steps_per_epoch, facts.epochs
+    assert (of.images, of.batch) == (facts.images, facts.batch)
+    assert (of.steps_per_epoch, of.steps) == (n, n * E)
+    first = n * facts.warmup or n * E // 4
+    for s in (0, first, first + 1, n * E // 2, 3 * n * E // 4, n * E - 1):
+        expected = {name: formula(s, n, E) for name, formula in facts.quantities.items()}
+        assert of.at(s) == pytest.approx(expected, rel=1e-12, abs=1e-15), s
+
+
+@pytest.mark.parametrize(
+    ("name", "first", "last"),
+    [
+        ("synco_200", 10, 200),
+        ("synco_swin_tiny", 30, 100),
+        ("synco_swin_tiny_as_run", 120, 300),
+        ("mochi_1024_512_256_200", 10, 200),
+    ],
+)
+def test_synthetic_negatives_begin_and_end_with_an_epoch(name, first, last):
+    """The points above do not touch these epochs."""
+    small = SMALL["main_moby"] if "swin" in name else SMALL[""]
+    of = tool.load(RECIPES[name], small)
+    n = of.steps_per_epoch
+    for step, active in (
+        (n * first - 1, False),
+        (n * first, True),
+        (n * last - 1, True),
+        (n * last, False),
+    ):
+        if step < of.steps:
+            assert (of.at(step)["n1"] > 0) == active, step
+
+
+def test_the_places_of_adco_rise_again():
+    of = tool.load(RECIPES["lincls_adco_places205"], ())
+    n = of.steps_per_epoch
+    found = [of.at(n * epoch)["lr"] for epoch in (0, 6, 12, 18, 24, 36)]
+    assert found == pytest.approx([5, 2.5, 0, 2.5, 5, 0])
+
+
+def test_cos_2_concerns_the_encoder_alone():
+    """AdCo's other cosine: a quarter of one."""
+    of = tool.load(RECIPES["adco_200"], ("--cos", "2", "-a", "resnet18"))
+    n = of.steps_per_epoch
+    for epoch in (0, 50, 100, 199):
+        values = of.at(n * epoch)
+        assert values["lr"] == pytest.approx(0.03 * math.cos(math.pi * epoch / 400), rel=1e-12)
+        assert values["bank lr"] == 3
+
+
+# The tool.
+@pytest.fixture
+def call(monkeypatch, capsys):
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["schedule.py", *map(str, words)])
+        try:
+            status = tool.main()
+        except SystemExit as end:
+            status = end.code
+        return status, capsys.readouterr()
+
+    return run
+
+
+def test_the_table_has_the_epochs_at_which_something_turns(call):
+    status, said = call(RECIPES["lincls_moco"], "--rows", 2, "--images", 2560, "--epochs", 90)
+    head, *rows = [line.split() for line in said.out.splitlines()[1:]]
+    assert status == 0 and not said.err and head == ["epoch", "step", "lr"]
+    assert rows == [
+        ["0", "0", "30"],
+        ["45", "450", "30"],
+        ["59", "590", "30"],
+        ["60", "600", "3"],
+        ["79", "790", "3"],
+        ["80", "800", "0.3"],
+        ["89", "899", "0.3"],
+    ]
+    assert said.out.startswith(
+        f"{RECIPES['lincls_moco']}: 2560 images; total batch 256 = 32 per process x 8 processes x "
+        "1 accumulation; 90 epochs x 10 steps\n"
+    )
+
+
+def test_each_learning_rate_is_a_column_and_a_curve(call, tmp_path):
+    """Of several classifiers, and of the classifier and the backbone."""
+    picture = tmp_path / "a folder" / "schedule.png"
+    words = ("--lr", 30, 3, "--processes", 2, "--plot", picture)
+    status, said = call(RECIPES["lincls_moco"], *words)
+    assert status == 0 and said.out.splitlines()[1].split() == [
+        "epoch",
+        "step",
+        *"lr 30 lr 3".split(),
+    ]
+    assert said.out.splitlines()[-1] == str(picture) and "128 per process x 2" in said.out
+    with Image.open(picture) as image:
+        assert image.format == "PNG" and image.height > 400
+    of = tool.load(RECIPES["semisup_1pct"], ("--lr-backbone", "0.1"))
+    assert of.at(0) == {"lr classifier": 0.5, "lr backbone": 0.1}
+    of = tool.load(RECIPES["semisup_1pct"], ("--weights", "freeze"))
+    assert of.at(0) == {"lr classifier": 0.5}
+
+
+def test_the_picture_shows_every_quantity():
+    of = tool.load(RECIPES["synco_200"], SMALL[""])
+    axes = schedules.figure(of, "$title$ of a _recipe").axes
+    assert [axis.get_ylabel() for axis in axes] == ["lr", "momentum", "synthetic negatives"]
+    line = axes[0].lines[0]
+    for x, y in (line.get_xydata()[0], line.get_xydata()[700], line.get_xydata()[-1]):
+        assert y == of.at(round(x * of.steps_per_epoch))["lr"]
+    legend = [text.get_text() for text in axes[2].get_legend().get_texts()]
+    assert legend == ["n1", "n2", "n3", "n4", "n5", "n6"]
+
+
+def test_the_args_yaml_of_a_run_is_a_recipe(run):
+    """Its script is named by a key, and 8 processes are assumed."""
+    of = tool.load(run / "args.yaml", (), images=64, processes=1)
+    assert of.config.run.method == "moco" and of.at(0)["momentum"] == of.config.encoders.moco_m
+    assert tool.processes_of("") == 8
+
+
+@pytest.mark.parametrize(
+    ("words", "what"),
+    [
+        ([], "RECIPE"),
+        (["nowhere.yaml"], "nowhere.yaml: No such file"),
+        (["bad.yaml"], "bad.yaml: not YAML"),
+        (["silent.yaml"], "no comment names its script; add a line such as # python main_synco.py"),
+        (["other.yaml"], "main_other.py: no such script"),
+        (["knn.yaml"], "main_knn.py trains nothing by steps"),
+        (["voc.yaml"], "--images N is needed: the number of training images of pets"),
+        ([RECIPES["synco_200"], "--epcohs", "3"], "the nearest is '--epochs'"),
+        ([RECIPES["synco_200"], "--images", "200"], "200 images do not fill one batch of 256"),
+        ([RECIPES["synco_200"], "--processes", "300"], "--batch-size 256 is smaller than the 300"),
+        ([RECIPES["synco_200"], "--sgdr-t0", "3"], "--sgdr-t0 has no effect"),
+        ([RECIPES["synco_200"], "--plot", "x.jpg"], "must end with .png"),
+        ([RECIPES["synco_200"], "--force"], "--force has no effect"),
+    ],
+    ids=lambda value: str(value)[-40:],
+)
+def test_a_mistake_is_one_line(words, what, call, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bad.yaml").write_text("epochs: [")
+    (tmp_path / "silent.yaml").write_text("epochs: 3\n")
+    (tmp_path / "other.yaml").write_text("# python main_other.py --cfg other.yaml DIR\nepochs: 3\n")
+    (tmp_path / "knn.yaml").write_text("# python main_knn.py --cfg knn.yaml DIR\nk: 3\n")
+    (tmp_path / "voc.yaml").write_text("# python main_lincls.py --cfg voc.yaml\ndataset: pets\n")
+    status, said = call(*words)
+    line = said.err.splitlines()[-1]
+    assert status == 2 and line.startswith("schedule.py: error: ") and what in line, said.err
