@@ -27,6 +27,7 @@ from moco.options import ENTRIES as ENTRIES
 from moco.options import LAYERS as LAYERS
 
 STEMS = ("imagenet", "cifar")  # of ResNets; see `moco.encoder.resnets.resnet`
+NORM_EPS = ("timm", "synco-v2")  # of Swins; see `moco.encoder.timm_networks.create`
 DEVICES = ("cpu", "cuda", "xpu", "mps")
 OPTIMIZERS = ("sgd", "lars", "adamw")
 SCALINGS = ("none", "sqrt", "linear")
@@ -166,6 +167,13 @@ class Network:
         "cifar: a 3x3 convolution of stride 1, for images of 32 or 64 pixels",
         choices=STEMS,
         unset="the checkpoint's, else imagenet",
+    )
+    norm_eps: str | None = option(
+        None,
+        "epsilons of a Swin's layer norms; timm: 1e-5; synco-v2: 1e-6, but 1e-5 in the second "
+        "norm of each block",
+        choices=NORM_EPS,
+        unset="the checkpoint's, else timm",
     )
 
 

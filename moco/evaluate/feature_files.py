@@ -32,6 +32,7 @@ _ORIGIN = {
     "checkpoint": "pretrained",
     "pretrain_epochs": "pretrain_epochs",
 }
+_ORIGIN |= {"norm_eps": "norm_eps"}
 _ORIGIN |= {
     name: name
     for name in "features stem mean std dataset data class_list image_size amp seed".split()
@@ -49,6 +50,7 @@ _TYPES |= {
 
 # default values of entries that older versions did not write
 _OPTIONAL = {"class_list": None, "features": "backbone", "stem": None, "mean": None, "std": None}
+_OPTIONAL["norm_eps"] = None
 
 
 def complete(config: Evaluation, multi_label: bool) -> Evaluation:

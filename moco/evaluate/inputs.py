@@ -20,7 +20,7 @@ from moco.evaluate import feature_files
 
 
 def complete(config: AnyConfig) -> AnyConfig:
-    """Return `config` with the checkpoint's arch, stem, image size, mean and std.
+    """Return `config` with the checkpoint's network, image size, mean and std.
 
     Given options are kept. Call it before any process starts. Raises InputError if the data or the
     checkpoint do not fit.
@@ -36,6 +36,7 @@ def complete(config: AnyConfig) -> AnyConfig:
         config = replaced(
             config,
             stem=config.network.stem or "imagenet",
+            norm_eps=config.network.norm_eps or "timm",
             mean=config.views.mean or MEAN,
             std=config.views.std or STD,
         )
@@ -50,6 +51,7 @@ def complete(config: AnyConfig) -> AnyConfig:
             mean=config.views.mean or MEAN,
             std=config.views.std or STD,
             stem=config.network.stem or "imagenet",
+            norm_eps=config.network.norm_eps or "timm",
             encoder_method="random",
             pretrain_epochs=None,
         )
@@ -71,6 +73,7 @@ def _complete_from(config: AnyConfig, path: str) -> AnyConfig:
         config,
         arch=config.network.arch or facts.arch or "resnet50",
         image_size=image_size or 224,
+        norm_eps=metadata.norm_eps(path, facts, config.network.norm_eps),
         mean=used.mean or MEAN,
         std=used.std or STD,
         encoder_method=facts.method,
@@ -95,7 +98,7 @@ def tests_full_network(config: Config) -> bool:
 
 
 def restore_options(config: AnyConfig, options: Iterable[str]) -> AnyConfig:
-    """Return `config` with the arch, image size, stem, mean and std of `--resume`'s classifier.
+    """Return `config` with the network, image size, mean and std of `--resume`'s classifier.
 
     With `--evaluate`, also restore the seed and the `options`.
 
@@ -143,12 +146,12 @@ def restore_options(config: AnyConfig, options: Iterable[str]) -> AnyConfig:
 
 
 def _restore_facts(config: AnyConfig, facts: metadata.Metadata) -> AnyConfig:
-    """Return `config` with the arch, image size, stem, mean and std of the classifier.
+    """Return `config` with the network, image size, mean and std of the classifier.
 
     Raises InputError if given options differ. With `--evaluate`, the image size may differ.
     """
     settings, path, found = flat(config), config.log.resume, {}
-    for name in ("arch", "image_size", "stem", "mean", "std"):
+    for name in ("arch", "image_size", "stem", "norm_eps", "mean", "std"):
         given, own = settings[name], getattr(facts, name)
         if own is None or given in (None, own):
             found[name] = given or own
@@ -301,7 +304,9 @@ def _create(config: Config, out: int) -> nn.Module:
     network = config.network
     # ResNets have no stochastic depth, and a line at the start says that --drop-path has no effect
     drop_path = 0.0 if network.arch in resnets.ARCHS else config.drop_path
-    return networks.create(network.arch, out, config.views.image_size, drop_path, network.stem)
+    return networks.create(
+        network.arch, out, config.views.image_size, drop_path, network.stem, network.norm_eps
+    )
 
 
 def _print_other_normalization(config: Config, facts: metadata.Metadata) -> None:
