@@ -22,8 +22,7 @@ from moco.options import (
     option,
 )
 
-# unused here: scripts write sections.ENTRIES and sections.LAYERS
-from moco.options import ENTRIES as ENTRIES
+from moco.options import ENTRIES as ENTRIES  # unused here: scripts write sections.ENTRIES
 from moco.options import LAYERS as LAYERS
 
 STEMS = ("imagenet", "cifar")  # of ResNets; see `moco.encoder.resnets.resnet`
@@ -169,11 +168,7 @@ class Network:
         unset="the checkpoint's, else imagenet",
     )
     norm_eps: str | None = option(
-        None,
-        "epsilons of a Swin's layer norms; timm: 1e-5; synco-v2: 1e-6, but 1e-5 in the second "
-        "norm of each block",
-        choices=NORM_EPS,
-        unset="the checkpoint's, else timm",
+        None, "epsilons of a Swin's norms", choices=NORM_EPS, unset="the checkpoint's, else timm"
     )
 
 
@@ -231,8 +226,7 @@ class Launch:
         unset="nccl on GPUs, gloo on CPUs",
     )
     gpu: int | None = option(None, "use only this GPU", range=NATURAL, metavar="ID")
-    # torch.distributed.launch passes it
-    local_rank: int | None = option(None, "", hidden=True)
+    local_rank: int | None = option(None, "", hidden=True)  # torch.distributed.launch passes it
 
 
 @dataclass(frozen=True)
