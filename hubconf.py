@@ -9,7 +9,12 @@ from torch import nn as _nn
 dependencies = ["torch", "torchvision"]  # ViT and Swin also need timm
 
 
-def encoder(checkpoint: str, arch: str | None = None, image_size: int | None = None) -> _nn.Module:
+def encoder(
+    checkpoint: str,
+    arch: str | None = None,
+    image_size: int | None = None,
+    norm_eps: str | None = None,
+) -> _nn.Module:
     """Return the pre-trained network without its head, in eval mode.
 
     The network maps images [B, 3, H, W] to features [B, D]. Images must be RGB in [0, 1],
@@ -22,9 +27,11 @@ def encoder(checkpoint: str, arch: str | None = None, image_size: int | None = N
         arch: architecture, if the file does not name it (default: resnet50).
         image_size: image size in pixels of a ViT or Swin (default: that of pre-training, or 224 if
             unknown).
+        norm_eps: epsilons of a Swin's layer norms, timm or synco-v2, if the file does not say
+            (default: timm).
 
     Raises moco.errors.InputError if the file cannot be read or does not fit the architecture.
     """
     from moco.encoder import pretrained
 
-    return pretrained.read(checkpoint, arch, image_size).net
+    return pretrained.read(checkpoint, arch, image_size, norm_eps).net

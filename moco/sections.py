@@ -21,12 +21,11 @@ from moco.options import (
     WIDTH,
     option,
 )
-
-# unused here: scripts write sections.ENTRIES and sections.LAYERS
-from moco.options import ENTRIES as ENTRIES
+from moco.options import ENTRIES as ENTRIES  # unused here: scripts write sections.ENTRIES
 from moco.options import LAYERS as LAYERS
 
 STEMS = ("imagenet", "cifar")  # of ResNets; see `moco.encoder.resnets.resnet`
+NORM_EPS = ("timm", "synco-v2")  # of Swins; see `moco.encoder.timm_networks.create`
 DEVICES = ("cpu", "cuda", "xpu", "mps")
 OPTIMIZERS = ("sgd", "lars", "lars_tf", "adamw")
 SCALINGS = ("none", "sqrt", "linear")
@@ -168,6 +167,9 @@ class Network:
         choices=STEMS,
         unset="the checkpoint's, else imagenet",
     )
+    norm_eps: str | None = option(
+        None, "epsilons of a Swin's norms", choices=NORM_EPS, unset="the checkpoint's, else timm"
+    )
 
 
 @dataclass(frozen=True)
@@ -224,8 +226,7 @@ class Launch:
         unset="nccl on GPUs, gloo on CPUs",
     )
     gpu: int | None = option(None, "use only this GPU", range=NATURAL, metavar="ID")
-    # torch.distributed.launch passes it
-    local_rank: int | None = option(None, "", hidden=True)
+    local_rank: int | None = option(None, "", hidden=True)  # torch.distributed.launch passes it
 
 
 @dataclass(frozen=True)

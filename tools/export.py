@@ -82,6 +82,8 @@ def main() -> int:
         "image size in pixels of a ViT or Swin (default: that of pre-training, or 224 if unknown)"
     )
     parser.add_argument("--image-size", type=values.in_range(int, sections.POSITIVE), help=size)
+    eps = "epsilons of a Swin's layer norms, if the checkpoint does not say (default: timm)"
+    parser.add_argument("--norm-eps", choices=sections.NORM_EPS, help=eps)
     hub = (
         "also write a hubconf.py next to OUT; torch.hub.load(FOLDER, 'encoder', source='local') "
         "then needs only these two files"
@@ -99,7 +101,7 @@ def export(args: argparse.Namespace) -> None:
     """
     outs = [args.out, *([args.out.with_name("hubconf.py")] if args.hub else [])]
     check_outputs(args, outs)
-    found = pretrained.read(args.checkpoint, args.arch, args.image_size)
+    found = pretrained.read(args.checkpoint, args.arch, args.image_size, args.norm_eps)
     if found.resized:
         print(
             f"interpolated to images of {found.image_size} pixels (--image-size): "
@@ -114,9 +116,10 @@ def export(args: argparse.Namespace) -> None:
         "mean": tuple(found.mean),
         "std": tuple(found.std),
         **({"stem": found.stem} if found.stem != "imagenet" else {}),
+        **({"norm_eps": found.norm_eps} if found.norm_eps != "timm" else {}),
     }
     tensors = {name: x.clone().contiguous() for name, x in found.net.state_dict().items()}
-    plain = stock_models(found.arch, found.image_size, found.stem)
+    plain = stock_models(found.arch, found.image_size, found.stem, found.norm_eps)
     files = [serialize(tensors, args.out.suffix, facts)]
     if args.hub:
         files.append(hubconf(plain[0], args.out.name, facts).encode())
@@ -143,6 +146,7 @@ def export(args: argparse.Namespace) -> None:
     for home, words in zip(plain, same, strict=True):
         print(f"in {home.library}, {words}:\n  {'; '.join(python(home, args.out))}")
     options = f" -a {found.arch} --image-size {found.image_size}"
+    options += f" --norm-eps {found.norm_eps}" if found.norm_eps != "timm" else ""
     for name, own, usual in (("mean", found.mean, MEAN), ("std", found.std, STD)):
         options += f" --{name} {' '.join(map(str, own))}" if tuple(own) != usual else ""
     if args.out.suffix == ".safetensors":

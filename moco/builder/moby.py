@@ -200,7 +200,7 @@ def create_encoder(
 
     Raises InputError if the network does not support these settings.
     """
-    net = networks.create(network.arch, out, image_size, drop_path, network.stem)
+    net = networks.create(network.arch, out, image_size, drop_path, network.stem, network.norm_eps)
     if freeze_stem:
         if not timm_networks.has_patch_projection(net):
             raise InputError(

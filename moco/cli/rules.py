@@ -12,6 +12,7 @@ from moco.builder.synco import COUNTS, SyntheticNegatives
 from moco.cli.effects import EffectsParser, Options
 from moco.config import Config
 from moco.data import registry
+from moco.encoder import timm_networks
 from moco.encoder.resnets import ARCHS
 from moco.engine import lr_schedule
 from moco.launch import processes
@@ -54,6 +55,8 @@ def _views(parser: EffectsParser) -> None:
 def _network(parser: EffectsParser) -> None:
     only = "it is for torchvision's ResNets; leave it out"
     parser.has_effect("stem", lambda args: args.arch in ARCHS, only)
+    swin = "it is for Swins; leave it out"
+    parser.has_effect("norm_eps", lambda args: timm_networks.is_swin(args.arch or ""), swin)
 
 
 def _launch(parser: EffectsParser) -> None:
@@ -145,7 +148,7 @@ def _feature_files(parser: EffectsParser) -> None:
     once = "this script reads each image once; leave it out"
     parser.has_effect("cache_images", lambda args: False, once)
     loaded = "features come from files (--load-features)"
-    files = "batch_size workers image_size test_resize stem mean std amp compile"
+    files = "batch_size workers image_size test_resize stem norm_eps mean std amp compile"
     files += " data dataset download data_name seed"
     parser.has_effect(files, lambda args: not args.load_features, loaded, refuse=False)
 

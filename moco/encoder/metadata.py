@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 
 from moco.encoder.resnets import STEMS
 from moco.encoder.weights import State
+from moco.errors import InputError
+from moco.sections import NORM_EPS
 from moco.sections_eval import TEST_RESIZES
 
 CLASSIFIERS = ("linear", "finetune", "semisup")  # the methods of main_lincls.py and main_semisup.py
@@ -32,6 +34,7 @@ class Metadata(NamedTuple):
     stem: str | None = None  # the stem of a ResNet, see `resnets.resnet`
     mean: list[float] | None = None  # [3], mean of RGB values in [0, 1] used for normalization
     std: list[float] | None = None  # [3], their standard deviation used for normalization
+    norm_eps: str | None = None  # the epsilons of a Swin's layer norms, one of NORM_EPS
     test_resize: str | None = None  # of a classifier's test images, see `sections_eval.Views`
 
 
@@ -59,8 +62,21 @@ def read_metadata(state: State) -> Metadata:
         size if type(size) is int and 0 < size < LARGEST_IMAGE else None,
         options.get("stem") if options.get("stem") in STEMS else None,
         *(channels(options.get(name), name) for name in ("mean", "std")),
+        options.get("norm_eps") if options.get("norm_eps") in NORM_EPS else None,
         options.get("test_resize") if options.get("test_resize") in TEST_RESIZES else None,
     )
+
+
+def norm_eps(path: str, found: Metadata, given: str | None) -> str:
+    """Return the epsilons of the layer norms: those in the file, else `given`, else timm's.
+
+    Raises InputError if `given` contradicts the file.
+    """
+    if given and found.norm_eps not in (None, given):
+        raise InputError(
+            f"--norm-eps {given}: {path} was trained with {found.norm_eps}; leave --norm-eps out"
+        )
+    return found.norm_eps or given or NORM_EPS[0]
 
 
 def normalization_note(path: str, found: Metadata) -> str:

@@ -28,6 +28,7 @@ def create(
     image_size: int = 224,
     drop_path: float = 0.0,
     stem: str | None = "imagenet",
+    norm_eps: str | None = None,
 ) -> nn.Module:
     """Return a randomly initialized network.
 
@@ -37,6 +38,7 @@ def create(
         image_size: side of the square input images, in pixels.
         drop_path: rate of stochastic depth, in [0, 1). Only timm's networks have it.
         stem: the stem of a ResNet, see `resnets.resnet`.
+        norm_eps: the epsilons of a Swin's layer norms, see `timm_networks.create`.
 
     Raises InputError if `arch` is unknown or does not support the image size, the stochastic depth
     or the stem.
@@ -45,7 +47,7 @@ def create(
         check_arch(arch)
         if stem == "cifar":
             raise InputError(f"--stem {stem}: {arch} is not a torchvision ResNet; leave --stem out")
-        return timm_networks.create(arch, out, image_size, drop_path)
+        return timm_networks.create(arch, out, image_size, drop_path, norm_eps)
     if drop_path:
         raise InputError(f"{arch}: {timm_networks.NO_STOCHASTIC_DEPTH}")
     net = resnet(arch, max(out, 1), stem=stem)

@@ -32,6 +32,7 @@ class Encoder(NamedTuple):
     mean: list[float]  # [3], mean of RGB values in [0, 1], to normalize images with
     std: list[float]  # [3], their standard deviation, to normalize images with
     resized: list[str]  # names of the position embeddings that were interpolated to the image size
+    norm_eps: str  # the epsilons of a Swin's layer norms, see `timm_networks.create`
 
 
 @contextlib.contextmanager
@@ -54,7 +55,12 @@ def suggest_arch(path: str, own: str | None, arch: str) -> Iterator[None]:
         raise
 
 
-def read(path: str, arch: str | None = None, image_size: int | None = None) -> Encoder:
+def read(
+    path: str,
+    arch: str | None = None,
+    image_size: int | None = None,
+    norm_eps: str | None = None,
+) -> Encoder:
     """Return the encoder of a checkpoint of this project or of other software.
 
     Prints a line if the file does not contain the mean and std to normalize images with.
@@ -63,14 +69,17 @@ def read(path: str, arch: str | None = None, image_size: int | None = None) -> E
         path: the checkpoint.
         arch: the architecture. By default the file decides; resnet50 if the file does not say.
         image_size: pixels. By default the file decides; 224 if the file does not say.
+        norm_eps: the epsilons of a Swin's layer norms, if the file does not say; timm's by default.
 
-    Raises InputError if the file cannot be read, or if `arch` is unknown or does not fit the file.
+    Raises InputError if the file cannot be read, if `arch` is unknown, or if an argument does not
+    fit the file.
     """
     state = weights.read(path)
     facts = metadata.read_metadata(state)
     arch = arch or facts.arch or "resnet50"
     image_size = image_size or facts.image_size or 224
-    net = networks.create(arch, 0, image_size)
+    norm_eps = metadata.norm_eps(path, facts, norm_eps)
+    net = networks.create(arch, 0, image_size, norm_eps=norm_eps)
     tensors = tensors_of(net, state)
     stem = stem_of(net, tensors)
     if stem != "imagenet":
@@ -86,7 +95,7 @@ def read(path: str, arch: str | None = None, image_size: int | None = None) -> E
         print_rank0(line)
     mean, std = facts.mean or list(MEAN), facts.std or list(STD)
     return Encoder(
-        net.eval(), arch, image_size, facts.method, facts.epoch, stem, mean, std, resized
+        net.eval(), arch, image_size, facts.method, facts.epoch, stem, mean, std, resized, norm_eps
     )
 
 

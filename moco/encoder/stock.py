@@ -25,7 +25,16 @@ _CIFAR = (
 )
 
 
-def stock_models(arch: str, image_size: int, stem: str = "imagenet") -> list[StockModel]:
+# the epsilons of a Swin's layer norms in SynCo-v2's code, see `timm_networks.create`
+_SYNCO_V2_EPS = (
+    "[setattr(norm, 'eps', 1e-5 if name.endswith('.norm2') else 1e-6)"
+    " for name, norm in net.named_modules() if isinstance(norm, torch.nn.LayerNorm)]"
+)
+
+
+def stock_models(
+    arch: str, image_size: int, stem: str = "imagenet", norm_eps: str = "timm"
+) -> list[StockModel]:
     """Return the stock models that can load an encoder of architecture `arch`.
 
     A ResNet has one in torchvision and, if timm is installed, one in timm. Other networks have one
@@ -33,6 +42,8 @@ def stock_models(arch: str, image_size: int, stem: str = "imagenet") -> list[Sto
     """
     networks.check_arch(arch)  # its name becomes code below
     found, first = [], _CIFAR if stem == "cifar" else ()
+    if norm_eps == "synco-v2" and timm_networks.is_swin(arch):
+        first = (_SYNCO_V2_EPS,)
     if arch in resnets.ARCHS:
         found.append(
             StockModel(

@@ -48,7 +48,14 @@ def stock_arguments(arch: str, image_size: int) -> tuple[str, dict[str, int]]:
     return name, sized | MOCO_V3.get(arch, {})
 
 
-def create(arch: str, out: int, image_size: int, drop_path: float = 0.0) -> nn.Module:
+def is_swin(arch: str) -> bool:
+    """Return whether `arch` is a Swin, of the first version."""
+    return SHORT.get(arch, arch).startswith("swin_")
+
+
+def create(
+    arch: str, out: int, image_size: int, drop_path: float = 0.0, norm_eps: str | None = None
+) -> nn.Module:
     """Return a randomly initialized network of timm, without dropout.
 
     MoCo v3's ViTs (Chen et al., arXiv 2104.02057) are initialized as in that paper. Their position
@@ -59,6 +66,8 @@ def create(arch: str, out: int, image_size: int, drop_path: float = 0.0) -> nn.M
         out: number of output features of the last layer; 0 for a network without that layer.
         image_size: side of the square input images, in pixels.
         drop_path: rate of stochastic depth of the last block, in [0, 1).
+        norm_eps: the epsilons of a Swin's layer norms. "synco-v2": 1e-5 in the second norm of each
+            block and 1e-6 in the others, as in SynCo-v2's code. Otherwise timm's, 1e-5 in all.
 
     Raises InputError if the architecture does not support the image size or stochastic depth, or if
     its last layer is not one linear layer.
@@ -86,6 +95,10 @@ def create(arch: str, out: int, image_size: int, drop_path: float = 0.0) -> nn.M
     if any(image_size % side for side in sides):
         patches = f"{arch}'s patches of {max(sides)} pixels"
         raise InputError(f"--image-size {image_size}: must be a multiple of {patches}")
+    if norm_eps == "synco-v2" and is_swin(arch):
+        for part, norm in net.named_modules():
+            if isinstance(norm, nn.LayerNorm):
+                norm.eps = 1e-5 if part.endswith(".norm2") else 1e-6
     if arch in MOCO_V3:
         _init_as_moco_v3(net)
         net.namesake = name if MOCO_V3[arch] else None

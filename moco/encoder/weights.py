@@ -226,7 +226,11 @@ def _facts(metadata: dict[str, str]) -> State:
         "arch": metadata["arch"],
         "method": metadata["method"],
         "epoch": int(epoch) if epoch.isdecimal() else None,
-        "args": ({"image_size": int(size)} if size.isdecimal() else {}) | channels,
+        "args": {
+            **({"image_size": int(size)} if size.isdecimal() else {}),
+            **({"norm_eps": metadata["norm_eps"]} if "norm_eps" in metadata else {}),
+            **channels,
+        },
     }
 
 

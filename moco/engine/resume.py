@@ -68,16 +68,19 @@ def resolve(config: AnyConfig) -> tuple[AnyConfig, bool]:
 
 
 def inherit(config: AnyConfig) -> AnyConfig:
-    """Return the config of a pre-training run with the stem, mean and std of `--resume`.
+    """Return the config of a pre-training run with the network, mean and std of `--resume`.
 
-    Given options are kept. Without `--resume`, the stem is ImageNet's. Raises InputError if the
-    checkpoint cannot be read.
+    Given options are kept. Without `--resume`, the stem is ImageNet's, and the epsilons of the
+    layer norms are timm's. Raises InputError if the checkpoint cannot be read.
     """
-    stem, mean, std = config.network.stem, config.views.mean, config.views.std
-    if config.log.resume and None in (stem, mean, std):
+    settings = flat(config)
+    found = {name: settings[name] for name in ("stem", "norm_eps", "mean", "std")}
+    if config.log.resume and None in found.values():
         facts = metadata.read_metadata(checkpoint.load(config.log.resume))
-        stem, mean, std = stem or facts.stem, mean or facts.mean, std or facts.std
-    return replaced(config, stem=stem or "imagenet", mean=mean, std=std)
+        found = {name: given or getattr(facts, name) for name, given in found.items()}
+    found["stem"] = found["stem"] or "imagenet"
+    found["norm_eps"] = found["norm_eps"] or "timm"
+    return replaced(config, **found)
 
 
 def _own_folder(folder: Path, script: str) -> Path | None:

@@ -32,12 +32,8 @@ _ORIGIN = {
     "checkpoint": "pretrained",
     "pretrain_epochs": "pretrain_epochs",
 }
-_ORIGIN |= {
-    name: name
-    for name in (
-        "features stem mean std dataset data class_list image_size test_resize amp seed"
-    ).split()
-}
+_SAME = "features stem norm_eps mean std dataset data class_list image_size test_resize amp seed"
+_ORIGIN |= {name: name for name in _SAME.split()}
 
 # types of the entries of meta.json
 _TYPES = dict.fromkeys(("arch", "method", "dataset", "data", "test_resize", "amp"), str)
@@ -51,7 +47,7 @@ _TYPES |= {
 
 # default values of entries that older versions did not write
 _OPTIONAL = {"class_list": None, "features": "backbone", "stem": None, "mean": None, "std": None}
-_OPTIONAL |= {"test_resize": "scaled"}
+_OPTIONAL |= {"test_resize": "scaled", "norm_eps": None}
 
 
 def complete(config: Evaluation, multi_label: bool) -> Evaluation:

@@ -20,7 +20,7 @@ from moco.evaluate import feature_files
 
 
 def complete(config: AnyConfig) -> AnyConfig:
-    """Return `config` with the checkpoint's arch, stem, image size, mean and std.
+    """Return `config` with the checkpoint's network, image size, mean and std.
 
     Given options are kept. Call it before any process starts. Raises InputError if the data or the
     checkpoint do not fit.
@@ -37,6 +37,7 @@ def complete(config: AnyConfig) -> AnyConfig:
         config = replaced(
             config,
             stem=config.network.stem or "imagenet",
+            norm_eps=config.network.norm_eps or "timm",
             mean=config.views.mean or MEAN,
             std=config.views.std or STD,
         )
@@ -51,6 +52,7 @@ def complete(config: AnyConfig) -> AnyConfig:
             mean=config.views.mean or MEAN,
             std=config.views.std or STD,
             stem=config.network.stem or "imagenet",
+            norm_eps=config.network.norm_eps or "timm",
             encoder_method="random",
             pretrain_epochs=None,
         )
@@ -72,6 +74,7 @@ def _complete_from(config: AnyConfig, path: str) -> AnyConfig:
         config,
         arch=config.network.arch or facts.arch or "resnet50",
         image_size=image_size or 224,
+        norm_eps=metadata.norm_eps(path, facts, config.network.norm_eps),
         mean=used.mean or MEAN,
         std=used.std or STD,
         encoder_method=facts.method,
@@ -150,7 +153,7 @@ def _restore_facts(config: AnyConfig, facts: metadata.Metadata) -> AnyConfig:
     test images may differ.
     """
     settings, path, found = flat(config), config.log.resume, {}
-    for name in ("arch", "image_size", "stem", "mean", "std", "test_resize"):
+    for name in ("arch", "image_size", "stem", "norm_eps", "mean", "std", "test_resize"):
         given, own = settings[name], getattr(facts, name)
         if own is None or given in (None, own):
             found[name] = given or own
@@ -308,7 +311,9 @@ def _create(config: Config, out: int) -> nn.Module:
     network = config.network
     # ResNets have no stochastic depth, and a line at the start says that --drop-path has no effect
     drop_path = 0.0 if network.arch in resnets.ARCHS else config.drop_path
-    return networks.create(network.arch, out, config.views.image_size, drop_path, network.stem)
+    return networks.create(
+        network.arch, out, config.views.image_size, drop_path, network.stem, network.norm_eps
+    )
 
 
 def _print_other_normalization(config: Config, facts: metadata.Metadata) -> None:

@@ -67,7 +67,7 @@ def write(folder: Path, results: dict[str, Any], seconds: float | None = None) -
 
 # settings that can differ between runs of one protocol
 _SETTINGS = (
-    "features temperature image_size test_resize mean std stem epochs batch_size optimizer"
+    "features temperature image_size test_resize mean std stem norm_eps epochs batch_size optimizer"
     " lr lr_backbone lr_classifier learning_rate_scaling cos wd weights train_percent"
     " subset_file ft_proj val_from_train label_smoothing drop_path amp seed"
     " iterations norm"  # of detectors

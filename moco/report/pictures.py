@@ -30,10 +30,11 @@ CLASSES, POINTS = 20, 2000  # maximum numbers of classes and images on a map
 QUERIES, NEIGHBOURS = 8, 6
 SAME, OTHER = "#1a8a2d", "#c62828"
 _NEEDED = {"arch": str, "data": str, "image_size": int, "dataset": str, "stem": str}
+_NEEDED |= {"norm_eps": str}
 _FOR_VIEWS = {"recipe": str, "seed": int}
 # for runs of older versions, which lack these options
 _DEFAULTS = {"class_list": None, "crop_min": None, "dataset": "imagenet", "stem": "imagenet"}
-_DEFAULTS |= {"mean": list(MEAN), "std": list(STD)}
+_DEFAULTS |= {"mean": list(MEAN), "std": list(STD), "norm_eps": "timm"}
 
 
 def settings(run: Run, needed: dict[str, type]) -> Pretraining:
@@ -192,7 +193,8 @@ def random_encoder(run: Run, seed: int) -> nn.Module:
 def _network(config: Pretraining) -> nn.Module:
     """Return the network of a run, randomly initialised."""
     network = config.network
-    return networks.create(network.arch, 1, config.views.image_size, stem=network.stem)
+    size = config.views.image_size
+    return networks.create(network.arch, 1, size, stem=network.stem, norm_eps=network.norm_eps)
 
 
 def extract_features(net: nn.Module, images: Images, run: Run) -> Tensor:

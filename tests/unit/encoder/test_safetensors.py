@@ -39,6 +39,7 @@ def encoder(tmp_path_factory):
         out=folder / "x.safetensors",
         arch=None,
         image_size=None,
+        norm_eps=None,
         hub=False,
         force=False,
     )
