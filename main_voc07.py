@@ -1,26 +1,27 @@
 #!/usr/bin/env python
-"""VOC07 classification: train linear classifiers on features of trainval, and test them on test.
+"""VOC07 classification: train linear classifiers on frozen features, and test them on test.
 
-The result is the mean average precision (mAP). Without --pretrained, the encoder is randomly
+They are trained on trainval; --classifier sgd trains on train and chooses the epoch on val. The
+result is the mean average precision (mAP). Without --pretrained, the encoder is randomly
 initialised, which is the baseline to compare with.
 """
 
 import moco as _first  # noqa: F401 (before torch: sets how its threads wait)
 
 # isort: split
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
 import torch
 
 from moco import config, distributed, sections, sections_eval
 from moco.cli import entry
+from moco.cli.effects import Options
 from moco.cli.parser import Parser
+from moco.data import registry
 from moco.distributed import print_rank0
 from moco.engine import features
-from moco.evaluate import inputs, metrics, results, voc
+from moco.evaluate import inputs, metrics, results, voc, voc_layer
 from moco.sections import option
 
 COSTS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
@@ -28,12 +29,15 @@ COSTS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 
 @dataclass(frozen=True)
 class Classifiers:
-    """The classifiers, one for each class, on features of norm 1."""
+    """The classifiers of the classes."""
 
-    TITLE: ClassVar[str] = "classifiers, one for each class, on features of norm 1"
+    TITLE: ClassVar[str] = "classifiers, one for each class"
     protocol: str | None = sections_eval.protocol()
     classifier: str = option(
-        "svm", "svm, or linear: binary cross entropy with LBFGS", choices=("svm", "linear")
+        "svm",
+        "svm, or linear (binary cross entropy with LBFGS): on features of norm 1; sgd: a linear "
+        "layer trained on augmented images, as AdCo's authors do",
+        choices=("svm", "linear", "sgd"),
     )
     c: tuple[float, ...] = option(
         COSTS,
@@ -41,6 +45,10 @@ class Classifiers:
         range="(0, 1000000000]",
         nargs="+",
         metavar="C",
+    )
+    epochs: int | None = option(None, "epochs of sgd", range=sections.EPOCHS, unset="100")
+    lr: float | None = option(
+        None, "learning rate of sgd", range=sections.LEARNING_RATE, metavar="LR", unset="0.05"
     )
 
 
@@ -52,52 +60,46 @@ class Config(config.Evaluation):
     svm: Classifiers = Classifiers()
 
 
+def uses_sgd(options: Classifiers | Options) -> bool:
+    return options.classifier == "sgd"
+
+
 def parser() -> Parser:
-    return Parser(__doc__, Config())
+    p = Parser(__doc__, Config())
+    p.has_effect("epochs lr", uses_sgd, "it is for --classifier sgd; give both, or neither")
+    own = "--classifier sgd has its own views of the images, and no costs; leave it out"
+    names = "c test_resize dump_features load_features"
+    p.has_effect(names, lambda args: not uses_sgd(args), own)
+    return p
 
 
 def complete(c: Config) -> Config:
     c = config.replaced(c, c=tuple(sorted(set(c.svm.c))))
-    return inputs.complete_features(c, multi_label=True)
+    c = inputs.complete_features(c, multi_label=True)
+    if not uses_sgd(c.svm):
+        return c
+    if not c.files.load_features:
+        registry.load_voc_halves(c.run.data)  # raises InputError if the lists are missing
+    lr = 0.05 if c.svm.lr is None else c.svm.lr
+    return config.replaced(c, epochs=c.svm.epochs or 100, lr=lr, test_resize=None)
 
 
 def worker(c: Config, device: torch.device) -> None:
+    if uses_sgd(c.svm):
+        classes, *tested, on_val = voc_layer.classify(c, device, c.svm.epochs, c.svm.lr)
+        found = metrics.print_average_precisions(classes, *tested, [""] * len(classes))
+        results.write_results(c, "voc07_sgd", {**found, "held_out_map11": on_val})
+        return
     trainval, test, classes = inputs.frozen_features(c, device, unit_norm=False)
     x, y, test_x, test_y = (
         features.gather_in_order(part).cpu().numpy() for part in (*trainval, *test)
     )
-    if distributed.rank() == 0:
-        scores, chosen = voc.classify(x, y, test_x, c.svm.classifier, list(c.svm.c), c.run.seed)
-        report(c, classes, scores, test_y, chosen)
-
-
-def report(
-    c: Config,
-    classes: tuple[str, ...],
-    scores: np.ndarray,
-    labels: np.ndarray,
-    chosen: list[float | None],
-) -> None:
-    """Print the average precision of each class and their means, and write results.json.
-
-    Args:
-        c: the settings.
-        classes: names of the classes.
-        scores: scores of the test images, [M, classes].
-        labels: labels of the test images, [M, classes].
-        chosen: cost of each class; None if trainval cannot train a classifier for it.
-    """
-    found = metrics.mean_average_precision(scores, labels)
-    precisions = zip(classes, chosen, *metrics.average_precisions(scores, labels), strict=True)
-    for name, cost, eleven, area in precisions:
-        if math.isnan(eleven):
-            print_rank0(f"{name:>12}  no test image shows it")
-            continue
-        how = "(no classifier, because no image of trainval shows it, or all do)"
-        if cost is not None:
-            how = f"(C {cost:g})"
-        found[f"ap_{name}"] = float(eleven)
-        print_rank0(f"{name:>12}  AP {100 * eleven:.3f}  area {100 * area:.3f}  {how}")
+    if distributed.rank() != 0:
+        return
+    scores, chosen = voc.classify(x, y, test_x, c.svm.classifier, list(c.svm.c), c.run.seed)
+    none = "(no classifier, because no image of trainval shows it, or all do)"
+    notes = [none if cost is None else f"(C {cost:g})" for cost in chosen]
+    found = metrics.print_average_precisions(classes, scores, test_y, notes)
     costs, ends = c.svm.c, (c.svm.c[0], c.svm.c[-1])
     edge = [name for name, cost in zip(classes, chosen, strict=True) if cost in ends]
     if edge and len(costs) > 2:
@@ -105,7 +107,6 @@ def report(
             f"the first or last of --c {costs[0]:g} ... {costs[-1]:g} was best for "
             f"{', '.join(edge)}; costs beyond it may be better"
         )
-    print_rank0(f"* mAP {100 * found['map11']:.3f} (11 points)  {100 * found['map']:.3f} (area)")
     results.write_results(c, "voc07" if c.svm.classifier == "svm" else "voc07_linear", found)
 
 

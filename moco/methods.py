@@ -182,4 +182,5 @@ PROTOCOLS = (
     Protocol("fnc", "main_semisup", "semisup_fnc_1pct.yaml", {"train_percent": 1}),
     Protocol("fnc", "main_semisup", "semisup_fnc_10pct.yaml", {"train_percent": 10}),
     Protocol("moco", "main_voc07"),
+    Protocol("adco", "main_voc07", "voc07_adco.yaml"),
 )

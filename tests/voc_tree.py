@@ -30,4 +30,7 @@ def write_voc(root, trainval=61, test=40):
             tree.file(f"{base}/Annotations/{name}.xml", annotation(things))
             names.append(name)
         tree.lines(f"{base}/ImageSets/Main/{split}.txt", names)
+        if split == "trainval":
+            for half, part in (("train", names[::2]), ("val", names[1::2])):
+                tree.lines(f"{base}/ImageSets/Main/{half}.txt", part)
     return root

@@ -145,7 +145,7 @@ def _feature_files(parser: EffectsParser) -> None:
     centre = "this script uses centre crops and trains nothing; leave it out"
     views = "recipe crop_min randaugment blur_sigma grad_checkpoint"
     parser.has_effect(views, lambda args: False, centre)
-    once = "this script reads each image once; leave it out"
+    once = "this script reads images from their files; leave it out"
     parser.has_effect("cache_images", lambda args: False, once)
     loaded = "features come from files (--load-features)"
     files = "batch_size workers image_size test_resize stem norm_eps mean std amp compile"

@@ -140,7 +140,7 @@ class VOC2007(tv.VOCDetection):
     classes = _VOC_CLASSES
 
     def __init__(self, root: str, split: str):
-        """List the images of `split`: trainval or test."""
+        """List the images of `split`: train, val, trainval or test."""
         super().__init__(root, "2007", split)
 
     @property

@@ -154,11 +154,28 @@ def load(name: str, root: str, seed: int = 0) -> readers.Split:
         return train, scan(folder, "val", train.classes)
     if name not in _DATASETS:
         raise unknown("dataset", name, NAMES)
+    return _read(name, root, _DATASETS[name].read, seed)
+
+
+def load_voc_halves(root: str) -> readers.Split:
+    """Return the images of VOC2007's train and val, the two halves of its trainval.
+
+    Raises InputError if the lists are missing, unreadable or wrong.
+    """
+    halves = readers.torchvision_files(readers.VOC2007, "train", "val")
+    return _read("voc2007", root, halves, seed=0)
+
+
+def _read(name: str, root: str, read: readers.Reader, seed: int) -> readers.Split:
+    """Return the two splits that `read` finds in `root`.
+
+    Raises InputError if it fails, which says how to get data set `name`.
+    """
     root = _absolute(root)
     try:
         if not os.path.isdir(root):
             raise FileNotFoundError("no such folder")
-        train, test = _DATASETS[name].read(root, seed)
+        train, test = read(root, seed)
         return same_on_all_ranks(train), same_on_all_ranks(test)
     except InputError:
         raise

@@ -3,11 +3,15 @@
 classifier.py adds logits batch by batch. Each image counts once, whatever the number of ranks.
 """
 
+import math
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from moco import distributed
+from moco.distributed import print_rank0
 
 TITLES = {
     "acc1": "Acc@1",
@@ -169,3 +173,26 @@ def create_meter(
 ) -> Accuracy | AveragePrecision:
     """Return a meter for images of one class each, or of several classes if `multi_label`."""
     return (AveragePrecision if multi_label else Accuracy)(heads, num_classes, device)
+
+
+def print_average_precisions(
+    classes: Sequence[str], scores: np.ndarray, labels: np.ndarray, notes: Sequence[str]
+) -> dict[str, float]:
+    """Print the average precision of each class and their means. Return them by name.
+
+    Args:
+        classes: names of the classes.
+        scores: scores of the test images, [M, num_classes].
+        labels: labels of the test images, [M, num_classes]; see `average_precisions`.
+        notes: what to print after each class.
+    """
+    found = mean_average_precision(scores, labels)
+    precisions = zip(classes, notes, *average_precisions(scores, labels), strict=True)
+    for name, note, eleven, area in precisions:
+        if math.isnan(eleven):
+            print_rank0(f"{name:>12}  no test image shows it")
+            continue
+        found[f"ap_{name}"] = float(eleven)
+        print_rank0(f"{name:>12}  AP {100 * eleven:.3f}  area {100 * area:.3f}  {note}".rstrip())
+    print_rank0(f"* mAP {100 * found['map11']:.3f} (11 points)  {100 * found['map']:.3f} (area)")
+    return found

@@ -101,6 +101,7 @@ def _results(found: dict[str, Any]) -> Iterable[Result]:
     seed = settings.pop("seed", None)
     if settings.get("test_resize") == "scaled":
         del settings["test_resize"]  # the default, which older versions do not say
+    settings = {name: value for name, value in settings.items() if value is not None}
     if not {"epochs", "optimizer"} & settings.keys():
         settings.pop("batch_size", None)  # nothing was trained: no result depends on it
     dataset = Path(found["dataset"]).name

@@ -261,11 +261,12 @@ def rows() -> dict[tuple[str, str], tuple[str, str, str]]:
 
 
 ROWS = rows()
+VOC07 = ("AdCo", "a linear layer on VOC07")  # its original has no command line
 DETECTIONS = {key for key in ROWS if key[0] == "Detection"}
 
 
 def test_every_row_is_checked():
-    assert ROWS.keys() - DETECTIONS == EXPECTED.keys()
+    assert ROWS.keys() - DETECTIONS - {VOC07} == EXPECTED.keys()
     assert len(DETECTIONS) == 4
     assert all(differs for _, _, differs in ROWS.values())
 
@@ -348,7 +349,8 @@ def test_an_original_command_resolves_to_the_same_or_names_ours(key, resolve, ca
     if key[0] == "FNC":
         with pytest.raises(InputError) as refused:
             resolve(script, words, expected)
-        assert str(refused.value).endswith(f"the same here is: {ours}")
+        named = re.sub(r"/\S+checkpoint_0000.pth.tar", "CKPT", str(refused.value))
+        assert named.endswith(f"the same here is: {ours}")
         return
     got = settings_of(resolve(script, words, expected), expected)
     out = capsys.readouterr().out

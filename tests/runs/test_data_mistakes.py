@@ -133,7 +133,7 @@ def test_cache_images_on_is_refused_if_the_images_do_not_fit(script, images, tmp
 def test_cache_images_is_refused_by_a_script_that_reads_each_image_once(script, images):
     refused(
         script("main_knn", images, "-a", "resnet18", "--cache-images", "on"),
-        "reads each image once",
+        "reads images from their files",
     )
 
 

@@ -5,13 +5,14 @@ import time
 
 import numpy as np
 import pytest
-from conftest import shell
+from conftest import settings, shell
 from metric_helpers import eleven_points_by_hand
-from run_helpers import VOC_SMALL, refused, typed
+from run_helpers import INPUT, VOC_SMALL, refused, typed
 from sklearn.linear_model import LogisticRegression
 from sklearn.svm import LinearSVC
 from voc_tree import COLOURS, write_voc
 
+import main_voc07
 from moco.evaluate import metrics, voc
 
 pytestmark = pytest.mark.slow
@@ -318,6 +319,54 @@ def test_the_linear_classifier_tells_colours_too(whole, script, tmp_path):
     )
     assert script("main_voc07", *options)[0] == 0
     assert min(results(tmp_path)["metrics"][f"ap_{name}"] for name in COLOURS) > 0.9
+
+
+SGD = (*INPUT, *typed("--classifier sgd --epochs 2 --lr 0.01 --seed 3"))
+
+
+def test_a_linear_layer_by_sgd_tells_colours_over_one_process_and_two(tree, script, tmp_path):
+    status, out, err = script("main_voc07", tree, *SGD, "--save-dir", tmp_path / "one")
+    assert status == 0, err
+    one = results(tmp_path / "one")
+    assert one["protocol"] == "voc07_sgd"
+    expected = {"epochs": 2, "lr": 0.01, "batch_size": 8, "image_size": 32, "test_resize": None}
+    assert one["settings"] | expected == one["settings"]
+    assert min(one["metrics"][f"ap_{name}"] for name in COLOURS) > 0.9
+    lines = [line for line in out.splitlines() if line.startswith("epoch")]
+    assert [line.split()[1] for line in lines] == ["0", "1"]
+    best = max(float(line.rpartition(" ")[2]) for line in lines)
+    assert one["metrics"]["held_out_map11"] == pytest.approx(best / 100, abs=1e-5)
+    two = ("--multiprocessing-distributed", "--nproc-per-node", 2)
+    result = shell("main_voc07.py", tree, *SGD, "--save-dir", tmp_path / "two", *two)
+    assert result.returncode == 0, result.stderr
+    assert results(tmp_path / "two")["metrics"] == pytest.approx(one["metrics"], abs=0.01)
+    # the views depend on the seed, not on the number of processes: the same losses
+    losses = [[line.split()[3] for line in lines]]
+    losses.append([one.split()[3] for one in result.stdout.splitlines() if one[:6] == "epoch "])
+    assert [float(x) for x in losses[1]] == pytest.approx([float(x) for x in losses[0]], rel=1e-3)
+
+
+def test_options_of_one_classifier_are_refused_for_another(whole, tree, script, tmp_path):
+    sgd = ("main_voc07", tree, *SGD, "--save-dir", tmp_path / "run")
+    for option in (("--c", 1), ("--test-resize", "margin"), ("--dump-features", tmp_path / "f")):
+        refused(script(*sgd, *option), option[0], "--classifier sgd has its own views")
+    refused(script("main_voc07", *SGD[2:], "--load-features", whole[2]), "--load-features")
+    for option in ("--epochs", "--lr"):
+        refused(script("main_voc07", tree, *INPUT, option, 2), option, "for --classifier sgd")
+
+
+def test_the_lists_of_train_and_val_must_be_there(script, tmp_path):
+    tree = write_voc(tmp_path / "voc", 10, 6)
+    (tree / "VOCdevkit/VOC2007/ImageSets/Main/val.txt").unlink()
+    run = ("--save-dir", tmp_path / "run")
+    refused(script("main_voc07", tree, *SGD, *run), "no usable voc2007", "val.txt")
+    assert script("main_voc07", tree, *INPUT, "--c", 1, *run)[0] == 0
+
+
+def test_the_recipe_of_adco_is_its_authors(tree):
+    c = settings(main_voc07, [tree, "--cfg", "configs/voc07_adco.yaml"])
+    assert (c.classifier, c.epochs, c.lr, c.batch_size, c.image_size) == ("sgd", 100, 0.05, 16, 300)
+    assert [*c.mean, *c.std] == [0.4573, 0.4388, 0.4073, 0.2675, 0.2638, 0.2777]
 
 
 # Mistakes
