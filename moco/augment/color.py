@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moco.augment import randaugment
 from moco.augment.operations import (
     adjust_hue,
     blend,
@@ -74,6 +75,12 @@ class Draws:
     sigma: Tensor  # of the blur, in pixels
     solarize: Tensor
     flip: Tensor
+    operations: Tensor  # [B, N, 4] for `randaugment.apply`
+
+    @property
+    def randaugment(self) -> Tensor:
+        """Return whether to apply RandAugment to each sample."""
+        return torch.full((len(self.operations),), self.operations.shape[1] > 0)
 
     def select(self, indices: Tensor | slice) -> "Draws":
         """Return the draws of the samples at `indices`."""
@@ -109,6 +116,7 @@ def draw(view: View, n: int, generator: torch.Generator) -> Draws:
         sigma=low_sigma + (high_sigma - low_sigma) * rand(n),
         solarize=rand(n) < view.solarize_p,
         flip=rand(n) < view.flip_p,
+        operations=rand(n, view.randaugment[0], 4),
     )
 
 
@@ -130,8 +138,9 @@ def apply(x: Tensor, view: View, draws: Draws) -> Tensor:
     """
     if x.device.type != "cpu":
         return _apply_by_operation(x, view, draws)
-    pixels = x.shape[-2] * x.shape[-1]
-    return _apply_by_image(x, view, draws) if pixels > _SMALL else _apply_by_chunk(x, view, draws)
+    # A chunk is flipped first, and RandAugment does not commute with a flip.
+    large = x.shape[-2] * x.shape[-1] > _SMALL or view.randaugment[0]
+    return _apply_by_image(x, view, draws) if large else _apply_by_chunk(x, view, draws)
 
 
 def augment(x: Tensor, view: View, generator: torch.Generator) -> Tensor:
@@ -193,6 +202,7 @@ def _apply_by_operation(x: Tensor, view: View, draws: Draws) -> Tensor:
 
 def _change(name: str, x: Tensor, indices: Tensor, view: View, draws: Draws) -> None:
     """Apply an operation other than the jitter to the samples at `indices`, in place."""
+    operations = draws.operations[indices]
     sigma = to_device(draws.sigma[indices], x.device) if name == "blur" else None
     indices = to_device(indices, x.device)
     y = x[indices]
@@ -200,6 +210,8 @@ def _change(name: str, x: Tensor, indices: Tensor, view: View, draws: Draws) -> 
         y = grayscale(y).expand(-1, 3, -1, -1)
     elif name == "blur":
         y = gaussian_blur(y, sigma, _radius(x, view))
+    elif name == "randaugment":
+        y = randaugment.apply(y, operations, view.randaugment[1])
     elif name == "solarize":
         y = solarize(y)
     else:
@@ -269,7 +281,7 @@ def _apply_by_chunk(x: Tensor, view: View, draws: Draws) -> Tensor:
             elif name == "gray":
                 if count := int(happens["gray"][part].sum()):
                     y[-count:] = grayscale(y[-count:])
-            elif happens[name][part].any():
+            elif name in happens and happens[name][part].any():
                 of_chunk = draws.select(part)
                 _change(name, y, getattr(of_chunk, name).nonzero().squeeze(1), view, of_chunk)
         out.numpy()[order[part]] = normalize(y, view.mean, view.std, out=y).numpy()
@@ -317,6 +329,9 @@ def _apply_by_image(x: Tensor, view: View, draws: Draws) -> Tensor:
                 image = grayscale(image).repeat(1, 3, 1, 1)
             elif name == "blur":
                 image = _blur_image(image, sigma[i], radius)
+            elif name == "randaugment":
+                operations = draws.operations[i : i + 1]
+                image = randaugment.apply(image, operations, view.randaugment[1])
             elif name == "solarize":
                 image = solarize(image)
             else:

@@ -1,4 +1,4 @@
-"""Random resized crops, RandAugment and centre crops of decoded uint8 images.
+"""Random resized crops and centre crops of decoded uint8 images.
 
 The loader's workers compute this part of a view; `moco/augment/color.py` does the rest, in batches.
 """
@@ -9,9 +9,7 @@ import math
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
-from torchvision.transforms import v2
 
 from moco.augment.recipes import Recipe, View
 from moco.rng import Key, uniform
@@ -41,13 +39,13 @@ def random_box(height: int, width: int, view: View, key: int) -> Box:
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def resized_crop(image: Tensor, box: Box, size: int) -> Tensor:
+def resized_crop(image: Tensor, box: Box, size: int, interpolation: str = "bilinear") -> Tensor:
     """Crop `image` [3, H, W] uint8 to `box`, and resize it to [3, size, size].
 
-    The interpolation is bilinear, with antialiasing.
+    The interpolation is bilinear or bicubic, with antialiasing.
     """
     top, left, h, w = box
-    return _resize(image[:, top : top + h, left : left + w], (size, size))
+    return _resize(image[:, top : top + h, left : left + w], (size, size), interpolation)
 
 
 def random_boxes(height: int, width: int, recipe: Recipe, *counters: int) -> list[Box]:
@@ -61,39 +59,13 @@ def random_boxes(height: int, width: int, recipe: Recipe, *counters: int) -> lis
 def random_views(image: Tensor, recipe: Recipe, *counters: int) -> list[Tensor]:
     """Return a random crop of `image` [3, H, W] uint8 for each view of `recipe`.
 
-    The crops are those of `random_boxes`, followed by RandAugment if the view asks for it.
+    The crops are those of `random_boxes`.
     """
     boxes = random_boxes(*image.shape[1:], recipe, *counters)
-    views = [resized_crop(image, box, view.size) for box, view in zip(boxes, recipe, strict=True)]
-    for i, view in enumerate(recipe):
-        if view.randaugment[0]:
-            views[i] = randaugment(views[i], *view.randaugment, fold(*counters, i))
-    return views
-
-
-def randaugment(image: Tensor, operations: int, magnitude: int, key: int) -> Tensor:
-    """Apply RandAugment (Cubuk et al., arXiv 1909.13719) to `image` [3, H, W] uint8.
-
-    The same `key` always gives the same result. Pixels from outside the image are mid-grey.
-
-    Args:
-        image: is converted to Pillow, whose operations take half the time of tensor operations.
-        operations: number of operations, drawn from those of torchvision.
-        magnitude: in [0, 10], as in the paper.
-        key: seeds the draw.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(key >> 1)
-        # Converting each channel is many times as fast as interleaving the three.
-        augmented = _randaugment(operations, magnitude)(
-            Image.merge("RGB", [Image.fromarray(channel) for channel in image.numpy()])
-        )
-    return torch.from_numpy(np.stack([np.asarray(channel) for channel in augmented.split()]))
-
-
-@functools.cache
-def _randaugment(operations: int, magnitude: int) -> v2.RandAugment:
-    return v2.RandAugment(operations, magnitude, num_magnitude_bins=11, fill=[128] * 3)
+    return [
+        resized_crop(image, box, view.size, view.interpolation)
+        for box, view in zip(boxes, recipe, strict=True)
+    ]
 
 
 def center_view(image: Tensor, size: int, resize: str = "scaled") -> Tensor:
@@ -141,12 +113,12 @@ def _middle(image: Tensor) -> Tensor:
     return image
 
 
-def _resize(image: Tensor, size: tuple[int, int]) -> Tensor:
+def _resize(image: Tensor, size: tuple[int, int], mode: str = "bilinear") -> Tensor:
     """Resize an image [3, H, W] or a batch [B, 3, H, W]."""
     if tuple(image.shape[-2:]) == size:
         return image.contiguous()
     batch = image if image.dim() == 4 else image[None]
-    out = F.interpolate(batch, size, mode="bilinear", antialias=True, align_corners=False)
+    out = F.interpolate(batch, size, mode=mode, antialias=True, align_corners=False)
     return out.view(*image.shape[:-2], *size).contiguous(memory_format=torch.contiguous_format)
 
 
@@ -156,7 +128,7 @@ def _resize(image: Tensor, size: tuple[int, int]) -> Tensor:
 
 def can_crop_at_once(height: int, width: int, recipe: Recipe) -> bool:
     """Return whether `random_views_at_once` accepts images of this size and is the faster way."""
-    if max(height, width) > _LARGEST or any(view.randaugment[0] for view in recipe):
+    if max(height, width) > _LARGEST or any(view.interpolation != "bilinear" for view in recipe):
         return False
     return max(height, width) <= _LARGEST_SHRINKING * min(view.size for view in recipe)
 

@@ -27,7 +27,8 @@ class View:
     solarize_p: float = 0.0
     flip_p: float = 0.5
     randaugment: tuple[int, int] = (0, 0)  # number of operations, and magnitude in [0, 10]
-    order: tuple[str, ...] = ("jitter", "gray", "blur", "solarize")  # after RandAugment
+    order: tuple[str, ...] = ("jitter", "randaugment", "gray", "blur", "solarize")
+    interpolation: str = "bilinear"  # or bicubic, of the crop
     mean: tuple[float, ...] = MEAN  # of the RGB channels, in [0, 1]; the last step normalizes
     std: tuple[float, ...] = STD
 
@@ -35,7 +36,9 @@ class View:
 Recipe = tuple[View, ...]
 
 
-_MOCOV1 = View(jitter=(0.4, 0.4, 0.4, 0.4), jitter_p=1.0, gray_p=0.2, order=("gray", "jitter"))
+_MOCOV1 = View(
+    jitter=(0.4, 0.4, 0.4, 0.4), jitter_p=1.0, gray_p=0.2, order=("gray", "jitter", "randaugment")
+)
 
 
 _MOCOV2 = View(jitter_p=0.8, gray_p=0.2, blur_p=0.5)
@@ -63,6 +66,7 @@ _FNC = View(
     gray_p=0.2,
     blur_p=0.5,
     randaugment=(2, 7),
+    interpolation="bicubic",
 )
 
 
@@ -73,6 +77,7 @@ RECIPES: dict[str, Recipe] = {
     "sogclr": (replace(_BYOL, blur_p=1.0),) * 2,
     "multicrop": (_MOCOV2, *_MULTICROP),  # the key view, then the query views
     "fnc": (_FNC,) * 10,  # two views and eight support views
+    "simclr": (replace(_FNC, randaugment=(0, 0)),) * 2,
     # MoCo's demo on CIFAR-10, without blur
     "small": (View(scale=(0.08, 1.0), jitter_p=0.8, gray_p=0.2),) * 2,
     "probe": (View(scale=(0.08, 1.0)),),

@@ -94,12 +94,15 @@ def settings(view: View) -> list[str]:
         "gray": ("gray", view.gray_p),
         "blur": ("blur sigma {:.3g} to {:.3g}".format(*view.blur_sigma), view.blur_p),
         "solarize": ("solarize", view.solarize_p),
+        "randaugment": (
+            "RandAugment {} of magnitude {}".format(*view.randaugment),
+            float(view.randaugment[0] > 0),
+        ),
     }
     happens = [colors[name] for name in view.order] + [("flip", view.flip_p)]
     least, most = (100 * fraction for fraction in view.scale)
-    lines = [f"{view.size} px, crop {least:.3g} to {most:.3g} % of area"]
-    if view.randaugment[0]:
-        lines.append("RandAugment {} of magnitude {}".format(*view.randaugment))
+    crop = "crop" if view.interpolation == "bilinear" else f"{view.interpolation} crop"
+    lines = [f"{view.size} px, {crop} {least:.3g} to {most:.3g} % of area"]
     return lines + [f"{name}, {'always' if p == 1 else f'p {p:g}'}" for name, p in happens if p]
 
 

@@ -9,19 +9,11 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import ks_2samp
-from torchvision.transforms import RandomResizedCrop
-from torchvision.transforms.v2 import RandAugment
+from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms.v2 import functional as F
 
 from moco.augment import crop
-from moco.augment.crop import (
-    center_view,
-    randaugment,
-    random_box,
-    random_boxes,
-    random_views,
-    resized_crop,
-)
+from moco.augment.crop import center_view, random_box, random_views, resized_crop
 from moco.augment.recipes import View, recipe
 from moco.rng import CROP, key, uniform
 
@@ -123,14 +115,16 @@ def test_a_box_depends_on_every_counter_of_its_key():
     assert len(set(boxes(CROP, 0, 0))) == 20
 
 
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("size", [16, 64, 160])
-def test_resized_crop_has_torchvisions_pixels(size):
+def test_resized_crop_has_torchvisions_pixels(size, interpolation):
+    mode = InterpolationMode(interpolation)
     for i in range(20):
         image = noise(120 + 7 * i, 300 - 11 * i, i)
         image = image if i % 2 else F.gaussian_blur(image, [9, 9], [2.0, 2.0])
         top, left, h, w = box = random_box(*image.shape[1:], View(scale=(0.01, 1.0)), key(size, i))
-        theirs = F.resized_crop(image, top, left, h, w, [size, size], antialias=True)
-        assert max_difference(resized_crop(image, box, size), theirs) <= 1
+        theirs = F.resized_crop(image, top, left, h, w, [size, size], mode, antialias=True)
+        assert max_difference(resized_crop(image, box, size, interpolation), theirs) <= 1
 
 
 def test_a_crop_of_its_own_size_keeps_every_pixel():
@@ -140,61 +134,14 @@ def test_a_crop_of_its_own_size_keeps_every_pixel():
 
 def test_random_views_are_one_crop_for_each_view_of_the_recipe():
     image = noise(90, 120)
-    recipe = (View(size=32), View(size=32), View(size=48, scale=(0.1, 0.3)))
+    recipe = (View(size=32), View(size=32), View(48, (0.1, 0.3), interpolation="bicubic"))
     views = random_views(image, recipe, CROP, 0, 3, 14)
     assert [tuple(view.shape) for view in views] == [(3, 32, 32), (3, 32, 32), (3, 48, 48)]
     assert not torch.equal(views[0], views[1])
     for i, (ours, view) in enumerate(zip(views, recipe, strict=True)):
         box = random_box(90, 120, view, key(CROP, 0, 3, 14, i))
-        assert torch.equal(ours, resized_crop(image, box, view.size))
+        assert torch.equal(ours, resized_crop(image, box, view.size, view.interpolation))
         assert ours.is_contiguous()
-
-
-# RandAugment
-
-
-def test_randaugment_is_torchvisions_with_a_magnitude_out_of_ten():
-    for i in range(40):
-        image = F.gaussian_blur(noise(60, 60, i), [9, 9], [2.0, 2.0])
-        with torch.random.fork_rng(devices=()):
-            torch.manual_seed(i)
-            theirs = RandAugment(2, 7, num_magnitude_bins=11, fill=[128] * 3)(F.to_pil_image(image))
-        ours = randaugment(image, 2, 7, 2 * i)
-        assert ours.dtype == torch.uint8 and ours.is_contiguous()
-        assert torch.equal(ours, F.pil_to_tensor(theirs))
-
-
-def test_randaugment_depends_only_on_its_key():
-    image = noise(40, 40)
-    state = torch.random.get_rng_state()
-    first = [randaugment(image, 2, 7, key(i)) for i in range(10)]
-    torch.rand(7)
-    assert all(map(torch.equal, first, [randaugment(image, 2, 7, key(i)) for i in range(10)]))
-    assert sum(torch.equal(first[0], other) for other in first[1:]) < 3
-    torch.random.set_rng_state(state)
-    expected = torch.rand(1)
-    torch.random.set_rng_state(state)
-    randaugment(image, 2, 7, 5)
-    assert torch.equal(torch.rand(1), expected)  # the global generator is unchanged
-
-
-def test_randaugment_grows_with_its_magnitude_and_follows_the_crop():
-    image = F.gaussian_blur(noise(120, 120), [9, 9], [3.0, 3.0])
-    changes = [
-        sum(
-            (randaugment(image, 1, m, key(i)).float() - image.float()).abs().mean()
-            for i in range(60)
-        )
-        for m in (1, 4, 10)
-    ]
-    assert changes[0] < changes[1] < changes[2]
-    plain, changed = (View(size=32, randaugment=(n, 7)) for n in (0, 2))
-    first, second, third = random_views(image, (changed, plain, changed), CROP, 3)
-    boxes = random_boxes(120, 120, (plain,) * 3, CROP, 3)
-    crops = [resized_crop(image, box, 32) for box in boxes]
-    assert torch.equal(second, crops[1])
-    assert torch.equal(first, randaugment(crops[0], 2, 7, key(CROP, 3, 0)))
-    assert torch.equal(third, randaugment(crops[2], 2, 7, key(CROP, 3, 2)))
 
 
 SHAPES = {
@@ -323,7 +270,7 @@ def test_random_views_at_once_equal_those_computed_one_by_one():
         assert all(max_difference(a[i], b) <= 1 for a, b in zip(ours, alone, strict=True))
 
 
-def test_large_images_much_smaller_views_and_randaugment_are_cropped_one_by_one():
+def test_large_images_much_smaller_views_and_bicubic_crops_are_cropped_one_by_one():
     assert crop.can_crop_at_once(64, 64, recipe("mocov2", 32)) and crop.can_crop_at_once(
         32, 32, recipe("byol", 32)
     )

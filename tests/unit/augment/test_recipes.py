@@ -58,6 +58,12 @@ def test_the_views_of_fnc_are_the_published_ones():
     )
 
 
+def test_simclr_has_the_views_of_fnc_without_randaugment():
+    view = recipe("fnc")[0]
+    assert view.interpolation == "bicubic" and view.randaugment == (2, 7)
+    assert recipe("simclr") == (replace(view, randaugment=(0, 0)),) * 2
+
+
 def test_a_recipe_with_more_or_fewer_views():
     assert (
         recipe("fnc", views=4) == recipe("fnc")[:4]
