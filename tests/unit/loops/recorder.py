@@ -22,7 +22,7 @@ from moco.config import replaced
 from moco.engine.trainer import Trainer
 from moco.loss import synthetic
 
-IMAGES, BATCH, EPOCHS, STEPS = 32, 16, 4, 8  # two steps an epoch
+IMAGES, CLASSES, BATCH, EPOCHS, STEPS = 32, 4, 16, 4, 8  # two steps an epoch
 COMMON = typed(f"-a resnet18 --image-size 16 -j 0 --device cpu --epochs {EPOCHS} --print-freq 1")
 
 
@@ -135,7 +135,7 @@ def recordings(variants: dict[str, tuple], folder: Path) -> Callable[[str, int],
         variants: the script and the options of each variant, by name.
         folder: a folder for images and runs.
     """
-    data = write_images(folder / "images", train=IMAGES // 2, val=2, size=24)
+    data = write_images(folder / "images", classes=CLASSES, train=IMAGES // CLASSES, val=2, size=24)
     done: dict[int, Callable[[str], list[dict]]] = {}
 
     def of(variant: str, processes: int) -> list[dict]:

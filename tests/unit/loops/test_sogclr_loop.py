@@ -9,7 +9,7 @@ from recorder import BATCH, EPOCHS, IMAGES, PROCESSES, STEPS, check, recordings,
 from run_helpers import typed
 from torch import nn
 
-DIM, HIDDEN, T, GAMMA, LR, WD = 6, 20, 0.1, 0.7, 0.5, 1e-3
+DIM, HIDDEN, T, GAMMA, LR, WD = 6, 20, 0.1, 0.7, 0.1, 1e-3
 OPTIONS = (
     *typed(f"--dim {DIM} --mlp-dim {HIDDEN} --t {T} --lr {LR} --wd {WD}"),
     *typed("--optimizer lars --learning-rate-scaling sqrt --lr-warmup-epochs 1"),
