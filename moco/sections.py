@@ -21,7 +21,6 @@ from moco.options import (
     WIDTH,
     option,
 )
-
 from moco.options import ENTRIES as ENTRIES  # unused here: scripts write sections.ENTRIES
 from moco.options import LAYERS as LAYERS
 
