@@ -97,6 +97,6 @@ def note_batch(config: Config, given: Container[str]) -> str | None:
         return None
     batch = config.input.batch_size
     return (
-        f"--batch-size {batch} is the total of all {n} processes. In the authors' script it is that "
-        f"of each process: for {batch} each, give --batch-size {batch * n}"
+        f"--batch-size {batch} is the total of all {n} processes. In the authors' script it is "
+        f"that of each process: for {batch} each, give --batch-size {batch * n}"
     )

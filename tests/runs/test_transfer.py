@@ -155,6 +155,7 @@ FNC = {
 }
 MOBY = {"lr": [0.5], "wd": [0], "lr_final": 2.5e-6, "learning_rate_scaling": "linear"}
 MOBY |= {"batch_size": 512, "epochs": 100, "lr_warmup_epochs": 5, "cos": True, "nesterov": True}
+MOBY |= {"lr_by": "previous-step", "lr_warmup_from": 2.5e-7, "test_resize": "margin"}
 MOBY |= {"momentum": 0.9, "clip_grad": 5, "label_smoothing": 0.1, "drop_path": 0.2}
 SYNCO = {"weights": "finetune", "lr_classifier": 0.5, "batch_size": 1024, "wd": 1e-6, "cos": True}
 FNC |= {"ft_proj": 1, "zero_init_classifier": True, "wd": 0, "lr_warmup_epochs": 0}

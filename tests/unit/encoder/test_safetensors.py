@@ -74,7 +74,7 @@ def test_safetensors_of_other_software_load(encoder, tmp_path):
     for header in (None, {"format": "pt"}, {"arch": "x"}):
         save_file(tensors, tmp_path / "x.safetensors", header)
         state = checkpoint.load(str(tmp_path / "x.safetensors"))
-        assert metadata.read_metadata(state) == (None, "unknown", None, {}, None, None, None, None)
+        assert metadata.read_metadata(state) == metadata.Metadata(None, "unknown", None, {}, None)
         mine = networks.create("resnet18", 3, 32)
         assert pretrained.load_backbone(mine, pretrained.tensors_of(mine, state), "x") == 120
 
