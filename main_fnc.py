@@ -29,10 +29,9 @@ from moco.loss.false_negatives import Cancellation
 
 @dataclass(frozen=True)
 class Config(config.Pretraining):
-    """The settings of this script."""
+    """The settings of this script. As in the authors' code, images are not normalized."""
 
     input: sections.Input = sections.Input(batch_size=4096)
-    # the authors' code does not normalize images
     views: sections.Views = sections.Views(recipe="fnc", mean=(0.0,) * 3, std=(1.0,) * 3)
     optimizer: sections.Optimizer = sections.Optimizer(
         epochs=100,

@@ -18,10 +18,12 @@ from moco import config, sections
 from moco.builder.sogclr import SogCLR
 from moco.cli import entry
 from moco.cli.parser import Parser
+from moco.data.images import Images
 from moco.distributed import print_rank0
 from moco.encoder.networks import projector
 from moco.encoder.resnets import resnet
 from moco.engine import pretrain
+from moco.launch import processes
 from moco.sections import option
 
 LEAST_T = 0.02  # at half this temperature, exp(1 / T) would overflow float32
@@ -39,6 +41,12 @@ class Contrast:
         0.9, "weight of an image's new value in its moving average", range="(0, 1]"
     )
     t: float = option(0.1, "softmax temperature", range=f"[{LEAST_T}, 100]")
+    gather_gradient: str = option(
+        "all",
+        "all: the exact gradient, of the losses of all processes; local: features get the gradient "
+        "of their own process's loss only, as in the authors' PyTorch code",
+        choices=("all", "local"),
+    )
     dim: int = option(128, "feature size", range=sections.WIDTH)
     mlp_dim: int = option(2048, "width of the projection head", range=sections.WIDTH)
     num_proj_layers: int = option(2, "linear layers of the projection head", range=sections.LAYERS)
@@ -67,6 +75,8 @@ def parser() -> Parser:
     p = Parser(__doc__, Config())
     no_averages = "--loss-type simclr has no moving averages; leave it out"
     p.has_effect("gamma", lambda args: args.loss_type == "dcl", no_averages)
+    several = lambda args: processes.plan(args.config.launch).world_size > 1  # noqa: E731
+    p.has_effect("gather_gradient", several, "the run has one process", refuse=False)
     no_hidden = "one linear layer has no hidden width; leave it out"
     p.has_effect("mlp_dim", lambda args: args.num_proj_layers > 1, no_hidden)
     p.add_aliases({"warmup-epochs": "lr-warmup-epochs"})
@@ -98,11 +108,12 @@ def worker(c: Config, device: torch.device) -> None:
         else "only the negatives of the batch"
     )
     print_rank0(f"{c.contrast.loss_type}: {how}")
-    pretrain.train(
-        c,
-        device,
-        lambda images: SogCLR(lambda: encoder(c), len(images), c.contrast.t, gamma),
-    )
+
+    def build(images: Images) -> SogCLR:
+        local = c.contrast.gather_gradient == "local"
+        return SogCLR(lambda: encoder(c), len(images), c.contrast.t, gamma, local)
+
+    pretrain.train(c, device, build)
 
 
 if __name__ == "__main__":

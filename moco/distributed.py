@@ -81,12 +81,19 @@ class _AllGather(torch.autograd.Function):
         return all_reduce_sum(gradient)[rank() * ctx.n :][: ctx.n]
 
 
-def all_gather_with_gradient(x: Tensor) -> Tensor:
+def all_gather_with_gradient(x: Tensor, local: bool = False) -> Tensor:
     """Return every rank's `x` [B, ...] in rank order, [W * B, ...], with gradient.
 
-    The gradient of `x` is the sum of the gradients of all ranks' losses.
+    The gradient of `x` is the sum of the gradients of all ranks' losses. With `local`, it is that
+    of this rank's loss only.
     """
-    return x if world_size() == 1 else _AllGather.apply(x)
+    if world_size() == 1:
+        return x
+    if not local:
+        return _AllGather.apply(x)
+    parts = list(all_gather(x.detach()).split(len(x)))
+    parts[rank()] = x
+    return torch.cat(parts)
 
 
 def all_reduce_sum(x: Tensor) -> Tensor:

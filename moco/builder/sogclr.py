@@ -26,6 +26,8 @@ class SogCLR(Method):
         images: number N of training images.
         T: softmax temperature.
         gamma: weight of a new value in the moving average, in (0, 1]. None: SimCLR's NT-Xent loss.
+        local_gradient: whether features get the gradient of their own rank's loss only, as in the
+            authors' PyTorch code. Otherwise, they get that of all ranks' losses.
     """
 
     sync_batch_norm = True
@@ -36,9 +38,10 @@ class SogCLR(Method):
         images: int,
         T: float = 0.1,
         gamma: float | None = 0.9,
+        local_gradient: bool = False,
     ):
         super().__init__()
-        self.T, self.gamma = T, gamma
+        self.T, self.gamma, self.local_gradient = T, gamma, local_gradient
         self.base_encoder = encoder()
         if gamma is not None:
             self.register_buffer("u", torch.zeros(images))  # 0 before an image's first visit
@@ -72,7 +75,8 @@ class SogCLR(Method):
             z: normalized features of both views, [2, B, C].
             index: index of each image in the training set, [B].
         """
-        z_all = distributed.all_gather_with_gradient(z.transpose(0, 1).contiguous())
+        mine = z.transpose(0, 1).contiguous()
+        z_all = distributed.all_gather_with_gradient(mine, self.local_gradient)
         z_all = z_all.transpose(0, 1)  # [2, W B, C]
         pairs = compare(z, z_all, first=distributed.rank() * z.shape[1])
         metrics = contrast_metrics(z, pairs)

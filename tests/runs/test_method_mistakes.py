@@ -145,6 +145,7 @@ def test_imagenet100_is_not_taken_for_all_of_imagenet(script, tmp_path):
             ("--memory-multiplier 9", "10 views", "give 10 or more", "0 for none"),
         ),
         ("main_fnc", ("--memory-multiplier", 4, "--accumulation-steps", 2), ("give 5 or more",)),
+        ("main_fnc", ("--recipe", "multicrop"), ("--recipe multicrop: its views have", "one size")),
         ("main_fnc", ("--randaugment", 2, 11), ("--randaugment 2 11", "from 0 to 10")),
         ("main_fnc", ("--use_tpu=True",), ("--use-tpu: GPUs", "--multiprocessing-distributed")),
         ("main_fnc", ("--model_dir=gs://b/run",), ("--model-dir: use --save-dir DIR",)),

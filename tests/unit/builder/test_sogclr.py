@@ -26,10 +26,14 @@ def negatives(z, view, i):
     return [z[other][j] for other in (view, 1 - view) for j in range(z.shape[1]) if j != i]
 
 
-def slow_sogclr(z, u, gamma):
-    """Loss and new u, one anchor after the other; u 0 where an image comes for the first time."""
+def slow_sogclr(z, u, gamma, images=None):
+    """Loss and new u, one anchor after the other; u 0 where an image comes for the first time.
+
+    The anchors are the views of `images`, by default of all.
+    """
     loss, new = 0, []
-    for i in range(z.shape[1]):
+    images = range(z.shape[1]) if images is None else images
+    for i in images:
         own = []
         for view in (0, 1):
             others = negatives(z, view, i)
@@ -44,19 +48,20 @@ def slow_sogclr(z, u, gamma):
                 term = term + math.exp(float(anchor.detach() @ other.detach()) / T) / own[-1] * (
                     anchor @ other
                 ) / len(others)
-            loss = loss + term / z.shape[1]
+            loss = loss + term / len(images)
         new.append(sum(own) / 2)
     return loss, torch.tensor(new, dtype=torch.float64)
 
 
-def slow_nt_xent(z):
+def slow_nt_xent(z, images=None):
     loss = 0
+    images = range(z.shape[1]) if images is None else images
     for view in (0, 1):
-        for i in range(z.shape[1]):
+        for i in images:
             logits = torch.stack(
                 [z[view][i] @ other for other in (z[1 - view][i], *negatives(z, view, i))]
             )
-            loss = loss + F.cross_entropy(logits[None] / T, torch.tensor([0])) / z.shape[1]
+            loss = loss + F.cross_entropy(logits[None] / T, torch.tensor([0])) / len(images)
     return loss
 
 
@@ -123,7 +128,7 @@ def test_losses_are_finite_in_float32_at_the_least_temperature(loss_of):
 # the whole method
 
 
-def build(gamma=0.9, images=N):
+def build(gamma=0.9, images=N, local=False):
     torch.manual_seed(0)
     net = nn.Sequential(
         nn.Conv2d(3, 6, 3, 2),
@@ -133,7 +138,7 @@ def build(gamma=0.9, images=N):
         nn.Linear(96, 8),
         nn.BatchNorm1d(8),
     )
-    return SogCLR(lambda: net.append(nn.Linear(8, DIM)), images, T, gamma).double()
+    return SogCLR(lambda: net.append(nn.Linear(8, DIM)), images, T, gamma, local).double()
 
 
 def images(step, n=B):
@@ -177,13 +182,13 @@ def part(x, rank):
     return x if rank is None else x[rank * len(x) // 2 : (rank + 1) * len(x) // 2]
 
 
-def three_steps(rank, gamma):
+def three_steps(rank, gamma, local=False):
     """Return the losses, gradients and u of three steps.
 
     They run on this rank's part of the joint batch, or (rank None) on all of it. Batch norm is over
     the full batch.
     """
-    model, found = build(gamma), []
+    model, found = build(gamma, local=local), []
     distributed.sync_batch_norm(model, torch.device("cpu"))
     ddp = distributed.data_parallel(model)
     for step in range(3):
@@ -209,6 +214,7 @@ def three_steps(rank, gamma):
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     checks = {"sogclr": (three_steps, 0.9), "simclr": (three_steps, None)}
+    checks |= {f"{name}, local": (*check, True) for name, check in checks.items()}
     return on_two_ranks(checks, tmp_path_factory.mktemp("ranks"))
 
 
@@ -225,3 +231,46 @@ def test_two_ranks_are_one_with_the_joint_batch(ranks, method, gamma):
             assert torch.equal(first["state"][name], second["state"][name])
             torch.testing.assert_close(first["state"][name], tensor, rtol=1e-10, atol=1e-10)
     assert ("u" in joint["state"]) == (gamma is not None)
+
+
+@pytest.mark.parametrize(("method", "gamma"), [("sogclr", 0.9), ("simclr", None)])
+def test_with_local_gradient_other_ranks_features_are_constants(ranks, method, gamma):
+    """Compare with slow losses of each half, in which the features of the other half are detached.
+
+    The gradients of the two losses are averaged, and batch norm is over the joint batch.
+    """
+    model, u = build(gamma), torch.zeros(N, dtype=torch.float64)
+    for step, (first, second, exact) in enumerate(
+        zip(*ranks(f"{method}, local"), ranks(method)[0], strict=True)
+    ):
+        index = torch.randperm(16, generator=torch.Generator().manual_seed(step))[: 2 * B]
+        z = torch.stack(
+            [F.normalize(model.base_encoder(view), dim=1) for view in images(step, 2 * B)]
+        )
+        losses, new = [], []
+        for half in (range(B), range(B, 2 * B)):
+            own = torch.tensor([i in half for i in range(2 * B)])
+            features = torch.where(own[None, :, None], z, z.detach())
+            if gamma is None:
+                losses.append(slow_nt_xent(features, half))
+            else:
+                loss, values = slow_sogclr(features, u[index], gamma, half)
+                losses.append(loss)
+                new.append(values)
+        if gamma is not None:
+            u[index] = torch.cat(new)
+            torch.testing.assert_close(first["state"]["u"], u, rtol=1e-10, atol=0)
+        (sum(losses) / 2).backward()
+        for rank, loss in zip((first, second), losses, strict=True):
+            torch.testing.assert_close(rank["loss"], loss.detach(), rtol=0, atol=1e-10)
+        difference = 0
+        for mine, other, p in zip(
+            first["gradients"], exact["gradients"], model.parameters(), strict=True
+        ):
+            torch.testing.assert_close(mine, p.grad, rtol=0, atol=1e-10)
+            difference += (mine - other).abs().sum()
+        assert difference > 0.01  # from the exact gradient
+        with torch.no_grad():
+            for p in model.parameters():
+                p -= 0.1 * p.grad
+                p.grad = None
