@@ -11,13 +11,14 @@ from run_helpers import typed
 from torch import nn
 
 DIM, HIDDEN, K, M, T, DROP = 6, 20, 40, 0.9, 0.2, 0.3
-LR, LR_FINAL, WARMUP, WD, CLIP = 0.08, 0.004, 1, 0.05, 0.5
+LR, LR_FROM, LR_FINAL, WARMUP, WD, CLIP = 0.08, 0.008, 0.004, 1, 0.05, 0.5
 COUNTS, N_HARD, FIRST, LAST, DELTA, ETA = (5, 4, 3, 2, 3, 4), 10, 1, 3, 0.02, 0.03
 BOTH = (
     *typed(f"-a test_vit --image-size 32 --mlp-dim {HIDDEN} --moco-dim {DIM} --moco-m {M}"),
     *typed(f"--online-drop-path {DROP} --lr {LR} --lr-final {LR_FINAL} --wd {WD}"),
-    *typed(f"--lr-warmup-epochs {WARMUP} --lr-by step --clip-grad {CLIP}"),
+    *typed(f"--lr-warmup-epochs {WARMUP} --clip-grad {CLIP}"),
 )
+AUTHORS = typed(f"--lr-by previous-step --lr-warmup-from {LR_FROM}")
 QUEUE = typed(f"--queue {K} --moco-t {T}")
 SIX = tuple(word for i, n in enumerate(COUNTS, 1) for word in (f"--n{i}", n))
 SYNTHETIC = (
@@ -25,9 +26,9 @@ SYNTHETIC = (
     *typed(f"--sigma 0.05 --delta {DELTA} --eta {ETA}"),
 )
 VARIANTS = {
-    "moby": ("main_moby", *BOTH, *QUEUE),
-    "synco": ("main_moby", "--method", "synco", *BOTH, *QUEUE, *SYNTHETIC, *SIX),
-    "byol": ("main_moby", "--method", "byol", *BOTH),
+    "moby": ("main_moby", *BOTH, *QUEUE, *AUTHORS),
+    "synco": ("main_moby", "--method", "synco", *BOTH, *QUEUE, *AUTHORS, *SYNTHETIC, *SIX),
+    "byol": ("main_moby", "--method", "byol", *BOTH, *typed("--lr-by step --lr-warmup-from 0")),
 }
 
 
@@ -42,13 +43,18 @@ def head(width):
     )
 
 
-def learning_rate(step):
-    """Rise over the first epoch, then fall along a cosine; both at each step."""
-    top, final = LR * BATCH / 256, LR_FINAL * BATCH / 256
-    epoch = step * EPOCHS / STEPS
-    if epoch < WARMUP:
-        return top * epoch / WARMUP
-    passed = (epoch - WARMUP) / (EPOCHS - WARMUP)
+def learning_rate(step, authors):
+    """Return the learning rate of a step.
+
+    It rises over the first epoch, and then falls along a cosine. In the authors' code, the cosine
+    spans all steps, and each step has the rate of the step before it.
+    """
+    top, start, final = (lr * BATCH / 256 for lr in (LR, LR_FROM if authors else 0, LR_FINAL))
+    step = max(0, step - 1) if authors else step
+    rise, first = WARMUP * STEPS / EPOCHS, 0 if authors else WARMUP * STEPS / EPOCHS
+    if step < rise:
+        return start + (top - start) * step / rise
+    passed = (step - first) / (STEPS - first)
     return final + (top - final) * 0.5 * (1 + math.cos(math.pi * passed))
 
 
@@ -152,7 +158,7 @@ def replay(ranks, method, momentum=momentum):
         grads = dict(zip(trained, torch.autograd.grad(loss, list(trained.values())), strict=True))
         norm = torch.cat([g.flatten() for g in grads.values()]).norm()
         assert norm > CLIP or method == "byol"
-        adam.step(trained, clipped(grads, CLIP), learning_rate(step))
+        adam.step(trained, clipped(grads, CLIP), learning_rate(step, method != "byol"))
 
         # The target features of each view replace the oldest of its queue.
         keys = [torch.cat(of_ranks) for of_ranks in k]
@@ -172,5 +178,5 @@ def test_eight_steps_equal_the_plain_loop(recorded, method, processes):
 
 def test_a_plain_loop_with_an_earlier_momentum_differs(recorded):
     ranks = recorded("moby", 1)
-    with pytest.raises(AssertionError, match=r"encoder_k.* before step 2"):
+    with pytest.raises(AssertionError, match=r"encoder_k.* before step 1"):
         check(ranks, replay(ranks, "moby", momentum=lambda step: momentum(max(0, step - 1))))
