@@ -13,21 +13,21 @@ from torch import nn
 DIM, K, M, T, LR, FINAL = 6, 40, 0.9, 0.12, 0.05, 0.006
 MEM_LR, MEM_T, MEM_WD, MEM_MOMENTUM = 0.3, 0.05, 1e-3, 0.8
 ADCO = (
-    *typed(f"--no-ad-init --cluster {K} --moco-dim {DIM} --moco-m {M} --moco-t {T}"),
+    *typed(f"--cluster {K} --moco-dim {DIM} --moco-m {M} --moco-t {T}"),
     *typed(f"--lr {LR} --lr-final {FINAL} --wd 1e-4 --memory-lr {MEM_LR} --mem-t {MEM_T}"),
     *typed(f"--mem-wd {MEM_WD} --mem-momentum {MEM_MOMENTUM}"),
 )
 VARIANTS = {
-    "one direction": ("main_adco", *ADCO),
-    "symmetric": ("main_adco", *ADCO, "--sym", 1),
-    "multi-crop": ("main_adco", *ADCO, "--multi-crop", 1),
+    "one direction": ("main_adco", *ADCO, "--no-ad-init"),
+    "symmetric": ("main_adco", *ADCO, "--no-ad-init", "--sym", 1),
+    "multi-crop": ("main_adco", *ADCO, "--no-ad-init", "--multi-crop", 1),
+    # the bank is filled with keys before the first of the eight steps
+    "symmetric, filled": ("main_adco", *ADCO, "--sym", 1),
+    "multi-crop, filled": ("main_adco", *ADCO, "--multi-crop", 1),
 }
 # pairs of a query view and a key view
-PAIRS = {
-    "one direction": [(0, 1)],
-    "symmetric": [(0, 1), (1, 0)],
-    "multi-crop": [(query, 0) for query in range(1, 6)],
-}
+ONE, BOTH, CROPS = [(0, 1)], [(0, 1), (1, 0)], [(query, 0) for query in range(1, 6)]
+PAIRS = dict(zip(VARIANTS, (ONE, BOTH, CROPS, BOTH, CROPS), strict=True))
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +35,9 @@ def recorded(tmp_path_factory):
     return recordings(VARIANTS, tmp_path_factory.mktemp("adco"))
 
 
-def replay(ranks, pairs, directions, mem_t=MEM_T):
+def replay(ranks, pairs, mem_t=MEM_T):
     """Return the losses and the states of all steps; see `recorder.check`."""
+    filling, directions = len(ranks[0]["steps"]) - STEPS, 1 + (pairs == BOTH)
     processes, start = len(ranks), ranks[0]["steps"][0]["state"]
     share = BATCH // processes
 
@@ -49,7 +50,7 @@ def replay(ranks, pairs, directions, mem_t=MEM_T):
     bank, velocity = start["bank"].clone(), torch.zeros(K, DIM, dtype=torch.float64)
     sgd, found = SGD(momentum=0.9, decay=1e-4), []
 
-    for step in range(STEPS + 1):
+    for step in range(-filling, STEPS + 1):
         # The key encoder moves before the forward pass.
         f_k.follow(f_q, M)
         own = {"bank": bank.clone(), "bank_velocity": velocity.clone()}
@@ -61,25 +62,42 @@ def replay(ranks, pairs, directions, mem_t=MEM_T):
         if step == STEPS:
             return found
 
-        views = joint(ranks, step)
+        views = joint(ranks, filling + step)
+        shares = [slice(rank * share, (rank + 1) * share) for rank in range(processes)]
+        if step < 0:
+            # The first view is compared with the last, and with the bank alone.
+            k = shuffled_keys(f_k, views[-1], permutation(ranks, filling + step))
+            q = [unit(f_q.on(rank, views[0][mine])) for rank, mine in enumerate(shares)]
+            losses = [
+                torch.stack([nce(q[i], k[mine][i], bank) for i in range(share)]).mean()
+                for q, mine in zip(q, shares, strict=True)
+            ]
+            found[-1]["losses"] = losses
+            sgd.step(f_q.trained, f_q.gradients(torch.stack(losses).mean()), LR)
+            for entry, key in enumerate(k, (filling + step) * BATCH):
+                if entry < K:
+                    bank[entry] = key
+            if step == -1:
+                f_k.follow(f_q, 0)
+            continue
+
         key_views = sorted({key for _, key in pairs})
         k = {
-            view: shuffled_keys(f_k, views[view], permutation(ranks, step, number))
+            view: shuffled_keys(f_k, views[view], permutation(ranks, filling + step, number))
             for number, view in enumerate(key_views)
         }
 
         # The loss of the encoder, and that of the bank, which has another temperature.
         bank.requires_grad_()
         losses, bank_losses = [], []
-        for rank in range(processes):
-            mine = slice(rank * share, (rank + 1) * share)
+        for rank, mine in enumerate(shares):
             label = torch.arange(BATCH)[mine]  # the own key among the keys of all processes
             queries = sorted({query for query, _ in pairs})
             q = {view: unit(f_q.on(rank, views[view][mine])) for view in queries}
             loss, bank_loss = 0, 0
             for query, key in pairs:
-                loss += nce(q[query], k[key], bank.detach(), label, T) / directions
-                bank_loss += nce(q[query].detach(), k[key], bank, label, mem_t) / directions
+                loss += batch_nce(q[query], k[key], bank.detach(), label, T) / directions
+                bank_loss += batch_nce(q[query].detach(), k[key], bank, label, mem_t) / directions
             losses.append(loss)
             bank_losses.append(bank_loss)
         found[-1]["losses"] = losses
@@ -98,7 +116,14 @@ def replay(ranks, pairs, directions, mem_t=MEM_T):
             f_k.share_statistics()
 
 
-def nce(q, k, bank, label, temperature):
+def nce(q, k, bank):
+    """Return the loss of one query, its key and the bank."""
+    logits = torch.cat([(q @ k)[None], unit(bank) @ q]) / T
+    return logits.logsumexp(0) - logits[0]
+
+
+def batch_nce(q, k, bank, label, temperature):
+    """Return the loss of queries, the keys of the joint batch, and the bank."""
     logits = torch.cat([q @ k.T, q @ unit(bank).T], 1)
     return F.cross_entropy(logits / temperature, label)
 
@@ -107,11 +132,12 @@ def nce(q, k, bank, label, temperature):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_eight_steps_equal_the_plain_loop(recorded, variant, processes):
     ranks = recorded(variant, processes)
-    directions = 1 + (variant == "symmetric")
-    check(ranks, replay(ranks, PAIRS[variant], directions))
+    filling = -(-K // BATCH) if "filled" in variant else 0
+    assert len(ranks[0]["steps"]) == filling + STEPS
+    check(ranks, replay(ranks, PAIRS[variant]))
 
 
 def test_a_plain_loop_with_one_temperature_differs(recorded):
     ranks = recorded("one direction", 1)
     with pytest.raises(AssertionError, match="bank before step 1"):
-        check(ranks, replay(ranks, PAIRS["one direction"], 1, mem_t=T))
+        check(ranks, replay(ranks, ONE, mem_t=T))
