@@ -1,9 +1,14 @@
-"""Test the published commands of AdCo, SogCLR and FNC, and the settings of recipes."""
+"""Run the commands on docs/commands.md with tiny sizes, and test the settings of recipes."""
 
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import dataset_trees
 import pytest
-from conftest import settings, shell
-from method_helpers import SMALL
-from run_helpers import load, succeeded
+from conftest import ROOT, in_process, settings
+from published import EXPECTED, ROWS
 
 import main_adco
 import main_fnc
@@ -13,111 +18,61 @@ import main_sogclr
 pytestmark = pytest.mark.slow
 
 
-# As their READMEs have them, but for the script's name.
-PUBLISHED = {
-    "adco": "main_adco.py --sym=0 --lr=0.03 --memory_lr=3 --moco_t=0.12 --mem_t=0.02 "
-    "--data={data} --dist_url=tcp://localhost:10001",
-    "sym": "main_adco.py --sym=1 --lr=0.03 --memory_lr=3 --moco_t=0.12 --mem_t=0.02 "
-    "--data={data} --dist_url=tcp://localhost:10001",
-    "8192": "main_adco.py --sym=1 --lr=0.04 --memory_lr=3 --moco_t=0.14 --mem_t=0.03 "
-    "--cluster 8192 --data={data} --dist_url=tcp://localhost:10001",
-    "multi-crop": "main_adco.py --multi_crop=1 --lr=0.03 --memory_lr=3 --moco_t=0.12 --mem_t=0.02 "
-    "--data={data} --dist_url=tcp://localhost:10001",
-    "sogclr": "main_sogclr.py --lr=0.075 --epochs=1 --batch-size=8 --learning-rate-scaling=sqrt "
-    "--loss_type=dcl --gamma=0.9 --multiprocessing-distributed --world-size=1 --rank=0 "
-    "--workers=0 --crop-min=.08 --wd=1e-6 --dist-url=tcp://localhost:10001 "
-    "--data_name=imagenet1000 --data={data} --save_dir={run} --print-freq=1000",
-    "simclr": "main_sogclr.py --lr=0.3 --epochs=1 --batch-size=8 --learning-rate-scaling=linear "
-    "--loss_type=simclr --warmup-epochs=10 --num_proj_layers=2 --mlp-dim=32 --dim=16 --t=0.1 "
-    "--optimizer=adamw --world-size=1 --rank=0 --workers=0 "
-    "--data_name=imagenet100 --data={data} --save_dir={run}",
-    "fnc": "main_fnc.py --train_batch_size=8 --train_epochs=1 --temperature=0.1 "
-    "--learning_rate=0.1 --learning_rate_scaling=sqrt --weight_decay=1e-4 --warmup_epochs=10 "
-    "--num_proj_layers=3 --proj_out_dim=16 --image_size=32 {data}",
+# sizes with which a command takes seconds; later options win
+_RESNET = "-a resnet18 --image-size 32 -b 8 -j 0 --epochs 1 --dist-url auto"
+TINY = {
+    "main_adco": f"{_RESNET} --cluster 64 --moco-dim 16",
+    "main_fnc": f"{_RESNET} --support-size 1 --fn-topk 2 --proj-out-dim 16",
+    "main_lincls": f"{_RESNET}",
+    "main_moby": "-a test_vit --mlp-dim 32 --queue 64 -b 8 -j 0 --epochs 6",
+    "main_semisup": f"{_RESNET}",
+    "main_sogclr": f"{_RESNET} --mlp-dim 32 --dim 16",
+    "main_synco": f"{_RESNET} --moco-k 64 --moco-dim 16",
 }
+SYNTHETIC = "--n-hard 8 --n1 2 --n2 2 --n3 2 --n4 2 --n5 2 --n6 2 --warmup-epochs 0"
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_published_command_runs(name, shared_images, tmp_path):
-    command = PUBLISHED[name].format(data=shared_images, run=tmp_path).split()
-    small = ["-a", "resnet18", "-j", 0] if name == "fnc" else [*SMALL]
-    small += ["--save-dir", tmp_path, "--multiprocessing_distributed", 1]
-    if command[0] == "main_adco.py":
-        small += [
-            "--moco_dim",
-            8,
-            "--mlp",
-            1,
-            "--aug_plus",
-            1,
-            "--ad_init",
-            0,
-            "--cos",
-            2,
-            "--mem_wd",
-            1e-4,
-            "--moco_m",
-            0.999,
-        ]
-    out = succeeded(shell(*command, *small))
-    assert "48 images of 3 classes" in out and "8 per process x 1 processes" in out
-    args = load(tmp_path / "checkpoint_0000.pth.tar")["args"]
-    if name == "8192":
-        assert (args["cluster"], args["sym"], args["mem_t"], args["lr_final"]) == (
-            8192,
-            True,
-            0.03,
-            0.0006,
-        )
-    if name == "multi-crop":
-        assert args["recipe"] == "multicrop" and not args["sym"]
-    if name == "sogclr":
-        assert (args["optimizer"], args["lr_warmup_epochs"], args["lr_by"], args["recipe"]) == (
-            "lars",
-            10,
-            "step",
-            "sogclr",
-        )
-        assert "lr after scaling 0.212132 (sqrt scaling), lr warm-up 10 epochs" in out
-    if name == "fnc":
-        assert (
-            "lr after scaling 0.282843 (sqrt scaling), lr warm-up 10 epochs; 1 epochs x 6 steps"
-            in out
-        )
-        assert (
-            "10 views; false negatives: attract, up to 10 above 0.7 of each image; "
-            "a memory of 128 entries" in out
-        )
-        assert (
-            args["wd"],
-            args["epochs"],
-            args["proj_out_dim"],
-            args["image_size"],
-            args["views"],
-        ) == (1e-4, 1, 16, 32, 10)
-    if name == "simclr":
-        assert "lr after scaling 0.009375 (linear scaling)" in out
+@pytest.fixture(scope="module")
+def saved(checkpoints, pretraining, shared_images, tmp_path_factory) -> dict[str, Path]:
+    """Return a folder with the checkpoint of a run, by method."""
+    moby = tmp_path_factory.mktemp("moby") / "T"
+    words = ["--method", "moby", "--lr-warmup-epochs", 1, *TINY["main_moby"].split()]
+    status, _, err = in_process("main_moby", shared_images, *words, "--save-dir", moby)
+    assert status == 0, err
+    runs = {name: file.parent for name, file in checkpoints.items()}
+    return {**runs, "synco": pretraining, "moby": moby}
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        "--data={data} --dist-url=tcp://localhost:10001 --pretrained={file}",
-        "--arch=resnet18 --lr=0.1 --batch-size=8 --epochs=1 --workers=0 "
-        "--multiprocessing-distributed --world-size=1 --rank=0 --dist-url=tcp://localhost:10001 "
-        "--data_name=imagenet100 --data={data} --save_dir={run} --pretrained={file}",
-    ],
-)
-def test_published_probe_command_runs(command, checkpoints, shared_images, tmp_path):
-    file = checkpoints["sogclr" if "data_name" in command else "adco"]
-    out = succeeded(
-        shell(
-            "main_lincls.py",
-            *command.format(data=shared_images, file=file, run=tmp_path).split(),
-            *SMALL[2:],
-        )
-    )
-    assert "120 of 120 backbone tensors matched" in out
+@pytest.mark.parametrize("key", EXPECTED, ids=lambda key: f"{key[0]}, {key[1]}")
+def test_a_command_runs_with_tiny_sizes(key, saved, script, shared_images, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    expected, (_, ours, _) = EXPECTED[key], ROWS[key]
+    words = shlex.split(ours)[1:]
+    method = "fnc" if key[0] == "FNC" else expected.method
+    run = shutil.copytree(saved[method], tmp_path / "T")
+    file = next(run.glob("checkpoint_*.pth.tar"))
+    data, more = shared_images, TINY[expected.script].split()
+    if "dataset" in expected.more:
+        data = tmp_path / "data"
+        getattr(dataset_trees, expected.more["dataset"])(dataset_trees.Tree(data))
+        more += ["--data", str(data)]
+    more += SYNTHETIC.split() if "n_hard" in expected.more else []
+    if expected.method == "moby" and expected.script == "main_lincls":
+        more = ["-a", "test_vit", *more[2:], "--epochs", "6"]
+    values = {"DIR": data, "CKPT": file, "OUT": tmp_path, "RUN": tmp_path / "run"}
+    if expected.script == "main_moby":
+        values["OUT"] = tmp_path / "new"
+    words = [
+        re.sub("|".join(rf"(?<![^=]){name}$" for name in values), lambda m: str(values[m[0]]), word)
+        for word in words
+    ]
+    if not {"OUT", "RUN"} & set(re.split("[ =]", ours)):
+        more += ["--save-dir", str(tmp_path / "run")]
+    status, out, err = script(expected.script, *words, *more)
+    assert status == 0, err
+    assert not expected.protocol or f"protocol {expected.protocol}" in out
+    results = list(tmp_path.rglob("results.json"))
+    assert bool(results) == (expected.script in ("main_lincls", "main_semisup"))
 
 
 ADCO = {

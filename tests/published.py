@@ -1,0 +1,225 @@
+"""The commands on docs/commands.md, and what the original of each does, by its authors' code."""
+
+import math
+import re
+from collections.abc import Callable
+from typing import NamedTuple
+
+from conftest import ROOT
+
+IMAGES = 1_281_167  # of ImageNet
+
+Rate = Callable[[int, int, int], float]  # of a step, for so many steps per epoch and epochs
+
+
+def at_milestones(lr: float, *milestones: int) -> Rate:
+    """Return a rate that falls to a tenth at each of some epochs."""
+    return lambda step, per, _: lr * 0.1 ** sum(step // per >= epoch for epoch in milestones)
+
+
+def half_cosine(top: float, end: float, passed: float) -> float:
+    return end + (top - end) * (1 + math.cos(math.pi * passed)) / 2
+
+
+def by_epoch(lr: float, end: float = 0) -> Rate:
+    """Return a half cosine that moves at the start of each epoch."""
+    return lambda step, per, epochs: half_cosine(lr, end, (step // per) / epochs)
+
+
+def by_step(lr: float, warmup: int = 0) -> Rate:
+    """Return a linear warm-up from 0, then a half cosine to 0 over the rest of the run."""
+
+    def rate(step: int, per: int, epochs: int) -> float:
+        first = warmup * per
+        if step < first:
+            return lr * step / first
+        return half_cosine(lr, 0, (step - first) / (epochs * per - first))
+
+    return rate
+
+
+def swin(lr: float, start: float, end: float, warmup: int) -> Rate:
+    """Return the rate of Swin-style code: that of step s is used in step s + 1."""
+
+    def rate(step: int, per: int, epochs: int) -> float:
+        step, first = max(0, step - 1), warmup * per
+        if step < first:
+            return start + (lr - start) * step / first
+        return half_cosine(lr, end, step / (epochs * per))
+
+    return rate
+
+
+def up_and_down(lr: float, period: int) -> Rate:
+    """Return a half cosine to 0 over so many epochs, back up over as many, and so on."""
+    return lambda step, per, _: half_cosine(lr, 0, step / per / period)
+
+
+class Expected(NamedTuple):
+    """What the original command does, by the code and README of its authors."""
+
+    script: str
+    processes: int
+    batch: int  # images in a step
+    epochs: int
+    rates: dict[str, Rate]  # by option, of the first step and of 1, 2, 3 quarters and the last
+    protocol: str = ""
+    method: str = "synco"  # of the checkpoint
+    more: dict[str, object] = {}  # noqa: RUF012
+    launched: int = 0  # processes that torch.distributed.launch starts
+    images: int = IMAGES
+
+
+def few(lr_backbone: float, lr_classifier: float, epochs: int, batch: int, percent: int):
+    rates = {"lr_backbone": by_epoch(lr_backbone), "lr_classifier": by_epoch(lr_classifier)}
+    more = {"weights": "finetune", "train_percent": percent, "wd": 1e-6}
+    images = {1: 12_811, 10: 128_116}[percent]
+    kept = {"more": more, "images": images}
+    return Expected("main_semisup", 8, batch, epochs, rates, "synco", "synco", **kept)
+
+
+MOCO_PROBE = Expected(
+    "main_lincls",
+    8,
+    256,
+    100,
+    {"lr": at_milestones(30, 60, 80)},
+    "moco",
+    more={"wd": [0.0], "weights": "freeze"},
+)
+ADCO_MORE = {"memory_lr": 3, "mem_t": 0.02, "moco_t": 0.12, "cluster": 65536, "wd": 1e-4}
+ADCO_MORE |= {"moco_m": 0.999, "mlp": True, "aug_plus": True, "ad_init": True}
+SOGCLR_MORE = {"optimizer": "lars", "gamma": 0.9, "crop_min": 0.08, "wd": 1e-6, "t": 0.1}
+SOGCLR_MORE |= {"loss_type": "dcl"}
+FNC_TUNING = {"optimizer": "lars_tf", "ft_proj": 1, "wd": 0, "zero_init_classifier": True}
+FNC_TUNING |= {"crop_min": 0.2, "weights": "finetune", "learning_rate_scaling": "sqrt"}
+
+
+def adco(lr: float = 0.03, **more: object) -> Expected:
+    return Expected("main_adco", 8, 256, 200, {"lr": by_epoch(lr, 0.0006)}, more=ADCO_MORE | more)
+
+
+def sogclr(epochs: int, name: str, images: int = IMAGES) -> Expected:
+    """Return .075 sqrt(batch), warmed up over 10 epochs from 0."""
+    rates = {"lr": by_step(0.075 * 16, 10)}
+    more = {**SOGCLR_MORE, "data_name": name}
+    return Expected("main_sogclr", 8, 256, epochs, rates, more=more, images=images)
+
+
+def sogclr_probe(name: str, images: int = IMAGES) -> Expected:
+    rates = {"lr": by_epoch(0.1 * 1024 / 256)}
+    more = {"wd": [0.0], "data_name": name, "weights": "freeze"}
+    return Expected("main_lincls", 8, 1024, 90, rates, "sogclr", "sogclr", more, images=images)
+
+
+def fnc_few(percent: int, epochs: int) -> Expected:
+    rates = dict.fromkeys(("lr_backbone", "lr_classifier"), by_step(0.005 * 32))
+    images = {1: 12_811, 10: 128_116}[percent]
+    more = {**FNC_TUNING, "train_percent": percent}
+    return Expected("main_semisup", 1, 1024, epochs, rates, "fnc", more=more, images=images)
+
+
+def moby_probe(weights: str, **more: object) -> Expected:
+    """Return base rate 1 x batch / 512 with 512 images, so 1."""
+    rates = {"lr": swin(1, 5e-7, 5e-6, 5)}
+    more |= {"weights": weights, "wd": [0.0], "nesterov": True, "momentum": 0.9, "clip_grad": 5}
+    more |= {"label_smoothing": 0.1, "drop_path": 0.2, "test_resize": "margin"}
+    images = 50_000 if "dataset" in more else IMAGES
+    return Expected("main_lincls", 4, 512, 100, rates, "moby", "moby", more, 4, images)
+
+
+EXPECTED = {
+    ("MoCo", "MoCo v1"): Expected(
+        "main_synco", 8, 256, 200, {"lr": at_milestones(0.03, 120, 160)}, more={"mlp": False}
+    ),
+    ("MoCo", "MoCo v2"): Expected(
+        "main_synco", 8, 256, 200, {"lr": by_epoch(0.03)}, more={"mlp": True, "moco_t": 0.2}
+    ),
+    ("MoCo", "MoCo v2 on 4 GPUs"): Expected(
+        "main_synco", 4, 128, 200, {"lr": by_epoch(0.015)}, more={"aug_plus": True}
+    ),
+    ("MoCo", "linear"): MOCO_PROBE,
+    ("SynCo", "pre-training"): Expected(
+        "main_synco",
+        8,
+        256,
+        200,
+        {"lr": by_epoch(0.03)},
+        more={"n_hard": 1024, "n1": 256, "n6": 64, "warmup_epochs": 10, "moco_k": 65536},
+    ),
+    ("SynCo", "linear"): MOCO_PROBE,
+    ("SynCo", "few labels"): few(0.005, 0.005, 60, 256, 1),
+    ("SynCo", "the paper's sweep, one run"): few(0.02, 0.5, 30, 1024, 10),
+    ("AdCo", "one direction"): adco(sym=False),
+    ("AdCo", "symmetric"): adco(sym=True),
+    ("AdCo", "symmetric, 8192 negatives"): adco(
+        0.04, sym=True, cluster=8192, moco_t=0.14, mem_t=0.03
+    ),
+    ("AdCo", "multi-crop"): adco(multi_crop=True),
+    ("AdCo", "linear"): Expected(
+        "main_lincls", 8, 256, 100, {"lr": by_epoch(10, 0.01)}, "adco", "adco", {"wd": [0.0]}
+    ),
+    ("AdCo", "linear on Places205"): Expected(
+        "main_lincls",
+        8,
+        256,
+        100,
+        {"lr": up_and_down(5, 12)},
+        "adco",
+        "adco",
+        {"dataset": "places205", "test_resize": "stretched"},
+    ),
+    ("SogCLR", "ImageNet"): sogclr(800, "imagenet1000"),
+    ("SogCLR", "ImageNet-100"): sogclr(400, "imagenet100", 126_689),
+    ("SogCLR", "linear on ImageNet"): sogclr_probe("imagenet1000"),
+    ("SogCLR", "linear on ImageNet-100"): sogclr_probe("imagenet100", 126_689),
+    ("FNC", "pre-training"): Expected(
+        "main_fnc",
+        1,
+        4096,
+        100,
+        {"lr": by_step(0.1 * 64, 10)},
+        more={"optimizer": "lars_tf", "wd": 1e-4, "temperature": 0.1, "mean": [0.0] * 3},
+    ),
+    ("FNC", "1 % of the labels"): fnc_few(1, 60),
+    ("FNC", "10 % of the labels"): fnc_few(10, 30),
+    ("FNC", "linear"): Expected(
+        "main_lincls",
+        1,
+        1024,
+        90,
+        {"lr": by_step(0.005 * 32)},
+        "fnc",
+        more={"nesterov": True, "zero_init_classifier": True, "crop_min": 0.2, "wd": [0.0]},
+    ),
+    ("SynCo-v2, MoBY and BYOL", "pre-training"): Expected(
+        "main_moby",
+        4,
+        512,
+        300,
+        {"lr": swin(1e-3, 5e-7, 5e-6, 5)},
+        more={"arch": "vit_small", "method": "moby", "wd": 0.05, "clip_grad": 5, "amp": "off"},
+        launched=4,
+    ),
+    ("SynCo-v2, MoBY and BYOL", "linear"): moby_probe("freeze"),
+    ("SynCo-v2, MoBY and BYOL", "fine-tuning on CIFAR-10"): moby_probe(
+        "finetune", dataset="cifar10", data="./data", download=True
+    ),
+}
+
+
+def rows() -> dict[tuple[str, str], tuple[str, str, str]]:
+    """Return the rows of the page's tables of commands: original, ours, what differs."""
+    found, section = {}, ""
+    for line in (ROOT / "docs/commands.md").read_text().splitlines():
+        section = line[3:] if line.startswith("## ") else section
+        cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+        if len(cells) == 4 and cells[0] not in ("", "---"):
+            name, original, ours, differs = (cell.replace(r"\|", "|") for cell in cells)
+            found[section, name] = original.strip("`"), ours.strip("`"), differs
+    return found
+
+
+ROWS = rows()
+VOC07 = ("AdCo", "a linear layer on VOC07")  # its original has no command line
+DETECTIONS = {key for key in ROWS if key[0] == "Detection"}
