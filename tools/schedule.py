@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from moco.cli import scripts, tool, values
-from moco.config import Pretraining, Training
+from moco.config import Config, Pretraining, Training, flat
 from moco.data.images import Images
 from moco.errors import InputError
 from moco.files import check_new, creating
@@ -36,6 +36,7 @@ IMAGES = {
     "cifar10": 50_000,
     "cifar100": 50_000,
     "places205": 2_448_873,
+    "voc2007": 2_501,  # of train, on which main_voc07.py --classifier sgd trains
 }
 LABELLED = {1: 12_811, 10: 128_116, 100: 1_281_167}  # images of ImageNet, by --train-percent
 GPUS = 8  # of the machine on which a recipe without another number runs
@@ -118,19 +119,26 @@ def load(
     module = scripts.load_script(scripts.script_of(recipe))
     comments, script = scripts.comments_of(recipe), module.parser()
     config = script.parse(["DIR", "--cfg", str(recipe), *options])
-    if not isinstance(config, Training):
+    settings, trains = flat(config), isinstance(config, Training)
+    if not trains and settings.get("classifier") != "sgd":
         raise InputError(f"{recipe}: {module.__name__}.py trains nothing by steps")
-    images = images or images_of(config, comments)
-    processes = processes or processes_of(comments)
-    method = None
+    build = None
     if isinstance(config, Pretraining):
         config, build = scripts.completed(module, config, torch.device("cpu"))
-        method = build(Images(Path("DIR"), np.zeros(images, dtype=np.int64), ("one",)))
     script.without_effect(config)
-    return schedules.Schedules(config, images, processes, method)
+    images = images or images_of(config, comments)
+    processes = processes or processes_of(comments)
+    if trains:
+        labels = np.zeros(images, dtype=np.int64)
+        method = build(Images(Path("DIR"), labels, ("one",))) if build else None
+        return schedules.of_trainer(config, images, processes, method)
+    epochs, lr = settings["epochs"], settings["lr"]
+    if epochs is None or lr is None:
+        raise InputError(f"{recipe}: give --epochs and --lr")
+    return schedules.of_voc_layer(config, images, processes, epochs, lr)
 
 
-def images_of(config: Training, comments: str) -> int:
+def images_of(config: Config, comments: str) -> int:
     """Return the number of training images of a recipe with these settings and comments."""
     if config.labels and config.input.dataset == "imagenet":
         return LABELLED[config.labels.train_percent]

@@ -3,17 +3,21 @@
 The values come from the functions that training uses.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import numpy as np
 from matplotlib.figure import Figure
 
 from moco.builder.base import Method
 from moco.builder.synco import COUNTS
-from moco.config import Training, flat
+from moco.config import Evaluation, Training, flat
 from moco.data.loader import TrainBatchSampler
 from moco.engine.lr_schedule import lr_of_step, lr_scale
 from moco.engine.pretrain import PretrainingTask
 from moco.errors import InputError
 from moco.evaluate.classifier import ClassifierTask
+from moco.evaluate.voc_layer import EpochSampler, lr_of_epoch
 from moco.launch.processes import batch_per_process
 from moco.report.plots import COLORS, INK, printable
 from moco.rng import Progress
@@ -21,8 +25,49 @@ from moco.rng import Progress
 POINTS = 2000  # evenly spaced points of a curve, in addition to the first and last steps of epochs
 
 
+@dataclass(frozen=True)
 class Schedules:
     """The schedules of a run on one node.
+
+    Attributes:
+        images: number of training images.
+        processes: number of processes.
+        batch_per_process: images in a pass of a process.
+        accumulation: passes in a step.
+        epochs: number of epochs.
+        steps_per_epoch: number of steps in an epoch.
+        at: returns the value of each quantity in a step of the run, by name.
+    """
+
+    images: int
+    processes: int
+    batch_per_process: int
+    accumulation: int
+    epochs: int
+    steps_per_epoch: int
+    at: Callable[[int], dict[str, float]]
+
+    @property
+    def batch(self) -> int:
+        """Return the number of images in a step."""
+        return self.batch_per_process * self.processes * self.accumulation
+
+    @property
+    def steps(self) -> int:
+        """Return the number of steps of the run."""
+        return self.steps_per_epoch * self.epochs
+
+    def turns(self) -> list[int]:
+        """Return the epochs before and after which a quantity changes in another direction."""
+        starts = [
+            list(self.at(epoch * self.steps_per_epoch).values()) for epoch in range(self.epochs)
+        ]
+        directions = np.sign(np.diff(starts, axis=0))  # [epochs - 1, quantities]
+        return [int(e) + 1 for e in np.flatnonzero(np.diff(directions, axis=0).any(1))]
+
+
+def of_trainer(config: Training, images: int, processes: int, method: Method | None) -> Schedules:
+    """Return the schedules of a run that `moco.engine.trainer.Trainer` trains.
 
     Args:
         config: the settings of the run.
@@ -32,45 +77,46 @@ class Schedules:
 
     Raises InputError if the images do not fill one batch.
     """
+    schedule, seed = config.optimizer, config.run.seed
+    each, passes = batch_per_process(config.input, processes), schedule.accumulation_steps
+    keep_last = (PretrainingTask if method else ClassifierTask).keep_last
+    order = TrainBatchSampler(images, each * processes, passes, seed, keep_last=keep_last)
+    per_epoch = order.steps_per_epoch
+    if not per_epoch:
+        batch = each * processes * passes
+        raise InputError(f"{images} images do not fill one batch of {batch}; lower --batch-size")
+    scale = lr_scale(schedule.learning_rate_scaling, each * processes * passes)
+    base_lrs = _base_lrs(config, method)
 
-    def __init__(self, config: Training, images: int, processes: int, method: Method | None):
-        self.config, self.images, self.processes, self.method = config, images, processes, method
-        schedule = config.optimizer
-        self.batch_per_process = batch_per_process(config.input, processes)
-        per_pass = self.batch_per_process * processes
-        self.batch = per_pass * schedule.accumulation_steps  # images in a step
-        keep_last = (PretrainingTask if method else ClassifierTask).keep_last
-        order = TrainBatchSampler(
-            images, per_pass, schedule.accumulation_steps, config.run.seed, keep_last=keep_last
-        )
-        self.steps_per_epoch = order.steps_per_epoch
-        if not self.steps_per_epoch:
-            raise InputError(f"{images} images do not fill one batch of {self.batch}")
-        self.steps = self.steps_per_epoch * schedule.epochs
-        self.lr_scale = lr_scale(schedule.learning_rate_scaling, self.batch)
-        self._base_lrs = _base_lrs(config, method)
-
-    def at(self, step: int) -> dict[str, float]:
-        """Return the value of each quantity in a step of the run, by name."""
-        schedule, per_epoch, scale = self.config.optimizer, self.steps_per_epoch, self.lr_scale
-        values = {
-            name: lr_of_step(schedule, lr * scale, step, per_epoch, scale)
-            if scheduled
-            else lr * scale
-            for name, (lr, scheduled) in self._base_lrs.items()
-        }
-        if self.method:
-            seed, epoch = self.config.run.seed, step // per_epoch
-            progress = Progress(seed, epoch, step, 0, per_epoch, schedule.epochs)
-            values |= self.method.schedules(progress)
+    def at(step: int) -> dict[str, float]:
+        values = {}
+        for name, (lr, scheduled) in base_lrs.items():
+            lr *= scale
+            values[name] = lr_of_step(schedule, lr, step, per_epoch, scale) if scheduled else lr
+        if method:
+            epoch = step // per_epoch
+            values |= method.schedules(Progress(seed, epoch, step, 0, per_epoch, schedule.epochs))
         return values
 
-    def turns(self) -> list[int]:
-        """Return the epochs before and after which a quantity changes in another direction."""
-        per_epoch = self.steps_per_epoch
-        starts = [list(self.at(step).values()) for step in range(0, self.steps, per_epoch)]
-        directions = np.sign(np.diff(starts, axis=0))  # [epochs - 1, quantities]
-        return [int(e) + 1 for e in np.flatnonzero(np.diff(directions, axis=0).any(1))]
+    return Schedules(images, processes, each, passes, schedule.epochs, per_epoch, at)
+
+
+def of_voc_layer(
+    config: Evaluation, images: int, processes: int, epochs: int, lr: float
+) -> Schedules:
+    """Return the schedule of the linear layer of main_voc07.py.
+
+    Args:
+        config: the settings of the evaluation.
+        images: number of training images.
+        processes: number of processes.
+        epochs: number of epochs.
+        lr: learning rate of the first epoch.
+    """
+    each = batch_per_process(config.input, processes)
+    per_epoch = len(EpochSampler(images, each * processes, config.run.seed, 0))
+    at = lambda step: {"lr": lr_of_epoch(lr, step // per_epoch)}  # noqa: E731
+    return Schedules(images, processes, each, 1, epochs, per_epoch, at)
 
 
 def _base_lrs(config: Training, method: Method | None) -> dict[str, tuple[float, bool]]:
@@ -93,11 +139,11 @@ def _base_lrs(config: Training, method: Method | None) -> dict[str, tuple[float,
 
 def summary(schedules: Schedules) -> str:
     """Return a line about the images, the batch and the steps of a run."""
-    s, schedule = schedules, schedules.config.optimizer
+    s = schedules
     return (
         f"{s.images} images; total batch {s.batch} = {s.batch_per_process} per process x "
-        f"{s.processes} processes x {schedule.accumulation_steps} accumulation; "
-        f"{schedule.epochs} epochs x {s.steps_per_epoch} steps"
+        f"{s.processes} processes x {s.accumulation} accumulation; "
+        f"{s.epochs} epochs x {s.steps_per_epoch} steps"
     )
 
 
@@ -108,8 +154,8 @@ def table(schedules: Schedules, rows: int) -> str:
         schedules: the schedules of the run.
         rows: number of evenly spaced epochs. The epochs at which a quantity turns are added.
     """
-    epochs, per_epoch = schedules.config.optimizer.epochs, schedules.steps_per_epoch
-    even = {round(i * epochs / rows) for i in range(rows)}
+    epochs, per_epoch = schedules.epochs, schedules.steps_per_epoch
+    even = {i * epochs // rows for i in range(rows)}
     steps = [epoch * per_epoch for epoch in sorted(even | set(schedules.turns()))]
     steps += [schedules.steps - 1] * (steps[-1] < schedules.steps - 1)
     lines = [["epoch", "step", *schedules.at(0)]]

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import pytest
+import yaml
 from conftest import ROOT
 from PIL import Image
 
@@ -19,6 +20,7 @@ from tools import schedule as tool
 Formula = Callable[[int, int, int], float]
 
 IMAGENET, IMAGENET_100, PLACES, CIFAR = 1_281_167, 128_117, 2_448_873, 50_000
+VOC_TRAIN = 2_501
 ONE_PERCENT, TEN_PERCENT = 12_811, 128_116  # labelled images
 
 
@@ -71,6 +73,11 @@ def swin_style(lr: float, start: float = 5e-7, end: float = 5e-6, warmup: int = 
 def up_and_down(lr: float, period: int) -> Formula:
     """AdCo's --sgdr 1: a cosine over all steps, which falls for `period` epochs and rises again."""
     return lambda s, n, E: lr * (1 + math.cos(math.pi * s / (n * period))) / 2
+
+
+def up_and_down_by_epoch(lr: float, period: int) -> Formula:
+    """AdCo's layer on VOC07: the same, constant in each epoch."""
+    return lambda s, n, E: lr * (1 + math.cos(math.pi * (s // n) / period)) / 2
 
 
 # Other quantities.
@@ -206,6 +213,7 @@ FACTS = {
     "lincls_moco": probe(100, 256, drops(30, 60, 80)),
     "lincls_adco": probe(100, 256, cosine_by_epoch(10, 0.01)),
     "lincls_adco_places205": probe(100, 256, up_and_down(5, 12), PLACES),
+    "voc07_adco": probe(100, 16, up_and_down_by_epoch(0.05, 12), VOC_TRAIN),
     "lincls_sogclr": probe(90, 1024, cosine_by_epoch(0.1 * 1024 / 256)),
     "lincls_fnc": probe(90, 1024, simclr_style(FNC_HEAD)),
     **{
@@ -246,7 +254,7 @@ def test_every_recipe_has_its_facts():
 def test_a_recipe_follows_its_schedules(name):
     facts, path = FACTS[name], RECIPES[name]
     script = tool.scripts.script_of(path)
-    small = SMALL.get(script, SMALL[""]) if not name.startswith("cifar10/") else ()
+    small = SMALL.get(script, SMALL[""])
     of = tool.load(path, small)
     n, E = facts.steps_per_epoch, facts.epochs
     assert (of.images, of.batch) == (facts.images, facts.batch)
@@ -331,6 +339,12 @@ def test_the_table_has_the_epochs_at_which_something_turns(call):
     )
 
 
+def test_a_run_of_one_step(call, tmp_path):
+    words = ("--epochs", 1, "--images", 256, "--rows", 50, "--plot", tmp_path / "one.png")
+    status, said = call(RECIPES["lincls_moco"], *words)
+    assert status == 0 and said.out.splitlines()[2:-1] == ["    0     0  30"]
+
+
 def test_each_learning_rate_is_a_column_and_a_curve(call, tmp_path):
     """Of several classifiers, and of the classifier and the backbone."""
     picture = tmp_path / "a folder" / "schedule.png"
@@ -363,8 +377,10 @@ def test_the_picture_shows_every_quantity():
 
 def test_the_args_yaml_of_a_run_is_a_recipe(run):
     """Its script is named by a key, and 8 processes are assumed."""
+    options = yaml.safe_load((run / "args.yaml").read_text())
     of = tool.load(run / "args.yaml", (), images=64, processes=1)
-    assert of.config.run.method == "moco" and of.at(0)["momentum"] == of.config.encoders.moco_m
+    assert of.at(0) == {"lr": options["lr"], "momentum": options["moco_m"]}
+    assert (of.batch, of.epochs) == (options["batch_size"], options["epochs"])
     assert tool.processes_of("") == 8
 
 
@@ -377,7 +393,9 @@ def test_the_args_yaml_of_a_run_is_a_recipe(run):
         (["silent.yaml"], "no comment names its script; add a line such as # python main_synco.py"),
         (["other.yaml"], "main_other.py: no such script"),
         (["knn.yaml"], "main_knn.py trains nothing by steps"),
-        (["voc.yaml"], "--images N is needed: the number of training images of pets"),
+        (["svm.yaml"], "main_voc07.py trains nothing by steps"),
+        (["svm.yaml", "--classifier", "sgd"], "svm.yaml: give --epochs and --lr"),
+        (["pets.yaml"], "--images N is needed: the number of training images of pets"),
         ([RECIPES["synco_200"], "--epcohs", "3"], "the nearest is '--epochs'"),
         ([RECIPES["synco_200"], "--images", "200"], "200 images do not fill one batch of 256"),
         ([RECIPES["synco_200"], "--processes", "300"], "--batch-size 256 is smaller than the 300"),
@@ -393,7 +411,12 @@ def test_a_mistake_is_one_line(words, what, call, tmp_path, monkeypatch):
     (tmp_path / "silent.yaml").write_text("epochs: 3\n")
     (tmp_path / "other.yaml").write_text("# python main_other.py --cfg other.yaml DIR\nepochs: 3\n")
     (tmp_path / "knn.yaml").write_text("# python main_knn.py --cfg knn.yaml DIR\nk: 3\n")
-    (tmp_path / "voc.yaml").write_text("# python main_lincls.py --cfg voc.yaml\ndataset: pets\n")
+    (tmp_path / "svm.yaml").write_text(
+        "# python main_voc07.py --cfg svm.yaml DIR\nclassifier: svm\n"
+    )
+    (tmp_path / "pets.yaml").write_text(
+        "# python main_lincls.py --cfg pets.yaml DIR\ndataset: pets\n"
+    )
     status, said = call(*words)
     line = said.err.splitlines()[-1]
     assert status == 2 and line.startswith("schedule.py: error: ") and what in line, said.err
