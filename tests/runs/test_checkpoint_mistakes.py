@@ -69,9 +69,12 @@ def test_checkpoint_of_another_arch(script, images, checkpoint, tmp_path):
     refused(result, "arch 'resnet18'", "'resnet34'")
 
 
+TUNING = typed("--weights finetune --lr-backbone 0.1")
+
+
 def test_checkpoint_of_another_part(script, images, checkpoint, tmp_path):
     """A pre-training's where a classifier's is needed, and the reverse; --pretrained takes both."""
-    for name, more in (("main_lincls", ()), ("main_semisup", ("--train-percent", 100))):
+    for name, more in (("main_lincls", ()), ("main_semisup", TUNING)):
         resumed = (images, *INPUT, "--resume", checkpoint, "--save-dir", tmp_path / name)
         said = ("is a pre-training checkpoint", "give it with --pretrained instead of --resume")
         refused(script(name, *resumed), *said)

@@ -10,7 +10,7 @@ from run_helpers import typed
 from torch import nn
 
 VIEWS, DIM, MULTIPLIER, EMA, T = 3, 8, 5, 0.9, 0.1
-TOPK, THRESHOLD, LR, WD = 5, 0.95, 0.03, 1e-3
+TOPK, THRESHOLD, LR, WD = 5, 0.9, 0.03, 1e-3
 OPTIONS = (
     *typed(f"--support-size {VIEWS - 2} --proj-out-dim {DIM} --temperature {T}"),
     *typed(f"--fn-topk {TOPK} --fn-threshold {THRESHOLD} --lr {LR} --wd {WD}"),
