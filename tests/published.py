@@ -1,58 +1,19 @@
 """The commands on docs/commands.md, and what the original of each does, by its authors' code."""
 
-import math
 import re
-from collections.abc import Callable
 from typing import NamedTuple
 
 from conftest import ROOT
+from schedule_formulas import (
+    Formula,
+    cosine_by_epoch,
+    cosine_by_step,
+    drops,
+    swin_style,
+    up_and_down,
+)
 
 IMAGES = 1_281_167  # of ImageNet
-
-Rate = Callable[[int, int, int], float]  # of a step, for so many steps per epoch and epochs
-
-
-def at_milestones(lr: float, *milestones: int) -> Rate:
-    """Return a rate that falls to a tenth at each of some epochs."""
-    return lambda step, per, _: lr * 0.1 ** sum(step // per >= epoch for epoch in milestones)
-
-
-def half_cosine(top: float, end: float, passed: float) -> float:
-    return end + (top - end) * (1 + math.cos(math.pi * passed)) / 2
-
-
-def by_epoch(lr: float, end: float = 0) -> Rate:
-    """Return a half cosine that moves at the start of each epoch."""
-    return lambda step, per, epochs: half_cosine(lr, end, (step // per) / epochs)
-
-
-def by_step(lr: float, warmup: int = 0) -> Rate:
-    """Return a linear warm-up from 0, then a half cosine to 0 over the rest of the run."""
-
-    def rate(step: int, per: int, epochs: int) -> float:
-        first = warmup * per
-        if step < first:
-            return lr * step / first
-        return half_cosine(lr, 0, (step - first) / (epochs * per - first))
-
-    return rate
-
-
-def swin(lr: float, start: float, end: float, warmup: int) -> Rate:
-    """Return the rate of Swin-style code: that of step s is used in step s + 1."""
-
-    def rate(step: int, per: int, epochs: int) -> float:
-        step, first = max(0, step - 1), warmup * per
-        if step < first:
-            return start + (lr - start) * step / first
-        return half_cosine(lr, end, step / (epochs * per))
-
-    return rate
-
-
-def up_and_down(lr: float, period: int) -> Rate:
-    """Return a half cosine to 0 over so many epochs, back up over as many, and so on."""
-    return lambda step, per, _: half_cosine(lr, 0, step / per / period)
 
 
 class Expected(NamedTuple):
@@ -62,7 +23,7 @@ class Expected(NamedTuple):
     processes: int
     batch: int  # images in a step
     epochs: int
-    rates: dict[str, Rate]  # by option, of the first step and of 1, 2, 3 quarters and the last
+    rates: dict[str, Formula]  # by option, of the first step and of 1, 2, 3 quarters and the last
     protocol: str = ""
     method: str = "synco"  # of the checkpoint
     more: dict[str, object] = {}  # noqa: RUF012
@@ -71,7 +32,10 @@ class Expected(NamedTuple):
 
 
 def few(lr_backbone: float, lr_classifier: float, epochs: int, batch: int, percent: int):
-    rates = {"lr_backbone": by_epoch(lr_backbone), "lr_classifier": by_epoch(lr_classifier)}
+    rates = {
+        "lr_backbone": cosine_by_epoch(lr_backbone),
+        "lr_classifier": cosine_by_epoch(lr_classifier),
+    }
     more = {"weights": "finetune", "train_percent": percent, "wd": 1e-6}
     images = {1: 12_811, 10: 128_116}[percent]
     kept = {"more": more, "images": images}
@@ -83,7 +47,7 @@ MOCO_PROBE = Expected(
     8,
     256,
     100,
-    {"lr": at_milestones(30, 60, 80)},
+    {"lr": drops(30, 60, 80)},
     "moco",
     more={"wd": [0.0], "weights": "freeze"},
 )
@@ -96,24 +60,26 @@ FNC_TUNING |= {"crop_min": 0.2, "weights": "finetune", "learning_rate_scaling": 
 
 
 def adco(lr: float = 0.03, **more: object) -> Expected:
-    return Expected("main_adco", 8, 256, 200, {"lr": by_epoch(lr, 0.0006)}, more=ADCO_MORE | more)
+    return Expected(
+        "main_adco", 8, 256, 200, {"lr": cosine_by_epoch(lr, 0.0006)}, more=ADCO_MORE | more
+    )
 
 
 def sogclr(epochs: int, name: str, images: int = IMAGES) -> Expected:
     """Return .075 sqrt(batch), warmed up over 10 epochs from 0."""
-    rates = {"lr": by_step(0.075 * 16, 10)}
+    rates = {"lr": cosine_by_step(0.075 * 16, 10)}
     more = {**SOGCLR_MORE, "data_name": name}
     return Expected("main_sogclr", 8, 256, epochs, rates, more=more, images=images)
 
 
 def sogclr_probe(name: str, images: int = IMAGES) -> Expected:
-    rates = {"lr": by_epoch(0.1 * 1024 / 256)}
+    rates = {"lr": cosine_by_epoch(0.1 * 1024 / 256)}
     more = {"wd": [0.0], "data_name": name, "weights": "freeze"}
     return Expected("main_lincls", 8, 1024, 90, rates, "sogclr", "sogclr", more, images=images)
 
 
 def fnc_few(percent: int, epochs: int) -> Expected:
-    rates = dict.fromkeys(("lr_backbone", "lr_classifier"), by_step(0.005 * 32))
+    rates = dict.fromkeys(("lr_backbone", "lr_classifier"), cosine_by_step(0.005 * 32, 0))
     images = {1: 12_811, 10: 128_116}[percent]
     more = {**FNC_TUNING, "train_percent": percent}
     return Expected("main_semisup", 1, 1024, epochs, rates, "fnc", more=more, images=images)
@@ -121,7 +87,7 @@ def fnc_few(percent: int, epochs: int) -> Expected:
 
 def moby_probe(weights: str, **more: object) -> Expected:
     """Return base rate 1 x batch / 512 with 512 images, so 1."""
-    rates = {"lr": swin(1, 5e-7, 5e-6, 5)}
+    rates = {"lr": swin_style(1.0)}
     more |= {"weights": weights, "wd": [0.0], "nesterov": True, "momentum": 0.9, "clip_grad": 5}
     more |= {"label_smoothing": 0.1, "drop_path": 0.2, "test_resize": "margin"}
     images = 50_000 if "dataset" in more else IMAGES
@@ -130,13 +96,13 @@ def moby_probe(weights: str, **more: object) -> Expected:
 
 EXPECTED = {
     ("MoCo", "MoCo v1"): Expected(
-        "main_synco", 8, 256, 200, {"lr": at_milestones(0.03, 120, 160)}, more={"mlp": False}
+        "main_synco", 8, 256, 200, {"lr": drops(0.03, 120, 160)}, more={"mlp": False}
     ),
     ("MoCo", "MoCo v2"): Expected(
-        "main_synco", 8, 256, 200, {"lr": by_epoch(0.03)}, more={"mlp": True, "moco_t": 0.2}
+        "main_synco", 8, 256, 200, {"lr": cosine_by_epoch(0.03)}, more={"mlp": True, "moco_t": 0.2}
     ),
     ("MoCo", "MoCo v2 on 4 GPUs"): Expected(
-        "main_synco", 4, 128, 200, {"lr": by_epoch(0.015)}, more={"aug_plus": True}
+        "main_synco", 4, 128, 200, {"lr": cosine_by_epoch(0.015)}, more={"aug_plus": True}
     ),
     ("MoCo", "linear"): MOCO_PROBE,
     ("SynCo", "pre-training"): Expected(
@@ -144,7 +110,7 @@ EXPECTED = {
         8,
         256,
         200,
-        {"lr": by_epoch(0.03)},
+        {"lr": cosine_by_epoch(0.03)},
         more={"n_hard": 1024, "n1": 256, "n6": 64, "warmup_epochs": 10, "moco_k": 65536},
     ),
     ("SynCo", "linear"): MOCO_PROBE,
@@ -157,7 +123,7 @@ EXPECTED = {
     ),
     ("AdCo", "multi-crop"): adco(multi_crop=True),
     ("AdCo", "linear"): Expected(
-        "main_lincls", 8, 256, 100, {"lr": by_epoch(10, 0.01)}, "adco", "adco", {"wd": [0.0]}
+        "main_lincls", 8, 256, 100, {"lr": cosine_by_epoch(10, 0.01)}, "adco", "adco", {"wd": [0.0]}
     ),
     ("AdCo", "linear on Places205"): Expected(
         "main_lincls",
@@ -178,7 +144,7 @@ EXPECTED = {
         1,
         4096,
         100,
-        {"lr": by_step(0.1 * 64, 10)},
+        {"lr": cosine_by_step(0.1 * 64, 10)},
         more={"optimizer": "lars_tf", "wd": 1e-4, "temperature": 0.1, "mean": [0.0] * 3},
     ),
     ("FNC", "1 % of the labels"): fnc_few(1, 60),
@@ -188,7 +154,7 @@ EXPECTED = {
         1,
         1024,
         90,
-        {"lr": by_step(0.005 * 32)},
+        {"lr": cosine_by_step(0.005 * 32, 0)},
         "fnc",
         more={"nesterov": True, "zero_init_classifier": True, "crop_min": 0.2, "wd": [0.0]},
     ),
@@ -197,7 +163,7 @@ EXPECTED = {
         4,
         512,
         300,
-        {"lr": swin(1e-3, 5e-7, 5e-6, 5)},
+        {"lr": swin_style(1e-3)},
         more={"arch": "vit_small", "method": "moby", "wd": 0.05, "clip_grad": 5, "amp": "off"},
         launched=4,
     ),
