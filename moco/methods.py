@@ -176,6 +176,7 @@ PROTOCOLS = (
     ),
     Protocol("adco", "main_lincls", "lincls_adco.yaml", every_gpu=True),
     Protocol("fnc", "main_lincls", "lincls_fnc.yaml"),
+    Protocol("moby", "main_lincls", "finetune_moby.yaml", {"weights": "finetune"}),
     Protocol("moby", "main_lincls", "lincls_moby.yaml"),
     Protocol("sogclr", "main_lincls", "lincls_sogclr.yaml"),
     Protocol("synco", "main_semisup"),

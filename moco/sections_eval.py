@@ -68,7 +68,10 @@ class Classifier:
     )
     evaluate: bool = option(False, "only test the classifier of --resume", "-e", switch=False)
     label_smoothing: float = option(
-        0.0, "fraction of each label that is spread evenly over all classes", range="[0, 1)"
+        0.0,
+        "fraction of each label that is spread evenly over all classes",
+        range="[0, 1)",
+        metavar="FRACTION",
     )
     drop_path: float = option(
         0.0,
