@@ -40,7 +40,7 @@ class Network(NamedTuple):
 
 
 RESNET, VIT = Network("resnet18", 32, 20), Network("test_vit", 64, 30)
-FINE_TUNING = "--weights finetune --lr-backbone 0.001 --lr-classifier 0.01".split()
+FINE_TUNING = "--protocol synco --weights finetune --lr-backbone 0.001 --lr-classifier 0.01".split()
 FINE_TUNING += "--train-percent 10 --batch-size 16".split()
 # for each evaluation, the name of the random encoder's figure
 RANDOM = {"knn": "random_knn", "linear": "random_linear", "semisup": "semisup_random"}

@@ -51,7 +51,7 @@ for percent in $percents; do
                 echo "$run: done before"
                 continue
             fi
-            "$python" "$here/main_semisup.py" --weights finetune --val-from-train 0.1 --batch-size 1024 \
+            "$python" "$here/main_semisup.py" --protocol synco --weights finetune --val-from-train 0.1 --batch-size 1024 \
                 --train-percent "$percent" --epochs "$epochs" --lr-backbone "$rate" --lr-classifier 0.5 "$@" \
                 --pretrained "$checkpoint" --save-dir "$run" --resume auto "$data"
         done

@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent  # the clone's folder, whic
 COMMON = ["photos", "--arch", "resnet18", "--image-size", "32", "--workers", "1"]
 # The features of a pre-trained encoder have about four times the norm of random ones, so they need
 # lower learning rates. Several are tried, and the best one counts.
-LINEAR = "--batch-size 32 --lr 0.01 0.03 0.1 0.3 1 --cos".split()
+LINEAR = "--protocol moco --batch-size 32 --lr 0.01 0.03 0.1 0.3 1 --cos".split()
 
 
 def run_on_photos(
