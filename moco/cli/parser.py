@@ -181,10 +181,9 @@ class Parser(EffectsParser):
             print_rank0(f"protocol{name or ''}: the settings of {args.cfg} (--cfg)")
             return
         settings = vars(args)
-        if args.output and not args.pretrained:
-            config = replaced(self.config, output=args.output, tag=args.tag)
-            settings = flat(folders.resolve_output(config))
-            settings = {**vars(args), "pretrained": settings["pretrained"]}
+        if args.output and not (args.pretrained or getattr(args, "load_features", None)):
+            run = folders.resolve_output(replaced(self.config, output=args.output, tag=args.tag))
+            settings = {**settings, "pretrained": flat(run)["pretrained"]}
         protocol, why = protocols.choose(f"main_{self._script()}", settings, named)
         recipe = protocol.recipe and f" (configs/{protocol.recipe})"
         print_rank0(f"protocol {protocol.name}{recipe}: {why}")
