@@ -31,7 +31,7 @@ class FineTuning(ClassifierTask):
     Raises InputError if each process has a single image per batch.
     """
 
-    keep_last = 2  # batch norm needs two images
+    keep_last = 2  # batch norm needs at least two images
 
     def __init__(
         self,

@@ -1,6 +1,6 @@
 """Compute, tabulate and draw the quantities of a run that follow a schedule.
 
-The values come from the functions that training uses.
+The values come from the same functions as in training.
 """
 
 import numpy as np
@@ -66,7 +66,7 @@ class Schedules:
         return values
 
     def turns(self) -> list[int]:
-        """Return the epochs before and after which a quantity changes in another direction."""
+        """Return the epochs at which a quantity begins to rise, to fall or to stay constant."""
         per_epoch = self.steps_per_epoch
         starts = [list(self.at(step).values()) for step in range(0, self.steps, per_epoch)]
         directions = np.sign(np.diff(starts, axis=0))  # [epochs - 1, quantities]

@@ -1,7 +1,7 @@
 """Test the commands on docs/commands.md: their resolved settings are those of the originals.
 
-The machine has 8 GPUs here. The last column of a row lists what differs, so a row without an entry
-in EXPECTED fails, too.
+The tests pretend that the machine has 8 GPUs, or 4 for commands of 4 processes. EXPECTED has the
+settings of the originals. A row without an entry in it fails, too.
 """
 
 import math
@@ -49,11 +49,12 @@ THEIRS = {
 }
 IMAGES = 1_281_167  # of ImageNet
 
-Rate = Callable[[int, int, int], float]  # of a step, for so many steps per epoch and epochs
+# a learning rate as a function of step, steps per epoch and epochs
+Rate = Callable[[int, int, int], float]
 
 
 def at_milestones(lr: float, *milestones: int) -> Rate:
-    """Return a rate that falls to a tenth at each of some epochs."""
+    """Return a learning rate that falls to a tenth at each of these epochs."""
     return lambda step, per, _: lr * 0.1 ** sum(step // per >= epoch for epoch in milestones)
 
 
@@ -62,7 +63,7 @@ def half_cosine(top: float, end: float, passed: float) -> float:
 
 
 def by_epoch(lr: float, end: float = 0) -> Rate:
-    """Return a half cosine that moves at the start of each epoch."""
+    """Return a half cosine that changes at the start of each epoch."""
     return lambda step, per, epochs: half_cosine(lr, end, (step // per) / epochs)
 
 
@@ -79,7 +80,7 @@ def by_step(lr: float, warmup: int = 0) -> Rate:
 
 
 def swin(lr: float, start: float, end: float, warmup: int) -> Rate:
-    """Return the rate of Swin-style code: that of step s is used in step s + 1."""
+    """Return the learning rate of Swin-style code: step s + 1 uses that of step s."""
 
     def rate(step: int, per: int, epochs: int) -> float:
         step, first = max(0, step - 1), warmup * per
@@ -91,18 +92,18 @@ def swin(lr: float, start: float, end: float, warmup: int) -> Rate:
 
 
 def up_and_down(lr: float, period: int) -> Rate:
-    """Return a half cosine to 0 over so many epochs, back up over as many, and so on."""
+    """Return a cosine that falls to 0 in `period` epochs, rises in the next, and so on."""
     return lambda step, per, _: half_cosine(lr, 0, step / per / period)
 
 
 class Expected(NamedTuple):
-    """What the original command does, by the code and README of its authors."""
+    """The settings of an original command, from the code and the README of its authors."""
 
     script: str
     processes: int
     batch: int  # images in a step
     epochs: int
-    rates: dict[str, Rate]  # by option, of the first step and of 1, 2, 3 quarters and the last
+    rates: dict[str, Rate]  # by option; compared at the first, three middle and the last step
     protocol: str = ""
     method: str = "synco"  # of the checkpoint
     more: dict[str, object] = {}  # noqa: RUF012
@@ -140,7 +141,7 @@ def adco(lr: float = 0.03, **more: object) -> Expected:
 
 
 def sogclr(epochs: int, name: str, images: int = IMAGES) -> Expected:
-    """Return .075 sqrt(batch), warmed up over 10 epochs from 0."""
+    """Return a pre-training with lr .075 sqrt(batch), and 10 epochs of warm-up from 0."""
     rates = {"lr": by_step(0.075 * 16, 10)}
     more = {**SOGCLR_MORE, "data_name": name}
     return Expected("main_sogclr", 8, 256, epochs, rates, more=more, images=images)
@@ -160,7 +161,7 @@ def fnc_few(percent: int, epochs: int) -> Expected:
 
 
 def moby_probe(weights: str, **more: object) -> Expected:
-    """Return base rate 1 x batch / 512 with 512 images, so 1."""
+    """Return a probe with lr 1 x batch / 512, which is 1 for 512 images."""
     rates = {"lr": swin(1, 5e-7, 5e-6, 5)}
     more |= {"weights": weights, "wd": [0.0], "nesterov": True, "momentum": 0.9, "clip_grad": 5}
     more |= {"label_smoothing": 0.1, "drop_path": 0.2, "test_resize": "margin"}
@@ -296,7 +297,7 @@ def resolve(monkeypatch, tmp_path):
 
 
 def settings_of(config: object, expected: Expected) -> dict[str, object]:
-    """Return what a row must resolve to: processes, batch, epochs, rates, protocol and more."""
+    """Return the settings to compare: processes, batch, epochs, learning rates, protocol, more."""
     settings = flat(config)
     n = processes.plan(config.launch).world_size
     each = processes.batch_per_process(config.input, n)
@@ -355,7 +356,7 @@ def test_an_original_command_resolves_to_the_same_or_names_ours(key, resolve, ca
     got = settings_of(resolve(script, words, expected), expected)
     out = capsys.readouterr().out
     want = settings_of(resolve(expected.script, shlex.split(ours)[1:], expected), expected)
-    if theirs == "main_linear":  # its batch is that of a process: a line says what to give
+    if theirs == "main_linear":  # its batch is that of each process, and a line says what to give
         assert "for 128 each, give --batch-size 512" in out
         assert (got.pop("batch"), want.pop("batch")) == (128, 512)
         for one in (got, want):
