@@ -54,7 +54,7 @@ def cosine_by_step(lr: float, warmup: int) -> Formula:
 
 
 def swin_style(lr: float, start: float = 5e-7, end: float = 5e-6, warmup: int = 5) -> Formula:
-    """MoBY's code: the rate of step t = s - 1, with the cosine over all steps from step 0.
+    """MoBY's code: the learning rate of step t = s - 1, with the cosine over all steps from step 0.
 
     The rates are those for a total batch of 512, so they need no scaling. `warmup` is in epochs.
     """
@@ -90,7 +90,7 @@ def in_epochs(first: int, last: int, *counts: int) -> dict[str, Formula]:
 
 @dataclass(frozen=True)
 class Facts:
-    """What a recipe must do, by its paper or its authors' code.
+    """The schedules of a recipe, from its paper or its authors' code.
 
     Attributes:
         epochs: E.
@@ -267,7 +267,7 @@ def test_a_recipe_follows_its_schedules(name):
     ],
 )
 def test_synthetic_negatives_begin_and_end_with_an_epoch(name, first, last):
-    """The points above do not touch these epochs."""
+    """Check these epochs here, because the five points above do not."""
     small = SMALL["main_moby"] if "swin" in name else SMALL[""]
     of = tool.load(RECIPES[name], small)
     n = of.steps_per_epoch
@@ -281,7 +281,7 @@ def test_synthetic_negatives_begin_and_end_with_an_epoch(name, first, last):
             assert (of.at(step)["n1"] > 0) == active, step
 
 
-def test_the_places_of_adco_rise_again():
+def test_the_lr_of_adcos_probe_on_places205_rises_again():
     of = tool.load(RECIPES["lincls_adco_places205"], ())
     n = of.steps_per_epoch
     found = [of.at(n * epoch)["lr"] for epoch in (0, 6, 12, 18, 24, 36)]
@@ -289,7 +289,7 @@ def test_the_places_of_adco_rise_again():
 
 
 def test_cos_2_concerns_the_encoder_alone():
-    """AdCo's other cosine: a quarter of one."""
+    """--cos 2 is AdCo's other schedule, a quarter of a cosine."""
     of = tool.load(RECIPES["adco_200"], ("--cos", "2", "-a", "resnet18"))
     n = of.steps_per_epoch
     for epoch in (0, 50, 100, 199):
@@ -332,7 +332,7 @@ def test_the_table_has_the_epochs_at_which_something_turns(call):
 
 
 def test_each_learning_rate_is_a_column_and_a_curve(call, tmp_path):
-    """Of several classifiers, and of the classifier and the backbone."""
+    """Test several classifiers, and a classifier with its backbone."""
     picture = tmp_path / "a folder" / "schedule.png"
     words = ("--lr", 30, 3, "--processes", 2, "--plot", picture)
     status, said = call(RECIPES["lincls_moco"], *words)
@@ -362,7 +362,7 @@ def test_the_picture_shows_every_quantity():
 
 
 def test_the_args_yaml_of_a_run_is_a_recipe(run):
-    """Its script is named by a key, and 8 processes are assumed."""
+    """The key `script` names its script. The tool assumes 8 processes."""
     of = tool.load(run / "args.yaml", (), images=64, processes=1)
     assert of.config.run.method == "moco" and of.at(0)["momentum"] == of.config.encoders.moco_m
     assert tool.processes_of("") == 8
