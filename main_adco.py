@@ -27,7 +27,7 @@ from moco.sections import option
 
 @dataclass(frozen=True)
 class Optimizer(sections.Optimizer):
-    """The encoder's optimizer, with a choice of two cosines."""
+    """The encoder's optimizer, with a half or a quarter of a cosine as schedule."""
 
     cos: int = option(True, "cosine schedule; 2: a quarter of a cosine", switch=True, max_level=2)
 

@@ -29,7 +29,7 @@ from moco.loss.false_negatives import Cancellation
 
 @dataclass(frozen=True)
 class Config(config.Pretraining):
-    """The settings of this script. As in the authors' code, images are not normalized."""
+    """The settings of this script. As by the authors, images are not normalized by default."""
 
     input: sections.Input = sections.Input(batch_size=4096)
     views: sections.Views = sections.Views(recipe="fnc", mean=(0.0,) * 3, std=(1.0,) * 3)

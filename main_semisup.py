@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Semi-supervised learning: train a pre-trained encoder on few labels, and test it on val/.
 
-By default, only a classifier trains; --weights finetune also trains the encoder. configs/ holds the
-papers' settings. Without --pretrained, the encoder is randomly initialised, as a baseline.
+By default, only a classifier trains; --weights finetune also trains the encoder. configs/ has the
+settings of the papers. Without --pretrained, the encoder is randomly initialised, as a baseline.
 """
 
 import moco as _first  # noqa: F401 (before torch: sets how its threads wait)
@@ -91,7 +91,7 @@ def complete(c: Config) -> Config:
         )
     if c.classifier.weights == "finetune" and not (c.finetuning.lr_backbone or c.only_tests):
         message = "--lr-backbone 0: --weights finetune would not train the encoder; "
-        raise InputError(message + "give a rate such as --lr-backbone 0.02, or --weights freeze")
+        raise InputError(message + "give --lr-backbone 0.02, for example, or --weights freeze")
     inputs.check_val_from_train(c)
     names = "weights lr_backbone lr_classifier wd train_percent subset_file ft_proj".split()
     c = inputs.restore_options(config.replaced(c, method="semisup"), names)

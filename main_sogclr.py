@@ -43,8 +43,8 @@ class Contrast:
     t: float = option(0.1, "softmax temperature", range=f"[{LEAST_T}, 100]")
     gather_gradient: str = option(
         "all",
-        "all: the exact gradient, of the losses of all processes; local: features get the gradient "
-        "of their own process's loss only, as in the authors' PyTorch code",
+        "all: a feature gets the gradient of the losses of all processes, which is exact; local: "
+        "that of its own process's loss only, as in the authors' PyTorch code",
         choices=("all", "local"),
     )
     dim: int = option(128, "feature size", range=sections.WIDTH)

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """VOC07 classification: train linear classifiers on frozen features, and test them on test.
 
-They are trained on trainval; --classifier sgd trains on train and chooses the epoch on val. The
-result is the mean average precision (mAP). Without --pretrained, the encoder is randomly
+--classifier svm and linear train on trainval; sgd trains on train, and chooses the epoch on val.
+The result is the mean average precision (mAP). Without --pretrained, the encoder is randomly
 initialised, which is the baseline to compare with.
 """
 
@@ -36,7 +36,7 @@ class Classifiers:
     classifier: str = option(
         "svm",
         "svm, or linear (binary cross entropy with LBFGS): on features of norm 1; sgd: a linear "
-        "layer trained on augmented images, as AdCo's authors do",
+        "layer trained on augmented images, as by AdCo's authors",
         choices=("svm", "linear", "sgd"),
     )
     c: tuple[float, ...] = option(
@@ -66,7 +66,7 @@ def uses_sgd(options: Classifiers | Options) -> bool:
 
 def parser() -> Parser:
     p = Parser(__doc__, Config())
-    p.has_effect("epochs lr", uses_sgd, "it is for --classifier sgd; give both, or neither")
+    p.has_effect("epochs lr", uses_sgd, "it is for --classifier sgd; give both, or leave it out")
     own = "--classifier sgd has its own views and no costs; leave it out, or give --protocol moco"
     names = "c test_resize dump_features load_features"
     p.has_effect(names, lambda args: not uses_sgd(args), own)

@@ -151,8 +151,8 @@ class Protocol:
         name: the name for --protocol.
         script: the evaluation script, without .py.
         recipe: the recipe of the settings, in configs/; "" for the script's defaults.
-        options: the options for which this recipe is; {} if it is for all others.
-        every_gpu: whether it runs on every visible GPU, unless an option says otherwise.
+        options: values of options with which this recipe applies; {} if it applies to all others.
+        every_gpu: whether it starts a process on every visible GPU by default.
     """
 
     name: str

@@ -238,7 +238,7 @@ class Schedule:
     optimizer: str = option(
         "sgd",
         "optimizer; lars_tf: LARS as in SimCLR's TensorFlow code, with the learning rate inside "
-        "the momentum, and a classifier without layer-wise rates; all but adamw use --momentum",
+        "the momentum, and no layer-wise rates for a classifier; all but adamw use --momentum",
         choices=OPTIMIZERS,
     )
     learning_rate_scaling: str = option(
@@ -257,13 +257,13 @@ class Schedule:
     lr_by: str = option(
         "epoch",
         "epoch, epoch-end: the learning rate is constant in each epoch, at the schedule's value "
-        "at its start or its end; step: it changes at each step; previous-step: likewise, one step "
-        "later, and the cosine begins at step 0, not after the warm-up",
+        "at its start or its end; step: it changes at each step; previous-step: likewise, but one "
+        "step later, and the cosine begins at step 0, not after the warm-up",
         choices=("epoch", "epoch-end", "step", "previous-step"),
     )
     sgdr: int = option(
         0,
-        "cosine schedule in periods, by step; 1: down and up in turn; 2: down, and restarted",
+        "cosine that changes at each step; 1: falls and rises in turn; 2: falls and restarts",
         switch=True,
         max_level=2,
     )

@@ -19,7 +19,7 @@ class Views(sections.Views):
         "256 / 224 of --image-size; margin: it becomes --image-size + 32; stretched: both sides "
         "become 256 / 224 of --image-size",
         choices=TEST_RESIZES,
-        unset="the classifier's of --resume, else scaled",
+        unset="that of --resume's classifier, else scaled",
     )
 
 
@@ -27,10 +27,10 @@ def protocol() -> str | None:
     """Return the field of `--protocol`."""
     return option(
         None,
-        "defaults of the evaluation, those of a paper's code: {protocols}. --cfg and the command "
-        "line win",
+        "paper whose settings are the defaults: {protocols}. --cfg and options on the command line "
+        "take precedence",
         metavar="NAME",
-        unset="that of the checkpoint's method; with --cfg none",
+        unset="that of the checkpoint's method; none with --cfg",
     )
 
 
@@ -63,7 +63,7 @@ class Classifier:
     zero_init_classifier: bool = option(False, "initialize the classifier with zeros", switch=False)
     sync_bn: bool = option(
         False,
-        "normalize the batches of all processes together, for --weights finetune",
+        "batch norm normalizes the batches of all processes together, for --weights finetune",
         switch=False,
     )
     evaluate: bool = option(False, "only test the classifier of --resume", "-e", switch=False)

@@ -75,7 +75,7 @@ def test_a_head_that_lacks_a_part_is_found(old, new, lacks):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_the_command_is_of_the_script_that_reads_the_recipe(name, monkeypatch):
-    """The first words of the command, with the options that this project has for it."""
+    """Parse the recipe with the script of its command: the script must know all its options."""
     lines = head(RECIPES[name].read_text())
     scripts = {
         match[1]

@@ -1,14 +1,14 @@
 #!/usr/bin/env python
 """Print the schedules of a recipe: learning rates, momentum, number of synthetic negatives.
 
-RECIPE is a file of configs/, or a run's args.yaml. Options of its script may follow, and change the
-recipe's:
+RECIPE is a file of configs/, or a run's args.yaml. Options of its script may follow. They replace
+those of the recipe:
 
   python tools/schedule.py configs/synco_200.yaml
   python tools/schedule.py configs/synco_200.yaml --epochs 100 --plot schedule.png
 
-A row of the table shows the first step of an epoch, the last row the last step. No data is read and
-nothing is trained.
+Each row of the table shows the first step of an epoch; the last row shows the last step of the run.
+The tool reads no data and trains nothing.
 """
 
 import argparse
@@ -29,7 +29,8 @@ from moco.errors import InputError
 from moco.files import check_new, creating
 from moco.report import schedules
 
-# Training images by data set. ImageNet-100 counts as a tenth of ImageNet, because its classes vary.
+# Training images of each data set. ImageNet-100 counts as a tenth of ImageNet, because its classes
+# are not the same in all papers.
 IMAGES = {
     "imagenet": 1_281_167,
     "imagenet100": 128_117,
@@ -54,13 +55,13 @@ def parser() -> tool.OneLineParser:
     p.add_argument("recipe", metavar="RECIPE", type=Path, help="YAML file of options")
     number = values.in_range(int, "[1, 2147483647]")
     p.add_argument(
-        "--images", type=number, metavar="N", help="training images (default: its data set's)"
+        "--images", type=number, metavar="N", help="training images (default: the data set's)"
     )
     p.add_argument(
         "--processes",
         type=number,
         metavar="N",
-        help=f"processes (default: those of the recipe's command, {GPUS} for every GPU)",
+        help=f"processes (default: those of the recipe's command; {GPUS} if it uses every GPU)",
     )
     p.add_argument(
         "--rows",
@@ -80,7 +81,7 @@ def main() -> int:
 
 
 def parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Return the tool's own options, and the words for the recipe's script."""
+    """Return the tool's own options, and the words that are options of the recipe's script."""
     p = parser()
     p.refuse_empty(words)
     return p.parse_known_args(words)

@@ -138,7 +138,7 @@ def apply(x: Tensor, view: View, draws: Draws) -> Tensor:
     """
     if x.device.type != "cpu":
         return _apply_by_operation(x, view, draws)
-    # A chunk is flipped first, and RandAugment does not commute with a flip.
+    # `_apply_by_chunk` flips first, and RandAugment does not commute with a flip.
     large = x.shape[-2] * x.shape[-1] > _SMALL or view.randaugment[0]
     return _apply_by_image(x, view, draws) if large else _apply_by_chunk(x, view, draws)
 

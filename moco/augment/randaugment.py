@@ -18,7 +18,7 @@ from moco.devices import to_device
 
 LARGEST = 10  # magnitude
 _GREY = 128.0
-_SIZE = 224  # pixels of an image for which the lengths of `OPERATIONS` are meant
+_SIZE = 224  # the lengths in `OPERATIONS` are for images of this many pixels
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,10 @@ class Arguments:
     """The arguments of an operation on B images. The tensors are on the CPU.
 
     Attributes:
-        strength: The strength that belongs to the magnitude.
-        sign: 1 or -1, the direction of each image's shift or turn, [B].
-        center: Row and column of each image's square, as fractions of height and width, [B, 2].
+        strength: the strength of the operation at this magnitude.
+        sign: 1 or -1, the direction in which each image is shifted or rotated, [B].
+        center: row and column of the center of Cutout's square, as fractions of height and width,
+            [B, 2].
     """
 
     strength: float
@@ -40,10 +41,10 @@ Change = Callable[[Tensor, Arguments], Tensor]
 
 
 def apply(x: Tensor, draws: Tensor, magnitude: int) -> Tensor:
-    """Return images [B, 3, H, W] in [0, 1] after RandAugment. They are rounded to grey levels.
+    """Return images after RandAugment, [B, 3, H, W] in [0, 1]. They are rounded to grey levels.
 
     Args:
-        x: images in [0, 1].
+        x: images [B, 3, H, W] in [0, 1].
         draws: uniform random numbers in [0, 1), on the CPU, [B, N, 4]. Each of the N operations
             takes one for its index, one for its sign, and two for its center.
         magnitude: in [0, 10].
@@ -79,7 +80,7 @@ def _equalize(x: Tensor, _: Arguments) -> Tensor:
     levels = x.long().flatten(2)  # [B, 3, H W]
     counts = levels.new_zeros(*levels.shape[:2], 256)
     counts.scatter_add_(2, levels, torch.ones_like(levels))
-    # the number of pixels without the brightest ones, divided over 255 steps
+    # the number of pixels below the brightest level, divided by 255 steps
     step = (levels.shape[2] - counts.gather(2, levels.amax(2, keepdim=True))) // 255
     darker = counts.cumsum(2) - counts
     table = ((darker + step // 2) // step.clamp_min(1)).clamp_max(255)
@@ -106,7 +107,7 @@ def _solarize_add(x: Tensor, arguments: Arguments) -> Tensor:
     return torch.where(x < 128, (x + int(arguments.strength)).clamp_max(255), x)
 
 
-# operations that move an image away from another one, or towards it
+# operations that blend an image with another one
 
 
 def _blend(other: Tensor, x: Tensor, factor: float) -> Tensor:
@@ -133,7 +134,7 @@ def _brightness(x: Tensor, arguments: Arguments) -> Tensor:
 
 
 def _sharpness(x: Tensor, arguments: Arguments) -> Tensor:
-    """Move an image away from its smoothed version. Pixels at the border stay as they are."""
+    """Blend an image with its smoothed version. Pixels at the border stay as they are."""
     if min(x.shape[2:]) < 3:
         return x
     kernel = x.new_ones(3, 1, 3, 3)
@@ -168,7 +169,7 @@ def _affine(sign: Tensor, matrix: tuple[float, ...]) -> Tensor:
 
 
 def _rotate(x: Tensor, arguments: Arguments) -> Tensor:
-    """Turn images about their center."""
+    """Rotate images about their center."""
     height, width = x.shape[2:]
     y0, x0 = (height - 1) / 2, (width - 1) / 2
     angle = math.radians(arguments.strength)

@@ -109,8 +109,8 @@ class AdCo(QueryAndKey):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss and metrics of a step that fills the bank, and keep its keys.
 
-        As in the authors' code, the negatives are the bank's entries alone, not the other keys of
-        the batch, and there is one direction.
+        As in the authors' code, the negatives are the bank's entries alone, without the other keys
+        of the batch. The loss has one direction, also if `symmetric`.
 
         Args:
             query_view: the first view, [B, 3, S, S].

@@ -75,7 +75,7 @@ class Method(nn.Module, ABC):
         return [{"params": params, "lr": lr, "weight_decay": wd}]
 
     def schedules(self, progress: Progress) -> dict[str, float]:
-        """Return the method's quantities that may change during a run, by name, at `progress`."""
+        """Return the value at `progress` of each quantity that may change during a run, by name."""
         return {}
 
     def notes(self, images: int) -> list[str]:

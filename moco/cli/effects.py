@@ -31,7 +31,8 @@ class EffectsParser(OneLineParser):
         recipe: the options given by --cfg, or by the recipe of a protocol.
         recipe_name: the file of the recipe, for messages.
         of_args_yaml: whether --cfg is the args.yaml of a run, which holds all settings.
-        has_settings: whether --cfg has settings of this script, not only those of a pre-training.
+        has_settings: whether --cfg has settings for this script. In an evaluation, the recipe of a
+            pre-training has none, unless it names the recipe of the probe.
         own: the script's defaults.
     """
 

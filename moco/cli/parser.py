@@ -157,9 +157,9 @@ class Parser(EffectsParser):
         return replaced(self.config, **vars(args))
 
     def _take_own_folder(self, args: Options) -> None:
-        """Set the data folder to ./data, and download the data set of --dataset to it.
+        """Set the data folder to ./data. Turn on --download if --dataset can be downloaded.
 
-        Raises InputError if the images are those of a folder that the user must give.
+        Raises InputError for ImageNet and photos, whose folder must be given.
         """
         if args.dataset in ("imagenet", "photos"):
             raise InputError("no data folder: give DIR (with train/ and val/), or the word photos")
@@ -170,7 +170,8 @@ class Parser(EffectsParser):
     def _defaults_of_protocol(self, args: Options) -> None:
         """Take the settings of a paper's protocol as defaults, and print which one and why.
 
-        A recipe of --cfg takes its place. If --protocol is given as well, the recipe wins over it.
+        A recipe of --cfg takes the place of the protocol. If both are given, the settings of the
+        recipe take precedence over those of the protocol.
 
         Args:
             args: the command line, parsed with the defaults of --cfg.
@@ -206,9 +207,9 @@ class Parser(EffectsParser):
         return Path(self.prog).stem.removeprefix("main_")
 
     def _read_opts(self, argv: list[str]) -> list[str]:
-        """Return the words of a command line with options in place of --opts KEY VALUE ...
+        """Return the words of a command line, with --opts KEY VALUE ... replaced by options.
 
-        The options come first, so that those of the command line win, as in Swin-style scripts.
+        These come first, so that the other options take precedence, as in Swin-style scripts.
         """
         if "--opts" not in argv:
             return argv
@@ -331,9 +332,9 @@ class Parser(EffectsParser):
 
 
 def _nearest_recipe(path: Path) -> Path | None:
-    """Return the recipe that `path` probably means, or None.
+    """Return the recipe that is probably meant by `path`, or None.
 
-    A recipe whose words are all in the name is preferred to one with similar letters.
+    A recipe whose words are all in the name of `path` comes before one with a similar name.
     """
     folder = RECIPES / path.parent.name  # such as cifar10
     recipes = {file.stem: file for file in (folder if folder.is_dir() else RECIPES).glob("*.yaml")}

@@ -1,4 +1,4 @@
-"""Choose the protocol of an evaluation: the paper whose settings are the defaults."""
+"""Choose the protocol of an evaluation: the settings of a paper, which become the defaults."""
 
 from collections.abc import Container, Mapping
 from typing import NamedTuple
@@ -82,10 +82,10 @@ def _recipe(script: str, name: str, settings: Mapping[str, object]) -> Protocol:
 
 
 def note_batch(config: Config, given: Container[str]) -> str | None:
-    """Return a line if a published command of this protocol would have another total batch.
+    """Return a line if a published command would have another total batch than this one.
 
-    MoBY's and SynCo-v2's scripts count the images of each process, the evaluations here those of
-    the node.
+    `--batch-size` counts the images of a process in the scripts of MoBY and SynCo-v2, and those of
+    the node in the evaluations here.
 
     Args:
         config: the settings of the evaluation.
@@ -97,6 +97,6 @@ def note_batch(config: Config, given: Container[str]) -> str | None:
         return None
     batch = config.input.batch_size
     return (
-        f"--batch-size {batch} is the total of all {n} processes. In the authors' script it is "
-        f"that of each process: for {batch} each, give --batch-size {batch * n}"
+        f"--batch-size {batch} is the total of all {n} processes. In the authors' script, it is "
+        f"the batch of each process: for {batch} each, give --batch-size {batch * n}"
     )

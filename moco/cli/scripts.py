@@ -1,4 +1,4 @@
-"""Use the scripts from other programs: their settings and methods, without starting a run."""
+"""Load the settings and the methods of scripts, without starting a run."""
 
 import contextlib
 import importlib

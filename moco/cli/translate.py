@@ -95,7 +95,7 @@ def read_opts(
 
 
 def _words(form: str, value: str) -> list[str]:
-    """Return the words for a setting of --opts, without those that repeat a default."""
+    """Return the words of the option for a setting of --opts. A switch that is off has none."""
     if " " not in form or "{" not in form:  # a switch, or nothing
         return form.split() if value.lower() in ("true", "1") else []
     half = f"{float(value) / 2:g}" if is_number(value) else value
@@ -103,7 +103,7 @@ def _words(form: str, value: str) -> list[str]:
 
 
 class _Forms(NamedTuple):
-    """The options here for one option of FNC's run.py, by job; "" where none is needed."""
+    """The options here for one option of FNC's run.py, for each job; "" if none is needed."""
 
     pretrain: str = ""
     probe: str = ""
@@ -139,7 +139,7 @@ _FNC_DROPPED = (
     "gcp-project global-bn master tpu-name tpu-zone train-split train-summary-steps use-tpu "
     "variable-schema"
 ).split()
-# the values that this project has, of options without a counterpart
+# options without a counterpart, with the values that correspond to this project
 _FNC_FIXED = {
     "color-jitter-strength": ("1", "1.0"),
     "fine-tune-after-block": ("4", "-1"),
@@ -180,7 +180,7 @@ def refuse_fnc(argv: list[str]) -> None:
 
 
 def _fnc_command(flags: dict[str, str], others: list[str]) -> str:
-    """Return the command to use here, which uses the protocol of FNC's paper."""
+    """Return the command to use here. An evaluation has the protocol of FNC's paper."""
     name, _, split = flags.get("dataset", "imagenet2012").partition("/")
     subset = {"1pct": "1", "10pct": "10"}.get(split)  # of the data set imagenet2012_subset
     if flags.get("train-mode") == "pretrain":

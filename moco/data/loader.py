@@ -180,9 +180,9 @@ class TrainBatchSampler(Sampler):
     a global batch has the same images for any number of processes, and each rank takes an equal
     number of them.
 
-    A step has `accumulation` global batches. The images at the end of an epoch that do not fill a
-    step are left out, or make a smaller last step. There, too, each rank has an equal number of
-    images. If necessary, the first images of the epoch are repeated to fill the last batch.
+    A step has `accumulation` global batches. If the images of an epoch do not fill the last step,
+    they are left out, or the last step is smaller. In a smaller step, too, each rank has an equal
+    number of images. If necessary, the first images of the epoch are repeated to make it equal.
 
     Negative steps come before epoch 0, while AdCo fills its bank. They take the images of the first
     steps of epoch 0 (and of the next epochs, if epoch 0 is shorter), but crop them differently:
@@ -202,8 +202,8 @@ class TrainBatchSampler(Sampler):
     ):
         """Prepare the steps from `start` to `stop` - 1 for `n` images, `batch` of them per rank.
 
-        `before` steps come before epoch 0. `keep_last` is the least number of images per rank in a
-        smaller last batch. 0 leaves these images out.
+        `before` is the number of steps before epoch 0. `keep_last` is the minimum number of images
+        per rank in the smaller last batch. If it is 0, there is no such batch.
         """
         self.n, self.batch, self.accumulation = n, batch, accumulation
         self.seed, self.start, self.stop, self.before = seed, start, stop, before
@@ -242,13 +242,13 @@ class TrainBatchSampler(Sampler):
         ranks, rank = distributed.world_size(), distributed.rank()
         shuffled_epoch = None
         for step in range(self.start, self.stop):
-            shown = step if step >= 0 else step + self.before  # the step with these images
+            shown = step if step >= 0 else step + self.before  # the step whose images are read
             epoch, step_in_epoch = divmod(shown, self.steps_per_epoch)
             if epoch != shuffled_epoch:
                 draw = rng.generator("cpu", rng.ORDER, self.seed, epoch)
                 order, shuffled_epoch = torch.randperm(self.n, generator=draw), epoch
             first = step_in_epoch * self.accumulation * self.batch * ranks
-            shown_in = epoch if step >= 0 else -1 - epoch  # the epoch of the views' random numbers
+            shown_in = epoch if step >= 0 else -1 - epoch  # epoch that seeds the random crops
             for size in self.sizes(shown):
                 mine = torch.arange(size) + first + rank * size
                 yield [(shown_in, i) for i in order[mine % self.n].tolist()]

@@ -16,7 +16,7 @@ def lr_scale(scaling: str, batch: int) -> float:
 
 
 def changes_by(schedule: Schedule) -> str:
-    """Return the value of `--lr-by` that the run follows: with `--sgdr` always step."""
+    """Return the value of `--lr-by` that applies. With `--sgdr`, it is always "step"."""
     return "step" if schedule.sgdr else schedule.lr_by
 
 
@@ -55,9 +55,9 @@ def lr_of_step(
 def curve(schedule: Schedule, base_lr: float, epoch: float, scale: float = 1.0) -> float:
     """Return the value of the schedule after `epoch` epochs.
 
-    It rises linearly over `schedule.lr_warmup_epochs` from `schedule.lr_warmup_from`. If it changes
-    by epoch, it rises from 0, and epoch 0 already has the first step of the rise. Then it follows
-    one of:
+    It rises linearly from `schedule.lr_warmup_from` over `schedule.lr_warmup_epochs`. If it changes
+    by epoch, it rises in equal steps from 0, and epoch 0 has the value of the first step. After the
+    warm-up, it follows one of:
 
     - `schedule.cos` 1: a half cosine from `base_lr` to `schedule.lr_final` at the end of the run;
     - `schedule.cos` 2 (main_adco.py): a quarter cosine from `base_lr` to 0 at the end of the run;
@@ -68,7 +68,7 @@ def curve(schedule: Schedule, base_lr: float, epoch: float, scale: float = 1.0) 
     - otherwise a factor of 0.1 at each epoch of `schedule.schedule`.
 
     With `schedule.lr_by` step or epoch-end, a cosine begins when the warm-up ends, as in SimCLR and
-    MoCo v3. Otherwise it begins at epoch 0, and the warm-up replaces its first part: where the
+    MoCo v3. Otherwise it begins at epoch 0, and the warm-up replaces its first part. When the
     warm-up ends, the learning rate drops from nearly `base_lr` to the cosine's value.
 
     Args:

@@ -19,7 +19,7 @@ def make(groups: list[dict[str, Any]], schedule: Schedule, amp: str) -> torch.op
 
     Args:
         groups: parameter groups, each with `params`, `lr` and `weight_decay`. A group with
-            `"adapt": False` has a new classifier, which lars_tf trains without layer-wise rates.
+            `"adapt": False` holds a new classifier; lars_tf trains it without layer-wise rates.
         schedule: the settings of the optimizer and its schedule.
         amp: the value of `--amp`.
 
@@ -155,7 +155,7 @@ class LARS(torch.optim.Optimizer):
         weight_decay: wd.
         momentum: momentum, in [0, 1).
         trust: trust coefficient.
-        more: default settings of groups for `TFLARS`.
+        more: further default settings of parameter groups, which `TFLARS` needs.
     """
 
     lr_in_momentum = False
@@ -203,8 +203,8 @@ class TFLARS(LARS):
     """LARS as in the TensorFlow code of SimCLR, FNC and SogCLR.
 
     The learning rate is inside the momentum: v <- momentum v + lr u and w <- w - v, with the u of
-    `LARS`. A group with `"adapt": False` has u = g, without weight decay. It holds a classifier:
-    if that starts at 0, its trust ratio would stay so small that nothing is learnt.
+    `LARS`. A parameter group with `"adapt": False` has u = g, without weight decay. It is for a
+    classifier: if its weights start at 0, |w| in u would keep them too small to learn anything.
     """
 
     lr_in_momentum = True

@@ -37,7 +37,7 @@ class Task(ABC):
     """
 
     images_before_epoch_0 = 0  # number of images to train on before epoch 0, in steps below 0
-    keep_last = 0  # of `TrainBatchSampler`: whether the last, smaller batch of an epoch trains, too
+    keep_last = 0  # minimum images per rank in a smaller last batch; 0: leave it out
     may_diverge = False  # whether the run continues if the loss or a weight is NaN or infinite
     scales_gradient = True  # whether --amp fp16 scales the gradient
 

@@ -19,16 +19,15 @@ from moco.evaluate import metrics
 from moco.evaluate.inputs import Splits
 from moco.evaluate.results import write_results
 from moco.files import read_json
-from moco.sections_eval import Classifier
 
 
 @torch.no_grad()
-def init_classifier(layer: nn.Linear, settings: Classifier) -> None:
-    """Draw the weights of `layer` from N(0, .01²), or set them to 0. Set its bias to 0.
+def init_classifier(layer: nn.Linear, zeros: bool = False) -> None:
+    """Draw the weights of `layer` from N(0, .01²), or set them to 0 if `zeros`. Set its bias to 0.
 
     The weights are drawn on the CPU, so that they are the same on every device.
     """
-    std = 0.0 if settings.zero_init_classifier else 0.01
+    std = 0.0 if zeros else 0.01
     layer.weight.copy_(torch.empty(layer.weight.shape).normal_(std=std))
     layer.bias.zero_()
 

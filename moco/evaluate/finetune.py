@@ -31,7 +31,7 @@ class FineTuning(ClassifierTask):
     Raises InputError if each process has a single image per batch.
     """
 
-    keep_last = 2  # batch norm needs two images
+    keep_last = 2  # batch norm needs at least two images
 
     def __init__(
         self,
@@ -49,7 +49,7 @@ class FineTuning(ClassifierTask):
                 "Raise --batch-size"
             )
         self.classifier, self.lr_backbone = networks.classifier(net), lr_backbone
-        init_classifier(self.classifier, config.classifier)
+        init_classifier(self.classifier, config.classifier.zero_init_classifier)
         if config.classifier.sync_bn:
             net = distributed.sync_batch_norm(net, device)
         super().__init__(config, net, images, device, [setting], **more)

@@ -60,7 +60,7 @@ class LinearProbe(ClassifierTask):
     ):
         net.requires_grad_(False)
         first = networks.head(net).requires_grad_(True)
-        init_classifier(first, config.classifier)
+        init_classifier(first, config.classifier.zero_init_classifier)
         self.heads = [first] + [copy.deepcopy(first) for _ in settings[1:]]
         if len(self.heads) > 1:
             networks.set_head(net, Heads(self.heads))

@@ -1,6 +1,6 @@
 """Compute, tabulate and draw the quantities of a run that follow a schedule.
 
-The values come from the functions that training uses.
+The values come from the same functions as in training.
 """
 
 from collections.abc import Callable

@@ -79,7 +79,7 @@ def test_every_config_builds_the_model_that_it_says(file):
     assert model.backbone.res3[0].conv2.stride == ((2, 2) if mine else (1, 1))
 
 
-def test_every_schedule_has_a_config_of_each_repository():
+def test_every_schedule_has_a_config_for_each_repository():
     names = {file.stem for file in configs()}
     for schedule in ("pascal_voc_R_50_C4_12k", "pascal_voc_R_50_C4_24k"):
         assert {schedule, *(schedule + ending for ending in CONVERTED)} <= names
@@ -91,7 +91,7 @@ def test_every_schedule_has_a_config_of_each_repository():
 @pytest.mark.parametrize("data", ["pascal_voc_R_50_C4_24k", "coco_R_50_C4_2x"])
 @pytest.mark.parametrize(("ending", "lr"), [("_moco", 0.02), ("_synco", 0.01), ("_adco", 0.02)])
 def test_the_commands_of_the_three_repositories(data, ending, lr, tmp_path, monkeypatch, capsys):
-    """They are typed in the folder of the scripts, where the READMEs say so."""
+    """Run them in the folder of the scripts, as the READMEs say."""
     train_net = importlib.import_module("train_net")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").symlink_to(HERE / "configs")

@@ -111,7 +111,7 @@ def test_other_readers_compute_the_features_of_pre_training(trained, expected):
     check(pictures.encoder(runs.read([trained])[0], None)[0], expected)
 
 
-def test_an_export_keeps_them(trained, expected, tmp_path, monkeypatch, capsys):
+def test_an_export_keeps_the_epsilons(trained, expected, tmp_path, monkeypatch, capsys):
     file, out = trained / "checkpoint_0000.pth.tar", tmp_path / "swin.safetensors"
     for path in (out, out.with_suffix(".pth")):
         monkeypatch.setattr(sys, "argv", ["export", str(file), str(path), "--force", "--hub"])
@@ -126,7 +126,7 @@ def test_an_export_keeps_them(trained, expected, tmp_path, monkeypatch, capsys):
     assert epsilons(names["net"]) == epsilons(pretrained.read(str(out)).net)
 
 
-def test_a_resumed_run_and_a_classifier_keep_them(trained, script, shared_images, tmp_path):
+def test_a_resumed_run_and_a_classifier_keep_the_epsilons(trained, script, shared_images, tmp_path):
     file = trained / "checkpoint_0000.pth.tar"
     command = (shared_images, *SWIN, "--resume", file, "--save-dir", tmp_path / "more")
     more = ("--epochs", 2, "--allow-change", "epochs")
@@ -149,7 +149,7 @@ def test_a_resumed_run_and_a_classifier_keep_them(trained, script, shared_images
     assert found["settings"]["norm_eps"] == "synco-v2"
 
 
-def test_they_are_refused_if_they_contradict_the_file_or_the_network(
+def test_epsilons_are_refused_if_they_contradict_the_file_or_the_network(
     trained, script, shared_images
 ):
     file = trained / "checkpoint_0000.pth.tar"

@@ -1,4 +1,4 @@
-"""Test which protocol an evaluation takes, and the options of other repositories' evaluations."""
+"""Test the choice of an evaluation's protocol, and the options of other repositories' scripts."""
 
 import shlex
 
@@ -85,7 +85,7 @@ def test_the_checkpoint_s_method_chooses_the_protocol(script, method, saved, cap
     assert (args.multiprocessing_distributed is None) == one.every_gpu
 
 
-def test_every_protocol_is_of_a_script_and_of_a_recipe_that_exist():
+def test_scripts_and_recipes_of_protocols_exist():
     assert {one.script for one in PROTOCOLS} == {"main_lincls", "main_semisup", "main_voc07"}
     assert all((RECIPES / one.recipe).is_file() for one in PROTOCOLS if one.recipe)
     probes = {one.name for one in PROTOCOLS if one.script == "main_lincls"}
@@ -108,7 +108,7 @@ def test_the_command_line_wins_over_the_protocol_and_a_recipe_replaces_it(saved,
     assert (args.lr, args.learning_rate_scaling, args.cos) == ([30.0], "linear", True)
 
 
-def test_the_default_says_why(saved, capsys):
+def test_the_default_protocol_is_printed_with_the_reason(saved, capsys):
     for words, why in (
         ([], "the default, because there is no --pretrained"),
         (["--pretrained", saved("dino")], "does not name a method of this project"),
@@ -121,7 +121,7 @@ def test_the_default_says_why(saved, capsys):
     assert "the default; " in capsys.readouterr().out
 
 
-def test_a_frozen_classifier_s_file_chooses_by_its_encoder(saved):
+def test_the_encoder_of_a_classifier_s_file_chooses_the_protocol(saved):
     file = saved("linear", args={"encoder_method": "sogclr", "weights": "finetune"})
     assert settings(main_lincls, ["DIR", "--pretrained", file]).protocol == "sogclr"
 
@@ -178,7 +178,7 @@ OPTS = {
 
 
 @pytest.mark.parametrize("keys", OPTS)
-def test_opts_are_taken(keys, capsys):
+def test_settings_after_opts_are_read_as_options(keys, capsys):
     args = settings(main_lincls, ["DIR", "--opts", *keys.split()])
     assert {name: getattr(args, name) for name in OPTS[keys]} == OPTS[keys]
     line = capsys.readouterr().out.splitlines()[0]
@@ -189,7 +189,7 @@ def test_opts_are_taken(keys, capsys):
     assert again == args
 
 
-def test_opts_of_pre_training_are_taken_and_the_command_line_wins():
+def test_settings_after_opts_in_pre_training_yield_to_options():
     keys = "MODEL.TYPE byol MODEL.MOBY.CONTRAST_MOMENTUM 0.9 MODEL.MOBY.CONTRAST_NUM_NEGATIVE 64 "
     keys += "MODEL.MOBY.CONTRAST_TEMPERATURE .3 MODEL.MOBY.PROJ_NUM_LAYERS 3 DATA.BATCH_SIZE 16 "
     keys += "MODEL.MOBY.PRED_NUM_LAYERS 1 MODEL.MOBY.ONLINE_DROP_PATH_RATE .1 TRAIN.EPOCHS 5"

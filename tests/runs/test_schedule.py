@@ -37,7 +37,7 @@ ONE_PERCENT, TEN_PERCENT = 12_811, 128_116  # labelled images
 
 @dataclass(frozen=True)
 class Facts:
-    """What a recipe must do, by its paper or its authors' code.
+    """The schedules of a recipe, from its paper or its authors' code.
 
     Attributes:
         epochs: E.
@@ -215,7 +215,7 @@ def test_a_recipe_follows_its_schedules(name):
     ],
 )
 def test_synthetic_negatives_begin_and_end_with_an_epoch(name, first, last):
-    """The points above do not touch these epochs."""
+    """Check these epochs here, because the five points above do not."""
     small = SMALL["main_moby"] if "swin" in name else SMALL[""]
     of = tool.load(RECIPES[name], small)
     n = of.steps_per_epoch
@@ -229,7 +229,7 @@ def test_synthetic_negatives_begin_and_end_with_an_epoch(name, first, last):
             assert (of.at(step)["n1"] > 0) == active, step
 
 
-def test_the_places_of_adco_rise_again():
+def test_the_lr_of_adcos_probe_on_places205_rises_again():
     of = tool.load(RECIPES["lincls_adco_places205"], ())
     n = of.steps_per_epoch
     found = [of.at(n * epoch)["lr"] for epoch in (0, 6, 12, 18, 24, 36)]
@@ -237,7 +237,7 @@ def test_the_places_of_adco_rise_again():
 
 
 def test_cos_2_concerns_the_encoder_alone():
-    """AdCo's other cosine: a quarter of one."""
+    """--cos 2 is AdCo's other schedule, a quarter of a cosine."""
     of = tool.load(RECIPES["adco_200"], ("--cos", "2", "-a", "resnet18"))
     n = of.steps_per_epoch
     for epoch in (0, 50, 100, 199):
@@ -286,7 +286,7 @@ def test_a_run_of_one_step(call, tmp_path):
 
 
 def test_each_learning_rate_is_a_column_and_a_curve(call, tmp_path):
-    """Of several classifiers, and of the classifier and the backbone."""
+    """Test several classifiers, and a classifier with its backbone."""
     picture = tmp_path / "a folder" / "schedule.png"
     words = ("--lr", 30, 3, "--processes", 2, "--plot", picture)
     status, said = call(RECIPES["lincls_moco"], *words)

@@ -16,7 +16,6 @@ import main_semisup
 from moco.data import subsets
 from moco.encoder.resnets import resnet
 from moco.evaluate import classifier, inputs
-from moco.sections_eval import Classifier
 
 pytestmark = pytest.mark.slow
 
@@ -185,7 +184,7 @@ def test_a_new_classifier_does_not_depend_on_where_the_layer_is():
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
         layer = nn.Linear(5, 40, dtype=dtype)
         torch.manual_seed(0)
-        classifier.init_classifier(layer, Classifier())
+        classifier.init_classifier(layer)
         found.append(layer.weight)
         assert not layer.bias.any()
     assert torch.equal(found[0].double(), found[1]) and torch.equal(found[0].bfloat16(), found[2])

@@ -106,7 +106,7 @@ def test_resumed_run_equals_uninterrupted_run(method, script, shared_images, tmp
 
 @pytest.mark.parametrize("weights", ["freeze", "finetune"])
 def test_resumed_classifier_equals_uninterrupted_one(weights, script, shared_images, tmp_path):
-    """So does the stochastic depth of a network that is frozen, or fine-tuned."""
+    """Stochastic depth resumes, too, in a frozen and in a fine-tuned network."""
     command = (
         shared_images,
         *typed("-a test_vit --image-size 32 -b 8 -j 0 --lr 0.1 --nesterov --clip-grad 5"),

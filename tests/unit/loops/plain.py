@@ -33,7 +33,7 @@ class TinyResNet(models.ResNet):
 
 
 class Network:
-    """A network on W simulated processes: the same weights, and batch norm statistics of each.
+    """A network on W simulated processes, with shared weights and separate batch norm statistics.
 
     Args:
         net: the layers; its own weights are not used.
@@ -220,7 +220,7 @@ class LARS:
 
 
 class AdamW:
-    """Adam with decoupled weight decay of everything but vectors."""
+    """Adam with decoupled weight decay. Vectors have none."""
 
     def __init__(self, decay: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8):
         self.decay, self.betas, self.eps, self.steps = decay, betas, eps, 0
@@ -250,7 +250,7 @@ def clipped(grads: dict[str, Tensor], most: float) -> dict[str, Tensor]:
 
 
 def unit(x: Tensor) -> Tensor:
-    """Return rows of norm 1."""
+    """Return `x`, with each row divided by its norm."""
     return x / x.square().sum(-1, keepdim=True).sqrt()
 
 

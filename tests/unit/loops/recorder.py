@@ -38,7 +38,7 @@ class Recorder:
         self.steps[-1].setdefault(name, []).append(value)
 
     def follow(self, task) -> None:
-        """Convert what trains to float64, and record each step of the task."""
+        """Convert the trained module to float64, and record each step of the task."""
         self.module = task.module
         task.trained_module.double()
         for name, buffer in task.module.named_buffers():
@@ -91,7 +91,7 @@ class Recorder:
 
 
 def tiny(arch: str, weights: None, num_classes: int, **more: bool) -> nn.Module:
-    """Return a small ResNet of torchvision instead of the one that is asked for."""
+    """Return a small ResNet instead of torchvision's `arch`."""
     return TinyResNet(num_classes, **more)
 
 
@@ -176,7 +176,7 @@ PROCESSES = [1, pytest.param(2, marks=pytest.mark.slow)]
 
 
 def check(ranks: list[dict], replayed: list[dict]) -> None:
-    """Fail unless the losses and all weights and buffers of all steps and ranks are the same.
+    """Fail unless the losses, weights and buffers of all steps and ranks are equal to 1e-10.
 
     Args:
         ranks: the record of each rank.

@@ -40,7 +40,7 @@ def network():
 
 
 def learning_rate(step):
-    """Rise over the first epoch, then fall along a cosine; both at each step."""
+    """Return the learning rate of a step: a rise over the first epoch, then a cosine."""
     top, epoch = LR * math.sqrt(BATCH), step * EPOCHS / STEPS
     if epoch < 1:
         return top * epoch
@@ -48,7 +48,7 @@ def learning_rate(step):
 
 
 def false_negatives(bank, own):
-    """Return the entries that are assumed to show the class of an image.
+    """Return the false negatives of an image: the most similar entries above the threshold.
 
     Args:
         bank: normalized entries.
@@ -109,7 +109,7 @@ def replay(ranks, variant, inside=True):
         states = [{**f.state(rank, "encoder_q."), **own_state[rank]} for rank in range(processes)]
         found.append({"states": states})
         if step == STEPS:
-            # neither none of the candidates are above the threshold, nor all
+            # some candidates are above the threshold, but not all
             assert 0.1 * TOPK < cancelled / (STEPS * BATCH) < 0.95 * TOPK
             return found
 
@@ -157,8 +157,8 @@ def test_eight_steps_equal_the_plain_loop(recorded, variant, processes):
     check(ranks, replay(ranks, variant))
 
 
-def test_a_plain_loop_with_the_rate_outside_the_momentum_differs(recorded):
-    """The first step has rate 0, and the rates of the two forms differ from the second on."""
+def test_a_plain_loop_with_the_lr_outside_the_momentum_differs(recorded):
+    """The learning rate is 0 in the first step, so the weights differ after the second."""
     ranks = recorded("attract", 1)
     with pytest.raises(AssertionError, match="before step 2"):
         check(ranks, replay(ranks, "attract", inside=False))

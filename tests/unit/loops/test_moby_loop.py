@@ -47,7 +47,7 @@ def learning_rate(step, authors):
     """Return the learning rate of a step.
 
     It rises over the first epoch, and then falls along a cosine. In the authors' code, the cosine
-    spans all steps, and each step has the rate of the step before it.
+    spans all steps, and each step has the learning rate of the step before it.
     """
     top, start, final = (lr * BATCH / 256 for lr in (LR, LR_FROM if authors else 0, LR_FINAL))
     step = max(0, step - 1) if authors else step

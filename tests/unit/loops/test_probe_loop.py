@@ -40,7 +40,8 @@ def factor(variant, step):
 def replay(ranks, variant, decays):
     """Return the losses and the states of all steps; see `recorder.check`.
 
-    The features are those of the record, which are float32. `test_features` checks them.
+    The features are taken from the record. They were computed in float32;
+    `test_features_are_those_of_the_frozen_network_in_eval_mode` checks them.
     """
     start = ranks[0]["steps"][0]["state"]
     settings = [(lr, decay) for lr in LRS for decay in decays]

@@ -39,7 +39,7 @@ def network():
 
 
 def learning_rate(step):
-    """Rise over the first epoch, then fall along a cosine; both at each step."""
+    """Return the learning rate of a step: a rise over the first epoch, then a cosine."""
     top, epoch = LR * math.sqrt(BATCH), step * EPOCHS / STEPS
     if epoch < 1:
         return top * epoch
@@ -51,7 +51,7 @@ def replay(ranks, average, gamma=GAMMA):
 
     Args:
         ranks: the record of each process.
-        average: whether each image has a moving average u: SogCLR.
+        average: whether each image has a moving average u, as in SogCLR.
         gamma: the weight of a new value in it.
     """
     processes, start = len(ranks), ranks[0]["steps"][0]["state"]

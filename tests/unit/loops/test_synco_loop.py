@@ -119,7 +119,7 @@ def test_a_plain_loop_with_later_negatives_differs(recorded):
 
 
 def test_sizes_and_ranges_of_the_draws(recorded):
-    """The replay takes the draws as they were; here they are checked."""
+    """Check the recorded random draws, which the replay uses without a check."""
     (one,) = recorded("synco", 1)
     draws = [step["draws"][0] for step in one["steps"] if "draws" in step]
     assert len(draws) == STEPS - WARMUP * STEPS // EPOCHS
