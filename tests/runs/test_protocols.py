@@ -1,5 +1,6 @@
 """Test which protocol an evaluation takes, and the options of other repositories' evaluations."""
 
+import importlib
 import shlex
 
 import pytest
@@ -73,10 +74,12 @@ def test_the_checkpoint_s_method_chooses_the_protocol(script, method, saved, cap
     mine = [one for one in own if one.name == METHODS[method].protocol] or own[:1]
     one = mine[-1]  # the last one of a name is for the widest settings
     options = [word for name, value in one.options.items() for word in (f"--{name}", value)]
-    args = settings(SCRIPTS[script], ["DIR", "--pretrained", saved(method), *options])
+    in_file = METHODS[method].saved or method
+    file = saved(in_file, args={"script": METHODS[method].script.removeprefix("main_")})
+    args = settings(SCRIPTS[script], ["DIR", "--pretrained", file, *options])
     line = capsys.readouterr().out.splitlines()[0]
     assert line.startswith(f"protocol {one.name}") and args.protocol == one.name
-    assert method in line
+    assert f" {in_file} ({METHODS[method].script}.py)" in line
     if one.recipe:
         assert f"(configs/{one.recipe})" in line and not differing(args, one.recipe)
     else:
@@ -124,6 +127,22 @@ def test_the_default_says_why(saved, capsys):
 def test_a_frozen_classifier_s_file_chooses_by_its_encoder(saved):
     file = saved("linear", args={"encoder_method": "sogclr", "weights": "finetune"})
     assert settings(main_lincls, ["DIR", "--pretrained", file]).protocol == "sogclr"
+
+
+def test_the_network_tells_synco_v2_from_synco_if_the_file_does_not_name_the_script(saved):
+    of_linear = {"encoder_method": "synco", "weights": "freeze", "script": "lincls"}
+    for method, args in (("synco", {}), ("linear", of_linear)):
+        for arch, protocol in (("swin_tiny", "moby"), ("resnet50", "moco")):
+            file = saved(method, args=args, arch=arch)
+            assert settings(main_lincls, ["DIR", "--pretrained", file]).protocol == protocol
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_of_each_method_is_saved_under_the_name_that_chooses_its_protocol(method):
+    one = METHODS[method]
+    module = importlib.import_module(one.script)
+    c = module.complete(module.parser().parse(["photos", *shlex.split(one.tiny)]))
+    assert c.run.method == (one.saved or one.name)
 
 
 def test_output_and_tag_find_the_checkpoint(saved, tmp_path):
