@@ -109,6 +109,7 @@ def test_the_command_line_wins_over_the_protocol_and_a_recipe_replaces_it(saved,
     # both: the recipe wins over the protocol, as --cfg does over defaults
     args = settings(main_lincls, ["DIR", "--protocol", "sogclr", "--cfg", cfg])
     assert (args.lr, args.learning_rate_scaling, args.cos) == ([30.0], "linear", True)
+    assert f"--protocol; the settings of {cfg} win (--cfg)" in capsys.readouterr().out
 
 
 def test_the_default_says_why(saved, capsys):
@@ -226,7 +227,8 @@ def test_opts_of_pre_training_are_taken_and_the_command_line_wins():
         ("DATA.BATCH_SIZE 128", "--batch-size counts all images of the node: give 128 x"),
         ("TRAIN.EPOCS 3", "unknown key 'TRAIN.EPOCS'; the nearest is 'TRAIN.EPOCHS'"),
         ("MODEL.MOBY.CONTRAST_TEMPERATURE 1", "this script has no option for it"),
-        ("TRAIN.EPOCHS", "'TRAIN.EPOCHS' has no value"),
+        ("MODEL.SWIN.EMBED_DIM 96", "no option for it; docs/commands.md lists the settings"),
+        ("TRAIN.EPOCHS", "'TRAIN.EPOCHS' has no value; give KEY VALUE ..., and DIR before --opts"),
     ],
 )
 def test_wrong_opts_say_what_to_do(keys, said, script, images):
@@ -292,6 +294,11 @@ def test_flags_of_fnc_s_script_name_the_command_to_use(flags, script):
     args = settings(SCRIPTS[name.removesuffix(".py")], words)
     found = {option: getattr(args, option) for option in FNC[flags]}
     assert found == FNC[flags]
+
+
+def test_options_of_this_project_do_not_replace_the_data_folder_of_fnc_s_script(script, images):
+    words = ("--train_mode=pretrain", f"--data_dir={images}", "-a", "resnet18", "-j", 0)
+    refused(script("main_fnc", *words), f"main_fnc.py -a resnet18 -j 0 {images}")
 
 
 def test_an_option_of_fnc_without_counterpart_is_named(script, images):
