@@ -13,12 +13,13 @@ class Method:
     """A pre-training method, and the options of its commands.
 
     Attributes:
-        name: the name of the method in checkpoints and results.
+        name: the name of the method, which checkpoints and results contain, unless `saved` does.
         script: the script that trains it, without .py.
         tiny: options for tests: those that select the method, and small sizes.
         photos: options for a run of minutes on `photos`, at 32 pixels with a ResNet (ViT: 64).
         recipe: the recipe of its published settings, in configs/.
         protocol: the protocol of its paper's evaluations, a name in `PROTOCOLS`.
+        saved: the name in checkpoints and results, if it is not `name`: another method has it, too.
     """
 
     name: str
@@ -27,6 +28,7 @@ class Method:
     photos: str
     recipe: str
     protocol: str = "moco"
+    saved: str = ""
 
 
 SIX = "--n1 4 --n2 4 --n3 4 --n4 4 --n5 4 --n6 4"
@@ -55,6 +57,7 @@ METHODS = {
             tiny="--moco-k 256",
             photos=f"{_PHOTOS} --moco-k 256 --schedule 12 16",
             recipe="mocov1_200.yaml",
+            saved="moco",
         ),
         Method(
             name="mocov2",
@@ -62,6 +65,7 @@ METHODS = {
             tiny=_MOCOV2,
             photos=_PHOTOS_V2,
             recipe="mocov2_200.yaml",
+            saved="moco",
         ),
         Method(
             name="mochi",
@@ -130,6 +134,7 @@ METHODS = {
             f" --synthetic-last 24 {SIX}",
             recipe="synco_swin_tiny.yaml",
             protocol="moby",
+            saved="synco",
         ),
         Method(
             name="byol",
@@ -161,8 +166,6 @@ class Protocol:
     options: Mapping[str, object] = field(default_factory=dict)
     every_gpu: bool = False
 
-
-_PLACES205 = {"dataset": "places205"}
 
 # The first protocol of a script is its default.
 PROTOCOLS = (

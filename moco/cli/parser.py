@@ -187,7 +187,8 @@ class Parser(EffectsParser):
             settings = {**settings, "pretrained": flat(run)["pretrained"]}
         protocol, why = protocols.choose(f"main_{self._script()}", settings, named)
         recipe = protocol.recipe and f" (configs/{protocol.recipe})"
-        print_rank0(f"protocol {protocol.name}{recipe}: {why}")
+        wins = f"; the settings of {args.cfg} win (--cfg)" if self.has_settings else ""
+        print_rank0(f"protocol {protocol.name}{recipe}: {why}{wins}")
         of_cfg, self.recipe = self.recipe, {}
         if protocol.recipe:
             self._defaults_from(str(RECIPES / protocol.recipe))

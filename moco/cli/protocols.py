@@ -5,10 +5,11 @@ from typing import NamedTuple
 
 from moco.config import Config, flat
 from moco.encoder import metadata
+from moco.encoder.resnets import ARCHS
 from moco.engine import checkpoint
 from moco.errors import InputError, unknown
 from moco.launch import processes
-from moco.methods import METHODS, PROTOCOLS, Protocol
+from moco.methods import METHODS, PROTOCOLS, Method, Protocol
 
 
 class Choice(NamedTuple):
@@ -48,19 +49,33 @@ def choose(script: str, settings: Mapping[str, object], given: str | None) -> Ch
         why = "the default, because there is no --pretrained"
         return Choice(_recipe(script, known[0], settings), why)
     try:
-        method = metadata.read_metadata(checkpoint.load(str(path))).method
+        method = _method(metadata.read_metadata(checkpoint.load(str(path))))
     except InputError:  # the evaluation will raise it again when it loads the encoder
         return Choice(_recipe(script, known[0], settings), f"the default; {path} cannot be read")
-    method = method.removesuffix(", fine-tuned")
-    if method not in METHODS:
+    if method is None:
         why = f"the default, because {path} does not name a method of this project"
         return Choice(_recipe(script, known[0], settings), why)
-    name = METHODS[method].protocol
-    if name in known:
-        why = f"that of {method}, with which {path} was pre-trained"
-        return Choice(_recipe(script, name, settings), why)
-    why = f"the default; {path} was pre-trained with {method}"
+    name = f"{method.saved or method.name} ({method.script}.py)"
+    if method.protocol in known:
+        why = f"that of {name}, with which {path} was pre-trained"
+        return Choice(_recipe(script, method.protocol, settings), why)
+    why = f"the default; {path} was pre-trained with {name}"
     return Choice(_recipe(script, known[0], settings), why)
+
+
+def _method(found: metadata.Metadata) -> Method | None:
+    """Return the method that pre-trained an encoder, if it is one of this project's.
+
+    SynCo and SynCo-v2 have the same name in checkpoints. If the checkpoint does not name the script
+    of its pre-training, as that of a classifier, the network tells which: only main_moby.py trains
+    transformers.
+    """
+    name = found.method.removesuffix(", fine-tuned")
+    same = [one for one in METHODS.values() if name == (one.saved or one.name)]
+    by_script = [one for one in same if one.script == f"main_{found.options.get('script')}"]
+    transformer = found.arch is not None and found.arch not in ARCHS
+    by_arch = [one for one in same if (one.script == "main_moby") == transformer]
+    return next(iter(by_script or by_arch or same), None)
 
 
 def _recipe(script: str, name: str, settings: Mapping[str, object]) -> Protocol:

@@ -6,7 +6,7 @@ from collections.abc import Collection
 from typing import NamedTuple
 
 from moco.cli.actions import is_number
-from moco.errors import InputError, unknown
+from moco.errors import InputError, nearest, unknown
 
 # Settings that Swin-style scripts (MoBY, SynCo-v2) take after --opts, and the options to use here.
 # {half} is half of the value: these scripts scale learning rates by total batch / 512, this project
@@ -76,14 +76,17 @@ def read_opts(
     is_value = lambda word: not word.startswith("-") or is_number(word)  # noqa: E731
     given = list(itertools.takewhile(is_value, words))
     if len(given) % 2:
-        raise InputError(f"{_OPTS}: '{given[-1]}' has no value; give KEY VALUE ...")
+        hint = "give KEY VALUE ..., and DIR before --opts or after another option"
+        raise InputError(f"{_OPTS}: '{given[-1]}' has no value; {hint}")
     found, errors = [], []
     for key, value in zip(given[::2], given[1::2], strict=True):
         form = SWIN_OPTS.get(key, f"--{key.split('.')[-1].lower().replace('_', '-')} {{}}")
         if form and form.split()[0] not in options:
             known = [one for one, form in SWIN_OPTS.items() if form.split(" ")[0] in options]
             what = f"{_OPTS} {key}: this script has no option for it"
-            errors.append(str(unknown("key", key, known)) if key not in SWIN_OPTS else what)
+            mistyped = key not in SWIN_OPTS and nearest(key, known)
+            page = "; docs/commands.md lists the settings" if key not in SWIN_OPTS else ""
+            errors.append(str(unknown("key", key, known)) if mistyped else what + page)
         elif key == "DATA.BATCH_SIZE" and not batch_is_per_process:
             total = f"--batch-size counts all images of the node: give {value} x its processes"
             errors.append(f"{_OPTS} {key} {value}: {total}")
@@ -192,7 +195,7 @@ def _fnc_command(flags: dict[str, str], others: list[str]) -> str:
         words += ["--weights finetune"] * (flags.get("fine-tune-after-block") == "-1")
         words += ["--zero-init-classifier"] * ("zero-init-logits-layer" in flags)
     flags = {flag: value for flag, value in flags.items() if "://" not in value}  # no buckets here
-    folder = flags.get("data-dir", "DIR")
+    others = others + [flags["data-dir"]] * ("data-dir" in flags) or ["DIR"]
     if not name.startswith("imagenet"):
         words.append(f"--dataset {name}")
     for flag, value in flags.items():
@@ -202,7 +205,7 @@ def _fnc_command(flags: dict[str, str], others: list[str]) -> str:
             words.append(_FNC_OPTIONS[flag][job].replace("{}", shlex.quote(value)))
         elif flag not in (*_FNC_DROPPED, *_FNC_FIXED, "dataset"):
             words.append(f"--{flag} {value}".strip())
-    return " ".join(filter(None, [*words, *map(shlex.quote, others or [folder])]))
+    return " ".join(filter(None, [*words, *map(shlex.quote, others)]))
 
 
 def _flags(argv: list[str]) -> tuple[dict[str, str], list[str]]:

@@ -1,5 +1,6 @@
 """Test the choice of an evaluation's protocol, and the options of other repositories' scripts."""
 
+import importlib
 import shlex
 
 import pytest
@@ -73,10 +74,12 @@ def test_the_checkpoint_s_method_chooses_the_protocol(script, method, saved, cap
     mine = [one for one in own if one.name == METHODS[method].protocol] or own[:1]
     one = mine[-1]  # the last one of a name is for the widest settings
     options = [word for name, value in one.options.items() for word in (f"--{name}", value)]
-    args = settings(SCRIPTS[script], ["DIR", "--pretrained", saved(method), *options])
+    in_file = METHODS[method].saved or method
+    file = saved(in_file, args={"script": METHODS[method].script.removeprefix("main_")})
+    args = settings(SCRIPTS[script], ["DIR", "--pretrained", file, *options])
     line = capsys.readouterr().out.splitlines()[0]
     assert line.startswith(f"protocol {one.name}") and args.protocol == one.name
-    assert method in line
+    assert f" {in_file} ({METHODS[method].script}.py)" in line
     if one.recipe:
         assert f"(configs/{one.recipe})" in line and not differing(args, one.recipe)
     else:
@@ -106,6 +109,7 @@ def test_the_command_line_wins_over_the_protocol_and_a_recipe_replaces_it(saved,
     # both: the recipe wins over the protocol, as --cfg does over defaults
     args = settings(main_lincls, ["DIR", "--protocol", "sogclr", "--cfg", cfg])
     assert (args.lr, args.learning_rate_scaling, args.cos) == ([30.0], "linear", True)
+    assert f"--protocol; the settings of {cfg} win (--cfg)" in capsys.readouterr().out
 
 
 def test_the_default_protocol_is_printed_with_the_reason(saved, capsys):
@@ -124,6 +128,22 @@ def test_the_default_protocol_is_printed_with_the_reason(saved, capsys):
 def test_the_encoder_of_a_classifier_s_file_chooses_the_protocol(saved):
     file = saved("linear", args={"encoder_method": "sogclr", "weights": "finetune"})
     assert settings(main_lincls, ["DIR", "--pretrained", file]).protocol == "sogclr"
+
+
+def test_the_network_tells_synco_v2_from_synco_if_the_file_does_not_name_the_script(saved):
+    of_linear = {"encoder_method": "synco", "weights": "freeze", "script": "lincls"}
+    for method, args in (("synco", {}), ("linear", of_linear)):
+        for arch, protocol in (("swin_tiny", "moby"), ("resnet50", "moco")):
+            file = saved(method, args=args, arch=arch)
+            assert settings(main_lincls, ["DIR", "--pretrained", file]).protocol == protocol
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_of_each_method_is_saved_under_the_name_that_chooses_its_protocol(method):
+    one = METHODS[method]
+    module = importlib.import_module(one.script)
+    c = module.complete(module.parser().parse(["photos", *shlex.split(one.tiny)]))
+    assert c.run.method == (one.saved or one.name)
 
 
 def test_output_and_tag_find_the_checkpoint(saved, tmp_path):
@@ -207,7 +227,8 @@ def test_settings_after_opts_in_pre_training_yield_to_options():
         ("DATA.BATCH_SIZE 128", "--batch-size counts all images of the node: give 128 x"),
         ("TRAIN.EPOCS 3", "unknown key 'TRAIN.EPOCS'; the nearest is 'TRAIN.EPOCHS'"),
         ("MODEL.MOBY.CONTRAST_TEMPERATURE 1", "this script has no option for it"),
-        ("TRAIN.EPOCHS", "'TRAIN.EPOCHS' has no value"),
+        ("MODEL.SWIN.EMBED_DIM 96", "no option for it; docs/commands.md lists the settings"),
+        ("TRAIN.EPOCHS", "'TRAIN.EPOCHS' has no value; give KEY VALUE ..., and DIR before --opts"),
     ],
 )
 def test_wrong_opts_say_what_to_do(keys, said, script, images):
@@ -273,6 +294,11 @@ def test_flags_of_fnc_s_script_name_the_command_to_use(flags, script):
     args = settings(SCRIPTS[name.removesuffix(".py")], words)
     found = {option: getattr(args, option) for option in FNC[flags]}
     assert found == FNC[flags]
+
+
+def test_options_of_this_project_do_not_replace_the_data_folder_of_fnc_s_script(script, images):
+    words = ("--train_mode=pretrain", f"--data_dir={images}", "-a", "resnet18", "-j", 0)
+    refused(script("main_fnc", *words), f"main_fnc.py -a resnet18 -j 0 {images}")
 
 
 def test_an_option_of_fnc_without_counterpart_is_named(script, images):
