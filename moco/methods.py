@@ -13,13 +13,13 @@ class Method:
     """A pre-training method, and the options of its commands.
 
     Attributes:
-        name: the name of the method, which checkpoints and results contain, unless `saved` does.
+        name: the name of the method; also in checkpoints and results, unless `saved` is.
         script: the script that trains it, without .py.
         tiny: options for tests: those that select the method, and small sizes.
         photos: options for a run of minutes on `photos`, at 32 pixels with a ResNet (ViT: 64).
         recipe: the recipe of its published settings, in configs/.
         protocol: the protocol of its paper's evaluations, a name in `PROTOCOLS`.
-        saved: the name in checkpoints and results, if it is not `name`: another method has it, too.
+        saved: the name in checkpoints and results, if it is another one.
     """
 
     name: str

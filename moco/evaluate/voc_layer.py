@@ -28,7 +28,6 @@ from moco.engine.precision import autocast, prepare_images
 from moco.errors import InputError
 from moco.evaluate import inputs, metrics
 from moco.evaluate.classifier import init_classifier
-from moco.sections_eval import Classifier
 
 Batch = tuple[Tensor, Tensor]  # features [B, D] and labels [B, num_classes]
 
@@ -259,7 +258,7 @@ def classify(
     encoder, size = FrozenEncoder(net, config, device), config.views.image_size
     torch.manual_seed(config.run.seed)
     layer = nn.Linear(networks.num_features(net), len(train.classes))
-    init_classifier(layer, Classifier())
+    init_classifier(layer)
     layer.to(device)
     val_features = encoder.split(val, Stretched(size))
     best = train_layer(layer, lambda epoch: encoder.epoch(train, epoch), val_features, epochs, lr)
