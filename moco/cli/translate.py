@@ -195,7 +195,7 @@ def _fnc_command(flags: dict[str, str], others: list[str]) -> str:
         words += ["--weights finetune"] * (flags.get("fine-tune-after-block") == "-1")
         words += ["--zero-init-classifier"] * ("zero-init-logits-layer" in flags)
     flags = {flag: value for flag, value in flags.items() if "://" not in value}  # no buckets here
-    others = others + [flags["data-dir"]] * ("data-dir" in flags) or ["DIR"]
+    folder = flags.get("data-dir", "DIR" if name.startswith("imagenet") and not others else "")
     if not name.startswith("imagenet"):
         words.append(f"--dataset {name}")
     for flag, value in flags.items():
@@ -205,7 +205,7 @@ def _fnc_command(flags: dict[str, str], others: list[str]) -> str:
             words.append(_FNC_OPTIONS[flag][job].replace("{}", shlex.quote(value)))
         elif flag not in (*_FNC_DROPPED, *_FNC_FIXED, "dataset"):
             words.append(f"--{flag} {value}".strip())
-    return " ".join(filter(None, [*words, *map(shlex.quote, others)]))
+    return " ".join(filter(None, [*words, *map(shlex.quote, filter(None, [*others, folder]))]))
 
 
 def _flags(argv: list[str]) -> tuple[dict[str, str], list[str]]:
