@@ -195,7 +195,8 @@ def _fnc_command(flags: dict[str, str], others: list[str]) -> str:
         words += ["--weights finetune"] * (flags.get("fine-tune-after-block") == "-1")
         words += ["--zero-init-classifier"] * ("zero-init-logits-layer" in flags)
     flags = {flag: value for flag, value in flags.items() if "://" not in value}  # no buckets here
-    others = others + [flags["data-dir"]] * ("data-dir" in flags) or ["DIR"]
+    data = [flags["data-dir"]] if "data-dir" in flags else []
+    others = [*others, *data] or ["DIR"]
     if not name.startswith("imagenet"):
         words.append(f"--dataset {name}")
     for flag, value in flags.items():
