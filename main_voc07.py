@@ -67,7 +67,7 @@ def uses_sgd(options: Classifiers | Options) -> bool:
 def parser() -> Parser:
     p = Parser(__doc__, Config())
     p.has_effect("epochs lr", uses_sgd, "it is for --classifier sgd; give both, or leave it out")
-    own = "--classifier sgd has its own views and no costs; leave it out, or give --protocol moco"
+    own = "--classifier sgd has its own views and no costs; leave it out, or give --classifier svm"
     names = "c test_resize dump_features load_features"
     p.has_effect(names, lambda args: not uses_sgd(args), own)
     return p

@@ -60,11 +60,10 @@ class Classifier:
         "freeze: train the classifier only; finetune: train the encoder, too",
         choices=("freeze", "finetune"),
     )
-    zero_init_classifier: bool = option(False, "initialize the classifier with zeros", switch=False)
+    zero_init_classifier: bool = option(False, "initialize the classifier with zeros")
     sync_bn: bool = option(
         False,
         "batch norm normalizes the batches of all processes together, for --weights finetune",
-        switch=False,
     )
     evaluate: bool = option(False, "only test the classifier of --resume", "-e", switch=False)
     label_smoothing: float = option(

@@ -58,7 +58,7 @@ def choose(script: str, settings: Mapping[str, object], given: str | None) -> Ch
     name = f"{method.saved or method.name} ({method.script}.py)"
     if method.protocol in known:
         why = f"that of {name}, with which {path} was pre-trained"
-        return Choice(_recipe(script, method.protocol, settings), why)
+        return Choice(_recipe(script, method.protocol, settings, f" ({why})"), why)
     why = f"the default; {path} was pre-trained with {name}"
     return Choice(_recipe(script, known[0], settings), why)
 
@@ -78,8 +78,10 @@ def _method(found: metadata.Metadata) -> Method | None:
     return next(iter(by_script or by_arch or same), None)
 
 
-def _recipe(script: str, name: str, settings: Mapping[str, object]) -> Protocol:
+def _recipe(script: str, name: str, settings: Mapping[str, object], why: str = "") -> Protocol:
     """Return the first protocol of that name whose options are those of the settings.
+
+    `why` is the reason for the name, for the error.
 
     Raises InputError if there is none.
     """
@@ -93,7 +95,7 @@ def _recipe(script: str, name: str, settings: Mapping[str, object]) -> Protocol:
         for option, value in one.options.items()
     )
     others = " or ".join(f"--protocol {other}" for other in names(script) if other != name)
-    raise InputError(f"protocol {name} has settings only for {needed}; give one, or {others}")
+    raise InputError(f"protocol {name}{why} has settings only for {needed}; give one, or {others}")
 
 
 def note_batch(config: Config, given: Container[str]) -> str | None:

@@ -139,7 +139,7 @@ _FNC_OPTIONS = {
 # options for machines, logs and tests, which change no result
 _FNC_DROPPED = (
     "cache-dataset checkpoint-steps data-dir eval-batch-size eval-name eval-split eval-steps "
-    "gcp-project global-bn master tpu-name tpu-zone train-split train-summary-steps use-tpu "
+    "gcp-project master tpu-name tpu-zone train-split train-summary-steps use-tpu "
     "variable-schema"
 ).split()
 # options without a counterpart, with the values that correspond to this project
@@ -155,8 +155,8 @@ _FNC_FIXED = {
     "train-steps": ("0",),
     "use-blur": ("True", "true", "1", ""),
     "width-multiplier": ("1",),
-    "zero-init-logits-layer": ("True", "true", "1", ""),
 }
+_FNC_SWITCHES = ("global-bn", "zero-init-logits-layer")
 _FNC_OPTIMIZERS = {"momentum": "--optimizer sgd --nesterov", "lars": "--optimizer lars_tf"}
 # options that only run.py has
 _FNC_MARKS = {"train-mode", "fine-tune-after-block", "ft-proj-selector", "zero-init-logits-layer"}
@@ -193,7 +193,10 @@ def _fnc_command(flags: dict[str, str], others: list[str]) -> str:
     else:
         job, words = 1, ["main_lincls.py --protocol fnc"]
         words += ["--weights finetune"] * (flags.get("fine-tune-after-block") == "-1")
-        words += ["--zero-init-classifier"] * ("zero-init-logits-layer" in flags)
+    if job and not _is_true(flags.get("zero-init-logits-layer", "False")):  # run.py's default
+        words.append("--no-zero-init-classifier")
+    if job == 2 and not _is_true(flags.get("global-bn", "True")):
+        words.append("--no-sync-bn")
     flags = {flag: value for flag, value in flags.items() if "://" not in value}  # no buckets here
     folder = flags.get("data-dir", "DIR" if name.startswith("imagenet") and not others else "")
     if not name.startswith("imagenet"):
@@ -203,9 +206,14 @@ def _fnc_command(flags: dict[str, str], others: list[str]) -> str:
             words.append(_FNC_OPTIMIZERS.get(value, f"--optimizer {value}"))
         elif flag in _FNC_OPTIONS:
             words.append(_FNC_OPTIONS[flag][job].replace("{}", shlex.quote(value)))
-        elif flag not in (*_FNC_DROPPED, *_FNC_FIXED, "dataset"):
+        elif flag not in (*_FNC_DROPPED, *_FNC_FIXED, *_FNC_SWITCHES, "dataset"):
             words.append(f"--{flag} {value}".strip())
     return " ".join(filter(None, [*words, *map(shlex.quote, filter(None, [*others, folder]))]))
+
+
+def _is_true(value: str) -> bool:
+    """Return whether a switch of run.py is on; without a value, it is."""
+    return value.lower() in ("", "true", "1")
 
 
 def _flags(argv: list[str]) -> tuple[dict[str, str], list[str]]:

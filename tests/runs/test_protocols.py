@@ -301,6 +301,17 @@ def test_options_of_this_project_do_not_replace_the_data_folder_of_fnc_s_script(
     refused(script("main_fnc", *words), f"main_fnc.py -a resnet18 -j 0 {images}")
 
 
+@pytest.mark.parametrize("flag", ["--zero_init_logits_layer=False", "--global_bn=False", ""])
+def test_a_switch_of_fnc_that_is_off_stays_off(flag):
+    words = f"--train_mode=finetune --ft_proj_selector=1 --checkpoint=CKPT {flag}".split()
+    with pytest.raises(InputError, match="the same here is: ") as error:
+        settings(main_semisup, [*words, "--dataset=imagenet2012_subset/1pct"])
+    _, *words = shlex.split(str(error.value).partition("the same here is: ")[2])
+    args = settings(main_semisup, words)
+    assert not args.zero_init_classifier  # the default of run.py
+    assert args.sync_bn == (flag != "--global_bn=False")
+
+
 def test_an_option_of_fnc_without_counterpart_is_named(script, images):
     words = "--train_mode=finetune --fine_tune_after_block=2 --sk_ratio=0.0625"
     said = "no option here corresponds to --fine-tune-after-block=2, --sk-ratio=0.0625"
