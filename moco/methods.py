@@ -158,6 +158,8 @@ class Protocol:
         recipe: the recipe of the settings, in configs/; "" for the script's defaults.
         options: values of options with which this recipe applies; {} if it applies to all others.
         every_gpu: whether it starts a process on every visible GPU by default.
+        unless: options of another evaluation: if the command line has one of them, the checkpoint's
+            method does not select this protocol.
     """
 
     name: str
@@ -165,6 +167,7 @@ class Protocol:
     recipe: str = ""
     options: Mapping[str, object] = field(default_factory=dict)
     every_gpu: bool = False
+    unless: tuple[str, ...] = ()
 
 
 # The first protocol of a script is its default.
@@ -186,5 +189,10 @@ PROTOCOLS = (
     Protocol("fnc", "main_semisup", "semisup_fnc_1pct.yaml", {"train_percent": 1}),
     Protocol("fnc", "main_semisup", "semisup_fnc_10pct.yaml", {"train_percent": 10}),
     Protocol("moco", "main_voc07"),
-    Protocol("adco", "main_voc07", "voc07_adco.yaml"),
+    Protocol(
+        "adco",
+        "main_voc07",
+        "voc07_adco.yaml",
+        unless=("classifier", "c", "test_resize", "dump_features"),
+    ),
 )

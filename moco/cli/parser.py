@@ -185,7 +185,7 @@ class Parser(EffectsParser):
         if args.output and not (args.pretrained or getattr(args, "load_features", None)):
             run = folders.resolve_output(replaced(self.config, output=args.output, tag=args.tag))
             settings = {**settings, "pretrained": flat(run)["pretrained"]}
-        protocol, why = protocols.choose(f"main_{self._script()}", settings, named)
+        protocol, why = protocols.choose(f"main_{self._script()}", settings, self.given)
         recipe = protocol.recipe and f" (configs/{protocol.recipe})"
         wins = f"; the settings of {args.cfg} win (--cfg)" if self.has_settings else ""
         print_rank0(f"protocol {protocol.name}{recipe}: {why}{wins}")

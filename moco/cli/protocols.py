@@ -29,21 +29,21 @@ def name_of(recipe: str) -> str | None:
     return next((one.name for one in PROTOCOLS if one.recipe == recipe), None)
 
 
-def choose(script: str, settings: Mapping[str, object], given: str | None) -> Choice:
-    """Return the protocol of an evaluation.
+def choose(script: str, settings: Mapping[str, object], given: Mapping[str, object]) -> Choice:
+    """Return the protocol that `--protocol` names, or else that of the checkpoint's method.
 
     Args:
         script: the evaluation script, without .py.
         settings: all settings by name.
-        given: the name that `--protocol` gives; None to choose by the method of the checkpoint.
+        given: those of the command line.
 
     Raises InputError if the name is unknown, or if the protocol needs other options.
     """
     known = names(script)
-    if given is not None:
-        if given not in known:
-            raise unknown("protocol", given, known)
-        return Choice(_recipe(script, given, settings), "--protocol")
+    if (named := given.get("protocol")) is not None:
+        if named not in known:
+            raise unknown("protocol", named, known)
+        return Choice(_recipe(script, named, settings), "--protocol")
     path = settings.get("pretrained")
     if not path:
         why = "the default, because there is no --pretrained"
@@ -58,7 +58,12 @@ def choose(script: str, settings: Mapping[str, object], given: str | None) -> Ch
     name = f"{method.saved or method.name} ({method.script}.py)"
     if method.protocol in known:
         why = f"that of {name}, with which {path} was pre-trained"
-        return Choice(_recipe(script, method.protocol, settings, f" ({why})"), why)
+        chosen = _recipe(script, method.protocol, settings, f" ({why})")
+        others = [f"--{option.replace('_', '-')}" for option in chosen.unless if option in given]
+        if not others:
+            return Choice(chosen, why)
+        why = f"the default, because {others[0]} is given; {path} was pre-trained with {name}"
+        return Choice(_recipe(script, known[0], settings), why)
     why = f"the default; {path} was pre-trained with {name}"
     return Choice(_recipe(script, known[0], settings), why)
 

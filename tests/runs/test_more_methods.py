@@ -94,7 +94,7 @@ def test_every_evaluation_reads_the_checkpoint(
             *typed("--ft-proj 1"),
         ),
         "main_knn": (shared_images, "--k", 5),
-        "main_voc07": (voc, "--classifier", "svm", "--c", 1),
+        "main_voc07": (voc, "--c", 1),
     }
     for evaluation, options in calls.items():
         run = tmp_path / evaluation

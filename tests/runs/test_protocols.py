@@ -125,6 +125,13 @@ def test_the_default_protocol_is_printed_with_the_reason(saved, capsys):
     assert "the default; " in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("words", ["--c 1 10", "--classifier linear", "--dump-features F"])
+def test_options_of_svms_choose_svms(words, saved, capsys):
+    args = settings(main_voc07, ["DIR", "--pretrained", saved("adco"), *words.split()])
+    assert args.protocol == "moco" and args.classifier != "sgd" and args.mean is None
+    assert f"because {words.split()[0]} is given" in capsys.readouterr().out
+
+
 def test_the_encoder_of_a_classifier_s_file_chooses_the_protocol(saved):
     file = saved("linear", args={"encoder_method": "sogclr", "weights": "finetune"})
     assert settings(main_lincls, ["DIR", "--pretrained", file]).protocol == "sogclr"
