@@ -62,6 +62,12 @@ class Method(nn.Module, ABC):
     def after_step(self) -> None:
         """Run after each step of the optimizer, for example to update a moving average."""
 
+    def reset_copies(self) -> None:
+        """Copy the networks that are trained to their moving averages, if there are any.
+
+        Called after `--init` has loaded weights into the networks that are trained.
+        """
+
     def parameter_groups(self, lr: float, wd: float) -> list[dict[str, Any]]:
         """Return the optimizer's parameter groups: by default, one with all trainable parameters.
 
@@ -105,6 +111,11 @@ class MovingAverage(Method):
     def schedules(self, progress: Progress) -> dict[str, float]:
         """Return the momentum of the moving average, which is constant."""
         return {"momentum": self.m}
+
+    def reset_copies(self) -> None:
+        """Copy the encoder to its moving average, if there is one."""
+        if self.encoder_k is not None:
+            self.encoder_k.load_state_dict(self.encoder_q.state_dict())
 
     @torch.no_grad()
     def after_step(self) -> None:
@@ -263,6 +274,11 @@ class OnlineAndTarget(Method):
         """Return the target's momentum after the step at `progress`."""
         self._progress = progress
         return {"momentum": self.momentum()}
+
+    def reset_copies(self) -> None:
+        """Copy the online encoder and projector to the target."""
+        self.encoder_k.load_state_dict(self.encoder.state_dict())
+        self.projector_k.load_state_dict(self.projector.state_dict())
 
     def momentum(self) -> float:
         """Return the target's momentum after the current step, in [m, 1] (BYOL, section 3.3).

@@ -6,7 +6,7 @@ an object that has all settings as attributes, and the config itself as `config`
 
 from collections.abc import Callable, Iterator
 
-from moco import sections, sections_eval
+from moco import sections, sections_eval, sections_pretrain
 from moco.augment import recipes
 from moco.builder.synco import COUNTS, SyntheticNegatives
 from moco.cli.effects import EffectsParser, Options
@@ -113,6 +113,11 @@ def _schedule(parser: EffectsParser) -> None:
     parser.has_effect("nesterov", lambda args: args.optimizer == "sgd", sgd)
 
 
+def _start(parser: EffectsParser) -> None:
+    resumed = "the run continues with the weights of its checkpoint (--resume)"
+    parser.has_effect("init", lambda args: not args.resume, resumed, refuse=False)
+
+
 def _monitor(parser: EffectsParser) -> None:
     off = "the k-NN monitor is off; give --knn-every EPOCHS as well, or leave it out"
     parser.has_effect("knn_k knn_t knn_features", lambda args: args.knn_every, off)
@@ -182,4 +187,5 @@ _RULES: dict[type, Declare] = {
     sections_eval.Classifier: _classifier,
     sections_eval.FeatureFiles: _feature_files,
     sections.QueryAndKey: _query_and_key,
+    sections_pretrain.Start: _start,
 }

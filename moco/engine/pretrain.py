@@ -17,7 +17,7 @@ from moco.data import cache, folders, loader, registry, subsets
 from moco.data.images import Images
 from moco.distributed import print_rank0
 from moco.encoder import networks, resnets
-from moco.engine import checkpoint, contract, features, next_commands, precision
+from moco.engine import checkpoint, contract, features, initial, next_commands, precision
 from moco.engine.log import Metrics, format_duration
 from moco.engine.trainer import Task, Trainer
 from moco.errors import InputError
@@ -52,7 +52,7 @@ def complete(config: Pretraining) -> Pretraining:
     """Return `config` with the mean and std of the data set, unless they are given.
 
     Call it before any process starts. Raises InputError if the architecture or the data do not fit
-    the script.
+    the script, or if the weights of `--init` do not fit the architecture.
     """
     if not config.TRANSFORMERS and config.network.arch not in resnets.ARCHS:
         raise InputError(
@@ -68,6 +68,7 @@ def complete(config: Pretraining) -> Pretraining:
         if registry.METRIC[dataset] == "map11" and config.monitor.knn_every:
             several = f"each image of {dataset} has several labels, and k-NN needs one"
             raise InputError(f"--knn-every: {several}; leave it out")
+    initial.check(config)
     mean, std = registry.normalization(dataset)
     return replaced(config, mean=config.views.mean or mean, std=config.views.std or std)
 
@@ -116,6 +117,7 @@ def train(config: Pretraining, device: torch.device, build: Callable[[Images], M
     torch.manual_seed(config.run.seed)
     method = build(images)
     contract.check(method)
+    initial.load(method, config)
     if method.sync_batch_norm:
         method = distributed.sync_batch_norm(method, device)
     compute = config.compute
