@@ -15,6 +15,7 @@ ENTRIES = "[1, 268435456]"  # of a queue or bank
 LEARNING_RATE = "[0, 1000000]"
 WEIGHT_DECAY = "[0, 100]"
 MOMENTUM = "[0, 1)"  # of an optimizer
+PROBABILITY = "[0, 1]"
 AVERAGE = "[0, 1]"  # momentum of an encoder that follows another one
 TEMPERATURE = "[0.001, 100]"
 SIZE = "[0, 100]"  # of a perturbation of unit vectors

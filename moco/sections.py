@@ -1,7 +1,8 @@
 """The sections of a run's settings: frozen dataclasses, one per concern.
 
-A field made by `option` is also a command-line option. Only this file defines its default, type,
-range and help text. moco/config.py combines the sections; moco/cli/groups.py creates the options.
+A field made by `option` is also a command-line option. Only this file, moco/sections_views.py and
+moco/sections_eval.py define its default, type, range and help text. moco/config.py combines the
+sections; moco/cli/groups.py creates the options.
 """
 
 from dataclasses import dataclass
@@ -13,7 +14,6 @@ from moco.options import (
     LEARNING_RATE,
     MOMENTUM,
     NATURAL,
-    PIXELS,
     POSITIVE,
     PROCESSES,
     TEMPERATURE,
@@ -23,6 +23,7 @@ from moco.options import (
 )
 from moco.options import ENTRIES as ENTRIES  # unused here: scripts write sections.ENTRIES
 from moco.options import LAYERS as LAYERS
+from moco.sections_views import Views as Views
 
 STEMS = ("imagenet", "cifar")  # of ResNets; see `moco.encoder.resnets.resnet`
 NORM_EPS = ("timm", "synco-v2")  # of Swins; see `moco.encoder.timm_networks.create`
@@ -94,62 +95,6 @@ class Input:
     batch_is_per_process: bool = False  # whether batch_size and workers count for each process
     batch_per_process: int = 0  # set by the launch
     nodes: int = 1  # set by the launch
-
-
-@dataclass(frozen=True)
-class Views:
-    """The views of each image: recipe, size, normalization and augmentation."""
-
-    TITLE: ClassVar[str] = "views"
-    recipe: str | None = option(None, "name of a recipe of views, see moco/augment/recipes.py")
-    image_size: int | None = option(
-        224,
-        "width and height of a full-size view",
-        range=PIXELS,
-        metavar="PIXELS",
-        unset="the checkpoint's, else 224",
-    )
-    mean: tuple[float, ...] | None = option(
-        None,
-        "mean of RGB values in [0, 1], to normalize images with",
-        range="[0, 1]",
-        nargs=3,
-        metavar=("R", "G", "B"),
-        unset="the {whose}, else ImageNet's",
-    )
-    std: tuple[float, ...] | None = option(
-        None,
-        "standard deviation of RGB values in [0, 1], to normalize images with",
-        range="(0, 1]",
-        nargs=3,
-        metavar=("R", "G", "B"),
-        unset="the {whose}, else ImageNet's",
-    )
-    blur_sigma: tuple[float, ...] | None = option(
-        None,
-        "range of the blur's standard deviation in pixels",
-        range="[0.01, 100]",
-        nargs=2,
-        metavar=("LEAST", "MOST"),
-        unset="the recipe's, scaled by --image-size / 224",
-    )
-    crop_min: float | None = option(
-        None,
-        "smallest fraction of the image that a crop covers",
-        range="(0, 1]",
-        metavar="FRACTION",
-        unset="the recipe's",
-    )
-    randaugment: tuple[int, ...] | None = option(
-        None,
-        "operations and magnitude, 0 to 10, of RandAugment; 0 0: none",
-        range="[0, 16]",
-        nargs=2,
-        metavar=("N", "M"),
-        unset="the recipe's",
-    )
-    views: int | None = None  # number of views that the method needs; None: all of the recipe
-    test_resize: str | None = "scaled"  # of the k-NN monitor; evaluations have an option
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ import numpy as np
 import moco as _first  # noqa: F401 (before torch: sets how its threads wait)
 from moco import sections
 from moco.augment import recipes
-from moco.cli import actions, tool
+from moco.cli import actions, groups, tool
 from moco.cli import values as types
 from moco.data import folders
 from moco.data.images import SUFFIXES, ImageFolder, Images
@@ -129,26 +129,8 @@ def parser() -> argparse.ArgumentParser:
         metavar="PIXELS",
         help="width and height of a full-size view (default: %(default)s)",
     )
-    p.add_argument(
-        "--crop-min",
-        type=types.in_range(float, "(0, 1]"),
-        metavar="FRACTION",
-        help="smallest fraction of the image that a crop covers, instead of the recipe's",
-    )
-    p.add_argument(
-        "--blur-sigma",
-        type=types.in_range(float, "[0.01, 100]"),
-        nargs=2,
-        metavar=("LEAST", "MOST"),
-        help="range of the blur's standard deviation in pixels, instead of the recipe's",
-    )
-    p.add_argument(
-        "--randaugment",
-        type=int,
-        nargs=2,
-        metavar=("N", "M"),
-        help="operations and magnitude, instead of the recipe's",
-    )
+    for one in recipes.CHANGES:
+        groups.add(p, one.name, one.type, one.metadata["option"], None, {})
     p.add_argument(
         "--views",
         type=types.in_range(int, sections.POSITIVE),
@@ -171,14 +153,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
     """Return the options, with `recipe` and `views` set. Raises InputError if they are invalid."""
     p = parser()
     args = p.parse_intermixed_args(argv)
-    words, sigma = list(args.words), args.blur_sigma
+    words, given = list(args.words), vars(args)
     if args.cfg:
         try:
-            given = _words_of(args.cfg)
-            p.parse_intermixed_args(given)
+            recipe = _words_of(args.cfg)
+            p.parse_intermixed_args(recipe)
         except InputError as error:
             raise InputError(f"--cfg {args.cfg}: {error}") from None
-        args = p.parse_intermixed_args([*given, *argv])
+        args = p.parse_intermixed_args([*recipe, *argv])
         if args.support_size is not None and args.views is None:
             args.views = 2 + args.support_size
     if len(words) > 2:
@@ -196,16 +178,20 @@ def parse(argv: list[str]) -> argparse.Namespace:
             f"{which}give RECIPE and DATA, as in {p.prog} mocov2 photos; "
             f"recipes: {', '.join(recipes.RECIPES)}"
         )
-    if sigma and not any(view.blur_p for view in recipes.from_settings(views_of(args))):
-        given = " ".join(f"{value:g}" for value in sigma)
-        why = f"the views of {args.recipe} are not blurred"
-        raise InputError(
-            f"--blur-sigma {given} has no effect: {why}; leave it out, or give another recipe"
-        )
+    _refuse_without_effect(args, given)
     args.data = words[0] if words else args.data or "photos"
     if args.out.suffix.lower() != ".png":
         raise InputError(f"--out {args.out}: the picture is a PNG; give a name that ends in .png")
     return args
+
+
+def _refuse_without_effect(args: argparse.Namespace, given: dict[str, object]) -> None:
+    """Raise InputError if an option given on the command line changes nothing."""
+    views = views_of(args)
+    recipe = recipes.from_settings(views)
+    for name, (condition, why) in recipes.EFFECTS.items():
+        if given[name] is not None and not condition(recipe, views):
+            raise InputError(f"--{name.replace('_', '-')} has no effect: {why}")
 
 
 def _refuse_file(recipe: str) -> None:
@@ -222,7 +208,7 @@ def _refuse_file(recipe: str) -> None:
 
 def views_of(args: argparse.Namespace) -> sections.Views:
     """Return the settings of the views."""
-    names = "recipe image_size crop_min randaugment blur_sigma views mean std".split()
+    names = ["recipe", "image_size", "views", "mean", "std", *(one.name for one in recipes.CHANGES)]
     return sections.Views(**{name: vars(args).get(name) for name in names})
 
 
@@ -233,10 +219,10 @@ def _of_method(args: argparse.Namespace) -> str | None:
     return None if args.aug_plus is None else "mocov2" if args.aug_plus else "mocov1"
 
 
-_KEYS = (
-    "data recipe views image-size crop-min randaugment blur-sigma seed "
-    "aug-plus multi-crop support-size"
-).split()
+_LISTS = [one.name.replace("_", "-") for one in recipes.CHANGES if one.metadata["option"].nargs]
+_KEYS = "data recipe views image-size seed aug-plus multi-crop support-size".split()
+for _one in recipes.CHANGES:
+    _KEYS += [_one.name.replace("_", "-"), *(name[2:] for name in _one.metadata["option"].names)]
 
 
 def _words_of(path: str) -> list[str]:
@@ -249,7 +235,7 @@ def _words_of(path: str) -> list[str]:
     words: list[str] = []
     for key in _KEYS:
         value = values.get(key)
-        if isinstance(value, list) and key not in ("randaugment", "blur-sigma"):
+        if isinstance(value, list) and key not in _LISTS:
             raise InputError(f"{key}: {value} is not one value")
         if isinstance(value, list):
             words += [f"--{key}", *map(str, value)]

@@ -21,6 +21,7 @@ from moco.augment.operations import (
     gaussian_blur,
     grayscale,
     normalize,
+    rotate,
     solarize,
     to_float,
 )
@@ -43,10 +44,11 @@ __all__ = [
     "solarize",
 ]
 
-# A CPU computes images of more pixels one by one. For smaller images, the function calls would cost
-# more time than the cache saves.
+# A CPU computes images of more pixels one by one: then the cache saves more than calls cost.
 _SMALL = 128 * 128
 _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = range(4)  # the jitter's operations
+_FLIPPED = {"flip": -1, "vertical_flip": -2}  # the axis of each flip
+_GEOMETRY = (*_FLIPPED, "rotate")  # the last operations of every view
 
 
 @functools.cache
@@ -67,7 +69,7 @@ def _fused(operation: Callable[..., Tensor], *inputs: Tensor, out: Tensor | None
 class Draws:
     """The random parameters of B samples, each a tensor [B] unless a comment says otherwise."""
 
-    jitter: Tensor  # whether to jitter; gray, blur, solarize and flip are bool, too
+    jitter: Tensor  # whether to jitter; gray, blur, solarize and the flips are bool, too
     order: Tensor  # [B, 4] the jitter's operations, in the order in which to apply them
     factors: Tensor  # [B, 4] of brightness, contrast, saturation, hue
     gray: Tensor
@@ -76,11 +78,18 @@ class Draws:
     solarize: Tensor
     flip: Tensor
     operations: Tensor  # [B, N, 4] for `randaugment.apply`
+    vertical_flip: Tensor
+    angle: Tensor  # of the rotation, in degrees
 
     @property
     def randaugment(self) -> Tensor:
         """Return whether to apply RandAugment to each sample."""
         return torch.full((len(self.operations),), self.operations.shape[1] > 0)
+
+    @property
+    def rotate(self) -> Tensor:
+        """Return whether to rotate each sample."""
+        return self.angle != 0
 
     def select(self, indices: Tensor | slice) -> "Draws":
         """Return the draws of the samples at `indices`."""
@@ -117,11 +126,14 @@ def draw(view: View, n: int, generator: torch.Generator) -> Draws:
         solarize=rand(n) < view.solarize_p,
         flip=rand(n) < view.flip_p,
         operations=rand(n, view.randaugment[0], 4),
+        # New draws are added at the end, so that those above stay the same.
+        vertical_flip=rand(n) < view.vertical_flip_p,
+        angle=view.rotate * (2 * rand(n) - 1),
     )
 
 
 def apply(x: Tensor, view: View, draws: Draws) -> Tensor:
-    """Return the views of images: apply the colour operations, the flip and the normalization.
+    """Return the views of images: apply colour operations, flips, rotation and normalization.
 
     The draws are on the CPU, so the code knows which samples an operation changes without waiting
     for the device. A GPU applies an operation to all of these samples at once. A CPU finishes one
@@ -192,7 +204,7 @@ def _apply_together(
 
 def _apply_by_operation(x: Tensor, view: View, draws: Draws) -> Tensor:
     x = to_float(x)
-    for name in (*view.order, "flip"):
+    for name in (*view.order, *_GEOMETRY):
         indices = getattr(draws, name).nonzero().squeeze(1)
         if len(indices):
             change = _jitter if name == "jitter" else functools.partial(_change, name)
@@ -203,19 +215,22 @@ def _apply_by_operation(x: Tensor, view: View, draws: Draws) -> Tensor:
 def _change(name: str, x: Tensor, indices: Tensor, view: View, draws: Draws) -> None:
     """Apply an operation other than the jitter to the samples at `indices`, in place."""
     operations = draws.operations[indices]
-    sigma = to_device(draws.sigma[indices], x.device) if name == "blur" else None
+    number = {"rotate": draws.angle, "blur": draws.sigma}.get(name)
+    number = None if number is None else to_device(number[indices], x.device)
     indices = to_device(indices, x.device)
     y = x[indices]
     if name == "gray":
         y = grayscale(y).expand(-1, 3, -1, -1)
     elif name == "blur":
-        y = gaussian_blur(y, sigma, _radius(x, view))
+        y = gaussian_blur(y, number, _radius(x, view))
     elif name == "randaugment":
         y = randaugment.apply(y, operations, view.randaugment[1])
     elif name == "solarize":
         y = solarize(y)
+    elif name == "rotate":
+        y = rotate(y, number)
     else:
-        y = y.flip(-1)
+        y = y.flip(_FLIPPED[name])
     x.index_copy_(0, indices, y)
 
 
@@ -267,14 +282,17 @@ def _apply_by_chunk(x: Tensor, view: View, draws: Draws) -> Tensor:
     ends = slots.bincount(minlength=5).cumsum(0).tolist()
     draws, order = draws.select(order), order.numpy()
     coefficients, shift = _coefficients(draws).unbind(2), draws.factors[:, _HUE]
-    happens = {name: getattr(draws, name).numpy() for name in ("gray", "blur", "solarize", "flip")}
+    names = ("gray", "blur", "solarize", *_GEOMETRY)
+    happens = {name: getattr(draws, name).numpy() for name in names}
     images, out = x.numpy(), torch.empty(x.shape)  # NumPy indexes several times as fast as PyTorch
     for slot, part in _chunks(ends):
-        chunk, flip = images[order[part]], happens["flip"][part]
+        chunk = images[order[part]]
         # Flip first, because uint8 images are a quarter of the bytes.
-        chunk[flip] = torch.from_numpy(chunk[flip]).flip(-1).numpy()
+        for name, axis in _FLIPPED.items():
+            if (flip := happens[name][part]).any():
+                chunk[flip] = torch.from_numpy(chunk[flip]).flip(axis).numpy()
         y = to_float(torch.from_numpy(chunk))
-        for name in view.order:
+        for name in (*view.order, "rotate"):
             if name == "jitter":
                 if slot < 4:
                     _jitter_chunk(y, [c[part] for c in coefficients], shift[part], slot, view)
@@ -317,7 +335,7 @@ def _jitter_chunk(
 def _apply_by_image(x: Tensor, view: View, draws: Draws) -> Tensor:
     radius, out = _radius(x, view), torch.empty(x.shape)
     order, factors, sigma = draws.order.tolist(), draws.factors.tolist(), draws.sigma.tolist()
-    happens = {name: getattr(draws, name).tolist() for name in (*view.order, "flip")}
+    happens = {name: getattr(draws, name).tolist() for name in (*view.order, *_GEOMETRY)}
     for i, image in enumerate(x.split(1)):
         image = to_float(image)
         for name in happens:
@@ -334,8 +352,10 @@ def _apply_by_image(x: Tensor, view: View, draws: Draws) -> Tensor:
                 image = randaugment.apply(image, operations, view.randaugment[1])
             elif name == "solarize":
                 image = solarize(image)
+            elif name == "rotate":
+                image = rotate(image, draws.angle[i : i + 1])
             else:
-                image = image.flip(-1)
+                image = image.flip(_FLIPPED[name])
         normalize(image, view.mean, view.std, out[i : i + 1])
     return out
 

@@ -101,6 +101,24 @@ def solarize(x: Tensor, threshold: float = 0.5) -> Tensor:
     return torch.addcmul(x, bright, 1 - 2 * x)
 
 
+def rotate(x: Tensor, angle: Tensor) -> Tensor:
+    """Rotate each sample about its center by `angle` [B], in degrees, counter-clockwise.
+
+    The interpolation is bilinear. Images are reflected at the borders, which fills the corners.
+    """
+    h, w = x.shape[2:]
+    # positions are in pixels from the center
+    rows, columns = (
+        torch.arange(side, device=x.device, dtype=x.dtype) - (side - 1) / 2 for side in (h, w)
+    )
+    radians = torch.deg2rad(angle)[:, None, None]
+    cos, sin = radians.cos(), radians.sin()
+    column = cos * columns - sin * rows[:, None]  # [B, H, W], as is `row`
+    row = sin * columns + cos * rows[:, None]
+    grid = torch.stack([column * (2 / w), row * (2 / h)], -1)
+    return F.grid_sample(x, grid, "bilinear", "reflection", align_corners=False)
+
+
 def normalize(
     x: Tensor, mean: Sequence[float] = MEAN, std: Sequence[float] = STD, out: Tensor | None = None
 ) -> Tensor:

@@ -3,8 +3,8 @@
 `moco/augment/crop.py` and `moco/augment/color.py` compute the views.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 
 from moco.config import MEAN, STD
 from moco.errors import InputError, unknown
@@ -25,7 +25,9 @@ class View:
     blur_sigma: tuple[float, float] = (0.1, 2.0)  # range in pixels of the view
     blur_p: float = 0.0
     solarize_p: float = 0.0
-    flip_p: float = 0.5
+    flip_p: float = 0.5  # horizontally
+    vertical_flip_p: float = 0.0
+    rotate: float = 0.0  # largest angle in degrees, in [0, 180]
     randaugment: tuple[int, int] = (0, 0)  # number of operations, and magnitude in [0, 10]
     order: tuple[str, ...] = ("jitter", "randaugment", "gray", "blur", "solarize")
     interpolation: str = "bilinear"  # or bicubic, of the crop
@@ -37,7 +39,10 @@ Recipe = tuple[View, ...]
 
 
 _MOCOV1 = View(
-    jitter=(0.4, 0.4, 0.4, 0.4), jitter_p=1.0, gray_p=0.2, order=("gray", "jitter", "randaugment")
+    jitter=(0.4, 0.4, 0.4, 0.4),
+    jitter_p=1.0,
+    gray_p=0.2,
+    order=("gray", "jitter", "randaugment", "blur", "solarize"),
 )
 
 
@@ -84,6 +89,44 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
+# the fields of the views' section whose options change the random views of a recipe
+CHANGES = tuple(
+    one
+    for one in fields(Views)
+    if "option" in one.metadata and one.name not in ("recipe", "image_size", "mean", "std")
+)
+# the options that set one field of every view, and the field
+_FIELDS = {
+    "crop_scale": "scale",
+    "jitter": "jitter",
+    "jitter_p": "jitter_p",
+    "grayscale_p": "gray_p",
+    "blur_p": "blur_p",
+    "solarize_p": "solarize_p",
+    "flip_p": "flip_p",
+    "vertical_flip_p": "vertical_flip_p",
+    "rotate": "rotate",
+}
+
+
+def _check(option: str, value: float | Sequence[float]) -> None:
+    """Raise InputError if the value of one of `_FIELDS` is out of range."""
+    wrong, largest = "", 180 if option == "rotate" else 1
+    if option == "crop_scale":
+        least, most = value
+        if not 0 < least <= most <= 1:
+            wrong = "give the smaller one first, and both above 0 and at most 1"
+    elif option == "jitter":
+        *strengths, hue = value
+        if len(strengths) != 3 or not all(one >= 0 for one in strengths) or not 0 <= hue <= 0.5:
+            wrong = "give four strengths of at least 0, the last one (hue) at most 0.5"
+    elif not 0 <= value <= largest:
+        wrong = f"must be in [0, {largest}]"
+    if wrong:
+        shown = " ".join(f"{one:g}" for one in (value if isinstance(value, Sequence) else [value]))
+        raise InputError(f"--{option.replace('_', '-')} {shown}: {wrong}")
+
+
 def check_name(name: str) -> None:
     """Raise InputError if there is no recipe `name`."""
     if name not in RECIPES:
@@ -99,6 +142,7 @@ def recipe(
     blur_sigma: Sequence[float] | None = None,
     mean: Sequence[float] = MEAN,
     std: Sequence[float] = STD,
+    **same: float | Sequence[float] | None,
 ) -> Recipe:
     """Return the recipe `name`, with view sizes and blur scaled from 224 to `size` pixels.
 
@@ -108,12 +152,14 @@ def recipe(
     Args:
         name: one of `RECIPES`.
         size: size of a view that has 224 pixels in the recipe.
-        crop_min: smallest fraction of the image's area that a crop covers.
+        crop_min: smallest fraction of the image's area that a crop covers, unless `same` has
+            crop_scale.
         views: number of views. The recipe's last view is repeated if it has fewer.
         randaugment: number of operations, and magnitude in [0, 10].
         blur_sigma: range in pixels; it is not scaled.
         mean: mean of the RGB channels, in [0, 1].
         std: standard deviation of the RGB channels, in [0, 1].
+        same: options of moco/sections_views.py that set one field of every view, see `_FIELDS`.
     """
     check_name(name)
     scale = size / 224
@@ -131,9 +177,14 @@ def recipe(
         raise InputError(
             f"--blur-sigma {blur_sigma[0]:g} {blur_sigma[1]:g}: give the smaller one first"
         )
+    same = {option: value for option, value in same.items() if value is not None}
+    for option, value in same.items():
+        _check(option, value)
+        value = tuple(value) if isinstance(value, Sequence) else value
+        all_views = [replace(view, **{_FIELDS[option]: value}) for view in all_views]
     if views is not None:
         all_views = [*all_views, *all_views[-1:] * views][:views]
-    if crop_min is not None:
+    if crop_min is not None and "crop_scale" not in same:
         largest = min(view.scale[1] for view in all_views)
         if not 0 < crop_min <= largest:
             raise InputError(
@@ -163,4 +214,27 @@ def from_settings(views: Views) -> Recipe:
         views=views.views,
         randaugment=views.randaugment,
         blur_sigma=views.blur_sigma,
+        **{option: vars(views)[option] for option in _FIELDS},
     )
+
+
+# Options that have no effect on some recipes: the condition under which they have one, and why they
+# have none otherwise. The condition gets the recipe, with the changes of the settings, and these.
+EFFECTS: dict[str, tuple[Callable[[Recipe, Views], bool], str]] = {
+    "crop_min": (
+        lambda recipe, views: views.crop_scale is None,
+        "--crop-scale already has the smallest fraction; leave out one of them",
+    ),
+    "jitter": (
+        lambda recipe, views: any(view.jitter_p for view in recipe),
+        "the views have no colour jitter; give --jitter-p as well, or leave it out",
+    ),
+    "jitter_p": (
+        lambda recipe, views: any(any(view.jitter) for view in recipe),
+        "--jitter 0 0 0 0 changes no colour; leave out one of them",
+    ),
+    "blur_sigma": (
+        lambda recipe, views: any(view.blur_p for view in recipe),
+        "the recipe's views are not blurred; leave it out, or give --blur-p or another recipe",
+    ),
+}

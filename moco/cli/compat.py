@@ -29,7 +29,13 @@ _SIMILAR = {
     "drop-path drop-path-rate": "drop-path online-drop-path",
     "smoothing": "label-smoothing",
     "local-crops-number num-small-crops nmb-crops size-crops multicrop": "multi-crop recipe",
-    "global-crops-scale crop-scale min-scale": "crop-min",
+    "global-crops-scale": "crop-scale",
+    "min-scale": "crop-min",
+    "color-jitter-prob": "jitter-p",
+    "grayscale-prob": "grayscale-p",
+    "gaussian-blur-prob": "blur-p",
+    "hflip": "flip-p",
+    "vflip": "vertical-flip-p",
     "saveckp-freq save-freq checkpoint-freq save-interval checkpoint-steps": "save-every",
     "knn knn-eval knn-freq": "knn-every",
     "backbone model net network patch-size": "arch",
@@ -52,7 +58,7 @@ _PROCESSES += ", or torchrun or srun"
 _TPU = "GPUs are found automatically; --multiprocessing-distributed uses all of them"
 _PRECISION = "use --amp fp16, --amp bf16 or --amp off"
 _RATE = "use --cos, or --schedule EPOCH ..."
-_VIEWS = "views are recipes: use --recipe, --crop-min, --randaugment"
+_VIEWS = "views are recipes: use --recipe, --jitter, --jitter-p, --blur-p, --randaugment"
 _METHOD = "no counterpart here: it belongs to another method; leave it out"
 _LOG = "no counterpart here: log.jsonl and TensorBoard events are in the run folder; leave it out"
 _ADVICE = {
@@ -76,7 +82,7 @@ _ADVICE = {
     "lr-decay-rate decay-epochs decay-rate cosine": _RATE,
     "weight-decay-end": "no counterpart here: the weight decay is constant; use --wd",
     "lars": "use --optimizer lars",
-    "color-jitter color-jitter-strength jitter-d jitter-p use-blur aa auto-augment": _VIEWS,
+    "color-jitter color-jitter-strength jitter-d use-blur aa auto-augment": _VIEWS,
     "start-epoch": "use --resume FILE, which begins at the checkpoint's epoch",
     "pin-mem pin-memory zip cache-mode cache-dataset data-format dali": (
         "images are read from folders; leave it out"

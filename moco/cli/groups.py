@@ -37,7 +37,7 @@ def add_groups(parser: argparse.ArgumentParser, config: Config) -> None:
                 same = {"dest": "data_option", "metavar": "DIR", "help": "the same as DIR"}
                 group.add_argument("--data", "--data-path", **same)
             elif option:
-                _add(group, one.name, one.type, option, getattr(section, one.name), texts)
+                add(group, one.name, one.type, option, getattr(section, one.name), texts)
 
 
 def _texts(config: Config) -> dict[str, object]:
@@ -56,15 +56,18 @@ def _texts(config: Config) -> dict[str, object]:
     }
 
 
-def _add(
-    group: argparse._ArgumentGroup,
+def add(
+    group: argparse._ActionsContainer,
     name: str,
     annotation: Any,
     option: Option,
     default: Any,
     texts: dict[str, object],
 ) -> None:
-    """Add one field to a group, as an option."""
+    """Add one field to a parser or group, as an option.
+
+    `texts` has the text of each placeholder in help texts.
+    """
     flag = f"--{name.replace('_', '-')}"
     names = sorted((flag, *option.names), key=lambda one: one.startswith("--"))
     text = option.help.format(**texts)

@@ -19,6 +19,7 @@ from moco.launch import processes
 from moco.loss.synthetic import TYPES
 
 Declare = Callable[[EffectsParser], None]
+_AUGMENTATION = " ".join(one.name for one in recipes.CHANGES)
 
 
 def section_rules(config: Config) -> Iterator[Declare]:
@@ -42,14 +43,17 @@ def _input(parser: EffectsParser) -> None:
 
 
 def _views(parser: EffectsParser) -> None:
-    def blurred(args: Options) -> bool:
-        # a missing recipe is reported elsewhere
-        return not args.recipe or any(
-            view.blur_p for view in recipes.from_settings(args.config.views)
-        )
+    def declare(name: str, condition: Callable[..., bool], why: str) -> None:
+        def when(args: Options) -> bool:
+            views = args.config.views
+            # a missing recipe is reported elsewhere; incomplete settings have no size
+            known = args.recipe and args.image_size
+            return not known or condition(recipes.from_settings(views), views)
 
-    blurs = "the recipe's views are not blurred; leave it out, or give another --recipe"
-    parser.has_effect("blur_sigma", blurred, blurs)
+        parser.has_effect(name, when, why)
+
+    for name, (condition, why) in recipes.EFFECTS.items():
+        declare(name, condition, why)
 
 
 def _network(parser: EffectsParser) -> None:
@@ -138,7 +142,7 @@ def _classifier(parser: EffectsParser) -> None:
     trains = "epochs optimizer lr lr_backbone lr_classifier learning_rate_scaling wd schedule cos"
     trains += " lr_by sgdr sgdr_t0 lr_final lr_warmup_epochs lr_warmup_from momentum clip_grad"
     trains += " nesterov accumulation_steps print_freq save_every_steps on_bad_image recipe"
-    trains += " crop_min randaugment blur_sigma zero_init_classifier sync_bn grad_checkpoint"
+    trains += f" {_AUGMENTATION} zero_init_classifier sync_bn grad_checkpoint"
     trains += " pretrained cache_images label_smoothing drop_path protocol"
     only_tests = "--evaluate only tests the classifier of --resume"
     parser.has_effect(trains, lambda args: not args.evaluate, only_tests, refuse=False)
@@ -148,7 +152,7 @@ def _classifier(parser: EffectsParser) -> None:
 
 def _feature_files(parser: EffectsParser) -> None:
     centre = "this script uses centre crops and trains nothing; leave it out"
-    views = "recipe crop_min randaugment blur_sigma grad_checkpoint"
+    views = f"recipe {_AUGMENTATION} grad_checkpoint"
     parser.has_effect(views, lambda args: False, centre)
     once = "this script reads images from their files; leave it out"
     parser.has_effect("cache_images", lambda args: False, once)

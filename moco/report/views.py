@@ -100,6 +100,8 @@ def settings(view: View) -> list[str]:
         ),
     }
     happens = [colors[name] for name in view.order] + [("flip", view.flip_p)]
+    happens += [("vertical flip", view.vertical_flip_p)]
+    happens += [(f"rotation by up to {view.rotate:g} degrees", float(view.rotate > 0))]
     least, most = (100 * fraction for fraction in view.scale)
     crop = "crop" if view.interpolation == "bilinear" else f"{view.interpolation} crop"
     lines = [f"{view.size} px, {crop} {least:.3g} to {most:.3g} % of area"]

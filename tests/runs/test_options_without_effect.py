@@ -77,6 +77,26 @@ IDLE = [
     ("main_knn", "--recipe mocov2", "--recipe has no effect"),
     ("main_knn", "--crop-min 0.5", "--crop-min has no effect"),
     ("main_knn", "--blur-sigma 1 2", "--blur-sigma has no effect: this script uses centre crops"),
+    *(
+        ("main_knn", f"--{name} {value}", f"--{name} has no effect: this script uses centre crops")
+        for name, value in (
+            ("crop-scale", "0.5 1"),
+            ("jitter", "1 1 1 0.1"),
+            ("jitter-p", "0.5"),
+            ("grayscale-p", "0.5"),
+            ("blur-p", "0.5"),
+            ("solarize-p", "0.5"),
+            ("flip-p", "0.2"),
+            ("vertical-flip-p", "0.5"),
+            ("rotate", "30"),
+        )
+    ),
+    ("main_synco", "--crop-scale 0.3 1 --crop-min 0.2", "--crop-min has no effect: --crop-scale"),
+    ("main_synco", "--jitter-p 0 --jitter 1 1 1 0.1", "--jitter has no effect: the views have no"),
+    ("main_lincls", "--jitter 1 1 1 0.1", "--jitter has no effect: the views have no"),
+    ("main_synco", "--jitter 0 0 0 0 --jitter-p 0.5", "--jitter-p has no effect: --jitter 0 0 0 0"),
+    ("main_synco", "--blur-sigma 1 2", "--blur-sigma has no effect: the recipe's views are not"),
+    ("main_synco", "--aug-plus --blur-p 0 --blur-sigma 1 2", "--blur-sigma has no effect"),
     ("main_knn", "--grad-checkpoint", "--grad-checkpoint has no effect"),
 ]
 
@@ -149,8 +169,15 @@ def test_options_with_an_effect_are_taken_in_silence(until_launch):
         ("main_moby", "--method moby --lr-by previous-step --lr-warmup-from 0.1"),
         ("main_moby", "--method synco --n-hard 8 --n1 1 --sigma 1 --queue 64 --moco-t 0.5"),
         ("main_fnc", "--fn-topk 3 --fn-threshold 0.1 --ema 0.5"),
+        ("main_semisup", "--weights finetune --lr-backbone 0.1 --rotate 9 --flip-p 0"),
         ("main_semisup", "--weights finetune --lr-backbone 0.1 --zero-init-classifier"),
         ("main_knn", "--k 3 --temperature 0.5"),
+        (
+            "main_synco",
+            "--crop-scale 0.3 1 --jitter 1 1 1 0.1 --jitter-p 0.5 --grayscale-p 0 --blur-p 0.5 "
+            "--blur-sigma 1 2 --solarize-p 0.1 --flip-p 0 --vertical-flip 0.5 --rotate 180",
+        ),
+        ("main_moby", "--method moby --crop-min 0.1 --blur-p 0.3 --vertical-flip-p 0.5"),
     ):
         status, out, err = until_launch(name, words)
         said = "" if name != "main_semisup" else "protocol synco: the default, because there is no"

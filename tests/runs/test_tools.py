@@ -14,7 +14,7 @@ from moco.augment import color, recipes
 from moco.cli import tool
 from moco.data import loader
 from moco.errors import InputError
-from moco.report.views import view_columns, views_figure
+from moco.report.views import settings, view_columns, views_figure
 from moco.rng import Progress
 from tools import show_views
 
@@ -54,9 +54,10 @@ def test_a_picture_of_views_and_one_line_for_mistakes(tmp_path, shared_images, m
         (["--cfg", ROOT / "configs/lincls_moco.yaml"], "names no recipe"),
         (["mocov2", ROOT / "configs"], "holds no image"),
         (["mocov2", shared_images, "--crop-min", "2"], "--crop-min: 2"),
+        (["mocov2", shared_images, "--rotate", "200"], "--rotate: 200 is above 180"),
         (
             ["mocov1", "--blur-sigma", "1", "2"],
-            "--blur-sigma 1 2 has no effect: the views of mocov1",
+            "--blur-sigma has no effect: the recipe's views are not blurred",
         ),
         ([options], f"a file, not the name of a recipe; give it with --cfg {options}"),
         ([options.parent, shared_images], f"not the name of a recipe; give --cfg {options}"),
@@ -85,6 +86,16 @@ def test_views_are_training_s(shared_images):
     assert "solarize, p 0.2" in columns[3].heading and "solarize" not in columns[1].heading
 
 
+def test_the_heading_of_a_view_names_flips_and_rotation():
+    (turned, _) = recipes.recipe("mocov2", vertical_flip_p=0.25, rotate=30)
+    assert settings(turned)[-3:] == [
+        "flip, p 0.5",
+        "vertical flip, p 0.25",
+        "rotation by up to 30 degrees, always",
+    ]
+    assert settings(recipes.recipe("mocov2")[0])[-1] == "flip, p 0.5"
+
+
 def test_a_recipe_file_says_which_views(tmp_path):
     def of(*words):
         args = show_views.parse(list(map(str, words)))
@@ -97,14 +108,24 @@ def test_a_recipe_file_says_which_views(tmp_path):
     file = tmp_path / "args.yaml"
     file.write_text(
         "recipe: fnc\nsupport_size: 2\nimage-size: 64\nrandaugment: [1, 3]\n"
-        "blur-sigma: [0.2, 0.5]\nlr: .3\nseed: 4\n"
+        "blur-sigma: [0.2, 0.5]\njitter: [1, 1, 1, 0.5]\nrotate: 20\nlr: .3\nseed: 4\n"
     )
     views, args = of("--cfg", file, "--image-size", 32)
     assert views == recipes.recipe(
-        "fnc", 32, views=4, randaugment=(1, 3), blur_sigma=(0.2, 0.5)
+        "fnc",
+        32,
+        views=4,
+        randaugment=(1, 3),
+        blur_sigma=(0.2, 0.5),
+        jitter=(1, 1, 1, 0.5),
+        rotate=20,
     ) and (args.seed, args.data) == (4, "photos")
     views, args = of("sogclr", "DIR", "--cfg", file)
     assert args.data == "DIR" and views[0].blur_p == 1
+    file.write_text("recipe: byol\nvertical-flip: 0.5\ncrop_scale: [0.5, 0.75]\n")
+    assert of("--cfg", file)[0] == recipes.recipe(
+        "byol", vertical_flip_p=0.5, crop_scale=(0.5, 0.75)
+    )
     file.write_text("recipe: fnc\nimage-size: many\n")
     with pytest.raises(InputError, match=r"args\.yaml: argument --image-size"):
         of("--cfg", file)

@@ -4,12 +4,14 @@ import math
 import shutil
 from dataclasses import fields, replace
 
+import numpy as np
 import pytest
 import torch
+from scipy.ndimage import map_coordinates
 from scipy.stats import chisquare, kstest
 from torchvision.transforms.v2 import functional as F
 
-from moco.augment import color, randaugment
+from moco.augment import color, operations, randaugment
 from moco.augment.recipes import RECIPES, View, recipe
 from moco.config import MEAN, STD
 
@@ -20,10 +22,17 @@ FOUR_BATCHES = pytest.mark.parametrize(
 )
 MANY = 20_000
 MAGNITUDE = 7
-ORDER = ("jitter", "randaugment", "gray", "blur", "solarize", "flip")
-PROBABILITIES = ("jitter_p", "gray_p", "blur_p", "solarize_p", "flip_p")
+ORDER = ("jitter", "randaugment", "gray", "blur", "solarize", "flip", "vertical_flip", "rotate")
+PROBABILITIES = ("jitter_p", "gray_p", "blur_p", "solarize_p", "flip_p", "vertical_flip_p")
 BUSY = View(
-    jitter=(0.3, 0.5, 0.7, 0.2), jitter_p=0.7, gray_p=0.3, blur_p=0.6, solarize_p=0.4, flip_p=0.5
+    jitter=(0.3, 0.5, 0.7, 0.2),
+    jitter_p=0.7,
+    gray_p=0.3,
+    blur_p=0.6,
+    solarize_p=0.4,
+    flip_p=0.5,
+    vertical_flip_p=0.4,
+    rotate=50.0,
 )
 
 
@@ -160,11 +169,117 @@ def test_flip_changes_only_the_drawn_samples(height, width, seed):
     assert_close(color.apply(x, view, draws), F.normalize(expected, MEAN, STD))
 
 
+@FOUR_BATCHES
+def test_vertical_flip_changes_only_the_drawn_samples(height, width, seed):
+    x, view = images(height, width, seed), View(flip_p=0.0, vertical_flip_p=0.5)
+    draws = color.draw(view, len(x), generator(seed))
+    expected = one_by_one(
+        lambda image, flip: F.vertical_flip(image) if flip else image, x, draws.vertical_flip
+    )
+    assert 0 < draws.vertical_flip.sum() < len(x)
+    assert_close(color.apply(x, view, draws), F.normalize(expected, MEAN, STD))
+
+
+@FOUR_BATCHES
+def test_rotate_is_bilinear_and_reflects_at_the_borders(height, width, seed):
+    x, angle = images(height, width, seed), between(-180, 180, seed)
+    assert_close(operations.rotate(x, angle), one_by_one(rotated, x, angle))
+
+
+def test_rotate_is_torchvisions_inside_the_image():
+    x, angle = images(41, 33, 0), between(-180, 180, 0)
+    ours = operations.rotate(x, angle)
+    theirs = one_by_one(
+        lambda image, angle: F.rotate(image, angle, F.InterpolationMode.BILINEAR), x, angle
+    )
+    inside = (..., slice(10, 31), slice(6, 27))  # no pixel comes from outside at any angle
+    assert_close(ours[inside], theirs[inside])
+    quarter = operations.rotate(x[..., :33, :], torch.full((IMAGES_PER_BATCH,), 90.0))
+    assert_close(quarter, x[..., :33, :].rot90(1, (-2, -1)))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rotate": 90.0},
+        {"vertical_flip_p": 0.7},
+        {"flip_p": 0.9},
+        {"gray_p": 0.9},
+        {"jitter_p": 0.2},
+        {"jitter": (0.1, 0.2, 0.3, 0.4)},
+        {"blur_p": 0.1},
+        {"blur_sigma": (0.5, 3.0)},
+        {"solarize_p": 0.9},
+        {"scale": (0.5, 0.6)},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_a_setting_changes_only_its_own_draws(change):
+    """One setting's draws do not shift the others': all other draws have the same bits."""
+    (name,) = change
+    own = {"rotate": "angle", "jitter": "factors", "blur_sigma": "sigma", "scale": None}
+    before, after = (
+        color.draw(view, 1000, generator(5)) for view in (BUSY, replace(BUSY, **change))
+    )
+    changed = {
+        field.name
+        for field in fields(before)
+        if not torch.equal(getattr(before, field.name), getattr(after, field.name))
+    }
+    assert changed == {own.get(name, name.removesuffix("_p"))} - {None}
+
+
+@pytest.mark.parametrize("view", [view for views in RECIPES.values() for view in views[:2]])
+def test_rotation_and_vertical_flip_left_the_views_of_recipes_as_they_were(view):
+    """The draws are the same bits as when there was neither, in the order of that time."""
+    n, g = 300, generator(9)
+    jitter = torch.rand(n, generator=g) < view.jitter_p
+    order = torch.rand(n, 4, generator=g).argsort(1)
+    u = torch.rand(n, 4, generator=g)
+    gray = torch.rand(n, generator=g) < view.gray_p
+    blur = torch.rand(n, generator=g) < view.blur_p
+    v = torch.rand(n, generator=g)
+    solarize = torch.rand(n, generator=g) < view.solarize_p
+    flip = torch.rand(n, generator=g) < view.flip_p
+    layers = torch.rand(n, view.randaugment[0], 4, generator=g)
+    draws = color.draw(view, n, generator(9))
+    strength = torch.tensor(view.jitter)
+    low = torch.cat([(1 - strength[:3]).clamp_min(0), -strength[3:]])
+    high = torch.cat([1 + strength[:3], strength[3:]])
+    low_sigma, high_sigma = view.blur_sigma
+    assert torch.equal(draws.factors, low + (high - low) * u)
+    assert torch.equal(draws.sigma, low_sigma + (high_sigma - low_sigma) * v)
+    for name, value in (
+        ("jitter", jitter),
+        ("order", order),
+        ("gray", gray),
+        ("blur", blur),
+        ("solarize", solarize),
+        ("flip", flip),
+        ("operations", layers),
+    ):
+        assert torch.equal(getattr(draws, name), value), name
+    assert not draws.vertical_flip.any() and not draws.rotate.any()
+
+
 def jittered(image, order, factors):
     theirs = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue)
     for operation in order:
         image = theirs[operation](image, factors[operation])
     return image
+
+
+def rotated(image, angle):
+    """Rotate a float image pixel by pixel, in float64. Pixels outside are those of its mirror."""
+    _, h, w = image.shape
+    y, x = np.mgrid[:h, :w] - np.array([(h - 1) / 2, (w - 1) / 2])[:, None, None]
+    cos, sin = math.cos(math.radians(angle)), math.sin(math.radians(angle))
+    rows, columns = sin * x + cos * y + (h - 1) / 2, cos * x - sin * y + (w - 1) / 2
+    channels = [
+        map_coordinates(channel, [rows, columns], order=1, mode="reflect")
+        for channel in image.double().numpy()
+    ]
+    return torch.from_numpy(np.stack(channels)).float()
 
 
 def one_view(image, draws, i, order, taps):
@@ -179,6 +294,8 @@ def one_view(image, draws, i, order, taps):
             image[None], draws.operations[i : i + 1], MAGNITUDE
         )[0],
         "flip": F.horizontal_flip,
+        "vertical_flip": F.vertical_flip,
+        "rotate": lambda image: rotated(image, draws.angle[i].item()),
     }
     for name in order:
         if getattr(draws, name)[i]:
@@ -319,6 +436,7 @@ def assert_draws_fit(view, draws):
         assert_uniform(draws.factors[:, operation], max(0, 1 - strength), 1 + strength)
     assert_uniform(draws.factors[:, 3], -view.jitter[3], view.jitter[3])
     assert_uniform(draws.sigma, *view.blur_sigma)
+    assert_uniform(draws.angle, -view.rotate, view.rotate)
     orders = draws.order @ torch.tensor([64, 16, 4, 1])
     assert torch.equal(draws.order.sort(1).values, torch.arange(4).expand(MANY, 4))
     counts = orders.unique(return_counts=True)[1]
@@ -346,6 +464,8 @@ def test_draws_are_independent_of_each_other():
         draws.blur,
         draws.solarize,
         draws.flip,
+        draws.vertical_flip,
+        draws.angle,
         draws.sigma,
         *draws.factors.T,
         *draws.order.T[:3],

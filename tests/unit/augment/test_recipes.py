@@ -4,8 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from moco.augment.recipes import RECIPES, recipe
+from moco.augment.recipes import RECIPES, from_settings, recipe
 from moco.errors import InputError
+from moco.sections import Views
 
 
 def test_recipes_scale_with_the_size_of_the_run():
@@ -77,6 +78,64 @@ def test_a_recipe_with_more_or_fewer_views():
             InputError, match=f"--randaugment {wrong[0]} {wrong[1]}: .* from 0 to 10"
         ):
             recipe("fnc", randaugment=wrong)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize(
+    ("option", "value", "field"),
+    [
+        ("crop_scale", (0.3, 0.4), "scale"),
+        ("jitter", (0.1, 2.0, 0.0, 0.5), "jitter"),
+        ("jitter_p", 0.25, "jitter_p"),
+        ("grayscale_p", 0.75, "gray_p"),
+        ("blur_sigma", (1.0, 3.0), "blur_sigma"),
+        ("blur_p", 0.25, "blur_p"),
+        ("solarize_p", 1.0, "solarize_p"),
+        ("flip_p", 0.0, "flip_p"),
+        ("vertical_flip_p", 0.75, "vertical_flip_p"),
+        ("rotate", 180.0, "rotate"),
+    ],
+)
+def test_an_option_sets_one_field_of_every_view(name, option, value, field):
+    expected = tuple(replace(view, **{field: value}) for view in recipe(name, 96))
+    assert recipe(name, 96, **{option: value}) == expected != recipe(name, 96)
+    as_in_yaml = list(value) if isinstance(value, tuple) else value
+    views = Views(recipe=name, image_size=96, **{option: as_in_yaml})
+    assert from_settings(views) == expected
+    assert recipe(name, 96, **{option: None}) == recipe(name, 96)
+    # every operation that an option can switch on is in the order of every recipe
+    assert {"jitter", "gray", "blur", "solarize"} <= set(expected[0].order)
+
+
+def test_crop_scale_takes_precedence_over_crop_min():
+    assert recipe("mocov2", crop_min=0.9, crop_scale=(0.5, 0.6)) == recipe(
+        "mocov2", crop_scale=(0.5, 0.6)
+    )
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("crop_scale", (0.5, 0.2), "--crop-scale 0.5 0.2: give the smaller one first"),
+        ("crop_scale", (0.0, 0.2), "--crop-scale 0 0.2: .* above 0"),
+        ("crop_scale", (0.5, 1.2), "--crop-scale 0.5 1.2: .* at most 1"),
+        ("jitter", (0.4, 0.4, 0.4, 0.6), "--jitter 0.4 0.4 0.4 0.6: .*hue.* at most 0.5"),
+        ("jitter", (-0.1, 0.4, 0.4, 0.1), "--jitter -0.1 .* at least 0"),
+        ("jitter", (0.4, float("nan"), 0.4, 0.1), "--jitter 0.4 nan .* at least 0"),
+        ("jitter", (0.4, 0.4, 0.1), "--jitter 0.4 0.4 0.1: give four"),
+        ("jitter_p", 1.5, r"--jitter-p 1.5: must be in \[0, 1\]"),
+        ("grayscale_p", -0.1, "--grayscale-p -0.1: must be in"),
+        ("blur_p", 2, "--blur-p 2: must be in"),
+        ("solarize_p", float("nan"), "--solarize-p nan: must be in"),
+        ("flip_p", 1.01, "--flip-p 1.01: must be in"),
+        ("vertical_flip_p", -1, "--vertical-flip-p -1: must be in"),
+        ("rotate", 181, r"--rotate 181: must be in \[0, 180\]"),
+        ("blur_sigma", (2.0, 1.0), "--blur-sigma 2 1: give the smaller one first"),
+    ],
+)
+def test_a_value_out_of_range_is_refused(option, value, said):
+    with pytest.raises(InputError, match=said):
+        recipe("mocov2", **{option: value})
 
 
 def test_the_error_for_an_unknown_recipe_names_the_closest():
