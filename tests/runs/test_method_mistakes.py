@@ -152,7 +152,7 @@ def test_imagenet100_is_not_taken_for_all_of_imagenet(script, tmp_path):
         ("main_fnc", ("--nouse_tpu",), ("--nouse-tpu: GPUs",)),
         ("main_fnc", ("-use_tpu=true",), ("-use_tpu: GPUs",)),
         ("main_fnc", ("--dataset=imagenet2013",), ("unknown dataset", "the nearest is 'imagenet'")),
-        ("main_fnc", ("--train_mode=finetune",), ("the same here is: main_lincls.py --protocol fnc",)),
+        ("main_fnc", ("--train_mode=finetune",), ("here is: main_lincls.py --protocol fnc",)),
         ("main_fnc", ("--train_epoch", 1), ("--train-epoch", "nearest is '--train-epochs'")),
         ("main_adco", ("--mem-t", 0), ("--mem-t",)),
         ("main_adco", ("--moco-t", -1), ("--moco-t",)),
