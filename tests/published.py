@@ -17,7 +17,7 @@ IMAGES = 1_281_167  # of ImageNet
 
 
 class Expected(NamedTuple):
-    """What the original command does, by the code and README of its authors."""
+    """The settings of an original command, by the code and README of its authors."""
 
     script: str
     processes: int

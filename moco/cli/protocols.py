@@ -44,28 +44,33 @@ def choose(script: str, settings: Mapping[str, object], given: Mapping[str, obje
         if named not in known:
             raise unknown("protocol", named, known)
         return Choice(_recipe(script, named, settings), "--protocol")
-    path = settings.get("pretrained")
+    name, why = _of_checkpoint(settings.get("pretrained"), known)
+    found = _recipe(script, name, settings, f" ({why})" if name != known[0] else "")
+    others = [f"--{option.replace('_', '-')}" for option in found.unless if option in given]
+    if others:
+        why = f"the default, because {others[0]} is given; the checkpoint's is {name}"
+        found = _recipe(script, known[0], settings)
+    return Choice(found, why)
+
+
+def _of_checkpoint(path: object, known: list[str]) -> tuple[str, str]:
+    """Return the name of the protocol for the checkpoint in `path`, if any, and the reason.
+
+    `known` has the names of the script's protocols, the default first.
+    """
+    default = known[0]
     if not path:
-        why = "the default, because there is no --pretrained"
-        return Choice(_recipe(script, known[0], settings), why)
+        return default, "the default, because there is no --pretrained"
     try:
         method = _method(metadata.read_metadata(checkpoint.load(str(path))))
     except InputError:  # the evaluation will raise it again when it loads the encoder
-        return Choice(_recipe(script, known[0], settings), f"the default; {path} cannot be read")
+        return default, f"the default; {path} cannot be read"
     if method is None:
-        why = f"the default, because {path} does not name a method of this project"
-        return Choice(_recipe(script, known[0], settings), why)
+        return default, f"the default, because {path} does not name a method of this project"
     name = f"{method.saved or method.name} ({method.script}.py)"
     if method.protocol in known:
-        why = f"that of {name}, with which {path} was pre-trained"
-        chosen = _recipe(script, method.protocol, settings, f" ({why})")
-        others = [f"--{option.replace('_', '-')}" for option in chosen.unless if option in given]
-        if not others:
-            return Choice(chosen, why)
-        why = f"the default, because {others[0]} is given; {path} was pre-trained with {name}"
-        return Choice(_recipe(script, known[0], settings), why)
-    why = f"the default; {path} was pre-trained with {name}"
-    return Choice(_recipe(script, known[0], settings), why)
+        return method.protocol, f"that of {name}, with which {path} was pre-trained"
+    return default, f"the default; {path} was pre-trained with {name}"
 
 
 def _method(found: metadata.Metadata) -> Method | None:

@@ -23,11 +23,12 @@ from moco.data import loader, registry
 from moco.data.images import Images
 from moco.distributed import print_rank0
 from moco.encoder import networks
-from moco.engine import features
+from moco.engine import features, lr_schedule
 from moco.engine.precision import autocast, prepare_images
 from moco.errors import InputError
 from moco.evaluate import inputs, metrics
 from moco.evaluate.classifier import init_classifier
+from moco.sections import Schedule
 
 Batch = tuple[Tensor, Tensor]  # features [B, D] and labels [B, num_classes]
 
@@ -166,7 +167,7 @@ class FrozenEncoder:
 
 def lr_of_epoch(lr: float, epoch: int) -> float:
     """Return the learning rate of an epoch: a cosine that falls to 0 and rises to `lr` in turn."""
-    return lr * (1 + math.cos(math.pi * epoch / PERIOD)) / 2
+    return lr_schedule.curve(Schedule(sgdr=1, sgdr_t0=PERIOD), lr, epoch)
 
 
 def loss_sum(logits: Tensor, label: Tensor) -> Tensor:

@@ -316,7 +316,7 @@ def test_the_picture_shows_every_quantity():
 
 
 def test_the_args_yaml_of_a_run_is_a_recipe(run):
-    """Its script is named by a key, and 8 processes are assumed."""
+    """Find its script by a key. The number of processes is 8 by default."""
     options = yaml.safe_load((run / "args.yaml").read_text())
     of = tool.load(run / "args.yaml", (), images=64, processes=1)
     assert of.at(0) == {"lr": options["lr"], "momentum": options["moco_m"]}

@@ -215,7 +215,7 @@ def test_rotate_is_torchvisions_inside_the_image():
     ids=lambda change: next(iter(change)),
 )
 def test_a_setting_changes_only_its_own_draws(change):
-    """One setting's draws do not shift the others': all other draws have the same bits."""
+    """Leave all other draws with the same bits: a setting does not shift them."""
     (name,) = change
     own = {"rotate": "angle", "jitter": "factors", "blur_sigma": "sigma", "scale": None}
     before, after = (

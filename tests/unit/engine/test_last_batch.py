@@ -137,7 +137,10 @@ def test_a_run_stopped_inside_an_epoch_continues_with_its_last_batch(tmp_path, m
         folder = tmp_path / str(stop)
         first = Regression(folder, N, BATCH)
         with monkeypatch.context() as patch:
-            ends = lambda self, first=first, stop=stop: "stop" * (len(first.steps) == stop)  # noqa: E731
+
+            def ends(self, first=first, stop=stop):
+                return "stop" * (len(first.steps) == stop)
+
             patch.setattr("moco.launch.interrupt.Requests.agreed", ends)
             with pytest.raises(Interrupted):
                 Trainer(first).train()

@@ -51,7 +51,7 @@ def test_lars_is_its_definition(seed, decay):
 
 
 def lars_tf_by_hand(weights, gradients, momenta, lr, decay, momentum, trust, adapt):
-    """One step of SimCLR's TensorFlow code, in place: the rate is in the momentum."""
+    """Update in place as SimCLR's TensorFlow code: the learning rate is inside the momentum."""
     for w, g, v in zip(weights, gradients, momenta, strict=True):
         rate = lr
         if w.dim() > 1 and adapt:
