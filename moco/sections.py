@@ -306,9 +306,9 @@ class Retention:
 
 @dataclass(frozen=True)
 class Monitor:
-    """The k-NN accuracy that a pre-training reports while it runs."""
+    """The measurements of the encoder that a pre-training reports while it runs."""
 
-    TITLE: ClassVar[str] = "k-NN monitor"
+    TITLE: ClassVar[str] = "monitor"
     knn_every: int = option(
         0,
         "epochs between k-NN tests of val/ against train/; 0: none",
@@ -324,6 +324,23 @@ class Monitor:
         "features to compare: those of the backbone, or those of the projection head",
         choices=("backbone", "head"),
     )
+    probe_online: bool = option(
+        False,
+        "train a linear classifier on the features of each batch, without effect on the encoder, "
+        "and test it on val/ at every --knn-every, or else after every epoch",
+        switch=False,
+    )
+    rankme_every: int = option(
+        0,
+        "epochs between measurements of RankMe, which needs no labels; 0: none",
+        range=NATURAL,
+        metavar="EPOCHS",
+    )
+
+    @property
+    def needs_labels(self) -> bool:
+        """Return whether a measurement needs the labels of train/ and val/."""
+        return self.knn_every > 0 or self.probe_online
 
 
 @dataclass(frozen=True)

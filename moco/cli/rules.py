@@ -123,7 +123,7 @@ def _start(parser: EffectsParser) -> None:
 
 
 def _monitor(parser: EffectsParser) -> None:
-    off = "the k-NN monitor is off; give --knn-every EPOCHS as well, or leave it out"
+    off = "k-NN is not measured; give --knn-every EPOCHS as well, or leave it out"
     parser.has_effect("knn_k knn_t knn_features", lambda args: args.knn_every, off)
 
 

@@ -1,13 +1,11 @@
 """Pre-train any method: check its settings, train on views, monitor k-NN, keep checkpoints."""
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from moco import distributed
 from moco.augment import recipes
@@ -16,10 +14,12 @@ from moco.config import Pretraining, flat, replaced
 from moco.data import cache, loader, registry, sources, subsets
 from moco.data.images import Images
 from moco.distributed import print_rank0
-from moco.encoder import networks, resnets
-from moco.engine import checkpoint, contract, features, initial, next_commands, precision
+from moco.encoder import resnets
+from moco.engine import checkpoint, contract, initial, next_commands, precision
 from moco.engine.log import Metrics, format_duration
-from moco.engine.trainer import Task, Trainer
+from moco.engine.monitor import Monitor
+from moco.engine.task import Task
+from moco.engine.trainer import Trainer
 from moco.errors import InputError
 from moco.rng import Progress
 
@@ -144,7 +144,7 @@ class PretrainingTask(Task):
         self.best = (-1.0, -1)
         # epochs whose checkpoints an earlier start kept by another --keep or --keep-every
         self.spared: frozenset[int] = frozenset()
-        self._left_out: frozenset[int] = frozenset()  # unreadable images that a line has named
+        self.monitor = Monitor(config, module, device, len(images.classes))
 
     @property
     def grad_norm_modules(self) -> dict[str, nn.Module]:
@@ -166,37 +166,45 @@ class PretrainingTask(Task):
     def loss(
         self, net: nn.Module, views: list[Tensor], batch: loader.Batch, progress: Progress
     ) -> tuple[Tensor, Metrics]:
-        """Return the method's loss and metrics of one pass."""
-        return net(views, batch.index, progress)
+        """Return the method's loss and metrics of one pass. The online probe learns from it."""
+        loss, metrics = net(views, batch.index, progress)
+        if self.monitor.probe:
+            metrics = {**metrics, **self.monitor.probe.learn(batch.label)}
+        return loss, metrics
 
     def after_step(self) -> None:
         """Call the method's `after_step`, which may update a moving average, for example."""
         self.module.after_step()
 
+    def start_run(self) -> dict[str, float]:
+        """Measure the encoder before training. Return metrics to log."""
+        return self.monitor.measure_start(self.images)
+
     def end_epoch(self, trainer: Trainer, done: int) -> dict[str, float]:
-        """Measure k-NN and save, if either is due after `done` epochs. Return metrics to log."""
+        """Measure and save, if either is due after `done` epochs. Return metrics to log."""
         config, last = self.config, done == self.config.optimizer.epochs
         saves = last or done % config.log.save_every == 0
         metrics = {}
-        if config.monitor.knn_every and (last or done % config.monitor.knn_every == 0):
+        if names := self.monitor.due(done):
             # save first, because k-NN takes a while, and the run may be stopped meanwhile
             self.save_mid_epoch(trainer, done - 1, done * trainer.steps_per_epoch)
-            metrics["knn"] = self._knn()
-            if saves and metrics["knn"] > self.best[0]:
+            metrics = self.monitor.measure(self.images, names)
+            if saves and metrics.get("knn", -1.0) > self.best[0]:
                 self.best = metrics["knn"], done - 1
         if saves:
             self._tidy(trainer.save(f"checkpoint_{done - 1:04d}.pth.tar", done))
         return metrics
 
     def state(self) -> dict[str, Any]:
-        """Return the best k-NN accuracy and its epoch, and the epochs an earlier start kept."""
+        """Return the best k-NN accuracy and its epoch, the epochs kept, and the monitor's state."""
         accuracy, epoch = self.best
         best = {"best_knn": accuracy, "best_epoch": epoch} if epoch >= 0 else {}
-        return {**best, "spared": sorted(self.spared)}
+        return {**best, "spared": sorted(self.spared), **self.monitor.state()}
 
     def restore(self, state: checkpoint.State) -> None:
-        """Restore the best k-NN accuracy and its epoch, and the epochs an earlier start kept."""
+        """Restore the best k-NN accuracy and its epoch, the epochs kept, and the monitor."""
         best, spared = (state.get("best_knn"), state.get("best_epoch")), state.get("spared")
+        self.monitor.restore(state)
         if isinstance(best[0], float) and isinstance(best[1], int):
             self.best = best
         if isinstance(spared, list):
@@ -239,37 +247,3 @@ class PretrainingTask(Task):
             print_rank0(f"the last checkpoint is {saved}; commands to run next:")
             for command in next_commands.commands(self.config, saved):
                 print_rank0(f"  {command}")
-
-    def _knn(self) -> float:
-        """Return the k-NN top-1 accuracy of the encoder on val/, in [0, 1]. The bank is train/.
-
-        With `--on-bad-image skip`, training images that cannot be read are left out.
-        """
-        config, module = self.config, self.module
-        val = registry.test_images(config.input.dataset, config.run.data, config.input.class_list)
-        net, feature_fn = module.encoder, networks.features
-        if config.monitor.knn_features == "head":
-            net, feature_fn = module.embedding, nn.Module.__call__
-        unreadable = [] if config.log.on_bad_image == "skip" else None
-        bank = features.extract(
-            net, self.images, config, self.device, feature_fn=feature_fn, unreadable=unreadable
-        )
-        self._note_left_out({i for i, _ in unreadable or ()})
-        queries = features.extract(net, val, config, self.device, feature_fn=feature_fn)
-        k = config.monitor.knn_k
-        return features.knn(*bank, *queries, len(val.classes), [k], config.monitor.knn_t)[k]
-
-    def _note_left_out(self, unreadable: set[int]) -> None:
-        """Print a line that names the unreadable images, unless earlier lines named them all.
-
-        Args:
-            unreadable: indices of images in the training set.
-        """
-        new = sorted(unreadable - self._left_out)
-        self._left_out |= unreadable
-        if new:
-            names = ", ".join(self.images.name(i) for i in new[:10]) + ", ..." * (len(new) > 10)
-            what = "training image" if len(new) == 1 else "training images"
-            tqdm.write(
-                f"k-NN leaves out {len(new)} {what} that cannot be read: {names}", file=sys.stderr
-            )

@@ -18,6 +18,7 @@ MAY_DIFFER = frozenset(
     "data save_dir output tag cfg resume allow_change evaluate script"
     " workers cache_images download on_bad_image host_features loss_chunk compile grad_checkpoint"
     " print_freq save_every save_every_steps keep keep_every knn_every knn_k knn_t knn_features"
+    " probe_online rankme_every"
     " multiprocessing_distributed nproc_per_node world_size rank dist_url dist_backend gpu device"
     " local_rank nodes batch_size batch_per_process accumulation_steps batch_is_per_process"
     " encoder_method pretrain_epochs".split()

@@ -13,7 +13,8 @@ from moco.data.images import Images
 from moco.distributed import print_rank0
 from moco.engine import checkpoint, features, precision
 from moco.engine.announce import print_if_done
-from moco.engine.trainer import Task, Trainer
+from moco.engine.task import Task
+from moco.engine.trainer import Trainer
 from moco.errors import InputError
 from moco.evaluate import metrics
 from moco.evaluate.inputs import Splits

@@ -99,6 +99,7 @@ SUMMARY = (
     "loss",
     "k-NN last, %",
     "best, %",
+    "gain, %",
     "images/s",
     "time",
 )
@@ -134,6 +135,8 @@ def _facts(run: Run) -> list[object]:
         if "knn" in log.columns
         else ["", ""]
     )
+    # the last accuracy minus that of the encoder before training
+    gain = f"{100 * log.columns['knn_gain'][1][-1]:+.1f}" if "knn_gain" in log.columns else ""
     speed = (
         f"{np.nanmedian(log.columns['images_per_s'][1]):.0f}"
         if "images_per_s" in log.columns
@@ -151,6 +154,7 @@ def _facts(run: Run) -> list[object]:
         lr,
         loss,
         *knn,
+        gain,
         speed,
         clock,
     ]

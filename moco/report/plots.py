@@ -47,7 +47,19 @@ PANELS = (
     Panel(
         "k-NN top-1",
         {"knn": "top-1 on val"},
-        "Accuracy of the encoder's features on val/, with train/ as neighbours, in [0, 1].",
+        "Accuracy of the encoder's features on val/, with train/ as neighbours, in [0, 1]. The "
+        "curve begins with the encoder before training.",
+    ),
+    Panel(
+        "Online probe",
+        {"probe": "top-1 on val", "probe_train": "top-1 on the batches"},
+        "Accuracy of the linear classifier that learns while the encoder trains, in [0, 1].",
+    ),
+    Panel(
+        "RankMe",
+        {"rankme": "dimensions in use"},
+        "A smooth count of the feature dimensions that the encoder uses (Garrido et al., arXiv "
+        "2210.02885). The curve begins with the encoder before training.",
     ),
     Panel("Learning rate", {"lr": "learning rate"}, "Learning rate of the first parameter group."),
     Panel(

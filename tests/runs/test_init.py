@@ -75,7 +75,9 @@ def test_knn_before_the_first_step_is_that_of_the_file(
     status, _, err = script("main_knn", *knn, "--save-dir", tmp_path / "knn")
     assert status == 0, err
     metrics = json.loads((tmp_path / "knn" / "results.json").read_text())["metrics"]
-    assert [task._knn()] == [value for key, value in metrics.items() if "knn" in key]
+    assert [task.monitor.measure(task.images, {"knn"})["knn"]] == [
+        value for key, value in metrics.items() if "knn" in key
+    ]
     x = torch.randn(4, 3, 32, 32)
     features = networks.features(task.module.encoder.eval(), x)
     assert torch.equal(features, networks.features(net, x))

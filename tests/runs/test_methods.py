@@ -7,9 +7,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import ROOT, in_process, own_lines, shell
 from run_helpers import facts, load, same, succeeded
 
+from moco.engine.pretrain import PretrainingTask
 from moco.methods import METHODS
 
 # three epochs of a few steps of tiny images
@@ -52,6 +54,33 @@ def test_a_resumed_run_equals_one_that_never_stopped(name, run, script, shared_i
     for key in TOP:
         assert same(a[key], b[key]), key
     assert a["method"] == b["method"]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_monitor_changes_no_weight(name, run, script, shared_images, tmp_path, monkeypatch):
+    rows = []  # whether the probe reads the features of one view, in the order of the labels
+    loss = PretrainingTask.loss
+
+    def recorded(task, net, views, batch, progress):
+        seen = []
+        hook = task.module.encoder.register_forward_pre_hook(lambda _, x: seen.append(x[0]))
+        result = loss(task, net, views, batch, progress)
+        hook.remove()
+        rows.append(any(torch.equal(seen[0][: len(view)], view) for view in views))
+        return result
+
+    monkeypatch.setattr(PretrainingTask, "loss", recorded)
+    measured = "--knn-every 1 --knn-k 5 --probe-online --rankme-every 2".split()
+    words = (shared_images, *options(name), *measured, "--save-dir", tmp_path / "run")
+    status, _, err = script(METHODS[name].script, *words)
+    assert status == 0, err
+    a, b = (load(folder / "checkpoint_0002.pth.tar") for folder in (run(name), tmp_path / "run"))
+    for key in TOP:
+        assert same(a[key], b[key]), key
+    assert all(rows) and len(rows) > 3
+    assert {"probe", "knn_gain", "rankme"} <= {
+        key for line in facts(tmp_path / "run") for key in line
+    }
 
 
 @pytest.mark.slow

@@ -15,7 +15,8 @@ from torch import nn
 from moco import distributed
 from moco.config import Probing, replaced
 from moco.data.images import ImageArray
-from moco.engine.trainer import Task, Trainer
+from moco.engine.task import Task
+from moco.engine.trainer import Trainer
 from moco.launch.interrupt import Interrupted
 
 CPU, LR, EPOCHS, BATCH, PASSES, N = torch.device("cpu"), 0.5, 2, 2, 2, 13
