@@ -12,7 +12,7 @@ from torch import nn
 from moco.encoder.resnets import resnet
 from moco.engine.monitor import OnlineProbe, rankme
 
-RUN = typed("-a resnet18 --image-size 32 -b 16 -j 0 -p 1 --moco-k 64 --knn-k 5")
+RUN = typed("-a resnet18 --image-size 32 -b 16 -j 0 -p 1 --moco-k 64")
 
 
 def plain_rankme(rows):
@@ -130,7 +130,7 @@ def test_the_log_begins_with_the_encoder_before_training(script, shared_images, 
     words = (
         shared_images,
         *RUN,
-        *typed("--epochs 2 --knn-every 1 --probe-online --rankme-every 2"),
+        *typed("--epochs 2 --knn-every 1 --knn-k 5 --probe-online --rankme-every 2"),
     )
     status, out, err = script("main_synco", *words, "--save-dir", tmp_path / "whole")
     assert status == 0, err
