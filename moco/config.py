@@ -24,7 +24,7 @@ from moco.sections import (
 )
 from moco.sections_eval import Classifier, Encoder, FeatureFiles, Labels
 from moco.sections_eval import Views as EvaluationViews
-from moco.sections_pretrain import Start
+from moco.sections_pretrain import Listed, Start
 
 # mean and standard deviation of ImageNet's images, R, G and B in [0, 1]
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -103,6 +103,7 @@ class Pretraining(Training):
 
     TRANSFORMERS: ClassVar[bool] = False
 
+    listed: Listed = Listed()
     start: Start = Start()
     optimizer: Optimizer = Optimizer(schedule=(120, 160))
     retention: Retention = Retention()

@@ -40,7 +40,8 @@ class Run:
     TITLE: ClassVar[str] = "run"
     data: str | None = option(
         None,
-        "folder with train/ and val/, or the word photos: the built-in data set",
+        "folder with train/ and val/ (to pre-train, any folder of images), or the word photos: "
+        "the built-in data set",
         metavar="DIR",
     )
     cfg: str | None = option(

@@ -159,8 +159,13 @@ class Parser(EffectsParser):
     def _take_own_folder(self, args: Options) -> None:
         """Set the data folder to ./data. Turn on --download if --dataset can be downloaded.
 
-        Raises InputError for ImageNet and photos, whose folder must be given.
+        With --file-list, set it to the folder of the list. Raises InputError for ImageNet and
+        photos, whose folder must be given.
         """
+        file_list = getattr(args, "file_list", None)
+        if args.dataset == "imagenet" and file_list:
+            args.data = os.path.dirname(os.path.abspath(file_list))
+            return
         if args.dataset in ("imagenet", "photos"):
             raise InputError("no data folder: give DIR (with train/ and val/), or the word photos")
         args.data, args.download = "./data", registry.is_downloadable(args.dataset)

@@ -117,6 +117,11 @@ def _schedule(parser: EffectsParser) -> None:
     parser.has_effect("nesterov", lambda args: args.optimizer == "sgd", sgd)
 
 
+def _listed(parser: EffectsParser) -> None:
+    named = "--dataset, or the word photos, already names the images; leave out one of them"
+    parser.has_effect("file_list", lambda args: args.file_list, named)
+
+
 def _start(parser: EffectsParser) -> None:
     resumed = "the run continues with the weights of its checkpoint (--resume)"
     parser.has_effect("init", lambda args: not args.resume, resumed, refuse=False)
@@ -191,5 +196,6 @@ _RULES: dict[type, Declare] = {
     sections_eval.Classifier: _classifier,
     sections_eval.FeatureFiles: _feature_files,
     sections.QueryAndKey: _query_and_key,
+    sections_pretrain.Listed: _listed,
     sections_pretrain.Start: _start,
 }

@@ -10,6 +10,7 @@ import os
 import stat
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -68,20 +69,14 @@ def has_class_folders(folder: Path) -> bool:
 
 
 def has_images_below(folder: Path) -> bool:
-    """Return whether there is an image in `folder` or below it; stop at the first one."""
-    waiting, seen = [str(folder)], set()
-    while waiting:
-        inside = waiting.pop()
-        real = os.path.realpath(inside)
-        if real in seen:
-            continue
-        seen.add(real)
-        entries = _entries(inside)
-        if entries.images:
-            return True
-        below = sorted(entries.folders + entries.links, reverse=True)
-        waiting += [os.path.join(inside, name) for name in below]
-    return False
+    """Return whether `images_below` finds an image; stop at the first one."""
+    try:
+        with os.scandir(folder) as entries:  # a folder of a million images is not listed to the end
+            if any(_is_image(entry) for entry in entries):
+                return True
+    except OSError as error:
+        raise _unreadable(folder, error) from None
+    return any(entries.images for _, entries in _walk(folder, "", {}, []))
 
 
 def scan_classes(folder: Path, classes: tuple[str, ...] = ()) -> ImageFolder:
@@ -222,6 +217,12 @@ def _entries(folder: str) -> _Entries:
     return found
 
 
+def _is_image(entry: os.DirEntry) -> bool:
+    """Return whether `_entries` counts a name as an image."""
+    name = entry.name.lower()
+    return name[0] != "." and name.endswith(SUFFIXES) and not entry.is_dir(follow_symlinks=False)
+
+
 def _unreadable(path: str | Path, error: OSError) -> InputError:
     """Return the error to raise if a folder cannot be read."""
     path = os.fsdecode(error.filename or path).removesuffix(f"{os.sep}.")
@@ -249,23 +250,38 @@ def images_below(top: Path, name: str = "") -> Listing:
 
     Raises InputError if a folder cannot be read.
     """
-    real_top = os.path.realpath(top)
     listing = Listing([], Counter(), {}, [])
     images: list[str] = []
-    real = os.path.realpath(top / name)
+    for inside, entries in _walk(top, name, listing.folders, listing.repeated):
+        prefix = os.path.join(inside, "")
+        images += [prefix + file for file in entries.images]
+        listing.others.update(map(_ending, entries.others))
+    listing.images.extend(map(os.fsencode, sorted(images)))
+    return listing
+
+
+def _walk(
+    top: Path, name: str, listed: dict[str, None], repeated: list[str]
+) -> Iterator[tuple[str, _Entries]]:
+    """Yield the path and the entries of `top`/`name` and of each folder below it.
+
+    See `images_below` for links. Adds to `listed` and `repeated` as in a `Listing`.
+
+    Raises InputError if a folder cannot be read.
+    """
+    real_top, real = os.path.realpath(top), os.path.realpath(top / name)
     folders, links = [(name, real)], []
     while folders or links:
         # links come last, so that a link to a folder does not change the paths of its files
         inside, real = folders.pop() if folders else links.pop()
         contains_top = inside != "" and os.path.commonpath([real_top, real]) == real
-        if contains_top or real in listing.folders:
-            listing.repeated.append(os.path.join(top, inside))
+        if contains_top or real in listed:
+            repeated.append(os.path.join(top, inside))
             continue
-        listing.folders[real] = None
+        listed[real] = None
         entries = _entries(os.path.join(top, inside))
+        yield inside, entries
         prefix = os.path.join(inside, "")
-        images += [prefix + file for file in entries.images]
-        listing.others.update(map(_ending, entries.others))
         # sorted, because each file system has its own order
         for one in sorted(entries.folders, reverse=True):
             folders.append((prefix + one, os.path.join(real, one)))
@@ -273,8 +289,6 @@ def images_below(top: Path, name: str = "") -> Listing:
             links.append((prefix + one, os.path.realpath(os.path.join(top, prefix + one))))
         if entries.links:
             links.sort(reverse=True)
-    listing.images.extend(map(os.fsencode, sorted(images)))
-    return listing
 
 
 def _ending(name: str) -> str:

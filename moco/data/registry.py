@@ -14,10 +14,10 @@ from torchvision import datasets as tv
 from torchvision.datasets.utils import download_and_extract_archive
 
 from moco.config import MEAN, STD
-from moco.data import photos, readers, subsets
-from moco.data.folders import same_on_all_ranks, split_folder
+from moco.data import file_lists, photos, readers, subsets
+from moco.data.folders import same_on_all_ranks
 from moco.data.images import ImageFolder, Images
-from moco.data.sources import class_names, find, scan
+from moco.data.sources import class_names, find, locate, scan
 from moco.errors import InputError, unknown
 
 
@@ -190,13 +190,18 @@ def normalization(name: str) -> tuple[list[float], list[float]]:
     return list(mean), list(std)
 
 
-def train_images(name: str, root: str, class_list: str | None = None) -> Images:
-    """Return the images to pre-train on: those in train/, or a data set's training images.
+def train_images(
+    name: str, root: str, class_list: str | None = None, file_list: str | None = None
+) -> Images:
+    """Return the images to pre-train on: those of a folder or a list, or a data set's.
 
-    `class_list` is a file that names the classes to keep. The folder need not have val/.
+    `class_list` is a file that names the classes to keep, and `file_list` is one that names the
+    images. A folder need not have val/, nor labels.
 
     Raises InputError if the images or the classes cannot be found.
     """
+    if file_list is not None:
+        return same_on_all_ranks(file_lists.read(file_list, Path(root)))
     if name in _DATASETS:
         return subsets.keep_classes(load(name, root)[0], class_list)
     folder = find("photos" if name == "photos" else root, ("train",), labels=False)
@@ -215,6 +220,19 @@ def test_images(name: str, root: str, class_list: str | None = None) -> Images:
     folder = find("photos" if name == "photos" else root, ("train", "val"))
     images = scan(folder, "val", class_names(folder, "train"))
     return subsets.keep_classes(images, class_list)
+
+
+def has_test_images(name: str, root: str, file_list: str | None = None) -> bool:
+    """Return whether `test_images` finds images, and the training images have labels.
+
+    Raises InputError if a folder cannot be read.
+    """
+    if file_list is not None:
+        return False
+    if name != "imagenet" or root == "photos":
+        return True
+    train = locate(Path(root), "train")
+    return bool(train and class_names(Path(root), "train") and locate(Path(root), "val"))
 
 
 def check(name: str, root: str, download: bool) -> None:
@@ -262,9 +280,13 @@ def _imagenet(name: str, root: str) -> Path:
     try:
         return find("photos" if name == "photos" else root, ("train", "val"))
     except InputError as error:
-        if os.path.isdir(os.path.join(root, "train")) and split_folder(Path(root), "val").is_dir():
+        if not os.path.isdir(root) or locate(Path(root), "train") is None:
+            how = "get ImageNet by hand from https://image-net.org"
+        elif not has_test_images(name, root):
+            how = "tools/embed.py writes the features of the images in any folder"
+        else:
             raise
-        raise InputError(f"{error}; get ImageNet by hand from https://image-net.org") from None
+        raise InputError(f"{error}; {how}") from None
 
 
 def _check_images(name: str, root: str) -> None:

@@ -44,9 +44,9 @@ def announce(start: Start, images: Images, notes: list[str]) -> None:
             f"{images.root}: {len(images)} images do not fill one batch of {batch}; "
             "lower --batch-size"
         )
+    labels = f"of {len(images.classes)} classes" if images.labelled else "without labels"
     print_rank0(
-        f"{config.run.method} {config.network.arch}: {len(images)} images of "
-        f"{len(images.classes)} classes in {images.root}"
+        f"{config.run.method} {config.network.arch}: {len(images)} images {labels} in {images.root}"
     )
     print_rank0(
         f"views {config.views.recipe} at {config.views.image_size} pixels; "

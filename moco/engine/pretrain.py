@@ -13,7 +13,7 @@ from moco import distributed
 from moco.augment import recipes
 from moco.builder.base import Method
 from moco.config import Pretraining, flat, replaced
-from moco.data import cache, loader, registry, sources, subsets
+from moco.data import cache, file_lists, loader, registry, sources, subsets
 from moco.data.images import Images
 from moco.distributed import print_rank0
 from moco.encoder import networks, resnets
@@ -60,7 +60,11 @@ def complete(config: Pretraining) -> Pretraining:
             "main_moby.py trains transformers"
         )
     dataset, data = config.input.dataset, config.run.data
-    if dataset == "imagenet":
+    if dataset != "imagenet" or data == "photos":
+        config = replaced(config, file_list=None)
+    if config.listed.file_list:
+        _check_list(config)
+    elif dataset == "imagenet":
         root = _find(config)
         subsets.check_classes(root, config.input.class_list, config.input.data_name)
     else:
@@ -73,6 +77,19 @@ def complete(config: Pretraining) -> Pretraining:
     return replaced(config, mean=config.views.mean or mean, std=config.views.std or std)
 
 
+def _check_list(config: Pretraining) -> None:
+    """Raise InputError if the list of images cannot be used, or if an option needs labels."""
+    file, settings = config.listed.file_list, flat(config)
+    for name in ("class_list", "data_name", "knn_every"):
+        if settings[name]:
+            option = f"--{name.replace('_', '-')}"
+            raise InputError(f"{option}: the images of --file-list have no labels; leave it out")
+    root = Path(config.run.data)
+    if not root.is_dir():
+        raise InputError(f"{root}: no such folder; give the one at which the paths of {file} start")
+    file_lists.check(file, root)
+
+
 _WITHOUT_MONITOR = "; or train without the k-NN monitor: --knn-every 0"
 
 
@@ -83,7 +100,13 @@ def _find(config: Pretraining) -> Path:
     """
     data = config.run.data
     if not config.monitor.knn_every:
-        return sources.find(data, ("train",), labels=False)
+        root = sources.find(data, ("train",), labels=False)
+        if sources.holds_folders_without_labels(root):
+            print_rank0(
+                f"{root}: has no train/ folder, so all images in it are used, and its folders are "
+                "not classes; for labels, move them into train/"
+            )
+        return root
     try:
         return sources.find(data, ("train", "val"))
     except InputError as error:
@@ -106,7 +129,9 @@ def train(config: Pretraining, device: torch.device, build: Callable[[Images], M
             "--batch-size gives each process a single image; batch norm and the loss need at "
             "least two. Raise --batch-size"
         )
-    images = registry.train_images(config.input.dataset, config.run.data, config.input.class_list)
+    images = registry.train_images(
+        config.input.dataset, config.run.data, config.input.class_list, config.listed.file_list
+    )
     k = config.monitor.knn_k
     if config.monitor.knn_every:
         subsets.require_two_classes(images, _WITHOUT_MONITOR)
@@ -152,8 +177,10 @@ class PretrainingTask(Task):
         return self.module.grad_norm_modules
 
     def notes(self) -> list[str]:
-        """Return the method's lines to print at the start."""
-        return self.module.notes(self.config.input.batch_per_process)
+        """Return the lines to print at the start: about a list of images, and the method's."""
+        file = self.config.listed.file_list
+        listed = [f"the images are those that {file} names, in its order"] * bool(file)
+        return listed + self.module.notes(self.config.input.batch_per_process)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Return the method's parameter groups for the optimizer."""
