@@ -23,7 +23,7 @@ from moco import sections
 from moco.augment import recipes
 from moco.cli import actions, groups, tool
 from moco.cli import values as types
-from moco.data import folders, sources
+from moco.data import file_lists, folders, sources
 from moco.data.decoding import SUFFIXES
 from moco.data.images import ImageFolder, Images
 from moco.errors import InputError
@@ -39,7 +39,7 @@ def main() -> int:
 def draw(args: argparse.Namespace) -> None:
     """Write the picture. Raises InputError if the images or --out are not usable."""
     check_new(args.out, args.force)
-    images = find(args.data)
+    images = listed(args) if args.file_list else find(args.data)
     figure = views_figure(
         images,
         evenly_spaced(len(images), args.images),
@@ -53,6 +53,13 @@ def draw(args: argparse.Namespace) -> None:
 
 
 # Command line.
+
+
+def listed(args: argparse.Namespace) -> Images:
+    """Return the images of --file-list. Raises InputError if the list is not usable."""
+    folder = Path(args.data or Path(args.file_list).parent)
+    file_lists.check(args.file_list, folder)
+    return file_lists.read(args.file_list, folder)
 
 
 def find(data: str) -> Images:
@@ -141,6 +148,12 @@ def parser() -> argparse.ArgumentParser:
         "--support-size", type=types.in_range(int, sections.NATURAL), help=argparse.SUPPRESS
     )
     p.add_argument("--data", help=argparse.SUPPRESS)
+    p.add_argument(
+        "--file-list",
+        metavar="FILE",
+        help="draw the images that FILE names, one path a line; relative paths start at DATA, by "
+        "default FILE's folder",
+    )
     p.set_defaults(mean=None, std=None)  # not needed: the picture shows views before normalization
     return p
 
@@ -175,10 +188,27 @@ def parse(argv: list[str]) -> argparse.Namespace:
             f"recipes: {', '.join(recipes.RECIPES)}"
         )
     _refuse_without_effect(args, given)
-    args.data = words[0] if words else args.data or "photos"
+    _choose_data(args, words, given)
     if args.out.suffix.lower() != ".png":
         raise InputError(f"--out {args.out}: the picture is a PNG; give a name that ends in .png")
     return args
+
+
+def _choose_data(args: argparse.Namespace, words: list[str], given: dict[str, object]) -> None:
+    """Set `data` and `file_list`: those of the command line, else those of --cfg, else photos.
+
+    Raises InputError if both name the images.
+    """
+    if words and not given["file_list"]:
+        args.file_list = None
+    args.data = words[0] if words else args.data
+    if args.file_list is None:
+        args.data = args.data or "photos"
+    elif args.data == "photos":
+        raise InputError(
+            "--file-list has no effect: the word photos already names the images; "
+            "leave out one of them"
+        )
 
 
 def _refuse_without_effect(args: argparse.Namespace, given: dict[str, object]) -> None:
@@ -216,7 +246,7 @@ def _of_method(args: argparse.Namespace) -> str | None:
 
 
 _LISTS = [one.name.replace("_", "-") for one in recipes.CHANGES if one.metadata["option"].nargs]
-_KEYS = "data recipe views image-size seed aug-plus multi-crop support-size".split()
+_KEYS = "data file-list recipe views image-size seed aug-plus multi-crop support-size".split()
 for _one in recipes.CHANGES:
     _KEYS += [_one.name.replace("_", "-"), *(name[2:] for name in _one.metadata["option"].names)]
 

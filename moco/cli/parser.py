@@ -145,6 +145,9 @@ class Parser(EffectsParser):
                 f"two data folders: '{args.data}' and --data {args.data_option}; give one"
             )
         args.data = args.data_option or args.data
+        named = args.data == "photos" or args.dataset != "imagenet"
+        if named and self.given.get("file_list"):  # before a data set is downloaded
+            raise InputError(f"--file-list has no effect: {rules.TWO_SOURCES}")
         if args.data is None and not getattr(args, "load_features", None):
             self._take_own_folder(args)
         del args.data_option

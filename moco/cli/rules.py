@@ -19,6 +19,7 @@ from moco.launch import processes
 from moco.loss.synthetic import TYPES
 
 Declare = Callable[[EffectsParser], None]
+TWO_SOURCES = "--dataset, or the word photos, already names the images; leave out one of them"
 _AUGMENTATION = " ".join(one.name for one in recipes.CHANGES)
 
 
@@ -118,8 +119,7 @@ def _schedule(parser: EffectsParser) -> None:
 
 
 def _listed(parser: EffectsParser) -> None:
-    named = "--dataset, or the word photos, already names the images; leave out one of them"
-    parser.has_effect("file_list", lambda args: args.file_list, named)
+    parser.has_effect("file_list", lambda args: args.file_list, TWO_SOURCES)
 
 
 def _start(parser: EffectsParser) -> None:

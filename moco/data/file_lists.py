@@ -25,7 +25,7 @@ def read(file: str, root: Path) -> ImageFolder:
     Raises InputError if the list cannot be read, is empty, or has a line that does not end like an
     image.
     """
-    paths = _read(file)[0]
+    paths = [line for line in _lines(file) if line.strip()]
     return ImageFolder(root, np.zeros(len(paths), int), (), np.array(paths))
 
 
@@ -35,12 +35,16 @@ def check(file: str, root: Path) -> None:
     In a list of more than `CHECKED` paths, so many are looked up, spread evenly from the first to
     the last. Prints a line if paths are listed more than once.
     """
-    paths, lines = _read(file)
+    lines = _lines(file)
+    paths = [line for line in lines if line.strip()]
     for i in np.unique(np.linspace(0, len(paths) - 1, CHECKED).astype(int)):
         path = os.path.join(root, os.fsdecode(paths[i]))
         if not os.path.isfile(path):
             relative = "" if os.path.isabs(paths[i]) else f"; relative paths start at {root}"
-            raise InputError(f"--file-list {file}, line {lines[i]}: {path}: no such file{relative}")
+            raise InputError(
+                f"--file-list {file}, line {lines.index(paths[i]) + 1}: {path}: no such file"
+                f"{relative}"
+            )
     if repeated := len(paths) - len(set(paths)):
         print_rank0(
             f"--file-list {file}: {repeated} of {len(paths)} lines repeat a path; each line counts "
@@ -48,24 +52,28 @@ def check(file: str, root: Path) -> None:
         )
 
 
-def _read(file: str) -> tuple[list[bytes], list[int]]:
-    """Return the paths in a list, and the number of the line of each. See `read` for errors."""
+def _lines(file: str) -> list[bytes]:
+    """Return the lines of a list, with its empty ones. See `read` for errors."""
     try:
         if not stat.S_ISREG(os.stat(file).st_mode):
             # a pipe can be read once only, and every process reads the list
             raise InputError("not a file; write the paths to a file first")
-        found = read_lines(file)
+        lines = read_lines(file)
     except (InputError, OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise InputError(f"--file-list {file}: cannot be read ({reason})") from None
-    numbered = [(line, i) for i, line in enumerate(found, 1) if line.strip()]
-    if not numbered:
-        raise InputError(f"--file-list {file}: names no image; expected one path a line")
-    for line, i in numbered:
-        if not line.lower().endswith(_ENDINGS):
+        raise InputError(
+            f"--file-list {file}: cannot be read ({reason}); expected text with one path a line"
+        ) from None
+    empty = True
+    for line in lines:
+        if line.lower().endswith(_ENDINGS):
+            empty = False
+        elif line.strip():
             raise InputError(
-                f"--file-list {file}, line {i}: '{short(os.fsdecode(line))}' does not end like an "
-                f"image ({', '.join(SUFFIXES)}); expected one path a line, and nothing else"
+                f"--file-list {file}, line {lines.index(line) + 1}: "
+                f"'{short(os.fsdecode(line))}' does not end like an image "
+                f"({', '.join(SUFFIXES)}); expected one path a line, and nothing else"
             )
-    paths, lines = zip(*numbered, strict=True)
-    return list(paths), list(lines)
+    if empty:
+        raise InputError(f"--file-list {file}: names no image; expected one path a line")
+    return lines

@@ -147,8 +147,12 @@ def _check_split(root: Path, split: str, labels: bool) -> tuple[str, ...]:
             f"{root}: has no val/ folder, nor a test/ folder with class folders; expected "
             f"val/CLASS/*.jpg or test/CLASS/*.jpg{how * made}"
         )
-    others = "" if labels or _has_split(root) else ", and no images elsewhere"
-    raise InputError(f"{root}: has no {split}/ folder{others}; expected {split}/CLASS/*.jpg")
+    if not labels and not _has_split(root):
+        raise InputError(
+            f"{root}: holds no image ({', '.join(SUFFIXES)}), nor a folder with images; expected "
+            f"images anywhere in it, or {split}/CLASS/*.jpg"
+        )
+    raise InputError(f"{root}: has no {split}/ folder; expected {split}/CLASS/*.jpg")
 
 
 def holds_folders_without_labels(root: Path) -> bool:

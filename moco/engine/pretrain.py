@@ -83,7 +83,8 @@ def _check_list(config: Pretraining) -> None:
     for name in ("class_list", "data_name", "knn_every"):
         if settings[name]:
             option = f"--{name.replace('_', '-')}"
-            raise InputError(f"{option}: the images of --file-list have no labels; leave it out")
+            how = "give --knn-every 0" if name == "knn_every" else "leave it out"
+            raise InputError(f"{option}: the images of --file-list have no labels; {how}")
     root = Path(config.run.data)
     if not root.is_dir():
         raise InputError(f"{root}: no such folder; give the one at which the paths of {file} start")
