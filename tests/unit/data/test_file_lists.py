@@ -89,7 +89,7 @@ def test_a_wrong_list_is_refused(root, content, message):
     file = written(root, content)
     said = error_message(file_lists.check, file, root)
     assert said.startswith(f"--file-list {file}") and message.format(root=root) in said
-    assert ("relative paths" in said) == ("no such file" in said and "/none.jpg\n" != content)
+    assert ("relative paths" in said) == ("no such file" in said and content != "/none.jpg\n")
     if "no such file" not in said:  # what `check` alone looks up
         assert error_message(file_lists.read, file, root) == said
 
@@ -101,7 +101,9 @@ def test_a_list_that_is_no_file_is_refused(root, what):
         os.mkdir(path)
     elif what == "pipe":
         os.mkfifo(path)  # opening it would wait for its writer
-    reason = {"missing": "No such file", "null byte": "null byte"}.get(what, "not a file; write")
+    reason = {"missing": "No such file", "null byte": "embedded null byte"}.get(
+        what, "not a file; write"
+    )
     for call in (file_lists.check, file_lists.read):
         message = str(error_message(call, path, root))
         assert message.startswith("--file-list ") and f"cannot be read ({reason}" in message
