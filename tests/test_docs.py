@@ -111,7 +111,8 @@ def test_command_is_accepted(typed, text, tmp_path, monkeypatch):
     module = importlib.import_module(name)
     monkeypatch.setattr(sys, "argv", [f"{name}.py"])
     has_data = any(
-        re.search(r"^(DIR|data/|photos)$|=DIR$|^--load-features$", word) for word in words
+        re.search(r"^(DIR|data/|photos)$|=DIR$|^--(load-features|file-list)$", word)
+        for word in words
     )
     assert has_data or not typed, "no data folder"
     parser = module.parser()

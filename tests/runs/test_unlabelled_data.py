@@ -97,7 +97,7 @@ def test_every_method_takes_a_list(layouts, tmp_path, monkeypatch, script):
 
 
 def test_fnc_counts_no_true_labels_without_labels(layouts, tmp_path, script):
-    words = (*INPUT, *typed("--epochs 1 -p 1 --support-size 0 --memory-multiplier 1 --fn-topk 1"))
+    words = (*INPUT, *typed("--epochs 1 -p 1 --support-size 0 --memory-multiplier 2 --fn-topk 1"))
     for name in ("flat", "train_only"):
         folder = tmp_path / name
         status, _, err = script("main_fnc", layouts / name, *words, "--save-dir", folder)
@@ -176,7 +176,8 @@ def test_a_resumed_run_needs_the_same_list(script, layouts, tmp_path):
     again = (*base, 2, "--save-dir", run, "--resume", "auto", "--file-list")
     other.write_text("\n".join(reversed(lines)))
     refused(script(*again, other), "--file-list is", "and was", "--allow-change file-list")
-    refused(script(*again[:-1]), "--file-list is unset, and was")
+    unset = ("main_synco", layouts / "flat", *again[2:-1])
+    refused(script(*unset), "--file-list is unset, and was")
     other.write_text("\n".join(lines[:-1]))
     changed = (*again, other, "--allow-change", "file-list")
     refused(script(*changed), "was trained on 24 images, but", "has 23")
