@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moco.data.decoding import Reduction, decode, full_size, read_bytes
+from moco.data.decoding import DEFAULT, Decoding, Reduction, decode, full_size, read_bytes
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,12 @@ class Images:
         """Return the number of images."""
         return len(self.labels)
 
-    def read(self, i: int, reduction: Reduction = full_size) -> Tensor:
+    def read(
+        self, i: int, settings: Decoding = DEFAULT, reduction: Reduction = full_size
+    ) -> Tensor:
         """Return image `i` as uint8 [3, H, W].
+
+        `settings` and `reduction` are those of `decode`.
 
         Raises InputError, which names the image, if it cannot be read.
         """
@@ -89,9 +93,11 @@ class EncodedImages(Images):
         """Return the name of image `i` with its folder, for messages."""
         return os.path.join(self.root, self.name(i))
 
-    def read(self, i: int, reduction: Reduction = full_size) -> Tensor:
+    def read(
+        self, i: int, settings: Decoding = DEFAULT, reduction: Reduction = full_size
+    ) -> Tensor:
         """Decode image `i`; see `decode`."""
-        return decode(self.encoded(i), self.path(i), reduction)
+        return decode(self.encoded(i), self.path(i), settings, reduction)
 
 
 @dataclass(frozen=True)
@@ -137,11 +143,13 @@ class CachedImages(Images):
     starts: np.ndarray
     sizes: np.ndarray
 
-    def read(self, i: int, reduction: Reduction = full_size) -> Tensor:
+    def read(
+        self, i: int, settings: Decoding = DEFAULT, reduction: Reduction = full_size
+    ) -> Tensor:
         """Return image `i` from memory, or decode it if it was left where it was."""
         start, (height, width) = self.starts[i], self.sizes[i].tolist()
         if start < 0:
-            return self.source.read(i, reduction)
+            return self.source.read(i, settings, reduction)
         return self.pixels[start : start + 3 * height * width].view(3, height, width)
 
     def read_batch(self, indices: np.ndarray, accepts: Callable[[int, int], bool]) -> Tensor | None:
@@ -179,7 +187,9 @@ class ImageArray(Images):
 
     pixels: np.ndarray
 
-    def read(self, i: int, _reduction: Reduction = full_size) -> Tensor:
+    def read(
+        self, i: int, _settings: Decoding = DEFAULT, _reduction: Reduction = full_size
+    ) -> Tensor:
         """Return image `i` at its full size."""
         return torch.from_numpy(self.pixels[i])
 
