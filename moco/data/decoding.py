@@ -134,15 +134,15 @@ def decoded_size(data: np.ndarray, settings: Decoding = DEFAULT) -> int:
         return 0
 
 
-def brighter_white(data: np.ndarray) -> tuple[int, int] | None:
-    """Return the brightest value of a dark 16-bit image, and the --white that would suit it.
+def brightest(data: np.ndarray) -> int | None:
+    """Return the largest value in an image of which 65535 is white by default; see `depth`.
 
     Return None for other images, and for unreadable ones.
     """
     raw = memoryview(data)
     try:
         with _opened(raw) as image:
-            return depth.suggestion(image, lambda: _open(raw))
+            return depth.brightest(image, lambda: _open(raw))
     except Exception:  # Pillow's plugins raise errors of many types
         return None
 

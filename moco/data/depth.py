@@ -11,14 +11,13 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-_FULL = 65535.0  # white in a 16-bit file that does not say otherwise
+FULL = 65535.0  # white in a 16-bit file that does not say otherwise
 _BITS, _PHOTOMETRIC, _SAMPLES, _PLANES = 258, 262, 277, 284  # tags of TIFF
 _WHITE_IS_0, _SEPARATE = 0, 2  # values of _PHOTOMETRIC and _PLANES
 # In Pillow's name of the layout of colours in a file, the last letter says which of the two bytes
 # of a value comes first: the lower (L), the higher (B), or that of this machine (N).
 _DEEP_COLOURS = re.compile("(RGB|RGBA|RGBX|CMYK|LA|RGBa);16[LBN]")
 _OTHER_BYTE = {"L": "B", "B": "L", "N": "B" if sys.byteorder == "little" else "L"}
-_DARK = 1 / 4  # of white; if all images are below it, `suggestion` proposes another white
 
 Open = Callable[[], Image.Image]  # opens the same image again
 
@@ -62,19 +61,21 @@ def to_rgb(image: Image.Image, white: float | None, again: Open) -> Image.Image:
     return Image.fromarray((values * (255 / white)).round().astype(np.uint8)).convert("RGB")
 
 
-def suggestion(image: Image.Image, again: Open) -> tuple[int, int] | None:
-    """Return the brightest value of a dark 16-bit image, and the --white that would suit it.
+def brightest(image: Image.Image, again: Open) -> int | None:
+    """Return the largest value in an image if 65535 is white in it by default, else None.
 
-    Return None if the image is not dark, or if its file says which value is white. The arguments
-    are those of `to_rgb`.
+    The arguments are those of `to_rgb`.
     """
-    if not _takes_white(image):
-        return None
-    deep = _deep(image, again, colours=True)
-    if deep is None or deep.white != _FULL or deep.values.max() >= _DARK * deep.white:
-        return None
-    brightest = int(deep.values.max())
-    return brightest, max(255, (1 << brightest.bit_length()) - 1)
+    deep = _deep(image, again, colours=True) if _takes_white(image) else None
+    return int(deep.values.max()) if deep and deep.white == FULL and not deep.inverted else None
+
+
+def white_for(value: int) -> int | None:
+    """Return a better --white if `value` is the largest in the images; None if they are bright.
+
+    It is the largest value with as many bits.
+    """
+    return (1 << value.bit_length()) - 1 if 0 < value < FULL / 4 else None
 
 
 def _check(image: Image.Image) -> None:
@@ -104,16 +105,16 @@ def _deep(image: Image.Image, again: Open, colours: bool) -> _Deep | None:
     """
     if not image.mode.startswith(("I", "F")):
         layout = _layout(image)
-        return _Deep(_colours(image, layout, again), _FULL) if layout and colours else None
+        return _Deep(_colours(image, layout, again), FULL) if layout and colours else None
     # loading the image removes some tags
     tags = dict(image.tag_v2) if image.format == "TIFF" else {}
     bits, inverted = max(tags.get(_BITS, (16,))), tags.get(_PHOTOMETRIC) == _WHITE_IS_0
     pixels = np.asarray(image).astype(np.float64)
     pixels = np.nan_to_num(pixels, posinf=pixels[np.isfinite(pixels)].max(initial=0)).clip(0)
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
-        white = float((1 << bits) - 1) if bits < 16 else _FULL
+        white = float((1 << bits) - 1) if bits < 16 else FULL
     else:
-        levels = (1.0, 255.0, _FULL) if image.mode == "F" else (255.0, _FULL)
+        levels = (1.0, 255.0, FULL) if image.mode == "F" else (255.0, FULL)
         white = next((level for level in levels if pixels.max() <= level), pixels.max())
     return _Deep(pixels, white, inverted)
 

@@ -3,6 +3,7 @@
 `sources` and `registry` make these objects; `loader` turns them into batches of crops.
 """
 
+import contextlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -12,7 +13,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moco.data.decoding import DEFAULT, Decoding, Reduction, decode, full_size, read_bytes
+from moco import distributed
+from moco.data import depth
+from moco.data.decoding import (
+    DEFAULT,
+    Decoding,
+    Reduction,
+    brightest,
+    decode,
+    full_size,
+    read_bytes,
+)
+from moco.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -204,3 +216,23 @@ class ImageArray(Images):
     def subset(self, indices: np.ndarray) -> "ImageArray":
         """Return the images with these `indices`; see `Images.subset`."""
         return replace(self, pixels=self.pixels[indices], labels=self.labels[indices])
+
+
+_SAMPLE = 16  # images that `note_dark` reads
+
+
+def note_dark(images: Images, settings: Decoding) -> None:
+    """Print a line that suggests `--white` if the 16-bit images of a sample look dark."""
+    if settings.white or not isinstance(images, EncodedImages) or distributed.rank():
+        return
+    found = []
+    for i in np.linspace(0, len(images) - 1, min(len(images), _SAMPLE)).astype(int):
+        with contextlib.suppress(InputError):  # the loader reports unreadable images
+            found.append(brightest(images.encoded(i)))
+    values = [value for value in found if value is not None]
+    white = depth.white_for(max(values, default=0))
+    if white:
+        distributed.print_rank0(
+            f"{images.root}: 16-bit images look dark. The largest value in {len(values)} of them "
+            f"is {max(values)}, and 65535 is shown as white; --white {white} makes them brighter"
+        )

@@ -363,7 +363,7 @@ def _map(sample: pictures.Sample, computed: list[RunFeatures], seed: int) -> str
 
 
 def _strips(sample: pictures.Sample, one: RunFeatures) -> str:
-    picture = pictures.neighbours(sample, one.bank, one.val, THUMBNAIL)
+    picture = pictures.neighbours(sample, one.bank, one.val, THUMBNAIL, one.run)
     text = "Left: val images. Right: for each, the nearest training images and their cosine "
     text += f"similarity, out of {len(sample.bank)} images of the map's classes. A green frame is "
     text += f"the same class; a red frame and x, another class. {one.source}."

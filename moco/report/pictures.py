@@ -19,6 +19,7 @@ from moco.data import registry
 from moco.data.images import Images
 from moco.encoder import metadata, networks, pretrained
 from moco.engine import checkpoint, features
+from moco.engine.decoding import BEFORE
 from moco.errors import InputError
 from moco.launch import processes
 from moco.report.plots import plain, printable, run_label
@@ -34,7 +35,7 @@ _NEEDED |= {"norm_eps": str}
 _FOR_VIEWS = {"recipe": str, "seed": int}
 # for runs of older versions, which lack these options
 _DEFAULTS = {"class_list": None, "crop_min": None, "dataset": "imagenet", "stem": "imagenet"}
-_DEFAULTS |= {"mean": list(MEAN), "std": list(STD), "norm_eps": "timm"}
+_DEFAULTS |= {"mean": list(MEAN), "std": list(STD), "norm_eps": "timm"} | BEFORE
 
 
 def settings(run: Run, needed: dict[str, type]) -> Pretraining:
@@ -47,7 +48,8 @@ def settings(run: Run, needed: dict[str, type]) -> Pretraining:
     Raises InputError if args.yaml lacks one of them, or has a value of another type.
     """
     args = _DEFAULTS | run.args
-    for name, type_ in (needed | {"class_list": str | None}).items():
+    optional = {"class_list": str | None, "exif": str | None, "white": float | None}
+    for name, type_ in (needed | optional).items():
         if not isinstance(args.get(name), type_):
             raise InputError(
                 f"{run.folder / 'args.yaml'}: {name} is {args.get(name)!r}, which is not valid"
@@ -80,7 +82,7 @@ def views(run: Run) -> Figure:
     config = settings(run, _NEEDED | _FOR_VIEWS)
     train = registry.train_images(config.input.dataset, config.run.data, config.input.class_list)
     picked = sorted({round(i * (len(train) - 1) / (ROWS - 1)) for i in range(ROWS)})
-    return views_figure(train, picked, recipe(run)[1], config.run.seed, draws=1)
+    return views_figure(train, picked, recipe(run)[1], config.run.seed, 1, config.input)
 
 
 def _grid(
@@ -272,7 +274,7 @@ def _in_two_dimensions(x: np.ndarray) -> np.ndarray:
         return tsne.fit_transform(x)
 
 
-def neighbours(of: Sample, bank: Tensor, val: Tensor, size: int) -> Figure:
+def neighbours(of: Sample, bank: Tensor, val: Tensor, size: int, run: Run) -> Figure:
     """Return a picture of the query images, each with the training images nearest to it.
 
     Args:
@@ -280,7 +282,15 @@ def neighbours(of: Sample, bank: Tensor, val: Tensor, size: int) -> Figure:
         bank: features of its training images, [N, D].
         val: features of its val images, [M, D].
         size: side of each image, in pixels.
+        run: the run that computed the features.
+
+    Raises InputError if an image cannot be read.
     """
+    decoding = settings(run, _NEEDED).input
+
+    def read(images: Images, i: int) -> Tensor:
+        return crop.center_view(images.read(i, decoding), size)
+
     similarity, indices = features.nearest(
         bank, torch.arange(len(bank)), val[of.queries], NEIGHBOURS
     )
@@ -288,18 +298,19 @@ def neighbours(of: Sample, bank: Tensor, val: Tensor, size: int) -> Figure:
     figure, axes = _grid(rows, columns, width=0.95, height=1.2, title=0.22)
     for row, query in zip(range(rows), of.queries, strict=True):
         label = of.val.labels[query]
-        _framed(axes[row, 0], of.val, query, size, "#555555", run_label(of.val.classes[label], 15))
+        title = run_label(of.val.classes[label], 15)
+        _framed(axes[row, 0], read(of.val, query), "#555555", title)
         nearest = zip(indices[row].tolist(), similarity[row].tolist(), strict=True)
         for axis, (i, cosine) in zip(axes[row, 1:], nearest, strict=True):
             same = of.bank.labels[i] == label
             frame, mark = (SAME, "") if same else (OTHER, " x")
-            _framed(axis, of.bank, i, size, frame, f"{cosine:.3f}{mark}")
+            _framed(axis, read(of.bank, i), frame, f"{cosine:.3f}{mark}")
     return figure
 
 
-def _framed(axis, images: Images, i: int, size: int, frame: str, title: str) -> None:
-    """Draw image `i` with a frame in the colour `frame`, and a title above."""
-    axis.imshow(crop.center_view(images.read(i), size).permute(1, 2, 0).numpy())
+def _framed(axis, image: Tensor, frame: str, title: str) -> None:
+    """Draw an image [3, H, W] with a frame in the colour `frame`, and a title above."""
+    axis.imshow(image.permute(1, 2, 0).numpy())
     plain([axis.set_title("?", fontsize=7, pad=3)], [printable(title)])
     axis.set_xticks([])
     axis.set_yticks([])
