@@ -159,10 +159,8 @@ def _check_size(data: memoryview, name: str) -> None:
 
     The decoder would allocate memory for all of them.
     """
-    i = 2
-    while i + 9 <= len(data) and data[i] == 0xFF:
-        marker = data[i + 1]
-        if 0xC0 <= marker <= 0xCF and marker not in _NO_FRAME:
+    for marker, i in jpeg.segments(data):
+        if 0xC0 <= marker <= 0xCF and marker not in _NO_FRAME and i + 9 <= len(data):
             height, width = (int.from_bytes(data[at : at + 2], "big") for at in (i + 5, i + 7))
             if height * width > min(_MAX_PIXELS, max(_MAX_PIXELS_PER_BYTE * len(data), 1 << 20)):
                 raise InputError(
@@ -170,7 +168,6 @@ def _check_size(data: memoryview, name: str) -> None:
                     "bytes); remove or replace it"
                 )
             return
-        i += 1 if marker == 0xFF else 2 + int.from_bytes(data[i + 2 : i + 4], "big")
 
 
 # Pillow recognizes a file by its content, whatever its name. Other formats are excluded: Pillow

@@ -145,4 +145,4 @@ def _with_layout(tile: tuple, layout: str) -> tuple:
     """Return an entry of Pillow's list of tiles with another layout."""
     codec, box, offset, options = tile
     new = (codec, box, offset, layout if isinstance(options, str) else (layout, *options[1:]))
-    return tile._make(new) if hasattr(tile, "_make") else new  # older Pillows have plain tuples
+    return new if type(tile) is tuple else type(tile)(*new)  # a named tuple in newer Pillows

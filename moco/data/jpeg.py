@@ -6,6 +6,7 @@ what is installed. Pillow takes 1.5 times as long as the other two.
 
 import functools
 import io
+import re
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -21,8 +22,11 @@ from moco.data import exif
 # [3, H, W]. It raises errors of many types.
 Decoder = Callable[[np.ndarray], Tensor]
 
+SCAN = 0xDA  # the marker after which the pixels begin
 _RGB = 3  # in torchvision's operators
 _EXIF = b"Exif\0\0"  # the start of a JPEG's EXIF data
+# The start of a segment that may have EXIF data, and the mark of these. torchcodec ignores `_EXIF`.
+_TIFF = re.compile(rb"(\xff\xe1.{8})(?:II\*\0|MM\0\*)", re.DOTALL)
 
 
 @functools.cache
@@ -55,9 +59,10 @@ def _torchcodec() -> Decoder:
 
     def decode(data: np.ndarray) -> Tensor:
         # torchcodec always turns an image by its EXIF data, so these are hidden from it
-        content = data.tobytes()
-        if _EXIF in content:
-            data = np.frombuffer(bytearray(content.replace(_EXIF, bytes(len(_EXIF)))), np.uint8)
+        head = _header(memoryview(data))
+        if _TIFF.search(head):
+            data = data.copy()
+            data[: len(head)] = np.frombuffer(_TIFF.sub(rb"\1\0\0\0\0", head), np.uint8)
         return decode_jpeg(_tensor(data), mode="RGB")
 
     return decode
@@ -85,9 +90,30 @@ def _tensor(data: np.ndarray) -> Tensor:
     return torch.from_numpy(data if data.flags.writeable else data.copy())
 
 
+def segments(data: memoryview) -> Iterator[tuple[int, int]]:
+    """Yield the marker and the start of each segment of a JPEG's header.
+
+    The header ends with the marker `SCAN`. A damaged one may end earlier.
+    """
+    i, marker = 2, 0
+    while i + 4 <= len(data) and data[i] == 0xFF and marker != SCAN:
+        marker = data[i + 1]
+        if marker == 0xFF:  # a byte that fills a gap
+            i += 1
+            continue
+        yield marker, i
+        i += 2 + int.from_bytes(data[i + 2 : i + 4], "big")
+
+
+def _header(data: memoryview) -> bytes:
+    """Return the header of a JPEG, or the full file if its header is damaged."""
+    end = next((start for marker, start in segments(data) if marker == SCAN), len(data))
+    return bytes(data[:end])
+
+
 def orientation(data: memoryview) -> int:
     """Return the orientation in a JPEG's EXIF data; see `exif`."""
-    if _EXIF not in bytes(data):
+    if _EXIF not in _header(data):
         return exif.UPRIGHT
     try:
         with JpegImageFile(io.BytesIO(data)) as image:

@@ -17,7 +17,7 @@ def of_resumed(facts: Metadata) -> Metadata:
     )
 
 
-def complete(config: AnyConfig, facts: Metadata | None) -> AnyConfig:
+def complete(config: AnyConfig, facts: Metadata | None = None) -> AnyConfig:
     """Return the config of an evaluation, with the decoding of a checkpoint. Given options win.
 
     Print a line if the checkpoint's settings are not the defaults, or not those of this run. The

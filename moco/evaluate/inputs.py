@@ -33,7 +33,7 @@ def complete(config: AnyConfig) -> AnyConfig:
     if images.dataset == "imagenet":
         subsets.check_classes(Path(config.run.data), images.class_list, images.data_name)
     if not config.encoder.pretrained or tests_full_network(config):
-        config = decoding.complete(config, facts=None)
+        config = decoding.complete(config)
     if tests_full_network(config) and config.encoder.encoder_method:
         config = replaced(
             config,
@@ -150,8 +150,8 @@ def restore_options(config: AnyConfig, options: Iterable[str]) -> AnyConfig:
 def _restore_facts(config: AnyConfig, facts: metadata.Metadata) -> AnyConfig:
     """Return `config` with the network, normalization and test resize of the classifier.
 
-    It also gets how images were decoded. Raises InputError if given options differ. With
-    `--evaluate`, the image size and the resize of test images may differ.
+    Also with its decoding. Raises InputError if given options differ. With `--evaluate`, the image
+    size and the resize of test images may differ.
     """
     settings, path, found = flat(config), config.log.resume, {}
     facts = decoding.of_resumed(facts)
@@ -172,8 +172,7 @@ def _restore_facts(config: AnyConfig, facts: metadata.Metadata) -> AnyConfig:
             )
         else:
             given, own = (
-                " ".join(map(str, value)) if isinstance(value, list) else value
-                for value in (given, own)
+                " ".join(map(str, one)) if isinstance(one, list) else one for one in (given, own)
             )
             raise InputError(
                 f"--{name.replace('_', '-')} {given}: {path} was trained with {own}; leave it out"
