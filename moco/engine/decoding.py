@@ -28,15 +28,21 @@ def complete(config: AnyConfig, facts: Metadata | None = None) -> AnyConfig:
         given, own = getattr(images, name), getattr(facts, name, None)
         found[name] = used = given or own or default
         if facts and used != (own or default):
-            before = f"with --{name} {own}" if own else f"without --{name}"
-            print_rank0(f"images were decoded {before} in pre-training; --{name} is {used} here")
+            before = f"with {_option(name, own)}" if own else f"without --{name}"
+            here = _option(name, used)
+            print_rank0(f"images were decoded {before} in pre-training, and with {here} here")
         elif not given and used != default:
-            print_rank0(f"images are decoded with --{name} {used}, as in pre-training")
+            print_rank0(f"images are decoded with {_option(name, used)}, as in pre-training")
     return replaced(config, **found, shrink_on_decode=bool(images.shrink_on_decode))
 
 
 def options(settings: Decoding) -> str:
     """Return the options with which images are decoded, except for defaults."""
     given = ["--exif apply"] * (settings.exif == "apply")
-    given += [f"--white {settings.white:g}"] if settings.white else []
+    given += [_option("white", settings.white)] if settings.white else []
     return ", ".join(given + ["--shrink-on-decode"] * bool(settings.shrink_on_decode))
+
+
+def _option(name: str, value: str | float) -> str:
+    """Return an option as on the command line."""
+    return f"--{name} {value}" if isinstance(value, str) else f"--{name} {value:g}"
