@@ -11,6 +11,7 @@ as if these images were a batch.
 """
 
 import argparse
+import dataclasses
 import os
 import sys
 from pathlib import Path
@@ -29,6 +30,7 @@ from moco.data.images import ImageFolder, Images
 from moco.errors import InputError
 from moco.files import check_new, creating, read_yaml
 from moco.report.views import views_figure
+from moco.sections_images import Decoding
 
 
 def main() -> int:
@@ -46,6 +48,7 @@ def draw(args: argparse.Namespace) -> None:
         recipes.from_settings(views_of(args)),
         args.seed,
         args.draws,
+        Decoding(args.exif, args.white, args.shrink_on_decode),
     )
     with creating(args.out, args.force) as file:
         figure.savefig(file, format="png")
@@ -81,6 +84,9 @@ def evenly_spaced(n: int, count: int) -> list[int]:
     """Return `count` evenly spaced indices of n, including the first and the last."""
     count = min(n, count)
     return [round(i * (n - 1) / max(1, count - 1)) for i in range(count)]
+
+
+_DECODING = dataclasses.fields(Decoding)
 
 
 class _Parser(tool.OneLineParser):
@@ -132,7 +138,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="PIXELS",
         help="width and height of a full-size view (default: %(default)s)",
     )
-    for one in recipes.CHANGES:
+    for one in (*recipes.CHANGES, *_DECODING):
         groups.add(p, one.name, one.type, one.metadata["option"], None, {})
     p.add_argument(
         "--views",
@@ -247,7 +253,7 @@ def _of_method(args: argparse.Namespace) -> str | None:
 
 _LISTS = [one.name.replace("_", "-") for one in recipes.CHANGES if one.metadata["option"].nargs]
 _KEYS = "data file-list recipe views image-size seed aug-plus multi-crop support-size".split()
-for _one in recipes.CHANGES:
+for _one in (*recipes.CHANGES, *_DECODING):
     _KEYS += [_one.name.replace("_", "-"), *(name[2:] for name in _one.metadata["option"].names)]
 
 

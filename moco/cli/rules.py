@@ -41,6 +41,9 @@ def _input(parser: EffectsParser) -> None:
     photos = "the word photos already names the data set; for another one, give its folder instead"
     same = lambda args: args.data != "photos" or parser.given.get("dataset") == "photos"  # noqa: E731
     parser.has_effect("dataset", same, photos)
+    arrays = "the images of this data set are not in image files; leave it out"
+    in_files = lambda args: args.dataset not in registry.IN_MEMORY  # noqa: E731
+    parser.has_effect("exif white shrink_on_decode", in_files, arrays)
 
 
 def _views(parser: EffectsParser) -> None:
@@ -148,7 +151,7 @@ def _classifier(parser: EffectsParser) -> None:
     trains += " lr_by sgdr sgdr_t0 lr_final lr_warmup_epochs lr_warmup_from momentum clip_grad"
     trains += " nesterov accumulation_steps print_freq save_every_steps on_bad_image recipe"
     trains += f" {_AUGMENTATION} zero_init_classifier sync_bn grad_checkpoint"
-    trains += " pretrained cache_images label_smoothing drop_path protocol"
+    trains += " pretrained cache_images shrink_on_decode label_smoothing drop_path protocol"
     only_tests = "--evaluate only tests the classifier of --resume"
     parser.has_effect(trains, lambda args: not args.evaluate, only_tests, refuse=False)
     last = "only the last and the best checkpoint of a classifier are kept; leave it out"
@@ -157,12 +160,14 @@ def _classifier(parser: EffectsParser) -> None:
 
 def _feature_files(parser: EffectsParser) -> None:
     centre = "this script uses centre crops and trains nothing; leave it out"
-    views = f"recipe {_AUGMENTATION} grad_checkpoint"
+    views = f"recipe {_AUGMENTATION} shrink_on_decode grad_checkpoint"
     parser.has_effect(views, lambda args: False, centre)
     once = "this script reads images from their files; leave it out"
     parser.has_effect("cache_images", lambda args: False, once)
     loaded = "features come from files (--load-features)"
-    files = "batch_size workers image_size test_resize stem norm_eps mean std amp compile"
+    files = (
+        "batch_size workers exif white image_size test_resize stem norm_eps mean std amp compile"
+    )
     files += " data dataset download data_name seed"
     parser.has_effect(files, lambda args: not args.load_features, loaded, refuse=False)
 

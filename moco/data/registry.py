@@ -125,6 +125,7 @@ _DATASETS = {
 
 
 NAMES: tuple[str, ...] = ("imagenet", "photos", *_DATASETS)
+IN_MEMORY = ("cifar10", "cifar100", "stl10")  # whose images are arrays of pixels, not image files
 
 _ALIASES = {"place205": "places205", "imagenet2012": "imagenet"}  # in AdCo's and FNC's commands
 

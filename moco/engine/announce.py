@@ -9,6 +9,7 @@ from moco.config import Training
 from moco.data.images import Images
 from moco.data.loader import TrainBatchSampler
 from moco.distributed import print_rank0
+from moco.engine import decoding
 from moco.errors import InputError
 
 
@@ -52,6 +53,8 @@ def announce(start: Start, images: Images, notes: list[str]) -> None:
         f"views {config.views.recipe} at {config.views.image_size} pixels; "
         f"{start.device.type}, amp {config.compute.amp}"
     )
+    if given := decoding.options(config.input):
+        print_rank0(f"images are decoded with {given}")
     lrs = ", ".join(dict.fromkeys(f"{lr:g}" for lr in start.base_lrs))
     scaling = schedule.learning_rate_scaling
     scaling = "taken as given" if scaling == "none" else f"{scaling} scaling"

@@ -14,7 +14,7 @@ from moco.augment import recipes
 from moco.builder.base import Method
 from moco.config import Pretraining, flat, replaced
 from moco.data import cache, file_lists, loader, registry, sources, subsets
-from moco.data.images import Images
+from moco.data.images import Images, note_dark
 from moco.distributed import print_rank0
 from moco.encoder import networks, resnets
 from moco.engine import checkpoint, contract, features, initial, next_commands, precision
@@ -133,6 +133,7 @@ def train(config: Pretraining, device: torch.device, build: Callable[[Images], M
     images = registry.train_images(
         config.input.dataset, config.run.data, config.input.class_list, config.listed.file_list
     )
+    note_dark(images, config.input)
     k = config.monitor.knn_k
     if config.monitor.knn_every:
         subsets.require_two_classes(images, _WITHOUT_MONITOR)

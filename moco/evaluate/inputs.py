@@ -10,11 +10,11 @@ from torch import nn
 from moco import distributed
 from moco.config import MEAN, STD, AnyConfig, Config, Evaluation, flat, replaced
 from moco.data import registry, sources, subsets
-from moco.data.images import Images
+from moco.data.images import Images, note_dark
 from moco.distributed import print_rank0
 from moco.encoder import metadata, networks, resnets
 from moco.encoder import pretrained as encoders
-from moco.engine import checkpoint, features, precision
+from moco.engine import checkpoint, decoding, features, precision
 from moco.errors import InputError, short
 from moco.evaluate import feature_files
 
@@ -32,6 +32,8 @@ def complete(config: AnyConfig) -> AnyConfig:
     registry.check(images.dataset, config.run.data, images.download)
     if images.dataset == "imagenet":
         subsets.check_classes(Path(config.run.data), images.class_list, images.data_name)
+    if not config.encoder.pretrained or tests_full_network(config):
+        config = decoding.complete(config)
     if tests_full_network(config) and config.encoder.encoder_method:
         config = replaced(
             config,
@@ -70,7 +72,7 @@ def _complete_from(config: AnyConfig, path: str) -> AnyConfig:
     if line := metadata.normalization_note(path, used):
         print_rank0(f"{line} (--mean, --std)")
     config = replaced(
-        config,
+        decoding.complete(config, facts),
         arch=config.network.arch or facts.arch or "resnet50",
         image_size=image_size or 224,
         norm_eps=metadata.norm_eps(path, facts, config.network.norm_eps),
@@ -148,14 +150,16 @@ def restore_options(config: AnyConfig, options: Iterable[str]) -> AnyConfig:
 def _restore_facts(config: AnyConfig, facts: metadata.Metadata) -> AnyConfig:
     """Return `config` with the network, normalization and test resize of the classifier.
 
-    Raises InputError if given options differ. With `--evaluate`, the image size and the resize of
-    test images may differ.
+    Also with its decoding. Raises InputError if given options differ. With `--evaluate`, the image
+    size and the resize of test images may differ.
     """
     settings, path, found = flat(config), config.log.resume, {}
-    for name in ("arch", "image_size", "stem", "norm_eps", "mean", "std", "test_resize"):
+    facts = decoding.of_resumed(facts)
+    names = "arch image_size stem norm_eps mean std test_resize exif white".split()
+    for name in names + ["shrink_on_decode"] * (not config.only_tests):
         given, own = settings[name], getattr(facts, name)
         if own is None or given in (None, own):
-            found[name] = given or own
+            found[name] = own if given is None else given
         elif name == "image_size" and config.only_tests:
             print_rank0(
                 f"the classifier was trained at {own} pixels, and is tested at {given} "
@@ -168,8 +172,7 @@ def _restore_facts(config: AnyConfig, facts: metadata.Metadata) -> AnyConfig:
             )
         else:
             given, own = (
-                " ".join(map(str, value)) if isinstance(value, list) else value
-                for value in (given, own)
+                " ".join(map(str, one)) if isinstance(one, list) else one for one in (given, own)
             )
             raise InputError(
                 f"--{name.replace('_', '-')} {given}: {path} was trained with {own}; leave it out"
@@ -242,6 +245,7 @@ def splits(config: Config) -> Splits:
         for part in registry.load(images.dataset, config.run.data, seed)
     )
     subsets.require_two_classes(train)
+    note_dark(train, images)
     if config.labels:
         train = _labelled(config, train)
     if not config.val_from_train:

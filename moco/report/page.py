@@ -356,7 +356,7 @@ def _map(sample: Sample, computed: list[RunFeatures], seed: int) -> str:
 
 
 def _strips(sample: Sample, one: RunFeatures) -> str:
-    picture = pictures.neighbours(sample, one.bank, one.points, THUMBNAIL)
+    picture = pictures.neighbours(sample, one.bank, one.points, THUMBNAIL, one.run)
     text = f"{sample.neighbours_text} {one.source}."
     return figure(one.run.name, picture, text)
 

@@ -17,6 +17,7 @@ from moco.data import registry
 from moco.data.images import Images
 from moco.encoder import metadata, networks, pretrained
 from moco.engine import checkpoint, features
+from moco.engine.decoding import BEFORE
 from moco.errors import InputError
 from moco.launch import processes
 from moco.report import samples
@@ -30,7 +31,8 @@ NEIGHBOURS = 6
 SAME, OTHER, PLAIN = "#1a8a2d", "#c62828", "#555555"  # colours of frames
 _NEEDED = {"arch": str, "data": str, "image_size": int, "dataset": str, "stem": str}
 _NEEDED |= {"norm_eps": str}
-_FILES = dict.fromkeys(("class_list", "file_list"), str | None)
+_OPTIONAL = {"class_list": str | None, "file_list": str | None, "exif": str | None}
+_OPTIONAL |= {"white": float | None}
 _FOR_VIEWS = {"recipe": str, "seed": int}
 # for runs of older versions, which lack these options
 _DEFAULTS = {
@@ -40,7 +42,7 @@ _DEFAULTS = {
     "dataset": "imagenet",
     "stem": "imagenet",
 }
-_DEFAULTS |= {"mean": list(MEAN), "std": list(STD), "norm_eps": "timm"}
+_DEFAULTS |= {"mean": list(MEAN), "std": list(STD), "norm_eps": "timm"} | BEFORE
 
 
 def settings(run: Run, needed: dict[str, type]) -> Pretraining:
@@ -53,7 +55,7 @@ def settings(run: Run, needed: dict[str, type]) -> Pretraining:
     Raises InputError if args.yaml lacks one of them, or has a value of another type.
     """
     args = _DEFAULTS | run.args
-    for name, type_ in (needed | _FILES).items():
+    for name, type_ in (needed | _OPTIONAL).items():
         if not isinstance(args.get(name), type_):
             raise InputError(
                 f"{run.folder / 'args.yaml'}: {name} is {args.get(name)!r}, which is not valid"
@@ -86,7 +88,7 @@ def views(run: Run) -> Figure:
     config = settings(run, _NEEDED | _FOR_VIEWS)
     train = registry.train_images(*_data(config))
     picked = sorted({round(i * (len(train) - 1) / (ROWS - 1)) for i in range(ROWS)})
-    return views_figure(train, picked, recipe(run)[1], config.run.seed, draws=1)
+    return views_figure(train, picked, recipe(run)[1], config.run.seed, 1, config.input)
 
 
 def _data(config: Pretraining) -> tuple[str, str, str | None, str | None]:
@@ -238,7 +240,7 @@ def _in_two_dimensions(x: np.ndarray) -> np.ndarray:
         return tsne.fit_transform(x)
 
 
-def neighbours(of: Sample, bank: Tensor, points: Tensor, size: int) -> Figure:
+def neighbours(of: Sample, bank: Tensor, points: Tensor, size: int, run: Run) -> Figure:
     """Return a picture of the query images, each with the other training images nearest to it.
 
     Without labels, no frame shows whether a neighbour is of the same class.
@@ -248,22 +250,28 @@ def neighbours(of: Sample, bank: Tensor, points: Tensor, size: int) -> Figure:
         bank: features of its training images, [N, D].
         points: features of its images on the map, [M, D].
         size: side of each image, in pixels.
+        run: the run that computed the features.
 
-    Raises InputError if there is no other training image.
+    Raises InputError if an image cannot be read, or if there is no other training image.
     """
+    decoding = settings(run, _NEEDED).input
+
+    def read(images: Images, i: int) -> Tensor:
+        return crop.center_view(images.read(i, decoding), size)
+
     similarity, indices = _nearest_others(of, bank, points)
     rows, columns = len(of.queries), 1 + indices.shape[1]
     figure, axes = _grid(rows, columns, width=0.95, height=1.2, title=0.22)
     for row, query in zip(range(rows), of.queries, strict=True):
         label = of.points.labels[query]
         name = of.points.classes[label] if of.points.labelled else of.points.name(query)
-        _framed(axes[row, 0], of.points, query, size, PLAIN, run_label(name, 15))
+        _framed(axes[row, 0], read(of.points, query), PLAIN, run_label(name, 15))
         nearest = zip(indices[row].tolist(), similarity[row].tolist(), strict=True)
         for axis, (i, cosine) in zip(axes[row, 1:], nearest, strict=True):
             same = of.bank.labels[i] == label
             frame, mark = (SAME, "") if same else (OTHER, " x")
             frame = frame if of.bank.labelled else PLAIN
-            _framed(axis, of.bank, i, size, frame, f"{cosine:.3f}{mark}")
+            _framed(axis, read(of.bank, i), frame, f"{cosine:.3f}{mark}")
     return figure
 
 
@@ -287,9 +295,9 @@ def _nearest_others(of: Sample, bank: Tensor, points: Tensor) -> tuple[Tensor, T
     return similarity[others].view(kept), indices[others].view(kept)
 
 
-def _framed(axis, images: Images, i: int, size: int, frame: str, title: str) -> None:
-    """Draw image `i` with a frame in the colour `frame`, and a title above."""
-    axis.imshow(crop.center_view(images.read(i), size).permute(1, 2, 0).numpy())
+def _framed(axis, image: Tensor, frame: str, title: str) -> None:
+    """Draw an image [3, H, W] with a frame in the colour `frame`, and a title above."""
+    axis.imshow(image.permute(1, 2, 0).numpy())
     plain([axis.set_title("?", fontsize=7, pad=3)], [printable(title)])
     axis.set_xticks([])
     axis.set_yticks([])
