@@ -300,12 +300,17 @@ def _decode_with_pil(path: str) -> Tensor:
         if not status.st_size:
             raise ValueError("the file is empty")
         with _opened(path) as image:
-            return pil_to_tensor(_to_8_bits(image).convert("RGB"))
+            return from_pil(image)
     except Exception as error:  # Pillow's plugins raise errors of many types
         broken = isinstance(error, FileNotFoundError) and os.path.islink(path)
         reason = "a broken link" if broken else getattr(error, "strerror", None) or str(error)
         reason = reason.replace(f" '{path}'", "") or type(error).__name__
         raise InputError(f"{path}: unreadable image ({reason}); remove or replace it") from None
+
+
+def from_pil(image: Image.Image) -> Tensor:
+    """Return an image of Pillow as RGB, uint8 [3, H, W], as `decode` returns its file."""
+    return pil_to_tensor(_to_8_bits(image).convert("RGB"))
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
