@@ -8,8 +8,6 @@ import matplotlib as mpl
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from sklearn.manifold import TSNE
-from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
 from moco import devices
@@ -21,6 +19,7 @@ from moco.encoder import metadata, networks, pretrained
 from moco.engine import checkpoint, features
 from moco.errors import InputError
 from moco.launch import processes
+from moco.report import maps
 from moco.report.plots import plain, printable, run_label
 from moco.report.runs import Run
 from moco.report.views import views_figure
@@ -230,12 +229,14 @@ def feature_map(val: Images, found: dict[str, Tensor]) -> Figure:
     """
     columns = 2 if len(found) == 4 else min(3, len(found))
     rows = -(-len(found) // columns)
+    if len(val) < maps.FEWEST:
+        raise InputError(f"{len(val)} val images are too few for a map")
     figure = Figure(figsize=(3.5 * columns + 1.7, 3.5 * rows + 0.2), dpi=110, layout="constrained")
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     colors = mpl.colormaps["tab20"]
     there = np.unique(val.labels)
     for axis, (name, x) in zip(axes, found.items(), strict=False):
-        points = _in_two_dimensions(x.numpy())
+        points = maps.tsne(x.numpy())
         dots = [
             axis.scatter(
                 *points[val.labels == label].T,
@@ -257,19 +258,6 @@ def feature_map(val: Images, found: dict[str, Tensor]) -> Figure:
         [run_label(val.classes[label], 22) for label in there],
     )
     return figure
-
-
-def _in_two_dimensions(x: np.ndarray) -> np.ndarray:
-    """Return features [N, D] in two dimensions, [N, 2]. Raises InputError if N is below 5."""
-    if len(x) < 5:
-        raise InputError(f"{len(x)} val images are too few for a map")
-    # the features of a collapsed encoder have no principal axis
-    start = "pca" if x.std(0).max() > 1e-6 else "random"
-    perplexity = min(30, (len(x) - 1) / 3)
-    # on busy cores, several threads mostly wait for each other
-    with threadpool_limits(1):
-        tsne = TSNE(metric="cosine", init=start, perplexity=perplexity, random_state=0)
-        return tsne.fit_transform(x)
 
 
 def neighbours(of: Sample, bank: Tensor, val: Tensor, size: int) -> Figure:

@@ -125,7 +125,7 @@ def test_a_file_that_is_no_checkpoint_is_refused(content, tmp_path):
     file = tmp_path / "file.pth"
     if content is not None:
         file.write_bytes(content)
-    with pytest.raises(InputError, match="file.pth: "):
+    with pytest.raises(InputError, match=r"file\.pth: "):
         moco.load_encoder(file)
 
 
