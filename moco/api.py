@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from moco.augment.color import normalize
 from moco.augment.crop import center_view
-from moco.data.images import from_pil
+from moco.data.decoding import from_pil
 from moco.encoder import networks, pretrained
 from moco.encoder.pretrained import Encoder as Found
 from moco.files import replacing

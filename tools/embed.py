@@ -24,7 +24,7 @@ from moco import devices, sections
 from moco.cli import tool, values
 from moco.config import Evaluation, replaced
 from moco.data import folders
-from moco.data.images import SUFFIXES, ImageFolder, Images
+from moco.data.images import Images
 from moco.encoder import networks, pretrained
 from moco.engine import precision
 from moco.errors import InputError
@@ -172,15 +172,9 @@ def embed(args: argparse.Namespace) -> None:
 
 def find(data: str) -> Images:
     """Return all images below a folder. Raises InputError if there is none."""
-    path = Path(data)
-    if not path.is_dir():
+    if not Path(data).is_dir():
         raise InputError(f"{data}: no such folder; give a folder with images")
-    found = folders.images_below(path)
-    if not found.images:
-        raise InputError(f"{data}: holds no image ({', '.join(SUFFIXES)})")
-    if others := found.others.total():
-        print(f"{data}: left out: {others} files with other endings", file=sys.stderr)
-    return ImageFolder(path, np.zeros(len(found.images), int), ("",), np.array(found.images))
+    return folders.scan_flat(Path(data))
 
 
 def settings(args: argparse.Namespace, found: pretrained.Encoder) -> Evaluation:

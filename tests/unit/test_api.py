@@ -20,7 +20,7 @@ from torchvision.io import decode_image
 
 import moco
 from moco.config import replaced
-from moco.data.folders import scan
+from moco.data.sources import scan
 from moco.encoder import pretrained
 from moco.engine.features import extract
 from moco.errors import InputError
