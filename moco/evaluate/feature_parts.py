@@ -66,14 +66,9 @@ class Parts:
     def _open(self, about: dict[str, Any], force: bool) -> None:
         """Find the parts in the folder, or prepare it for new ones."""
         file = self.folder / _ABOUT
-        if any(path.name != LOCK for path in self.folder.iterdir()):
-            how = f"remove it with rm -r '{self.folder}', or give another --out"
-            try:
-                found = read_json(file)
-            except InputError as error:
-                what = f"exists, and {_ABOUT} there does not describe parts of features ({error})"
-                raise InputError(f"{self.folder}: {what}; {how}") from None
-            found = found if isinstance(found, dict) else {}
+        ours = {self.folder / LOCK, *half_written(self.folder, "*")}
+        if set(self.folder.iterdir()) - ours:
+            found = self._described(file)
             differ = [name for name in about if found.get(name) != about[name]]
             if differ and not force:
                 raise InputError(
@@ -95,6 +90,20 @@ class Parts:
             self.unreadable |= dict(
                 zip(part["bad"].tolist(), part["reasons"].tolist(), strict=True)
             )
+
+    def _described(self, file: Path) -> dict[str, Any]:
+        """Return the description of the parts. Raises InputError if the files are others."""
+        try:
+            found = read_json(file)
+            if isinstance(found, dict):
+                return found
+            reason = "not a JSON object"
+        except InputError as error:
+            reason = str(error)
+        raise InputError(
+            f"{self.folder}: exists, and {_ABOUT} there does not describe parts of features "
+            f"({reason}); remove the folder with rm -r, or give another --out"
+        )
 
     def _files(self) -> list[Path]:
         return sorted(self.folder.glob(_PART))

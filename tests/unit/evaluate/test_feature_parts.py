@@ -167,16 +167,23 @@ def test_a_folder_of_other_files_stays(about, tmp_path):
     if about is not None:
         (folder / "about.json").write_text(about)
     for force in (False, True):
-        if force and about == "[]":
-            continue  # JSON without entries: parts of a command with other settings
-        with pytest.raises(InputError, match="f.parts: "):
+        with pytest.raises(InputError, match=r"f\.parts: exists, and"):
             Parts(folder, ABOUT, force)
     assert (folder / "thesis.txt").read_text() == "years of work"
 
 
+def test_a_program_that_was_killed_at_once_leaves_no_obstacle(tmp_path):
+    folder = tmp_path / "f.parts"
+    folder.mkdir()
+    for name in (".lock", ".about.json-abcdefgh"):
+        (folder / name).touch()
+    Parts(folder, ABOUT).finish()
+    assert os.listdir(tmp_path) == []
+
+
 def test_a_file_in_place_of_the_folder_is_refused(tmp_path):
     (tmp_path / "f.parts").write_text("a file")
-    with pytest.raises(InputError, match="f.parts: cannot be written: File exists"):
+    with pytest.raises(InputError, match=r"f\.parts: cannot be written: File exists"):
         Parts(tmp_path / "f.parts", ABOUT)
 
 

@@ -36,7 +36,7 @@ def read(suffix, file):
     """Return names, features and the map, which is None if the file has none."""
     if suffix == ".npz":
         found = np.load(file)
-        points = found["map"] if "map" in found else None
+        points = found.get("map")
         assert json.loads(str(found["about"])) == ABOUT
         return found["names"].tolist(), found["features"], points
     if suffix == ".parquet":

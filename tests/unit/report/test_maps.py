@@ -44,7 +44,7 @@ def test_too_few_images_are_refused():
 
 @pytest.mark.parametrize("value", [0.0, 1.0])
 def test_equal_features_have_no_map(value):
-    with pytest.raises(InputError, match="the same features.*leave out --map"):
+    with pytest.raises(InputError, match=r"the same features.*leave out --map"):
         maps.points(np.full((9, 4), value, np.float32), maps.METHODS["pca"])
 
 
