@@ -6,11 +6,12 @@
 
 DIR is any folder. Its images may be nested in any way and need no labels. The file has the name of
 each image, which is its path below DIR, and its features, which are not normalized. If the tool is
-stopped, the same command continues it. On the same machine, the file then has the same bits.
+stopped, the same command continues it. On the same CPU, the file then has the same bits.
 """
 
 import argparse
 import sys
+import time
 from pathlib import Path
 
 import moco as _first  # noqa: F401 (before torch: sets how its threads wait)
@@ -34,6 +35,7 @@ from moco.launch import processes
 from moco.report import maps
 from moco.sections_eval import TEST_RESIZES
 
+SECONDS = 60.0  # between two lines of progress
 COMPUTE, INPUT = sections.Compute(), sections.Input()
 
 
@@ -227,18 +229,23 @@ def compute(
     parts: feature_parts.Parts,
     skip: bool,
 ) -> None:
-    """Compute the features that `parts` lacks. Show a progress bar on a terminal.
+    """Compute the features that `parts` lacks. Show a progress bar on a terminal, else lines.
 
     Raises InputError, which says that the same command continues.
     """
     if parts.done:
         print(f"continuing at image {parts.done} of {len(images)}")
     net = precision.prepare_model(found.net, device, compile=False, recompute=False)
+    terminal, printed = sys.stderr.isatty(), time.monotonic()
     shown = {"total": len(images), "initial": parts.done, "unit": " images"}
-    with tqdm(**shown, dynamic_ncols=True, disable=not sys.stderr.isatty()) as bar:
+    with tqdm(**shown, dynamic_ncols=True, disable=not terminal) as bar:
 
         def progress(done: int) -> None:
+            nonlocal printed
             bar.update(done - bar.n)
+            if not terminal and time.monotonic() - printed >= SECONDS:
+                print(f"{done} of {len(images)} images", flush=True)
+                printed = time.monotonic()
 
         try:
             feature_parts.compute(net, images, config, device, parts, skip, progress)

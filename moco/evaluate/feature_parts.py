@@ -44,7 +44,7 @@ class Parts:
     """
 
     def __init__(self, folder: Path, about: dict[str, Any], force: bool = False):
-        self.folder, self.done = folder, 0
+        self.folder, self.about, self.done = folder, about, 0
         self.unreadable: dict[int, str] = {}  # the reason of each image that cannot be read
         try:
             self._held = LockedFolder(folder)
@@ -58,33 +58,38 @@ class Parts:
                 f"{folder}: cannot be written: {error.strerror}; choose another place"
             ) from None
         try:
-            self._open(about, force)
+            self._open(force)
         except BaseException:
             self.close()
             raise
 
-    def _open(self, about: dict[str, Any], force: bool) -> None:
-        """Find the parts in the folder, or prepare it for new ones."""
-        file = self.folder / _ABOUT
+    def _open(self, force: bool) -> None:
+        """Find the parts in the folder. Delete what no part needs."""
+        about, file = self.about, self.folder / _ABOUT
         ours = {self.folder / LOCK, *half_written(self.folder, "*")}
         if set(self.folder.iterdir()) - ours:
             found = self._described(file)
             differ = [name for name in about if found.get(name) != about[name]]
-            if differ and not force:
+            if not self._files():
+                self._delete()
+            elif differ and not force:
                 raise InputError(
                     f"{self.folder}: holds unfinished features of another command (other "
                     f"{', '.join(differ)}); repeat that command to continue it, or give --force "
                     "to start anew"
                 )
-            if differ:
+            elif differ:
                 self._delete()
                 print_rank0(f"{self.folder}: deleted the parts of another command (--force)")
-        write_json(file, about)
-        for path in self._files():
+        files = self._files()
+        for i, path in enumerate(files):
             part = _read(path)
             if part is None or int(part["start"]) != self.done:
-                # what follows a damaged part is computed again, too
-                print_rank0(f"{path}: is damaged; its images are computed again")
+                print_rank0(
+                    f"{path}: is damaged or missing; it is computed again, and what follows"
+                )
+                for later in files[i:]:
+                    later.unlink()
                 break
             self.done = int(part["stop"])
             self.unreadable |= dict(
@@ -128,6 +133,8 @@ class Parts:
             "reasons": np.array(list(bad.values()), dtype=str),
         }
         try:
+            if not self.done:
+                write_json(self.folder / _ABOUT, self.about)
             with replacing(self.folder / f"part_{self.done:012d}.npz") as file:
                 np.savez(file, **content)
         except OSError as error:
@@ -136,12 +143,9 @@ class Parts:
 
     def read(self) -> Iterator[tuple[list[int], np.ndarray]]:
         """Yield the indices [n] and the features [n, D] of each part, in order."""
-        done = 0
         for path in self._files():
-            if done < self.done:
-                part = np.load(path)
+            with np.load(path) as part:
                 yield part["index"].tolist(), part["rows"]
-                done = int(part["stop"])
 
     def finish(self) -> None:
         """Delete the parts and the folder."""

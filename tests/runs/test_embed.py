@@ -13,6 +13,7 @@ from PIL import Image
 from run_helpers import refused
 
 import moco
+import tools.embed
 from moco.data.folders import scan_flat
 from moco.engine.run_folder import LockedFolder
 from moco.evaluate import feature_parts, feature_tables
@@ -230,6 +231,26 @@ def test_mistakes_are_one_line_before_any_work(embed, folder, tmp_path, monkeypa
     refused(embed("f.npz"), "another program is writing there")
     held.release()
     assert not [path for path in tmp_path.iterdir() if path.suffix in (".npz", ".parts")]
+
+
+def test_progress_is_lines_in_a_file_and_a_bar_on_a_terminal(embed, tmp_path, monkeypatch):
+    monkeypatch.setattr(tools.embed, "SECONDS", 0.0)
+    status, out, _ = embed()
+    lines = [line for line in out.splitlines() if line.endswith(" of 35 images")]
+    assert status == 0 and lines == [f"{n} of 35 images" for n in (8, 16, 24, 32, 35)]
+    monkeypatch.setattr(sys.stderr.__class__, "isatty", lambda file: True)
+    status, out, err = embed("again.npz")
+    assert status == 0 and " of 35 images" not in out and "35/35" in err
+
+
+def test_too_little_memory_is_one_line(embed, tmp_path, monkeypatch):
+    def fail(*_):
+        raise torch.OutOfMemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(feature_parts, "_features", fail)
+        refused(embed(), "--batch-size 8: too large for the device's memory; lower it", lines=2)
+    assert embed("features.npz", "-b", 4)[0] == 0  # no part hinders another batch size
 
 
 def test_a_disk_that_fails_is_one_line_and_the_work_is_kept(embed, tmp_path, monkeypatch):
