@@ -208,17 +208,28 @@ def _decode_with_pil(data: memoryview, name: str, settings: Decoding) -> Tensor:
     """Decode any image with Pillow. Raises InputError, with Pillow's reason, if that fails."""
     try:
         with _opened(data) as image:
-            # Pillow turns a TIFF upright while it loads it, and then forgets its orientation
-            of_tiff = exif.orientation(image) if image.format == "TIFF" else None
-            found = pil_to_tensor(depth.to_rgb(image, settings.white, lambda: _open(data)))
-            apply = settings.exif == "apply"
-            if of_tiff is not None:
-                return found if apply else exif.turned(found, exif.INVERSE.get(of_tiff, of_tiff))
-            return exif.turned(found, exif.orientation(image)) if apply else found
+            return from_pil(image, settings, lambda: _open(data))
     except UnidentifiedImageError:
         raise _unreadable(name, _unidentified(data)) from None
     except Exception as error:  # Pillow's plugins raise errors of many types
         raise _unreadable(name, error) from None
+
+
+def from_pil(image: Image.Image, settings: Decoding, again: depth.Open) -> Tensor:
+    """Return an image of Pillow as RGB, uint8 [3, H, W], as `decode` returns its file.
+
+    Args:
+        image: an image that Pillow has opened and not yet loaded.
+        settings: the settings of decoding.
+        again: opens the image again.
+    """
+    # Pillow turns a TIFF upright while it loads it, and then forgets its orientation
+    of_tiff = exif.orientation(image) if image.format == "TIFF" else None
+    found = pil_to_tensor(depth.to_rgb(image, settings.white, again))
+    apply = settings.exif == "apply"
+    if of_tiff is not None:
+        return found if apply else exif.turned(found, exif.INVERSE.get(of_tiff, of_tiff))
+    return exif.turned(found, exif.orientation(image)) if apply else found
 
 
 # the start of files in formats that are not supported, or bytes from the fifth on

@@ -28,6 +28,12 @@ def _download_sun397(root: str, download: bool) -> None:
     download_and_extract_archive(url, root, os.path.join(root, "SUN397"))
 
 
+def _download_tiny_imagenet(root: str, download: bool) -> None:
+    """Download and unpack Tiny ImageNet, which torchvision lacks."""
+    del download  # True
+    download_and_extract_archive("http://cs231n.stanford.edu/tiny-imagenet-200.zip", root)
+
+
 class _Dataset(NamedTuple):
     """An entry of the table of data sets.
 
@@ -63,6 +69,16 @@ _DATASETS = {
         (0.2675, 0.2565, 0.2761),
     ),
     "stl10": _Dataset(readers.stl10, tv.STL10, "stl10_binary/ (train_X.bin, ..., class_names.txt)"),
+    "tiny_imagenet": _Dataset(
+        readers.tiny_imagenet,
+        _download_tiny_imagenet,
+        "tiny-imagenet-200/ (wnids.txt, train/, val/images/, val/val_annotations.txt)",
+    ),
+    "imagenette": _Dataset(
+        readers.imagenette,
+        lambda root, **yes: tv.Imagenette(root, size="320px", **yes),
+        "imagenette2/, imagenette2-320/ or imagenette2-160/ (train/, val/)",
+    ),
     "flowers": _Dataset(
         readers.torchvision_files(tv.Flowers102, "train+val", "test"),
         tv.Flowers102,
@@ -127,7 +143,9 @@ _DATASETS = {
 NAMES: tuple[str, ...] = ("imagenet", "photos", *_DATASETS)
 IN_MEMORY = ("cifar10", "cifar100", "stl10")  # whose images are arrays of pixels, not image files
 
-_ALIASES = {"place205": "places205", "imagenet2012": "imagenet"}  # in AdCo's and FNC's commands
+# names in AdCo's and FNC's commands, and the folder of Tiny ImageNet
+_ALIASES = {"place205": "places205", "imagenet2012": "imagenet"}
+_ALIASES |= dict.fromkeys(("tiny-imagenet", "tiny-imagenet-200"), "tiny_imagenet")
 
 
 def canonical(name: str) -> str:
@@ -248,7 +266,7 @@ def check(name: str, root: str, download: bool) -> None:
         return
     root = _absolute(root)
     if download and is_downloadable(name):
-        if _is_image_folder(root):
+        if _is_image_folder(root) and not _is_usable(name, root):
             raise InputError(
                 f"{root}: has the images of another data set (train/), so {name} is not downloaded "
                 f"to it; {_OWN_FOLDER}"
@@ -297,14 +315,21 @@ def _check_images(name: str, root: str) -> None:
             raise _unusable(name, root, f"no {images.path(0)}")
 
 
+def _is_usable(name: str, root: str) -> bool:
+    """Return whether the data set can be loaded: Imagenette's own folder also has train/."""
+    try:
+        _check_images(name, root)
+    except InputError:
+        return False
+    return True
+
+
 def _download(name: str, root: str) -> None:
     """Download the data set unless it exists. Processes of one machine take turns."""
     try:
         photos.cache_folder().mkdir(parents=True, exist_ok=True)
         with FileLock(photos.cache_folder() / f"{name}.lock"):
-            try:
-                _check_images(name, root)
-            except InputError:
+            if not _is_usable(name, root):
                 _DATASETS[name].get(root, download=True)
     except Exception as error:  # urllib, tarfile and torchvision raise errors of many types
         layout = _DATASETS[name].layout

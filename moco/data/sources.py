@@ -106,6 +106,11 @@ def find(data: str, splits: tuple[str, ...], labels: bool = True) -> Path:
     if "val" in splits:
         folder, val = split_folder(root, "val"), names["val"]
         extra = sorted(set(val) - set(train)) if train else []
+        if (folder / "val_annotations.txt").is_file() and val == ("images",):
+            raise InputError(
+                f"{folder}: holds its images in one folder, as Tiny ImageNet does; give "
+                "--dataset tiny_imagenet"
+            )
         if len(val) == 1 and len(train) != 1:
             raise InputError(
                 f"{folder}: holds one class folder only ({val[0]}); sort its images into class "

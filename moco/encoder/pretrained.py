@@ -18,6 +18,7 @@ from moco.distributed import print_rank0
 from moco.encoder import metadata, networks, timm_networks, weights
 from moco.encoder.networks import backbone_keys, classifier, head_name, set_head
 from moco.errors import InputError, short
+from moco.sections_images import Decoding
 
 
 class Encoder(NamedTuple):
@@ -33,6 +34,7 @@ class Encoder(NamedTuple):
     std: list[float]  # [3], their standard deviation, to normalize images with
     resized: list[str]  # names of the position embeddings that were interpolated to the image size
     norm_eps: str  # the epsilons of a Swin's layer norms, see `timm_networks.create`
+    decoding: Decoding  # how the images were decoded
 
 
 @contextlib.contextmanager
@@ -94,9 +96,8 @@ def read(
     if line := metadata.normalization_note(path, facts):
         print_rank0(line)
     mean, std = facts.mean or list(MEAN), facts.std or list(STD)
-    return Encoder(
-        net.eval(), arch, image_size, facts.method, facts.epoch, stem, mean, std, resized, norm_eps
-    )
+    about = (arch, image_size, facts.method, facts.epoch, stem, mean, std, resized, norm_eps)
+    return Encoder(net.eval(), *about, Decoding(facts.exif or "ignore", facts.white))
 
 
 def load_backbone(net: nn.Module, tensors: dict[str, Tensor], source: str) -> int:

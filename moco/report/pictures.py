@@ -6,8 +6,6 @@ import matplotlib as mpl
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from sklearn.manifold import TSNE
-from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
 from moco import devices
@@ -20,7 +18,7 @@ from moco.engine import checkpoint, features
 from moco.engine.decoding import BEFORE
 from moco.errors import InputError
 from moco.launch import processes
-from moco.report import samples
+from moco.report import maps, samples
 from moco.report.plots import plain, printable, run_label
 from moco.report.runs import Run
 from moco.report.samples import Sample
@@ -196,12 +194,14 @@ def feature_map(points: Images, found: dict[str, Tensor]) -> Figure:
     """
     columns = 2 if len(found) == 4 else min(3, len(found))
     rows = -(-len(found) // columns)
+    if len(points) < maps.FEWEST:
+        raise InputError(f"{len(points)} images are too few for a map")
     figure = Figure(figsize=(3.5 * columns + 1.7, 3.5 * rows + 0.2), dpi=110, layout="constrained")
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     colors = mpl.colormaps["tab20"]
     there = np.unique(points.labels)
     for axis, (name, x) in zip(axes, found.items(), strict=False):
-        places = _in_two_dimensions(x.numpy())
+        places = maps.tsne(x.numpy())
         dots = [
             axis.scatter(
                 *places[points.labels == label].T,
@@ -225,19 +225,6 @@ def feature_map(points: Images, found: dict[str, Tensor]) -> Figure:
         [run_label(points.classes[label], 22) for label in there],
     )
     return figure
-
-
-def _in_two_dimensions(x: np.ndarray) -> np.ndarray:
-    """Return features [N, D] in two dimensions, [N, 2]. Raises InputError if N is below 5."""
-    if len(x) < 5:
-        raise InputError(f"{len(x)} images are too few for a map")
-    # the features of a collapsed encoder have no principal axis
-    start = "pca" if x.std(0).max() > 1e-6 else "random"
-    perplexity = min(30, (len(x) - 1) / 3)
-    # on busy cores, several threads mostly wait for each other
-    with threadpool_limits(1):
-        tsne = TSNE(metric="cosine", init=start, perplexity=perplexity, random_state=0)
-        return tsne.fit_transform(x)
 
 
 def neighbours(of: Sample, bank: Tensor, points: Tensor, size: int, run: Run) -> Figure:
