@@ -150,6 +150,8 @@ def embed(args: argparse.Namespace) -> None:
         "mean": found.mean,
         "std": found.std,
         "test_resize": args.test_resize,
+        "exif": found.decoding.exif,
+        "white": found.decoding.white,
         "amp": config.compute.amp,
         **({"map": method.title} if method else {}),
     }
@@ -193,6 +195,9 @@ def settings(args: argparse.Namespace, found: pretrained.Encoder) -> Evaluation:
         mean=found.mean,
         std=found.std,
         test_resize=args.test_resize,
+        exif=found.decoding.exif,
+        white=found.decoding.white,
+        shrink_on_decode=False,
     )
     return precision.disable_slow_amp(config)
 
@@ -214,6 +219,7 @@ def determines(
         "--image-size": found.image_size,
         "--test-resize": args.test_resize,
         "mean and std": [*found.mean, *found.std],
+        "--exif and --white": [found.decoding.exif, found.decoding.white],
         "--batch-size": args.batch_size,
         "--amp": config.compute.amp,
         "--device": device.type,
