@@ -12,7 +12,7 @@ from moco.builder.synco import COUNTS, SyntheticNegatives
 from moco.cli.effects import EffectsParser, Options
 from moco.config import Config
 from moco.data import registry
-from moco.encoder import timm_networks
+from moco.encoder import timm_networks, trial
 from moco.encoder.resnets import ARCHS
 from moco.engine import lr_schedule
 from moco.launch import processes
@@ -134,6 +134,7 @@ def _classifier(parser: EffectsParser) -> None:
     parser.has_effect("sync_bn", lambda args: args.weights == "finetune", running)
     several = lambda args: processes.plan(args.config.launch).world_size > 1  # noqa: E731
     parser.has_effect("sync_bn", several, "the run has one process", refuse=False)
+    parser.has_effect("sync_bn", _has_batch_norm, _NO_BATCH_NORM)
     resnet = "a ResNet has no stochastic depth; leave it out"
     parser.has_effect("drop_path", lambda args: args.arch not in ARCHS, resnet)
     binary = "each image has several labels, and the loss is binary; leave it out"
@@ -162,6 +163,15 @@ def _feature_files(parser: EffectsParser) -> None:
     parser.has_effect(files, lambda args: not args.load_features, loaded, refuse=False)
 
 
+_NO_BATCH_NORM = "the network has no batch norm; leave it out"
+
+
+def _has_batch_norm(args: Options) -> bool:
+    # incomplete settings have no size
+    size = args.image_size
+    return not size or args.arch in ARCHS or trial.has_batch_norm(args.config.network, size)
+
+
 def _query_and_key(parser: EffectsParser) -> None:
     named = "--recipe already chooses the views; leave it out"
     follows = lambda args: args.recipe == ("mocov2" if args.aug_plus else "mocov1")  # noqa: E731
@@ -169,6 +179,7 @@ def _query_and_key(parser: EffectsParser) -> None:
     shuffled = "it is for a run of one process, and this run has several; leave it out"
     alone = lambda args: processes.plan(args.config.launch).world_size == 1  # noqa: E731
     parser.has_effect("bn_splits bn_splits_query", alone, shuffled)
+    parser.has_effect("bn_splits bn_splits_query", _has_batch_norm, _NO_BATCH_NORM)
     one = "--bn-splits 1 makes one group; leave out one of them"
     parser.has_effect("bn_splits_query", lambda args: args.bn_splits > 1, one)
 

@@ -15,7 +15,7 @@ from torchvision import models
 
 from moco.config import MEAN, STD
 from moco.distributed import print_rank0
-from moco.encoder import metadata, networks, timm_networks, weights
+from moco.encoder import metadata, networks, weights
 from moco.encoder.networks import backbone_keys, classifier, head_name, set_head
 from moco.errors import InputError, short
 
@@ -50,7 +50,7 @@ def suggest_arch(path: str, own: str | None, arch: str) -> Iterator[None]:
         if own is None:
             tried = f"the file does not name its network, and {arch} was tried"
             raise InputError(f"{error}; {tried}: give another -a ARCH") from None
-        if own != arch:
+        if not networks.is_same(own, arch):
             raise InputError(f"{path}: contains {own}, not {arch}; give -a {own}") from None
         raise
 
@@ -76,7 +76,7 @@ def read(
     """
     state = weights.read(path)
     facts = metadata.read_metadata(state)
-    arch = arch or facts.arch or "resnet50"
+    arch = networks.canonical(arch or facts.arch or "resnet50")
     image_size = image_size or facts.image_size or 224
     norm_eps = metadata.norm_eps(path, facts, norm_eps)
     net = networks.create(arch, 0, image_size, norm_eps=norm_eps)
@@ -102,8 +102,8 @@ def read(
 def load_backbone(net: nn.Module, tensors: dict[str, Tensor], source: str) -> int:
     """Load a pre-trained backbone into `net`; return the number of tensors that matched.
 
-    `prefix` finds the prefix of the names. The tensors of a transformer are renamed to timm's
-    names, and its position embeddings are interpolated to the network's image size.
+    `prefix` finds the prefix of the names. `networks.adapt` renames the tensors of a
+    transformer, and interpolates its position embeddings to the network's image size.
 
     Args:
         net: a network of `networks.create`; its head is not changed.
@@ -122,7 +122,7 @@ def load_backbone(net: nn.Module, tensors: dict[str, Tensor], source: str) -> in
         if name.startswith(start)
     }
     try:
-        mine = timm_networks.to_timm_names(net, inner)
+        mine = networks.adapt(net, inner)
     except InputError as error:
         raise InputError(f"{source}: {error}") from None
     found = {name: mine[name] for name in wanted if name in mine}

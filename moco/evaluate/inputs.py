@@ -12,7 +12,7 @@ from moco.config import MEAN, STD, AnyConfig, Config, Evaluation, flat, replaced
 from moco.data import folders, registry, subsets
 from moco.data.images import Images
 from moco.distributed import print_rank0
-from moco.encoder import metadata, networks, resnets
+from moco.encoder import metadata, networks, resnets, trial
 from moco.encoder import pretrained as encoders
 from moco.engine import checkpoint, features, precision
 from moco.errors import InputError, short
@@ -41,11 +41,10 @@ def complete(config: AnyConfig) -> AnyConfig:
             mean=config.views.mean or MEAN,
             std=config.views.std or STD,
         )
-        # raises InputError if the arch, image size and stem do not fit each other
-        _create(config, 1)
-        return config
-    if not config.encoder.pretrained:
-        return replaced(
+    elif config.encoder.pretrained:
+        config = _complete_from(config, config.encoder.pretrained)
+    else:
+        config = replaced(
             config,
             arch=config.network.arch or "resnet50",
             image_size=config.views.image_size or 224,
@@ -56,7 +55,9 @@ def complete(config: AnyConfig) -> AnyConfig:
             encoder_method="random",
             pretrain_epochs=None,
         )
-    return _complete_from(config, config.encoder.pretrained)
+    if config.network.arch not in resnets.ARCHS:
+        trial.check(_create(config, 1), config.network.arch, [config.views.image_size])
+    return config
 
 
 def _complete_from(config: AnyConfig, path: str) -> AnyConfig:
@@ -72,7 +73,7 @@ def _complete_from(config: AnyConfig, path: str) -> AnyConfig:
         print_rank0(f"{line} (--mean, --std)")
     config = replaced(
         config,
-        arch=config.network.arch or facts.arch or "resnet50",
+        arch=networks.canonical(config.network.arch or facts.arch or "resnet50"),
         image_size=image_size or 224,
         norm_eps=metadata.norm_eps(path, facts, config.network.norm_eps),
         mean=used.mean or MEAN,
