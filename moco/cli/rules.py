@@ -135,8 +135,8 @@ def _classifier(parser: EffectsParser) -> None:
     several = lambda args: processes.plan(args.config.launch).world_size > 1  # noqa: E731
     parser.has_effect("sync_bn", several, "the run has one process", refuse=False)
     parser.has_effect("sync_bn", _has_batch_norm, _NO_BATCH_NORM)
-    resnet = "a ResNet has no stochastic depth; leave it out"
-    parser.has_effect("drop_path", lambda args: args.arch not in ARCHS, resnet)
+    none = "the network has no stochastic depth; leave it out"
+    parser.has_effect("drop_path", _has_stochastic_depth, none)
     binary = "each image has several labels, and the loss is binary; leave it out"
     one_label = lambda args: registry.METRIC[args.dataset] != "map11"  # noqa: E731
     parser.has_effect("label_smoothing", one_label, binary)
@@ -166,10 +166,19 @@ def _feature_files(parser: EffectsParser) -> None:
 _NO_BATCH_NORM = "the network has no batch norm; leave it out"
 
 
+def _has_network(args: Options) -> bool:
+    """Return whether the settings are complete: others may have no arch and no size."""
+    return bool(args.arch and args.image_size)
+
+
 def _has_batch_norm(args: Options) -> bool:
-    # incomplete settings have no size
-    size = args.image_size
-    return not size or args.arch in ARCHS or trial.has_batch_norm(args.config.network, size)
+    network, size = args.config.network, args.image_size
+    return not _has_network(args) or args.arch in ARCHS or trial.has_batch_norm(network, size)
+
+
+def _has_stochastic_depth(args: Options) -> bool:
+    network, size = args.config.network, args.image_size
+    return not _has_network(args) or trial.has_stochastic_depth(network, size)
 
 
 def _query_and_key(parser: EffectsParser) -> None:

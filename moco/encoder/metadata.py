@@ -36,6 +36,7 @@ class Metadata(NamedTuple):
     std: list[float] | None = None  # [3], their standard deviation used for normalization
     norm_eps: str | None = None  # the epsilons of a Swin's layer norms, one of NORM_EPS
     test_resize: str | None = None  # of a classifier's test images, see `sections_eval.Views`
+    script: str | None = None  # of the pre-training, such as synco for main_synco.py
 
 
 def read_metadata(state: State) -> Metadata:
@@ -49,8 +50,10 @@ def read_metadata(state: State) -> Metadata:
         else {}
     )
     size = state.get("image_size", options.get("image_size"))
+    script = options.get("script")
     if method in CLASSIFIERS:
         epoch, encoder = options.get("pretrain_epochs"), options.get("encoder_method")
+        script = options.get("encoder_script")
         if isinstance(encoder, str):
             frozen = options.get("weights") == "freeze"
             method = encoder if frozen else f"{encoder}, fine-tuned"
@@ -64,6 +67,7 @@ def read_metadata(state: State) -> Metadata:
         *(channels(options.get(name), name) for name in ("mean", "std")),
         options.get("norm_eps") if options.get("norm_eps") in NORM_EPS else None,
         options.get("test_resize") if options.get("test_resize") in TEST_RESIZES else None,
+        script if isinstance(script, str) else None,
     )
 
 

@@ -33,6 +33,7 @@ class Encoder(NamedTuple):
     std: list[float]  # [3], their standard deviation, to normalize images with
     resized: list[str]  # names of the position embeddings that were interpolated to the image size
     norm_eps: str  # the epsilons of a Swin's layer norms, see `timm_networks.create`
+    script: str | None  # of the pre-training, such as synco for main_synco.py
 
 
 @contextlib.contextmanager
@@ -94,9 +95,8 @@ def read(
     if line := metadata.normalization_note(path, facts):
         print_rank0(line)
     mean, std = facts.mean or list(MEAN), facts.std or list(STD)
-    return Encoder(
-        net.eval(), arch, image_size, facts.method, facts.epoch, stem, mean, std, resized, norm_eps
-    )
+    origin = (arch, image_size, facts.method, facts.epoch, stem)
+    return Encoder(net.eval(), *origin, mean, std, resized, norm_eps, facts.script)
 
 
 def load_backbone(net: nn.Module, tensors: dict[str, Tensor], source: str) -> int:

@@ -79,6 +79,7 @@ def _complete_from(config: AnyConfig, path: str) -> AnyConfig:
         mean=used.mean or MEAN,
         std=used.std or STD,
         encoder_method=facts.method,
+        encoder_script=facts.script,
         pretrain_epochs=facts.epoch,
     )
     arch, image_size = config.network.arch, config.views.image_size
@@ -141,7 +142,8 @@ def restore_options(config: AnyConfig, options: Iterable[str]) -> AnyConfig:
                 "which is not valid; take another checkpoint"
             )
         restored[name] = value
-    for name, expected in (("encoder_method", str), ("pretrain_epochs", int)):
+    types = {"encoder_method": str, "encoder_script": str, "pretrain_epochs": int}
+    for name, expected in types.items():
         value = saved.get(name)
         restored[name] = value if isinstance(value, expected) else None
     return replaced(config, **restored)
@@ -310,11 +312,10 @@ def load_network(config: Config, num_classes: int, device: torch.device) -> nn.M
 def _create(config: Config, out: int) -> nn.Module:
     """Return the network of an evaluation, randomly initialized, with `out` outputs."""
     network = config.network
-    # ResNets have no stochastic depth, and a line at the start says that --drop-path has no effect
-    drop_path = 0.0 if network.arch in resnets.ARCHS else config.drop_path
-    return networks.create(
-        network.arch, out, config.views.image_size, drop_path, network.stem, network.norm_eps
-    )
+    size, drop_path = config.views.image_size, config.drop_path
+    # a line at the start says if --drop-path has no effect
+    drop_path = drop_path if drop_path and trial.has_stochastic_depth(network, size) else 0.0
+    return networks.create(network.arch, out, size, drop_path, network.stem, network.norm_eps)
 
 
 def _print_other_normalization(config: Config, facts: metadata.Metadata) -> None:
