@@ -103,8 +103,10 @@ def create(
     last = net.pretrained_cfg.get("classifier")
     if not isinstance(last, str) or (out and not isinstance(net.get_submodule(last), nn.Linear)):
         raise InputError(f"{arch}: {NO_LINEAR_LAYER}")
-    patch = getattr(getattr(net, "patch_embed", None), "patch_size", None)
-    sides = patch if isinstance(patch, tuple) else (patch or 1,)
+    projection = patch_projection(net)
+    # patches of other convolutions overlap, and take images of any size
+    tiles = isinstance(projection, nn.Conv2d) and projection.kernel_size == projection.stride
+    sides = projection.stride if tiles else (1,)
     if any(image_size % side for side in sides):
         patches = f"{arch}'s patches of {max(sides)} pixels"
         raise InputError(f"--image-size {image_size}: must be a multiple of {patches}")
