@@ -26,9 +26,7 @@ class Transform(NamedTuple):
     image_size: int  # pixels
     mean: tuple[float, ...]  # [3], mean of RGB values in [0, 1]
     std: tuple[float, ...]  # [3], their standard deviation
-    decoding: Decoding = (
-        DEFAULT  # of the checkpoint: whether EXIF is applied, and which value is white
-    )
+    decoding: Decoding = DEFAULT  # of the checkpoint: EXIF's orientation, and white
 
     def __call__(self, image: Image.Image | Tensor) -> Tensor:
         """Return the normalized view of an image, float32 [3, image_size, image_size].

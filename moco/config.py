@@ -37,12 +37,10 @@ class Config:
     Attributes:
         TRAINS: whether the run trains, and can be resumed.
         EVALUATES: whether the run evaluates an encoder.
-        TRANSFORMERS: whether networks other than ResNets can be trained.
     """
 
     TRAINS: ClassVar[bool] = False
     EVALUATES: ClassVar[bool] = False
-    TRANSFORMERS: ClassVar[bool] = True
 
     run: Run = Run()
     input: Input = Input()
@@ -100,8 +98,6 @@ class Training(Config):
 @dataclass(frozen=True)
 class Pretraining(Training):
     """The settings of a pre-training. Each script adds the settings of its method."""
-
-    TRANSFORMERS: ClassVar[bool] = False
 
     listed: Listed = Listed()
     start: Start = Start()

@@ -117,6 +117,7 @@ def export(args: argparse.Namespace) -> None:
         "std": tuple(found.std),
         **({"stem": found.stem} if found.stem != "imagenet" else {}),
         **({"norm_eps": found.norm_eps} if found.norm_eps != "timm" else {}),
+        **({"script": found.script} if found.script else {}),
     }
     tensors = {name: x.clone().contiguous() for name, x in found.net.state_dict().items()}
     plain = stock_models(found.arch, found.image_size, found.stem, found.norm_eps)

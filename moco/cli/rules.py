@@ -12,7 +12,7 @@ from moco.builder.synco import COUNTS, SyntheticNegatives
 from moco.cli.effects import EffectsParser, Options
 from moco.config import Config
 from moco.data import registry
-from moco.encoder import timm_networks
+from moco.encoder import timm_networks, trial
 from moco.encoder.resnets import ARCHS
 from moco.engine import lr_schedule
 from moco.launch import processes
@@ -142,8 +142,9 @@ def _classifier(parser: EffectsParser) -> None:
     parser.has_effect("sync_bn", lambda args: args.weights == "finetune", running)
     several = lambda args: processes.plan(args.config.launch).world_size > 1  # noqa: E731
     parser.has_effect("sync_bn", several, "the run has one process", refuse=False)
-    resnet = "a ResNet has no stochastic depth; leave it out"
-    parser.has_effect("drop_path", lambda args: args.arch not in ARCHS, resnet)
+    parser.has_effect("sync_bn", _has_batch_norm, _NO_BATCH_NORM)
+    none = "the network has no stochastic depth; leave it out"
+    parser.has_effect("drop_path", _has_stochastic_depth, none)
     binary = "each image has several labels, and the loss is binary; leave it out"
     one_label = lambda args: registry.METRIC[args.dataset] != "map11"  # noqa: E731
     parser.has_effect("label_smoothing", one_label, binary)
@@ -172,6 +173,24 @@ def _feature_files(parser: EffectsParser) -> None:
     parser.has_effect(files, lambda args: not args.load_features, loaded, refuse=False)
 
 
+_NO_BATCH_NORM = "the network has no batch norm; leave it out"
+
+
+def _has_network(args: Options) -> bool:
+    """Return whether the settings are complete: others may have no arch and no size."""
+    return bool(args.arch and args.image_size)
+
+
+def _has_batch_norm(args: Options) -> bool:
+    network, size = args.config.network, args.image_size
+    return not _has_network(args) or args.arch in ARCHS or trial.has_batch_norm(network, size)
+
+
+def _has_stochastic_depth(args: Options) -> bool:
+    network, size = args.config.network, args.image_size
+    return not _has_network(args) or trial.has_stochastic_depth(network, size)
+
+
 def _query_and_key(parser: EffectsParser) -> None:
     named = "--recipe already chooses the views; leave it out"
     follows = lambda args: args.recipe == ("mocov2" if args.aug_plus else "mocov1")  # noqa: E731
@@ -179,6 +198,7 @@ def _query_and_key(parser: EffectsParser) -> None:
     shuffled = "it is for a run of one process, and this run has several; leave it out"
     alone = lambda args: processes.plan(args.config.launch).world_size == 1  # noqa: E731
     parser.has_effect("bn_splits bn_splits_query", alone, shuffled)
+    parser.has_effect("bn_splits bn_splits_query", _has_batch_norm, _NO_BATCH_NORM)
     one = "--bn-splits 1 makes one group; leave out one of them"
     parser.has_effect("bn_splits_query", lambda args: args.bn_splits > 1, one)
 

@@ -41,6 +41,7 @@ class Metadata(NamedTuple):
     exif: str | None = None  # these three: how images were decoded, see `sections_images.Decoding`
     white: float | None = None
     shrink_on_decode: bool | None = None
+    script: str | None = None  # of the pre-training, such as synco for main_synco.py
 
 
 def read_metadata(state: State) -> Metadata:
@@ -55,8 +56,10 @@ def read_metadata(state: State) -> Metadata:
     )
     size = state.get("image_size", options.get("image_size"))
     white, shrink = options.get("white"), options.get("shrink_on_decode")
+    script = options.get("script")
     if method in CLASSIFIERS:
         epoch, encoder = options.get("pretrain_epochs"), options.get("encoder_method")
+        script = options.get("encoder_script")
         if isinstance(encoder, str):
             frozen = options.get("weights") == "freeze"
             method = encoder if frozen else f"{encoder}, fine-tuned"
@@ -73,6 +76,7 @@ def read_metadata(state: State) -> Metadata:
         options.get("exif") if options.get("exif") in EXIF else None,
         white if isinstance(white, float) and 0 < white < math.inf else None,
         shrink if isinstance(shrink, bool) else None,
+        script if isinstance(script, str) else None,
     )
 
 

@@ -228,7 +228,7 @@ def _facts(metadata: dict[str, str]) -> State:
         "epoch": int(epoch) if epoch.isdecimal() else None,
         "args": {
             **({"image_size": int(size)} if size.isdecimal() else {}),
-            **({"norm_eps": metadata["norm_eps"]} if "norm_eps" in metadata else {}),
+            **{name: metadata[name] for name in ("norm_eps", "script") if name in metadata},
             **channels,
         },
     }

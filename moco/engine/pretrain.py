@@ -16,7 +16,7 @@ from moco.config import Pretraining, flat, replaced
 from moco.data import cache, file_lists, loader, registry, sources, subsets
 from moco.data.images import Images, note_dark
 from moco.distributed import print_rank0
-from moco.encoder import networks, resnets
+from moco.encoder import networks, recompute, resnets, trial
 from moco.engine import checkpoint, contract, features, initial, next_commands, precision
 from moco.engine.log import Metrics, format_duration
 from moco.engine.trainer import Task, Trainer
@@ -54,11 +54,7 @@ def complete(config: Pretraining) -> Pretraining:
     Call it before any process starts. Raises InputError if the architecture or the data do not fit
     the script, or if the weights of `--init` do not fit the architecture.
     """
-    if not config.TRANSFORMERS and config.network.arch not in resnets.ARCHS:
-        raise InputError(
-            f"--arch {config.network.arch}: this script is for torchvision's ResNets; "
-            "main_moby.py trains transformers"
-        )
+    _check_network(config)
     dataset, data = config.input.dataset, config.run.data
     if dataset != "imagenet" or data == "photos":
         config = replaced(config, file_list=None)
@@ -89,6 +85,18 @@ def _check_list(config: Pretraining) -> None:
     if not root.is_dir():
         raise InputError(f"{root}: no such folder; give the one at which the paths of {file} start")
     file_lists.check(file, root)
+
+
+def _check_network(config: Pretraining) -> None:
+    """Raise InputError if the network does not take the views, or lacks what options need."""
+    network, size = config.network, config.views.image_size
+    if network.arch in resnets.ARCHS:
+        return
+    net = networks.create(network.arch, 1, size, stem=network.stem, norm_eps=network.norm_eps)
+    sizes = {size, *(view.size for view in recipes.from_settings(config.views))}
+    trial.check(net, network.arch, sizes)
+    if config.compute.grad_checkpoint:
+        recompute.recompute_blocks(net)
 
 
 _WITHOUT_MONITOR = "; or train without the k-NN monitor: --knn-every 0"

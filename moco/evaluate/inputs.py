@@ -12,7 +12,7 @@ from moco.config import MEAN, STD, AnyConfig, Config, Evaluation, flat, replaced
 from moco.data import registry, sources, subsets
 from moco.data.images import Images, note_dark
 from moco.distributed import print_rank0
-from moco.encoder import metadata, networks, resnets
+from moco.encoder import metadata, networks, resnets, trial
 from moco.encoder import pretrained as encoders
 from moco.engine import checkpoint, decoding, features, precision
 from moco.errors import InputError, short
@@ -42,11 +42,10 @@ def complete(config: AnyConfig) -> AnyConfig:
             mean=config.views.mean or MEAN,
             std=config.views.std or STD,
         )
-        # raises InputError if the arch, image size and stem do not fit each other
-        _create(config, 1)
-        return config
-    if not config.encoder.pretrained:
-        return replaced(
+    elif config.encoder.pretrained:
+        config = _complete_from(config, config.encoder.pretrained)
+    else:
+        config = replaced(
             config,
             arch=config.network.arch or "resnet50",
             image_size=config.views.image_size or 224,
@@ -57,7 +56,9 @@ def complete(config: AnyConfig) -> AnyConfig:
             encoder_method="random",
             pretrain_epochs=None,
         )
-    return _complete_from(config, config.encoder.pretrained)
+    if config.network.arch not in resnets.ARCHS:
+        trial.check(_create(config, 1), config.network.arch, [config.views.image_size])
+    return config
 
 
 def _complete_from(config: AnyConfig, path: str) -> AnyConfig:
@@ -73,12 +74,13 @@ def _complete_from(config: AnyConfig, path: str) -> AnyConfig:
         print_rank0(f"{line} (--mean, --std)")
     config = replaced(
         decoding.complete(config, facts),
-        arch=config.network.arch or facts.arch or "resnet50",
+        arch=networks.canonical(config.network.arch or facts.arch or "resnet50"),
         image_size=image_size or 224,
         norm_eps=metadata.norm_eps(path, facts, config.network.norm_eps),
         mean=used.mean or MEAN,
         std=used.std or STD,
         encoder_method=facts.method,
+        encoder_script=facts.script,
         pretrain_epochs=facts.epoch,
     )
     arch, image_size = config.network.arch, config.views.image_size
@@ -141,7 +143,8 @@ def restore_options(config: AnyConfig, options: Iterable[str]) -> AnyConfig:
                 "which is not valid; take another checkpoint"
             )
         restored[name] = value
-    for name, expected in (("encoder_method", str), ("pretrain_epochs", int)):
+    types = {"encoder_method": str, "encoder_script": str, "pretrain_epochs": int}
+    for name, expected in types.items():
         value = saved.get(name)
         restored[name] = value if isinstance(value, expected) else None
     return replaced(config, **restored)
@@ -312,11 +315,10 @@ def load_network(config: Config, num_classes: int, device: torch.device) -> nn.M
 def _create(config: Config, out: int) -> nn.Module:
     """Return the network of an evaluation, randomly initialized, with `out` outputs."""
     network = config.network
-    # ResNets have no stochastic depth, and a line at the start says that --drop-path has no effect
-    drop_path = 0.0 if network.arch in resnets.ARCHS else config.drop_path
-    return networks.create(
-        network.arch, out, config.views.image_size, drop_path, network.stem, network.norm_eps
-    )
+    size, drop_path = config.views.image_size, config.drop_path
+    # a line at the start says if --drop-path has no effect
+    drop_path = drop_path if drop_path and trial.has_stochastic_depth(network, size) else 0.0
+    return networks.create(network.arch, out, size, drop_path, network.stem, network.norm_eps)
 
 
 def _print_other_normalization(config: Config, facts: metadata.Metadata) -> None:

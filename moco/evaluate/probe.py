@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from moco.config import Probing
 from moco.data import loader
 from moco.distributed import print_rank0
-from moco.encoder import networks, timm_networks
+from moco.encoder import networks
 from moco.engine.log import Metrics
 from moco.engine.trainer import Trainer
 from moco.errors import InputError
@@ -89,7 +89,7 @@ class LinearProbe(ClassifierTask):
     def start_epoch(self) -> None:
         """Keep the backbone in eval mode, except its stochastic depth."""
         self.module.eval()
-        for module in timm_networks.stochastic_depth(self.module):
+        for module in networks.stochastic_depth(self.module):
             module.train()
 
     def loss(

@@ -73,7 +73,7 @@ IDLE = [
         "--grad-checkpoint",
         "--grad-checkpoint has no effect: --weights freeze trains no block",
     ),
-    ("main_lincls", "--drop-path 0.1", "--drop-path has no effect: a ResNet has no"),
+    ("main_lincls", "--drop-path 0.1", "--drop-path has no effect: the network has no"),
     ("main_lincls", "--save-every 2", "--save-every has no effect"),
     ("main_lincls", "--download", "--download has no effect"),
     ("main_semisup", "--weights freeze --lr-backbone 0.1", "--lr-backbone has no effect"),
