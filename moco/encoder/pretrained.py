@@ -33,6 +33,7 @@ class Encoder(NamedTuple):
     std: list[float]  # [3], their standard deviation, to normalize images with
     resized: list[str]  # names of the position embeddings that were interpolated to the image size
     norm_eps: str  # the epsilons of a Swin's layer norms, see `timm_networks.create`
+    options: dict[str, Any]  # the options of the run that wrote the file; {} if it has none
 
 
 @contextlib.contextmanager
@@ -94,9 +95,8 @@ def read(
     if line := metadata.normalization_note(path, facts):
         print_rank0(line)
     mean, std = facts.mean or list(MEAN), facts.std or list(STD)
-    return Encoder(
-        net.eval(), arch, image_size, facts.method, facts.epoch, stem, mean, std, resized, norm_eps
-    )
+    about = (facts.method, facts.epoch, stem, mean, std, resized, norm_eps, facts.options)
+    return Encoder(net.eval(), arch, image_size, *about)
 
 
 def load_backbone(net: nn.Module, tensors: dict[str, Tensor], source: str) -> int:
