@@ -95,7 +95,7 @@ def export(args: argparse.Namespace) -> None:
         )
     homes = stock_models(found.arch, found.image_size, found.stem, found.norm_eps)
     files = contents(args, found, homes)
-    first = next(iter(files))
+    first = args.out or args.hf or args.onnx
     try:
         first.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".export-", dir=first.parent) as folder:

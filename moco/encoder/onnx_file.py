@@ -1,7 +1,9 @@
 """Convert an encoder to an ONNX model, and run the model with onnxruntime."""
 
+import contextlib
 import importlib.util
 import warnings
+from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
 
@@ -37,7 +39,7 @@ def convert(net: nn.Module, image_size: int, facts: dict[str, str]) -> bytes:
 
     images, buffer = torch.zeros(2, 3, image_size, image_size), BytesIO()
     try:
-        with warnings.catch_warnings():
+        with _traceable(net), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about the exporter's age, and about traced constants
             torch.onnx.export(
                 net,
@@ -58,6 +60,19 @@ def convert(net: nn.Module, image_size: int, facts: dict[str, str]) -> bytes:
         raise InputError(
             f"--onnx: torch.onnx cannot convert this network ({why}); leave --onnx out"
         ) from None
+
+
+@contextlib.contextmanager
+def _traceable(net: nn.Module) -> Iterator[None]:
+    """Let the attention of timm's networks use plain products, as tracing fails in fused ones."""
+    fused = [module for module in net.modules() if vars(module).get("fused_attn")]
+    for module in fused:
+        module.fused_attn = False
+    try:
+        yield
+    finally:
+        for module in fused:
+            module.fused_attn = True
 
 
 def run(model: bytes, images: Tensor) -> Tensor:

@@ -93,7 +93,7 @@ _PRIVATE = {
         *(sections_pretrain.Start, sections.Compute),
     )
     for field in dataclasses.fields(section)
-} - {"seed", "amp"}
+} - {"seed", "amp", "script", "method"}
 _PRIVATE |= {"workers", "cache_images", "class_list", "download", "batch_is_per_process"}
 _PRIVATE |= {"batch_per_process", "nodes", "views"}
 _SCRIPTS = {method.script for method in METHODS.values()}
