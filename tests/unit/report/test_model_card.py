@@ -100,7 +100,9 @@ def test_texts_of_a_checkpoint_stay_texts(tmp_path):
     for words in ("script", "evil", "http:", "Title", "\u202e", "{"):
         assert words not in plain, words
     assert plain.count("---") == 2 and "\u202e" not in card and card.count("```") % 2 == 0
-    assert yaml.safe_load(re.search(r"```yaml\n(.*?)```", card, re.DOTALL)[1]) == {"script": "synco"}
+    assert yaml.safe_load(re.search(r"```yaml\n(.*?)```", card, re.DOTALL)[1]) == {
+        "script": "synco"
+    }
 
 
 @pytest.mark.parametrize(
