@@ -13,7 +13,7 @@ from run_helpers import refused, typed
 from moco.encoder import pretrained
 from tools import convert_tf
 
-FILES = ROOT / "tests" / "tensorflow"
+FILES = ROOT / "tests" / "tf_checkpoints"
 
 
 @pytest.fixture

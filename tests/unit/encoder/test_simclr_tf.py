@@ -231,4 +231,4 @@ def test_damaged_networks_are_refused(arrays):
 
 def test_checkpoints_of_tensorflow_2_are_refused():
     with pytest.raises(InputError, match=r"saved by TensorFlow 2 \(tf\.train\.Checkpoint\)"):
-        simclr_tf.convert(Bundle(ROOT / "tests" / "tensorflow" / "objects" / "ckpt-1"))
+        simclr_tf.convert(Bundle(ROOT / "tests" / "tf_checkpoints" / "objects" / "ckpt-1"))

@@ -14,7 +14,7 @@ from moco.encoder.tensor_bundle import Bundle, _DamagedError, _entries
 from moco.errors import InputError
 from moco.files import UnreadableError
 
-FILES = ROOT / "tests" / "tensorflow"
+FILES = ROOT / "tests" / "tf_checkpoints"
 ONE = FILES / "model.ckpt-7"
 ARRAYS = {
     "a/kernel": np.arange(24, dtype=np.float32).reshape(2, 3, 4),
@@ -221,7 +221,7 @@ def test_keys_that_share_too_much_are_an_error(tmp_path):
 
 
 def test_small_index_cannot_fill_the_memory(tmp_path):
-    """Each of 2,000 keys shares 100,000 bytes with the one before it: 200 MB in a file of 122 kB."""
+    """2,000 keys of 100,000 bytes share nearly all of them: 200 MB in a file of 122 kB."""
     long = b"k" * 100_000
     entries = {long + f"{i:04d}".encode(): b"" for i in range(2000)}
     (tmp_path / "x.index").write_bytes(index({b"": header(), **entries}, per_block=10**6))
