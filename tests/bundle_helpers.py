@@ -50,20 +50,28 @@ def block(pairs, compression=0):
         content += varint(shared) + varint(len(key) - shared) + varint(len(value))
         content += key[shared:] + value
         before = key
-    content += (0).to_bytes(4, "little") + (1).to_bytes(4, "little")  # one restart, at 0
-    content += bytes([compression])
+    return with_trailer(content, compression)
+
+
+def with_trailer(content, compression=0):
+    """Return the entries of a block with its one restart, compression and checksum."""
+    content += (0).to_bytes(4, "little") + (1).to_bytes(4, "little") + bytes([compression])
     return content + masked_crc32c(content).to_bytes(4, "little")
 
 
 def index(entries, per_block=50, compression=0):
     """Return the content of the index of `entries`, values by key."""
-    pairs, file, handles = sorted(entries.items()), b"", []
-    for start in range(0, len(pairs), per_block):
-        part = block(pairs[start : start + per_block], compression)
-        last = pairs[min(start + per_block, len(pairs)) - 1][0]
+    pairs = sorted(entries.items())
+    parts = [pairs[start : start + per_block] for start in range(0, len(pairs), per_block)]
+    return table([(part[-1][0], block(part, compression)) for part in parts])
+
+
+def table(blocks):
+    """Return a table of data blocks, each with its last key."""
+    file, handles, places = b"", [], []
+    for last, part in blocks:
         handles.append((last, varint(len(file)) + varint(len(part) - 5)))
         file += part
-    places = []
     for part in (block([]), block(handles)):
         places.append(varint(len(file)) + varint(len(part) - 5))
         file += part

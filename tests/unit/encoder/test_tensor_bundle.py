@@ -6,7 +6,17 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from bundle_helpers import block, entry, field, header, index, varint, write_bundle
+from bundle_helpers import (
+    block,
+    entry,
+    field,
+    header,
+    index,
+    table,
+    varint,
+    with_trailer,
+    write_bundle,
+)
 from conftest import ROOT
 
 from moco.encoder.crc32c import crc32c
@@ -221,11 +231,12 @@ def test_keys_that_share_too_much_are_an_error(tmp_path):
 
 
 def test_small_index_cannot_fill_the_memory(tmp_path):
-    """2,000 keys of 100,000 bytes share nearly all of them: 200 MB in a file of 122 kB."""
-    long = b"k" * 100_000
-    entries = {long + f"{i:04d}".encode(): b"" for i in range(2000)}
-    (tmp_path / "x.index").write_bytes(index({b"": header(), **entries}, per_block=10**6))
-    assert (tmp_path / "x.index").stat().st_size < 130_000
+    """100 keys of a million bytes share nearly all of them: 100 MB in a file of 1 MB."""
+    size = varint(10**6)
+    content = varint(0) + size + varint(0) + b"k" * 10**6
+    content += b"".join(size + varint(1) + varint(0) + bytes([i]) for i in range(100))
+    blocks = [(b"", block([(b"", header())])), (b"z", with_trailer(content))]
+    (tmp_path / "x.index").write_bytes(table(blocks))
     with pytest.raises(InputError, match="truncated or damaged"):
         Bundle(tmp_path / "x")
 
