@@ -75,7 +75,7 @@ class Bundle:
                 name.decode(errors="backslashreplace"): _variable(x) for name, x in entries.items()
             }
         except _DamagedError as error:
-            raise InputError(f"{self.index}: {error or DAMAGED}") from None
+            raise InputError(f"{self.index}: {str(error) or DAMAGED}") from None
 
     def tensor(self, name: str) -> Tensor:
         """Return the values of a variable.
