@@ -22,7 +22,7 @@ from gpu_setup import (
 )
 
 from moco.augment import color, recipes
-from moco.data import folders, loader
+from moco.data import loader, sources
 from moco.rng import Progress
 
 MOCO = "--mlp --moco-t 0.2 --aug-plus --cos"
@@ -254,7 +254,7 @@ def loading(setup: Setup, notes: Notes) -> None:
     for workers, batches in ((setup.workers, setup.size(40, 1)), (1, setup.size(4, 1))):
         words = ["-b", size, "-j", workers, "--image-size", pixels(setup), *MOCO.split()]
         config, _ = config_and_builder("main_synco", words, setup.device)
-        images = folders.scan(folders.find(folder, ("train",)), "train")
+        images = sources.scan(sources.find(folder, ("train",)), "train")
         # batches that may already be read when the first one arrives
         ahead = 4 * workers + 1 if setup.cuda else 1
         order = loader.TrainBatchSampler(len(images), size, 1, 0, 0, min(ahead, batches) + batches)

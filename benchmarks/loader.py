@@ -42,7 +42,7 @@ from torchvision.transforms import v2
 from moco.augment import color
 from moco.augment.recipes import recipe
 from moco.config import MEAN, STD
-from moco.data import cache, folders, loader
+from moco.data import cache, loader, sources
 from moco.data.images import ImageArray, ImageFolder
 from moco.sections import Input
 
@@ -75,7 +75,7 @@ def main() -> None:
     args.images, args.rounds = args.images or 32, args.rounds or 15
     with tempfile.TemporaryDirectory() as root:
         sizes = make(Path(root) / "train" / "photo", args.images)
-        folder = folders.scan(Path(root), "train")
+        folder = sources.scan(Path(root), "train")
         paths = [folder.path(i) for i in range(len(folder))]
         candidates = {
             "host": lambda: host(folder, args.size),
@@ -139,7 +139,7 @@ def in_memory(data: Path | None, n: int) -> ImageArray:
     """Return n images: those of the folder `data`, or 32-pixel patches of photographs."""
     draw = np.random.default_rng(0)
     if data:
-        folder = folders.scan(data, "train")
+        folder = sources.scan(data, "train")
         rows = draw.permutation(len(folder))[:n]
         (held,) = cache.load(Input(cache_images="on"), folder.subset(rows))
         found = held.read_batch(np.arange(len(held)), lambda height, width: True)
@@ -147,10 +147,10 @@ def in_memory(data: Path | None, n: int) -> ImageArray:
             raise SystemExit(f"--data {data}: the images differ in size; give images of one size")
         pixels = found.numpy()
     else:
-        sources = photographs()
+        photos = photographs()
         pixels = np.empty((n, 3, 32, 32), dtype=np.uint8)
         for i in range(n):
-            source = sources[i % len(sources)]
+            source = photos[i % len(photos)]
             top, left = (draw.integers(0, side - 31) for side in source.shape[:2])
             pixels[i] = source[top : top + 32, left : left + 32].transpose(2, 0, 1)
     return ImageArray(Path(data or "."), np.zeros(len(pixels), dtype=np.int64), ("",), pixels)
@@ -293,10 +293,10 @@ def make(folder: Path, images: int) -> list[int]:
     The images are patches of real photographs.
     """
     folder.mkdir(parents=True)
-    sources = [Image.fromarray(array) for array in photographs()]
+    photos = [Image.fromarray(array) for array in photographs()]
     draw, sizes = random.Random(0), []
     while len(sizes) < images:
-        photograph = draw.choice(sources)
+        photograph = draw.choice(photos)
         left, top = (
             draw.randint(0, photograph.width - WIDTH),
             draw.randint(0, photograph.height - HEIGHT),

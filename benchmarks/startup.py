@@ -8,7 +8,7 @@ import measure
 import torch
 from torchvision.datasets import ImageFolder
 
-from moco.data import folders
+from moco.data import sources
 
 
 def main() -> None:
@@ -22,7 +22,7 @@ def main() -> None:
         make(root / "train", args.files, args.classes)
 
         def ours() -> None:
-            assert len(folders.scan(root, "train")) == args.files
+            assert len(sources.scan(root, "train")) == args.files
 
         def torchvision() -> None:
             assert len(ImageFolder(str(root / "train"))) == args.files

@@ -11,10 +11,10 @@ from PIL import Image
 
 from moco import distributed
 from moco.augment.recipes import recipe
-from moco.data import images, photos
-from moco.data.folders import find, scan
+from moco.data import decoding, photos
 from moco.data.loader import TrainBatchSampler, batches
 from moco.data.registry import check
+from moco.data.sources import find, scan
 from moco.errors import InputError
 from moco.sections import Input
 
@@ -82,7 +82,7 @@ def write_large_photograph(root):
     path = root / "train" / "a" / "0.jpg"
     path.parent.mkdir(parents=True)
     photos._photograph("hubble_deep_field").resize((1600, 1400), 3).save(path, quality=95)
-    assert path.stat().st_size > images._LARGE
+    assert path.stat().st_size > decoding._LARGE
     return scan(path.parents[2], "train")
 
 

@@ -23,8 +23,9 @@ from moco import sections
 from moco.augment import recipes
 from moco.cli import actions, groups, tool
 from moco.cli import values as types
-from moco.data import folders
-from moco.data.images import SUFFIXES, ImageFolder, Images
+from moco.data import folders, sources
+from moco.data.decoding import SUFFIXES
+from moco.data.images import ImageFolder, Images
 from moco.errors import InputError
 from moco.files import check_new, creating, read_yaml
 from moco.report.views import views_figure
@@ -60,18 +61,13 @@ def find(data: str) -> Images:
     Raises InputError if there is no image.
     """
     path = Path(data)
-    if data == "photos" or not path.exists() or (path / "train").is_dir():
-        return folders.scan(folders.find(data, ("train",)), "train")
-    if path.is_dir():
-        folder, names = path, folders.images_below(path).images
-    else:
-        folder, names = (
-            path.parent,
-            [os.fsencode(path.name)] if path.suffix.lower() in SUFFIXES else [],
-        )
-    if not names:
-        raise InputError(f"{data}: holds no image ({', '.join(SUFFIXES)})")
-    return ImageFolder(folder, np.zeros(len(names), int), ("",), np.array(names))
+    if path.is_file():
+        if path.suffix.lower() not in SUFFIXES:
+            raise InputError(f"{data}: is not an image ({', '.join(SUFFIXES)})")
+        return ImageFolder(path.parent, np.zeros(1, int), (), np.array([os.fsencode(path.name)]))
+    if path.is_dir() and not (path / "train").is_dir():
+        return folders.scan_flat(path)
+    return sources.scan(sources.find(data, ("train",), labels=False), "train")
 
 
 def evenly_spaced(n: int, count: int) -> list[int]:

@@ -15,7 +15,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from moco import distributed
-from moco.data.images import CachedFolder, ImageFolder, Images, decode_full, decoded_size
+from moco.data.decoding import decode_full, decoded_size
+from moco.data.images import CachedImages, EncodedImages, Images
 from moco.errors import InputError
 from moco.sections import Input
 
@@ -29,7 +30,7 @@ _AHEAD = 64  # tasks that may be submitted before their results are read
 
 
 def load(input: Input, *sets: Images | None) -> list[Images | None]:
-    """Return `sets`, with image folders decoded into memory if `--cache-images` allows it.
+    """Return `sets`, with encoded images decoded into memory if `--cache-images` allows it.
 
     Call it on every rank, before worker processes start. Each rank holds its own copy, so the limit
     is divided among the ranks of a node. Rank 0 prints one line.
@@ -39,22 +40,21 @@ def load(input: Input, *sets: Images | None) -> list[Images | None]:
 
     Raises InputError if the images do not fit and `input.cache_images` is "on".
     """
-    folders = [one for one in sets if isinstance(one, ImageFolder)]
-    folders = [one for one in folders if not isinstance(one, CachedFolder)]
-    if input.cache_images == "off" or not folders:
+    encoded = [one for one in sets if isinstance(one, EncodedImages)]
+    if input.cache_images == "off" or not encoded:
         return list(sets)
     ranks = max(1, distributed.world_size() // input.nodes)  # of this node
     threads = max(1, min(THREADS, max(4, os.cpu_count() or 1) // ranks))
     with ThreadPoolExecutor(threads) as pool, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # in all threads, because they share the filters
-        needed, free = _agreed([_estimate(folder, pool) for folder in folders], free_memory())
+        needed, free = _agreed([_estimate(images, pool) for images in encoded], free_memory())
         limit = _limit(input.cache_images, sum(needed), free, ranks)
         if not 0 < sum(needed) <= limit:
             return list(sets)
         held = {}
-        for folder, size in zip(folders, needed, strict=True):
+        for images, size in zip(encoded, needed, strict=True):
             max_bytes = min(limit, size * 5 // 4 + (64 << 20))  # the estimate may be too low
-            held[id(folder)] = cached = _decoded(folder, max_bytes, pool)
+            held[id(images)] = cached = _decoded(images, max_bytes, pool)
             limit -= cached.pixels.numel()
     return [held.get(id(one), one) for one in sets]
 
@@ -102,20 +102,28 @@ def _agreed(needed: list[int], free: int) -> tuple[list[int], int]:
     return found[0][0], min(free for _, free in found)
 
 
-def _estimate(folder: ImageFolder, pool: Executor) -> int:
-    """Estimate the size of the decoded images in bytes, from the headers of `_SAMPLE` files."""
-    indices = np.linspace(0, len(folder) - 1, min(len(folder), _SAMPLE)).astype(int)
-    return round(np.mean(list(pool.map(decoded_size, map(folder.path, indices)))) * len(folder))
+def _estimate(images: EncodedImages, pool: Executor) -> int:
+    """Estimate the size of the decoded images in bytes, from the headers of `_SAMPLE` of them."""
+    indices = np.linspace(0, len(images) - 1, min(len(images), _SAMPLE)).astype(int)
+    return round(np.mean(list(pool.map(lambda i: _size(images, i), indices))) * len(images))
 
 
-def _decoded(folder: ImageFolder, max_bytes: int, pool: Executor) -> CachedFolder:
-    """Decode the images of `folder`. Blocks that do not fit into `max_bytes` stay on disk."""
+def _size(images: EncodedImages, i: int) -> int:
+    """Return the size of decoded image `i` in bytes; 0 if it stays on disk."""
+    try:
+        return decoded_size(images.encoded(i))
+    except InputError:
+        return 0
+
+
+def _decoded(source: EncodedImages, max_bytes: int, pool: Executor) -> CachedImages:
+    """Decode the images of `source`. Blocks that do not fit into `max_bytes` stay on disk."""
     # the system only provides memory for the pages that are written
     pixels = torch.empty(max_bytes, dtype=torch.uint8)
-    starts, sizes = np.full(len(folder), -1), np.zeros((len(folder), 2), dtype=np.int64)
-    firsts = range(0, len(folder), _BLOCK)
+    starts, sizes = np.full(len(source), -1), np.zeros((len(source), 2), dtype=np.int64)
+    firsts = range(0, len(source), _BLOCK)
     end = 0
-    for first, (block, images) in zip(firsts, _in_order(folder, firsts, pool), strict=True):
+    for first, (block, images) in zip(firsts, _in_order(source, firsts, pool), strict=True):
         if end + len(images) > max_bytes:
             continue
         pixels[end : end + len(images)] = images
@@ -123,31 +131,38 @@ def _decoded(folder: ImageFolder, max_bytes: int, pool: Executor) -> CachedFolde
         starts[first : first + _BLOCK] = np.where(lengths, end + lengths.cumsum() - lengths, -1)
         sizes[first : first + _BLOCK] = block
         end += len(images)
-    fields = (folder.root, folder.labels, folder.classes, folder.paths)
-    return CachedFolder(*fields, pixels[:end], starts, sizes)
+    facts = (source.root, source.labels, source.classes)
+    return CachedImages(*facts, source, pixels[:end], starts, sizes)
 
 
 Block = tuple[np.ndarray, Tensor]  # (height, width) of each image, and the pixels of all
 
 
-def _in_order(folder: ImageFolder, firsts: range, pool: Executor) -> Iterator[Block]:
+def _in_order(source: EncodedImages, firsts: range, pool: Executor) -> Iterator[Block]:
     """Yield the result of `_decode_block` for each of `firsts`; hold at most `_AHEAD` results."""
     waiting: deque[Future] = deque()
     for first in firsts:
-        waiting.append(pool.submit(_decode_block, folder, first))
+        waiting.append(pool.submit(_decode_block, source, first))
         if len(waiting) == _AHEAD:
             yield waiting.popleft().result()
     while waiting:
         yield waiting.popleft().result()
 
 
-def _decode_block(folder: ImageFolder, first: int) -> Block:
+def _decode_block(source: EncodedImages, first: int) -> Block:
     """Decode `_BLOCK` images from index `first` on. Images that stay on disk get size (0, 0)."""
-    last = min(first + _BLOCK, len(folder))
-    images = [decode_full(folder.path(i)) for i in range(first, last)]
+    images = [_decode(source, i) for i in range(first, min(first + _BLOCK, len(source)))]
     sizes = [(0, 0) if image is None else image.shape[1:] for image in images]
     flat = [image.reshape(-1) for image in images if image is not None]
     return np.array(sizes, dtype=np.int64), torch.cat([torch.empty(0, dtype=torch.uint8), *flat])
+
+
+def _decode(source: EncodedImages, i: int) -> Tensor | None:
+    """Return image `i`, or None if it stays on disk; see `decode_full`."""
+    try:
+        return decode_full(source.encoded(i), source.path(i))
+    except InputError:
+        return None
 
 
 PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")

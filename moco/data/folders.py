@@ -1,6 +1,6 @@
-"""Find and list image folders in ImageNet's layout, SPLIT/CLASS/*.jpg, and the built-in `photos`.
+"""List folders of images: in ImageNet's layout, SPLIT/CLASS/*.jpg, or without class folders.
 
-The other data sets are in `registry`.
+`sources` decides which of them a data folder has.
 """
 
 import functools
@@ -19,55 +19,15 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from moco import distributed
-from moco.data.images import SUFFIXES, ImageFolder, Images
-from moco.data.photos import photos
+from moco.data.decoding import SUFFIXES
+from moco.data.images import ImageFolder, Images
 from moco.errors import InputError
-
-
-def find(data: str, splits: tuple[str, ...]) -> Path:
-    """Return the root folder that `data` names: a path, or the word `photos`.
-
-    The folder must have the `splits`, a subset of "train" and "val". Images are neither listed nor
-    read.
-
-    Raises InputError if the folder or a split is missing, if a split has no class folders, or if
-    val has classes that train lacks.
-    """
-    if data == "photos":
-        return photos()
-    root = Path(data)
-    if not _is_folder(root):
-        raise InputError(
-            f"{data}: no such folder; give an ImageNet-style folder (train/CLASS/*.jpg), or the "
-            "word photos"
-        )
-    for split in splits:
-        if not _is_folder(split_folder(root, split)):
-            other = ", nor a test/ folder with class folders" if split == "val" else ""
-            expected = f"{split}/CLASS/*.jpg" + " or test/CLASS/*.jpg" * (split == "val")
-            raise InputError(f"{data}: has no {split}/ folder{other}; expected {expected}")
-    train = class_names(root / "train") if "train" in splits else ()
-    if "val" in splits:
-        folder = split_folder(root, "val")
-        val = class_names(folder)
-        extra = sorted(set(val) - set(train)) if train else []
-        if len(val) == 1 and len(train) != 1:
-            raise InputError(
-                f"{folder}: holds one class folder only ({val[0]}); sort its images into class "
-                "folders named as in train/"
-            )
-        if extra:
-            raise InputError(
-                f"{folder}: {len(extra)} classes are not among train's, first '{extra[0]}'; "
-                "name the folders as in train/"
-            )
-    return root
 
 
 def split_folder(root: Path, split: str) -> Path:
     """Return the folder of a split; test/ if val/ is missing and test/ has class folders."""
     folder, test = root / split, root / "test"
-    if split == "val" and not _is_folder(folder) and _is_folder(test):
+    if split == "val" and not is_folder(folder) and is_folder(test):
         entries = _entries(str(test))
         if entries.folders or entries.links:
             # a spawned process does not repeat the line of the process that started it
@@ -77,7 +37,7 @@ def split_folder(root: Path, split: str) -> Path:
     return folder
 
 
-def _is_folder(path: Path) -> bool:
+def is_folder(path: Path) -> bool:
     """Return whether `path` is a folder. Raises InputError if the system does not say."""
     try:
         return stat.S_ISDIR(path.stat().st_mode)
@@ -101,18 +61,40 @@ def _classes(split: Path, entries: "_Entries") -> tuple[str, ...]:
     return tuple(names)
 
 
-def scan(root: Path, split: str, classes: tuple[str, ...] = ()) -> ImageFolder:
-    """List the images of `root`/`split`, sorted by path within each class.
+def has_class_folders(folder: Path) -> bool:
+    """Return whether `folder` has folders. Raises InputError if it cannot be read."""
+    entries = _entries(str(folder))
+    return bool(entries.folders or entries.links)
 
-    Labels are indices into `classes`, by default the names of the split's own class folders.
+
+def has_images_below(folder: Path) -> bool:
+    """Return whether there is an image in `folder` or below it; stop at the first one."""
+    waiting, seen = [str(folder)], set()
+    while waiting:
+        inside = waiting.pop()
+        real = os.path.realpath(inside)
+        if real in seen:
+            continue
+        seen.add(real)
+        entries = _entries(inside)
+        if entries.images:
+            return True
+        below = sorted(entries.folders + entries.links, reverse=True)
+        waiting += [os.path.join(inside, name) for name in below]
+    return False
+
+
+def scan_classes(folder: Path, classes: tuple[str, ...] = ()) -> ImageFolder:
+    """List the images of `folder`/CLASS, sorted by path within each class.
+
+    Labels are indices into `classes`, by default the names of the folder's own class folders.
 
     Nothing is cached between calls, because a folder's modification time need not change when its
     content does. Rank 0 prints one line on stderr that counts files with other endings.
 
     Raises InputError if a class folder has no images, if a folder cannot be read, or if two classes
-    share a folder, and on every rank if the ranks find different images.
+    share a folder.
     """
-    folder = split_folder(root, split)
     top = _entries(str(folder))
     own = _classes(folder, top)
     with ThreadPoolExecutor(_THREADS) as pool:
@@ -137,16 +119,29 @@ def scan(root: Path, split: str, classes: tuple[str, ...] = ()) -> ImageFolder:
     label = {name: i for i, name in enumerate(classes)}
     labels = np.repeat([label[name] for name in own], [len(listing.images) for listing in listings])
     paths = np.array([path for listing in listings for path in listing.images])
-    return same_on_all_ranks(ImageFolder(folder, labels, classes, paths))
+    return ImageFolder(folder, labels, classes, paths)
+
+
+def scan_flat(folder: Path) -> ImageFolder:
+    """List all images in `folder` and below it, sorted by path. They have no labels.
+
+    Rank 0 prints one line on stderr that counts files with other endings.
+
+    Raises InputError if there is no image, or if a folder cannot be read.
+    """
+    listing = images_below(folder)
+    if not listing.images:
+        raise InputError(f"{folder}: holds no image ({', '.join(SUFFIXES)})")
+    _print_left_out(folder, [listing], Counter(), 0)
+    return ImageFolder(folder, np.zeros(len(listing.images), int), (), np.array(listing.images))
 
 
 def same_on_all_ranks(images: Images) -> Images:
     """Return `images`. Raises InputError on every rank if the ranks see different images."""
     if distributed.world_size() == 1:
         return images
-    content = images.paths if isinstance(images, ImageFolder) else images.labels
     names = repr((images.classes, images.labels.shape)).encode()
-    digest = hashlib.sha256(names + images.labels.tobytes() + content.tobytes()).hexdigest()
+    digest = hashlib.sha256(names + images.content()).hexdigest()
     found: list[tuple[int, str]] = [(0, "")] * distributed.world_size()
     dist.all_gather_object(found, (len(images), digest))
     other = next((rank for rank, one in enumerate(found) if one != found[0]), None)

@@ -15,7 +15,7 @@ import numpy as np
 from torchvision import datasets as tv
 
 from moco.data import subsets
-from moco.data.folders import scan
+from moco.data.folders import scan_classes
 from moco.data.images import ImageArray, ImageFolder, Images
 from moco.errors import InputError
 from moco.files import read_pickle
@@ -164,7 +164,7 @@ def caltech101(root: str, seed: int) -> Split:
     Torchvision is not used: it guesses the names of the files from their number.
     """
     os.stat(os.path.join(root, "caltech101", "101_ObjectCategories"))  # its error names the folder
-    images = scan(Path(root) / "caltech101", "101_ObjectCategories")
+    images = scan_classes(Path(root, "caltech101", "101_ObjectCategories"))
     kept = [i for i, name in enumerate(images.classes) if name != "BACKGROUND_Google"]
     images = images.subset(np.isin(images.labels, kept))
     images = replace(

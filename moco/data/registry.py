@@ -15,8 +15,9 @@ from torchvision.datasets.utils import download_and_extract_archive
 
 from moco.config import MEAN, STD
 from moco.data import photos, readers, subsets
-from moco.data.folders import class_names, find, same_on_all_ranks, scan, split_folder
+from moco.data.folders import same_on_all_ranks, split_folder
 from moco.data.images import ImageFolder, Images
+from moco.data.sources import class_names, find, scan
 from moco.errors import InputError, unknown
 
 
@@ -198,7 +199,7 @@ def train_images(name: str, root: str, class_list: str | None = None) -> Images:
     """
     if name in _DATASETS:
         return subsets.keep_classes(load(name, root)[0], class_list)
-    folder = find("photos" if name == "photos" else root, ("train",))
+    folder = find("photos" if name == "photos" else root, ("train",), labels=False)
     return subsets.keep_classes(scan(folder, "train"), class_list)
 
 
@@ -212,7 +213,7 @@ def test_images(name: str, root: str, class_list: str | None = None) -> Images:
     if name in _DATASETS:
         return subsets.keep_classes(load(name, root)[1], class_list)
     folder = find("photos" if name == "photos" else root, ("train", "val"))
-    images = scan(folder, "val", class_names(folder / "train"))
+    images = scan(folder, "val", class_names(folder, "train"))
     return subsets.keep_classes(images, class_list)
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from moco import rng
-from moco.data.folders import class_names
+from moco.data import sources
 from moco.data.images import Images
 from moco.data.photos import cache_paths
 from moco.errors import InputError, short
@@ -127,13 +127,18 @@ def require_two_classes(images: Images, otherwise: str = "") -> None:
         )
 
 
-def check_classes(split: Path, file: str | None, data_name: str | None) -> None:
-    """Check `--class-list` and `--data-name` against the class folders of `split`.
+def check_classes(root: Path, file: str | None, data_name: str | None) -> None:
+    """Check `--class-list` and `--data-name` against the classes of the training images in `root`.
 
-    Raises InputError if `file` names classes that have no folder, or if more classes remain than
-    the data set `data_name` has.
+    Raises InputError if `file` names classes that are not there, if the images have no labels, or
+    if more classes remain than the data set `data_name` has.
     """
-    classes = class_names(split)
+    if file is None and data_name is None:
+        return
+    classes, split = sources.class_names(root, "train"), root / "train"
+    if not classes:
+        option = "--class-list" if file else "--data-name"
+        raise InputError(f"{option}: the images of {root} have no labels; leave {option} out")
     if file is not None:
         classes = select_classes(classes, file, split)
     if len(classes) > CLASS_COUNTS.get(data_name, len(classes)):

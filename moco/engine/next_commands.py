@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 
 from moco.config import Pretraining, flat
-from moco.data import folders
+from moco.data import sources
 
 
-def commands(config: Pretraining, train: Path, saved: Path) -> list[str]:
+def commands(config: Pretraining, saved: Path) -> list[str]:
     """Return the shell commands for k-NN, a linear probe and the report.
 
     If the run has a k-NN monitor, the k-NN command has the same settings. If the data has no
@@ -18,7 +18,6 @@ def commands(config: Pretraining, train: Path, saved: Path) -> list[str]:
 
     Args:
         config: the settings of the pre-training.
-        train: the folder of its images; val/ is searched next to it.
         saved: its last checkpoint.
     """
     home = Path(sys.argv[0]).parent
@@ -39,8 +38,8 @@ def commands(config: Pretraining, train: Path, saved: Path) -> list[str]:
             if config.launch.nproc_per_node
             else []
         )
-    folder = folders.split_folder(train.parent, "val")
-    evaluated = config.run.data == "photos" or config.input.dataset != "imagenet" or folder.is_dir()
+    evaluated = config.run.data == "photos" or config.input.dataset != "imagenet"
+    evaluated = evaluated or sources.locate(Path(config.run.data), "val") is not None
     monitor = (
         {"--k": "knn_k", "--temperature": "knn_t", "--features": "knn_features"}
         if config.monitor.knn_every

@@ -13,7 +13,7 @@ from moco import distributed
 from moco.augment import recipes
 from moco.builder.base import Method
 from moco.config import Pretraining, flat, replaced
-from moco.data import cache, folders, loader, registry, subsets
+from moco.data import cache, loader, registry, sources, subsets
 from moco.data.images import Images
 from moco.distributed import print_rank0
 from moco.encoder import networks, resnets
@@ -62,7 +62,7 @@ def complete(config: Pretraining) -> Pretraining:
     dataset, data = config.input.dataset, config.run.data
     if dataset == "imagenet":
         root = _find(config)
-        subsets.check_classes(root / "train", config.input.class_list, config.input.data_name)
+        subsets.check_classes(root, config.input.class_list, config.input.data_name)
     else:
         registry.check(dataset, data, config.input.download)
         if registry.METRIC[dataset] == "map11" and config.monitor.knn_every:
@@ -83,11 +83,11 @@ def _find(config: Pretraining) -> Path:
     """
     data = config.run.data
     if not config.monitor.knn_every:
-        return folders.find(data, ("train",))
+        return sources.find(data, ("train",), labels=False)
     try:
-        return folders.find(data, ("train", "val"))
+        return sources.find(data, ("train", "val"))
     except InputError as error:
-        folders.find(data, ("train",))  # raises another error if train/ is wrong
+        sources.find(data, ("train",), labels=False)  # raises another error if train/ is wrong
         raise InputError(f"{error}{_WITHOUT_MONITOR}") from None
 
 
@@ -237,7 +237,7 @@ class PretrainingTask(Task):
         saved = next(iter(checkpoint.list_checkpoints(self.config.run.save_dir)), None)
         if saved is not None and distributed.rank() == 0:
             print_rank0(f"the last checkpoint is {saved}; commands to run next:")
-            for command in next_commands.commands(self.config, self.images.root, saved):
+            for command in next_commands.commands(self.config, saved):
                 print_rank0(f"  {command}")
 
     def _knn(self) -> float:

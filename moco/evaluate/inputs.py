@@ -9,7 +9,7 @@ from torch import nn
 
 from moco import distributed
 from moco.config import MEAN, STD, AnyConfig, Config, Evaluation, flat, replaced
-from moco.data import folders, registry, subsets
+from moco.data import registry, sources, subsets
 from moco.data.images import Images
 from moco.distributed import print_rank0
 from moco.encoder import metadata, networks, resnets
@@ -31,8 +31,7 @@ def complete(config: AnyConfig) -> AnyConfig:
     images = config.input
     registry.check(images.dataset, config.run.data, images.download)
     if images.dataset == "imagenet":
-        root = Path(config.run.data) / "train"
-        subsets.check_classes(root, images.class_list, images.data_name)
+        subsets.check_classes(Path(config.run.data), images.class_list, images.data_name)
     if tests_full_network(config) and config.encoder.encoder_method:
         config = replaced(
             config,
@@ -219,7 +218,7 @@ def check_labels(config: Config) -> None:
     of_imagenet = images.dataset == "imagenet" and not images.class_list
     if percent == 100 or not of_imagenet:
         return
-    if subsets.is_imagenet(folders.class_names(Path(config.run.data) / "train")):
+    if subsets.is_imagenet(sources.class_names(Path(config.run.data), "train")):
         subsets.published_list(percent)
 
 

@@ -21,7 +21,7 @@ from run_helpers import load, refused, typed
 import main_synco
 from moco import rng
 from moco.augment import color, recipes
-from moco.data import folders, loader
+from moco.data import loader, sources
 from moco.engine import features, trainer
 
 pytestmark = pytest.mark.slow
@@ -97,7 +97,7 @@ def plain(data: Path, start: dict, symmetric: bool) -> tuple[list[float], list[f
         )
     queue, place = start["queue"].clone(), 0
     optimizer = torch.optim.SGD(q_net.parameters(), lr=0.06, momentum=0.9, weight_decay=5e-4)
-    images = folders.scan(data, "train")
+    images = sources.scan(data, "train")
     recipe = recipes.recipe("small", SIZE, mean=MEAN, std=STD)
     cut = loader.Views(images, loader.RandomCrops(recipe, 0))
     steps, losses, accuracies = IMAGES // BATCH, [], []
@@ -148,7 +148,7 @@ def nearest(net: torch.nn.Module, data: Path) -> float:
     net.eval()
     found = []
     for split in ("train", "test"):
-        images = folders.scan(data, split)
+        images = sources.scan(data, split)
         x = torch.stack([images.read(i) for i in range(len(images))]).double() / 255
         x = (x - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
         found.append((F.normalize(net(x.double()), dim=1), torch.tensor(images.labels)))
@@ -366,8 +366,8 @@ def test_pretraining_reads_the_original_files_of_cifar10(script, tmp_path):
 
 
 def test_a_folder_without_val_is_tested_on_test(data, capfd):
-    assert folders.find(str(data), ("train", "val")) == data
-    assert len(folders.scan(data, "val")) == 24
+    assert sources.find(str(data), ("train", "val")) == data
+    assert len(sources.scan(data, "val")) == 24
     assert (
         capfd.readouterr().err.count(f"{data}: has no val/; test/ is used instead") <= 1
     )  # once per process

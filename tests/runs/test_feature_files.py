@@ -12,7 +12,7 @@ from run_helpers import refused, typed
 
 import main_knn
 from moco.config import replaced
-from moco.data import folders
+from moco.data import sources
 from moco.evaluate import feature_files
 
 pytestmark = pytest.mark.slow
@@ -98,7 +98,7 @@ def test_features_from_files_give_the_same_results_over_one_process_and_two(
         ), name
     for split in ("train", "val"):
         assert np.array_equal(
-            arrays[f"{split}_labels.npy"], folders.scan(shared_images, split).labels
+            arrays[f"{split}_labels.npy"], sources.scan(shared_images, split).labels
         )
         assert np.allclose(np.linalg.norm(arrays[f"{split}_features.npy"], axis=1), 1, atol=1e-5)
     meta = json.loads((two / "meta.json").read_text())

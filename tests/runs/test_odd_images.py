@@ -14,7 +14,7 @@ from bad_inputs.images import picture, small
 from PIL import Image
 from run_helpers import INPUT
 
-from moco.data.images import decode
+from moco.data.decoding import decode_file
 
 
 # Odd images.
@@ -75,7 +75,7 @@ def odd_images() -> dict[str, tuple[bytes, Image.Image]]:
 def test_an_odd_image_looks_right(name, tmp_path):
     data, shown = odd_images()[name]
     (tmp_path / name).write_bytes(data)
-    found = decode(str(tmp_path / name))
+    found = decode_file(str(tmp_path / name))
     assert found.dtype == torch.uint8
     difference = np.abs(
         found.permute(1, 2, 0).numpy().astype(int) - np.asarray(shown.convert("RGB")).astype(int)

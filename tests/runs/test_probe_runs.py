@@ -10,7 +10,7 @@ from run_helpers import facts, load, same, succeeded, typed
 
 from moco import distributed
 from moco.config import MEAN, STD, Probing, replaced
-from moco.data import folders
+from moco.data import sources
 from moco.encoder.resnets import resnet
 from moco.engine import precision
 from moco.evaluate import classifier
@@ -244,7 +244,7 @@ def test_two_processes_train_the_classifiers_that_one_does(tmp_path):
 
 @pytest.mark.parametrize("heads", [1, 3])
 def test_a_rank_without_an_image_counts_as_nothing(shared_images, monkeypatch, heads):
-    val = folders.scan(shared_images, "val")
+    val = sources.scan(shared_images, "val")
     given = {"image_size": 32, "batch_size": 8, "batch_per_process": 8, "workers": 0}
     config = replaced(Probing(), **given, mean=MEAN, std=STD)
     monkeypatch.setattr(distributed, "rank", lambda: len(val))

@@ -14,7 +14,7 @@ WITHOUT_A_NAME = """
 import getpass, os, sys
 sys.path.insert(0, sys.argv[1])
 from moco import user
-from moco.data import folders, photos
+from moco.data import sources, photos
 photos.PHOTOS = ["chelsea"]
 photos._photograph("chelsea")
 os.setgroups([])
@@ -22,7 +22,7 @@ os.setgid(54321)
 os.setuid(54321)
 user.prepare()
 print(getpass.getuser(), os.path.expanduser("~"))
-print(folders.find("photos", ("train", "val")))
+print(sources.find("photos", ("train", "val")))
 """
 
 

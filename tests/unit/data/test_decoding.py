@@ -1,4 +1,4 @@
-"""Tests of `moco.data.images.decode`: file formats, damaged files, and reduced sizes."""
+"""Tests of `moco.data.decoding`: file formats, damaged files, and reduced sizes."""
 
 import struct
 import zlib
@@ -9,7 +9,7 @@ import torch
 from data_helpers import BAD, smooth_rgb, some_photographs, write_large_photograph
 from PIL import Image
 
-from moco.data.images import decode
+from moco.data.decoding import decode_file
 from moco.errors import InputError
 
 
@@ -43,7 +43,7 @@ def write_png16(path, pixels):
 
 def assert_decodes_to(path, pixels, tolerance=0):
     """Assert that the decoded file equals `pixels` [H, W, 3], up to `tolerance` grey levels."""
-    image = decode(str(path))
+    image = decode_file(str(path))
     assert image.dtype == torch.uint8 and image.shape == (3, *pixels.shape[:2])
     expected = torch.from_numpy(np.array(pixels)).permute(2, 0, 1)
     assert (image.int() - expected.int()).abs().max() <= tolerance
@@ -79,7 +79,7 @@ def test_decode_drops_alpha(tmp_path):
 def test_decode_hides_pillows_warnings(tmp_path, recwarn):
     paletted = Image.fromarray(smooth_rgb()).quantize(32)
     paletted.save(tmp_path / "palette.png", transparency=bytes(range(32)))  # makes Pillow warn
-    decode(str(tmp_path / "palette.png"))
+    decode_file(str(tmp_path / "palette.png"))
     assert not [warning for warning in recwarn if "Palette" in str(warning.message)]
     Image.open(tmp_path / "palette.png").convert("RGB")
     assert [warning for warning in recwarn if "Palette" in str(warning.message)]
@@ -119,20 +119,23 @@ def test_decode_returns_the_first_frame_of_an_animation(tmp_path):
 def test_the_error_names_the_file_that_decode_cannot_read(tmp_path, write_bad):
     write_bad(tmp_path / "broken 7.jpg")
     with pytest.raises(InputError) as error:
-        decode(str(tmp_path / "broken 7.jpg"))
+        decode_file(str(tmp_path / "broken 7.jpg"))
     assert str(tmp_path / "broken 7.jpg") in str(error.value)
     assert "\n" not in str(error.value)
 
 
 def test_the_error_names_a_file_that_does_not_exist(tmp_path):
     with pytest.raises(InputError) as error:
-        decode(str(tmp_path / "gone.jpg"))
+        decode_file(str(tmp_path / "gone.jpg"))
     assert str(tmp_path / "gone.jpg") in str(error.value)
 
 
 @pytest.mark.parametrize("factor", [2, 4, 8])
 def test_decode_shrinks_a_large_jpeg(large, factor):
-    full, shrunk = decode(large.path(0)), decode(large.path(0), lambda height, width: factor)
+    full, shrunk = (
+        decode_file(large.path(0)),
+        decode_file(large.path(0), lambda height, width: factor),
+    )
     assert full.shape == (3, 1400, 1600) and shrunk.shape == (3, 1400 // factor, 1600 // factor)
     means = torch.nn.functional.avg_pool2d(full.float(), factor)
     assert (shrunk.float() - means).abs().mean() < 1
@@ -140,11 +143,11 @@ def test_decode_shrinks_a_large_jpeg(large, factor):
 
 def test_decode_asks_for_a_reduction_of_large_jpegs_only(large, photographs):
     assert torch.equal(
-        decode(photographs.path(0), lambda height, width: 8), decode(photographs.path(0))
+        decode_file(photographs.path(0), lambda height, width: 8), decode_file(photographs.path(0))
     )
     asked = []
     assert torch.equal(
-        decode(large.path(0), lambda height, width: asked.append((height, width)) or 1),
-        decode(large.path(0)),
+        decode_file(large.path(0), lambda height, width: asked.append((height, width)) or 1),
+        decode_file(large.path(0)),
     )
     assert asked == [(1400, 1600)]

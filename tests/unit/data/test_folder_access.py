@@ -9,7 +9,7 @@ import pytest
 from conftest import write_images
 from folder_helpers import error_message, link, make_files, run_without_home
 
-from moco.data.folders import scan
+from moco.data.sources import scan
 
 
 def refuse(monkeypatch, folder, number):
@@ -44,7 +44,7 @@ import os, sys
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
 from PIL import Image
-from moco.data import folders as datasets
+from moco.data import sources as datasets
 from moco.errors import InputError
 Image.init()
 root = Path(sys.argv[2])

@@ -5,7 +5,7 @@ import os
 import pytest
 from folder_helpers import error_message, link, make_files, names_of
 
-from moco.data.folders import scan
+from moco.data.sources import scan
 
 
 def test_links_to_folders_and_files_are_followed(tmp_path):

@@ -22,9 +22,10 @@ from PIL import Image
 from moco.augment import crop
 from moco.augment.recipes import recipe
 from moco.data import cache, loader
-from moco.data.folders import scan
-from moco.data.images import CachedFolder, ImageArray, decode
+from moco.data.decoding import decode_file
+from moco.data.images import CachedImages, ImageArray
 from moco.data.loader import CenterCrop, EvalBatchSampler, RandomCrops, batches
+from moco.data.sources import scan
 from moco.errors import InputError
 from moco.sections import Input
 
@@ -80,7 +81,7 @@ def mixed(tmp_path):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_images_in_memory_give_bit_identical_views(mixed, workers):
     (held,) = cached(mixed)
-    assert isinstance(held, CachedFolder) and (held.starts >= 0).all()
+    assert isinstance(held, CachedImages) and (held.starts >= 0).all()
     for folder in (mixed, held.subset(np.arange(20))):
         for transform in (RandomCrops(RECIPE, 3), CenterCrop(32)):
             ours, theirs = (
@@ -192,14 +193,14 @@ def test_several_sets_share_the_limit_and_cached_sets_are_kept(mixed, monkeypatc
     for free, fits in ((4 * needed, True), (4 * needed - 4, False)):
         monkeypatch.setattr(cache, "free_memory", lambda free=free: free)
         held = cached(mixed, second.subset(np.arange(0)), mixed.subset(np.arange(5)), mode="auto")
-        assert isinstance(held[0], CachedFolder) == fits
+        assert isinstance(held[0], CachedImages) == fits
     assert "read from their files in every epoch: about" in capsys.readouterr().out
 
 
 def test_images_that_do_not_fit_stay_on_disk_or_are_refused(mixed, monkeypatch, capsys):
     size = cached(mixed)[0].pixels.numel()
     monkeypatch.setattr(cache, "free_memory", lambda: size)
-    assert isinstance(cached(mixed)[0], CachedFolder)
+    assert isinstance(cached(mixed)[0], CachedImages)
     assert cached(mixed, mode="auto") == [mixed]
     assert "(a quarter of the free" in capsys.readouterr().out
     set_rank(monkeypatch, 0, 2)  # two ranks hold a copy each
@@ -213,15 +214,15 @@ def test_images_that_do_not_fit_stay_on_disk_or_are_refused(mixed, monkeypatch, 
     assert cached(mixed, mode="auto") == [mixed]
     assert "divided among 2 processes" in capsys.readouterr().out
     monkeypatch.setattr(cache, "AUTO_MAX", 2 * size)
-    assert isinstance(cached(mixed, mode="auto")[0], CachedFolder)
+    assert isinstance(cached(mixed, mode="auto")[0], CachedImages)
 
 
 def decide(rank, folder, free):
     """Return whether this rank holds the images, given free memory as a multiple of their size."""
-    needed = sum(3 * decode(folder.path(i))[0].numel() for i in range(20))
+    needed = sum(3 * decode_file(folder.path(i))[0].numel() for i in range(20))
     cache.free_memory = lambda: round(free[rank] * needed)
     held, _ = cache.load(Input(cache_images="auto"), folder, None)
-    return isinstance(held, CachedFolder)
+    return isinstance(held, CachedImages)
 
 
 def test_all_ranks_decide_by_the_smallest_free_memory_of_any_rank(mixed, tmp_path):
@@ -253,10 +254,10 @@ def test_images_beyond_the_estimated_memory_stay_on_disk(mixed, monkeypatch):
 
 
 def test_the_total_size_is_estimated_from_some_headers(mixed, monkeypatch):
-    exact = sum(3 * decode(mixed.path(i))[0].numel() for i in range(20))
+    exact = sum(3 * decode_file(mixed.path(i))[0].numel() for i in range(20))
     asked = []
     size = cache.decoded_size
-    monkeypatch.setattr(cache, "decoded_size", lambda path: asked.append(path) or size(path))
+    monkeypatch.setattr(cache, "decoded_size", lambda data: asked.append(0) or size(data))
     with cache.ThreadPoolExecutor(2) as pool:
         assert cache._estimate(mixed, pool) == exact and len(asked) == 20
         monkeypatch.setattr(cache, "_SAMPLE", 5)

@@ -8,7 +8,7 @@ import pytest
 from conftest import on_two_ranks
 from folder_helpers import BOTH, error_message, link, make_files, names_of
 
-from moco.data.folders import find, scan
+from moco.data.sources import find, scan
 from moco.errors import InputError
 
 

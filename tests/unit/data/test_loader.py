@@ -21,9 +21,9 @@ from data_helpers import (
 from moco.augment import crop
 from moco.augment.recipes import recipe
 from moco.data import loader
-from moco.data.folders import scan
-from moco.data.images import decode
+from moco.data.decoding import decode_file
 from moco.data.loader import CenterCrop, EvalBatchSampler, RandomCrops, batches
+from moco.data.sources import scan
 from moco.errors import InputError
 from moco.sections import Input
 
@@ -99,7 +99,7 @@ def test_evaluation_reads_every_image_in_order(photographs):
     assert torch.cat([b.index for b in read_batches]).tolist() == list(range(len(photographs)))
     assert torch.cat([b.label for b in read_batches]).tolist() == photographs.labels.tolist()
     assert torch.equal(
-        read_batches[0].views[0][7], CenterCrop(32)(decode(photographs.path(7)), (0, 7))[0]
+        read_batches[0].views[0][7], CenterCrop(32)(decode_file(photographs.path(7)), (0, 7))[0]
     )
 
 
@@ -130,8 +130,8 @@ def test_a_program_that_leaves_batches_unread_can_exit():
     program = """if True:
         import torch
         from moco.sections import Input
-        from moco.data import folders, loader
-        images = folders.scan(folders.find("photos", ("train", "val")), "train")
+        from moco.data import sources, loader
+        images = sources.scan(sources.find("photos", ("train", "val")), "train")
         args = Input(workers=2, batch_per_process=8, batch_size=8)
         sampler, device = loader.EvalBatchSampler(len(images), 8), torch.device("cpu")
         left = loader.batches(images, loader.CenterCrop(32), sampler, args, device)
@@ -183,7 +183,7 @@ def test_reduction_is_the_largest_that_leaves_every_crop_twice_as_large_as_its_v
 
 def test_views_of_a_shrunk_image_equal_those_of_the_full_one(large):
     crops, factors = RandomCrops(recipe("mocov2", 64), seed=1), set()
-    full = decode(large.path(0))
+    full = decode_file(large.path(0))
     for epoch in range(20):
         sample = (epoch, 0)
         factors.add(crops.reduction(1400, 1600, sample))

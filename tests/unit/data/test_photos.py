@@ -11,8 +11,8 @@ from folder_helpers import BOTH, error_message
 from PIL import Image
 
 from moco.data import photos as photo_set
-from moco.data.folders import find, scan
 from moco.data.photos import PHOTOS, cache_folder
+from moco.data.sources import find, scan
 from moco.errors import InputError
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, write_images
 
-from moco.data import folders, photos, subsets
+from moco.data import photos, sources, subsets
 from moco.data.images import ImageFolder
 from moco.data.subsets import (
     hold_out,
@@ -29,7 +29,7 @@ def paths(folder):
 
 @pytest.mark.parametrize(("fraction", "per_class"), [(0.25, 4), (0.01, 1), (0.1, 2), (0.99, 15)])
 def test_hold_out_takes_a_fraction_of_each_class(shared_images, fraction, per_class):
-    images = folders.scan(shared_images, "train")  # 16 images in each of 3 classes
+    images = sources.scan(shared_images, "train")  # 16 images in each of 3 classes
     rest, held = hold_out(images, fraction, seed=0)
     assert (
         np.bincount(held.labels).tolist() == [per_class] * 3
@@ -43,20 +43,20 @@ def test_hold_out_takes_a_fraction_of_each_class(shared_images, fraction, per_cl
 
 
 def test_hold_out_is_the_same_for_a_seed_and_differs_between_seeds(shared_images):
-    images = folders.scan(shared_images, "train")
+    images = sources.scan(shared_images, "train")
     first, again, other = (paths(hold_out(images, 0.5, seed)[1]) for seed in (1, 1, 2))
     assert first == again != other
 
 
 def test_a_class_with_one_image_cannot_be_split(tmp_path):
-    images = folders.scan(write_images(tmp_path, train=1), "train")
+    images = sources.scan(write_images(tmp_path, train=1), "train")
     with pytest.raises(InputError, match="class0: has one image only"):
         hold_out(images, 0.5, seed=0)
 
 
 @pytest.mark.parametrize(("fraction", "per_class"), [(0.1, 2), (0.01, 1), (0.5, 8)])
 def test_sample_takes_a_fraction_of_each_class(shared_images, fraction, per_class):
-    images = folders.scan(shared_images, "train")
+    images = sources.scan(shared_images, "train")
     first, again, other = (sample(images, fraction, seed) for seed in (1, 1, 2))
     assert np.bincount(first.labels).tolist() == [per_class] * 3
     assert (
@@ -84,7 +84,7 @@ def test_hold_out_of_multi_label_images_takes_a_fraction_of_all(tmp_path):
 
 
 def test_a_list_has_file_names_or_paths(shared_images, tmp_path):
-    train = folders.scan(shared_images, "train")  # 0.jpg to 15.jpg in each class
+    train = sources.scan(shared_images, "train")  # 0.jpg to 15.jpg in each class
     (tmp_path / "list.txt").write_text("class2/3.jpg\n\nclass0/15.jpg\n  class1/3.jpg \n")
     subset = select_listed(train, tmp_path / "list.txt")
     assert [subset.name(i) for i in range(3)] == ["class0/15.jpg", "class1/3.jpg", "class2/3.jpg"]
@@ -94,7 +94,7 @@ def test_a_list_has_file_names_or_paths(shared_images, tmp_path):
     )
     try:
         (tmp_path / "list.txt").write_text("alone.jpg\n")
-        subset = select_listed(folders.scan(shared_images, "train"), tmp_path / "list.txt")
+        subset = select_listed(sources.scan(shared_images, "train"), tmp_path / "list.txt")
         assert (subset.name(0), subset.labels.tolist()) == ("class1/alone.jpg", [1])
     finally:
         (shared_images / "train" / "class1" / "alone.jpg").unlink()
@@ -119,7 +119,7 @@ def test_a_list_with_errors_is_refused_in_one_line(shared_images, tmp_path, text
     if text is not None:
         (tmp_path / "list.txt").write_bytes(text.encode("latin-1"))
     with pytest.raises(InputError, match=message) as error:
-        select_listed(folders.scan(shared_images, "train"), tmp_path / "list.txt")
+        select_listed(sources.scan(shared_images, "train"), tmp_path / "list.txt")
     assert "\n" not in str(error.value)
 
 
@@ -233,7 +233,7 @@ def test_the_true_lists_select_their_images(percent, count, tmp_path, monkeypatc
     kept.parent.mkdir(parents=True)
     kept.write_bytes(file.read_bytes())
     monkeypatch.setattr(subsets, "_URL", "http://127.0.0.1:9/{}percent.txt")  # nothing is fetched
-    train = folders.scan(tmp_path, "train")
+    train = sources.scan(tmp_path, "train")
     subset = labelled_subset(train, percent, seed=0)
     assert (len(train), len(subset), len(names)) == (count + 1000, count, count)
     assert {subset.name(i)[10:] for i in range(count)} == set(names)
@@ -243,5 +243,5 @@ def test_the_true_lists_select_their_images(percent, count, tmp_path, monkeypatc
     for name in names[:500]:
         (tmp_path / "train" / name[:9] / name).unlink()
     with pytest.raises(InputError, match=f"500 of the {count} images .* are missing"):
-        labelled_subset(folders.scan(tmp_path, "train"), percent, seed=0)
+        labelled_subset(sources.scan(tmp_path, "train"), percent, seed=0)
     shutil.rmtree(tmp_path)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from moco.config import MEAN, STD, Probing, replaced
-from moco.data import folders, loader
+from moco.data import loader, sources
 from moco.encoder import networks, timm_networks
 from moco.evaluate.classifier import Setting
 from moco.evaluate.finetune import FineTuning
@@ -25,7 +25,7 @@ def task(images, arch, evaluation=LinearProbe, heads=1, drop_path=0.5, **options
     )
     torch.manual_seed(0)
     net = networks.create(arch, CLASSES, 32, drop_path)
-    splits = Splits(*(folders.scan(images, split) for split in ("train", "val")))
+    splits = Splits(*(sources.scan(images, split) for split in ("train", "val")))
     settings = [Setting(0.1 * (i + 1), 0.0) for i in range(heads)]
     if evaluation is FineTuning:
         return FineTuning(config, net, splits, torch.device("cpu"), settings[0], lr_backbone=0.1)
