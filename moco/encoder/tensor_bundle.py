@@ -37,7 +37,7 @@ DAMAGED = "it is truncated or damaged; copy or download it again"
 
 
 class Variable(NamedTuple):
-    """Where a variable of a bundle is stored."""
+    """The type, shape and storage of a variable in a bundle."""
 
     dtype: int  # TensorFlow's number of the type
     shape: tuple[int, ...]
