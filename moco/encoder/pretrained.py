@@ -36,6 +36,7 @@ class Encoder(NamedTuple):
     norm_eps: str  # the epsilons of a Swin's layer norms, see `timm_networks.create`
     decoding: Decoding  # how the images were decoded
     script: str | None  # of the pre-training, such as synco for main_synco.py
+    options: dict[str, Any]  # the options of the run that wrote the file; {} if it has none
 
 
 @contextlib.contextmanager
@@ -99,7 +100,8 @@ def read(
     mean, std = facts.mean or list(MEAN), facts.std or list(STD)
     origin = (arch, image_size, facts.method, facts.epoch, stem)
     decoding = Decoding(facts.exif or "ignore", facts.white)
-    return Encoder(net.eval(), *origin, mean, std, resized, norm_eps, decoding, facts.script)
+    rest = (norm_eps, decoding, facts.script, facts.options)
+    return Encoder(net.eval(), *origin, mean, std, resized, *rest)
 
 
 def load_backbone(net: nn.Module, tensors: dict[str, Tensor], source: str) -> int:
