@@ -16,8 +16,8 @@ from moco.engine.announce import print_if_done
 from moco.engine.trainer import Task, Trainer
 from moco.errors import InputError
 from moco.evaluate import metrics
-from moco.evaluate.inputs import Splits
 from moco.evaluate.results import write_results
+from moco.evaluate.splits import Splits
 from moco.files import read_json
 
 

@@ -14,7 +14,8 @@ from moco.engine.log import Metrics
 from moco.engine.trainer import Trainer
 from moco.errors import InputError
 from moco.evaluate.classifier import ClassifierTask, Setting, init_classifier, with_head_axis
-from moco.evaluate.inputs import Splits, tests_full_network
+from moco.evaluate.inputs import tests_full_network
+from moco.evaluate.splits import Splits
 from moco.rng import Progress
 
 
