@@ -2,6 +2,7 @@
 
 import shutil
 
+import dataset_trees
 import numpy as np
 import pytest
 import torch
@@ -209,3 +210,14 @@ def test_show_views_follows_the_options(folder, trained, tmp_path, call):
 def test_wrong_values_are_refused(folder, words, tmp_path):
     command = ("main_synco", folder, *PRETRAIN, "--save-dir", tmp_path, *words.split())
     refused(in_process(*command), words.split()[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("cifar10", "--exif apply"), ("cifar100", "--white 4095"), ("stl10", "--shrink-on-decode")],
+)
+def test_the_options_are_refused_for_images_that_are_in_no_files(name, words, tmp_path):
+    getattr(dataset_trees, name)(dataset_trees.Tree(tmp_path / "data"))
+    command = (tmp_path / "data", *PRETRAIN, "--dataset", name, "--save-dir", tmp_path / "run")
+    ended = in_process("main_synco", *command, *words.split())
+    refused(ended, f"{words.split()[0]} has no effect: the images of this data set are not in")

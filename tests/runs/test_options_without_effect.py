@@ -63,9 +63,6 @@ IDLE = [
     ("main_moby", "--n4 3", "--n4 has no effect: only --method synco has synthetic negatives"),
     ("main_moby", "--synthetic-first 3", "--synthetic-first has no effect"),
     ("main_moby", "--proj-layers 1 --pred-layers 1 --mlp-dim 64", "--mlp-dim has no effect"),
-    ("main_synco", "--dataset cifar10 --exif apply", "--exif has no effect: the images of this"),
-    ("main_lincls", "--dataset stl10 --white 4095", "--white has no effect: the images of this"),
-    ("main_synco", "--dataset cifar100 --shrink-on-decode", "--shrink-on-decode has no effect"),
     ("main_knn", "--shrink-on-decode", "--shrink-on-decode has no effect: this script uses centre"),
     ("main_synco", "--output elsewhere", "--output has no effect: --save-dir names the run folder"),
     (

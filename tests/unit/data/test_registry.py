@@ -27,7 +27,7 @@ from dataset_trees import (
 
 from moco.data import photos
 from moco.data.images import ImageArray, ImageFolder
-from moco.data.registry import METRIC, NAMES, canonical, check, load, train_images
+from moco.data.registry import IN_MEMORY, METRIC, NAMES, canonical, check, load, train_images
 from moco.data.registry import test_images as images_to_test
 from moco.errors import InputError
 
@@ -77,6 +77,10 @@ def test_the_root_may_be_relative_or_start_with_a_tilde(name, given, root, monke
     monkeypatch.setenv("HOME", str(root))
     check(name, given, download=False)
     assert shown(load(name, given)[0]) == train
+
+
+def test_the_data_sets_in_memory_are_those_of_arrays():
+    assert set(IN_MEMORY) == set(ARRAYS)
 
 
 def test_photos_need_no_root(root, tmp_path, monkeypatch):
