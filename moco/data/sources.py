@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from moco.data import folders
+from moco.data import folders, splits, tables, tars
 from moco.data.folders import is_folder, split_folder
 from moco.data.images import Images
 from moco.data.photos import photos
@@ -48,9 +48,16 @@ FLAT = Layout(
     lambda _folder, _split: (),
     lambda folder, _split, _classes: folders.scan_flat(folder),
 )
-LAYOUTS = (CLASS_FOLDERS, FLAT)  # if a folder fits several layouts, the first one is used
+TARS = Layout(tars.holds, tars.class_names, tars.scan)
+TABLES = Layout(tables.holds, tables.class_names, tables.scan)
+LAYOUTS = (
+    CLASS_FOLDERS,
+    TARS,
+    TABLES,
+    FLAT,
+)  # if a folder fits several layouts, the first one is used
 
-_NAMES = {"train": ("train",), "val": ("val", "test")}  # of the folders of each split
+_NAMES = splits.FOLDERS
 
 
 def locate(root: Path, split: str) -> Source | None:
@@ -115,6 +122,13 @@ def find(data: str, splits: tuple[str, ...], labels: bool = True) -> Path:
 def _check_split(root: Path, split: str, labels: bool) -> None:
     """Raise InputError if the split is missing, or if it has no labels and `labels` is true."""
     folder, source = split_folder(root, split), locate(root, split)
+    if source is not None and source.layout in (TARS, TABLES):
+        if labels and not source.layout.class_names(source.folder, split):
+            raise InputError(
+                f"{source.folder}: its {split} images have no labels, and labels are needed; "
+                "docs/data.md says how files store them"
+            )
+        return
     if source is not None and source.layout is FLAT and labels:
         if source.folder == root:
             raise InputError(
@@ -127,7 +141,10 @@ def _check_split(root: Path, split: str, labels: bool) -> None:
     if source is None:
         other = ", nor a test/ folder with class folders" if split == "val" else ""
         expected = f"{split}/CLASS/*.jpg" + " or test/CLASS/*.jpg" * (split == "val")
-        raise InputError(f"{root}: has no {split}/ folder{other}; expected {expected}")
+        raise InputError(
+            f"{root}: has no {split}/ folder{other}; expected {expected}, or {split}-*.tar or "
+            f"{split}-*.parquet"
+        )
 
 
 def class_names(root: Path, split: str) -> tuple[str, ...]:
