@@ -26,9 +26,10 @@ class Labels(NamedTuple):
 
 
 def classes(labels: Labels, names: Sequence[str] = ()) -> tuple[str, ...]:
-    """Return the sorted names of the classes of `labels`; an empty tuple if there are no labels.
+    """Return the names of the classes of `labels`; an empty tuple if there are no labels.
 
-    Integers without `names` are their own names, and are sorted by value.
+    The names of integers are in the order of the integers. An integer without `names` is its own
+    name. Labels that are names are sorted.
 
     Args:
         labels: the labels.
@@ -37,7 +38,7 @@ def classes(labels: Labels, names: Sequence[str] = ()) -> tuple[str, ...]:
     Raises InputError if some images have no label, if labels are integers and names, or if an
     integer has no name. The message does not name the images.
     """
-    return _sorted(_names_of(labels, names), names)
+    return _in_order(_names_of(labels, names), names)
 
 
 def indices(
@@ -53,7 +54,7 @@ def indices(
     Raises InputError as `classes` does, or if `among` lacks a class.
     """
     own = _names_of(labels, names)
-    found = among or _sorted(own, names)
+    found = among or _in_order(own, names)
     if not own:
         return np.zeros(len(labels.codes), np.int64), ()
     index = {name: i for i, name in enumerate(found)}
@@ -65,10 +66,12 @@ def indices(
     return np.array([index[name] for name in own], np.int64)[labels.codes], found
 
 
-def _sorted(own: list[str], names: Sequence[str]) -> tuple[str, ...]:
-    """Return the class names `own`, sorted: by value if they are integers without `names`."""
-    by_value = not names and all(map(_is_integer, own))
-    return tuple(sorted(set(own), key=int if by_value else None))
+def _in_order(own: list[str], names: Sequence[str]) -> tuple[str, ...]:
+    """Return the class names `own` in the order of `classes`."""
+    if all(map(_is_integer, own)) and not names:
+        return tuple(sorted(set(own), key=int))
+    order = {name: i for i, name in enumerate(names)}
+    return tuple(sorted(set(own), key=lambda name: (order.get(name, 0), name)))
 
 
 def _is_integer(text: str) -> bool:
@@ -129,10 +132,13 @@ def read_classes_file(*folders: Path) -> tuple[str, ...]:
 
 
 def check_names(source: object, names: Sequence[str]) -> None:
-    """Raise InputError, which begins with `source`, if a class name is empty or given twice."""
+    """Raise InputError, which begins with `source`, if a class name is unusable or given twice."""
     seen: set[str] = set()
     for i, name in enumerate(names):
-        if not name or name in seen:
-            what = f"names '{short(name)}' twice" if name else f"has no name for class {i}"
-            raise InputError(f"{source}: {what}; give each class a name of its own")
+        if not name or not name.isprintable():
+            raise InputError(f"{source}: has no usable name for class {i}; give it one")
+        if name in seen:
+            raise InputError(
+                f"{source}: names '{short(name)}' twice; give each class a name of its own"
+            )
         seen.add(name)

@@ -20,7 +20,7 @@ class Layout(NamedTuple):
     Attributes:
         holds: Returns whether the folder (first argument) has the images of the split (second
             argument) in this layout. The folder is that of the split, or the data folder itself.
-        class_names: Returns the sorted names of the classes; an empty tuple if there are no labels.
+        class_names: Returns the names of the classes; an empty tuple if there are no labels.
         scan: Lists the images. The third argument has the classes that labels are indices into; if
             it is empty, these are the split's own.
     """
@@ -50,12 +50,8 @@ FLAT = Layout(
 )
 TARS = Layout(tars.holds, tars.class_names, tars.scan)
 TABLES = Layout(tables.holds, tables.class_names, tables.scan)
-LAYOUTS = (
-    CLASS_FOLDERS,
-    TARS,
-    TABLES,
-    FLAT,
-)  # if a folder fits several layouts, the first one is used
+# if a folder fits several layouts, the first one is used
+LAYOUTS = (CLASS_FOLDERS, TARS, TABLES, FLAT)
 
 _NAMES = splits.FOLDERS
 
@@ -148,7 +144,7 @@ def _check_split(root: Path, split: str, labels: bool) -> None:
 
 
 def class_names(root: Path, split: str) -> tuple[str, ...]:
-    """Return the sorted names of a split's classes; an empty tuple if there are no labels.
+    """Return the names of a split's classes; an empty tuple if there are no labels.
 
     Call `find` first, which raises a clear error if the split is missing.
     """

@@ -103,7 +103,7 @@ def holds(folder: Path, split: str) -> bool:
 
 
 def class_names(folder: Path, split: str) -> tuple[str, ...]:
-    """Return the sorted names of the classes of a split; see `sources.Layout`."""
+    """Return the names of the classes of a split; see `sources.Layout`."""
     found = _listed(folder, split, _files(folder, split))
     try:
         return labels.classes(found.given, found.images.columns.class_names)
@@ -136,12 +136,12 @@ def _names(folder: Path, split: str) -> list[str]:
     found = splits.names(folder, split, _ARROW)
     state = folder / "state.json"
     if state.is_file() and found:
-        return _saved(folder, state)
+        return _saved(state)
     # the package datasets keeps results of its functions in files of the same folder
     return [name for name in found if not os.path.basename(name).startswith("cache-")]
 
 
-def _saved(folder: Path, state: Path) -> list[str]:
+def _saved(state: Path) -> list[str]:
     """Return the names of the arrow files that the package datasets lists in a saved data set."""
     try:
         facts = json.loads(read_text(state))

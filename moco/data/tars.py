@@ -136,7 +136,7 @@ def holds(folder: Path, split: str) -> bool:
 
 
 def class_names(folder: Path, split: str) -> tuple[str, ...]:
-    """Return the sorted names of the classes of a split; see `sources.Layout`."""
+    """Return the names of the classes of a split; see `sources.Layout`."""
     files = _files(folder, split)
     index = tar_index.load(folder, split, files)
     try:
