@@ -15,7 +15,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from moco.data.decoding import SUFFIXES
-from moco.errors import InputError, short
+from moco.errors import InputError, one_line, short
 from moco.files import unreadable
 
 BLOCK = 512  # the bytes of a header; a member's content starts at a multiple of them
@@ -93,8 +93,6 @@ def _opened(path: Path, file: BinaryIO) -> tarfile.TarFile:
     try:
         return tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape")
     except tarfile.TarError:
-        if start == bytes(BLOCK):  # the marker of the end
-            raise InputError(f"{path}: has no members; remove it") from None
         raise InputError(f"{path}: is not a tar file; remove or replace it") from None
 
 
@@ -186,7 +184,8 @@ def _checked(label: str, where: str) -> bytes:
     text = label.encode(errors="replace")
     if not label or not label.isprintable() or len(text) > _MAX_CLASS_NAME:
         raise InputError(
-            f"{where}: holds no usable label ('{short(label)}'); write the class's number or name"
+            f"{where}: holds no usable label ('{one_line(short(label))}'); write the class's "
+            "number or name"
         )
     return text
 

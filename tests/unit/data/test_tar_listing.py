@@ -106,7 +106,7 @@ def test_a_sparse_member_is_left_out(tmp_path):
 @pytest.mark.parametrize(
     ("members", "message"),
     [
-        ([], "has no members"),
+        ([], "holds no image; remove it"),
         ([("a.txt", b"x"), ("b.txt", b"x")], r"holds no image, but \.txt 2; remove it"),
         ([("n01.tar", b"x")], r"holds no image, but \.tar 1; unpack it first"),
         ([("a.jpg", b"x"), ("a.png", b"y")], r"a\.jpg and a\.png have the same key"),
