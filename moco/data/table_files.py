@@ -142,6 +142,33 @@ def attempt(path: Path, read: Callable[[], Any]) -> Any:
     raise InputError(f"{path}: is truncated or damaged ({text}); copy or download it again")
 
 
+class _Images:
+    """The encoded images in a pyarrow column, which consists of chunks."""
+
+    def __init__(self, column: Any, columns: Columns):
+        """Take the column of images and the facts about it."""
+        self.chunks = [_field(chunk, "bytes" * columns.nested) for chunk in column.chunks]
+        self.ends = np.cumsum([len(chunk) for chunk in self.chunks], dtype=np.int64)
+        self.nbytes = sum(chunk.nbytes for chunk in self.chunks)
+
+    def __getitem__(self, i: int) -> Any:
+        """Return the bytes of image `i` as a pyarrow buffer; None if there are none."""
+        k = int(np.searchsorted(self.ends, i, side="right"))
+        chunk = self.chunks[k]
+        return chunk[i - int(self.ends[k]) + len(chunk)].as_buffer()
+
+
+def _field(chunk: Any, name: str) -> Any:
+    """Return a field of an array of structs; the array itself if `name` is empty."""
+    return chunk.field(name) if name else chunk
+
+
+def _values(table: Any, name: str, field: str) -> list[Any]:
+    """Return the values in a column, or in a field of a column of structs."""
+    chunks = table.column(name).chunks
+    return [value for chunk in chunks for value in _field(chunk, field).to_pylist()]
+
+
 class Arrow:
     """An open arrow file, mapped into memory: any of its images is read at once."""
 
@@ -154,32 +181,19 @@ class Arrow:
         except pa.ArrowInvalid:
             source.seek(0)
             table = pa.ipc.open_file(source).read_all()
-        self.columns = find_columns(table.schema, path)
         self.table, self.rows = table, table.num_rows
-        self.chunks = [
-            _bytes_of(chunk, self.columns) for chunk in table.column(self.columns.image).chunks
-        ]
-        for chunk in self.chunks:
+        self.columns = find_columns(table.schema, path)
+        self.images = _Images(table.column(self.columns.image), self.columns)
+        for chunk in self.images.chunks:
             chunk.validate(full=True)  # a damaged file must not lead outside the mapped memory
-        self.ends = np.cumsum([len(chunk) for chunk in self.chunks])
-        self.group_rows = 1
 
-    def column(self, name: str, field: str | None = None) -> Any:
-        """Return a column as a pyarrow array, or one `field` of a column of structs."""
-        column = self.table.column(name)
-        chunks = [chunk.field(field) if field else chunk for chunk in column.chunks]
-        return pyarrow().chunked_array(chunks, chunks[0].type) if chunks else column
+    def values(self, column: str, field: str = "") -> list[Any]:
+        """Return the values in a column, or in a `field` of a column of structs."""
+        return _values(self.table, column, field)
 
     def image(self, row: int) -> Any:
         """Return the bytes of an image as a pyarrow buffer; None if there are none."""
-        k = int(np.searchsorted(self.ends, row, side="right"))
-        chunk = self.chunks[k]
-        return chunk[row - int(self.ends[k]) + len(chunk)].as_buffer()
-
-
-def _bytes_of(chunk: Any, columns: Columns) -> Any:
-    """Return the array of encoded images in a chunk of the images' column."""
-    return chunk.field("bytes") if columns.nested else chunk
+        return self.images[row]
 
 
 class Parquet:
@@ -187,22 +201,18 @@ class Parquet:
 
     def __init__(self, path: Path):
         """Open the file and find its columns."""
-        pa = pyarrow()
-        self.file = pa.parquet.ParquetFile(str(path), memory_map=False)
+        self.file = pyarrow().parquet.ParquetFile(str(path), memory_map=False)
         self.path, self.columns = path, find_columns(self.file.schema_arrow, path)
         metadata = self.file.metadata
         counts = [metadata.row_group(k).num_rows for k in range(metadata.num_row_groups)]
         self.ends, self.rows = np.cumsum(counts, dtype=np.int64), metadata.num_rows
         self.group_rows = max(counts, default=0)
-        self.lock = threading.Lock()  # the cache's threads read the same file
+        self.lock = threading.Lock()  # the threads that fill the cache read the same file
 
-    def column(self, name: str, field: str | None = None) -> Any:
-        """Return a column as a pyarrow array, or one `field` of a column of structs."""
-        table = self.file.read(columns=[f"{name}.{field}" if field else name], use_threads=False)
-        column = table.column(name).combine_chunks()
-        chunks = column.chunks if isinstance(column, pyarrow().ChunkedArray) else [column]
-        chunks = [chunk.field(field) if field else chunk for chunk in chunks]
-        return pyarrow().chunked_array(chunks, chunks[0].type) if chunks else table.column(name)
+    def values(self, column: str, field: str = "") -> list[Any]:
+        """Return the values in a column, or in a `field` of a column of structs."""
+        name = f"{column}.{field}" if field else column
+        return _values(self.file.read(columns=[name], use_threads=False), column, field)
 
     def image(self, row: int) -> Any:
         """Return the bytes of an image as a pyarrow buffer; None if there are none."""
@@ -210,31 +220,24 @@ class Parquet:
         first = int(self.ends[k - 1]) if k else 0
         with self.lock:
             group = _kept.get((str(self.path), k), lambda: self._read_group(k))
-        return group[row - first].as_buffer()
+        return group[row - first]
 
-    def _read_group(self, k: int) -> Any:
+    def _read_group(self, k: int) -> _Images:
         """Read the images of a row group."""
-        image, nested = self.columns.image, self.columns.nested
-        table = self.file.read_row_group(
-            k, columns=[f"{image}.bytes" if nested else image], use_threads=False
-        )
-        column = table.column(image).combine_chunks()
-        if isinstance(column, pyarrow().ChunkedArray):  # of more than 2 GiB
-            column = pyarrow().concat_arrays(
-                [_bytes_of(chunk, self.columns).cast("large_binary") for chunk in column.chunks]
-            )
-            return column
-        return _bytes_of(column, self.columns)
+        image = self.columns.image
+        name = f"{image}.bytes" if self.columns.nested else image
+        table = self.file.read_row_group(k, columns=[name], use_threads=False)
+        return _Images(table.column(image), self.columns)
 
 
 class _RowGroups:
     """The row groups that this process has read last. Several threads may use them."""
 
     def __init__(self):
-        self.groups: OrderedDict[tuple[str, int], Any] = OrderedDict()
+        self.groups: OrderedDict[tuple[str, int], _Images] = OrderedDict()
         self.lock = threading.Lock()
 
-    def get(self, key: tuple[str, int], read: Callable[[], Any]) -> Any:
+    def get(self, key: tuple[str, int], read: Callable[[], _Images]) -> _Images:
         """Return the row group `key`, from memory or by `read`."""
         with self.lock:
             if key in self.groups:
@@ -243,12 +246,10 @@ class _RowGroups:
         group = read()
         with self.lock:
             self.groups[key] = group
-            while len(self.groups) > 1 and self._bytes() > KEPT_BYTES:
+            kept = self.groups.values()
+            while len(kept) > 1 and sum(one.nbytes for one in kept) > KEPT_BYTES:
                 self.groups.popitem(last=False)
         return group
-
-    def _bytes(self) -> int:
-        return sum(group.nbytes for group in self.groups.values())
 
 
 _kept = _RowGroups()

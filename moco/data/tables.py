@@ -185,9 +185,9 @@ def _listed(folder: Path, split: str, files: tuple[File, ...]) -> _Listed:
             )
         counts.append(table.rows)
         if columns.label is not None:
-            texts.append(_texts(attempt(path, lambda t=table: t.column(columns.label).to_pylist())))
+            texts.append(_texts(attempt(path, lambda t=table: t.values(columns.label))))
         if columns.has_path:
-            read = attempt(path, lambda t=table: t.column(columns.image, "path").to_pylist())
+            read = attempt(path, lambda t=table: t.values(columns.image, "path"))
             paths.append(_paths(read))
     if not sum(counts):
         raise InputError(f"{folder}: its {split} files have no rows; download them again")
@@ -242,7 +242,7 @@ def _note_cost(folder: Path, split: str, files: tuple[File, ...]) -> None:
     for i in indices:
         images.encoded(i)
     ms = 1000 * (time.perf_counter() - began) / _MEASURED
-    rows = max(_opened(folder, file).group_rows for file in files)
+    rows = _opened(folder, files[0]).group_rows
     root = folder.parent if folder.name in splits.FOLDERS[split] else folder
     folders.print_once(
         one_line(
