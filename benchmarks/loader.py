@@ -17,6 +17,8 @@ ours      one worker crops; the main process does the colour operations and norm
 pil       torchvision on PIL images, DataLoader with two workers
 crops     ours without the colour operations
 colours   the colour operations alone, in the main process
+
+With --shards, the script measures reading from tar, arrow and parquet files; see loader_shards.py.
 """
 
 import argparse
@@ -27,6 +29,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
+import loader_shards
 import measure
 import numpy as np
 import skimage.data
@@ -56,9 +59,14 @@ def main() -> None:
     parser = measure.parser(__doc__.splitlines()[0])
     parser.set_defaults(rounds=None)
     parser.add_argument("--small", action="store_true", help="measure an epoch of 32-pixel images")
+    shards = "measure reading from tar, arrow and parquet files, next to files"
+    parser.add_argument("--shards", action="store_true", help=shards)
     own = "with --small: a folder with train/CLASS/*.jpg, all of one size, instead of patches"
     parser.add_argument("--data", type=Path, help=own)
-    count = "images in one batch (default: 32); with --small: in an epoch (default: 50,000)"
+    count = (
+        "images in one batch (default: 32); with --small: in an epoch (default: 50,000); with "
+        "--shards: in all (default: 4000)"
+    )
     parser.add_argument("--images", type=int, help=count)
     parser.add_argument("--batch", type=int, default=512, help="with --small: images in one batch")
     parser.add_argument("--size", type=int, default=224, help="pixels of a view; --small has 32")
@@ -71,6 +79,10 @@ def main() -> None:
         color.compile_operations()
     if args.small:
         small(args)
+        return
+    if args.shards:
+        args.images, args.rounds = args.images or 4000, args.rounds or 5
+        loader_shards.run(args, make)
         return
     args.images, args.rounds = args.images or 32, args.rounds or 15
     with tempfile.TemporaryDirectory() as root:

@@ -3,6 +3,7 @@
 `tar_listing` says which members are images and labels, `splits` which tar files belong to a split.
 """
 
+import contextlib
 import functools
 import os
 from dataclasses import dataclass, replace
@@ -48,6 +49,7 @@ class TarImages(EncodedImages):
         try:
             descriptor = _opened(os.path.join(self.root, file.name), file)
             done, offset = 0, int(self.offsets[i])
+            _read_ahead(descriptor.number, offset, len(data))
             while done < len(data):
                 # does not move the position in the file, which forked processes share
                 count = os.preadv(descriptor.number, [data[done:]], offset + done)
@@ -115,9 +117,18 @@ def _opened(path: str, file: File) -> _Descriptor:
     status = os.fstat(descriptor.number)
     if (status.st_size, status.st_mtime_ns) != (file.size, file.mtime_ns):
         raise OSError("the tar file has changed since it was listed; start again")
-    if hasattr(os, "posix_fadvise"):  # not on macOS
-        os.posix_fadvise(descriptor.number, 0, 0, os.POSIX_FADV_RANDOM)
     return descriptor
+
+
+def _read_ahead(descriptor: int, offset: int, size: int) -> None:
+    """Tell the system which bytes are read next.
+
+    It then fetches them in one piece. Otherwise it would also fetch some of the images after them,
+    as for a file that is read from its start to its end.
+    """
+    if hasattr(os, "posix_fadvise"):  # not on macOS
+        with contextlib.suppress(OSError):  # some file systems do not have it
+            os.posix_fadvise(descriptor, offset, size, os.POSIX_FADV_WILLNEED)
 
 
 # The layout.
