@@ -22,7 +22,7 @@ from moco.data.table_files import KEPT_BYTES, Arrow, Columns, Parquet, attempt
 from moco.errors import InputError, one_line
 from moco.files import read_text
 
-_PARQUET, _ARROW = (".parquet",), (".arrow",)
+_SUFFIXES = (".parquet", ".arrow")
 _OPEN_FILES = 64  # per process
 TOOL = "python tools/parquet_to_tar.py"
 
@@ -90,7 +90,7 @@ def _opened(root: Path, file: File) -> Arrow | Parquet:
     path = root / file.name
     if splits.facts(root, file.name) != file:
         raise InputError(f"{path}: has changed since it was listed; start again")
-    kind = Arrow if path.suffix.lower() in _ARROW else Parquet
+    kind = Arrow if path.suffix.lower() == ".arrow" else Parquet
     return attempt(path, lambda: kind(path))
 
 
@@ -99,7 +99,7 @@ def _opened(root: Path, file: File) -> Arrow | Parquet:
 
 def holds(folder: Path, split: str) -> bool:
     """Return whether `folder` has parquet or arrow files of the split; see `sources.Layout`."""
-    return any(splits.names(folder, split, suffixes) for suffixes in (_PARQUET, _ARROW))
+    return bool(splits.names(folder, split, _SUFFIXES))
 
 
 def class_names(folder: Path, split: str) -> tuple[str, ...]:
@@ -118,7 +118,7 @@ def scan(folder: Path, split: str, classes: tuple[str, ...]) -> TableImages:
     """
     files = _files(folder, split)
     found = _listed(folder, split, files)
-    splits.note_choice(folder, split, [file.name for file in files], _PARQUET + _ARROW)
+    splits.note_choice(folder, split, [file.name for file in files], _SUFFIXES)
     try:
         indices, names = labels.indices(found.given, found.images.columns.class_names, classes)
     except InputError as error:
@@ -131,9 +131,9 @@ def scan(folder: Path, split: str, classes: tuple[str, ...]) -> TableImages:
 
 def _names(folder: Path, split: str) -> list[str]:
     """Return the names of the split's parquet files or, without any, arrow files."""
-    if found := splits.names(folder, split, _PARQUET):
-        return found
-    found = splits.names(folder, split, _ARROW)
+    found = splits.names(folder, split, _SUFFIXES)
+    if parquet := [name for name in found if name.lower().endswith(".parquet")]:
+        return parquet
     state = folder / "state.json"
     if state.is_file() and found:
         return _saved(state)

@@ -16,9 +16,9 @@ from moco.data.images import EncodedImages
 from moco.data.splits import File
 from moco.errors import InputError, one_line
 
-_SUFFIXES = (".tar",)
 _COMPRESSED = (".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst", ".tar.lz4", ".tar.z")
 _COMPRESSED += (".tgz", ".tbz2", ".txz", ".tzst")
+_SUFFIXES = (".tar", *_COMPRESSED)
 _OPEN_FILES = 256  # per process; more than 1024 exceed the usual limit of a process
 
 
@@ -140,10 +140,9 @@ def holds(folder: Path, split: str) -> bool:
     Compressed tar files also count unless there are other images, so that reading them raises an
     error that says what to do.
     """
-    if splits.names(folder, split, _SUFFIXES):
-        return True
-    compressed = splits.names(folder, split, _COMPRESSED)
-    return bool(compressed) and not folders.has_images_below(folder)
+    found = splits.names(folder, split, _SUFFIXES)
+    tars = any(not name.lower().endswith(_COMPRESSED) for name in found)
+    return tars or (bool(found) and not folders.has_images_below(folder))
 
 
 def class_names(folder: Path, split: str) -> tuple[str, ...]:
@@ -175,9 +174,11 @@ def scan(folder: Path, split: str, classes: tuple[str, ...]) -> TarImages:
 
 def _files(folder: Path, split: str) -> tuple[File, ...]:
     """Return the tar files of a split. Raises InputError if one of them is compressed."""
-    if compressed := splits.names(folder, split, _COMPRESSED):
-        raise tar_listing.compressed(folder / compressed[0])
-    return splits.files(folder, splits.names(folder, split, _SUFFIXES))
+    found = splits.names(folder, split, _SUFFIXES)
+    for name in found:
+        if name.lower().endswith(_COMPRESSED):
+            raise tar_listing.compressed(folder / name)
+    return splits.files(folder, found)
 
 
 def _labels(index: tar_index.Index) -> labels.Labels:
