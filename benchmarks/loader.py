@@ -21,6 +21,8 @@ colours   the colour operations alone, in the main process
 With --large, the script measures host with JPEGs of 4000x3000 pixels, without and with
 --shrink-on-decode, for each decoder that is installed. The ratio on_over_off is the images per
 second with the option, divided by those without it.
+
+With --shards, the script measures reading from tar, arrow and parquet files; see loader_shards.py.
 """
 
 import argparse
@@ -31,6 +33,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
+import loader_shards
 import measure
 import numpy as np
 import skimage.data
@@ -63,9 +66,14 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="measure an epoch of 32-pixel images")
     large_ = "measure JPEGs of 4000x3000 pixels, without and with --shrink-on-decode"
     parser.add_argument("--large", action="store_true", help=large_)
+    shards = "measure reading from tar, arrow and parquet files, next to files"
+    parser.add_argument("--shards", action="store_true", help=shards)
     own = "with --small: a folder with train/CLASS/*.jpg, all of one size, instead of patches"
     parser.add_argument("--data", type=Path, help=own)
-    count = "images in one batch (default: 32); with --small: in an epoch (default: 50,000)"
+    count = (
+        "images in one batch (default: 32); with --small: in an epoch (default: 50,000); with "
+        "--shards: in all (default: 4000)"
+    )
     parser.add_argument("--images", type=int, help=count)
     parser.add_argument("--batch", type=int, default=512, help="with --small: images in one batch")
     parser.add_argument("--size", type=int, default=224, help="pixels of a view; --small has 32")
@@ -78,6 +86,10 @@ def main() -> None:
         color.compile_operations()
     if args.small or args.large:
         (small if args.small else large)(args)
+        return
+    if args.shards:
+        args.images, args.rounds = args.images or 4000, args.rounds or 5
+        loader_shards.run(args, make)
         return
     args.images, args.rounds = args.images or 32, args.rounds or 15
     with tempfile.TemporaryDirectory() as root:

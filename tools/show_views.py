@@ -75,7 +75,8 @@ def find(data: str) -> Images:
         if path.suffix.lower() not in SUFFIXES:
             raise InputError(f"{data}: is not an image ({', '.join(SUFFIXES)})")
         return ImageFolder(path.parent, np.zeros(1, int), (), np.array([os.fsencode(path.name)]))
-    if path.is_dir() and not (path / "train").is_dir():
+    no_split = path.is_dir() and not (path / "train").is_dir()
+    if no_split and sources.locate(path, "train") is None:
         return folders.scan_flat(path)
     return sources.scan(sources.find(data, ("train",), labels=False), "train")
 

@@ -26,16 +26,26 @@ from moco.errors import InputError
 
 
 def split_folder(root: Path, split: str) -> Path:
-    """Return the folder of a split; test/ if val/ is missing and test/ has class folders."""
-    folder, test = root / split, root / "test"
-    if split == "val" and not is_folder(folder) and is_folder(test):
-        entries = _entries(str(test))
-        if entries.folders or entries.links:
-            # a spawned process does not repeat the line of the process that started it
-            if multiprocessing.parent_process() is None:
-                _print_once(f"{root}: has no val/; test/ is used instead")
-            return test
+    """Return the folder of a split; validation/ or test/ if val/ is missing.
+
+    test/ is only used if it has class folders, or files that hold many images.
+    """
+    folder = root / split
+    if split != "val" or is_folder(folder):
+        return folder
+    for other in (root / "validation", root / "test"):
+        if is_folder(other):
+            entries = _entries(str(other))
+            shards = any(name.lower().endswith(SHARDS) for name in entries.others)
+            if entries.folders or entries.links or shards:
+                # a spawned process does not repeat the line of the process that started it
+                if multiprocessing.parent_process() is None:
+                    print_once(f"{root}: has no val/; {other.name}/ is used instead")
+                return other
     return folder
+
+
+SHARDS = (".tar", ".parquet", ".arrow")  # endings of files that hold many images
 
 
 def is_folder(path: Path) -> bool:
@@ -68,6 +78,11 @@ def has_class_folders(folder: Path) -> bool:
     return bool(entries.folders or entries.links)
 
 
+def count_images(folder: Path) -> int:
+    """Return the number of images in `folder`, without those in folders below it."""
+    return len(_entries(str(folder)).images)
+
+
 def has_images_below(folder: Path) -> bool:
     """Return whether `images_below` finds an image; stop at the first one."""
     try:
@@ -97,7 +112,7 @@ def scan_classes(folder: Path, classes: tuple[str, ...] = ()) -> ImageFolder:
     owner: dict[str, str] = {}
     for name, listing in zip(own, listings, strict=True):
         if not listing.images:
-            other = f", but {_endings(listing.others)}" if listing.others else ""
+            other = f", but {endings(listing.others)}" if listing.others else ""
             other += ", and links to a folder that is listed already" if listing.repeated else ""
             raise InputError(
                 f"{folder / name}: holds no image ({', '.join(SUFFIXES)}){other}; "
@@ -296,7 +311,7 @@ def _ending(name: str) -> str:
     return os.path.splitext(name)[1].lower() or "no ending"
 
 
-def _endings(counts: Counter[str]) -> str:
+def endings(counts: Counter[str]) -> str:
     """Return the counts as text, such as '.txt 300, .avif 12'. The rarest are added as others."""
     most = sorted(counts.items(), key=lambda one: (-one[1], one[0]))
     rest = sum(count for _, count in most[5:])
@@ -316,7 +331,7 @@ def _print_left_out(
     repeated = [link for listing in listings for link in listing.repeated]
     left_out = []
     if others:
-        left_out.append(f"{others.total()} files with other endings ({_endings(others)})")
+        left_out.append(f"{others.total()} files with other endings ({endings(others)})")
     if outside:
         left_out.append(f"{outside} images outside the class folders")
     if repeated:
@@ -324,11 +339,11 @@ def _print_left_out(
             f"{len(repeated)} links to folders that are listed already, first {repeated[0]}"
         )
     if left_out:
-        _print_once(f"{folder}: left out: {'; '.join(left_out)}")
+        print_once(f"{folder}: left out: {'; '.join(left_out)}")
 
 
 @functools.cache  # each k-NN test lists val/ again
-def _print_once(message: str) -> None:
+def print_once(message: str) -> None:
     """Print a line on stderr, on rank 0, unless it was printed before."""
     if distributed.is_rank0():
         tqdm.write(message, file=sys.stderr)

@@ -5,6 +5,7 @@
 
 import contextlib
 import os
+import string
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -68,8 +69,13 @@ class Images:
         return None
 
     def name(self, i: int) -> str:
-        """Return the name of image `i` in lists of images."""
+        """Return the name of image `i` in lists of images. No other image has it."""
         raise NotImplementedError
+
+    def listed_names(self, i: int) -> tuple[str, ...]:
+        """Return the names by which a list may name image `i`. Other images may share some."""
+        name = self.name(i).strip(string.whitespace)
+        return (name, os.path.basename(name))
 
     def subset(self, indices: np.ndarray) -> "Images":
         """Return the images with these `indices`, or those for which a boolean mask is true."""
@@ -177,6 +183,10 @@ class CachedImages(Images):
     def name(self, i: int) -> str:
         """Return the name of image `i` in `source`."""
         return self.source.name(i)
+
+    def listed_names(self, i: int) -> tuple[str, ...]:
+        """Return those of `source`; see `Images.listed_names`."""
+        return self.source.listed_names(i)
 
     def content(self) -> bytes:
         """Return that of `source`; see `Images.content`."""

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from moco.data import folders
+from moco.data import folders, splits, tables, tars
 from moco.data.decoding import SUFFIXES
 from moco.data.folders import is_folder, split_folder
 from moco.data.images import Images
@@ -21,7 +21,7 @@ class Layout(NamedTuple):
     Attributes:
         holds: Returns whether the folder (first argument) has the images of the split (second
             argument) in this layout. The folder is that of the split, or the data folder itself.
-        class_names: Returns the sorted names of the classes; an empty tuple if there are no labels.
+        class_names: Returns the names of the classes; an empty tuple if there are no labels.
         scan: Lists the images. The third argument has the classes that labels are indices into; if
             it is empty, these are the split's own.
     """
@@ -39,7 +39,7 @@ class Source(NamedTuple):
 
 
 CLASS_FOLDERS = Layout(
-    lambda folder, split: folder.name in _NAMES[split] and folders.has_class_folders(folder),
+    lambda folder, _: folders.has_class_folders(folder),
     lambda folder, _: folders.class_names(folder),
     lambda folder, _, classes: folders.scan_classes(folder, classes),
 )
@@ -49,9 +49,12 @@ FLAT = Layout(
     lambda _folder, _split: (),
     lambda folder, _split, _classes: folders.scan_flat(folder),
 )
-LAYOUTS = (CLASS_FOLDERS, FLAT)  # if a folder fits several layouts, the first one is used
+TARS = Layout(tars.holds, tars.class_names, tars.scan)
+TABLES = Layout(tables.holds, tables.class_names, tables.scan)
+# if a folder fits several layouts, the first one is used
+LAYOUTS = (CLASS_FOLDERS, TARS, TABLES, FLAT)
 
-_NAMES = {"train": ("train",), "val": ("val", "test")}  # of the folders of each split
+_NAMES = splits.FOLDERS
 
 
 def locate(root: Path, split: str) -> Source | None:
@@ -67,8 +70,9 @@ def locate(root: Path, split: str) -> Source | None:
         if _has_split(root):
             return None
         folder = root
-    found = (layout for layout in LAYOUTS if layout.holds(folder, split))
-    layout = next(found, None)
+    # the folders in a data folder without splits are not classes
+    layouts = (one for one in LAYOUTS if not (one is CLASS_FOLDERS and folder == root))
+    layout = next((one for one in layouts if one.holds(folder, split)), None)
     return layout and Source(folder, layout)
 
 
@@ -133,6 +137,11 @@ def _check_split(root: Path, split: str, labels: bool) -> tuple[str, ...]:
     names = source.layout.class_names(source.folder, split) if source else ()
     if source is not None and (names or not labels):
         return names
+    if source is not None and source.layout in (TARS, TABLES):
+        raise InputError(
+            f"{source.folder}: its {split} images have no labels, and labels are needed; "
+            "docs/data.md says how files store them"
+        )
     if source is not None and source.folder == root:
         raise InputError(
             f"{root}: has no {split}/ folder, so its images have no labels, and labels are "
@@ -150,14 +159,17 @@ def _check_split(root: Path, split: str, labels: bool) -> tuple[str, ...]:
         how = "; docs/data.md has a command that makes val/ from a part of the training images"
         raise InputError(
             f"{root}: has no val/ folder, nor a test/ folder with class folders; expected "
-            f"val/CLASS/*.jpg or test/CLASS/*.jpg{how * made}"
+            f"val/CLASS/*.jpg or test/CLASS/*.jpg, val-*.tar or val-*.parquet{how * made}"
         )
     if not labels and not _has_split(root):
         raise InputError(
             f"{root}: holds no image ({', '.join(SUFFIXES)}), nor a folder with images; expected "
             f"images anywhere in it, or {split}/CLASS/*.jpg"
         )
-    raise InputError(f"{root}: has no {split}/ folder; expected {split}/CLASS/*.jpg")
+    raise InputError(
+        f"{root}: has no {split}/ folder; expected {split}/CLASS/*.jpg, {split}-*.tar or "
+        f"{split}-*.parquet"
+    )
 
 
 def holds_folders_without_labels(root: Path) -> bool:
@@ -167,7 +179,7 @@ def holds_folders_without_labels(root: Path) -> bool:
 
 
 def class_names(root: Path, split: str) -> tuple[str, ...]:
-    """Return the sorted names of a split's classes; an empty tuple if there are no labels.
+    """Return the names of a split's classes; an empty tuple if there are no labels.
 
     Call `find` first, which raises a clear error if the split is missing.
     """
