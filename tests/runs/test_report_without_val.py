@@ -55,7 +55,10 @@ def text_of_page(folder, data, **options):
     return page
 
 
-@pytest.mark.parametrize("name", ["classes", "train_only", "flat_val", "flat", "list"])
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("classes", "flat_val", "list")]
+
+
+@pytest.mark.parametrize("name", ["train_only", "flat", *SLOW])
 def test_every_panel_is_there(name, layouts, tmp_path):
     data = layouts if name == "list" else layouts / name
     file = str(layouts / "list.txt") if name == "list" else None
