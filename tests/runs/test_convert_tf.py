@@ -80,4 +80,4 @@ def test_checkpoint_is_converted_and_evaluated(run, script, shared_images, tmp_p
         *("main_semisup", shared_images, *small, *tune, "--save-dir", tmp_path / "tune")
     )
     assert status == 0, err
-    assert "semisup_fnc_10pct" in said or "fnc" in said
+    assert said.startswith("protocol fnc (configs/semisup_fnc_10pct.yaml)")
