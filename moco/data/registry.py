@@ -17,7 +17,7 @@ from moco.config import MEAN, STD
 from moco.data import photos, readers, subsets
 from moco.data.folders import same_on_all_ranks, split_folder
 from moco.data.images import ImageFolder, Images
-from moco.data.sources import class_names, find, scan
+from moco.data.sources import TABLES, TARS, class_names, find, locate, scan
 from moco.errors import InputError, unknown
 
 
@@ -263,6 +263,9 @@ def _imagenet(name: str, root: str) -> Path:
         return find("photos" if name == "photos" else root, ("train", "val"))
     except InputError as error:
         if os.path.isdir(os.path.join(root, "train")) and split_folder(Path(root), "val").is_dir():
+            raise
+        found = locate(Path(root), "train") if os.path.isdir(root) else None
+        if found is not None and found.layout in (TABLES, TARS):
             raise
         raise InputError(f"{error}; get ImageNet by hand from https://image-net.org") from None
 
