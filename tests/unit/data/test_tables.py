@@ -200,7 +200,10 @@ def test_offsets_outside_the_file_are_refused(tmp_path, field):
     path = tmp_path / "x.arrow"
     with pa.ipc.new_stream(str(path), table.schema) as writer:
         writer.write_table(table)
-    good, bad = (np.array([0, end], np.int32).tobytes() for end in (sizes[field], 1 << 30))
+    content = b"x" if field == "bytes" else b"y"  # follows the offsets
+    good, bad = (
+        np.array([0, end], np.int32).tobytes() + content for end in (sizes[field], 1 << 30)
+    )
     assert path.read_bytes().count(good) == 1
     path.write_bytes(path.read_bytes().replace(good, bad))
     with pytest.raises(InputError, match=r"x.arrow: is truncated or damaged"):
