@@ -17,7 +17,7 @@ from moco.config import MEAN, STD
 from moco.data import file_lists, photos, readers, subsets
 from moco.data.folders import same_on_all_ranks
 from moco.data.images import ImageFolder, Images
-from moco.data.sources import class_names, find, locate, scan
+from moco.data.sources import TABLES, TARS, class_names, find, locate, scan
 from moco.errors import InputError, unknown
 
 
@@ -299,9 +299,10 @@ def _imagenet(name: str, root: str) -> Path:
     try:
         return find("photos" if name == "photos" else root, ("train", "val"))
     except InputError as error:
-        if not os.path.isdir(root) or locate(Path(root), "train") is None:
+        found = locate(Path(root), "train") if os.path.isdir(root) else None
+        if found is None:
             how = "get ImageNet by hand from https://image-net.org"
-        elif not has_test_images(name, root):
+        elif found.layout not in (TARS, TABLES) and not has_test_images(name, root):
             how = "tools/embed.py writes the features of the images in any folder"
         else:
             raise

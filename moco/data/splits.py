@@ -33,15 +33,13 @@ class File(NamedTuple):
 def names(folder: Path, split: str, suffixes: tuple[str, ...]) -> list[str]:
     """Return the sorted names of the split's files in `folder` that end in one of `suffixes`.
 
-    If `folder` is that of the split, these are all files in it. Otherwise, a word in the name of
-    each file says which split it belongs to, as in train-0000.tar or imagenet1k-validation-00.tar.
-    If no name has such a word, all files belong to the training images. If `folder` has no such
-    files, they are searched in its subfolder data/, where the Hugging Face hub has them.
+    A word in the name of a file says which split it belongs to, as in train-0000.tar or
+    imagenet1k-validation-00.tar. If no name has such a word, the files belong to the split whose
+    name `folder` has, or to the training images. If `folder` has no such files, they are searched
+    in its subfolder data/, where the Hugging Face hub has them.
 
     Raises InputError if a folder cannot be read.
     """
-    if folder.name in FOLDERS[split]:
-        return _listed(folder, suffixes)
     found = _listed(folder, suffixes)
     if not found and (folder / "data").is_dir():
         found = [os.path.join("data", name) for name in _listed(folder / "data", suffixes)]
@@ -49,10 +47,11 @@ def names(folder: Path, split: str, suffixes: tuple[str, ...]) -> list[str]:
     for name in found:
         by_split.setdefault(_split_of(name, suffixes), []).append(name)
     if by_split.keys() <= {None}:
-        return found if split == "train" else []
-    if split == "train":
-        return by_split.get("train", [])
-    return by_split.get("val") or by_split.get("test", [])
+        return found if WORDS.get(folder.name, "train") in _SPLITS[split] else []
+    return next((by_split[one] for one in _SPLITS[split] if one in by_split), [])
+
+
+_SPLITS = {"train": ("train",), "val": ("val", "test")}  # those whose files may be used for each
 
 
 def _split_of(name: str, suffixes: tuple[str, ...]) -> str | None:
@@ -80,9 +79,8 @@ def _listed(folder: Path, suffixes: tuple[str, ...]) -> list[str]:
 
 def note_choice(folder: Path, split: str, chosen: list[str], suffixes: tuple[str, ...]) -> None:
     """Print lines that say which files in `folder` are left out, and whether test replaces val."""
-    if folder.name in FOLDERS[split]:
-        return
-    if split == "val" and chosen and _split_of(chosen[0], suffixes) == "test":
+    test = bool(chosen) and _split_of(chosen[0], suffixes) == "test"
+    if split == "val" and test and folder.name != "test":
         print_once(f"{folder}: has no files named val; those named test are used instead")
     place = folder / os.path.dirname(chosen[0]) if chosen else folder
     others = [name for name in _listed(place, suffixes) if _split_of(name, suffixes) is None]

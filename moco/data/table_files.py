@@ -184,8 +184,9 @@ class Arrow:
         self.table, self.rows = table, table.num_rows
         self.columns = find_columns(table.schema, path)
         self.images = _Images(table.column(self.columns.image), self.columns)
-        for chunk in self.images.chunks:
-            chunk.validate(full=True)  # a damaged file must not lead outside the mapped memory
+        for name in filter(None, (self.columns.image, self.columns.label)):
+            for chunk in table.column(name).chunks:
+                chunk.validate(full=True)  # a damaged file must not lead outside the mapped memory
 
     def values(self, column: str, field: str = "") -> list[Any]:
         """Return the values in a column, or in a `field` of a column of structs."""

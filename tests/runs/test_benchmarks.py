@@ -82,6 +82,16 @@ def test_loader_with_small_images(tmp_path, from_files):
     assert [row["pipeline"] for row in found["rows"]] == ["ours", "pil", "crops", "colours"]
 
 
+def test_loader_with_shards(tmp_path):
+    found = run("loader", tmp_path, *typed("--shards --images 40 --size 64"))
+    forms, kinds = ("files", "tar", "arrow", "parquet"), ("warm", "cold")
+    rows = {(row["form"], row["what"], row["cache"]) for row in found["rows"]}
+    assert rows == {(f, what, kind) for f in forms for what in ("read", "views") for kind in kinds}
+    assert all(row["images/s"] > 0 for row in found["rows"])
+    names = {f"tar_over_files_{what}_{kind}" for what in ("read", "views") for kind in kinds}
+    assert names < found.keys() and found["parquet_over_tar_read_warm"] > 0
+
+
 def test_step(tmp_path):
     """The script itself compares our losses with plain MoCo's."""
     found = run(

@@ -191,6 +191,25 @@ def test_truncated_and_damaged_files_are_refused(shared_images, tmp_path, write)
         assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("field", ["bytes", "path"])
+def test_offsets_outside_the_file_are_refused(tmp_path, field):
+    """Following them would read other memory of the process."""
+    sizes = {"bytes": 77, "path": 55}
+    image = one(b"x" * sizes["bytes"], "y" * sizes["path"])
+    table = pa.table({"image": pa.array([image], BYTES)})
+    path = tmp_path / "x.arrow"
+    with pa.ipc.new_stream(str(path), table.schema) as writer:
+        writer.write_table(table)
+    content = b"x" if field == "bytes" else b"y"  # follows the offsets
+    good, bad = (
+        np.array([0, end], np.int32).tobytes() + content for end in (sizes[field], 1 << 30)
+    )
+    assert path.read_bytes().count(good) == 1
+    path.write_bytes(path.read_bytes().replace(good, bad))
+    with pytest.raises(InputError, match=r"x.arrow: is truncated or damaged"):
+        scan(tmp_path)
+
+
 def test_a_changed_file_is_noticed(tmp_path):
     path = save(tmp_path / "x.parquet", {"image": ([one()], BYTES)})
     images = scan(tmp_path)

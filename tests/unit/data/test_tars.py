@@ -13,7 +13,7 @@ from data_helpers import RECIPE, read, train_batches
 from folder_helpers import names_of
 from shard_helpers import write_tar, write_tars
 
-from moco.data import cache, sources, subsets, tars
+from moco.data import cache, registry, sources, subsets, tars
 from moco.data.loader import RandomCrops
 from moco.errors import InputError
 from moco.sections import Input
@@ -99,6 +99,13 @@ def test_images_without_labels_pretrain_and_are_refused_where_labels_are_needed(
     assert not images.labelled and not images.labels.any()
     with pytest.raises(InputError, match="its train images have no labels, and labels are needed"):
         sources.find(str(tmp_path), ("train", "val"))
+
+
+def test_evaluations_say_that_labels_are_missing_and_not_that_imagenet_is(tmp_path):
+    write_tar(tmp_path / "train-0.tar", ("a.jpg", b"x"))
+    write_tar(tmp_path / "val-0.tar", ("a.jpg", b"x"))
+    with pytest.raises(InputError, match=r"docs/data.md says how files store them$"):
+        registry.check("imagenet", str(tmp_path), download=False)
 
 
 def test_some_missing_labels_are_refused_with_the_first_image(tmp_path):
