@@ -70,6 +70,13 @@ def test_loader(tmp_path):
     assert 80 <= low <= high <= 110
 
 
+def test_loader_with_large_images(tmp_path):
+    found = run("loader", tmp_path, "--large", "--images", 1, "--size", 64)
+    names = [row["pipeline"] for row in found["rows"]]
+    assert names[:2] == ["off", "on"] and names[-2:] == ["torchvision", "pillow"]
+    assert found["on_over_off"] > 1
+
+
 @pytest.mark.parametrize("from_files", [False, True])
 def test_loader_with_small_images(tmp_path, from_files):
     files = (
