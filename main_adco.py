@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Pre-train a ResNet with AdCo: negatives that are learned as adversaries of the encoder.
+"""Pre-train a network with AdCo: negatives that are learned as adversaries of the encoder.
 
 --sym 1 compares both views in both directions. --multi_crop 1 compares several crops, most of them
 small, with one key view. Both can be combined. All GPUs of the node are used, unless --gpu ID or
@@ -20,7 +20,7 @@ from moco.builder.adco import AdCo, Ascent
 from moco.cli import entry
 from moco.cli.parser import Parser
 from moco.distributed import print_rank0
-from moco.encoder.resnets import resnet
+from moco.encoder.networks import create_encoder
 from moco.engine import pretrain
 from moco.sections import option
 
@@ -83,9 +83,10 @@ def complete(c: Config) -> Config:
 
 def build(c: Config) -> AdCo:
     bank, encoders = c.bank, c.encoders
+    dim, mlp = encoders.moco_dim, encoders.mlp
     return AdCo(
-        lambda: resnet(c.network.arch, encoders.moco_dim, encoders.mlp, c.network.stem),
-        dim=encoders.moco_dim,
+        lambda: create_encoder(c.network, c.views.image_size, dim, mlp),
+        dim=dim,
         K=bank.cluster,
         m=encoders.moco_m,
         T=encoders.moco_t,

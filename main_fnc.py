@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Pre-train a ResNet with FNC: false negatives are attracted, or eliminated from the loss.
+"""Pre-train a network with FNC: false negatives are attracted, or eliminated from the loss.
 
 With --support-size 0 --fn-mode off --memory-multiplier 0, this is SimCLR. configs/ holds the
 published settings: --cfg configs/fnc_100.yaml.
@@ -19,8 +19,7 @@ from moco.cli import compat, entry
 from moco.cli.parser import Parser
 from moco.data.images import Images
 from moco.distributed import print_rank0
-from moco.encoder.networks import projector
-from moco.encoder.resnets import resnet
+from moco.encoder import networks
 from moco.engine import pretrain
 from moco.errors import InputError
 from moco.launch import processes
@@ -87,12 +86,13 @@ def check_memory(c: Config) -> None:
 
 
 def encoder(c: Config) -> nn.Module:
-    """Return a ResNet with a projection head that ends with a batch norm without bias."""
-    dim = c.fnc.proj_out_dim
-    net = resnet(c.network.arch, dim, stem=c.network.stem, zero_init_residual=True)
+    """Return a network with a projection head that ends with a batch norm without bias."""
+    dim, layers = c.fnc.proj_out_dim, c.fnc.num_proj_layers
+    net = networks.create_encoder(c.network, c.views.image_size, dim, zero_init_residual=True)
     last = nn.BatchNorm1d(dim)
     last.bias.requires_grad_(False)  # so that it stays 0
-    net.fc = projector([*[net.fc.in_features] * c.fnc.num_proj_layers, dim], last)
+    head = networks.projector([*[networks.num_features(net)] * layers, dim], last)
+    networks.set_head(net, head)
     return net
 
 

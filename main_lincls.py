@@ -16,7 +16,7 @@ from moco import config, sections
 from moco.cli import entry
 from moco.cli.parser import Parser
 from moco.errors import InputError
-from moco.evaluate import inputs
+from moco.evaluate import inputs, splits
 from moco.evaluate.classifier import Setting, run
 from moco.evaluate.finetune import FineTuning
 from moco.evaluate.probe import LinearProbe
@@ -65,14 +65,14 @@ def complete(c: Config) -> Config:
             raise InputError(
                 f"{flag} {given}: --weights finetune trains one network; give one value"
             )
-    inputs.check_val_from_train(c)
+    splits.check_val_from_train(c)
     c = inputs.restore_options(c, ("weights", "lr", "wd"))
     c = config.replaced(c, method="linear" if c.classifier.weights == "freeze" else "finetune")
     return inputs.complete(c)
 
 
 def worker(c: Config, device: torch.device) -> None:
-    images = inputs.splits(c)
+    images = splits.load(c)
     net = inputs.load_network(c, len(images.train.classes), device)
     settings = [Setting(lr, wd) for lr in c.optimizer.lr for wd in c.optimizer.wd]
     if c.classifier.weights == "freeze":

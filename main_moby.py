@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Pre-train a ViT, a Swin or a ResNet with MoBY, SynCo-v2 or BYOL.
+"""Pre-train a ViT, a Swin or another network with MoBY, SynCo-v2 or BYOL.
 
 --batch-size counts the images of each process. configs/ holds the published settings:
 --cfg configs/synco_swin_tiny.yaml.
@@ -46,7 +46,6 @@ class Run(sections.Run):
 class Config(config.Pretraining):
     """The settings of this script."""
 
-    TRANSFORMERS: ClassVar[bool] = True
     SCHEDULED: ClassVar[bool] = True  # the target's momentum rises until the last step
     run: Run = Run()
     input: sections.Input = sections.Input(batch_size=128, batch_is_per_process=True)

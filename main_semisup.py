@@ -17,7 +17,7 @@ from moco import config, sections, sections_eval
 from moco.cli import entry
 from moco.cli.parser import Parser
 from moco.errors import InputError
-from moco.evaluate import inputs
+from moco.evaluate import inputs, splits
 from moco.evaluate.classifier import Setting, run
 from moco.evaluate.finetune import FineTuning
 from moco.evaluate.probe import LinearProbe
@@ -92,16 +92,16 @@ def complete(c: Config) -> Config:
     if c.classifier.weights == "finetune" and not (c.finetuning.lr_backbone or c.only_tests):
         message = "--lr-backbone 0: --weights finetune would not train the encoder; "
         raise InputError(message + "give --lr-backbone 0.02, for example, or --weights freeze")
-    inputs.check_val_from_train(c)
+    splits.check_val_from_train(c)
     names = "weights lr_backbone lr_classifier wd train_percent subset_file ft_proj".split()
     c = inputs.restore_options(config.replaced(c, method="semisup"), names)
     c = inputs.complete(c)
-    inputs.check_labels(c)
+    splits.check_labels(c)
     return c
 
 
 def worker(c: Config, device: torch.device) -> None:
-    images, tuning = inputs.splits(c), c.finetuning
+    images, tuning = splits.load(c), c.finetuning
     net = inputs.load_network(c, len(images.train.classes), device)
     setting = Setting(tuning.lr_classifier, c.optimizer.wd)
     frozen = c.classifier.weights == "freeze"

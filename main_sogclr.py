@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Pre-train a ResNet with SogCLR (--loss_type dcl), or with SimCLR (--loss_type simclr).
+"""Pre-train a network with SogCLR (--loss_type dcl), or with SimCLR (--loss_type simclr).
 
 SogCLR keeps a moving average for each training image, so that small batches suffice. configs/ holds
 the published settings: --cfg configs/sogclr_800.yaml.
@@ -20,8 +20,7 @@ from moco.cli import entry
 from moco.cli.parser import Parser
 from moco.data.images import Images
 from moco.distributed import print_rank0
-from moco.encoder.networks import projector
-from moco.encoder.resnets import resnet
+from moco.encoder import networks
 from moco.engine import pretrain
 from moco.launch import processes
 from moco.sections import option
@@ -91,11 +90,11 @@ def complete(c: Config) -> Config:
 
 
 def encoder(c: Config) -> nn.Module:
-    """Return a ResNet with a projection head that ends with a batch norm without parameters."""
+    """Return a network with a projection head that ends with a batch norm without parameters."""
     dim, layers = c.contrast.dim, c.contrast.num_proj_layers
-    net = resnet(c.network.arch, dim, stem=c.network.stem, zero_init_residual=True)
-    widths = [net.fc.in_features, *[c.contrast.mlp_dim] * (layers - 1), dim]
-    net.fc = projector(widths, nn.BatchNorm1d(dim, affine=False))
+    net = networks.create_encoder(c.network, c.views.image_size, dim, zero_init_residual=True)
+    widths = [networks.num_features(net), *[c.contrast.mlp_dim] * (layers - 1), dim]
+    networks.set_head(net, networks.projector(widths, nn.BatchNorm1d(dim, affine=False)))
     return net
 
 

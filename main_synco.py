@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Pre-train a ResNet with MoCo v1/v2, MoCHI or SynCo.
+"""Pre-train a network with MoCo v1/v2, MoCHI or SynCo.
 
 Without synthetic negatives (--n1 .. --n6 all 0) this is MoCo: v1 by default, v2 with --mlp
 --moco-t 0.2 --aug-plus --cos. MoCHI uses --n1 and --n3; SynCo all six. configs/ holds the published
@@ -19,7 +19,7 @@ from moco.builder.synco import SynCo, SyntheticNegatives, synthetic_config
 from moco.cli import entry
 from moco.cli.parser import Parser
 from moco.distributed import print_rank0
-from moco.encoder.resnets import resnet
+from moco.encoder.networks import create_encoder
 from moco.engine import pretrain
 from moco.loss.synthetic import Synthetic
 from moco.sections import option
@@ -82,9 +82,10 @@ def complete(c: Config) -> Config:
 
 
 def build(c: Config) -> SynCo:
+    dim, mlp = c.encoders.moco_dim, c.encoders.mlp
     return SynCo(
-        lambda: resnet(c.network.arch, c.encoders.moco_dim, c.encoders.mlp, c.network.stem),
-        dim=c.encoders.moco_dim,
+        lambda: create_encoder(c.network, c.views.image_size, dim, mlp),
+        dim=dim,
         K=c.queue.moco_k,
         m=c.encoders.moco_m,
         T=c.encoders.moco_t,

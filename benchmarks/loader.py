@@ -17,6 +17,12 @@ ours      one worker crops; the main process does the colour operations and norm
 pil       torchvision on PIL images, DataLoader with two workers
 crops     ours without the colour operations
 colours   the colour operations alone, in the main process
+
+With --large, the script measures host with JPEGs of 4000x3000 pixels, without and with
+--shrink-on-decode, for each decoder that is installed. The ratio on_over_off is the images per
+second with the option, divided by those without it.
+
+With --shards, the script measures reading from tar, arrow and parquet files; see loader_shards.py.
 """
 
 import argparse
@@ -27,6 +33,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
+import loader_shards
 import measure
 import numpy as np
 import skimage.data
@@ -42,7 +49,8 @@ from torchvision.transforms import v2
 from moco.augment import color
 from moco.augment.recipes import recipe
 from moco.config import MEAN, STD
-from moco.data import cache, loader, sources
+from moco.data import cache, jpeg, loader, sources
+from moco.data.decoding import DEFAULT, Decoding
 from moco.data.images import ImageArray, ImageFolder
 from moco.sections import Input
 
@@ -56,9 +64,16 @@ def main() -> None:
     parser = measure.parser(__doc__.splitlines()[0])
     parser.set_defaults(rounds=None)
     parser.add_argument("--small", action="store_true", help="measure an epoch of 32-pixel images")
+    large_ = "measure JPEGs of 4000x3000 pixels, without and with --shrink-on-decode"
+    parser.add_argument("--large", action="store_true", help=large_)
+    shards = "measure reading from tar, arrow and parquet files, next to files"
+    parser.add_argument("--shards", action="store_true", help=shards)
     own = "with --small: a folder with train/CLASS/*.jpg, all of one size, instead of patches"
     parser.add_argument("--data", type=Path, help=own)
-    count = "images in one batch (default: 32); with --small: in an epoch (default: 50,000)"
+    count = (
+        "images in one batch (default: 32); with --small: in an epoch (default: 50,000); with "
+        "--shards: in all (default: 4000)"
+    )
     parser.add_argument("--images", type=int, help=count)
     parser.add_argument("--batch", type=int, default=512, help="with --small: images in one batch")
     parser.add_argument("--size", type=int, default=224, help="pixels of a view; --small has 32")
@@ -69,8 +84,12 @@ def main() -> None:
     torch.set_num_threads(1)
     if args.compile:
         color.compile_operations()
-    if args.small:
-        small(args)
+    if args.small or args.large:
+        (small if args.small else large)(args)
+        return
+    if args.shards:
+        args.images, args.rounds = args.images or 4000, args.rounds or 5
+        loader_shards.run(args, make)
         return
     args.images, args.rounds = args.images or 32, args.rounds or 15
     with tempfile.TemporaryDirectory() as root:
@@ -104,6 +123,42 @@ def main() -> None:
         "KB": f"{min(sizes) // 1000}-{max(sizes) // 1000}",
     }
     measure.report("loader", table, ratios, facts, args.json)
+
+
+# Large images.
+
+
+def large(args: argparse.Namespace) -> None:
+    """Measure two views of --images large JPEGs, and the decoders of the full image."""
+    args.images, args.rounds = args.images or 4, args.rounds or 5
+    with tempfile.TemporaryDirectory() as root:
+        folder = make_large(Path(root), args.images)
+        data = [folder.encoded(i) for i in range(len(folder))]
+        candidates = {
+            "off": lambda: host(folder, args.size),
+            "on": lambda: host(folder, args.size, Decoding(shrink_on_decode=True)),
+        }
+        for name, decode in jpeg.working():
+            candidates[name] = lambda decode=decode: list(map(decode, data))
+        times = measure.side_by_side(candidates, args.rounds, torch.device("cpu"))
+    table = [
+        {"pipeline": name, "ms/image": 1e3 * s / args.images, "images/s": args.images / s}
+        for name, s in measure.medians(times).items()
+    ]
+    facts = {"images": args.images, "pixels": args.size, "KB": len(data[0]) // 1000}
+    ratios = {"on_over_off": measure.ratio(times["off"], times["on"])}
+    measure.report("loader_large", table, ratios, facts, args.json)
+
+
+def make_large(root: Path, images: int) -> ImageFolder:
+    """Write JPEGs of 4000x3000 pixels: photographs, enlarged."""
+    folder = root / "train" / "photo"
+    folder.mkdir(parents=True)
+    photos = photographs()
+    for i in range(images):
+        photograph = Image.fromarray(photos[i % len(photos)]).resize((4000, 3000))
+        photograph.save(folder / f"{i}.jpg", quality=92)
+    return sources.scan(root, "train")
 
 
 # Small images.
@@ -205,12 +260,10 @@ class Pil(Dataset):
 _epochs = itertools.count()  # every round uses new random numbers, as the other pipelines do
 
 
-def host(folder: ImageFolder, size: int) -> loader.Batch:
+def host(folder: ImageFolder, size: int, settings: Decoding = DEFAULT) -> loader.Batch:
     """Return the crops of all images, as our workers make them."""
-    views, epoch = (
-        loader.Views(folder, loader.RandomCrops(recipe("mocov2", size), seed=0)),
-        next(_epochs),
-    )
+    crops, epoch = loader.RandomCrops(recipe("mocov2", size), seed=0), next(_epochs)
+    views = loader.Views(folder, crops, settings=settings)
     return loader.collate([views[epoch, i] for i in range(len(folder))])
 
 

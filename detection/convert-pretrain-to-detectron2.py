@@ -67,7 +67,8 @@ def convert(file: str, arch: str | None = None) -> dict[str, Any]:
     facts = metadata.read_metadata(state)
     arch = arch or facts.arch or "resnet50"
     if arch == facts.arch and arch not in resnets.ARCHS:
-        raise InputError(f"{file}: is of {arch}, but the detectors here are built on ResNets")
+        built = "the detectors here are built on ResNets of torchvision"
+        raise InputError(f"{file}: is of {arch}, but {built}")
     if facts.stem == "cifar":
         raise InputError(
             f"{file}: was trained with --stem cifar, but detectron2's ResNets start with a "

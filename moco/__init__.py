@@ -1,13 +1,14 @@
 """Contrastive pre-training of image encoders with hard negatives.
 
 The methods are in `builder`, their formulas in `loss`. `engine` trains them, `evaluate` tests the
-encoders, and `data` and `augment` prepare the images.
+encoders, and `data` and `augment` prepare the images. `load_encoder` loads an encoder in Python.
 """
 
 import contextlib
 import ctypes
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from moco import user
 
@@ -57,3 +58,18 @@ import torch  # noqa: E402
 # time at once, the result in one thread may be accurate to 1e-4 only, instead of 1e-7. A first call
 # in a single thread prevents this for the rest of the process.
 torch.ones(1).exp()
+
+
+if TYPE_CHECKING:
+    from moco.api import load_encoder
+
+__all__ = ["load_encoder"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import `load_encoder` on first use, because it needs torchvision and timm."""
+    if name == "load_encoder":
+        from moco.api import load_encoder
+
+        return load_encoder
+    raise AttributeError(f"module 'moco' has no attribute '{name}'")

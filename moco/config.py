@@ -24,7 +24,7 @@ from moco.sections import (
 )
 from moco.sections_eval import Classifier, Encoder, FeatureFiles, Labels
 from moco.sections_eval import Views as EvaluationViews
-from moco.sections_pretrain import Start
+from moco.sections_pretrain import Listed, Start
 
 # mean and standard deviation of ImageNet's images, R, G and B in [0, 1]
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -37,12 +37,10 @@ class Config:
     Attributes:
         TRAINS: whether the run trains, and can be resumed.
         EVALUATES: whether the run evaluates an encoder.
-        TRANSFORMERS: whether networks other than ResNets can be trained.
     """
 
     TRAINS: ClassVar[bool] = False
     EVALUATES: ClassVar[bool] = False
-    TRANSFORMERS: ClassVar[bool] = True
 
     run: Run = Run()
     input: Input = Input()
@@ -101,8 +99,7 @@ class Training(Config):
 class Pretraining(Training):
     """The settings of a pre-training. Each script adds the settings of its method."""
 
-    TRANSFORMERS: ClassVar[bool] = False
-
+    listed: Listed = Listed()
     start: Start = Start()
     optimizer: Optimizer = Optimizer(schedule=(120, 160))
     retention: Retention = Retention()

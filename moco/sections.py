@@ -1,7 +1,7 @@
 """The sections of a run's settings: frozen dataclasses, one per concern.
 
-A field made by `option` is also a command-line option. Only this file, moco/sections_views.py and
-moco/sections_eval.py define its default, type, range and help text. moco/config.py combines the
+A field made by `option` is also a command-line option. Only this file and the other files
+moco/sections_*.py define its default, type, range and help text. moco/config.py combines the
 sections; moco/cli/groups.py creates the options.
 """
 
@@ -23,6 +23,7 @@ from moco.options import (
 )
 from moco.options import ENTRIES as ENTRIES  # unused here: scripts write sections.ENTRIES
 from moco.options import LAYERS as LAYERS
+from moco.sections_images import Decoding
 from moco.sections_views import Views as Views
 
 STEMS = ("imagenet", "cifar")  # of ResNets; see `moco.encoder.resnets.resnet`
@@ -40,7 +41,8 @@ class Run:
     TITLE: ClassVar[str] = "run"
     data: str | None = option(
         None,
-        "folder with train/ and val/, or the word photos: the built-in data set",
+        "folder with train/ and val/ (to pre-train, any folder of images), or the word photos: "
+        "the built-in data set",
         metavar="DIR",
     )
     cfg: str | None = option(
@@ -63,8 +65,8 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Input:
-    """The images of a run, and how they are loaded."""
+class Input(Decoding):
+    """The images of a run, and how they are decoded and loaded."""
 
     TITLE: ClassVar[str] = "images"
     batch_size: int = option(256, "images in one pass {of}", "-b", range="[1, 1048576]")
@@ -336,11 +338,6 @@ class Monitor:
         range=NATURAL,
         metavar="EPOCHS",
     )
-
-    @property
-    def needs_labels(self) -> bool:
-        """Return whether a measurement needs the labels of train/ and val/."""
-        return self.knn_every > 0 or self.probe_online
 
 
 @dataclass(frozen=True)

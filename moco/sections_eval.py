@@ -46,6 +46,7 @@ class Encoder:
         unset="a randomly initialised encoder",
     )
     encoder_method: str | None = None  # of the checkpoint's pre-training
+    encoder_script: str | None = None  # of the checkpoint's pre-training, such as synco
     pretrain_epochs: int | None = None  # of the checkpoint
 
 

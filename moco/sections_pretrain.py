@@ -7,6 +7,19 @@ from moco.options import option
 
 
 @dataclass(frozen=True)
+class Listed:
+    """The list of the images to pre-train on, if they are not those of the data folder."""
+
+    TITLE: ClassVar[str] = "list of images"
+    file_list: str | None = option(
+        None,
+        "pre-train on the images that FILE names, one path a line, without labels; relative paths "
+        "start at DIR, or at FILE's folder if DIR is left out",
+        metavar="FILE",
+    )
+
+
+@dataclass(frozen=True)
 class Start:
     """The weights that a pre-training starts from."""
 

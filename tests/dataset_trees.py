@@ -9,6 +9,7 @@ from typing import ClassVar
 
 import numpy as np
 import torchvision.datasets as tv
+from imagenet_trees import imagenet, imagenette, tiny_imagenet
 from PIL import Image
 from scipy.io import savemat
 
@@ -355,17 +356,6 @@ def places205(
     return classes, *splits
 
 
-def imagenet(tree):
-    train = [
-        (tree.image(f"train/n0{label}/{i}.JPEG"), label) for label in range(3) for i in range(2)
-    ]
-    return (
-        ["n00", "n01", "n02"],
-        train,
-        [(tree.image(f"val/n0{label}/9.JPEG"), label) for label in (1, 2)],
-    )
-
-
 def caltech101(tree, count=33):
     """Return the classes, and (number, label) of all images. Their split is random."""
     for i in range(3):
@@ -384,12 +374,16 @@ def shown(images):
     return [(number_of(images.read(i)), label) for i, label in enumerate(images.labels.tolist())]
 
 
-_WRITERS = [imagenet, cifar10, cifar100, stl10, flowers, pets, food101, cars, caltech101, dtd]
+_WRITERS = [imagenet, cifar10, cifar100, stl10, tiny_imagenet, imagenette]
+
+
+_WRITERS += [flowers, pets, food101, cars, caltech101, dtd]
 
 
 _WRITERS += [aircraft, sun397, voc2007, places365, places205]
 
 
 WRITERS = {writer.__name__: writer for writer in _WRITERS}
+SCANNED = ("imagenet", "imagenette")  # those without lists of images
 FIXED = tuple(name for name in ON_DISK if name != "caltech101")  # those with a published split
-LISTED = tuple(name for name in FIXED if name != "imagenet")  # those with lists of images
+LISTED = tuple(name for name in FIXED if name not in SCANNED)  # those with lists of images

@@ -20,7 +20,7 @@ from conftest import ROOT
 
 from moco.augment.recipes import check_name
 from moco.config import Config
-from moco.encoder.networks import check_arch
+from moco.encoder.networks import canonical
 from moco.engine import pretrain
 from moco.methods import METHODS
 
@@ -111,13 +111,14 @@ def test_command_is_accepted(typed, text, tmp_path, monkeypatch):
     module = importlib.import_module(name)
     monkeypatch.setattr(sys, "argv", [f"{name}.py"])
     has_data = any(
-        re.search(r"^(DIR|data/|photos)$|=DIR$|^--load-features$", word) for word in words
+        re.search(r"^(DIR|data/|photos)$|=DIR$|^--(load-features|file-list)$", word)
+        for word in words
     )
     assert has_data or not typed, "no data folder"
     parser = module.parser()
     config = parser.parse(words if has_data else ["DIR", *words])
     if config.network.arch:
-        check_arch(config.network.arch)
+        canonical(config.network.arch)
     if config.views.recipe:
         check_name(config.views.recipe)
     config = completed(module, config)

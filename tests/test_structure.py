@@ -14,7 +14,7 @@ FLOORS = [
     ("moco.loss", "moco.distributed"),
     ("moco.augment", "moco.encoder"),
     ("moco.builder", "moco.data"),
-    ("moco.launch",),
+    ("moco.launch", "moco.api"),
     ("moco.engine",),
     ("moco.evaluate",),
     ("moco.cli",),

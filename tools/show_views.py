@@ -11,6 +11,7 @@ as if these images were a batch.
 """
 
 import argparse
+import dataclasses
 import os
 import sys
 from pathlib import Path
@@ -23,12 +24,13 @@ from moco import sections
 from moco.augment import recipes
 from moco.cli import actions, groups, tool
 from moco.cli import values as types
-from moco.data import folders, sources
+from moco.data import file_lists, folders, sources
 from moco.data.decoding import SUFFIXES
 from moco.data.images import ImageFolder, Images
 from moco.errors import InputError
 from moco.files import check_new, creating, read_yaml
 from moco.report.views import views_figure
+from moco.sections_images import Decoding
 
 
 def main() -> int:
@@ -39,13 +41,14 @@ def main() -> int:
 def draw(args: argparse.Namespace) -> None:
     """Write the picture. Raises InputError if the images or --out are not usable."""
     check_new(args.out, args.force)
-    images = find(args.data)
+    images = listed(args) if args.file_list else find(args.data)
     figure = views_figure(
         images,
         evenly_spaced(len(images), args.images),
         recipes.from_settings(views_of(args)),
         args.seed,
         args.draws,
+        Decoding(args.exif, args.white, args.shrink_on_decode),
     )
     with creating(args.out, args.force) as file:
         figure.savefig(file, format="png")
@@ -53,6 +56,13 @@ def draw(args: argparse.Namespace) -> None:
 
 
 # Command line.
+
+
+def listed(args: argparse.Namespace) -> Images:
+    """Return the images of --file-list. Raises InputError if the list is not usable."""
+    folder = Path(args.data or Path(args.file_list).parent)
+    file_lists.check(args.file_list, folder)
+    return file_lists.read(args.file_list, folder)
 
 
 def find(data: str) -> Images:
@@ -65,7 +75,8 @@ def find(data: str) -> Images:
         if path.suffix.lower() not in SUFFIXES:
             raise InputError(f"{data}: is not an image ({', '.join(SUFFIXES)})")
         return ImageFolder(path.parent, np.zeros(1, int), (), np.array([os.fsencode(path.name)]))
-    if path.is_dir() and not (path / "train").is_dir():
+    no_split = path.is_dir() and not (path / "train").is_dir()
+    if no_split and sources.locate(path, "train") is None:
         return folders.scan_flat(path)
     return sources.scan(sources.find(data, ("train",), labels=False), "train")
 
@@ -74,6 +85,9 @@ def evenly_spaced(n: int, count: int) -> list[int]:
     """Return `count` evenly spaced indices of n, including the first and the last."""
     count = min(n, count)
     return [round(i * (n - 1) / max(1, count - 1)) for i in range(count)]
+
+
+_DECODING = dataclasses.fields(Decoding)
 
 
 class _Parser(tool.OneLineParser):
@@ -125,7 +139,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="PIXELS",
         help="width and height of a full-size view (default: %(default)s)",
     )
-    for one in recipes.CHANGES:
+    for one in (*recipes.CHANGES, *_DECODING):
         groups.add(p, one.name, one.type, one.metadata["option"], None, {})
     p.add_argument(
         "--views",
@@ -141,6 +155,12 @@ def parser() -> argparse.ArgumentParser:
         "--support-size", type=types.in_range(int, sections.NATURAL), help=argparse.SUPPRESS
     )
     p.add_argument("--data", help=argparse.SUPPRESS)
+    p.add_argument(
+        "--file-list",
+        metavar="FILE",
+        help="draw the images that FILE names, one path a line; relative paths start at DATA, by "
+        "default FILE's folder",
+    )
     p.set_defaults(mean=None, std=None)  # not needed: the picture shows views before normalization
     return p
 
@@ -175,10 +195,27 @@ def parse(argv: list[str]) -> argparse.Namespace:
             f"recipes: {', '.join(recipes.RECIPES)}"
         )
     _refuse_without_effect(args, given)
-    args.data = words[0] if words else args.data or "photos"
+    _choose_data(args, words, given)
     if args.out.suffix.lower() != ".png":
         raise InputError(f"--out {args.out}: the picture is a PNG; give a name that ends in .png")
     return args
+
+
+def _choose_data(args: argparse.Namespace, words: list[str], given: dict[str, object]) -> None:
+    """Set `data` and `file_list`: those of the command line, else those of --cfg, else photos.
+
+    Raises InputError if both name the images.
+    """
+    if words and not given["file_list"]:
+        args.file_list = None
+    args.data = words[0] if words else args.data
+    if args.file_list is None:
+        args.data = args.data or "photos"
+    elif args.data == "photos":
+        raise InputError(
+            "--file-list has no effect: the word photos already names the images; "
+            "leave out one of them"
+        )
 
 
 def _refuse_without_effect(args: argparse.Namespace, given: dict[str, object]) -> None:
@@ -216,8 +253,8 @@ def _of_method(args: argparse.Namespace) -> str | None:
 
 
 _LISTS = [one.name.replace("_", "-") for one in recipes.CHANGES if one.metadata["option"].nargs]
-_KEYS = "data recipe views image-size seed aug-plus multi-crop support-size".split()
-for _one in recipes.CHANGES:
+_KEYS = "data file-list recipe views image-size seed aug-plus multi-crop support-size".split()
+for _one in (*recipes.CHANGES, *_DECODING):
     _KEYS += [_one.name.replace("_", "-"), *(name[2:] for name in _one.metadata["option"].names)]
 
 

@@ -72,7 +72,7 @@ def center_view(image: Tensor, size: int, resize: str = "scaled") -> Tensor:
     """Return the evaluation view: resize the image, then crop the center of size x size pixels.
 
     Sizes are rounded as in torchvision's Resize and CenterCrop. An image of exactly size x size
-    pixels is returned unchanged if `size` is at most `_NATIVE`, because the literature evaluates
+    pixels is returned unchanged if `size` is at most `NATIVE`, because the literature evaluates
     CIFAR and STL-10 on full images.
 
     Args:
@@ -81,7 +81,7 @@ def center_view(image: Tensor, size: int, resize: str = "scaled") -> Tensor:
         resize: "scaled" if the shorter side becomes 8/7 of `size`, which is 256 pixels for 224;
             "margin" if it becomes `size` + 32; "stretched" if both sides become 8/7 of `size`.
     """
-    if tuple(image.shape[-2:]) == (size, size) and size <= _NATIVE:
+    if tuple(image.shape[-2:]) == (size, size) and size <= NATIVE:
         return image
     short = size + 32 if resize == "margin" else round(size * 8 / 7)
     if resize == "stretched":
@@ -95,7 +95,7 @@ def center_view(image: Tensor, size: int, resize: str = "scaled") -> Tensor:
     return image[..., top : top + size, left : left + size].contiguous()
 
 
-_NATIVE = 96  # pixels: the largest images that are evaluated at their own size
+NATIVE = 96  # pixels: the largest images that are evaluated at their own size
 _LONGEST = 16  # aspect ratio
 
 

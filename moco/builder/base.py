@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from moco import distributed
 from moco.builder.batch_norm import MIN_BN_GROUP, bn_groups, split_batch_norm
+from moco.encoder import networks
 from moco.loss.contrastive import normalize
 from moco.rng import SHUFFLE, Progress
 
@@ -24,7 +25,7 @@ class Method(nn.Module, ABC):
     that a resumed run needs are parameters or buffers. docs/adding-a-method.md has an example.
 
     Attributes:
-        encoder: the encoder to evaluate: a ResNet or one of timm's networks, stored under a name
+        encoder: the encoder to evaluate: a network of `networks.create`, stored under a name
             that the evaluations find, such as `encoder`, `encoder_q` or `base_encoder`.
         embedding: the encoder with its projection head.
         images_before_epoch_0: number of images to train on before, for example to fill a bank.
@@ -143,12 +144,18 @@ class QueryAndKey(MovingAverage):
     ):
         super().__init__(encoder, m)
         self.bn_splits = bn_splits
+        self.has_batch_norm = networks.has_batch_norm(self.encoder_k)
         if distributed.world_size() == 1:
             for net in (self.encoder_k, self.encoder_q)[: 1 + bn_splits_query]:
                 split_batch_norm(net, bn_splits)
 
     def notes(self, images: int) -> list[str]:
-        """Return a line if a pass of `images` images is too small for `bn_splits` groups."""
+        """Return a line if a pass of `images` images is too small for `bn_splits` groups.
+
+        Also return one if there is no batch norm.
+        """
+        if not self.has_batch_norm:
+            return ["the network has no batch norm, so the keys need no shuffle and no groups"]
         used = bn_groups(self.bn_splits, images)
         if distributed.world_size() > 1 or used == self.bn_splits:
             return []
@@ -162,7 +169,7 @@ class QueryAndKey(MovingAverage):
 
         The images are shuffled over the ranks, so that a key and its query are normalized with
         different batches. A single process normalizes groups of the shuffled batch instead (MoCo,
-        section 3.3).
+        section 3.3). Without batch norm, there is no shuffle.
 
         Args:
             images: one view of this rank's batch, [B, 3, H, W].
@@ -170,6 +177,8 @@ class QueryAndKey(MovingAverage):
                 same on all ranks.
             counters: numbers that tell views apart, so that their permutations differ.
         """
+        if not self.has_batch_norm:
+            return distributed.all_gather(normalize(self.encoder_k(images)))
         generator = progress.generator(SHUFFLE, "cpu", *counters)
         permutation = torch.randperm(distributed.world_size() * len(images), generator=generator)
         keys = normalize(self.encoder_k(distributed.shuffle(images, permutation)))

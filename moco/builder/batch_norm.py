@@ -1,5 +1,7 @@
 """Batch norm over groups of a batch, which simulates on one GPU the batch norms of several GPUs."""
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,10 +20,11 @@ def bn_groups(splits: int, images: int) -> int:
 
 
 class _SplitBatchNorm:
-    """A mixin for torch's batch norms that normalizes `splits` groups of a batch separately.
+    """A mixin for batch norms that normalizes `splits` groups of a batch separately.
 
     Each group stands for the batch of one GPU. The running statistics are the mean of those of the
-    groups, as in MoCo's demo on CIFAR-10.
+    groups, as in MoCo's demo on CIFAR-10. The other base class is a batch norm of torch, or of timm
+    with its activation inside.
     """
 
     splits = 1
@@ -36,7 +39,7 @@ class _SplitBatchNorm:
         out, means, variances = normalize(x, splits)
         torch.mean(means, 0, out=self.running_mean)
         torch.mean(variances, 0, out=self.running_var)
-        return out
+        return self.act(self.drop(out)) if "act" in self._modules else out  # timm joins both
 
     def group_by_group(self, x: Tensor, splits: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return `x` normalized, and each group's running means and variances, [splits, C]."""
@@ -65,17 +68,19 @@ class _SplitBatchNorm:
         means, variances = (
             running.repeat(splits) for running in (self.running_mean, self.running_var)
         )
-        weight, bias = self.weight.repeat(splits), self.bias.repeat(splits)
+        weight, bias = (
+            None if scale is None else scale.repeat(splits) for scale in (self.weight, self.bias)
+        )
         wide = F.batch_norm(wide, means, variances, weight, bias, True, self.momentum, self.eps)
         out = wide.movedim(1, -1).reshape(-1, splits, channels).transpose(0, 1)
         out = out.reshape(n, *spatial, channels).movedim(-1, 1)
         return out, means.view(splits, channels), variances.view(splits, channels)
 
 
-_SPLIT = {
-    norm: type(norm.__name__, (_SplitBatchNorm, norm), {})
-    for norm in (nn.BatchNorm1d, nn.BatchNorm2d)
-}
+@functools.cache
+def _split(norm: type[nn.Module]) -> type[nn.Module]:
+    """Return the version of the batch norm class `norm` that normalizes groups."""
+    return type(norm.__name__, (_SplitBatchNorm, norm), {})
 
 
 def split_batch_norm(net: nn.Module, splits: int) -> None:
@@ -84,5 +89,5 @@ def split_batch_norm(net: nn.Module, splits: int) -> None:
     There are fewer groups if they would have fewer than `MIN_BN_GROUP` images each.
     """
     for module in net.modules():
-        if type(module) in _SPLIT:
-            module.__class__, module.splits = _SPLIT[type(module)], splits
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+            module.__class__, module.splits = _split(type(module)), splits

@@ -15,7 +15,7 @@ from moco import distributed
 from moco.builder.base import OnlineAndTarget, enqueue
 from moco.builder.byol import BYOL
 from moco.builder.synco import SyntheticNegatives, counts_by_type, synthetic_config
-from moco.encoder import networks, timm_networks
+from moco.encoder import networks
 from moco.errors import InputError
 from moco.loss.contrastive import bank_info_nce, contrast_accuracy, feature_statistics, normalize
 from moco.loss.synthetic import Mixture, Synthetic, draw, hardest, mix
@@ -202,11 +202,12 @@ def create_encoder(
     """
     net = networks.create(network.arch, out, image_size, drop_path, network.stem, network.norm_eps)
     if freeze_stem:
-        if not timm_networks.has_patch_projection(net):
+        projection = networks.patch_projection(net)
+        if projection is None:
             raise InputError(
                 f"--stop-grad-conv1: {network.arch} has no patch projection; leave it out"
             )
-        net.patch_embed.proj.requires_grad_(False)
+        projection.requires_grad_(False)
     return net
 
 

@@ -104,7 +104,7 @@ _ADVICE = {
     "warmup-teacher-temp-epochs epsilon sinkhorn-iterations nmb-prototypes": _METHOD,
     "prototypes moco-align moco-unif": _METHOD,
     "throughput": "no counterpart here: every log line has images_per_s; leave it out",
-    "hub push-to-hub": "use tools/export.py",
+    "hub push-to-hub": "use tools/export.py --hf DIR, and upload DIR",
 }
 
 

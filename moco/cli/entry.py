@@ -17,7 +17,7 @@ from moco.cli import folders
 from moco.cli.parser import Parser
 from moco.config import AnyConfig, replaced
 from moco.distributed import print_rank0
-from moco.encoder.networks import check_arch
+from moco.encoder.networks import canonical
 from moco.engine import precision, resume, run_folder
 from moco.errors import InputError, from_os_error
 from moco.launch import interrupt, launch, output, processes
@@ -67,7 +67,7 @@ def _completed(parser: Parser, complete: Complete) -> tuple[AnyConfig, bool]:
     """Return the completed settings, and whether the run continues an earlier one."""
     config = precision.disable_slow_amp(parser.parse())
     if config.network.arch:
-        check_arch(config.network.arch)
+        config = replaced(config, arch=canonical(config.network.arch))
     if config.views.recipe:
         recipes.check_name(config.views.recipe)
     run = config.run
@@ -89,7 +89,8 @@ def _with_defaults(config: AnyConfig) -> AnyConfig:
     workers = config.input.workers
     if workers is None:
         workers = processes.default_workers(processes.plan(config.launch), config.input)
-    unnamed = f"runs/{config.run.script}-{config.network.arch}-%Y%m%d-%H%M%S"
+    arch = str(config.network.arch).replace(":", "-")  # Windows has no colons in names
+    unnamed = f"runs/{config.run.script}-{arch}-%Y%m%d-%H%M%S"
     save_dir = config.run.save_dir or time.strftime(unnamed)
     return replaced(config, workers=workers, save_dir=save_dir)
 

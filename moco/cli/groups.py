@@ -43,7 +43,6 @@ def add_groups(parser: argparse.ArgumentParser, config: Config) -> None:
 def _texts(config: Config) -> dict[str, object]:
     """Return the text of each placeholder in help texts."""
     each = config.input.batch_is_per_process
-    transformers = ", ".join(timm_networks.SHORT) + ", any other timm network, "
     return {
         "of": "of each process" if each else "of this node, split over its processes",
         "cores": processes.cores(),
@@ -52,7 +51,9 @@ def _texts(config: Config) -> dict[str, object]:
         "datasets": ", ".join(registry.NAMES),
         "protocols": ", ".join(dict.fromkeys(protocol.name for protocol in PROTOCOLS)),
         "whose": "data set's" if config.network.arch else "checkpoint's",
-        "archs": (transformers if config.TRANSFORMERS else "") + "any torchvision ResNet",
+        "archs": f"any torchvision ResNet, {', '.join(timm_networks.SHORT)}, any other timm "
+        "network, or any other torchvision classifier; timm:NAME or torchvision:NAME selects the "
+        "library of a name that both have",
     }
 
 

@@ -145,6 +145,9 @@ class Parser(EffectsParser):
                 f"two data folders: '{args.data}' and --data {args.data_option}; give one"
             )
         args.data = args.data_option or args.data
+        named = args.data == "photos" or args.dataset != "imagenet"
+        if named and self.given.get("file_list"):  # before a data set is downloaded
+            raise InputError(f"--file-list has no effect: {rules.TWO_SOURCES}")
         if args.data is None and not getattr(args, "load_features", None):
             self._take_own_folder(args)
         del args.data_option
@@ -159,8 +162,13 @@ class Parser(EffectsParser):
     def _take_own_folder(self, args: Options) -> None:
         """Set the data folder to ./data. Turn on --download if --dataset can be downloaded.
 
-        Raises InputError for ImageNet and photos, whose folder must be given.
+        With --file-list, set it to the folder of the list. Raises InputError for ImageNet and
+        photos, whose folder must be given.
         """
+        file_list = getattr(args, "file_list", None)
+        if args.dataset == "imagenet" and file_list:
+            args.data = os.path.dirname(os.path.abspath(file_list))
+            return
         if args.dataset in ("imagenet", "photos"):
             raise InputError("no data folder: give DIR (with train/ and val/), or the word photos")
         args.data, args.download = "./data", registry.is_downloadable(args.dataset)

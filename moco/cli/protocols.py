@@ -77,12 +77,12 @@ def _method(found: metadata.Metadata) -> Method | None:
     """Return the method that pre-trained an encoder, if it is one of this project's.
 
     SynCo and SynCo-v2 have the same name in checkpoints. If the checkpoint does not name the script
-    of its pre-training, as that of a classifier, the network tells which: only main_moby.py trains
-    transformers.
+    of its pre-training, as those of earlier versions' classifiers, the network tells which: at that
+    time, only main_moby.py trained transformers.
     """
     name = found.method.removesuffix(", fine-tuned")
     same = [one for one in METHODS.values() if name == (one.saved or one.name)]
-    by_script = [one for one in same if one.script == f"main_{found.options.get('script')}"]
+    by_script = [one for one in same if one.script == f"main_{found.script}"]
     transformer = found.arch is not None and found.arch not in ARCHS
     by_arch = [one for one in same if (one.script == "main_moby") == transformer]
     return next(iter(by_script or by_arch or same), None)

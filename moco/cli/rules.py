@@ -12,13 +12,14 @@ from moco.builder.synco import COUNTS, SyntheticNegatives
 from moco.cli.effects import EffectsParser, Options
 from moco.config import Config
 from moco.data import registry
-from moco.encoder import timm_networks
+from moco.encoder import timm_networks, trial
 from moco.encoder.resnets import ARCHS
 from moco.engine import lr_schedule
 from moco.launch import processes
 from moco.loss.synthetic import TYPES
 
 Declare = Callable[[EffectsParser], None]
+TWO_SOURCES = "--dataset, or the word photos, already names the images; leave out one of them"
 _AUGMENTATION = " ".join(one.name for one in recipes.CHANGES)
 
 
@@ -40,6 +41,9 @@ def _input(parser: EffectsParser) -> None:
     photos = "the word photos already names the data set; for another one, give its folder instead"
     same = lambda args: args.data != "photos" or parser.given.get("dataset") == "photos"  # noqa: E731
     parser.has_effect("dataset", same, photos)
+    arrays = "the images of this data set are not in image files; leave it out"
+    in_files = lambda args: args.dataset not in registry.IN_MEMORY  # noqa: E731
+    parser.has_effect("exif white shrink_on_decode", in_files, arrays)
 
 
 def _views(parser: EffectsParser) -> None:
@@ -117,6 +121,10 @@ def _schedule(parser: EffectsParser) -> None:
     parser.has_effect("nesterov", lambda args: args.optimizer == "sgd", sgd)
 
 
+def _listed(parser: EffectsParser) -> None:
+    parser.has_effect("file_list", lambda args: args.file_list, TWO_SOURCES)
+
+
 def _start(parser: EffectsParser) -> None:
     resumed = "the run continues with the weights of its checkpoint (--resume)"
     parser.has_effect("init", lambda args: not args.resume, resumed, refuse=False)
@@ -134,8 +142,9 @@ def _classifier(parser: EffectsParser) -> None:
     parser.has_effect("sync_bn", lambda args: args.weights == "finetune", running)
     several = lambda args: processes.plan(args.config.launch).world_size > 1  # noqa: E731
     parser.has_effect("sync_bn", several, "the run has one process", refuse=False)
-    resnet = "a ResNet has no stochastic depth; leave it out"
-    parser.has_effect("drop_path", lambda args: args.arch not in ARCHS, resnet)
+    parser.has_effect("sync_bn", _has_batch_norm, _NO_BATCH_NORM)
+    none = "the network has no stochastic depth; leave it out"
+    parser.has_effect("drop_path", _has_stochastic_depth, none)
     binary = "each image has several labels, and the loss is binary; leave it out"
     one_label = lambda args: registry.METRIC[args.dataset] != "map11"  # noqa: E731
     parser.has_effect("label_smoothing", one_label, binary)
@@ -143,7 +152,7 @@ def _classifier(parser: EffectsParser) -> None:
     trains += " lr_by sgdr sgdr_t0 lr_final lr_warmup_epochs lr_warmup_from momentum clip_grad"
     trains += " nesterov accumulation_steps print_freq save_every_steps on_bad_image recipe"
     trains += f" {_AUGMENTATION} zero_init_classifier sync_bn grad_checkpoint"
-    trains += " pretrained cache_images label_smoothing drop_path protocol"
+    trains += " pretrained cache_images shrink_on_decode label_smoothing drop_path protocol"
     only_tests = "--evaluate only tests the classifier of --resume"
     parser.has_effect(trains, lambda args: not args.evaluate, only_tests, refuse=False)
     last = "only the last and the best checkpoint of a classifier are kept; leave it out"
@@ -152,14 +161,34 @@ def _classifier(parser: EffectsParser) -> None:
 
 def _feature_files(parser: EffectsParser) -> None:
     centre = "this script uses centre crops and trains nothing; leave it out"
-    views = f"recipe {_AUGMENTATION} grad_checkpoint"
+    views = f"recipe {_AUGMENTATION} shrink_on_decode grad_checkpoint"
     parser.has_effect(views, lambda args: False, centre)
     once = "this script reads images from their files; leave it out"
     parser.has_effect("cache_images", lambda args: False, once)
     loaded = "features come from files (--load-features)"
-    files = "batch_size workers image_size test_resize stem norm_eps mean std amp compile"
+    files = (
+        "batch_size workers exif white image_size test_resize stem norm_eps mean std amp compile"
+    )
     files += " data dataset download data_name seed"
     parser.has_effect(files, lambda args: not args.load_features, loaded, refuse=False)
+
+
+_NO_BATCH_NORM = "the network has no batch norm; leave it out"
+
+
+def _has_network(args: Options) -> bool:
+    """Return whether the settings are complete: others may have no arch and no size."""
+    return bool(args.arch and args.image_size)
+
+
+def _has_batch_norm(args: Options) -> bool:
+    network, size = args.config.network, args.image_size
+    return not _has_network(args) or args.arch in ARCHS or trial.has_batch_norm(network, size)
+
+
+def _has_stochastic_depth(args: Options) -> bool:
+    network, size = args.config.network, args.image_size
+    return not _has_network(args) or trial.has_stochastic_depth(network, size)
 
 
 def _query_and_key(parser: EffectsParser) -> None:
@@ -169,6 +198,7 @@ def _query_and_key(parser: EffectsParser) -> None:
     shuffled = "it is for a run of one process, and this run has several; leave it out"
     alone = lambda args: processes.plan(args.config.launch).world_size == 1  # noqa: E731
     parser.has_effect("bn_splits bn_splits_query", alone, shuffled)
+    parser.has_effect("bn_splits bn_splits_query", _has_batch_norm, _NO_BATCH_NORM)
     one = "--bn-splits 1 makes one group; leave out one of them"
     parser.has_effect("bn_splits_query", lambda args: args.bn_splits > 1, one)
 
@@ -191,5 +221,6 @@ _RULES: dict[type, Declare] = {
     sections_eval.Classifier: _classifier,
     sections_eval.FeatureFiles: _feature_files,
     sections.QueryAndKey: _query_and_key,
+    sections_pretrain.Listed: _listed,
     sections_pretrain.Start: _start,
 }

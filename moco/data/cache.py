@@ -19,6 +19,7 @@ from moco.data.decoding import decode_full, decoded_size
 from moco.data.images import CachedImages, EncodedImages, Images
 from moco.errors import InputError
 from moco.sections import Input
+from moco.sections_images import Decoding
 
 MODES = ("auto", "on", "off")
 # With auto, the images may take a quarter of a node's free memory, and at most AUTO_MAX bytes.
@@ -36,7 +37,8 @@ def load(input: Input, *sets: Images | None) -> list[Images | None]:
     is divided among the ranks of a node. Rank 0 prints one line.
 
     Unreadable images stay on disk, so that the loader reports the same error as without the cache.
-    Large JPEGs also stay on disk, because the loader decodes them at a reduced size.
+    With `input.shrink_on_decode`, large JPEGs also stay on disk, because the loader decodes them at
+    a reduced size.
 
     Raises InputError if the images do not fit and `input.cache_images` is "on".
     """
@@ -47,14 +49,16 @@ def load(input: Input, *sets: Images | None) -> list[Images | None]:
     threads = max(1, min(THREADS, max(4, os.cpu_count() or 1) // ranks))
     with ThreadPoolExecutor(threads) as pool, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # in all threads, because they share the filters
-        needed, free = _agreed([_estimate(images, pool) for images in encoded], free_memory())
+        needed, free = _agreed(
+            [_estimate(images, input, pool) for images in encoded], free_memory()
+        )
         limit = _limit(input.cache_images, sum(needed), free, ranks)
         if not 0 < sum(needed) <= limit:
             return list(sets)
         held = {}
         for images, size in zip(encoded, needed, strict=True):
             max_bytes = min(limit, size * 5 // 4 + (64 << 20))  # the estimate may be too low
-            held[id(images)] = cached = _decoded(images, max_bytes, pool)
+            held[id(images)] = cached = _decoded(images, input, max_bytes, pool)
             limit -= cached.pixels.numel()
     return [held.get(id(one), one) for one in sets]
 
@@ -102,28 +106,34 @@ def _agreed(needed: list[int], free: int) -> tuple[list[int], int]:
     return found[0][0], min(free for _, free in found)
 
 
-def _estimate(images: EncodedImages, pool: Executor) -> int:
+def _estimate(images: EncodedImages, settings: Decoding, pool: Executor) -> int:
     """Estimate the size of the decoded images in bytes, from the headers of `_SAMPLE` of them."""
     indices = np.linspace(0, len(images) - 1, min(len(images), _SAMPLE)).astype(int)
-    return round(np.mean(list(pool.map(lambda i: _size(images, i), indices))) * len(images))
+    return round(
+        np.mean(list(pool.map(lambda i: _size(images, i, settings), indices))) * len(images)
+    )
 
 
-def _size(images: EncodedImages, i: int) -> int:
+def _size(images: EncodedImages, i: int, settings: Decoding) -> int:
     """Return the size of decoded image `i` in bytes; 0 if it stays on disk."""
     try:
-        return decoded_size(images.encoded(i))
+        return decoded_size(images.encoded(i), settings)
     except InputError:
         return 0
 
 
-def _decoded(source: EncodedImages, max_bytes: int, pool: Executor) -> CachedImages:
+def _decoded(
+    source: EncodedImages, settings: Decoding, max_bytes: int, pool: Executor
+) -> CachedImages:
     """Decode the images of `source`. Blocks that do not fit into `max_bytes` stay on disk."""
     # the system only provides memory for the pages that are written
     pixels = torch.empty(max_bytes, dtype=torch.uint8)
     starts, sizes = np.full(len(source), -1), np.zeros((len(source), 2), dtype=np.int64)
     firsts = range(0, len(source), _BLOCK)
     end = 0
-    for first, (block, images) in zip(firsts, _in_order(source, firsts, pool), strict=True):
+    for first, (block, images) in zip(
+        firsts, _in_order(source, settings, firsts, pool), strict=True
+    ):
         if end + len(images) > max_bytes:
             continue
         pixels[end : end + len(images)] = images
@@ -138,29 +148,32 @@ def _decoded(source: EncodedImages, max_bytes: int, pool: Executor) -> CachedIma
 Block = tuple[np.ndarray, Tensor]  # (height, width) of each image, and the pixels of all
 
 
-def _in_order(source: EncodedImages, firsts: range, pool: Executor) -> Iterator[Block]:
+def _in_order(
+    source: EncodedImages, settings: Decoding, firsts: range, pool: Executor
+) -> Iterator[Block]:
     """Yield the result of `_decode_block` for each of `firsts`; hold at most `_AHEAD` results."""
     waiting: deque[Future] = deque()
     for first in firsts:
-        waiting.append(pool.submit(_decode_block, source, first))
+        waiting.append(pool.submit(_decode_block, source, settings, first))
         if len(waiting) == _AHEAD:
             yield waiting.popleft().result()
     while waiting:
         yield waiting.popleft().result()
 
 
-def _decode_block(source: EncodedImages, first: int) -> Block:
+def _decode_block(source: EncodedImages, settings: Decoding, first: int) -> Block:
     """Decode `_BLOCK` images from index `first` on. Images that stay on disk get size (0, 0)."""
-    images = [_decode(source, i) for i in range(first, min(first + _BLOCK, len(source)))]
+    last = min(first + _BLOCK, len(source))
+    images = [_decode(source, settings, i) for i in range(first, last)]
     sizes = [(0, 0) if image is None else image.shape[1:] for image in images]
     flat = [image.reshape(-1) for image in images if image is not None]
     return np.array(sizes, dtype=np.int64), torch.cat([torch.empty(0, dtype=torch.uint8), *flat])
 
 
-def _decode(source: EncodedImages, i: int) -> Tensor | None:
+def _decode(source: EncodedImages, settings: Decoding, i: int) -> Tensor | None:
     """Return image `i`, or None if it stays on disk; see `decode_full`."""
     try:
-        return decode_full(source.encoded(i), source.path(i))
+        return decode_full(source.encoded(i), source.path(i), settings)
     except InputError:
         return None
 

@@ -8,13 +8,13 @@ import warnings
 from collections.abc import Callable, Iterator
 
 import numpy as np
-import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.functional import pil_to_tensor
 
+from moco.data import depth, exif, jpeg
 from moco.errors import InputError
+from moco.sections_images import Decoding
 
 SUFFIXES = (
     ".jpg",
@@ -42,6 +42,7 @@ def full_size(_height: int, _width: int) -> int:
 
 
 _LARGE = 200_000  # bytes; decoding a larger JPEG takes so long that reading its header is free
+DEFAULT = Decoding()  # the settings of a run without options
 
 
 def read_bytes(path: str) -> np.ndarray:
@@ -64,73 +65,86 @@ def read_bytes(path: str) -> np.ndarray:
         raise _unreadable(path, "a broken link" if broken else error) from None
 
 
-def decode_file(path: str, reduction: Reduction = full_size) -> Tensor:
+def decode_file(
+    path: str, settings: Decoding = DEFAULT, reduction: Reduction = full_size
+) -> Tensor:
     """Return the image in the file `path`; see `decode`. Raises InputError if it cannot be read."""
-    return decode(read_bytes(path), path, reduction)
+    return decode(read_bytes(path), path, settings, reduction)
 
 
-def decode(data: np.ndarray, name: str, reduction: Reduction = full_size) -> Tensor:
-    """Return an encoded image as RGB, uint8 [3, H, W].
-
-    A large JPEG is decoded at 1 / `reduction(height, width)` of its size, which is faster. An
-    animation yields its first frame. An image with more than 8 bits per channel is scaled to 8.
+def decode(
+    data: np.ndarray, name: str, settings: Decoding = DEFAULT, reduction: Reduction = full_size
+) -> Tensor:
+    """Return an encoded image as RGB, uint8 [3, H, W]. docs/data.md has the rules for each format.
 
     Args:
         data: the content of the image's file, uint8 [bytes].
         name: the path of the image, for messages.
-        reduction: see `Reduction`.
+        settings: how to decode it.
+        reduction: see `Reduction`. It is used for large JPEGs if `settings.shrink_on_decode`.
 
     Raises InputError, which names the image, if it cannot be decoded.
     """
     raw = memoryview(data)  # reading elements of an array is slow
     if raw[:2] != b"\xff\xd8":  # not a JPEG; torchvision crashes on damaged PNGs
-        return _decode_with_pil(raw, name)
+        return _decode_with_pil(raw, name, settings)
     try:
         _check_size(raw, name)
-        if len(raw) > _LARGE:
-            image = _decode_reduced(raw, reduction)
-            if image is not None:
-                return image
-        return decode_image(_tensor(data), ImageReadMode.RGB)
+        turn = jpeg.orientation(raw) if settings.exif == "apply" else exif.UPRIGHT
+        image = None
+        if settings.shrink_on_decode and len(raw) > _LARGE:
+            image = _decode_reduced(raw, reduction, turn)
+        if image is None:
+            _, decoder = jpeg.decoder()
+            image = decoder(data)
+        return exif.turned(image, turn)
     except (RuntimeError, ValueError, OSError, IndexError):
-        return _decode_with_pil(raw, name)
-
-
-def _tensor(data: np.ndarray) -> Tensor:
-    """Return a tensor that shares the memory of `data`, which may be read-only."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # nothing writes to the tensor
-        return torch.from_numpy(data)
+        return _decode_with_pil(raw, name, settings)
 
 
 class _LargeJpegError(Exception):
     """Raised inside `decode_full` if `decode` asks for the reduction of a large JPEG."""
 
 
-def decode_full(data: np.ndarray, name: str) -> Tensor | None:
-    """Decode an image at its full size. Return None for large JPEGs and unreadable images.
+def decode_full(data: np.ndarray, name: str, settings: Decoding = DEFAULT) -> Tensor | None:
+    """Decode an image at its full size. Return None for unreadable images.
 
-    `decode` may shrink a large JPEG by a factor that differs between crops, so one decoded copy
-    cannot serve all crops. The arguments are those of `decode`.
+    With `settings.shrink_on_decode`, also return None for large JPEGs: `decode` may shrink them by
+    a factor that differs between crops, so one decoded copy cannot serve all crops. The arguments
+    are those of `decode`.
     """
 
     def refuse(_height: int, _width: int) -> int:
         raise _LargeJpegError
 
     try:
-        return decode(data, name, refuse)
+        return decode(data, name, settings, refuse)
     except (InputError, _LargeJpegError):
         return None
 
 
-def decoded_size(data: np.ndarray) -> int:
+def decoded_size(data: np.ndarray, settings: Decoding = DEFAULT) -> int:
     """Return the bytes that `decode_full` returns, from the image's header; 0 if that is None."""
     try:
         with _opened(memoryview(data)) as image:
             large = image.format in ("JPEG", "MPO") and len(data) > _LARGE
-            return 0 if large else 3 * image.height * image.width
+            left = large and settings.shrink_on_decode
+            return 0 if left else 3 * image.height * image.width
     except Exception:  # Pillow's plugins raise errors of many types
         return 0
+
+
+def brightest(data: np.ndarray) -> int | None:
+    """Return the largest value in an image of which 65535 is white by default; see `depth`.
+
+    Return None for other images, and for unreadable ones.
+    """
+    raw = memoryview(data)
+    try:
+        with _opened(raw) as image:
+            return depth.brightest(image, lambda: _open(raw))
+    except Exception:  # Pillow's plugins raise errors of many types
+        return None
 
 
 _MAX_PIXELS = 10**9
@@ -145,10 +159,8 @@ def _check_size(data: memoryview, name: str) -> None:
 
     The decoder would allocate memory for all of them.
     """
-    i = 2
-    while i + 9 <= len(data) and data[i] == 0xFF:
-        marker = data[i + 1]
-        if 0xC0 <= marker <= 0xCF and marker not in _NO_FRAME:
+    for marker, i in jpeg.segments(data):
+        if 0xC0 <= marker <= 0xCF and marker not in _NO_FRAME and i + 9 <= len(data):
             height, width = (int.from_bytes(data[at : at + 2], "big") for at in (i + 5, i + 7))
             if height * width > min(_MAX_PIXELS, max(_MAX_PIXELS_PER_BYTE * len(data), 1 << 20)):
                 raise InputError(
@@ -156,7 +168,6 @@ def _check_size(data: memoryview, name: str) -> None:
                     "bytes); remove or replace it"
                 )
             return
-        i += 1 if marker == 0xFF else 2 + int.from_bytes(data[i + 2 : i + 4], "big")
 
 
 # Pillow recognizes a file by its content, whatever its name. Other formats are excluded: Pillow
@@ -169,15 +180,23 @@ def _opened(data: memoryview) -> Iterator[Image.Image]:
     """Open an image with Pillow. Hide its warnings, which every worker process would repeat."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+        with _open(data) as image:
             yield image
 
 
-def _decode_reduced(data: memoryview, reduction: Reduction) -> Tensor | None:
-    """Decode a JPEG at a reduced size. Return None if `reduction` asks for the full size."""
+def _open(data: memoryview) -> Image.Image:
+    return Image.open(io.BytesIO(data), formats=_FORMATS)
+
+
+def _decode_reduced(data: memoryview, reduction: Reduction, turn: int) -> Tensor | None:
+    """Decode a JPEG at a reduced size. Return None if `reduction` asks for the full size.
+
+    The caller turns the image by the orientation `turn`. `reduction` gets its size after that.
+    """
     try:
         with _opened(data) as image:
-            factor = reduction(image.height, image.width)
+            size = (image.height, image.width)
+            factor = reduction(*(size[::-1] if exif.is_sideways(turn) else size))
             image.draft("RGB", (image.width // factor, image.height // factor))
             return pil_to_tensor(image.convert("RGB")) if factor > 1 else None
     except Image.DecompressionBombError:
@@ -185,15 +204,52 @@ def _decode_reduced(data: memoryview, reduction: Reduction) -> Tensor | None:
         return None
 
 
-def _decode_with_pil(data: memoryview, name: str) -> Tensor:
+def _decode_with_pil(data: memoryview, name: str, settings: Decoding) -> Tensor:
     """Decode any image with Pillow. Raises InputError, with Pillow's reason, if that fails."""
     try:
         with _opened(data) as image:
-            return pil_to_tensor(_to_8_bits(image).convert("RGB"))
+            return from_pil(image, settings, lambda: _open(data))
     except UnidentifiedImageError:
-        raise _unreadable(name, "cannot identify image file") from None
+        raise _unreadable(name, _unidentified(data)) from None
     except Exception as error:  # Pillow's plugins raise errors of many types
         raise _unreadable(name, error) from None
+
+
+def from_pil(image: Image.Image, settings: Decoding, again: depth.Open) -> Tensor:
+    """Return an image of Pillow as RGB, uint8 [3, H, W], as `decode` returns its file.
+
+    Args:
+        image: an image that Pillow has opened and not yet loaded.
+        settings: the settings of decoding.
+        again: opens the image again.
+    """
+    # Pillow turns a TIFF upright while it loads it, and then forgets its orientation
+    of_tiff = exif.orientation(image) if image.format == "TIFF" else None
+    found = pil_to_tensor(depth.to_rgb(image, settings.white, again))
+    apply = settings.exif == "apply"
+    if of_tiff is not None:
+        return found if apply else exif.turned(found, exif.INVERSE.get(of_tiff, of_tiff))
+    return exif.turned(found, exif.orientation(image)) if apply else found
+
+
+# the start of files in formats that are not supported, or bytes from the fifth on
+_OTHER_FORMATS = {
+    b"ftypavif": "AVIF",
+    b"ftypavis": "AVIF",
+    b"ftypheic": "HEIC",
+    b"ftypheix": "HEIC",
+    b"ftypmif1": "HEIC",
+    b"ftypmsf1": "HEIC",
+    b"JXL \r\n\x87\n": "JPEG XL",
+    b"\xff\x0a": "JPEG XL",
+}
+
+
+def _unidentified(data: memoryview) -> str:
+    """Return why Pillow did not recognize the format of an image."""
+    starts = (bytes(data[:2]), bytes(data[4:12]))
+    name = next((name for start, name in _OTHER_FORMATS.items() if start in starts), None)
+    return f"{name} is not supported" if name else "cannot identify image file"
 
 
 def _unreadable(name: str, reason: Exception | str) -> InputError:
@@ -202,21 +258,3 @@ def _unreadable(name: str, reason: Exception | str) -> InputError:
         text = getattr(reason, "strerror", None) or str(reason)
         reason = text or type(reason).__name__
     return InputError(f"{name}: unreadable image ({reason}); remove or replace it")
-
-
-def _to_8_bits(image: Image.Image) -> Image.Image:
-    """Scale an image with more than 8 bits per channel to 8 bits. Pillow alone would clip it.
-
-    White is 65535 in a 16-bit image. A file of 32-bit integers or floats does not say which value
-    is white. White is then the smallest of 1 (floats only), 255 and 65535 that no pixel exceeds; if
-    pixels exceed 65535, white is the brightest pixel.
-    """
-    if not image.mode.startswith(("I", "F")):
-        return image
-    pixels = np.nan_to_num(np.asarray(image).astype(np.float64)).clip(0)
-    if image.mode.startswith("I;16") or image.format in ("PNG", "PPM"):
-        white = 65535.0
-    else:
-        levels = (1.0, 255.0, 65535.0) if image.mode == "F" else (255.0, 65535.0)
-        white = next((level for level in levels if pixels.max() <= level), pixels.max())
-    return Image.fromarray((pixels * (255 / white)).round().astype(np.uint8))

@@ -10,6 +10,7 @@ import os
 import stat
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -25,16 +26,26 @@ from moco.errors import InputError
 
 
 def split_folder(root: Path, split: str) -> Path:
-    """Return the folder of a split; test/ if val/ is missing and test/ has class folders."""
-    folder, test = root / split, root / "test"
-    if split == "val" and not is_folder(folder) and is_folder(test):
-        entries = _entries(str(test))
-        if entries.folders or entries.links:
-            # a spawned process does not repeat the line of the process that started it
-            if multiprocessing.parent_process() is None:
-                _print_once(f"{root}: has no val/; test/ is used instead")
-            return test
+    """Return the folder of a split; validation/ or test/ if val/ is missing.
+
+    test/ is only used if it has class folders, or files that hold many images.
+    """
+    folder = root / split
+    if split != "val" or is_folder(folder):
+        return folder
+    for other in (root / "validation", root / "test"):
+        if is_folder(other):
+            entries = _entries(str(other))
+            shards = any(name.lower().endswith(SHARDS) for name in entries.others)
+            if entries.folders or entries.links or shards:
+                # a spawned process does not repeat the line of the process that started it
+                if multiprocessing.parent_process() is None:
+                    print_once(f"{root}: has no val/; {other.name}/ is used instead")
+                return other
     return folder
+
+
+SHARDS = (".tar", ".parquet", ".arrow")  # endings of files that hold many images
 
 
 def is_folder(path: Path) -> bool:
@@ -67,21 +78,20 @@ def has_class_folders(folder: Path) -> bool:
     return bool(entries.folders or entries.links)
 
 
+def count_images(folder: Path) -> int:
+    """Return the number of images in `folder`, without those in folders below it."""
+    return len(_entries(str(folder)).images)
+
+
 def has_images_below(folder: Path) -> bool:
-    """Return whether there is an image in `folder` or below it; stop at the first one."""
-    waiting, seen = [str(folder)], set()
-    while waiting:
-        inside = waiting.pop()
-        real = os.path.realpath(inside)
-        if real in seen:
-            continue
-        seen.add(real)
-        entries = _entries(inside)
-        if entries.images:
-            return True
-        below = sorted(entries.folders + entries.links, reverse=True)
-        waiting += [os.path.join(inside, name) for name in below]
-    return False
+    """Return whether `images_below` finds an image; stop at the first one."""
+    try:
+        with os.scandir(folder) as entries:  # a folder of a million images is not listed to the end
+            if any(_is_image(entry) for entry in entries):
+                return True
+    except OSError as error:
+        raise _unreadable(folder, error) from None
+    return any(entries.images for _, entries in _walk(folder, "", {}, []))
 
 
 def scan_classes(folder: Path, classes: tuple[str, ...] = ()) -> ImageFolder:
@@ -102,7 +112,7 @@ def scan_classes(folder: Path, classes: tuple[str, ...] = ()) -> ImageFolder:
     owner: dict[str, str] = {}
     for name, listing in zip(own, listings, strict=True):
         if not listing.images:
-            other = f", but {_endings(listing.others)}" if listing.others else ""
+            other = f", but {endings(listing.others)}" if listing.others else ""
             other += ", and links to a folder that is listed already" if listing.repeated else ""
             raise InputError(
                 f"{folder / name}: holds no image ({', '.join(SUFFIXES)}){other}; "
@@ -222,6 +232,12 @@ def _entries(folder: str) -> _Entries:
     return found
 
 
+def _is_image(entry: os.DirEntry) -> bool:
+    """Return whether `_entries` counts a name as an image."""
+    name = entry.name.lower()
+    return name[0] != "." and name.endswith(SUFFIXES) and not entry.is_dir(follow_symlinks=False)
+
+
 def _unreadable(path: str | Path, error: OSError) -> InputError:
     """Return the error to raise if a folder cannot be read."""
     path = os.fsdecode(error.filename or path).removesuffix(f"{os.sep}.")
@@ -249,23 +265,38 @@ def images_below(top: Path, name: str = "") -> Listing:
 
     Raises InputError if a folder cannot be read.
     """
-    real_top = os.path.realpath(top)
     listing = Listing([], Counter(), {}, [])
     images: list[str] = []
-    real = os.path.realpath(top / name)
+    for inside, entries in _walk(top, name, listing.folders, listing.repeated):
+        prefix = os.path.join(inside, "")
+        images += [prefix + file for file in entries.images]
+        listing.others.update(map(_ending, entries.others))
+    listing.images.extend(map(os.fsencode, sorted(images)))
+    return listing
+
+
+def _walk(
+    top: Path, name: str, listed: dict[str, None], repeated: list[str]
+) -> Iterator[tuple[str, _Entries]]:
+    """Yield the path and the entries of `top`/`name` and of each folder below it.
+
+    See `images_below` for links. Adds to `listed` and `repeated` as in a `Listing`.
+
+    Raises InputError if a folder cannot be read.
+    """
+    real_top, real = os.path.realpath(top), os.path.realpath(top / name)
     folders, links = [(name, real)], []
     while folders or links:
         # links come last, so that a link to a folder does not change the paths of its files
         inside, real = folders.pop() if folders else links.pop()
         contains_top = inside != "" and os.path.commonpath([real_top, real]) == real
-        if contains_top or real in listing.folders:
-            listing.repeated.append(os.path.join(top, inside))
+        if contains_top or real in listed:
+            repeated.append(os.path.join(top, inside))
             continue
-        listing.folders[real] = None
+        listed[real] = None
         entries = _entries(os.path.join(top, inside))
+        yield inside, entries
         prefix = os.path.join(inside, "")
-        images += [prefix + file for file in entries.images]
-        listing.others.update(map(_ending, entries.others))
         # sorted, because each file system has its own order
         for one in sorted(entries.folders, reverse=True):
             folders.append((prefix + one, os.path.join(real, one)))
@@ -273,8 +304,6 @@ def images_below(top: Path, name: str = "") -> Listing:
             links.append((prefix + one, os.path.realpath(os.path.join(top, prefix + one))))
         if entries.links:
             links.sort(reverse=True)
-    listing.images.extend(map(os.fsencode, sorted(images)))
-    return listing
 
 
 def _ending(name: str) -> str:
@@ -282,7 +311,7 @@ def _ending(name: str) -> str:
     return os.path.splitext(name)[1].lower() or "no ending"
 
 
-def _endings(counts: Counter[str]) -> str:
+def endings(counts: Counter[str]) -> str:
     """Return the counts as text, such as '.txt 300, .avif 12'. The rarest are added as others."""
     most = sorted(counts.items(), key=lambda one: (-one[1], one[0]))
     rest = sum(count for _, count in most[5:])
@@ -302,7 +331,7 @@ def _print_left_out(
     repeated = [link for listing in listings for link in listing.repeated]
     left_out = []
     if others:
-        left_out.append(f"{others.total()} files with other endings ({_endings(others)})")
+        left_out.append(f"{others.total()} files with other endings ({endings(others)})")
     if outside:
         left_out.append(f"{outside} images outside the class folders")
     if repeated:
@@ -310,11 +339,11 @@ def _print_left_out(
             f"{len(repeated)} links to folders that are listed already, first {repeated[0]}"
         )
     if left_out:
-        _print_once(f"{folder}: left out: {'; '.join(left_out)}")
+        print_once(f"{folder}: left out: {'; '.join(left_out)}")
 
 
 @functools.cache  # each k-NN test lists val/ again
-def _print_once(message: str) -> None:
+def print_once(message: str) -> None:
     """Print a line on stderr, on rank 0, unless it was printed before."""
     if distributed.is_rank0():
         tqdm.write(message, file=sys.stderr)

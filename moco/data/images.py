@@ -3,7 +3,9 @@
 `sources` and `registry` make these objects; `loader` turns them into batches of crops.
 """
 
+import contextlib
 import os
+import string
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +14,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moco.data.decoding import Reduction, decode, full_size, read_bytes
+from moco import distributed
+from moco.data import depth
+from moco.data.decoding import (
+    DEFAULT,
+    Decoding,
+    Reduction,
+    brightest,
+    decode,
+    full_size,
+    read_bytes,
+)
+from moco.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -36,8 +49,12 @@ class Images:
         """Return the number of images."""
         return len(self.labels)
 
-    def read(self, i: int, reduction: Reduction = full_size) -> Tensor:
+    def read(
+        self, i: int, settings: Decoding = DEFAULT, reduction: Reduction = full_size
+    ) -> Tensor:
         """Return image `i` as uint8 [3, H, W].
+
+        `settings` and `reduction` are those of `decode`.
 
         Raises InputError, which names the image, if it cannot be read.
         """
@@ -52,8 +69,13 @@ class Images:
         return None
 
     def name(self, i: int) -> str:
-        """Return the name of image `i` in lists of images."""
+        """Return the name of image `i` in lists of images. No other image has it."""
         raise NotImplementedError
+
+    def listed_names(self, i: int) -> tuple[str, ...]:
+        """Return the names by which a list may name image `i`. Other images may share some."""
+        name = self.name(i).strip(string.whitespace)
+        return (name, os.path.basename(name))
 
     def subset(self, indices: np.ndarray) -> "Images":
         """Return the images with these `indices`, or those for which a boolean mask is true."""
@@ -89,9 +111,11 @@ class EncodedImages(Images):
         """Return the name of image `i` with its folder, for messages."""
         return os.path.join(self.root, self.name(i))
 
-    def read(self, i: int, reduction: Reduction = full_size) -> Tensor:
+    def read(
+        self, i: int, settings: Decoding = DEFAULT, reduction: Reduction = full_size
+    ) -> Tensor:
         """Decode image `i`; see `decode`."""
-        return decode(self.encoded(i), self.path(i), reduction)
+        return decode(self.encoded(i), self.path(i), settings, reduction)
 
 
 @dataclass(frozen=True)
@@ -137,11 +161,13 @@ class CachedImages(Images):
     starts: np.ndarray
     sizes: np.ndarray
 
-    def read(self, i: int, reduction: Reduction = full_size) -> Tensor:
+    def read(
+        self, i: int, settings: Decoding = DEFAULT, reduction: Reduction = full_size
+    ) -> Tensor:
         """Return image `i` from memory, or decode it if it was left where it was."""
         start, (height, width) = self.starts[i], self.sizes[i].tolist()
         if start < 0:
-            return self.source.read(i, reduction)
+            return self.source.read(i, settings, reduction)
         return self.pixels[start : start + 3 * height * width].view(3, height, width)
 
     def read_batch(self, indices: np.ndarray, accepts: Callable[[int, int], bool]) -> Tensor | None:
@@ -157,6 +183,10 @@ class CachedImages(Images):
     def name(self, i: int) -> str:
         """Return the name of image `i` in `source`."""
         return self.source.name(i)
+
+    def listed_names(self, i: int) -> tuple[str, ...]:
+        """Return those of `source`; see `Images.listed_names`."""
+        return self.source.listed_names(i)
 
     def content(self) -> bytes:
         """Return that of `source`; see `Images.content`."""
@@ -179,7 +209,9 @@ class ImageArray(Images):
 
     pixels: np.ndarray
 
-    def read(self, i: int, _reduction: Reduction = full_size) -> Tensor:
+    def read(
+        self, i: int, _settings: Decoding = DEFAULT, _reduction: Reduction = full_size
+    ) -> Tensor:
         """Return image `i` at its full size."""
         return torch.from_numpy(self.pixels[i])
 
@@ -194,3 +226,23 @@ class ImageArray(Images):
     def subset(self, indices: np.ndarray) -> "ImageArray":
         """Return the images with these `indices`; see `Images.subset`."""
         return replace(self, pixels=self.pixels[indices], labels=self.labels[indices])
+
+
+_SAMPLE = 16  # images that `note_dark` reads
+
+
+def note_dark(images: Images, settings: Decoding) -> None:
+    """Print a line that suggests `--white` if the 16-bit images of a sample look dark."""
+    if settings.white or not isinstance(images, EncodedImages) or distributed.rank():
+        return
+    found = []
+    for i in np.linspace(0, len(images) - 1, min(len(images), _SAMPLE)).astype(int):
+        with contextlib.suppress(InputError):  # the loader reports unreadable images
+            found.append(brightest(images.encoded(i)))
+    values = [value for value in found if value is not None]
+    white = depth.white_for(max(values, default=0))
+    if white:
+        distributed.print_rank0(
+            f"{images.root}: 16-bit images look dark. The largest value in {len(values)} of them "
+            f"is {max(values)}, and 65535 is shown as white; --white {white} makes them brighter"
+        )

@@ -1,7 +1,6 @@
 """The data loader: worker processes decode each image once and take its crops as uint8.
 
-Workers do no colour operations: `augment.color` does them on the device. `images` decodes the
-files.
+Workers do no colour operations: `augment.color` does them on the device.
 """
 
 import atexit
@@ -23,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from moco import devices, distributed, rng
 from moco.augment import crop
 from moco.augment.recipes import Recipe
+from moco.data import decoding, jpeg
 from moco.data.images import Images
 from moco.errors import InputError
 from moco.sections import Input
@@ -82,10 +82,7 @@ class RandomCrops(NamedTuple):
 
 
 class CenterCrop(NamedTuple):
-    """A transform that returns the evaluation view of `size` pixels, without randomness.
-
-    `resize` is that of `crop.center_view`.
-    """
+    """A transform that returns the evaluation view of `size` pixels; see `crop.center_view`."""
 
     size: int
     resize: str = "scaled"
@@ -111,14 +108,19 @@ class Views(Dataset):
     """A map-style dataset from (epoch, index) to (views, index, label, unreadable images)."""
 
     def __init__(
-        self, images: Images, crop: RandomCrops | CenterCrop, skip_unreadable: bool = False
+        self,
+        images: Images,
+        crop: RandomCrops | CenterCrop,
+        skip_unreadable: bool = False,
+        settings: decoding.Decoding = decoding.DEFAULT,
     ):
-        """Read `images` and apply `crop` to each.
+        """Read `images`, decoded with `settings`, and apply `crop` to each.
 
         If `skip_unreadable`, an image that cannot be read is replaced by another one, chosen by
         (epoch, index). Otherwise the sample is the InputError.
         """
         self.images, self.crop, self.skip_unreadable = images, crop, skip_unreadable
+        self.settings = settings
 
     def __len__(self) -> int:
         """Return the number of images."""
@@ -129,13 +131,14 @@ class Views(Dataset):
     ) -> tuple[list[Tensor], int, Tensor, list[tuple[int, str]]] | InputError:
         """Return the sample, or the InputError if its image cannot be read."""
         epoch, index = sample
+        images, crop = self.images, self.crop
         unreadable: list[tuple[int, str]] = []
         for attempt in range(MAX_REPLACEMENTS + 1):
             i = rng.key(rng.REPLACEMENT, epoch, index, attempt) % len(self) if attempt else index
             try:
-                image = self.images.read(i, lambda h, w: self.crop.reduction(h, w, sample))
-                label = torch.as_tensor(self.images.labels[i])
-                return self.crop(image, sample), i, label, unreadable
+                image = images.read(i, self.settings, lambda h, w: crop.reduction(h, w, sample))
+                label = torch.as_tensor(images.labels[i])
+                return crop(image, sample), i, label, unreadable
             except InputError as error:
                 if not self.skip_unreadable:
                     # The main process raises it, as one line without a worker's traceback.
@@ -343,8 +346,9 @@ def batches(
     cuda = device.type == "cuda"
     stream = torch.cuda.Stream(device) if cuda else None
     workers = -(-input.workers * input.batch_per_process // input.batch_size)
+    jpeg.decoder()  # before workers are forked, which then share its memory
     for batch in _read(
-        dataset=Views(images, crop, skip_unreadable),
+        dataset=Views(images, crop, skip_unreadable, input),
         batch_sampler=batch_sampler,
         num_workers=workers,
         collate_fn=collate,

@@ -15,7 +15,7 @@ import numpy as np
 from torchvision import datasets as tv
 
 from moco.data import subsets
-from moco.data.folders import scan_classes
+from moco.data.folders import class_names, scan_classes
 from moco.data.images import ImageArray, ImageFolder, Images
 from moco.errors import InputError
 from moco.files import read_pickle
@@ -178,6 +178,62 @@ def caltech101(root: str, seed: int) -> Split:
     if train.all():
         raise ValueError("no class has more than 30 images, so none are left to test on")
     return images.subset(train), images.subset(~train)
+
+
+def imagenette(root: str, _seed: int) -> Split:
+    """Read Imagenette: the full-size version if it exists, else that of 320 or 160 pixels.
+
+    `root` may also be the folder of a version itself.
+    """
+    versions = ("imagenette2", "imagenette2-320", "imagenette2-160", ".")
+    folders = [Path(root, version) for version in versions]
+    folder = next((one for one in folders if (one / "train").is_dir()), None)
+    if folder is None:
+        raise FileNotFoundError(f"no {' or '.join(str(one / 'train') for one in folders)}")
+    for split in ("train", "val"):
+        # otherwise any folder with train/ and val/ would pass for Imagenette
+        if set(class_names(folder / split)) != tv.Imagenette._WNID_TO_CLASS.keys():
+            raise ValueError(f"{folder / split} has other classes than Imagenette's ten")
+    train = scan_classes(folder / "train")
+    return train, scan_classes(folder / "val", train.classes)
+
+
+def tiny_imagenet(root: str, _seed: int) -> Split:
+    """Read Tiny ImageNet, in the folder to which its archive unpacks, or in `root` itself.
+
+    A text file in each class folder lists the training images. The images of val/ are in one
+    folder, and a text file has lines such as `val_0.JPEG  n03444034  0  32  44  62`, with the class
+    in the second column.
+    """
+    folder = _first_with(root, ("tiny-imagenet-200", "."), "wnids.txt")
+    classes = sorted((folder / "wnids.txt").read_text().split())
+    train = [
+        (f"{name}/images/{fields[0]}", name)
+        for name in classes
+        for fields in _columns(folder / "train" / name / f"{name}_boxes.txt", 5)
+    ]
+    val = [
+        (f"images/{fields[0]}", fields[1])
+        for fields in _columns(folder / "val" / "val_annotations.txt", 6)
+    ]
+    return tuple(
+        _checked(
+            ImageFolder,
+            folder / split,
+            [os.fsencode(path) for path, _ in listed],
+            _class_indices([name for _, name in listed], classes),
+            classes,
+        )
+        for split, listed in (("train", train), ("val", val))
+    )
+
+
+def _columns(file: Path, count: int) -> list[list[str]]:
+    """Return the columns of each line in `file`. Raises ValueError unless there are `count`."""
+    lines = [line.split() for line in file.read_text().splitlines()]
+    if not lines or any(len(fields) != count for fields in lines):
+        raise ValueError(f"{file} does not hold lines of {count} columns; it may be truncated")
+    return lines
 
 
 def sun397(root: str, _seed: int) -> Split:

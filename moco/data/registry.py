@@ -14,10 +14,10 @@ from torchvision import datasets as tv
 from torchvision.datasets.utils import download_and_extract_archive
 
 from moco.config import MEAN, STD
-from moco.data import photos, readers, subsets
-from moco.data.folders import same_on_all_ranks, split_folder
+from moco.data import file_lists, photos, readers, subsets
+from moco.data.folders import same_on_all_ranks
 from moco.data.images import ImageFolder, Images
-from moco.data.sources import class_names, find, scan
+from moco.data.sources import TABLES, TARS, class_names, find, locate, scan
 from moco.errors import InputError, unknown
 
 
@@ -26,6 +26,12 @@ def _download_sun397(root: str, download: bool) -> None:
     tv.SUN397(root, download=download)
     url = "https://vision.princeton.edu/projects/2010/SUN/download/Partitions.zip"
     download_and_extract_archive(url, root, os.path.join(root, "SUN397"))
+
+
+def _download_tiny_imagenet(root: str, download: bool) -> None:
+    """Download and unpack Tiny ImageNet, which torchvision lacks."""
+    del download  # True
+    download_and_extract_archive("http://cs231n.stanford.edu/tiny-imagenet-200.zip", root)
 
 
 class _Dataset(NamedTuple):
@@ -63,6 +69,16 @@ _DATASETS = {
         (0.2675, 0.2565, 0.2761),
     ),
     "stl10": _Dataset(readers.stl10, tv.STL10, "stl10_binary/ (train_X.bin, ..., class_names.txt)"),
+    "tiny_imagenet": _Dataset(
+        readers.tiny_imagenet,
+        _download_tiny_imagenet,
+        "tiny-imagenet-200/ (wnids.txt, train/, val/images/, val/val_annotations.txt)",
+    ),
+    "imagenette": _Dataset(
+        readers.imagenette,
+        lambda root, **yes: tv.Imagenette(root, size="320px", **yes),
+        "imagenette2/, imagenette2-320/ or imagenette2-160/ (train/, val/)",
+    ),
     "flowers": _Dataset(
         readers.torchvision_files(tv.Flowers102, "train+val", "test"),
         tv.Flowers102,
@@ -125,8 +141,11 @@ _DATASETS = {
 
 
 NAMES: tuple[str, ...] = ("imagenet", "photos", *_DATASETS)
+IN_MEMORY = ("cifar10", "cifar100", "stl10")  # whose images are arrays of pixels, not image files
 
-_ALIASES = {"place205": "places205", "imagenet2012": "imagenet"}  # in AdCo's and FNC's commands
+# names in AdCo's and FNC's commands, and the folder of Tiny ImageNet
+_ALIASES = {"place205": "places205", "imagenet2012": "imagenet"}
+_ALIASES |= dict.fromkeys(("tiny-imagenet", "tiny-imagenet-200"), "tiny_imagenet")
 
 
 def canonical(name: str) -> str:
@@ -190,13 +209,18 @@ def normalization(name: str) -> tuple[list[float], list[float]]:
     return list(mean), list(std)
 
 
-def train_images(name: str, root: str, class_list: str | None = None) -> Images:
-    """Return the images to pre-train on: those in train/, or a data set's training images.
+def train_images(
+    name: str, root: str, class_list: str | None = None, file_list: str | None = None
+) -> Images:
+    """Return the images to pre-train on: those of a folder or a list, or a data set's.
 
-    `class_list` is a file that names the classes to keep. The folder need not have val/.
+    `class_list` is a file that names the classes to keep, and `file_list` is one that names the
+    images. A folder need not have val/, nor labels.
 
     Raises InputError if the images or the classes cannot be found.
     """
+    if file_list is not None:
+        return same_on_all_ranks(file_lists.read(file_list, Path(root)))
     if name in _DATASETS:
         return subsets.keep_classes(load(name, root)[0], class_list)
     folder = find("photos" if name == "photos" else root, ("train",), labels=False)
@@ -217,6 +241,19 @@ def test_images(name: str, root: str, class_list: str | None = None) -> Images:
     return subsets.keep_classes(images, class_list)
 
 
+def has_test_images(name: str, root: str, file_list: str | None = None) -> bool:
+    """Return whether `test_images` finds images, and the training images have labels.
+
+    Raises InputError if a folder cannot be read.
+    """
+    if file_list is not None:
+        return False
+    if name != "imagenet" or root == "photos":
+        return True
+    train = locate(Path(root), "train")
+    return bool(train and class_names(Path(root), "train") and locate(Path(root), "val"))
+
+
 def check(name: str, root: str, download: bool) -> None:
     """Check that the data set can be loaded. If `download`, download it first if it is missing.
 
@@ -229,7 +266,7 @@ def check(name: str, root: str, download: bool) -> None:
         return
     root = _absolute(root)
     if download and is_downloadable(name):
-        if _is_image_folder(root):
+        if _is_image_folder(root) and not _is_usable(name, root):
             raise InputError(
                 f"{root}: has the images of another data set (train/), so {name} is not downloaded "
                 f"to it; {_OWN_FOLDER}"
@@ -262,9 +299,14 @@ def _imagenet(name: str, root: str) -> Path:
     try:
         return find("photos" if name == "photos" else root, ("train", "val"))
     except InputError as error:
-        if os.path.isdir(os.path.join(root, "train")) and split_folder(Path(root), "val").is_dir():
+        found = locate(Path(root), "train") if os.path.isdir(root) else None
+        if found is None:
+            how = "get ImageNet by hand from https://image-net.org"
+        elif found.layout not in (TARS, TABLES) and not has_test_images(name, root):
+            how = "tools/embed.py writes the features of the images in any folder"
+        else:
             raise
-        raise InputError(f"{error}; get ImageNet by hand from https://image-net.org") from None
+        raise InputError(f"{error}; {how}") from None
 
 
 def _check_images(name: str, root: str) -> None:
@@ -274,14 +316,21 @@ def _check_images(name: str, root: str) -> None:
             raise _unusable(name, root, f"no {images.path(0)}")
 
 
+def _is_usable(name: str, root: str) -> bool:
+    """Return whether the data set can be loaded: Imagenette's own folder also has train/."""
+    try:
+        _check_images(name, root)
+    except InputError:
+        return False
+    return True
+
+
 def _download(name: str, root: str) -> None:
     """Download the data set unless it exists. Processes of one machine take turns."""
     try:
         photos.cache_folder().mkdir(parents=True, exist_ok=True)
         with FileLock(photos.cache_folder() / f"{name}.lock"):
-            try:
-                _check_images(name, root)
-            except InputError:
+            if not _is_usable(name, root):
                 _DATASETS[name].get(root, download=True)
     except Exception as error:  # urllib, tarfile and torchvision raise errors of many types
         layout = _DATASETS[name].layout

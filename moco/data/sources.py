@@ -7,7 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from moco.data import folders
+from moco.data import folders, splits, tables, tars
+from moco.data.decoding import SUFFIXES
 from moco.data.folders import is_folder, split_folder
 from moco.data.images import Images
 from moco.data.photos import photos
@@ -20,7 +21,7 @@ class Layout(NamedTuple):
     Attributes:
         holds: Returns whether the folder (first argument) has the images of the split (second
             argument) in this layout. The folder is that of the split, or the data folder itself.
-        class_names: Returns the sorted names of the classes; an empty tuple if there are no labels.
+        class_names: Returns the names of the classes; an empty tuple if there are no labels.
         scan: Lists the images. The third argument has the classes that labels are indices into; if
             it is empty, these are the split's own.
     """
@@ -38,7 +39,7 @@ class Source(NamedTuple):
 
 
 CLASS_FOLDERS = Layout(
-    lambda folder, split: folder.name in _NAMES[split] and folders.has_class_folders(folder),
+    lambda folder, _: folders.has_class_folders(folder),
     lambda folder, _: folders.class_names(folder),
     lambda folder, _, classes: folders.scan_classes(folder, classes),
 )
@@ -48,9 +49,12 @@ FLAT = Layout(
     lambda _folder, _split: (),
     lambda folder, _split, _classes: folders.scan_flat(folder),
 )
-LAYOUTS = (CLASS_FOLDERS, FLAT)  # if a folder fits several layouts, the first one is used
+TARS = Layout(tars.holds, tars.class_names, tars.scan)
+TABLES = Layout(tables.holds, tables.class_names, tables.scan)
+# if a folder fits several layouts, the first one is used
+LAYOUTS = (CLASS_FOLDERS, TARS, TABLES, FLAT)
 
-_NAMES = {"train": ("train",), "val": ("val", "test")}  # of the folders of each split
+_NAMES = splits.FOLDERS
 
 
 def locate(root: Path, split: str) -> Source | None:
@@ -63,12 +67,18 @@ def locate(root: Path, split: str) -> Source | None:
     """
     folder = split_folder(root, split)
     if not is_folder(folder):
-        if any(is_folder(root / name) for names in _NAMES.values() for name in names):
+        if _has_split(root):
             return None
         folder = root
-    found = (layout for layout in LAYOUTS if layout.holds(folder, split))
-    layout = next(found, None)
+    # the folders in a data folder without splits are not classes
+    layouts = (one for one in LAYOUTS if not (one is CLASS_FOLDERS and folder == root))
+    layout = next((one for one in layouts if one.holds(folder, split)), None)
     return layout and Source(folder, layout)
+
+
+def _has_split(root: Path) -> bool:
+    """Return whether the data folder has the folder of a split."""
+    return any(is_folder(root / name) for names in _NAMES.values() for name in names)
 
 
 def find(data: str, splits: tuple[str, ...], labels: bool = True) -> Path:
@@ -89,16 +99,22 @@ def find(data: str, splits: tuple[str, ...], labels: bool = True) -> Path:
         return photos()
     root = Path(data)
     if not is_folder(root):
+        what = "is a file, and a folder is needed" if root.is_file() else "no such folder"
+        listed = " (pre-training reads a list of images with --file-list)" * root.is_file()
         raise InputError(
-            f"{data}: no such folder; give an ImageNet-style folder (train/CLASS/*.jpg), or the "
-            "word photos"
+            f"{data}: {what}{listed}; give a folder of images, such as ImageNet's "
+            "(train/CLASS/*.jpg), or the word photos"
         )
-    for split in splits:
-        _check_split(root, split, labels)
-    train = class_names(root, "train") if "train" in splits else ()
+    names = {split: _check_split(root, split, labels) for split in splits}
+    train = names.get("train", ())
     if "val" in splits:
-        folder, val = split_folder(root, "val"), class_names(root, "val")
+        folder, val = split_folder(root, "val"), names["val"]
         extra = sorted(set(val) - set(train)) if train else []
+        if (folder / "val_annotations.txt").is_file() and val == ("images",):
+            raise InputError(
+                f"{folder}: holds its images in one folder, as Tiny ImageNet does; give "
+                "--dataset tiny_imagenet"
+            )
         if len(val) == 1 and len(train) != 1:
             raise InputError(
                 f"{folder}: holds one class folder only ({val[0]}); sort its images into class "
@@ -112,26 +128,58 @@ def find(data: str, splits: tuple[str, ...], labels: bool = True) -> Path:
     return root
 
 
-def _check_split(root: Path, split: str, labels: bool) -> None:
-    """Raise InputError if the split is missing, or if it has no labels and `labels` is true."""
+def _check_split(root: Path, split: str, labels: bool) -> tuple[str, ...]:
+    """Return the class names of a split; an empty tuple if its images have no labels.
+
+    Raises InputError if the split is missing, or if it has no labels and `labels` is true.
+    """
     folder, source = split_folder(root, split), locate(root, split)
-    if source is not None and source.layout is FLAT and labels:
-        if source.folder == root:
-            raise InputError(
-                f"{root}: has no {split}/ folder, so its images have no labels, and labels are "
-                f"needed; expected {split}/CLASS/*.jpg"
-            )
+    names = source.layout.class_names(source.folder, split) if source else ()
+    if source is not None and (names or not labels):
+        return names
+    if source is not None and source.layout in (TARS, TABLES):
+        raise InputError(
+            f"{source.folder}: its {split} images have no labels, and labels are needed; "
+            "docs/data.md says how files store them"
+        )
+    if source is not None and source.folder == root:
+        raise InputError(
+            f"{root}: has no {split}/ folder, so its images have no labels, and labels are "
+            f"needed; expected {split}/CLASS/*.jpg"
+        )
+    if is_folder(folder) and not labels:
+        raise InputError(
+            f"{folder}: holds no image ({', '.join(SUFFIXES)}), nor a folder with images"
+        )
+    if is_folder(folder):
         folders.class_names(folder)  # raises the error
-    if source is None and is_folder(folder):
-        folders.class_names(folder)  # raises the error
-    if source is None:
-        other = ", nor a test/ folder with class folders" if split == "val" else ""
-        expected = f"{split}/CLASS/*.jpg" + " or test/CLASS/*.jpg" * (split == "val")
-        raise InputError(f"{root}: has no {split}/ folder{other}; expected {expected}")
+    if split == "val":
+        # a folder with val/, or images that it can be made from
+        made = locate(root, "train") is not None
+        how = "; docs/data.md has a command that makes val/ from a part of the training images"
+        raise InputError(
+            f"{root}: has no val/ folder, nor a test/ folder with class folders; expected "
+            f"val/CLASS/*.jpg or test/CLASS/*.jpg, val-*.tar or val-*.parquet{how * made}"
+        )
+    if not labels and not _has_split(root):
+        raise InputError(
+            f"{root}: holds no image ({', '.join(SUFFIXES)}), nor a folder with images; expected "
+            f"images anywhere in it, or {split}/CLASS/*.jpg"
+        )
+    raise InputError(
+        f"{root}: has no {split}/ folder; expected {split}/CLASS/*.jpg, {split}-*.tar or "
+        f"{split}-*.parquet"
+    )
+
+
+def holds_folders_without_labels(root: Path) -> bool:
+    """Return whether training images lie in `root` itself, and folders there might be classes."""
+    source = locate(root, "train")
+    return source == Source(root, FLAT) and folders.has_class_folders(root)
 
 
 def class_names(root: Path, split: str) -> tuple[str, ...]:
-    """Return the sorted names of a split's classes; an empty tuple if there are no labels.
+    """Return the names of a split's classes; an empty tuple if there are no labels.
 
     Call `find` first, which raises a clear error if the split is missing.
     """

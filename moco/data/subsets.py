@@ -7,7 +7,6 @@ import contextlib
 import hashlib
 import os
 import re
-import string
 import urllib.request
 from dataclasses import replace
 from pathlib import Path
@@ -240,13 +239,13 @@ def select_listed(images: Images, file: Path) -> Images:
     wanted = read_names(file)
     found: dict[str, int] = {}
     for i in range(len(images)):
-        path = images.name(i).strip(string.whitespace)
-        name = path if path in wanted else os.path.basename(path)
-        if name not in wanted:
+        name = next((one for one in images.listed_names(i) if one in wanted), None)
+        if name is None:
             continue
         if name in found:
             raise InputError(
-                f"--subset-file {file}: '{name}' is in several class folders; write CLASS/{name}"
+                f"--subset-file {file}: several images are named '{name}': "
+                f"{images.name(found[name])}, {images.name(i)}; write these names"
             )
         found[name] = i
     if missing := wanted - found.keys():

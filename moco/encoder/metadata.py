@@ -1,5 +1,6 @@
 """Read the facts about the encoder in a checkpoint. See weights.py for reading the file itself."""
 
+import math
 from argparse import Namespace
 from typing import Any, NamedTuple
 
@@ -8,6 +9,7 @@ from moco.encoder.weights import State
 from moco.errors import InputError
 from moco.sections import NORM_EPS
 from moco.sections_eval import TEST_RESIZES
+from moco.sections_images import EXIF
 
 CLASSIFIERS = ("linear", "finetune", "semisup")  # the methods of main_lincls.py and main_semisup.py
 
@@ -36,6 +38,10 @@ class Metadata(NamedTuple):
     std: list[float] | None = None  # [3], their standard deviation used for normalization
     norm_eps: str | None = None  # the epsilons of a Swin's layer norms, one of NORM_EPS
     test_resize: str | None = None  # of a classifier's test images, see `sections_eval.Views`
+    exif: str | None = None  # these three: how images were decoded, see `sections_images.Decoding`
+    white: float | None = None
+    shrink_on_decode: bool | None = None
+    script: str | None = None  # of the pre-training, such as synco for main_synco.py
 
 
 def read_metadata(state: State) -> Metadata:
@@ -49,8 +55,11 @@ def read_metadata(state: State) -> Metadata:
         else {}
     )
     size = state.get("image_size", options.get("image_size"))
+    white, shrink = options.get("white"), options.get("shrink_on_decode")
+    script = options.get("script")
     if method in CLASSIFIERS:
         epoch, encoder = options.get("pretrain_epochs"), options.get("encoder_method")
+        script = options.get("encoder_script")
         if isinstance(encoder, str):
             frozen = options.get("weights") == "freeze"
             method = encoder if frozen else f"{encoder}, fine-tuned"
@@ -64,6 +73,10 @@ def read_metadata(state: State) -> Metadata:
         *(channels(options.get(name), name) for name in ("mean", "std")),
         options.get("norm_eps") if options.get("norm_eps") in NORM_EPS else None,
         options.get("test_resize") if options.get("test_resize") in TEST_RESIZES else None,
+        options.get("exif") if options.get("exif") in EXIF else None,
+        white if isinstance(white, float) and 0 < white < math.inf else None,
+        shrink if isinstance(shrink, bool) else None,
+        script if isinstance(script, str) else None,
     )
 
 

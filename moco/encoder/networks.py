@@ -1,25 +1,104 @@
 """Create networks of torchvision and timm, and access their backbones and heads alike.
 
-See resnets.py and timm_networks.py for the networks, pretrained.py for loading weights.
+See resnets.py, torchvision_networks.py and timm_networks.py for the networks, pretrained.py for
+loading weights.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torchvision import models
 
-from moco.encoder import timm_networks
+from moco.encoder import timm_networks, torchvision_networks
 from moco.encoder.resnets import ARCHS, resnet
-from moco.encoder.timm_networks import head_name
-from moco.errors import InputError, unknown
+from moco.errors import InputError, nearest, short
+from moco.sections import Network
 
 
-def check_arch(arch: str) -> None:
-    """Raise InputError unless `arch` is one of `ARCHS` or an architecture of timm."""
-    if arch not in ARCHS and not timm_networks.is_known(arch):
-        raise unknown("arch", arch, [*ARCHS, *timm_networks.SHORT])
+class Arch(NamedTuple):
+    """An architecture: the library that has the network, and its name there or a short name."""
+
+    library: str  # torchvision or timm
+    name: str
+
+    def __str__(self) -> str:
+        """Return the architecture as in checkpoints: the shortest name that is not ambiguous.
+
+        It is the bare name of a ResNet of torchvision or of a network of timm. torchvision's other
+        networks, and timm's networks with the name of such a ResNet, have their library before it.
+        """
+        bare = (self.name in ARCHS) == (self.library == "torchvision") or self.is_short
+        return self.name if bare else f"{self.library}:{self.name}"
+
+    @property
+    def is_short(self) -> bool:
+        """Return whether the name is a short name of a network of timm."""
+        return self.library == "timm" and self.name in timm_networks.SHORT
+
+
+def find(arch: str) -> Arch:
+    """Return the architecture that `--arch` names.
+
+    `timm:NAME` and `torchvision:NAME` select the library. A bare name is that of a ResNet of
+    torchvision, else a short name or a network of timm, else another classifier of torchvision.
+
+    Raises InputError if there is none. It names the nearest one.
+    """
+    library, colon, name = arch.rpartition(":")
+    if colon and library not in ("timm", "torchvision"):
+        raise InputError(
+            f"unknown arch '{short(arch)}'; before the colon stands timm or torchvision"
+        )
+    if library == "timm" and name in timm_networks.SHORT:
+        own = f"is a short name here, of {timm_networks.SHORT[name]}"
+        raise InputError(f"unknown arch '{arch}': {name} {own}; give -a {name}, without timm:")
+    if library != "timm" and name in ARCHS:
+        return Arch("torchvision", name)
+    if not library and name in timm_networks.SHORT:
+        return Arch("timm", name)
+    if library != "torchvision" and timm_networks.is_known(name):
+        return Arch("timm", name)
+    if library != "timm" and name in torchvision_networks.NAMES:
+        return Arch("torchvision", name)
+    raise _unknown(arch, library, name)
+
+
+def _unknown(arch: str, library: str, name: str) -> InputError:
+    """Return the error for an unknown architecture, with the nearest name if one is close."""
+    known: Iterable[list[str]] = (
+        [torchvision_networks.NAMES]
+        if library == "torchvision"
+        else [timm_networks.all_names()]
+        if library
+        else [
+            [*ARCHS, *timm_networks.SHORT],
+            [*torchvision_networks.NAMES, *timm_networks.all_names()],
+        ]
+    )
+    near = next(filter(None, (nearest(name, names) for names in known)), None)
+    prefix = f"{library}:" if library else ""
+    hint = (
+        f"the nearest is '{prefix}{near}'"
+        if near
+        else "timm.list_models() and torchvision.models.list_models() list the names"
+    )
+    return InputError(f"unknown arch '{short(arch)}'; {hint}")
+
+
+def canonical(arch: str) -> str:
+    """Return the name of an architecture in checkpoints. Raises InputError if it is unknown."""
+    return str(find(arch))
+
+
+def is_same(arch: str, other: str) -> bool:
+    """Return whether two names are those of one architecture. Unknown names differ from others."""
+    try:
+        return arch == other or find(arch) == find(other)
+    except InputError:
+        return False
 
 
 def create(
@@ -29,30 +108,69 @@ def create(
     drop_path: float = 0.0,
     stem: str | None = "imagenet",
     norm_eps: str | None = None,
+    zero_init_residual: bool = False,
 ) -> nn.Module:
     """Return a randomly initialized network.
 
     Args:
-        arch: an architecture of torchvision's ResNets or of timm.
+        arch: an architecture, see `find`.
         out: number of output features of the last layer; 0 for a network without that layer.
         image_size: side of the square input images, in pixels.
-        drop_path: rate of stochastic depth, in [0, 1). Only timm's networks have it.
+        drop_path: rate of stochastic depth, in [0, 1). ResNets do not have it.
         stem: the stem of a ResNet, see `resnets.resnet`.
         norm_eps: the epsilons of a Swin's layer norms, see `timm_networks.create`.
+        zero_init_residual: whether the residual blocks of a ResNet start as identities.
 
     Raises InputError if `arch` is unknown or does not support the image size, the stochastic depth
     or the stem.
     """
-    if arch not in ARCHS:
-        check_arch(arch)
-        if stem == "cifar":
-            raise InputError(f"--stem {stem}: {arch} is not a torchvision ResNet; leave --stem out")
-        return timm_networks.create(arch, out, image_size, drop_path, norm_eps)
+    library, name = found = find(arch)
+    if stem == "cifar" and str(found) not in ARCHS:
+        raise InputError(f"--stem {stem}: {arch} is not a torchvision ResNet; leave --stem out")
+    if library == "timm":
+        return timm_networks.create(name, out, image_size, drop_path, norm_eps)
+    if name not in ARCHS:
+        return torchvision_networks.create(name, out, image_size, drop_path)
     if drop_path:
         raise InputError(f"{arch}: {timm_networks.NO_STOCHASTIC_DEPTH}")
-    net = resnet(arch, max(out, 1), stem=stem)
+    net = resnet(name, max(out, 1), stem=stem, zero_init_residual=zero_init_residual)
     if not out:
         net.fc = nn.Identity()
+    return net
+
+
+def create_encoder(
+    network: Network,
+    image_size: int,
+    out: int,
+    mlp: bool = False,
+    zero_init_residual: bool = False,
+) -> nn.Module:
+    """Return a randomly initialized encoder with a head of its own, for pre-training.
+
+    Args:
+        network: the architecture.
+        image_size: side of the square input images, in pixels.
+        out: number of output features of the head.
+        mlp: whether the head is MoCo v2's: Linear(D, D), ReLU, Linear(D, out). Otherwise it is
+            one linear layer.
+        zero_init_residual: whether the residual blocks of a ResNet start as identities.
+
+    Raises InputError if the network does not support these settings.
+    """
+    net = create(
+        network.arch,
+        out,
+        image_size,
+        stem=network.stem,
+        norm_eps=network.norm_eps,
+        zero_init_residual=zero_init_residual,
+    )
+    width = num_features(net)
+    # some libraries initialize a classifier with zeros, which a normalized feature cannot start at
+    last = head(net) if isinstance(net, models.ResNet) else nn.Linear(width, out)
+    mlp_layers = [nn.Linear(width, width), nn.ReLU()] if mlp else []
+    set_head(net, nn.Sequential(*mlp_layers, last) if mlp else last)
     return net
 
 
@@ -75,11 +193,7 @@ def features(net: nn.Module, images: Tensor) -> Tensor:
     """Return the pooled features [B, D] of `images` [B, 3, H, W], which are the head's input."""
     if getattr(net, "forward_head", None):  # a network of timm
         return timm_networks.features(net, images)
-    x = images
-    for name, child in net.named_children():
-        if name == "fc":
-            break
-        x = child(x)
+    x = torchvision_networks.without_head(net, head_name(net)).forward(images)
     return torch.flatten(x, 1)
 
 
@@ -92,7 +206,18 @@ def num_features(net: nn.Module) -> int:
     """Return D, the number of features of the backbone `net`."""
     if isinstance(net, models.ResNet):
         return net.bn1.num_features * 8 * net.layer1[0].expansion
+    if last := torchvision_networks.last_layer(net):
+        return last.width
     return getattr(net, "head_hidden_size", net.num_features)
+
+
+def head_name(net: nn.Module) -> str:
+    """Return the name of the last layer, or of the head that replaces it."""
+    if isinstance(net, models.ResNet):
+        return "fc"
+    if last := torchvision_networks.last_layer(net):
+        return last.name
+    return timm_networks.head_name(net)
 
 
 def backbone_keys(net: nn.Module) -> list[str]:
@@ -115,3 +240,35 @@ def set_head(net: nn.Module, head: nn.Module) -> None:
     """Replace the last layer of `net` by `head`."""
     parent, _, name = head_name(net).rpartition(".")
     setattr(net.get_submodule(parent), name, head)
+
+
+def stochastic_depth(net: nn.Module) -> list[nn.Module]:
+    """Return the modules of `net` that drop residual branches at random in training."""
+    return [*timm_networks.stochastic_depth(net), *torchvision_networks.stochastic_depth(net)]
+
+
+def patch_projection(net: nn.Module) -> nn.Module | None:
+    """Return the projection of patches of a ViT or Swin; None for other networks."""
+    if isinstance(net, models.ResNet) or torchvision_networks.last_layer(net):
+        return torchvision_networks.patch_projection(net)
+    return timm_networks.patch_projection(net)
+
+
+def adapt(net: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return a pre-trained backbone's tensors with the names and shapes of `net`.
+
+    Position embeddings are interpolated to the network's image size. For a network of timm, the
+    tensors of other software are renamed. Tensors that cannot be adapted are returned unchanged.
+
+    Raises InputError if `timm_networks.to_timm_names` does.
+    """
+    if isinstance(net, models.ResNet):
+        return tensors
+    if torchvision_networks.last_layer(net):
+        return torchvision_networks.resize_positions(net, tensors)
+    return timm_networks.to_timm_names(net, tensors)
+
+
+def has_batch_norm(net: nn.Module) -> bool:
+    """Return whether `net` has batch norm."""
+    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in net.modules())

@@ -15,9 +15,10 @@ from torchvision import models
 
 from moco.config import MEAN, STD
 from moco.distributed import print_rank0
-from moco.encoder import metadata, networks, timm_networks, weights
+from moco.encoder import metadata, networks, weights
 from moco.encoder.networks import backbone_keys, classifier, head_name, set_head
 from moco.errors import InputError, short
+from moco.sections_images import Decoding
 
 
 class Encoder(NamedTuple):
@@ -33,6 +34,9 @@ class Encoder(NamedTuple):
     std: list[float]  # [3], their standard deviation, to normalize images with
     resized: list[str]  # names of the position embeddings that were interpolated to the image size
     norm_eps: str  # the epsilons of a Swin's layer norms, see `timm_networks.create`
+    decoding: Decoding  # how the images were decoded
+    script: str | None  # of the pre-training, such as synco for main_synco.py
+    options: dict[str, Any]  # the options of the run that wrote the file; {} if it has none
 
 
 @contextlib.contextmanager
@@ -50,7 +54,7 @@ def suggest_arch(path: str, own: str | None, arch: str) -> Iterator[None]:
         if own is None:
             tried = f"the file does not name its network, and {arch} was tried"
             raise InputError(f"{error}; {tried}: give another -a ARCH") from None
-        if own != arch:
+        if not networks.is_same(own, arch):
             raise InputError(f"{path}: contains {own}, not {arch}; give -a {own}") from None
         raise
 
@@ -76,7 +80,7 @@ def read(
     """
     state = weights.read(path)
     facts = metadata.read_metadata(state)
-    arch = arch or facts.arch or "resnet50"
+    arch = networks.canonical(arch or facts.arch or "resnet50")
     image_size = image_size or facts.image_size or 224
     norm_eps = metadata.norm_eps(path, facts, norm_eps)
     net = networks.create(arch, 0, image_size, norm_eps=norm_eps)
@@ -94,16 +98,17 @@ def read(
     if line := metadata.normalization_note(path, facts):
         print_rank0(line)
     mean, std = facts.mean or list(MEAN), facts.std or list(STD)
-    return Encoder(
-        net.eval(), arch, image_size, facts.method, facts.epoch, stem, mean, std, resized, norm_eps
-    )
+    origin = (arch, image_size, facts.method, facts.epoch, stem)
+    decoding = Decoding(facts.exif or "ignore", facts.white)
+    rest = (norm_eps, decoding, facts.script, facts.options)
+    return Encoder(net.eval(), *origin, mean, std, resized, *rest)
 
 
 def load_backbone(net: nn.Module, tensors: dict[str, Tensor], source: str) -> int:
     """Load a pre-trained backbone into `net`; return the number of tensors that matched.
 
-    `prefix` finds the prefix of the names. The tensors of a transformer are renamed to timm's
-    names, and its position embeddings are interpolated to the network's image size.
+    `prefix` finds the prefix of the names. `networks.adapt` renames the tensors of a
+    transformer, and interpolates its position embeddings to the network's image size.
 
     Args:
         net: a network of `networks.create`; its head is not changed.
@@ -122,7 +127,7 @@ def load_backbone(net: nn.Module, tensors: dict[str, Tensor], source: str) -> in
         if name.startswith(start)
     }
     try:
-        mine = timm_networks.to_timm_names(net, inner)
+        mine = networks.adapt(net, inner)
     except InputError as error:
         raise InputError(f"{source}: {error}") from None
     found = {name: mine[name] for name in wanted if name in mine}

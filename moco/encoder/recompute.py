@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
+from moco.encoder.torchvision_networks import last_layer
 from moco.errors import InputError
 
 
@@ -16,9 +17,14 @@ def recompute_blocks(net: nn.Module) -> None:
     """Make the residual blocks in `net` recompute their activations in the backward pass.
 
     Gradients and batch norm statistics stay bit-identical. Raises InputError for a network of timm
-    that has batch norm or does not support recomputing.
+    that has batch norm or does not support recomputing, and for torchvision's networks other than
+    ResNets.
     """
     for module in net.modules():
+        if last_layer(module):
+            name = type(module).__name__
+            lacks = "does not support recomputing"
+            raise InputError(f"--grad-checkpoint: torchvision's {name} {lacks}; leave it out")
         if type(module) in _RECOMPUTED:
             module.__class__ = _RECOMPUTED[type(module)]
         elif getattr(module, "set_grad_checkpointing", None):  # a network of timm

@@ -6,7 +6,7 @@ tools/export.py uses it, so that exported weights load without this project.
 import importlib.util
 from typing import NamedTuple
 
-from moco.encoder import networks, resnets, timm_networks
+from moco.encoder import networks, resnets, timm_networks, torchvision_networks
 
 
 class StockModel(NamedTuple):
@@ -37,10 +37,13 @@ def stock_models(
 ) -> list[StockModel]:
     """Return the stock models that can load an encoder of architecture `arch`.
 
-    A ResNet has one in torchvision and, if timm is installed, one in timm. Other networks have one
-    in timm. Raises InputError for an unknown `arch`.
+    A ResNet of torchvision has one there and, if timm is installed, one in timm. Other networks
+    have one in their own library. Raises InputError for an unknown `arch`.
     """
-    networks.check_arch(arch)  # its name becomes code below
+    library, bare = networks.find(arch)  # its name becomes code below
+    if library == "torchvision" and bare not in resnets.ARCHS:
+        return [_torchvision_model(bare, image_size)]
+    arch = networks.canonical(arch)
     found, first = [], _CIFAR if stem == "cifar" else ()
     if norm_eps == "synco-v2" and timm_networks.is_swin(arch):
         first = (_SYNCO_V2_EPS,)
@@ -53,9 +56,23 @@ def stock_models(
         )
         if importlib.util.find_spec("timm") is None:
             return found
-    name, options = timm_networks.stock_arguments(arch, image_size)
+    name, options = timm_networks.stock_arguments(bare, image_size)
     given = "".join(f", {option}={value!r}" for option, value in options.items())
     return [
         *found,
         StockModel("timm", (f"net = timm.create_model({name!r}, num_classes=0{given})", *first)),
     ]
+
+
+def _torchvision_model(name: str, image_size: int) -> StockModel:
+    """Return the stock model of a torchvision network that is not a ResNet."""
+    options = torchvision_networks.create_arguments(name, image_size)
+    given = ", ".join(f"{option}={value!r}" for option, value in options.items())
+    last = torchvision_networks.last_layer(torchvision_networks.create(name, 1, image_size))
+    return StockModel(
+        "torchvision",
+        (
+            f"net = torchvision.models.{name}({given})",
+            f"net.set_submodule({last.name!r}, torch.nn.Identity())",
+        ),
+    )

@@ -1,6 +1,7 @@
 """Create timm's networks, some by short names: MoCo v3's ViTs and the Swins.
 
-networks.py calls these functions for every architecture that is not a torchvision ResNet.
+networks.py calls these functions for every architecture that torchvision does not have, or that
+begins with "timm:".
 """
 
 import math
@@ -28,11 +29,26 @@ MOCO_V3 = {"vit_tiny": {}, "vit_small": {"num_heads": 12}, "vit_base": {}, "vit_
 NO_STOCHASTIC_DEPTH = (
     "has no stochastic depth; set --online-drop-path and --target-drop-path, or --drop-path, to 0"
 )
+NO_LINEAR_LAYER = (
+    "its last layer is not one linear layer, which the evaluations need; choose another -a"
+)
 
 
-def is_known(arch: str) -> bool:
-    """Return whether `arch` is one of the short names or an architecture of timm."""
-    return arch in SHORT or _timm().is_model(arch)
+def cannot_create(arch: str, image_size: int, error: Exception) -> InputError:
+    """Return an InputError for the `error` of a library that cannot create a network."""
+    why = " ".join(str(error).split())
+    at = f"{arch} at --image-size {image_size}"
+    return InputError(f"{at}: it cannot be created: {why}; choose another size or -a")
+
+
+def is_known(name: str) -> bool:
+    """Return whether timm has a network of this name. The short names are not timm's."""
+    return _timm().is_model(name)
+
+
+def all_names() -> list[str]:
+    """Return the names of all networks of timm."""
+    return _timm().list_models()
 
 
 def stock_arguments(arch: str, image_size: int) -> tuple[str, dict[str, int]]:
@@ -80,18 +96,17 @@ def create(
             name, {**options, "num_classes": out, "drop_path_rate": drop_path, "drop_rate": 0.0}
         )
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
-        why = " ".join(str(error).split())
-        at = f"{arch} at --image-size {image_size}"
-        raise InputError(f"{at}: timm cannot create it: {why}; choose another size or -a") from None
-    _remove_dropout(net)
+        raise cannot_create(arch, image_size, error) from None
+    remove_dropout(net)
     if not _set_stochastic_depth(net, drop_path):
         raise InputError(f"{arch}: {NO_STOCHASTIC_DEPTH}")
     last = net.pretrained_cfg.get("classifier")
     if not isinstance(last, str) or (out and not isinstance(net.get_submodule(last), nn.Linear)):
-        problem = "its last layer is not one linear layer, which the evaluations need"
-        raise InputError(f"{arch}: {problem}; choose another -a")
-    patch = getattr(getattr(net, "patch_embed", None), "patch_size", None)
-    sides = patch if isinstance(patch, tuple) else (patch or 1,)
+        raise InputError(f"{arch}: {NO_LINEAR_LAYER}")
+    projection = patch_projection(net)
+    # patches of other convolutions overlap, and take images of any size
+    tiles = isinstance(projection, nn.Conv2d) and projection.kernel_size == projection.stride
+    sides = projection.stride if tiles else (1,)
     if any(image_size % side for side in sides):
         patches = f"{arch}'s patches of {max(sides)} pixels"
         raise InputError(f"--image-size {image_size}: must be a multiple of {patches}")
@@ -121,10 +136,10 @@ def _create_model(name: str, options: dict[str, Any]) -> nn.Module:
     return _create_model(name, {key: value for key, value in options.items() if key not in unknown})
 
 
-def _remove_dropout(net: nn.Module) -> None:
-    """Set every dropout rate to 0, because some of timm's networks have a fixed rate.
+def remove_dropout(net: nn.Module) -> None:
+    """Set every dropout rate to 0, because some networks have a fixed rate.
 
-    MaxViT has .125 in its relative position bias, CPUBone .1 in its attention.
+    timm's MaxViT has .125 in its relative position bias, CPUBone .1 in its attention.
     """
     for module in net.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
@@ -151,8 +166,9 @@ def _timm():
     try:
         import timm
     except ImportError:
-        why = "networks other than torchvision's ResNets come from timm"
-        raise InputError(f"{why}: pip install timm") from None
+        why = "a network other than torchvision's ResNets is searched in timm"
+        how = "pip install timm, or give torchvision:NAME"
+        raise InputError(f"{why}, which is not installed: {how}") from None
     return timm
 
 
@@ -251,10 +267,10 @@ def _fixed(table: Tensor) -> bool:
 
 
 def head_name(net: nn.Module) -> str:
-    """Return the name of the last layer, or of the head that replaces it."""
-    return getattr(net, "pretrained_cfg", {"classifier": "fc"})["classifier"]
+    """Return the name of the last layer of a network of timm, or of the head that replaces it."""
+    return net.pretrained_cfg["classifier"]
 
 
-def has_patch_projection(net: nn.Module) -> bool:
-    """Return whether a network begins with a projection of patches, as ViTs and Swins do."""
-    return getattr(getattr(net, "patch_embed", None), "proj", None) is not None
+def patch_projection(net: nn.Module) -> nn.Module | None:
+    """Return the projection of patches of a ViT or Swin of timm; None for other networks."""
+    return getattr(getattr(net, "patch_embed", None), "proj", None)

@@ -228,7 +228,7 @@ def _facts(metadata: dict[str, str]) -> State:
         "epoch": int(epoch) if epoch.isdecimal() else None,
         "args": {
             **({"image_size": int(size)} if size.isdecimal() else {}),
-            **({"norm_eps": metadata["norm_eps"]} if "norm_eps" in metadata else {}),
+            **{name: metadata[name] for name in ("norm_eps", "script") if name in metadata},
             **channels,
         },
     }
@@ -245,7 +245,10 @@ def _numbers(text: str) -> list[float]:
 # Other files
 
 _CONVERT = "convert its tensors to PyTorch first, under the names of torchvision or timm"
-_TENSORFLOW = f"a TensorFlow checkpoint, which is not read; {_CONVERT}"
+_TENSORFLOW = (
+    "a TensorFlow checkpoint, which is not read; convert SimCLR's and FNC's with "
+    "tools/convert_tf.py, and other tensors to the names of torchvision or timm"
+)
 _COMPRESSED = "compressed; unpack it, and give the checkpoint inside"
 _MAGIC = {
     b"version https://git-lfs": "a git-lfs pointer; fetch the file itself: git lfs pull",

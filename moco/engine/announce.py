@@ -9,6 +9,7 @@ from moco.config import Training
 from moco.data.images import Images
 from moco.data.loader import TrainBatchSampler
 from moco.distributed import print_rank0
+from moco.engine import decoding
 from moco.errors import InputError
 
 
@@ -44,14 +45,16 @@ def announce(start: Start, images: Images, notes: list[str]) -> None:
             f"{images.root}: {len(images)} images do not fill one batch of {batch}; "
             "lower --batch-size"
         )
+    labels = f"of {len(images.classes)} classes" if images.labelled else "without labels"
     print_rank0(
-        f"{config.run.method} {config.network.arch}: {len(images)} images of "
-        f"{len(images.classes)} classes in {images.root}"
+        f"{config.run.method} {config.network.arch}: {len(images)} images {labels} in {images.root}"
     )
     print_rank0(
         f"views {config.views.recipe} at {config.views.image_size} pixels; "
         f"{start.device.type}, amp {config.compute.amp}"
     )
+    if given := decoding.options(config.input):
+        print_rank0(f"images are decoded with {given}")
     lrs = ", ".join(dict.fromkeys(f"{lr:g}" for lr in start.base_lrs))
     scaling = schedule.learning_rate_scaling
     scaling = "taken as given" if scaling == "none" else f"{scaling} scaling"

@@ -36,21 +36,38 @@ def eval_batches(
     Images that cannot be read are left out. Their indices and the reasons are appended to
     `unreadable`. If `unreadable` is None, the first such image raises InputError.
     """
+    for x, label, _ in indexed_batches(images, config, device, unreadable):
+        if len(x):
+            yield x, label
+
+
+def indexed_batches(
+    images: Images,
+    config: Config,
+    device: torch.device,
+    unreadable: list[tuple[int, str]] | None = None,
+    start: int = 0,
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield the batches of `eval_batches` and the indices of their images, [B], on the CPU.
+
+    A batch without readable images is yielded as well. The first `start` images of this rank are
+    left out.
+    """
     sampler = loader.EvalBatchSampler(len(images), config.input.batch_per_process)
-    crop, done = loader.CenterCrop(config.views.image_size, config.views.test_resize), 0
+    sampler.samples, done = sampler.samples[start:], 0
+    crop = loader.CenterCrop(config.views.image_size, config.views.test_resize)
     for batch in loader.batches(
         images, crop, sampler, config.input, device, skip_unreadable=unreadable is not None
     ):
         x, label = batch.views[0], batch.label
+        wanted = torch.tensor([i for _, i in sampler.samples[done : done + len(x)]])
+        done += len(wanted)
         if batch.unreadable:
             unreadable += batch.unreadable
             # the loader replaces an image that cannot be read by another one
-            wanted = [i for _, i in sampler.samples[done : done + len(x)]]
-            own = batch.index == torch.tensor(wanted, device=device)
-            x, label = x[own], label[own]
-        done += len(batch.index)
-        if len(x):
-            yield prepare_images(normalize(x, config.views.mean, config.views.std)), label
+            own = batch.index == wanted.to(device)
+            x, label, wanted = x[own], label[own], wanted[own.cpu()]
+        yield prepare_images(normalize(x, config.views.mean, config.views.std)), label, wanted
 
 
 @torch.inference_mode()

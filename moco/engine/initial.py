@@ -163,12 +163,13 @@ def _read(config: Pretraining) -> weights.State:
 
 
 def _torchvision_weights(arch: str, name: str) -> weights.State:
-    if arch not in resnets.ARCHS:
+    library, network = networks.find(arch)
+    if library != "torchvision":
         raise InputError(
             f"--init torchvision:{name}: {arch} is not a network of torchvision; "
             "give --init timm, or a file"
         )
-    known = models.get_model_weights(arch).__members__
+    known = models.get_model_weights(network).__members__
     if name not in known:
         raise unknown(f"name of {arch}'s weights in torchvision", name, known)
     with _download(f"torchvision:{name}"):
@@ -178,10 +179,14 @@ def _torchvision_weights(arch: str, name: str) -> weights.State:
 def _timm_weights(arch: str) -> weights.State:
     if importlib.util.find_spec("timm") is None:
         raise InputError("--init timm: the weights come from timm: pip install timm")
+    library, network = networks.find(arch)
+    if library == "torchvision" and network not in resnets.ARCHS:
+        other = "is not a network of timm; give --init torchvision:NAME, or a file"
+        raise InputError(f"--init timm: {arch} {other}")
     with _download("timm"):
         import timm
 
-        name = timm_networks.SHORT.get(arch, arch)
+        name = timm_networks.SHORT.get(network, network)
         described = timm.get_pretrained_cfg(name)
         if described is None or not described.has_weights:
             raise InputError(f"--init timm: timm has no weights for {arch}; give a file")

@@ -7,14 +7,14 @@ import sys
 from pathlib import Path
 
 from moco.config import Pretraining, flat
-from moco.data import sources
+from moco.data import registry
 
 
 def commands(config: Pretraining, saved: Path) -> list[str]:
     """Return the shell commands for k-NN, a linear probe and the report.
 
-    If the run has a k-NN monitor, the k-NN command has the same settings. If the data has no
-    validation images, only the report command is returned.
+    If the run has a k-NN monitor, the k-NN command has the same settings. If there are no images to
+    test on, a command that writes features to a file takes the place of k-NN and the probe.
 
     Args:
         config: the settings of the pre-training.
@@ -38,17 +38,19 @@ def commands(config: Pretraining, saved: Path) -> list[str]:
             if config.launch.nproc_per_node
             else []
         )
-    evaluated = config.run.data == "photos" or config.input.dataset != "imagenet"
-    evaluated = evaluated or sources.locate(Path(config.run.data), "val") is not None
+    evaluated = registry.has_test_images(
+        config.input.dataset, config.run.data, config.listed.file_list
+    )
     monitor = (
         {"--k": "knn_k", "--temperature": "knn_t", "--features": "knn_features"}
         if config.monitor.knn_every
         else {}
     )
     knn = [word for option, name in monitor.items() for word in (option, settings[name])]
-    found = [
-        [home / "main_knn.py", *given, *knn],
-        [home / "main_lincls.py", *given],
-    ] * evaluated
+    found = [[home / "main_knn.py", *given, *knn], [home / "main_lincls.py", *given]]
+    if not evaluated:
+        out = Path(config.run.save_dir) / "features.npz"
+        embed = [home / "tools" / "embed.py", *given[:3], "--out", out]
+        found = [embed] * (embed[0].exists() and not config.listed.file_list)
     found.append([home / "tools" / "report.py", config.run.save_dir])
     return [shlex.join(map(str, [python, *words])) for words in found]

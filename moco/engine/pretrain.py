@@ -11,10 +11,10 @@ from moco import distributed
 from moco.augment import recipes
 from moco.builder.base import Method
 from moco.config import Pretraining, flat, replaced
-from moco.data import cache, loader, registry, sources, subsets
-from moco.data.images import Images
+from moco.data import cache, file_lists, loader, registry, sources, subsets
+from moco.data.images import Images, note_dark
 from moco.distributed import print_rank0
-from moco.encoder import resnets
+from moco.encoder import networks, recompute, resnets, trial
 from moco.engine import checkpoint, contract, initial, next_commands, precision
 from moco.engine.log import Metrics, format_duration
 from moco.engine.monitor import Monitor
@@ -54,41 +54,85 @@ def complete(config: Pretraining) -> Pretraining:
     Call it before any process starts. Raises InputError if the architecture or the data do not fit
     the script, or if the weights of `--init` do not fit the architecture.
     """
-    if not config.TRANSFORMERS and config.network.arch not in resnets.ARCHS:
-        raise InputError(
-            f"--arch {config.network.arch}: this script is for torchvision's ResNets; "
-            "main_moby.py trains transformers"
-        )
+    _check_network(config)
     dataset, data = config.input.dataset, config.run.data
-    if dataset == "imagenet":
+    if dataset != "imagenet" or data == "photos":
+        config = replaced(config, file_list=None)
+    if config.listed.file_list:
+        _check_list(config)
+    elif dataset == "imagenet":
         root = _find(config)
         subsets.check_classes(root, config.input.class_list, config.input.data_name)
     else:
         registry.check(dataset, data, config.input.download)
-        if registry.METRIC[dataset] == "map11" and config.monitor.knn_every:
-            several = f"each image of {dataset} has several labels, and k-NN needs one"
-            raise InputError(f"--knn-every: {several}; leave it out")
+        if registry.METRIC[dataset] == "map11" and (option := _labels_for(config)):
+            several = f"each image of {dataset} has several labels, and one is needed"
+            raise InputError(f"{option}: {several}; leave it out")
     initial.check(config)
     mean, std = registry.normalization(dataset)
     return replaced(config, mean=config.views.mean or mean, std=config.views.std or std)
 
 
-_WITHOUT_MONITOR = "; or train without the k-NN monitor: --knn-every 0"
+def _check_list(config: Pretraining) -> None:
+    """Raise InputError if the list of images cannot be used, or if an option needs labels."""
+    file, settings = config.listed.file_list, flat(config)
+    for name in ("class_list", "data_name", "knn_every", "probe_online"):
+        if settings[name]:
+            option = f"--{name.replace('_', '-')}"
+            how = "give --knn-every 0" if name == "knn_every" else "leave it out"
+            raise InputError(f"{option}: the images of --file-list have no labels; {how}")
+    root = Path(config.run.data)
+    if not root.is_dir():
+        raise InputError(f"{root}: no such folder; give the one at which the paths of {file} start")
+    file_lists.check(file, root)
+
+
+def _check_network(config: Pretraining) -> None:
+    """Raise InputError if the network does not take the views, or lacks what options need."""
+    network, size = config.network, config.views.image_size
+    if network.arch in resnets.ARCHS:
+        return
+    net = networks.create(network.arch, 1, size, stem=network.stem, norm_eps=network.norm_eps)
+    sizes = {size, *(view.size for view in recipes.from_settings(config.views))}
+    trial.check(net, network.arch, sizes)
+    if config.compute.grad_checkpoint:
+        recompute.recompute_blocks(net)
+
+
+# the options that need labels, and how to train without them
+_NEED_LABELS = {
+    "--knn-every": "; or train without the k-NN monitor: --knn-every 0",
+    "--probe-online": "; or leave out --probe-online",
+}
+
+
+def _labels_for(config: Pretraining) -> str:
+    """Return the given option that needs the labels of train/ and val/; "" if there is none."""
+    if config.monitor.knn_every:
+        return "--knn-every"
+    return "--probe-online" if config.monitor.probe_online else ""
 
 
 def _find(config: Pretraining) -> Path:
-    """Return the data folder. Raises InputError if it lacks train/, or val/ for the k-NN monitor.
+    """Return the data folder. Raises InputError if it lacks train/, or val/ for the monitor.
 
-    If only val/ is wrong, the message suggests `--knn-every 0`.
+    If only val/ is wrong, the message says how to train without it.
     """
     data = config.run.data
-    if not config.monitor.knn_every:
-        return sources.find(data, ("train",), labels=False)
+    option = _labels_for(config)
+    if not option:
+        root = sources.find(data, ("train",), labels=False)
+        if sources.holds_folders_without_labels(root):
+            print_rank0(
+                f"{root}: has no train/ folder, so all images in it are used, and its folders are "
+                "not classes; for labels, move them into train/"
+            )
+        return root
     try:
         return sources.find(data, ("train", "val"))
     except InputError as error:
         sources.find(data, ("train",), labels=False)  # raises another error if train/ is wrong
-        raise InputError(f"{error}{_WITHOUT_MONITOR}") from None
+        raise InputError(f"{error}{_NEED_LABELS[option]}") from None
 
 
 def train(config: Pretraining, device: torch.device, build: Callable[[Images], Method]) -> None:
@@ -106,10 +150,13 @@ def train(config: Pretraining, device: torch.device, build: Callable[[Images], M
             "--batch-size gives each process a single image; batch norm and the loss need at "
             "least two. Raise --batch-size"
         )
-    images = registry.train_images(config.input.dataset, config.run.data, config.input.class_list)
+    images = registry.train_images(
+        config.input.dataset, config.run.data, config.input.class_list, config.listed.file_list
+    )
+    note_dark(images, config.input)
     k = config.monitor.knn_k
-    if config.monitor.knn_every:
-        subsets.require_two_classes(images, _WITHOUT_MONITOR)
+    if option := _labels_for(config):
+        subsets.require_two_classes(images, _NEED_LABELS[option])
     if config.monitor.knn_every and k > len(images):
         print_rank0(
             f"--knn-k {k}: the training set has only {len(images)} images, and all of them vote"
@@ -152,8 +199,10 @@ class PretrainingTask(Task):
         return self.module.grad_norm_modules
 
     def notes(self) -> list[str]:
-        """Return the method's lines to print at the start."""
-        return self.module.notes(self.config.input.batch_per_process)
+        """Return the lines to print at the start: about a list of images, and the method's."""
+        file = self.config.listed.file_list
+        listed = [f"the images are those that {file} names, in its order"] * bool(file)
+        return listed + self.module.notes(self.config.input.batch_per_process)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Return the method's parameter groups for the optimizer."""

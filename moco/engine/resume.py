@@ -8,6 +8,7 @@ from moco.config import AnyConfig, Training, flat, replaced
 from moco.distributed import print_rank0
 from moco.encoder import metadata
 from moco.engine import checkpoint
+from moco.engine.decoding import BEFORE, of_resumed
 from moco.errors import InputError, short
 from moco.files import read_yaml
 
@@ -21,7 +22,7 @@ MAY_DIFFER = frozenset(
     " probe_online rankme_every"
     " multiprocessing_distributed nproc_per_node world_size rank dist_url dist_backend gpu device"
     " local_rank nodes batch_size batch_per_process accumulation_steps batch_is_per_process"
-    " encoder_method pretrain_epochs".split()
+    " encoder_method encoder_script pretrain_epochs".split()
 )
 
 
@@ -69,18 +70,21 @@ def resolve(config: AnyConfig) -> tuple[AnyConfig, bool]:
 
 
 def inherit(config: AnyConfig) -> AnyConfig:
-    """Return the config of a pre-training run with the network, mean and std of `--resume`.
+    """Return the config of a pre-training run with some settings of the checkpoint of `--resume`.
 
-    Given options are kept. Without `--resume`, the stem is ImageNet's, and the epsilons of the
-    layer norms are timm's. Raises InputError if the checkpoint cannot be read.
+    These are the network's, mean and std, and how images are decoded. Given options are kept.
+    Without `--resume`, the stem is ImageNet's, and the epsilons of the layer norms are timm's.
+    Raises InputError if the checkpoint cannot be read.
     """
     settings = flat(config)
-    found = {name: settings[name] for name in ("stem", "norm_eps", "mean", "std")}
+    found = {name: settings[name] for name in ("stem", "norm_eps", "mean", "std", *BEFORE)}
     if config.log.resume and None in found.values():
-        facts = metadata.read_metadata(checkpoint.load(config.log.resume))
-        found = {name: given or getattr(facts, name) for name, given in found.items()}
+        facts = of_resumed(metadata.read_metadata(checkpoint.load(config.log.resume)))
+        found = {name: getattr(facts, name) if one is None else one for name, one in found.items()}
     found["stem"] = found["stem"] or "imagenet"
     found["norm_eps"] = found["norm_eps"] or "timm"
+    found["exif"] = found["exif"] or "ignore"
+    found["shrink_on_decode"] = bool(found["shrink_on_decode"])
     return replaced(config, **found)
 
 
@@ -130,7 +134,8 @@ def check_unchanged(config: Training, state: checkpoint.State, batch: int) -> No
         state: the content of the checkpoint of `--resume`.
         batch: images in a step, over all processes.
     """
-    saved, allowed, settings = state["args"], set(config.log.allow_change), flat(config)
+    saved, settings = BEFORE | state["args"], flat(config)
+    allowed = set(config.log.allow_change)
     if unknown := sorted(allowed - {_spelled(name) for name in settings}):
         raise InputError(f"--allow-change {','.join(unknown)}: this script has no such option")
     unread = {"epochs"} if _open_ended(config) else set()

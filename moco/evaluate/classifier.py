@@ -17,8 +17,8 @@ from moco.engine.task import Task
 from moco.engine.trainer import Trainer
 from moco.errors import InputError
 from moco.evaluate import metrics
-from moco.evaluate.inputs import Splits
 from moco.evaluate.results import write_results
+from moco.evaluate.splits import Splits
 from moco.files import read_json
 
 

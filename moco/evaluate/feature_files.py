@@ -33,7 +33,7 @@ _ORIGIN = {
     "pretrain_epochs": "pretrain_epochs",
 }
 _SAME = "features stem norm_eps mean std dataset data class_list image_size test_resize amp seed"
-_ORIGIN |= {name: name for name in _SAME.split()}
+_ORIGIN |= {name: name for name in (*_SAME.split(), "exif", "white")}
 
 # types of the entries of meta.json
 _TYPES = dict.fromkeys(("arch", "method", "dataset", "data", "test_resize", "amp"), str)
@@ -47,7 +47,7 @@ _TYPES |= {
 
 # default values of entries that older versions did not write
 _OPTIONAL = {"class_list": None, "features": "backbone", "stem": None, "mean": None, "std": None}
-_OPTIONAL |= {"test_resize": "scaled", "norm_eps": None}
+_OPTIONAL |= {"test_resize": "scaled", "norm_eps": None, "exif": "ignore", "white": None}
 
 
 def complete(config: Evaluation, multi_label: bool) -> Evaluation:

@@ -12,7 +12,7 @@ from moco.encoder import networks
 from moco.engine.log import Metrics
 from moco.errors import InputError
 from moco.evaluate.classifier import ClassifierTask, Setting, init_classifier, with_head_axis
-from moco.evaluate.inputs import Splits
+from moco.evaluate.splits import Splits
 from moco.rng import Progress
 
 

@@ -2,21 +2,18 @@
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from moco import distributed
 from moco.config import MEAN, STD, AnyConfig, Config, Evaluation, flat, replaced
-from moco.data import registry, sources, subsets
-from moco.data.images import Images
+from moco.data import registry, subsets
 from moco.distributed import print_rank0
-from moco.encoder import metadata, networks, resnets
+from moco.encoder import metadata, networks, resnets, trial
 from moco.encoder import pretrained as encoders
-from moco.engine import checkpoint, features, precision
+from moco.engine import checkpoint, decoding, features, precision
 from moco.errors import InputError, short
-from moco.evaluate import feature_files
+from moco.evaluate import feature_files, splits
 
 
 def complete(config: AnyConfig) -> AnyConfig:
@@ -32,6 +29,8 @@ def complete(config: AnyConfig) -> AnyConfig:
     registry.check(images.dataset, config.run.data, images.download)
     if images.dataset == "imagenet":
         subsets.check_classes(Path(config.run.data), images.class_list, images.data_name)
+    if not config.encoder.pretrained or tests_full_network(config):
+        config = decoding.complete(config)
     if tests_full_network(config) and config.encoder.encoder_method:
         config = replaced(
             config,
@@ -40,11 +39,10 @@ def complete(config: AnyConfig) -> AnyConfig:
             mean=config.views.mean or MEAN,
             std=config.views.std or STD,
         )
-        # raises InputError if the arch, image size and stem do not fit each other
-        _create(config, 1)
-        return config
-    if not config.encoder.pretrained:
-        return replaced(
+    elif config.encoder.pretrained:
+        config = _complete_from(config, config.encoder.pretrained)
+    else:
+        config = replaced(
             config,
             arch=config.network.arch or "resnet50",
             image_size=config.views.image_size or 224,
@@ -55,7 +53,9 @@ def complete(config: AnyConfig) -> AnyConfig:
             encoder_method="random",
             pretrain_epochs=None,
         )
-    return _complete_from(config, config.encoder.pretrained)
+    if config.network.arch not in resnets.ARCHS:
+        trial.check(_create(config, 1), config.network.arch, [config.views.image_size])
+    return config
 
 
 def _complete_from(config: AnyConfig, path: str) -> AnyConfig:
@@ -70,13 +70,14 @@ def _complete_from(config: AnyConfig, path: str) -> AnyConfig:
     if line := metadata.normalization_note(path, used):
         print_rank0(f"{line} (--mean, --std)")
     config = replaced(
-        config,
-        arch=config.network.arch or facts.arch or "resnet50",
+        decoding.complete(config, facts),
+        arch=networks.canonical(config.network.arch or facts.arch or "resnet50"),
         image_size=image_size or 224,
         norm_eps=metadata.norm_eps(path, facts, config.network.norm_eps),
         mean=used.mean or MEAN,
         std=used.std or STD,
         encoder_method=facts.method,
+        encoder_script=facts.script,
         pretrain_epochs=facts.epoch,
     )
     arch, image_size = config.network.arch, config.views.image_size
@@ -139,7 +140,8 @@ def restore_options(config: AnyConfig, options: Iterable[str]) -> AnyConfig:
                 "which is not valid; take another checkpoint"
             )
         restored[name] = value
-    for name, expected in (("encoder_method", str), ("pretrain_epochs", int)):
+    types = {"encoder_method": str, "encoder_script": str, "pretrain_epochs": int}
+    for name, expected in types.items():
         value = saved.get(name)
         restored[name] = value if isinstance(value, expected) else None
     return replaced(config, **restored)
@@ -148,14 +150,16 @@ def restore_options(config: AnyConfig, options: Iterable[str]) -> AnyConfig:
 def _restore_facts(config: AnyConfig, facts: metadata.Metadata) -> AnyConfig:
     """Return `config` with the network, normalization and test resize of the classifier.
 
-    Raises InputError if given options differ. With `--evaluate`, the image size and the resize of
-    test images may differ.
+    Also with its decoding. Raises InputError if given options differ. With `--evaluate`, the image
+    size and the resize of test images may differ.
     """
     settings, path, found = flat(config), config.log.resume, {}
-    for name in ("arch", "image_size", "stem", "norm_eps", "mean", "std", "test_resize"):
+    facts = decoding.of_resumed(facts)
+    names = "arch image_size stem norm_eps mean std test_resize exif white".split()
+    for name in names + ["shrink_on_decode"] * (not config.only_tests):
         given, own = settings[name], getattr(facts, name)
         if own is None or given in (None, own):
-            found[name] = given or own
+            found[name] = own if given is None else given
         elif name == "image_size" and config.only_tests:
             print_rank0(
                 f"the classifier was trained at {own} pixels, and is tested at {given} "
@@ -168,8 +172,7 @@ def _restore_facts(config: AnyConfig, facts: metadata.Metadata) -> AnyConfig:
             )
         else:
             given, own = (
-                " ".join(map(str, value)) if isinstance(value, list) else value
-                for value in (given, own)
+                " ".join(map(str, one)) if isinstance(one, list) else one for one in (given, own)
             )
             raise InputError(
                 f"--{name.replace('_', '-')} {given}: {path} was trained with {own}; leave it out"
@@ -195,76 +198,6 @@ def check_distinct(flag: str, values: Iterable[float]) -> None:
     printed = [f"{value:g}" for value in values]  # as the results name them
     if len(set(printed)) < len(printed):
         raise InputError(f"{flag} {' '.join(printed)}: a value is given twice; give each once")
-
-
-def check_val_from_train(config: Config) -> None:
-    """Raise InputError if `--val-from-train` is not a fraction."""
-    fraction = config.val_from_train
-    if fraction is not None and not 0 < fraction < 1:
-        raise InputError(
-            f"--val-from-train {fraction:g}: must be between 0 and 1, as in --val-from-train 0.1"
-        )
-
-
-def check_labels(config: Config) -> None:
-    """Download or read the list of labelled images, if there is one. Call it after `complete`.
-
-    Raises InputError if it cannot be downloaded or read.
-    """
-    if config.labels.subset_file:
-        subsets.read_names(Path(config.labels.subset_file))
-        return
-    percent, images = config.labels.train_percent, config.input
-    of_imagenet = images.dataset == "imagenet" and not images.class_list
-    if percent == 100 or not of_imagenet:
-        return
-    if subsets.is_imagenet(sources.class_names(Path(config.run.data), "train")):
-        subsets.published_list(percent)
-
-
-class Splits(NamedTuple):
-    """The images to train and test a classifier on and, if some are held out, to choose it on."""
-
-    train: Images
-    val: Images
-    held_out: Images | None = None
-
-
-def splits(config: Config) -> Splits:
-    """Return the labelled training images, the validation images, and the images held out.
-
-    `--val-from-train` holds images out; they are not among the training images. Raises InputError
-    if the data cannot be read.
-    """
-    seed, images = config.run.seed, config.input
-    train, val = (
-        subsets.keep_classes(part, images.class_list)
-        for part in registry.load(images.dataset, config.run.data, seed)
-    )
-    subsets.require_two_classes(train)
-    if config.labels:
-        train = _labelled(config, train)
-    if not config.val_from_train:
-        return Splits(train, val)
-    train, held_out = subsets.hold_out(train, config.val_from_train, seed)
-    print_rank0(
-        f"{len(held_out)} images of train/ are held out to choose the classifier on, "
-        f"{len(train)} are trained on"
-    )
-    return Splits(train, val, held_out)
-
-
-def _labelled(config: Config, train: Images) -> Images:
-    """Return the training images whose labels are used. If these are not all, write subset.txt."""
-    labels = config.labels
-    part = subsets.labelled_subset(train, labels.train_percent, config.run.seed, labels.subset_file)
-    if len(part) < len(train) and distributed.rank() == 0:
-        file = Path(config.run.save_dir) / "subset.txt"
-        subsets.write_names(part, file)
-        print_rank0(
-            f"{len(part)} of {len(train)} training images are labelled; they are listed in {file}"
-        )
-    return part
 
 
 def load_network(config: Config, num_classes: int, device: torch.device) -> nn.Module:
@@ -308,11 +241,10 @@ def load_network(config: Config, num_classes: int, device: torch.device) -> nn.M
 def _create(config: Config, out: int) -> nn.Module:
     """Return the network of an evaluation, randomly initialized, with `out` outputs."""
     network = config.network
-    # ResNets have no stochastic depth, and a line at the start says that --drop-path has no effect
-    drop_path = 0.0 if network.arch in resnets.ARCHS else config.drop_path
-    return networks.create(
-        network.arch, out, config.views.image_size, drop_path, network.stem, network.norm_eps
-    )
+    size, drop_path = config.views.image_size, config.drop_path
+    # a line at the start says if --drop-path has no effect
+    drop_path = drop_path if drop_path and trial.has_stochastic_depth(network, size) else 0.0
+    return networks.create(network.arch, out, size, drop_path, network.stem, network.norm_eps)
 
 
 def _print_other_normalization(config: Config, facts: metadata.Metadata) -> None:
@@ -381,7 +313,7 @@ def frozen_features(
     if config.files.load_features:
         train, val, classes = feature_files.load(config, device)
     else:
-        images, val_images, _ = splits(config)
+        images, val_images, _ = splits.load(config)
         net = load_network(config, len(images.classes), device)
         classes = images.classes
         train, val = feature_files.extract_splits(

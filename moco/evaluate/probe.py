@@ -9,12 +9,13 @@ from torch import Tensor, nn
 from moco.config import Probing
 from moco.data import loader
 from moco.distributed import print_rank0
-from moco.encoder import networks, timm_networks
+from moco.encoder import networks
 from moco.engine.log import Metrics
 from moco.engine.trainer import Trainer
 from moco.errors import InputError
 from moco.evaluate.classifier import ClassifierTask, Setting, init_classifier, with_head_axis
-from moco.evaluate.inputs import Splits, tests_full_network
+from moco.evaluate.inputs import tests_full_network
+from moco.evaluate.splits import Splits
 from moco.rng import Progress
 
 
@@ -89,7 +90,7 @@ class LinearProbe(ClassifierTask):
     def start_epoch(self) -> None:
         """Keep the backbone in eval mode, except its stochastic depth."""
         self.module.eval()
-        for module in timm_networks.stochastic_depth(self.module):
+        for module in networks.stochastic_depth(self.module):
             module.train()
 
     def loss(

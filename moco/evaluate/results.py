@@ -69,6 +69,6 @@ def write(folder: Path, results: dict[str, Any], seconds: float | None = None) -
 _SETTINGS = (
     "features temperature image_size test_resize mean std stem norm_eps epochs batch_size optimizer"
     " lr lr_backbone lr_classifier learning_rate_scaling cos wd weights train_percent"
-    " subset_file ft_proj val_from_train label_smoothing drop_path amp seed"
-    " iterations norm"  # of detectors
+    " subset_file ft_proj exif white val_from_train label_smoothing drop_path amp"
+    " seed iterations norm"  # of detectors
 ).split()

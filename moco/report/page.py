@@ -17,6 +17,7 @@ from moco.errors import InputError
 from moco.files import check_new, creating, refuse_remote
 from moco.report import pictures, plots, results, runs
 from moco.report.runs import Run
+from moco.report.samples import Sample
 
 THUMBNAIL = 96  # side of an image among its neighbours, in pixels
 CHEAP = 20.0  # seconds; a random encoder is also shown if its features take less time
@@ -121,9 +122,9 @@ def summary(found: list[Run]) -> str:
 
 def _facts(run: Run) -> list[object]:
     args, log = run.args, run.log
-    data = Path(str(args.get("data", ""))).name + (
-        f" ({Path(str(args['class_list'])).name})" if args.get("class_list") else ""
-    )
+    lists = [args[name] for name in ("class_list", "file_list") if args.get(name)]
+    data = Path(str(args.get("data", ""))).name
+    data += "".join(f" ({Path(str(file)).name})" for file in lists)
     total = f"{args.get('epochs', '')}"
     done = (
         f"{log.last_step / log.steps_per_epoch:.4g}"
@@ -291,9 +292,10 @@ def views(found: list[Run]) -> str:
 
     def one(run: Run) -> str:
         name, recipe = pictures.recipe(run)
-        if (run.args["data"], recipe) in seen:
+        shown = run.args["data"], run.args.get("file_list"), recipe
+        if shown in seen:
             return ""
-        seen.add((run.args["data"], recipe))
+        seen.add(shown)
         return figure(
             f"{run.name}: recipe {name}",
             pictures.views(run),
@@ -311,7 +313,7 @@ class RunFeatures(NamedTuple):
     run: Run
     source: str  # a text that names the checkpoint
     bank: Tensor  # features of training images [N, D]
-    val: Tensor  # features of val images [M, D]
+    points: Tensor  # features of the images on the map [M, D]
 
 
 def encoders(found: list[Run], pretrained: Path | None, images: int, seed: int) -> str:
@@ -322,14 +324,9 @@ def encoders(found: list[Run], pretrained: Path | None, images: int, seed: int) 
         try:
             net, source = pictures.encoder(run, pretrained)
             sample = pictures.sample_of(run, images, seed)
-            print_rank0(
-                f"{plots.printable(run.name)}: features of {len(sample.bank)} train "
-                f"and {len(sample.val)} val images"
-            )
-            bank, val = (
-                pictures.extract_features(net, part, run) for part in (sample.bank, sample.val)
-            )
-            computed[id(sample)].append(RunFeatures(run, source, bank, val))
+            print_rank0(f"{plots.printable(run.name)}: features of {sample.counts}")
+            bank, points = pictures.sample_features(net, sample, run)
+            computed[id(sample)].append(RunFeatures(run, source, bank, points))
             samples[id(sample)] = sample
         except (InputError, OSError) as error:
             lines.append(_line(run, f"{error}; only curves are shown"))
@@ -350,27 +347,21 @@ def encoders(found: list[Run], pretrained: Path | None, images: int, seed: int) 
     return "".join([*parts, *lines])
 
 
-def _map(sample: pictures.Sample, computed: list[RunFeatures], seed: int) -> str:
-    began, run = time.perf_counter(), computed[0].run
-    shown = {one.run.name: one.val for one in computed}
-    few = sample.val.subset(np.arange(min(64, len(sample.val))))
+def _map(sample: Sample, computed: list[RunFeatures], seed: int) -> str:
+    began, run, points = time.perf_counter(), computed[0].run, sample.points
+    shown = {one.run.name: one.points for one in computed}
+    few = points.subset(np.arange(min(64, len(points))))
     net = pictures.random_encoder(run, seed)
     pictures.extract_features(net, few, run)
-    if (time.perf_counter() - began) * len(sample.val) / len(few) < CHEAP:
-        shown[f"random {run.args['arch']}"] = pictures.extract_features(net, sample.val, run)
-    classes = len(np.unique(sample.val.labels))
-    of = f"{classes} of {sample.all_classes}" if classes < sample.all_classes else f"{classes}"
-    text = f"{len(sample.val)} val images of {of} classes, by t-SNE of their features. "
-    text += "Distances between groups mean little."
+    if (time.perf_counter() - began) * len(points) / len(few) < CHEAP:
+        shown[f"random {run.args['arch']}"] = pictures.extract_features(net, points, run)
     title = f"Images of {Path(run.args['data']).name}"
-    return figure(title, pictures.feature_map(sample.val, shown), text)
+    return figure(title, pictures.feature_map(points, shown), sample.map_text)
 
 
-def _strips(sample: pictures.Sample, one: RunFeatures) -> str:
-    picture = pictures.neighbours(sample, one.bank, one.val, THUMBNAIL)
-    text = "Left: val images. Right: for each, the nearest training images and their cosine "
-    text += f"similarity, out of {len(sample.bank)} images of the map's classes. A green frame is "
-    text += f"the same class; a red frame and x, another class. {one.source}."
+def _strips(sample: Sample, one: RunFeatures) -> str:
+    picture = pictures.neighbours(sample, one.bank, one.points, THUMBNAIL, one.run)
+    text = f"{sample.neighbours_text} {one.source}."
     return figure(one.run.name, picture, text)
 
 

@@ -1,15 +1,11 @@
 """Draw a run's pictures: the views of its recipe, a map of features, and nearest neighbours."""
 
-from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from sklearn.manifold import TSNE
-from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
 from moco import devices
@@ -19,22 +15,32 @@ from moco.data import registry
 from moco.data.images import Images
 from moco.encoder import metadata, networks, pretrained
 from moco.engine import checkpoint, features
+from moco.engine.decoding import BEFORE
 from moco.errors import InputError
 from moco.launch import processes
+from moco.report import maps, samples
 from moco.report.plots import plain, printable, run_label
 from moco.report.runs import Run
+from moco.report.samples import Sample
 from moco.report.views import views_figure
 
 ROWS = 6  # images in the grid of views
-CLASSES, POINTS = 20, 2000  # maximum numbers of classes and images on a map
-QUERIES, NEIGHBOURS = 8, 6
-SAME, OTHER = "#1a8a2d", "#c62828"
+NEIGHBOURS = 6
+SAME, OTHER, PLAIN = "#1a8a2d", "#c62828", "#555555"  # colours of frames
 _NEEDED = {"arch": str, "data": str, "image_size": int, "dataset": str, "stem": str}
 _NEEDED |= {"norm_eps": str}
+_OPTIONAL = {"class_list": str | None, "file_list": str | None, "exif": str | None}
+_OPTIONAL |= {"white": float | None}
 _FOR_VIEWS = {"recipe": str, "seed": int}
 # for runs of older versions, which lack these options
-_DEFAULTS = {"class_list": None, "crop_min": None, "dataset": "imagenet", "stem": "imagenet"}
-_DEFAULTS |= {"mean": list(MEAN), "std": list(STD), "norm_eps": "timm"}
+_DEFAULTS = {
+    "class_list": None,
+    "file_list": None,
+    "crop_min": None,
+    "dataset": "imagenet",
+    "stem": "imagenet",
+}
+_DEFAULTS |= {"mean": list(MEAN), "std": list(STD), "norm_eps": "timm"} | BEFORE
 
 
 def settings(run: Run, needed: dict[str, type]) -> Pretraining:
@@ -47,7 +53,7 @@ def settings(run: Run, needed: dict[str, type]) -> Pretraining:
     Raises InputError if args.yaml lacks one of them, or has a value of another type.
     """
     args = _DEFAULTS | run.args
-    for name, type_ in (needed | {"class_list": str | None}).items():
+    for name, type_ in (needed | _OPTIONAL).items():
         if not isinstance(args.get(name), type_):
             raise InputError(
                 f"{run.folder / 'args.yaml'}: {name} is {args.get(name)!r}, which is not valid"
@@ -78,9 +84,15 @@ def views(run: Run) -> Figure:
     Raises InputError if the images cannot be read.
     """
     config = settings(run, _NEEDED | _FOR_VIEWS)
-    train = registry.train_images(config.input.dataset, config.run.data, config.input.class_list)
+    train = registry.train_images(*_data(config))
     picked = sorted({round(i * (len(train) - 1) / (ROWS - 1)) for i in range(ROWS)})
-    return views_figure(train, picked, recipe(run)[1], config.run.seed, draws=1)
+    return views_figure(train, picked, recipe(run)[1], config.run.seed, 1, config.input)
+
+
+def _data(config: Pretraining) -> tuple[str, str, str | None, str | None]:
+    """Return the arguments of `registry.train_images` for a run."""
+    data = config.input
+    return data.dataset, config.run.data, data.class_list, config.listed.file_list
 
 
 def _grid(
@@ -101,64 +113,9 @@ def _grid(
     )
 
 
-@dataclass(frozen=True)
-class Sample:
-    """The sample of images that is shown for all encoders of a data set.
-
-    Attributes:
-        bank: training images.
-        val: images of val/, of the same classes.
-        queries: indices in `val` of the images whose neighbours are shown.
-        all_classes: number of classes in all of val/.
-    """
-
-    bank: Images
-    val: Images
-    queries: np.ndarray
-    all_classes: int
-
-
-@cache
-def sample(dataset: str, data: str, class_list: str | None, images: int, seed: int) -> Sample:
-    """Return a random sample of a data set, of at most `CLASSES` classes.
-
-    Args:
-        dataset: name of the data set in the registry.
-        data: its folder.
-        class_list: file with the names of the classes to use, if any.
-        images: maximum number of training images. There are at most `POINTS` images of val/.
-        seed: seed of the sample.
-
-    Raises InputError if the data set cannot be read.
-    """
-    train, val = (
-        part(dataset, data, class_list) for part in (registry.train_images, registry.test_images)
-    )
-    draw = np.random.default_rng(seed)
-    there = np.unique(val.labels)
-    classes = there[np.linspace(0, len(there) - 1, min(CLASSES, len(there))).round().astype(int)]
-    bank, points = (
-        _some_of(part, classes, most, draw) for part, most in ((train, images), (val, POINTS))
-    )
-    one_each = [np.flatnonzero(points.labels == label)[:QUERIES] for label in classes]
-    # the first image of each class, then the second of each, ...
-    turns = [found[turn] for turn in range(QUERIES) for found in one_each if turn < len(found)]
-    count = min(len(turns), max(QUERIES, sum(len(found) > 0 for found in one_each)))
-    chosen = np.linspace(0, count - 1, min(QUERIES, count)).round().astype(int)
-    return Sample(bank, points, np.array(turns)[chosen], len(there))
-
-
-def _some_of(part: Images, classes: np.ndarray, most: int, draw: np.random.Generator) -> Images:
-    """Return at most `most` random images of the given classes."""
-    indices = draw.permutation(np.flatnonzero(np.isin(part.labels, classes)))[:most]
-    return part.subset(np.sort(indices))
-
-
 def sample_of(run: Run, images: int, seed: int) -> Sample:
-    """Return the sample of the run's data set; see `sample`."""
-    config = settings(run, _NEEDED)
-    data = config.input
-    return sample(data.dataset, config.run.data, data.class_list, images, seed)
+    """Return the sample of the run's data set; see `samples.draw`."""
+    return samples.draw(*_data(settings(run, _NEEDED)), images, seed)
 
 
 def encoder(run: Run, weights: Path | None) -> tuple[nn.Module, str]:
@@ -219,27 +176,36 @@ def extract_features(net: nn.Module, images: Images, run: Run) -> Tensor:
     return x
 
 
-def feature_map(val: Images, found: dict[str, Tensor]) -> Figure:
-    """Return a map of the images of `val` for each encoder, by t-SNE.
+def sample_features(net: nn.Module, of: Sample, run: Run) -> tuple[Tensor, Tensor]:
+    """Return the features of the sample's `bank` and `points`; see `extract_features`."""
+    bank = extract_features(net, of.bank, run)
+    points = extract_features(net, of.points, run) if of.in_bank is None else bank[of.in_bank]
+    return bank, points
+
+
+def feature_map(points: Images, found: dict[str, Tensor]) -> Figure:
+    """Return a map of images for each encoder, by t-SNE. Colours are classes, if there are labels.
 
     Args:
-        val: N images.
+        points: N images.
         found: their features [N, D], by the name of the encoder.
 
     Raises InputError if there are too few images.
     """
     columns = 2 if len(found) == 4 else min(3, len(found))
     rows = -(-len(found) // columns)
+    if len(points) < maps.FEWEST:
+        raise InputError(f"{len(points)} images are too few for a map")
     figure = Figure(figsize=(3.5 * columns + 1.7, 3.5 * rows + 0.2), dpi=110, layout="constrained")
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     colors = mpl.colormaps["tab20"]
-    there = np.unique(val.labels)
+    there = np.unique(points.labels)
     for axis, (name, x) in zip(axes, found.items(), strict=False):
-        points = _in_two_dimensions(x.numpy())
+        places = maps.tsne(x.numpy())
         dots = [
             axis.scatter(
-                *points[val.labels == label].T,
-                s=max(3, min(16, 6000 / len(points))),
+                *places[points.labels == label].T,
+                s=max(3, min(16, 6000 / len(places))),
                 color=colors(i),
                 linewidths=0,
             )
@@ -251,55 +217,74 @@ def feature_map(val: Images, found: dict[str, Tensor]) -> Figure:
         axis.spines[:].set_color("#bbbbbb")
     for axis in axes[len(found) :]:
         axis.axis("off")
+    if not points.labelled:
+        return figure
     look = {"loc": "outside right upper", "fontsize": 7, "frameon": False, "markerscale": 1.5}
     plain(
         figure.legend(dots, [""] * len(dots), **look).get_texts(),
-        [run_label(val.classes[label], 22) for label in there],
+        [run_label(points.classes[label], 22) for label in there],
     )
     return figure
 
 
-def _in_two_dimensions(x: np.ndarray) -> np.ndarray:
-    """Return features [N, D] in two dimensions, [N, 2]. Raises InputError if N is below 5."""
-    if len(x) < 5:
-        raise InputError(f"{len(x)} val images are too few for a map")
-    # the features of a collapsed encoder have no principal axis
-    start = "pca" if x.std(0).max() > 1e-6 else "random"
-    perplexity = min(30, (len(x) - 1) / 3)
-    # on busy cores, several threads mostly wait for each other
-    with threadpool_limits(1):
-        tsne = TSNE(metric="cosine", init=start, perplexity=perplexity, random_state=0)
-        return tsne.fit_transform(x)
+def neighbours(of: Sample, bank: Tensor, points: Tensor, size: int, run: Run) -> Figure:
+    """Return a picture of the query images, each with the other training images nearest to it.
 
-
-def neighbours(of: Sample, bank: Tensor, val: Tensor, size: int) -> Figure:
-    """Return a picture of the query images, each with the training images nearest to it.
+    Without labels, no frame shows whether a neighbour is of the same class.
 
     Args:
         of: the sample.
         bank: features of its training images, [N, D].
-        val: features of its val images, [M, D].
+        points: features of its images on the map, [M, D].
         size: side of each image, in pixels.
+        run: the run that computed the features.
+
+    Raises InputError if an image cannot be read, or if there is no other training image.
     """
-    similarity, indices = features.nearest(
-        bank, torch.arange(len(bank)), val[of.queries], NEIGHBOURS
-    )
+    decoding = settings(run, _NEEDED).input
+
+    def read(images: Images, i: int) -> Tensor:
+        return crop.center_view(images.read(i, decoding), size)
+
+    similarity, indices = _nearest_others(of, bank, points)
     rows, columns = len(of.queries), 1 + indices.shape[1]
     figure, axes = _grid(rows, columns, width=0.95, height=1.2, title=0.22)
     for row, query in zip(range(rows), of.queries, strict=True):
-        label = of.val.labels[query]
-        _framed(axes[row, 0], of.val, query, size, "#555555", run_label(of.val.classes[label], 15))
+        label = of.points.labels[query]
+        name = of.points.classes[label] if of.points.labelled else of.points.name(query)
+        _framed(axes[row, 0], read(of.points, query), PLAIN, run_label(name, 15))
         nearest = zip(indices[row].tolist(), similarity[row].tolist(), strict=True)
         for axis, (i, cosine) in zip(axes[row, 1:], nearest, strict=True):
             same = of.bank.labels[i] == label
             frame, mark = (SAME, "") if same else (OTHER, " x")
-            _framed(axis, of.bank, i, size, frame, f"{cosine:.3f}{mark}")
+            frame = frame if of.bank.labelled else PLAIN
+            _framed(axis, read(of.bank, i), frame, f"{cosine:.3f}{mark}")
     return figure
 
 
-def _framed(axis, images: Images, i: int, size: int, frame: str, title: str) -> None:
-    """Draw image `i` with a frame in the colour `frame`, and a title above."""
-    axis.imshow(crop.center_view(images.read(i), size).permute(1, 2, 0).numpy())
+def _nearest_others(of: Sample, bank: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the similarities [Q, K] of each query's neighbours, and their indices in the bank.
+
+    A query is not its own neighbour. Raises InputError if the bank has no other image.
+    """
+    own = of.in_bank is not None
+    if len(bank) <= own:
+        raise InputError(f"{len(bank)} image is too few for neighbours")
+    similarity, indices = features.nearest(
+        bank, torch.arange(len(bank)), points[of.queries], NEIGHBOURS + own
+    )
+    if not own:
+        return similarity, indices
+    others = indices != torch.from_numpy(of.in_bank[of.queries])[:, None]
+    # copies of a query may push it out of its nearest images; the last of these is then left out
+    others[others.all(1), -1] = False
+    kept = (len(others), -1)
+    return similarity[others].view(kept), indices[others].view(kept)
+
+
+def _framed(axis, image: Tensor, frame: str, title: str) -> None:
+    """Draw an image [3, H, W] with a frame in the colour `frame`, and a title above."""
+    axis.imshow(image.permute(1, 2, 0).numpy())
     plain([axis.set_title("?", fontsize=7, pad=3)], [printable(title)])
     axis.set_xticks([])
     axis.set_yticks([])

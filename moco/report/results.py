@@ -99,8 +99,9 @@ def _results(found: dict[str, Any]) -> Iterable[Result]:
     )
     settings, metrics = dict(found.get("settings", {})), found["metrics"]
     seed = settings.pop("seed", None)
-    if settings.get("test_resize") == "scaled":
-        del settings["test_resize"]  # the default, which older versions do not write
+    for name, default in (("test_resize", "scaled"), ("exif", "ignore")):
+        if settings.get(name) == default:
+            del settings[name]  # older versions do not write it
     settings = {name: value for name, value in settings.items() if value is not None}
     if not {"epochs", "optimizer"} & settings.keys():
         settings.pop("batch_size", None)  # nothing was trained: no result depends on it

@@ -13,6 +13,7 @@ from moco import rng
 from moco.augment import color
 from moco.augment.recipes import Recipe, View
 from moco.data import loader
+from moco.data.decoding import DEFAULT, Decoding
 from moco.data.images import Images
 from moco.errors import InputError
 from moco.report.plots import printable
@@ -42,7 +43,12 @@ class Column(NamedTuple):
 
 
 def views_figure(
-    images: Images, picked: Sequence[int], recipe: Recipe, seed: int = 0, draws: int | None = None
+    images: Images,
+    picked: Sequence[int],
+    recipe: Recipe,
+    seed: int = 0,
+    draws: int | None = None,
+    settings: Decoding = DEFAULT,
 ) -> Figure:
     """Return a figure of some images and their views.
 
@@ -52,11 +58,12 @@ def views_figure(
         recipe: the views.
         seed: seed of the views.
         draws: number of random draws of each view; by default 1 to 3, as many as fit.
+        settings: how to decode the images.
 
     Raises InputError if an image cannot be read.
     """
     columns = view_columns(
-        images, picked, recipe, seed, draws or max(1, min(3, COLUMNS // len(recipe)))
+        images, picked, recipe, seed, draws or max(1, min(3, COLUMNS // len(recipe))), settings
     )
     width = CELL * len(columns) + 2 * LINE
     height = CELL * len(picked) + LINE * (_lines(columns) + 4)
@@ -66,15 +73,20 @@ def views_figure(
 
 
 def view_columns(
-    images: Images, picked: Sequence[int], recipe: Recipe, seed: int, draws: int
+    images: Images,
+    picked: Sequence[int],
+    recipe: Recipe,
+    seed: int,
+    draws: int,
+    settings: Decoding = DEFAULT,
 ) -> list[Column]:
     """Return the columns of a `grid`: the images, then `draws` draws of each view.
 
     See `views_figure` for the arguments.
     """
-    samples = loader.Views(images, loader.RandomCrops(recipe, seed))
+    samples = loader.Views(images, loader.RandomCrops(recipe, seed), settings=settings)
     crops = [_crops(samples, epoch, picked) for epoch in range(draws)]
-    columns = [Column("", "image", [images.read(i) for i in picked])]
+    columns = [Column("", "image", [images.read(i, settings) for i in picked])]
     for v, (view, heading) in enumerate(zip(recipe, _headings(recipe), strict=True)):
         for epoch in range(draws):
             generator = Progress(seed, epoch, step=epoch).generator(rng.COLOR, "cpu", 0, v)

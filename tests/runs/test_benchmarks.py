@@ -70,6 +70,13 @@ def test_loader(tmp_path):
     assert 80 <= low <= high <= 110
 
 
+def test_loader_with_large_images(tmp_path):
+    found = run("loader", tmp_path, "--large", "--images", 1, "--size", 64)
+    names = [row["pipeline"] for row in found["rows"]]
+    assert names[:2] == ["off", "on"] and names[-2:] == ["torchvision", "pillow"]
+    assert found["on_over_off"] > 1
+
+
 @pytest.mark.parametrize("from_files", [False, True])
 def test_loader_with_small_images(tmp_path, from_files):
     files = (
@@ -80,6 +87,16 @@ def test_loader_with_small_images(tmp_path, from_files):
     found = run("loader", tmp_path, "--small", "--images", 40, "--batch", 16, *files)
     assert found["images"] == 32 and found["ours_over_pil"] > 0
     assert [row["pipeline"] for row in found["rows"]] == ["ours", "pil", "crops", "colours"]
+
+
+def test_loader_with_shards(tmp_path):
+    found = run("loader", tmp_path, *typed("--shards --images 40 --size 64"))
+    forms, kinds = ("files", "tar", "arrow", "parquet"), ("warm", "cold")
+    rows = {(row["form"], row["what"], row["cache"]) for row in found["rows"]}
+    assert rows == {(f, what, kind) for f in forms for what in ("read", "views") for kind in kinds}
+    assert all(row["images/s"] > 0 for row in found["rows"])
+    names = {f"tar_over_files_{what}_{kind}" for what in ("read", "views") for kind in kinds}
+    assert names < found.keys() and found["parquet_over_tar_read_warm"] > 0
 
 
 def test_step(tmp_path):

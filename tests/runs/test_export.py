@@ -3,7 +3,6 @@
 import os
 import resource
 import runpy
-import sys
 
 import pytest
 import timm
@@ -12,12 +11,13 @@ import torchvision
 from conftest import ROOT, shell
 from encoder_helpers import SMALL as TEST_VIT
 from encoder_helpers import to_moby_name
+from export_helpers import features, network, printed, saved, saved_resnet, tool_caller
 from run_helpers import SMALL as RESNET
 from run_helpers import refused
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from moco.encoder import networks, resnets
+from moco.encoder import resnets
 from moco.encoder.stock import StockModel
 from tools import export
 
@@ -26,52 +26,12 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-    """Return a function that calls the tool in this process: status, stdout and stderr."""
-
-    def call(*options):
-        monkeypatch.setattr(sys, "argv", ["export.py", *map(str, options)])
-        return export.main(), *capsys.readouterr()
-
-    return call
-
-
-def network(arch, size=32):
-    """Return a network without its last layer, whose tensors all differ."""
-    net = networks.create(arch, 0, size)
-    for tensor in net.state_dict().values():
-        if tensor.is_floating_point() and tensor.dim() == 1:
-            tensor.uniform_(0.5, 1.5)
-    return net.eval()
-
-
-def saved(path, net, prefix="module.encoder_q.", **more):
-    torch.save(
-        {"state_dict": {prefix + name: x for name, x in net.state_dict().items()}, **more}, path
-    )
-    return path
+    return tool_caller(export, monkeypatch, capsys)
 
 
 @pytest.fixture
 def resnet(tmp_path):
-    """Return a ResNet-18 and its checkpoint."""
-    net = network("resnet18")
-    return net, saved(tmp_path / "moco.pth.tar", net, arch="resnet18", epoch=200)
-
-
-@torch.no_grad()
-def features(net, size=32):
-    return net(torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1)))
-
-
-def printed(out):
-    """Return the network that each printed line of Python creates."""
-    found = []
-    for line in out.splitlines():
-        if line.startswith("  import "):
-            names = {}
-            exec(line.strip(), names)
-            found.append(names["net"])
-    return found
+    return saved_resnet(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -68,6 +68,8 @@ def serve(asked, monkeypatch):
 def no_checksums(monkeypatch):
     """Switch off torchvision's checksums, which small copies of the data sets do not have."""
     monkeypatch.setattr(tv.SUN397, "_DATASET_MD5", None)
+    urls = {size: (url, None) for size, (url, _) in tv.Imagenette._ARCHIVES.items()}
+    monkeypatch.setattr(tv.Imagenette, "_ARCHIVES", urls)
     for key in ("2007", "2007-test"):
         monkeypatch.setitem(tv.voc.DATASET_YEAR_DICT[key], "md5", None)
     monkeypatch.setattr(tv.Places365, "_CATEGORIES_META", (tv.Places365._CATEGORIES_META[0], None))
@@ -93,8 +95,8 @@ def zipped(root, top):
     """Return a zip archive of the files in `root`. `top` is put before their names."""
     data = io.BytesIO()
     with zipfile.ZipFile(data, "w") as archive:
-        for path in root.iterdir():
-            archive.write(path, f"{top}{path.name}")
+        for path in sorted(root.rglob("*")):
+            archive.write(path, f"{top}{path.relative_to(root)}")
     return data.getvalue()
 
 
@@ -104,6 +106,8 @@ def is_trainval(path):
 
 
 ARCHIVES = {
+    "tiny_imagenet": lambda root: {"tiny-imagenet-200.zip": zipped(root, "")},
+    "imagenette": lambda root: {"imagenette2-320.tgz": tar(root, mode="w:gz")},
     "aircraft": lambda root: {"fgvc-aircraft-2013b.tar.gz": tar(root, mode="w:gz")},
     "sun397": lambda root: {
         "SUN397.tar.gz": tar(root, lambda path: "Partitions" not in path, "w:gz"),

@@ -1,16 +1,17 @@
 """Tests of `moco.data.decoding`: file formats, damaged files, and reduced sizes."""
 
-import struct
-import zlib
-
 import numpy as np
 import pytest
 import torch
 from data_helpers import BAD, smooth_rgb, some_photographs, write_large_photograph
+from decoding_helpers import png16
 from PIL import Image
 
-from moco.data.decoding import decode_file
+from moco.data import decoding
+from moco.data.decoding import Decoding, decode_file, decode_full, decoded_size
 from moco.errors import InputError
+
+SHRINK = Decoding(shrink_on_decode=True)
 
 
 @pytest.fixture(scope="module")
@@ -21,24 +22,6 @@ def photographs():
 @pytest.fixture(scope="module")
 def large(tmp_path_factory):
     return write_large_photograph(tmp_path_factory.mktemp("large"))
-
-
-def write_png16(path, pixels):
-    """Write uint16 pixels [H, W, 3] as a PNG with 16 bits per channel. Pillow cannot do this."""
-
-    def chunk(name, data):
-        checksum = zlib.crc32(name + data)
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", checksum)
-
-    height, width, _ = pixels.shape
-    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
-    header = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
-    path.write_bytes(
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", header)
-        + chunk(b"IDAT", zlib.compress(rows))
-        + chunk(b"IEND", b"")
-    )
 
 
 def assert_decodes_to(path, pixels, tolerance=0):
@@ -92,7 +75,8 @@ def test_decode_reads_palettes(tmp_path):
 
 
 def test_decode_reads_pngs_of_16_bits_a_channel(tmp_path):
-    write_png16(tmp_path / "rgb16.png", smooth_rgb().astype(np.uint16) * 256 + 77)
+    deep = smooth_rgb().astype(np.uint16) * 256 + 77
+    (tmp_path / "rgb16.png").write_bytes(png16(deep, 2))
     assert_decodes_to(tmp_path / "rgb16.png", smooth_rgb(), tolerance=1)
     gray = smooth_rgb()[:, :, 1]
     Image.fromarray(gray.astype(np.uint16) * 256 + 77).save(tmp_path / "gray16.png")
@@ -134,7 +118,7 @@ def test_the_error_names_a_file_that_does_not_exist(tmp_path):
 def test_decode_shrinks_a_large_jpeg(large, factor):
     full, shrunk = (
         decode_file(large.path(0)),
-        decode_file(large.path(0), lambda height, width: factor),
+        decode_file(large.path(0), SHRINK, lambda height, width: factor),
     )
     assert full.shape == (3, 1400, 1600) and shrunk.shape == (3, 1400 // factor, 1600 // factor)
     means = torch.nn.functional.avg_pool2d(full.float(), factor)
@@ -143,11 +127,47 @@ def test_decode_shrinks_a_large_jpeg(large, factor):
 
 def test_decode_asks_for_a_reduction_of_large_jpegs_only(large, photographs):
     assert torch.equal(
-        decode_file(photographs.path(0), lambda height, width: 8), decode_file(photographs.path(0))
+        decode_file(photographs.path(0), SHRINK, lambda height, width: 8),
+        decode_file(photographs.path(0)),
     )
     asked = []
     assert torch.equal(
-        decode_file(large.path(0), lambda height, width: asked.append((height, width)) or 1),
+        decode_file(
+            large.path(0), SHRINK, lambda height, width: asked.append((height, width)) or 1
+        ),
         decode_file(large.path(0)),
     )
     assert asked == [(1400, 1600)]
+
+
+def test_decode_keeps_every_pixel_unless_told_to_shrink(large):
+    full = decode_file(large.path(0), reduction=lambda height, width: 8)
+    assert full.shape == (3, 1400, 1600)
+    data = decoding.read_bytes(large.path(0))
+    assert torch.equal(decode_full(data, "large"), full)
+    assert decoded_size(data) == full.numel()
+    assert decode_full(data, "large", SHRINK) is None and decoded_size(data, SHRINK) == 0
+
+
+@pytest.mark.parametrize(
+    ("start", "name"),
+    [
+        (b"\0\0\0\x20ftypavif", "AVIF"),
+        (b"\0\0\0\x18ftypheic", "HEIC"),
+        (b"\0\0\0\x0cJXL \r\n\x87\n", "JPEG XL"),
+        (b"\xff\x0a", "JPEG XL"),
+    ],
+)
+def test_the_error_names_a_format_that_is_not_supported(start, name):
+    data = np.frombuffer(start + bytes(40), np.uint8)
+    message = rf"^x: unreadable image \({name} is not supported\); remove or replace it$"
+    with pytest.raises(InputError, match=message):
+        decoding.decode(data, "x")
+
+
+def test_a_read_only_array_is_decoded_without_a_warning(photographs, recwarn):
+    data = decoding.read_bytes(photographs.path(0))
+    expected = decoding.decode(data, "x")
+    data.flags.writeable = False
+    assert torch.equal(decoding.decode(data, "x"), expected)
+    assert not recwarn.list

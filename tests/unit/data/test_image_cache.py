@@ -38,9 +38,9 @@ def large(tmp_path_factory):
 SMALL = recipe("byol", 32)
 
 
-def cached(*folders, mode="on"):
+def cached(*folders, mode="on", **more):
     """Return `folders` with their images in memory."""
-    return cache.load(Input(cache_images=mode), *folders)
+    return cache.load(Input(cache_images=mode, **more), *folders)
 
 
 def assert_same(ours, theirs):
@@ -144,7 +144,7 @@ def test_an_unreadable_image_gives_the_same_error_with_and_without_the_cache(
         write_jpeg(tmp_path / "train" / "cat" / f"{i}.jpg")
     write_bad(tmp_path / "train" / "cat" / "5.jpg")
     folder = scan(tmp_path, "train")
-    (held,) = cached(folder)
+    (held,) = cached(folder, shrink_on_decode=True)
     assert (held.starts < 0).tolist() == [False] * 5 + [True, False]
 
     def outcome(folder):
@@ -168,13 +168,22 @@ def test_an_unreadable_image_gives_the_same_error_with_and_without_the_cache(
     assert len(outcome(held)) == (4 if skip_unreadable else 3)
 
 
-def test_large_jpegs_stay_on_disk(large, capsys):
+def test_large_jpegs_are_held_like_other_images(large):
     (held,) = cached(large)
+    assert isinstance(held, CachedImages)
+    ours, theirs = (
+        read(one, EvalBatchSampler(1, 1), RandomCrops(RECIPE, 0)) for one in (held, large)
+    )
+    assert all(map(torch.equal, ours[0].views, theirs[0].views))
+
+
+def test_large_jpegs_that_are_shrunk_stay_on_disk(large, capsys):
+    (held,) = cached(large, shrink_on_decode=True)
     assert held is large  # nothing is left to hold
     assert "decoded at a reduced size" in capsys.readouterr().out
     folder = replace(large, paths=np.array([*large.paths, b"a/1.jpg"]), labels=np.zeros(2, int))
     write_jpeg(large.root / "a" / "1.jpg")
-    (held,) = cached(folder)
+    (held,) = cached(folder, shrink_on_decode=True)
     assert (held.starts < 0).tolist() == [True, False]
     ours, theirs = (
         read(one, EvalBatchSampler(2, 2), RandomCrops(RECIPE, 0)) for one in (held, folder)
@@ -241,7 +250,7 @@ def test_images_beyond_the_estimated_memory_stay_on_disk(mixed, monkeypatch):
     (held,) = cached(mixed)
     half = replace(held, pixels=held.pixels[: held.pixels.numel() // 2])
     with cache.ThreadPoolExecutor(2) as pool:
-        some = cache._decoded(mixed, half.pixels.numel(), pool)
+        some = cache._decoded(mixed, Input(), half.pixels.numel(), pool)
     assert 0 < (some.starts >= 0).sum() < 20 and some.pixels.numel() <= half.pixels.numel()
     ours, theirs = (
         read(one, EvalBatchSampler(20, 8), RandomCrops(RECIPE, 3)) for one in (some, mixed)
@@ -257,11 +266,11 @@ def test_the_total_size_is_estimated_from_some_headers(mixed, monkeypatch):
     exact = sum(3 * decode_file(mixed.path(i))[0].numel() for i in range(20))
     asked = []
     size = cache.decoded_size
-    monkeypatch.setattr(cache, "decoded_size", lambda data: asked.append(0) or size(data))
+    monkeypatch.setattr(cache, "decoded_size", lambda *args: asked.append(0) or size(*args))
     with cache.ThreadPoolExecutor(2) as pool:
-        assert cache._estimate(mixed, pool) == exact and len(asked) == 20
+        assert cache._estimate(mixed, Input(), pool) == exact and len(asked) == 20
         monkeypatch.setattr(cache, "_SAMPLE", 5)
-        assert abs(cache._estimate(mixed, pool) / exact - 1) < 0.1 and len(asked) == 25
+        assert abs(cache._estimate(mixed, Input(), pool) / exact - 1) < 0.1 and len(asked) == 25
 
 
 @pytest.mark.parametrize("version", [1, 2])

@@ -21,7 +21,7 @@ from data_helpers import (
 from moco.augment import crop
 from moco.augment.recipes import recipe
 from moco.data import loader
-from moco.data.decoding import decode_file
+from moco.data.decoding import Decoding, decode_file
 from moco.data.loader import CenterCrop, EvalBatchSampler, RandomCrops, batches
 from moco.data.sources import scan
 from moco.errors import InputError
@@ -187,7 +187,7 @@ def test_views_of_a_shrunk_image_equal_those_of_the_full_one(large):
     for epoch in range(20):
         sample = (epoch, 0)
         factors.add(crops.reduction(1400, 1600, sample))
-        views, *_ = loader.Views(large, crops)[sample]
+        views, *_ = loader.Views(large, crops, settings=Decoding(shrink_on_decode=True))[sample]
         for ours, expected in zip(views, crops(full, sample), strict=True):
             assert ours.shape == (3, 64, 64)
             assert (ours.float() - expected.float()).abs().mean() < 4

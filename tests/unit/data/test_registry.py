@@ -17,15 +17,18 @@ from dataset_trees import (
     annotation,
     caltech101,
     imagenet,
+    imagenette,
     places205,
     places365,
     shown,
     sun397,
+    tiny_imagenet,
 )
 
 from moco.data import photos
 from moco.data.images import ImageArray, ImageFolder
-from moco.data.registry import METRIC, NAMES, canonical, check, load
+from moco.data.registry import IN_MEMORY, METRIC, NAMES, canonical, check, load, train_images
+from moco.data.registry import test_images as images_to_test
 from moco.errors import InputError
 
 
@@ -76,6 +79,10 @@ def test_the_root_may_be_relative_or_start_with_a_tilde(name, given, root, monke
     assert shown(load(name, given)[0]) == train
 
 
+def test_the_data_sets_in_memory_are_those_of_arrays():
+    assert set(IN_MEMORY) == set(ARRAYS)
+
+
 def test_photos_need_no_root(root, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(photos, "PHOTOS", ["text", "chelsea"])  # the others take seconds
@@ -89,8 +96,8 @@ def test_photos_need_no_root(root, tmp_path, monkeypatch):
 
 
 def test_each_data_set_has_the_metric_that_papers_report():
-    names = "imagenet photos cifar10 cifar100 stl10 flowers pets food101 cars caltech101 dtd "
-    names += "aircraft sun397 voc2007 places365 places205"
+    names = "imagenet photos cifar10 cifar100 stl10 tiny_imagenet imagenette flowers pets "
+    names += "food101 cars caltech101 dtd aircraft sun397 voc2007 places365 places205"
     assert list(NAMES) == list(METRIC) == names.split()
     others = {name: metric for name, metric in METRIC.items() if metric != "acc1"}
     assert others == dict.fromkeys(
@@ -137,6 +144,67 @@ def test_places365_has_small_or_large_images(size, root):
     assert [shown(split) for split in load("places365", str(root))] == splits
 
 
+@pytest.mark.parametrize("download", [False, True])
+@pytest.mark.parametrize("folder", ["tiny-imagenet-200", "."])
+def test_tiny_imagenet_may_be_the_folder_itself(folder, download, root, asked):
+    classes, *splits = tiny_imagenet(Tree(root), folder)
+    check("tiny_imagenet", str(root), download)
+    found = load("tiny_imagenet", str(root))
+    assert [shown(split) for split in found] == splits and not asked
+    assert found[0].classes == tuple(classes)  # sorted, though wnids.txt is not
+
+
+def test_tiny_imagenet_has_the_labels_of_an_image_folder(root):
+    """The same classes get the same numbers if the folder is given without --dataset."""
+    tiny_imagenet(Tree(root), ".")
+    named, plain = train_images("tiny_imagenet", str(root)), train_images("imagenet", str(root))
+    assert shown(named) == shown(plain) and named.classes == plain.classes
+
+
+def test_tiny_imagenet_as_a_plain_folder_is_refused_with_the_option_to_give(root):
+    tiny_imagenet(Tree(root), ".")
+    assert check_error("imagenet", root).endswith("give --dataset tiny_imagenet")
+    (root / "val/val_annotations.txt").unlink()
+    assert "sort its images into class folders" in check_error("imagenet", root)
+
+
+@pytest.mark.parametrize("download", [False, True])
+@pytest.mark.parametrize("folder", ["imagenette2", "imagenette2-320", "imagenette2-160", "."])
+def test_imagenette_is_read_in_each_size_and_as_the_folder_itself(folder, download, root, asked):
+    _, *splits = imagenette(Tree(root), folder)
+    check("imagenette", str(root), download)
+    assert [shown(split) for split in load("imagenette", str(root))] == splits and not asked
+
+
+def test_the_largest_imagenette_is_read(root):
+    imagenette(Tree(root), "imagenette2-160")
+    tree = Tree(root)
+    tree.count = 100
+    _, train, _ = imagenette(tree, "imagenette2")
+    assert shown(load("imagenette", str(root))[0]) == train
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_another_image_folder_does_not_pass_for_imagenette(split, root, asked):
+    imagenette(Tree(root), ".")
+    (root / split / "n01440764").rename(root / split / "n99999999")
+    for download in (False, True):
+        line = check_error("imagenette", root, download)
+        assert "other classes than Imagenette's ten" in line or "another data set" in line
+    assert not asked
+
+
+@pytest.mark.parametrize("name", ["tiny_imagenet", "imagenette"])
+def test_class_lists_name_the_wnids(name, root, tmp_path):
+    classes, train, val = WRITERS[name](Tree(root))
+    file = tmp_path / "classes.txt"
+    file.write_text(f"{classes[2]}\n{classes[0]}\n")
+    for images, rows in zip((train_images, images_to_test), (train, val), strict=True):
+        kept = images(name, str(root), str(file))
+        assert kept.classes == (classes[0], classes[2])
+        assert [n for n, _ in shown(kept)] == [n for n, label in rows if label in (0, 2)]
+
+
 @pytest.mark.parametrize("line", ["{} {}", "{},{}", "{};{}", "/{} {}", "{}, {}\r"])
 @pytest.mark.parametrize("lists", ["trainvalsplit_places205", "."])
 @pytest.mark.parametrize(
@@ -180,6 +248,25 @@ def test_places205_is_read_in_each_of_its_layouts(line, lists, folder, root):
         ("dtd", "dtd/dtd/labels/test1.txt", "woven/a.jpg\n", "no training image of class 'woven'"),
         ("stl10", "stl10_binary/train_y.bin", "\1", "3 images with 1 labels"),
         ("stl10", "stl10_binary/train_y.bin", "\1\2\4", "labels from 0 to 3 with 3 classes"),
+        ("tiny_imagenet", "tiny-imagenet-200/wnids.txt", "", "0 images|no training image"),
+        (
+            "tiny_imagenet",
+            "tiny-imagenet-200/val/val_annotations.txt",
+            "val_0.JPEG\tn00000001\t0\t32\t44\t62\n",
+            "no training image of class 'n00000001'",
+        ),
+        (
+            "tiny_imagenet",
+            "tiny-imagenet-200/val/val_annotations.txt",
+            "val_0.JPEG\tn01443537\t0\t32\t44\t62\nval_1.JPEG\tn0144",
+            "val_annotations.txt does not hold lines of 6 columns; it may be truncated",
+        ),
+        (
+            "tiny_imagenet",
+            "tiny-imagenet-200/train/n01443537/n01443537_boxes.txt",
+            "n01443537_0.JPEG",
+            "n01443537_boxes.txt does not hold lines of 5 columns",
+        ),
         (
             "voc2007",
             "VOCdevkit/VOC2007/Annotations/000001.xml",
@@ -271,7 +358,13 @@ def test_a_missing_or_damaged_list_raises_no_other_error_than_input_error(name, 
 
 @pytest.mark.parametrize(
     ("given", "name"),
-    [("place205", "places205"), ("imagenet2012", "imagenet"), ("CIFAR10", "cifar10")],
+    [
+        ("place205", "places205"),
+        ("imagenet2012", "imagenet"),
+        ("CIFAR10", "cifar10"),
+        ("tiny-imagenet-200", "tiny_imagenet"),
+        ("Tiny-ImageNet", "tiny_imagenet"),
+    ],
 )
 def test_names_in_the_commands_of_papers_are_accepted(given, name):
     assert canonical(given) == name and name in NAMES

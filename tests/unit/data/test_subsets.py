@@ -107,7 +107,10 @@ def test_a_list_has_file_names_or_paths(shared_images, tmp_path):
             "class0/1.jpg\nclass0/77.jpg\nclass9/1.jpg",
             "2 of the 3 images that .* names are missing, first 'class0/77.jpg'",
         ),
-        ("1.jpg", "'1.jpg' is in several class folders; write CLASS/1.jpg"),
+        (
+            "1.jpg",
+            "several images are named '1.jpg': class0/1.jpg, class1/1.jpg; write these names",
+        ),
         ("\n \n", "names nothing"),
         ("a\0.jpg", "not text in UTF-8"),
         ("1\0.\0j\0p\0g\0", "not text in UTF-8"),  # UTF-16, as some shells write

@@ -7,7 +7,7 @@ import torch
 from encoder_helpers import random_resnet18
 from torch import nn
 
-from moco.encoder.networks import backbone_keys, check_arch, features
+from moco.encoder.networks import backbone_keys, canonical, features
 from moco.encoder.resnets import resnet
 from moco.errors import InputError
 
@@ -57,9 +57,9 @@ def test_unknown_arch_error_names_the_nearest(wrong, nearest):
     with pytest.raises(InputError, match=f"'{wrong}'.*'{nearest}'"):
         resnet(wrong, 8)
     with pytest.raises(InputError, match=f"'{nearest}'"):
-        check_arch(wrong)
+        canonical(wrong)
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "resnet50", "resnext50_32x4d", "wide_resnet50_2"])
 def test_known_archs_pass(arch):
-    check_arch(arch)
+    assert canonical(arch) == arch

@@ -37,6 +37,8 @@ def encoder(tmp_path_factory):
     args = argparse.Namespace(
         checkpoint=str(folder / "x.pth.tar"),
         out=folder / "x.safetensors",
+        hf=None,
+        onnx=None,
         arch=None,
         image_size=None,
         norm_eps=None,

@@ -11,8 +11,8 @@ from moco.data import loader, sources
 from moco.encoder import networks, timm_networks
 from moco.evaluate.classifier import Setting
 from moco.evaluate.finetune import FineTuning
-from moco.evaluate.inputs import Splits
 from moco.evaluate.probe import LinearProbe
+from moco.evaluate.splits import Splits
 from moco.rng import Progress
 
 CLASSES = 3

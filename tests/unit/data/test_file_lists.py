@@ -1,0 +1,147 @@
+"""Tests of `moco.data.file_lists`: lists of images for `--file-list`."""
+
+import codecs
+import os
+
+import numpy as np
+import pytest
+from conftest import on_two_ranks
+from folder_helpers import error_message, make_files, names_of
+
+from moco.data import file_lists, registry
+from moco.errors import InputError
+
+
+@pytest.fixture
+def root(tmp_path):
+    """A folder with three images."""
+    return make_files(tmp_path / "data", "a.jpg", "sub/b c.PNG", "sub/d.jpg", "sub/notes.txt")
+
+
+def written(folder, content):
+    """Write a list. Return its path as text."""
+    data = content if isinstance(content, bytes) else content.encode()
+    (folder / "list.txt").write_bytes(data)
+    return str(folder / "list.txt")
+
+
+def listed(file, root):
+    """Check and read a list. Return the names of its images."""
+    file_lists.check(file, root)
+    images = file_lists.read(file, root)
+    assert not images.labelled and images.paths.dtype.kind == "S"
+    assert all(os.path.isfile(images.path(i)) for i in range(len(images)))
+    return names_of(images)
+
+
+def test_images_keep_the_order_of_the_list(root):
+    file = written(root, "sub/d.jpg\na.jpg\nsub/b c.PNG\n")
+    assert listed(file, root) == ["sub/d.jpg", "a.jpg", "sub/b c.PNG"]
+
+
+def test_absolute_paths_lead_anywhere(root, tmp_path):
+    file = written(tmp_path, f"{root}/sub/d.jpg\na.jpg")
+    assert listed(file, root) == [f"{root}/sub/d.jpg", "a.jpg"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"a.jpg\r\nsub/b c.PNG\r\n",
+        codecs.BOM_UTF8 + b"a.jpg\nsub/b c.PNG",
+        b"\n\na.jpg\n  \nsub/b c.PNG\n\n",
+    ],
+)
+def test_line_ends_a_byte_order_mark_and_empty_lines_do_not_matter(root, content):
+    assert listed(written(root, content), root) == ["a.jpg", "sub/b c.PNG"]
+
+
+def test_names_need_not_be_utf_8(root):
+    make_files(root, os.fsdecode(b"\xe9.jpg"))
+    assert listed(written(root, b"\xe9.jpg\n"), root) == [os.fsdecode(b"\xe9.jpg")]
+
+
+def test_a_path_that_is_listed_twice_counts_twice_and_a_line_says_so(root, capsys):
+    file = written(root, "a.jpg\nsub/d.jpg\na.jpg\na.jpg\n")
+    assert listed(file, root) == ["a.jpg", "sub/d.jpg", "a.jpg", "a.jpg"]
+    assert "2 of 4 lines repeat a path; each line counts" in capsys.readouterr().out
+    listed(written(root, "a.jpg\nsub/d.jpg\n"), root)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "names no image; expected one path a line"),
+        ("\n \r\n", "names no image"),
+        ("a.jpg\nsub/notes.txt\n", "line 2: 'sub/notes.txt' does not end like an image (.jpg, "),
+        ("\na.jpg 0\n", "line 2: 'a.jpg 0' does not end like an image"),
+        ("a.jpg \n", "line 1: 'a.jpg ' does not end like an image"),
+        ("# images\na.jpg\n", "line 1: '# images' does not end like an image"),
+        ("a.jpg\0sub/d.jpg\0", "cannot be read (not text in UTF-8); expected text with one path"),
+        ("a.jpg\n\nnone.jpg\n", "line 3: {root}/none.jpg: no such file; relative paths start at"),
+        ("/none.jpg\n", "line 1: /none.jpg: no such file"),
+        ("a.jpg\nsub.jpg\n", "line 2: {root}/sub.jpg: no such file"),  # a folder
+    ],
+)
+def test_a_wrong_list_is_refused(root, content, message):
+    (root / "sub.jpg").mkdir()
+    file = written(root, content)
+    said = error_message(file_lists.check, file, root)
+    assert said.startswith(f"--file-list {file}") and message.format(root=root) in said
+    assert ("relative paths" in said) == ("no such file" in said and content != "/none.jpg\n")
+    if "no such file" not in said:  # what `check` alone looks up
+        assert error_message(file_lists.read, file, root) == said
+
+
+@pytest.mark.parametrize("what", ["missing", "folder", "pipe", "null byte"])
+def test_a_list_that_is_no_file_is_refused(root, what):
+    path = str(root / "list") + "\0" * (what == "null byte")
+    if what == "folder":
+        os.mkdir(path)
+    elif what == "pipe":
+        os.mkfifo(path)  # opening it would wait for its writer
+    reason = {"missing": "No such file", "null byte": "embedded null byte"}.get(
+        what, "not a file; write"
+    )
+    for call in (file_lists.check, file_lists.read):
+        message = str(error_message(call, path, root))
+        assert message.startswith("--file-list ") and f"cannot be read ({reason}" in message
+
+
+def test_a_long_list_is_checked_at_its_ends_and_between(root, monkeypatch):
+    monkeypatch.setattr(file_lists, "CHECKED", 5)
+    names = ["a.jpg"] * 101
+    for missing in (0, 25, 50, 75, 100):
+        file = written(root, "\n".join([*names[:missing], "none.jpg", *names[missing + 1 :]]))
+        assert f"line {missing + 1}: " in error_message(file_lists.check, file, root)
+    file_lists.check(written(root, "\n".join([*names[:3], "none.jpg", *names[4:]])), root)
+
+
+def read_list_of_rank(rank, folder):
+    """Read the list of this rank. Return the names, or the error in a list."""
+    try:
+        return len(registry.train_images("imagenet", folder, None, f"{folder}/list{rank}.txt"))
+    except InputError as error:
+        return [str(error)]
+
+
+def test_different_lists_on_two_ranks_are_an_error_on_both(tmp_path):
+    for name, lists in {
+        "same": ["a.jpg\nb.jpg"] * 2,
+        "order": ["a.jpg\nb.jpg", "b.jpg\na.jpg"],
+    }.items():
+        make_files(tmp_path, name)
+        for rank, text in enumerate(lists):
+            (tmp_path / name / f"list{rank}.txt").write_text(text)
+    names = ("same", "order")
+    of = on_two_ranks({name: (read_list_of_rank, str(tmp_path / name)) for name in names}, tmp_path)
+    assert of("same") == [2, 2]
+    for (message,) in of("order"):
+        assert "rank 0 and rank 1 find different images (2 and 2 of them)" in message
+
+
+def test_paths_are_one_array_of_bytes_also_after_a_selection(root):
+    images = file_lists.read(written(root, "a.jpg\nsub/d.jpg\n"), root)
+    assert images.paths.nbytes == 2 * len("sub/d.jpg")
+    assert names_of(images.subset(np.array([1]))) == ["sub/d.jpg"]
