@@ -19,7 +19,7 @@ MAY_DIFFER = frozenset(
     " workers cache_images download on_bad_image host_features loss_chunk compile grad_checkpoint"
     " print_freq save_every save_every_steps keep keep_every knn_every knn_k knn_t knn_features"
     " multiprocessing_distributed nproc_per_node world_size rank dist_url dist_backend gpu device"
-    " local_rank nodes batch_size batch_per_process accumulation_steps batch_is_per_process"
+    " local_rank track nodes batch_size batch_per_process accumulation_steps batch_is_per_process"
     " encoder_method pretrain_epochs".split()
 )
 
