@@ -1,11 +1,14 @@
 """Write a run's TensorBoard events: metrics in groups, settings, and the views of a first batch."""
 
+import io
 
 import torch
 import torch.nn.functional as F
+from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
+from torchvision.transforms.functional import to_pil_image
 
 from moco.augment import color
 from moco.augment.recipes import Recipe
@@ -84,7 +87,8 @@ class Board:
         """
         if self._shows_views:
             self._shows_views = False
-            self.writer.add_image("views/first_batch", tiles(views[:VIEWS], recipe), 0)
+            summary = _image("views/first_batch", tiles(views[:VIEWS], recipe))
+            self.writer.file_writer.add_summary(summary, 0)
 
     def close(self, finished: bool) -> None:
         """Write the hyperparameters of a finished run, and flush the events.
@@ -114,6 +118,22 @@ def _cell(value: object) -> str:
     """Return the value of an option as text in a table."""
     text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
     return text.replace("|", "\\|")
+
+
+def _image(name: str, image: Tensor) -> Summary:
+    """Return the summary of an image [3, H, W] in [0, 1], as a JPEG.
+
+    SummaryWriter's own images are PNGs of several megabytes, which take seconds to write.
+    """
+    picture, file = to_pil_image(image), io.BytesIO()
+    picture.save(file, "JPEG", quality=90)
+    shown = Summary.Image(
+        height=picture.height,
+        width=picture.width,
+        colorspace=3,
+        encoded_image_string=file.getvalue(),
+    )
+    return Summary(value=[Summary.Value(tag=name, image=shown)])
 
 
 @torch.no_grad()

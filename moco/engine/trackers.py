@@ -88,11 +88,11 @@ class Trackio:
         name = run.id or f"{run.name}-{os.urandom(3).hex()}"
         project = os.environ.get("TRACKIO_PROJECT", PROJECT)
         resume = "allow" if run.id else "never"
+        self.trackio, self.step = trackio, 0
         self.run = trackio.init(
             project=project, name=name, config=run.config, resume=resume, embed=False
         )
         self.id, self.where = name, f"trackio show --project {project}  shows the run {name}"
-        self.step = 0
 
     def log(self, values: Values, step: int) -> None:
         """Log the metrics of a step."""
@@ -105,7 +105,7 @@ class Trackio:
 
     def end(self, how: str) -> None:  # noqa: ARG002 (Trackio does not distinguish)
         """Write what is left, and end the run."""
-        self.run.finish()
+        self.trackio.finish()
 
 
 class MLflow:

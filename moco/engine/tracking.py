@@ -28,6 +28,8 @@ MOST = 4 << 20  # bytes of messages that may wait for the tracker, some 10,000 l
 # seconds to wait for the tracker when the run ends
 PATIENCE = {"finished": 60.0, "stopped": 10.0, "failed": 10.0}
 
+LAST = 5.0  # seconds to wait for the exit of its process, when everything is tracked
+
 
 def check(config: Config) -> None:
     """Raise InputError if the package of `--track` is not installed."""
@@ -118,7 +120,7 @@ class Tracker:
                 self._stop(f"has not finished within {PATIENCE[how]:.0f} seconds")
             if self.process:
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    self.process.wait(5)  # a package may hang when its process exits
+                    self.process.wait(LAST)  # a package may hang when its process exits
         finally:
             self._kill()
 
