@@ -92,7 +92,10 @@ class Trackio:
         self.run = trackio.init(
             project=project, name=name, config=run.config, resume=resume, embed=False
         )
-        self.id, self.where = name, f"trackio show --project {project}  shows the run {name}"
+        self.id, self.where = name, f"trackio show --project {project} shows the run {name}"
+        if "TRACKIO_SPACE_ID" in os.environ or "TRACKIO_SERVER_URL" in os.environ:
+            # the address may contain a token
+            self.where = f"the run {name} on the server that the environment names"
 
     def log(self, values: Values, step: int) -> None:
         """Log the metrics of a step."""
@@ -116,11 +119,20 @@ class MLflow:
         import mlflow
         from mlflow.exceptions import MlflowException
 
-        if "MLFLOW_TRACKING_URI" not in os.environ:
-            mlflow.set_tracking_uri(f"sqlite:///{Path(run.folder).resolve()}/mlflow.db")
-            where = f"mlflow ui --backend-store-uri {mlflow.get_tracking_uri()}  shows the run"
+        if "MLFLOW_TRACKING_URI" in os.environ:
+            # the address may contain a password
+            where = "on the server of MLFLOW_TRACKING_URI"
         else:
-            where = mlflow.get_tracking_uri()
+            store = Path(run.folder).resolve() / "mlflow.db"
+            if not store.exists():
+                # creating the tables takes seconds; if it is interrupted, the file is useless
+                unfinished = store.with_suffix(".tmp")
+                unfinished.unlink(missing_ok=True)
+                mlflow.set_tracking_uri(f"sqlite:///{unfinished}")
+                mlflow.search_experiments()
+                unfinished.replace(store)
+            mlflow.set_tracking_uri(f"sqlite:///{store}")
+            where = f"mlflow ui --backend-store-uri {mlflow.get_tracking_uri()} shows the run"
         self.mlflow, self.step = mlflow, 0
         mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT))
         started = None
