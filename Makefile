@@ -8,7 +8,7 @@ CONSTRAINTS ?=
 
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(addprefix -c ,$(CONSTRAINTS))
 
-.PHONY: demo test test-slow coverage lint detectron2 matrix clean
+.PHONY: demo test test-slow test-track test-track-here coverage lint detectron2 matrix clean
 
 # pre-train SynCo on the built-in photographs, evaluate it and a randomly initialised encoder, write the report
 demo: $(VENV)/ready
@@ -21,6 +21,14 @@ test: $(VENV)/ready
 # the other tests: long runs, several processes, faults, resuming, detectron2
 test-slow: $(VENV)/ready $(VENV)/detectron2
 	$(VENV)/bin/python -m pytest -q -rs -n 2 --dist worksteal -m slow tests
+
+# --track with the packages of all trackers, which need other versions of some packages than the newest
+test-track:
+	$(MAKE) test-track-here VENV=$(VENV)-track
+
+test-track-here: $(VENV)/ready
+	$(PIP) -e ".[track]"
+	$(VENV)/bin/python -m pytest -q -rs tests/runs/test_trackers.py
 
 # the fraction of lines that all tests run, in their subprocesses too
 coverage: $(VENV)/ready $(VENV)/detectron2
@@ -36,6 +44,7 @@ lint: $(VENV)/ready
 
 $(VENV)/ready: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and 'Python 3.10 or newer is needed: make PYTHON=python3.x ...')"
+	@echo "installing PyTorch and other packages in $(VENV): some minutes, and gigabytes of downloads"
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) -e ".[dev]"
 	touch $@
@@ -63,4 +72,4 @@ matrix: .matrix/oldest.txt
 	sed -n 's/^    "\([a-z-]*\)>=\([0-9.]*\)",$$/\1==\2/p' pyproject.toml > $@
 
 clean:
-	rm -rf $(VENV) .matrix runs
+	rm -rf $(VENV) $(VENV)-track .matrix runs

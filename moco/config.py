@@ -20,6 +20,7 @@ from moco.sections import (
     Retention,
     Run,
     Schedule,
+    Tracking,
     Views,
 )
 from moco.sections_eval import Classifier, Encoder, FeatureFiles, Labels
@@ -48,6 +49,7 @@ class Config:
     network: Network = Network()
     compute: Compute = Compute()
     launch: Launch = Launch()
+    tracking: Tracking = Tracking()
 
     @property
     def only_tests(self) -> bool:

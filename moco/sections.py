@@ -32,6 +32,7 @@ DEVICES = ("cpu", "cuda", "xpu", "mps")
 OPTIMIZERS = ("sgd", "lars", "lars_tf", "adamw")
 SCALINGS = ("none", "sqrt", "linear")
 CACHE_MODES = ("auto", "on", "off")
+TRACKERS = ("wandb", "trackio", "mlflow")  # the names of their packages
 
 
 @dataclass(frozen=True)
@@ -288,6 +289,19 @@ class Log:
         "steps between checkpoints inside epochs; 0: save there only if a signal stops the run",
         range=NATURAL,
         metavar="STEPS",
+    )
+
+
+@dataclass(frozen=True)
+class Tracking:
+    """The experiment tracker that also gets the metrics of the run."""
+
+    TITLE: ClassVar[str] = "experiment tracking"
+    track: str | None = option(
+        None,
+        "also send the settings, the metrics and the results to this tracker: Weights & Biases, "
+        "Trackio or MLflow, whose package must be installed",
+        choices=TRACKERS,
     )
 
 

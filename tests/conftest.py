@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -29,6 +30,9 @@ from filelock import FileLock
 from PIL import Image
 
 from moco.config import flat
+
+if TYPE_CHECKING:
+    from tracker_helpers import FakeTracker
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -203,6 +207,14 @@ def call(script, capsys, monkeypatch) -> Callable[..., tuple[int, str, str]]:
         return status, *capsys.readouterr()
 
     return run
+
+
+@pytest.fixture
+def fake_tracker(tmp_path_factory, monkeypatch) -> "FakeTracker":
+    """Trackio as a package that records its calls."""
+    from tracker_helpers import FakeTracker
+
+    return FakeTracker(tmp_path_factory.mktemp("tracker"), monkeypatch)
 
 
 @pytest.fixture

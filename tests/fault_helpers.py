@@ -25,6 +25,14 @@ def until(condition, process, seconds=120):
         time.sleep(0.01)
 
 
+def until_true(condition, seconds=60):
+    """Wait until a condition is true, without a process to watch."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"{seconds} seconds passed"
+        time.sleep(0.01)
+
+
 def logged(run):
     """The steps that a run has written lines of."""
     path = run / "log.jsonl"

@@ -18,7 +18,7 @@ from moco.cli.parser import Parser
 from moco.config import AnyConfig, replaced
 from moco.distributed import print_rank0
 from moco.encoder.networks import canonical
-from moco.engine import precision, resume, run_folder
+from moco.engine import precision, resume, run_folder, tracking
 from moco.errors import InputError, from_os_error
 from moco.launch import interrupt, launch, output, processes
 
@@ -70,6 +70,7 @@ def _completed(parser: Parser, complete: Complete) -> tuple[AnyConfig, bool]:
         config = replaced(config, arch=canonical(config.network.arch))
     if config.views.recipe:
         recipes.check_name(config.views.recipe)
+    tracking.check(config)
     run = config.run
     own_test = config.only_tests and run.output
     in_output = own_test and run.save_dir == str(folders.output_folder(config))
@@ -102,6 +103,9 @@ def _in_own_folder(
     config: AnyConfig,
     device: torch.device,
 ) -> None:
-    """Run the worker while the run holds the lock on its folder."""
-    with run_folder.claim(config, continues, named) as config:
+    """Run the worker while the run holds the lock on its folder. Track it, if `--track` asks to."""
+    with (
+        run_folder.claim(config, continues, named) as config,
+        tracking.tracked(config, continues),
+    ):
         worker(config, device)

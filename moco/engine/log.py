@@ -1,4 +1,7 @@
-"""Log a run on rank 0: a progress bar or lines, log.jsonl, TensorBoard events and args.yaml."""
+"""Log a run on rank 0: a progress bar or lines, log.jsonl and args.yaml.
+
+TensorBoard events (board.py) and the tracker of `--track` (tracking.py) get the same metrics.
+"""
 
 import contextlib
 import json
@@ -11,12 +14,14 @@ from pathlib import Path
 import torch
 import yaml
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from moco import devices, distributed
+from moco.augment.recipes import Recipe
 from moco.config import Config, Training, flat
 from moco.distributed import print_rank0
+from moco.engine import tracking
+from moco.engine.board import Board, tagged
 from moco.errors import InputError
 from moco.files import replacing, to_json
 
@@ -95,6 +100,7 @@ class RunLog:
         self.began = self.marked = time.perf_counter()
         self.marked_step, self.waited, self.images, self.first = start, 0.0, 0, True
         self.bar, self.before = None, 0.0  # seconds trained in earlier starts
+        self.trained = (0, 0.0)  # images, and the seconds that their steps took, in this start
         if distributed.rank() != 0:
             return
         folder = Path(config.run.save_dir)
@@ -110,13 +116,12 @@ class RunLog:
                 write_options(config)
             with replacing(self.path) as file:
                 file.write("".join(kept).encode())
+            self.board = Board(config, start)
         except OSError as error:
             raise InputError(
                 f"--save-dir {folder}: cannot be written: {error.strerror}; choose another folder"
             ) from None
-        self.board = SummaryWriter(
-            str(folder), purge_step=start + 1 if config.log.resume and start >= 0 else None
-        )
+        tracking.begin(config)
         if sys.stdout.isatty():
             total, initial = steps - min(start, 0), max(start, 0)
             self.bar = tqdm(
@@ -126,6 +131,11 @@ class RunLog:
     def wait(self, seconds: float) -> None:
         """Count time spent waiting for data."""
         self.waited += seconds
+
+    def views(self, views: list[Tensor], recipe: Recipe) -> None:
+        """Log an image of the first views of the run; see `Board.views`."""
+        if distributed.rank() == 0:
+            self.board.views(views, recipe)
 
     def tick(self, images: int) -> None:
         """Count a step with so many images, over all ranks. Print the duration of the first one."""
@@ -156,6 +166,7 @@ class RunLog:
         speed = {}
         if step != self.marked_step:
             span = now - self.marked
+            self.trained = self.trained[0] + self.images, self.trained[1] + span
             speed = {
                 "images_per_s": self.images / span,
                 "data_wait": min(1.0, self.waited / span),
@@ -167,13 +178,14 @@ class RunLog:
         try:
             with self.path.open("a") as file:
                 file.write(f"{to_json(entry)}\n")
-            for name, value in {**metrics, **speed}.items():
-                self.board.add_scalar(name, value, step)
+            shown = tagged({name: value for name, value in entry.items() if name != "step"})
+            self.board.scalars(shown, step)
         except OSError as error:
             raise InputError(
                 f"{self.path}: cannot be written: {error.strerror}; "
                 "make room, and continue with --resume auto"
             ) from None
+        tracking.log(shown, step)
         facts = [f"{name} {_short(name, value)}" for name, value in {**metrics, **speed}.items()]
         if self.bar is not None and speed:
             # the bar and its counts take the rest of the line
@@ -194,6 +206,14 @@ class RunLog:
         """Return how many seconds the run has trained, over all starts."""
         return self.before + time.perf_counter() - self.began
 
+    def images_per_second(self) -> float | None:
+        """Return the mean speed of this start's steps; None if it has taken none.
+
+        Evaluation between epochs does not count.
+        """
+        images, seconds = self.trained
+        return images / seconds if images else None
+
     def close(self) -> None:
         """Close the bar, and flush the TensorBoard events."""
         if self.bar is not None:
@@ -201,7 +221,7 @@ class RunLog:
             sys.stdout.flush()
         if distributed.rank() == 0:
             with contextlib.suppress(OSError):  # `line` has reported a full disk already
-                self.board.close()
+                self.board.close(finished=self.marked_step >= self.steps)
 
 
 BAR = "|{bar:8}| {n_fmt}/{total_fmt}  {remaining} left{postfix}"

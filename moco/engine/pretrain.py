@@ -15,7 +15,7 @@ from moco.data import cache, file_lists, loader, registry, sources, subsets
 from moco.data.images import Images, note_dark
 from moco.distributed import print_rank0
 from moco.encoder import networks, recompute, resnets, trial
-from moco.engine import checkpoint, contract, initial, next_commands, precision
+from moco.engine import checkpoint, contract, initial, next_commands, precision, tracking
 from moco.engine.log import Metrics, format_duration
 from moco.engine.monitor import Monitor
 from moco.engine.task import Task
@@ -289,8 +289,14 @@ class PretrainingTask(Task):
         return regular or epoch in self.spared or epoch == self.best[1]
 
     def finish(self, trainer: Trainer) -> None:
-        """Print how long the run trained, and commands to run next."""
-        print_rank0(f"trained for {format_duration(trainer.seconds)}")
+        """Print how long and how fast the run trained, and commands to run next."""
+        speed = trainer.log.images_per_second()
+        print_rank0(
+            f"trained for {format_duration(trainer.seconds)}"
+            + (f" at {speed:.0f} images per second" if speed else "")
+        )
+        found = {"eval/best_knn": self.best[0]} if self.best[1] >= 0 else {}
+        tracking.results({**found, "time/seconds": trainer.seconds})
         saved = next(iter(checkpoint.list_checkpoints(self.config.run.save_dir)), None)
         if saved is not None and distributed.rank() == 0:
             print_rank0(f"the last checkpoint is {saved}; commands to run next:")

@@ -21,7 +21,7 @@ MAY_DIFFER = frozenset(
     " print_freq save_every save_every_steps keep keep_every knn_every knn_k knn_t knn_features"
     " probe_online rankme_every"
     " multiprocessing_distributed nproc_per_node world_size rank dist_url dist_backend gpu device"
-    " local_rank nodes batch_size batch_per_process accumulation_steps batch_is_per_process"
+    " local_rank track nodes batch_size batch_per_process accumulation_steps batch_is_per_process"
     " encoder_method encoder_script pretrain_epochs".split()
 )
 

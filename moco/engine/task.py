@@ -16,7 +16,7 @@ from moco.config import Training
 from moco.data import loader
 from moco.data.images import Images
 from moco.engine import checkpoint
-from moco.engine.log import Metrics
+from moco.engine.log import Metrics, RunLog
 
 
 class Run(Protocol):
@@ -25,10 +25,12 @@ class Run(Protocol):
     Attributes:
         steps_per_epoch: number of steps of an epoch.
         seconds: the training time of the run, over all starts, once it is done.
+        log: the log of this start.
     """
 
     steps_per_epoch: int
     seconds: float | None
+    log: RunLog | None
 
     def save(self, name: str, epoch: int, step: int | None = None) -> Path:
         """Write a checkpoint; see `Trainer.save`."""

@@ -56,6 +56,7 @@ class Trainer:
         self.net = distributed.data_parallel(task.trained_module)
         self.health = health.Health(config, task.images, task.may_diverge)
         self._find_start(state)
+        self.log: RunLog | None = None  # of this start
         self.seconds: float | None = None  # training time of the run, over all starts
         self._saved = False  # whether this start has written a checkpoint
 
@@ -92,7 +93,7 @@ class Trainer:
         if self.order.start < self.order.stop:
             task.load_images()
         before = {} if config.log.resume else task.start_run()
-        log = RunLog(config, self.order.stop, self.order.start, self.device)
+        log = self.log = RunLog(config, self.order.stop, self.order.start, self.device)
         if distributed.rank() == 0:
             checkpoint.tidy_folder(Path(config.run.save_dir), config.log.resume)
         crop = loader.RandomCrops(self.recipe, config.run.seed)
@@ -206,6 +207,7 @@ class Trainer:
             progress.generator(rng.COLOR, "cpu", rank, view) for view in range(len(self.recipe))
         ]
         augmented = color.augment_views(batch.views, self.recipe, draws)
+        self.log.views(augmented, self.recipe)
         views = list(map(precision.prepare_images, augmented))
         # layers such as stochastic depth draw from the global generator
         seed = rng.key(rng.LAYERS, self.config.run.seed, progress.step, progress.micro, rank)

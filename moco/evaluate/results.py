@@ -7,6 +7,7 @@ from typing import Any
 from moco import distributed
 from moco.config import Evaluation, Probing, flat
 from moco.distributed import print_rank0
+from moco.engine import tracking
 from moco.engine.log import STARTED, format_duration, write_options
 from moco.files import write_json
 
@@ -18,6 +19,8 @@ def write_results(
     seconds: float | None = None,
 ) -> None:
     """Write results.json to the run folder on rank 0, and args.yaml if it is not there.
+
+    The results also go to the tracker of `--track`.
 
     Args:
         config: the settings of the evaluation.
@@ -34,6 +37,8 @@ def write_results(
     folder = Path(config.run.save_dir)
     if not (folder / "args.yaml").exists():
         write_options(config)
+    tracking.begin(config)
+    tracking.results({f"eval/{name}": value for name, value in found.items()})
     write(
         folder,
         {

@@ -33,6 +33,7 @@ def test_a_run_s_end_says_what_follows(script, tmp_path):
     assert status == 0, err
     assert f"the last checkpoint is {run / 'checkpoint_0000.pth.tar'}; commands to run next:" in out
     assert re.search(r"^first step took \d+\.\d s, .* \d+:\d\d:\d\d for the run$", out, re.M)
+    assert re.search(r"^trained for 0:0\d:\d\d at \d+ images per second$", out, re.M)
     knn, probe, report = (line.strip() for line in out.splitlines() if line.startswith("  "))
     assert "main_lincls.py" in probe and "tools/report.py" in report
     done = subprocess.run(

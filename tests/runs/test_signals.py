@@ -154,7 +154,7 @@ def test_the_time_of_a_resumed_run_continues_and_no_start_counts_twice(
     times = [json.loads(line)["time"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert times == sorted(times) and 7000.25 < times[STEPS] <= times[-1] < 7300
     assert read_log(tmp_path / "log.jsonl").seconds == times[-1]
-    assert re.search(r"^trained for 1:5[67]:\d\d$", out, re.M)
+    assert re.search(r"^trained for 1:5[67]:\d\d at \d+ images per second$", out, re.M)
 
 
 def test_a_run_stopped_after_the_last_step_of_an_epoch_ends_it(script, shared_images, tmp_path):
