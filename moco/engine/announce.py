@@ -9,6 +9,7 @@ from moco.config import Training
 from moco.data.images import Images
 from moco.data.loader import TrainBatchSampler
 from moco.distributed import print_rank0
+from moco.engine import record
 from moco.errors import InputError
 
 
@@ -44,6 +45,8 @@ def announce(start: Start, images: Images, notes: list[str]) -> None:
             f"{images.root}: {len(images)} images do not fill one batch of {batch}; "
             "lower --batch-size"
         )
+    if distributed.rank() == 0:
+        record.add(config.run.save_dir, steps=start.order.stop, steps_per_epoch=per_epoch)
     print_rank0(
         f"{config.run.method} {config.network.arch}: {len(images)} images of "
         f"{len(images.classes)} classes in {images.root}"

@@ -27,7 +27,8 @@ class Result(NamedTuple):
     """The value of one metric in a results.json, and the settings of the evaluation."""
 
     encoder: Encoder
-    column: tuple[str, str]  # data set and protocol
+    protocol: str  # as in results.json
+    column: tuple[str, str]  # data set and the protocol's title
     setting: str  # all settings except the seed, as JSON
     seed: int | None
     metric: str
@@ -110,6 +111,7 @@ def _results(found: dict[str, Any]) -> Iterable[Result]:
             continue
         yield Result(
             encoder=encoder,
+            protocol=found["protocol"],
             column=(dataset, protocol),
             setting=to_json(settings, sort_keys=True),
             seed=seed,
