@@ -47,11 +47,11 @@ class Record:
         If the run had finished in an earlier start, and this start failed before it trained, the
         record of the earlier start comes back.
         """
-        if error is not None and self._before.get("state") == "finished":
-            if "steps" not in read(self.folder):
-                _write(self.folder, self._before)
-                return
-        add(self.folder, **ending(error))
+        finished = self._before.get("state") == "finished"
+        if error is not None and finished and "steps" not in read(self.folder):
+            _write(self.folder, self._before)
+        else:
+            add(self.folder, **ending(error))
 
 
 def ending(error: BaseException | None) -> dict[str, Any]:

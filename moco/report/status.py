@@ -4,6 +4,7 @@ Only the ends of long logs are read. Damaged files make a field empty, never an 
 """
 
 import fcntl
+import itertools
 import json
 import math
 import mmap
@@ -344,7 +345,7 @@ def _state(
 def _patience(lines: list[dict[str, Any]]) -> float:
     """Return the seconds without a log line after which a run is silent: 3 times the usual."""
     times = [_number(line.get("time")) for line in lines]
-    gaps = [b - a for a, b in zip(times, times[1:], strict=False) if b > a]
+    gaps = [b - a for a, b in itertools.pairwise(times) if b > a]
     return max(SILENT, 3 * max(gaps, default=0.0))
 
 
