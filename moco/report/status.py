@@ -22,7 +22,7 @@ from moco.errors import InputError
 from moco.files import read_yaml
 from moco.report import results
 
-TAIL = 1 << 16  # bytes at the end of a log that are parsed
+TAIL = 1 << 14  # bytes at the end of a log that are parsed
 REACH = 1 << 22  # bytes at the end of a log in which the last k-NN accuracy is searched
 SILENT = 600.0  # seconds without a log line, at least, after which a run counts as silent
 _LIFE = ("log.jsonl", record.STATUS, "results.json")  # files that a live run writes
