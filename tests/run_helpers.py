@@ -109,6 +109,5 @@ def bash(*words, env=None, **more):
         text=True,
         cwd=ROOT,
         env={**os.environ, **(env or {})},
-        timeout=60,
-        **more,
+        **{"timeout": 60, **more},
     )

@@ -152,7 +152,7 @@ def test_damaged_logs(tmp_path):
             ['{"epoch": 1, "step": 12, "lo'],
             ["\n\n", "\x00\x00\x00"],
             ["[1]\n", '"step"\n', '{"step": 4}\n', '{"epoch": null, "step": 1}\n'],
-            [f'{{"epoch": 1, "step": {"9" * 400}}}\n', "[" * 20_000],
+            [f'{{"epoch": 1, "step": {"9" * 400}}}\n', "[" * 5_000],
         ]
     ):
         found = read(write(tmp_path / f"{i}", [good, *tail], "finished"))
