@@ -57,13 +57,12 @@ def first_of_sweep(line: str) -> str:
     if not line.startswith("tools/sweep.sh"):
         return line
     words = shlex.split(line)
-    script = next(i for i, word in enumerate(words) if word.startswith("main_"))
+    script = next(word for word in words if word.startswith("main_"))
     end = words.index("--")
-    grid = [
-        axis.split("|")[0].split() if "|" in axis else axis.split()[:2]
-        for axis in words[script + 1 : end]
-    ]
-    return shlex.join([words[script], *sum(grid, []), *words[end + 1 :]])
+    first = [script]
+    for axis in words[words.index(script) + 1 : end]:
+        first += axis.split("|")[0].split() if "|" in axis else axis.split()[:2]
+    return shlex.join([*first, *words[end + 1 :]])
 
 
 def commands() -> list[tuple[bool, str]]:
