@@ -6,10 +6,10 @@
 #     --weights finetune --epochs 30 --pretrained CKPT DIR
 #
 # Each GRID is one word in quotes: an option and its values, or alternatives of several words with | between them:
-#   "--lr 0.1 0.3"                                                 two values
-#   "--train-percent 1 --epochs 60 | --train-percent 10 --epochs 30"   options that change together
-#   "--cos | --schedule 60 80"                                     a switch, or an option with two values
-#   "--mlp |"                                                      with and without a switch
+#   "--lr 0.1 0.3"                                                    two values
+#   "--train-percent 1 --epochs 60 | --train-percent 10 --epochs 30"  options that change together
+#   "--cos | --schedule 60 80"                                        a switch, or an option with two values
+#   "--mlp |"                                                         with and without a switch
 # A value with a space is quoted inside the word: "--data 'my photos' 'other photos'". OPTIONS are the same for all runs.
 #
 # OUT/NAME is the folder of a run, named by its values: lr-backbone=0.01,train-percent=1. OUT/logs/NAME.log has its output.
@@ -69,7 +69,11 @@ while [ $# -gt 0 ]; do
     shift
 done
 [ $position -ge 2 ] || fail "give OUT, a script and a grid; --help shows an example"
-case $out in -*) fail "OUT is missing before $out" ;; esac
+case $out in
+    -*) fail "OUT is missing before $out" ;;
+    *[!/]*) ;;
+    *) fail "OUT '$out': not a folder to write to; is a shell variable not set?" ;;
+esac
 [ ${#grid[@]} -gt 0 ] || fail "no grid: give an option and its values in one word, such as \"--lr 0.1 0.3\""
 [ ${#fixed[@]} -gt 0 ] || fail "no -- and options of the runs after the grid, such as: -- --epochs 30 DIR"
 [ -f "$script" ] || script=$here/$script

@@ -315,6 +315,7 @@ def test_a_task_at_its_time_limit_saves_and_is_requeued(slurm):
         (["OUT", "main_lincls.py", "--lr 1", "--"], "no -- and options"),
         (["OUT", "main_nothing.py", "--lr 1", "--", "DIR"], "main_nothing.py: no such script"),
         (["--lr 1", "main_lincls.py", "--wd 1", "--", "DIR"], "OUT is missing before --lr 1"),
+        (["", "main_lincls.py", "--wd 1", "--", "DIR"], "OUT '': not a folder"),
         (["OUT", "main_lincls.py", "--lr", "--", "DIR"], "has no value"),
         (["OUT", "main_lincls.py", "1 2", "--", "DIR"], "must start with an option"),
         (["OUT", "main_lincls.py", "--cos | 3", "--", "DIR"], "starts with an option"),
