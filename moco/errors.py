@@ -30,6 +30,10 @@ class InputError(Exception):
         return "; ".join(self.lines)
 
 
+class DivergedError(InputError):
+    """The end of a run whose loss or weights are NaN or infinite."""
+
+
 def from_os_error(error: OSError) -> InputError:
     """Return an `InputError` with the file or folder that `error` names, and the system's reason.
 

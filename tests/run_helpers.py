@@ -11,7 +11,7 @@ import torch
 from conftest import ROOT, own_lines, settings
 
 import main_synco
-from moco.engine import run_folder
+from moco.engine import record, run_folder
 
 TIMES = {"images_per_s", "data_wait", "time"}
 
@@ -79,7 +79,7 @@ def same(a: object, b: object) -> bool:
 
 
 def digests(folder: Path, below: bool = True) -> dict[str, str]:
-    """Return the hash of each file by its path, without locks.
+    """Return the hash of each file by its path, without locks and records of starts.
 
     Unless `below`, subfolders are left out.
     """
@@ -87,7 +87,7 @@ def digests(folder: Path, below: bool = True) -> dict[str, str]:
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in files
-        if path.is_file() and path.name != run_folder.LOCK
+        if path.is_file() and path.name not in (run_folder.LOCK, record.STATUS)
     }
 
 
@@ -109,6 +109,5 @@ def bash(*words, env=None, **more):
         text=True,
         cwd=ROOT,
         env={**os.environ, **(env or {})},
-        timeout=60,
-        **more,
+        **{"timeout": 60, **more},
     )

@@ -52,6 +52,19 @@ def ours(name: str, page: str) -> str:
     )
 
 
+def first_of_sweep(line: str) -> str:
+    """Return the command of the first combination of a sweep; other lines stay as they are."""
+    if not line.startswith("tools/sweep.sh"):
+        return line
+    words = shlex.split(line)
+    script = next(word for word in words if word.startswith("main_"))
+    end = words.index("--")
+    first = [script]
+    for axis in words[words.index(script) + 1 : end]:
+        first += axis.split("|")[0].split() if "|" in axis else axis.split()[:2]
+    return shlex.join([*first, *words[end + 1 :]])
+
+
 def commands() -> list[tuple[bool, str]]:
     """Return our commands, each from the script's name on.
 
@@ -72,6 +85,7 @@ def commands() -> list[tuple[bool, str]]:
             line = re.sub(
                 r"\$\{?(\w+)\}?", lambda match, values=values: values.get(match[1], match[0]), line
             )
+            line = first_of_sweep(line)
             if not line.startswith("#") and (match := re.search(r"\bmain_\w+\.py .*", line)):
                 found.append((True, match[0]))
         prose = re.sub(r"^```.*?^```", "", page, flags=re.S | re.M)

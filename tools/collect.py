@@ -1,10 +1,12 @@
 #!/usr/bin/env python
 """Print one table of all evaluations below a folder.
 
-The table has a row for each encoder and a column for each protocol and data set. Runs of one
-encoder and protocol that differ only in their seed are averaged (mean +- standard deviation). If
-there are runs with several settings, the table shows the best setting. It is chosen on the images
-held out from train/ (--val-from-train) if every run has them; otherwise on val/, marked with *.
+The table has a row for each encoder and a column for each protocol and data set. Random encoders
+come first; the others show their gain over the random one. Runs that differ only in their seed, of
+the evaluation or of the pre-training, are averaged (mean +- standard deviation). If there are
+several settings, or several classifiers in one run, the table shows the best one. It is chosen on
+the images held out from train/ (--val-from-train) if every run has them; otherwise on val/, marked
+with *.
 """
 
 import argparse
@@ -14,7 +16,10 @@ from pathlib import Path
 from moco.cli import tool
 from moco.errors import InputError
 from moco.files import check_new, creating
-from moco.report.results import as_csv, collect, markdown
+from moco.report import tables
+from moco.report.results import collect
+
+FORMATS = {"markdown": tables.markdown, "csv": tables.as_csv, "latex": tables.latex}
 
 
 def main() -> int:
@@ -25,7 +30,10 @@ def main() -> int:
     parser.add_argument(
         "folder", type=Path, help="folder that contains the run folders, at any depth"
     )
-    files = "also write table.md and table.csv to this folder"
+    parser.add_argument(
+        "--format", choices=FORMATS, default="markdown", help="format to print (default: markdown)"
+    )
+    files = "also write table.md, table.csv and table.tex to this folder"
     parser.add_argument("--out", type=Path, metavar="DIR", help=files)
     parser.add_argument("--force", action="store_true", help="replace existing tables")
     return tool.run(parser, table)
@@ -40,17 +48,18 @@ def table(args: argparse.Namespace) -> None:
         replaces = "--force replaces the tables in the folder of --out"
         raise InputError(f"{replaces}; give --out DIR, or leave --force out")
     cells = collect(args.folder)
-    text = markdown(cells)
-    print(text)
+    # a table in Markdown ends with an empty line, to set it apart from what follows
+    print(FORMATS[args.format](cells), end="\n" if args.format == "markdown" else "")
     if not args.out:
         return
-    files = {args.out / "table.md": text, args.out / "table.csv": as_csv(cells)}
+    endings = {"markdown": "md", "csv": "csv", "latex": "tex"}
+    files = {args.out / f"table.{endings[name]}": make(cells) for name, make in FORMATS.items()}
     for path in files:
         check_new(path, args.force)
     for path, content in files.items():
         with creating(path, args.force) as file:
             file.write(content.encode(errors="backslashreplace"))
-    print(*files, sep="  ")
+    print(*files, sep="  ", file=sys.stdout if args.format == "markdown" else sys.stderr)
 
 
 if __name__ == "__main__":

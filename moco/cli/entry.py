@@ -50,7 +50,9 @@ def main(parser: Parser, complete: Complete, worker: launch.Worker) -> None:
                 run_folder.check_free(config.run.save_dir)
         for note in notes:
             print_rank0(note)
-        launch.launch(functools.partial(_in_own_folder, worker, continues, named), config)
+        with run_folder.recorded(config, continues, named) as start:
+            own = functools.partial(_in_own_folder, worker, continues, named, start)
+            launch.launch(own, config)
     except InputError as error:
         parser.refuse(error)
     except OSError as error:
@@ -100,12 +102,13 @@ def _in_own_folder(
     worker: launch.Worker,
     continues: bool,
     named: bool,
+    start: str,
     config: AnyConfig,
     device: torch.device,
 ) -> None:
     """Run the worker while the run holds the lock on its folder. Track it, if `--track` asks to."""
     with (
-        run_folder.claim(config, continues, named) as config,
+        run_folder.claim(config, continues, named, start) as config,
         tracking.tracked(config, continues),
     ):
         worker(config, device)

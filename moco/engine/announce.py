@@ -9,7 +9,7 @@ from moco.config import Training
 from moco.data.images import Images
 from moco.data.loader import TrainBatchSampler
 from moco.distributed import print_rank0
-from moco.engine import decoding
+from moco.engine import decoding, record
 from moco.errors import InputError
 
 
@@ -46,6 +46,8 @@ def announce(start: Start, images: Images, notes: list[str]) -> None:
             "lower --batch-size"
         )
     labels = f"of {len(images.classes)} classes" if images.labelled else "without labels"
+    if distributed.rank() == 0:
+        record.add(config.run.save_dir, steps=start.order.stop, steps_per_epoch=per_epoch)
     print_rank0(
         f"{config.run.method} {config.network.arch}: {len(images)} images {labels} in {images.root}"
     )

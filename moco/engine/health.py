@@ -12,7 +12,7 @@ from moco.config import Training, flat
 from moco.data.images import Images
 from moco.distributed import print_rank0
 from moco.engine import checkpoint
-from moco.errors import InputError
+from moco.errors import DivergedError, InputError
 
 COLLAPSED = 0.1  # a warning is printed if feature_std is below this
 
@@ -71,7 +71,7 @@ class Health:
 
     @torch.no_grad()
     def check(self, module: nn.Module, lr: float, steps_per_epoch: int) -> None:
-        """Raise InputError on every rank if any recent loss or any weight is NaN or infinite.
+        """Raise DivergedError on every rank if any recent loss or any weight is NaN or infinite.
 
         Call it before every save.
 
@@ -103,7 +103,7 @@ class Health:
     def _refuse(
         self, step: float, loss: float, images: list[float], lr: float, steps_per_epoch: int
     ) -> None:
-        """Raise InputError: at `step`, the loss or a weight is NaN or infinite."""
+        """Raise DivergedError: at `step`, the loss or a weight is NaN or infinite."""
         names = ", ".join(self.images.name(int(i)) for i in dict.fromkeys(images))
         epoch = step // steps_per_epoch
         where = f"step {step:.0f} (epoch {epoch:.0f}, lr {lr:g}, images {names}, ...)"
@@ -114,7 +114,7 @@ class Health:
             what += f"--allow-change {option} and a lower learning rate"
         else:
             what = "there is no checkpoint from before it; lower --lr, or raise --lr-warmup-epochs"
-        raise InputError(f"the loss, or a weight, is {loss:g} at {where}; {what}")
+        raise DivergedError(f"the loss, or a weight, is {loss:g} at {where}; {what}")
 
 
 def warn_if_collapsed(means: dict[str, float], epoch: int) -> None:

@@ -2,7 +2,9 @@
 
 import contextlib
 import os
+import secrets
 from collections.abc import Iterator
+from itertools import takewhile
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -10,11 +12,16 @@ from filelock import FileLock, Timeout
 from moco import distributed
 from moco.config import AnyConfig, Config, replaced
 from moco.distributed import print_rank0
+from moco.engine import record
 from moco.errors import InputError
 from moco.files import numbered_paths
 
 # a run locks this file while it writes to the folder; the system unlocks it, however the run ends
 LOCK = ".lock"
+
+# seconds to wait for the lock, because tools/status.py takes it for an instant to see whether a run
+# holds it
+_WAIT = 0.3
 
 # files of this project or of detectron2 that a second run in the same folder would replace
 _OUTPUTS = (
@@ -53,17 +60,19 @@ def _occupied(folder: str | Path, option: str = "--save-dir") -> str:
 
 
 @contextlib.contextmanager
-def claim(config: AnyConfig, continues: bool, named: bool) -> Iterator[AnyConfig]:
+def claim(config: AnyConfig, continues: bool, named: bool, start: str = "") -> Iterator[AnyConfig]:
     """Lock a run folder; yield `config` with its name; unlock it at the end. Runs on every rank.
 
     If the folder holds another run, an evaluation uses a subfolder. A run without `--save-dir` uses
     another name if a second run started at the same time. A line says which folder is used instead.
-    A run that writes nothing leaves no folder behind.
+    A run that writes nothing leaves no folder behind. The folder's status.json records how the run
+    ended.
 
     Args:
         config: the settings, with the requested folder.
         continues: whether this run continues the one in the folder.
         named: whether the user chose the folder.
+        start: an identifier of this start of the run; see `recorded`.
 
     Raises InputError, on every rank, if the folder cannot be written, if pre-training is given a
     folder that is not free, or if another run is writing there.
@@ -84,11 +93,35 @@ def claim(config: AnyConfig, continues: bool, named: bool) -> Iterator[AnyConfig
         raise found
     if found != wanted:
         print_rank0(f"{wanted} holds another run; this one writes to {found}")
+    config = replaced(config, save_dir=found)
+    status = record.Record(config, start) if held else None
     try:
-        yield replaced(config, save_dir=found)
+        yield config
+        if status:
+            status.end(None)
+    except BaseException as error:
+        if status:
+            status.end(error)
+        raise
     finally:
         if held:
             held.release()
+
+
+@contextlib.contextmanager
+def recorded(config: Config, continues: bool, named: bool) -> Iterator[str]:
+    """Yield an identifier for this start of a run, to give to `claim` in each of its processes.
+
+    If an error ends the run, the record in its folder gets the words that the terminal shows.
+    """
+    start = secrets.token_hex(8)
+    try:
+        yield start
+    except BaseException as error:
+        if str(error) or not isinstance(error, InputError):  # otherwise a rank has printed it
+            folders = _candidates_of(config, continues, named)
+            record.correct(takewhile(Path.exists, folders), start, error)
+        raise
 
 
 def _candidates_of(config: Config, continues: bool, named: bool) -> Iterator[Path]:
@@ -120,7 +153,7 @@ class LockedFolder:
     def __init__(self, folder: Path):
         self.folder = folder
         self._made = [p for p in (folder, *folder.parents) if not p.exists()]
-        self._lock = FileLock(folder / LOCK, blocking=False)
+        self._lock = FileLock(folder / LOCK, timeout=_WAIT)
         folder.mkdir(parents=True, exist_ok=True)
         # some file systems have no locks
         with contextlib.suppress(NotImplementedError):
@@ -129,8 +162,9 @@ class LockedFolder:
     def release(self) -> None:
         """Unlock the folder. Remove it if this object created it and nothing was written to it."""
         with contextlib.suppress(OSError):
-            if self._made and os.listdir(self.folder) == [LOCK]:
-                (self.folder / LOCK).unlink()
+            if self._made and set(os.listdir(self.folder)) <= {LOCK, record.STATUS}:
+                for name in os.listdir(self.folder):
+                    (self.folder / name).unlink()
                 for folder in self._made:
                     folder.rmdir()
         self._lock.release()

@@ -1,7 +1,5 @@
-"""Read the results.json files of evaluations, and make a table of the best results."""
+"""Read the results.json files of evaluations, and choose the best settings."""
 
-import csv
-import io
 import json
 import re
 import statistics
@@ -12,6 +10,7 @@ from typing import Any, NamedTuple
 
 from moco.errors import InputError
 from moco.files import UnreadableError, read_json, to_json
+from moco.report import seeds
 
 
 class Encoder(NamedTuple):
@@ -20,20 +19,24 @@ class Encoder(NamedTuple):
     method: str
     arch: str
     epochs: int | None  # of pre-training
-    checkpoint: str | None
+    checkpoint: str | None  # several, if they differ only in the seed of their pre-training
 
 
 class Result(NamedTuple):
     """The value of one metric in a results.json, and the settings of the evaluation."""
 
     encoder: Encoder
-    column: tuple[str, str]  # data set and protocol
+    protocol: str  # as in results.json
+    column: tuple[str, str]  # data set and the protocol's title
     setting: str  # all settings except the seed, as JSON
-    seed: int | None
+    seed: int | None  # of the evaluation
     metric: str
     value: float
     top5: float | None  # top-5, if the metric is top-1
     held_out: float | None  # the metric on held-out training images, if any
+    classifiers: int = 1  # number of classifiers trained in one pass, of which this is the best
+    classifier: str = ""  # its learning rate and weight decay, if there were several
+    pretrain_seed: int | None = None  # only if there are several
 
 
 class Best(NamedTuple):
@@ -41,7 +44,7 @@ class Best(NamedTuple):
 
     Attributes:
         results: the results of this setting, one for each seed.
-        tried: number of settings tried.
+        tried: number of settings tried. Each of several classifiers of one pass counts.
         varied: names of the options that differ between them.
         on_val: whether it was chosen among several settings on val/, the images of the test.
     """
@@ -51,16 +54,25 @@ class Best(NamedTuple):
     varied: list[str]
     on_val: bool
 
+    def mean(self) -> float:
+        """Return the mean of the metric over seeds."""
+        return statistics.mean(one.value for one in self.results)
+
+    def std(self) -> float:
+        """Return the standard deviation of the metric over seeds; there must be two at least."""
+        return statistics.stdev(one.value for one in self.results)
+
 
 def collect(folder: Path) -> dict[tuple[Encoder, tuple[str, str]], Best]:
     """Return the best setting of each cell, from all results.json files below `folder`.
 
     Raises InputError if there are none, or if one cannot be read.
     """
+    files = sorted(folder.rglob("results.json"))
+    found = seeds.merge([(one, file) for file in files for one in read(file)])
     groups = defaultdict(list)
-    for file in sorted(folder.rglob("results.json")):
-        for one in read(file):
-            groups[one.encoder, one.column].append(one)
+    for one in found:
+        groups[one.encoder, one.column].append(one)
     if not groups:
         raise InputError(
             f"{folder}: no results.json of an evaluation script below it; "
@@ -94,6 +106,8 @@ def _results(found: dict[str, Any]) -> Iterable[Result]:
     for name in ("method", "arch", "dataset", "protocol"):
         if not isinstance(found[name], str):
             raise TypeError(name)
+    if not isinstance(found["checkpoint"], str | None):
+        raise TypeError("checkpoint")
     encoder = Encoder(
         found["method"], found["arch"], found.get("pretrain_epochs"), found["checkpoint"]
     )
@@ -106,11 +120,15 @@ def _results(found: dict[str, Any]) -> Iterable[Result]:
     if not {"epochs", "optimizer"} & settings.keys():
         settings.pop("batch_size", None)  # nothing was trained: no result depends on it
     dataset = Path(found["dataset"]).name
+    chosen = [
+        f"{name} {metrics[f'best_{name}']:g}" for name in ("lr", "wd") if _best(metrics, name)
+    ]
     for metric, protocol in figures(found["protocol"], metrics, settings):
         if metrics[metric] is None:  # NaN or infinite: nothing to put in a table
             continue
         yield Result(
             encoder=encoder,
+            protocol=found["protocol"],
             column=(dataset, protocol),
             setting=to_json(settings, sort_keys=True),
             seed=seed,
@@ -118,7 +136,14 @@ def _results(found: dict[str, Any]) -> Iterable[Result]:
             value=0.0 + metrics[metric],
             top5=metrics["acc5"] if metric == "acc1" else None,
             held_out=metrics.get(f"held_out_{metric}"),
+            classifiers=sum(name.startswith(f"{metric}_lr") for name in metrics) or 1,
+            classifier=", ".join(chosen),
         )
+
+
+def _best(metrics: dict[str, float], name: str) -> bool:
+    """Return whether the classifier was chosen among several values of the option `name`."""
+    return isinstance(metrics.get(f"best_{name}"), int | float)
 
 
 def figures(
@@ -172,85 +197,38 @@ def best(results: list[Result]) -> Best:
     names = sorted({name for one in tried for name in one})
     varied = [name for name in names if any(one.get(name) != tried[0].get(name) for one in tried)]
     best_results = max(settings.values(), key=mean_score)
-    return Best(best_results, len(settings), varied, on_val and len(settings) > 1)
-
-
-def markdown(cells: dict[tuple[Encoder, tuple[str, str]], Best]) -> str:
-    """Return the table in Markdown, with accuracies in per cent."""
-    encoders = sorted(
-        {encoder for encoder, _ in cells},
-        key=lambda e: (e.method, e.arch, e.epochs or 0, e.checkpoint or ""),
-    )
-    columns = sorted({column for _, column in cells})
-    # encoders of the same method, network and epochs differ only in their files
-    names = [(e.method, e.arch, e.epochs) for e in encoders]
-    twice = any(names.count(name) > 1 for name in names)
-    lines = [
-        [
-            "method",
-            "arch",
-            "epochs",
-            *(["checkpoint"] if twice else []),
-            *(" ".join(column) for column in columns),
-        ]
-    ]
-    lines.append(["---"] * len(lines[0]))
-    for e in encoders:
-        row = [
-            e.method,
-            e.arch,
-            "" if e.epochs is None else str(e.epochs),
-            *([e.checkpoint or ""] if twice else []),
-        ]
-        lines.append(row + [cell(cells.get((e, column))) for column in columns])
-    text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
-    chosen = [choice(*key, found) for key, found in cells.items() if found.tried > 1]
-    text += "".join(f"\n{line}\n" for line in sorted(chosen))
-    if any(found.on_val for found in cells.values()):
-        text += "\n\\* the best of several settings, chosen on the images of the test\n"
-    return text
+    count = sum(max(one.classifiers for one in same) for same in settings.values())
+    return Best(best_results, count, varied, on_val and count > 1)
 
 
 def choice(encoder: Encoder, column: tuple[str, str], found: Best) -> str:
     """Return the line that says which of the settings tried was the best."""
     setting = json.loads(found.results[0].setting)
-    values = ", ".join(f"{name} {setting.get(name)}" for name in found.varied)
+    chosen = dict.fromkeys(one.classifier for one in found.results if one.classifier)
+    varied = [name for name in found.varied if not (chosen and name in ("lr", "wd"))]
+    values = ", ".join(
+        [
+            *(f"{name} {setting.get(name)}" for name in varied),
+            *([" or ".join(chosen)] * bool(chosen)),
+        ]
+    )
     where = f"{' '.join(column)}, {encoder.method} {encoder.arch}"
     return f"{where}: the best of {found.tried} settings is {values}"
 
 
-def cell(found: Best | None) -> str:
+def cell(found: Best | None, gain: float | None = None) -> str:
     """Return the text of a cell, in per cent.
 
-    It is "67.5 ± 0.1 / 87.9" for several seeds, and "67.5 / 87.9" for one.
+    It is "67.5 ± 0.1 / 87.9 (+12.3)" for several seeds and a `gain` in [-1, 1], and "67.5 / 87.9"
+    for one seed without a gain. A star marks a setting that was chosen on the images of the test.
     """
     if found is None:
         return ""
-    text = f"{100 * statistics.mean(one.value for one in found.results):.1f}"
+    text = f"{100 * found.mean():.1f}"
     if len(found.results) > 1:
-        text += f" ± {100 * statistics.stdev(one.value for one in found.results):.1f}"
+        text += f" ± {100 * found.std():.1f}"
     if found.results[0].top5 is not None:
         text += f" / {100 * statistics.mean(one.top5 for one in found.results):.1f}"
-    return text + (" \\*" if found.on_val else "")
-
-
-def as_csv(cells: dict[tuple[Encoder, tuple[str, str]], Best]) -> str:
-    """Return the table as CSV: a line for each cell, with the chosen setting."""
-    names = "method arch pretrain_epochs checkpoint dataset protocol metric value std top5 seeds "
-    names += "settings_tried chosen_on settings"
-    file = io.StringIO(newline="")
-    table = csv.writer(file)
-    table.writerow(names.split())
-    for (encoder, column), found in cells.items():
-        values = [one.value for one in found.results]
-        std = statistics.stdev(values) if len(values) > 1 else ""
-        top5 = (
-            statistics.mean(one.top5 for one in found.results)
-            if found.results[0].top5 is not None
-            else ""
-        )
-        seeds = " ".join(str(one.seed) for one in found.results)
-        chosen = "" if found.tried == 1 else "val" if found.on_val else "held out"
-        row = [*encoder, *column, found.results[0].metric, statistics.mean(values), std, top5]
-        table.writerow([*row, seeds, found.tried, chosen, found.results[0].setting])
-    return file.getvalue()
+    if gain is not None:
+        text += f" ({100 * gain:+.1f})"
+    return text + (" *" if found.on_val else "")

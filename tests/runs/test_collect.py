@@ -1,22 +1,13 @@
-"""The sweep over rates and epochs, and the table that gathers what evaluations wrote."""
+"""Test tools/collect.py, the table of what evaluations wrote, from the shell."""
 
 import csv
 import json
 import os
-import re
-import subprocess
-import sys
 
 import pytest
-import torch
-from conftest import ROOT, own_lines, settings, shell
-
-import main_semisup
-from moco.encoder.resnets import resnet
+from conftest import own_lines, shell
 
 pytestmark = pytest.mark.slow
-
-GRID = (0.01, 0.02, 0.05, 0.1, 0.005)  # of the backbone's learning rates
 
 
 def write(
@@ -225,121 +216,3 @@ def test_a_mistake_is_one_line(text, said, tmp_path):
         (tmp_path / "results.json").write_text(text)
     done = shell("tools/collect.py", tmp_path)
     assert done.returncode == 2 and said in done.stderr and len(own_lines(done.stderr)) == 1
-
-
-def test_the_sweep_goes_on_where_it_was_stopped(shared_images, tmp_path):
-    def sweep() -> str:
-        settings = {
-            "PERCENTS": "100",
-            "EPOCHS": "1",
-            "RATES": "0.01 0.02",
-            "PYTHON": sys.executable,
-        }
-        options = ("-a", "resnet18", "--image-size", "32", "-j", "0", "-b", "8")
-        command = [
-            "tools/sweep_semisup.sh",
-            checkpoint,
-            str(shared_images),
-            str(tmp_path / "sweep"),
-            *options,
-        ]
-        done = subprocess.run(
-            command,
-            cwd=ROOT,
-            env={**os.environ, **settings},
-            capture_output=True,
-            text=True,
-            timeout=600,
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    checkpoint = str(tmp_path / "pretrained.pth")
-    torch.save(
-        {f"module.encoder_q.{name}": t for name, t in resnet("resnet18", 8).state_dict().items()},
-        checkpoint,
-    )
-    first = sweep()
-    runs = sorted(path.parent.name for path in (tmp_path / "sweep").rglob("results.json"))
-    assert (
-        runs == ["100percent_1epochs_lr0.01", "100percent_1epochs_lr0.02"]
-        and first.count("* Acc@1") == 2
-    )
-    assert (
-        re.search(r"100 % labels, .* the best of 2 settings is lr_backbone 0\.0[12]\n", first)
-        and "\\*" not in first
-    )  # chosen on held-out images
-    (tmp_path / "sweep" / runs[0] / "results.json").unlink()
-    again = sweep()
-    assert (
-        again.count("done before") == 1 and again.count("* Acc@1") == 1 and "loss" not in again
-    )  # tested, not trained again
-    assert first.splitlines()[-5:] == again.splitlines()[-5:]
-
-
-@pytest.mark.parametrize(
-    ("options", "variables", "expected"),
-    [
-        (
-            (),
-            {},
-            {
-                (percent, epochs, rate, 0.5, 1024)
-                for percent, epochs in ((1, 60), (10, 30))
-                for rate in GRID
-            },
-        ),
-        ((), {"PERCENTS": "100"}, {(100, 90, rate, 0.5, 1024) for rate in GRID}),
-        (
-            (),
-            {"PERCENTS": "1", "EPOCHS": "3 4", "RATES": "1"},
-            {(1, 3, 1, 0.5, 1024), (1, 4, 1, 0.5, 1024)},
-        ),
-        (
-            ("--lr-classifier", "0.3", "-b", "64", "--epochs=5", "--lr_backbone", "0.02"),
-            {"EPOCHS": "7", "RATES": "1 2"},
-            {(percent, 5, 0.02, 0.3, 64) for percent in (1, 10)},
-        ),
-        (("--train-percent", "1", "--lr-backbone=0.02"), {}, {(1, 60, 0.02, 0.5, 1024)}),
-    ],
-)
-def test_the_sweep_is_the_papers_unless_options_say_otherwise(
-    options, variables, expected, tmp_path
-):
-    """main_semisup.py parses its commands; each run folder is named after its settings."""
-    recorder = tmp_path / "python"
-    recorder.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/commands\n')
-    recorder.chmod(0o755)
-    command = ["tools/sweep_semisup.sh", "c.pth", "DIR", "OUT", *options]
-    subprocess.run(
-        command, cwd=ROOT, env={**os.environ, **variables, "PYTHON": str(recorder)}, check=True
-    )
-    *runs, table = (line.split() for line in (tmp_path / "commands").read_text().splitlines())
-    assert table[0].endswith("tools/collect.py") and table[1:] == ["OUT", "--out", "OUT", "--force"]
-    found = [settings(main_semisup, words[1:]) for words in runs]
-    words_of = [
-        (a.train_percent, a.epochs, a.lr_backbone, a.lr_classifier, a.batch_size) for a in found
-    ]
-    assert len(words_of) == len(expected) and set(words_of) == expected
-    for args in found:
-        assert (
-            args.save_dir
-            == f"OUT/{args.train_percent}percent_{args.epochs}epochs_lr{args.lr_backbone:g}"
-        )
-        assert (args.weights, args.wd, args.val_from_train, args.pretrained) == (
-            "finetune",
-            1e-6,
-            0.1,
-            "c.pth",
-        )
-
-
-def test_the_sweep_refuses_what_it_sets_itself():
-    command = ["tools/sweep_semisup.sh", "c.pth", "DIR", "OUT", "--save-dir=elsewhere"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and "--save-dir is set by the sweep itself" in done.stderr
-
-
-def test_the_sweep_says_how_it_is_used():
-    done = subprocess.run(["tools/sweep_semisup.sh", "a"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.startswith("usage:")

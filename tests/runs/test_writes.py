@@ -79,6 +79,7 @@ def test_features_are_not_dumped_over_others(script, shared_images, run, tmp_pat
 WRITES = {
     "moco/files.py": "replacing and creating, which the others use",
     "moco/engine/run_folder.py": "the lock of a folder, and folders in which nothing was written",
+    "moco/engine/record.py": "status.json in the run's own folder, after claim",
     "moco/launch/output.py": "/dev/null",
     "moco/user.py": "this user's own folder for temporary files",
     "moco/engine/log.py": "a run's own folder, after claim",
