@@ -41,7 +41,7 @@ class Status:
         loss: the last loss; NaN if it is not finite.
         metric: name of `accuracy`.
         accuracy: the last accuracy, in [0, 1].
-        gain: its difference to that of the random encoder, if the log has it.
+        gain: its difference to that of the encoder before training, if the log has it.
         seconds_left: estimated time that a running run needs.
         seen: time of the last sign of life, in seconds since 1970.
         state: running, silent, finished, stopped, failed, diverged, crashed, killed or unfinished.
@@ -240,7 +240,7 @@ def _seconds_left(
 def _accuracy(
     folder: Path, lines: list[dict[str, Any]], found: list[results.Result]
 ) -> tuple[str | None, float | None, float | None]:
-    """Return the name, the value and the gain over the random encoder of the last accuracy."""
+    """Return the name and the value of the last accuracy, and its gain since before training."""
     if found:
         metric = found[0].metric
         name = f"k-NN (k {metric.removeprefix('knn_')})" if metric.startswith("knn_") else metric
@@ -252,12 +252,7 @@ def _accuracy(
     accuracy = _known(last.get("knn"))
     if accuracy is None:
         return None, None, None
-    gain, random = _known(last.get("knn_gain")), _known(last.get("knn_random"))
-    if gain is None and random is None:
-        random = _known(_first_with(folder / "log.jsonl", "knn_random").get("knn_random"))
-    if gain is None and random is not None:
-        gain = accuracy - random
-    return "k-NN", accuracy, gain
+    return "k-NN", accuracy, _known(last.get("knn_gain"))
 
 
 TITLES = {"acc1": "top-1", "map11": "mAP", "mean_per_class": "mean per class"}
@@ -283,16 +278,6 @@ def _last_with(path: Path, lines: list[dict[str, Any]], name: str) -> dict[str, 
             return _entry(log[start : end if end >= 0 else len(log)]) or {} if at >= 0 else {}
     except (OSError, ValueError):  # no file, or an empty one
         return {}
-
-
-def _first_with(path: Path, name: str) -> dict[str, Any]:
-    """Return the first line of a log that has the metric `name`, near the log's start, or {}."""
-    try:
-        with path.open("rb") as file:
-            lines = file.read(TAIL).split(b"\n")
-    except OSError:
-        return {}
-    return next((e for line in lines if name.encode() in line and (e := _entry(line))), {})
 
 
 def is_locked(folder: Path) -> bool | None:
