@@ -2,9 +2,14 @@
 
 import sys
 
+import pytest
+import timm
 import torch
 
 from moco.encoder import networks
+
+TIMM = tuple(map(int, timm.__version__.split(".")[:3]))
+loads_folders = pytest.mark.skipif(TIMM < (1, 0, 26), reason="this timm loads no local folders")
 
 
 def tool_caller(tool, monkeypatch, capsys):

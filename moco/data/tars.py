@@ -126,9 +126,8 @@ def _read_ahead(descriptor: int, offset: int, size: int) -> None:
     It then fetches them in one piece. Otherwise it would also fetch some of the images after them,
     as for a file that is read from its start to its end.
     """
-    if hasattr(os, "posix_fadvise"):  # not on macOS
-        with contextlib.suppress(OSError):  # some file systems do not have it
-            os.posix_fadvise(descriptor, offset, size, os.POSIX_FADV_WILLNEED)
+    with contextlib.suppress(OSError, AttributeError):  # not on macOS and some file systems
+        os.posix_fadvise(descriptor, offset, size, os.POSIX_FADV_WILLNEED)
 
 
 # The layout.

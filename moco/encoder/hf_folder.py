@@ -83,7 +83,7 @@ def load(folder: Path) -> nn.Module:
         why = short(" ".join(str(error).split()))
         raise InputError(
             f"--hf: timm {timm.__version__} cannot load such a folder ({why}), so nothing was "
-            "written; update it: pip install -U timm"
+            "written; 1.0.26 and newer can, and load Swins from 1.0.31 on: pip install -U timm"
         ) from None
 
 

@@ -360,7 +360,9 @@ def _map(sample: Sample, computed: list[RunFeatures], seed: int) -> str:
 
 
 def _strips(sample: Sample, one: RunFeatures) -> str:
-    picture = pictures.neighbours(sample, one.bank, one.points, THUMBNAIL, one.run)
+    picture = pictures.neighbours(
+        sample, one.bank, one.points, THUMBNAIL, pictures.decoding_of(one.run)
+    )
     text = f"{sample.neighbours_text} {one.source}."
     return figure(one.run.name, picture, text)
 

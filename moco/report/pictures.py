@@ -12,6 +12,7 @@ from moco import devices
 from moco.augment import crop, recipes
 from moco.config import MEAN, STD, Pretraining, flat, replaced
 from moco.data import registry
+from moco.data.decoding import DEFAULT
 from moco.data.images import Images
 from moco.encoder import metadata, networks, pretrained
 from moco.engine import checkpoint, features
@@ -23,6 +24,7 @@ from moco.report.plots import plain, printable, run_label
 from moco.report.runs import Run
 from moco.report.samples import Sample
 from moco.report.views import views_figure
+from moco.sections_images import Decoding
 
 ROWS = 6  # images in the grid of views
 NEIGHBOURS = 6
@@ -227,7 +229,14 @@ def feature_map(points: Images, found: dict[str, Tensor]) -> Figure:
     return figure
 
 
-def neighbours(of: Sample, bank: Tensor, points: Tensor, size: int, run: Run) -> Figure:
+def decoding_of(run: Run) -> Decoding:
+    """Return how the images of a run are decoded. Raises InputError if args.yaml is not valid."""
+    return settings(run, _NEEDED).input
+
+
+def neighbours(
+    of: Sample, bank: Tensor, points: Tensor, size: int, decoding: Decoding = DEFAULT
+) -> Figure:
     """Return a picture of the query images, each with the other training images nearest to it.
 
     Without labels, no frame shows whether a neighbour is of the same class.
@@ -237,11 +246,10 @@ def neighbours(of: Sample, bank: Tensor, points: Tensor, size: int, run: Run) ->
         bank: features of its training images, [N, D].
         points: features of its images on the map, [M, D].
         size: side of each image, in pixels.
-        run: the run that computed the features.
+        decoding: how the images are decoded.
 
     Raises InputError if an image cannot be read, or if there is no other training image.
     """
-    decoding = settings(run, _NEEDED).input
 
     def read(images: Images, i: int) -> Tensor:
         return crop.center_view(images.read(i, decoding), size)

@@ -8,7 +8,16 @@ import pytest
 import timm
 import torch
 from encoder_helpers import SMALL as TEST_VIT
-from export_helpers import features, network, printed, saved, saved_resnet, tool_caller
+from export_helpers import (
+    TIMM,
+    features,
+    loads_folders,
+    network,
+    printed,
+    saved,
+    saved_resnet,
+    tool_caller,
+)
 from PIL import Image
 from run_helpers import SMALL, refused
 
@@ -38,6 +47,7 @@ def config(folder):
     return json.loads((folder / "config.json").read_text())
 
 
+@loads_folders
 def test_timm_loads_a_folder(run, resnet, tmp_path):
     net, file = resnet
     folder = tmp_path / "new" / "hf"
@@ -58,6 +68,7 @@ def test_timm_loads_a_folder(run, resnet, tmp_path):
     torch.testing.assert_close(features(printed(out)[0]), features(net))
 
 
+@loads_folders
 def test_own_normalization_and_small_images_reach_the_config(run, tmp_path):
     """CIFAR's images are evaluated at their own size, so timm must not enlarge and crop them."""
     args = {"mean": [0.0, 0.0, 0.0], "std": [1.0, 1.0, 1.0], "image_size": 32}
@@ -72,6 +83,7 @@ def test_own_normalization_and_small_images_reach_the_config(run, tmp_path):
     torch.testing.assert_close(view(Image.fromarray(image)), pixels)
 
 
+@loads_folders
 @pytest.mark.parametrize(
     ("arch", "arguments"),
     [
@@ -97,7 +109,7 @@ def test_swin_needs_a_timm_that_reads_headless_swins(run, tmp_path):
     net = network("swin_tiny", 32)
     file = saved(tmp_path / "x.pth.tar", net, arch="swin_tiny", args={"image_size": 32})
     result = run(file, "--hf", tmp_path / "new" / "hf")
-    if tuple(map(int, timm.__version__.split(".")[:3])) < (1, 0, 31):
+    if TIMM < (1, 0, 31):
         refused(result, "cannot load such a folder", "pip install -U timm")
         assert not os.listdir(tmp_path / "new")
     else:
@@ -105,6 +117,7 @@ def test_swin_needs_a_timm_that_reads_headless_swins(run, tmp_path):
         torch.testing.assert_close(features(loaded(tmp_path / "new" / "hf")), features(net))
 
 
+@loads_folders
 def test_this_project_reads_the_folder(run, tmp_path):
     net = network("resnet18")
     args = {"mean": [0.5, 0.5, 0.5], "std": [0.2, 0.2, 0.2], "image_size": 48}
@@ -114,6 +127,16 @@ def test_this_project_reads_the_folder(run, tmp_path):
     assert (found.arch, found.method, found.epoch, found.image_size) == ("resnet18", "synco", 3, 48)
     assert found.mean == [0.5] * 3 and found.std == [0.2] * 3
     assert torch.equal(features(found.net), features(net))
+
+
+def test_a_timm_that_cannot_load_folders_is_named(run, resnet, tmp_path, monkeypatch):
+    def fails(*_, **__):
+        raise AssertionError("unknown scheme")
+
+    monkeypatch.setattr(timm, "create_model", fails)
+    result = run(resnet[1], "--hf", tmp_path / "new" / "hf")
+    refused(result, f"timm {timm.__version__} cannot load such a folder", "pip install -U timm")
+    assert not os.listdir(tmp_path / "new")
 
 
 # what config.json cannot describe
@@ -138,6 +161,7 @@ def test_network_that_timm_lacks_is_refused(run, resnet, tmp_path, monkeypatch):
     assert not (tmp_path / "hf").exists()
 
 
+@loads_folders
 def test_different_features_leave_no_folder(run, resnet, tmp_path, monkeypatch):
     other = network("resnet18")
     monkeypatch.setattr(hf_folder, "load", lambda _: other)
@@ -150,6 +174,7 @@ def test_different_features_leave_no_folder(run, resnet, tmp_path, monkeypatch):
 # nothing is overwritten
 
 
+@loads_folders
 def test_existing_files_stay_unless_forced(run, resnet, tmp_path):
     folder = tmp_path / "hf"
     folder.mkdir()
@@ -165,6 +190,7 @@ def test_existing_files_stay_unless_forced(run, resnet, tmp_path):
     assert config(folder)["architecture"] == "resnet18"
 
 
+@loads_folders
 def test_a_failure_on_the_way_leaves_no_file(run, resnet, tmp_path, monkeypatch):
     """config.json cannot be created: then the weights, which come first, are not kept either."""
     folder = tmp_path / "hf"
@@ -205,6 +231,7 @@ def test_errors_are_one_line(run, resnet, tmp_path):
 # whole runs
 
 
+@loads_folders
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("script_name", "options"), [("main_synco", (*SMALL, "--mlp")), ("main_moby", TEST_VIT)]
@@ -230,6 +257,7 @@ def test_a_run_is_exported_with_a_card(script_name, options, script, run, shared
 @pytest.mark.skipif(
     importlib.util.find_spec("transformers") is None, reason="transformers is not installed"
 )
+@loads_folders
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("arch", "size"), [("resnet18", 32), ("vit_small", 64), ("convnext_atto", 64)]

@@ -7,7 +7,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from export_helpers import network, printed, saved, saved_resnet, tool_caller
+from export_helpers import loads_folders, network, printed, saved, saved_resnet, tool_caller
 from run_helpers import refused
 
 from moco.encoder import onnx_file
@@ -82,6 +82,7 @@ def test_conversion_leaves_the_network_unchanged():
     assert not net.training
 
 
+@loads_folders
 def test_all_outputs_are_written_together(run, resnet, tmp_path):
     options = (tmp_path / "a.pth", "--hub", "--hf", tmp_path / "hf", "--onnx", tmp_path / "a.onnx")
     status, out, err = run(resnet[1], *options)
