@@ -2,10 +2,10 @@
 """Export the encoder of a checkpoint for other software: its tensors alone, with stock names.
 
 CHECKPOINT is a checkpoint of any method of this project, or any other file that main_lincls.py
-reads. Stock networks without their last layer load OUT strictly: torchvision and timm for ResNets,
-timm for other networks. The tool checks this before it writes OUT: each stock network loads the
-tensors and must compute the same features as this project's network. The tool prints the Python
-code that loads OUT.
+reads. Stock networks without their last layer load OUT strictly: those of torchvision and timm for
+ResNets, and that of its own library for another network. The tool checks this before it writes OUT:
+each stock network loads the tensors and must compute the same features as this project's network.
+The tool prints the Python code that loads OUT.
 """
 
 import argparse
