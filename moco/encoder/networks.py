@@ -30,13 +30,8 @@ class Arch(NamedTuple):
         It is the bare name of a ResNet of torchvision or of a network of timm. torchvision's other
         networks, and timm's networks with the name of such a ResNet, have their library before it.
         """
-        bare = (self.name in ARCHS) == (self.library == "torchvision") or self.is_short
+        bare = (self.name in ARCHS) == (self.library == "torchvision")
         return self.name if bare else f"{self.library}:{self.name}"
-
-    @property
-    def is_short(self) -> bool:
-        """Return whether the name is a short name of a network of timm."""
-        return self.library == "timm" and self.name in timm_networks.SHORT
 
 
 def find(arch: str) -> Arch:

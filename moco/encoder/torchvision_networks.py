@@ -23,8 +23,13 @@ NAMES = sorted(models.list_models(module=models))  # all classifiers, ResNets in
 
 # the option for the side of the input images, of networks with a fixed input size
 _SIZED = {"vit": "image_size", "maxvit": "input_size"}
-# networks whose training needs a loss of their own for the auxiliary outputs
-_AUXILIARY = ("googlenet", "inception_v3")
+_AUXILIARY = "has auxiliary outputs, which no method here trains"
+# why some networks are refused, by the beginning of their names
+_REFUSED = {
+    "googlenet": _AUXILIARY,
+    "inception_v3": _AUXILIARY,
+    "mnasnet": "reads only files with a version number, which checkpoints do not have",
+}
 
 
 class LastLayer(NamedTuple):
@@ -50,12 +55,12 @@ def create(name: str, out: int, image_size: int, drop_path: float = 0.0) -> nn.M
         image_size: side of the square input images, in pixels.
         drop_path: rate of stochastic depth of the last block, in [0, 1).
 
-    Raises InputError if the network does not support the image size or stochastic depth, if it has
-    auxiliary outputs, or if its last layer is not one linear layer.
+    Raises InputError if the network does not support the image size or stochastic depth, if its
+    last layer is not one linear layer, or if it is one of `_REFUSED`.
     """
-    if name in _AUXILIARY:
-        several = "has auxiliary outputs, which no method here trains"
-        raise InputError(f"torchvision:{name}: {several}; choose another -a")
+    for start, why in _REFUSED.items():
+        if name.startswith(start):
+            raise InputError(f"torchvision:{name}: {why}; choose another -a")
     try:
         net = models.get_model(
             name, weights=None, num_classes=max(out, 1), **create_arguments(name, image_size)

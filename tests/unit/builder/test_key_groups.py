@@ -8,8 +8,10 @@ import torch
 import torch.nn.functional as F
 from momentum_helpers import DIM, build, keys_by_hand, two_views
 from run_helpers import typed
+from timm.layers import BatchNormAct2d
 from torch import nn
 
+from moco.builder import base
 from moco.builder.batch_norm import split_batch_norm
 from moco.builder.moco import MoCo
 from moco.rng import Progress
@@ -170,3 +172,39 @@ def test_fewer_batch_norm_groups_than_asked_for_are_announced(
     status, out, err = script(*command)
     assert status == 0, err
     assert said in out if said else "groups are used" not in out
+
+
+@pytest.mark.parametrize("name", ["group_by_group", "groups_as_channels"])
+def test_groups_of_timms_batch_norm_keep_its_activation(name, monkeypatch):
+    torch.manual_seed(0)
+    norm, x = BatchNormAct2d(5, act_layer=nn.ReLU), torch.randn(24, 5, 4, 3)
+    groups = torch.cat([copy.deepcopy(norm)(part) for part in x.chunk(3)])
+    split_batch_norm(norm, 3)
+    monkeypatch.setattr(type(norm), "group_by_group", getattr(norm, name).__func__)
+    torch.testing.assert_close(norm(x), groups)
+    assert (groups >= 0).all() and (groups == 0).any()
+    assert torch.equal(norm.eval()(x), F.relu(F.batch_norm(x, norm.running_mean, norm.running_var)))
+
+
+def test_groups_of_a_batch_norm_without_scale_are_channels():
+    found = []
+    for name in ("group_by_group", "groups_as_channels"):
+        torch.manual_seed(0)
+        norm = nn.BatchNorm2d(5, affine=False)
+        split_batch_norm(norm, 2)
+        found.append(getattr(norm, name)(torch.randn(16, 5, 2, 2), 2))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_keys_of_a_network_without_batch_norm_are_not_shuffled(monkeypatch):
+    monkeypatch.setattr(base.distributed, "shuffle", None)  # fails if it is called
+    plain = nn.Sequential(nn.Flatten(), nn.LayerNorm(243), nn.Linear(243, DIM))
+    model = MoCo(lambda: plain, dim=DIM, K=8, bn_splits=4)
+    images = torch.randn(32, 3, 9, 9)
+    assert torch.equal(model.keys(images, Progress()), F.normalize(plain(images)))
+    assert model.notes(32) == [
+        "the network has no batch norm, so the keys need no shuffle and no groups"
+    ]
+    with pytest.raises(TypeError):
+        build().keys(images, Progress())

@@ -156,8 +156,6 @@ def test_resnet_keeps_the_weights_that_a_seed_has_always_given():
         ("test_efficientnet", True),
         ("mobilenet_v3_small", True),
         ("test_convnext", False),
-        ("vgg11", False),
-        ("vgg11_bn", True),
     ],
 )
 def test_batch_norm_is_found(arch, has):
