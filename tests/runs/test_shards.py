@@ -13,6 +13,7 @@ FORMS = {"tar": write_tars, "parquet": write_parquet, "arrow": write_arrow}
 TEN = typed("-a resnet18 --image-size 32 -b 4 -j 1 --epochs 1 -p 1 --moco-k 24 --mlp --n-hard 8")
 TEN += typed("--n1 2 --n4 2 --warmup-epochs 0 --seed 3")
 KNN = typed("--knn-every 1 --knn-k 5")
+FROM_FILES = ("--cache-images", "off")  # loader processes read the files in every epoch
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,9 @@ def trained(folder, forms, tmp_path_factory):
     runs = {}
     for name, data in {"folder": folder, **forms}.items():
         runs[name] = tmp_path_factory.mktemp("runs") / name
-        status, _, err = in_process("main_synco", data, *TEN, *KNN, "--save-dir", runs[name])
+        status, _, err = in_process(
+            "main_synco", data, *TEN, *KNN, *FROM_FILES, "--save-dir", runs[name]
+        )
         assert status == 0, err
     return runs
 
@@ -98,7 +101,7 @@ def test_a_bad_member_is_skipped_or_ends_the_run(script, folder, tmp_path):
     good = [path.read_bytes() for path in sorted(folder.rglob("train/*/*.jpg"))] * 3
     members = [(f"{i}.jpg", data) for i, data in enumerate(good)]
     write_tar(tmp_path / "data" / "0.tar", ("bad.jpg", b"no image"), *members)
-    words = (tmp_path / "data", *TEN, "--save-dir")
+    words = (tmp_path / "data", *TEN, *FROM_FILES, "--save-dir")
     status, _, err = script("main_synco", *words, tmp_path / "skip")
     assert status == 0 and err.count(f"{tmp_path / 'data'}/0.tar/bad.jpg") == 1, err
     result = script("main_synco", *words, tmp_path / "error", "--on-bad-image", "error")
@@ -138,11 +141,12 @@ def test_stopped_and_resumed_runs_end_with_the_same_bits(shared_images, tmp_path
     data = FORMS[name](shared_images, tmp_path / "data")
     succeeded(shell(*SYNCO, shared_images, "--save-dir", tmp_path / "whole"))
     run = tmp_path / "run"
-    command = (*SYNCO, data, "--save-dir", run, "--save-every-steps", 3, "--resume", "auto")
+    command = (*SYNCO, *FROM_FILES, data, "--save-dir", run, "--save-every-steps", 3)
+    command += ("--resume", "auto")
     process = shell(*command, wait=False)
-    until(lambda: any(step >= 8 for step in logged(run)), process)
+    until(lambda: any(step >= 8 for step in logged(run)), process, seconds=600)
     process.send_signal(number)
-    process.communicate(timeout=60)
+    process.communicate(timeout=300)
     assert process.returncode != 0
     tar_index = data / ".tar-index-train.npz"
     tar_index.unlink(missing_ok=True)  # a new list gives the same images
@@ -155,7 +159,7 @@ def test_stopped_and_resumed_runs_end_with_the_same_bits(shared_images, tmp_path
 def test_two_spawned_processes_equal_those_on_the_folder(shared_images, tmp_path, name):
     data = FORMS[name](shared_images, tmp_path / "data")
     for one in (shared_images, data):
-        out = succeeded(shell(*SYNCO, *TWO, one, "--save-dir", tmp_path / one.name))
+        out = succeeded(shell(*SYNCO, *FROM_FILES, *TWO, one, "--save-dir", tmp_path / one.name))
     assert "48 images of 3 classes" in out
     assert same(state(tmp_path / "data"), state(tmp_path / shared_images.name))
 
@@ -176,5 +180,7 @@ def test_loader_processes_may_be_spawned(forms, folder, tmp_path):
     program.write_text(code)
     for name in ("tar", "parquet"):
         run = tmp_path / name
-        succeeded(shell(program, "main_synco.py", forms[name], *TEN, "--save-dir", run))
+        succeeded(
+            shell(program, "main_synco.py", forms[name], *TEN, *FROM_FILES, "--save-dir", run)
+        )
     assert facts(tmp_path / "tar") == facts(tmp_path / "parquet")
