@@ -30,8 +30,9 @@ PAGES = {
 }
 EXAMPLE = ("main_simsiam", "moco/builder/simsiam.py")  # of docs/adding-a-method.md
 ELSEWHERE = ("main_moco.py", "main_pretrain.py", "main_linear.py")  # scripts of other repositories
-# options of other programs: torch.distributed.launch's, those of Swin-style scripts and FNC's
-FOREIGN = {"--nproc-per-node", "--master-port", "--opts", "--fine-tune-after-block"}
+# options of other programs: torch.distributed.launch's, those of Swin-style scripts and FNC's, and
+# TensorBoard's
+FOREIGN = {"--nproc-per-node", "--master-port", "--opts", "--fine-tune-after-block", "--logdir"}
 
 
 def fences(page: str) -> list[str]:

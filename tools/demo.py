@@ -13,6 +13,7 @@ from pathlib import Path
 
 from moco.cli import tool
 from moco.cli.run_on_photos import LINEAR, run_on_photos
+from moco.engine.log import format_duration
 from moco.files import new_folder, write_json
 from moco.methods import METHODS
 from moco.report import page
@@ -43,22 +44,32 @@ def main() -> int:
         f"this takes {minutes} on two idle cores, and several times as long on busy ones; "
         f"files are written to {args.out}"
     )
-    print(f"\n1 of 5: pre-train an encoder with SynCo, without labels, for {epochs} epochs")
+
+    def part(number: int, what: str) -> None:
+        so_far = f" ({format_duration(time.perf_counter() - began)} so far)" * (number > 1)
+        print(f"\n{number} of 5{so_far}: {what}", flush=True)
+
+    part(
+        1,
+        f"pre-train an encoder with SynCo, without labels, for {epochs} epochs; this is the "
+        "longest part, and each line ends with the time left",
+    )
     run_on_photos(
         args.seed, "main_synco", run, *METHODS["synco"].photos.split(), "--epochs", epochs
     )
     encoder = ["--pretrained", next(run.glob("checkpoint_*.pth.tar"))]
     results = {}
-    for part, (prefix, source) in enumerate((("random_", []), ("", encoder))):
+    for i, (prefix, source) in enumerate((("random_", []), ("", encoder))):
         encoder_name = "the pre-trained encoder" if source else "a random encoder, to compare with"
-        print(
-            f"\n{2 * part + 2} of 5: classify val images by their nearest neighbours in train, "
-            f"with {encoder_name}"
+        part(
+            2 * i + 2,
+            f"classify val images by their nearest neighbours in train, with {encoder_name}",
         )
         knn = run_on_photos(args.seed, "main_knn", args.out / f"{prefix}knn", "--k", 20, *source)
-        print(
-            f"\n{2 * part + 3} of 5: train a linear classifier on the frozen features of "
-            f"{encoder_name}"
+        part(
+            2 * i + 3,
+            f"train a linear classifier on the frozen features of {encoder_name}, for "
+            f"{probe_epochs} epochs",
         )
         linear = run_on_photos(
             args.seed,
@@ -72,6 +83,7 @@ def main() -> int:
         results |= {f"{prefix}knn": knn["knn_20"], f"{prefix}linear": linear["acc1"]}
     results |= {"seed": args.seed, "seconds": round(time.perf_counter() - began, 1)}
     write_json(args.out / "results.json", results)
+    print("\nwrite the report", flush=True)
     page.write([run], args.out / "report.html")
     return show(results, args)
 

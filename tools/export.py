@@ -4,9 +4,10 @@
 CHECKPOINT is a checkpoint of any method of this project, or any other file that main_lincls.py
 reads. Give at least one of OUT, --hf and --onnx. OUT holds the tensors alone, with stock names:
 stock networks without their last layer load it strictly: those of torchvision and timm for ResNets,
-and that of its own library for another network. --hf writes a folder for timm and transformers, --onnx an ONNX model. The tool
-checks each before it writes anything: the other software loads it and must compute the same
-features as this project's network. The tool prints the Python code that loads each.
+and that of its own library for another network. --hf writes a folder for timm and transformers,
+--onnx an ONNX model. The tool checks each before it writes anything: the other software loads it
+and must compute the same features as this project's network. The tool prints the Python code that
+loads each.
 """
 
 import argparse
