@@ -24,7 +24,8 @@ def encoder(
     Args:
         checkpoint: a checkpoint of any method of this project, or any other file that
             main_lincls.py reads.
-        arch: architecture, if the file does not name it (default: resnet50), such as timm:convnext_tiny.
+        arch: architecture, such as timm:convnext_tiny, if the file does not name it (default:
+            resnet50).
         image_size: image size in pixels of a ViT or Swin (default: that of pre-training, or 224 if
             unknown).
         norm_eps: epsilons of a Swin's layer norms, timm or synco-v2, if the file does not say
