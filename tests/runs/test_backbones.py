@@ -242,7 +242,7 @@ MISTAKES = [
     ),
     ("main_sogclr", "-a alexnet", "does not take images of 32 pixels"),
     ("main_fnc", "-a timm:convnext_ato", "the nearest is 'timm:convnext_atto'"),
-    ("main_adco", "-a test_convnext --multi-crop", "images of 14 pixels (Calculated padded"),
+    ("main_adco", "-a test_convnext --multi-crop", "images of 27 pixels (Calculated padded"),
     ("main_adco", "-a vit_tiny --multi-crop", "next to those of 32 pixels; choose another -a"),
     ("main_adco", "-a swin_tiny --multi-crop", "next to those of 32 pixels; choose another -a"),
     ("main_synco", "-a test_convnext --stem cifar", "is not a torchvision ResNet"),
