@@ -25,6 +25,8 @@ def pictures(n, labels=None, size=16):
 class Flat(nn.Sequential):
     """A network whose features are the pixels, a little less in eval mode, and its classifier."""
 
+    pretrained_cfg = {"classifier": "fc"}  # noqa: RUF012 (as networks of timm have it)
+
     def __init__(self):
         super().__init__()
         self.add_module("flat", nn.Flatten())

@@ -14,6 +14,7 @@ from moco.config import flat
 from moco.encoder import networks
 from moco.encoder.pretrained import Encoder
 from moco.report.model_card import model_card
+from moco.sections_images import Decoding
 
 NET = networks.create("resnet18", 0)
 EVIL = (
@@ -23,7 +24,8 @@ EVIL = (
 
 def encoder(method="synco", epoch=200, options=()):
     half = [0.5] * 3
-    about = (method, epoch, "imagenet", half, half, [], "timm", dict(options))
+    facts = (half, half, [], "timm", Decoding("ignore"), None, dict(options))
+    about = (method, epoch, "imagenet", *facts)
     return Encoder(NET, "resnet18", 224, *about)
 
 
