@@ -328,7 +328,7 @@ def _state(
 
 
 def _patience(lines: list[dict[str, Any]]) -> float:
-    """Return the seconds without a log line after which a run is silent: 3 times the usual."""
+    """Return the seconds without a log line after which a run is silent: 3 x the longest pause."""
     times = [_number(line.get("time")) for line in lines]
     gaps = [b - a for a, b in itertools.pairwise(times) if b > a]
     return max(SILENT, 3 * max(gaps, default=0.0))
