@@ -240,7 +240,7 @@ def _seconds_left(
 def _accuracy(
     folder: Path, lines: list[dict[str, Any]], found: list[results.Result]
 ) -> tuple[str | None, float | None, float | None]:
-    """Return the name and the value of the last accuracy, and its gain since the start of training."""
+    """Return the name and the value of the last accuracy, and its gain in training."""
     if found:
         metric = found[0].metric
         name = f"k-NN (k {metric.removeprefix('knn_')})" if metric.startswith("knn_") else metric
