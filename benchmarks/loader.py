@@ -66,7 +66,7 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="measure an epoch of 32-pixel images")
     large_ = "measure JPEGs of 4000x3000 pixels, without and with --shrink-on-decode"
     parser.add_argument("--large", action="store_true", help=large_)
-    shards = "measure reading from tar, arrow and parquet files, next to files"
+    shards = "compare reading from tar, arrow and parquet files with reading image files"
     parser.add_argument("--shards", action="store_true", help=shards)
     own = "with --small: a folder with train/CLASS/*.jpg, all of one size, instead of patches"
     parser.add_argument("--data", type=Path, help=own)

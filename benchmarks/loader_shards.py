@@ -1,13 +1,13 @@
-"""Measure reading images from tar, arrow and parquet files, next to reading them from files.
+"""Compare reading images from tar, arrow and parquet files with reading image files.
 
 `benchmarks/loader.py --shards` runs it. Each image is read once in random order, on one thread.
 
 read      the bytes of the image alone
-views     the same, and decode it and take two crops, as our workers do
+views     the bytes, decoding, and two crops, as our workers do
 
 Each is measured with a warm cache, and with a cold one: the system is told to forget the content of
 the files first. A ratio such as tar_over_files_read_cold compares images per second. Parquet files
-are read for a small part of the images, because each image costs the reading of a row group.
+are read for a small part of the images, because reading one image means reading its row group.
 """
 
 import argparse
@@ -35,7 +35,7 @@ DIFFERENT = 64  # images; the others are copies, because making them takes long
 
 
 def run(args: argparse.Namespace, make: Callable[[Path, int], list[int]]) -> None:
-    """Measure all forms. `make` writes so many JPEGs to a folder and returns their sizes."""
+    """Measure all forms. `make(folder, n)` writes n JPEGs and returns their sizes."""
     with tempfile.TemporaryDirectory() as root:
         sizes = make(Path(root, "made"), min(args.images, DIFFERENT))
         forms = write(Path(root), args.images)

@@ -17,7 +17,7 @@ from moco.sections_images import Decoding
 
 
 class Transform(NamedTuple):
-    """The transform of an encoder's images. It is the one of the evaluations.
+    """The transform from an image to an encoder's input, as in the evaluations.
 
     The shorter side is resized to 8/7 of `image_size`, which is 256 pixels for 224. The center is
     cropped and normalized. Images of exactly `image_size` pixels, up to 96, are not resized.
@@ -61,7 +61,7 @@ class Encoder(nn.Module):
     """A pre-trained encoder without its projection head. A call returns features.
 
     Attributes:
-        net: the network, a ResNet of torchvision or a model of timm without its last layer.
+        net: the network, one of torchvision or timm without its last layer.
         transform: the transform from an image to the encoder's input.
         arch: the architecture.
         num_features: the number D of features.

@@ -42,7 +42,7 @@ class Run:
     TITLE: ClassVar[str] = "run"
     data: str | None = option(
         None,
-        "folder with train/ and val/ (to pre-train, any folder of images), or the word photos: "
+        "folder with train/ and val/ (for pre-training, any folder of images), or the word photos: "
         "the built-in data set",
         metavar="DIR",
     )
@@ -343,7 +343,7 @@ class Monitor:
     probe_online: bool = option(
         False,
         "train a linear classifier on the features of each batch, without effect on the encoder, "
-        "and test it on val/ at every --knn-every, or else after every epoch",
+        "and test it on val/ together with k-NN (--knn-every), or else after every epoch",
         switch=False,
     )
     rankme_every: int = option(

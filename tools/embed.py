@@ -69,7 +69,7 @@ def parser() -> tool.OneLineParser:
         nargs="?",
         const="auto",
         choices=("auto", *maps.METHODS),
-        help="add two columns, a map of the images; auto: pacmap or umap if installed, else tsne "
+        help="add a map (two numbers an image); auto: pacmap or umap if installed, else tsne "
         "for up to 20000 images and pca for more",
     )
     p.add_argument(

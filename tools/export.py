@@ -2,12 +2,11 @@
 """Export the encoder of a checkpoint for other software, without its head.
 
 CHECKPOINT is a checkpoint of any method of this project, or any other file that main_lincls.py
-reads. Give at least one of OUT, --hf and --onnx. OUT holds the tensors alone, with stock names:
-stock networks without their last layer load it strictly: those of torchvision and timm for ResNets,
-and that of its own library for another network. --hf writes a folder for timm and transformers,
---onnx an ONNX model. The tool checks each before it writes anything: the other software loads it
-and must compute the same features as this project's network. The tool prints the Python code that
-loads each.
+reads. Give at least one of OUT, --hf and --onnx. OUT holds the tensors alone, with stock names. The
+stock network without its last layer loads it strictly: a ResNet in torchvision and in timm, another
+network in its own library. --hf writes a folder for timm and transformers, --onnx an ONNX model.
+Before the tool writes anything, the other software loads each result and must compute the same
+features as this project's network. The tool prints the Python code that loads each result.
 """
 
 import argparse

@@ -51,7 +51,7 @@ def main() -> int:
 
 
 def convert(args: argparse.Namespace) -> None:
-    """Write the tar files. Raises InputError if the images cannot be read or OUT not written."""
+    """Write the tar files. Raises InputError if DIR or OUT cannot be used."""
     root, out = sources.find(args.dir, ("train",), labels=False), args.out
     if out.exists() and out.samefile(root):
         raise InputError(f"{out}: is the folder to read; choose another one for the tar files")
@@ -78,7 +78,7 @@ def convert(args: argparse.Namespace) -> None:
 
 
 def _check_state(out: Path, splits: dict[str, EncodedImages], shard_size: int) -> None:
-    """Write down what OUT is made from. Raises InputError if it was made from something else."""
+    """Record what OUT is made from. Raises InputError if it was made from something else."""
     facts: dict[str, object] = {"shard_size": shard_size}
     for split, images in splits.items():
         digest = hashlib.sha256(repr(images.classes).encode() + images.content()).hexdigest()

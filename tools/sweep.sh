@@ -218,7 +218,7 @@ resume=()
 if "$python" "$script" --help 2>/dev/null | grep -q -e '--resume'; then resume=(--resume auto); fi
 quote "${fixed[@]}"
 all=$reply began=$logs/.began-$$
-: >"$began" # failures that are newer are of this sweep, or of one beside it
+: >"$began" # failures that are newer are of this sweep, or of one that runs at the same time
 trap 'rm -f "$began"' EXIT
 
 run() { # I SLOT: run a combination, unless it has finished, has failed meanwhile, or another sweep has taken it

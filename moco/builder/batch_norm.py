@@ -39,7 +39,7 @@ class _SplitBatchNorm:
         out, means, variances = normalize(x, splits)
         torch.mean(means, 0, out=self.running_mean)
         torch.mean(variances, 0, out=self.running_var)
-        return self.act(self.drop(out)) if "act" in self._modules else out  # timm joins both
+        return self.act(self.drop(out)) if "act" in self._modules else out  # timm's include both
 
     def group_by_group(self, x: Tensor, splits: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return `x` normalized, and each group's running means and variances, [splits, C]."""

@@ -1,6 +1,6 @@
 """Convert images with more than 8 bits per channel to RGB with 8 bits.
 
-Pillow alone would clip grey images, and would keep only the higher 8 bits of the 16 of colours.
+Pillow alone would clip grey values, and would keep only the higher 8 of the 16 bits of colours.
 """
 
 import re
@@ -48,7 +48,7 @@ def to_rgb(image: Image.Image, white: float | None, again: Open) -> Image.Image:
         white: see `moco.sections_images.Decoding`.
         again: opens the image again.
 
-    Raises UnsupportedError for channels that are no colours. Pillow raises errors of many types.
+    Raises UnsupportedError for channels that are not colours. Pillow raises errors of many types.
     """
     _check(image)
     given = white if _takes_white(image) else None
@@ -71,15 +71,15 @@ def brightest(image: Image.Image, again: Open) -> int | None:
 
 
 def white_for(value: int) -> int | None:
-    """Return a better --white if `value` is the largest in the images; None if they are bright.
+    """Return a --white to suggest for images whose largest value is `value`; None if bright.
 
-    It is the largest value with as many bits.
+    The suggestion is the largest number with as many bits as `value`.
     """
     return (1 << value.bit_length()) - 1 if 0 < value < FULL / 4 else None
 
 
 def _check(image: Image.Image) -> None:
-    """Raise UnsupportedError for a TIFF with channels that are no colours, or read wrongly."""
+    """Raise UnsupportedError for a TIFF whose channels are not colours, or are read wrongly."""
     if image.format != "TIFF":
         return
     samples, bits = image.tag_v2.get(_SAMPLES, 1), image.tag_v2.get(_BITS, (1,))

@@ -30,10 +30,10 @@ def read(file: str, root: Path) -> ImageFolder:
 
 
 def check(file: str, root: Path) -> None:
-    """Raise InputError if `read` would, or if a path is no file.
+    """Raise InputError if `read` would, or if a path is not a file.
 
-    In a list of more than `CHECKED` paths, so many are looked up, spread evenly from the first to
-    the last. Prints a line if paths are listed more than once.
+    If the list is longer than `CHECKED`, only that many paths are looked up, spread evenly from the
+    first to the last. Prints a line if paths are listed more than once.
     """
     lines = _lines(file)
     paths = [line for line in lines if line.strip()]

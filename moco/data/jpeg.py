@@ -25,7 +25,7 @@ Decoder = Callable[[np.ndarray], Tensor]
 SCAN = 0xDA  # the marker after which the pixels begin
 _RGB = 3  # in torchvision's operators
 _EXIF = b"Exif\0\0"  # the start of a JPEG's EXIF data
-# The start of a segment that may have EXIF data, and the mark of these. torchcodec ignores `_EXIF`.
+# The start of a segment (the group), and of EXIF data in it. Like torchcodec, this ignores `_EXIF`.
 _TIFF = re.compile(rb"(\xff\xe1.{8})(?:II\*\0|MM\0\*)", re.DOTALL)
 
 
@@ -85,7 +85,7 @@ def _with_pillow(data: np.ndarray) -> Tensor:
 
 
 def _tensor(data: np.ndarray) -> Tensor:
-    """Return `data` as a tensor. It shares the memory, unless this is read-only."""
+    """Return `data` as a tensor. It shares the memory of `data` if that is writable."""
     # torch warns of read-only arrays
     return torch.from_numpy(data if data.flags.writeable else data.copy())
 

@@ -61,7 +61,7 @@ def indices(
     if lacking := [name for name in own if name not in index]:
         raise InputError(
             f"{len(lacking)} classes are not among those of the training images, first "
-            f"'{short(lacking[0])}'; name the classes in the same way"
+            f"'{short(lacking[0])}'; use the same names in both splits"
         )
     return np.array([index[name] for name in own], np.int64)[labels.codes], found
 

@@ -130,5 +130,5 @@ def _check_complete(folder: Path, found: list[str]) -> None:
             missing = next(i for i in range(total) if i not in there)
             raise InputError(
                 f"{folder}: has {len(there)} of the {total} files {name}-*-of-{total:05d}, "
-                f"number {missing} is missing; download or convert the others, too"
+                f"number {missing} is missing; download or convert the missing files"
             )

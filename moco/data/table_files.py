@@ -52,7 +52,7 @@ def pyarrow() -> Any:
 def find_columns(schema: Any, path: Path) -> Columns:
     """Return the columns of images and labels in a table with this pyarrow schema.
 
-    Raises InputError, which names the file `path`, if they cannot be told.
+    Raises InputError, which names the file `path`, if they cannot be identified.
     """
     features = _features(schema)
     image = _one_of(
@@ -89,7 +89,7 @@ def find_columns(schema: Any, path: Path) -> Columns:
 
 
 def _features(schema: Any) -> dict[str, Any]:
-    """Return the columns' types that the package datasets has stored in the schema's metadata."""
+    """Return the column types that the package datasets stores in the schema's metadata."""
     try:
         found = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
     except (KeyError, TypeError, ValueError, RecursionError):

@@ -1,8 +1,8 @@
-"""Keep a list of all images in the tar files of a split, so that these are searched only once.
+"""Keep an index of all images in the tar files of a split, so that these are searched only once.
 
-Finding the members of a tar file means to read all of their headers, one after the other. The list
+Finding the members of a tar file means reading all of their headers, one after the other. The index
 is kept next to the tar files or, if that folder is read-only, in the project's cache folder. It has
-the name, size and time of each tar file, and is made again for those that have changed.
+the name, size and time of each tar file. Tar files that have changed are listed again.
 """
 
 import contextlib
@@ -63,9 +63,9 @@ class Index(NamedTuple):
 
 @functools.lru_cache(maxsize=4)
 def load(folder: Path, split: str, files: tuple[File, ...]) -> Index:
-    """Return the images in these tar files of a split, from the kept list if it is right.
+    """Return the images in these tar files of a split, from the kept index if it is valid.
 
-    Otherwise list them, keep the list, and print a line. Processes of one machine take turns.
+    Otherwise list them, keep the index, and print a line. Processes of one machine take turns.
 
     Raises InputError if a tar file cannot be read, or is unusable.
     """
@@ -156,11 +156,11 @@ def _joined(listings: list[Listing]) -> Index:
     )
 
 
-# The file with the list.
+# The file with the index.
 
 
 def _places(folder: Path, split: str, files: tuple[File, ...]) -> list[Path]:
-    """Return the paths at which the list may be: next to the tar files, and in cache folders."""
+    """Return the paths at which the index may be: next to the tar files, and in cache folders."""
     inside = folder / os.path.dirname(files[0].name)
     key = hashlib.sha256(os.fsencode(os.path.realpath(inside))).hexdigest()[:16]
     return [
@@ -173,14 +173,14 @@ def _places(folder: Path, split: str, files: tuple[File, ...]) -> list[Path]:
 def _turn(name: str) -> Iterator[None]:
     """Wait until no other process of this machine lists the same tar files."""
     with contextlib.ExitStack() as stack:
-        # without a lock, each process makes its own list, which takes longer but does no harm
+        # without a lock, each process makes its own index, which takes longer but does no harm
         with contextlib.suppress(OSError, NotImplementedError, InputError):
             stack.enter_context(FileLock(cache_folder() / f"{name}.lock"))
         yield
 
 
 def _keep(index: Index, files: tuple[File, ...], places: list[Path]) -> str:
-    """Write the list to the first of `places` that is writable. Return what to print about it."""
+    """Write the index to the first of `places` that is writable. Return what to print about it."""
     facts = {
         "version": np.array(_VERSION),
         "names": np.array([os.fsencode(file.name) for file in files]),
@@ -192,17 +192,17 @@ def _keep(index: Index, files: tuple[File, ...], places: list[Path]) -> str:
         try:
             with replacing(place) as file:
                 np.savez(file, **facts, **index._asdict())
-            return f"the list is kept in {place}"
+            return f"the index is kept in {place}"
         except OSError as error:
             reason = error.strerror or str(error)
-    return f"the list cannot be kept ({reason}), so each start makes it again"
+    return f"the index cannot be kept ({reason}), so each start makes it again"
 
 
 _Read = tuple[Index | None, dict[File, Listing], str]
 
 
 def _read(place: Path, files: tuple[File, ...]) -> _Read:
-    """Read a kept list. Return it if it has exactly `files`; otherwise, what can be used of it.
+    """Read a kept index. Return it if it has exactly `files`; otherwise, its usable part.
 
     The file may be damaged, or written by somebody else, so all of its values are checked.
 

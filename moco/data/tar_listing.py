@@ -99,8 +99,8 @@ def _opened(path: Path, file: BinaryIO) -> tarfile.TarFile:
 def compressed(path: Path) -> InputError:
     """Return the error to raise for a compressed tar file."""
     return InputError(
-        f"{path}: is compressed, and images are read from any place of a tar file, which "
-        "compression prevents; decompress it (gzip -d, zstd -d, ...), or move it elsewhere"
+        f"{path}: is compressed, so its images cannot be read in any order; decompress it "
+        "(gzip -d, zstd -d, ...), or move it elsewhere"
     )
 
 

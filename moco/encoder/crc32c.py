@@ -29,7 +29,7 @@ def crc32c(data: bytes) -> int:
     """Return the CRC-32C of `data`.
 
     Long data is cut into parts of equal length, whose checksums NumPy computes together. The
-    checksum is linear, so that of a concatenation follows from those of its parts.
+    checksum is linear, so the checksum of the data follows from those of the parts.
     """
     crc, start = 0xFFFFFFFF, 0
     parts = min(_LANES, len(data) // _SHORTEST)

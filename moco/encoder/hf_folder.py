@@ -20,7 +20,7 @@ FILES = ("model.safetensors", "README.md", "config.json")
 
 
 def check(found: Encoder) -> None:
-    """Raise InputError if no config.json can describe the network of `found`, or without timm."""
+    """Raise InputError if no config.json can describe `found`, or if timm is not installed."""
     if importlib.util.find_spec("timm") is None:
         raise InputError("--hf needs the package timm: pip install timm")
     homes = {

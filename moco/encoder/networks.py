@@ -28,7 +28,7 @@ class Arch(NamedTuple):
         """Return the architecture as in checkpoints: the shortest name that is not ambiguous.
 
         It is the bare name of a ResNet of torchvision or of a network of timm. torchvision's other
-        networks, and timm's networks with the name of such a ResNet, have their library before it.
+        networks have the library before the name. So do timm's networks with a ResNet's name.
         """
         bare = (self.name in ARCHS) == (self.library == "torchvision")
         return self.name if bare else f"{self.library}:{self.name}"
@@ -45,10 +45,10 @@ def find(arch: str) -> Arch:
     library, colon, name = arch.rpartition(":")
     if colon and library not in ("timm", "torchvision"):
         raise InputError(
-            f"unknown arch '{short(arch)}'; before the colon stands timm or torchvision"
+            f"unknown arch '{short(arch)}'; the word before the colon must be timm or torchvision"
         )
     if library == "timm" and name in timm_networks.SHORT:
-        own = f"is a short name here, of {timm_networks.SHORT[name]}"
+        own = f"is this project's short name of {timm_networks.SHORT[name]}"
         raise InputError(f"unknown arch '{arch}': {name} {own}; give -a {name}, without timm:")
     if library != "timm" and name in ARCHS:
         return Arch("torchvision", name)
@@ -89,7 +89,7 @@ def canonical(arch: str) -> str:
 
 
 def is_same(arch: str, other: str) -> bool:
-    """Return whether two names are those of one architecture. Unknown names differ from others."""
+    """Return whether two names mean the same architecture. An unknown name differs from others."""
     try:
         return arch == other or find(arch) == find(other)
     except InputError:

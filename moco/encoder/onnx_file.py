@@ -64,7 +64,7 @@ def convert(net: nn.Module, image_size: int, facts: dict[str, str]) -> bytes:
 
 @contextlib.contextmanager
 def _traceable(net: nn.Module) -> Iterator[None]:
-    """Let the attention of timm's networks use plain products, as tracing fails in fused ones."""
+    """Make timm's attention use plain matrix products, because tracing fails in fused ones."""
     fused = [module for module in net.modules() if vars(module).get("fused_attn")]
     for module in fused:
         module.fused_attn = False

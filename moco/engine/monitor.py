@@ -88,7 +88,7 @@ class Monitor:
         if isinstance(start, dict):
             self.start = {name: x for name, x in start.items() if isinstance(x, float)}
         if self.probe and not self.probe.restore(state.get("probe")):
-            print_rank0("--probe-online: the checkpoint has no probe, so a new one starts")
+            print_rank0("--probe-online: the checkpoint has no probe, so a new one is trained")
 
     def _knn(self, images: Images) -> float:
         """Return the k-NN top-1 accuracy of the encoder on val/, in [0, 1]. The bank is train/.

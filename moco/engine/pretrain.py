@@ -125,7 +125,7 @@ def _find(config: Pretraining) -> Path:
         if sources.holds_folders_without_labels(root):
             print_rank0(
                 f"{root}: has no train/ folder, so all images in it are used, and its folders are "
-                "not classes; for labels, move them into train/"
+                "not classes; to use them as classes, move them into train/"
             )
         return root
     try:

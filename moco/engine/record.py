@@ -45,7 +45,7 @@ class Record:
         """Record that the run has finished, or the `error` that ended it.
 
         If the run had finished in an earlier start, and this start failed before it trained, the
-        record of the earlier start comes back.
+        record of the earlier start is restored.
         """
         finished = self._before.get("state") == "finished"
         if error is not None and finished and "steps" not in read(self.folder):

@@ -90,7 +90,7 @@ class Task(ABC):
         """
 
     def start_epoch(self) -> None:
-        """Set the module to training mode, or to the mode in which it trains."""
+        """Set the module to the mode in which it trains; by default training mode."""
         self.module.train()
 
     # B027: the methods without a body are optional hooks

@@ -24,7 +24,7 @@ from moco.errors import InputError, short
 from moco.files import to_json
 from moco.launch.interrupt import Interrupted
 
-MOST = 4 << 20  # bytes of messages that may wait for the tracker, some 10,000 log lines
+MOST = 4 << 20  # bytes of messages that may wait for the tracker, about 10,000 log lines
 # seconds to wait for the tracker when the run ends
 PATIENCE = {"finished": 60.0, "stopped": 10.0, "failed": 10.0}
 

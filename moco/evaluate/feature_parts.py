@@ -85,9 +85,7 @@ class Parts:
         for i, path in enumerate(files):
             part = _read(path)
             if part is None or int(part["start"]) != self.done:
-                print_rank0(
-                    f"{path}: is damaged or missing; it is computed again, and what follows"
-                )
+                print_rank0(f"{path}: is damaged or missing; it and later parts are computed again")
                 for later in files[i:]:
                     later.unlink()
                 break
@@ -97,7 +95,7 @@ class Parts:
             )
 
     def _described(self, file: Path) -> dict[str, Any]:
-        """Return the description of the parts. Raises InputError if the files are others."""
+        """Return the description of the parts. Raises InputError if `file` is not one."""
         try:
             found = read_json(file)
             if isinstance(found, dict):

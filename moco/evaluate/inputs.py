@@ -148,9 +148,9 @@ def restore_options(config: AnyConfig, options: Iterable[str]) -> AnyConfig:
 
 
 def _restore_facts(config: AnyConfig, facts: metadata.Metadata) -> AnyConfig:
-    """Return `config` with the network, normalization and test resize of the classifier.
+    """Return `config` with the classifier's network, normalization, test resize and decoding.
 
-    Also with its decoding. Raises InputError if given options differ. With `--evaluate`, the image
+    Raises InputError if given options differ. With `--evaluate`, the image
     size and the resize of test images may differ.
     """
     settings, path, found = flat(config), config.log.resume, {}

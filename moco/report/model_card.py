@@ -73,8 +73,8 @@ CC BY-NC 4.0 (Attribution-NonCommercial 4.0 International).
 _TRAINING = """
 ## How it was trained
 
-With the options below in `options.yaml`, the command of the pre-training was, but for the folders
-and the number of processes:
+Save the options below as `options.yaml`. This command is that of the pre-training, except for the
+folders and the number of processes:
 
 ```
 python {script}.py --cfg options.yaml DIR

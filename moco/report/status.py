@@ -240,7 +240,7 @@ def _seconds_left(
 def _accuracy(
     folder: Path, lines: list[dict[str, Any]], found: list[results.Result]
 ) -> tuple[str | None, float | None, float | None]:
-    """Return the name and the value of the last accuracy, and its gain since before training."""
+    """Return the name and the value of the last accuracy, and its gain in training."""
     if found:
         metric = found[0].metric
         name = f"k-NN (k {metric.removeprefix('knn_')})" if metric.startswith("knn_") else metric
@@ -315,7 +315,10 @@ def _state(
             return "running", f"on {host}"
         return "killed", f"no sign of life from {host} for {format_duration(age)}"
     if state == "running":
-        return "killed", "ended without a word: killed, out of memory, or the machine restarted"
+        return (
+            "killed",
+            "ended without recording why: killed, out of memory, or the machine restarted",
+        )
     if isinstance(state, str):
         return state, reason
     # a run of an older version, which has no record
@@ -328,7 +331,7 @@ def _state(
 
 
 def _patience(lines: list[dict[str, Any]]) -> float:
-    """Return the seconds without a log line after which a run is silent: 3 times the usual."""
+    """Return the seconds without a log line after which a run is silent: 3 x the longest pause."""
     times = [_number(line.get("time")) for line in lines]
     gaps = [b - a for a, b in itertools.pairwise(times) if b > a]
     return max(SILENT, 3 * max(gaps, default=0.0))

@@ -64,9 +64,9 @@ def test_the_start_says_what_the_images_are(name, run_of, layouts):
     place = place / "train" if name == "train_only" else place
     labels = "of 2 classes" if name in ("classes", "train_only") else "without labels"
     assert f"synco resnet18: 24 images {labels} in {place}\n" in out
-    assert ("its folders are not classes; for labels, move them into train/" in out) == (
-        name == "nested"
-    )
+    assert (
+        "its folders are not classes; to use them as classes, move them into train/" in out
+    ) == (name == "nested")
     assert (f"the images are those that {layouts / 'list.txt'} names" in out) == (name == "list")
     options = yaml.safe_load((folder / "args.yaml").read_text())
     assert options["file_list"] == (str(layouts / "list.txt") if name == "list" else None)

@@ -1,4 +1,4 @@
-"""Test the kept list of the images in tar files: it is used if it is right, and never trusted."""
+"""Test the kept index of the images in tar files: it is used if it is valid, and never trusted."""
 
 import os
 import threading
@@ -45,7 +45,9 @@ def test_the_list_has_the_images_of_all_files_and_is_read_only(shards):
 
 def test_a_kept_list_is_used_again(shards, monkeypatch, capsys):
     first = load(shards)
-    line = f"4 images listed in 2 tar files in 0.0 s; the list is kept in {shards}/.tar-index-train"
+    line = (
+        f"4 images listed in 2 tar files in 0.0 s; the index is kept in {shards}/.tar-index-train"
+    )
     assert line in capsys.readouterr().err
     monkeypatch.setattr(tar_index, "list_tar", lambda *_: pytest.fail("listed again"))
     assert equal(load(shards), first) and capsys.readouterr().err == ""
@@ -75,7 +77,7 @@ def test_a_file_with_the_same_size_and_another_time_has_changed(shards, capsys):
 
 
 def corrupt(folder, /, **changes):
-    """Replace arrays in the kept list."""
+    """Replace arrays in the kept index."""
     path = folder / ".tar-index-train.npz"
     with np.load(path) as file:
         arrays = {name: file[name] for name in file.files}
@@ -141,7 +143,7 @@ def test_a_read_only_folder_has_its_list_in_the_cache(shards, monkeypatch, tmp_p
 
     monkeypatch.setattr(tar_index, "replacing", refuse)
     good = load(shards)
-    assert f"the list is kept in {tmp_path / 'cache'}" in capsys.readouterr().err
+    assert f"the index is kept in {tmp_path / 'cache'}" in capsys.readouterr().err
     assert not (shards / ".tar-index-train.npz").exists()
     assert equal(load(shards), good) and capsys.readouterr().err == ""
 
@@ -153,7 +155,7 @@ def test_without_a_place_for_the_list_it_is_made_at_each_start(shards, monkeypat
     monkeypatch.setattr(tar_index, "replacing", refuse)
     for _ in range(2):
         assert len(load(shards).shards) == 4
-        line = "the list cannot be kept (No space left on device), so each start makes it again"
+        line = "the index cannot be kept (No space left on device), so each start makes it again"
         assert line in capsys.readouterr().err
 
 
@@ -165,7 +167,7 @@ def test_an_error_in_one_file_names_it(shards):
 
 
 def test_processes_take_turns(shards, monkeypatch):
-    """While one lists the files, the other waits, and then uses its list."""
+    """While one lists the files, the other waits, and then uses its index."""
     names = splits.files(shards, ["0.tar", "1.tar"])
     listing, going_on, counts = threading.Event(), threading.Event(), []
     list_tar = tar_index.list_tar

@@ -58,12 +58,12 @@ def test_network_is_that_of_the_library():
         ("convnext_ato", "the nearest is 'convnext_atto'"),
         ("torchvision:convnext_atto", "unknown arch 'torchvision:convnext_atto'"),
         ("timm:vit_b_16", "unknown arch 'timm:vit_b_16'"),
-        ("keras:resnet50", "before the colon stands timm or torchvision"),
+        ("keras:resnet50", "the word before the colon must be timm or torchvision"),
         ("timm:vit_small", "vit_small_patch16_224; give -a vit_small, without timm:"),
         ("zzzzzz", "timm.list_models.. and torchvision.models.list_models.. list"),
         ("", "unknown arch ''"),
         ("timm:", "unknown arch 'timm:'"),
-        (":resnet50", "before the colon"),
+        (":resnet50", "before the colon must be"),
     ],
 )
 def test_unknown_name_is_refused_with_the_nearest(wrong, words):

@@ -157,5 +157,5 @@ def test_a_probe_starts_anew_if_the_checkpoint_has_none(script, shared_images, t
     assert script("main_synco", *words, "--epochs", 1)[0] == 0
     more = typed("--epochs 2 --probe-online --resume auto")
     status, out, err = script("main_synco", *words, *more)
-    assert status == 0 and "the checkpoint has no probe, so a new one starts" in out, err
+    assert status == 0 and "the checkpoint has no probe, so a new one is trained" in out, err
     assert "probe" in lines(tmp_path / "run")[-1]

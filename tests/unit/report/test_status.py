@@ -83,7 +83,7 @@ def test_a_running_run(tmp_path, locked):
         ("stopped", 60, None, False, "stopped", "the reason"),
         ("diverged", 60, None, False, "diverged", "the reason"),
         ("finished", 60, None, True, "running", None),  # continued with more epochs
-        ("running", 60, None, False, "killed", "ended without a word"),
+        ("running", 60, None, False, "killed", "ended without recording why"),
         ("running", 599, None, True, "running", None),
         ("running", 3600, None, True, "silent", "no log line for 1:00:00"),
         # a file system may not show the locks of other machines
