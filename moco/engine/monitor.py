@@ -79,8 +79,8 @@ class Monitor:
 
     def state(self) -> dict[str, Any]:
         """Return the entries of a checkpoint."""
-        probe = {"probe": self.probe.state()} if self.probe else {}
-        return {"before_training": self.start, **probe}
+        start = {"before_training": self.start} if self.start else {}
+        return {**start, "probe": self.probe.state()} if self.probe else start
 
     def restore(self, state: checkpoint.State) -> None:
         """Restore the measurements before training, and the online probe, from a checkpoint."""

@@ -102,9 +102,8 @@ def test_it_is_refused_in_one_line(generator, i, call, shared_images, good, tmp_
     assert len(line) <= LONGEST + typed and "Traceback" not in err, f"{told}\n{err}"
     assert all(word in line for word in case.said), f"{told}\n{line}"
     after = contents(shared_images, good, place.own)
-    log = {
-        str(place.own / "run" / name) for name in ("log.jsonl", "args.yaml", ".lock", "subset.txt")
-    }
+    names = ("log.jsonl", "args.yaml", "status.json", ".lock", "subset.txt")
+    log = {str(place.own / "run" / name) for name in names}
     left = [f for f in after.keys() - before.keys() - log if "events.out.tfevents" not in f]
     assert not left and all(after[file] == before[file] for file in before), f"{told}\n{left}"
     if generator is not bad_image:
