@@ -164,7 +164,7 @@ def _check_split(root: Path, split: str, labels: bool) -> tuple[str, ...]:
     if not labels and not _has_split(root):
         raise InputError(
             f"{root}: holds no image ({', '.join(SUFFIXES)}), nor a folder with images; expected "
-            f"images anywhere in it, or {split}/CLASS/*.jpg"
+            f"images anywhere in it, {split}/CLASS/*.jpg, {split}-*.tar or {split}-*.parquet"
         )
     raise InputError(
         f"{root}: has no {split}/ folder; expected {split}/CLASS/*.jpg, {split}-*.tar or "

@@ -104,7 +104,7 @@ def test_mistakes_are_refused_in_one_line(call, parquet, tmp_path, prepare, word
 
 def test_the_folder_itself_and_folders_without_images_are_refused(call, parquet, tmp_path):
     refused(call(TOOL, parquet, parquet), "is the folder to read; choose another one")
-    refused(call(TOOL, tmp_path, tmp_path / "out"), "has no train/ folder")
+    refused(call(TOOL, tmp_path, tmp_path / "out"), "holds no image", "train-*.parquet")
     refused(call(TOOL, tmp_path / "none", tmp_path / "out"), "none: no such folder")
 
 
