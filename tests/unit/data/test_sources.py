@@ -78,7 +78,7 @@ def test_a_folder_without_images_is_refused(tmp_path, files):
     link(tmp_path / "data" / "up", "..")  # images above the folder do not count
     message = error_message(find, str(tmp_path / "data"), ("train",), False)
     assert message.startswith(f"{tmp_path / 'data'}: holds no image (.jpg, ")
-    assert message.endswith("expected images anywhere in it, or train/CLASS/*.jpg")
+    assert "expected images anywhere in it, train/CLASS/*.jpg, train-*.tar or " in message
     assert locate(tmp_path / "data", "train") is None
 
 
