@@ -32,6 +32,12 @@ event done
 """
 
 
+def as_in_a_terminal():
+    """Start a session, and react to Ctrl-C although the tests may run in a shell's background."""
+    os.setsid()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Sweep:
     """tools/sweep.sh with the stand-in, in a folder of its own."""
 
@@ -53,7 +59,7 @@ class Sweep:
         words = ["bash", *self.words(*grid, **more)]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         env = {**os.environ, **self.env, **(env or {})}
-        return subprocess.Popen(words, env=env, start_new_session=True, **pipes)
+        return subprocess.Popen(words, env=env, preexec_fn=as_in_a_terminal, **pipes)
 
     def events(self, kind):
         """Return the names of the runs that have had an event: start, saved, failed or done."""
@@ -375,7 +381,7 @@ def test_real_runs_are_interrupted_and_continued(shared_images, tmp_path):
     words += ["-b", "8", "--weights", "finetune", "--val-from-train", "0.1", "--epochs", "3"]
     words += ["-p", "1", str(shared_images)]
     env = {**os.environ, "PYTHON": sys.executable}
-    process = subprocess.Popen(words, cwd=ROOT, env=env, start_new_session=True)
+    process = subprocess.Popen(words, cwd=ROOT, env=env, preexec_fn=as_in_a_terminal)
     log = tmp_path / "sweep" / "lr-backbone=0.01" / "log.jsonl"
     until(lambda: log.exists() and log.stat().st_size, process)
     os.killpg(process.pid, signal.SIGINT)
