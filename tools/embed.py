@@ -5,8 +5,10 @@
   python tools/embed.py DIR --pretrained CKPT --out features.npz --map
 
 DIR is any folder. Its images may be nested in any way and need no labels. The file has the name of
-each image, which is its path below DIR, and its features, which are not normalized. If the tool is
-stopped, the same command continues it. On the same CPU, the file then has the same bits.
+each image, which is its path below DIR, and its features, which are not normalized. If DIR has no
+image files but tar, parquet or arrow files, the images of one split in them are read: --split. If
+the tool is stopped, the same command continues it. On the same CPU, the file then has the same
+bits.
 """
 
 import argparse
@@ -24,7 +26,7 @@ from tqdm import tqdm
 from moco import devices, sections
 from moco.cli import tool, values
 from moco.config import Evaluation, replaced
-from moco.data import folders
+from moco.data import folders, sources
 from moco.data.images import Images
 from moco.encoder import networks, pretrained
 from moco.engine import precision
@@ -49,7 +51,17 @@ def parser() -> tool.OneLineParser:
     p = tool.OneLineParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    p.add_argument("folder", metavar="DIR", help="folder with images, at any depth")
+    p.add_argument(
+        "folder",
+        metavar="DIR",
+        help="folder with images, at any depth, or in tar, parquet or arrow files",
+    )
+    p.add_argument(
+        "--split",
+        choices=("train", "val"),
+        help="images to read from tar, parquet or arrow files (default: train, or val if there are "
+        "no others)",
+    )
     p.add_argument(
         "--pretrained",
         required=True,
@@ -129,7 +141,7 @@ def embed(args: argparse.Namespace) -> None:
         raise InputError(f"--out {args.out}: unknown file format; let it end in {known}")
     feature_tables.check_package(suffix)
     check_new(args.out, args.force)
-    images = find(args.folder)
+    images = find(args.folder, args.split)
     method = maps.choose(args.map, len(images)) if args.map else None
     names = [images.name(i) for i in range(len(images))]
     feature_tables.check_names(suffix, names)
@@ -174,11 +186,31 @@ def embed(args: argparse.Namespace) -> None:
     print(f"{args.out}: {len(table.names)} images, {table.width} features each{absent}")
 
 
-def find(data: str) -> Images:
-    """Return all images below a folder. Raises InputError if there is none."""
-    if not Path(data).is_dir():
+def find(data: str, split: str | None = None) -> Images:
+    """Return all images below a folder, or else those of a split that larger files in it hold.
+
+    Raises InputError if there is none.
+    """
+    root = Path(data)
+    if not root.is_dir():
         raise InputError(f"{data}: no such folder; give a folder with images")
-    return folders.scan_flat(Path(data))
+    if folders.has_images_below(root):
+        if split:
+            raise InputError(
+                f"--split {split}: {data} holds image files, and all are read; leave it out, or "
+                "give the folder of the split"
+            )
+        return folders.scan_flat(root)
+    located = {name: sources.locate(root, name) for name in ("train", "val")}
+    stored = [name for name, source in located.items() if source]
+    if split and split not in stored:
+        raise InputError(f"--split {split}: {data} has no {split} images")
+    if not stored:
+        return folders.scan_flat(root)  # raises the error
+    chosen = split or stored[0]
+    if not split and len(stored) > 1:
+        folders.print_once(f"{data}: the {chosen} images are read; --split val reads the others")
+    return sources.scan(root, chosen)
 
 
 def settings(args: argparse.Namespace, found: pretrained.Encoder) -> Evaluation:

@@ -56,6 +56,7 @@ class TarImages(EncodedImages):
                 if not count:
                     raise OSError("the tar file is truncated")
                 done += count
+            _check_unchanged(descriptor, file)  # it may have been written to since it was opened
         except OSError as error:
             raise self._unreadable(i, error.strerror or str(error)) from None
         return data
@@ -114,10 +115,15 @@ def _opened(path: str, file: File) -> _Descriptor:
     Raises OSError if it cannot be opened, or if it is not the listed `file` any more.
     """
     descriptor = _Descriptor(path)
+    _check_unchanged(descriptor, file)
+    return descriptor
+
+
+def _check_unchanged(descriptor: _Descriptor, file: File) -> None:
+    """Raise OSError if an open tar file is not the listed `file` any more."""
     status = os.fstat(descriptor.number)
     if (status.st_size, status.st_mtime_ns) != (file.size, file.mtime_ns):
         raise OSError("the tar file has changed since it was listed; start again")
-    return descriptor
 
 
 def _read_ahead(descriptor: int, offset: int, size: int) -> None:

@@ -11,6 +11,7 @@ import torch
 from conftest import ROOT, own_lines, shell, write_images
 from PIL import Image
 from run_helpers import refused
+from shard_helpers import write_parquet, write_tars
 
 import moco
 import tools.embed
@@ -57,6 +58,25 @@ def test_the_file_has_the_features_that_load_encoder_returns(embed, folder, chec
         expected = encoder(torch.stack([encoder.transform(image) for image in images])).numpy()
     assert np.abs(found["features"] - expected).max() < 1e-5 * np.abs(expected).max()
     assert sorted(os.listdir(tmp_path)) == ["features.npz", "pictures"]
+
+
+@pytest.mark.parametrize("write", [write_tars, write_parquet])
+def test_images_in_larger_files_are_those_of_one_split(embed, images, tmp_path, write):
+    shards = write(images, tmp_path / "shards")
+    counts = {}
+    for out, split, words in (
+        ("default.npz", "train", ()),
+        ("train.npz", "train", ("--split", "train")),
+        ("val.npz", "val", ("--split", "val")),
+    ):
+        status, _, err = embed(out, *words, data=shards)
+        assert status == 0, err
+        assert ("--split val reads the others" in err) == (not words)
+        counts[out] = len(np.load(tmp_path / out)["names"])
+        assert counts[out] == len(scan_flat(images / split))
+    files = np.load(tmp_path / "val.npz")["names"].tolist()
+    assert len(set(files)) == counts["val.npz"]
+    refused(embed("no.npz", "--split", "val", data=images), "holds image files, and all are read")
 
 
 @pytest.mark.parametrize("out", ["new/folder/f.CSV", "f.parquet"])

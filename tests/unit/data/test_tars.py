@@ -153,6 +153,17 @@ def test_a_member_that_cannot_be_read_is_named(tmp_path):
         images.encoded(1)
 
 
+def test_a_file_that_is_overwritten_while_it_is_open_is_noticed(tmp_path):
+    path = write_tar(tmp_path / "x.tar", ("a.jpg", b"a" * 600))
+    images = scan(tmp_path, "train")
+    images.encoded(0)
+    other = write_tar(tmp_path / "other" / "x.tar", ("a.jpg", b"b" * 600)).read_bytes()
+    path.write_bytes(other)  # the same size, and the same file for whoever has it open
+    os.utime(path, ns=(1, 1))
+    with pytest.raises(InputError, match="has changed since it was listed; start again"):
+        images.encoded(0)
+
+
 def test_a_replaced_file_is_noticed(tmp_path):
     write_tar(tmp_path / "x.tar", ("a.jpg", b"a"))
     images = scan(tmp_path, "train")
