@@ -26,7 +26,7 @@ from moco.cli import actions, groups, tool
 from moco.cli import values as types
 from moco.data import file_lists, folders, sources
 from moco.data.decoding import SUFFIXES
-from moco.data.images import ImageFolder, Images
+from moco.data.images import ImageFolder, Images, note_dark
 from moco.errors import InputError
 from moco.files import check_new, creating, read_yaml
 from moco.report.views import views_figure
@@ -42,13 +42,15 @@ def draw(args: argparse.Namespace) -> None:
     """Write the picture. Raises InputError if the images or --out are not usable."""
     check_new(args.out, args.force)
     images = listed(args) if args.file_list else find(args.data)
+    decoding = Decoding(args.exif, args.white, args.shrink_on_decode)
+    note_dark(images, decoding)
     figure = views_figure(
         images,
         evenly_spaced(len(images), args.images),
         recipes.from_settings(views_of(args)),
         args.seed,
         args.draws,
-        Decoding(args.exif, args.white, args.shrink_on_decode),
+        decoding,
     )
     with creating(args.out, args.force) as file:
         figure.savefig(file, format="png")

@@ -50,6 +50,8 @@ class TableImages(EncodedImages):
         file = self.files[self.table[i]]
         try:
             table = _opened(self.root, file)
+            # a mapped file that became shorter would end the process with a bus error
+            _check_unchanged(self.root, file)
             data = attempt(self.root / file.name, lambda: table.image(int(self.rows[i])))
         except InputError as error:
             raise self._unreadable(i, str(error)) from None
@@ -88,10 +90,15 @@ def _opened(root: Path, file: File) -> Arrow | Parquet:
     Raises InputError if it is unusable, or if it is not the listed `file` any more.
     """
     path = root / file.name
-    if splits.facts(root, file.name) != file:
-        raise InputError(f"{path}: has changed since it was listed; start again")
+    _check_unchanged(root, file)
     kind = Arrow if path.suffix.lower() == ".arrow" else Parquet
     return attempt(path, lambda: kind(path))
+
+
+def _check_unchanged(root: Path, file: File) -> None:
+    """Raise InputError if a file is not the listed `file` any more."""
+    if splits.facts(root, file.name) != file:
+        raise InputError(f"{root / file.name}: has changed since it was listed; start again")
 
 
 # The layout.

@@ -19,12 +19,19 @@ _OPSET = 17  # the first with layer normalization; onnxruntime has it since 1.12
 
 
 def check_packages() -> None:
-    """Raise InputError if a package that --onnx needs is missing."""
+    """Raise InputError if a package that --onnx needs is missing or cannot be imported."""
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise InputError(
             f"--onnx needs the package {' and '.join(missing)}: pip install {' '.join(missing)}"
         )
+    for name in PACKAGES:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise InputError(
+                f"--onnx: the package {name} cannot be imported ({short(error)}); install it again"
+            ) from None
 
 
 def convert(net: nn.Module, image_size: int, facts: dict[str, str]) -> bytes:

@@ -191,6 +191,15 @@ def test_a_classifier_is_trained_resumed_and_tested_with_the_same_decoding(
     )
 
 
+def test_show_views_proposes_a_white_for_dark_images(tmp_path, call):
+    Image.fromarray(np.full((40, 40), 3000, np.uint16)).save(tmp_path / "dark.png")
+    words = ("tools.show_views", "mocov2", tmp_path / "dark.png", "--image-size", 32)
+    status, out, err = call(*words, "--out", tmp_path / "a.png")
+    assert status == 0 and "--white 4095 makes them brighter" in out, err
+    status, out, err = call(*words, "--white", 4095, "--out", tmp_path / "b.png")
+    assert status == 0 and "--white" not in out, err
+
+
 def test_show_views_follows_the_options(folder, trained, tmp_path, call):
     image = folder / "train" / "a" / "0.jpg"
     found = []

@@ -100,6 +100,14 @@ def test_missing_packages_are_named_before_any_work(run, tmp_path, monkeypatch):
     refused(run(tmp_path / "no_such_checkpoint", "--onnx", tmp_path / "x.onnx"), words)
 
 
+def test_a_package_that_cannot_be_imported_is_named(run, tmp_path, monkeypatch):
+    (tmp_path / "broken_package.py").write_text("raise ImportError('libbroken.so is missing')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(onnx_file, "PACKAGES", ("torch", "broken_package"))
+    words = "the package broken_package cannot be imported (libbroken.so is missing)"
+    refused(run(tmp_path / "no_such_checkpoint", "--onnx", tmp_path / "x.onnx"), words)
+
+
 def test_different_features_leave_no_file(run, resnet, tmp_path, monkeypatch):
     monkeypatch.setattr(onnx_file, "run", lambda _, images: torch.zeros(len(images), 512))
     result = run(resnet[1], "--onnx", tmp_path / "new" / "x.onnx")

@@ -210,6 +210,17 @@ def test_offsets_outside_the_file_are_refused(tmp_path, field):
         scan(tmp_path)
 
 
+def test_an_arrow_file_that_is_cut_off_while_it_is_mapped_is_noticed(tmp_path):
+    path, table = tmp_path / "x.arrow", pa.table({"image": pa.array([one()], BYTES)})
+    with pa.ipc.new_stream(str(path), table.schema) as writer:
+        writer.write_table(table)
+    images = scan(tmp_path)
+    images.encoded(0)
+    os.truncate(path, 1)  # reading the map would end this process
+    with pytest.raises(InputError, match="has changed since it was listed; start again"):
+        images.encoded(0)
+
+
 def test_a_changed_file_is_noticed(tmp_path):
     path = save(tmp_path / "x.parquet", {"image": ([one()], BYTES)})
     images = scan(tmp_path)
