@@ -244,6 +244,11 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def as_utf8(text: str) -> str:
+    """Return `text` with characters escaped that UTF-8 lacks: bytes of paths that are not UTF-8."""
+    return text.encode(errors="backslashreplace").decode()
+
+
 def read_json(path: str | Path) -> Any:
     """Return the value of the JSON in `path`.
 

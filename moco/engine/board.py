@@ -14,6 +14,7 @@ from moco.augment import color
 from moco.augment.recipes import Recipe
 from moco.config import Training, flat
 from moco.engine.resume import MAY_DIFFER
+from moco.files import as_utf8
 
 _GROUPS = {
     "loss": ("loss", "acc1", "acc5", "cosine"),
@@ -102,7 +103,7 @@ class Board:
             settings = flat(self.config)
             kept = settings.keys() - MAY_DIFFER | {"batch_size", "accumulation_steps"}
             values = {
-                name: value if isinstance(value, bool | int | float | str) else _cell(value)
+                name: value if isinstance(value, bool | int | float) else _cell(value)
                 for name, value in sorted(settings.items())
                 if name in kept and value not in (None, [])
             }
@@ -117,7 +118,7 @@ class Board:
 def _cell(value: object) -> str:
     """Return the value of an option as text in a table."""
     text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
-    return text.replace("|", "\\|")
+    return as_utf8(text).replace("|", "\\|")
 
 
 def _image(name: str, image: Tensor) -> Summary:

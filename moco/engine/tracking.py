@@ -21,7 +21,7 @@ from moco.config import Config, flat
 from moco.distributed import print_rank0
 from moco.engine import trackers
 from moco.errors import InputError, short
-from moco.files import to_json
+from moco.files import as_utf8, to_json
 from moco.launch.interrupt import Interrupted
 
 MOST = 4 << 20  # bytes of messages that may wait for the tracker, about 10,000 log lines
@@ -88,9 +88,12 @@ class Tracker:
             {
                 "tracker": self.name,
                 "folder": str(self.folder),
-                "name": _name(self.folder),
+                "name": as_utf8(_name(self.folder)),
                 "id": found,
-                "config": flat(config),
+                "config": {
+                    name: as_utf8(value) if isinstance(value, str) else value
+                    for name, value in flat(config).items()
+                },
                 "argv": sys.argv,
             }
         )

@@ -46,7 +46,7 @@ PANELS = (
     ),
     Panel(
         "k-NN top-1",
-        {"knn": "top-1 on val"},
+        {"knn": "top-1 on val", "knn_gain": "gain over the encoder before training"},
         "Accuracy of the encoder's features on val/, with train/ as neighbours, in [0, 1]. The "
         "curve begins with the encoder before training.",
     ),

@@ -191,10 +191,10 @@ def epochs(folder: Path) -> list[int]:
 
 
 def test_the_newest_the_best_and_every_tenth_are_kept(script, shared_images, tmp_path, monkeypatch):
-    from moco.engine.pretrain import PretrainingTask
+    from moco.engine.monitor import Monitor
 
-    accuracies = iter([0.1, 0.2, 0.9, *[0.3] * 20])
-    monkeypatch.setattr(PretrainingTask, "_knn", lambda self: next(accuracies))
+    accuracies = iter([0.95, 0.1, 0.2, 0.9, *[0.3] * 20])  # the first is that before training
+    monkeypatch.setattr(Monitor, "_knn", lambda self, images: next(accuracies))
     command = (
         "main_synco",
         shared_images,

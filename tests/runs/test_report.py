@@ -64,6 +64,10 @@ def write_run(folder, data, lines=30, weights=True, logged=("loss",), **options)
                     "epoch": (step - 1) // 10,
                     "step": step,
                     "knn": 0.5 + step / 1000,
+                    "knn_gain": 0.1 + step / 1000,
+                    "probe": 0.4 + step / 1000,
+                    "probe_train": 0.3 + step / 1000,
+                    "rankme": 50 + step,
                     "time": step / 10,
                 }
             )
