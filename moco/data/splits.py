@@ -62,8 +62,14 @@ def _split_of(name: str, suffixes: tuple[str, ...]) -> str | None:
     return WORDS[words[-1]] if words else None
 
 
+_CHECKPOINT = (".pth.tar", ".pt.tar")  # of runs, which are no tar files
+
+
 def _listed(folder: Path, suffixes: tuple[str, ...]) -> list[str]:
-    """Return the sorted names in `folder` that end in one of `suffixes`, without hidden ones."""
+    """Return the sorted names in `folder` that end in one of `suffixes`.
+
+    Hidden files and checkpoints are left out.
+    """
     try:
         with os.scandir(folder) as entries:
             return sorted(
@@ -71,6 +77,7 @@ def _listed(folder: Path, suffixes: tuple[str, ...]) -> list[str]:
                 for entry in entries
                 if entry.name[0] != "."
                 and entry.name.lower().endswith(suffixes)
+                and not entry.name.lower().endswith(_CHECKPOINT)
                 and not entry.is_dir()
             )
     except OSError as error:

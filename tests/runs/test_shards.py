@@ -158,10 +158,10 @@ def test_stopped_and_resumed_runs_end_with_the_same_bits(shared_images, tmp_path
 @pytest.mark.parametrize("name", ["tar", "parquet"])
 def test_two_spawned_processes_equal_those_on_the_folder(shared_images, tmp_path, name):
     data = FORMS[name](shared_images, tmp_path / "data")
-    for one in (shared_images, data):
-        out = succeeded(shell(*SYNCO, *FROM_FILES, *TWO, one, "--save-dir", tmp_path / one.name))
+    for one, run in ((shared_images, "folder"), (data, name)):
+        out = succeeded(shell(*SYNCO, *FROM_FILES, *TWO, one, "--save-dir", tmp_path / run))
     assert "48 images of 3 classes" in out
-    assert same(state(tmp_path / "data"), state(tmp_path / shared_images.name))
+    assert same(state(tmp_path / name), state(tmp_path / "folder"))
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ def both(root):
 @pytest.mark.parametrize(
     ("files", "train", "val"),
     [
-        (["b.tar", "a.tar", "notes.txt", ".hidden.tar"], ["a.tar", "b.tar"], []),
+        (["b.tar", "a.tar", "notes.txt", ".hidden.tar", "x_0.pth.tar"], ["a.tar", "b.tar"], []),
         (
             ["train-0.tar", "train-1.tar", "val-0.tar"],
             ["train-0.tar", "train-1.tar"],
