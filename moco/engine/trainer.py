@@ -207,7 +207,8 @@ class Trainer:
             progress.generator(rng.COLOR, "cpu", rank, view) for view in range(len(self.recipe))
         ]
         augmented = color.augment_views(batch.views, self.recipe, draws)
-        self.log.views(augmented, self.recipe)
+        if self.log is not None:  # the training has begun
+            self.log.views(augmented, self.recipe)
         views = list(map(precision.prepare_images, augmented))
         # layers such as stochastic depth draw from the global generator
         seed = rng.key(rng.LAYERS, self.config.run.seed, progress.step, progress.micro, rank)
