@@ -69,7 +69,7 @@ matrix: .matrix/oldest.txt
 
 .matrix/oldest.txt: pyproject.toml
 	mkdir -p .matrix
-	sed -n 's/^    "\([a-z-]*\)>=\([0-9.]*\)",$$/\1==\2/p' pyproject.toml > $@
+	sed -n '/^dependencies = /,/^]/s/^    "\([a-z-]*\)>=\([0-9.]*\)",$$/\1==\2/p' pyproject.toml > $@
 
 clean:
 	rm -rf $(VENV) $(VENV)-track .matrix runs
