@@ -9,7 +9,7 @@ EXIF = ("ignore", "apply")
 
 @dataclass(frozen=True)
 class Decoding:
-    """How the files of images are decoded. `moco.data.decoding` follows these settings.
+    """The settings for decoding the files of images, which `moco.data.decoding` follows.
 
     None stands for the default, which is the checkpoint's setting in evaluations and with --resume.
     """

@@ -30,7 +30,7 @@ _LIFE = ("log.jsonl", record.STATUS, "results.json")  # files that a live run wr
 
 @dataclass(frozen=True)
 class Status:
-    """How far a run is. A field is None if nothing is known.
+    """The progress of a run. A field is None if nothing is known.
 
     Attributes:
         folder: the run folder.

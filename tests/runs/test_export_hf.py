@@ -106,7 +106,7 @@ def test_each_network_has_its_arguments(arch, arguments, run, tmp_path):
 
 
 def test_swin_needs_a_timm_that_reads_headless_swins(run, tmp_path):
-    """Before 1.0.31, timm takes a Swin without a classifier for one with MoBY's names."""
+    """Check a Swin, which timm before 1.0.31 reads as one with MoBY's names."""
     net = network("swin_tiny", 32)
     file = saved(tmp_path / "x.pth.tar", net, arch="swin_tiny", args={"image_size": 32})
     result = run(file, "--hf", tmp_path / "new" / "hf")

@@ -73,7 +73,7 @@ def test_changed_networks_are_exported(run, tmp_path):
 
 
 def test_conversion_leaves_the_network_unchanged():
-    """Its attention is made traceable for the conversion only."""
+    """Check that attention is made traceable for the conversion only."""
     net = network("test_vit")
     before = [vars(module).get("fused_attn") for module in net.modules()]
     assert any(before)
