@@ -245,7 +245,7 @@ def _finite(value: Any) -> Any:
 
 
 def as_utf8(text: str) -> str:
-    """Return `text` with characters escaped that UTF-8 lacks: bytes of paths that are not UTF-8."""
+    """Return `text` with bytes of paths escaped that are not UTF-8."""
     return text.encode(errors="backslashreplace").decode()
 
 

@@ -38,7 +38,7 @@ from moco.encoder import networks, pretrained
 from moco.engine import precision
 from moco.errors import InputError
 from moco.evaluate import feature_parts, feature_tables
-from moco.files import check_new, half_written, replacing
+from moco.files import as_utf8, check_new, half_written, replacing
 from moco.launch import processes
 from moco.report import maps
 from moco.sections_eval import TEST_RESIZES
@@ -250,7 +250,7 @@ def determines(
     """Return what determines the bits of the features, by the name that messages show."""
     weights, names = feature_parts.digest(found.net, images)
     return {
-        "DIR": str(Path(args.folder).resolve()).encode(errors="backslashreplace").decode(),
+        "DIR": as_utf8(str(Path(args.folder).resolve())),
         "images": names,
         "weights": weights,
         "--arch": f"{found.arch}, {found.stem}, {found.norm_eps}",

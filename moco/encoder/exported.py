@@ -8,6 +8,7 @@ from torch import Tensor
 
 from moco.encoder.stock import StockModel
 from moco.errors import InputError
+from moco.files import as_utf8
 
 READ = {  # suffix: (the expression that loads the file {}, the module that it needs)
     ".pth": ("torch.load({}, weights_only=True)", "torch"),
@@ -62,7 +63,7 @@ def as_texts(facts: dict[str, object]) -> dict[str, str]:
         name: " ".join(map(str, fact)) if isinstance(fact, tuple) else str(fact)
         for name, fact in facts.items()
     }
-    return {name: word.encode(errors="backslashreplace").decode() for name, word in words.items()}
+    return {name: as_utf8(word) for name, word in words.items()}
 
 
 def hubconf(home: StockModel, name: str, facts: dict[str, object]) -> str:

@@ -66,13 +66,15 @@ class Monitor:
 
         A gain is the difference to the measurement before training.
         """
-        found = {}
+        found, data = {}, self.config.input
+        if names & {"knn", "probe"}:
+            val = registry.test_images(data.dataset, self.config.run.data, data.class_list)
         if "knn" in names:
-            found["knn"] = self._knn(images)
+            found["knn"] = self._knn(images, val)
             if "knn" in self.start:
                 found["knn_gain"] = found["knn"] - self.start["knn"]
         if "probe" in names:
-            found["probe"] = self.probe.accuracy(self.config, self.device)
+            found["probe"] = self.probe.accuracy(val, self.config, self.device)
         if "rankme" in names:
             found["rankme"] = self._rankme(images)
         return found
@@ -90,13 +92,12 @@ class Monitor:
         if self.probe and not self.probe.restore(state.get("probe")):
             print_rank0("--probe-online: the checkpoint has no probe, so a new one is trained")
 
-    def _knn(self, images: Images) -> float:
-        """Return the k-NN top-1 accuracy of the encoder on val/, in [0, 1]. The bank is train/.
+    def _knn(self, images: Images, val: Images) -> float:
+        """Return the k-NN top-1 accuracy of the encoder on `val`, in [0, 1]. The bank is `images`.
 
         With `--on-bad-image skip`, training images that cannot be read are left out.
         """
         config, module = self.config, self.module
-        val = registry.test_images(config.input.dataset, config.run.data, config.input.class_list)
         net, feature_fn = module.encoder, networks.features
         if config.monitor.knn_features == "head":
             net, feature_fn = module.embedding, nn.Module.__call__
@@ -205,10 +206,9 @@ class OnlineProbe:
         self.optimizer.zero_grad()
         return {"probe_train": (logits.argmax(1) == label).float().mean()}
 
-    def accuracy(self, config: Pretraining, device: torch.device) -> float:
-        """Return the accuracy on val/, in [0, 1]."""
+    def accuracy(self, val: Images, config: Pretraining, device: torch.device) -> float:
+        """Return the accuracy on the images `val`, in [0, 1]."""
         distributed.broadcast_buffers(self.norm)
-        val = registry.test_images(config.input.dataset, config.run.data, config.input.class_list)
         logits, labels = features.extract(
             self.encoder, val, config, device, unit_norm=False, feature_fn=self._logits
         )

@@ -13,6 +13,7 @@ from types import TracebackType
 
 import torch.distributed as dist
 
+from moco.files import as_utf8
 from moco.launch.interrupt import Interrupted
 
 BEAT = 5.0  # seconds between two heartbeats of a rank
@@ -70,8 +71,8 @@ class Heartbeat:
         with contextlib.suppress(RuntimeError):  # the rank that runs the store has already exited
             if not in_order:
                 why = next(iter(str(error).strip().splitlines()), "")
-                why = why.encode(errors="backslashreplace").decode()  # a store takes UTF-8 only
-                failed = f"rank {self._rank} failed: {kind.__name__}: {why}"
+                # a store takes UTF-8 only
+                failed = f"rank {self._rank} failed: {kind.__name__}: {as_utf8(why)}"
                 self._store.compare_set("lost", "", failed)
             self._store.add(str(self._rank), _FINISHED)
             if not in_order or self._rank != 0:

@@ -24,6 +24,7 @@ from moco import devices, errors, user
 from moco.config import Config, replaced
 from moco.data import loader
 from moco.errors import InputError, from_os_error
+from moco.files import as_utf8
 from moco.launch import heartbeat, interrupt, output
 from moco.launch.processes import Plan, batch_per_process, plan
 from moco.launch.rendezvous import connect
@@ -244,9 +245,8 @@ def _print_once(store: dist.Store, error: InputError) -> None:
     prints the error before it exits.
     """
     key = f"error {os.environ.get('TORCHELASTIC_RESTART_COUNT', '')} {socket.gethostname()} {error}"
-    key = key.encode(errors="backslashreplace").decode()  # a store takes UTF-8 only
     try:
-        first = store.add(key, 1) == 1
+        first = store.add(as_utf8(key), 1) == 1  # a store takes UTF-8 only
     except RuntimeError:  # the rank that runs the store has exited
         first = True
     if first:

@@ -195,7 +195,7 @@ def test_the_newest_the_best_and_every_tenth_are_kept(script, shared_images, tmp
     from moco.engine.monitor import Monitor
 
     accuracies = iter([0.95, 0.1, 0.2, 0.9, *[0.3] * 20])  # the first is that before training
-    monkeypatch.setattr(Monitor, "_knn", lambda self, images: next(accuracies))
+    monkeypatch.setattr(Monitor, "_knn", lambda self, images, val: next(accuracies))
     command = (
         "main_synco",
         shared_images,
