@@ -16,7 +16,7 @@ import torch
 from moco import config, sections
 from moco.builder import moby
 from moco.builder.base import OnlineAndTarget
-from moco.builder.synco import COUNTS
+from moco.builder.negatives import COUNTS, notes
 from moco.cli import entry
 from moco.cli.parser import Parser
 from moco.distributed import print_rank0
@@ -91,7 +91,7 @@ def complete(c: Config) -> Config:
         own["online_drop_path"] = 0.2 if c.network.arch in timm_networks.SHORT else 0.0
     c = config.replaced(c, **own)
     if c.run.method == "synco":
-        moby.check_synthetic(c.synthetic, c.contrast)
+        moby.synco_v2(c.synthetic, c.contrast)  # so that wrong settings are errors here
     # create the networks once, so that impossible settings are errors before processes start
     for drop_path in {c.networks.online_drop_path, c.networks.target_drop_path}:
         freeze = c.networks.stop_grad_conv1
@@ -107,7 +107,8 @@ def build(c: Config) -> OnlineAndTarget:
 
 def worker(c: Config, device: torch.device) -> None:
     if c.run.method == "synco":
-        for line in moby.synthetic_notes(c.synthetic, c.contrast, c.optimizer.epochs):
+        negatives = moby.synco_v2(c.synthetic, c.contrast)
+        for line in notes(negatives, "--synthetic-first", "MoBY", c.optimizer.epochs):
             print_rank0(line)
     print_rank0(
         f"target momentum {c.networks.moco_m:g} at the start, 1 after the last step (--moco-m)"

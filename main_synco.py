@@ -9,19 +9,20 @@ settings: --cfg configs/synco_200.yaml.
 import moco as _first  # noqa: F401 (before torch: sets how its threads wait)
 
 # isort: split
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
 from moco import config, sections
-from moco.builder.synco import SynCo, SyntheticNegatives, synthetic_config
+from moco.builder.negatives import Schedule, SyntheticNegatives, notes, synthetic_schedule
+from moco.builder.synco import SynCo
 from moco.cli import entry
 from moco.cli.parser import Parser
 from moco.distributed import print_rank0
 from moco.encoder.networks import create_encoder
 from moco.engine import pretrain
-from moco.loss.synthetic import Synthetic
 from moco.sections import option
 
 
@@ -59,24 +60,25 @@ def parser() -> Parser:
     p = Parser(__doc__, Config())
     none = "there are no synthetic negatives; give --n1 to --n6 as well, or leave it out"
     lr = "(the learning rate's warm-up is --lr-warmup-epochs)"
-    p.has_effect("n_hard", lambda args: negatives(args.config).total, none)
-    p.has_effect("warmup_epochs", lambda args: negatives(args.config).total, f"{none} {lr}")
+    has = lambda args: negatives(args.config).config.total  # noqa: E731
+    p.has_effect("n_hard synthetic_ramp_epochs", has, none)
+    p.has_effect("warmup_epochs", has, f"{none} {lr}")
     return p
 
 
-def negatives(c: Config) -> Synthetic:
-    return synthetic_config(c.synthetic, c.queue.moco_k, "--moco-k")
+def negatives(c: Config) -> Schedule:
+    return synthetic_schedule(c.synthetic, c.queue.moco_k, "--moco-k", c.synthetic.warmup_epochs)
 
 
-def method(synthetic: Synthetic) -> str:
-    """Return moco, mochi or synco, depending on the types of synthetic negatives."""
-    of_mochi = sum(synthetic.counts[i] for i in (0, 2))
-    return "moco" if not synthetic.total else "mochi" if of_mochi == synthetic.total else "synco"
+def method(counts: Sequence[int]) -> str:
+    """Return moco, mochi or synco, depending on the number of synthetic negatives of each type."""
+    of_mochi = counts[0] + counts[2]
+    return "moco" if not sum(counts) else "mochi" if of_mochi == sum(counts) else "synco"
 
 
 def complete(c: Config) -> Config:
     recipe = c.views.recipe or ("mocov2" if c.encoders.aug_plus else "mocov1")
-    c = config.replaced(c, method=method(negatives(c)), recipe=recipe)
+    c = config.replaced(c, method=method(negatives(c).config.counts), recipe=recipe)
     pretrain.check_views(c)
     return pretrain.complete(c)
 
@@ -92,22 +94,13 @@ def build(c: Config) -> SynCo:
         bn_splits=c.encoders.bn_splits,
         bn_splits_query=c.encoders.bn_splits_query,
         symmetric=c.queue.symmetric,
-        config=negatives(c),
-        warmup_epochs=c.synthetic.warmup_epochs,
+        synthetic=negatives(c),
     )
 
 
 def worker(c: Config, device: torch.device) -> None:
-    if total := negatives(c).total:
-        first, epochs = c.synthetic.warmup_epochs, c.optimizer.epochs
-        print_rank0(
-            f"{total} synthetic negatives per query from epoch {first} on (--warmup-epochs)"
-        )
-        if first >= epochs:
-            print_rank0(
-                f"the run ends after {epochs} epochs, before the first synthetic negatives: "
-                "this is MoCo"
-            )
+    for line in notes(negatives(c), "--warmup-epochs", "MoCo", c.optimizer.epochs):
+        print_rank0(line)
     pretrain.train(c, device, lambda images: build(c))
 
 

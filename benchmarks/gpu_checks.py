@@ -17,6 +17,7 @@ from gpu_setup import Method, Notes, Setup, crops, relative, use_tf32
 from torch import Tensor, nn
 
 from moco.augment import color, recipes
+from moco.loss import hardest as search
 from moco.loss import synthetic
 from moco.methods import METHODS
 from moco.rng import COLOR, Progress
@@ -117,7 +118,7 @@ def same_choices(found: list[Tensor], replay: bool) -> Iterator[None]:
     change the order of almost equally similar queue entries. So append the hardest entries of the
     first run to `found`, and use the same ones in the second run (`replay`).
     """
-    draw, hardest, waiting = synthetic.draw, synthetic.hardest, list(found)
+    draw, waiting = synthetic.draw, list(found)
 
     def draw_on_cpu(config, n, dim, generator, *dtype):
         on_cpu = torch.Generator().manual_seed(generator.initial_seed())
@@ -128,12 +129,12 @@ def same_choices(found: list[Tensor], replay: bool) -> Iterator[None]:
     def the_same(similarity, n_hard):
         if replay:
             return waiting.pop(0).to(similarity.device)
-        found.append(hardest(similarity, n_hard).cpu())
+        found.append(search.hardest(similarity, n_hard).cpu())
         return found[-1].to(similarity.device)
 
     modules = [
         importlib.import_module(f"moco.{name}")
-        for name in ("loss.synthetic", "builder.moco", "builder.moby")
+        for name in ("loss.synthetic", "builder.moco", "builder.synco", "builder.moby")
     ]
     with contextlib.ExitStack() as stack:
         for module in modules:
@@ -348,7 +349,6 @@ def hardest(setup: Setup, notes: Notes) -> None:
             torch.stack([torch.randperm(columns, generator=draw) for _ in range(32)]).float()
             / columns
         )
-        found = synthetic.hardest(similarity.to(setup.device), n_hard).cpu()
-        notes.check(
-            f"{n_hard} of {columns}", torch.equal(found, synthetic.hardest(similarity, n_hard))
-        )
+        found = search.hardest(similarity.to(setup.device), n_hard).cpu()
+        expected = search.hardest(similarity, n_hard)
+        notes.check(f"{n_hard} of {columns}", torch.equal(found, expected))

@@ -19,9 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moco.builder.negatives import Schedule
 from moco.builder.synco import SynCo
 from moco.loss import synthetic
 from moco.loss.contrastive import normalize
+from moco.loss.hardest import hardest
 from moco.rng import NEGATIVES, Progress
 
 try:
@@ -84,7 +86,7 @@ class Heads:
     def __init__(self, args, device: torch.device):
         self.config = synthetic.Synthetic(args.n_hard, tuple(args.counts))
         self.model = SynCo(
-            nn.Identity, args.dim, args.k, T=T, config=self.config, warmup_epochs=1
+            nn.Identity, args.dim, args.k, T=T, synthetic=Schedule(self.config, first=1)
         ).to(device)
         self.bank = self.model.queue
         self.q, self.k = (normalize(torch.randn(args.n, args.dim, device=device)) for _ in range(2))
@@ -191,7 +193,7 @@ def check(heads: Heads) -> None:
     head is compared with float64 and may differ by half of 1e-5.
     """
     similarity = heads.q.detach() @ heads.bank.T
-    hard = synthetic.hardest(similarity, heads.config.n_hard)
+    hard = hardest(similarity, heads.config.n_hard)
     assert torch.equal(similarity.gather(1, hard), similarity.gather(1, heads.topk(similarity))), (
         "these are not the hardest negatives"
     )

@@ -27,6 +27,7 @@ from moco import distributed
 from moco.builder.adco import AdCo, Ascent
 from moco.builder.batch_norm import MIN_BN_GROUP
 from moco.builder.moco import MoCo
+from moco.builder.negatives import Schedule
 from moco.builder.synco import SynCo
 from moco.config import Config, replaced
 from moco.encoder.resnets import resnet
@@ -242,7 +243,7 @@ class PlainMoCo(MoCo):
 KINDS = {
     "plain": functools.partial(PlainMoCo, bn_splits=1),  # forms its batch norm groups itself
     "moco": MoCo,
-    "synco": functools.partial(SynCo, config=SYNCO, warmup_epochs=0),
+    "synco": functools.partial(SynCo, synthetic=Schedule(SYNCO)),
     "adco": functools.partial(AdCo, ascent=Ascent(), fill=False),
 }
 

@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from moco import distributed
 from moco.builder.base import OnlineAndTarget, enqueue
 from moco.builder.byol import BYOL
-from moco.builder.synco import SyntheticNegatives, counts_by_type, synthetic_config
+from moco.builder.negatives import Schedule, SyntheticNegatives, mixture, synthetic_schedule
 from moco.encoder import networks
 from moco.errors import InputError
 from moco.loss.contrastive import bank_info_nce, contrast_accuracy, feature_statistics, normalize
-from moco.loss.synthetic import Mixture, Synthetic, draw, hardest, mix
+from moco.loss.hardest import hardest
+from moco.loss.synthetic import Mixture
 from moco.options import AVERAGE, ENTRIES, LAYERS, NATURAL, TEMPERATURE, WIDTH, option
-from moco.rng import NEGATIVES, Progress
+from moco.rng import Progress
 from moco.sections import Network
 
 # the papers' momentum, learning rate (x total batch / 512 there, / 256 here) and weight decay
@@ -84,17 +85,15 @@ class Synthetics(SyntheticNegatives):
 class MoBY(OnlineAndTarget):
     """MoBY: each view's predictions against the other view's target features and a queue.
 
-    The InfoNCE losses of both directions are added. With `config`, this is SynCo-v2: synthetic
-    negatives join those of the queues in the epochs from `first` to `last` - 1.
+    The InfoNCE losses of both directions are added. With `synthetic`, this is SynCo-v2: synthetic
+    negatives join those of the queues.
 
     Args:
         online_and_target: the arguments of `OnlineAndTarget`.
         dim: feature size C.
         K: entries of each queue.
         T: softmax temperature.
-        config: config of the synthetic negatives.
-        first: first epoch with synthetic negatives.
-        last: first epoch without them after that.
+        synthetic: the synthetic negatives.
     """
 
     def __init__(
@@ -103,12 +102,10 @@ class MoBY(OnlineAndTarget):
         dim: int = 256,
         K: int = 4096,
         T: float = 0.2,
-        config: Synthetic = Synthetic(),  # noqa: B008 (frozen)
-        first: int = 30,
-        last: int = 100,
+        synthetic: Schedule = Schedule(),  # noqa: B008 (frozen)
     ):
         super().__init__(*online_and_target)
-        self.T, self.config, self.epochs = T, config, range(first, last)
+        self.T, self.synthetic = T, synthetic
         for view in (1, 2):
             # [K, C], the target features of this view
             self.register_buffer(f"queue{view}", normalize(torch.randn(K, dim)))
@@ -117,14 +114,7 @@ class MoBY(OnlineAndTarget):
 
     def schedules(self, progress: Progress) -> dict[str, float]:
         """Return the target's momentum, and the numbers of synthetic negatives per query."""
-        return {
-            **super().schedules(progress),
-            **counts_by_type(self.config, self.has_synthetic(progress)),
-        }
-
-    def has_synthetic(self, progress: Progress) -> bool:
-        """Return whether there are synthetic negatives at `progress`."""
-        return self.config.total > 0 and progress.epoch in self.epochs
+        return {**super().schedules(progress), **self.synthetic.values(progress)}
 
     def contrast(
         self, p: list[Tensor], k: list[Tensor], progress: Progress
@@ -157,23 +147,22 @@ class MoBY(OnlineAndTarget):
         positive = (q * k).sum(1)  # [B]
         with torch.no_grad():
             similarity = q @ queue.T  # [B, K]
-            mixture = self.synthetic(q, queue, similarity, progress, counter)
+            negatives = self.negatives(q, queue, similarity, progress, counter)
             metrics = {
                 **contrast_accuracy(positive, similarity),
                 **feature_statistics(q, positive, similarity.amax(1)),
             }
-        return bank_info_nce(q, positive, queue, similarity, self.T, mixture), metrics
+        return bank_info_nce(q, positive, queue, similarity, self.T, negatives), metrics
 
-    def synthetic(
+    def negatives(
         self, q: Tensor, queue: Tensor, similarity: Tensor, progress: Progress, counter: int
     ) -> Mixture | None:
         """Return the synthetic negatives of the queries `q`; None in epochs without them."""
-        if not self.has_synthetic(progress):
+        config = self.synthetic.at(progress)
+        if config is None:
             return None
-        generator = progress.generator(NEGATIVES, q.device, distributed.rank(), counter)
-        hard = hardest(similarity, self.config.n_hard)
-        draws = draw(self.config, *q.shape, generator, q.dtype)
-        return mix(q, queue, similarity, hard, self.config, draws)
+        hard = hardest(similarity, config.n_hard)
+        return mixture(config, q, queue, similarity, hard, progress, counter)
 
     @torch.no_grad()
     def after_step(self) -> None:
@@ -246,31 +235,16 @@ def create_method(
         return BYOL(*parts)
     more = {"dim": dim, "K": contrast.queue, "T": contrast.moco_t}
     if method == "synco":
-        more |= {"config": synthetic_config(synthetic, contrast.queue, "--queue")}
-        more |= {"first": synthetic.synthetic_first, "last": synthetic.synthetic_last}
+        more["synthetic"] = synco_v2(synthetic, contrast)
     return MoBY(*parts, **more)
 
 
-def synthetic_notes(synthetic: Synthetics, contrast: Contrast, epochs: int) -> list[str]:
-    """Return lines to print: in which of a run's `epochs` there are synthetic negatives."""
-    total = synthetic_config(synthetic, contrast.queue, "--queue").total
+def synco_v2(synthetic: Synthetics, contrast: Contrast) -> Schedule:
+    """Return the synthetic negatives of SynCo-v2. Raises InputError if there would be none."""
     first, last = synthetic.synthetic_first, synthetic.synthetic_last
-    lines = [
-        f"{total} synthetic negatives per query from epoch {first} on "
-        f"(--synthetic-first), none from epoch {last} on (--synthetic-last)"
-    ]
-    if first >= epochs:
-        lines.append(
-            f"the run ends after {epochs} epochs, before the first synthetic negatives: "
-            "this is MoBY"
-        )
-    return lines
-
-
-def check_synthetic(synthetic: Synthetics, contrast: Contrast) -> None:
-    """Raise InputError if SynCo-v2 would have no synthetic negatives, or too small a queue."""
-    first, last = synthetic.synthetic_first, synthetic.synthetic_last
-    if not synthetic_config(synthetic, contrast.queue, "--queue").total:
-        raise InputError("--method synco: --n1 to --n6 are all 0; give some, or --method moby")
     if first >= last:
         raise InputError(f"--synthetic-first {first}: must be below --synthetic-last {last}")
+    found = synthetic_schedule(synthetic, contrast.queue, "--queue", first, last)
+    if not found.config.total:
+        raise InputError("--method synco: --n1 to --n6 are all 0; give some, or --method moby")
+    return found

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from moco import distributed
 from moco.builder.base import QueryAndKey, enqueue
 from moco.loss.contrastive import bank_info_nce, contrast_accuracy, feature_statistics, normalize
-from moco.loss.synthetic import Mixture, hardest
+from moco.loss.hardest import hardest
+from moco.loss.synthetic import Mixture
 from moco.rng import Progress
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 from moco import sections, sections_eval, sections_pretrain
 from moco.augment import recipes
-from moco.builder.synco import COUNTS, SyntheticNegatives
+from moco.builder.negatives import COUNTS, SyntheticNegatives
 from moco.cli.effects import EffectsParser, Options
 from moco.config import Config
 from moco.data import registry
@@ -208,6 +208,9 @@ def _synthetic(parser: EffectsParser) -> None:
         if one.size:
             none = f"there are no {one.name} negatives; give --{count} as well, or leave it out"
             parser.has_effect(one.size, lambda args, count=count: vars(args)[count], none)
+    at_once = "all join at once; give --synthetic-ramp-epochs as well, or leave it out"
+    has_ramp = lambda args: args.synthetic_ramp_epochs  # noqa: E731
+    parser.has_effect("synthetic_ramp synthetic_ramp_of", has_ramp, at_once)
 
 
 _RULES: dict[type, Declare] = {

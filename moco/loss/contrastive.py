@@ -88,7 +88,7 @@ class _BankLogSumExp(torch.autograd.Function):
         if mixture is not None:
             synthetic = mixture.dot(q, similarity)
             top = torch.maximum(top, synthetic.amax(1, keepdim=True))
-            ctx.exp_synthetic = torch.exp((synthetic - top) / temperature)
+            ctx.exp_synthetic = torch.exp((synthetic - top) / temperature).mul_(mixture.weight)
         shift = -top / temperature
         ctx.exp_bank = torch.add(shift, similarity, alpha=1 / temperature, out=similarity).exp_()
 

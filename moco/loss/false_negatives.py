@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moco.loss.synthetic import hardest
+from moco.loss.hardest import hardest
 
 MODES = ("attract", "eliminate", "off")
 

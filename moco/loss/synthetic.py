@@ -102,6 +102,7 @@ class Synthetic:
     sigma: float = 0.01
     delta: float = 0.01
     eta: float = 0.01
+    weight: float = 1.0  # of the negatives' exponentials in the loss
 
     def __post_init__(self):
         """Raise ValueError unless each type has a count."""
@@ -136,8 +137,7 @@ class _Columns:
 
 def _layout(counts: tuple[int, ...]) -> tuple[list[_Columns], dict[str, int]]:
     """Return the columns of each type with negatives, and the ends of all slices."""
-    ends = {"all": 0, "weight": 0, "second": sum(counts), "sign": 0, "noise": 0}
-    layout = []
+    layout, ends = [], {"all": 0, "weight": 0, "second": sum(counts), "sign": 0, "noise": 0}
     for type_, count in zip(TYPES, counts, strict=True):
         has = {
             "all": True,
@@ -198,46 +198,6 @@ def draw(
     return Draws(first, second, torch.cat(weights, 1), noise)
 
 
-def hardest(similarity: Tensor, n_hard: int) -> Tensor:
-    """Return the indices [N, n_hard] of the bank entries most similar to each query, hardest first.
-
-    The result is exact. A CPU searches in two levels: the n_hard largest values lie in the n_hard
-    groups with the largest maxima. There it uses NumPy, which selects faster than torch.topk if the
-    processor has AVX2 or AVX-512.
-
-    Args:
-        similarity: similarity of each query to the bank, [N, K]; no gradient flows through it.
-        n_hard: number of entries, in [1, K].
-    """
-    similarity = similarity.detach()
-    n, K = similarity.shape
-    # Groups of about sqrt(K / n_hard) members make both levels about equally large.
-    members = 1 << ((K // n_hard).bit_length() - 1) // 2
-    on_cpu = similarity.device.type == "cpu"
-    has_numpy_type = similarity.dtype in (torch.float32, torch.float64)
-    if not on_cpu or not has_numpy_type or members == 1 or K % members:
-        return similarity.topk(n_hard, 1).indices
-
-    # Group j has the members j, j + groups, j + 2 groups, ... The maxima of all groups are then a
-    # maximum over contiguous vectors.
-    groups = K // members
-    grouped = similarity.view(n, members, groups)
-    best = _largest(grouped.amax(1), n_hard)  # [N, n_hard] groups
-    candidates = grouped.gather(2, best[:, None, :].expand(n, members, n_hard)).flatten(1)
-    chosen = _largest(candidates, n_hard)
-    order = candidates.gather(1, chosen).neg_().numpy().argsort(1)
-    chosen = chosen.gather(1, torch.from_numpy(order))
-
-    # Candidate i is member i // n_hard of the group best[i % n_hard].
-    member = chosen.div(n_hard, rounding_mode="floor")
-    return best.gather(1, chosen.sub_(member, alpha=n_hard)).add_(member, alpha=groups)
-
-
-def _largest(x: Tensor, k: int) -> Tensor:
-    """Return the indices [N, k] of the k largest values in each row of x [N, M], in no order."""
-    return torch.from_numpy(x.neg().numpy().argpartition(k - 1, 1)[:, :k])
-
-
 @dataclass(frozen=True)
 class Mixture:
     """The synthetic negatives of a batch, as coefficients of the vectors they are made of.
@@ -253,6 +213,7 @@ class Mixture:
     of_noise: Tensor  # [N, M] coefficient of e
     noise: Tensor  # [N, M, C] noise e
     layout: list[_Columns]
+    weight: float = 1.0  # factor of the exponentials of the negatives' logits
 
     def dot(self, q: Tensor, similarity: Tensor) -> Tensor:
         """Return q.h [N, total], differentiable in both arguments.
@@ -326,6 +287,7 @@ def mix(
         of_noise=q.new_empty(n, ends["noise"]),
         noise=draws.noise,
         layout=layout,
+        weight=config.weight,
     )
 
     # The norms of A q + B n, in one pass for all types in the plane of q and n. The other columns

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from moco.builder.base import Method
-from moco.builder.synco import COUNTS
+from moco.builder.negatives import COUNTS
 from moco.config import Evaluation, Training, flat
 from moco.data.loader import TrainBatchSampler
 from moco.engine.lr_schedule import lr_of_step, lr_scale

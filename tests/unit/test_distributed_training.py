@@ -9,8 +9,10 @@ from conftest import on_two_ranks
 from rank_helpers import DIM, LR, STEPS, WORLD_SIZE, B, K, M, T, joint_views, part, tiny_encoder
 from torch.nn.parallel import DistributedDataParallel
 
+from moco.builder.negatives import Schedule
 from moco.builder.synco import SynCo
 from moco.loss import synthetic
+from moco.loss.hardest import hardest
 from moco.rng import NEGATIVES, SHUFFLE, Progress
 
 SYNTHETIC = synthetic.Synthetic(n_hard=10, counts=(5, 4, 3, 2, 3, 4))
@@ -21,7 +23,7 @@ NO_SYNTHETIC = synthetic.Synthetic()
 
 def build(config):
     torch.manual_seed(0)
-    return SynCo(tiny_encoder, dim=DIM, K=K, m=M, T=T, config=config, warmup_epochs=1).double()
+    return SynCo(tiny_encoder, dim=DIM, K=K, m=M, T=T, synthetic=Schedule(config, first=1)).double()
 
 
 def progress_of(step):
@@ -91,9 +93,7 @@ def reference_steps(config, shuffled=True):
                 generator = progress_of(step).generator(NEGATIVES, "cpu", rank)
                 draws = synthetic.draw(config, B, DIM, generator, torch.float64)
                 columns.append(
-                    synthetic.similarities(
-                        q, queue, s, synthetic.hardest(s, config.n_hard), config, draws
-                    )
+                    synthetic.similarities(q, queue, s, hardest(s, config.n_hard), config, draws)
                 )
             losses.append(
                 F.cross_entropy(torch.cat(columns, 1) / T, torch.zeros(B, dtype=torch.long))

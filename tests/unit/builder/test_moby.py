@@ -16,8 +16,10 @@ import main_moby
 from moco import distributed
 from moco.builder.byol import BYOL
 from moco.builder.moby import MoBY
+from moco.builder.negatives import Schedule
 from moco.encoder.networks import projector
 from moco.loss import synthetic
+from moco.loss.hardest import hardest
 from moco.rng import NEGATIVES, Progress
 
 B, DIM, K, M, T, LR, STEPS, EPOCHS = 3, 4, 11, 0.9, 0.2, 0.1, 3, 4
@@ -40,7 +42,7 @@ def build(method):
     )
     if method == "byol":
         return BYOL(*parts, M).double()
-    more = {"config": KIND, "first": 1, "last": 3} if method == "synco" else {}
+    more = {"synthetic": Schedule(KIND, first=1, last=3)} if method == "synco" else {}
     return MoBY(*parts, M, dim=DIM, K=K, T=T, **more).double()
 
 
@@ -74,7 +76,7 @@ def mixtures(q, queue, step, counter, method):
     draws = synthetic.draw(
         KIND, *q.shape, at(step).generator(NEGATIVES, "cpu", 0, counter), torch.float64
     )
-    return synthetic.similarities(q, queue, s, synthetic.hardest(s, KIND.n_hard), KIND, draws)
+    return synthetic.similarities(q, queue, s, hardest(s, KIND.n_hard), KIND, draws)
 
 
 @pytest.mark.parametrize("method", ["moby", "synco", "byol"])

@@ -7,9 +7,11 @@ from momentum_helpers import ALL_SIX, DIM, K, build, keys_by_hand, two_views
 from torch import nn
 
 from moco.builder.moco import MoCo
+from moco.builder.negatives import Schedule
 from moco.builder.synco import SynCo
 from moco.encoder.resnets import resnet
 from moco.loss import synthetic
+from moco.loss.hardest import hardest
 from moco.rng import NEGATIVES, Progress
 
 
@@ -52,13 +54,13 @@ def assert_same_state(one, other):
 # SynCo beside MoCo
 @pytest.mark.parametrize("epoch", [0, 50])
 def test_without_synthetic_negatives_synco_is_moco_bit_for_bit(epoch):
-    moco, synco = build(), build(SynCo, config=synthetic.Synthetic(), warmup_epochs=0)
+    moco, synco = build(), build(SynCo, synthetic=Schedule())
     assert_same_run(run(moco, 4, epoch=epoch), run(synco, 4, epoch=epoch))
     assert_same_state(moco, synco)
 
 
 def test_before_warmup_epochs_synco_is_moco_bit_for_bit():
-    moco, synco = build(), build(SynCo, config=ALL_SIX, warmup_epochs=3)
+    moco, synco = build(), build(SynCo, synthetic=Schedule(ALL_SIX, first=3))
     for epoch in range(3):
         assert_same_run(run(moco, 2, epoch=epoch), run(synco, 2, epoch=epoch))
     assert_same_state(moco, synco)
@@ -69,7 +71,7 @@ def test_from_warmup_epochs_on_synco_has_a_greater_loss_and_other_gradients(warm
     for epoch in (warmup_epochs, warmup_epochs + 7):
         ((loss, gradient, _),) = run(build(), 1, epoch=epoch)
         ((loss2, gradient2, _),) = run(
-            build(SynCo, config=ALL_SIX, warmup_epochs=warmup_epochs), 1, epoch=epoch
+            build(SynCo, synthetic=Schedule(ALL_SIX, first=warmup_epochs)), 1, epoch=epoch
         )
         assert loss2 > loss + 1e-3  # more negatives
         assert not torch.allclose(
@@ -79,7 +81,7 @@ def test_from_warmup_epochs_on_synco_has_a_greater_loss_and_other_gradients(warm
 
 def test_metrics_are_those_of_the_queue_with_and_without_synthetic_negatives():
     ((_, _, moco),) = run(build(T=0.07), 1)
-    ((_, _, synco),) = run(build(SynCo, config=ALL_SIX, warmup_epochs=0, T=0.07), 1)
+    ((_, _, synco),) = run(build(SynCo, synthetic=Schedule(ALL_SIX), T=0.07), 1)
     assert {name: m.item() for name, m in moco.items()} == {
         name: m.item() for name, m in synco.items()
     }
@@ -88,14 +90,14 @@ def test_metrics_are_those_of_the_queue_with_and_without_synthetic_negatives():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_synco_loss_is_moco_cross_entropy_with_the_synthetic_columns_added(dtype):
-    model = build(SynCo, config=ALL_SIX, warmup_epochs=0).to(dtype)
+    model = build(SynCo, synthetic=Schedule(ALL_SIX)).to(dtype)
     views = [view.to(dtype) for view in two_views(8, 1)]
     progress = Progress(seed=5, epoch=1, step=9)
     q = F.normalize(copy.deepcopy(model.encoder_q)(views[0]))
     k = F.normalize(copy.deepcopy(model.encoder_k)(views[1]))
     s = q @ model.queue.T
     draws = synthetic.draw(ALL_SIX, 8, DIM, progress.generator(NEGATIVES, "cpu", 0), dtype)
-    extra = synthetic.similarities(q, model.queue, s, synthetic.hardest(s, 10), ALL_SIX, draws)
+    extra = synthetic.similarities(q, model.queue, s, hardest(s, 10), ALL_SIX, draws)
     logits = torch.cat([(q * k).sum(1, keepdim=True), s, extra], 1) / 0.2
     expected = F.cross_entropy(logits, torch.zeros(8, dtype=torch.long))
 
@@ -105,7 +107,7 @@ def test_synco_loss_is_moco_cross_entropy_with_the_synthetic_columns_added(dtype
 
 
 def test_synthetic_draws_are_fresh_each_step_and_the_same_for_the_same_step():
-    model = build(SynCo, config=ALL_SIX, warmup_epochs=0)
+    model = build(SynCo, synthetic=Schedule(ALL_SIX))
     q = F.normalize(torch.randn(8, DIM, generator=torch.Generator().manual_seed(0)))
 
     def made(**where):
@@ -203,7 +205,7 @@ def test_all_passes_of_one_step_enter_the_queue_in_order():
 # what a step moves
 @pytest.mark.parametrize("method", [MoCo, SynCo])
 def test_no_gradient_reaches_the_key_encoder_or_the_queue(method):
-    model = build(method, **({"config": ALL_SIX, "warmup_epochs": 0} if method is SynCo else {}))
+    model = build(method, **({"synthetic": Schedule(ALL_SIX)} if method is SynCo else {}))
     loss, metrics = model(two_views(20, 0), torch.arange(20), Progress())
     loss.backward()
     assert not any(p.requires_grad or p.grad is not None for p in model.encoder_k.parameters())

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torchvision import models
 
 from moco import distributed
-from moco.builder import moby
 from moco.config import replaced
 from moco.engine.trainer import Trainer
 from moco.loss import synthetic
@@ -117,7 +116,6 @@ def record(rank: int, script: str, words: Iterable[object], data: str, folder: s
         mock.patch.object(Trainer, "__init__", followed),
         mock.patch.object(distributed, "shuffle", found.shuffle),
         mock.patch.object(synthetic, "draw", found.draw),
-        mock.patch.object(moby, "draw", found.draw),
     ):
         mine = BATCH // distributed.world_size()
         size = mine if module.Config().input.batch_is_per_process else BATCH

@@ -17,6 +17,7 @@ from moco.loss.contrastive import (
     info_nce,
     normalize,
 )
+from moco.loss.hardest import hardest
 
 QUERIES = 6
 
@@ -87,7 +88,7 @@ def test_bank_info_nce_and_its_gradients_are_those_of_info_nce(config, temperatu
     if config:
         generator = torch.Generator().manual_seed(seed)
         draws = synthetic.draw(config, *q.shape, generator, torch.float64)
-        hard = synthetic.hardest(s, config.n_hard)
+        hard = hardest(s, config.n_hard)
         negatives.append(synthetic.similarities(q, bank, s, hard, config, draws))
         mixture = synthetic.mix(q, bank, s.detach(), hard, config, draws)
     expected = info_nce(positive, negatives, temperature)

@@ -1,0 +1,217 @@
+"""The synthetic negatives of a run: their options, the epochs that have them, and their ramp.
+
+SynCo and SynCo-v2 use this file. The formulas are in `moco/loss/synthetic.py`.
+"""
+
+import math
+from dataclasses import dataclass, make_dataclass, replace
+
+from torch import Tensor
+
+from moco import distributed
+from moco.errors import InputError
+from moco.loss import synthetic
+from moco.loss.synthetic import Mixture, Synthetic
+from moco.options import NATURAL, SIZE, option
+from moco.rng import NEGATIVES, Progress
+
+
+@dataclass(frozen=True)
+class Ramp:
+    """The epochs in which synthetic negatives gradually join the others.
+
+    Without a ramp, all of them join in the first epoch, as in the papers.
+
+    Attributes:
+        epochs: length of the ramp, 0 for none.
+        shape: linear; or cosine, which is half a cosine, so flat at both ends.
+        of: number: the number of negatives rises from 0, for each type. weight: all negatives are
+            there, and the weight of their exponentials in the loss rises from 0 to 1.
+    """
+
+    epochs: int = 0
+    shape: str = "linear"
+    of: str = "number"
+
+    def height(self, passed: float) -> float:
+        """Return the height of the ramp in [0, 1] after `passed` epochs."""
+        x = min(passed / self.epochs, 1.0) if self.epochs else 1.0
+        return (1 - math.cos(math.pi * x)) / 2 if self.shape == "cosine" else x
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The config of the synthetic negatives at each step of a run.
+
+    Attributes:
+        config: the config after the ramp. With all counts 0, there are no synthetic negatives.
+        first: the first epoch with synthetic negatives.
+        last: the first epoch without them after that; None: they stay.
+        ramp: the ramp, which begins in epoch `first`.
+    """
+
+    config: Synthetic = Synthetic()
+    first: int = 0
+    last: int | None = None
+    ramp: Ramp = Ramp()
+
+    def at(self, progress: Progress) -> Synthetic | None:
+        """Return the config of a step, or None if it has no synthetic negatives.
+
+        The ramp rises with each step. Its last step has the full height.
+        """
+        ended = self.last is not None and progress.epoch >= self.last
+        if not self.config.total or progress.epoch < self.first or ended:
+            return None
+        passed = (progress.step + 1) / progress.steps_per_epoch - self.first
+        height = self.ramp.height(passed)
+        if height == 1:
+            return self.config
+        if self.ramp.of == "weight":
+            return replace(self.config, weight=height)
+        counts = tuple(round(height * count) for count in self.config.counts)
+        return replace(self.config, counts=counts) if any(counts) else None
+
+    def values(self, progress: Progress) -> dict[str, float]:
+        """Return what a step has of each type in use, by the name of the type's option.
+
+        It is the number of negatives per query, times their weight.
+        """
+        now = self.at(progress)
+        counts = [0] * len(COUNTS) if now is None else now.counts
+        weight = 1 if now is None else now.weight
+        used = zip(COUNTS, self.config.counts, counts, strict=True)
+        return {name: count * weight for name, most, count in used if most}
+
+
+def mixture(
+    config: Synthetic,
+    q: Tensor,
+    bank: Tensor,
+    similarity: Tensor,
+    hard: Tensor,
+    progress: Progress,
+    *counters: int,
+) -> Mixture:
+    """Return the synthetic negatives of this rank's queries.
+
+    Args:
+        config: the number of negatives of each type, and their sizes.
+        q: normalized queries [N, C].
+        bank: normalized entries [K, C].
+        similarity: q @ bank.T, [N, K].
+        hard: indices of the hardest entries of each query, [N, H] with H >= `config.n_hard`.
+        progress: position in the run; with the rank and `counters`, it seeds the random draws.
+        counters: numbers that tell several calls in a step apart.
+    """
+    generator = progress.generator(NEGATIVES, q.device, distributed.rank(), *counters)
+    draws = synthetic.draw(config, *q.shape, generator, q.dtype)
+    return synthetic.mix(q, bank, similarity, hard, config, draws)
+
+
+_HARD = option(0, "number of hardest queue entries to make synthetic negatives from", range=NATURAL)
+_COUNTS = {
+    f"n{i}": option(0, f"{one.name} negatives per query", range=NATURAL)
+    for i, one in enumerate(synthetic.TYPES, 1)
+}
+_SIZES = {
+    "sigma": option(0.01, "standard deviation of the noise", range=SIZE),
+    "delta": option(0.01, "size of the perturbation", range=SIZE),
+    "eta": option(0.01, "size of the adversarial step", range=SIZE),
+}
+_RAMP = {
+    "synthetic_ramp_epochs": option(
+        0,
+        "epochs in which the synthetic negatives gradually join the others, from the first epoch "
+        "that has them; 0: all join at once, as in the papers",
+        range=NATURAL,
+        metavar="N",
+    ),
+    "synthetic_ramp": option(
+        "linear", "shape of this rise; cosine is flat at both ends", choices=("linear", "cosine")
+    ),
+    "synthetic_ramp_of": option(
+        "number",
+        "what rises: the number of negatives of each type, or the weight of all of them in the "
+        "loss's sum",
+        choices=("number", "weight"),
+    ),
+}
+
+# settings of the synthetic negatives: n_hard, a count for each of `synthetic.TYPES`, the sizes,
+# and the ramp
+SyntheticNegatives = make_dataclass(
+    "SyntheticNegatives",
+    [
+        ("n_hard", int, _HARD),
+        *((name, int, one) for name, one in _COUNTS.items()),
+        *((name, float, one) for name, one in _SIZES.items()),
+        *((name, type(one.default), one) for name, one in _RAMP.items()),
+    ],
+    frozen=True,
+    namespace={"TITLE": "synthetic negatives", "__module__": __name__},
+)
+COUNTS = tuple(_COUNTS)  # n1, n2, ...
+
+
+def synthetic_schedule(
+    section: SyntheticNegatives, entries: int, option: str, first: int, last: int | None = None
+) -> Schedule:
+    """Return the schedule of the synthetic negatives.
+
+    Args:
+        section: the settings.
+        entries: number of entries in the queue.
+        option: name of the option that sets `entries`, for error messages.
+        first: the first epoch with synthetic negatives.
+        last: the first epoch without them after that, if any.
+
+    Raises InputError if `n_hard` is larger than the queue, or 0 although there are negatives, or if
+    the negatives end before the ramp does.
+    """
+    counts = tuple(getattr(section, name) for name in COUNTS)
+    if section.n_hard > entries:
+        raise InputError(
+            f"--n-hard {section.n_hard} is larger than the queue ({option} {entries}); "
+            "lower --n-hard"
+        )
+    if any(counts) and not section.n_hard:
+        raise InputError(
+            "synthetic negatives are made from the hardest queue entries: "
+            "give --n-hard, as in --n-hard 1024"
+        )
+    config = Synthetic(section.n_hard, counts, section.sigma, section.delta, section.eta)
+    ramp = Ramp(section.synthetic_ramp_epochs, section.synthetic_ramp, section.synthetic_ramp_of)
+    if last is not None and ramp.epochs > last - first:
+        raise InputError(
+            f"--synthetic-ramp-epochs {ramp.epochs}: the synthetic negatives last {last - first} "
+            "epochs only; lower it"
+        )
+    return Schedule(config, first, last, ramp)
+
+
+def notes(schedule: Schedule, option: str, without: str, epochs: int) -> list[str]:
+    """Return lines to print about the synthetic negatives of a run; none if it has none.
+
+    Args:
+        schedule: the schedule of the synthetic negatives.
+        option: name of the option that sets their first epoch.
+        without: name of the method without synthetic negatives.
+        epochs: number of epochs in the run.
+    """
+    if not schedule.config.total:
+        return []
+    first, last, ramp = schedule.first, schedule.last, schedule.ramp
+    line = f"{schedule.config.total} synthetic negatives per query from epoch {first} on ({option})"
+    lines = [line if last is None else f"{line}, none from epoch {last} on (--synthetic-last)"]
+    if first >= epochs:
+        why = f"the run ends after {epochs} epochs, before the first synthetic negatives"
+        return [*lines, f"{why}: this is {without}"]
+    if ramp.epochs:
+        end = first + ramp.epochs
+        after = "" if end <= epochs else f"; the run ends before, after {epochs} epochs"
+        lines.append(
+            f"their {ramp.of} rises ({ramp.shape}) and is full after epoch {end - 1} "
+            f"(--synthetic-ramp-epochs){after}"
+        )
+    return lines
