@@ -15,6 +15,7 @@ from typing import ClassVar
 import torch
 
 from moco import config, sections
+from moco.builder import objectives
 from moco.builder.synco import SynCo, SyntheticNegatives, synthetic_config
 from moco.cli import entry
 from moco.cli.parser import Parser
@@ -52,6 +53,7 @@ class Config(config.Pretraining):
 
     encoders: sections.QueryAndKey = sections.QueryAndKey()
     queue: Queue = Queue()
+    objective: objectives.Settings = objectives.Settings()
     synthetic: Synthetics = Synthetics()
 
 
@@ -77,6 +79,7 @@ def method(synthetic: Synthetic) -> str:
 def complete(c: Config) -> Config:
     recipe = c.views.recipe or ("mocov2" if c.encoders.aug_plus else "mocov1")
     c = config.replaced(c, method=method(negatives(c)), recipe=recipe)
+    objectives.check_queue(c.objective, negatives(c).total, c.optimizer.epochs)
     pretrain.check_views(c)
     return pretrain.complete(c)
 
@@ -92,6 +95,7 @@ def build(c: Config) -> SynCo:
         bn_splits=c.encoders.bn_splits,
         bn_splits_query=c.encoders.bn_splits_query,
         symmetric=c.queue.symmetric,
+        loss=objectives.create(c.objective),
         config=negatives(c),
         warmup_epochs=c.synthetic.warmup_epochs,
     )

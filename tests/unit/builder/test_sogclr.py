@@ -11,7 +11,7 @@ from torch import nn
 
 from moco import distributed
 from moco.builder.sogclr import SogCLR
-from moco.loss.global_contrastive import compare, dynamic_loss, nt_xent
+from moco.loss.global_contrastive import compare, dynamic_loss
 from moco.rng import Progress
 
 B, DIM, N, T = 5, 4, 40, 0.1
