@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import NoReturn
 
 from moco.cli import compat, folders, protocols, rules, translate
-from moco.cli.actions import TRUE_OR_FALSE, Help, Switch, convert, is_number
+from moco.cli.actions import TRUE_OR_FALSE, Help, Renamed, Switch, convert, is_number
 from moco.cli.effects import EffectsParser, Options, Values
 from moco.cli.groups import add_groups
-from moco.cli.values import renamed
 from moco.config import Config, flat, replaced
 from moco.data import registry
 from moco.distributed import print_rank0
@@ -84,7 +83,8 @@ class Parser(EffectsParser):
             dest=ours.replace("-", "_"),
             default=self.get_default(ours.replace("-", "_")),
             help=argparse.SUPPRESS,
-            type=renamed(values),
+            action=Renamed,
+            values=values,
         )
 
     def refuse(self, error: InputError) -> NoReturn:

@@ -1,7 +1,7 @@
 """Convert the words of the command line to values, and check the range of numbers."""
 
 import argparse
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TypeVar
 
 from moco.data import subsets
@@ -44,20 +44,6 @@ def in_range(number_type: type[Number], interval: str) -> Callable[[str], Number
     # of a value in YAML, too; `interval` is for tests of all ranges
     number.__name__, number.interval = number_type.__name__, interval
     return number
-
-
-def renamed(values: Mapping[str, str]) -> Callable[[str], str]:
-    """Return a function for argparse's `type` that replaces a word by its value in `values`.
-
-    The returned function raises ArgumentTypeError for another word.
-    """
-
-    def value(text: str) -> str:
-        if text not in values:
-            raise argparse.ArgumentTypeError(f"{short(text)!r} is not {' or '.join(values)}")
-        return values[text]
-
-    return value
 
 
 def names(text: str) -> list[str]:

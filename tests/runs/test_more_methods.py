@@ -18,9 +18,13 @@ from voc_tree import write_voc
 
 from moco.builder.adco import AdCo, Ascent
 from moco.builder.fnc import FNC
+from moco.builder.isogclr import ISogCLR
+from moco.builder.simclr import SimCLR
 from moco.builder.sogclr import SogCLR
 from moco.config import MEAN, STD
 from moco.encoder.resnets import resnet
+from moco.loss.debiased import Debiased
+from moco.loss.decoupled import Decoupled
 from moco.rng import Progress
 
 pytestmark = pytest.mark.slow
@@ -131,7 +135,10 @@ def test_a_step_copies_nothing_to_the_host(monkeypatch):
             (AdCo(**bank), 2),
             (AdCo(**bank, symmetric=True, multi_crop=True), 4),
             (SogCLR(**encoder, images=100), 2),
-            (SogCLR(**encoder, images=100, gamma=None), 2),
+            (ISogCLR(**encoder, images=100), 2),
+            (SimCLR(**encoder), 2),
+            (SimCLR(**encoder, loss=Decoupled(0.5)), 2),
+            (SimCLR(**encoder, loss=Debiased(0.1, 1.0)), 2),
             (FNC(**encoder, dim=8, memory_size=64, chunk=3, labels=torch.arange(100)), 4),
             (FNC(**encoder, dim=8, memory_size=0, chunk=3), 2),
         ]
