@@ -212,3 +212,20 @@ def test_rates_follow_the_step_and_the_total_batch(script, shared_images, tmp_pa
     rates = [line["lr"] for line in facts(tmp_path)]
     cosine = [0.2 * (1 + math.cos(math.pi * step / 6)) for step in range(6)]
     assert rates == pytest.approx([0, 0.4 / 3, 0.8 / 3, *cosine])
+
+
+@pytest.mark.parametrize("loss", ["dclw", "hcl"])
+def test_a_resumed_moco_with_another_loss_equals_one_that_never_stopped(
+    loss, script, tmp_path, shared_images
+):
+    """Train MoCo's queue for two epochs, and the second of them again."""
+    small = ("-a", "resnet18", "--image-size", 32, "-b", 16, "-j", 0, "--moco-k", 64)
+    words = (shared_images, *small, "--epochs", 2, "--lr", 0.01, "--moco-t", 0.5, "--loss", loss)
+    for folder, more in (
+        ("whole", ()),
+        ("resumed", ("--resume", tmp_path / "whole/checkpoint_0000.pth.tar")),
+    ):
+        status, _, err = script("main_synco", *words, "--save-dir", tmp_path / folder, *more)
+        assert status == 0, err
+    a, b = (load(tmp_path / name / "checkpoint_0001.pth.tar") for name in ("whole", "resumed"))
+    assert same(a["state_dict"], b["state_dict"]) and a["args"]["loss"] == loss
