@@ -1,8 +1,8 @@
 #!/usr/bin/env python
-"""Pre-train a network with SogCLR (--loss_type dcl), or with SimCLR (--loss_type simclr).
+"""Pre-train a network with SogCLR, iSogCLR, SimCLR, DCL, DCLW, the debiased loss or HCL (--loss).
 
 SogCLR keeps a moving average for each training image, so that small batches suffice. configs/ holds
-the published settings: --cfg configs/sogclr_800.yaml.
+the published settings: --cfg configs/sogclr_800.yaml. The published name --loss_type dcl is SogCLR.
 """
 
 import moco as _first  # noqa: F401 (before torch: sets how its threads wait)
@@ -15,7 +15,9 @@ import torch
 from torch import nn
 
 from moco import config, sections
-from moco.builder.sogclr import SogCLR
+from moco.builder import objectives
+from moco.builder.isogclr import Temperatures
+from moco.builder.simclr import SimCLR
 from moco.cli import entry
 from moco.cli.parser import Parser
 from moco.data.images import Images
@@ -25,30 +27,18 @@ from moco.engine import pretrain
 from moco.launch import processes
 from moco.sections import option
 
-LEAST_T = 0.02  # at half this temperature, exp(1 / T) would overflow float32
-
 
 @dataclass(frozen=True)
-class Contrast:
-    """The loss, and the projection head."""
+class Head:
+    """The projection head."""
 
-    TITLE: ClassVar[str] = "SimCLR and SogCLR"
-    loss_type: str = option(
-        "dcl", "dcl: SogCLR's loss, with moving averages", choices=("dcl", "simclr")
-    )
-    gamma: float = option(
-        0.9, "weight of an image's new value in its moving average", range="(0, 1]"
-    )
-    t: float = option(0.1, "softmax temperature", range=f"[{LEAST_T}, 100]")
-    gather_gradient: str = option(
-        "all",
-        "all: a feature gets the gradient of the losses of all processes, which is exact; local: "
-        "that of its own process's loss only, as in the authors' PyTorch code",
-        choices=("all", "local"),
-    )
+    TITLE: ClassVar[str] = "projection head"
     dim: int = option(128, "feature size", range=sections.WIDTH)
     mlp_dim: int = option(2048, "width of the projection head", range=sections.WIDTH)
     num_proj_layers: int = option(2, "linear layers of the projection head", range=sections.LAYERS)
+    last_bn: bool = option(
+        True, "end the projection head with a batch norm without parameters, not with a bias"
+    )
 
 
 @dataclass(frozen=True)
@@ -67,50 +57,44 @@ class Config(config.Pretraining):
         lr_by="step",
         cos=True,
     )
-    contrast: Contrast = Contrast()
+    contrast: objectives.BatchSettings = objectives.BatchSettings()
+    head: Head = Head()
+    temperatures: Temperatures = Temperatures()
 
 
 def parser() -> Parser:
     p = Parser(__doc__, Config())
-    no_averages = "--loss-type simclr has no moving averages; leave it out"
-    p.has_effect("gamma", lambda args: args.loss_type == "dcl", no_averages)
     several = lambda args: processes.plan(args.config.launch).world_size > 1  # noqa: E731
     p.has_effect("gather_gradient", several, "the run has one process", refuse=False)
     no_hidden = "one linear layer has no hidden width; leave it out"
     p.has_effect("mlp_dim", lambda args: args.num_proj_layers > 1, no_hidden)
-    p.add_aliases({"warmup-epochs": "lr-warmup-epochs"})
+    p.add_aliases({"warmup-epochs": "lr-warmup-epochs", "tau-init": "t", "eta-init": "eta"})
+    p.add_renamed("loss-type", "loss", {"dcl": "sogclr", "simclr": "simclr"})
     return p
 
 
 def complete(c: Config) -> Config:
-    method = "sogclr" if c.contrast.loss_type == "dcl" else "simclr"
-    c = config.replaced(c, method=method)
+    c = config.replaced(c, method=c.contrast.loss, gamma=c.contrast.own_gamma)
+    objectives.check(c.contrast, c.temperatures, c.optimizer.epochs)
     pretrain.check_views(c)
     return pretrain.complete(c)
 
 
 def encoder(c: Config) -> nn.Module:
-    """Return a network with a projection head that ends with a batch norm without parameters."""
-    dim, layers = c.contrast.dim, c.contrast.num_proj_layers
+    """Return a network with a projection head of --num-proj-layers linear layers."""
+    dim, layers = c.head.dim, c.head.num_proj_layers
     net = networks.create_encoder(c.network, c.views.image_size, dim, zero_init_residual=True)
-    widths = [networks.num_features(net), *[c.contrast.mlp_dim] * (layers - 1), dim]
-    networks.set_head(net, networks.projector(widths, nn.BatchNorm1d(dim, affine=False)))
+    widths = [networks.num_features(net), *[c.head.mlp_dim] * (layers - 1), dim]
+    last = [nn.BatchNorm1d(dim, affine=False)] if c.head.last_bn else []
+    networks.set_head(net, networks.projector(widths, *last, last_bias=not last))
     return net
 
 
 def worker(c: Config, device: torch.device) -> None:
-    averages = c.run.method == "sogclr"
-    gamma = c.contrast.gamma if averages else None
-    how = (
-        f"a moving average for each image, gamma {gamma:g}"
-        if averages
-        else "only the negatives of the batch"
-    )
-    print_rank0(f"{c.contrast.loss_type}: {how}")
+    print_rank0(objectives.note(c.contrast))
 
-    def build(images: Images) -> SogCLR:
-        local = c.contrast.gather_gradient == "local"
-        return SogCLR(lambda: encoder(c), len(images), c.contrast.t, gamma, local)
+    def build(images: Images) -> SimCLR:
+        return objectives.create_method(c.contrast, c.temperatures, lambda: encoder(c), len(images))
 
     pretrain.train(c, device, build)
 

@@ -16,6 +16,7 @@ from typing import ClassVar
 import torch
 
 from moco import config, sections
+from moco.builder import objectives
 from moco.builder.negatives import Schedule, SyntheticNegatives, notes, synthetic_schedule
 from moco.builder.synco import SynCo
 from moco.cli import entry
@@ -53,6 +54,7 @@ class Config(config.Pretraining):
 
     encoders: sections.QueryAndKey = sections.QueryAndKey()
     queue: Queue = Queue()
+    objective: objectives.Settings = objectives.Settings()
     synthetic: Synthetics = Synthetics()
 
 
@@ -79,6 +81,7 @@ def method(counts: Sequence[int]) -> str:
 def complete(c: Config) -> Config:
     recipe = c.views.recipe or ("mocov2" if c.encoders.aug_plus else "mocov1")
     c = config.replaced(c, method=method(negatives(c).config.counts), recipe=recipe)
+    objectives.check_queue(c.objective, negatives(c).config.total, c.optimizer.epochs)
     pretrain.check_views(c)
     return pretrain.complete(c)
 
@@ -95,6 +98,7 @@ def build(c: Config) -> SynCo:
         bn_splits_query=c.encoders.bn_splits_query,
         symmetric=c.queue.symmetric,
         synthetic=negatives(c),
+        loss=objectives.create(c.objective),
     )
 
 

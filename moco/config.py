@@ -87,7 +87,7 @@ class Training(Config):
     """The settings of a run that trains.
 
     Attributes:
-        SCHEDULED: whether the method itself depends on --epochs.
+        SCHEDULED: whether the script's methods always depend on --epochs.
     """
 
     TRAINS: ClassVar[bool] = True
@@ -95,6 +95,11 @@ class Training(Config):
 
     optimizer: Schedule = Optimizer()
     log: Log = Log()
+
+    @property
+    def scheduled(self) -> bool:
+        """Return whether the method itself depends on --epochs in this run."""
+        return self.SCHEDULED or flat(self).get("anneal") is not None
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from moco.sections_views import Views as Views
 STEMS = ("imagenet", "cifar")  # of ResNets; see `moco.encoder.resnets.resnet`
 NORM_EPS = ("timm", "synco-v2")  # of Swins; see `moco.encoder.timm_networks.create`
 DEVICES = ("cpu", "cuda", "xpu", "mps")
-OPTIMIZERS = ("sgd", "lars", "lars_tf", "adamw")
+OPTIMIZERS = ("sgd", "lars", "lars_tf", "adam", "adamw")
 SCALINGS = ("none", "sqrt", "linear")
 CACHE_MODES = ("auto", "on", "off")
 TRACKERS = ("wandb", "trackio", "mlflow")  # the names of their packages
@@ -186,7 +186,8 @@ class Schedule:
     optimizer: str = option(
         "sgd",
         "optimizer; lars_tf: LARS as in SimCLR's TensorFlow code, with the learning rate inside "
-        "the momentum, and no layer-wise rates for a classifier; all but adamw use --momentum",
+        "the momentum, and no layer-wise rates for a classifier; adam: with weight decay in the "
+        "gradient; all but adam and adamw use --momentum",
         choices=OPTIMIZERS,
     )
     learning_rate_scaling: str = option(

@@ -54,7 +54,7 @@ MOCO_PROBE = Expected(
 ADCO_MORE = {"memory_lr": 3, "mem_t": 0.02, "moco_t": 0.12, "cluster": 65536, "wd": 1e-4}
 ADCO_MORE |= {"moco_m": 0.999, "mlp": True, "aug_plus": True, "ad_init": True}
 SOGCLR_MORE = {"optimizer": "lars", "gamma": 0.9, "crop_min": 0.08, "wd": 1e-6, "t": 0.1}
-SOGCLR_MORE |= {"loss_type": "dcl"}
+SOGCLR_MORE |= {"loss": "sogclr"}
 FNC_TUNING = {"optimizer": "lars_tf", "ft_proj": 1, "wd": 0, "zero_init_classifier": True}
 FNC_TUNING |= {"crop_min": 0.2, "weights": "finetune", "learning_rate_scaling": "sqrt"}
 

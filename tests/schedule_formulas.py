@@ -24,6 +24,15 @@ def cosine_by_epoch(lr: float, end: float = 0.0) -> Formula:
     return lambda s, n, E: end + (lr - end) * (1 + math.cos(math.pi * (s // n) / E)) / 2
 
 
+def warm_by_epoch(lr: float, warmup: int, after: Formula) -> Formula:
+    """`after`, whose first epochs are replaced by a warm-up in equal steps to `lr`."""
+
+    def formula(s: int, n: int, E: int) -> float:
+        return lr * (s // n + 1) / (warmup + 1) if s // n < warmup else after(s, n, E)
+
+    return formula
+
+
 def cosine_from_epoch_1(lr: float) -> Formula:
     """MoCo's demo on CIFAR-10: the epochs are counted from 1."""
     return lambda s, n, E: lr * (1 + math.cos(math.pi * (s // n + 1) / E)) / 2

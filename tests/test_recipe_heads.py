@@ -36,7 +36,7 @@ def missing(name: str, text: str) -> list[str]:
             found.append(f"a command of its own instead of {path}")
     prose = " ".join(line for line in lines if line not in typed)
     without_papers = re.sub(r"arXiv [\d., and]+", "", prose)
-    if not re.search(r"\b\d\d\.\d\b", without_papers) and not re.search(NO_FIGURE, prose):
+    if not re.search(r"\b\d\d\.\d\d?\b", without_papers) and not re.search(NO_FIGURE, prose):
         found.append("a published figure, or that none is known")
     if not re.search(r"\b[Hh]ours\b", prose):
         found.append("hours and hardware, or that they are not known")

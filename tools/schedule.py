@@ -143,6 +143,8 @@ def images_of(config: Config, comments: str) -> int:
     """Return the number of training images of a recipe with these settings and comments."""
     if config.labels and config.input.dataset == "imagenet":
         return LABELLED[config.labels.train_percent]
+    if counted := re.search(r"DIR has (\d+) images", comments):
+        return int(counted[1])
     named = re.search(r"--dataset (\w+)", comments)
     name = config.input.data_name or (named[1] if named else config.input.dataset)
     if name not in IMAGES:

@@ -10,7 +10,14 @@ from torch import Tensor, nn
 
 from moco import distributed
 from moco.builder.base import QueryAndKey, enqueue
-from moco.loss.contrastive import bank_info_nce, contrast_accuracy, feature_statistics, normalize
+from moco.loss.contrastive import (
+    Anchors,
+    InfoNCE,
+    bank_log_sum_exp,
+    contrast_accuracy,
+    feature_statistics,
+    normalize,
+)
 from moco.loss.hardest import hardest
 from moco.loss.synthetic import Mixture
 from moco.rng import Progress
@@ -26,6 +33,10 @@ class MoCo(QueryAndKey):
         T: softmax temperature.
         symmetric: whether each view has queries, compared with the keys of the other view.
             The losses of both directions are added, and the keys of both views enter the queue.
+        loss: the loss of a query. The negatives of any loss are the queue's K entries, and not the
+            other images of the batch, as in the papers of DCL, the debiased loss and HCL. With
+            synthetic negatives, the loss may be `InfoNCE` or `Decoupled`, which only add their
+            exponentials. The others need negatives that are drawn from the data.
     """
 
     def __init__(
@@ -38,9 +49,11 @@ class MoCo(QueryAndKey):
         bn_splits: int = 8,
         bn_splits_query: bool = False,
         symmetric: bool = False,
+        loss: InfoNCE | None = None,
     ):
         super().__init__(encoder, m, bn_splits, bn_splits_query)
         self.K, self.T, self.symmetric = K, T, symmetric
+        self.loss = loss or InfoNCE()
         self.register_buffer("queue", normalize(torch.randn(K, dim)))  # [K, C]
         self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.long))
         self._new_keys: list[Tensor] = []
@@ -72,10 +85,15 @@ class MoCo(QueryAndKey):
             name: torch.stack([one[name] for one in metrics]).mean() for name in metrics[0]
         }
 
+    def schedules(self, progress: Progress) -> dict[str, float]:
+        """Return the key encoder's momentum, and the settings of the loss that change."""
+        changing = self.loss.schedules(progress.epoch, progress.epochs)
+        return {**super().schedules(progress), **changing}
+
     def contrast(
         self, q: Tensor, k: Tensor, progress: Progress, direction: int = 0
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the InfoNCE loss and metrics of one direction (MoCo, equation 1).
+        """Return the loss and metrics of one direction: by default InfoNCE (MoCo, equation 1).
 
         The metrics count only the queue's entries as negatives, not synthetic negatives.
 
@@ -94,7 +112,21 @@ class MoCo(QueryAndKey):
                 **contrast_accuracy(positive, nearest),
                 **feature_statistics(q, positive, nearest[:, 0]),
             }
-        return bank_info_nce(q, positive, self.queue, similarity, self.T, mixture), metrics
+
+        def log_sums(*powers: float) -> list[Tensor]:
+            # `bank_log_sum_exp` overwrites the similarities
+            copies = [similarity.clone() for _ in powers[1:]] + [similarity]
+            return [
+                bank_log_sum_exp(q, self.queue, copy, self.T / power, mixture)
+                for copy, power in zip(copies, powers, strict=True)
+            ]
+
+        def joint_positive() -> Tensor:
+            return distributed.all_gather_with_gradient(positive)
+
+        anchors = Anchors(positive, self.T, log_sums, self.K, joint_positive)
+        losses, of_loss = self.loss.at(progress.epoch, progress.epochs)(anchors)
+        return losses.mean(), {**metrics, **of_loss}
 
     def negatives(
         self,

@@ -58,6 +58,31 @@ class Switch(argparse.BooleanOptionalAction):
         return int(word) if self.max_level > 1 else word == "1"
 
 
+class Renamed(argparse.Action):
+    """An option of a published script that sets an option here, whose values have other names.
+
+    Args:
+        values: our value for each of the published ones.
+    """
+
+    def __init__(self, *args, values: dict[str, str], **more):
+        super().__init__(*args, **more)
+        self.values = values
+
+    def __call__(self, parser, namespace, values, option_string=None):  # noqa: ARG002
+        """Set our option."""
+        try:
+            setattr(namespace, self.dest, self.ours(values))
+        except ValueError as error:
+            raise argparse.ArgumentError(self, str(error)) from None
+
+    def ours(self, value: object) -> str:
+        """Convert a word or YAML value. Raises ValueError if it is not one of the published."""
+        if str(value) not in self.values:
+            raise ValueError(f"{short(repr(value))} is not {' or '.join(self.values)}")
+        return self.values[str(value)]
+
+
 def is_number(text: str) -> bool:
     """Return whether `text` can be read as a number."""
     try:
@@ -81,9 +106,9 @@ def convert(action: argparse.Action, value: object, where: str) -> object:
         return action.default
     if "" in (value if isinstance(value, list) else [value]):
         raise InputError(f"{where}: is empty; leave it out, or give a value")
-    if isinstance(action, Switch):
+    if isinstance(action, Switch | Renamed):
         try:
-            return action.level(value)
+            return action.level(value) if isinstance(action, Switch) else action.ours(value)
         except ValueError as error:
             raise InputError(f"{where}: {error}") from None
     word = {False: "off", True: "on"}.get(value) if isinstance(value, bool) else None

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from moco.cli import compat, folders, protocols, rules, translate
-from moco.cli.actions import TRUE_OR_FALSE, Help, Switch, convert, is_number
+from moco.cli.actions import TRUE_OR_FALSE, Help, Renamed, Switch, convert, is_number
 from moco.cli.effects import EffectsParser, Options, Values
 from moco.cli.groups import add_groups
 from moco.config import Config, flat, replaced
@@ -69,6 +69,23 @@ class Parser(EffectsParser):
                 help=argparse.SUPPRESS,
                 **conversion,
             )
+
+    def add_renamed(self, name: str, ours: str, values: dict[str, str]) -> None:
+        """Add an option of a published script whose values have other names here.
+
+        Args:
+            name: its name, without leading dashes.
+            ours: the option that it sets, without leading dashes.
+            values: the value of `ours` for each of its values.
+        """
+        self.add_argument(
+            f"--{name}",
+            dest=ours.replace("-", "_"),
+            default=self.get_default(ours.replace("-", "_")),
+            help=argparse.SUPPRESS,
+            action=Renamed,
+            values=values,
+        )
 
     def refuse(self, error: InputError) -> NoReturn:
         """Print the error and exit with status 2.

@@ -4,10 +4,12 @@ Each function declares the rules of one section with `EffectsParser.has_effect`.
 an object that has all settings as attributes, and the config itself as `config`.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields
 
 from moco import sections, sections_eval, sections_pretrain
 from moco.augment import recipes
+from moco.builder import isogclr, objectives
 from moco.builder.negatives import COUNTS, SyntheticNegatives
 from moco.cli.effects import EffectsParser, Options
 from moco.config import Config
@@ -115,8 +117,8 @@ def _schedule(parser: EffectsParser) -> None:
     rises = "with --lr-by epoch, the warm-up rises from 0; give --lr-by step, or leave it out"
     by_epoch = lambda args: lr_schedule.changes_by(args.config.optimizer) == "epoch"  # noqa: E731
     parser.has_effect("lr_warmup_from", lambda args: not by_epoch(args), rises)
-    adamw = "adamw does not use it; leave it out"
-    parser.has_effect("momentum", lambda args: args.optimizer != "adamw", adamw)
+    adam = "adam and adamw do not use it; leave it out"
+    parser.has_effect("momentum", lambda args: args.optimizer not in ("adam", "adamw"), adam)
     sgd = "it is for --optimizer sgd; leave it out"
     parser.has_effect("nesterov", lambda args: args.optimizer == "sgd", sgd)
 
@@ -213,8 +215,40 @@ def _synthetic(parser: EffectsParser) -> None:
     parser.has_effect("synthetic_ramp synthetic_ramp_of", has_ramp, at_once)
 
 
+def only_with(parser: EffectsParser, losses: Sequence[str], names: str) -> None:
+    """Declare that options, given by attribute names, have an effect with some --loss only."""
+    why = f"only --loss {' and '.join(losses)} {'use' if len(losses) > 1 else 'uses'} it"
+    if names == "beta":
+        why += " (isogclr has --beta-u)"
+    parser.has_effect(names, lambda args: args.loss in losses, f"{why}; leave it out")
+
+
+def _loss(parser: EffectsParser) -> None:
+    for name, losses in objectives.USED_BY.items():
+        only_with(parser, losses, name)
+    constant = "--beta is 0 from the start; leave it out"
+    parser.has_effect("anneal", lambda args: args.beta, constant)
+
+
+def _batch_loss(parser: EffectsParser) -> None:
+    def averages(args: Options) -> bool:
+        return args.loss in objectives.AVERAGES
+
+    none = f"only --loss {' and '.join(objectives.AVERAGES)} have moving averages; leave it out"
+    same = lambda args: args.gamma == objectives.GAMMA  # noqa: E731
+    parser.has_effect("gamma", lambda args: averages(args) or same(args), none)
+    parser.has_effect("gamma", averages, none, refuse=False)
+
+
+def _temperatures(parser: EffectsParser) -> None:
+    only_with(parser, ["isogclr"], " ".join(one.name for one in fields(isogclr.Temperatures)))
+
+
 _RULES: dict[type, Declare] = {
     SyntheticNegatives: _synthetic,
+    objectives.Settings: _loss,
+    objectives.BatchSettings: _batch_loss,
+    isogclr.Temperatures: _temperatures,
     sections.Input: _input,
     sections.Views: _views,
     sections.Network: _network,

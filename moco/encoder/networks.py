@@ -169,18 +169,22 @@ def create_encoder(
     return net
 
 
-def projector(widths: Sequence[int], *last: nn.Module, bias: bool = False) -> nn.Sequential:
+def projector(
+    widths: Sequence[int], *last: nn.Module, bias: bool = False, last_bias: bool | None = None
+) -> nn.Sequential:
     """Return a projection head, an MLP with BN and ReLU between its linear layers.
 
     Args:
         widths: numbers of features: input, hidden layers, output.
         last: layers to append.
         bias: whether the linear layers have a bias.
+        last_bias: whether the last linear layer has a bias; None: as the others.
     """
+    biases = [bias] * (len(widths) - 2) + [bias if last_bias is None else last_bias]
     layers: list[nn.Module] = []
     for i, (width, out) in enumerate(itertools.pairwise(widths)):
         between = [nn.BatchNorm1d(width), nn.ReLU(inplace=True)] if i else []
-        layers += [*between, nn.Linear(width, out, bias=bias)]
+        layers += [*between, nn.Linear(width, out, bias=biases[i])]
     return nn.Sequential(*layers, *last)
 
 

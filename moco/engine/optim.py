@@ -13,9 +13,9 @@ from moco.sections import Schedule
 def make(groups: list[dict[str, Any]], schedule: Schedule, amp: str) -> torch.optim.Optimizer:
     """Return the optimizer of `--optimizer`.
 
-    SGD and AdamW are fused on CUDA and on the CPU; on other devices PyTorch chooses. SGD is not
-    fused under fp16: if the gradient scaler skips the first step, PyTorch's fused SGD leaves the
-    momentum buffer uninitialised and uses it in the next step.
+    SGD, Adam and AdamW are fused on CUDA and on the CPU; on other devices PyTorch chooses. SGD is
+    not fused under fp16: if the gradient scaler skips the first step, PyTorch's fused SGD leaves
+    the momentum buffer uninitialised and uses it in the next step.
 
     Args:
         groups: parameter groups, each with `params`, `lr` and `weight_decay`. A group with
@@ -33,6 +33,8 @@ def make(groups: list[dict[str, Any]], schedule: Schedule, amp: str) -> torch.op
     groups = [{k: v for k, v in group.items() if k != "adapt"} for group in groups]
     if schedule.optimizer == "lars":
         return LARS(groups, momentum=schedule.momentum)
+    if schedule.optimizer == "adam":
+        return torch.optim.Adam(groups, fused=_fused(groups))
     if schedule.optimizer == "adamw":
         return torch.optim.AdamW(_split_decay(groups), fused=_fused(groups))
     fused = _fused(groups) if amp != "fp16" else None
@@ -95,9 +97,9 @@ def restore(
 
 
 def _place_counts(optimizer: torch.optim.Optimizer) -> None:
-    """Move AdamW's step counts to the device that this run's optimizer needs.
+    """Move the step counts of Adam and AdamW to the device that this run's optimizer needs.
 
-    Fused AdamW needs each count on the device of its parameter. Otherwise Python reads the counts;
+    Fused steps need each count on the device of its parameter. Otherwise Python reads the counts;
     on the CPU, reading does not wait for the device. The counts in a checkpoint may be on another
     device, the one that its run used.
     """

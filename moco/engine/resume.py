@@ -170,7 +170,7 @@ def check_unchanged(config: Training, state: checkpoint.State, batch: int) -> No
 
 def _open_ended(config: Training) -> bool:
     """Return whether no schedule depends on `--epochs`."""
-    return not (config.optimizer.cos or config.SCHEDULED)
+    return not (config.optimizer.cos or config.scheduled)
 
 
 def _same(now: object, then: object) -> bool:

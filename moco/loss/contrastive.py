@@ -2,7 +2,15 @@
 
 `bank_info_nce` is the loss of MoCo, SynCo and MoBY. `info_nce` is the same formula in plain
 autograd, for tests that compare the two. The synthetic negatives are in `moco/loss/synthetic.py`.
+
+`InfoNCE` is the first of the losses that depend on the negatives of an anchor only by the
+log-sum-exp of their logits. The others are in `decoupled.py` and `debiased.py`. They work on the
+batch (`moco/builder/simclr.py`) and on the queue (`moco/builder/moco.py`).
 """
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +18,54 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moco.loss.synthetic import Mixture
+
+
+@dataclass(frozen=True)
+class Anchors:
+    """The similarities of n anchors to their positives and negatives.
+
+    Attributes:
+        positive: similarity of each anchor to its positive, [..., n].
+        T: softmax temperature, > 0. A similarity / T is a logit l.
+        log_sums: called once, with one or more powers above 0. Returns a list with the log of the
+            sum over the negatives of exp(power l) of each anchor, [..., n], for each power.
+        negatives: number of negatives of each anchor.
+        joint_positive: returns the similarity of the two views of each image of the joint batch of
+            all ranks, [m]. Every rank must call it, or none.
+    """
+
+    positive: Tensor
+    T: float
+    log_sums: Callable[..., list[Tensor]]
+    negatives: int
+    joint_positive: Callable[[], Tensor]
+
+
+class InfoNCE:
+    """The cross entropy of the positive among all logits: the loss of SimCLR and MoCo.
+
+    A loss of this interface is a frozen dataclass of its settings.
+
+    Attributes:
+        adds_views: whether the mean losses of SimCLR's two views are added, or averaged.
+    """
+
+    adds_views: ClassVar[bool] = True
+
+    def __call__(self, anchors: Anchors) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss of each anchor [..., n], and metrics to log, without gradient."""
+        l_pos = anchors.positive / anchors.T
+        (l_neg,) = anchors.log_sums(1)
+        return torch.logaddexp(l_pos, l_neg) - l_pos, {}
+
+    def schedules(self, epoch: int, epochs: int) -> dict[str, float]:  # noqa: ARG002
+        """Return the settings that change during a run of `epochs` epochs, in epoch `epoch`."""
+        return {}
+
+    def at(self, epoch: int, epochs: int) -> "InfoNCE":
+        """Return the loss with its settings of epoch `epoch`."""
+        changed = self.schedules(epoch, epochs)
+        return replace(self, **changed) if changed else self
 
 
 def info_nce(positive: Tensor, negatives: list[Tensor], temperature: float) -> Tensor:

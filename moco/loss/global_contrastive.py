@@ -3,13 +3,16 @@
 Both compare each image's feature in one view with those of all other images of the joint batch, in
 both views. The normalizer of SimCLR's loss is a sum over the batch, so its gradient is biased if
 the batch is small. SogCLR keeps a moving average of each image's normalizer over its visits.
-`moco/builder/sogclr.py` uses this file.
+`moco/builder/simclr.py` and `sogclr.py` use this file. SimCLR's NT-Xent (equation 1) is `InfoNCE`
+of these similarities.
 """
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from moco.loss.contrastive import Anchors
 
 
 @dataclass(frozen=True)
@@ -19,6 +22,17 @@ class Pairs:
     positive: Tensor  # [2, n] to the other view of the same image
     others: Tensor  # [2, n, 2m] to all m images in the anchor's view, then in the other view
     own: Tensor  # [n, 2m] True for the anchor's own image, which is not a negative
+    joint_positive: Tensor  # [m] between the two views of each image of the joint batch
+
+    def anchors(self, T: float) -> Anchors:
+        """Return the similarities for the losses that need only log-sum-exps of the negatives."""
+        logits = (self.others / T).masked_fill(self.own, -torch.inf)
+
+        def log_sums(*powers: float) -> list[Tensor]:
+            return [(logits if p == 1 else p * logits).logsumexp(2) for p in powers]
+
+        negatives = self.others.shape[2] - 2
+        return Anchors(self.positive, T, log_sums, negatives, lambda: self.joint_positive)
 
 
 def compare(z: Tensor, z_all: Tensor, first: int) -> Pairs:
@@ -34,18 +48,8 @@ def compare(z: Tensor, z_all: Tensor, first: int) -> Pairs:
     cross = z @ z_all.flip(0).transpose(1, 2)  # to the other view
     own = torch.zeros(n, m, dtype=torch.bool, device=z.device)
     own.diagonal(first).fill_(True)
-    return Pairs(cross.diagonal(first, 1, 2), torch.cat([same, cross], 2), torch.cat([own, own], 1))
-
-
-def nt_xent(pairs: Pairs, temperature: float) -> Tensor:
-    """Return SimCLR's NT-Xent (equation 1): the cross entropy of the positive among all others.
-
-    It is the mean over anchors, summed over the two views. `temperature` > 0 divides every
-    similarity.
-    """
-    positive = pairs.positive / temperature
-    negatives = (pairs.others / temperature).masked_fill(pairs.own, -torch.inf)
-    return (torch.logaddexp(positive, negatives.logsumexp(2)) - positive).mean(1).sum()
+    others, own = torch.cat([same, cross], 2), torch.cat([own, own], 1)
+    return Pairs(cross.diagonal(first, 1, 2), others, own, (z_all[0] * z_all[1]).sum(1))
 
 
 def dynamic_loss(

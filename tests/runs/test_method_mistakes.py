@@ -130,6 +130,20 @@ def test_imagenet100_is_not_taken_for_all_of_imagenet(script, tmp_path):
         ("main_sogclr", ("--crop-min", 0), ("--crop-min: 0 is not above 0",)),
         ("main_sogclr", ("--crop-min", 2), ("--crop-min: 2 is above 1",)),
         ("main_sogclr", ("--loss_type", "dlc"), ("--loss-type", "dcl")),
+        ("main_sogclr", ("--loss_type", "hcl"), ("--loss-type", "'hcl' is not dcl or simclr")),
+        ("main_sogclr", ("--loss", "hlc"), ("--loss", "hcl")),
+        ("main_sogclr", ("--loss", "hcl", "--tau-plus", 1), ("--tau-plus: 1 is not below 1",)),
+        ("main_sogclr", ("--loss", "hcl", "--anneal", "down", "--epochs", 8), ("--anneal down",)),
+        (
+            "main_sogclr",
+            ("--loss", "isogclr", "--t-range", 0.2, 0.5),
+            ("--t-range 0.2 0.5", "--t is 0.1"),
+        ),
+        (
+            "main_synco",
+            ("--loss", "hcl", "--n-hard", 8, "--n1", 2),
+            ("--loss hcl", "2 synthetic negatives"),
+        ),
         (
             "main_sogclr",
             ("--recipe", "multicrop"),

@@ -18,9 +18,13 @@ from voc_tree import write_voc
 
 from moco.builder.adco import AdCo, Ascent
 from moco.builder.fnc import FNC
+from moco.builder.isogclr import ISogCLR
+from moco.builder.simclr import SimCLR
 from moco.builder.sogclr import SogCLR
 from moco.config import MEAN, STD
 from moco.encoder.resnets import resnet
+from moco.loss.debiased import Debiased
+from moco.loss.decoupled import Decoupled
 from moco.rng import Progress
 
 pytestmark = pytest.mark.slow
@@ -131,7 +135,10 @@ def test_a_step_copies_nothing_to_the_host(monkeypatch):
             (AdCo(**bank), 2),
             (AdCo(**bank, symmetric=True, multi_crop=True), 4),
             (SogCLR(**encoder, images=100), 2),
-            (SogCLR(**encoder, images=100, gamma=None), 2),
+            (ISogCLR(**encoder, images=100), 2),
+            (SimCLR(**encoder), 2),
+            (SimCLR(**encoder, loss=Decoupled(0.5)), 2),
+            (SimCLR(**encoder, loss=Debiased(0.1, 1.0)), 2),
             (FNC(**encoder, dim=8, memory_size=64, chunk=3, labels=torch.arange(100)), 4),
             (FNC(**encoder, dim=8, memory_size=0, chunk=3), 2),
         ]
@@ -205,3 +212,20 @@ def test_rates_follow_the_step_and_the_total_batch(script, shared_images, tmp_pa
     rates = [line["lr"] for line in facts(tmp_path)]
     cosine = [0.2 * (1 + math.cos(math.pi * step / 6)) for step in range(6)]
     assert rates == pytest.approx([0, 0.4 / 3, 0.8 / 3, *cosine])
+
+
+@pytest.mark.parametrize("loss", ["dclw", "hcl"])
+def test_a_resumed_moco_with_another_loss_equals_one_that_never_stopped(
+    loss, script, tmp_path, shared_images
+):
+    """Train MoCo's queue for two epochs, and the second of them again."""
+    small = ("-a", "resnet18", "--image-size", 32, "-b", 16, "-j", 0, "--moco-k", 64)
+    words = (shared_images, *small, "--epochs", 2, "--lr", 0.01, "--moco-t", 0.5, "--loss", loss)
+    for folder, more in (
+        ("whole", ()),
+        ("resumed", ("--resume", tmp_path / "whole/checkpoint_0000.pth.tar")),
+    ):
+        status, _, err = script("main_synco", *words, "--save-dir", tmp_path / folder, *more)
+        assert status == 0, err
+    a, b = (load(tmp_path / name / "checkpoint_0001.pth.tar") for name in ("whole", "resumed"))
+    assert same(a["state_dict"], b["state_dict"]) and a["args"]["loss"] == loss

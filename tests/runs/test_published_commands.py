@@ -92,6 +92,22 @@ SOGCLR = {
     "t": 0.1,
     "lr_warmup_epochs": 10,
 }
+# the settings that the recipes of DCL, DCLW, the debiased loss and HCL share
+OTHER_LOSSES = {
+    "arch": "resnet50",
+    "stem": "cifar",
+    "image_size": 32,
+    "recipe": "small",
+    "optimizer": "adam",
+    "lr": 0.001,
+    "wd": 1e-6,
+    "cos": False,
+    "lr_warmup_epochs": 0,
+    "dim": 128,
+    "mlp_dim": 512,
+    "num_proj_layers": 2,
+    "last_bn": False,
+}
 PROBE = {"epochs": 100, "batch_size": 256, "wd": [0.0], "weights": "freeze", "momentum": 0.9}
 FNC_SETTINGS = {
     "lr": 0.1,
@@ -138,7 +154,7 @@ FNC_SETTINGS |= {
         ),
         (
             "sogclr_800",
-            {**SOGCLR, "epochs": 800, "gamma": 0.9, "loss_type": "dcl", "lr_by": "step"},
+            {**SOGCLR, "epochs": 800, "gamma": 0.9, "loss": "sogclr", "lr_by": "step"},
         ),
         (
             "fnc_100",
@@ -156,8 +172,60 @@ FNC_SETTINGS |= {
                 **SOGCLR,
                 "optimizer": "lars_tf",
                 "epochs": 400,
-                "loss_type": "simclr",
+                "loss": "simclr",
                 "data_name": "imagenet100",
+            },
+        ),
+        (
+            "cifar10/dcl_batch32",
+            {**OTHER_LOSSES, "loss": "dcl", "t": 0.1, "batch_size": 32, "epochs": 100},
+        ),
+        (
+            "cifar10/dclw_batch32",
+            {**OTHER_LOSSES, "loss": "dclw", "t": 0.1, "batch_size": 32, "dclw_sigma": 0.5},
+        ),
+        (
+            "stl10/debiased",
+            {**OTHER_LOSSES, "loss": "debiased", "t": 0.5, "batch_size": 256, "tau_plus": 0.1},
+        ),
+        (
+            "stl10/hcl",
+            {
+                **OTHER_LOSSES,
+                "loss": "hcl",
+                "t": 0.5,
+                "tau_plus": 0.1,
+                "beta": 1.0,
+                "anneal": None,
+                "epochs": 400,
+                "blur_p": 0.5,
+            },
+        ),
+        (
+            "cifar100/isogclr",
+            {
+                "arch": "resnet18",
+                "loss": "isogclr",
+                "gamma": 0.8,
+                "rho": 0.4,
+                "eta": 0.03,
+                "beta_u": 0.5,
+                "t": 0.1,
+                "t_range": [0.05, 1.0],
+                "t_clip": 3.0,
+                "set_first": False,
+                "optimizer": "lars",
+                "lr": 0.8,
+                "wd": 5e-4,
+                "momentum": 0.9,
+                "batch_size": 128,
+                "epochs": 400,
+                "crop_min": None,
+                "recipe": "mocov2",
+                "dim": 8192,
+                "mlp_dim": 8192,
+                "num_proj_layers": 3,
+                "last_bn": False,
             },
         ),
     ],

@@ -25,12 +25,14 @@ from schedule_formulas import (
     swin_style,
     up_and_down,
     up_and_down_by_epoch,
+    warm_by_epoch,
 )
 
 from moco.report import schedules
 from tools import schedule as tool
 
 IMAGENET, IMAGENET_100, PLACES, CIFAR = 1_281_167, 128_117, 2_448_873, 50_000
+STL_10 = 105_000  # train and unlabeled
 VOC_TRAIN = 2_501
 ONE_PERCENT, TEN_PERCENT = 12_811, 128_116  # labelled images
 
@@ -177,6 +179,18 @@ FACTS = {
         f"cifar10/{name}": cifar(WARM, 10, momentum=rising_momentum(0.99))
         for name in ("moby", "byol")
     },
+    # other losses of SimCLR's encoder: Adam with a constant learning rate; iSogCLR with LARS
+    **{
+        f"cifar10/{name}_batch32": Facts(100, 32, {"lr": constant(0.001)}, CIFAR)
+        for name in ("dcl", "dclw")
+    },
+    **{
+        f"stl10/{name}": Facts(400, 256, {"lr": constant(0.001)}, STL_10)
+        for name in ("debiased", "hcl")
+    },
+    "cifar100/isogclr": Facts(
+        400, 128, {"lr": warm_by_epoch(0.8, 10, cosine_by_epoch(0.8, 0.0008))}, CIFAR, warmup=10
+    ),
 }
 RECIPES = {
     str(path.relative_to(ROOT / "configs").with_suffix("")): path
@@ -227,6 +241,13 @@ def test_synthetic_negatives_begin_and_end_with_an_epoch(name, first, last):
     ):
         if step < of.steps:
             assert (of.at(step)["n1"] > 0) == active, step
+
+
+def test_the_beta_of_hcl_falls_in_nine_steps():
+    of = tool.load(RECIPES["stl10/hcl"], ("--anneal", "down", "-a", "resnet18"))
+    n = of.steps_per_epoch
+    found = [of.at(n * epoch)["beta"] for epoch in (0, 43, 44, 88, 351, 352, 399)]
+    assert found == [1, 1, 0.875, 0.75, 0.125, 0, 0]
 
 
 def test_the_lr_of_adcos_probe_on_places205_rises_again():

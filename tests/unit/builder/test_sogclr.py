@@ -7,23 +7,24 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import on_two_ranks
-from torch import nn
+from contrast_helpers import (
+    DIM,
+    B,
+    N,
+    T,
+    assert_ranks_equal_joint,
+    build,
+    images,
+    indices,
+    negatives,
+    slow_infonce,
+    three_steps,
+    unit_rows,
+)
 
-from moco import distributed
-from moco.builder.sogclr import SogCLR
-from moco.loss.global_contrastive import compare, dynamic_loss, nt_xent
+from moco.loss.contrastive import InfoNCE
+from moco.loss.global_contrastive import compare, dynamic_loss
 from moco.rng import Progress
-
-B, DIM, N, T = 5, 4, 40, 0.1
-
-
-def unit_rows(*shape):
-    return F.normalize(torch.randn(*shape, dtype=torch.float64), dim=-1)
-
-
-def negatives(z, view, i):
-    """The features of the other images in both views."""
-    return [z[other][j] for other in (view, 1 - view) for j in range(z.shape[1]) if j != i]
 
 
 def slow_sogclr(z, u, gamma, images=None):
@@ -51,18 +52,6 @@ def slow_sogclr(z, u, gamma, images=None):
             loss = loss + term / len(images)
         new.append(sum(own) / 2)
     return loss, torch.tensor(new, dtype=torch.float64)
-
-
-def slow_nt_xent(z, images=None):
-    loss = 0
-    images = range(z.shape[1]) if images is None else images
-    for view in (0, 1):
-        for i in images:
-            logits = torch.stack(
-                [z[view][i] @ other for other in (z[1 - view][i], *negatives(z, view, i))]
-            )
-            loss = loss + F.cross_entropy(logits[None] / T, torch.tensor([0])) / len(images)
-    return loss
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -102,19 +91,12 @@ def test_with_gamma_1_the_gradient_is_that_of_the_mini_batch(seed):
     )
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_simclr_is_nt_xent(seed):
-    torch.manual_seed(seed)
-    z = unit_rows(2, B, DIM).requires_grad_()
-    loss, slow = nt_xent(compare(z, z, 0), T), slow_nt_xent(z)
-    torch.testing.assert_close(loss, slow, rtol=0, atol=1e-12)
-    torch.testing.assert_close(
-        torch.autograd.grad(loss, z)[0], torch.autograd.grad(slow, z)[0], rtol=0, atol=1e-12
-    )
-
-
 @pytest.mark.parametrize(
-    "loss_of", [lambda p: nt_xent(p, 0.02), lambda p: dynamic_loss(p, torch.zeros(2), 0.02, 0.9)[0]]
+    "loss_of",
+    [
+        lambda p: InfoNCE()(p.anchors(0.02))[0].sum(),
+        lambda p: dynamic_loss(p, torch.zeros(2), 0.02, 0.9)[0],
+    ],
 )
 def test_losses_are_finite_in_float32_at_the_least_temperature(loss_of):
     one = F.normalize(torch.ones(2, 2, 4), dim=-1)  # every similarity 1
@@ -128,26 +110,8 @@ def test_losses_are_finite_in_float32_at_the_least_temperature(loss_of):
 # the whole method
 
 
-def build(gamma=0.9, images=N, local=False):
-    torch.manual_seed(0)
-    net = nn.Sequential(
-        nn.Conv2d(3, 6, 3, 2),
-        nn.BatchNorm2d(6),
-        nn.ReLU(),
-        nn.Flatten(),
-        nn.Linear(96, 8),
-        nn.BatchNorm1d(8),
-    )
-    return SogCLR(lambda: net.append(nn.Linear(8, DIM)), images, T, gamma, local).double()
-
-
-def images(step, n=B):
-    generator = torch.Generator().manual_seed(step)
-    return [torch.randn(n, 3, 9, 9, generator=generator, dtype=torch.float64) for _ in range(2)]
-
-
 def test_u_is_kept_by_image_over_steps():
-    model, u = build(), torch.zeros(N, dtype=torch.float64)
+    model, u = build("sogclr"), torch.zeros(N, dtype=torch.float64)
     for step in range(4):
         index = torch.randperm(8, generator=torch.Generator().manual_seed(step))[
             :B
@@ -162,15 +126,15 @@ def test_u_is_kept_by_image_over_steps():
         torch.testing.assert_close(metrics["u"], u[index].mean())
         model.after_step()
     assert (model.u[:8] > 0).sum() >= B and not model.u[8:].any()
-    assert "u" in model.state_dict() and "u" not in build(gamma=None).state_dict()
+    assert "u" in model.state_dict() and "u" not in build("simclr").state_dict()
 
 
 def test_accuracy_counts_negatives_of_both_views():
-    model = build()
+    model = build("simclr")
     z = torch.eye(4, dtype=torch.float64)[None].repeat(2, 1, 1)
-    assert model.contrast(z, torch.arange(4))[1]["acc1"] == 1
+    assert model.contrast(z, torch.arange(4), Progress())[1]["acc1"] == 1
     z[1, 0] = z[1, 1]  # images 0 and 1 are alike in view 1
-    assert model.contrast(z, torch.arange(4))[1]["acc1"] == pytest.approx(
+    assert model.contrast(z, torch.arange(4), Progress())[1]["acc1"] == pytest.approx(
         7 / 8
     )  # the one anchor whose positive is apart from it
 
@@ -178,72 +142,31 @@ def test_accuracy_counts_negatives_of_both_views():
 # two ranks
 
 
-def part(x, rank):
-    return x if rank is None else x[rank * len(x) // 2 : (rank + 1) * len(x) // 2]
-
-
-def three_steps(rank, gamma, local=False):
-    """Return the losses, gradients and u of three steps.
-
-    They run on this rank's part of the joint batch, or (rank None) on all of it. Batch norm is over
-    the full batch.
-    """
-    model, found = build(gamma, local=local), []
-    distributed.sync_batch_norm(model, torch.device("cpu"))
-    ddp = distributed.data_parallel(model)
-    for step in range(3):
-        index = torch.randperm(16, generator=torch.Generator().manual_seed(step))[: 2 * B]
-        loss, metrics = ddp(
-            [part(view, rank) for view in images(step, 2 * B)],
-            part(index, rank),
-            Progress(step=step),
-        )
-        loss.backward()
-        with torch.no_grad():
-            gradients = [p.grad.clone() for p in model.parameters()]
-            for p in model.parameters():
-                p -= 0.1 * p.grad
-                p.grad = None
-        state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        found.append(
-            {"loss": loss.detach(), "acc1": metrics["acc1"], "gradients": gradients, "state": state}
-        )
-    return found
-
-
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    checks = {"sogclr": (three_steps, 0.9), "simclr": (three_steps, None)}
+    checks = {name: (three_steps, name, {}) for name in ("sogclr", "simclr")}
     checks |= {f"{name}, local": (*check, True) for name, check in checks.items()}
     return on_two_ranks(checks, tmp_path_factory.mktemp("ranks"))
 
 
-@pytest.mark.parametrize(("method", "gamma"), [("sogclr", 0.9), ("simclr", None)])
-def test_two_ranks_are_one_with_the_joint_batch(ranks, method, gamma):
-    for first, second, joint in zip(*ranks(method), three_steps(None, gamma), strict=True):
-        for name in ("loss", "acc1"):
-            torch.testing.assert_close(
-                (first[name] + second[name]) / 2, joint[name], rtol=0, atol=1e-10, check_dtype=False
-            )
-        for mine, both in zip(first["gradients"], joint["gradients"], strict=True):
-            torch.testing.assert_close(mine, both, rtol=0, atol=1e-10)
-        for name, tensor in joint["state"].items():  # weights, u, and what batch norm has seen
-            assert torch.equal(first["state"][name], second["state"][name])
-            torch.testing.assert_close(first["state"][name], tensor, rtol=1e-10, atol=1e-10)
-    assert ("u" in joint["state"]) == (gamma is not None)
+@pytest.mark.parametrize("method", ["sogclr", "simclr"])
+def test_two_ranks_are_one_with_the_joint_batch(ranks, method):
+    joint = three_steps(None, method, {})
+    assert_ranks_equal_joint(ranks(method), joint)
+    assert ("u" in joint[0]["state"]) == (method == "sogclr")
 
 
-@pytest.mark.parametrize(("method", "gamma"), [("sogclr", 0.9), ("simclr", None)])
-def test_with_local_gradient_other_ranks_features_are_constants(ranks, method, gamma):
+@pytest.mark.parametrize("method", ["sogclr", "simclr"])
+def test_with_local_gradient_other_ranks_features_are_constants(ranks, method):
     """Compare with slow losses of each half, in which the features of the other half are detached.
 
     The gradients of the two losses are averaged, and batch norm is over the joint batch.
     """
-    model, u = build(gamma), torch.zeros(N, dtype=torch.float64)
+    model, u = build(method), torch.zeros(N, dtype=torch.float64)
     for step, (first, second, exact) in enumerate(
         zip(*ranks(f"{method}, local"), ranks(method)[0], strict=True)
     ):
-        index = torch.randperm(16, generator=torch.Generator().manual_seed(step))[: 2 * B]
+        index = indices(step)
         z = torch.stack(
             [F.normalize(model.base_encoder(view), dim=1) for view in images(step, 2 * B)]
         )
@@ -251,13 +174,13 @@ def test_with_local_gradient_other_ranks_features_are_constants(ranks, method, g
         for half in (range(B), range(B, 2 * B)):
             own = torch.tensor([i in half for i in range(2 * B)])
             features = torch.where(own[None, :, None], z, z.detach())
-            if gamma is None:
-                losses.append(slow_nt_xent(features, half))
+            if method == "simclr":
+                losses.append(slow_infonce(features, half))
             else:
-                loss, values = slow_sogclr(features, u[index], gamma, half)
+                loss, values = slow_sogclr(features, u[index], 0.9, half)
                 losses.append(loss)
                 new.append(values)
-        if gamma is not None:
+        if method == "sogclr":
             u[index] = torch.cat(new)
             torch.testing.assert_close(first["state"]["u"], u, rtol=1e-10, atol=0)
         (sum(losses) / 2).backward()

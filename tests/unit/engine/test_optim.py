@@ -166,7 +166,18 @@ def test_adamw_decays_matrices_only():
         torch.testing.assert_close(p.detach(), old * (1 - 0.1 * 0.2) if p.dim() > 1 else old)
 
 
-@pytest.mark.parametrize("name", ["sgd", "lars", "lars_tf", "adamw"])
+def test_adam_adds_the_decay_of_every_parameter_to_its_gradient():
+    """In the first step, each weight moves by lr in the direction of gradient plus decay."""
+    p = torch.tensor([3.0, -3.0, 1.0], requires_grad=True)
+    optimizer = optim.make(
+        [{"params": [p], "lr": 0.1, "weight_decay": 0.5}], Schedule(optimizer="adam"), "off"
+    )
+    p.grad = torch.tensor([-1.0, 1.0, 1.0])  # with decay: .5, -.5, 1.5
+    optimizer.step()
+    torch.testing.assert_close(p.detach(), torch.tensor([2.9, -2.9, 0.9]))
+
+
+@pytest.mark.parametrize("name", ["sgd", "lars", "lars_tf", "adam", "adamw"])
 def test_every_optimizer_knows_the_parameters_without_a_schedule(name):
     """AdamW divides each group into parameters with and without weight decay."""
     fixed, scheduled = (
@@ -192,7 +203,7 @@ def made(device: str, **changed) -> torch.optim.Optimizer:
     return optim.make(groups, Schedule(**changed), amp)
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
 def test_optimizers_are_fused_on_devices_that_support_it(optimizer):
     """On others torch chooses (None); False would mean one kernel per parameter."""
     for device, fused in (("cpu", True), ("meta", None)):

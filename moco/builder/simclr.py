@@ -1,0 +1,111 @@
+"""SimCLR (Chen et al., arXiv 2002.05709), and the other losses of a batch on its encoder.
+
+There is one encoder. The negatives are the other images of the batch, in both views.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from moco import distributed
+from moco.builder.base import Method
+from moco.loss.contrastive import InfoNCE, contrast_accuracy, feature_statistics, normalize
+from moco.loss.global_contrastive import Pairs, compare
+from moco.rng import Progress
+
+
+class SimCLR(Method):
+    """SimCLR: two views are compared with the joint batch of all ranks.
+
+    Args:
+        encoder: creates the encoder [B, 3, H, W] -> [B, C].
+        T: softmax temperature.
+        loss: the loss of an anchor: `InfoNCE` is SimCLR's NT-Xent; also DCL, debiased, HCL.
+        local_gradient: whether features get the gradient of their own rank's loss only, as in
+            SogCLR's PyTorch code. Otherwise, they get that of all ranks' losses.
+    """
+
+    sync_batch_norm = True
+
+    def __init__(
+        self,
+        encoder: Callable[[], nn.Module],
+        T: float = 0.1,
+        loss: InfoNCE | None = None,
+        local_gradient: bool = False,
+    ):
+        super().__init__()
+        self.T, self.loss, self.local_gradient = T, loss or InfoNCE(), local_gradient
+        self.base_encoder = encoder()
+
+    @property
+    def encoder(self) -> nn.Module:
+        """Return the encoder to evaluate."""
+        return self.base_encoder
+
+    def schedules(self, progress: Progress) -> dict[str, float]:
+        """Return the settings of the loss that change during the run."""
+        return self.loss.schedules(progress.epoch, progress.epochs)
+
+    def forward(
+        self,
+        views: Sequence[Tensor],
+        index: Tensor,
+        progress: Progress,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss and metrics of this rank's batch.
+
+        Args:
+            views: two views, each [B, 3, H, W].
+            index: index of each image in the training set, [B], in [0, N).
+            progress: position in the run; fixes the settings of the loss that change.
+        """
+        z = torch.stack([normalize(self.base_encoder(view)) for view in views])  # [2, B, C]
+        with torch.autocast(z.device.type, enabled=False):
+            return self.contrast(z, index, progress)
+
+    def contrast(
+        self, z: Tensor, index: Tensor, progress: Progress
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss and metrics of this rank's features.
+
+        Args:
+            z: normalized features of both views, [2, B, C].
+            index: index of each image in the training set, [B].
+            progress: position in the run.
+        """
+        mine = z.transpose(0, 1).contiguous()
+        z_all = distributed.all_gather_with_gradient(mine, self.local_gradient)
+        z_all = z_all.transpose(0, 1)  # [2, W B, C]
+        pairs = compare(z, z_all, first=distributed.rank() * z.shape[1])
+        loss, metrics = self.loss_of(pairs, index, progress)
+        return loss, {**contrast_metrics(z, pairs), **metrics}
+
+    def loss_of(
+        self, pairs: Pairs, index: Tensor, progress: Progress
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss of this rank's anchors, and its own metrics.
+
+        Args:
+            pairs: similarities of the anchors to the joint batch.
+            index: index of each anchor's image in the training set, [B].
+            progress: position in the run.
+        """
+        loss = self.loss.at(progress.epoch, progress.epochs)
+        losses, metrics = loss(pairs.anchors(self.T))  # [2, B]
+        losses = losses.mean(1)
+        return losses.sum() if loss.adds_views else losses.mean(), metrics
+
+
+@torch.no_grad()
+def contrast_metrics(z: Tensor, pairs: Pairs) -> dict[str, Tensor]:
+    """Return the contrast accuracy of both views, and the feature statistics of the first.
+
+    Args:
+        z: normalized features of both views, [2, B, C].
+        pairs: their similarities to the joint batch.
+    """
+    others = pairs.others.masked_fill(pairs.own, -torch.inf)
+    accuracy = contrast_accuracy(pairs.positive.flatten(), others.flatten(0, 1))
+    return {**accuracy, **feature_statistics(z[0], pairs.positive[0], others[0].amax(1))}
