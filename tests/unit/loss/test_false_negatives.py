@@ -6,8 +6,9 @@ import torch.nn.functional as F
 from conftest import ROOT
 from fnc_helpers import DIM, T, slow_loss, unit_rows
 
-from moco.loss import global_contrastive
+from moco.loss.contrastive import info_nce
 from moco.loss.false_negatives import MODES, Cancellation, cancelled_nt_xent, find_false_negatives
+from moco.loss.global_contrastive import compare
 
 
 def our_loss(z, bank, own, how, chunk):
@@ -77,7 +78,9 @@ def test_two_views_alone_are_nt_xent(seed):
         z = F.normalize(features, dim=2)
         mine, own = z[:, first : first + n], torch.arange(2 * m).view(2, m)[:, first : first + n]
         ours = our_loss(mine, z.flatten(0, 1), own, Cancellation("off"), 2)
-        theirs = global_contrastive.nt_xent(global_contrastive.compare(mine, z, first), T)
+        pairs = compare(mine, z, first)
+        others = pairs.others.masked_fill(pairs.own, -torch.inf)
+        theirs = sum(info_nce(pairs.positive[view], [others[view]], T) for view in (0, 1))
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(
             *(torch.autograd.grad(x, features, retain_graph=True)[0] for x in (ours, theirs))
