@@ -17,7 +17,13 @@ from moco.builder.byol import BYOL
 from moco.builder.synco import SyntheticNegatives, counts_by_type, synthetic_config
 from moco.encoder import networks
 from moco.errors import InputError
-from moco.loss.contrastive import bank_info_nce, contrast_accuracy, feature_statistics, normalize
+from moco.loss.contrastive import (
+    bank_info_nce,
+    contrast_accuracy,
+    feature_statistics,
+    normalize,
+    synthetic_hardness,
+)
 from moco.loss.synthetic import Mixture, Synthetic, draw, hardest, mix
 from moco.options import AVERAGE, ENTRIES, LAYERS, NATURAL, TEMPERATURE, WIDTH, option
 from moco.rng import NEGATIVES, Progress
@@ -161,6 +167,7 @@ class MoBY(OnlineAndTarget):
             metrics = {
                 **contrast_accuracy(positive, similarity),
                 **feature_statistics(q, positive, similarity.amax(1)),
+                **synthetic_hardness(q, similarity, mixture),
             }
         return bank_info_nce(q, positive, queue, similarity, self.T, mixture), metrics
 

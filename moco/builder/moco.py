@@ -10,7 +10,13 @@ from torch import Tensor, nn
 
 from moco import distributed
 from moco.builder.base import QueryAndKey, enqueue
-from moco.loss.contrastive import bank_info_nce, contrast_accuracy, feature_statistics, normalize
+from moco.loss.contrastive import (
+    bank_info_nce,
+    contrast_accuracy,
+    feature_statistics,
+    normalize,
+    synthetic_hardness,
+)
 from moco.loss.synthetic import Mixture, hardest
 from moco.rng import Progress
 
@@ -76,7 +82,8 @@ class MoCo(QueryAndKey):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the InfoNCE loss and metrics of one direction (MoCo, equation 1).
 
-        The metrics count only the queue's entries as negatives, not synthetic negatives.
+        The metrics count only the queue's entries as negatives. Each type of synthetic negative
+        has a metric of its own.
 
         Args:
             q: normalized queries, [B, C].
@@ -92,6 +99,7 @@ class MoCo(QueryAndKey):
             metrics = {
                 **contrast_accuracy(positive, nearest),
                 **feature_statistics(q, positive, nearest[:, 0]),
+                **synthetic_hardness(q, similarity, mixture),
             }
         return bank_info_nce(q, positive, self.queue, similarity, self.T, mixture), metrics
 

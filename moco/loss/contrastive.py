@@ -165,6 +165,24 @@ def feature_statistics(
     return found if negative is None else {**found, "hardness": negative.mean()}
 
 
+@torch.no_grad()
+def synthetic_hardness(q: Tensor, similarity: Tensor, mixture: Mixture | None) -> dict[str, Tensor]:
+    """Return the mean similarity of the queries to their synthetic negatives of each type.
+
+    Args:
+        q: normalized queries, [N, C].
+        similarity: similarity of each query to the bank, [N, K].
+        mixture: the synthetic negatives, if any.
+
+    Returns:
+        a scalar in [-1, 1] for each type with negatives: `hardness_interpolated`, ...
+    """
+    if mixture is None:
+        return {}
+    found = mixture.dot(q, similarity)
+    return {f"hardness_{c.type.name}": found[:, c.all].mean() for c in mixture.layout}
+
+
 def normalize(x: Tensor) -> Tensor:
     """Return `x` [..., C] scaled to norm 1 along its last dimension.
 

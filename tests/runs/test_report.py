@@ -1,23 +1,18 @@
 """The report: one page that needs nothing else, whatever lies in the run folders."""
 
-import base64
-import io
 import json
 import math
-import re
 import shutil
 import sys
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 import torch
 import yaml
 from conftest import own_lines, shell, write_images
-from PIL import Image
+from report_helpers import LOGGED, Page, made, write_run
 
 from moco.config import Pretraining, replaced
-from moco.encoder.resnets import resnet
 from moco.engine.log import RunLog
 from moco.errors import InputError
 from moco.files import write_json
@@ -27,93 +22,6 @@ from moco.report.results import Result, read
 from tools import report
 
 pytestmark = pytest.mark.slow
-
-LOGGED = (
-    "loss acc1 acc5 lr hardness alignment uniformity feature_std grad_encoder images_per_s "
-    "data_wait u"
-).split()
-
-
-def write_run(folder, data, lines=30, weights=True, logged=("loss",), **options):
-    """A run folder as pre-training leaves it: 10 steps an epoch, k-NN at the end of each."""
-    folder.mkdir(parents=True)
-    args = {
-        "method": "synco",
-        "arch": "resnet18",
-        "data": str(data),
-        "image_size": 32,
-        "recipe": "mocov2",
-        "seed": 0,
-        "lr": 0.03,
-    }
-    args |= {
-        "epochs": 3,
-        "batch_size": 8,
-        "script": "synco",
-        "class_list": None,
-        "crop_min": None,
-    } | options
-    (folder / "args.yaml").write_text(yaml.safe_dump(args))
-    log = []
-    for step in range(1, lines + 1):
-        values = {name: 1 / (step + place) for place, name in enumerate(logged)}
-        log.append({"epoch": (step - 1) // 10, "step": step} | values | {"time": step / 10})
-        if step % 10 == 0:
-            log.append(
-                {
-                    "epoch": (step - 1) // 10,
-                    "step": step,
-                    "knn": 0.5 + step / 1000,
-                    "knn_gain": 0.1 + step / 1000,
-                    "probe": 0.4 + step / 1000,
-                    "probe_train": 0.3 + step / 1000,
-                    "rankme": 50 + step,
-                    "time": step / 10,
-                }
-            )
-    (folder / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in log))
-    if weights:
-        torch.manual_seed(0)
-        tensors = {
-            f"module.encoder_q.{name}": tensor
-            for name, tensor in resnet("resnet18", 8).state_dict().items()
-        }
-        torch.save({"state_dict": tensors}, folder / "checkpoint_0002.pth.tar")
-    return folder
-
-
-class Page(HTMLParser):
-    """What a browser would make of the page."""
-
-    def __init__(self, path):
-        super().__init__()
-        self.tags, self.text, self.source = [], "", path.read_text(encoding="utf-8")
-        self.feed(self.source)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_data(self, data):
-        self.text += data
-
-    @property
-    def titles(self):
-        return re.findall("<h3>(.*?)</h3>", self.source)
-
-    def pictures(self):
-        for attributes in (attributes for tag, attributes in self.tags if tag == "img"):
-            assert attributes["alt"]
-            kind, _, data = attributes["src"].partition(",")
-            assert kind == "data:image/png;base64"
-            yield np.asarray(
-                Image.open(io.BytesIO(base64.b64decode(data, validate=True))).convert("L")
-            )
-
-
-def made(folders, tmp_path, **options):
-    write(list(folders), tmp_path / "page.html", force=True, **options)
-    return Page(tmp_path / "page.html")
-
 
 def test_two_runs_from_the_shell(tmp_path, shared_images):
     hostile = "<script>alert(1)</script>&\"'$x_$".replace("/", "")
