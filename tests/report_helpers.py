@@ -86,5 +86,3 @@ class Page(HTMLParser):
 def made(folders, tmp_path, **options):
     write(list(folders), tmp_path / "page.html", force=True, **options)
     return Page(tmp_path / "page.html")
-
-
