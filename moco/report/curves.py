@@ -119,6 +119,21 @@ PANELS = (
         percent=True,
     ),
 )
+_MORE = (  # metrics that only one method has
+    Panel(
+        "u",
+        "Moving averages u",
+        "Mean of the images' u of SogCLR, which its loss divides by.",
+        log=True,
+    ),
+    Panel("fn_found", "False negatives found", "Of each image, by FNC."),
+    Panel(
+        "fn_precision",
+        "Precision of false negatives, %",
+        "Those that have the class of the image. Labels are used for nothing else.",
+        percent=True,
+    ),
+)
 _NOT_SHOWN = {"knn_gain"}  # it follows from knn
 _EXACT = {"lr", "momentum"}  # metrics without noise
 _TYPES = "hardness_"  # metrics of types of synthetic negatives
@@ -133,15 +148,15 @@ def panels(found: list[Run]) -> list[Panel]:
     logged = {
         name for run in found for name, (_, y) in run.log.columns.items() if np.isfinite(y).any()
     }
-    known = {panel.name for panel in PANELS} | _NOT_SHOWN
+    known = {panel.name for panel in (*PANELS, *_MORE)} | _NOT_SHOWN
     others = sorted(name for name in logged - known if not name.startswith(_TYPES))
     more = [
         Panel(name, f"Gradient norm: {name[5:]}", "Before clipping.", log=True)
         if name.startswith("grad_")
-        else Panel(name, name, log=True)
+        else Panel(name, name, "As the method logs it.", log=True)
         for name in others
     ]
-    return [panel for panel in (*PANELS, *more) if panel.name in logged]
+    return [panel for panel in (*PANELS, *_MORE, *more) if panel.name in logged]
 
 
 def section(found: list[Run]) -> str:

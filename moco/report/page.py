@@ -29,6 +29,7 @@ from moco.report.runs import Run
 from moco.report.samples import Sample
 from moco.report.style import STYLE
 
+_FEW = 8  # classes whose key needs no panel of its own
 CHEAP = 20.0  # seconds; a random encoder is also shown if its features take less time
 
 
@@ -193,8 +194,10 @@ def _maps(sample: Sample, computed: list[RunFeatures], seed: int) -> str:
     text += "groups mean little.</p>"
     if points.multi_label:
         text += "<p>Images that show several classes are grey.</p>"
-    if key:
+    if len(key) > _FEW:
         drawn.append(markup.panel("Classes", f'<div class="classes">{markup.key(key, 30)}</div>'))
+    elif key:
+        text += markup.key(key, 30)
     return markup.section("Map of features", text, markup.grid(drawn))
 
 

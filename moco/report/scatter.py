@@ -33,7 +33,7 @@ def scatter(places: np.ndarray, labels: np.ndarray, names: dict[int, str]) -> Fi
     axis.set_xlim(low[0] - margin[0], high[0] + margin[0])
     axis.set_ylim(low[1] - margin[1], high[1] + margin[1])
     axis.axis("off")
-    size = float(np.clip(12_000 / len(places), 8, 40))
+    size = float(np.clip(12_000 / len(places), 8, 90))
     other = ~np.isin(labels, list(names))
     looks = {label: class_look(i) for i, label in enumerate(names)}
     dots = {"linewidths": 0, "rasterized": True}

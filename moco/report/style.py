@@ -26,6 +26,7 @@ td b { font-weight: 700 }
 .halves { grid-template-columns: repeat(auto-fit, minmax(min(100%, 560px), 1fr)) }
 figure, .card { margin: 0; padding: 10px; background: #fff; border: 1px solid #ddd;
   border-radius: 4px; min-width: 0 }
+.card h3 { margin: 0 0 .3em }
 figcaption { color: #444; font-size: .85em; margin-top: .4em; overflow-wrap: anywhere }
 figure > svg { width: 100%; height: auto; display: block }
 svg text { paint-order: stroke; stroke: #fff; stroke-width: 3px; stroke-linejoin: round }
@@ -56,10 +57,10 @@ img.small { image-rendering: pixelated }
 .halves figure:only-child .views img { width: 150px; height: 150px }
 .rows { display: grid; gap: 0 30px;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 530px), 1fr)) }
-.row { display: flex; gap: 10px; padding: 6px 0; border-top: 1px solid #e4e4e4 }
-.query, .hit { width: 78px; flex: none; font-size: 12px; line-height: 1.25;
+.row { display: flex; gap: 8px; padding: 6px 0; border-top: 1px solid #e4e4e4 }
+.query, .hit { width: 77px; flex: none; font-size: 12px; line-height: 1.25;
   overflow-wrap: anywhere }
-.query img, .hit img { width: 74px; height: 74px; object-fit: cover; display: block;
+.query img, .hit img { width: 73px; height: 73px; object-fit: cover; display: block;
   border: 3px solid #888; margin-bottom: 2px }
 .nearest { display: flex; flex-wrap: wrap; gap: 4px; min-width: 0 }
 .hit.right img { border: 4px solid #0072b2 }
