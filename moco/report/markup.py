@@ -54,7 +54,8 @@ def facts(rows: Iterable[tuple[str, str]]) -> str:
 def section(title: str, *parts: str) -> str:
     """Return a section of the page with a heading; "" if it has no other content."""
     content = "\n".join(filter(None, parts))
-    return content and f"<section><h2>{escaped(title)}</h2>\n{content}</section>"
+    name = title.lower().replace(" ", "-")
+    return content and f'<section id="{name}"><h2>{escaped(title)}</h2>\n{content}</section>'
 
 
 def grid(panels: Iterable[str], shape: str = "") -> str:

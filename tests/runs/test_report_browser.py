@@ -13,7 +13,7 @@ from PIL import Image
 from report_helpers import LOGGED, made, write_run
 from voc_tree import write_voc
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chrome"))), None)
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "google-chrome"))), None)
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(CHROMIUM is None, reason="no chromium or google-chrome on the PATH"),
