@@ -17,7 +17,7 @@ demo: $(VENV)/ready
 # the pictures of README.md, from the report of `make demo`; needs Chromium
 DEMO ?= runs/demo
 pictures: $(VENV)/ready
-	$(VENV)/bin/python tools/show_views.py mocov2 photos --image-size 96 --images 3 --draws 2 --out docs/views.png --force
+	$(VENV)/bin/python tools/show_views.py mocov2 photos --image-size 96 --images 2 --draws 1 --out docs/views.png --force
 	$(VENV)/bin/python tools/pictures.py $(DEMO)/report.html docs --force
 
 # unit tests, and one short run of each script
