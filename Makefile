@@ -8,11 +8,17 @@ CONSTRAINTS ?=
 
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(addprefix -c ,$(CONSTRAINTS))
 
-.PHONY: demo test test-slow test-track test-track-here coverage lint detectron2 matrix clean
+.PHONY: demo pictures test test-slow test-browser test-track test-track-here coverage lint detectron2 matrix clean
 
 # pre-train SynCo on the built-in photographs, evaluate it and a randomly initialised encoder, write the report
 demo: $(VENV)/ready
 	$(VENV)/bin/python tools/demo.py --seed $(SEED)
+
+# the pictures of README.md, from the report of `make demo`; needs Chromium
+DEMO ?= runs/demo
+pictures: $(VENV)/ready
+	$(VENV)/bin/python tools/show_views.py mocov2 photos --image-size 96 --images 2 --draws 1 --out docs/views.png --force
+	$(VENV)/bin/python tools/pictures.py $(DEMO)/report.html docs --force
 
 # unit tests, and one short run of each script
 test: $(VENV)/ready
@@ -21,6 +27,12 @@ test: $(VENV)/ready
 # the other tests: long runs, several processes, faults, resuming, detectron2
 test-slow: $(VENV)/ready $(VENV)/detectron2
 	$(VENV)/bin/python -m pytest -q -rs -n 2 --dist worksteal -m slow tests
+
+# the report in a browser; `make test-slow` skips these tests if there is no Chromium
+test-browser: $(VENV)/ready
+	@command -v chromium >/dev/null || command -v google-chrome >/dev/null \
+		|| { echo "make test-browser: no Chromium on the PATH; on Debian: apt-get install chromium" >&2; exit 2; }
+	$(VENV)/bin/python -m pytest -q -rs tests/runs/test_report_browser.py
 
 # --track with the packages of all trackers, which need other versions of some packages than the newest
 test-track:

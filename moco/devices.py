@@ -42,6 +42,14 @@ def for_process(choice: str, gpu: int | None, local_rank: int) -> torch.device:
     return torch.device(device_type, local_rank % count(device_type) if gpu is None else gpu)
 
 
+def describe(device: torch.device) -> str:
+    """Return the name of a device for people, such as "NVIDIA H100" or "CPU, 2 threads"."""
+    if device.type in ("cuda", "xpu"):
+        return torch.get_device_module(device.type).get_device_name(device)
+    threads = torch.get_num_threads()
+    return f"CPU, {threads} thread{'s' * (threads > 1)}" if device.type == "cpu" else device.type
+
+
 def to_device(x: Tensor, device: torch.device) -> Tensor:
     """Move `x` from the CPU to `device`. On CUDA, return before the copy has finished."""
     # On XPU and MPS an unfinished copy may read the memory of `x` after Python has freed it.

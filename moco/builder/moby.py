@@ -17,7 +17,13 @@ from moco.builder.byol import BYOL
 from moco.builder.negatives import Schedule, SyntheticNegatives, mixture, synthetic_schedule
 from moco.encoder import networks
 from moco.errors import InputError
-from moco.loss.contrastive import bank_info_nce, contrast_accuracy, feature_statistics, normalize
+from moco.loss.contrastive import (
+    bank_info_nce,
+    contrast_accuracy,
+    feature_statistics,
+    normalize,
+    synthetic_hardness,
+)
 from moco.loss.hardest import hardest
 from moco.loss.synthetic import Mixture
 from moco.options import AVERAGE, ENTRIES, LAYERS, NATURAL, TEMPERATURE, WIDTH, option
@@ -151,6 +157,7 @@ class MoBY(OnlineAndTarget):
             metrics = {
                 **contrast_accuracy(positive, similarity),
                 **feature_statistics(q, positive, similarity.amax(1)),
+                **synthetic_hardness(negatives),
             }
         return bank_info_nce(q, positive, queue, similarity, self.T, negatives), metrics
 

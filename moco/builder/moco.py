@@ -17,6 +17,7 @@ from moco.loss.contrastive import (
     contrast_accuracy,
     feature_statistics,
     normalize,
+    synthetic_hardness,
 )
 from moco.loss.hardest import hardest
 from moco.loss.synthetic import Mixture
@@ -95,7 +96,8 @@ class MoCo(QueryAndKey):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss and metrics of one direction: by default InfoNCE (MoCo, equation 1).
 
-        The metrics count only the queue's entries as negatives, not synthetic negatives.
+        The metrics count only the queue's entries as negatives. Each type of synthetic negative
+        has a metric of its own.
 
         Args:
             q: normalized queries, [B, C].
@@ -111,6 +113,7 @@ class MoCo(QueryAndKey):
             metrics = {
                 **contrast_accuracy(positive, nearest),
                 **feature_statistics(q, positive, nearest[:, 0]),
+                **synthetic_hardness(mixture),
             }
 
         def log_sums(*powers: float) -> list[Tensor]:

@@ -47,7 +47,9 @@ def announce(start: Start, images: Images, notes: list[str]) -> None:
         )
     labels = f"of {len(images.classes)} classes" if images.labelled else "without labels"
     if distributed.rank() == 0:
-        record.add(config.run.save_dir, steps=start.order.stop, steps_per_epoch=per_epoch)
+        facts = {"steps": start.order.stop, "steps_per_epoch": per_epoch, "processes": size}
+        facts |= {"images": len(images), "classes": len(images.classes)}
+        record.add(config.run.save_dir, **facts, device=devices.describe(start.device))
     print_rank0(
         f"{config.run.method} {config.network.arch}: {len(images)} images {labels} in {images.root}"
     )

@@ -18,7 +18,7 @@ from moco.files import as_utf8
 
 _GROUPS = {
     "loss": ("loss", "acc1", "acc5", "cosine"),
-    "optim": ("lr", "grad_"),
+    "optim": ("lr", "momentum", "grad_"),
     "eval": ("knn", "val_", "probe"),
     "time": ("epoch", "time", "images_per_s", "data_wait"),
 }

@@ -186,7 +186,11 @@ class RunLog:
                 "make room, and continue with --resume auto"
             ) from None
         tracking.log(shown, step)
-        facts = [f"{name} {_short(name, value)}" for name, value in {**metrics, **speed}.items()]
+        facts = [
+            f"{name} {_short(name, value)}"
+            for name, value in {**metrics, **speed}.items()
+            if not name.startswith(_NOT_PRINTED)
+        ]
         if self.bar is not None and speed:
             # the bar and its counts take the rest of the line
             width = shutil.get_terminal_size().columns - 30 - 2 * len(str(self.steps))
@@ -223,6 +227,9 @@ class RunLog:
             with contextlib.suppress(OSError):  # `line` has reported a full disk already
                 self.board.close(finished=self.marked_step >= self.steps)
 
+
+# metrics that would fill the terminal: the hardness of each type of synthetic negative
+_NOT_PRINTED = "hardness_"
 
 BAR = "|{bar:8}| {n_fmt}/{total_fmt}  {remaining} left{postfix}"
 

@@ -221,6 +221,11 @@ class PretrainingTask(Task):
             metrics = {**metrics, **self.monitor.probe.learn(batch.label)}
         return loss, metrics
 
+    def scheduled(self, progress: Progress) -> dict[str, float]:
+        """Return the momentum of the method's moving average, if it has one."""
+        found = self.module.schedules(progress)
+        return {name: value for name, value in found.items() if name == "momentum"}
+
     def after_step(self) -> None:
         """Call the method's `after_step`, which may update a moving average, for example."""
         self.module.after_step()

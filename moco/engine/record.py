@@ -4,13 +4,19 @@ A killed run cannot record its end. Its record still says "running", but its fol
 """
 
 import contextlib
+import importlib.metadata
 import os
+import platform
+import shlex
 import signal
 import socket
+import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from moco.config import Config, flat
 from moco.errors import DivergedError, InputError, short
@@ -21,6 +27,8 @@ STATUS = "status.json"
 
 # settings in the record, so that a reader need not parse args.yaml
 _FACTS = "script method arch data dataset encoder_method epochs knn_every".split()
+
+_PACKAGES = ("hard-negatives", "torch", "torchvision", "timm", "numpy")
 
 
 class Record:
@@ -37,8 +45,12 @@ class Record:
         self.folder, settings = Path(config.run.save_dir), flat(config)
         self._before = read(self.folder)
         facts = {name: settings[name] for name in _FACTS if settings.get(name) is not None}
+        now = round(time.time(), 3)
+        first = self._before.get("first_began", self._before.get("began", now))
         run = {"start": start, "host": socket.gethostname(), "pid": os.getpid()}
-        began = {"state": "running", "reason": None, "began": round(time.time(), 3), "ended": None}
+        run |= {"command": command(), "versions": versions()}
+        began = {"state": "running", "reason": None, "began": now, "ended": None}
+        began["first_began"] = first if settings.get("resume") else now
         _write(self.folder, {**began, **run, **facts})
 
     def end(self, error: BaseException | None) -> None:
@@ -52,6 +64,20 @@ class Record:
             _write(self.folder, self._before)
         else:
             add(self.folder, **ending(error))
+
+
+def command() -> str:
+    """Return the command line of this process, as one types it in a shell."""
+    return shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python, of this project and of the main packages, by name."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return {**found, "torch": torch.__version__}
 
 
 def ending(error: BaseException | None) -> dict[str, Any]:

@@ -89,6 +89,10 @@ class Task(ABC):
             progress: the position of the pass in the run; its generators draw random numbers.
         """
 
+    def scheduled(self, progress: rng.Progress) -> dict[str, float]:  # noqa: ARG002
+        """Return quantities to log that follow a schedule, in addition to the learning rate."""
+        return {}
+
     def start_epoch(self) -> None:
         """Set the module to the mode in which it trains; by default training mode."""
         self.module.train()

@@ -127,8 +127,8 @@ class Trainer:
 
         Raises Interrupted if a signal stops the run, after saving a checkpoint.
         """
-        options, per_epoch = self.config.log, self.steps_per_epoch
-        self.task.start_epoch()
+        options, per_epoch, task = self.config.log, self.steps_per_epoch, self.task
+        task.start_epoch()
         self.health.start_epoch(self.order.images(per_epoch))
         mean, means = Mean(), {}
         for step in range(max(epoch * per_epoch, self.order.start), (epoch + 1) * per_epoch):
@@ -139,12 +139,13 @@ class Trainer:
             every = options.save_every_steps
             saves = asked or (every and (step + 1) % every == 0 and not ends)
             if saves or ends or prints:
-                self.health.check(self.task.module, lr, per_epoch)
+                self.health.check(task.module, lr, per_epoch)
             if ends or asked or prints:
                 means = mean.read()
-                log.line(epoch, step + 1, {**means, "lr": lr})
+                progress = self._progress(epoch, step)
+                log.line(epoch, step + 1, {**means, "lr": lr, **task.scheduled(progress)})
             if saves:
-                path = self.task.save_mid_epoch(self, epoch, step + 1)
+                path = task.save_mid_epoch(self, epoch, step + 1)
             if asked:
                 distributed.barrier()
                 raise interrupt.Interrupted(
@@ -158,15 +159,13 @@ class Trainer:
         self, epoch: int, step: int, batches: Iterator[loader.Batch], mean: Mean, log: RunLog
     ) -> None:
         """Take one step of the optimizer, with the mean gradient of all passes of the step."""
-        schedule, sizes = self.config.optimizer, self.order.sizes(step)
+        sizes = self.order.sizes(step)
         for micro, size in enumerate(sizes):
             before = time.perf_counter()
             batch = next(batches)
             log.wait(time.perf_counter() - before)
             self.health.note_unreadable(batch.unreadable)
-            progress = rng.Progress(
-                self.config.run.seed, epoch, step, micro, self.steps_per_epoch, schedule.epochs
-            )
+            progress = self._progress(epoch, step, micro)
             found = self._pass(batch, progress, sum(sizes) / size, micro + 1 == len(sizes))
             self.health.note(step, found["loss"], batch.index)
             mean.add(found, size / self.config.input.batch_per_process)
@@ -176,6 +175,11 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         self.task.after_step()
         log.tick(sum(sizes) * distributed.world_size())
+
+    def _progress(self, epoch: int, step: int, micro: int = 0) -> rng.Progress:
+        """Return the position of a pass of a step."""
+        seed, epochs = self.config.run.seed, self.config.optimizer.epochs
+        return rng.Progress(seed, epoch, step, micro, self.steps_per_epoch, epochs)
 
     def _set_lr(self, step: int) -> float:
         """Set the learning rate of each parameter group for this step. Return the first one."""

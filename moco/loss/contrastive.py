@@ -142,7 +142,7 @@ class _BankLogSumExp(torch.autograd.Function):
         # Subtract the largest similarity, so that no exponential overflows.
         top = similarity.amax(1, keepdim=True)
         if mixture is not None:
-            synthetic = mixture.dot(q, similarity)
+            synthetic = mixture.similarity
             top = torch.maximum(top, synthetic.amax(1, keepdim=True))
             ctx.exp_synthetic = torch.exp((synthetic - top) / temperature).mul_(mixture.weight)
         shift = -top / temperature
@@ -219,6 +219,22 @@ def feature_statistics(
         "uniformity": ((pairs.sum() - pairs.diagonal().sum()) / (n * (n - 1))).log(),
     }
     return found if negative is None else {**found, "hardness": negative.mean()}
+
+
+@torch.no_grad()
+def synthetic_hardness(mixture: Mixture | None) -> dict[str, Tensor]:
+    """Return the mean similarity of the queries to their synthetic negatives, for each type.
+
+    Args:
+        mixture: the synthetic negatives, if any.
+
+    Returns:
+        a scalar in [-1, 1] for each type with negatives: `hardness_interpolated`, ...
+    """
+    if mixture is None:
+        return {}
+    found = mixture.similarity
+    return {f"hardness_{c.type.name}": found[:, c.all].mean() for c in mixture.layout}
 
 
 def normalize(x: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ No tensor of vectors h is needed for the similarity q.h. It is a sum of the scal
 The vectors v of the other types are computed once, without gradient, for their norms.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -213,7 +213,8 @@ class Mixture:
     of_noise: Tensor  # [N, M] coefficient of e
     noise: Tensor  # [N, M, C] noise e
     layout: list[_Columns]
-    weight: float = 1.0  # factor of the exponentials of the negatives' logits
+    weight: float  # factor of the exponentials of the negatives' logits
+    similarity: Tensor | None = None  # [N, total] q.h without gradient, see `dot`
 
     def dot(self, q: Tensor, similarity: Tensor) -> Tensor:
         """Return q.h [N, total], differentiable in both arguments.
@@ -310,7 +311,7 @@ def mix(
             inverse = norm.clamp_min_(_TINY).reciprocal_()
             for coefficient in coefficients:
                 coefficient.mul_(inverse)
-    return mixture
+    return replace(mixture, similarity=mixture.dot(q, similarity))
 
 
 def _fill(mixture: Mixture, c: _Columns, config: Synthetic, draws: Draws) -> list[Tensor]:

@@ -1,34 +1,26 @@
-"""Draw a run's pictures: the views of its recipe, a map of features, and nearest neighbours."""
+"""Read a run's images and encoders, and compute the features that the report shows."""
 
 from pathlib import Path
 
-import matplotlib as mpl
-import numpy as np
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from moco import devices
-from moco.augment import crop, recipes
+from moco.augment import recipes
 from moco.config import MEAN, STD, Pretraining, flat, replaced
 from moco.data import registry
-from moco.data.decoding import DEFAULT
 from moco.data.images import Images
 from moco.encoder import metadata, networks, pretrained
 from moco.engine import checkpoint, features
 from moco.engine.decoding import BEFORE
 from moco.errors import InputError
 from moco.launch import processes
-from moco.report import maps, samples
-from moco.report.plots import plain, printable, run_label
+from moco.report import samples
 from moco.report.runs import Run
 from moco.report.samples import Sample
-from moco.report.views import views_figure
 from moco.sections_images import Decoding
 
-ROWS = 6  # images in the grid of views
 NEIGHBOURS = 6
-SAME, OTHER, PLAIN = "#1a8a2d", "#c62828", "#555555"  # colours of frames
 _NEEDED = {"arch": str, "data": str, "image_size": int, "dataset": str, "stem": str}
 _NEEDED |= {"norm_eps": str}
 _OPTIONAL = {"class_list": str | None, "file_list": str | None, "exif": str | None}
@@ -80,39 +72,19 @@ def recipe(run: Run) -> tuple[str, recipes.Recipe]:
         ) from None
 
 
-def views(run: Run) -> Figure:
-    """Return a picture of some training images and their views, as in epoch 0.
+def training_images(run: Run) -> tuple[Images, Pretraining]:
+    """Return the training images of a run, and its settings.
 
-    Raises InputError if the images cannot be read.
+    Raises InputError if the images cannot be found.
     """
     config = settings(run, _NEEDED | _FOR_VIEWS)
-    train = registry.train_images(*_data(config))
-    picked = sorted({round(i * (len(train) - 1) / (ROWS - 1)) for i in range(ROWS)})
-    return views_figure(train, picked, recipe(run)[1], config.run.seed, 1, config.input)
+    return registry.train_images(*_data(config)), config
 
 
 def _data(config: Pretraining) -> tuple[str, str, str | None, str | None]:
     """Return the arguments of `registry.train_images` for a run."""
     data = config.input
     return data.dataset, config.run.data, data.class_list, config.listed.file_list
-
-
-def _grid(
-    rows: int, columns: int, width: float, height: float, title: float
-) -> tuple[Figure, np.ndarray]:
-    """Return a figure and its axes [rows, columns], with room for a title above the first row.
-
-    Sizes are in inches. With so many axes, fixed positions are far faster than matplotlib's layout.
-    """
-    figure = Figure(figsize=(width * columns, height * rows + title), dpi=100)
-    top = 1 - title / (height * rows + title)
-    space = {"wspace": 0.1, "hspace": max(0.06, height / width - 0.96)}
-    return figure, figure.subplots(
-        rows,
-        columns,
-        squeeze=False,
-        gridspec_kw={"left": 0.01, "right": 0.99, "bottom": 0.01, "top": top} | space,
-    )
 
 
 def sample_of(run: Run, images: int, seed: int) -> Sample:
@@ -185,92 +157,12 @@ def sample_features(net: nn.Module, of: Sample, run: Run) -> tuple[Tensor, Tenso
     return bank, points
 
 
-def feature_map(points: Images, found: dict[str, Tensor]) -> Figure:
-    """Return a map of images for each encoder, by t-SNE. Colours are classes, if there are labels.
-
-    Args:
-        points: N images.
-        found: their features [N, D], by the name of the encoder.
-
-    Raises InputError if there are too few images.
-    """
-    columns = 2 if len(found) == 4 else min(3, len(found))
-    rows = -(-len(found) // columns)
-    if len(points) < maps.FEWEST:
-        raise InputError(f"{len(points)} images are too few for a map")
-    figure = Figure(figsize=(3.5 * columns + 1.7, 3.5 * rows + 0.2), dpi=110, layout="constrained")
-    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
-    colors = mpl.colormaps["tab20"]
-    there = np.unique(points.labels)
-    for axis, (name, x) in zip(axes, found.items(), strict=False):
-        places = maps.tsne(x.numpy())
-        dots = [
-            axis.scatter(
-                *places[points.labels == label].T,
-                s=max(3, min(16, 6000 / len(places))),
-                color=colors(i),
-                linewidths=0,
-            )
-            for i, label in enumerate(there)
-        ]
-        plain([axis.set_title("?", fontsize=9)], [run_label(name)])
-        axis.set_xticks([])
-        axis.set_yticks([])
-        axis.spines[:].set_color("#bbbbbb")
-    for axis in axes[len(found) :]:
-        axis.axis("off")
-    if not points.labelled:
-        return figure
-    look = {"loc": "outside right upper", "fontsize": 7, "frameon": False, "markerscale": 1.5}
-    plain(
-        figure.legend(dots, [""] * len(dots), **look).get_texts(),
-        [run_label(points.classes[label], 22) for label in there],
-    )
-    return figure
-
-
 def decoding_of(run: Run) -> Decoding:
     """Return how the images of a run are decoded. Raises InputError if args.yaml is not valid."""
     return settings(run, _NEEDED).input
 
 
-def neighbours(
-    of: Sample, bank: Tensor, points: Tensor, size: int, decoding: Decoding = DEFAULT
-) -> Figure:
-    """Return a picture of the query images, each with the other training images nearest to it.
-
-    Without labels, no frame shows whether a neighbour is of the same class.
-
-    Args:
-        of: the sample.
-        bank: features of its training images, [N, D].
-        points: features of its images on the map, [M, D].
-        size: side of each image, in pixels.
-        decoding: how the images are decoded.
-
-    Raises InputError if an image cannot be read, or if there is no other training image.
-    """
-
-    def read(images: Images, i: int) -> Tensor:
-        return crop.center_view(images.read(i, decoding), size)
-
-    similarity, indices = _nearest_others(of, bank, points)
-    rows, columns = len(of.queries), 1 + indices.shape[1]
-    figure, axes = _grid(rows, columns, width=0.95, height=1.2, title=0.22)
-    for row, query in zip(range(rows), of.queries, strict=True):
-        label = of.points.labels[query]
-        name = of.points.classes[label] if of.points.labelled else of.points.name(query)
-        _framed(axes[row, 0], read(of.points, query), PLAIN, run_label(name, 15))
-        nearest = zip(indices[row].tolist(), similarity[row].tolist(), strict=True)
-        for axis, (i, cosine) in zip(axes[row, 1:], nearest, strict=True):
-            same = of.bank.labels[i] == label
-            frame, mark = (SAME, "") if same else (OTHER, " x")
-            frame = frame if of.bank.labelled else PLAIN
-            _framed(axis, read(of.bank, i), frame, f"{cosine:.3f}{mark}")
-    return figure
-
-
-def _nearest_others(of: Sample, bank: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
+def nearest_others(of: Sample, bank: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
     """Return the similarities [Q, K] of each query's neighbours, and their indices in the bank.
 
     A query is not its own neighbour. Raises InputError if the bank has no other image.
@@ -288,12 +180,3 @@ def _nearest_others(of: Sample, bank: Tensor, points: Tensor) -> tuple[Tensor, T
     others[others.all(1), -1] = False
     kept = (len(others), -1)
     return similarity[others].view(kept), indices[others].view(kept)
-
-
-def _framed(axis, image: Tensor, frame: str, title: str) -> None:
-    """Draw an image [3, H, W] with a frame in the colour `frame`, and a title above."""
-    axis.imshow(image.permute(1, 2, 0).numpy())
-    plain([axis.set_title("?", fontsize=7, pad=3)], [printable(title)])
-    axis.set_xticks([])
-    axis.set_yticks([])
-    axis.spines[:].set(color=frame, linewidth=3)

@@ -1,226 +1,131 @@
-"""Draw the curves of a report: a picture for each logged quantity, a colour for each run."""
+"""Draw the curves of a report as SVG: a picture for each logged quantity, a line for each run.
 
-import base64
+A picture is as wide as a phone, and wide screens show several side by side. Its text stays text, so
+that browsers scale, search and print it.
+"""
+
+import html
 import io
-from dataclasses import dataclass, field
+import re
+from typing import NamedTuple
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from moco.report.runs import Run
-
-POINTS = 1000  # maximum number of points of a curve
-COLORS = [mpl.colors.to_hex(color) for color in mpl.colormaps["tab10"].colors]
-DASHES = ("-", "--", ":", "-.")  # line styles of the first ten runs, the next ten, ...
+WIDTH, HEIGHT = 350, 205  # of a picture, in CSS pixels
+FONT = 12.0  # size of its text, in CSS pixels
+POINTS = 400  # maximum number of points of a curve: about one for each pixel
+# the colours of Okabe and Ito, which colour-blind readers can tell apart; yellow is too light
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+# lengths of dashes and gaps, in line widths
+DASHES = ((), (5.0, 2.0), (1.0, 1.2), (6.0, 1.5, 1.0, 1.5))
+MARKERS = "osD^v"
 INK = "#333333"
+_DECADES = 2.0  # a y axis is logarithmic if its positive values span more powers of ten than this
 
 
-@dataclass(frozen=True)
-class Panel:
-    """A picture with an axis for each metric.
+class Look(NamedTuple):
+    """The look of a curve or a class, which differs in more than its colour.
 
     Attributes:
-        title: the title above the picture.
-        names: label of the y axis of each metric, by its name in the log.
-        text: a caption that explains the metrics.
-        levels: labels of horizontal lines, by their y values.
-        log_scale: whether the y axes are logarithmic.
+        color: the colour.
+        marker: matplotlib's name of the marker.
+        dashes: lengths of dashes and gaps, in line widths; () for a solid line, None for no line.
     """
 
-    title: str
-    names: dict[str, str]
-    text: str = ""
-    levels: dict[float, str] = field(default_factory=dict)
-    log_scale: bool = False
+    color: str
+    marker: str
+    dashes: tuple[float, ...] | None = ()
 
 
-PANELS = (
-    Panel(
-        "Loss",
-        {"loss": "loss"},
-        "Compare it only between runs of the same method, with the same number of negatives and "
-        "the same temperature.",
-    ),
-    Panel(
-        "k-NN top-1",
-        {"knn": "top-1 on val", "knn_gain": "gain over the encoder before training"},
-        "Accuracy of the encoder's features on val/, with train/ as neighbours, in [0, 1]. The "
-        "curve begins with the encoder before training.",
-    ),
-    Panel(
-        "Online probe",
-        {"probe": "top-1 on val", "probe_train": "top-1 on the batches"},
-        "Accuracy of the linear classifier that learns while the encoder trains, in [0, 1].",
-    ),
-    Panel(
-        "RankMe",
-        {"rankme": "dimensions in use"},
-        "A smooth count of the feature dimensions that the encoder uses (Garrido et al., arXiv "
-        "2210.02885). The curve begins with the encoder before training.",
-    ),
-    Panel("Learning rate", {"lr": "learning rate"}, "Learning rate of the first parameter group."),
-    Panel(
-        "Contrast accuracy",
-        {"acc1": "positive is first", "acc5": "positive is among first five"},
-        "Fraction of queries, in [0, 1], whose positive is more similar than all negatives, or all "
-        "but four.",
-    ),
-    Panel(
-        "Hardness of negatives",
-        {"hardness": "cosine similarity"},
-        "Similarity of a query and its hardest negative, mean over queries, in [-1, 1].",
-    ),
-    Panel(
-        "Alignment and uniformity",
-        {"alignment": "alignment", "uniformity": "uniformity"},
-        "Alignment: mean squared distance of positive pairs. Uniformity: log of the mean of "
-        "exp(-2 d²) over all pairs. Lower is better for both (Wang and Isola, arXiv 2005.10242).",
-    ),
-    Panel(
-        "Feature standard deviation",
-        {"feature_std": "std times √C"},
-        "Standard deviation of normalized features in each dimension, times √C: 1 if they are "
-        "evenly distributed, 0 if they have collapsed.",
-        levels={0.1: "collapse warning"},
-    ),
-    Panel("Gradient norm", {}, "Gradient norm of each part, before clipping.", log_scale=True),
-    Panel(
-        "Throughput",
-        {"images_per_s": "images per second", "data_wait": "fraction of time waiting for data"},
-        "If the fraction is well above 0, loading images is slower than the model.",
-    ),
-)
-
-
-EXACT = {"lr"}  # metrics without noise
-GRADIENT = "Gradient norm"
-
-
-def panels(runs: list[Run]) -> list[Panel]:
-    """Return the panels for which a run has data, each with the metrics that are logged.
-
-    The last panel shows all metrics that are not in `PANELS`.
-    """
-    logged = {
-        name for run in runs for name, (_, y) in run.log.columns.items() if np.isfinite(y).any()
-    }
-    gradients = {
-        name: name.removeprefix("grad_") for name in sorted(logged) if name.startswith("grad_")
-    }
-    known = {name for panel in PANELS for name in panel.names} | gradients.keys()
-    found = []
-    for panel in (
-        *PANELS,
-        Panel("Method-specific metrics", {name: name for name in sorted(logged - known)}),
-    ):
-        names = (
-            gradients
-            if panel.title == GRADIENT
-            else {n: label for n, label in panel.names.items() if n in logged}
-        )
-        if names:
-            found.append(Panel(panel.title, names, panel.text, panel.levels, panel.log_scale))
-    return found
-
-
-def by_epoch(runs: list[Run]) -> bool:
-    """Return whether the x axis shows epochs; otherwise it shows steps."""
-    return all(run.log.steps_per_epoch for run in runs if run.log.columns)
-
-
-def draw(panel: Panel, runs: list[Run]) -> Figure:
-    """Return the picture of a panel: smoothed curves, with the logged values faint behind them."""
-    columns = min(3, len(panel.names))
-    rows = -(-len(panel.names) // columns)
-    figure = Figure(
-        figsize=(5.6 if columns == 1 else 11.4, 3.1 * rows + 0.25), dpi=110, layout="constrained"
+def look(i: int) -> Look:
+    """Return the look of curve number `i`, the same in every picture."""
+    return Look(
+        COLORS[i % len(COLORS)],
+        MARKERS[i % len(MARKERS)],
+        DASHES[(i + i // len(COLORS)) % len(DASHES)],
     )
-    axes = figure.subplots(rows, columns, squeeze=False).flat
-    epochs = by_epoch(runs)
-    shown = set()
-    for axis, (name, label) in zip(axes, panel.names.items(), strict=False):
-        for i, run in enumerate(runs):
-            if name in run.log.columns:
-                steps, y = run.log.columns[name]
-                x = steps / run.log.steps_per_epoch if epochs else steps
-                if _curve(axis, x, y, i, name in EXACT):
-                    shown.add(i)
-        _finish(axis, panel, label, "epoch" if epochs else "step")
-    for axis in list(axes)[len(panel.names) :]:
-        axis.axis("off")
-    if len(runs) > 1:
-        legend(figure, {run_label(runs[i].name): style(i) for i in sorted(shown)})
+
+
+class Curve(NamedTuple):
+    """A curve: its values, its look, and whether it has no noise."""
+
+    x: np.ndarray
+    y: np.ndarray
+    look: Look
+    exact: bool = False
+
+
+def chart(curves: list[Curve], unit: str, levels: dict[float, str], log: bool = False) -> Figure:
+    """Return a picture of curves: smoothed, with the logged values faint behind them.
+
+    Args:
+        curves: the curves; each has a finite value.
+        unit: label of the x axis.
+        levels: labels of dotted horizontal lines, by their y values.
+        log: whether the y axis is logarithmic if the values span decades.
+    """
+    figure = blank(WIDTH, HEIGHT, layout="constrained")
+    axis = figure.subplots()
+    for curve in curves:
+        _draw(axis, curve)
+    for level, text in levels.items():
+        axis.axhline(level, color=INK, linewidth=1, linestyle=":")
+        place = {"transform": axis.get_yaxis_transform(), "va": "bottom", "ha": "right"}
+        axis.text(0.99, level, text, color=INK, fontsize=FONT, **place)
+    _scale(axis, curves, log)
+    axis.set_xlabel(unit, fontsize=FONT, color=INK, labelpad=1)
+    axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axis.tick_params(labelsize=FONT, colors=INK, length=3, pad=2)
+    axis.grid(alpha=0.25)
+    axis.margins(x=0.02, y=0.08)
+    axis.spines[["top", "right"]].set_visible(False)
     return figure
 
 
-def style(i: int) -> dict[str, str]:
-    """Return the colour and line style of run number `i`, the same in every picture."""
-    return {"color": COLORS[i % len(COLORS)], "linestyle": DASHES[i // len(COLORS) % len(DASHES)]}
+def blank(width: float, height: float, **more) -> Figure:
+    """Return an empty figure of this size, in CSS pixels."""
+    return Figure(figsize=(width / 72, height / 72), dpi=72, **more)
 
 
-def legend(figure: Figure, styles: dict[str, dict[str, str]]) -> None:
-    """Add a legend above a picture, given the line style of each name."""
-    longest = max(map(len, styles)) + 6
-    columns = max(1, int(figure.get_figwidth() * 13 // longest))
-    lines = [Line2D([], [], linewidth=2, **of) for of in styles.values()]
-    plain(
-        figure.legend(
-            lines,
-            [""] * len(lines),
-            loc="outside upper left",
-            ncols=columns,
-            frameon=False,
-            fontsize=8,
-        ).get_texts(),
-        styles,
-    )
+def _scale(axis, curves: list[Curve], log: bool) -> None:
+    """Choose the scale and the ticks of the y axis."""
+    y = np.concatenate([curve.y for curve in curves])
+    y = y[np.isfinite(y)]
+    if log and y.min() > 0 and np.log10(y.max() / y.min()) > _DECADES:
+        axis.set_yscale("log")
+        axis.yaxis.set_major_locator(LogLocator(numticks=6))
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.yaxis.set_minor_formatter(NullFormatter())
+        return
+    axis.yaxis.set_major_locator(MaxNLocator(5))
+    if y.max() == y.min():
+        half = abs(y[0]) / 50 or 1.0
+        axis.set_ylim(y[0] - half, y[0] + half)
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.6g}"))
 
 
-def plain(texts, names) -> None:
-    """Set the strings of matplotlib's texts, without a special meaning of any character.
-
-    Otherwise matplotlib reads $ as mathematics, and hides labels that start with an underscore.
-    """
-    for text, name in zip(texts, names, strict=True):
-        text.set_parse_math(False)
-        text.set_text(name)
-
-
-def printable(text: object) -> str:
-    """Return `text` in one line, with ? for characters that cannot be drawn or encoded."""
-    text = str(text).encode(errors="replace").decode()
-    return "".join(c if c.isprintable() else "?" for c in text)
-
-
-def run_label(name: str, most: int = 44) -> str:
-    """Shorten a name to at most `most` characters. Keeps the end, which tells runs apart."""
-    name = printable(name)
-    return name if len(name) <= most else f"{name[:8]}...{name[-(most - 11) :]}"
-
-
-def _curve(axis, x: np.ndarray, y: np.ndarray, i: int, exact: bool) -> bool:
-    """Draw the values of run number `i`. Return False if there are none."""
-    finite = np.isfinite(y)
-    x, y = x[finite], y[finite]
-    if not len(y):
-        return False
-    look = style(i)
-    if len(y) <= 40:  # few enough to see each point
-        axis.plot(x, y, marker="o", markersize=3, linewidth=1.4, **look)
-        return True
+def _draw(axis, curve: Curve) -> None:
+    """Draw the finite values of a curve."""
+    color, marker, dashes = curve.look
+    finite = np.isfinite(curve.y)
+    x, y = curve.x[finite], curve.y[finite]
+    line = {"color": color, "linestyle": (0, dashes) if dashes else "-", "linewidth": 1.8}
     middle, low, high, center = thinned(x, y)
-    if exact:
-        axis.plot(middle, center, linewidth=1.6, **look)
-        return True
+    every = max(1, len(middle) // 6)
+    if curve.exact:
+        axis.plot(middle, center, marker=marker, markersize=4.5, markevery=every, **line)
+        return
+    if len(y) <= 40:  # few enough to see each point
+        axis.plot(x, y, marker=marker, markersize=4.5, **line)
+        return
     if len(center) == len(y):
-        axis.plot(x, y, color=look["color"], alpha=0.25, linewidth=0.8)
+        axis.plot(x, y, color=color, alpha=0.3, linewidth=0.8)
     else:
-        axis.fill_between(middle, low, high, color=look["color"], alpha=0.2, linewidth=0)
-    axis.plot(middle, smooth(center), linewidth=1.6, **look)
-    return True
+        axis.fill_between(middle, low, high, color=color, alpha=0.2, linewidth=0)
+    axis.plot(middle, smooth(center), marker=marker, markersize=4.5, markevery=every, **line)
 
 
 def thinned(
@@ -254,34 +159,49 @@ def smooth(y: np.ndarray) -> np.ndarray:
     return y
 
 
-def _finish(axis, panel: Panel, label: str, unit: str) -> None:
-    for level, says in panel.levels.items():
-        axis.axhline(level, color="#b22222", linewidth=1, linestyle="--")
-        axis.text(
-            0.01,
-            level,
-            says,
-            transform=axis.get_yaxis_transform(),
-            va="bottom",
-            color="#b22222",
-            fontsize=8,
-        )
-        axis.set_ylim(bottom=0)
-    if panel.log_scale and all((line.get_ydata() > 0).all() for line in axis.lines):
-        axis.set_yscale("log")
-        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        axis.yaxis.set_minor_formatter(NullFormatter())
-    axis.set_xlabel(unit, fontsize=9, color=INK)
-    plain([axis.set_ylabel("?", fontsize=9, color=INK)], [printable(label)])
-    axis.tick_params(labelsize=8, colors=INK)
-    axis.grid(alpha=0.25)
-    axis.margins(x=0.02)
-    axis.spines[["top", "right"]].set_visible(False)
+def svg(figure: Figure, label: str, dots: float = 144) -> str:
+    """Return a picture as SVG inside HTML, as wide as the page gives it.
 
-
-def png(figure: Figure) -> str:
-    """Return the picture as a data URI."""
+    Args:
+        figure: the picture.
+        label: a text for readers who do not see it; no other picture of the page has it.
+        dots: resolution of its rasterized parts, per 72 pixels.
+    """
     file = io.BytesIO()
-    figure.savefig(file, format="png", facecolor="white")
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    none = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    # labels and salts of equal pictures differ, and with them the ids of their parts
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": label, **_FONTS}):
+        figure.savefig(file, format="svg", dpi=dots, metadata=none, transparent=True)
+    text = file.getvalue().decode()
+    text = re.sub(r"<(metadata|style)\b.*?</\1>", "", text[text.index("<svg") :], flags=re.S)
+    width, height = figure.get_size_inches() * 72
+    name = html.escape(printable(label))
+    head = f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{name}"'
+    head += ' stroke-linejoin="round"'
+    return head + ">" + text[text.index(">") + 1 :]
+
+
+_FONTS = {"font.family": ["DejaVu Sans", "sans-serif"]}
+
+
+def plain(texts, names) -> None:
+    """Set the strings of matplotlib's texts, without a special meaning of any character.
+
+    Otherwise matplotlib reads $ as mathematics, and hides labels that start with an underscore.
+    """
+    for text, name in zip(texts, names, strict=True):
+        text.set_parse_math(False)
+        text.set_text(name)
+
+
+def printable(text: object) -> str:
+    """Return `text` in one line, with ? for characters that cannot be drawn or encoded."""
+    text = str(text).encode(errors="replace").decode()
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
+def shortened(name: object, most: int = 44) -> str:
+    """Shorten a name to at most `most` characters. Keeps the end, which tells runs apart."""
+    name = printable(name)
+    start = min(8, most // 4)
+    return name if len(name) <= most else f"{name[:start]}...{name[start + 3 - most :]}"

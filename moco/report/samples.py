@@ -1,4 +1,4 @@
-"""Draw the sample of images whose features the report shows."""
+"""Draw the sample of images whose features the report shows, and compare their classes."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -40,25 +40,31 @@ class Sample:
     @property
     def map_text(self) -> str:
         """Return the caption of a map."""
-        classes = len(np.unique(self.points.labels))
+        classes = len(present(self.points))
         of = f"{classes} of {self.all_classes}" if classes < self.all_classes else f"{classes}"
         split = "val" if self.in_bank is None else "train"
         labels = f"of {of} classes" if self.points.labelled else "without labels"
-        return (
-            f"{len(self.points)} {split} images {labels}, by t-SNE of their features. "
-            "Distances between groups mean little."
-        )
+        return f"{len(self.points)} {split} images {labels}"
 
     @property
     def neighbours_text(self) -> str:
         """Return the caption of a picture of neighbours."""
         left, other = ("val", "") if self.in_bank is None else ("training", "other ")
-        text = f"Left: {left} images. Right: for each, the nearest {other}training images and "
-        text += f"their cosine similarity, out of {len(self.bank)} images"
+        text = f"Left: random {left} images. Right: for each, the nearest {other}training images "
+        text += f"and their cosine similarity, out of {len(self.bank)} images"
         if not self.bank.labelled:
             return f"{text}."
-        text += " of the map's classes. A green frame is the same class; a red frame and x, "
-        return f"{text}another class."
+        same = "share a class" if self.bank.multi_label else "the same class"
+        other = "share none" if self.bank.multi_label else "another class, which is named"
+        text += f" of the map's classes. ✓ and a solid frame: {same}. "
+        return f"{text}✗ and a dashed frame: {other}."
+
+    def same_class(self, query: int, indices: np.ndarray) -> np.ndarray:
+        """Return whether each image of the bank shares a class with image `query` of `points`."""
+        mine, others = self.points.labels[query], self.bank.labels[indices]
+        if not self.points.multi_label:
+            return others == mine
+        return ((others == 1) & (mine == 1)).any(1)
 
 
 @cache
@@ -86,7 +92,7 @@ def draw(
     if registry.has_test_images(dataset, data, file_list):
         val = registry.test_images(dataset, data, class_list)
     rng = np.random.default_rng(seed)
-    there = np.unique((train if val is None else val).labels)
+    there = present(train if val is None else val)
     classes = there[np.linspace(0, len(there) - 1, min(CLASSES, len(there))).round().astype(int)]
     bank, in_bank = _some_of(train, classes, images, rng), None
     if val is None:
@@ -94,22 +100,48 @@ def draw(
         points = bank.subset(in_bank)
     else:
         points = _some_of(val, classes, POINTS, rng)
-    return Sample(bank, points, _queries(points, classes), len(there), in_bank)
+    return Sample(bank, points, _queries(points, classes, rng), len(there), in_bank)
+
+
+def present(images: Images) -> np.ndarray:
+    """Return the classes that some image shows, in ascending order."""
+    if images.multi_label:
+        return np.flatnonzero((images.labels == 1).any(0))
+    return np.unique(images.labels)
+
+
+def single_class(images: Images) -> np.ndarray:
+    """Return the class of each image [N]; -1 if it shows several or none."""
+    if not images.multi_label:
+        return images.labels
+    shown = images.labels == 1
+    return np.where(shown.sum(1) == 1, shown.argmax(1), -1)
+
+
+def names_of_classes(images: Images, i: int) -> str:
+    """Return the names of the classes that image `i` shows, or its name if it has no label."""
+    if not images.labelled:
+        return images.name(i)
+    if not images.multi_label:
+        return images.classes[images.labels[i]]
+    return ", ".join(images.classes[label] for label in np.flatnonzero(images.labels[i] == 1))
 
 
 def _some_of(part: Images, classes: np.ndarray, most: int, rng: np.random.Generator) -> Images:
     """Return at most `most` random images of the given classes."""
-    indices = rng.permutation(np.flatnonzero(np.isin(part.labels, classes)))[:most]
+    if part.multi_label:
+        wanted = (part.labels[:, classes] == 1).any(1)
+    else:
+        wanted = np.isin(part.labels, classes)
+    indices = rng.permutation(np.flatnonzero(wanted))[:most]
     return part.subset(np.sort(indices))
 
 
-def _queries(points: Images, classes: np.ndarray) -> np.ndarray:
-    """Return the indices of `QUERIES` images, of as many classes as possible."""
-    if len(classes) == 1:
-        return np.unique(np.linspace(0, len(points) - 1, QUERIES).round().astype(int))
-    one_each = [np.flatnonzero(points.labels == label)[:QUERIES] for label in classes]
-    # the first image of each class, then the second of each, ...
+def _queries(points: Images, classes: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Return the indices of `QUERIES` random images, of as many classes as possible."""
+    order = rng.permutation(len(points))
+    labels = single_class(points)[order]
+    one_each = [order[labels == label][:QUERIES] for label in rng.permutation(classes)]
+    # an image of each class, then a second one of each, ..., then those of several classes
     turns = [found[turn] for turn in range(QUERIES) for found in one_each if turn < len(found)]
-    count = min(len(turns), max(QUERIES, sum(len(found) > 0 for found in one_each)))
-    chosen = np.linspace(0, count - 1, min(QUERIES, count)).round().astype(int)
-    return np.array(turns)[chosen]
+    return np.array([*turns, *order[labels < 0]], dtype=int)[:QUERIES]

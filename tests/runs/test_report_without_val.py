@@ -14,10 +14,10 @@ from folder_helpers import error_message
 
 from moco.data import registry
 from moco.encoder.resnets import resnet
-from moco.report import pictures, samples
+from moco.report import pictures, samples, thumbnails
 from moco.report.page import write
 
-PANELS = ("Loss", "run: recipe mocov2", "Images of {}", "run")
+PANELS = ["Loss", "Recipe mocov2", "run", "random resnet18", "run"]
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +50,8 @@ def text_of_page(folder, data, **options):
     torch.save({"state_dict": weights}, run / "checkpoint_0000.pth.tar")
     write([run], folder / "page.html")
     page = unescape((folder / "page.html").read_text())
-    assert re.findall("<h3>(.*?)</h3>", page) == [one.format(data.name) for one in PANELS]
-    assert '<p class="absent">' not in page and page.count("<img") == len(PANELS)
+    assert re.findall("<h4>(.*?)</h4>", page) == PANELS
+    assert '<p class="absent">' not in page
     return page
 
 
@@ -67,9 +67,9 @@ def test_every_panel_is_there(name, layouts, tmp_path):
     labels = "without labels" if name in ("flat", "list") else "of 3 classes"
     count = "15 val" if name == "classes" else "18 train"
     assert f"{count} images {labels}, by t-SNE" in page
-    assert ("Left: val images." in page) == (name == "classes")
-    assert ("Left: training images." in page) == (name != "classes")
-    assert ("A green frame is the same class" in page) == (labels != "without labels")
+    assert ("Left: random val images." in page) == (name == "classes")
+    assert ("Left: random training images." in page) == (name != "classes")
+    assert ("✓ and a solid frame: the same class" in page) == (labels != "without labels")
 
 
 def random_features(n):
@@ -87,7 +87,7 @@ def sample_of(data, file_list=None, images=2000):
 def test_an_image_is_not_its_own_neighbour(name, images, layouts):
     of = sample_of(layouts / name, images=images)
     bank = random_features(len(of.bank))
-    similarity, indices = pictures._nearest_others(of, bank, bank[of.in_bank])
+    similarity, indices = pictures.nearest_others(of, bank, bank[of.in_bank])
     own = of.in_bank[of.queries]
     others = min(6, len(bank) - 1)
     assert indices.shape == (len(own), others) and not (indices == own[:, None]).any()
@@ -99,7 +99,7 @@ def test_an_image_is_not_its_own_neighbour(name, images, layouts):
 def test_copies_of_an_image_are_its_neighbours(layouts):
     of = sample_of(layouts / "flat")
     bank = torch.ones(len(of.bank), 1)  # a collapsed encoder: all similarities are equal
-    similarity, indices = pictures._nearest_others(of, bank, bank[of.in_bank])
+    similarity, indices = pictures.nearest_others(of, bank, bank[of.in_bank])
     assert (similarity == 1).all() and indices.shape == (8, 6)
     assert not (indices == torch.from_numpy(of.in_bank[of.queries])[:, None]).any()
     assert all(len(set(row)) == 6 for row in indices.tolist())
@@ -107,7 +107,7 @@ def test_copies_of_an_image_are_its_neighbours(layouts):
 
 def test_a_single_image_has_no_neighbours(layouts):
     of = sample_of(layouts / "flat", images=1)
-    message = error_message(pictures._nearest_others, of, torch.ones(1, 1), torch.ones(1, 1))
+    message = error_message(pictures.nearest_others, of, torch.ones(1, 1), torch.ones(1, 1))
     assert message == "1 image is too few for neighbours"
 
 
@@ -126,35 +126,35 @@ def test_neighbours_are_compared_with_val_if_there_are_labelled_images(layouts):
     of = sample_of(layouts / "classes")
     assert of.in_bank is None and len(of.points) == 15 and of.counts == "18 train and 15 val images"
     bank, points = random_features(18), random_features(15)
-    similarity, _ = pictures._nearest_others(of, bank, points)
+    similarity, _ = pictures.nearest_others(of, bank, points)
     assert torch.allclose(similarity, (points[of.queries] @ bank.T).topk(6).values)
 
 
-def frames(figure):
-    """Return the colours of the frames of a figure's axes."""
-    return {
-        axis.spines["left"].get_edgecolor()
-        for axis in figure.axes
-        if axis.images  # others are empty
-    }
-
-
-def test_frames_show_classes_only_if_there_are_labels(layouts):
-    for name, colours in (("train_only", 3), ("flat", 1)):
+def test_frames_and_signs_show_classes_only_if_there_are_labels(layouts):
+    for name, labelled in (("train_only", True), ("flat", False)):
         of = sample_of(layouts / name)
         bank = random_features(len(of.bank))
-        figure = pictures.neighbours(of, bank, bank[of.in_bank], 16)
-        assert len(frames(figure)) == colours  # of the query, a right and a wrong neighbour
-        titles = [axis.get_title() for axis in figure.axes]
-        assert any(title.endswith(" x") for title in titles) == (name == "train_only")
+        similarity, indices = pictures.nearest_others(of, bank, bank[of.in_bank])
+        page = thumbnails.neighbours(of, similarity, indices)
+        right = sum(
+            of.bank.labels[i] == of.points.labels[q]
+            for q, near in zip(of.queries, indices.tolist(), strict=True)
+            for i in near
+        )
+        wrong = indices.numel() - right
+        assert right and bool(wrong) == labelled
+        assert page.count("<img") == indices.numel() + len(of.queries)
+        assert page.count('class="hit right"') == page.count("✓") == right * labelled
+        assert page.count('class="hit wrong"') == page.count("✗") == wrong * labelled
+        counted = f"{right} of {indices.numel()} neighbours are of the class of their image."
+        assert thumbnails.right_of(of, indices) == counted * labelled
 
 
-def test_the_map_has_a_legend_only_if_there_are_labels(layouts):
-    for name, dots in (("train_only", 3), ("flat", 1)):
-        of = sample_of(layouts / name)
-        figure = pictures.feature_map(of.points, {"run": random_features(len(of.points))})
-        assert len(figure.axes[0].collections) == dots
-        assert len(figure.legends) == (name == "train_only")
+def test_queries_are_random_and_of_different_classes(layouts):
+    drawn = [samples.draw("imagenet", str(layouts / "classes"), None, None, 9, i) for i in range(6)]
+    for of in drawn:
+        assert len(set(of.points.labels[of.queries[:3]])) == 3 and len(set(of.queries)) == 8
+    assert len({tuple(of.queries) for of in drawn}) > 3
 
 
 @pytest.mark.parametrize(

@@ -109,6 +109,7 @@ WRITES = {
     "tools/export.py": "a temporary folder, then creating",
     "moco/encoder/exported.py": "tensors in memory",
     "moco/report/plots.py": "a picture in memory",
+    "tools/pictures.py": "check_new, then creating",
     "tools/demo.py": "a folder that new_folder has made",
     "detection/convert-pretrain-to-detectron2.py": "creating",
     "detection/train_net.py": "OUTPUT_DIR, after take",

@@ -83,8 +83,9 @@ def test_metrics_are_those_of_the_queue_with_and_without_synthetic_negatives():
     ((_, _, moco),) = run(build(T=0.07), 1)
     ((_, _, synco),) = run(build(SynCo, synthetic=Schedule(ALL_SIX), T=0.07), 1)
     assert {name: m.item() for name, m in moco.items()} == {
-        name: m.item() for name, m in synco.items()
+        name: m.item() for name, m in synco.items() if name in moco
     }
+    assert synco.keys() - moco.keys() == {f"hardness_{one.name}" for one in synthetic.TYPES}
     assert 0 < moco["acc5"] <= 1 and moco["acc1"] <= moco["acc5"]
 
 

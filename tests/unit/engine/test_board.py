@@ -31,8 +31,11 @@ def events(folder: Path) -> EventAccumulator:
     ("group", "names"),
     [
         ("loss", "loss acc1 acc5 cosine"),
-        ("optim", "lr grad_encoder grad_predictor"),
-        ("features", "hardness alignment uniformity feature_std u fn_found fn_precision loss2"),
+        ("optim", "lr momentum grad_encoder grad_predictor"),
+        (
+            "features",
+            "hardness hardness_mixup alignment uniformity feature_std u fn_precision loss2",
+        ),
         ("eval", "knn knn_gain val_acc1 val_acc1_lr30 val_best_lr probe_acc1"),
         ("time", "data_wait epoch"),
     ],

@@ -2,8 +2,10 @@
 
 import json
 import os
+import sys
 
 import pytest
+import torch
 
 from moco.config import Pretraining, replaced
 from moco.engine import record, run_folder
@@ -105,3 +107,18 @@ def test_a_record_that_cannot_be_written_does_not_end_the_run(tmp_path):
     with run_folder.claim(config(tmp_path), False, True):
         record.add(tmp_path, steps=3)
         assert record.read(tmp_path) == {}
+
+
+def test_the_record_has_the_command_the_versions_and_the_first_start(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/x/main_synco.py", "--save-dir", "a b", "DIR"])
+    with run_folder.claim(config(tmp_path), False, True):
+        (tmp_path / "log.jsonl").write_text("{}\n")
+    found = record.read(tmp_path)
+    assert found["command"] == "python main_synco.py --save-dir 'a b' DIR"
+    assert found["versions"]["torch"] == torch.__version__
+    assert {"python", "torchvision", "timm"} <= found["versions"].keys()
+    assert found["first_began"] == found["began"]
+    with run_folder.claim(config(tmp_path, resume="auto"), True, True):
+        pass
+    resumed = record.read(tmp_path)
+    assert resumed["first_began"] == found["began"] < resumed["began"]

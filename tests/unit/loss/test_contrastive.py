@@ -16,6 +16,7 @@ from moco.loss.contrastive import (
     feature_statistics,
     info_nce,
     normalize,
+    synthetic_hardness,
 )
 from moco.loss.hardest import hardest
 
@@ -225,3 +226,22 @@ def test_feature_statistics_tell_a_collapse_from_features_all_over_the_sphere():
     assert float(point["feature_std"]) == pytest.approx(0, abs=1e-6) and float(
         point["uniformity"]
     ) == pytest.approx(0, abs=1e-5)
+
+
+def test_the_hardness_of_each_type_is_the_mean_similarity_to_its_negatives():
+    generator = torch.Generator().manual_seed(int(torch.randint(1 << 30, ())))
+    options = {"generator": generator, "dtype": torch.float64}
+    q = normalize(torch.randn(QUERIES, 8, **options))
+    bank = normalize(torch.randn(32, 8, **options))
+    similarity = q @ bank.T
+    config = synthetic.Synthetic(n_hard=5, counts=(2, 0, 3, 1, 0, 4))
+    draws = synthetic.draw(config, *q.shape, generator, q.dtype)
+    hard = hardest(similarity, 5)
+    mixture = synthetic.mix(q, bank, similarity, hard, config, draws)
+    found = synthetic_hardness(mixture)
+    all_types = synthetic.similarities(q, bank, similarity, hard, config, draws)
+    names = ("interpolated", "mixup", "noise", "adversarial")
+    assert list(found) == [f"hardness_{name}" for name in names]
+    for value, part in zip(found.values(), all_types.split([2, 3, 1, 4], 1), strict=True):
+        assert float(value) == pytest.approx(float(part.mean()))
+    assert synthetic_hardness(None) == {}
