@@ -9,7 +9,6 @@ import moco as _first  # noqa: F401 (before torch: sets how its threads wait)
 
 # isort: split
 from dataclasses import dataclass, fields
-from typing import ClassVar
 
 import torch
 
@@ -46,7 +45,6 @@ class Run(sections.Run):
 class Config(config.Pretraining):
     """The settings of this script."""
 
-    SCHEDULED: ClassVar[bool] = True  # the target's momentum rises until the last step
     run: Run = Run()
     input: sections.Input = sections.Input(batch_size=128, batch_is_per_process=True)
     views: sections.Views = sections.Views(recipe="byol")
@@ -70,6 +68,11 @@ class Config(config.Pretraining):
     synthetic: moby.Synthetics = moby.Synthetics(
         n_hard=256, sigma=0.1, **dict.fromkeys(COUNTS, 128)
     )
+
+    @property
+    def depends_on_epochs(self) -> bool:
+        """Return True: the target's momentum rises until the last step."""
+        return True
 
 
 def parser() -> Parser:

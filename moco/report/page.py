@@ -164,6 +164,8 @@ def _facts(run: Run) -> list[object]:
 
 def _batch(args: dict) -> str:
     sizes = [args.get(name, 1) for name in ("batch_size", "nodes", "accumulation_steps")]
+    if args.get("batch_is_of_all_nodes"):
+        sizes[1] = 1
     if not all(isinstance(size, int) for size in sizes) or "batch_size" not in args:
         return ""
     if args.get("batch_is_per_process"):
