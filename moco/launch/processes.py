@@ -125,13 +125,12 @@ def batch_per_process(input: Input, processes: int, nodes: int = 1) -> int:
     """
     if input.batch_is_per_process:
         return input.batch_size
-    of = "this node"
+    of = "processes of this node"
     if input.batch_is_of_all_nodes:
-        processes, of = processes * nodes, "all nodes"
+        processes, of = processes * nodes, "processes of all nodes"
     if input.batch_size < processes:
         raise InputError(
-            f"--batch-size {input.batch_size} is smaller than the {processes} processes of {of}; "
-            "raise it"
+            f"--batch-size {input.batch_size} is smaller than the {processes} {of}; raise it"
         )
     return input.batch_size // processes
 

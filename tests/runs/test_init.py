@@ -121,7 +121,9 @@ def test_heads_start_from_a_file_that_has_them(name, started, tmp_path):
     torch.save({"state_dict": state}, tmp_path / "x.pth")
     out, task = started(METHODS[name].script, *words, "--init", tmp_path / "x.pth")
     matched = "; ".join(f"the head {head} matched, too" for head in heads_of(name, arch))
-    assert f"; {matched}\n" in out and re.search(r"(encoder_k|momentum_encoder)\.\*\); the head", out)
+    assert f"; {matched}\n" in out and re.search(
+        r"(encoder_k|momentum_encoder)\.\*\); the head", out
+    )
     for key, parameter in task.module.named_parameters():
         if parameter.requires_grad:
             assert torch.equal(parameter, state[f"module.{key}"]), key
