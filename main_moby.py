@@ -97,24 +97,22 @@ def complete(c: Config) -> Config:
         moby.check_synthetic(c.synthetic, c.contrast)
     # create the networks once, so that impossible settings are errors before processes start
     for drop_path in {c.networks.online_drop_path, c.networks.target_drop_path}:
-        freeze = c.networks.stop_grad_conv1
-        moby.create_encoder(c.network, c.views.image_size, drop_path, out=1, freeze_stem=freeze)
+        moby.create_encoder(c.network, c.views.image_size, drop_path, 1, c.networks.stop_grad_conv1)
     pretrain.check_views(c)
     return pretrain.complete(c)
 
 
 def build(c: Config) -> OnlineAndTarget:
-    size = c.views.image_size
-    return moby.create_method(c.run.method, c.network, size, c.networks, c.contrast, c.synthetic)
+    parts = (c.network, c.views.image_size, c.networks, c.contrast, c.synthetic)
+    return moby.create_method(c.run.method, *parts)
 
 
 def worker(c: Config, device: torch.device) -> None:
     if c.run.method == "synco":
         for line in moby.synthetic_notes(c.synthetic, c.contrast, c.optimizer.epochs):
             print_rank0(line)
-    print_rank0(
-        f"target momentum {c.networks.moco_m:g} at the start, 1 after the last step (--moco-m)"
-    )
+    m = c.networks.moco_m
+    print_rank0(f"target momentum {m:g} at the start, 1 after the last step (--moco-m)")
     pretrain.train(c, device, lambda images: build(c))
 
 

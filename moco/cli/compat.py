@@ -95,8 +95,8 @@ _ADVICE = {
         "no counterpart here: --seed fixes weights, order and views; leave it out"
     ),
     "moco-m-cos": (
-        "for MoCo v3, use main_mocov3.py; main_moby.py's momentum always rises to 1, the others' is "
-        "constant; leave it out"
+        "for MoCo v3, use main_mocov3.py; main_moby.py's momentum always rises to 1, the others' "
+        "is constant; leave it out"
     ),
     "mixup cutmix smoothing label-smoothing reprob": "no counterpart here; leave it out",
     "mask-ratio norm-pix-loss norm-last-layer": _METHOD,

@@ -1,6 +1,7 @@
 """MoCo v3: its loss against a slow version on one and two ranks, and its authors' checkpoints."""
 
 import re
+from itertools import pairwise
 
 import pytest
 import torch
@@ -159,7 +160,7 @@ def norm(name, width, affine=True):
 def mlp(name, widths, last_norm):
     """Return those of a head: linear layers without bias, each followed by batch norm and ReLU."""
     shapes, index = {}, 0
-    for width, out in zip(widths, widths[1:], strict=False):
+    for width, out in pairwise(widths):
         shapes[f"{name}.{index}.weight"] = (out, width)
         last = index // 3 == len(widths) - 2
         if not last or last_norm:

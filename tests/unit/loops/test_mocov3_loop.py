@@ -4,6 +4,7 @@ Both are in float64.
 """
 
 import math
+from itertools import pairwise
 
 import pytest
 import timm
@@ -42,7 +43,7 @@ def recorded(tmp_path_factory):
 def mlp(*widths):
     """Return linear layers without bias, with batch norm and ReLU between them."""
     layers = []
-    for width, out in zip(widths, widths[1:], strict=False):
+    for width, out in pairwise(widths):
         layers += [nn.Linear(width, out, bias=False), nn.BatchNorm1d(out), nn.ReLU()]
     return layers[:-2]
 
