@@ -9,7 +9,6 @@ import moco as _first  # noqa: F401 (before torch: sets how its threads wait)
 
 # isort: split
 from dataclasses import dataclass, fields
-from typing import ClassVar
 
 import torch
 
@@ -46,7 +45,6 @@ class Run(sections.Run):
 class Config(config.Pretraining):
     """The settings of this script."""
 
-    SCHEDULED: ClassVar[bool] = True  # the target's momentum rises until the last step
     run: Run = Run()
     input: sections.Input = sections.Input(batch_size=128, batch_is_per_process=True)
     views: sections.Views = sections.Views(recipe="byol")
@@ -71,6 +69,11 @@ class Config(config.Pretraining):
         n_hard=256, sigma=0.1, **dict.fromkeys(COUNTS, 128)
     )
 
+    @property
+    def depends_on_epochs(self) -> bool:
+        """Return True: the target's momentum rises until the last step."""
+        return True
+
 
 def parser() -> Parser:
     p = Parser(__doc__, Config())
@@ -94,15 +97,14 @@ def complete(c: Config) -> Config:
         moby.synco_v2(c.synthetic, c.contrast)  # so that wrong settings are errors here
     # create the networks once, so that impossible settings are errors before processes start
     for drop_path in {c.networks.online_drop_path, c.networks.target_drop_path}:
-        freeze = c.networks.stop_grad_conv1
-        moby.create_encoder(c.network, c.views.image_size, drop_path, out=1, freeze_stem=freeze)
+        moby.create_encoder(c.network, c.views.image_size, drop_path, 1, c.networks.stop_grad_conv1)
     pretrain.check_views(c)
     return pretrain.complete(c)
 
 
 def build(c: Config) -> OnlineAndTarget:
-    size = c.views.image_size
-    return moby.create_method(c.run.method, c.network, size, c.networks, c.contrast, c.synthetic)
+    parts = (c.network, c.views.image_size, c.networks, c.contrast, c.synthetic)
+    return moby.create_method(c.run.method, *parts)
 
 
 def worker(c: Config, device: torch.device) -> None:
@@ -110,9 +112,8 @@ def worker(c: Config, device: torch.device) -> None:
         negatives = moby.synco_v2(c.synthetic, c.contrast)
         for line in notes(negatives, "--synthetic-first", "MoBY", c.optimizer.epochs):
             print_rank0(line)
-    print_rank0(
-        f"target momentum {c.networks.moco_m:g} at the start, 1 after the last step (--moco-m)"
-    )
+    m = c.networks.moco_m
+    print_rank0(f"target momentum {m:g} at the start, 1 after the last step (--moco-m)")
     pretrain.train(c, device, lambda images: build(c))
 
 

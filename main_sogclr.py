@@ -61,6 +61,11 @@ class Config(config.Pretraining):
     head: Head = Head()
     temperatures: Temperatures = Temperatures()
 
+    @property
+    def depends_on_epochs(self) -> bool:
+        """Return whether --anneal divides the epochs of the run."""
+        return self.contrast.anneal is not None
+
 
 def parser() -> Parser:
     p = Parser(__doc__, Config())

@@ -57,6 +57,11 @@ class Config(config.Pretraining):
     objective: objectives.Settings = objectives.Settings()
     synthetic: Synthetics = Synthetics()
 
+    @property
+    def depends_on_epochs(self) -> bool:
+        """Return whether --anneal divides the epochs of the run."""
+        return self.objective.anneal is not None
+
 
 def parser() -> Parser:
     p = Parser(__doc__, Config())

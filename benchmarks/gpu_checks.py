@@ -43,7 +43,7 @@ def method(
 ) -> Method:
     """Build a method with a small smooth network, with the same weights on any device."""
     script, options = TRIED[name]
-    size = setup.size(64, 32 if script == "main_moby" else 16)  # patches of 16 pixels
+    size = setup.size(64, 32 if "-a test_vit" in options else 16)  # patches of 16 pixels
     common = f"-a resnet18 --image-size {size} -b {setup.size(32, 8)} --epochs 20 --amp {amp}"
     found = Method(script, f"{common} {options} {more}".split(), setup, device, contiguous)
     smooth(found.module)

@@ -3,7 +3,7 @@
 
 The evaluations are k-NN, the linear probe, and fine-tuning on 10 % of the labels. The figures are
 top-1 on val, as medians over the seeds; `seconds` is the time of pre-training. ResNets train as
-long as in the demo; the methods of main_moby.py train timm's smallest ViT.
+long as in the demo; the methods with `-a test_vit` in the registry train timm's smallest ViT.
 
 Fine-tuning is short, to show the effect of a few steps on few labels. Colour separates these
 classes, so a random encoder learns them, too, in 60 epochs.
@@ -94,7 +94,7 @@ def main() -> None:
 
 def network(method: str) -> Network:
     """Return the network that a method trains."""
-    return VIT if METHODS[method].script == "main_moby" else RESNET
+    return VIT if f"-a {VIT.arch}" in METHODS[method].tiny else RESNET
 
 
 def pretrain(args: argparse.Namespace, seed: int, method: str, folder: Path) -> float:

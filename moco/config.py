@@ -84,22 +84,17 @@ class Config:
 
 @dataclass(frozen=True)
 class Training(Config):
-    """The settings of a run that trains.
-
-    Attributes:
-        SCHEDULED: whether the script's methods always depend on --epochs.
-    """
+    """The settings of a run that trains."""
 
     TRAINS: ClassVar[bool] = True
-    SCHEDULED: ClassVar[bool] = False
 
     optimizer: Schedule = Optimizer()
     log: Log = Log()
 
     @property
-    def scheduled(self) -> bool:
-        """Return whether the method itself depends on --epochs in this run."""
-        return self.SCHEDULED or flat(self).get("anneal") is not None
+    def depends_on_epochs(self) -> bool:
+        """Return whether the method itself depends on --epochs, whatever the learning rate does."""
+        return False
 
 
 @dataclass(frozen=True)

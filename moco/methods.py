@@ -46,6 +46,10 @@ _PHOTOS_SIMCLR = "--batch-size 32 --mlp-dim 512 --save-every 1000"
 # a run has few steps, so the learning rate is higher and there is no stochastic depth
 _PHOTOS_VIT = "--batch-size 32 --mlp-dim 512 --lr-warmup-epochs 1 --online-drop-path 0"
 _PHOTOS_VIT += " --save-every 1000"
+# heads of MoCo v3 for tests
+_MOCOV3 = "--moco-dim 64 --moco-mlp-dim 64 --moco-m-cos"
+_PHOTOS_MOCOV3 = "--batch-size 32 --moco-mlp-dim 512 --moco-m-cos --lr-warmup-epochs 1"
+_PHOTOS_MOCOV3 += " --save-every 1000"
 _PHOTOS_MOBY = f"{_PHOTOS_VIT} --lr 0.004 --queue 512"
 
 METHODS = {
@@ -185,6 +189,24 @@ METHODS = {
             recipe="byol_swin_tiny.yaml",
             protocol="moby",
         ),
+        Method(
+            name="mocov3",
+            script="main_mocov3",
+            tiny=_MOCOV3,
+            photos=f"{_PHOTOS_MOCOV3} --crop-min 0.2",
+            recipe="mocov3_r50_100.yaml",
+            protocol="mocov3",
+        ),
+        Method(
+            name="mocov3-vit",
+            script="main_mocov3",
+            tiny=f"-a test_vit --optimizer adamw --wd 0.1 --stop-grad-conv1 {_MOCOV3}",
+            photos=f"{_PHOTOS_MOCOV3} --optimizer adamw --lr 0.004 --wd 0.1 --stop-grad-conv1"
+            " --moco-t 0.2",
+            recipe="mocov3_vit_small.yaml",
+            protocol="mocov3",
+            saved="mocov3",
+        ),
     )
 }
 
@@ -198,6 +220,7 @@ class Protocol:
         script: the evaluation script, without .py.
         recipe: the recipe of the settings, in configs/; "" for the script's defaults.
         options: values of options with which this recipe applies; {} if it applies to all others.
+        transformers: whether this recipe applies to transformers alone.
         every_gpu: whether it starts a process on every visible GPU by default.
         unless: options of another evaluation: if the command line has one of them, the checkpoint's
             method does not select this protocol.
@@ -207,6 +230,7 @@ class Protocol:
     script: str
     recipe: str = ""
     options: Mapping[str, object] = field(default_factory=dict)
+    transformers: bool = False
     every_gpu: bool = False
     unless: tuple[str, ...] = ()
 
@@ -226,6 +250,8 @@ PROTOCOLS = (
     Protocol("moby", "main_lincls", "finetune_moby.yaml", {"weights": "finetune"}),
     Protocol("moby", "main_lincls", "lincls_moby.yaml"),
     Protocol("sogclr", "main_lincls", "lincls_sogclr.yaml"),
+    Protocol("mocov3", "main_lincls", "lincls_mocov3_vit.yaml", transformers=True),
+    Protocol("mocov3", "main_lincls", "lincls_mocov3.yaml"),
     Protocol("synco", "main_semisup"),
     Protocol("fnc", "main_semisup", "semisup_fnc_1pct.yaml", {"train_percent": 1}),
     Protocol("fnc", "main_semisup", "semisup_fnc_10pct.yaml", {"train_percent": 10}),

@@ -70,7 +70,7 @@ class Input(Decoding):
     """The images of a run, and how they are decoded and loaded."""
 
     TITLE: ClassVar[str] = "images"
-    batch_size: int = option(256, "images in one pass {of}", "-b", range="[1, 1048576]")
+    batch_size: int = option(256, "images in one pass {batch_of}", "-b", range="[1, 1048576]")
     workers: int | None = option(
         None,
         "loader processes {of}",
@@ -96,6 +96,7 @@ class Input(Decoding):
     dataset: str = option("imagenet", "data set in DIR: {datasets}", metavar="NAME")
     download: bool = option(False, "download the data set to DIR first", switch=False)
     batch_is_per_process: bool = False  # whether batch_size and workers count for each process
+    batch_is_of_all_nodes: bool = False  # whether batch_size counts for all nodes together
     batch_per_process: int = 0  # set by the launch
     nodes: int = 1  # set by the launch
 

@@ -50,7 +50,13 @@ def settings(path):
     return yaml.safe_load(path.read_text())
 
 
-RECIPES = sorted(ROOT.glob("configs/*_vit_*.yaml")) + sorted(ROOT.glob("configs/*_swin_*.yaml"))
+# the recipes of main_moby.py
+RECIPES = [
+    path
+    for family in ("vit", "swin")
+    for path in sorted(ROOT.glob(f"configs/*_{family}_*.yaml"))
+    if "method" in settings(path)
+]
 
 
 def to_moby_name(name):

@@ -94,6 +94,23 @@ def moby_probe(weights: str, **more: object) -> Expected:
     return Expected("main_lincls", 4, 512, 100, rates, "moby", "moby", more, 4, images)
 
 
+def mocov3(epochs: int, base_lr: float, batch: int, warmup: int, **more: object) -> Expected:
+    """Return the settings of MoCo v3's pre-training."""
+    rates = {"lr": cosine_by_step(base_lr * batch / 256, warmup)}
+    return Expected("main_mocov3", 8, batch, epochs, rates, more=MOCOV3_MORE | more)
+
+
+def mocov3_probe(base_lr: float) -> Expected:
+    rates = {"lr": cosine_by_epoch(base_lr * 1024 / 256)}
+    more = {"wd": [0.0], "weights": "freeze", "momentum": 0.9}
+    return Expected("main_lincls", 8, 1024, 90, rates, "mocov3", "mocov3", more)
+
+
+MOCOV3_MORE = {"moco_m": 0.99, "moco_m_cos": True, "moco_dim": 256, "moco_mlp_dim": 4096}
+MOCOV3_R50 = {"optimizer": "lars", "momentum": 0.9, "crop_min": 0.2, "moco_t": 1.0, "wd": 1e-6}
+MOCOV3_VIT = {"optimizer": "adamw", "wd": 0.1, "moco_t": 0.2, "stop_grad_conv1": True}
+MOCOV3_VIT |= {"recipe": "byol", "crop_min": None}  # .08, the recipe's
+
 EXPECTED = {
     ("MoCo", "MoCo v1"): Expected(
         "main_synco", 8, 256, 200, {"lr": drops(0.03, 120, 160)}, more={"mlp": False}
@@ -171,6 +188,17 @@ EXPECTED = {
     ("SynCo-v2, MoBY and BYOL", "fine-tuning on CIFAR-10"): moby_probe(
         "finetune", dataset="cifar10", data="./data", download=True
     ),
+    ("MoCo v3", "ResNet-50, 100 epochs"): mocov3(100, 0.6, 4096, 10, **MOCOV3_R50),
+    ("MoCo v3", "ResNet-50, 300 epochs"): mocov3(300, 0.3, 4096, 10, **MOCOV3_R50),
+    ("MoCo v3", "ResNet-50, 1000 epochs"): mocov3(
+        1000, 0.3, 4096, 10, **MOCOV3_R50 | {"moco_m": 0.996, "wd": 1.5e-6}
+    ),
+    ("MoCo v3", "ViT-small, batch 1024"): mocov3(
+        300, 1.5e-4, 1024, 40, **MOCOV3_VIT, arch="vit_small"
+    ),
+    ("MoCo v3", "ViT-base"): mocov3(300, 1.5e-4, 4096, 40, **MOCOV3_VIT, arch="vit_base"),
+    ("MoCo v3", "linear, ResNet-50"): mocov3_probe(0.1),
+    ("MoCo v3", "linear, ViT-small"): mocov3_probe(3),
 }
 
 

@@ -80,6 +80,14 @@ def rising_momentum(m: float) -> Formula:
     return lambda s, n, E: 1 - (1 - m) * (1 + math.cos(math.pi * (s + 1) / (n * E))) / 2
 
 
+def authors_momentum(m: float) -> Formula:
+    """MoCo v3: m at the start of the run, 1 at its end, for the update before the keys of step s.
+
+    The update after step s is that before step s + 1.
+    """
+    return lambda s, n, E: 1 - 0.5 * (1 + math.cos(math.pi * ((s + 1) / n) / E)) * (1 - m)
+
+
 def in_epochs(first: int, last: int, *counts: int) -> dict[str, Formula]:
     """Return the number of synthetic negatives of each type, in the epochs first .. last - 1."""
 

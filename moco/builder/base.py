@@ -76,7 +76,8 @@ class Method(nn.Module, ABC):
             lr: initial learning rate.
             wd: weight decay.
 
-        A group with `"scheduled": False` keeps its learning rate for the full run.
+        A group with `"scheduled": False` keeps its learning rate for the full run. In a group with
+        `"decay_all": True`, AdamW also decays biases and the scales of norm layers.
         """
         params = [p for p in self.parameters() if p.requires_grad]
         return [{"params": params, "lr": lr, "weight_decay": wd}]
@@ -201,6 +202,16 @@ def enqueue(queue: Tensor, pointer: Tensor, keys: Tensor) -> Tensor:
     return indices
 
 
+def rising_momentum(m: float, progress: Progress) -> float:
+    """Return a momentum that rises from `m` along a half cosine, to 1 after the last step.
+
+    It is that of the update after the step at `progress`: as in the code of MoBY and MoCo v3, the
+    cosine counts the steps that are done, this one included.
+    """
+    passed = (progress.step + 1) / (progress.steps_per_epoch * progress.epochs)
+    return 1 - (1 - m) * (1 + math.cos(math.pi * passed)) / 2
+
+
 class OnlineAndTarget(Method):
     """A method with an online network that trains, and a target network that follows it.
 
@@ -290,13 +301,8 @@ class OnlineAndTarget(Method):
         self.projector_k.load_state_dict(self.projector.state_dict())
 
     def momentum(self) -> float:
-        """Return the target's momentum after the current step, in [m, 1] (BYOL, section 3.3).
-
-        As in MoBY's code, the half cosine counts the steps that are done, this one included.
-        """
-        steps = self._progress.steps_per_epoch * self._progress.epochs
-        passed = (self._progress.step + 1) / steps
-        return 1 - (1 - self.m) * (1 + math.cos(math.pi * passed)) / 2
+        """Return the target's momentum after the current step, in [m, 1] (BYOL, section 3.3)."""
+        return rising_momentum(self.m, self._progress)
 
     @torch.no_grad()
     def after_step(self) -> None:

@@ -198,12 +198,7 @@ def create_encoder(
     """
     net = networks.create(network.arch, out, image_size, drop_path, network.stem, network.norm_eps)
     if freeze_stem:
-        projection = networks.patch_projection(net)
-        if projection is None:
-            raise InputError(
-                f"--stop-grad-conv1: {network.arch} has no patch projection; leave it out"
-            )
-        projection.requires_grad_(False)
+        networks.freeze_patch_projection(net, network.arch)
     return net
 
 

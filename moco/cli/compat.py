@@ -18,7 +18,7 @@ ALIASES = {
 _SIMILAR = {
     "out-dim output-dim feat-dim proj-output-dim": "moco-dim dim proj-out-dim",
     "proj-dim low-dim nce-dim": "moco-dim dim proj-out-dim",
-    "proj-hidden-dim pred-hidden-dim hidden-dim moco-mlp-dim": "mlp-dim",
+    "proj-hidden-dim pred-hidden-dim hidden-dim mlp-dim moco-mlp-dim": "mlp-dim moco-mlp-dim",
     "lr-warmup warmup-epochs warmup-epoch warmup warm": "lr-warmup-epochs",
     "min-lr final-lr end-lr eta-min": "lr-final",
     "opt": "optimizer",
@@ -95,8 +95,8 @@ _ADVICE = {
         "no counterpart here: --seed fixes weights, order and views; leave it out"
     ),
     "moco-m-cos": (
-        "no counterpart here: main_moby.py's momentum always rises to 1, the others' is "
-        "constant; leave it out"
+        "for MoCo v3, use main_mocov3.py; main_moby.py's momentum always rises to 1, the others' "
+        "is constant; leave it out"
     ),
     "mixup cutmix smoothing label-smoothing reprob": "no counterpart here; leave it out",
     "mask-ratio norm-pix-loss norm-last-layer": _METHOD,

@@ -43,8 +43,11 @@ def add_groups(parser: argparse.ArgumentParser, config: Config) -> None:
 def _texts(config: Config) -> dict[str, object]:
     """Return the text of each placeholder in help texts."""
     each = config.input.batch_is_per_process
+    of = "of each process" if each else "of this node, split over its processes"
+    total = "of all nodes, split over their processes"
     return {
-        "of": "of each process" if each else "of this node, split over its processes",
+        "of": of,
+        "batch_of": total if config.input.batch_is_of_all_nodes else of,
         "cores": processes.cores(),
         "most": processes.WORKERS,
         "gib": cache.AUTO_MAX >> 30,

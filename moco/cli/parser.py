@@ -21,7 +21,7 @@ from moco.files import UnreadableError, read_yaml, refuse_remote
 # and `lincls` in a recipe names the recipe of the linear probe
 _NOT_OPTIONS = set(
     "cfg script method encoder-method pretrain-epochs views nodes batch-per-process "
-    "batch-is-per-process lincls".split()
+    "batch-is-per-process batch-is-of-all-nodes lincls".split()
 )
 MOST_LINES = 20  # lines about the unknown keys of one file
 _UNSET = object()

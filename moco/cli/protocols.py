@@ -4,7 +4,7 @@ from collections.abc import Container, Mapping
 from typing import NamedTuple
 
 from moco.config import Config, flat
-from moco.encoder import metadata
+from moco.encoder import metadata, networks
 from moco.encoder.resnets import ARCHS
 from moco.engine import checkpoint
 from moco.errors import InputError, unknown
@@ -39,12 +39,15 @@ def choose(script: str, settings: Mapping[str, object], given: Mapping[str, obje
 
     Raises InputError if the name is unknown, or if the protocol needs other options.
     """
-    known = names(script)
-    if (named := given.get("protocol")) is not None:
-        if named not in known:
-            raise unknown("protocol", named, known)
+    known, path = names(script), settings.get("pretrained")
+    named = given.get("protocol")
+    if named is not None and named not in known:
+        raise unknown("protocol", named, known)
+    facts = _read(path) if path else None
+    settings = {**settings, "arch": settings.get("arch") or (facts.arch if facts else None)}
+    if named is not None:
         return Choice(_recipe(script, named, settings), "--protocol")
-    name, why = _of_checkpoint(settings.get("pretrained"), known)
+    name, why = _of_checkpoint(path, facts, known)
     found = _recipe(script, name, settings, f" ({why})" if name != known[0] else "")
     others = [f"--{option.replace('_', '-')}" for option in found.unless if option in given]
     if others:
@@ -53,18 +56,30 @@ def choose(script: str, settings: Mapping[str, object], given: Mapping[str, obje
     return Choice(found, why)
 
 
-def _of_checkpoint(path: object, known: list[str]) -> tuple[str, str]:
-    """Return the name of the protocol for the checkpoint in `path`, if any, and the reason.
+def _read(path: object) -> metadata.Metadata | None:
+    """Return the facts in a checkpoint; None if it cannot be read."""
+    try:
+        return metadata.read_metadata(checkpoint.load(str(path)))
+    except InputError:  # the evaluation will raise it again when it loads the encoder
+        return None
 
-    `known` has the names of the script's protocols, the default first.
+
+def _of_checkpoint(
+    path: object, facts: metadata.Metadata | None, known: list[str]
+) -> tuple[str, str]:
+    """Return the name of the protocol for a checkpoint, if there is any, and the reason.
+
+    Args:
+        path: the checkpoint.
+        facts: the facts in it.
+        known: the names of the script's protocols, the default first.
     """
     default = known[0]
     if not path:
         return default, "the default, because there is no --pretrained"
-    try:
-        method = _method(metadata.read_metadata(checkpoint.load(str(path))))
-    except InputError:  # the evaluation will raise it again when it loads the encoder
+    if facts is None:
         return default, f"the default; {path} cannot be read"
+    method = _method(facts)
     if method is None:
         return default, f"the default, because {path} does not name a method of this project"
     name = f"{method.saved or method.name} ({method.script}.py)"
@@ -89,14 +104,17 @@ def _method(found: metadata.Metadata) -> Method | None:
 
 
 def _recipe(script: str, name: str, settings: Mapping[str, object], why: str = "") -> Protocol:
-    """Return the first protocol of that name whose options are those of the settings.
+    """Return the first protocol of that name for the network and options of the settings.
 
     `why` is the reason for the name, for the error.
 
     Raises InputError if there is none.
     """
     mine = [one for one in PROTOCOLS if (one.script, one.name) == (script, name)]
+    transformer = bool(settings["arch"]) and networks.is_transformer(str(settings["arch"]))
     for one in mine:
+        if one.transformers and not transformer:
+            continue
         if all(settings.get(option) == value for option, value in one.options.items()):
             return one
     needed = " or ".join(

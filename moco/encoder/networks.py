@@ -253,6 +253,22 @@ def patch_projection(net: nn.Module) -> nn.Module | None:
     return timm_networks.patch_projection(net)
 
 
+def freeze_patch_projection(net: nn.Module, arch: str) -> None:
+    """Stop training the projection of patches (MoCo v3, section 4.1).
+
+    Raises InputError if `net`, of the architecture `arch`, has none.
+    """
+    projection = patch_projection(net)
+    if projection is None:
+        raise InputError(f"--stop-grad-conv1: {arch} has no patch projection; leave it out")
+    projection.requires_grad_(False)
+
+
+def is_transformer(arch: str) -> bool:
+    """Return whether the name of an architecture is that of a transformer, such as vit_small."""
+    return any(part in arch for part in ("vit", "deit", "beit", "swin", "cait"))
+
+
 def adapt(net: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return a pre-trained backbone's tensors with the names and shapes of `net`.
 

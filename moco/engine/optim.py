@@ -20,6 +20,7 @@ def make(groups: list[dict[str, Any]], schedule: Schedule, amp: str) -> torch.op
     Args:
         groups: parameter groups, each with `params`, `lr` and `weight_decay`. A group with
             `"adapt": False` holds a new classifier; lars_tf trains it without layer-wise rates.
+            In a group with `"decay_all": True`, adamw decays vectors, too.
         schedule: the settings of the optimizer and its schedule.
         amp: the value of `--amp`.
 
@@ -28,6 +29,9 @@ def make(groups: list[dict[str, Any]], schedule: Schedule, amp: str) -> torch.op
     if not 0 <= schedule.momentum < 1 or (schedule.nesterov and not schedule.momentum):
         least = "above 0 with --nesterov" if schedule.nesterov else "at least 0"
         raise InputError(f"--momentum {schedule.momentum:g}: must be {least}, and below 1")
+    if schedule.optimizer == "adamw":
+        groups = _split_decay(groups)
+    groups = [{k: v for k, v in group.items() if k != "decay_all"} for group in groups]
     if schedule.optimizer == "lars_tf":
         return TFLARS(groups, momentum=schedule.momentum)
     groups = [{k: v for k, v in group.items() if k != "adapt"} for group in groups]
@@ -36,7 +40,7 @@ def make(groups: list[dict[str, Any]], schedule: Schedule, amp: str) -> torch.op
     if schedule.optimizer == "adam":
         return torch.optim.Adam(groups, fused=_fused(groups))
     if schedule.optimizer == "adamw":
-        return torch.optim.AdamW(_split_decay(groups), fused=_fused(groups))
+        return torch.optim.AdamW(groups, fused=_fused(groups))
     fused = _fused(groups) if amp != "fp16" else None
     return torch.optim.SGD(
         groups, momentum=schedule.momentum, nesterov=schedule.nesterov, fused=fused
@@ -230,10 +234,13 @@ def _scaled(params: list[Tensor], decay: float, trust: float) -> list[Tensor]:
 def _split_decay(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return each group as two: weights, and parameters of one dimension without weight decay.
 
-    The latter are biases and the scales of norm layers.
+    The latter are biases and the scales of norm layers. A group with `"decay_all"` is not split.
     """
     split = []
     for group in groups:
+        if group.get("decay_all"):
+            split.append(group)
+            continue
         weights = [p for p in group["params"] if p.dim() > 1]
         others = [p for p in group["params"] if p.dim() <= 1]
         split.append({**group, "params": weights})

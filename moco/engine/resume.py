@@ -22,7 +22,7 @@ MAY_DIFFER = frozenset(
     " probe_online rankme_every"
     " multiprocessing_distributed nproc_per_node world_size rank dist_url dist_backend gpu device"
     " local_rank track nodes batch_size batch_per_process accumulation_steps batch_is_per_process"
-    " encoder_method encoder_script pretrain_epochs".split()
+    " batch_is_of_all_nodes encoder_method encoder_script pretrain_epochs".split()
 )
 
 
@@ -170,7 +170,7 @@ def check_unchanged(config: Training, state: checkpoint.State, batch: int) -> No
 
 def _open_ended(config: Training) -> bool:
     """Return whether no schedule depends on `--epochs`."""
-    return not (config.optimizer.cos or config.scheduled)
+    return not (config.optimizer.cos or config.depends_on_epochs)
 
 
 def _same(now: object, then: object) -> bool:

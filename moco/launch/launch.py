@@ -39,7 +39,7 @@ def launch(worker: Worker, config: Config) -> None:
     raised here.
     """
     p = plan(config.launch)
-    images = batch_per_process(config.input, p.local_world_size)
+    images = batch_per_process(config.input, p.local_world_size, p.nodes)
     config = replaced(config, nodes=p.nodes, batch_per_process=images)
     if p.launcher != "spawn":
         name = os.path.basename(sys.argv[0])

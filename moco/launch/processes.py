@@ -21,7 +21,7 @@ class Plan:
     """The processes that this command starts, and how all processes of the run connect."""
 
     launcher: str  # spawn, torchrun, srun or single
-    nodes: int  # number of nodes; `batch_size` is that of a node
+    nodes: int  # number of nodes
     local_world_size: int  # number of processes on this node
     first_rank: int  # global rank of the first process that this command starts
     world_size: int  # number of processes of the run
@@ -113,18 +113,26 @@ def _plan(launch: Launch, device_type: str) -> Plan:
     )
 
 
-def batch_per_process(input: Input, processes: int) -> int:
-    """Return the number of images in a pass of each of the `processes` processes of a node.
+def batch_per_process(input: Input, processes: int, nodes: int = 1) -> int:
+    """Return the number of images in a pass of each process.
+
+    Args:
+        input: the settings of the batch.
+        processes: number of processes of each node.
+        nodes: number of nodes.
 
     Raises InputError if there are fewer images than processes.
     """
-    images = input.batch_size if input.batch_is_per_process else input.batch_size // processes
-    if images < 1:
+    if input.batch_is_per_process:
+        return input.batch_size
+    of = "processes of this node"
+    if input.batch_is_of_all_nodes:
+        processes, of = processes * nodes, "processes of all nodes"
+    if input.batch_size < processes:
         raise InputError(
-            f"--batch-size {input.batch_size} is smaller than the {processes} processes of this "
-            "node; raise it"
+            f"--batch-size {input.batch_size} is smaller than the {processes} {of}; raise it"
         )
-    return images
+    return input.batch_size // processes
 
 
 WORKERS = 8  # default limit of loader processes per process; 8 keep a GPU busy

@@ -101,6 +101,8 @@ def epochs(run: Run) -> str:
 def batch(args: dict) -> str:
     """Return the total batch size, as far as the options tell; "" if they do not."""
     sizes = [args.get(name, 1) for name in ("batch_size", "nodes", "accumulation_steps")]
+    if args.get("batch_is_of_all_nodes"):
+        sizes[1] = 1
     if not all(isinstance(size, int) for size in sizes) or "batch_size" not in args:
         return ""
     if args.get("batch_is_per_process"):

@@ -95,7 +95,7 @@ _PRIVATE = {
     for field in dataclasses.fields(section)
 } - {"seed", "amp", "script", "method"}
 _PRIVATE |= {"workers", "cache_images", "class_list", "download", "batch_is_per_process"}
-_PRIVATE |= {"batch_per_process", "nodes", "views"}
+_PRIVATE |= {"batch_is_of_all_nodes", "batch_per_process", "nodes", "views"}
 _SCRIPTS = {method.script for method in METHODS.values()}
 _DEEPEST = 2  # levels of folders below the checkpoint's in which results are searched
 

@@ -17,6 +17,7 @@ import main_adco
 import main_fnc
 import main_lincls
 import main_moby
+import main_mocov3
 import main_semisup
 import main_sogclr
 import main_synco
@@ -31,6 +32,7 @@ SCRIPTS = {
     "main_fnc": main_fnc,
     "main_lincls": main_lincls,
     "main_moby": main_moby,
+    "main_mocov3": main_mocov3,
     "main_semisup": main_semisup,
     "main_sogclr": main_sogclr,
     "main_synco": main_synco,
@@ -38,6 +40,7 @@ SCRIPTS = {
 # scripts of other repositories, and those that do the same here
 THEIRS = {
     ("MoCo", "main_moco"): "main_synco",
+    ("MoCo v3", "main_moco"): "main_mocov3",
     ("AdCo", "lincls"): "main_lincls",
     ("SogCLR", "train"): "main_sogclr",
     ("SogCLR", "lincls"): "main_lincls",

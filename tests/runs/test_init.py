@@ -1,6 +1,7 @@
 """Test `--init`: pre-training starts from weights of a file, or from named weights of a library."""
 
 import json
+import re
 import urllib.error
 
 import pytest
@@ -59,8 +60,17 @@ def backbone(net):
 def copies(method):
     """Return pairs of a trained network and its moving average."""
     parts = dict(method.named_children())
-    average = {"encoder_k": method.encoder, "projector_k": parts.get("projector")}
+    average = dict.fromkeys(("encoder_k", "momentum_encoder"), method.encoder)
+    average["projector_k"] = parts.get("projector")
     return [(average[name], net) for name, net in parts.items() if name in average]
+
+
+def heads_of(name, arch):
+    """Return the names of a method's trained heads."""
+    if METHODS[name].script == "main_moby":
+        return "projector", "predictor"
+    last = "head" if arch == "test_vit" else "fc"
+    return (last, "predictor") if METHODS[name].script == "main_mocov3" else (last,)
 
 
 @pytest.mark.parametrize("name", ["main_synco", "main_sogclr"])
@@ -93,8 +103,7 @@ def test_every_method_starts_from_a_file(name, started, tmp_path):
     torch.save(net.state_dict(), tmp_path / "x.pth")
     out, task = started(METHODS[name].script, *words, "--init", tmp_path / "x.pth")
     n = len(backbone(net))
-    heads = ("projector", "predictor") if arch == "test_vit" else ("fc",)
-    new = "; ".join(f"the head {head} is new" for head in heads)
+    new = "; ".join(f"the head {head} is new" for head in heads_of(name, arch))
     assert f"x.pth: {n} of {n} backbone tensors matched; {new}\n" in out
     assert same(backbone(task.module.encoder), backbone(net))
     pairs = copies(task.module)
@@ -103,17 +112,18 @@ def test_every_method_starts_from_a_file(name, started, tmp_path):
         assert same(trained.state_dict(), average.state_dict())
 
 
-@pytest.mark.parametrize("name", ["mocov2", "fnc", "byol", "moby"])
+@pytest.mark.parametrize("name", ["mocov2", "fnc", "byol", "moby", "mocov3", "mocov3-vit"])
 def test_heads_start_from_a_file_that_has_them(name, started, tmp_path):
-    words, _ = options(name)
+    words, arch = options(name)
     _, task = started(METHODS[name].script, *words)
     state = {f"module.{key}": x for key, x in task.module.state_dict().items()}
     state = {key: x + 1 if x.is_floating_point() else x for key, x in state.items()}
     torch.save({"state_dict": state}, tmp_path / "x.pth")
     out, task = started(METHODS[name].script, *words, "--init", tmp_path / "x.pth")
-    heads = ("projector", "predictor") if METHODS[name].script == "main_moby" else ("fc",)
-    matched = "; ".join(f"the head {head} matched, too" for head in heads)
-    assert f"; {matched}\n" in out and "encoder_k.*); the head" in out
+    matched = "; ".join(f"the head {head} matched, too" for head in heads_of(name, arch))
+    assert f"; {matched}\n" in out and re.search(
+        r"(encoder_k|momentum_encoder)\.\*\); the head", out
+    )
     for key, parameter in task.module.named_parameters():
         if parameter.requires_grad:
             assert torch.equal(parameter, state[f"module.{key}"]), key

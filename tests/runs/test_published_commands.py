@@ -25,6 +25,7 @@ TINY = {
     "main_fnc": f"{_RESNET} --support-size 1 --fn-topk 2 --proj-out-dim 16",
     "main_lincls": f"{_RESNET}",
     "main_moby": "-a test_vit --mlp-dim 32 --queue 64 -b 8 -j 0 --epochs 6",
+    "main_mocov3": f"{_RESNET} --lr-warmup-epochs 0 --moco-mlp-dim 32 --moco-dim 16",
     "main_semisup": f"{_RESNET}",
     "main_sogclr": f"{_RESNET} --mlp-dim 32 --dim 16",
     "main_synco": f"{_RESNET} --moco-k 64 --moco-dim 16",
@@ -39,8 +40,12 @@ def saved(checkpoints, pretraining, shared_images, tmp_path_factory) -> dict[str
     words = ["--method", "moby", "--lr-warmup-epochs", 1, *TINY["main_moby"].split()]
     status, _, err = in_process("main_moby", shared_images, *words, "--save-dir", moby)
     assert status == 0, err
+    mocov3 = tmp_path_factory.mktemp("mocov3") / "T"
+    words = (shared_images, *TINY["main_mocov3"].split())
+    status, _, err = in_process("main_mocov3", *words, "--save-dir", mocov3)
+    assert status == 0, err
     runs = {name: file.parent for name, file in checkpoints.items()}
-    return {**runs, "synco": pretraining, "moby": moby}
+    return {**runs, "synco": pretraining, "moby": moby, "mocov3": mocov3}
 
 
 @pytest.mark.parametrize("key", EXPECTED, ids=lambda key: f"{key[0]}, {key[1]}")
@@ -56,6 +61,8 @@ def test_a_command_runs_with_tiny_sizes(key, saved, script, shared_images, tmp_p
         data = tmp_path / "data"
         getattr(dataset_trees, expected.more["dataset"])(dataset_trees.Tree(data))
         more += ["--data", str(data)]
+    if expected.more.get("stop_grad_conv1"):
+        more += ["-a", "test_vit"]
     more += SYNTHETIC.split() if "n_hard" in expected.more else []
     if expected.method == "moby" and expected.script == "main_lincls":
         more = ["-a", "test_vit", *more[2:], "--epochs", "6"]

@@ -15,6 +15,7 @@ from conftest import ROOT
 from PIL import Image
 from schedule_formulas import (
     Formula,
+    authors_momentum,
     constant,
     cosine_by_epoch,
     cosine_by_step,
@@ -85,6 +86,12 @@ def transformer(lr: float, m: float, synthetic: dict[str, Formula] | None = None
     return Facts(300, 512, quantities, warmup=5)
 
 
+def mocov3(epochs: int, base_lr: float, warmup: int, m: float) -> Facts:
+    """Return the facts of MoCo v3 at batch 4096."""
+    lr = cosine_by_step(base_lr * 4096 / 256, warmup)
+    return Facts(epochs, 4096, {"lr": lr, "momentum": authors_momentum(m)}, warmup=warmup)
+
+
 def probe(epochs: int, batch: int, lr: Formula, images: int = IMAGENET, warmup: int = 0) -> Facts:
     return Facts(epochs, batch, {"lr": lr}, images, keeps_last=True, warmup=warmup)
 
@@ -151,12 +158,19 @@ FACTS = {
     },
     "moby_vit_tiny": transformer(*MOBY),
     **{f"synco_{arch}_as_run": transformer(*MOBY, AS_RUN) for arch in ("vit_small", "swin_tiny")},
+    # MoCo v3
+    "mocov3_r50_100": mocov3(100, 0.6, 10, 0.99),
+    "mocov3_r50_300": mocov3(300, 0.3, 10, 0.99),
+    "mocov3_r50_1000": mocov3(1000, 0.3, 10, 0.996),
+    **{f"mocov3_{arch}": mocov3(300, 1.5e-4, 40, 0.99) for arch in ("vit_small", "vit_base")},
     # linear probes and MoBY's fine-tuning
     "lincls_moco": probe(100, 256, drops(30, 60, 80)),
     "lincls_adco": probe(100, 256, cosine_by_epoch(10, 0.01)),
     "lincls_adco_places205": probe(100, 256, up_and_down(5, 12), PLACES),
     "voc07_adco": probe(100, 16, up_and_down_by_epoch(0.05, 12), VOC_TRAIN),
     "lincls_sogclr": probe(90, 1024, cosine_by_epoch(0.1 * 1024 / 256)),
+    "lincls_mocov3": probe(90, 1024, cosine_by_epoch(0.1 * 1024 / 256)),
+    "lincls_mocov3_vit": probe(90, 1024, cosine_by_epoch(3 * 1024 / 256)),
     "lincls_fnc": probe(90, 1024, simclr_style(FNC_HEAD)),
     **{
         f"{name}_moby": probe(100, 512, swin_style(1.0), warmup=5)
@@ -197,7 +211,11 @@ RECIPES = {
     for path in sorted((ROOT / "configs").rglob("*.yaml"))
 }
 # small networks, because the schedules do not depend on them
-SMALL = {"main_moby": ("-a", "resnet18", "--online-drop-path", "0"), "": ("-a", "resnet18")}
+SMALL = {
+    "main_moby": ("-a", "resnet18", "--online-drop-path", "0"),
+    "main_mocov3": ("-a", "resnet18", "--no-stop-grad-conv1"),
+    "": ("-a", "resnet18"),
+}
 
 
 def test_every_recipe_has_its_facts():

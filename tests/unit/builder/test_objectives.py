@@ -20,6 +20,8 @@ from contrast_helpers import (
 )
 from torch import nn
 
+import main_sogclr
+import main_synco
 from moco import distributed
 from moco.builder import objectives
 from moco.builder.negatives import Schedule
@@ -90,6 +92,13 @@ def test_losses_are_finite_in_float32_at_the_least_temperature(name):
         losses = loss_of(compare(z, z, 0).anchors(0.02))[0]
         gradient = torch.autograd.grad(losses.sum(), z)[0]
         assert losses.isfinite().all() and gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("script", [main_sogclr, main_synco])
+def test_only_an_annealed_beta_depends_on_the_number_of_epochs(script):
+    hcl = script.parser().parse(["photos", "--loss", "hcl"])
+    assert not hcl.depends_on_epochs
+    assert script.parser().parse(["photos", "--loss", "hcl", "--anneal", "down"]).depends_on_epochs
 
 
 def test_beta_is_annealed_in_nine_steps():

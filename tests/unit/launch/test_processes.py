@@ -1,6 +1,7 @@
 """Which processes a command starts, and how many loader processes."""
 
 import os
+import re
 
 import pytest
 import torch
@@ -240,6 +241,27 @@ def test_default_number_of_loader_processes_follows_the_cores(
     plan = processes.Plan("spawn", 1, local, 0, local, 0, "")
     assert processes.default_workers(plan, Input(batch_is_per_process=False)) == per_node
     assert processes.default_workers(plan, Input(batch_is_per_process=True)) == per_process
+
+
+@pytest.mark.parametrize(
+    ("counts", "each"),
+    [({}, 16), ({"batch_is_per_process": True}, 64), ({"batch_is_of_all_nodes": True}, 5)],
+)
+def test_the_batch_of_a_process_is_that_of_a_node_or_of_all_nodes(counts, each):
+    """The run has 3 nodes with 4 processes each."""
+    assert processes.batch_per_process(Input(batch_size=64, **counts), 4, 3) == each
+
+
+@pytest.mark.parametrize(
+    ("batch", "counts", "said"),
+    [
+        (3, {}, "--batch-size 3 is smaller than the 4 processes of this node; raise it"),
+        (11, {"batch_is_of_all_nodes": True}, "is smaller than the 12 processes of all nodes"),
+    ],
+)
+def test_a_batch_of_less_than_an_image_per_process_is_an_error(batch, counts, said):
+    with pytest.raises(InputError, match=re.escape(said)):
+        processes.batch_per_process(Input(batch_size=batch, **counts), 4, 3)
 
 
 def test_number_of_loader_processes_is_in_help_and_options(script, images, tmp_path, monkeypatch):

@@ -220,10 +220,17 @@ class LARS:
 
 
 class AdamW:
-    """Adam with decoupled weight decay. Vectors have none."""
+    """Adam with decoupled weight decay. Vectors have none, unless `decays_all`."""
 
-    def __init__(self, decay: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8):
+    def __init__(
+        self,
+        decay: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        decays_all: bool = False,
+    ):
         self.decay, self.betas, self.eps, self.steps = decay, betas, eps, 0
+        self.decays_all = decays_all
         self.mean: dict[str, Tensor] = {}
         self.square: dict[str, Tensor] = {}
 
@@ -233,7 +240,7 @@ class AdamW:
         one, two = self.betas
         for name, w in weights.items():
             g, zero = grads[name], torch.zeros_like(w)
-            if w.dim() > 1:
+            if w.dim() > 1 or self.decays_all:
                 w.mul_(1 - lr * self.decay)
             self.mean[name] = one * self.mean.get(name, zero) + (1 - one) * g
             self.square[name] = two * self.square.get(name, zero) + (1 - two) * g * g
