@@ -70,7 +70,6 @@ def complete(c: Config) -> Config:
     """Return the completed settings. Raises InputError if the data or the checkpoint do not fit."""
     if table := table_of(c.run.data):
         *_, about = feature_tables.read(table)
-        facts = {name: about.get(name) for name in ("arch", "checkpoint", "image_size")}
         arch, method = (str(about.get(name) or "unknown") for name in ("arch", "method"))
         facts = {"image_size": about.get("image_size"), "pretrained": about.get("checkpoint")}
         facts |= {"pretrain_epochs": about.get("epoch"), "test_resize": about.get("test_resize")}

@@ -23,11 +23,12 @@ def check(labels: np.ndarray, settings: FewShot) -> None:
     usable = int((counts >= needed).sum())
     if usable < settings.ways:
         enough = int(np.sort(counts)[-settings.ways]) if len(counts) >= settings.ways else 0
+        ways = "lower --ways" if usable > 1 else "add images"
         lower = f", or lower --queries: {settings.ways} classes have {enough} images or more"
         raise InputError(
             f"--ways {settings.ways}: {usable} of the {(counts > 0).sum()} classes of val/ have "
             f"the {needed} images of --shots {max(settings.shots)} and --queries "
-            f"{settings.queries}; lower --ways{lower * (enough > max(settings.shots))}"
+            f"{settings.queries}; {ways}{lower * (enough > max(settings.shots))}"
         )
 
 

@@ -321,7 +321,8 @@ def frozen_features(
 ) -> tuple[features.Features, features.Features, tuple[str, ...]]:
     """Return this rank's training and validation features, and the class names.
 
-    The features are loaded from `--load-features`, or computed by the encoder.
+    The features are loaded from `--load-features`, or computed by the encoder. With `--eval-data`,
+    both splits have only the classes that its images show.
 
     Args:
         config: the settings of the evaluation.
@@ -334,6 +335,8 @@ def frozen_features(
         train, val, classes = feature_files.load(config, device)
     else:
         images, val_images, _ = splits.load(config)
+        if config.other_test.eval_data:
+            images, val_images = other_images.restrict(images, val_images)
         net = load_network(config, len(images.classes), device)
         classes = images.classes
         train, val = feature_files.extract_splits(
