@@ -18,7 +18,7 @@ from moco.cli import entry
 from moco.cli.parser import Parser
 from moco.distributed import print_rank0
 from moco.engine import features
-from moco.evaluate import few_shot, inputs, other_images, results
+from moco.evaluate import few_shot, inputs, results
 from moco.sections import option
 
 
@@ -104,7 +104,9 @@ def classify_episodes(c: Config, device: torch.device) -> None:
     for name, accuracy in found.items():
         if f"{name}_ci95" in found:
             title = few_shot.title(name)
-            print_rank0(f"* {title} Acc@1 {100 * accuracy:.3f} +- {100 * found[f'{name}_ci95']:.3f}")
+            print_rank0(
+                f"* {title} Acc@1 {100 * accuracy:.3f} +- {100 * found[f'{name}_ci95']:.3f}"
+            )
     results.write_results(c, "few_shot", found)
 
 

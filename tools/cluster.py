@@ -24,9 +24,8 @@ import torch
 
 from moco import config, distributed, sections_eval
 from moco.cli import entry
-from moco.cli.effects import Options
 from moco.cli.parser import Parser
-from moco.data import splits, subsets
+from moco.data import splits
 from moco.distributed import print_rank0
 from moco.engine import features
 from moco.errors import InputError

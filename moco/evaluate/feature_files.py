@@ -143,9 +143,7 @@ def extract_splits(
 
     Raises InputError if an image cannot be read, or a file cannot be written.
     """
-    found = tuple(
-        extract_one(net, images, config, device, unit_norm) for images in (train, val)
-    )
+    found = tuple(extract_one(net, images, config, device, unit_norm) for images in (train, val))
     if config.files.dump_features:
         dump(config, train.classes, *found)
     return found

@@ -1,7 +1,6 @@
 """Measure the retrieval of images of the same class by the similarity of features."""
 
 import torch
-from torch import Tensor
 
 from moco import devices, distributed
 from moco.distributed import print_rank0

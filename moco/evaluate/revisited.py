@@ -71,7 +71,9 @@ def read(name: str, root: str) -> Benchmark:
         database, queries, truth = _parse(found)
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         reason = f"no '{error.args[0]}'" if isinstance(error, KeyError) else short(str(error))
-        raise InputError(f"{file}: is not the ground truth of {name} ({reason}); {_WHERE}") from None
+        raise InputError(
+            f"{file}: is not the ground truth of {name} ({reason}); {_WHERE}"
+        ) from None
     images = folder / "jpg"
     names = [*database, *queries]
     missing = [one for one in names if not (images / f"{one}.jpg").is_file()]

@@ -136,9 +136,7 @@ def test_clusters_of_a_folder_and_of_a_file_of_features(shared_images, call, scr
             pytest.importorskip("pyarrow")
         assert call("tools.embed", *embed, tmp_path / f"x{suffix}")[0] == 0
         folder = tmp_path / f"file{suffix}"
-        status, out, err = script(
-            "tools.cluster", tmp_path / f"x{suffix}", "--save-dir", folder
-        )
+        status, out, err = script("tools.cluster", tmp_path / f"x{suffix}", "--save-dir", folder)
         assert status == 0, err
         assert read(folder)["metrics"] == pytest.approx(one["metrics"], abs=1e-6)
     assert read(tmp_path / "file.npz")["checkpoint"] == str(checkpoint)

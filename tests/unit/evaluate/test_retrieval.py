@@ -190,8 +190,10 @@ def test_scales_are_joined_by_a_power_mean_after_gem_and_by_a_mean_otherwise():
     x = torch.randn(1, 3, 72, 96)
     config = Extraction(scales=(1.0, 0.5))
     with torch.inference_mode():
-        maps = [networks.feature_map(net, one) for one in (x, F.interpolate(
-            x, scale_factor=0.5, mode="bilinear", align_corners=False))]
+        maps = [
+            networks.feature_map(net, one)
+            for one in (x, F.interpolate(x, scale_factor=0.5, mode="bilinear", align_corners=False))
+        ]
         gem = [m.double().clamp_min(1e-6).pow(3).mean((2, 3)).pow(1 / 3) for m in maps]
         unit = [one / one.norm() for one in gem]
         wanted = ((unit[0] ** 3 + unit[1] ** 3) / 2) ** (1 / 3)
