@@ -9,8 +9,9 @@ There, the class of an image is the first folder in its name, after a leading tr
 validation/ or test/. Without --pretrained, the encoder is randomly initialised, which is the
 baseline to compare with.
 
-The result is the mean over runs of k-means with different seeds: normalized mutual information
-(NMI), adjusted Rand index (ARI), and the accuracy if each cluster is matched with one class.
+There are as many clusters as classes, unless --clusters is given. The result is the mean over
+--repeats runs of k-means with different seeds: normalized mutual information (NMI), adjusted Rand
+index (ARI), and the accuracy if each cluster is matched with one class.
 """
 
 import moco as _first  # noqa: F401 (before torch: sets how its threads wait)

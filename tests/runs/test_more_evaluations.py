@@ -33,7 +33,7 @@ def oxford(tmp_path):
     names = [f"{scene}{i}" for scene in "ab" for i in range(4)]
     for i, name in enumerate([*names, "qa", "qb"]):
         red = 200 if "a" in name else 20
-        pixels = rng.integers(0, 50, (40 + 3 * i, 64 - i, 3)) + [red, 60, 220 - red]
+        pixels = np.array([red, 60, 220 - red]) + rng.integers(0, 50, (40 + 3 * i, 64 - i, 3))
         file = tmp_path / "data" / "roxford5k" / "jpg" / f"{name}.jpg"
         Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(file)
     gnd = [

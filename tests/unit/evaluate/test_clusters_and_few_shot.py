@@ -93,7 +93,7 @@ def test_the_nearest_mean_and_the_interval_equal_their_formulas():
 
 def test_too_few_images_are_an_error_that_says_what_fits():
     _, labels = data()
-    with pytest.raises(InputError, match="0 of the 8 classes.*lower --queries: 5 classes have 12"):
+    with pytest.raises(InputError, match=r"0 of the 8 classes.*lower --queries: 5 classes have 12"):
         few_shot.check(labels, FewShot())
-    with pytest.raises(InputError, match="--ways 9: 8 of the 8 classes.*lower --ways$"):
+    with pytest.raises(InputError, match=r"--ways 9: 8 of the 8 classes.*lower --ways$"):
         few_shot.check(labels, FewShot(ways=9, queries=4))

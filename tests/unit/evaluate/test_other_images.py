@@ -49,7 +49,7 @@ def test_numbers_are_indices_in_numeric_order_unless_they_are_classes(tmp_path):
     assert np.bincount(found.labels).tolist() == [1, 0, 2, 0, 0, 0, 0, 0, 0, 0, 3, 4]
     digits = folders.scan_classes(write(tmp_path / "digits", ["0", "1", "5"]))
     assert set(load(write(tmp_path / "more", ["0", "5"]), digits).labels) == {0, 2}
-    with pytest.raises(InputError, match="'12' .a class there is 'c00'"):
+    with pytest.raises(InputError, match=r"'12' .a class there is 'c00'"):
         load(write(tmp_path / "far", ["3", "12"]), train)
 
 
@@ -83,7 +83,7 @@ def test_a_folder_without_class_folders_is_an_error(train, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="has no class folders"):
         load(tmp_path / "empty", train)
-    with pytest.raises(InputError, match="1 of its 2 class folders are not classes .*'bird'"):
+    with pytest.raises(InputError, match=r"1 of its 2 class folders are not classes .*'bird'"):
         load(write(tmp_path / "x", ["bird", "dog"]), train)
 
 
