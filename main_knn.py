@@ -1,7 +1,8 @@
 #!/usr/bin/env python
 """Weighted k-NN: classify val/ by the features of a pre-trained encoder, with train/ as the bank.
 
-Without --pretrained, the encoder is randomly initialised, which is the baseline to compare with.
+With --few-shot, classify val/ in few-shot episodes instead. Without --pretrained, the encoder is
+randomly initialised, which is the baseline to compare with.
 """
 
 import moco as _first  # noqa: F401 (before torch: sets how its threads wait)
@@ -12,18 +13,17 @@ from typing import ClassVar
 
 import torch
 
-from moco import config, devices, distributed, sections
+from moco import config, distributed, sections, sections_eval
 from moco.cli import entry
 from moco.cli.parser import Parser
 from moco.distributed import print_rank0
 from moco.engine import features
-from moco.errors import InputError
-from moco.evaluate import inputs, results
+from moco.evaluate import few_shot, inputs, results
 from moco.sections import option
 
 
 @dataclass(frozen=True)
-class Neighbours:
+class Neighbours(sections_eval.Compared):
     """The features to compare, and the neighbours that vote."""
 
     TITLE: ClassVar[str] = "k-NN"
@@ -33,17 +33,8 @@ class Neighbours:
         range=sections.POSITIVE,
         nargs="+",
     )
-    temperature: float = option(
+    temperature: float | None = option(
         0.07, "temperature of the neighbours' weights", range=sections.TEMPERATURE
-    )
-    features: str | None = option(
-        None,
-        "features to compare: those of the backbone, or those of the projection head",
-        choices=("backbone", "head"),
-        unset="backbone",
-    )
-    host_features: bool = option(
-        False, "keep the features in the host's memory, not on the GPU", switch=False
     )
 
 
@@ -52,36 +43,49 @@ class Config(config.Evaluation):
     """The settings of this script."""
 
     knn: Neighbours = Neighbours()
+    few_shot: sections_eval.FewShot = sections_eval.FewShot()
+    other: sections_eval.OtherTest = sections_eval.OtherTest()
 
     @property
-    def use_head_features(self) -> bool:
-        """Return whether to use the features of the projection head, not of the backbone."""
-        return self.knn.features == "head"
+    def compared(self) -> sections_eval.Compared:
+        """Return the settings of the features to compare."""
+        return self.knn
 
     @property
-    def on_host(self) -> bool:
-        """Return whether to keep features in the host's memory, not on the GPU."""
-        return self.knn.host_features
+    def other_test(self) -> sections_eval.OtherTest:
+        """Return the settings of test images in another folder than the training images."""
+        return self.other
 
 
 def parser() -> Parser:
     p = Parser(__doc__, Config())
-    on_cpu = "there is no GPU, so features are always in the host's memory"
-    on_gpu = lambda args: devices.resolve_type(args.device) != "cpu"  # noqa: E731
-    p.has_effect("host_features", on_gpu, on_cpu, refuse=False)
+    episodes = "it is for --few-shot; give both, or leave it out"
+    names = "ways shots queries episodes few_shot_classifier"
+    p.has_effect(names, lambda args: args.few_shot, episodes)
+    neighbours = "--few-shot takes the place of k-NN, and reads val/ only; leave out either"
+    names = "k temperature dump_features eval_data"
+    p.has_effect(names, lambda args: not args.few_shot, neighbours)
+    files = "features are saved and loaded for train/ and val/; leave out either"
+    has_files = lambda args: args.load_features or args.dump_features  # noqa: E731
+    p.has_effect("eval_data", lambda args: not has_files(args), files)
     return p
 
 
 def complete(c: Config) -> Config:
-    if c.use_head_features and not (c.encoder.pretrained or c.files.load_features):
-        what = "needs a checkpoint with a projection head"
-        raise InputError(f"--features head: {what}; give it with --pretrained")
+    inputs.check_head(c)
     inputs.check_distinct("--k", c.knn.k)
+    inputs.check_distinct("--shots", c.few_shot.shots)
     c = inputs.complete_features(c, multi_label=False)
-    return config.replaced(c, features=c.knn.features or "backbone")
+    c = config.replaced(c, features=c.knn.features or "backbone")
+    if c.few_shot.few_shot:
+        return config.replaced(c, temperature=None)
+    return config.replaced(c, ways=None, queries=None, episodes=None)
 
 
 def worker(c: Config, device: torch.device) -> None:
+    if c.few_shot.few_shot:
+        classify_episodes(c, device)
+        return
     bank, queries, classes = inputs.frozen_features(c, device)
     entries = int(distributed.all_reduce_sum(torch.tensor([len(bank[1])], device=device)))
     if many := [k for k in c.knn.k if k > entries]:
@@ -91,6 +95,19 @@ def worker(c: Config, device: torch.device) -> None:
     for k, top1 in accuracy.items():
         print_rank0(f"* k-NN Acc@1 {100 * top1:.3f} (k {k})")
     results.write_results(c, "knn", {f"knn_{k}": top1 for k, top1 in accuracy.items()})
+
+
+def classify_episodes(c: Config, device: torch.device) -> None:
+    val, _ = inputs.frozen_split(c, device, "val")
+    x, labels = (features.gather_in_order(part).cpu().numpy() for part in val)
+    found = few_shot.evaluate(x, labels, c.few_shot, c.run.seed)  # the same on every rank
+    for name, accuracy in found.items():
+        if f"{name}_ci95" in found:
+            title = few_shot.title(name)
+            print_rank0(
+                f"* {title} Acc@1 {100 * accuracy:.3f} +- {100 * found[f'{name}_ci95']:.3f}"
+            )
+    results.write_results(c, "few_shot", found)
 
 
 if __name__ == "__main__":

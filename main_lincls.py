@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from moco import config, sections
+from moco import config, sections, sections_eval
 from moco.cli import entry
 from moco.cli.parser import Parser
 from moco.errors import InputError
@@ -51,10 +51,19 @@ class Config(config.Probing):
     """The settings of this script."""
 
     optimizer: Optimizer = Optimizer(epochs=100, schedule=(60, 80))
+    other: sections_eval.OtherTest = sections_eval.OtherTest()
+
+    @property
+    def other_test(self) -> sections_eval.OtherTest:
+        """Return the settings of test images in another folder than the training images."""
+        return self.other
 
 
 def parser() -> Parser:
-    return Parser(__doc__, Config())
+    p = Parser(__doc__, Config())
+    tests = "it is for tests of a trained classifier: give -e and --resume FILE, or leave it out"
+    p.has_effect("eval_data class_map", lambda args: args.evaluate, tests)
+    return p
 
 
 def complete(c: Config) -> Config:

@@ -23,7 +23,7 @@ from moco.sections import (
     Tracking,
     Views,
 )
-from moco.sections_eval import Classifier, Encoder, FeatureFiles, Labels
+from moco.sections_eval import Classifier, Compared, Encoder, FeatureFiles, Labels, OtherTest
 from moco.sections_eval import Views as EvaluationViews
 from moco.sections_pretrain import Listed, Start
 
@@ -62,9 +62,24 @@ class Config:
         return 0
 
     @property
+    def any_size(self) -> bool:
+        """Return whether the evaluated network must take images of any size and shape."""
+        return False
+
+    @property
+    def other_test(self) -> OtherTest:
+        """Return the settings of test images in another folder than the training images."""
+        return OtherTest()
+
+    @property
+    def compared(self) -> Compared | None:
+        """Return the settings of the features to compare, if the evaluation has them."""
+        return None
+
+    @property
     def use_head_features(self) -> bool:
         """Return whether to use the features of the projection head instead of the backbone."""
-        return False
+        return self.compared is not None and self.compared.features == "head"
 
     @property
     def labels(self) -> Labels | None:
@@ -122,7 +137,7 @@ class Evaluation(Config):
     @property
     def on_host(self) -> bool:
         """Return whether to keep features in the host's memory instead of on the GPU."""
-        return False
+        return self.compared is not None and self.compared.host_features
 
 
 @dataclass(frozen=True)

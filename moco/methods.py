@@ -262,4 +262,15 @@ PROTOCOLS = (
         "voc07_adco.yaml",
         unless=("classifier", "c", "test_resize", "dump_features"),
     ),
+    *(
+        Protocol(name, "main_retrieval", recipe, {"dataset": dataset})
+        for name, dataset, recipe in (
+            ("revisited", "roxford5k", ""),
+            ("revisited", "rparis6k", ""),
+            ("dino", "roxford5k", "retrieval_dino_oxford.yaml"),
+            ("dino", "rparis6k", "retrieval_dino_paris.yaml"),
+            ("synco-v2", "roxford5k", "retrieval_syncov2.yaml"),
+            ("synco-v2", "rparis6k", "retrieval_syncov2.yaml"),
+        )
+    ),
 )

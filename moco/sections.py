@@ -23,6 +23,7 @@ from moco.options import (
 )
 from moco.options import ENTRIES as ENTRIES  # unused here: scripts write sections.ENTRIES
 from moco.options import LAYERS as LAYERS
+from moco.options import PIXELS as PIXELS
 from moco.sections_images import Decoding
 from moco.sections_views import Views as Views
 

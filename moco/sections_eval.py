@@ -118,3 +118,143 @@ class FeatureFiles:
         "read the features from FOLDER; leave out DIR and --pretrained; the seed is the dump's",
         metavar="FOLDER",
     )
+
+
+@dataclass(frozen=True)
+class Compared:
+    """The features that an evaluation compares."""
+
+    features: str | None = option(
+        None,
+        "features to compare: those of the backbone, or those of the projection head",
+        choices=("backbone", "head"),
+        unset="backbone",
+    )
+    host_features: bool = option(
+        False, "keep the features in the host's memory, not on the GPU", switch=False
+    )
+
+
+@dataclass(frozen=True)
+class FewShot:
+    """The episodes of few-shot classification."""
+
+    TITLE: ClassVar[str] = "few-shot classification"
+    few_shot: bool = option(
+        False,
+        "instead of k-NN, classify the images of val/ in episodes: each draws classes, and learns "
+        "them from a few images",
+        switch=False,
+    )
+    ways: int = option(5, "classes of an episode", range="[2, 10000]", metavar="N")
+    shots: tuple[int, ...] = option(
+        (1, 5),
+        "images of each class to learn from; several are tested one after the other",
+        range=sections.POSITIVE,
+        nargs="+",
+        metavar="K",
+    )
+    queries: int = option(
+        15, "images of each class to classify", range=sections.POSITIVE, metavar="Q"
+    )
+    episodes: int = option(600, "number of episodes", range="[2, 1000000]")
+    few_shot_classifier: tuple[str, ...] = option(
+        ("mean", "logistic"),
+        "mean: nearest class mean, by cosine; logistic: logistic regression",
+        choices=("mean", "logistic"),
+        nargs="+",
+    )
+
+
+@dataclass(frozen=True)
+class OtherTest:
+    """Test images in another folder than the training images, such as ImageNet-R."""
+
+    TITLE: ClassVar[str] = "other test images"
+    eval_data: str | None = option(
+        None,
+        "test on the class folders in this folder instead of val/, such as ImageNet-A, -R, "
+        "-Sketch or -V2; only the classes that it shows can be answers",
+        metavar="FOLDER",
+    )
+    class_map: str | None = option(
+        None,
+        "file with a line for each class folder of --eval-data to use: its name, and the name or "
+        "index of the training images' class",
+        metavar="FILE",
+        unset="the names are the classes' names, or all are their indices",
+    )
+
+
+@dataclass(frozen=True)
+class Retrieval(Compared):
+    """The database that is searched, and the ranks at which the result is measured."""
+
+    TITLE: ClassVar[str] = "retrieval"
+    protocol: str | None = option(
+        None,
+        "revisited, dino or synco-v2: whose extraction and formula are the defaults for "
+        "--dataset roxford5k and rparis6k. --cfg and options on the command line take precedence",
+        metavar="NAME",
+        unset="revisited",
+    )
+    database: str = option(
+        "train",
+        "images in which those of val/ are searched; val: the other images of val/",
+        choices=("train", "val"),
+    )
+    k: tuple[int, ...] = option(
+        (1, 5, 10),
+        "numbers of best results for Recall@k, or for the mean precision of roxford5k and rparis6k",
+        range=sections.POSITIVE,
+        nargs="+",
+    )
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """The features of roxford5k and rparis6k, whose images keep their shapes."""
+
+    TITLE: ClassVar[str] = "roxford5k and rparis6k"
+    imsize: int = option(
+        1024, "longer side of the images; smaller images keep their size", range=sections.PIXELS
+    )
+    crop_queries: bool = option(True, "crop each query image to its box")
+    center_crop: bool = option(
+        False,
+        "then resize the shorter side to 256 / 224 of --imsize, and crop the center to --imsize",
+    )
+    multiscale: bool = option(True, "join the features of the image at several --scales")
+    scales: tuple[float, ...] = option(
+        (1.0, 0.5**0.5, 0.5), "scales of --multiscale", range="[0.05, 4]", nargs="+", metavar="S"
+    )
+    pooling: str | None = option(
+        None,
+        "gem: generalized mean with exponent 3 over the feature map of a ResNet; network: the "
+        "network's own features",
+        choices=("gem", "network"),
+        unset="gem for torchvision's ResNets, network for others",
+    )
+    normalize_scales: bool = option(
+        True, "normalize the features of each scale to norm 1 before they are joined"
+    )
+    ap: str = option(
+        "revisited",
+        "average precision; revisited: trapezoids, without the ignored images; synco-v2: the mean "
+        "precision at the positives, with ignored images ranked as wrong ones",
+        choices=("revisited", "synco-v2"),
+    )
+
+
+@dataclass(frozen=True)
+class Clustering(Compared):
+    """The clusters of k-means."""
+
+    TITLE: ClassVar[str] = "clustering"
+    split: str = option("val", "images to cluster", choices=("val", "train"))
+    clusters: int | None = option(
+        None, "number of clusters", range="[2, 1000000]", unset="the number of classes"
+    )
+    repeats: int = option(
+        5, "runs of k-means with different seeds, of which the mean is reported", range="[1, 1000]"
+    )

@@ -5,16 +5,10 @@
   python tools/embed.py DIR --pretrained CKPT --out features.npz --map
 
 DIR is any folder. Its images may be nested in any way and need no labels. The file has the name of
-<<<<<<< HEAD
 each image, which is its path below DIR, and its features, which are not normalized. If DIR has no
 image files but tar, parquet or arrow files, the images of one split in them are read: --split. If
 the tool is stopped, the same command continues it. On the same CPU, the file then has the same
 bits.
-=======
-each image, which is its path below DIR, and its features, which are not normalized. If DIR has tar,
-parquet or arrow files instead of images, the images of one split in them are read: --split. If the
-tool is stopped, the same command continues it. On the same CPU, the file then has the same bits.
->>>>>>> newcomer
 """
 
 import argparse

@@ -52,7 +52,10 @@ def _texts(config: Config) -> dict[str, object]:
         "most": processes.WORKERS,
         "gib": cache.AUTO_MAX >> 30,
         "datasets": ", ".join(registry.NAMES),
-        "protocols": ", ".join(dict.fromkeys(protocol.name for protocol in PROTOCOLS)),
+        # main_retrieval.py describes its own
+        "protocols": ", ".join(
+            dict.fromkeys(one.name for one in PROTOCOLS if one.script != "main_retrieval")
+        ),
         "whose": "data set's" if config.network.arch else "checkpoint's",
         "archs": f"any torchvision ResNet, {', '.join(timm_networks.SHORT)}, any other timm "
         "network, or any other torchvision classifier; timm:NAME or torchvision:NAME selects the "

@@ -135,7 +135,8 @@ class Parser(EffectsParser):
         args, rest = self.parse_known_args(argv)
         self._refuse_remote(args)
         self._refuse_rest(args, rest)
-        if protocols.names(f"main_{self._script()}") and not getattr(args, "evaluate", False):
+        tests = getattr(args, "evaluate", False)
+        if not tests and protocols.apply(f"main_{self._script()}", vars(args)):
             self._defaults_of_protocol(args)
             args = self.parse_known_args(argv)[0]
         config = self._config_of(args)

@@ -24,6 +24,18 @@ def names(script: str) -> list[str]:
     return list(dict.fromkeys(one.name for one in PROTOCOLS if one.script == script))
 
 
+def apply(script: str, settings: Mapping[str, object]) -> bool:
+    """Return whether `script` has a protocol for these settings.
+
+    main_retrieval.py has them for some data sets only.
+    """
+    return any(one.script == script and _fits(one, settings) for one in PROTOCOLS)
+
+
+def _fits(protocol: Protocol, settings: Mapping[str, object]) -> bool:
+    return all(settings.get(option) == value for option, value in protocol.options.items())
+
+
 def name_of(recipe: str) -> str | None:
     """Return the name of the protocol whose settings a recipe of configs/ has, if any."""
     return next((one.name for one in PROTOCOLS if one.recipe == recipe), None)
@@ -113,9 +125,7 @@ def _recipe(script: str, name: str, settings: Mapping[str, object], why: str = "
     mine = [one for one in PROTOCOLS if (one.script, one.name) == (script, name)]
     transformer = bool(settings["arch"]) and networks.is_transformer(str(settings["arch"]))
     for one in mine:
-        if one.transformers and not transformer:
-            continue
-        if all(settings.get(option) == value for option, value in one.options.items()):
+        if _fits(one, settings) and (transformer or not one.transformers):
             return one
     needed = " or ".join(
         f"--{option.replace('_', '-')} {value}"

@@ -7,7 +7,7 @@ an object that has all settings as attributes, and the config itself as `config`
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 
-from moco import sections, sections_eval, sections_pretrain
+from moco import devices, sections, sections_eval, sections_pretrain
 from moco.augment import recipes
 from moco.builder import isogclr, objectives
 from moco.builder.negatives import COUNTS, SyntheticNegatives
@@ -175,6 +175,17 @@ def _feature_files(parser: EffectsParser) -> None:
     parser.has_effect(files, lambda args: not args.load_features, loaded, refuse=False)
 
 
+def _compared(parser: EffectsParser) -> None:
+    on_gpu = lambda args: devices.resolve_type(args.device) != "cpu"  # noqa: E731
+    on_cpu = "there is no GPU, so features are always in the host's memory"
+    parser.has_effect("host_features", on_gpu, on_cpu, refuse=False)
+
+
+def _other_test(parser: EffectsParser) -> None:
+    alone = "it maps the class folders of --eval-data; give both, or leave it out"
+    parser.has_effect("class_map", lambda args: args.eval_data, alone)
+
+
 _NO_BATCH_NORM = "the network has no batch norm; leave it out"
 
 
@@ -257,6 +268,8 @@ _RULES: dict[type, Declare] = {
     sections.Monitor: _monitor,
     sections_eval.Classifier: _classifier,
     sections_eval.FeatureFiles: _feature_files,
+    sections_eval.Compared: _compared,
+    sections_eval.OtherTest: _other_test,
     sections.QueryAndKey: _query_and_key,
     sections_pretrain.Listed: _listed,
     sections_pretrain.Start: _start,

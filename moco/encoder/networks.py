@@ -104,6 +104,7 @@ def create(
     stem: str | None = "imagenet",
     norm_eps: str | None = None,
     zero_init_residual: bool = False,
+    any_size: bool = False,
 ) -> nn.Module:
     """Return a randomly initialized network.
 
@@ -115,15 +116,19 @@ def create(
         stem: the stem of a ResNet, see `resnets.resnet`.
         norm_eps: the epsilons of a Swin's layer norms, see `timm_networks.create`.
         zero_init_residual: whether the residual blocks of a ResNet start as identities.
+        any_size: whether the network must also take images of other sizes and shapes, which most
+            ViTs and Swins otherwise refuse.
 
-    Raises InputError if `arch` is unknown or does not support the image size, the stochastic depth
-    or the stem.
+    Raises InputError if `arch` is unknown or does not support the image size, other sizes, the
+    stochastic depth or the stem.
     """
     library, name = found = find(arch)
     if stem == "cifar" and str(found) not in ARCHS:
         raise InputError(f"--stem {stem}: {arch} is not a torchvision ResNet; leave --stem out")
     if library == "timm":
-        return timm_networks.create(name, out, image_size, drop_path, norm_eps)
+        return timm_networks.create(name, out, image_size, drop_path, norm_eps, any_size)
+    if any_size and torchvision_networks.create_arguments(name, image_size):
+        raise InputError(f"torchvision:{name}: {timm_networks.ONE_SIZE}")
     if name not in ARCHS:
         return torchvision_networks.create(name, out, image_size, drop_path)
     if drop_path:
@@ -267,6 +272,27 @@ def freeze_patch_projection(net: nn.Module, arch: str) -> None:
 def is_transformer(arch: str) -> bool:
     """Return whether the name of an architecture is that of a transformer, such as vit_small."""
     return any(part in arch for part in ("vit", "deit", "beit", "swin", "cait"))
+
+
+def patch_size(net: nn.Module) -> int:
+    """Return the side of the patches of a ViT or Swin, in pixels; 1 for other networks."""
+    projection = patch_projection(net)
+    # patches of other convolutions overlap, and take images of any size
+    tiles = isinstance(projection, nn.Conv2d) and projection.kernel_size == projection.stride
+    return max(projection.stride) if tiles else 1
+
+
+def has_feature_map(net: nn.Module) -> bool:
+    """Return whether `feature_map` accepts `net`: torchvision's ResNets."""
+    return isinstance(net, models.ResNet)
+
+
+def feature_map(net: models.ResNet, images: Tensor) -> Tensor:
+    """Return the features of a ResNet before pooling, [B, D, H / 32, W / 32]."""
+    *layers, _pool, _head = net.children()
+    for layer in layers:
+        images = layer(images)
+    return images
 
 
 def adapt(net: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -33,6 +33,8 @@ NO_LINEAR_LAYER = (
     "its last layer is not one linear layer, which the evaluations need; choose another -a"
 )
 
+ONE_SIZE = "takes square images of one size only; choose another -a"
+
 
 def cannot_create(arch: str, image_size: int, error: Exception) -> InputError:
     """Return an InputError for the `error` of a library that cannot create a network."""
@@ -70,7 +72,12 @@ def is_swin(arch: str) -> bool:
 
 
 def create(
-    arch: str, out: int, image_size: int, drop_path: float = 0.0, norm_eps: str | None = None
+    arch: str,
+    out: int,
+    image_size: int,
+    drop_path: float = 0.0,
+    norm_eps: str | None = None,
+    any_size: bool = False,
 ) -> nn.Module:
     """Return a randomly initialized network of timm, without dropout.
 
@@ -84,11 +91,15 @@ def create(
         drop_path: rate of stochastic depth of the last block, in [0, 1).
         norm_eps: the epsilons of a Swin's layer norms. "synco-v2": 1e-5 in the second norm of each
             block and 1e-6 in the others, as in SynCo-v2's code. Otherwise timm's, 1e-5 in all.
+        any_size: whether the network must also take images of other sizes and shapes. Position
+            embeddings are then interpolated for each batch.
 
-    Raises InputError if the architecture does not support the image size or stochastic depth, or if
-    its last layer is not one linear layer.
+    Raises InputError if the architecture does not support the image size, other sizes or stochastic
+    depth, or if its last layer is not one linear layer.
     """
     name, options = stock_arguments(arch, image_size)
+    if any_size and "img_size" in options:
+        options["dynamic_img_size"] = True
     if arch in MOCO_V3:
         options["weight_init"] = "moco"
     try:
@@ -96,6 +107,8 @@ def create(
             name, {**options, "num_classes": out, "drop_path_rate": drop_path, "drop_rate": 0.0}
         )
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+        if "dynamic_img_size" in str(error):
+            raise InputError(f"{arch}: {ONE_SIZE}") from None
         raise cannot_create(arch, image_size, error) from None
     remove_dropout(net)
     if not _set_stochastic_depth(net, drop_path):

@@ -16,7 +16,7 @@ from moco.engine.announce import print_if_done
 from moco.engine.task import Task
 from moco.engine.trainer import Trainer
 from moco.errors import InputError
-from moco.evaluate import metrics
+from moco.evaluate import metrics, other_images
 from moco.evaluate.results import write_results
 from moco.evaluate.splits import Splits
 from moco.files import read_json
@@ -40,7 +40,8 @@ def evaluate(
     """Evaluate each of the `heads` classifiers of `net` on `images`.
 
     Returns the metrics of each classifier by name, in [0, 1]; see moco/evaluate/metrics.py. They
-    cover the images of all ranks. Each image counts once, and a rank may have none.
+    cover the images of all ranks. Each image counts once, and a rank may have none. With
+    `--eval-data`, only the classes that an image shows can be answers.
 
     Args:
         net: the network, [B, 3, H, W] -> logits, [B, num_classes] or [heads, B, num_classes]. It
@@ -50,13 +51,20 @@ def evaluate(
         device: the device of this process.
         heads: number of classifiers.
 
-    Raises InputError if an image cannot be read.
+    Raises InputError if an image cannot be read, or if all images of `--eval-data` show one class.
     """
     net.eval()
     meter = metrics.create_meter(images.multi_label, heads, len(images.classes), device)
+    absent = torch.zeros(len(images.classes), dtype=torch.bool, device=device)
+    if config.other_test.eval_data:
+        shown = other_images.shown_classes(images)
+        other_images.require_two(shown, images)
+        absent = ~absent
+        absent[torch.from_numpy(shown).to(device)] = False
     for batch, label in features.eval_batches(images, config, device):
         with precision.autocast(config.compute.amp, device):
-            meter.add(with_head_axis(net(batch)), label)
+            logits = with_head_axis(net(batch))
+        meter.add(logits.masked_fill(absent, -torch.inf), label)
     return meter.read()
 
 

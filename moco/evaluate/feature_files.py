@@ -143,14 +143,22 @@ def extract_splits(
 
     Raises InputError if an image cannot be read, or a file cannot be written.
     """
-    feature_fn = networks.embedding if config.use_head_features else networks.features
-    found = tuple(
-        extract(net, images, config, device, unit_norm, feature_fn, on_host=config.on_host)
-        for images in (train, val)
-    )
+    found = tuple(extract_one(net, images, config, device, unit_norm) for images in (train, val))
     if config.files.dump_features:
         dump(config, train.classes, *found)
     return found
+
+
+def extract_one(
+    net: nn.Module,
+    images: Images,
+    config: Evaluation,
+    device: torch.device,
+    unit_norm: bool = True,
+) -> Features:
+    """Return this rank's features of one split; see `extract_splits`."""
+    feature_fn = networks.embedding if config.use_head_features else networks.features
+    return extract(net, images, config, device, unit_norm, feature_fn, on_host=config.on_host)
 
 
 def dump(config: Evaluation, classes: tuple[str, ...], train: Features, val: Features) -> None:

@@ -1,15 +1,16 @@
-"""Write the names and features of images to one file: .npz, .parquet or .csv."""
+"""Write the names and features of images to one file (.npz, .parquet or .csv), and read it."""
 
 import csv
 import io
 import zipfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from moco.errors import InputError
-from moco.files import to_json
+from moco.errors import InputError, short
+from moco.files import parse_json, to_json, unreadable
 
 _ROWS = 8192  # rows in a block, and in a row group of a parquet file
 
@@ -124,3 +125,52 @@ def check_names(suffix: str, names: list[str]) -> None:
                 f"{name}: its name is not UTF-8, which parquet needs; rename it, or give a file "
                 "that ends in .npz or .csv"
             )
+
+
+def read(path: Path) -> tuple[list[str], np.ndarray, dict[str, object]]:
+    """Return the names, features [N, D] and facts in a file of `WRITERS`; see `Table`.
+
+    A .csv has no facts. Raises InputError if the file is damaged or was not written here.
+    """
+    suffix = path.suffix.lower()
+    check_package(suffix)
+    try:
+        names, rows, about = _READERS[suffix](path)
+        about = parse_json(about)
+        if not (rows.ndim == 2 and len(names) == len(rows) and isinstance(about, dict)):
+            raise ValueError("the names and features do not fit")
+        return names, np.ascontiguousarray(rows, np.float32), about
+    except (OSError, MemoryError) as error:
+        raise unreadable(error).at(path) from None
+    except Exception as error:  # a damaged file raises errors of many types
+        reason = short(" ".join(str(error).split()))
+        raise InputError(f"{path}: is not a file of tools/embed.py ({reason})") from None
+
+
+def _read_npz(path: Path) -> tuple[list[str], np.ndarray, str]:
+    with np.load(path, allow_pickle=False) as found:
+        return found["names"].tolist(), found["features"], str(found["about"])
+
+
+def _read_csv(path: Path) -> tuple[list[str], np.ndarray, str]:
+    with open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:
+        lines = csv.reader(file)
+        header = next(lines)
+        first = header.index("f0")
+        names, rows = [], []
+        for line in lines:
+            names.append(line[0])
+            rows.append(np.array(line[first:], np.float32))
+    return names, np.stack(rows), "{}"
+
+
+def _read_parquet(path: Path) -> tuple[list[str], np.ndarray, str]:
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(path, columns=["name", "features"])
+    features = table["features"].combine_chunks()
+    rows = features.flatten().to_numpy(zero_copy_only=False).reshape(len(table), -1)
+    return table["name"].to_pylist(), rows, table.schema.metadata[b"about"].decode()
+
+
+_READERS = {".npz": _read_npz, ".parquet": _read_parquet, ".csv": _read_csv}

@@ -13,7 +13,7 @@ from moco.encoder import metadata, networks, resnets, trial
 from moco.encoder import pretrained as encoders
 from moco.engine import checkpoint, decoding, features, precision
 from moco.errors import InputError, short
-from moco.evaluate import feature_files, splits
+from moco.evaluate import feature_files, other_images, splits
 
 
 def complete(config: AnyConfig) -> AnyConfig:
@@ -24,11 +24,20 @@ def complete(config: AnyConfig) -> AnyConfig:
     """
     if config.run.data == "photos":
         config = replaced(config, dataset="photos")
-    config = replaced(config, test_resize=config.views.test_resize or "scaled")
     images = config.input
     registry.check(images.dataset, config.run.data, images.download)
     if images.dataset == "imagenet":
         subsets.check_classes(Path(config.run.data), images.class_list, images.data_name)
+    other_images.check(config.other_test, images.dataset)
+    return complete_encoder(config)
+
+
+def complete_encoder(config: AnyConfig) -> AnyConfig:
+    """Return `config` with the checkpoint's network, image size, mean and std; see `complete`.
+
+    The data is not looked at. Raises InputError if the checkpoint does not fit.
+    """
+    config = replaced(config, test_resize=config.views.test_resize or "scaled")
     if not config.encoder.pretrained or tests_full_network(config):
         config = decoding.complete(config)
     if tests_full_network(config) and config.encoder.encoder_method:
@@ -54,7 +63,7 @@ def complete(config: AnyConfig) -> AnyConfig:
             pretrain_epochs=None,
         )
     if config.network.arch not in resnets.ARCHS:
-        trial.check(_create(config, 1), config.network.arch, [config.views.image_size])
+        trial.check(create_network(config, 1), config.network.arch, [config.views.image_size])
     return config
 
 
@@ -89,7 +98,7 @@ def _complete_from(config: AnyConfig, path: str) -> AnyConfig:
         )
     with encoders.suggest_arch(path, facts.arch, arch):
         config = replaced(config, stem=stem)
-        _load(_create(config, 1), config, state)
+        _load(create_network(config, 1), config, state)
     return config
 
 
@@ -218,7 +227,7 @@ def load_network(config: Config, num_classes: int, device: torch.device) -> nn.M
         config.views.image_size,
         config.encoder.pretrained,
     )
-    net = _create(config, num_classes)
+    net = create_network(config, num_classes)
     if tests_full_network(config):
         print_rank0(f"testing the classifier of {config.log.resume}, {arch} at {image_size} pixels")
     elif path:
@@ -238,13 +247,17 @@ def load_network(config: Config, num_classes: int, device: torch.device) -> nn.M
     )
 
 
-def _create(config: Config, out: int) -> nn.Module:
-    """Return the network of an evaluation, randomly initialized, with `out` outputs."""
+def create_network(config: Config, out: int) -> nn.Module:
+    """Return the network of an evaluation, randomly initialized, with `out` outputs.
+
+    Raises InputError like `networks.create`.
+    """
     network = config.network
     size, drop_path = config.views.image_size, config.drop_path
     # a line at the start says if --drop-path has no effect
     drop_path = drop_path if drop_path and trial.has_stochastic_depth(network, size) else 0.0
-    return networks.create(network.arch, out, size, drop_path, network.stem, network.norm_eps)
+    options = (drop_path, network.stem, network.norm_eps)
+    return networks.create(network.arch, out, size, *options, any_size=config.any_size)
 
 
 def _print_other_normalization(config: Config, facts: metadata.Metadata) -> None:
@@ -278,6 +291,13 @@ def _load(net: nn.Module, config: Config, state: checkpoint.State) -> str:
     return f"{line} ({chosen})" if chosen else line
 
 
+def check_head(config: Evaluation) -> None:
+    """Raise InputError if the features are those of a projection head, and there is none."""
+    if config.use_head_features and not (config.encoder.pretrained or config.files.load_features):
+        what = "needs a checkpoint with a projection head"
+        raise InputError(f"--features head: {what}; give it with --pretrained")
+
+
 def complete_features(config: Evaluation, multi_label: bool) -> Evaluation:
     """Return `config` with the settings of the checkpoint or of the features of `--load-features`.
 
@@ -301,7 +321,8 @@ def frozen_features(
 ) -> tuple[features.Features, features.Features, tuple[str, ...]]:
     """Return this rank's training and validation features, and the class names.
 
-    The features are loaded from `--load-features`, or computed by the encoder.
+    The features are loaded from `--load-features`, or computed by the encoder. With `--eval-data`,
+    both splits have only the classes that its images show.
 
     Args:
         config: the settings of the evaluation.
@@ -314,15 +335,41 @@ def frozen_features(
         train, val, classes = feature_files.load(config, device)
     else:
         images, val_images, _ = splits.load(config)
+        if config.other_test.eval_data:
+            images, val_images = other_images.restrict(images, val_images)
         net = load_network(config, len(images.classes), device)
         classes = images.classes
         train, val = feature_files.extract_splits(
             net, images, val_images, config, device, unit_norm
         )
-    if not all(rows.sum().isfinite() for rows, _ in (train, val)):
+    _check_finite(config, train[0], val[0])
+    return train, val, classes
+
+
+def frozen_split(
+    config: Evaluation, device: torch.device, split: str
+) -> tuple[features.Features, tuple[str, ...]]:
+    """Return this rank's features of one split, of norm 1 if computed, and the class names.
+
+    `split` is "train" or "val". The other one is not read. See `frozen_features`.
+    """
+    if config.files.load_features:
+        train, val, classes = feature_files.load(config, device)
+        found = train if split == "train" else val
+    else:
+        images, val_images, _ = splits.load(config)
+        net = load_network(config, len(images.classes), device)
+        chosen, classes = images if split == "train" else val_images, images.classes
+        found = feature_files.extract_one(net, chosen, config, device)
+    _check_finite(config, found[0])
+    return found, classes
+
+
+def _check_finite(config: Evaluation, *rows: torch.Tensor) -> None:
+    """Raise InputError if features contain NaN or infinity."""
+    if not all(one.sum().isfinite() for one in rows):
         source = config.files.load_features or config.encoder.pretrained
         raise InputError(
             f"{source}: its features contain NaN or infinity; "
             "the encoder diverged, or --amp fp16 overflows"
         )
-    return train, val, classes

@@ -32,6 +32,7 @@ def write_results(
         return
     images, encoder, settings = config.input, config.encoder, flat(config)
     dataset = config.run.data if images.dataset == "imagenet" else images.dataset
+    dataset = config.other_test.eval_data or dataset
     if images.class_list:
         dataset += f" ({Path(images.class_list).name})"
     folder = Path(config.run.save_dir)
@@ -75,5 +76,7 @@ _SETTINGS = (
     "features temperature image_size test_resize mean std stem norm_eps epochs batch_size optimizer"
     " lr lr_backbone lr_classifier learning_rate_scaling cos wd weights train_percent"
     " subset_file ft_proj exif white val_from_train label_smoothing drop_path amp"
+    " imsize crop_queries center_crop multiscale scales pooling normalize_scales ap"  # of retrieval
+    " queries episodes clusters repeats"  # of few-shot classification and clustering
     " seed iterations norm"  # of detectors
 ).split()

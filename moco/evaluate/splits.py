@@ -9,6 +9,7 @@ from moco.data import registry, sources, subsets
 from moco.data.images import Images, note_dark
 from moco.distributed import print_rank0
 from moco.errors import InputError
+from moco.evaluate import other_images
 
 
 def check_val_from_train(config: Config) -> None:
@@ -47,14 +48,16 @@ class Splits(NamedTuple):
 def load(config: Config) -> Splits:
     """Return the labelled training images, the validation images, and the images held out.
 
-    `--val-from-train` holds images out; they are not among the training images. Raises InputError
-    if the data cannot be read.
+    `--val-from-train` holds images out; they are not among the training images. With `--eval-data`,
+    the validation images are those of that folder.
+
+    Raises InputError if the data cannot be read.
     """
     seed, images = config.run.seed, config.input
-    train, val = (
-        subsets.keep_classes(part, images.class_list)
-        for part in registry.load(images.dataset, config.run.data, seed)
-    )
+    train, val = registry.load(images.dataset, config.run.data, seed)
+    if config.other_test.eval_data:
+        val = other_images.load(config.other_test, train)
+    train, val = (subsets.keep_classes(part, images.class_list) for part in (train, val))
     subsets.require_two_classes(train)
     note_dark(train, images)
     if config.labels:

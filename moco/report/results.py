@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from moco.errors import InputError
+from moco.evaluate import few_shot
 from moco.files import UnreadableError, read_json, to_json
 from moco.report import seeds
 
@@ -169,13 +170,27 @@ def figures(
     if protocol.startswith("detection"):
         yield from ((name, f"{protocol}, {name.replace('_ap', ' AP')}") for name in metrics)
         return
+    if protocol == "few_shot":
+        episodes = [name for name in metrics if not name.endswith("_ci95")]
+        yield from ((name, few_shot.title(name)) for name in episodes)
+        return
+    if protocol.startswith(("retrieval", "clusters")):
+        several = f"k-means (k {settings.get('clusters')})"
+        title = protocol.replace("clusters", several)
+        yield from ((name, f"{title}, {SEVERAL[name]}") for name in SEVERAL if name in metrics)
+        return
     name = next(name for name in METRICS if name in metrics)
     percent = re.fullmatch(r"semisup(\d+)(_frozen)?", protocol)
     title = f"{percent[1]} % labels{', frozen' if percent[2] else ''}" if percent else protocol
     yield name, f"{title}, {METRICS[name]}"
 
 
-# titles of the metrics; if a result has several of them, the first one is shown
+# Titles of the metrics of retrieval and clustering. All that a result has are shown.
+SEVERAL = {f"map_{setting}": f"mAP {setting}" for setting in ("easy", "medium", "hard")}
+SEVERAL |= {"map": "mAP", "recall_1": "Recall@1"}
+SEVERAL |= {"nmi": "NMI", "ari": "ARI", "cluster_accuracy": "matched accuracy"}
+
+# Titles of the metrics of classifiers. If a result has several of them, the first one is shown
 METRICS = {"map11": "mAP", "mean_per_class": "mean per class", "acc1": "top-1 / top-5"}
 
 

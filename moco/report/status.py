@@ -243,7 +243,8 @@ def _accuracy(
     """Return the name and the value of the last accuracy, and its gain in training."""
     if found:
         metric = found[0].metric
-        name = f"k-NN (k {metric.removeprefix('knn_')})" if metric.startswith("knn_") else metric
+        knn = metric.startswith("knn_")
+        name = f"k-NN (k {metric.removeprefix('knn_')})" if knn else found[0].column[1]
         return TITLES.get(metric, name), found[0].value, None
     classifier = next((line for line in reversed(lines) if "val_acc1" in line), None)
     if classifier:

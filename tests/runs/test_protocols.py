@@ -89,7 +89,8 @@ def test_the_checkpoint_s_method_chooses_the_protocol(script, method, saved, cap
 
 
 def test_scripts_and_recipes_of_protocols_exist():
-    assert {one.script for one in PROTOCOLS} == {"main_lincls", "main_semisup", "main_voc07"}
+    scripts = {"main_lincls", "main_semisup", "main_voc07", "main_retrieval"}
+    assert {one.script for one in PROTOCOLS} == scripts
     assert all((RECIPES / one.recipe).is_file() for one in PROTOCOLS if one.recipe)
     probes = {one.name for one in PROTOCOLS if one.script == "main_lincls"}
     assert {method.protocol for method in METHODS.values()} <= probes
