@@ -3,7 +3,6 @@
 `tar_listing` says which members are images and labels, `splits` which tar files belong to a split.
 """
 
-import contextlib
 import functools
 import os
 from dataclasses import dataclass, replace
@@ -49,7 +48,6 @@ class TarImages(EncodedImages):
         try:
             descriptor = _opened(os.path.join(self.root, file.name), file)
             done, offset = 0, int(self.offsets[i])
-            _read_ahead(descriptor.number, offset, len(data))
             while done < len(data):
                 # does not move the position in the file, which forked processes share
                 count = os.preadv(descriptor.number, [data[done:]], offset + done)
@@ -124,16 +122,6 @@ def _check_unchanged(descriptor: _Descriptor, file: File) -> None:
     status = os.fstat(descriptor.number)
     if (status.st_size, status.st_mtime_ns) != (file.size, file.mtime_ns):
         raise OSError("the tar file has changed since it was listed; start again")
-
-
-def _read_ahead(descriptor: int, offset: int, size: int) -> None:
-    """Tell the system which bytes are read next.
-
-    It then fetches them in one piece. Otherwise it would also fetch some of the images after them,
-    as for a file that is read from its start to its end.
-    """
-    with contextlib.suppress(OSError, AttributeError):  # not on macOS and some file systems
-        os.posix_fadvise(descriptor, offset, size, os.POSIX_FADV_WILLNEED)
 
 
 # The layout.
