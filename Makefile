@@ -8,7 +8,8 @@ CONSTRAINTS ?=
 
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(addprefix -c ,$(CONSTRAINTS))
 
-.PHONY: demo pictures test test-slow test-browser test-track test-track-here coverage lint detectron2 matrix clean
+.PHONY: demo pictures test test-slow test-browser test-track test-track-here coverage lint docs docs-serve detectron2 \
+	matrix clean
 
 # pre-train SynCo on the built-in photographs, evaluate it and a randomly initialised encoder, write the report
 demo: $(VENV)/ready
@@ -54,6 +55,14 @@ lint: $(VENV)/ready
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
+# the documentation as a site in site/; a link without a target is an error
+docs: $(VENV)/ready
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
+
+# the same on http://127.0.0.1:8000, built again at each change
+docs-serve: $(VENV)/ready
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs serve
+
 $(VENV)/ready: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and 'Python 3.10 or newer is needed: make PYTHON=python3.x ...')"
 	@echo "installing PyTorch and other packages in $(VENV): some minutes, and gigabytes of downloads"
@@ -84,4 +93,4 @@ matrix: .matrix/oldest.txt
 	sed -n '/^dependencies = /,/^]/s/^    "\([a-z-]*\)>=\([0-9.]*\)",$$/\1==\2/p' pyproject.toml > $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-track .matrix runs
+	rm -rf $(VENV) $(VENV)-track .matrix runs site

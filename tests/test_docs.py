@@ -30,9 +30,10 @@ PAGES = {
 }
 EXAMPLE = ("main_simsiam", "moco/builder/simsiam.py")  # of docs/adding-a-method.md
 ELSEWHERE = ("main_moco.py", "main_pretrain.py", "main_linear.py")  # scripts of other repositories
-# options of other programs: torch.distributed.launch's, those of Swin-style scripts and FNC's, and
-# TensorBoard's
+# options of other programs: torch.distributed.launch's, those of Swin-style scripts and FNC's,
+# TensorBoard's, and Docker's
 FOREIGN = {"--nproc-per-node", "--master-port", "--opts", "--fine-tune-after-block", "--logdir"}
+FOREIGN |= {"--build-arg", "--rm", "--gpus", "--ipc", "--user"}
 
 
 def fences(page: str) -> list[str]:
