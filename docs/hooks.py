@@ -37,7 +37,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         files.append(File.generated(config, name, content=picture))
 
     pages = list(files.documentation_pages())
-    for page in pages:  # which grows
+    for page in pages:  # the loop appends the new pages to this list
         linked = (repository_path(match[2], page.src_uri) for match in links(page.content_string))
         in_navigation = ALWAYS if page.src_uri == "index.md" else ()
         for path in (*in_navigation, *linked):
