@@ -3,8 +3,8 @@
 #   docker build -t hard-negatives .                          # for GPUs
 #   docker build -t hard-negatives --build-arg VARIANT=cpu .  # for CPUs, several gigabytes smaller
 #
-# These builds were not tried. Tests check this file, and its pip commands were run in a virtual environment,
-# except the one of the CPU variant, which needs PyTorch's own index.
+# Neither image has been built yet. Tests check this file. Its pip commands were run in a virtual environment, except that of the
+# CPU variant, which needs PyTorch's own index.
 ARG VARIANT=cuda
 
 FROM python:3.12-slim AS base
@@ -15,7 +15,7 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/*
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore PYTHONUNBUFFERED=1
 
-# PyTorch, the largest package, is a layer of its own, which changes of the code leave alone.
+# PyTorch, the largest package, has its own layer, so that changes of the code do not install it again.
 FROM base AS cpu
 RUN pip install --no-cache-dir --index-url https://download.pytorch.org/whl/cpu "torch>=2.6" "torchvision>=0.21"
 

@@ -59,7 +59,7 @@ lint: $(VENV)/ready
 docs: $(VENV)/ready
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
 
-# the same on http://127.0.0.1:8000, built again at each change
+# the same site, served on http://127.0.0.1:8000 and built again at each change
 docs-serve: $(VENV)/ready
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs serve
 
