@@ -65,7 +65,7 @@ def parser() -> Parser:
     neighbours = "--few-shot takes the place of k-NN, and reads val/ only; leave out either"
     names = "k temperature dump_features eval_data"
     p.has_effect(names, lambda args: not args.few_shot, neighbours)
-    files = "features are saved and loaded for train/ and val/; leave out either"
+    files = "saved features are those of train/ and val/, not of --eval-data; leave out either"
     has_files = lambda args: args.load_features or args.dump_features  # noqa: E731
     p.has_effect("eval_data", lambda args: not has_files(args), files)
     return p

@@ -68,7 +68,7 @@ def parser() -> Parser:
     shapes = "images keep their shapes, and --imsize limits their longer side; leave it out"
     names = "image_size test_resize batch_size compile"
     p.has_effect(names, lambda args: not is_revisited(args), shapes)
-    own = "the data set has its own queries and database, and is got by hand; leave it out"
+    own = "the data set has its own queries and database, and is downloaded by hand; leave it out"
     names = "database features host_features dump_features load_features class_list download"
     p.has_effect(names, lambda args: not is_revisited(args), own)
     one = "there is one scale; give --multiscale as well, or leave it out"

@@ -108,7 +108,7 @@ class Training(Config):
 
     @property
     def depends_on_epochs(self) -> bool:
-        """Return whether the method itself depends on --epochs, whatever the learning rate does."""
+        """Return whether a schedule other than the learning rate's depends on --epochs."""
         return False
 
 

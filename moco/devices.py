@@ -43,7 +43,7 @@ def for_process(choice: str, gpu: int | None, local_rank: int) -> torch.device:
 
 
 def describe(device: torch.device) -> str:
-    """Return the name of a device for people, such as "NVIDIA H100" or "CPU, 2 threads"."""
+    """Return the readable name of a device, such as "NVIDIA H100" or "CPU, 2 threads"."""
     if device.type in ("cuda", "xpu"):
         return torch.get_device_module(device.type).get_device_name(device)
     threads = torch.get_num_threads()

@@ -174,7 +174,7 @@ class OtherTest:
     eval_data: str | None = option(
         None,
         "test on the class folders in this folder instead of val/, such as ImageNet-A, -R, "
-        "-Sketch or -V2; only the classes that it shows can be answers",
+        "-Sketch or -V2; only its classes can be predicted",
         metavar="FOLDER",
     )
     class_map: str | None = option(
@@ -182,7 +182,7 @@ class OtherTest:
         "file with a line for each class folder of --eval-data to use: its name, and the name or "
         "index of the training images' class",
         metavar="FILE",
-        unset="the names are the classes' names, or all are their indices",
+        unset="folders have the names of the classes, or all have their indices",
     )
 
 
@@ -200,12 +200,12 @@ class Retrieval(Compared):
     )
     database: str = option(
         "train",
-        "images in which those of val/ are searched; val: the other images of val/",
+        "split to search for images of the class of each val/ image; val: the other images of val/",
         choices=("train", "val"),
     )
     k: tuple[int, ...] = option(
         (1, 5, 10),
-        "numbers of best results for Recall@k, or for the mean precision of roxford5k and rparis6k",
+        "values of k for Recall@k, or for the mean precision at k of roxford5k and rparis6k",
         range=sections.POSITIVE,
         nargs="+",
     )
@@ -213,7 +213,7 @@ class Retrieval(Compared):
 
 @dataclass(frozen=True)
 class Extraction:
-    """The features of roxford5k and rparis6k, whose images keep their shapes."""
+    """The features of roxford5k and rparis6k, whose images keep their aspect ratio."""
 
     TITLE: ClassVar[str] = "roxford5k and rparis6k"
     imsize: int = option(

@@ -4,10 +4,10 @@
   python tools/cluster.py DIR --pretrained CKPT
   python tools/cluster.py FILE
 
-DIR is a data folder, of which the images of val/ are clustered. FILE is a file of tools/embed.py.
-There, the class of an image is the first folder in its name, after a leading train/, val/,
-validation/ or test/. Without --pretrained, the encoder is randomly initialised, which is the
-baseline to compare with.
+DIR is a data folder. The images of its val/ are clustered (--split train: those of train/). FILE is
+a file of tools/embed.py. There, the class of an image is the first folder in its name, after a
+leading train/, val/, validation/ or test/. Without --pretrained, the encoder is randomly
+initialised, which is the baseline to compare with.
 
 There are as many clusters as classes, unless --clusters is given. The result is the mean over
 --repeats runs of k-means with different seeds: normalized mutual information (NMI), adjusted Rand

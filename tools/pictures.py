@@ -18,7 +18,7 @@ from moco.errors import InputError
 from moco.files import check_new, creating
 
 LAPTOP = {"width": 1366, "height": 768}
-PICTURES = {"report.png": "", "features.png": "#map-of-features .panels"}  # and their elements
+PICTURES = {"report.png": "", "features.png": "#map-of-features .panels"}  # elements; "": the top
 
 
 def main() -> int:

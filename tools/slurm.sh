@@ -9,8 +9,9 @@
 # --resume: those that pre-train, main_lincls.py and main_semisup.py.
 #
 # Start: srun starts one task per GPU on every node. The tasks take rank and world size from SLURM and connect to a port of the
-# first node, so leave out --world-size, --rank and --dist-url. --batch-size is that of a node (main_moby.py: of a task; main_mocov3.py: of all nodes). With
-# twice the nodes the total batch is twice as large, and --lr may need to be larger, too.
+# first node, so leave out --world-size, --rank and --dist-url. --batch-size is that of a node (main_moby.py: of a task;
+# main_mocov3.py: of all nodes). With twice the nodes, the total batch is twice as large (except in main_mocov3.py), and --lr may
+# need to be larger, too.
 #
 # End and continuation: the script gets `--resume auto`, which starts a new run or continues from the newest checkpoint in RUN.
 # - Time limit: SLURM sends USR1 120 s earlier (to the tasks and not to this shell, because --signal lacks `B:`). The tasks

@@ -205,8 +205,8 @@ def enqueue(queue: Tensor, pointer: Tensor, keys: Tensor) -> Tensor:
 def rising_momentum(m: float, progress: Progress) -> float:
     """Return a momentum that rises from `m` along a half cosine, to 1 after the last step.
 
-    It is that of the update after the step at `progress`: as in the code of MoBY and MoCo v3, the
-    cosine counts the steps that are done, this one included.
+    The momentum belongs to the update after the step at `progress`. As in the code of MoBY and MoCo
+    v3, the cosine counts the steps that are done, this one included.
     """
     passed = (progress.step + 1) / (progress.steps_per_epoch * progress.epochs)
     return 1 - (1 - m) * (1 + math.cos(math.pi * passed)) / 2

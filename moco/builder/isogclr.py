@@ -19,8 +19,9 @@ from moco.rng import Progress
 class ISogCLR(SogCLR):
     """iSogCLR: each image has a moving average `u`, a temperature and its momentum.
 
-    The buffers `u`, `tau` and `tau_momentum` [N] are the same on all ranks. A step uses the
-    temperatures of before the step. Images that are not in the batch keep their values.
+    The buffers `u`, `tau` and `tau_momentum` [N] are the same on all ranks. A step's loss
+    uses the temperatures that the previous step left. Images that are not in the batch keep their
+    values.
 
     Args:
         encoder, images, gamma, local_gradient: see `SogCLR`.

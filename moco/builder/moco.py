@@ -34,10 +34,10 @@ class MoCo(QueryAndKey):
         T: softmax temperature.
         symmetric: whether each view has queries, compared with the keys of the other view.
             The losses of both directions are added, and the keys of both views enter the queue.
-        loss: the loss of a query. The negatives of any loss are the queue's K entries, and not the
-            other images of the batch, as in the papers of DCL, the debiased loss and HCL. With
-            synthetic negatives, the loss may be `InfoNCE` or `Decoupled`, which only add their
-            exponentials. The others need negatives that are drawn from the data.
+        loss: the loss of a query. The negatives are the queue's K entries. In the papers of
+            DCL, the debiased loss and HCL, they are the other images of the batch. With synthetic
+            negatives, the loss must be `InfoNCE` or `Decoupled`, which add the exponentials of
+            all negatives. `Debiased` needs negatives that are images of the data.
     """
 
     def __init__(

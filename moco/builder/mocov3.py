@@ -89,7 +89,7 @@ class MoCoV3(Method):
         first = distributed.rank() * len(q)
         similarity = q @ distributed.all_gather(k).T  # [B, W B]
         with torch.no_grad():
-            positive = similarity.diagonal(first)  # [B], of the own keys
+            positive = similarity.diagonal(first)  # [B], of each query and its key
             negative = similarity.clone()
             negative.diagonal(first).fill_(-torch.inf)
             metrics = {
@@ -106,8 +106,9 @@ class MoCoV3(Method):
     def after_step(self) -> None:
         """Update the weights of the moving average. Its batch norm keeps its own statistics.
 
-        The authors' code updates it at the start of a step, between queries and keys. That is the
-        same: the new weights are first used by the keys of the next step, whose momentum they get.
+        The authors' code updates them at the start of a step, between queries and keys. Both give
+        the same keys: this update has the momentum of the next step, and the keys of that step are
+        the first to use its weights.
         """
         average = list(self.momentum_encoder.parameters())
         online = list(self.base_encoder.parameters())

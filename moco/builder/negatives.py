@@ -24,7 +24,7 @@ class Ramp:
 
     Attributes:
         epochs: length of the ramp, 0 for none.
-        shape: linear; or cosine, which is half a cosine, so flat at both ends.
+        shape: linear, or cosine: half a cosine, which is flat at both ends.
         of: number: the number of negatives rises from 0, for each type. weight: all negatives are
             there, and the weight of their exponentials in the loss rises from 0 to 1.
     """
@@ -73,9 +73,9 @@ class Schedule:
         return replace(self.config, counts=counts) if any(counts) else None
 
     def values(self, progress: Progress) -> dict[str, float]:
-        """Return what a step has of each type in use, by the name of the type's option.
+        """Return the number of negatives per query, times their weight, for each type in use.
 
-        It is the number of negatives per query, times their weight.
+        The keys are the names of the options, such as n1.
         """
         now = self.at(progress)
         counts = [0] * len(COUNTS) if now is None else now.counts
@@ -132,8 +132,8 @@ _RAMP = {
     ),
     "synthetic_ramp_of": option(
         "number",
-        "what rises: the number of negatives of each type, or the weight of all of them in the "
-        "loss's sum",
+        "quantity that rises: the number of negatives of each type, or the weight of all of them "
+        "in the loss",
         choices=("number", "weight"),
     ),
 }
@@ -209,7 +209,7 @@ def notes(schedule: Schedule, option: str, without: str, epochs: int) -> list[st
         return [*lines, f"{why}: this is {without}"]
     if ramp.epochs:
         end = first + ramp.epochs
-        after = "" if end <= epochs else f"; the run ends before, after {epochs} epochs"
+        after = "" if end <= epochs else f"; the run ends earlier, after {epochs} epochs"
         lines.append(
             f"their {ramp.of} rises ({ramp.shape}) and is full after epoch {end - 1} "
             f"(--synthetic-ramp-epochs){after}"

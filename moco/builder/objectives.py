@@ -1,4 +1,4 @@
-"""The losses that --loss selects, and their settings: of main_sogclr.py and of main_synco.py."""
+"""The losses that --loss of main_sogclr.py and main_synco.py selects, and their settings."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from moco.loss.debiased import ANNEAL_STEPS, Debiased
 from moco.loss.decoupled import Decoupled
 from moco.options import option
 
-# the losses that depend on the negatives only by the log-sum-exp of their logits
+# the losses that depend on the negatives only through the log-sum-exp of their logits
 LOSSES = ("infonce", "dcl", "dclw", "debiased", "hcl")
 # the losses that use each setting
 USED_BY = {
@@ -26,7 +26,7 @@ USED_BY = {
 }
 
 AVERAGES = ("sogclr", "isogclr")  # losses with --gamma
-GAMMA, GAMMA_ISOGCLR = 0.9, 0.8  # published
+GAMMA, GAMMA_ISOGCLR = 0.9, 0.8  # the authors' values
 
 
 @dataclass(frozen=True)

@@ -95,8 +95,8 @@ _ADVICE = {
         "no counterpart here: --seed fixes weights, order and views; leave it out"
     ),
     "moco-m-cos": (
-        "for MoCo v3, use main_mocov3.py; main_moby.py's momentum always rises to 1, the others' "
-        "is constant; leave it out"
+        "the momentum always rises to 1 in main_moby.py, and is constant in other scripts; leave "
+        "it out, or use main_mocov3.py for MoCo v3"
     ),
     "mixup cutmix smoothing label-smoothing reprob": "no counterpart here; leave it out",
     "mask-ratio norm-pix-loss norm-last-layer": _METHOD,

@@ -67,7 +67,7 @@ class Record:
 
 
 def command() -> str:
-    """Return the command line of this process, as one types it in a shell."""
+    """Return the command line of this process, quoted for a shell."""
     return shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
 
 

@@ -41,7 +41,7 @@ def evaluate(
 
     Returns the metrics of each classifier by name, in [0, 1]; see moco/evaluate/metrics.py. They
     cover the images of all ranks. Each image counts once, and a rank may have none. With
-    `--eval-data`, only the classes that an image shows can be answers.
+    `--eval-data`, only the classes of its images can be predicted.
 
     Args:
         net: the network, [B, 3, H, W] -> logits, [B, num_classes] or [heads, B, num_classes]. It
@@ -51,7 +51,7 @@ def evaluate(
         device: the device of this process.
         heads: number of classifiers.
 
-    Raises InputError if an image cannot be read, or if all images of `--eval-data` show one class.
+    Raises InputError if an image cannot be read, or if all images of `--eval-data` have one class.
     """
     net.eval()
     meter = metrics.create_meter(images.multi_label, heads, len(images.classes), device)

@@ -138,7 +138,7 @@ def read(path: Path) -> tuple[list[str], np.ndarray, dict[str, object]]:
         names, rows, about = _READERS[suffix](path)
         about = parse_json(about)
         if not (rows.ndim == 2 and len(names) == len(rows) and isinstance(about, dict)):
-            raise ValueError("the names and features do not fit")
+            raise ValueError("its names and features do not match")
         return names, np.ascontiguousarray(rows, np.float32), about
     except (OSError, MemoryError) as error:
         raise unreadable(error).at(path) from None

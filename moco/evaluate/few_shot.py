@@ -37,8 +37,8 @@ def accuracies(
 ) -> dict[str, np.ndarray]:
     """Return the accuracy of each classifier in each episode, [episodes], in [0, 1].
 
-    An episode draws `ways` classes among those with enough images, and different images of each
-    class to learn from and to classify. The draws depend on the seed and the episode only.
+    An episode draws `ways` classes among those with enough images. For each class, it draws images
+    to learn from, and other images to classify. The draws depend on the seed and the episode only.
 
     Args:
         x: the features, [N, D], of norm 1.
@@ -73,7 +73,7 @@ def nearest_mean(support: np.ndarray, known: np.ndarray, queries: np.ndarray) ->
 
     Args:
         support: features to learn from, [n, D], of norm 1.
-        known: their labels, [n], of 0 to the number of classes - 1.
+        known: their labels, [n], from 0 to the number of classes - 1.
         queries: features to classify, [M, D].
     """
     means = np.stack([support[known == c].mean(0) for c in range(known.max() + 1)])

@@ -35,7 +35,7 @@ def complete(config: AnyConfig) -> AnyConfig:
 def complete_encoder(config: AnyConfig) -> AnyConfig:
     """Return `config` with the checkpoint's network, image size, mean and std; see `complete`.
 
-    The data is not looked at. Raises InputError if the checkpoint does not fit.
+    It does not read the data. Raises InputError if the checkpoint does not fit.
     """
     config = replaced(config, test_resize=config.views.test_resize or "scaled")
     if not config.encoder.pretrained or tests_full_network(config):
@@ -322,7 +322,7 @@ def frozen_features(
     """Return this rank's training and validation features, and the class names.
 
     The features are loaded from `--load-features`, or computed by the encoder. With `--eval-data`,
-    both splits have only the classes that its images show.
+    both splits have only the classes of its images.
 
     Args:
         config: the settings of the evaluation.
@@ -349,9 +349,9 @@ def frozen_features(
 def frozen_split(
     config: Evaluation, device: torch.device, split: str
 ) -> tuple[features.Features, tuple[str, ...]]:
-    """Return this rank's features of one split, of norm 1 if computed, and the class names.
+    """Return this rank's features of one split, and the class names; see `frozen_features`.
 
-    `split` is "train" or "val". The other one is not read. See `frozen_features`.
+    Computed features have norm 1. `split` is "train" or "val"; the other split is not read.
     """
     if config.files.load_features:
         train, val, classes = feature_files.load(config, device)

@@ -39,8 +39,8 @@ def load(settings: OtherTest, train: Images) -> Images:
 
     A folder of the test images has the name of its class. If the names of all folders are integers
     that are not classes, they are indices into the classes of `train`, which are sorted, as in
-    ImageNet-V2. With `--class-map`, the file says which class a folder shows, and folders that it
-    lacks are left out.
+    ImageNet-V2. With `--class-map`, the file names the class of each folder, and folders that are
+    not in it are left out.
 
     Raises InputError if the images cannot be listed, or a folder has no class.
     """
@@ -62,14 +62,14 @@ def load(settings: OtherTest, train: Images) -> Images:
 
 
 def shown_classes(images: Images) -> np.ndarray:
-    """Return the indices of the classes that an image shows, in ascending order."""
+    """Return the indices of the classes that have an image, in ascending order."""
     return np.unique(images.labels)
 
 
 def restrict(train: Images, val: Images) -> tuple[Images, Images]:
-    """Return both splits with only the classes that `val` shows, for k-NN.
+    """Return both splits with only the classes of `val`, for k-NN.
 
-    Raises InputError if that is a single class, so that every answer is right.
+    Raises InputError if that is a single class, so that every prediction is right.
     """
     shown = shown_classes(val)
     require_two(shown, val)
@@ -81,11 +81,11 @@ def restrict(train: Images, val: Images) -> tuple[Images, Images]:
 
 
 def require_two(shown: np.ndarray, images: Images) -> None:
-    """Raise InputError if the test images show one class only."""
+    """Raise InputError if the test images have one class only."""
     if len(shown) < 2:
         raise InputError(
-            f"{images.root}: its test images are of one class, and only the classes that are shown "
-            "can be answers; give images of two classes or more"
+            f"{images.root}: its test images are of one class, and only their classes can be "
+            "predicted, so every prediction is right; give images of two classes or more"
         )
 
 

@@ -28,7 +28,7 @@ class Query(NamedTuple):
     box: tuple[float, float, float, float]  # left, top, right, bottom in pixels, from 0
 
 
-# The positives and the ignored images of each setting
+# the positives and the ignored images of each setting
 SETTINGS = {
     "easy": (("easy",), ("junk", "hard")),
     "medium": (("easy", "hard"), ("junk",)),

@@ -1,4 +1,4 @@
-"""Compute the features of images that keep their shapes, for revisited Oxford and Paris.
+"""Compute the features of images that keep their aspect ratio, for revisited Oxford and Paris.
 
 Each image is a batch of its own. Its features are joined over scales.
 """
@@ -25,18 +25,18 @@ from moco.errors import InputError
 from moco.evaluate import inputs, revisited
 from moco.sections_eval import Extraction
 
-GEM, EPS = 3.0, 1e-6  # exponent of the generalized mean, and the smallest value that it is taken of
+GEM, EPS = 3.0, 1e-6  # exponent of the generalized mean, and lower bound of its inputs
 
 
 @dataclass(frozen=True)
 class Shrunk:
-    """A transform that shrinks images without a change of their shape.
+    """A transform that shrinks images and keeps their aspect ratio.
 
     Attributes:
-        imsize: Limits the longer side, in pixels. Smaller images are not enlarged.
-        boxes: The box to which each image is cropped first; None for full images. The cropped image
+        imsize: maximum of the longer side, in pixels. Smaller images are not enlarged.
+        boxes: the box to which each image is cropped first; None for full images. The cropped image
             is shrunk by the factor of the full image.
-        center: Whether the result is the test view of `imsize` pixels of the shrunk image.
+        center: whether the result is the test view of `imsize` pixels of the shrunk image.
     """
 
     imsize: int
@@ -145,7 +145,8 @@ def pooled(net: nn.Module, x: Tensor, pooling: str) -> Tensor:
 def joined(net: nn.Module, x: Tensor, config: Extraction, pooling: str) -> Tensor:
     """Return the features [B, D] of `x`, of norm 1, joined over the scales of `config`.
 
-    They are joined by a mean, with the exponent of the generalized mean after `gem`.
+    They are joined by their mean over scales; after `gem`, by the generalized mean with the
+    exponent `GEM`.
     """
     power = GEM if pooling == "gem" else 1.0
     total = 0.0

@@ -3,7 +3,7 @@
 `bank_info_nce` is the loss of MoCo, SynCo and MoBY. `info_nce` is the same formula in plain
 autograd, for tests that compare the two. The synthetic negatives are in `moco/loss/synthetic.py`.
 
-`InfoNCE` is the first of the losses that depend on the negatives of an anchor only by the
+`InfoNCE` is the first of the losses that depend on the negatives of an anchor only through the
 log-sum-exp of their logits. The others are in `decoupled.py` and `debiased.py`. They work on the
 batch (`moco/builder/simclr.py`) and on the queue (`moco/builder/moco.py`).
 """

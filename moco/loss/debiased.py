@@ -27,9 +27,9 @@ class Debiased(InfoNCE):
         Ng = max((hard - tau_plus N exp(l+)) / (1 - tau_plus), N exp(-1 / T))
         loss = -log(exp(l+) / (exp(l+) + Ng))
 
-    The gradient passes through the weights exp(beta l_j), as in the authors' code. With both
-    settings 0, the loss is InfoNCE. As in the authors' code, it is the mean over the anchors of
-    both views, so half of SimCLR's sum over views.
+    The gradient passes through the weights exp(beta l_j), as in the authors' code. With
+    `tau_plus` and `beta` 0, the loss of an anchor is InfoNCE. As in the authors' code, the loss is
+    the mean over the anchors of both views, so half of SimCLR's sum over views.
 
     Attributes:
         tau_plus: the assumed probability that a negative has the anchor's class, in [0, 1).

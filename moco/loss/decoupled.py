@@ -29,7 +29,7 @@ class Decoupled(InfoNCE):
     sigma: float | None = None
 
     def __call__(self, anchors: Anchors) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss of each anchor [..., n], and the spread of w."""
+        """Return the loss of each anchor [..., n], and with `sigma` the standard deviation of w."""
         l_pos = anchors.positive / anchors.T
         (l_neg,) = anchors.log_sums(1)
         if self.sigma is None:
@@ -37,5 +37,5 @@ class Decoupled(InfoNCE):
         joint = anchors.joint_positive() / self.sigma
         log_mean = joint.logsumexp(0) - math.log(len(joint))
         weight = 2 - torch.exp(anchors.positive / self.sigma - log_mean)
-        spread = weight.detach().std(unbiased=False)
-        return l_neg - weight * l_pos, {"positive_weight_std": spread}
+        std = weight.detach().std(unbiased=False)
+        return l_neg - weight * l_pos, {"positive_weight_std": std}

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def in_batch_info_nce(similarity: Tensor, first: int, temperature: float) -> Tensor:
-    """Return 2 T times the mean cross entropy of each query's own key among the joint batch's.
+    """Return 2 T times the mean cross entropy of each query's key among the joint batch's keys.
 
     This is one direction of MoCo v3's loss (algorithm 1, `ctr`). The factor 2 T keeps the gradient
     from growing as the temperature falls.

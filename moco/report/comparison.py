@@ -62,7 +62,7 @@ def _summary(found: list[Run]) -> str:
     texts = [list(row) for row in zip(*(cells for _, cells in columns), strict=True)]
     table = markup.table([title for title, _ in columns], texts, left=4)
     several = len(found) > 1 and _STAR in table
-    text = "While training. The gain is that over the encoder before training."
+    text = "Measured during training. The gain is relative to the encoder before training."
     text = f"<p>{text}{f' {_STAR} marks the best of a column.' * several}</p>"
     return f"<h3>Metrics of the log</h3>{text if labelled else ''}{table}"
 

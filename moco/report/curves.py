@@ -126,11 +126,11 @@ _MORE = (  # metrics that only one method has
         "Mean of the images' u of SogCLR, which its loss divides by.",
         log=True,
     ),
-    Panel("fn_found", "False negatives found", "Of each image, by FNC."),
+    Panel("fn_found", "False negatives found", "Number for each image, found by FNC."),
     Panel(
         "fn_precision",
         "Precision of false negatives, %",
-        "Those that have the class of the image. Labels are used for nothing else.",
+        "Fraction of them that have the class of the image. Labels are used for nothing else.",
         percent=True,
     ),
 )

@@ -1,6 +1,6 @@
 """The style sheet of the report.
 
-Text has at least 11 pixels at every width. What is wider than a phone scrolls inside its panel.
+Text has at least 11 pixels at every width. Content that is wider than a phone scrolls in its panel.
 """
 
 STYLE = """
