@@ -168,4 +168,6 @@ def _command(noted: dict) -> str:
     command = noted.get("command")
     if not isinstance(command, str) or not command:
         return ""
-    return f"<code>{escaped(command)}</code>"
+    # a browser would break lines within an option, after its hyphens
+    words = " ".join(f"<span>{escaped(word)}</span>" for word in command.split(" "))
+    return f"<code>{words}</code>"

@@ -45,6 +45,7 @@ dd { margin: 0; overflow-wrap: anywhere; min-width: 0; flex: 1 }
 code { font: 12.5px/1.4 ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace }
 dd code { display: block; background: #f3f3f3; padding: .3em .5em; border-radius: 3px;
   white-space: pre-wrap }
+dd code span { display: inline-block; max-width: 100%; overflow-wrap: anywhere }
 .absent { color: #663c00; background: #fff3d6; padding: .4em .8em; border-radius: 4px;
   margin: .4em 0; overflow-wrap: anywhere; grid-column: 1 / -1; max-width: none }
 summary { cursor: pointer; margin: .6em 0 }
