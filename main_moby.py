@@ -1,8 +1,7 @@
 #!/usr/bin/env python
 """Pre-train a ViT, a Swin or another network with MoBY, SynCo-v2 or BYOL.
 
---batch-size counts the images of each process. configs/ holds the published settings:
---cfg configs/synco_swin_tiny.yaml.
+--batch-size counts the images of each process. A recipe: --cfg configs/moby_vit_small.yaml.
 """
 
 import moco as _first  # noqa: F401 (before torch: sets how its threads wait)
