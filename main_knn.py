@@ -75,6 +75,7 @@ def complete(c: Config) -> Config:
     inputs.check_head(c)
     inputs.check_distinct("--k", c.knn.k)
     inputs.check_distinct("--shots", c.few_shot.shots)
+    inputs.check_distinct("--few-shot-classifier", c.few_shot.few_shot_classifier)
     c = inputs.complete_features(c, multi_label=False)
     c = config.replaced(c, features=c.knn.features or "backbone")
     if c.few_shot.few_shot:

@@ -202,9 +202,10 @@ def _alike(saved: object, given: object) -> bool:
     return isinstance(saved, int | float) if number else isinstance(saved, type(given))
 
 
-def check_distinct(flag: str, values: Iterable[float]) -> None:
+def check_distinct(flag: str, values: Iterable[float | str]) -> None:
     """Raise InputError if a value of an option is given twice, or prints like another one."""
-    printed = [f"{value:g}" for value in values]  # as the results name them
+    # numbers are printed as in the names of results
+    printed = [value if isinstance(value, str) else f"{value:g}" for value in values]
     if len(set(printed)) < len(printed):
         raise InputError(f"{flag} {' '.join(printed)}: a value is given twice; give each once")
 

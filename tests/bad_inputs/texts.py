@@ -77,7 +77,7 @@ def bad_yaml(rng: random.Random, place: Place) -> Case:
         "arch: [resnet18]\n",
         "recipe: moco\n",
         "amp: fp8\n",
-        "optimizer: adam\n",
+        "optimizer: rmsprop\n",
         "compile: 1\n",
         "knn-t: 0\n",
         "resume: ''\n",

@@ -119,6 +119,11 @@ def test_few_shot_classification_over_one_process_and_two(shared_images, script,
     refused(script("main_knn", shared_images, *INPUT, "--ways", 3), "--ways has no effect")
 
 
+def test_a_classifier_of_few_shots_is_given_once(images, script):
+    words = (images, *INPUT, "--few-shot", *typed("--few-shot-classifier mean logistic mean"))
+    refused(script("main_knn", *words), "mean logistic mean: a value is given twice")
+
+
 @pytest.mark.slow
 def test_clusters_of_a_folder_and_of_a_file_of_features(shared_images, call, script, run, tmp_path):
     checkpoint = run / "checkpoint_0000.pth.tar"

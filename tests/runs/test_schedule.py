@@ -209,6 +209,7 @@ FACTS = {
 RECIPES = {
     str(path.relative_to(ROOT / "configs").with_suffix("")): path
     for path in sorted((ROOT / "configs").rglob("*.yaml"))
+    if not path.name.startswith("retrieval_")  # nothing is trained
 }
 # small networks, because the schedules do not depend on them
 SMALL = {
