@@ -198,7 +198,7 @@ def check(heads: Heads) -> None:
         "these are not the hardest negatives"
     )
     with (
-        mock.patch.object(synthetic, "hardest", lambda *_: hard),
+        mock.patch("moco.builder.synco.hardest", lambda *_: hard),
         mock.patch.object(heads, "topk", lambda _: hard),
     ):
         exact = copy.copy(heads)
