@@ -72,9 +72,12 @@ def parser() -> Parser:
     names = "database features host_features dump_features load_features class_list download"
     p.has_effect(names, lambda args: not is_revisited(args), own)
     one = "there is one scale; give --multiscale as well, or leave it out"
-    # a protocol names its scales even if --multiscale is off by default
-    joins = lambda args: args.multiscale or not is_revisited(args) or "scales" not in p.given  # noqa: E731
-    p.has_effect("scales", joins, one)
+
+    def joins_scales(args: Options) -> bool:
+        # a protocol names its scales even if --multiscale is off by default
+        return args.multiscale or not is_revisited(args) or "scales" not in p.given
+
+    p.has_effect("scales", joins_scales, one)
     both = "features of both splits are saved, and --database val needs no train/; leave out either"
     p.has_effect("dump_features", lambda args: args.database == "train", both)
     return p

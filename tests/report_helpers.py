@@ -65,7 +65,7 @@ def write_run(folder, data, lines=30, weights=True, logged=("loss",), **options)
 
 
 class Page(HTMLParser):
-    """What a browser would make of the page."""
+    """The tags and the text of a page, as a browser would read them."""
 
     def __init__(self, path):
         super().__init__()

@@ -55,7 +55,10 @@ def choose(script: str, settings: Mapping[str, object], given: Mapping[str, obje
     named = given.get("protocol")
     if named is not None and named not in known:
         raise unknown("protocol", named, known)
-    facts = _read(path) if path else None
+    # a named protocol needs the checkpoint only if its settings depend on the network
+    mine = [one for one in PROTOCOLS if (one.script, one.name) == (script, named)]
+    by_network = any(one.transformers for one in mine) and not settings.get("arch")
+    facts = _read(path) if path and (named is None or by_network) else None
     settings = {**settings, "arch": settings.get("arch") or (facts.arch if facts else None)}
     if named is not None:
         return Choice(_recipe(script, named, settings), "--protocol")

@@ -116,7 +116,7 @@ def test_revisited_metrics_equal_a_slow_computation(formula):
 
 
 def test_an_example_by_hand():
-    """Of two positives, one is first and one is fourth, after an ignored image and a wrong one."""
+    """Rank one of two positives first, and the other fourth, after an ignored and a wrong image."""
     truth = [Query(np.array([3]), np.array([0]), np.array([7]), (0, 0, 1, 1))]
     found = revisited.evaluate(np.array([[3, 7, 5, 0, 1]]), truth, [1, 5])
     assert found["map_easy"] == 1 and found["mp_medium_1"] == 1
