@@ -72,8 +72,7 @@ def check_memory(c: Config) -> None:
             f"the memory must hold a batch's {views} views; "
             f"give {-(-views // accumulated)} or more, or 0 for none"
         )
-    p = processes.plan(c.launch)
-    per_pass = c.input.batch_size // p.local_world_size * p.world_size
+    per_pass = processes.images_per_pass(c.input, c.launch)
     entries = fnc.memory_multiplier * accumulated * per_pass or views * per_pass
     others = entries - views  # an image's own views are neither negatives nor false negatives
     if fnc.fn_mode != "off" and fnc.fn_topk >= others > 0:

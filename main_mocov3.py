@@ -16,12 +16,14 @@ from torch import nn
 
 from moco import config, sections
 from moco.builder.mocov3 import MoCoV3
+from moco.builder.negatives import BatchNegatives, notes
 from moco.cli import entry
 from moco.cli.parser import Parser
 from moco.distributed import print_rank0
 from moco.encoder import networks
 from moco.encoder.networks import projector
 from moco.engine import pretrain
+from moco.launch import processes
 from moco.sections import option
 
 
@@ -60,6 +62,7 @@ class Config(config.Pretraining):
         cos=True,
     )
     contrast: Contrast = Contrast()
+    synthetic: BatchNegatives = BatchNegatives()
 
     @property
     def depends_on_epochs(self) -> bool:
@@ -69,7 +72,7 @@ class Config(config.Pretraining):
 
 def parser() -> Parser:
     p = Parser(__doc__, Config())
-    p.add_aliases({"warmup-epochs": "lr-warmup-epochs"})
+    p.add_aliases({"warmup-epochs": "lr-warmup-epochs", "eta": "synthetic-eta"})
     return p
 
 
@@ -78,6 +81,7 @@ def complete(c: Config) -> Config:
     if c.contrast.stop_grad_conv1:  # check before processes start that there is something to freeze
         net = networks.create_encoder(c.network, c.views.image_size, c.contrast.moco_dim)
         networks.freeze_patch_projection(net, c.network.arch)
+    c.synthetic.check(processes.images_per_pass(c.input, c.launch) - 1)
     pretrain.check_views(c)
     return pretrain.complete(c)
 
@@ -96,13 +100,17 @@ def build(c: Config) -> MoCoV3:
     widths = [networks.num_features(net), *[hidden] * (2 if transformer else 1), dim]
     networks.set_head(net, projector(widths, last_norm()))
     predictor = projector([dim, hidden, dim], *([last_norm()] if transformer else []))
-    return MoCoV3(net, predictor, c.contrast.moco_m, c.contrast.moco_m_cos, c.contrast.moco_t)
+    m, rises, t = c.contrast.moco_m, c.contrast.moco_m_cos, c.contrast.moco_t
+    return MoCoV3(net, predictor, m, rises, t, c.synthetic.schedule())
 
 
 def worker(c: Config, device: torch.device) -> None:
     m, rises = c.contrast.moco_m, c.contrast.moco_m_cos
     how = "at the start, 1 after the last step" if rises else "in all steps; --moco-m-cos raises it"
     print_rank0(f"momentum {m:g} (--moco-m) {how}")
+    negatives = c.synthetic.schedule()
+    for line in notes(negatives, "--synthetic-first", "MoCo v3", c.optimizer.epochs):
+        print_rank0(line)
     pretrain.train(c, device, lambda images: build(c))
 
 

@@ -17,6 +17,7 @@ from torch import nn
 from moco import config, sections
 from moco.builder import objectives
 from moco.builder.isogclr import Temperatures
+from moco.builder.negatives import BatchNegatives, notes
 from moco.builder.simclr import SimCLR
 from moco.cli import entry
 from moco.cli.parser import Parser
@@ -60,6 +61,7 @@ class Config(config.Pretraining):
     contrast: objectives.BatchSettings = objectives.BatchSettings()
     head: Head = Head()
     temperatures: Temperatures = Temperatures()
+    synthetic: BatchNegatives = BatchNegatives()
 
     @property
     def depends_on_epochs(self) -> bool:
@@ -81,6 +83,8 @@ def parser() -> Parser:
 def complete(c: Config) -> Config:
     c = config.replaced(c, method=c.contrast.loss, gamma=c.contrast.own_gamma)
     objectives.check(c.contrast, c.temperatures, c.optimizer.epochs)
+    objectives.check_synthetic(c.contrast.loss, c.synthetic.schedule().config.total)
+    c.synthetic.check(2 * processes.images_per_pass(c.input, c.launch) - 2)
     pretrain.check_views(c)
     return pretrain.complete(c)
 
@@ -97,9 +101,13 @@ def encoder(c: Config) -> nn.Module:
 
 def worker(c: Config, device: torch.device) -> None:
     print_rank0(objectives.note(c.contrast))
+    negatives = c.synthetic.schedule()
+    for line in notes(negatives, "--synthetic-first", c.contrast.loss, c.optimizer.epochs):
+        print_rank0(line)
 
     def build(images: Images) -> SimCLR:
-        return objectives.create_method(c.contrast, c.temperatures, lambda: encoder(c), len(images))
+        parts = (c.contrast, c.temperatures, lambda: encoder(c), len(images), negatives)
+        return objectives.create_method(*parts)
 
     pretrain.train(c, device, build)
 

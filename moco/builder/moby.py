@@ -244,8 +244,6 @@ def create_method(
 def synco_v2(synthetic: Synthetics, contrast: Contrast) -> Schedule:
     """Return the synthetic negatives of SynCo-v2. Raises InputError if there would be none."""
     first, last = synthetic.synthetic_first, synthetic.synthetic_last
-    if first >= last:
-        raise InputError(f"--synthetic-first {first}: must be below --synthetic-last {last}")
     found = synthetic_schedule(synthetic, contrast.queue, "--queue", first, last)
     if not found.config.total:
         raise InputError("--method synco: --n1 to --n6 are all 0; give some, or --method moby")

@@ -1,6 +1,7 @@
 """MoCo v3: the keys of the batch as negatives, and a predictor (Chen et al., arXiv 2104.02057)."""
 
 import copy
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +10,13 @@ from torch import Tensor, nn
 
 from moco import distributed
 from moco.builder.base import Method, rising_momentum
-from moco.loss.contrastive import contrast_accuracy, feature_statistics, normalize
+from moco.builder.negatives import Schedule, batch_mixture
+from moco.loss.contrastive import (
+    contrast_accuracy,
+    feature_statistics,
+    normalize,
+    synthetic_hardness,
+)
 from moco.loss.in_batch import in_batch_info_nce
 from moco.rng import Progress
 
@@ -26,6 +33,7 @@ class MoCoV3(Method):
         m: momentum of the moving average, in [0, 1].
         rises: whether the momentum rises from m along a half cosine, to 1 after the last step.
         T: softmax temperature.
+        synthetic: synthetic negatives, made from the hardest keys of the batch.
     """
 
     sync_batch_norm = True
@@ -37,9 +45,10 @@ class MoCoV3(Method):
         m: float = 0.99,
         rises: bool = False,
         T: float = 1.0,
+        synthetic: Schedule = Schedule(),  # noqa: B008 (frozen)
     ):
         super().__init__()
-        self.m, self.rises, self.T = m, rises, T
+        self.m, self.rises, self.T, self.synthetic = m, rises, T, synthetic
         self.base_encoder = encoder
         self.momentum_encoder = copy.deepcopy(encoder).requires_grad_(False)
         self.predictor = predictor
@@ -67,27 +76,40 @@ class MoCoV3(Method):
         Args:
             views: two views, each [B, 3, H, W].
             index: unused.
-            progress: position in the run; fixes the momentum.
+            progress: position in the run; fixes the momentum, and seeds random numbers.
         """
         self._progress = progress
         q = [normalize(self.predictor(self.base_encoder(view))) for view in views]
         with torch.no_grad():
             k = [normalize(self.momentum_encoder(view)) for view in views]
         with torch.autocast(q[0].device.type, enabled=False):
-            loss_1, metrics_1 = self.direction(q[0], k[1])
-            loss_2, metrics_2 = self.direction(q[1], k[0])
+            loss_1, metrics_1 = self.direction(q[0], k[1], progress, 0)
+            loss_2, metrics_2 = self.direction(q[1], k[0], progress, 1)
         metrics = {name: (metrics_1[name] + metrics_2[name]) / 2 for name in metrics_1}
         return loss_1 + loss_2, metrics
 
-    def direction(self, q: Tensor, k: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def direction(
+        self, q: Tensor, k: Tensor, progress: Progress, counter: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss and metrics of one direction.
+
+        The metrics count only keys as negatives. Each type of synthetic negative has its own.
 
         Args:
             q: normalized queries of one view, [B, C].
             k: normalized keys of the other view, [B, C], without gradient.
+            progress: position in the run.
+            counter: index of the direction, so that each draws its own random numbers.
         """
         first = distributed.rank() * len(q)
-        similarity = q @ distributed.all_gather(k).T  # [B, W B]
+        keys = distributed.all_gather(k)
+        similarity = q @ keys.T  # [B, W B]
+        mixture, synthetic = None, None
+        if config := self.synthetic.at(progress):
+            own = torch.zeros_like(similarity, dtype=torch.bool)
+            own.diagonal(first).fill_(True)
+            mixture = batch_mixture(config, q, keys, similarity, own, progress, counter)
+            synthetic = mixture.dot(q, similarity) / self.T + math.log(mixture.weight)
         with torch.no_grad():
             positive = similarity.diagonal(first)  # [B], of each query and its key
             negative = similarity.clone()
@@ -95,12 +117,17 @@ class MoCoV3(Method):
             metrics = {
                 **contrast_accuracy(positive, negative),
                 **feature_statistics(q, positive, negative.amax(1)),
+                **synthetic_hardness(mixture),
             }
-        return in_batch_info_nce(similarity, first, self.T), metrics
+        return in_batch_info_nce(similarity, first, self.T, synthetic), metrics
 
     def schedules(self, progress: Progress) -> dict[str, float]:
-        """Return the momentum of the moving average after the step at `progress`."""
-        return {"momentum": rising_momentum(self.m, progress) if self.rises else self.m}
+        """Return the momentum of the moving average after the step at `progress`.
+
+        Return also the numbers of synthetic negatives per query.
+        """
+        momentum = rising_momentum(self.m, progress) if self.rises else self.m
+        return {"momentum": momentum, **self.synthetic.values(progress)}
 
     @torch.no_grad()
     def after_step(self) -> None:

@@ -1,16 +1,18 @@
 """The synthetic negatives of a run: their options, the epochs that have them, and their ramp.
 
-SynCo and SynCo-v2 use this file. The formulas are in `moco/loss/synthetic.py`.
+SynCo, SynCo-v2, MoCo v3 and SimCLR use this file. The formulas are in `moco/loss/synthetic.py`.
 """
 
 import math
 from dataclasses import dataclass, make_dataclass, replace
 
+import torch
 from torch import Tensor
 
 from moco import distributed
 from moco.errors import InputError
 from moco.loss import synthetic
+from moco.loss.hardest import hardest
 from moco.loss.synthetic import Mixture, Synthetic
 from moco.options import NATURAL, SIZE, option
 from moco.rng import NEGATIVES, Progress
@@ -109,15 +111,36 @@ def mixture(
     return synthetic.mix(q, bank, similarity, hard, config, draws)
 
 
-_HARD = option(0, "number of hardest queue entries to make synthetic negatives from", range=NATURAL)
+@torch.no_grad()
+def batch_mixture(
+    config: Synthetic,
+    q: Tensor,
+    bank: Tensor,
+    similarity: Tensor,
+    own: Tensor,
+    progress: Progress,
+    counter: int,
+) -> Mixture:
+    """Return synthetic negatives that are made from the negatives of the batch.
+
+    Args:
+        config: the number of negatives of each type, and their sizes.
+        q: normalized queries [N, C].
+        bank: normalized features of the joint batch [K, C].
+        similarity: q @ bank.T, [N, K].
+        own: True for the entries that are no negatives of a query, because they are features of its
+            own image, [N, K]. Each query must have `config.n_hard` other entries.
+        progress: position in the run; seeds the random draws.
+        counter: index of the view, so that each draws its own random numbers.
+    """
+    similarity = similarity.masked_fill(own, -torch.inf)
+    hard = hardest(similarity, config.n_hard)
+    return mixture(config, q, bank, similarity, hard, progress, counter)
+
+
 _COUNTS = {
     f"n{i}": option(0, f"{one.name} negatives per query", range=NATURAL)
     for i, one in enumerate(synthetic.TYPES, 1)
-}
-_SIZES = {
-    "sigma": option(0.01, "standard deviation of the noise", range=SIZE),
-    "delta": option(0.01, "size of the perturbation", range=SIZE),
-    "eta": option(0.01, "size of the adversarial step", range=SIZE),
 }
 _RAMP = {
     "synthetic_ramp_epochs": option(
@@ -138,26 +161,69 @@ _RAMP = {
     ),
 }
 
-# settings of the synthetic negatives: n_hard, a count for each of `synthetic.TYPES`, the sizes,
-# and the ramp
-SyntheticNegatives = make_dataclass(
-    "SyntheticNegatives",
-    [
-        ("n_hard", int, _HARD),
+
+def _section(name: str, source: str, eta: str) -> type:
+    """Return a section of settings: n_hard, counts, sizes and the ramp.
+
+    Args:
+        name: name of the class.
+        source: what the synthetic negatives are made from, for --help.
+        eta: name of the setting of the adversarial step's size; the class has it as ETA.
+    """
+    hard = f"number of hardest {source} to make synthetic negatives from"
+    sizes = {
+        "sigma": option(0.01, "standard deviation of the noise", range=SIZE),
+        "delta": option(0.01, "size of the perturbation", range=SIZE),
+        eta: option(0.01, "size of the adversarial step", range=SIZE),
+    }
+    fields = [
+        ("n_hard", int, option(0, hard, range=NATURAL)),
         *((name, int, one) for name, one in _COUNTS.items()),
-        *((name, float, one) for name, one in _SIZES.items()),
+        *((name, float, one) for name, one in sizes.items()),
         *((name, type(one.default), one) for name, one in _RAMP.items()),
-    ],
-    frozen=True,
-    namespace={"TITLE": "synthetic negatives", "__module__": __name__},
-)
+    ]
+    own = {"TITLE": "synthetic negatives", "ETA": eta, "__module__": __name__}
+    return make_dataclass(name, fields, frozen=True, namespace=own)
+
+
+SyntheticNegatives = _section("SyntheticNegatives", "queue entries", "eta")
+# iSogCLR, in the same script as SimCLR, already has a setting `eta`
+_OfBatch = _section("_OfBatch", "negatives of the batch", "synthetic_eta")
 COUNTS = tuple(_COUNTS)  # n1, n2, ...
+
+
+@dataclass(frozen=True)
+class BatchNegatives(_OfBatch):
+    """The synthetic negatives made from those of the batch, and the epochs that have them."""
+
+    synthetic_first: int = option(
+        10, "first epoch with synthetic negatives", range=NATURAL, metavar="EPOCH"
+    )
+    synthetic_last: int | None = option(
+        None,
+        "first epoch without them after that",
+        range=NATURAL,
+        metavar="EPOCH",
+        unset="they stay",
+    )
+
+    def schedule(self) -> Schedule:
+        """Return their schedule. Raises InputError if the settings do not fit together."""
+        return _schedule(self, self.synthetic_first, self.synthetic_last)
+
+    def check(self, negatives: int) -> None:
+        """Raise InputError if they cannot be made from so many negatives of each query."""
+        if self.schedule().config.total and self.n_hard > negatives:
+            raise InputError(
+                f"--n-hard {self.n_hard}: a query has only {negatives} negatives in the joint "
+                "batch of a pass (--batch-size); lower --n-hard, or raise --batch-size"
+            )
 
 
 def synthetic_schedule(
     section: SyntheticNegatives, entries: int, option: str, first: int, last: int | None = None
 ) -> Schedule:
-    """Return the schedule of the synthetic negatives.
+    """Return the schedule of the synthetic negatives that are made from a queue.
 
     Args:
         section: the settings.
@@ -166,21 +232,37 @@ def synthetic_schedule(
         first: the first epoch with synthetic negatives.
         last: the first epoch without them after that, if any.
 
-    Raises InputError if `n_hard` is larger than the queue, or 0 although there are negatives, or if
-    the negatives end before the ramp does.
+    Raises InputError if `n_hard` is larger than the queue, or if the settings do not fit together.
     """
-    counts = tuple(getattr(section, name) for name in COUNTS)
     if section.n_hard > entries:
         raise InputError(
             f"--n-hard {section.n_hard} is larger than the queue ({option} {entries}); "
             "lower --n-hard"
         )
-    if any(counts) and not section.n_hard:
+    return _schedule(section, first, last)
+
+
+def _schedule(
+    section: SyntheticNegatives | BatchNegatives, first: int, last: int | None
+) -> Schedule:
+    """Return the schedule of the synthetic negatives of `section` from epoch `first` on.
+
+    Raises InputError if `n_hard` is 0 although there are negatives, if the negatives end before
+    they begin, or if they end before the ramp does.
+    """
+    counts = tuple(getattr(section, name) for name in COUNTS)
+    if not any(counts):
+        return Schedule(Synthetic(section.n_hard), first, last)
+    if not section.n_hard:
+        of = "queue entries" if isinstance(section, SyntheticNegatives) else "negatives"
         raise InputError(
-            "synthetic negatives are made from the hardest queue entries: "
+            f"synthetic negatives are made from the hardest {of}: "
             "give --n-hard, as in --n-hard 1024"
         )
-    config = Synthetic(section.n_hard, counts, section.sigma, section.delta, section.eta)
+    if last is not None and first >= last:
+        raise InputError(f"--synthetic-first {first}: must be below --synthetic-last {last}")
+    eta = getattr(section, section.ETA)
+    config = Synthetic(section.n_hard, counts, section.sigma, section.delta, eta)
     ramp = Ramp(section.synthetic_ramp_epochs, section.synthetic_ramp, section.synthetic_ramp_of)
     if last is not None and ramp.epochs > last - first:
         raise InputError(

@@ -7,6 +7,7 @@ from typing import ClassVar
 from torch import nn
 
 from moco.builder.isogclr import ISogCLR, Temperatures, temperature_step
+from moco.builder.negatives import Schedule
 from moco.builder.simclr import SimCLR
 from moco.builder.sogclr import LEAST_T, SogCLR
 from moco.errors import InputError
@@ -111,6 +112,7 @@ def create_method(
     temperatures: Temperatures,
     encoder: Callable[[], nn.Module],
     images: int,
+    synthetic: Schedule = Schedule(),  # noqa: B008 (frozen)
 ) -> SimCLR:
     """Return the method of a loss of the batch.
 
@@ -119,6 +121,7 @@ def create_method(
         temperatures: the settings of iSogCLR's temperatures.
         encoder: creates the encoder with its projection head.
         images: number of training images.
+        synthetic: the synthetic negatives; see `check_synthetic`.
     """
     t, gamma, local = settings.t, settings.own_gamma, settings.gather_gradient == "local"
     if settings.loss == "sogclr":
@@ -126,7 +129,7 @@ def create_method(
     if settings.loss == "isogclr":
         step = temperature_step(temperatures, t)
         return ISogCLR(encoder, images, t, gamma, local, step, temperatures.set_first)
-    return SimCLR(encoder, t, create(settings), local)
+    return SimCLR(encoder, t, create(settings), local, synthetic)
 
 
 def check(settings: BatchSettings, temperatures: Temperatures, epochs: int) -> None:
@@ -138,7 +141,7 @@ def check(settings: BatchSettings, temperatures: Temperatures, epochs: int) -> N
 
 def note(settings: BatchSettings) -> str:
     """Return a line that says which loss the run has."""
-    negatives = "only the negatives of the batch"
+    negatives = "the negatives of the batch"
     if settings.loss in AVERAGES:
         negatives = f"a moving average for each image, gamma {settings.own_gamma:g}"
     return f"loss {settings.loss}: {negatives}"
@@ -152,13 +155,24 @@ def check_queue(settings: Settings, synthetic: int, epochs: int) -> None:
         synthetic: number of synthetic negatives of each query.
         epochs: number of epochs.
     """
-    if synthetic and settings.loss in ("debiased", "hcl"):
-        raise InputError(
-            f"--loss {settings.loss}: assumes that all negatives are images of the data, but "
-            f"there are {synthetic} synthetic negatives; leave out --n1 to --n6, or give --loss "
-            "infonce, dcl or dclw"
-        )
+    check_synthetic(settings.loss, synthetic, "infonce")
     check_anneal(settings, epochs)
+
+
+def check_synthetic(loss: str, synthetic: int, infonce: str = "simclr") -> None:
+    """Raise InputError if synthetic negatives do not fit the loss.
+
+    Args:
+        loss: the value of --loss.
+        synthetic: number of synthetic negatives of each query.
+        infonce: the value of --loss that stands for InfoNCE.
+    """
+    if synthetic and loss not in (infonce, "dcl", "dclw"):
+        raise InputError(
+            f"--loss {loss}: assumes that all negatives are images of the data, but there are "
+            f"{synthetic} synthetic negatives; leave out --n1 to --n6, or give --loss {infonce}, "
+            "dcl or dclw"
+        )
 
 
 def check_anneal(settings: Settings, epochs: int) -> None:

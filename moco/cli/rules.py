@@ -10,7 +10,7 @@ from dataclasses import fields
 from moco import devices, sections, sections_eval, sections_pretrain
 from moco.augment import recipes
 from moco.builder import isogclr, objectives
-from moco.builder.negatives import COUNTS, SyntheticNegatives
+from moco.builder.negatives import COUNTS, BatchNegatives, SyntheticNegatives
 from moco.cli.effects import EffectsParser, Options
 from moco.config import Config
 from moco.data import registry
@@ -216,21 +216,37 @@ def _query_and_key(parser: EffectsParser) -> None:
     parser.has_effect("bn_splits_query", lambda args: args.bn_splits > 1, one)
 
 
-def _synthetic(parser: EffectsParser) -> None:
+def _synthetic(parser: EffectsParser, eta: str = SyntheticNegatives.ETA) -> None:
     for count, one in zip(COUNTS, TYPES, strict=True):
         if one.size:
             none = f"there are no {one.name} negatives; give --{count} as well, or leave it out"
-            parser.has_effect(one.size, lambda args, count=count: vars(args)[count], none)
+            size = eta if one.size == "eta" else one.size
+            parser.has_effect(size, lambda args, count=count: vars(args)[count], none)
     at_once = "all join at once; give --synthetic-ramp-epochs as well, or leave it out"
     has_ramp = lambda args: args.synthetic_ramp_epochs  # noqa: E731
     parser.has_effect("synthetic_ramp synthetic_ramp_of", has_ramp, at_once)
 
 
+def _batch_negatives(parser: EffectsParser) -> None:
+    _synthetic(parser, BatchNegatives.ETA)
+    none = "there are no synthetic negatives; give --n1 to --n6 as well, or leave it out"
+    has = lambda args: any(vars(args)[count] for count in COUNTS)  # noqa: E731
+    options = "n_hard synthetic_first synthetic_last synthetic_ramp_epochs"
+    parser.has_effect(options, has, none)
+
+
+# the options of others that a user of an option may have meant
+_MEANT = {
+    "beta": "isogclr has --beta-u",
+    "eta": "synthetic negatives have --synthetic-eta",
+}
+
+
 def only_with(parser: EffectsParser, losses: Sequence[str], names: str) -> None:
     """Declare that options, given by attribute names, have an effect with some --loss only."""
     why = f"only --loss {' and '.join(losses)} {'use' if len(losses) > 1 else 'uses'} it"
-    if names == "beta":
-        why += " (isogclr has --beta-u)"
+    if names in _MEANT:
+        why += f" ({_MEANT[names]})"
     parser.has_effect(names, lambda args: args.loss in losses, f"{why}; leave it out")
 
 
@@ -252,11 +268,14 @@ def _batch_loss(parser: EffectsParser) -> None:
 
 
 def _temperatures(parser: EffectsParser) -> None:
-    only_with(parser, ["isogclr"], " ".join(one.name for one in fields(isogclr.Temperatures)))
+    names = [one.name for one in fields(isogclr.Temperatures) if one.name != "eta"]
+    for options in (" ".join(names), "eta"):
+        only_with(parser, ["isogclr"], options)
 
 
 _RULES: dict[type, Declare] = {
     SyntheticNegatives: _synthetic,
+    BatchNegatives: _batch_negatives,
     objectives.Settings: _loss,
     objectives.BatchSettings: _batch_loss,
     isogclr.Temperatures: _temperatures,

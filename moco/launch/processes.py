@@ -135,6 +135,15 @@ def batch_per_process(input: Input, processes: int, nodes: int = 1) -> int:
     return input.batch_size // processes
 
 
+def images_per_pass(input: Input, launch: Launch) -> int:
+    """Return the number of images in a pass of all processes of the run.
+
+    Raises InputError if there are fewer images than processes.
+    """
+    p = plan(launch)
+    return batch_per_process(input, p.local_world_size, p.nodes) * p.world_size
+
+
 WORKERS = 8  # default limit of loader processes per process; 8 keep a GPU busy
 
 

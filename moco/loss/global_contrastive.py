@@ -7,6 +7,7 @@ the batch is small. SogCLR keeps a moving average of each image's normalizer ove
 of these similarities.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -23,13 +24,22 @@ class Pairs:
     others: Tensor  # [2, n, 2m] to all m images in the anchor's view, then in the other view
     own: Tensor  # [n, 2m] True for the anchor's own image, which is not a negative
     joint_positive: Tensor  # [m] between the two views of each image of the joint batch
+    synthetic: Tensor | None = None  # [2, n, M] to synthetic negatives of each anchor
+    weight: float = 1.0  # factor of the exponentials of the synthetic negatives' logits
 
     def anchors(self, T: float) -> Anchors:
         """Return the similarities for the losses that need only log-sum-exps of the negatives."""
         logits = (self.others / T).masked_fill(self.own, -torch.inf)
 
+        def log_sum(power: float) -> Tensor:
+            natural = logits if power == 1 else power * logits
+            if self.synthetic is None:
+                return natural.logsumexp(2)
+            synthetic = power / T * self.synthetic + math.log(self.weight)
+            return torch.cat([natural, synthetic], 2).logsumexp(2)
+
         def log_sums(*powers: float) -> list[Tensor]:
-            return [(logits if p == 1 else p * logits).logsumexp(2) for p in powers]
+            return [log_sum(power) for power in powers]
 
         negatives = self.others.shape[2] - 2
         return Anchors(self.positive, T, log_sums, negatives, lambda: self.joint_positive)

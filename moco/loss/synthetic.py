@@ -1,7 +1,7 @@
 """Synthetic hard negatives in closed form: SynCo's six types (arXiv 2410.02401, section 3).
 
 `TYPES` is the table of the types. To add a type, add an entry. The draws, the similarities and
-their gradient follow from it. `moco/builder/synco.py` and `moco/builder/moby.py` use this file.
+their gradient follow from it. `moco/builder/negatives.py` uses this file.
 
 A synthetic negative h is made for a query q from entries n and n' of the bank, drawn among the
 negatives most similar to q:
