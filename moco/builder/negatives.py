@@ -162,13 +162,14 @@ _RAMP = {
 }
 
 
-def _section(name: str, source: str, eta: str) -> type:
+def _section(name: str, source: str, example: int, eta: str) -> type:
     """Return a section of settings: n_hard, counts, sizes and the ramp.
 
     Args:
         name: name of the class.
-        source: what the synthetic negatives are made from, for --help.
-        eta: name of the setting of the adversarial step's size; the class has it as ETA.
+        source: what the synthetic negatives are made from, for messages.
+        example: a value of n_hard, for messages.
+        eta: name of the setting of the adversarial step's size.
     """
     hard = f"number of hardest {source} to make synthetic negatives from"
     sizes = {
@@ -182,13 +183,14 @@ def _section(name: str, source: str, eta: str) -> type:
         *((name, float, one) for name, one in sizes.items()),
         *((name, type(one.default), one) for name, one in _RAMP.items()),
     ]
-    own = {"TITLE": "synthetic negatives", "ETA": eta, "__module__": __name__}
+    own = {"SOURCE": source, "EXAMPLE": example, "ETA": eta, "__module__": __name__}
+    own["TITLE"] = "synthetic negatives"
     return make_dataclass(name, fields, frozen=True, namespace=own)
 
 
-SyntheticNegatives = _section("SyntheticNegatives", "queue entries", "eta")
+SyntheticNegatives = _section("SyntheticNegatives", "queue entries", 1024, "eta")
 # iSogCLR, in the same script as SimCLR, already has a setting `eta`
-_OfBatch = _section("_OfBatch", "negatives of the batch", "synthetic_eta")
+_OfBatch = _section("_OfBatch", "negatives of the batch", 64, "synthetic_eta")
 COUNTS = tuple(_COUNTS)  # n1, n2, ...
 
 
@@ -254,10 +256,9 @@ def _schedule(
     if not any(counts):
         return Schedule(Synthetic(section.n_hard), first, last)
     if not section.n_hard:
-        of = "queue entries" if isinstance(section, SyntheticNegatives) else "negatives"
         raise InputError(
-            f"synthetic negatives are made from the hardest {of}: "
-            "give --n-hard, as in --n-hard 1024"
+            f"synthetic negatives are made from the hardest {section.SOURCE}: "
+            f"give --n-hard, as in --n-hard {section.EXAMPLE}"
         )
     if last is not None and first >= last:
         raise InputError(f"--synthetic-first {first}: must be below --synthetic-last {last}")

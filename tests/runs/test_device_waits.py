@@ -23,6 +23,7 @@ pytestmark = pytest.mark.slow
 
 SMALL = typed("-a resnet18 --image-size 32 -b 8 -j 0 --epochs 200 --print-freq 1000")
 ADCO = "--cluster 64 --no-ad-init"
+SYNTHETIC = "--n-hard 6 --n1 2 --n2 2 --n3 2 --n4 2 --n5 2 --n6 2 --synthetic-first 0"
 FNC = "--support-size 1 --memory-multiplier 4"
 VARIANTS = {
     "mocov1, clipped": ("main_synco", "--moco-k 64 --clip-grad 1"),
@@ -32,6 +33,8 @@ VARIANTS = {
     "adco, filling its bank": ("main_adco", f"--cluster {8 * (STEPS + 5)}"),
     "adco, multi-crop": ("main_adco", f"{ADCO} --multi-crop"),
     "sogclr, clipped": ("main_sogclr", "--mlp-dim 32 --clip-grad 1"),
+    "simclr, synthetic": ("main_sogclr", f"--mlp-dim 32 --loss simclr {SYNTHETIC}"),
+    "mocov3, synthetic": ("main_mocov3", f"--moco-mlp-dim 32 {SYNTHETIC}"),
     "fnc, eliminate": ("main_fnc", f"{FNC} --fn-mode eliminate"),
     "fnc, off": ("main_fnc", f"{FNC} --fn-mode off"),
     "fnc, no memory": ("main_fnc", "--support-size 1 --memory-multiplier 0 --fn-topk 3"),
