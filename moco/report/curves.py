@@ -227,7 +227,7 @@ def _types(run: Run, several: bool, number: int) -> str:
     names = [name for name in run.log.columns if name.startswith(_TYPES)]
     titles = {name: name.removeprefix(_TYPES) for name in names}
     if names and "hardness" in run.log.columns:
-        titles = {"hardness": "hardest of the queue", **titles}
+        titles = {"hardness": "hardest real negative", **titles}
     epochs = by_epoch([run])
     made = {
         title: curve

@@ -50,7 +50,7 @@ def test_types_of_negatives_share_a_panel():
     titles = re.findall("<h4>(.*?)</h4>", page)
     assert titles == ["Hardness of negatives", "Hardness by type of negative"]
     key = re.findall(r"</svg> ([^<]*)</li>", page)
-    assert key == ["hardest of the queue", "mixup", "noise"]
+    assert key == ["hardest real negative", "mixup", "noise"]
     assert "Hardness by type of negative: b" in curves.section(
         [run(loss=[1]), run("b", hardness_x=[1])]
     )
