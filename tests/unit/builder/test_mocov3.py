@@ -113,7 +113,7 @@ def test_losses_and_gradients_are_those_of_the_slow_version(processes, request):
 
 def test_hardness_is_the_similarity_to_the_nearest_other_key():
     q, k = unit_rows(6, DIM), unit_rows(6, DIM)
-    _, metrics = build().direction(q, k)
+    _, metrics = build().direction(q, k, Progress(), 0)
     others = (q @ k.T)[~torch.eye(6, dtype=bool)].view(6, 5)
     torch.testing.assert_close(metrics["hardness"], others.amax(1).mean())
     torch.testing.assert_close(metrics["alignment"], (q - k).square().sum(1).mean())
