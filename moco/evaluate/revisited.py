@@ -52,8 +52,8 @@ def read(name: str, root: str) -> Benchmark:
     The ground truth is a pickle. Only plain values and arrays are read from it (see `read_pickle`),
     because it is downloaded.
 
-    Raises InputError if the ground truth is missing, damaged or wrong, if an image is missing, or if
-    a box is outside its image.
+    Raises InputError if the ground truth is missing, damaged or wrong, if an image is missing, or
+    if a box is outside its image.
     """
     folders = [Path(root).expanduser() / name, Path(root).expanduser()]
     folder = next((one for one in folders if (one / f"gnd_{name}.pkl").is_file()), None)

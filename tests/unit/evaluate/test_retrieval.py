@@ -161,7 +161,7 @@ class Code:
         ({"gnd": [{**TRUTH, "bbx": [9, 3, 2, 19]}]}, "the box of q is empty"),
         (
             {"gnd": [{**TRUTH, "bbx": [24, 3, 30, 19]}]},
-            r"box \(24, 3, 30, 19\) of q.jpg is outside",
+            r"\(24, 3, 30, 19\) of q.jpg is outside",
         ),
         ({"gnd": []}, "0 entries of gnd for 1 queries"),
         ({"gnd": [{"easy": [0]}]}, "no 'hard'"),
