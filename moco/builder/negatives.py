@@ -254,7 +254,7 @@ def _schedule(
     """
     counts = tuple(getattr(section, name) for name in COUNTS)
     if not any(counts):
-        return Schedule(Synthetic(section.n_hard), first, last)
+        return Schedule()
     if not section.n_hard:
         raise InputError(
             f"synthetic negatives are made from the hardest {section.SOURCE}: "
