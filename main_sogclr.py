@@ -1,8 +1,9 @@
 #!/usr/bin/env python
-"""Pre-train a network with SogCLR, iSogCLR, SimCLR, DCL, DCLW, the debiased loss or HCL (--loss).
+"""Pre-train a network with SogCLR, iSogCLR, SimCLR, DCL, DCLW, the debiased loss, HCL or SupCon.
 
-SogCLR keeps a moving average for each training image, so that small batches suffice. configs/ holds
-the published settings: --cfg configs/sogclr_800.yaml. The published name --loss_type dcl is SogCLR.
+--loss selects the method. SogCLR keeps a moving average for each training image, so that small
+batches suffice. SupCon uses labels. configs/ holds the published settings: --cfg
+configs/sogclr_800.yaml. The published name --loss_type dcl is SogCLR.
 """
 
 import moco as _first  # noqa: F401 (before torch: sets how its threads wait)
@@ -82,7 +83,7 @@ def complete(c: Config) -> Config:
     c = config.replaced(c, method=c.contrast.loss, gamma=c.contrast.own_gamma)
     objectives.check(c.contrast, c.temperatures, c.optimizer.epochs)
     pretrain.check_views(c)
-    return pretrain.complete(c)
+    return pretrain.complete(c, c.contrast.uses_labels)
 
 
 def encoder(c: Config) -> nn.Module:
@@ -99,7 +100,9 @@ def worker(c: Config, device: torch.device) -> None:
     print_rank0(objectives.note(c.contrast))
 
     def build(images: Images) -> SimCLR:
-        return objectives.create_method(c.contrast, c.temperatures, lambda: encoder(c), len(images))
+        pretrain.require_labels(images, c.contrast.uses_labels)
+        data = len(images), images.single_labels
+        return objectives.create_method(c.contrast, c.temperatures, lambda: encoder(c), *data)
 
     pretrain.train(c, device, build)
 

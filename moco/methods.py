@@ -151,6 +151,14 @@ METHODS = {
             recipe="stl10/hcl.yaml",
             protocol="sogclr",
         ),
+        Method(  # uses labels
+            name="supcon",
+            script="main_sogclr",
+            tiny="--mlp-dim 256 --loss supcon",
+            photos=f"{_PHOTOS_SIMCLR} --loss supcon",
+            recipe="cifar10/supcon.yaml",
+            protocol="sogclr",
+        ),
         Method(
             name="fnc",
             script="main_fnc",

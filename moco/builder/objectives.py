@@ -4,11 +4,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from moco.builder.isogclr import ISogCLR, Temperatures, temperature_step
 from moco.builder.simclr import SimCLR
 from moco.builder.sogclr import LEAST_T, SogCLR
+from moco.builder.supcon import SupCon
 from moco.errors import InputError
 from moco.loss.contrastive import InfoNCE
 from moco.loss.debiased import ANNEAL_STEPS, Debiased
@@ -79,8 +80,8 @@ class BatchSettings(Settings):
         "sogclr",
         "sogclr: with a moving average for each image; isogclr: also with a temperature for each; "
         "simclr: NT-Xent; dcl, dclw: without the positive in the denominator; debiased, hcl: "
-        "corrected for false negatives, hcl with hard negatives",
-        choices=("sogclr", "isogclr", "simclr", *LOSSES[1:]),
+        "corrected for false negatives, hcl with hard negatives; supcon: uses the labels",
+        choices=("sogclr", "isogclr", "simclr", *LOSSES[1:], "supcon"),
     )
     gamma: float | None = option(
         None,
@@ -105,12 +106,18 @@ class BatchSettings(Settings):
         """Return `gamma`, or the default of the loss."""
         return self.gamma or (GAMMA_ISOGCLR if self.loss == "isogclr" else GAMMA)
 
+    @property
+    def uses_labels(self) -> str:
+        """Return the option that makes the loss use labels; "" if it uses none."""
+        return "--loss supcon" if self.loss == "supcon" else ""
+
 
 def create_method(
     settings: BatchSettings,
     temperatures: Temperatures,
     encoder: Callable[[], nn.Module],
     images: int,
+    labels: Tensor | None = None,
 ) -> SimCLR:
     """Return the method of a loss of the batch.
 
@@ -119,6 +126,7 @@ def create_method(
         temperatures: the settings of iSogCLR's temperatures.
         encoder: creates the encoder with its projection head.
         images: number of training images.
+        labels: class of each training image, [N]; needed if the loss uses labels.
     """
     t, gamma, local = settings.t, settings.own_gamma, settings.gather_gradient == "local"
     if settings.loss == "sogclr":
@@ -126,6 +134,8 @@ def create_method(
     if settings.loss == "isogclr":
         step = temperature_step(temperatures, t)
         return ISogCLR(encoder, images, t, gamma, local, step, temperatures.set_first)
+    if settings.loss == "supcon":
+        return SupCon(encoder, labels, t, local)
     return SimCLR(encoder, t, create(settings), local)
 
 
@@ -141,6 +151,8 @@ def note(settings: BatchSettings) -> str:
     negatives = "only the negatives of the batch"
     if settings.loss in AVERAGES:
         negatives = f"a moving average for each image, gamma {settings.own_gamma:g}"
+    if settings.uses_labels:
+        negatives = "positives by the labels of the images; an upper bound, not self-supervised"
     return f"loss {settings.loss}: {negatives}"
 
 
