@@ -59,7 +59,8 @@ def parser() -> Parser:
 
 
 def complete(c: Config) -> Config:
-    c = config.replaced(c, method="fnc", views=2 + c.fnc.support_size)
+    method = "fnc-labels" if c.fnc.uses_labels else "fnc"
+    c = config.replaced(c, method=method, views=2 + c.fnc.support_size)
     c.fnc.check()
     check_memory(c)
     pretrain.check_one_size(c)

@@ -85,7 +85,7 @@ class FalseNegatives:
         """Return a line that says how a run with a memory of `entries` finds false negatives."""
         found = f"up to {self.fn_topk} above {self.fn_threshold:g} of each image"
         if self.uses_labels:
-            found = "by the labels of the images; an upper bound, not self-supervised"
+            found = "by the labels: an upper bound, not a self-supervised method"
         found = "not searched" if self.fn_mode == "off" else found
         memory = f"a memory of {entries} entries" if entries else "no memory"
         return f"{views} views; false negatives: {self.fn_mode}, {found}; {memory}"

@@ -152,7 +152,7 @@ def note(settings: BatchSettings) -> str:
     if settings.loss in AVERAGES:
         negatives = f"a moving average for each image, gamma {settings.own_gamma:g}"
     if settings.uses_labels:
-        negatives = "positives by the labels of the images; an upper bound, not self-supervised"
+        negatives = "trains on the labels; an upper bound, not a self-supervised method"
     return f"loss {settings.loss}: {negatives}"
 
 
