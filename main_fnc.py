@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Pre-train a network with FNC: false negatives are attracted, or eliminated from the loss.
 
-With --support-size 0 --fn-mode off --memory-multiplier 0, this is SimCLR. configs/ holds the
-published settings: --cfg configs/fnc_100.yaml.
+--fn-from labels takes them from the labels. With --support-size 0 --fn-mode off
+--memory-multiplier 0, this is SimCLR. configs/ holds the published settings: configs/fnc_100.yaml.
 """
 
 import moco as _first  # noqa: F401 (before torch: sets how its threads wait)
@@ -48,8 +48,10 @@ class Config(config.Pretraining):
 def parser() -> Parser:
     p = Parser(__doc__, Config(), compat.FNC_REPLACEMENTS)
     off = "false negatives are not searched (--fn-mode off, or --fn-topk 0); leave it out"
-    p.has_effect("fn_topk", lambda args: args.fn_mode != "off", off)
+    p.has_effect("fn_topk fn_from", lambda args: args.fn_mode != "off", off)
     p.has_effect("fn_threshold", lambda args: args.fn_mode != "off" and args.fn_topk, off)
+    similar = "only --fn-from similarity uses it; leave it out"
+    p.has_effect("fn_topk fn_threshold", lambda args: not args.config.fnc.uses_labels, similar)
     no_memory = "without a memory (--memory-multiplier 0) there is one encoder; leave it out"
     p.has_effect("ema", lambda args: args.memory_multiplier, no_memory)
     p.add_aliases(compat.FNC_ALIASES)
@@ -57,10 +59,12 @@ def parser() -> Parser:
 
 
 def complete(c: Config) -> Config:
-    c = config.replaced(c, method="fnc", views=2 + c.fnc.support_size)
+    method = "fnc-labels" if c.fnc.uses_labels else "fnc"
+    c = config.replaced(c, method=method, views=2 + c.fnc.support_size)
+    c.fnc.check()
     check_memory(c)
     pretrain.check_one_size(c)
-    return pretrain.complete(c)
+    return pretrain.complete(c, c.fnc.uses_labels)
 
 
 def check_memory(c: Config) -> None:
@@ -75,7 +79,7 @@ def check_memory(c: Config) -> None:
     per_pass = processes.images_per_pass(c.input, c.launch)
     entries = fnc.memory_multiplier * accumulated * per_pass or views * per_pass
     others = entries - views  # an image's own views are neither negatives nor false negatives
-    if fnc.fn_mode != "off" and fnc.fn_topk >= others > 0:
+    if fnc.fn_mode != "off" and not fnc.uses_labels and fnc.fn_topk >= others > 0:
         memory = fnc.memory_multiplier
         where = "the memory (--memory-multiplier)" if memory else "the batch (--batch-size)"
         raise InputError(
@@ -99,18 +103,14 @@ def worker(c: Config, device: torch.device) -> None:
     fnc = c.fnc
     total = c.input.batch_per_process * distributed.world_size() * c.optimizer.accumulation_steps
     entries = fnc.memory_multiplier * total
-    cancellation = Cancellation(fnc.fn_mode, fnc.fn_topk, fnc.fn_threshold)
+    cancellation = Cancellation(fnc.fn_mode, fnc.fn_topk, fnc.fn_threshold, fnc.fn_from)
 
     def build(images: Images) -> FNC:
-        known = len(images.classes) > 1 and not images.multi_label
-        labels = torch.as_tensor(images.labels) if known else None
+        pretrain.require_labels(images, fnc.uses_labels)
         sizes = (fnc.proj_out_dim, entries, fnc.ema, fnc.temperature)
-        return FNC(lambda: encoder(c), *sizes, cancellation, fnc.loss_chunk, labels)
+        return FNC(lambda: encoder(c), *sizes, cancellation, fnc.loss_chunk, images.single_labels)
 
-    found = f"up to {fnc.fn_topk} above {fnc.fn_threshold:g} of each image"
-    found = "not searched" if fnc.fn_mode == "off" else found
-    memory = f"a memory of {entries} entries" if entries else "no memory"
-    print_rank0(f"{c.views.views} views; false negatives: {fnc.fn_mode}, {found}; {memory}")
+    print_rank0(fnc.note(c.views.views, entries))
     pretrain.train(c, device, build)
 
 

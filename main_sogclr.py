@@ -1,8 +1,9 @@
 #!/usr/bin/env python
-"""Pre-train a network with SogCLR, iSogCLR, SimCLR, DCL, DCLW, the debiased loss or HCL (--loss).
+"""Pre-train a network with SogCLR, iSogCLR, SimCLR, DCL, DCLW, the debiased loss, HCL or SupCon.
 
-SogCLR keeps a moving average for each training image, so that small batches suffice. configs/ holds
-the published settings: --cfg configs/sogclr_800.yaml. The published name --loss_type dcl is SogCLR.
+--loss selects the method. SogCLR keeps a moving average for each training image, so that small
+batches suffice. SupCon uses labels. configs/ holds the published settings: --cfg
+configs/sogclr_800.yaml. The published name --loss_type dcl is SogCLR.
 """
 
 import moco as _first  # noqa: F401 (before torch: sets how its threads wait)
@@ -86,7 +87,7 @@ def complete(c: Config) -> Config:
     objectives.check_synthetic(c.contrast.loss, c.synthetic.schedule().config.total)
     c.synthetic.check(2 * processes.images_per_pass(c.input, c.launch) - 2)
     pretrain.check_views(c)
-    return pretrain.complete(c)
+    return pretrain.complete(c, c.contrast.uses_labels)
 
 
 def encoder(c: Config) -> nn.Module:
@@ -106,7 +107,9 @@ def worker(c: Config, device: torch.device) -> None:
         print_rank0(line)
 
     def build(images: Images) -> SimCLR:
-        parts = (c.contrast, c.temperatures, lambda: encoder(c), len(images), negatives)
+        pretrain.require_labels(images, c.contrast.uses_labels)
+        data = len(images), images.single_labels
+        parts = c.contrast, c.temperatures, lambda: encoder(c), *data, negatives
         return objectives.create_method(*parts)
 
     pretrain.train(c, device, build)

@@ -54,7 +54,7 @@ def count(recipe: Path, name: str) -> tuple[Pretraining, float]:
 
     def one_step(config: Pretraining, _: torch.device, build) -> None:
         labels = np.zeros(IMAGES[config.input.data_name], dtype=np.int64)
-        images = Images(Path("DIR"), labels, ("one",))
+        images = Images(Path("DIR"), labels, ("one", "two"))
         method = build(images).to("meta")  # timm 1.0.15 cannot build it on this device
         with torch.device("meta"), FlopCounterMode(display=False) as counter:
             views = [
@@ -73,7 +73,7 @@ def count(recipe: Path, name: str) -> tuple[Pretraining, float]:
         # autocast does not support the meta device
         mock.patch("torch.autocast", lambda *_, **__: contextlib.nullcontext()),
         mock.patch.object(pretrain, "train", one_step),
-        mock.patch.object(pretrain, "complete", lambda config: config),
+        mock.patch.object(pretrain, "complete", lambda config, *_: config),
         contextlib.redirect_stdout(io.StringIO()),
     ):
         config = module.complete(config)

@@ -20,6 +20,7 @@ class Method:
         recipe: the recipe of its published settings, in configs/.
         protocol: the protocol of its paper's evaluations, a name in `PROTOCOLS`.
         saved: the name in checkpoints and results, if it is another one.
+        uses_labels: whether it trains on labels, so that it is no self-supervised method.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Method:
     recipe: str
     protocol: str = "moco"
     saved: str = ""
+    uses_labels: bool = False
 
 
 SIX = "--n1 4 --n2 4 --n3 4 --n4 4 --n5 4 --n6 4"
@@ -50,6 +52,8 @@ _PHOTOS_VIT += " --save-every 1000"
 _MOCOV3 = "--moco-dim 64 --moco-mlp-dim 64 --moco-m-cos"
 _PHOTOS_MOCOV3 = "--batch-size 32 --moco-mlp-dim 512 --moco-m-cos --lr-warmup-epochs 1"
 _PHOTOS_MOCOV3 += " --save-every 1000"
+# The published learning rate. At 32 pixels, RandAugment leaves little of an image.
+_PHOTOS_FNC = "--batch-size 32 --ema 0.99 --support-size 1 --randaugment 0 0 --save-every 1000"
 _PHOTOS_MOBY = f"{_PHOTOS_VIT} --lr 0.004 --queue 512"
 
 METHODS = {
@@ -152,15 +156,31 @@ METHODS = {
             protocol="sogclr",
         ),
         Method(
+            name="supcon",
+            script="main_sogclr",
+            tiny="--mlp-dim 256 --loss supcon",
+            photos=f"{_PHOTOS_SIMCLR} --loss supcon",
+            recipe="cifar10/supcon.yaml",
+            protocol="sogclr",
+            uses_labels=True,
+        ),
+        Method(
             name="fnc",
             script="main_fnc",
             tiny="--support-size 1 --fn-topk 2 --fn-threshold 0.3 --randaugment 0 0",
-            # The published learning rate. At most 2 false negatives among 512 entries, not 10 among
-            # 65,536. At 32 pixels, RandAugment leaves little of an image.
-            photos="--batch-size 32 --ema 0.99 --support-size 1 --fn-topk 2 --fn-threshold 0.8"
-            " --randaugment 0 0 --save-every 1000",
+            # at most 2 false negatives among 512 entries, not 10 among 65,536
+            photos=f"{_PHOTOS_FNC} --fn-topk 2 --fn-threshold 0.8",
             recipe="fnc_100.yaml",
             protocol="fnc",
+        ),
+        Method(
+            name="fnc-labels",
+            script="main_fnc",
+            tiny="--support-size 1 --fn-from labels --randaugment 0 0",
+            photos=f"{_PHOTOS_FNC} --fn-from labels",
+            recipe="fnc_100.yaml",
+            protocol="fnc",
+            uses_labels=True,
         ),
         Method(
             name="moby",
@@ -209,6 +229,12 @@ METHODS = {
         ),
     )
 }
+
+
+def trains_on_labels(name: object) -> bool:
+    """Return whether `name`, the method of a checkpoint or a run, is pre-trained on labels."""
+    name = str(name).removesuffix(", fine-tuned")
+    return any(name == (one.saved or one.name) for one in METHODS.values() if one.uses_labels)
 
 
 @dataclass(frozen=True)

@@ -88,7 +88,7 @@ SLOW = {
 # the method
 
 
-def build(loss, local=False, step=None, **settings):
+def build(loss, local=False, step=None, labels=None, **settings):
     """Return the method of `--loss`, with a small encoder in float64."""
     torch.manual_seed(0)
     net = nn.Sequential(
@@ -103,7 +103,7 @@ def build(loss, local=False, step=None, **settings):
     gather = "local" if local else "all"
     section = objectives.BatchSettings(loss=loss, t=T, gather_gradient=gather, **settings)
     temperatures = Temperatures(**(step or {}))
-    return objectives.create_method(section, temperatures, lambda: net, N).double()
+    return objectives.create_method(section, temperatures, lambda: net, N, labels).double()
 
 
 def images(step, n=B):

@@ -22,11 +22,21 @@ def slow_candidates(bank, own, image, how):
     return [row for row in best if score[row] > how.threshold] if how.mode != "off" else []
 
 
-def slow_loss(z, bank, own, how):
+def of_class(same, own, image):
+    """Return the entries for which `same` [n][R] is true, except the image's own."""
+    mine = own[:, image].tolist()
+    return [row for row, true in enumerate(same[image]) if true and row not in mine]
+
+
+def slow_loss(z, bank, own, how, same=None):
+    """Return the loss; with `same` [n][R], the false negatives are the entries of its class."""
     V, n, _ = z.shape
     total = 0
     for i in range(n):
-        false = slow_candidates(bank.detach(), own, i, how)
+        if same is None:
+            false = slow_candidates(bank.detach(), own, i, how)
+        else:
+            false = of_class(same, own, i)
         for a in range(V):
             logit = {row: z[a, i] @ bank[row] / T for row in range(len(bank)) if row != own[a, i]}
             positives = [int(own[v, i]) for v in range(V) if v != a]

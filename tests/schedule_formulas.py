@@ -38,13 +38,17 @@ def cosine_from_epoch_1(lr: float) -> Formula:
     return lambda s, n, E: lr * (1 + math.cos(math.pi * (s // n + 1) / E)) / 2
 
 
-def cosine_by_step(lr: float, warmup: int) -> Formula:
-    """SimCLR: linear from 0 to `lr` over the epochs of `warmup`, then half a cosine to 0."""
+def cosine_by_step(lr: float, warmup: int, start: float = 0.0, end: float = 0.0) -> Formula:
+    """SimCLR: linear from 0 to `lr` over the epochs of `warmup`, then half a cosine to 0.
+
+    SupCon's recipe begins at `start` and ends at `end`.
+    """
 
     def formula(s: int, n: int, E: int) -> float:
         if s < n * warmup:
-            return lr * s / (n * warmup)
-        return lr * (1 + math.cos(math.pi * (s - n * warmup) / (n * (E - warmup)))) / 2
+            return start + (lr - start) * s / (n * warmup)
+        angle = math.pi * (s - n * warmup) / (n * (E - warmup))
+        return end + (lr - end) * (1 + math.cos(angle)) / 2
 
     return formula
 

@@ -164,7 +164,7 @@ def completed(module: ModuleType, config: Config) -> Config:
     """Return a pre-training's completed settings, without a look at the data."""
     if config.EVALUATES:
         return config
-    with mock.patch.object(pretrain, "complete", lambda config: config):
+    with mock.patch.object(pretrain, "complete", lambda config, *_: config):
         return module.complete(config)
 
 

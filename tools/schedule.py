@@ -131,7 +131,7 @@ def load(
     processes = processes or processes_of(comments)
     if trains:
         labels = np.zeros(images, dtype=np.int64)
-        method = build(Images(Path("DIR"), labels, ("one",))) if build else None
+        method = build(Images(Path("DIR"), labels, ("one", "two"))) if build else None
         return schedules.of_trainer(config, images, processes, method)
     epochs, lr = settings["epochs"], settings["lr"]
     if epochs is None or lr is None:

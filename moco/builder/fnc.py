@@ -9,8 +9,16 @@ from torch import Tensor, nn
 
 from moco import devices, distributed
 from moco.builder.base import Metric, MovingAverage, enqueue
+from moco.errors import InputError
 from moco.loss.contrastive import feature_statistics, normalize
-from moco.loss.false_negatives import MODES, Cancellation, cancelled_nt_xent, find_false_negatives
+from moco.loss.false_negatives import (
+    MODES,
+    SOURCES,
+    Cancellation,
+    cancelled_nt_xent,
+    find_false_negatives,
+    same_class_entries,
+)
 from moco.options import AVERAGE, LAYERS, NATURAL, POSITIVE, TEMPERATURE, WIDTH, option
 from moco.rng import Progress
 
@@ -30,6 +38,12 @@ class FalseNegatives:
         "attract",
         "attract false negatives, eliminate them from the loss, or off: do not search them",
         choices=MODES,
+    )
+    fn_from: str = option(
+        "similarity",
+        "similarity: false negatives are found, without labels; labels: they are all entries of "
+        "the image's class, which is an upper bound",
+        choices=SOURCES,
     )
     fn_topk: int = option(
         10, "maximum number of false negatives per image", range=NATURAL, metavar="K"
@@ -54,6 +68,28 @@ class FalseNegatives:
         metavar="IMAGES",
     )
 
+    @property
+    def uses_labels(self) -> str:
+        """Return the option that makes the loss use labels; "" if it uses none."""
+        return "--fn-from labels" if self.fn_mode != "off" and self.fn_from == "labels" else ""
+
+    def check(self) -> None:
+        """Raise InputError if --fn-topk contradicts --fn-from."""
+        if self.uses_labels and not self.fn_topk:
+            raise InputError(
+                "--fn-topk 0: searches no false negatives, but --fn-from labels takes all entries "
+                "of the image's class; leave out one of them"
+            )
+
+    def note(self, views: int, entries: int) -> str:
+        """Return a line that says how a run with a memory of `entries` finds false negatives."""
+        found = f"up to {self.fn_topk} above {self.fn_threshold:g} of each image"
+        if self.uses_labels:
+            found = "by the labels: an upper bound, not a self-supervised method"
+        found = "not searched" if self.fn_mode == "off" else found
+        memory = f"a memory of {entries} entries" if entries else "no memory"
+        return f"{views} views; false negatives: {self.fn_mode}, {found}; {memory}"
+
 
 class FNC(MovingAverage):
     """FNC: each view is compared with a memory of the latest features, or with the joint batch.
@@ -66,8 +102,8 @@ class FNC(MovingAverage):
         T: softmax temperature.
         cancellation: how false negatives are found, and whether they are attracted or eliminated.
         chunk: images that are compared with the memory at a time.
-        labels: class of each training image, [N], if known. Only used to report the precision of
-            the false negatives.
+        labels: class of each training image, [N], if known. If the false negatives come from
+            similarities, it is only used to report their precision.
     """
 
     sync_batch_norm = True
@@ -129,7 +165,8 @@ class FNC(MovingAverage):
         The metric `acc1` is the fraction of pairs of an anchor and another view of its image that
         are more similar than the anchor and every negative. `fn_found` is the mean number of false
         negatives of an image.
-        `fn_precision`, a sum and a count, is the fraction of them that have the image's class.
+        `fn_precision`, a sum and a count, is the fraction of them that have the image's class; it
+        is left out if they come from labels. `hardness` is a sum and a count, too.
 
         Args:
             z: normalized anchors, [V, B, C].
@@ -139,7 +176,12 @@ class FNC(MovingAverage):
         V, B, _ = z.shape
         bank, images, entries = self.bank(keys, index)
         own = entries.view(V, -1)[:, distributed.rank() * B :][:, :B]
-        found = find_false_negatives(bank.detach(), own, self.cancellation, self.chunk)
+        if self.cancellation.mode != "off" and self.cancellation.source == "labels":
+            # the index -1 of a random entry has no class
+            bank_labels = self.labels[images].masked_fill(images < 0, -1)
+            found = same_class_entries(self.labels[index], bank_labels, own)
+        else:
+            found = find_false_negatives(bank.detach(), own, self.cancellation, self.chunk)
         loss, nearest, hardness = cancelled_nt_xent(
             z, bank, own, found, self.cancellation.mode, self.T, self.chunk
         )
@@ -150,7 +192,7 @@ class FNC(MovingAverage):
         }
         if self.cancellation.mode != "off":
             metrics["fn_found"] = found.mask.sum(1).to(devices.widest_float(z.device)).mean()
-            if self.labels is not None:
+            if self.labels is not None and found.indices is not None:
                 whose = images[found.indices]  # -1 for entries that are still random
                 # the image itself may be in the memory, from the last epoch
                 others = found.mask & (whose != index[:, None])

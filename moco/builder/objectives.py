@@ -4,12 +4,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from moco.builder.isogclr import ISogCLR, Temperatures, temperature_step
 from moco.builder.negatives import Schedule
 from moco.builder.simclr import SimCLR
 from moco.builder.sogclr import LEAST_T, SogCLR
+from moco.builder.supcon import SupCon
 from moco.errors import InputError
 from moco.loss.contrastive import InfoNCE
 from moco.loss.debiased import ANNEAL_STEPS, Debiased
@@ -80,8 +81,8 @@ class BatchSettings(Settings):
         "sogclr",
         "sogclr: with a moving average for each image; isogclr: also with a temperature for each; "
         "simclr: NT-Xent; dcl, dclw: without the positive in the denominator; debiased, hcl: "
-        "corrected for false negatives, hcl with hard negatives",
-        choices=("sogclr", "isogclr", "simclr", *LOSSES[1:]),
+        "corrected for false negatives, hcl with hard negatives; supcon: uses the labels",
+        choices=("sogclr", "isogclr", "simclr", *LOSSES[1:], "supcon"),
     )
     gamma: float | None = option(
         None,
@@ -106,12 +107,18 @@ class BatchSettings(Settings):
         """Return `gamma`, or the default of the loss."""
         return self.gamma or (GAMMA_ISOGCLR if self.loss == "isogclr" else GAMMA)
 
+    @property
+    def uses_labels(self) -> str:
+        """Return the option that makes the loss use labels; "" if it uses none."""
+        return "--loss supcon" if self.loss == "supcon" else ""
+
 
 def create_method(
     settings: BatchSettings,
     temperatures: Temperatures,
     encoder: Callable[[], nn.Module],
     images: int,
+    labels: Tensor | None = None,
     synthetic: Schedule = Schedule(),  # noqa: B008 (frozen)
 ) -> SimCLR:
     """Return the method of a loss of the batch.
@@ -121,6 +128,7 @@ def create_method(
         temperatures: the settings of iSogCLR's temperatures.
         encoder: creates the encoder with its projection head.
         images: number of training images.
+        labels: class of each training image, [N]; needed if the loss uses labels.
         synthetic: the synthetic negatives; see `check_synthetic`.
     """
     t, gamma, local = settings.t, settings.own_gamma, settings.gather_gradient == "local"
@@ -129,6 +137,8 @@ def create_method(
     if settings.loss == "isogclr":
         step = temperature_step(temperatures, t)
         return ISogCLR(encoder, images, t, gamma, local, step, temperatures.set_first)
+    if settings.loss == "supcon":
+        return SupCon(encoder, labels, t, local)
     return SimCLR(encoder, t, create(settings), local, synthetic)
 
 
@@ -144,6 +154,8 @@ def note(settings: BatchSettings) -> str:
     negatives = "the negatives of the batch"
     if settings.loss in AVERAGES:
         negatives = f"a moving average for each image, gamma {settings.own_gamma:g}"
+    if settings.uses_labels:
+        negatives = "trains on the labels; an upper bound, not a self-supervised method"
     return f"loss {settings.loss}: {negatives}"
 
 

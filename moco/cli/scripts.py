@@ -80,7 +80,7 @@ def completed(
     with (
         mock.patch.object(pretrain, "train", lambda config, device, build: found.append(build)),
         # this would search for the data
-        mock.patch.object(pretrain, "complete", lambda config: config),
+        mock.patch.object(pretrain, "complete", lambda config, *_: config),
         contextlib.redirect_stdout(io.StringIO()),
     ):
         config = module.complete(config)

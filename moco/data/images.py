@@ -95,6 +95,15 @@ class Images:
         """Return whether an image can show several classes."""
         return self.labels.ndim == 2
 
+    @property
+    def single_labels(self) -> Tensor | None:
+        """Return the class of each image, int64 [N].
+
+        None if the images have no labels, if all are of one class, or if an image can show several.
+        """
+        known = len(self.classes) > 1 and not self.multi_label
+        return torch.as_tensor(self.labels) if known else None
+
 
 @dataclass(frozen=True)
 class EncodedImages(Images):

@@ -48,11 +48,16 @@ def check_one_size(config: Pretraining) -> None:
         )
 
 
-def complete(config: Pretraining) -> Pretraining:
+def complete(config: Pretraining, uses_labels: str = "") -> Pretraining:
     """Return `config` with the mean and std of the data set, unless they are given.
 
     Call it before any process starts. Raises InputError if the architecture or the data do not fit
     the script, or if the weights of `--init` do not fit the architecture.
+
+    Args:
+        config: the settings of the run.
+        uses_labels: the option that makes the method train on labels, for messages; "" if it does
+            not. The images must then have labels.
     """
     _check_network(config)
     dataset, data = config.input.dataset, config.run.data
@@ -60,17 +65,50 @@ def complete(config: Pretraining) -> Pretraining:
         config = replaced(config, file_list=None)
     if config.listed.file_list:
         _check_list(config)
+        if uses_labels:
+            raise _no_labels(uses_labels, "the images of --file-list have no labels")
     elif dataset == "imagenet":
         root = _find(config)
         subsets.check_classes(root, config.input.class_list, config.input.data_name)
+        if uses_labels:
+            _check_classes(root, config.input.class_list, uses_labels)
     else:
         registry.check(dataset, data, config.input.download)
         if registry.METRIC[dataset] == "map11" and (option := _labels_for(config)):
             several = f"each image of {dataset} has several labels, and one is needed"
             raise InputError(f"{option}: {several}; leave it out")
+        if registry.METRIC[dataset] == "map11" and uses_labels:
+            raise _no_labels(uses_labels, f"each image of {dataset} has several labels")
     initial.check(config)
     mean, std = registry.normalization(dataset)
     return replaced(config, mean=config.views.mean or mean, std=config.views.std or std)
+
+
+def require_labels(images: Images, uses_labels: str) -> None:
+    """Raise InputError if the method trains on labels, and the images do not have one each.
+
+    Args:
+        images: the training set.
+        uses_labels: see `complete`.
+    """
+    if uses_labels and images.single_labels is None:
+        raise _no_labels(uses_labels, f"the images of {images.root} do not have one class each")
+
+
+def _check_classes(root: Path, class_list: str | None, uses_labels: str) -> None:
+    """Raise InputError if the training images have no labels, or if all are of one class."""
+    classes = sources.class_names(root, "train")
+    if classes and class_list:
+        classes = subsets.select_classes(classes, class_list, root)
+    if len(classes) < 2:
+        problem = "are of one class" if classes else "have no labels"
+        raise _no_labels(uses_labels, f"the images of {root} {problem}")
+
+
+def _no_labels(option: str, problem: str) -> InputError:
+    """Return the error for data whose labels `option` cannot use."""
+    how = "give images in class folders (train/CLASS/), with two classes or more"
+    return InputError(f"{option}: trains on labels, and {problem}; {how}, or leave it out")
 
 
 def _check_list(config: Pretraining) -> None:

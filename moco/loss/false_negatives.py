@@ -2,7 +2,8 @@
 
 An image has V views. The feature z of each view is an anchor. It is compared with a bank M of
 normalized entries, which contains the image's own views. An entry that is similar to an image is
-assumed to show the same class, and is then a false negative. `moco/builder/fnc.py` uses this file.
+assumed to show the same class, and is then a false negative. If labels are used, the entries of the
+image's class are the false negatives. `moco/builder/fnc.py` uses this file.
 """
 
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from moco.loss.hardest import hardest
 
 MODES = ("attract", "eliminate", "off")
+SOURCES = ("similarity", "labels")
 
 
 @dataclass(frozen=True)
@@ -23,14 +25,15 @@ class Cancellation:
     mode: str = "attract"  # one of MODES
     topk: int = 10  # maximum number of false negatives per image
     threshold: float = 0.7  # minimum similarity, in [-1, 1]
+    source: str = "similarity"  # one of SOURCES; labels make `topk` and `threshold` unused
 
 
 @dataclass(frozen=True)
 class FalseNegatives:
-    """The most similar bank entries of n images, and which of them are false negatives."""
+    """The false negatives of n images, among k candidates of each image or in the full bank."""
 
-    indices: Tensor  # [n, k] in the bank
-    mask: Tensor  # [n, k] True if the similarity is above the threshold
+    indices: Tensor | None  # [n, k] in the bank; None: the mask is over the full bank
+    mask: Tensor  # [n, k] or [n, R] True for a false negative
 
 
 @torch.no_grad()
@@ -63,6 +66,18 @@ def find_false_negatives(
     return FalseNegatives(torch.cat(indices), torch.cat(masks))
 
 
+def same_class_entries(labels: Tensor, bank_labels: Tensor, own: Tensor) -> FalseNegatives:
+    """Return all bank entries of the classes of n images, except the images' own views.
+
+    Args:
+        labels: class of each image, [n].
+        bank_labels: class of each bank entry, [R]; -1 if it has none.
+        own: indices in the bank of the V views of the images, [V, n].
+    """
+    same = labels[:, None] == bank_labels  # [n, R]
+    return FalseNegatives(None, same.scatter(1, own.T, False))
+
+
 def cancelled_nt_xent(
     z: Tensor,
     bank: Tensor,
@@ -71,8 +86,10 @@ def cancelled_nt_xent(
     mode: str,
     temperature: float,
     chunk: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
     """Return FNC's loss and two metrics, with a single [chunk, R] buffer.
+
+    If the mask of the false negatives is over the full bank, there are a few such buffers.
 
     An anchor has a logit for each bank entry except its own. Its positives are the V - 1 other
     views of its image. With mode "attract", the false negatives are positives, too. The loss is the
@@ -94,9 +111,11 @@ def cancelled_nt_xent(
         the fraction, in [0, 1], of pairs of an anchor and another view of its image that are more
             similar than the anchor and every negative. False negatives do not count as negatives.
             No gradient.
-        the mean similarity of the anchors to their hardest negative, in [-1, 1]. No gradient.
+        the sum of the similarities of the anchors to their hardest negative, and the number of
+            anchors that have a negative. No gradient.
     """
-    return _CancelledNTXent.apply(z, bank, own, found, mode, temperature, chunk)
+    loss, nearest, *hardness = _CancelledNTXent.apply(z, bank, own, found, mode, temperature, chunk)
+    return loss, nearest, tuple(hardness)
 
 
 class _CancelledNTXent(torch.autograd.Function):
@@ -116,49 +135,63 @@ class _CancelledNTXent(torch.autograd.Function):
         temperature: float,
         chunk: int,
     ):
-        """Return the loss and the two metrics of `cancelled_nt_xent`."""
+        """Return the loss and the metrics of `cancelled_nt_xent`."""
         V, n, _ = z.shape
         to_z = torch.empty_like(z)
         to_bank = torch.zeros_like(bank) if ctx.needs_input_grad[1] else None
         wide = torch.float32 if z.device.type == "mps" else torch.float64  # mps lacks float64
-        loss, nearest, hardness = z.new_zeros((), dtype=wide), z.new_zeros(()), z.new_zeros(())
+        loss, nearest = z.new_zeros((), dtype=wide), z.new_zeros(())
+        hardness, with_negatives = z.new_zeros(()), z.new_zeros(())
         buffer = z.new_empty(min(chunk, n), len(bank))
         for start in range(0, n, chunk):
             part = slice(start, start + chunk)
             own_part = own[:, part].T  # [c, V]
-            false, mask = found.indices[part], found.mask[part]  # [c, k]
-            attracted = mask.to(z.dtype) * (mode == "attract")
+            false = None if found.indices is None else found.indices[part]  # [c, k]
+            mask = found.mask[part]  # [c, k], or [c, R] if `false` is None
+            attracted = mask if mode == "attract" else torch.zeros_like(mask)
             # the weight of each positive in their mean, [c, 1]
-            share = 1 / (V - 1 + attracted.sum(1, keepdim=True))
+            share = 1 / (V - 1 + attracted.sum(1, keepdim=True).to(z.dtype))
             for a in range(V):
                 q = z[a, part]  # [c, C]
                 others = torch.cat([own_part[:, :a], own_part[:, a + 1 :]], 1)  # [c, V - 1]
 
                 # `weight` holds the logits, then their exponentials, then the gradient. [c, R]
                 weight = torch.mm(q / temperature, bank.T, out=buffer[: len(q)])
-                positive, of_false = weight.gather(1, others), weight.gather(1, false)
+                positive = weight.gather(1, others)
 
                 # Leave only negatives in `weight`: mask the own views and the false negatives.
-                masked = of_false.masked_fill(mask, -torch.inf)
-                weight.scatter_(1, own_part, -torch.inf).scatter_(1, false, masked)
+                weight.scatter_(1, own_part, -torch.inf)
+                if false is None:
+                    of_false = weight.masked_fill(~attracted, -torch.inf)
+                    weight.masked_fill_(mask, -torch.inf)
+                else:
+                    of_false = weight.gather(1, false)
+                    weight.scatter_(1, false, of_false.masked_fill(mask, -torch.inf))
+                    of_false.masked_fill_(~attracted, -torch.inf)
+                mean = positive.sum(1, keepdim=True)
+                mean = share * (mean + of_false.masked_fill(~attracted, 0).sum(1, keepdim=True))
 
                 # Subtract the largest logit, so that no exponential overflows.
                 negative = weight.amax(1, keepdim=True)
-                top = torch.cat([negative, positive, of_false], 1).amax(1, keepdim=True)
+                top = torch.cat([negative, positive], 1).amax(1, keepdim=True)
+                if of_false.shape[1]:
+                    top = torch.maximum(top, of_false.amax(1, keepdim=True))
                 weight.sub_(top).exp_()
                 e_positive = (positive - top).exp_()
-                e_false = (of_false - top).exp_() * attracted
+                e_false = of_false.sub_(top).exp_()
                 total = weight.sum(1, keepdim=True)
                 total = total + e_positive.sum(1, keepdim=True) + e_false.sum(1, keepdim=True)
 
-                of_attracted = (of_false * attracted).sum(1, keepdim=True)
-                mean = share * (positive.sum(1, keepdim=True) + of_attracted)
                 loss += (top + total.log() - mean).sum()
                 nearest += (positive > negative).sum()
-                hardness += negative.sum()
+                # an anchor has no negative if all other entries are false negatives
+                some = negative > -torch.inf
+                hardness += negative.masked_fill(~some, 0).sum()
+                with_negatives += some.sum()
 
                 # The gradient with respect to the logits, times `total`: softmax minus `share`.
-                weight.scatter_add_(1, false, e_false - share * total * attracted)
+                e_false.sub_(share * total * attracted)
+                weight.add_(e_false) if false is None else weight.scatter_add_(1, false, e_false)
                 weight.scatter_(1, others, e_positive - share * total)
                 to_z[a, part] = weight @ bank / total
                 if to_bank is not None:
@@ -167,9 +200,9 @@ class _CancelledNTXent(torch.autograd.Function):
         ctx.save_for_backward(to_z, to_bank)
         ctx.scale = scale / temperature
         nearest /= V * (V - 1) * n
-        hardness *= temperature / (V * n)
-        ctx.mark_non_differentiable(nearest, hardness)
-        return (loss * scale).to(z.dtype), nearest, hardness
+        hardness *= temperature
+        ctx.mark_non_differentiable(nearest, hardness, with_negatives)
+        return (loss * scale).to(z.dtype), nearest, hardness, with_negatives
 
     @staticmethod
     @once_differentiable

@@ -8,7 +8,7 @@ import numpy as np
 
 from moco.engine import record
 from moco.engine.log import format_duration
-from moco.methods import METHODS
+from moco.methods import METHODS, trains_on_labels
 from moco.report import markup, status
 from moco.report.markup import escaped
 from moco.report.runs import Run
@@ -50,10 +50,11 @@ def _card(i: int, run: Run, several: bool) -> str:
 
 
 def _method(run: Run) -> str:
-    """Return the name of the method and its script."""
-    script = run.args.get("script", "")
+    """Return the name of the method and its script, and whether it trains on labels."""
+    script, method = run.args.get("script", ""), run.args.get("method", "")
     known = f"main_{script}" in {method.script for method in METHODS.values()}
-    return f"{run.args.get('method', '')}" + f" (main_{script}.py)" * known
+    labels = ", trained on labels" * trains_on_labels(method)
+    return f"{method}" + f" (main_{script}.py)" * known + labels
 
 
 def _network(run: Run) -> str:

@@ -17,7 +17,7 @@ from moco.encoder import networks
 from moco.encoder.pretrained import Encoder
 from moco.errors import InputError, one_line, short
 from moco.files import to_json
-from moco.methods import METHODS
+from moco.methods import METHODS, trains_on_labels
 from moco.report import results
 
 _TEXT = """\
@@ -28,8 +28,7 @@ tags:
 - timm
 - transformers
 - image-feature-extraction
-- self-supervised-learning
----
+{tag}---
 
 # Image encoder {title}
 
@@ -113,6 +112,7 @@ def model_card(found: Encoder, checkpoint: Path) -> str:
     start = options.get("init")
     facts = {
         "method": None if found.method == "unknown" else found.method,
+        "labels": "used in pre-training" if trains_on_labels(found.method) else None,
         "network": found.arch,
         "epochs of pre-training": found.epoch,
         "data of pre-training": data,
@@ -128,6 +128,7 @@ def model_card(found: Encoder, checkpoint: Path) -> str:
         f"- {name}: {code(fact)}" for name, fact in facts.items() if isinstance(fact, str | int)
     ]
     return _TEXT.format(
+        tag="" if trains_on_labels(found.method) else "- self-supervised-learning\n",
         title=code(found.arch) + named,
         dim=networks.num_features(found.net),
         facts="\n".join(lines),

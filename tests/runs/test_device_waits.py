@@ -38,6 +38,10 @@ VARIANTS = {
     "fnc, eliminate": ("main_fnc", f"{FNC} --fn-mode eliminate"),
     "fnc, off": ("main_fnc", f"{FNC} --fn-mode off"),
     "fnc, no memory": ("main_fnc", "--support-size 1 --memory-multiplier 0 --fn-topk 3"),
+    "fnc, labels, no memory": (
+        "main_fnc",
+        "--support-size 1 --memory-multiplier 0 --fn-from labels --fn-mode eliminate",
+    ),
     "moby, drop path": ("main_moby", "-a test_vit --queue 64 --mlp-dim 64 --online-drop-path 0.2"),
     "byol, ResNet": ("main_moby", "--mlp-dim 64 --method byol"),
 }

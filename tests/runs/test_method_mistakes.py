@@ -153,6 +153,8 @@ def test_imagenet100_is_not_taken_for_all_of_imagenet(script, tmp_path):
         ("main_fnc", ("--fn-threshold", 1.1), ("--fn-threshold", "[-1, 1]", "1.1")),
         ("main_fnc", ("--ema", 2), ("--ema: 2", "[0, 1]")),
         ("main_fnc", ("--fn-mode", "drop"), ("--fn-mode", "eliminate")),
+        ("main_fnc", ("--fn-from", "label"), ("--fn-from", "labels")),
+        ("main_fnc", ("--fn-from", "labels", "--fn-topk", 0), ("--fn-topk 0", "--fn-from labels")),
         (
             "main_fnc",
             ("--memory-multiplier", 9),

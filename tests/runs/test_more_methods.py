@@ -21,10 +21,12 @@ from moco.builder.fnc import FNC
 from moco.builder.isogclr import ISogCLR
 from moco.builder.simclr import SimCLR
 from moco.builder.sogclr import SogCLR
+from moco.builder.supcon import SupCon
 from moco.config import MEAN, STD
 from moco.encoder.resnets import resnet
 from moco.loss.debiased import Debiased
 from moco.loss.decoupled import Decoupled
+from moco.loss.false_negatives import Cancellation
 from moco.rng import Progress
 
 pytestmark = pytest.mark.slow
@@ -130,7 +132,9 @@ def test_a_step_copies_nothing_to_the_host(monkeypatch):
     )  # knows no device without storage
     encoder = {"encoder": lambda: resnet("resnet18", 8, mlp=True)}
     bank = {**encoder, "dim": 8, "K": 64, "ascent": Ascent()}
+    by_labels = Cancellation(source="labels")
     with torch.device("meta"):
+        labels = torch.arange(100)
         methods = [
             (AdCo(**bank), 2),
             (AdCo(**bank, symmetric=True, multi_crop=True), 4),
@@ -139,8 +143,10 @@ def test_a_step_copies_nothing_to_the_host(monkeypatch):
             (SimCLR(**encoder), 2),
             (SimCLR(**encoder, loss=Decoupled(0.5)), 2),
             (SimCLR(**encoder, loss=Debiased(0.1, 1.0)), 2),
+            (SupCon(**encoder, labels=torch.arange(100)), 2),
             (FNC(**encoder, dim=8, memory_size=64, chunk=3, labels=torch.arange(100)), 4),
             (FNC(**encoder, dim=8, memory_size=0, chunk=3), 2),
+            (FNC(**encoder, dim=8, memory_size=64, cancellation=by_labels, labels=labels), 4),
         ]
         for method, count in methods:
             for step in (-1, 0):
@@ -182,6 +188,20 @@ def test_no_labels_no_precision(script, shared_images, tmp_path):
     assert any("fn_precision" in names for names in with_labels) and not any(
         "fn_precision" in names for names in without
     )
+
+
+def test_by_labels_each_image_finds_the_entries_of_its_class(script, shared_images, tmp_path):
+    """Log how many they are: with 3 classes, more than there are without labels."""
+    words = typed("--support-size 1 --memory-multiplier 5 --fn-from labels -p 1")
+    words += (*SMALL, "--save-dir", tmp_path)
+    status, out, err = script("main_fnc", shared_images, *words)
+    assert status == 0, err
+    assert "attract, by the labels: an upper bound, not a self-supervised method" in out
+    lines = [line for line in facts(tmp_path) if "fn_found" in line]
+    assert len(lines) >= 3 and not any("fn_precision" in line for line in lines)
+    # the memory of five batches fills with 3 x 8 views a step
+    found = [line["fn_found"] for line in lines]
+    assert 0 < found[0] < found[1] and max(found) <= 40
 
 
 def test_less_memory_the_same_run(script, shared_images, tmp_path):

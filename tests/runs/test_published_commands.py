@@ -209,6 +209,21 @@ FNC_SETTINGS |= {
             },
         ),
         (
+            "cifar10/supcon",
+            {
+                "loss": "supcon",
+                "arch": "resnet50",
+                "stem": "cifar",
+                "t": 0.1,
+                "optimizer": "sgd",
+                "lr": 0.5,
+                "wd": 1e-4,
+                "batch_size": 1024,
+                "epochs": 1000,
+                "crop_min": 0.2,
+            },
+        ),
+        (
             "cifar100/isogclr",
             {
                 "arch": "resnet18",

@@ -202,6 +202,9 @@ FACTS = {
         f"stl10/{name}": Facts(400, 256, {"lr": constant(0.001)}, STL_10)
         for name in ("debiased", "hcl")
     },
+    "cifar10/supcon": Facts(
+        1000, 1024, {"lr": cosine_by_step(0.5, 10, 0.01, 0.0005)}, CIFAR, warmup=10
+    ),
     "cifar100/isogclr": Facts(
         400, 128, {"lr": warm_by_epoch(0.8, 10, cosine_by_epoch(0.8, 0.0008))}, CIFAR, warmup=10
     ),

@@ -1,6 +1,7 @@
 """Pre-training on images without labels: flat folders, nested folders, and lists of files."""
 
 import importlib
+import os
 import shutil
 import subprocess
 
@@ -8,6 +9,7 @@ import pytest
 import yaml
 from conftest import ROOT, write_images
 from run_helpers import INPUT, PRETRAIN, facts, refused, typed
+from voc_tree import write_voc
 
 from moco.launch import launch
 
@@ -141,6 +143,31 @@ def test_what_needs_labels_or_contradicts_is_refused(words, said, script, layout
     words = words.format(list="list.txt").split()
     refused(script("main_synco", *words, *PRETRAIN, "--save-dir", layouts / "refused"), *said)
     assert not (layouts / "refused").exists() and not (layouts / "data").exists()
+
+
+LABELS = [("main_sogclr", "--loss supcon"), ("main_fnc", "--fn-from labels")]
+NO_LABELS = [
+    ("flat", "have no labels"),
+    ("nested", "have no labels"),
+    ("--file-list {list}", "have no labels"),
+    ("classes --class-list {one}", "are of one class"),
+    ("--dataset voc2007 {voc}", "each image of voc2007 has several labels"),
+]
+
+
+@pytest.mark.parametrize(("name", "option"), LABELS)
+@pytest.mark.parametrize(("words", "said"), NO_LABELS)
+def test_a_loss_with_labels_refuses_data_without_before_processes_start(
+    words, said, name, option, script, layouts, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(launch, "launch", lambda worker, args: pytest.fail("processes start"))
+    monkeypatch.chdir(layouts)
+    (tmp_path / "one.txt").write_text(min(os.listdir("classes/train")))
+    voc = write_voc(tmp_path / "voc", 12, 6)
+    words = words.format(list="list.txt", one=tmp_path / "one.txt", voc=voc).split()
+    command = (name, *words, *INPUT, *option.split(), "--save-dir", tmp_path / "run")
+    refused(script(*command), f"{option}: trains on labels, and", said, "train/CLASS/")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_list_of_a_recipe_gives_way_to_a_data_set(script, layouts, tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import on_two_ranks
-from fnc_helpers import DIM, T, slow_candidates, slow_loss
+from fnc_helpers import DIM, T, of_class, slow_candidates, slow_loss
 from run_helpers import typed
 from torch import nn
 
@@ -75,7 +75,7 @@ def test_as_many_false_negatives_as_may_be_train_and_are_logged_as_json(
 
 
 # the whole method
-def build(rows, mode="attract", topk=3, N=40, labels=False):
+def build(rows, mode="attract", topk=3, N=40, labels=False, source="similarity"):
     torch.manual_seed(0)
     net = nn.Sequential(
         nn.Conv2d(3, 6, 3, 2),
@@ -92,7 +92,7 @@ def build(rows, mode="attract", topk=3, N=40, labels=False):
         rows,
         0.9,
         T,
-        Cancellation(mode, topk, 0.6),
+        Cancellation(mode, topk, 0.6, source),
         2,
         classes,
     ).double()
@@ -104,11 +104,16 @@ def batch(step, V, n):
     return views, torch.randperm(40, generator=generator)[:n]
 
 
-@pytest.mark.parametrize("mode", MODES)
+HOW = [(mode, "similarity") for mode in MODES]
+HOW += [("attract", "labels"), ("eliminate", "labels"), ("off", "labels")]
+
+
+@pytest.mark.parametrize(("mode", "source"), HOW)
 @pytest.mark.parametrize("V", [2, 4])
-def test_the_memory_holds_the_latest_features_of_the_average(mode, V):
+def test_the_memory_holds_the_latest_features_of_the_average(mode, source, V):
     n, rows = 3, 29  # the memory wraps around in the middle of a batch
-    model = build(rows, mode, labels=True)
+    model = build(rows, mode, labels=True, source=source)
+    by_labels = source == "labels" and mode != "off"
     kept = [(model.memory[i].clone(), -1) for i in range(rows)]  # oldest first
     average = copy.deepcopy(model.encoder_k)
     for step in range(6):
@@ -122,8 +127,17 @@ def test_the_memory_holds_the_latest_features_of_the_average(mode, V):
         )
         encoder = copy.deepcopy(model.encoder_q)
         z = torch.stack(F.normalize(encoder(torch.cat(views)), dim=1).split(n))
-        slow = slow_loss(z, bank, own, model.cancellation)
+        same = [
+            [whose >= 0 and whose % 3 == int(index[i]) % 3 for _, whose in kept] for i in range(n)
+        ]
+        slow = slow_loss(z, bank, own, model.cancellation, same if by_labels else None)
         slow.backward()
+        candidates = [
+            of_class(same, own, i)
+            if by_labels
+            else slow_candidates(bank, own, i, model.cancellation)
+            for i in range(n)
+        ]
         loss, metrics = model(views, index, Progress(step=step))
         loss.backward()
         torch.testing.assert_close(loss, slow, rtol=0, atol=1e-10)
@@ -132,11 +146,7 @@ def test_the_memory_holds_the_latest_features_of_the_average(mode, V):
         if mode == "off":
             assert not {"fn_found", "fn_precision"} & metrics.keys()
         else:
-            false = [
-                (i, row)
-                for i in range(n)
-                for row in slow_candidates(bank, own, i, model.cancellation)
-            ]
+            false = [(i, row) for i in range(n) for row in candidates[i]]
             assert float(metrics["fn_found"]) == pytest.approx(len(false) / n)
             false = [(i, row) for i, row in false if kept[row][1] != int(index[i])]
             right = [
@@ -145,16 +155,18 @@ def test_the_memory_holds_the_latest_features_of_the_average(mode, V):
                 for whose in [kept[row][1]]
                 if whose >= 0
             ]
-            found, count = metrics["fn_precision"]
-            assert (int(found), int(count)) == (sum(right), len(false))
+            if by_labels:  # it is 1
+                assert "fn_precision" not in metrics and all(right)
+            else:
+                found, count = metrics["fn_precision"]
+                assert (int(found), int(count)) == (sum(right), len(false))
         hardest = {
             (a, i): max(
                 (z[a, i] @ bank[r]).item()
                 for r in range(rows)
-                if r not in own[:, i].tolist() + dropped
+                if r not in own[:, i].tolist() + candidates[i]
             )
             for i in range(n)
-            for dropped in [slow_candidates(bank, own, i, model.cancellation)]
             for a in range(V)
         }
         nearest = [
@@ -163,7 +175,8 @@ def test_the_memory_holds_the_latest_features_of_the_average(mode, V):
             for v in range(V)
             if v != a
         ]
-        assert float(metrics["hardness"]) == pytest.approx(sum(hardest.values()) / len(hardest))
+        hardness, count = metrics["hardness"]
+        assert float(hardness) == pytest.approx(sum(hardest.values())) and count == len(hardest)
         assert float(metrics["acc1"]) == pytest.approx(sum(map(bool, nearest)) / len(nearest))
         with torch.no_grad():
             for p in model.encoder_q.parameters():
@@ -211,13 +224,13 @@ def test_batch_norm_normalizes_all_views_together():
 
 
 # two ranks
-def three_steps(rank, rows, mode):
+def three_steps(rank, rows, mode, source="similarity"):
     """Return the losses, gradients and state of three steps.
 
     They run on this rank's half of the joint batch, or (rank None) on all of it. Batch norm is over
     the full batch.
     """
-    model, found = build(rows, mode, labels=True), []
+    model, found = build(rows, mode, labels=True, source=source), []
     if model.sync_batch_norm:
         distributed.sync_batch_norm(model, torch.device("cpu"))
     ddp = distributed.data_parallel(model)
@@ -229,6 +242,8 @@ def three_steps(rank, rows, mode):
         metrics["right"], metrics["count"] = (
             x.double() for x in metrics.pop("fn_precision", (loss * 0, loss * 0))
         )
+        hardness, count = metrics.pop("hardness")
+        metrics["hardness"] = hardness / count  # all anchors have negatives
         with torch.no_grad():
             gradients = [p.grad.clone() for p in model.encoder_q.parameters()]
             for p in model.encoder_q.parameters():
@@ -246,6 +261,8 @@ KINDS = {
     "wrapped": (31, "eliminate"),
     "batch": (0, "attract"),
     "nt-xent": (0, "off"),
+    "labels, wrapped": (31, "attract", "labels"),
+    "labels, batch": (0, "eliminate", "labels"),
 }
 
 

@@ -97,7 +97,7 @@ def test_only_the_online_encoder_of_a_recipe_has_stochastic_depth(arch):
     ):
         words = [str(word) for word in (*given, *options)]
         config = main_moby.parser().parse(words)
-        with mock.patch.object(pretrain, "complete", lambda config: config):
+        with mock.patch.object(pretrain, "complete", lambda config, *_: config):
             config = main_moby.complete(config)
         model = main_moby.build(config)
         paths, dropouts = rates(model.encoder)

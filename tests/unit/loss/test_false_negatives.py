@@ -7,7 +7,13 @@ from conftest import ROOT
 from fnc_helpers import DIM, T, slow_loss, unit_rows
 
 from moco.loss.contrastive import info_nce
-from moco.loss.false_negatives import MODES, Cancellation, cancelled_nt_xent, find_false_negatives
+from moco.loss.false_negatives import (
+    MODES,
+    Cancellation,
+    cancelled_nt_xent,
+    find_false_negatives,
+    same_class_entries,
+)
 from moco.loss.global_contrastive import compare
 
 
@@ -170,10 +176,55 @@ def test_enough_rows_stay_negatives_whatever_the_threshold():
     z = unit_rows(2, 3, DIM)
     for mode in ("attract", "eliminate"):
         how = Cancellation(mode, 9 - 2 - 1, -1.0)
-        for value in cancelled_nt_xent(
-            z, bank, own, find_false_negatives(bank, own, how, 2), mode, T, 2
-        ):
-            assert value.isfinite()
+        found = find_false_negatives(bank, own, how, 2)
+        loss, nearest, (_, with_negatives) = cancelled_nt_xent(z, bank, own, found, mode, T, 2)
+        assert loss.isfinite() and nearest.isfinite() and with_negatives == z.shape[0] * z.shape[1]
+
+
+# how many classes the images have, and how many entries have none
+CLASSES = {"few": (3, 0), "many": (40, 0), "one": (1, 0), "some unknown": (2, 9)}
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("mode", ["attract", "eliminate"])
+@pytest.mark.parametrize("classes", CLASSES)
+@pytest.mark.parametrize(("V", "n", "more"), [(2, 6, 14), (3, 4, 0)], ids=str)
+def test_by_labels_it_is_the_slow_one(V, n, more, classes, mode, seed):
+    """With `more` 0, the bank is the batch. All entries can be of the image's class."""
+    torch.manual_seed(seed)
+    count, unknown = CLASSES[classes]
+    how, rows = Cancellation(mode, source="labels"), V * n + more
+    features = torch.randn(rows, DIM, dtype=torch.float64, requires_grad=True)
+    bank, own = F.normalize(features, dim=1), torch.randperm(rows)[: V * n].view(V, n)
+    labels = torch.randint(count, (n,))
+    bank_labels = torch.randint(count, (rows,))
+    bank_labels[torch.randperm(rows)[:unknown]] = -1
+    bank_labels[own] = labels
+    same = [[int(label) == int(other) for other in bank_labels] for label in labels]
+    found = same_class_entries(labels, bank_labels, own)
+    slow = slow_loss(bank[own], bank, own, how, same)
+    wanted = torch.autograd.grad(slow, features, retain_graph=True)[0]
+    for chunk in (1, 4, 100):
+        loss, nearest, (hardness, count) = cancelled_nt_xent(
+            bank[own], bank, own, found, mode, T, chunk
+        )
+        torch.testing.assert_close(loss, slow, rtol=0, atol=1e-10)
+        gradient = torch.autograd.grad(loss, features, retain_graph=True)[0]
+        torch.testing.assert_close(gradient, wanted, rtol=0, atol=1e-10)
+        assert nearest.isfinite() and hardness.isfinite()
+        others = [sum(not true for true in line) for line in same]
+        assert count == V * sum(some > 0 for some in others)
+
+
+@pytest.mark.parametrize("mode", ["attract", "eliminate"])
+def test_by_labels_the_loss_is_finite_in_float32_at_the_least_temperature(mode):
+    """The false negatives have the largest logits, and may leave the sum."""
+    one = F.normalize(torch.ones(1, DIM), dim=1)
+    bank = torch.cat([one, -one, one.expand(3, -1), -one.expand(3, -1)])
+    z, own = torch.stack([one, -one]).requires_grad_(), torch.tensor([[0], [1]])
+    found = same_class_entries(torch.tensor([0]), torch.tensor([0, 0, 0, 0, 0, 1, 1, -1]), own)
+    loss, *_ = cancelled_nt_xent(z, bank, own, found, mode, 0.001, 1)
+    assert loss.isfinite() and torch.autograd.grad(loss, z)[0].isfinite().all()
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -13,7 +13,9 @@ import main_synco
 from moco.config import flat
 from moco.encoder import networks
 from moco.encoder.pretrained import Encoder
+from moco.report import header as report_header
 from moco.report.model_card import model_card
+from moco.report.runs import Log, Run
 from moco.sections_images import Decoding
 
 NET = networks.create("resnet18", 0)
@@ -149,3 +151,13 @@ def test_damaged_results_are_announced(tmp_path, capsys):
     card = model_card(encoder(), tmp_path / "x.pth")
     assert "Results" not in card
     assert "left out of the model card" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("method", ["simclr", "fnc", "supcon", "fnc-labels", "supcon, fine-tuned"])
+def test_a_method_that_trains_on_labels_is_not_called_self_supervised(method, tmp_path):
+    card = model_card(encoder(method), tmp_path / "checkpoint_0199.pth.tar")
+    labels = method not in ("simclr", "fnc")
+    assert ("- labels: `used in pre-training`" in card) == labels
+    assert ("self-supervised-learning" in header(card)["tags"]) != labels
+    run = Run(tmp_path, "a run", {"method": method}, Log({}, 10.0, 20.0, 5.0, 0))
+    assert (f"{method}, trained on labels" in report_header.section([run])) == labels
