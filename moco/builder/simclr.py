@@ -44,6 +44,11 @@ class SimCLR(Method):
         """Return the encoder to evaluate."""
         return self.base_encoder
 
+    @property
+    def query_and_key(self) -> tuple[nn.Module, nn.Module]:
+        """Return the encoder twice: queries and keys come from the same network."""
+        return self.base_encoder, self.base_encoder
+
     def schedules(self, progress: Progress) -> dict[str, float]:
         """Return the settings of the loss that change during the run."""
         return self.loss.schedules(progress.epoch, progress.epochs)
