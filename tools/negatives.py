@@ -51,7 +51,7 @@ def parser() -> tool.OneLineParser:
         choices=registry.NAMES,
         default=DEFAULT.dataset,
         metavar="NAME",
-        help=f"data set in DIR: {', '.join(registry.NAMES)} (default: %(default)s, an image folder)",
+        help=f"data set in DIR: {', '.join(registry.NAMES)} (default: %(default)s, image folders)",
     )
     p.add_argument("--class-list", metavar="FILE", help="names of the classes to use, one a line")
     p.add_argument(
@@ -97,7 +97,9 @@ def show(args: argparse.Namespace) -> None:
         refuse_remote(str(path or ""))
     dataset = "photos" if args.data == "photos" else args.dataset
     if args.data == "photos" and args.dataset not in (DEFAULT.dataset, "photos"):
-        raise InputError(f"--dataset {args.dataset}: the word photos names the images; leave it out")
+        raise InputError(
+            f"--dataset {args.dataset}: the word photos names the images; leave it out"
+        )
     options = Options(
         args.data, dataset, args.class_list, args.images, args.queries, args.n_hard, args.seed
     )

@@ -25,6 +25,7 @@ from moco.loss.synthetic import Synthetic
 
 DRAWN = 64  # synthetic negatives of each type that are drawn for each query
 LEARNED = 4096  # learned negatives that each query is compared with
+TIE = 1e-6  # similarities that differ by less are equal: a mixup of an entry with itself is it
 CHUNK = 64  # queries that are compared with the bank at a time
 
 
@@ -132,7 +133,7 @@ def measure(
             if same is not None and parents:
                 false = torch.stack([same.gather(1, one) for one in parents]).any(0)
             hard = ranked[:, :1]
-            part = values, (values > positive), (values > hard), false
+            part = values, values > positive + TIE, values > hard + TIE, false
             parts.setdefault(name, []).append(tuple(one.cpu() for one in part))
         positives.append(positive[:, 0])
         nearest.append(order[:, :shown])

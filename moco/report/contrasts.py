@@ -63,7 +63,7 @@ class Contrast:
 
 @dataclass(frozen=True)
 class Options:
-    """What to measure the negatives on.
+    """The images to measure negatives on, and how to draw them.
 
     Attributes:
         data: the data folder.

@@ -83,8 +83,9 @@ def chart(
         _draw(axis, curve)
     for level, text in levels.items():
         axis.axhline(level, color=INK, linewidth=1, linestyle=":")
-        place = {"transform": axis.get_yaxis_transform(), "va": "bottom", "ha": "right"}
-        axis.text(0.99, level, text, color=INK, fontsize=FONT, **place)
+        place = {"transform": axis.get_yaxis_transform(), "va": "bottom"}
+        place["ha"] = "left" if log_x else "right"
+        axis.text(0.01 if log_x else 0.99, level, text, color=INK, fontsize=FONT, **place)
     _scale(axis, curves, log)
     axis.set_xlabel(unit, fontsize=FONT, color=INK, labelpad=1)
     if log_x:
