@@ -38,7 +38,7 @@ def ridges(
         ink = {"markeredgecolor": "white", "markeredgewidth": 0.8, "zorder": 4}
         axis.plot(middle, base, marker=look.marker, color=look.color, markersize=7, **ink)
         written = axis.text(
-            0.005, base + 0.1, "?", color=INK, fontsize=FONT, transform=axis.get_yaxis_transform()
+            0.005, base + 0.16, "?", color=INK, fontsize=FONT, transform=axis.get_yaxis_transform()
         )
         plots.plain([written], [name])
     axis.axvline(np.median(rows[marked]), color=INK, linewidth=1, linestyle=":", zorder=0)
