@@ -69,6 +69,11 @@ class AdCo(QueryAndKey):
         self._unit = self._gradient = torch.empty(0)
         self._new_keys: list[Tensor] = []
 
+    @property
+    def learned_negatives(self) -> Tensor:
+        """Return the normalized entries of the bank, [K, C]."""
+        return normalize(self.bank)
+
     def pairs(self, views: int) -> list[tuple[int, int]]:
         """Return the pairs (query view, key view) to compare, given the number of views."""
         if self.multi_crop:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from moco import distributed
 from moco.builder.batch_norm import MIN_BN_GROUP, bn_groups, split_batch_norm
+from moco.builder.negatives import Schedule
 from moco.encoder import networks
 from moco.loss.contrastive import normalize
 from moco.rng import SHUFFLE, Progress
@@ -28,6 +29,9 @@ class Method(nn.Module, ABC):
         encoder: the encoder to evaluate: a network of `networks.create`, stored under a name
             that the evaluations find, such as `encoder`, `encoder_q` or `base_encoder`.
         embedding: the encoder with its projection head.
+        query_and_key: the networks of queries and keys, which tools/negatives.py compares.
+        learned_negatives: negatives that are parameters, not features of images.
+        synthetic: the schedule of the synthetic negatives; by default, there are none.
         images_before_epoch_0: number of images to train on before, for example to fill a bank.
         sync_batch_norm: whether batch norm is synchronized over all processes.
         grad_norm_modules: modules whose gradient norms are logged, by name.
@@ -36,11 +40,25 @@ class Method(nn.Module, ABC):
     encoder: nn.Module
     images_before_epoch_0: int = 0
     sync_batch_norm: bool = False
+    synthetic: Schedule = Schedule()
 
     @property
     def embedding(self) -> nn.Module:
         """Return the encoder with its projection head; by default the head is its last layer."""
         return self.encoder
+
+    @property
+    def query_and_key(self) -> tuple[nn.Module, nn.Module] | None:
+        """Return the networks of queries and keys; None if the method has no negatives.
+
+        Each returns features [B, C] of images [B, 3, H, W], which are not normalized yet.
+        """
+        return None
+
+    @property
+    def learned_negatives(self) -> Tensor | None:
+        """Return the normalized negatives [K, C] that are learned; None if there are none."""
+        return None
 
     @property
     def grad_norm_modules(self) -> dict[str, nn.Module]:
@@ -109,6 +127,11 @@ class MovingAverage(Method):
     def encoder(self) -> nn.Module:
         """Return the encoder to evaluate."""
         return self.encoder_q
+
+    @property
+    def query_and_key(self) -> tuple[nn.Module, nn.Module]:
+        """Return the encoder and its moving average, or the encoder twice if there is none."""
+        return self.encoder_q, self.encoder_k or self.encoder_q
 
     def schedules(self, progress: Progress) -> dict[str, float]:
         """Return the momentum of the moving average, which is constant."""

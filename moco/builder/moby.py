@@ -118,6 +118,12 @@ class MoBY(OnlineAndTarget):
         self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.long))
         self._new_keys: list[list[Tensor]] = []
 
+    @property
+    def query_and_key(self) -> tuple[nn.Module, nn.Module]:
+        """Return the networks of the predictions and of the target features."""
+        target = nn.Sequential(self.encoder_k, self.projector_k)
+        return nn.Sequential(self.encoder, self.projector, self.predictor), target
+
     def schedules(self, progress: Progress) -> dict[str, float]:
         """Return the target's momentum, and the numbers of synthetic negatives per query."""
         return {**super().schedules(progress), **self.synthetic.values(progress)}

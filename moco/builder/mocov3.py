@@ -60,6 +60,11 @@ class MoCoV3(Method):
         return self.base_encoder
 
     @property
+    def query_and_key(self) -> tuple[nn.Module, nn.Module]:
+        """Return the encoder with its predictor, and the encoder's moving average."""
+        return nn.Sequential(self.base_encoder, self.predictor), self.momentum_encoder
+
+    @property
     def grad_norm_modules(self) -> dict[str, nn.Module]:
         """Return the trainable modules, by their names in the log."""
         return {"encoder": self.base_encoder, "predictor": self.predictor}

@@ -57,6 +57,11 @@ class SimCLR(Method):
         """Return the encoder to evaluate."""
         return self.base_encoder
 
+    @property
+    def query_and_key(self) -> tuple[nn.Module, nn.Module]:
+        """Return the encoder twice: queries and keys come from the same network."""
+        return self.base_encoder, self.base_encoder
+
     def schedules(self, progress: Progress) -> dict[str, float]:
         """Return the settings of the loss that change, and the numbers of synthetic negatives."""
         changing = self.loss.schedules(progress.epoch, progress.epochs)

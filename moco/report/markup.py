@@ -5,14 +5,50 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from moco.errors import InputError
+from moco.files import creating
 from moco.report import plots
 from moco.report.plots import Look
 from moco.report.runs import Run
+from moco.report.style import STYLE
 
 
 def escaped(text: object) -> str:
     """Return untrusted text, escaped so that the browser does not interpret it as HTML."""
     return html.escape(plots.printable(text))
+
+
+def document(title: str, heading: str, parts: Iterable[str]) -> str:
+    """Return a page as HTML, without its empty `parts`.
+
+    Args:
+        title: title of the browser's window, as text.
+        heading: the heading of the page, as HTML.
+        parts: the sections, as HTML.
+    """
+    # this policy forbids the browser to load anything from elsewhere
+    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+    head = f'<meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{policy}">'
+    head += '<meta name="viewport" content="width=device-width, initial-scale=1">'
+    head += f"<title>{escaped(title)}</title><style>{STYLE}</style>"
+    body = "\n".join(filter(None, parts))
+    return (
+        f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head>\n'
+        f"<body><h1>{heading}</h1>\n{body}\n</body></html>\n"
+    )
+
+
+def save(text: str, out: Path, force: bool) -> None:
+    """Write a page to the file `out`, which must not exist unless `force`.
+
+    Raises InputError if it cannot be written.
+    """
+    try:
+        with creating(out, force) as file:
+            file.write(text.encode())
+    except OSError as error:
+        raise InputError(
+            f"--out {out}: cannot be written: {error.strerror}; choose another file"
+        ) from None
 
 
 def table(heads: Iterable[str], rows: list[list[str]], left: int) -> str:

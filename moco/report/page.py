@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moco.distributed import print_rank0
 from moco.errors import InputError
-from moco.files import check_new, creating, refuse_remote
+from moco.files import check_new, refuse_remote
 from moco.report import (
     comparison,
     curves,
@@ -27,7 +27,6 @@ from moco.report import (
 from moco.report.markup import escaped
 from moco.report.runs import Run
 from moco.report.samples import Sample
-from moco.report.style import STYLE
 
 _FEW = 8  # classes whose key needs no panel of its own
 CHEAP = 20.0  # seconds; a random encoder is also shown if its features take less time
@@ -65,14 +64,7 @@ def write(
             f"--pretrained {pretrained}: {why}; without it, the last checkpoint of each run is used"
         )
     check_new(out, force)
-    text = page(runs.read(folders), pretrained, images, seed)
-    try:
-        with creating(out, force) as file:
-            file.write(text.encode())
-    except OSError as error:
-        raise InputError(
-            f"--out {out}: cannot be written: {error.strerror}; choose another file"
-        ) from None
+    markup.save(page(runs.read(folders), pretrained, images, seed), out, force)
 
 
 def page(found: list[Run], pretrained: Path | None, images: int, seed: int) -> str:
@@ -90,17 +82,8 @@ def page(found: list[Run], pretrained: Path | None, images: int, seed: int) -> s
         markup.section("Options", comparison.options(found)),
         comparison.last_line(found),
     ]
-    title = escaped(f"Pre-training: {', '.join(run.name for run in found)}")
-    # this policy forbids the browser to load anything from elsewhere
-    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-    head = f'<meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{policy}">'
-    head += '<meta name="viewport" content="width=device-width, initial-scale=1">'
-    head += f"<title>{title}</title><style>{STYLE}</style>"
-    body = "\n".join(filter(None, parts))
-    return (
-        f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head>\n'
-        f"<body><h1>{heading}</h1>\n{body}\n</body></html>\n"
-    )
+    title = f"Pre-training: {', '.join(run.name for run in found)}"
+    return markup.document(title, heading, parts)
 
 
 def views(found: list[Run]) -> str:

@@ -50,15 +50,23 @@ def look(i: int) -> Look:
 
 
 class Curve(NamedTuple):
-    """A curve: its values, its look, and whether it has no noise."""
+    """A curve: its values, its look, whether it has no noise, and a band of values around it."""
 
     x: np.ndarray
     y: np.ndarray
     look: Look
     exact: bool = False
+    band: tuple[np.ndarray, np.ndarray] | None = None
 
 
-def chart(curves: list[Curve], unit: str, levels: dict[float, str], log: bool = False) -> Figure:
+def chart(
+    curves: list[Curve],
+    unit: str,
+    levels: dict[float, str],
+    log: bool = False,
+    log_x: bool = False,
+    limits: tuple[float, float] | None = None,
+) -> Figure:
     """Return a picture of curves: smoothed, with the logged values faint behind them.
 
     Args:
@@ -66,6 +74,8 @@ def chart(curves: list[Curve], unit: str, levels: dict[float, str], log: bool = 
         unit: label of the x axis.
         levels: labels of dotted horizontal lines, by their y values.
         log: whether the y axis is logarithmic if the values span decades.
+        log_x: whether the x axis is logarithmic.
+        limits: ends of the y axis; by default those of the curves.
     """
     figure = blank(WIDTH, HEIGHT, layout="constrained")
     axis = figure.subplots()
@@ -73,14 +83,22 @@ def chart(curves: list[Curve], unit: str, levels: dict[float, str], log: bool = 
         _draw(axis, curve)
     for level, text in levels.items():
         axis.axhline(level, color=INK, linewidth=1, linestyle=":")
-        place = {"transform": axis.get_yaxis_transform(), "va": "bottom", "ha": "right"}
-        axis.text(0.99, level, text, color=INK, fontsize=FONT, **place)
+        place = {"transform": axis.get_yaxis_transform(), "va": "bottom"}
+        place["ha"] = "left" if log_x else "right"
+        axis.text(0.01 if log_x else 0.99, level, text, color=INK, fontsize=FONT, **place)
     _scale(axis, curves, log)
     axis.set_xlabel(unit, fontsize=FONT, color=INK, labelpad=1)
-    axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    if log_x:
+        axis.set_xscale("log")
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+        axis.xaxis.set_minor_formatter(NullFormatter())
+    else:
+        axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axis.tick_params(labelsize=FONT, colors=INK, length=3, pad=2)
     axis.grid(alpha=0.25)
     axis.margins(x=0.02, y=0.08)
+    if limits:
+        axis.set_ylim(limits)
     axis.spines[["top", "right"]].set_visible(False)
     return figure
 
@@ -112,6 +130,8 @@ def _draw(axis, curve: Curve) -> None:
     color, marker, dashes = curve.look
     finite = np.isfinite(curve.y)
     x, y = curve.x[finite], curve.y[finite]
+    if curve.band:
+        axis.fill_between(curve.x, *curve.band, color=color, alpha=0.2, linewidth=0)
     line = {"color": color, "linestyle": (0, dashes) if dashes else "-", "linewidth": 1.8}
     middle, low, high, center = thinned(x, y)
     every = max(1, len(middle) // 6)

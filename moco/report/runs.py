@@ -60,7 +60,7 @@ def read(folders: list[Path]) -> list[Run]:
     read_args = [_args(folder) for folder in unique]
     return [
         Run(folder, name, args, read_log(folder / "log.jsonl"))
-        for folder, name, args in zip(unique, _names(unique), read_args, strict=True)
+        for folder, name, args in zip(unique, unique_names(unique), read_args, strict=True)
     ]
 
 
@@ -92,7 +92,7 @@ def _args(folder: Path) -> dict:
     return args
 
 
-def _names(folders: list[Path]) -> list[str]:
+def unique_names(folders: list[Path]) -> list[str]:
     """Return the end of each path, long enough to be unique."""
     parts = [folder.resolve().parts for folder in folders]
     depth = next(n for n in range(1, 1000) if len({p[-n:] for p in parts}) == len(parts))

@@ -100,7 +100,7 @@ def draw(
         points = bank.subset(in_bank)
     else:
         points = _some_of(val, classes, POINTS, rng)
-    return Sample(bank, points, _queries(points, classes, rng), len(there), in_bank)
+    return Sample(bank, points, queries(points, classes, rng), len(there), in_bank)
 
 
 def present(images: Images) -> np.ndarray:
@@ -137,7 +137,7 @@ def _some_of(part: Images, classes: np.ndarray, most: int, rng: np.random.Genera
     return part.subset(np.sort(indices))
 
 
-def _queries(points: Images, classes: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def queries(points: Images, classes: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Return the indices of `QUERIES` random images, of as many classes as possible."""
     order = rng.permutation(len(points))
     labels = single_class(points)[order]

@@ -69,7 +69,11 @@ def _heading(columns: list[Column]) -> str:
 
 
 def neighbours(
-    of: Sample, similarity: Tensor, indices: Tensor, decoding: Decoding = DEFAULT
+    of: Sample,
+    similarity: Tensor,
+    indices: Tensor,
+    decoding: Decoding = DEFAULT,
+    negatives: bool = False,
 ) -> str:
     """Return a list of the query images, each with the training images nearest to it.
 
@@ -80,15 +84,17 @@ def neighbours(
         similarity: similarities [Q, K] of each query's neighbours, from `pictures.nearest_others`.
         indices: their indices in the bank, [Q, K].
         decoding: how the images are decoded.
+        negatives: whether the neighbours are negatives. The sign and the frame then mark false
+            ones.
 
     Raises InputError if an image cannot be read.
     """
-    rows = []
+    rows, hit = [], _negative if negatives else _hit
     for query, near, cosines in zip(of.queries, indices.numpy(), similarity.tolist(), strict=True):
         name = samples.names_of_classes(of.points, query)
         shown = _thumbnail(of.points, query, decoding)
         hits = "".join(
-            _hit(of, i, bool(same), cosine, decoding)
+            hit(of, i, bool(same), cosine, decoding)
             for i, same, cosine in zip(near, of.same_class(query, near), cosines, strict=True)
         )
         label = escaped(shortened(name, 30))
@@ -108,6 +114,17 @@ def _hit(of: Sample, i: int, same: bool, cosine: float, decoding: Decoding) -> s
         return f'<div class="hit right">{shown}<b>✓</b> {cosine:.3f}</div>'
     name = escaped(shortened(samples.names_of_classes(of.bank, i), 22))
     return f'<div class="hit wrong">{shown}<b>✗</b> {cosine:.3f} {name}</div>'
+
+
+def _negative(of: Sample, i: int, same: bool, cosine: float, decoding: Decoding) -> str:
+    """Return a negative with its similarity, marked if it is a false one."""
+    shown = _thumbnail(of.bank, i, decoding)
+    if not of.bank.labelled:
+        return f'<div class="hit">{shown}{cosine:.3f}</div>'
+    name = escaped(shortened(samples.names_of_classes(of.bank, i), 22))
+    if same:
+        return f'<div class="hit wrong">{shown}<b>✗</b> {cosine:.3f} {name}</div>'
+    return f'<div class="hit">{shown}{cosine:.3f} {name}</div>'
 
 
 def _thumbnail(images: Images, i: int, decoding: Decoding) -> str:

@@ -3,15 +3,20 @@
 They need Chromium; `make test-browser` says how to install it.
 """
 
+import functools
 import io
 import shutil
 
 import numpy as np
 import pytest
-from conftest import write_images
+from conftest import in_process, write_images
 from PIL import Image
-from report_helpers import LOGGED, made, write_run
+from report_helpers import LOGGED, Page, made, write_run
+from run_helpers import TINY
 from voc_tree import write_voc
+
+from moco.report import negatives
+from moco.report.contrasts import Options
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "google-chrome"))), None)
 pytestmark = [
@@ -87,13 +92,32 @@ def browser():
         yield playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
 
 
+def a_report(folder, runs):
+    return made(runs(folder), folder, images=30)
+
+
+def negatives_of_a_run(folder):
+    """The page of tools/negatives.py about two checkpoints of SynCo."""
+    data = write_images(folder / "images", classes=3, train=12)
+    words = ("--epochs", 2, "--keep", "all", "-j", 0, "--warmup-epochs", 0, *("--n2", 2, "--n5", 2))
+    status, _, err = in_process("main_synco", data, *TINY, *words, "--save-dir", folder / "run")
+    assert status == 0, err
+    files = sorted((folder / "run").glob("checkpoint_*"))
+    negatives.write(files, folder / "page.html", Options(str(data), queries=20))
+    return Page(folder / "page.html")
+
+
+REPORTS = {
+    of.__name__: functools.partial(a_report, runs=of)
+    for of in (one_run, four_runs, without_labels, just_started, multi_label)
+}
+
+
 @pytest.mark.parametrize(
-    "runs",
-    [one_run, four_runs, without_labels, just_started, multi_label],
-    ids=lambda f: f.__name__,
+    "make", [*REPORTS.values(), negatives_of_a_run], ids=[*REPORTS, "negatives"]
 )
-def test_a_report_in_a_browser(runs, browser, tmp_path):
-    report = made(runs(tmp_path), tmp_path, images=30)
+def test_a_report_in_a_browser(make, browser, tmp_path):
+    report = make(tmp_path)
     address = (tmp_path / "page.html").as_uri()
     for name, (width, height) in WIDTHS.items():
         page = browser.new_page(viewport={"width": width, "height": height})
