@@ -1,7 +1,14 @@
 """Choose the device of each process, and move tensors to it."""
 
+import sys
+
 import torch
 from torch import Tensor
+
+try:
+    import resource
+except ImportError:  # Windows has none
+    resource = None
 
 from moco.errors import InputError
 
@@ -48,6 +55,20 @@ def describe(device: torch.device) -> str:
         return torch.get_device_module(device.type).get_device_name(device)
     threads = torch.get_num_threads()
     return f"CPU, {threads} thread{'s' * (threads > 1)}" if device.type == "cpu" else device.type
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Return the peak memory of this process in bytes; None if the system does not say.
+
+    On CUDA and XPU it is the memory of the device that PyTorch has allocated. Otherwise it is the
+    resident memory of the process, without its loader processes.
+    """
+    if device.type in ("cuda", "xpu"):
+        return torch.get_device_module(device.type).max_memory_allocated(device)
+    if resource is None:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak  # Linux counts KiB
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:

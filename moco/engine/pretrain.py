@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moco import distributed
+from moco import devices, distributed
 from moco.augment import recipes
 from moco.builder.base import Method
 from moco.config import Pretraining, flat, replaced
@@ -15,7 +15,7 @@ from moco.data import cache, file_lists, loader, registry, sources, subsets
 from moco.data.images import Images, note_dark
 from moco.distributed import print_rank0
 from moco.encoder import networks, recompute, resnets, trial
-from moco.engine import checkpoint, contract, initial, next_commands, precision, tracking
+from moco.engine import checkpoint, contract, initial, next_commands, precision, record, tracking
 from moco.engine.log import Metrics, format_duration
 from moco.engine.monitor import Monitor
 from moco.engine.task import Task
@@ -340,6 +340,9 @@ class PretrainingTask(Task):
         )
         found = {"eval/best_knn": self.best[0]} if self.best[1] >= 0 else {}
         tracking.results({**found, "time/seconds": trainer.seconds})
+        if distributed.rank() == 0:
+            folder = self.config.run.save_dir
+            record.add(folder, peak_memory=devices.peak_memory(self.device))
         saved = next(iter(checkpoint.list_checkpoints(self.config.run.save_dir)), None)
         if saved is not None and distributed.rank() == 0:
             print_rank0(f"the last checkpoint is {saved}; commands to run next:")

@@ -149,6 +149,25 @@ def test_methods(script, tmp_path, monkeypatch, capsys):
     assert "mochi" in out.splitlines()[-2]
 
 
+def test_family(tmp_path):
+    """Train two methods for one epoch each, and continue with a second seed of one of them."""
+    words = (*typed("benchmarks/family.py --epochs 1 --out {}", tmp_path / "out"), "--methods")
+    first = shell(*words, "mocov2", "simclr", "--json", tmp_path / "first.json")
+    assert first.returncode == 0, first.stdout + first.stderr
+    found = json.loads((tmp_path / "first.json").read_text())
+    assert [row["method"] for row in found["rows"]] == ["mocov2", "simclr"]
+    for row in found["rows"]:
+        assert 0 < row["knn_before"] < 1 and 0 < row["knn"] < 1
+        assert min(row["seconds"], row["images_per_s"]) > 0
+        assert 2**27 < row["memory"] < 2**35
+    again = shell(*words, "simclr", "--seeds", 0, 1, "--json", tmp_path / "again.json")
+    assert again.returncode == 0 and again.stdout.count("(an earlier call)") == 1, again.stdout
+    runs = json.loads((tmp_path / "again.json").read_text())["runs"]["simclr"]
+    assert runs[0] == found["runs"]["simclr"][0] and runs[1]["seed"] == 1
+    assert "± " in (tmp_path / "out" / "table.md").read_text()
+    assert (tmp_path / "out" / "family.png").stat().st_size > 5000
+
+
 def test_faults(tmp_path):
     """Run it; the script fails if a stopped run and the one never stopped end with other bits."""
     short = (
