@@ -130,10 +130,11 @@ _V2 = f"{_QUEUE} --mlp --moco-t 0.2"
 _HARD = f"{_V2} --n-hard {{hard}} --warmup-epochs {{start}}"
 _ADCO = "--cluster {queue} --moco-m {momentum} {groups}"
 _BATCH = "--mlp-dim 512 --loss"
-_FNC = "--ema {momentum} --memory-multiplier {batches} --support-size 1 {false}"
+_FNC = "--ema {momentum} --memory-multiplier {batches} --support-size 1"
 _MOBY = "--mlp-dim 512 --moco-dim 128 --moco-m {momentum} --method"
 _V3 = "--moco-mlp-dim 512 --moco-dim 128 --moco-m {momentum} --moco-m-cos"
-_SYNCO_V2 = "synco --queue {queue} --n-hard {hard} {n123} {n456} --synthetic-first {start}"
+_SYNTHETIC = "--n-hard {hard} {n123} {n456} --synthetic-first {start}"
+_SYNCO_V2 = f"synco --queue {{queue}} {_SYNTHETIC} --synthetic-last {{epochs}}"
 
 FAMILY = (
     Entry("mocov1", "main_synco", f"{_QUEUE} --moco-t 0.07", "MoCo v1"),
@@ -149,11 +150,22 @@ FAMILY = (
     Entry("hcl", "main_sogclr", f"{_BATCH} hcl --t 0.5", "HCL"),
     Entry("sogclr", "main_sogclr", f"{_BATCH} sogclr --t 0.1", "SogCLR"),
     Entry("isogclr", "main_sogclr", f"{_BATCH} isogclr --t 0.1", "iSogCLR"),
-    Entry("fnc", "main_fnc", _FNC, "FNC"),
+    Entry("fnc", "main_fnc", f"{_FNC} {{false}}", "FNC"),
     Entry("moby", "main_moby", f"{_MOBY} moby --queue {{queue}}", "MoBY"),
-    Entry("synco-v2", "main_moby", f"{_MOBY} {_SYNCO_V2} --synthetic-last {{epochs}}", "SynCo-v2"),
+    Entry("synco-v2", "main_moby", f"{_MOBY} {_SYNCO_V2}", "SynCo-v2"),
     Entry("byol", "main_moby", f"{_MOBY} byol", "BYOL"),
     Entry("mocov3", "main_mocov3", _V3, "MoCo v3"),
+    # synthetic negatives from the batch, which no paper has
+    Entry(
+        "simclr+",
+        "main_sogclr",
+        f"{_BATCH} simclr --t 0.1 {_SYNTHETIC}",
+        "SimCLR, synthetic negatives",
+    ),
+    Entry("mocov3+", "main_mocov3", f"{_V3} {_SYNTHETIC}", "MoCo v3, synthetic negatives"),
+    # with labels: upper bounds
+    Entry("supcon", "main_sogclr", f"{_BATCH} supcon --t 0.1", "SupCon, with labels"),
+    Entry("fnc-labels", "main_fnc", f"{_FNC} --fn-from labels", "FNC, with labels"),
 )
 NAMES = tuple(entry.name for entry in FAMILY)
 
