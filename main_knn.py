@@ -99,7 +99,8 @@ def worker(c: Config, device: torch.device) -> None:
 
 
 def classify_episodes(c: Config, device: torch.device) -> None:
-    val, _ = inputs.frozen_split(c, device, "val")
+    check = lambda labels: few_shot.check(labels, c.few_shot)  # noqa: E731
+    val, _ = inputs.frozen_split(c, device, "val", check)
     x, labels = (features.gather_in_order(part).cpu().numpy() for part in val)
     found = few_shot.evaluate(x, labels, c.few_shot, c.run.seed)  # the same on every rank
     for name, accuracy in found.items():

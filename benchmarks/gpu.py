@@ -14,7 +14,7 @@ Stages:
      plain MoCo (benchmarks/step.py); loader, views, profile
   3  reproduction: configs/cifar10/moco.yaml next to the published log; a later visit continues the
      run in --run-folder
-  4  the other configs in configs/cifar10/, with several seeds; the runs take turns
+  4  the other configs in configs/cifar10/ with a ResNet-18, several seeds; the runs take turns
 
 One call of this script is a visit. The results are in runs/benchmarks/gpu-DEVICE.json, which is
 rewritten after each part and keeps the results of earlier visits. Each part has a time limit and

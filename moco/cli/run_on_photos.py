@@ -27,7 +27,10 @@ def run_on_photos(
         quiet: whether to hide what the script prints.
     """
     command = [sys.executable, f"{script}.py", *COMMON, "--seed", seed]
-    command = [str(word) for word in (*command, "--save-dir", folder.resolve(), *options)]
+    save_dir = folder.resolve()
+    if save_dir.is_relative_to(ROOT):  # the report shows the command
+        save_dir = save_dir.relative_to(ROOT)
+    command = [str(word) for word in (*command, "--save-dir", save_dir, *options)]
     print("\n$ python", *command[1:], flush=True)
     output = subprocess.DEVNULL if quiet else None
     status = subprocess.run(command, cwd=ROOT, stdout=output).returncode

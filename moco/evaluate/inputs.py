@@ -1,8 +1,9 @@
 """Load and check the data and the pre-trained encoder of an evaluation."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -348,19 +349,31 @@ def frozen_features(
 
 
 def frozen_split(
-    config: Evaluation, device: torch.device, split: str
+    config: Evaluation,
+    device: torch.device,
+    split: str,
+    check: Callable[[np.ndarray], None] | None = None,
 ) -> tuple[features.Features, tuple[str, ...]]:
     """Return this rank's features of one split, and the class names; see `frozen_features`.
 
-    Computed features have norm 1. `split` is "train" or "val"; the other split is not read.
+    Computed features have norm 1. The other split is not read.
+
+    Args:
+        config: the settings of the evaluation.
+        device: the device of this process.
+        split: train or val.
+        check: called with the labels before features are computed; raises InputError if they do not
+            fit the evaluation.
     """
     if config.files.load_features:
         train, val, classes = feature_files.load(config, device)
         found = train if split == "train" else val
     else:
         images, val_images, _ = splits.load(config)
-        net = load_network(config, len(images.classes), device)
         chosen, classes = images if split == "train" else val_images, images.classes
+        if check is not None:
+            check(chosen.labels)
+        net = load_network(config, len(images.classes), device)
         found = feature_files.extract_one(net, chosen, config, device)
     _check_finite(config, found[0])
     return found, classes

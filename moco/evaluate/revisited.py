@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from PIL import Image
 
 from moco.data.images import ImageFolder
 from moco.errors import InputError, short
@@ -51,7 +52,8 @@ def read(name: str, root: str) -> Benchmark:
     The ground truth is a pickle. Only plain values and arrays are read from it (see `read_pickle`),
     because it is downloaded.
 
-    Raises InputError if the ground truth is missing, damaged or wrong, or if an image is missing.
+    Raises InputError if the ground truth is missing, damaged or wrong, if an image is missing, or
+    if a box is outside its image.
     """
     folders = [Path(root).expanduser() / name, Path(root).expanduser()]
     folder = next((one for one in folders if (one / f"gnd_{name}.pkl").is_file()), None)
@@ -82,7 +84,25 @@ def read(name: str, root: str) -> Benchmark:
             f"{images}: {len(missing)} of the {len(names)} images of {name} are missing, first "
             f"{missing[0]}.jpg; {_WHERE}"
         )
+    for one, query in zip(queries, truth, strict=True):
+        _check_box(images / f"{one}.jpg", query.box, file)
     return Benchmark(_folder(images, database), _folder(images, queries), truth)
+
+
+def _check_box(image: Path, box: tuple[float, float, float, float], file: Path) -> None:
+    """Raise InputError if the box of a query does not overlap its image."""
+    try:
+        with Image.open(image) as opened:
+            width, height = opened.size
+    except OSError:
+        return  # the loader says so
+    left, top, right, bottom = box
+    if left >= width or top >= height or right <= 0 or bottom <= 0:
+        shown = ", ".join(f"{value:g}" for value in box)
+        raise InputError(
+            f"{file}: the box ({shown}) of {image.name} is outside the image of {width} x {height} "
+            f"pixels; {_WHERE}"
+        )
 
 
 def _folder(root: Path, names: Sequence[str]) -> ImageFolder:

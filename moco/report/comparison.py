@@ -139,7 +139,7 @@ def _evaluations(found: list[Run]) -> str:
     if any(_STAR in cell for text in texts for cell in text):
         note += f" {_STAR} marks the best of a column."
     if any(best.on_val for cells in everything for best in cells.values()):
-        note += " * is the best of several settings, chosen on the images of the test."
+        note += " * is the best of several settings, chosen on the test images."
     heads = ["encoder", "checkpoint", *(" ".join(column) for column in columns)]
     table = markup.table(heads, texts, left=2)
     choices = "".join(f"<li>{escaped(line)}</li>" for line in _choices(everything))

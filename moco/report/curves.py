@@ -126,6 +126,27 @@ _MORE = (  # metrics that only one method has
         "Mean of the images' u of SogCLR, which its loss divides by.",
         log=True,
     ),
+    Panel("tau", "Temperature", "Of iSogCLR: the mean over the images of the step."),
+    Panel("tau_min", "Lowest temperature", "The lowest of all images' temperatures in iSogCLR."),
+    Panel("tau_max", "Highest temperature", "The highest of all images' temperatures in iSogCLR."),
+    Panel(
+        "effective_negatives",
+        "Effective fraction of the negatives",
+        "Of HCL: 1 if all negatives have equal weights, less if hard ones weigh more.",
+        log=True,
+    ),
+    Panel(
+        "at_floor",
+        "Anchors at the lower bound, %",
+        "Of HCL and the debiased loss: anchors whose corrected negatives are at their lower bound, "
+        "and so give no gradient.",
+        percent=True,
+    ),
+    Panel(
+        "positive_weight_std",
+        "Spread of the positives' weights",
+        "Standard deviation of DCLW's weights, whose mean is 1.",
+    ),
     Panel("fn_found", "False negatives found", "Number for each image, found by FNC."),
     Panel(
         "fn_precision",

@@ -193,7 +193,7 @@ def _results(checkpoint: Path) -> str:
     ]
     text = "In per cent, with the standard deviation over seeds if there were several.\n\n"
     if any(one.on_val for one in best.values()):
-        lines.append("\n\\* the best of several settings, chosen on the images of the test")
+        lines.append("\n\\* the best of several settings, chosen on the test images")
     return f"\n## Results\n\n{text}" + "\n".join(lines) + "\n"
 
 

@@ -235,7 +235,7 @@ def cell(found: Best | None, gain: float | None = None) -> str:
     """Return the text of a cell, in per cent.
 
     It is "67.5 ± 0.1 / 87.9 (+12.3)" for several seeds and a `gain` in [-1, 1], and "67.5 / 87.9"
-    for one seed without a gain. A star marks a setting that was chosen on the images of the test.
+    for one seed without a gain. A star marks a setting that was chosen on the test images.
     """
     if found is None:
         return ""

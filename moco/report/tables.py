@@ -77,7 +77,7 @@ def notes(cells: Cells) -> list[str]:
         points = "gain over the random encoder of the same architecture, in percentage points"
         lines.append(f"(+): {points}")
     if any(found.on_val for found in cells.values()):
-        lines.append("* the best of several settings, chosen on the images of the test")
+        lines.append("* the best of several settings, chosen on the test images")
     return lines
 
 

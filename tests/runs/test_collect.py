@@ -94,7 +94,7 @@ def test_a_choice_on_val_is_marked(tmp_path):
         row["imagenet 1 % labels, top-1 / top-5"] == "55.0 / 90.0 \\*"
         and line["chosen_on"] == "val"
     )
-    assert "chosen on the images of the test" in text
+    assert "chosen on the test images" in text
 
 
 def test_seeds_are_averaged_and_never_chosen_among(tmp_path):

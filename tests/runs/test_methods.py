@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 from conftest import ROOT, in_process, own_lines, shell
+from report_helpers import made
 from run_helpers import facts, load, same, succeeded
 
 from moco.engine.pretrain import PretrainingTask
@@ -108,6 +109,15 @@ def test_evaluations_read_the_encoder(evaluation, name, run, script, shared_imag
     matched, whole = re.search(r"(\d+) of (\d+) backbone tensors matched", out).groups()
     assert matched == whole
     assert (tmp_path / "run" / "results.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", METHODS)
+def test_the_report_explains_every_metric(name, run, tmp_path):
+    page = made([run(name)], tmp_path)
+    assert f"{METHODS[name].saved or name} ({METHODS[name].script}.py)" in page.text
+    assert "Loss" in page.titles and "As the method logs it." not in page.text, page.titles
+    assert "Traceback" not in page.text and page.source.count("<figure>") > 10
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -10,7 +10,7 @@ from conftest import shell
 from PIL import Image
 from run_helpers import refused, succeeded, typed
 
-from moco.evaluate import feature_tables
+from moco.evaluate import feature_tables, inputs
 from moco.report import results
 
 INPUT = typed("-a resnet18 --image-size 32 -b 8 -j 0")
@@ -105,7 +105,9 @@ def test_retrieval_of_classes_over_one_process_and_two(shared_images, script, tm
 
 
 @pytest.mark.slow
-def test_few_shot_classification_over_one_process_and_two(shared_images, script, tmp_path):
+def test_few_shot_classification_over_one_process_and_two(
+    shared_images, script, tmp_path, monkeypatch
+):
     words = (shared_images, *INPUT, "--few-shot", *typed("--ways 3 --shots 1 2 --queries 2"))
     words += typed("--episodes 20 --save-dir")
     status, out, err = script("main_knn", *words, tmp_path / "one")
@@ -115,6 +117,7 @@ def test_few_shot_classification_over_one_process_and_two(shared_images, script,
     assert read(tmp_path / "one")["metrics"]["few_3way_2shot_mean"] > 0.9
     assert len(columns(tmp_path / "one")) == 4
     few = (*words[:-1], "--shots", 3, "--queries", 3)
+    monkeypatch.setattr(inputs, "load_network", None)  # refused before features are computed
     refused(script("main_knn", *few), "--ways 3: 0 of the 3 classes of val/ have the 6 images")
     refused(script("main_knn", shared_images, *INPUT, "--ways", 3), "--ways has no effect")
 

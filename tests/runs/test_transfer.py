@@ -140,7 +140,7 @@ def test_a_recipe_is_one_of_the_script_that_it_names(recipe):
         1
     ]
     module = __import__(script)
-    assert settings(module, ["DIR", "--cfg", str(recipe)]).epochs
+    assert settings(module, ["DIR", "--cfg", str(recipe)]).cfg == str(recipe)
 
 
 FNC = {

@@ -159,6 +159,10 @@ class Code:
         ({"gnd": [{**TRUTH, "easy": [1]}]}, "twice among easy, hard and junk"),
         ({"gnd": [{**TRUTH, "easy": [0.5]}]}, "not lists of indices"),
         ({"gnd": [{**TRUTH, "bbx": [9, 3, 2, 19]}]}, "the box of q is empty"),
+        (
+            {"gnd": [{**TRUTH, "bbx": [24, 3, 30, 19]}]},
+            r"\(24, 3, 30, 19\) of q.jpg is outside",
+        ),
         ({"gnd": []}, "0 entries of gnd for 1 queries"),
         ({"gnd": [{"easy": [0]}]}, "no 'hard'"),
         ({"imlist": ["../a", "b", "c"]}, "imlist is not a list of file names"),
