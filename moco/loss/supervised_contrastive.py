@@ -24,7 +24,7 @@ def supervised_losses(pairs: Pairs, same_class: Tensor, temperature: float) -> T
             for the anchor's own image.
         temperature: divides every similarity, > 0.
     """
-    # Only its own feature, which is in the anchor's view, is no member of the softmax.
+    # The softmax leaves out only the anchor itself, which is among the features of its own view.
     m = same_class.shape[1]
     itself = torch.cat([pairs.own[:, :m], torch.zeros_like(same_class)], 1)  # [n, 2m]
     positive = torch.cat([same_class, same_class], 1) & ~itself
