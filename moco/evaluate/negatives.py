@@ -139,11 +139,11 @@ def measure(
         nearest.append(order[:, :shown])
         similarities.append(ranked[:, :shown])
         if same is not None:
-            shares.append(same.gather(1, order).double().cumsum(1).sum(0))
+            shares.append(same.gather(1, order).cpu().double().cumsum(1).sum(0))
     false = None
     if shares:
         per_k = torch.arange(1, negatives + 1, dtype=torch.float64)
-        false = torch.stack(shares).sum(0).cpu() / len(q) / per_k
+        false = torch.stack(shares).sum(0) / len(q) / per_k
     return Measured(
         torch.cat(positives).cpu(),
         {name: _group(rows) for name, rows in parts.items()},

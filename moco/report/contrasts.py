@@ -124,8 +124,8 @@ def draw(options: Options) -> tuple[Sample, np.ndarray]:
     bank = images.subset(np.sort(rng.permutation(len(images))[: options.images]))
     classes = samples.present(bank)
     shown = samples.queries(bank, classes, rng)[: options.queries]
-    others = np.setdiff1d(rng.permutation(len(bank)), shown)
-    others = rng.permutation(others)[: options.queries - len(shown)]
+    others = rng.permutation(np.setdiff1d(np.arange(len(bank)), shown))
+    others = others[: options.queries - len(shown)]
     sample = Sample(bank, bank, shown, len(samples.present(images)), np.arange(len(bank)))
     return sample, np.concatenate([shown, others])
 

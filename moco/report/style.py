@@ -76,7 +76,7 @@ img.small { image-rendering: pixelated }
 @media print {
   @page { margin: 12mm }
   body { background: #fff; padding: 0; max-width: none; font-size: 13px }
-  figure, .card, tr, .row, .key { break-inside: avoid }
+  figure, .card, tr, .row, .key, section > p { break-inside: avoid }
   h2, h3, h4, section > p { break-after: avoid }
   .query, .hit { width: 70px; font-size: 11px }
   .query img, .hit img { width: 60px; height: 60px }
