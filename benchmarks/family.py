@@ -107,7 +107,11 @@ def work(args: argparse.Namespace) -> int:
                 + f"  left {format_duration(left)}" * bool(spent and left),
                 flush=True,
             )
-    random_probe = [family.probe_random(seed) for seed in args.seeds] * family.probe
+    random_probe = []
+    try:
+        random_probe += [family.probe_random(seed) for seed in args.seeds if family.probe]
+    except Failed as error:
+        failed.append(f"linear probe of a random encoder: {error}")
     write(args, family, epochs, found, random_probe)
     took = time.monotonic() - began
     print(f"this call took {format_duration(took)}")

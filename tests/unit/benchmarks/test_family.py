@@ -164,6 +164,7 @@ def test_a_failed_method_is_listed_and_the_others_run(tmp_path, monkeypatch, cap
         return replace(OUTCOME, seed=seed)
 
     monkeypatch.setattr(family_runs.Family, "run", run)
+    monkeypatch.setattr(family_runs, "call", lambda *_: pytest.fail("a probe starts"))
     words = "--epochs 2 --seeds 0 1 --methods mochi fnc --out {} --json {}"
     words = words.format(tmp_path / "out", tmp_path / "found.json").split()
     monkeypatch.setattr(sys, "argv", ["family.py", *words])
