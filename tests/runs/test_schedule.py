@@ -193,6 +193,7 @@ FACTS = {
         f"cifar10/{name}": cifar(WARM, 10, momentum=rising_momentum(0.99))
         for name in ("moby", "byol")
     },
+    "cifar10/mocov3": cifar(WARM, 10, momentum=authors_momentum(0.99)),
     # other losses of SimCLR's encoder: Adam with a constant learning rate; iSogCLR with LARS
     **{
         f"cifar10/{name}_batch32": Facts(100, 32, {"lr": constant(0.001)}, CIFAR)
