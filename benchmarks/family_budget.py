@@ -16,7 +16,7 @@ from moco.errors import InputError
 from moco.rng import Progress
 
 SPARE = 0.15  # fraction of the time that is left for slow phases of the machine
-STEPS, WARM = 3, 1  # steps that are timed, and steps before them
+STEPS, WARM = 6, 1  # steps that are timed, and steps before them
 
 
 @dataclass(frozen=True)
