@@ -147,6 +147,7 @@ _MORE = (  # metrics that only one method has
         "Spread of the positives' weights",
         "Standard deviation of DCLW's weights, whose mean is 1.",
     ),
+    Panel("positives", "Positives", "Number for each anchor, in SupCon: features of its class."),
     Panel("fn_found", "False negatives found", "Number for each image, found by FNC."),
     Panel(
         "fn_precision",
