@@ -117,8 +117,8 @@ def _synthetic(of: Contrast, images: int) -> str:
     when = f"they join after {of.schedule.first} epochs"
     if of.schedule.last is not None:
         when += f" and leave after {of.schedule.last}"
-    of_queue = f"from the hardest {config.n_hard:,} of {of.queue:,}"
-    return "; ".join(filter(None, [f"{listed}, {of_queue}", sizes, when, here]))
+    in_run = f"from the hardest {config.n_hard:,} of {of.negatives:,}"
+    return "; ".join(filter(None, [f"{listed}, {in_run}", sizes, when, here]))
 
 
 # panels
