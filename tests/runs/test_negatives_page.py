@@ -70,7 +70,7 @@ def test_the_page_of_a_run(call, synco, images, tmp_path):
     assert page.titles.count("After 1 epoch") == page.titles.count("After 2 epochs") == 2
     assert "2 interpolated, 2 mixup, 2 noise, from the hardest 8 of 64" in page.text
     assert "here from the hardest 4 of 35 negatives" in page.text  # 8 / 64 of 36 images
-    assert "they join after 1 epochs" in page.text
+    assert "they join after 1 epoch;" in page.text
     shown = [attrs["src"] for tag, attrs in page.tags if tag == "img"]
     assert len(shown) == 2 * 8 * 7 and all(src.startswith("data:image/jpeg") for src in shown)
     assert not re.search(r"(?:src|href)=.(?!data:|#)|url\((?!#)|@import|<script", page.source)
@@ -149,6 +149,9 @@ def test_labels_in_training_and_negatives_of_the_batch(name, call, images, tmp_p
     assert status == 0, err
     text = Page(out).text
     assert f"{name} (main_" in text
+    known = name in ("supcon", "fnc-labels")
+    assert (", trained on labels" in text) == ("The training used labels" in text) == known
+    assert ("Labels are used for nothing else" in text) != known
     among = {"simclr": 14, "mocov3": 7}.get(name)  # of 8 images
     if among is None:
         assert "none in training" in text
