@@ -10,6 +10,7 @@ from moco.data.images import Images, note_dark
 from moco.distributed import print_rank0
 from moco.errors import InputError
 from moco.evaluate import other_images
+from moco.methods import trains_on_labels
 
 
 def check_val_from_train(config: Config) -> None:
@@ -82,4 +83,10 @@ def _labelled(config: Config, train: Images) -> Images:
         print_rank0(
             f"{len(part)} of {len(train)} training images are labelled; they are listed in {file}"
         )
+        method = config.encoder.encoder_method
+        if trains_on_labels(method):
+            print_rank0(
+                f"the encoder was pre-trained with {method} on the labels of all its images, so "
+                "this is no result with few labels"
+            )
     return part

@@ -170,6 +170,29 @@ def test_a_loss_with_labels_refuses_data_without_before_processes_start(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(("saved", "warns"), [("supcon", 1), ("fnc-labels", 1), ("simclr", 0)])
+def test_few_labels_after_a_training_on_all_of_them(saved, warns, script, shared_images, tmp_path):
+    """A line says that pre-training has used more labels than the evaluation."""
+    method = {
+        "supcon": ("main_sogclr", "--loss", "supcon"),
+        "simclr": ("main_sogclr", "--loss", "simclr"),
+        "fnc-labels": (
+            "main_fnc",
+            *"--fn-from labels --support-size 0 --memory-multiplier 2 --randaugment 0 0".split(),
+        ),
+    }[saved]
+    run = (method[0], *INPUT, *method[1:], "--epochs", 1, "--save-dir", tmp_path / "run")
+    status, _, err = script(*run, shared_images)
+    assert status == 0, err
+    few = ("main_semisup", *INPUT[2:], "--epochs", 1, "--train-percent", 10, "--protocol", "synco")
+    few = (*few, "--pretrained", tmp_path / "run" / "checkpoint_0000.pth.tar")
+    status, out, err = script(*few, "--save-dir", tmp_path / "few", shared_images)
+    assert status == 0, err
+    assert "training images are labelled" in out
+    said = f"the encoder was pre-trained with {saved} on the labels of all its images"
+    assert out.count(said) == warns
+
+
 def test_a_list_of_a_recipe_gives_way_to_a_data_set(script, layouts, tmp_path, monkeypatch):
     monkeypatch.setattr(launch, "launch", lambda worker, args: None)
     (tmp_path / "c.yaml").write_text(f"file-list: {layouts / 'list.txt'}\n")
