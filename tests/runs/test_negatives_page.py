@@ -70,7 +70,7 @@ def test_the_page_of_a_run(call, synco, images, tmp_path):
     assert page.titles.count("After 1 epoch") == page.titles.count("After 2 epochs") == 2
     assert "2 interpolated, 2 mixup, 2 noise, from the hardest 8 of 64" in page.text
     assert "here from the hardest 4 of 35 negatives" in page.text  # 8 / 64 of 36 images
-    assert "they join after 1 epochs" in page.text
+    assert "in training from epoch 1 on" in page.text
     shown = [attrs["src"] for tag, attrs in page.tags if tag == "img"]
     assert len(shown) == 2 * 8 * 7 and all(src.startswith("data:image/jpeg") for src in shown)
     assert not re.search(r"(?:src|href)=.(?!data:|#)|url\((?!#)|@import|<script", page.source)
