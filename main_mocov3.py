@@ -81,7 +81,7 @@ def complete(c: Config) -> Config:
     if c.contrast.stop_grad_conv1:  # check before processes start that there is something to freeze
         net = networks.create_encoder(c.network, c.views.image_size, c.contrast.moco_dim)
         networks.freeze_patch_projection(net, c.network.arch)
-    c.synthetic.check(processes.images_per_pass(c.input, c.launch) - 1)
+    c.synthetic.check(MoCoV3.negatives_of_batch(processes.images_per_pass(c.input, c.launch)))
     pretrain.check_views(c)
     return pretrain.complete(c)
 

@@ -85,7 +85,7 @@ def complete(c: Config) -> Config:
     c = config.replaced(c, method=c.contrast.loss, gamma=c.contrast.own_gamma)
     objectives.check(c.contrast, c.temperatures, c.optimizer.epochs)
     objectives.check_synthetic(c.contrast.loss, c.synthetic.schedule().config.total)
-    c.synthetic.check(2 * processes.images_per_pass(c.input, c.launch) - 2)
+    c.synthetic.check(SimCLR.negatives_of_batch(processes.images_per_pass(c.input, c.launch)))
     pretrain.check_views(c)
     return pretrain.complete(c, c.contrast.uses_labels)
 

@@ -28,6 +28,7 @@ from gpu_setup import Failed
 
 from moco import devices
 from moco.cli import tool
+from moco.encoder.metadata import is_count
 from moco.engine.log import format_duration
 from moco.errors import InputError
 from moco.files import read_json, write_json
@@ -174,14 +175,10 @@ def plan(args: argparse.Namespace, family: Family, entries: list[Entry], began: 
     """
     path, shared = family.out / PLAN, {"common": family.common}
     if path.exists():
-        before = read_json(path)
-        epochs = before.get("epochs") if isinstance(before, dict) else None
-        other = not isinstance(epochs, int) or before.get("common") != family.common
-        if other or args.epochs not in (None, epochs):
-            what = f"its {PLAN} is damaged"
-            if isinstance(epochs, int):
-                what = f"has runs of {epochs} epochs on {shlex.join(before['common'])}"
-            raise InputError(f"{args.out}: {what}; give another --out")
+        epochs, common = earlier(path)
+        if common != family.common or args.epochs not in (None, epochs):
+            what = f"{epochs} epoch{'s' * (epochs != 1)} on {shlex.join(common)}"
+            raise InputError(f"{args.out}: its runs are of {what}; give another --out")
         print(f"{args.out}: continues with {epochs} epochs, as before")
         return epochs
     family.out.mkdir(parents=True, exist_ok=True)
@@ -193,6 +190,20 @@ def plan(args: argparse.Namespace, family: Family, entries: list[Entry], began: 
         budget = {"minutes": args.minutes, **measured.facts()}
     write_json(path, {**shared, "epochs": epochs, **budget})
     return epochs
+
+
+def earlier(path: Path) -> tuple[int, list[str]]:
+    """Return the epochs and the common options of an earlier call's plan.
+
+    Raises InputError if the file is damaged.
+    """
+    try:
+        plan = read_json(path)
+        if is_count(plan["epochs"]) and all(isinstance(word, str) for word in plan["common"]):
+            return plan["epochs"], list(plan["common"])
+    except (InputError, LookupError, TypeError):
+        pass
+    raise InputError(f"{path}: is damaged; give another --out")
 
 
 def write(

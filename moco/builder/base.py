@@ -55,6 +55,16 @@ class Method(nn.Module, ABC):
         """
         return None
 
+    @staticmethod
+    def negatives_of_batch(images: int) -> int:
+        """Return the number of negatives of a query in a joint batch; 0 if they are not in it.
+
+        Args:
+            images: number of images in the joint batch of a pass.
+        """
+        del images  # for subclasses
+        return 0
+
     @property
     def learned_negatives(self) -> Tensor | None:
         """Return the normalized negatives [K, C] that are learned; None if there are none."""

@@ -64,6 +64,11 @@ class MoCoV3(Method):
         """Return the encoder with its predictor, and the encoder's moving average."""
         return nn.Sequential(self.base_encoder, self.predictor), self.momentum_encoder
 
+    @staticmethod
+    def negatives_of_batch(images: int) -> int:
+        """Return the number of keys of the other images."""
+        return images - 1
+
     @property
     def grad_norm_modules(self) -> dict[str, nn.Module]:
         """Return the trainable modules, by their names in the log."""

@@ -216,9 +216,10 @@ class BatchNegatives(_OfBatch):
     def check(self, negatives: int) -> None:
         """Raise InputError if --n-hard exceeds the number of `negatives` of a query."""
         if self.schedule().config.total and self.n_hard > negatives:
+            how = "lower --n-hard, or raise --batch-size" if negatives else "raise --batch-size"
             raise InputError(
                 f"--n-hard {self.n_hard}: a query has only {negatives} negatives in the joint "
-                "batch of a pass (--batch-size); lower --n-hard, or raise --batch-size"
+                f"batch of a pass (--batch-size); {how}"
             )
 
 

@@ -62,6 +62,11 @@ class SimCLR(Method):
         """Return the encoder twice: queries and keys come from the same network."""
         return self.base_encoder, self.base_encoder
 
+    @staticmethod
+    def negatives_of_batch(images: int) -> int:
+        """Return the number of features of both views of the other images."""
+        return 2 * images - 2
+
     def schedules(self, progress: Progress) -> dict[str, float]:
         """Return the settings of the loss that change, and the numbers of synthetic negatives."""
         changing = self.loss.schedules(progress.epoch, progress.epochs)

@@ -47,11 +47,14 @@ def rebuild(path: Path) -> Rebuilt:
         raise InputError(f"{path}: is a folder; give its checkpoints: {path}/checkpoint_*.pth.tar")
     state = checkpoint.load(str(path))
     name, config = _settings(path, state)
+    if batch := state["progress"].get("batch"):  # of all nodes, which the options need not count
+        config = replaced(config, batch_size=batch // config.optimizer.accumulation_steps)
     module = scripts.load_script(name)
     try:
         config, build = scripts.completed(module, config, torch.device("cpu"))
-        # the number of images only determines the shape of buffers that are not loaded
-        method = build(Images(path, np.zeros(1, dtype=np.int64), ()))
+        # The number of images determines the shape of buffers that are not loaded. Methods that
+        # train on labels need two classes.
+        method = build(Images(path, np.arange(2), ("a", "b")))
     except InputError as error:
         raise InputError(f"{path}: its options do not fit {name}.py: {error}") from None
     _load(method, state["state_dict"], path)

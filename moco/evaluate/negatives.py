@@ -102,12 +102,8 @@ def measure(
 
     Raises InputError if the bank has fewer than two images, or if `config.n_hard` is too large.
     """
+    check(len(bank), config.n_hard)
     negatives = len(bank) - 1
-    if negatives < 1 or not 1 <= config.n_hard <= negatives:
-        raise InputError(
-            f"with {len(bank)} images, a query has {negatives} negatives, but the {config.n_hard} "
-            "hardest are needed; raise --images, or lower --n-hard"
-        )
     counts = tuple(DRAWN * bool(count) for count in config.counts)
     config = replace(config, counts=counts)
     if learned is not None:
@@ -151,6 +147,17 @@ def measure(
         torch.cat(similarities).cpu(),
         false,
     )
+
+
+def check(images: int, n_hard: int) -> None:
+    """Raise InputError if `images` images have fewer than `n_hard` negatives of each."""
+    if images < 2:
+        raise InputError("a single image has no negatives; give a folder with two images or more")
+    if not 1 <= n_hard <= images - 1:
+        raise InputError(
+            f"--n-hard {n_hard}: each of the {images} images has {images - 1} negatives; lower "
+            "--n-hard, or give more images (--images)"
+        )
 
 
 def _synthetic(

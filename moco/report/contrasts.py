@@ -46,6 +46,8 @@ class Contrast:
         n_hard: number of hardest negatives, from which the synthetic ones are made.
         schedule: the run's synthetic negatives; None if it has none, and `PUBLISHED` is shown.
         queue: number of entries in the run's queue; None if it has none.
+        negatives: number of negatives of a query in training: entries of the queue, or features of
+            the batch; 0 if there are neither.
         average: whether keys come from a moving average of the encoder.
         measured: the measurements.
     """
@@ -57,6 +59,7 @@ class Contrast:
     n_hard: int
     schedule: Schedule | None
     queue: int | None
+    negatives: int
     average: bool
     measured: Measured
 
@@ -106,6 +109,7 @@ def measure(paths: list[Path], options: Options) -> tuple[list[Contrast], Sample
             )
         order.append((names[resolved.parent], found.epoch, path))
     sample, queries = draw(options)
+    negatives.check(len(sample.bank), options.n_hard or 1)
     contrasts = []
     for name, _, path in sorted(order):
         print_rank0(f"{printable(path)}: {len(queries)} queries, {len(sample.bank)} images")
@@ -142,7 +146,8 @@ def _contrast(
     method, config, epoch = rebuild(path)
     bank, own, settings = sample.bank, method.synthetic.config, flat(config)
     queue = next((settings[one] for one in _QUEUES if one in settings), None)
-    shown, entries = (own, queue) if own.total else (PUBLISHED, _PUBLISHED_QUEUE)
+    negatives_in_run = queue or method.negatives_of_batch(config.input.batch_size)
+    shown, entries = (own, negatives_in_run) if own.total else (PUBLISHED, _PUBLISHED_QUEUE)
     fraction = round(shown.n_hard / entries * len(bank))
     n_hard = options.n_hard or max(1, min(fraction, len(bank) - 1))
     try:
@@ -165,7 +170,8 @@ def _contrast(
     )
     average = method.query_and_key[0] is not method.query_and_key[1]
     schedule = method.synthetic if own.total else None
-    return Contrast(path, name, epoch, config, n_hard, schedule, queue, average, measured)
+    facts = (n_hard, schedule, queue, negatives_in_run, average)
+    return Contrast(path, name, epoch, config, *facts, measured)
 
 
 def _features(

@@ -7,6 +7,7 @@ import numpy as np
 
 from moco.config import flat
 from moco.files import check_new
+from moco.methods import trains_on_labels
 from moco.report import markup, over_training, pictures, plots, thumbnails
 from moco.report.contrasts import PUBLISHED, Contrast, Options, has_classes, measure
 from moco.report.markup import escaped
@@ -79,6 +80,8 @@ def _card(i: int, run: Run, several: bool, images: int) -> str:
         title = f"<h3>{markup.sample(plots.look(i))} {escaped(last.run)}</h3>"
     settings, size = flat(last.config), last.config.views.image_size
     script = settings.get("script", "")
+    method = last.config.run.method
+    labels = ", trained on labels" * trains_on_labels(method)
     names = [one.path.name for one in run]
     files = names[0] if len(run) == 1 else f"{names[0]} to {names[-1]}, {len(run)} in all"
     queue = f"{last.queue:,} entries in training" if last.queue else ""
@@ -86,7 +89,7 @@ def _card(i: int, run: Run, several: bool, images: int) -> str:
         queue = "none; the negatives are learned. The page shows keys of images as well"
     average = "the moving average of the encoder" if last.average else "the encoder itself"
     rows = [
-        ("Method", escaped(f"{last.config.run.method} (main_{script}.py)" if script else "")),
+        ("Method", escaped(f"{method} (main_{script}.py){labels}" if script else "")),
         ("Network", escaped(f"{last.config.network.arch}, {size} x {size} pixels")),
         ("Files", escaped(files)),
         ("Epochs", ", ".join(_epoch(one) for one in run)),
@@ -110,12 +113,14 @@ def _synthetic(of: Contrast, images: int) -> str:
     sizes = f"sigma {config.sigma:g}, delta {config.delta:g}, eta {config.eta:g}"
     here = f"here from the hardest {of.n_hard:,} of {images - 1:,} negatives"
     if not of.schedule:
-        return f"none in training. The page shows those of SynCo's paper: {sizes}; {here}"
-    when = f"in training from epoch {of.schedule.first} on"
+        would = "The page shows what those of SynCo's paper would be"
+        return f"none in training. {would}: {sizes}; {here}"
+    first = of.schedule.first
+    when = f"they join after {first} epoch{'s' * (first != 1)}" if first else "from the start"
     if of.schedule.last is not None:
-        when += f", none from epoch {of.schedule.last} on"
-    of_queue = f"from the hardest {config.n_hard:,} of {of.queue:,}"
-    return "; ".join(filter(None, [f"{listed}, {of_queue}", sizes, when, here]))
+        when += f" and leave after {of.schedule.last}"
+    in_run = f"from the hardest {config.n_hard:,} of {of.negatives:,}"
+    return "; ".join(filter(None, [f"{listed}, {in_run}", sizes, when, here]))
 
 
 # panels
@@ -208,13 +213,22 @@ def _false_negatives(runs: list[Run], sample: Sample) -> str:
     caption += f" ({runs[0][-1].run}, {_title(runs[0][-1], several=False).lower()})."
     shares = "shares a class with" if sample.bank.multi_label else "has the class of"
     text = (
-        f"<p>A false negative {shares} its query. The labels are only used to count these. Chance "
-        "is the fraction of false negatives among all negatives.</p>"
+        f"<p>A false negative {shares} its query, and the loss pushes it away nevertheless. "
+        f"{_use_of_labels(runs)} Chance is the share among all negatives.</p>"
     )
     panel = markup.panel("False negatives among the k hardest, %", picture, caption)
     return markup.section(
         "False negatives", text, markup.grid([panel, *over_training.false_negatives(runs)])
     )
+
+
+def _use_of_labels(runs: list[Run]) -> str:
+    """Return whether labels have an effect on the training of a run, as a sentence in HTML."""
+    known = [run[0].run for run in runs if trains_on_labels(run[0].config.run.method)]
+    if not known:
+        return "Labels are used for nothing else."
+    which = f" of {escaped(', '.join(known))}" if len(known) < len(runs) else ""
+    return f"The training{which} used labels: images of the query's class were no negatives there."
 
 
 def _nearest(runs: list[Run], sample: Sample) -> str:

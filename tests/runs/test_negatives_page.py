@@ -70,7 +70,7 @@ def test_the_page_of_a_run(call, synco, images, tmp_path):
     assert page.titles.count("After 1 epoch") == page.titles.count("After 2 epochs") == 2
     assert "2 interpolated, 2 mixup, 2 noise, from the hardest 8 of 64" in page.text
     assert "here from the hardest 4 of 35 negatives" in page.text  # 8 / 64 of 36 images
-    assert "in training from epoch 1 on" in page.text
+    assert "they join after 1 epoch;" in page.text
     shown = [attrs["src"] for tag, attrs in page.tags if tag == "img"]
     assert len(shown) == 2 * 8 * 7 and all(src.startswith("data:image/jpeg") for src in shown)
     assert not re.search(r"(?:src|href)=.(?!data:|#)|url\((?!#)|@import|<script", page.source)
@@ -117,7 +117,7 @@ def test_the_networks_of_a_checkpoint(name, images, tmp_path):
     seen = []
     method.contrast = lambda *args: seen.append(args) or (torch.zeros(()), {})
     if name == "mocov3":
-        method.direction = lambda q, k: seen.append((q, k)) or (torch.zeros(()), {})
+        method.direction = lambda q, k, *_: seen.append((q, k)) or (torch.zeros(()), {})
     views = [torch.randn(8, 3, 32, 32) for _ in range(3 if name == "fnc" else 2)]
     method(views, torch.arange(8), Progress())
     q, k = (normalize(net(views[i])) for i, net in enumerate(method.query_and_key))
@@ -130,6 +130,42 @@ def test_the_networks_of_a_checkpoint(name, images, tmp_path):
     }[name](seen[0])
     torch.testing.assert_close(q, of_q)
     torch.testing.assert_close(k, of_k)
+
+
+OF_BATCH = typed("--n-hard 7 --n1 2 --synthetic-first 0")
+FNC = ("--support-size", 0, *METHODS["fnc"][3:])
+NAMED = {
+    "supcon": (*METHODS["sogclr"], "--loss", "supcon"),
+    "fnc-labels": (METHODS["fnc"][0], *FNC, "--fn-from", "labels"),
+    "simclr": (*METHODS["sogclr"], "--loss", "simclr", *OF_BATCH),
+    "mocov3": (*METHODS["mocov3"], *OF_BATCH),
+}
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_labels_in_training_and_negatives_of_the_batch(name, call, images, tmp_path):
+    path, out = train(images, tmp_path / name, *NAMED[name]), tmp_path / "page.html"
+    status, _, err = call("tools.negatives", path, images, "--out", out, "--queries", 4)
+    assert status == 0, err
+    text = Page(out).text
+    assert f"{name} (main_" in text
+    known = name in ("supcon", "fnc-labels")
+    assert (", trained on labels" in text) == ("The training used labels" in text) == known
+    assert ("Labels are used for nothing else" in text) != known
+    among = {"simclr": 14, "mocov3": 7}.get(name)  # of 8 images
+    if among is None:
+        assert "none in training" in text
+    else:
+        assert f"2 interpolated, from the hardest 7 of {among}" in text
+        assert f"here from the hardest {round(7 / among * 36) - (among == 7)} of 35" in text
+    state = load(path)  # as if eight nodes had made it, each with a batch of 8 images
+    state["progress"]["batch"] = 64
+    if among:
+        state["args"]["n_hard"] = 60
+    torch.save(state, path)
+    assert call("tools.negatives", path, images, "--out", out, "--force")[0] == 0
+    if among:
+        assert f"from the hardest 60 of {126 if among == 14 else 63}" in Page(out).text
 
 
 @pytest.mark.slow
@@ -187,6 +223,10 @@ def test_files_that_are_refused(call, synco, images, tmp_path):
     many = ("--n-hard", 36)
     refused(call("tools.negatives", good, images, "--out", out, *many), "lower --n-hard")
     refused(call("tools.negatives", good, images, "--out", tmp_path), "is a folder")
+    (tmp_path / "single").mkdir()
+    shutil.copy(next((images / "train").rglob("*.jpg")), tmp_path / "single")
+    result = call("tools.negatives", good, tmp_path / "single", "--out", out)
+    refused(result, "a single image has no negatives")
     refused(call("tools.negatives", good, "https://x/y", "--out", out), "is a URL")
     words = ("photos", "--dataset", "cifar10", "--out", out)
     refused(call("tools.negatives", good, *words), "leave it out")

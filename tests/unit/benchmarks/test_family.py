@@ -203,3 +203,13 @@ def test_a_mistake_is_one_line(words, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(family_runs, "call", lambda *_: pytest.fail("a run starts"))
     assert family.main() == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"epochs": 1}', '{"epochs": 1, "common": 3}'])
+def test_a_damaged_plan_is_named(text, tmp_path):
+    path = tmp_path / "plan.json"
+    path.write_text(text)
+    with pytest.raises(InputError, match=r"plan.json: is damaged; give another --out"):
+        family.earlier(path)
+    path.write_text('{"epochs": 2, "common": ["photos"], "minutes": 3}')
+    assert family.earlier(path) == (2, ["photos"])
