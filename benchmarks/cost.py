@@ -6,7 +6,7 @@ head, on tensors without values. PyTorch's counter adds up matrix products and c
 
 `ratio` compares an image with one of MoCo v2 (configs/mocov2_200.yaml). `total` is `ratio` times
 the images of the run (epochs x images of the data set), relative to the images of MoCo v2's 200
-epochs on ImageNet. Memory traffic, decoding, colour operations, communication, and the blocks that
+epochs on ImageNet. Memory traffic, decoding, color operations, communication, and the blocks that
 --grad-checkpoint recomputes are not counted, so the figures do not predict hours.
 """
 

@@ -3,8 +3,8 @@
 
 All methods have the same ResNet-18 at 32 pixels, views, images per step, epochs, optimizer and
 schedule. benchmarks/family_methods.py has the recipe and each method's own options. By default, the
-images are the built-in photographs. --minutes times a step of each method, and then chooses the
-number of epochs. If the benchmark is stopped, the same command continues it, without repeating
+images are the built-in photographs. With --minutes, a step of each method is timed first, to choose
+the number of epochs. If the benchmark is stopped, the same command continues it, without repeating
 finished runs. It writes table.md, family.png and a folder for each run to --out.
 """
 
@@ -39,14 +39,14 @@ PLAN = "plan.json"  # in the folder of --out: what all its runs have in common
 def main() -> int:
     """Run the benchmark; return the exit status."""
     parser = tool.OneLineParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     length = parser.add_mutually_exclusive_group()
     length.add_argument(
         "--minutes",
         type=float,
-        help="choose the number of epochs so that everything fits in so many minutes "
-        "(default: 20, unless --epochs is given)",
+        help="time limit, from which the number of epochs is chosen (default: 20, unless --epochs "
+        "is given)",
     )
     length.add_argument("--epochs", type=int, help="the number of epochs of every method")
     parser.add_argument(
@@ -54,26 +54,40 @@ def main() -> int:
         nargs="+",
         default=list(NAMES),
         metavar="NAME",
-        help=f"methods to compare, of {', '.join(NAMES)}",
+        help=f"methods to compare, of {', '.join(NAMES)} (default: all)",
     )
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="SEED")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=[0], metavar="SEED", help="seeds (default: 0)"
+    )
     parser.add_argument(
         "--dataset",
         choices=[name for name in RECIPES if name != "photos"],
-        help="another data set than the built-in photographs; give its folder with --data",
+        help="data set to use instead of the built-in photographs; give its folder with --data",
     )
     parser.add_argument("--data", type=Path, metavar="DIR", help="folder of the data set")
     parser.add_argument(
         "--probe", action="store_true", help="also train a linear probe on every encoder"
     )
-    parser.add_argument("--amp", choices=("off", "bf16", "fp16"), default="off")
-    parser.add_argument("--workers", type=int, default=1, metavar="N", help="loader processes")
+    parser.add_argument(
+        "--amp",
+        choices=("off", "bf16", "fp16"),
+        default="off",
+        help="mixed precision (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=1,
+        metavar="N",
+        help="loader processes (default: %(default)s)",
+    )
     parser.add_argument(
         "--out",
         type=Path,
         default=measure.ROOT / "runs" / "benchmarks" / "family",
         metavar="DIR",
-        help="folder of the runs; a folder of an earlier call is continued",
+        help="folder of the runs; a call with the folder of an earlier one continues it (default: "
+        "runs/benchmarks/family)",
     )
     measure.add_json(parser)
     # a terminated benchmark stops its current run, which saves a checkpoint
@@ -117,7 +131,7 @@ def work(args: argparse.Namespace) -> int:
     took = time.monotonic() - began
     print(f"this call took {format_duration(took)}")
     if args.minutes and took > 60 * args.minutes:
-        print(f"that is more than --minutes {args.minutes:g}: the machine became slower")
+        print(f"that is more than --minutes {args.minutes:g}: the runs were slower than expected")
     for line in failed:
         print(f"FAILED: {line}")
     return 1 if failed else 0
@@ -132,7 +146,7 @@ def check(args: argparse.Namespace) -> Family:
     if args.epochs is not None and args.epochs < 1:
         raise InputError(f"--epochs {args.epochs}: must be at least 1")
     if args.data and not args.dataset:
-        raise InputError("--data: say what the folder contains with --dataset, too")
+        raise InputError("--data: name the data set in the folder with --dataset, too")
     if args.dataset and not args.data:
         raise InputError(f"--dataset {args.dataset}: give its folder with --data, too")
     if args.data and not args.data.is_dir():

@@ -15,8 +15,8 @@ from moco.engine import record
 from moco.errors import InputError
 from moco.rng import Progress
 
-SPARE = 0.15  # fraction of the time that is left for slow phases of the machine
-STEPS, WARM = 6, 1  # steps that are timed, and steps before them
+SPARE = 0.15  # fraction of the time that is kept in reserve, because the speed varies
+STEPS, WARM = 6, 1  # timed steps, and warm-up steps before them
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Budget:
     probe: float = 0.0
 
     def seconds(self, entries: list[Entry], seeds: int, epochs: int) -> float:
-        """Return the expected seconds of all runs with so many epochs."""
+        """Return the expected seconds of all runs with this number of epochs."""
         per_seed = self.probe  # of the random encoder
         for entry in entries:
             steps = epochs * self.steps_per_epoch + self.fill[entry.name]
@@ -57,8 +57,8 @@ class Budget:
             needed = minutes + ((fixed + each) / (1 - SPARE) - left) / 60
             raise InputError(
                 f"--minutes {minutes:g}: one epoch of {len(entries)} methods with {seeds} "
-                f"seed{'s' * (seeds > 1)} takes about {math.ceil(needed)} minutes; give as many, "
-                "or fewer --methods or --seeds"
+                f"seed{'s' * (seeds > 1)} takes about {math.ceil(needed)} minutes; raise "
+                "--minutes, or give fewer --methods or --seeds"
             )
         print(
             f"{fits} epoch{'s' * (fits > 1)} of {len(entries)} methods: about "
@@ -78,7 +78,7 @@ def calibrate(family: Family, entries: list[Entry]) -> Budget:
     A step of each method is timed in this process, on random images. One run of the first method
     shows how long a script takes to start and how much slower its steps are with loading.
     """
-    print("time a step of each method, and one epoch of a run", flush=True)
+    print("timing a step of each method, and one epoch of a run", flush=True)
     device = torch.device(devices.resolve_type("auto"))
     timed = {entry.name: time_step(family, entry, device) for entry in entries}
     first, folder = entries[0], family.out / "calibration"
@@ -88,7 +88,7 @@ def calibrate(family: Family, entries: list[Entry]) -> Budget:
     try:
         call(family.command(first, 0, 1, folder), folder.with_suffix(".log"))
     except Failed as error:
-        raise InputError(f"{first.name}: one epoch ends with {error}") from None
+        raise InputError(f"{first.name}: the run of one epoch failed: {error}") from None
     full = time.monotonic() - began
     steps = record.read(folder)["steps_per_epoch"]
     trained = [line["time"] for line in log_lines(folder) if line.get("loss") is not None]
@@ -135,5 +135,5 @@ def time_step(family: Family, entry: Entry, device: torch.device) -> tuple[float
 
         seconds = duration(Setup(device, False, family.out), step)
         times += [seconds] * (i >= WARM)
-    # the shortest, because other programs slow down single steps; a run shows by how much
+    # take the shortest, because other programs slow down some steps; `calibrate` corrects for it
     return min(times), method.module.images_before_epoch_0

@@ -1,7 +1,8 @@
 """The methods that benchmarks/family.py compares, and the recipe that they share.
 
 Each method is one line of `FAMILY`: its name, its script and the options that differ from the
-shared recipe. Words in braces are sizes of the data set's recipe. A new method is one more line.
+shared recipe. Words in braces stand for values that depend on the data set. To add a method, add a
+line.
 """
 
 from collections.abc import Iterable
@@ -17,7 +18,7 @@ class Entry(NamedTuple):
     Attributes:
         name: the name in the table, and of the run folders.
         script: the script that trains it, without .py.
-        options: its options beyond the shared ones; `{queue}` and the like are sizes.
+        options: its options beyond the shared ones; `{queue}` and the like come from `sizes`.
         title: the name to print.
         lr: the learning rate, as a multiple of the recipe's.
     """
@@ -98,7 +99,7 @@ PHOTOS = Recipe(
         "false": "--fn-topk 2 --fn-threshold 0.8",
     },
 )
-# Those of configs/cifar10/.
+# The values are those of configs/cifar10/.
 CIFAR10 = Recipe(
     dataset="cifar10",
     stem="cifar",
@@ -155,7 +156,7 @@ FAMILY = (
     Entry("synco-v2", "main_moby", f"{_MOBY} {_SYNCO_V2}", "SynCo-v2"),
     Entry("byol", "main_moby", f"{_MOBY} byol", "BYOL"),
     Entry("mocov3", "main_mocov3", _V3, "MoCo v3"),
-    # synthetic negatives from the batch, which no paper has
+    # synthetic negatives from the batch, an addition of this repository
     Entry(
         "simclr+",
         "main_sogclr",

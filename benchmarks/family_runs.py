@@ -1,4 +1,4 @@
-"""The runs of benchmarks/family.py: each one is a call of a script, as its user would make it."""
+"""The runs of benchmarks/family.py. Each run calls a script as a user would."""
 
 import json
 import shlex
@@ -95,7 +95,7 @@ class Family:
         words = self.command(entry, seed, epochs, folder)
         before = record.read(folder)
         if before and before.get("command") != f"python {shlex.join(words)}":
-            raise InputError(f"{folder}: is a run with other options; give another --out")
+            raise InputError(f"{folder}: contains a run with other options; give another --out")
         finished = before.get("state") == "finished"
         if not finished:
             call(words, folder.with_suffix(".log"))
@@ -115,7 +115,7 @@ class Family:
     def _probe(
         self, seed: int, folder: Path, encoder: Path | None, network: list[str] | None = None
     ) -> float:
-        """Return the accuracy of a linear probe, which is trained unless it is there already."""
+        """Train a linear probe, unless its results exist; return its accuracy."""
         results = folder / "results.json"
         if not results.exists():
             words = ["main_lincls.py", *self.common, *self.recipe.probe.split(), "--seed", seed]

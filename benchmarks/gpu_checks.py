@@ -271,7 +271,7 @@ def channels_last(setup: Setup, notes: Notes) -> None:
 
 
 def compiled(setup: Setup, notes: Notes) -> None:
-    """Compare networks and colour operations with --compile and without.
+    """Compare networks and color operations with --compile and without.
 
     On a CPU the networks are only traced, because compiling takes too long.
     """

@@ -265,8 +265,8 @@ def others(
 ) -> None:
     """Train all configs with a ResNet-18 in turns, seed after seed, until `end`.
 
-    Those with a ResNet-50 and batches of 32 would take almost all of the time. Call
-    `record(name, error, figures)` after each turn.
+    Configs with a ResNet-50 would take almost all of the time. Call `record(name, error, figures)`
+    after each turn.
     """
     configs = sorted(
         path.stem for path in CONFIGS.glob("*.yaml") if "arch: resnet18\n" in path.read_text()

@@ -234,7 +234,7 @@ def others(setup: Setup, notes: Notes) -> None:
 
 
 def views(setup: Setup, notes: Notes) -> None:
-    """Time colour operations, flip and normalization of two views of a batch on the device."""
+    """Time color operations, flip and normalization of two views of a batch on the device."""
     ours = Ours("moco", setup, "off", batch(setup))
     times = in_turns(
         setup, {"views": lambda: ours.method.views(ours.crops, PROGRESS)}, setup.size(5, 1)

@@ -2,7 +2,7 @@
 """Time two MoCo-v2 views of a JPEG on one thread, next to torchvision's and lightly's transforms.
 
 host      what our workers do: decode once, take two uint8 crops, collate
-cpu       host, plus the colour operations of the batch on the CPU
+cpu       host, plus the color operations of the batch on the CPU
 pil       torchvision on PIL images, as in MoCo's own repository
 v2        torchvision.transforms.v2 on tensors
 lightly   lightly's MoCoV2Transform, if lightly is installed
@@ -13,10 +13,10 @@ are named in the same way.
 With --small, the script measures an epoch of two views of 32-pixel images in memory, as in MoCo's
 demo on CIFAR-10. "ours" and "pil" each use two processes with one thread each.
 
-ours      one worker crops; the main process does the colour operations and normalization
+ours      one worker crops; the main process does the color operations and normalization
 pil       torchvision on PIL images, DataLoader with two workers
-crops     ours without the colour operations
-colours   the colour operations alone, in the main process
+crops     ours without the color operations
+colours   the color operations alone, in the main process
 
 With --large, the script measures host with JPEGs of 4000x3000 pixels, without and with
 --shrink-on-decode, for each decoder that is installed. The ratio on_over_off is the images per
@@ -78,7 +78,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=512, help="with --small: images in one batch")
     parser.add_argument("--size", type=int, default=224, help="pixels of a view; --small has 32")
     parser.add_argument(
-        "--compile", action="store_true", help="have torch.compile fuse our colour operations"
+        "--compile", action="store_true", help="have torch.compile fuse our color operations"
     )
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -222,7 +222,7 @@ def batches(images: ImageArray, batch: int) -> Iterator[loader.Batch]:
 
 
 def coloured(batch: loader.Batch) -> list[Tensor]:
-    """Return the views of a batch after the colour operations and normalization."""
+    """Return the views of a batch after the color operations and normalization."""
     generator = torch.Generator().manual_seed(next(_epochs))
     return [
         color.augment(crops, view, generator)
@@ -268,7 +268,7 @@ def host(folder: ImageFolder, size: int, settings: Decoding = DEFAULT) -> loader
 
 
 def cpu(folder: ImageFolder, size: int) -> list[Tensor]:
-    """Return the views of all images, with the colour operations on the CPU."""
+    """Return the views of all images, with the color operations on the CPU."""
     batch = host(folder, size)
     generator = torch.Generator().manual_seed(next(_epochs))
     return [

@@ -5,7 +5,7 @@ The evaluations are k-NN, the linear probe, and fine-tuning on 10 % of the label
 top-1 on val, as medians over the seeds; `seconds` is the time of pre-training. ResNets train as
 long as in the demo; the methods with `-a test_vit` in the registry train timm's smallest ViT.
 
-Fine-tuning is short, to show the effect of a few steps on few labels. Colour separates these
+Fine-tuning is short, to show the effect of a few steps on few labels. Color separates these
 classes, so a random encoder learns them, too, in 60 epochs.
 """
 

@@ -39,7 +39,7 @@ def _keep_freed_memory() -> None:
     """Let glibc keep up to 512 MiB of freed memory for the next tensors.
 
     By default, glibc returns blocks of some megabytes to the system at once. The next tensor then
-    causes a page fault for each 4 KiB. These take a tenth to a quarter of the time of the colour
+    causes a page fault for each 4 KiB. These take a tenth to a quarter of the time of the color
     operations. Nothing changes without glibc, or if the user has set glibc's own variables.
     """
     if any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ):

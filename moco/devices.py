@@ -58,10 +58,10 @@ def describe(device: torch.device) -> str:
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """Return the peak memory of this process in bytes; None if the system does not say.
+    """Return the peak memory of this process in bytes; None on systems that do not report it.
 
-    On CUDA and XPU it is the memory of the device that PyTorch has allocated. Otherwise it is the
-    resident memory of the process, without its loader processes.
+    On CUDA and XPU, it is the device memory that PyTorch allocated. Otherwise, it is the resident
+    memory of the process, without its loader processes.
     """
     if device.type in ("cuda", "xpu"):
         return torch.get_device_module(device.type).max_memory_allocated(device)

@@ -20,7 +20,7 @@ class Method:
         recipe: the recipe of its published settings, in configs/.
         protocol: the protocol of its paper's evaluations, a name in `PROTOCOLS`.
         saved: the name in checkpoints and results, if it is another one.
-        uses_labels: whether it trains on labels, so that it is no self-supervised method.
+        uses_labels: whether it trains on labels, and so is not self-supervised.
     """
 
     name: str

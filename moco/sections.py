@@ -131,7 +131,7 @@ class Compute:
         "off", "mixed precision; losses are computed in fp32", choices=("off", "bf16", "fp16")
     )
     compile: bool = option(
-        False, "torch.compile the networks and the colour operations", switch=False
+        False, "torch.compile the networks and the color operations", switch=False
     )
     grad_checkpoint: bool = option(
         False,

@@ -61,14 +61,14 @@ class Views:
     )
     jitter: tuple[float, ...] | None = option(
         None,
-        "strengths of the colour jitter: brightness, contrast, saturation, and hue, which is at "
+        "strengths of the color jitter: brightness, contrast, saturation, and hue, which is at "
         "most 0.5",
         range="[0, 100]",
         nargs=4,
         metavar=("B", "C", "S", "H"),
         unset="the recipe's",
     )
-    jitter_p: float | None = _probability("the colour jitter")
+    jitter_p: float | None = _probability("the color jitter")
     grayscale_p: float | None = _probability("grey views")
     blur_sigma: tuple[float, ...] | None = option(
         None,

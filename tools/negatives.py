@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""Write one HTML page that shows what the negatives of pre-training look like.
+"""Write an HTML page about the negatives of pre-training: their hardness, and the false ones.
 
   python tools/negatives.py runs/synco/checkpoint_*.pth.tar DIR --out negatives.html
 
 DIR is a data folder, or the word photos. The page shows how similar negatives are to their queries,
 which of them are false (of the same class), and the hardest ones as pictures. It compares the six
-types of synthetic negatives, and the checkpoints of a run, or of several runs. It contains its
+types of synthetic negatives, and the checkpoints of one run or of several. The page contains its
 pictures and needs no network.
 """
 
@@ -72,14 +72,14 @@ def parser() -> tool.OneLineParser:
         type=values.in_range(int, "[1, 65536]"),
         default=DEFAULT.queries,
         metavar="N",
-        help="images among them that are queries, too (default: %(default)s)",
+        help="how many of these images are also queries (default: %(default)s)",
     )
     p.add_argument(
         "--n-hard",
         type=values.in_range(int, sections.POSITIVE),
         metavar="N",
-        help="hardest negatives to make synthetic ones from (default: the same fraction as in the "
-        "run; 1/64 if the run has no synthetic negatives, as in SynCo's paper)",
+        help="number of hardest negatives to make synthetic ones from (default: the same fraction "
+        "as in the run; 1/64 if the run has no synthetic negatives, as in SynCo's paper)",
     )
     p.add_argument(
         "--seed",

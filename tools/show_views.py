@@ -6,7 +6,7 @@ Each row shows an image, followed by several draws of each view of the recipe.
   python tools/show_views.py mocov2 photos --image-size 96
   python tools/show_views.py --cfg configs/fnc_100.yaml DIR --images 4
 
-Draw 1 has the crops of epoch 0, draw 2 has those of epoch 1, and so on. Colour operations are drawn
+Draw 1 has the crops of epoch 0, draw 2 has those of epoch 1, and so on. Color operations are drawn
 as if these images were a batch.
 """
 
@@ -132,7 +132,7 @@ def parser() -> argparse.ArgumentParser:
         "--seed",
         type=types.in_range(int, "[-9223372036854775808, 9223372036854775807]"),
         default=0,
-        help="seed of crops and colours (default: %(default)s)",
+        help="seed of crops and colors (default: %(default)s)",
     )
     p.add_argument(
         "--image-size",

@@ -1,1 +1,1 @@
-"""Views of images: recipes as data, crops of uint8 images, and batched colour operations."""
+"""Views of images: recipes as data, crops of uint8 images, and batched color operations."""

@@ -1,4 +1,4 @@
-"""Draw the parameters of a view's colour operations per sample, and apply them to a batch.
+"""Draw the parameters of a view's color operations per sample, and apply them to a batch.
 
 Start at `augment_views`. The operations are in `moco/augment/operations.py`, the crops in
 `moco/augment/crop.py`, and the recipes of the views in `moco/augment/recipes.py`.
@@ -133,7 +133,7 @@ def draw(view: View, n: int, generator: torch.Generator) -> Draws:
 
 
 def apply(x: Tensor, view: View, draws: Draws) -> Tensor:
-    """Return the views of images: apply colour operations, flips, rotation and normalization.
+    """Return the views of images: apply color operations, flips, rotation and normalization.
 
     The draws are on the CPU, so the code knows which samples an operation changes without waiting
     for the device. A GPU applies an operation to all of these samples at once. A CPU finishes one

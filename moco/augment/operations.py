@@ -1,4 +1,4 @@
-"""The colour operations of torchvision.transforms.v2.functional, batched.
+"""The color operations of torchvision.transforms.v2.functional, batched.
 
 Images are float RGB in [0, 1], [B, 3, H, W], unless a function says otherwise. Each operation takes
 its parameter as a tensor [B], one number per sample. `moco/augment/color.py` draws the parameters
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moco.config import MEAN, STD
 
-_TINY = 1e-30  # smaller than any difference between two colours, except 0
+_TINY = 1e-30  # smaller than any difference between two colors, except 0
 
 
 def grayscale(x: Tensor) -> Tensor:

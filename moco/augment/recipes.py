@@ -227,11 +227,11 @@ EFFECTS: dict[str, tuple[Callable[[Recipe, Views], bool], str]] = {
     ),
     "jitter": (
         lambda recipe, views: any(view.jitter_p for view in recipe),
-        "the views have no colour jitter; give --jitter-p as well, or leave it out",
+        "the views have no color jitter; give --jitter-p as well, or leave it out",
     ),
     "jitter_p": (
         lambda recipe, views: any(any(view.jitter) for view in recipe),
-        "--jitter 0 0 0 0 changes no colour; leave out one of them",
+        "--jitter 0 0 0 0 changes no color; leave out one of them",
     ),
     "blur_sigma": (
         lambda recipe, views: any(view.blur_p for view in recipe),

@@ -41,8 +41,8 @@ class FalseNegatives:
     )
     fn_from: str = option(
         "similarity",
-        "similarity: false negatives are found, without labels; labels: they are all entries of "
-        "the image's class, which is an upper bound",
+        "similarity: the most similar entries are false negatives; labels: all entries of the "
+        "image's class are, as an upper bound",
         choices=SOURCES,
     )
     fn_topk: int = option(
@@ -77,13 +77,13 @@ class FalseNegatives:
         """Raise InputError if --fn-topk contradicts --fn-from."""
         if self.uses_labels and not self.fn_topk:
             raise InputError(
-                "--fn-topk 0: searches no false negatives, but --fn-from labels takes all entries "
-                "of the image's class; leave out one of them"
+                "--fn-topk 0: there are no false negatives, but --fn-from labels takes all entries "
+                "of the image's class as such; leave out one of them"
             )
 
     def note(self, views: int, entries: int) -> str:
-        """Return a line that says how a run with a memory of `entries` finds false negatives."""
-        found = f"up to {self.fn_topk} above {self.fn_threshold:g} of each image"
+        """Return a line about the views, the false negatives and the memory of `entries`."""
+        found = f"up to {self.fn_topk} per image, with a similarity above {self.fn_threshold:g}"
         if self.uses_labels:
             found = "by the labels: an upper bound, not a self-supervised method"
         found = "not searched" if self.fn_mode == "off" else found
@@ -103,7 +103,7 @@ class FNC(MovingAverage):
         cancellation: how false negatives are found, and whether they are attracted or eliminated.
         chunk: images that are compared with the memory at a time.
         labels: class of each training image, [N], if known. If the false negatives come from
-            similarities, it is only used to report their precision.
+            similarities, the classes are only used to report their precision.
     """
 
     sync_batch_norm = True
@@ -165,8 +165,8 @@ class FNC(MovingAverage):
         The metric `acc1` is the fraction of pairs of an anchor and another view of its image that
         are more similar than the anchor and every negative. `fn_found` is the mean number of false
         negatives of an image.
-        `fn_precision`, a sum and a count, is the fraction of them that have the image's class; it
-        is left out if they come from labels. `hardness` is a sum and a count, too.
+        `fn_precision` is the fraction of them that have the image's class; it is left out if they
+        come from labels. `fn_precision` and `hardness` are a sum and a count each.
 
         Args:
             z: normalized anchors, [V, B, C].
@@ -177,7 +177,7 @@ class FNC(MovingAverage):
         bank, images, entries = self.bank(keys, index)
         own = entries.view(V, -1)[:, distributed.rank() * B :][:, :B]
         if self.cancellation.mode != "off" and self.cancellation.source == "labels":
-            # the index -1 of a random entry has no class
+            # random entries have the index -1 and no class
             bank_labels = self.labels[images].masked_fill(images < 0, -1)
             found = same_class_entries(self.labels[index], bank_labels, own)
         else:

@@ -37,7 +37,7 @@ class MoCo(QueryAndKey):
         loss: the loss of a query. The negatives are the queue's K entries. In the papers of
             DCL, the debiased loss and HCL, they are the other images of the batch. With synthetic
             negatives, the loss must be `InfoNCE` or `Decoupled`, which add the exponentials of
-            all negatives. `Debiased` needs negatives that are images of the data.
+            all negatives. `Debiased` needs negatives that are real images.
     """
 
     def __init__(

@@ -103,7 +103,8 @@ class MoCoV3(Method):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss and metrics of one direction.
 
-        The metrics count only keys as negatives. Each type of synthetic negative has its own.
+        Accuracy and hardness count only keys as negatives. Each type of synthetic negative has a
+        hardness of its own.
 
         Args:
             q: normalized queries of one view, [B, C].
@@ -132,10 +133,7 @@ class MoCoV3(Method):
         return in_batch_info_nce(similarity, first, self.T, synthetic), metrics
 
     def schedules(self, progress: Progress) -> dict[str, float]:
-        """Return the momentum of the moving average after the step at `progress`.
-
-        Return also the numbers of synthetic negatives per query.
-        """
+        """Return the momentum after the step, and the numbers of synthetic negatives per query."""
         momentum = rising_momentum(self.m, progress) if self.rises else self.m
         return {"momentum": momentum, **self.synthetic.values(progress)}
 

@@ -128,8 +128,8 @@ def batch_mixture(
         q: normalized queries [N, C].
         bank: normalized features of the joint batch [K, C].
         similarity: q @ bank.T, [N, K].
-        own: True for the entries that are no negatives of a query, because they are features of its
-            own image, [N, K]. Each query must have `config.n_hard` other entries.
+        own: True for features of the query's own image, which are not its negatives, [N, K]. Each
+            query must have at least `config.n_hard` negatives.
         progress: position in the run; seeds the random draws.
         counter: index of the view, so that each draws its own random numbers.
     """
@@ -169,7 +169,7 @@ def _section(name: str, source: str, example: int, eta: str) -> type:
         name: name of the class.
         source: what the synthetic negatives are made from, for messages.
         example: a value of n_hard, for messages.
-        eta: name of the setting of the adversarial step's size.
+        eta: name of the setting for the size of the adversarial step.
     """
     hard = f"number of hardest {source} to make synthetic negatives from"
     sizes = {
@@ -196,25 +196,25 @@ COUNTS = tuple(_COUNTS)  # n1, n2, ...
 
 @dataclass(frozen=True)
 class BatchNegatives(_OfBatch):
-    """The synthetic negatives made from those of the batch, and the epochs that have them."""
+    """Synthetic negatives made from the negatives of the batch, and the epochs that have them."""
 
     synthetic_first: int = option(
         10, "first epoch with synthetic negatives", range=NATURAL, metavar="EPOCH"
     )
     synthetic_last: int | None = option(
         None,
-        "first epoch without them after that",
+        "first later epoch without synthetic negatives",
         range=NATURAL,
         metavar="EPOCH",
         unset="they stay",
     )
 
     def schedule(self) -> Schedule:
-        """Return their schedule. Raises InputError if the settings do not fit together."""
+        """Return the schedule. Raises InputError if the settings contradict each other."""
         return _schedule(self, self.synthetic_first, self.synthetic_last)
 
     def check(self, negatives: int) -> None:
-        """Raise InputError if they cannot be made from so many negatives of each query."""
+        """Raise InputError if --n-hard exceeds the number of `negatives` of a query."""
         if self.schedule().config.total and self.n_hard > negatives:
             how = "lower --n-hard, or raise --batch-size" if negatives else "raise --batch-size"
             raise InputError(
@@ -235,7 +235,7 @@ def synthetic_schedule(
         first: the first epoch with synthetic negatives.
         last: the first epoch without them after that, if any.
 
-    Raises InputError if `n_hard` is larger than the queue, or if the settings do not fit together.
+    Raises InputError if `n_hard` is larger than the queue, or if settings contradict each other.
     """
     if section.n_hard > entries:
         raise InputError(
@@ -250,8 +250,8 @@ def _schedule(
 ) -> Schedule:
     """Return the schedule of the synthetic negatives of `section` from epoch `first` on.
 
-    Raises InputError if `n_hard` is 0 although there are negatives, if the negatives end before
-    they begin, or if they end before the ramp does.
+    Raises InputError if `n_hard` is 0 although there are synthetic negatives, if the last epoch is
+    not after the first, or if the ramp is longer than the epochs with synthetic negatives.
     """
     counts = tuple(getattr(section, name) for name in COUNTS)
     if not any(counts):

@@ -81,7 +81,7 @@ class BatchSettings(Settings):
         "sogclr",
         "sogclr: with a moving average for each image; isogclr: also with a temperature for each; "
         "simclr: NT-Xent; dcl, dclw: without the positive in the denominator; debiased, hcl: "
-        "corrected for false negatives, hcl with hard negatives; supcon: uses the labels",
+        "corrected for false negatives, hcl with more weight on hard ones; supcon: uses labels",
         choices=("sogclr", "isogclr", "simclr", *LOSSES[1:], "supcon"),
     )
     gamma: float | None = option(
@@ -177,11 +177,11 @@ def check_synthetic(loss: str, synthetic: int, infonce: str = "simclr") -> None:
     Args:
         loss: the value of --loss.
         synthetic: number of synthetic negatives of each query.
-        infonce: the value of --loss that stands for InfoNCE.
+        infonce: the script's name for InfoNCE, a value of --loss.
     """
     if synthetic and loss not in (infonce, "dcl", "dclw"):
         raise InputError(
-            f"--loss {loss}: assumes that all negatives are images of the data, but there are "
+            f"--loss {loss}: assumes that all negatives are real images, but there are "
             f"{synthetic} synthetic negatives; leave out --n1 to --n6, or give --loss {infonce}, "
             "dcl or dclw"
         )

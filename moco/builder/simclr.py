@@ -130,8 +130,8 @@ def add_synthetic(
 ) -> tuple[Pairs, dict[str, Tensor]]:
     """Return `pairs` with synthetic negatives of each anchor, and the hardness of each type.
 
-    They are made from the anchor's negatives in the batch. As for MoCo's queue, these get no
-    gradient through them, and the anchor does.
+    They are made from the anchor's negatives in the batch. The gradient passes through them to the
+    anchor, but not to the negatives that they are made from, as with MoCo's queue.
 
     Args:
         config: the number of negatives of each type, and their sizes.

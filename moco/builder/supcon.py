@@ -1,4 +1,4 @@
-"""SupCon (Khosla et al., arXiv 2004.11362): SimCLR with the positives of the true labels."""
+"""SupCon (Khosla et al., arXiv 2004.11362): SimCLR with positives from labels."""
 
 from collections.abc import Callable
 
@@ -41,8 +41,8 @@ class SupCon(SimCLR):
         """Return the mean loss of this rank's anchors in both views, and metrics.
 
         `positives` is the mean number of positives of an anchor. The negatives of `acc1`, `acc5`
-        and `hardness` are the images of other classes. Anchors without any are left out of
-        `hardness`, a sum and a count. See `SimCLR.loss_of`.
+        and `hardness` are the images of other classes. `hardness` is a sum and a count, without
+        anchors that have no negatives. See `SimCLR.loss_of`.
         """
         joint = self.labels[distributed.all_gather(index)]  # [W B]
         same_class = self.labels[index][:, None] == joint  # [B, W B]

@@ -30,7 +30,7 @@ class Rebuilt(NamedTuple):
     Attributes:
         method: the method.
         config: the settings of its run.
-        epoch: the number of epochs that it was trained for, which need not be a whole number.
+        epoch: the number of epochs that it was trained for; it may be a fraction.
     """
 
     method: Method
@@ -64,13 +64,13 @@ def rebuild(path: Path) -> Rebuilt:
 def _settings(path: Path, state: checkpoint.State) -> tuple[str, Pretraining]:
     """Return the name of the script of a checkpoint, and the settings of its run.
 
-    Raises InputError if it is not of a pre-training, or if its options are not valid.
+    Raises InputError if it does not come from pre-training, or if its options are not valid.
     """
     origin = checkpoint.origin(state)
     if origin == "classifier":
         raise InputError(
-            f"{path}: is a classifier's checkpoint, which has no projection head; give one of a "
-            "pre-training"
+            f"{path}: is a classifier's checkpoint, which has no projection head; give a "
+            "checkpoint of a pre-training run"
         )
     if origin == "weights":
         lacking = ", ".join(checkpoint.missing_keys(state))
@@ -86,7 +86,7 @@ def _settings(path: Path, state: checkpoint.State) -> tuple[str, Pretraining]:
             f"{path}: does not name a pre-training script ({short(str(facts.script))}); give a "
             "checkpoint of one of this project's scripts"
         )
-    # The options of an untrusted file may be anything: parse them as those of a recipe.
+    # The file is untrusted: check its options as those of a recipe.
     parser = scripts.load_script(name).parser()
     kept = {"script", "method"}
     for section, values in sections(parser.config):
@@ -126,7 +126,7 @@ def _load(method: Method, tensors: dict[str, Tensor], path: Path) -> None:
     ]
     if wrong:
         raise InputError(
-            f"{path}: does not fit the network of its own options, first at '{short(wrong[0])}'; "
+            f"{path}: '{short(wrong[0])}' does not fit the network that its options describe; "
             "give a checkpoint that a pre-training script of this project has saved"
         )
     loaded = {

@@ -235,7 +235,7 @@ def _batch_negatives(parser: EffectsParser) -> None:
     parser.has_effect(options, has, none)
 
 
-# the options of others that a user of an option may have meant
+# options of other methods with a similar name, which the user may have meant
 _MEANT = {
     "beta": "isogclr has --beta-u",
     "eta": "synthetic negatives have --synthetic-eta",

@@ -148,7 +148,7 @@ def brightest(data: np.ndarray) -> int | None:
 
 
 _MAX_PIXELS = 10**9
-# A JPEG cannot hold more pixels per byte: the densest, a progressive one in one colour, holds 341.
+# A JPEG cannot hold more pixels per byte: the densest, a progressive one in one color, holds 341.
 _MAX_PIXELS_PER_BYTE = 1000
 # Markers from 0xC0 to 0xCF start the frame's header, which has the size, except for these.
 _NO_FRAME = (0xC4, 0xC8, 0xCC)

@@ -1,6 +1,6 @@
 """Convert images with more than 8 bits per channel to RGB with 8 bits.
 
-Pillow alone would clip grey values, and would keep only the higher 8 of the 16 bits of colours.
+Pillow alone would clip grey values, and would keep only the higher 8 of the 16 bits of colors.
 """
 
 import re
@@ -14,7 +14,7 @@ from PIL import Image
 FULL = 65535.0  # white in a 16-bit file that does not say otherwise
 _BITS, _PHOTOMETRIC, _SAMPLES, _PLANES = 258, 262, 277, 284  # tags of TIFF
 _WHITE_IS_0, _SEPARATE = 0, 2  # values of _PHOTOMETRIC and _PLANES
-# In Pillow's name of the layout of colours in a file, the last letter says which of the two bytes
+# In Pillow's name of the layout of colors in a file, the last letter says which of the two bytes
 # of a value comes first: the lower (L), the higher (B), or that of this machine (N).
 _DEEP_COLOURS = re.compile("(RGB|RGBA|RGBX|CMYK|LA|RGBa);16[LBN]")
 _OTHER_BYTE = {"L": "B", "B": "L", "N": "B" if sys.byteorder == "little" else "L"}
@@ -23,14 +23,14 @@ Open = Callable[[], Image.Image]  # opens the same image again
 
 
 class UnsupportedError(Exception):
-    """Raised for an image that Pillow reads wrongly, or that has no RGB colours."""
+    """Raised for an image that Pillow reads wrongly, or that has no RGB colors."""
 
 
 class _Deep(NamedTuple):
     """The values of an image with more than 8 bits per channel.
 
     Attributes:
-        values: [H, W], or [H, W, 3] for colours; at least 0.
+        values: [H, W], or [H, W, 3] for colors; at least 0.
         white: The value that is white.
         inverted: Whether 0 is white instead, and `white` is black.
     """
@@ -48,7 +48,7 @@ def to_rgb(image: Image.Image, white: float | None, again: Open) -> Image.Image:
         white: see `moco.sections_images.Decoding`.
         again: opens the image again.
 
-    Raises UnsupportedError for channels that are not colours. Pillow raises errors of many types.
+    Raises UnsupportedError for channels that are not colors. Pillow raises errors of many types.
     """
     _check(image)
     given = white if _takes_white(image) else None
@@ -79,7 +79,7 @@ def white_for(value: int) -> int | None:
 
 
 def _check(image: Image.Image) -> None:
-    """Raise UnsupportedError for a TIFF whose channels are not colours, or are read wrongly."""
+    """Raise UnsupportedError for a TIFF whose channels are not colors, or are read wrongly."""
     if image.format != "TIFF":
         return
     samples, bits = image.tag_v2.get(_SAMPLES, 1), image.tag_v2.get(_BITS, (1,))
@@ -97,7 +97,7 @@ def _takes_white(image: Image.Image) -> bool:
 def _deep(image: Image.Image, again: Open, colours: bool) -> _Deep | None:
     """Return the values of an image; None if it has 8 bits per channel, or `colours` is false.
 
-    `colours` is whether to return the values of an image with 16-bit colours.
+    `colours` is whether to return the values of an image with 16-bit colors.
 
     White is 65535 in a 16-bit image, and the largest value in a 12-bit TIFF. A file of 32-bit
     integers or floats does not say which value is white. White is then the smallest of 1 (floats
@@ -120,20 +120,20 @@ def _deep(image: Image.Image, again: Open, colours: bool) -> _Deep | None:
 
 
 def _layout(image: Image.Image) -> str:
-    """Return Pillow's name of the layout of 16-bit colours in a file; "" for other images."""
+    """Return Pillow's name of the layout of 16-bit colors in a file; "" for other images."""
     options = image.tile[0][3] if getattr(image, "tile", None) else ""
     name = options if isinstance(options, str) else options[0] if options else ""
     return name if isinstance(name, str) and _DEEP_COLOURS.fullmatch(name) else ""
 
 
 def _colours(image: Image.Image, layout: str, again: Open) -> np.ndarray:
-    """Return the 16-bit colours of an image, [H, W, 3].
+    """Return the 16-bit colors of an image, [H, W, 3].
 
     Pillow keeps one byte of each value. The image is therefore read twice: as it is, and with the
     other byte of each value. Raises UnsupportedError if Pillow cannot read the other byte.
     """
     if not layout.startswith(("RGB;", "RGBA;", "RGBX;")):
-        raise UnsupportedError(f"--white: 16-bit colours in the layout {layout} are not supported")
+        raise UnsupportedError(f"--white: 16-bit colors in the layout {layout} are not supported")
     other = layout[:-1] + _OTHER_BYTE[layout[-1]]
     with again() as low:
         low.tile = [_with_layout(tile, other) for tile in low.tile]

@@ -1,6 +1,6 @@
 """The data loader: worker processes decode each image once and take its crops as uint8.
 
-Workers do no colour operations: `augment.color` does them on the device.
+Workers do no color operations: `augment.color` does them on the device.
 """
 
 import atexit

@@ -56,8 +56,8 @@ def complete(config: Pretraining, uses_labels: str = "") -> Pretraining:
 
     Args:
         config: the settings of the run.
-        uses_labels: the option that makes the method train on labels, for messages; "" if it does
-            not. The images must then have labels.
+        uses_labels: the option that makes the method train on labels, such as --loss supcon; "" if
+            there is none. With such an option, each image must have one label.
     """
     _check_network(config)
     dataset, data = config.input.dataset, config.run.data
@@ -85,7 +85,7 @@ def complete(config: Pretraining, uses_labels: str = "") -> Pretraining:
 
 
 def require_labels(images: Images, uses_labels: str) -> None:
-    """Raise InputError if the method trains on labels, and the images do not have one each.
+    """Raise InputError if the method trains on labels, but the images do not have one each.
 
     Args:
         images: the training set.
@@ -108,7 +108,7 @@ def _check_classes(root: Path, class_list: str | None, uses_labels: str) -> None
 def _no_labels(option: str, problem: str) -> InputError:
     """Return the error for data whose labels `option` cannot use."""
     how = "give images in class folders (train/CLASS/), with two classes or more"
-    return InputError(f"{option}: trains on labels, and {problem}; {how}, or leave it out")
+    return InputError(f"{option}: trains on labels, but {problem}; {how}, or leave it out")
 
 
 def _check_list(config: Pretraining) -> None:

@@ -362,8 +362,8 @@ def frozen_split(
         config: the settings of the evaluation.
         device: the device of this process.
         split: train or val.
-        check: called with the labels before features are computed; raises InputError if they do not
-            fit the evaluation.
+        check: a function that is called with the labels before features are computed. It raises
+            InputError if they do not fit the evaluation.
     """
     if config.files.load_features:
         train, val, classes = feature_files.load(config, device)

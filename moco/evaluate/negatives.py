@@ -1,7 +1,7 @@
 """Measure the negatives of queries: how similar they are, and how many show the query's class.
 
-A negative that shows the class of its query is a false negative. The labels are used for nothing
-else.
+A negative that shows the class of its query is a false negative. Labels are only used to count
+these.
 """
 
 from collections.abc import Sequence
@@ -24,8 +24,8 @@ from moco.loss.contrastive import normalize
 from moco.loss.synthetic import Synthetic
 
 DRAWN = 64  # synthetic negatives of each type that are drawn for each query
-LEARNED = 4096  # learned negatives that each query is compared with
-TIE = 1e-6  # similarities that differ by less are equal: a mixup of an entry with itself is it
+LEARNED = 4096  # maximum number of learned negatives that each query is compared with
+TIE = 1e-6  # smaller differences are ties: a mixup of an entry with itself equals the entry
 CHUNK = 64  # queries that are compared with the bank at a time
 
 
@@ -39,7 +39,7 @@ class Group:
         above_real: fraction of them that are more similar than the query's hardest entry of the
             bank.
         false: fraction of them that are false negatives. For synthetic negatives, the fraction that
-            is made from one or two of them. None without labels.
+            is made from at least one false negative. None without labels.
     """
 
     similarity: Tensor
@@ -63,8 +63,8 @@ class Measured:
         nearest: bank indices of each query's hardest negatives, the hardest first, [Q, n].
         similarity: their similarities, [Q, n].
         false: fraction of false negatives among the k hardest negatives of a query, mean over the
-            queries, at index k - 1: [N - 1]. The last one is that of all negatives, which is
-            chance. None without labels.
+            queries, at index k - 1: [N - 1]. The last value is the fraction among all negatives,
+            which is chance. None without labels.
     """
 
     positive: Tensor
@@ -94,8 +94,8 @@ def measure(
         own: index in the bank of each query's image, [Q].
         bank: normalized keys of N images, [N, C].
         labels: their labels, [N], or [N, classes] with 1 for the classes that an image shows.
-        config: the synthetic negatives. Its types with negatives are drawn, `DRAWN` of each for
-            each query, because a type's similarities do not depend on its number.
+        config: the synthetic negatives. `DRAWN` negatives of each of its types are made for each
+            query, because their distribution does not depend on their number.
         seed: seed of the draws.
         learned: normalized negatives that are learned, [K, C].
         shown: the number of hardest negatives in `Measured.nearest`.
@@ -192,7 +192,7 @@ def _synthetic(
 
 
 def _group(rows: Sequence[tuple[Tensor, ...]]) -> Group:
-    """Return a group from its parts of some queries each."""
+    """Return the group of all queries, given its parts for chunks of queries."""
     similarity, positive, real, false = (torch.cat(one) for one in zip(*rows, strict=True))
     shares = [float(one.double().mean()) for one in (positive, real)]
     return Group(similarity, *shares, float(false.double().mean()) if len(false) else None)
@@ -228,7 +228,7 @@ def view_features(
         recipe: the views of the training.
         view: index of the view.
         config: the settings of the run. The views are those of its seed in epoch 0.
-        device: the device that computes, and that has the features.
+        device: the device that computes and returns the features.
 
     Raises InputError if a feature is NaN or infinite, or if an image cannot be read.
     """

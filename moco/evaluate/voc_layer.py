@@ -57,9 +57,9 @@ class Stretched:
 
 @dataclass(frozen=True)
 class Augmented(Stretched):
-    """A transform that stretches, recolours, flips and rotates an image.
+    """A transform that stretches, recolors, flips and rotates an image.
 
-    One of two changes of colour is chosen at random: the brightness times a factor in [0.8, 1.2],
+    One of two changes of color is chosen at random: the brightness times a factor in [0.8, 1.2],
     or grayscale with probability 0.25. Then the image is flipped with probability 0.25, and rotated
     by up to 25 degrees. The draws depend on (seed, epoch, index).
     """

@@ -2,8 +2,8 @@
 
 An image has V views. The feature z of each view is an anchor. It is compared with a bank M of
 normalized entries, which contains the image's own views. An entry that is similar to an image is
-assumed to show the same class, and is then a false negative. If labels are used, the entries of the
-image's class are the false negatives. `moco/builder/fnc.py` uses this file.
+assumed to show the same class, and is then a false negative. With labels, the false negatives are
+the entries of the image's class. `moco/builder/fnc.py` uses this file.
 """
 
 from dataclasses import dataclass
@@ -25,12 +25,12 @@ class Cancellation:
     mode: str = "attract"  # one of MODES
     topk: int = 10  # maximum number of false negatives per image
     threshold: float = 0.7  # minimum similarity, in [-1, 1]
-    source: str = "similarity"  # one of SOURCES; labels make `topk` and `threshold` unused
+    source: str = "similarity"  # one of SOURCES; with labels, `topk` and `threshold` are unused
 
 
 @dataclass(frozen=True)
 class FalseNegatives:
-    """The false negatives of n images, among k candidates of each image or in the full bank."""
+    """The false negatives of n images: a mask over k candidates of each image, or over the bank."""
 
     indices: Tensor | None  # [n, k] in the bank; None: the mask is over the full bank
     mask: Tensor  # [n, k] or [n, R] True for a false negative
@@ -89,7 +89,7 @@ def cancelled_nt_xent(
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
     """Return FNC's loss and two metrics, with a single [chunk, R] buffer.
 
-    If the mask of the false negatives is over the full bank, there are a few such buffers.
+    If the mask of the false negatives covers the full bank, a few such buffers are needed.
 
     An anchor has a logit for each bank entry except its own. Its positives are the V - 1 other
     views of its image. With mode "attract", the false negatives are positives, too. The loss is the

@@ -20,7 +20,7 @@ def in_batch_info_nce(
         similarity: q.k of each query of this process and each key of the joint batch, [B, W B].
         first: index of the first query's own key. That of query i is `first` + i.
         temperature: T, divides every similarity, > 0.
-        synthetic: logits of further negatives of each query, [B, M].
+        synthetic: logits of each query's synthetic negatives, [B, M].
 
     Returns:
         scalar: the mean over B.

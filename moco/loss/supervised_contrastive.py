@@ -1,7 +1,7 @@
 """SupCon, the supervised contrastive loss (Khosla et al., arXiv 2004.11362).
 
 The positives of an anchor are all features of its class in the joint batch, not only the other view
-of its image. The loss needs labels: it is an upper bound for the methods that do without them.
+of its image. The loss uses labels, and is an upper bound for the methods that do not.
 """
 
 import torch

@@ -27,8 +27,8 @@ from moco.report.plots import printable
 from moco.report.runs import unique_names
 from moco.report.samples import Sample
 
-# SynCo's synthetic negatives, shown for methods without any, and the fraction of the queue's
-# 65,536 entries that its n_hard hardest ones are (arXiv 2410.02401)
+# SynCo's synthetic negatives and the size of its queue (arXiv 2410.02401); the page shows them for
+# methods that have none
 PUBLISHED = Synthetic(n_hard=1024, counts=(256, 256, 256, 64, 64, 64))
 _PUBLISHED_QUEUE = 65_536
 _QUEUES = ("moco_k", "queue")  # the settings with the size of the queue
@@ -98,14 +98,14 @@ def measure(paths: list[Path], options: Options) -> tuple[list[Contrast], Sample
     unique = {path.resolve(): path for path in paths}
     folders = sorted({path.parent for path in unique})
     names = dict(zip(folders, unique_names(folders), strict=True))
-    # read all of them first, so that a mistake is found before features are computed
+    # read all checkpoints first, so that mistakes are found before features are computed
     order = []
     for resolved, path in unique.items():
         found = rebuild(path)
         if found.method.query_and_key is None:
             raise InputError(
-                f"{path}: {found.config.run.method} has no negatives; give a checkpoint of a "
-                "method that has some"
+                f"{path}: {found.config.run.method} has no negatives; give a checkpoint of "
+                "another method"
             )
         order.append((names[resolved.parent], found.epoch, path))
     sample, queries = draw(options)

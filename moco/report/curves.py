@@ -126,33 +126,33 @@ _MORE = (  # metrics that only one method has
         "Mean of the images' u of SogCLR, which its loss divides by.",
         log=True,
     ),
-    Panel("tau", "Temperature", "Of iSogCLR: the mean over the images of the step."),
-    Panel("tau_min", "Lowest temperature", "The lowest of all images' temperatures in iSogCLR."),
-    Panel("tau_max", "Highest temperature", "The highest of all images' temperatures in iSogCLR."),
+    Panel("tau", "Mean temperature", "Of iSogCLR, over the images of the batch."),
+    Panel("tau_min", "Lowest temperature", "Of iSogCLR, over all images."),
+    Panel("tau_max", "Highest temperature", "Of iSogCLR, over all images."),
     Panel(
         "effective_negatives",
         "Effective fraction of the negatives",
-        "Of HCL: 1 if all negatives have equal weights, less if hard ones weigh more.",
+        "Of HCL: 1 if all negatives have equal weights, lower if hard ones have more weight.",
         log=True,
     ),
     Panel(
         "at_floor",
         "Anchors at the lower bound, %",
-        "Of HCL and the debiased loss: anchors whose corrected negatives are at their lower bound, "
-        "and so give no gradient.",
+        "Of HCL and the debiased loss: anchors whose sum over the negatives is at its lower bound. "
+        "Their negatives get no gradient.",
         percent=True,
     ),
     Panel(
         "positive_weight_std",
-        "Spread of the positives' weights",
+        "Std of the positives' weights",
         "Standard deviation of DCLW's weights, whose mean is 1.",
     ),
-    Panel("positives", "Positives", "Number for each anchor, in SupCon: features of its class."),
+    Panel("positives", "Positives", "Mean number of positives of an anchor, in SupCon."),
     Panel("fn_found", "False negatives found", "Number for each image, found by FNC."),
     Panel(
         "fn_precision",
         "Precision of false negatives, %",
-        "Fraction of them that have the class of the image. Labels are used for nothing else.",
+        "Fraction of them that have the class of the image. Training does not use the labels.",
         percent=True,
     ),
 )

@@ -138,7 +138,7 @@ _SHAPES = {
 
 
 def sample(look: Look) -> str:
-    """Return a small picture of a curve's colour, dashes and marker, or of a marker alone."""
+    """Return a small picture of a curve's color, dashes and marker, or of a marker alone."""
     dashes = " ".join(f"{2 * length:g}" for length in look.dashes or ())
     dashed = f' stroke-dasharray="{dashes}"' if dashes else ""
     line = '<path d="M0 6h28" stroke-width="2"' + f"{dashed}/>"

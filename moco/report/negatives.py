@@ -16,7 +16,7 @@ from moco.report.plots import Curve
 from moco.report.ridges import ridges
 from moco.report.samples import Sample
 
-FEWEST = 3  # checkpoints of a run whose curves of false negatives are shown
+FEWEST = 3  # maximum number of checkpoints of a run in the plot of false negatives
 
 
 def write(paths: list[Path], out: Path, options: Options, force: bool = False) -> None:
@@ -57,16 +57,14 @@ def page(runs: list[Run], sample: Sample, options: Options) -> str:
 
 
 def _header(runs: list[Run], sample: Sample, options: Options) -> str:
-    """Return what the page compares, and a card for each run."""
+    """Return the introduction, and a card for each run."""
     n, queries = len(sample.bank), len(runs[0][0].measured.positive)
     data = options.data if options.dataset in ("imagenet", options.data) else options.dataset
     text = (
-        f"The queries are {queries:,} training images of {Path(data).name}. The negatives of each "
-        f"are the keys of {n - 1:,} other training images; the key of its own image is its "
-        "positive. "
-        "These keys take the place of the queue, whose entries have no images and no labels, or of "
-        "the other images of a batch. The checkpoint's network computes them anew, in eval mode, "
-        "from views as in training."
+        f"The queries are {queries:,} training images of {Path(data).name}. The positive of a "
+        f"query is the key of the same image. Its negatives are the keys of {n - 1:,} other "
+        "training images. These keys replace the queue, whose images and labels are not known, or "
+        "the batch. The checkpoint's network computes them in eval mode, from views as in training."
     )
     cards = "".join(_card(i, run, len(runs) > 1, n) for i, run in enumerate(runs))
     absent = ""
@@ -88,7 +86,7 @@ def _card(i: int, run: Run, several: bool, images: int) -> str:
     files = names[0] if len(run) == 1 else f"{names[0]} to {names[-1]}, {len(run)} in all"
     queue = f"{last.queue:,} entries in training" if last.queue else ""
     if "learned" in last.measured.groups:
-        queue = "none; the negatives are learned, and the page compares them with keys of images"
+        queue = "none; the negatives are learned. The page shows keys of images as well"
     average = "the moving average of the encoder" if last.average else "the encoder itself"
     rows = [
         ("Method", escaped(f"{method} (main_{script}.py){labels}" if script else "")),
@@ -108,7 +106,7 @@ def _epoch(of: Contrast) -> str:
 
 
 def _synthetic(of: Contrast, images: int) -> str:
-    """Return a text about the synthetic negatives of a run, or about those that are shown."""
+    """Return a text about the synthetic negatives of a run, or about those shown instead."""
     config = of.schedule.config if of.schedule else PUBLISHED
     counts = zip(SYNTHETIC, config.counts, strict=True)
     listed = ", ".join(f"{count} {name}" for name, count in counts if count)
@@ -165,8 +163,8 @@ def _hardness(runs: list[Run]) -> str:
         drawn.append(markup.panel(title, picture, _hardness_caption(of)))
     text = (
         "<p>How similar are the negatives to their queries? Negatives further to the right are "
-        "harder. Each row is a distribution: the marker is its median, the bar its middle half, "
-        "and the dotted line the median positive.</p>"
+        "harder. Each row is a distribution. The marker is its median, and the bar spans its "
+        "quartiles. The dotted line is the median of the positives.</p>"
     )
     return markup.section("Hardness", text, markup.grid(drawn))
 
@@ -211,7 +209,7 @@ def _false_negatives(runs: list[Run], sample: Sample) -> str:
     picture += markup.key({name: curve.look for name, curve in curves.items()})
     last = runs[0][-1].measured.false
     top = 100 * float(last[0])
-    caption = f"{top:.0f} % of the queries have a false negative as their hardest negative"
+    caption = f"For {top:.0f} % of the queries, the hardest negative is a false negative"
     caption += f" ({runs[0][-1].run}, {_title(runs[0][-1], several=False).lower()})."
     shares = "shares a class with" if sample.bank.multi_label else "has the class of"
     text = (
@@ -246,10 +244,11 @@ def _nearest(runs: list[Run], sample: Sample) -> str:
 
     text = (
         f"Left: random images. Right: the {pictures.NEIGHBOURS} hardest negatives of each, with "
-        "their cosine similarity. The pictures are whole; the network saw random views of them."
+        "their cosine similarity. The pictures show full images; the network saw random views of "
+        "them."
     )
     if has_classes(sample.bank):
-        text += " ✗ and a dashed frame: a false negative, of the same class."
+        text += " ✗ and a dashed frame mark false negatives, which are of the same class."
     panels = [one(of) for run in runs for of in _ends(run, len(runs) > 1)]
     return thumbnails.section("Nearest negatives", text, panels)
 
@@ -271,7 +270,11 @@ def _false_caption(sample: Sample, indices) -> str:
 def _numbers(runs: list[Run]) -> str:
     """Return the table with the numbers of the last checkpoint of each run."""
     heads = ["run", "negatives", "lower quartile", "median", "upper quartile"]
-    heads += ["harder than the positive, %", "harder than every real one, %", "false negatives, %"]
+    heads += [
+        "harder than the positive, %",
+        "harder than every real negative, %",
+        "false negatives, %",
+    ]
     rows = []
     for run in runs:
         of = run[-1]
@@ -294,5 +297,5 @@ def _numbers(runs: list[Run]) -> str:
             )
     text = f"<p>The last checkpoint{' of each run' * (len(runs) > 1)}, as numbers."
     if runs[0][0].measured.false is not None:
-        text += " A synthetic negative counts as false if it is made from a false one."
+        text += " A synthetic negative counts as false if it is made from a false negative."
     return markup.section("Numbers", f"{text}</p>", markup.table(heads, rows, 2))

@@ -1,4 +1,4 @@
-"""Draw how the negatives of a run's checkpoints move over training."""
+"""Draw how the similarity of the negatives changes over training."""
 
 import numpy as np
 
@@ -10,13 +10,13 @@ from moco.report.plots import Curve, Look
 Run = list[Contrast]  # the checkpoints of a run, in the order of epochs
 
 SYNTHETIC = [one.name for one in TYPES]
-# looks of the types of negatives; those that are in one picture differ
+# looks of the types of negatives; they differ within a picture
 LOOKS = {
     name: plots.look(i)
     for i, name in enumerate(["hardest", *SYNTHETIC[:5], "", SYNTHETIC[5], "learned"])
 }
 LOOKS |= {"all": Look("#767676", "v", (2.0, 2.0)), "positive": Look("#000000", "s")}
-SHARES = (1, 10, 100)  # numbers k of hardest negatives whose false ones are shown over training
+SHARES = (1, 10, 100)  # values of k: false negatives among the k hardest, over training
 
 
 def names_of(of: Contrast) -> dict[str, str]:
@@ -38,7 +38,7 @@ def section(runs: list[Run]) -> str:
     for i, run in enumerate(several):
         drawn += _by_type(run, i, len(runs) > 1)
     drawn += _panels_of_quartiles(several, len(runs) > 1)
-    text = "<p>How do the negatives move while the encoder learns? Points are the checkpoints.</p>"
+    text = "<p>How do the negatives change during training? Each point is a checkpoint.</p>"
     return markup.section("Over training", text, markup.grid(drawn))
 
 
@@ -84,7 +84,7 @@ def _by_type(run: Run, number: int, several: bool) -> list[str]:
             "Harder than every real negative, %",
             shares("above_real"),
             (0, 104),
-            "Synthetic negatives that are more similar to the query than its hardest real one.",
+            "Synthetic negatives that are more similar to the query than all real negatives.",
         ),
     ):
         picture = plots.svg(
@@ -120,10 +120,10 @@ def _panels_of_quartiles(runs: list[Run], several: bool) -> list[str]:
     drawn = []
     for name, curves in found.items():
         title = titles[name][:1].upper() + titles[name][1:]
-        shown, text = list(curves.values()), "Cosine similarity: median and middle half."
+        shown, text = list(curves.values()), "Cosine similarity: median and quartiles."
         if not several and name != "positive":
             shown.append(found["positive"][runs[0][0].run]._replace(band=None))
-            text += " Black: the median positive."
+            text += " Black: median of the positives."
         picture = plots.svg(
             plots.chart(shown, "epoch", {}, limits=limits), f"quartiles of the similarity: {title}"
         )
@@ -141,7 +141,7 @@ def quartiles(of: Contrast, name: str) -> list[float]:
 
 
 def false_negatives(runs: list[Run]) -> list[str]:
-    """Return the panels of the share of false negatives over training, for each run with one."""
+    """Return a panel of false negatives over training for each run with several checkpoints."""
     drawn = []
     for number, run in enumerate(runs):
         if len(run) < 2:
@@ -160,6 +160,6 @@ def false_negatives(runs: list[Run]) -> list[str]:
         title += f": {run[0].run}" if len(runs) > 1 else ""
         picture = plots.svg(figure, f"{title}, run {number + 1}")
         picture += markup.key({name: curve.look for name, curve in curves.items()})
-        text = "Share of false negatives among the hardest negatives of each query."
+        text = "Fraction of false negatives among the hardest negatives of each query."
         drawn.append(markup.panel(title, picture, text))
     return drawn

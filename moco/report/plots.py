@@ -17,7 +17,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 WIDTH, HEIGHT = 350, 205  # of a picture, in CSS pixels
 FONT = 12.0  # size of its text, in CSS pixels
 POINTS = 400  # maximum number of points of a curve: about one for each pixel
-# the colours of Okabe and Ito, which colour-blind readers can tell apart; yellow is too light
+# the colors of Okabe and Ito, which color-blind readers can tell apart; yellow is too light
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 # lengths of dashes and gaps, in line widths
 DASHES = ((), (5.0, 2.0), (1.0, 1.2), (6.0, 1.5, 1.0, 1.5))
@@ -27,10 +27,10 @@ _DECADES = 2.0  # a y axis is logarithmic if its positive values span more power
 
 
 class Look(NamedTuple):
-    """The look of a curve or a class, which differs in more than its colour.
+    """The look of a curve or a class, which differs in more than its color.
 
     Attributes:
-        color: the colour.
+        color: the color.
         marker: matplotlib's name of the marker.
         dashes: lengths of dashes and gaps, in line widths; () for a solid line, None for no line.
     """

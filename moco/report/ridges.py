@@ -1,4 +1,4 @@
-"""Draw distributions below each other: a row for each, with its median and its middle half."""
+"""Draw a ridge plot: a row for each distribution, with its median and quartiles."""
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -14,16 +14,15 @@ _BINS, _SMOOTH = 240, 2.5  # bins of a histogram; standard deviation of its smoo
 def ridges(
     rows: dict[str, np.ndarray], looks: dict[str, Look], limits: tuple[float, float], marked: str
 ) -> Figure:
-    """Return a picture of distributions with a common x axis, the cosine similarity.
+    """Return a ridge plot of distributions of the cosine similarity.
 
-    The heights of all rows are equal. A bar is the middle half of the values, and its marker is the
-    median.
+    All rows have the same height. A bar spans the quartiles, and its marker is the median.
 
     Args:
-        rows: the values of each distribution, by its name; each has a finite one.
+        rows: the values of each distribution, by its name; at least one value is finite.
         looks: the look of each.
         limits: ends of the x axis.
-        marked: name of the row whose median is a dotted line through all rows.
+        marked: name of the row whose median is drawn as a dotted line through all rows.
     """
     height = ROW * len(rows) + _BELOW
     figure = plots.blank(WIDTH, height)

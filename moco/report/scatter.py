@@ -12,7 +12,7 @@ _LONGEST = 18  # letters of a name on the map
 
 
 def class_look(i: int) -> Look:
-    """Return the look of class number `i`: 7 colours with one marker, then with the next, ..."""
+    """Return the look of class number `i`: 7 colors with one marker, then with the next, ..."""
     return Look(COLORS[i % len(COLORS)], MARKERS[i // len(COLORS) % len(MARKERS)], None)
 
 
@@ -86,6 +86,6 @@ def _write_names(
 
 
 def _darker(color: str) -> str:
-    """Return a darker shade of a colour, for text on white."""
+    """Return a darker shade of a color, for text on white."""
     parts = [int(color[i : i + 2], 16) * 6 // 10 for i in (1, 3, 5)]
     return "#" + "".join(f"{part:02x}" for part in parts)

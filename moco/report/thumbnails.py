@@ -84,8 +84,8 @@ def neighbours(
         similarity: similarities [Q, K] of each query's neighbours, from `pictures.nearest_others`.
         indices: their indices in the bank, [Q, K].
         decoding: how the images are decoded.
-        negatives: whether the neighbours are negatives. The sign and the frame then mark false
-            ones.
+        negatives: whether the neighbours are negatives. If so, the sign and the frame mark false
+            negatives.
 
     Raises InputError if an image cannot be read.
     """
@@ -117,7 +117,7 @@ def _hit(of: Sample, i: int, same: bool, cosine: float, decoding: Decoding) -> s
 
 
 def _negative(of: Sample, i: int, same: bool, cosine: float, decoding: Decoding) -> str:
-    """Return a negative with its similarity, marked if it is a false one."""
+    """Return a negative with its similarity; a false negative is marked."""
     shown = _thumbnail(of.bank, i, decoding)
     if not of.bank.labelled:
         return f'<div class="hit">{shown}{cosine:.3f}</div>'

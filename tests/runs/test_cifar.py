@@ -398,5 +398,8 @@ def test_every_recipe_trains(name, data, script, tmp_path):
     assert status == 0, err
     if name == "moco":  # whose rate is that of an epoch's end
         assert "the only epoch uses the learning rate at its end, which is 0" in out
-    assert "--k 20 --temperature 0.1 --features head" in out
-    assert of(tmp_path) == SETTINGS and (tmp_path / "checkpoint_0000.pth.tar").exists()
+    arch = yaml.safe_load(file.read_text())["arch"]
+    if arch == SETTINGS[0]:  # with the monitor of MoCo's demo
+        assert "--k 20 --temperature 0.1 --features head" in out
+    assert of(tmp_path) == (arch, *SETTINGS[1:])
+    assert (tmp_path / "checkpoint_0000.pth.tar").exists()

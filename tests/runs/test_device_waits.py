@@ -165,10 +165,12 @@ def test_operations_without_a_wait_are_not_counted(monkeypatch):
 
 def test_item_in_a_loss_is_found(accelerator, shared_images, tmp_path, monkeypatch):
     """`.item()` is added to a loss: each step is recorded, with the line."""
-    own = contrastive.bank_info_nce
-    monkeypatch.setattr(
-        "moco.builder.moco.bank_info_nce",
-        lambda *args: own(*args) * (1 if own(*args).item() else 0),
-    )
+    own = contrastive.bank_log_sum_exp
+
+    def waits(*args):
+        found = own(*args)
+        return found * (1 if found.sum().item() else 0)
+
+    monkeypatch.setattr("moco.builder.moco.bank_log_sum_exp", waits)
     in_process("main_synco", shared_images, *SMALL, "--moco-k", 64, "--save-dir", tmp_path / "run")
     assert len(accelerator.waits) == STEPS and "_local_scalar_dense" in accelerator.waits[0]

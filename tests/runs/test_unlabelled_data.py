@@ -166,7 +166,7 @@ def test_a_loss_with_labels_refuses_data_without_before_processes_start(
     voc = write_voc(tmp_path / "voc", 12, 6)
     words = words.format(list="list.txt", one=tmp_path / "one.txt", voc=voc).split()
     command = (name, *words, *INPUT, *option.split(), "--save-dir", tmp_path / "run")
-    refused(script(*command), f"{option}: trains on labels, and", said, "train/CLASS/")
+    refused(script(*command), f"{option}: trains on labels, but", said, "train/CLASS/")
     assert not (tmp_path / "run").exists()
 
 

@@ -28,6 +28,12 @@ def tool_commands(run: Path, out: Path) -> dict[str, tuple]:
             "configs/lincls_moco.yaml",
             *("--plot", out / "schedule.png"),
         ),
+        "negatives.html": (
+            "tools/negatives.py",
+            checkpoint,
+            "photos",
+            *typed("--images 20 --queries 4 --out {}", out / "negatives.html"),
+        ),
         "encoder.pth": ("tools/export.py", checkpoint, out / "encoder.pth"),
         "table.md": ("tools/collect.py", run, "--out", out),
         "weights.pkl": (
@@ -40,7 +46,7 @@ def tool_commands(run: Path, out: Path) -> dict[str, tuple]:
 
 @pytest.mark.parametrize(
     "name",
-    ["report.html", "views.png", "schedule.png", "encoder.pth", "table.md", "weights.pkl"],
+    "report.html views.png schedule.png negatives.html encoder.pth table.md weights.pkl".split(),
 )
 def test_a_tool_replaces_no_file(name, script, shared_images, run, tmp_path):
     if name == "table.md":
@@ -96,7 +102,8 @@ WRITES = {
     "moco/data/registry.py": "the cache folder",
     "moco/data/subsets.py": "the cache folder",
     "tools/collect.py": "creating",
-    "moco/report/page.py": "creating",
+    "moco/report/markup.py": "creating",
+    "moco/cli/rebuild.py": "a temporary folder",
     "tools/show_views.py": "creating",
     "tools/schedule.py": "creating",
     "tools/convert_tf.py": "creating",

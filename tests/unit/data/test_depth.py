@@ -119,7 +119,7 @@ def test_colours_of_16_bits_keep_the_higher_8_unless_white_is_given(file):
 )
 def test_layouts_whose_16_bits_pillow_does_not_give_refuse_white(data):
     shown(data)
-    with pytest.raises(InputError, match=r"--white: 16-bit colours in the layout .* not supp"):
+    with pytest.raises(InputError, match=r"--white: 16-bit colors in the layout .* not supp"):
         shown(data, 4095.0)
 
 
