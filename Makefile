@@ -15,8 +15,8 @@ PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(ad
 demo: $(VENV)/ready
 	$(VENV)/bin/python tools/demo.py --seed $(SEED)
 
-# the pictures of README.md, from the report of `make demo`; needs Chromium
-DEMO ?= runs/demo
+# the pictures of README.md, from the report of the last `make demo`; needs Chromium
+DEMO ?= $(shell ls -dt runs/demo* 2>/dev/null | head -n 1)
 pictures: $(VENV)/ready
 	$(VENV)/bin/python tools/show_views.py mocov2 photos --image-size 96 --images 2 --draws 1 --out docs/views.png --force
 	$(VENV)/bin/python tools/pictures.py $(DEMO)/report.html docs --force

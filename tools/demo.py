@@ -39,7 +39,7 @@ def main() -> int:
     if args.out != given:
         print(f"{given} exists; this demo writes to {args.out}")
     run = args.out / "pretrain"
-    minutes = "1 or 2 minutes" if args.short else "5 to 7 minutes"
+    minutes = "1 or 2 minutes" if args.short else "2 to 5 minutes"
     print(
         f"this takes {minutes} on two idle cores, and several times as long on busy ones; "
         f"files are written to {args.out}"
