@@ -26,7 +26,8 @@ def ridges(
     """
     height = ROW * len(rows) + _BELOW
     figure = plots.blank(WIDTH, height)
-    axis = figure.add_axes((0.02, _BELOW / height, 0.96, 1 - (_BELOW + 4) / height))
+    # the margins leave room for half of a number below either end of the axis
+    axis = figure.add_axes((0.06, _BELOW / height, 0.88, 1 - (_BELOW + 4) / height))
     for i, (name, values) in enumerate(rows.items()):
         base, look = len(rows) - 1 - i, looks[name]
         x, y = _density(values, limits)
