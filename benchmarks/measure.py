@@ -9,6 +9,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import moco as _first  # noqa: F401 (before torch: sets how its threads wait)
@@ -122,14 +123,41 @@ def peak_memory(run: Callable[[], object], device: torch.device) -> int:
     return peak
 
 
+@dataclass(frozen=True)
+class Target:
+    """The limit of a figure: at most `limit`, or at least `limit` if `least`."""
+
+    limit: float
+    least: bool = False
+
+    def __str__(self) -> str:
+        """Return the target as it is printed, such as "<= 1.35"."""
+        return f"{'>=' if self.least else '<='} {self.limit:g}"
+
+    def is_met(self, value: float) -> bool:
+        """Return whether `value` is within the limit."""
+        return value >= self.limit if self.least else value <= self.limit
+
+
 def report(
     name: str,
     table: list[dict[str, object]],
     ratios: dict[str, float],
     facts: dict[str, object],
     file: Path | None,
+    targets: dict[str, Target] | None = None,
 ) -> None:
-    """Print the rows and the ratios; write them, with versions and settings, to a JSON file."""
+    """Print the rows and the ratios; write them, with versions and settings, to a JSON file.
+
+    Args:
+        name: name of the benchmark, and of the file by default.
+        table: the rows; all have the same keys.
+        ratios: figures by name.
+        facts: settings of the measurement.
+        file: the JSON file; None: the first free default name.
+        targets: the targets of some of `ratios`, by name. Each is printed next to its figure.
+    """
+    targets = targets or {}
     facts = {"torch": torch.__version__, "threads": torch.get_num_threads(), **facts}
     print("  ".join(f"{key} {value}" for key, value in facts.items()))
     columns = list(table[0])
@@ -141,5 +169,10 @@ def report(
     for row in [columns, *rows]:
         print("  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)))
     for key, value in ratios.items():
-        print(f"{key} {value:.3g}")
-    print(write(name, file, {"benchmark": name, **facts, **ratios, "rows": table}))
+        verdict = ""
+        if target := targets.get(key):
+            verdict = f"  (target {target}: {'met' if target.is_met(value) else 'missed'})"
+        print(f"{key} {value:.3g}{verdict}")
+    wanted = {key: asdict(target) for key, target in targets.items()}
+    results = {"benchmark": name, **facts, **ratios, "targets": wanted, "rows": table}
+    print(write(name, file, results))
