@@ -9,7 +9,7 @@ CONSTRAINTS ?=
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(addprefix -c ,$(CONSTRAINTS))
 
 .PHONY: demo pictures test test-slow test-browser test-track test-track-here coverage lint docs docs-serve detectron2 \
-	matrix clean
+	matrix benchmarks benchmarks-here clean
 
 # pre-train SynCo on the built-in photographs, evaluate it and a randomly initialised encoder, write the report
 demo: $(VENV)/ready
@@ -79,6 +79,15 @@ $(VENV)/detectron2: $(VENV)/ready
 		--target "$$($(VENV)/bin/python -c 'import site; print(site.getsitepackages()[0])')" sal-detectron2==0.7.2
 	touch $@
 
+# measure speed and memory, next to other libraries, and write benchmarks/RESULTS.md; PARTS="negatives step" measures only these
+# parts again. The other libraries need other versions of some packages than the newest, so they have their own environment.
+benchmarks:
+	$(MAKE) benchmarks-here VENV=$(VENV)-benchmarks
+
+benchmarks-here: $(VENV)/ready
+	$(PIP) -e ".[benchmarks]"
+	$(VENV)/bin/python benchmarks/run.py $(PARTS)
+
 # all tests, with the oldest versions that pyproject.toml allows, then with the newest available
 matrix: .matrix/oldest.txt
 	@"$(OLDEST_PYTHON)" -c "import sys; sys.exit(sys.version_info[:2] != (3, 10))" 2>/dev/null \
@@ -93,4 +102,4 @@ matrix: .matrix/oldest.txt
 	sed -n '/^dependencies = /,/^]/s/^    "\([a-z-]*\)>=\([0-9.]*\)",$$/\1==\2/p' pyproject.toml > $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-track .matrix runs site
+	rm -rf $(VENV) $(VENV)-track $(VENV)-benchmarks .matrix runs site

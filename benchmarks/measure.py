@@ -174,5 +174,5 @@ def report(
             verdict = f"  (target {target}: {'met' if target.is_met(value) else 'missed'})"
         print(f"{key} {value:.3g}{verdict}")
     wanted = {key: asdict(target) for key, target in targets.items()}
-    results = {"benchmark": name, **facts, **ratios, "targets": wanted, "rows": table}
-    print(write(name, file, results))
+    results = {"benchmark": name, **facts, **ratios, "rows": table}
+    print(write(name, file, {**results, "figures": list(ratios), "targets": wanted}))
