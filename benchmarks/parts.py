@@ -36,6 +36,8 @@ LONGER = (
     "  settings](results/methods.md): accuracy on `photos`",
     "- [Runs stopped 20 times](results/faults.md), and their bits",
 )
+# in the names of figures that compare this code with another library's
+PEERS = ("lightly", "kornia", "solo", "torchvision", "pil")
 PARTS = (
     Part(
         "negatives",

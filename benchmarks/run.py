@@ -19,7 +19,7 @@ from importlib import metadata
 from pathlib import Path
 
 import measure
-from parts import INTRODUCTION, LONGER, PARTS, Part
+from parts import INTRODUCTION, LONGER, PARTS, PEERS, Part
 
 from moco.files import write_json
 
@@ -80,7 +80,7 @@ def page() -> str:
     lines = ["# Results of the benchmarks", ""]
     if found:
         lines += [*paragraph(conditions([results["measured"] for _, results in found])), ""]
-    lines += [*paragraph(INTRODUCTION), "", *targets(found), "", *LONGER]
+    lines += [*paragraph(INTRODUCTION), "", *targets(found), "", *peers(found), "", *LONGER]
     for part, results in found:
         lines += ["", *section(part, results)]
     return "\n".join(lines) + "\n"
@@ -119,6 +119,17 @@ def targets(found: list[tuple[Part, dict]]) -> list[str]:
             words = part.figures.get(name, f"`{name}`")
             cells = [words, str(target), number(results[name]), verdict, link(part)]
             lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def peers(found: list[tuple[Part, dict]]) -> list[str]:
+    """Return the table of all figures that compare this code with another library's."""
+    lines = ["## Other libraries", "", "| figure | measured | section |", "|---|---|---|"]
+    for part, results in found:
+        for name in results["figures"]:
+            if any(peer in name for peer in PEERS):
+                words = part.figures.get(name, f"`{name}`")
+                lines.append(f"| {words} | {number(results[name])} | {link(part)} |")
     return lines
 
 

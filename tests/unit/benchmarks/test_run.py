@@ -39,7 +39,7 @@ def test_targets(run, monkeypatch, tmp_path):
     assert f"| {words} | <= 1.35 | 1.4 | **missed** | {link} |" in page
     assert f"| `other` | >= 6 | 6 | met | {link} |" in page
     assert "Settings: K 4096." in page and "| a\\|b | 1.25 |" in page
-    assert "|  | `plain` | 2 |" in page and page.count("\n## ") == 2
+    assert "|  | `plain` | 2 |" in page and page.count("\n## ") == 3
 
 
 def test_a_failing_part(run, monkeypatch, tmp_path, capfd):
