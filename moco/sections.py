@@ -33,6 +33,7 @@ DEVICES = ("cpu", "cuda", "xpu", "mps")
 OPTIMIZERS = ("sgd", "lars", "lars_tf", "adam", "adamw")
 SCALINGS = ("none", "sqrt", "linear")
 CACHE_MODES = ("auto", "on", "off")
+AUTO_MAX = 8 << 30  # bytes of images in memory, at most, with --cache-images auto
 TRACKERS = ("wandb", "trackio", "mlflow")  # the names of their packages
 
 

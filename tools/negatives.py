@@ -18,7 +18,7 @@ import moco as _first  # noqa: F401 (before torch: sets how its threads wait)
 # isort: split
 from moco import sections
 from moco.cli import tool, values
-from moco.data import registry
+from moco.data import catalog
 from moco.errors import InputError
 from moco.files import refuse_remote
 from moco.report import negatives, plots
@@ -47,11 +47,11 @@ def parser() -> tool.OneLineParser:
     p.add_argument("data", metavar="DIR", help="data folder (with train/), or the word photos")
     p.add_argument(
         "--dataset",
-        type=registry.canonical,
-        choices=registry.NAMES,
+        type=catalog.canonical,
+        choices=catalog.NAMES,
         default=DEFAULT.dataset,
         metavar="NAME",
-        help=f"data set in DIR: {', '.join(registry.NAMES)} (default: %(default)s, image folders)",
+        help=f"data set in DIR: {', '.join(catalog.NAMES)} (default: %(default)s, image folders)",
     )
     p.add_argument("--class-list", metavar="FILE", help="names of the classes to use, one a line")
     p.add_argument(

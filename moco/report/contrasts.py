@@ -10,7 +10,6 @@ from torch import Tensor
 from moco import devices
 from moco.augment import recipes
 from moco.builder.base import Method
-from moco.builder.negatives import Schedule
 from moco.cli.rebuild import rebuild
 from moco.config import Pretraining, flat, replaced
 from moco.data import registry
@@ -26,6 +25,7 @@ from moco.report import pictures, samples
 from moco.report.plots import printable
 from moco.report.runs import unique_names
 from moco.report.samples import Sample
+from moco.sections_negatives import Schedule
 
 # SynCo's synthetic negatives and the size of its queue (arXiv 2410.02401); the page shows them for
 # methods that have none

@@ -9,7 +9,7 @@ from torchvision import models
 from torchvision.models import regnet
 
 from moco.encoder import networks, pretrained, torchvision_networks, trial
-from moco.encoder.resnets import ARCHS
+from moco.encoder.archs import ARCHS
 from moco.encoder.torchvision_networks import NAMES
 from moco.errors import InputError
 from moco.sections import Network

@@ -7,19 +7,8 @@ from synthetic_helpers import explicit_negatives
 from moco.loss import synthetic
 from moco.loss.contrastive import bank_info_nce, info_nce, normalize
 from moco.loss.hardest import hardest
-from moco.loss.synthetic import (
-    ONE,
-    ONE_MINUS_W,
-    SIZE,
-    TYPES,
-    Coefficient,
-    Synthetic,
-    Type,
-    W,
-    draw,
-    mix,
-    similarities,
-)
+from moco.loss.settings import ONE, ONE_MINUS_W, SIZE, TYPES, Coefficient, Synthetic, Type, W
+from moco.loss.synthetic import draw, mix, similarities
 
 T = 0.2
 ALONE = [tuple(5 if i == j else 0 for j in range(6)) for i in range(6)]
