@@ -13,16 +13,12 @@ import argparse
 import sys
 from pathlib import Path
 
-import moco as _first  # noqa: F401 (before torch: sets how its threads wait)
-
-# isort: split
 from moco import sections
 from moco.cli import tool, values
 from moco.data import catalog
 from moco.errors import InputError
 from moco.files import refuse_remote
-from moco.report import negatives, plots
-from moco.report.contrasts import Options
+from moco.report.options import Options
 
 DEFAULT = Options(data="")
 
@@ -93,6 +89,8 @@ def parser() -> tool.OneLineParser:
 
 def show(args: argparse.Namespace) -> None:
     """Write the page that the options ask for. Raises InputError."""
+    from moco.report import negatives, plots
+
     for path in (args.data, args.class_list, *args.checkpoints):
         refuse_remote(str(path or ""))
     dataset = "photos" if args.data == "photos" else args.dataset

@@ -22,6 +22,7 @@ from moco.evaluate.negatives import Measured
 from moco.launch import processes
 from moco.loss.synthetic import Synthetic
 from moco.report import pictures, samples
+from moco.report.options import Options
 from moco.report.plots import printable
 from moco.report.runs import unique_names
 from moco.report.samples import Sample
@@ -62,29 +63,6 @@ class Contrast:
     negatives: int
     average: bool
     measured: Measured
-
-
-@dataclass(frozen=True)
-class Options:
-    """The images to measure negatives on, and how to draw them.
-
-    Attributes:
-        data: the data folder.
-        dataset: name of its data set in the registry.
-        class_list: file with the names of the classes to use, if any.
-        images: maximum number of images in the bank.
-        queries: maximum number of queries.
-        n_hard: number of hardest negatives; by default the same fraction as in the run.
-        seed: seed of the sample, the views and the synthetic negatives.
-    """
-
-    data: str
-    dataset: str = "imagenet"
-    class_list: str | None = None
-    images: int = 4096
-    queries: int = 256
-    n_hard: int | None = None
-    seed: int = 0
 
 
 def measure(paths: list[Path], options: Options) -> tuple[list[Contrast], Sample]:
