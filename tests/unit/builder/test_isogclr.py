@@ -140,3 +140,7 @@ def test_two_ranks_are_one_with_the_joint_batch(ranks, name):
 def test_a_range_that_does_not_fit_is_refused(limits, said):
     with pytest.raises(InputError, match=said):
         temperature_step(Temperatures(t_range=limits), 0.1)
+
+
+def test_the_options_have_the_defaults_of_the_loss():
+    assert temperature_step(Temperatures(), 0.1) == TemperatureStep()
