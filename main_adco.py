@@ -7,21 +7,14 @@ small, with one key view. Both can be combined. All GPUs of the node are used, u
 --cfg configs/adco_200.yaml.
 """
 
-import moco as _first  # noqa: F401 (before torch: sets how its threads wait)
-
-# isort: split
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
-from moco import config, distributed, sections
-from moco.builder.adco import AdCo, Ascent
+from moco import config, sections
 from moco.cli import entry
 from moco.cli.parser import Parser
-from moco.distributed import print_rank0
-from moco.encoder.networks import create_encoder
-from moco.engine import pretrain
+from moco.cli.types import Device, Method
+from moco.messages import print_rank0
 from moco.sections import option
 
 
@@ -75,13 +68,18 @@ def parser() -> Parser:
 
 
 def complete(c: Config) -> Config:
+    from moco.engine import pretrain
+
     recipe = "multicrop" if c.bank.multi_crop else "mocov2" if c.encoders.aug_plus else "mocov1"
     c = config.replaced(c, method="adco", recipe=c.views.recipe or recipe)
     pretrain.check_views(c, several_crops=c.bank.multi_crop)
     return pretrain.complete(c)
 
 
-def build(c: Config) -> AdCo:
+def build(c: Config) -> Method:
+    from moco.builder.adco import AdCo, Ascent
+    from moco.encoder.networks import create_encoder
+
     bank, encoders = c.bank, c.encoders
     dim, mlp = encoders.moco_dim, encoders.mlp
     return AdCo(
@@ -99,7 +97,10 @@ def build(c: Config) -> AdCo:
     )
 
 
-def worker(c: Config, device: torch.device) -> None:
+def worker(c: Config, device: Device) -> None:
+    from moco import distributed
+    from moco.engine import pretrain
+
     if c.launch.multiprocessing_distributed is None:
         n = distributed.world_size()
         print_rank0(

@@ -5,25 +5,16 @@
 --memory-multiplier 0, this is SimCLR. configs/ holds the published settings: configs/fnc_100.yaml.
 """
 
-import moco as _first  # noqa: F401 (before torch: sets how its threads wait)
-
-# isort: split
 from dataclasses import dataclass
 
-import torch
-from torch import nn
-
-from moco import config, distributed, sections
-from moco.builder.fnc import FNC, FalseNegatives
+from moco import config, sections
 from moco.cli import compat, entry
 from moco.cli.parser import Parser
-from moco.data.images import Images
-from moco.distributed import print_rank0
-from moco.encoder import networks
-from moco.engine import pretrain
+from moco.cli.types import Device, Images, Method, Module
 from moco.errors import InputError
 from moco.launch import processes
-from moco.loss.false_negatives import Cancellation
+from moco.messages import print_rank0
+from moco.sections_methods import FalseNegatives
 
 
 @dataclass(frozen=True)
@@ -59,6 +50,8 @@ def parser() -> Parser:
 
 
 def complete(c: Config) -> Config:
+    from moco.engine import pretrain
+
     method = "fnc-labels" if c.fnc.uses_labels else "fnc"
     c = config.replaced(c, method=method, views=2 + c.fnc.support_size)
     c.fnc.check()
@@ -88,8 +81,12 @@ def check_memory(c: Config) -> None:
         )
 
 
-def encoder(c: Config) -> nn.Module:
+def encoder(c: Config) -> Module:
     """Return a network with a projection head that ends with a batch norm without bias."""
+    from torch import nn
+
+    from moco.encoder import networks
+
     dim, layers = c.fnc.proj_out_dim, c.fnc.num_proj_layers
     net = networks.create_encoder(c.network, c.views.image_size, dim, zero_init_residual=True)
     last = nn.BatchNorm1d(dim)
@@ -99,13 +96,18 @@ def encoder(c: Config) -> nn.Module:
     return net
 
 
-def worker(c: Config, device: torch.device) -> None:
+def worker(c: Config, device: Device) -> None:
+    from moco import distributed
+    from moco.builder.fnc import FNC
+    from moco.engine import pretrain
+    from moco.loss.false_negatives import Cancellation
+
     fnc = c.fnc
     total = c.input.batch_per_process * distributed.world_size() * c.optimizer.accumulation_steps
     entries = fnc.memory_multiplier * total
     cancellation = Cancellation(fnc.fn_mode, fnc.fn_topk, fnc.fn_threshold, fnc.fn_from)
 
-    def build(images: Images) -> FNC:
+    def build(images: Images) -> Method:
         pretrain.require_labels(images, fnc.uses_labels)
         sizes = (fnc.proj_out_dim, entries, fnc.ema, fnc.temperature)
         return FNC(lambda: encoder(c), *sizes, cancellation, fnc.loss_chunk, images.single_labels)

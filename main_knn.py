@@ -5,20 +5,14 @@ With --few-shot, classify val/ in few-shot episodes instead. Without --pretraine
 randomly initialised, which is the baseline to compare with.
 """
 
-import moco as _first  # noqa: F401 (before torch: sets how its threads wait)
-
-# isort: split
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
-from moco import config, distributed, sections, sections_eval
+from moco import config, sections, sections_eval
 from moco.cli import entry
 from moco.cli.parser import Parser
-from moco.distributed import print_rank0
-from moco.engine import features
-from moco.evaluate import few_shot, inputs, results
+from moco.cli.types import Device
+from moco.messages import print_rank0
 from moco.sections import option
 
 
@@ -72,6 +66,8 @@ def parser() -> Parser:
 
 
 def complete(c: Config) -> Config:
+    from moco.evaluate import inputs
+
     inputs.check_head(c)
     inputs.check_distinct("--k", c.knn.k)
     inputs.check_distinct("--shots", c.few_shot.shots)
@@ -83,7 +79,13 @@ def complete(c: Config) -> Config:
     return config.replaced(c, ways=None, queries=None, episodes=None)
 
 
-def worker(c: Config, device: torch.device) -> None:
+def worker(c: Config, device: Device) -> None:
+    import torch
+
+    from moco import distributed
+    from moco.engine import features
+    from moco.evaluate import inputs, results
+
     if c.few_shot.few_shot:
         classify_episodes(c, device)
         return
@@ -98,17 +100,18 @@ def worker(c: Config, device: torch.device) -> None:
     results.write_results(c, "knn", {f"knn_{k}": top1 for k, top1 in accuracy.items()})
 
 
-def classify_episodes(c: Config, device: torch.device) -> None:
+def classify_episodes(c: Config, device: Device) -> None:
+    from moco.engine import features
+    from moco.evaluate import few_shot, inputs, results
+
     check = lambda labels: few_shot.check(labels, c.few_shot)  # noqa: E731
     val, _ = inputs.frozen_split(c, device, "val", check)
     x, labels = (features.gather_in_order(part).cpu().numpy() for part in val)
     found = few_shot.evaluate(x, labels, c.few_shot, c.run.seed)  # the same on every rank
     for name, accuracy in found.items():
         if f"{name}_ci95" in found:
-            title = few_shot.title(name)
-            print_rank0(
-                f"* {title} Acc@1 {100 * accuracy:.3f} +- {100 * found[f'{name}_ci95']:.3f}"
-            )
+            title, half = few_shot.title(name), found[f"{name}_ci95"]
+            print_rank0(f"* {title} Acc@1 {100 * accuracy:.3f} +- {100 * half:.3f}")
     results.write_results(c, "few_shot", found)
 
 

@@ -5,21 +5,13 @@ Without --pretrained, the encoder is randomly initialised, which is the baseline
 With --weights finetune, the full network trains.
 """
 
-import moco as _first  # noqa: F401 (before torch: sets how its threads wait)
-
-# isort: split
 from dataclasses import dataclass
-
-import torch
 
 from moco import config, sections, sections_eval
 from moco.cli import entry
 from moco.cli.parser import Parser
+from moco.cli.types import Device
 from moco.errors import InputError
-from moco.evaluate import inputs, splits
-from moco.evaluate.classifier import Setting, run
-from moco.evaluate.finetune import FineTuning
-from moco.evaluate.probe import LinearProbe
 from moco.sections import option
 
 
@@ -67,6 +59,8 @@ def parser() -> Parser:
 
 
 def complete(c: Config) -> Config:
+    from moco.evaluate import inputs, splits
+
     for flag, values in (("--lr", c.optimizer.lr), ("--wd", c.optimizer.wd)):
         inputs.check_distinct(flag, values)
         if len(values) > 1 and c.classifier.weights == "finetune":
@@ -80,7 +74,12 @@ def complete(c: Config) -> Config:
     return inputs.complete(c)
 
 
-def worker(c: Config, device: torch.device) -> None:
+def worker(c: Config, device: Device) -> None:
+    from moco.evaluate import inputs, splits
+    from moco.evaluate.classifier import Setting, run
+    from moco.evaluate.finetune import FineTuning
+    from moco.evaluate.probe import LinearProbe
+
     images = splits.load(c)
     net = inputs.load_network(c, len(images.train.classes), device)
     settings = [Setting(lr, wd) for lr in c.optimizer.lr for wd in c.optimizer.wd]

@@ -4,28 +4,16 @@
 --batch-size counts the images of each process. A recipe: --cfg configs/moby_vit_small.yaml.
 """
 
-import moco as _first  # noqa: F401 (before torch: sets how its threads wait)
-
-# isort: split
 from dataclasses import dataclass, fields
 
-import torch
-
-from moco import config, sections
-from moco.builder import moby
-from moco.builder.base import OnlineAndTarget
-from moco.builder.negatives import COUNTS, notes
+from moco import config, sections, sections_methods
 from moco.cli import entry
 from moco.cli.parser import Parser
-from moco.distributed import print_rank0
-from moco.encoder import timm_networks
-from moco.engine import pretrain
+from moco.cli.types import Device, Method
+from moco.encoder import archs
+from moco.messages import print_rank0
 from moco.sections import option
-
-DEFAULTS = "; ".join(
-    f"{name} {', '.join(f'{value:g}' for value in values.values())}"
-    for name, values in moby.PUBLISHED.items()
-)
+from moco.sections_negatives import COUNTS, notes
 
 
 @dataclass(frozen=True)
@@ -35,8 +23,8 @@ class Run(sections.Run):
     method: str = option(
         "moby",
         "synco: MoBY with synthetic negatives (SynCo-v2). Each method has its own defaults of "
-        f"--moco-m, --lr and --wd: {DEFAULTS}",
-        choices=tuple(moby.PUBLISHED),
+        f"--moco-m, --lr and --wd: {sections_methods.MOBY_DEFAULTS}",
+        choices=tuple(sections_methods.MOBY),
     )
 
 
@@ -62,9 +50,9 @@ class Config(config.Pretraining):
         lr_by="previous-step",
         cos=True,
     )
-    networks: moby.Networks = moby.Networks()
-    contrast: moby.Contrast = moby.Contrast()
-    synthetic: moby.Synthetics = moby.Synthetics(
+    networks: sections_methods.MobyNetworks = sections_methods.MobyNetworks()
+    contrast: sections_methods.MobyContrast = sections_methods.MobyContrast()
+    synthetic: sections_methods.MobyNegatives = sections_methods.MobyNegatives(
         n_hard=256, sigma=0.1, **dict.fromkeys(COUNTS, 128)
     )
 
@@ -78,7 +66,7 @@ def parser() -> Parser:
     p = Parser(__doc__, Config())
     none = "--method byol has no negatives; leave it out"
     p.has_effect("queue moco_t", lambda args: args.method != "byol", none)
-    synthetic = " ".join(one.name for one in fields(moby.Synthetics))
+    synthetic = " ".join(one.name for one in fields(sections_methods.MobyNegatives))
     synco = "only --method synco has synthetic negatives; give it as well, or leave this out"
     p.has_effect(synthetic, lambda args: args.method == "synco", synco)
     hidden = "a projector and a predictor of one layer have no hidden width; leave it out"
@@ -87,10 +75,13 @@ def parser() -> Parser:
 
 
 def complete(c: Config) -> Config:
+    from moco.builder import moby
+    from moco.engine import pretrain
+
     settings = config.flat(c)
-    own = {k: v for k, v in moby.PUBLISHED[c.run.method].items() if settings[k] is None}
+    own = {k: v for k, v in sections_methods.MOBY[c.run.method].items() if settings[k] is None}
     if c.networks.online_drop_path is None:
-        own["online_drop_path"] = 0.2 if c.network.arch in timm_networks.SHORT else 0.0
+        own["online_drop_path"] = 0.2 if c.network.arch in archs.SHORT else 0.0
     c = config.replaced(c, **own)
     if c.run.method == "synco":
         moby.synco_v2(c.synthetic, c.contrast)  # so that wrong settings are errors here
@@ -101,12 +92,17 @@ def complete(c: Config) -> Config:
     return pretrain.complete(c)
 
 
-def build(c: Config) -> OnlineAndTarget:
+def build(c: Config) -> Method:
+    from moco.builder import moby
+
     parts = (c.network, c.views.image_size, c.networks, c.contrast, c.synthetic)
     return moby.create_method(c.run.method, *parts)
 
 
-def worker(c: Config, device: torch.device) -> None:
+def worker(c: Config, device: Device) -> None:
+    from moco.builder import moby
+    from moco.engine import pretrain
+
     if c.run.method == "synco":
         negatives = moby.synco_v2(c.synthetic, c.contrast)
         for line in notes(negatives, "--synthetic-first", "MoBY", c.optimizer.epochs):

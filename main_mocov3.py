@@ -5,26 +5,18 @@
 published settings: --cfg configs/mocov3_vit_small.yaml.
 """
 
-import moco as _first  # noqa: F401 (before torch: sets how its threads wait)
-
-# isort: split
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-from torch import nn
-
 from moco import config, sections
-from moco.builder.mocov3 import MoCoV3
-from moco.builder.negatives import BatchNegatives, notes
 from moco.cli import entry
 from moco.cli.parser import Parser
-from moco.distributed import print_rank0
-from moco.encoder import networks
-from moco.encoder.networks import projector
-from moco.engine import pretrain
+from moco.cli.types import Device, Method
+from moco.encoder import archs
 from moco.launch import processes
+from moco.messages import print_rank0
 from moco.sections import option
+from moco.sections_negatives import BatchNegatives, notes
 
 
 @dataclass(frozen=True)
@@ -77,6 +69,10 @@ def parser() -> Parser:
 
 
 def complete(c: Config) -> Config:
+    from moco.builder.mocov3 import MoCoV3
+    from moco.encoder import networks
+    from moco.engine import pretrain
+
     c = config.replaced(c, method="mocov3")
     if c.contrast.stop_grad_conv1:  # check before processes start that there is something to freeze
         net = networks.create_encoder(c.network, c.views.image_size, c.contrast.moco_dim)
@@ -86,25 +82,30 @@ def complete(c: Config) -> Config:
     return pretrain.complete(c)
 
 
-def build(c: Config) -> MoCoV3:
+def build(c: Config) -> Method:
     """Return a new model. A transformer has a longer projector, and one more batch norm."""
+    from torch import nn
+
+    from moco.builder.mocov3 import MoCoV3
+    from moco.encoder import networks
+
     size, dim, hidden = c.views.image_size, c.contrast.moco_dim, c.contrast.moco_mlp_dim
-    transformer = networks.is_transformer(c.network.arch)
+    transformer = archs.is_transformer(c.network.arch)
     net = networks.create_encoder(c.network, size, dim, zero_init_residual=True)
     if c.contrast.stop_grad_conv1:
         networks.freeze_patch_projection(net, c.network.arch)
 
-    def last_norm() -> nn.Module:
-        return nn.BatchNorm1d(dim, affine=False)
-
     widths = [networks.num_features(net), *[hidden] * (2 if transformer else 1), dim]
-    networks.set_head(net, projector(widths, last_norm()))
-    predictor = projector([dim, hidden, dim], *([last_norm()] if transformer else []))
+    norms = [nn.BatchNorm1d(dim, affine=False) for _ in range(2 if transformer else 1)]
+    networks.set_head(net, networks.projector(widths, norms[0]))
+    predictor = networks.projector([dim, hidden, dim], *norms[1:])
     m, rises, t = c.contrast.moco_m, c.contrast.moco_m_cos, c.contrast.moco_t
     return MoCoV3(net, predictor, m, rises, t, c.synthetic.schedule())
 
 
-def worker(c: Config, device: torch.device) -> None:
+def worker(c: Config, device: Device) -> None:
+    from moco.engine import pretrain
+
     m, rises = c.contrast.moco_m, c.contrast.moco_m_cos
     how = "at the start, 1 after the last step" if rises else "in all steps; --moco-m-cos raises it"
     print_rank0(f"momentum {m:g} (--moco-m) {how}")

@@ -7,20 +7,16 @@ own evaluation. Without --pretrained, the encoder is randomly initialised, which
 compare with.
 """
 
-import moco as _first  # noqa: F401 (before torch: sets how its threads wait)
-
-# isort: split
 import dataclasses
 from dataclasses import dataclass
-
-import torch
 
 from moco import config, sections, sections_eval
 from moco.cli import entry
 from moco.cli.effects import Options
 from moco.cli.parser import Parser
-from moco.distributed import print_rank0
-from moco.evaluate import inputs, results, retrieval, revisited, whole_images
+from moco.cli.types import Device
+from moco.data import catalog
+from moco.messages import print_rank0
 from moco.sections import option
 
 
@@ -30,7 +26,7 @@ class Input(sections.Input):
 
     dataset: str = option(
         "imagenet",
-        f"data set in DIR: {', '.join(revisited.NAMES)}, {{datasets}}",
+        f"data set in DIR: {', '.join(catalog.REVISITED)}, {{datasets}}",
         metavar="NAME",
     )
 
@@ -57,13 +53,13 @@ class Config(config.Evaluation):
 
 
 def is_revisited(options: Input | Options) -> bool:
-    return options.dataset in revisited.NAMES
+    return options.dataset in catalog.REVISITED
 
 
 def parser() -> Parser:
     p = Parser(__doc__, Config())
     own = "protocol imsize crop_queries center_crop multiscale scales pooling normalize_scales ap"
-    only = f"it is for --dataset {' and '.join(revisited.NAMES)}; leave it out"
+    only = f"it is for --dataset {' and '.join(catalog.REVISITED)}; leave it out"
     p.has_effect(own, is_revisited, only)
     shapes = "images keep their shapes, and --imsize limits their longer side; leave it out"
     names = "image_size test_resize batch_size compile"
@@ -84,6 +80,8 @@ def parser() -> Parser:
 
 
 def complete(c: Config) -> Config:
+    from moco.evaluate import inputs, revisited, whole_images
+
     inputs.check_distinct("--k", c.retrieval.k)
     if is_revisited(c.input):
         revisited.read(c.input.dataset, c.run.data)
@@ -95,7 +93,9 @@ def complete(c: Config) -> Config:
     return config.replaced(c, features=c.retrieval.features or "backbone", **none)
 
 
-def worker(c: Config, device: torch.device) -> None:
+def worker(c: Config, device: Device) -> None:
+    from moco.evaluate import inputs, results, retrieval, whole_images
+
     ks, within = list(c.retrieval.k), c.retrieval.database == "val"
     if is_revisited(c.input):
         name = c.retrieval.protocol

@@ -5,22 +5,14 @@ By default, only a classifier trains; --weights finetune also trains the encoder
 settings of the papers. Without --pretrained, the encoder is randomly initialised, as a baseline.
 """
 
-import moco as _first  # noqa: F401 (before torch: sets how its threads wait)
-
-# isort: split
 from dataclasses import dataclass
 from typing import ClassVar
-
-import torch
 
 from moco import config, sections, sections_eval
 from moco.cli import entry
 from moco.cli.parser import Parser
+from moco.cli.types import Device
 from moco.errors import InputError
-from moco.evaluate import inputs, splits
-from moco.evaluate.classifier import Setting, run
-from moco.evaluate.finetune import FineTuning
-from moco.evaluate.probe import LinearProbe
 from moco.sections import option
 
 BEST = "model_best_semisup.pth.tar"
@@ -79,6 +71,8 @@ def parser() -> Parser:
 
 
 def complete(c: Config) -> Config:
+    from moco.evaluate import inputs, splits
+
     if c.kept_layers and not c.encoder.pretrained and not c.only_tests:
         raise InputError(
             "--ft-proj keeps layers of a pre-trained head: give the checkpoint with "
@@ -100,7 +94,12 @@ def complete(c: Config) -> Config:
     return c
 
 
-def worker(c: Config, device: torch.device) -> None:
+def worker(c: Config, device: Device) -> None:
+    from moco.evaluate import inputs, splits
+    from moco.evaluate.classifier import Setting, run
+    from moco.evaluate.finetune import FineTuning
+    from moco.evaluate.probe import LinearProbe
+
     images, tuning = splits.load(c), c.finetuning
     net = inputs.load_network(c, len(images.train.classes), device)
     setting = Setting(tuning.lr_classifier, c.optimizer.wd)

@@ -6,28 +6,17 @@ batches suffice. SupCon uses labels. configs/ holds the published settings: --cf
 configs/sogclr_800.yaml. The published name --loss_type dcl is SogCLR.
 """
 
-import moco as _first  # noqa: F401 (before torch: sets how its threads wait)
-
-# isort: split
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-from torch import nn
-
-from moco import config, sections
-from moco.builder import objectives
-from moco.builder.isogclr import Temperatures
-from moco.builder.negatives import BatchNegatives, notes
-from moco.builder.simclr import SimCLR
+from moco import config, sections, sections_methods
 from moco.cli import entry
 from moco.cli.parser import Parser
-from moco.data.images import Images
-from moco.distributed import print_rank0
-from moco.encoder import networks
-from moco.engine import pretrain
+from moco.cli.types import Device, Images, Method, Module
 from moco.launch import processes
+from moco.messages import print_rank0
 from moco.sections import option
+from moco.sections_negatives import BatchNegatives, notes
 
 
 @dataclass(frozen=True)
@@ -59,9 +48,9 @@ class Config(config.Pretraining):
         lr_by="step",
         cos=True,
     )
-    contrast: objectives.BatchSettings = objectives.BatchSettings()
+    contrast: sections_methods.BatchLoss = sections_methods.BatchLoss()
     head: Head = Head()
-    temperatures: Temperatures = Temperatures()
+    temperatures: sections_methods.Temperatures = sections_methods.Temperatures()
     synthetic: BatchNegatives = BatchNegatives()
 
     @property
@@ -82,6 +71,10 @@ def parser() -> Parser:
 
 
 def complete(c: Config) -> Config:
+    from moco.builder import objectives
+    from moco.builder.simclr import SimCLR
+    from moco.engine import pretrain
+
     c = config.replaced(c, method=c.contrast.loss, gamma=c.contrast.own_gamma)
     objectives.check(c.contrast, c.temperatures, c.optimizer.epochs)
     objectives.check_synthetic(c.contrast.loss, c.synthetic.schedule().config.total)
@@ -90,8 +83,12 @@ def complete(c: Config) -> Config:
     return pretrain.complete(c, c.contrast.uses_labels)
 
 
-def encoder(c: Config) -> nn.Module:
+def encoder(c: Config) -> Module:
     """Return a network with a projection head of --num-proj-layers linear layers."""
+    from torch import nn
+
+    from moco.encoder import networks
+
     dim, layers = c.head.dim, c.head.num_proj_layers
     net = networks.create_encoder(c.network, c.views.image_size, dim, zero_init_residual=True)
     widths = [networks.num_features(net), *[c.head.mlp_dim] * (layers - 1), dim]
@@ -100,13 +97,16 @@ def encoder(c: Config) -> nn.Module:
     return net
 
 
-def worker(c: Config, device: torch.device) -> None:
+def worker(c: Config, device: Device) -> None:
+    from moco.builder import objectives
+    from moco.engine import pretrain
+
     print_rank0(objectives.note(c.contrast))
     negatives = c.synthetic.schedule()
     for line in notes(negatives, "--synthetic-first", c.contrast.loss, c.optimizer.epochs):
         print_rank0(line)
 
-    def build(images: Images) -> SimCLR:
+    def build(images: Images) -> Method:
         pretrain.require_labels(images, c.contrast.uses_labels)
         data = len(images), images.single_labels
         parts = c.contrast, c.temperatures, lambda: encoder(c), *data, negatives

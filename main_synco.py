@@ -6,25 +6,17 @@ Without synthetic negatives (--n1 .. --n6 all 0) this is MoCo: v1 by default, v2
 settings: --cfg configs/synco_200.yaml.
 """
 
-import moco as _first  # noqa: F401 (before torch: sets how its threads wait)
-
-# isort: split
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
-from moco import config, sections
-from moco.builder import objectives
-from moco.builder.negatives import Schedule, SyntheticNegatives, notes, synthetic_schedule
-from moco.builder.synco import SynCo
+from moco import config, sections, sections_methods
 from moco.cli import entry
 from moco.cli.parser import Parser
-from moco.distributed import print_rank0
-from moco.encoder.networks import create_encoder
-from moco.engine import pretrain
+from moco.cli.types import Device, Method
+from moco.messages import print_rank0
 from moco.sections import option
+from moco.sections_negatives import Schedule, SyntheticNegatives, notes, synthetic_schedule
 
 
 @dataclass(frozen=True)
@@ -54,7 +46,7 @@ class Config(config.Pretraining):
 
     encoders: sections.QueryAndKey = sections.QueryAndKey()
     queue: Queue = Queue()
-    objective: objectives.Settings = objectives.Settings()
+    objective: sections_methods.Loss = sections_methods.Loss()
     synthetic: Synthetics = Synthetics()
 
     @property
@@ -84,6 +76,9 @@ def method(counts: Sequence[int]) -> str:
 
 
 def complete(c: Config) -> Config:
+    from moco.builder import objectives
+    from moco.engine import pretrain
+
     recipe = c.views.recipe or ("mocov2" if c.encoders.aug_plus else "mocov1")
     c = config.replaced(c, method=method(negatives(c).config.counts), recipe=recipe)
     objectives.check_queue(c.objective, negatives(c).config.total, c.optimizer.epochs)
@@ -91,7 +86,11 @@ def complete(c: Config) -> Config:
     return pretrain.complete(c)
 
 
-def build(c: Config) -> SynCo:
+def build(c: Config) -> Method:
+    from moco.builder import objectives
+    from moco.builder.synco import SynCo
+    from moco.encoder.networks import create_encoder
+
     dim, mlp = c.encoders.moco_dim, c.encoders.mlp
     return SynCo(
         lambda: create_encoder(c.network, c.views.image_size, dim, mlp),
@@ -107,7 +106,9 @@ def build(c: Config) -> SynCo:
     )
 
 
-def worker(c: Config, device: torch.device) -> None:
+def worker(c: Config, device: Device) -> None:
+    from moco.engine import pretrain
+
     for line in notes(negatives(c), "--warmup-epochs", "MoCo", c.optimizer.epochs):
         print_rank0(line)
     pretrain.train(c, device, lambda images: build(c))

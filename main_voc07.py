@@ -6,22 +6,15 @@ The result is the mean average precision (mAP). Without --pretrained, the encode
 initialised, which is the baseline to compare with.
 """
 
-import moco as _first  # noqa: F401 (before torch: sets how its threads wait)
-
-# isort: split
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
-from moco import config, distributed, sections, sections_eval
+from moco import config, sections, sections_eval
 from moco.cli import entry
 from moco.cli.effects import Options
 from moco.cli.parser import Parser
-from moco.data import registry
-from moco.distributed import print_rank0
-from moco.engine import features
-from moco.evaluate import inputs, metrics, results, voc, voc_layer
+from moco.cli.types import Device
+from moco.messages import print_rank0
 from moco.sections import option
 
 COSTS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
@@ -74,6 +67,9 @@ def parser() -> Parser:
 
 
 def complete(c: Config) -> Config:
+    from moco.data import registry
+    from moco.evaluate import inputs
+
     c = config.replaced(c, c=tuple(sorted(set(c.svm.c))))
     c = inputs.complete_features(c, multi_label=True)
     if not uses_sgd(c.svm):
@@ -84,7 +80,11 @@ def complete(c: Config) -> Config:
     return config.replaced(c, epochs=c.svm.epochs or 100, lr=lr, test_resize=None)
 
 
-def worker(c: Config, device: torch.device) -> None:
+def worker(c: Config, device: Device) -> None:
+    from moco import distributed
+    from moco.engine import features
+    from moco.evaluate import inputs, metrics, results, voc, voc_layer
+
     if uses_sgd(c.svm):
         classes, *tested, on_val = voc_layer.classify(c, device, c.svm.epochs, c.svm.lr)
         found = metrics.print_average_precisions(classes, *tested, [""] * len(classes))

@@ -19,12 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moco.builder.negatives import Schedule
 from moco.builder.synco import SynCo
 from moco.loss import synthetic
 from moco.loss.contrastive import normalize
 from moco.loss.hardest import hardest
 from moco.rng import NEGATIVES, Progress
+from moco.sections_negatives import Schedule
 
 try:
     from lightly.loss import NTXentLoss

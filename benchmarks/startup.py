@@ -1,14 +1,37 @@
 #!/usr/bin/env python
-"""Measure how long it takes to list a folder's images, next to torchvision's ImageFolder."""
+"""Measure the start of programs: --help, a refused option, the first step, and listing a folder.
 
+All times are warm: the first rounds, which read the packages from the disk, do not count. The first
+step is that of ResNet-18 on `photos` at 64 pixels, in one process with the default number of loader
+processes. Listing is compared with torchvision's ImageFolder.
+"""
+
+import subprocess
+import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from time import perf_counter
 
 import measure
 import torch
 from torchvision.datasets import ImageFolder
 
 from moco.data import sources
+
+CPU = torch.device("cpu")
+PROGRAMS = [
+    path.relative_to(measure.ROOT)
+    for pattern in ("main_*.py", "tools/*.py")
+    for path in sorted(measure.ROOT.glob(pattern))
+    if path.name != "__init__.py"
+]
+FIRST_STEP = "photos -a resnet18 --image-size 64 --batch-size 64 --epochs 1".split()
+TARGETS = {
+    "slowest_help_s": measure.Target(0.4),
+    "refused_s": measure.Target(0.4),
+    "first_step_s": measure.Target(5),
+}
 
 
 def main() -> None:
@@ -17,6 +40,15 @@ def main() -> None:
     parser.add_argument("--files", type=int, default=100_000)
     parser.add_argument("--classes", type=int, default=1000)
     args = parser.parse_args()
+    helps = {f"{path} --help": python(str(path), "--help") for path in PROGRAMS}
+    refused = "main_synco.py --batch-size many"
+    others = {
+        refused: python(*refused.split(), status=2),
+        "import moco": python("-c", "import moco"),
+        "import torch": python("-c", "import torch"),
+        "the first step": first_step,
+    }
+    times = measure.side_by_side(helps | others, args.rounds, CPU)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         make(root / "train", args.files, args.classes)
@@ -27,13 +59,55 @@ def main() -> None:
         def torchvision() -> None:
             assert len(ImageFolder(str(root / "train"))) == args.files
 
-        candidates = {"ours": ours, "torchvision": torchvision}
-        times = measure.side_by_side(candidates, args.rounds, torch.device("cpu"))
-    table = [{"list": name, "ms": 1e3 * value} for name, value in measure.medians(times).items()]
-    ratios = {"torchvision_over_ours": measure.ratio(times["torchvision"], times["ours"])}
-    measure.report(
-        "startup", table, ratios, {"files": args.files, "classes": args.classes}, args.json
-    )
+        listing = measure.side_by_side(
+            {"list: ours": ours, "list: torchvision": torchvision}, args.rounds, CPU
+        )
+    medians = measure.medians(times | listing)
+    table = [{"start": name, "ms": 1e3 * value} for name, value in medians.items()]
+    figures = {
+        "slowest_help_s": max(medians[name] for name in helps),
+        "refused_s": medians[refused],
+        "import_torch_s": medians["import torch"],
+        "first_step_s": medians["the first step"],
+        "first_step_over_import_torch": measure.ratio(
+            times["the first step"], times["import torch"]
+        ),
+        "torchvision_over_ours": measure.ratio(*reversed(listing.values())),
+    }
+    facts = {"files": args.files, "classes": args.classes}
+    measure.report("startup", table, figures, facts, args.json, TARGETS)
+
+
+def python(*words: str, status: int = 0) -> Callable[[], None]:
+    """Return a function that runs Python in a new process, which must end with `status`."""
+
+    def run() -> None:
+        command = [sys.executable, *words]
+        done = subprocess.run(command, cwd=measure.ROOT, capture_output=True, text=True)
+        assert done.returncode == status, done
+
+    return run
+
+
+def first_step() -> float:
+    """Return the seconds from the command to the line of the log after the first training step."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "main_synco.py", *FIRST_STEP, "--save-dir", f"{folder}/run"]
+        began = perf_counter()
+        with subprocess.Popen(
+            command, cwd=measure.ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        ) as process:
+            lines = []
+            for line in process.stdout:
+                lines.append(line)
+                if line.startswith("first step took"):
+                    seconds = perf_counter() - began
+                    break
+            else:
+                raise RuntimeError(f"no first step: {''.join(lines)}")
+            process.terminate()
+            process.stdout.read()  # until it has saved and ended
+        return seconds
 
 
 def make(root: Path, files: int, classes: int) -> None:

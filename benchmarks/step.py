@@ -27,7 +27,6 @@ from moco import distributed
 from moco.builder.adco import AdCo, Ascent
 from moco.builder.batch_norm import MIN_BN_GROUP
 from moco.builder.moco import MoCo
-from moco.builder.negatives import Schedule
 from moco.builder.synco import SynCo
 from moco.config import Config, replaced
 from moco.encoder.resnets import resnet
@@ -38,6 +37,7 @@ from moco.launch import launch
 from moco.loss.synthetic import Synthetic
 from moco.rng import SHUFFLE, Progress
 from moco.sections import Optimizer
+from moco.sections_negatives import Schedule
 
 T, M, LR = 0.2, 0.999, 0.03
 GROUPS = 8  # batch norm groups of the key encoder; the default of --bn-splits

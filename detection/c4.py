@@ -14,7 +14,8 @@ from torch import nn
 
 from moco.encoder.resnets import resnet
 from moco.errors import InputError
-from moco.files import UnreadableError, read_json, read_pickle
+from moco.files import UnreadableError, read_json
+from moco.pickles import read_pickle
 
 CONFIGS = Path(__file__).parent / "configs"
 SOURCE = "source.json"  # file in a detector's run folder that names the converted checkpoint

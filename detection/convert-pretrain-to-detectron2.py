@@ -17,7 +17,7 @@ from typing import Any
 
 from moco.cli import tool
 from moco.config import MEAN, STD
-from moco.encoder import metadata, networks, pretrained, resnets
+from moco.encoder import archs, metadata, networks, pretrained, resnets
 from moco.engine import checkpoint
 from moco.errors import InputError
 from moco.files import creating
@@ -66,7 +66,7 @@ def convert(file: str, arch: str | None = None) -> dict[str, Any]:
     state = checkpoint.load(file)
     facts = metadata.read_metadata(state)
     arch = arch or facts.arch or "resnet50"
-    if arch == facts.arch and arch not in resnets.ARCHS:
+    if arch == facts.arch and arch not in archs.ARCHS:
         built = "the detectors here are built on ResNets of torchvision"
         raise InputError(f"{file}: is of {arch}, but {built}")
     if facts.stem == "cifar":

@@ -6,8 +6,12 @@ encoders, and `data` and `augment` prepare the images. `load_encoder` loads an e
 
 import contextlib
 import ctypes
+import importlib.util
 import os
+import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from moco import user
@@ -29,7 +33,7 @@ def _is_busy(load: Path = Path("/proc/loadavg")) -> bool:
 # machine, a waiting thread may occupy the core that the other thread needs. A short wait is then
 # several times as fast. On an idle machine, a short wait slows training by a tenth or more, so
 # PyTorch's default stays (benchmarks/threads.py measures both). OpenMP reads the variable once,
-# when torch is loaded, so scripts import this package first. The user's own settings win.
+# when torch is loaded, so import this package before torch. The user's own settings win.
 _OPENMP = ("OMP_WAIT_POLICY", "OMP_NUM_THREADS", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 if _is_busy() and not any(name in os.environ for name in _OPENMP):
     os.environ["GOMP_SPINCOUNT"] = "1000"
@@ -52,12 +56,37 @@ def _keep_freed_memory() -> None:
 
 _keep_freed_memory()
 
-import torch  # noqa: E402
 
-# On a CPU, PyTorch uses Intel MKL's vector functions. If several threads call them for the first
-# time at once, the result in one thread may be accurate to 1e-4 only, instead of 1e-7. A first call
-# in a single thread prevents this for the rest of the process.
-torch.ones(1).exp()
+class _FirstExp:
+    """A finder for `sys.meta_path` that calls `exp` once, in a single thread, after torch's import.
+
+    On a CPU, PyTorch uses Intel MKL's vector functions. If several threads call them for the first
+    time at once, the result in one thread may be accurate to 1e-4 only, instead of 1e-7. A first
+    call in a single thread prevents this for the rest of the process. This package does not import
+    torch itself, so that `--help` and refused options take a fraction of a second.
+    """
+
+    def find_spec(self, name: str, *_: object) -> ModuleSpec | None:
+        """Return torch's spec, with a loader that calls `exp`; None for all other modules."""
+        if name != "torch":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is not None:
+            load = spec.loader.exec_module
+
+            def load_and_call(module: ModuleType) -> None:
+                load(module)
+                module.ones(1).exp()
+
+            spec.loader.exec_module = load_and_call
+        return spec
+
+
+if "torch" in sys.modules:
+    sys.modules["torch"].ones(1).exp()
+else:
+    sys.meta_path.insert(0, _FirstExp())
 
 
 if TYPE_CHECKING:

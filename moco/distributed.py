@@ -4,8 +4,6 @@ Every function also works in one process without a process group. moco/launch st
 """
 
 import functools
-import os
-import sys
 import warnings
 from typing import Any
 
@@ -13,9 +11,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 from moco import devices
+from moco.messages import is_rank0 as is_rank0  # unused here: the two belong to these functions
+from moco.messages import print_rank0 as print_rank0
 
 # torch 2.13 deprecates the older name
 _all_gather_rows = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -24,16 +23,6 @@ _all_gather_rows = getattr(dist, "all_gather_single", None) or dist.all_gather_i
 def rank() -> int:
     """Return the global rank of this process; 0 without a process group."""
     return dist.get_rank() if dist.is_initialized() else 0
-
-
-def is_rank0() -> bool:
-    """Return whether this process is rank 0, the one that prints and writes files.
-
-    Before the process group exists, the launcher's environment variables decide.
-    """
-    if dist.is_initialized():
-        return dist.get_rank() == 0
-    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
 
 
 def world_size() -> int:
@@ -248,10 +237,3 @@ def unshuffle(x: Tensor, permutation: Tensor) -> Tensor:
         permutation: the permutation given to `shuffle`, [W * B].
     """
     return all_gather(x)[devices.to_device(permutation.argsort(), x.device)]
-
-
-def print_rank0(message: str) -> None:
-    """Print a line on rank 0 only, above any progress bar."""
-    if is_rank0():
-        tqdm.write(message)
-        sys.stdout.flush()

@@ -5,19 +5,16 @@ Checkpoints are read by `encoder.weights`.
 
 import codecs
 import contextlib
-import io
 import itertools
 import json
 import math
 import os
-import pickle
 import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import numpy as np
 import yaml
 
 from moco.errors import InputError, short
@@ -264,65 +261,6 @@ def parse_json(text: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise InputError(f"not JSON: {short(' '.join(str(error).split()), 600)}") from None
-
-
-def read_pickle(path: str | Path) -> Any:
-    """Return the value in a pickle of plain values and NumPy's arrays and numbers.
-
-    No other object is created or called, so an untrusted file does no harm.
-
-    Raises InputError if the file is damaged or holds anything else, and UnreadableError if the
-    system cannot read it. The messages do not contain the path.
-    """
-    try:
-        return _ArrayUnpickler(io.BytesIO(Path(path).read_bytes()), encoding="latin1").load()
-    except InputError:
-        raise
-    except (OSError, MemoryError) as error:
-        raise unreadable(error) from None
-    except Exception as error:  # a damaged pickle raises errors of many types
-        reason = short(" ".join(str(error).split()), 600) or type(error).__name__
-        raise InputError(f"damaged, or no pickle ({reason})") from None
-
-
-class _ArrayUnpickler(pickle.Unpickler):
-    """An unpickler that can only create plain values and NumPy's arrays."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        """Return the class or function that a pickle asks for.
-
-        Raises InputError if arrays do not need it.
-        """
-        module = module.replace("numpy._core", "numpy.core")  # its name since NumPy 2
-        if (module, name) not in _ARRAY_PARTS:
-            raise InputError(
-                f"holds {short(f'{module}.{name}')}, and only plain values and numpy's arrays are "
-                "read; save these alone"
-            )
-        return _ARRAY_PARTS[module, name]
-
-
-def _scalar(dtype: np.dtype, data: bytes) -> np.generic:
-    """Return a NumPy number. Raises InputError for a type that would unpickle `data`."""
-    if dtype.hasobject:
-        raise InputError(
-            "holds an array of Python objects, and only numbers and words are read; "
-            "save these alone"
-        )
-    return np.empty(0).dtype.type(0).__reduce__()[0](dtype, data)
-
-
-# The names that pickles of arrays refer to, with NumPy 1 and 2, and the objects to use for them.
-_ARRAY_PARTS = {
-    ("numpy", "ndarray"): np.ndarray,
-    ("numpy", "dtype"): np.dtype,
-    ("numpy.core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
-    ("numpy.core.multiarray", "scalar"): _scalar,
-    ("numpy.core.numeric", "_frombuffer"): np.empty(0).__reduce_ex__(5)[0],
-    # old pickle protocols have no type for bytes, and store them as encoded text
-    ("_codecs", "encode"): lambda text, _: text.encode("latin1"),
-    ("collections", "OrderedDict"): dict,
-}
 
 
 def write_json(path: Path, value: object) -> None:

@@ -1,8 +1,9 @@
 """The sections of a run's settings: frozen dataclasses, one per concern.
 
-A field made by `option` is also a command-line option. Only this file and the other files
-moco/sections_*.py define its default, type, range and help text. moco/config.py combines the
-sections; moco/cli/groups.py creates the options.
+A field made by `option` is also a command-line option. Only this file, the other files
+moco/sections_*.py and the scripts define its default, type, range and help text. moco/config.py
+combines the sections; moco/cli/groups.py creates the options. None of these files imports torch, so
+that --help is quick.
 """
 
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ DEVICES = ("cpu", "cuda", "xpu", "mps")
 OPTIMIZERS = ("sgd", "lars", "lars_tf", "adam", "adamw")
 SCALINGS = ("none", "sqrt", "linear")
 CACHE_MODES = ("auto", "on", "off")
+AUTO_MAX = 8 << 30  # bytes of images in memory, at most, with --cache-images auto
 TRACKERS = ("wandb", "trackio", "mlflow")  # the names of their packages
 
 

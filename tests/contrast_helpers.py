@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from moco import distributed
+from moco import distributed, sections_methods
 from moco.builder import objectives
-from moco.builder.isogclr import Temperatures
 from moco.rng import Progress
+from moco.sections_methods import Temperatures
 
 B, DIM, N, T = 5, 4, 40, 0.1  # images in half a batch, features, training images, temperature
 
@@ -101,7 +101,7 @@ def build(loss, local=False, step=None, labels=None, **settings):
         nn.Linear(8, DIM),
     )
     gather = "local" if local else "all"
-    section = objectives.BatchSettings(loss=loss, t=T, gather_gradient=gather, **settings)
+    section = sections_methods.BatchLoss(loss=loss, t=T, gather_gradient=gather, **settings)
     temperatures = Temperatures(**(step or {}))
     return objectives.create_method(section, temperatures, lambda: net, N, labels).double()
 

@@ -13,7 +13,7 @@ from imagenet_trees import imagenet, imagenette, tiny_imagenet
 from PIL import Image
 from scipy.io import savemat
 
-from moco.data.registry import NAMES
+from moco.data.catalog import NAMES
 
 NEVER_DOWNLOADED = ("imagenet", "cars", "places205")
 DOWNLOADED = tuple(name for name in NAMES if name not in (*NEVER_DOWNLOADED, "photos"))

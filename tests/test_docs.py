@@ -139,7 +139,7 @@ def test_command_is_accepted(typed, text, tmp_path, monkeypatch):
         check_name(config.views.recipe)
     config = completed(module, config)
     # Check also that no option lacks an effect. Other tests may be using the ports of the papers.
-    with mock.patch("moco.launch.rendezvous._check_own"):
+    with mock.patch("moco.launch.address._check_own"):
         parser.without_effect(config)
 
 

@@ -7,11 +7,18 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = [
-    ("moco.errors", "moco.rng", "moco.options", "moco.methods"),
+    (
+        "moco.errors",
+        "moco.rng",
+        "moco.options",
+        "moco.methods",
+        "moco.messages",
+        "moco.loss.settings",
+    ),
     ("moco.sections",),
     ("moco.config",),
     ("moco.files", "moco.user", "moco.devices"),
-    ("moco.loss", "moco.distributed"),
+    ("moco.loss", "moco.distributed", "moco.pickles"),
     ("moco.augment", "moco.encoder"),
     ("moco.builder", "moco.data"),
     ("moco.launch", "moco.api"),

@@ -14,23 +14,18 @@ There are as many clusters as classes, unless --clusters is given. The result is
 index (ARI), and the accuracy if each cluster is matched with one class.
 """
 
-import moco as _first  # noqa: F401 (before torch: sets how its threads wait)
-
-# isort: split
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from moco import config, distributed, sections_eval
+from moco import config, sections_eval
 from moco.cli import entry
 from moco.cli.parser import Parser
-from moco.data import splits
-from moco.distributed import print_rank0
-from moco.engine import features
+from moco.cli.types import Device
 from moco.errors import InputError
-from moco.evaluate import clusters, feature_tables, inputs, results
+from moco.evaluate import feature_tables
+from moco.messages import print_rank0
 
 METRICS = {"nmi": "NMI", "ari": "ARI", "cluster_accuracy": "matched accuracy"}
 
@@ -68,6 +63,8 @@ def table_of(data: str | None) -> Path | None:
 
 def complete(c: Config) -> Config:
     """Return the completed settings. Raises InputError if the data or the checkpoint do not fit."""
+    from moco.evaluate import inputs
+
     if table := table_of(c.run.data):
         *_, about = feature_tables.read(table)
         arch, method = (str(about.get(name) or "unknown") for name in ("arch", "method"))
@@ -79,8 +76,12 @@ def complete(c: Config) -> Config:
     return config.replaced(c, features=c.clustering.features or "backbone")
 
 
-def worker(c: Config, device: torch.device) -> None:
+def worker(c: Config, device: Device) -> None:
     """Cluster the features, print the metrics and write results.json."""
+    from moco import distributed
+    from moco.engine import features
+    from moco.evaluate import clusters, inputs, results
+
     split = c.clustering.split
     if table := table_of(c.run.data):
         x, labels, count = read_table(table)
@@ -110,6 +111,8 @@ def read_table(path: Path) -> tuple[np.ndarray, np.ndarray, int]:
 
     Raises InputError if the file cannot be read, or if the names have no folders.
     """
+    from moco.data import splits
+
     names, rows, _ = feature_tables.read(path)
     folders = [list(Path(name).parts[:-1]) for name in names]
     leading = {name for names in splits.FOLDERS.values() for name in names}

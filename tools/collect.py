@@ -16,10 +16,8 @@ from pathlib import Path
 from moco.cli import tool
 from moco.errors import InputError
 from moco.files import check_new, creating
-from moco.report import tables
-from moco.report.results import collect
 
-FORMATS = {"markdown": tables.markdown, "csv": tables.as_csv, "latex": tables.latex}
+SUFFIXES = {"markdown": "md", "csv": "csv", "latex": "tex"}  # of each format
 
 
 def main() -> int:
@@ -31,7 +29,7 @@ def main() -> int:
         "folder", type=Path, help="folder that contains the run folders, at any depth"
     )
     parser.add_argument(
-        "--format", choices=FORMATS, default="markdown", help="format to print (default: markdown)"
+        "--format", choices=SUFFIXES, default="markdown", help="format to print (default: markdown)"
     )
     files = "also write table.md, table.csv and table.tex to this folder"
     parser.add_argument("--out", type=Path, metavar="DIR", help=files)
@@ -44,16 +42,19 @@ def table(args: argparse.Namespace) -> None:
 
     Raises InputError if the files exist, unless --force is given.
     """
+    from moco.report import tables
+    from moco.report.results import collect
+
     if args.force and not args.out:
         replaces = "--force replaces the tables in the folder of --out"
         raise InputError(f"{replaces}; give --out DIR, or leave --force out")
     cells = collect(args.folder)
+    makers = {"markdown": tables.markdown, "csv": tables.as_csv, "latex": tables.latex}
     # a table in Markdown ends with an empty line, to set it apart from what follows
-    print(FORMATS[args.format](cells), end="\n" if args.format == "markdown" else "")
+    print(makers[args.format](cells), end="\n" if args.format == "markdown" else "")
     if not args.out:
         return
-    endings = {"markdown": "md", "csv": "csv", "latex": "tex"}
-    files = {args.out / f"table.{endings[name]}": make(cells) for name, make in FORMATS.items()}
+    files = {args.out / f"table.{SUFFIXES[name]}": make(cells) for name, make in makers.items()}
     for path in files:
         check_new(path, args.force)
     for path, content in files.items():

@@ -13,15 +13,8 @@ import shlex
 import sys
 from pathlib import Path
 
-import moco as _first  # noqa: F401 (before torch: sets how its threads wait)
-
-# isort: split
-import torch
-
 from moco import sections
 from moco.cli import tool, values
-from moco.encoder import networks, pretrained, simclr_tf
-from moco.encoder.tensor_bundle import Bundle
 from moco.errors import InputError, one_line
 from moco.files import check_new, creating, refuse_remote
 
@@ -50,6 +43,11 @@ def main() -> int:
 
 def convert(args: argparse.Namespace) -> None:
     """Write OUT. Raises InputError if the checkpoint cannot be converted, or OUT exists."""
+    import torch
+
+    from moco.encoder import networks, pretrained, simclr_tf
+    from moco.encoder.tensor_bundle import Bundle
+
     refuse_remote(str(args.out))
     if args.out.suffix not in SUFFIXES:
         raise InputError(f"{args.out}: let OUT end in {', '.join(SUFFIXES)}, as torch.save's files")

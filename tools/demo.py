@@ -13,10 +13,8 @@ from pathlib import Path
 
 from moco.cli import tool
 from moco.cli.run_on_photos import LINEAR, run_on_photos
-from moco.engine.log import format_duration
 from moco.files import new_folder, write_json
 from moco.methods import METHODS
-from moco.report import page
 
 
 def main() -> int:
@@ -32,6 +30,9 @@ def main() -> int:
         help="train for two epochs only and require no gain: a quick check that all parts run",
     )
     args = parser.parse_args()
+    from moco.engine.log import format_duration
+    from moco.report import page
+
     epochs, probe_epochs = (2, 2) if args.short else (20, 12)
 
     began = time.perf_counter()

@@ -15,27 +15,24 @@ import argparse
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import moco as _first  # noqa: F401 (before torch: sets how its threads wait)
-
-# isort: split
-import numpy as np
-import torch
-from tqdm import tqdm
-
-from moco import devices, sections
+from moco import sections
 from moco.cli import tool, values
 from moco.config import Evaluation, replaced
-from moco.data import folders, sources
-from moco.data.images import Images
-from moco.encoder import networks, pretrained
-from moco.engine import precision
 from moco.errors import InputError
-from moco.evaluate import feature_parts, feature_tables
+from moco.evaluate import feature_tables
 from moco.files import as_utf8, check_new, half_written, replacing
 from moco.launch import processes
 from moco.report import maps
 from moco.sections_eval import TEST_RESIZES
+
+if TYPE_CHECKING:
+    import torch
+
+    from moco.data.images import Images
+    from moco.encoder.pretrained import Encoder
+    from moco.evaluate.feature_parts import Parts
 
 SECONDS = 60.0  # between two lines of progress
 COMPUTE, INPUT = sections.Compute(), sections.Input()
@@ -135,6 +132,10 @@ def parser() -> tool.OneLineParser:
 
 def embed(args: argparse.Namespace) -> None:
     """Write the features. Raises InputError if the images, the checkpoint or --out do not fit."""
+    from moco import devices
+    from moco.encoder import networks, pretrained
+    from moco.evaluate import feature_parts
+
     suffix = args.out.suffix.lower()
     if suffix not in feature_tables.WRITERS:
         known = ", ".join(feature_tables.WRITERS)
@@ -186,11 +187,13 @@ def embed(args: argparse.Namespace) -> None:
     print(f"{args.out}: {len(table.names)} images, {table.width} features each{absent}")
 
 
-def find(data: str, split: str | None = None) -> Images:
+def find(data: str, split: str | None = None) -> "Images":
     """Return all images below a folder, or else those of a split that larger files in it hold.
 
     Raises InputError if there is none.
     """
+    from moco.data import folders, sources
+
     root = Path(data)
     if not root.is_dir():
         raise InputError(f"{data}: no such folder; give a folder with images")
@@ -213,8 +216,10 @@ def find(data: str, split: str | None = None) -> Images:
     return sources.scan(root, chosen)
 
 
-def settings(args: argparse.Namespace, found: pretrained.Encoder) -> Evaluation:
+def settings(args: argparse.Namespace, found: "Encoder") -> Evaluation:
     """Return the settings of an evaluation with these options."""
+    from moco.engine import precision
+
     workers = min(processes.cores(), processes.WORKERS) if args.workers is None else args.workers
     config = replaced(
         Evaluation(),
@@ -237,11 +242,15 @@ def settings(args: argparse.Namespace, found: pretrained.Encoder) -> Evaluation:
 def determines(
     args: argparse.Namespace,
     config: Evaluation,
-    found: pretrained.Encoder,
-    images: Images,
-    device: torch.device,
+    found: "Encoder",
+    images: "Images",
+    device: "torch.device",
 ) -> dict[str, object]:
     """Return what determines the bits of the features, by the name that messages show."""
+    import torch
+
+    from moco.evaluate import feature_parts
+
     weights, names = feature_parts.digest(found.net, images)
     return {
         "DIR": as_utf8(str(Path(args.folder).resolve())),
@@ -260,17 +269,23 @@ def determines(
 
 
 def compute(
-    found: pretrained.Encoder,
-    images: Images,
+    found: "Encoder",
+    images: "Images",
     config: Evaluation,
-    device: torch.device,
-    parts: feature_parts.Parts,
+    device: "torch.device",
+    parts: "Parts",
     skip: bool,
 ) -> None:
     """Compute the features that `parts` lacks. Show a progress bar on a terminal, else lines.
 
     Raises InputError, which says that the same command continues.
     """
+    import torch
+    from tqdm import tqdm
+
+    from moco.engine import precision
+    from moco.evaluate import feature_parts
+
     if parts.done:
         print(f"continuing at image {parts.done} of {len(images)}")
     net = precision.prepare_model(found.net, device, compile=False, recompute=False)
@@ -298,13 +313,15 @@ def compute(
 
 
 def table_of(
-    parts: feature_parts.Parts,
+    parts: "Parts",
     names: list[str],
     width: int,
     method: maps.Method | None,
     about: dict[str, object],
 ) -> feature_tables.Table:
     """Return the content of the file. Raises InputError if no image could be read."""
+    import numpy as np
+
     kept = [names[i] for i in range(len(names)) if i not in parts.unreadable]
     if not kept:
         raise InputError("no image can be read")

@@ -15,23 +15,19 @@ import shlex
 import sys
 import tempfile
 from pathlib import Path
-
-import moco as _first  # noqa: F401 (before torch: sets how its threads wait)
-
-# isort: split
-import torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING
 
 from moco import sections
-from moco.augment import crop
 from moco.cli import tool, values
 from moco.config import MEAN, STD
-from moco.encoder import hf_folder, onnx_file, pretrained
-from moco.encoder.exported import READ, as_texts, hubconf, python, serialize
-from moco.encoder.stock import StockModel, stock_models
 from moco.errors import InputError
 from moco.files import check_new, creating, refuse_remote, to_json
-from moco.report.model_card import model_card
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from moco.encoder.pretrained import Encoder
+    from moco.encoder.stock import StockModel
 
 # largest differences, relative to the largest feature; the features are usually exactly equal
 TOLERANCE = 1e-4
@@ -84,6 +80,11 @@ def export(args: argparse.Namespace) -> None:
     Raises InputError if they cannot be written, or if other software that loads them computes
     different features. Then nothing is written.
     """
+    import torch
+
+    from moco.encoder import hf_folder, pretrained
+    from moco.encoder.stock import stock_models
+
     check_outputs(args)
     found = pretrained.read(args.checkpoint, args.arch, args.image_size, args.norm_eps)
     if args.hf:
@@ -98,7 +99,8 @@ def export(args: argparse.Namespace) -> None:
     first = args.out or args.hf or args.onnx
     try:
         first.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".export-", dir=first.parent) as folder:
+        temporary = tempfile.TemporaryDirectory(prefix=".export-", dir=first.parent)
+        with temporary as folder, torch.inference_mode():
             lines = verify(args, found, homes, files, Path(folder))
         write(files, args.force)
     except OSError as error:
@@ -111,6 +113,8 @@ def export(args: argparse.Namespace) -> None:
 
 def outputs(args: argparse.Namespace) -> list[Path]:
     """Return the files to write. The last one of a folder makes it loadable."""
+    from moco.encoder import hf_folder
+
     found = [args.out] if args.out else []
     if args.hub:
         found.append(args.out.with_name("hubconf.py"))
@@ -121,6 +125,9 @@ def outputs(args: argparse.Namespace) -> list[Path]:
 
 def check_outputs(args: argparse.Namespace) -> None:
     """Raise InputError if a file to write has a wrong name, or if an existing one would be lost."""
+    from moco.encoder import onnx_file
+    from moco.encoder.exported import READ
+
     if not (args.out or args.hf or args.onnx):
         raise InputError("nothing to write; give OUT, --hf DIR or --onnx FILE")
     if args.hub and not args.out:
@@ -158,9 +165,14 @@ def is_utf8(path: Path) -> bool:
 
 
 def contents(
-    args: argparse.Namespace, found: pretrained.Encoder, homes: list[StockModel]
+    args: argparse.Namespace, found: "Encoder", homes: "list[StockModel]"
 ) -> dict[Path, bytes]:
     """Return the content of each file of `outputs`."""
+    from moco.augment import crop
+    from moco.encoder import hf_folder, onnx_file
+    from moco.encoder.exported import as_texts, hubconf, serialize
+    from moco.report.model_card import model_card
+
     facts = {
         "arch": found.arch,
         "method": found.method,
@@ -206,11 +218,10 @@ def unwritable(out: Path, error: OSError) -> InputError:
     return InputError(f"{out}: cannot be written ({error.strerror}); choose another place")
 
 
-@torch.inference_mode()
 def verify(
     args: argparse.Namespace,
-    found: pretrained.Encoder,
-    homes: list[StockModel],
+    found: "Encoder",
+    homes: "list[StockModel]",
     files: dict[Path, bytes],
     stage: Path,
 ) -> list[str]:
@@ -225,6 +236,11 @@ def verify(
         files: the content of each file.
         stage: an empty folder for temporary copies of the files.
     """
+    import torch
+
+    from moco.encoder import hf_folder, onnx_file
+    from moco.encoder.exported import python
+
     images = torch.randn(
         3, 3, found.image_size, found.image_size, generator=torch.Generator().manual_seed(0)
     )
@@ -271,7 +287,7 @@ def verify(
     return lines
 
 
-def compare_features(where: str, theirs: Tensor, mine: Tensor, most: float = TOLERANCE) -> str:
+def compare_features(where: str, theirs: "Tensor", mine: "Tensor", most: float = TOLERANCE) -> str:
     """Compare the features `theirs` with `mine`, and return a line on their difference.
 
     Raises InputError if they differ by more than `most` times the largest feature.
@@ -285,7 +301,7 @@ def compare_features(where: str, theirs: Tensor, mine: Tensor, most: float = TOL
     return f"features differ by at most {difference:.2g} from this project's"
 
 
-def pretrained_options(out: Path, found: pretrained.Encoder) -> str:
+def pretrained_options(out: Path, found: "Encoder") -> str:
     """Return the options with which this project's scripts read OUT."""
     words = f"--pretrained {shlex.quote(str(out))}"
     if out.suffix == ".safetensors":

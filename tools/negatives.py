@@ -13,16 +13,12 @@ import argparse
 import sys
 from pathlib import Path
 
-import moco as _first  # noqa: F401 (before torch: sets how its threads wait)
-
-# isort: split
 from moco import sections
 from moco.cli import tool, values
-from moco.data import registry
+from moco.data import catalog
 from moco.errors import InputError
 from moco.files import refuse_remote
-from moco.report import negatives, plots
-from moco.report.contrasts import Options
+from moco.report.options import Options
 
 DEFAULT = Options(data="")
 
@@ -47,11 +43,11 @@ def parser() -> tool.OneLineParser:
     p.add_argument("data", metavar="DIR", help="data folder (with train/), or the word photos")
     p.add_argument(
         "--dataset",
-        type=registry.canonical,
-        choices=registry.NAMES,
+        type=catalog.canonical,
+        choices=catalog.NAMES,
         default=DEFAULT.dataset,
         metavar="NAME",
-        help=f"data set in DIR: {', '.join(registry.NAMES)} (default: %(default)s, image folders)",
+        help=f"data set in DIR: {', '.join(catalog.NAMES)} (default: %(default)s, image folders)",
     )
     p.add_argument("--class-list", metavar="FILE", help="names of the classes to use, one a line")
     p.add_argument(
@@ -93,6 +89,8 @@ def parser() -> tool.OneLineParser:
 
 def show(args: argparse.Namespace) -> None:
     """Write the page that the options ask for. Raises InputError."""
+    from moco.report import negatives, plots
+
     for path in (args.data, args.class_list, *args.checkpoints):
         refuse_remote(str(path or ""))
     dataset = "photos" if args.data == "photos" else args.dataset

@@ -15,18 +15,15 @@ import os
 import sys
 import tarfile
 from pathlib import Path
-from typing import BinaryIO
-
-from tqdm import tqdm
+from typing import TYPE_CHECKING, BinaryIO
 
 from moco import sections
 from moco.cli import tool, values
-from moco.data import sources
-from moco.data.decoding import SUFFIXES
-from moco.data.images import EncodedImages, ImageFolder
-from moco.data.labels import CLASSES_FILE
 from moco.errors import InputError
 from moco.files import half_written, read_text, replacing, to_json
+
+if TYPE_CHECKING:
+    from moco.data.images import EncodedImages
 
 STATE = ".parquet_to_tar.json"  # what OUT is made from
 _STARTS = {b"\xff\xd8": ".jpg", b"\x89PNG": ".png", b"GIF8": ".gif", b"RIFF": ".webp"}
@@ -52,6 +49,9 @@ def main() -> int:
 
 def convert(args: argparse.Namespace) -> None:
     """Write the tar files. Raises InputError if DIR or OUT cannot be used."""
+    from moco.data import sources
+    from moco.data.images import EncodedImages
+
     root, out = sources.find(args.dir, ("train",), labels=False), args.out
     if out.exists() and out.samefile(root):
         raise InputError(f"{out}: is the folder to read; choose another one for the tar files")
@@ -77,7 +77,7 @@ def convert(args: argparse.Namespace) -> None:
         ) from None
 
 
-def _check_state(out: Path, splits: dict[str, EncodedImages], shard_size: int) -> None:
+def _check_state(out: Path, splits: "dict[str, EncodedImages]", shard_size: int) -> None:
     """Record what OUT is made from. Raises InputError if it was made from something else."""
     facts: dict[str, object] = {"shard_size": shard_size}
     for split, images in splits.items():
@@ -99,6 +99,8 @@ def _check_state(out: Path, splits: dict[str, EncodedImages], shard_size: int) -
 
 def _write_classes(out: Path, classes: tuple[str, ...]) -> None:
     """Write the names of the classes. Raises InputError if one does not fit in a line of text."""
+    from moco.data.labels import CLASSES_FILE
+
     if bad := next((name for name in classes if not name.isprintable()), None):
         raise InputError(
             f"the class {bad!r} cannot be written to {CLASSES_FILE}; let its name be printable text"
@@ -107,8 +109,10 @@ def _write_classes(out: Path, classes: tuple[str, ...]) -> None:
         file.write("".join(f"{name}\n" for name in classes).encode())
 
 
-def write_split(out: Path, split: str, images: EncodedImages, shard_size: int) -> None:
+def write_split(out: Path, split: str, images: "EncodedImages", shard_size: int) -> None:
     """Write the tar files of a split that do not exist yet."""
+    from tqdm import tqdm
+
     count = -(-len(images) // shard_size)
     keys, written = _keys(images), 0
     with tqdm(total=len(images), desc=split, unit="image", disable=None) as bar:
@@ -126,7 +130,7 @@ def write_split(out: Path, split: str, images: EncodedImages, shard_size: int) -
     print(f"{split}: {len(images)} images in {count} tar files{there}, in {out}")
 
 
-def _write(file: BinaryIO, images: EncodedImages, rows: range, keys: list[str]) -> None:
+def _write(file: BinaryIO, images: "EncodedImages", rows: range, keys: list[str]) -> None:
     """Write a tar file with the images of these rows, in their order."""
     with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
         for i in rows:
@@ -145,16 +149,20 @@ def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
 
 def _suffix(data: bytes, name: str) -> str:
     """Return the suffix of an image by its content or, if that is unknown, by its name."""
+    from moco.data.decoding import SUFFIXES
+
     known = next((suffix for start, suffix in _STARTS.items() if data.startswith(start)), None)
     given = os.path.splitext(name)[1].lower()
     return known or (given if given in SUFFIXES else ".jpg")
 
 
-def _keys(images: EncodedImages) -> list[str]:
+def _keys(images: "EncodedImages") -> list[str]:
     """Return a key for each image: the name of its file, with folders if names repeat, or a number.
 
     A file name's own dots are replaced, because a key ends at its first dot.
     """
+    from moco.data.images import ImageFolder
+
     names = [os.path.splitext(images.name(i))[0] for i in range(len(images))]
     parts = [os.path.split(name) for name in names]
     bases = [base.replace(".", "_") for _, base in parts]

@@ -11,8 +11,6 @@ import shutil
 import sys
 from pathlib import Path
 
-from PIL import Image
-
 from moco.cli import tool
 from moco.errors import InputError
 from moco.files import check_new, creating
@@ -32,6 +30,8 @@ def main() -> int:
 
 def draw(args: argparse.Namespace) -> None:
     """Write the pictures. Raises InputError if there is no browser or no such page."""
+    from PIL import Image
+
     if not args.report.is_file():
         raise InputError(f"{args.report}: no such file; make demo writes runs/demo/report.html")
     for name in PICTURES:

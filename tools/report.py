@@ -9,10 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
-import moco as _first  # noqa: F401 (before torch: sets how its threads wait)
 from moco.cli import tool
-from moco.report import plots
-from moco.report.page import write
 
 
 def main() -> int:
@@ -48,6 +45,9 @@ def main() -> int:
 
 def report(args: argparse.Namespace) -> None:
     """Write the page that the options ask for. Raises InputError."""
+    from moco.report import plots
+    from moco.report.page import write
+
     write(args.runs, args.out, args.pretrained, args.images, args.seed, args.force)
     print(plots.printable(args.out))
 

@@ -15,19 +15,15 @@ import argparse
 import re
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import moco as _first  # noqa: F401 (before torch: sets how its threads wait)
-
-# isort: split
-import numpy as np
-import torch
-
-from moco.cli import scripts, tool, values
+from moco.cli import tool, values
 from moco.config import Config, Pretraining, Training, flat
-from moco.data.images import Images
 from moco.errors import InputError
 from moco.files import check_new, creating
-from moco.report import schedules
+
+if TYPE_CHECKING:
+    from moco.report.schedules import Schedules
 
 # Training images of each data set. ImageNet-100 counts as a tenth of ImageNet, because its classes
 # are not the same in all papers.
@@ -95,6 +91,8 @@ def show(args: argparse.Namespace, options: list[str]) -> None:
         check_new(args.plot, args.force)
     elif args.force:
         raise InputError("--force has no effect: it is for --plot FILE.png; leave it out")
+    from moco.report import schedules
+
     found = load(args.recipe, options, args.images, args.processes)
     print(f"{args.recipe}: {schedules.summary(found)}")
     print(schedules.table(found, args.rows))
@@ -106,7 +104,7 @@ def show(args: argparse.Namespace, options: list[str]) -> None:
 
 def load(
     recipe: Path, options: list[str], images: int | None = None, processes: int | None = None
-) -> schedules.Schedules:
+) -> "Schedules":
     """Return the schedules of a recipe.
 
     Args:
@@ -117,6 +115,13 @@ def load(
 
     Raises InputError if the recipe or an option is wrong.
     """
+    import numpy as np
+    import torch
+
+    from moco.cli import scripts
+    from moco.data.images import Images
+    from moco.report import schedules
+
     module = scripts.load_script(scripts.script_of(recipe))
     comments, script = scripts.comments_of(recipe), module.parser()
     config = script.parse(["DIR", "--cfg", str(recipe), *options])

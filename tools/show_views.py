@@ -15,22 +15,18 @@ import dataclasses
 import os
 import sys
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
-import numpy as np
-
-import moco as _first  # noqa: F401 (before torch: sets how its threads wait)
 from moco import sections
 from moco.augment import recipes
 from moco.cli import actions, groups, tool
 from moco.cli import values as types
-from moco.data import file_lists, folders, sources
-from moco.data.decoding import SUFFIXES
-from moco.data.images import ImageFolder, Images, note_dark
 from moco.errors import InputError
 from moco.files import check_new, creating, read_yaml
-from moco.report.views import views_figure
 from moco.sections_images import Decoding
+
+if TYPE_CHECKING:
+    from moco.data.images import Images
 
 
 def main() -> int:
@@ -40,6 +36,9 @@ def main() -> int:
 
 def draw(args: argparse.Namespace) -> None:
     """Write the picture. Raises InputError if the images or --out are not usable."""
+    from moco.data.images import note_dark
+    from moco.report.views import views_figure
+
     check_new(args.out, args.force)
     images = listed(args) if args.file_list else find(args.data)
     decoding = Decoding(args.exif, args.white, args.shrink_on_decode)
@@ -60,18 +59,26 @@ def draw(args: argparse.Namespace) -> None:
 # Command line.
 
 
-def listed(args: argparse.Namespace) -> Images:
+def listed(args: argparse.Namespace) -> "Images":
     """Return the images of --file-list. Raises InputError if the list is not usable."""
+    from moco.data import file_lists
+
     folder = Path(args.data or Path(args.file_list).parent)
     file_lists.check(args.file_list, folder)
     return file_lists.read(args.file_list, folder)
 
 
-def find(data: str) -> Images:
+def find(data: str) -> "Images":
     """Return the train images of a data folder, all images of another folder, or a single image.
 
     Raises InputError if there is no image.
     """
+    import numpy as np
+
+    from moco.data import folders, sources
+    from moco.data.decoding import SUFFIXES
+    from moco.data.images import ImageFolder
+
     path = Path(data)
     if path.is_file():
         if path.suffix.lower() not in SUFFIXES:

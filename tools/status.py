@@ -12,11 +12,14 @@ import shutil
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from moco.cli import tool
 from moco.errors import InputError
 from moco.files import to_json
-from moco.report import status, status_table
+
+if TYPE_CHECKING:
+    from moco.report.status import Status
 
 
 def main() -> int:
@@ -66,11 +69,15 @@ def show(args: argparse.Namespace) -> int:
         return 0
 
 
-def _read(folders: list[Path]) -> list[status.Status]:
+def _read(folders: list[Path]) -> "list[Status]":
+    from moco.report import status
+
     return [status.read(folder) for folder in status.find(folders)]
 
 
-def _print(runs: list[status.Status], as_json: bool) -> None:
+def _print(runs: "list[Status]", as_json: bool) -> None:
+    from moco.report import status_table
+
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else math.inf
     text = to_json(status_table.as_dicts(runs)) + "\n"
     print(text if as_json else status_table.table(runs, time.time(), width), end="", flush=True)

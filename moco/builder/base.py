@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from moco import distributed
 from moco.builder.batch_norm import MIN_BN_GROUP, bn_groups, split_batch_norm
-from moco.builder.negatives import Schedule
 from moco.encoder import networks
 from moco.loss.contrastive import normalize
 from moco.rng import SHUFFLE, Progress
+from moco.sections_negatives import Schedule
 
 Metric = Tensor | tuple[Tensor, Tensor]  # a scalar, or a sum and the number of its summands
 

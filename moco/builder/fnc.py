@@ -1,94 +1,20 @@
 """FNC: false negatives are attracted, or eliminated (Huynh et al., arXiv 2011.11765)."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from moco import devices, distributed
 from moco.builder.base import Metric, MovingAverage, enqueue
-from moco.errors import InputError
 from moco.loss.contrastive import feature_statistics, normalize
 from moco.loss.false_negatives import (
-    MODES,
-    SOURCES,
     Cancellation,
     cancelled_nt_xent,
     find_false_negatives,
     same_class_entries,
 )
-from moco.options import AVERAGE, LAYERS, NATURAL, POSITIVE, TEMPERATURE, WIDTH, option
 from moco.rng import Progress
-
-
-@dataclass(frozen=True)
-class FalseNegatives:
-    """The settings of FNC: its views, its memory, and how false negatives are found."""
-
-    TITLE: ClassVar[str] = "FNC"
-    support_size: int = option(
-        8,
-        "extra views per image, used to find false negatives",
-        range="[0, 100]",
-        metavar="N",
-    )
-    fn_mode: str = option(
-        "attract",
-        "attract false negatives, eliminate them from the loss, or off: do not search them",
-        choices=MODES,
-    )
-    fn_from: str = option(
-        "similarity",
-        "similarity: the most similar entries are false negatives; labels: all entries of the "
-        "image's class are, as an upper bound",
-        choices=SOURCES,
-    )
-    fn_topk: int = option(
-        10, "maximum number of false negatives per image", range=NATURAL, metavar="K"
-    )
-    fn_threshold: float = option(
-        0.7, "minimum cosine similarity of a false negative", range="[-1, 1]", metavar="COS"
-    )
-    memory_multiplier: int = option(
-        16,
-        "size of the memory, in total batches; 0: no memory, compare images with the batch",
-        range="[0, 100000]",
-        metavar="N",
-    )
-    ema: float = option(0.999, "momentum of the encoder that fills the memory", range=AVERAGE)
-    temperature: float = option(0.1, "softmax temperature", range=TEMPERATURE, metavar="T")
-    num_proj_layers: int = option(3, "linear layers of the projection head", range=LAYERS)
-    proj_out_dim: int = option(128, "feature size", range=WIDTH)
-    loss_chunk: int = option(
-        256,
-        "images compared at a time; fewer need less memory",
-        range=POSITIVE,
-        metavar="IMAGES",
-    )
-
-    @property
-    def uses_labels(self) -> str:
-        """Return the option that makes the loss use labels; "" if it uses none."""
-        return "--fn-from labels" if self.fn_mode != "off" and self.fn_from == "labels" else ""
-
-    def check(self) -> None:
-        """Raise InputError if --fn-topk contradicts --fn-from."""
-        if self.uses_labels and not self.fn_topk:
-            raise InputError(
-                "--fn-topk 0: there are no false negatives, but --fn-from labels takes all entries "
-                "of the image's class as such; leave out one of them"
-            )
-
-    def note(self, views: int, entries: int) -> str:
-        """Return a line about the views, the false negatives and the memory of `entries`."""
-        found = f"up to {self.fn_topk} per image, with a similarity above {self.fn_threshold:g}"
-        if self.uses_labels:
-            found = "by the labels: an upper bound, not a self-supervised method"
-        found = "not searched" if self.fn_mode == "off" else found
-        memory = f"a memory of {entries} entries" if entries else "no memory"
-        return f"{views} views; false negatives: {self.fn_mode}, {found}; {memory}"
 
 
 class FNC(MovingAverage):

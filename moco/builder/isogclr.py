@@ -1,19 +1,17 @@
 """iSogCLR (Qiu et al., arXiv 2305.11965): SogCLR with a learned temperature for each image."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from moco import distributed
-from moco.builder.sogclr import LEAST_T, SogCLR
+from moco.builder.sogclr import SogCLR
 from moco.errors import InputError
 from moco.loss.global_contrastive import Pairs
 from moco.loss.individual_temperatures import TemperatureStep, individual_loss
-from moco.options import LEARNING_RATE, option
 from moco.rng import Progress
+from moco.sections_methods import Temperatures
 
 
 class ISogCLR(SogCLR):
@@ -62,42 +60,6 @@ class ISogCLR(SogCLR):
             buffer[everyone] = new
         extremes = {"tau_min": self.tau.min(), "tau_max": self.tau.max()}
         return loss, {"u": u.mean(), "tau": tau.mean(), **extremes}
-
-
-@dataclass(frozen=True)
-class Temperatures:
-    """The steps of the temperatures; the defaults are those of the authors' README."""
-
-    TITLE: ClassVar[str] = "temperatures of iSogCLR"
-    rho: float = option(
-        TemperatureStep.rho, "the larger, the lower the temperatures", range="[0, 100]"
-    )
-    eta: float = option(
-        TemperatureStep.eta, "learning rate of the temperatures", range=LEARNING_RATE
-    )
-    beta_u: float = option(
-        TemperatureStep.beta,
-        "weight of a temperature's new gradient in its moving average",
-        range="(0, 1]",
-    )
-    t_range: tuple[float, ...] = option(
-        TemperatureStep.limits,
-        "least and largest temperature",
-        range=f"[{LEAST_T}, 100]",
-        nargs=2,
-        metavar=("LEAST", "MOST"),
-    )
-    t_clip: float = option(
-        TemperatureStep.clip,
-        "largest magnitude of a temperature's gradient; 0: no limit",
-        range="[0, 1000000]",
-        metavar="SIZE",
-    )
-    set_first: bool = option(
-        False,
-        "the first visit of an image sets its moving average, as in SogCLR, instead of blending "
-        "it with 0",
-    )
 
 
 def temperature_step(settings: Temperatures, t: float) -> TemperatureStep:

@@ -1,12 +1,9 @@
-"""MoBY (Xie et al., arXiv 2105.04553), SynCo-v2 and the sections of their script.
+"""MoBY (Xie et al., arXiv 2105.04553) and SynCo-v2.
 
 An online encoder, a projector and a predictor are trained. The target encoder and projector are
 moving averages of the online ones, with a momentum that rises to 1. `create_method` also makes BYOL
 (arXiv 2006.07733).
 """
-
-from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +11,7 @@ from torch import Tensor, nn
 from moco import distributed
 from moco.builder.base import OnlineAndTarget, enqueue
 from moco.builder.byol import BYOL
-from moco.builder.negatives import Schedule, SyntheticNegatives, mixture, synthetic_schedule
+from moco.builder.negatives import mixture
 from moco.encoder import networks
 from moco.errors import InputError
 from moco.loss.contrastive import (
@@ -26,66 +23,10 @@ from moco.loss.contrastive import (
 )
 from moco.loss.hardest import hardest
 from moco.loss.synthetic import Mixture
-from moco.options import AVERAGE, ENTRIES, LAYERS, NATURAL, TEMPERATURE, WIDTH, option
 from moco.rng import Progress
 from moco.sections import Network
-
-# the papers' momentum, learning rate (x total batch / 512 there, / 256 here) and weight decay
-PUBLISHED = {
-    "moby": {"moco_m": 0.99, "lr": 0.0005, "wd": 0.05},
-    "synco": {"moco_m": 0.99, "lr": 0.0005, "wd": 0.05},
-    "byol": {"moco_m": 0.996, "lr": 0.0001, "wd": 0.03},
-}
-
-
-@dataclass(frozen=True)
-class Networks:
-    """The online and the target network."""
-
-    TITLE: ClassVar[str] = "online and target network"
-    moco_m: float | None = option(
-        None,
-        "momentum of the target at the start; it rises to 1 after the last step",
-        range=AVERAGE,
-        unset="see --method",
-    )
-    online_drop_path: float | None = option(
-        None,
-        "stochastic depth of the online encoder",
-        range="[0, 1)",
-        metavar="P",
-        unset="0.2 for a ViT or Swin with a short name, else 0",
-    )
-    target_drop_path: float = option(
-        0.0, "stochastic depth of the target encoder", range="[0, 1)", metavar="P"
-    )
-    stop_grad_conv1: bool = option(False, "do not train the patch projection")
-    proj_layers: int = option(2, "linear layers of the projector", range=LAYERS)
-    pred_layers: int = option(2, "linear layers of the predictor", range=LAYERS)
-    mlp_dim: int = option(4096, "hidden width of projector and predictor", range=WIDTH)
-    moco_dim: int = option(256, "feature size", range=WIDTH)
-
-
-@dataclass(frozen=True)
-class Contrast:
-    """The queues of negatives, and the temperature, of MoBY and SynCo-v2."""
-
-    TITLE: ClassVar[str] = "contrast (moby, synco)"
-    queue: int = option(4096, "entries in each view's queue", range=ENTRIES, metavar="K")
-    moco_t: float = option(0.2, "softmax temperature", range=TEMPERATURE, metavar="T")
-
-
-@dataclass(frozen=True)
-class Synthetics(SyntheticNegatives):
-    """The synthetic negatives, and the epochs that use them."""
-
-    TITLE: ClassVar[str] = "synthetic negatives (synco)"
-    synthetic_first: int = option(
-        30, "first epoch with synthetic negatives", range=NATURAL, metavar="EPOCH"
-    )
-    synthetic_last: int = option(
-        100, "first epoch without them after that", range=NATURAL, metavar="EPOCH"
-    )
+from moco.sections_methods import MobyContrast, MobyNegatives, MobyNetworks
+from moco.sections_negatives import Schedule, synthetic_schedule
 
 
 class MoBY(OnlineAndTarget):
@@ -212,9 +153,9 @@ def create_method(
     method: str,
     network: Network,
     image_size: int,
-    settings: Networks,
-    contrast: Contrast,
-    synthetic: Synthetics,
+    settings: MobyNetworks,
+    contrast: MobyContrast,
+    synthetic: MobyNegatives,
 ) -> OnlineAndTarget:
     """Return a new model of `method`.
 
@@ -247,7 +188,7 @@ def create_method(
     return MoBY(*parts, **more)
 
 
-def synco_v2(synthetic: Synthetics, contrast: Contrast) -> Schedule:
+def synco_v2(synthetic: MobyNegatives, contrast: MobyContrast) -> Schedule:
     """Return the synthetic negatives of SynCo-v2. Raises InputError if there would be none."""
     first, last = synthetic.synthetic_first, synthetic.synthetic_last
     found = synthetic_schedule(synthetic, contrast.queue, "--queue", first, last)

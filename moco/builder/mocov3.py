@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from moco import distributed
 from moco.builder.base import Method, rising_momentum
-from moco.builder.negatives import Schedule, batch_mixture
+from moco.builder.negatives import batch_mixture
 from moco.loss.contrastive import (
     contrast_accuracy,
     feature_statistics,
@@ -19,6 +19,7 @@ from moco.loss.contrastive import (
 )
 from moco.loss.in_batch import in_batch_info_nce
 from moco.rng import Progress
+from moco.sections_negatives import Schedule
 
 
 class MoCoV3(Method):

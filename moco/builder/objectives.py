@@ -1,67 +1,23 @@
-"""The losses that --loss of main_sogclr.py and main_synco.py selects, and their settings."""
+"""Make the losses that --loss of main_sogclr.py and main_synco.py selects, and check them."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor, nn
 
-from moco.builder.isogclr import ISogCLR, Temperatures, temperature_step
-from moco.builder.negatives import Schedule
+from moco.builder.isogclr import ISogCLR, temperature_step
 from moco.builder.simclr import SimCLR
-from moco.builder.sogclr import LEAST_T, SogCLR
+from moco.builder.sogclr import SogCLR
 from moco.builder.supcon import SupCon
 from moco.errors import InputError
 from moco.loss.contrastive import InfoNCE
-from moco.loss.debiased import ANNEAL_STEPS, Debiased
+from moco.loss.debiased import Debiased
 from moco.loss.decoupled import Decoupled
-from moco.options import option
-
-# the losses that depend on the negatives only through the log-sum-exp of their logits
-LOSSES = ("infonce", "dcl", "dclw", "debiased", "hcl")
-# the losses that use each setting
-USED_BY = {
-    "tau_plus": ("debiased", "hcl"),
-    "beta": ("hcl",),
-    "anneal": ("hcl",),
-    "dclw_sigma": ("dclw",),
-}
-
-AVERAGES = ("sogclr", "isogclr")  # losses with --gamma
-GAMMA, GAMMA_ISOGCLR = 0.9, 0.8  # the authors' values
+from moco.loss.settings import ANNEAL_STEPS
+from moco.sections_methods import AVERAGES, BatchLoss, Loss, Temperatures
+from moco.sections_negatives import Schedule
 
 
-@dataclass(frozen=True)
-class Settings:
-    """The loss, and the settings of those losses that have any."""
-
-    TITLE: ClassVar[str] = "loss"
-    loss: str = option(
-        "infonce",
-        "infonce: MoCo's loss; dcl, dclw: without the positive in the denominator; debiased, hcl: "
-        "corrected for false negatives, hcl with hard negatives",
-        choices=LOSSES,
-    )
-    tau_plus: float = option(
-        0.1,
-        "debiased, hcl: assumed probability that a negative has the class of its anchor",
-        range="[0, 1)",
-    )
-    beta: float = option(
-        1.0, "hcl: concentration on hard negatives; 0: as debiased", range="[0, 100]"
-    )
-    anneal: str | None = option(
-        None,
-        f"hcl; down: --beta falls to 0 during the run, in {ANNEAL_STEPS} steps",
-        choices=("down",),
-        unset="--beta is constant",
-    )
-    dclw_sigma: float = option(
-        0.5, "dclw: temperature of the positives' weights", range="[0.02, 100]"
-    )
-
-
-def create(settings: Settings) -> InfoNCE:
+def create(settings: Loss) -> InfoNCE:
     """Return the loss of an anchor."""
     if settings.loss in ("dcl", "dclw"):
         return Decoupled(settings.dclw_sigma if settings.loss == "dclw" else None)
@@ -72,49 +28,8 @@ def create(settings: Settings) -> InfoNCE:
     return InfoNCE()
 
 
-@dataclass(frozen=True)
-class BatchSettings(Settings):
-    """The loss of a batch, and its settings: those of main_sogclr.py."""
-
-    TITLE: ClassVar[str] = "SimCLR, SogCLR and other losses of a batch"
-    loss: str = option(
-        "sogclr",
-        "sogclr: with a moving average for each image; isogclr: also with a temperature for each; "
-        "simclr: NT-Xent; dcl, dclw: without the positive in the denominator; debiased, hcl: "
-        "corrected for false negatives, hcl with more weight on hard ones; supcon: uses labels",
-        choices=("sogclr", "isogclr", "simclr", *LOSSES[1:], "supcon"),
-    )
-    gamma: float | None = option(
-        None,
-        "sogclr, isogclr: weight of an image's new value in its moving average",
-        range="(0, 1]",
-        unset=f"{GAMMA}; {GAMMA_ISOGCLR} with isogclr",
-    )
-    t: float = option(
-        0.1,
-        "softmax temperature; with isogclr, every image's temperature at the start",
-        range=f"[{LEAST_T}, 100]",
-    )
-    gather_gradient: str = option(
-        "all",
-        "all: a feature gets the gradient of the losses of all processes, which is exact; local: "
-        "that of its own process's loss only, as in SogCLR's PyTorch code",
-        choices=("all", "local"),
-    )
-
-    @property
-    def own_gamma(self) -> float:
-        """Return `gamma`, or the default of the loss."""
-        return self.gamma or (GAMMA_ISOGCLR if self.loss == "isogclr" else GAMMA)
-
-    @property
-    def uses_labels(self) -> str:
-        """Return the option that makes the loss use labels; "" if it uses none."""
-        return "--loss supcon" if self.loss == "supcon" else ""
-
-
 def create_method(
-    settings: BatchSettings,
+    settings: BatchLoss,
     temperatures: Temperatures,
     encoder: Callable[[], nn.Module],
     images: int,
@@ -142,14 +57,14 @@ def create_method(
     return SimCLR(encoder, t, create(settings), local, synthetic)
 
 
-def check(settings: BatchSettings, temperatures: Temperatures, epochs: int) -> None:
+def check(settings: BatchLoss, temperatures: Temperatures, epochs: int) -> None:
     """Raise InputError if the temperatures' range, or --anneal, does not fit the run."""
     if settings.loss == "isogclr":
         temperature_step(temperatures, settings.t)
     check_anneal(settings, epochs)
 
 
-def note(settings: BatchSettings) -> str:
+def note(settings: BatchLoss) -> str:
     """Return a line that says which loss the run has."""
     negatives = "the negatives of the batch"
     if settings.loss in AVERAGES:
@@ -159,7 +74,7 @@ def note(settings: BatchSettings) -> str:
     return f"loss {settings.loss}: {negatives}"
 
 
-def check_queue(settings: Settings, synthetic: int, epochs: int) -> None:
+def check_queue(settings: Loss, synthetic: int, epochs: int) -> None:
     """Raise InputError if a loss of MoCo's queue does not fit the run.
 
     Args:
@@ -187,7 +102,7 @@ def check_synthetic(loss: str, synthetic: int, infonce: str = "simclr") -> None:
         )
 
 
-def check_anneal(settings: Settings, epochs: int) -> None:
+def check_anneal(settings: Loss, epochs: int) -> None:
     """Raise InputError if the run has too few epochs for the steps of --anneal."""
     if settings.loss == "hcl" and settings.anneal and epochs < ANNEAL_STEPS:
         raise InputError(

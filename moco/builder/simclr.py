@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from moco import distributed
 from moco.builder.base import Method
-from moco.builder.negatives import Schedule, batch_mixture
+from moco.builder.negatives import batch_mixture
 from moco.loss.contrastive import (
     InfoNCE,
     contrast_accuracy,
@@ -22,6 +22,7 @@ from moco.loss.contrastive import (
 from moco.loss.global_contrastive import Pairs, compare
 from moco.loss.synthetic import Synthetic
 from moco.rng import Progress
+from moco.sections_negatives import Schedule
 
 
 class SimCLR(Method):

@@ -10,8 +10,6 @@ from moco.builder.simclr import SimCLR
 from moco.loss.global_contrastive import Pairs, dynamic_loss
 from moco.rng import Progress
 
-LEAST_T = 0.02  # at half this temperature, exp(1 / T) would overflow float32
-
 
 class SogCLR(SimCLR):
     """SogCLR: two views are compared with the joint batch of all ranks.

@@ -6,10 +6,11 @@ MoCHI (arXiv 2010.01028) uses two of the six types.
 from torch import Tensor
 
 from moco.builder.moco import MoCo
-from moco.builder.negatives import Schedule, mixture
+from moco.builder.negatives import mixture
 from moco.loss.hardest import hardest
 from moco.loss.synthetic import Mixture
 from moco.rng import Progress
+from moco.sections_negatives import Schedule
 
 
 class SynCo(MoCo):

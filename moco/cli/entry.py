@@ -1,31 +1,27 @@
-"""Start a script: parse and complete its settings, launch its processes, print its errors.
+"""Run a script: parse its options, start its run, and print its errors.
 
 Every script defines three functions. `parser()` declares its options. `complete(config)` validates
 the settings and fills in those that depend on others. `worker(config, device)` runs in every
 process.
+
+Neither this file nor the top of a script imports torch, so that --help and refused options take a
+fraction of a second. `complete` and `worker` import what they need.
 """
 
-import functools
-import time
 from collections.abc import Callable
-
-import torch
+from typing import TYPE_CHECKING
 
 from moco import user
-from moco.augment import recipes
-from moco.cli import folders
 from moco.cli.parser import Parser
-from moco.config import AnyConfig, replaced
-from moco.distributed import print_rank0
-from moco.encoder.networks import canonical
-from moco.engine import precision, resume, run_folder, tracking
+from moco.config import AnyConfig
 from moco.errors import InputError, from_os_error
-from moco.launch import interrupt, launch, output, processes
+from moco.launch import output
 
-Complete = Callable[[AnyConfig], AnyConfig]
+if TYPE_CHECKING:
+    from moco.launch.launch import Worker
 
 
-def main(parser: Parser, complete: Complete, worker: launch.Worker) -> None:
+def main(parser: Parser, complete: Callable[[AnyConfig], AnyConfig], worker: "Worker") -> None:
     """Run `worker(config, device)` in every process of the run.
 
     Prints an InputError as one line on stderr, and exits with status 2. A run that has saved after
@@ -40,75 +36,13 @@ def main(parser: Parser, complete: Complete, worker: launch.Worker) -> None:
     user.prepare()
     output.guard()
     try:
-        config, continues = _completed(parser, complete)
-        named = bool(config.run.save_dir)
-        notes = parser.without_effect(config)
-        config = _with_defaults(config)
-        if named:
-            folders.check_writable(config.run.save_dir)
-            if not continues and not config.EVALUATES:
-                run_folder.check_free(config.run.save_dir)
-        for note in notes:
-            print_rank0(note)
-        with run_folder.recorded(config, continues, named) as start:
-            own = functools.partial(_in_own_folder, worker, continues, named, start)
-            launch.launch(own, config)
+        config = parser.parse()
+        from moco.cli import start
+
+        start.start(parser, config, complete, worker)
     except InputError as error:
         parser.refuse(error)
     except OSError as error:
         parser.refuse(from_os_error(error))
-    except launch.LostRankError as lost:
-        parser.exit(1, f"{parser.prog}: error: {lost}\n")
-    except interrupt.Interrupted as end:
-        parser.exit(interrupt.STATUS, f"{parser.prog}: {end}\n")
     except KeyboardInterrupt:
         parser.exit(130, f"{parser.prog}: interrupted\n")
-
-
-def _completed(parser: Parser, complete: Complete) -> tuple[AnyConfig, bool]:
-    """Return the completed settings, and whether the run continues an earlier one."""
-    config = precision.disable_slow_amp(parser.parse())
-    if config.network.arch:
-        config = replaced(config, arch=canonical(config.network.arch))
-    if config.views.recipe:
-        recipes.check_name(config.views.recipe)
-    tracking.check(config)
-    run = config.run
-    own_test = config.only_tests and run.output
-    in_output = own_test and run.save_dir == str(folders.output_folder(config))
-    config, continues = resume.resolve(config)
-    if not config.EVALUATES:
-        config = resume.inherit(config)
-    config = complete(config)
-    if in_output:  # the folder's name depends on the classifier's settings, which are known now
-        config = replaced(config, save_dir=str(folders.output_folder(config)))
-    if config.views.recipe:
-        recipes.from_settings(config.views)
-    return config, continues
-
-
-def _with_defaults(config: AnyConfig) -> AnyConfig:
-    """Return `config` with a number of loader processes and a run folder, unless they are given."""
-    workers = config.input.workers
-    if workers is None:
-        workers = processes.default_workers(processes.plan(config.launch), config.input)
-    arch = str(config.network.arch).replace(":", "-")  # Windows has no colons in names
-    unnamed = f"runs/{config.run.script}-{arch}-%Y%m%d-%H%M%S"
-    save_dir = config.run.save_dir or time.strftime(unnamed)
-    return replaced(config, workers=workers, save_dir=save_dir)
-
-
-def _in_own_folder(
-    worker: launch.Worker,
-    continues: bool,
-    named: bool,
-    start: str,
-    config: AnyConfig,
-    device: torch.device,
-) -> None:
-    """Run the worker while the run holds the lock on its folder. Track it, if `--track` asks to."""
-    with (
-        run_folder.claim(config, continues, named, start) as config,
-        tracking.tracked(config, continues),
-    ):
-        worker(config, device)

@@ -4,7 +4,6 @@ import os
 from pathlib import Path
 
 from moco.config import AnyConfig, Config, flat, replaced
-from moco.engine import checkpoint
 from moco.errors import InputError, short
 
 
@@ -18,6 +17,8 @@ def resolve_output(config: AnyConfig) -> AnyConfig:
     reads = "pretrained" in settings
     given = any(settings.get(name) for name in ("pretrained", "load_features", "evaluate"))
     if reads and not given:
+        from moco.engine import checkpoint  # it imports torch, which --help does not need
+
         saved = checkpoint.list_checkpoints(run)
         if not saved:
             raise InputError(

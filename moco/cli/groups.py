@@ -9,18 +9,19 @@ from typing import Any
 from moco.cli import values
 from moco.cli.actions import Switch
 from moco.config import Config, sections
-from moco.data import cache, registry
-from moco.encoder import timm_networks
+from moco.data import catalog
+from moco.encoder import archs
 from moco.launch import processes
 from moco.methods import PROTOCOLS
 from moco.options import Option
+from moco.sections import AUTO_MAX
 
 # options with a conversion function of their own
 _CONVERTERS = {
     "allow_change": values.names,
     "keep": values.keep,
     "data_name": values.data_name,
-    "dataset": registry.canonical,
+    "dataset": catalog.canonical,
     "weights": values.weights,
 }
 
@@ -50,14 +51,14 @@ def _texts(config: Config) -> dict[str, object]:
         "batch_of": total if config.input.batch_is_of_all_nodes else of,
         "cores": processes.cores(),
         "most": processes.WORKERS,
-        "gib": cache.AUTO_MAX >> 30,
-        "datasets": ", ".join(registry.NAMES),
+        "gib": AUTO_MAX >> 30,
+        "datasets": ", ".join(catalog.NAMES),
         # main_retrieval.py describes its own
         "protocols": ", ".join(
             dict.fromkeys(one.name for one in PROTOCOLS if one.script != "main_retrieval")
         ),
         "whose": "data set's" if config.network.arch else "checkpoint's",
-        "archs": f"any torchvision ResNet, {', '.join(timm_networks.SHORT)}, any other timm "
+        "archs": f"any torchvision ResNet, {', '.join(archs.SHORT)}, any other timm "
         "network, or any other torchvision classifier; timm:NAME or torchvision:NAME selects the "
         "library of a name that both have",
     }

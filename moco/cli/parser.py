@@ -12,10 +12,10 @@ from moco.cli.actions import TRUE_OR_FALSE, Help, Renamed, Switch, convert, is_n
 from moco.cli.effects import EffectsParser, Options, Values
 from moco.cli.groups import add_groups
 from moco.config import Config, flat, replaced
-from moco.data import registry
-from moco.distributed import print_rank0
+from moco.data import catalog
 from moco.errors import InputError, nearest, short, unknown
 from moco.files import UnreadableError, read_yaml, refuse_remote
+from moco.messages import print_rank0
 
 # keys that a YAML file may have although the script has no such option: args.yaml has all settings,
 # and `lincls` in a recipe names the recipe of the linear probe
@@ -189,7 +189,7 @@ class Parser(EffectsParser):
             return
         if args.dataset in ("imagenet", "photos"):
             raise InputError("no data folder: give DIR (with train/ and val/), or the word photos")
-        args.data, args.download = "./data", registry.is_downloadable(args.dataset)
+        args.data, args.download = "./data", catalog.is_downloadable(args.dataset)
         loaded = ", and downloaded to it unless it is there" if args.download else ""
         print_rank0(f"no data folder is given: {args.dataset} is read from ./data{loaded}")
 

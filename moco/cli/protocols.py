@@ -4,9 +4,8 @@ from collections.abc import Container, Mapping
 from typing import NamedTuple
 
 from moco.config import Config, flat
-from moco.encoder import metadata, networks
-from moco.encoder.resnets import ARCHS
-from moco.engine import checkpoint
+from moco.encoder import archs, metadata
+from moco.encoder.archs import ARCHS
 from moco.errors import InputError, unknown
 from moco.launch import processes
 from moco.methods import METHODS, PROTOCOLS, Method, Protocol
@@ -73,6 +72,8 @@ def choose(script: str, settings: Mapping[str, object], given: Mapping[str, obje
 
 def _read(path: object) -> metadata.Metadata | None:
     """Return the facts in a checkpoint; None if it cannot be read."""
+    from moco.engine import checkpoint  # it imports torch, which --help does not need
+
     try:
         return metadata.read_metadata(checkpoint.load(str(path)))
     except InputError:  # the evaluation will raise it again when it loads the encoder
@@ -126,7 +127,7 @@ def _recipe(script: str, name: str, settings: Mapping[str, object], why: str = "
     Raises InputError if there is none.
     """
     mine = [one for one in PROTOCOLS if (one.script, one.name) == (script, name)]
-    transformer = bool(settings["arch"]) and networks.is_transformer(str(settings["arch"]))
+    transformer = bool(settings["arch"]) and archs.is_transformer(str(settings["arch"]))
     for one in mine:
         if _fits(one, settings) and (transformer or not one.transformers):
             return one

@@ -1,24 +1,24 @@
 """Declare when the options of the shared sections have no effect.
 
 Each function declares the rules of one section with `EffectsParser.has_effect`. Its condition gets
-an object that has all settings as attributes, and the config itself as `config`.
+an object that has all settings as attributes, and the config itself as `config`. Conditions are
+called after the options are parsed, so they may import what imports torch.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 
-from moco import devices, sections, sections_eval, sections_pretrain
+from moco import sections, sections_eval, sections_methods, sections_pretrain
 from moco.augment import recipes
-from moco.builder import isogclr, objectives
-from moco.builder.negatives import COUNTS, BatchNegatives, SyntheticNegatives
 from moco.cli.effects import EffectsParser, Options
 from moco.config import Config
-from moco.data import registry
-from moco.encoder import timm_networks, trial
-from moco.encoder.resnets import ARCHS
+from moco.data import catalog
+from moco.encoder import archs
+from moco.encoder.archs import ARCHS
 from moco.engine import lr_schedule
 from moco.launch import processes
-from moco.loss.synthetic import TYPES
+from moco.loss.settings import TYPES
+from moco.sections_negatives import COUNTS, BatchNegatives, SyntheticNegatives
 
 Declare = Callable[[EffectsParser], None]
 TWO_SOURCES = "--dataset, or the word photos, already names the images; leave out one of them"
@@ -44,7 +44,7 @@ def _input(parser: EffectsParser) -> None:
     same = lambda args: args.data != "photos" or parser.given.get("dataset") == "photos"  # noqa: E731
     parser.has_effect("dataset", same, photos)
     arrays = "the images of this data set are not in image files; leave it out"
-    in_files = lambda args: args.dataset not in registry.IN_MEMORY  # noqa: E731
+    in_files = lambda args: args.dataset not in catalog.IN_MEMORY  # noqa: E731
     parser.has_effect("exif white shrink_on_decode", in_files, arrays)
 
 
@@ -66,7 +66,7 @@ def _network(parser: EffectsParser) -> None:
     only = "it is for torchvision's ResNets; leave it out"
     parser.has_effect("stem", lambda args: args.arch in ARCHS, only)
     swin = "it is for Swins; leave it out"
-    parser.has_effect("norm_eps", lambda args: timm_networks.is_swin(args.arch or ""), swin)
+    parser.has_effect("norm_eps", lambda args: archs.is_swin(args.arch or ""), swin)
 
 
 def _launch(parser: EffectsParser) -> None:
@@ -148,7 +148,7 @@ def _classifier(parser: EffectsParser) -> None:
     none = "the network has no stochastic depth; leave it out"
     parser.has_effect("drop_path", _has_stochastic_depth, none)
     binary = "each image has several labels, and the loss is binary; leave it out"
-    one_label = lambda args: registry.METRIC[args.dataset] != "map11"  # noqa: E731
+    one_label = lambda args: catalog.METRIC[args.dataset] != "map11"  # noqa: E731
     parser.has_effect("label_smoothing", one_label, binary)
     trains = "epochs optimizer lr lr_backbone lr_classifier learning_rate_scaling wd schedule cos"
     trains += " lr_by sgdr sgdr_t0 lr_final lr_warmup_epochs lr_warmup_from momentum clip_grad"
@@ -176,7 +176,11 @@ def _feature_files(parser: EffectsParser) -> None:
 
 
 def _compared(parser: EffectsParser) -> None:
-    on_gpu = lambda args: devices.resolve_type(args.device) != "cpu"  # noqa: E731
+    def on_gpu(args: Options) -> bool:
+        from moco import devices
+
+        return devices.resolve_type(args.device) != "cpu"
+
     on_cpu = "there is no GPU, so features are always in the host's memory"
     parser.has_effect("host_features", on_gpu, on_cpu, refuse=False)
 
@@ -195,11 +199,15 @@ def _has_network(args: Options) -> bool:
 
 
 def _has_batch_norm(args: Options) -> bool:
+    from moco.encoder import trial
+
     network, size = args.config.network, args.image_size
     return not _has_network(args) or args.arch in ARCHS or trial.has_batch_norm(network, size)
 
 
 def _has_stochastic_depth(args: Options) -> bool:
+    from moco.encoder import trial
+
     network, size = args.config.network, args.image_size
     return not _has_network(args) or trial.has_stochastic_depth(network, size)
 
@@ -251,7 +259,7 @@ def only_with(parser: EffectsParser, losses: Sequence[str], names: str) -> None:
 
 
 def _loss(parser: EffectsParser) -> None:
-    for name, losses in objectives.USED_BY.items():
+    for name, losses in sections_methods.USED_BY.items():
         only_with(parser, losses, name)
     constant = "--beta is 0 from the start; leave it out"
     parser.has_effect("anneal", lambda args: args.beta, constant)
@@ -259,16 +267,18 @@ def _loss(parser: EffectsParser) -> None:
 
 def _batch_loss(parser: EffectsParser) -> None:
     def averages(args: Options) -> bool:
-        return args.loss in objectives.AVERAGES
+        return args.loss in sections_methods.AVERAGES
 
-    none = f"only --loss {' and '.join(objectives.AVERAGES)} have moving averages; leave it out"
-    same = lambda args: args.gamma == objectives.GAMMA  # noqa: E731
+    none = (
+        f"only --loss {' and '.join(sections_methods.AVERAGES)} have moving averages; leave it out"
+    )
+    same = lambda args: args.gamma == sections_methods.GAMMA  # noqa: E731
     parser.has_effect("gamma", lambda args: averages(args) or same(args), none)
     parser.has_effect("gamma", averages, none, refuse=False)
 
 
 def _temperatures(parser: EffectsParser) -> None:
-    names = [one.name for one in fields(isogclr.Temperatures) if one.name != "eta"]
+    names = [one.name for one in fields(sections_methods.Temperatures) if one.name != "eta"]
     for options in (" ".join(names), "eta"):
         only_with(parser, ["isogclr"], options)
 
@@ -276,9 +286,9 @@ def _temperatures(parser: EffectsParser) -> None:
 _RULES: dict[type, Declare] = {
     SyntheticNegatives: _synthetic,
     BatchNegatives: _batch_negatives,
-    objectives.Settings: _loss,
-    objectives.BatchSettings: _batch_loss,
-    isogclr.Temperatures: _temperatures,
+    sections_methods.Loss: _loss,
+    sections_methods.BatchLoss: _batch_loss,
+    sections_methods.Temperatures: _temperatures,
     sections.Input: _input,
     sections.Views: _views,
     sections.Network: _network,

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Callable
 from typing import TypeVar
 
-from moco.data import subsets
+from moco.data import catalog
 from moco.errors import short
 from moco.options import NATURAL
 
@@ -62,8 +62,8 @@ def keep(text: str) -> int:
 
 def data_name(text: str) -> str:
     """Return the name in lower case. Raises ArgumentTypeError if it is not in CLASS_COUNTS."""
-    if text.lower() not in subsets.CLASS_COUNTS:
-        known = " or ".join(subsets.CLASS_COUNTS)
+    if text.lower() not in catalog.CLASS_COUNTS:
+        known = " or ".join(catalog.CLASS_COUNTS)
         raise argparse.ArgumentTypeError(
             f"'{text}' is not {known}; leave it out; "
             "evaluations take other data sets with --dataset"

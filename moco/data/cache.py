@@ -18,12 +18,10 @@ from moco import distributed
 from moco.data.decoding import decode_full, decoded_size
 from moco.data.images import CachedImages, EncodedImages, Images
 from moco.errors import InputError
-from moco.sections import Input
+from moco.sections import AUTO_MAX, Input
 from moco.sections_images import Decoding
 
 MODES = ("auto", "on", "off")
-# With auto, the images may take a quarter of a node's free memory, and at most AUTO_MAX bytes.
-AUTO_MAX = 8 << 30
 THREADS = 8  # more threads wait for Python's lock, which much of the work on small images holds
 _SAMPLE = 256  # files whose headers are read to estimate the total size
 _BLOCK = 16  # images that a thread decodes as one task

@@ -18,7 +18,7 @@ from moco.data import subsets
 from moco.data.folders import class_names, scan_classes
 from moco.data.images import ImageArray, ImageFolder, Images
 from moco.errors import InputError
-from moco.files import read_pickle
+from moco.pickles import read_pickle
 
 Split = tuple[Images, Images]  # training images, test images
 Reader = Callable[[str, int], Split]  # a function of the root folder and the seed

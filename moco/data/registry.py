@@ -1,6 +1,6 @@
 """Find, check and download the data sets of the evaluation scripts by name.
 
-`readers` reads each of them in its published layout and split.
+`catalog` has their names. `readers` reads each of them in its published layout and split.
 """
 
 import os
@@ -15,6 +15,7 @@ from torchvision.datasets.utils import download_and_extract_archive
 
 from moco.config import MEAN, STD
 from moco.data import file_lists, photos, readers, subsets
+from moco.data.catalog import NAMES, is_downloadable
 from moco.data.folders import same_on_all_ranks
 from moco.data.images import ImageFolder, Images
 from moco.data.sources import TABLES, TARS, class_names, find, locate, scan
@@ -140,27 +141,6 @@ _DATASETS = {
 }
 
 
-NAMES: tuple[str, ...] = ("imagenet", "photos", *_DATASETS)
-IN_MEMORY = ("cifar10", "cifar100", "stl10")  # whose images are arrays of pixels, not image files
-
-# names in AdCo's and FNC's commands, and the folder of Tiny ImageNet
-_ALIASES = {"place205": "places205", "imagenet2012": "imagenet"}
-_ALIASES |= dict.fromkeys(("tiny-imagenet", "tiny-imagenet-200"), "tiny_imagenet")
-
-
-def canonical(name: str) -> str:
-    """Return a data set's name as in `NAMES`: in lower case, with papers' other names replaced."""
-    return _ALIASES.get(name.lower(), name.lower())
-
-
-# The metric that papers report for each data set: top-1 accuracy (acc1), its mean over the classes,
-# or the mean over the classes of the 11-point average precision (map11).
-METRIC = dict.fromkeys(NAMES, "acc1") | dict.fromkeys(
-    ("flowers", "pets", "caltech101", "aircraft"), "mean_per_class"
-)
-METRIC["voc2007"] = "map11"
-
-
 def load(name: str, root: str, seed: int = 0) -> readers.Split:
     """Return the training images and the test images of data set `name` in the folder `root`.
 
@@ -273,11 +253,6 @@ def check(name: str, root: str, download: bool) -> None:
             )
         _download(name, root)
     _check_images(name, root)
-
-
-def is_downloadable(name: str) -> bool:
-    """Return whether `--download` can get the data set `name`."""
-    return name in _DATASETS and callable(_DATASETS[name].get)
 
 
 # what to do instead of mixing a data set with others in one folder

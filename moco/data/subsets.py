@@ -16,6 +16,7 @@ import torch
 
 from moco import rng
 from moco.data import sources
+from moco.data.catalog import CLASS_COUNTS
 from moco.data.images import Images
 from moco.data.photos import cache_paths
 from moco.errors import InputError, short
@@ -106,10 +107,6 @@ def select_classes(classes: tuple[str, ...], file: str, root: Path) -> tuple[str
             f"{root}, first '{short(min(missing))}'; give folder names, one a line"
         )
     return tuple(name for name in classes if name in wanted)
-
-
-# The number of classes of each data set that --data-name accepts.
-CLASS_COUNTS = {"imagenet100": 100, "imagenet1000": 1000}
 
 
 def require_two_classes(images: Images, otherwise: str = "") -> None:

@@ -4,10 +4,8 @@ import math
 from argparse import Namespace
 from typing import Any, NamedTuple
 
-from moco.encoder.resnets import STEMS
-from moco.encoder.weights import State
 from moco.errors import InputError
-from moco.sections import NORM_EPS
+from moco.sections import NORM_EPS, STEMS
 from moco.sections_eval import TEST_RESIZES
 from moco.sections_images import EXIF
 
@@ -44,7 +42,7 @@ class Metadata(NamedTuple):
     script: str | None = None  # of the pre-training, such as synco for main_synco.py
 
 
-def read_metadata(state: State) -> Metadata:
+def read_metadata(state: dict[str, Any]) -> Metadata:
     """Return the `Metadata` of a checkpoint's content `state`."""
     arch, method, epoch, options = (state.get(key) for key in ("arch", "method", "epoch", "args"))
     options = (

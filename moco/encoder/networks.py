@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torchvision import models
 
 from moco.encoder import timm_networks, torchvision_networks
-from moco.encoder.resnets import ARCHS, resnet
+from moco.encoder.archs import ARCHS, SHORT
+from moco.encoder.resnets import resnet
 from moco.errors import InputError, nearest, short
 from moco.sections import Network
 
@@ -47,12 +48,12 @@ def find(arch: str) -> Arch:
         raise InputError(
             f"unknown arch '{short(arch)}'; the word before the colon must be timm or torchvision"
         )
-    if library == "timm" and name in timm_networks.SHORT:
-        own = f"is this project's short name of {timm_networks.SHORT[name]}"
+    if library == "timm" and name in SHORT:
+        own = f"is this project's short name of {SHORT[name]}"
         raise InputError(f"unknown arch '{arch}': {name} {own}; give -a {name}, without timm:")
     if library != "timm" and name in ARCHS:
         return Arch("torchvision", name)
-    if not library and name in timm_networks.SHORT:
+    if not library and name in SHORT:
         return Arch("timm", name)
     if library != "torchvision" and timm_networks.is_known(name):
         return Arch("timm", name)
@@ -69,7 +70,7 @@ def _unknown(arch: str, library: str, name: str) -> InputError:
         else [timm_networks.all_names()]
         if library
         else [
-            [*ARCHS, *timm_networks.SHORT],
+            [*ARCHS, *SHORT],
             [*torchvision_networks.NAMES, *timm_networks.all_names()],
         ]
     )
@@ -267,11 +268,6 @@ def freeze_patch_projection(net: nn.Module, arch: str) -> None:
     if projection is None:
         raise InputError(f"--stop-grad-conv1: {arch} has no patch projection; leave it out")
     projection.requires_grad_(False)
-
-
-def is_transformer(arch: str) -> bool:
-    """Return whether the name of an architecture is that of a transformer, such as vit_small."""
-    return any(part in arch for part in ("vit", "deit", "beit", "swin", "cait"))
 
 
 def patch_size(net: nn.Module) -> int:

@@ -299,7 +299,7 @@ def tensors_of(net: nn.Module, state: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def stem_of(net: nn.Module, tensors: dict[str, Tensor]) -> str:
-    """Return the stem of the weights in `tensors`, one of `resnets.STEMS`.
+    """Return the stem of the weights in `tensors`, one of `sections.STEMS`.
 
     It is "cifar" if `net` is a ResNet whose first convolution is 3x3 in `tensors`, else "imagenet".
     """

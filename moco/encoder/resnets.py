@@ -3,12 +3,8 @@
 from torch import nn
 from torchvision import models
 
+from moco.encoder.archs import ARCHS
 from moco.errors import unknown
-
-# resnet, resnext and wide_resnet
-ARCHS = sorted(name for name in models.list_models(module=models) if "resn" in name)
-
-STEMS = ("imagenet", "cifar")  # see `resnet`
 
 
 def resnet(

@@ -37,7 +37,7 @@ class Converted(NamedTuple):
 
     Attributes:
         arch: a ResNet of torchvision.
-        stem: one of `resnets.STEMS`.
+        stem: one of `sections.STEMS`.
         tensors: the tensors by name; those of the projection head are `fc.0.weight` and so on.
         layers: number of linear layers of the projection head.
         left_out: names of the variables that were not converted, without the optimizer's.

@@ -6,7 +6,7 @@ tools/export.py uses it, so that exported weights load without this project.
 import importlib.util
 from typing import NamedTuple
 
-from moco.encoder import networks, resnets, timm_networks, torchvision_networks
+from moco.encoder import archs, networks, timm_networks, torchvision_networks
 
 
 class StockModel(NamedTuple):
@@ -41,13 +41,13 @@ def stock_models(
     have one in their own library. Raises InputError for an unknown `arch`.
     """
     library, bare = networks.find(arch)  # its name becomes code below
-    if library == "torchvision" and bare not in resnets.ARCHS:
+    if library == "torchvision" and bare not in archs.ARCHS:
         return [_torchvision_model(bare, image_size)]
     arch = networks.canonical(arch)
     found, first = [], _CIFAR if stem == "cifar" else ()
-    if norm_eps == "synco-v2" and timm_networks.is_swin(arch):
+    if norm_eps == "synco-v2" and archs.is_swin(arch):
         first = (_SYNCO_V2_EPS,)
-    if arch in resnets.ARCHS:
+    if arch in archs.ARCHS:
         found.append(
             StockModel(
                 "torchvision",

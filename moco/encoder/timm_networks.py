@@ -11,18 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moco.encoder.archs import SHORT, is_swin
 from moco.errors import InputError
 
-SHORT = {
-    "vit_tiny": "vit_tiny_patch16_224",
-    "vit_small": "vit_small_patch16_224",
-    "vit_base": "vit_base_patch16_224",
-    "vit_large": "vit_large_patch16_224",
-    "swin_tiny": "swin_tiny_patch4_window7_224",
-    "swin_small": "swin_small_patch4_window7_224",
-    "swin_base": "swin_base_patch4_window7_224",
-    "swin_large": "swin_large_patch4_window7_224",
-}
 # MoCo v3's ViTs, with the options by which they differ from timm's
 MOCO_V3 = {"vit_tiny": {}, "vit_small": {"num_heads": 12}, "vit_base": {}, "vit_large": {}}
 
@@ -64,11 +55,6 @@ def stock_arguments(arch: str, image_size: int) -> tuple[str, dict[str, int]]:
     described = _timm().get_pretrained_cfg(name)
     sized = {"img_size": image_size} if described is not None and described.fixed_input_size else {}
     return name, sized | MOCO_V3.get(arch, {})
-
-
-def is_swin(arch: str) -> bool:
-    """Return whether `arch` is a Swin, of the first version."""
-    return SHORT.get(arch, arch).startswith("swin_")
 
 
 def create(

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from moco.encoder import networks
-from moco.encoder.resnets import ARCHS
+from moco.encoder.archs import ARCHS
 from moco.errors import InputError
 from moco.sections import Network
 

@@ -14,7 +14,7 @@ from torchvision import models
 from moco.builder.base import Method
 from moco.config import Pretraining
 from moco.distributed import print_rank0
-from moco.encoder import metadata, networks, pretrained, resnets, timm_networks, weights
+from moco.encoder import archs, metadata, networks, pretrained, weights
 from moco.errors import InputError, short, unknown
 
 
@@ -83,7 +83,7 @@ def _load_backbone(
             )
         matched = pretrained.load_backbone(net, tensors, source)
     eps = facts.norm_eps
-    if timm_networks.is_swin(network.arch) and eps not in (None, network.norm_eps):
+    if archs.is_swin(network.arch) and eps not in (None, network.norm_eps):
         raise InputError(f"{source}: was trained with {eps}'s epsilons; give --norm-eps {eps}")
     return tensors, matched
 
@@ -180,13 +180,13 @@ def _timm_weights(arch: str) -> weights.State:
     if importlib.util.find_spec("timm") is None:
         raise InputError("--init timm: the weights come from timm: pip install timm")
     library, network = networks.find(arch)
-    if library == "torchvision" and network not in resnets.ARCHS:
+    if library == "torchvision" and network not in archs.ARCHS:
         other = "is not a network of timm; give --init torchvision:NAME, or a file"
         raise InputError(f"--init timm: {arch} {other}")
     with _download("timm"):
         import timm
 
-        name = timm_networks.SHORT.get(network, network)
+        name = archs.SHORT.get(network, network)
         described = timm.get_pretrained_cfg(name)
         if described is None or not described.has_weights:
             raise InputError(f"--init timm: timm has no weights for {arch}; give a file")

@@ -11,10 +11,10 @@ from moco import devices, distributed
 from moco.augment import recipes
 from moco.builder.base import Method
 from moco.config import Pretraining, flat, replaced
-from moco.data import cache, file_lists, loader, registry, sources, subsets
+from moco.data import cache, catalog, file_lists, loader, registry, sources, subsets
 from moco.data.images import Images, note_dark
 from moco.distributed import print_rank0
-from moco.encoder import networks, recompute, resnets, trial
+from moco.encoder import archs, networks, recompute, trial
 from moco.engine import checkpoint, contract, initial, next_commands, precision, record, tracking
 from moco.engine.log import Metrics, format_duration
 from moco.engine.monitor import Monitor
@@ -74,10 +74,10 @@ def complete(config: Pretraining, uses_labels: str = "") -> Pretraining:
             _check_classes(root, config.input.class_list, uses_labels)
     else:
         registry.check(dataset, data, config.input.download)
-        if registry.METRIC[dataset] == "map11" and (option := _labels_for(config)):
+        if catalog.METRIC[dataset] == "map11" and (option := _labels_for(config)):
             several = f"each image of {dataset} has several labels, and one is needed"
             raise InputError(f"{option}: {several}; leave it out")
-        if registry.METRIC[dataset] == "map11" and uses_labels:
+        if catalog.METRIC[dataset] == "map11" and uses_labels:
             raise _no_labels(uses_labels, f"each image of {dataset} has several labels")
     initial.check(config)
     mean, std = registry.normalization(dataset)
@@ -128,7 +128,7 @@ def _check_list(config: Pretraining) -> None:
 def _check_network(config: Pretraining) -> None:
     """Raise InputError if the network does not take the views, or lacks what options need."""
     network, size = config.network, config.views.image_size
-    if network.arch in resnets.ARCHS:
+    if network.arch in archs.ARCHS:
         return
     net = networks.create(network.arch, 1, size, stem=network.stem, norm_eps=network.norm_eps)
     sizes = {size, *(view.size for view in recipes.from_settings(config.views))}

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moco.config import Config, Probing, replaced
-from moco.data import cache, registry
+from moco.data import cache, catalog
 from moco.data.images import Images
 from moco.distributed import print_rank0
 from moco.engine import checkpoint, features, precision
@@ -109,7 +109,7 @@ class ClassifierTask(Task):
         super().__init__(config, net, images.train, device)
         self.val, self.held_out, self.settings = images.val, images.held_out, settings
         self.best, self.best_name = 0.0, best_name
-        self.metric = registry.METRIC[config.input.dataset]
+        self.metric = catalog.METRIC[config.input.dataset]
         self._weight_decays = len({setting.wd for setting in settings})
 
     def losses(self, logits: Tensor, label: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from moco import distributed
 from moco.config import Evaluation, flat, replaced
-from moco.data import registry
+from moco.data import catalog
 from moco.data.images import Images
 from moco.distributed import print_rank0
 from moco.encoder import networks
@@ -82,7 +82,7 @@ def complete(config: Evaluation, multi_label: bool) -> Evaluation:
         origin = {option: meta[name] for name, option in _ORIGIN.items()}
         config = replaced(config, **{name: origin[name] for name in origin.keys() & settings})
     dataset = "photos" if config.run.data == "photos" else config.input.dataset
-    if dataset in registry.METRIC and (registry.METRIC[dataset] == "map11") != multi_label:
+    if dataset in catalog.METRIC and (catalog.METRIC[dataset] == "map11") != multi_label:
         if multi_label:
             raise InputError(
                 f"{dataset}: its images show one class each; "

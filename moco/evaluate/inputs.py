@@ -10,7 +10,7 @@ from torch import nn
 from moco.config import MEAN, STD, AnyConfig, Config, Evaluation, flat, replaced
 from moco.data import registry, subsets
 from moco.distributed import print_rank0
-from moco.encoder import metadata, networks, resnets, trial
+from moco.encoder import archs, metadata, networks, trial
 from moco.encoder import pretrained as encoders
 from moco.engine import checkpoint, decoding, features, precision
 from moco.errors import InputError, short
@@ -63,7 +63,7 @@ def complete_encoder(config: AnyConfig) -> AnyConfig:
             encoder_method="random",
             pretrain_epochs=None,
         )
-    if config.network.arch not in resnets.ARCHS:
+    if config.network.arch not in archs.ARCHS:
         trial.check(create_network(config, 1), config.network.arch, [config.views.image_size])
     return config
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from moco.data import folders, registry, sources
+from moco.data import catalog, folders, sources
 from moco.data.folders import same_on_all_ranks
 from moco.data.images import Images
 from moco.distributed import print_rank0
@@ -25,7 +25,7 @@ def check(settings: OtherTest, dataset: str) -> None:
     """
     if not settings.eval_data:
         return
-    if registry.METRIC[dataset] == "map11":
+    if catalog.METRIC[dataset] == "map11":
         raise InputError(
             f"--eval-data: the images of {dataset} show several classes each; leave it out"
         )

@@ -14,9 +14,9 @@ from PIL import Image
 
 from moco.data.images import ImageFolder
 from moco.errors import InputError, short
-from moco.files import UnreadableError, read_pickle
+from moco.files import UnreadableError
+from moco.pickles import read_pickle
 
-NAMES = ("roxford5k", "rparis6k")
 _WHERE = "get the ground truth and the images from http://cmp.felk.cvut.cz/revisitop"
 
 

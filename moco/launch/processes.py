@@ -1,6 +1,6 @@
 """Decide which processes a command starts, from its options and the launcher's environment.
 
-launch.py starts them; rendezvous.py connects them.
+launch.py starts them; address.py checks their address, and rendezvous.py connects them.
 """
 
 import os
@@ -10,9 +10,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from moco import devices
 from moco.errors import InputError
-from moco.launch.rendezvous import check_url
+from moco.launch.address import check_url
 from moco.sections import Input, Launch
 
 
@@ -31,8 +30,10 @@ class Plan:
 
 def plan(launch: Launch) -> Plan:
     """Return the plan of the run. Raises InputError if options and environment do not match."""
+    from moco import devices  # it imports torch, which --help does not need
+
     device_type = devices.resolve_type(launch.device)
-    p = _plan(launch, device_type)
+    p = _plan(launch, device_type, devices.count(device_type))
     if p.world_size > 1 and device_type in devices.ONE_PROCESS:
         several = (
             f"--device {device_type}: supports a single process, and this run has {p.world_size}"
@@ -41,9 +42,8 @@ def plan(launch: Launch) -> Plan:
     return p
 
 
-def _plan(launch: Launch, device_type: str) -> Plan:
+def _plan(launch: Launch, device_type: str, gpus: int) -> Plan:
     """Return the plan, without checking that `device_type` supports several processes."""
-    gpus = devices.count(device_type)
     env = os.environ
     if launch.gpu is not None and launch.gpu >= gpus:
         if launch.device == "cpu":

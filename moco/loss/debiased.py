@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from moco.loss.contrastive import Anchors, InfoNCE
-
-ANNEAL_STEPS = 9  # values of beta with `anneal`
+from moco.loss.settings import ANNEAL_STEPS
 
 
 @dataclass(frozen=True)

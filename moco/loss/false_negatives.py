@@ -14,15 +14,12 @@ from torch.autograd.function import once_differentiable
 
 from moco.loss.hardest import hardest
 
-MODES = ("attract", "eliminate", "off")
-SOURCES = ("similarity", "labels")
-
 
 @dataclass(frozen=True)
 class Cancellation:
     """The settings of FNC: how to find and how to use false negatives (sections 3.1 to 3.3)."""
 
-    mode: str = "attract"  # one of MODES
+    mode: str = "attract"  # one of MODES of moco/loss/settings.py
     topk: int = 10  # maximum number of false negatives per image
     threshold: float = 0.7  # minimum similarity, in [-1, 1]
     source: str = "similarity"  # one of SOURCES; with labels, `topk` and `threshold` are unused

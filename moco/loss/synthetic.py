@@ -1,7 +1,8 @@
 """Synthetic hard negatives in closed form: SynCo's six types (arXiv 2410.02401, section 3).
 
-`TYPES` is the table of the types. To add a type, add an entry. The draws, the similarities and
-their gradient follow from it. `moco/builder/negatives.py` uses this file.
+`TYPES` in `moco/loss/settings.py` is the table of the types. To add a type, add an entry. The
+draws, the similarities and their gradient follow from it. `moco/builder/negatives.py` uses this
+file.
 
 A synthetic negative h is made for a query q from entries n and n' of the bank, drawn among the
 negatives most similar to q:
@@ -25,98 +26,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moco.loss.settings import ONE, TYPES, Coefficient, Synthetic, Type
+
 _TINY = 1e-12  # the smallest norm to divide by
-
-
-@dataclass(frozen=True)
-class Coefficient:
-    """The factor of a vector in v: constant + slope w, times the type's size if `sized`.
-
-    w is the random weight of the negative.
-    """
-
-    constant: float = 0.0
-    slope: float = 0.0
-    sized: bool = False
-
-    def fill(self, out: Tensor, w: Tensor, size: float) -> None:
-        """Write the factors of the negatives to `out` [N, M], for weights `w` of the same shape.
-
-        A type without a random weight has no slope, and `w` is not read.
-        """
-        scale = size if self.sized else 1.0
-        if self.slope:
-            # a scalar on the CPU, which no device has to wait for
-            constant = torch.tensor(self.constant * scale, dtype=w.dtype)
-            torch.add(constant, w, alpha=self.slope * scale, out=out)
-        else:
-            out.fill_(self.constant * scale)
-
-
-ONE = Coefficient(1.0)
-W = Coefficient(slope=1.0)
-ONE_MINUS_W = Coefficient(1.0, slope=-1.0)
-SIZE = Coefficient(1.0, sized=True)
-
-
-@dataclass(frozen=True)
-class Type:
-    """A type of synthetic negative: its random draws, and the coefficients of the vectors in v."""
-
-    name: str  # one word, for options and help texts
-    source: str  # the paper
-    weight: tuple[float, float] | None = None  # w ~ U(low, high); None: no random weight
-    size: str | None = None  # the field of `Synthetic` that scales the noise and SIZE
-    q: Coefficient | None = None  # A; None here and below: the vector is absent
-    n: Coefficient = ONE  # B
-    second: Coefficient | None = None  # D, of a second drawn entry n'
-    sign: Coefficient | None = None  # E, of sign(q)
-    noise: bool = False  # whether e ~ N(0, size^2 I) is added
-
-    @property
-    def in_plane(self) -> bool:
-        """Return whether v is A q + B n, whose norm needs no vector."""
-        return self.second is None and self.sign is None and not self.noise
-
-
-_MOCHI, _SYNCO = "MoCHI, arXiv 2010.01028", "SynCo, arXiv 2410.02401, section 3"
-
-# The order is that of --n1, --n2, ... and of the random draws. The papers call types 5 and 6 steps
-# along the gradient of q.n with respect to n, which is q.
-TYPES = (
-    Type("interpolated", _MOCHI, weight=(0.0, 0.5), q=W, n=ONE_MINUS_W),  # w q + (1 - w) n
-    Type("extrapolated", _SYNCO, weight=(1.0, 1.5), q=ONE_MINUS_W, n=W),  # q + w (n - q)
-    Type("mixup", _MOCHI, weight=(0.0, 1.0), n=W, second=ONE_MINUS_W),  # w n + (1 - w) n'
-    Type("noise", _SYNCO, size="sigma", noise=True),  # n + e
-    Type("perturbed", _SYNCO, size="delta", q=SIZE),  # n + delta q
-    Type("adversarial", _SYNCO, size="eta", sign=SIZE),  # n + eta sign(q)
-)
-
-
-@dataclass(frozen=True)
-class Synthetic:
-    """The settings of a run's synthetic negatives: the number of each type, and the sizes."""
-
-    n_hard: int = 0  # hardest bank entries of each query, from which n and n' are drawn
-    counts: tuple[int, ...] = (0,) * len(TYPES)  # negatives per query, of each of TYPES
-    sigma: float = 0.01
-    delta: float = 0.01
-    eta: float = 0.01
-    weight: float = 1.0  # of the negatives' exponentials in the loss
-
-    def __post_init__(self):
-        """Raise ValueError unless each type has a count."""
-        if len(self.counts) != len(TYPES):
-            raise ValueError(f"{len(self.counts)} counts for {len(TYPES)} types of negatives")
-
-    @property
-    def total(self) -> int:
-        """Return the number of synthetic negatives per query."""
-        return sum(self.counts)
-
-    def size(self, type_: Type) -> float:
-        """Return the size that a type reads, or 1 if it reads none."""
-        return getattr(self, type_.size) if type_.size else 1.0
 
 
 @dataclass(frozen=True)
@@ -327,7 +239,7 @@ def _fill(mixture: Mixture, c: _Columns, config: Synthetic, draws: Draws) -> lis
     ):
         if coefficient is not None:
             views.append(tensor[:, columns])
-            coefficient.fill(views[-1], w, size)
+            _write(coefficient, views[-1], w, size)
     return views
 
 
@@ -361,3 +273,17 @@ def similarities(
     The arguments are those of `mix`. The result is differentiable in `q` and in `similarity`.
     """
     return mix(q.detach(), bank, similarity.detach(), hard, config, draws).dot(q, similarity)
+
+
+def _write(coefficient: Coefficient, out: Tensor, w: Tensor, size: float) -> None:
+    """Write the factors of the negatives to `out` [N, M], for weights `w` of the same shape.
+
+    A type without a random weight has no slope, and `w` is not read.
+    """
+    scale = size if coefficient.sized else 1.0
+    if coefficient.slope:
+        # a scalar on the CPU, which no device has to wait for
+        constant = torch.tensor(coefficient.constant * scale, dtype=w.dtype)
+        torch.add(constant, w, alpha=coefficient.slope * scale, out=out)
+    else:
+        out.fill_(coefficient.constant * scale)

@@ -10,7 +10,6 @@ from torch import Tensor
 from moco import devices
 from moco.augment import recipes
 from moco.builder.base import Method
-from moco.builder.negatives import Schedule
 from moco.cli.rebuild import rebuild
 from moco.config import Pretraining, flat, replaced
 from moco.data import registry
@@ -23,9 +22,11 @@ from moco.evaluate.negatives import Measured
 from moco.launch import processes
 from moco.loss.synthetic import Synthetic
 from moco.report import pictures, samples
+from moco.report.options import Options
 from moco.report.plots import printable
 from moco.report.runs import unique_names
 from moco.report.samples import Sample
+from moco.sections_negatives import Schedule
 
 # SynCo's synthetic negatives and the size of its queue (arXiv 2410.02401); the page shows them for
 # methods that have none
@@ -62,29 +63,6 @@ class Contrast:
     negatives: int
     average: bool
     measured: Measured
-
-
-@dataclass(frozen=True)
-class Options:
-    """The images to measure negatives on, and how to draw them.
-
-    Attributes:
-        data: the data folder.
-        dataset: name of its data set in the registry.
-        class_list: file with the names of the classes to use, if any.
-        images: maximum number of images in the bank.
-        queries: maximum number of queries.
-        n_hard: number of hardest negatives; by default the same fraction as in the run.
-        seed: seed of the sample, the views and the synthetic negatives.
-    """
-
-    data: str
-    dataset: str = "imagenet"
-    class_list: str | None = None
-    images: int = 4096
-    queries: int = 256
-    n_hard: int | None = None
-    seed: int = 0
 
 
 def measure(paths: list[Path], options: Options) -> tuple[list[Contrast], Sample]:

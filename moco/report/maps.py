@@ -6,9 +6,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
-from sklearn.decomposition import PCA
-from sklearn.manifold import TSNE
-from threadpoolctl import threadpool_limits
 
 from moco.errors import InputError
 
@@ -39,6 +36,9 @@ class Method(NamedTuple):
 
 def tsne(x: np.ndarray) -> np.ndarray:
     """Return the t-SNE of features [N, D], by their cosine. N must be at least `FEWEST`."""
+    from sklearn.manifold import TSNE
+    from threadpoolctl import threadpool_limits
+
     # the features of a collapsed encoder have no principal axis
     start = "pca" if x.std(0).max() > 1e-6 else "random"
     perplexity = min(30, (len(x) - 1) / 3)
@@ -49,6 +49,8 @@ def tsne(x: np.ndarray) -> np.ndarray:
 
 
 def _pca(x: np.ndarray) -> np.ndarray:
+    from sklearn.decomposition import PCA
+
     points = PCA(min(2, x.shape[1]), svd_solver="full", random_state=0).fit_transform(x)
     return np.pad(points, ((0, 0), (0, 2 - points.shape[1])))
 

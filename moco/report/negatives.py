@@ -9,8 +9,9 @@ from moco.config import flat
 from moco.files import check_new
 from moco.methods import trains_on_labels
 from moco.report import markup, over_training, pictures, plots, thumbnails
-from moco.report.contrasts import PUBLISHED, Contrast, Options, has_classes, measure
+from moco.report.contrasts import PUBLISHED, Contrast, has_classes, measure
 from moco.report.markup import escaped
+from moco.report.options import Options
 from moco.report.over_training import LOOKS, SYNTHETIC, Run, names_of, quartiles
 from moco.report.plots import Curve
 from moco.report.ridges import ridges

@@ -10,7 +10,6 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from moco.builder.base import Method
-from moco.builder.negatives import COUNTS
 from moco.config import Evaluation, Training, flat
 from moco.data.loader import TrainBatchSampler
 from moco.engine.lr_schedule import lr_of_step, lr_scale
@@ -21,6 +20,7 @@ from moco.evaluate.voc_layer import EpochSampler, lr_of_epoch
 from moco.launch.processes import batch_per_process
 from moco.report.plots import COLORS, INK, printable
 from moco.rng import Progress
+from moco.sections_negatives import COUNTS
 
 POINTS = 2000  # evenly spaced points of a curve, in addition to the first and last steps of epochs
 

@@ -17,7 +17,7 @@ from run_helpers import refused
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from moco.encoder import resnets
+from moco.encoder import archs
 from moco.encoder.stock import StockModel
 from tools import export
 
@@ -89,7 +89,7 @@ def test_each_architecture_is_exported(arch, run, tmp_path):
     written = torch.load(tmp_path / "x.pth", weights_only=True)
     assert written.keys() == net.state_dict().keys()
     made = printed(out)
-    assert len(made) == (2 if arch in resnets.ARCHS else 1)
+    assert len(made) == (2 if arch in archs.ARCHS else 1)
     for other in made:
         torch.testing.assert_close(features(other, 64), features(net, 64), rtol=1e-4, atol=1e-4)
     assert ("num_heads=12" in out) == (arch == "vit_small")

@@ -16,7 +16,7 @@ from run_helpers import TINY
 from voc_tree import write_voc
 
 from moco.report import negatives
-from moco.report.contrasts import Options
+from moco.report.options import Options
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "google-chrome"))), None)
 pytestmark = [

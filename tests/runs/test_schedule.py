@@ -29,6 +29,7 @@ from schedule_formulas import (
     warm_by_epoch,
 )
 
+from moco.cli import scripts
 from moco.report import schedules
 from tools import schedule as tool
 
@@ -230,7 +231,7 @@ def test_every_recipe_has_its_facts():
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_follows_its_schedules(name):
     facts, path = FACTS[name], RECIPES[name]
-    script = tool.scripts.script_of(path)
+    script = scripts.script_of(path)
     small = SMALL.get(script, SMALL[""])
     of = tool.load(path, small)
     n, E = facts.steps_per_epoch, facts.epochs

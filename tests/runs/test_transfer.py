@@ -11,7 +11,7 @@ from run_helpers import typed
 
 import main_lincls
 import main_semisup
-from moco.data import registry
+from moco.data import catalog
 from moco.evaluate import metrics
 
 pytestmark = pytest.mark.slow
@@ -39,7 +39,7 @@ def test_a_probe_on_every_data_set(name, script, tmp_path):
     )
     status, out, err = script("main_lincls", *options)
     assert status == 0, err
-    found, metric = results(tmp_path / "run"), registry.METRIC[name]
+    found, metric = results(tmp_path / "run"), catalog.METRIC[name]
     assert found["dataset"] == (str(tmp_path / "data") if name == "imagenet" else name)
     assert {metric, f"{metric}_lr0.1", f"{metric}_lr0.01"} <= found["metrics"].keys()
     *_, shown, _ = out.splitlines()  # the last line says where results.json is

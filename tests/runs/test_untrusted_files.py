@@ -10,7 +10,7 @@ from bad_inputs.checkpoints import CODE, Code
 from conftest import own_lines, wants_detectron2
 
 from moco.errors import InputError
-from moco.files import read_pickle
+from moco.pickles import read_pickle
 
 
 # Pickles and YAML.

@@ -9,11 +9,11 @@ from conftest import on_two_ranks
 from rank_helpers import DIM, LR, STEPS, WORLD_SIZE, B, K, M, T, joint_views, part, tiny_encoder
 from torch.nn.parallel import DistributedDataParallel
 
-from moco.builder.negatives import Schedule
 from moco.builder.synco import SynCo
 from moco.loss import synthetic
 from moco.loss.hardest import hardest
 from moco.rng import NEGATIVES, SHUFFLE, Progress
+from moco.sections_negatives import Schedule
 
 SYNTHETIC = synthetic.Synthetic(n_hard=10, counts=(5, 4, 3, 2, 3, 4))
 

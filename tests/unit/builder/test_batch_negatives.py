@@ -15,15 +15,16 @@ from torch import nn
 
 import main_mocov3
 import main_sogclr
-from moco import distributed
+from moco import distributed, sections_methods
 from moco.builder import objectives
 from moco.builder.mocov3 import MoCoV3
-from moco.builder.negatives import Ramp, Schedule, batch_mixture
+from moco.builder.negatives import batch_mixture
 from moco.builder.simclr import SimCLR
 from moco.errors import InputError
 from moco.loss.contrastive import normalize
 from moco.loss.synthetic import TYPES, Synthetic, draw
 from moco.rng import NEGATIVES, Progress
+from moco.sections_negatives import Ramp, Schedule
 
 B, DIM, T, SIGMA = 5, 4, 0.3, 0.4  # images of a rank, features, temperature, DCLW's sigma
 CONFIG = Synthetic(n_hard=7, counts=(3, 2, 3, 2, 2, 1), sigma=0.1, delta=0.2, eta=0.3)
@@ -40,7 +41,7 @@ def build(name, schedule=SCHEDULE):
     if name == "mocov3":
         head = nn.Linear(DIM, DIM, bias=False)
         return MoCoV3(net, head, 0.9, T=T, synthetic=schedule).double()
-    loss = objectives.create(objectives.BatchSettings(loss=name, dclw_sigma=SIGMA))
+    loss = objectives.create(sections_methods.BatchLoss(loss=name, dclw_sigma=SIGMA))
     return SimCLR(lambda: net, T, loss, synthetic=schedule).double()
 
 

@@ -19,8 +19,9 @@ from moco import distributed
 from moco.builder.fnc import FNC
 from moco.launch import launch
 from moco.loss.contrastive import info_nce
-from moco.loss.false_negatives import MODES, Cancellation
+from moco.loss.false_negatives import Cancellation
 from moco.loss.global_contrastive import compare
+from moco.loss.settings import MODES
 from moco.rng import Progress
 
 SCRIPT = typed("-a resnet18 --image-size 32 -b 8 -j 0 --epochs 1 -p 1 --support-size 1")

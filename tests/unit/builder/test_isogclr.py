@@ -20,11 +20,12 @@ from contrast_helpers import (
     unit_rows,
 )
 
-from moco.builder.isogclr import Temperatures, temperature_step
+from moco.builder.isogclr import temperature_step
 from moco.errors import InputError
 from moco.loss.global_contrastive import compare
 from moco.loss.individual_temperatures import TemperatureStep, individual_loss
 from moco.rng import Progress
+from moco.sections_methods import Temperatures
 
 AUTHORS = {"rho": 0.4, "eta": 0.03, "beta_u": 0.5, "t_range": (0.05, 1.0), "t_clip": 3.0}
 LIBAUC = {"rho": 0.3, "eta": 0.01, "beta_u": 0.9, "t_range": (0.05, 0.7), "t_clip": 0.0}
@@ -139,3 +140,7 @@ def test_two_ranks_are_one_with_the_joint_batch(ranks, name):
 def test_a_range_that_does_not_fit_is_refused(limits, said):
     with pytest.raises(InputError, match=said):
         temperature_step(Temperatures(t_range=limits), 0.1)
+
+
+def test_the_options_have_the_defaults_of_the_loss():
+    assert temperature_step(Temperatures(), 0.1) == TemperatureStep()

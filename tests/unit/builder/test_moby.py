@@ -16,11 +16,11 @@ import main_moby
 from moco import distributed
 from moco.builder.byol import BYOL
 from moco.builder.moby import MoBY
-from moco.builder.negatives import Schedule
 from moco.encoder.networks import projector
 from moco.loss import synthetic
 from moco.loss.hardest import hardest
 from moco.rng import NEGATIVES, Progress
+from moco.sections_negatives import Schedule
 
 B, DIM, K, M, T, LR, STEPS, EPOCHS = 3, 4, 11, 0.9, 0.2, 0.1, 3, 4
 KIND = synthetic.Synthetic(n_hard=5, counts=(2, 3, 2, 1, 2, 1), sigma=0.1)

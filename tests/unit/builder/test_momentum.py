@@ -7,12 +7,12 @@ from momentum_helpers import ALL_SIX, DIM, K, build, keys_by_hand, two_views
 from torch import nn
 
 from moco.builder.moco import MoCo
-from moco.builder.negatives import Schedule
 from moco.builder.synco import SynCo
 from moco.encoder.resnets import resnet
 from moco.loss import synthetic
 from moco.loss.hardest import hardest
 from moco.rng import NEGATIVES, Progress
+from moco.sections_negatives import Schedule
 
 
 def gradients(model):

@@ -8,12 +8,13 @@ import torch.nn.functional as F
 
 import main_moby
 import main_synco
-from moco.builder.negatives import Ramp, Schedule, mixture
+from moco.builder.negatives import mixture
 from moco.builder.synco import SynCo
 from moco.loss.contrastive import normalize
 from moco.loss.hardest import hardest
 from moco.loss.synthetic import Synthetic, draw, similarities
 from moco.rng import NEGATIVES, Progress
+from moco.sections_negatives import Ramp, Schedule
 
 CONFIG = Synthetic(n_hard=6, counts=(10, 8, 6, 4, 2, 0))
 STEPS = 5  # in an epoch

@@ -22,15 +22,15 @@ from torch import nn
 
 import main_sogclr
 import main_synco
-from moco import distributed
+from moco import distributed, sections_methods
 from moco.builder import objectives
-from moco.builder.negatives import Schedule
 from moco.builder.synco import SynCo
 from moco.errors import InputError
 from moco.loss import synthetic
 from moco.loss.debiased import Debiased
 from moco.loss.global_contrastive import compare
 from moco.rng import Progress
+from moco.sections_negatives import Schedule
 
 
 def of_batch(name, z, **settings):
@@ -86,7 +86,7 @@ def test_losses_are_finite_in_float32_at_the_least_temperature(name):
     one = F.normalize(torch.ones(2, 2, 4), dim=-1)  # every similarity 1
     apart = one * torch.tensor([1.0, -1.0])[None, :, None]  # every negative's -1
     settings = {"beta": 100.0} if name == "hcl" else {}
-    loss_of = objectives.create(objectives.BatchSettings(loss=name, **settings))
+    loss_of = objectives.create(sections_methods.BatchLoss(loss=name, **settings))
     for z in (one, apart):
         z.requires_grad_()
         losses = loss_of(compare(z, z, 0).anchors(0.02))[0]
@@ -108,7 +108,7 @@ def test_beta_is_annealed_in_nine_steps():
     assert loss.at(3, 20) == Debiased(0.1, 1.75, anneal=True)
     constant = Debiased(0.1, 2.0)
     assert constant.at(3, 20) is constant
-    settings = objectives.BatchSettings(loss="hcl", anneal="down", beta=2.0)
+    settings = sections_methods.BatchLoss(loss="hcl", anneal="down", beta=2.0)
     objectives.check_anneal(settings, 9)
     with pytest.raises(InputError, match="--anneal down"):
         objectives.check_anneal(settings, 8)
@@ -145,7 +145,7 @@ def moco(name, counts=(0,) * 6):
     """Return MoCo with the loss `name`, without batch norm, so that keys are not shuffled."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Flatten(), nn.Linear(243, 6), nn.Tanh(), nn.Linear(6, 4))
-    settings = objectives.Settings(loss=name, **QUEUE[name])
+    settings = sections_methods.Loss(loss=name, **QUEUE[name])
     config = synthetic.Synthetic(4, counts, 0.1, 0.1, 0.1)
     method = SynCo(
         lambda: net,
@@ -262,7 +262,7 @@ def test_synthetic_negatives_join_the_denominator(name, monkeypatch):
 
 @pytest.mark.parametrize("name", ["debiased", "hcl"])
 def test_losses_that_need_real_negatives_refuse_synthetic_ones(name):
-    settings = objectives.Settings(loss=name)
+    settings = sections_methods.Loss(loss=name)
     objectives.check_queue(settings, 0, 200)
     with pytest.raises(InputError, match=f"--loss {name}: .* synthetic"):
         objectives.check_queue(settings, 8, 200)

@@ -25,9 +25,10 @@ from dataset_trees import (
     tiny_imagenet,
 )
 
-from moco.data import photos
+from moco.data import catalog, photos, registry
+from moco.data.catalog import IN_MEMORY, METRIC, NAMES, canonical
 from moco.data.images import ImageArray, ImageFolder
-from moco.data.registry import IN_MEMORY, METRIC, NAMES, canonical, check, load, train_images
+from moco.data.registry import check, load, train_images
 from moco.data.registry import test_images as images_to_test
 from moco.errors import InputError
 
@@ -368,3 +369,11 @@ def test_a_missing_or_damaged_list_raises_no_other_error_than_input_error(name, 
 )
 def test_names_in_the_commands_of_papers_are_accepted(given, name):
     assert canonical(given) == name and name in NAMES
+
+
+def test_the_names_of_options_are_those_of_the_table():
+    table = registry._DATASETS
+    assert ("imagenet", "photos", *table) == catalog.NAMES
+    downloadable = {name for name, dataset in table.items() if callable(dataset.get)}
+    assert {name for name in catalog.NAMES if catalog.is_downloadable(name)} == downloadable
+    assert not catalog.is_downloadable("imagenet-21k")

@@ -6,7 +6,7 @@ import pytest
 from launch_helpers import MEETING
 from run_helpers import SMALL, refused
 
-from moco.launch import rendezvous
+from moco.launch import address, rendezvous
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def test_port_in_use_is_an_error(script, images, taken_port):
 def test_wrong_environment_of_a_launcher_is_one_line(
     no_launcher, monkeypatch, script, images, environment, words
 ):
-    monkeypatch.setattr(rendezvous, "OWN", 0.5)
+    monkeypatch.setattr(address, "OWN", 0.5)
     for name, value in {**MEETING, **environment}.items():
         if value is not None:
             monkeypatch.setenv(name, str(value))
@@ -106,7 +106,7 @@ def test_wrong_environment_of_srun_is_one_line(
     ],
 )
 def test_wrong_dist_url_is_one_line(no_launcher, monkeypatch, script, images, options, words):
-    monkeypatch.setattr(rendezvous, "OWN", 0.5)
+    monkeypatch.setattr(address, "OWN", 0.5)
     refused(script("main_synco", images, *SMALL, "--multiprocessing-distributed", *options), *words)
 
 

@@ -8,13 +8,13 @@ from fnc_helpers import DIM, T, slow_loss, unit_rows
 
 from moco.loss.contrastive import info_nce
 from moco.loss.false_negatives import (
-    MODES,
     Cancellation,
     cancelled_nt_xent,
     find_false_negatives,
     same_class_entries,
 )
 from moco.loss.global_contrastive import compare
+from moco.loss.settings import MODES
 
 
 def our_loss(z, bank, own, how, chunk):

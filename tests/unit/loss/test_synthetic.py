@@ -4,22 +4,11 @@ import pytest
 import torch
 from synthetic_helpers import explicit_negatives
 
-from moco.loss import synthetic
+from moco.loss import settings, synthetic
 from moco.loss.contrastive import bank_info_nce, info_nce, normalize
 from moco.loss.hardest import hardest
-from moco.loss.synthetic import (
-    ONE,
-    ONE_MINUS_W,
-    SIZE,
-    TYPES,
-    Coefficient,
-    Synthetic,
-    Type,
-    W,
-    draw,
-    mix,
-    similarities,
-)
+from moco.loss.settings import ONE, ONE_MINUS_W, SIZE, TYPES, Coefficient, Synthetic, Type, W
+from moco.loss.synthetic import draw, mix, similarities
 
 T = 0.2
 ALONE = [tuple(5 if i == j else 0 for j in range(6)) for i in range(6)]
@@ -130,10 +119,15 @@ SEVENTH = {
 }
 
 
+def add_to_table(monkeypatch, entry):
+    for module in (settings, synthetic):
+        monkeypatch.setattr(module, "TYPES", (*TYPES, entry))
+
+
 @pytest.mark.parametrize("counts", [(0,) * 6 + (5,), (4, 3, 5, 2, 6, 1, 3)])
 @pytest.mark.parametrize(("entry", "vector"), SEVENTH.values(), ids=SEVENTH)
 def test_one_entry_of_the_table_adds_a_type(entry, vector, counts, monkeypatch):
-    monkeypatch.setattr(synthetic, "TYPES", (*TYPES, entry))
+    add_to_table(monkeypatch, entry)
     for seed, sizes in enumerate(SIZES):
         made = assert_closed_form_is_explicit(counts, sizes, seed, zeros=seed == 1, seventh=vector)
         q, bank, hard, config, draws, h = made
@@ -151,7 +145,7 @@ def test_one_entry_of_the_table_adds_a_type(entry, vector, counts, monkeypatch):
 def test_a_type_added_at_the_end_changes_no_weight_of_the_others(monkeypatch):
     counts = (4, 3, 5, 0, 6, 1)
     before = draw(Synthetic(10, (*counts,)), 3, 8, torch.Generator().manual_seed(0))
-    monkeypatch.setattr(synthetic, "TYPES", (*TYPES, SEVENTH["every vector"][0]))
+    add_to_table(monkeypatch, SEVENTH["every vector"][0])
     after = draw(Synthetic(10, (*counts, 0)), 3, 8, torch.Generator().manual_seed(0))
     for name, tensor in vars(before).items():
         assert torch.equal(tensor, getattr(after, name)), name

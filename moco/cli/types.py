@@ -1,0 +1,15 @@
+"""Names of types for the annotations of scripts, which do not import torch before they need it."""
+
+from typing import TYPE_CHECKING, TypeAlias
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from moco.builder import base
+    from moco.data import images
+
+Device: TypeAlias = "torch.device"
+Images: TypeAlias = "images.Images"
+Method: TypeAlias = "base.Method"
+Module: TypeAlias = "nn.Module"
