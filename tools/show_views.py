@@ -27,6 +27,7 @@ from moco.cli import values as types
 from moco.data import file_lists, folders, sources
 from moco.data.decoding import SUFFIXES
 from moco.data.images import ImageFolder, Images, note_dark
+from moco.data.names import Names
 from moco.errors import InputError
 from moco.files import check_new, creating, read_yaml
 from moco.report.views import views_figure
@@ -76,7 +77,7 @@ def find(data: str) -> Images:
     if path.is_file():
         if path.suffix.lower() not in SUFFIXES:
             raise InputError(f"{data}: is not an image ({', '.join(SUFFIXES)})")
-        return ImageFolder(path.parent, np.zeros(1, int), (), np.array([os.fsencode(path.name)]))
+        return ImageFolder(path.parent, np.zeros(1, int), (), Names.of([os.fsencode(path.name)]))
     no_split = path.is_dir() and not (path / "train").is_dir()
     if no_split and sources.locate(path, "train") is None:
         return folders.scan_flat(path)
