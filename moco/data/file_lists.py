@@ -112,7 +112,7 @@ def _index(file: str, text: UnchangedFile) -> tuple[np.ndarray, int]:
                 )
         lengths = np.fromiter(map(len, chunk.splitlines(keepends=True)), np.int64, len(endings))
         found = np.delete(offset + lengths.cumsum() - lengths, others)
-        starts.append(found[-count % GROUP :: GROUP])
+        starts.append(found[-count % GROUP :: GROUP].copy())  # a view would keep all of `found`
         count, number = count + len(found), number + len(endings)
     return np.concatenate([*starts, [len(text)]]), count
 
