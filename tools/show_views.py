@@ -78,12 +78,13 @@ def find(data: str) -> "Images":
     from moco.data import folders, sources
     from moco.data.decoding import SUFFIXES
     from moco.data.images import ImageFolder
+    from moco.data.names import Names
 
     path = Path(data)
     if path.is_file():
         if path.suffix.lower() not in SUFFIXES:
             raise InputError(f"{data}: is not an image ({', '.join(SUFFIXES)})")
-        return ImageFolder(path.parent, np.zeros(1, int), (), np.array([os.fsencode(path.name)]))
+        return ImageFolder(path.parent, np.zeros(1, int), (), Names.of([os.fsencode(path.name)]))
     no_split = path.is_dir() and not (path / "train").is_dir()
     if no_split and sources.locate(path, "train") is None:
         return folders.scan_flat(path)

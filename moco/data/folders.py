@@ -22,6 +22,7 @@ from tqdm import tqdm
 from moco import distributed
 from moco.data.decoding import SUFFIXES
 from moco.data.images import ImageFolder, Images
+from moco.data.names import Names
 from moco.errors import InputError
 
 
@@ -128,8 +129,8 @@ def scan_classes(folder: Path, classes: tuple[str, ...] = ()) -> ImageFolder:
     classes = classes or own
     label = {name: i for i, name in enumerate(classes)}
     labels = np.repeat([label[name] for name in own], [len(listing.images) for listing in listings])
-    paths = np.array([path for listing in listings for path in listing.images])
-    return ImageFolder(folder, labels, classes, paths)
+    paths = [path for listing in listings for path in listing.images]
+    return ImageFolder(folder, labels, classes, Names.of(paths))
 
 
 def scan_flat(folder: Path) -> ImageFolder:
@@ -143,7 +144,8 @@ def scan_flat(folder: Path) -> ImageFolder:
     if not listing.images:
         raise InputError(f"{folder}: holds no image ({', '.join(SUFFIXES)})")
     _print_left_out(folder, [listing], Counter(), 0)
-    return ImageFolder(folder, np.zeros(len(listing.images), int), (), np.array(listing.images))
+    paths = Names.of(listing.images)
+    return ImageFolder(folder, np.zeros(len(paths), int), (), paths)
 
 
 def same_on_all_ranks(images: Images) -> Images:

@@ -25,6 +25,7 @@ from moco.data.decoding import (
     full_size,
     read_bytes,
 )
+from moco.data.names import Names
 from moco.errors import InputError
 
 
@@ -83,7 +84,7 @@ class Images:
 
     def content(self) -> bytes:
         """Return bytes that differ between sets of different images, as far as is cheap to tell."""
-        return self.labels.tobytes()
+        return self.labels.tobytes() if self.classes else b"%d" % len(self)
 
     @property
     def labelled(self) -> bool:
@@ -129,14 +130,9 @@ class EncodedImages(Images):
 
 @dataclass(frozen=True)
 class ImageFolder(EncodedImages):
-    """Images in files below `root`.
+    """Images in files below `root`. `paths` [N] holds their paths relative to `root`."""
 
-    `paths` [N] holds their paths relative to `root` as bytes. It is an array, not a list. A worker
-    process that reads a list updates the reference count of each string, and thereby copies memory
-    that processes would otherwise share.
-    """
-
-    paths: np.ndarray
+    paths: Names
 
     def encoded(self, i: int) -> np.ndarray:
         """Return the content of the file of image `i`; see `EncodedImages.encoded`."""
@@ -147,8 +143,8 @@ class ImageFolder(EncodedImages):
         return os.fsdecode(self.paths[i])
 
     def content(self) -> bytes:
-        """Return the labels and the paths; see `Images.content`."""
-        return super().content() + self.paths.tobytes()
+        """Return the labels and a hash of the paths; see `Images.content`."""
+        return super().content() + self.paths.digest()
 
     def subset(self, indices: np.ndarray) -> "ImageFolder":
         """Return the images with these `indices`; see `Images.subset`."""

@@ -248,8 +248,8 @@ class TrainBatchSampler(Sampler):
             shown = step if step >= 0 else step + self.before  # the step whose images are read
             epoch, step_in_epoch = divmod(shown, self.steps_per_epoch)
             if epoch != shuffled_epoch:
-                draw = rng.generator("cpu", rng.ORDER, self.seed, epoch)
-                order, shuffled_epoch = torch.randperm(self.n, generator=draw), epoch
+                order = None  # frees its memory for the next one
+                order, shuffled_epoch = rng.permutation(self.n, rng.ORDER, self.seed, epoch), epoch
             first = step_in_epoch * self.accumulation * self.batch * ranks
             shown_in = epoch if step >= 0 else -1 - epoch  # epoch that seeds the random crops
             for size in self.sizes(shown):
@@ -266,17 +266,17 @@ class EvalBatchSampler(Sampler):
 
     def __init__(self, n: int, batch: int):
         """Prepare this rank's batches of at most `batch` images, if all ranks have `n` images."""
-        self.samples = [(0, i) for i in range(distributed.rank(), n, distributed.world_size())]
+        self.indices = range(distributed.rank(), n, distributed.world_size())
         self.batch = batch
 
     def __len__(self) -> int:
         """Return the number of batches of this rank."""
-        return -(-len(self.samples) // self.batch)
+        return -(-len(self.indices) // self.batch)
 
     def __iter__(self) -> Iterator[list[SampleId]]:
         """Yield this rank's batches in order."""
-        for i in range(0, len(self.samples), self.batch):
-            yield self.samples[i : i + self.batch]
+        for i in range(0, len(self.indices), self.batch):
+            yield [(0, index) for index in self.indices[i : i + self.batch]]
 
 
 def _init_worker(_: int) -> None:

@@ -17,6 +17,7 @@ from torchvision import datasets as tv
 from moco.data import subsets
 from moco.data.folders import class_names, scan_classes
 from moco.data.images import ImageArray, ImageFolder, Images
+from moco.data.names import Names
 from moco.errors import InputError
 from moco.pickles import read_pickle
 
@@ -285,7 +286,7 @@ def _scenes(root: str, *lists: tuple[Path, Sequence[str]]) -> Split:
         fields = file.read_bytes().translate(bytes.maketrans(b",;", b"  ")).split()
         if not fields or len(fields) % 2:
             raise ValueError(f"{file} does not hold lines of the form PATH LABEL")
-        paths = np.strings.lstrip(np.array(fields[::2]), b"/")
+        paths = [path.lstrip(b"/") for path in fields[::2]]
         labels = np.array(fields[1::2]).astype(np.int64)
         splits.append((_first_with(root, folders, os.fsdecode(paths[0])), paths, labels))
     _, paths, labels = splits[0]
@@ -323,7 +324,8 @@ def _checked(
         raise ValueError(
             f"labels from {labels.min()} to {labels.max()} with {len(classes)} classes"
         )
-    return images(Path(root), labels, tuple(classes), np.ascontiguousarray(content))
+    pixels_or_paths = Names.of(content) if images is ImageFolder else np.ascontiguousarray(content)
+    return images(Path(root), labels, tuple(classes), pixels_or_paths)
 
 
 def _class_indices(names: Sequence[str], classes: Sequence[str]) -> np.ndarray:

@@ -54,13 +54,13 @@ def indexed_batches(
     left out.
     """
     sampler = loader.EvalBatchSampler(len(images), config.input.batch_per_process)
-    sampler.samples, done = sampler.samples[start:], 0
+    sampler.indices, done = sampler.indices[start:], 0
     crop = loader.CenterCrop(config.views.image_size, config.views.test_resize)
     for batch in loader.batches(
         images, crop, sampler, config.input, device, skip_unreadable=unreadable is not None
     ):
         x, label = batch.views[0], batch.label
-        wanted = torch.tensor([i for _, i in sampler.samples[done : done + len(x)]])
+        wanted = torch.tensor(sampler.indices[done : done + len(x)])
         done += len(wanted)
         if batch.unreadable:
             unreadable += batch.unreadable

@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from moco.data.images import ImageFolder
+from moco.data.names import Names
 from moco.errors import InputError, short
 from moco.files import UnreadableError
 from moco.pickles import read_pickle
@@ -107,7 +108,7 @@ def _check_box(image: Path, box: tuple[float, float, float, float], file: Path) 
 
 def _folder(root: Path, names: Sequence[str]) -> ImageFolder:
     """Return the images with these names, which have no labels."""
-    paths = np.array([f"{name}.jpg".encode() for name in names])
+    paths = Names.of([f"{name}.jpg".encode() for name in names])
     return ImageFolder(root, np.zeros(len(names), np.int64), (), paths)
 
 

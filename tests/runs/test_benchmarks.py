@@ -54,6 +54,16 @@ def test_startup(tmp_path):
     assert found["torchvision_over_ours"] > 0 and found["files"] == 300
 
 
+def test_names(tmp_path):
+    found = run("names", tmp_path, "--names", 3000, "--compared", 2000)
+    assert [(row["names"], row["kind"]) for row in found["rows"][::2]] == [
+        ("2,000", "python list"),
+        ("2,000", "ours"),
+        ("3,000", "ours"),
+    ]
+    assert found["targets"].keys() == {"seconds", "GiB"} and found["seconds"] > 0 < found["GiB"]
+
+
 def test_probe(tmp_path, shared_images):
     """The script itself fails where a head's accuracy is not that of a run with its rate alone."""
     found = run("probe", tmp_path, "--data", shared_images, "--size", 32, "--epochs", 1)

@@ -1,8 +1,10 @@
 """Tests of the batch samplers in `moco.data.loader`."""
 
 import pytest
+import torch
 from data_helpers import set_rank, train_batches
 
+from moco import rng
 from moco.data.loader import EvalBatchSampler, TrainBatchSampler
 
 
@@ -22,6 +24,14 @@ def test_an_epoch_shows_no_image_twice():
         assert len(set(indices(epoch))) == 96 and set(indices(epoch)) <= set(range(103))
     assert indices(epochs[0]) != indices(epochs[1]) != indices(epochs[2])
     assert len(set(range(103)).difference(*(indices(epoch) for epoch in epochs))) == 0
+
+
+@pytest.mark.parametrize("n", [1, 2, 1000, 100_003])
+def test_the_order_is_that_of_64_bit_numbers(n):
+    """Earlier versions shuffled int64 numbers, and their runs must resume with the same order."""
+    order = torch.randperm(n, generator=rng.generator("cpu", rng.ORDER, 3, 5))
+    batches = list(train_batches(n, 1, 1, 5, 6, seed=3))
+    assert batches == [[(5, i)] for i in order.tolist()]
 
 
 def test_another_seed_gives_another_order():

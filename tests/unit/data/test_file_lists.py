@@ -2,13 +2,18 @@
 
 import codecs
 import os
+import random
+import re
 
 import numpy as np
 import pytest
+import torch
 from conftest import on_two_ranks
+from data_helpers import read, write_jpeg
 from folder_helpers import error_message, make_files, names_of
 
 from moco.data import file_lists, registry
+from moco.data.loader import CenterCrop, EvalBatchSampler
 from moco.errors import InputError
 
 
@@ -29,7 +34,7 @@ def listed(file, root):
     """Check and read a list. Return the names of its images."""
     file_lists.check(file, root)
     images = file_lists.read(file, root)
-    assert not images.labelled and images.paths.dtype.kind == "S"
+    assert not images.labelled
     assert all(os.path.isfile(images.path(i)) for i in range(len(images)))
     return names_of(images)
 
@@ -141,7 +146,69 @@ def test_different_lists_on_two_ranks_are_an_error_on_both(tmp_path):
         assert "rank 0 and rank 1 find different images (2 and 2 of them)" in message
 
 
-def test_paths_are_one_array_of_bytes_also_after_a_selection(root):
+def test_a_selection_of_a_list(root):
     images = file_lists.read(written(root, "a.jpg\nsub/d.jpg\n"), root)
-    assert images.paths.nbytes == 2 * len("sub/d.jpg")
     assert names_of(images.subset(np.array([1]))) == ["sub/d.jpg"]
+
+
+@pytest.fixture(params=[1 << 20, 0], ids=["in memory", "in its file"])
+def small_pieces(request, monkeypatch):
+    """Read lists in pieces of a few lines, and keep them in memory or in their files."""
+    monkeypatch.setattr(file_lists, "IN_MEMORY", request.param)
+    monkeypatch.setattr(file_lists, "_CHUNK", 40)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_list_of_any_form_has_the_lines_that_python_finds(root, small_pieces, seed):
+    draw = random.Random(seed)
+    breaks = draw.choice([["\n"], ["\r\n"], ["\r"], ["\n", "\r", "\r\n", "\n\n", "\n \t\r\n"]])
+    lines = [f"{'x' * draw.randrange(100)}{i % 90}.jpg" for i in range(draw.randrange(1, 200))]
+    text = "".join(line + draw.choice(breaks) for line in lines)
+    text = draw.choice(["", "\ufeff"]) + text + draw.choice(["", "\n", "last.jpg"])
+    file = written(root, text)
+    images = file_lists.read(file, root)
+    bare = text.removeprefix("\ufeff")
+    expected = [line for line in re.split("\r\n|\r|\n", bare) if line.strip()]
+    assert names_of(images) == expected
+    assert [images.name(i) for i in reversed(range(len(images)))] == expected[::-1]
+    other = file_lists.read(written(root / "sub", "\n".join(expected)), root)
+    assert images.content() == other.content()
+
+
+@pytest.mark.parametrize("where", [0, 3, 50, 199])
+def test_a_mistake_anywhere_in_a_long_list_is_found_with_its_line(root, small_pieces, where):
+    lines = ["a.jpg"] * 200
+    for wrong, message in (("none.jpg", "no such file"), ("a.txt", "does not end like an image")):
+        lines[where] = wrong
+        said = error_message(file_lists.check, written(root, "\r\n".join(lines)), root)
+        assert f"line {where + 1}: " in said and message in said
+    lines[where] = "\0"
+    said = error_message(file_lists.check, written(root, "\n".join(lines)), root)
+    assert "not text in UTF-8" in said
+
+
+def test_repeated_paths_of_a_long_list_are_counted(root, small_pieces, capsys):
+    file_lists.check(written(root, "a.jpg\n\nsub/d.jpg\n" * 60), root)
+    assert "118 of 120 lines repeat a path" in capsys.readouterr().out
+
+
+def test_loader_processes_read_a_list_in_its_file(root, small_pieces):
+    write_jpeg(root / "a.jpg")
+    write_jpeg(root / "sub/d.jpg")
+    images = file_lists.read(written(root, "a.jpg\nsub/d.jpg\n" * 50), root)
+    batches = read(images, EvalBatchSampler(100, 10), CenterCrop(32), workers=2, batch=10)
+    assert torch.cat([batch.index for batch in batches]).tolist() == list(range(100))
+    assert not any(batch.unreadable for batch in batches)
+
+
+def test_a_list_that_is_written_again_during_the_run(root, monkeypatch):
+    for limit in (1 << 20, 0):
+        monkeypatch.setattr(file_lists, "IN_MEMORY", limit)
+        file = written(root, "a.jpg\nsub/d.jpg\n" * 50)
+        images = file_lists.read(file, root)
+        written(root, "sub/d.jpg\n")
+        if limit:
+            assert images.name(0) == "a.jpg"
+        else:
+            said = error_message(images.encoded, 0)
+            assert said == f"{file}: has changed since it was listed; start again"

@@ -25,6 +25,7 @@ from moco.data import cache, loader
 from moco.data.decoding import decode_file
 from moco.data.images import CachedImages, ImageArray
 from moco.data.loader import CenterCrop, EvalBatchSampler, RandomCrops, batches
+from moco.data.names import Names
 from moco.data.sources import scan
 from moco.errors import InputError
 from moco.sections import Input
@@ -181,7 +182,7 @@ def test_large_jpegs_that_are_shrunk_stay_on_disk(large, capsys):
     (held,) = cached(large, shrink_on_decode=True)
     assert held is large  # nothing is left to hold
     assert "decoded at a reduced size" in capsys.readouterr().out
-    folder = replace(large, paths=np.array([*large.paths, b"a/1.jpg"]), labels=np.zeros(2, int))
+    folder = replace(large, paths=Names.of([*large.paths, b"a/1.jpg"]), labels=np.zeros(2, int))
     write_jpeg(large.root / "a" / "1.jpg")
     (held,) = cached(folder, shrink_on_decode=True)
     assert (held.starts < 0).tolist() == [True, False]

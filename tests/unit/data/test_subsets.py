@@ -12,6 +12,7 @@ from conftest import ROOT, write_images
 
 from moco.data import photos, sources, subsets
 from moco.data.images import ImageFolder
+from moco.data.names import Names
 from moco.data.subsets import (
     hold_out,
     is_imagenet,
@@ -24,7 +25,7 @@ from moco.errors import InputError
 
 
 def paths(folder):
-    return set(folder.paths.tolist())
+    return set(folder.paths)
 
 
 @pytest.mark.parametrize(("fraction", "per_class"), [(0.25, 4), (0.01, 1), (0.1, 2), (0.99, 15)])
@@ -36,9 +37,9 @@ def test_hold_out_takes_a_fraction_of_each_class(shared_images, fraction, per_cl
         and np.bincount(rest.labels).tolist() == [16 - per_class] * 3
     )
     assert paths(rest) | paths(held) == paths(images) and not paths(rest) & paths(held)
-    label = dict(zip(images.paths.tolist(), images.labels.tolist(), strict=True))
+    label = dict(zip(images.paths, images.labels.tolist(), strict=True))
     for subset in (rest, held):
-        assert [label[path] for path in subset.paths.tolist()] == subset.labels.tolist()
+        assert [label[path] for path in subset.paths] == subset.labels.tolist()
         assert (subset.root, subset.classes) == (images.root, images.classes)
 
 
@@ -59,19 +60,14 @@ def test_sample_takes_a_fraction_of_each_class(shared_images, fraction, per_clas
     images = sources.scan(shared_images, "train")
     first, again, other = (sample(images, fraction, seed) for seed in (1, 1, 2))
     assert np.bincount(first.labels).tolist() == [per_class] * 3
-    assert (
-        first.paths.tolist()
-        == again.paths.tolist()
-        == sorted(first.paths.tolist())
-        != other.paths.tolist()
-    )
+    assert list(first.paths) == list(again.paths) == sorted(first.paths) != list(other.paths)
     assert paths(first) < paths(images)
 
 
 def test_hold_out_of_multi_label_images_takes_a_fraction_of_all(tmp_path):
     labels = np.random.default_rng(0).integers(-1, 2, (20, 3))
     images = ImageFolder(
-        tmp_path, labels, ("a", "b", "c"), np.array([b"%d.jpg" % i for i in range(20)])
+        tmp_path, labels, ("a", "b", "c"), Names.of([b"%d.jpg" % i for i in range(20)])
     )
     rest, held = hold_out(images, 0.25, seed=0)
     assert (
@@ -136,7 +132,7 @@ def test_a_written_list_selects_the_same_images(tmp_path):
         b"a/\x1c.jpg",
         b"a/'.jpg",
     ]
-    images = ImageFolder(tmp_path, np.arange(6) % 2, ("a", "b"), np.array(names))
+    images = ImageFolder(tmp_path, np.arange(6) % 2, ("a", "b"), Names.of(names))
     subset = images.subset(np.array([0, 2, 3, 4]))
     subsets.write_names(subset, tmp_path / "subset.txt")
     assert (tmp_path / "subset.txt").read_bytes() == b"".join(name + b"\n" for name in subset.paths)
@@ -145,7 +141,7 @@ def test_a_written_list_selects_the_same_images(tmp_path):
     for bad in (b"a/x\ny.jpg", b"a/x\ry.jpg"):
         with pytest.raises(InputError, match="has a line break in it"):
             subsets.write_names(
-                ImageFolder(tmp_path, np.zeros(1, int), ("a",), np.array([bad])),
+                ImageFolder(tmp_path, np.zeros(1, int), ("a",), Names.of([bad])),
                 tmp_path / "no.txt",
             )
     assert not (tmp_path / "no.txt").exists()
@@ -154,7 +150,7 @@ def test_a_written_list_selects_the_same_images(tmp_path):
 def test_a_class_list_may_have_names_that_are_not_utf_8(tmp_path):
     classes = ("cat", os.fsdecode(b"pi\xe8ces"))
     images = ImageFolder(
-        tmp_path, np.array([0, 1]), classes, np.array([b"cat/1.jpg", b"pi\xe8ces/1.jpg"])
+        tmp_path, np.array([0, 1]), classes, Names.of([b"cat/1.jpg", b"pi\xe8ces/1.jpg"])
     )
     (tmp_path / "list.txt").write_bytes(b"\xef\xbb\xbfpi\xe8ces some words\r\n")
     subset = subsets.keep_classes(images, str(tmp_path / "list.txt"))
