@@ -103,6 +103,13 @@ def all_reduce_sum(x: Tensor) -> Tensor:
     return x
 
 
+def broadcast(x: Tensor, source: int) -> Tensor:
+    """Copy `x` of rank `source` to every rank, in place; return it."""
+    if world_size() > 1:
+        dist.broadcast(x, source)
+    return x
+
+
 def data_parallel(module: nn.Module) -> nn.Module:
     """Return `module` with gradients averaged over ranks; `module` itself in one process.
 
@@ -189,9 +196,8 @@ def broadcast_buffers(model: nn.Module) -> None:
 
     Checkpoints contain the buffers of rank 0.
     """
-    if world_size() > 1:
-        for buffer in model.buffers():
-            dist.broadcast(buffer, 0)
+    for buffer in model.buffers():
+        broadcast(buffer, 0)
 
 
 def broadcast_from_rank0(value: Any) -> Any:

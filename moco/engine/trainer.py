@@ -138,6 +138,8 @@ class Trainer:
             prints = (step + 1) % options.print_freq == 0
             every = options.save_every_steps
             saves = asked or (every and (step + 1) % every == 0 and not ends)
+            if saves or ends:
+                task.gather_state()
             if saves or ends or prints:
                 self.health.check(task.module, lr, per_epoch)
             if ends or asked or prints:
