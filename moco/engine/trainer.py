@@ -53,7 +53,7 @@ class Trainer:
         state = checkpoint.load(config.log.resume) if config.log.resume else None
         if state:
             self._restore(state)
-        self.net = distributed.data_parallel(task.trained_module)
+        self.net = distributed.data_parallel(task.trained_module, config.compute.grad_compress)
         self.health = health.Health(config, task.images, task.may_diverge)
         self._find_start(state)
         self.log: RunLog | None = None  # of this start
