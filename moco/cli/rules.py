@@ -89,10 +89,12 @@ def _launch(parser: EffectsParser) -> None:
 
 
 def _compute(parser: EffectsParser) -> None:
-    several = lambda args: processes.plan(args.config.launch).world_size > 1  # noqa: E731
+    def exchanges(args: Options) -> bool:
+        off = args.grad_compress == "off" or not args.config.TRAINS  # which is refused elsewhere
+        return off or processes.plan(args.config.launch).world_size > 1
+
     alone = "the run has one process, which exchanges no gradients; leave it out"
-    compresses = lambda args: args.grad_compress == "off" or several(args)  # noqa: E731
-    parser.has_effect("grad_compress", compresses, alone)
+    parser.has_effect("grad_compress", exchanges, alone)
 
 
 def _schedule(parser: EffectsParser) -> None:
