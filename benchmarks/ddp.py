@@ -7,6 +7,7 @@ static graph    views, and DDP's promise that all steps use the same parameters
 10, 50, 100 MB  views, with buckets of other sizes
 bf16            views, and gradients that are exchanged in bf16 (--grad-compress bf16)
 no SyncBN       views, without synchronized batch norm; all others have it
+no exchange     views, with SyncBN's arithmetic on a CPU, but without its communication
 
 For each, the script computes the bytes that a process hands to the collectives in a step: those of
 the gradients, and 16 for each channel of each call of SyncBN (mean, variance and their gradients).
@@ -15,11 +16,13 @@ from the mean of all processes' own gradients, divided by the norm of this mean.
 """
 
 import argparse
+import contextlib
 import functools
 import json
 import tempfile
 import warnings
 from pathlib import Path
+from unittest import mock
 
 import measure
 import torch
@@ -47,7 +50,9 @@ CANDIDATES: dict[str, dict[str, object]] = {
     "100 MB": VIEWS | {"bucket_cap_mb": 100},
     "bf16": VIEWS,
     "no SyncBN": VIEWS,
+    "no exchange": VIEWS,
 }
+SEPARATE = ("no SyncBN", "no exchange")  # compared with "views" in figures of their own
 
 
 def main() -> None:
@@ -75,9 +80,10 @@ def main() -> None:
         f"{name.replace(' ', '_')}_over_{base}": measure.ratio(times[name], times[base])
         for name in CANDIDATES
         for base in ["default" if name == "views" else "views"]
-        if name not in ("default", "no SyncBN")
+        if name not in ("default", *SEPARATE)
     }
     ratios["SyncBN_over_BN"] = measure.ratio(times["views"], times["no SyncBN"])
+    ratios["SyncBN_exchange"] = measure.ratio(times["views"], times["no exchange"])
     table = [
         {
             "DDP": name,
@@ -125,6 +131,7 @@ class Step:
         self.model: nn.Module = SimCLR(lambda: resnet(args.arch, 128, mlp=True)).to(device)
         if self.synced:
             self.model = distributed.sync_batch_norm(self.model, device)
+        self.exchanges = name != "no exchange"
         self.bytes_each = 2 if name == "bf16" else 4
         options = CANDIDATES[name]
         with warnings.catch_warnings():
@@ -153,7 +160,9 @@ class Step:
     def backward(self) -> list[int]:
         """Compute the gradient, averaged over processes; return the channels of SyncBN's calls."""
         self.channels.clear()
-        self.ddp(self.views, self.index, Progress())[0].backward()
+        alone = mock.patch.object(distributed, "all_reduce_sum", lambda x: x)
+        with contextlib.nullcontext() if self.exchanges else alone:
+            self.ddp(self.views, self.index, Progress())[0].backward()
         return self.channels
 
     def count(self, norm: nn.Module, *_: object) -> None:

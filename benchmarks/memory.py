@@ -1,13 +1,14 @@
 #!/usr/bin/env python
-"""Measure the memory of one process that pre-trains a large network with MoCo v3.
+"""Count the memory of one process that pre-trains a large network with MoCo v3.
 
-The first table counts the tensors that do not depend on the batch: parameters, their gradients, the
-state of the optimizer, and the moving average. Each of W processes of DDP has all of them. FSDP
-would leave each process 1/W.
+The first table counts the tensors that do not depend on the batch. Each process of DDP has all of
+them. FSDP would leave each of W processes 1/W. Autograd adds the gradients of the two views of a
+batch, and holds those of one view until it has those of the other.
 
-The second table measures, in real steps on the CPU, the peak of the memory that each further image
-of the batch needs, in both views, with and without --amp bf16 and --grad-checkpoint. The last
-column is the number of images of a process that fit into --gib, next to the first table's tensors.
+The second table counts the tensors that a real forward pass on the CPU keeps for the backward pass,
+for each image of the batch, in both views, and, with --grad-checkpoint, those of the block that is
+being recomputed. The last column is the number of images of a process that fit into --gib, next to
+the first table's tensors.
 """
 
 import argparse
@@ -16,7 +17,7 @@ import io
 
 import measure
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import main_mocov3
 from moco.config import replaced
@@ -37,31 +38,28 @@ def main() -> None:
     )
     measure.add_json(parser)
     parser.add_argument("--arch", default="vit_large_patch16_224")
+    parser.add_argument("--blocks", type=int, default=24, help="number of blocks of the network")
     parser.add_argument("--size", type=int, default=224, help="image size in pixels")
-    parser.add_argument(
-        "--batches", type=int, nargs=2, default=[2, 4], help="two batches, whose peaks are compared"
-    )
     parser.add_argument("--gib", type=float, default=80, help="memory of a GPU")
     args = parser.parse_args()
     fixed = count(args)
-    every = sum(fixed[name] for name in ("parameters", "gradients", "AdamW", "moving average"))
-    rows = [{"what": name, "GiB": size / GIB} for name, size in fixed.items()]
-    rows.append({"what": "all, with AdamW", "GiB": every / GIB})
+    every = sum(size for name, size in fixed.items() if name != "LARS")
+    for name, size in {**fixed, "all, with AdamW": every}.items():
+        print(f"{name:>28}  {size / GIB:.2f} GiB")
     figures = {"fixed_gib": every / GIB, "parameters_millions": fixed["parameters"] / 4e6}
-    print("\n".join(f"{row['what']:>20}  {row['GiB']:.2f} GiB" for row in rows))
     table = []
     for amp in ("off", "bf16"):
-        for recompute in (False, True):
-            peaks = [peak(args, batch, amp, recompute) for batch in args.batches]
-            each = (peaks[1] - peaks[0]) / (args.batches[1] - args.batches[0])
-            fits = int((args.gib * GIB - every) // each)
-            name = f"amp {amp}{', --grad-checkpoint' * recompute}"
-            table.append({"settings": name, "MiB per image": each / 2**20, "images": fits})
-            figures[f"mib_per_image_{amp}{'_grad_checkpoint' * recompute}"] = each / 2**20
-    facts = {"arch": args.arch, "pixels": args.size, "batches": str(args.batches), "GiB": args.gib}
-    facts["fixed"] = rows
-    shown = {name: value for name, value in facts.items() if name != "fixed"}
-    measure.report("memory", table, figures, shown, args.json)
+        full, few = (kept(args, amp, recompute) for recompute in (False, True))
+        block = (full - few) / (2 * args.blocks)  # of one view
+        for name, size in ((f"amp {amp}", full), (f"amp {amp}, --grad-checkpoint", few + block)):
+            fits = int((args.gib * GIB - every) // size)
+            table.append({"settings": name, "MiB per image": size / 2**20, "images": fits})
+        figures |= {
+            f"mib_per_image_{amp}": full / 2**20,
+            f"mib_per_image_{amp}_grad_checkpoint": (few + block) / 2**20,
+        }
+    facts = {"arch": args.arch, "pixels": args.size, "GiB": args.gib}
+    measure.report("memory", table, figures, facts, args.json)
 
 
 def build(args: argparse.Namespace) -> nn.Module:
@@ -79,10 +77,8 @@ def count(args: argparse.Namespace) -> dict[str, int]:
     average = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
     for p in trained:
         p.grad = torch.zeros_like(p)
-    found = {
-        "parameters": sum(p.nbytes for p in trained),
-        "gradients": sum(p.grad.nbytes for p in trained),
-    }
+    size = sum(p.nbytes for p in trained)
+    found = {"parameters": size, "gradients": size, "gradients of the other view": size}
     for name in ("adamw", "lars"):
         groups = model.parameter_groups(1e-4, 0.1)
         optimizer = optim.make(groups, Optimizer(optimizer=name), "off")
@@ -92,21 +88,25 @@ def count(args: argparse.Namespace) -> dict[str, int]:
     return found | {"moving average": average}
 
 
-def peak(args: argparse.Namespace, batch: int, amp: str, recompute: bool) -> int:
-    """Return the peak memory of a step's forward and backward pass on `batch` images."""
+def kept(args: argparse.Namespace, amp: str, recompute: bool) -> int:
+    """Return the bytes that a forward pass keeps for the backward pass, for each image."""
     model = build(args)
     if recompute:
         recompute_blocks(model)
-    views = [torch.randn(batch, 3, args.size, args.size) for _ in range(2)]
-    for p in model.parameters():
-        p.grad = torch.zeros_like(p) if p.requires_grad else None
+    sizes = []
+    for batch in (2, 3):  # their difference leaves out what does not depend on the batch
+        storages = {}
 
-    def step() -> None:
-        with precision.autocast(amp, CPU):
-            loss, _ = model(views, None, Progress(epochs=1))
-        loss.backward()
+        def pack(x: Tensor, storages: dict[int, Tensor] = storages) -> Tensor:
+            storages[x.untyped_storage().data_ptr()] = x
+            return x
 
-    return measure.peak_memory(step, CPU)
+        views = [torch.randn(batch, 3, args.size, args.size) for _ in range(2)]
+        hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x)
+        with hooks, precision.autocast(amp, CPU):
+            _loss = model(views, None, Progress(epochs=1))[0]
+        sizes.append(sum(x.untyped_storage().nbytes() for x in storages.values()))
+    return sizes[1] - sizes[0]
 
 
 if __name__ == "__main__":
