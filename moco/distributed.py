@@ -97,6 +97,31 @@ def all_gather_with_gradient(x: Tensor, local: bool = False) -> Tensor:
     return torch.cat(parts)
 
 
+class _Exchange(torch.autograd.Function):
+    """All-to-all of equal parts, whose backward pass is the same exchange of the gradients."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:  # noqa: ARG004
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        dist.all_to_all_single(out, x.contiguous())
+        return out
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:  # noqa: ARG004
+        return _Exchange.apply(gradient)
+
+
+def exchange(x: Tensor) -> Tensor:
+    """Send `x[r]` to each rank r; return what each rank has sent to this one, [W, ...].
+
+    The gradient returns to the rank that sent the values.
+
+    Args:
+        x: [W, ...], of the same shape on every rank.
+    """
+    return x if world_size() == 1 else _Exchange.apply(x)
+
+
 def all_reduce_sum(x: Tensor) -> Tensor:
     """Sum `x` over ranks in place; return it."""
     if world_size() > 1:

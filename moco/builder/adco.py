@@ -203,30 +203,29 @@ class AdCo(QueryAndKey):
             bank = torch.div(shard, norm[:, None], out=self._unit)
             similarity = joint_q @ bank.T  # [W N, K / W]
 
-            # exchange each shard's hardest entries, for the metrics, and its part of the softmax
+            # each rank gets, for its own queries, the hardest entries of each shard, which the
+            # metrics count, and the shard's part of the softmax at the bank's temperature
             positive = near.gather(1, label[:, None]).squeeze(1)  # [N]
-            of_keys = distributed.all_gather(torch.logsumexp(near / T, 1))  # [W N]
             nearest = similarity.gather(1, hardest(similarity, min(5, len(bank))))
             exponentials, shift = shard_softmax(similarity, nearest[:, :1], T)
             of_shard = exponentials.sum(1).log_().add_(shift)  # [W N]
             nearest = F.pad(nearest, (0, 5 - nearest.shape[1]), value=-torch.inf)
-            joint = distributed.all_gather(torch.cat([nearest, of_shard[:, None]], 1))
-            joint = joint.view(W, W * N, 6)
-            log_sum = torch.logaddexp(of_keys, joint[:, :, 5].logsumexp(0))  # [W N]
+            found = torch.cat([nearest, of_shard[:, None]], 1).view(W, N, 6)
+            found = distributed.exchange(found)  # [W, N, 6], of each shard
+            nearest = found[:, :, :5].transpose(0, 1).flatten(1)  # [N, 5 W]
+            metrics = contrast_accuracy(positive, near, nearest)
+            metrics |= feature_statistics(pairs[0][0], positive[:B], nearest[:B].amax(1))
+
+            of_keys, of_bank = torch.logsumexp(near / T, 1), found[:, :, 5].logsumexp(0)
+            log_sum = distributed.all_gather(torch.logaddexp(of_keys, of_bank))  # [W N]
             factor = (shift - log_sum).exp_().mul_(scale / (W * N * T))
             add = self._passes > 0
             bank_gradient(
                 self._gradient, joint_q, bank, norm, similarity, exponentials, factor, add
             )
             self._passes += 1
-
-            own = slice(rank * N, (rank + 1) * N)
-            nearest = joint[:, own, :5].transpose(0, 1).flatten(1)  # [N, 5 W]
-            metrics = contrast_accuracy(positive, near, nearest)
-            metrics |= feature_statistics(pairs[0][0], positive[:B], nearest[:B].amax(1))
         of_shard = bank_log_sum_exp(joint_q, bank, similarity, self.T)  # [W N]
-        of_shards = distributed.all_gather_with_gradient(of_shard).view(W, W * N)
-        of_bank = of_shards[:, own].logsumexp(0)  # [N]
+        of_bank = distributed.exchange(of_shard.view(W, N)).logsumexp(0)  # [N]
         return keys_and_bank_nce(near, label, of_bank, self.T) * scale, metrics
 
     @torch.no_grad()

@@ -354,7 +354,7 @@ def filling_step(rank):
 def traffic(rank):
     """Return the sizes of all tensors that a step exchanges after the keys."""
     model, sizes = build("single"), []
-    exchanged = ("all_reduce", "broadcast", "reduce_scatter_tensor")
+    exchanged = ("all_reduce", "broadcast", "reduce_scatter_tensor", "all_to_all_single")
     true = {name: getattr(dist, name) for name in exchanged} | {"": distributed._all_gather_rows}
 
     def counted(call):
@@ -435,12 +435,11 @@ def test_ranks_are_one_with_the_joint_batch(ranks, check):
 
 
 def test_ranks_exchange_neither_the_bank_nor_its_gradient(ranks):
-    """Five numbers of each query's nearest entries and one of its softmax, for each shard."""
-    W = len(ranks("traffic"))
-    N = W * B
+    """They exchange the queries and their gradients, and a few numbers for each query."""
+    N = len(ranks("traffic")) * B
     for sizes in ranks("traffic"):
-        forward = [N * DIM, N, W * N * 6, W * N]
-        assert sizes == [*forward, W * N, N * DIM]
+        forward, backward = [N * DIM, 6 * N, N, N], [N, N * DIM]
+        assert sizes == forward + backward
 
 
 def test_a_bank_with_old_shards_cannot_be_read(ranks):
