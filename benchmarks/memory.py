@@ -13,6 +13,7 @@ the first table's tensors.
 
 import argparse
 import contextlib
+import copy
 import io
 
 import measure
@@ -42,14 +43,18 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=224, help="image size in pixels")
     parser.add_argument("--gib", type=float, default=80, help="memory of a GPU")
     args = parser.parse_args()
-    fixed = count(args)
+    model = build(args)
+    fixed = count(copy.deepcopy(model).to("meta"))
     every = sum(size for name, size in fixed.items() if name != "LARS")
     for name, size in {**fixed, "all, with AdamW": every}.items():
         print(f"{name:>28}  {size / GIB:.2f} GiB")
     figures = {"fixed_gib": every / GIB, "parameters_millions": fixed["parameters"] / 4e6}
+    sizes = {(amp, False): kept(model, args.size, amp) for amp in ("off", "bf16")}
+    recompute_blocks(model)
+    sizes |= {(amp, True): kept(model, args.size, amp) for amp in ("off", "bf16")}
     table = []
     for amp in ("off", "bf16"):
-        full, few = (kept(args, amp, recompute) for recompute in (False, True))
+        full, few = sizes[amp, False], sizes[amp, True]
         block = (full - few) / (2 * args.blocks)  # of one view
         for name, size in ((f"amp {amp}", full), (f"amp {amp}, --grad-checkpoint", few + block)):
             fits = int((args.gib * GIB - every) // size)
@@ -70,9 +75,8 @@ def build(args: argparse.Namespace) -> nn.Module:
         return main_mocov3.build(replaced(config, image_size=args.size))
 
 
-def count(args: argparse.Namespace) -> dict[str, int]:
+def count(model: nn.Module) -> dict[str, int]:
     """Return the bytes of the tensors that do not depend on the batch, after a step."""
-    model = build(args)
     trained = [p for p in model.parameters() if p.requires_grad]
     average = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
     for p in trained:
@@ -88,11 +92,8 @@ def count(args: argparse.Namespace) -> dict[str, int]:
     return found | {"moving average": average}
 
 
-def kept(args: argparse.Namespace, amp: str, recompute: bool) -> int:
+def kept(model: nn.Module, size: int, amp: str) -> int:
     """Return the bytes that a forward pass keeps for the backward pass, for each image."""
-    model = build(args)
-    if recompute:
-        recompute_blocks(model)
     sizes = []
     for batch in (2, 3):  # their difference leaves out what does not depend on the batch
         storages = {}
@@ -101,7 +102,7 @@ def kept(args: argparse.Namespace, amp: str, recompute: bool) -> int:
             storages[x.untyped_storage().data_ptr()] = x
             return x
 
-        views = [torch.randn(batch, 3, args.size, args.size) for _ in range(2)]
+        views = [torch.randn(batch, 3, size, size) for _ in range(2)]
         hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x)
         with hooks, precision.autocast(amp, CPU):
             _loss = model(views, None, Progress(epochs=1))[0]

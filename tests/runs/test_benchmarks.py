@@ -120,12 +120,16 @@ def test_ddp(tmp_path):
     for name, row in rows.items():
         assert row["ms"] > 0 and (row["SyncBN calls"] == 0) == (name == "no SyncBN")
         if name != "no exchange":  # its gradients are wrong
-            assert row["error"] < (2**-7 if name == "bf16" else 1e-4)
+            low, high = (1e-3, 0.1) if name == "bf16" else (0, 1e-4)
+            assert low <= row["error"] < high
     assert {"views_over_default", "bf16_over_views", "SyncBN_over_BN"} < found.keys()
 
 
 def test_memory(tmp_path):
-    found = run("memory", tmp_path, *typed("--arch vit_tiny --blocks 12 --size 32"))
+    file, words = tmp_path / "result.json", typed("--arch vit_tiny --blocks 12 --size 32")
+    result = shell("benchmarks/memory.py", *words, "--json", file)
+    assert result.returncode == 0, result.stdout + result.stderr
+    found = json.loads(file.read_text())
     assert found["mib_per_image_off_grad_checkpoint"] < found["mib_per_image_off"] / 3
     assert found["mib_per_image_bf16"] < found["mib_per_image_off"]
     each = found["parameters_millions"] * 4e6 / 2**30
