@@ -141,6 +141,11 @@ class Compute:
         "--use-checkpoint",
         switch=False,
     )
+    grad_compress: str = option(
+        "off",
+        "bf16: processes exchange gradients that are rounded to bf16, half as many bytes",
+        choices=("off", "bf16"),
+    )
 
 
 @dataclass(frozen=True)

@@ -226,16 +226,21 @@ def no_launcher(monkeypatch):
 
 
 def on_two_ranks(checks: dict[str, tuple], folder: Path) -> Callable[[str], list]:
-    """Call each check (a function and what it gets after its rank) on two processes over loopback.
+    """Call each check on two processes; see `on_ranks`."""
+    return on_ranks(2, checks, folder)
 
-    Returns a function that takes the name of a check and returns the results of both ranks. It
+
+def on_ranks(n: int, checks: dict[str, tuple], folder: Path) -> Callable[[str], list]:
+    """Call each check (a function and what it gets after its rank) on n processes over loopback.
+
+    Returns a function that takes the name of a check and returns the results of all ranks. It
     fails the test if the check failed on a rank.
     """
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    mp.spawn(_rank, (port, checks, str(folder)), nprocs=2)
-    files = [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    mp.spawn(_rank, (n, port, checks, str(folder)), nprocs=n)
+    files = [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(n)]
 
     def of(check: str) -> list:
         for rank, file in enumerate(files):
@@ -246,11 +251,11 @@ def on_two_ranks(checks: dict[str, tuple], folder: Path) -> Callable[[str], list
     return of
 
 
-def _rank(rank: int, port: int, checks: dict[str, tuple], folder: str) -> None:
+def _rank(rank: int, n: int, port: int, checks: dict[str, tuple], folder: str) -> None:
     torch.set_num_threads(1)
     url = f"tcp://127.0.0.1:{port}"
     dist.init_process_group(
-        "gloo", init_method=url, rank=rank, world_size=2, timeout=timedelta(seconds=60)
+        "gloo", init_method=url, rank=rank, world_size=n, timeout=timedelta(seconds=60)
     )
     found = {name: _attempt(check, rank, *args) for name, (check, *args) in checks.items()}
     torch.save(found, os.path.join(folder, f"{rank}.pt"))

@@ -4,12 +4,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moco import distributed
 from moco.builder.base import QueryAndKey
-from moco.loss.adversarial import add_bank_gradient, ascend, keys_and_bank_nce
-from moco.loss.contrastive import bank_info_nce, contrast_accuracy, feature_statistics, normalize
+from moco.errors import InputError
+from moco.loss.adversarial import ascend, bank_gradient, keys_and_bank_nce, shard_softmax
+from moco.loss.contrastive import (
+    bank_info_nce,
+    bank_log_sum_exp,
+    contrast_accuracy,
+    feature_statistics,
+    normalize,
+)
+from moco.loss.hardest import hardest
 from moco.rng import Progress
 
 
@@ -28,6 +37,13 @@ class AdCo(QueryAndKey):
 
     The encoder minimizes the loss and the bank maximizes it. Both gradients are computed from the
     same queries, before the encoder and the bank are updated.
+
+    Each of several ranks trains a shard of the bank, about K / W entries, on the queries of all
+    ranks. The ranks exchange queries and sums, but not the bank nor its gradient, which are much
+    larger. Every rank has the full buffers `bank` and `bank_velocity`. While training, only its
+    shard of them is current, until `gather_state` copies the other shards.
+
+    Raises InputError if there are fewer entries than ranks.
 
     Args:
         encoder, m, bn_splits, bn_splits_query: see `QueryAndKey`.
@@ -64,15 +80,42 @@ class AdCo(QueryAndKey):
         self.images_before_epoch_0 = K if fill else 0  # images that train before epoch 0
         self.register_buffer("bank", torch.randn(K, dim))  # W [K, C]
         self.register_buffer("bank_velocity", torch.zeros(K, dim))
+        if distributed.world_size() > K:
+            raise InputError(
+                f"--cluster {K}: each of the {distributed.world_size()} processes trains a part of "
+                "the bank; raise --cluster, or use fewer processes"
+            )
+        self._is_current = True  # whether all shards of the buffers are current on this rank
+        self.register_state_dict_pre_hook(AdCo._check_current)
         self._progress, self._passes = Progress(), 0
-        # [K, C] from the first pass on; kept because allocating that much memory is slow
+        # the shard's size from the first pass on; kept because allocating much memory is slow
         self._unit = self._gradient = torch.empty(0)
         self._new_keys: list[Tensor] = []
 
     @property
     def learned_negatives(self) -> Tensor:
         """Return the normalized entries of the bank, [K, C]."""
+        self._check_current()
         return normalize(self.bank)
+
+    def shard(self, rank: int) -> slice:
+        """Return the indices of the entries of the bank that a rank trains."""
+        W = distributed.world_size()
+        return slice(self.K * rank // W, self.K * (rank + 1) // W)
+
+    def _check_current(self, *_: object) -> None:
+        """Raise RuntimeError if only this rank's shard of the buffers is current."""
+        if not self._is_current:
+            raise RuntimeError("AdCo: call gather_state() on all ranks before reading the bank")
+
+    @torch.no_grad()
+    def gather_state(self) -> None:
+        """Copy each rank's shard of the bank and of its velocity to all ranks."""
+        if not self._is_current:
+            for rank in range(distributed.world_size()):
+                distributed.broadcast(self.bank[self.shard(rank)], rank)
+                distributed.broadcast(self.bank_velocity[self.shard(rank)], rank)
+        self._is_current = True
 
     def pairs(self, views: int) -> list[tuple[int, int]]:
         """Return the pairs (query view, key view) to compare, given the number of views."""
@@ -137,30 +180,53 @@ class AdCo(QueryAndKey):
             return bank_info_nce(q, positive, bank, similarity, self.T), metrics
 
     def contrast(self, pairs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss and metrics of pairs of queries and keys; accumulate the bank's gradient.
+        """Return the loss and metrics of pairs of queries and keys; compute the bank's gradient.
+
+        The gradient is that of this rank's shard. Later passes of a step add to it.
 
         Args:
             pairs: normalized queries of this rank [B, C], and keys of all ranks [W B, C].
         """
-        q = torch.cat([queries for queries, _ in pairs])  # [P B, C]
-        near = torch.cat([queries @ keys.T for queries, keys in pairs])  # [P B, W B]
-        B = len(q) // len(pairs)
-        label = (distributed.rank() * B + torch.arange(B, device=q.device)).repeat(len(pairs))
+        W, rank, T = distributed.world_size(), distributed.rank(), self.ascent.T
+        q = torch.cat([queries for queries, _ in pairs])  # [N, C] with N = P B
+        near = torch.cat([queries @ keys.T for queries, keys in pairs])  # [N, W B]
+        B, N = len(q) // len(pairs), len(q)
+        label = (rank * B + torch.arange(B, device=q.device)).repeat(len(pairs))
         # the mean over queries times this scale is the sum over views and the mean over directions
         scale = len(pairs) / (1 + self.symmetric)
+        joint_q = distributed.all_gather_with_gradient(q)  # [W N, C]
         with torch.no_grad():
-            norm = torch.linalg.vector_norm(self.bank, dim=1, keepdim=True).clamp_min_(1e-12)
+            shard = self.bank[self.shard(rank)]  # [K / W, C]
             if not len(self._unit):
-                self._unit = torch.empty_like(self.bank)
-                self._gradient = torch.zeros_like(self.bank)
-            bank = torch.div(self.bank, norm, out=self._unit)
-            similarity = q @ bank.T  # [P B, K]
-            positive = near.gather(1, label[:, None]).squeeze(1)
-            metrics = contrast_accuracy(positive, near, similarity)
-            metrics |= feature_statistics(pairs[0][0], positive[:B], similarity[:B].amax(1))
-            add_bank_gradient(self._gradient, q, near, bank, norm, similarity, self.ascent.T, scale)
+                self._unit, self._gradient = torch.empty_like(shard), torch.empty_like(shard)
+            norm = torch.linalg.vector_norm(shard, dim=1).clamp_min_(1e-12)
+            bank = torch.div(shard, norm[:, None], out=self._unit)
+            similarity = joint_q @ bank.T  # [W N, K / W]
+
+            # each rank gets, for its own queries, the hardest entries of each shard, which the
+            # metrics count, and the shard's part of the softmax at the bank's temperature
+            positive = near.gather(1, label[:, None]).squeeze(1)  # [N]
+            nearest = similarity.gather(1, hardest(similarity, min(5, len(bank))))
+            exponentials, shift = shard_softmax(similarity, nearest[:, :1], T)
+            of_shard = exponentials.sum(1).log_().add_(shift)  # [W N]
+            nearest = F.pad(nearest, (0, 5 - nearest.shape[1]), value=-torch.inf)
+            found = torch.cat([nearest, of_shard[:, None]], 1).view(W, N, 6)
+            found = distributed.exchange(found)  # [W, N, 6], of each shard
+            nearest = found[:, :, :5].transpose(0, 1).flatten(1)  # [N, 5 W]
+            metrics = contrast_accuracy(positive, near, nearest)
+            metrics |= feature_statistics(pairs[0][0], positive[:B], nearest[:B].amax(1))
+
+            of_keys, of_bank = torch.logsumexp(near / T, 1), found[:, :, 5].logsumexp(0)
+            log_sum = distributed.all_gather(torch.logaddexp(of_keys, of_bank))  # [W N]
+            factor = (shift - log_sum).exp_().mul_(scale / (W * N * T))
+            add = self._passes > 0
+            bank_gradient(
+                self._gradient, joint_q, bank, norm, similarity, exponentials, factor, add
+            )
             self._passes += 1
-        return keys_and_bank_nce(q, near, label, bank, similarity, self.T) * scale, metrics
+        of_shard = bank_log_sum_exp(joint_q, bank, similarity, self.T)  # [W N]
+        of_bank = distributed.exchange(of_shard.view(W, N)).logsumexp(0)  # [N]
+        return keys_and_bank_nce(near, label, of_bank, self.T) * scale, metrics
 
     @torch.no_grad()
     def after_step(self) -> None:
@@ -169,11 +235,18 @@ class AdCo(QueryAndKey):
         if self._progress.step < 0:
             self._fill()
             return
-        gradient = distributed.all_reduce_sum(self._gradient)
-        gradient.div_(self._passes * distributed.world_size())
-        lr, momentum, decay = self.ascent.lr, self.ascent.momentum, self.ascent.weight_decay
-        ascend(self.bank, self.bank_velocity, gradient, lr, momentum, decay)
-        gradient.zero_()
+        if self._passes > 1:
+            self._gradient.div_(self._passes)
+        own, settings = self.shard(distributed.rank()), self.ascent
+        ascend(
+            self.bank[own],
+            self.bank_velocity[own],
+            self._gradient,
+            settings.lr,
+            settings.momentum,
+            settings.weight_decay,
+        )
+        self._is_current = distributed.world_size() == 1
         self._passes = 0
 
     def _fill(self) -> None:

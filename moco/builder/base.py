@@ -91,6 +91,12 @@ class Method(nn.Module, ABC):
     def after_step(self) -> None:
         """Run after each step of the optimizer, for example to update a moving average."""
 
+    def gather_state(self) -> None:
+        """Make the buffers complete on every rank, if each rank holds only a part of a buffer.
+
+        Called on all ranks at the end of an epoch, and before a checkpoint is written.
+        """
+
     def reset_copies(self) -> None:
         """Copy the networks that are trained to their moving averages, if there are any.
 

@@ -88,6 +88,15 @@ def _launch(parser: EffectsParser) -> None:
     parser.has_effect("dist_url", found, launcher, refuse=False)
 
 
+def _compute(parser: EffectsParser) -> None:
+    def exchanges(args: Options) -> bool:
+        off = args.grad_compress == "off" or not args.config.TRAINS  # which is refused elsewhere
+        return off or processes.plan(args.config.launch).world_size > 1
+
+    alone = "the run has one process, which exchanges no gradients; leave it out"
+    parser.has_effect("grad_compress", exchanges, alone)
+
+
 def _schedule(parser: EffectsParser) -> None:
     def cosine(args: Options) -> bool:
         return args.cos or args.sgdr
@@ -153,7 +162,7 @@ def _classifier(parser: EffectsParser) -> None:
     trains = "epochs optimizer lr lr_backbone lr_classifier learning_rate_scaling wd schedule cos"
     trains += " lr_by sgdr sgdr_t0 lr_final lr_warmup_epochs lr_warmup_from momentum clip_grad"
     trains += " nesterov accumulation_steps print_freq save_every_steps on_bad_image recipe"
-    trains += f" {_AUGMENTATION} zero_init_classifier sync_bn grad_checkpoint"
+    trains += f" {_AUGMENTATION} zero_init_classifier sync_bn grad_checkpoint grad_compress"
     trains += " pretrained cache_images shrink_on_decode label_smoothing drop_path protocol"
     only_tests = "--evaluate only tests the classifier of --resume"
     parser.has_effect(trains, lambda args: not args.evaluate, only_tests, refuse=False)
@@ -163,7 +172,7 @@ def _classifier(parser: EffectsParser) -> None:
 
 def _feature_files(parser: EffectsParser) -> None:
     centre = "this script uses centre crops and trains nothing; leave it out"
-    views = f"recipe {_AUGMENTATION} shrink_on_decode grad_checkpoint"
+    views = f"recipe {_AUGMENTATION} shrink_on_decode grad_checkpoint grad_compress"
     parser.has_effect(views, lambda args: False, centre)
     once = "this script reads images from their files; leave it out"
     parser.has_effect("cache_images", lambda args: False, once)
@@ -293,6 +302,7 @@ _RULES: dict[type, Declare] = {
     sections.Views: _views,
     sections.Network: _network,
     sections.Launch: _launch,
+    sections.Compute: _compute,
     sections.Schedule: _schedule,
     sections.Monitor: _monitor,
     sections_eval.Classifier: _classifier,

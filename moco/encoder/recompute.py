@@ -29,9 +29,13 @@ def recompute_blocks(net: nn.Module) -> None:
             module.__class__ = _RECOMPUTED[type(module)]
         elif getattr(module, "set_grad_checkpointing", None):  # a network of timm
             name = type(module).__name__
-            # timm would update batch norm's statistics in both passes
+            # timm would update batch norm's statistics in both passes, except in the head, which
+            # it does not recompute
+            head = set(module.get_classifier().modules())
             if any(
-                isinstance(child, nn.modules.batchnorm._BatchNorm) for child in module.modules()
+                isinstance(child, nn.modules.batchnorm._BatchNorm)
+                for child in module.modules()
+                if child not in head
             ):
                 twice = "has batch norm, whose statistics would be updated twice a step"
                 raise InputError(f"--grad-checkpoint: timm's {name} {twice}; leave it out")

@@ -268,6 +268,10 @@ class PretrainingTask(Task):
         """Call the method's `after_step`, which may update a moving average, for example."""
         self.module.after_step()
 
+    def gather_state(self) -> None:
+        """Call the method's `gather_state`, which completes buffers that ranks hold in parts."""
+        self.module.gather_state()
+
     def start_run(self) -> dict[str, float]:
         """Measure the encoder before training. Return metrics to log."""
         return self.monitor.measure_start(self.images)

@@ -105,6 +105,9 @@ class Task(ABC):
     def after_step(self) -> None:  # noqa: B027
         """Update what depends on the new weights. Called after each step of the optimizer."""
 
+    def gather_state(self) -> None:  # noqa: B027
+        """Make the buffers complete on every rank. Called on all ranks before each save."""
+
     def start_run(self) -> dict[str, float]:
         """Evaluate before the first step of a new run. Return metrics to log."""
         return {}

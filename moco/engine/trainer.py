@@ -53,7 +53,7 @@ class Trainer:
         state = checkpoint.load(config.log.resume) if config.log.resume else None
         if state:
             self._restore(state)
-        self.net = distributed.data_parallel(task.trained_module)
+        self.net = distributed.data_parallel(task.trained_module, config.compute.grad_compress)
         self.health = health.Health(config, task.images, task.may_diverge)
         self._find_start(state)
         self.log: RunLog | None = None  # of this start
@@ -138,6 +138,8 @@ class Trainer:
             prints = (step + 1) % options.print_freq == 0
             every = options.save_every_steps
             saves = asked or (every and (step + 1) % every == 0 and not ends)
+            if saves or ends:
+                task.gather_state()
             if saves or ends or prints:
                 self.health.check(task.module, lr, per_epoch)
             if ends or asked or prints:

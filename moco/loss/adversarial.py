@@ -2,26 +2,22 @@
 
 The encoder descends on the contrastive loss at one temperature. The bank of negatives W ascends on
 the same loss at another. Only the directions w = W / |W| of its entries enter the loss.
-`moco/builder/adco.py` uses this file.
+`moco/builder/adco.py` uses this file. Each rank calls it with its shard of the bank.
 """
 
 import torch
 from torch import Tensor
+from torch.optim.sgd import sgd
 
-from moco.loss.contrastive import bank_log_sum_exp
 
-
-def keys_and_bank_nce(
-    q: Tensor, near: Tensor, label: Tensor, bank: Tensor, similarity: Tensor, temperature: float
-) -> Tensor:
+def keys_and_bank_nce(near: Tensor, label: Tensor, of_bank: Tensor, temperature: float) -> Tensor:
     """Return the mean cross entropy of each query's key among all keys and the bank (section 3).
 
     Args:
-        q: normalized queries [N, C], with gradient.
         near: similarity of each query to every key of the joint batch, [N, B], with gradient.
         label: index of each query's own key in the joint batch, [N] in [0, B).
-        bank: normalized entries w [K, C], without gradient.
-        similarity: q @ bank.T, [N, K], without gradient. It is overwritten, as in `bank_info_nce`.
+        of_bank: log-sum-exp of each query's logits with the bank, [N], with gradient; see
+            `bank_log_sum_exp`.
         temperature: divides every similarity, > 0.
 
     Returns:
@@ -29,48 +25,60 @@ def keys_and_bank_nce(
     """
     logits = near / temperature
     of_keys = torch.logsumexp(logits, 1)
-    of_bank = bank_log_sum_exp(q, bank, similarity, temperature)
     own = logits.gather(1, label[:, None]).squeeze(1)
     return (torch.logaddexp(of_keys, of_bank) - own).mean()
 
 
 @torch.no_grad()
-def add_bank_gradient(
+def shard_softmax(similarity: Tensor, top: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Return the softmax of each query over a shard of the bank, before its division by the sum.
+
+    Args:
+        similarity: similarity of each query to each entry of the shard, [N, K].
+        top: the largest similarity of each query, [N, 1]. It is subtracted so that no exponential
+            overflows.
+        temperature: divides every similarity, > 0.
+
+    Returns:
+        exponentials: exp((similarity - top) / temperature), [N, K].
+        shift: top / temperature, [N]. The log-sum-exp of the logits of the shard is log(sum of the
+            exponentials) + shift.
+    """
+    shift = top / temperature
+    return torch.add(-shift, similarity, alpha=1 / temperature).exp_(), shift.squeeze(1)
+
+
+@torch.no_grad()
+def bank_gradient(
     gradient: Tensor,
     q: Tensor,
-    near: Tensor,
     bank: Tensor,
     norm: Tensor,
     similarity: Tensor,
-    temperature: float,
-    scale: float = 1.0,
+    exponentials: Tensor,
+    factor: Tensor,
+    add: bool = False,
 ) -> None:
-    """Add the gradient of -`keys_and_bank_nce` with respect to W to `gradient`.
+    """Compute the gradient of -`keys_and_bank_nce` with respect to a shard of W.
 
     Gradient descent with it raises the loss. If p is the softmax over all keys and the bank, the
     gradient with respect to w is g = -p^T q / (N temperature). The gradient with respect to W is
     (g - (g.w) w) / |W|, because the norm of W does not enter the loss.
 
     Args:
-        gradient: [K, C], changed in place, because allocating this much memory is slow.
-        q: normalized queries [N, C].
-        near: similarity of each query to every key of the joint batch, [N, B].
-        bank: normalized entries w [K, C].
-        norm: norms |W| of the entries, [K, 1].
+        gradient: [K, C], overwritten, because allocating this much memory is slow.
+        q: normalized queries of all ranks, [N, C].
+        bank: normalized entries w of the shard, [K, C].
+        norm: norms |W| of the entries, [K].
         similarity: q @ bank.T, [N, K].
-        temperature: divides every similarity, > 0.
-        scale: factor of the gradient.
+        exponentials: of `shard_softmax`, [N, K]. It is overwritten.
+        factor: p / (N temperature) of each query is its exponentials times this factor, [N].
+        add: whether to add to `gradient` instead.
     """
-    # Softmax without its denominator; subtract the largest similarity, so that no term overflows.
-    top = torch.maximum(near.amax(1, keepdim=True), similarity.amax(1, keepdim=True))
-    p = torch.sub(similarity, top).div_(temperature).exp_()  # [N, K]
-    total = p.sum(1, keepdim=True) + ((near - top) / temperature).exp().sum(1, keepdim=True)
-    factor = scale / (total * len(q))  # [N, 1]
-
-    p.div_(-temperature * norm.T)
-    gradient.addmm_(p.T, q * factor)
-    along = p.mul_(similarity).T @ factor  # [K, 1]: g.w / |W|
-    gradient.addcmul_(bank, along, value=-1)
+    weight = exponentials.mul_(factor[:, None]).div_(-norm)  # [N, K]
+    gradient.addmm_(weight.T, q, beta=float(add))  # with beta 0, it is not read
+    along = weight.mul_(similarity).sum(0)  # (g.w) / |W|, [K]
+    gradient.addcmul_(bank, along[:, None], value=-1)
 
 
 @torch.no_grad()
@@ -82,10 +90,21 @@ def ascend(
     momentum: float,
     weight_decay: float,
 ) -> None:
-    """Make one SGD step of the bank W [K, C], in place.
+    """Make one SGD step of the bank W [K, C], in place, in a single pass over the memory.
 
     v <- momentum v + gradient + weight_decay W, then W <- W - lr v, where v is `velocity` [K, C].
-    This is ascent on the loss, because `gradient` is the gradient of the negated loss.
+    This is ascent on the loss, because `gradient` is the gradient of the negated loss. Without
+    momentum, `velocity` is not used.
     """
-    velocity.mul_(momentum).add_(gradient).add_(bank, alpha=weight_decay)
-    bank.sub_(velocity, alpha=lr)
+    sgd(
+        [bank],
+        [gradient],
+        [velocity],
+        fused=True if bank.device.type in ("cpu", "cuda") else None,
+        lr=lr,
+        momentum=momentum,
+        weight_decay=weight_decay,
+        dampening=0.0,
+        nesterov=False,
+        maximize=False,
+    )

@@ -123,6 +123,29 @@ def test_step(tmp_path):
     assert len(found["rows"]) == 8 and all(row["ms"] > 0 for row in found["rows"])
 
 
+def test_ddp(tmp_path):
+    found = run("ddp", tmp_path, *typed("--size 32 --batch 4"))
+    rows = {row["DDP"]: row for row in found["rows"]}
+    assert rows["bf16"]["gradient MB"] == rows["views"]["gradient MB"] / 2
+    for name, row in rows.items():
+        assert row["ms"] > 0 and (row["SyncBN calls"] == 0) == (name == "no SyncBN")
+        if name != "no exchange":  # its gradients are wrong
+            low, high = (1e-3, 0.1) if name == "bf16" else (0, 1e-4)
+            assert low <= row["error"] < high
+    assert {"views_over_default", "bf16_over_views", "SyncBN_over_BN"} < found.keys()
+
+
+def test_memory(tmp_path):
+    file, words = tmp_path / "result.json", typed("--arch vit_tiny --blocks 12 --size 32")
+    result = shell("benchmarks/memory.py", *words, "--json", file)
+    assert result.returncode == 0, result.stdout + result.stderr
+    found = json.loads(file.read_text())
+    assert found["mib_per_image_off_grad_checkpoint"] < found["mib_per_image_off"] / 3
+    assert found["mib_per_image_bf16"] < found["mib_per_image_off"]
+    each = found["parameters_millions"] * 4e6 / 2**30
+    assert 5.8 * each < found["fixed_gib"] < 6 * each  # the predictor has no moving average
+
+
 def test_threads(tmp_path):
     sizes = ("--steps", 1, "--size", 32, "--batch-size", 2, "--settings", "torch's default", "ours")
     found = run("threads", tmp_path, *sizes)

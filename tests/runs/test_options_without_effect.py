@@ -113,6 +113,9 @@ IDLE = [
     ("main_synco", "--blur-sigma 1 2", "--blur-sigma has no effect: the recipe's views are not"),
     ("main_synco", "--aug-plus --blur-p 0 --blur-sigma 1 2", "--blur-sigma has no effect"),
     ("main_knn", "--grad-checkpoint", "--grad-checkpoint has no effect"),
+    ("main_knn", "--grad-compress bf16", "--grad-compress has no effect: this script uses centre"),
+    ("main_synco", "--grad-compress bf16", "--grad-compress has no effect: the run has one"),
+    ("main_lincls", "--grad-compress bf16", "--grad-compress has no effect: the run has one"),
 ]
 
 

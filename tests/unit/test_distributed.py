@@ -1,5 +1,6 @@
 """The communication between two processes, over loopback."""
 
+import contextlib
 import copy
 import warnings
 
@@ -157,7 +158,31 @@ def check_recomputing(rank):
     return found
 
 
+def check_gradients(rank):
+    """Return gradients of a ResNet over two passes and two steps: its own, DDP's, and in bf16.
+
+    The first pass of a step does not exchange gradients, as in training with accumulation.
+    """
+    torch.manual_seed(0)
+    net = resnet("resnet18", 4).double()
+    net.conv1.requires_grad_(False)
+    generator = torch.Generator().manual_seed(rank)
+    images = torch.randn(2, 2, 2, 3, 32, 32, generator=generator, dtype=torch.float64)
+    found = {"own": [], "off": [], "bf16": []}
+    for name, gradients in found.items():
+        mine = copy.deepcopy(net)
+        ddp = mine if name == "own" else distributed.data_parallel(mine, name)
+        for first, last in images:
+            with contextlib.nullcontext() if name == "own" else ddp.no_sync():
+                ddp(first).square().sum().backward()
+            ddp(last).square().sum().backward()
+            gradients.append([p.grad.clone() for p in mine.parameters() if p.requires_grad])
+            mine.zero_grad(set_to_none=True)
+    return found
+
+
 CHECKS = {
+    "gradients": (check_gradients,),
     "warnings": (check_warnings,),
     "recomputing": (check_recomputing,),
     "shuffle": (check_shuffle,),
@@ -255,6 +280,24 @@ def test_all_gather_uneven_keeps_every_row_and_adds_none(ranks):
         assert torch.equal(found["uneven"], torch.cat([numbered(3, 2), numbered(5, 2) + 100]))
         assert found["uneven labels"].tolist() == [0, 1, 2, 3, 0, 1, 2]
         assert found["some empty"].tolist() == [0, 1, 2]
+
+
+def test_gradients_are_the_mean_over_ranks_in_bf16_within_rounding(ranks):
+    """Each summand, and each of W - 1 sums, is rounded by at most 2^-8 of its size."""
+    bound, found = WORLD_SIZE * 2**-8 * 1.01, ranks("gradients")
+    largest = 0
+    for step in range(2):
+        for name in ("off", "bf16"):
+            for one, other in zip(*(rank[name][step] for rank in found), strict=True):
+                assert torch.equal(one, other)
+        owns = zip(*(rank["own"][step] for rank in found), strict=True)
+        for own, off, bf16 in zip(owns, found[0]["off"][step], found[0]["bf16"][step], strict=True):
+            own = torch.stack(own)
+            torch.testing.assert_close(off, own.mean(0), rtol=1e-9, atol=1e-12)
+            error, size = (bf16 - off).abs(), own.abs().mean(0)
+            assert (error <= bound * size).all()
+            largest = max(largest, (error / size).nan_to_num().max())
+    assert largest > 2**-10
 
 
 def test_all_reduce_sum_adds_in_place(ranks):

@@ -1,6 +1,6 @@
 """Compare AdCo with slow versions in float64.
 
-The tests cover the loss, the ascent and the filling of the bank, the labels, and two ranks.
+The tests cover the loss, the ascent and the filling of the bank, and several ranks.
 """
 
 import copy
@@ -8,13 +8,16 @@ from functools import partial
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from conftest import on_two_ranks
+from conftest import on_ranks
 from rank_helpers import tiny_encoder
 
 from moco import distributed
 from moco.builder.adco import AdCo, Ascent
-from moco.loss.adversarial import add_bank_gradient, ascend, keys_and_bank_nce
+from moco.errors import InputError
+from moco.loss.adversarial import ascend, bank_gradient, keys_and_bank_nce, shard_softmax
+from moco.loss.contrastive import bank_log_sum_exp
 from moco.rng import Progress
 
 B, DIM, K, T = 6, 5, 17, 0.2
@@ -27,11 +30,19 @@ def unit_rows(*shape):
     return F.normalize(torch.randn(*shape, dtype=torch.float64), dim=-1)
 
 
-def bank_gradient(q, near, bank, *rest):
-    """What is added to a gradient of 0, and, twice over, to one of 1."""
-    gradient, again = torch.zeros_like(bank), torch.ones_like(bank)
-    add_bank_gradient(gradient, q, near, bank, *rest)
-    add_bank_gradient(again, q, near, bank, *rest, 2.0)
+def gradient_of_bank(q, near, W, temperature):
+    """Return the gradient that replaces one of NaN, and check twice it, added to one of 1."""
+    norm = W.norm(dim=1)
+    bank = W / norm[:, None]
+    similarity = q @ bank.T
+    top = similarity.amax(1, keepdim=True)
+    gradient, again = torch.full_like(W, torch.nan), torch.ones_like(W)
+    for out, scale in ((gradient, 1.0), (again, 2.0)):
+        exponentials, shift = shard_softmax(similarity, top, temperature)
+        of_bank = exponentials.sum(1).log() + shift
+        total = torch.logaddexp((near / temperature).logsumexp(1), of_bank)
+        factor = scale * (shift - total).exp() / (len(q) * temperature)
+        bank_gradient(out, q, bank, norm, similarity, exponentials, factor, add=out is again)
     torch.testing.assert_close(again, 1 + 2 * gradient)
     return gradient
 
@@ -56,11 +67,10 @@ def batch(seed, rank=0, world_size=1):
 @pytest.mark.parametrize(("rank", "world_size"), [(0, 1), (3, 4)])
 def test_loss_and_gradients_are_the_slow_ones(seed, rank, world_size):
     q, keys, label, W = batch(seed, rank, world_size)
-    length = W.norm(dim=1, keepdim=True)
-    bank, label_tensor = W / length, torch.tensor(label)
-    near, similarity = q @ keys.T, (q @ bank.T).detach()
-    ascent = bank_gradient(q.detach(), near.detach(), bank, length, similarity, 0.07)
-    loss = keys_and_bank_nce(q, near, label_tensor, bank, similarity, T)
+    bank, label_tensor, near = W / W.norm(dim=1, keepdim=True), torch.tensor(label), q @ keys.T
+    ascent = gradient_of_bank(q.detach(), near.detach(), W, 0.07)
+    of_bank = bank_log_sum_exp(q, bank, (q @ bank.T).detach(), T)
+    loss = keys_and_bank_nce(near, label_tensor, of_bank, T)
     (of_q,) = torch.autograd.grad(loss, q)
 
     slow = slow_loss(q, keys, label, W, T)
@@ -74,13 +84,8 @@ def test_loss_and_gradients_are_the_slow_ones(seed, rank, world_size):
 def test_the_banks_gradient_is_finite_where_float32_exponentials_would_not_be():
     q, keys, _, W = (x.float() if isinstance(x, torch.Tensor) else x for x in batch(0))
     W[0] = q[0].detach() * 3  # similarity 1: exp(1 / .005) is no float32
-    length = W.norm(dim=1, keepdim=True)
-    bank = W / length
-    assert (
-        bank_gradient(q.detach(), q.detach() @ keys.T, bank, length, q.detach() @ bank.T, 0.005)
-        .isfinite()
-        .all()
-    )
+    q = q.detach()
+    assert gradient_of_bank(q, q @ keys.T, W, 0.005).isfinite().all()
 
 
 def test_ascend_is_sgd():
@@ -104,11 +109,7 @@ def test_the_loss_on_fixed_features_rises_with_the_banks_steps(seed, lr, steps):
     label, velocity, losses = list(range(32)), torch.zeros(256, 16, dtype=torch.float64), []
     for _ in range(steps + 1):
         losses.append(slow_loss(q, keys, label, W, 0.02))
-        length = W.norm(dim=1, keepdim=True)
-        bank = W / length
-        ascend(
-            W, velocity, bank_gradient(q, q @ keys.T, bank, length, q @ bank.T, 0.02), lr, 0.9, 1e-4
-        )
+        ascend(W, velocity, gradient_of_bank(q, q @ keys.T, W, 0.02), lr, 0.9, 1e-4)
     assert losses == sorted(losses) and losses[-1] > losses[0] + 0.1
 
 
@@ -120,14 +121,13 @@ def build(kind, **options):
     model = AdCo(
         partial(tiny_encoder, DIM),
         dim=DIM,
-        K=K,
         m=0.9,
         T=T,
         ascent=ASCENT,
         **KINDS[kind],
-        **{"fill": False, **options},
+        **{"K": K, "fill": False, **options},
     ).double()
-    model.bank *= torch.rand(K, 1, dtype=torch.float64) + 0.5
+    model.bank *= torch.rand(model.K, 1, dtype=torch.float64) + 0.5
     return model
 
 
@@ -202,22 +202,6 @@ def test_steps_are_those_of_two_optimizers_on_autograds_gradients(kind):
         torch.testing.assert_close(model.bank, W.detach(), rtol=0, atol=1e-10)
 
 
-def test_labels_of_rank_3_in_a_2_by_2_layout(monkeypatch):
-    model = build("single")
-    monkeypatch.setattr(distributed, "rank", lambda: 3)
-    monkeypatch.setattr(distributed, "world_size", lambda: 4)
-    torch.manual_seed(5)
-    q, keys = unit_rows(B, DIM), unit_rows(4 * B, DIM)
-    loss, _ = model.contrast([(q, keys)])
-    torch.testing.assert_close(
-        loss, slow_loss(q, keys, range(18, 24), model.bank, T), rtol=0, atol=1e-10
-    )
-    own = keys.clone()
-    own[18:] = q  # only these count as positives
-    loss, metrics = model.contrast([(q, own)])
-    assert metrics["acc1"] == 1 and loss < model.contrast([(q, own.roll(B, 0))])[0]
-
-
 def test_accuracy_counts_the_other_keys_and_the_bank():
     model = build("single")
     q = unit_rows(B, DIM)
@@ -231,7 +215,7 @@ def test_accuracy_counts_the_other_keys_and_the_bank():
 
 def test_the_banks_rate_is_constant():
     model = build("single")
-    model.ascent = Ascent(lr=0.7, T=0.1, momentum=0.0, weight_decay=0.0)
+    model.ascent = Ascent(lr=0.7, T=0.1, momentum=0.5, weight_decay=0.0)
     for epoch in range(4):
         model(views("single", epoch), torch.arange(B), Progress(step=epoch, epoch=epoch, epochs=4))
         before = model.bank.clone()
@@ -308,30 +292,45 @@ def test_gradients_of_accumulated_passes_are_averaged():
     torch.testing.assert_close(whole.bank, parts.bank, rtol=0, atol=1e-12)
 
 
-# two ranks
+# several ranks
 
 
 def part(x, rank):
-    return x[rank * len(x) // 2 : (rank + 1) * len(x) // 2]
+    W = distributed.world_size()
+    return x[rank * len(x) // W : (rank + 1) * len(x) // W]
 
 
-def two_steps(rank, kind):
-    """On this rank's part of the joint batch, features given: loss, gradient in q, and the bank."""
+def two_steps(rank, kind, accumulation=1):
+    """Return the loss and metrics, the gradient of q, and the state of two steps, given features.
+
+    Each rank has its part of the joint batch.
+    """
     model, found = build(kind), []
     for step in range(2):
         torch.manual_seed(step)
-        q = {view: unit_rows(2 * B, DIM) for view in range(4)}
-        k = {view: unit_rows(2 * B, DIM) for view in range(2)}
-        mine = {
-            view: (x if rank is None else part(x, rank)).requires_grad_() for view, x in q.items()
-        }
-        pairs = model.pairs(4 if KINDS[kind].get("multi_crop") else 2)
-        loss, _ = model.contrast([(mine[query], k[key]) for query, key in pairs])
-        loss.backward()
+        one = {"gradients": []}
+        for _ in range(accumulation):
+            q = {view: unit_rows(4 * B, DIM) for view in range(4)}
+            k = {view: unit_rows(4 * B, DIM) for view in range(2)}
+            q[0][0] = k[1][0]  # the first query of the joint batch is its key
+            mine = {
+                view: (x if rank is None else part(x, rank)).requires_grad_()
+                for view, x in q.items()
+            }
+            pairs = model.pairs(4 if KINDS[kind].get("multi_crop") else 2)
+            loss, metrics = model.contrast([(mine[query], k[key]) for query, key in pairs])
+            loss.backward()
+            one |= {"loss": loss.detach(), **{name: metrics[name] for name in JOINT_METRICS}}
+            one["gradients"] += [x.grad for x in mine.values() if x.grad is not None]
         model.after_step()
-        gradients = [x.grad for x in mine.values() if x.grad is not None]
-        found.append({"loss": loss.detach(), "gradients": gradients, "bank": model.bank.clone()})
+        model.gather_state()
+        one["state"] = {name: x.clone() for name, x in model.state_dict().items() if "bank" in name}
+        found.append(one)
     return found
+
+
+# metrics whose mean over ranks is that of the joint batch
+JOINT_METRICS = ("acc1", "acc5", "alignment", "hardness")
 
 
 def filling_step(rank):
@@ -352,33 +351,100 @@ def filling_step(rank):
     return {"loss": loss.detach(), "gradient": mine.grad, "bank": model.bank.clone()}
 
 
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    calls = {kind: (two_steps, kind) for kind in KINDS} | {"filling": (filling_step,)}
-    return on_two_ranks(calls, tmp_path_factory.mktemp("ranks"))
+def traffic(rank):
+    """Return the sizes of all tensors that a step exchanges after the keys."""
+    model, sizes = build("single"), []
+    exchanged = ("all_reduce", "broadcast", "reduce_scatter_tensor", "all_to_all_single")
+    true = {name: getattr(dist, name) for name in exchanged} | {"": distributed._all_gather_rows}
+
+    def counted(call):
+        def counting(x, *args, **kwargs):
+            sizes.append(x.numel())
+            return call(x, *args, **kwargs)
+
+        return counting
+
+    for name in exchanged:
+        setattr(dist, name, counted(true[name]))
+    distributed._all_gather_rows = counted(true[""])
+    model.contrast([(unit_rows(B, DIM).requires_grad_(), unit_rows(4 * B, DIM))])[0].backward()
+    model.after_step()
+    for name in exchanged:
+        setattr(dist, name, true[name])
+    distributed._all_gather_rows = true[""]
+    return sizes
 
 
-def test_two_ranks_fill_the_bank_like_one_with_the_joint_batch(ranks):
-    first, second = ranks("filling")
-    joint = filling_step(None)
-    torch.testing.assert_close(
-        (first["loss"] + second["loss"]) / 2, joint["loss"], rtol=0, atol=1e-12
-    )
-    both = torch.cat([first["gradient"], second["gradient"]]) / 2
-    torch.testing.assert_close(both, joint["gradient"], rtol=0, atol=1e-12)
-    assert torch.equal(first["bank"], second["bank"])
-    torch.testing.assert_close(first["bank"], joint["bank"], rtol=0, atol=1e-12)
+def reading_too_early(rank):
+    """Return the errors of reading a bank whose other shards are old, and of one too small."""
+    model = build("single")
+    model.contrast([(unit_rows(B, DIM), unit_rows(4 * B, DIM))])
+    model.after_step()
+    errors = []
+    for read in (model.state_dict, lambda: model.learned_negatives, lambda: build("single", K=3)):
+        try:
+            read()
+        except (RuntimeError, InputError) as error:
+            errors.append(str(error))
+    return errors
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_two_ranks_are_one_with_the_joint_batch(ranks, kind):
-    for first, second, joint in zip(*ranks(kind), two_steps(None, kind), strict=True):
-        torch.testing.assert_close(
-            (first["loss"] + second["loss"]) / 2, joint["loss"], rtol=0, atol=1e-12
-        )
-        for a, b, both in zip(
-            first["gradients"], second["gradients"], joint["gradients"], strict=True
-        ):
-            torch.testing.assert_close(torch.cat([a, b]) / 2, both, rtol=0, atol=1e-12)
-        assert torch.equal(first["bank"], second["bank"])
-        torch.testing.assert_close(first["bank"], joint["bank"], rtol=0, atol=1e-12)
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
+def ranks(request, tmp_path_factory):
+    """Return a function from the name of a check to the results of all ranks.
+
+    With 4 ranks, the 17 entries of the bank are in shards of 4 and 5, one of which is padded.
+    """
+    calls = {kind: (two_steps, kind) for kind in KINDS}
+    calls |= {"passes": (two_steps, "both", 2), "filling": (filling_step,)}
+    calls |= {"traffic": (traffic,), "early": (reading_too_early,)}
+    return on_ranks(request.param, calls, tmp_path_factory.mktemp("ranks"))
+
+
+def mean(x):
+    return torch.stack(x).mean(0)
+
+
+def test_ranks_fill_the_bank_like_one_with_the_joint_batch(ranks):
+    found, joint = ranks("filling"), filling_step(None)
+    torch.testing.assert_close(mean([x["loss"] for x in found]), joint["loss"], rtol=0, atol=1e-12)
+    gradient = torch.cat([x["gradient"] for x in found]) / len(found)
+    torch.testing.assert_close(gradient, joint["gradient"], rtol=0, atol=1e-12)
+    for one in found:
+        torch.testing.assert_close(one["bank"], joint["bank"], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("check", [*KINDS, "passes"])
+def test_ranks_are_one_with_the_joint_batch(ranks, check):
+    """Compare losses, metrics, gradients, the bank and its velocity. Labels are global indices."""
+    args = ("both", 2) if check == "passes" else (check,)
+    for *found, joint in zip(*ranks(check), two_steps(None, *args), strict=True):
+        for name in JOINT_METRICS:
+            each = mean([one[name] for one in found])
+            torch.testing.assert_close(each, joint[name], rtol=0, atol=1e-6)
+        losses = mean([one["loss"] for one in found])
+        torch.testing.assert_close(losses, joint["loss"], rtol=0, atol=1e-12)
+        gradients = zip(*[one["gradients"] for one in found], strict=True)
+        for parts, whole in zip(gradients, joint["gradients"], strict=True):
+            torch.testing.assert_close(torch.cat(parts) / len(parts), whole, rtol=0, atol=1e-12)
+        for one in found:
+            for name, expected in joint["state"].items():
+                assert torch.equal(one["state"][name], found[0]["state"][name])
+                torch.testing.assert_close(one["state"][name], expected, rtol=0, atol=1e-12)
+        assert joint["acc1"] > 0 and joint["state"]["bank_velocity"].any()
+
+
+def test_ranks_exchange_neither_the_bank_nor_its_gradient(ranks):
+    """They exchange the queries and their gradients, and a few numbers for each query."""
+    N = len(ranks("traffic")) * B
+    for sizes in ranks("traffic"):
+        forward, backward = [N * DIM, 6 * N, N, N], [N, N * DIM]
+        assert sizes == forward + backward
+
+
+def test_a_bank_with_old_shards_cannot_be_read(ranks):
+    W = len(ranks("early"))
+    for errors in ranks("early"):
+        assert [error.split(":")[0] for error in errors] == ["AdCo", "AdCo", "--cluster 3"][
+            : 2 + (W > 3)
+        ]

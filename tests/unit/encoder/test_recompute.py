@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from moco.encoder import networks
 from moco.encoder.recompute import check_compiled_recomputation, recompute_blocks
 from moco.encoder.resnets import resnet
 from moco.errors import InputError
@@ -40,6 +41,27 @@ def test_recomputed_blocks_save_memory_and_change_nothing(arch):
     with torch.no_grad():
         assert torch.equal(again(images), kept(images))
     assert torch.equal(*(copy.deepcopy(net).eval()(images) for net in (again, kept)))
+
+
+def test_a_transformer_with_batch_norm_in_its_head_is_recomputed():
+    """MoCo v3's projector has batch norm. It is not recomputed, so its statistics are right."""
+    torch.manual_seed(0)
+    kept = networks.create("vit_tiny", 8, image_size=32)
+    head = nn.Sequential(nn.Linear(192, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 4))
+    networks.set_head(kept, head)
+    again, found = copy.deepcopy(kept), []
+    recompute_blocks(again)
+    for net in (kept, again):
+        sizes, images = [], torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda x, sizes=sizes: sizes.append(x.nbytes) or x, lambda x: x
+        ):
+            loss = net(images).square().sum()
+        loss.backward()
+        gradients = [p.grad for p in net.parameters() if p.requires_grad]
+        found.append((sum(sizes), [*net.state_dict().values(), *gradients]))
+    (much, theirs), (little, ours) = found
+    assert little < much / 2 and all(map(torch.equal, ours, theirs))
 
 
 @pytest.mark.filterwarnings("ignore")

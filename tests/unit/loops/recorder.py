@@ -18,6 +18,7 @@ from torchvision import models
 
 from moco import distributed
 from moco.config import replaced
+from moco.engine.task import Task
 from moco.engine.trainer import Trainer
 from moco.loss import synthetic
 
@@ -30,6 +31,7 @@ class Recorder:
 
     def __init__(self) -> None:
         self.steps: list[dict] = []
+        self.task: Task | None = None
         self.module: nn.Module | None = None
 
     def add(self, name: str, value: object) -> None:
@@ -38,7 +40,7 @@ class Recorder:
 
     def follow(self, task) -> None:
         """Convert the trained module to float64, and record each step of the task."""
-        self.module = task.module
+        self.task, self.module = task, task.module
         task.trained_module.double()
         for name, buffer in task.module.named_buffers():
             if name.startswith(("queue", "memory")) and buffer.dim() == 2:
@@ -77,6 +79,7 @@ class Recorder:
         return recorded
 
     def state(self) -> dict[str, Tensor]:
+        self.task.gather_state()  # every rank records each step
         return {name: tensor.clone() for name, tensor in self.module.state_dict().items()}
 
     def shuffle(self, images: Tensor, permutation: Tensor, shuffle=distributed.shuffle) -> Tensor:
