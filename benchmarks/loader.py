@@ -264,7 +264,7 @@ def host(folder: ImageFolder, size: int, settings: Decoding = DEFAULT) -> loader
     """Return the crops of all images, as our workers make them."""
     crops, epoch = loader.RandomCrops(recipe("mocov2", size), seed=0), next(_epochs)
     views = loader.Views(folder, crops, settings=settings)
-    return loader.collate([views[epoch, i] for i in range(len(folder))])
+    return views.__getitems__([(epoch, i) for i in range(len(folder))])
 
 
 def cpu(folder: ImageFolder, size: int) -> list[Tensor]:

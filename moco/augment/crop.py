@@ -44,8 +44,20 @@ def resized_crop(image: Tensor, box: Box, size: int, interpolation: str = "bilin
 
     The interpolation is bilinear or bicubic, with antialiasing.
     """
+    return _resized_pixels(image, box, size, interpolation).contiguous()
+
+
+def _resized_pixels(image: Tensor, box: Box, size: int, interpolation: str) -> Tensor:
+    """Return `resized_crop`, with the three values of a pixel next to each other in memory.
+
+    PyTorch resizes such images fastest, and JPEG decoders return them.
+    """
     top, left, h, w = box
-    return _resize(image[:, top : top + h, left : left + w], (size, size), interpolation)
+    crop = image[None, :, top : top + h, left : left + w]
+    crop = crop.contiguous(memory_format=torch.channels_last)
+    if (h, w) != (size, size):
+        crop = F.interpolate(crop, (size, size), mode=interpolation, antialias=True)
+    return crop[0]
 
 
 def random_boxes(height: int, width: int, recipe: Recipe, *counters: int) -> list[Box]:
@@ -59,11 +71,12 @@ def random_boxes(height: int, width: int, recipe: Recipe, *counters: int) -> lis
 def random_views(image: Tensor, recipe: Recipe, *counters: int) -> list[Tensor]:
     """Return a random crop of `image` [3, H, W] uint8 for each view of `recipe`.
 
-    The crops are those of `random_boxes`.
+    The crops are those of `random_boxes`. In memory, the three values of a pixel are next to each
+    other, as in the images of a batch in PyTorch's format channels_last.
     """
     boxes = random_boxes(*image.shape[1:], recipe, *counters)
     return [
-        resized_crop(image, box, view.size, view.interpolation)
+        _resized_pixels(image, box, view.size, view.interpolation)
         for box, view in zip(boxes, recipe, strict=True)
     ]
 
