@@ -5,6 +5,7 @@ The loader's workers compute this part of a view; `moco/augment/color.py` does t
 
 import functools
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -47,17 +48,30 @@ def resized_crop(image: Tensor, box: Box, size: int, interpolation: str = "bilin
     return _resized_pixels(image, box, size, interpolation).contiguous()
 
 
-def _resized_pixels(image: Tensor, box: Box, size: int, interpolation: str) -> Tensor:
+def _resized_pixels(
+    image: Tensor, box: Box, size: int, interpolation: str, out: Tensor | None = None
+) -> Tensor:
     """Return `resized_crop`, with the three values of a pixel next to each other in memory.
 
-    PyTorch resizes such images fastest, and JPEG decoders return them.
+    PyTorch resizes such images fastest, and JPEG decoders return them. If `out` is given, write
+    the result there.
     """
     top, left, h, w = box
     crop = image[None, :, top : top + h, left : left + w]
     crop = crop.contiguous(memory_format=torch.channels_last)
-    if (h, w) != (size, size):
-        crop = F.interpolate(crop, (size, size), mode=interpolation, antialias=True)
-    return crop[0]
+    if (h, w) == (size, size):
+        return crop[0] if out is None else out.copy_(crop[0])
+    if out is None:
+        return F.interpolate(crop, (size, size), mode=interpolation, antialias=True)[0]
+    # F.interpolate calls these operators, too, but cannot write to given memory
+    _RESIZE[interpolation](crop, (size, size), False, out=out[None])
+    return out
+
+
+_RESIZE = {
+    "bilinear": torch.ops.aten._upsample_bilinear2d_aa.out,
+    "bicubic": torch.ops.aten._upsample_bicubic2d_aa.out,
+}
 
 
 def random_boxes(height: int, width: int, recipe: Recipe, *counters: int) -> list[Box]:
@@ -68,16 +82,19 @@ def random_boxes(height: int, width: int, recipe: Recipe, *counters: int) -> lis
     return [random_box(height, width, view, fold(*counters, i)) for i, view in enumerate(recipe)]
 
 
-def random_views(image: Tensor, recipe: Recipe, *counters: int) -> list[Tensor]:
+def random_views(
+    image: Tensor, recipe: Recipe, *counters: int, out: Sequence[Tensor] | None = None
+) -> list[Tensor]:
     """Return a random crop of `image` [3, H, W] uint8 for each view of `recipe`.
 
     The crops are those of `random_boxes`. In memory, the three values of a pixel are next to each
-    other, as in the images of a batch in PyTorch's format channels_last.
+    other, as in the images of a batch in PyTorch's format channels_last. If `out` has such memory
+    for each view, write the crops there.
     """
     boxes = random_boxes(*image.shape[1:], recipe, *counters)
     return [
-        _resized_pixels(image, box, view.size, view.interpolation)
-        for box, view in zip(boxes, recipe, strict=True)
+        _resized_pixels(image, box, view.size, view.interpolation, memory)
+        for box, view, memory in zip(boxes, recipe, out or [None] * len(recipe), strict=True)
     ]
 
 

@@ -3,6 +3,8 @@
 Start at `Views`. `loader` runs it in worker processes.
 """
 
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -46,9 +48,14 @@ class RandomCrops(NamedTuple):
     recipe: Recipe
     seed: int
 
-    def __call__(self, image: Tensor, sample: SampleId) -> list[Tensor]:
-        """Return the views of `image`, uint8 [3, H, W]: one uint8 tensor [3, S, S] per view."""
-        return crop.random_views(image, self.recipe, rng.CROP, self.seed, *sample)
+    def __call__(
+        self, image: Tensor, sample: SampleId, out: list[Tensor] | None = None
+    ) -> list[Tensor]:
+        """Return the views of `image`, uint8 [3, H, W]: one uint8 tensor [3, S, S] per view.
+
+        If `out` is given, write them there; see `crop.random_views`.
+        """
+        return crop.random_views(image, self.recipe, rng.CROP, self.seed, *sample, out=out)
 
     def reduction(self, height: int, width: int, sample: SampleId) -> int:
         """Return the factor by which an image of this size may be shrunk first: 1, 2, 4 or 8.
@@ -121,6 +128,12 @@ class Views(Dataset):
 
     def __getitem__(self, sample: SampleId) -> Sample | InputError:
         """Return the sample, or the InputError if its image cannot be read."""
+        return self._crop(sample, self.crop)
+
+    def _crop(
+        self, sample: SampleId, transform: Callable[[Tensor, SampleId], list[Tensor]]
+    ) -> Sample | InputError:
+        """Read an image and apply `transform`; see `__getitem__`."""
         epoch, index = sample
         images, crop = self.images, self.crop
         unreadable: list[tuple[int, str]] = []
@@ -128,7 +141,7 @@ class Views(Dataset):
             i = rng.key(rng.REPLACEMENT, epoch, index, attempt) % len(self) if attempt else index
             try:
                 image = images.read(i, self.settings, lambda h, w: crop.reduction(h, w, sample))
-                return crop(image, sample), i, unreadable
+                return transform(image, sample), i, unreadable
             except InputError as error:
                 if not self.skip_unreadable:
                     # The main process raises it, as one line without a worker's traceback.
@@ -153,19 +166,23 @@ class Views(Dataset):
         return Batch(views, *map(torch.from_numpy, (indices, self.images.labels[indices])), [])
 
     def _one_by_one(self, samples: list[SampleId]) -> Batch | InputError:
-        """Return the batch of `samples`. Each image is written to it while a cache still has it."""
+        """Return the batch of `samples`. Each image is cropped while a core's cache has it."""
         views: list[Tensor] = []
         unreadable: list[tuple[int, str]] = []
         indices = np.empty(len(samples), dtype=np.int64)
         for row, sample in enumerate(samples):
-            found = self[sample]
+            rows = [view[row] for view in views]
+            direct = bool(rows) and isinstance(self.crop, RandomCrops)
+            transform = functools.partial(self.crop, out=rows) if direct else self.crop
+            found = self._crop(sample, transform)
             if isinstance(found, InputError):
                 return found
             crops, indices[row], errors = found
-            views = views or [_empty_batch(len(samples), view) for view in crops]
-            for view, one in zip(views, crops, strict=True):
-                view[row] = one
             unreadable += errors
+            views = views or [_empty_batch(len(samples), crop) for crop in crops]
+            if not direct:
+                for view, one in zip(views, crops, strict=True):
+                    view[row] = one
         labels = self.images.labels[indices]
         return Batch(views, torch.from_numpy(indices), torch.from_numpy(labels), unreadable)
 
