@@ -333,40 +333,46 @@ def _jitter_chunk(
 
 
 def _apply_by_image(x: Tensor, view: View, draws: Draws) -> Tensor:
-    radius, out = _radius(x, view), torch.empty(x.shape)
-    order, factors, sigma = draws.order.tolist(), draws.factors.tolist(), draws.sigma.tolist()
-    operations = (*view.order, *_GEOMETRY)
-    if not view.randaugment[0]:  # RandAugment does not commute with a flip
-        operations = (*_FLIPPED, *view.order, "rotate")
-    happens = {name: getattr(draws, name).tolist() for name in operations}
-    for i, image in enumerate(x.split(1)):
-        changes = [name for name in operations if happens[name][i]]
-        while changes and changes[0] in _FLIPPED:  # uint8 images are a quarter of the bytes
-            image = image.flip(_FLIPPED[changes.pop(0)])
-        image = _contiguous_float(image)
-        for name in changes:
-            if name == "jitter":
-                image = one_image.jitter(image, order[i], factors[i])
-            elif name == "gray":
-                image.copy_(one_image.luma(image))
-            elif name == "blur":
-                image = one_image.gaussian_blur(image, sigma[i], radius)
-            elif name == "randaugment":
-                chosen = draws.operations[i : i + 1]
-                image = randaugment.apply(image, chosen, view.randaugment[1])
-            elif name == "solarize":
-                image = solarize(image)
-            elif name == "rotate":
-                image = rotate(image, draws.angle[i : i + 1])
-            else:
-                image = image.flip(_FLIPPED[name])
-        normalize(image, view.mean, view.std, out[i : i + 1])
+    out = torch.empty(x.shape)
+    with torch.inference_mode():  # many short operations, which PyTorch starts faster so
+        _write_by_image(x, view, draws, out)
     return out
 
 
-def _contiguous_float(x: Tensor) -> Tensor:
-    """Return `to_float` of images, laid out as [B, 3, H, W]."""
-    if x.dtype == torch.uint8 and not x.is_contiguous():
-        # NumPy copies channels_last images to this layout twice as fast as PyTorch
-        x = torch.from_numpy(np.ascontiguousarray(x.numpy()))
-    return to_float(x).contiguous()
+def _write_by_image(x: Tensor, view: View, draws: Draws, out: Tensor) -> None:
+    """Write the views of `x` to `out`."""
+    order, factors, sigma = draws.order.tolist(), draws.factors.tolist(), draws.sigma.tolist()
+    operations = (*_FLIPPED, *view.order, "rotate")
+    if view.randaugment[0]:  # it does not commute with a flip
+        operations = (*view.order, *_GEOMETRY)
+    happens = {name: getattr(draws, name).tolist() for name in operations}
+    for i, stored in enumerate(x.split(1)):
+        changes = [name for name in operations if happens[name][i]]
+        while changes and changes[0] in _FLIPPED:  # while values have one byte, if they are uint8
+            stored = stored.flip(_FLIPPED[changes.pop(0)])
+        image = _one_image(stored)
+        for name in changes:
+            if name == "jitter":
+                image.jitter(order[i], factors[i])
+            elif name == "gray":
+                image.grayscale()
+            elif name == "blur":
+                image.x = one_image.gaussian_blur(image.x, sigma[i], _radius(x, view))
+            elif name == "randaugment":
+                chosen = draws.operations[i : i + 1]
+                image.x = randaugment.apply(image.values(), chosen, view.randaugment[1])
+            elif name == "solarize":
+                image.x = solarize(image.values())
+            elif name == "rotate":
+                image.x = rotate(image.x, draws.angle[i : i + 1])
+            else:
+                image.x = image.x.flip(_FLIPPED[name])
+        image.normalize(view.mean, view.std, out[i : i + 1])
+
+
+def _one_image(x: Tensor) -> one_image.OneImage:
+    """Return an image [1, 3, H, W], uint8 or float, in the form in which operations change it."""
+    if x.dtype != torch.uint8:
+        return one_image.OneImage(x.to(torch.float32, copy=True).contiguous())
+    # NumPy copies from the format channels_last twice as fast as PyTorch
+    return one_image.OneImage(torch.from_numpy(np.ascontiguousarray(x.numpy())).float(), 1 / 255)

@@ -45,32 +45,36 @@ def resized_crop(image: Tensor, box: Box, size: int, interpolation: str = "bilin
 
     The interpolation is bilinear or bicubic, with antialiasing.
     """
-    return _resized_pixels(image, box, size, interpolation).contiguous()
+    out = _channels_last(size)
+    _write_resized_crop(image, box, interpolation, out)
+    return out[0].contiguous()
 
 
-def _resized_pixels(
-    image: Tensor, box: Box, size: int, interpolation: str, out: Tensor | None = None
-) -> Tensor:
-    """Return `resized_crop`, with the three values of a pixel next to each other in memory.
+def _channels_last(size: int) -> Tensor:
+    """Return memory for an image, uint8 [1, 3, size, size], in PyTorch's format channels_last.
 
-    PyTorch resizes such images fastest, and JPEG decoders return them. If `out` is given, write
-    the result there.
+    The three values of a pixel are next to each other, as JPEG decoders write them. PyTorch resizes
+    such images fastest.
     """
+    return torch.empty(1, size, size, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
+
+
+def _write_resized_crop(image: Tensor, box: Box, interpolation: str, out: Tensor) -> None:
+    """Write `resized_crop` to `out`, uint8 [1, 3, size, size] as `_channels_last` returns it."""
     top, left, h, w = box
-    crop = image[None, :, top : top + h, left : left + w]
-    crop = crop.contiguous(memory_format=torch.channels_last)
-    if (h, w) == (size, size):
-        return crop[0] if out is None else out.copy_(crop[0])
-    if out is None:
-        return F.interpolate(crop, (size, size), mode=interpolation, antialias=True)[0]
-    # F.interpolate calls these operators, too, but cannot write to given memory
-    _RESIZE[interpolation](crop, (size, size), False, out=out[None])
-    return out
+    # NumPy copies the box faster than PyTorch
+    crop = image.permute(1, 2, 0).numpy()[top : top + h, left : left + w].copy(order="C")
+    crop = torch.from_numpy(crop)[None].permute(0, 3, 1, 2)
+    if crop.shape == out.shape:
+        out.copy_(crop)
+    else:
+        # F.interpolate calls these functions, too, but cannot write to given memory
+        _RESIZE[interpolation](crop, out.shape[2:], False, None, None, out=out)
 
 
 _RESIZE = {
-    "bilinear": torch.ops.aten._upsample_bilinear2d_aa.out,
-    "bicubic": torch.ops.aten._upsample_bicubic2d_aa.out,
+    "bilinear": torch._C._nn._upsample_bilinear2d_aa,
+    "bicubic": torch._C._nn._upsample_bicubic2d_aa,
 }
 
 
@@ -83,19 +87,19 @@ def random_boxes(height: int, width: int, recipe: Recipe, *counters: int) -> lis
 
 
 def random_views(
-    image: Tensor, recipe: Recipe, *counters: int, out: Sequence[Tensor] | None = None
+    image: Tensor, recipe: Recipe, *counters: int, out: Sequence[Tensor] = ()
 ) -> list[Tensor]:
     """Return a random crop of `image` [3, H, W] uint8 for each view of `recipe`.
 
-    The crops are those of `random_boxes`. In memory, the three values of a pixel are next to each
-    other, as in the images of a batch in PyTorch's format channels_last. If `out` has such memory
-    for each view, write the crops there.
+    The crops are those of `random_boxes`. The three values of a pixel are next to each other in
+    memory. If `out` is given, write them there: it has a batch of one image for each view, uint8
+    [1, 3, S, S] in PyTorch's format channels_last.
     """
     boxes = random_boxes(*image.shape[1:], recipe, *counters)
-    return [
-        _resized_pixels(image, box, view.size, view.interpolation, memory)
-        for box, view, memory in zip(boxes, recipe, out or [None] * len(recipe), strict=True)
-    ]
+    out = list(out or (_channels_last(view.size) for view in recipe))
+    for box, view, memory in zip(boxes, recipe, out, strict=True):
+        _write_resized_crop(image, box, view.interpolation, memory)
+    return [memory[0] for memory in out]
 
 
 def center_view(image: Tensor, size: int, resize: str = "scaled") -> Tensor:

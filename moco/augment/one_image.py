@@ -1,45 +1,78 @@
-"""The color operations on one large image, for a CPU. Each parameter is a number.
+"""The color operations on one large image, for a CPU.
 
-Images are float RGB in [0, 1], [1, 3, H, W], contiguous. The operations equal those of
-`moco/augment/operations.py`. They make fewer passes over the pixels, and overwrite the image if
-they can, because a core's cache holds only a few such images.
+The results equal those of `moco/augment/operations.py`. Each parameter is a number, and there are
+fewer passes over the pixels, because a core's cache holds only a few such images.
 """
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = range(4)  # the jitter's operations
+_LUMA = (0.2989, 0.587, 0.114)  # weights of R, G and B
 
 
-def jitter(x: Tensor, order: list[int], factors: list[float]) -> Tensor:
-    """Return the jittered image, and overwrite `x`.
+@dataclass
+class OneImage:
+    """An image whose RGB values in [0, 1] are `scale` x + `offset`.
 
-    `order` lists the operations, `factors` has the factor of each.
+    Operations that only scale or shift all values change these two numbers. The others give the
+    same result for `x` as for the values, except for `clamp`.
     """
-    for operation in order:
-        factor = factors[operation]
-        if operation == _HUE:
-            x = adjust_hue(x, factor) if factor else x
-            continue
-        if operation == _BRIGHTNESS:
-            x.mul_(factor)
-        elif operation == _CONTRAST:
-            mean = luma(x.mean((2, 3), keepdim=True)).view(())
-            torch.add(mean.mul_(1 - factor), x, alpha=factor, out=x)
-        elif operation == _SATURATION:
-            torch.add(luma(x, 1 - factor), x, alpha=factor, out=x)
-        if factor > 1:  # otherwise the result is a mean of numbers in [0, 1]
-            x.clamp_(0, 1)
-    return x
+
+    x: Tensor  # float [1, 3, H, W], contiguous; operations may overwrite it
+    scale: float = 1.0
+    offset: float = 0.0
+
+    def values(self) -> Tensor:
+        """Return the RGB values in [0, 1], [1, 3, H, W]; they become `x`."""
+        if (self.scale, self.offset) != (1, 0):
+            offset = torch.tensor(self.offset, dtype=self.x.dtype)
+            torch.add(offset, self.x, alpha=self.scale, out=self.x)
+            self.scale, self.offset = 1.0, 0.0
+        return self.x
+
+    def jitter(self, order: list[int], factors: list[float]) -> None:
+        """Jitter the colors. `order` lists the operations, `factors` has the factor of each."""
+        for operation in order:
+            factor = factors[operation]
+            if operation == _HUE:
+                self.x = adjust_hue(self.x, factor) if factor else self.x
+                continue
+            if operation == _BRIGHTNESS:
+                self.scale, self.offset = factor * self.scale, factor * self.offset
+            elif operation == _CONTRAST:
+                means = self.x.mean((0, 2, 3)).tolist()
+                mean = self.scale * float(np.dot(_LUMA, means)) + sum(_LUMA) * self.offset
+                self.scale *= factor
+                self.offset = factor * self.offset + (1 - factor) * mean
+            elif operation == _SATURATION:
+                torch.add(luma(self.x, 1 - factor), self.x, alpha=factor, out=self.x)
+                self.offset *= factor + (1 - factor) * sum(_LUMA)
+            if factor > 1:  # otherwise the result is a mean of numbers in [0, 1]
+                self.values().clamp_(0, 1)
+
+    def grayscale(self) -> None:
+        """Set all channels to the luma."""
+        self.x.copy_(luma(self.x))
+        self.offset *= sum(_LUMA)
+
+    def normalize(self, mean: Sequence[float], std: Sequence[float], out: Tensor) -> None:
+        """Write (values - mean) / std to `out` [1, 3, H, W]."""
+        scale = torch.tensor([self.scale / one for one in std])
+        offset = torch.tensor([(self.offset - m) / s for m, s in zip(mean, std, strict=True)])
+        torch.mul(self.x, scale.view(1, 3, 1, 1), out=out).add_(offset.view(1, 3, 1, 1))
 
 
 def luma(x: Tensor, scale: float = 1.0) -> Tensor:
-    """Return `scale` times the luma .2989 R + .587 G + .114 B, [1, 1, H, W]."""
-    r, g, b = x.split(1, 1)
-    return torch.mul(r, 0.2989 * scale).add_(g, alpha=0.587 * scale).add_(b, alpha=0.114 * scale)
+    """Return `scale` times the luma of `x` [1, 3, H, W], [1, 1, H, W]."""
+    (r, g, b), (red, green, blue) = x.split(1, 1), (scale * weight for weight in _LUMA)
+    return torch.mul(r, red).add_(g, alpha=green).add_(b, alpha=blue)
 
 
 def adjust_hue(x: Tensor, shift: float) -> Tensor:

@@ -4,7 +4,7 @@ Start at `Views`. `loader` runs it in worker processes.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -48,9 +48,7 @@ class RandomCrops(NamedTuple):
     recipe: Recipe
     seed: int
 
-    def __call__(
-        self, image: Tensor, sample: SampleId, out: list[Tensor] | None = None
-    ) -> list[Tensor]:
+    def __call__(self, image: Tensor, sample: SampleId, out: Sequence[Tensor] = ()) -> list[Tensor]:
         """Return the views of `image`, uint8 [3, H, W]: one uint8 tensor [3, S, S] per view.
 
         If `out` is given, write them there; see `crop.random_views`.
@@ -171,10 +169,11 @@ class Views(Dataset):
         unreadable: list[tuple[int, str]] = []
         indices = np.empty(len(samples), dtype=np.int64)
         for row, sample in enumerate(samples):
-            rows = [view[row] for view in views]
+            rows = [view[row : row + 1] for view in views]
             direct = bool(rows) and isinstance(self.crop, RandomCrops)
             transform = functools.partial(self.crop, out=rows) if direct else self.crop
-            found = self._crop(sample, transform)
+            with torch.inference_mode():  # PyTorch starts operations faster
+                found = self._crop(sample, transform)
             if isinstance(found, InputError):
                 return found
             crops, indices[row], errors = found
