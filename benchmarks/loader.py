@@ -8,7 +8,9 @@ v2        torchvision.transforms.v2 on tensors
 lightly   lightly's MoCoV2Transform, if lightly is installed
 
 The ratio host_over_pil is the images per second of host, divided by those of pil. The other ratios
-are named in the same way.
+are named in the same way, except for host_over_decode_and_resize. That one is the time per image of
+a loader process, with reading, batching and the way to the main process, divided by the time that
+decoding and resizing take alone. The rows below the pipelines are stages; see loader_stages.py.
 
 With --small, the script measures an epoch of two views of 32-pixel images in memory, as in MoCo's
 demo on CIFAR-10. "ours" and "pil" each use two processes with one thread each.
@@ -26,6 +28,8 @@ With --shards, the script measures reading from tar, arrow and parquet files; se
 """
 
 import argparse
+import contextlib
+import importlib.metadata
 import io
 import itertools
 import random
@@ -34,6 +38,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import loader_shards
+import loader_stages
 import measure
 import numpy as np
 import skimage.data
@@ -104,25 +109,48 @@ def main() -> None:
         }
         if theirs := lightly(args.size):
             candidates["lightly"] = lambda: stacked(theirs(pil_image(path)) for path in paths)
-        times = measure.side_by_side(candidates, args.rounds, torch.device("cpu"))
+        stages = loader_stages.candidates(folder, recipe("mocov2", args.size))
+        times = measure.side_by_side(candidates | stages, args.rounds, torch.device("cpu"))
     seconds = measure.medians(times)
     table = [
         {"pipeline": name, "ms/image": 1e3 * s / args.images, "images/s": args.images / s}
         for name, s in seconds.items()
     ]
-    others = [name for name in times if name not in ("host", "cpu")]
     ratios = {
         f"{ours}_over_{other}": measure.ratio(times[other], times[ours])
         for ours in ("host", "cpu")
-        for other in others
+        for other in candidates
+        if other not in ("host", "cpu")
     }
+    alone = times["decode and resize"]
+    ratios["host_over_decode_and_resize"] = measure.ratio(times["one worker"], alone)
+    if "kornia" in times:
+        ratios["colors_over_kornia"] = measure.ratio(times["kornia"], times["colors"])
     facts = {
         "images": args.images,
         "pixels": args.size,
         "compile": args.compile,
         "KB": f"{min(sizes) // 1000}-{max(sizes) // 1000}",
+        "decoder": jpeg.decoder()[0],
+        **versions("torchvision", "pillow", "torchcodec", "lightly", "kornia", "simplejpeg"),
     }
-    measure.report("loader", table, ratios, facts, args.json)
+    measure.report("loader", table, ratios, facts, args.json, TARGETS)
+
+
+TARGETS = {
+    "host_over_pil": measure.Target(6, least=True),
+    "cpu_over_pil": measure.Target(3, least=True),
+    "host_over_decode_and_resize": measure.Target(1.25),
+}
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Return the versions of those packages that are installed."""
+    found = {}
+    for name in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 # Large images.
@@ -264,7 +292,7 @@ def host(folder: ImageFolder, size: int, settings: Decoding = DEFAULT) -> loader
     """Return the crops of all images, as our workers make them."""
     crops, epoch = loader.RandomCrops(recipe("mocov2", size), seed=0), next(_epochs)
     views = loader.Views(folder, crops, settings=settings)
-    return loader.collate([views[epoch, i] for i in range(len(folder))])
+    return views.__getitems__([(epoch, i) for i in range(len(folder))])
 
 
 def cpu(folder: ImageFolder, size: int) -> list[Tensor]:
@@ -326,6 +354,7 @@ def lightly(size: int) -> Callable[[Image.Image], list[Tensor]] | None:
     try:
         from lightly.transforms import MoCoV2Transform
     except ImportError:
+        print("lightly is not installed: its transform is left out")
         return None
     return MoCoV2Transform(input_size=size)
 

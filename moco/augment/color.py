@@ -9,11 +9,11 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from moco.augment import randaugment
+from moco.augment import one_image, randaugment
 from moco.augment.operations import (
     adjust_hue,
     blend,
@@ -46,7 +46,7 @@ __all__ = [
 
 # A CPU computes images of more pixels one by one: then the cache saves more than calls cost.
 _SMALL = 128 * 128
-_BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = range(4)  # the jitter's operations
+_HUE = 3  # of the jitter's operations: brightness, contrast, saturation, hue
 _FLIPPED = {"flip": -1, "vertical_flip": -2}  # the axis of each flip
 _GEOMETRY = (*_FLIPPED, "rotate")  # the last operations of every view
 
@@ -286,7 +286,7 @@ def _apply_by_chunk(x: Tensor, view: View, draws: Draws) -> Tensor:
     happens = {name: getattr(draws, name).numpy() for name in names}
     images, out = x.numpy(), torch.empty(x.shape)  # NumPy indexes several times as fast as PyTorch
     for slot, part in _chunks(ends):
-        chunk = images[order[part]]
+        chunk = np.ascontiguousarray(images[order[part]])
         # Flip first, because uint8 images are a quarter of the bytes.
         for name, axis in _FLIPPED.items():
             if (flip := happens[name][part]).any():
@@ -333,68 +333,46 @@ def _jitter_chunk(
 
 
 def _apply_by_image(x: Tensor, view: View, draws: Draws) -> Tensor:
-    radius, out = _radius(x, view), torch.empty(x.shape)
-    order, factors, sigma = draws.order.tolist(), draws.factors.tolist(), draws.sigma.tolist()
-    happens = {name: getattr(draws, name).tolist() for name in (*view.order, *_GEOMETRY)}
-    for i, image in enumerate(x.split(1)):
-        image = to_float(image)
-        for name in happens:
-            if not happens[name][i]:
-                continue
-            if name == "jitter":
-                image = _jitter_image(image, order[i], factors[i])
-            elif name == "gray":
-                image = grayscale(image).repeat(1, 3, 1, 1)
-            elif name == "blur":
-                image = _blur_image(image, sigma[i], radius)
-            elif name == "randaugment":
-                operations = draws.operations[i : i + 1]
-                image = randaugment.apply(image, operations, view.randaugment[1])
-            elif name == "solarize":
-                image = solarize(image)
-            elif name == "rotate":
-                image = rotate(image, draws.angle[i : i + 1])
-            else:
-                image = image.flip(_FLIPPED[name])
-        normalize(image, view.mean, view.std, out[i : i + 1])
+    out = torch.empty(x.shape)
+    with torch.inference_mode():  # many short operations, which PyTorch starts faster so
+        _write_by_image(x, view, draws, out)
     return out
 
 
-def _jitter_image(x: Tensor, order: list[int], factors: list[float]) -> Tensor:
-    """Return the jittered image [1, 3, H, W], and overwrite `x`.
+def _write_by_image(x: Tensor, view: View, draws: Draws, out: Tensor) -> None:
+    """Write the views of `x` to `out`."""
+    order, factors, sigma = draws.order.tolist(), draws.factors.tolist(), draws.sigma.tolist()
+    operations = (*_FLIPPED, *view.order, "rotate")
+    if view.randaugment[0]:  # it does not commute with a flip
+        operations = (*view.order, *_GEOMETRY)
+    happens = {name: getattr(draws, name).tolist() for name in operations}
+    for i, stored in enumerate(x.split(1)):
+        changes = [name for name in operations if happens[name][i]]
+        while changes and changes[0] in _FLIPPED:  # while values have one byte, if they are uint8
+            stored = stored.flip(_FLIPPED[changes.pop(0)])
+        image = _one_image(stored)
+        for name in changes:
+            if name == "jitter":
+                image.jitter(order[i], factors[i])
+            elif name == "gray":
+                image.grayscale()
+            elif name == "blur":
+                image.x = one_image.gaussian_blur(image.x, sigma[i], _radius(x, view))
+            elif name == "randaugment":
+                chosen = draws.operations[i : i + 1]
+                image.x = randaugment.apply(image.values(), chosen, view.randaugment[1])
+            elif name == "solarize":
+                image.x = solarize(image.values())
+            elif name == "rotate":
+                image.x = rotate(image.x, draws.angle[i : i + 1])
+            else:
+                image.x = image.x.flip(_FLIPPED[name])
+        image.normalize(view.mean, view.std, out[i : i + 1])
 
-    `order` lists the operations, `factors` has the factor of each.
-    """
-    for operation in order:
-        factor = factors[operation]
-        if operation == _BRIGHTNESS:
-            x = x.mul_(factor).clamp_(0, 1)
-        elif operation == _CONTRAST:
-            mean = grayscale(x.mean((2, 3), keepdim=True))
-            x = x.mul_(factor).add_(mean, alpha=1 - factor).clamp_(0, 1)
-        elif operation == _SATURATION:
-            x = torch.lerp(grayscale(x), x, factor).clamp_(0, 1)
-        elif factor:
-            x = adjust_hue(x, torch.tensor([factor]))
-    return x
 
-
-def _blur_image(x: Tensor, sigma: float, radius: int) -> Tensor:
-    """Return `gaussian_blur` of one image [1, 3, H, W], without taps below 4e-6 of the largest.
-
-    The padded image counts as one long row. Each tap adds the row, shifted by that many pixels for
-    the horizontal blur and by that many image rows for the vertical one. Pixels that a shift moves
-    across a border end up in the padding, which is cropped.
-    """
-    h, w = x.shape[2:]
-    radius = min(radius, math.ceil(5 * sigma))
-    kernel = [math.exp(-0.5 * (tap / sigma) ** 2) for tap in range(-radius, radius + 1)]
-    x = F.pad(x, (radius,) * 4, mode="reflect")
-    for step in (1, w + 2 * radius):
-        row, out = x.view(-1), torch.empty_like(x)
-        n = len(row) - 2 * radius * step
-        total = torch.mul(row[:n], kernel[0] / sum(kernel), out=out.view(-1)[:n])
-        for i, weight in enumerate(kernel[1:], 1):
-            total.add_(row[i * step :][:n], alpha=weight / sum(kernel))
-        x = out
-    return x[..., :h, :w]
+def _one_image(x: Tensor) -> one_image.OneImage:
+    """Return an image [1, 3, H, W], uint8 or float, in the form in which operations change it."""
+    if x.dtype != torch.uint8:
+        return one_image.OneImage(x.to(torch.float32, copy=True).contiguous())
+    # NumPy copies from the format channels_last twice as fast as PyTorch
+    return one_image.OneImage(torch.from_numpy(np.ascontiguousarray(x.numpy())).float(), 1 / 255)

@@ -5,6 +5,7 @@ The loader's workers compute this part of a view; `moco/augment/color.py` does t
 
 import functools
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -44,8 +45,37 @@ def resized_crop(image: Tensor, box: Box, size: int, interpolation: str = "bilin
 
     The interpolation is bilinear or bicubic, with antialiasing.
     """
+    out = _channels_last(size)
+    _write_resized_crop(image, box, interpolation, out)
+    return out[0].contiguous()
+
+
+def _channels_last(size: int) -> Tensor:
+    """Return memory for an image, uint8 [1, 3, size, size], in PyTorch's format channels_last.
+
+    The three values of a pixel are next to each other, as JPEG decoders write them. PyTorch resizes
+    such images fastest.
+    """
+    return torch.empty(1, size, size, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
+
+
+def _write_resized_crop(image: Tensor, box: Box, interpolation: str, out: Tensor) -> None:
+    """Write `resized_crop` to `out`, uint8 [1, 3, size, size] as `_channels_last` returns it."""
     top, left, h, w = box
-    return _resize(image[:, top : top + h, left : left + w], (size, size), interpolation)
+    # NumPy copies the box faster than PyTorch
+    crop = image.permute(1, 2, 0).numpy()[top : top + h, left : left + w].copy(order="C")
+    crop = torch.from_numpy(crop)[None].permute(0, 3, 1, 2)
+    if crop.shape == out.shape:
+        out.copy_(crop)
+    else:
+        # F.interpolate calls these functions, too, but cannot write to given memory
+        _RESIZE[interpolation](crop, out.shape[2:], False, None, None, out=out)
+
+
+_RESIZE = {
+    "bilinear": torch._C._nn._upsample_bilinear2d_aa,
+    "bicubic": torch._C._nn._upsample_bicubic2d_aa,
+}
 
 
 def random_boxes(height: int, width: int, recipe: Recipe, *counters: int) -> list[Box]:
@@ -56,16 +86,20 @@ def random_boxes(height: int, width: int, recipe: Recipe, *counters: int) -> lis
     return [random_box(height, width, view, fold(*counters, i)) for i, view in enumerate(recipe)]
 
 
-def random_views(image: Tensor, recipe: Recipe, *counters: int) -> list[Tensor]:
+def random_views(
+    image: Tensor, recipe: Recipe, *counters: int, out: Sequence[Tensor] = ()
+) -> list[Tensor]:
     """Return a random crop of `image` [3, H, W] uint8 for each view of `recipe`.
 
-    The crops are those of `random_boxes`.
+    The crops are those of `random_boxes`. The three values of a pixel are next to each other in
+    memory. If `out` is given, write them there: it has a batch of one image for each view, uint8
+    [1, 3, S, S] in PyTorch's format channels_last.
     """
     boxes = random_boxes(*image.shape[1:], recipe, *counters)
-    return [
-        resized_crop(image, box, view.size, view.interpolation)
-        for box, view in zip(boxes, recipe, strict=True)
-    ]
+    out = list(out or (_channels_last(view.size) for view in recipe))
+    for box, view, memory in zip(boxes, recipe, out, strict=True):
+        _write_resized_crop(image, box, view.interpolation, memory)
+    return [memory[0] for memory in out]
 
 
 def center_view(image: Tensor, size: int, resize: str = "scaled") -> Tensor:

@@ -53,16 +53,28 @@ def read_bytes(path: str) -> np.ndarray:
     try:
         # opening a pipe would wait for its writer, unless it is opened without blocking
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-        with open(descriptor, "rb", buffering=0) as file:
-            status = os.fstat(descriptor)
-            if not stat.S_ISREG(status.st_mode):
-                raise OSError("not a file")
-            if not status.st_size:
-                raise OSError("the file is empty")
-            return np.fromfile(file, np.uint8)
+        try:
+            return _read(descriptor)
+        finally:
+            os.close(descriptor)
     except OSError as error:
         broken = isinstance(error, FileNotFoundError) and os.path.islink(path)
         raise _unreadable(path, "a broken link" if broken else error) from None
+
+
+def _read(descriptor: int) -> np.ndarray:
+    """Return the content of an open file. NumPy's `fromfile` makes twice as many system calls."""
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError("not a file")
+    if not status.st_size:
+        raise OSError("the file is empty")
+    data, end = np.empty(status.st_size, np.uint8), 0
+    while count := os.readv(descriptor, [data[end:]]):
+        end += count
+        if end == len(data):
+            break
+    return data[:end]
 
 
 def decode_file(

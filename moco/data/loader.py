@@ -1,4 +1,4 @@
-"""The data loader: worker processes decode each image once and take its crops as uint8.
+"""The data loader: worker processes read the images of each batch; see `views`.
 
 Workers do no color operations: `augment.color` does them on the device.
 """
@@ -11,169 +11,30 @@ import warnings
 from collections.abc import Iterator
 from multiprocessing.process import BaseProcess
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 import torch.multiprocessing as mp
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torch.utils.data import DataLoader, Sampler
 
 from moco import devices, distributed, rng
-from moco.augment import crop
-from moco.augment.recipes import Recipe
-from moco.data import decoding, jpeg
+from moco.data import jpeg
 from moco.data.images import Images
+from moco.data.views import Batch, CenterCrop, RandomCrops, SampleId, Views
 from moco.errors import InputError
 from moco.sections import Input
 
-SampleId = tuple[int, int]  # (epoch, index of the image); the random crops depend on both
-
-
-class Batch(NamedTuple):
-    """A batch of samples. Its size B is that of one process and one forward pass.
-
-    Attributes:
-        views: One uint8 tensor [B, 3, S, S] per view.
-        index: The indices of the images, int64 [B].
-        label: Their labels, int64 [B], or [B, classes]; see `Images.labels`.
-        unreadable: The index of each image that cannot be read, with the reason. The batch has
-            another image instead.
-    """
-
-    views: list[Tensor]
-    index: Tensor
-    label: Tensor
-    unreadable: list[tuple[int, str]]
-
-
-class RandomCrops(NamedTuple):
-    """A transform that takes a recipe's random crops. They depend on (seed, epoch, index, view)."""
-
-    recipe: Recipe
-    seed: int
-
-    def __call__(self, image: Tensor, sample: SampleId) -> list[Tensor]:
-        """Return the views of `image`, uint8 [3, H, W]: one uint8 tensor [3, S, S] per view."""
-        return crop.random_views(image, self.recipe, rng.CROP, self.seed, *sample)
-
-    def reduction(self, height: int, width: int, sample: SampleId) -> int:
-        """Return the factor by which an image of this size may be shrunk first: 1, 2, 4 or 8.
-
-        It is the largest factor at which every crop is at least twice as large as its view. With a
-        smaller margin, the loss of quality would be visible; Pillow's thumbnails keep the same
-        margin. A crop covers a fraction of the image that does not depend on the image's size, so a
-        shrunk image yields the same views, except for rounding.
-        """
-        boxes = crop.random_boxes(height, width, self.recipe, rng.CROP, self.seed, *sample)
-        spare = min(
-            min(h, w) / (2 * view.size)
-            for (_, _, h, w), view in zip(boxes, self.recipe, strict=True)
-        )
-        return max(factor for factor in (1, 2, 4, 8) if factor <= max(1, spare))
-
-    def accepts(self, height: int, width: int) -> bool:
-        """Return whether `crop_batch` accepts images of this size."""
-        return crop.can_crop_at_once(height, width, self.recipe)
-
-    def crop_batch(self, images: Tensor, epochs: np.ndarray, indices: np.ndarray) -> list[Tensor]:
-        """Return the views of images [B, 3, H, W], equal to those of each image alone."""
-        return crop.random_views_at_once(images, self.recipe, rng.CROP, self.seed, epochs, indices)
-
-
-class CenterCrop(NamedTuple):
-    """A transform that returns the evaluation view of `size` pixels; see `crop.center_view`."""
-
-    size: int
-    resize: str = "scaled"
-
-    def __call__(self, image: Tensor, _sample: SampleId) -> list[Tensor]:
-        """Return the view of `image`, uint8 [3, H, W], as a list of one uint8 [3, size, size]."""
-        return [crop.center_view(image, self.size, self.resize)]
-
-    def reduction(self, _height: int, _width: int, _sample: SampleId) -> int:
-        """Return 1: evaluation decodes every pixel."""
-        return 1
-
-    def accepts(self, height: int, width: int) -> bool:
-        """Return whether `crop_batch` accepts images of this size; larger ones take much memory."""
-        return max(height, width) <= 256
-
-    def crop_batch(self, images: Tensor, _epochs: np.ndarray, _indices: np.ndarray) -> list[Tensor]:
-        """Return the view of images [B, 3, H, W], equal to that of each image alone."""
-        return [crop.center_view(images, self.size, self.resize)]
-
-
-class Views(Dataset):
-    """A map-style dataset from (epoch, index) to (views, index, label, unreadable images)."""
-
-    def __init__(
-        self,
-        images: Images,
-        crop: RandomCrops | CenterCrop,
-        skip_unreadable: bool = False,
-        settings: decoding.Decoding = decoding.DEFAULT,
-    ):
-        """Read `images`, decoded with `settings`, and apply `crop` to each.
-
-        If `skip_unreadable`, an image that cannot be read is replaced by another one, chosen by
-        (epoch, index). Otherwise the sample is the InputError.
-        """
-        self.images, self.crop, self.skip_unreadable = images, crop, skip_unreadable
-        self.settings = settings
-
-    def __len__(self) -> int:
-        """Return the number of images."""
-        return len(self.images)
-
-    def __getitem__(
-        self, sample: SampleId
-    ) -> tuple[list[Tensor], int, Tensor, list[tuple[int, str]]] | InputError:
-        """Return the sample, or the InputError if its image cannot be read."""
-        epoch, index = sample
-        images, crop = self.images, self.crop
-        unreadable: list[tuple[int, str]] = []
-        for attempt in range(MAX_REPLACEMENTS + 1):
-            i = rng.key(rng.REPLACEMENT, epoch, index, attempt) % len(self) if attempt else index
-            try:
-                image = images.read(i, self.settings, lambda h, w: crop.reduction(h, w, sample))
-                label = torch.as_tensor(images.labels[i])
-                return crop(image, sample), i, label, unreadable
-            except InputError as error:
-                if not self.skip_unreadable:
-                    # The main process raises it, as one line without a worker's traceback.
-                    return error
-                unreadable.append((i, str(error)))
-        return InputError(
-            f"{unreadable[0][1]}; {MAX_REPLACEMENTS} other images, tried instead, cannot be read "
-            "either"
-        )
-
-    def __getitems__(self, samples: list[SampleId]) -> Batch | list:
-        """Return a Batch if the images are in memory and `crop` accepts them, else a list.
-
-        PyTorch's DataLoader calls this, and passes the result to `collate`.
-        """
-        epochs, indices = np.array(samples).T.copy()
-        images = self.images.read_batch(indices, self.crop.accepts)
-        if images is None:
-            return [self[sample] for sample in samples]
-        views = self.crop.crop_batch(images, epochs, indices)
-        return Batch(views, *map(torch.from_numpy, (indices, self.images.labels[indices])), [])
-
-
-MAX_REPLACEMENTS = 10  # images to try instead of an unreadable one
-
-
-def collate(samples: Batch | list) -> Batch | InputError:
-    """Stack samples into a Batch, or return the first error. A Batch is returned unchanged."""
-    if isinstance(samples, Batch):
-        return samples
-    error = next((sample for sample in samples if isinstance(sample, InputError)), None)
-    if error:
-        return error
-    unreadable = [one for sample in samples for one in sample[3]]
-    return Batch(*default_collate([sample[:3] for sample in samples]), unreadable)
+__all__ = [
+    "Batch",
+    "CenterCrop",
+    "EvalBatchSampler",
+    "RandomCrops",
+    "SampleId",
+    "TrainBatchSampler",
+    "Views",
+    "batches",
+    "kill_workers",
+]
 
 
 class TrainBatchSampler(Sampler):
@@ -351,7 +212,7 @@ def batches(
         dataset=Views(images, crop, skip_unreadable, input),
         batch_sampler=batch_sampler,
         num_workers=workers,
-        collate_fn=collate,
+        collate_fn=_unchanged,
         pin_memory=cuda,
         prefetch_factor=4 if workers else None,
         worker_init_fn=_init_worker,
@@ -359,6 +220,11 @@ def batches(
         if isinstance(batch, InputError):
             raise batch
         yield _moved(batch, device, stream)
+
+
+def _unchanged(batch: Batch | InputError) -> Batch | InputError:
+    """Return `batch`, in place of the DataLoader's default, which would copy it."""
+    return batch
 
 
 def _moved(batch: Batch, device: torch.device, stream: torch.cuda.Stream | None) -> Batch:
@@ -370,6 +236,8 @@ def _moved(batch: Batch, device: torch.device, stream: torch.cuda.Stream | None)
     """
     with torch.cuda.stream(stream) if stream else contextlib.nullcontext():
         moved = [devices.to_device(x, device) for x in (*batch.views, batch.index, batch.label)]
+        if device.type != "cpu":  # `augment.color` changes the layout itself on a CPU
+            moved = [x.contiguous() for x in moved]
     if stream:
         training = torch.cuda.current_stream(device)
         training.wait_stream(stream)  # all work queued from now on runs after the copies

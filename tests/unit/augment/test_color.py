@@ -11,7 +11,7 @@ from scipy.ndimage import map_coordinates
 from scipy.stats import chisquare, kstest
 from torchvision.transforms.v2 import functional as F
 
-from moco.augment import color, operations, randaugment
+from moco.augment import color, one_image, operations, randaugment
 from moco.augment.recipes import RECIPES, View, recipe
 from moco.config import MEAN, STD
 
@@ -126,11 +126,23 @@ def test_blur_of_one_image_equals_blur_of_a_batch(radius, height, width, seed):
     x, sigma = images(height, width, seed), between(0.1, 2, seed)
     alone = torch.cat(
         [
-            color._blur_image(image, s, radius)
+            one_image.gaussian_blur(image, s, radius)
             for image, s in zip(x.split(1), sigma.tolist(), strict=True)
         ]
     )
     torch.testing.assert_close(alone, color.gaussian_blur(x, sigma, radius), rtol=0, atol=2e-5)
+
+
+@FOUR_BATCHES
+def test_hue_of_one_image(height, width, seed):
+    x, shift = images(height, width, seed), between(-0.5, 0.5, seed)
+    shift[21:28] = torch.arange(-3, 4) / 6
+    x[::5] = x[::5].round()  # channels of equal value
+    alone = [
+        one_image.adjust_hue(image.clone(), s)
+        for image, s in zip(x.split(1), shift.tolist(), strict=True)
+    ]
+    assert_close(torch.cat(alone), one_by_one(F.adjust_hue, x, shift))
 
 
 @FOUR_BATCHES

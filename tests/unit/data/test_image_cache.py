@@ -64,9 +64,7 @@ def assert_same(ours, theirs):
 
 def crop_one_by_one(monkeypatch):
     """Make the loader crop image by image, not a batch at once."""
-    monkeypatch.setattr(
-        loader.Views, "__getitems__", lambda self, samples: [self[sample] for sample in samples]
-    )
+    monkeypatch.setattr(loader.Views, "__getitems__", loader.Views._one_by_one)
 
 
 @pytest.fixture
