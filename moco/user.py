@@ -31,9 +31,10 @@ def import_quietly() -> None:
 def prepare() -> None:
     """Make stdout and stderr print any file name, and set USER and HOME if the user has neither.
 
-    Call it when a program starts, after its imports. Bytes of a file name that are not UTF-8, and
-    letters that the terminal cannot show, are printed as escapes. PyTorch and Triton need a user
-    name and a home folder: they name folders after the user, and write files in the home folder.
+    Call it when a program starts, and again after slow imports (`import_quietly`). Bytes of a file
+    name that are not UTF-8, and letters that the terminal cannot show, are printed as escapes.
+    PyTorch and Triton need a user name and a home folder: they name folders after the user, and
+    write files in the home folder.
     """
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # see `import_quietly`
         signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -37,8 +37,10 @@ def main(parser: Parser, complete: Callable[[AnyConfig], AnyConfig], worker: "Wo
     output.guard()
     try:
         config = parser.parse()
+        user.import_quietly()
         from moco.cli import start
 
+        user.prepare()
         start.start(parser, config, complete, worker)
     except InputError as error:
         parser.refuse(error)

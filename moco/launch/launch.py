@@ -96,7 +96,9 @@ def _killed(processes: list) -> dict[int, str]:
     """
     running = {process.sentinel: process for process in processes}
     while running:
-        for sentinel in wait(list(running)):
+        # a sentinel stays open while loader processes of a killed process still run
+        ended = [one for one, process in running.items() if process.exitcode is not None]
+        for sentinel in ended or wait(list(running), POLL):
             process = running.pop(sentinel)
             process.join()
             if process.exitcode:
@@ -114,6 +116,7 @@ def _killed(processes: list) -> dict[int, str]:
 
 
 PATIENCE = 10.0  # seconds
+POLL = 1.0  # seconds
 
 OUT_OF_MEMORY = (
     "; the system kills processes when memory runs out: "
@@ -145,6 +148,9 @@ def _lost(
 
 def _spawned(i: int, p: Plan, worker: Worker, config: Config, errors_of_ranks) -> None:
     """Run the worker in spawned process `i` of this node; put its error, if any, into the queue."""
+    # A spawned process would also spawn its loader processes, which takes seconds in every epoch.
+    # The system's default on Linux is to fork them, as in runs of torchrun or of one process.
+    mp.set_start_method(None, force=True)
     user.prepare()
     output.guard()
 

@@ -91,15 +91,23 @@ def interruptible():
     signal.signal(signal.SIGINT, before)
 
 
-@pytest.mark.parametrize("command", ["main_synco.py", "tools/export.py"])
-def test_ctrl_c_while_packages_are_imported_prints_nothing(command, interruptible):
-    process = shell(command, "--help", wait=False)
+@pytest.mark.parametrize(
+    ("words", "status", "printed"),
+    [
+        ("main_synco.py photos", -signal.SIGINT, ""),
+        ("tools/export.py x.pth y.pth", 130, "export.py: interrupted\n"),
+    ],
+)
+def test_ctrl_c_while_packages_are_imported_prints_no_traceback(
+    words, status, printed, interruptible
+):
+    process = shell(*words.split(), wait=False)
     maps = Path(f"/proc/{process.pid}/maps")
     while "libtorch" not in maps.read_text():
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
-    assert (process.returncode, out, err) == (-signal.SIGINT, "", "")
+    assert (process.returncode, out, err) == (status, "", printed)
 
 
 def test_ctrl_c_of_other_programs_stays_theirs(interruptible):
