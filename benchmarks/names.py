@@ -26,6 +26,7 @@ import torch
 
 from moco.data import file_lists
 from moco.data.loader import TrainBatchSampler
+from moco.files import to_json
 
 BATCH = 256  # images
 READ = 100_000  # names that a loader process reads
@@ -44,7 +45,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.one:
         kind, moment, file = args.one
-        print(json.dumps(measured(kind, moment, Path(file))))
+        print(to_json(measured(kind, moment, Path(file))))
         return
     table = []
     with tempfile.TemporaryDirectory() as folder:

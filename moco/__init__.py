@@ -10,7 +10,6 @@ import importlib.util
 import os
 import sys
 from importlib.machinery import ModuleSpec
-from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -19,24 +18,15 @@ from moco import user
 user.import_quietly()
 
 
-def _is_busy(load: Path = Path("/proc/loadavg")) -> bool:
-    """Return whether other programs keep at least half of the cores busy."""
-    try:
-        # in the fourth field, such as 3/257, the 3 counts running threads, including this program's
-        running = int(load.read_text().split()[3].split("/")[0]) - 1
-    except (OSError, ValueError, IndexError):  # not Linux
-        return False
-    return 2 * running >= (os.cpu_count() or 1)
-
-
-# OpenMP's threads wait for each other in a busy loop, by default for a long time. On a busy
-# machine, a waiting thread may occupy the core that the other thread needs. A short wait is then
-# several times as fast. On an idle machine, a short wait slows training by a tenth or more, so
-# PyTorch's default stays (benchmarks/threads.py measures both). OpenMP reads the variable once,
-# when torch is loaded, so import this package before torch. The user's own settings win.
+# OpenMP's threads wait for each other in a busy loop, by default for so long that on a busy machine
+# they occupy the cores which the others need: a step may take ten times as long. A shorter loop
+# costs little on an idle machine (benchmarks/threads.py measures both), and none of the bits of a
+# result depend on it. They do depend on the number of threads, which therefore does not follow the
+# load. OpenMP reads the variable once, when torch is loaded, so import this package before torch. The
+# user's own settings win.
 _OPENMP = ("OMP_WAIT_POLICY", "OMP_NUM_THREADS", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
-if _is_busy() and not any(name in os.environ for name in _OPENMP):
-    os.environ["GOMP_SPINCOUNT"] = "1000"
+if not any(name in os.environ for name in _OPENMP):
+    os.environ["GOMP_SPINCOUNT"] = "10000"
 
 
 def _keep_freed_memory() -> None:

@@ -26,7 +26,7 @@ from moco.data import loader
 from moco.errors import InputError, from_os_error
 from moco.files import as_utf8
 from moco.launch import heartbeat, interrupt, output
-from moco.launch.processes import Plan, batch_per_process, plan
+from moco.launch.processes import Plan, batch_per_process, plan, threads
 from moco.launch.rendezvous import connect
 
 Worker = Callable[[Config, torch.device], None]
@@ -178,8 +178,8 @@ def _process(
     is called with a message, and this process exits.
     """
     device = devices.for_process(config.launch.device, config.launch.gpu, local_rank)
-    if device.type == "cpu" and p.local_world_size > 1:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // p.local_world_size))
+    if device.type == "cpu":
+        torch.set_num_threads(threads(p, torch.get_num_threads()))
     if device.type in ("cuda", "xpu"):  # there is only one MPS device
         torch.get_device_module(device).set_device(device)
     if device.type == "cuda":

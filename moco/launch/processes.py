@@ -152,10 +152,31 @@ def default_workers(p: Plan, input: Input) -> int:
 
     It counts the loaders of this node, or of each process if `input.batch_is_per_process`.
     """
+    node = min(_cores_of_node(p), WORKERS * p.local_world_size)
+    return max(1, node // p.local_world_size) if input.batch_is_per_process else node
+
+
+def threads(p: Plan, default: int) -> int:
+    """Return the number of threads of each process that computes on the CPU.
+
+    The processes of a node share its cores equally. `default` is PyTorch's number, which stays if
+    the user has set OMP_NUM_THREADS, and is the limit of a single process.
+
+    The number does not depend on what else runs, because the last bits of results depend on it, and
+    a resumed run must end with the same bits.
+    """
+    given = os.environ.get("OMP_NUM_THREADS")
+    if given and not (given == "1" and p.launcher == "torchrun"):  # torchrun sets 1 by itself
+        return default
+    share = max(1, _cores_of_node(p) // p.local_world_size)
+    return share if p.local_world_size > 1 else min(share, default)
+
+
+def _cores_of_node(p: Plan) -> int:
+    """Return the number of cores that all processes of this node may use."""
     # if this variable is set, each task has its own cores
     bound = p.launcher == "srun" and "SLURM_CPUS_PER_TASK" in os.environ
-    node = min(cores() * (p.local_world_size if bound else 1), WORKERS * p.local_world_size)
-    return max(1, node // p.local_world_size) if input.batch_is_per_process else node
+    return cores() * (p.local_world_size if bound else 1)
 
 
 def cores() -> int:

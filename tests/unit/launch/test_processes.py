@@ -244,6 +244,39 @@ def test_default_number_of_loader_processes_follows_the_cores(
 
 
 @pytest.mark.parametrize(
+    ("launcher", "local", "environment", "expected"),
+    [
+        ("single", 1, {}, 10),
+        ("single", 1, {"OMP_NUM_THREADS": "3"}, 16),  # PyTorch has read the variable
+        ("spawn", 4, {}, 2),
+        ("spawn", 4, {"OMP_NUM_THREADS": "1"}, 16),
+        ("spawn", 20, {}, 1),
+        ("torchrun", 4, {"OMP_NUM_THREADS": "1"}, 2),  # torchrun's own value
+        ("torchrun", 4, {"OMP_NUM_THREADS": "3"}, 16),
+        ("srun", 4, {}, 2),
+        ("srun", 4, {"SLURM_CPUS_PER_TASK": "10"}, 10),
+    ],
+)
+def test_threads_share_the_cores_unless_the_user_chose(
+    monkeypatch, launcher, local, environment, expected
+):
+    """The process may use 10 cores, and PyTorch would start 16 threads."""
+    monkeypatch.setattr(processes, "cores", lambda: 10)
+    for name in ("OMP_NUM_THREADS", "SLURM_CPUS_PER_TASK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    plan = processes.Plan(launcher, 1, local, 0, local, 0, "")
+    assert processes.threads(plan, 16) == expected
+
+
+def test_a_single_process_has_at_most_the_threads_that_pytorch_chose(monkeypatch):
+    monkeypatch.setattr(processes, "cores", lambda: 10)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert processes.threads(processes.Plan("single", 1, 1, 0, 1, 0, ""), 6) == 6
+
+
+@pytest.mark.parametrize(
     ("counts", "each"),
     [({}, 16), ({"batch_is_per_process": True}, 64), ({"batch_is_of_all_nodes": True}, 5)],
 )
