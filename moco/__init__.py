@@ -22,8 +22,8 @@ user.import_quietly()
 # they occupy the cores which the others need: a step may take ten times as long. A shorter loop
 # costs little on an idle machine (benchmarks/threads.py measures both), and none of the bits of a
 # result depend on it. They do depend on the number of threads, which therefore does not follow the
-# load. OpenMP reads the variable once, when torch is loaded, so import this package before torch. The
-# user's own settings win.
+# load. OpenMP reads the variable once, when torch is loaded, so import this package before torch.
+# The user's own settings win.
 _OPENMP = ("OMP_WAIT_POLICY", "OMP_NUM_THREADS", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 if not any(name in os.environ for name in _OPENMP):
     os.environ["GOMP_SPINCOUNT"] = "10000"
