@@ -3,7 +3,11 @@
 Start at `Views`. `loader` runs it in worker processes.
 """
 
+import contextlib
+import ctypes
 import functools
+import math
+import sys
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -165,21 +169,26 @@ class Views(Dataset):
 
     def _one_by_one(self, samples: list[SampleId]) -> Batch | InputError:
         """Return the batch of `samples`. Each image is cropped while a core's cache has it."""
-        views: list[Tensor] = []
+        n, views, random = len(samples), [], isinstance(self.crop, RandomCrops)
         unreadable: list[tuple[int, str]] = []
-        indices = np.empty(len(samples), dtype=np.int64)
+        indices = np.empty(n, dtype=np.int64)
+        if random:
+            sizes = [view.size for view in self.crop.recipe]
+            views = [_empty((n, s, s, 3), torch.uint8).permute(0, 3, 1, 2) for s in sizes]
         for row, sample in enumerate(samples):
-            rows = [view[row : row + 1] for view in views]
-            direct = bool(rows) and isinstance(self.crop, RandomCrops)
-            transform = functools.partial(self.crop, out=rows) if direct else self.crop
+            transform = self.crop
+            if random:
+                transform = functools.partial(
+                    self.crop, out=[view[row : row + 1] for view in views]
+                )
             with torch.inference_mode():  # PyTorch starts operations faster
                 found = self._crop(sample, transform)
             if isinstance(found, InputError):
                 return found
             crops, indices[row], errors = found
             unreadable += errors
-            views = views or [_empty_batch(len(samples), crop) for crop in crops]
-            if not direct:
+            if not random:
+                views = views or [_empty((n, *crop.shape), crop.dtype) for crop in crops]
                 for view, one in zip(views, crops, strict=True):
                     view[row] = one
         labels = self.images.labels[indices]
@@ -189,13 +198,24 @@ class Views(Dataset):
 MAX_REPLACEMENTS = 10  # images to try instead of an unreadable one
 
 
-def _empty_batch(n: int, view: Tensor) -> Tensor:
-    """Return memory for `n` images like `view` [3, S, S]: [n, 3, S, S], in the same layout.
+def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Return memory for a batch of views.
 
     In a worker process, the main process can read this memory, so the batch is not copied.
     """
-    shape, strides = (n, *view.shape), (view.numel(), *view.stride())
     if get_worker_info() is None:
-        return torch.empty_strided(shape, strides, dtype=view.dtype)
-    memory = torch.UntypedStorage._new_shared(n * view.nbytes)
-    return torch.empty(0, dtype=view.dtype).set_(memory, 0, shape, strides)
+        return torch.empty(shape, dtype=dtype)
+    memory = torch.UntypedStorage._new_shared(math.prod(shape) * dtype.itemsize)
+    _populate(memory)
+    return torch.empty(0, dtype=dtype).set_(memory).view(shape)
+
+
+def _populate(memory: torch.UntypedStorage) -> None:
+    """Let Linux provide all pages of `memory` in one call, in place of one page fault for each.
+
+    It is only faster: if Linux cannot (before version 5.14), each page causes its page fault.
+    """
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError, TypeError):
+            start, size = ctypes.c_void_p(memory.data_ptr()), ctypes.c_size_t(memory.nbytes())
+            ctypes.CDLL(None).madvise(start, size, 23)  # MADV_POPULATE_WRITE
