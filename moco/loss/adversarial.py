@@ -8,7 +8,7 @@ the same loss at another. Only the directions w = W / |W| of its entries enter t
 import torch
 from torch import Tensor
 
-from moco.loss.contrastive import bank_log_sum_exp
+from moco.loss.bank import mixed_log_sum
 
 
 def keys_and_bank_nce(
@@ -29,7 +29,7 @@ def keys_and_bank_nce(
     """
     logits = near / temperature
     of_keys = torch.logsumexp(logits, 1)
-    of_bank = bank_log_sum_exp(q, bank, similarity, temperature)
+    of_bank = mixed_log_sum(q, bank, similarity, temperature)
     own = logits.gather(1, label[:, None]).squeeze(1)
     return (torch.logaddexp(of_keys, of_bank) - own).mean()
 
