@@ -22,6 +22,7 @@ similarities: the row maxima (pass), which read them once, and the product that 
 """
 
 import copy
+import math
 from functools import cached_property
 from unittest import mock
 
@@ -33,7 +34,7 @@ from torch import Tensor, nn
 from moco.builder.negatives import Schedule
 from moco.builder.synco import SynCo
 from moco.loss import synthetic
-from moco.loss.bank import _blocks
+from moco.loss.bank import in_blocks
 from moco.loss.contrastive import normalize
 from moco.loss.hardest import hardest
 from moco.rng import NEGATIVES, Progress
@@ -166,25 +167,28 @@ class Heads:
 
     def floor(self) -> Tensor:
         """Return the gradient of q with as little work as possible."""
-        bank = self.bank[None]
-        if self.q.device.type == "cpu":
-            bank = bank.view(torch.get_num_threads(), -1, bank.shape[2])
-        return self._gradient([bank])
+        threads = torch.get_num_threads() if self.q.device.type == "cpu" else 1
+        parts = math.gcd(len(self.bank), threads)
+        return self._gradient([self.bank.view(1, parts, -1, self.bank.shape[1])])
 
     def blocks(self) -> Tensor:
         """Return the gradient of q in blocks that stay in the cache."""
-        return self._gradient([block for stack in _blocks(self.q, self.bank) for block in stack])
+        return self._gradient(in_blocks(self.q, self.bank))
 
-    def _gradient(self, blocks: list[Tensor]) -> Tensor:
-        """Return the gradient of q, given all blocks [parts, n, C] of the same shape."""
-        q, parts, n = self.q.detach() / T, *blocks[0].shape[:2]
-        e, ones = q.new_empty(parts, n, len(q)), q.new_ones(parts, 1, n)
-        total, weighted = q.new_zeros(parts, 1, len(q)), q.new_zeros(parts, q.shape[1], len(q))
-        for block in blocks:
-            torch.bmm(block, q.T.expand(parts, *q.T.shape), out=e).exp_()
-            total.baddbmm_(ones, e)
-            weighted.baddbmm_(block.mT, e)
-        return (weighted.sum(0) / (T * total.sum((0, 1)))).T
+    def _gradient(self, stacks: list[Tensor]) -> Tensor:
+        """Return the gradient of q, given blocks [blocks, parts, n, C]."""
+        q = (self.q.detach() / T).T
+        total, weighted = 0.0, 0.0
+        for stack in stacks:
+            _, parts, n, _ = stack.shape
+            e, ones = q.new_empty(parts, n, q.shape[1]), q.new_ones(parts, 1, n)
+            sums, products = q.new_zeros(parts, 1, q.shape[1]), q.new_zeros(parts, *q.shape)
+            for block in stack:
+                torch.bmm(block, q.expand(parts, *q.shape), out=e).exp_()
+                sums.baddbmm_(ones, e)
+                products.baddbmm_(block.mT, e)
+            total, weighted = total + sums.sum((0, 1)), weighted + products.sum(0)
+        return (weighted / (T * total)).T
 
     @cached_property
     def similarity(self) -> Tensor:

@@ -8,8 +8,10 @@ from torch import Tensor, nn
 
 from moco import distributed
 from moco.builder.base import QueryAndKey
+from moco.builder.moco import contrast
 from moco.loss.adversarial import add_bank_gradient, ascend, keys_and_bank_nce
-from moco.loss.contrastive import bank_info_nce, contrast_accuracy, feature_statistics, normalize
+from moco.loss.contrastive import InfoNCE, contrast_accuracy, feature_statistics, normalize
+from moco.loss.hardest import hardest
 from moco.rng import Progress
 
 
@@ -128,13 +130,7 @@ class AdCo(QueryAndKey):
         self._new_keys.append(k)
         own = k[distributed.rank() * len(q) :][: len(q)]
         with torch.autocast(q.device.type, enabled=False):
-            positive = (q * own).sum(1)
-            with torch.no_grad():
-                bank = normalize(self.bank)
-                similarity = q @ bank.T  # [B, K]
-                metrics = contrast_accuracy(positive, similarity)
-                metrics |= feature_statistics(q, positive, similarity.amax(1))
-            return bank_info_nce(q, positive, bank, similarity, self.T), metrics
+            return contrast(q, own, normalize(self.bank), self.T, InfoNCE(), None, progress)
 
     def contrast(self, pairs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss and metrics of pairs of queries and keys; accumulate the bank's gradient.
@@ -156,8 +152,9 @@ class AdCo(QueryAndKey):
             bank = torch.div(self.bank, norm, out=self._unit)
             similarity = q @ bank.T  # [P B, K]
             positive = near.gather(1, label[:, None]).squeeze(1)
-            metrics = contrast_accuracy(positive, near, similarity)
-            metrics |= feature_statistics(pairs[0][0], positive[:B], similarity[:B].amax(1))
+            nearest = similarity.gather(1, hardest(similarity, min(5, self.K)))
+            metrics = contrast_accuracy(positive, near, nearest)
+            metrics |= feature_statistics(pairs[0][0], positive[:B], nearest[:B, 0])
             add_bank_gradient(self._gradient, q, near, bank, norm, similarity, self.ascent.T, scale)
             self._passes += 1
         return keys_and_bank_nce(q, near, label, bank, similarity, self.T) * scale, metrics

@@ -40,6 +40,30 @@ def bank_log_sum(q: Tensor, bank: Tensor, temperature: float) -> tuple[Tensor, T
         return log_sum, _nearest(q, bank, top, min(5, len(bank)))
 
 
+def in_blocks(q: Tensor, bank: Tensor) -> list[Tensor]:
+    """Return the bank as blocks that are processed one after the other.
+
+    Args:
+        q: the queries [N, C].
+        bank: the entries [K, C].
+
+    Returns:
+        one or two views [blocks, parts, n, C] of the entries: the blocks of full size, and the
+        rest. A block has several parts because MKL uses all threads for several products, but not
+        for one product with a small result.
+    """
+    bytes_ = _BLOCK_ON_CPU if q.device.type == "cpu" else _BLOCK
+    unit = math.lcm(_GROUP, _threads(q))
+    size = max(bytes_ // (sum(q.shape) * q.element_size() * unit), 1) * unit
+    whole = len(bank) // size * size
+    rest = bank[whole:]
+    stacks = [
+        bank[:whole].view(-1, _threads(q), size // _threads(q), bank.shape[1]),
+        rest.view(1, math.gcd(len(rest), _threads(q)) or 1, -1, bank.shape[1]),
+    ]
+    return [stack for stack in stacks if stack.numel()]
+
+
 def _nearest(q: Tensor, bank: Tensor, top: Tensor, n: int) -> Tensor:
     """Return the n largest similarities of each query [N, n], given the maxima of groups.
 
@@ -86,7 +110,7 @@ class _BankLogSum(torch.autograd.Function):
         """Return the log-sum-exp [N], and the largest logit of each group of entries [K / n, N]."""
         (N, C), K = q.shape, len(bank)
         group = math.gcd(K, _GROUP)
-        stacks = _blocks(q, bank)
+        stacks = in_blocks(q, bank)
         top = q.new_empty(K // group, N)
         total, weighted = q.new_zeros(N), q.new_zeros(C, N)
         scaled, shift = (q / temperature).T, None
@@ -162,25 +186,6 @@ class _MixedLogSum(torch.autograd.Function):
     def backward(ctx, gradient: Tensor):
         """Return the gradient of q."""
         return ctx.saved_tensors[0] * gradient[:, None], None, None, None, None
-
-
-def _blocks(q: Tensor, bank: Tensor) -> list[Tensor]:
-    """Return the bank as blocks to process one after the other, and a rest that is smaller.
-
-    Returns:
-        tensors [blocks, parts, n, C]. A product of a block is one of `parts` smaller products,
-        because MKL uses all threads for several products, but not for one with a small result.
-    """
-    bytes_ = _BLOCK_ON_CPU if q.device.type == "cpu" else _BLOCK
-    unit = math.lcm(_GROUP, _threads(q))
-    size = max(bytes_ // (sum(q.shape) * q.element_size() * unit), 1) * unit
-    whole = len(bank) // size * size
-    rest = bank[whole:]
-    stacks = [
-        bank[:whole].view(-1, _threads(q), size // _threads(q), bank.shape[1]),
-        rest.view(1, math.gcd(len(rest), _threads(q)) or 1, -1, bank.shape[1]),
-    ]
-    return [stack for stack in stacks if stack.numel()]
 
 
 def _can_overflow(q: Tensor, K: int, temperature: float) -> bool:
