@@ -2,16 +2,34 @@
 """Measure time and memory of the contrastive head, next to slower ways to compute the same loss.
 
 Forward and backward are measured. moco and synco are our code, without and with synthetic
-negatives.
+negatives. They also compute the metrics.
 
 plain     MoCo with concatenated logits and F.cross_entropy
 explicit  SynCo with every synthetic negative as a vector, gathered in one batch
 loop      SynCo as in published code: one autograd call per perturbed or adversarial negative
-lightly   MoCo with lightly's NTXentLoss and memory bank, if lightly is installed; it also enqueues
-          the keys, and it computes no accuracy
+step      moco, and the update of the queue
+lightly   MoCo with lightly's NTXentLoss and memory bank, if lightly is installed; it also updates
+          the memory bank, so compare it with step; it computes no accuracy
+
+The floor is the arithmetic that any head must do: the product of queries and bank, one pass for the
+exponentials, one for their sums, and the product of exponentials and bank for the gradient. It has
+no maxima, metrics or autograd. floor does each on the full [N, K] matrix. blocks does all four on
+one block of the bank after the other. moco_over_floor compares with the faster one of each round.
+
+The search for the hardest negatives is measured on its own (topk), next to two passes over the
+similarities: the row maxima (amax), which read them once, and the product that computes them
+(product).
+
+Two targets are out of reach. One pass takes 0.1 ns per similarity on two cores. The search also
+selects among 2 x 8192 numbers per query (N 32, K 65536, n_hard 1024), in NumPy on one core, and
+sorts 1024: these numbers alone take several times as long as the pass. synco_over_moco grew when
+moco became faster: SynCo needs the [N, K] similarities, the search (about as long as the product),
+random draws (a fifth of moco) and the norms of its negatives, whatever moco takes.
 """
 
 import copy
+import math
+from functools import cached_property
 from unittest import mock
 
 import measure
@@ -21,6 +39,7 @@ from torch import Tensor, nn
 
 from moco.builder.synco import SynCo
 from moco.loss import synthetic
+from moco.loss.bank import in_blocks
 from moco.loss.contrastive import normalize
 from moco.loss.hardest import hardest
 from moco.rng import NEGATIVES, Progress
@@ -51,8 +70,9 @@ def main() -> None:
     heads = Heads(args, device)
 
     check(heads)
-    names = ["moco", "plain", "synco", "explicit", "loop", *(["lightly"] if NTXentLoss else [])]
-    candidates = {name: getattr(heads, name) for name in names}
+    names = ["moco", "plain", "floor", "synco", "explicit", "blocks", "loop", "step"]
+    names += ["lightly"] if NTXentLoss else []
+    candidates = {name: getattr(heads, name) for name in [*names, "topk", "product", "amax"]}
     times = measure.side_by_side(candidates, args.rounds, device)
     seconds = measure.medians(times)
     memory = {name: measure.peak_memory(run, device) for name, run in candidates.items()}
@@ -60,12 +80,25 @@ def main() -> None:
         {"head": name, "ms": 1e3 * seconds[name], "MiB": memory[name] / 2**20}
         for name in candidates
     ]
+    floor = [min(pair) for pair in zip(times["floor"], times["blocks"], strict=True)]
     ratios = {
+        "moco_over_floor": measure.ratio(times["moco"], floor),
+        "moco_over_plain_moco": measure.ratio(times["moco"], times["plain"]),
         "synco_over_moco": measure.ratio(times["synco"], times["moco"]),
         "synco_over_plain_moco": measure.ratio(times["synco"], times["plain"]),
         "loop_extra_over_ours_extra": measure.extra(times["loop"], times["plain"])
         / measure.extra(times["synco"], times["moco"]),
         "explicit_memory_over_ours": memory["explicit"] / memory["synco"],
+        "topk_over_pass": measure.ratio(times["topk"], times["amax"]),
+        "topk_over_product": measure.ratio(times["topk"], times["product"]),
+    }
+    if NTXentLoss:
+        ratios["lightly_over_step"] = measure.ratio(times["lightly"], times["step"])
+        ratios["lightly_memory_over_step"] = memory["lightly"] / memory["step"]
+    targets = {
+        "moco_over_floor": measure.Target(1.3),
+        "synco_over_moco": measure.Target(1.35),
+        "topk_over_pass": measure.Target(1.2),
     }
     sizes = {
         "N": args.n,
@@ -74,7 +107,21 @@ def main() -> None:
         "n_hard": args.n_hard,
         "counts": list(args.counts),
     }
-    measure.report("negatives", table, ratios, {"device": str(device), **sizes}, args.json)
+    facts = {"device": str(device), **sizes, **floor_work(args.n, args.k, args.dim)}
+    measure.report("negatives", table, ratios, facts, args.json, targets)
+
+
+def floor_work(n: int, k: int, dim: int) -> dict[str, float]:
+    """Return the operations of the floor, and the bytes it reads and writes at least.
+
+    It reads the bank once if both products of a block find it in the cache, and q once, and writes
+    the gradient. A multiplication and an addition are two operations.
+    """
+    return {
+        "floor_GFLOP": 2 * 2 * n * k * dim / 1e9,
+        "floor_exponentials": n * k,
+        "floor_MiB": 4 * (k * dim + 2 * n * dim) / 2**20,
+    }
 
 
 class Heads:
@@ -102,7 +149,7 @@ class Heads:
             self.config, *self.q.shape, AFTER_WARMUP.generator(NEGATIVES, self.q.device, 0)
         )
 
-    def topk(self, similarity: Tensor) -> Tensor:
+    def largest(self, similarity: Tensor) -> Tensor:
         """Return the indices of the hardest negatives, by torch.topk."""
         return similarity.topk(self.config.n_hard, 1).indices
 
@@ -117,6 +164,55 @@ class Heads:
     def _ours(self, progress: Progress) -> Tensor:
         loss, _ = self.model.contrast(self.q, self.k, progress)
         return self._backward(loss)
+
+    def step(self) -> Tensor:
+        """Return the loss of our MoCo, and add the keys to the queue."""
+        loss = self.moco()
+        self.model.enqueue(self.k)
+        return loss
+
+    def floor(self) -> Tensor:
+        """Return the gradient of q with as little work as possible."""
+        threads = torch.get_num_threads() if self.q.device.type == "cpu" else 1
+        parts = math.gcd(len(self.bank), threads)
+        return self._gradient([self.bank.view(1, parts, -1, self.bank.shape[1])])
+
+    def blocks(self) -> Tensor:
+        """Return the gradient of q in blocks that stay in the cache."""
+        return self._gradient(in_blocks(self.q, self.bank))
+
+    def _gradient(self, stacks: list[Tensor]) -> Tensor:
+        """Return the gradient of q, given blocks [blocks, parts, n, C]."""
+        q = (self.q.detach() / T).T
+        total, weighted = 0.0, 0.0
+        for stack in stacks:
+            _, parts, n, _ = stack.shape
+            e, ones = q.new_empty(parts, n, q.shape[1]), q.new_ones(parts, 1, n)
+            sums, products = q.new_zeros(parts, 1, q.shape[1]), q.new_zeros(parts, *q.shape)
+            for block in stack:
+                torch.bmm(block, q.expand(parts, *q.shape), out=e).exp_()
+                sums.baddbmm_(ones, e)
+                products.baddbmm_(block.mT, e)
+            total, weighted = total + sums.sum((0, 1)), weighted + products.sum(0)
+        return (weighted / (T * total)).T
+
+    @cached_property
+    def similarity(self) -> Tensor:
+        """Return the similarities of the queries to the bank, [N, K]."""
+        return self.product()
+
+    @torch.no_grad()
+    def product(self) -> Tensor:
+        """Compute the similarities of the queries to the bank, [N, K]."""
+        return self.q @ self.bank.T
+
+    def topk(self) -> Tensor:
+        """Search for the hardest negatives."""
+        return hardest(self.similarity, self.config.n_hard)
+
+    def amax(self) -> Tensor:
+        """Read all similarities once."""
+        return self.similarity.amax(1)
 
     def plain(self) -> Tensor:
         """Return the loss of MoCo with concatenated logits."""
@@ -162,7 +258,7 @@ class Heads:
 
         q is [N, 1, C], the others are lists of [N, n, C]. The noise of type 4 is added.
         """
-        hard = self.topk(similarity)
+        hard = self.largest(similarity)
         q = self.q.detach()[:, None, :]
         near = list(self.bank[hard.gather(1, draws.first)].split(self.config.counts, 1))
         other = self.bank[hard.gather(1, draws.second)]
@@ -194,12 +290,12 @@ def check(heads: Heads) -> None:
     """
     similarity = heads.q.detach() @ heads.bank.T
     hard = hardest(similarity, heads.config.n_hard)
-    assert torch.equal(similarity.gather(1, hard), similarity.gather(1, heads.topk(similarity))), (
-        "these are not the hardest negatives"
-    )
+    assert torch.equal(
+        similarity.gather(1, hard), similarity.gather(1, heads.largest(similarity))
+    ), "these are not the hardest negatives"
     with (
-        mock.patch("moco.builder.synco.hardest", lambda *_: hard),
-        mock.patch.object(heads, "topk", lambda _: hard),
+        mock.patch("moco.builder.moco.hardest", lambda *_: hard),
+        mock.patch.object(heads, "largest", lambda _: hard),
     ):
         exact = copy.copy(heads)
         exact.q = heads.q.detach().double().requires_grad_()
@@ -221,6 +317,10 @@ def check(heads: Heads) -> None:
                     )
         if NTXentLoss:
             torch.testing.assert_close(heads.lightly().double(), exact.plain(), rtol=0, atol=1e-5)
+    log_sum = torch.logsumexp(exact.q @ exact.bank.T / T, 1).sum()
+    (true,) = torch.autograd.grad(log_sum, exact.q)
+    for mine in (heads.floor(), heads.blocks()):
+        torch.testing.assert_close(mine.double(), true, rtol=0, atol=5e-6)
 
 
 if __name__ == "__main__":

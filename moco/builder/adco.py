@@ -9,15 +9,11 @@ from torch import Tensor, nn
 
 from moco import distributed
 from moco.builder.base import QueryAndKey
+from moco.builder.moco import contrast
 from moco.errors import InputError
 from moco.loss.adversarial import ascend, bank_gradient, keys_and_bank_nce, shard_softmax
-from moco.loss.contrastive import (
-    bank_info_nce,
-    bank_log_sum_exp,
-    contrast_accuracy,
-    feature_statistics,
-    normalize,
-)
+from moco.loss.bank import mixed_log_sum
+from moco.loss.contrastive import InfoNCE, contrast_accuracy, feature_statistics, normalize
 from moco.loss.hardest import hardest
 from moco.rng import Progress
 
@@ -171,13 +167,7 @@ class AdCo(QueryAndKey):
         self._new_keys.append(k)
         own = k[distributed.rank() * len(q) :][: len(q)]
         with torch.autocast(q.device.type, enabled=False):
-            positive = (q * own).sum(1)
-            with torch.no_grad():
-                bank = normalize(self.bank)
-                similarity = q @ bank.T  # [B, K]
-                metrics = contrast_accuracy(positive, similarity)
-                metrics |= feature_statistics(q, positive, similarity.amax(1))
-            return bank_info_nce(q, positive, bank, similarity, self.T), metrics
+            return contrast(q, own, normalize(self.bank), self.T, InfoNCE(), None, progress)
 
     def contrast(self, pairs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss and metrics of pairs of queries and keys; compute the bank's gradient.
@@ -224,7 +214,7 @@ class AdCo(QueryAndKey):
                 self._gradient, joint_q, bank, norm, similarity, exponentials, factor, add
             )
             self._passes += 1
-        of_shard = bank_log_sum_exp(joint_q, bank, similarity, self.T)  # [W N]
+        of_shard = mixed_log_sum(joint_q, bank, similarity, self.T)  # [W N]
         of_bank = distributed.exchange(of_shard.view(W, N)).logsumexp(0)  # [N]
         return keys_and_bank_nce(near, label, of_bank, self.T) * scale, metrics
 

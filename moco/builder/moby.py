@@ -11,18 +11,10 @@ from torch import Tensor, nn
 from moco import distributed
 from moco.builder.base import OnlineAndTarget, enqueue
 from moco.builder.byol import BYOL
-from moco.builder.negatives import mixture
+from moco.builder.moco import contrast
 from moco.encoder import networks
 from moco.errors import InputError
-from moco.loss.contrastive import (
-    bank_info_nce,
-    contrast_accuracy,
-    feature_statistics,
-    normalize,
-    synthetic_hardness,
-)
-from moco.loss.hardest import hardest
-from moco.loss.synthetic import Mixture
+from moco.loss.contrastive import InfoNCE, normalize
 from moco.rng import Progress
 from moco.sections import Network
 from moco.sections_methods import MobyContrast, MobyNegatives, MobyNetworks
@@ -80,43 +72,11 @@ class MoBY(OnlineAndTarget):
             progress: position in the run; selects the epochs and seeds the synthetic negatives.
         """
         self._new_keys.append([distributed.all_gather(keys) for keys in k])
-        loss_1, metrics_1 = self.direction(p[0], k[1], self.queue2, progress, 0)
-        loss_2, metrics_2 = self.direction(p[1], k[0], self.queue1, progress, 1)
+        settings = self.T, InfoNCE(), self.synthetic.at(progress), progress
+        loss_1, metrics_1 = contrast(p[0], k[1], self.queue2, *settings, 0)
+        loss_2, metrics_2 = contrast(p[1], k[0], self.queue1, *settings, 1)
         metrics = {name: (metrics_1[name] + metrics_2[name]) / 2 for name in metrics_1}
         return loss_1 + loss_2, metrics
-
-    def direction(
-        self, q: Tensor, k: Tensor, queue: Tensor, progress: Progress, counter: int
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the InfoNCE loss and metrics of one direction.
-
-        Args:
-            q: normalized predictions of one view, [B, C].
-            k: normalized target features of the other view, [B, C].
-            queue: earlier target features of the other view, [K, C].
-            progress: position in the run.
-            counter: index of the direction, so that each draws its own random numbers.
-        """
-        positive = (q * k).sum(1)  # [B]
-        with torch.no_grad():
-            similarity = q @ queue.T  # [B, K]
-            negatives = self.negatives(q, queue, similarity, progress, counter)
-            metrics = {
-                **contrast_accuracy(positive, similarity),
-                **feature_statistics(q, positive, similarity.amax(1)),
-                **synthetic_hardness(negatives),
-            }
-        return bank_info_nce(q, positive, queue, similarity, self.T, negatives), metrics
-
-    def negatives(
-        self, q: Tensor, queue: Tensor, similarity: Tensor, progress: Progress, counter: int
-    ) -> Mixture | None:
-        """Return the synthetic negatives of the queries `q`; None in epochs without them."""
-        config = self.synthetic.at(progress)
-        if config is None:
-            return None
-        hard = hardest(similarity, config.n_hard)
-        return mixture(config, q, queue, similarity, hard, progress, counter)
 
     @torch.no_grad()
     def after_step(self) -> None:

@@ -10,18 +10,79 @@ from torch import Tensor, nn
 
 from moco import distributed
 from moco.builder.base import QueryAndKey, enqueue
+from moco.builder.negatives import mixture
+from moco.loss.bank import bank_log_sum, mixed_log_sum
 from moco.loss.contrastive import (
     Anchors,
     InfoNCE,
-    bank_log_sum_exp,
     contrast_accuracy,
     feature_statistics,
     normalize,
     synthetic_hardness,
 )
 from moco.loss.hardest import hardest
-from moco.loss.synthetic import Mixture
+from moco.loss.synthetic import Synthetic
 from moco.rng import Progress
+
+
+def contrast(
+    q: Tensor,
+    k: Tensor,
+    queue: Tensor,
+    T: float,
+    loss: InfoNCE,
+    synthetic: Synthetic | None,
+    progress: Progress,
+    *counters: int,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the mean loss of queries against a queue and synthetic negatives, and metrics.
+
+    Accuracy and hardness count only the queue's entries as negatives. Each type of synthetic
+    negative has a hardness of its own.
+
+    Args:
+        q: normalized queries, [B, C].
+        k: their normalized keys, [B, C].
+        queue: normalized entries, [K, C].
+        T: softmax temperature.
+        loss: the loss of a query.
+        synthetic: the config of the synthetic negatives; None: there are none.
+        progress: position in the run; seeds the synthetic negatives.
+        counters: numbers that tell several calls in a step apart.
+    """
+    positive = (q * k).sum(1)  # [B]
+    mixed = nearest = None
+    if synthetic is not None:
+        with torch.no_grad():
+            similarity = q @ queue.T  # [B, K]
+            hard = hardest(similarity, max(synthetic.n_hard, min(5, len(queue))))
+            mixed = mixture(synthetic, q, queue, similarity, hard, progress, *counters)
+            nearest = similarity.gather(1, hard[:, :5])
+
+    def log_sums(*powers: float) -> list[Tensor]:
+        nonlocal nearest
+        sums = []
+        for i, power in enumerate(powers, 1):
+            if mixed is None:
+                one, nearest = bank_log_sum(q, queue, T / power)
+            else:
+                # `mixed_log_sum` overwrites the similarities
+                copy = similarity if i == len(powers) else similarity.clone()
+                one = mixed_log_sum(q, queue, copy, T / power, mixed)
+            sums.append(one)
+        return sums
+
+    def joint_positive() -> Tensor:
+        return distributed.all_gather_with_gradient(positive)
+
+    losses, of_loss = loss(Anchors(positive, T, log_sums, len(queue), joint_positive))
+    metrics = {
+        **contrast_accuracy(positive, nearest),
+        **feature_statistics(q, positive, nearest[:, 0]),
+        **synthetic_hardness(mixed),
+        **of_loss,
+    }
+    return losses.mean(), metrics
 
 
 class MoCo(QueryAndKey):
@@ -96,61 +157,15 @@ class MoCo(QueryAndKey):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss and metrics of one direction: by default InfoNCE (MoCo, equation 1).
 
-        The metrics count only the queue's entries as negatives. Each type of synthetic negative
-        has a metric of its own.
-
         Args:
             q: normalized queries, [B, C].
             k: their normalized keys, [B, C].
             progress: position in the run.
             direction: index of the pair of views, so that each draws its own random numbers.
         """
-        positive = (q * k).sum(1)  # [B]
-        with torch.no_grad():
-            similarity = q @ self.queue.T  # [B, K]
-            hard, mixture = self.negatives(q, similarity, progress, direction)
-            nearest = similarity.gather(1, hard[:, :5])
-            metrics = {
-                **contrast_accuracy(positive, nearest),
-                **feature_statistics(q, positive, nearest[:, 0]),
-                **synthetic_hardness(mixture),
-            }
-
-        def log_sums(*powers: float) -> list[Tensor]:
-            # `bank_log_sum_exp` overwrites the similarities
-            copies = [similarity.clone() for _ in powers[1:]] + [similarity]
-            return [
-                bank_log_sum_exp(q, self.queue, copy, self.T / power, mixture)
-                for copy, power in zip(copies, powers, strict=True)
-            ]
-
-        def joint_positive() -> Tensor:
-            return distributed.all_gather_with_gradient(positive)
-
-        anchors = Anchors(positive, self.T, log_sums, self.K, joint_positive)
-        losses, of_loss = self.loss.at(progress.epoch, progress.epochs)(anchors)
-        return losses.mean(), {**metrics, **of_loss}
-
-    def negatives(
-        self,
-        q: Tensor,
-        similarity: Tensor,
-        progress: Progress,
-        direction: int = 0,
-    ) -> tuple[Tensor, Mixture | None]:
-        """Return the hardest queue entries of each query, and the synthetic negatives, if any.
-
-        Args:
-            q: normalized queries, [B, C].
-            similarity: their similarities to the queue's entries, [B, K].
-            progress: position in the run.
-            direction: index of the pair of views.
-
-        Returns:
-            Indices of at least min(5, K) queue entries [B, n], the hardest first; and the synthetic
-            negatives, or None.
-        """
-        return hardest(similarity, min(5, self.K)), None
+        loss, config = self.loss.at(progress.epoch, progress.epochs), self.synthetic.at(progress)
+        counters = [direction] * direction
+        return contrast(q, k, self.queue, self.T, loss, config, progress, *counters)
 
     @torch.no_grad()
     def after_step(self) -> None:

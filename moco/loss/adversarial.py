@@ -17,7 +17,7 @@ def keys_and_bank_nce(near: Tensor, label: Tensor, of_bank: Tensor, temperature:
         near: similarity of each query to every key of the joint batch, [N, B], with gradient.
         label: index of each query's own key in the joint batch, [N] in [0, B).
         of_bank: log-sum-exp of each query's logits with the bank, [N], with gradient; see
-            `bank_log_sum_exp`.
+            `mixed_log_sum`.
         temperature: divides every similarity, > 0.
 
     Returns:

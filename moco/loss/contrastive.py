@@ -15,8 +15,8 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from moco.loss.bank import bank_log_sum, mixed_log_sum
 from moco.loss.synthetic import Mixture
 
 
@@ -88,20 +88,18 @@ def bank_info_nce(
     q: Tensor,
     positive: Tensor,
     bank: Tensor,
-    similarity: Tensor,
+    similarity: Tensor | None,
     temperature: float,
     mixture: Mixture | None = None,
 ) -> Tensor:
-    """Return `info_nce` against a bank that has no gradient, with a single [N, K] buffer.
-
-    The backward pass can run once: it raises RuntimeError the second time.
+    """Return `info_nce` against a bank that has no gradient, with at most one [N, K] tensor.
 
     Args:
         q: normalized queries [N, C], with gradient.
         positive: similarity of each query to its key, [N], with gradient.
         bank: normalized entries [K, C].
-        similarity: q @ bank.T, [N, K], without gradient. It is overwritten by exponentials, and in
-            the backward pass by the factors of the bank entries in the gradient.
+        similarity: q @ bank.T, [N, K], without gradient. It is overwritten. If it is None, the
+            similarities are computed in blocks, which is faster; a mixture needs them all.
         temperature: divides every similarity, > 0.
         mixture: synthetic negatives in addition to the bank.
 
@@ -109,70 +107,11 @@ def bank_info_nce(
         scalar: the mean over N.
     """
     l_pos = positive / temperature
-    l_neg = bank_log_sum_exp(q, bank, similarity, temperature, mixture)
+    if similarity is None:
+        l_neg, _ = bank_log_sum(q, bank, temperature)
+    else:
+        l_neg = mixed_log_sum(q, bank, similarity, temperature, mixture)
     return (torch.logaddexp(l_pos, l_neg) - l_pos).mean()
-
-
-def bank_log_sum_exp(
-    q: Tensor, bank: Tensor, similarity: Tensor, temperature: float, mixture: Mixture | None = None
-) -> Tensor:
-    """Return the log-sum-exp of the logits of all negatives, [N].
-
-    The arguments are those of `bank_info_nce`.
-    """
-    return _BankLogSumExp.apply(q, bank, similarity, temperature, mixture)
-
-
-class _BankLogSumExp(torch.autograd.Function):
-    """The log-sum-exp over a bank and synthetic negatives, with a hand-written backward pass.
-
-    Autograd would keep the similarities and their exponentials, two [N, K] tensors.
-    """
-
-    @staticmethod
-    def forward(
-        ctx,
-        q: Tensor,
-        bank: Tensor,
-        similarity: Tensor,
-        temperature: float,
-        mixture: Mixture | None,
-    ):
-        """Return the log-sum-exp [N]; leave exponentials in `similarity`."""
-        # Subtract the largest similarity, so that no exponential overflows.
-        top = similarity.amax(1, keepdim=True)
-        if mixture is not None:
-            synthetic = mixture.similarity
-            top = torch.maximum(top, synthetic.amax(1, keepdim=True))
-            ctx.exp_synthetic = torch.exp((synthetic - top) / temperature).mul_(mixture.weight)
-        shift = -top / temperature
-        ctx.exp_bank = torch.add(shift, similarity, alpha=1 / temperature, out=similarity).exp_()
-
-        total = ctx.exp_bank.sum(1, keepdim=True)
-        if mixture is not None:
-            total += ctx.exp_synthetic.sum(1, keepdim=True)
-        ctx.mixture, ctx.temperature = mixture, temperature
-        ctx.save_for_backward(q, bank, total)
-        return (top / temperature + total.log()).squeeze(1)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gradient: Tensor):
-        """Return the gradient of q: the softmax-weighted mean of all negatives / temperature."""
-        q, bank, total = ctx.saved_tensors
-        weight, ctx.exp_bank = ctx.exp_bank, None
-        if weight is None:
-            raise RuntimeError(
-                "bank_info_nce: its backward pass can run only once; compute the loss again"
-            )
-        # Synthetic negatives are sums of bank entries: add their weights to those of the entries,
-        # so that one product with the bank serves all negatives.
-        rest = 0.0
-        if ctx.mixture is not None:
-            of_entries, rest = ctx.mixture.backward(q, ctx.exp_synthetic)
-            weight.scatter_add_(1, ctx.mixture.indices, of_entries)
-        scale = gradient[:, None] / (total * ctx.temperature)
-        return (weight @ bank + rest) * scale, None, None, None, None
 
 
 @torch.no_grad()

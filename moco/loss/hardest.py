@@ -31,8 +31,8 @@ def hardest(similarity: Tensor, n_hard: int) -> Tensor:
     best = _largest(grouped.amax(1), n_hard)  # [N, n_hard] groups
     candidates = grouped.gather(2, best[:, None, :].expand(n, members, n_hard)).flatten(1)
     chosen = _largest(candidates, n_hard)
-    order = candidates.gather(1, chosen).neg_().numpy().argsort(1)
-    chosen = chosen.gather(1, torch.from_numpy(order))
+    order = torch.from_numpy(candidates.gather(1, chosen).neg_().numpy().argsort(1))
+    chosen = chosen.gather(1, order)
 
     # Candidate i is member i // n_hard of the group best[i % n_hard].
     member = chosen.div(n_hard, rounding_mode="floor")
@@ -41,4 +41,4 @@ def hardest(similarity: Tensor, n_hard: int) -> Tensor:
 
 def _largest(x: Tensor, k: int) -> Tensor:
     """Return the indices [N, k] of the k largest values in each row of x [N, M], in no order."""
-    return torch.from_numpy(x.neg().numpy().argpartition(k - 1, 1)[:, :k])
+    return torch.from_numpy(x.numpy().argpartition(-k, 1)[:, -k:])

@@ -23,7 +23,7 @@ def run(name: str, tmp_path, *options: object) -> dict:
 @pytest.mark.parametrize("counts", [(8, 8, 8, 4, 4, 4), (8, 0, 8, 0, 0, 0)])
 def test_negatives(tmp_path, counts):
     """Run it; the script fails if a head's loss or gradient differs from ours."""
-    sizes = (*typed("--n 8 --k 2048 --dim 32 --n-hard 64 --counts"), *counts, "--device", "cpu")
+    sizes = (*typed("--n 8 --k 32768 --dim 32 --n-hard 64 --counts"), *counts, "--device", "cpu")
     found = run("negatives", tmp_path, *sizes)
     assert {
         "synco_over_moco",
@@ -31,9 +31,10 @@ def test_negatives(tmp_path, counts):
         "explicit_memory_over_ours",
     } < found.keys()
     memory = {row["head"]: row["MiB"] for row in found["rows"]}
-    bank = 8 * 2048 * 4 / 2**20  # one [N, K] buffer
-    assert bank < memory["moco"] < 2 * bank < memory["plain"]
-    assert memory["moco"] < memory["synco"] < memory["explicit"]
+    bank = 8 * 32768 * 4 / 2**20  # one [N, K] buffer
+    assert memory["moco"] < bank < memory["synco"] < memory["explicit"]
+    assert 2 * bank < memory["plain"]
+    assert found["moco_over_floor"] > 0 and found["targets"]["moco_over_floor"]["limit"] == 1.3
 
 
 def test_false_negatives(tmp_path):

@@ -16,7 +16,7 @@ from moco import devices, rng
 from moco.data.loader import Batch
 from moco.encoder import networks
 from moco.engine import trainer
-from moco.loss import contrastive
+from moco.loss import bank
 from moco.methods import METHODS
 
 pytestmark = pytest.mark.slow
@@ -165,12 +165,12 @@ def test_operations_without_a_wait_are_not_counted(monkeypatch):
 
 def test_item_in_a_loss_is_found(accelerator, shared_images, tmp_path, monkeypatch):
     """`.item()` is added to a loss: each step is recorded, with the line."""
-    own = contrastive.bank_log_sum_exp
+    own = bank.bank_log_sum
 
     def waits(*args):
-        found = own(*args)
-        return found * (1 if found.sum().item() else 0)
+        found, nearest = own(*args)
+        return found * (1 if found.sum().item() else 0), nearest
 
-    monkeypatch.setattr("moco.builder.moco.bank_log_sum_exp", waits)
+    monkeypatch.setattr("moco.builder.moco.bank_log_sum", waits)
     in_process("main_synco", shared_images, *SMALL, "--moco-k", 64, "--save-dir", tmp_path / "run")
     assert len(accelerator.waits) == STEPS and "_local_scalar_dense" in accelerator.waits[0]
