@@ -1,6 +1,6 @@
 """Compare the formulas of scaling_counts.py with the collectives of real processes.
 
-Each method trains for a few steps on 2, 4 and 8 processes, with a small network on small images. Two
+Each method trains for a few steps on several processes, with a small network on small images. Two
 measurements are compared with the formulas: the payload of each process's collectives, as its
 process group counts them, and the bytes that the loopback interface transports. The second one
 also checks the factors from payload to bytes sent.
@@ -20,10 +20,11 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from gpu_setup import image_folder
-from scaling_counts import TABLE, collectives, sizes, wire
+from scaling_counts import TABLE, Collective, collectives, wire
+from scaling_sizes import sizes
 
 BATCH = 8  # images of a process
-STEPS, FIRST = 6, 2  # steps of a run, and the first one to count
+STEPS, FIRST = 4, 2  # steps of a run, and the first one to count
 LIMIT = 0.01  # largest relative difference
 _WORDS = "-a resnet18 --image-size 32 -j 0 --epochs 1 -p 2".split()
 _HEADER = 66  # bytes of a TCP packet's headers on the loopback interface
@@ -61,52 +62,51 @@ def _start_loopback() -> None:
         fcntl.ioctl(handle, set_flags, struct.pack("16sh14x", b"lo", flags | up))
 
 
-def compare(method: str, ranks: int, loopback: bool) -> dict[str, object]:
-    """Train with a method on `ranks` processes; return the counted and the measured bytes.
+def compare(methods: list[str], ranks: int, loopback: bool) -> list[dict[str, object]]:
+    """Train with methods on `ranks` processes; return the counted and the measured bytes of each.
 
     Args:
-        method: a name in `scaling_counts.TABLE`.
+        methods: names in `scaling_counts.TABLE`.
         ranks: number of processes.
         loopback: whether the loopback interface has no other traffic.
     """
-    entry, images = TABLE[method], BATCH * ranks * STEPS
-    words = [*_WORDS, *entry.options.split(), *entry.small.split()]
-    # the meta device has no random numbers for synthetic negatives
-    first = ["--warmup-epochs", 1000] if "--warmup-epochs" in words else []
-    s = sizes(entry.script, [*words, *first], BATCH, images, ranks)
+    images = BATCH * ranks * STEPS
     with tempfile.TemporaryDirectory() as folder:
-        data, run = Path(folder) / "images", Path(folder) / "run"
+        data, runs, formulas = Path(folder) / "images", [], []
         image_folder(data, classes=2, train=images // 2, val=2, pixels=32)
-        run.mkdir()
-        # the batch of main_moby.py is that of a process
-        batch = BATCH if entry.script == "main_moby" else BATCH * ranks
-        records = scaling_counter.run(
-            entry.script, [data, *words, "-b", batch], ranks, run, FIRST
-        )
-    rows = _rows(method, records, collectives(method, s, ranks, cuda=False))
-    found: dict[str, object] = {"method": method, "ranks": ranks, "rows": rows}
-    if loopback:
-        # log lines and epochs are not among the steps that the interface was read around
-        sent = sum(
-            count[5] for record in records for count in record["found"] if count[0] != "start"
-        )
-        sent -= sum(c[5] for record in records for c in record["found"] if c[0] in ("epoch", "end"))
-        total, packets = records[0]["loopback"]
-        of_formulas = records[0]["step"] * ranks * sum(
-            wire(c.op, c.payload, ranks)
-            for c in collectives(method, s, ranks, cuda=False)
-            if c.when == "step"
-        )
-        found |= {
-            "formula_sent": of_formulas,
-            "counted_sent": sent,
-            "loopback": total - _HEADER * packets,
-            "loopback_with_headers": total,
-        }
+        for method in methods:
+            entry, run = TABLE[method], Path(folder) / method
+            run.mkdir()
+            words = [*_WORDS, *entry.options.split(), *entry.small.split()]
+            # the meta device has no random numbers for synthetic negatives
+            first = ["--warmup-epochs", 1000] if "--warmup-epochs" in words else []
+            s = sizes(entry.script, [*words, *first], BATCH, images, ranks)
+            formulas.append(collectives(method, s, ranks, cuda=False))
+            # the batch of main_moby.py is that of a process
+            batch = BATCH if entry.script == "main_moby" else BATCH * ranks
+            words = [data, *words, "-b", batch]
+            runs.append(scaling_counter.prepared(entry.script, words, ranks, run))
+        records = scaling_counter.count(runs, ranks, FIRST)
+    found = []
+    for method, of_ranks, of_method in zip(methods, records, formulas, strict=True):
+        one = {"method": method, "ranks": ranks, "rows": _rows(of_ranks, of_method)}
+        found.append(one | (_sent(of_ranks, of_method) if loopback else {}))
     return found
 
 
-def _rows(method: str, records: list[dict], formulas: list) -> list[dict[str, object]]:
+def _sent(records: list[dict], formulas: list[Collective]) -> dict[str, float]:
+    """Return the bytes that all ranks send in the steps: formula, and loopback interface."""
+    ranks = len(records)
+    of_step = sum(wire(c.op, c.payload, ranks) for c in formulas if c.when == "step")
+    total, packets = records[0]["loopback"]
+    return {
+        "formula_sent": records[0]["step"] * ranks * of_step,
+        "loopback": total - _HEADER * packets,
+        "loopback_with_headers": total,
+    }
+
+
+def _rows(records: list[dict], formulas: list[Collective]) -> list[dict[str, object]]:
     """Return the payload per rank, in bytes, by phase and collective: formula and measurement."""
     counted: dict[tuple, float] = defaultdict(float)
     for c in formulas:

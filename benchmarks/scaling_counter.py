@@ -8,10 +8,12 @@ none is missed.
 import contextlib
 import functools
 import importlib
+import io
 import json
 import os
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from unittest import mock
@@ -22,11 +24,13 @@ from scaling_counts import wire
 from torch import Tensor
 
 from moco import distributed
-from moco.config import Pretraining
+from moco.config import Pretraining, replaced
+from moco.engine import precision
 from moco.engine.health import Health
 from moco.engine.log import Mean
 from moco.engine.trainer import Trainer
 from moco.files import to_json
+from moco.launch import launch
 
 BACKEND = "counted"
 
@@ -53,6 +57,10 @@ class Record:
     """
 
     def __init__(self):
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all collectives."""
         self.phase = "start"
         self.found: dict[tuple[str, str, str], list[float]] = {}
 
@@ -67,15 +75,19 @@ class Record:
 RECORD = Record()  # of this process
 
 
+def total() -> float:
+    """Return the bytes that this process has sent so far."""
+    return sum(sent for _, _, sent in RECORD.found.values())
+
+
 def _caller() -> str:
     """Return "gradient" if DDP's reducer calls, and "explicit" if code of moco/ does."""
     frame = sys._getframe(2)
     while frame is not None:
-        parts = Path(frame.f_code.co_filename).parts
-        if "moco" in parts[-3:-1] and parts[-1] != "trainer.py":
-            return "explicit"
-        if parts[-1] == "trainer.py":
-            return "gradient" if frame.f_code.co_name == "_pass" else "explicit"
+        module = str(frame.f_globals.get("__name__"))
+        if module.startswith("moco."):
+            in_pass = module == Trainer.__module__ and frame.f_code.co_name == "_pass"
+            return "gradient" if in_pass else "explicit"
         frame = frame.f_back
     return "explicit"
 
@@ -167,7 +179,7 @@ def phases(first: int) -> Iterator[dict]:
         return wrapped
 
     def buffers(module):
-        if len(RECORD.found) and RECORD.phase == "step":
+        if RECORD.phase == "step":
             seen["loopback"] = [b - a for a, b in zip(before, loopback(), strict=True)]
             within("epoch", original[3], counts=True)(module)
             RECORD.phase = "end"
@@ -184,35 +196,60 @@ def phases(first: int) -> Iterator[dict]:
         yield seen
 
 
-def train(
-    script: str, folder: Path, first: int, config: Pretraining, device: torch.device
-) -> None:
-    """Train in one process of the run; write its record to a file in `folder`."""
-    torch.set_num_threads(1)
-    with phases(first) as seen:
-        importlib.import_module(script).worker(config, device)
-    found = [[*key, *values] for key, values in RECORD.found.items()]
-    (folder / f"rank{distributed.rank()}.json").write_text(to_json({"found": found, **seen}))
+@dataclass(frozen=True)
+class Run:
+    """A training run to count.
 
-
-def run(script: str, words: list[object], processes: int, folder: Path, first: int) -> list[dict]:
-    """Train with a script in so many processes; return the record of each.
-
-    Args:
+    Attributes:
         script: name of the script, without .py.
-        words: its command line.
-        processes: number of processes.
-        folder: an empty folder for the run and the records.
-        first: the first step to count.
+        config: its settings.
+        folder: the run folder, which also gets the record of each process.
     """
-    from moco.config import replaced
-    from moco.engine import precision
-    from moco.launch import launch
 
+    script: str
+    config: Pretraining
+    folder: Path
+
+
+def prepared(script: str, words: list[object], processes: int, folder: Path) -> Run:
+    """Return a run of a script, given its command line, on so many processes."""
     module = importlib.import_module(script)
     options = ["--multiprocessing-distributed", "--nproc-per-node", processes, "--save-dir", folder]
     config = module.parser().parse(list(map(str, [*words, *options])))
-    config = replaced(module.complete(precision.disable_slow_amp(config)), dist_backend=BACKEND)
+    config = module.complete(precision.disable_slow_amp(config))
+    return Run(script, replaced(config, dist_backend=BACKEND), folder)
+
+
+def train(runs: list[Run], first: int, config: Pretraining, device: torch.device) -> None:
+    """Train all runs, one after the other, in one process. Write the record of each to its folder.
+
+    Args:
+        runs: the runs.
+        first: the first step to count.
+        config: the settings that the launcher has completed.
+        device: the device of this process.
+    """
+    torch.set_num_threads(1)
+    for run in runs:
+        RECORD.reset()
+        mine = replaced(
+            run.config, nodes=config.input.nodes, batch_per_process=config.input.batch_per_process
+        )
+        with phases(first) as seen, contextlib.redirect_stdout(io.StringIO()):
+            importlib.import_module(run.script).worker(mine, device)
+        found = [[*key, *values] for key, values in RECORD.found.items()]
+        record = {"found": found, **seen}
+        (run.folder / f"rank{distributed.rank()}.json").write_text(to_json(record))
+
+
+def count(runs: list[Run], processes: int, first: int) -> list[list[dict]]:
+    """Train all runs on so many processes. Return, for each, the records of its processes.
+
+    All runs have the same batch per process. Only steps from `first` on are counted.
+    """
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    launch.launch(functools.partial(train, script, folder, first), config)
-    return [json.loads((folder / f"rank{r}.json").read_text()) for r in range(processes)]
+    launch.launch(functools.partial(train, runs, first), runs[0].config)
+    return [
+        [json.loads((run.folder / f"rank{r}.json").read_text()) for r in range(processes)]
+        for run in runs
+    ]
