@@ -210,7 +210,7 @@ TABLE: dict[str, Entry] = {
     "simclr": Entry("SimCLR", "main_sogclr", "--loss simclr", "", _simclr),
     "sogclr": Entry("SogCLR", "main_sogclr", "", "", _sogclr),
     "isogclr": Entry("iSogCLR", "main_sogclr", "--loss isogclr", "", _isogclr),
-    "fnc": Entry("FNC, 10 views", "main_fnc", "", _FNC, _fnc),
+    "fnc": Entry("FNC", "main_fnc", "", _FNC, _fnc),
     "moby": Entry("MoBY", "main_moby", "--method moby", "--queue 1024", _moby),
     "byol": Entry("BYOL", "main_moby", "--method byol", "", _byol),
     "mocov3": Entry("MoCo v3", "main_mocov3", "", "", _moby),

@@ -233,7 +233,6 @@ def _averages_check(found: dict) -> str:
             f"{u['MB_replicated']:.0f} / {u['MB_sharded']:.0f}",
             f"{u['bytes_sent_replicated']:,.0f} / {u['bytes_sent_sharded']:,.0f}",
             f"{u['bytes_counted_sharded']:,.0f}",
-            f"{u['save_seconds']:.2f}",
         ]
         for one in found["shards"]
     ]
@@ -245,7 +244,6 @@ def _averages_check(found: dict) -> str:
             "`u`, MB per process: replicated / sharded",
             "bytes sent per rank and step, measured: replicated / sharded",
             "sharded, formulas",
-            "seconds to save the replicated `u`, measured",
         ],
         rows,
     )
