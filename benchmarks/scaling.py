@@ -67,22 +67,22 @@ def parser() -> argparse.ArgumentParser:
     )
     group = p.add_argument_group("assumptions")
     helps = {
-        "node": "GPUs of a node",
-        "nvlink": "GB/s that a GPU sends to those of its node",
-        "network": "GB/s of a network adapter; 50 is 400 Gbit/s",
-        "adapters": "network adapters of a node",
-        "efficiency": "fraction of these speeds that collectives reach",
-        "start": "microseconds to start a collective",
-        "hop": "microseconds from a GPU to the next one in the node",
-        "hop_out": "microseconds from a node to the next one",
-        "cores": "CPU cores for each GPU",
-        "disk": "GB/s of writing a checkpoint",
-        "tflops": "10^12 operations per second of the losses' matrix products in float32",
-        "memory": "GB/s of the GPU's memory in elementwise operations",
+        "--node": "GPUs of a node",
+        "--nvlink": "GB/s that a GPU sends to those of its node",
+        "--network": "GB/s of a network adapter; 50 is 400 Gbit/s",
+        "--adapters": "network adapters of a node",
+        "--efficiency": "fraction of these speeds that collectives reach",
+        "--start": "microseconds to start a collective",
+        "--hop": "microseconds from a GPU to the next one in the node",
+        "--hop-out": "microseconds from a node to the next one",
+        "--cores": "CPU cores for each GPU",
+        "--disk": "GB/s of writing a checkpoint",
+        "--tflops": "10^12 operations per second of the losses' matrix products in float32",
+        "--memory": "GB/s of the GPU's memory in elementwise operations",
     }
     for field in fields(Cluster):
         kind, name = type(field.default), f"--{field.name.replace('_', '-')}"
-        group.add_argument(name, type=kind, default=field.default, help=helps[field.name])
+        group.add_argument(name, type=kind, default=field.default, help=helps[name])
     return p
 
 
