@@ -86,6 +86,7 @@ benchmarks:
 
 benchmarks-here: $(VENV)/ready
 	$(PIP) -e ".[benchmarks]"
+	$(PIP) --no-deps solo-learn==1.0.2
 	$(VENV)/bin/python benchmarks/run.py $(PARTS)
 
 # all tests, with the oldest versions that pyproject.toml allows, then with the newest available

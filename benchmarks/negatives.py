@@ -10,6 +10,7 @@ loop      SynCo as in published code: one autograd call per perturbed or adversa
 step      moco, and the update of the queue
 lightly   MoCo with lightly's NTXentLoss and memory bank, if lightly is installed; it also updates
           the memory bank, so compare it with step; it computes no accuracy
+solo      MoCo with solo-learn's moco_loss_func, if solo-learn is installed; no queue, no accuracy
 
 The floor is the arithmetic that any head must do: the product of queries and bank, one pass for the
 exponentials, one for their sums, and the product of exponentials and bank for the gradient. It has
@@ -28,7 +29,10 @@ random draws (a fifth of moco) and the norms of its negatives, whatever moco tak
 """
 
 import copy
+import importlib.metadata
+import importlib.util
 import math
+from collections.abc import Callable
 from functools import cached_property
 from unittest import mock
 
@@ -49,6 +53,25 @@ try:
     from lightly.loss import NTXentLoss
 except ImportError:
     NTXentLoss = None
+
+
+def solo_learn() -> Callable[..., Tensor] | None:
+    """Return solo-learn's loss of MoCo; None if solo-learn is not installed.
+
+    Only the file of the loss is loaded, because the rest needs packages of 2021.
+    """
+    try:
+        files = importlib.metadata.files("solo-learn") or ()
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    file = next(file for file in files if file.match("solo/losses/moco.py"))
+    spec = importlib.util.spec_from_file_location("solo_moco", file.locate())
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.moco_loss_func
+
+
+SOLO = solo_learn()
 
 T = 0.2
 AFTER_WARMUP = Progress(epoch=1)
@@ -71,7 +94,7 @@ def main() -> None:
 
     check(heads)
     names = ["moco", "plain", "floor", "synco", "explicit", "blocks", "loop", "step"]
-    names += ["lightly"] if NTXentLoss else []
+    names += ["lightly"] * bool(NTXentLoss) + ["solo"] * bool(SOLO)
     candidates = {name: getattr(heads, name) for name in [*names, "topk", "product", "amax"]}
     times = measure.side_by_side(candidates, args.rounds, device)
     seconds = measure.medians(times)
@@ -95,6 +118,8 @@ def main() -> None:
     if NTXentLoss:
         ratios["lightly_over_step"] = measure.ratio(times["lightly"], times["step"])
         ratios["lightly_memory_over_step"] = memory["lightly"] / memory["step"]
+    if SOLO:
+        ratios["solo_over_moco"] = measure.ratio(times["solo"], times["moco"])
     targets = {
         "moco_over_floor": measure.Target(1.3),
         "synco_over_moco": measure.Target(1.35),
@@ -139,6 +164,7 @@ class Heads:
         self.q, self.k = (normalize(torch.randn(args.n, args.dim, device=device)) for _ in range(2))
         self.q.requires_grad_()
         self.labels = torch.zeros(args.n, dtype=torch.long, device=device)
+        self.columns = self.bank.T.contiguous()  # [C, K]
         if NTXentLoss:
             self.theirs = NTXentLoss(T, memory_bank_size=(args.k, args.dim)).to(device)
             self.theirs.memory_bank.bank.copy_(self.bank)
@@ -250,6 +276,10 @@ class Heads:
         """Return the loss of lightly's MoCo."""
         return self._backward(self.theirs(self.q, self.k))
 
+    def solo(self) -> Tensor:
+        """Return the loss of solo-learn's MoCo."""
+        return self._backward(SOLO(self.q, self.k, self.columns, T))
+
     @torch.no_grad()
     def _hard_vectors(
         self, similarity: Tensor, draws: synthetic.Draws
@@ -315,8 +345,9 @@ def check(heads: Heads) -> None:
                     assert off <= 5e-6, (
                         f"{name}: its {what} differs by {off:.1e} from that in float64"
                     )
-        if NTXentLoss:
-            torch.testing.assert_close(heads.lightly().double(), exact.plain(), rtol=0, atol=1e-5)
+        for name in ["lightly"] * bool(NTXentLoss) + ["solo"] * bool(SOLO):
+            theirs = getattr(heads, name)().double()
+            torch.testing.assert_close(theirs, exact.plain(), rtol=0, atol=1e-5)
     log_sum = torch.logsumexp(exact.q @ exact.bank.T / T, 1).sum()
     (true,) = torch.autograd.grad(log_sum, exact.q)
     for mine in (heads.floor(), heads.blocks()):

@@ -35,6 +35,7 @@ LONGER = (
     "- [All methods with one recipe](results/family.md), and [every method with its own",
     "  settings](results/methods.md): accuracy on `photos`",
     "- [Runs stopped 20 times](results/faults.md), and their bits",
+    "- [Scaling to many GPUs](../docs/scaling.md): counted bytes, and predictions",
 )
 # in the names of figures that compare this code with another library's
 PEERS = ("lightly", "kornia", "solo", "torchvision", "pil")
@@ -43,15 +44,40 @@ PARTS = (
         "negatives",
         "The contrastive head",
         "negatives.py",
-        "The loss and its gradient, forward and backward, for random features. All heads have the "
-        "same loss and gradient, to 1e-5.",
+        "The loss and its gradient, forward and backward, for random features. moco and synco are "
+        "ours, with their metrics; step also updates the queue. plain: concatenated logits; "
+        "explicit: SynCo with every synthetic negative as a vector; loop: SynCo with one autograd "
+        "call per perturbed or adversarial negative; lightly: NTXentLoss with its memory bank, "
+        "which it updates, too; solo: solo-learn's moco_loss_func. All have the same loss and "
+        "gradient, to 1e-5. floor and blocks are the arithmetic that any head must do, on the "
+        "full matrix and block by block: the product with the bank, the exponentials, their sums,"
+        " and the product for the gradient. topk is the search for the hardest negatives, product"
+        " the similarities alone, amax one pass over them. Two targets are out of reach. The "
+        "search selects among 2 x 8192 numbers per query, which takes several times as long as "
+        "one pass over the similarities, and SynCo needs the search, random draws and norms, "
+        "which do not become faster when MoCo does.",
         {
+            "moco_over_floor": "time of MoCo's head / of the arithmetic that any head must do",
+            "moco_over_plain_moco": "time of MoCo's head / with concatenated logits",
             "synco_over_moco": "time of SynCo's head / of MoCo's head",
             "synco_over_plain_moco": "time of SynCo's head / of MoCo's with concatenated logits",
             "loop_extra_over_ours_extra": "time that one autograd call for each perturbed and "
             "adversarial negative adds / time that our SynCo adds to our MoCo",
             "explicit_memory_over_ours": "memory of explicit synthetic negatives / of ours",
+            "topk_over_pass": "time of the search for the hardest negatives / of one pass over "
+            "the similarities",
+            "topk_over_product": "time of this search / of the product that computes the "
+            "similarities",
+            "lightly_over_step": "time of lightly's loss and queue update / of ours",
+            "lightly_memory_over_step": "memory of lightly's loss and queue update / of ours",
+            "solo_over_moco": "time of solo-learn's loss / of ours",
         },
+    ),
+    Part(
+        "negatives_large",
+        "The contrastive head with 262,144 entries",
+        "negatives.py --n 256 --k 262144 --rounds 5",
+        "The same with 256 queries.",
     ),
     Part(
         "false_negatives",
@@ -69,17 +95,75 @@ PARTS = (
         },
     ),
     Part(
+        "step",
+        "A full step",
+        "step.py --arch resnet18 --size 64",
+        "One optimizer step in fp32, with one process and with two. The views are in memory. "
+        "plain: MoCo with a momentum update per parameter and concatenated logits; it gathers all "
+        "images to shuffle them. AdCo's bank has as many entries as MoCo's queue.",
+        {
+            "synco_over_moco": "time of a SynCo step / of a MoCo step, one process",
+            "synco_over_moco_2_processes": "time of a SynCo step / of a MoCo step, two processes",
+            "adco_over_moco": "time of an AdCo step / of a MoCo step, one process",
+            "adco_over_moco_2_processes": "time of an AdCo step / of a MoCo step, two processes",
+            "ours_over_plain": "time of our MoCo step / of a plain one, one process",
+            "ours_over_plain_2_processes": "time of our MoCo step / of a plain one, two processes",
+        },
+    ),
+    Part(
+        "ddp",
+        "Averaging gradients",
+        "ddp.py",
+        "A SimCLR step on two processes, which communicate over loopback. default: DDP with "
+        "buckets of 25 MB and copies of the gradients; views: gradients that are views of the "
+        "buckets, as in all scripts; the others change one thing each. See "
+        "[docs/scaling.md](../docs/scaling.md#gradient-reduction).",
+        {
+            "views_over_default": "time with views of the buckets / with copies",
+            "static_graph_over_views": "time with DDP's static graph / without",
+            "10_MB_over_views": "time with buckets of 10 MB / of 25 MB",
+            "50_MB_over_views": "time with buckets of 50 MB / of 25 MB",
+            "100_MB_over_views": "time with buckets of 100 MB / of 25 MB",
+            "bf16_over_views": "time with --grad-compress bf16 / without",
+            "SyncBN_over_BN": "time with synchronized batch norm / with batch norm",
+            "SyncBN_exchange": "time with synchronized batch norm / with its arithmetic alone",
+        },
+    ),
+    Part(
+        "threads",
+        "Training on a busy machine",
+        "threads.py",
+        "Training steps alone, and next to programs that keep all cores busy and start later. "
+        "ours: the waiting of OpenMP's threads that the scripts choose; the others: their names.",
+        {
+            "contention": "time of a step next to busy programs / with one thread, next to the "
+            "same programs",
+            "busy_over_one_thread_alone": "time of a step next to busy programs / with one thread "
+            "on a quiet machine",
+            "busy_default_over_one_thread": "the same as the first, with PyTorch's default",
+            "alone_over_default": "time of a step on a quiet machine / with PyTorch's default",
+        },
+    ),
+    Part(
         "loader",
         "Two MoCo v2 views of a JPEG",
         "loader.py",
         "One thread. host: decoding and crops, as our workers do; cpu: the same, and the color "
         "operations on the CPU too; pil and v2: torchvision's pipelines on PIL images and on "
-        "tensors; lightly: its MoCoV2Transform.",
+        "tensors; lightly: its MoCoV2Transform. The other rows are stages of our pipeline, and "
+        "peers of single stages: simplejpeg, which is libjpeg-turbo, for decoding, and kornia for "
+        "the colors. A row is missing if its package is not installed. Decoding takes most of "
+        "host's time, and all pipelines decode with libjpeg-turbo.",
         {
             "host_over_pil": "images/s of our workers / of torchvision on PIL images",
             "cpu_over_pil": "the same, with the color work on the CPU too",
+            "host_over_v2": "images/s of our workers / of torchvision on tensors",
+            "cpu_over_v2": "the same, with the color work on the CPU too",
             "host_over_lightly": "images/s of our workers / of lightly's transform",
             "cpu_over_lightly": "the same, with the color work on the CPU too",
+            "host_over_decode_and_resize": "time of a loader process, with reading, batching and "
+            "copying / of decoding and resizing alone",
+            "colors_over_kornia": "speed of our color operations / of kornia's",
         },
     ),
     Part(
@@ -108,40 +192,55 @@ PARTS = (
         "reads ahead, so most of the cold arrow figures are warm.",
     ),
     Part(
-        "step",
-        "A full step",
-        "step.py --arch resnet18 --size 64",
-        "One optimizer step in fp32, with one process and with two. The views are in memory. "
-        "plain: MoCo with a momentum update per parameter and concatenated logits; it gathers all "
-        "images to shuffle them. AdCo's bank has as many entries as MoCo's queue.",
+        "startup",
+        "Start-up",
+        "startup.py --rounds 5",
+        "The time from a command to its help, to the refusal of an option, and to the end of the "
+        "first step (ResNet-18 at 64 pixels on `photos`), warm. The last rows list 100,000 images "
+        "in 1000 folders.",
         {
-            "synco_over_moco": "time of a SynCo step / of a MoCo step, one process",
-            "synco_over_moco_2_processes": "time of a SynCo step / of a MoCo step, two processes",
-            "adco_over_moco": "time of an AdCo step / of a MoCo step, one process",
-            "adco_over_moco_2_processes": "time of an AdCo step / of a MoCo step, two processes",
-            "ours_over_plain": "time of our MoCo step / of a plain one, one process",
-            "ours_over_plain_2_processes": "time of our MoCo step / of a plain one, two processes",
+            "slowest_help_s": "seconds of --help, the slowest of all scripts and tools",
+            "refused_s": "seconds until a script refuses an option",
+            "import_torch_s": "seconds of `import torch`",
+            "first_step_s": "seconds until the first step has ended",
+            "first_step_over_import_torch": "the first step / `import torch`",
+            "torchvision_over_ours": "time of torchvision's ImageFolder / of our listing",
         },
     ),
     Part(
-        "startup",
-        "Start-up",
-        "startup.py",
-        "Listing 100,000 images in 1000 folders.",
-        {"torchvision_over_ours": "time of torchvision's ImageFolder / of our listing"},
+        "names",
+        "A list of ten million images",
+        "names.py --rounds 3",
+        "`--file-list`: checking and reading the list, shuffling, and the paths of the first "
+        "batch, at the start of a run and when it continues in the middle of an epoch. Memory is "
+        "that of a process with all imports.",
+        {
+            "seconds": "seconds for ten million names",
+            "GiB": "GiB of a process with ten million names",
+        },
     ),
     Part(
         "probe",
         "Five learning rates of a linear probe in one pass",
         "probe.py",
-        "ResNet-18 at 64 pixels on photos, one epoch, training and testing. The script fails if an "
-        "accuracy differs from that of a run with this learning rate alone.",
+        "ResNet-18 at 64 pixels on `photos`, one epoch, training and testing. The script fails if "
+        "an accuracy differs from that of a run with this learning rate alone.",
         {"five_over_one": "time of a probe with five learning rates / with one"},
     ),
     Part(
-        "threads",
-        "Threads on a busy machine",
-        "threads.py",
-        "Training steps alone, and next to programs that keep all cores busy.",
+        "memory",
+        "Memory of a ViT-L",
+        "memory.py",
+        "A process that pre-trains ViT-L/16 with MoCo v3: tensors that do not depend on the batch, "
+        "and those that a forward pass keeps for the backward pass, for each image. See "
+        "[docs/scaling.md](../docs/scaling.md#sharded-parameters-fsdp).",
+        {
+            "fixed_gib": "GiB that do not depend on the batch, float32, AdamW",
+            "parameters_millions": "millions of parameters",
+            "mib_per_image_off": "MiB per image, float32",
+            "mib_per_image_off_grad_checkpoint": "the same, with --grad-checkpoint",
+            "mib_per_image_bf16": "MiB per image, --amp bf16",
+            "mib_per_image_bf16_grad_checkpoint": "the same, with --grad-checkpoint",
+        },
     ),
 )

@@ -25,7 +25,18 @@ from moco.files import write_json
 
 HERE = Path(__file__).resolve().parent
 RESULTS, PAGE = HERE / "results", HERE / "RESULTS.md"
-PACKAGES = ("torch", "torchvision", "numpy", "Pillow", "torchcodec", "lightly", "kornia", "pyarrow")
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "numpy",
+    "Pillow",
+    "torchcodec",
+    "lightly",
+    "kornia",
+    "solo-learn",
+    "simplejpeg",
+    "pyarrow",
+)
 
 
 def versions() -> dict[str, str]:
@@ -142,7 +153,11 @@ def link(part: Part) -> str:
 def section(part: Part, results: dict) -> list[str]:
     """Return the lines of a part's section."""
     other = {"benchmark", "rows", "targets", "figures", "measured", *results["figures"]}
-    facts = ", ".join(f"{key} {value}" for key, value in results.items() if key not in other)
+    values = {key: value for key, value in results.items() if key not in other}
+    facts = ", ".join(
+        f"{key} {number(value) if isinstance(value, float) else value}"
+        for key, value in values.items()
+    )
     rows = results["rows"]
     lines = [f"## {part.title}", "", f"`python benchmarks/{part.command}`", ""]
     lines += [*paragraph(part.about), "", *paragraph(f"Settings: {facts}."), ""]

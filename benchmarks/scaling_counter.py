@@ -28,6 +28,7 @@ from moco.config import Pretraining, replaced
 from moco.engine import precision
 from moco.engine.health import Health
 from moco.engine.log import Mean
+from moco.engine.pretrain import PretrainingTask
 from moco.engine.trainer import Trainer
 from moco.files import to_json
 from moco.launch import launch
@@ -156,6 +157,7 @@ def phases(first: int) -> Iterator[dict]:
     """
     seen = {"step": 0, "log line": 0, "epoch": 0, "loopback": [0, 0]}
     original = Trainer._step, Health.check, Mean.read, distributed.broadcast_buffers
+    original += (PretrainingTask.gather_state,)
     new_group = dist.new_group
     before = (0, 0)
 
@@ -178,9 +180,16 @@ def phases(first: int) -> Iterator[dict]:
 
         return wrapped
 
-    def buffers(module):
+    def gather(task):
+        """Gather the shards of a method; this is the first thing after the steps of an epoch."""
         if RECORD.phase == "step":
             seen["loopback"] = [b - a for a, b in zip(before, loopback(), strict=True)]
+            within("epoch", original[4], counts=False)(task)
+        else:
+            original[4](task)
+
+    def buffers(module):
+        if RECORD.phase == "step":
             within("epoch", original[3], counts=True)(module)
             RECORD.phase = "end"
         else:
@@ -191,6 +200,7 @@ def phases(first: int) -> Iterator[dict]:
         mock.patch.object(Health, "check", within("log line", original[1], counts=False)),
         mock.patch.object(Mean, "read", within("log line", original[2], counts=True)),
         mock.patch.object(distributed, "broadcast_buffers", buffers),
+        mock.patch.object(PretrainingTask, "gather_state", gather),
         mock.patch.object(dist, "new_group", lambda **_: new_group(backend=BACKEND)),
     ):
         yield seen

@@ -53,7 +53,7 @@ class Collective:
     overlaps: bool = False
 
 
-WHAT = ("image exchange", "feature gather", "bank all-reduce", "sync batch norm", "gradient")
+WHAT = ("image exchange", "feature gather", "bank exchange", "sync batch norm", "gradient")
 REST = "rest"
 
 Table = Callable[[Sizes, int, bool], list[Collective]]
@@ -103,21 +103,38 @@ def _moco(s: Sizes, _: int, __: bool) -> list[Collective]:
     return _shuffled_keys(s, (1,))
 
 
-def _bank(s: Sizes) -> Collective:
-    """Return the sum of the gradient of AdCo's bank."""
-    return Collective("bank all-reduce", "all_reduce", s.entries * s.dim * FLOAT)
+def _bank(s: Sizes, ranks: int, pairs: int) -> list[Collective]:
+    """Return the collectives of AdCo's bank, of which each rank trains a shard.
+
+    Every shard is compared with the queries of all ranks. N = `pairs` B is a rank's number of
+    queries. At the end of an epoch, each rank broadcasts its shard and the shard's velocity.
+    """
+    queries = pairs * s.batch
+    features = queries * s.dim * FLOAT
+
+    def step(op: str, payload: int, calls: int = 1) -> Collective:
+        return Collective("bank exchange", op, payload, calls)
+
+    return [
+        step("all_gather", features),  # the queries; their gradient is a sum over ranks
+        step("all_reduce", ranks * features),
+        step("all_to_all", 6 * ranks * queries * FLOAT),  # hardest entries, softmax of a shard
+        step("all_gather", queries * FLOAT),  # log-sum-exp at the bank's temperature
+        step("all_to_all", 2 * ranks * queries * FLOAT, 2),  # at the encoder's; its gradient
+        Collective(REST, "broadcast", 2 * s.entries * s.dim * FLOAT, 2 * ranks, when="epoch"),
+    ]
 
 
-def _adco(s: Sizes, _: int, __: bool) -> list[Collective]:
-    return [*_shuffled_keys(s, (1,)), _bank(s)]
+def _adco(s: Sizes, ranks: int, _: bool) -> list[Collective]:
+    return [*_shuffled_keys(s, (1,)), *_bank(s, ranks, 1)]
 
 
-def _adco_symmetric(s: Sizes, _: int, __: bool) -> list[Collective]:
-    return [*_shuffled_keys(s, (0, 1)), _bank(s)]
+def _adco_symmetric(s: Sizes, ranks: int, _: bool) -> list[Collective]:
+    return [*_shuffled_keys(s, (0, 1)), *_bank(s, ranks, 2)]
 
 
-def _adco_multi_crop(s: Sizes, _: int, __: bool) -> list[Collective]:
-    return [*_shuffled_keys(s, (0,)), _bank(s)]
+def _adco_multi_crop(s: Sizes, ranks: int, _: bool) -> list[Collective]:
+    return [*_shuffled_keys(s, (0,)), *_bank(s, ranks, len(s.pixels) - 1)]
 
 
 def _simclr(s: Sizes, ranks: int, cuda: bool) -> list[Collective]:

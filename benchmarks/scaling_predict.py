@@ -201,21 +201,21 @@ def memory_bytes(method: str, batch: int, ranks: int, one: Measured) -> tuple[fl
     """Return the peak memory of a GPU, and how that of one GPU is known."""
     s, alone = resnet50(method, batch, ranks), resnet50(method, BATCH, 1)
     if method in one.memory:
-        activations = one.memory[method] - _state(method, alone)
+        activations = one.memory[method] - _state(method, alone, 1)
         source = "measured"
     else:
         activations, source = alone.saved / 2, "counted"  # in bf16
-    copies = s.gradient if ranks > 1 else 0  # DDP's buckets
     if method == "fnc":
         grown = 2 * _CHUNK * 4 * (s.entries - alone.entries)  # two buffers for the similarities
     else:
         grown = 3 * 4 * _logits(method, s, ranks)[0]  # logits, their exponentials and gradient
-    return _state(method, s) + activations * batch / BATCH + copies + grown, source
+    return _state(method, s, ranks) + activations * batch / BATCH + grown, source
 
 
-def _state(method: str, s: Sizes) -> float:
+def _state(method: str, s: Sizes, ranks: int) -> float:
     """Return the bytes of weights, buffers, gradient and the optimizer's state."""
-    bank = 2 * s.entries * s.dim * FLOAT if method.startswith("adco") else 0  # kept between steps
+    # AdCo keeps two tensors of the size of its shard of the bank between steps
+    bank = 2 * s.entries // ranks * s.dim * FLOAT if method.startswith("adco") else 0
     return s.state + s.gradient + s.gradient * s.moments + bank
 
 
