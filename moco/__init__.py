@@ -61,11 +61,16 @@ class _FirstExp:
         if name != "torch":
             return None
         sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            # other packages search for torch without importing it, so stay until it is imported
+            sys.meta_path.insert(0, self)
         if spec is not None:
             load = spec.loader.exec_module
 
             def load_and_call(module: ModuleType) -> None:
+                sys.meta_path.remove(self)
                 load(module)
                 module.ones(1).exp()
 
