@@ -30,6 +30,13 @@ class InputError(Exception):
         return "; ".join(self.lines)
 
 
+class ListError(InputError):
+    """A list of images that has changed or cannot be read.
+
+    An unreadable image can be skipped; such a list cannot.
+    """
+
+
 class DivergedError(InputError):
     """The end of a run whose loss or weights are NaN or infinite."""
 

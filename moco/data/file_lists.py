@@ -12,7 +12,7 @@ from moco.data.decoding import SUFFIXES
 from moco.data.images import ImageFolder
 from moco.data.names import GROUP, Names, UnchangedFile
 from moco.distributed import print_rank0
-from moco.errors import InputError, short
+from moco.errors import InputError, ListError, short
 
 CHECKED = 1000  # paths that `check` looks up; on a network disk, looking up a million takes minutes
 # A larger list stays in its file. Every rank reads the list, so 8 ranks would hold 8 copies.
@@ -46,8 +46,8 @@ def check(file: str, root: Path) -> None:
         if not os.path.isfile(path):
             relative = "" if os.path.isabs(name) else f"; relative paths start at {root}"
             raise InputError(
-                f"--file-list {file}, line {_line_number(file, name)}: {path}: no such file"
-                f"{relative}"
+                f"--file-list {file}, line {_line_number(file, name)}: {short(path, 500)}: "
+                f"no such file{relative}"
             )
     if repeated := _repeated(names):
         print_rank0(
@@ -149,4 +149,4 @@ def _line_number(file: str, path: bytes) -> int:
         if path in lines:
             return number + lines.index(path)
         number += len(lines)
-    raise InputError(f"{file}: has changed since it was listed; start again")
+    raise ListError(f"{file}: has changed since it was listed; start again")

@@ -11,7 +11,7 @@ from itertools import islice
 
 import numpy as np
 
-from moco.errors import InputError
+from moco.errors import ListError
 
 GROUP = 16  # a name is found by splitting the text of its group of names
 _AT_ONCE = 4096  # groups that an iteration splits at a time
@@ -58,7 +58,7 @@ class Names:
     def __getitem__(self, i):
         """Return name `i`, or the selection by a slice, an array of indices, or a boolean mask.
 
-        Raises InputError if the names are in a file that has changed or cannot be read.
+        Raises ListError if the names are in a file that has changed or cannot be read.
         """
         if not isinstance(i, int | np.integer):
             picked = np.arange(self.count) if self.picked is None else self.picked
@@ -103,7 +103,7 @@ class UnchangedFile:
 
     It is read, not mapped into memory, because a mapped file that becomes shorter ends the process
     without a message. The file stays open, so it may be renamed, deleted or replaced by another
-    one. If its content is written again in place, reading raises an InputError.
+    one. If its content is written again in place, reading raises a ListError.
     """
 
     def __init__(self, path: str, facts: tuple[int, int] | None = None):
@@ -135,7 +135,7 @@ class UnchangedFile:
     def __getitem__(self, part: slice) -> bytes:
         """Return a slice of the file.
 
-        Raises InputError if the file has changed since it was first opened, or cannot be read.
+        Raises ListError if the file has changed since it was first opened, or cannot be read.
         """
         start, stop, _ = part.indices(len(self))
         found = bytearray()
@@ -146,9 +146,9 @@ class UnchangedFile:
                 found += piece
             unchanged = self._facts() == self.facts
         except OSError as error:
-            raise InputError(
+            raise ListError(
                 f"{self.path}: cannot be read ({error.strerror}); check the disk or the network"
             ) from None
         if not unchanged:
-            raise InputError(f"{self.path}: has changed since it was listed; start again")
+            raise ListError(f"{self.path}: has changed since it was listed; start again")
         return bytes(found)

@@ -21,7 +21,7 @@ from moco.augment import crop
 from moco.augment.recipes import Recipe
 from moco.data import decoding
 from moco.data.images import Images
-from moco.errors import InputError
+from moco.errors import InputError, ListError
 
 SampleId = tuple[int, int]  # (epoch, index of the image); the random crops depend on both
 # (crops, index of the image, unreadable images); see `Batch`
@@ -119,7 +119,8 @@ class Views(Dataset):
         """Read `images`, decoded with `settings`, and apply `crop` to each.
 
         If `skip_unreadable`, an image that cannot be read is replaced by another one, chosen by
-        (epoch, index). Otherwise the sample is the InputError.
+        (epoch, index). Otherwise, or if the list of the images has changed, the sample is the
+        InputError.
         """
         self.images, self.crop, self.skip_unreadable = images, crop, skip_unreadable
         self.settings = settings
@@ -145,7 +146,7 @@ class Views(Dataset):
                 image = images.read(i, self.settings, lambda h, w: crop.reduction(h, w, sample))
                 return transform(image, sample), i, unreadable
             except InputError as error:
-                if not self.skip_unreadable:
+                if not self.skip_unreadable or isinstance(error, ListError):
                     # The main process raises it, as one line without a worker's traceback.
                     return error
                 unreadable.append((i, str(error)))

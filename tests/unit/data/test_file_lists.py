@@ -14,6 +14,7 @@ from folder_helpers import error_message, make_files, names_of
 
 from moco.data import file_lists, registry
 from moco.data.loader import CenterCrop, EvalBatchSampler
+from moco.data.views import Views
 from moco.errors import InputError
 
 
@@ -86,6 +87,7 @@ def test_a_path_that_is_listed_twice_counts_twice_and_a_line_says_so(root, capsy
         ("a.jpg\0sub/d.jpg\0", "cannot be read (not text in UTF-8); expected text with one path"),
         ("a.jpg\n\nnone.jpg\n", "line 3: {root}/none.jpg: no such file; relative paths start at"),
         ("/none.jpg\n", "line 1: /none.jpg: no such file"),
+        (f"a.jpg\n{'x' * 4000}.jpg\n", "xxx ... xxx"),
         ("a.jpg\nsub.jpg\n", "line 2: {root}/sub.jpg: no such file"),  # a folder
     ],
 )
@@ -210,5 +212,8 @@ def test_a_list_that_is_written_again_during_the_run(root, monkeypatch):
         if limit:
             assert images.name(0) == "a.jpg"
         else:
-            said = error_message(images.encoded, 0)
-            assert said == f"{file}: has changed since it was listed; start again"
+            changed = f"{file}: has changed since it was listed; start again"
+            assert error_message(images.encoded, 0) == changed
+            for skip in (False, True):  # another image cannot replace the list
+                found = Views(images, CenterCrop(32), skip_unreadable=skip)[0, 0]
+                assert str(found) == changed
