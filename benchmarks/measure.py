@@ -33,12 +33,19 @@ def parser(description: str) -> argparse.ArgumentParser:
     )
     p.add_argument(
         "--rounds",
-        type=int,
+        type=_positive,
         default=15,
         help="number of rounds; every candidate runs once in each",
     )
     add_json(p)
     return p
+
+
+def _positive(text: str) -> int:
+    """Return `text` as an integer. Raises argparse's error if it is not one of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is not an integer of at least 1")
+    return int(text)
 
 
 def add_json(p: argparse.ArgumentParser) -> None:

@@ -57,6 +57,8 @@ def announce(start: Start, images: Images, notes: list[str]) -> None:
         f"views {config.views.recipe} at {config.views.image_size} pixels; "
         f"{start.device.type}, amp {config.compute.amp}"
     )
+    if config.compute.grad_compress != "off":
+        print_rank0(f"the processes exchange gradients in {config.compute.grad_compress}")
     if given := decoding.options(config.input):
         print_rank0(f"images are decoded with {given}")
     lrs = ", ".join(dict.fromkeys(f"{lr:g}" for lr in start.base_lrs))

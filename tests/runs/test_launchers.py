@@ -92,6 +92,12 @@ def test_a_mistake_of_all_ranks_is_printed_once_by_torchrun(script, shared_image
         assert done.returncode == 1 and len(lines) == 1 and said in lines[0], done.stderr
 
 
+def test_the_exchange_of_gradients_in_bf16_is_announced(shared_images, tmp_path):
+    options = typed("-j 0 --epochs 1 --grad-compress bf16 --save-dir {}", tmp_path / "run")
+    out = by_spawn(("main_synco.py", shared_images, *TINY, *options))
+    assert "the processes exchange gradients in bf16" in out
+
+
 def test_two_processes_evaluate_as_one(script, shared_images, tmp_path):
     """15 val images over 2 processes: the last batch is uneven, and no image counts twice."""
     common = (shared_images, *typed("-a resnet18 --image-size 32 -b 8 -j 0 --k 1 5 20"))

@@ -70,3 +70,11 @@ def test_an_unknown_part(run, monkeypatch, capsys):
     with pytest.raises(SystemExit) as exit:
         run.main()
     assert exit.value.code == 2 and "no such part: negative" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("rounds", ["0", "-1", "x", ""])
+def test_a_wrong_number_of_rounds_is_refused(rounds, capsys):
+    with pytest.raises(SystemExit):
+        measure.parser("").parse_args([f"--rounds={rounds}"])
+    assert f"'{rounds}' is not an integer of at least 1" in capsys.readouterr().err
+    assert measure.parser("").parse_args(["--rounds=1"]).rounds == 1
