@@ -73,7 +73,9 @@ def test_an_unknown_part(run, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("rounds", ["0", "-1", "x", ""])
-def test_a_wrong_number_of_rounds_is_refused(rounds, capsys):
+def test_a_wrong_number_of_rounds_is_refused(run, rounds, capsys):
+    import measure  # from the folder to which `run` refers
+
     with pytest.raises(SystemExit):
         measure.parser("").parse_args([f"--rounds={rounds}"])
     assert f"'{rounds}' is not an integer of at least 1" in capsys.readouterr().err
