@@ -56,16 +56,21 @@ class _FirstExp:
     torch itself, so that `--help` and refused options take a fraction of a second.
     """
 
+    def __init__(self):
+        self._searches = False
+
     def find_spec(self, name: str, *_: object) -> ModuleSpec | None:
         """Return torch's spec, with a loader that calls `exp`; None for all other modules."""
-        if name != "torch":
+        if name != "torch" or self._searches:
             return None
-        sys.meta_path.remove(self)
+        self._searches = True  # the next line asks this finder, too
         spec = importlib.util.find_spec(name)
+        self._searches = False
         if spec is not None:
             load = spec.loader.exec_module
 
             def load_and_call(module: ModuleType) -> None:
+                sys.meta_path.remove(self)
                 load(module)
                 module.ones(1).exp()
 

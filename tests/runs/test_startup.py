@@ -80,6 +80,8 @@ def test_the_check_finds_a_slow_import(name, tmp_path):
         ("import moco; print('moco'); import torch; print('torch')", "moco exp torch"),
         ("import torch; print('torch'); import moco; print('moco')", "torch exp moco"),
         ("import moco, sys; import torch; print(len(sys.meta_path) - before)", "exp 0"),
+        # some packages look for torch before anything imports it
+        ("import moco, importlib.util as u; u.find_spec('torch'); import torch", "exp"),
     ],
 )
 def test_the_first_exp_follows_the_import_of_torch(code, expected, tmp_path):
