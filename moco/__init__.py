@@ -63,7 +63,7 @@ class _FirstExp:
         """Return torch's spec, with a loader that calls `exp`; None for all other modules."""
         if name != "torch" or self._searches:
             return None
-        self._searches = True  # the next line asks this finder, too
+        self._searches = True  # find_spec also asks this finder
         spec = importlib.util.find_spec(name)
         self._searches = False
         if spec is not None:
