@@ -88,7 +88,7 @@ def parser() -> argparse.ArgumentParser:
     group = p.add_argument_group("assumptions")
     for field in fields(Cluster):
         kind, name = type(field.default), f"--{field.name.replace('_', '-')}"
-        group.add_argument(name, type=kind, default=field.default, help=ASSUMPTIONS[field.name])
+        group.add_argument(name, type=kind, default=field.default, help=ASSUMPTIONS[name])
     return p
 
 

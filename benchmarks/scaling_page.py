@@ -256,10 +256,10 @@ def _averages_check(found: dict) -> str:
 
 
 def _assumptions(found: dict) -> str:
-    rows = [
-        [f"`--{name.replace('_', '-')}`", f"{value:g}", ASSUMPTIONS[name]]
-        for name, value in found["cluster"].items()
-    ]
+    rows = []
+    for name, value in found["cluster"].items():
+        option = f"--{name.replace('_', '-')}"
+        rows.append([f"`{option}`", f"{value:g}", ASSUMPTIONS[option]])
     return _table(["option", "value", "meaning"], rows)
 
 

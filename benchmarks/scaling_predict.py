@@ -48,20 +48,20 @@ class Cluster:
     memory: float = 3500.0
 
 
-# the fields of `Cluster`, in words
+# for each field of `Cluster`, the option that sets it, and what it is
 ASSUMPTIONS = {
-    "node": "GPUs of a node",
-    "nvlink": "GB/s from a GPU to those of its node",
-    "network": "GB/s of a network adapter (50: InfiniBand of 400 Gbit/s)",
-    "adapters": "network adapters of a node",
-    "efficiency": "fraction of these speeds that collectives reach",
-    "start": "microseconds to start a collective",
-    "hop": "microseconds from a GPU to the next one in the node",
-    "hop_out": "microseconds from a node to the next one",
-    "cores": "CPU cores for each GPU",
-    "disk": "GB/s of writing a checkpoint",
-    "tflops": "10^12 operations per second of the losses' matrix products in float32",
-    "memory": "GB/s of the GPU's memory in elementwise operations",
+    "--node": "GPUs of a node",
+    "--nvlink": "GB/s from a GPU to those of its node",
+    "--network": "GB/s of a network adapter (50: InfiniBand of 400 Gbit/s)",
+    "--adapters": "network adapters of a node",
+    "--efficiency": "fraction of these speeds that collectives reach",
+    "--start": "microseconds to start a collective",
+    "--hop": "microseconds from a GPU to the next one in the node",
+    "--hop-out": "microseconds from a node to the next one",
+    "--cores": "CPU cores for each GPU",
+    "--disk": "GB/s of writing a checkpoint",
+    "--tflops": "10^12 operations per second of the losses' matrix products in float32",
+    "--memory": "GB/s of the GPU's memory in elementwise operations",
 }
 
 
