@@ -66,7 +66,7 @@ def test_batch_smaller_than_processes(script, images):
 
 
 # launch
-# programs, and the words with which each comes to the import of torch
+# programs, each with arguments with which it imports torch
 ENTRIES = [(path, "photos") for path in sorted(ROOT.glob("main_*.py"))]
 ENTRIES += [
     (ROOT / "tools" / "export.py", "x.pth y.pth"),

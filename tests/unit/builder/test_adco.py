@@ -31,7 +31,7 @@ def unit_rows(*shape):
 
 
 def gradient_of_bank(q, near, W, temperature):
-    """Return the gradient that replaces one of NaN, and check twice it, added to one of 1."""
+    """Return the gradient, written over NaN. Check that twice the gradient can be added to ones."""
     norm = W.norm(dim=1)
     bank = W / norm[:, None]
     similarity = q @ bank.T
@@ -376,7 +376,7 @@ def traffic(rank):
 
 
 def reading_too_early(rank):
-    """Return the errors of reading a bank whose other shards are old, and of one too small."""
+    """Return the errors of reading a bank before `gather_state`, and of making one too small."""
     model = build("single")
     model.contrast([(unit_rows(B, DIM), unit_rows(4 * B, DIM))])
     model.after_step()
