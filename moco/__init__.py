@@ -70,7 +70,7 @@ class _FirstExp:
             load = spec.loader.exec_module
 
             def load_and_call(module: ModuleType) -> None:
-                sys.meta_path.remove(self)
+                del sys.meta_path[sys.meta_path.index(self)]
                 load(module)
                 module.ones(1).exp()
 
