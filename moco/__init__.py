@@ -24,7 +24,7 @@ user.import_quietly()
 # result depend on it. They do depend on the number of threads, which therefore does not follow the
 # load. OpenMP reads the variable once, when torch is loaded, so import this package before torch.
 # The user's own settings win.
-_OPENMP = ("OMP_WAIT_POLICY", "OMP_NUM_THREADS", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+_OPENMP = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 if not any(name in os.environ for name in _OPENMP):
     os.environ["GOMP_SPINCOUNT"] = "10000"
 
