@@ -3,16 +3,16 @@
 
 default         DDP of PyTorch, with buckets of 25 MB and a separate copy of each gradient
 views           gradients that are views of the buckets, as moco/distributed.py sets up
-static graph    views, and DDP's promise that all steps use the same parameters
+static graph    views, and a promise to DDP that all steps use the same parameters
 10, 50, 100 MB  views, with buckets of other sizes
 bf16            views, and gradients that are exchanged in bf16 (--grad-compress bf16)
 no SyncBN       views, without synchronized batch norm; all others have it
 no exchange     views, with SyncBN's arithmetic on a CPU, but without its communication
 
-For each, the script computes the bytes that a process hands to the collectives in a step: those of
+For each, the script computes the payload of the collectives of a step, per process: the bytes of
 the gradients, and 16 for each channel of each call of SyncBN (mean, variance and their gradients).
-It also measures the largest error of the gradient of a parameter tensor: the norm of the difference
-from the mean of all processes' own gradients, divided by the norm of this mean.
+It also measures the largest error of a parameter tensor's gradient: the norm of its difference from
+the mean of all processes' own gradients, divided by the norm of this mean.
 """
 
 import argparse

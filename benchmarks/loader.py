@@ -8,9 +8,10 @@ v2        torchvision.transforms.v2 on tensors
 lightly   lightly's MoCoV2Transform, if lightly is installed
 
 The ratio host_over_pil is the images per second of host, divided by those of pil. The other ratios
-are named in the same way, except for host_over_decode_and_resize. That one is the time per image of
-a loader process, with reading, batching and the way to the main process, divided by the time that
-decoding and resizing take alone. The rows below the pipelines are stages; see loader_stages.py.
+are named in the same way. Two are different: host_over_decode_and_resize is the time of a loader
+process per image, with reading, batching and the transfer to the main process, divided by the time
+of decoding and resizing alone. colors_over_kornia is the time of kornia's color operations, divided
+by that of ours. The rows below the pipelines are stages; see loader_stages.py.
 
 With --small, the script measures an epoch of two views of 32-pixel images in memory, as in MoCo's
 demo on CIFAR-10. "ours" and "pil" each use two processes with one thread each.
@@ -18,7 +19,7 @@ demo on CIFAR-10. "ours" and "pil" each use two processes with one thread each.
 ours      one worker crops; the main process does the color operations and normalization
 pil       torchvision on PIL images, DataLoader with two workers
 crops     ours without the color operations
-colours   the color operations alone, in the main process
+colors    the color operations alone, in the main process
 
 With --large, the script measures host with JPEGs of 4000x3000 pixels, without and with
 --shrink-on-decode, for each decoder that is installed. The ratio on_over_off is the images per
@@ -205,7 +206,7 @@ def small(args: argparse.Namespace) -> None:
         "ours": lambda: sum(len(coloured(batch)) for batch in batches(images, args.batch)),
         "pil": lambda: sum(len(batch) for batch in theirs),
         "crops": lambda: sum(len(batch) for batch in batches(images, args.batch)),
-        "colours": lambda: sum(len(coloured(ready)) for _ in range(steps)),
+        "colors": lambda: sum(len(coloured(ready)) for _ in range(steps)),
     }
     times = measure.side_by_side(candidates, args.rounds or 3, torch.device("cpu"), warm=0)
     n = steps * args.batch

@@ -2,13 +2,13 @@
 """Count the memory of one process that pre-trains a large network with MoCo v3.
 
 The first table counts the tensors that do not depend on the batch. Each process of DDP has all of
-them. FSDP would leave each of W processes 1/W. Autograd adds the gradients of the two views of a
-batch, and holds those of one view until it has those of the other.
+them. With FSDP, each of W processes would have 1/W of them. Autograd adds the gradients of the two
+views of a batch, and keeps those of one view until it has those of the other.
 
 The second table counts the tensors that a real forward pass on the CPU keeps for the backward pass,
-for each image of the batch, in both views, and, with --grad-checkpoint, those of the block that is
-being recomputed. The last column is the number of images of a process that fit into --gib, next to
-the first table's tensors.
+per image of the batch, for both views. With --grad-checkpoint, it adds those of the block that is
+recomputed. The last column is the number of images that fit into --gib, next to the tensors of the
+first table.
 """
 
 import argparse

@@ -4,7 +4,7 @@
 Each measurement runs in its own process. "start" checks the list, reads it, shuffles the images and
 takes the paths of the first batch. "resume" does the same from the middle of epoch 1; a run that
 resumes checks its list again. "MiB of a worker" is the memory that a loader process does not share.
-The Python list is measured on fewer names, and does what earlier versions of this code did.
+"python list" reads all names as Python objects, and is measured on fewer names.
 """
 
 import argparse

@@ -21,11 +21,11 @@ The search for the hardest negatives is measured on its own (topk), next to two 
 similarities: the row maxima (amax), which read them once, and the product that computes them
 (product).
 
-Two targets are out of reach. One pass takes 0.1 ns per similarity on two cores. The search also
-selects among 2 x 8192 numbers per query (N 32, K 65536, n_hard 1024), in NumPy on one core, and
-sorts 1024: these numbers alone take several times as long as the pass. synco_over_moco grew when
-moco became faster: SynCo needs the [N, K] similarities, the search (about as long as the product),
-random draws (a fifth of moco) and the norms of its negatives, whatever moco takes.
+Two targets are out of reach. topk_over_pass: one pass takes 0.1 ns per similarity on two cores. The
+search also selects among 2 x 8192 numbers per query (N 32, K 65536, n_hard 1024), in NumPy on one
+core, and sorts 1024. This alone takes several times as long as the pass. synco_over_moco: SynCo
+also needs the [N, K] similarities, the search (about as long as the product), random draws (a fifth
+of moco) and the norms of its negatives. A faster moco does not make these faster.
 """
 
 import copy

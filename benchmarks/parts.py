@@ -34,58 +34,60 @@ LONGER = (
     "- [One NVIDIA H200](results/gpu-nvidia-h200.md): correctness, speed, and CIFAR-10",
     "- [All methods with one recipe](results/family.md), and [every method with its own",
     "  settings](results/methods.md): accuracy on `photos`",
-    "- [Runs stopped 20 times](results/faults.md), and their bits",
+    "- [Runs stopped 20 times](results/faults.md), compared with uninterrupted runs",
     "- [Scaling to many GPUs](../docs/scaling.md): counted bytes, and predictions",
 )
 # in the names of figures that compare this code with another library's
 PEERS = ("lightly", "kornia", "solo", "torchvision", "pil")
+_HEAD = {
+    "moco_over_floor": "time of MoCo's head / of the arithmetic that any head must do",
+    "moco_over_plain_moco": "time of MoCo's head / with concatenated logits",
+    "synco_over_moco": "time of SynCo's head / of MoCo's head",
+    "synco_over_plain_moco": "time of SynCo's head / of MoCo's with concatenated logits",
+    "loop_extra_over_ours_extra": "time that one autograd call for each perturbed and "
+    "adversarial negative adds / time that our SynCo adds to our MoCo",
+    "explicit_memory_over_ours": "memory of explicit synthetic negatives / of ours",
+    "topk_over_pass": "time of the search for the hardest negatives / of one pass over "
+    "the similarities",
+    "topk_over_product": "time of this search / of the product that computes the similarities",
+    "lightly_over_step": "time of lightly's loss and queue update / of ours",
+    "lightly_memory_over_step": "memory of lightly's loss and queue update / of ours",
+    "solo_over_moco": "time of solo-learn's loss / of ours",
+}
 PARTS = (
     Part(
         "negatives",
         "The contrastive head",
         "negatives.py",
         "The loss and its gradient, forward and backward, for random features. moco and synco are "
-        "ours, with their metrics; step also updates the queue. plain: concatenated logits; "
-        "explicit: SynCo with every synthetic negative as a vector; loop: SynCo with one autograd "
-        "call per perturbed or adversarial negative; lightly: NTXentLoss with its memory bank, "
-        "which it updates, too; solo: solo-learn's moco_loss_func. All have the same loss and "
-        "gradient, to 1e-5. floor and blocks are the arithmetic that any head must do, on the "
-        "full matrix and block by block: the product with the bank, the exponentials, their sums,"
-        " and the product for the gradient. topk is the search for the hardest negatives, product"
-        " the similarities alone, amax one pass over them. Two targets are out of reach. The "
-        "search selects among 2 x 8192 numbers per query, which takes several times as long as "
-        "one pass over the similarities, and SynCo needs the search, random draws and norms, "
-        "which do not become faster when MoCo does.",
-        {
-            "moco_over_floor": "time of MoCo's head / of the arithmetic that any head must do",
-            "moco_over_plain_moco": "time of MoCo's head / with concatenated logits",
-            "synco_over_moco": "time of SynCo's head / of MoCo's head",
-            "synco_over_plain_moco": "time of SynCo's head / of MoCo's with concatenated logits",
-            "loop_extra_over_ours_extra": "time that one autograd call for each perturbed and "
-            "adversarial negative adds / time that our SynCo adds to our MoCo",
-            "explicit_memory_over_ours": "memory of explicit synthetic negatives / of ours",
-            "topk_over_pass": "time of the search for the hardest negatives / of one pass over "
-            "the similarities",
-            "topk_over_product": "time of this search / of the product that computes the "
-            "similarities",
-            "lightly_over_step": "time of lightly's loss and queue update / of ours",
-            "lightly_memory_over_step": "memory of lightly's loss and queue update / of ours",
-            "solo_over_moco": "time of solo-learn's loss / of ours",
-        },
+        "ours, with their metrics; step is moco and the update of the queue. plain: MoCo with "
+        "concatenated logits; explicit: SynCo with every synthetic negative as a vector; loop: "
+        "SynCo with one autograd call per perturbed or adversarial negative; lightly: lightly's "
+        "NTXentLoss with its memory bank, which it also updates; solo: solo-learn's "
+        "moco_loss_func. The losses and gradients of MoCo agree to 1e-5, and so do those of SynCo. "
+        "floor and blocks are the arithmetic that any head must do, on the full matrix and block "
+        "by block: the product with the bank, the exponentials, their sums, and the product for "
+        "the gradient. topk: the search for the hardest negatives; product: the similarities; "
+        "amax: one pass over them. Two targets are out of reach. topk_over_pass: the search "
+        "selects among 2 x 8192 numbers per query, which takes several times as long as one pass "
+        "over the similarities. synco_over_moco: SynCo needs the search, random draws and norms "
+        "in addition, and a faster MoCo does not make these faster.",
+        _HEAD,
     ),
     Part(
         "negatives_large",
         "The contrastive head with 262,144 entries",
         "negatives.py --n 256 --k 262144 --rounds 5",
-        "The same with 256 queries.",
+        "As above, with 256 queries and 262,144 entries.",
+        _HEAD,
     ),
     Part(
         "false_negatives",
         "FNC's head",
         "false_negatives.py",
         "Forward and backward, with the search for false negatives. Ours works on chunks of "
-        "images. The plain one uses autograd on all views at once. The script fails if the loss or "
-        "the gradient differs. Our memory is that of two [chunk, entries] buffers.",
+        "images. The plain head uses autograd on all views at once. The script fails if the loss "
+        "or the gradient differs. Our head needs two buffers of size [chunk, entries].",
         {
             "plain_over_ours": "time of the plain head / of ours",
             "plain_memory_over_ours": "memory of the plain head / of ours",
@@ -114,9 +116,9 @@ PARTS = (
         "ddp",
         "Averaging gradients",
         "ddp.py",
-        "A SimCLR step on two processes, which communicate over loopback. default: DDP with "
-        "buckets of 25 MB and copies of the gradients; views: gradients that are views of the "
-        "buckets, as in all scripts; the others change one thing each. See "
+        "A SimCLR step on two processes of one machine. default: DDP with buckets of 25 MB and "
+        "copies of the gradients; views: gradients that are views of the buckets, as in all "
+        "scripts. Each other row changes one thing in views. See "
         "[docs/scaling.md](../docs/scaling.md#gradient-reduction).",
         {
             "views_over_default": "time with views of the buckets / with copies",
@@ -134,14 +136,16 @@ PARTS = (
         "Training on a busy machine",
         "threads.py",
         "Training steps alone, and next to programs that keep all cores busy and start later. "
-        "ours: the waiting of OpenMP's threads that the scripts choose; the others: their names.",
+        "ours: OpenMP's threads wait as the scripts set it (GOMP_SPINCOUNT); torch's default: they "
+        "wait as OpenMP does by default; one thread: OMP_NUM_THREADS=1.",
         {
-            "contention": "time of a step next to busy programs / with one thread, next to the "
-            "same programs",
+            "contention": "time of a step / with one thread, both next to busy programs",
             "busy_over_one_thread_alone": "time of a step next to busy programs / with one thread "
             "on a quiet machine",
-            "busy_default_over_one_thread": "the same as the first, with PyTorch's default",
-            "alone_over_default": "time of a step on a quiet machine / with PyTorch's default",
+            "busy_default_over_one_thread": "time of a step with PyTorch's default / with one "
+            "thread, both next to busy programs",
+            "alone_over_default": "time of a step / with PyTorch's default, both on a quiet "
+            "machine",
         },
     ),
     Part(
@@ -151,16 +155,19 @@ PARTS = (
         "One thread. host: decoding and crops, as our workers do; cpu: the same, and the color "
         "operations on the CPU too; pil and v2: torchvision's pipelines on PIL images and on "
         "tensors; lightly: its MoCoV2Transform. The other rows are stages of our pipeline, and "
-        "peers of single stages: simplejpeg, which is libjpeg-turbo, for decoding, and kornia for "
-        "the colors. A row is missing if its package is not installed. Decoding takes most of "
-        "host's time, and all pipelines decode with libjpeg-turbo.",
+        "other libraries for single stages: libjpeg-turbo (through simplejpeg) for decoding, and "
+        "kornia for the colors. A row is missing if its package is not installed. Decoding takes "
+        "most of host's time, and all pipelines decode with libjpeg-turbo.",
         {
             "host_over_pil": "images/s of our workers / of torchvision on PIL images",
-            "cpu_over_pil": "the same, with the color work on the CPU too",
+            "cpu_over_pil": "images/s of our views, with colors on the CPU / of torchvision on PIL "
+            "images",
             "host_over_v2": "images/s of our workers / of torchvision on tensors",
-            "cpu_over_v2": "the same, with the color work on the CPU too",
+            "cpu_over_v2": "images/s of our views, with colors on the CPU / of torchvision on "
+            "tensors",
             "host_over_lightly": "images/s of our workers / of lightly's transform",
-            "cpu_over_lightly": "the same, with the color work on the CPU too",
+            "cpu_over_lightly": "images/s of our views, with colors on the CPU / of lightly's "
+            "transform",
             "host_over_decode_and_resize": "time of a loader process, with reading, batching and "
             "copying / of decoding and resizing alone",
             "colors_over_kornia": "speed of our color operations / of kornia's",
@@ -172,7 +179,8 @@ PARTS = (
         "loader.py --small --rounds 2",
         "An epoch of 50,000 images in memory. Each pipeline has two processes with one thread "
         "each. ours: one worker crops, and the main process does the color operations; crops: ours "
-        "without the color operations; colours: these alone; pil: a DataLoader with two workers.",
+        "without the color operations; colors: these alone; pil: torchvision on PIL images, in a "
+        "DataLoader with two workers.",
         {"ours_over_pil": "images/s of our pipeline / of torchvision on PIL images"},
     ),
     Part(
@@ -187,23 +195,24 @@ PARTS = (
         "loader_shards",
         "Tar, arrow and parquet files",
         "loader.py --shards --images 2000 --rounds 3",
-        "Images in random order, on one thread. read: the bytes alone; views: decoding and two "
-        "crops, too. Before a cold measurement, the system is told to forget the files. The disk "
-        "reads ahead, so most of the cold arrow figures are warm.",
+        "Images in random order, on one thread. read: the bytes alone; views: also decoding and "
+        "two crops. Before a cold measurement, the files are removed from the system's cache. The "
+        "system reads arrow files ahead, so most of their cold reads come from the cache.",
     ),
     Part(
         "startup",
         "Start-up",
         "startup.py --rounds 5",
         "The time from a command to its help, to the refusal of an option, and to the end of the "
-        "first step (ResNet-18 at 64 pixels on `photos`), warm. The last rows list 100,000 images "
-        "in 1000 folders.",
+        "first step (ResNet-18 at 64 pixels on `photos`). The packages are in the system's cache. "
+        "The last rows are the listing of 100,000 images in 1000 folders.",
         {
             "slowest_help_s": "seconds of --help, the slowest of all scripts and tools",
             "refused_s": "seconds until a script refuses an option",
             "import_torch_s": "seconds of `import torch`",
             "first_step_s": "seconds until the first step has ended",
-            "first_step_over_import_torch": "the first step / `import torch`",
+            "first_step_over_import_torch": "time until the first step has ended / of `import "
+            "torch`",
             "torchvision_over_ours": "time of torchvision's ImageFolder / of our listing",
         },
     ),
@@ -236,11 +245,11 @@ PARTS = (
         "[docs/scaling.md](../docs/scaling.md#sharded-parameters-fsdp).",
         {
             "fixed_gib": "GiB that do not depend on the batch, float32, AdamW",
-            "parameters_millions": "millions of parameters",
+            "parameters_millions": "millions of trained parameters",
             "mib_per_image_off": "MiB per image, float32",
-            "mib_per_image_off_grad_checkpoint": "the same, with --grad-checkpoint",
+            "mib_per_image_off_grad_checkpoint": "MiB per image, float32, --grad-checkpoint",
             "mib_per_image_bf16": "MiB per image, --amp bf16",
-            "mib_per_image_bf16_grad_checkpoint": "the same, with --grad-checkpoint",
+            "mib_per_image_bf16_grad_checkpoint": "MiB per image, --amp bf16, --grad-checkpoint",
         },
     ),
 )

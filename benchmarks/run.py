@@ -1,10 +1,10 @@
 #!/usr/bin/env python
 """Run all benchmarks of speed and memory, and write RESULTS.md from their results.
 
-`make benchmarks` runs it. It starts the scripts of parts.py one after the other, and keeps the
-results of each in results/NAME.json. RESULTS.md is written from these files. To measure single
+`make benchmarks` runs this script. It runs the scripts in parts.py one after the other, and keeps
+the results of each in results/NAME.json. RESULTS.md is written from these files. To measure some
 parts again, name them: python benchmarks/run.py negatives step. If a script fails, the others still
-run, and the exit status is 1. Other programs on the machine change the figures.
+run, and the exit status is 1. Stop other programs first, because they change the figures.
 """
 
 import argparse

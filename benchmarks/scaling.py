@@ -3,7 +3,7 @@
 
 The bytes of all collectives follow from formulas. `--check` compares them with those of real
 processes, and fails if they differ by more than 1 %. The speeds of networks and disks are
-assumptions, which options change. Results are added to a JSON file, from which `--write` makes the
+assumptions; options change them. Results are added to a JSON file, from which `--write` makes the
 tables and the plot of docs/scaling.md.
 """
 
@@ -20,7 +20,7 @@ import scaling_page
 import scaling_shards
 import torch
 from scaling_counts import TABLE
-from scaling_predict import Cluster, averages, measured, predict, queue
+from scaling_predict import ASSUMPTIONS, Cluster, averages, measured, predict, queue
 
 from moco.files import write_json
 
@@ -57,32 +57,38 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     p.add_argument("--predict", action="store_true", help="predict with the assumptions below")
-    p.add_argument("--check", action="store_true", help="count the bytes of real processes")
-    p.add_argument("--shards", action="store_true", help="compare sharded with replicated state")
-    p.add_argument("--write", action="store_true", help="write docs/scaling.md from the JSON file")
-    p.add_argument("--ranks", type=int, nargs="+", default=[2, 4, 8], help="processes to check")
-    p.add_argument("--methods", nargs="+", choices=TABLE, default=list(TABLE), help="to check")
+    p.add_argument(
+        "--check",
+        action="store_true",
+        help="compare the counted bytes with those of real processes",
+    )
+    p.add_argument(
+        "--shards",
+        action="store_true",
+        help="compare sharded with replicated queues and moving averages",
+    )
+    p.add_argument(
+        "--write",
+        action="store_true",
+        help="write tables and plot of docs/scaling.md from the results",
+    )
+    p.add_argument(
+        "--ranks",
+        type=int,
+        nargs="+",
+        default=[2, 4, 8],
+        help="numbers of processes for --check and --shards",
+    )
+    p.add_argument(
+        "--methods", nargs="+", choices=TABLE, default=list(TABLE), help="methods for --check"
+    )
     p.add_argument(
         "--json", type=Path, help="file of the results (default: benchmarks/results/scaling.json)"
     )
     group = p.add_argument_group("assumptions")
-    helps = {
-        "--node": "GPUs of a node",
-        "--nvlink": "GB/s that a GPU sends to those of its node",
-        "--network": "GB/s of a network adapter; 50 is 400 Gbit/s",
-        "--adapters": "network adapters of a node",
-        "--efficiency": "fraction of these speeds that collectives reach",
-        "--start": "microseconds to start a collective",
-        "--hop": "microseconds from a GPU to the next one in the node",
-        "--hop-out": "microseconds from a node to the next one",
-        "--cores": "CPU cores for each GPU",
-        "--disk": "GB/s of writing a checkpoint",
-        "--tflops": "10^12 operations per second of the losses' matrix products in float32",
-        "--memory": "GB/s of the GPU's memory in elementwise operations",
-    }
     for field in fields(Cluster):
         kind, name = type(field.default), f"--{field.name.replace('_', '-')}"
-        group.add_argument(name, type=kind, default=field.default, help=helps[name])
+        group.add_argument(name, type=kind, default=field.default, help=ASSUMPTIONS[name])
     return p
 
 

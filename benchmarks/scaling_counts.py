@@ -138,7 +138,7 @@ def _adco_multi_crop(s: Sizes, ranks: int, _: bool) -> list[Collective]:
 
 
 def _simclr(s: Sizes, ranks: int, cuda: bool) -> list[Collective]:
-    """Both views' features are gathered at once; the backward pass sums the gradient of all."""
+    """Return the collectives of SimCLR, which gathers the features of both views at once."""
     features = 2 * s.batch * s.dim * FLOAT
     return [
         Collective("feature gather", "all_gather", features),
@@ -164,7 +164,10 @@ def _isogclr(s: Sizes, ranks: int, cuda: bool) -> list[Collective]:
 
 
 def _fnc(s: Sizes, _: int, cuda: bool) -> list[Collective]:
-    """All views pass each network at once. The memory gets features without a gradient."""
+    """Return the collectives of FNC. All views pass each network at once.
+
+    The features for the memory have no gradient.
+    """
     features = len(s.pixels) * s.batch * s.dim * FLOAT
     return [
         Collective("feature gather", "all_gather", features),
@@ -182,7 +185,7 @@ def _byol(s: Sizes, _: int, cuda: bool) -> list[Collective]:
 
 
 def _moby(s: Sizes, ranks: int, cuda: bool) -> list[Collective]:
-    """Each view's target features are gathered: for MoBY's queues, or as MoCo v3's negatives."""
+    """Return the collectives of MoBY and MoCo v3, which gather the target features of each view."""
     return [_features(s, 2), *_byol(s, ranks, cuda)]
 
 

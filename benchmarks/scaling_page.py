@@ -6,12 +6,14 @@ from pathlib import Path
 import scaling_check
 from matplotlib.figure import Figure
 from scaling_counts import TABLE, WHAT
+from scaling_predict import ASSUMPTIONS
 
 from moco.report.plots import COLORS
 
 GIB = 2.0**30
 _MARKED = re.compile(r"(<!-- table: ([a-z0-9-]+) -->\n).*?(<!-- end of table -->)", re.S)
 _CAUSES = (*WHAT, "larger head", "loader", "checkpoint")
+_SHORT = {"sync batch norm": "SyncBN"}
 # the methods of the plot; the others are like one of them
 _DRAWN = ("mocov2", "adco", "sogclr", "fnc", "moby", "mocov3")
 
@@ -44,6 +46,10 @@ def _mega(value: float) -> str:
     return _number(value / 1e6)
 
 
+def _cause(what: str) -> str:
+    return _SHORT.get(what, what)
+
+
 def _of(found: dict, batch: int) -> dict[tuple[str, int], dict]:
     """Return the predictions by method and number of GPUs."""
     return {(p["method"], p["ranks"]): p for p in found["predictions"] if p["batch"] == batch}
@@ -57,7 +63,7 @@ def _bytes(found: dict) -> str:
         payload = [_mega(p[0]["payload"][what]) if p[0]["payload"][what] else "" for what in WHAT]
         rows.append([entry.title, *payload, *[_mega(sum(one["sent"].values())) for one in p]])
     sent = [f"sent, {ranks} GPUs" for ranks in (8, 64, 512)]
-    return _table(["MB per GPU and step", *WHAT, *sent], rows)
+    return _table(["MB per GPU and step", *map(_cause, WHAT), *sent], rows)
 
 
 def _check(found: dict) -> str:
@@ -79,10 +85,10 @@ def _check(found: dict) -> str:
         [
             "method",
             "processes",
-            "payload per rank and step, bytes: formulas",
+            "payload per process and step, bytes: counted",
             "measured",
             "largest difference of a collective",
-            "sent by all ranks, MB: formulas",
+            "sent by all processes, MB: counted",
             "measured on the wire",
             "difference",
         ],
@@ -96,7 +102,7 @@ def _factors(found: dict) -> str:
         [ranks, *[f"{of[op]['factor']:.3f} / {of[op]['measured']:.3f}" for op in ops]]
         for ranks, of in sorted(found["factors"].items(), key=lambda item: int(item[0]))
     ]
-    return _table(["processes", *[f"{op}: factor / measured" for op in ops]], rows)
+    return _table(["processes", *[f"{op}: counted / measured" for op in ops]], rows)
 
 
 def _prediction(batch: int):
@@ -109,7 +115,7 @@ def _prediction(batch: int):
                 p = of[method, ranks]
                 cells.append(f"{1e3 * p['step']:.1f}")
                 cells.append(f"{p['efficiency']:.0%}")
-                cells.append(f"{p['first_limit']}, {p['first_share']:.1%}")
+                cells.append(f"{_cause(p['first_limit'])}, {p['first_share']:.1%}")
             rows.append([entry.title, *cells])
         head = ["method", "ms on one GPU"]
         for ranks in (8, 64, 512):
@@ -126,7 +132,7 @@ def _slow_network(found: dict) -> str:
         for p in found["slow_network"]:
             if p["method"] == method:
                 cells += [f"{1e3 * p['step']:.1f}", f"{p['efficiency']:.0%}"]
-                cells.append(f"{p['first_limit']}, {p['first_share']:.1%}")
+                cells.append(f"{_cause(p['first_limit'])}, {p['first_share']:.1%}")
         rows.append([TABLE[method].title, *cells])
     head = ["method"]
     for ranks in (64, 512):
@@ -177,8 +183,8 @@ def _queue(found: dict) -> str:
             "GPUs",
             "images per GPU",
             "queue, MiB per GPU: replicated / sharded",
-            "logits, MiB: both",
-            "head, ms: both (predicted)",
+            "logits [B, K], MiB: both (SynCo)",
+            "loss, ms: both (predicted)",
             "MB sent per GPU: replicated / sharded (counted)",
             "ms of communication (predicted)",
         ],
@@ -197,8 +203,8 @@ def _queue_check(found: dict) -> str:
         ]
         for one in found["shards"]
     ]
-    head = ["processes", "relative difference of the loss", "of the gradient", "equal queues"]
-    return _table([*head, "bytes sent per rank: formulas / measured"], rows)
+    head = ["processes", "relative difference: loss", "gradient", "equal queues"]
+    return _table([*head, "bytes sent per process and step: counted / measured"], rows)
 
 
 def _averages(found: dict) -> str:
@@ -216,8 +222,8 @@ def _averages(found: dict) -> str:
         [
             "GPUs",
             "`u`, MB per GPU: replicated / sharded",
-            "sharded: more MB sent per GPU and step (counted)",
-            "more ms per step (predicted)",
+            "MB sent per GPU and step, in addition, if sharded (counted)",
+            "ms per step, in addition, if sharded (predicted)",
             "seconds to save `u` (predicted)",
         ],
         rows,
@@ -239,35 +245,21 @@ def _averages_check(found: dict) -> str:
     return _table(
         [
             "processes",
-            "same bits of losses and gradients",
-            "of all `u`",
+            "same bits: losses and gradients",
+            "all `u`",
             "`u`, MB per process: replicated / sharded",
-            "bytes sent per rank and step, measured: replicated / sharded",
-            "sharded, formulas",
+            "bytes sent per process and step, measured: replicated / sharded",
+            "sharded, counted",
         ],
         rows,
     )
 
 
 def _assumptions(found: dict) -> str:
-    words = {
-        "node": "GPUs of a node",
-        "nvlink": "GB/s from a GPU to those of its node",
-        "network": "GB/s of a network adapter (50: InfiniBand of 400 Gbit/s)",
-        "adapters": "adapters of a node",
-        "efficiency": "fraction of these speeds that collectives reach",
-        "start": "microseconds to start a collective",
-        "hop": "microseconds from a GPU to the next one in the node",
-        "hop_out": "microseconds from a node to the next one",
-        "cores": "CPU cores for each GPU",
-        "disk": "GB/s of writing a checkpoint",
-        "tflops": "10^12 operations per second of the losses' matrix products in float32",
-        "memory": "GB/s of the GPU's memory in elementwise operations",
-    }
-    rows = [
-        [f"`--{name.replace('_', '-')}`", f"{value:g}", words[name]]
-        for name, value in found["cluster"].items()
-    ]
+    rows = []
+    for name, value in found["cluster"].items():
+        option = f"--{name.replace('_', '-')}"
+        rows.append([f"`{option}`", f"{value:g}", ASSUMPTIONS[option]])
     return _table(["option", "value", "meaning"], rows)
 
 
@@ -302,7 +294,9 @@ def draw(predictions: list[dict]) -> Figure:
                 p, x, bottom = of[method, ranks, batch], 3.8 * i + j, 0.0
                 for color, cause in zip(COLORS, causes, strict=False):
                     height = 100 * p["lost"][cause] / p["step"]
-                    panel.bar(x, height, 0.85, bottom, color=color, label=cause if not x else None)
+                    panel.bar(
+                        x, height, 0.85, bottom, color=color, label=None if x else _cause(cause)
+                    )
                     bottom += height
                 panel.text(x, bottom + 1.5, f"{bottom:.0f}", ha="center", fontsize=9)
                 ticks.append(x)

@@ -32,22 +32,7 @@ _BUCKET = 25 * 2**20  # bytes of DDP's buckets
 
 @dataclass(frozen=True)
 class Cluster:
-    """The assumed machines: by default nodes like NVIDIA's DGX H200.
-
-    Attributes:
-        node: GPUs of a node.
-        nvlink: GB/s that a GPU sends to those of its node.
-        network: GB/s of a network adapter: 50 is 400 Gbit/s.
-        adapters: network adapters of a node.
-        efficiency: fraction of these speeds that collectives reach.
-        start: microseconds to start a collective.
-        hop: microseconds from a GPU to the next one in the node.
-        hop_out: microseconds from a node to the next one.
-        cores: CPU cores for each GPU.
-        disk: GB/s of writing a checkpoint.
-        tflops: 10^12 operations per second of the losses' matrix products, in float32.
-        memory: GB/s of the GPU's memory that elementwise operations reach.
-    """
+    """The assumed machines: by default nodes like NVIDIA's DGX H200. See `ASSUMPTIONS`."""
 
     node: int = 8
     nvlink: float = 450.0
@@ -61,6 +46,23 @@ class Cluster:
     disk: float = 1.0
     tflops: float = 50.0
     memory: float = 3500.0
+
+
+# for each field of `Cluster`, the option that sets it, and what it is
+ASSUMPTIONS = {
+    "--node": "GPUs of a node",
+    "--nvlink": "GB/s from a GPU to those of its node",
+    "--network": "GB/s of a network adapter (50: InfiniBand of 400 Gbit/s)",
+    "--adapters": "network adapters of a node",
+    "--efficiency": "fraction of these speeds that collectives reach",
+    "--start": "microseconds to start a collective",
+    "--hop": "microseconds from a GPU to the next one in the node",
+    "--hop-out": "microseconds from a node to the next one",
+    "--cores": "CPU cores for each GPU",
+    "--disk": "GB/s of writing a checkpoint",
+    "--tflops": "10^12 operations per second of the losses' matrix products in float32",
+    "--memory": "GB/s of the GPU's memory in elementwise operations",
+}
 
 
 def seconds(c: Collective, ranks: int, cluster: Cluster) -> float:
@@ -158,7 +160,7 @@ def _logits(method: str, s: Sizes, ranks: int) -> tuple[float, float]:
     return rows * columns, products * rows * columns * s.dim
 
 
-def head_seconds(logits: float, products: float, cluster: Cluster) -> float:
+def loss_seconds(logits: float, products: float, cluster: Cluster) -> float:
     """Return the time of a loss: its matrix products, and six passes over its float32 logits."""
     return 2 * products / (cluster.tflops * 1e12) + 6 * 4 * logits / (cluster.memory * 1e9)
 
@@ -241,7 +243,7 @@ def predict(method: str, batch: int, ranks: int, cluster: Cluster, one: Measured
             last = min(1.0, _BUCKET / c.payload)
             took = max(took * last, took - compute * _BACKWARD.get(method, 0.5))
         lost[c.what] += took
-    lost["larger head"] = head_seconds(*_logits(method, s, ranks), cluster)
+    lost["larger head"] = loss_seconds(*_logits(method, s, ranks), cluster)
     step = busy + sum(lost.values())
     cores = batch / step / one.loader
     lost["loader"] = max(0.0, cores / cluster.cores - 1) * step
@@ -285,7 +287,7 @@ def queue(ranks: int, batch: int, entries: int, dim: int, cluster: Cluster) -> d
     Both compare as many pairs: a rank's queries with all entries, or all queries with its entries.
     """
     logits = batch * entries
-    head = head_seconds(logits, 2 * logits * dim, cluster)  # similarities and gradient of q
+    head = loss_seconds(logits, 2 * logits * dim, cluster)  # similarities and gradient of q
     moved = sharded_queue(batch, dim, ranks, FLOAT)
     return {
         "ranks": ranks,

@@ -1,4 +1,4 @@
-"""Compare a queue, and SogCLR's moving averages, that are replicated with ones that are sharded.
+"""Compare replicated with sharded versions of the queue, and of SogCLR's moving averages.
 
 Real processes check that both give the same losses and gradients. Their process group counts the
 bytes.
@@ -97,7 +97,7 @@ def compare_queues(entries: int, batch: int, steps: int) -> dict[str, object]:
     rank, ranks = distributed.rank(), distributed.world_size()
     draw = torch.Generator().manual_seed(0)
     queue = normalize(torch.randn(entries, DIM, generator=draw, dtype=torch.float64))
-    shard, pointer, place = queue[rank::ranks].clone(), torch.zeros(1, dtype=torch.long), 0
+    shard, pointer, of_shards = queue[rank::ranks].clone(), torch.zeros(1, dtype=torch.long), 0
     draw.manual_seed(1 + rank)
     found = {"loss": 0.0, "gradient": 0.0}
     sent = []
@@ -126,7 +126,7 @@ def compare_queues(entries: int, batch: int, steps: int) -> dict[str, object]:
         found["gradient"] = max(found["gradient"], float(relative))
         keys = distributed.all_gather(k)
         enqueue(queue, pointer, keys)
-        place = enqueue_shard(shard, place, keys)
+        of_shards = enqueue_shard(shard, of_shards, keys)
     found["bytes_sent"] = sent[-1]
     moved = sharded_queue(batch, DIM, ranks, size=8)
     found["bytes_counted"] = sum(wire(c.op, c.payload, ranks) for c in moved)
@@ -155,7 +155,7 @@ class ShardedSogCLR(SogCLR):
 
 
 def compare_averages(images: int, batch: int, steps: int) -> dict[str, object]:
-    """Take steps with both kinds of `u` on this rank; return their differences and costs."""
+    """Take steps with both versions of `u` on this rank; return their differences and costs."""
     rank, ranks = distributed.rank(), distributed.world_size()
     full = SogCLR(nn.Identity, images)
     part = ShardedSogCLR(nn.Identity, -(-images // ranks))

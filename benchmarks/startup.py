@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Measure the start of programs: --help, a refused option, the first step, and listing a folder.
 
-All times are warm: the first rounds, which read the packages from the disk, do not count. The first
+The first rounds, which read the packages from the disk, do not count. The first
 step is that of ResNet-18 on `photos` at 64 pixels, in one process with the default number of loader
 processes. Listing is compared with torchvision's ImageFolder.
 """

@@ -24,7 +24,7 @@ user.import_quietly()
 # result depend on it. They do depend on the number of threads, which therefore does not follow the
 # load. OpenMP reads the variable once, when torch is loaded, so import this package before torch.
 # The user's own settings win.
-_OPENMP = ("OMP_WAIT_POLICY", "OMP_NUM_THREADS", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+_OPENMP = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 if not any(name in os.environ for name in _OPENMP):
     os.environ["GOMP_SPINCOUNT"] = "10000"
 
@@ -56,21 +56,21 @@ class _FirstExp:
     torch itself, so that `--help` and refused options take a fraction of a second.
     """
 
+    def __init__(self):
+        self._searches = False
+
     def find_spec(self, name: str, *_: object) -> ModuleSpec | None:
         """Return torch's spec, with a loader that calls `exp`; None for all other modules."""
-        if name != "torch":
+        if name != "torch" or self._searches:
             return None
-        sys.meta_path.remove(self)
-        try:
-            spec = importlib.util.find_spec(name)
-        finally:
-            # other packages search for torch without importing it, so stay until it is imported
-            sys.meta_path.insert(0, self)
+        self._searches = True  # find_spec also asks this finder
+        spec = importlib.util.find_spec(name)
+        self._searches = False
         if spec is not None:
             load = spec.loader.exec_module
 
             def load_and_call(module: ModuleType) -> None:
-                sys.meta_path.remove(self)
+                del sys.meta_path[sys.meta_path.index(self)]
                 load(module)
                 module.ones(1).exp()
 

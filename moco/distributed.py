@@ -14,7 +14,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compr
 from torch.nn.parallel import DistributedDataParallel
 
 from moco import devices
-from moco.messages import is_rank0 as is_rank0  # unused here: the two belong to these functions
+from moco.messages import is_rank0 as is_rank0  # both are for users of this file
 from moco.messages import print_rank0 as print_rank0
 
 # torch 2.13 deprecates the older name
@@ -129,8 +129,8 @@ def data_parallel(module: nn.Module, compress: str = "off") -> nn.Module:
     """Return `module` with gradients averaged over ranks; `module` itself in one process.
 
     Forward passes do not broadcast buffers. Queues are equal on all ranks by construction, and
-    `broadcast_buffers` copies the batch norm statistics once an epoch. The gradients are views of
-    DDP's buckets, which saves a copy of each.
+    `broadcast_buffers` copies the batch norm statistics once an epoch. Gradients are views of DDP's
+    buckets, which saves a copy of them.
 
     Args:
         module: the module to train.

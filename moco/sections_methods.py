@@ -1,4 +1,4 @@
-"""The sections of settings that single methods have: their losses, and FNC's and MoBY's networks.
+"""The sections of settings of some methods only: their losses, and networks of FNC and MoBY.
 
 Like moco/sections.py, this file does not import torch, so that options are read quickly.
 """
@@ -23,7 +23,7 @@ from moco.sections_negatives import SyntheticNegatives
 
 # the losses that depend on the negatives only through the log-sum-exp of their logits
 LOSSES = ("infonce", "dcl", "dclw", "debiased", "hcl")
-# the losses that use each setting
+# for each setting, the losses that use it
 USED_BY = {
     "tau_plus": ("debiased", "hcl"),
     "beta": ("hcl",),
@@ -206,7 +206,8 @@ class FalseNegatives:
         return f"{views} views; false negatives: {self.fn_mode}, {found}; {memory}"
 
 
-# the papers' momentum, learning rate (x total batch / 512 there, / 256 here) and weight decay
+# The papers' momentum, learning rate and weight decay. The papers scale the learning rate by
+# total batch / 512, and this code by total batch / 256.
 MOBY = {
     "moby": {"moco_m": 0.99, "lr": 0.0005, "wd": 0.05},
     "synco": {"moco_m": 0.99, "lr": 0.0005, "wd": 0.05},

@@ -231,7 +231,7 @@ def on_two_ranks(checks: dict[str, tuple], folder: Path) -> Callable[[str], list
 
 
 def on_ranks(n: int, checks: dict[str, tuple], folder: Path) -> Callable[[str], list]:
-    """Call each check (a function and what it gets after its rank) on n processes over loopback.
+    """Call each check (a function and its arguments after the rank) on n processes over loopback.
 
     Returns a function that takes the name of a check and returns the results of all ranks. It
     fails the test if the check failed on a rank.

@@ -334,7 +334,7 @@ def _jitter_chunk(
 
 def _apply_by_image(x: Tensor, view: View, draws: Draws) -> Tensor:
     out = torch.empty(x.shape)
-    with torch.inference_mode():  # many short operations, which PyTorch starts faster so
+    with torch.inference_mode():  # many short operations, which start faster
         _write_by_image(x, view, draws, out)
     return out
 
@@ -348,7 +348,7 @@ def _write_by_image(x: Tensor, view: View, draws: Draws, out: Tensor) -> None:
     happens = {name: getattr(draws, name).tolist() for name in operations}
     for i, stored in enumerate(x.split(1)):
         changes = [name for name in operations if happens[name][i]]
-        while changes and changes[0] in _FLIPPED:  # while values have one byte, if they are uint8
+        while changes and changes[0] in _FLIPPED:  # before uint8 values become floats
             stored = stored.flip(_FLIPPED[changes.pop(0)])
         image = _one_image(stored)
         for name in changes:

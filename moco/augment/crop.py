@@ -53,8 +53,8 @@ def resized_crop(image: Tensor, box: Box, size: int, interpolation: str = "bilin
 def _channels_last(size: int) -> Tensor:
     """Return memory for an image, uint8 [1, 3, size, size], in PyTorch's format channels_last.
 
-    The three values of a pixel are next to each other, as JPEG decoders write them. PyTorch resizes
-    such images fastest.
+    In this format, the three values of a pixel are next to each other, as JPEG decoders write them.
+    PyTorch resizes such images fastest.
     """
     return torch.empty(1, size, size, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
 

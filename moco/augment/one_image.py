@@ -1,7 +1,8 @@
 """The color operations on one large image, for a CPU.
 
-The results equal those of `moco/augment/operations.py`. Each parameter is a number, and there are
-fewer passes over the pixels, because a core's cache holds only a few such images.
+The results equal those of `moco/augment/operations.py`, except for rounding. That file works on
+batches. Here, each parameter is a number, and there are fewer passes over the pixels, because a
+core's cache holds only a few such images.
 """
 
 import math
@@ -79,12 +80,13 @@ def adjust_hue(x: Tensor, shift: float) -> Tensor:
     """Return the image with its hue shifted in HSV space by `shift`, in [-.5, .5] of a turn.
 
     The image `x` may be overwritten. A shift by a third of a turn exchanges the channels. The rest
-    is at most 1/6. As the hue turns, each channel of a pixel rises from the pixel's minimum to its
-    maximum within 1/6 of a turn, stays there for 1/3, falls within 1/6, and stays at the minimum
-    for 1/3. Extend the rising and the falling line of a channel c beyond the minimum and maximum.
-    Then the line is now at 2 c - middle, where `middle` is the median of the pixel's channels. The
-    shift moves it by 6 `shift` (maximum - minimum). The order of the other two channels says which
-    of the two lines c is on.
+    of the shift is at most 1/6. As the hue turns, each channel of a pixel rises from the pixel's
+    minimum to its maximum within 1/6 of a turn, stays there for 1/3, falls within 1/6, and stays at
+    the minimum for 1/3. Extend the rising or falling line of a channel c beyond the minimum and the
+    maximum. At the pixel's hue, its value is 2 c - middle, where `middle` is the median of the
+    pixel's channels. The shift adds or subtracts 6 `shift` (maximum - minimum), and the result is
+    clamped to the minimum and maximum. The order of the other two channels says whether the line
+    rises or falls.
     """
     thirds = round(3 * shift)
     if thirds % 3:
@@ -105,9 +107,11 @@ def adjust_hue(x: Tensor, shift: float) -> Tensor:
 def gaussian_blur(x: Tensor, sigma: float, radius: int) -> Tensor:
     """Return the blurred image, without taps below 4e-6 of the largest.
 
-    The kernel has 2 `radius` + 1 taps, and `sigma` is in pixels. Borders are reflected. A blur
-    along an axis is a product with a matrix that is zero far from its diagonal. A block of rows or
-    columns needs only the pixels near it, and `band` has their weights, the same for all blocks.
+    The kernel has at most 2 `radius` + 1 taps, and `sigma` is in pixels. Borders are reflected.
+
+    A blur along an axis is a product with a matrix that is zero far from its diagonal. A block of
+    rows or columns needs only the pixels near it. `band` has their weights, which are the same for
+    all blocks.
     """
     height, width = x.shape[2:]
     radius = min(radius, math.ceil(5 * sigma))

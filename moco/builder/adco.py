@@ -35,9 +35,9 @@ class AdCo(QueryAndKey):
     same queries, before the encoder and the bank are updated.
 
     Each of several ranks trains a shard of the bank, about K / W entries, on the queries of all
-    ranks. The ranks exchange queries and sums, but not the bank nor its gradient, which are much
-    larger. Every rank has the full buffers `bank` and `bank_velocity`. While training, only its
-    shard of them is current, until `gather_state` copies the other shards.
+    ranks. The ranks exchange queries and sums, but neither the bank nor its gradient, which are
+    much larger. Every rank has the full buffers `bank` and `bank_velocity`. During training, only
+    its own shard of them is current. `gather_state` copies the shards to all ranks.
 
     Raises InputError if there are fewer entries than ranks.
 
@@ -78,13 +78,13 @@ class AdCo(QueryAndKey):
         self.register_buffer("bank_velocity", torch.zeros(K, dim))
         if distributed.world_size() > K:
             raise InputError(
-                f"--cluster {K}: each of the {distributed.world_size()} processes trains a part of "
-                "the bank; raise --cluster, or use fewer processes"
+                f"--cluster {K}: each of the {distributed.world_size()} processes needs at least "
+                "one entry of the bank; raise --cluster, or use fewer processes"
             )
         self._is_current = True  # whether all shards of the buffers are current on this rank
         self.register_state_dict_pre_hook(AdCo._check_current)
         self._progress, self._passes = Progress(), 0
-        # the shard's size from the first pass on; kept because allocating much memory is slow
+        # [K / W, C] from the first pass on; kept, because allocating so much memory is slow
         self._unit = self._gradient = torch.empty(0)
         self._new_keys: list[Tensor] = []
 
@@ -193,8 +193,8 @@ class AdCo(QueryAndKey):
             bank = torch.div(shard, norm[:, None], out=self._unit)
             similarity = joint_q @ bank.T  # [W N, K / W]
 
-            # each rank gets, for its own queries, the hardest entries of each shard, which the
-            # metrics count, and the shard's part of the softmax at the bank's temperature
+            # Each rank gets two things of each shard for its own queries: the similarities of the
+            # hardest entries, for the metrics, and the log-sum-exp at the bank's temperature.
             positive = near.gather(1, label[:, None]).squeeze(1)  # [N]
             nearest = similarity.gather(1, hardest(similarity, min(5, len(bank))))
             exponentials, shift = shard_softmax(similarity, nearest[:, :1], T)

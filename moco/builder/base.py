@@ -92,7 +92,7 @@ class Method(nn.Module, ABC):
         """Run after each step of the optimizer, for example to update a moving average."""
 
     def gather_state(self) -> None:
-        """Make the buffers complete on every rank, if each rank holds only a part of a buffer.
+        """Copy the shards of buffers to all ranks, if each rank has only a shard that is current.
 
         Called on all ranks at the end of an epoch, and before a checkpoint is written.
         """

@@ -2,7 +2,7 @@
 
 Each function declares the rules of one section with `EffectsParser.has_effect`. Its condition gets
 an object that has all settings as attributes, and the config itself as `config`. Conditions are
-called after the options are parsed, so they may import what imports torch.
+called after the options are parsed, so they may import modules that import torch.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -90,7 +90,8 @@ def _launch(parser: EffectsParser) -> None:
 
 def _compute(parser: EffectsParser) -> None:
     def exchanges(args: Options) -> bool:
-        off = args.grad_compress == "off" or not args.config.TRAINS  # which is refused elsewhere
+        # an evaluation refuses the option elsewhere
+        off = args.grad_compress == "off" or not args.config.TRAINS
         return off or processes.plan(args.config.launch).world_size > 1
 
     alone = "the run has one process, which exchanges no gradients; leave it out"

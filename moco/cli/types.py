@@ -1,4 +1,4 @@
-"""Names of types for the annotations of scripts, which do not import torch before they need it."""
+"""Types for the annotations of scripts, which import torch only when they train."""
 
 from typing import TYPE_CHECKING, TypeAlias
 

@@ -1,4 +1,4 @@
-"""The names of the data sets, and what the options of scripts need to know of them.
+"""The names of the data sets, and the facts about them that options need.
 
 This file does not import torch, so that options are read quickly. `registry` loads the data sets.
 """

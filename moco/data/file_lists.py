@@ -59,8 +59,8 @@ def check(file: str, root: Path) -> None:
 def _repeated(names: Names) -> int:
     """Return how many names are equal to an earlier one.
 
-    Names with equal 64-bit hashes count as equal. The chance that two different ones of 100 million
-    have equal hashes is 1 in 3700; the number is then one too high.
+    Names with equal 64-bit hashes count as equal. Among 100 million different names, the chance of
+    two equal hashes is 1 in 3700. The result is then one too high.
     """
     hashes = np.fromiter(map(hash, names), np.int64, len(names))
     hashes.sort()
@@ -96,7 +96,7 @@ def _index(file: str, text: UnchangedFile) -> tuple[np.ndarray, int]:
 
     Raises InputError if a line does not end like an image, and ValueError if `text` is not text.
     """
-    starts, count, number = [], 0, 0  # number: of the lines before the chunk
+    starts, count, number = [], 0, 0  # number of the lines before the chunk
     for offset, chunk in _chunks(text):
         if b"\0" in chunk:
             raise ValueError("not text in UTF-8")

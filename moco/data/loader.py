@@ -223,7 +223,7 @@ def batches(
 
 
 def _unchanged(batch: Batch | InputError) -> Batch | InputError:
-    """Return `batch`, in place of the DataLoader's default, which would copy it."""
+    """Return `batch`. The DataLoader's default function would copy it."""
     return batch
 
 

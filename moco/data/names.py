@@ -1,7 +1,8 @@
 """Hold the names of millions of files, with little memory for each.
 
-A Python object takes about 100 bytes for a name, and a loader process that touches it copies it. An
-array of names is as wide as the longest one. `Names` is one text, in memory or in a file.
+As a Python object, a name takes about 100 bytes, and a loader process that reads it copies its
+memory. In an array, every name takes as many bytes as the longest one. `Names` is one text, in
+memory or in a file.
 """
 
 import hashlib
@@ -13,8 +14,8 @@ import numpy as np
 
 from moco.errors import ListError
 
-GROUP = 16  # a name is found by splitting the text of its group of names
-_AT_ONCE = 4096  # groups that an iteration splits at a time
+GROUP = 16  # names whose text is split at once, to find one of them
+_AT_ONCE = 4096  # groups that are split at a time to read all names
 
 
 class Names:
@@ -111,8 +112,8 @@ class UnchangedFile:
 
         Args:
             path: its path.
-            facts: its size in bytes and the time of its last change in nanoseconds. If given,
-                another file, or a changed one, is refused by the first read.
+            facts: its size in bytes and the time of its last change in nanoseconds. If given, the
+                first read refuses another file, or a changed one.
 
         Raises OSError if it cannot be opened, and ValueError if the path is invalid.
         """

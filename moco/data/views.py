@@ -1,6 +1,6 @@
 """The data set of a loader: decode an image once, and take its crops as uint8.
 
-Start at `Views`. `loader` runs it in worker processes.
+`Views` is the data set. `loader` runs it in worker processes.
 """
 
 import contextlib
@@ -182,7 +182,7 @@ class Views(Dataset):
                 transform = functools.partial(
                     self.crop, out=[view[row : row + 1] for view in views]
                 )
-            with torch.inference_mode():  # PyTorch starts operations faster
+            with torch.inference_mode():  # operations start faster
                 found = self._crop(sample, transform)
             if isinstance(found, InputError):
                 return found
@@ -212,9 +212,9 @@ def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 
 def _populate(memory: torch.UntypedStorage) -> None:
-    """Let Linux provide all pages of `memory` in one call, in place of one page fault for each.
+    """Let Linux provide all pages of `memory` in one call, which is faster than at each first use.
 
-    It is only faster: if Linux cannot (before version 5.14), each page causes its page fault.
+    Before version 5.14, Linux cannot do this, and nothing happens.
     """
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError, TypeError):

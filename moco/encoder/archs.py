@@ -1,4 +1,4 @@
-"""The names of the architectures, and what they tell. `networks` creates the networks.
+"""The names of the architectures, and which are transformers. `networks` creates the networks.
 
 This file does not import torch, so that options are read quickly.
 """

@@ -269,7 +269,7 @@ class PretrainingTask(Task):
         self.module.after_step()
 
     def gather_state(self) -> None:
-        """Call the method's `gather_state`, which completes buffers that ranks hold in parts."""
+        """Call the method's `gather_state`, which copies shards of buffers to all ranks."""
         self.module.gather_state()
 
     def start_run(self) -> dict[str, float]:

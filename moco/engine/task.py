@@ -106,7 +106,7 @@ class Task(ABC):
         """Update what depends on the new weights. Called after each step of the optimizer."""
 
     def gather_state(self) -> None:  # noqa: B027
-        """Make the buffers complete on every rank. Called on all ranks before each save."""
+        """Copy shards of buffers to all ranks. Called on all ranks before each save."""
 
     def start_run(self) -> dict[str, float]:
         """Evaluate before the first step of a new run. Return metrics to log."""

@@ -96,7 +96,7 @@ def _killed(processes: list) -> dict[int, str]:
     """
     running = {process.sentinel: process for process in processes}
     while running:
-        # a sentinel stays open while loader processes of a killed process still run
+        # the sentinel of a killed process is ready only when its loader processes have ended
         ended = [one for one, process in running.items() if process.exitcode is not None]
         for sentinel in ended or wait(list(running), POLL):
             process = running.pop(sentinel)

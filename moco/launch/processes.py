@@ -159,8 +159,8 @@ def default_workers(p: Plan, input: Input) -> int:
 def threads(p: Plan, default: int) -> int:
     """Return the number of threads of each process that computes on the CPU.
 
-    The processes of a node share its cores equally. `default` is PyTorch's number, which stays if
-    the user has set OMP_NUM_THREADS, and is the limit of a single process.
+    The processes of a node share its cores equally. The result is `default`, PyTorch's own number,
+    if the user has set OMP_NUM_THREADS. A single process has at most `default`.
 
     The number does not depend on what else runs, because the last bits of results depend on it, and
     a resumed run must end with the same bits.

@@ -31,7 +31,7 @@ def keys_and_bank_nce(near: Tensor, label: Tensor, of_bank: Tensor, temperature:
 
 @torch.no_grad()
 def shard_softmax(similarity: Tensor, top: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Return the softmax of each query over a shard of the bank, before its division by the sum.
+    """Return the numerators of each query's softmax over a shard of the bank.
 
     Args:
         similarity: similarity of each query to each entry of the shard, [N, K].
@@ -66,14 +66,15 @@ def bank_gradient(
     (g - (g.w) w) / |W|, because the norm of W does not enter the loss.
 
     Args:
-        gradient: [K, C], overwritten, because allocating this much memory is slow.
+        gradient: [K, C], overwritten. It is an argument because allocating this much memory is
+            slow.
         q: normalized queries of all ranks, [N, C].
         bank: normalized entries w of the shard, [K, C].
         norm: norms |W| of the entries, [K].
         similarity: q @ bank.T, [N, K].
         exponentials: of `shard_softmax`, [N, K]. It is overwritten.
         factor: p / (N temperature) of each query is its exponentials times this factor, [N].
-        add: whether to add to `gradient` instead.
+        add: whether to add to `gradient` instead of overwriting it.
     """
     weight = exponentials.mul_(factor[:, None]).div_(-norm)  # [N, K]
     gradient.addmm_(weight.T, q, beta=float(add))  # with beta 0, it is not read

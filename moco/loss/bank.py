@@ -1,5 +1,8 @@
 """Log-sum-exps of the logits of queries against a bank of negatives that has no gradient.
 
+`bank_log_sum` reads the bank in blocks. `mixed_log_sum` also has synthetic negatives, and needs the
+similarities of all entries.
+
 If entries b_j of the bank have similarities s_j = q.b_j to a query q, the gradient is
 
     d/dq log sum_j exp(s_j / T) = sum_j exp(s_j / T) b_j / (T sum_j exp(s_j / T))
@@ -16,8 +19,8 @@ from torch.autograd.function import once_differentiable
 
 from moco.loss.synthetic import Mixture
 
-# Bytes of a block of the bank and its similarities: on a CPU, as many as stay in the cache.
-_BLOCK_ON_CPU, _BLOCK = 5 << 19, 1 << 28
+# bytes of a block of the bank and its similarities
+_BLOCK_ON_CPU, _BLOCK = 5 << 19, 1 << 28  # on a CPU, a block stays in the cache
 _GROUP = 16  # entries in a group, in the search for the nearest entries
 
 
@@ -48,18 +51,19 @@ def in_blocks(q: Tensor, bank: Tensor) -> list[Tensor]:
         bank: the entries [K, C].
 
     Returns:
-        one or two views [blocks, parts, n, C] of the entries: the blocks of full size, and the
-        rest. A block has several parts because MKL uses all threads for several products, but not
-        for one product with a small result.
+        one or two views [blocks, parts, n, C] of the entries: the blocks of full size, and a
+        smaller last block. A block has one part for each thread, because MKL uses all threads for
+        several products, but not for one product with a small result.
     """
     bytes_ = _BLOCK_ON_CPU if q.device.type == "cpu" else _BLOCK
     unit = math.lcm(_GROUP, _threads(q))
+    # an entry has C numbers, and N similarities
     size = max(bytes_ // (sum(q.shape) * q.element_size() * unit), 1) * unit
-    whole = len(bank) // size * size
-    rest = bank[whole:]
+    full = len(bank) // size * size
+    rest = bank[full:]
     stacks = [
-        bank[:whole].view(-1, _threads(q), size // _threads(q), bank.shape[1]),
-        rest.view(1, math.gcd(len(rest), _threads(q)) or 1, -1, bank.shape[1]),
+        bank[:full].view(-1, _threads(q), size // _threads(q), bank.shape[1]),
+        rest.view(1, math.gcd(len(rest), _threads(q)), -1, bank.shape[1]),
     ]
     return [stack for stack in stacks if stack.numel()]
 
@@ -67,8 +71,8 @@ def in_blocks(q: Tensor, bank: Tensor) -> list[Tensor]:
 def _nearest(q: Tensor, bank: Tensor, top: Tensor, n: int) -> Tensor:
     """Return the n largest similarities of each query [N, n], given the maxima of groups.
 
-    The n largest values are in the n groups with the largest maxima. So are these groups, in
-    turn, among groups of groups.
+    The n largest values are in the n groups with the largest maxima. To find these groups, the same
+    is done with groups of groups.
 
     Args:
         q: queries [N, C].
@@ -77,7 +81,7 @@ def _nearest(q: Tensor, bank: Tensor, top: Tensor, n: int) -> Tensor:
         n: the number of similarities.
     """
     M = len(top)
-    wide = top.unflatten(0, (-1, M // math.gcd(M, _GROUP)))  # [16, M / 16, N]
+    wide = top.unflatten(0, (-1, M // math.gcd(M, _GROUP)))  # [16, M / 16, N], if 16 divides M
     best = wide.amax(0).topk(min(n, wide.shape[1]), 0).indices  # [n, N]
     best = (torch.arange(0, M, wide.shape[1], device=q.device)[:, None, None] + best).flatten(0, 1)
     best = best.gather(0, top.gather(0, best).topk(min(n, M), 0).indices)  # [n, N] groups
@@ -191,7 +195,7 @@ class _MixedLogSum(torch.autograd.Function):
 def _can_overflow(q: Tensor, K: int, temperature: float) -> bool:
     """Return whether exponentials, or sums of them, may overflow or underflow in q's type.
 
-    Similarities are in [-1, 1]. If they cannot, nothing has to be subtracted from the logits.
+    Similarities are in [-1, 1]. If nothing can overflow, no maximum has to be subtracted first.
     """
     return 1 / temperature + math.log(K) + 8 > math.log(torch.finfo(q.dtype).max)
 

@@ -1,4 +1,4 @@
-"""Name the types of synthetic negatives, and what else options need to know of the losses.
+"""Define the types of synthetic negatives, and the constants of other losses that options need.
 
 This file does not import torch, so that options are read quickly.
 

@@ -96,7 +96,7 @@ def test_loader_with_small_images(tmp_path, from_files):
     )
     found = run("loader", tmp_path, "--small", "--images", 40, "--batch", 16, *files)
     assert found["images"] == 32 and found["ours_over_pil"] > 0
-    assert [row["pipeline"] for row in found["rows"]] == ["ours", "pil", "crops", "colours"]
+    assert [row["pipeline"] for row in found["rows"]] == ["ours", "pil", "crops", "colors"]
 
 
 def test_loader_with_shards(tmp_path):

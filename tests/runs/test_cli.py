@@ -66,7 +66,7 @@ def test_batch_smaller_than_processes(script, images):
 
 
 # launch
-# programs, and the words with which each comes to the import of torch
+# programs, each with arguments with which it imports torch
 ENTRIES = [(path, "photos") for path in sorted(ROOT.glob("main_*.py"))]
 ENTRIES += [
     (ROOT / "tools" / "export.py", "x.pth y.pth"),
@@ -102,7 +102,8 @@ def test_threads_wait_briefly_unless_the_user_chose(entry):
     for given, expected in (
         ({}, "10000"),
         ({"GOMP_SPINCOUNT": "7"}, "7"),
-        ({"OMP_NUM_THREADS": "1"}, "None"),
+        ({"OMP_NUM_THREADS": "1"}, "10000"),  # torchrun sets it
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, "None"),
     ):
         command = [sys.executable, "-c", WHEN_TORCH_LOADS, str(program), *typed(str(words))]
         done = subprocess.run(

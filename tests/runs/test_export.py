@@ -17,7 +17,7 @@ from run_helpers import refused
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from moco.encoder import archs
+from moco.encoder import archs, stock
 from moco.encoder.stock import StockModel
 from tools import export
 
@@ -185,7 +185,7 @@ def test_different_features_are_an_error_and_leave_no_file(run, tmp_path, monkey
         args={"image_size": 32},
     )
     six = "net = timm.create_model('vit_small_patch16_224', num_classes=0, img_size=32)"
-    monkeypatch.setattr(export, "stock_models", lambda *_: [StockModel("timm", (six,))])
+    monkeypatch.setattr(stock, "stock_models", lambda *_: [StockModel("timm", (six,))])
     refused(
         run(file, tmp_path / "new" / "x.pth", "--hub"),
         "the features of timm's network differ",

@@ -44,7 +44,7 @@ def test_targets(run, monkeypatch, tmp_path):
 
 def test_a_failing_part(run, monkeypatch, tmp_path, capfd):
     """A failing script does not stop the others, and leaves no results."""
-    good, bad = run.PARTS[:2]
+    good, bad = (part for part in run.PARTS if part.name in ("negatives", "false_negatives"))
     monkeypatch.setattr(run, "RESULTS", tmp_path)
     monkeypatch.setattr(run, "PAGE", tmp_path / "RESULTS.md")
     monkeypatch.setattr(sys, "argv", ["run.py", good.name, bad.name])

@@ -23,7 +23,7 @@ RESULTS = json.loads(scaling.RESULTS.read_text())
 
 @pytest.mark.slow
 def test_the_formulas_count_what_two_processes_communicate():
-    """All collectives of steps, log lines and epochs have exactly the counted payload."""
+    """Check the payload of all collectives of steps, log lines and epochs."""
     found = scaling_check.compare(["mocov2", "adco", "sogclr", "fnc"], 2, loopback=False)
     for rows in (one["rows"] for one in found):
         assert {row["when"] for row in rows} == {"step", "log line", "epoch"}
@@ -53,7 +53,7 @@ def test_the_process_group_counts_every_collective(tmp_path):
 
 
 def test_the_committed_measurements_are_within_the_limit():
-    """They have all methods on 2, 4 and 8 processes."""
+    """Check that they have all methods on 2, 4 and 8 processes."""
     checks = RESULTS["checks"]
     assert {(one["method"], one["ranks"]) for one in checks} == {
         (method, ranks) for method in TABLE for ranks in (2, 4, 8)

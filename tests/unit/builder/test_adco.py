@@ -17,7 +17,7 @@ from moco import distributed
 from moco.builder.adco import AdCo, Ascent
 from moco.errors import InputError
 from moco.loss.adversarial import ascend, bank_gradient, keys_and_bank_nce, shard_softmax
-from moco.loss.contrastive import bank_log_sum_exp
+from moco.loss.bank import mixed_log_sum
 from moco.rng import Progress
 
 B, DIM, K, T = 6, 5, 17, 0.2
@@ -31,7 +31,7 @@ def unit_rows(*shape):
 
 
 def gradient_of_bank(q, near, W, temperature):
-    """Return the gradient that replaces one of NaN, and check twice it, added to one of 1."""
+    """Return the gradient, written over NaN. Check that twice the gradient can be added to ones."""
     norm = W.norm(dim=1)
     bank = W / norm[:, None]
     similarity = q @ bank.T
@@ -69,7 +69,7 @@ def test_loss_and_gradients_are_the_slow_ones(seed, rank, world_size):
     q, keys, label, W = batch(seed, rank, world_size)
     bank, label_tensor, near = W / W.norm(dim=1, keepdim=True), torch.tensor(label), q @ keys.T
     ascent = gradient_of_bank(q.detach(), near.detach(), W, 0.07)
-    of_bank = bank_log_sum_exp(q, bank, (q @ bank.T).detach(), T)
+    of_bank = mixed_log_sum(q, bank, (q @ bank.T).detach(), T)
     loss = keys_and_bank_nce(near, label_tensor, of_bank, T)
     (of_q,) = torch.autograd.grad(loss, q)
 
@@ -376,7 +376,7 @@ def traffic(rank):
 
 
 def reading_too_early(rank):
-    """Return the errors of reading a bank whose other shards are old, and of one too small."""
+    """Return the errors of reading a bank before `gather_state`, and of making one too small."""
     model = build("single")
     model.contrast([(unit_rows(B, DIM), unit_rows(4 * B, DIM))])
     model.after_step()
