@@ -29,7 +29,7 @@ INTRODUCTION = (
     "quiet and busy phases; ratios change much less."
 )
 LONGER = (
-    "These benchmarks take an hour or need a GPU. Their results have pages of their own:",
+    "These measurements take longer or need a GPU. Their results have pages of their own:",
     "",
     "- [One NVIDIA H200](results/gpu-nvidia-h200.md): correctness, speed, and CIFAR-10",
     "- [All methods with one recipe](results/family.md), and [every method with its own",
