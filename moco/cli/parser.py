@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -16,6 +17,8 @@ from moco.data import catalog
 from moco.errors import InputError, nearest, short, unknown
 from moco.files import UnreadableError, read_yaml, refuse_remote
 from moco.messages import print_rank0
+
+PATIENCE = 10  # seconds for the first process of torchrun to print its error
 
 # keys that a YAML file may have although the script has no such option: args.yaml has all settings,
 # and `lincls` in a recipe names the recipe of the linear probe
@@ -90,10 +93,13 @@ class Parser(EffectsParser):
     def refuse(self, error: InputError) -> NoReturn:
         """Print the error and exit with status 2.
 
-        If torchrun started the processes, only the first one of each node prints the error.
+        If torchrun started the processes, all of them usually have the same error. The first one of
+        each node prints it, and torchrun then ends the others. These wait for that. They must not
+        exit before, because torchrun would end the first one instead.
         """
-        if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("LOCAL_RANK", "0") != "0":
-            error = InputError()
+        first = os.environ.get("LOCAL_RANK", "0") == "0"
+        if str(error) and "TORCHELASTIC_RUN_ID" in os.environ and not first:
+            time.sleep(PATIENCE)
         super().refuse(error)
 
     def _reads_output(self, args: Options) -> bool:
