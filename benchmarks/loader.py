@@ -29,8 +29,6 @@ With --shards, the script measures reading from tar, arrow and parquet files; se
 """
 
 import argparse
-import contextlib
-import importlib.metadata
 import io
 import itertools
 import random
@@ -133,7 +131,9 @@ def main() -> None:
         "compile": args.compile,
         "KB": f"{min(sizes) // 1000}-{max(sizes) // 1000}",
         "decoder": jpeg.decoder()[0],
-        **versions("torchvision", "pillow", "torchcodec", "lightly", "kornia", "simplejpeg"),
+        **measure.versions(
+            "torchvision", "pillow", "torchcodec", "lightly", "kornia", "simplejpeg"
+        ),
     }
     measure.report("loader", table, ratios, facts, args.json, TARGETS)
 
@@ -143,15 +143,6 @@ TARGETS = {
     "cpu_over_pil": measure.Target(3, least=True),
     "host_over_decode_and_resize": measure.Target(1.25),
 }
-
-
-def versions(*packages: str) -> dict[str, str]:
-    """Return the versions of those packages that are installed."""
-    found = {}
-    for name in packages:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
 
 
 # Large images.

@@ -5,11 +5,13 @@ printed as a table and written to a JSON file.
 """
 
 import argparse
+import contextlib
 import os
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from importlib import metadata
 from pathlib import Path
 
 import moco as _first  # noqa: F401 (before torch: sets how its threads wait)
@@ -70,6 +72,15 @@ def write(name: str, file: Path | None, results: object) -> Path:
     path = file or next(path for path in numbered_paths(default) if not path.exists())
     write_json(path, results)
     return path
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Return the versions of those packages that are installed."""
+    found = {}
+    for name in packages:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
 
 
 def side_by_side(candidates: Candidates, rounds: int, device: torch.device, warm: int = 2) -> Times:

@@ -15,7 +15,6 @@ import subprocess
 import sys
 import tempfile
 import textwrap
-from importlib import metadata
 from pathlib import Path
 
 import measure
@@ -41,13 +40,9 @@ PACKAGES = (
 
 def versions() -> dict[str, str]:
     """Return the version of Python, and of each installed package of `PACKAGES`, by name."""
-    found = {"Python": f"{sys.version_info.major}.{sys.version_info.minor}"}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name).split("+")[0]
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+    python = f"{sys.version_info.major}.{sys.version_info.minor}"
+    found = measure.versions(*PACKAGES)
+    return {"Python": python, **{name: full.split("+")[0] for name, full in found.items()}}
 
 
 def machine() -> str:

@@ -1,7 +1,9 @@
 """InfoNCE over a bank of negatives (He et al., arXiv 1911.05722, equation 1), and its metrics.
 
-`bank_info_nce` is the loss of MoCo, SynCo and MoBY. `info_nce` is the same formula in plain
-autograd, for tests that compare the two. The synthetic negatives are in `moco/loss/synthetic.py`.
+`bank_info_nce` is the loss for users' own programs (docs/python.md). `info_nce` is the same formula
+in plain autograd, for tests that compare the two. MoCo, SynCo and MoBY call `contrast` in
+`moco/builder/moco.py`, which also returns metrics. The log-sum-exps are in `moco/loss/bank.py`, the
+synthetic negatives in `moco/loss/synthetic.py`.
 
 `InfoNCE` is the first of the losses that depend on the negatives of an anchor only through the
 log-sum-exp of their logits. The others are in `decoupled.py` and `debiased.py`. They work on the
