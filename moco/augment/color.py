@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from moco.augment import one_image, randaugment
+from moco.augment.one_image import HUE
 from moco.augment.operations import (
     adjust_hue,
     blend,
@@ -46,7 +47,6 @@ __all__ = [
 
 # A CPU computes images of more pixels one by one: then the cache saves more than calls cost.
 _SMALL = 128 * 128
-_HUE = 3  # of the jitter's operations: brightness, contrast, saturation, hue
 _FLIPPED = {"flip": -1, "vertical_flip": -2}  # the axis of each flip
 _GEOMETRY = (*_FLIPPED, "rotate")  # the last operations of every view
 
@@ -242,14 +242,14 @@ def _jitter(x: Tensor, indices: Tensor, view: View, draws: Draws) -> None:
     indices = indices[slots.argsort(stable=True)]
     ends = slots.bincount(minlength=4).cumsum(0).tolist()
     coefficients = to_device(_coefficients(draws)[indices], x.device)
-    shift = to_device(draws.factors[indices, _HUE], x.device)
+    shift = to_device(draws.factors[indices, HUE], x.device)
     indices = to_device(indices, x.device)
     y = x.index_select(0, indices)
     for slot, (first, last) in enumerate(zip([0, *ends], ends, strict=False)):
         for part in (slice(0, first), slice(last, len(y))):
             if part.start < part.stop:
                 blend(y[part], *coefficients[part, slot].unbind(1), out=y[part])
-        if first < last and view.jitter[_HUE]:
+        if first < last and view.jitter[HUE]:
             adjust_hue(y[first:last], shift[first:last], out=y[first:last])
     x.index_copy_(0, indices, y)
 
@@ -257,12 +257,12 @@ def _jitter(x: Tensor, indices: Tensor, view: View, draws: Draws) -> None:
 def _coefficients(draws: Draws) -> Tensor:
     """Return the factors of `blend` in each slot, [B, slot, 3]: 1 if it has no effect there."""
     operation = draws.order[..., None] == torch.arange(4)  # [B, slot, 4]: one True in each slot
-    return torch.where(operation, draws.factors[:, None], torch.ones(()))[..., :_HUE]
+    return torch.where(operation, draws.factors[:, None], torch.ones(()))[..., :HUE]
 
 
 def _slot_of_hue(order: Tensor) -> Tensor:
     """Return the index of the slot in which each sample shifts its hue, [B]."""
-    return (order == _HUE).int().argmax(1)
+    return (order == HUE).int().argmax(1)
 
 
 def _radius(x: Tensor, view: View) -> int:
@@ -281,7 +281,7 @@ def _apply_by_chunk(x: Tensor, view: View, draws: Draws) -> Tensor:
     order = (2 * slots + draws.gray).argsort(stable=True)
     ends = slots.bincount(minlength=5).cumsum(0).tolist()
     draws, order = draws.select(order), order.numpy()
-    coefficients, shift = _coefficients(draws).unbind(2), draws.factors[:, _HUE]
+    coefficients, shift = _coefficients(draws).unbind(2), draws.factors[:, HUE]
     names = ("gray", "blur", "solarize", *_GEOMETRY)
     happens = {name: getattr(draws, name).numpy() for name in names}
     images, out = x.numpy(), torch.empty(x.shape)  # NumPy indexes several times as fast as PyTorch
@@ -325,7 +325,7 @@ def _jitter_chunk(
     for slot in range(4):
         if slot != slot_of_hue:
             blend(x, *(c[:, slot] for c in coefficients), out=x)
-        elif view.jitter[_HUE]:
+        elif view.jitter[HUE]:
             adjust_hue(x, shift, out=x)
 
 

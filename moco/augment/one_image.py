@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = range(4)  # the jitter's operations
-_LUMA = (0.2989, 0.587, 0.114)  # weights of R, G and B
+from moco.augment.operations import LUMA
+
+BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # the jitter's operations
 
 
 @dataclass
@@ -42,26 +43,26 @@ class OneImage:
         """Jitter the colors. `order` lists the operations, `factors` has the factor of each."""
         for operation in order:
             factor = factors[operation]
-            if operation == _HUE:
+            if operation == HUE:
                 self.x = adjust_hue(self.x, factor) if factor else self.x
                 continue
-            if operation == _BRIGHTNESS:
+            if operation == BRIGHTNESS:
                 self.scale, self.offset = factor * self.scale, factor * self.offset
-            elif operation == _CONTRAST:
+            elif operation == CONTRAST:
                 means = self.x.mean((0, 2, 3)).tolist()
-                mean = self.scale * float(np.dot(_LUMA, means)) + sum(_LUMA) * self.offset
+                mean = self.scale * float(np.dot(LUMA, means)) + sum(LUMA) * self.offset
                 self.scale *= factor
                 self.offset = factor * self.offset + (1 - factor) * mean
-            elif operation == _SATURATION:
+            elif operation == SATURATION:
                 torch.add(luma(self.x, 1 - factor), self.x, alpha=factor, out=self.x)
-                self.offset *= factor + (1 - factor) * sum(_LUMA)
+                self.offset *= factor + (1 - factor) * sum(LUMA)
             if factor > 1:  # otherwise the result is a mean of numbers in [0, 1]
                 self.values().clamp_(0, 1)
 
     def grayscale(self) -> None:
         """Set all channels to the luma."""
         self.x.copy_(luma(self.x))
-        self.offset *= sum(_LUMA)
+        self.offset *= sum(LUMA)
 
     def normalize(self, mean: Sequence[float], std: Sequence[float], out: Tensor) -> None:
         """Write (values - mean) / std to `out` [1, 3, H, W]."""
@@ -72,7 +73,7 @@ class OneImage:
 
 def luma(x: Tensor, scale: float = 1.0) -> Tensor:
     """Return `scale` times the luma of `x` [1, 3, H, W], [1, 1, H, W]."""
-    (r, g, b), (red, green, blue) = x.split(1, 1), (scale * weight for weight in _LUMA)
+    (r, g, b), (red, green, blue) = x.split(1, 1), (scale * weight for weight in LUMA)
     return torch.mul(r, red).add_(g, alpha=green).add_(b, alpha=blue)
 
 

@@ -14,13 +14,16 @@ from torch import Tensor
 
 from moco.config import MEAN, STD
 
+LUMA = (0.2989, 0.587, 0.114)  # weights of R, G and B in a grey level
+
 _TINY = 1e-30  # smaller than any difference between two colors, except 0
 
 
 def grayscale(x: Tensor) -> Tensor:
     """Return the luma .2989 R + .587 G + .114 B, [B, 1, H, W]."""
     r, g, b = x.split(1, 1)
-    return (0.2989 * r).add_(g, alpha=0.587).add_(b, alpha=0.114)
+    red, green, blue = LUMA
+    return (red * r).add_(g, alpha=green).add_(b, alpha=blue)
 
 
 def blend(
