@@ -1,31 +1,33 @@
 """AdCo: negatives that are learned as adversaries of the encoder (Hu et al., arXiv 2011.08435)."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moco import distributed
 from moco.builder.base import QueryAndKey
 from moco.builder.moco import contrast
 from moco.errors import InputError
-from moco.loss.adversarial import ascend, bank_gradient, keys_and_bank_nce, shard_softmax
-from moco.loss.bank import mixed_log_sum
-from moco.loss.contrastive import InfoNCE, contrast_accuracy, feature_statistics, normalize
-from moco.loss.hardest import hardest
+from moco.loss.adversarial import Ascent, BankLogSums, ascend, bank_log_sums, keys_and_bank_nce
+from moco.loss.contrastive import InfoNCE, feature_statistics, normalize
 from moco.rng import Progress
 
 
-@dataclass(frozen=True)
-class Ascent:
-    """The settings of the bank's training: its SGD, and the temperature T of its loss."""
+class _Pass(NamedTuple):
+    """The queries of all ranks in a pass, for the bank's ascent after the optimizer's step.
 
-    lr: float = 3.0
-    T: float = 0.02
-    momentum: float = 0.9
-    weight_decay: float = 1e-4
+    Attributes:
+        q: normalized queries, [W N, C].
+        log_sum: log-sum-exp of their logits with all keys and the bank, at the bank's temperature,
+            [W N].
+        weight: weight of their losses in the loss of the pass, [W N].
+    """
+
+    q: Tensor
+    log_sum: Tensor
+    weight: Tensor
 
 
 class AdCo(QueryAndKey):
@@ -83,9 +85,10 @@ class AdCo(QueryAndKey):
             )
         self._is_current = True  # whether all shards of the buffers are current on this rank
         self.register_state_dict_pre_hook(AdCo._check_current)
-        self._progress, self._passes = Progress(), 0
-        # [K / W, C] from the first pass on; kept, because allocating so much memory is slow
-        self._unit = self._gradient = torch.empty(0)
+        self._progress = Progress()
+        self._passes: list[_Pass] = []  # those of the current step
+        self._inverse = torch.empty(0)  # 1 / norm of the shard's entries, [K / W]
+        self._similarity: Tensor | None = None  # of the step's only pass, [K / W, W N]
         self._new_keys: list[Tensor] = []
 
     @property
@@ -170,53 +173,71 @@ class AdCo(QueryAndKey):
             return contrast(q, own, normalize(self.bank), self.T, InfoNCE(), None, progress)
 
     def contrast(self, pairs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss and metrics of pairs of queries and keys; compute the bank's gradient.
-
-        The gradient is that of this rank's shard. Later passes of a step add to it.
+        """Return the loss and metrics of pairs of queries and keys; note them for the ascent.
 
         Args:
             pairs: normalized queries of this rank [B, C], and keys of all ranks [W B, C].
         """
-        W, rank, T = distributed.world_size(), distributed.rank(), self.ascent.T
+        W, rank = distributed.world_size(), distributed.rank()
         q = torch.cat([queries for queries, _ in pairs])  # [N, C] with N = P B
         near = torch.cat([queries @ keys.T for queries, keys in pairs])  # [N, W B]
-        B, N = len(q) // len(pairs), len(q)
+        B = len(q) // len(pairs)
         label = (rank * B + torch.arange(B, device=q.device)).repeat(len(pairs))
         # the mean over queries times this scale is the sum over views and the mean over directions
         scale = len(pairs) / (1 + self.symmetric)
+        positive = near.detach().gather(1, label[:, None]).squeeze(1)  # [N]
         joint_q = distributed.all_gather_with_gradient(q)  # [W N, C]
+        bank = self.bank[self.shard(rank)]  # [K / W, C]
+        # They save time in `ascend`, but should not need more memory than the bank. Of several
+        # passes, they are not kept.
+        keep = not self._passes and len(joint_q) <= bank.shape[1]
+        of_keys = distributed.all_gather(positive)
+        sums = bank_log_sums(joint_q, of_keys, bank, self.T, self.ascent.T, keep)
+
+        above, hardest, of_bank = self._of_all_shards(sums)
+        self._note_pass(joint_q, near, of_bank, sums, scale)
         with torch.no_grad():
-            shard = self.bank[self.shard(rank)]  # [K / W, C]
-            if not len(self._unit):
-                self._unit, self._gradient = torch.empty_like(shard), torch.empty_like(shard)
-            norm = torch.linalg.vector_norm(shard, dim=1).clamp_min_(1e-12)
-            bank = torch.div(shard, norm[:, None], out=self._unit)
-            similarity = joint_q @ bank.T  # [W N, K / W]
-
-            # Each rank gets two things of each shard for its own queries: the similarities of the
-            # hardest entries, for the metrics, and the log-sum-exp at the bank's temperature.
-            positive = near.gather(1, label[:, None]).squeeze(1)  # [N]
-            nearest = similarity.gather(1, hardest(similarity, min(5, len(bank))))
-            exponentials, shift = shard_softmax(similarity, nearest[:, :1], T)
-            of_shard = exponentials.sum(1).log_().add_(shift)  # [W N]
-            nearest = F.pad(nearest, (0, 5 - nearest.shape[1]), value=-torch.inf)
-            found = torch.cat([nearest, of_shard[:, None]], 1).view(W, N, 6)
-            found = distributed.exchange(found)  # [W, N, 6], of each shard
-            nearest = found[:, :, :5].transpose(0, 1).flatten(1)  # [N, 5 W]
-            metrics = contrast_accuracy(positive, near, nearest)
-            metrics |= feature_statistics(pairs[0][0], positive[:B], nearest[:B].amax(1))
-
-            of_keys, of_bank = torch.logsumexp(near / T, 1), found[:, :, 5].logsumexp(0)
-            log_sum = distributed.all_gather(torch.logaddexp(of_keys, of_bank))  # [W N]
-            factor = (shift - log_sum).exp_().mul_(scale / (W * N * T))
-            add = self._passes > 0
-            bank_gradient(
-                self._gradient, joint_q, bank, norm, similarity, exponentials, factor, add
-            )
-            self._passes += 1
-        of_shard = mixed_log_sum(joint_q, bank, similarity, self.T)  # [W N]
-        of_bank = distributed.exchange(of_shard.view(W, N)).logsumexp(0)  # [N]
+            above = above + (near > positive[:, None]).sum(1)
+            metrics = {f"acc{n}": (above < n).mean(dtype=torch.float32) for n in (1, 5)}
+            metrics |= feature_statistics(pairs[0][0], positive[:B], hardest[:B])
+        of_bank = distributed.exchange(sums.of_encoder.view(W, -1)).logsumexp(0)  # [N]
         return keys_and_bank_nce(near, label, of_bank, self.T) * scale, metrics
+
+    @torch.no_grad()
+    def _of_all_shards(self, sums: BankLogSums) -> tuple[Tensor, Tensor, Tensor]:
+        """Return numbers of this rank's queries over the full bank, [N] each.
+
+        Args:
+            sums: those of the queries of all ranks over this rank's shard.
+
+        Returns:
+            the number of entries that are more similar to the query than its key;
+            the largest similarity;
+            the log-sum-exp at the bank's temperature.
+        """
+        found = torch.stack([sums.above, sums.hardest, sums.of_ascent], 1)  # [W N, 3]
+        found = distributed.exchange(found.unflatten(0, (distributed.world_size(), -1)))
+        above, hardest, of_bank = found.unbind(2)  # [W, N] each
+        return above.sum(0), hardest.amax(0), of_bank.logsumexp(0)
+
+    @torch.no_grad()
+    def _note_pass(
+        self, joint_q: Tensor, near: Tensor, of_bank: Tensor, sums: BankLogSums, scale: float
+    ) -> None:
+        """Keep a pass for the bank's ascent.
+
+        Args:
+            joint_q: normalized queries of all ranks, [W N, C].
+            near: similarity of this rank's queries to every key, [N, W B].
+            of_bank: log-sum-exp of this rank's queries over the bank, [N].
+            sums: those of the queries of all ranks over this rank's shard.
+            scale: factor of the mean loss of the queries.
+        """
+        of_keys = torch.logsumexp(near / self.ascent.T, 1)
+        log_sum = distributed.all_gather(torch.logaddexp(of_keys, of_bank))
+        weight = torch.full_like(log_sum, scale / len(log_sum))
+        self._passes.append(_Pass(joint_q.detach(), log_sum, weight))
+        self._inverse, self._similarity = sums.inverse, sums.similarity
 
     @torch.no_grad()
     def after_step(self) -> None:
@@ -225,19 +246,14 @@ class AdCo(QueryAndKey):
         if self._progress.step < 0:
             self._fill()
             return
-        if self._passes > 1:
-            self._gradient.div_(self._passes)
-        own, settings = self.shard(distributed.rank()), self.ascent
-        ascend(
-            self.bank[own],
-            self.bank_velocity[own],
-            self._gradient,
-            settings.lr,
-            settings.momentum,
-            settings.weight_decay,
-        )
+        own = self.shard(distributed.rank())
+        q, log_sum, weight = (torch.cat(parts) for parts in zip(*self._passes, strict=True))
+        weight /= len(self._passes)  # the mean over the passes
+        bank, velocity = self.bank[own], self.bank_velocity[own]
+        ascend(bank, velocity, self._inverse, q, log_sum, weight, self.ascent, self._similarity)
+        self._passes.clear()
+        self._similarity = None
         self._is_current = distributed.world_size() == 1
-        self._passes = 0
 
     def _fill(self) -> None:
         """Copy this step's keys into the bank.

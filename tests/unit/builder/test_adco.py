@@ -1,6 +1,6 @@
-"""Compare AdCo with slow versions in float64.
+"""Compare steps of AdCo with slow versions in float64, on one rank and on several.
 
-The tests cover the loss, the ascent and the filling of the bank, and several ranks.
+tests/unit/loss/test_adversarial.py tests the loss and the ascent of the bank alone.
 """
 
 import copy
@@ -16,8 +16,6 @@ from rank_helpers import tiny_encoder
 from moco import distributed
 from moco.builder.adco import AdCo, Ascent
 from moco.errors import InputError
-from moco.loss.adversarial import ascend, bank_gradient, keys_and_bank_nce, shard_softmax
-from moco.loss.bank import mixed_log_sum
 from moco.rng import Progress
 
 B, DIM, K, T = 6, 5, 17, 0.2
@@ -30,23 +28,6 @@ def unit_rows(*shape):
     return F.normalize(torch.randn(*shape, dtype=torch.float64), dim=-1)
 
 
-def gradient_of_bank(q, near, W, temperature):
-    """Return the gradient, written over NaN. Check that twice the gradient can be added to ones."""
-    norm = W.norm(dim=1)
-    bank = W / norm[:, None]
-    similarity = q @ bank.T
-    top = similarity.amax(1, keepdim=True)
-    gradient, again = torch.full_like(W, torch.nan), torch.ones_like(W)
-    for out, scale in ((gradient, 1.0), (again, 2.0)):
-        exponentials, shift = shard_softmax(similarity, top, temperature)
-        of_bank = exponentials.sum(1).log() + shift
-        total = torch.logaddexp((near / temperature).logsumexp(1), of_bank)
-        factor = scale * (shift - total).exp() / (len(q) * temperature)
-        bank_gradient(out, q, bank, norm, similarity, exponentials, factor, add=out is again)
-    torch.testing.assert_close(again, 1 + 2 * gradient)
-    return gradient
-
-
 def slow_loss(q, keys, label, W, temperature):
     """Cross entropy of each query's key among all keys and the bank, query by query."""
     total = 0
@@ -54,63 +35,6 @@ def slow_loss(q, keys, label, W, temperature):
         logits = [query @ key for key in keys] + [query @ w / w.norm() for w in W]
         total += F.cross_entropy(torch.stack(logits)[None] / temperature, torch.tensor([own]))
     return total / len(q)
-
-
-def batch(seed, rank=0, world_size=1):
-    torch.manual_seed(seed)
-    q, keys = unit_rows(B, DIM).requires_grad_(), unit_rows(world_size * B, DIM)
-    W = torch.randn(K, DIM, dtype=torch.float64)  # of any length
-    return q, keys, [rank * B + i for i in range(B)], W
-
-
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize(("rank", "world_size"), [(0, 1), (3, 4)])
-def test_loss_and_gradients_are_the_slow_ones(seed, rank, world_size):
-    q, keys, label, W = batch(seed, rank, world_size)
-    bank, label_tensor, near = W / W.norm(dim=1, keepdim=True), torch.tensor(label), q @ keys.T
-    ascent = gradient_of_bank(q.detach(), near.detach(), W, 0.07)
-    of_bank = mixed_log_sum(q, bank, (q @ bank.T).detach(), T)
-    loss = keys_and_bank_nce(near, label_tensor, of_bank, T)
-    (of_q,) = torch.autograd.grad(loss, q)
-
-    slow = slow_loss(q, keys, label, W, T)
-    torch.testing.assert_close(loss, slow, rtol=0, atol=1e-12)
-    torch.testing.assert_close(of_q, torch.autograd.grad(slow, q)[0], rtol=0, atol=1e-12)
-    W.requires_grad_()
-    (of_bank,) = torch.autograd.grad(-slow_loss(q, keys, label, W, 0.07), W)
-    torch.testing.assert_close(ascent, of_bank, rtol=0, atol=1e-10)
-
-
-def test_the_banks_gradient_is_finite_where_float32_exponentials_would_not_be():
-    q, keys, _, W = (x.float() if isinstance(x, torch.Tensor) else x for x in batch(0))
-    W[0] = q[0].detach() * 3  # similarity 1: exp(1 / .005) is no float32
-    q = q.detach()
-    assert gradient_of_bank(q, q @ keys.T, W, 0.005).isfinite().all()
-
-
-def test_ascend_is_sgd():
-    torch.manual_seed(0)
-    W = torch.randn(K, DIM, dtype=torch.float64)
-    theirs, velocity = W.clone().requires_grad_(), torch.zeros_like(W)
-    optimizer = torch.optim.SGD([theirs], lr=0.3, momentum=0.9, weight_decay=0.05)
-    for _ in range(5):
-        theirs.grad = torch.randn_like(W)
-        ascend(W, velocity, theirs.grad, 0.3, 0.9, 0.05)
-        optimizer.step()
-        torch.testing.assert_close(W, theirs.detach(), rtol=0, atol=1e-12)
-
-
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize(("lr", "steps"), [(3.0, 1), (0.1, 5)])
-def test_the_loss_on_fixed_features_rises_with_the_banks_steps(seed, lr, steps):
-    """Take one step at the published lr, or several small ones, at the published temperature."""
-    torch.manual_seed(seed)
-    q, keys, W = unit_rows(32, 16), unit_rows(32, 16), unit_rows(256, 16)
-    label, velocity, losses = list(range(32)), torch.zeros(256, 16, dtype=torch.float64), []
-    for _ in range(steps + 1):
-        losses.append(slow_loss(q, keys, label, W, 0.02))
-        ascend(W, velocity, gradient_of_bank(q, q @ keys.T, W, 0.02), lr, 0.9, 1e-4)
-    assert losses == sorted(losses) and losses[-1] > losses[0] + 0.1
 
 
 # the whole method
@@ -281,15 +205,31 @@ def test_a_bank_that_is_not_filled_is_standard_normal():
     assert model.bank.norm(dim=1).std() > 0.3
 
 
-def test_gradients_of_accumulated_passes_are_averaged():
-    whole, parts = build("single"), build("single")
-    for model, passes in ((whole, 1), (parts, 2)):
-        for micro in range(passes):
-            torch.manual_seed(7)
-            model.contrast([(unit_rows(B, DIM), unit_rows(B, DIM))])
-            assert model._passes == micro + 1
+@pytest.mark.parametrize("dim", [DIM, 2 * B])
+def test_gradients_of_accumulated_passes_are_averaged(dim):
+    """With the larger features, the similarities of a step's only pass are kept."""
+    passes = [[(unit_rows(B, dim), unit_rows(B, dim))] for _ in range(2)]
+    models = [
+        AdCo(partial(tiny_encoder, dim), dim, K, ascent=ASCENT, fill=False).double()
+        for _ in range(4)
+    ]
+    for model in models[1:]:
+        model.load_state_dict(models[0].state_dict())
+    *single, both, twice = models
+    start = both.bank.clone()
+    for model, pairs in ((single[0], passes[:1]), (single[1], passes[1:]), (both, passes)):
+        for one in pairs:
+            model.contrast(one)
+        assert (model._similarity is not None) == (dim > B and len(pairs) == 1)
         model.after_step()
-    torch.testing.assert_close(whole.bank, parts.bank, rtol=0, atol=1e-12)
+        assert not model._passes and model._similarity is None
+    mean = (single[0].bank + single[1].bank) / 2
+    torch.testing.assert_close(both.bank, mean, rtol=0, atol=1e-12)
+    for _ in range(2):
+        twice.contrast(passes[0])
+    twice.after_step()
+    torch.testing.assert_close(twice.bank, single[0].bank, rtol=0, atol=1e-12)
+    assert (both.bank - start).abs().max() > 0.01
 
 
 # several ranks
@@ -438,7 +378,7 @@ def test_ranks_exchange_neither_the_bank_nor_its_gradient(ranks):
     """They exchange the queries and their gradients, and a few numbers for each query."""
     N = len(ranks("traffic")) * B
     for sizes in ranks("traffic"):
-        forward, backward = [N * DIM, 6 * N, N, N], [N, N * DIM]
+        forward, backward = [N * DIM, N, 3 * N, N, N], [N, N * DIM]
         assert sizes == forward + backward
 
 
