@@ -110,7 +110,7 @@ def _bank(s: Sizes, ranks: int, pairs: int) -> list[Collective]:
     queries. At the end of an epoch, each rank broadcasts its shard and the shard's velocity.
     """
     queries = pairs * s.batch
-    features = queries * s.dim * FLOAT
+    features = queries * (s.dim + 1) * FLOAT  # with the similarity of each query to its key
 
     def step(op: str, payload: int, calls: int = 1) -> Collective:
         return Collective("bank exchange", op, payload, calls)
@@ -118,7 +118,7 @@ def _bank(s: Sizes, ranks: int, pairs: int) -> list[Collective]:
     return [
         step("all_gather", features),  # the queries; their gradient is a sum over ranks
         step("all_reduce", ranks * features),
-        step("all_to_all", 6 * ranks * queries * FLOAT),  # hardest entries, softmax of a shard
+        step("all_to_all", 3 * ranks * queries * FLOAT),  # softmax and metrics of a shard
         step("all_gather", queries * FLOAT),  # log-sum-exp at the bank's temperature
         step("all_to_all", 2 * ranks * queries * FLOAT, 2),  # at the encoder's; its gradient
         Collective(REST, "broadcast", 2 * s.entries * s.dim * FLOAT, 2 * ranks, when="epoch"),

@@ -203,7 +203,10 @@ def memory_bytes(method: str, batch: int, ranks: int, one: Measured) -> tuple[fl
     """Return the peak memory of a GPU, and how that of one GPU is known."""
     s, alone = resnet50(method, batch, ranks), resnet50(method, BATCH, 1)
     if method in one.memory:
-        activations = one.memory[method] - _state(method, alone, 1)
+        activations = one.memory[method] - _state(alone)
+        if method == "adco":
+            # the version that was measured kept two tensors of the size of the bank
+            activations -= 2 * alone.entries * alone.dim * FLOAT
         source = "measured"
     else:
         activations, source = alone.saved / 2, "counted"  # in bf16
@@ -211,14 +214,12 @@ def memory_bytes(method: str, batch: int, ranks: int, one: Measured) -> tuple[fl
         grown = 2 * _CHUNK * 4 * (s.entries - alone.entries)  # two buffers for the similarities
     else:
         grown = 3 * 4 * _logits(method, s, ranks)[0]  # logits, their exponentials and gradient
-    return _state(method, s, ranks) + activations * batch / BATCH + grown, source
+    return _state(s) + activations * batch / BATCH + grown, source
 
 
-def _state(method: str, s: Sizes, ranks: int) -> float:
+def _state(s: Sizes) -> float:
     """Return the bytes of weights, buffers, gradient and the optimizer's state."""
-    # AdCo keeps two tensors of the size of its shard of the bank between steps
-    bank = 2 * s.entries // ranks * s.dim * FLOAT if method.startswith("adco") else 0
-    return s.state + s.gradient + s.gradient * s.moments + bank
+    return s.state + s.gradient + s.gradient * s.moments
 
 
 def predict(method: str, batch: int, ranks: int, cluster: Cluster, one: Measured) -> dict:

@@ -41,6 +41,11 @@ class AdCo(QueryAndKey):
     much larger. Every rank has the full buffers `bank` and `bank_velocity`. During training, only
     its own shard of them is current. `gather_state` copies the shards to all ranks.
 
+    The bank's ascent after the optimizer's step needs the queries of the step. Each pass keeps
+    those of all ranks, 4 (C + 2) bytes for each query. If a step has one pass with at most C
+    queries on all ranks, it also keeps their similarities to the shard, [K / W, W N], which are
+    never larger than the shard. Otherwise `after_step` computes them again.
+
     Raises InputError if there are fewer entries than ranks.
 
     Args:
@@ -186,12 +191,11 @@ class AdCo(QueryAndKey):
         # the mean over queries times this scale is the sum over views and the mean over directions
         scale = len(pairs) / (1 + self.symmetric)
         positive = near.detach().gather(1, label[:, None]).squeeze(1)  # [N]
-        joint_q = distributed.all_gather_with_gradient(q)  # [W N, C]
+        joint = distributed.all_gather_with_gradient(torch.cat([q, positive[:, None]], 1))
+        joint_q, of_keys = joint[:, :-1].contiguous(), joint[:, -1]  # [W N, C], [W N]
         bank = self.bank[self.shard(rank)]  # [K / W, C]
-        # They save time in `ascend`, but should not need more memory than the bank. Of several
-        # passes, they are not kept.
+        # `ascend` is faster with the similarities, but they must not need more memory than the bank
         keep = not self._passes and len(joint_q) <= bank.shape[1]
-        of_keys = distributed.all_gather(positive)
         sums = bank_log_sums(joint_q, of_keys, bank, self.T, self.ascent.T, keep)
 
         above, hardest, of_bank = self._of_all_shards(sums)

@@ -378,7 +378,7 @@ def test_ranks_exchange_neither_the_bank_nor_its_gradient(ranks):
     """They exchange the queries and their gradients, and a few numbers for each query."""
     N = len(ranks("traffic")) * B
     for sizes in ranks("traffic"):
-        forward, backward = [N * DIM, N, 3 * N, N, N], [N, N * DIM]
+        forward, backward = [N * (DIM + 1), 3 * N, N, N], [N, N * (DIM + 1)]
         assert sizes == forward + backward
 
 
