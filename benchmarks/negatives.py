@@ -209,16 +209,17 @@ class Heads:
 
     def _gradient(self, stacks: list[Tensor]) -> Tensor:
         """Return the gradient of q, given blocks [blocks, parts, n, C]."""
-        q = (self.q.detach() / T).T
+        q = (self.q.detach() / T).T.contiguous()
         total, weighted = 0.0, 0.0
         for stack in stacks:
             _, parts, n, _ = stack.shape
+            each = q.expand(parts, *q.shape)
             e, ones = q.new_empty(parts, n, q.shape[1]), q.new_ones(parts, 1, n)
             sums, products = q.new_zeros(parts, 1, q.shape[1]), q.new_zeros(parts, *q.shape)
-            for block in stack:
-                torch.bmm(block, q.expand(parts, *q.shape), out=e).exp_()
+            for block, columns in zip(stack, stack.mT, strict=True):
+                torch.bmm(block, each, out=e).exp_()
                 sums.baddbmm_(ones, e)
-                products.baddbmm_(block.mT, e)
+                products.baddbmm_(columns, e)
             total, weighted = total + sums.sum((0, 1)), weighted + products.sum(0)
         return (weighted / (T * total)).T
 
