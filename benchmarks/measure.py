@@ -7,6 +7,7 @@ printed as a table and written to a JSON file.
 import argparse
 import contextlib
 import os
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -86,11 +87,13 @@ def versions(*packages: str) -> dict[str, str]:
 def side_by_side(candidates: Candidates, rounds: int, device: torch.device, warm: int = 2) -> Times:
     """Return the seconds of each candidate in each round.
 
-    The candidates take turns, so that slow phases of the machine affect all of them.
+    The candidates take turns, so that slow phases of the machine affect all of them. Each round has
+    another order, because a candidate leaves data in the caches for the next one.
     """
     times: Times = {name: [] for name in candidates}
+    order = random.Random(0)  # the same in all processes
     for i in range(warm + rounds):
-        for name, run in candidates.items():
+        for name, run in order.sample(list(candidates.items()), len(candidates)):
             began = time.perf_counter()
             own = run()
             if device.type == "cuda":

@@ -15,7 +15,7 @@ solo      MoCo with solo-learn's moco_loss_func, if solo-learn is installed; no 
 The floor is the arithmetic that any head must do: the product of queries and bank, one pass for the
 exponentials, one for their sums, and the product of exponentials and bank for the gradient. It has
 no maxima, metrics or autograd. floor does each on the full [N, K] matrix. blocks does all four on
-one block of the bank after the other. moco_over_floor compares with the faster one of each round.
+one block of the bank after the other. moco_over_floor compares with the faster one.
 
 The search for the hardest negatives is measured on its own (topk), next to two passes over the
 similarities: the row maxima (amax), which read them once, and the product that computes them
@@ -23,9 +23,18 @@ similarities: the row maxima (amax), which read them once, and the product that 
 
 Two targets are out of reach. topk_over_pass: one pass takes 0.1 ns per similarity on two cores. The
 search also selects among 2 x 8192 numbers per query (N 32, K 65536, n_hard 1024), in NumPy on one
-core, and sorts 1024. This alone takes several times as long as the pass. synco_over_moco: SynCo
-also needs the [N, K] similarities, the search (about as long as the product), random draws (a fifth
-of moco) and the norms of its negatives. A faster moco does not make these faster.
+core, and sorts 1024. This alone takes several times as long as the pass. synco_over_moco: a third
+of moco is 1.6 ms on two cores. SynCo needs in addition
+
+    1.9 ms  the search
+    1.1 ms  random draws, of which 262,144 normal numbers take .7 ms on one core
+    1.5 ms  the norms of the synthetic negatives, and their similarities
+     .6 ms  their exponentials, and their part of the gradient
+     .8 ms  for the product and the exponentials of the full [N, K] matrix: it must know all
+            similarities before it can select, so no block of the bank serves both products
+
+One pass that keeps the similarities of each block for the search saves the last line, but the
+search then reads them in an order that costs as much again.
 """
 
 import copy
@@ -103,7 +112,7 @@ def main() -> None:
         {"head": name, "ms": 1e3 * seconds[name], "MiB": memory[name] / 2**20}
         for name in candidates
     ]
-    floor = [min(pair) for pair in zip(times["floor"], times["blocks"], strict=True)]
+    floor = times[min("floor", "blocks", key=seconds.get)]
     ratios = {
         "moco_over_floor": measure.ratio(times["moco"], floor),
         "moco_over_plain_moco": measure.ratio(times["moco"], times["plain"]),

@@ -97,19 +97,13 @@ class _BankLogSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q: Tensor, positive: Tensor, bank: Tensor, temperature: float):
         """Return the items of `BankSum`."""
-        (N, C), K = q.shape, len(bank)
-        stacks = in_blocks(q, bank)
-        scaled, of_key, shift = (q / temperature).T.contiguous(), positive / temperature, None
+        (N, C), stacks = q.shape, in_blocks(q, bank)
+        scaled, of_key = (q / temperature).T.contiguous(), positive / temperature
         total, above, weighted = q.new_zeros(N), q.new_zeros(N), q.new_zeros(C, N)
-        largest = []
-        if _can_overflow(q, K, temperature):
-            for block in (block for stack in stacks for block in stack):
-                logits = block @ scaled
-                largest.append(logits.amax((0, 1)))
-                above += (logits > of_key).sum((0, 1))
-            shift = torch.stack(largest).amax(0)
-        else:
-            of_key.exp_()
+        shift, largest = None, []
+        if _can_overflow(q, len(bank), temperature):
+            shift, above = _first_pass(stacks, scaled, of_key)
+        of_key.exp_()
 
         for stack in stacks:
             blocks, parts, n, _ = stack.shape
@@ -123,7 +117,7 @@ class _BankLogSum(torch.autograd.Function):
                 sums.baddbmm_(ones, e)  # faster than `sum`
                 if ctx.needs_input_grad[0]:
                     products.baddbmm_(columns, e)
-                if shift is None:
+                if shift is None:  # the order of the exponentials is that of the similarities
                     torch.amax(e, 1, out=maximum)
                     counts.baddbmm_(ones, e.gt_(of_key))
             total += sums.sum((0, 1))
@@ -142,6 +136,23 @@ class _BankLogSum(torch.autograd.Function):
     def backward(ctx, gradient: Tensor, *_: Tensor):
         """Return the gradient of q."""
         return ctx.saved_tensors[0] * gradient[:, None], None, None, None
+
+
+def _first_pass(stacks: list[Tensor], scaled: Tensor, of_key: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the largest logit of each query, and the number of logits above its key's, [N].
+
+    Args:
+        stacks: the entries, from `in_blocks`.
+        scaled: queries / temperature, [C, N].
+        of_key: the logit of each key, [N].
+    """
+    largest, above = [], torch.zeros_like(of_key)
+    for stack in stacks:
+        for block in stack:
+            logits = block @ scaled  # [parts, n, N]
+            largest.append(logits.amax((0, 1)))
+            above += (logits > of_key).sum((0, 1))
+    return torch.stack(largest).amax(0), above
 
 
 class _MixedLogSum(torch.autograd.Function):

@@ -8,6 +8,7 @@ import os
 import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -211,7 +212,29 @@ before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 fill()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
-    result = shell("-c", code, env=variables)
+    result = shell("-c", code, env={**variables, "THP_MEM_ALLOC_ENABLE": "0"})
     assert result.returncode == 0, result.stderr
     pages = 5 * (2 << 22) // resource.getpagesize()
     assert (int(result.stdout) < pages / 10) == kept
+
+
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+@pytest.mark.skipif(
+    not HUGE_PAGES.exists() or "[madvise]" not in HUGE_PAGES.read_text(),
+    reason="programs cannot ask for huge pages",
+)
+@pytest.mark.parametrize(
+    ("variables", "huge"), [({}, True), ({"THP_MEM_ALLOC_ENABLE": "0"}, False)]
+)
+def test_large_tensors_have_huge_pages_unless_the_user_chose(variables, huge):
+    code = """
+import resource, moco, torch
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+torch.zeros(32 << 20)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    result = shell("-c", code, env=variables)
+    assert result.returncode == 0, result.stderr
+    assert (int(result.stdout) < (128 << 20) / resource.getpagesize() / 10) == huge
