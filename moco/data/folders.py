@@ -19,7 +19,7 @@ import numpy as np
 import torch.distributed as dist
 from tqdm import tqdm
 
-from moco import distributed
+from moco import distributed, messages
 from moco.data.decoding import SUFFIXES
 from moco.data.images import ImageFolder, Images
 from moco.data.names import Names
@@ -347,5 +347,5 @@ def _print_left_out(
 @functools.cache  # each k-NN test lists val/ again
 def print_once(message: str) -> None:
     """Print a line on stderr, on rank 0, unless it was printed before."""
-    if distributed.is_rank0():
+    if messages.is_rank0():
         tqdm.write(message, file=sys.stderr)

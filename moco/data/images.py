@@ -27,6 +27,7 @@ from moco.data.decoding import (
 )
 from moco.data.names import Names
 from moco.errors import InputError
+from moco.messages import print_rank0
 
 
 @dataclass(frozen=True)
@@ -247,7 +248,7 @@ def note_dark(images: Images, settings: Decoding) -> None:
     values = [value for value in found if value is not None]
     white = depth.white_for(max(values, default=0))
     if white:
-        distributed.print_rank0(
+        print_rank0(
             f"{images.root}: 16-bit images look dark. The largest value in {len(values)} of them "
             f"is {max(values)}, and 65535 is shown as white; --white {white} makes them brighter"
         )

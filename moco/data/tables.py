@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moco import distributed
+from moco import messages
 from moco.data import folders, labels, splits
 from moco.data.images import EncodedImages
 from moco.data.splits import File
@@ -242,7 +242,7 @@ def _note_cost(folder: Path, split: str, files: tuple[File, ...]) -> None:
     """Print how long it takes to read images in random order, unless all stay in memory."""
     images = _listed(folder, split, files).images
     slow = isinstance(_opened(folder, files[0]), Parquet)
-    if not slow or sum(file.size for file in files) <= KEPT_BYTES or not distributed.is_rank0():
+    if not slow or sum(file.size for file in files) <= KEPT_BYTES or not messages.is_rank0():
         return
     indices = np.linspace(0, len(images) - 1, _MEASURED + 2).astype(int)[1:-1]
     began = time.perf_counter()

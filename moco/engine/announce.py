@@ -8,9 +8,9 @@ from moco import devices, distributed
 from moco.config import Training
 from moco.data.images import Images
 from moco.data.loader import TrainBatchSampler
-from moco.distributed import print_rank0
 from moco.engine import decoding, record
 from moco.errors import InputError
+from moco.messages import print_rank0
 
 
 class Start(Protocol):

@@ -19,11 +19,11 @@ from tqdm import tqdm
 from moco import devices, distributed
 from moco.augment.recipes import Recipe
 from moco.config import Config, Training, flat
-from moco.distributed import print_rank0
 from moco.engine import tracking
 from moco.engine.board import Board, tagged
 from moco.errors import InputError
 from moco.files import replacing, to_json
+from moco.messages import print_rank0
 
 STARTED = time.perf_counter()  # when this process started
 

@@ -13,7 +13,6 @@ from moco.builder.base import Method
 from moco.config import Pretraining, flat, replaced
 from moco.data import cache, catalog, file_lists, loader, registry, sources, subsets
 from moco.data.images import Images, note_dark
-from moco.distributed import print_rank0
 from moco.encoder import archs, networks, recompute, trial
 from moco.engine import checkpoint, contract, initial, next_commands, precision, record, tracking
 from moco.engine.log import Metrics, format_duration
@@ -21,6 +20,7 @@ from moco.engine.monitor import Monitor
 from moco.engine.task import Task
 from moco.engine.trainer import Trainer
 from moco.errors import InputError
+from moco.messages import print_rank0
 from moco.rng import Progress
 
 

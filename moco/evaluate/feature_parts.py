@@ -19,13 +19,13 @@ from torch import Tensor, nn
 
 from moco.config import Config
 from moco.data.images import Images
-from moco.distributed import print_rank0
 from moco.encoder import networks
 from moco.engine.features import indexed_batches
 from moco.engine.precision import autocast
 from moco.engine.run_folder import LOCK, LockedFolder
 from moco.errors import InputError
 from moco.files import half_written, read_json, replacing, write_json
+from moco.messages import print_rank0
 
 SECONDS = 20.0  # between two parts
 _ABOUT, _PART = "about.json", "part_*.npz"

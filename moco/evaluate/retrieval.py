@@ -3,9 +3,9 @@
 import torch
 
 from moco import devices, distributed
-from moco.distributed import print_rank0
 from moco.engine.features import Features, gather_in_order
 from moco.errors import InputError
+from moco.messages import print_rank0
 
 _ENTRIES = 2**24  # similarities that are sorted at a time, to save memory
 

@@ -7,9 +7,9 @@ from moco import distributed
 from moco.config import Config
 from moco.data import registry, sources, subsets
 from moco.data.images import Images, note_dark
-from moco.distributed import print_rank0
 from moco.errors import InputError
 from moco.evaluate import other_images
+from moco.messages import print_rank0
 from moco.methods import trains_on_labels
 
 

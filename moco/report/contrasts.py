@@ -14,13 +14,13 @@ from moco.cli.rebuild import rebuild
 from moco.config import Pretraining, flat, replaced
 from moco.data import registry
 from moco.data.images import Images
-from moco.distributed import print_rank0
 from moco.engine import precision
 from moco.errors import InputError
 from moco.evaluate import negatives
 from moco.evaluate.negatives import Measured
 from moco.launch import processes
 from moco.loss.synthetic import Synthetic
+from moco.messages import print_rank0
 from moco.report import pictures, samples
 from moco.report.options import Options
 from moco.report.plots import printable
