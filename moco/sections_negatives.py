@@ -195,8 +195,9 @@ def _schedule(
 ) -> Schedule:
     """Return the schedule of the synthetic negatives of `section` from epoch `first` on.
 
-    Raises InputError if `n_hard` is 0 although there are synthetic negatives, if the last epoch is
-    not after the first, or if the ramp is longer than the epochs with synthetic negatives.
+    Raises InputError if `n_hard` is 0 although there are synthetic negatives, if negatives would be
+    copies, if the last epoch is not after the first, or if the ramp is longer than the epochs with
+    synthetic negatives.
     """
     counts = tuple(getattr(section, name) for name in COUNTS)
     if not any(counts):
@@ -206,6 +207,7 @@ def _schedule(
             f"synthetic negatives are made from the hardest {section.SOURCE}: "
             f"give --n-hard, as in --n-hard {section.EXAMPLE}"
         )
+    _refuse_copies(section)
     if last is not None and first >= last:
         raise InputError(f"--synthetic-first {first}: must be below --synthetic-last {last}")
     eta = getattr(section, section.ETA)
@@ -217,6 +219,27 @@ def _schedule(
             "epochs only; lower it"
         )
     return Schedule(config, first, last, ramp)
+
+
+def _refuse_copies(section: SyntheticNegatives | BatchNegatives) -> None:
+    """Raise InputError if a type of synthetic negative would only copy the hardest negatives."""
+    for name, one in zip(COUNTS, TYPES, strict=True):
+        count = getattr(section, name)
+        size = section.ETA if one.size == "eta" else one.size
+        if not count:
+            continue
+        copies = f"copies of {section.SOURCE} (--{name} {count})"
+        if size and not getattr(section, size):
+            option = f"--{size.replace('_', '-')}"
+            raise InputError(
+                f"{option} 0: all {one.name} negatives would be {copies}; "
+                f"give a larger {option}, or --{name} 0"
+            )
+        if one.second and section.n_hard == 1:
+            raise InputError(
+                f"--n-hard 1: all {one.name} negatives would be {copies}, because each mixes two "
+                f"of the hardest {section.SOURCE}; give a larger --n-hard, or --{name} 0"
+            )
 
 
 def notes(schedule: Schedule, option: str, without: str, epochs: int) -> list[str]:
