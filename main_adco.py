@@ -15,7 +15,7 @@ from moco.cli import entry
 from moco.cli.parser import Parser
 from moco.cli.types import Device, Method
 from moco.launch import processes
-from moco.messages import print_rank0
+from moco.messages import counted, print_rank0
 from moco.sections import option
 
 
@@ -105,9 +105,9 @@ def worker(c: Config, device: Device) -> None:
     from moco.engine import pretrain
 
     if c.launch.multiprocessing_distributed is None:
-        n = distributed.world_size()
+        n = counted(distributed.world_size(), "process", "processes")
         print_rank0(
-            f"{n} process{'es' * (n > 1)}: one for each visible GPU, or those of the launcher; "
+            f"{n}: one for each visible GPU, or those of the launcher; "
             "for one process, give --gpu ID or --no-multiprocessing-distributed"
         )
     if c.bank.ad_init and not c.log.resume:

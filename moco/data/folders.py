@@ -24,6 +24,7 @@ from moco.data.decoding import SUFFIXES
 from moco.data.images import ImageFolder, Images
 from moco.data.names import Names
 from moco.errors import InputError
+from moco.messages import counted
 
 
 def split_folder(root: Path, split: str) -> Path:
@@ -333,12 +334,13 @@ def _print_left_out(
     repeated = [link for listing in listings for link in listing.repeated]
     left_out = []
     if others:
-        left_out.append(f"{others.total()} files with other endings ({endings(others)})")
+        left_out.append(f"{counted(others.total(), 'file')} with other endings ({endings(others)})")
     if outside:
-        left_out.append(f"{outside} images outside the class folders")
+        left_out.append(f"{counted(outside, 'image')} outside the class folders")
     if repeated:
         left_out.append(
-            f"{len(repeated)} links to folders that are listed already, first {repeated[0]}"
+            f"{counted(len(repeated), 'link')} to folders that are listed already, "
+            f"first {repeated[0]}"
         )
     if left_out:
         print_once(f"{folder}: left out: {'; '.join(left_out)}")

@@ -21,6 +21,7 @@ from moco.data.splits import File
 from moco.data.table_files import KEPT_BYTES, Arrow, Columns, Parquet, attempt
 from moco.errors import InputError, one_line
 from moco.files import read_text
+from moco.messages import counted
 
 _SUFFIXES = (".parquet", ".arrow")
 _OPEN_FILES = 64  # per process
@@ -254,7 +255,7 @@ def _note_cost(folder: Path, split: str, files: tuple[File, ...]) -> None:
     folders.print_once(
         one_line(
             f"{folder}: reading an image takes {ms:.1f} ms, because parquet files are read in "
-            f"groups of up to {rows} images; tar files are faster: {TOOL} {root} OUT"
+            f"groups of up to {counted(rows, 'image')}; tar files are faster: {TOOL} {root} OUT"
         )
     )
 

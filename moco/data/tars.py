@@ -14,6 +14,7 @@ from moco.data import folders, labels, splits, tar_index, tar_listing
 from moco.data.images import EncodedImages
 from moco.data.splits import File
 from moco.errors import InputError, one_line
+from moco.messages import counted
 
 _COMPRESSED = (".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst", ".tar.lz4", ".tar.z")
 _COMPRESSED += (".tgz", ".tbz2", ".txz", ".tzst")
@@ -201,8 +202,10 @@ def _print_left_out(folder: Path, files: tuple[File, ...], index: tar_index.Inde
     others = folders.count_images(folder) if not os.path.dirname(files[0].name) else 0
     parts = []
     if counts:
-        parts.append(f"{counts.total()} members of tar files ({folders.endings(counts)})")
+        parts.append(
+            f"{counted(counts.total(), 'member')} of tar files ({folders.endings(counts)})"
+        )
     if others:
-        parts.append(f"{others} images next to the tar files")
+        parts.append(f"{counted(others, 'image')} next to the tar files")
     if parts:
         folders.print_once(one_line(f"{folder}: left out: {'; '.join(parts)}"))

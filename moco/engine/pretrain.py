@@ -20,7 +20,7 @@ from moco.engine.monitor import Monitor
 from moco.engine.task import Task
 from moco.engine.trainer import Trainer
 from moco.errors import InputError
-from moco.messages import print_rank0
+from moco.messages import counted, print_rank0
 from moco.rng import Progress
 
 
@@ -33,8 +33,8 @@ def check_views(config: Pretraining, several_crops: bool = False) -> None:
     if views < 2 or (views > 2) != several_crops:
         needed = "more than two" if several_crops else "two"
         raise InputError(
-            f"--recipe {config.views.recipe}: makes {views} views, but {needed} are needed; "
-            "choose another"
+            f"--recipe {config.views.recipe}: makes {counted(views, 'view')}, but {needed} are "
+            "needed; choose another"
         )
 
 
@@ -197,7 +197,8 @@ def train(config: Pretraining, device: torch.device, build: Callable[[Images], M
         subsets.require_two_classes(images, _NEED_LABELS[option])
     if config.monitor.knn_every and k > len(images):
         print_rank0(
-            f"--knn-k {k}: the training set has only {len(images)} images, and all of them vote"
+            f"--knn-k {k}: the training set has only {counted(len(images), 'image')}, and all of "
+            "them vote"
         )
     torch.manual_seed(config.run.seed)
     method = build(images)

@@ -20,6 +20,7 @@ from moco.engine.log import Mean, Metrics, RunLog, write_options
 from moco.engine.task import Task
 from moco.errors import InputError
 from moco.launch import interrupt
+from moco.messages import counted
 
 
 class Trainer:
@@ -255,7 +256,7 @@ class Trainer:
         images = state.get("images", len(task.images))
         if images != len(task.images):
             raise InputError(
-                f"{path}: was trained on {images} images, but {task.images.root} has "
+                f"{path}: was trained on {counted(images, 'image')}, but {task.images.root} has "
                 f"{len(task.images)}; resume with the data it was made with"
             )
         checkpoint.restore(task.module, state, path, task.may_diverge)

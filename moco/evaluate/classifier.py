@@ -19,7 +19,7 @@ from moco.evaluate import metrics, other_images
 from moco.evaluate.results import write_results
 from moco.evaluate.splits import Splits
 from moco.files import read_json
-from moco.messages import print_rank0
+from moco.messages import counted, print_rank0
 
 
 @torch.no_grad()
@@ -296,7 +296,7 @@ def _difference(saved: object, classes: tuple[str, ...]) -> str:
     names = [name for name in saved if isinstance(name, str)] if isinstance(saved, list) else []
     if len(names) != len(classes):
         return (
-            f"has {len(names)} classes, but the data has {len(classes)}; "
+            f"has {counted(len(names), 'class', 'classes')}, but the data has {len(classes)}; "
             "give the data that it was trained on"
         )
     index = next(

@@ -227,7 +227,7 @@ def test_system_folders_are_ignored_and_other_files_are_counted_once(tmp_path, c
     ]
     assert capsys.readouterr().err == (
         f"{tmp_path / 'train'}: left out: 7 files with other endings "
-        "(.heic 3, .txt 2, .csv 1, no ending 1); 1 images outside the class folders\n"
+        "(.heic 3, .txt 2, .csv 1, no ending 1); 1 image outside the class folders\n"
     )
 
 

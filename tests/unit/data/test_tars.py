@@ -64,7 +64,7 @@ def test_tar_files_win_over_loose_images_and_a_line_says_so(tmp_path, capsys):
     write_tar(tmp_path / "0.tar", ("x.jpg", b"x"), ("x.txt", b"x"))
     (tmp_path / "preview.jpg").write_bytes(b"x")
     assert names_of(scan(tmp_path, "train")) == ["0.tar/x.jpg"]
-    line = "left out: 1 members of tar files (.txt 1); 1 images next to the tar files"
+    line = "left out: 1 member of tar files (.txt 1); 1 image next to the tar files"
     assert line in capsys.readouterr().err
 
 
@@ -119,7 +119,7 @@ def test_a_class_that_train_lacks_is_refused(tmp_path):
     for split, classes in (("train", "ab"), ("val", "ac")):
         members = [(f"{c}{ending}", c.encode()) for c in classes for ending in (".jpg", ".cls")]
         write_tar(tmp_path / f"{split}-0.tar", *members)
-    with pytest.raises(InputError, match=r"1 classes are not among train's, first 'c'"):
+    with pytest.raises(InputError, match=r"1 class is not among train's, first 'c'"):
         sources.find(str(tmp_path), ("train", "val"))
 
 
