@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from moco.data.folders import print_once
-from moco.errors import InputError, one_line
+from moco.errors import InputError, ListError, one_line
 from moco.files import unreadable
 from moco.messages import counted
 
@@ -122,6 +122,16 @@ def facts(folder: Path, name: str) -> File:
     if not stat.S_ISREG(status.st_mode):
         raise InputError(f"{path}: is not a file; remove it")
     return File(name, status.st_size, status.st_mtime_ns)
+
+
+def changed(path: str | Path) -> ListError:
+    """Return the error for a file that has been written to since it was listed."""
+    return ListError(f"{path}: has changed since it was listed; start again")
+
+
+def removed(path: str | Path) -> ListError:
+    """Return the error for a file that has been removed since it was listed."""
+    return ListError(f"{path}: has been removed since it was listed; restore it, and start again")
 
 
 def _check_complete(folder: Path, found: list[str]) -> None:
