@@ -31,6 +31,7 @@ TARGETS = {
     "slowest_help_s": measure.Target(0.4),
     "refused_s": measure.Target(0.4),
     "first_step_s": measure.Target(5),
+    "torchvision_over_ours": measure.Target(1, least=True),
 }
 
 

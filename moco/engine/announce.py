@@ -82,7 +82,7 @@ def announce(start: Start, images: Images, notes: list[str]) -> None:
     if start.order.start < 0:
         before = -start.order.start
         print_rank0(
-            f"{counted(before, 'step')} before epoch 0, numbered from -{before}: "
+            f"{counted(before, 'step')} before epoch 0, numbered from -{before} in log.jsonl: "
             f"{before / per_epoch:.3g} times as many images as in an epoch"
         )
     if schedule.lr_warmup_epochs >= schedule.epochs:
