@@ -216,8 +216,8 @@ def _schedule(
     ramp = Ramp(section.synthetic_ramp_epochs, section.synthetic_ramp, section.synthetic_ramp_of)
     if last is not None and ramp.epochs > last - first:
         raise InputError(
-            f"--synthetic-ramp-epochs {ramp.epochs}: the synthetic negatives last only "
-            f"{counted(last - first, 'epoch')}; lower it"
+            f"--synthetic-ramp-epochs {ramp.epochs}: the synthetic negatives last "
+            f"{counted(last - first, 'epoch')} only; lower it"
         )
     return Schedule(config, first, last, ramp)
 
