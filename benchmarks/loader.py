@@ -78,9 +78,13 @@ def main() -> None:
         "images in one batch (default: 32); with --small: in an epoch (default: 50,000); with "
         "--shards: in all (default: 4000)"
     )
-    parser.add_argument("--images", type=int, help=count)
-    parser.add_argument("--batch", type=int, default=512, help="with --small: images in one batch")
-    parser.add_argument("--size", type=int, default=224, help="pixels of a view; --small has 32")
+    parser.add_argument("--images", type=measure.at_least(1), help=count)
+    parser.add_argument(
+        "--batch", type=measure.at_least(1), default=512, help="with --small: images in one batch"
+    )
+    parser.add_argument(
+        "--size", type=measure.pixels, default=224, help="pixels of a view; --small has 32"
+    )
     parser.add_argument(
         "--compile", action="store_true", help="have torch.compile fuse our color operations"
     )
@@ -388,4 +392,4 @@ def make(folder: Path, images: int) -> list[int]:
 
 
 if __name__ == "__main__":
-    main()
+    measure.main(main)

@@ -89,15 +89,21 @@ AFTER_WARMUP = Progress(epoch=1)
 def main() -> None:
     """Run the benchmark."""
     parser = measure.parser(__doc__.splitlines()[0])
-    parser.add_argument("--n", type=int, default=32, help="number of queries")
-    parser.add_argument("--k", type=int, default=65536, help="entries in the queue")
-    parser.add_argument("--dim", type=int, default=128)
-    parser.add_argument("--n-hard", type=int, default=1024)
+    parser.add_argument("--n", type=measure.at_least(1), default=32, help="number of queries")
+    parser.add_argument("--k", type=measure.at_least(1), default=65536, help="entries in the queue")
+    parser.add_argument("--dim", type=measure.at_least(1), default=128)
+    parser.add_argument("--n-hard", type=measure.at_least(1), default=1024)
     parser.add_argument(
-        "--counts", type=int, nargs=6, default=(256, 256, 256, 64, 64, 64), metavar="N"
+        "--counts",
+        type=measure.at_least(0),
+        nargs=6,
+        default=(256, 256, 256, 64, 64, 64),
+        metavar="N",
     )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    measure.add_device(parser)
     args = parser.parse_args()
+    if args.n_hard > args.k:
+        parser.error(f"--n-hard {args.n_hard} is larger than the queue (--k {args.k}); lower it")
     device = torch.device(args.device)
     heads = Heads(args, device)
 
@@ -365,4 +371,4 @@ def check(heads: Heads) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    measure.main(main)

@@ -17,12 +17,12 @@ from moco.augment.color import normalize
 from moco.config import Evaluation
 from moco.data import loader
 from moco.data.images import Images
-from moco.distributed import print_rank0
 from moco.encoder import networks, timm_networks
 from moco.engine.features import gather_in_order
 from moco.engine.precision import autocast, prepare_images
 from moco.errors import InputError
 from moco.evaluate import inputs, revisited
+from moco.messages import print_rank0
 from moco.sections_eval import Extraction
 
 GEM, EPS = 3.0, 1e-6  # exponent of the generalized mean, and lower bound of its inputs

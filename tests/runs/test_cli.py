@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import ROOT, own_lines, settings, shell, wants_detectron2
-from run_helpers import SMALL, options, refused, typed
+from run_helpers import INPUT, SMALL, options, refused, typed
 
 import main_lincls
 from moco.errors import InputError, unknown
@@ -64,6 +64,12 @@ def test_batch_smaller_than_processes(script, images):
         *typed("-b 2 --multiprocessing-distributed --nproc-per-node 3"),
     )
     refused(result, "--batch-size 2", "3 processes")
+
+
+def test_bank_smaller_than_processes(script):
+    words = typed("--cluster 1 --multiprocessing-distributed --nproc-per-node 2")
+    result = script("main_adco", "nowhere", *INPUT, *words)
+    refused(result, "--cluster 1", "2 processes", "raise --cluster")
 
 
 # launch
