@@ -108,8 +108,9 @@ def main() -> None:
         }
         if theirs := lightly(args.size):
             candidates["lightly"] = lambda: stacked(theirs(pil_image(path)) for path in paths)
-        stages = loader_stages.candidates(folder, recipe("mocov2", args.size))
+        stages, apart = loader_stages.candidates(folder, recipe("mocov2", args.size))
         times = measure.side_by_side(candidates | stages, args.rounds, torch.device("cpu"))
+        times |= measure.side_by_side(apart, args.rounds, torch.device("cpu"))
     seconds = measure.medians(times)
     table = [
         {"pipeline": name, "ms/image": 1e3 * s / args.images, "images/s": args.images / s}
@@ -154,12 +155,13 @@ def large(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as root:
         folder = make_large(Path(root), args.images)
         data = [folder.encoded(i) for i in range(len(folder))]
+        headers = [jpeg.header(memoryview(one)) for one in data]
         candidates = {
             "off": lambda: host(folder, args.size),
             "on": lambda: host(folder, args.size, Decoding(shrink_on_decode=True)),
         }
         for name, decode in jpeg.working():
-            candidates[name] = lambda decode=decode: list(map(decode, data))
+            candidates[name] = lambda decode=decode: list(map(decode, data, headers))
         times = measure.side_by_side(candidates, args.rounds, torch.device("cpu"))
     table = [
         {"pipeline": name, "ms/image": 1e3 * s / args.images, "images/s": args.images / s}
