@@ -52,8 +52,9 @@ def candidates(folder: ImageFolder, recipe: Recipe) -> tuple[Stages, Stages]:
     batch = loader.Views(folder, cut).__getitems__([(0, i) for i in indices])
 
     def resize(image: Tensor, of_views: list[crop.Box]) -> None:
+        pixels = image.permute(1, 2, 0).numpy()
         for box, view, memory in zip(of_views, recipe, out, strict=True):
-            crop._write_resized_crop(image, box, view.interpolation, memory)
+            crop._write_resized_crop(pixels, box, view.size, view.interpolation, memory)
 
     found = {
         "read": lambda: [folder.encoded(i) for i in indices],

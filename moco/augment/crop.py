@@ -46,7 +46,7 @@ def resized_crop(image: Tensor, box: Box, size: int, interpolation: str = "bilin
     The interpolation is bilinear or bicubic, with antialiasing.
     """
     out = _channels_last(size)
-    _write_resized_crop(image, box, interpolation, out)
+    _write_resized_crop(image.permute(1, 2, 0).numpy(), box, size, interpolation, out)
     return out[0].contiguous()
 
 
@@ -59,17 +59,19 @@ def _channels_last(size: int) -> Tensor:
     return torch.empty(1, size, size, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
 
 
-def _write_resized_crop(image: Tensor, box: Box, interpolation: str, out: Tensor) -> None:
-    """Write `resized_crop` to `out`, uint8 [1, 3, size, size] as `_channels_last` returns it."""
+def _write_resized_crop(
+    image: np.ndarray, box: Box, size: int, interpolation: str, out: Tensor
+) -> None:
+    """Write `resized_crop` of `image` [H, W, 3] to `out`, which `_channels_last` returned."""
     top, left, h, w = box
     # NumPy copies the box faster than PyTorch
-    crop = image.permute(1, 2, 0).numpy()[top : top + h, left : left + w].copy(order="C")
-    crop = torch.from_numpy(crop)[None].permute(0, 3, 1, 2)
-    if crop.shape == out.shape:
+    crop = image[top : top + h, left : left + w].copy(order="C")
+    crop = torch.from_numpy(crop[None].transpose(0, 3, 1, 2))
+    if h == size and w == size:
         out.copy_(crop)
     else:
         # F.interpolate calls these functions, too, but cannot write to given memory
-        _RESIZE[interpolation](crop, out.shape[2:], False, None, None, out=out)
+        _RESIZE[interpolation](crop, (size, size), False, None, None, out=out)
 
 
 _RESIZE = {
@@ -83,7 +85,8 @@ def random_boxes(height: int, width: int, recipe: Recipe, *counters: int) -> lis
 
     The same `counters` always give the same boxes, and each view draws its own.
     """
-    return [random_box(height, width, view, fold(*counters, i)) for i, view in enumerate(recipe)]
+    start = fold(*counters)
+    return [random_box(height, width, view, fold(i, start=start)) for i, view in enumerate(recipe)]
 
 
 def random_views(
@@ -95,10 +98,12 @@ def random_views(
     memory. If `out` is given, write them there: it has a batch of one image for each view, uint8
     [1, 3, S, S] in PyTorch's format channels_last.
     """
-    boxes = random_boxes(*image.shape[1:], recipe, *counters)
-    out = list(out or (_channels_last(view.size) for view in recipe))
+    pixels = image.permute(1, 2, 0).numpy()
+    height, width, _ = pixels.shape
+    boxes = random_boxes(height, width, recipe, *counters)
+    out = out or [_channels_last(view.size) for view in recipe]
     for box, view, memory in zip(boxes, recipe, out, strict=True):
-        _write_resized_crop(image, box, view.interpolation, memory)
+        _write_resized_crop(pixels, box, view.size, view.interpolation, memory)
     return [memory[0] for memory in out]
 
 

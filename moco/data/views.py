@@ -190,15 +190,15 @@ class Views(Dataset):
         """
         unreadable: list[tuple[int, str]] = []
         indices = np.empty(len(samples), dtype=np.int64)
-        rows, others = [view.split(1) for view in views], []
-        for row, sample in enumerate(samples):
-            with torch.inference_mode():  # operations start faster
-                found = self._crop(sample, [view[row] for view in rows])
-            if isinstance(found, InputError):
-                return found
-            crops, indices[row], errors = found
-            unreadable += errors
-            others += [] if views else [crops]
+        rows, others = list(zip(*(view.split(1) for view in views), strict=True)), []
+        with torch.inference_mode():  # operations start faster
+            for row, sample in enumerate(samples):
+                found = self._crop(sample, rows[row] if rows else ())
+                if isinstance(found, InputError):
+                    return found
+                crops, indices[row], errors = found
+                unreadable += errors
+                others += [] if views else [crops]
         views = views or [torch.stack(crops) for crops in zip(*others, strict=True)]
         labels = self.images.labels[indices]
         return Batch(views, torch.from_numpy(indices), torch.from_numpy(labels), unreadable)
