@@ -245,7 +245,8 @@ def resized_crops(images: Tensor, boxes: np.ndarray, out: Tensor) -> None:
     pixels = out.numpy()
     for start in range(0, n, _CHUNK):
         part = slice(start, start + _CHUNK)
-        x = images[part].float().view(-1, channels * height, width)
+        x = torch.from_numpy(np.ascontiguousarray(images[part].numpy())).float()
+        x = x.view(-1, channels * height, width)
         x = torch.bmm(x, across[part].transpose(1, 2)).add_(0.5).floor_()
         x = torch.matmul(down[part, None], x.view(-1, channels, height, size)).add_(0.5)
         # NumPy converts to uint8 seven times as fast as PyTorch

@@ -155,10 +155,10 @@ class ImageFolder(EncodedImages):
 class CachedImages(Images):
     """Decoded images in memory (see `cache`), except those that are left where they were.
 
-    `source` has the same images in encoded form. `pixels` is uint8 and holds one image after the
-    other. It is a tensor, because PyTorch shares tensors with loader processes by any start method.
-    `starts` [N] has the offset of each image in `pixels`, or -1 if the image is read from `source`.
-    `sizes` [N, 2] has heights and widths.
+    `source` has the same images in encoded form. `pixels` is uint8 and holds one image [H, W, 3]
+    after the other: crops are fastest in this layout. It is a tensor, because PyTorch shares
+    tensors with loader processes by any start method. `starts` [N] has the offset of each image in
+    `pixels`, or -1 if the image is read from `source`. `sizes` [N, 2] has heights and widths.
     """
 
     source: EncodedImages
@@ -173,7 +173,8 @@ class CachedImages(Images):
         start, (height, width) = self.starts[i], self.sizes[i].tolist()
         if start < 0:
             return self.source.read(i, settings, reduction)
-        return self.pixels[start : start + 3 * height * width].view(3, height, width)
+        pixels = self.pixels[start : start + 3 * height * width].view(height, width, 3)
+        return pixels.permute(2, 0, 1)
 
     def read_batch(self, indices: np.ndarray, accepts: Callable[[int, int], bool]) -> Tensor | None:
         """Return the images with these `indices` as one tensor; see `Images.read_batch`."""
@@ -183,7 +184,8 @@ class CachedImages(Images):
             return None
         # NumPy gathers bytes eight times as fast as PyTorch
         windows = np.lib.stride_tricks.sliding_window_view(self.pixels.numpy(), 3 * height * width)
-        return torch.from_numpy(windows[starts]).view(len(indices), 3, height, width)
+        pixels = torch.from_numpy(windows[starts]).view(len(indices), height, width, 3)
+        return pixels.permute(0, 3, 1, 2)
 
     def name(self, i: int) -> str:
         """Return the name of image `i` in `source`."""

@@ -21,7 +21,7 @@ from PIL import Image
 
 from moco.augment import crop
 from moco.augment.recipes import recipe
-from moco.data import cache, loader
+from moco.data import cache
 from moco.data.decoding import decode_file
 from moco.data.images import CachedImages, ImageArray
 from moco.data.loader import CenterCrop, EvalBatchSampler, RandomCrops, batches
