@@ -141,21 +141,23 @@ def main() -> None:
     measure.report("loader", table, ratios, facts, args.json, TARGETS)
 
 
-BATCHES = 3  # in each turn of a candidate
+TURN = 0.4  # seconds
 
 
 def turn(run: Callable[[], object]) -> Callable[[], float]:
-    """Return a candidate that calls `run` `BATCHES` times and returns the mean seconds of a call.
+    """Return a candidate that calls `run` for `TURN` seconds and returns the mean time of a call.
 
     In a training run, one batch follows the other. A single batch after another candidate's would
-    have to fetch all of its memory into the processor's caches.
+    have to fetch its memory into the processor's caches. Turns of equal length also give all
+    candidates an equal share of the system's interruptions.
     """
 
     def calls() -> float:
-        began = time.perf_counter()
-        for _ in range(BATCHES):
+        began, n = time.perf_counter(), 0
+        while (passed := time.perf_counter() - began) < TURN:
             run()
-        return (time.perf_counter() - began) / BATCHES
+            n += 1
+        return passed / n
 
     return calls
 
