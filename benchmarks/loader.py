@@ -11,7 +11,8 @@ The ratio host_over_pil is the images per second of host, divided by those of pi
 are named in the same way. Two are different: host_over_decode_and_resize is the time of a loader
 process per image, with reading, batching and the transfer to the main process, divided by the time
 of decoding and resizing alone. colors_over_kornia is the time of kornia's color operations, divided
-by that of ours. The rows below the pipelines are stages; see loader_stages.py.
+by that of ours. The rows below the pipelines are stages; see loader_stages.py. Times are of the
+processor, except for the loader process and the stage to which it is compared.
 
 With --small, the script measures an epoch of two views of 32-pixel images in memory, as in MoCo's
 demo on CIFAR-10. "ours" and "pil" each use two processes with one thread each.
@@ -33,7 +34,6 @@ import io
 import itertools
 import random
 import tempfile
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -110,7 +110,7 @@ def main() -> None:
         if theirs := lightly(args.size):
             candidates["lightly"] = lambda: stacked(theirs(pil_image(path)) for path in paths)
         stages, apart = loader_stages.candidates(folder, recipe("mocov2", args.size))
-        turns = {name: turn(run) for name, run in (candidates | stages).items()}
+        turns = {name: loader_stages.turn(run) for name, run in (candidates | stages).items()}
         times = measure.side_by_side(turns, args.rounds, torch.device("cpu"))
         times |= measure.side_by_side(apart, args.rounds, torch.device("cpu"))
     seconds = measure.medians(times)
@@ -139,27 +139,6 @@ def main() -> None:
         ),
     }
     measure.report("loader", table, ratios, facts, args.json, TARGETS)
-
-
-TURN = 0.4  # seconds
-
-
-def turn(run: Callable[[], object]) -> Callable[[], float]:
-    """Return a candidate that calls `run` for `TURN` seconds and returns the mean time of a call.
-
-    In a training run, one batch follows the other. A single batch after another candidate's would
-    have to fetch its memory into the processor's caches. Turns of equal length also give all
-    candidates an equal share of the system's interruptions.
-    """
-
-    def calls() -> float:
-        began, n = time.perf_counter(), 0
-        while (passed := time.perf_counter() - began) < TURN:
-            run()
-            n += 1
-        return passed / n
-
-    return calls
 
 
 TARGETS = {

@@ -79,6 +79,27 @@ def candidates(folder: ImageFolder, recipe: Recipe) -> tuple[Stages, Stages]:
     return found, apart
 
 
+TURN = 0.4  # seconds
+
+
+def turn(run: Callable[[], object]) -> Callable[[], float]:
+    """Return a candidate that calls `run` for `TURN` seconds and returns the mean time of a call.
+
+    In a training run, one batch follows the other. A single batch after another candidate's would
+    have to fetch its memory into the processor's caches. The time is that of the processor, because
+    other programs may interrupt a turn. It is the full time of a single thread that never waits.
+    """
+
+    def calls() -> float:
+        began, n = time.process_time(), 0
+        while (passed := time.process_time() - began) < TURN:
+            run()
+            n += 1
+        return passed / n
+
+    return calls
+
+
 def _each(run: Callable[..., object], *inputs: list) -> None:
     """Call `run` for each of the inputs, and drop the results."""
     for one in zip(*inputs, strict=True):
