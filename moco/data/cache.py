@@ -164,7 +164,7 @@ def _decode_block(source: EncodedImages, settings: Decoding, first: int) -> Bloc
     last = min(first + _BLOCK, len(source))
     images = [_decode(source, settings, i) for i in range(first, last)]
     sizes = [(0, 0) if image is None else image.shape[1:] for image in images]
-    flat = [image.reshape(-1) for image in images if image is not None]
+    flat = [image.permute(1, 2, 0).reshape(-1) for image in images if image is not None]
     return np.array(sizes, dtype=np.int64), torch.cat([torch.empty(0, dtype=torch.uint8), *flat])
 
 

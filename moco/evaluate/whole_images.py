@@ -43,7 +43,14 @@ class Shrunk:
     boxes: Sequence[tuple[float, float, float, float]] | None = None
     center: bool = False
 
-    def __call__(self, image: Tensor, sample: loader.SampleId) -> list[Tensor]:
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Return (), because the views differ in size."""
+        return ()
+
+    def __call__(
+        self, image: Tensor, sample: loader.SampleId, _out: Sequence[Tensor] = ()
+    ) -> list[Tensor]:
         """Return the view of `image`, uint8 [3, H, W], as a list of one uint8 [3, h, w]."""
         longer = self.imsize
         picture = Image.fromarray(image.permute(1, 2, 0).numpy())
