@@ -14,7 +14,8 @@ from moco import config, sections
 from moco.cli import entry
 from moco.cli.parser import Parser
 from moco.cli.types import Device, Method
-from moco.messages import print_rank0
+from moco.launch import processes
+from moco.messages import counted, print_rank0
 from moco.sections import option
 
 
@@ -68,11 +69,13 @@ def parser() -> Parser:
 
 
 def complete(c: Config) -> Config:
+    from moco.builder import adco
     from moco.engine import pretrain
 
     recipe = "multicrop" if c.bank.multi_crop else "mocov2" if c.encoders.aug_plus else "mocov1"
     c = config.replaced(c, method="adco", recipe=c.views.recipe or recipe)
     pretrain.check_views(c, several_crops=c.bank.multi_crop)
+    adco.check_bank(c.bank.cluster, processes.plan(c.launch).world_size)
     return pretrain.complete(c)
 
 
@@ -102,9 +105,9 @@ def worker(c: Config, device: Device) -> None:
     from moco.engine import pretrain
 
     if c.launch.multiprocessing_distributed is None:
-        n = distributed.world_size()
+        n = counted(distributed.world_size(), "process", "processes")
         print_rank0(
-            f"{n} process{'es' * (n > 1)}: one for each visible GPU, or those of the launcher; "
+            f"{n}: one for each visible GPU, or those of the launcher; "
             "for one process, give --gpu ID or --no-multiprocessing-distributed"
         )
     if c.bank.ad_init and not c.log.resume:

@@ -38,13 +38,6 @@ class Config(config.Pretraining):
 
 def parser() -> Parser:
     p = Parser(__doc__, Config(), compat.FNC_REPLACEMENTS)
-    off = "false negatives are not searched (--fn-mode off, or --fn-topk 0); leave it out"
-    p.has_effect("fn_topk fn_from", lambda args: args.fn_mode != "off", off)
-    p.has_effect("fn_threshold", lambda args: args.fn_mode != "off" and args.fn_topk, off)
-    similar = "only --fn-from similarity uses it; leave it out"
-    p.has_effect("fn_topk fn_threshold", lambda args: not args.config.fnc.uses_labels, similar)
-    no_memory = "without a memory (--memory-multiplier 0) there is one encoder; leave it out"
-    p.has_effect("ema", lambda args: args.memory_multiplier, no_memory)
     p.add_aliases(compat.FNC_ALIASES)
     return p
 

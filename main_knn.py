@@ -12,7 +12,7 @@ from moco import config, sections, sections_eval
 from moco.cli import entry
 from moco.cli.parser import Parser
 from moco.cli.types import Device
-from moco.messages import print_rank0
+from moco.messages import counted, print_rank0
 from moco.sections import option
 
 
@@ -93,7 +93,8 @@ def worker(c: Config, device: Device) -> None:
     entries = int(distributed.all_reduce_sum(torch.tensor([len(bank[1])], device=device)))
     if many := [k for k in c.knn.k if k > entries]:
         ks = " ".join(map(str, many))
-        print_rank0(f"--k {ks}: the training set has only {entries} images, and all of them vote")
+        few = counted(entries, "image")
+        print_rank0(f"--k {ks}: the training set has only {few}, and all of them vote")
     accuracy = features.knn(*bank, *queries, len(classes), list(c.knn.k), c.knn.temperature)
     for k, top1 in accuracy.items():
         print_rank0(f"* k-NN Acc@1 {100 * top1:.3f} (k {k})")

@@ -13,7 +13,6 @@ epochs on ImageNet. Memory traffic, decoding, color operations, communication, a
 import contextlib
 import importlib
 import io
-import sys
 from pathlib import Path
 from unittest import mock
 
@@ -112,4 +111,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    measure.main(main)

@@ -33,6 +33,7 @@ from torch.nn.parallel import DistributedDataParallel
 from moco import distributed
 from moco.builder.simclr import SimCLR
 from moco.config import Config, replaced
+from moco.encoder.archs import ARCHS
 from moco.encoder.resnets import resnet
 from moco.engine import optim
 from moco.files import to_json
@@ -58,10 +59,12 @@ SEPARATE = ("no SyncBN", "no exchange")  # compared with "views" in figures of t
 def main() -> None:
     """Run the benchmark."""
     parser = measure.parser(__doc__.splitlines()[0])
-    parser.add_argument("--arch", default="resnet18")
-    parser.add_argument("--size", type=int, default=64, help="image size in pixels")
-    parser.add_argument("--batch", type=int, default=32, help="images of one process")
-    parser.add_argument("--processes", type=int, default=2, metavar="N")
+    parser.add_argument("--arch", choices=ARCHS, default="resnet18")
+    parser.add_argument("--size", type=measure.pixels, default=64, help="image size in pixels")
+    parser.add_argument(
+        "--batch", type=measure.at_least(2), default=32, help="images of one process"
+    )
+    parser.add_argument("--processes", type=measure.at_least(1), default=2, metavar="N")
     args = parser.parse_args()
     config = replaced(
         Config(),
@@ -188,4 +191,4 @@ class Step:
 
 
 if __name__ == "__main__":
-    main()
+    measure.main(main)

@@ -22,15 +22,28 @@ CONFIG = Cancellation("attract", topk=10, threshold=0.3)
 def main() -> None:
     """Run the benchmark."""
     parser = measure.parser(__doc__.splitlines()[0])
-    parser.add_argument("--views", type=int, default=10)
-    parser.add_argument("--images", type=int, default=32, help="images of one process")
-    parser.add_argument("--rows", type=int, default=65536, help="entries in the memory")
-    parser.add_argument("--dim", type=int, default=128)
+    parser.add_argument("--views", type=measure.at_least(4), default=10)
     parser.add_argument(
-        "--chunk", type=int, default=16, help="images in a chunk; half of it is measured, too"
+        "--images", type=measure.at_least(2), default=32, help="images of one process"
     )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--rows", type=measure.at_least(1), default=65536, help="entries in the memory"
+    )
+    parser.add_argument("--dim", type=measure.at_least(1), default=128)
+    parser.add_argument(
+        "--chunk",
+        type=measure.at_least(2),
+        default=16,
+        help="images in a chunk; half of it is measured, too",
+    )
+    measure.add_device(parser)
     args = parser.parse_args()
+    least = 2 * args.views * args.images + CONFIG.topk
+    if args.rows < least:
+        parser.error(
+            f"--rows {args.rows}: twice the batch and {CONFIG.topk} entries of other images must "
+            f"fit; give {least} or more, or lower --views or --images"
+        )
     device = torch.device(args.device)
 
     head = Head(args.views, args.images, args)
@@ -139,4 +152,4 @@ def check(head: Head, chunk: int) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    measure.main(main)

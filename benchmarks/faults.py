@@ -35,18 +35,26 @@ def main() -> int:
     parser.add_argument(
         "--methods", nargs="+", choices=METHODS, default=["synco", "adco", "sogclr"]
     )
-    parser.add_argument("--processes", nargs="+", type=int, default=[1, 2])
+    parser.add_argument("--processes", nargs="+", type=measure.at_least(1), default=[1, 2])
     parser.add_argument("--signals", nargs="+", choices=("KILL", "TERM"), default=["KILL", "TERM"])
-    parser.add_argument("--stops", type=int, default=20, help="number of stops of each run")
-    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument(
+        "--stops", type=measure.at_least(1), default=20, help="number of stops of each run"
+    )
+    parser.add_argument("--epochs", type=measure.at_least(1), default=2)
     parser.add_argument(
         "--batch-size",
-        type=int,
+        type=measure.at_least(2),
         default=8,
         help="images in a batch (with 8 an epoch has 142 steps)",
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the moments to stop")
     args = parser.parse_args()
+    for processes in args.processes:
+        if args.batch_size % processes or args.batch_size < 2 * processes:
+            parser.error(
+                f"--batch-size {args.batch_size}: cannot be split over {processes} processes with "
+                "at least 2 images each; give a multiple"
+            )
     results = []
     print(
         f"{'method':9}{'processes':>10}{'signal':>8}{'steps':>7}{'stops':>7}"
@@ -207,4 +215,4 @@ def equal(a: object, b: object) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    measure.main(main)

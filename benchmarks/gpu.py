@@ -41,10 +41,12 @@ from gpu_setup import Failed, Setup
 from gpu_table import TITLES
 from gpu_visit import Visit
 
+from moco.cli import tool
+
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the options."""
-    p = argparse.ArgumentParser(
+    p = tool.OneLineParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     p.add_argument("--minutes", type=float, default=9.0, help="length of the visit (default: 9)")
@@ -68,7 +70,10 @@ def parser() -> argparse.ArgumentParser:
         help="run folder of stage 3; the run folders of stage 4 are next to it",
     )
     p.add_argument(
-        "--seeds", type=int, nargs="+", help="seeds of stage 4 (default: 0 1 2; on a CPU 0)"
+        "--seeds",
+        type=measure.at_least(0),
+        nargs="+",
+        help="seeds of stage 4 (default: 0 1 2; on a CPU 0)",
     )
     p.add_argument(
         "--amp",
@@ -136,4 +141,4 @@ def mistake(args: argparse.Namespace) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    measure.main(main)

@@ -11,7 +11,8 @@ The ratio host_over_pil is the images per second of host, divided by those of pi
 are named in the same way. Two are different: host_over_decode_and_resize is the time of a loader
 process per image, with reading, batching and the transfer to the main process, divided by the time
 of decoding and resizing alone. colors_over_kornia is the time of kornia's color operations, divided
-by that of ours. The rows below the pipelines are stages; see loader_stages.py.
+by that of ours. The rows below the pipelines are stages; see loader_stages.py. Times are of the
+processor, except for the loader process and the stage to which it is compared.
 
 With --small, the script measures an epoch of two views of 32-pixel images in memory, as in MoCo's
 demo on CIFAR-10. "ours" and "pil" each use two processes with one thread each.
@@ -78,9 +79,13 @@ def main() -> None:
         "images in one batch (default: 32); with --small: in an epoch (default: 50,000); with "
         "--shards: in all (default: 4000)"
     )
-    parser.add_argument("--images", type=int, help=count)
-    parser.add_argument("--batch", type=int, default=512, help="with --small: images in one batch")
-    parser.add_argument("--size", type=int, default=224, help="pixels of a view; --small has 32")
+    parser.add_argument("--images", type=measure.at_least(1), help=count)
+    parser.add_argument(
+        "--batch", type=measure.at_least(1), default=512, help="with --small: images in one batch"
+    )
+    parser.add_argument(
+        "--size", type=measure.pixels, default=224, help="pixels of a view; --small has 32"
+    )
     parser.add_argument(
         "--compile", action="store_true", help="have torch.compile fuse our color operations"
     )
@@ -95,7 +100,7 @@ def main() -> None:
         args.images, args.rounds = args.images or 4000, args.rounds or 5
         loader_shards.run(args, make)
         return
-    args.images, args.rounds = args.images or 32, args.rounds or 15
+    args.images, args.rounds = args.images or 32, args.rounds or 9
     with tempfile.TemporaryDirectory() as root:
         sizes = make(Path(root) / "train" / "photo", args.images)
         folder = sources.scan(Path(root), "train")
@@ -108,8 +113,10 @@ def main() -> None:
         }
         if theirs := lightly(args.size):
             candidates["lightly"] = lambda: stacked(theirs(pil_image(path)) for path in paths)
-        stages = loader_stages.candidates(folder, recipe("mocov2", args.size))
-        times = measure.side_by_side(candidates | stages, args.rounds, torch.device("cpu"))
+        stages, apart = loader_stages.candidates(folder, recipe("mocov2", args.size))
+        turns = {name: loader_stages.turn(run) for name, run in (candidates | stages).items()}
+        times = measure.side_by_side(turns, args.rounds, torch.device("cpu"))
+        times |= measure.side_by_side(apart, args.rounds, torch.device("cpu"))
     seconds = measure.medians(times)
     table = [
         {"pipeline": name, "ms/image": 1e3 * s / args.images, "images/s": args.images / s}
@@ -154,12 +161,13 @@ def large(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as root:
         folder = make_large(Path(root), args.images)
         data = [folder.encoded(i) for i in range(len(folder))]
+        headers = [jpeg.header(memoryview(one)) for one in data]
         candidates = {
             "off": lambda: host(folder, args.size),
             "on": lambda: host(folder, args.size, Decoding(shrink_on_decode=True)),
         }
         for name, decode in jpeg.working():
-            candidates[name] = lambda decode=decode: list(map(decode, data))
+            candidates[name] = lambda decode=decode: list(map(decode, data, headers))
         times = measure.side_by_side(candidates, args.rounds, torch.device("cpu"))
     table = [
         {"pipeline": name, "ms/image": 1e3 * s / args.images, "images/s": args.images / s}
@@ -220,7 +228,7 @@ def in_memory(data: Path | None, n: int) -> ImageArray:
         found = held.read_batch(np.arange(len(held)), lambda height, width: True)
         if found is None:
             raise SystemExit(f"--data {data}: the images differ in size; give images of one size")
-        pixels = found.numpy()
+        pixels = np.ascontiguousarray(found.numpy())
     else:
         photos = photographs()
         pixels = np.empty((n, 3, 32, 32), dtype=np.uint8)
@@ -388,4 +396,4 @@ def make(folder: Path, images: int) -> list[int]:
 
 
 if __name__ == "__main__":
-    main()
+    measure.main(main)

@@ -31,12 +31,20 @@ _BATCHES = 10  # that `one_worker` measures
 _epochs = itertools.count()
 
 
-def candidates(folder: ImageFolder, recipe: Recipe) -> dict[str, Callable[[], object]]:
-    """Return the stages by name, for all images of `folder`. Each takes no arguments."""
+Stages = dict[str, Callable[[], object]]  # by name; each is for all images of a folder
+
+
+def candidates(folder: ImageFolder, recipe: Recipe) -> tuple[Stages, Stages]:
+    """Return the stages for all images of `folder`, in two groups to measure one after the other.
+
+    The second one has the stage that forks a process. After a fork, the first write to each page of
+    the main process's memory takes time, which would be added to that of other candidates.
+    """
     indices = range(len(folder))
     data = [folder.encoded(i) for i in indices]
+    headers = [jpeg.header(memoryview(one)) for one in data]
     _, decoder = jpeg.decoder()
-    images = [decoder(one) for one in data]
+    images = list(map(decoder, data, headers))
     sizes = [image.shape[1:] for image in images]
     boxes = [crop.random_boxes(*size, recipe, 0, i) for i, size in enumerate(sizes)]
     out = [crop._channels_last(view.size) for view in recipe]
@@ -44,26 +52,52 @@ def candidates(folder: ImageFolder, recipe: Recipe) -> dict[str, Callable[[], ob
     batch = loader.Views(folder, cut).__getitems__([(0, i) for i in indices])
 
     def resize(image: Tensor, of_views: list[crop.Box]) -> None:
+        pixels = image.permute(1, 2, 0).numpy()
         for box, view, memory in zip(of_views, recipe, out, strict=True):
-            crop._write_resized_crop(image, box, view.interpolation, memory)
+            crop._write_resized_crop(pixels, box, view.size, view.interpolation, memory)
 
     found = {
         "read": lambda: [folder.encoded(i) for i in indices],
-        "decode": lambda: _each(decoder, data),
-        "decode and check": lambda: [decoding.decode(one, "") for one in data],
+        "decode": lambda: _each(decoder, data, headers),
+        "decode and check": lambda: _each(lambda one: decoding.decode(one, ""), data),
         "boxes": lambda: [
             crop.random_boxes(*size, recipe, next(_epochs), i) for i, size in enumerate(sizes)
         ],
         "resize": lambda: _each(resize, images, boxes),
-        "decode and resize": lambda: _each(lambda a, b: resize(decoder(a), b), data, boxes),
-        "one worker": lambda: one_worker(folder, cut),
         "colors": lambda: colors(batch.views, recipe),
     }
     if turbo := libjpeg_turbo():
         found["libjpeg-turbo"] = lambda: _each(turbo, data)
     if theirs := kornia(recipe[0].size):
         found["kornia"] = lambda: [theirs(crops.float().div_(255)) for crops in batch.views]
-    return found
+    apart = {
+        "decode and resize": lambda: _each(
+            lambda one, header, boxes: resize(decoder(one, header), boxes), data, headers, boxes
+        ),
+        "one worker": lambda: one_worker(folder, cut),
+    }
+    return found, apart
+
+
+TURN = 0.4  # seconds
+
+
+def turn(run: Callable[[], object]) -> Callable[[], float]:
+    """Return a candidate that calls `run` for `TURN` seconds and returns the mean time of a call.
+
+    In a training run, one batch follows the other. A single batch after another candidate's would
+    have to fetch its memory into the processor's caches. The time is that of the processor, because
+    other programs may interrupt a turn. It is the full time of a single thread that never waits.
+    """
+
+    def calls() -> float:
+        began, n = time.process_time(), 0
+        while (passed := time.process_time() - began) < TURN:
+            run()
+            n += 1
+        return passed / n
+
+    return calls
 
 
 def _each(run: Callable[..., object], *inputs: list) -> None:

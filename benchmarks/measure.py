@@ -7,7 +7,9 @@ printed as a table and written to a JSON file.
 import argparse
 import contextlib
 import os
+import random
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -19,7 +21,12 @@ import moco as _first  # noqa: F401 (before torch: sets how its threads wait)
 # isort: split
 import torch
 
+from moco import devices
+from moco.cli import tool, values
+from moco.encoder import networks
+from moco.errors import InputError
 from moco.files import numbered_paths, write_json
+from moco.options import PIXELS
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -28,14 +35,17 @@ Times = dict[str, list[float]]
 Candidates = dict[str, Callable[[], object]]
 
 
-def parser(description: str) -> argparse.ArgumentParser:
-    """Return a parser with the options that every benchmark has."""
-    p = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+def main(work: Callable[[], int | None]) -> None:
+    """Run a benchmark and exit. A user's mistake ends with one line and status 2."""
+    sys.exit(tool.attempt(Path(sys.argv[0]).name, work))
+
+
+def parser(description: str) -> tool.OneLineParser:
+    """Return a parser with the options of benchmarks that measure in rounds."""
+    p = bare_parser(description)
     p.add_argument(
         "--rounds",
-        type=_positive,
+        type=at_least(1),
         default=15,
         help="number of rounds; every candidate runs once in each",
     )
@@ -43,11 +53,42 @@ def parser(description: str) -> argparse.ArgumentParser:
     return p
 
 
-def _positive(text: str) -> int:
-    """Return `text` as an integer. Raises argparse's error if it is not one of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"'{text}' is not an integer of at least 1")
-    return int(text)
+def bare_parser(description: str) -> tool.OneLineParser:
+    """Return a parser that shows defaults. Its errors are one line."""
+    return tool.OneLineParser(
+        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """Return a `type` of argparse for integers from `least` on."""
+    return values.in_range(int, f"[{least}, 2147483647]")
+
+
+pixels = values.in_range(int, PIXELS)
+above_0 = values.in_range(float, "(0, 1e9]")
+
+
+def arch(text: str) -> str:
+    """Return the full name of an architecture. Raises argparse's error if it is unknown."""
+    try:
+        return networks.canonical(text)
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def add_device(p: argparse.ArgumentParser) -> None:
+    """Add the option --device, a device that this machine has."""
+    p.add_argument("--device", type=_device, default=devices.resolve_type("auto"))
+
+
+def _device(text: str) -> str:
+    if text not in devices.TYPES:
+        raise argparse.ArgumentTypeError(f"'{text}' is not one of {', '.join(devices.TYPES)}")
+    try:
+        return devices.resolve_type(text)
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def add_json(p: argparse.ArgumentParser) -> None:
@@ -86,11 +127,13 @@ def versions(*packages: str) -> dict[str, str]:
 def side_by_side(candidates: Candidates, rounds: int, device: torch.device, warm: int = 2) -> Times:
     """Return the seconds of each candidate in each round.
 
-    The candidates take turns, so that slow phases of the machine affect all of them.
+    The candidates take turns, so that slow phases of the machine affect all of them. Each round has
+    another order, because a candidate leaves data in the caches for the next one.
     """
     times: Times = {name: [] for name in candidates}
+    order = random.Random(0)  # the same in all processes
     for i in range(warm + rounds):
-        for name, run in candidates.items():
+        for name, run in order.sample(list(candidates.items()), len(candidates)):
             began = time.perf_counter()
             own = run()
             if device.type == "cuda":

@@ -33,15 +33,14 @@ CPU = torch.device("cpu")
 
 def main() -> None:
     """Run the benchmark."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = measure.bare_parser(__doc__.splitlines()[0])
     measure.add_json(parser)
-    parser.add_argument("--arch", default="vit_large_patch16_224")
-    parser.add_argument("--blocks", type=int, default=24, help="number of blocks of the network")
-    parser.add_argument("--size", type=int, default=224, help="image size in pixels")
-    parser.add_argument("--gib", type=float, default=80, help="memory of a GPU")
+    parser.add_argument("--arch", type=measure.arch, default="vit_large_patch16_224")
+    parser.add_argument(
+        "--blocks", type=measure.at_least(1), default=24, help="number of blocks of the network"
+    )
+    parser.add_argument("--size", type=measure.pixels, default=224, help="image size in pixels")
+    parser.add_argument("--gib", type=measure.above_0, default=80, help="memory of a GPU")
     args = parser.parse_args()
     model = build(args)
     fixed = count(copy.deepcopy(model).to("meta"))
@@ -111,4 +110,4 @@ def kept(model: nn.Module, size: int, amp: str) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    measure.main(main)

@@ -48,11 +48,9 @@ RANDOM = {"knn": "random_knn", "linear": "random_linear", "semisup": "semisup_ra
 
 def main() -> None:
     """Run the benchmark."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = measure.bare_parser(__doc__)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=measure.at_least(0), nargs="+", default=[0, 1, 2])
     parser.add_argument(
         "--short",
         action="store_true",
@@ -155,4 +153,4 @@ def show(
 
 
 if __name__ == "__main__":
-    main()
+    measure.main(main)

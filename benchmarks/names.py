@@ -37,12 +37,19 @@ def main() -> None:
     """Run the benchmark."""
     parser = measure.parser(__doc__.splitlines()[0])
     parser.set_defaults(rounds=3)
-    parser.add_argument("--names", type=int, default=10_000_000, help="names in the list")
     parser.add_argument(
-        "--compared", type=int, default=1_000_000, help="names next to the Python list; 0: none"
+        "--names", type=measure.at_least(BATCH), default=10_000_000, help="names in the list"
+    )
+    parser.add_argument(
+        "--compared",
+        type=measure.at_least(0),
+        default=1_000_000,
+        help="names next to the Python list; 0: none",
     )
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if 0 < args.compared < BATCH:
+        parser.error(f"--compared {args.compared}: give 0, or {BATCH} or more")
     if args.one:
         kind, moment, file = args.one
         print(to_json(measured(kind, moment, Path(file))))
@@ -165,4 +172,4 @@ def worker(count: int, name: Callable[[int], str]) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    measure.main(main)

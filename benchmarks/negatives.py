@@ -15,7 +15,7 @@ solo      MoCo with solo-learn's moco_loss_func, if solo-learn is installed; no 
 The floor is the arithmetic that any head must do: the product of queries and bank, one pass for the
 exponentials, one for their sums, and the product of exponentials and bank for the gradient. It has
 no maxima, metrics or autograd. floor does each on the full [N, K] matrix. blocks does all four on
-one block of the bank after the other. moco_over_floor compares with the faster one of each round.
+one block of the bank after the other. moco_over_floor compares with the faster one.
 
 The search for the hardest negatives is measured on its own (topk), next to two passes over the
 similarities: the row maxima (amax), which read them once, and the product that computes them
@@ -23,9 +23,18 @@ similarities: the row maxima (amax), which read them once, and the product that 
 
 Two targets are out of reach. topk_over_pass: one pass takes 0.1 ns per similarity on two cores. The
 search also selects among 2 x 8192 numbers per query (N 32, K 65536, n_hard 1024), in NumPy on one
-core, and sorts 1024. This alone takes several times as long as the pass. synco_over_moco: SynCo
-also needs the [N, K] similarities, the search (about as long as the product), random draws (a fifth
-of moco) and the norms of its negatives. A faster moco does not make these faster.
+core, and sorts 1024. This alone takes several times as long as the pass. synco_over_moco: a third
+of moco is 1.6 ms on two cores. SynCo needs in addition
+
+    1.9 ms  the search
+    1.1 ms  random draws, of which 262,144 normal numbers take .7 ms on one core
+    1.5 ms  the norms of the synthetic negatives, and their similarities
+     .6 ms  their exponentials, and their part of the gradient
+     .8 ms  for the product and the exponentials of the full [N, K] matrix: it must know all
+            similarities before it can select, so no block of the bank serves both products
+
+One pass that keeps the similarities of each block for the search saves the last line, but the
+search then reads them in an order that costs as much again.
 """
 
 import copy
@@ -80,15 +89,21 @@ AFTER_WARMUP = Progress(epoch=1)
 def main() -> None:
     """Run the benchmark."""
     parser = measure.parser(__doc__.splitlines()[0])
-    parser.add_argument("--n", type=int, default=32, help="number of queries")
-    parser.add_argument("--k", type=int, default=65536, help="entries in the queue")
-    parser.add_argument("--dim", type=int, default=128)
-    parser.add_argument("--n-hard", type=int, default=1024)
+    parser.add_argument("--n", type=measure.at_least(1), default=32, help="number of queries")
+    parser.add_argument("--k", type=measure.at_least(1), default=65536, help="entries in the queue")
+    parser.add_argument("--dim", type=measure.at_least(1), default=128)
+    parser.add_argument("--n-hard", type=measure.at_least(1), default=1024)
     parser.add_argument(
-        "--counts", type=int, nargs=6, default=(256, 256, 256, 64, 64, 64), metavar="N"
+        "--counts",
+        type=measure.at_least(0),
+        nargs=6,
+        default=(256, 256, 256, 64, 64, 64),
+        metavar="N",
     )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    measure.add_device(parser)
     args = parser.parse_args()
+    if args.n_hard > args.k:
+        parser.error(f"--n-hard {args.n_hard} is larger than the queue (--k {args.k}); lower it")
     device = torch.device(args.device)
     heads = Heads(args, device)
 
@@ -103,7 +118,7 @@ def main() -> None:
         {"head": name, "ms": 1e3 * seconds[name], "MiB": memory[name] / 2**20}
         for name in candidates
     ]
-    floor = [min(pair) for pair in zip(times["floor"], times["blocks"], strict=True)]
+    floor = times[min("floor", "blocks", key=seconds.get)]
     ratios = {
         "moco_over_floor": measure.ratio(times["moco"], floor),
         "moco_over_plain_moco": measure.ratio(times["moco"], times["plain"]),
@@ -209,16 +224,17 @@ class Heads:
 
     def _gradient(self, stacks: list[Tensor]) -> Tensor:
         """Return the gradient of q, given blocks [blocks, parts, n, C]."""
-        q = (self.q.detach() / T).T
+        q = (self.q.detach() / T).T.contiguous()
         total, weighted = 0.0, 0.0
         for stack in stacks:
             _, parts, n, _ = stack.shape
+            each = q.expand(parts, *q.shape)
             e, ones = q.new_empty(parts, n, q.shape[1]), q.new_ones(parts, 1, n)
             sums, products = q.new_zeros(parts, 1, q.shape[1]), q.new_zeros(parts, *q.shape)
-            for block in stack:
-                torch.bmm(block, q.expand(parts, *q.shape), out=e).exp_()
+            for block, columns in zip(stack, stack.mT, strict=True):
+                torch.bmm(block, each, out=e).exp_()
                 sums.baddbmm_(ones, e)
-                products.baddbmm_(block.mT, e)
+                products.baddbmm_(columns, e)
             total, weighted = total + sums.sum((0, 1)), weighted + products.sum(0)
         return (weighted / (T * total)).T
 
@@ -355,4 +371,4 @@ def check(heads: Heads) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    measure.main(main)

@@ -21,11 +21,13 @@ def main() -> None:
     """Run the benchmark."""
     parser = measure.parser(__doc__.splitlines()[0])
     parser.add_argument("--data", default="photos")
-    parser.add_argument("--arch", default="resnet18")
-    parser.add_argument("--size", type=int, default=64, help="image size in pixels")
-    parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--arch", type=measure.arch, default="resnet18")
+    parser.add_argument("--size", type=measure.pixels, default=64, help="image size in pixels")
+    parser.add_argument("--epochs", type=measure.at_least(1), default=1)
     parser.set_defaults(rounds=len(RATES))  # one for each learning rate
     args = parser.parse_args()
+    if args.data != "photos" and not Path(args.data).is_dir():
+        parser.error(f"--data {args.data}: no such folder; give one, or the word photos")
     alone: dict[float, float] = {}  # top-1 of each lr so far
     rates = itertools.cycle(RATES)
 
@@ -79,4 +81,4 @@ def probe(args, *rates: float) -> tuple[dict[str, float], float]:
 
 
 if __name__ == "__main__":
-    main()
+    measure.main(main)

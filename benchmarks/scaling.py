@@ -22,6 +22,7 @@ import torch
 from scaling_counts import TABLE
 from scaling_predict import ASSUMPTIONS, Cluster, averages, measured, predict, queue
 
+from moco.cli import values
 from moco.files import write_json
 
 RESULTS = measure.ROOT / "benchmarks" / "results" / "scaling.json"
@@ -30,6 +31,10 @@ GPUS = (1, 8, 64, 512)
 BATCHES = (256, 32)
 QUEUE = 2**20  # entries of the large queue
 AVERAGES = 100_000_000  # images of the large data set
+COUNT, LATENCY = "[1, 1000000]", "[0, 1e9]"
+# of the assumptions that are not just positive
+RANGES = {"--node": COUNT, "--adapters": COUNT, "--efficiency": "(0, 1]"}
+RANGES |= dict.fromkeys(("--start", "--hop", "--hop-out"), LATENCY)
 
 
 def main() -> int:
@@ -53,9 +58,7 @@ def main() -> int:
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the options."""
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    p = measure.bare_parser(__doc__)
     p.add_argument("--predict", action="store_true", help="predict with the assumptions below")
     p.add_argument(
         "--check",
@@ -74,7 +77,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument(
         "--ranks",
-        type=int,
+        type=measure.at_least(2),
         nargs="+",
         default=[2, 4, 8],
         help="numbers of processes for --check and --shards",
@@ -87,8 +90,9 @@ def parser() -> argparse.ArgumentParser:
     )
     group = p.add_argument_group("assumptions")
     for field in fields(Cluster):
-        kind, name = type(field.default), f"--{field.name.replace('_', '-')}"
-        group.add_argument(name, type=kind, default=field.default, help=ASSUMPTIONS[name])
+        name = f"--{field.name.replace('_', '-')}"
+        number = values.in_range(type(field.default), RANGES.get(name, "(0, 1e9]"))
+        group.add_argument(name, type=number, default=field.default, help=ASSUMPTIONS[name])
     return p
 
 
@@ -149,4 +153,4 @@ def predictions(options: argparse.Namespace, found: dict) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    measure.main(main)

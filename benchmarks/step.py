@@ -29,6 +29,7 @@ from moco.builder.batch_norm import MIN_BN_GROUP
 from moco.builder.moco import MoCo
 from moco.builder.synco import SynCo
 from moco.config import Config, replaced
+from moco.encoder.archs import ARCHS
 from moco.encoder.resnets import resnet
 from moco.engine import optim, precision
 from moco.engine.log import Mean
@@ -47,10 +48,14 @@ SYNCO = Synthetic(1024, (256, 256, 256, 64, 64, 64))
 def main() -> None:
     """Run the benchmark."""
     parser = measure.parser(__doc__.splitlines()[0])
-    parser.add_argument("--arch", default="resnet50")
-    parser.add_argument("--size", type=int, default=224, help="image size in pixels")
-    parser.add_argument("--batch", type=int, default=32, help="images of one process")
-    parser.add_argument("--k", type=int, default=65536, help="entries in the queue")
+    parser.add_argument("--arch", choices=ARCHS, default="resnet50")
+    parser.add_argument("--size", type=measure.pixels, default=224, help="image size in pixels")
+    parser.add_argument(
+        "--batch", type=measure.at_least(2), default=32, help="images of one process"
+    )
+    parser.add_argument(
+        "--k", type=measure.at_least(SYNCO.n_hard), default=65536, help="entries in the queue"
+    )
     parser.add_argument(
         "--amp",
         choices=("off", "bf16", "fp16"),
@@ -59,7 +64,7 @@ def main() -> None:
     )
     parser.add_argument(
         "--processes",
-        type=int,
+        type=measure.at_least(1),
         nargs="+",
         default=[1] if torch.cuda.device_count() == 1 else [1, 2],
         metavar="N",
@@ -278,4 +283,4 @@ def largest_batch(name: str, sizes: Sizes, device: torch.device) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    measure.main(main)

@@ -14,6 +14,8 @@ import time
 import measure
 import torch
 
+from moco.encoder.archs import ARCHS
+
 SETTINGS = {
     # GNU's OpenMP ignores this variable, but it keeps moco from setting GOMP_SPINCOUNT
     "torch's default": {"KMP_BLOCKTIME": "0"},
@@ -41,7 +43,11 @@ def main() -> None:
     parser = measure.parser(__doc__.splitlines()[0])
     parser.set_defaults(rounds=5)
     parser.add_argument(
-        "--busy", type=int, default=2, metavar="N", help="busy programs next to the training"
+        "--busy",
+        type=measure.at_least(1),
+        default=2,
+        metavar="N",
+        help="busy programs next to the training",
     )
     parser.add_argument(
         "--settings",
@@ -50,10 +56,12 @@ def main() -> None:
         default=[],
         help=f"settings to measure in addition to {', '.join(COMPARED)}",
     )
-    parser.add_argument("--steps", type=int, default=5, help="measured steps of each round")
-    parser.add_argument("--arch", default="resnet18")
-    parser.add_argument("--size", type=int, default=64, help="image size in pixels")
-    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument(
+        "--steps", type=measure.at_least(1), default=5, help="measured steps of each round"
+    )
+    parser.add_argument("--arch", choices=ARCHS, default="resnet18")
+    parser.add_argument("--size", type=measure.pixels, default=64, help="image size in pixels")
+    parser.add_argument("--batch-size", type=measure.at_least(2), default=32)
     parser.add_argument(
         "--train", action="store_true", help="internal: train in this process when told to"
     )
@@ -154,4 +162,4 @@ def train(arch: str, size: int, batch: int, steps: int) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    measure.main(main)

@@ -11,6 +11,7 @@ except ImportError:  # Windows has none
     resource = None
 
 from moco.errors import InputError
+from moco.messages import counted
 
 TYPES = ("cpu", "cuda", "xpu", "mps")
 # several processes need NCCL, which supports CUDA only, or gloo, which supports CPUs
@@ -54,7 +55,7 @@ def describe(device: torch.device) -> str:
     if device.type in ("cuda", "xpu"):
         return torch.get_device_module(device.type).get_device_name(device)
     threads = torch.get_num_threads()
-    return f"CPU, {threads} thread{'s' * (threads > 1)}" if device.type == "cpu" else device.type
+    return f"CPU, {counted(threads, 'thread')}" if device.type == "cpu" else device.type
 
 
 def peak_memory(device: torch.device) -> int | None:

@@ -14,8 +14,6 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compr
 from torch.nn.parallel import DistributedDataParallel
 
 from moco import devices
-from moco.messages import is_rank0 as is_rank0  # both are for users of this file
-from moco.messages import print_rank0 as print_rank0
 
 # torch 2.13 deprecates the older name
 _all_gather_rows = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor

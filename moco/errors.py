@@ -31,9 +31,10 @@ class InputError(Exception):
 
 
 class ListError(InputError):
-    """A list of images that has changed or cannot be read.
+    """A list of images, or a file of many images, that has changed since the start of the run.
 
-    An unreadable image can be skipped; such a list cannot.
+    The error also stands for a list that cannot be read. An unreadable image can be skipped. These
+    files cannot, because all names and places of their images may be wrong.
     """
 
 

@@ -15,6 +15,17 @@ def is_rank0() -> bool:
     return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
 
 
+def counted(n: int, one: str, many: str = "") -> str:
+    """Return a number and what it counts, such as "1 image" or "2 images".
+
+    Args:
+        n: the number.
+        one: the words after it if it is 1.
+        many: the words after it otherwise; by default `one` with an s.
+    """
+    return f"{n} {one if n == 1 else many or f'{one}s'}"
+
+
 def print_rank0(message: str) -> None:
     """Print a line on rank 0 only, above any progress bar."""
     if is_rank0():

@@ -26,12 +26,13 @@ def _mix(z: Key) -> Key:
     return z ^ (z >> 31)
 
 
-def key(*counters: Key) -> Key:
+def key(*counters: Key, start: Key = 0) -> Key:
     """Fold counters, such as (CROP, seed, epoch, index, view), into one 64-bit key.
 
-    If a counter is an array, int64 or uint64 [n], return uint64 [n]: one key per element.
+    If `start` is the key of other counters, the result is the key of these and `counters`. If a
+    counter is an array, int64 or uint64 [n], return uint64 [n]: one key per element.
     """
-    folded: Key = 0
+    folded = start
     for counter in counters:
         # Reduce both to 64 bits before they are added: NumPy refuses larger numbers.
         counter = counter.astype(np.uint64) if isinstance(counter, np.ndarray) else counter & _MASK

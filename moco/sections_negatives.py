@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from moco.errors import InputError
 from moco.loss.settings import TYPES, Synthetic
+from moco.messages import counted
 from moco.options import NATURAL, SIZE, option
 
 if TYPE_CHECKING:
@@ -163,8 +164,8 @@ class BatchNegatives(_OfBatch):
         if self.schedule().config.total and self.n_hard > negatives:
             how = "lower --n-hard, or raise --batch-size" if negatives else "raise --batch-size"
             raise InputError(
-                f"--n-hard {self.n_hard}: a query has only {negatives} negatives in the joint "
-                f"batch of a pass (--batch-size); {how}"
+                f"--n-hard {self.n_hard}: a query has only {counted(negatives, 'negative')} in the "
+                f"joint batch of a pass (--batch-size); {how}"
             )
 
 
@@ -195,8 +196,9 @@ def _schedule(
 ) -> Schedule:
     """Return the schedule of the synthetic negatives of `section` from epoch `first` on.
 
-    Raises InputError if `n_hard` is 0 although there are synthetic negatives, if the last epoch is
-    not after the first, or if the ramp is longer than the epochs with synthetic negatives.
+    Raises InputError if `n_hard` is 0 although there are synthetic negatives, if negatives would be
+    copies, if the last epoch is not after the first, or if the ramp is longer than the epochs with
+    synthetic negatives.
     """
     counts = tuple(getattr(section, name) for name in COUNTS)
     if not any(counts):
@@ -206,6 +208,7 @@ def _schedule(
             f"synthetic negatives are made from the hardest {section.SOURCE}: "
             f"give --n-hard, as in --n-hard {section.EXAMPLE}"
         )
+    _refuse_copies(section)
     if last is not None and first >= last:
         raise InputError(f"--synthetic-first {first}: must be below --synthetic-last {last}")
     eta = getattr(section, section.ETA)
@@ -213,10 +216,31 @@ def _schedule(
     ramp = Ramp(section.synthetic_ramp_epochs, section.synthetic_ramp, section.synthetic_ramp_of)
     if last is not None and ramp.epochs > last - first:
         raise InputError(
-            f"--synthetic-ramp-epochs {ramp.epochs}: the synthetic negatives last {last - first} "
-            "epochs only; lower it"
+            f"--synthetic-ramp-epochs {ramp.epochs}: the synthetic negatives last "
+            f"{counted(last - first, 'epoch')} only; lower it"
         )
     return Schedule(config, first, last, ramp)
+
+
+def _refuse_copies(section: SyntheticNegatives | BatchNegatives) -> None:
+    """Raise InputError if a type of synthetic negative would only copy the hardest negatives."""
+    for name, one in zip(COUNTS, TYPES, strict=True):
+        count = getattr(section, name)
+        size = section.ETA if one.size == "eta" else one.size
+        if not count:
+            continue
+        copies = f"copies of {section.SOURCE} (--{name} {count})"
+        if size and not getattr(section, size):
+            option = f"--{size.replace('_', '-')}"
+            raise InputError(
+                f"{option} 0: all {one.name} negatives would be {copies}; "
+                f"give a larger {option}, or --{name} 0"
+            )
+        if one.second and section.n_hard == 1:
+            raise InputError(
+                f"--n-hard 1: all {one.name} negatives would be {copies}, because each mixes two "
+                f"of the hardest {section.SOURCE}; give a larger --n-hard, or --{name} 0"
+            )
 
 
 def notes(schedule: Schedule, option: str, without: str, epochs: int) -> list[str]:
@@ -230,15 +254,17 @@ def notes(schedule: Schedule, option: str, without: str, epochs: int) -> list[st
     """
     if not schedule.config.total:
         return []
+    end_of_run = counted(epochs, "epoch")
     first, last, ramp = schedule.first, schedule.last, schedule.ramp
-    line = f"{schedule.config.total} synthetic negatives per query from epoch {first} on ({option})"
+    total = counted(schedule.config.total, "synthetic negative")
+    line = f"{total} per query from epoch {first} on ({option})"
     lines = [line if last is None else f"{line}, none from epoch {last} on (--synthetic-last)"]
     if first >= epochs:
-        why = f"the run ends after {epochs} epochs, before the first synthetic negatives"
+        why = f"the run ends after {end_of_run}, before the first synthetic negatives"
         return [*lines, f"{why}: this is {without}"]
     if ramp.epochs:
         end = first + ramp.epochs
-        after = "" if end <= epochs else f"; the run ends earlier, after {epochs} epochs"
+        after = "" if end <= epochs else f"; the run ends earlier, after {end_of_run}"
         lines.append(
             f"their {ramp.of} rises ({ramp.shape}) and is full after epoch {end - 1} "
             f"(--synthetic-ramp-epochs){after}"

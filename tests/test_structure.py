@@ -128,6 +128,15 @@ def test_json_is_written_by_one_function(module):
         )
 
 
+def test_messages_are_imported_from_one_file():
+    path = ROOT / "moco" / "messages.py"
+    names = {node.name for node in ast.parse(path.read_text()).body if hasattr(node, "name")}
+    for module, file in MODULES.items():
+        for node in ast.walk(ast.parse(file.read_text())):
+            found = isinstance(node, ast.ImportFrom) and names & {one.name for one in node.names}
+            assert not found or node.module == "moco.messages", f"{module} imports {found}"
+
+
 TORCH_AND_TYPES = ("torch", "math", "dataclasses", "typing", "collections")
 
 

@@ -25,7 +25,7 @@ from moco.cli.parser import Parser
 from moco.cli.types import Device
 from moco.errors import InputError
 from moco.evaluate import feature_tables
-from moco.messages import print_rank0
+from moco.messages import counted, print_rank0
 
 METRICS = {"nmi": "NMI", "ari": "ARI", "cluster_accuracy": "matched accuracy"}
 
@@ -101,7 +101,7 @@ def worker(c: Config, device: Device) -> None:
         values = np.array([run[name] for run in runs])
         metrics |= {name: float(values.mean()), f"{name}_std": float(values.std())}
     shown = (f"{title} {100 * metrics[name]:.2f}" for name, title in METRICS.items())
-    print_rank0(f"* {len(x)} images, {count} clusters: {'  '.join(shown)}")
+    print_rank0(f"* {counted(len(x), 'image')}, {counted(count, 'cluster')}: {'  '.join(shown)}")
     protocol = "clusters of train" if split == "train" else "clusters"
     results.write_results(config.replaced(c, clusters=count), protocol, metrics)
 

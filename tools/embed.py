@@ -24,6 +24,7 @@ from moco.errors import InputError
 from moco.evaluate import feature_tables
 from moco.files import as_utf8, check_new, half_written, replacing
 from moco.launch import processes
+from moco.messages import counted
 from moco.report import maps
 from moco.sections_eval import TEST_RESIZES
 
@@ -151,8 +152,8 @@ def embed(args: argparse.Namespace) -> None:
     config = settings(args, found)
     device = devices.for_process(args.device, gpu=None, local_rank=0)
     print(
-        f"{len(images)} images at {found.image_size} pixels; features of the {found.arch} of "
-        f"{args.pretrained} ({found.method}) on {device.type}"
+        f"{counted(len(images), 'image')} at {found.image_size} pixels; features of the "
+        f"{found.arch} of {args.pretrained} ({found.method}) on {device.type}"
     )
     about = {
         "arch": found.arch,
@@ -183,8 +184,8 @@ def embed(args: argparse.Namespace) -> None:
         parts.close()
     for reason in parts.unreadable.values():
         print(f"left out: {reason}", file=sys.stderr)
-    absent = f"; {len(parts.unreadable)} images left out" * bool(parts.unreadable)
-    print(f"{args.out}: {len(table.names)} images, {table.width} features each{absent}")
+    absent = f"; {counted(len(parts.unreadable), 'image')} left out" * bool(parts.unreadable)
+    print(f"{args.out}: {counted(len(table.names), 'image')}, {table.width} features each{absent}")
 
 
 def find(data: str, split: str | None = None) -> "Images":
@@ -297,7 +298,7 @@ def compute(
             nonlocal printed
             bar.update(done - bar.n)
             if not terminal and time.monotonic() - printed >= SECONDS:
-                print(f"{done} of {len(images)} images", flush=True)
+                print(f"{done} of {counted(len(images), 'image')}", flush=True)
                 printed = time.monotonic()
 
         try:

@@ -22,6 +22,7 @@ from moco.cli import tool, values
 from moco.config import MEAN, STD
 from moco.errors import InputError
 from moco.files import check_new, creating, refuse_remote, to_json
+from moco.messages import counted
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -256,7 +257,7 @@ def verify(
         copy.write_bytes(content)
     lines = []
     if args.out:
-        lines.append(f"{args.out}: {len(found.net.state_dict())} tensors")
+        lines.append(f"{args.out}: {counted(len(found.net.state_dict()), 'tensor')}")
         for home in homes:
             names: dict[str, nn.Module] = {}
             code = python(home, stage / args.out.name)

@@ -21,6 +21,7 @@ from moco import sections
 from moco.cli import tool, values
 from moco.errors import InputError
 from moco.files import half_written, read_text, replacing, to_json
+from moco.messages import counted
 
 if TYPE_CHECKING:
     from moco.data.images import EncodedImages
@@ -127,7 +128,9 @@ def write_split(out: Path, split: str, images: "EncodedImages", shard_size: int)
                 written += 1
             bar.update(len(rows))
     there = f", of which {count - written} were there" if written < count else ""
-    print(f"{split}: {len(images)} images in {count} tar files{there}, in {out}")
+    print(
+        f"{split}: {counted(len(images), 'image')} in {counted(count, 'tar file')}{there}, in {out}"
+    )
 
 
 def _write(file: BinaryIO, images: "EncodedImages", rows: range, keys: list[str]) -> None:

@@ -8,7 +8,8 @@ those of the recipe:
   python tools/schedule.py configs/synco_200.yaml --epochs 100 --plot schedule.png
 
 Each row of the table shows the first step of an epoch; the last row shows the last step of the run.
-The tool reads no data and trains nothing.
+The tool reads no data and trains nothing. For a run's args.yaml, the numbers of images and of
+processes are those that the run has recorded in its folder.
 """
 
 import argparse
@@ -18,9 +19,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moco.cli import tool, values
-from moco.config import Config, Pretraining, Training, flat
+from moco.config import Config, Pretraining, Training, flat, replaced
 from moco.errors import InputError
-from moco.files import check_new, creating
+from moco.files import check_new, creating, read_yaml
 
 if TYPE_CHECKING:
     from moco.report.schedules import Schedules
@@ -51,13 +52,17 @@ def parser() -> tool.OneLineParser:
     p.add_argument("recipe", metavar="RECIPE", type=Path, help="YAML file of options")
     number = values.in_range(int, "[1, 2147483647]")
     p.add_argument(
-        "--images", type=number, metavar="N", help="training images (default: the data set's)"
+        "--images",
+        type=number,
+        metavar="N",
+        help="training images (default: those of the run, or the data set's)",
     )
     p.add_argument(
         "--processes",
         type=number,
         metavar="N",
-        help=f"processes (default: those of the recipe's command; {GPUS} if it uses every GPU)",
+        help="processes of all nodes (default: those of the run or of the recipe's command; "
+        f"{GPUS} if it uses every GPU)",
     )
     p.add_argument(
         "--rows",
@@ -95,6 +100,8 @@ def show(args: argparse.Namespace, options: list[str]) -> None:
 
     found = load(args.recipe, options, args.images, args.processes)
     print(f"{args.recipe}: {schedules.summary(found)}")
+    if note := assumed(args):
+        print(note)
     print(schedules.table(found, args.rows))
     if args.plot:
         with creating(args.plot, args.force) as file:
@@ -110,8 +117,8 @@ def load(
     Args:
         recipe: the YAML file.
         options: words of its script's command line, which change the recipe's options.
-        images: number of training images; None for that of the data set.
-        processes: number of processes; None for that of the recipe's command.
+        images: number of training images; None for that of the run, or of the data set.
+        processes: number of processes; None for that of the run, or of the recipe's command.
 
     Raises InputError if the recipe or an option is wrong.
     """
@@ -132,8 +139,13 @@ def load(
     if isinstance(config, Pretraining):
         config, build = scripts.completed(module, config, torch.device("cpu"))
     script.without_effect(config)
-    images = images or images_of(config, comments)
-    processes = processes or processes_of(comments)
+    of_run, nodes = facts_of_run(recipe)
+    images = images or of_run.get("images") or images_of(config, comments)
+    given = config.input
+    of_node = not (given.batch_is_per_process or given.batch_is_of_all_nodes)
+    if processes is None and "processes" in of_run and of_node:
+        config = replaced(config, batch_size=given.batch_size * nodes)  # `processes` is of all
+    processes = processes or of_run.get("processes") or processes_of(comments)
     if trains:
         labels = np.zeros(images, dtype=np.int64)
         method = build(Images(Path("DIR"), labels, ("one", "two"))) if build else None
@@ -142,6 +154,34 @@ def load(
     if epochs is None or lr is None:
         raise InputError(f"{recipe}: give --epochs and --lr")
     return schedules.of_voc_layer(config, images, processes, epochs, lr)
+
+
+def facts_of_run(recipe: Path) -> tuple[dict[str, int], int]:
+    """Return the numbers of images and of processes of the run with this args.yaml, and its nodes.
+
+    The run records them when it trains; they are missing in a recipe.
+    """
+    from moco.engine import record
+
+    if recipe.name != "args.yaml":
+        return {}, 1
+    found = record.read(recipe.parent)
+    facts = {name: found.get(name) for name in ("images", "processes")}
+    nodes = read_yaml(str(recipe)).get("nodes")
+    return {k: v for k, v in facts.items() if type(v) is int and v > 0}, nodes or 1
+
+
+def assumed(args: argparse.Namespace) -> str:
+    """Return a line about the numbers that a run's args.yaml and its folder do not have, or ""."""
+    if args.recipe.name != "args.yaml":
+        return ""
+    given, known = vars(args), facts_of_run(args.recipe)[0]
+    names = [one for one in ("images", "processes") if given[one] is None and one not in known]
+    if not names:
+        return ""
+    options = " and ".join(f"--{name}" for name in names)
+    what = " and ".join(names)
+    return f"{args.recipe}: its folder does not say the number of {what}, see above; give {options}"
 
 
 def images_of(config: Config, comments: str) -> int:

@@ -346,10 +346,10 @@ def _write_by_image(x: Tensor, view: View, draws: Draws, out: Tensor) -> None:
     if view.randaugment[0]:  # it does not commute with a flip
         operations = (*view.order, *_GEOMETRY)
     happens = {name: getattr(draws, name).tolist() for name in operations}
-    for i, stored in enumerate(x.split(1)):
+    for i, stored in enumerate(x.numpy()[:, None]):
         changes = [name for name in operations if happens[name][i]]
-        while changes and changes[0] in _FLIPPED:  # before uint8 values become floats
-            stored = stored.flip(_FLIPPED[changes.pop(0)])
+        while changes and changes[0] in _FLIPPED:  # while the layout changes, it costs nothing
+            stored = np.flip(stored, _FLIPPED[changes.pop(0)])
         image = _one_image(stored)
         for name in changes:
             if name == "jitter":
@@ -360,6 +360,7 @@ def _write_by_image(x: Tensor, view: View, draws: Draws, out: Tensor) -> None:
                 image.x = one_image.gaussian_blur(image.x, sigma[i], _radius(x, view))
             elif name == "randaugment":
                 chosen = draws.operations[i : i + 1]
+                image.colors()
                 image.x = randaugment.apply(image.values(), chosen, view.randaugment[1])
             elif name == "solarize":
                 image.x = solarize(image.values())
@@ -370,9 +371,9 @@ def _write_by_image(x: Tensor, view: View, draws: Draws, out: Tensor) -> None:
         image.normalize(view.mean, view.std, out[i : i + 1])
 
 
-def _one_image(x: Tensor) -> one_image.OneImage:
+def _one_image(x: np.ndarray) -> one_image.OneImage:
     """Return an image [1, 3, H, W], uint8 or float, in the form in which operations change it."""
-    if x.dtype != torch.uint8:
-        return one_image.OneImage(x.to(torch.float32, copy=True).contiguous())
-    # NumPy copies from the format channels_last twice as fast as PyTorch
-    return one_image.OneImage(torch.from_numpy(np.ascontiguousarray(x.numpy())).float(), 1 / 255)
+    if x.dtype != np.uint8:
+        return one_image.OneImage(torch.from_numpy(x.astype(np.float32, order="C")))
+    # NumPy changes the layout twice as fast as PyTorch
+    return one_image.OneImage(torch.from_numpy(np.ascontiguousarray(x)).float(), 1 / 255)

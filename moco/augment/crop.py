@@ -46,7 +46,7 @@ def resized_crop(image: Tensor, box: Box, size: int, interpolation: str = "bilin
     The interpolation is bilinear or bicubic, with antialiasing.
     """
     out = _channels_last(size)
-    _write_resized_crop(image, box, interpolation, out)
+    _write_resized_crop(image.permute(1, 2, 0).numpy(), box, size, interpolation, out)
     return out[0].contiguous()
 
 
@@ -59,17 +59,19 @@ def _channels_last(size: int) -> Tensor:
     return torch.empty(1, size, size, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
 
 
-def _write_resized_crop(image: Tensor, box: Box, interpolation: str, out: Tensor) -> None:
-    """Write `resized_crop` to `out`, uint8 [1, 3, size, size] as `_channels_last` returns it."""
+def _write_resized_crop(
+    image: np.ndarray, box: Box, size: int, interpolation: str, out: Tensor
+) -> None:
+    """Write `resized_crop` of `image` [H, W, 3] to `out`, which `_channels_last` returned."""
     top, left, h, w = box
     # NumPy copies the box faster than PyTorch
-    crop = image.permute(1, 2, 0).numpy()[top : top + h, left : left + w].copy(order="C")
-    crop = torch.from_numpy(crop)[None].permute(0, 3, 1, 2)
-    if crop.shape == out.shape:
+    crop = image[top : top + h, left : left + w].copy(order="C")
+    crop = torch.from_numpy(crop[None].transpose(0, 3, 1, 2))
+    if h == size and w == size:
         out.copy_(crop)
     else:
         # F.interpolate calls these functions, too, but cannot write to given memory
-        _RESIZE[interpolation](crop, out.shape[2:], False, None, None, out=out)
+        _RESIZE[interpolation](crop, (size, size), False, None, None, out=out)
 
 
 _RESIZE = {
@@ -83,7 +85,8 @@ def random_boxes(height: int, width: int, recipe: Recipe, *counters: int) -> lis
 
     The same `counters` always give the same boxes, and each view draws its own.
     """
-    return [random_box(height, width, view, fold(*counters, i)) for i, view in enumerate(recipe)]
+    start = fold(*counters)
+    return [random_box(height, width, view, fold(i, start=start)) for i, view in enumerate(recipe)]
 
 
 def random_views(
@@ -95,14 +98,18 @@ def random_views(
     memory. If `out` is given, write them there: it has a batch of one image for each view, uint8
     [1, 3, S, S] in PyTorch's format channels_last.
     """
-    boxes = random_boxes(*image.shape[1:], recipe, *counters)
-    out = list(out or (_channels_last(view.size) for view in recipe))
+    pixels = image.permute(1, 2, 0).numpy()
+    height, width, _ = pixels.shape
+    boxes = random_boxes(height, width, recipe, *counters)
+    out = out or [_channels_last(view.size) for view in recipe]
     for box, view, memory in zip(boxes, recipe, out, strict=True):
-        _write_resized_crop(image, box, view.interpolation, memory)
+        _write_resized_crop(pixels, box, view.size, view.interpolation, memory)
     return [memory[0] for memory in out]
 
 
-def center_view(image: Tensor, size: int, resize: str = "scaled") -> Tensor:
+def center_view(
+    image: Tensor, size: int, resize: str = "scaled", out: Tensor | None = None
+) -> Tensor:
     """Return the evaluation view: resize the image, then crop the center of size x size pixels.
 
     Sizes are rounded as in torchvision's Resize and CenterCrop. An image of exactly size x size
@@ -114,9 +121,10 @@ def center_view(image: Tensor, size: int, resize: str = "scaled") -> Tensor:
         size: height and width of the result, in pixels.
         resize: "scaled" if the shorter side becomes 8/7 of `size`, which is 256 pixels for 224;
             "margin" if it becomes `size` + 32; "stretched" if both sides become 8/7 of `size`.
+        out: contiguous memory for the result.
     """
     if tuple(image.shape[-2:]) == (size, size) and size <= NATIVE:
-        return image
+        return image if out is None else out.copy_(image)
     short = size + 32 if resize == "margin" else round(size * 8 / 7)
     if resize == "stretched":
         image = _resize(image, (short, short))
@@ -126,7 +134,12 @@ def center_view(image: Tensor, size: int, resize: str = "scaled") -> Tensor:
         edge = min(height, width)
         image = _resize(image, (short * height // edge, short * width // edge))
     top, left = (round((side - size) / 2) for side in image.shape[-2:])
-    return image[..., top : top + size, left : left + size].contiguous()
+    view = image[..., top : top + size, left : left + size].numpy()
+    # NumPy changes the layout twice as fast as PyTorch
+    if out is None:
+        return torch.from_numpy(view.copy(order="C"))
+    np.copyto(out.numpy(), view)
+    return out
 
 
 NATIVE = 96  # pixels: the largest images that are evaluated at their own size
@@ -150,10 +163,10 @@ def _middle(image: Tensor) -> Tensor:
 def _resize(image: Tensor, size: tuple[int, int], mode: str = "bilinear") -> Tensor:
     """Resize an image [3, H, W] or a batch [B, 3, H, W]."""
     if tuple(image.shape[-2:]) == size:
-        return image.contiguous()
+        return image
     batch = image if image.dim() == 4 else image[None]
     out = F.interpolate(batch, size, mode=mode, antialias=True, align_corners=False)
-    return out.view(*image.shape[:-2], *size).contiguous(memory_format=torch.contiguous_format)
+    return out if image.dim() == 4 else out[0]
 
 
 # Views of a full batch of small images of equal size. Draws and pixels are the same as for each
@@ -172,17 +185,18 @@ _LARGEST_SHRINKING = 4  # beyond this factor, the float32 sums of `resized_crops
 _CHUNK = 64  # images whose intermediate results fit in a core's cache
 
 
-def random_views_at_once(images: Tensor, recipe: Recipe, *counters: Key) -> list[Tensor]:
-    """Apply `random_views` to each of `images` uint8 [B, 3, H, W]; return [B, 3, S, S] per view.
+def random_views_at_once(
+    images: Tensor, recipe: Recipe, *counters: Key, out: Sequence[Tensor]
+) -> None:
+    """Apply `random_views` to each of `images` uint8 [B, 3, H, W].
 
-    `can_crop_at_once` must be true for them. At least one of `counters` is an array [B], with one
-    number per image; the others are the same for all images.
+    `can_crop_at_once` must be true for them. The views are written to `out`, uint8 [B, 3, S, S]
+    each. At least one of `counters` is an array [B], with one number per image; the others are the
+    same for all images.
     """
-    views = []
-    for i, view in enumerate(recipe):
+    for i, (view, memory) in enumerate(zip(recipe, out, strict=True)):
         boxes = random_boxes_at_once(*images.shape[2:], view, fold(*counters, i))
-        views.append(resized_crops(images, boxes, view.size))
-    return views
+        resized_crops(images, boxes, memory)
 
 
 def random_boxes_at_once(height: int, width: int, view: View, keys: np.ndarray) -> np.ndarray:
@@ -211,8 +225,8 @@ def random_boxes_at_once(height: int, width: int, view: View, keys: np.ndarray) 
     return boxes
 
 
-def resized_crops(images: Tensor, boxes: np.ndarray, size: int) -> Tensor:
-    """Apply `resized_crop` to each of `images` uint8 [B, 3, H, W]; return uint8 [B, 3, size, size].
+def resized_crops(images: Tensor, boxes: np.ndarray, out: Tensor) -> None:
+    """Write `resized_crop` of each of `images` uint8 [B, 3, H, W] to `out` [B, 3, size, size].
 
     Bilinear interpolation is linear in each axis, so a resized crop is two matrix products. For
     uint8 images PyTorch rounds the weights to multiples of 2^-p, and the result of each product to
@@ -222,21 +236,21 @@ def resized_crops(images: Tensor, boxes: np.ndarray, size: int) -> Tensor:
     Args:
         images: uint8 [B, 3, H, W].
         boxes: the box of each image, int64 [B, 4].
-        size: height and width of the result, in pixels.
+        out: memory for the result, uint8, contiguous.
     """
-    n, channels, height, width = images.shape
+    (n, channels, height, width), size = images.shape, out.shape[-1]
     top, left, h, w = boxes.T
     down = torch.from_numpy(_placed_weights(height, size)[h, top])  # [B, size, H]
     across = torch.from_numpy(_placed_weights(width, size)[w, left])  # [B, size, W]
-    out = torch.empty(n, channels, size, size, dtype=torch.uint8)
+    pixels = out.numpy()
     for start in range(0, n, _CHUNK):
         part = slice(start, start + _CHUNK)
-        x = images[part].float().view(-1, channels * height, width)
+        x = torch.from_numpy(np.ascontiguousarray(images[part].numpy())).float()
+        x = x.view(-1, channels * height, width)
         x = torch.bmm(x, across[part].transpose(1, 2)).add_(0.5).floor_()
         x = torch.matmul(down[part, None], x.view(-1, channels, height, size)).add_(0.5)
         # NumPy converts to uint8 seven times as fast as PyTorch
-        out[part] = torch.from_numpy(x.numpy().astype(np.uint8))
-    return out
+        np.copyto(pixels[part], x.numpy(), casting="unsafe")
 
 
 @functools.cache

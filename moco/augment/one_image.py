@@ -27,20 +27,26 @@ class OneImage:
     same result for `x` as for the values, except for `clamp`.
     """
 
-    x: Tensor  # float [1, 3, H, W], contiguous; operations may overwrite it
+    x: Tensor  # float [1, 3, H, W], contiguous; operations may overwrite it. Gray: [1, 1, H, W]
     scale: float = 1.0
     offset: float = 0.0
 
     def values(self) -> Tensor:
-        """Return the RGB values in [0, 1], [1, 3, H, W]; they become `x`."""
+        """Return the RGB values in [0, 1], [1, 3, H, W] or [1, 1, H, W]; they become `x`."""
         if (self.scale, self.offset) != (1, 0):
             offset = torch.tensor(self.offset, dtype=self.x.dtype)
             torch.add(offset, self.x, alpha=self.scale, out=self.x)
             self.scale, self.offset = 1.0, 0.0
         return self.x
 
+    def colors(self) -> Tensor:
+        """Return `x` with three channels, [1, 3, H, W]; it becomes `x`."""
+        self.x = self.x.expand(-1, 3, -1, -1).contiguous()
+        return self.x
+
     def jitter(self, order: list[int], factors: list[float]) -> None:
         """Jitter the colors. `order` lists the operations, `factors` has the factor of each."""
+        self.colors()
         for operation in order:
             factor = factors[operation]
             if operation == HUE:
@@ -54,27 +60,35 @@ class OneImage:
                 self.scale *= factor
                 self.offset = factor * self.offset + (1 - factor) * mean
             elif operation == SATURATION:
-                torch.add(luma(self.x, 1 - factor), self.x, alpha=factor, out=self.x)
+                self.x = mixed(self.x, factor * np.eye(3) + (1 - factor) * np.array(LUMA))
                 self.offset *= factor + (1 - factor) * sum(LUMA)
             if factor > 1:  # otherwise the result is a mean of numbers in [0, 1]
-                self.values().clamp_(0, 1)
+                self.clamp()
+
+    def clamp(self) -> None:
+        """Clamp the RGB values to [0, 1]."""
+        if self.scale < 1e-6:  # a division by it may overflow
+            self.values().clamp_(0, 1)
+        else:
+            self.x.clamp_(-self.offset / self.scale, (1 - self.offset) / self.scale)
 
     def grayscale(self) -> None:
-        """Set all channels to the luma."""
-        self.x.copy_(luma(self.x))
+        """Replace the channels by the luma."""
+        self.x = mixed(self.x, np.array([LUMA]))
         self.offset *= sum(LUMA)
 
     def normalize(self, mean: Sequence[float], std: Sequence[float], out: Tensor) -> None:
         """Write (values - mean) / std to `out` [1, 3, H, W]."""
-        scale = torch.tensor([self.scale / one for one in std])
-        offset = torch.tensor([(self.offset - m) / s for m, s in zip(mean, std, strict=True)])
-        torch.mul(self.x, scale.view(1, 3, 1, 1), out=out).add_(offset.view(1, 3, 1, 1))
+        offsets = torch.tensor([(self.offset - m) / s for m, s in zip(mean, std, strict=True)])
+        channels = self.x.expand(-1, 3, -1, -1).unbind(1)
+        for x, s, offset, result in zip(channels, std, offsets, out.unbind(1), strict=True):
+            torch.add(offset, x, alpha=self.scale / s, out=result)
 
 
-def luma(x: Tensor, scale: float = 1.0) -> Tensor:
-    """Return `scale` times the luma of `x` [1, 3, H, W], [1, 1, H, W]."""
-    (r, g, b), (red, green, blue) = x.split(1, 1), (scale * weight for weight in LUMA)
-    return torch.mul(r, red).add_(g, alpha=green).add_(b, alpha=blue)
+def mixed(x: Tensor, weights: np.ndarray) -> Tensor:
+    """Return channels that are sums of those of `x` [1, 3, H, W], with `weights` [channels, 3]."""
+    found = torch.mm(torch.from_numpy(weights).to(x.dtype), x.view(3, -1))
+    return found.view(1, -1, *x.shape[2:])
 
 
 def adjust_hue(x: Tensor, shift: float) -> Tensor:
@@ -96,12 +110,12 @@ def adjust_hue(x: Tensor, shift: float) -> Tensor:
     low, high = torch.minimum(r, g), torch.maximum(r, g)
     smallest, largest = torch.minimum(low, b), torch.maximum(high, b)
     torch.minimum(high, b, out=high)
-    negative_middle = torch.maximum(low, high, out=low).neg_()
+    middle = torch.maximum(low, high, out=low)
     change = torch.sub(largest, smallest, out=high).mul_(6 * shift - 2 * thirds)
     line = torch.empty_like(x)  # 1 for the rising line, -1 for the falling one
     for i, (after, before) in enumerate(((g, b), (b, r), (r, g))):
         torch.sub(before, after, out=line[:, i])
-    torch.add(negative_middle, x, alpha=2, out=x).addcmul_(line.sign_(), change)
+    torch.lerp(middle, x, 2.0, out=x).addcmul_(line.sign_(), change)  # lerp: 2 x - middle
     return torch.clamp(x, smallest, largest, out=x)
 
 
@@ -123,7 +137,7 @@ def gaussian_blur(x: Tensor, sigma: float, radius: int) -> Tensor:
     band.as_strided((_BLOCK, len(taps)), (reach + 1, 1)).copy_(taps)
     down, across = -(-height // _BLOCK), -(-width // _BLOCK)  # numbers of blocks
     missing = (0, across * _BLOCK - width, 0, down * _BLOCK - height)  # of the last blocks
-    out = torch.empty(1, 3, down * _BLOCK, across * _BLOCK, dtype=x.dtype)
+    out = torch.empty(1, x.shape[1], down * _BLOCK, across * _BLOCK, dtype=x.dtype)
     # one channel and its intermediate results fit in a core's cache
     for channel, result in zip(x.unbind(1), out[0], strict=True):
         channel = F.pad(channel, (radius,) * 4, mode="reflect")

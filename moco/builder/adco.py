@@ -30,6 +30,15 @@ class _Pass(NamedTuple):
     weight: Tensor
 
 
+def check_bank(K: int, world_size: int) -> None:
+    """Raise InputError if a process would have no entry of the bank."""
+    if world_size > K:
+        raise InputError(
+            f"--cluster {K}: each of the {world_size} processes needs at least one entry of the "
+            "bank; raise --cluster, or use fewer processes"
+        )
+
+
 class AdCo(QueryAndKey):
     """InfoNCE against the keys of the joint batch and a bank of negatives that learns to be hard.
 
@@ -83,11 +92,7 @@ class AdCo(QueryAndKey):
         self.images_before_epoch_0 = K if fill else 0  # images that train before epoch 0
         self.register_buffer("bank", torch.randn(K, dim))  # W [K, C]
         self.register_buffer("bank_velocity", torch.zeros(K, dim))
-        if distributed.world_size() > K:
-            raise InputError(
-                f"--cluster {K}: each of the {distributed.world_size()} processes needs at least "
-                "one entry of the bank; raise --cluster, or use fewer processes"
-            )
+        check_bank(K, distributed.world_size())
         self._is_current = True  # whether all shards of the buffers are current on this rank
         self.register_state_dict_pre_hook(AdCo._check_current)
         self._progress = Progress()

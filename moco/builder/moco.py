@@ -15,7 +15,7 @@ from moco.loss.bank import bank_log_sum, mixed_log_sum
 from moco.loss.contrastive import (
     Anchors,
     InfoNCE,
-    contrast_accuracy,
+    accuracy,
     feature_statistics,
     normalize,
     synthetic_hardness,
@@ -51,20 +51,21 @@ def contrast(
         counters: numbers that tell several calls in a step apart.
     """
     positive = (q * k).sum(1)  # [B]
-    mixed = nearest = None
+    mixed = above = top = None
     if synthetic is not None:
         with torch.no_grad():
             similarity = q @ queue.T  # [B, K]
             hard = hardest(similarity, max(synthetic.n_hard, min(5, len(queue))))
             mixed = mixture(synthetic, q, queue, similarity, hard, progress, *counters)
             nearest = similarity.gather(1, hard[:, :5])
+            above, top = (nearest > positive[:, None]).sum(1), nearest[:, 0]
 
     def log_sums(*powers: float) -> list[Tensor]:
-        nonlocal nearest
+        nonlocal above, top
         sums = []
         for i, power in enumerate(powers, 1):
             if mixed is None:
-                one, nearest = bank_log_sum(q, queue, T / power)
+                one, above, top = bank_log_sum(q, positive, queue, T / power)
             else:
                 # `mixed_log_sum` overwrites the similarities
                 copy = similarity if i == len(powers) else similarity.clone()
@@ -77,8 +78,8 @@ def contrast(
 
     losses, of_loss = loss(Anchors(positive, T, log_sums, len(queue), joint_positive))
     metrics = {
-        **contrast_accuracy(positive, nearest),
-        **feature_statistics(q, positive, nearest[:, 0]),
+        **accuracy(above),
+        **feature_statistics(q, positive, top),
         **synthetic_hardness(mixed),
         **of_loss,
     }

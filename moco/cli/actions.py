@@ -83,6 +83,35 @@ class Renamed(argparse.Action):
         return self.values[str(value)]
 
 
+def refuse_two_values(
+    parser: argparse.ArgumentParser, aliases: list[argparse.Action], argv: list[str]
+) -> None:
+    """Raise InputError if two names of one option are given with different values.
+
+    Args:
+        parser: the parser of the options.
+        aliases: those of its actions that are further names of other options.
+        argv: the words of the command line.
+    """
+    dests = {alias: alias.dest for alias in aliases}
+    for alias in aliases:
+        alias.dest = alias.option_strings[0]  # no option has such a dest
+    try:
+        unset = argparse.Namespace(**{action.dest: None for action in parser._actions})
+        values = vars(parser.parse_known_args(argv, unset)[0])
+    finally:
+        for alias, dest in dests.items():
+            alias.dest = dest
+    for alias, dest in dests.items():
+        name, value = alias.option_strings[0], values[alias.option_strings[0]]
+        if None not in (value, values[dest]) and value != values[dest]:
+            ours = f"--{dest.replace('_', '-')}"
+            raise InputError(
+                f"{name} sets {ours} to {value}, but {ours} is also given, as {values[dest]}; "
+                "leave out one of them"
+            )
+
+
 def is_number(text: str) -> bool:
     """Return whether `text` can be read as a number."""
     try:
@@ -119,12 +148,11 @@ def convert(action: argparse.Action, value: object, where: str) -> object:
     if action.nargs == "+" and not isinstance(value, (list, bool)):
         value = [value]  # a single value need not be written as a list
     if is_flag != isinstance(value, bool) or is_list != isinstance(value, list):
-        expected = "true or false" if is_flag else "a list" if is_list else "one value"
-        raise InputError(f"{where}: {short(repr(value))} is not {expected}")
+        raise InputError(f"{where}: {_yaml(value)} is not {_expected(action)}")
     if is_flag:
         return value
     if is_list and isinstance(action.nargs, int) and len(value) != action.nargs:
-        raise InputError(f"{where}: {short(repr(value))} is not a list of {action.nargs}")
+        raise InputError(f"{where}: {_yaml(value)} is not {_expected(action)}")
 
     def one(item: object) -> object:
         try:
@@ -132,13 +160,33 @@ def convert(action: argparse.Action, value: object, where: str) -> object:
         except argparse.ArgumentTypeError as error:
             raise InputError(f"{where}: {error}") from None
         except ValueError:
-            raise InputError(
-                f"{where}: {short(repr(item))} is not {getattr(action.type, '__name__', 'valid')}"
-            ) from None
+            raise InputError(f"{where}: {_yaml(item)} is not {_value(action)}") from None
         if action.choices and item not in action.choices:
-            raise InputError(
-                f"{where}: {short(repr(item))} is not one of {', '.join(map(str, action.choices))}"
-            )
+            raise InputError(f"{where}: {_yaml(item)} is not {_value(action)}")
         return item
 
     return [one(item) for item in value] if is_list else one(value)
+
+
+def _yaml(value: object) -> str:
+    """Return a value as it is written in YAML."""
+    return str(value).lower() if isinstance(value, bool) else short(repr(value))
+
+
+def _expected(action: argparse.Action) -> str:
+    """Return what a YAML file may give for an option, such as "one of off, bf16"."""
+    if action.nargs == 0:
+        return "true or false"
+    if isinstance(action.nargs, int):
+        return f"a list of {action.nargs}, each {_value(action)}"
+    return f"a list, each {_value(action)}" if action.nargs in ("*", "+") else _value(action)
+
+
+def _value(action: argparse.Action) -> str:
+    """Return what a single value of an option may be."""
+    if action.choices:
+        return f"one of {', '.join(map(str, action.choices))}"
+    name = getattr(action.type, "__name__", "")
+    noun = {"int": "a whole number", "float": "a number"}.get(name, "text")
+    interval = getattr(action.type, "interval", "")
+    return f"{noun} in {interval}" if interval else noun

@@ -21,6 +21,7 @@ class Rule(NamedTuple):
     when: Callable[[Options], object]
     why: str
     refuse: bool
+    off: tuple[object, ...]  # values of an option that is switched off
 
 
 class EffectsParser(OneLineParser):
@@ -48,7 +49,12 @@ class EffectsParser(OneLineParser):
         self.rules: list[Rule] = []
 
     def has_effect(
-        self, options: str, when: Callable[[Options], object], why: str, refuse: bool = True
+        self,
+        options: str,
+        when: Callable[[Options], object],
+        why: str,
+        refuse: bool = True,
+        zero_is_off: bool = True,
     ) -> None:
         """Declare that options have an effect only if `when` returns true.
 
@@ -58,13 +64,15 @@ class EffectsParser(OneLineParser):
             why: the reason, and what to do; printed after "--option has no effect: ".
             refuse: whether an option without effect is an error, if it is given on the command line
                 and differs from its default. Otherwise it is only reported.
+            zero_is_off: whether 0 switches the options off, which is always allowed.
         """
-        self.rules.append(Rule(tuple(options.split()), when, why, refuse))
+        off = OFF if zero_is_off else (None,)
+        self.rules.append(Rule(tuple(options.split()), when, why, refuse, off))
 
     def without_effect(self, config: Config) -> list[str]:
         """Return a line for each rule according to which given options have no effect.
 
-        Options that are off or 0 are left out. Options of --cfg are only reported, never refused,
+        Options that are off are left out. Options of --cfg are only reported, never refused,
         and left out if they equal the default.
 
         Args:
@@ -75,7 +83,7 @@ class EffectsParser(OneLineParser):
         args = Options(**flat(config), config=config)
         refused, noted = [], []
         for rule in self.rules:
-            given = [dest for dest in rule.options if self.given.get(dest) not in OFF]
+            given = [dest for dest in rule.options if self.given.get(dest) not in rule.off]
             found = [
                 dest
                 for dest in rule.options

@@ -9,7 +9,15 @@ from pathlib import Path
 from typing import NoReturn
 
 from moco.cli import compat, folders, protocols, rules, translate
-from moco.cli.actions import TRUE_OR_FALSE, Help, Renamed, Switch, convert, is_number
+from moco.cli.actions import (
+    TRUE_OR_FALSE,
+    Help,
+    Renamed,
+    Switch,
+    convert,
+    is_number,
+    refuse_two_values,
+)
 from moco.cli.effects import EffectsParser, Options, Values
 from moco.cli.groups import add_groups
 from moco.config import Config, flat, replaced
@@ -47,6 +55,7 @@ class Parser(EffectsParser):
     ):
         super().__init__(description=description, formatter_class=Help, allow_abbrev=False)
         self.config, self.replacements = config, replacements or {}
+        self.aliases: list[argparse.Action] = []  # further names of options
         add_groups(self, config)
         evaluates = "pretrained" in flat(config)
         unread = "--save-dir names the run folder" + " and --pretrained the checkpoint" * evaluates
@@ -65,13 +74,14 @@ class Parser(EffectsParser):
         for published, ours in names.items():
             mine = actions[f"--{ours}"]
             conversion = {"type": mine.type} if mine.nargs != 0 else {"action": "store_true"}
-            self.add_argument(
+            alias = self.add_argument(
                 f"--{published}",
                 dest=mine.dest,
                 default=mine.default,
                 help=argparse.SUPPRESS,
                 **conversion,
             )
+            self.aliases.append(alias)
 
     def add_renamed(self, name: str, ours: str, values: dict[str, str]) -> None:
         """Add an option of a published script whose values have other names here.
@@ -81,7 +91,7 @@ class Parser(EffectsParser):
             ours: the option that it sets, without leading dashes.
             values: the value of `ours` for each of its values.
         """
-        self.add_argument(
+        alias = self.add_argument(
             f"--{name}",
             dest=ours.replace("-", "_"),
             default=self.get_default(ours.replace("-", "_")),
@@ -89,6 +99,7 @@ class Parser(EffectsParser):
             action=Renamed,
             values=values,
         )
+        self.aliases.append(alias)
 
     def refuse(self, error: InputError) -> NoReturn:
         """Print the error and exit with status 2.
@@ -134,6 +145,7 @@ class Parser(EffectsParser):
         self.given: Values = {
             dest: value for dest, value in vars(named).items() if value is not _UNSET
         }
+        refuse_two_values(self, self.aliases, argv)
         first, _ = self.parse_known_args(argv)
         self._refuse_remote(first)
         if first.cfg:
@@ -354,13 +366,20 @@ class Parser(EffectsParser):
                 len(strange) > MOST_LINES
             )
             raise InputError(*(f"--cfg {path}: {line}" for line in lines))
+        keys: dict[str, str] = {}  # by attribute name
         for name, key in names.items():
-            value = values[key]
             if name in ("resume", "allow-change") and "script" in values:
                 continue  # args.yaml: these only say how the run was last started
             if name not in actions:
                 continue
-            self.recipe[actions[name].dest] = convert(actions[name], value, f"--cfg {path}: {key}")
+            dest = actions[name].dest
+            value = convert(actions[name], values[key], f"--cfg {path}: {key}")
+            if value != self.recipe.get(dest, value) and dest in keys:
+                raise InputError(
+                    f"--cfg {path}: {keys[dest]} and {key} are the same option, and their values "
+                    "differ; leave out one of them"
+                )
+            keys[dest], self.recipe[dest] = key, value
         self.set_defaults(**self.recipe)
 
 

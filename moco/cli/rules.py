@@ -128,7 +128,8 @@ def _schedule(parser: EffectsParser) -> None:
     by_epoch = lambda args: lr_schedule.changes_by(args.config.optimizer) == "epoch"  # noqa: E731
     parser.has_effect("lr_warmup_from", lambda args: not by_epoch(args), rises)
     adam = "adam and adamw do not use it; leave it out"
-    parser.has_effect("momentum", lambda args: args.optimizer not in ("adam", "adamw"), adam)
+    uses = lambda args: args.optimizer not in ("adam", "adamw")  # noqa: E731
+    parser.has_effect("momentum", uses, adam, zero_is_off=False)
     sgd = "it is for --optimizer sgd; leave it out"
     parser.has_effect("nesterov", lambda args: args.optimizer == "sgd", sgd)
 
@@ -239,7 +240,8 @@ def _synthetic(parser: EffectsParser, eta: str = SyntheticNegatives.ETA) -> None
         if one.size:
             none = f"there are no {one.name} negatives; give --{count} as well, or leave it out"
             size = eta if one.size == "eta" else one.size
-            parser.has_effect(size, lambda args, count=count: vars(args)[count], none)
+            has = lambda args, count=count: vars(args)[count]  # noqa: E731
+            parser.has_effect(size, has, none, zero_is_off=False)
     at_once = "all join at once; give --synthetic-ramp-epochs as well, or leave it out"
     has_ramp = lambda args: args.synthetic_ramp_epochs  # noqa: E731
     parser.has_effect("synthetic_ramp synthetic_ramp_of", has_ramp, at_once)
@@ -293,12 +295,27 @@ def _temperatures(parser: EffectsParser) -> None:
         only_with(parser, ["isogclr"], options)
 
 
+def _false_negatives(parser: EffectsParser) -> None:
+    off = "false negatives are not searched (--fn-mode off, or --fn-topk 0); leave it out"
+    searched = lambda args: args.fn_mode != "off"  # noqa: E731
+    found = lambda args: searched(args) and args.fn_topk  # noqa: E731
+    parser.has_effect("fn_topk fn_from", searched, off)
+    parser.has_effect("fn_threshold", found, off, zero_is_off=False)
+    similar = "only --fn-from similarity uses it; leave it out"
+    compared = lambda args: not args.config.fnc.uses_labels  # noqa: E731
+    parser.has_effect("fn_topk", compared, similar)
+    parser.has_effect("fn_threshold", compared, similar, zero_is_off=False)
+    alone = "without a memory (--memory-multiplier 0) there is one encoder; leave it out"
+    parser.has_effect("ema", lambda args: args.memory_multiplier, alone, zero_is_off=False)
+
+
 _RULES: dict[type, Declare] = {
     SyntheticNegatives: _synthetic,
     BatchNegatives: _batch_negatives,
     sections_methods.Loss: _loss,
     sections_methods.BatchLoss: _batch_loss,
     sections_methods.Temperatures: _temperatures,
+    sections_methods.FalseNegatives: _false_negatives,
     sections.Input: _input,
     sections.Views: _views,
     sections.Network: _network,

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from moco import distributed
+from moco import distributed, messages
 from moco.data.decoding import decode_full, decoded_size
 from moco.data.images import CachedImages, EncodedImages, Images
 from moco.errors import InputError
@@ -84,7 +84,7 @@ def _limit(mode: str, needed: int, free: int, ranks: int) -> int:
     stay = 0 < needed <= limit
     place = "stay in memory" if stay else "are read from their files in every epoch"
     line = f"images {place}: {line}"
-    if distributed.is_rank0():
+    if messages.is_rank0():
         tqdm.write(f"{line} (--cache-images {mode})")
         sys.stdout.flush()
     return limit
@@ -164,7 +164,7 @@ def _decode_block(source: EncodedImages, settings: Decoding, first: int) -> Bloc
     last = min(first + _BLOCK, len(source))
     images = [_decode(source, settings, i) for i in range(first, last)]
     sizes = [(0, 0) if image is None else image.shape[1:] for image in images]
-    flat = [image.reshape(-1) for image in images if image is not None]
+    flat = [image.permute(1, 2, 0).reshape(-1) for image in images if image is not None]
     return np.array(sizes, dtype=np.int64), torch.cat([torch.empty(0, dtype=torch.uint8), *flat])
 
 

@@ -101,14 +101,15 @@ def decode(
     if raw[:2] != b"\xff\xd8":  # not a JPEG; torchvision crashes on damaged PNGs
         return _decode_with_pil(raw, name, settings)
     try:
-        _check_size(raw, name)
-        turn = jpeg.orientation(raw) if settings.exif == "apply" else exif.UPRIGHT
+        header = jpeg.header(raw)
+        _check_size(header, raw, name)
+        turn = jpeg.orientation(raw, header) if settings.exif == "apply" else exif.UPRIGHT
         image = None
         if settings.shrink_on_decode and len(raw) > _LARGE:
             image = _decode_reduced(raw, reduction, turn)
         if image is None:
             _, decoder = jpeg.decoder()
-            image = decoder(data)
+            image = decoder(data, header)
         return exif.turned(image, turn)
     except (RuntimeError, ValueError, OSError, IndexError):
         return _decode_with_pil(raw, name, settings)
@@ -162,24 +163,19 @@ def brightest(data: np.ndarray) -> int | None:
 _MAX_PIXELS = 10**9
 # A JPEG cannot hold more pixels per byte: the densest, a progressive one in one color, holds 341.
 _MAX_PIXELS_PER_BYTE = 1000
-# Markers from 0xC0 to 0xCF start the frame's header, which has the size, except for these.
-_NO_FRAME = (0xC4, 0xC8, 0xCC)
 
 
-def _check_size(data: memoryview, name: str) -> None:
+def _check_size(header: jpeg.Header, data: memoryview, name: str) -> None:
     """Raise InputError if a JPEG's header claims more pixels than its bytes can hold.
 
     The decoder would allocate memory for all of them.
     """
-    for marker, i in jpeg.segments(data):
-        if 0xC0 <= marker <= 0xCF and marker not in _NO_FRAME and i + 9 <= len(data):
-            height, width = (int.from_bytes(data[at : at + 2], "big") for at in (i + 5, i + 7))
-            if height * width > min(_MAX_PIXELS, max(_MAX_PIXELS_PER_BYTE * len(data), 1 << 20)):
-                raise InputError(
-                    f"{name}: unreadable image (claims {width} x {height} pixels in {len(data)} "
-                    "bytes); remove or replace it"
-                )
-            return
+    _, height, width = header
+    if height * width > min(_MAX_PIXELS, max(_MAX_PIXELS_PER_BYTE * len(data), 1 << 20)):
+        raise InputError(
+            f"{name}: unreadable image (claims {width} x {height} pixels in {len(data)} "
+            "bytes); remove or replace it"
+        )
 
 
 # Pillow recognizes a file by its content, whatever its name. Other formats are excluded: Pillow

@@ -11,8 +11,8 @@ import numpy as np
 from moco.data.decoding import SUFFIXES
 from moco.data.images import ImageFolder
 from moco.data.names import GROUP, Names, UnchangedFile
-from moco.distributed import print_rank0
 from moco.errors import InputError, ListError, short
+from moco.messages import counted, print_rank0
 
 CHECKED = 1000  # paths that `check` looks up; on a network disk, looking up a million takes minutes
 # A larger list stays in its file. Every rank reads the list, so 8 ranks would hold 8 copies.
@@ -51,8 +51,8 @@ def check(file: str, root: Path) -> None:
             )
     if repeated := _repeated(names):
         print_rank0(
-            f"--file-list {file}: {repeated} of {len(names)} lines repeat a path; each line counts "
-            "as an image of its own"
+            f"--file-list {file}: {repeated} of {counted(len(names), 'line')} "
+            f"repeat{'s' * (repeated == 1)} a path; each line counts as an image of its own"
         )
 
 

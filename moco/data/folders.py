@@ -4,13 +4,13 @@
 """
 
 import functools
-import hashlib
 import multiprocessing
 import os
 import stat
 import sys
+import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -19,11 +19,12 @@ import numpy as np
 import torch.distributed as dist
 from tqdm import tqdm
 
-from moco import distributed
+from moco import distributed, messages
 from moco.data.decoding import SUFFIXES
 from moco.data.images import ImageFolder, Images
 from moco.data.names import Names
 from moco.errors import InputError
+from moco.messages import counted
 
 
 def split_folder(root: Path, split: str) -> Path:
@@ -108,11 +109,10 @@ def scan_classes(folder: Path, classes: tuple[str, ...] = ()) -> ImageFolder:
     """
     top = _entries(str(folder))
     own = _classes(folder, top)
-    with ThreadPoolExecutor(_THREADS) as pool:
-        listings = list(pool.map(functools.partial(images_below, folder), own))
+    listings = _list_each(folder, own)
     owner: dict[str, str] = {}
     for name, listing in zip(own, listings, strict=True):
-        if not listing.images:
+        if not listing.count:
             other = f", but {endings(listing.others)}" if listing.others else ""
             other += ", and links to a folder that is listed already" if listing.repeated else ""
             raise InputError(
@@ -128,9 +128,9 @@ def scan_classes(folder: Path, classes: tuple[str, ...] = ()) -> ImageFolder:
     _print_left_out(folder, listings, Counter(map(_ending, top.others)), len(top.images))
     classes = classes or own
     label = {name: i for i, name in enumerate(classes)}
-    labels = np.repeat([label[name] for name in own], [len(listing.images) for listing in listings])
-    paths = [path for listing in listings for path in listing.images]
-    return ImageFolder(folder, labels, classes, Names.of(paths))
+    labels = np.repeat([label[name] for name in own], [listing.count for listing in listings])
+    paths = Names.joined(b"".join(listing.paths for listing in listings))
+    return ImageFolder(folder, labels, classes, paths)
 
 
 def scan_flat(folder: Path) -> ImageFolder:
@@ -141,21 +141,18 @@ def scan_flat(folder: Path) -> ImageFolder:
     Raises InputError if there is no image, or if a folder cannot be read.
     """
     listing = images_below(folder)
-    if not listing.images:
+    if not listing.count:
         raise InputError(f"{folder}: holds no image ({', '.join(SUFFIXES)})")
     _print_left_out(folder, [listing], Counter(), 0)
-    paths = Names.of(listing.images)
-    return ImageFolder(folder, np.zeros(len(paths), int), (), paths)
+    return ImageFolder(folder, np.zeros(listing.count, int), (), Names.joined(listing.paths))
 
 
 def same_on_all_ranks(images: Images) -> Images:
     """Return `images`. Raises InputError on every rank if the ranks see different images."""
     if distributed.world_size() == 1:
         return images
-    names = repr((images.classes, images.labels.shape)).encode()
-    digest = hashlib.sha256(names + images.content()).hexdigest()
     found: list[tuple[int, str]] = [(0, "")] * distributed.world_size()
-    dist.all_gather_object(found, (len(images), digest))
+    dist.all_gather_object(found, (len(images), images.digest()))
     other = next((rank for rank, one in enumerate(found) if one != found[0]), None)
     if other is not None:
         raise InputError(
@@ -166,10 +163,12 @@ def same_on_all_ranks(images: Images) -> Images:
     return images
 
 
-# Listing reads names and opens no file, so a million files take a few seconds. On a network disk,
-# listing a folder waits for the server, so several threads list folders at the same time.
+# Listing reads names and opens no file, so a million files take about a second. On a network disk,
+# listing a folder waits for the server, so several threads list folders at the same time. Without
+# waits, they only compete for the interpreter's lock, and listing takes 4 times as long.
 
 _THREADS = 16
+_PATIENCE = 0.05  # seconds of waiting after which threads start
 
 # Folders that operating systems, archives and network disks create, in lower case. Hidden folders
 # are ignored anyway.
@@ -208,13 +207,16 @@ def _entries(folder: str) -> _Entries:
         os.stat(os.path.join(folder, "."))  # fails without x permission, though names can be read
         with os.scandir(folder) as entries:
             for entry in entries:
-                name, lower = entry.name, entry.name.lower()
-                if name[0] == "." or lower in _SYSTEM:
+                name = entry.name
+                if name[0] == ".":
                     continue
-                if entry.is_dir(follow_symlinks=False):
-                    found.folders.append(name)
-                elif lower.endswith(SUFFIXES):
+                lower, folder_itself = name.lower(), entry.is_dir(follow_symlinks=False)
+                if lower.endswith(SUFFIXES) and not folder_itself:
                     found.images.append(name)
+                elif lower in _SYSTEM:
+                    continue
+                elif folder_itself:
+                    found.folders.append(name)
                 elif not entry.is_symlink():
                     found.others.append(name)
                 elif stat.S_ISDIR(os.stat(entry.path).st_mode):
@@ -253,40 +255,77 @@ def _unreadable(path: str | Path, error: OSError) -> InputError:
 class Listing(NamedTuple):
     """The images below a folder, and the other things found there."""
 
-    images: list[bytes]  # their paths, sorted
+    paths: bytes  # those of the images, sorted, each followed by a null byte
+    count: int  # number of images
     others: Counter[str]  # numbers of files that are not images, by ending
     folders: dict[str, None]  # the real path of each folder that was listed
     repeated: list[str]  # links to folders that are listed already
 
 
-def images_below(top: Path, name: str = "") -> Listing:
+def _list_each(folder: Path, names: Sequence[str]) -> list[Listing]:
+    """Return `images_below` of each of these folders in `folder`.
+
+    Threads are started if most of the time is spent on waiting for the disk.
+    """
+    real = os.path.realpath(folder)
+    found: list[Listing] = []
+    began, computed = time.perf_counter(), time.thread_time()
+    for name in names:
+        passed = time.perf_counter() - began
+        waited = passed - (time.thread_time() - computed)
+        if waited > _PATIENCE and waited > passed / 2:
+            break
+        found.append(images_below(folder, name, real))
+    if left := names[len(found) :]:
+        with ThreadPoolExecutor(_THREADS) as pool:
+            found += pool.map(lambda name: images_below(folder, name, real), left)
+    return found
+
+
+def images_below(top: Path, name: str = "", real_top: str = "") -> Listing:
     """List the images in `top`/`name` and all folders below it. Paths are relative to `top`.
 
     Links to folders are followed, except links to a folder that is listed already, to `top`, or to
     a folder above `top`.
 
+    Args:
+        top: a folder.
+        name: the name of a folder in it; an empty string for `top` itself.
+        real_top: the real path of `top`, if it is known.
+
     Raises InputError if a folder cannot be read.
     """
-    listing = Listing([], Counter(), {}, [])
-    images: list[str] = []
-    for inside, entries in _walk(top, name, listing.folders, listing.repeated):
-        prefix = os.path.join(inside, "")
-        images += [prefix + file for file in entries.images]
-        listing.others.update(map(_ending, entries.others))
-    listing.images.extend(map(os.fsencode, sorted(images)))
-    return listing
+    others: Counter[str] = Counter()
+    folders: dict[str, None] = {}
+    repeated: list[str] = []
+    found: list[tuple[str, list[str]]] = []  # the images of each folder
+    for inside, entries in _walk(top, name, folders, repeated, real_top):
+        found.append((os.path.join(inside, ""), entries.images))
+        others.update(map(_ending, entries.others))
+    if len(found) == 1:  # as usual; shorter names are faster to sort
+        prefix, images = found[0]
+        images.sort()
+        text = prefix + f"\0{prefix}".join(images) + "\0" if images else ""
+    else:
+        images = sorted(prefix + file for prefix, files in found for file in files)
+        text = "\0".join([*images, ""])
+    return Listing(os.fsencode(text), len(images), others, folders, repeated)
 
 
 def _walk(
-    top: Path, name: str, listed: dict[str, None], repeated: list[str]
+    top: Path, name: str, listed: dict[str, None], repeated: list[str], real_top: str = ""
 ) -> Iterator[tuple[str, _Entries]]:
     """Yield the path and the entries of `top`/`name` and of each folder below it.
 
-    See `images_below` for links. Adds to `listed` and `repeated` as in a `Listing`.
+    See `images_below` for links and arguments. Adds to `listed` and `repeated` as in a `Listing`.
 
     Raises InputError if a folder cannot be read.
     """
-    real_top, real = os.path.realpath(top), os.path.realpath(top / name)
+    real_top = real = real_top or os.path.realpath(top)
+    if name:
+        path = os.path.join(top, name)
+        # realpath looks up every folder on the way
+        real = os.path.realpath(path) if os.path.islink(path) else os.path.join(real_top, name)
     folders, links = [(name, real)], []
     while folders or links:
         # links come last, so that a link to a folder does not change the paths of its files
@@ -333,12 +372,13 @@ def _print_left_out(
     repeated = [link for listing in listings for link in listing.repeated]
     left_out = []
     if others:
-        left_out.append(f"{others.total()} files with other endings ({endings(others)})")
+        left_out.append(f"{counted(others.total(), 'file')} with other endings ({endings(others)})")
     if outside:
-        left_out.append(f"{outside} images outside the class folders")
+        left_out.append(f"{counted(outside, 'image')} outside the class folders")
     if repeated:
         left_out.append(
-            f"{len(repeated)} links to folders that are listed already, first {repeated[0]}"
+            f"{counted(len(repeated), 'link')} to folders that are listed already, "
+            f"first {repeated[0]}"
         )
     if left_out:
         print_once(f"{folder}: left out: {'; '.join(left_out)}")
@@ -347,5 +387,5 @@ def _print_left_out(
 @functools.cache  # each k-NN test lists val/ again
 def print_once(message: str) -> None:
     """Print a line on stderr, on rank 0, unless it was printed before."""
-    if distributed.is_rank0():
+    if messages.is_rank0():
         tqdm.write(message, file=sys.stderr)

@@ -9,6 +9,7 @@ import numpy as np
 
 from moco.errors import InputError, short
 from moco.files import read_text
+from moco.messages import counted
 
 CLASSES_FILE = "classes.txt"  # line k names the class of the integer label k, counted from 0
 
@@ -60,8 +61,8 @@ def indices(
     index = {name: i for i, name in enumerate(found)}
     if lacking := [name for name in own if name not in index]:
         raise InputError(
-            f"{len(lacking)} classes are not among those of the training images, first "
-            f"'{short(lacking[0])}'; use the same names in both splits"
+            f"{counted(len(lacking), 'class is', 'classes are')} not among those of the training "
+            f"images, first '{short(lacking[0])}'; use the same names in both splits"
         )
     return np.array([index[name] for name in own], np.int64)[labels.codes], found
 
@@ -108,8 +109,8 @@ def _names_of(labels: Labels, names: Sequence[str]) -> list[str]:
     largest = max(map(int, texts))
     if largest >= len(names):
         raise InputError(
-            f"an image has the label {largest}, but only {len(names)} classes have names; "
-            "complete the names"
+            f"an image has the label {largest}, but only "
+            f"{counted(len(names), 'class has a name', 'classes have names')}; complete the names"
         )
     return [names[int(text)] for text in texts]
 

@@ -19,8 +19,9 @@ from torch.utils.data import DataLoader, Sampler
 
 from moco import devices, distributed, rng
 from moco.data import jpeg
+from moco.data.batch import Batch, reserve
 from moco.data.images import Images
-from moco.data.views import Batch, CenterCrop, RandomCrops, SampleId, Views
+from moco.data.views import CenterCrop, RandomCrops, SampleId, Views, bytes_per_image
 from moco.errors import InputError
 from moco.sections import Input
 
@@ -189,6 +190,9 @@ def _kill_all_workers() -> None:
     kill_workers([process for process in mp.active_children() if process.daemon])
 
 
+_PREFETCH = 4  # batches of each worker
+
+
 def batches(
     images: Images,
     crop: RandomCrops | CenterCrop,
@@ -208,13 +212,15 @@ def batches(
     stream = torch.cuda.Stream(device) if cuda else None
     workers = -(-input.workers * input.batch_per_process // input.batch_size)
     jpeg.decoder()  # before workers are forked, which then share its memory
+    # the loop may still use two batches while the workers fill as many as they may prefetch
+    slots = reserve(workers, _PREFETCH + 2, input.batch_per_process * bytes_per_image(crop))
     for batch in _read(
-        dataset=Views(images, crop, skip_unreadable, input),
+        dataset=Views(images, crop, skip_unreadable, input, slots),
         batch_sampler=batch_sampler,
         num_workers=workers,
         collate_fn=_unchanged,
         pin_memory=cuda,
-        prefetch_factor=4 if workers else None,
+        prefetch_factor=_PREFETCH if workers else None,
         worker_init_fn=_init_worker,
     ):
         if isinstance(batch, InputError):

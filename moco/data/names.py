@@ -48,9 +48,14 @@ class Names:
         text = b"\0".join([*names, b""])
         if text.count(b"\0") != len(names):
             raise ValueError("a path has a null byte")
-        lengths = np.fromiter(map(len, names), np.int64, len(names)) + 1
-        starts = (lengths.cumsum() - lengths)[::GROUP]
-        return cls(text, np.append(starts, len(text)), len(names), _split_at_null)
+        return cls.joined(text)
+
+    @classmethod
+    def joined(cls, text: bytes) -> "Names":
+        """Return the names in `text`, each of which is followed by a null byte."""
+        ends = np.flatnonzero(np.frombuffer(text, np.uint8) == 0) + 1
+        starts = np.append(0, ends)[: len(ends) : GROUP]
+        return cls(text, np.append(starts, len(text)), len(ends), _split_at_null)
 
     def __len__(self) -> int:
         """Return the number of names."""

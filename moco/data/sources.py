@@ -13,6 +13,7 @@ from moco.data.folders import is_folder, split_folder
 from moco.data.images import Images
 from moco.data.photos import photos
 from moco.errors import InputError
+from moco.messages import counted
 
 
 class Layout(NamedTuple):
@@ -122,8 +123,8 @@ def find(data: str, splits: tuple[str, ...], labels: bool = True) -> Path:
             )
         if extra:
             raise InputError(
-                f"{folder}: {len(extra)} classes are not among train's, first '{extra[0]}'; "
-                "name the folders as in train/"
+                f"{folder}: {counted(len(extra), 'class is', 'classes are')} not among train's, "
+                f"first '{extra[0]}'; name the folders as in train/"
             )
     return root
 

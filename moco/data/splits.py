@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from moco.data.folders import print_once
-from moco.errors import InputError, one_line
+from moco.errors import InputError, ListError, one_line
 from moco.files import unreadable
+from moco.messages import counted
 
 # the words in a file's or folder's name that say which split it belongs to
 WORDS = {"train": "train", "training": "train", "test": "test"}
@@ -92,12 +93,9 @@ def note_choice(folder: Path, split: str, chosen: list[str], suffixes: tuple[str
     place = folder / os.path.dirname(chosen[0]) if chosen else folder
     others = [name for name in _listed(place, suffixes) if _split_of(name, suffixes) is None]
     if others and chosen and _split_of(chosen[0], suffixes):
-        print_once(
-            one_line(
-                f"{folder}: left out: {len(others)} files whose names say neither train nor val, "
-                f"first {others[0]}"
-            )
-        )
+        files = counted(len(others), "file whose name says", "files whose names say")
+        left_out = f"{files} neither train nor val, first {others[0]}"
+        print_once(one_line(f"{folder}: left out: {left_out}"))
 
 
 def files(folder: Path, found: list[str]) -> tuple[File, ...]:
@@ -124,6 +122,16 @@ def facts(folder: Path, name: str) -> File:
     if not stat.S_ISREG(status.st_mode):
         raise InputError(f"{path}: is not a file; remove it")
     return File(name, status.st_size, status.st_mtime_ns)
+
+
+def changed(path: str | Path) -> ListError:
+    """Return the error for a file that has been written to since it was listed."""
+    return ListError(f"{path}: has changed since it was listed; start again")
+
+
+def removed(path: str | Path) -> ListError:
+    """Return the error for a file that has been removed since it was listed."""
+    return ListError(f"{path}: has been removed since it was listed; restore it, and start again")
 
 
 def _check_complete(folder: Path, found: list[str]) -> None:

@@ -14,13 +14,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moco import distributed
+from moco import messages
 from moco.data import folders, labels, splits
 from moco.data.images import EncodedImages
 from moco.data.splits import File
 from moco.data.table_files import KEPT_BYTES, Arrow, Columns, Parquet, attempt
-from moco.errors import InputError, one_line
+from moco.errors import InputError, ListError, one_line
 from moco.files import read_text
+from moco.messages import counted
 
 _SUFFIXES = (".parquet", ".arrow")
 _OPEN_FILES = 64  # per process
@@ -46,13 +47,18 @@ class TableImages(EncodedImages):
     paths: np.ndarray
 
     def encoded(self, i: int) -> np.ndarray:
-        """Return the bytes in the row of image `i`; see `EncodedImages.encoded`."""
+        """Return the bytes in the row of image `i`; see `EncodedImages.encoded`.
+
+        Raises ListError if the file has changed since it was listed.
+        """
         file = self.files[self.table[i]]
         try:
             table = _opened(self.root, file)
             # a mapped file that became shorter would end the process with a bus error
             _check_unchanged(self.root, file)
             data = attempt(self.root / file.name, lambda: table.image(int(self.rows[i])))
+        except ListError:
+            raise
         except InputError as error:
             raise self._unreadable(i, str(error)) from None
         if data is None or not data.size:
@@ -87,7 +93,7 @@ class TableImages(EncodedImages):
 def _opened(root: Path, file: File) -> Arrow | Parquet:
     """Open a file. Each process keeps the last ones that it used open.
 
-    Raises InputError if it is unusable, or if it is not the listed `file` any more.
+    Raises InputError if it is unusable, and ListError if it is not the listed `file` any more.
     """
     path = root / file.name
     _check_unchanged(root, file)
@@ -96,9 +102,12 @@ def _opened(root: Path, file: File) -> Arrow | Parquet:
 
 
 def _check_unchanged(root: Path, file: File) -> None:
-    """Raise InputError if a file is not the listed `file` any more."""
+    """Raise ListError if a file is not the listed `file` any more."""
+    path = root / file.name
+    if not os.path.lexists(path):
+        raise splits.removed(path)
     if splits.facts(root, file.name) != file:
-        raise InputError(f"{root / file.name}: has changed since it was listed; start again")
+        raise splits.changed(path)
 
 
 # The layout.
@@ -242,7 +251,7 @@ def _note_cost(folder: Path, split: str, files: tuple[File, ...]) -> None:
     """Print how long it takes to read images in random order, unless all stay in memory."""
     images = _listed(folder, split, files).images
     slow = isinstance(_opened(folder, files[0]), Parquet)
-    if not slow or sum(file.size for file in files) <= KEPT_BYTES or not distributed.is_rank0():
+    if not slow or sum(file.size for file in files) <= KEPT_BYTES or not messages.is_rank0():
         return
     indices = np.linspace(0, len(images) - 1, _MEASURED + 2).astype(int)[1:-1]
     began = time.perf_counter()
@@ -254,7 +263,7 @@ def _note_cost(folder: Path, split: str, files: tuple[File, ...]) -> None:
     folders.print_once(
         one_line(
             f"{folder}: reading an image takes {ms:.1f} ms, because parquet files are read in "
-            f"groups of up to {rows} images; tar files are faster: {TOOL} {root} OUT"
+            f"groups of up to {counted(rows, 'image')}; tar files are faster: {TOOL} {root} OUT"
         )
     )
 

@@ -29,6 +29,7 @@ from moco.data.splits import File
 from moco.data.tar_listing import BLOCK, Listing, list_tar
 from moco.errors import InputError, one_line, short
 from moco.files import replacing, to_json
+from moco.messages import counted
 
 _THREADS = 16  # as for folders: on a network disk, reading waits for the server
 _VERSION = 1  # of the list's file; a file of another version is replaced
@@ -83,8 +84,8 @@ def load(folder: Path, split: str, files: tuple[File, ...]) -> Index:
         where = _keep(index, files, places)
     seconds = time.monotonic() - began
     _print(
-        f"{folder}: {len(index.shards)} images listed in {len(files)} tar files in {seconds:.1f} s"
-        f"{reason}; {where}"
+        f"{folder}: {counted(len(index.shards), 'image')} listed in "
+        f"{counted(len(files), 'tar file')} in {seconds:.1f} s{reason}; {where}"
     )
     return _frozen(index)
 

@@ -14,6 +14,7 @@ from moco.data import folders, labels, splits, tar_index, tar_listing
 from moco.data.images import EncodedImages
 from moco.data.splits import File
 from moco.errors import InputError, one_line
+from moco.messages import counted
 
 _COMPRESSED = (".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst", ".tar.lz4", ".tar.z")
 _COMPRESSED += (".tgz", ".tbz2", ".txz", ".tzst")
@@ -40,21 +41,27 @@ class TarImages(EncodedImages):
     members: np.ndarray
 
     def encoded(self, i: int) -> np.ndarray:
-        """Return the content of the member of image `i`; see `EncodedImages.encoded`."""
+        """Return the content of the member of image `i`; see `EncodedImages.encoded`.
+
+        Raises ListError if the tar file has changed since it was listed.
+        """
         file = self.files[self.shards[i]]
         data = np.empty(self.sizes[i], np.uint8)
         if not len(data):
             raise self._unreadable(i, "the member is empty")
+        path = os.path.join(self.root, file.name)
         try:
-            descriptor = _opened(os.path.join(self.root, file.name), file)
+            descriptor = _opened(path, file)
             done, offset = 0, int(self.offsets[i])
             while done < len(data):
                 # does not move the position in the file, which forked processes share
                 count = os.preadv(descriptor.number, [data[done:]], offset + done)
                 if not count:
+                    _check_unchanged(descriptor, path, file)
                     raise OSError("the tar file is truncated")
                 done += count
-            _check_unchanged(descriptor, file)  # it may have been written to since it was opened
+            # it may have been written to since it was opened
+            _check_unchanged(descriptor, path, file)
         except OSError as error:
             raise self._unreadable(i, error.strerror or str(error)) from None
         return data
@@ -110,18 +117,21 @@ class _Descriptor:
 def _opened(path: str, file: File) -> _Descriptor:
     """Open a tar file. Each process keeps the last ones that it used open.
 
-    Raises OSError if it cannot be opened, or if it is not the listed `file` any more.
+    Raises OSError if it cannot be opened, and ListError if it is not the listed `file` any more.
     """
-    descriptor = _Descriptor(path)
-    _check_unchanged(descriptor, file)
+    try:
+        descriptor = _Descriptor(path)
+    except FileNotFoundError:
+        raise splits.removed(path) from None
+    _check_unchanged(descriptor, path, file)
     return descriptor
 
 
-def _check_unchanged(descriptor: _Descriptor, file: File) -> None:
-    """Raise OSError if an open tar file is not the listed `file` any more."""
+def _check_unchanged(descriptor: _Descriptor, path: str, file: File) -> None:
+    """Raise ListError if an open tar file is not the listed `file` any more."""
     status = os.fstat(descriptor.number)
     if (status.st_size, status.st_mtime_ns) != (file.size, file.mtime_ns):
-        raise OSError("the tar file has changed since it was listed; start again")
+        raise splits.changed(path)
 
 
 # The layout.
@@ -201,8 +211,10 @@ def _print_left_out(folder: Path, files: tuple[File, ...], index: tar_index.Inde
     others = folders.count_images(folder) if not os.path.dirname(files[0].name) else 0
     parts = []
     if counts:
-        parts.append(f"{counts.total()} members of tar files ({folders.endings(counts)})")
+        parts.append(
+            f"{counted(counts.total(), 'member')} of tar files ({folders.endings(counts)})"
+        )
     if others:
-        parts.append(f"{others} images next to the tar files")
+        parts.append(f"{counted(others, 'image')} next to the tar files")
     if parts:
         folders.print_once(one_line(f"{folder}: left out: {'; '.join(parts)}"))

@@ -3,23 +3,20 @@
 `Views` is the data set. `loader` runs it in worker processes.
 """
 
-import contextlib
-import ctypes
-import functools
 import math
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, get_worker_info
+from torch.utils.data import Dataset
 
 from moco import rng
 from moco.augment import crop
 from moco.augment.recipes import Recipe
 from moco.data import decoding
+from moco.data.batch import Batch, Sent, Slots
 from moco.data.images import Images
 from moco.errors import InputError, ListError
 
@@ -28,29 +25,16 @@ SampleId = tuple[int, int]  # (epoch, index of the image); the random crops depe
 Sample = tuple[list[Tensor], int, list[tuple[int, str]]]
 
 
-class Batch(NamedTuple):
-    """A batch of samples. Its size B is that of one process and one forward pass.
-
-    Attributes:
-        views: One uint8 tensor [B, 3, S, S] per view. On a CPU, random crops of large images are in
-            PyTorch's memory format channels_last.
-        index: The indices of the images, int64 [B].
-        label: Their labels, int64 [B], or [B, classes]; see `Images.labels`.
-        unreadable: The index of each image that cannot be read, with the reason. The batch has
-            another image instead.
-    """
-
-    views: list[Tensor]
-    index: Tensor
-    label: Tensor
-    unreadable: list[tuple[int, str]]
-
-
 class RandomCrops(NamedTuple):
     """A transform that takes a recipe's random crops. They depend on (seed, epoch, index, view)."""
 
     recipe: Recipe
     seed: int
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Return the height and width of each view, in pixels."""
+        return tuple(view.size for view in self.recipe)
 
     def __call__(self, image: Tensor, sample: SampleId, out: Sequence[Tensor] = ()) -> list[Tensor]:
         """Return the views of `image`, uint8 [3, H, W]: one uint8 tensor [3, S, S] per view.
@@ -78,9 +62,12 @@ class RandomCrops(NamedTuple):
         """Return whether `crop_batch` accepts images of this size."""
         return crop.can_crop_at_once(height, width, self.recipe)
 
-    def crop_batch(self, images: Tensor, epochs: np.ndarray, indices: np.ndarray) -> list[Tensor]:
-        """Return the views of images [B, 3, H, W], equal to those of each image alone."""
-        return crop.random_views_at_once(images, self.recipe, rng.CROP, self.seed, epochs, indices)
+    def crop_batch(
+        self, images: Tensor, epochs: np.ndarray, indices: np.ndarray, out: Sequence[Tensor]
+    ) -> None:
+        """Write the views of images [B, 3, H, W] to `out`. They equal those of each image alone."""
+        counters = (rng.CROP, self.seed, epochs, indices)
+        crop.random_views_at_once(images, self.recipe, *counters, out=out)
 
 
 class CenterCrop(NamedTuple):
@@ -89,9 +76,20 @@ class CenterCrop(NamedTuple):
     size: int
     resize: str = "scaled"
 
-    def __call__(self, image: Tensor, _sample: SampleId) -> list[Tensor]:
-        """Return the view of `image`, uint8 [3, H, W], as a list of one uint8 [3, size, size]."""
-        return [crop.center_view(image, self.size, self.resize)]
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Return the height and width of the view, in pixels."""
+        return (self.size,)
+
+    def __call__(
+        self, image: Tensor, _sample: SampleId, out: Sequence[Tensor] = ()
+    ) -> list[Tensor]:
+        """Return the view of `image`, uint8 [3, H, W], as a list of one uint8 [3, size, size].
+
+        If `out` is given, write it there; it has a batch of one image.
+        """
+        memory = out[0][0] if out else None
+        return [crop.center_view(image, self.size, self.resize, out=memory)]
 
     def reduction(self, _height: int, _width: int, _sample: SampleId) -> int:
         """Return 1: evaluation decodes every pixel."""
@@ -101,9 +99,11 @@ class CenterCrop(NamedTuple):
         """Return whether `crop_batch` accepts images of this size; larger ones take much memory."""
         return max(height, width) <= 256
 
-    def crop_batch(self, images: Tensor, _epochs: np.ndarray, _indices: np.ndarray) -> list[Tensor]:
-        """Return the view of images [B, 3, H, W], equal to that of each image alone."""
-        return [crop.center_view(images, self.size, self.resize)]
+    def crop_batch(
+        self, images: Tensor, _epochs: np.ndarray, _indices: np.ndarray, out: Sequence[Tensor]
+    ) -> None:
+        """Write the view of images [B, 3, H, W] to `out`. It equals that of each image alone."""
+        crop.center_view(images, self.size, self.resize, out=out[0])
 
 
 class Views(Dataset):
@@ -115,15 +115,16 @@ class Views(Dataset):
         crop: RandomCrops | CenterCrop,
         skip_unreadable: bool = False,
         settings: decoding.Decoding = decoding.DEFAULT,
+        slots: Slots | None = None,
     ):
         """Read `images`, decoded with `settings`, and apply `crop` to each.
 
         If `skip_unreadable`, an image that cannot be read is replaced by another one, chosen by
         (epoch, index). Otherwise, or if the list of the images has changed, the sample is the
-        InputError.
+        InputError. A worker process writes its batches to `slots`, if they are given.
         """
         self.images, self.crop, self.skip_unreadable = images, crop, skip_unreadable
-        self.settings = settings
+        self.settings, self.slots = settings, slots
 
     def __len__(self) -> int:
         """Return the number of images."""
@@ -131,12 +132,10 @@ class Views(Dataset):
 
     def __getitem__(self, sample: SampleId) -> Sample | InputError:
         """Return the sample, or the InputError if its image cannot be read."""
-        return self._crop(sample, self.crop)
+        return self._crop(sample)
 
-    def _crop(
-        self, sample: SampleId, transform: Callable[[Tensor, SampleId], list[Tensor]]
-    ) -> Sample | InputError:
-        """Read an image and apply `transform`; see `__getitem__`."""
+    def _crop(self, sample: SampleId, out: Sequence[Tensor] = ()) -> Sample | InputError:
+        """Read an image and crop it, into `out` if that is given; see `__getitem__`."""
         epoch, index = sample
         images, crop = self.images, self.crop
         unreadable: list[tuple[int, str]] = []
@@ -144,7 +143,7 @@ class Views(Dataset):
             i = rng.key(rng.REPLACEMENT, epoch, index, attempt) % len(self) if attempt else index
             try:
                 image = images.read(i, self.settings, lambda h, w: crop.reduction(h, w, sample))
-                return transform(image, sample), i, unreadable
+                return crop(image, sample, out), i, unreadable
             except InputError as error:
                 if not self.skip_unreadable or isinstance(error, ListError):
                     # The main process raises it, as one line without a worker's traceback.
@@ -155,43 +154,52 @@ class Views(Dataset):
             "either"
         )
 
-    def __getitems__(self, samples: list[SampleId]) -> Batch | InputError:
+    def __getitems__(self, samples: list[SampleId]) -> Batch | Sent | InputError:
         """Return the batch of `samples`, or the first InputError.
 
         PyTorch's DataLoader calls this with the samples of a batch, and passes the result through
         `collate_fn`. If the images are in memory and `crop` accepts them, they are cropped at once.
         """
+        size = len(samples) * bytes_per_image(self.crop)
+        slot = self.slots.find(size) if self.slots else None
+        if slot is None:
+            return self._batch(samples, torch.empty(size, dtype=torch.uint8))
+        batch = self._batch(samples, self.slots.memory(slot, size))
+        return batch if isinstance(batch, InputError) else self.slots.send(slot, batch)
+
+    def _batch(self, samples: list[SampleId], memory: Tensor) -> Batch | InputError:
+        """Return the batch of `samples`; see `__getitems__`. Its views are in `memory`."""
         epochs, indices = np.array(samples).T.copy()
         images = self.images.read_batch(indices, self.crop.accepts)
+        shapes = [(len(samples), 3, size, size) for size in self.crop.sizes]
+        if images is None and isinstance(self.crop, RandomCrops):
+            # the fastest layout for crops of large images
+            shapes = [(n, height, width, 3) for n, _, height, width in shapes]
+            views = [view.permute(0, 3, 1, 2) for view in _split(memory, shapes)]
+        else:
+            views = _split(memory, shapes)
         if images is None:
-            return self._one_by_one(samples)
-        views = self.crop.crop_batch(images, epochs, indices)
+            return self._one_by_one(samples, views)
+        self.crop.crop_batch(images, epochs, indices, views)
         return Batch(views, *map(torch.from_numpy, (indices, self.images.labels[indices])), [])
 
-    def _one_by_one(self, samples: list[SampleId]) -> Batch | InputError:
-        """Return the batch of `samples`. Each image is cropped while a core's cache has it."""
-        n, views, random = len(samples), [], isinstance(self.crop, RandomCrops)
+    def _one_by_one(self, samples: list[SampleId], views: list[Tensor]) -> Batch | InputError:
+        """Return the batch of `samples`. Each image is cropped while a core's cache has it.
+
+        The views are written to `views`, unless this is empty.
+        """
         unreadable: list[tuple[int, str]] = []
-        indices = np.empty(n, dtype=np.int64)
-        if random:
-            sizes = [view.size for view in self.crop.recipe]
-            views = [_empty((n, s, s, 3), torch.uint8).permute(0, 3, 1, 2) for s in sizes]
-        for row, sample in enumerate(samples):
-            transform = self.crop
-            if random:
-                transform = functools.partial(
-                    self.crop, out=[view[row : row + 1] for view in views]
-                )
-            with torch.inference_mode():  # operations start faster
-                found = self._crop(sample, transform)
-            if isinstance(found, InputError):
-                return found
-            crops, indices[row], errors = found
-            unreadable += errors
-            if not random:
-                views = views or [_empty((n, *crop.shape), crop.dtype) for crop in crops]
-                for view, one in zip(views, crops, strict=True):
-                    view[row] = one
+        indices = np.empty(len(samples), dtype=np.int64)
+        rows, others = list(zip(*(view.split(1) for view in views), strict=True)), []
+        with torch.inference_mode():  # operations start faster
+            for row, sample in enumerate(samples):
+                found = self._crop(sample, rows[row] if rows else ())
+                if isinstance(found, InputError):
+                    return found
+                crops, indices[row], errors = found
+                unreadable += errors
+                others += [] if views else [crops]
+        views = views or [torch.stack(crops) for crops in zip(*others, strict=True)]
         labels = self.images.labels[indices]
         return Batch(views, torch.from_numpy(indices), torch.from_numpy(labels), unreadable)
 
@@ -199,24 +207,12 @@ class Views(Dataset):
 MAX_REPLACEMENTS = 10  # images to try instead of an unreadable one
 
 
-def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Return memory for a batch of views.
-
-    In a worker process, the main process can read this memory, so the batch is not copied.
-    """
-    if get_worker_info() is None:
-        return torch.empty(shape, dtype=dtype)
-    memory = torch.UntypedStorage._new_shared(math.prod(shape) * dtype.itemsize)
-    _populate(memory)
-    return torch.empty(0, dtype=dtype).set_(memory).view(shape)
+def bytes_per_image(crop: RandomCrops | CenterCrop) -> int:
+    """Return the bytes of all views of an image."""
+    return sum(3 * size**2 for size in crop.sizes)
 
 
-def _populate(memory: torch.UntypedStorage) -> None:
-    """Let Linux provide all pages of `memory` in one call, which is faster than at each first use.
-
-    Before version 5.14, Linux cannot do this, and nothing happens.
-    """
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError, AttributeError, TypeError):
-            start, size = ctypes.c_void_p(memory.data_ptr()), ctypes.c_size_t(memory.nbytes())
-            ctypes.CDLL(None).madvise(start, size, 23)  # MADV_POPULATE_WRITE
+def _split(memory: Tensor, shapes: list[tuple[int, ...]]) -> list[Tensor]:
+    """Return tensors of these shapes that fill `memory`."""
+    parts = memory.split(list(map(math.prod, shapes))) if shapes else []
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torchvision import models
 
 from moco.config import MEAN, STD
-from moco.distributed import print_rank0
 from moco.encoder import metadata, networks, weights
 from moco.encoder.networks import backbone_keys, classifier, head_name, set_head
 from moco.errors import InputError, short
+from moco.messages import print_rank0
 from moco.sections_images import Decoding
 
 

@@ -18,6 +18,7 @@ import torch
 
 from moco.errors import InputError
 from moco.files import refuse_remote, unreadable
+from moco.messages import counted
 
 State = dict[str, Any]
 
@@ -332,7 +333,7 @@ def _zip(path: Path, file: BinaryIO) -> str | None:
         return None
     if all(name.endswith(".npy") for name in names):
         return f"a file of NumPy arrays (.npz), such as JAX's; {_CONVERT}"
-    inside = f"{len(names)} files, first '{names[0]}'"
+    inside = f"{counted(len(names), 'file')}, first '{names[0]}'"
     return f"a zip archive of {inside}; unpack it, and give the checkpoint inside"
 
 

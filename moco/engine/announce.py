@@ -8,9 +8,9 @@ from moco import devices, distributed
 from moco.config import Training
 from moco.data.images import Images
 from moco.data.loader import TrainBatchSampler
-from moco.distributed import print_rank0
 from moco.engine import decoding, record
 from moco.errors import InputError
+from moco.messages import counted, print_rank0
 
 
 class Start(Protocol):
@@ -45,13 +45,15 @@ def announce(start: Start, images: Images, notes: list[str]) -> None:
             f"{images.root}: {len(images)} images do not fill one batch of {batch}; "
             "lower --batch-size"
         )
-    labels = f"of {len(images.classes)} classes" if images.labelled else "without labels"
+    classes = counted(len(images.classes), "class", "classes")
+    labels = f"of {classes}" if images.labelled else "without labels"
     if distributed.rank() == 0:
         facts = {"steps": start.order.stop, "steps_per_epoch": per_epoch, "processes": size}
         facts |= {"images": len(images), "classes": len(images.classes)}
         record.add(config.run.save_dir, **facts, device=devices.describe(start.device))
     print_rank0(
-        f"{config.run.method} {config.network.arch}: {len(images)} images {labels} in {images.root}"
+        f"{config.run.method} {config.network.arch}: {counted(len(images), 'image')} {labels} in "
+        f"{images.root}"
     )
     print_rank0(
         f"views {config.views.recipe} at {config.views.image_size} pixels; "
@@ -61,14 +63,16 @@ def announce(start: Start, images: Images, notes: list[str]) -> None:
         print_rank0(f"the processes exchange gradients in {config.compute.grad_compress}")
     if given := decoding.options(config.input):
         print_rank0(f"images are decoded with {given}")
+    warm_up = counted(schedule.lr_warmup_epochs, "epoch")
     lrs = ", ".join(dict.fromkeys(f"{lr:g}" for lr in start.base_lrs))
     scaling = schedule.learning_rate_scaling
     scaling = "taken as given" if scaling == "none" else f"{scaling} scaling"
     print_rank0(
-        f"total batch {batch} = {config.input.batch_per_process} per process x {size} processes "
-        f"x {schedule.accumulation_steps} accumulation; lr after scaling {lrs} ({scaling}), "
-        f"lr warm-up {schedule.lr_warmup_epochs} epochs; {schedule.epochs} epochs x "
-        f"{per_epoch} steps{_last_step(start.order)}"
+        f"total batch {batch} = {config.input.batch_per_process} per process x "
+        f"{counted(size, 'process', 'processes')} x {schedule.accumulation_steps} accumulation; "
+        f"lr after scaling {lrs} ({scaling}), lr warm-up {warm_up}; "
+        f"{counted(schedule.epochs, 'epoch')} x {counted(per_epoch, 'step')}"
+        f"{_last_step(start.order)}"
     )
     gpus = devices.count(start.device.type)
     if start.device.type == "cuda" and size == 1 < gpus and config.launch.gpu is None:
@@ -78,13 +82,13 @@ def announce(start: Start, images: Images, notes: list[str]) -> None:
     if start.order.start < 0:
         before = -start.order.start
         print_rank0(
-            f"{before} steps before epoch 0, numbered from -{before}: "
+            f"{counted(before, 'step')} before epoch 0, numbered from -{before} in log.jsonl: "
             f"{before / per_epoch:.3g} times as many images as in an epoch"
         )
     if schedule.lr_warmup_epochs >= schedule.epochs:
         print_rank0(
-            f"the warm-up's {schedule.lr_warmup_epochs} epochs (--lr-warmup-epochs) outlast the "
-            "run: the full learning rate is not reached"
+            f"the warm-up (--lr-warmup-epochs {schedule.lr_warmup_epochs}) outlasts the run: the "
+            "full learning rate is not reached"
         )
     if schedule.lr_by == "epoch-end" and schedule.epochs == 1 and not max(start.lrs_of_step(0)):
         print_rank0(
@@ -108,7 +112,8 @@ def _last_step(order: TrainBatchSampler) -> str:
     if not order.last:
         return ""
     again = f", of which {order.repeated} are repeated" * bool(order.repeated)
-    return f", the last with {sum(order.last) * distributed.world_size()} images{again}"
+    images = sum(order.last) * distributed.world_size()
+    return f", the last with {counted(images, 'image')}{again}"
 
 
 def print_if_done(start: Start) -> None:

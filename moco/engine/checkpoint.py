@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from moco.config import Training
-from moco.distributed import print_rank0
 from moco.encoder.metadata import CLASSIFIERS, is_count, read_metadata
 from moco.encoder.pretrained import fits, is_finite
 from moco.encoder.weights import read
 from moco.errors import InputError, short
 from moco.files import UnreadableError, half_written, replacing, unreadable
+from moco.messages import print_rank0
 
 State = dict[str, Any]
 

@@ -1,8 +1,8 @@
 """Complete the settings that say how a run decodes images: its own, or those of a checkpoint."""
 
 from moco.config import AnyConfig, replaced
-from moco.distributed import print_rank0
 from moco.encoder.metadata import Metadata
+from moco.messages import print_rank0
 from moco.sections_images import Decoding
 
 # settings of runs of earlier versions, which lacked these options

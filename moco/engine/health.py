@@ -10,9 +10,9 @@ from tqdm import tqdm
 from moco import devices, distributed
 from moco.config import Training, flat
 from moco.data.images import Images
-from moco.distributed import print_rank0
 from moco.engine import checkpoint
 from moco.errors import DivergedError, InputError
+from moco.messages import print_rank0
 
 COLLAPSED = 0.1  # a warning is printed if feature_std is below this
 

@@ -13,9 +13,9 @@ from torchvision import models
 
 from moco.builder.base import Method
 from moco.config import Pretraining
-from moco.distributed import print_rank0
 from moco.encoder import archs, metadata, networks, pretrained, weights
 from moco.errors import InputError, short, unknown
+from moco.messages import print_rank0
 
 
 def check(config: Pretraining) -> None:

@@ -19,11 +19,11 @@ from tqdm import tqdm
 from moco import devices, distributed
 from moco.augment.recipes import Recipe
 from moco.config import Config, Training, flat
-from moco.distributed import print_rank0
 from moco.engine import tracking
 from moco.engine.board import Board, tagged
 from moco.errors import InputError
 from moco.files import replacing, to_json
+from moco.messages import counted, print_rank0
 
 STARTED = time.perf_counter()  # when this process started
 
@@ -191,18 +191,16 @@ class RunLog:
             for name, value in {**metrics, **speed}.items()
             if not name.startswith(_NOT_PRINTED)
         ]
+        # steps before epoch 0, such as those that fill AdCo's bank, have negative numbers
+        early = f"before epoch 0: {counted(-step, 'step')} left" if epoch < 0 else ""
         if self.bar is not None and speed:
             # the bar and its counts take the rest of the line
             width = shutil.get_terminal_size().columns - 30 - 2 * len(str(self.steps))
-            self.bar.set_postfix_str(fold([f"epoch {epoch}", *facts], width)[0])
+            self.bar.set_postfix_str(fold([early or f"epoch {epoch}", *facts], width)[0])
             return
         left = (now - self.began) / max(1, step - self.start) * (self.steps - step)
-        facts = [
-            f"epoch {epoch}",
-            f"step {step}/{self.steps}",
-            *facts,
-            f"left {format_duration(left)}",
-        ]
+        where = [early] if early else [f"epoch {epoch}", f"step {step}/{self.steps}"]
+        facts = [*where, *facts, f"left {format_duration(left)}"]
         width = shutil.get_terminal_size().columns - 3 if self.bar is not None else math.inf
         print_rank0("\n  ".join(fold(facts, width)))
 

@@ -17,10 +17,10 @@ from moco.builder.base import Method
 from moco.config import Pretraining
 from moco.data import registry
 from moco.data.images import Images
-from moco.distributed import print_rank0
 from moco.encoder import networks
 from moco.engine import checkpoint, features
 from moco.engine.log import Metrics
+from moco.messages import print_rank0
 
 RANKME_IMAGES = 8192  # training images whose features RankMe uses
 PROBE_LR, PROBE_MOMENTUM = 0.1, 0.9  # of the online probe

@@ -7,9 +7,9 @@ from torch import nn
 
 from moco import devices
 from moco.config import AnyConfig, replaced
-from moco.distributed import print_rank0
 from moco.encoder.recompute import check_compiled_recomputation, recompute_blocks
 from moco.errors import InputError, short
+from moco.messages import print_rank0
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -13,7 +13,6 @@ from moco.builder.base import Method
 from moco.config import Pretraining, flat, replaced
 from moco.data import cache, catalog, file_lists, loader, registry, sources, subsets
 from moco.data.images import Images, note_dark
-from moco.distributed import print_rank0
 from moco.encoder import archs, networks, recompute, trial
 from moco.engine import checkpoint, contract, initial, next_commands, precision, record, tracking
 from moco.engine.log import Metrics, format_duration
@@ -21,6 +20,7 @@ from moco.engine.monitor import Monitor
 from moco.engine.task import Task
 from moco.engine.trainer import Trainer
 from moco.errors import InputError
+from moco.messages import counted, print_rank0
 from moco.rng import Progress
 
 
@@ -33,8 +33,8 @@ def check_views(config: Pretraining, several_crops: bool = False) -> None:
     if views < 2 or (views > 2) != several_crops:
         needed = "more than two" if several_crops else "two"
         raise InputError(
-            f"--recipe {config.views.recipe}: makes {views} views, but {needed} are needed; "
-            "choose another"
+            f"--recipe {config.views.recipe}: makes {counted(views, 'view')}, but {needed} are "
+            "needed; choose another"
         )
 
 
@@ -197,7 +197,8 @@ def train(config: Pretraining, device: torch.device, build: Callable[[Images], M
         subsets.require_two_classes(images, _NEED_LABELS[option])
     if config.monitor.knn_every and k > len(images):
         print_rank0(
-            f"--knn-k {k}: the training set has only {len(images)} images, and all of them vote"
+            f"--knn-k {k}: the training set has only {counted(len(images), 'image')}, and all of "
+            "them vote"
         )
     torch.manual_seed(config.run.seed)
     method = build(images)

@@ -5,12 +5,12 @@ from pathlib import Path
 
 from moco import distributed
 from moco.config import AnyConfig, Training, flat, replaced
-from moco.distributed import print_rank0
 from moco.encoder import metadata
 from moco.engine import checkpoint
 from moco.engine.decoding import BEFORE, of_resumed
 from moco.errors import InputError, short
 from moco.files import read_yaml
+from moco.messages import print_rank0
 
 # Options that may differ from those of the resumed run, because they change neither the result nor
 # the schedule of training: launch, reading, logging and saving. The batch options are here because

@@ -11,10 +11,10 @@ from filelock import FileLock, Timeout
 
 from moco import distributed
 from moco.config import AnyConfig, Config, replaced
-from moco.distributed import print_rank0
 from moco.engine import record
 from moco.errors import InputError
 from moco.files import numbered_paths
+from moco.messages import print_rank0
 
 # a run locks this file while it writes to the folder; the system unlocks it, however the run ends
 LOCK = ".lock"

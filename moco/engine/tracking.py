@@ -18,11 +18,11 @@ from typing import Any
 
 from moco import distributed
 from moco.config import Config, flat
-from moco.distributed import print_rank0
 from moco.engine import trackers
 from moco.errors import InputError, short
 from moco.files import as_utf8, to_json
 from moco.launch.interrupt import Interrupted
+from moco.messages import print_rank0
 
 MOST = 4 << 20  # bytes of messages that may wait for the tracker, about 10,000 log lines
 # seconds to wait for the tracker when the run ends

@@ -20,6 +20,7 @@ from moco.engine.log import Mean, Metrics, RunLog, write_options
 from moco.engine.task import Task
 from moco.errors import InputError
 from moco.launch import interrupt
+from moco.messages import counted, print_rank0
 
 
 class Trainer:
@@ -50,6 +51,8 @@ class Trainer:
         self.base_lrs = [group["lr"] * self.lr_scale for group in self.optimizer.param_groups]
         amp = config.compute.amp if task.scales_gradient else "off"
         self.scaler = precision.scaler(amp, self.device)
+        # only rank 0 writes it to checkpoints and compares it
+        self.image_digest = "" if distributed.rank() else task.images.digest()
         state = checkpoint.load(config.log.resume) if config.log.resume else None
         if state:
             self._restore(state)
@@ -255,8 +258,14 @@ class Trainer:
         images = state.get("images", len(task.images))
         if images != len(task.images):
             raise InputError(
-                f"{path}: was trained on {images} images, but {task.images.root} has "
+                f"{path}: was trained on {counted(images, 'image')}, but {task.images.root} has "
                 f"{len(task.images)}; resume with the data it was made with"
+            )
+        if not tests and state.get("image_digest", self.image_digest) != self.image_digest:
+            print_rank0(
+                f"warning: {path}: was trained on other images than those in {task.images.root}: "
+                "their names, labels or order differ, so the run does not continue exactly; resume "
+                "with the data it was made with"
             )
         checkpoint.restore(task.module, state, path, task.may_diverge)
         if not tests:
@@ -295,6 +304,7 @@ class Trainer:
             "method": config.run.method,
             "args": flat(config),
             "images": len(task.images),
+            "image_digest": self.image_digest,
             "state_dict": weights,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),

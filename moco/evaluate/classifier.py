@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from moco.config import Config, Probing, replaced
 from moco.data import cache, catalog
 from moco.data.images import Images
-from moco.distributed import print_rank0
 from moco.engine import checkpoint, features, precision
 from moco.engine.announce import print_if_done
 from moco.engine.task import Task
@@ -20,6 +19,7 @@ from moco.evaluate import metrics, other_images
 from moco.evaluate.results import write_results
 from moco.evaluate.splits import Splits
 from moco.files import read_json
+from moco.messages import counted, print_rank0
 
 
 @torch.no_grad()
@@ -296,7 +296,7 @@ def _difference(saved: object, classes: tuple[str, ...]) -> str:
     names = [name for name in saved if isinstance(name, str)] if isinstance(saved, list) else []
     if len(names) != len(classes):
         return (
-            f"has {len(names)} classes, but the data has {len(classes)}; "
+            f"has {counted(len(names), 'class', 'classes')}, but the data has {len(classes)}; "
             "give the data that it was trained on"
         )
     index = next(

@@ -17,11 +17,11 @@ from moco import distributed
 from moco.config import Evaluation, flat, replaced
 from moco.data import catalog
 from moco.data.images import Images
-from moco.distributed import print_rank0
 from moco.encoder import networks
 from moco.engine.features import Features, extract, feature_device
 from moco.errors import InputError
 from moco.files import UnreadableError, read_json, unreadable, write_json
+from moco.messages import print_rank0
 
 _BLOCK = 8192  # number of features copied at a time
 

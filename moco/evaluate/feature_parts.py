@@ -19,13 +19,13 @@ from torch import Tensor, nn
 
 from moco.config import Config
 from moco.data.images import Images
-from moco.distributed import print_rank0
 from moco.encoder import networks
 from moco.engine.features import indexed_batches
 from moco.engine.precision import autocast
 from moco.engine.run_folder import LOCK, LockedFolder
-from moco.errors import InputError
+from moco.errors import InputError, ListError
 from moco.files import half_written, read_json, replacing, write_json
+from moco.messages import print_rank0
 
 SECONDS = 20.0  # between two parts
 _ABOUT, _PART = "about.json", "part_*.npz"
@@ -243,6 +243,8 @@ def _batches(*args: Any) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Yield `indexed_batches(*args)`. An error about an image names the option that skips it."""
     try:
         yield from indexed_batches(*args)
+    except ListError:  # it cannot be skipped
+        raise
     except InputError as error:
         skips = args[3] is not None
         raise InputError(f"{error}{'' if skips else _OR_SKIP}") from None

@@ -9,12 +9,12 @@ from torch import nn
 
 from moco.config import MEAN, STD, AnyConfig, Config, Evaluation, flat, replaced
 from moco.data import registry, subsets
-from moco.distributed import print_rank0
 from moco.encoder import archs, metadata, networks, trial
 from moco.encoder import pretrained as encoders
 from moco.engine import checkpoint, decoding, features, precision
 from moco.errors import InputError, short
 from moco.evaluate import feature_files, other_images, splits
+from moco.messages import print_rank0
 
 
 def complete(config: AnyConfig) -> AnyConfig:

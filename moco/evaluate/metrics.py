@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moco import distributed
-from moco.distributed import print_rank0
+from moco.messages import print_rank0
 
 TITLES = {
     "acc1": "Acc@1",

@@ -22,6 +22,7 @@ from moco.errors import InputError
 from moco.loss import synthetic
 from moco.loss.contrastive import normalize
 from moco.loss.synthetic import Synthetic
+from moco.messages import counted
 
 DRAWN = 64  # synthetic negatives of each type that are drawn for each query
 LEARNED = 4096  # maximum number of learned negatives that each query is compared with
@@ -155,8 +156,8 @@ def check(images: int, n_hard: int) -> None:
         raise InputError("a single image has no negatives; give a folder with two images or more")
     if not 1 <= n_hard <= images - 1:
         raise InputError(
-            f"--n-hard {n_hard}: each of the {images} images has {images - 1} negatives; lower "
-            "--n-hard, or give more images (--images)"
+            f"--n-hard {n_hard}: each of the {images} images has "
+            f"{counted(images - 1, 'negative')}; lower --n-hard, or give more images (--images)"
         )
 
 

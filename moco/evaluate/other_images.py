@@ -12,9 +12,9 @@ import numpy as np
 from moco.data import catalog, folders, sources
 from moco.data.folders import same_on_all_ranks
 from moco.data.images import Images
-from moco.distributed import print_rank0
 from moco.errors import InputError, short
 from moco.files import read_lines
+from moco.messages import print_rank0
 from moco.sections_eval import OtherTest
 
 

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from moco.config import Probing
 from moco.data import loader
-from moco.distributed import print_rank0
 from moco.encoder import networks
 from moco.engine.log import Metrics
 from moco.engine.trainer import Trainer
@@ -16,6 +15,7 @@ from moco.errors import InputError
 from moco.evaluate.classifier import ClassifierTask, Setting, init_classifier, with_head_axis
 from moco.evaluate.inputs import tests_full_network
 from moco.evaluate.splits import Splits
+from moco.messages import counted, print_rank0
 from moco.rng import Progress
 
 
@@ -121,7 +121,8 @@ class LinearProbe(ClassifierTask):
         if changed := self._changed():
             raise RuntimeError(f"the frozen backbone changed in training: {', '.join(changed)}")
         print_rank0(
-            f"frozen backbone is bit-identical to what was loaded: {len(self.loaded)} tensors"
+            "frozen backbone is bit-identical to what was loaded: "
+            f"{counted(len(self.loaded), 'tensor')}"
         )
 
     def _changed(self) -> list[str]:

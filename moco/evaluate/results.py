@@ -6,10 +6,10 @@ from typing import Any
 
 from moco import distributed
 from moco.config import Evaluation, Probing, flat
-from moco.distributed import print_rank0
 from moco.engine import tracking
 from moco.engine.log import STARTED, format_duration, write_options
 from moco.files import write_json
+from moco.messages import print_rank0
 
 
 def write_results(

@@ -3,9 +3,9 @@
 import torch
 
 from moco import devices, distributed
-from moco.distributed import print_rank0
 from moco.engine.features import Features, gather_in_order
 from moco.errors import InputError
+from moco.messages import print_rank0
 
 _ENTRIES = 2**24  # similarities that are sorted at a time, to save memory
 
@@ -58,6 +58,7 @@ def measure(database: Features, queries: Features, ks: list[int], same: bool) ->
         )
     queries_of_all = len(distributed.all_gather_uneven(queries[1]))
     if left_out := queries_of_all - int(counted):
-        print_rank0(f"{left_out} queries have no image of their class to find, and are left out")
+        queries = "query has" if left_out == 1 else "queries have"
+        print_rank0(f"{left_out} {queries} no image of the same class to find; left out")
     found = {f"recall_{k}": recall / counted for k, recall in zip(ks, recalls, strict=True)}
     return {"map": precision / counted, **found}

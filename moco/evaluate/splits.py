@@ -7,9 +7,9 @@ from moco import distributed
 from moco.config import Config
 from moco.data import registry, sources, subsets
 from moco.data.images import Images, note_dark
-from moco.distributed import print_rank0
 from moco.errors import InputError
 from moco.evaluate import other_images
+from moco.messages import counted, print_rank0
 from moco.methods import trains_on_labels
 
 
@@ -67,7 +67,8 @@ def load(config: Config) -> Splits:
         return Splits(train, val)
     train, held_out = subsets.hold_out(train, config.val_from_train, seed)
     print_rank0(
-        f"{len(held_out)} images of train/ are held out to choose the classifier on, "
+        f"{counted(len(held_out), 'image of train/ is', 'images of train/ are')} held out to "
+        "choose the classifier on, "
         f"{len(train)} are trained on"
     )
     return Splits(train, val, held_out)

@@ -21,13 +21,13 @@ from moco.augment.color import normalize
 from moco.config import Evaluation
 from moco.data import loader, registry
 from moco.data.images import Images
-from moco.distributed import print_rank0
 from moco.encoder import networks
 from moco.engine import features, lr_schedule
 from moco.engine.precision import autocast, prepare_images
 from moco.errors import InputError
 from moco.evaluate import inputs, metrics
 from moco.evaluate.classifier import init_classifier
+from moco.messages import print_rank0
 from moco.sections import Schedule
 
 Batch = tuple[Tensor, Tensor]  # features [B, D] and labels [B, num_classes]

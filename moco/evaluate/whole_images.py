@@ -17,12 +17,12 @@ from moco.augment.color import normalize
 from moco.config import Evaluation
 from moco.data import loader
 from moco.data.images import Images
-from moco.distributed import print_rank0
 from moco.encoder import networks, timm_networks
 from moco.engine.features import gather_in_order
 from moco.engine.precision import autocast, prepare_images
 from moco.errors import InputError
 from moco.evaluate import inputs, revisited
+from moco.messages import print_rank0
 from moco.sections_eval import Extraction
 
 GEM, EPS = 3.0, 1e-6  # exponent of the generalized mean, and lower bound of its inputs
@@ -43,7 +43,14 @@ class Shrunk:
     boxes: Sequence[tuple[float, float, float, float]] | None = None
     center: bool = False
 
-    def __call__(self, image: Tensor, sample: loader.SampleId) -> list[Tensor]:
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Return (), because the views differ in size."""
+        return ()
+
+    def __call__(
+        self, image: Tensor, sample: loader.SampleId, _out: Sequence[Tensor] = ()
+    ) -> list[Tensor]:
         """Return the view of `image`, uint8 [3, H, W], as a list of one uint8 [3, h, w]."""
         longer = self.imsize
         picture = Image.fromarray(image.permute(1, 2, 0).numpy())

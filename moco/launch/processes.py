@@ -12,6 +12,7 @@ from pathlib import Path
 
 from moco.errors import InputError
 from moco.launch.address import check_url
+from moco.messages import counted
 from moco.sections import Input, Launch
 
 
@@ -51,7 +52,7 @@ def _plan(launch: Launch, device_type: str, gpus: int) -> Plan:
                 f"--gpu {launch.gpu}: --device cpu uses no GPU; leave one of the two out"
             )
         raise InputError(
-            f"--gpu {launch.gpu}: this machine has {gpus} GPU(s); "
+            f"--gpu {launch.gpu}: this machine has {counted(gpus, 'GPU')}; "
             "leave --gpu out, or choose another"
         )
     if launch.dist_backend == "nccl" and device_type != "cuda":
@@ -75,7 +76,7 @@ def _plan(launch: Launch, device_type: str, gpus: int) -> Plan:
     if spawns:
         local = launch.nproc_per_node or max(gpus, 1)
         if gpus and local > gpus:
-            few = f"this machine has {gpus} GPU(s)"
+            few = f"this machine has {counted(gpus, 'GPU')}"
             raise InputError(f"--nproc-per-node {local}: {few}; give {gpus} or less")
         nodes, node = _nodes(launch)
         return Plan(

@@ -11,9 +11,9 @@ The forward pass computes both sums, so the backward pass only scales the result
 """
 
 import math
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -21,26 +21,34 @@ from moco.loss.synthetic import Mixture
 
 # bytes of a block of the bank and its similarities
 _BLOCK_ON_CPU, _BLOCK = 5 << 19, 1 << 28  # on a CPU, a block stays in the cache
-_GROUP = 16  # entries in a group, in the search for the nearest entries
 
 
-def bank_log_sum(q: Tensor, bank: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Return the log-sum-exp over the bank, and the similarities of the nearest entries.
+class BankSum(NamedTuple):
+    """The log-sum-exp over a bank, and numbers for metrics, of each query.
+
+    Attributes:
+        log_sum: log-sum-exp of the logits, [N], differentiable in the queries.
+        above: number of entries that are more similar to the query than its key, as floats [N].
+        hardest: the largest similarity, [N].
+    """
+
+    log_sum: Tensor
+    above: Tensor
+    hardest: Tensor
+
+
+def bank_log_sum(q: Tensor, positive: Tensor, bank: Tensor, temperature: float) -> BankSum:
+    """Return the log-sum-exp over the bank.
 
     The bank is read in blocks, without a tensor of size [N, K].
 
     Args:
         q: normalized queries [N, C].
+        positive: similarity of each query to its key, [N]; only for `above`.
         bank: normalized entries [K, C], without gradient.
         temperature: divides every similarity, > 0.
-
-    Returns:
-        the log-sum-exp of the logits of each query, [N], differentiable in `q`;
-        the largest similarities of each query, [N, min(5, K)] without gradient, largest first.
     """
-    log_sum, top = _BankLogSum.apply(q, bank, temperature)
-    with torch.no_grad():
-        return log_sum, _nearest(q, bank, top, min(5, len(bank)))
+    return BankSum(*_BankLogSum.apply(q, positive.detach(), bank, temperature))
 
 
 def in_blocks(q: Tensor, bank: Tensor) -> list[Tensor]:
@@ -56,39 +64,16 @@ def in_blocks(q: Tensor, bank: Tensor) -> list[Tensor]:
         several products, but not for one product with a small result.
     """
     bytes_ = _BLOCK_ON_CPU if q.device.type == "cpu" else _BLOCK
-    unit = math.lcm(_GROUP, _threads(q))
+    threads = _threads(q)
     # an entry has C numbers, and N similarities
-    size = max(bytes_ // (sum(q.shape) * q.element_size() * unit), 1) * unit
+    size = max(bytes_ // (sum(q.shape) * q.element_size() * threads), 1) * threads
     full = len(bank) // size * size
     rest = bank[full:]
     stacks = [
-        bank[:full].view(-1, _threads(q), size // _threads(q), bank.shape[1]),
-        rest.view(1, math.gcd(len(rest), _threads(q)), -1, bank.shape[1]),
+        bank[:full].view(-1, threads, size // threads, bank.shape[1]),
+        rest.view(1, math.gcd(len(rest), threads), -1, bank.shape[1]),
     ]
     return [stack for stack in stacks if stack.numel()]
-
-
-def _nearest(q: Tensor, bank: Tensor, top: Tensor, n: int) -> Tensor:
-    """Return the n largest similarities of each query [N, n], given the maxima of groups.
-
-    The n largest values are in the n groups with the largest maxima. To find these groups, the same
-    is done with groups of groups.
-
-    Args:
-        q: queries [N, C].
-        bank: entries [K, C].
-        top: largest similarity or logit in each group of K / M entries, [M, N].
-        n: the number of similarities.
-    """
-    M = len(top)
-    wide = top.unflatten(0, (-1, M // math.gcd(M, _GROUP)))  # [16, M / 16, N], if 16 divides M
-    best = wide.amax(0).topk(min(n, wide.shape[1]), 0).indices  # [n, N]
-    best = (torch.arange(0, M, wide.shape[1], device=q.device)[:, None, None] + best).flatten(0, 1)
-    best = best.gather(0, top.gather(0, best).topk(min(n, M), 0).indices)  # [n, N] groups
-    group = len(bank) // M
-    entries = best.T[:, :, None] * group + torch.arange(group, device=q.device)  # [N, n, 16]
-    similarity = torch.bmm(F.embedding(entries.flatten(1), bank), q[:, :, None]).squeeze(2)
-    return similarity.topk(n, 1).values
 
 
 def mixed_log_sum(
@@ -107,46 +92,67 @@ def mixed_log_sum(
 
 
 class _BankLogSum(torch.autograd.Function):
-    """The log-sum-exp over a bank."""
+    """The log-sum-exp over a bank; see `BankSum`."""
 
     @staticmethod
-    def forward(ctx, q: Tensor, bank: Tensor, temperature: float):
-        """Return the log-sum-exp [N], and the largest logit of each group of entries [K / n, N]."""
-        (N, C), K = q.shape, len(bank)
-        group = math.gcd(K, _GROUP)
-        stacks = in_blocks(q, bank)
-        top = q.new_empty(K // group, N)
-        total, weighted = q.new_zeros(N), q.new_zeros(C, N)
-        scaled, shift = (q / temperature).T, None
-        if _can_overflow(q, K, temperature):
-            maxima = [(block @ scaled).amax((0, 1)) for stack in stacks for block in stack]
-            shift = torch.stack(maxima).amax(0)
+    def forward(ctx, q: Tensor, positive: Tensor, bank: Tensor, temperature: float):
+        """Return the items of `BankSum`."""
+        (N, C), stacks = q.shape, in_blocks(q, bank)
+        scaled, of_key = (q / temperature).T.contiguous(), positive / temperature
+        total, above, weighted = q.new_zeros(N), q.new_zeros(N), q.new_zeros(C, N)
+        shift, largest = None, []
+        if _can_overflow(q, len(bank), temperature):
+            shift, above = _first_pass(stacks, scaled, of_key)
+        of_key.exp_()
 
-        first = len(stacks[0]) * stacks[0].shape[1] * stacks[0].shape[2] // group
-        for stack, tops in zip(stacks, (top[:first], top[first:]), strict=False):
-            _, parts, n, _ = stack.shape
+        for stack in stacks:
+            blocks, parts, n, _ = stack.shape
             logits, ones = q.new_empty(parts, n, N), q.new_ones(parts, 1, n)
-            sums, products = q.new_zeros(parts, 1, N), q.new_zeros(parts, C, N)
-            each = scaled.expand(parts, C, N)
-            for block, maxima in zip(stack, tops.split(parts * n // group), strict=True):
+            each, maxima = scaled.expand(parts, C, N), q.new_empty(blocks, parts, N)
+            sums, counts = q.new_zeros(parts, 1, N), q.new_zeros(parts, 1, N)
+            products = q.new_zeros(parts, C, N)
+            for block, columns, maximum in zip(stack, stack.mT, maxima, strict=True):
                 torch.bmm(block, each, out=logits)
-                torch.amax(logits.view(-1, group, N), 1, out=maxima)
                 e = (logits if shift is None else logits.sub_(shift)).exp_()
-                sums.baddbmm_(ones, e)
+                sums.baddbmm_(ones, e)  # faster than `sum`
                 if ctx.needs_input_grad[0]:
-                    products.baddbmm_(block.mT, e)
+                    products.baddbmm_(columns, e)
+                if shift is None:  # the order of the exponentials is that of the similarities
+                    torch.amax(e, 1, out=maximum)
+                    counts.baddbmm_(ones, e.gt_(of_key))
             total += sums.sum((0, 1))
+            above += counts.sum((0, 1))
             weighted += products.sum(0)
+            largest.append(maxima.flatten(0, 1))
 
         ctx.save_for_backward((weighted / (temperature * total)).T)
-        ctx.mark_non_differentiable(top)
-        return total.log() if shift is None else total.log() + shift, top
+        top = torch.cat(largest).amax(0).log_() if shift is None else shift  # logits
+        hardest = top * temperature
+        ctx.mark_non_differentiable(above, hardest)
+        return total.log() if shift is None else total.log() + shift, above, hardest
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, gradient: Tensor, _: Tensor):
+    def backward(ctx, gradient: Tensor, *_: Tensor):
         """Return the gradient of q."""
-        return ctx.saved_tensors[0] * gradient[:, None], None, None
+        return ctx.saved_tensors[0] * gradient[:, None], None, None, None
+
+
+def _first_pass(stacks: list[Tensor], scaled: Tensor, of_key: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the largest logit of each query, and the number of logits above its key's, [N].
+
+    Args:
+        stacks: the entries, from `in_blocks`.
+        scaled: queries / temperature, [C, N].
+        of_key: the logit of each key, [N].
+    """
+    largest, above = [], torch.zeros_like(of_key)
+    for stack in stacks:
+        for block in stack:
+            logits = block @ scaled  # [parts, n, N]
+            largest.append(logits.amax((0, 1)))
+            above += (logits > of_key).sum((0, 1))
+    return torch.stack(largest).amax(0), above
 
 
 class _MixedLogSum(torch.autograd.Function):

@@ -8,6 +8,7 @@ import numpy as np
 
 from moco.engine import record
 from moco.engine.log import format_duration
+from moco.messages import counted
 from moco.report import header, markup, plots, results, runs
 from moco.report.markup import escaped
 from moco.report.results import Best
@@ -198,7 +199,7 @@ def options(found: list[Run]) -> str:
     else:
         names = [name for name in names if name not in _NOT_COMPARED]
         shown = [name for name in names if len({repr(run.args.get(name)) for run in found}) > 1]
-        heading = f"{len(shown)} options in which the runs differ"
+        heading = f"{counted(len(shown), 'option')} in which the runs differ"
         heads = ["option", *(run.name for run in found)]
     if not shown:
         return ""

@@ -14,13 +14,13 @@ from moco.cli.rebuild import rebuild
 from moco.config import Pretraining, flat, replaced
 from moco.data import registry
 from moco.data.images import Images
-from moco.distributed import print_rank0
 from moco.engine import precision
 from moco.errors import InputError
 from moco.evaluate import negatives
 from moco.evaluate.negatives import Measured
 from moco.launch import processes
 from moco.loss.synthetic import Synthetic
+from moco.messages import counted, print_rank0
 from moco.report import pictures, samples
 from moco.report.options import Options
 from moco.report.plots import printable
@@ -90,7 +90,8 @@ def measure(paths: list[Path], options: Options) -> tuple[list[Contrast], Sample
     negatives.check(len(sample.bank), options.n_hard or 1)
     contrasts = []
     for name, _, path in sorted(order):
-        print_rank0(f"{printable(path)}: {len(queries)} queries, {len(sample.bank)} images")
+        counts = f"{counted(len(queries), 'query', 'queries')}, {len(sample.bank)} images"
+        print_rank0(f"{printable(path)}: {counts}")
         contrasts.append(_contrast(path, name, sample, queries, options))
     return contrasts, sample
 

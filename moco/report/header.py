@@ -8,6 +8,7 @@ import numpy as np
 
 from moco.engine import record
 from moco.engine.log import format_duration
+from moco.messages import counted
 from moco.methods import METHODS, trains_on_labels
 from moco.report import markup, status
 from moco.report.markup import escaped
@@ -74,12 +75,14 @@ def data_of(run: Run, noted: dict) -> str:
     if isinstance(images, int):
         text += f", {images:,} training images"
         if isinstance(classes, int):
-            text += f" of {classes:,} classes" if classes else " without labels"
+            word = "class" if classes == 1 else "classes"
+            text += f" of {classes:,} {word}" if classes else " without labels"
     return text
 
 
 def _training(run: Run) -> str:
-    facts = [f"{epochs(run)} epochs"]
+    word = "epoch" if run.args.get("epochs") == 1 else "epochs"
+    facts = [f"{epochs(run)} {word}"]
     if size := batch(run.args):
         facts.append(f"batch {size}")
     if lr := peak_lr(run):
@@ -93,7 +96,8 @@ def epochs(run: Run) -> str:
     """Return the numbers of epochs done and planned."""
     log, total = run.log, run.args.get("epochs")
     done = log.last_step or 0
-    text = f"{done / log.steps_per_epoch:.4g}" if log.steps_per_epoch else f"{done:.0f} steps"
+    per_epoch = log.steps_per_epoch
+    text = f"{done / per_epoch:.4g}" if per_epoch else counted(round(done), "step")
     if not log.steps_per_epoch and not done:
         text = "0"
     return text if total is None else f"{text} of {total}"

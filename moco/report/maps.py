@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from moco.errors import InputError
+from moco.messages import counted
 
 FEWEST = 5  # images on a map
 _MANY = 20_000  # images for which t-SNE takes too long
@@ -87,7 +88,8 @@ def choose(name: str, images: int) -> Method:
     Raises InputError if it is not installed, or if there are too few images.
     """
     if images < FEWEST:
-        raise InputError(f"{images} images are too few for a map; it needs at least {FEWEST}")
+        few = counted(images, "image is", "images are")
+        raise InputError(f"{few} too few for a map; it needs at least {FEWEST}")
     if name == "auto":
         installed = (one for one in ("pacmap", "umap") if METHODS[one].is_installed)
         name = next(installed, "tsne" if images <= _MANY else "pca")

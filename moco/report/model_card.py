@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from moco import sections, sections_pretrain
-from moco.distributed import print_rank0
 from moco.encoder import networks
 from moco.encoder.pretrained import Encoder
 from moco.errors import InputError, one_line, short
 from moco.files import to_json
+from moco.messages import print_rank0
 from moco.methods import METHODS, trains_on_labels
 from moco.report import results
 

@@ -7,6 +7,7 @@ import numpy as np
 
 from moco.config import flat
 from moco.files import check_new
+from moco.messages import counted
 from moco.methods import trains_on_labels
 from moco.report import markup, over_training, pictures, plots, thumbnails
 from moco.report.contrasts import PUBLISHED, Contrast, has_classes, measure
@@ -117,7 +118,7 @@ def _synthetic(of: Contrast, images: int) -> str:
         would = "The page shows what those of SynCo's paper would be"
         return f"none in training. {would}: {sizes}; {here}"
     first = of.schedule.first
-    when = f"they join after {first} epoch{'s' * (first != 1)}" if first else "from the start"
+    when = f"they join after {counted(first, 'epoch')}" if first else "from the start"
     if of.schedule.last is not None:
         when += f" and leave after {of.schedule.last}"
     in_run = f"from the hardest {config.n_hard:,} of {of.negatives:,}"

@@ -8,9 +8,9 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-from moco.distributed import print_rank0
 from moco.errors import InputError
 from moco.files import check_new, refuse_remote
+from moco.messages import print_rank0
 from moco.report import (
     comparison,
     curves,

@@ -18,6 +18,7 @@ from moco.errors import InputError
 from moco.evaluate.classifier import ClassifierTask
 from moco.evaluate.voc_layer import EpochSampler, lr_of_epoch
 from moco.launch.processes import batch_per_process
+from moco.messages import counted
 from moco.report.plots import COLORS, INK, printable
 from moco.rng import Progress
 from moco.sections_negatives import COUNTS
@@ -141,9 +142,9 @@ def summary(schedules: Schedules) -> str:
     """Return a line about the images, the batch and the steps of a run."""
     s = schedules
     return (
-        f"{s.images} images; total batch {s.batch} = {s.batch_per_process} per process x "
-        f"{s.processes} processes x {s.accumulation} accumulation; "
-        f"{s.epochs} epochs x {s.steps_per_epoch} steps"
+        f"{counted(s.images, 'image')}; total batch {s.batch} = {s.batch_per_process} per process "
+        f"x {counted(s.processes, 'process', 'processes')} x {s.accumulation} accumulation; "
+        f"{counted(s.epochs, 'epoch')} x {counted(s.steps_per_epoch, 'step')}"
     )
 
 

@@ -5,6 +5,7 @@ import math
 from typing import Any
 
 from moco.engine.log import format_duration
+from moco.messages import counted
 from moco.report.status import Status
 
 
@@ -27,7 +28,7 @@ def table(found: list[Status], now: float, width: float = math.inf) -> str:
         lines[i] = f"{lines[i]}  {cut}".rstrip()
     states = [one.state for one in found]
     counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
-    return "\n".join([*lines, f"{len(found)} runs: {counts}"]) + "\n"
+    return "\n".join([*lines, f"{counted(len(found), 'run')}: {counts}"]) + "\n"
 
 
 def _row(one: Status, now: float) -> tuple[str, ...]:

@@ -8,11 +8,12 @@ import os
 import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
 from conftest import ROOT, own_lines, settings, shell, wants_detectron2
-from run_helpers import SMALL, options, refused, typed
+from run_helpers import INPUT, SMALL, options, refused, typed
 
 import main_lincls
 from moco.errors import InputError, unknown
@@ -63,6 +64,12 @@ def test_batch_smaller_than_processes(script, images):
         *typed("-b 2 --multiprocessing-distributed --nproc-per-node 3"),
     )
     refused(result, "--batch-size 2", "3 processes")
+
+
+def test_bank_smaller_than_processes(script):
+    words = typed("--cluster 1 --multiprocessing-distributed --nproc-per-node 2")
+    result = script("main_adco", "nowhere", *INPUT, *words)
+    refused(result, "--cluster 1", "2 processes", "raise --cluster")
 
 
 # launch
@@ -211,7 +218,29 @@ before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 fill()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
-    result = shell("-c", code, env=variables)
+    result = shell("-c", code, env={**variables, "THP_MEM_ALLOC_ENABLE": "0"})
     assert result.returncode == 0, result.stderr
     pages = 5 * (2 << 22) // resource.getpagesize()
     assert (int(result.stdout) < pages / 10) == kept
+
+
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+@pytest.mark.skipif(
+    not HUGE_PAGES.exists() or "[madvise]" not in HUGE_PAGES.read_text(),
+    reason="programs cannot ask for huge pages",
+)
+@pytest.mark.parametrize(
+    ("variables", "huge"), [({}, True), ({"THP_MEM_ALLOC_ENABLE": "0"}, False)]
+)
+def test_large_tensors_have_huge_pages_unless_the_user_chose(variables, huge):
+    code = """
+import resource, moco, torch
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+torch.zeros(32 << 20)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    result = shell("-c", code, env=variables)
+    assert result.returncode == 0, result.stderr
+    assert (int(result.stdout) < (128 << 20) / resource.getpagesize() / 10) == huge

@@ -168,8 +168,8 @@ def test_item_in_a_loss_is_found(accelerator, shared_images, tmp_path, monkeypat
     own = bank.bank_log_sum
 
     def waits(*args):
-        found, nearest = own(*args)
-        return found * (1 if found.sum().item() else 0), nearest
+        found = own(*args)
+        return found._replace(log_sum=found.log_sum * (1 if found.log_sum.sum().item() else 0))
 
     monkeypatch.setattr("moco.builder.moco.bank_log_sum", waits)
     in_process("main_synco", shared_images, *SMALL, "--moco-k", 64, "--save-dir", tmp_path / "run")

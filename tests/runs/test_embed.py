@@ -48,7 +48,7 @@ def test_the_file_has_the_features_that_load_encoder_returns(embed, folder, chec
     assert status == 0, err
     assert "35 images at 32 pixels; features of the resnet18" in out and "(moco) on " in out
     assert out.endswith("features.npz: 35 images, 512 features each\n")
-    assert "1 files with other endings (.txt 1)" in err
+    assert "1 file with other endings (.txt 1)" in err
     found = np.load(tmp_path / "features.npz")
     names = [str(path.relative_to(folder)) for path in folder.rglob("*.[jp][pn]g")]
     assert found["names"].tolist() == sorted(names) and "map" not in found
@@ -192,7 +192,7 @@ def test_unreadable_images_are_named(embed, folder, tmp_path):
     refused(result, bad, "or leave it out with --on-bad-image skip", lines=2)
     assert "the same command continues at image 16" in result[2]
     status, out, err = embed("skipped.npz", "--on-bad-image", "skip")
-    assert status == 0 and "34 images, 512 features each; 1 images left out" in out
+    assert status == 0 and "34 images, 512 features each; 1 image left out" in out
     assert f"left out: {folder / bad}: unreadable image" in err
     assert bad not in np.load(tmp_path / "skipped.npz")["names"].tolist()
     (folder / bad).write_bytes(good)  # repaired
@@ -232,7 +232,7 @@ def test_mistakes_are_one_line_before_any_work(embed, folder, tmp_path, monkeypa
         (embed(data=tmp_path / "texts"), "holds no image"),
         (embed("features.json"), "unknown file format; let it end in .npz, .parquet, .csv"),
         (embed("features"), "unknown file format"),
-        (embed("f.npz", "--map", data=few), "1 images are too few for a map"),
+        (embed("f.npz", "--map", data=few), "1 image is too few for a map"),
         (embed(pretrained=tmp_path / "none.pth"), "none.pth: no such checkpoint"),
         (embed("f.npz", "-a", "resnet50"), "contains resnet18, not resnet50"),
         (embed("f.npz", "-b", 0), "0 is below 1"),

@@ -196,6 +196,38 @@ def test_a_checkpoint_of_another_data_set_is_not_resumed(checkpoints, images, sc
     refused(script(method, *command), "was trained on 48 images", "has 24")
 
 
+@pytest.mark.parametrize("form", ["folder", "list"])
+def test_a_checkpoint_of_other_images_is_resumed_with_a_warning(
+    form, checkpoints, shared_images, script, tmp_path
+):
+    """As many images, with other names, labels or in another order."""
+    method, *options = METHODS["sogclr"]
+    data = Path(shutil.copytree(shared_images, tmp_path / "images"))
+    run = tmp_path / "run"
+
+    def resumed(*more):
+        words = (data, *options, *SMALL, "--save-dir", run, *more)
+        status, out, err = script(method, *words)
+        assert status == 0, err
+        return "was trained on other images than those in" in out
+
+    if form == "folder":
+        again = ("--resume", checkpoints["sogclr"], "--epochs", 2, "--allow-change", "epochs")
+        assert not resumed(*again)  # in another place
+        shutil.rmtree(run)
+        (data / "train" / "class0" / "0.jpg").rename(data / "train" / "class1" / "moved.jpg")
+        assert resumed(*again)
+        return
+    names = sorted(str(path) for path in data.rglob("train/*/*.jpg"))
+    names_file = tmp_path / "names.txt"
+    names_file.write_text("\n".join(names))
+    assert not resumed("--file-list", names_file)
+    again = ("--file-list", names_file, "--resume", "auto", "--epochs", 2)
+    again += ("--allow-change", "epochs")
+    names_file.write_text("\n".join(reversed(names)))
+    assert resumed(*again)
+
+
 @pytest.mark.parametrize("word", ["0", "False", "false"])
 def test_a_switch_takes_a_word_or_a_number_and_leaves_the_folder_alone(word):
     off, on = (
@@ -214,7 +246,14 @@ def test_a_switch_takes_a_word_or_a_number_and_leaves_the_folder_alone(word):
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("randaugment: [2]", ("randaugment: [2] is not a list of 2",)),
+        ("randaugment: [2]", ("randaugment: [2] is not a list of 2, each a whole number",)),
+        ("randaugment: 2", ("randaugment: 2 is not a list of 2, each a whole number",)),
+        ("grad-compress: true", ("c.yaml: grad-compress: true is not one of off, bf16",)),
+        ("fn-topk: true", ("c.yaml: fn-topk: true is not a whole number in [0, ",)),
+        ("lr: [1, 2]", ("c.yaml: lr: [1, 2] is not a number in [0, ",)),
+        ("save-dir: true", ("c.yaml: save-dir: true is not text",)),
+        ("schedule: 0.5", ("schedule: 0.5 is not a list, each a whole number in [0, ",)),
+        ("train-epochs: 3\nepochs: 4", ("train-epochs and epochs are the same option",)),
         ("randaugment: [2, 7, 1]", ("is not a list of 2",)),
         ("use_tpu: true", ("use_tpu: GPUs are found automatically",)),
     ],

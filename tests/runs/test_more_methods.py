@@ -81,6 +81,7 @@ def test_the_bank_is_filled_before_epoch_0(script, shared_images, tmp_path):
         assert ("8 steps before epoch 0, numbered from -8" in out) == bool(
             fill
         )  # 60 rows by 8, of 6 steps an epoch
+        assert ("before epoch 0: 6 steps left" in out) == bool(fill) and "step -" not in out
         epochs = [line["epoch"] for line in facts(tmp_path / f"{fill}")]
         assert sorted(set(epochs)) == ([-2, -1, 0] if fill else [0])
         assert load(tmp_path / f"{fill}" / "checkpoint_0000.pth.tar")["progress"]["step"] == 6

@@ -20,6 +20,38 @@ def test_unknown_recipe_names_the_nearest(script, images):
     )
 
 
+@pytest.mark.parametrize(
+    ("name", "one", "other", "agreeing", "said"),
+    [
+        (
+            "main_mocov3",
+            "--eta=0.1",
+            "--synthetic-eta=0.2",
+            "--synthetic-eta=0.1",
+            "--eta sets --synthetic-eta to 0.1, but --synthetic-eta is also given, as 0.2",
+        ),
+        (
+            "main_sogclr",
+            "--loss_type=dcl",
+            "--loss=hcl",
+            "--loss=sogclr",
+            "--loss-type sets --loss to sogclr, but --loss is also given, as hcl",
+        ),
+        (
+            "main_synco",
+            "--max-epochs=2",
+            "--epochs=3",
+            "--epochs=2",
+            "--max-epochs sets --epochs to 2, but --epochs is also given, as 3",
+        ),
+    ],
+)
+def test_two_names_of_one_option_must_agree(script, name, one, other, agreeing, said):
+    for words in ((one, other), (other, one)):
+        refused(script(name, "nowhere", *words), said)
+    refused(script(name, "nowhere", agreeing, one), "nowhere: no such folder")
+
+
 def test_unknown_option_names_the_nearest(script, images):
     refused(
         script("main_synco", images, *SMALL, "--n-hrad", 5), "--n-hrad", "nearest is '--n-hard'"

@@ -66,12 +66,17 @@ IDLE = [
     ("main_sogclr", "--num-proj-layers 1 --mlp-dim 64", "--mlp-dim has no effect"),
     ("main_fnc", "--fn-mode off --fn-topk 3", "--fn-topk has no effect"),
     ("main_fnc", "--fn-topk 0 --fn-threshold 0.1", "--fn-threshold has no effect"),
+    ("main_fnc", "--fn-topk 0 --fn-threshold 0", "--fn-threshold has no effect"),
+    ("main_fnc", "--fn-from labels --fn-threshold 0", "--fn-threshold has no effect: only"),
+    ("main_synco", "--sigma 0", "--sigma has no effect: there are no noise negatives"),
+    ("main_synco", "--optimizer adamw --momentum 0", "--momentum has no effect"),
     ("main_fnc", "--fn-mode off --fn-from labels", "--fn-from has no effect"),
     ("main_fnc", "--fn-from labels --fn-topk 3", "--fn-topk has no effect: only --fn-from sim"),
     ("main_fnc", "--fn-from labels --fn-threshold 0.5", "--fn-threshold has no effect: only"),
     ("main_sogclr", "--loss supcon --gamma 0.5", "--gamma has no effect"),
     ("main_sogclr", "--loss supcon --tau-plus 0.2", "--tau-plus has no effect"),
     ("main_fnc", "--memory-multiplier 0 --ema 0.9", "--ema has no effect"),
+    ("main_fnc", "--memory-multiplier 0 --ema 0", "--ema has no effect"),
     ("main_moby", "--method byol --queue 64", "--queue has no effect"),
     ("main_moby", "--method byol --moco-t 0.1", "--moco-t has no effect"),
     ("main_moby", "--n4 3", "--n4 has no effect: only --method synco has synthetic negatives"),
@@ -125,6 +130,30 @@ def until_launch(script, images, tmp_path, monkeypatch):
     monkeypatch.setattr(launch, "launch", lambda worker, args: None)
     small = (images, "-a", "resnet18", "--image-size", 32, "-b", 8, "--save-dir", tmp_path / "run")
     return lambda name, words: script(name, *small, *words.split())
+
+
+COPIES = [
+    ("main_synco", "--n-hard 8 --n4 2 --sigma 0", "--sigma 0: all noise negatives", "--n4 2"),
+    ("main_synco", "--n-hard 8 --n5 2 --delta 0", "--delta 0: all perturbed negatives", "--n5 0"),
+    ("main_moby", "--method synco --n6 2 --eta 0", "--eta 0: all adversarial negatives", "queue"),
+    (
+        "main_mocov3",
+        "--n-hard 4 --n6 2 --synthetic-eta 0",
+        "--synthetic-eta 0: all adversarial",
+        "negatives of the batch",
+    ),
+    ("main_sogclr", "--loss simclr --n-hard 1 --n3 2", "--n-hard 1: all mixup", "--n3 0"),
+]
+
+
+@pytest.mark.parametrize(("name", "words", "said", "what"), COPIES)
+def test_synthetic_negatives_that_are_copies_are_refused(until_launch, name, words, said, what):
+    refused(until_launch(name, words), said, what)
+
+
+def test_one_hard_negative_suffices_for_types_that_mix_it_with_the_query(until_launch):
+    words = "--n-hard 1 --n1 1 --n2 1 --n4 1 --n5 1 --n6 1"
+    assert until_launch("main_synco", words) == (0, "", "")
 
 
 @pytest.mark.parametrize(("name", "words", "said"), IDLE)

@@ -39,7 +39,7 @@ def test_images_order_and_classes_stay_the_same(call, shared_images, tmp_path, w
     status, out, err = call(TOOL, data, tmp_path / "out", "--shard-size", 20)
     assert status == 0, err
     assert f"train: 48 images in 3 tar files, in {tmp_path / 'out'}" in out
-    assert "val: 15 images in 1 tar files" in out
+    assert "val: 15 images in 1 tar file" in out
     assert sorted(path.name for path in (tmp_path / "out").glob("*.tar")) == [
         *(f"train-0000{k}-of-00003.tar" for k in range(3)),
         "val-00000-of-00001.tar",
@@ -136,4 +136,4 @@ def test_other_orders_of_classes_are_kept(call, tmp_path):
 @pytest.mark.slow
 def test_from_the_shell(parquet, tmp_path):
     out = succeeded(shell("tools/parquet_to_tar.py", parquet, tmp_path / "out"))
-    assert "train: 48 images in 1 tar files" in out
+    assert "train: 48 images in 1 tar file" in out

@@ -75,7 +75,7 @@ def test_two_runs_from_the_shell(tmp_path, shared_images):
         "★ 61.3 *" not in page.text
         and "61.3 (+32.6) *" in page.text
         and "28.7" in page.text
-        and "1 options in which the runs differ" in page.text
+        and "1 option in which the runs differ" in page.text
     )
     assert "3 of 3" in page.text and "53.0" in page.text  # epochs and k-NN
 

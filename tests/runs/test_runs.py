@@ -43,8 +43,8 @@ def published(tmp_path_factory) -> tuple[Path, str]:
 
 def test_published_pretraining_command_runs(published):
     run, out = published
-    assert "total batch 256 = 256 per process x 1 processes x 1 accumulation" in out
-    assert re.search(r"lr after scaling 0\.03 .* 1 epochs x 4 steps", out)
+    assert "total batch 256 = 256 per process x 1 process x 1 accumulation" in out
+    assert re.search(r"lr after scaling 0\.03 .* 1 epoch x 4 steps", out)
     assert "960 synthetic negatives per query from epoch 0 on" in out
     lines = [line for line in log(run) if "loss" in line]
     assert lines[-1]["step"] == 4
@@ -203,7 +203,7 @@ def test_accumulation_takes_all_the_passes_of_a_step(script, shared_images, tmp_
     options = (shared_images, *TINY, "-j", 0, "--epochs", 1, "--accumulation-steps", 3)
     status, out, err = script("main_synco", *options, "--save-dir", tmp_path)
     assert status == 0, err
-    assert "total batch 24 = 8 per process x 1 processes x 3 accumulation" in out
+    assert "total batch 24 = 8 per process x 1 process x 3 accumulation" in out
     state = load(tmp_path / "checkpoint_0000.pth.tar")
     assert state["progress"] == {
         "step": 2,

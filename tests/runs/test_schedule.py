@@ -4,6 +4,7 @@ The expected values are formulas of the papers and of the authors' code, in sche
 They are functions of the step s, the steps n of an epoch and the epochs E.
 """
 
+import json
 import math
 import sys
 from collections.abc import Callable
@@ -358,6 +359,25 @@ def test_the_picture_shows_every_quantity():
         assert y == of.at(round(x * of.steps_per_epoch))["lr"]
     legend = [text.get_text() for text in axes[2].get_legend().get_texts()]
     assert legend == ["n1", "n2", "n3", "n4", "n5", "n6"]
+
+
+def test_the_args_yaml_of_a_run_has_the_images_and_processes_of_the_run(run, call, tmp_path):
+    known = "16 images; total batch 8 = 8 per process x 1 process x 1 accumulation"
+    status, said = call(run / "args.yaml")
+    assert status == 0 and "48 images; total batch 8 = 8 per process x 1 process x 1" in said.out
+    assert "does not say" not in said.out
+    status, said = call(run / "args.yaml", "--images", 16)
+    assert status == 0 and known in said.out
+    facts = json.loads((run / "status.json").read_text())
+    (run / "status.json").write_text(json.dumps({**facts, "processes": 4}))
+    options = yaml.safe_load((run / "args.yaml").read_text())
+    (run / "args.yaml").write_text(yaml.safe_dump({**options, "nodes": 2}))
+    _, said = call(run / "args.yaml")
+    assert "48 images; total batch 16 = 4 per process x 4 processes x 1" in said.out
+    (run / "status.json").unlink()
+    status, said = call(run / "args.yaml", "--processes", 1)
+    assert "1281167 images; total batch 8 = 8 per process x 1 process" in said.out
+    assert "does not say the number of images, see above; give --images\n" in said.out
 
 
 def test_the_args_yaml_of_a_run_is_a_recipe(run):

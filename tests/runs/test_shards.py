@@ -88,7 +88,7 @@ def test_class_lists_and_label_lists_work_on_tar_files(script, forms, trained, t
     (tmp_path / "classes.txt").write_text("class1\n")
     words = (*TEN, "--class-list", tmp_path / "classes.txt")
     status, out, err = script("main_synco", forms["tar"], *words, "--save-dir", tmp_path / "run")
-    assert status == 0 and "20 images of 1 classes" in out, err
+    assert status == 0 and "20 images of 1 class" in out, err
     (tmp_path / "labels.txt").write_text("class0/3\nclass1/4\nclass0/11.jpg\nclass1/12.jpg\n")
     words = ("--pretrained", trained["folder"] / "checkpoint_0000.pth.tar", "--subset-file")
     words += (tmp_path / "labels.txt", *typed("--epochs 1 -b 4 -j 0"))

@@ -72,11 +72,20 @@ def test_an_unknown_part(run, monkeypatch, capsys):
     assert exit.value.code == 2 and "no such part: negative" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("rounds", ["0", "-1", "x", ""])
-def test_a_wrong_number_of_rounds_is_refused(run, rounds, capsys):
+@pytest.mark.parametrize(
+    ("rounds", "said"),
+    [
+        ("0", "argument --rounds: 0 is below 1"),
+        ("-1", "argument --rounds: -1 is below 1"),
+        ("x", "argument --rounds: 'x' is not a whole number"),
+        ("", "after --rounds=: an empty value"),
+    ],
+)
+def test_a_wrong_number_of_rounds_is_refused(run, rounds, said, capsys):
     import measure  # from the folder to which `run` refers
 
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as exit:
         measure.parser("").parse_args([f"--rounds={rounds}"])
-    assert f"'{rounds}' is not an integer of at least 1" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert exit.value.code == 2 and said in error and error.count("\n") == 1
     assert measure.parser("").parse_args(["--rounds=1"]).rounds == 1

@@ -1,6 +1,8 @@
 """Tests of `moco.data.folders`: finding, checking and listing image folders."""
 
 import os
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 from conftest import on_two_ranks
 from folder_helpers import BOTH, error_message, link, make_files, names_of
 
+from moco.data import folders
 from moco.data.sources import find, scan
 from moco.errors import InputError
 
@@ -227,7 +230,7 @@ def test_system_folders_are_ignored_and_other_files_are_counted_once(tmp_path, c
     ]
     assert capsys.readouterr().err == (
         f"{tmp_path / 'train'}: left out: 7 files with other endings "
-        "(.heic 3, .txt 2, .csv 1, no ending 1); 1 images outside the class folders\n"
+        "(.heic 3, .txt 2, .csv 1, no ending 1); 1 image outside the class folders\n"
     )
 
 
@@ -270,6 +273,26 @@ def test_different_images_on_two_ranks_are_an_error_on_both(tmp_path):
 def latin(name):
     """Return the name that Python gives a file whose name is in Latin-1."""
     return os.fsdecode(name.encode("latin-1"))
+
+
+def test_several_threads_list_folders_if_the_disk_is_slow(tmp_path, monkeypatch):
+    names = [f"train/c{i:02d}/{j}.jpg" for i in range(20) for j in range(3)]
+    make_files(tmp_path, *names, "train/c07/below/x.jpg")
+    quick, listed, threads = scan(tmp_path, "train"), folders._entries, set()
+
+    def slow(folder):
+        threads.add(threading.get_ident())
+        time.sleep(0.02)
+        return listed(folder)
+
+    monkeypatch.setattr(folders, "_entries", slow)
+    for patience in (1e9, 0.05):
+        threads.clear()
+        monkeypatch.setattr(folders, "_PATIENCE", patience)
+        again = scan(tmp_path, "train")
+        assert list(again.paths) == list(quick.paths) and again.classes == quick.classes
+        assert (again.labels == quick.labels).all() and len(again) == 61
+        assert (len(threads) > 1) == (patience < 1)
 
 
 def test_names_of_files_need_not_be_utf_8(tmp_path):

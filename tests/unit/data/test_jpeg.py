@@ -85,7 +85,8 @@ def decoders():
 def test_all_decoders_return_the_same_pixels(kind, decoders):
     data = np.frombuffer(bytearray(KINDS[kind]), np.uint8)
     before = data.copy()
-    found = {name: decode(data) for name, decode in decoders.items()}
+    header = jpeg.header(memoryview(data))
+    found = {name: decode(data, header) for name, decode in decoders.items()}
     assert (data == before).all(), "a decoder changed the file's content"
     pixels = found["pillow"]
     assert pixels.dtype == torch.uint8 and pixels.shape[0] == 3
@@ -95,11 +96,24 @@ def test_all_decoders_return_the_same_pixels(kind, decoders):
 
 def test_the_kinds_differ_and_orientations_are_in_the_files():
     assert len(set(KINDS.values())) >= len(KINDS) - 1
+
+    def orientation(name):
+        data = memoryview(KINDS[name])
+        return jpeg.orientation(data, jpeg.header(data))
+
     for turn in range(1, 9):
         for name in (f"orientation {turn}", f"orientation {turn}, little endian"):
-            assert jpeg.orientation(memoryview(KINDS[name])) == turn
-    assert jpeg.orientation(memoryview(KINDS["a comment before EXIF"])) == 6
-    assert jpeg.orientation(memoryview(KINDS["4:4:0"])) == 1
+            assert orientation(name) == turn
+    assert orientation("a comment before EXIF") == 6
+    assert orientation("4:4:0") == 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_header_has_the_size_and_all_bytes_before_the_pixels(kind):
+    header = jpeg.header(memoryview(KINDS[kind]))
+    with Image.open(io.BytesIO(KINDS[kind])) as image:
+        assert (header.width, header.height) == image.size
+    assert KINDS[kind].startswith(header.content + b"\xff\xda")
 
 
 @pytest.mark.parametrize("kept", [0.02, 0.5, 0.9, 0.999])
@@ -134,7 +148,7 @@ def test_the_next_decoder_replaces_a_broken_one(broken, monkeypatch):
             raise ImportError("no torchcodec")
         if broken == "old":
             raise RuntimeError("needs FFmpeg")
-        return lambda data: torch.zeros(3, 1, 1)
+        return lambda data, header: torch.zeros(3, 1, 1)
 
     monkeypatch.setattr(jpeg, "_torchcodec", fail)
     assert [name for name, _ in jpeg.working()] == ["torchvision", "pillow"]

@@ -44,7 +44,7 @@ def test_labels_that_are_names_do_not_need_the_list_of_names():
 def test_indices_among_the_classes_of_the_training_images():
     found, names = indices(labels("b", "c"), among=("a", "b", "c"))
     assert found.tolist() == [1, 2] and names == ("a", "b", "c")
-    with pytest.raises(InputError, match="1 classes are not among those of the training images, f"):
+    with pytest.raises(InputError, match="1 class is not among those of the training images, f"):
         indices(labels("b", "d"), among=("a", "b", "c"))
 
 

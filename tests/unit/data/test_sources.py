@@ -39,7 +39,7 @@ def test_class_folders_in_train_are_labels_and_images_next_to_them_are_left_out(
     images = scan(find(str(tmp_path), ("train",)), "train")
     assert names_of(images) == ["cat/1.jpg", "cat/deep/2.jpg", "dog/1.jpg"]
     assert images.labelled and images.classes == ("cat", "dog")
-    assert "left out: 1 images outside the class folders" in capsys.readouterr().err
+    assert "left out: 1 image outside the class folders" in capsys.readouterr().err
     assert not sources.holds_folders_without_labels(tmp_path)
 
 

@@ -64,7 +64,7 @@ def test_files_that_no_split_has_are_announced_once(tmp_path, capsys):
         splits.note_choice(root, "val", ["test-0.tar"], TAR)
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2
-    assert "left out: 1 files whose names say neither train nor val, first extra.tar" in lines[0]
+    assert "left out: 1 file whose name says neither train nor val, first extra.tar" in lines[0]
     assert "has no files named val; those named test are used instead" in lines[1]
 
 

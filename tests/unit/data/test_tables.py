@@ -14,7 +14,8 @@ from folder_helpers import names_of
 from shard_helpers import write_arrow, write_parquet
 
 from moco.data import cache, sources, subsets, table_files, tables
-from moco.errors import InputError
+from moco.data.views import CenterCrop, Views
+from moco.errors import InputError, ListError
 from moco.sections import Input
 
 WRITE = pytest.mark.parametrize("write", [write_parquet, write_arrow])
@@ -217,7 +218,7 @@ def test_an_arrow_file_that_is_cut_off_while_it_is_mapped_is_noticed(tmp_path):
     images = scan(tmp_path)
     images.encoded(0)
     os.truncate(path, 1)  # reading the map would end this process
-    with pytest.raises(InputError, match="has changed since it was listed; start again"):
+    with pytest.raises(ListError, match="has changed since it was listed; start again"):
         images.encoded(0)
 
 
@@ -227,7 +228,13 @@ def test_a_changed_file_is_noticed(tmp_path):
     save(path, {"image": ([one(b"other")], BYTES)})
     os.utime(path, ns=(1, 1))
     tables._opened.cache_clear()
-    with pytest.raises(InputError, match="has changed since it was listed; start again"):
+    with pytest.raises(ListError, match="has changed since it was listed; start again"):
+        images.encoded(0)
+    for skip in (False, True):  # another image cannot replace the file
+        found = Views(images, CenterCrop(32), skip_unreadable=skip)[0, 0]
+        assert str(found) == f"{path}: has changed since it was listed; start again"
+    path.unlink()
+    with pytest.raises(ListError, match=r"x.parquet: has been removed since it was listed"):
         images.encoded(0)
 
 

@@ -219,13 +219,13 @@ def test_the_table(tmp_path):
     assert head.split() == "run method data epoch loss accuracy left seen state".split()
     cells = f"{tmp_path}/a  synco   imagenet  2.5/20  3.125  k-NN 50.0 (-12.5)        0:01:00 ago"
     assert row.startswith(f"{cells}  stopped  SIGTERM: saved x [31m yyy")
-    assert len(row) <= 200 and row.endswith("yyy ...") and count == "1 runs: 1 stopped"
+    assert len(row) <= 200 and row.endswith("yyy ...") and count == "1 run: 1 stopped"
 
 
 def test_the_tool(call, tmp_path, monkeypatch):
     write(tmp_path / "a", [line(10, loss=None)], "finished")
     code, out, _ = call("tools.status", tmp_path)
-    assert code == 0 and out.endswith("1 runs: 1 finished\n")
+    assert code == 0 and out.endswith("1 run: 1 finished\n")
     code, out, _ = call("tools.status", tmp_path, "--json")
     (found,) = json.loads(out)
     assert (found["state"], found["loss"], found["epochs"]) == ("finished", None, 20)
@@ -238,7 +238,7 @@ def test_the_tool(call, tmp_path, monkeypatch):
 
     monkeypatch.setattr(time, "sleep", wait)
     code, out, _ = call("tools.status", tmp_path, "--watch", 5)
-    assert code == 0 and out.count("1 runs") == 2 and waited == [5, 5]
+    assert code == 0 and out.count("1 run: ") == 2 and waited == [5, 5]
     (tmp_path / "new").mkdir()
     waited.clear()
     code, out, _ = call("tools.status", tmp_path / "new", "--watch", 5)

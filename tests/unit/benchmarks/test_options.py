@@ -1,0 +1,73 @@
+"""The benchmarks refuse senseless options with one line and status 2, before they measure."""
+
+import importlib
+import sys
+
+import pytest
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+
+@pytest.mark.parametrize(
+    ("command", "named"),
+    [
+        ("cost --rounds 0", "--rounds"),
+        ("ddp --processes 0", "--processes"),
+        ("ddp --arch nonet", "--arch"),
+        ("ddp --batch 1", "--batch"),
+        ("ddp --size 0", "--size"),
+        ("ddp --raunds 1", "--rounds"),
+        ("false_negatives --views 1", "--views"),
+        ("false_negatives --rows 100", "--rows"),
+        ("false_negatives --chunk 1", "--chunk"),
+        ("false_negatives --device tpu", "--device"),
+        ("faults --processes 0", "--processes"),
+        ("faults --processes 3", "--batch-size"),
+        ("faults --stops 0", "--stops"),
+        ("family --epochs 0", "--epochs"),
+        ("gpu --seeds -1", "--seeds"),
+        ("gpu --minutes 0", "--minutes"),
+        ("loader --images 0", "--images"),
+        ("loader --size -1", "--size"),
+        ("memory --arch nonet", "--arch"),
+        ("memory --blocks 0", "--blocks"),
+        ("memory --gib 0", "--gib"),
+        ("methods --seeds -1", "--seeds"),
+        ("methods --methods moco9", "--methods"),
+        ("names --names 100", "--names"),
+        ("names --compared 100", "--compared"),
+        ("negatives --n 0", "--n"),
+        ("negatives --n-hard 70000", "--n-hard"),
+        ("negatives --counts 1 1 1 1 1 -1", "--counts"),
+        ("probe --arch nonet", "--arch"),
+        ("probe --epochs 0", "--epochs"),
+        ("probe --data nofolder", "--data"),
+        ("run nopart", "nopart"),
+        ("scaling --node 0", "--node"),
+        ("scaling --network 0", "--network"),
+        ("scaling --efficiency 1.5", "--efficiency"),
+        ("scaling --ranks 1", "--ranks"),
+        ("startup --files 0", "--files"),
+        ("startup --files 10 --classes 20", "--files"),
+        ("step --arch vit_small", "--arch"),
+        ("step --k 10", "--k"),
+        ("step --processes 0", "--processes"),
+        ("threads --arch nonet", "--arch"),
+        ("threads --busy 0", "--busy"),
+        ("threads --batch-size 1", "--batch-size"),
+    ],
+)
+def test_a_senseless_option_is_one_line(command, named, monkeypatch, capsys):
+    name, *words = command.split()
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *words])
+    module = importlib.import_module(name)
+    # `family` and `gpu` return the status, the others exit
+    try:
+        status = module.main()
+    except SystemExit as end:
+        status = end.code
+    error = capsys.readouterr().err
+    assert status == 2
+    assert named in error.splitlines()[-1]
+    assert name == "run" or len(error.splitlines()) == 1
