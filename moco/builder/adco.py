@@ -11,7 +11,7 @@ from moco.builder.base import QueryAndKey
 from moco.builder.moco import contrast
 from moco.errors import InputError
 from moco.loss.adversarial import Ascent, BankLogSums, ascend, bank_log_sums, keys_and_bank_nce
-from moco.loss.contrastive import InfoNCE, feature_statistics, normalize
+from moco.loss.contrastive import InfoNCE, accuracy, feature_statistics, normalize
 from moco.rng import Progress
 
 
@@ -207,7 +207,7 @@ class AdCo(QueryAndKey):
         self._note_pass(joint_q, near, of_bank, sums, scale)
         with torch.no_grad():
             above = above + (near > positive[:, None]).sum(1)
-            metrics = {f"acc{n}": (above < n).mean(dtype=torch.float32) for n in (1, 5)}
+            metrics = accuracy(above)
             metrics |= feature_statistics(pairs[0][0], positive[:B], hardest[:B])
         of_bank = distributed.exchange(sums.of_encoder.view(W, -1)).logsumexp(0)  # [N]
         return keys_and_bank_nce(near, label, of_bank, self.T) * scale, metrics

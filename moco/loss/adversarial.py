@@ -9,7 +9,6 @@ work on one block after the other, and read each block from the memory once. Nei
 of the size of the bank.
 """
 
-import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moco.loss.bank import in_blocks
+from moco.loss.bank import can_overflow, in_blocks
 
 
 @dataclass(frozen=True)
@@ -111,7 +110,7 @@ class _LogSums(torch.autograd.Function):
         similarity, inverse = q.new_empty(K, N) if keep else None, q.new_empty(K, 1)
         # subtracted from the similarities, so that no exponential overflows
         top = q.new_zeros(N)
-        if _can_overflow(q, K, min(temperature, ascent_temperature)):
+        if can_overflow(q, K, min(temperature, ascent_temperature)):
             top = _hardest(q, bank)
         shift, ascent_shift = top / -temperature, top / -ascent_temperature
         total, ascent_total, above, weighted = *q.new_zeros(3, N), q.new_zeros(C, N)
@@ -197,14 +196,6 @@ def _hardest(q: Tensor, bank: Tensor) -> Tensor:
             _compare(block, each, inverse, similarity)
             maxima.append(similarity.amax(1))
     return torch.cat(maxima).amax(0)
-
-
-def _can_overflow(q: Tensor, K: int, temperature: float) -> bool:
-    """Return whether exponentials, or sums of K of them, may overflow or underflow in q's type.
-
-    Similarities are in [-1, 1].
-    """
-    return 1 / temperature + math.log(K) + 8 > math.log(torch.finfo(q.dtype).max)
 
 
 @torch.no_grad()

@@ -101,7 +101,7 @@ class _BankLogSum(torch.autograd.Function):
         scaled, of_key = (q / temperature).T.contiguous(), positive / temperature
         total, above, weighted = q.new_zeros(N), q.new_zeros(N), q.new_zeros(C, N)
         shift, largest = None, []
-        if _can_overflow(q, len(bank), temperature):
+        if can_overflow(q, len(bank), temperature):
             shift, above = _first_pass(stacks, scaled, of_key)
         of_key.exp_()
 
@@ -172,7 +172,7 @@ class _MixedLogSum(torch.autograd.Function):
         logits = [similarity.mul_(1 / temperature)]
         if mixture is not None:
             logits.append(mixture.similarity / temperature)
-        if _can_overflow(q, len(bank), temperature):
+        if can_overflow(q, len(bank), temperature):
             shift = torch.stack([part.amax(1) for part in logits]).amax(0)
             for part in logits:
                 part.sub_(shift[:, None])
@@ -198,7 +198,7 @@ class _MixedLogSum(torch.autograd.Function):
         return ctx.saved_tensors[0] * gradient[:, None], None, None, None, None
 
 
-def _can_overflow(q: Tensor, K: int, temperature: float) -> bool:
+def can_overflow(q: Tensor, K: int, temperature: float) -> bool:
     """Return whether exponentials, or sums of them, may overflow or underflow in q's type.
 
     Similarities are in [-1, 1]. If nothing can overflow, no maximum has to be subtracted first.
