@@ -21,14 +21,7 @@ from moco import devices, distributed, rng
 from moco.data import jpeg
 from moco.data.batch import Batch, reserve
 from moco.data.images import Images
-from moco.data.views import (
-    CenterCrop,
-    RandomCrops,
-    SampleId,
-    Transform,
-    Views,
-    bytes_per_image,
-)
+from moco.data.views import CenterCrop, RandomCrops, SampleId, Transform, Views, bytes_per_image
 from moco.errors import InputError
 from moco.sections import Input
 
