@@ -105,9 +105,9 @@ def _check_unchanged(root: Path, file: File) -> None:
     """Raise ListError if a file is not the listed `file` any more."""
     path = root / file.name
     if not os.path.lexists(path):
-        raise splits.removed(path)
+        raise splits.removed_error(path)
     if splits.facts(root, file.name) != file:
-        raise splits.changed(path)
+        raise splits.changed_error(path)
 
 
 # The layout.
