@@ -179,7 +179,9 @@ def _expected(action: argparse.Action) -> str:
         return "true or false"
     if isinstance(action.nargs, int):
         return f"a list of {action.nargs}, each {_value(action)}"
-    return f"a list, each {_value(action)}" if action.nargs in ("*", "+") else _value(action)
+    if action.nargs in ("*", "+"):
+        return f"a list of values, each {_value(action)}"
+    return _value(action)
 
 
 def _value(action: argparse.Action) -> str:

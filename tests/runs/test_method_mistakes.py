@@ -252,7 +252,7 @@ def test_a_switch_takes_a_word_or_a_number_and_leaves_the_folder_alone(word):
         ("fn-topk: true", ("c.yaml: fn-topk: true is not a whole number in [0, ",)),
         ("lr: [1, 2]", ("c.yaml: lr: [1, 2] is not a number in [0, ",)),
         ("save-dir: true", ("c.yaml: save-dir: true is not text",)),
-        ("schedule: 0.5", ("schedule: 0.5 is not a list, each a whole number in [0, ",)),
+        ("schedule: 0.5", ("schedule: 0.5 is not a list of values, each a whole number in [0, ",)),
         ("train-epochs: 3\nepochs: 4", ("train-epochs and epochs are the same option",)),
         ("randaugment: [2, 7, 1]", ("is not a list of 2",)),
         ("use_tpu: true", ("use_tpu: GPUs are found automatically",)),
