@@ -177,7 +177,7 @@ def test_imagenet100_is_not_taken_for_all_of_imagenet(script, tmp_path):
         ("main_adco", ("--sym", 2), ("--sym", "0|1")),
         ("main_adco", ("--cluster", 0), ("--cluster",)),
         ("main_adco", ("--memory_rl", 1), ("--memory-rl", "--memory-lr")),
-        ("main_adco", ("--recipe", "probe"), ("--recipe probe", "1 views, but two are needed")),
+        ("main_adco", ("--recipe", "probe"), ("--recipe probe", "1 view, but two are needed")),
         ("main_adco", ("--recipe", "mocov2", "--multi-crop"), ("--recipe mocov2", "more than two")),
         ("main_adco", ("--crop-min", 1.5), ("--crop-min: 1.5 is above 1",)),
         ("main_adco", ("--sym=maybe",), ("'maybe'", "true or false")),
