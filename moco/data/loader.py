@@ -21,7 +21,7 @@ from moco import devices, distributed, rng
 from moco.data import jpeg
 from moco.data.batch import Batch, reserve
 from moco.data.images import Images
-from moco.data.views import CenterCrop, RandomCrops, SampleId, Views, bytes_per_image
+from moco.data.views import CenterCrop, RandomCrops, SampleId, Transform, Views, bytes_per_image
 from moco.errors import InputError
 from moco.sections import Input
 
@@ -32,6 +32,7 @@ __all__ = [
     "RandomCrops",
     "SampleId",
     "TrainBatchSampler",
+    "Transform",
     "Views",
     "batches",
     "kill_workers",
@@ -195,7 +196,7 @@ _PREFETCH = 4  # batches of each worker
 
 def batches(
     images: Images,
-    crop: RandomCrops | CenterCrop,
+    crop: Transform,
     batch_sampler: Sampler,
     input: Input,
     device: torch.device,

@@ -5,7 +5,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -25,11 +25,51 @@ SampleId = tuple[int, int]  # (epoch, index of the image); the random crops depe
 Sample = tuple[list[Tensor], int, list[tuple[int, str]]]
 
 
-class RandomCrops(NamedTuple):
+class Transform:
+    """A function from an image to its views.
+
+    Attributes:
+        sizes: The height and width of each view, in pixels. If it is empty, the sizes are unknown
+            before the call.
+        channels_last: Whether views of single images are written fastest in PyTorch's memory format
+            channels_last.
+    """
+
+    sizes: tuple[int, ...] = ()
+    channels_last = False
+
+    def __call__(self, image: Tensor, sample: SampleId, out: Sequence[Tensor] = ()) -> list[Tensor]:
+        """Return the views of `image`, uint8 [3, H, W]: one uint8 tensor [3, height, width] each.
+
+        If `out` is given, write the views there: one uint8 [1, 3, S, S] for each of `sizes`. If
+        there are no `sizes`, it is never given.
+        """
+        raise NotImplementedError
+
+    def reduction(self, height: int, width: int, sample: SampleId) -> int:
+        """Return the factor by which an image of this size may be shrunk first: 1, 2, 4 or 8."""
+        del height, width, sample  # for subclasses
+        return 1
+
+    def accepts(self, height: int, width: int) -> bool:
+        """Return whether `crop_batch` accepts images of this size."""
+        del height, width  # for subclasses
+        return False
+
+    def crop_batch(
+        self, images: Tensor, epochs: np.ndarray, indices: np.ndarray, out: Sequence[Tensor]
+    ) -> None:
+        """Write the views of images [B, 3, H, W] to `out`. They equal those of each image alone."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class RandomCrops(Transform):
     """A transform that takes a recipe's random crops. They depend on (seed, epoch, index, view)."""
 
     recipe: Recipe
     seed: int
+    channels_last = True
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -37,19 +77,15 @@ class RandomCrops(NamedTuple):
         return tuple(view.size for view in self.recipe)
 
     def __call__(self, image: Tensor, sample: SampleId, out: Sequence[Tensor] = ()) -> list[Tensor]:
-        """Return the views of `image`, uint8 [3, H, W]: one uint8 tensor [3, S, S] per view.
-
-        If `out` is given, write them there; see `crop.random_views`.
-        """
+        """Return the random crops of `image`; see `Transform` and `crop.random_views`."""
         return crop.random_views(image, self.recipe, rng.CROP, self.seed, *sample, out=out)
 
     def reduction(self, height: int, width: int, sample: SampleId) -> int:
-        """Return the factor by which an image of this size may be shrunk first: 1, 2, 4 or 8.
+        """Return the largest factor at which every crop is at least twice as large as its view.
 
-        It is the largest factor at which every crop is at least twice as large as its view. With a
-        smaller margin, the loss of quality would be visible; Pillow's thumbnails keep the same
-        margin. A crop covers a fraction of the image that does not depend on the image's size, so a
-        shrunk image yields the same views, except for rounding.
+        With a smaller margin, the loss of quality would be visible; Pillow's thumbnails keep the
+        same margin. A crop covers a fraction of the image that does not depend on the image's size,
+        so a shrunk image yields the same views, except for rounding.
         """
         boxes = crop.random_boxes(height, width, self.recipe, rng.CROP, self.seed, *sample)
         spare = min(
@@ -65,12 +101,13 @@ class RandomCrops(NamedTuple):
     def crop_batch(
         self, images: Tensor, epochs: np.ndarray, indices: np.ndarray, out: Sequence[Tensor]
     ) -> None:
-        """Write the views of images [B, 3, H, W] to `out`. They equal those of each image alone."""
+        """Write the random crops of `images` to `out`; see `Transform.crop_batch`."""
         counters = (rng.CROP, self.seed, epochs, indices)
         crop.random_views_at_once(images, self.recipe, *counters, out=out)
 
 
-class CenterCrop(NamedTuple):
+@dataclass(frozen=True)
+class CenterCrop(Transform):
     """A transform that returns the evaluation view of `size` pixels; see `crop.center_view`."""
 
     size: int
@@ -86,14 +123,10 @@ class CenterCrop(NamedTuple):
     ) -> list[Tensor]:
         """Return the view of `image`, uint8 [3, H, W], as a list of one uint8 [3, size, size].
 
-        If `out` is given, write it there; it has a batch of one image.
+        If `out` is given, write the view there: one uint8 [1, 3, size, size].
         """
         memory = out[0][0] if out else None
         return [crop.center_view(image, self.size, self.resize, out=memory)]
-
-    def reduction(self, _height: int, _width: int, _sample: SampleId) -> int:
-        """Return 1: evaluation decodes every pixel."""
-        return 1
 
     def accepts(self, height: int, width: int) -> bool:
         """Return whether `crop_batch` accepts images of this size; larger ones take much memory."""
@@ -102,7 +135,7 @@ class CenterCrop(NamedTuple):
     def crop_batch(
         self, images: Tensor, _epochs: np.ndarray, _indices: np.ndarray, out: Sequence[Tensor]
     ) -> None:
-        """Write the view of images [B, 3, H, W] to `out`. It equals that of each image alone."""
+        """Write the view of each of `images` to `out`; see `Transform.crop_batch`."""
         crop.center_view(images, self.size, self.resize, out=out[0])
 
 
@@ -112,7 +145,7 @@ class Views(Dataset):
     def __init__(
         self,
         images: Images,
-        crop: RandomCrops | CenterCrop,
+        crop: Transform,
         skip_unreadable: bool = False,
         settings: decoding.Decoding = decoding.DEFAULT,
         slots: Slots | None = None,
@@ -207,7 +240,7 @@ class Views(Dataset):
 MAX_REPLACEMENTS = 10  # images to try instead of an unreadable one
 
 
-def bytes_per_image(crop: RandomCrops | CenterCrop) -> int:
+def bytes_per_image(crop: Transform) -> int:
     """Return the bytes of all views of an image."""
     return sum(3 * size**2 for size in crop.sizes)
 

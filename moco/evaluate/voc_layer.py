@@ -5,7 +5,7 @@ The views, the loss and the schedule follow the authors' code (Hu et al., arXiv 
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,22 +37,16 @@ PERIOD = 12  # epochs in which the learning rate falls to 0, and in which it ris
 
 
 @dataclass(frozen=True)
-class Stretched:
+class Stretched(loader.Transform):
     """A transform that resizes both sides of an image to `size` pixels."""
 
     size: int
 
-    def __call__(self, image: Tensor, _sample: loader.SampleId) -> list[Tensor]:
+    def __call__(
+        self, image: Tensor, _sample: loader.SampleId, _out: Sequence[Tensor] = ()
+    ) -> list[Tensor]:
         """Return the view of `image`, uint8 [3, H, W], as a list of one uint8 [3, size, size]."""
         return [crop.resized_crop(image, (0, 0, *image.shape[1:]), self.size)]
-
-    def reduction(self, _height: int, _width: int, _sample: loader.SampleId) -> int:
-        """Return 1: every pixel is decoded."""
-        return 1
-
-    def accepts(self, _height: int, _width: int) -> bool:
-        """Return False: images are transformed one by one."""
-        return False
 
 
 @dataclass(frozen=True)
@@ -66,7 +60,9 @@ class Augmented(Stretched):
 
     seed: int
 
-    def __call__(self, image: Tensor, sample: loader.SampleId) -> list[Tensor]:
+    def __call__(
+        self, image: Tensor, sample: loader.SampleId, _out: Sequence[Tensor] = ()
+    ) -> list[Tensor]:
         """Return the view of `image`, uint8 [3, H, W], as a list of one uint8 [3, size, size]."""
         (x,) = super().__call__(image, sample)
         key = rng.key(rng.CROP, self.seed, *sample)
@@ -87,7 +83,9 @@ class FiveCrops(Stretched):
     The shorter side of the image becomes 1.1 times `size`, which is 330 pixels for 300.
     """
 
-    def __call__(self, image: Tensor, _sample: loader.SampleId) -> list[Tensor]:
+    def __call__(
+        self, image: Tensor, _sample: loader.SampleId, _out: Sequence[Tensor] = ()
+    ) -> list[Tensor]:
         """Return five views of `image`, uint8 [3, H, W], each uint8 [3, size, size]."""
         resized = tf.resize(image, [round(1.1 * self.size)], antialias=True)
         return [x.contiguous() for x in tf.five_crop(resized, [self.size, self.size])]
@@ -139,12 +137,12 @@ class FrozenEncoder:
                 found.append(networks.features(self.net, x).float())
         return torch.stack(found).mean(0)
 
-    def read(self, images: Images, transform: Stretched, order: Sampler) -> Iterator[Batch]:
+    def read(self, images: Images, transform: loader.Transform, order: Sampler) -> Iterator[Batch]:
         """Yield the features and labels of each batch of `order`."""
         for batch in loader.batches(images, transform, order, self.config.input, self.device):
             yield self.features(batch), batch.label
 
-    def split(self, images: Images, transform: Stretched) -> Batch:
+    def split(self, images: Images, transform: loader.Transform) -> Batch:
         """Return the features and labels of a split over all ranks, in its order."""
         order = loader.EvalBatchSampler(len(images), self.config.input.batch_per_process)
         found = [self.none(images), *self.read(images, transform, order)]

@@ -29,7 +29,7 @@ GEM, EPS = 3.0, 1e-6  # exponent of the generalized mean, and lower bound of its
 
 
 @dataclass(frozen=True)
-class Shrunk:
+class Shrunk(loader.Transform):
     """A transform that shrinks images and keeps their aspect ratio.
 
     Attributes:
@@ -42,11 +42,6 @@ class Shrunk:
     imsize: int
     boxes: Sequence[tuple[float, float, float, float]] | None = None
     center: bool = False
-
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        """Return (), because the views differ in size."""
-        return ()
 
     def __call__(
         self, image: Tensor, sample: loader.SampleId, _out: Sequence[Tensor] = ()
@@ -61,14 +56,6 @@ class Shrunk:
         picture.thumbnail((longer, longer), Image.Resampling.LANCZOS)
         shrunk = torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
         return [crop.center_view(shrunk, self.imsize) if self.center else shrunk]
-
-    def reduction(self, _height: int, _width: int, _sample: loader.SampleId) -> int:
-        """Return 1: every pixel is decoded."""
-        return 1
-
-    def accepts(self, _height: int, _width: int) -> bool:
-        """Return False: images are transformed one by one."""
-        return False
 
 
 def pooling(config: Extraction, net: nn.Module) -> str:

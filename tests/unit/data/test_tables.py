@@ -238,6 +238,24 @@ def test_a_changed_file_is_noticed(tmp_path):
         images.encoded(0)
 
 
+def test_a_link_whose_target_was_removed_ends_the_run(tmp_path):
+    (tmp_path / "cache").mkdir()
+    target = save(tmp_path / "cache" / "blob.parquet", {"image": ([one()], BYTES)})
+    link = tmp_path / "data" / "x.parquet"  # as in Hugging Face's cache
+    link.parent.mkdir()
+    link.symlink_to(target)
+    images = scan(link.parent)
+    images.encoded(0)
+    target.unlink()
+    for opened in (True, False):
+        if not opened:
+            tables._opened.cache_clear()
+        with pytest.raises(ListError, match=r"x.parquet: has been removed since it was listed"):
+            images.encoded(0)
+    found = Views(images, CenterCrop(32), skip_unreadable=True)[0, 0]
+    assert "x.parquet: has been removed" in str(found)
+
+
 def test_saved_data_sets_name_their_files(shared_images, tmp_path):
     root = write_arrow(shared_images, tmp_path / "x", splits=("train",))
     (root / "train" / "cache-0123.arrow").write_bytes(b"results of map")

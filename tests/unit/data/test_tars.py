@@ -185,6 +185,20 @@ def test_a_replaced_file_is_noticed(tmp_path):
         images.encoded(0)
 
 
+def test_a_link_whose_target_was_removed_ends_the_run(tmp_path):
+    target = write_tar(tmp_path / "cache" / "blob.tar", ("a.jpg", b"a"))
+    link = tmp_path / "data" / "x.tar"
+    link.parent.mkdir()
+    link.symlink_to(target)
+    images = scan(link.parent, "train")
+    target.unlink()
+    tars._opened.cache_clear()
+    with pytest.raises(ListError, match=r"x.tar: has been removed since it was listed"):
+        images.encoded(0)
+    found = Views(images, CenterCrop(32), skip_unreadable=True)[0, 0]
+    assert "x.tar: has been removed" in str(found)
+
+
 def test_few_files_stay_open(tmp_path, monkeypatch):
     for k in range(2 * tars._OPEN_FILES):
         write_tar(tmp_path / f"{k:04d}.tar", ("a.jpg", b"%d" % k))
