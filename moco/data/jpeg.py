@@ -33,7 +33,7 @@ class Header(NamedTuple):
 
 
 def header(data: memoryview) -> Header:
-    """Return the header of a JPEG. If it is damaged, its content is the full file."""
+    """Return the header of a JPEG. If the header is damaged, `content` is the full file."""
     i, end, height, width = 2, len(data), 0, 0
     while i + 4 <= len(data) and data[i] == 0xFF:
         marker = data[i + 1]
