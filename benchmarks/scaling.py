@@ -32,7 +32,7 @@ BATCHES = (256, 32)
 QUEUE = 2**20  # entries of the large queue
 AVERAGES = 100_000_000  # images of the large data set
 COUNT, LATENCY = "[1, 1000000]", "[0, 1e9]"
-# of the assumptions that are not just positive
+# ranges of assumptions other than (0, 1e9]
 RANGES = {"--node": COUNT, "--adapters": COUNT, "--efficiency": "(0, 1]"}
 RANGES |= dict.fromkeys(("--start", "--hop", "--hop-out"), LATENCY)
 

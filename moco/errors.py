@@ -31,10 +31,10 @@ class InputError(Exception):
 
 
 class ListError(InputError):
-    """A list of images, or a file of many images, that has changed since the start of the run.
+    """Raised if a list of images cannot be read, or if a listed file has changed or been removed.
 
-    The error also stands for a list that cannot be read. An unreadable image can be skipped. These
-    files cannot, because all names and places of their images may be wrong.
+    The file is a list of images, or it contains many images. The error is never skipped, because
+    the recorded positions of all images in the file may be wrong.
     """
 
 

@@ -254,17 +254,17 @@ def notes(schedule: Schedule, option: str, without: str, epochs: int) -> list[st
     """
     if not schedule.config.total:
         return []
-    end_of_run = counted(epochs, "epoch")
+    length = counted(epochs, "epoch")
     first, last, ramp = schedule.first, schedule.last, schedule.ramp
     total = counted(schedule.config.total, "synthetic negative")
     line = f"{total} per query from epoch {first} on ({option})"
     lines = [line if last is None else f"{line}, none from epoch {last} on (--synthetic-last)"]
     if first >= epochs:
-        why = f"the run ends after {end_of_run}, before the first synthetic negatives"
+        why = f"the run ends after {length}, before the first synthetic negatives"
         return [*lines, f"{why}: this is {without}"]
     if ramp.epochs:
         end = first + ramp.epochs
-        after = "" if end <= epochs else f"; the run ends earlier, after {end_of_run}"
+        after = "" if end <= epochs else f"; the run ends earlier, after {length}"
         lines.append(
             f"their {ramp.of} rises ({ramp.shape}) and is full after epoch {end - 1} "
             f"(--synthetic-ramp-epochs){after}"

@@ -16,7 +16,7 @@ import argparse
 import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from moco.cli import tool, values
 from moco.config import Config, Pretraining, Training, flat, replaced
@@ -98,9 +98,10 @@ def show(args: argparse.Namespace, options: list[str]) -> None:
         raise InputError("--force has no effect: it is for --plot FILE.png; leave it out")
     from moco.report import schedules
 
-    found = load(args.recipe, options, args.images, args.processes)
+    of_run = facts_of_run(args.recipe)
+    found = load(args.recipe, options, args.images, args.processes, of_run)
     print(f"{args.recipe}: {schedules.summary(found)}")
-    if note := assumed(args):
+    if note := assumed(args, of_run):
         print(note)
     print(schedules.table(found, args.rows))
     if args.plot:
@@ -109,8 +110,23 @@ def show(args: argparse.Namespace, options: list[str]) -> None:
         print(args.plot)
 
 
+class RunFacts(NamedTuple):
+    """The numbers that a run has recorded; None if they are not known."""
+
+    images: int | None = None
+    processes: int | None = None  # of all nodes
+    nodes: int = 1
+
+
+NOT_RECORDED = RunFacts()
+
+
 def load(
-    recipe: Path, options: list[str], images: int | None = None, processes: int | None = None
+    recipe: Path,
+    options: list[str],
+    images: int | None = None,
+    processes: int | None = None,
+    of_run: RunFacts = NOT_RECORDED,
 ) -> "Schedules":
     """Return the schedules of a recipe.
 
@@ -119,6 +135,7 @@ def load(
         options: words of its script's command line, which change the recipe's options.
         images: number of training images; None for that of the run, or of the data set.
         processes: number of processes; None for that of the run, or of the recipe's command.
+        of_run: the numbers of the run, if the recipe is its args.yaml.
 
     Raises InputError if the recipe or an option is wrong.
     """
@@ -139,13 +156,13 @@ def load(
     if isinstance(config, Pretraining):
         config, build = scripts.completed(module, config, torch.device("cpu"))
     script.without_effect(config)
-    of_run, nodes = facts_of_run(recipe)
-    images = images or of_run.get("images") or images_of(config, comments)
+    images = images or of_run.images or images_of(config, comments)
     given = config.input
-    of_node = not (given.batch_is_per_process or given.batch_is_of_all_nodes)
-    if processes is None and "processes" in of_run and of_node:
-        config = replaced(config, batch_size=given.batch_size * nodes)  # `processes` is of all
-    processes = processes or of_run.get("processes") or processes_of(comments)
+    batch_is_per_node = not (given.batch_is_per_process or given.batch_is_of_all_nodes)
+    if processes is None and of_run.processes and batch_is_per_node:
+        # the recorded processes are those of all nodes
+        config = replaced(config, batch_size=given.batch_size * of_run.nodes)
+    processes = processes or of_run.processes or processes_of(comments)
     if trains:
         labels = np.zeros(images, dtype=np.int64)
         method = build(Images(Path("DIR"), labels, ("one", "two"))) if build else None
@@ -156,32 +173,39 @@ def load(
     return schedules.of_voc_layer(config, images, processes, epochs, lr)
 
 
-def facts_of_run(recipe: Path) -> tuple[dict[str, int], int]:
-    """Return the numbers of images and of processes of the run with this args.yaml, and its nodes.
+def facts_of_run(recipe: Path) -> RunFacts:
+    """Return the numbers that the run with this args.yaml recorded; none for another recipe.
 
-    The run records them when it trains; they are missing in a recipe.
+    Raises InputError if the file cannot be read.
     """
     from moco.engine import record
 
     if recipe.name != "args.yaml":
-        return {}, 1
+        return NOT_RECORDED
+    try:
+        nodes = read_yaml(str(recipe)).get("nodes") or 1
+    except InputError as error:
+        raise InputError(f"{recipe}: {error}") from None
     found = record.read(recipe.parent)
-    facts = {name: found.get(name) for name in ("images", "processes")}
-    nodes = read_yaml(str(recipe)).get("nodes")
-    return {k: v for k, v in facts.items() if type(v) is int and v > 0}, nodes or 1
+    counts = [found.get(name) for name in ("images", "processes")]
+    known = [count if type(count) is int and count > 0 else None for count in counts]
+    return RunFacts(*known, nodes)
 
 
-def assumed(args: argparse.Namespace) -> str:
-    """Return a line about the numbers that a run's args.yaml and its folder do not have, or ""."""
+def assumed(args: argparse.Namespace, of_run: RunFacts) -> str:
+    """Return a line about the numbers that are neither given nor recorded by a run, or ""."""
     if args.recipe.name != "args.yaml":
         return ""
-    given, known = vars(args), facts_of_run(args.recipe)[0]
-    names = [one for one in ("images", "processes") if given[one] is None and one not in known]
+    names = [name for name in ("images", "processes") if vars(args)[name] is None]
+    names = [name for name in names if getattr(of_run, name) is None]
     if not names:
         return ""
-    options = " and ".join(f"--{name}" for name in names)
-    what = " and ".join(names)
-    return f"{args.recipe}: its folder does not say the number of {what}, see above; give {options}"
+    what, options = " and ".join(names), " and ".join(f"--{name}" for name in names)
+    noun, them = ("number", "one") if len(names) == 1 else ("numbers", "them")
+    return (
+        f"{args.recipe}: its folder has no record of the {noun} of {what}, so the line above "
+        f"assumes {them}; give {options}"
+    )
 
 
 def images_of(config: Config, comments: str) -> int:

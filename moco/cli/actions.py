@@ -102,14 +102,20 @@ def refuse_two_values(
     finally:
         for alias, dest in dests.items():
             alias.dest = dest
+    seen: dict[str, str] = {}  # a given alias of each option, by attribute name
     for alias, dest in dests.items():
-        name, value = alias.option_strings[0], values[alias.option_strings[0]]
-        if None not in (value, values[dest]) and value != values[dest]:
-            ours = f"--{dest.replace('_', '-')}"
-            raise InputError(
-                f"{name} sets {ours} to {value}, but {ours} is also given, as {values[dest]}; "
-                "leave out one of them"
-            )
+        name, ours = alias.option_strings[0], f"--{dest.replace('_', '-')}"
+        value, own = values[name], values[dest]
+        if value is None:
+            continue
+        other = seen.setdefault(dest, name)
+        if own is not None and own != value:
+            conflict = f"{ours} is also given, as {own}"
+        elif values[other] != value:
+            conflict = f"{other} sets it to {values[other]}"
+        else:
+            continue
+        raise InputError(f"{name} sets {ours} to {value}, but {conflict}; leave out one of them")
 
 
 def is_number(text: str) -> bool:
@@ -179,7 +185,9 @@ def _expected(action: argparse.Action) -> str:
         return "true or false"
     if isinstance(action.nargs, int):
         return f"a list of {action.nargs}, each {_value(action)}"
-    return f"a list, each {_value(action)}" if action.nargs in ("*", "+") else _value(action)
+    if action.nargs in ("*", "+"):
+        return f"a list of values, each {_value(action)}"
+    return _value(action)
 
 
 def _value(action: argparse.Action) -> str:

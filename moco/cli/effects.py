@@ -21,7 +21,7 @@ class Rule(NamedTuple):
     when: Callable[[Options], object]
     why: str
     refuse: bool
-    off: tuple[object, ...]  # values of an option that is switched off
+    off: tuple[object, ...]  # values that mean off
 
 
 class EffectsParser(OneLineParser):
@@ -64,7 +64,7 @@ class EffectsParser(OneLineParser):
             why: the reason, and what to do; printed after "--option has no effect: ".
             refuse: whether an option without effect is an error, if it is given on the command line
                 and differs from its default. Otherwise it is only reported.
-            zero_is_off: whether 0 switches the options off, which is always allowed.
+            zero_is_off: whether 0 means off. An option that is off is never refused.
         """
         off = OFF if zero_is_off else (None,)
         self.rules.append(Rule(tuple(options.split()), when, why, refuse, off))

@@ -374,7 +374,7 @@ class Parser(EffectsParser):
                 continue
             dest = actions[name].dest
             value = convert(actions[name], values[key], f"--cfg {path}: {key}")
-            if value != self.recipe.get(dest, value) and dest in keys:
+            if dest in keys and value != self.recipe[dest]:
                 raise InputError(
                     f"--cfg {path}: {keys[dest]} and {key} are the same option, and their values "
                     "differ; leave out one of them"

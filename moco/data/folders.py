@@ -210,12 +210,12 @@ def _entries(folder: str) -> _Entries:
                 name = entry.name
                 if name[0] == ".":
                     continue
-                lower, folder_itself = name.lower(), entry.is_dir(follow_symlinks=False)
-                if lower.endswith(SUFFIXES) and not folder_itself:
+                lower, is_real_folder = name.lower(), entry.is_dir(follow_symlinks=False)
+                if lower.endswith(SUFFIXES) and not is_real_folder:
                     found.images.append(name)
                 elif lower in _SYSTEM:
                     continue
-                elif folder_itself:
+                elif is_real_folder:
                     found.folders.append(name)
                 elif not entry.is_symlink():
                     found.others.append(name)

@@ -124,12 +124,12 @@ def facts(folder: Path, name: str) -> File:
     return File(name, status.st_size, status.st_mtime_ns)
 
 
-def changed(path: str | Path) -> ListError:
+def changed_error(path: str | Path) -> ListError:
     """Return the error for a file that has been written to since it was listed."""
     return ListError(f"{path}: has changed since it was listed; start again")
 
 
-def removed(path: str | Path) -> ListError:
+def removed_error(path: str | Path) -> ListError:
     """Return the error for a file that has been removed since it was listed."""
     return ListError(f"{path}: has been removed since it was listed; restore it, and start again")
 

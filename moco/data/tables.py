@@ -20,7 +20,7 @@ from moco.data.images import EncodedImages
 from moco.data.splits import File
 from moco.data.table_files import KEPT_BYTES, Arrow, Columns, Parquet, attempt
 from moco.errors import InputError, ListError, one_line
-from moco.files import read_text
+from moco.files import read_text, unreadable
 from moco.messages import counted
 
 _SUFFIXES = (".parquet", ".arrow")
@@ -104,10 +104,14 @@ def _opened(root: Path, file: File) -> Arrow | Parquet:
 def _check_unchanged(root: Path, file: File) -> None:
     """Raise ListError if a file is not the listed `file` any more."""
     path = root / file.name
-    if not os.path.lexists(path):
-        raise splits.removed(path)
-    if splits.facts(root, file.name) != file:
-        raise splits.changed(path)
+    try:
+        status = os.stat(path)
+    except FileNotFoundError:
+        raise splits.removed_error(path) from None
+    except OSError as error:
+        raise unreadable(error).at(path) from None
+    if (status.st_size, status.st_mtime_ns) != (file.size, file.mtime_ns):
+        raise splits.changed_error(path)
 
 
 # The layout.

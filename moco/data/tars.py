@@ -122,7 +122,7 @@ def _opened(path: str, file: File) -> _Descriptor:
     try:
         descriptor = _Descriptor(path)
     except FileNotFoundError:
-        raise splits.removed(path) from None
+        raise splits.removed_error(path) from None
     _check_unchanged(descriptor, path, file)
     return descriptor
 
@@ -131,7 +131,7 @@ def _check_unchanged(descriptor: _Descriptor, path: str, file: File) -> None:
     """Raise ListError if an open tar file is not the listed `file` any more."""
     status = os.fstat(descriptor.number)
     if (status.st_size, status.st_mtime_ns) != (file.size, file.mtime_ns):
-        raise splits.changed(path)
+        raise splits.changed_error(path)
 
 
 # The layout.

@@ -44,6 +44,13 @@ def test_unknown_recipe_names_the_nearest(script, images):
             "--epochs=2",
             "--max-epochs sets --epochs to 2, but --epochs is also given, as 3",
         ),
+        (
+            "main_fnc",
+            "--max-epochs=4",
+            "--train-epochs=3",
+            "--train-epochs=4",
+            "--max-epochs sets --epochs to 4, but --train-epochs sets it to 3; leave out one",
+        ),
     ],
 )
 def test_two_names_of_one_option_must_agree(script, name, one, other, agreeing, said):

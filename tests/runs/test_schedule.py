@@ -365,7 +365,7 @@ def test_the_args_yaml_of_a_run_has_the_images_and_processes_of_the_run(run, cal
     known = "16 images; total batch 8 = 8 per process x 1 process x 1 accumulation"
     status, said = call(run / "args.yaml")
     assert status == 0 and "48 images; total batch 8 = 8 per process x 1 process x 1" in said.out
-    assert "does not say" not in said.out
+    assert "no record" not in said.out
     status, said = call(run / "args.yaml", "--images", 16)
     assert status == 0 and known in said.out
     facts = json.loads((run / "status.json").read_text())
@@ -377,7 +377,7 @@ def test_the_args_yaml_of_a_run_has_the_images_and_processes_of_the_run(run, cal
     (run / "status.json").unlink()
     status, said = call(run / "args.yaml", "--processes", 1)
     assert "1281167 images; total batch 8 = 8 per process x 1 process" in said.out
-    assert "does not say the number of images, see above; give --images\n" in said.out
+    assert "no record of the number of images, so the line above assumes one; give" in said.out
 
 
 def test_the_args_yaml_of_a_run_is_a_recipe(run):
@@ -395,6 +395,7 @@ def test_the_args_yaml_of_a_run_is_a_recipe(run):
         ([], "RECIPE"),
         (["nowhere.yaml"], "nowhere.yaml: No such file"),
         (["bad.yaml"], "bad.yaml: not YAML"),
+        (["nowhere/args.yaml"], "nowhere/args.yaml: No such file"),
         (["silent.yaml"], "no comment names its script; add a line such as # python main_synco.py"),
         (["other.yaml"], "main_other.py: no such script"),
         (["knn.yaml"], "main_knn.py trains nothing by steps"),
