@@ -220,7 +220,7 @@ class Heads:
 
     def blocks(self) -> Tensor:
         """Return the gradient of q in blocks that stay in the cache."""
-        return self._gradient(in_blocks(self.q, self.bank))
+        return self._gradient(in_blocks(self.bank, sum(self.q.shape)))
 
     def _gradient(self, stacks: list[Tensor]) -> Tensor:
         """Return the gradient of q, given blocks [blocks, parts, n, C]."""

@@ -11,7 +11,7 @@ from moco.builder.base import QueryAndKey
 from moco.builder.moco import contrast
 from moco.errors import InputError
 from moco.loss.adversarial import Ascent, BankLogSums, ascend, bank_log_sums, keys_and_bank_nce
-from moco.loss.contrastive import InfoNCE, accuracy, feature_statistics, normalize
+from moco.loss.contrastive import InfoNCE, feature_statistics, normalize, rank_accuracy
 from moco.rng import Progress
 
 
@@ -22,12 +22,12 @@ class _Pass(NamedTuple):
         q: normalized queries, [W N, C].
         log_sum: log-sum-exp of their logits with all keys and the bank, at the bank's temperature,
             [W N].
-        weight: weight of their losses in the loss of the pass, [W N].
+        weight: weight of each query's loss in the loss of the pass.
     """
 
     q: Tensor
     log_sum: Tensor
-    weight: Tensor
+    weight: float
 
 
 def check_bank(K: int, world_size: int) -> None:
@@ -183,7 +183,7 @@ class AdCo(QueryAndKey):
             return contrast(q, own, normalize(self.bank), self.T, InfoNCE(), None, progress)
 
     def contrast(self, pairs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss and metrics of pairs of queries and keys; note them for the ascent.
+        """Return the loss and metrics of pairs, and keep the queries for the ascent.
 
         Args:
             pairs: normalized queries of this rank [B, C], and keys of all ranks [W B, C].
@@ -199,7 +199,7 @@ class AdCo(QueryAndKey):
         joint = distributed.all_gather_with_gradient(torch.cat([q, positive[:, None]], 1))
         joint_q, of_keys = joint[:, :-1].contiguous(), joint[:, -1]  # [W N, C], [W N]
         bank = self.bank[self.shard(rank)]  # [K / W, C]
-        # `ascend` is faster with the similarities, but they must not need more memory than the bank
+        # `ascend` is faster with the similarities; keep them unless they are larger than the bank
         keep = not self._passes and len(joint_q) <= bank.shape[1]
         sums = bank_log_sums(joint_q, of_keys, bank, self.T, self.ascent.T, keep)
 
@@ -207,22 +207,22 @@ class AdCo(QueryAndKey):
         self._note_pass(joint_q, near, of_bank, sums, scale)
         with torch.no_grad():
             above = above + (near > positive[:, None]).sum(1)
-            metrics = accuracy(above)
+            metrics = rank_accuracy(above)
             metrics |= feature_statistics(pairs[0][0], positive[:B], hardest[:B])
         of_bank = distributed.exchange(sums.of_encoder.view(W, -1)).logsumexp(0)  # [N]
         return keys_and_bank_nce(near, label, of_bank, self.T) * scale, metrics
 
     @torch.no_grad()
     def _of_all_shards(self, sums: BankLogSums) -> tuple[Tensor, Tensor, Tensor]:
-        """Return numbers of this rank's queries over the full bank, [N] each.
+        """Combine the sums over all shards for this rank's queries.
 
         Args:
             sums: those of the queries of all ranks over this rank's shard.
 
         Returns:
-            the number of entries that are more similar to the query than its key;
-            the largest similarity;
-            the log-sum-exp at the bank's temperature.
+            the number of entries that are more similar to the query than its key, [N];
+            the largest similarity, [N];
+            the log-sum-exp at the bank's temperature, [N].
         """
         found = torch.stack([sums.above, sums.hardest, sums.of_ascent], 1)  # [W N, 3]
         found = distributed.exchange(found.unflatten(0, (distributed.world_size(), -1)))
@@ -244,8 +244,7 @@ class AdCo(QueryAndKey):
         """
         of_keys = torch.logsumexp(near / self.ascent.T, 1)
         log_sum = distributed.all_gather(torch.logaddexp(of_keys, of_bank))
-        weight = torch.full_like(log_sum, scale / len(log_sum))
-        self._passes.append(_Pass(joint_q.detach(), log_sum, weight))
+        self._passes.append(_Pass(joint_q.detach(), log_sum, scale / len(log_sum)))
         self._inverse, self._similarity = sums.inverse, sums.similarity
 
     @torch.no_grad()
@@ -256,8 +255,11 @@ class AdCo(QueryAndKey):
             self._fill()
             return
         own = self.shard(distributed.rank())
-        q, log_sum, weight = (torch.cat(parts) for parts in zip(*self._passes, strict=True))
-        weight /= len(self._passes)  # the mean over the passes
+        q, log_sum = (
+            torch.cat([getattr(one, x) for one in self._passes]) for x in ("q", "log_sum")
+        )
+        weights = [torch.full_like(one.log_sum, one.weight) for one in self._passes]
+        weight = torch.cat(weights) / len(weights)  # the mean over the passes
         bank, velocity = self.bank[own], self.bank_velocity[own]
         ascend(bank, velocity, self._inverse, q, log_sum, weight, self.ascent, self._similarity)
         self._passes.clear()

@@ -15,9 +15,9 @@ from moco.loss.bank import bank_log_sum, mixed_log_sum
 from moco.loss.contrastive import (
     Anchors,
     InfoNCE,
-    accuracy,
     feature_statistics,
     normalize,
+    rank_accuracy,
     synthetic_hardness,
 )
 from moco.loss.hardest import hardest
@@ -78,7 +78,7 @@ def contrast(
 
     losses, of_loss = loss(Anchors(positive, T, log_sums, len(queue), joint_positive))
     metrics = {
-        **accuracy(above),
+        **rank_accuracy(above),
         **feature_statistics(q, positive, top),
         **synthetic_hardness(mixed),
         **of_loss,

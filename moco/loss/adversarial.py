@@ -106,46 +106,46 @@ class _LogSums(torch.autograd.Function):
         keep: bool,
     ):
         """Return the items of `BankLogSums`."""
+        ctx.set_materialize_grads(False)  # otherwise `similarity` has one of zeros, as large
         (N, C), K = q.shape, len(bank)
         similarity, inverse = q.new_empty(K, N) if keep else None, q.new_empty(K, 1)
-        # subtracted from the similarities, so that no exponential overflows
-        top = q.new_zeros(N)
+        # added to the logits, so that no exponential overflows
+        offset, ascent_offset = q.new_zeros(2, N)
         if can_overflow(q, K, min(temperature, ascent_temperature)):
-            top = _hardest(q, bank)
-        shift, ascent_shift = top / -temperature, top / -ascent_temperature
+            top = _largest(q, bank)
+            offset, ascent_offset = top / -temperature, top / -ascent_temperature
         total, ascent_total, above, weighted = *q.new_zeros(3, N), q.new_zeros(C, N)
         maxima = []
-        stacks = in_blocks(q, bank)
+        stacks = in_blocks(bank, N + C)
         kept = _memory(similarity, q, stacks)
-        for blocks, inverses, similarities in zip(stacks, in_blocks(q, inverse), kept, strict=True):
+        inverses = in_blocks(inverse, N + C)
+        for blocks, inverse_norms, similarities in zip(stacks, inverses, kept, strict=True):
             _, parts, n, _ = blocks.shape
-            each, ones, e = (
-                q.T.expand(parts, C, N),
-                q.new_ones(parts, 1, n),
-                q.new_empty(parts, n, N),
-            )
-            sums, products = q.new_zeros(3, parts, 1, N), q.new_zeros(parts, C, N)
-            for block, one, s in zip(blocks, inverses, similarities, strict=True):
-                _compare(block, each, one, s)
+            each, ones = q.T.expand(parts, C, N), q.new_ones(parts, 1, n)
+            counts, ascent_sums, sums = q.new_zeros(3, parts, 1, N)
+            products, e = q.new_zeros(parts, C, N), q.new_empty(parts, n, N)
+            for block, inverse_norm, s in zip(blocks, inverse_norms, similarities, strict=True):
+                _compare(block, each, inverse_norm, s)
                 maxima.append(s.amax(1))
                 # a product with ones is faster than `sum`
-                sums[0].baddbmm_(ones, torch.gt(s, positive, out=e))
-                torch.add(ascent_shift, s, alpha=1 / ascent_temperature, out=e).exp_()
-                sums[1].baddbmm_(ones, e)
-                torch.add(shift, s, alpha=1 / temperature, out=e).exp_()
-                sums[2].baddbmm_(ones, e)
+                counts.baddbmm_(ones, torch.gt(s, positive, out=e))
+                torch.add(ascent_offset, s, alpha=1 / ascent_temperature, out=e).exp_()
+                ascent_sums.baddbmm_(ones, e)
+                torch.add(offset, s, alpha=1 / temperature, out=e).exp_()
+                sums.baddbmm_(ones, e)
                 if ctx.needs_input_grad[0]:
-                    products.baddbmm_(block.mT, e.mul_(one))
-            for x, of_stack in zip((above, ascent_total, total), sums, strict=True):
-                x += of_stack.sum((0, 1))
+                    products.baddbmm_(block.mT, e.mul_(inverse_norm))
+            above += counts.sum((0, 1))
+            ascent_total += ascent_sums.sum((0, 1))
+            total += sums.sum((0, 1))
             weighted += products.sum(0)
 
         ctx.save_for_backward((weighted / (temperature * total)).T)
         hardest = torch.cat(maxima).amax(0)
-        ascent_log_sum = ascent_total.log_().sub_(ascent_shift)
+        ascent_log_sum = ascent_total.log_().sub_(ascent_offset)
         others = ascent_log_sum, above, hardest, inverse.squeeze(1), similarity
         ctx.mark_non_differentiable(*(x for x in others if x is not None))
-        return total.log_().sub_(shift), *others
+        return total.log_().sub_(offset), *others
 
     @staticmethod
     @once_differentiable
@@ -187,9 +187,9 @@ def _memory(similarity: Tensor | None, q: Tensor, stacks: list[Tensor]) -> list[
     return [x.view(*stack.shape[:3], -1) for x, stack in zip(entries, stacks, strict=True)]
 
 
-def _hardest(q: Tensor, bank: Tensor) -> Tensor:
+def _largest(q: Tensor, bank: Tensor) -> Tensor:
     """Return the largest similarity of each query [N, C] to the entries of the bank, [N]."""
-    stacks, maxima = in_blocks(q, bank), []
+    stacks, maxima = in_blocks(bank, sum(q.shape)), []
     for blocks, memory in zip(stacks, _memory(None, q, stacks), strict=True):
         each, inverse = q.T.expand(blocks.shape[1], *q.T.shape), q.new_empty(*blocks.shape[1:3], 1)
         for block, similarity in zip(blocks, memory, strict=True):
@@ -231,10 +231,9 @@ def ascend(
     (N, C), T = q.shape, settings.T
     # weight p / T is exp(similarity / T + shift), at most weight / T
     shift, negative_q = (weight / T).log() - log_sum, -q
-    # An entry has a velocity, and its similarities have exponentials: count both in a block.
-    size = q.repeat(2, 2)
-    stacks = in_blocks(size, bank)
-    others = in_blocks(size, velocity), in_blocks(size, inverse[:, None])
+    numbers = 2 * (N + C)  # W, v, similarities and exponentials
+    stacks = in_blocks(bank, numbers)
+    others = in_blocks(velocity, numbers), in_blocks(inverse[:, None], numbers)
     kept = _memory(similarity, q, stacks)
     for blocks, velocities, inverses, similarities in zip(stacks, *others, kept, strict=True):
         _, parts, n, _ = blocks.shape

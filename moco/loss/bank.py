@@ -51,22 +51,22 @@ def bank_log_sum(q: Tensor, positive: Tensor, bank: Tensor, temperature: float) 
     return BankSum(*_BankLogSum.apply(q, positive.detach(), bank, temperature))
 
 
-def in_blocks(q: Tensor, bank: Tensor) -> list[Tensor]:
+def in_blocks(bank: Tensor, numbers: int) -> list[Tensor]:
     """Return the bank as blocks that are processed one after the other.
 
     Args:
-        q: the queries [N, C].
         bank: the entries [K, C].
+        numbers: how many numbers there are for an entry in all tensors that a block needs: C and
+            the similarities of N queries, for example.
 
     Returns:
         one or two views [blocks, parts, n, C] of the entries: the blocks of full size, and a
         smaller last block. A block has one part for each thread, because MKL uses all threads for
         several products, but not for one product with a small result.
     """
-    bytes_ = _BLOCK_ON_CPU if q.device.type == "cpu" else _BLOCK
-    threads = _threads(q)
-    # an entry has C numbers, and N similarities
-    size = max(bytes_ // (sum(q.shape) * q.element_size() * threads), 1) * threads
+    bytes_ = _BLOCK_ON_CPU if bank.device.type == "cpu" else _BLOCK
+    threads = _threads(bank)
+    size = max(bytes_ // (numbers * bank.element_size() * threads), 1) * threads
     full = len(bank) // size * size
     rest = bank[full:]
     stacks = [
@@ -97,7 +97,8 @@ class _BankLogSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q: Tensor, positive: Tensor, bank: Tensor, temperature: float):
         """Return the items of `BankSum`."""
-        (N, C), stacks = q.shape, in_blocks(q, bank)
+        ctx.set_materialize_grads(False)
+        (N, C), stacks = q.shape, in_blocks(bank, sum(q.shape))
         scaled, of_key = (q / temperature).T.contiguous(), positive / temperature
         total, above, weighted = q.new_zeros(N), q.new_zeros(N), q.new_zeros(C, N)
         shift, largest = None, []
@@ -206,6 +207,6 @@ def can_overflow(q: Tensor, K: int, temperature: float) -> bool:
     return 1 / temperature + math.log(K) + 8 > math.log(torch.finfo(q.dtype).max)
 
 
-def _threads(q: Tensor) -> int:
-    """Return the number of parts of a product that can run at the same time."""
-    return torch.get_num_threads() if q.device.type == "cpu" else 1
+def _threads(x: Tensor) -> int:
+    """Return the number of parts of a product that can run at the same time on x's device."""
+    return torch.get_num_threads() if x.device.type == "cpu" else 1

@@ -129,11 +129,11 @@ def contrast_accuracy(positive: Tensor, *negatives: Tensor) -> dict[str, Tensor]
     Returns:
         two scalars in [0, 1].
     """
-    return accuracy(sum((part > positive[:, None]).sum(1) for part in negatives))
+    return rank_accuracy(sum((part > positive[:, None]).sum(1) for part in negatives))
 
 
-def accuracy(above: Tensor) -> dict[str, Tensor]:
-    """Return `contrast_accuracy`, given the number of negatives above each positive, [N]."""
+def rank_accuracy(above: Tensor) -> dict[str, Tensor]:
+    """Return `acc1` and `acc5` from the number of negatives above each positive, [N]."""
     return {f"acc{n}": (above < n).mean(dtype=torch.float32) for n in (1, 5)}
 
 

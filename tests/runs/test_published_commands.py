@@ -25,7 +25,7 @@ TINY = {
     "main_fnc": f"{_RESNET} --support-size 1 --fn-topk 2 --proj-out-dim 16",
     "main_lincls": f"{_RESNET}",
     "main_moby": "-a test_vit --mlp-dim 32 --queue 64 -b 8 -j 0 --epochs 6",
-    "main_mocov3": f"{_RESNET} --lr-warmup-epochs 0 --moco-mlp-dim 32 --moco-dim 16",
+    "main_mocov3": f"{_RESNET} --warmup-epochs 0 --moco-mlp-dim 32 --moco-dim 16",
     "main_semisup": f"{_RESNET}",
     "main_sogclr": f"{_RESNET} --mlp-dim 32 --dim 16",
     "main_synco": f"{_RESNET} --moco-k 64 --moco-dim 16",
