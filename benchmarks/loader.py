@@ -12,7 +12,7 @@ are named in the same way. Two are different: host_over_decode_and_resize is the
 process per image, with reading, batching and the transfer to the main process, divided by the time
 of decoding and resizing alone. colors_over_kornia is the time of kornia's color operations, divided
 by that of ours. The rows below the pipelines are stages; see loader_stages.py. Times are of the
-processor, except for the loader process and the stage to which it is compared.
+processor, but `one worker` and `decode and resize` are wall-clock times.
 
 With --small, the script measures an epoch of two views of 32-pixel images in memory, as in MoCo's
 demo on CIFAR-10. "ours" and "pil" each use two processes with one thread each.

@@ -85,9 +85,8 @@ TURN = 0.4  # seconds
 def turn(run: Callable[[], object]) -> Callable[[], float]:
     """Return a candidate that calls `run` for `TURN` seconds and returns the mean time of a call.
 
-    In a training run, one batch follows the other. A single batch after another candidate's would
-    have to fetch its memory into the processor's caches. The time is that of the processor, because
-    other programs may interrupt a turn. It is the full time of a single thread that never waits.
+    Batches follow each other in training. So a candidate runs repeatedly, and its memory stays in
+    the caches. Processor time leaves out interruptions by other programs.
     """
 
     def calls() -> float:

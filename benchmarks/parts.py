@@ -160,7 +160,9 @@ PARTS = (
         "tensors; lightly: its MoCoV2Transform. The other rows are stages of our pipeline, and "
         "other libraries for single stages: libjpeg-turbo (through simplejpeg) for decoding, and "
         "kornia for the colors. A row is missing if its package is not installed. Decoding takes "
-        "most of host's time, and all pipelines decode with libjpeg-turbo.",
+        "most of host's time, and all pipelines decode with libjpeg-turbo. Times are processor "
+        "times, each the mean over a turn of .4 s, but `one worker` and `decode and resize` are "
+        "wall-clock times.",
         {
             "host_over_pil": "images/s of our workers / of torchvision on PIL images",
             "cpu_over_pil": "images/s of our views, with colors on the CPU / of torchvision on PIL "

@@ -29,8 +29,8 @@ def _mix(z: Key) -> Key:
 def key(*counters: Key, start: Key = 0) -> Key:
     """Fold counters, such as (CROP, seed, epoch, index, view), into one 64-bit key.
 
-    If `start` is the key of other counters, the result is the key of these and `counters`. If a
-    counter is an array, int64 or uint64 [n], return uint64 [n]: one key per element.
+    `start` is the key of earlier counters, which come first. If a counter is an array, int64 or
+    uint64 [n], return uint64 [n]: one key per element.
     """
     folded = start
     for counter in counters:

@@ -1,7 +1,14 @@
-"""Write image files that Pillow cannot write."""
+"""Read image files, and write those that Pillow cannot write."""
 
 import struct
 import zlib
+
+from moco.data.decoding import decode, read_bytes
+
+
+def decode_file(path):
+    """Return the image in the file `path`, uint8 [3, H, W]."""
+    return decode(read_bytes(path), path)
 
 
 def png16(pixels, colour_type):

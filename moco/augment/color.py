@@ -348,7 +348,8 @@ def _write_by_image(x: Tensor, view: View, draws: Draws, out: Tensor) -> None:
     happens = {name: getattr(draws, name).tolist() for name in operations}
     for i, stored in enumerate(x.numpy()[:, None]):
         changes = [name for name in operations if happens[name][i]]
-        while changes and changes[0] in _FLIPPED:  # while the layout changes, it costs nothing
+        # `_one_image` copies anyway, so a flip before it is free
+        while changes and changes[0] in _FLIPPED:
             stored = np.flip(stored, _FLIPPED[changes.pop(0)])
         image = _one_image(stored)
         for name in changes:

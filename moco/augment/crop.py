@@ -62,7 +62,10 @@ def _channels_last(size: int) -> Tensor:
 def _write_resized_crop(
     image: np.ndarray, box: Box, size: int, interpolation: str, out: Tensor
 ) -> None:
-    """Write `resized_crop` of `image` [H, W, 3] to `out`, which `_channels_last` returned."""
+    """Write `resized_crop` of `image` [H, W, 3] to `out`.
+
+    `out` is uint8 [1, 3, size, size] in the format channels_last.
+    """
     top, left, h, w = box
     # NumPy copies the box faster than PyTorch
     crop = image[top : top + h, left : left + w].copy(order="C")

@@ -60,7 +60,7 @@ class OneImage:
                 self.scale *= factor
                 self.offset = factor * self.offset + (1 - factor) * mean
             elif operation == SATURATION:
-                self.x = mixed(self.x, factor * np.eye(3) + (1 - factor) * np.array(LUMA))
+                self.x = combined(self.x, factor * np.eye(3) + (1 - factor) * np.array(LUMA))
                 self.offset *= factor + (1 - factor) * sum(LUMA)
             if factor > 1:  # otherwise the result is a mean of numbers in [0, 1]
                 self.clamp()
@@ -74,7 +74,7 @@ class OneImage:
 
     def grayscale(self) -> None:
         """Replace the channels by the luma."""
-        self.x = mixed(self.x, np.array([LUMA]))
+        self.x = combined(self.x, np.array([LUMA]))
         self.offset *= sum(LUMA)
 
     def normalize(self, mean: Sequence[float], std: Sequence[float], out: Tensor) -> None:
@@ -85,8 +85,8 @@ class OneImage:
             torch.add(offset, x, alpha=self.scale / s, out=result)
 
 
-def mixed(x: Tensor, weights: np.ndarray) -> Tensor:
-    """Return channels that are sums of those of `x` [1, 3, H, W], with `weights` [channels, 3]."""
+def combined(x: Tensor, weights: np.ndarray) -> Tensor:
+    """Return `weights` [n, 3] times the channels of `x` [1, 3, H, W]: [1, n, H, W]."""
     found = torch.mm(torch.from_numpy(weights).to(x.dtype), x.view(3, -1))
     return found.view(1, -1, *x.shape[2:])
 

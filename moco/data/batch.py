@@ -79,26 +79,26 @@ class Slots:
         """
         self._used[slot] = 1
         first = self._memory[slot].ctypes.data
-        places = [(view.shape, view.stride(), view.data_ptr() - first) for view in batch.views]
+        layouts = [(view.shape, view.stride(), view.data_ptr() - first) for view in batch.views]
         others = (batch.index.numpy(), batch.label.numpy(), batch.unreadable)
-        return Sent((self._number, slot, places, *others))
+        return Sent((self._number, slot, layouts, *others))
 
     def receive(
         self,
         slot: int,
-        places: list[tuple[tuple[int, ...], tuple[int, ...], int]],
+        layouts: list[tuple[tuple[int, ...], tuple[int, ...], int]],
         index: np.ndarray,
         label: np.ndarray,
         unreadable: list[tuple[int, str]],
     ) -> Batch:
         """Return the batch in `slot`. Its tensors share the slot's memory and keep it in use.
 
-        `places` has the shape, the strides and the offset of each view.
+        `layouts` has the shape, the strides and the offset of each view.
         """
         memory = self._memory[slot]  # a new array, which lives as long as the views
         weakref.finalize(memory, self._used.__setitem__, slot, 0).atexit = False
         found = torch.from_numpy(memory)
-        views = [found.as_strided(*place) for place in places]
+        views = [found.as_strided(*layout) for layout in layouts]
         return Batch(views, torch.from_numpy(index), torch.from_numpy(label), unreadable)
 
 
@@ -121,7 +121,11 @@ def _received(number: int, slot: int, *content: Any) -> Batch:
 
 
 def reserve(workers: int, per_worker: int, size: int) -> Slots | None:
-    """Return `Slots`; None if there are no workers or no bytes, or if workers are not forked."""
+    """Return `Slots`.
+
+    Return None if there are no workers, if views have no fixed size, if workers are not forked, or
+    if memory is short.
+    """
     if workers and size and mp.get_start_method() == "fork":
         with contextlib.suppress(OSError):  # too much memory
             return Slots(workers, per_worker, size)

@@ -77,13 +77,6 @@ def _read(descriptor: int) -> np.ndarray:
     return data[:end]
 
 
-def decode_file(
-    path: str, settings: Decoding = DEFAULT, reduction: Reduction = full_size
-) -> Tensor:
-    """Return the image in the file `path`; see `decode`. Raises InputError if it cannot be read."""
-    return decode(read_bytes(path), path, settings, reduction)
-
-
 def decode(
     data: np.ndarray, name: str, settings: Decoding = DEFAULT, reduction: Reduction = full_size
 ) -> Tensor:

@@ -23,7 +23,6 @@ from moco.data.decoding import (
     Reduction,
     brightest,
     decode,
-    decode_file,
     full_size,
     read_bytes,
 )
@@ -141,12 +140,6 @@ class ImageFolder(EncodedImages):
     """Images in files below `root`. `paths` [N] holds their paths relative to `root`."""
 
     paths: Names
-
-    def read(
-        self, i: int, settings: Decoding = DEFAULT, reduction: Reduction = full_size
-    ) -> Tensor:
-        """Decode the file of image `i`; see `decode`."""
-        return decode_file(self.path(i), settings, reduction)
 
     def encoded(self, i: int) -> np.ndarray:
         """Return the content of the file of image `i`; see `EncodedImages.encoded`."""

@@ -213,7 +213,7 @@ def batches(
     stream = torch.cuda.Stream(device) if cuda else None
     workers = -(-input.workers * input.batch_per_process // input.batch_size)
     jpeg.decoder()  # before workers are forked, which then share its memory
-    # the loop may still use two batches while the workers fill as many as they may prefetch
+    # two more than are prefetched: the loop may still hold two batches
     slots = reserve(workers, _PREFETCH + 2, input.batch_per_process * bytes_per_image(crop))
     for batch in _read(
         dataset=Views(images, crop, skip_unreadable, input, slots),

@@ -3,8 +3,7 @@
 `Views` is the data set. `loader` runs it in worker processes.
 """
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -165,10 +164,62 @@ class Views(Dataset):
 
     def __getitem__(self, sample: SampleId) -> Sample | InputError:
         """Return the sample, or the InputError if its image cannot be read."""
-        return self._crop(sample)
+        try:
+            return self._crop(sample)
+        except InputError as error:
+            return error
 
-    def _crop(self, sample: SampleId, out: Sequence[Tensor] = ()) -> Sample | InputError:
-        """Read an image and crop it, into `out` if that is given; see `__getitem__`."""
+    def __getitems__(self, samples: list[SampleId]) -> Batch | Sent | InputError:
+        """Return the batch of `samples`, or the first InputError.
+
+        PyTorch's DataLoader calls this with the samples of a batch, and passes the result through
+        `collate_fn`. If the images are in memory and `crop` accepts them, they are cropped at once.
+        """
+        try:
+            if not self.crop.sizes:
+                return self._stacked(samples)
+            size = len(samples) * bytes_per_image(self.crop)
+            slot = self.slots.find(size) if self.slots else None
+            if slot is None:
+                return self._written(samples, torch.empty(size, dtype=torch.uint8))
+            return self.slots.send(slot, self._written(samples, self.slots.memory(slot, size)))
+        except InputError as error:
+            # The main process raises it, as one line without a worker's traceback.
+            return error
+
+    def _stacked(self, samples: list[SampleId]) -> Batch:
+        """Return the batch of `samples`. It copies views, because their sizes were unknown."""
+        found = self._one_by_one(samples, [()] * len(samples))
+        views = zip(*(crops for crops, _, _ in found), strict=True)
+        return self._joined(list(map(torch.stack, views)), found)
+
+    def _written(self, samples: list[SampleId], memory: Tensor) -> Batch:
+        """Return the batch of `samples`. Its views are written to `memory`."""
+        epochs, indices = np.array(samples).T.copy()
+        images = self.images.read_batch(indices, self.crop.accepts)
+        channels_last = images is None and self.crop.channels_last
+        views = _shaped(memory, len(samples), self.crop.sizes, channels_last)
+        if images is None:
+            rows = zip(*(view.split(1) for view in views), strict=True)
+            return self._joined(views, self._one_by_one(samples, rows))
+        self.crop.crop_batch(images, epochs, indices, views)
+        return Batch(views, *map(torch.from_numpy, (indices, self.images.labels[indices])), [])
+
+    def _one_by_one(
+        self, samples: list[SampleId], outs: Iterable[Sequence[Tensor]]
+    ) -> list[Sample]:
+        """Return the samples. Each image is cropped while a core's cache has it.
+
+        `outs` has the memory for the views of each sample; see `Transform`.
+        """
+        with torch.inference_mode():  # operations start faster
+            return [self._crop(sample, out) for sample, out in zip(samples, outs, strict=True)]
+
+    def _crop(self, sample: SampleId, out: Sequence[Tensor] = ()) -> Sample:
+        """Read an image and crop it, into `out` if that is given.
+
+        Raises InputError if no image can be read.
+        """
         epoch, index = sample
         images, crop = self.images, self.crop
         unreadable: list[tuple[int, str]] = []
@@ -179,60 +230,17 @@ class Views(Dataset):
                 return crop(image, sample, out), i, unreadable
             except InputError as error:
                 if not self.skip_unreadable or isinstance(error, ListError):
-                    # The main process raises it, as one line without a worker's traceback.
-                    return error
+                    raise
                 unreadable.append((i, str(error)))
-        return InputError(
+        raise InputError(
             f"{unreadable[0][1]}; {MAX_REPLACEMENTS} other images, tried instead, cannot be read "
             "either"
         )
 
-    def __getitems__(self, samples: list[SampleId]) -> Batch | Sent | InputError:
-        """Return the batch of `samples`, or the first InputError.
-
-        PyTorch's DataLoader calls this with the samples of a batch, and passes the result through
-        `collate_fn`. If the images are in memory and `crop` accepts them, they are cropped at once.
-        """
-        size = len(samples) * bytes_per_image(self.crop)
-        slot = self.slots.find(size) if self.slots else None
-        if slot is None:
-            return self._batch(samples, torch.empty(size, dtype=torch.uint8))
-        batch = self._batch(samples, self.slots.memory(slot, size))
-        return batch if isinstance(batch, InputError) else self.slots.send(slot, batch)
-
-    def _batch(self, samples: list[SampleId], memory: Tensor) -> Batch | InputError:
-        """Return the batch of `samples`; see `__getitems__`. Its views are in `memory`."""
-        epochs, indices = np.array(samples).T.copy()
-        images = self.images.read_batch(indices, self.crop.accepts)
-        shapes = [(len(samples), 3, size, size) for size in self.crop.sizes]
-        if images is None and isinstance(self.crop, RandomCrops):
-            # the fastest layout for crops of large images
-            shapes = [(n, height, width, 3) for n, _, height, width in shapes]
-            views = [view.permute(0, 3, 1, 2) for view in _split(memory, shapes)]
-        else:
-            views = _split(memory, shapes)
-        if images is None:
-            return self._one_by_one(samples, views)
-        self.crop.crop_batch(images, epochs, indices, views)
-        return Batch(views, *map(torch.from_numpy, (indices, self.images.labels[indices])), [])
-
-    def _one_by_one(self, samples: list[SampleId], views: list[Tensor]) -> Batch | InputError:
-        """Return the batch of `samples`. Each image is cropped while a core's cache has it.
-
-        The views are written to `views`, unless this is empty.
-        """
-        unreadable: list[tuple[int, str]] = []
-        indices = np.empty(len(samples), dtype=np.int64)
-        rows, others = list(zip(*(view.split(1) for view in views), strict=True)), []
-        with torch.inference_mode():  # operations start faster
-            for row, sample in enumerate(samples):
-                found = self._crop(sample, rows[row] if rows else ())
-                if isinstance(found, InputError):
-                    return found
-                crops, indices[row], errors = found
-                unreadable += errors
-                others += [] if views else [crops]
-        views = views or [torch.stack(crops) for crops in zip(*others, strict=True)]
+    def _joined(self, views: list[Tensor], samples: list[Sample]) -> Batch:
+        """Return the batch of `samples`, whose views are `views`."""
+        indices = np.array([i for _, i, _ in samples])
+        unreadable = [one for *_, errors in samples for one in errors]
         labels = self.images.labels[indices]
         return Batch(views, torch.from_numpy(indices), torch.from_numpy(labels), unreadable)
 
@@ -245,7 +253,9 @@ def bytes_per_image(crop: Transform) -> int:
     return sum(3 * size**2 for size in crop.sizes)
 
 
-def _split(memory: Tensor, shapes: list[tuple[int, ...]]) -> list[Tensor]:
-    """Return tensors of these shapes that fill `memory`."""
-    parts = memory.split(list(map(math.prod, shapes))) if shapes else []
-    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+def _shaped(memory: Tensor, n: int, sizes: tuple[int, ...], channels_last: bool) -> list[Tensor]:
+    """Return parts of `memory` as one tensor [n, 3, size, size] for each of `sizes`."""
+    parts = zip(memory.split([3 * n * size**2 for size in sizes]), sizes, strict=True)
+    if channels_last:
+        return [part.view(n, size, size, 3).permute(0, 3, 1, 2) for part, size in parts]
+    return [part.view(n, 3, size, size) for part, size in parts]

@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 import torch
 from bad_inputs.images import picture, small
+from decoding_helpers import decode_file
 from PIL import Image
 from run_helpers import INPUT
-
-from moco.data.decoding import decode_file
 
 
 # Odd images.

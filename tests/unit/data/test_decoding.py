@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 from data_helpers import BAD, smooth_rgb, some_photographs, write_large_photograph
-from decoding_helpers import png16
+from decoding_helpers import decode_file, png16
 from PIL import Image
 
 from moco.data import decoding
-from moco.data.decoding import Decoding, decode_file, decode_full, decoded_size
+from moco.data.decoding import Decoding, decode_full, decoded_size
 from moco.errors import InputError
 
 SHRINK = Decoding(shrink_on_decode=True)
@@ -117,8 +117,8 @@ def test_the_error_names_a_file_that_does_not_exist(tmp_path):
 @pytest.mark.parametrize("factor", [2, 4, 8])
 def test_decode_shrinks_a_large_jpeg(large, factor):
     full, shrunk = (
-        decode_file(large.path(0)),
-        decode_file(large.path(0), SHRINK, lambda height, width: factor),
+        large.read(0),
+        large.read(0, SHRINK, lambda height, width: factor),
     )
     assert full.shape == (3, 1400, 1600) and shrunk.shape == (3, 1400 // factor, 1600 // factor)
     means = torch.nn.functional.avg_pool2d(full.float(), factor)
@@ -127,21 +127,19 @@ def test_decode_shrinks_a_large_jpeg(large, factor):
 
 def test_decode_asks_for_a_reduction_of_large_jpegs_only(large, photographs):
     assert torch.equal(
-        decode_file(photographs.path(0), SHRINK, lambda height, width: 8),
-        decode_file(photographs.path(0)),
+        photographs.read(0, SHRINK, lambda height, width: 8),
+        photographs.read(0),
     )
     asked = []
     assert torch.equal(
-        decode_file(
-            large.path(0), SHRINK, lambda height, width: asked.append((height, width)) or 1
-        ),
-        decode_file(large.path(0)),
+        large.read(0, SHRINK, lambda height, width: asked.append((height, width)) or 1),
+        large.read(0),
     )
     assert asked == [(1400, 1600)]
 
 
 def test_decode_keeps_every_pixel_unless_told_to_shrink(large):
-    full = decode_file(large.path(0), reduction=lambda height, width: 8)
+    full = large.read(0, reduction=lambda height, width: 8)
     assert full.shape == (3, 1400, 1600)
     data = decoding.read_bytes(large.path(0))
     assert torch.equal(decode_full(data, "large"), full)

@@ -22,7 +22,6 @@ from PIL import Image
 from moco.augment import crop
 from moco.augment.recipes import recipe
 from moco.data import cache
-from moco.data.decoding import decode_file
 from moco.data.images import CachedImages, ImageArray
 from moco.data.loader import CenterCrop, EvalBatchSampler, RandomCrops, batches
 from moco.data.names import Names
@@ -232,7 +231,7 @@ def test_images_that_do_not_fit_stay_on_disk_or_are_refused(mixed, monkeypatch, 
 
 def decide(rank, folder, free):
     """Return whether this rank holds the images, given free memory as a multiple of their size."""
-    needed = sum(3 * decode_file(folder.path(i))[0].numel() for i in range(20))
+    needed = sum(3 * folder.read(i)[0].numel() for i in range(20))
     cache.free_memory = lambda: round(free[rank] * needed)
     held, _ = cache.load(Input(cache_images="auto"), folder, None)
     return isinstance(held, CachedImages)
@@ -267,7 +266,7 @@ def test_images_beyond_the_estimated_memory_stay_on_disk(mixed, monkeypatch):
 
 
 def test_the_total_size_is_estimated_from_some_headers(mixed, monkeypatch):
-    exact = sum(3 * decode_file(mixed.path(i))[0].numel() for i in range(20))
+    exact = sum(3 * mixed.read(i)[0].numel() for i in range(20))
     asked = []
     size = cache.decoded_size
     monkeypatch.setattr(cache, "decoded_size", lambda *args: asked.append(0) or size(*args))

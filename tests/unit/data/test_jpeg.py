@@ -157,13 +157,14 @@ def test_the_next_decoder_replaces_a_broken_one(broken, monkeypatch):
 
 
 def test_images_decode_without_warnings_in_a_new_process(tmp_path):
-    (tmp_path / "a.jpg").write_bytes(KINDS["4:4:4 quality 50"])
+    file = tmp_path / "a.jpg"
+    file.write_bytes(KINDS["4:4:4 quality 50"])
     code = (
-        "from moco.data import jpeg; from moco.data.decoding import decode_file; import sys\n"
+        "from moco.data import decoding, jpeg; import sys\n"
         "assert 'torchcodec' not in sys.modules, 'imported before it is needed'\n"
         "for pair in jpeg.working():\n"
         "    jpeg.decoder = lambda pair=pair: pair\n"
-        f"    decode_file({str(tmp_path / 'a.jpg')!r})\n"
+        f"    decoding.decode(decoding.read_bytes({str(file)!r}), 'a.jpg')\n"
     )
     done = subprocess.run(
         [sys.executable, "-W", "default", "-c", code],

@@ -21,7 +21,7 @@ from data_helpers import (
 from moco.augment import crop
 from moco.augment.recipes import recipe
 from moco.data import loader
-from moco.data.decoding import Decoding, decode_file
+from moco.data.decoding import Decoding
 from moco.data.loader import CenterCrop, EvalBatchSampler, RandomCrops, batches
 from moco.data.sources import scan
 from moco.errors import InputError
@@ -98,9 +98,7 @@ def test_evaluation_reads_every_image_in_order(photographs):
     )
     assert torch.cat([b.index for b in read_batches]).tolist() == list(range(len(photographs)))
     assert torch.cat([b.label for b in read_batches]).tolist() == photographs.labels.tolist()
-    assert torch.equal(
-        read_batches[0].views[0][7], CenterCrop(32)(decode_file(photographs.path(7)), (0, 7))[0]
-    )
+    assert torch.equal(read_batches[0].views[0][7], CenterCrop(32)(photographs.read(7), (0, 7))[0])
 
 
 @pytest.mark.parametrize(
@@ -183,7 +181,7 @@ def test_reduction_is_the_largest_that_leaves_every_crop_twice_as_large_as_its_v
 
 def test_views_of_a_shrunk_image_equal_those_of_the_full_one(large):
     crops, factors = RandomCrops(recipe("mocov2", 64), seed=1), set()
-    full = decode_file(large.path(0))
+    full = large.read(0)
     for epoch in range(20):
         sample = (epoch, 0)
         factors.add(crops.reduction(1400, 1600, sample))

@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import on_two_ranks
-from data_helpers import set_rank, smooth_rgb
+from data_helpers import read, set_rank, smooth_rgb, some_photographs
 from metric_helpers import eleven_points_by_hand
 from PIL import Image
 from torch import nn
 from torchvision import transforms
 
+from moco.data.loader import EvalBatchSampler
 from moco.errors import InputError
 from moco.evaluate import voc_layer
 
@@ -197,3 +198,17 @@ def test_test_views_are_torchvisions_five_crops_and_validation_views_are_stretch
         assert a.shape == (3, 30, 30) and (a.int() - pixels(b)).abs().max() <= 1
     (stretched,) = voc_layer.Stretched(30)(image, (0, 0))
     assert (stretched.int() - pixels(transforms.Resize([30, 30])(theirs))).abs().max() <= 1
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(
+    "transform", [voc_layer.Stretched(24), voc_layer.Augmented(24, 0), voc_layer.FiveCrops(24)]
+)
+def test_the_loader_yields_the_views_of_each_transform(transform, workers):
+    images = some_photographs().subset(np.arange(7))
+    found = read(images, EvalBatchSampler(7, 4), transform, workers)
+    assert [len(batch.index) for batch in found] == [4, 3]
+    for batch in found:
+        for i, *views in zip(batch.index.tolist(), *batch.views, strict=True):
+            expected = transform(images.read(i), (0, i))
+            assert all(map(torch.equal, views, expected)) and len(views) == len(expected)
