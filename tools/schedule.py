@@ -159,8 +159,8 @@ def load(
     images = images or of_run.images or images_of(config, comments)
     given = config.input
     batch_is_per_node = not (given.batch_is_per_process or given.batch_is_of_all_nodes)
-    if processes is None and of_run.processes and batch_is_per_node:
-        # the recorded processes are those of all nodes
+    if (processes or of_run.processes) and batch_is_per_node:
+        # these are processes of all nodes
         config = replaced(config, batch_size=given.batch_size * of_run.nodes)
     processes = processes or of_run.processes or processes_of(comments)
     if trains:

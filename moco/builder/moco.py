@@ -65,7 +65,9 @@ def contrast(
         sums = []
         for i, power in enumerate(powers, 1):
             if mixed is None:
-                one, above, top = bank_log_sum(q, positive, queue, T / power)
+                one, *numbers = bank_log_sum(q, positive, queue, T / power)
+                if power == max(powers):  # `hardest` has the smallest rounding error
+                    above, top = numbers
             else:
                 # `mixed_log_sum` overwrites the similarities
                 copy = similarity if i == len(powers) else similarity.clone()

@@ -104,7 +104,7 @@ def decode(
             _, decoder = jpeg.decoder()
             image = decoder(data, header)
         return exif.turned(image, turn)
-    except (RuntimeError, ValueError, OSError, IndexError):
+    except (RuntimeError, ValueError, OSError, IndexError, SyntaxError):  # Pillow raises the last
         return _decode_with_pil(raw, name, settings)
 
 

@@ -7,7 +7,7 @@ from data_helpers import BAD, smooth_rgb, some_photographs, write_large_photogra
 from decoding_helpers import decode_file, png16
 from PIL import Image
 
-from moco.data import decoding
+from moco.data import decoding, jpeg
 from moco.data.decoding import Decoding, decode_full, decoded_size
 from moco.errors import InputError
 
@@ -97,6 +97,16 @@ def test_decode_returns_the_first_frame_of_an_animation(tmp_path):
     with Image.open(tmp_path / "moves.gif") as gif:
         assert gif.n_frames == 3
     assert_decodes_to(tmp_path / "moves.gif", np.asarray(frames[0]), tolerance=4)
+
+
+@pytest.mark.parametrize("name", [name for name, _ in jpeg.working()])
+@pytest.mark.parametrize("content", [b"", b"\xff" * 3000, b"\xff\xc0\0\3", b"\xff\xdb\0\5\7\7\7"])
+def test_damaged_headers_are_errors_with_every_decoder(name, content, tmp_path, monkeypatch):
+    decoder = next(one for one in jpeg.working() if one[0] == name)
+    monkeypatch.setattr(jpeg, "decoder", lambda: decoder)
+    (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff" + content)
+    with pytest.raises(InputError, match=r"broken\.jpg"):
+        decode_file(str(tmp_path / "broken.jpg"))
 
 
 @BAD
