@@ -102,7 +102,7 @@ PARTS = (
     Part(
         "step",
         "A full step",
-        "step.py --arch resnet18 --size 64",
+        "step.py --arch resnet18 --size 64 --rounds 31",
         "One optimizer step in fp32, with one process and with two. The views are in memory. "
         "plain: MoCo with a momentum update per parameter and concatenated logits; it gathers all "
         "images to shuffle them. AdCo's bank has as many entries as MoCo's queue.",
