@@ -70,7 +70,7 @@ PARTS = (
         "the gradient. topk: the search for the hardest negatives; product: the similarities; "
         "amax: one pass over them. Two targets are out of reach. topk_over_pass: the search "
         "selects among 2 x 8192 numbers per query, which takes several times as long as one pass "
-        "over the similarities. synco_over_moco: .35 of moco is 1.6 ms. The search alone takes "
+        "over the similarities. synco_over_moco: .35 of moco is 1.5 ms. The search alone takes "
         "longer, the random draws 1.1 ms, the norms and weights of the synthetic negatives 1.5 "
         "ms, and SynCo computes all similarities before it can select, so no block of the bank "
         "serves both products. This ratio was 1.42 when moco took twice as long; since then, "
