@@ -18,7 +18,7 @@ import textwrap
 from pathlib import Path
 
 import measure
-from parts import INTRODUCTION, LONGER, PARTS, PEERS, Part
+from parts import INTRODUCTION, LONGER, OUT_OF_REACH, PARTS, PEERS, Part
 
 from moco.files import write_json
 
@@ -111,7 +111,8 @@ def conditions(measured: list[dict]) -> str:
 
 
 def targets(found: list[tuple[Part, dict]]) -> list[str]:
-    """Return the table of all figures that have a target."""
+    """Return the table of all figures that have a target, and why some are out of reach."""
+    reasons = {}
     lines = [
         "## Targets",
         "",
@@ -121,10 +122,18 @@ def targets(found: list[tuple[Part, dict]]) -> list[str]:
     for part, results in found:
         for name, limits in results["targets"].items():
             target = measure.Target(**limits)
-            verdict = "met" if target.is_met(results[name]) else "**missed**"
-            words = part.figures.get(name, f"`{name}`")
+            met, words = target.is_met(results[name]), part.figures.get(name, f"`{name}`")
+            verdict = "met" if met else "**missed**"
             cells = [words, str(target), number(results[name]), verdict, link(part)]
             lines.append(f"| {' | '.join(cells)} |")
+            if not met and name in OUT_OF_REACH:
+                reasons[name] = f"- {words}, {target}: out of reach. {OUT_OF_REACH[name]}"
+    if reasons:
+        lines.append("")
+    for reason in reasons.values():
+        lines += textwrap.wrap(
+            reason, 130, subsequent_indent="  ", break_on_hyphens=False, break_long_words=False
+        )
     return lines
 
 
