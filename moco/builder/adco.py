@@ -197,17 +197,16 @@ class AdCo(QueryAndKey):
         scale = len(pairs) / (1 + self.symmetric)
         positive = near.detach().gather(1, label[:, None]).squeeze(1)  # [N]
         joint = distributed.all_gather_with_gradient(torch.cat([q, positive[:, None]], 1))
-        joint_q, of_keys = joint[:, :-1].contiguous(), joint[:, -1]  # [W N, C], [W N]
+        joint_q, joint_positive = joint[:, :-1].contiguous(), joint[:, -1]  # [W N, C], [W N]
         bank = self.bank[self.shard(rank)]  # [K / W, C]
         # `ascend` is faster with the similarities; keep them unless they are larger than the bank
         keep = not self._passes and len(joint_q) <= bank.shape[1]
-        sums = bank_log_sums(joint_q, of_keys, bank, self.T, self.ascent.T, keep)
+        sums = bank_log_sums(joint_q, joint_positive, bank, self.T, self.ascent.T, keep)
 
         above, hardest, of_bank = self._of_all_shards(sums)
         self._note_pass(joint_q, near, of_bank, sums, scale)
         with torch.no_grad():
-            above = above + (near > positive[:, None]).sum(1)
-            metrics = rank_accuracy(above)
+            metrics = rank_accuracy(above + (near > positive[:, None]).sum(1))
             metrics |= feature_statistics(pairs[0][0], positive[:B], hardest[:B])
         of_bank = distributed.exchange(sums.of_encoder.view(W, -1)).logsumexp(0)  # [N]
         return keys_and_bank_nce(near, label, of_bank, self.T) * scale, metrics

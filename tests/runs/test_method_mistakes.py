@@ -200,7 +200,7 @@ def test_a_checkpoint_of_another_data_set_is_not_resumed(checkpoints, images, sc
 def test_a_checkpoint_of_other_images_is_resumed_with_a_warning(
     form, checkpoints, shared_images, script, tmp_path
 ):
-    """As many images, with other names, labels or in another order."""
+    """Give as many images, with other names or labels, or in another order."""
     method, *options = METHODS["sogclr"]
     data = Path(shutil.copytree(shared_images, tmp_path / "images"))
     run = tmp_path / "run"
