@@ -86,6 +86,11 @@ def main() -> int:
     p = measure.parser(__doc__)
     p.add_argument("recipes", nargs="*", type=Path, help="config files (default: all in configs/)")
     options = p.parse_args()
+    for file in options.recipes:
+        if not file.is_file():
+            p.error(f"{file}: no such file")
+        if not script(file):
+            p.error(f"{file}: is not a recipe of pre-training; leave it out")
     files = options.recipes or sorted((measure.ROOT / "configs").glob("*.yaml"))
     base_config, base = count(measure.ROOT / "configs" / f"{BASE}.yaml", "main_synco")
     rows = []

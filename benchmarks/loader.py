@@ -57,6 +57,7 @@ from moco.config import MEAN, STD
 from moco.data import cache, jpeg, loader, sources
 from moco.data.decoding import DEFAULT, Decoding
 from moco.data.images import ImageArray, ImageFolder
+from moco.errors import InputError
 from moco.sections import Input
 
 WIDTH, HEIGHT = 500, 375
@@ -227,7 +228,7 @@ def in_memory(data: Path | None, n: int) -> ImageArray:
         (held,) = cache.load(Input(cache_images="on"), folder.subset(rows))
         found = held.read_batch(np.arange(len(held)), lambda height, width: True)
         if found is None:
-            raise SystemExit(f"--data {data}: the images differ in size; give images of one size")
+            raise InputError(f"--data {data}: the images differ in size; give images of one size")
         pixels = np.ascontiguousarray(found.numpy())
     else:
         photos = photographs()

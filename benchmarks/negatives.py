@@ -102,6 +102,8 @@ def main() -> None:
     )
     measure.add_device(parser)
     args = parser.parse_args()
+    if not any(args.counts):
+        parser.error("--counts: at least one of the six numbers must be above 0")
     if args.n_hard > args.k:
         parser.error(f"--n-hard {args.n_hard} is larger than the queue (--k {args.k}); lower it")
     device = torch.device(args.device)

@@ -39,7 +39,10 @@ RANGES |= dict.fromkeys(("--start", "--hop", "--hop-out"), LATENCY)
 
 def main() -> int:
     """Run the parts that the options name; return the exit status."""
-    options = parser().parse_args()
+    p = parser()
+    options = p.parse_args()
+    if not (options.predict or options.check or options.shards or options.write):
+        p.error("nothing to do; give --predict, --check, --shards or --write")
     file = options.json or RESULTS
     found = json.loads(file.read_text()) if file.exists() else {}
     status = 0
@@ -50,6 +53,7 @@ def main() -> int:
     if options.predict:
         status |= predictions(options, found)
         write_json(file, found)
+        print(file)
     if options.write:
         scaling_page.write(PAGE, found)
         print(PAGE)

@@ -4,7 +4,10 @@ import importlib
 import sys
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, write_images
+from PIL import Image
+
+from moco.errors import InputError
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
@@ -13,6 +16,8 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
     ("command", "named"),
     [
         ("cost --rounds 0", "--rounds"),
+        ("cost configs/nofile.yaml", "configs/nofile.yaml"),
+        (f"cost {ROOT}/configs/lincls_moco.yaml", "lincls_moco.yaml"),
         ("ddp --processes 0", "--processes"),
         ("ddp --arch nonet", "--arch"),
         ("ddp --batch 1", "--batch"),
@@ -40,10 +45,12 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
         ("negatives --n 0", "--n"),
         ("negatives --n-hard 70000", "--n-hard"),
         ("negatives --counts 1 1 1 1 1 -1", "--counts"),
+        ("negatives --counts 0 0 0 0 0 0", "--counts"),
         ("probe --arch nonet", "--arch"),
         ("probe --epochs 0", "--epochs"),
         ("probe --data nofolder", "--data"),
         ("run nopart", "nopart"),
+        ("scaling", "--predict"),
         ("scaling --node 0", "--node"),
         ("scaling --network 0", "--network"),
         ("scaling --efficiency 1.5", "--efficiency"),
@@ -71,3 +78,11 @@ def test_a_senseless_option_is_one_line(command, named, monkeypatch, capsys):
     assert status == 2
     assert named in error.splitlines()[-1]
     assert name == "run" or len(error.splitlines()) == 1
+
+
+def test_the_loader_s_benchmark_refuses_images_of_several_sizes(tmp_path):
+    data, loader = write_images(tmp_path), importlib.import_module("loader")
+    assert len(loader.in_memory(data, 24)) == 24
+    Image.new("RGB", (41, 40)).save(data / "train" / "class0" / "0.jpg")
+    with pytest.raises(InputError, match="the images differ in size"):
+        loader.in_memory(data, 24)
