@@ -231,7 +231,8 @@ def _read(place: Path, files: tuple[File, ...]) -> _Read:
         for k, file in enumerate(there)
         if file in wanted
     }
-    return None, kept, f" ({len(files) - len(kept)} are new or have changed)"
+    changed = counted(len(files) - len(kept), "is new or has changed", "are new or have changed")
+    return None, kept, f" ({changed})"
 
 
 def _arrays(place: Path) -> dict[str, np.ndarray]:

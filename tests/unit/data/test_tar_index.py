@@ -73,7 +73,7 @@ def test_a_file_with_the_same_size_and_another_time_has_changed(shards, capsys):
     load(shards)
     os.utime(shards / "0.tar", ns=(1, 1))
     load(shards)
-    assert "(1 are new or have changed)" in capsys.readouterr().err
+    assert "(1 is new or has changed)" in capsys.readouterr().err
 
 
 def corrupt(folder, /, **changes):
