@@ -57,9 +57,12 @@ def read_bytes(path: str) -> np.ndarray:
             return _read(descriptor)
         finally:
             os.close(descriptor)
+    except FileNotFoundError:
+        if os.path.islink(path):
+            raise _unreadable(path, "a broken link") from None
+        raise InputError(f"{path}: unreadable image (the file is missing); restore it") from None
     except OSError as error:
-        broken = isinstance(error, FileNotFoundError) and os.path.islink(path)
-        raise _unreadable(path, "a broken link" if broken else error) from None
+        raise _unreadable(path, error) from None
 
 
 def _read(descriptor: int) -> np.ndarray:

@@ -121,7 +121,8 @@ def test_the_error_names_the_file_that_decode_cannot_read(tmp_path, write_bad):
 def test_the_error_names_a_file_that_does_not_exist(tmp_path):
     with pytest.raises(InputError) as error:
         decode_file(str(tmp_path / "gone.jpg"))
-    assert str(tmp_path / "gone.jpg") in str(error.value)
+    path = tmp_path / "gone.jpg"
+    assert str(error.value) == f"{path}: unreadable image (the file is missing); restore it"
 
 
 @pytest.mark.parametrize("factor", [2, 4, 8])
