@@ -5,6 +5,7 @@ Workers do no color operations: `augment.color` does them on the device.
 
 import atexit
 import contextlib
+import errno
 import signal
 import sys
 import warnings
@@ -23,6 +24,7 @@ from moco.data.batch import Batch, reserve
 from moco.data.images import Images
 from moco.data.views import CenterCrop, RandomCrops, SampleId, Transform, Views, bytes_per_image
 from moco.errors import InputError
+from moco.messages import counted
 from moco.sections import Input
 
 __all__ = [
@@ -207,11 +209,13 @@ def batches(
     `input.workers` is the number of worker processes of a node, for `input.batch_size` images. Each
     rank starts a fraction of them, according to its `input.batch_per_process`, rounded up.
 
-    Raises InputError if an image cannot be read, unless `skip_unreadable`.
+    Raises InputError if an image cannot be read, unless `skip_unreadable`, or if workers cannot
+    start.
     """
     cuda = device.type == "cuda"
     stream = torch.cuda.Stream(device) if cuda else None
     workers = -(-input.workers * input.batch_per_process // input.batch_size)
+    _check_semaphores(workers)
     jpeg.decoder()  # before workers are forked, which then share its memory
     # two more than are prefetched: the loop may still hold two batches
     slots = reserve(workers, _PREFETCH + 2, input.batch_per_process * bytes_per_image(crop))
@@ -227,6 +231,25 @@ def batches(
         if isinstance(batch, InputError):
             raise batch
         yield _moved(batch, device, stream)
+
+
+def _check_semaphores(workers: int) -> None:
+    """Raise InputError if /dev/shm has no space for the semaphores of this many workers.
+
+    A DataLoader that fails to start prints a traceback, even if its error is caught. So this makes
+    what a DataLoader shares with its workers, and frees it.
+    """
+    try:
+        if workers:
+            _ = mp.Event(), [mp.Queue() for _ in range(workers + 1)]
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        processes = counted(workers, "loader process", "loader processes")
+        raise InputError(
+            f"/dev/shm is full, so {processes} cannot start; free space there, give a container "
+            "more of it, or give --workers 0"
+        ) from None
 
 
 def _unchanged(batch: Batch | InputError) -> Batch | InputError:

@@ -1,5 +1,7 @@
 """Tests of `moco.data.loader`: what a run sees does not depend on the number of workers."""
 
+import errno
+import multiprocessing.synchronize
 import os
 import subprocess
 import sys
@@ -121,6 +123,16 @@ def test_more_workers_than_cores_give_no_warning(photographs, recwarn):
     workers = os.cpu_count() + 1
     assert len(read(photographs, EvalBatchSampler(38, 38), CenterCrop(32), workers)) == 1
     assert not [warning for warning in recwarn if "worker" in str(warning.message)]
+
+
+def test_a_full_dev_shm_is_one_line(photographs, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(multiprocessing.synchronize.SemLock, "__init__", full)
+    with pytest.raises(InputError, match="/dev/shm is full, so 2 loader processes cannot start; "):
+        read(photographs, EvalBatchSampler(38, 38), CenterCrop(32), 2)
+    assert len(read(photographs, EvalBatchSampler(38, 38), CenterCrop(32), 0)) == 1
 
 
 def test_a_program_that_leaves_batches_unread_can_exit():
