@@ -79,7 +79,13 @@ def convert(args: argparse.Namespace) -> None:
 
 
 def _check_state(out: Path, splits: "dict[str, EncodedImages]", shard_size: int) -> None:
-    """Record what OUT is made from. Raises InputError if it was made from something else."""
+    """Record what OUT is made from.
+
+    Raises InputError if it was made from something else, or if the scripts would read other images
+    in it than those of the tar files.
+    """
+    from moco.data.splits import FOLDERS
+
     facts: dict[str, object] = {"shard_size": shard_size}
     for split, images in splits.items():
         digest = hashlib.sha256(repr(images.classes).encode() + images.content()).hexdigest()
@@ -94,6 +100,12 @@ def _check_state(out: Path, splits: "dict[str, EncodedImages]", shard_size: int)
         return
     if there := sorted(out.glob("*.tar")):
         raise InputError(f"{there[0]}: exists already; choose an empty folder")
+    folders = (out / name for names in FOLDERS.values() for name in names)
+    if there := [folder for folder in folders if folder.is_dir()]:
+        raise InputError(
+            f"{there[0]}: exists, and its images would be used instead of the tar files; choose an "
+            "empty folder"
+        )
     with replacing(out / STATE) as file:
         file.write(f"{text}\n".encode())
 

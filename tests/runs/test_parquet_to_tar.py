@@ -90,6 +90,7 @@ def test_a_stopped_conversion_continues(call, parquet, tmp_path, monkeypatch):
         (lambda out: None, ("--shard-size", 0), "--shard-size"),
         (lambda out: out.write_text(""), (), "out: cannot be written"),
         (lambda out: (out.mkdir(), (out / "a.tar").touch()), (), "a.tar: exists already; choose"),
+        (lambda out: (out / "test").mkdir(parents=True), (), "out/test: exists, and its images"),
         (
             lambda out: (out.mkdir(), (out / parquet_to_tar.STATE).write_text("{}")),
             (),
