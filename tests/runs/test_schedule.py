@@ -390,6 +390,13 @@ def test_the_args_yaml_of_a_run_is_a_recipe(run):
     assert tool.processes_of("") == 8
 
 
+@pytest.mark.parametrize("script", ["adco", "fnc", "mocov3", "sogclr"])
+def test_a_run_may_have_used_devices_that_this_machine_lacks(script, tmp_path):
+    (tmp_path / "args.yaml").write_text(f"script: {script}\ngpu: 99\ndist-backend: nccl\n")
+    of = tool.load(tmp_path / "args.yaml", (), images=50_000, processes=4)
+    assert of.processes == 4 and of.steps_per_epoch == 50_000 // of.batch
+
+
 @pytest.mark.parametrize(
     ("words", "what"),
     [
