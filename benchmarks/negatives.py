@@ -21,10 +21,10 @@ The search for the hardest negatives is measured on its own (topk), next to two 
 similarities: the row maxima (amax), which read them once, and the product that computes them
 (product).
 
-Two targets are out of reach. topk_over_pass: one pass takes 0.1 ns per similarity on two cores. The
-search also selects among 2 x 8192 numbers per query (N 32, K 65536, n_hard 1024), in NumPy on one
-core, and sorts 1024. This alone takes several times as long as the pass. synco_over_moco: .35 of
-moco is 1.5 ms on two cores. SynCo needs in addition
+Two targets are out of reach. topk_over_pass: one pass takes .1 to .2 ns per similarity on two
+cores. The search also selects among 2 x 8192 numbers per query (N 32, K 65536, n_hard 1024), in
+NumPy on one core, and sorts 1024. This alone takes several times as long as the pass.
+synco_over_moco: .35 of moco is 1.5 ms on two cores. SynCo needs in addition
 
     1.9 ms  the search
     1.1 ms  random draws, of which 262,144 normal numbers take .7 ms on one core
