@@ -106,7 +106,7 @@ class EffectsParser(OneLineParser):
         return noted
 
     def _of_recipe(self, dest: str, off: tuple[object, ...]) -> bool:
-        """Return whether a recipe sets an option to a value that is neither `off` nor the default."""
+        """Return whether a recipe sets an option to a value other than `off` and its default."""
         return not self.of_args_yaml and self.recipe.get(dest) not in (*off, self.own.get(dest))
 
     def _name(self, dest: str) -> str:
