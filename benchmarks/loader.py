@@ -77,7 +77,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help=own)
     count = (
         "images in one batch (default: 32); with --small: in an epoch (default: 50,000); with "
-        "--shards: in all (default: 4000)"
+        "--large and --shards: in all (default: 4 and 4000)"
     )
     parser.add_argument("--images", type=measure.at_least(1), help=count)
     parser.add_argument(
