@@ -68,11 +68,12 @@ def main() -> None:
     """Run the benchmark."""
     parser = measure.parser(__doc__.splitlines()[0])
     parser.set_defaults(rounds=None)
-    parser.add_argument("--small", action="store_true", help="measure an epoch of 32-pixel images")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--small", action="store_true", help="measure an epoch of 32-pixel images")
     large_ = "measure JPEGs of 4000x3000 pixels, without and with --shrink-on-decode"
-    parser.add_argument("--large", action="store_true", help=large_)
+    what.add_argument("--large", action="store_true", help=large_)
     shards = "compare reading from tar, arrow and parquet files with reading image files"
-    parser.add_argument("--shards", action="store_true", help=shards)
+    what.add_argument("--shards", action="store_true", help=shards)
     own = "with --small: a folder with train/CLASS/*.jpg, all of one size, instead of patches"
     parser.add_argument("--data", type=Path, help=own)
     count = (
@@ -90,6 +91,8 @@ def main() -> None:
         "--compile", action="store_true", help="have torch.compile fuse our color operations"
     )
     args = parser.parse_args()
+    if args.data and not args.small:
+        parser.error(f"--data {args.data} has no effect: it is for --small; give both, or neither")
     torch.set_num_threads(1)
     if args.compile:
         color.compile_operations()
