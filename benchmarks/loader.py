@@ -23,8 +23,8 @@ crops     ours without the color operations
 colors    the color operations alone, in the main process
 
 With --large, the script measures host with JPEGs of 4000x3000 pixels, without and with
---shrink-on-decode, for each decoder that is installed. The ratio on_over_off is the images per
-second with the option, divided by those without it.
+--shrink-on-decode, and each installed decoder alone. The ratio on_over_off is the images per second
+with the option, divided by those without it.
 
 With --shards, the script measures reading from tar, arrow and parquet files; see loader_shards.py.
 """
@@ -100,7 +100,6 @@ def main() -> None:
         (small if args.small else large)(args)
         return
     if args.shards:
-        args.images, args.rounds = args.images or 4000, args.rounds or 5
         loader_shards.run(args, make)
         return
     args.images, args.rounds = args.images or 32, args.rounds or 9
@@ -382,10 +381,8 @@ def make(folder: Path, images: int) -> list[int]:
     draw, sizes = random.Random(0), []
     while len(sizes) < images:
         photograph = draw.choice(photos)
-        left, top = (
-            draw.randint(0, photograph.width - WIDTH),
-            draw.randint(0, photograph.height - HEIGHT),
-        )
+        left = draw.randint(0, photograph.width - WIDTH)
+        top = draw.randint(0, photograph.height - HEIGHT)
         patch = photograph.crop((left, top, left + WIDTH, top + HEIGHT))
         for quality in range(98, 50, -2):
             file = io.BytesIO()
