@@ -23,8 +23,8 @@ crops     ours without the color operations
 colors    the color operations alone, in the main process
 
 With --large, the script measures host with JPEGs of 4000x3000 pixels, without and with
---shrink-on-decode, for each decoder that is installed. The ratio on_over_off is the images per
-second with the option, divided by those without it.
+--shrink-on-decode, and each installed decoder alone. The ratio on_over_off is the images per second
+with the option, divided by those without it.
 
 With --shards, the script measures reading from tar, arrow and parquet files; see loader_shards.py.
 """
@@ -69,16 +69,17 @@ def main() -> None:
     """Run the benchmark."""
     parser = measure.parser(__doc__.splitlines()[0])
     parser.set_defaults(rounds=None)
-    parser.add_argument("--small", action="store_true", help="measure an epoch of 32-pixel images")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--small", action="store_true", help="measure an epoch of 32-pixel images")
     large_ = "measure JPEGs of 4000x3000 pixels, without and with --shrink-on-decode"
-    parser.add_argument("--large", action="store_true", help=large_)
+    what.add_argument("--large", action="store_true", help=large_)
     shards = "compare reading from tar, arrow and parquet files with reading image files"
-    parser.add_argument("--shards", action="store_true", help=shards)
+    what.add_argument("--shards", action="store_true", help=shards)
     own = "with --small: a folder with train/CLASS/*.jpg, all of one size, instead of patches"
     parser.add_argument("--data", type=Path, help=own)
     count = (
         "images in one batch (default: 32); with --small: in an epoch (default: 50,000); with "
-        "--shards: in all (default: 4000)"
+        "--large and --shards: in all (default: 4 and 4000)"
     )
     parser.add_argument("--images", type=measure.at_least(1), help=count)
     parser.add_argument(
@@ -91,6 +92,8 @@ def main() -> None:
         "--compile", action="store_true", help="have torch.compile fuse our color operations"
     )
     args = parser.parse_args()
+    if args.data and not args.small:
+        parser.error(f"--data {args.data} has no effect: it is for --small; give both, or neither")
     torch.set_num_threads(1)
     if args.compile:
         color.compile_operations()
@@ -98,7 +101,6 @@ def main() -> None:
         (small if args.small else large)(args)
         return
     if args.shards:
-        args.images, args.rounds = args.images or 4000, args.rounds or 5
         loader_shards.run(args, make)
         return
     args.images, args.rounds = args.images or 32, args.rounds or 9
@@ -380,10 +382,8 @@ def make(folder: Path, images: int) -> list[int]:
     draw, sizes = random.Random(0), []
     while len(sizes) < images:
         photograph = draw.choice(photos)
-        left, top = (
-            draw.randint(0, photograph.width - WIDTH),
-            draw.randint(0, photograph.height - HEIGHT),
-        )
+        left = draw.randint(0, photograph.width - WIDTH)
+        top = draw.randint(0, photograph.height - HEIGHT)
         patch = photograph.crop((left, top, left + WIDTH, top + HEIGHT))
         for quality in range(98, 50, -2):
             file = io.BytesIO()

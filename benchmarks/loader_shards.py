@@ -36,6 +36,7 @@ DIFFERENT = 64  # images; the others are copies, because making them takes long
 
 def run(args: argparse.Namespace, make: Callable[[Path, int], list[int]]) -> None:
     """Measure all forms. `make(folder, n)` writes n JPEGs and returns their sizes."""
+    args.images, args.rounds = args.images or 4000, args.rounds or 5
     with tempfile.TemporaryDirectory() as root:
         sizes = make(Path(root, "made"), min(args.images, DIFFERENT))
         forms = write(Path(root), args.images)

@@ -22,7 +22,7 @@ import moco as _first  # noqa: F401 (before torch: sets how its threads wait)
 import torch
 
 from moco import devices
-from moco.cli import tool, values
+from moco.cli import actions, tool, values
 from moco.encoder import networks
 from moco.errors import InputError
 from moco.files import numbered_paths, write_json
@@ -55,9 +55,7 @@ def parser(description: str) -> tool.OneLineParser:
 
 def bare_parser(description: str) -> tool.OneLineParser:
     """Return a parser that shows defaults. Its errors are one line."""
-    return tool.OneLineParser(
-        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    return tool.OneLineParser(description=description, formatter_class=actions.Help)
 
 
 def at_least(least: int) -> Callable[[str], int]:

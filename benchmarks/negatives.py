@@ -17,24 +17,12 @@ exponentials, one for their sums, and the product of exponentials and bank for t
 no maxima, metrics or autograd. floor does each on the full [N, K] matrix. blocks does all four on
 one block of the bank after the other. moco_over_floor compares with the faster one.
 
-The search for the hardest negatives is measured on its own (topk), next to two passes over the
-similarities: the row maxima (amax), which read them once, and the product that computes them
-(product).
-
-Two targets are out of reach. topk_over_pass: one pass takes 0.1 ns per similarity on two cores. The
-search also selects among 2 x 8192 numbers per query (N 32, K 65536, n_hard 1024), in NumPy on one
-core, and sorts 1024. This alone takes several times as long as the pass. synco_over_moco: .35 of
-moco is 1.5 ms on two cores. SynCo needs in addition
-
-    1.9 ms  the search
-    1.1 ms  random draws, of which 262,144 normal numbers take .7 ms on one core
-    1.5 ms  the norms of the synthetic negatives, and their similarities
-     .6 ms  their exponentials, and their part of the gradient
-     .8 ms  for the product and the exponentials of the full [N, K] matrix: it must know all
-            similarities before it can select, so no block of the bank serves both products
-
-Keeping each block's similarities would save the last line, but the search would then read them more
-slowly by as much.
+Parts of synco are measured on their own: the random draws (draw), the search for the hardest
+negatives (topk), and the norms and similarities of the synthetic negatives (mix). Next to them are
+two passes over the similarities of the bank: the row maxima (amax), which read them once, and the
+product that computes them (product). synco_parts_over_moco is the time of moco, draw, mix and amax
+together over that of moco: SynCo needs them even if its search took one pass, and the exponentials
+and the gradient of its synthetic negatives took no time.
 """
 
 import copy
@@ -83,6 +71,7 @@ def solo_learn() -> Callable[..., Tensor] | None:
 SOLO = solo_learn()
 
 T = 0.2
+PARTS = ("draw", "topk", "mix", "product", "amax")  # of synco, and to compare with them
 AFTER_WARMUP = Progress(epoch=1)
 
 
@@ -112,7 +101,7 @@ def main() -> None:
     check(heads)
     names = ["moco", "plain", "floor", "synco", "explicit", "blocks", "loop", "step"]
     names += ["lightly"] * bool(NTXentLoss) + ["solo"] * bool(SOLO)
-    candidates = {name: getattr(heads, name) for name in [*names, "topk", "product", "amax"]}
+    candidates = {name: getattr(heads, name) for name in [*names, *PARTS]}
     times = measure.side_by_side(candidates, args.rounds, device)
     seconds = measure.medians(times)
     memory = {name: measure.peak_memory(run, device) for name, run in candidates.items()}
@@ -121,10 +110,13 @@ def main() -> None:
         for name in candidates
     ]
     floor = times[min("floor", "blocks", key=seconds.get)]
+    parts = (times[name] for name in ("moco", "draw", "mix", "amax"))
+    together = [sum(one_round) for one_round in zip(*parts, strict=True)]
     ratios = {
         "moco_over_floor": measure.ratio(times["moco"], floor),
         "moco_over_plain_moco": measure.ratio(times["moco"], times["plain"]),
         "synco_over_moco": measure.ratio(times["synco"], times["moco"]),
+        "synco_parts_over_moco": measure.ratio(together, times["moco"]),
         "synco_over_plain_moco": measure.ratio(times["synco"], times["plain"]),
         "loop_extra_over_ours_extra": measure.extra(times["loop"], times["plain"])
         / measure.extra(times["synco"], times["moco"]),
@@ -245,6 +237,16 @@ class Heads:
         """Return the similarities of the queries to the bank, [N, K]."""
         return self.product()
 
+    @cached_property
+    def hard(self) -> Tensor:
+        """Return the indices of the hardest negatives, by our search."""
+        return self.topk()
+
+    @cached_property
+    def drawn(self) -> synthetic.Draws:
+        """Return random draws."""
+        return self.draw()
+
     @torch.no_grad()
     def product(self) -> Tensor:
         """Compute the similarities of the queries to the bank, [N, K]."""
@@ -253,6 +255,12 @@ class Heads:
     def topk(self) -> Tensor:
         """Search for the hardest negatives."""
         return hardest(self.similarity, self.config.n_hard)
+
+    def mix(self) -> synthetic.Mixture:
+        """Compute the norms and similarities of the synthetic negatives."""
+        return synthetic.mix(
+            self.q.detach(), self.bank, self.similarity, self.hard, self.config, self.drawn
+        )
 
     def amax(self) -> Tensor:
         """Read all similarities once."""

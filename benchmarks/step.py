@@ -5,8 +5,8 @@ The views are already in memory.
 
 plain     MoCo with a momentum update per parameter and concatenated logits. Every rank gathers all
           images to shuffle them, and the loss is read every step. Always in fp32, despite --amp.
-moco      our code, with one call for the momentum update, fused SGD, one [B, K] buffer, and
-          all-to-all. No value is read between log lines.
+moco      our code, with one call for the momentum update, fused SGD, a loss that reads the queue in
+          blocks, and all-to-all. No value is read between log lines.
 synco     moco with synthetic negatives
 adco      AdCo, with a bank of learned negatives, as many as the queue has entries
 """

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from moco import sections
 from moco.cli import tool, values
 from moco.config import Evaluation, replaced
-from moco.errors import InputError
+from moco.errors import InputError, ListError
 from moco.evaluate import feature_tables
 from moco.files import as_utf8, check_new, half_written, replacing
 from moco.launch import processes
@@ -279,7 +279,7 @@ def compute(
 ) -> None:
     """Compute the features that `parts` lacks. Show a progress bar on a terminal, else lines.
 
-    Raises InputError, which says that the same command continues.
+    Raises InputError, which says that the same command continues, and ListError, which does not.
     """
     import torch
     from tqdm import tqdm
@@ -308,6 +308,8 @@ def compute(
                 f"--batch-size {config.input.batch_size}: too large for the device's memory; "
                 "lower it"
             ) from None
+        except ListError:  # the files of the images have changed
+            raise
         except InputError as error:
             kept = f"the same command continues at image {parts.done}"
             raise InputError(f"{error}; {kept}") from None

@@ -183,13 +183,15 @@ def facts_of_run(recipe: Path) -> RunFacts:
     if recipe.name != "args.yaml":
         return NOT_RECORDED
     try:
-        nodes = read_yaml(str(recipe)).get("nodes") or 1
+        options = read_yaml(str(recipe))
     except InputError as error:
         raise InputError(f"{recipe}: {error}") from None
     found = record.read(recipe.parent)
-    counts = [found.get(name) for name in ("images", "processes")]
-    known = [count if type(count) is int and count > 0 else None for count in counts]
-    return RunFacts(*known, nodes)
+    counts = (found.get("images"), found.get("processes"), options.get("nodes"))
+    images, processes, nodes = (
+        count if type(count) is int and count > 0 else None for count in counts
+    )
+    return RunFacts(images, processes, nodes or 1)
 
 
 def assumed(args: argparse.Namespace, of_run: RunFacts) -> str:

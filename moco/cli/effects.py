@@ -87,7 +87,7 @@ class EffectsParser(OneLineParser):
             found = [
                 dest
                 for dest in rule.options
-                if rule.refuse and dest not in self.given and self._of_recipe(dest)
+                if rule.refuse and dest not in self.given and self._of_recipe(dest, rule.off)
             ]
             if not (given or found) or rule.when(args):
                 continue
@@ -105,9 +105,9 @@ class EffectsParser(OneLineParser):
             raise InputError(*refused)
         return noted
 
-    def _of_recipe(self, dest: str) -> bool:
-        """Return whether a recipe sets this option to a value other than the script's default."""
-        return not self.of_args_yaml and self.recipe.get(dest) not in (*OFF, self.own.get(dest))
+    def _of_recipe(self, dest: str, off: tuple[object, ...]) -> bool:
+        """Return whether a recipe sets an option to a value other than `off` and its default."""
+        return not self.of_args_yaml and self.recipe.get(dest) not in (*off, self.own.get(dest))
 
     def _name(self, dest: str) -> str:
         """Return the option that sets `args.dest`."""

@@ -17,8 +17,11 @@ from moco.data.images import Images
 from moco.engine import pretrain
 from moco.errors import InputError
 from moco.files import read_text, read_yaml
+from moco.launch import processes
 
 Build = Callable[[Images], nn.Module]
+
+ONE_PROCESS = processes.Plan("single", 1, 1, 0, 1, 0, "")
 
 # a command in the comments of a recipe, and the name of its script
 _COMMAND = re.compile(r"^# (?:python|torchrun .*?) (main_\w+)\.py ", re.MULTILINE)
@@ -81,6 +84,8 @@ def completed(
         mock.patch.object(pretrain, "train", lambda config, device, build: found.append(build)),
         # this would search for the data
         mock.patch.object(pretrain, "complete", lambda config, *_: config),
+        # this would search for the devices of the run, which another machine may have
+        mock.patch.object(processes, "plan", lambda _: ONE_PROCESS),
         contextlib.redirect_stdout(io.StringIO()),
     ):
         config = module.complete(config)

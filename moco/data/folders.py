@@ -364,7 +364,7 @@ def endings(counts: Counter[str]) -> str:
 def _print_left_out(
     folder: Path, listings: list[Listing], others: Counter[str], outside: int
 ) -> None:
-    """Print one line that counts what `scan` left out.
+    """Print one line that counts what the scan of `folder` left out.
 
     `others` counts the non-image files in the split's top folder by ending; `outside`, the images.
     """

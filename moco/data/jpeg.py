@@ -1,7 +1,7 @@
 """Decode JPEGs with torchcodec, torchvision or Pillow, whichever is there first.
 
 All three decode with libjpeg-turbo and return the same pixels, so that a run does not depend on
-what is installed. Pillow takes at least 1.3 times as long as the others.
+what is installed. Pillow is the slowest (docs/data.md has times).
 """
 
 import functools

@@ -124,9 +124,10 @@ def facts(folder: Path, name: str) -> File:
     return File(name, status.st_size, status.st_mtime_ns)
 
 
-def changed_error(path: str | Path) -> ListError:
-    """Return the error for a file that has been written to since it was listed."""
-    return ListError(f"{path}: has changed since it was listed; start again")
+def check_unchanged(path: str | Path, status: os.stat_result, file: File) -> None:
+    """Raise ListError if `status` says that a file is not the listed `file` any more."""
+    if (status.st_size, status.st_mtime_ns) != (file.size, file.mtime_ns):
+        raise ListError(f"{path}: has changed since it was listed; start again")
 
 
 def removed_error(path: str | Path) -> ListError:

@@ -49,7 +49,7 @@ class TableImages(EncodedImages):
     def encoded(self, i: int) -> np.ndarray:
         """Return the bytes in the row of image `i`; see `EncodedImages.encoded`.
 
-        Raises ListError if the file has changed since it was listed.
+        Raises ListError if the file has changed or been removed since it was listed.
         """
         file = self.files[self.table[i]]
         try:
@@ -102,7 +102,7 @@ def _opened(root: Path, file: File) -> Arrow | Parquet:
 
 
 def _check_unchanged(root: Path, file: File) -> None:
-    """Raise ListError if a file is not the listed `file` any more."""
+    """Raise ListError if a file is not the listed `file` any more, or has been removed."""
     path = root / file.name
     try:
         status = os.stat(path)
@@ -110,8 +110,7 @@ def _check_unchanged(root: Path, file: File) -> None:
         raise splits.removed_error(path) from None
     except OSError as error:
         raise unreadable(error).at(path) from None
-    if (status.st_size, status.st_mtime_ns) != (file.size, file.mtime_ns):
-        raise splits.changed_error(path)
+    splits.check_unchanged(path, status, file)
 
 
 # The layout.

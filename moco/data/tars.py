@@ -43,7 +43,8 @@ class TarImages(EncodedImages):
     def encoded(self, i: int) -> np.ndarray:
         """Return the content of the member of image `i`; see `EncodedImages.encoded`.
 
-        Raises ListError if the tar file has changed since it was listed.
+        Raises ListError if the tar file has changed since it was listed, or if it has been removed
+        before this process opened it.
         """
         file = self.files[self.shards[i]]
         data = np.empty(self.sizes[i], np.uint8)
@@ -57,11 +58,11 @@ class TarImages(EncodedImages):
                 # does not move the position in the file, which forked processes share
                 count = os.preadv(descriptor.number, [data[done:]], offset + done)
                 if not count:
-                    _check_unchanged(descriptor, path, file)
+                    splits.check_unchanged(path, os.fstat(descriptor.number), file)
                     raise OSError("the tar file is truncated")
                 done += count
             # it may have been written to since it was opened
-            _check_unchanged(descriptor, path, file)
+            splits.check_unchanged(path, os.fstat(descriptor.number), file)
         except OSError as error:
             raise self._unreadable(i, error.strerror or str(error)) from None
         return data
@@ -117,21 +118,15 @@ class _Descriptor:
 def _opened(path: str, file: File) -> _Descriptor:
     """Open a tar file. Each process keeps the last ones that it used open.
 
-    Raises OSError if it cannot be opened, and ListError if it is not the listed `file` any more.
+    Raises OSError if it cannot be opened, and ListError if it is not the listed `file` any more or
+    has been removed.
     """
     try:
         descriptor = _Descriptor(path)
     except FileNotFoundError:
         raise splits.removed_error(path) from None
-    _check_unchanged(descriptor, path, file)
+    splits.check_unchanged(path, os.fstat(descriptor.number), file)
     return descriptor
-
-
-def _check_unchanged(descriptor: _Descriptor, path: str, file: File) -> None:
-    """Raise ListError if an open tar file is not the listed `file` any more."""
-    status = os.fstat(descriptor.number)
-    if (status.st_size, status.st_mtime_ns) != (file.size, file.mtime_ns):
-        raise splits.changed_error(path)
 
 
 # The layout.

@@ -41,10 +41,8 @@ def announce(start: Start, images: Images, notes: list[str]) -> None:
     config, per_epoch = start.config, start.steps_per_epoch
     schedule, size, batch = config.optimizer, distributed.world_size(), start.batch
     if not per_epoch:
-        raise InputError(
-            f"{images.root}: {len(images)} images do not fill one batch of {batch}; "
-            "lower --batch-size"
-        )
+        few = counted(len(images), "image does", "images do")
+        raise InputError(f"{images.root}: {few} not fill one batch of {batch}; lower --batch-size")
     classes = counted(len(images.classes), "class", "classes")
     labels = f"of {classes}" if images.labelled else "without labels"
     if distributed.rank() == 0:

@@ -58,7 +58,7 @@ def measure(database: Features, queries: Features, ks: list[int], same: bool) ->
         )
     queries_of_all = len(distributed.all_gather_uneven(queries[1]))
     if left_out := queries_of_all - int(counted):
-        queries = "query has" if left_out == 1 else "queries have"
-        print_rank0(f"{left_out} {queries} no image of the same class to find; left out")
+        have = "query has" if left_out == 1 else "queries have"
+        print_rank0(f"{left_out} {have} no image of the same class to find; left out")
     found = {f"recall_{k}": recall / counted for k, recall in zip(ks, recalls, strict=True)}
     return {"map": precision / counted, **found}

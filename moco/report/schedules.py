@@ -85,7 +85,8 @@ def of_trainer(config: Training, images: int, processes: int, method: Method | N
     per_epoch = order.steps_per_epoch
     if not per_epoch:
         batch = each * processes * passes
-        raise InputError(f"{images} images do not fill one batch of {batch}; lower --batch-size")
+        few = counted(images, "image does", "images do")
+        raise InputError(f"{few} not fill one batch of {batch}; lower --batch-size")
     scale = lr_scale(schedule.learning_rate_scaling, each * processes * passes)
     base_lrs = _base_lrs(config, method)
 

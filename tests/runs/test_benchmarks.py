@@ -27,6 +27,7 @@ def test_negatives(tmp_path, counts):
     found = run("negatives", tmp_path, *sizes)
     assert {
         "synco_over_moco",
+        "synco_parts_over_moco",
         "loop_extra_over_ours_extra",
         "explicit_memory_over_ours",
     } < found.keys()

@@ -15,6 +15,7 @@ from shard_helpers import write_parquet, write_tars
 
 import moco
 import tools.embed
+from moco.data import tars
 from moco.data.folders import scan_flat
 from moco.engine.run_folder import LockedFolder
 from moco.evaluate import feature_parts, feature_tables
@@ -199,6 +200,20 @@ def test_unreadable_images_are_named(embed, folder, tmp_path):
     status, out, _ = embed()
     assert status == 0 and "continuing at image 16 of 35" in out
     assert len(np.load(tmp_path / "features.npz")["names"]) == 35
+
+
+def test_a_tar_file_that_changes_is_not_skipped(embed, images, tmp_path, monkeypatch):
+    data, read = write_tars(images, tmp_path / "shards"), tars.TarImages.encoded
+
+    def encoded(self, i):
+        if i == 20:
+            for file in self.files:
+                os.utime(self.root / file.name, ns=(1, 1))
+        return read(self, i)
+
+    monkeypatch.setattr(tars.TarImages, "encoded", encoded)
+    result = embed("features.npz", "--on-bad-image", "skip", data=data)
+    refused(result, ".tar: has changed since it was listed; start again\n", lines=3)
 
 
 def test_a_folder_of_unreadable_images_is_refused(embed, tmp_path):

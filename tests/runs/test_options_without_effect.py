@@ -241,6 +241,10 @@ def test_a_recipe_may_hold_what_another_choice_leaves_without_effect(until_launc
         f"--n-hard of {tmp_path}/c.yaml has no effect",
     ]
     assert until_launch("main_synco", f"--cfg {tmp_path / 'c.yaml'}") == (0, "", "")
+    (tmp_path / "c.yaml").write_text("sigma: 0\n")
+    status, out, err = until_launch("main_synco", f"--cfg {tmp_path / 'c.yaml'}")
+    assert status == 0 and not err
+    assert out.startswith(f"--sigma of {tmp_path}/c.yaml has no effect: there are no noise")
     assert until_launch(
         "main_moby",
         "--cfg configs/moby_swin_tiny.yaml --method byol -a resnet18 --online-drop-path 0",

@@ -375,6 +375,9 @@ def test_the_args_yaml_of_a_run_has_the_images_and_processes_of_the_run(run, cal
     _, said = call(run / "args.yaml")
     assert "48 images; total batch 16 = 4 per process x 4 processes x 1" in said.out
     assert call(run / "args.yaml", "--processes", 4)[1].out == said.out
+    (run / "args.yaml").write_text(yaml.safe_dump({**options, "nodes": "two"}))
+    assert "total batch 8 = 2 per process x 4" in call(run / "args.yaml")[1].out
+    (run / "args.yaml").write_text(yaml.safe_dump({**options, "nodes": 2}))
     (run / "status.json").unlink()
     status, said = call(run / "args.yaml", "--processes", 2)
     assert "1281167 images; total batch 16 = 8 per process x 2 processes" in said.out
@@ -388,6 +391,13 @@ def test_the_args_yaml_of_a_run_is_a_recipe(run):
     assert of.at(0) == {"lr": options["lr"], "momentum": options["moco_m"]}
     assert (of.batch, of.epochs) == (options["batch_size"], options["epochs"])
     assert tool.processes_of("") == 8
+
+
+@pytest.mark.parametrize("script", ["adco", "fnc", "mocov3", "sogclr"])
+def test_a_run_may_have_used_devices_that_this_machine_lacks(script, tmp_path):
+    (tmp_path / "args.yaml").write_text(f"script: {script}\ngpu: 99\ndist-backend: nccl\n")
+    of = tool.load(tmp_path / "args.yaml", (), images=50_000, processes=4)
+    assert of.processes == 4 and of.steps_per_epoch == 50_000 // of.batch
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,8 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
         ("gpu --minutes 0", "--minutes"),
         ("loader --images 0", "--images"),
         ("loader --size -1", "--size"),
+        ("loader --small --large", "--large"),
+        ("loader --data nofolder", "--data"),
         ("memory --arch nonet", "--arch"),
         ("memory --blocks 0", "--blocks"),
         ("memory --gib 0", "--gib"),

@@ -38,7 +38,7 @@ def test_targets(run, monkeypatch, tmp_path):
     link = "[negatives](#the-contrastive-head)"
     assert f"| {words} | <= 1.35 | 1.4 | **missed** | {link} |" in page
     assert f"| `other` | >= 6 | 6 | met | {link} |" in page
-    assert f"- {words}, <= 1.35: out of reach. With 32 queries" in page
+    assert f"- {words}, <= 1.35: out of reach. MoCo's head" in page
     assert "Settings: K 4096." in page and "| a\\|b | 1.25 |" in page
     assert "|  | `plain` | 2 |" in page and page.count("\n## ") == 3
 
