@@ -40,13 +40,13 @@ LONGER = (
 # why a target is out of reach, by the name of its figure; RESULTS.md has the reason if it is missed
 OUT_OF_REACH = {
     "synco_over_moco": "MoCo's head, the random draws, the norms and similarities of the "
-    "synthetic negatives, and one pass over the similarities take `synco_parts_over_moco` times as "
-    "long as MoCo's head. With 65,536 entries, this alone exceeds the target. With 262,144 "
-    "entries, it leaves almost no time for the rest: the search, which takes longer than one pass; "
-    "the exponentials and the gradient of the synthetic negatives; and all similarities, which "
-    "must be kept until the search has ended. MoCo's head does none of this. It takes half the "
-    "time of a head with concatenated logits, or less. `synco_over_plain_moco` compares SynCo's "
-    "head with that one. Both figures are in the sections below.",
+    "synthetic negatives, and one pass over the similarities of the bank take "
+    "`synco_parts_over_moco` times as long as MoCo's head. With 65,536 entries, this is more than "
+    "the target; with 262,144, about as much. SynCo also needs a search that takes longer than one "
+    "pass, the exponentials and the gradient of its synthetic negatives, and the similarities of "
+    "the whole bank, which it must keep until the search has ended. MoCo's head does none of this. "
+    "It takes half the time of a head with concatenated logits, or less. `synco_over_plain_moco` "
+    "compares SynCo's head with that one. Both figures are in the sections below.",
     "topk_over_pass": "One pass takes .1 to .2 ns per number on two cores. The search also selects "
     "1024 of 2 x 8192 numbers of each query and sorts them, which takes several times as long. The "
     "ratio of the search to the product that computes the similarities is `topk_over_product`.",
