@@ -83,7 +83,8 @@ def count(recipe: Path, name: str) -> tuple[Pretraining, float]:
 
 def main() -> int:
     """Print the table and write it as JSON; return the exit status."""
-    p = measure.parser(__doc__)
+    p = measure.bare_parser(__doc__)
+    measure.add_json(p)
     p.add_argument("recipes", nargs="*", type=Path, help="config files (default: all in configs/)")
     options = p.parse_args()
     for file in options.recipes:

@@ -31,7 +31,8 @@ COMMON = (
 
 def main() -> int:
     """Run the check; return the exit status."""
-    parser = measure.parser(__doc__)
+    parser = measure.bare_parser(__doc__)
+    measure.add_json(parser)
     parser.add_argument(
         "--methods", nargs="+", choices=METHODS, default=["synco", "adco", "sogclr"]
     )

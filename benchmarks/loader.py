@@ -30,21 +30,19 @@ With --shards, the script measures reading from tar, arrow and parquet files; se
 """
 
 import argparse
-import io
 import itertools
 import random
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
+import loader_images
 import loader_shards
 import loader_stages
 import measure
 import numpy as np
-import skimage.data
 import torch
 from PIL import Image, ImageFilter
-from sklearn.datasets import load_sample_images
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms as v1
@@ -54,14 +52,12 @@ from torchvision.transforms import v2
 from moco.augment import color
 from moco.augment.recipes import recipe
 from moco.config import MEAN, STD
-from moco.data import cache, jpeg, loader, sources
+from moco.data import jpeg, loader, sources
 from moco.data.decoding import DEFAULT, Decoding
 from moco.data.images import ImageArray, ImageFolder
 from moco.errors import InputError
 from moco.sections import Input
 
-WIDTH, HEIGHT = 500, 375
-BYTES = range(80_000, 110_001)
 Transform = Callable[[Image.Image | Tensor], Tensor]
 
 
@@ -82,18 +78,23 @@ def main() -> None:
         "--large and --shards: in all (default: 4 and 4000)"
     )
     parser.add_argument("--images", type=measure.at_least(1), help=count)
-    parser.add_argument(
-        "--batch", type=measure.at_least(1), default=512, help="with --small: images in one batch"
-    )
-    parser.add_argument(
-        "--size", type=measure.pixels, default=224, help="pixels of a view; --small has 32"
-    )
+    batch = "with --small: images in one batch (default: 512)"
+    parser.add_argument("--batch", type=measure.at_least(1), help=batch)
+    size = "pixels of a view (default: 224); --small has 32"
+    parser.add_argument("--size", type=measure.pixels, help=size)
     parser.add_argument(
         "--compile", action="store_true", help="have torch.compile fuse our color operations"
     )
     args = parser.parse_args()
-    if args.data and not args.small:
-        parser.error(f"--data {args.data} has no effect: it is for --small; give both, or neither")
+    for name, given, useful in (
+        ("--data", args.data, args.small),
+        ("--batch", args.batch, args.small),
+        ("--size", args.size, not args.small),
+        ("--compile", args.compile, not (args.large or args.shards)),
+    ):
+        if given and not useful:
+            parser.error(f"{name} has no effect here; leave it out")
+    args.batch, args.size = args.batch or 512, args.size or 224
     torch.set_num_threads(1)
     if args.compile:
         color.compile_operations()
@@ -101,11 +102,11 @@ def main() -> None:
         (small if args.small else large)(args)
         return
     if args.shards:
-        loader_shards.run(args, make)
+        loader_shards.run(args)
         return
     args.images, args.rounds = args.images or 32, args.rounds or 9
     with tempfile.TemporaryDirectory() as root:
-        sizes = make(Path(root) / "train" / "photo", args.images)
+        sizes = loader_images.make(Path(root) / "train" / "photo", args.images)
         folder = sources.scan(Path(root), "train")
         paths = [folder.path(i) for i in range(len(folder))]
         candidates = {
@@ -162,7 +163,7 @@ def large(args: argparse.Namespace) -> None:
     """Measure two views of --images large JPEGs, and the decoders of the full image."""
     args.images, args.rounds = args.images or 4, args.rounds or 5
     with tempfile.TemporaryDirectory() as root:
-        folder = make_large(Path(root), args.images)
+        folder = loader_images.make_large(Path(root), args.images)
         data = [folder.encoded(i) for i in range(len(folder))]
         headers = [jpeg.header(memoryview(one)) for one in data]
         candidates = {
@@ -181,17 +182,6 @@ def large(args: argparse.Namespace) -> None:
     measure.report("loader_large", table, ratios, facts, args.json)
 
 
-def make_large(root: Path, images: int) -> ImageFolder:
-    """Write JPEGs of 4000x3000 pixels: photographs, enlarged."""
-    folder = root / "train" / "photo"
-    folder.mkdir(parents=True)
-    photos = photographs()
-    for i in range(images):
-        photograph = Image.fromarray(photos[i % len(photos)]).resize((4000, 3000))
-        photograph.save(folder / f"{i}.jpg", quality=92)
-    return sources.scan(root, "train")
-
-
 # Small images.
 
 
@@ -200,7 +190,9 @@ SMALL = recipe("small", 32)
 
 def small(args: argparse.Namespace) -> None:
     """Measure an epoch of --images small images in each pipeline."""
-    images = in_memory(args.data, args.images or 50_000)
+    images = loader_images.in_memory(args.data, args.images or 50_000)
+    if len(images) < args.batch:
+        raise InputError(f"{len(images)} images do not fill a batch; lower --batch {args.batch}")
     ready = next(batches(images, args.batch))
     steps = len(images) // args.batch
     theirs = DataLoader(Pil(images), args.batch, shuffle=True, num_workers=2, drop_last=True)
@@ -219,27 +211,6 @@ def small(args: argparse.Namespace) -> None:
     facts = {"images": n, "batch": args.batch, "compile": args.compile}
     ratios = {"ours_over_pil": measure.ratio(times["pil"], times["ours"])}
     measure.report("loader_small", table, ratios, facts, args.json)
-
-
-def in_memory(data: Path | None, n: int) -> ImageArray:
-    """Return n images: those of the folder `data`, or 32-pixel patches of photographs."""
-    draw = np.random.default_rng(0)
-    if data:
-        folder = sources.scan(data, "train")
-        rows = draw.permutation(len(folder))[:n]
-        (held,) = cache.load(Input(cache_images="on"), folder.subset(rows))
-        found = held.read_batch(np.arange(len(held)), lambda height, width: True)
-        if found is None:
-            raise InputError(f"--data {data}: the images differ in size; give images of one size")
-        pixels = np.ascontiguousarray(found.numpy())
-    else:
-        photos = photographs()
-        pixels = np.empty((n, 3, 32, 32), dtype=np.uint8)
-        for i in range(n):
-            source = photos[i % len(photos)]
-            top, left = (draw.integers(0, side - 31) for side in source.shape[:2])
-            pixels[i] = source[top : top + 32, left : left + 32].transpose(2, 0, 1)
-    return ImageArray(Path(data or "."), np.zeros(len(pixels), dtype=np.int64), ("",), pixels)
 
 
 def batches(images: ImageArray, batch: int) -> Iterator[loader.Batch]:
@@ -360,40 +331,6 @@ def lightly(size: int) -> Callable[[Image.Image], list[Tensor]] | None:
         print("lightly is not installed: its transform is left out")
         return None
     return MoCoV2Transform(input_size=size)
-
-
-def photographs() -> list[np.ndarray]:
-    """Return the photographs that come with scikit-image and scikit-learn, uint8 [H, W, 3]."""
-    return [
-        skimage.data.astronaut(),
-        skimage.data.coffee(),
-        skimage.data.immunohistochemistry(),
-        *load_sample_images().images,
-    ]
-
-
-def make(folder: Path, images: int) -> list[int]:
-    """Write JPEGs of 500x375 pixels and 80 to 110 KB; return their sizes in bytes.
-
-    The images are patches of real photographs.
-    """
-    folder.mkdir(parents=True)
-    photos = [Image.fromarray(array) for array in photographs()]
-    draw, sizes = random.Random(0), []
-    while len(sizes) < images:
-        photograph = draw.choice(photos)
-        left = draw.randint(0, photograph.width - WIDTH)
-        top = draw.randint(0, photograph.height - HEIGHT)
-        patch = photograph.crop((left, top, left + WIDTH, top + HEIGHT))
-        for quality in range(98, 50, -2):
-            file = io.BytesIO()
-            patch.save(file, "JPEG", quality=quality)
-            if file.tell() < BYTES.stop:
-                break
-        if file.tell() in BYTES:
-            (folder / f"{len(sizes):04d}.jpg").write_bytes(file.getvalue())
-            sizes.append(file.tell())
-    return sizes
 
 
 if __name__ == "__main__":

@@ -18,9 +18,9 @@ import shutil
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
+import loader_images
 import measure
 import numpy as np
 import torch
@@ -34,11 +34,11 @@ PART = 20  # one in so many images is read from parquet files
 DIFFERENT = 64  # images; the others are copies, because making them takes long
 
 
-def run(args: argparse.Namespace, make: Callable[[Path, int], list[int]]) -> None:
-    """Measure all forms. `make(folder, n)` writes n JPEGs and returns their sizes."""
+def run(args: argparse.Namespace) -> None:
+    """Measure all forms."""
     args.images, args.rounds = args.images or 4000, args.rounds or 5
     with tempfile.TemporaryDirectory() as root:
-        sizes = make(Path(root, "made"), min(args.images, DIFFERENT))
+        sizes = loader_images.make(Path(root, "made"), min(args.images, DIFFERENT))
         forms = write(Path(root), args.images)
         candidates, images = {}, {}
         for form, folder in forms.items():

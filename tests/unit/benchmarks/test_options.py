@@ -15,7 +15,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 @pytest.mark.parametrize(
     ("command", "named"),
     [
-        ("cost --rounds 0", "--rounds"),
+        ("cost --rounds 5", "--rounds"),
         ("cost configs/nofile.yaml", "configs/nofile.yaml"),
         (f"cost {ROOT}/configs/lincls_moco.yaml", "lincls_moco.yaml"),
         ("ddp --processes 0", "--processes"),
@@ -27,6 +27,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
         ("false_negatives --rows 100", "--rows"),
         ("false_negatives --chunk 1", "--chunk"),
         ("false_negatives --device tpu", "--device"),
+        ("faults --rounds 5", "--rounds"),
         ("faults --processes 0", "--processes"),
         ("faults --processes 3", "--batch-size"),
         ("faults --stops 0", "--stops"),
@@ -37,6 +38,10 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
         ("loader --size -1", "--size"),
         ("loader --small --large", "--large"),
         ("loader --data nofolder", "--data"),
+        ("loader --batch 8", "--batch"),
+        ("loader --small --size 64", "--size"),
+        ("loader --small --images 8", "--batch"),
+        ("loader --shards --compile", "--compile"),
         ("memory --arch nonet", "--arch"),
         ("memory --blocks 0", "--blocks"),
         ("memory --gib 0", "--gib"),
@@ -83,8 +88,8 @@ def test_a_senseless_option_is_one_line(command, named, monkeypatch, capsys):
 
 
 def test_the_loader_s_benchmark_refuses_images_of_several_sizes(tmp_path):
-    data, loader = write_images(tmp_path), importlib.import_module("loader")
-    assert len(loader.in_memory(data, 24)) == 24
+    data, made = write_images(tmp_path), importlib.import_module("loader_images")
+    assert len(made.in_memory(data, 24)) == 24
     Image.new("RGB", (41, 40)).save(data / "train" / "class0" / "0.jpg")
     with pytest.raises(InputError, match="the images differ in size"):
-        loader.in_memory(data, 24)
+        made.in_memory(data, 24)
