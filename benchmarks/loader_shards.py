@@ -28,6 +28,7 @@ import torch
 from moco.augment.recipes import recipe
 from moco.data import loader, sources, table_files, tars
 from moco.data.images import EncodedImages
+from moco.errors import InputError
 
 SHARD, GROUP = 1000, 100  # images in a tar file, and in a row group
 PART = 20  # one in so many images is read from parquet files
@@ -37,6 +38,8 @@ DIFFERENT = 64  # images; the others are copies, because making them takes long
 def run(args: argparse.Namespace) -> None:
     """Measure all forms."""
     args.images, args.rounds = args.images or 4000, args.rounds or 5
+    if args.images < PART:
+        raise InputError(f"--images {args.images}: one in {PART} is read from parquet; give more")
     with tempfile.TemporaryDirectory() as root:
         sizes = loader_images.make(Path(root, "made"), min(args.images, DIFFERENT))
         forms = write(Path(root), args.images)
