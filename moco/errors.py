@@ -52,6 +52,11 @@ def from_os_error(error: OSError) -> InputError:
     return InputError(f"{os.fsdecode(error.filename)}: {error.strerror}")
 
 
+def changed(path: object) -> ListError:
+    """Return the error for a file that has been written to since its images were listed."""
+    return ListError(f"{path}: has changed since it was listed; start again")
+
+
 def unknown(noun: str, name: object, known: Iterable[str]) -> InputError:
     """Return an `InputError` for a `name` that is not among the `known` ones.
 

@@ -11,7 +11,7 @@ import numpy as np
 from moco.data.decoding import SUFFIXES
 from moco.data.images import ImageFolder
 from moco.data.names import GROUP, Names, UnchangedFile
-from moco.errors import InputError, ListError, short
+from moco.errors import InputError, changed, short
 from moco.messages import counted, print_rank0
 
 CHECKED = 1000  # paths that `check` looks up; on a network disk, looking up a million takes minutes
@@ -149,4 +149,4 @@ def _line_number(file: str, path: bytes) -> int:
         if path in lines:
             return number + lines.index(path)
         number += len(lines)
-    raise ListError(f"{file}: has changed since it was listed; start again")
+    raise changed(file)

@@ -12,7 +12,7 @@ from itertools import islice
 
 import numpy as np
 
-from moco.errors import ListError
+from moco.errors import ListError, changed
 
 GROUP = 16  # names whose text is split at once, to find one of them
 _AT_ONCE = 4096  # groups that are split at a time to read all names
@@ -156,5 +156,5 @@ class UnchangedFile:
                 f"{self.path}: cannot be read ({error.strerror}); check the disk or the network"
             ) from None
         if not unchanged:
-            raise ListError(f"{self.path}: has changed since it was listed; start again")
+            raise changed(self.path)
         return bytes(found)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from moco.data.folders import print_once
-from moco.errors import InputError, ListError, one_line
+from moco.errors import InputError, ListError, changed, one_line
 from moco.files import unreadable
 from moco.messages import counted
 
@@ -127,7 +127,7 @@ def facts(folder: Path, name: str) -> File:
 def check_unchanged(path: str | Path, status: os.stat_result, file: File) -> None:
     """Raise ListError if `status` says that a file is not the listed `file` any more."""
     if (status.st_size, status.st_mtime_ns) != (file.size, file.mtime_ns):
-        raise ListError(f"{path}: has changed since it was listed; start again")
+        raise changed(path)
 
 
 def removed_error(path: str | Path) -> ListError:

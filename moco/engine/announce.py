@@ -28,6 +28,12 @@ class Start(Protocol):
         """Return the learning rate of each parameter group in a step of the run."""
 
 
+def too_few(images: int, batch: int) -> str:
+    """Return the message that the images do not fill one batch of all processes."""
+    few = counted(images, "image does", "images do")
+    return f"{few} not fill one batch of {batch}; lower --batch-size"
+
+
 def announce(start: Start, images: Images, notes: list[str]) -> None:
     """Print the data, device, batch size, learning rate and folder of the run, and then `notes`.
 
@@ -41,8 +47,7 @@ def announce(start: Start, images: Images, notes: list[str]) -> None:
     config, per_epoch = start.config, start.steps_per_epoch
     schedule, size, batch = config.optimizer, distributed.world_size(), start.batch
     if not per_epoch:
-        few = counted(len(images), "image does", "images do")
-        raise InputError(f"{images.root}: {few} not fill one batch of {batch}; lower --batch-size")
+        raise InputError(f"{images.root}: {too_few(len(images), batch)}")
     classes = counted(len(images.classes), "class", "classes")
     labels = f"of {classes}" if images.labelled else "without labels"
     if distributed.rank() == 0:

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from moco.builder.base import Method
 from moco.config import Evaluation, Training, flat
 from moco.data.loader import TrainBatchSampler
+from moco.engine.announce import too_few
 from moco.engine.lr_schedule import lr_of_step, lr_scale
 from moco.engine.pretrain import PretrainingTask
 from moco.errors import InputError
@@ -84,9 +85,7 @@ def of_trainer(config: Training, images: int, processes: int, method: Method | N
     order = TrainBatchSampler(images, each * processes, passes, seed, keep_last=keep_last)
     per_epoch = order.steps_per_epoch
     if not per_epoch:
-        batch = each * processes * passes
-        few = counted(images, "image does", "images do")
-        raise InputError(f"{few} not fill one batch of {batch}; lower --batch-size")
+        raise InputError(too_few(images, each * processes * passes))
     scale = lr_scale(schedule.learning_rate_scaling, each * processes * passes)
     base_lrs = _base_lrs(config, method)
 

@@ -232,7 +232,7 @@ HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     ("variables", "asked"), [({}, True), ({"THP_MEM_ALLOC_ENABLE": "0"}, False)]
 )
 def test_large_tensors_ask_for_huge_pages_unless_the_user_chose(variables, asked):
-    """Whether they get them depends on the memory that is free."""
+    """Check the request only: what they get depends on the memory that is free."""
     code = """
 import moco, torch
 tensor = torch.empty(32 << 20)
